@@ -13,12 +13,15 @@ from families import one_row
 
 from offramp.adapter import Adapter
 from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.executors.slots.cache import SlotCache
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import BusyError, InputError, UnsupportedBackboneError
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
+from offramp.models.shortlist import Gate
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineCore
@@ -392,6 +395,39 @@ def test_a_first_token_has_its_own_threshold_in_company_too(own, backbone, exits
         assert torch.equal(ours.depths, alone.depths)
         assert ours.depths[0, 0] == (2 if own == 0.0 else whole.depth)
     assert strict.result().output.depths[0, 0] == whole.depth
+
+
+@pytest.mark.parametrize("mode", ["early_exit", "lossless"])
+def test_gates_are_of_a_mode_as_they_are_alone(mode, backbone, exits, batch):
+    """A shut gate keeps tokens from exiting; drafts by thresholds of their own know no gate."""
+    whole = backbone(NAME)
+    shut = Gate(torch.zeros(whole.width), torch.tensor(-5.0))
+    some = replace(ExitSet.of(exits(NAME)), gates={2: shut})
+    policy = ExitPolicy({2: 0.0}, drafts={2: 0.0}, gates={2: 0.5})
+    inputs = one_row(NAME, batch(NAME, 1), 0)
+    engine = EngineCore(whole, some, policy, SMALL)
+    handle = engine.add(request(inputs, mode))
+    engine.run()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = generate(whole, inputs, exits=some, policy=policy.in_mode(mode), **options)
+    ours = handle.result().output
+    assert torch.equal(ours.sequences, alone.sequences)
+    assert torch.equal(ours.depths, alone.depths)
+    assert any(drafted for drafted, _ in ours.rounds) == (mode == "lossless")
+
+
+def test_a_score_that_follows_a_token_knows_no_guesses(backbone, exits, batch, monkeypatch):
+    """It wants each token settled before the next, in the engine as alone."""
+    whole, some = backbone(NAME), Exits(backbone(NAME), (1, 2))
+    policy = ExitPolicy({1: 1.0, 2: 1.0}, score="agreement", guesses={1: 0.0, 2: 0.0})
+    engine = EngineCore(whole, some, policy, SMALL)
+    asked = []
+    monkeypatch.setattr(ExitRule, "guesses_at", lambda rule, *_: asked.append(rule.guesses))
+    inputs = one_row(NAME, batch(NAME, 1), 0)
+    handle = engine.add(request(inputs))
+    engine.run()
+    generate(whole, inputs, exits=some, policy=policy, max_new_tokens=8, do_sample=False)
+    assert handle.result() and all(guesses is None for guesses in asked)
 
 
 @pytest.mark.parametrize("ids", [[[5, 6]], torch.tensor([5, 6]), torch.tensor([[0.5]])], ids=str)

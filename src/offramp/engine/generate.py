@@ -211,10 +211,8 @@ def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> Exit
     """How single answers use the exits. policy: as it takes effect. asker: asks the exits."""
     if not policy.thresholds:
         return NO_EXITS
-    rule = ExitRule.of(policy)
-    if not backbone.lossless or asker.follows:
-        rule = replace(rule, guesses=None)  # guesses are taken back, and exits asked in order
-    return rule
+    # Guesses are taken back, and a score that follows a token wants it settled before the next.
+    return ExitRule.of(policy, guessing=backbone.lossless and not asker.follows)
 
 
 def write_answers(

@@ -240,8 +240,8 @@ class EngineCore(Jobs):
         policy, instead = self._policy(request)
         job.instead = instead
         # A score that follows a token from exit to exit wants it settled before the next.
-        follows = self.decoder.reader.follows
-        rule = ExitRule.of(policy, guess_above=None if follows else self.config.guess_above)
+        guessing = not self.decoder.reader.follows
+        rule = ExitRule.of(policy, self.config.guess_above, guessing=guessing)
         if policy.lossless and self._host.drafting is not None:
             rule = self._host.drafting
         tokens = int(request.inputs["input_ids"].shape[-1])

@@ -35,8 +35,8 @@ def check_company(policy: ExitPolicy) -> None:
 class ExitReader:
     """Asks exits and the LM head.
 
-    depths: of the exits in use, ascending. policy: score, weights, shortlist and gates; thresholds
-    are each question's own.
+    depths: of the exits in use, ascending. policy: score, weights, shortlist, and which exits have
+    gates; thresholds and gates' levels are each question's own.
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class ExitReader:
         self.logits = partial(backbone.logits, code=self._code)
         """The full model's [n, V], of final-normed states [n, D]."""
         self._scorer = self._new_scorer() if depths else None
-        self._gates = gates_of_policy(policy, exits) if exits is not None else {}
+        gates = gates_of_policy(policy, exits) if exits is not None else {}
+        self._gates = {depth: gate for depth, (gate, _) in gates.items()}
         self.follows = policy.score in STREAKS and len(self._depths) > 1
         """Whether a score follows a token from exit to exit."""
         self._following: WeakKeyDictionary[Any, ExitScorer] = WeakKeyDictionary()  # by sampler
@@ -75,10 +76,12 @@ class ExitReader:
         def any_at(depth: int, entry: Tensor) -> bool:
             if not any(depth in rule.thresholds for rule in rules):
                 return False
-            if depth not in self._gates:
+            levels = [rule.gates.get(depth) for rule in rules if depth in rule.thresholds]
+            if None in levels:
                 return True
-            gate, level = self._gates[depth]
-            return bool((self._asked(gate, self._backbone.here(entry)) >= level).any())
+            least = min(level for level in levels if level is not None)
+            foretold = self._asked(self._gates[depth], self._backbone.here(entry))
+            return bool((foretold >= least).any())
 
         return any_at
 
@@ -119,10 +122,13 @@ class ExitReader:
         here = self._backbone.here
         entry = here(output.entry)
         opened = [True] * len(asked)
-        if depth in self._gates:
-            gate, level = self._gates[depth]
-            opened = (self._asked(gate, entry) >= level).tolist()
-            if not any(opened):
+        levels = [None if q is None else q.rule.gates.get(depth) for q in asked]
+        if any(level is not None for level in levels):
+            foretold = self._asked(self._gates[depth], entry).tolist()
+            opened = [
+                level is None or said >= level for said, level in zip(foretold, levels, strict=True)
+            ]
+            if not any(o for o, q in zip(opened, asked, strict=True) if q is not None):
                 return [None if question is None else CLOSED for question in asked]
         chain = _Constraints(asked)
         places = _tokens(asked, entry.device) if self.watches or self._scripted else {}

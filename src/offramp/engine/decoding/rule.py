@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -35,8 +35,9 @@ class ExitRule:
     Every token is looked at by the exits in order until one reaches its threshold. So thresholds
     say what is counted; guesses and `most` say speed alone.
 
-    thresholds: by depth, where a token exits or, lossless, is drafted. lossless: whether the full
-    model confirms what exits say. guesses: by depth, score from which a token that does not reach
+    thresholds: by depth, where a token exits or, lossless, is drafted. gates: by depth, what its
+    gate must foretell for the exit to look. lossless: whether the full model confirms what exits
+    say. guesses: by depth, score from which a token that does not reach
     the threshold goes on all the same, until deeper layers have spoken. most: drafts or guesses
     that may be open at a time; None: any number. ahead: lossless, depth of the exit that drafts on
     from its own state (`offramp.engine.drafter`); None: drafts are what exits say of fed tokens.
@@ -49,22 +50,31 @@ class ExitRule:
     most: int | None = None
     ahead: int | None = None
     pruning: Pruning | None = None
+    gates: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, policy: ExitPolicy, guess_above: float | None = None) -> ExitRule:
+    def of(
+        cls, policy: ExitPolicy, guess_above: float | None = None, *, guessing: bool = True
+    ) -> ExitRule:
         """The rule of a policy in a mode.
 
         guess_above: the level of guesses where the policy has none of its own; None: no guesses.
+        guessing: False where no token may go on before it is settled.
         """
         policy = policy.effective
         at, guesses = dict(policy.thresholds), dict(policy.guesses)
         if not guesses and guess_above is not None:
             guesses = dict.fromkeys(at, guess_above)
+        if not guessing:
+            guesses = {}
         most: int | None = policy.max_draft if policy.lossless else OPEN_GUESSES
         if guess_above is not None and not policy.guesses:
             most = None  # its caller's schedule says when the layers above are asked
         thresholds = {d: _single(t) for d, t in at.items()}
-        return cls(thresholds, policy.lossless, guesses or None, most, pruning=policy.pruning)
+        return cls(
+            thresholds, policy.lossless, guesses or None, most,
+            pruning=policy.pruning, gates={d: _single(g) for d, g in policy.gates.items()},
+        )  # fmt: skip
 
     @classmethod
     def drafting(cls, policy: ExitPolicy, depth: int) -> ExitRule:

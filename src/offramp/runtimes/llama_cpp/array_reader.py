@@ -74,7 +74,7 @@ class ArrayReader:
                 did_you_mean(policy.score, tuple(SCORES)),
             )
         self._score = SCORES[policy.score]
-        self._gates = {depth: (*gates[depth], level) for depth, level in policy.gates.items()}
+        self._gates = {depth: gates[depth] for depth in policy.gates}
         self._shortlist = shortlist
         self._ids: list[int] | None = None if shortlist is None else shortlist.tolist()
 
@@ -95,11 +95,11 @@ class ArrayReader:
         ]
 
     def _verdict(self, depth: int, entry: Array, logits: Array, question: Question) -> Verdict:
-        if depth in self._gates:
-            weight, bias, level = self._gates[depth]
-            if not 1.0 / (1.0 + math.exp(-float(entry @ weight) - bias)) >= level:
-                return CLOSED
         sampler, rule = question.sampler, question.rule
+        if depth in rule.gates:
+            weight, bias = self._gates[depth]
+            if not 1.0 / (1.0 + math.exp(-float(entry @ weight) - bias)) >= rule.gates[depth]:
+                return CLOSED
         scored = rule.thresholds.get(depth) != 0.0
         if sampler.plain:
             largest = int(logits.argmax())

@@ -39,7 +39,7 @@ class TensorReader(ExitReader):
             shortlist = None if self._scorer is None else self._scorer.shortlist
             self._arrays = ArrayReader(
                 policy,
-                {depth: _numbers(gate) for depth, (gate, _) in self._gates.items()},
+                {depth: _numbers(gate) for depth, gate in self._gates.items()},
                 None if shortlist is None else shortlist.cpu().numpy(),
             )
 
