@@ -26,6 +26,7 @@ from offramp.storage import write_json
 
 METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 LONGEST = {"captions": 30, "questions": 8}  # tokens of an answer
+BATCH = 32  # examples; a beam sees each photograph as often as it is wide
 
 
 def caption_figures(
@@ -88,8 +89,8 @@ def _answers(
 ) -> list[str]:
     """how: of `generate`."""
     answers: list[str] = []
-    for start in progress(range(0, len(examples), 128), f"{len(examples)} examples"):
-        answers += answer(backbone, encoder, list(examples[start : start + 128]), longest, **how)
+    for start in progress(range(0, len(examples), BATCH), f"{len(examples)} examples"):
+        answers += answer(backbone, encoder, list(examples[start : start + BATCH]), longest, **how)
     return answers
 
 
