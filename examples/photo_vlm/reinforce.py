@@ -8,7 +8,6 @@ Luo 2020). A caption of people's is learnt beside them, without which the langua
 from __future__ import annotations
 
 import math
-import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,15 @@ from torch import Tensor
 from examples.photo_vlm.command import command
 from examples.photo_vlm.learn import load_state, low_rank
 from examples.photo_vlm.rows import Row, Text, ids_of
-from examples.photo_vlm.train import Settings, Trainer, Validation, go, options_of, prepared
+from examples.photo_vlm.train import (
+    Settings,
+    Trainer,
+    Validation,
+    drawing,
+    go,
+    options_of,
+    prepared,
+)
 from offramp.data.example import Example
 from offramp.models.photo.build import add_updates
 
@@ -166,9 +173,7 @@ class Reinforcer(Trainer):
             add_updates(self.sampler, self.start, low_rank(self.lora))
         ids = ids_of(self.tokenizer)
         prompt = ids("\n" + self.shown[rows[0].image].prompt)
-        chance = torch.Generator().manual_seed(
-            random.Random(f"{s.seed}:{self.step}:sample").getrandbits(40)
-        )
+        chance = drawing(f"{s.seed}:{self.step}:sample")
         answers = sampled(self.sampler, visual.detach(), prompt, s, self.rows.end, chance)
         rewards = [
             [self._rewarded(row, answer) for answer in said]

@@ -85,6 +85,11 @@ class Settings:
     seed: int = 0
 
 
+def drawing(name: str) -> torch.Generator:
+    """A generator of its own for what has this name, so that a run resumes exactly."""
+    return torch.Generator().manual_seed(random.Random(name).getrandbits(40))
+
+
 class Views:
     """Features of training photographs: as cached or, now and then, of a part of them, mirrored."""
 
@@ -213,7 +218,7 @@ class Trainer:
         name = f"{s.seed}:{self.step}:{name}"
         features = self.views(rows, s.vary, random.Random(name))
         logits = self.detectors(features, [row.image for row in rows])
-        chance = torch.Generator().manual_seed(random.Random(name).getrandbits(40))
+        chance = drawing(name)
         words = self.bridge.words.count
         keep = torch.rand(len(rows), words, generator=chance) >= s.drop
         with torch.autocast("cpu", torch.bfloat16, enabled=self.lm.dtype == torch.bfloat16):

@@ -74,12 +74,12 @@ class ExitReader:
         rules = [q.rule for q in asked if q is not None]  # an executor may keep this: no requests
 
         def any_at(depth: int, entry: Tensor) -> bool:
-            if not any(depth in rule.thresholds for rule in rules):
+            gates = [rule.gates for rule in rules if depth in rule.thresholds]
+            if not gates:
                 return False
-            levels = [rule.gates.get(depth) for rule in rules if depth in rule.thresholds]
-            if None in levels:
+            if not all(depth in levels for levels in gates):
                 return True
-            least = min(level for level in levels if level is not None)
+            least = min(levels[depth] for levels in gates)
             foretold = self._asked(self._gates[depth], self._backbone.here(entry))
             return bool((foretold >= least).any())
 
