@@ -75,8 +75,7 @@ def generate(
     quantised caches.
     """
     backbone = Backbone.of(backbone)
-    one = _generation(backbone, exits, policy, vision_cache, prefix_cache)
-    one.pace = pace
+    one = _generation(backbone, exits, policy, pace, vision_cache, prefix_cache)
     prepared = one.reader.prepare(inputs, options)
     prove(backbone, inputs, one.depths)
     return one.write(prepared, streamer, seed, observer)
@@ -106,8 +105,7 @@ def generate_prepared(
             f"The exits are attached to {backbone.name}, and another model was asked to generate.",
             "Attach them to that model: offramp.attach(model, exits).",
         )
-    one = _generation(backbone, exits, policy, None, prefix_cache)
-    one.pace = pace
+    one = _generation(backbone, exits, policy, pace, None, prefix_cache)
     prove_prepared(backbone, prepared, one.depths)
     twin = one.reader.intercepted.model.get_submodule(path)
     return one.write(replace(prepared, model=twin))
@@ -200,10 +198,15 @@ class Generation:
 
 
 def _generation(
-    backbone: Backbone, exits: ExitSet | Exits | None, policy: ExitPolicy, *caches: Any
+    backbone: Backbone,
+    exits: ExitSet | Exits | None,
+    policy: ExitPolicy,
+    pace: DraftPace | None,
+    *caches: Any,
 ) -> Generation:
     own = KV_POLICIES[policy.kv]
     made: Generation = (own or Generation)(backbone, exits, policy, *caches)
+    made.pace = pace
     return made
 
 
