@@ -8,7 +8,6 @@ Luo 2020). A caption of people's is learnt beside them, without which the langua
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from examples.photo_vlm.train import (
     prepared,
 )
 from offramp.data.example import Example
+from offramp.evaluation.caption_metrics import simple_words
 from offramp.models.photo.build import add_updates
 
 ORDERS = 4
@@ -103,7 +103,7 @@ class _Vector:
 
 
 def _words(text: str, ended: bool) -> list[str]:
-    words = re.findall(r"\w+(?:['\u2019-]\w+)*", text.lower())
+    words = simple_words(text)
     return [*words, END] if ended else words
 
 

@@ -132,14 +132,15 @@ def _words(texts: Texts, tokenizer: str) -> tuple[Texts, str, str]:
 
 
 def _simple(texts: Texts) -> Texts:
+    return {key: [" ".join(simple_words(text)) for text in group] for key, group in texts.items()}
+
+
+def simple_words(text: str) -> list[str]:
     """Lower-case words, without the punctuation that pycocoevalcap drops."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
-    def words(text: str) -> str:
-        parts = re.findall(r"\w+(?:['\u2019-]\w+)*|[^\w\s]", _one_line(text).lower())
-        return " ".join(word for word in parts if word not in PUNCTUATIONS)
-
-    return {key: [words(text) for text in group] for key, group in texts.items()}
+    parts = re.findall(r"\w+(?:['\u2019-]\w+)*|[^\w\s]", _one_line(text).lower())
+    return [word for word in parts if word not in PUNCTUATIONS]
 
 
 def _ptb(texts: Texts) -> Texts:
