@@ -61,7 +61,7 @@ def drafts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are made, though in models this small they take longer than full depth."""
     from offramp.engine.decoding.pace import DraftPace
 
-    monkeypatch.setattr(DraftPace, "drafts", lambda self, *, first: True)
+    monkeypatch.setattr(DraftPace, "drafts", lambda self, turn: True)
 
 
 @cache

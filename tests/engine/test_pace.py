@@ -10,7 +10,7 @@ import torch
 from families import one_row
 
 from offramp.engine.decoding import pace as pace_module
-from offramp.engine.decoding.pace import DraftPace, Pace, clock_on
+from offramp.engine.decoding.pace import DraftPace, Pace, Turn, clock_on
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
@@ -155,7 +155,7 @@ class Answers:
     drafts takes `round` seconds and settles `kept` tokens more, as far as the answer goes."""
 
     def __init__(self, round, kept):
-        self.round, self.kept, self.now = round, kept, 0.0
+        self.round, self.kept, self.now, self.rows = round, kept, 0.0, 1
         self.pace = DraftPace(lambda: self.now)
 
     def run(self, answers, length):
@@ -164,12 +164,13 @@ class Answers:
         for _ in range(answers):
             left = length - 1
             while left > 0:
-                first, begin = left == length - 1, self.now
-                drafted = self.pace.drafts(first=first)
+                turn, begin = Turn(self.rows, first=left == length - 1), self.now
+                drafted = self.pace.drafts(turn)
                 written = min(left, 1 + self.kept * drafted)
                 self.now += self.round if drafted else 1.0
                 left -= written
-                self.pace.note(written, self.now - begin, first=first, drafted=drafted)
+                tokens = written * self.rows
+                self.pace.note(turn, tokens, self.now - begin, drafted=drafted)
         return answers * (length - 1) / (self.now - began)
 
 
@@ -197,6 +198,17 @@ def test_what_takes_long_the_first_time_is_not_held_against_drafts():
 
 def test_drafts_that_pay_are_made_and_trials_take_a_hundredth():
     assert Answers(1.8, kept=3).run(200, length=13) > 0.97 * 4 / 1.8
+
+
+def test_several_rows_are_judged_by_themselves():
+    """What one call over all of them costs, one of a single row does not tell."""
+    answers = Answers(1.8, kept=3)
+    assert answers.run(200, length=13) > 0.97 * 4 / 1.8
+    answers.rows, answers.round = 4, 4.5
+    answers.run(8, length=13)
+    assert answers.run(500, length=13) > 0.97
+    answers.rows, answers.round = 1, 1.8
+    assert answers.run(20, length=13) > 0.97 * 4 / 1.8
 
 
 def test_behind_one_words_an_answer_that_goes_on_is_drafted():
@@ -244,7 +256,7 @@ def test_answers_are_the_same_while_drafts_come_and_go(kind, backbone, batch):
     whole, policy = backbone(NAME), ExitPolicy(lossless=True, drafts={2: 0.0}, max_draft=3)
     parts, options = Exits(whole, (2,), kind=kind), {"max_new_tokens": 9, "do_sample": False}
     pace, drawn = DraftPace(), Random(0)
-    pace.drafts = lambda *, first: drawn.random() < 0.5
+    pace.drafts = lambda turn: drawn.random() < 0.5
     undrafted = 0
     for rows in (1, 1, 1, 3, 3):
         full = generate(whole, batch(NAME, rows), **options)

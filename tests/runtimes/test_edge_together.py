@@ -20,6 +20,8 @@ from hub_files import image_adapter, sliced, text_adapter
 from PIL import Image
 from projector_files import write_projector
 
+from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.pace import DraftPace
 from offramp.errors import InputError
 from offramp.runtimes.edge.model import Answer, EdgeModel
 from offramp.runtimes.edge.sampling import Sampling
@@ -139,6 +141,27 @@ def test_calls_are_shared(mode: str, model: EdgeModel, monkeypatch: pytest.Monke
     assert len(calls) < 2 * once
 
 
+def test_prompts_of_others_are_not_held_against_drafts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever joins is read between two calls, which is no part of what these took."""
+    with EdgeModel(folder, engine=ENGINE) as model:
+        joined, turns = [0], []
+        pace = DraftPace(lambda: joined[0])
+        monkeypatch.setattr(pace, "note", lambda turn, *told, drafted: turns.append((turn, *told)))
+        read = Decoder.read
+
+        def counted(self: Decoder, *args: Any, **kw: Any) -> Any:
+            joined[0] += 1
+            return read(self, *args, **kw)
+
+        monkeypatch.setattr(Decoder, "read", counted)
+        model.pace = pace
+        together(model, questions(), at_once=3)
+        assert {turn.rows for turn, *_ in turns} >= {1, 2}
+        assert not any(took for *_, took in turns)
+
+
 def test_who_gives_up_leaves_its_slot(model: EdgeModel) -> None:
     class Gone(Exception):
         pass
@@ -246,7 +269,7 @@ from offramp.engine.decoding.pace import DraftPace
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.server import EdgeServer
 from offramp.runtimes.llama_cpp.segment import EngineOptions
-DraftPace.drafts = lambda self, *, first: True  # whatever a model this small takes
+DraftPace.drafts = lambda self, turn: True  # whatever a model this small takes
 model = EdgeModel({str(folder)!r}, engine=EngineOptions(context=128, sequences={SLOTS}))
 with model, EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"") as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -19,7 +19,7 @@ from itertools import compress
 from typing import Any, NamedTuple, cast
 
 from offramp.engine.decoding.executor import DraftingExecutor, Executor, Span, too_long
-from offramp.engine.decoding.pace import DraftPace
+from offramp.engine.decoding.pace import DraftPace, Turn
 from offramp.engine.decoding.reader import Question, Reader, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
@@ -62,7 +62,7 @@ class Decoder:
         self._written: list[Written] = []
         self._heard = True  # whether anyone takes these
         self._settled = 0  # tokens
-        self._turn: tuple[float, int, bool, bool] | None = None  # when it began, tokens by then
+        self._turn: tuple[float, int, Turn, bool] | None = None  # when it began, tokens by then
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -172,6 +172,7 @@ class Decoder:
             opening=rule.opening(rule.thresholds if opening is None else opening),
         )  # fmt: skip
         self.sequences.append(sequence)
+        self._turn = None  # its prompt was read meanwhile
         self._settle(sequence)
         return sequence
 
@@ -239,19 +240,19 @@ class Decoder:
             if row.asked or row.ran[0] != row.ran[-1] or not row.rule.lossless:
                 return
         self._end_turn()
-        first = not any(row.fed for row in rows)
-        drafts = pace.drafts(first=first)
+        turn = Turn(len(rows), first=not any(row.fed for row in rows))
+        drafts = pace.drafts(turn)
         for row in rows:
             row.drafts = drafts
             row.undrafted += not drafts
-        self._turn = pace.clock(), self._settled, first, drafts
+        self._turn = pace.clock(), self._settled, turn, drafts
 
     def _end_turn(self) -> None:
         """Note what a turn took."""
         if self._turn is not None and self.pace is not None:
-            (began, before, first, drafted), self._turn = self._turn, None
+            (began, before, turn, drafted), self._turn = self._turn, None
             took = self.pace.clock() - began
-            self.pace.note(self._settled - before, took, first=first, drafted=drafted)
+            self.pace.note(turn, self._settled - before, took, drafted=drafted)
 
     def make(self, call: Call) -> int:
         """Make a call; how many tokens it was over."""

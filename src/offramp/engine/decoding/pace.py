@@ -5,8 +5,8 @@ waiting, a call at full depth is timed beside them. Where full depth is faster, 
 and after some time tried again. No answer changes.
 
 In a batch engine (`Pace`) a trial's token is not used, and whole requests are answered by the full
-model: those that name no mode, and lossless ones. In single lossless answers (`DraftPace`) a trial
-writes a token, and drafts are left out behind a first token, later on, or both: an answer of one
+model: those that name no mode, and lossless ones. Elsewhere lossless answers (`DraftPace`) write a
+token by a trial, and drafts are left out behind a first token, later on, or both: an answer of one
 word is over before they pay.
 """
 
@@ -15,10 +15,11 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -152,50 +153,72 @@ class Pace:
             self._exits[exiting].judge(self._full)
 
 
-class DraftPace:
-    """Judges the drafts of single lossless answers, for their first turn and for later ones.
+class Turn(NamedTuple):
+    """Of how many rows a turn is, and whether it is the first of their answers. It is from where
+    nothing is in question to where nothing is again: a round of drafts and the call that verifies
+    them, or a token at full depth."""
 
-    A turn is from where nothing is in question to where nothing is again: a round of drafts and the
-    call that verifies them, or a token at full depth. clock: returns seconds; where the processor
-    computes, better the thread's own, which a busy machine leaves as they are (`clock_on`).
+    rows: int
+    first: bool
+
+
+@dataclass
+class _Turns:
+    """What was seen of the turns of one number of rows. drafts: by whether they were the first.
+    made: by whether drafted."""
+
+    drafts: dict[bool, Judged] = field(
+        default_factory=lambda: {b: Judged(FEW, Rate(3 * FEW), FEWER) for b in (True, False)}
+    )
+    full: Rate = field(default_factory=lambda: Rate(3 * FEW))
+    made: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    total: float = 0.0  # seconds
+    tried: float = 0.0
+
+
+class DraftPace:
+    """Judges the drafts of lossless answers that are not a batch engine's, for the first turn of
+    answers and for later ones, and for each number of rows by itself.
+
+    clock: returns seconds; where the processor computes, better the thread's own, which a busy
+    machine leaves as they are (`clock_on`).
     """
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.clock = clock or clock_on("cpu")
-        self._drafts = {first: Judged(FEW, Rate(3 * FEW), FEWER) for first in (True, False)}
-        self._full = Rate(3 * FEW)
-        self._turns = {True: 0, False: 0}  # by whether drafted
-        self._total = self._tried = 0.0  # seconds
+        self._turns: defaultdict[int, _Turns] = defaultdict(_Turns)
         self._warned: set[bool] = set()
 
-    def drafts(self, *, first: bool) -> bool:
-        """Whether a turn should be drafted. first: of its answer."""
-        if not self._drafts[first].pays:
+    def drafts(self, turn: Turn) -> bool:
+        """Whether it should be drafted."""
+        of = self._turns[turn.rows]
+        if not of.drafts[turn.first].pays:
             return False
-        if self._turns[False] < TRIES:
-            return self._turns[True] < TRIES
-        return not _due(self._full, 1, self._tried, self._total)
+        if of.made[False] < TRIES:
+            return of.made[True] < TRIES
+        return not _due(of.full, turn.rows, of.tried, of.total)
 
-    def note(self, tokens: int, took: float, *, first: bool, drafted: bool) -> None:
-        """A turn settled so many tokens in `took` seconds."""
-        own = self._drafts[first]
-        self._total += took
-        self._turns[drafted] += 1
-        if self._turns[drafted] > 1:
-            (own.seen if drafted else self._full).add(tokens, took)
+    def note(self, turn: Turn, tokens: int, took: float, *, drafted: bool) -> None:
+        """It settled so many tokens in `took` seconds, and nobody joined its rows meanwhile."""
+        of = self._turns[turn.rows]
+        own = of.drafts[turn.first]
+        of.total += took
+        of.made[drafted] += 1
+        if of.made[drafted] > 1:
+            (own.seen if drafted else of.full).add(tokens, took)
         if not drafted and not own.pays:
             own.left_out()
             return
-        self._tried += took * (not drafted)
-        if self._turns[False] >= TRIES:
-            own.judge(self._full)
-        if not own.pays and first not in self._warned:
-            self._warned.add(first)
+        of.tried += took * (not drafted)
+        if of.made[False] >= TRIES:
+            own.judge(of.full)
+        if not own.pays and turn.first not in self._warned:
+            self._warned.add(turn.first)
             log.warning(
                 "Lossless drafts do not pay %s here: %.1f tokens a second, and %.1f at full depth, "
                 "which runs there instead. They are tried again now and then.",
-                "behind the first token of an answer" if first else "within answers",
-                own.seen.speed, self._full.speed,
+                "behind the first token of an answer" if turn.first else "within answers",
+                own.seen.speed, of.full.speed,
             )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from examples.photo_vlm.rows import half_of, read_photographs
 
+from offramp.engine.decoding.pace import drafting
 from offramp.engine.policy import MODES
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, slice_gguf
@@ -49,7 +50,7 @@ def main() -> None:
         groups = [prompts[start : start + size] for start in range(0, len(held), size)]
         for formats in FORMATS:
             engine = EngineOptions(CONTEXT, sequences=size)
-            with EdgeModel(folder / formats, engine=engine) as model:
+            with EdgeModel(folder / formats, engine=engine) as model, drafting(model):
                 for mode in MODES:
                     told = timed(groups, _ways(model, mode, size), mode)
                     entries.append({"format": formats, "mode": mode, **told})
