@@ -31,6 +31,7 @@ from examples.photo_vlm.rows import read_photographs
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
+from offramp.engine.decoding.pace import drafting as always_drafting
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError
@@ -97,6 +98,7 @@ def ways_in_llama_cpp(
     drafts = stack.enter_context(LlamaCppRuntime(adapter, folder / "drafting"))
     exits = stack.enter_context(LlamaCppRuntime(plain, folder / "plain"))
     words = stack.enter_context(TableRuntime(plain, folder / "plain", table))
+    stack.enter_context(always_drafting(drafts, exits, words))
     by_exit, drafting = lossless_policies(adapter)
     return {
         "full": _by(exits, FULL),
@@ -217,6 +219,7 @@ def main() -> None:
             if not (folder / part).is_dir():
                 export_gguf(adapter, folder / part, arguments.gguf)
             runtime = stack.enter_context(LlamaCppRuntime(adapter, folder / part))
+            stack.enter_context(always_drafting(runtime))
             ways = drafts_in_llama_cpp(adapter, runtime)
         elif arguments.gguf:
             ways = ways_in_llama_cpp(adapter, table, arguments.gguf, folder / part, stack)

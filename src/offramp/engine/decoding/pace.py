@@ -29,10 +29,12 @@ WARM = 8
 """Calls over about as many sequences before full depth is tried with them."""
 ENOUGH = 48
 """Tokens that exits must have settled before they are judged."""
-FEW, FEWER, CLEAR = 16, 8, 0.8
-"""The same of drafts in single answers; and where they have less than this share of its speed."""
+FEW, SURE, LONG = 8, 2.0, 400
+"""The same of drafts outside of a batch engine, standard errors by which they must then be slower,
+and tokens after which what was counted of them counts by half: in four rounds in a row few drafts
+may be right by chance."""
 TRIES = 4
-"""Turns of drafts in single answers before full depth is tried, and of full depth before they are
+"""Turns of drafts there before full depth is tried, and of full depth before they are
 judged. The first of each is not counted: what is made once is made in it."""
 RETRY = 128
 """Answers at full depth until exits are tried again; each time twice as many, to 8 times."""
@@ -42,43 +44,54 @@ MEMORY = 1000
 
 @dataclass
 class Rate:
-    """Tokens settled, and the seconds that it took. memory: as `MEMORY`."""
+    """Tokens settled, their squares, the calls or turns that settled them, and the seconds that it
+    took. memory: as `MEMORY`."""
 
     memory: float = MEMORY
     tokens: float = 0.0
+    squares: float = 0.0
+    calls: float = 0.0
     seconds: float = 0.0
 
     def add(self, tokens: float, seconds: float) -> None:
         self.tokens += tokens
+        self.squares += tokens**2
+        self.calls += 1
         self.seconds += seconds
         if self.tokens > self.memory:
-            self.tokens, self.seconds = self.tokens / 2, self.seconds / 2
+            self.tokens, self.squares = self.tokens / 2, self.squares / 2
+            self.calls, self.seconds = self.calls / 2, self.seconds / 2
 
     @property
     def speed(self) -> float:
         """Tokens a second; 0 before any were seen."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
+    @property
+    def error(self) -> float:
+        """Standard error of the tokens of a call, as a share of them; of so many calls."""
+        mean = self.tokens / self.calls
+        return math.sqrt(max(0.0, self.squares / self.calls - mean**2) / self.calls) / mean
+
 
 @dataclass
 class Judged:
     """Exits, as one kind of answer uses them. pays: whether they are faster than full depth, as far
-    as is known. enough: tokens after which they are judged; soon: after which those are that are
-    clearly slower. seen: what they settled."""
+    as is known. enough: tokens after which they are judged; sure: standard errors by which they
+    must be slower to be left out. seen: what they settled."""
 
     enough: float
     seen: Rate
-    soon: float = math.inf
+    sure: float = 0.0
     pays: bool = True
     _instead: int = 0
     _patience: int = field(default_factory=lambda: RETRY)
 
     def judge(self, full: Rate) -> None:
         """Against full depth, once enough was seen of both."""
-        tokens, speed = self.seen.tokens, self.seen.speed
-        clear = tokens >= self.soon and speed < CLEAR * full.speed
-        if full.tokens and (clear or tokens >= self.enough):
-            self.pays = speed >= full.speed
+        if full.tokens and self.seen.tokens >= self.enough:
+            least = 1 + self.sure * self.seen.error
+            self.pays = least * self.seen.speed >= full.speed
 
     def left_out(self) -> None:
         """They were left out once; try them again where that was often enough."""
@@ -168,9 +181,9 @@ class _Turns:
     made: by whether drafted."""
 
     drafts: dict[bool, Judged] = field(
-        default_factory=lambda: {b: Judged(FEW, Rate(3 * FEW), FEWER) for b in (True, False)}
+        default_factory=lambda: {b: Judged(FEW, Rate(LONG), SURE) for b in (True, False)}
     )
-    full: Rate = field(default_factory=lambda: Rate(3 * FEW))
+    full: Rate = field(default_factory=lambda: Rate(6 * FEW))
     made: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     total: float = 0.0  # seconds
     tried: float = 0.0
