@@ -12,8 +12,9 @@ import torch
 
 from offramp.adapter import Adapter
 from offramp.answers import generate_answers
+from offramp.calibration.risk_functions import RISKS
 from offramp.engine.policy import ExitPolicy
-from offramp.guarantee import NEEDED, Conditions, fits, prompt_frames, standing
+from offramp.guarantee import NEEDED, Conditions, fits, prompt_frames, risk_words, standing
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
@@ -211,3 +212,10 @@ def test_in_float32_prepacking_and_the_batch_change_no_answer() -> None:
         return [answer.ids for answer in found]
 
     assert answers(plain, 12) == answers(plain, 1) == answers(packed, 1) == answers(packed, 5)
+
+
+@pytest.mark.parametrize("risk", RISKS)
+def test_every_risk_is_told_in_words(risk: str) -> None:
+    """Whose name alone says little: rouge_l_drop is against people's answers."""
+    words = risk_words(risk, "image")
+    assert words.startswith("the mean over images of the ") and risk.replace("_", " ") not in words

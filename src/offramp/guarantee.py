@@ -279,6 +279,9 @@ def risk_words(risk: str, unit: str) -> str:
     what = {
         "disagreement": "share of answers that differ from the full model's",
         "consistency": "1 - ROUGE-L against the full model's answer",
+        "exact_match_drop": "drop of exact match with people's answers",
+        "rouge_l_drop": "drop of ROUGE-L against people's answers",
+        "vqa_accuracy_drop": "drop of VQA accuracy",
     }.get(risk, risk.replace("_", " "))
     if unit == "image":
         return f"the mean over images of the {what}"

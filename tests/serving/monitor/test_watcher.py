@@ -353,6 +353,7 @@ def test_a_request_says_where_nothing_is_guaranteed_of_it() -> None:
             assert told(other, offramp={"mode": mode}) == ""
         card = httpx.get(f"{address}/v1/models").json()["data"][0]["offramp"]
         assert card["guarantee"]["unit"] == "image" and card["guarantee"]["max_tokens"] == 48
+        assert card["guarantee"]["words"].startswith("the mean over images of the share of answers")
         assert card["not_guaranteed"] is None
 
 

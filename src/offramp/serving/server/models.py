@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
+from offramp.guarantee import risk_words
 from offramp.models.shipped import KNOWS
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.metrics import text_of
@@ -100,6 +101,7 @@ def _promise(service: Service) -> dict[str, Any] | None:
     about = cast(Any, service.adapter.calibration)["conditions"]
     return {
         **asdict(promise),
+        "words": risk_words(promise.risk, promise.unit),
         "max_tokens": about["longest"],
         "prompts": about.get("prompts") or [],
     }
