@@ -114,7 +114,7 @@ def test_drafts_are_pytorchs(
     runtime, paces = loaded(name), [DraftPace(), DraftPace()] if paced else [None, None]
     for pace in filter(None, paces):
         turns = Random(3)
-        monkeypatch.setattr(pace, "drafts", lambda *, first, turns=turns: turns.random() < 0.5)
+        monkeypatch.setattr(pace, "drafts", lambda _, turns=turns: turns.random() < 0.5)
     monkeypatch.setattr(runtime, "pace", paces[0])
     monkeypatch.setattr(runtime.adapter, "pace", paces[1])
     for seed in range(3):
