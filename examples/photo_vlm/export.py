@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,12 @@ def weights_of(learnt: dict[str, Any], detector: dict[str, Tensor]) -> dict[str,
     }
 
 
-def learning_of(state: dict[str, Any], log: Path) -> dict[str, Any]:
-    """How long and by which settings a state was learnt, and how it did meanwhile."""
+def stage_of(state: dict[str, Any], step: int, log: Path) -> dict[str, Any]:
+    """One training: up to which of its steps the weights are learnt, how long it took, by which
+    settings, and how it did meanwhile."""
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return {
+        "step": step,
         "trained": {"steps": state["step"], "cpu_seconds": round(state["seconds"])},
         "settings": state["settings"],
         "curve": [{name: row[name] for name in _CURVE} for row in rows if "CIDEr" in row],
@@ -50,21 +53,18 @@ def learning_of(state: dict[str, Any], log: Path) -> dict[str, Any]:
 
 
 def card_of(
-    state: dict[str, Any], step: int, words: list[str], data: Path, log: Path
+    stages: Sequence[dict[str, Any]], width: int, words: list[str], data: Path
 ) -> dict[str, Any]:
-    """Where the weights of a step come from; digests are SHA-256."""
-    tower = PhotoTowerConfig(
-        hidden_size=state["bridge"]["words.table"].shape[1], vocabulary=len(words)
-    )
+    """Where weights come from; digests are SHA-256. width: of the language model."""
+    tower = PhotoTowerConfig(hidden_size=width, vocabulary=len(words))
     return {
         "tower": {name: getattr(tower, name) for name in _TOWER},
-        "steps": step,
-        **learning_of(state, log),
+        "stages": list(stages),
         "base": [dataclasses.asdict(weights) for weights in (LANGUAGE, VISION)],
         "data": {name: digest_file(data / name) for name in (CAPTIONS, QUESTIONS)},
         "terms": "Flickr8k and DAQUAR: research and education only.",
         "gguf": metadata.version("gguf"),
-        "provenance": provenance(state["settings"]["seed"], sys.argv, None),
+        "provenance": provenance(stages[-1]["settings"]["seed"], sys.argv, None),
         "words": words,
     }
 
@@ -79,19 +79,23 @@ def main() -> None:
     parser.add_argument(
         "--reinforced", action="store_true", help="what `reinforce` learnt after `train`"
     )
+    parser.add_argument(
+        "--before", type=Path, metavar="CARD",
+        help="card of the weights that `train --start` began at: its stages come first",
+    )  # fmt: skip
     arguments = parser.parse_args()
     work: Path = arguments.work
-    state = load_state(work / "state.pt")
-    reinforced = load_state(work / "reinforced.pt") if arguments.reinforced else None
+    names = ["state", "reinforced"] if arguments.reinforced else ["state"]
+    stages = read_json(arguments.before)["stages"] if arguments.before else []
+    for name in names:
+        state = load_state(work / f"{name}.pt")
+        learnt = state if arguments.last and name == names[-1] else state["best"]
+        stages.append(stage_of(state, learnt["step"], work / f"{name}.jsonl"))
     detectors = torch.load(work / "detectors.pt", weights_only=True)
     whole = "whole."
     detector = {n.removeprefix(whole): t for n, t in detectors.items() if n.startswith(whole)}
-    final = reinforced or state
-    learnt = final if arguments.last else final["best"]
-    words = read_json(work / "words.json")
-    card = card_of(state, learnt["step"], words, arguments.data, work / "state.jsonl")
-    if reinforced:
-        card["reinforced"] = learning_of(reinforced, work / "reinforced.jsonl")
+    width = learnt["bridge"]["words.table"].shape[1]
+    card = card_of(stages, width, read_json(work / "words.json"), arguments.data)
     from safetensors.torch import save_file
 
     with atomic_folder(arguments.out) as staging:
