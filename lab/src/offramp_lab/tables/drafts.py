@@ -11,6 +11,7 @@ WAYS = {
     "drafting, 4": "4 drafts",
     "drafting, 5": "5 drafts",
 }
+SHIPS = "drafting, 5"
 
 
 def drafts() -> Table:
@@ -25,15 +26,15 @@ def drafts() -> Table:
 
 
 def right() -> Table:
-    """How often each of four drafts is right, those before it being so."""
+    """How often each of five drafts is right, those before it being so."""
     rows = []
     for part, found in _parts():
-        four = found["drafting, 4"]
-        told = (*four["acceptance"], four["first_draft"], four["tokens_a_round"])
+        five = found[SHIPS]
+        told = (*five["acceptance"], five["first_draft"], five["tokens_a_round"])
         table = found.get("table") or way(part.partition(", exits")[0], "table")
-        gained = f"{four['times'] / table['times']:.2f}x"
+        gained = f"{five['times'] / table['times']:.2f}x"
         rows.append((part, *(f"{figure:.2f}" for figure in told), gained))
-    places = ("first draft", "second", "third", "fourth")
+    places = ("first draft", "second", "third", "fourth", "fifth")
     return Table(("", *places, "first of an answer", "tokens a round", "of the table"), rows)
 
 
@@ -44,7 +45,7 @@ def _parts() -> Iterator[tuple[str, dict[str, Value]]]:
             yield part.replace("pytorch", "PyTorch"), by(entries, "way")
 
 
-def way(part: str, name: str = "drafting, 4") -> Value:
+def way(part: str, name: str = SHIPS) -> Value:
     """What the record has of one way to the full model's answer, in a part."""
     return by(record("drafts")[part], "way")[name]
 

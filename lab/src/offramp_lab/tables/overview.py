@@ -146,7 +146,7 @@ def _at_once() -> tuple[str, ...]:
         f"{times(full / slots['milliseconds'])} of single requests, end to end",
         f"{_with_ends(slots['over_full'])} ({slots['milliseconds']:.0f} early)",
         f"{found['photographs']} photographs",
-        "the same thresholds, calibrated in bfloat16",
+        "the same thresholds, calibrated in float32",
         f"ROUGE-L of single requests: difference [{low:+.3f}, {high:+.3f}]",
     )
 
