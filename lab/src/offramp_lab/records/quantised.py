@@ -60,13 +60,11 @@ PREPACKED = ", prepacked"
 """Behind a format whose weights, as far as they are not rounded, are laid out for the processor."""
 FORMATS = (*HOW, *(f"{layers}{PREPACKED}" for layers in ("float32", "bfloat16", "int4")))
 PARTS = ("kernels", "timings", "answers", "calibrated")
-AT_ONCE = 16
-"""Photographs that are answered in a batch, where a row gets what it gets alone."""
 STOCK, OURS = "generate", "offramp, torch"
 ASKED = {
     "float32": ("full", "early_exit"),
     "int8": ("full", "early_exit", "lossless"),
-    "int4": ("full", "early_exit", "threshold_0.1", "lossless"),
+    "int4": ("full", "early_exit", "lossless"),
     "float32, prepacked": ("full", "early_exit", "lossless"),
     "bfloat16, prepacked": ("full", "early_exit", "lossless"),
 }
@@ -100,14 +98,13 @@ class Bench:
         return cls(adapters, encoders["float32"], photographs)
 
     def policies(self, layers: str) -> dict[str, ExitPolicy]:
-        """By mode; one more threshold than the shipped one."""
-        return policies(self.adapters[layers].policy, **{"threshold_0.1": 0.1})
+        return policies(self.adapters[layers].policy)
 
     def kept(self, layers: str, kept: Kept) -> KeptRuntime:
         """A format whose answers are kept."""
         adapter = self.adapters[layers]
         dtype, depth = adapter.backbone.dtype, adapter.backbone.depth
-        return KeptRuntime(adapter, f"torch {layers}", depth, kept, rows=AT_ONCE, dtype=dtype)
+        return KeptRuntime(adapter, f"torch {layers}", depth, kept, dtype=dtype)
 
     def methods(self) -> dict[Name, Method]:
         """By runtime, format and mode; prepacked weights not by Hugging Face's own `generate`."""
