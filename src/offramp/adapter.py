@@ -171,7 +171,7 @@ class Adapter(CalledAsModel):
         depths = ", ".join(map(str, self.exits.depths))
         ends = str(self.policy.thresholds) or "none"
         found = self.standing()
-        bound = f"guarantee: {found.promise.words}" if found.promise else found.sentence
+        bound = f"guarantee: {found.promise.claim}" if found.promise else found.sentence
         runs = () if self.certificate is None else self.certificate.runs
         verified = "".join(f"; verified: {run.words}" for run in runs)
         return (

@@ -269,7 +269,7 @@ class Promise:
     n: int = 0
 
     @property
-    def words(self) -> str:
+    def claim(self) -> str:
         """As a sentence's end, with its unit."""
         return f"{risk_words(self.risk, self.unit)} is at most {self.target:g}"
 
@@ -300,7 +300,7 @@ class Standing:
     def sentence(self) -> str:
         """For people; empty where there is nothing to say."""
         if self.promise is not None:
-            return f"guaranteed with {self.promise.confidence:.0%} confidence: {self.promise.words}"
+            return f"guaranteed with {self.promise.confidence:.0%} confidence: {self.promise.claim}"
         return f"not guaranteed here: {self.why}" if self.why else ""
 
 
