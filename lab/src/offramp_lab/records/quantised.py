@@ -24,7 +24,6 @@ import torch
 from offramp.adapter import Adapter
 from offramp.answers import Answer
 from offramp.data.example import Example
-from offramp.engine.policy import ExitPolicy
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.linears import SCHEMES
 from offramp.models.quantized.prepacked import PrepackedLinear
@@ -97,9 +96,6 @@ class Bench:
                 adapters[name].prepack()
         return cls(adapters, encoders["float32"], photographs)
 
-    def policies(self, layers: str) -> dict[str, ExitPolicy]:
-        return policies(self.adapters[layers].policy)
-
     def kept(self, layers: str, kept: Kept) -> KeptRuntime:
         """A format whose answers are kept."""
         adapter = self.adapters[layers]
@@ -112,7 +108,7 @@ class Bench:
         for layers, adapter in self.adapters.items():
             if not layers.endswith(PREPACKED):
                 made[STOCK, layers, "full"] = stock(adapter)
-            for mode, policy in self.policies(layers).items():
+            for mode, policy in policies(adapter.policy).items():
                 made[OURS, layers, mode] = generating(adapter.generate, policy=policy)
         return made
 
@@ -133,7 +129,7 @@ def answers(bench: Bench) -> dict[str, Any]:
     kept, photographs = Kept(RUNS / RECORD.name / "answers.jsonl"), bench.photographs
     said: dict[Name, Sequence[Answer]] = {}
     for layers, modes in ASKED.items():
-        runtime, by_mode = bench.kept(layers, kept), bench.policies(layers)
+        runtime, by_mode = bench.kept(layers, kept), policies(bench.adapters[layers].policy)
         for mode in modes:
             given = runtime.answers(bench.encoder, photographs, by_mode[mode], **LONGEST)
             said[OURS, layers, mode] = given

@@ -60,7 +60,7 @@ def answers() -> Table:
                 cider_of(e),
             )
             for (_, layers, mode), e in _entries("answers").items()
-            if layers in FORMATS and mode in MODES
+            if layers in FORMATS
         ],
     )
 

@@ -129,17 +129,13 @@ def rates_of(rounds: Rounds) -> Rates:
     return found
 
 
-def policies(shipped: ExitPolicy, **thresholds: float) -> dict[str, ExitPolicy]:
-    """By mode: exits off, the shipped thresholds, others by name, every token at the exit (looked
-    at), and lossless."""
-    others = {**thresholds, "every_token": 1e-6}
+def policies(shipped: ExitPolicy) -> dict[str, ExitPolicy]:
+    """By mode: exits off, the shipped thresholds, every token at the exit (looked at), and
+    lossless."""
     return {
         "full": FULL,
         "early_exit": shipped,
-        **{
-            name: replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, threshold))
-            for name, threshold in others.items()
-        },
+        "every_token": replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, 1e-6)),
         "lossless": replace(shipped, lossless=True),
     }
 
