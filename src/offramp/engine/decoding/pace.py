@@ -34,8 +34,8 @@ FEW, SURE, LONG = 8, 2.0, 400
 and tokens after which what was counted of them counts by half: in four rounds in a row few drafts
 may be right by chance."""
 TRIES = 4
-"""Turns of drafts there before full depth is tried, and of full depth before they are
-judged. The first of each is not counted: what is made once is made in it."""
+"""Turns of drafts there before full depth is tried, and of full depth before they are judged. The
+first of each is not counted: what is made once is made in it."""
 RETRY = 128
 """Answers at full depth until exits are tried again; each time twice as many, to 8 times."""
 MEMORY = 1000
@@ -69,7 +69,7 @@ class Rate:
 
     @property
     def error(self) -> float:
-        """Standard error of the tokens of a call, as a share of them; of so many calls."""
+        """Standard error of the tokens that a call settles, as a share of their mean."""
         mean = self.tokens / self.calls
         return math.sqrt(max(0.0, self.squares / self.calls - mean**2) / self.calls) / mean
 
@@ -183,7 +183,7 @@ class _Turns:
     drafts: dict[bool, Judged] = field(
         default_factory=lambda: {b: Judged(FEW, Rate(LONG), SURE) for b in (True, False)}
     )
-    full: Rate = field(default_factory=lambda: Rate(6 * FEW))
+    full: Rate = field(default_factory=lambda: Rate(6 * FEW))  # a token a row: no luck in it
     made: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     total: float = 0.0  # seconds
     tried: float = 0.0
