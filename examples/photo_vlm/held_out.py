@@ -65,7 +65,7 @@ class Sizes:
 
 
 SMALL = Sizes(
-    captions=800, questions=100, steps=1500, held_out=600, asked=200, timed=10, rounds=3, targets=()
+    captions=800, questions=100, steps=1500, held_out=600, asked=200, timed=50, rounds=1, targets=()
 )  # fmt: skip
 """To hold regimes against each other, in a quarter of an hour each."""
 MODEST = Sizes(

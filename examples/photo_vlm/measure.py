@@ -175,20 +175,21 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
     return early.with_policy(replace(early.policy, drafts=drafts))
 
 
-def assemble(work: Path, size: str, depths: Sequence[int]) -> dict[str, Any]:
-    """The record, of what has been measured so far in a size, and in the small one beside it."""
-    place = work / f"measured-{size}"
+def assemble(place: Path, size: str, depths: Sequence[int]) -> dict[str, Any]:
+    """The record, of what has been measured so far in a size."""
     parts: dict[str, Any] = {"full": read_json(place / "full.json")}
-    for part, name in ((size, "regimes"), ("small", "matched")):
-        files = {r: work / f"measured-{part}" / f"{_slug(r)}.json" for r in REGIMES}
-        parts[name] = {r: read_json(file) for r, file in files.items() if file.is_file()}
-    files = {r: place / f"damaged-{_slug(r)}.json" for r in REGIMES}
-    parts["damaged"] = {r: read_json(file) for r, file in files.items() if file.is_file()}
+    for kind, prefix in (("regimes", ""), ("damaged", "damaged-")):
+        files = {r: place / f"{prefix}{_slug(r)}.json" for r in REGIMES}
+        parts[kind] = {r: read_json(file) for r, file in files.items() if file.is_file()}
     for name in ("first", "lossless", "lossless_bfloat16", "analysis"):
         file = place / f"{name}.json"
         parts[name] = read_json(file) if file.is_file() else None
-    sizes = {"sizes": vars(SIZES[size]), "matched_sizes": vars(SIZES["small"])}
-    return {**parts, "depths": list(depths), **sizes, "provenance": provenance(0, sys.argv, None)}
+    return {
+        **parts,
+        "depths": list(depths),
+        "sizes": vars(SIZES[size]),
+        "provenance": provenance(0, sys.argv, None),
+    }
 
 
 @command
@@ -213,8 +214,9 @@ def main() -> None:
         raise InputError(
             f"Regime {', '.join(sorted(unknown))} is not known.", f"Known: {', '.join(REGIMES)}."
         )
-    work, size = arguments.work, arguments.size
-    place, model = work / f"measured-{size}", arguments.model
+    size, model = arguments.size, arguments.model
+    depths = "-".join(map(str, arguments.depths))
+    place = arguments.work / f"measured-{size}-{depths}"
 
     def photographs(dtype: Any) -> Photos:
         return Photos(load(model, dtype), arguments.data, SIZES[size], arguments.depths)
@@ -239,8 +241,7 @@ def main() -> None:
         if arguments.ship is not None:
             early.save(arguments.ship)
     if size != "quick":
-        whole = "whole" if size == "small" else size
-        write_json(arguments.out, assemble(work, whole, arguments.depths))
+        write_json(arguments.out, assemble(place, size, arguments.depths))
 
 
 def _slug(name: str) -> str:

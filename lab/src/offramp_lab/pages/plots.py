@@ -38,7 +38,7 @@ def plots() -> dict[str, tuple[str, str]]:
             for kind in KINDS
         },
         "compare-photo": ("FREE beside each method, photographs", methods()),
-        "photo": ("CIDEr at measured speeds, photographs", regimes(record("photo"))),
+        "photo": ("CIDEr at measured speeds, photographs", regimes()),
         "peers": ("Decoding speed, tiny models", speeds(peers)),
         "runtimes": ("Inside llama.cpp, 50 photographs", runtimes()),
         "quantisation": ("Weights of the photo model in memory", quantisation()),
@@ -124,10 +124,11 @@ def methods() -> str:
     return intervals(rows, "FREE faster by, CIDEr drop 1%")
 
 
-def regimes(record: dict[str, Any]) -> str:
+def regimes() -> str:
     """CIDEr kept, with its interval, against measured speed at the thresholds of each regime."""
-    shown = {f"{name}, long": regime for name, regime in record["regimes"].items()}
-    shown |= {name: record["matched"][name] for name in SHORT}
+    shown = {f"{name}, long": regime for name, regime in record("photo")["regimes"].items()}
+    short = record("photo-regimes-earlier")["regimes"]
+    shown |= {name: short[name] for name in SHORT}
     series = {
         name: [(1.0, 1.0, 1.0, 1.0), *(kept(p) for p in regime["points"] if p["thresholds"])]
         for name, regime in shown.items()

@@ -222,7 +222,7 @@ def corrupted(name: str) -> Table:
     return Table.of(first, {"corruption": str, **told})
 
 
-def regimes() -> Table:
+def regimes(name: str) -> Table:
     """Regimes of equal training, side by side."""
 
     def point(place: int, regime: Value) -> str:
@@ -231,7 +231,7 @@ def regimes() -> Table:
             return "off"
         return f"{times(row['speedup_decode'])}, {row['cider_drop']:+.1%}"
 
-    matched = list(_photo()["matched"].values())
+    matched = list(record(name)["regimes"].values())
     return Table.of(
         matched,
         {
@@ -323,7 +323,7 @@ TABLES: dict[str, MakeTable] = {
     "photo-exits-lossless": partial(lossless, "photo-exits"),
     "photo-corrupted": partial(corrupted, "photo"),
     "photo-exits-corrupted": partial(corrupted, "photo-exits"),
-    "photo-regimes": regimes,
+    "photo-regimes-earlier": partial(regimes, "photo-regimes-earlier"),
     "photo-depths": partial(by_depth, "photo"),
     "photo-exits-depths": partial(by_depth, "photo-exits", every=4),
     "photo-methods": methods,
