@@ -1,11 +1,11 @@
 """Exits beside quantised backbones, scheme by scheme: load, train, calibrate, save, load, decode.
 
-    python -m offramp_lab.records.quantised_models                 # the tiny OPT, every scheme
-    python -m offramp_lab.records.quantised_models --photo FOLDER  # the photo model, int8 and int4
-    python -m offramp_lab.pages.readme                             # the tables of the pages
+    python -m offramp_lab.records.quantised_models                # the tiny OPT, every scheme
+    python -m offramp_lab.records.quantised_models --photo photo  # the photo model, int8 and int4
+    python -m offramp_lab.pages.readme                            # the tables of the pages
 
-FOLDER is what `python -m examples.photo_vlm.build` wrote; its photographs are read from --data. A
-scheme whose package is missing, or that does not run on this machine, is a row that says so.
+Photographs are read from --data. A scheme whose package is missing, or that does not run on this
+machine, is a row that says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.models.hub import load_processor
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.weights import scheme
-from offramp.models.shipped import tiny_folder
+from offramp.models.shipped import is_photo, tiny_folder
 from offramp.storage import write_json
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
@@ -164,9 +164,13 @@ def _tiny() -> Model:
 
 
 def _photo(folder: Path, data: Path) -> Model:
-    import examples.photo_vlm.vision  # noqa: F401  registers the tower
+    import examples.photo_vlm.vision  # noqa: F401  registers the earlier model's tower
     from examples.photo_vlm.rows import read_photographs
 
+    if is_photo(str(folder)):
+        from offramp.models.photo.build import built_folder
+
+        folder = built_folder()
     found = {example.group: example for example in read_photographs(data)["captions_val"]}
     return Model(folder, [*found.values()][: 2 * IMAGES])
 
