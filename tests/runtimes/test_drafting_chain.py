@@ -34,15 +34,19 @@ EXACT = EngineOptions(context=256, cache="f32", flash_attention=False)
 def loaded(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., LlamaCppRuntime]]:
-    """`loaded(name, formats, sequences)`: a runtime of exits that draft on, loaded once."""
+    """`loaded(name, formats, sequences, compiled)`: a runtime of exits that draft on, loaded once.
+    compiled: whether C asks for drafts and reads taps."""
     made: list[LlamaCppRuntime] = []
 
     @cache
-    def load(name: str, formats: str = "f32", sequences: int = 1) -> LlamaCppRuntime:
+    def load(
+        name: str, formats: str = "f32", sequences: int = 1, compiled: bool = True
+    ) -> LlamaCppRuntime:
         adapter = drafting(adapter_of(name))
         folder = tmp_path_factory.mktemp("drafting")
         export_gguf(adapter, folder, formats)
-        made.append(LlamaCppRuntime(adapter, folder, engine=replace(EXACT, sequences=sequences)))
+        engine = replace(EXACT, sequences=sequences, compiled_tap=compiled)
+        made.append(LlamaCppRuntime(adapter, folder, engine=engine))
         return made[-1]
 
     yield load
@@ -87,10 +91,11 @@ def test_answers_are_full_depths(
     assert set(made.depths[0].tolist()) <= {depths_of(name)[-1], runtime.backbone.depth}
 
 
-@pytest.mark.parametrize("paced", [False, True])
+@pytest.mark.parametrize(("paced", "compiled"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("name", [*KINDS, "qwen2-vl", "qwen3-vl", "gemma3", "paligemma"])
 def test_drafts_are_pytorchs(
     paced: bool,
+    compiled: bool,
     name: str,
     loaded: Callable[..., LlamaCppRuntime],
     monkeypatch: pytest.MonkeyPatch,
@@ -111,7 +116,8 @@ def test_drafts_are_pytorchs(
 
     monkeypatch.setattr(ChainDrafter, "draft", drafted)
     monkeypatch.setattr(Drafter, "tokens", said)
-    runtime, paces = loaded(name), [DraftPace(), DraftPace()] if paced else [None, None]
+    runtime = loaded(name, compiled=compiled)
+    paces = [DraftPace(), DraftPace()] if paced else [None, None]
     for pace in filter(None, paces):
         turns = Random(3)
         monkeypatch.setattr(pace, "drafts", lambda _, turns=turns: turns.random() < 0.5)
@@ -125,6 +131,10 @@ def test_drafts_are_pytorchs(
         assert ours.undrafted == theirs.undrafted and ours.rounds == theirs.rounds
         assert bool(ours.undrafted) == paced
         assert here == there and len(set(here)) > 1
+        ending = {**GREEDY, "eos_token_id": int(theirs.new_tokens[0, 5])}
+        ours = runtime.generate(inputs, return_dict_in_generate=True, **ending)
+        assert ours.rounds == runtime.adapter.generate(inputs, **ending).rounds
+        assert here == there
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm"])

@@ -48,9 +48,7 @@ class Dequantised(AbstractContextManager["Dequantised"]):
                 "Load the model without quantisation.",
             )
         self.name, self._head = formats.layers, backbone.head
-        self._layers = {
-            weight: _rounded(weight, formats.layers) for weight in _matrices(backbone)
-        }
+        self._layers = {weight: _rounded(weight, formats.layers) for weight in _matrices(backbone)}
         weight = _rounded(backbone.head.weight, formats.head)
         # Of its own: embeddings that are tied to the head stay as they are.
         self._other = nn.Parameter(weight, requires_grad=False)

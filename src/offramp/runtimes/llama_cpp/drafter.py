@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from offramp.engine.decoding.executor import Ends
 from offramp.engine.decoding.rule import ExitRule
@@ -18,6 +19,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError
 from offramp.runtimes.llama_cpp.chain import Array, CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.gguf_files import DRAFT_INPUT, SegmentFiles
+from offramp.runtimes.llama_cpp.native.drafts import DraftLoop
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
@@ -44,17 +46,20 @@ class ChainDrafter:
         """weights: of `DraftInput`, by name. shortlist: ids of what the exit says; None: all.
         embedded: embeddings [n, E] of tokens, without positions."""
         self.depth, self._segment = depth, segment
-        self._chain = SegmentChain([segment], CallSizes(most=_AT_ONCE))
+        self._chain = SegmentChain([segment], CallSizes(most=_AT_ONCE, first=_AT_ONCE))
         self._states: dict[int, States] = {}
         self._wanted: set[int] = set()
         self._embedded, self._ids = embedded, None if shortlist is None else [*shortlist]
         word_norm, state_norm, of_words, of_states = (weights[name] for name in _NAMES)
         self._of_words = np.ascontiguousarray((word_norm * of_words).T)
         self._of_states = np.ascontiguousarray(state_norm * of_states)
-        self._known = {}
+        self._known: dict[int, States] = {}
+        self._loop: DraftLoop | None = None
+        self._ends: dict[int, tuple[Ends, npt.NDArray[np.bool_]]] = {}
         if self._ids is not None:  # what it says it is given next
             entering = self._entering(self._ids)
             self._known = {token: row for token, row in zip(self._ids, entering, strict=True)}
+            self._loop = segment.draft_loop(entering, self._of_states.T)
 
     @classmethod
     def load(
@@ -104,9 +109,18 @@ class ChainDrafter:
         if chain.waits(slot):
             chain.finish(1, slot)
             self._states[slot] = segment.tapped()[-1:]
-        state, drafts = self._states.get(slot), list[int]()
-        if state is None:
-            return drafts
+        state = self._states.get(slot)
+        if state is None or not most:
+            return []
+        if self._loop is None or self._ids is None:
+            return self._one_by_one(slot, token, state, most, ends)
+        ending = self._ending(slot, ends, self._ids)
+        said = segment.draft(self._loop, self._word(token), state[0], ending, most, slot)
+        return [self._ids[place] for place in said]
+
+    def _one_by_one(self, slot: int, token: int, state: States, most: int, ends: Ends) -> list[int]:
+        """The same without the loop in C."""
+        segment, drafts = self._segment, list[int]()
         for _ in range(most):
             segment.feed(self._input(token, state), 1, slot=slot)
             said = int(segment.logits(1)[0].argmax())
@@ -123,13 +137,23 @@ class ChainDrafter:
         if slot in self._wanted:
             self._chain.crop(self._chain.tokens(slot) - columns, slot)
 
+    def _ending(self, slot: int, ends: Ends, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Which of what it can say ends the answer of a sequence; asked once of each."""
+        asked, found = self._ends.get(slot, (None, None))
+        if found is None or asked != ends:
+            found = np.array([ends(token) for token in ids])
+            self._ends[slot] = ends, found
+        return found
+
     def _input(self, token: int, state: States) -> States:
         """What enters the layer [1, D]."""
-        word = self._known.get(token)
-        if word is None:
-            word = self._entering([token])[0]
-        made: States = word + self._of_states @ _normed(state[0])
-        return made[None]
+        made = self._word(token) + self._of_states @ _normed(state[0])
+        return np.asarray(made[None], dtype=np.float32)
+
+    def _word(self, token: int) -> States:
+        """The token's part [D] of that."""
+        known: States | None = self._known.get(token)
+        return np.asarray(self._entering([token])[0]) if known is None else known
 
     def _entering(self, tokens: Sequence[int]) -> Array:
         """The embeddings' part [n, D] of that."""

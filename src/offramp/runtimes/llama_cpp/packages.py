@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from pathlib import Path
 from typing import Any
 
 from offramp.errors import InputError
@@ -21,6 +22,11 @@ def import_gguf() -> Any:
 def import_llama_cpp() -> Any:
     """The bindings of llama.cpp. Raise `InputError` where they are missing or do not load."""
     return _import("llama_cpp")
+
+
+def headers() -> Path:
+    """The folder of llama.cpp's header files. Raise `InputError` where the bindings are missing."""
+    return Path(import_llama_cpp().__file__).parents[1] / "include"
 
 
 def _import(name: str) -> Any:

@@ -187,9 +187,7 @@ class LlamaCppRuntime(CalledAsModel):
                 parameter.data = parameter.data.new_empty(0)
         return freed
 
-    def host(
-        self, policy: ExitPolicy, vision_cache: VisionCache | None = None
-    ) -> LlamaCppHost:
+    def host(self, policy: ExitPolicy, vision_cache: VisionCache | None = None) -> LlamaCppHost:
         """What a batch engine writes with, a slot for each sequence. Nothing else decodes from
         here on.
 
@@ -200,9 +198,7 @@ class LlamaCppRuntime(CalledAsModel):
             self._check_policy(policy.in_mode(mode).effective)
         with self._held():
             self._lent = True
-        executor = ChainExecutor(
-            *self._settings, policy.depths, exact=True, drafter=self._drafter
-        )
+        executor = ChainExecutor(*self._settings, policy.depths, exact=True, drafter=self._drafter)
         return LlamaCppHost(self.adapter, policy, executor, self.entry(vision_cache))
 
     def entry(self, vision_cache: VisionCache | None = None) -> PromptEntry:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import AdapterError, InputError, check_known
+from offramp.runtimes.llama_cpp.native.drafts import DraftLoop, native_drafts
 from offramp.runtimes.llama_cpp.native.products import Products, instructions, reason_against
 from offramp.runtimes.llama_cpp.native.tap import States, Tap
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
@@ -215,9 +216,7 @@ class Segment:
     def _run(self, parts: Sequence[Part], ahead: bool) -> None:
         if self.tap is not None:
             self.tap.clear()
-        if ahead != self._ahead:
-            self._lib.llama_set_causal_attn(self._context, not ahead)
-            self._ahead = ahead
+        self._look_ahead(ahead)
         count, rows = len(parts[0].states), [self._rows[part.slot] for part in parts]
         places = [row.positions[:, row.length : row.length + count] for row in rows]
         states, positions, features = parts[0].states, places[0], rows[0].features
@@ -233,12 +232,52 @@ class Segment:
             row.length += count
             self.crop(part.idle, part.slot)
 
+    def _look_ahead(self, ahead: bool) -> None:
+        if ahead != self._ahead:
+            self._lib.llama_set_causal_attn(self._context, not ahead)
+            self._ahead = ahead
+
     def _decode(self, batch: Any, row: _Row) -> None:
         if (code := self._lib.llama_decode(self._context, batch)) != 0:
-            raise InputError(
-                f"llama.cpp refused {batch.n_tokens} rows at position {row.length} (code {code}).",
-                "Give a longer context, e.g. context=4096.",
-            )
+            raise _refused(batch.n_tokens, row, code)
+
+    def draft_loop(self, of_words: States, of_states: States) -> DraftLoop | None:
+        """A loop that feeds the tapped layer with its own words and states; None where none can be
+        compiled. of_words, of_states: as of `DraftLoop`."""
+        native = native_drafts() if self.tap is not None and self.tap.compiled else None
+        if native is None or self.tap is None:
+            return None
+        return DraftLoop(
+            native, self._lib._lib, self._context, self.tap,
+            np.ascontiguousarray(self._input_scale * of_words),
+            np.ascontiguousarray(self._input_scale * of_states), float(self._state_scale),
+        )  # fmt: skip
+
+    def draft(
+        self,
+        loop: DraftLoop,
+        word: States,
+        state: States,
+        ends: npt.NDArray[np.bool_],
+        most: int,
+        slot: int = 0,
+    ) -> list[int]:
+        """What the loop says behind a sequence, by number; its rows are forgotten again.
+
+        word, state: what enters the layer first [D], and the tapped state before it. ends: whether
+        a word ends an answer [S]. most: words.
+        """
+        row = self._rows[slot]
+        self._look_ahead(False)
+        positions = np.ascontiguousarray(row.positions[:, row.length : row.length + most])
+        word, state = self._input_scale * word, self._state_scale * state
+        batch = self._batch.fill(word[None], None, positions[:, :1], [Part(slot, word[None], 1, 0)])
+        said = loop.run(batch, positions, word, state, ends)
+        if said is None:
+            raise _refused(1, row, -1)
+        row.length += len(said)
+        self.crop(len(said), slot)
+        return said
 
     def tapped(self) -> States:
         """The states [n, D] that the last call took at the tap; a copy."""
@@ -316,6 +355,13 @@ class Segment:
             parameters.cb_eval = ctypes.cast(self._callback.callback, type(parameters.cb_eval))
             parameters.cb_eval_user_data = self._callback.user_data
         return parameters
+
+
+def _refused(rows: int, row: _Row, code: int) -> InputError:
+    return InputError(
+        f"llama.cpp refused {rows} rows at position {row.length} (code {code}).",
+        "Give a longer context, e.g. context=4096.",
+    )
 
 
 _SEVERAL_AXES = (8, 40)

@@ -40,9 +40,7 @@ class _Seen:
     logits: Array
 
 
-def call_sizes(
-    segments: Sequence[Segment], probe: States, *, drafts: bool = False
-) -> CallSizes:
+def call_sizes(segments: Sequence[Segment], probe: States, *, drafts: bool = False) -> CallSizes:
     """How many tokens may share a call above the first exit, as `CallSizes` has it.
 
     probe: states [`AT_ONCE`, D] that enter the first segment. drafts: whether several tokens of a

@@ -68,7 +68,7 @@ def _digest(
     asked = [*compiler, "--version"]
     version = subprocess.run(asked, check=True, capture_output=True, timeout=60).stdout
     digest = hashlib.sha256(repr(command).encode() + version)
-    others = () if headers is None else headers.glob("ggml*.h")
+    others = [] if headers is None else [*headers.glob("ggml*.h"), *headers.glob("llama.h")]
     for file in (source, *sorted(source.parent.glob("*.h")), *sorted(others)):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

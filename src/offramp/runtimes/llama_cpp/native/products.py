@@ -11,11 +11,10 @@ import ctypes
 import functools
 import platform
 import sys
-from pathlib import Path
 from typing import Any
 
 from offramp.runtimes.llama_cpp.native.compiling import compiled
-from offramp.runtimes.llama_cpp.packages import import_llama_cpp
+from offramp.runtimes.llama_cpp.packages import headers
 
 _AVX2 = ("-mtune=native", "-mavx2", "-mf16c", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
@@ -75,9 +74,8 @@ def instructions() -> str:
 @functools.cache
 def _native() -> Any:
     """The compiled kernels; None where there are none that this processor runs."""
-    headers = Path(import_llama_cpp().__file__).parents[1] / "include"
     for flags in _INSTRUCTIONS:
-        native: Any = compiled("products", flags, headers)
+        native: Any = compiled("products", flags, headers())
         if native is None:
             continue
         native.offramp_products_instructions.restype = ctypes.c_char_p

@@ -1,0 +1,67 @@
+// The drafts of an exit that drafts on, in one loop: between two of Python's calls a small layer has
+// long been computed.
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "llama.h"
+#include "tap.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define WIDEST __attribute__((target_clones("avx512f", "avx2,fma", "default")))
+#else
+#define WIDEST
+#endif
+
+struct drafts {
+    int32_t (*decode)(struct llama_context *, struct llama_batch);
+    float * (*logits)(struct llama_context *);
+    struct llama_context * context;
+    struct tap * tap;         // behind the layer
+    size_t width, words;      // of states, and how many words there are to say
+    const float * of_words;   // [words, width]: what a word adds to what enters the layer
+    const float * of_states;  // [width, width]: row i is what number i of a normed state adds
+    float state_scale;        // how many times as large the tap's states are
+};
+
+// word [width], and what a state [width] adds, normed by its root mean square.
+WIDEST static void enter(const struct drafts * d, const float * word, const float * state, float * into) {
+    const size_t width = d->width;
+    double squares = 0;
+    for (size_t i = 0; i < width; i++) squares += (double) state[i] * state[i];
+    const double scale = d->state_scale;
+    const float norm = 1 / (sqrt(squares / (scale * scale) / width + FLT_EPSILON) * scale);
+    for (size_t j = 0; j < width; j++) into[j] = word[j];
+    for (size_t i = 0; i < width; i++) {
+        const float times = state[i] * norm;
+        const float * row = d->of_states + i * width;
+        for (size_t j = 0; j < width; j++) into[j] += times * row[j];
+    }
+}
+
+WIDEST static int32_t largest(const float * numbers, size_t count) {
+    size_t at = 0;
+    for (size_t i = 1; i < count; i++)
+        if (numbers[i] > numbers[at]) at = i;
+    return at;
+}
+
+// Write up to `most` words, or to one of which `ends` [words] is true, into `said`; how many, or -1
+// where llama.cpp refused a row. batch: of one row, whose logits are asked for. positions: [axes,
+// most] of the rows. word, state: [width], of the first row.
+int32_t offramp_drafts(const struct drafts * d, const struct llama_batch * batch, const int32_t * positions,
+                       size_t axes, const float * word, const float * state, const bool * ends, size_t most,
+                       int32_t * said) {
+    for (size_t n = 0; n < most; n++) {
+        enter(d, word, state, batch->embd);
+        for (size_t axis = 0; axis < axes; axis++) batch->pos[axis] = positions[axis * most + n];
+        d->tap->held = 0;
+        if (d->decode(d->context, *batch) != 0) return -1;
+        said[n] = largest(d->logits(d->context), d->words);
+        if (ends[said[n]]) return n + 1;
+        word = d->of_words + said[n] * d->width;
+        state = (const float *) d->tap->into;
+    }
+    return most;
+}
