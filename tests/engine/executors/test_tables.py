@@ -150,3 +150,21 @@ def test_a_module_with_hooks_is_called_as_it_is(backbone):
         assert bare(layer, own).mlp is layer.mlp
     finally:
         layer.mlp.eval()
+
+
+@pytest.mark.skipif(not torch._C.has_mkl, reason="another library multiplies here")
+@pytest.mark.parametrize("shape", [(1, 3), (2,), (3, 1)])
+def test_two_or_three_rows_are_multiplied_as_four(shape, monkeypatch):
+    made, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, *by: (made.append(x.shape), linear(x, *by))[1]
+    )
+    for module in (torch.nn.Linear(256, 512), torch.nn.Linear(256, 512, bias=False)):
+        states = torch.randn(*shape, 256)
+        with torch.inference_mode():
+            torch.testing.assert_close(bare(module.eval(), "")(states), module(states))
+        assert made[-2:] == [(4, 256), states.shape]
+    small, one = torch.nn.Linear(64, 64).eval(), torch.randn(1, 256)
+    assert type(bare(small, "")).forward is torch.nn.Linear.forward
+    bare(module, "")(one)
+    assert made[-1] == one.shape
