@@ -220,9 +220,7 @@ class Verification:
         apart = self._each(partial(self._off, policy, noted))
         return _compared(mode, against, promised, alone[mode], theirs, apart)
 
-    def _of_runtime(
-        self, runtime: Runtime, made: Mapping[str, Any], own: Any
-    ) -> list[PathResult]:
+    def _of_runtime(self, runtime: Runtime, made: Mapping[str, Any], own: Any) -> list[PathResult]:
         """Single answers of what decodes in PyTorch's place: lossless and guesses to its own,
         which are the model's as far as its numbers are."""
         same = self._exact and "graphs" in runtime.name

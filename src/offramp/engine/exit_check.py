@@ -123,9 +123,7 @@ class ExitCheck:
         """Logits [B, S] of the tokens that the exit can say: those of the shortlist, or all."""
         if self.made is not None:
             return self.made
-        return self.scorer.backbone.logits(
-            self.features, self.scorer.head, code=self.scorer.code
-        )
+        return self.scorer.backbone.logits(self.features, self.scorer.head, code=self.scorer.code)
 
     @cached_property
     def logits(self) -> Tensor:

@@ -77,9 +77,7 @@ def lossless_worth(
         chosen = policy.in_mode(mode)
 
         def run(given: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-            output = runtime.generate(
-                given, policy=chosen, stopping_criteria=stop, **options
-            )
+            output = runtime.generate(given, policy=chosen, stopping_criteria=stop, **options)
             if mode == "lossless":
                 made.append(output.rounds)
             return output.new_tokens.flatten()

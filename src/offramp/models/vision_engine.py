@@ -249,9 +249,7 @@ class _Stops(nn.Module):
         raise _Called(_Call.of(args, kw))
 
 
-def _watched(
-    model: nn.Module, path: str, tower: nn.Module, example: Any
-) -> tuple[_Call, _Outputs]:
+def _watched(model: nn.Module, path: str, tower: nn.Module, example: Any) -> tuple[_Call, _Outputs]:
     """How the model calls its tower for an example, with two pictures that are drawn in place of
     the example's, and what it gets."""
     if example is None:

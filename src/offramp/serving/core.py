@@ -267,9 +267,7 @@ class EngineCore(Jobs):
                 sampler = Sampler(prepared, noise=job.noise(prepared), on_token=job.settled)
                 job.put(prepared.ids)
                 opening = first_thresholds(self.backbone, policy)
-                prompt, [first] = self.decoder.read(
-                    reads, given, [sampler], rule, first=opening
-                )
+                prompt, [first] = self.decoder.read(reads, given, [sampler], rule, first=opening)
         finally:
             self._reading = None
         length = self._host.columns(prompt)

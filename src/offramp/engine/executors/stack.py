@@ -299,9 +299,7 @@ class StackExecutor(SegmentRunner):
             row.waits[segment], row.begin[segment] = [], column
         row.waits[segment].append(part)
 
-    def _call(
-        self, row: _Row, running: range, kw: dict[str, Any], passing: Passing = ""
-    ) -> Tensor:
+    def _call(self, row: _Row, running: range, kw: dict[str, Any], passing: Passing = "") -> Tensor:
         """One call of the stack; final-normed states [n, D], void where the last layer did not
         run."""
         self._running, self._passing = running, passing

@@ -275,9 +275,7 @@ class _Says(nn.Module):
         return self._words.expand(*hidden.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
-def _readout(
-    model: Any, head: Call, logits: Tensor, example: Mapping[str, Any]
-) -> dict[str, Any]:
+def _readout(model: Any, head: Call, logits: Tensor, example: Mapping[str, Any]) -> dict[str, Any]:
     """What the model does to what its head says, as fields of a `Family`: scale, cap, bias, and the
     tokens that are never said."""
     said = first_tensor(head.out)

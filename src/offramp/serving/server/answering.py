@@ -121,9 +121,7 @@ class Answering:
         handle.add_done_callback(lambda _: self._over(index))
         if handle.done():  # before the callback was there: no round comes that would hand it over
             self._service.outbox.flush()
-        stream = TextStream(
-            self._service.tokenizer, self._request.stops, exact=self._exact
-        )
+        stream = TextStream(self._service.tokenizer, self._request.stops, exact=self._exact)
         return _Choice(handle, how, inputs, Written(index), stream)
 
     def _tell(self, what: Event) -> None:  # in the engine's thread, mostly

@@ -236,9 +236,7 @@ class SlotExecutor(SegmentRunner):
         for segment, base in handle.base.items():
             handle.base[segment] = min(base, column)
 
-    def trial(
-        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]
-    ) -> Tensor:
+    def trial(self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]) -> Tensor:
         return self._pass(handles, columns, self._ids(ids))  # what it writes is written again
 
     def close(self) -> None:
@@ -488,16 +486,12 @@ class SlotExecutor(SegmentRunner):
 
     # -- one call ----------------------------------------------------------------------------
 
-    def _run_segment(
-        self, segment: int, call: Call, inputs: Tensor, looks: Looks
-    ) -> Output:
+    def _run_segment(self, segment: int, call: Call, inputs: Tensor, looks: Looks) -> Output:
         """Layers of a segment and the exit behind them, or the final norm."""
         running = range(self._bounds[segment], self._bounds[segment + 1])
         return self.run_layers(running, call, inputs, looks)
 
-    def run_layers(
-        self, running: range, call: Call, inputs: Tensor, looks: Looks
-    ) -> Output:
+    def run_layers(self, running: range, call: Call, inputs: Tensor, looks: Looks) -> Output:
         """Layers, and the exit behind them or the final norm, on token ids [n] or states [B, T, D].
 
         For programs, which know themselves where they write. running: from the first layer or an

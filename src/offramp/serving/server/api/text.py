@@ -16,9 +16,7 @@ class TextStream:
     special tokens, outer spaces, and what stands behind the first of the strings `stops`.
     exact: without the tokenizer's own clean-up, which moves spaces before marks."""
 
-    def __init__(
-        self, tokenizer: Any, stops: Sequence[str] = (), *, exact: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, exact: bool = False) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._more = {"clean_up_tokenization_spaces": False} if exact else {}
         self._ids: list[int] = []
