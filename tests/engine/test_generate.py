@@ -11,6 +11,7 @@ import torch
 from decoding import NEW, always
 from families import NAMES, PAD, WORDLESS
 from reference import Dice, Script, of_steps, probe
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.confidence import SCORES
 from offramp.engine.exit_check import ExitScorer
@@ -369,3 +370,24 @@ def test_what_is_longer_than_the_positions_is_refused(mode, backbone, exits, bat
               for n, v in inputs.items() if n in ("input_ids", "attention_mask")}  # fmt: skip
     with pytest.raises(InputError, match=f"{limit} positions"):
         generate(whole, {**inputs, **longer}, max_new_tokens=1, **run)
+
+
+def test_a_criterion_that_has_heard_enough_is_not_asked_again(backbone, batch):
+    class Ear(StoppingCriteria):
+        heard = False
+
+        def __init__(self, enough: int) -> None:
+            self.lengths, self.enough = [], enough
+
+        def __call__(self, ids, scores, **_):
+            self.lengths.append(ids.shape[1])
+            self.heard = len(self.lengths) == self.enough
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+    ears, inputs = [Ear(1), Ear(3), Ear(99)], batch("llava", 1)
+    made = generate(
+        backbone("llava"), inputs, stopping_criteria=StoppingCriteriaList(ears), max_new_tokens=NEW
+    )
+    start, count = inputs["input_ids"].shape[1] + 1, made.new_tokens.shape[1]
+    for ear in ears:
+        assert ear.lengths == [*range(start, start + min(ear.enough, count))]

@@ -39,12 +39,16 @@ Result = TypeVar("Result")
 class FirstToken(StoppingCriteria):
     """Stops nothing; notes when the first token was there: what follows is decoding alone.
 
-    clock: returns seconds.
+    clock: returns seconds. heard: there is nothing more to ask.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: float | None = None
         self._clock = clock
+
+    @property
+    def heard(self) -> bool:
+        return self.seconds is not None
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         if self.seconds is None:
