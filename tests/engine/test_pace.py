@@ -6,6 +6,7 @@ import time
 from functools import partial
 from random import Random
 
+import families
 import pytest
 import torch
 from families import one_row
@@ -296,3 +297,29 @@ def test_where_full_depth_cannot_be_tried_what_waits_goes_on_waiting(
     core.run()
     assert handle.result().output.depths.max() == 2
     assert core.calls["feed"] == 29 and core.calls["flush"] == core.calls["trial"] == 0
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.04])
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "llava", "qwen2.5-vl", "gemma3"])
+def test_what_waits_goes_on_waiting_while_full_depth_is_tried(
+    name, threshold, backbone, exits, batch, monkeypatch
+):
+    """Prompts too: a trial once took all that waited through the deep layers."""
+    for constant, value in {"WARM": 2, "SHARE": 0.5}.items():
+        monkeypatch.setattr(pace_module, constant, value)
+    whole, depth = backbone(name), families.depths(name)[0]
+    policy, tick = ExitPolicy({depth: threshold}), iter(range(1_000_000))
+    options = {"max_new_tokens": 12, "do_sample": False}
+    rows = [one_row(name, batch(name, 3), row) for row in range(3)]
+    core = EngineCore(
+        whole, exits(name), policy, EngineConfig(slots=3, limit=64), clock=lambda: next(tick)
+    )
+    handles = [core.add(Request(row, "early_exit", options=options)) for row in rows]
+    core.run()
+    assert core.calls["trial"] > 1 and core.calls["flush"] == 0
+    for row, handle in zip(rows, handles, strict=True):
+        given = handle.result().output
+        alone = generate(whole, row, exits=exits(name), policy=policy, **options)
+        assert torch.equal(given.sequences, alone.sequences)
+        assert torch.equal(given.depths, alone.depths)
+        assert threshold or given.depths[0, 1:].max() == depth

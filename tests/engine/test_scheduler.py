@@ -9,7 +9,7 @@ from offramp.errors import InputError
 
 
 def load(**more):
-    usual = {"rows": 4, "ready": 4, "idle": 0, "oldest": 0, "asks": True, "pending": 3}
+    usual = {"rows": 4, "ready": 4, "idle": 0, "oldest": 0, "asks": True}
     return Load(**{**usual, **more})
 
 

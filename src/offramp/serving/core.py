@@ -21,7 +21,7 @@ from offramp.engine.decoding.exit_reader import check_company
 from offramp.engine.decoding.pace import Pace
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler
-from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally
+from offramp.engine.decoding.scheduler import AT_ONCE, Call, Schedule, Tally
 from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
 from offramp.errors import InputError
@@ -130,10 +130,7 @@ class EngineCore(Jobs):
         pays = not exiting or self.pace.exits_pay(exiting=True)
         self.decoder.schedule = self._schedule if pays else AT_ONCE
         call = self.decoder.next_call()
-        trial = exits and call in ("feed", "full") and self._can_try and self.pace.wants_trial()
-        if trial and Load.of(sequences, self.config.longest).pending:
-            call, trial = "flush", False
-        if trial:
+        if exits and call in ("feed", "full") and self._can_try and self.pace.wants_trial():
             self._try_full_depth()
         before, settled = self.seconds[call], self._settled
         with self._timed(call):
@@ -154,7 +151,8 @@ class EngineCore(Jobs):
         return hasattr(self.decoder.executor, "trial")
 
     def _try_full_depth(self) -> None:
-        """Time a call at full depth. What it writes is written again by the calls that follow."""
+        """Time a call at full depth. What it writes is written again by the calls that follow, and
+        what it reads means nothing where columns wait below: it takes as long."""
         sequences, executor = self.decoder.sequences, cast(TriedExecutor, self.decoder.executor)
         with self._timed("trial"):
             begin = self.clock()

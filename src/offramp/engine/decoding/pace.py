@@ -1,8 +1,8 @@
 """Whether exits pay: found out from what calls take.
 
-While exits are used, the tokens that calls settle a second are counted. Now and then, with nothing
-waiting, a call at full depth is timed beside them. Where full depth is faster, exits are left out,
-and after some time tried again. No answer changes.
+While exits are used, the tokens that calls settle a second are counted. Now and then a call at full
+depth is timed beside them. Where full depth is faster, exits are left out, and after some time
+tried again. No answer changes.
 
 In a batch engine (`Pace`) a trial's token is not used, and whole requests are answered by the full
 model: those that name no mode, and lossless ones. Elsewhere lossless answers (`DraftPace`) write a
@@ -126,7 +126,7 @@ class Pace:
         return {"early_exit": early, "lossless": lossless, "full": self._full.speed}
 
     def wants_trial(self) -> bool:
-        """Whether full depth should be timed beside the exits, once nothing waits."""
+        """Whether full depth should be timed beside the exits."""
         if self._fixed or self._alike < WARM:
             return False
         return _due(self._full, self._rows, self._tried, self._total)

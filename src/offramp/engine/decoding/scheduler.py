@@ -21,15 +21,13 @@ whose turn it is (`due`); flush: of all. full: the next token of all through all
 
 class Load(NamedTuple):
     """The sequences under way. ready: can be fed. idle: cannot, before a deep call. oldest: calls
-    since the oldest question to the deep layers. asks: whether there is any. pending: columns that
-    wait before them."""
+    since the oldest question to the deep layers. asks: whether there is any."""
 
     rows: int
     ready: int
     idle: int
     oldest: int
     asks: bool
-    pending: int
 
     @classmethod
     def of(cls, rows: Many[Sequence], longest: int | None) -> Load:
@@ -40,7 +38,6 @@ class Load(NamedTuple):
             idle=sum(row.idle(longest) for row in rows),
             oldest=max(row.waited for row in rows),
             asks=any(row.asked for row in rows),
-            pending=sum(row.ran[0] - row.ran[-1] for row in rows),
         )
 
 

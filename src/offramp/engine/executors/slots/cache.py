@@ -213,11 +213,14 @@ class SlotCache:
             for mine in self.cross:
                 mine.grow(self.encoder_columns)
         for mine, entry in zip(self.cross, source.layers, strict=False):
-            if entry.is_initialized:
-                keys, values = entry.keys[row : row + 1], entry.values[row : row + 1]
-                if real is not None:
-                    keys, values = keys[:, :, real], values[:, :, real]
-                mine.load(slot, keys, values, 0)
+            if not entry.is_initialized:  # the prompt waits before it; a trial may run it even so
+                if not mine.is_initialized:
+                    mine.lazy_initialization(made[0].keys, made[0].values)
+                continue
+            keys, values = entry.keys[row : row + 1], entry.values[row : row + 1]
+            if real is not None:
+                keys, values = keys[:, :, real], values[:, :, real]
+            mine.load(slot, keys, values, 0)
         self.encoder_lengths[slot] = length
 
     def reserve(self, columns: int) -> None:
