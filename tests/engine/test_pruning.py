@@ -248,9 +248,7 @@ def test_those_go_on_that_the_last_token_attends_to_most(backbone, exits, batch,
 
 def test_lossless_answers_are_the_full_models_whatever_stays_behind(backbone, exits, batch):
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 4)
-    policy = ExitPolicy(
-        {2: 0.02}, lossless=True, visual_keep=0.25, visual_ranking="divprune"
-    )
+    policy = ExitPolicy({2: 0.02}, lossless=True, visual_keep=0.25, visual_ranking="divprune")
     made = generate(whole, inputs, exits=parts, policy=policy, max_new_tokens=NEW)
     assert torch.equal(made.sequences, greedy(whole.model, inputs))
     assert policy.in_mode("lossless").pruning is policy.in_mode("full").pruning is None

@@ -177,9 +177,7 @@ def test_what_is_not_the_towers_own_stays_in_pytorch(
     assert TOLERANCE < 1e-3
 
 
-def test_patches_of_any_size_stay_in_pytorch(
-    ort: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_patches_of_any_size_stay_in_pytorch(ort: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         backbone, _ = exported("qwen2.5-vl", ort)
     assert backbone.vision_engine == "torch"

@@ -25,7 +25,7 @@ def test_it_reads_as_markdown_on_a_terminal_and_escaped_on_a_page() -> None:
     )
     assert table.plain() == "mode          speed\nfull           1.0x\nearly <exit>   2.5x"
     page = render("exits", svg="", shares=table, tokens=2, mean_depth=1.0)
-    assert "<th scope=\"row\">early &lt;exit&gt;</th><td>2.5x</td>" in page
+    assert '<th scope="row">early &lt;exit&gt;</th><td>2.5x</td>' in page
 
 
 def test_a_row_has_a_cell_for_every_column() -> None:

@@ -94,9 +94,7 @@ def test_a_projector_of_another_model_is_refused(case: Case, tmp_path: Path) -> 
 def test_answers_are_the_models_own(case: Case, count: int, mode: str) -> None:
     _, inputs = asked(case, count)
     theirs = case.adapter.generate(inputs, mode=mode, max_new_tokens=12, do_sample=False)
-    ours = case.model.answer(
-        PROMPTS[count], case.files[:count], mode=mode, max_new_tokens=12
-    )
+    ours = case.model.answer(PROMPTS[count], case.files[:count], mode=mode, max_new_tokens=12)
     assert [step.token for step in ours.steps] == theirs.new_tokens[0].tolist()
     if mode == "early_exit":
         assert [step.depth for step in ours.steps] == theirs.depths[0].tolist()

@@ -54,9 +54,7 @@ def adapter_with(name: str) -> Adapter:
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_the_models_own_as_far_as_the_format_goes(name: str, tmp_path: Path) -> None:
     backbone = adapter_with(name).backbone
-    far = {
-        kind: export_vision(backbone, tmp_path / kind, kind, LOOKS) for kind in VISION_FORMATS
-    }
+    far = {kind: export_vision(backbone, tmp_path / kind, kind, LOOKS) for kind in VISION_FORMATS}
     assert all(0 < far[kind] < NEAR[kind] for kind in VISION_FORMATS), far
     assert far["f32"] < far["q8_0"] < far["q4_0"]
 
