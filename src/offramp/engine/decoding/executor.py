@@ -109,8 +109,8 @@ class TriedExecutor(Executor, Protocol):
     """One by which full depth can be tried beside the exits, to find out whether these pay."""
 
     def trial(self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]) -> Any:
-        """A `full` call to be timed, after which nothing has changed. Where columns wait above, what it
-        reads there means nothing."""
+        """A `full` call to be timed, after which nothing has changed. What it reads where columns
+        wait above means nothing."""
         ...
 
 
