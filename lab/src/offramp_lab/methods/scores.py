@@ -68,4 +68,3 @@ def saturated(check: ExitCheck) -> Tensor:
     """`saturation` [B] of a check."""
     assert check.previous is not None
     return saturation(check.entry, check.previous)
-

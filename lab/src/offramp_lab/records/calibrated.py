@@ -138,9 +138,7 @@ def _calibrated(
         for i, calibration in enumerate(calibrations)
     }
     timed = [encoder.prompts([e]) for e in _examples("test", TIMED)]
-    timings = time_interleaved(
-        methods, timed, rounds=ROUNDS, progress=bar("timing"), clock=clock
-    )
+    timings = time_interleaved(methods, timed, rounds=ROUNDS, progress=bar("timing"), clock=clock)
     full = _answers(adapter, encoder, TEST, FULL)
     return [
         {"clock": named(clock)}

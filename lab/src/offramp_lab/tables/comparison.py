@@ -23,9 +23,7 @@ from offramp_lab.tables.markdown import (
 )
 
 
-def equal_quality(
-    curves: dict[str, Iterable[Value]], cell: Callable[[Value, str], str]
-) -> Table:
+def equal_quality(curves: dict[str, Iterable[Value]], cell: Callable[[Value, str], str]) -> Table:
     """A row for each objective and policy, the first model's fastest at 1% first. curves: by what
     the model's columns are headed."""
     all_of = [by(some, "objective", "policy") for some in curves.values()]

@@ -222,24 +222,32 @@ def corrupted(name: str) -> Table:
     return Table.of(first, {"corruption": str, **told})
 
 
-def regimes(name: str) -> Table:
-    """Regimes of equal training, side by side."""
+def regimes(*names: str) -> Table:
+    """Regimes of equal training, side by side, of one record or of several."""
 
     def point(place: int, regime: Value) -> str:
         row = regime["points"][place]
         if not row["thresholds"]:
             return "off"
-        return f"{times(row['speedup_decode'])}, {row['cider_drop']:+.1%}"
+        drop, ends = f"{row['cider_drop']:+.1%}", row.get("cider_drop_interval")
+        drop = with_range(drop, ends, "+.1%") if ends else drop
+        return f"{times(row['speedup_decode'])}, {drop}"
 
-    matched = list(record(name)["regimes"].values())
+    rows = [
+        {"depths": record(name)["depths"], **regime}
+        for name in names
+        for regime in record(name)["regimes"].values()
+    ]
     return Table.of(
-        matched,
+        rows,
         {
             "regime": lambda regime: regime["regime"],
+            "exit at": lambda regime: ", ".join(map(str, regime["depths"])),
+            "training, s": lambda regime: f"{regime['training_seconds']:,.0f}",
             "agreement": lambda regime: ", ".join(f"{a:.1%}" for a in regime["agreement"].values()),
             **{
                 row["chosen_by"]: partial(point, place)
-                for place, row in enumerate(matched[0]["points"])
+                for place, row in enumerate(rows[0]["points"])
             },
         },
     )

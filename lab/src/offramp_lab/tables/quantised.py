@@ -132,9 +132,7 @@ def schemes(model: str) -> Table:
             f"{row['tensors'] - row['unmoved']} of {row['tensors']}"
         ),
         "saved and loaded": lambda row: (
-            "yes"
-            if row["kept"] == row["tensors"]
-            else f"{row['kept']} of {row['tensors']} tensors"
+            "yes" if row["kept"] == row["tensors"] else f"{row['kept']} of {row['tensors']} tensors"
         ),
         "full": partial(_mode, "full"),
         "early exit": partial(_mode, "early_exit"),

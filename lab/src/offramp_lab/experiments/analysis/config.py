@@ -56,6 +56,7 @@ class AnalysisConfig:
         images = list(map(picture_of, examples))
         return Bootstrap(images, self.confidence, self.resamples, self.seed)
 
+
 DEFAULT = AnalysisConfig()
 
 

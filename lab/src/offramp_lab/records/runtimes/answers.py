@@ -52,9 +52,7 @@ def answers(bench: Bench) -> dict[str, Any]:
     kept, policies = kept_answers(bench), bench.policies
     sources = {(IN_TORCH, "float32"): in_torch(bench, kept)}
     sources |= {(IN_LLAMA, layers): in_llama(bench, layers, kept) for layers in FORMATS}
-    given: dict[Name, list[Answer]] = {
-        (*source, mode): [] for source in sources for mode in MODES
-    }
+    given: dict[Name, list[Answer]] = {(*source, mode): [] for source in sources for mode in MODES}
     del given[IN_TORCH, "float32", "lossless"]
     photographs = bench.photographs
     for start in tqdm(range(0, len(photographs), AT_ONCE), "answers", disable=None):
@@ -106,4 +104,3 @@ def worth(value: Measure, whole: Measure) -> dict[str, Any]:
         "drop": 1 - value.value / whole.value,
         "difference_interval": interval(value, minus=whole),
     }
-
