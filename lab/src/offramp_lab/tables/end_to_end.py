@@ -16,11 +16,13 @@ from offramp_lab.tables.markdown import (
 STOCK, ALONE = "generate", "llama.cpp alone"
 RUN_WHOLE, EARLY = "early exit, prompt run whole", "early exit"
 TORCH, ENGINE, ROUNDED = "torch", "onnxruntime", "openvino-bf16"
+ZEN5 = "end_to_end-zen5"
+"""The record of an earlier version on another processor."""
 NAMES = {STOCK: "Hugging Face's `generate`", ALONE: "llama.cpp alone", "PyTorch": "PyTorch"}
 
 
-def _entries(part: str) -> list[Value]:
-    found: list[Value] = record("end_to_end")[part]
+def _entries(part: str, name: str = "end_to_end") -> list[Value]:
+    found: list[Value] = record(name)[part]
     return found
 
 
@@ -104,13 +106,15 @@ def together() -> Table:
     )
 
 
-def _captioned(*way: str) -> Value:
-    """way: engine, mode and tower."""
-    return by(_entries("captioned"), "engine", "mode", "tower")[way]
+def _captioned(*way: str, name: str = "end_to_end") -> Value:
+    """way: engine, mode and tower. name: of the record."""
+    return by(_entries("captioned", name), "engine", "mode", "tower")[way]
 
 
-def _whole(engine: str, mode: str, over: str, tower: str = ENGINE) -> Make:
-    return lambda: times_with_range(_captioned(engine, mode, tower)[over])
+def _whole(
+    engine: str, mode: str, over: str, tower: str = ENGINE, name: str = "end_to_end"
+) -> Make:
+    return lambda: times_with_range(_captioned(engine, mode, tower, name=name)[over])
 
 
 def _own_tower() -> str:
@@ -130,4 +134,6 @@ FIGURES: dict[str, Make] = {
     "end-to-end-q8_0-tower": _whole("q8_0", EARLY, "over_alone_same_tower"),
     "end-to-end-bf16": _whole("q8_0", EARLY, "over_alone", ROUNDED),
     "end-to-end-bf16-tower": _whole("q8_0", EARLY, "over_alone_same_tower", ROUNDED),
+    "end-to-end-zen5": _whole("q8_0", EARLY, "over_alone", name=ZEN5),
+    "end-to-end-zen5-bf16": _whole("q8_0", EARLY, "over_alone", ROUNDED, ZEN5),
 }
