@@ -168,3 +168,7 @@ def test_two_or_three_rows_are_multiplied_as_four(shape, monkeypatch):
     assert type(bare(small, "")).forward is torch.nn.Linear.forward
     bare(module, "")(one)
     assert made[-1] == one.shape
+    plain = bare(module, "", fill=False)
+    with torch.inference_mode():
+        plain(states)
+    assert made[-1] == states.shape

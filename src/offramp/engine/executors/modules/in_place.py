@@ -102,18 +102,18 @@ class BareModules(dict[Any, Any]):
         return made
 
 
-def bare(module: nn.Module, caller: str) -> nn.Module:
+def bare(module: nn.Module, caller: str, *, fill: bool = True) -> nn.Module:
     """The twin of a module; the module itself where something stands around its `forward`.
 
-    caller: the Python module of the code that calls it.
+    caller: the Python module of the code that calls it. fill: whether linears may be `FilledLinear`.
     """
     if not _is_plain(module):
         return module
-    kind: Any = FilledLinear if _gains_by_filling(module) else type(module)
+    kind: Any = FilledLinear if fill and _gains_by_filling(module) else type(module)
     made: Any = object.__new__(_straight(kind, kind.forward.__module__ == caller))
     made.__dict__.update(module.__dict__)
     parts = {
-        name: None if part is None else bare(part, kind.forward.__module__)
+        name: None if part is None else bare(part, kind.forward.__module__, fill=fill)
         for name, part in module._modules.items()
     }
     made.__dict__["_modules"] = parts
@@ -186,7 +186,7 @@ class _Compiled:
         return code(*inputs, *self.weights)
 
     def _compile(self, inputs: Sequence[Tensor], run: Run, lengths: dict[int, int]) -> Code:
-        twin = bare(self.module, type(self.module).__module__)
+        twin = bare(self.module, type(self.module).__module__, fill=False)
         places = tensors_of(twin)
 
         def traced(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
