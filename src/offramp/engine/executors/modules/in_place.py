@@ -105,7 +105,7 @@ class BareModules(dict[Any, Any]):
 def bare(module: nn.Module, caller: str, *, fill: bool = True) -> nn.Module:
     """The twin of a module; the module itself where something stands around its `forward`.
 
-    caller: the Python module of the code that calls it. fill: whether linears may be `FilledLinear`.
+    caller: the Python module of the code that calls it. fill: whether linears may be filled up.
     """
     if not _is_plain(module):
         return module
