@@ -269,14 +269,14 @@ class Segment:
         """
         row = self._rows[slot]
         self._look_ahead(False)
-        positions = np.ascontiguousarray(row.positions[:, row.length : row.length + most])
+        positions = row.positions[:, row.length : row.length + most]
+        positions = np.ascontiguousarray(positions, dtype=np.int32)
         word, state = self._input_scale * word, self._state_scale * state
         batch = self._batch.fill(word[None], None, positions[:, :1], [Part(slot, word[None], 1, 0)])
         said = loop.run(batch, positions, word, state, ends)
+        self._lib.llama_memory_seq_rm(self._memory, slot, int(positions[0, 0]), -1)
         if said is None:
             raise _refused(1, row, -1)
-        row.length += len(said)
-        self.crop(len(said), slot)
         return said
 
     def tapped(self) -> States:
