@@ -8,8 +8,8 @@ with a core more for the clients: `taskset -c 0,1 python -m offramp_lab.records.
 minutes).
 
 The model is tiny-opt, whose layers take a tenth of a millisecond: the harshest case for what Python
-does around them. --photo FOLDER: the photo model that stands there, on photographs of --data, in
-its place. --requests: for each number of clients and mode. --rounds: of all.
+does around them. --photo photo: the photo model in bfloat16, on photographs of --data, in its
+place. --requests: for each number of clients and mode. --rounds: of all.
 """
 
 import argparse
@@ -92,7 +92,8 @@ def photo(arguments: argparse.Namespace) -> Served:
         Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))
         for n, row in enumerate(rows)
     ]
-    words = ["examples.photo_vlm.exits", "serve", str(exits), "--backbone", str(model)]
+    words = ["examples.photo_vlm.exits", "serve", str(exits)]
+    words += ["--backbone", str(model), "--dtype", "bfloat16"]
     return Served("photo model", words, adapter, encoder, asked)
 
 
