@@ -5,13 +5,13 @@ Every choice gives the same output, so time alone decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy, Thresholds
+from offramp.answers import Runtime
+from offramp.engine.policy import FULL, ExitPolicy, Thresholds
 from offramp.errors import DataError
 from offramp.evaluation.timing import GenerateFn, exit_generate_fn, speedup, time_interleaved
 
@@ -54,24 +54,27 @@ def draft_speeds(
     thresholds: Sequence[float] = THRESHOLDS,
     rounds: int = 3,
     progress: Any = iter,
+    runtime: Runtime | None = None,
     **options: Any,
 ) -> list[Drafting]:
     """Time lossless decoding by each of `draft_policies`, interleaved, and the fastest of them by
     every `LONGEST`; the fastest first.
 
-    inputs: processor output, batch 1 each, like the prompts to come. options: of generation.
+    inputs: processor output, batch 1 each, like the prompts to come. runtime: what answers in the
+    adapter's place; None: PyTorch. options: of generation.
 
     Raises:
         DataError: no inputs.
     """
     sweep = [(Thresholds(p.drafts), p) for p in draft_policies(adapter, thresholds)]
-    found = _timed(adapter, sweep, inputs, rounds, progress, options)
+    early = _answering(adapter, runtime, options)
+    found = _timed(early, sweep, inputs, rounds, progress)
     if adapter.exits.draft_on:
         return found
     best = replace(sweep[0][1], drafts=found[0].thresholds)
     lengths = [n for n in LONGEST if n != best.max_draft]
     sweep = [(found[0].thresholds, replace(best, max_draft=most)) for most in lengths]
-    found += _timed(adapter, sweep, inputs, rounds, progress, options)
+    found += _timed(early, sweep, inputs, rounds, progress)
     return sorted(found, key=lambda one: -one.speedup)
 
 
@@ -106,11 +109,12 @@ def guess_speeds(
     thresholds: Sequence[float] = THRESHOLDS,
     rounds: int = 3,
     progress: Any = iter,
+    runtime: Runtime | None = None,
     **options: Any,
 ) -> list[Drafting]:
     """Time early exit by each of `guess_policies`, as `draft_speeds` does; the fastest first."""
     sweep = [(Thresholds(p.guesses), p) for p in guess_policies(adapter, thresholds)]
-    return _timed(adapter, sweep, inputs, rounds, progress, options)
+    return _timed(_answering(adapter, runtime, options), sweep, inputs, rounds, progress)
 
 
 def with_guesses(adapter: Adapter, guessing: Sequence[Drafting]) -> Adapter:
@@ -118,22 +122,34 @@ def with_guesses(adapter: Adapter, guessing: Sequence[Drafting]) -> Adapter:
     return adapter.with_policy(replace(adapter.policy, guesses=guessing[0].thresholds))
 
 
+def _answering(
+    adapter: Adapter, runtime: Runtime | None, options: Mapping[str, Any]
+) -> Callable[[ExitPolicy], GenerateFn]:
+    """Generation by a policy."""
+    if runtime is None:
+        return lambda policy: exit_generate_fn(
+            adapter.backbone, None if policy is FULL else adapter.exits, policy, **options
+        )
+    return lambda policy: (
+        lambda inputs, stop: runtime.generate(
+            inputs, policy=policy, stopping_criteria=stop, **options
+        ).new_tokens.flatten()
+    )
+
+
 def _timed(
-    adapter: Adapter,
+    early: Callable[[ExitPolicy], GenerateFn],
     sweep: Sequence[tuple[Thresholds, ExitPolicy]],
     inputs: Sequence[Mapping[str, Any]],
     rounds: int,
     progress: Any,
-    options: Mapping[str, Any],
 ) -> list[Drafting]:
     """How fast the policies of a sweep decode, all interleaved; the fastest first."""
     if not inputs:
         raise DataError("There are no prompts to draft on.", "Give some, like those to come.")
-    early = partial(exit_generate_fn, adapter.backbone, adapter.exits)
-    ways: dict[str, GenerateFn] = {
-        "full": exit_generate_fn(adapter.backbone, **options),
-        **{str(n): early(policy=policy, **options) for n, (_, policy) in enumerate(sweep)},
-    }
+    ways = {
+        "full": early(FULL), **{str(n): early(policy) for n, (_, policy) in enumerate(sweep)}
+    }  # fmt: skip
     timings = time_interleaved(ways, inputs, rounds=rounds, progress=progress)
     full = timings["full"].decode
     found = [

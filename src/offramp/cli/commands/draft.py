@@ -7,15 +7,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import adapter_folder, load_adapter, read_data
-from offramp.cli.options import add_command, data_options, model_options
+from offramp.cli.options import ENGINES, add_command, data_options, model_options
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
 
 log = logging.getLogger(__name__)
-ROUNDS = 3
-"""Of timing."""
+ROUNDS, CONTEXT = 3, 2048
+"""Of timing; the longest prompt with its answer, in tokens, of a runtime other than torch."""
 
 
 def add(commands: Any) -> None:
@@ -24,14 +25,16 @@ def add(commands: Any) -> None:
         "draft",
         "Find how lossless decoding, and early exit that goes on from guesses, are fastest on this "
         "machine, and store it in the adapter. No choice changes an answer.",
-        "offramp draft --adapter exits --data held_out.jsonl",
+        "offramp draft --adapter exits --data held_out.jsonl\n"
+        "  offramp draft --adapter exits --engine llama.cpp --gguf exits-q4_1 "
+        "--data held_out.jsonl --out exits-q4",
         _draft,
         _options,
     )
 
 
 def _options(parser: Parser) -> None:
-    model_options(parser, required=False, adapter=True)
+    model_options(parser, required=False, adapter=True, engines=ENGINES)
     data_options(parser, "images that training has not seen, like those to come", limit=10)
     group = parser.add_argument_group("timing and output")
     group.add_argument(
@@ -40,6 +43,7 @@ def _options(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
     overwrite_option(group)
+    runtime_options(parser, sized=False)
 
 
 def _draft(arguments: argparse.Namespace) -> None:
@@ -50,22 +54,27 @@ def _draft(arguments: argparse.Namespace) -> None:
         with_drafts,
         with_guesses,
     )
+    from offramp.engine.decoding.pace import drafting
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
 
+    check_runtime(arguments)
     out = adapter_folder(arguments)
     items = read_data(arguments, require_answers=False)
     adapter, processor = load_adapter(arguments)
     encoder = InputProcessor(adapter.backbone, processor)
     inputs = [encoder.prompts([item.example]) for item in items]
-    _say_how_long(adapter, inputs, arguments)
+    runtime = load_runtime(arguments, adapter, context=CONTEXT, threads=1)
+    _say_how_long(adapter, runtime, inputs, arguments)
     options: dict[str, Any] = {
+        "runtime": runtime,
         "rounds": ROUNDS,
         "progress": lambda rounds: progress(rounds, "timing"),
         "max_new_tokens": arguments.max_new_tokens,
         "do_sample": False,
     }
-    draftings = draft_speeds(adapter, inputs, **options)
+    with drafting(*filter(None, [runtime])):
+        draftings = draft_speeds(adapter, inputs, **options)
     chosen = with_drafts(adapter, draftings)
     better = chosen is not adapter
     rows: list[dict[str, Any]] = [
@@ -82,10 +91,12 @@ def _draft(arguments: argparse.Namespace) -> None:
     if chosen.policy != adapter.policy:
         chosen.save(out)
         log.info("Written to %s.", out)
-    say_next(f"offramp generate --adapter {out} --image dog.jpg --mode lossless")
+    here = "" if runtime is None else f" --engine {arguments.engine}"
+    here += "" if arguments.gguf is None else f" --gguf {arguments.gguf}"
+    say_next(f"offramp generate --adapter {out}{here} --image dog.jpg --mode lossless")
 
 
-def _say_how_long(adapter: Any, inputs: Any, arguments: argparse.Namespace) -> None:
+def _say_how_long(adapter: Any, runtime: Any, inputs: Any, arguments: argparse.Namespace) -> None:
     """From one answer of the full model, which is about as long as any way of drafting takes."""
     import time
 
@@ -98,7 +109,7 @@ def _say_how_long(adapter: Any, inputs: Any, arguments: argparse.Namespace) -> N
     if not adapter.exits.draft_on:
         ways += len(LONGEST)
     begin = time.perf_counter()
-    adapter.generate(
+    (runtime or adapter).generate(
         inputs[0], policy=FULL, max_new_tokens=arguments.max_new_tokens, do_sample=False
     )
     answers = ways * (min(3, len(inputs)) + ROUNDS * len(inputs))
