@@ -8,6 +8,7 @@ from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, time
 WAYS = {
     "exit, as stored": "exit, by its threshold",
     "table": "the table alone",
+    "drafting, 3": "3 drafts",
     "drafting, 4": "4 drafts",
     "drafting, 5": "5 drafts",
 }
