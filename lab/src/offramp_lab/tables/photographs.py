@@ -331,6 +331,7 @@ TABLES: dict[str, MakeTable] = {
     "photo-exits-lossless": partial(lossless, "photo-exits"),
     "photo-corrupted": partial(corrupted, "photo"),
     "photo-exits-corrupted": partial(corrupted, "photo-exits"),
+    "photo-regimes": partial(regimes, "photo-regimes", "photo-depth-4"),
     "photo-regimes-earlier": partial(regimes, "photo-regimes-earlier"),
     "photo-depths": partial(by_depth, "photo"),
     "photo-exits-depths": partial(by_depth, "photo-exits", every=4),
