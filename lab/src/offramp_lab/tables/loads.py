@@ -4,7 +4,7 @@ from typing import Any
 
 from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, record
+from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, record, times_with_range
 
 FEW = 20
 """Tokens, of which a share says little."""
@@ -103,15 +103,14 @@ def single() -> Table:
                 full = speeds[f"{weights}full"]
                 guesses = (n for n in speeds if n.startswith(f"{weights}guesses {threshold} "))
                 best = max(guesses, key=lambda name: speeds[name])
-                exits = [speeds[f"{weights}{n}"] for n in (f"early exit {threshold}", "lossless")]
-                exits.append(speeds[best])
+                ways = [f"{weights}early exit {threshold}", f"{weights}lossless", best]
                 rows.append(
                     (
                         f"{dtype}, {threshold}",
                         weights.strip() or "plain",
                         times(full),
-                        *(times(speed / full) for speed in exits),
-                        bold(times(max(exits))),
+                        *(times_with_range(run["ways"][way]["over_own"]) for way in ways),
+                        bold(times(max(speeds[way] for way in ways))),
                         f"{run['ways'][best]['same']} of {run['photographs']}",
                     )
                 )

@@ -25,6 +25,7 @@ from offramp.evaluation.timing import (
     Timing,
     exit_generate_fn,
     speedup,
+    speedup_interval,
     stock_generate_fn,
     time_interleaved,
 )
@@ -98,15 +99,20 @@ def _way(subject: Subject, name: str, policy: ExitPolicy) -> GenerateFn:
 
 
 def compared(timings: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
-    """Speed of every way against the full model's, decoding and end to end; how many answers are
-    the same with guesses."""
+    """Speed of every way against the full model's, decoding and end to end; decoding against full
+    depth by the same products, with its interval over photographs; how many answers are the same
+    with guesses."""
     full = timings["full"]
     rows: dict[str, dict[str, Any]] = {}
     for name, timing in timings.items():
+        products = next((p for p in ("prepacked ", "compiled ") if name.startswith(p)), "")
+        own = timings[f"{products}full"]
+        low, high = speedup_interval(own, timing) or (float("nan"),) * 2
         rows[name] = {
             "speedup": speedup(full.decode, timing.decode),
             "end_to_end": speedup(full.seconds, timing.seconds),
             "tokens_per_second": timing.tokens_per_second,
+            "over_own": {"times": speedup(own.decode, timing.decode), "low": low, "high": high},
         }
         if "guesses" in name:
             alone = timings[f"early exit {name.split('guesses ')[1].split()[0]}"].answers
