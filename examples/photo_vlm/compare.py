@@ -1,7 +1,7 @@
 """Hold FREE against other objectives and policies on photographs, by speed at equal CIDEr.
 
 FREE learns from the captions that the model is sure of, without labels; cross-entropy reads all
-captions that people wrote, or those of a tenth of the photographs. Takes about two hours of one
+captions that people wrote, or those of a tenth of the photographs. Takes about six hours of one
 core; cut off, it goes on where it stopped. Then: python -m offramp_lab.pages.readme
 """
 
@@ -28,7 +28,7 @@ RECORD = Path("lab/records/compare-photo.json")
 PLAN = Plan(
     objectives=(
         "logit_lens", "cross_entropy", "cross_entropy_few", "cross_entropy_own", "distillation",
-        "free",
+        "free", "free_next_layer",
     ),
     policies=("patience", "agreement", "saturation"),
     pairs=(("logit_lens", "saturation"),),
@@ -36,15 +36,15 @@ PLAN = Plan(
     several=(8, 16, 24),
     quantiles=(0.0, 0.1, 0.25, 0.4, 0.6, 0.8),
     training=TrainConfig(
-        regime="pseudo", min_confidence=0.35, initial_layer="closest", shortlist=2048, steps=2000,
-        learning_rate=5e-4, evaluate_every=200, patience=None, max_new_tokens=LONGEST["captions"],
+        regime="pseudo", min_confidence=0.35, initial_layer="closest", shortlist=2048, steps=4000,
+        learning_rate=5e-4, evaluate_every=400, patience=None, max_new_tokens=LONGEST["captions"],
         **FREE,
     ),
-    timed=50,
-    rounds=1,
+    timed=12,
+    rounds=3,
     max_new_tokens=LONGEST["captions"],
 )  # fmt: skip
-SIZES = (1500, 500)
+SIZES = (3000, 500)
 """Photographs to train and to test on."""
 QUICK = replace(
     PLAN,

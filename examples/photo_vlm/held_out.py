@@ -67,7 +67,7 @@ class Sizes:
 SMALL = Sizes(
     captions=800, questions=100, steps=1500, held_out=600, asked=200, timed=50, rounds=1, targets=()
 )  # fmt: skip
-"""To hold regimes against each other, in a quarter of an hour each."""
+"""To hold regimes against each other, in half an hour each."""
 MODEST = Sizes(
     captions=400, questions=40, steps=400, held_out=240, asked=60, timed=8, rounds=2,
     damaged=0, exact=24, curves=False, targets=(0.05,),
