@@ -73,7 +73,7 @@ def _draft(arguments: argparse.Namespace) -> None:
         "max_new_tokens": arguments.max_new_tokens,
         "do_sample": False,
     }
-    with drafting(*filter(None, [runtime])):
+    with drafting(runtime or adapter):
         draftings = draft_speeds(adapter, inputs, **options)
     chosen = with_drafts(adapter, draftings)
     better = chosen is not adapter

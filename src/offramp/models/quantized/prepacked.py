@@ -7,6 +7,7 @@ compiled models freeze; here every loop has it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,23 @@ from torch.nn import functional
 
 from offramp.errors import InputError
 
-_ROWS = 4
-"""Fewer tokens than these take longer than these do, on the processors that were measured."""
+ROWS = 4
+"""Fewer tokens than these take longer than these do, on the processors that were measured; by a
+plain product but for a single one."""
 LEAST = 2**19
 """Numbers of a weight in float32 below which a plain product of one token is faster."""
 _LAID_OUT_FOR = 16
 """Tokens that the layout is chosen for: it is as good for 1 to 64."""
+
+
+def filled_up(states: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a product of rows [N, in] makes of states [..., in]; it gets at least `ROWS`."""
+    rows = states.reshape(-1, states.shape[-1])
+    tokens = len(rows)
+    if tokens < ROWS:
+        rows = functional.pad(rows, (0, 0, 0, ROWS - tokens))
+    made = product(rows)
+    return made[:tokens].view(*states.shape[:-1], made.shape[-1])
 
 
 class PrepackedLinear(nn.Module):
@@ -43,14 +55,12 @@ class PrepackedLinear(nn.Module):
                 "Prepacked weights were to be trained through, and are for inference alone.",
                 "Train on the model as it was loaded, and prepack it afterwards.",
             )
-        rows = states.reshape(-1, self.in_features)
-        tokens = len(rows)
-        if tokens < _ROWS:
-            rows = functional.pad(rows, (0, 0, 0, _ROWS - tokens))
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self.weight, self.bias, "none", [], ""
+        return filled_up(
+            states,
+            lambda rows: torch.ops.mkldnn._linear_pointwise(
+                rows, self.weight, self.bias, "none", [], ""
+            ),
         )
-        return made[:tokens].view(*states.shape[:-1], self.out_features)
 
     def dense(self) -> Tensor:
         """The weight [out, in], bit for bit."""

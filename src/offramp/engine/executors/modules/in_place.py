@@ -32,6 +32,7 @@ from offramp.engine.kv_cache import CACHE_NAMES, self_attention
 from offramp.models.backbone import Backbone
 from offramp.models.exits import first
 from offramp.models.opened import HeadCode
+from offramp.models.quantized.prepacked import ROWS, filled_up
 
 BACKEND = "inductor"
 LONG = {
@@ -61,10 +62,8 @@ _GLOBAL_HOOKS = [getattr(torch_module, f"_global{table}") for table in _HOOKS]
 _CALLS = (nn.Module.__call__, GradientCheckpointingLayer.__call__)
 
 
-_FILLED, _LEAST = 4, 2**17
-"""Fewer rows than these take longer than these do, but for a single one, in weights of so many
-numbers: on the processors that were measured, MKL's product of three rows takes half as long
-again as that of four."""
+_LEAST = 2**17
+"""Numbers of a weight from which on two or three rows take longer than four, by MKL's product."""
 
 
 class FilledLinear(nn.Linear):
@@ -72,11 +71,9 @@ class FilledLinear(nn.Linear):
 
     def forward(self, states: Tensor) -> Tensor:
         tokens = states.numel() // self.in_features
-        if not 1 < tokens < _FILLED or states.requires_grad:
+        if not 1 < tokens < ROWS or states.requires_grad:
             return functional.linear(states, self.weight, self.bias)
-        rows = functional.pad(states.reshape(tokens, -1), (0, 0, 0, _FILLED - tokens))
-        made: Tensor = functional.linear(rows, self.weight, self.bias)
-        return made[:tokens].view(*states.shape[:-1], self.out_features)
+        return filled_up(states, lambda rows: functional.linear(rows, self.weight, self.bias))
 
 
 def _gains_by_filling(module: nn.Module) -> bool:
