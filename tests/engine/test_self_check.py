@@ -32,6 +32,11 @@ def test_all_of_decoding_is_the_models_own(name, rows):
     assert all(map(found.holds, outcomes)), found
 
 
+def test_a_batch_of_more_rows_than_tokens_is_checked_as_few_are():
+    _, found = checked("lfm2_vl", 12)
+    assert all(map(found.holds, (found.plain, found.exits, found.lossless))), found
+
+
 def test_a_cross_attention_layer_is_no_exit_and_keeps_the_images_keys():
     """Mllama: layer 4 attends to the image alone, so an exit at depth 4 is copied from layer 5."""
     whole, found = checked("mllama", 3)

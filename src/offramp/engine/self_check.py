@@ -226,7 +226,7 @@ class _Case:
             sequences = [decoder.join(prompt, 0, samplers[0], rule, firsts[0])]
             for written in decoder:
                 late = written.sequence is not sequences[0] or written.place < LATE
-                if waiting and not late:
+                while waiting and not late:
                     with torch.inference_mode():
                         row = waiting.pop()
                         mine = decoder.join(prompt, row, samplers[row], rule, firsts[row])
