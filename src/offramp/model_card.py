@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,10 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from offramp.certificate import Certificate
 from offramp.guarantee import Conditions, shown_conditions, standing
 from offramp.models.backbone import Backbone
+from offramp.models.hub import is_hub_name
 from offramp.save_and_load import AdapterParts
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 _UNSAID = {
     "measured": None, "risk": "?", "target": None, "answers": "?", "level": None, "method": "?",
@@ -75,10 +72,10 @@ def with_verified(card: str, certificate: Certificate) -> str:
 def card_data(backbone: str) -> ModelCardData:
     """The hub's metadata. The hub refuses a card whose base model is a local folder, so only a hub
     name is given."""
-    is_hub_name = _HUB_NAME.fullmatch(backbone) is not None and not Path(backbone).exists()
+    on_hub = is_hub_name(backbone)
     return ModelCardData(
-        base_model=backbone if is_hub_name else None,
-        base_model_relation="adapter" if is_hub_name else None,
+        base_model=backbone if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
         library_name="offramp",
         pipeline_tag="image-text-to-text",
         tags=["early-exit", "free", "speculative-decoding", "vision-language"],

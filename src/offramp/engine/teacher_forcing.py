@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offramp.data.example import Example
 from offramp.engine.kv_cache import cache_parameter, exits_only
-from offramp.engine.prefill import Prefill, prepare, without_inputs
+from offramp.engine.prefill import Prefill, image_tokens, prepare, without_inputs
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, first
@@ -45,6 +45,8 @@ class Batch:
     targets, mask: answer ids and which of them count [B, A]; pads never do.
     labelled: rows [B] whose answer a person wrote.
     prompt_kw, answer_kw: the stack's other arguments (masks, positions, encoder states).
+    prompt_ids: token ids of the prompt [B, P], -1 where no token of a text stands: a pad, an image,
+        the start of a decoder whose prompt an encoder reads.
     keys: the examples' keys, for error messages.
     """
 
@@ -56,6 +58,7 @@ class Batch:
     labelled: Tensor
     prompt_kw: dict[str, Any]
     answer_kw: dict[str, Any]
+    prompt_ids: Tensor
     keys: tuple[str, ...]
 
     @property
@@ -152,8 +155,21 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
         torch.tensor([row.labelled for row in rows], device=ids.device),
         _plain(without_inputs(prefill.prefill)),
         _plain(without_inputs(answer_kw)),
+        _text_ids(prompts, next(iter(prompt.values())), backbone),
         tuple(row.example.key for row in rows),
     )
+
+
+def _text_ids(prompts: Mapping[str, Any], states: Tensor, backbone: Backbone) -> Tensor:
+    """A batch's `prompt_ids`."""
+    ids, mask = prompts.get("input_ids"), prompts.get("attention_mask")
+    none = torch.full(states.shape[:2], -1, device=states.device)
+    if backbone.is_encoder_decoder or ids is None or ids.shape != none.shape:
+        return none
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    for mark in image_tokens(backbone.model.config):
+        real = real & (ids != mark)
+    return torch.where(real, ids, none)
 
 
 def _check_length(kw: Mapping[str, Any], states: Tensor, backbone: Backbone) -> None:

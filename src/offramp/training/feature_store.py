@@ -6,6 +6,7 @@ import io
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ class FeatureStore:
             ran = dump_fingerprint(fingerprint(backbone))
         made_of = [
             ran,
+            [part.name for part in fields(Batch)],
             str(backbone.dtype),
             self._depths,
             examples_digest(row.example for row in rows),

@@ -33,6 +33,7 @@ PAGES = (
     "docs/runtimes-limits.md",
     "docs/runtimes-results.md",
     "docs/serving-results.md",
+    "docs/speculators.md",
     "docs/suitability.md",
     "docs/text-models.md",
     "docs/torch-engines.md",

@@ -81,7 +81,7 @@ def main() -> None:
     arguments = asked(__doc__, steps=1200, prompts=60, more=_more)
     work: Path = arguments.work
     file = weights_file(LANGUAGE, cache_folder("photo"))
-    prompts = {name: _prompts(*part) for name, part in PARTS.items()}
+    prompts = {name: prompts_of(*part) for name, part in PARTS.items()}
     for name, lines in prompts.items():
         write_atomic(work / f"{name}.txt", "\n".join(lines) + "\n")
     steps = _walk(file, work, arguments.steps, arguments.converter)
@@ -106,7 +106,7 @@ def _more(parser: Any) -> None:
     )
 
 
-def _prompts(things: Sequence[str], count: int) -> list[str]:
+def prompts_of(things: Sequence[str], count: int) -> list[str]:
     made = [pattern.format(thing) for thing, pattern in itertools.product(things, PATTERNS)]
     return random.Random(0).sample(made, count)
 
@@ -117,16 +117,9 @@ def _prompts(things: Sequence[str], count: int) -> list[str]:
 def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[dict[str, Any]]:
     """The commands, each a process of its own, what they took, and what they said."""
     model, exits, q8_0 = work / "model", work / "exits", work / "q8_0.gguf"
-    if not model.exists():
-        lm, tokenizer = load_language(file)
-        template = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        tokenizer.chat_template = template.chat_template
-        plain = type(lm)(lm.config).to(lm.dtype)  # what came quantised is not saved
-        plain.load_state_dict(lm.state_dict())
-        plain.save_pretrained(model)
-        tokenizer.save_pretrained(model)
+    write_model(file, model)
     if converter is None and not q8_0.exists():
-        _in_q8_0(file, q8_0)
+        in_q8_0(file, q8_0)
     length = ["--max-new-tokens", str(NEW)]
     with_exits = ["--adapter", str(exits)]
     in_float32 = ["--dtype", "float32"]  # else rounding alone changes a quarter of the answers
@@ -149,11 +142,24 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
         "generate": [str(work / "q8_0"), "--prompt", QUESTION, "--mode", "lossless", *length],
     }  # fmt: skip
     convert = [] if converter is None else [_converted(converter, model, q8_0, work)]
-    told = [_step(name, arguments, work) for name, arguments in commands.items()]
+    told = [step(name, arguments, work) for name, arguments in commands.items()]
     return [*convert, *told, _served(work)]
 
 
-def _in_q8_0(file: Path, out: Path) -> None:
+def write_model(file: Path, out: Path) -> None:
+    """The model of a GGUF file and its tokenizer as a folder, unless it is there."""
+    if out.exists():
+        return
+    lm, tokenizer = load_language(file)
+    template = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    tokenizer.chat_template = template.chat_template
+    plain = type(lm)(lm.config).to(lm.dtype)  # what came quantised is not saved
+    plain.load_state_dict(lm.state_dict())
+    plain.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def in_q8_0(file: Path, out: Path) -> None:
     """The same weights, quantised anew by llama.cpp."""
     lib = import_llama_cpp().llama_cpp
     parameters = lib.llama_model_quantize_default_params()
@@ -164,23 +170,23 @@ def _in_q8_0(file: Path, out: Path) -> None:
 
 def _converted(converter: Path, model: Path, out: Path, work: Path) -> dict[str, Any]:
     words = [str(model), "--outfile", str(out), "--outtype", "q8_0"]
-    return _kept("convert", work, [sys.executable, str(converter), *words], "convert_hf_to_gguf.py")
+    return kept("convert", work, [sys.executable, str(converter), *words], "convert_hf_to_gguf.py")
 
 
-def _step(name: str, arguments: Sequence[str], work: Path) -> dict[str, Any]:
+def step(name: str, arguments: Sequence[str], work: Path) -> dict[str, Any]:
     command, _, _ = name.partition(" ")
-    return _kept(name, work, [sys.executable, "-m", "offramp.cli", command, *arguments], "offramp")
+    return kept(name, work, [sys.executable, "-m", "offramp.cli", command, *arguments], "offramp")
 
 
 def _served(work: Path) -> dict[str, Any]:
     """A server that has answered once, and ends."""
     words = ["serve", str(work / "q8_0"), "--port", str(PORT)]
-    return _kept(
+    return kept(
         "serve", work, [sys.executable, "-m", "offramp.cli", *words], "offramp", _asked_once
     )
 
 
-def _kept(
+def kept(
     name: str,
     work: Path,
     words: Sequence[str],

@@ -1,4 +1,5 @@
-"""`offramp export`: the decoder and its exits as GGUF files for llama.cpp."""
+"""`offramp export`: the decoder and its exits as GGUF files for llama.cpp, or a drafter for engines
+that speak of speculators."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.loading import load_adapter, read_data
+from offramp.cli.loading import load_adapter, load_model, read_data
 from offramp.cli.options import (
     MTMD,
     add_command,
     data_options,
     depths_option,
+    field_option,
     length_option,
     model_options,
     name_option,
@@ -24,15 +26,23 @@ from offramp.errors import InputError, OfframpError
 
 log = logging.getLogger(__name__)
 
+TO = GGUF, SPECULATORS = ("gguf", "speculators")
+TIMED = 8
+"""Examples that lossless decoding is timed on, where --limit names no other number."""
+SHORTLIST = 8192
+
 
 def add(commands: Any) -> None:
     add_command(
         commands,
         "export",
-        "Write a backbone's decoder and its exits as GGUF files, for --engine llama.cpp.",
+        "Write a backbone's decoder and its exits as GGUF files, for --engine llama.cpp; or train "
+        "an EAGLE-3 drafter for it and write that as vLLM, SGLang and llama.cpp's own programs "
+        "read it.",
         "offramp export --adapter exits --gguf q8_0 --out exits-q8_0\n"
         "  offramp generate --adapter exits --engine llama.cpp --gguf exits-q8_0 "
-        "--image dog.jpg",
+        "--image dog.jpg\n"
+        "  offramp export --to speculators --backbone NAME --data prompts.txt --out drafter",
         _export,
         _options,
     )
@@ -40,10 +50,12 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, VISION_FORMATS
+    from offramp.training.config import TrainConfig
 
-    model_options(parser, required=False, adapter=True, engines=())
+    model_options(parser, required=False, adapter=False, engines=())
     group = parser.add_argument_group("files")
-    name_option(group, "--gguf", FORMATS, "number format of the layers", required=True)
+    name_option(group, "--to", TO, "what is written", default=GGUF)
+    name_option(group, "--gguf", FORMATS, "number format of the layers")
     name_option(
         group, "--exit-format", FORMATS, "number format of the exits' layers and of the head",
         default="", shown="the layers', or q8_0 where that has fewer bits",
@@ -61,16 +73,82 @@ def _options(parser: Parser) -> None:
     group.add_argument("--out", type=Path, required=True, help="folder for the files")
     overwrite_option(group)
     data = data_options(
-        parser, "a few images like those to come, to time lossless decoding in these files on",
-        limit=8, required=False,
+        parser, "a few images like those to come, to time lossless decoding in these files on; "
+        f"with --to {SPECULATORS} prompts by the hundred, from whose answers the drafter learns",
+        required=False,
     )  # fmt: skip
     length_option(data)
+    drafter = parser.add_argument_group(f"with --to {SPECULATORS}")
+    field_option(drafter, TrainConfig, "steps", "training steps of the drafter")
+    field_option(
+        drafter, TrainConfig, "shortlist",
+        "tokens that the drafter can say, the most frequent of the answers", default=SHORTLIST,
+    )  # fmt: skip
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.to == SPECULATORS:
+        _export_drafter(arguments)
+    else:
+        _export_gguf(arguments)
+
+
+def _export_drafter(arguments: argparse.Namespace) -> None:
+    from offramp.save_and_load.speculators import save_drafter, vllm_config
+    from offramp.storage import check_writable
+    from offramp.training.config import TrainConfig
+    from offramp.training.drafting import UNROLLED
+    from offramp.training.eagle3 import train_eagle3
+
+    given = [f for f in ("gguf", "exit_format", "vision_format", "depths") if getattr(arguments, f)]
+    if given or not arguments.data:
+        raise InputError(
+            "A drafter learns from the model's answers to your prompts."
+            if not given
+            else f"--{given[0].removesuffix('_format')} is of GGUF files, not of a drafter.",
+            "Give --data, and --steps and --shortlist if you like; or leave --to out.",
+        )
+    check_writable(arguments.out, folder=True)
+    items = read_data(arguments, require_answers=False)
+    if arguments.adapter is None:
+        backbone, processor = load_model(arguments)
+    else:
+        adapter, processor = load_adapter(arguments)
+        backbone = adapter.backbone
+    config = TrainConfig(
+        steps=arguments.steps, shortlist=arguments.shortlist,
+        max_new_tokens=arguments.max_new_tokens,
+    )  # fmt: skip
+    examples = [item.example for item in items]
+    drafter, found = train_eagle3(backbone, processor, examples, config, arguments.out)
+    measured = found.to_json | {"tokens_a_round": round(1 + found.tokens, 3)}
+    save_drafter(drafter, backbone, arguments.out, drafts=UNROLLED, measured=measured)
+    shown = ", ".join(f"{share:.0%}" for share in measured["acceptance"][:UNROLLED])
+    show_result(
+        {"drafter": str(arguments.out), **measured},
+        f"{arguments.out}: drafts are right {shown}; {1 + found.tokens:.2f} tokens a round",
+        as_json=arguments.json,
+    )
+    told = vllm_config(str(arguments.out), UNROLLED)
+    say_next(f"vllm serve {backbone.name} --speculative-config '{told}'")
+
+
+def _export_gguf(arguments: argparse.Namespace) -> None:
+    if arguments.gguf is None or arguments.adapter is None:
+        raise InputError(
+            "Files for llama.cpp are of an adapter, in a number format.",
+            f"Give --adapter exits --gguf q8_0; or --to {SPECULATORS}.",
+        )
+    arguments.limit = arguments.limit or TIMED
     from offramp.runtimes.llama_cpp import ExportFormats, export_gguf
     from offramp.storage import check_writable
 
+    if arguments.gguf is None or arguments.adapter is None:
+        raise InputError(
+            "Files for llama.cpp are of an adapter, in a number format.",
+            f"Give --adapter exits --gguf q8_0; or --to {SPECULATORS}.",
+        )
+    arguments.limit = arguments.limit or TIMED
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)
     check_writable(arguments.out, folder=True)
     items = read_data(arguments, require_answers=False) if arguments.data else []

@@ -1,0 +1,171 @@
+"""An EAGLE-3 drafter of SmolLM2, from `offramp export --to speculators` to llama.cpp's own
+programs; rewrites speculators.json.
+
+`python -m offramp_lab.records.speculators --llama-cpp FOLDER --programs FOLDER` trains the drafter
+on answers to the prompts of the record text, has llama.cpp's converter make a file of it, and lets
+llama.cpp's own example programs write answers to prompts that no step has seen, with the drafter
+and without. The programs are built from the same source as the wheel of llama-cpp-python:
+`cmake -B build -DLLAMA_BUILD_EXAMPLES=ON`, targets llama-simple and llama-speculative-simple.
+llama.cpp's own drafts of n-grams, which need no training, stand beside it. --speculators PYTHON:
+of an environment with the library speculators, whose loader then reads the folder too. Half an
+hour. What is in --work is taken from there.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from offramp.models.photo.packages import LANGUAGE, weights_file
+from offramp.storage import cache_folder, read_json, write_atomic
+from offramp_lab.places import RUNS
+from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.text import NEW, PARTS, kept, prompts_of, step, write_model
+
+RECORD = Record("speculators")
+DRAFTS = 4
+FULL, OURS, NGRAMS = "full depth", "EAGLE-3 drafter", "n-grams of the answer so far"
+CPU = ("ru_utime", "ru_stime")
+LOADED = (
+    "import sys; from speculators import SpeculatorModel as M; import speculators; "
+    "m = M.from_pretrained(sys.argv[1]); "
+    "print(type(m).__name__, speculators.__version__, m.config.eagle_aux_hidden_state_layer_ids)"
+)
+
+
+def main() -> None:
+    arguments = asked(__doc__, steps=1200, prompts=100, more=_more)
+    work: Path = arguments.work
+    write_model(weights_file(LANGUAGE, cache_folder("photo")), work / "model")
+    write_atomic(work / "train.txt", "\n".join(prompts_of(*PARTS["train"])) + "\n")
+    walk = _walk(work, arguments)
+    held = prompts_of(*PARTS["held"])[: arguments.prompts]
+    answers = _answers(work, arguments.programs, held)
+    RECORD.write(
+        {
+            "prompts": len(held),
+            "new_tokens": NEW,
+            "drafts": DRAFTS,
+            "walk": walk,
+            "config": read_json(work / "drafter" / "config.json"),
+            "ways": [_way(name, rows, answers[FULL]) for name, rows in answers.items()],
+        }
+    )
+
+
+def _more(parser: Any) -> None:
+    parser.add_argument("--work", type=Path, default=RUNS / "speculators")
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source")
+    parser.add_argument("--programs", type=Path, required=True, help="folder of its programs")
+    parser.add_argument("--speculators", type=Path, help="python of its environment")
+
+
+def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
+    model, drafter = work / "model", work / "drafter"
+    convert = [sys.executable, str(arguments.llama_cpp / "convert_hf_to_gguf.py")]
+    name = "convert_hf_to_gguf.py"
+    told = [
+        step(
+            "export",
+            [
+                "--to", "speculators", "--backbone", str(model), "--data",
+                str(work / "train.txt"), "--steps", str(arguments.steps), "--max-new-tokens",
+                str(NEW), "--out", str(drafter), "--json",
+            ],
+            work,
+        ),
+        kept(
+            "drafter's file", work,
+            [
+                *convert, str(drafter), "--target-model-dir", str(model), "--outfile",
+                str(work / "eagle3.gguf"), "--outtype", "q8_0",
+            ],
+            name,
+        ),
+        kept(
+            "model's file", work,
+            [*convert, str(model), "--outfile", str(work / "q8_0.gguf"), "--outtype", "q8_0"],
+            name,
+        ),
+    ]  # fmt: skip
+    if arguments.speculators is not None:
+        words = [str(arguments.speculators), "-c", LOADED, str(drafter)]
+        told.append(kept("loaded", work, words, "speculators"))
+    return told
+
+
+def _answers(work: Path, programs: Path, held: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Of each way and prompt, what a program wrote and said of itself, all ways in turns."""
+    template: Any = AutoTokenizer.from_pretrained(work / "model").apply_chat_template
+    model = ["-m", str(work / "q8_0.gguf"), "-n", str(NEW)]
+    speculative = [
+        str(programs / "llama-speculative-simple"), *model, "-t", "1", "--temp", "0", "-c", "256",
+        "--spec-draft-n-max", str(DRAFTS),
+    ]  # fmt: skip
+    eagle3 = ["--spec-type", "draft-eagle3", "-md", str(work / "eagle3.gguf")]
+    ways: dict[str, Callable[[str], list[str]]] = {
+        FULL: lambda text: [str(programs / "llama-simple"), *model, text],
+        OURS: lambda text: [*speculative, *eagle3, "-p", text],
+        NGRAMS: lambda text: [*speculative, "--spec-type", "ngram-simple", "-p", text],
+    }
+    found = Kept(work / "answers.jsonl")
+    for text in tqdm(held, "answers", disable=None):
+        chat = [{"role": "user", "content": text}]
+        prompt = template(chat, tokenize=False, add_generation_prompt=True)
+        for name, words in ways.items():
+            if (key := f"{name}: {text}") not in found:
+                found.keep(key, _written(words(prompt), prompt))
+    return {name: [found.found[f"{name}: {text}"] for text in held] for name in ways}
+
+
+def _written(words: Sequence[str], prompt: str) -> dict[str, Any]:
+    """What a program wrote behind the prompt, what it counted, and its process's CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    counts = re.findall(r"(n_predict|n_drafted|n_accept)\s*=\s*(\d+)", done.stderr)
+    (seconds,) = re.findall(r"decoded +\d+ tokens in +([\d.]+) s", done.stderr)
+    return {
+        "answer": done.stdout.rpartition(prompt.splitlines()[-1])[2].strip(),
+        "decoding_seconds": float(seconds),
+        "cpu_seconds": sum(getattr(after, f) - getattr(before, f) for f in CPU),
+        **{name: int(number) for name, number in counts},
+    }
+
+
+def _way(
+    name: str, rows: Sequence[dict[str, Any]], full: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Tokens a round: n_predict / (n_predict - n_accept), since each round adds one of the model's
+    own. An answer is the same where one is the beginning of the other: the programs stop one token
+    apart."""
+    same = sum(
+        a["answer"].startswith(b["answer"]) or b["answer"].startswith(a["answer"])
+        for a, b in zip(rows, full, strict=True)
+    )
+    tokens, drafted, accepted = (
+        sum(row.get(count, 0) for row in rows) for count in ("n_predict", "n_drafted", "n_accept")
+    )
+    return {
+        "way": name,
+        "same_answers": same,
+        "tokens": tokens,
+        "drafted": drafted,
+        "accepted": accepted,
+        "tokens_a_round": tokens / (tokens - accepted) if tokens else 1.0,
+        "decoding_seconds": sum(row["decoding_seconds"] for row in rows) / len(rows),
+        "cpu_seconds_a_process": sum(row["cpu_seconds"] for row in rows) / len(rows),
+        "first_answer": rows[0]["answer"],
+    }
+
+
+if __name__ == "__main__":
+    main()

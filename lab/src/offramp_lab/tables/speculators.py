@@ -1,0 +1,43 @@
+"""An EAGLE-3 drafter, from a command of the product to other engines."""
+
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import Make, MakeTable, record
+
+
+def ways() -> Table:
+    """By way: what it drafted, what was kept, and what an answer took."""
+    found = record("speculators")
+    return Table.of(
+        found["ways"],
+        {
+            "": lambda way: way["way"],
+            "tokens a round": lambda way: f"{way['tokens_a_round']:.2f}",
+            "drafts kept": lambda way: f"{way['accepted']:,} of {way['drafted']:,}",
+            "same answers": lambda way: f"{way['same_answers']} of {found['prompts']}",
+            "decoding, s an answer": lambda way: f"{way['decoding_seconds']:.2f}",
+        },
+    )
+
+
+def walk() -> Table:
+    """Each command as it is typed, its CPU seconds and its memory."""
+    return Table.of(
+        record("speculators")["walk"],
+        {
+            "command": lambda step: f"`{step['command']}`",
+            "CPU s": lambda step: f"{step['cpu_seconds']:.1f}",
+            "MB": lambda step: f"{step['peak_megabytes']:,.0f}",
+        },
+    )
+
+
+def _acceptance() -> str:
+    said = record("speculators")["walk"][0]["said"]
+    return ", ".join(f"{share:.2f}" for share in said["acceptance"][:4])
+
+
+TABLES: dict[str, MakeTable] = {"speculators": ways, "speculators-walk": walk}
+FIGURES: dict[str, Make] = {
+    "speculators-prompts": lambda: str(record("speculators")["prompts"]),
+    "speculators-acceptance": _acceptance,
+}
