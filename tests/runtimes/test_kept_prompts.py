@@ -8,6 +8,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
 from offramp.models.backbone import Backbone
 from offramp.models.vision_cache import VisionCache
@@ -77,6 +78,37 @@ def test_what_was_prepared_is_the_requests_own(backbone: Any) -> None:
             assert torch.equal(prepared.ids, inputs["input_ids"])
             assert prepared.criteria.max_length == inputs["input_ids"].shape[1] + longest
     assert entry.kept.hits == 2
+
+
+class Noting(StoppingCriteria):
+    """Stops nothing."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_criteria_of_a_request_are_its_own(backbone: Any) -> None:
+    entry = entry_of(backbone("llava"))
+    for _ in range(4):
+        mine = Noting()
+        with torch.inference_mode():
+            prepared, _ = entry.read(
+                asked("llava", 7), {**GREEDY, "stopping_criteria": StoppingCriteriaList([mine])}
+            )
+        others = [it for it in prepared.criteria if it is not mine]
+        assert mine in prepared.criteria and not any(isinstance(it, Noting) for it in others)
+    assert entry.kept.hits == 2
+    with torch.inference_mode():
+        prepared, _ = entry.read(asked("llava", 7), GREEDY)
+    assert entry.kept.hits == 3 and not any(isinstance(it, Noting) for it in prepared.criteria)
+
+
+def test_criteria_that_take_the_place_of_its_own_are_prepared_whole(backbone: Any) -> None:
+    entry = entry_of(backbone("llava"))
+    longest = StoppingCriteriaList([MaxLengthCriteria(max_length=9)])
+    for image in range(4):
+        states(entry, asked("llava", image), stopping_criteria=longest)
+    assert entry.kept.hits == 0
 
 
 @pytest.mark.parametrize(

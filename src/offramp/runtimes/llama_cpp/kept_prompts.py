@@ -8,14 +8,14 @@ places that they stood in before.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from cachetools import LRUCache
-from transformers import EosTokenCriteria, MaxLengthCriteria
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from offramp.engine.prefill import Prepared, image_tokens
 from offramp.models.intercept import InterceptedModel
@@ -29,18 +29,23 @@ Whole = Callable[[], tuple[Prepared, list[Prompt]]]
 PROOFS = 2
 """How often the rows made here must have been those that entered the decoder, bit for bit."""
 _PLAIN = {"max_new_tokens", "do_sample", "num_beams"}
+CRITERIA = "stopping_criteria"
+_OWN = (MaxLengthCriteria, EosTokenCriteria)
+"""Those that Hugging Face makes; what a request brings stands behind them, or in their place."""
 
 
 @dataclass
 class _Kept:
-    """What was prepared, without the image; proofs: None where the rows were others once."""
+    """What was prepared, without the image and a request's criteria; proofs: None where the rows
+    were others once."""
 
     prepared: Prepared
     proofs: int | None = 0
 
 
 class KeptPrompts:
-    """Prompts of one text with one image, by ids and options; greedy, without rules of their own.
+    """Prompts of one text with one image, by ids and options; greedy, without rules of their own
+    but stopping criteria.
 
     Not for two threads at once.
     """
@@ -59,20 +64,22 @@ class KeptPrompts:
         self, inputs: Mapping[str, Any], options: Mapping[str, Any], whole: Whole
     ) -> tuple[Prepared, list[Prompt]]:
         """What `whole` returns: a request as it is prepared, and what enters the decoder."""
-        key = self._key(inputs, options)
-        if key is None:
+        asked = list(options.get(CRITERIA) or ())
+        key = self._key(inputs, {n: value for n, value in options.items() if n != CRITERIA})
+        if key is None or any(isinstance(it, _OWN) for it in asked):
             return whole()
         kept = self._kept.get(key)
         if kept is not None and kept.proofs == PROOFS:
             rows = self._rows(inputs)
             if rows is not None:
                 self.hits += 1
-                return kept.prepared, [Prompt(rows)]
+                return _with_criteria(kept.prepared, asked), [Prompt(rows)]
         prepared, prompts = whole()
+        own = replace(_with_criteria(prepared, (), without=asked), arguments={})
         if kept is None:
-            kept = self._kept[key] = _Kept(replace(prepared, arguments={}))
+            kept = self._kept[key] = _Kept(own)
         if kept.proofs is not None:
-            same = _is_plain(prepared) and self._same(inputs, prompts)
+            same = _is_plain(own) and self._same(inputs, prompts)
             kept.proofs = min(PROOFS, kept.proofs + 1) if same else None
         return prepared, prompts
 
@@ -113,7 +120,15 @@ class KeptPrompts:
         return rows is not None and np.array_equal(rows, prompt.states)
 
 
+def _with_criteria(
+    prepared: Prepared, more: Sequence[Any], *, without: Sequence[Any] = ()
+) -> Prepared:
+    """What was prepared, with `more` stopping criteria behind its own, and `without` some."""
+    kept = [it for it in prepared.criteria if all(it is not other for other in without)]
+    return replace(prepared, criteria=StoppingCriteriaList([*kept, *more]))
+
+
 def _is_plain(prepared: Prepared) -> bool:
     """Whether nothing of it remembers an answer."""
-    criteria = all(type(it) in (MaxLengthCriteria, EosTokenCriteria) for it in prepared.criteria)
+    criteria = all(type(it) in _OWN for it in prepared.criteria)
     return criteria and not list(prepared.processors) and not prepared.config.do_sample
