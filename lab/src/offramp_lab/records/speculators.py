@@ -6,7 +6,8 @@ on answers to the prompts of the record text, has llama.cpp's converter make a f
 llama.cpp's own example programs write answers to prompts that no step has seen, with the drafter
 and without. The programs are built from the same source as the wheel of llama-cpp-python:
 `cmake -B build -DLLAMA_BUILD_EXAMPLES=ON`, targets llama-simple and llama-speculative-simple.
-llama.cpp's own drafts of n-grams, which need no training, stand beside it. --speculators PYTHON:
+llama.cpp's own drafts of n-grams, which need no training, stand beside it. Where the photographs
+are, the photo model gets a drafter too, which sees none of them. --speculators PYTHON:
 of an environment with the library speculators, whose loader then reads the folder too. Half an
 hour. What is in --work is taken from there.
 """
@@ -26,14 +27,16 @@ from transformers import AutoTokenizer
 
 from offramp.models.photo.packages import LANGUAGE, weights_file
 from offramp.storage import cache_folder, read_json, write_atomic
-from offramp_lab.places import RUNS
+from offramp_lab.places import PHOTOGRAPHS, RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.text import NEW, PARTS, kept, prompts_of, step, write_model
 
 RECORD = Record("speculators")
 DRAFTS = 4
+CAPTIONS = "flickr8k_captions.jsonl"
 FULL, OURS, NGRAMS = "full depth", "EAGLE-3 drafter", "n-grams of the answer so far"
 CPU = ("ru_utime", "ru_stime")
+LOADING = "SpeculatorModel.from_pretrained('drafter')"
 LOADED = (
     "import sys; from speculators import SpeculatorModel as M; import speculators; "
     "m = M.from_pretrained(sys.argv[1]); "
@@ -65,6 +68,7 @@ def _more(parser: Any) -> None:
     parser.add_argument("--work", type=Path, default=RUNS / "speculators")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source")
     parser.add_argument("--programs", type=Path, required=True, help="folder of its programs")
+    parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")
     parser.add_argument("--speculators", type=Path, help="python of its environment")
 
 
@@ -96,9 +100,22 @@ def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
             name,
         ),
     ]  # fmt: skip
+    if (arguments.data / CAPTIONS).is_file():
+        told.append(
+            step(
+                "export photo",
+                [
+                    "--to", "speculators", "--adapter", "photo", "--data",
+                    str(arguments.data / CAPTIONS), "--split", "train", "--limit", "1000",
+                    "--prompt", "Caption:", "--steps", "600", "--max-new-tokens", "20", "--out",
+                    str(work / "photo-drafter"), "--json",
+                ],
+                work, arguments.data,
+            )
+        )  # fmt: skip
     if arguments.speculators is not None:
         words = [str(arguments.speculators), "-c", LOADED, str(drafter)]
-        told.append(kept("loaded", work, words, "speculators"))
+        told.append({**kept("loaded", work, words, "python"), "command": LOADING})
     return told
 
 

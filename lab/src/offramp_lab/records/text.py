@@ -173,9 +173,11 @@ def _converted(converter: Path, model: Path, out: Path, work: Path) -> dict[str,
     return kept("convert", work, [sys.executable, str(converter), *words], "convert_hf_to_gguf.py")
 
 
-def step(name: str, arguments: Sequence[str], work: Path) -> dict[str, Any]:
+def step(name: str, arguments: Sequence[str], work: Path, *read: Path) -> dict[str, Any]:
+    """A command of the product. read: folders besides `work` whose files it names."""
     command, _, _ = name.partition(" ")
-    return kept(name, work, [sys.executable, "-m", "offramp.cli", command, *arguments], "offramp")
+    words = [sys.executable, "-m", "offramp.cli", command, *arguments]
+    return kept(name, work, words, "offramp", read=read)
 
 
 def _served(work: Path) -> dict[str, Any]:
@@ -192,18 +194,20 @@ def kept(
     words: Sequence[str],
     title: str,
     meanwhile: Callable[[subprocess.Popen[str]], str] = lambda process: process.stdout.read(),  # type: ignore[union-attr]
+    read: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """A process's CPU and wall seconds, its largest memory, and what it said."""
-    kept = work / f"step {name}.json"
-    if not kept.exists():
+    file = work / f"step {name}.json"
+    folders = (work, cache_folder("photo"), *read)
+    if not file.exists():
         start = time.perf_counter()
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-            said = _without(meanwhile(process), work, cache_folder("photo"))
+            said = _without(meanwhile(process), *folders)
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         typed = [title, *words[words.index("offramp.cli") + 1 if title == "offramp" else 2 :]]
         told = {
-            "command": shlex.join(_without(word, work, cache_folder("photo")) for word in typed),
+            "command": shlex.join(_without(word, *folders) for word in typed),
             "code": process.returncode,
             "cpu_seconds": used.ru_utime + used.ru_stime,
             "seconds": time.perf_counter() - start,
@@ -212,8 +216,8 @@ def kept(
         }
         assert told["code"] in (0, 143, -15), told["command"]
         print(told["command"], told["code"], told["cpu_seconds"])
-        write_json(kept, told)
-    found: dict[str, Any] = read_json(kept)
+        write_json(file, told)
+    found: dict[str, Any] = read_json(file)
     return found
 
 
