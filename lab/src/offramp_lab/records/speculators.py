@@ -38,9 +38,9 @@ FULL, OURS, NGRAMS = "full depth", "EAGLE-3 drafter", "n-grams of the answer so 
 CPU = ("ru_utime", "ru_stime")
 LOADING = "SpeculatorModel.from_pretrained('drafter')"
 LOADED = (
-    "import sys; from speculators import SpeculatorModel as M; import speculators; "
-    "m = M.from_pretrained(sys.argv[1]); "
-    "print(type(m).__name__, speculators.__version__, m.config.eagle_aux_hidden_state_layer_ids)"
+    "import sys; from importlib.metadata import version; from speculators import SpeculatorModel; "
+    "m = SpeculatorModel.from_pretrained(sys.argv[1]); "
+    "print(type(m).__name__, version('speculators'), m.config.eagle_aux_hidden_state_layer_ids)"
 )
 
 
