@@ -1,7 +1,7 @@
 """An EAGLE-3 drafter, from a command of the product to other engines."""
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, record
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 
 
 def ways() -> Table:
@@ -36,8 +36,13 @@ def _acceptance() -> str:
     return ", ".join(f"{share:.2f}" for share in said["acceptance"][:4])
 
 
+def _ours() -> Value:
+    return by(record("speculators")["ways"], "way")["EAGLE-3 drafter"]
+
+
 TABLES: dict[str, MakeTable] = {"speculators": ways, "speculators-walk": walk}
 FIGURES: dict[str, Make] = {
+    "speculators-tokens": lambda: f"{_ours()['tokens_a_round']:.2f}",
     "speculators-prompts": lambda: str(record("speculators")["prompts"]),
     "speculators-acceptance": _acceptance,
 }
