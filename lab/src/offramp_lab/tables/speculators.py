@@ -32,8 +32,11 @@ def walk() -> Table:
 
 
 def _acceptance() -> str:
-    said = record("speculators")["walk"][0]["said"]
-    return ", ".join(f"{share:.2f}" for share in said["acceptance"][:4])
+    return ", ".join(f"{share:.2f}" for share in _trained()["acceptance"][:4])
+
+
+def _trained() -> Value:
+    return record("speculators")["walk"][0]["said"]
 
 
 def _ours() -> Value:
@@ -43,6 +46,7 @@ def _ours() -> Value:
 TABLES: dict[str, MakeTable] = {"speculators": ways, "speculators-walk": walk}
 FIGURES: dict[str, Make] = {
     "speculators-tokens": lambda: f"{_ours()['tokens_a_round']:.2f}",
+    "speculators-validation": lambda: f"{_trained()['tokens_a_round']:.2f}",
     "speculators-prompts": lambda: str(record("speculators")["prompts"]),
     "speculators-acceptance": _acceptance,
 }
