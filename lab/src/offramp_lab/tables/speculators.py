@@ -36,11 +36,13 @@ def _acceptance() -> str:
 
 
 def _trained() -> Value:
-    return record("speculators")["walk"][0]["said"]
+    said: Value = record("speculators")["walk"][0]["said"]
+    return said
 
 
 def _ours() -> Value:
-    return by(record("speculators")["ways"], "way")["EAGLE-3 drafter"]
+    found: Value = by(record("speculators")["ways"], "way")["EAGLE-3 drafter"]
+    return found
 
 
 TABLES: dict[str, MakeTable] = {"speculators": ways, "speculators-walk": walk}
