@@ -155,6 +155,20 @@ def test_it_begins_as_the_models_last_layer(whole):
     torch.testing.assert_close(drafter.fuse(states), states[-1])
 
 
+@pytest.mark.parametrize("name", ["blip2-llama", "gemma3", "qwen2.5-vl"])
+def test_it_reads_states_as_the_model_does(name, backbone):
+    """Its last norm and its rows of the head are the model's, however that keeps its norms."""
+    whole = backbone(name)
+    words, states = torch.arange(0, whole.vocabulary, 3), torch.randn(4, whole.width)
+    with torch.no_grad():
+        own = Eagle3Drafter(whole, words).logits(states)
+        theirs = whole.logits(whole.final_norm(states))[..., words]
+    order = theirs.argsort(-1)
+    torch.testing.assert_close(
+        own.gather(-1, order).diff().clamp(max=0), torch.zeros(4, len(words) - 1), atol=1e-4, rtol=0
+    )
+
+
 @pytest.mark.parametrize("layers", [4, 5, 6, 7, 12, 30])
 def test_three_depths_are_read_low_middle_high(layers):
     low, middle, high = read_depths(layers)

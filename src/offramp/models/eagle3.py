@@ -27,13 +27,16 @@ from offramp.models.quantized.weights import float_parameters
 
 LAYERS = 4
 """Fewest layers of a language model whose states are read at three depths."""
-
-
 _COPIED = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
-_AFTER = "post_attention_layernorm"
+"""Of a layer that is built like Llama's."""
+_NORMS = {
+    "hidden_norm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+}
+"""The drafter's, by the names that they have in such a layer."""
 
 
 def read_depths(layers: int) -> tuple[int, int, int]:
@@ -146,9 +149,8 @@ class Eagle3Drafter(nn.Module):
         self.lm_head.weight.copy_(float_parameters(backbone.head)[0]()[words])
         self.fc.weight.zero_()
         self.fc.weight[:, -width:] = torch.eye(width)
-        norm = getattr(backbone.norm, "weight", None)
-        if norm is not None and norm.shape == self.norm.weight.shape:
-            self.norm.weight.copy_(norm)
+        if backbone.norm is not None:
+            self.norm.weight.copy_(_scale_of(backbone.norm, width))
         own, theirs = self.layer, backbone.layers[backbone.depth - 1]
         try:
             found = {name: float_parameters(theirs.get_submodule(name))[0]() for name in _COPIED}
@@ -160,11 +162,9 @@ class Eagle3Drafter(nn.Module):
         for name, weight in weights.items():
             weight.zero_()
             weight[:, -found[name].shape[1] :].copy_(found[name])  # the half that reads the state
-        norms = {"hidden_norm": "input_layernorm", _AFTER: _AFTER}
-        for name, source in norms.items():
-            given = getattr(getattr(theirs, source, None), "weight", None)
-            if given is not None and given.shape == (width,):
-                own.get_parameter(f"{name}.weight").copy_(given)
+        for name, source in _NORMS.items():
+            if (norm := getattr(theirs, source, None)) is not None:
+                own.get_parameter(f"{name}.weight").copy_(_scale_of(norm, width))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file of it holds, by the names that other engines read."""
@@ -196,6 +196,13 @@ class Eagle3Drafter(nn.Module):
         return self.lm_head(self.norm(states))  # type: ignore[no-any-return]
 
 
+def _scale_of(norm: nn.Module, width: int) -> Tensor:
+    """What an RMS norm multiplies by [D], however it keeps that: what it makes of ones."""
+    weight = next(norm.parameters())
+    made: Tensor = norm(torch.ones(width, dtype=weight.dtype, device=weight.device))
+    return made
+
+
 def drafter_config(backbone: Backbone) -> LlamaConfig:
     """Of the drafter's layer: Llama's, with the sizes of the backbone's own."""
     text = backbone.text_config
@@ -211,7 +218,7 @@ def drafter_config(backbone: Backbone) -> LlamaConfig:
         num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(text, "head_dim", None) or width // heads),
         rms_norm_eps=float(getattr(text, "rms_norm_eps", None) or 1e-6),
-        max_position_embeddings=int(text.max_position_embeddings),
+        max_position_embeddings=int(getattr(text, "max_position_embeddings", None) or 8192),
         rope_parameters={"rope_type": "default", "rope_theta": float(theta or 10_000.0)},
         tie_word_embeddings=False,
     )
