@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -16,8 +18,11 @@ from offramp.data.example import Example
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.teacher_forcing import Answered
+from offramp.errors import DataError
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
+from offramp.models.vision_cache import digest
+from offramp.storage import JsonlLog, digest_rows
 
 log = logging.getLogger(__name__)
 
@@ -87,14 +92,28 @@ def generate_answers(
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens`.
     """
-    answers: list[Answer] = []
+    batches = prompted(encoder, examples, batch_size, options.get("max_new_tokens"), progress)
+    return answers_to(model, encoder, batches, policy, confidence=confidence, **options)
+
+
+def prompted(
+    encoder: InputProcessor,
+    examples: Sequence[Example],
+    batch_size: int,
+    longest: int | None = None,
+    progress: Any = iter,
+) -> Iterator[Mapping[str, Any]]:
+    """Processor output of the examples in batches.
+
+    Raises:
+        DataError: a prompt leaves no room for `longest` tokens.
+    """
     for start in progress(range(0, len(examples), batch_size)):
         chunk = examples[start : start + batch_size]
         inputs = encoder.prompts(chunk)
-        if longest := options.get("max_new_tokens"):
+        if longest:
             encoder.check_room(inputs, [(example.key, longest) for example in chunk])
-        answers += answers_to(model, encoder, [inputs], policy, confidence=confidence, **options)
-    return answers
+        yield inputs
 
 
 def answers_to(
@@ -161,6 +180,35 @@ class _Confidence:
         return float(torch.stack([self._seen[row, n] for n in range(tokens)]).mean().exp())
 
 
+class KeptAnswers:
+    """The full model's answers in a file, by what was asked: a run that is interrupted, or made
+    again with other settings, does not write them again.
+
+    asked: what else they depend on than prompts and options: the backbone, and its precision.
+    """
+
+    def __init__(self, file: Path, *asked: Any) -> None:
+        self._asked, self._found = asked, {}
+        if file.is_file():
+            try:
+                self._found = {row["key"]: row["answers"] for row in JsonlLog.read(file)}
+            except (DataError, KeyError) as error:
+                log.warning("%s cannot be read, so its answers are written again: %s", file, error)
+                file.unlink()
+        self._log = JsonlLog(file, synced=False)
+
+    def of(
+        self, inputs: Mapping[str, Any], options: Mapping[str, Any], write: Callable[[], Any]
+    ) -> list[Answer]:
+        """The answers to processor output; `write` writes those that are not kept. Their depths and
+        scores are left out."""
+        key = digest_rows([[digest(dict(inputs)), dict(options), self._asked]])
+        if key not in self._found:
+            self._found[key] = [[a.ids, a.text, a.confidence] for a in write()]
+            self._log.append({"key": key, "answers": self._found[key]})
+        return [Answer(tuple(ids), text, confidence=c) for ids, text, c in self._found[key]]
+
+
 def full_model_answers(
     encoder: InputProcessor,
     examples: Sequence[Example],
@@ -169,21 +217,23 @@ def full_model_answers(
     max_new_tokens: int,
     min_confidence: float = 0.0,
     progress: Any = iter,
+    kept: KeptAnswers | None = None,
 ) -> list[Answered]:
     """What the full model answers, as rows for teacher forcing; below `min_confidence` dropped.
+
+    kept: answers that need not be written again, where what is written is added.
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens`.
     """
-    answers = generate_answers(
-        encoder.backbone,
-        encoder,
-        examples,
-        batch_size=batch_size,
-        confidence=min_confidence > 0,
-        progress=progress,
-        max_new_tokens=max_new_tokens,
-    )
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "confidence": min_confidence > 0,
+    }
+    answers: list[Answer] = []
+    for inputs in prompted(encoder, examples, batch_size, max_new_tokens, progress):
+        write = partial(answers_to, encoder.backbone, encoder, [inputs], **options)
+        answers += write() if kept is None else kept.of(inputs, options, write)
     sure = [answer.confidence for answer in answers if answer.confidence is not None]
     rows = [
         Answered(example, answer.ids, labelled=False)

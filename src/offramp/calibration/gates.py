@@ -59,7 +59,7 @@ def learn_shortlist_and_gates(
             "Measure them: offramp.calibration.profiler.measure_costs(backbone, inputs, exits).",
         )
     parts = split_examples(examples, {"learn": 1 - HELD_OUT, "held_out": HELD_OUT}, seed=0)
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     rows = {name: full_model_answers(encoder, part, **options) for name, part in parts.items()}
     exits, measured = adapter.exits, dict(adapter.exits.measured)
     # Without thresholds, and without the KV policy, which a score does not depend on.

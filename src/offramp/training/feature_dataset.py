@@ -15,9 +15,11 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 
+from offramp.answers import KeptAnswers
 from offramp.data.example import Example, split_examples
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
+from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.progress import progress
 from offramp.training.config import TrainConfig
@@ -26,7 +28,7 @@ from offramp.training.labels import answers_of, labelled_examples
 
 log = logging.getLogger(__name__)
 
-FOLDER = "training/features"
+FOLDER, ANSWERS = "training/features", "training/answers"
 Stores = tuple[FeatureStore, FeatureStore]  # of the answers to train and to validate on
 
 
@@ -126,12 +128,16 @@ class TrainingStates:
                 "Give more examples, a larger --validation-fraction, or fewer processes.",
             )
         with self.teacher:
+            backbone = self.encoder.backbone
+            ran = dump_fingerprint(fingerprint(backbone))
+            kept = KeptAnswers(self.out / f"{ANSWERS}-{rank}.jsonl", ran, str(backbone.dtype))
             rows = answers_of(
                 self.encoder,
                 examples,
                 config,
                 share=slice(rank, None, world),
                 progress=progress_bar(self.accelerator, "writing answers"),
+                kept=kept,
             )
         count = torch.tensor([len(rows)], device=self.encoder.backbone.device)
         fewest = int(self.accelerator.gather(count).min())

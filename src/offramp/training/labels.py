@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from offramp.answers import full_model_answers
+from offramp.answers import KeptAnswers, full_model_answers
 from offramp.data.example import Example
 from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
@@ -25,8 +25,10 @@ def answers_of(
     *,
     share: slice,
     progress: Any = iter,
+    kept: KeptAnswers | None = None,
 ) -> list[Answered]:
-    """The answers of a regime for `share` of the examples; `progress` wraps what is iterated.
+    """The answers of a regime for `share` of the examples; `progress` wraps what is iterated. kept:
+    as of `full_model_answers`.
 
     Of a labelled example it is those that were given most often: all its captions.
 
@@ -57,6 +59,7 @@ def answers_of(
         max_new_tokens=config.max_new_tokens,
         min_confidence=config.min_confidence if pseudo else 0.0,
         progress=progress,
+        kept=kept,
     )
     return rows + [Answered(row.example, row.ids, labelled=pseudo) for row in written]
 
