@@ -9,7 +9,7 @@ seen.json                   digests of the images that training and calibration 
 attempts.json               every attempt at a guarantee (`offramp.calibration.attempts`)
 certificate.json            what `offramp verify` found (`offramp.certificate`)
 README.md                   the model card; may be edited
-training/                   log, answers that were learnt from, and the state that resuming needs; not
+training/                   log, answers that were learnt from, the state that resuming needs; not
                             pushed to the hub
 """
 
