@@ -174,8 +174,9 @@ def test_a_package_that_is_not_installed_comes_with_its_extra(
 
 
 OTHERS = {"--force-reinstall", "--no-deps", "--dest", "--porcelain", "--error-unmatch", "--no",
-          "--untracked-files", "--model", "--gen", "--merge"}  # fmt: skip
-"""Options of pip, git, evaluation harnesses and llama.cpp; and how a flag that is off begins."""
+          "--untracked-files", "--model", "--gen", "--merge", "--model-draft", "--outfile",
+          "--spec-type", "--speculative-config", "--target-model-dir"}  # fmt: skip
+"""Options of pip, git, harnesses, llama.cpp and vLLM; and how a flag that is off begins."""
 
 
 def test_every_option_that_the_source_names_is_one() -> None:

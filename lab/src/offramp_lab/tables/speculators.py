@@ -30,13 +30,19 @@ def walk() -> Table:
     )
 
 
-def _acceptance() -> str:
-    return ", ".join(f"{share:.2f}" for share in _trained()["acceptance"][:4])
+def _trained(model: str = "model") -> Value:
+    """The command that trained a model's drafter."""
+    steps = (s for s in record("speculators")["walk"] if f" {model} " in s["command"])
+    found: Value = next(steps)
+    return found
 
 
-def _trained() -> Value:
-    said: Value = record("speculators")["walk"][0]["said"]
-    return said
+def _acceptance(model: str = "model") -> str:
+    return ", ".join(f"{share:.2f}" for share in _trained(model)["said"]["acceptance"][:4])
+
+
+def _tokens(model: str = "model") -> str:
+    return f"{_trained(model)['said']['tokens_a_round']:.2f}"
 
 
 def _ours() -> Value:
@@ -47,7 +53,10 @@ def _ours() -> Value:
 TABLES: dict[str, MakeTable] = {"speculators": ways, "speculators-walk": walk}
 FIGURES: dict[str, Make] = {
     "speculators-tokens": lambda: f"{_ours()['tokens_a_round']:.2f}",
-    "speculators-validation": lambda: f"{_trained()['tokens_a_round']:.2f}",
     "speculators-prompts": lambda: str(record("speculators")["prompts"]),
     "speculators-acceptance": _acceptance,
+    "speculators-validation": _tokens,
+    "speculators-photo": lambda: _acceptance("photo"),
+    "speculators-photo-tokens": lambda: _tokens("photo"),
+    "speculators-photo-seconds": lambda: f"{_trained('photo')['cpu_seconds']:.0f}",
 }
