@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from offramp.models.photo.packages import LANGUAGE, weights_file
-from offramp.storage import cache_folder, read_json, write_atomic
+from offramp.storage import cache_folder, write_atomic
 from offramp_lab.places import PHOTOGRAPHS, RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.text import PARTS, kept, prompts_of, step, write_model
@@ -105,7 +105,6 @@ def main() -> None:
             "new_tokens": WRITTEN,
             "drafts": DRAFTS,
             "walk": walk,
-            "config": read_json(work / "drafter" / "config.json"),
             "ways": [_way(name, rows, answers[FULL]) for name, rows in answers.items()],
         }
     )
