@@ -64,6 +64,18 @@ def test_what_does_not_go_together_is_said(
     assert code == 1 and problem in err and not (tmp_path / "out").exists()
 
 
+def test_a_models_own_files_are_not_replaced(
+    run: RunCommand, photos: Path, model: Path, tmp_path: Path
+) -> None:
+    before = (model / "model.safetensors").read_bytes()
+    code, _, err = run(*asked(model, photos, model))
+    assert code == 1 and "something else than a drafter" in err
+    assert (model / "model.safetensors").read_bytes() == before
+    for more in ((), (), ("--overwrite",)):  # what this command wrote is its own
+        code, _, err = run(*asked(model, photos, tmp_path / "drafter"), *more)
+        assert code == 0, err
+
+
 def test_a_model_that_no_engine_drafts_for_is_refused(
     run: RunCommand, photos: Path, tmp_path: Path
 ) -> None:

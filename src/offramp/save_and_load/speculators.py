@@ -9,21 +9,35 @@ README.md            a card
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.eagle3 import Eagle3Drafter
 from offramp.models.hub import is_hub_name
 from offramp.save_and_load.tensors import write_tensors
-from offramp.storage import atomic_folder, write_json
+from offramp.storage import atomic_folder, read_json, write_json
 
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 LAYOUT = "0.9.0"
 """Version of speculators whose layout this is."""
+
+
+def check_out(folder: Path) -> None:
+    """Raise `InputError` where a drafter would replace files that are of something else, such as a
+    model's own weights."""
+    there = [name for name in (CONFIG, TENSORS, CARD) if os.path.lexists(folder / name)]
+    if not there or (CONFIG in there and "speculators_model_type" in read_json(folder / CONFIG)):
+        return
+    raise InputError(
+        f"{folder} holds {' and '.join(there)} of something else than a drafter.",
+        "Give another --out, or --overwrite to replace what is there.",
+    )
 
 
 def save_drafter(

@@ -94,7 +94,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _export_drafter(arguments: argparse.Namespace) -> None:
-    from offramp.save_and_load.speculators import save_drafter, vllm_config
+    from offramp.save_and_load.speculators import check_out, save_drafter, vllm_config
     from offramp.storage import check_writable
     from offramp.training.config import TrainConfig
     from offramp.training.drafting import UNROLLED
@@ -109,6 +109,8 @@ def _export_drafter(arguments: argparse.Namespace) -> None:
             "Give --data, and --steps and --shortlist if you like; or leave --to out.",
         )
     check_writable(arguments.out, folder=True)
+    if not arguments.overwrite:
+        check_out(arguments.out)
     items = read_data(arguments, require_answers=False)
     if arguments.adapter is None:
         backbone, processor = load_model(arguments)
@@ -143,12 +145,6 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
     from offramp.runtimes.llama_cpp import ExportFormats, export_gguf
     from offramp.storage import check_writable
 
-    if arguments.gguf is None or arguments.adapter is None:
-        raise InputError(
-            "Files for llama.cpp are of an adapter, in a number format.",
-            f"Give --adapter exits --gguf q8_0; or --to {SPECULATORS}.",
-        )
-    arguments.limit = arguments.limit or TIMED
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)
     check_writable(arguments.out, folder=True)
     items = read_data(arguments, require_answers=False) if arguments.data else []
