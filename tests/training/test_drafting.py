@@ -11,10 +11,11 @@ import torch
 import training_runs
 
 from offramp.adapter import Adapter
+from offramp.answers import full_model_answers
 from offramp.engine.drafter import Drafter
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.teacher_forcing import Answered, record
+from offramp.engine.teacher_forcing import record
 from offramp.errors import InputError
 from offramp.models.exits import Exits
 from offramp.models.input_processor import InputProcessor
@@ -30,12 +31,9 @@ CONFIG = TrainConfig(
 LOSSLESS = ExitPolicy(lossless=True, max_draft=3)
 
 
-def answered(whole, encoder, n, new=7):
-    rows = []
-    for example in fakes.examples(n):
-        made = generate(whole, encoder.prompts([example]), max_new_tokens=new, do_sample=False)
-        rows.append(Answered(example, tuple(made.new_tokens[0].tolist()), False))
-    return rows
+def answered(encoder, n, new=7):
+    """Each alone."""
+    return full_model_answers(encoder, fakes.examples(n), batch_size=1, max_new_tokens=new)
 
 
 def processor(name):
@@ -47,7 +45,7 @@ def test_a_rollout_is_what_decoding_drafts(name, backbone, monkeypatch):
     """From the prompt's last token on: states of drafts in training equal those in decoding."""
     whole = backbone(name)
     encoder = InputProcessor(whole, processor(name))
-    [row] = answered(whole, encoder, 1)
+    [row] = answered(encoder, 1)
     exits = Exits(whole, (2,), kind="drafting")
     rollout = roll_out(whole, exits, record(encoder, [row], (2,)), 3)[2]
     states, step = [], count()
@@ -71,7 +69,7 @@ def test_a_place_drafts_the_same_whatever_the_others_do(name, backbone):
     """A rollout over an answer, against one that begins at its place alone."""
     whole = backbone(name)
     encoder = InputProcessor(whole, processor(name))
-    [row] = answered(whole, encoder, 1)
+    [row] = answered(encoder, 1)
     exits = Exits(whole, (2,), kind="drafting")
     long = roll_out(whole, exits, record(encoder, [row], (2,)), 2)[2]
     short = roll_out(whole, exits, record(encoder, [replace(row, ids=row.ids[:4])], (2,)), 2)[2]
@@ -106,7 +104,7 @@ def test_only_the_inputs_of_drafts_learn(opt, tmp_path):
 def test_training_raises_acceptance(backbone, tmp_path):
     whole = backbone("blip2-opt")
     encoder = InputProcessor(whole, processor("blip2-opt"))
-    store = FeatureStore(encoder, answered(whole, encoder, 8), (4,), batch_size=4)
+    store = FeatureStore(encoder, answered(encoder, 8), (4,), batch_size=4)
     store.fill()
     exits = Exits(whole, (4,))
     config = replace(CONFIG, depths=(4,), steps=40, evaluate_every=20, learning_rate=1e-2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offramp.engine.generate import generate
+from offramp.answers import full_model_answers
 from offramp.engine.teacher_forcing import Answered, record
 from offramp.errors import DataError, UnsupportedBackboneError
 from offramp.models.eagle3 import Eagle3Drafter, check_drafter, read_depths
@@ -40,12 +40,9 @@ def encoder(whole):
     return InputProcessor(whole, fakes.Blip2FakeProcessor(NAME))
 
 
-def answered(whole, encoder, n, new=7):
-    rows = []
-    for example in fakes.examples(n):
-        made = generate(whole, encoder.prompts([example]), max_new_tokens=new, do_sample=False)
-        rows.append(Answered(example, tuple(made.new_tokens[0].tolist()), False))
-    return rows
+def answered(encoder, n, new=7):
+    """Each alone."""
+    return full_model_answers(encoder, fakes.examples(n), batch_size=1, max_new_tokens=new)
 
 
 def drafter_of(whole):
@@ -94,7 +91,7 @@ def drafted(drafter, whole, batch, place, count):
 
 @pytest.mark.parametrize("place", [0, 2])
 def test_what_is_unrolled_is_what_an_engine_drafts(whole, encoder, place):
-    [row] = answered(whole, encoder, 1)
+    [row] = answered(encoder, 1)
     drafter = drafter_of(whole)
     batch = record(encoder, [row], drafter.depths)
     with torch.no_grad():
@@ -105,7 +102,7 @@ def test_what_is_unrolled_is_what_an_engine_drafts(whole, encoder, place):
 
 
 def test_a_row_drafts_the_same_alone_and_beside_longer_ones(whole, encoder):
-    rows = answered(whole, encoder, 3)
+    rows = answered(encoder, 3)
     rows[1] = Answered(rows[1].example, rows[1].ids[:4], False)
     drafter = drafter_of(whole)
     stage = training(whole, drafter)
@@ -119,7 +116,7 @@ def test_a_row_drafts_the_same_alone_and_beside_longer_ones(whole, encoder):
 
 
 def test_ids_of_a_prompt_are_those_of_its_text(whole, encoder):
-    rows = answered(whole, encoder, 3)
+    rows = answered(encoder, 3)
     batch = record(encoder, rows, (2,))
     given = encoder.prompts([row.example for row in rows])
     image = given["input_ids"] == whole.model.config.image_token_index
@@ -130,7 +127,7 @@ def test_ids_of_a_prompt_are_those_of_its_text(whole, encoder):
 
 def test_it_learns(whole, encoder):
     stage = training(whole, drafter_of(whole))
-    store = FeatureStore(encoder, answered(whole, encoder, 8), stage.drafter.depths, batch_size=4)
+    store = FeatureStore(encoder, answered(encoder, 8), stage.drafter.depths, batch_size=4)
     store.fill()
     before = stage.measure(store)[ONLY].tokens
     assert stage.follow((store, store))[ONLY].tokens > before + 0.2

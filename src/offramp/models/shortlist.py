@@ -35,6 +35,13 @@ class Gate:
         return (state.float() @ self.weight + self.bias).sigmoid()
 
 
+def places_of(ids: Tensor, vocabulary: int) -> Tensor:
+    """The place of each token [V] in a shortlist of ids [S]; -1 of those that it lacks."""
+    places = ids.new_full((vocabulary,), -1)
+    places[ids] = torch.arange(len(ids), device=ids.device)
+    return places
+
+
 def shortlist_of(
     answers: Sequence[Sequence[int]],
     held_out: Sequence[Sequence[int]],

@@ -17,6 +17,7 @@ from offramp.errors import check_known
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import Verdict, build_discriminators
 from offramp.models.exits import Exits
+from offramp.models.shortlist import places_of
 from offramp.training.config import TrainConfig
 from offramp.training.losses import ADVERSARIES, LOSSES, LossInputs, gradient_penalty
 
@@ -39,8 +40,7 @@ class AdversarialObjective:
         Both sides' probabilities are then among these, and a label that is not counts for nothing.
         """
         self._head = self.backbone.head_rows(ids)
-        self._places = ids.new_full((self.backbone.vocabulary,), -1)
-        self._places[ids] = torch.arange(len(ids), device=ids.device)
+        self._places = places_of(ids, self.backbone.vocabulary)
 
     def new_discriminators(self) -> nn.ModuleDict:
         """Untrained ones, by depth."""

@@ -145,12 +145,20 @@ class _Unrolled:
             del self._own.update
 
 
-def _seeing_drafts(call: LayerCall, step: int, new: int, columns: int) -> LayerCall:
-    """The call with masks for keys of `columns` true columns, then of `new` of each draft so far.
+def seen_by_drafts(step: int, new: int, columns: int, device: torch.device) -> Tensor:
+    """Which keys the `step`-th drafts from `new` places see [new, columns + step * new]: of the
+    true ones, whose last `new` are those places', those up to `step` columns before the query; of
+    draft m the one that stands `step` - m before it."""
+    query = torch.arange(new, device=device)[:, None]
+    behind = query - torch.arange(new, device=device)  # columns before the query
+    past = torch.ones(new, columns - new, dtype=torch.bool, device=device)
+    blocks = [torch.cat([past, behind >= step], 1)]
+    blocks += [behind == step - m for m in range(1, step + 1)]
+    return torch.cat(blocks, 1)
 
-    The true ones are seen up to `step` columns before the query; of draft m the one that stands
-    `step` - m before it.
-    """
+
+def _seeing_drafts(call: LayerCall, step: int, new: int, columns: int) -> LayerCall:
+    """The call with masks for keys of true columns, then of `new` of each draft so far."""
     names = [*inspect.signature(type(call.layer).forward).parameters][2:]
     args = dict(zip(names, call.args, strict=False))
     if MASK not in {*args, *call.kw}:
@@ -158,12 +166,8 @@ def _seeing_drafts(call: LayerCall, step: int, new: int, columns: int) -> LayerC
             f"Layers of {type(call.layer).__name__} take no mask, so drafts cannot be unrolled.",
             "Train exits of kind 'layer' for it.",
         )
-    query = torch.arange(new, device=call.hidden.device)[:, None]
-    behind = query - torch.arange(new, device=call.hidden.device)  # columns before the query
-    past = torch.ones(new, columns - new, dtype=torch.bool, device=call.hidden.device)
-    blocks = [torch.cat([past, behind >= step], 1)]
-    blocks += [behind == step - m for m in range(1, step + 1)]
-    seen = torch.cat(blocks, 1)
+    device = call.hidden.device
+    seen = seen_by_drafts(step, new, columns, device)
 
     def of(name: str, value: Any) -> Any:
         if name == BIAS and value is not None:
@@ -171,7 +175,7 @@ def _seeing_drafts(call: LayerCall, step: int, new: int, columns: int) -> LayerC
         if name != MASK:
             return value
         if value is None:
-            causal = torch.cat([past, behind >= 0], 1)[None, None]
+            causal = seen_by_drafts(0, new, columns, device)[None, None]
             return _repeated(causal, new, step) & seen
         if not isinstance(value, Tensor) or value.dim() != 4:
             raise UnsupportedBackboneError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -21,9 +22,9 @@ from offramp.errors import DataError
 from offramp.models.backbone import Backbone
 from offramp.models.eagle3 import Eagle3Drafter, check_drafter, read_depths
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shortlist import shortlist_of
+from offramp.models.shortlist import places_of, shortlist_of
 from offramp.training.config import TrainConfig
-from offramp.training.drafting import Acceptance, DraftTraining, Rollout
+from offramp.training.drafting import Acceptance, DraftTraining, Rollout, seen_by_drafts
 from offramp.training.feature_dataset import TrainingStates
 
 ONLY = 0
@@ -76,8 +77,7 @@ class _Training(DraftTraining):
         super().__init__(backbone, config, accelerator)
         self.drafter = self.learning = drafter
         self._ids = drafter.words.to(backbone.device)
-        self._places = self._ids.new_full((backbone.vocabulary,), -1)
-        self._places[self._ids] = torch.arange(len(self._ids), device=self._ids.device)
+        self._places = places_of(self._ids, backbone.vocabulary)
         self._embed = backbone.stack.get_input_embeddings()
 
     def logits(self, states: Tensor) -> Tensor:
@@ -108,14 +108,10 @@ class _Training(DraftTraining):
         seen = ((behind >= 0) & text[:, None] | (behind == 0))[:, None]
         state = drafter(embedded, before, slots, held, seen)[:, -new:]
         rollout = Rollout(before[:, -new:], [state])
-        true, diagonal = text[:, None, :], behind[-new:, -new:]
         for step in range(1, steps):
             state = torch.cat([state[:, :1], state[:, :-1]], 1)
-            blocks = [((behind[-new:] >= step)[None] & true)]
-            blocks += [
-                (diagonal == step - m)[None].expand(len(words), -1, -1) for m in range(1, step + 1)
-            ]
-            seen = torch.cat(blocks, -1)[:, None]
+            there = F.pad(text, (0, step * new), value=True)[:, None]
+            seen = (seen_by_drafts(step, new, len(slots), words.device) & there)[:, None]
             state = drafter(embedded[:, -new:], state, slots[-new:], held, seen)
             rollout.drafts.append(state)
         return {ONLY: rollout}
