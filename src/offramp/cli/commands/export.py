@@ -73,8 +73,8 @@ def _options(parser: Parser) -> None:
     group.add_argument("--out", type=Path, required=True, help="folder for the files")
     overwrite_option(group)
     data = data_options(
-        parser, f"a few images like those to come, to time lossless decoding in these files on ({TIMED} "
-        "where --limit names no other number); "
+        parser, "a few images like those to come, to time lossless decoding in these files on "
+        f"({TIMED} where --limit names no other number); "
         f"with --to {SPECULATORS} prompts by the hundred, from whose answers the drafter learns",
         required=False,
     )  # fmt: skip
