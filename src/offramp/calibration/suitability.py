@@ -39,7 +39,7 @@ TOKENS = 3000
 FOLDS = 4
 PIECES = (4, 2, 1)
 """Into which the answers to learn from are cut, to see how much more of them would help."""
-RIDGE = 0.03
+RIDGE = 0.003
 """Beside a kernel whose diagonal is 1."""
 FEWEST = 16
 """Prompts."""

@@ -27,8 +27,9 @@ from offramp.models.input_processor import InputProcessor
 
 SEARCH = 0.3
 """Share of the images on which several exits' path, and a threshold of first tokens, are found."""
-FIRST_SHARE = 0.25
-"""Share of a risk's target that changed first tokens may be of the answers searched on."""
+FIRST_SHARE = 0.5
+"""Share of a risk's target that may be lost, on the answers searched on, to first tokens that
+exit where no other token does."""
 KEEP_SHARE = 0.5
 """Share of a risk's target that may be lost, on the answers searched on, to visual tokens that stay
 behind where no token exits."""
@@ -125,17 +126,6 @@ class ThresholdEvaluator:
         doubtful = np.ones(len(self.examples), dtype=bool)
         return replace(self, policy=policy, replay=None, doubtful=doubtful)
 
-    def changed_first(self, threshold: float) -> Array:
-        """Answers [n] whose first token is not the full model's, where it exits at `threshold`."""
-        shared = Thresholds.shared(self.depths, threshold)
-        if self.replay is not None:
-            replayed = self.replay.replay
-            said = replayed.written(replayed.depths(shared, gates=self.policy.gates))
-            return np.asarray(said[:, 0] != replayed.targets[:, 0])
-        early = self.answer(self.examples, replace(self.policy, thresholds=shared, first={}))
-        pairs = zip(early, self.full, strict=True)
-        return np.array([mine.ids[0] != full.ids[0] for mine, full in pairs])
-
     def losses(self, thresholds: Mapping[int, float]) -> Array:
         """What each answer loses [n]; those that stay the full model's lose nothing."""
         policy = replace(self.policy, thresholds=Thresholds(thresholds))
@@ -204,12 +194,13 @@ def first_threshold(
     grid: Sequence[float],
     target: float,
 ) -> float:
-    """The lowest threshold of the grid from which on first tokens that exit are the full model's,
-    in all but `FIRST_SHARE` of the target of the answers searched on; 1 where there is none."""
+    """The lowest threshold of the grid down to which answers whose first tokens alone exit lose at
+    most `FIRST_SHARE` of the target, of those searched on; 1 where there is none."""
     part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
+    never = Thresholds.shared(part.depths, 1.0)
     found = 1.0
     for threshold in sorted(grid, reverse=True):
-        if part.changed_first(threshold).mean() > FIRST_SHARE * target:
+        if part.with_first(threshold).losses(never).mean() > FIRST_SHARE * target:
             break
         found = float(threshold)
     return found

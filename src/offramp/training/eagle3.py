@@ -84,8 +84,8 @@ class _Training(DraftTraining):
         return self.drafter.logits(states).float()
 
     def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        full = self.backbone.logits(batch.teacher).float()
-        return full[..., self._ids], self._places[full.argmax(-1)]
+        full = self.backbone.logits(batch.teacher)
+        return full[..., self._ids].float(), self._places[full.argmax(-1)]
 
     def rollouts(self, batch: Batch, steps: int) -> Mapping[int, Rollout]:
         """Slots of the whole text make keys from true states; those of the answer draft on, each

@@ -2,8 +2,8 @@
 in lab/records.
 
 One thread, a quiet machine with 12 GB of memory, about an hour. `python -m
-offramp_lab.records.bench NAME...` measures only these parts; what each found stays in runs/bench
-for the others: opt-2.7b, flan-t5-xl, smollm2-135m, batch, families, peers, dialogues.
+offramp_lab.records.bench --parts NAME...` measures only these parts; what each found stays in
+runs/bench for the others: opt-2.7b, flan-t5-xl, smollm2-135m, batch, families, peers, dialogues.
 
 opt-2.7b, flan-t5-xl, smollm2-135m: exits forced at a quarter and half of the depth, random weights.
 batch: eight rows of OPT-2.7B, exiting each on its own, and all together.
@@ -42,7 +42,7 @@ from offramp_lab.experiments.experiment import bar
 from offramp_lab.inputs import tiny_families
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.places import RECORDS, RUNS
-from offramp_lab.records.record import asked
+from offramp_lab.records.record import Some, asked
 from offramp_lab.records.subjects import tiny_with
 
 OUT = RUNS / "bench"
@@ -54,12 +54,7 @@ DIALOGUES, TURNS = 10, 5
 
 
 def main() -> None:
-    arguments = asked(
-        __doc__,
-        more=lambda parser: parser.add_argument(
-            "parts", nargs="*", default=[*PARTS], choices=[*PARTS, []]
-        ),
-    )
+    arguments = asked(__doc__, parts=Some(PARTS))
     for name in arguments.parts:
         write_json(OUT / f"{name}.json", PARTS[name]())
     if missing := [name for name in PARTS if not (OUT / f"{name}.json").is_file()]:

@@ -2,18 +2,19 @@
 suitability.json in lab/records.
 
 On 200 prompts without labels: the exits that ship for the tiny OPT (scenes, float32) and for the
-photo model (photographs, bfloat16), and those that `offramp demo --backbone t5` leaves in
-runs/demo. Trained exits are read along the full model's answers to other prompts, and decode 50 of
-these, beside full depth, for their speed. One thread.
-`python -m offramp_lab.records.suitability` takes ten minutes; `... opt photo-speeds` makes some of
-its parts again.
+photo model (photographs, bfloat16); those that `offramp demo --backbone t5` leaves in runs/demo;
+and two of the photo model that learnt from 900 prompts, as `python -m examples.photo_vlm.measure
+--model photo --size small --regimes unsupervised --work runs/photo-exits` leaves them with
+`--depths 4` and with `--depths 8`. Trained exits are read along the full model's answers to other
+prompts, and decode 50 of these, beside full depth, for their speed. One thread.
+`python -m offramp_lab.records.suitability` takes 20 minutes; `--parts opt photo-speeds` makes
+some of its parts again.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from examples.photo_vlm.held_out import SMALL
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -38,7 +40,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.storage import read_json
 from offramp_lab.experiments.experiment import Experiment, bar
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Record, asked
+from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import PHOTO, halves, load_photo, tiny_with
 
 RECORD = Record("suitability")
@@ -74,10 +76,16 @@ def tiny(kind: str) -> Case:
     )  # fmt: skip
 
 
-def photo(data: Path) -> Case:
+def photo(data: Path, exits: Path | None = None, planned: int = 6000) -> Case:
     asked, held_out = (half[:PROMPTS] for half in halves(data))
-    model = load_photo(PHOTO, dtype=torch.bfloat16)
-    return Case(*model, asked, held_out, held_out[:50], planned=6000, longest=30)
+    model = load_photo(PHOTO, exits, dtype=torch.bfloat16)
+    return Case(*model, asked, held_out, held_out[:50], planned=planned, longest=30)
+
+
+def photo_brief(data: Path, depth: int) -> Case:
+    """Exits at `depth` that learnt from few prompts, for a short time."""
+    left = RUNS / f"photo-exits/measured-small-{depth}/exits/unsupervised"
+    return photo(data, left, SMALL.captions + SMALL.questions)
 
 
 def foretold(case: Case) -> dict[str, Any]:
@@ -156,13 +164,11 @@ def main() -> None:
         "opt": lambda _: tiny("opt"),
         "t5": lambda _: tiny("t5"),
         "photo": photo,
+        "photo-brief-4": partial(photo_brief, depth=4),
+        "photo-brief-8": partial(photo_brief, depth=8),
     }
     names = [part for name in cases for part in (name, f"{name}-speeds")]
-
-    def models(parser: ArgumentParser) -> None:
-        parser.add_argument("parts", nargs="*", default=names, choices=[*names, []])
-
-    arguments = asked(__doc__, photo=False, rounds=3, more=models)
+    arguments = asked(__doc__, photo=False, rounds=3, parts=Some(names))
     load = os.getloadavg()[0]
 
     def made(part: str) -> dict[str, Any]:

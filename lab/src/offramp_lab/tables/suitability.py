@@ -6,7 +6,13 @@ from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import MakeTable, record, tiny, with_range
 
-MODELS = {"opt": tiny("opt"), "t5": tiny("t5"), "photo": "photo model"}
+MODELS = {
+    "opt": tiny("opt"),
+    "t5": tiny("t5"),
+    "photo": "photo model",
+    "photo-brief-8": "photo model, briefly trained",
+    "photo-brief-4": "photo model, briefly trained",
+}
 LEVEL = "0.95"
 
 
