@@ -13,7 +13,13 @@ from offramp.adapter import Adapter
 from offramp.answers import Runtime
 from offramp.engine.policy import FULL, ExitPolicy, Thresholds
 from offramp.errors import DataError
-from offramp.evaluation.timing import GenerateFn, exit_generate_fn, speedup, time_interleaved
+from offramp.evaluation.timing import (
+    GenerateFn,
+    exit_generate_fn,
+    generate_fn,
+    speedup,
+    time_interleaved,
+)
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95)
 LONGEST = (2, 3, 4, 5, 8)
@@ -130,11 +136,7 @@ def _answering(
         return lambda policy: exit_generate_fn(
             adapter.backbone, None if policy is FULL else adapter.exits, policy, **options
         )
-    return lambda policy: (
-        lambda inputs, stop: runtime.generate(
-            inputs, policy=policy, stopping_criteria=stop, **options
-        ).new_tokens.flatten()
-    )
+    return lambda policy: generate_fn(runtime.generate, policy=policy, **options)
 
 
 def _timed(

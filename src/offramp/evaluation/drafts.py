@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-from transformers import StoppingCriteriaList
 
 from offramp.answers import Runtime
 from offramp.engine.policy import ExitPolicy
-from offramp.evaluation.timing import GenerateFn, speedup, time_interleaved
+from offramp.evaluation.timing import generate_fn, speedup, time_interleaved
 
 Rounds = Sequence[Sequence[int]]
 """Of one answer: tokens drafted and kept, each time that the full model was asked."""
@@ -73,18 +71,13 @@ def lossless_worth(
     """
     made: list[Rounds] = []
 
-    def by(mode: str) -> GenerateFn:
-        chosen = policy.in_mode(mode)
-
-        def run(given: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-            output = runtime.generate(given, policy=chosen, stopping_criteria=stop, **options)
-            if mode == "lossless":
-                made.append(output.rounds)
-            return output.new_tokens.flatten()
-
-        return run
-
-    ways = {mode: by(mode) for mode in ("full", "lossless")}
+    ways = {
+        "full": generate_fn(runtime.generate, policy=policy.in_mode("full"), **options),
+        "lossless": generate_fn(
+            runtime.generate, lambda output: made.append(output.rounds),
+            policy=policy.in_mode("lossless"), **options,
+        ),
+    }  # fmt: skip
     timings = time_interleaved(ways, inputs, rounds=rounds, progress=progress, clock=clock)
     full, lossless = timings["full"], timings["lossless"]
     same = sum(a == b for a, b in zip(full.answers, lossless.answers, strict=True))

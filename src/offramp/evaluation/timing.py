@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.evaluation.statistics import Measure, interval
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -208,11 +208,19 @@ def exit_generate_fn(
     **options: Any,
 ) -> GenerateFn:
     """Generation by `policy`; without thresholds the full model, through the same loop."""
+    return generate_fn(partial(generate, backbone, exits=exits, policy=policy), **options)
+
+
+def generate_fn(
+    generates: Callable[..., GenerationOutput],
+    heard: Callable[[GenerationOutput], object] = lambda _: None,
+    **options: Any,
+) -> GenerateFn:
+    """Generation as an adapter or a runtime does it. heard: is told what came out."""
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-        output = generate(
-            backbone, inputs, exits=exits, policy=policy, stopping_criteria=stop, **options
-        )
+        output = generates(inputs, stopping_criteria=stop, **options)
+        heard(output)
         return output.new_tokens.flatten()
 
     return run

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from offramp.data.example import Example
 from offramp.engine.teacher_forcing import Batch
-from offramp.errors import DataError
 from offramp.models.backbone import Backbone
 from offramp.models.eagle3 import Eagle3Drafter, check_drafter, read_depths
 from offramp.models.input_processor import InputProcessor
@@ -51,8 +50,6 @@ def train_eagle3(
     """
     backbone = Backbone.of(backbone)
     check_drafter(backbone)
-    if not examples:
-        raise DataError("There are no examples to train on.", "Check the data's path and split.")
     accelerator = Accelerator(cpu=backbone.device.type == "cpu")
     train, validation = stores = TrainingStates(
         InputProcessor(backbone, processor), examples, config, read_depths(backbone.depth),

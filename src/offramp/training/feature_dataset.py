@@ -47,7 +47,11 @@ class Teacher(Protocol):
 @dataclass(frozen=True)
 class TrainingStates:
     """Of examples, by a configuration, for exits at `depths`. out: the run's folder. teacher: is
-    entered while answers are written and states are recorded."""
+    entered while answers are written and states are recorded.
+
+    Raises:
+        DataError: no examples.
+    """
 
     encoder: InputProcessor
     examples: Sequence[Example]
@@ -56,6 +60,12 @@ class TrainingStates:
     accelerator: Accelerator
     out: Path
     teacher: AbstractContextManager[Any]
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise DataError(
+                "There are no examples to train on.", "Check the data's path and split."
+            )
 
     @property
     def key(self) -> tuple[Any, ...]:

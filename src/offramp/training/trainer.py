@@ -27,7 +27,7 @@ from offramp.data.example import Example, examples_digest
 from offramp.engine.policy import DRAFT, ExitPolicy, Thresholds, resolved
 from offramp.engine.self_check import check_untested
 from offramp.engine.teacher_forcing import Batch
-from offramp.errors import DataError, InputError, OfframpError, TrainingError
+from offramp.errors import InputError, OfframpError, TrainingError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
@@ -161,10 +161,6 @@ class Trainer:
     ) -> None:
         backbone = Backbone.of(backbone)
         self.examples = list(examples)
-        if not self.examples:
-            raise DataError(
-                "There are no examples to train on.", "Check the data's path and split."
-            )
         if config.shortlist is not None and config.shortlist > backbone.vocabulary:
             raise InputError(
                 f"A shortlist of {config.shortlist} out of {backbone.vocabulary} tokens cannot be.",
