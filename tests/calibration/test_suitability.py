@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from offramp.answers import full_model_answers
 from offramp.calibration import suitability as module
-from offramp.calibration.cost_model import Costs
 from offramp.calibration.suitability import FEWEST, followed, looked_at, settled, suitability
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions
 from offramp.errors import DataError, InputError
+from offramp.evaluation.scripted_exits import generate_forced
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
-
-COSTS = Costs(
-    layers=12, batch=1, context=20, layer=(1e-3,) * 4, head=(1e-4,) * 4, exit=1e-3, check=1e-4,
-    score=0.0, store=0.0, token=1e-4, reenter=0.0,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +27,6 @@ def encoder() -> InputProcessor:
 @pytest.fixture(scope="module")
 def scenes() -> list[Example]:
     return captions("test", FEWEST).examples
-
-
-@pytest.fixture
-def costs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What costs were asked for; they are `COSTS`."""
-    asked: dict[str, Any] = {}
-
-    def measure(*_: Any, **options: Any) -> Costs:
-        asked.update(options)
-        return COSTS
-
-    monkeypatch.setattr(module, "measure_costs", measure)
-    return asked
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 1.0])
@@ -71,21 +55,43 @@ def test_a_power_law_is_followed_to_where_it_leads_and_never_upwards() -> None:
 
 
 def test_the_shipped_model_settles_early_and_fast(
-    encoder: InputProcessor, scenes: list[Example], costs: dict[str, Any]
+    encoder: InputProcessor, scenes: list[Example]
 ) -> None:
     found = suitability(encoder, scenes, depths=(2, 8), planned=1000)
     first, last = found.prospects
-    assert found.tokens > 10 * FEWEST and not found.shortlist and not costs["shortlist"]
+    assert found.tokens > 10 * FEWEST and not found.shortlist
     assert first.depth == 2 and first.settled[0.95] > 0.9
     assert all(p.settled[0.9] >= p.settled[0.95] >= p.settled[0.98] for p in found.prospects)
     assert found.best(0.95) is first and first.speedup[0.95] > last.speedup[0.95] > 1.0
 
 
-def test_the_forecast_is_the_same_every_time(
-    encoder: InputProcessor, scenes: list[Example], costs: dict[str, Any]
+def test_the_forecast_is_the_same_every_time_but_for_the_clock(
+    encoder: InputProcessor, scenes: list[Example]
 ) -> None:
-    one, two = (suitability(encoder, scenes, depths=(3,)) for _ in range(2))
-    assert one == two
+    one, two = (suitability(encoder, scenes, depths=(3,)).prospects for _ in range(2))
+    assert [replace(p, speedup={}) for p in one] == [replace(p, speedup={}) for p in two]
+
+
+def test_speed_is_tried_with_exits_that_leave_as_often_as_foretold(
+    encoder: InputProcessor, scenes: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more leave, or sooner, fewer layers run."""
+    left: dict[int, list[int]] = {}
+
+    def forced(*args: Any, depth: int, **options: Any) -> Any:
+        output = generate_forced(*args, depth=depth, **options)
+        left.setdefault(depth, []).append(int((output.depths == depth).sum()))
+        return output
+
+    monkeypatch.setattr(module, "generate_forced", forced)
+    shares = {3: (0.9, {0.9: 0.75, 0.95: 0.5}), 9: (0.9, {0.9: 0.75, 0.95: 0.75})}
+    answers = full_model_answers(encoder, scenes, batch_size=8, max_new_tokens=16)
+    speeds = module._speeds(encoder, answers, shares, None, 0, iter)
+    assert {*speeds} == {(3, 0.75), (3, 0.5), (9, 0.75)}
+    assert speeds[3, 0.75] > speeds[3, 0.5] > 1.0 and speeds[9, 0.75] < speeds[3, 0.75]
+    tokens = sum(len(answer.ids) for answer in answers[: module.TIMED])
+    once = left[9][1 : 1 + module.TIMED]  # behind a try at the first one
+    assert abs(sum(once) - 0.75 * tokens) <= 1
 
 
 def test_too_few_prompts_are_refused(encoder: InputProcessor, scenes: list[Example]) -> None:

@@ -6,25 +6,30 @@ final layer's features, in closed form. It is fitted on three quarters of the an
 the others, in turn, and on halves and quarters of what it is fitted on: the share of tokens that it
 leaves to deeper layers falls as a power of how many answers it learns from (as errors do; Hestness
 et al. 2017), and the line through the three is followed to as many as an exit would be trained on.
+Then speed is tried, with exits that leave at random, as often as foretold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from offramp.answers import full_model_answers
-from offramp.calibration.cost_model import Costs, token_seconds
-from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example
+from offramp.engine.decoding.pace import clock_on
+from offramp.engine.generate import generate
 from offramp.engine.teacher_forcing import Answered, group, record
 from offramp.errors import DataError, InputError
+from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
+from offramp.evaluation.timing import FirstToken, in_turn
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.models.input_processor import InputProcessor
@@ -43,6 +48,9 @@ RIDGE = 0.003
 """Beside a kernel whose diagonal is 1."""
 FEWEST = 16
 """Prompts."""
+TIMED, SECONDS, ROUNDS = 8, 30.0, 5
+"""Prompts whose answers are written at full depth and with exits that leave at random, seconds that
+this may take beyond a first round, and rounds at most."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Prospect:
     agreement: share of tokens for which its likeliest is the full model's.
     settled: by level, the largest share of tokens that exit, surest first, while that share of all
         tokens stays the full model's.
-    speedup: by level, of decoding, over full depth.
+    speedup: by level, of decoding one answer at a time on this machine, over full depth.
     """
 
     depth: int
@@ -66,8 +74,7 @@ class Suitability:
     """What exits promise on a model of L `layers`.
 
     prompts, tokens: that were answered, and looked at. planned: prompts that training would have.
-    shortlist: whether exits read a shortlist of the vocabulary. costs: of decoding one answer at a
-    time on this machine.
+    shortlist: whether exits read a shortlist of the vocabulary.
     """
 
     layers: int
@@ -76,7 +83,6 @@ class Suitability:
     planned: int
     shortlist: bool
     prospects: tuple[Prospect, ...]
-    costs: Costs
 
     def best(self, level: float) -> Prospect:
         """The depth whose exit decodes fastest at a level of `LEVELS`."""
@@ -96,11 +102,7 @@ class Suitability:
             for p in self.prospects
         ]
         names = ("layers", "prompts", "tokens", "planned", "shortlist")
-        return {
-            **{n: getattr(self, n) for n in names},
-            "depths": rows,
-            "costs": self.costs.to_json(),
-        }
+        return {**{n: getattr(self, n) for n in names}, "depths": rows}
 
 
 def looked_at(layers: int) -> tuple[int, ...]:
@@ -123,7 +125,7 @@ def suitability(
     """Answer the prompts with the full model, and tell what exits at `depths` would settle.
 
     planned: prompts that training would have. progress: wraps the batches that are answered, the
-        batches that are read, and the rounds in which costs are measured.
+        batches that are read, and the prompts on which speed is tried.
 
     Raises:
         DataError: fewer than `FEWEST` prompts, or decoded tokens; a prompt that leaves no room for
@@ -146,22 +148,19 @@ def suitability(
         encoder, examples, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
     )
     seen = _Seen.of(encoder, answers, chosen, batch_size, seed, progress)
-    shortlist = _is_wide(backbone)
-    exits = ExitSet(
-        Exits(backbone, chosen[:1]).requires_grad_(False), seen.spoken if shortlist else None
-    )
-    costs = measure_costs(
-        backbone, encoder.prompts(examples[:1]), exits, shortlist=shortlist, progress=progress
-    )
-    more, lengths = planned / len(examples), [len(answer.ids) - 1 for answer in answers]
+    shares = {depth: _shares(backbone, seen, depth, planned / len(examples)) for depth in chosen}
+    shortlist = seen.spoken if _is_wide(backbone) else None
+    speeds = _speeds(encoder, answers, shares, shortlist, seed, progress)
     return Suitability(
         layers=backbone.depth,
         prompts=len(examples),
         tokens=len(seen.said),
         planned=planned,
-        shortlist=shortlist,
-        prospects=tuple(_prospect(backbone, seen, depth, more, costs, lengths) for depth in chosen),
-        costs=costs,
+        shortlist=shortlist is not None,
+        prospects=tuple(
+            Prospect(depth, agreement, settle, {n: speeds[depth, settle[n]] for n in settle})
+            for depth, (agreement, settle) in shares.items()
+        ),
     )
 
 
@@ -236,16 +235,11 @@ class _Seen:
 # -- what an exit would say --------------------------------------------------------------------
 
 
-def _prospect(
-    backbone: Backbone,
-    seen: _Seen,
-    depth: int,
-    more: float,
-    costs: Costs,
-    lengths: Sequence[int],
-) -> Prospect:
-    """more: how many times as many answers training would have as there are here. lengths: tokens
-    that each answer decodes."""
+def _shares(
+    backbone: Backbone, seen: _Seen, depth: int, more: float
+) -> tuple[float, dict[float, float]]:
+    """The share of tokens for which an exit's likeliest is the full model's, and by level the share
+    that settles. more: how many times as many answers training would have as there are here."""
     kernel = _kernel(seen.untrained[depth])
     head = backbone.head_rows(seen.spoken.to(backbone.device))
     left = [
@@ -256,21 +250,7 @@ def _prospect(
     wrong, *rest = followed(learnt, np.maximum(left, 0.5 / len(seen.said)), more).tolist()
     # At a higher level no more settle; where it seems so, that is noise.
     shares = np.minimum.accumulate([1.0 - share for share in rest]).tolist()
-    settle = dict(zip(LEVELS, shares, strict=True))
-    return Prospect(
-        depth=depth,
-        agreement=1.0 - wrong,
-        settled=settle,
-        speedup={n: _speedup(costs, depth, share, lengths) for n, share in settle.items()},
-    )
-
-
-def _speedup(costs: Costs, depth: int, share: float, lengths: Sequence[int]) -> float:
-    """Of decoding answers of these lengths, where a share of tokens, drawn at random, exits."""
-    live = np.arange(max(lengths)) < np.array(lengths)[:, None]
-    exits = np.random.default_rng(0).random(live.shape) < share
-    depths = np.where(live, np.where(exits, depth, costs.layers), 0)
-    return float(costs.full * live.sum() / token_seconds(costs, depths, [depth]).sum())
+    return 1.0 - wrong, dict(zip(LEVELS, shares, strict=True))
 
 
 def _kernel(states: Tensor) -> Tensor:
@@ -315,3 +295,50 @@ def followed(learnt: Array, left: Array, more: float) -> Array:
     x, y = np.log(learnt), np.log(left)
     slopes = np.minimum(np.polyfit(x, y, 1)[0], 0.0)
     return np.asarray(np.exp(y.mean(0) + slopes * (np.log(more) - x.mean())))
+
+
+# -- what it would be worth --------------------------------------------------------------------
+
+
+def _speeds(
+    encoder: InputProcessor,
+    answers: Sequence[Answered],
+    shares: Mapping[int, tuple[float, Mapping[float, float]]],
+    shortlist: Tensor | None,
+    seed: int,
+    progress: Any,
+) -> dict[tuple[int, float], float]:
+    """Of decoding, over full depth, by depth and the share of tokens that exits there: untrained
+    exits, whose work is a trained one's, leave at random so often. Where first tokens leave,
+    decoding has to read their prompts deeper later on, as it will."""
+    backbone, clock = encoder.backbone, clock_on(encoder.backbone.device.type)
+    exits = ExitSet(Exits(backbone, sorted(shares)).requires_grad_(False), shortlist)
+    timed = [answer for answer in answers if len(answer.ids) > 1][:TIMED]
+    lengths = [len(answer.ids) for answer in timed]
+    order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(seed))
+    ranks = torch.split(order.argsort() / len(order), lengths)  # those below a share leave
+    asked = [encoder.prompts([answer.example]) for answer in timed]
+
+    def seconds(given: tuple[Mapping[str, Any], Tensor], depth: int, share: float) -> float:
+        inputs, rank = given
+        first = FirstToken(clock)
+        if depth == backbone.depth:
+            stop = StoppingCriteriaList([first])
+            generate(backbone, inputs, stopping_criteria=stop, max_new_tokens=len(rank), **OPTIONS)
+        else:
+            generate_forced(
+                backbone, inputs, exits, Script((rank < share)[:, None]), len(rank),
+                depth=depth, criteria=[first], shortlist=shortlist is not None,
+            )  # fmt: skip
+        assert first.seconds is not None
+        return clock() - first.seconds
+
+    ways = {(d, share) for d, (_, settle) in shares.items() for share in settle.values()}
+    full = (backbone.depth, 1.0)
+    runs = {way: partial(seconds, depth=way[0], share=way[1]) for way in (full, *sorted(ways))}
+    given, began = [*zip(asked, ranks, strict=True)], clock()
+    in_turn(runs, given[:1], rounds=1)  # what is made once is made here
+    rounds = min(ROUNDS, 1 + int(SECONDS / len(given) / (clock() - began)))
+    found = in_turn(runs, given, rounds=rounds, progress=progress)
+    took = {way: float(np.median(by_round, 0).sum()) for way, by_round in found.items()}
+    return {way: took[full] / took[way] for way in ways}

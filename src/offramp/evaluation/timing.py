@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import chain, product, zip_longest
 from statistics import median
 from typing import Any, TypeVar
 
@@ -147,13 +147,10 @@ def in_turn(
     for method in methods.values():
         for given in inputs[:warm]:
             method(given)
-    found: dict[Name, list[list[Result]]] = {name: [] for name in methods}
-    for number in progress(range(rounds)):
-        for by_round in found.values():
-            by_round.append([])
-        for place, given in enumerate(inputs):
-            for name in random.Random(f"{number}:{place}").sample([*methods], len(methods)):
-                found[name][number].append(methods[name](given))
+    found: dict[Name, list[list[Result]]] = {n: [[] for _ in range(rounds)] for n in methods}
+    for number, place in progress([*product(range(rounds), range(len(inputs)))]):
+        for name in random.Random(f"{number}:{place}").sample([*methods], len(methods)):
+            found[name][number].append(methods[name](inputs[place]))
     return found
 
 

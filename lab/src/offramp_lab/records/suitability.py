@@ -3,11 +3,11 @@ suitability.json in lab/records.
 
 On 200 prompts without labels: the exits that ship for the tiny OPT (scenes, float32) and for the
 photo model (photographs, bfloat16); those that `offramp demo --backbone t5` leaves in runs/demo;
-and two of the photo model that learnt from 900 prompts, as `python -m examples.photo_vlm.measure
---model photo --size small --regimes unsupervised --work runs/photo-exits` leaves them with
-`--depths 4` and with `--depths 8`. Trained exits are read along the full model's answers to other
-prompts, and decode 50 of these, beside full depth, for their speed. One thread.
-`python -m offramp_lab.records.suitability` takes 20 minutes; `--parts opt photo-speeds` makes
+and three others of the photo model, as `python -m examples.photo_vlm.measure --model photo
+--regimes unsupervised --work runs/photo-exits` leaves them with `--size large --depths 4`, `--size
+small --depths 8` and `--size small --depths 4`. Trained exits are read along the full model's
+answers to other prompts, and decode 50 of these, beside full depth, for their speed. One thread.
+`python -m offramp_lab.records.suitability` takes half an hour; `--parts opt photo-speeds` makes
 some of its parts again.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from examples.photo_vlm.held_out import SMALL
+from examples.photo_vlm.held_out import SIZES
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
@@ -33,6 +33,7 @@ from offramp.calibration.suitability import LEVELS, settled, suitability
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.demo import OPTIONS, DemoSizes
+from offramp.engine.decoding.pace import clock_on
 from offramp.engine.policy import ExitPolicy
 from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import FirstToken, exit_generate_fn
@@ -82,10 +83,10 @@ def photo(data: Path, exits: Path | None = None, planned: int = 6000) -> Case:
     return Case(*model, asked, held_out, held_out[:50], planned=planned, longest=30)
 
 
-def photo_brief(data: Path, depth: int) -> Case:
-    """Exits at `depth` that learnt from few prompts, for a short time."""
-    left = RUNS / f"photo-exits/measured-small-{depth}/exits/unsupervised"
-    return photo(data, left, SMALL.captions + SMALL.questions)
+def photo_at(data: Path, depth: int, size: str) -> Case:
+    """Exits at another depth, or such as learnt from fewer prompts."""
+    left = RUNS / f"photo-exits/measured-{size}-{depth}/exits/unsupervised"
+    return photo(data, left, SIZES[size].captions)
 
 
 def foretold(case: Case) -> dict[str, Any]:
@@ -132,17 +133,17 @@ def speeds(case: Case, trained: Sequence[dict[str, Any]], rounds: int) -> dict[s
 
 
 def timed(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str, Any]:
-    """Decoding of each policy over full depth, by the clock: the ratio of sums over prompts, each
-    one's median of rounds, with a 95% interval over prompts."""
+    """Decoding of each policy over full depth, in CPU seconds as the forecast has them: the ratio
+    of sums over prompts, each one's median of rounds, with a 95% interval over prompts."""
     options: dict[str, Any] = {"max_new_tokens": case.longest, "do_sample": False}
-    backbone, exits = case.encoder.backbone, case.adapter.exits
+    backbone, exits, clock = case.encoder.backbone, case.adapter.exits, clock_on("cpu")
 
     def seconds(prompt: Any, run: Any) -> float:
         """Of a decoded token, the first, which the prompt's pass gives, left out."""
-        first = FirstToken()
+        first = FirstToken(clock)
         tokens = len(run(prompt, StoppingCriteriaList([first])))
         assert first.seconds is not None
-        return (time.perf_counter() - first.seconds) / max(1, tokens - 1)
+        return (clock() - first.seconds) / max(1, tokens - 1)
 
     runs = {
         name: partial(seconds, run=exit_generate_fn(backbone, exits, policy, **options))
@@ -164,8 +165,9 @@ def main() -> None:
         "opt": lambda _: tiny("opt"),
         "t5": lambda _: tiny("t5"),
         "photo": photo,
-        "photo-brief-4": partial(photo_brief, depth=4),
-        "photo-brief-8": partial(photo_brief, depth=8),
+        "photo-large-4": partial(photo_at, depth=4, size="large"),
+        "photo-small-8": partial(photo_at, depth=8, size="small"),
+        "photo-small-4": partial(photo_at, depth=4, size="small"),
     }
     names = [part for name in cases for part in (name, f"{name}-speeds")]
     arguments = asked(__doc__, photo=False, rounds=3, parts=Some(names))

@@ -10,8 +10,9 @@ MODELS = {
     "opt": tiny("opt"),
     "t5": tiny("t5"),
     "photo": "photo model",
-    "photo-brief-8": "photo model, briefly trained",
-    "photo-brief-4": "photo model, briefly trained",
+    "photo-large-4": "photo model",
+    "photo-small-8": "photo model, briefly trained",
+    "photo-small-4": "photo model, briefly trained",
 }
 LEVEL = "0.95"
 

@@ -189,7 +189,7 @@ def _suitability(arguments: argparse.Namespace) -> None:
     )
 
 
-STEPS = ("answers", "states", "costs")
+STEPS = ("answers", "states", "speed")
 
 
 def _forecast(found: Any, level: float) -> str:
