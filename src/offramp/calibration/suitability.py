@@ -48,7 +48,7 @@ RIDGE = 0.003
 """Beside a kernel whose diagonal is 1."""
 FEWEST = 16
 """Prompts."""
-TIMED, SECONDS, ROUNDS = 8, 30.0, 5
+TIMED, SECONDS, ROUNDS = 8, 12.0, 5
 """Prompts whose answers are written at full depth and with exits that leave at random, seconds that
 this may take beyond a first round, and rounds at most."""
 
