@@ -1,8 +1,9 @@
 """Would exits pay on a model, before any is trained: from the model's own answers to some prompts.
 
 A stand-in takes the trained exit's place. An exit starts as a copy of the layer behind it, so what
-an untrained one gives is the state one layer deeper; a kernel ridge regression maps that to the
-final layer's features, in closed form. It is fitted on three quarters of the answers and judged on
+an untrained one gives is the state one layer deeper; a kernel ridge regression maps that, and the
+mean of these states so far in the answer, to which an exit attends, to the final layer's features,
+in closed form. It is fitted on three quarters of the answers and judged on
 the others, in turn, and on halves and quarters of what it is fitted on: the share of tokens that it
 leaves to deeper layers falls as a power of how many answers it learns from (as errors do; Hestness
 et al. 2017), and the line through the three is followed to as many as an exit would be trained on.
@@ -46,6 +47,8 @@ PIECES = (4, 2, 1)
 """Into which the answers to learn from are cut, to see how much more of them would help."""
 RIDGE = 0.003
 """Beside a kernel whose diagonal is 1."""
+BEFORE = 0.3
+"""Weight of what was said before against the state itself, by squared distance."""
 FEWEST = 16
 """Prompts."""
 TIMED, SECONDS, ROUNDS = 8, 12.0, 5
@@ -178,12 +181,12 @@ class _Seen:
     """N tokens of the full model's answers. The first of each is left out: it comes out of the
     prompt's pass, is often the same for all prompts, and does not count for decoding's speed.
 
-    untrained: by depth, features [N, D] that an untrained exit gives. final: the final layer's.
-    said: the tokens [N]. spoken: each of them once, ascending. answer: the number [N] of each one's
-    answer, in a random order.
+    untrained: by depth, features [N, D] that an untrained exit gives, and their means [N, D] over
+    the answer so far. final: the final layer's. said: the tokens [N]. spoken: each of them once,
+    ascending. answer: the number [N] of each one's answer, in a random order.
     """
 
-    untrained: Mapping[int, Tensor]
+    untrained: Mapping[int, tuple[Tensor, Tensor]]
     final: Tensor
     said: Tensor
     spoken: Tensor
@@ -218,13 +221,17 @@ class _Seen:
             drawn[:, 0] = False
             keep = batch.mask & drawn.to(batch.mask.device)
             answer = torch.tensor([number[id(row)] for row in rows])[:, None].expand(keep.shape)
-            features = [backbone.final_norm(batch.entries(entered[d]))[keep] for d in depths]
+            count = torch.arange(1, keep.shape[1] + 1, device=keep.device)[:, None]
+            features = list[Tensor]()
+            for depth in depths:
+                given = backbone.final_norm(batch.entries(entered[depth])).float()
+                features += [given[keep], (given.cumsum(1) / count)[keep]]
             parts.append(
                 (batch.teacher[keep], batch.targets[keep].cpu(), answer[keep.cpu()], *features)
             )
-        final, said, answer, *untrained = (torch.cat(part) for part in zip(*parts, strict=True))
+        final, said, answer, *both = (torch.cat(part) for part in zip(*parts, strict=True))
         return cls(
-            untrained=dict(zip(depths, (u.float() for u in untrained), strict=True)),
+            untrained=dict(zip(depths, zip(both[::2], both[1::2], strict=True), strict=True)),
             final=final.float(),
             said=said,
             spoken=torch.unique(said),
@@ -240,7 +247,7 @@ def _shares(
 ) -> tuple[float, dict[float, float]]:
     """The share of tokens for which an exit's likeliest is the full model's, and by level the share
     that settles. more: how many times as many answers training would have as there are here."""
-    kernel = _kernel(seen.untrained[depth])
+    kernel = _kernel(*seen.untrained[depth])
     head = backbone.head_rows(seen.spoken.to(backbone.device))
     left = [
         np.mean([_left(backbone, seen, kernel, head, n, pieces) for n in range(pieces)], 0)
@@ -253,10 +260,11 @@ def _shares(
     return 1.0 - wrong, dict(zip(LEVELS, shares, strict=True))
 
 
-def _kernel(states: Tensor) -> Tensor:
-    """exp(-|x - y|^2 / m) of states [N, D], with m the median of the squared distances: [N, N]."""
-    apart = torch.cdist(states, states).square()
-    return torch.exp(-apart / apart[apart > 0].median())
+def _kernel(states: Tensor, before: Tensor) -> Tensor:
+    """exp(-|x - y|^2 / m - `BEFORE` |x' - y'|^2 / m') of states [N, D] and of what was before them,
+    with m the median of the squared distances: [N, N]."""
+    own, past = (torch.cdist(x, x).square() for x in (states, before))
+    return torch.exp(-own / own[own > 0].median() - BEFORE * past / past[past > 0].median())
 
 
 def _left(
