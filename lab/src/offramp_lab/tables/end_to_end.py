@@ -1,6 +1,6 @@
 """Whole captions, from the file to the text: where the time goes, and what each step brings."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import (
@@ -29,16 +29,16 @@ def _entries(part: str, name: str = "end_to_end") -> list[Value]:
 def _way(entry: Value) -> str:
     name = NAMES.get(entry["engine"], f"ours, {entry['engine']}")
     mode = "" if entry["engine"] in (STOCK, ALONE) else f", {entry['mode']}"
-    return name + mode + (f", {entry['tower']} tower" if entry["tower"] != TORCH else "")
+    return name + mode + _tower(entry)
 
 
-def _of(engines: Iterable[str]) -> list[Value]:
-    return [e for e in _entries("captioned") if e["engine"] in engines]
+def _tower(entry: Value) -> str:
+    return f", {entry['tower']} tower" if entry["tower"] != TORCH else ""
 
 
 def captions() -> Table:
     """Milliseconds of a caption by parts, and multiples of full depth."""
-    return _table(_of((STOCK, "PyTorch")), {"of full depth": "over_full"})
+    return _table((STOCK, "PyTorch"), {"of full depth": "over_full"})
 
 
 def captions_in_llama() -> Table:
@@ -48,10 +48,10 @@ def captions_in_llama() -> Table:
         "of it behind the same tower": "over_alone_same_tower",
         "of full depth": "over_full",
     }
-    return _table(_of((ALONE, record("end_to_end")["format"])), columns)
+    return _table((ALONE, record("end_to_end")["format"]), columns)
 
 
-def _table(entries: Iterable[Value], ratios: dict[str, str]) -> Table:
+def _table(engines: Collection[str], ratios: dict[str, str]) -> Table:
     count = record("end_to_end")["photographs"]
 
     def part(name: str) -> Callable[[Value], str]:
@@ -61,7 +61,7 @@ def _table(entries: Iterable[Value], ratios: dict[str, str]) -> Table:
         return lambda entry: times_with_range(entry[name]) if name in entry else ""
 
     return Table.of(
-        entries,
+        (entry for entry in _entries("captioned") if entry["engine"] in engines),
         {
             "": _way,
             "opening": part("opened"),
@@ -97,7 +97,7 @@ def together() -> Table:
     return Table.of(
         _entries("together"),
         {
-            "": lambda e: e["mode"] + (f", {e['tower']} tower" if e["tower"] != TORCH else ""),
+            "": lambda entry: entry["mode"] + _tower(entry),
             "ms a caption": lambda entry: f"{entry['milliseconds']:.0f}",
             "of full depth": lambda entry: times_with_range(entry["over_full"]),
             "of early exit as it was": lambda entry: times_with_range(entry["over_before"]),
@@ -117,10 +117,6 @@ def _whole(
     return lambda: times_with_range(_captioned(engine, mode, tower, name=name)[over])
 
 
-def _own_tower() -> str:
-    return f"{_captioned('PyTorch', EARLY, TORCH)['whole_milliseconds']:.0f}"
-
-
 TABLES: dict[str, MakeTable] = {
     "end-to-end": captions,
     "end-to-end-llama": captions_in_llama,
@@ -128,7 +124,9 @@ TABLES: dict[str, MakeTable] = {
     "end-to-end-together": together,
 }
 FIGURES: dict[str, Make] = {
-    "end-to-end-torch-ms": _own_tower,
+    "end-to-end-torch-ms": lambda: (
+        f"{_captioned('PyTorch', EARLY, TORCH)['whole_milliseconds']:.0f}"
+    ),
     "end-to-end-torch": _whole("PyTorch", EARLY, "over_full"),
     "end-to-end-q8_0": _whole("q8_0", EARLY, "over_alone"),
     "end-to-end-q8_0-tower": _whole("q8_0", EARLY, "over_alone_same_tower"),

@@ -3,7 +3,18 @@
 from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.tables.drafts import way
-from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, milliseconds, record, tiny
+from offramp_lab.tables.markdown import (
+    KINDS,
+    Make,
+    MakeTable,
+    Value,
+    bold,
+    by,
+    milliseconds,
+    record,
+    tiny,
+    with_range,
+)
 
 COLUMNS = (
     "model",
@@ -21,17 +32,8 @@ PROMISE = "ROUGE-L drop 3%"
 
 def overview() -> Table:
     """At most seven rows."""
-    return Table(
-        COLUMNS,
-        [
-            *(_tiny(kind) for kind in ("opt", "t5")),
-            _photo(),
-            _in_llama_cpp(),
-            _sliced(),
-            _drafting(),
-            _at_once(),
-        ],
-    )
+    made = (_photo, _in_llama_cpp, _sliced, _drafting, _at_once)
+    return Table(COLUMNS, [*map(_tiny, KINDS), *(make() for make in made)])
 
 
 def _tiny(kind: str) -> tuple[str, ...]:
@@ -69,9 +71,7 @@ def _drafting() -> tuple[str, ...]:
 def _promise() -> Value:
     """The photo model at the thresholds that ship."""
     photo = record("photo-exits")
-    points = by(photo["regimes"][photo["first"]]["points"], "chosen_by")
-    found: Value = points[PROMISE]
-    return found
+    return by(photo["regimes"][photo["first"]]["points"], "chosen_by")[PROMISE]
 
 
 def _photo() -> tuple[str, ...]:
@@ -157,7 +157,7 @@ def _end_to_end(row: Value) -> str:
 
 
 def _with_ends(ratio: Value) -> str:
-    return f"{times(ratio['times'])} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return with_range(times(ratio["times"]), (ratio["low"], ratio["high"]), ".2f")
 
 
 TABLES: dict[str, MakeTable] = {"overview": overview}

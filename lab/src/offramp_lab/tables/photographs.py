@@ -115,11 +115,7 @@ def thresholds(name: str, regime: str) -> Table:
             "decoding": on(_decoding, "1.00x"),
             "end to end": on(lambda row: times(row["speedup_end_to_end"]), "1.00x"),
             "CIDEr, full / early": on(lambda row: f"{row['cider_full']:.3f} / {row['cider']:.3f}"),
-            "CIDEr drop [95% interval]": on(
-                lambda row: with_range(
-                    f"{row['cider_drop']:+.1%}", row["cider_drop_interval"], "+.1%"
-                )
-            ),
+            "CIDEr drop [95% interval]": on(_drop),
             "DAQUAR, full / early": on(
                 lambda row: f"{row['daquar_accuracy_full']:.1%} / {row['daquar_accuracy']:.1%}"
             ),
@@ -131,6 +127,16 @@ def _decoding(row: Value) -> str:
     """How many times as fast decoding is, with its interval where photographs were timed singly."""
     faster, ends = bold(times(row["speedup_decode"])), row.get("speedup_decode_interval")
     return with_range(faster, ends, ".2f") if ends else faster
+
+
+def _drop(row: Value) -> str:
+    """Of CIDEr, with its interval where there is one."""
+    drop, ends = f"{row['cider_drop']:+.1%}", row.get("cider_drop_interval")
+    return with_range(drop, ends, "+.1%") if ends else drop
+
+
+def _identical(row: Value) -> str:
+    return f"{row['identical_captions']:,} of {row['captions']:,}"
 
 
 def _first_token(row: Value, depth: str) -> str:
@@ -156,12 +162,9 @@ def three_models() -> Table:
 
         return of
 
-    def drop(chosen: Value) -> str:
-        return with_range(f"{chosen['cider_drop']:+.1%}", chosen["cider_drop_interval"], "+.1%")
-
     def speed_at(chosen: Value) -> str:
         (threshold,) = chosen["thresholds"].values()
-        return f"{_decoding(chosen)} at {threshold:g}, {drop(chosen)}"
+        return f"{_decoding(chosen)} at {threshold:g}, {_drop(chosen)}"
 
     always = "every token at the exit"
     rows = [
@@ -174,12 +177,7 @@ def three_models() -> Table:
         row("guaranteed, ROUGE-L down by 3%", point("ROUGE-L drop 3%", speed_at)),
         row("lossless, float32", lambda one: _decoding(one["lossless"])),
         row("drafts accepted", lambda one: f"{one['lossless']['acceptance']:.0%}"),
-        row(
-            "identical captions",
-            lambda one: (
-                f"{one['lossless']['identical_captions']:,} of {one['lossless']['captions']:,}"
-            ),
-        ),
+        row("identical captions", lambda one: _identical(one["lossless"])),
         row(
             "photographs and steps of the exits' training",
             lambda one: f"{one['sizes']['captions']:,}, {one['sizes']['steps']:,}",
@@ -206,9 +204,7 @@ def lossless(name: str) -> Table:
             "decoding": _decoding,
             "end to end": lambda row: times(row["speedup_end_to_end"]),
             "against `generate`": lambda row: times(row["speedup_vs_generate"]),
-            "identical captions": lambda row: (
-                f"{row['identical_captions']:,} of {row['captions']:,}"
-            ),
+            "identical captions": _identical,
             "drafts accepted": lambda row: f"{row['acceptance']:.0%}",
             "tokens/s, full": lambda row: f"{row['tokens_per_second']['full']:.1f}",
             "tokens/s, lossless": lambda row: f"{row['tokens_per_second']['lossless']:.1f}",
@@ -232,11 +228,7 @@ def regimes(*names: str) -> Table:
 
     def point(place: int, regime: Value) -> str:
         row = regime["points"][place]
-        if not row["thresholds"]:
-            return "off"
-        drop, ends = f"{row['cider_drop']:+.1%}", row.get("cider_drop_interval")
-        drop = with_range(drop, ends, "+.1%") if ends else drop
-        return f"{times(row['speedup_decode'])}, {drop}"
+        return f"{times(row['speedup_decode'])}, {_drop(row)}" if row["thresholds"] else "off"
 
     rows = [
         {"depths": record(name)["depths"], **regime}
@@ -250,10 +242,7 @@ def regimes(*names: str) -> Table:
             "exit at": lambda regime: ", ".join(map(str, regime["depths"])),
             "training, s": lambda regime: f"{regime['training_seconds']:,.0f}",
             "agreement": lambda regime: ", ".join(f"{a:.1%}" for a in regime["agreement"].values()),
-            **{
-                row["chosen_by"]: partial(point, place)
-                for place, row in enumerate(rows[0]["points"])
-            },
+            **{r["chosen_by"]: partial(point, n) for n, r in enumerate(rows[0]["points"])},
         },
     )
 
@@ -323,6 +312,10 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f}"
 
 
+def _trained_minutes(regime: str) -> str:
+    return _minutes(_photo()["regimes"][regime]["training_seconds"])
+
+
 TABLES: dict[str, MakeTable] = {
     "photo-full": full_model,
     "photo-model": photo_model,
@@ -348,10 +341,6 @@ FIGURES: dict[str, Make] = {
         sum(stage["trained"]["cpu_seconds"] for stage in record("photo-card")["stages"])
     ),
     "bridge-minutes": lambda: _minutes(record("bridge")["seconds"]),
-    **{
-        f"photo-minutes-{name}": partial(
-            lambda name: _minutes(_photo()["regimes"][name]["training_seconds"]), name
-        )
-        for name in ("unsupervised", "pseudo-labels")
-    },
+    "photo-minutes-unsupervised": lambda: _trained_minutes("unsupervised"),
+    "photo-minutes-pseudo-labels": lambda: _trained_minutes("pseudo-labels"),
 }

@@ -1,7 +1,7 @@
 """Exits inside llama.cpp: speeds by format and mode, and which answers are the same."""
 
-import functools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from offramp.report.table import Table
@@ -59,8 +59,8 @@ def _of(name: str, unit: str = "tokens_per_second", digits: int = 0) -> Callable
 
 
 def _ratio(entry: Value, name: str) -> str:
-    ends = entry.get(f"{name}_interval")
-    return f"{entry[name]:.2f}x" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
+    ratio, ends = f"{entry[name]:.2f}x", entry.get(f"{name}_interval")
+    return with_range(ratio, ends, ".2f") if ends else ratio
 
 
 _speed = _of("over_llama_cpp", "cpu_tokens_per_second")
@@ -166,10 +166,8 @@ def rows_in_a_call() -> Table:
     """Milliseconds of the layers above the exit by tokens in a call."""
     costs = record("runtimes")["timings"]["row_milliseconds"]
     calls = {"below the exit: 1 token": ("below", "1")}
-    calls |= {
-        f"above: {count} token{'s' if int(count) > 1 else ''}": ("above", count)
-        for count in costs[OURS][FORMATS[0]]["above"]
-    }
+    above = costs[OURS][FORMATS[0]]["above"]
+    calls |= {f"above: {_tokens(int(count))}": ("above", count) for count in above}
     ways = {
         f"{layers}, {by_whose}": costs[runtime][layers]
         for layers in FORMATS
@@ -192,38 +190,33 @@ def shapes() -> Table:
 
 def kquants() -> Table:
     """Milliseconds of a call by rows: by ours, by llama.cpp's kernels, and the multiple."""
-    entries = {
-        (e["format"], e["kernels"], e["rows"]): e for e in record("runtimes-kquants")["entries"]
-    }
-    formats = dict.fromkeys(layers for layers, _, _ in entries)
-    rows = dict.fromkeys(count for _, _, count in entries)
+    entries = record("runtimes-kquants")["entries"]
+    rows = dict.fromkeys(entry["rows"] for entry in entries)
 
     def cell(layers: str, count: int) -> str:
-        ours, theirs = (
-            entries[layers, way, count]["milliseconds"] for way in ("ours", "llama.cpp")
-        )
+        ours, theirs = _kquant(layers, count)
         return f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f}x)"
 
     cells = [
-        (
-            layers,
-            f"{entries[layers, 'ours', 1]['bytes'] / 1e6:.0f}",
-            *(cell(layers, n) for n in rows),
-        )
-        for layers in formats
+        (layers, f"{entry['bytes'] / 1e6:.0f}", *(cell(layers, count) for count in rows))
+        for layers, entry in by(entries, "format").items()
     ]
-    titles = [f"{count} token{'s' if count > 1 else ''}" for count in rows]
-    return Table(("ours / llama.cpp's, ms", "MB", *titles), cells)
+    return Table(("ours / llama.cpp's, ms", "MB", *map(_tokens, rows)), cells)
+
+
+def _kquant(layers: str, rows: int) -> list[float]:
+    """Milliseconds of a call: by ours, by llama.cpp's kernels."""
+    entries = by(record("runtimes-kquants")["entries"], "format", "kernels", "rows")
+    return [entries[layers, way, rows]["milliseconds"] for way in ("ours", "llama.cpp")]
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' if count > 1 else ''}"
 
 
 def kquant_gain() -> str:
     """How many times as fast as llama.cpp's kernels a token is multiplied in q4_k."""
-    entries = record("runtimes-kquants")["entries"]
-    ours, theirs = (
-        next(e["milliseconds"] for e in entries
-             if (e["format"], e["kernels"], e["rows"]) == ("q4_k", way, 1))
-        for way in ("ours", "llama.cpp")
-    )  # fmt: skip
+    ours, theirs = _kquant("q4_k", 1)
     return f"{theirs / ours:.1f}"
 
 
@@ -335,10 +328,8 @@ TABLES: dict[str, MakeTable] = {
     "runtimes-edge": edge,
     "runtimes-photo-edge": photo_edge,
     "runtimes-kquants": kquants,
-    **{
-        name: functools.partial(together, name)
-        for name in ("runtimes-together", "runtimes-edge-together")
-    },
+    "runtimes-together": partial(together, "runtimes-together"),
+    "runtimes-edge-together": partial(together, "runtimes-edge-together"),
 }
 FIGURES: dict[str, Make] = {
     "runtimes-q4_k": kquant_gain,

@@ -74,13 +74,11 @@ def watch_delays() -> Table:
         with_starts, without = (_median(rows[after, times, starts]) for starts in (True, False))
         return f"{with_starts} ({without})"
 
-    columns = dict.fromkeys(row["times"] for row in found)
-    return Table(
-        ("good images before", *(f"{times:g} times the risk" for times in columns)),
-        [
-            (f"{after:,}", *(cell(after, times) for times in columns))
-            for after in dict.fromkeys(row["after"] for row in found)
-        ],
+    return Table.grid(
+        {f"{row['after']:,}": row["after"] for row in found},
+        {f"{row['times']:g} times the risk": row["times"] for row in found},
+        cell,
+        "good images before",
     )
 
 
@@ -95,14 +93,11 @@ def watch_average() -> Table:
     """Alarms where the promise holds on average alone, by slack."""
     found = record("watched")["on_average"]
     rows = by(found, "kind", "slack")
-    slacks = dict.fromkeys(row["slack"] for row in found)
-    kinds = dict.fromkeys((row["kind"], row["words"]) for row in found)
-    return Table(
-        ("risk", *(f"slack {slack}" for slack in slacks)),
-        [
-            (words, *(f"{rows[kind, slack]['alarms']:.0%}" for slack in slacks))
-            for kind, words in kinds
-        ],
+    return Table.grid(
+        {row["words"]: row["kind"] for row in found},
+        {f"slack {row['slack']}": row["slack"] for row in found},
+        lambda kind, slack: f"{rows[kind, slack]['alarms']:.0%}",
+        "risk",
     )
 
 

@@ -32,31 +32,29 @@ def walk() -> Table:
 
 def _trained(model: str = "model") -> Value:
     """The command that trained a model's drafter."""
-    steps = (s for s in record("speculators")["walk"] if f" {model} " in s["command"])
-    found: Value = next(steps)
-    return found
+    steps: list[Value] = record("speculators")["walk"]
+    return next(step for step in steps if f" {model} " in step["command"])
 
 
 def _acceptance(model: str = "model") -> str:
     return ", ".join(f"{share:.2f}" for share in _trained(model)["said"]["acceptance"][:4])
 
 
-def _tokens(model: str = "model") -> str:
-    return f"{_trained(model)['said']['tokens_a_round']:.2f}"
+def _tokens(said: Value) -> str:
+    return f"{said['tokens_a_round']:.2f}"
 
 
 def _ours() -> Value:
-    found: Value = by(record("speculators")["ways"], "way")["EAGLE-3 drafter"]
-    return found
+    return by(record("speculators")["ways"], "way")["EAGLE-3 drafter"]
 
 
 TABLES: dict[str, MakeTable] = {"speculators": ways, "speculators-walk": walk}
 FIGURES: dict[str, Make] = {
-    "speculators-tokens": lambda: f"{_ours()['tokens_a_round']:.2f}",
+    "speculators-tokens": lambda: _tokens(_ours()),
     "speculators-prompts": lambda: str(record("speculators")["prompts"]),
     "speculators-acceptance": _acceptance,
-    "speculators-validation": _tokens,
+    "speculators-validation": lambda: _tokens(_trained()["said"]),
     "speculators-photo": lambda: _acceptance("photo"),
-    "speculators-photo-tokens": lambda: _tokens("photo"),
+    "speculators-photo-tokens": lambda: _tokens(_trained("photo")["said"]),
     "speculators-photo-seconds": lambda: f"{_trained('photo')['cpu_seconds']:.0f}",
 }

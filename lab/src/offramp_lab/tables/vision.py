@@ -1,10 +1,9 @@
 """Vision towers by what runs them."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, by, record
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 
 NAMES = {
     "torch": "PyTorch",
@@ -23,30 +22,36 @@ def engines(part: str = "towers", names: Mapping[str, str] = NAMES, of: str = "t
     are the same."""
     found = record("vision")[part]
     entries = by(found["engines"], "engine")
-    own = entries["torch"]["cpu_milliseconds"]
-    rows = []
-    for name, shown in names.items():
-        if name in entries:
-            entry = entries[name]
-            took, far = entry["cpu_milliseconds"], entry["distance"]
-            same = f"{entry['same_captions']} of {found['pictures']}"
-            rows.append((shown, f"{took:.1f}", f"{own / took:.1f}x", f"{far:.1e}", same))
-    return Table((of, "ms", "", "distance of tokens", "same captions"), rows)
+    rows = [
+        (
+            *_seen(entries, name, shown, 1),
+            f"{entries[name]['same_captions']} of {found['pictures']}",
+        )
+        for name, shown in names.items()
+        if name in entries
+    ]
+    return Table((of, *SEEN, "same captions"), rows)
+
+
+SEEN = ("ms", "", "distance of tokens")
+
+
+def _seen(entries: Mapping[str, Value], name: str, shown: str, digits: int = 0) -> tuple[str, ...]:
+    """Of a way to see, by its title: milliseconds, of PyTorch's, and how far its tokens are."""
+    entry, own = entries[name], entries["torch"]["cpu_milliseconds"]
+    took, far = entry["cpu_milliseconds"], entry["distance"]
+    return shown, f"{took:.{digits}f}", f"{own / took:.1f}x", f"{far:.1e}"
 
 
 def vit() -> Table:
     """The same of a vision transformer with random weights, which writes no captions."""
     entries = by(record("vision")["vit"]["engines"], "engine")
-    own = entries["torch"]["cpu_milliseconds"]
-    rows = []
-    for name, entry in entries.items():
-        shown = NAMES.get(name, name.replace("mtmd", "libmtmd"))
-        took, far = entry["cpu_milliseconds"], entry["distance"]
-        rows.append((shown, f"{took:.0f}", f"{own / took:.1f}x", f"{far:.1e}"))
-    return Table(("tower and projector in", "ms", "", "distance of tokens"), rows)
+    shown = {name: NAMES.get(name, name.replace("mtmd", "libmtmd")) for name in entries}
+    rows = [_seen(entries, name, title) for name, title in shown.items()]
+    return Table(("tower and projector in", *SEEN), rows)
 
 
-def _of(part: str, engine: str) -> Mapping[str, Any]:
+def _of(part: str, engine: str) -> Value:
     return by(record("vision")[part]["engines"], "engine")[engine]
 
 

@@ -15,10 +15,10 @@ def _shapes() -> dict[str, Value]:
     return {name: v for name, v in record("visual_tokens").items() if name not in others}
 
 
-def _cell(entries: list[Value], part: str, **which: Any) -> str:
-    """Milliseconds, those that were predicted, and how many times as fast as full depth."""
-    of = next(e[part] for e in entries if all(e[n] == value for n, value in which.items()))
-    return f"{of['milliseconds']:,.0f} ({of['predicted']:,.0f}), {of['over_full']:.1f}x"
+def _part(shape: str, part: str, **which: Any) -> Any:
+    """What the record has of a part of an answer, in a shape's entry that has these values."""
+    entries = _shapes()[shape]["entries"]
+    return next(e[part] for e in entries if all(e[n] == value for n, value in which.items()))
 
 
 def _speeds(part: str, deep: str) -> Table:
@@ -32,9 +32,11 @@ def _speeds(part: str, deep: str) -> Table:
     ]
 
     def column(**which: Any) -> Callable[[tuple[str, int]], str]:
+        """Milliseconds, those that were predicted, and how many times as fast as full depth."""
+
         def cell(row: tuple[str, int]) -> str:
-            name, depth = row
-            return _cell(shapes[name]["entries"], part, **{"depth": depth, **which})
+            of = _part(row[0], part, **{"depth": row[1], **which})
+            return f"{of['milliseconds']:,.0f} ({of['predicted']:,.0f}), {of['over_full']:.1f}x"
 
         return cell
 
@@ -53,14 +55,10 @@ def captions() -> Table:
     """What it costs in answers."""
     found = record("visual_tokens")[PHOTOGRAPHS]
 
-    def ranged(name: str, plain: str) -> Callable[[Value], str]:
-        def cell(entry: Value) -> str:
-            of = entry["as_full"]
-            chance = _BY[entry["ranking"]].startswith("chance")
-            same = entry["keep"] == 1 or (name == "over_chance" and chance)
-            return plain if same else with_range("", of[name], "+.3f").strip()
-
-        return cell
+    def ranged(entry: Value, name: str) -> str:
+        chance = _BY[entry["ranking"]].startswith("chance")
+        same = entry["keep"] == 1 or (name == "over_chance" and chance)
+        return "" if same else with_range("", entry["as_full"][name], "+.3f").strip()
 
     return Table.of(
         found["entries"],
@@ -70,8 +68,8 @@ def captions() -> Table:
                 "all" if e["keep"] == 1 else f"{e['keep']:.0%} by {_BY[e['ranking']]}"
             ),
             "ROUGE-L with the full model's": lambda e: f"{e['as_full']['value']:.3f}",
-            "difference from where all go on": ranged("over_all", ""),
-            "difference from chance": ranged("over_chance", ""),
+            "difference from where all go on": lambda e: ranged(e, "over_all"),
+            "difference from chance": lambda e: ranged(e, "over_chance"),
             "ROUGE-L with people's, from full depth's": lambda e: with_range(
                 f"{e['people']['value']:+.3f}", e["people"]["interval"], "+.3f"
             ),
@@ -93,12 +91,6 @@ def _within() -> str:
     return f"{sum(cell['within'] for cell in cells)} of {len(cells)}"
 
 
-def _times(name: str, part: str, **which: Any) -> str:
-    entries = _shapes()[name]["entries"]
-    of = next(e[part] for e in entries if all(e[n] == value for n, value in which.items()))
-    return f"{of['over_full']:.1f}"
-
-
 _PARTS = ("first", "whole")
 
 TABLES: dict[str, MakeTable] = {
@@ -109,5 +101,7 @@ TABLES: dict[str, MakeTable] = {
 }
 FIGURES: dict[str, Make] = {
     "visual-tokens-within": _within,
-    "visual-tokens-waits": partial(_times, "llava-1b", "whole", depth=2, deep="none"),
+    "visual-tokens-waits": lambda: (
+        f"{_part('llava-1b', 'whole', depth=2, deep='none')['over_full']:.1f}"
+    ),
 }

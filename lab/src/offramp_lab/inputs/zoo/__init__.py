@@ -51,20 +51,13 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 AS_BEFORE = {
+    **{name: name for name in ("llava", "idefics3", "smolvlm", "paligemma", "gemma3")},
+    **{name: name for name in ("internvl", "florence2")},
+    **{name: name.replace("_", "-") for name in ("llava_next", "qwen2_vl", "qwen3_vl")},
     "blip-2": "blip2-opt",
     "instructblip": "instructblip-opt",
-    "llava": "llava",
-    "llava_next": "llava-next",
-    "idefics3": "idefics3",
-    "smolvlm": "smolvlm",
-    "qwen2_vl": "qwen2-vl",
     "qwen2_5_vl": "qwen2.5-vl",
-    "qwen3_vl": "qwen3-vl",
-    "paligemma": "paligemma",
-    "gemma3": "gemma3",
     "shieldgemma2": "gemma3",
-    "internvl": "internvl",
-    "florence2": "florence2",
 }
 """Types that `families` builds by hand."""
 

@@ -114,18 +114,15 @@ def _shown(pixels: Callable[[Any, int], dict[str, Tensor]], **how: Any) -> Make:
     return lambda model, words: put(model, words, pixels(model, len(words)), **how)
 
 
-def _framed(*names: str) -> Make:
-    """Patches between two tokens whose ids the configuration has under these names."""
+def _framed(what: str) -> Make:
+    """Patches between the two tokens that the configuration names the start and end of this."""
 
     def make(model: Any, words: Words) -> dict[str, Any]:
+        names = (f"{what}_start_token_id", f"{what}_end_token_id")
         start, end = ((getattr(model.config, name),) for name in names)
         return put(model, words, _patches(model, len(words)), frame=(start, end))
 
     return make
-
-
-_GLM = _framed("image_start_token_id", "image_end_token_id")
-_OMNI = _framed("vision_start_token_id", "vision_end_token_id")
 
 
 def _sized(model: Any, rows: int, *crops: int) -> dict[str, Tensor]:
@@ -307,58 +304,42 @@ def _video_blip(model: Any, words: Words) -> dict[str, Any]:
     }
 
 
+def _like(make: Make, *names: str) -> dict[str, Make]:
+    return dict.fromkeys(names, make)
+
+
 IMAGES: dict[str, Make] = {
-    "apertus1p5": _shown(_sized),
-    "blip": _blank,
+    **_like(_shown(_sized), "apertus1p5", "emu3", "lighton_ocr", "mistral3", "mistral_large4"),
+    **_like(_shown(_crops), "granite4_vision", "llava_next_video", "llava_onevision"),
+    **_like(_shown(_cpm), "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"),
+    **_like(_shown(_gemma4), "gemma4", "gemma4_unified"),
+    **_like(_shown(_inkling2), "inkling2", "inkling2_loop"),
+    **_like(_shown(_local), "step3p7", "unlimited_ocr"),
+    **_like(_shown(_paddle), "kimi_k25", "paddleocr_vl"),
+    **_like(_framed("image"), "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
+    **_like(_framed("vision"), "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
+    **_like(_blank, "blip", "git"),
+    **_like(_pixels_alone, "pp_formulanet", "vision-encoder-decoder"),
+    **_like(_text_alone, "diffusion_gemma", "mistral4"),
     "deepseek_vl_hybrid": _shown(_hybrid),
-    "diffusion_gemma": _text_alone,
-    "emu3": _shown(_sized),
     "fuyu": _shown(lambda model, n: _pixels(n, n, 4, 3 * model.config.patch_size**2), taken=4),
-    "gemma4": _shown(_gemma4),
-    "gemma4_unified": _shown(_gemma4),
     "gemma3n": _shown(lambda _, n: _pixels(n, n, 3, 64, 64), taken=4),
-    "git": _blank,
-    "granite4_vision": _shown(_crops),
     "granite_docling": _shown(_docling),
-    "glm46v": _GLM,
-    "glm4v": _GLM,
-    "glm4v_moe": _GLM,
-    "glm_ocr": _GLM,
-    "glmga": _GLM,
     "idefics": _idefics,
     "idefics2": _shown(_tiles),
-    "inkling2": _shown(_inkling2),
-    "inkling2_loop": _shown(_inkling2),
     "inkling_mm_model": _shown(_inkling),
     "instructblipvideo": _video_blip,
     "kosmos-2": _kosmos2,
     "kosmos-2.5": _kosmos25,
     "lfm2_vl": _shown(_siglip2),
-    "lighton_ocr": _shown(_sized),
-    "llava_next_video": _shown(_crops),
-    "llava_onevision": _shown(_crops),
-    "minicpm_ocr": _shown(_cpm),
-    "minicpmv4_6": _shown(_cpm),
-    "minicpmv4_7": _shown(_cpm),
-    "mistral3": _shown(_sized),
-    "mistral_large4": _shown(_sized),
-    "mistral4": _text_alone,
     "mllama": _mllama,
     "molmo2": _shown(_molmo, taken=4),
     "nemotron_h_omni": _shown(
         lambda model, n: _pixels(n, 16 * n, 3 * _patch(model) ** 2, image_grid_hw=(4, 4))
     ),
-    "paddleocr_vl": _shown(_paddle),
     "perception_lm": _shown(lambda _, n: _pixels(n, n, 1, 3, 28, 28)),
     "pix2struct": _flattened,
-    "pp_formulanet": _pixels_alone,
-    "kimi_k25": _shown(_paddle),
-    "qwen2_5_omni_thinker": _OMNI,
-    "qwen3_omni_moe_thinker": _OMNI,
-    "step3p7": _shown(_local),
     "t5gemma2": _seq2seq,
     "udop": _udop,
-    "unlimited_ocr": _shown(_local),
     "video_llama_3": _shown(_video_llama),
-    "vision-encoder-decoder": _pixels_alone,
 }
