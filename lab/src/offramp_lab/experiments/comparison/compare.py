@@ -13,8 +13,9 @@ not measured again), compare.json and compare.svg.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from offramp_lab.experiments.comparison.grid import Grid
 from offramp_lab.experiments.comparison.methods import DEFAULT, Plan
 from offramp_lab.experiments.comparison.points import Entry, PointMeasurer
 from offramp_lab.experiments.experiment import bar
+
+Row = dict[str, Any]
+"""What was measured of a point, or of the points of a seed."""
 
 
 def compare(
@@ -71,10 +75,14 @@ def compare(
         raise DataError("There are no examples to compare on.", "Give some to train and to test.")
     used = {"train": sorted(picture_digests(train))}
     check_no_overlap(used, test, ("train",), "Split by image: offramp.data.example.split_examples.")
-    log = PointLog(Path(out) / "points.jsonl", _settings(backbone, train, test, plan, quality))
+    log, settings = Path(out) / "points.jsonl", _settings(backbone, train, test, plan, quality)
+    known = _rows_of(log, settings)
     measurer = PointMeasurer(backbone, processor, test, plan, quality)
     entries = Grid(measurer, processor, train, Path(out), plan).entries()
-    points, samples = log.measured(measurer, entries)
+    with JsonlLog(log) as rows:
+        if not known:
+            rows.append({"settings": settings})
+        points, samples = _measured(measurer, entries, known, rows)
     comparison = {
         "quality_full": measurer.quality_full,
         "n_train": len(train),
@@ -112,42 +120,33 @@ def _settings(
     }
 
 
-class PointLog:
-    """points.jsonl: what is measured is not measured again."""
+def _measured(
+    measurer: PointMeasurer, entries: Sequence[Entry], known: dict[str, Row], rows: JsonlLog
+) -> tuple[list[Row], Samples]:
+    """Every entry's point, and what its figures are made of. known: what `rows` holds by key, which
+    is not measured again."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self._path, self._settings = path, dict(settings)
-        self._rows = _rows_of(path, settings)
+    def row(key: str, measure: Callable[[], Row]) -> Row:
+        if key not in known:
+            known[key] = measure()
+            rows.append({"key": key, "row": known[key]})
+        return known[key]
 
-    def measured(
-        self, measurer: PointMeasurer, entries: Sequence[Entry]
-    ) -> tuple[list[dict[str, Any]], Samples]:
-        """Every entry's point, and what its figures are made of; what the log holds is not measured
-        again."""
-        with JsonlLog(self._path) as rows:
-            if not self._rows:
-                rows.append({"settings": self._settings})
-            for entry in bar("quality")(entries):
-                key = digest_rows([entry.name])
-                if key not in self._rows:
-                    self._rows[key] = {**entry.name, **measurer.figures(entry)}
-                    rows.append({"key": key, "row": self._rows[key]})
-            points, qualities, seconds = [], [], []
-            for _, same in groupby(entries, key=lambda entry: entry.seed):
-                entries_by_key = {digest_rows([entry.name]): entry for entry in same}
-                timed = digest_rows([measurer.plan.timed, measurer.plan.rounds, *entries_by_key])
-                if timed not in self._rows:
-                    self._rows[timed] = measurer.time(entries_by_key)
-                    rows.append({"key": timed, "row": self._rows[timed]})
-                measured = self._rows[timed]
-                for key in entries_by_key:
-                    point = {**self._rows[key], **measured[key]}
-                    qualities.append(point.pop("each"))
-                    seconds.append((measured["full"]["decode"], point.pop("decode")))
-                    points.append(point)
-        groups = [picture_of(example) for example in measurer.test]
-        full, early = np.array(seconds).swapaxes(0, 1)
-        return points, Samples(measurer.qualities_full, np.array(qualities), groups, full, early)
+    for entry in bar("quality")(entries):
+        row(digest_rows([entry.name]), partial(measurer.figures, entry))
+    points, qualities, seconds = [], [], []
+    for _, same in groupby(entries, key=lambda entry: entry.seed):
+        by_key = {digest_rows([entry.name]): entry for entry in same}
+        timed = digest_rows([measurer.plan.timed, measurer.plan.rounds, *by_key])
+        measured = row(timed, partial(measurer.time, by_key))
+        for key in by_key:
+            point = {**known[key], **measured[key]}
+            qualities.append(point.pop("each"))
+            seconds.append((measured["full"]["decode"], point.pop("decode")))
+            points.append(point)
+    groups = [picture_of(example) for example in measurer.test]
+    full, early = np.array(seconds).swapaxes(0, 1)
+    return points, Samples(measurer.qualities_full, np.array(qualities), groups, full, early)
 
 
 def _name_of(quality: Quality | None) -> str:
@@ -157,7 +156,7 @@ def _name_of(quality: Quality | None) -> str:
     return next(known, getattr(quality, "__qualname__", type(quality).__name__))
 
 
-def _rows_of(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _rows_of(path: Path, settings: Mapping[str, Any]) -> dict[str, Row]:
     """What the log holds by key, or `InputError` if it is another comparison's."""
     if not path.exists():
         return {}

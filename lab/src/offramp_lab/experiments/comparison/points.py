@@ -70,11 +70,12 @@ class PointMeasurer:
         self.quality_full = float(self.qualities_full.mean())
 
     def figures(self, entry: Entry) -> dict[str, Any]:
-        """Quality of the answers by a point, and how deep their tokens ran."""
+        """Quality of the answers by a point, and how deep their tokens ran; with its name."""
         answers = self.answers(entry.adapter, entry.rule, self._batches)
         qualities = self._qualities(answers)
         quality = float(qualities.mean())
         return {
+            **entry.name,
             "quality": quality,
             "quality_drop": (self.quality_full - quality) / max(self.quality_full, 1e-9),
             "agreement": float(self._same(answers).mean()),
