@@ -94,10 +94,6 @@ def _answers(
     return answers
 
 
-def _with_interval(measure: Measure, groups: Sequence[str]) -> dict[str, Any]:
-    return {"value": measure.value, "interval": interval(measure, groups)}
-
-
 def figures_of(name: str, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
     """Metrics of captions or questions, each with its 95% interval over photographs."""
     groups = [example.group for example in examples]
@@ -106,7 +102,10 @@ def figures_of(name: str, answers: Sequence[str], examples: Sequence[Example]) -
     else:
         right = [accuracy([a], [e]) for a, e in zip(answers, examples, strict=True)]
         measures = {"accuracy": mean_of(right)}
-    return {metric: _with_interval(measure, groups) for metric, measure in measures.items()}
+    return {
+        metric: {"value": measure.value, "interval": interval(measure, groups)}
+        for metric, measure in measures.items()
+    }
 
 
 DECODINGS: dict[str, dict[str, Any]] = {

@@ -8,12 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from examples.photo_vlm.evaluate import (
-    LONGEST,
-    METRICS,
-    accuracy,
-    caption_figures,
-)
+from examples.photo_vlm.evaluate import LONGEST, METRICS, accuracy, caption_figures
 from examples.photo_vlm.rows import half_of, read_photographs
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
@@ -157,24 +152,20 @@ def cider(answers: Sequence[Answer], examples: Sequence[Example]) -> float:
 
 def full_figures(photos: Photos) -> dict[str, Any]:
     """The full model on all held-out photographs."""
-    both = {
-        name: [
-            (answer, example)
-            for half in (0, 1)
-            for answer, example in zip(
-                photos.full[name, half], photos.part(name, half), strict=True
-            )
-        ]
+    captions, questions = (
+        (
+            [answer.text for half in (0, 1) for answer in photos.full[name, half]],
+            [example for half in (0, 1) for example in photos.part(name, half)],
+        )
         for name in LONGEST
-    }
-    captions, questions = ([list(side) for side in zip(*both[n], strict=True)] for n in LONGEST)
-    scores = caption_figures([a.text for a in captions[0]], captions[1], METRICS)
+    )
+    scores = caption_figures(*captions, METRICS)
     return {
         "cider": scores["CIDEr"],
         "bleu_4": scores["Bleu_4"],
         "meteor": scores["METEOR"],
         "rouge_l": scores["ROUGE_L"],
-        "daquar_accuracy": accuracy([a.text for a in questions[0]], questions[1]),
+        "daquar_accuracy": accuracy(*questions),
         "captions": len(captions[0]),
         "questions": len(questions[0]),
     }

@@ -19,9 +19,7 @@ from tqdm import tqdm
 
 from examples.photo_vlm.caption import load
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.evaluate import (
-    LONGEST,
-)
+from examples.photo_vlm.evaluate import LONGEST
 from examples.photo_vlm.held_out import (
     DRAFTS,
     REGIMES,
@@ -31,23 +29,14 @@ from examples.photo_vlm.held_out import (
     cider,
     full_figures,
 )
-from examples.photo_vlm.regime import (
-    ALWAYS,
-    OPTIONS,
-    PROMISE,
-    measured,
-    promised_of,
-    timings_of,
-)
+from examples.photo_vlm.regime import ALWAYS, OPTIONS, PROMISE, measured, promised_of, timings_of
 from offramp.adapter import Adapter
 from offramp.calibration.draft_thresholds import draft_speeds
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example
 from offramp.engine.policy import FULL
 from offramp.errors import InputError
-from offramp.evaluation.timing import (
-    speedups,
-)
+from offramp.evaluation.timing import speedups
 from offramp.models.exits import Exits
 from offramp.provenance import provenance
 from offramp.storage import read_json, write_json
@@ -168,9 +157,9 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
         held = photos.held["captions"][:300]
         parts["lossless_bfloat16"] = lambda: lossless(photos, adapter, held)
     for name, measure in parts.items():
-        if not (out / f"{name}.json").is_file():
-            write_json(out / f"{name}.json", measure())
-            print(name, read_json(out / f"{name}.json"), file=sys.stderr)
+        if not (file := out / f"{name}.json").is_file():
+            write_json(file, measure())
+            print(name, read_json(file), file=sys.stderr)
     drafts = {int(d): t for d, t in read_json(out / "lossless.json")["drafts"].items()}
     return early.with_policy(replace(early.policy, drafts=drafts))
 

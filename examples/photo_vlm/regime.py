@@ -11,12 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from examples.photo_vlm.evaluate import (
-    LONGEST,
-    METRICS,
-    accuracy,
-    caption_measures,
-)
+from examples.photo_vlm.evaluate import LONGEST, METRICS, accuracy, caption_measures
 from examples.photo_vlm.held_out import (
     CONFIDENCE,
     DROPS,
@@ -28,7 +23,7 @@ from examples.photo_vlm.held_out import (
 )
 from offramp.adapter import Adapter
 from offramp.calibration.attempts import images_of
-from offramp.calibration.calibrate import Calibration, calibrate
+from offramp.calibration.calibrate import calibrate
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
@@ -82,9 +77,20 @@ def measured(photos: Photos, regime: str, folder: Path, regimes: int) -> dict[st
     path = _path(photos, adapter, whole)
     chosen = {f"CIDEr drop {drop:.0%}": _fastest(path, drop) for drop in DROPS}
     targets = photos.sizes.targets
-    tried = regimes * (len(targets) + 1)
-    guarantees = {f"risk {t:.0%}": _guaranteed(photos, adapter, whole, t, tried) for t in targets}
-    guarantees[PROMISE] = promised(photos, adapter, whole, tried)
+    tried = regimes * (len(targets) + 1)  # on the same photographs
+    how: dict[str, Any] = {"candidates": tried, "confidence": CONFIDENCE, "costs": whole.costs}
+    how |= {"thresholds": THRESHOLDS, "max_new_tokens": LONGEST["captions"]}
+    guaranteed = partial(calibrate, adapter, photos.encoder, policy=whole.policy, **how)
+    # Without labels: captions as like the full model's as asked.
+    guarantees = {
+        f"risk {t:.0%}": guaranteed(examples=whole.examples, target=t, risk="consistency")
+        for t in targets
+    }
+    # What ships: of captions and answers, ROUGE-L falls by at most so much, first tokens having a
+    # threshold of their own, so that a prompt may wait.
+    guarantees[PROMISE] = guaranteed(
+        examples=promised_of(photos), target=DROP_ROUGE, risk="rouge_l_drop", first="auto"
+    )
     policies = {n: replace(whole.policy, thresholds=t) for n, t in chosen.items() if t}
     policies |= {
         n: calibration.policy
@@ -169,30 +175,6 @@ def _fastest(path: list[dict[str, Any]], limit: float) -> dict[int, float]:
     nothing: dict[str, Any] = {"thresholds": {}}
     best = max(good, key=lambda row: float(row["predicted_speedup"]), default=nothing)
     return {int(d): t for d, t in best["thresholds"].items()}
-
-
-def _guaranteed(
-    photos: Photos, adapter: Adapter, whole: ThresholdEvaluator, target: float, tried: int
-) -> Calibration:
-    """Thresholds with a guarantee, without labels: captions as like the full model's as asked.
-    tried: guarantees that are asked for on the same photographs."""
-    return calibrate(
-        adapter, photos.encoder, whole.examples, whole.policy, target=target, candidates=tried,
-        confidence=CONFIDENCE, risk="consistency", costs=whole.costs, thresholds=THRESHOLDS,
-        max_new_tokens=LONGEST["captions"],
-    )  # fmt: skip
-
-
-def promised(
-    photos: Photos, adapter: Adapter, whole: ThresholdEvaluator, tried: int
-) -> Calibration:
-    """Thresholds that ship: of captions and answers to questions, ROUGE-L falls by at most
-    `DROP_ROUGE`, first tokens having a threshold of their own, so that a prompt may wait."""
-    return calibrate(
-        adapter, photos.encoder, promised_of(photos), whole.policy, target=DROP_ROUGE,
-        candidates=tried, confidence=CONFIDENCE, risk="rouge_l_drop", first="auto",
-        costs=whole.costs, thresholds=THRESHOLDS, max_new_tokens=LONGEST["captions"],
-    )  # fmt: skip
 
 
 def promised_of(photos: Photos) -> list[Example]:
