@@ -108,10 +108,9 @@ def _run(
     **options: Any,
 ) -> list[dict[str, Any]]:
     depths = sorted({case.depth for case in cases}) or [backbone.depth // 4]
-    few = shortlist is not None
     checks = any_shortlist(backbone, shortlist) if shortlist is not None else None
     exits = ExitSet(Exits(backbone, depths).requires_grad_(False), checks)
-    costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS, shortlist=few)
+    costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS, shortlist=checks is not None)
     entries = bench(
         backbone, inputs, cases, costs, exits=exits, tokens=TOKENS, rounds=ROUNDS,
         progress=bar(backbone.name), **options,
@@ -120,12 +119,13 @@ def _run(
     return entries
 
 
-def _peers() -> dict[str, Any]:
-    peers = {kind: _peers_of(kind) for kind in TINY}
-    return {**peers, "provenance": provenance(None, sys.argv, None)}
+def _of_both(measure: Callable[[str], Any]) -> dict[str, Any]:
+    """Of both shipped models, with where it comes from."""
+    found = {kind: measure(kind) for kind in TINY}
+    return {**found, "provenance": provenance(None, sys.argv, None)}
 
 
-def _peers_of(kind: str) -> dict[str, Any]:
+def _peers(kind: str) -> dict[str, Any]:
     adapter, encoder = _trained(kind)
     examples = captions_and_questions("test", PICTURES)
     inputs = [encoder.prompts([example]) for example in examples]
@@ -134,13 +134,8 @@ def _peers_of(kind: str) -> dict[str, Any]:
     return peers
 
 
-def _dialogues() -> dict[str, Any]:
+def _dialogues(kind: str) -> dict[str, Any]:
     """Turns of dialogues, answered with and without what can be kept from one call to the next."""
-    dialogues = {kind: _dialogues_of(kind) for kind in TINY}
-    return {**dialogues, "provenance": provenance(None, sys.argv, None)}
-
-
-def _dialogues_of(kind: str) -> dict[str, Any]:
     adapter, encoder = _trained(kind)
     examples = []
     for index in range(DIALOGUES):
@@ -193,8 +188,8 @@ PARTS: dict[str, Callable[[], Any]] = {
     "smollm2-135m": lambda: _forced("smollm2-135m", SHORTLIST),
     "batch": _batch,
     "families": _families,
-    "peers": _peers,
-    "dialogues": _dialogues,
+    "peers": lambda: _of_both(_peers),
+    "dialogues": lambda: _of_both(_dialogues),
 }
 
 

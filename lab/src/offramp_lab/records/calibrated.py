@@ -106,10 +106,8 @@ def _trained(kind: str) -> tuple[Adapter, InputProcessor]:
     backbone, processor = load_tiny(kind)
     config = TrainConfig(depths=DEPTHS, steps=1000, batch_size=32, **FREE)
     with tempfile.TemporaryDirectory() as folder:
-        examples = _examples("train", TRAIN)
-        return train(backbone, processor, examples, config, folder), InputProcessor(
-            backbone, processor
-        )
+        adapter = train(backbone, processor, _examples("train", TRAIN), config, folder)
+    return adapter, InputProcessor(backbone, processor)
 
 
 # -- calibrated.json ------------------------------------------------------------------------------
@@ -212,13 +210,7 @@ def _violations(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any
     rows = []
     for risk in MEASURED:
         evaluator = replace(whole, risk=RISKS[risk])
-
-        @cache
-        def lost(
-            thresholds: tuple[tuple[int, float], ...], evaluator: ThresholdEvaluator = evaluator
-        ) -> Any:
-            return evaluator.losses(dict(thresholds))
-
+        lost = _kept_losses(evaluator)
         outcomes = [_split(evaluator, lost, *pair) for pair in bar(f"splits, {risk}")(halves)]
         rows += [
             {
@@ -243,18 +235,18 @@ def _shipped_boundary() -> dict[str, Any]:
     risk = RISKS["disagreement"]
     whole = ThresholdEvaluator.of(adapter, encoder, pool, adapter.policy, risk, **demo.OPTIONS)
     halves = [_halves(pool, seed) for seed in range(HALVES // 2)]
-
-    @cache
-    def lost(thresholds: tuple[tuple[int, float], ...]) -> Any:
-        return whole.losses(dict(thresholds))
-
-    found = _boundary(lost, images_of(pool), halves, adapter.exits.depths)
+    found = _boundary(_kept_losses(whole), images_of(pool), halves, adapter.exits.depths)
     rows = [
         {"risk_target": target, "unit": unit, **row}
         for target, units in found.items()
         for unit, row in units.items()
     ]
     return {"images": BOUNDARY, "answers": len(pool), "entries": rows}
+
+
+def _kept_losses(evaluator: ThresholdEvaluator) -> Callable[..., Any]:
+    """Losses by the items of thresholds, each computed once."""
+    return cache(lambda thresholds: evaluator.losses(dict(thresholds)))
 
 
 def _boundary(
@@ -324,8 +316,8 @@ def _split(
     losses = np.stack(columns, 1)
     outcomes = []
     for setting in _settings():
-        level = Guarantee(setting["risk_target"], CONFIDENCE).level(1)
         target, method = setting["risk_target"], setting["method"]
+        level = Guarantee(target, CONFIDENCE).level(1)
         index = control(losses, target, level, method, evaluator.risk.low).index
         if index is None:
             outcomes.append({"index": None, "test": 0.0, "pool": 0.0})

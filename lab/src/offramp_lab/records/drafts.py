@@ -47,7 +47,8 @@ from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.subjects import exits_of, halves, load_photo
 
 RECORD = Record("drafts")
-NEW, AT_ONCE = 30, 16
+AT_ONCE = 16
+OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
 Way = Callable[[Mapping[str, Any], StoppingCriteriaList], GenerationOutput]
 
 
@@ -73,18 +74,16 @@ def lossless_policies(adapter: Adapter) -> tuple[dict[str, ExitPolicy], dict[int
 
 def drafts_in_llama_cpp(adapter: Adapter, runtime: LlamaCppRuntime) -> dict[str, Way]:
     """Full depth, and the drafts of exits that draft on."""
-    _, drafting = lossless_policies(adapter)
-    return {
-        "full": _by(runtime, FULL),
-        **{f"drafting, {most}": _by(runtime, policy) for most, policy in drafting.items()},
-    }
+    ways = {"full": _by(runtime, FULL)}
+    for most, policy in lossless_policies(adapter)[1].items():
+        ways[f"drafting, {most}"] = _by(runtime, policy)
+    return ways
 
 
 def _by(runtime: LlamaCppRuntime, policy: ExitPolicy) -> Way:
     return lambda inputs, stop: runtime.generate(
-        inputs, policy=policy, stopping_criteria=stop, return_dict_in_generate=True,
-        max_new_tokens=NEW, do_sample=False,
-    )  # fmt: skip
+        inputs, policy=policy, stopping_criteria=stop, return_dict_in_generate=True, **OPTIONS
+    )
 
 
 def ways_in_llama_cpp(
@@ -116,14 +115,11 @@ def ways_of(adapter: Adapter, table: DraftTable) -> dict[str, Way]:
 
     def by(parts: Any, chosen: ExitPolicy) -> Way:
         return lambda inputs, stop: generate(
-            backbone, inputs, exits=parts, policy=chosen, stopping_criteria=stop,
-            max_new_tokens=NEW, do_sample=False,
-        )  # fmt: skip
+            backbone, inputs, exits=parts, policy=chosen, stopping_criteria=stop, **OPTIONS
+        )
 
     ways = {"full": by(None, FULL), **{n: by(plain, policy) for n, policy in by_exit.items()}}
-    ways["table"] = lambda inputs, stop: table_generate(
-        backbone, table, inputs, stop, max_new_tokens=NEW, do_sample=False
-    )
+    ways["table"] = lambda inputs, stop: table_generate(backbone, table, inputs, stop, **OPTIONS)
     ways |= {f"drafting, {most}": by(exits, policy) for most, policy in drafting.items()}
     return ways
 
@@ -169,11 +165,8 @@ def _rounds(rounds: Sequence[Rounds]) -> dict[str, Any]:
     """Acceptance by place of all rounds, that of first rounds' first drafts, tokens a round."""
     if (found := Drafted.of(rounds)) is None:
         return {}
-    return {
-        "acceptance": [*found.acceptance],
-        "first_draft": found.first,
-        "tokens_a_round": found.tokens,
-    }
+    told = {"first_draft": found.first, "tokens_a_round": found.tokens}
+    return {"acceptance": [*found.acceptance], **told}
 
 
 def own_answers(adapter: Adapter, encoder: Any, examples: Sequence[Any], file: Path) -> DraftTable:
@@ -182,9 +175,7 @@ def own_answers(adapter: Adapter, encoder: Any, examples: Sequence[Any], file: P
     left = [example for example in examples if example.key not in kept]
     groups = [left[start : start + AT_ONCE] for start in range(0, len(left), AT_ONCE)]
     for group in progress(groups, "the table's answers"):
-        made = generate(
-            adapter.backbone, encoder.prompts(group), max_new_tokens=NEW, do_sample=False
-        )
+        made = generate(adapter.backbone, encoder.prompts(group), **OPTIONS)
         for example, ids, depths in zip(group, made.new_tokens, made.depths, strict=True):
             kept.keep(example.key, ids[depths > 0].tolist())
     return DraftTable.of(kept.found[example.key] for example in examples)

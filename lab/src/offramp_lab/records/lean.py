@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,7 @@ from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, Rounds, Ticks, each, in_cpu_milliseconds
 from offramp_lab.inputs import tiny_families
 from offramp_lab.records.record import Record, asked
+from offramp_lab.records.runtimes.methods import policies
 from offramp_lab.records.subjects import load_photo
 
 RECORD = Record("lean")
@@ -76,21 +77,10 @@ class Case:
             return model.generate(**inputs, **options, streamer=clock)
 
         def ours(path: str, policy: ExitPolicy) -> Run:
-            backbone = self.backbone.with_decoding(
-                lean=path != "stack", compiled=path == "compiled"
-            )
-
-            def run(inputs: Mapping[str, Any], clock: Ticks) -> Any:
-                return generate(
-                    backbone,
-                    inputs,
-                    exits=self.exits,
-                    policy=policy,
-                    streamer=clock,
-                    **options,
-                )
-
-            return run
+            lean, compiled = path != "stack", path == "compiled"
+            backbone = self.backbone.with_decoding(lean=lean, compiled=compiled)
+            how: dict[str, Any] = {"exits": self.exits, "policy": policy, **options}
+            return lambda inputs, clock: generate(backbone, inputs, streamer=clock, **how)
 
         made: dict[tuple[str, str], Run] = {("generate", "full"): stock}
         for mode, policy in self.policies.items():
@@ -178,24 +168,18 @@ def measure_slots(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[st
 def photo_model(model: Path, exits: Path | None, data: Path, prompts: int) -> Case:
     """The photo model with its shipped exits and thresholds."""
     adapter, encoder = load_photo(model, exits)
-    shipped = adapter.policy
-    policies = {
-        "full": FULL,
-        "early_exit": shipped,
-        "every_token": replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, 1e-6)),
-        "lossless": replace(shipped, lossless=True),
-    }
     examples = read_photographs(data)["captions_val"][:prompts]
     inputs = [encoder.prompts([example]) for example in examples]
-    return Case("photo", _endless(adapter.backbone), adapter.exits, policies, inputs)
+    modes = policies(adapter.policy)
+    return Case("photo", _endless(adapter.backbone), adapter.exits, modes, inputs)
 
 
 def tiny_opt() -> Case:
     """A BLIP-2 with an OPT of six layers and width 32, and an exit at two."""
     backbone = Backbone(tiny_families.build("blip2-opt"))
     exits = ExitSet(Exits(backbone, (2,)))
-    policies = {"full": FULL, "every_token": ExitPolicy({2: 1e-6})}
-    return Case("tiny OPT", backbone, exits, policies, [tiny_families.KINDS["blip2-opt"].inputs(1)])
+    modes = {"full": FULL, "every_token": ExitPolicy({2: 1e-6})}
+    return Case("tiny OPT", backbone, exits, modes, [tiny_families.KINDS["blip2-opt"].inputs(1)])
 
 
 def _endless(backbone: Backbone) -> Backbone:

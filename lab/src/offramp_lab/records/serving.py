@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -33,17 +32,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from offramp.adapter import Adapter
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions
 from offramp.engine.policy import MODES
-from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.records.record import Record, Some, asked
-from offramp_lab.records.subjects import exits_of, load_photo, tiny_with
+from offramp_lab.records.subjects import Subject, exits_of, load_photo, tiny_with
 
 RECORD = Record("serving")
 CLIENTS = (1, 2, 4, 8, 16, 32)
@@ -55,35 +52,24 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Served:
-    """A model to measure: its name, the words behind `python -m` that serve it, itself, and what is
-    asked of it."""
-
-    name: str
-    words: list[str]
-    adapter: Adapter
-    processor: InputProcessor
-    examples: list[Example]
-
-
 def main() -> None:
     arguments = asked(
         __doc__, photo=False, requests=96, rounds=3, out=RECORD.path, clients=CLIENTS,
         modes=Some(MODES),
     )  # fmt: skip
-    served = photo(arguments) if arguments.photo else tiny()
-    measured = measure(served, arguments)
+    subject, words = photo(arguments) if arguments.photo else tiny()
+    measured = measure(subject, words, arguments)
     record = RECORD.read(arguments.out)
-    record.setdefault("http", {})[served.name] = measured
+    record.setdefault("http", {})[subject.name] = measured
     RECORD.write(record, arguments.out)
 
 
-def tiny() -> Served:
-    return Served("tiny-opt", TINY, *tiny_with("opt"), captions("test", 32).examples)
+def tiny() -> tuple[Subject, list[str]]:
+    """A model, and the words behind `python -m` that serve it."""
+    return Subject("tiny-opt", *tiny_with("opt"), captions("test", 32).examples, TOKENS), TINY
 
 
-def photo(arguments: argparse.Namespace) -> Served:
+def photo(arguments: argparse.Namespace) -> tuple[Subject, list[str]]:
     model, data = arguments.photo, arguments.data
     exits = exits_of(model, arguments.adapter)
     adapter, encoder = load_photo(model, exits, torch.bfloat16)
@@ -94,21 +80,23 @@ def photo(arguments: argparse.Namespace) -> Served:
     ]
     words = ["examples.photo_vlm.exits", "serve", str(exits)]
     words += ["--backbone", str(model), "--dtype", "bfloat16"]
-    return Served("photo model", words, adapter, encoder, asked)
+    return Subject("photo model", adapter, encoder, asked, TOKENS), words
 
 
-def measure(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    subject: Subject, words: Sequence[str], arguments: argparse.Namespace
+) -> dict[str, Any]:
     """An entry of each mode and number of clients; medians over rounds.
 
     engine_tokens_per_second: without HTTP; share: of it that is left over HTTP. first, gap:
     seconds, at p50 and p95.
     """
-    bodies, asked = requests_of(served.examples), arguments.requests
+    bodies, asked = requests_of(subject.examples), arguments.requests
     points = list(itertools.product(arguments.modes, arguments.clients))
     config = EngineConfig(SLOTS, LIMIT)
     with (
-        Server("--limit", str(LIMIT), words=served.words) as server,
-        BatchEngine(served.adapter, served.processor, config) as engine,
+        Server("--limit", str(LIMIT), words=words) as server,
+        BatchEngine(subject.adapter, subject.encoder, config) as engine,
     ):
         first = first_token(server.url, bodies[0])
 
@@ -116,7 +104,7 @@ def measure(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
             return asyncio.run(clients_at_work(server.url, mode, clients, asked, bodies))
 
         def alone(_: None, mode: str, clients: int) -> float:
-            return engine_alone(engine, served.examples, mode, clients, asked)
+            return engine_alone(engine, subject.examples, mode, clients, asked)
 
         ways = {
             (way, *point): partial(way, mode=point[0], clients=point[1])

@@ -45,20 +45,19 @@ from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import PHOTO, halves, load_photo, tiny_with
 
 RECORD = Record("suitability")
-PROMPTS = 200
+PROMPTS, TIMED = 200, 50
 LEVEL = 0.95
 """At which speeds are measured."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """asked: prompts for the forecast. held_out: others, for what is trained. timed: of those."""
+    """asked: prompts for the forecast. held_out: others, for what is trained."""
 
     adapter: Adapter
     encoder: InputProcessor
     asked: Sequence[Example]
     held_out: Sequence[Example]
-    timed: Sequence[Example]
     planned: int
     longest: int
 
@@ -69,10 +68,10 @@ class Case:
 
 
 def tiny(kind: str) -> Case:
-    held_out = captions_and_questions("test", 67)[:PROMPTS]
     return Case(
         *tiny_with(kind, None if kind == "opt" else RUNS / "demo" / kind),
-        captions_and_questions("calibration", 67, 5000)[:PROMPTS], held_out, held_out[:50],
+        captions_and_questions("calibration", 67, 5000)[:PROMPTS],
+        captions_and_questions("test", 67)[:PROMPTS],
         planned=3 * DemoSizes().train, longest=OPTIONS["max_new_tokens"],
     )  # fmt: skip
 
@@ -80,7 +79,7 @@ def tiny(kind: str) -> Case:
 def photo(data: Path, exits: Path | None = None, planned: int = 6000) -> Case:
     asked, held_out = (half[:PROMPTS] for half in halves(data))
     model = load_photo(PHOTO, exits, dtype=torch.bfloat16)
-    return Case(*model, asked, held_out, held_out[:50], planned=planned, longest=30)
+    return Case(*model, asked, held_out, planned=planned, longest=30)
 
 
 def photo_at(data: Path, depth: int, size: str) -> Case:
@@ -129,7 +128,8 @@ def speeds(case: Case, trained: Sequence[dict[str, Any]], rounds: int) -> dict[s
     for row in trained:
         policy = ExitPolicy({row["depth"]: row["threshold"]}, shortlist=case.narrow)
         policies[f"{row['depth']}"] = policy
-    return {"timed": len(case.timed), "rounds": rounds, **timed(case, policies, rounds)}
+    count = len(case.held_out[:TIMED])
+    return {"timed": count, "rounds": rounds, **timed(case, policies, rounds)}
 
 
 def timed(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def timed(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str,
         name: partial(seconds, run=exit_generate_fn(backbone, exits, policy, **options))
         for name, policy in policies.items()
     }
-    prompts = [case.encoder.prompts([example]) for example in case.timed]
+    prompts = [case.encoder.prompts([example]) for example in case.held_out[:TIMED]]
     found = Experiment(runs, prompts, rounds, warm=2, title="timing").run()
     took = {name: np.median(by_round, 0) for name, by_round in found.items()}
     ratios = {}

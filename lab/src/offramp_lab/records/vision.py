@@ -102,9 +102,8 @@ Models = Mapping[str, tuple[Adapter, InputProcessor]]
 
 
 @torch.inference_mode()
-def measure(models: Models, pictures: int, rounds: int, data: Path) -> list[dict[str, Any]]:
+def measure(models: Models, examples: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
     """An entry for each model's tower; that of "torch" is what the others are compared with."""
-    examples = read_photographs(data)["captions_val"][:pictures]
     calls = calls_of(*models["torch"], examples)
 
     def tokens(call: Call, name: str) -> Tensor:
@@ -129,7 +128,6 @@ def compared(
 
     tokens: what something to be seen is to the way of a name.
     """
-
     methods = {name: milliseconds(partial(tokens, name=name)) for name in names}
     experiment = Experiment(methods, seen, rounds, warm=2)
     entries = experiment.entries(("engine",), in_cpu_milliseconds)
@@ -225,7 +223,7 @@ def vit_model() -> tuple[Backbone, dict[str, Any]]:
 
 
 @torch.inference_mode()
-def measure_vit(pictures: int, rounds: int, data: Path, folder: Path) -> list[dict[str, Any]]:
+def measure_vit(examples: Sequence[Example], rounds: int, folder: Path) -> list[dict[str, Any]]:
     own, example = vit_model()
     ways = {name: own.with_vision(name, example) for name in names()}
     for number_format in ("q8_0", "f16"):
@@ -238,7 +236,7 @@ def measure_vit(pictures: int, rounds: int, data: Path, folder: Path) -> list[di
     models = {name: InterceptedModel(way, DecoderEntry()).model for name, way in ways.items()}
     side = SHAPE["image_size"]
     seen = []
-    for photograph in read_photographs(data)["captions_val"][:pictures]:
+    for photograph in examples:
         small = photograph.open_image().resize((side, side), Image.Resampling.BICUBIC)
         seen.append(LOOKS.seen(np.asarray(small.convert("RGB")))[None])
 
@@ -253,15 +251,7 @@ def measure_vit(pictures: int, rounds: int, data: Path, folder: Path) -> list[di
     return entries
 
 
-def vit(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
-    before = os.getloadavg()[0]
-    with TemporaryDirectory() as folder:
-        found = measure_vit(pictures, rounds, data, Path(folder))
-    load = [round(before, 1), round(os.getloadavg()[0], 1)]
-    return {"pictures": pictures, "rounds": rounds, "shape": SHAPE, "engines": found, "load": load}
-
-
-def decode(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+def decode(photographs: Sequence[Example], rounds: int) -> dict[str, Any]:
     """Milliseconds from a file of 12 megapixels to the model's inputs, and how far the pixels that
     the tower gets are from those of the whole photograph."""
     backbone, processor = load_named("photo")
@@ -271,7 +261,7 @@ def decode(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
     }
     with TemporaryDirectory() as folder:
         examples = list[Example]()
-        for example in read_photographs(data)["captions_val"][:pictures]:
+        for example in photographs:
             file = Path(folder) / f"{len(examples)}.jpg"
             example.open_image().resize(LARGE, Image.Resampling.BICUBIC).save(file, quality=90)
             examples.append(replace(example, image=file))
@@ -295,12 +285,11 @@ def decode(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def prompts(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+def prompts(examples: Sequence[Example], rounds: int) -> dict[str, Any]:
     """Milliseconds from a processor's output to what enters llama.cpp, the tower left out: as
     Hugging Face prepares it, and of a prompt text that is kept."""
     backbone, processor = load_named("photo")
     encoder = InputProcessor(backbone, processor)
-    examples = read_photographs(data)["captions_val"][:pictures]
     inputs = [encoder.prompts([example]) for example in examples]
     options = {"max_new_tokens": TOKENS, "do_sample": False}
 
@@ -327,27 +316,46 @@ def prompts(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def towers(models: Callable[[], Models], pictures: int, rounds: int, data: Path) -> dict[str, Any]:
+Measure = Callable[[Sequence[Example], int], list[dict[str, Any]]]
+"""Entries of towers, from photographs and rounds."""
+
+
+def towers(measured: Measure, photographs: Sequence[Example], rounds: int, **more: Any) -> Any:
+    """Those entries, and the machine's load before and after."""
     before = os.getloadavg()[0]
-    found = measure(models(), pictures, rounds, data)
-    load = [round(before, 1), round(os.getloadavg()[0], 1)]
-    return {"pictures": pictures, "rounds": rounds, "engines": found, "load": load}
+    told: dict[str, Any] = {"pictures": len(photographs), "rounds": rounds, **more}
+    told["engines"] = measured(photographs, rounds)
+    told["load"] = [round(before, 1), round(os.getloadavg()[0], 1)]
+    return told
 
 
-def own(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
-    return towers(rewritten, pictures, rounds, data)
+def engines(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
+    return measure({name: loaded(name) for name in names()}, photographs, rounds)
 
 
-def engines(pictures: int, rounds: int, data: Path) -> dict[str, Any]:
-    return towers(lambda: {name: loaded(name) for name in names()}, pictures, rounds, data)
+def own(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
+    return measure(rewritten(), photographs, rounds)
+
+
+def vit(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
+    with TemporaryDirectory() as folder:
+        return measure_vit(photographs, rounds, Path(folder))
+
+
+PARTS: dict[str, Callable[[Sequence[Example], int], Any]] = {
+    "towers": partial(towers, engines),
+    "own": partial(towers, own),
+    "vit": partial(towers, vit, shape=SHAPE),
+    "decoding": decode,
+    "prompts": prompts,
+}
 
 
 def main() -> None:
-    parts = {"towers": engines, "own": own, "vit": vit, "decoding": decode, "prompts": prompts}
-    arguments = asked(__doc__, photo=True, rounds=3, pictures=50, parts=Some(parts))
-    how = (arguments.pictures, arguments.rounds, arguments.data)
-    made = {name: partial(part, *how) for name, part in parts.items()}
-    RECORD.parts(made, arguments.parts)
+    arguments = asked(__doc__, photo=True, rounds=3, pictures=50, parts=Some(PARTS))
+    photographs = read_photographs(arguments.data)["captions_val"][: arguments.pictures]
+    how = (photographs, arguments.rounds)
+    RECORD.parts({n: partial(part, *how) for n, part in PARTS.items()}, arguments.parts)
 
 
 if __name__ == "__main__":

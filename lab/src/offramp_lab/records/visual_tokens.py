@@ -14,7 +14,6 @@ the photo model, whose prompts have a few visual tokens, by all rankings, chance
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
@@ -38,7 +37,7 @@ from offramp.evaluation.statistics import Measure, interval, mean_of
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.prepack import prepack
-from offramp.progress import progress
+from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.methods import Clock
@@ -216,17 +215,17 @@ def measured(name: str, rounds: int) -> dict[str, Any]:
     for way in found:  # products of so many rows are made once
         if way.depth in (None, DEPTHS[0]):
             answered(backbone, inputs, exits, way.policy)
-    taken: dict[Way, list[Seconds]] = {way: [] for way in found}
-    parts: dict[float, list[Parts]] = {keep: [] for keep in prompts}
-    for place in progress(range(rounds), name):
-        turns: list[Any] = [*found, *prompts]
-        for turn in random.Random(place).sample(turns, len(turns)):
-            if isinstance(turn, Way):
-                taken[turn].append(answered(backbone, inputs, exits, turn.policy))
-            else:
-                parts[turn].append(parts_of(backbone, prompts[turn], exits))
-    costs = {keep: Parts(*_medians(list(map(astuple, rows)))) for keep, rows in parts.items()}
-    full = Seconds(*_medians(list(map(astuple, taken[Way()]))))
+
+    def answer(_: None, turn: Way | float) -> Seconds | Parts:
+        if isinstance(turn, Way):
+            return answered(backbone, inputs, exits, turn.policy)
+        return parts_of(backbone, prompts[turn], exits)
+
+    turns: list[Way | float] = [*found, *prompts]
+    methods = {turn: partial(answer, turn=turn) for turn in turns}
+    runs = Experiment(methods, rounds=rounds, title=name).run()
+    taken = {turn: _median([one for [one] in by_round]) for turn, by_round in runs.items()}
+    costs = {keep: taken[keep] for keep in prompts}
     return {
         "rounds": rounds,
         "layers": backbone.depth,
@@ -238,7 +237,7 @@ def measured(name: str, rounds: int) -> dict[str, Any]:
         },
         "entries": [
             _entry(
-                way, taken[way], full,
+                way, taken[way], taken[Way()],
                 predicted(way, backbone.depth, costs[1.0], costs[way.keep], share),
             )
             for way in found
@@ -246,8 +245,7 @@ def measured(name: str, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _entry(way: Way, took: Sequence[Seconds], full: Seconds, foretold: Seconds) -> dict[str, Any]:
-    mine = Seconds(*_medians(list(map(astuple, took))))
+def _entry(way: Way, mine: Seconds, full: Seconds, foretold: Seconds) -> dict[str, Any]:
     return {
         "depth": way.depth,
         "deep": way.deep,
@@ -271,8 +269,9 @@ def _words(backbone: Backbone, count: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _medians(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(median(column) for column in zip(*rows, strict=True))
+def _median(found: Sequence[Any]) -> Any:
+    """Of the same seconds or parts, measured several times, field by field."""
+    return type(found[0])(*map(median, zip(*map(astuple, found), strict=True)))
 
 
 # -- answers ---------------------------------------------------------------------------------------

@@ -13,21 +13,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from examples.photo_vlm.rows import half_of, read_photographs
-
 from offramp.engine.decoding.pace import drafting
-from offramp.engine.policy import MODES
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, slice_gguf
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.photo_edge import hub_file, prompt_of
-from offramp_lab.records.runtimes.together import Answers, Rows, timed
+from offramp_lab.records.runtimes.together import Answers, Rows, in_modes
 from offramp_lab.records.runtimes.ways import written
-from offramp_lab.records.subjects import exits_of, load_photo
+from offramp_lab.records.subjects import exits_of, halves, load_photo
 
 RECORD = Record("runtimes-edge-together", "runtimes.edge_together")
 CONTEXT, FORMATS = 256, ("q8_0", "q4_1")
@@ -37,8 +35,7 @@ def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=52, slots=4)
     exits = exits_of(arguments.photo, arguments.adapter)
     adapter, encoder = load_photo(arguments.photo, exits)
-    held = [e for e in read_photographs(arguments.data)["captions_val"] if half_of(e) == 1]
-    held, size = held[: arguments.photographs], arguments.slots
+    held, size = halves(arguments.data)[1][: arguments.photographs], arguments.slots
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -51,14 +48,11 @@ def main() -> None:
         for formats in FORMATS:
             engine = EngineOptions(CONTEXT, sequences=size)
             with EdgeModel(folder / formats, engine=engine) as model, drafting(model):
-                for mode in MODES:
-                    told = timed(groups, _ways(model, mode, size), mode)
-                    entries.append({"format": formats, "mode": mode, **told})
-                    print(entries[-1])
+                entries += in_modes(formats, groups, partial(_ways, model, size))
     RECORD.write({"sequences": size, "photographs": len(held), "entries": entries})
 
 
-def _ways(model: EdgeModel, mode: str, size: int) -> dict[str, Answers]:
+def _ways(model: EdgeModel, size: int, mode: str) -> dict[str, Answers]:
     def answer(prompt: Prompt) -> list[tuple[int, int]]:
         return [(step.token, step.depth) for step in written(model, mode, prompt)]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from offramp.runtimes.llama_cpp.gguf_writing import new_file
 from offramp_lab.records.runtimes.methods import Answer, Bench, Clock, Method, Name
 
 READS = ("f16", "q8_0", "q4_1")
@@ -70,26 +71,22 @@ def _with_tokenizer(source: Path, target: Path, tokenizer: Any) -> None:
     """A copy of a GGUF file with the tokenizer that the pipeline insists on."""
     import gguf
 
-    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, "llama")
+    reader = gguf.GGUFReader(source)
     fields = {name: f for name, f in reader.fields.items() if name.startswith("llama.")}
-    for name, field in fields.items():
-        writer.add_key_value(name, field.contents(), field.types[0])
     rules = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     size = int(fields["llama.vocab_size"].contents())
     words = {number: word for word, number in tokenizer.get_vocab().items() if number < size}
     control = {*tokenizer.all_special_ids, *(set(range(size)) - set(words))}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([words.get(i, f"<unused {i}>") for i in range(size)])
-    writer.add_token_types([_CONTROL if i in control else _NORMAL for i in range(size)])
-    pairs = rules["merges"]
-    writer.add_token_merges([p if isinstance(p, str) else " ".join(p) for p in pairs])
-    writer.add_bos_token_id(tokenizer.bos_token_id or 0)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_uint32("general.file_type", int(gguf.LlamaFileType.MOSTLY_Q8_0))
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with new_file(target, "llama") as writer:
+        for name, field in fields.items():
+            writer.add_key_value(name, field.contents(), field.types[0])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list([words.get(i, f"<unused {i}>") for i in range(size)])
+        writer.add_token_types([_CONTROL if i in control else _NORMAL for i in range(size)])
+        writer.add_token_merges([p if isinstance(p, str) else " ".join(p) for p in rules["merges"]])
+        writer.add_bos_token_id(tokenizer.bos_token_id or 0)
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+        writer.add_uint32("general.file_type", int(gguf.LlamaFileType.MOSTLY_Q8_0))
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)

@@ -24,6 +24,7 @@ from offramp.models.photo.packages import LANGUAGE, weights_file
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, slice_gguf
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
+from offramp.runtimes.llama_cpp.gguf_writing import new_file
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
@@ -91,17 +92,13 @@ def hub_file(backbone: Backbone, out: Path, formats: str) -> Path:
     plain = out.with_suffix(".plain")
     export_whole(backbone, plain, ExportFormats(formats))
     like = gguf.GGUFReader(weights_file(LANGUAGE, cache_folder("photo")))
-    writer = gguf.GGUFWriter(out, str(like.fields["general.architecture"].contents()))
-    for key, field in like.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], inner)
-    for tensor in gguf.GGUFReader(plain).tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with new_file(out, str(like.fields["general.architecture"].contents())) as writer:
+        for key, field in like.fields.items():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(key, field.contents(), field.types[0], inner)
+        for tensor in gguf.GGUFReader(plain).tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     plain.unlink()
     return out
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,10 +53,7 @@ def main() -> None:
                 LlamaCppRuntime(adapter, folder, engine=options) as runtime,
                 BatchEngine(runtime) as engine,
             ):
-                for mode in MODES:
-                    told = timed(groups, _ways(engine, mode), mode)
-                    entries.append({"format": formats, "mode": mode, **told})
-                    print(entries[-1])
+                entries += in_modes(formats, groups, partial(_ways, engine))
     RECORD.write({"sequences": size, "photographs": len(held), "entries": entries})
 
 
@@ -74,6 +71,16 @@ def _ways(engine: BatchEngine, mode: str) -> dict[str, Answers]:
         return [answers([engine.submit(inputs, **options)])[0] for inputs in group]
 
     return {"at_once": at_once, "one_by_one": one_by_one}
+
+
+def in_modes(
+    formats: str, groups: Sequence[Sequence[Any]], ways: Callable[[str], Mapping[str, Answers]]
+) -> Iterator[dict[str, Any]]:
+    """An entry of each mode. ways: by the mode."""
+    for mode in MODES:
+        entry = {"format": formats, "mode": mode, **timed(groups, ways(mode), mode)}
+        print(entry)
+        yield entry
 
 
 def timed(
