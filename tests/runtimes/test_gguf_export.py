@@ -15,8 +15,9 @@ from gguf_cases import DEPTHS, KINDS, SHORT, adapter_of, refused
 
 from offramp.engine.policy import FULL
 from offramp.errors import InputError, StorageError, UnsupportedBackboneError
-from offramp.runtimes.llama_cpp import export_gguf, gguf_export
+from offramp.runtimes.llama_cpp import cuts, export_gguf
 from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_tensors
+from offramp.runtimes.llama_cpp.exit_files import digest_of
 from offramp.runtimes.llama_cpp.gguf_export import ExportFormats
 
 
@@ -30,7 +31,7 @@ def test_files_say_what_they_are_made_from(exported: Any) -> None:
     said = {key: field.contents() for key, field in first.fields.items()}
     assert said["offramp.shortlist"] == SHORT.tolist()
     assert json.loads(said["offramp.policy"])["thresholds"] == {"2": 0.5, "4": 0.5}
-    assert said["offramp.exits_digest"] == gguf_export.digest_of(adapter)
+    assert said["offramp.exits_digest"] == digest_of(adapter)
     kinds = {t.name: t.tensor_type.name for t in first.tensors}
     assert kinds["blk.0.ffn_up.weight"] == "Q4_1" and kinds["blk.2.ffn_up.weight"] == "Q8_0"
     heads = [next(t for t in f.tensors if t.name == "token_embd.weight") for f in (first, last)]
@@ -60,7 +61,7 @@ def test_an_export_that_fails_leaves_what_was_there(
     def full_disk(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf_export, "digest_file", full_disk)
+    monkeypatch.setattr(cuts, "digest_file", full_disk)
     with pytest.raises(StorageError):
         export_gguf(adapter_of("llava"), folder, "q8_0")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

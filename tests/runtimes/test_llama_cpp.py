@@ -37,7 +37,7 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
 from offramp.models.exits import Exits, ExitSet
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf, segment
-from offramp.runtimes.llama_cpp.gguf_export import DIGESTS
+from offramp.runtimes.llama_cpp.gguf_files import DIGESTS
 
 pytestmark = pytest.mark.llama_cpp
 

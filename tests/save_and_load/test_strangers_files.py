@@ -251,8 +251,8 @@ def test_gguf_files_without_their_keys_are_refused(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     from gguf_cases import adapter_of
 
-    from offramp.runtimes.llama_cpp.gguf_export import DIGESTS, export_gguf
-    from offramp.runtimes.llama_cpp.gguf_files import read_segments
+    from offramp.runtimes.llama_cpp.gguf_export import export_gguf
+    from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, read_segments
 
     adapter = adapter_of("llava")
     export_gguf(adapter, tmp_path / "whole", "q8_0")

@@ -73,10 +73,6 @@ def read_exits(folder: str | Path) -> ExitFiles:
         files = dict(config.get("files") or {})
         depths = [int(depth) for depth in config["depths"]]
         dict(config["policy"]), dict(config["backbone"])
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{folder} holds no adapter (adapter.json is missing).", _RESTORE
-        ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder / 'adapter.json'} is damaged: {error}.", _RESTORE) from error
     for name, digest in files.items():

@@ -16,21 +16,17 @@ their ids.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from offramp import __version__
 from offramp.adapter import Adapter
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import policy_to_json
-from offramp.errors import InputError, did_you_mean
 from offramp.models.backbone import Backbone
 from offramp.models.exits import check_depths
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
@@ -41,27 +37,14 @@ from offramp.runtimes.llama_cpp.architectures import (
     rope_factors,
     settings,
 )
-from offramp.runtimes.llama_cpp.drafter import write_draft_input
+from offramp.runtimes.llama_cpp.cuts import Cut, about_export, depths_to_write, write_export
 from offramp.runtimes.llama_cpp.exit_files import digest_of
-from offramp.runtimes.llama_cpp.gguf_files import (
-    DIGESTS,
-    DRAFT_INPUT,
-    DRAFTER,
-    FORMAT,
-    PROJECTOR,
-)
-from offramp.runtimes.llama_cpp.gguf_writing import (
-    FORMATS,
-    add_array,
-    add_value,
-    depths_to_write,
-    new_file,
-)
+from offramp.runtimes.llama_cpp.gguf_files import PROJECTOR
+from offramp.runtimes.llama_cpp.gguf_writing import add_array, add_value, check_format, new_file
 from offramp.runtimes.llama_cpp.graphs import Architecture, Array
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.segment import AHEAD, FIRST_LAYER, INPUT_SCALE, STATE_SCALE
 from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision, features_of
-from offramp.storage import atomic_folder, digest_file, write_json
 
 
 @dataclass(frozen=True)
@@ -73,32 +56,16 @@ class ExportFormats:
     """
 
     layers: str = "q8_0"
-    exits: str = field(default="")
-    head: str = field(default="")
+    exits: str = ""
+    head: str = ""
 
     def __post_init__(self) -> None:
         careful = "q8_0" if self.layers.startswith(("q4", "q5", "iq4")) else self.layers
         for name in ("exits", "head"):
             if not getattr(self, name):
                 object.__setattr__(self, name, careful)
-        for name in ("layers", "exits", "head"):
-            value = getattr(self, name)
-            if value not in FORMATS:
-                raise InputError(
-                    f"GGUF format {value!r} is not known.", did_you_mean(value, FORMATS)
-                )
-
-
-@dataclass(frozen=True)
-class SegmentPlan:
-    """One file: the decoder layers [start, stop), and behind them an exit or, in the whole model's
-    last, none."""
-
-    index: int
-    start: int
-    stop: int
-    exit: nn.Module | None
-    file: str
+        for kind in (self.layers, self.exits, self.head):
+            check_format(kind)
 
 
 def export_gguf(
@@ -124,66 +91,40 @@ def export_gguf(
     """
     import_gguf()
     formats = ExportFormats(formats) if isinstance(formats, str) else formats
-    architecture = architecture_of(adapter.backbone)
-    named = adapter.policy.depths if depths is None else depths
+    backbone, exits, policy = adapter.backbone, adapter.exits, adapter.policy
+    architecture = architecture_of(backbone)
+    named = policy.depths if depths is None else depths
     remedy = "Export exits of kind 'layer' or 'drafting'."
-    chosen = depths_to_write(named, adapter.exits.depths, adapter.exits.modules.kind, remedy)
-    check_depths(chosen, adapter.backbone.depth)
-    shortlist = shortlist_of_policy(adapter.policy, adapter.exits)
-    about = _about(adapter, chosen, formats)
-    plans = plan_segments(adapter, chosen)
-    files = [plan.file for plan in plans]
-    with atomic_folder(folder) as staging:
-        for plan in plans:
-            rows = shortlist if plan.exit is not None else None
-            writer = _Writer(adapter.backbone, architecture, formats, plan)
-            writer.write(staging / plan.file, rows, {**about, "offramp.segment": plan.index})
-        if (drafts := adapter.exits.modules.draft_input(chosen[-1])) is not None:
-            state = {name: _array(tensor) for name, tensor in drafts.state_dict().items()}
-            write_draft_input(staging / DRAFT_INPUT, state)
-            files.append(DRAFT_INPUT)
-        if vision is not None:
-            export_vision(adapter.backbone, staging / PROJECTOR, vision, Looks.of(processor))
-            files.append(PROJECTOR)
-        write_json(staging / DIGESTS, {file: digest_file(staging / file) for file in files})
-    return [Path(folder) / file for file in files]
+    chosen = depths_to_write(named, exits.depths, exits.modules.kind, remedy)
+    check_depths(chosen, backbone.depth)
+    shortlist = shortlist_of_policy(policy, exits)
+    about = about_export(
+        chosen,
+        backbone.depth,
+        exits=digest_of(adapter),
+        backbone=backbone.name,
+        policy=policy_to_json(policy),
+        formats=vars(formats),
+        packages=("torch", "transformers", "gguf"),
+    )
+    about["offramp.fingerprint"] = dump_fingerprint(fingerprint(backbone))
+
+    def write(cut: Cut, file: Path, said: dict[str, Any]) -> None:
+        exit, rows = (None, None) if cut.depth is None else (exits.at(cut.depth), shortlist)
+        _Writer(backbone, architecture, formats, cut, exit).write(file, rows, said)
+
+    drafts = exits.modules.draft_input(chosen[-1])
+    state = {} if drafts is None else {n: _array(t) for n, t in drafts.state_dict().items()}
+    also: dict[str, Callable[[Path], object]] = {}
+    if vision is not None:
+        also[PROJECTOR] = lambda file: export_vision(backbone, file, vision, Looks.of(processor))
+    return write_export(folder, about, write, state, also)
 
 
 def export_whole(backbone: Backbone, file: Path, formats: ExportFormats) -> None:
     """The decoder without exits in one file, which is what llama.cpp runs alone: for comparison."""
-    plan = SegmentPlan(0, 0, backbone.depth, None, file.name)
-    _Writer(backbone, architecture_of(backbone), formats, plan).write(file, None, {})
-
-
-def plan_segments(adapter: Adapter, depths: Sequence[int]) -> list[SegmentPlan]:
-    """The chain of segments for the exits at `depths`, and the layer of one that drafts on."""
-    edges = [0, *depths, adapter.backbone.depth]
-    exits = [*(adapter.exits.at(depth) for depth in depths), None]
-    plans = [
-        SegmentPlan(i, edges[i], edges[i + 1], exit_module, f"segment-{i}.gguf")
-        for i, exit_module in enumerate(exits)
-    ]
-    last = depths[-1]
-    if adapter.exits.modules.draft_input(last) is not None:
-        plans.append(SegmentPlan(len(plans), last, last, adapter.exits.at(last), DRAFTER))
-    return plans
-
-
-def _about(adapter: Adapter, depths: Sequence[int], formats: ExportFormats) -> dict[str, Any]:
-    """Metadata that all segments share, by key."""
-    versions = {"offramp": __version__}
-    versions |= {name: metadata.version(name) for name in ("torch", "transformers", "gguf")}
-    return {
-        "offramp.format": FORMAT,
-        "offramp.depths": list(depths),
-        "offramp.layers": adapter.backbone.depth,
-        "offramp.exits_digest": digest_of(adapter),
-        "offramp.backbone": adapter.backbone.name,
-        "offramp.fingerprint": dump_fingerprint(fingerprint(adapter.backbone)),
-        "offramp.policy": json.dumps(policy_to_json(adapter.policy), sort_keys=True),
-        "offramp.formats": json.dumps(vars(formats)),
-        "offramp.versions": json.dumps(versions),
-    }
+    whole, architecture = Cut(0, backbone.depth), architecture_of(backbone)
+    _Writer(backbone, architecture, formats, whole, None).write(file, None, {})
 
 
 class _Writer:
@@ -194,12 +135,12 @@ class _Writer:
         backbone: Backbone,
         architecture: Architecture,
         formats: ExportFormats,
-        plan: SegmentPlan,
+        cut: Cut,
+        exit: nn.Module | None,
     ) -> None:
-        self.backbone = backbone
-        self.architecture = architecture
-        self.formats = formats
-        self.plan = plan
+        """exit: behind the cut's layers; None: there is none."""
+        self.backbone, self.architecture, self.formats = backbone, architecture, formats
+        self.cut, self.exit = cut, exit
 
     def write(self, file: Path, rows: Tensor | None, about: dict[str, Any]) -> None:
         """rows: token ids [S] of the head's rows; None: all. about: metadata by key."""
@@ -212,19 +153,13 @@ class _Writer:
             for name, array, kind in self._tensors(rows):
                 add_array(out, name, array, kind)
 
-    @property
-    def _layers(self) -> list[int]:
-        """Which of the decoder's layers the file's are; an exit's, that which it stands before."""
-        plan = self.plan
-        return [*range(plan.start, plan.stop), *([] if plan.exit is None else [plan.stop])]
-
     def _describe(self, out: Any, vocabulary: int) -> None:
         """The architecture's own metadata."""
         out.add_vocab_size(vocabulary)
         out.add_tokenizer_model("none")
-        first, stop = self.plan.start, self.plan.stop
-        added = max(0, min(stop, features_of(self.backbone)) - first)
-        for key, value in settings(self.backbone, self.architecture, self._layers, added):
+        cut = self.cut
+        added = max(0, min(cut.stop, features_of(self.backbone)) - cut.start)
+        for key, value in settings(self.backbone, self.architecture, cut.layers, added):
             add_value(out, f"{self.architecture.name}.{key}", value)
 
     def _feeding(self) -> dict[str, Any]:
@@ -237,12 +172,12 @@ class _Writer:
         if self.architecture.ahead:
             said[AHEAD] = True
         if self.architecture.deepstack:
-            said[FIRST_LAYER] = self.plan.start
+            said[FIRST_LAYER] = self.cut.start
         return said
 
     def _tensors(self, rows: Tensor | None) -> Iterator[tuple[str, Array, str]]:
         """Names, tensors and formats."""
-        backbone, plan, formats = self.backbone, self.plan, self.formats
+        backbone, cut, formats = self.backbone, self.cut, self.formats
         head = backbone.head.weight
         yield "token_embd.weight", _array(head if rows is None else head[rows]), formats.head
         assert backbone.norm is not None, "every architecture here ends with a norm"
@@ -256,9 +191,9 @@ class _Writer:
         factors = rope_factors(backbone) if self.architecture.rope_factors else None
         if factors is not None:
             yield "rope_freqs.weight", _array(factors), "f32"
-        layers = [(layer, formats.layers) for layer in backbone.layers[plan.start : plan.stop]]
-        if plan.exit is not None:
-            layers.append((plan.exit, formats.exits))
+        layers = [(layer, formats.layers) for layer in backbone.layers[cut.start : cut.stop]]
+        if self.exit is not None:
+            layers.append((self.exit, formats.exits))
         for number, (layer, kind) in enumerate(layers):
             tensors = layer_tensors(layer, self.architecture, backbone, len(layers))
             for name, array in tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.errors import InputError
+from offramp.errors import InputError, did_you_mean
 from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
 
 Array = npt.NDArray[np.float32]
@@ -32,23 +32,10 @@ _FITTED = ("iq4_nl", "q4_k", "q5_k", "q6_k")
 """Formats that llama.cpp writes, and the package gguf does not."""
 
 
-def depths_to_write(
-    named: Collection[int], stand: Collection[int], kind: str, remedy: str
-) -> tuple[int, ...]:
-    """The depths of the exits of a file. named: those asked for. stand: where there are exits, and
-    of which kind. Raise `InputError` where none or another is named, or llama.cpp does not run the
-    kind; remedy: then."""
-    wrong = sorted({*named} - {*stand})
-    if not named or wrong:
-        raise InputError(
-            f"No exits stand at depths {wrong}." if wrong else "The policy lets no token exit.",
-            f"Name depths to write among {sorted(stand)}, e.g. with --depths.",
-        )
-    if kind not in ("layer", "drafting"):
-        raise InputError(
-            f"Exits of kind {kind!r} are no decoder layers, which is what llama.cpp runs.", remedy
-        )
-    return tuple(sorted({*named}))
+def check_format(kind: str) -> None:
+    """Raise `InputError` for none of `FORMATS`."""
+    if kind not in FORMATS:
+        raise InputError(f"GGUF format {kind!r} is not known.", did_you_mean(kind, FORMATS))
 
 
 @contextmanager

@@ -11,31 +11,20 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offramp import __version__
 from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
-from offramp.runtimes.llama_cpp.drafter import write_draft_input
+from offramp.runtimes.llama_cpp.cuts import Cut, about_export, depths_to_write, write_export
 from offramp.runtimes.llama_cpp.exit_files import ExitFiles, read_exits
-from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, DRAFT_INPUT, DRAFTER, FORMAT
-from offramp.runtimes.llama_cpp.gguf_writing import (
-    FORMATS,
-    add_array,
-    add_value,
-    depths_to_write,
-    new_file,
-)
+from offramp.runtimes.llama_cpp.gguf_writing import add_array, add_value, check_format, new_file
 from offramp.runtimes.llama_cpp.graphs import GRAPHS, NO_WINDOW, Architecture, layer_arrays
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.segment import AHEAD, EMBEDDING_SCALE, FIRST_LAYER, INPUT_SCALE
-from offramp.storage import atomic_folder, digest_file, write_json
+from offramp.storage import digest_file
 
-_OF_THE_FILE = ("general.", "GGUF.", "split.", "tokenizer.", "offramp.")
 _PATTERNS = {"gemma3": 6, "gemma2": 2}
 """Where a file says nothing: one of so many layers sees all, the last of them."""
 
@@ -62,6 +51,15 @@ class _Source:
     def width(self) -> int:
         return int(self.get("embedding_length"))
 
+    @property
+    def vocabulary(self) -> int:
+        return int(self.tensors["token_embd.weight"].shape[1])
+
+    @property
+    def head(self) -> Any:
+        """The tensor; embeddings, where they are tied to it."""
+        return self.tensors.get("output.weight", self.tensors["token_embd.weight"])
+
 
 def slice_gguf(
     file: str | Path,
@@ -81,36 +79,19 @@ def slice_gguf(
         InputError: no exit to write, or an unknown format.
         UnsupportedBackboneError: exits do not run in this file's graph.
     """
-    if exits not in FORMATS:
-        raise InputError(
-            f"GGUF format {exits!r} is not known.", f"Use one of {', '.join(FORMATS)}."
-        )
+    check_format(exits)
     source, made = _read(Path(file)), read_exits(adapter)
     named = [int(d) for part in ("thresholds", "drafts") for d in made.policy.get(part, {})]
     kind = str(made.config.get("exit_kind", "layer"))
     remedy = "Train exits of kind 'layer' or 'drafting'."
     chosen = depths_to_write(named if depths is None else depths, [*made.states], kind, remedy)
     _check_kinship(source, made, Path(adapter))
+
+    def write(cut: Cut, part: Path, said: dict[str, Any]) -> None:
+        _Part(source, cut, made, exits).write(part, said)
+
     about = _about(source, made, chosen, exits)
-    edges = [0, *chosen, source.layers]
-    with atomic_folder(folder) as staging:
-        names, last = list[str](), chosen[-1]
-        cuts = [
-            (f"segment-{place}.gguf", _Cut(source, start, stop, depth))
-            for place, ((start, stop), depth) in enumerate(
-                zip(pairwise(edges), [*chosen, None], strict=True)
-            )
-        ]
-        drafts = made.draft_input(last)
-        if drafts:
-            cuts.append((DRAFTER, _Cut(source, last, last, last)))
-            write_draft_input(staging / DRAFT_INPUT, drafts)
-            names.append(DRAFT_INPUT)
-        for place, (name, cut) in enumerate(cuts):
-            cut.write(staging / name, made, {**about, "offramp.segment": place}, exits)
-            names.append(name)
-        write_json(staging / DIGESTS, {name: digest_file(staging / name) for name in names})
-    return [Path(folder) / name for name in names]
+    return write_export(folder, about, write, made.draft_input(chosen[-1]))
 
 
 def _read(path: Path) -> _Source:
@@ -151,11 +132,7 @@ def _check_kinship(source: _Source, made: ExitFiles, folder: Path) -> None:
     """Raise `AdapterError` where sizes say that the exits are of another model. That it is this
     one's weights cannot be seen: they are quantised."""
     said = made.config["backbone"].get("fingerprint", {})
-    here = {
-        "layers": source.layers,
-        "width": source.width,
-        "vocabulary": int(source.tensors["token_embd.weight"].shape[1]),
-    }
+    here = {"layers": source.layers, "width": source.width, "vocabulary": source.vocabulary}
     for name, value in here.items():
         if said.get(name) is not None and int(said[name]) != value:
             raise AdapterError(
@@ -169,22 +146,19 @@ def _about(source: _Source, made: ExitFiles, depths: tuple[int, ...], exits: str
     stored = sorted(
         {t.tensor_type.name.lower() for t in source.tensors.values() if len(t.shape) > 1}
     )
-    head = source.tensors.get("output.weight", source.tensors["token_embd.weight"])
-    formats = {"layers": "+".join(stored), "exits": exits, "head": head.tensor_type.name.lower()}
-    versions = {"offramp": __version__, "gguf": metadata.version("gguf")}
+    head = source.head.tensor_type.name.lower()
+    formats = {"layers": "+".join(stored), "exits": exits, "head": head}
     gates = {str(depth): [weight.tolist(), bias] for depth, (weight, bias) in made.gates.items()}
-    return {
-        "offramp.format": FORMAT,
-        "offramp.depths": list(depths),
-        "offramp.layers": source.layers,
-        "offramp.exits_digest": made.digest,
-        "offramp.backbone": str(source.said.get("general.name", source.path.stem)),
-        "offramp.source": json.dumps(_fingerprint(source)),
-        "offramp.policy": json.dumps(made.policy, sort_keys=True),
-        "offramp.formats": json.dumps(formats),
-        "offramp.versions": json.dumps(versions),
-        **({"offramp.gates": json.dumps(gates)} if gates else {}),
-    }
+    about = about_export(
+        depths,
+        source.layers,
+        exits=made.digest,
+        backbone=str(source.said.get("general.name", source.path.stem)),
+        policy=made.policy,
+        formats=formats,
+    )
+    about["offramp.source"] = json.dumps(_fingerprint(source))
+    return {**about, "offramp.gates": json.dumps(gates)} if gates else about
 
 
 def _fingerprint(source: _Source) -> dict[str, Any]:
@@ -196,37 +170,32 @@ def _fingerprint(source: _Source) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """Layers [start, stop) of a file, and behind them an exit at `depth` or, in the last, none."""
+class _Part:
+    """A file that a source is cut into. exits: number format of the exits' layers."""
 
     source: _Source
-    start: int
-    stop: int
-    depth: int | None
+    cut: Cut
+    made: ExitFiles
+    exits: str
 
-    @property
-    def layers(self) -> list[int]:
-        """Which of the source's layers the file's are; the exit's, that which it stands before."""
-        return [*range(self.start, self.stop), *([] if self.depth is None else [self.stop])]
-
-    def write(self, file: Path, made: ExitFiles, about: dict[str, Any], exits: str) -> None:
-        name = str(self.source.said["general.architecture"])
+    def write(self, file: Path, about: dict[str, Any]) -> None:
+        name, depth = str(self.source.said["general.architecture"]), self.cut.depth
         with new_file(file, name) as out:
-            shortlist = made.shortlist if made.policy.get("shortlist") else None
+            shortlist = self.made.shortlist if self.made.policy.get("shortlist") else None
             for key, value in self._settings(name):
                 add_value(out, f"{name}.{key}", value)
-            if self.depth is None:
+            if depth is None:
                 self._keep_tokenizer(out)
             else:
                 out.add_tokenizer_model("none")
-                out.add_vocab_size(self._vocabulary if shortlist is None else len(shortlist))
+                out.add_vocab_size(self.source.vocabulary if shortlist is None else len(shortlist))
                 if shortlist is not None:
                     out.add_array("offramp.shortlist", shortlist.tolist())
             for key, value in {**about, **self._feeding()}.items():
                 add_value(out, key, value)
             self._add_tensors(out, shortlist)
-            if self.depth is not None:
-                self._add_exit(out, made.states[self.depth], exits)
+            if depth is not None:
+                self._add_exit(out, self.made.states[depth])
 
     def _feeding(self) -> dict[str, Any]:
         graph = self.source.architecture
@@ -236,9 +205,9 @@ class _Cut:
         if graph.ahead:
             said[AHEAD] = True
         if graph.deepstack:
-            said[FIRST_LAYER] = self.start
+            said[FIRST_LAYER] = self.cut.start
         scale = self.source.get("embedding_scale", self.source.width**0.5 if graph.ahead else None)
-        if scale is not None and self.depth is None:  # beside the embeddings
+        if scale is not None and self.cut.depth is None:  # beside the embeddings
             said[EMBEDDING_SCALE] = float(scale)
         return said
 
@@ -258,20 +227,16 @@ class _Cut:
             ):
                 continue
             if isinstance(value, list) and len(value) == source.layers:
-                yield setting, [value[layer] for layer in self.layers]
+                yield setting, [value[layer] for layer in self.cut.layers]
             else:
                 yield setting, _typed(value)
-        yield "block_count", len(self.layers)
-        if self.depth is None and self.source.get("vocab_size") is not None:
-            yield "vocab_size", self._vocabulary
+        yield "block_count", len(self.cut.layers)
+        if self.cut.depth is None and source.get("vocab_size") is not None:
+            yield "vocab_size", source.vocabulary
         deepstack = source.get("n_deepstack_layers")
         if deepstack is not None:
-            yield "n_deepstack_layers", max(0, min(self.stop, int(deepstack)) - self.start)
+            yield "n_deepstack_layers", max(0, min(self.cut.stop, int(deepstack)) - self.cut.start)
         yield from self._windows(name)
-
-    @property
-    def _vocabulary(self) -> int:
-        return int(self.source.tensors["token_embd.weight"].shape[1])
 
     def _windows(self, name: str) -> Iterator[tuple[str, Any]]:
         graph, window = self.source.architecture, self.source.get("attention.sliding_window")
@@ -281,13 +246,13 @@ class _Cut:
         if not isinstance(pattern, list):
             every = int(pattern)
             pattern = [n % every < every - 1 for n in range(self.source.layers)]
-        sliding = [bool(pattern[layer]) for layer in self.layers]
+        sliding = [bool(pattern[layer]) for layer in self.cut.layers]
         if any(sliding) and (window is not None or graph.always_windows):
             yield "attention.sliding_window", int(4096 if window is None else window)
             yield "attention.sliding_window_pattern", sliding
         elif graph.always_windows:
             yield "attention.sliding_window", NO_WINDOW
-            yield "attention.sliding_window_pattern", [True] * len(self.layers)
+            yield "attention.sliding_window_pattern", [True] * len(self.cut.layers)
 
     def _keep_tokenizer(self, out: Any) -> None:
         value_type = import_gguf().GGUFValueType
@@ -308,17 +273,16 @@ class _Cut:
         for name, tensor in tensors.items():
             layer = name.split(".")[1] if name.startswith("blk.") else None
             if layer is None:
-                if name not in ("token_embd.weight", "output.weight") or self.depth is None:
+                if name not in ("token_embd.weight", "output.weight") or self.cut.depth is None:
                     _add(out, name, tensor)
-            elif self.start <= int(layer) < self.stop:
+            elif self.cut.start <= int(layer) < self.cut.stop:
                 rest = name.removeprefix(f"blk.{layer}.")
-                _add(out, f"blk.{int(layer) - self.start}.{rest}", tensor)
-        if self.depth is not None:
-            head = tensors.get("output.weight", tensors["token_embd.weight"])
-            _add(out, "token_embd.weight", head, shortlist)
+                _add(out, f"blk.{int(layer) - self.cut.start}.{rest}", tensor)
+        if self.cut.depth is not None:
+            _add(out, "token_embd.weight", self.source.head, shortlist)
 
-    def _add_exit(self, out: Any, state: Mapping[str, Any], exits: str) -> None:
-        source, place = self.source, self.stop - self.start
+    def _add_exit(self, out: Any, state: Mapping[str, Any]) -> None:
+        source, place = self.source, self.cut.stop - self.cut.start
         heads = int(source.get("attention.head_count"))
         groups = int(source.get("attention.head_count_kv", heads))
         try:
@@ -329,7 +293,7 @@ class _Cut:
                 "Use the model that the exits were trained for.",
             ) from error
         for name, array in arrays.items():
-            kind = "f32" if name == "ffn_gate_inp.weight" else exits
+            kind = "f32" if name == "ffn_gate_inp.weight" else self.exits
             add_array(out, f"blk.{place}.{name}", array, kind)
 
 
