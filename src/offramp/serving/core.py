@@ -91,6 +91,10 @@ class EngineCore(Jobs):
         return len(self.decoder.sequences) + (self._reading is not None)
 
     @property
+    def _seated(self) -> list[Job]:
+        return [sequence.owner for sequence in self.decoder.sequences]
+
+    @property
     def tallies(self) -> Mapping[bool, Tally]:
         """What the exits did, by whether a token might be an exit's (else lossless)."""
         return self.decoder.tallies
@@ -102,11 +106,6 @@ class EngineCore(Jobs):
         with suppress(RuntimeError, IndexError):  # the engine's thread changes the list meanwhile
             used = sum(sequence.ran[0] for sequence in list(self.decoder.sequences))
         return used / (self.config.slots * self.config.limit)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is left to do."""
-        return not self._queue and not self.running
 
     # -- rounds --------------------------------------------------------------------------------
 
@@ -189,17 +188,12 @@ class EngineCore(Jobs):
 
     def fail_all(self, error: BaseException) -> None:
         """End all requests with `error`."""
-        for job in [*(s.owner for s in self.decoder.sequences), *self._queue]:
+        for job in [*self._seated, *self._queue]:
             if not job.handle.done():
                 job.handle.set_exception(error)
         self._queue.clear()
         while self.decoder.sequences:
             self.decoder.leave(self.decoder.sequences[-1])
-
-    def cancel_all(self) -> None:
-        """Ask for the end of all requests; the next round drops them."""
-        for job in [*(s.owner for s in self.decoder.sequences), *self._queue]:
-            job.handle.cancel()
 
     def _drop_unwanted(self) -> None:
         for sequence in [s for s in self.decoder.sequences if s.owner.handle.unwanted]:

@@ -98,6 +98,26 @@ class Jobs:
         """Those in the queue; for the thread that makes the rounds."""
         return {job.handle for job in self._queue}
 
+    @property
+    def running(self) -> int:
+        """Requests being answered."""
+        return len(self._seated)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self._queue and not self.running
+
+    def cancel_all(self) -> None:
+        """Ask for the end of all requests; the next round, or token, drops them."""
+        for job in [*self._seated, *self._queue]:
+            job.handle.cancel()
+
+    @property
+    def _seated(self) -> list[Job]:
+        """Those that are being written."""
+        raise NotImplementedError
+
     def _drop_unwanted(self) -> None:
         for job in [job for job in self._queue if job.handle.unwanted]:
             self._queue.remove(job)

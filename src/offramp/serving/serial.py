@@ -64,14 +64,8 @@ class SerialCore(Jobs):
         self._job: Job | None = None
 
     @property
-    def running(self) -> int:
-        """Requests being answered."""
-        return int(self._job is not None)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is left to do."""
-        return not self._queue and self._job is None
+    def _seated(self) -> list[Job]:
+        return [] if self._job is None else [self._job]
 
     @property
     def cache_use(self) -> float:
@@ -102,11 +96,6 @@ class SerialCore(Jobs):
         """End all that wait with `error`."""
         while self._queue:
             self._queue.popleft().handle.set_exception(error)
-
-    def cancel_all(self) -> None:
-        """Ask for the end of all requests; the next token or round drops them."""
-        for job in [*([] if self._job is None else [self._job]), *self._queue]:
-            job.handle.cancel()
 
     def _answer(self, job: Job) -> None:
         request = job.handle.request
