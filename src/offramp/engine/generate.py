@@ -220,10 +220,11 @@ def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> Exit
 
 def write_answers(
     decoder: Decoder,
-    reader: ReadsPrompts | Sequence[ReadsPrompts],
+    reader: ReadsPrompts,
     prepared: Prepared,
     rule: ExitRule,
     *,
+    given: Sequence[Any] | None = None,
     streamer: Any = None,
     seed: int | None = None,
     observer: Observer | None = None,
@@ -231,8 +232,8 @@ def write_answers(
 ) -> GenerationOutput:
     """Read a prompt of one or more rows, and write the answer of each.
 
-    decoder: without sequences. reader: reads the prompts for its executor; or one for each row.
-    rule: of all rows.
+    decoder: without sequences. reader: reads the prompts for its executor. rule: of all rows.
+    given: what the reader takes for each row by itself; None: what is prepared, for all.
     streamer, seed, observer: as of `generate`. first: thresholds of first tokens;
     None: the rule's.
     """
@@ -253,14 +254,12 @@ def write_answers(
         )
         for row in range(rows)
     ]
-    reads: list[tuple[ReadsPrompts, list[Sampler]]] = (
-        [(one, [sampler]) for one, sampler in zip(reader, samplers, strict=True)]
-        if isinstance(reader, Sequence)
-        else [(reader, samplers)]
-    )
+    groups: list[tuple[Any, list[Sampler]]] = [(prepared, samplers)]
+    if given is not None:
+        groups = [(one, [sampler]) for one, sampler in zip(given, samplers, strict=True)]
     sequences = []
-    for one, group in reads:
-        prompt, firsts = decoder.read(one, prepared, group, rule, first=first)
+    for what, group in groups:
+        prompt, firsts = decoder.read(reader, what, group, rule, first=first)
         with torch.inference_mode():
             sequences += [
                 decoder.join(prompt, row, sampler, rule, said, owner=sampler.row, opening=first)

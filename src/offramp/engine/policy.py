@@ -230,6 +230,14 @@ def check_all_go_on(policy: ExitPolicy, who: str) -> None:
         )
 
 
+def check_exact(policy: ExitPolicy, who: str) -> None:
+    """Raise `InputError` where a policy asks for other keys and values than the exact ones of all
+    tokens, which `who` has."""
+    if policy.kv != "recompute":
+        raise InputError(f"{who} does not know the KV policy {policy.kv!r}.", "Use kv='recompute'.")
+    check_all_go_on(policy, who)
+
+
 FULL = ExitPolicy()
 """Every token at full depth."""
 

@@ -54,6 +54,12 @@ class Prepared:
         """The empty KV cache."""
         return self.arguments[cache_name(self.arguments)]
 
+    @property
+    def most(self) -> int:
+        """New tokens of its longest answer; 1 where no criterion says."""
+        longest = self.criteria.max_length
+        return 1 if longest is None else max(1, longest - self.ids.shape[1])
+
 
 def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
     """What `model.generate(**inputs, **options)` would begin with; nothing is decoded.

@@ -105,6 +105,17 @@ def too_long(positions: int) -> InputError:
     )
 
 
+def check_context(prompt: int, answer: int, context: int, *, unread: int = 1) -> None:
+    """Raise `InputError` where a context has too few columns for a prompt and its answer, the last
+    `unread` tokens of which get none."""
+    if prompt + answer - unread > context:
+        raise InputError(
+            f"A prompt of {prompt} tokens and an answer of {answer} are longer than the context of "
+            f"{context}.",
+            "Load the model with a longer one (--context), or lower max_new_tokens.",
+        )
+
+
 class TriedExecutor(Executor, Protocol):
     """One by which full depth can be tried beside the exits, to find out whether these pay."""
 

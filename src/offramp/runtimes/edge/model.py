@@ -13,13 +13,14 @@ import numpy as np
 
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
+from offramp.engine.decoding.executor import check_context
 from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import ExitPolicy, check_all_go_on, policy_from_json
+from offramp.engine.policy import ExitPolicy, check_exact, policy_from_json
 from offramp.errors import AdapterError, InputError
 from offramp.runtimes.edge.images import ImageReader
-from offramp.runtimes.edge.rounds import Job, OnText, Rounds
+from offramp.runtimes.edge.rounds import Job, OnText, Rounds, closed
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
 from offramp.runtimes.llama_cpp.array_reader import ArrayReader
@@ -99,7 +100,7 @@ class EdgeModel:
         self.pace: DraftPace | None = DraftPace()
         self._rounds = Rounds(self._decoder, self.engine.sequences)
         try:
-            check_survives(*self.files.tried, self.files.digests, self.engine)
+            check_survives(self.files, self.engine)
             for file, tap in zip(self.files.files, self.files.taps, strict=True):
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
             first, last = self._segments[0], self._segments[-1]
@@ -166,10 +167,10 @@ class EdgeModel:
         policy = self._policy_of(mode, thresholds)
         with self._lock:
             if self._closed:
-                raise InputError("The model is closed.", "Load it again.")
+                raise closed()
             read, ids = self._prompt(self._text(prompt, images), images)
         rows = len(read.states)
-        self._check_room(rows, max_new_tokens)
+        check_context(rows, max_new_tokens, self.engine.context)
         stream, ended = TextStream(self.vocabulary, stop), False
 
         def settled(token: int) -> bool:
@@ -217,12 +218,7 @@ class EdgeModel:
         policy = policy.in_mode(mode).effective
         for at in (policy.thresholds, policy.first):
             check_thresholds(dict(at), self.files.depths)
-        if policy.kv != "recompute":
-            raise InputError(
-                f"Without PyTorch the KV policy {policy.kv!r} is not known.",
-                "Slice the file with a policy of kv='recompute'.",
-            )
-        check_all_go_on(policy, "llama.cpp")
+        check_exact(policy, "llama.cpp")
         return policy
 
     def _job(self, prompt: Prompt, policy: ExitPolicy, sampler: Sampler) -> Job:
@@ -278,14 +274,6 @@ class EdgeModel:
             raise InputError("The prompt is empty.", "Give a text.")
         return read
 
-    def _check_room(self, rows: int, new: int) -> None:
-        if rows + new - 1 > self.engine.context:
-            raise InputError(
-                f"A prompt of {rows} tokens and an answer of {new} are longer than the context of "
-                f"{self.engine.context}.",
-                "Load the model with a longer one (--context), or ask for fewer tokens.",
-            )
-
 
 def _probe(vocabulary: int) -> list[int]:
     draw = np.random.default_rng(0)
@@ -300,9 +288,9 @@ class _Embeddings:
         if place is None or place.shape[0] != width:
             raise AdapterError(f"{header.path} holds no embeddings.", "Slice the file again.")
         self._rows = header.rows("token_embd.weight")
-        self._kind = place.kind
         self._scale = np.float32(header.said.get(EMBEDDING_SCALE, 1.0))
-        self._quants = import_gguf().quants
+        gguf = import_gguf()
+        self._quants, self._type = gguf.quants, gguf.GGMLQuantizationType(place.kind)
 
     def of(self, tokens: Sequence[int]) -> States:
         """The states [T, D] that enter the decoder."""
@@ -311,7 +299,3 @@ class _Embeddings:
         rows = self._quants.dequantize(np.ascontiguousarray(self._rows[[*tokens]]), self._type)
         states = np.asarray(rows, dtype=np.float32)
         return states if self._scale == 1.0 else states * self._scale
-
-    @property
-    def _type(self) -> Any:
-        return import_gguf().GGMLQuantizationType(self._kind)

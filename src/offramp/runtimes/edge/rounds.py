@@ -58,6 +58,10 @@ class Job:
                 on_text(text)
 
 
+def closed() -> InputError:
+    return InputError("The model is closed.", "Load it again.")
+
+
 class Rounds:
     """Writes up to `slots` answers at once; others wait in the order in which they came."""
 
@@ -78,7 +82,8 @@ class Rounds:
             InputError: the rounds are over, or of the request itself.
         """
         with self._lock:
-            self._check_open()
+            if self._closed:
+                raise closed()
             self._queue.append(job)
             if not self._at_work:
                 self._at_work = True
@@ -96,10 +101,6 @@ class Rounds:
         with self._lock:
             self._closed = True
         self._thread.shutdown()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise InputError("The model is closed.", "Load it again.")
 
     # -- the thread that writes ------------------------------------------------------------------
 
@@ -134,12 +135,9 @@ class Rounds:
                 if not self._queue:
                     return None
                 job = self._queue.popleft()
-            try:
-                self._check_open()
-            except InputError as error:
-                job.end(error)
-                continue
-            if not job.unwanted:
+            if self._closed:
+                job.end(closed())
+            elif not job.unwanted:
                 return job
         return None
 

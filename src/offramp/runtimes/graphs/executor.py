@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from offramp.engine.decoding.executor import Handle, Loaded, Span
+from offramp.engine.decoding.executor import Handle, Loaded, Span, check_context
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, Question
 from offramp.engine.decoding.rule import CLOSED, Verdict
 from offramp.engine.exit_check import Output, joined, picked
-from offramp.errors import InputError
 from offramp.runtimes.graphs.programs import FULL, MOST, Read, RowPrograms, Said
 
 
@@ -68,14 +67,8 @@ class GraphExecutor:
         loaded = self._programs.slots.load(prompt, row)
         self._handle, self._prompt = loaded.handle, loaded.columns
         self._aim = self._ahead = None
-        longest, ids = prompt.prepared.criteria.max_length, prompt.prepared.ids
-        new = 1 if longest is None else max(1, longest - ids.shape[1])
-        if loaded.columns + new > self._programs.limit:
-            raise InputError(
-                f"A prompt of {loaded.columns} tokens and an answer of {new} are longer than the "
-                f"context of {self._programs.limit}.",
-                "Load the runtime with a longer one (--context), or lower max_new_tokens.",
-            )
+        limit = self._programs.limit
+        check_context(loaded.columns, prompt.prepared.most, limit, unread=0)
         return loaded
 
     def release(self, handle: Handle) -> None:
@@ -127,7 +120,8 @@ class GraphExecutor:
         self._aim = said.tokens[0], column + 1
         if begun is not None:
             self._ahead = Ahead(said.tokens[0], segment, column + 1, begun)
-        return GraphOutput(said, self._states(segment, column, column + 1))
+        states = None if self.plain else programs.states(segment, column, column + 1)
+        return GraphOutput(said, states)
 
     def run(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
@@ -154,9 +148,6 @@ class GraphExecutor:
             if segment == len(self.depths):
                 self._aim = said.tokens[-1], stop
         return GraphOutput(Said(tokens, scores, opened), joined(states) if states else None)
-
-    def _states(self, segment: int, first: int, end: int) -> Any:
-        return None if self.plain else self._programs.states(segment, first, end)
 
 
 class GraphReader(ExitReader):

@@ -16,7 +16,7 @@ from offramp.engine.generate import exit_rule, write_answers
 from offramp.engine.policy import (
     ExitPolicy,
     GenerationOutput,
-    check_all_go_on,
+    check_exact,
     first_thresholds,
 )
 from offramp.errors import InputError, UnsupportedBackboneError
@@ -60,7 +60,7 @@ class GraphRuntime:
                 f"CUDA graphs run a decoder alone on one device, and {backbone.name} is {what}.",
                 "Use --engine torch.",
             )
-        self._check_look(self.policy)
+        check_exact(self.policy, "A CUDA graph")
         check_room(backbone, adapter.exits, 1, context)
         programs = RowPrograms(backbone, adapter.exits, self.policy, context)
         self._executor = GraphExecutor(programs)
@@ -123,18 +123,11 @@ class GraphRuntime:
 
     # -- checks --------------------------------------------------------------------------------
 
-    def _check_look(self, policy: ExitPolicy) -> None:
-        if policy.kv != "recompute":
-            raise InputError(
-                f"CUDA graphs do not know the KV policy {policy.kv!r}.", "Use kv='recompute'."
-            )
-        check_all_go_on(policy, "A CUDA graph")
-
     def _check_policy(self, policy: ExitPolicy) -> None:
         """Raise `InputError` where the programs read the exits otherwise than `policy` does."""
         if not policy.thresholds:
             return
-        self._check_look(policy)
+        check_exact(policy, "A CUDA graph")
         mine = (self.policy.depths, self.policy.score, self.policy.shortlist)
         theirs = (policy.depths, policy.score, policy.shortlist)
         if mine != theirs:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offramp.engine.decoding.executor import check_context
 from offramp.engine.prefill import Prepared, prepare_checked
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -52,31 +53,10 @@ class DecoderEntry:
         return entered
 
 
-def read_prompt(
-    intercepted: InterceptedModel,
-    entry: DecoderEntry,
-    model: Any,
-    ids: Tensor,
-    prepared: Mapping[str, Any],
-) -> Entered:
-    """Run a prepared prompt up to the decoder.
-
-    Returns its first layer's call, the stack's arguments, and which columns [B, T] are no padding.
-    """
-    inputs = model.prepare_inputs_for_generation(
-        ids, is_first_iteration=True, next_sequence_length=None, **prepared
-    )
-    with intercepted.recording() as calls:
-        call = entry.call(lambda: model(**inputs, return_dict=True))
-    mask = prepared.get("attention_mask")
-    same = mask is not None and mask.dim() == 2 and mask.shape[-1] == call.hidden.shape[1]
-    return call, calls[-1], mask.bool() if same and mask is not None else None
-
-
 def prompt_of(
     backbone: Backbone, architecture: Architecture, entered: Entered, row: int = 0
 ) -> Prompt:
-    """A row's prompt, padding left out, of what `read_prompt` returns.
+    """A row's prompt, padding left out, of what entered.
 
     Raises:
         InputError: parts of it look ahead in a way that llama.cpp does not.
@@ -211,30 +191,33 @@ class PromptEntry:
                 f"This llama.cpp runtime writes {most} at a time, and {rows} rows came.",
                 f"Load it with EngineOptions(sequences={rows}), or call generate once for each.",
             )
-        read = read_prompt(
-            self._intercepted, self._entry, prepared.model, prepared.ids, prepared.arguments
-        )
-        prompts = [prompt_of(backbone, self._architecture, read, row) for row in range(rows)]
+        entered = self._enter(prepared)
+        prompts = [prompt_of(backbone, self._architecture, entered, row) for row in range(rows)]
         for prompt in prompts:
-            self._check_room(prompt, prepared.ids, prepared.criteria)
+            self._check_room(len(prompt.states), prepared.most)
         return prompts
 
-    def _check_room(self, prompt: Prompt, ids: Tensor, criteria: Any) -> None:
-        longest = criteria.max_length
-        new = 1 if longest is None else max(1, longest - ids.shape[1])
-        rows, positions = len(prompt.states), self._backbone.positions
+    def _enter(self, prepared: Prepared) -> Entered:
+        """Run a prompt up to the decoder."""
+        model: Any = prepared.model
+        inputs = model.prepare_inputs_for_generation(
+            prepared.ids, is_first_iteration=True, next_sequence_length=None, **prepared.arguments
+        )
+        with self._intercepted.recording() as calls:
+            call = self._entry.call(lambda: model(**inputs, return_dict=True))
+        mask = prepared.arguments.get("attention_mask")
+        same = mask is not None and mask.dim() == 2 and mask.shape[-1] == call.hidden.shape[1]
+        return call, calls[-1], mask.bool() if same and mask is not None else None
+
+    def _check_room(self, rows: int, new: int) -> None:
+        positions = self._backbone.positions
         if positions is not None and rows + new - 1 > positions:
             raise InputError(
                 f"A prompt of {rows} tokens and an answer of {new} are longer than the backbone's "
                 f"{positions} positions.",
                 "Shorten the prompt, or lower max_new_tokens.",
             )
-        if rows + new - 1 > self._engine.context:
-            raise InputError(
-                f"A prompt of {rows} tokens and an answer of {new} are longer than the context "
-                f"of {self._engine.context}.",
-                "Load the runtime with a longer one (--context), or lower max_new_tokens.",
-            )
+        check_context(rows, new, self._engine.context)
 
 
 class Embeddings:

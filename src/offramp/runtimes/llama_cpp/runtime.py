@@ -18,14 +18,13 @@ from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.reader import ReadsPrompts
-from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import exit_rule, write_answers
 from offramp.engine.policy import (
     ExitPolicy,
     GenerationOutput,
-    check_all_go_on,
+    check_exact,
     first_thresholds,
 )
 from offramp.engine.prefill import Prepared
@@ -84,7 +83,7 @@ class LlamaCppRuntime(CalledAsModel):
         self._drafter: ChainDrafter | None = None
         self.pace: DraftPace | None = DraftPace()
         try:
-            check_survives(*self.files.tried, self.files.digests, self.engine)
+            check_survives(self.files, self.engine)
             for file, tap in zip(self.files.files, self.files.taps, strict=True):
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
             self.likeness, sizes = self._check()
@@ -115,11 +114,6 @@ class LlamaCppRuntime(CalledAsModel):
     @property
     def policy(self) -> ExitPolicy:
         return self.adapter.policy
-
-    @property
-    def _drafts(self) -> bool:
-        """Whether drafts are verified from the first layer on, several in a call."""
-        return self.files.drafter is not None
 
     @property
     def call_sizes(self) -> CallSizes:
@@ -246,9 +240,10 @@ class LlamaCppRuntime(CalledAsModel):
         pace = self.pace if rule.lossless else None
         return write_answers(
             Decoder(self.backbone.depth, executor, asker, schedule=schedule, pace=pace),
-            [_Reads(executor, prompt) for prompt in prompts],
+            executor,
             prepared,
             rule,
+            given=prompts,
             streamer=streamer,
             seed=seed,
             first=first_thresholds(self.backbone, policy),
@@ -279,7 +274,7 @@ class LlamaCppRuntime(CalledAsModel):
             few = AT_ONCE // 4
             hidden = self.backbone.stack(input_ids=ids[:, :few], use_cache=False).last_hidden_state
             expected = self.backbone.logits(hidden[0]).float().cpu().numpy()
-        sizes = call_sizes(self._segments, probe, drafts=self._drafts)
+        sizes = call_sizes(self._segments, probe, drafts=self.files.drafter is not None)
         # PaliGemma's wrapper makes the mask; without one its text model may see all of the text.
         causal = getattr(self.backbone.layers[0].self_attn, "is_causal", True)
         ahead = not causal and call.kw.get("attention_mask") is None
@@ -309,12 +304,7 @@ class LlamaCppRuntime(CalledAsModel):
                 f"The llama.cpp runtime has no score {policy.score!r}: it sees no features.",
                 did_you_mean(policy.score, known),
             )
-        if policy.kv != "recompute":
-            raise InputError(
-                f"The llama.cpp runtime does not know the KV policy {policy.kv!r}.",
-                "Use kv='recompute'.",
-            )
-        check_all_go_on(policy, "llama.cpp")
+        check_exact(policy, "llama.cpp")
         missing = sorted(set(policy.thresholds) - set(self.files.depths))
         if missing:
             raise InputError(
@@ -329,29 +319,15 @@ class LlamaCppRuntime(CalledAsModel):
             )
 
 
-class _Reads:
-    """Reads one row's prompt."""
-
-    def __init__(self, executor: ChainExecutor, prompt: Prompt) -> None:
-        self._executor, self._prompt = executor, prompt
-
-    def read(self, prepared: Any, **how: Any) -> ChainPrompt:
-        return self._executor.read(self._prompt, **how)
-
-
 class LlamaCppHost:
     """What one batch engine writes with: a sequence of llama.cpp's for each slot; meanwhile the
     runtime itself answers nothing."""
-
-    depths: tuple[int, ...]
-    drafting: ExitRule | None
-    reader: ExitReader
 
     def __init__(
         self, adapter: Adapter, policy: ExitPolicy, executor: ChainExecutor, entry: PromptEntry
     ) -> None:
         self.backbone, self.depths = adapter.backbone, executor.depths
-        self.reader = TensorReader(adapter, policy, self.depths)
+        self.reader: ExitReader = TensorReader(adapter, policy, self.depths)
         self._executor, self.entry, drafter = executor, entry, executor.drafter
         self.drafting = None if drafter is None else drafter.rule(policy)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from offramp.errors import OfframpError, UnsupportedBackboneError
+from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.storage import cache_folder, write_atomic
 
@@ -30,23 +31,16 @@ _CONTEXT, _ROWS = 64, 6
 _SECONDS = 600
 
 
-def check_survives(
-    files: Sequence[Path],
-    taps: Sequence[int | None],
-    digests: Sequence[str],
-    options: EngineOptions,
-) -> None:
+def check_survives(files: SegmentFiles, options: EngineOptions) -> None:
     """Load and feed the files in a child process, unless they were here before.
-
-    taps: as of `Segment`, of each file. digests: of the files.
 
     Raises:
         UnsupportedBackboneError: that ends the process.
     """
-    known = _known(digests, options)
+    known, (paths, taps) = _known(files.digests, options), files.tried
     if not sys.executable or (known is not None and known.is_file()):
         return
-    asked = json.dumps([[str(f) for f in files], list(taps), asdict(options)])
+    asked = json.dumps([[str(path) for path in paths], list(taps), asdict(options)])
     source = str(Path(__file__).parents[3])
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
@@ -60,7 +54,7 @@ def check_survives(
     if done.returncode < 0:
         said = re.findall(r"GGML_ASSERT\(.*|.*GGML_ABORT.*|fatal error.*", done.stderr)
         raise UnsupportedBackboneError(
-            f"llama.cpp ends its process (signal {-done.returncode}) when it runs {files[0].parent}"
+            f"llama.cpp ends its process (signal {-done.returncode}) when it runs {paths[0].parent}"
             f"{': ' + said[0].strip()[:200] if said else ''}.",
             "Export again with the installed version of llama-cpp-python, or use --engine torch.",
         )
