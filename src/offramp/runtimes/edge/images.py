@@ -26,7 +26,7 @@ from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 _MOST_PIXELS = 1 << 26
 
 
-class ImageReader:
+class ImageReader(Projector):
     """A projector's file (mmproj) beside a text model."""
 
     def __init__(
@@ -38,26 +38,15 @@ class ImageReader:
         Raises:
             AdapterError: the file is missing, or no projector for this model.
         """
-        self._width, self._features = segment.width, features
         model = segment.model
         if features:
             # Of a decoder libmtmd asks that it takes all features, which files share; of a
             # tokenizer alone it asks nothing.
             _check_features(Path(file), segment.width, features)
             model = tokenizer_of(words)
-        self._projector = Projector(
-            file, model, options,
-            width=segment.width, features=features, owns_model=features > 0,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._projector.close()
-
-    @property
-    def packed_bytes(self) -> int:
-        """Of the weights that our own kernels multiply."""
-        return self._projector.packed_bytes
+        super().__init__(
+            file, model, options, width=segment.width, features=features, owns_model=features > 0
+        )
 
     def prompt(
         self,
@@ -79,32 +68,32 @@ class ImageReader:
                 f"The prompt has places for {text.count(MARKER)} images, and {len(images)} came.",
                 f"Write {MARKER} where each image stands, or leave it out: they then come first.",
             )
-        with self._projector.chunks(text, [_pixels(image) for image in images]) as parts:
+        with self.chunks(text, [_pixels(image) for image in images]) as parts:
             return self._read(parts, embed, axes)
 
     def _read(
         self, parts: list[Any], embed: Callable[[list[int]], States], axes: int
     ) -> tuple[Prompt, list[int]]:
-        features, projector = self._features, self._projector
+        features = self._features
         states, positions, added = list[States](), list[Any](), list[States]()
         ahead, ids = list[Span](), list[int]()
         at = row = 0
         for part in parts:
-            count = projector.count(part)
-            if projector.kind(part) == IMAGE:
-                rows = projector.rows(part)
+            count = self.count(part)
+            if self.kind(part) == IMAGE:
+                rows = self.rows(part)
                 states.append(rows[:, 0])
                 added.append(rows[:, 1:])
-                positions.append(projector.places(part, at))
-                if projector.looks_ahead(part):
+                positions.append(self.places(part, at))
+                if self.looks_ahead(part):
                     ahead.append((row, row + count))
             else:
-                text = projector.words(part)
+                text = self.words(part)
                 ids += text
                 states.append(embed(text))
                 added.append(np.zeros((count, features, self._width), dtype=np.float32))
                 positions.append(np.tile(np.arange(at, at + count, dtype=np.int32), (4, 1)))
-            at += projector.length(part)
+            at += self.length(part)
             row += count
         prompt = Prompt(
             np.concatenate(states),

@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import InputError
-
-Array = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
+from offramp.runtimes.llama_cpp.array_reader import Ids
+from offramp.runtimes.llama_cpp.graphs import Array
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,10 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request, read and checked."""
+    """A request, read and checked. how: as `EdgeModel.answer` takes it."""
 
-    prompt: Any
+    how: Mapping[str, Any]
     images: tuple[bytes, ...]
-    most: int
-    mode: str
-    sampling: Sampling
-    stop: tuple[str, ...]
     stream: bool
     usage: bool
 
@@ -125,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         with ExitStack() as stack:
             files = [_kept(stack, image) for image in asked.images]
             if not asked.stream:
-                answer = self._run(asked, files, None)
+                answer = self.server.model.answer(images=files, **asked.how)
                 self._json(200, reply.whole(answer))
                 return
             begun = False
@@ -138,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._event(reply.part(text))
 
             try:
-                answer = self._run(asked, files, tell)
+                answer = self.server.model.answer(images=files, on_text=tell, **asked.how)
             except OfframpError as error:
                 if not begun:
                     raise
@@ -152,12 +148,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self._event(reply.usage(answer))
             self._chunk(b"data: [DONE]\n\n")
             self._chunk(b"")
-
-    def _run(self, asked: _Asked, files: list[str], tell: Callable[[str], None] | None) -> Answer:
-        return self.server.model.answer(
-            asked.prompt, files, max_new_tokens=asked.most, mode=asked.mode,
-            sampling=asked.sampling, stop=asked.stop, on_text=tell,
-        )  # fmt: skip
 
     def _card(self) -> dict[str, Any]:
         model = self.server.model
@@ -310,22 +300,22 @@ def read_request(body: Any, *, chat: bool) -> _Asked:
     more = _typed(body, "offramp", dict, {})
     options = _typed(body, "stream_options", dict, {})
     most = _typed(body, "max_completion_tokens", int, _typed(body, "max_tokens", int, 256))
-    return _Asked(
-        prompt,
-        tuple(images),
-        most,
-        str(more.get("mode", "early_exit")),
-        Sampling(
-            float(_typed(body, "temperature", (int, float), 0.0)),
-            float(_typed(body, "top_p", (int, float), 1.0)),
-            _typed(body, "top_k", int, 0),
-            float(_typed(body, "repetition_penalty", (int, float), 1.0)),
-            _typed(body, "seed", int, 0),
-        ),
-        stop,
-        bool(_typed(body, "stream", bool, False)),
-        bool(options.get("include_usage")),
+    sampling = Sampling(
+        float(_typed(body, "temperature", (int, float), 0.0)),
+        float(_typed(body, "top_p", (int, float), 1.0)),
+        _typed(body, "top_k", int, 0),
+        float(_typed(body, "repetition_penalty", (int, float), 1.0)),
+        _typed(body, "seed", int, 0),
     )
+    how = {
+        "prompt": prompt,
+        "max_new_tokens": most,
+        "mode": str(more.get("mode", "early_exit")),
+        "sampling": sampling,
+        "stop": stop,
+    }
+    stream = bool(_typed(body, "stream", bool, False))
+    return _Asked(how, tuple(images), stream, bool(options.get("include_usage")))
 
 
 def _typed(body: Mapping[str, Any], name: str, kind: Any, default: Any) -> Any:

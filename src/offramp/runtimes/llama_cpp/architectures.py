@@ -99,7 +99,7 @@ def _misfits(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
 def _unfit_positions(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
     config, width = backbone.text_config, head_width(backbone)
     for kind in dict.fromkeys(layer_kinds(backbone)):
-        named = _rope_type(config, kind)
+        named = str(_rope(config, kind).get("rope_type", "default"))
         scaling = getattr(backbone.stack.rotary_emb, _rotary_name(backbone, kind, "scaling"))
         frequencies = inverse_frequencies(backbone, kind)
         if named in ("dynamic", "longrope") or scaling != 1.0:
@@ -157,10 +157,6 @@ def head_width(backbone: Backbone) -> int:
 def _rope(config: Any, kind: str) -> dict[str, Any]:
     parameters = getattr(config, "rope_parameters", None) or {}
     return dict(parameters.get(kind, parameters))
-
-
-def _rope_type(config: Any, kind: str) -> str:
-    return str(_rope(config, kind).get("rope_type", "default"))
 
 
 def _rotary_name(backbone: Backbone, kind: str, what: str) -> str:

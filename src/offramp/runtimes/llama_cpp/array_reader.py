@@ -14,8 +14,8 @@ from offramp.engine.decoding.reader import Looks, Question, anyone
 from offramp.engine.decoding.rule import CLOSED, Verdict
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError, did_you_mean
-from offramp.runtimes.llama_cpp.chain import Array
 from offramp.runtimes.llama_cpp.executor import ChainOutput
+from offramp.runtimes.llama_cpp.graphs import Array
 
 Ids = npt.NDArray[np.int64]
 

@@ -8,19 +8,16 @@ in order, and its keys and values are what they would be without exits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from offramp.runtimes.llama_cpp.graphs import Array
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Part, Segment
-
-Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,9 @@ class CallSizes:
 _NOTHING: States = np.zeros((0, 0), dtype=np.float32)
 
 
-class Decide(Protocol):
-    """Whether a token exits at an exit."""
-
-    def __call__(self, exit: int, state: Array, logits: Array) -> bool:
-        """exit: its place in the chain, from 0. state: [D], enters it. logits: [S], it gives."""
-        ...
+Decide = Callable[[int, Array, Array], bool]
+"""Whether a token exits at an exit: by its place in the chain, from 0, the state [D] that enters it
+and the logits [S] that it gives."""
 
 
 class SegmentChain:

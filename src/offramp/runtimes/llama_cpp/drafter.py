@@ -17,8 +17,9 @@ from offramp.engine.decoding.executor import Ends
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError
-from offramp.runtimes.llama_cpp.chain import Array, CallSizes, SegmentChain
+from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.gguf_files import DRAFT_INPUT, SegmentFiles
+from offramp.runtimes.llama_cpp.graphs import Array
 from offramp.runtimes.llama_cpp.native.drafts import DraftLoop
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
@@ -122,7 +123,8 @@ class ChainDrafter:
         """The same without the loop in C."""
         segment, drafts = self._segment, list[int]()
         for _ in range(most):
-            segment.feed(self._input(token, state), 1, slot=slot)
+            enters = self._word(token) + self._of_states @ _normed(state[0])
+            segment.feed(np.asarray(enters[None], dtype=np.float32), 1, slot=slot)
             said = int(segment.logits(1)[0].argmax())
             token = said if self._ids is None else self._ids[said]
             drafts.append(token)
@@ -145,13 +147,8 @@ class ChainDrafter:
             self._ends[slot] = ends, found
         return found
 
-    def _input(self, token: int, state: States) -> States:
-        """What enters the layer [1, D]."""
-        made = self._word(token) + self._of_states @ _normed(state[0])
-        return np.asarray(made[None], dtype=np.float32)
-
     def _word(self, token: int) -> States:
-        """The token's part [D] of that."""
+        """A token's part [D] of what enters the layer."""
         known: States | None = self._known.get(token)
         return np.asarray(self._entering([token])[0]) if known is None else known
 

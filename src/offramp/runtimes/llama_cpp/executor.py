@@ -14,8 +14,9 @@ import numpy as np
 from offramp.engine.decoding.executor import Ends, Loaded, Span
 from offramp.engine.decoding.reader import Decide, Looks, anyone
 from offramp.engine.policy import ExitPolicy
-from offramp.runtimes.llama_cpp.chain import Array, SegmentChain
+from offramp.runtimes.llama_cpp.chain import SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
+from offramp.runtimes.llama_cpp.graphs import Array
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
 
@@ -121,21 +122,11 @@ class ChainExecutor:
     def feed(
         self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
     ) -> ChainOutput:
-        place = self._places[0]
-        new = self._entering(handles, ids)
-        if len(handles) == 1:
-            slot = handles[0]
-            if place == 0:
-                return ChainOutput(*self._chain.advance(0, 1, new[slot], slot))
-            self._chain.advance(0, 0, new[slot], slot)
-            return self._through(1, place, {slot: 1})[slot]
-        outputs = dict.fromkeys(handles, 1)
-        if place == 0:
-            made = self._chain.together(0, outputs, new)
-            return _stacked([ChainOutput(*made[slot]) for slot in handles])
-        self._chain.together(0, dict.fromkeys(handles, 0), new)
-        parts = self._through(1, place, outputs)
-        return _stacked([parts[slot] for slot in handles])
+        place, new = self._places[0], self._entering(handles, ids)
+        if len(handles) == 1 and place == 0:
+            return ChainOutput(*self._chain.advance(0, 1, new[handles[0]], handles[0]))
+        made = self._through(0, place, dict.fromkeys(handles, 1), new)
+        return _stacked([made[slot] for slot in handles])
 
     def _entering(self, handles: Sequence[int], ids: Sequence[int]) -> dict[int, States]:
         """The states [1, D] of the next token of each."""
@@ -145,15 +136,21 @@ class ChainExecutor:
         }
 
     def _through(
-        self, start: int, place: int, outputs: Mapping[int, int]
+        self,
+        start: int,
+        place: int,
+        outputs: Mapping[int, int],
+        new: Mapping[int, States] | None = None,
     ) -> Mapping[int, ChainOutput]:
         """Run what is pending from the chain's exit at `start` through the one at `place`; by slot.
 
-        outputs: how many of the last tokens of each there will be logits of.
+        outputs: how many of the last tokens of each there will be logits of. new: states behind
+        what is pending at `start`.
         """
         for between in range(start, place):
-            self._chain.together(between, dict.fromkeys(outputs, 0))
-        made = self._chain.together(place, outputs)
+            self._chain.together(between, dict.fromkeys(outputs, 0), new)
+            new = None
+        made = self._chain.together(place, outputs, new)
         return {slot: ChainOutput(*each) for slot, each in made.items()}
 
     def run(

@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import AdapterError
-from offramp.runtimes.llama_cpp.graphs import DRAFTS
+from offramp.runtimes.llama_cpp.graphs import DRAFTS, Array
 from offramp.storage import digest_file, read_json
 
-Array = npt.NDArray[np.float32]
 _RESTORE = "Restore the folder, or train the exits again."
 _NUMBERS = {
     "F32": np.float32,

@@ -106,36 +106,31 @@ class _Reader:
         return value
 
     def _text(self) -> str:
-        return self._bytes().decode()
-
-    def _bytes(self) -> bytes:
         length = self._number("Q")
         if length > len(self._data) - self._at:
             raise IndexError
         self._at += length
-        return self._data[self._at - length : self._at]
+        return self._data[self._at - length : self._at].decode()
 
     def _value(self, kind: int) -> Any:
         """None: an array that is not read."""
         if kind == _STRING:
             return self._text()
         if kind != _ARRAY:
-            return self._number(_SCALARS[kind]) if kind in _SCALARS else self._strange(kind)
+            return self._number(_scalar(kind))
         inner, count = self._number("I"), self._number("Q")
         if inner == _STRING:
             if count <= _FEW:
                 return [self._text() for _ in range(count)]
             self._skip(count)
             return None
-        if inner not in _SCALARS:
-            self._strange(inner)
-        size = struct.calcsize(f"<{_SCALARS[inner]}")
+        pattern = f"<{count}{_scalar(inner)}"
+        size = struct.calcsize(f"<{_scalar(inner)}")
         if count * size > len(self._data) - self._at:
             raise IndexError
         self._at += count * size
         if count > _LONGEST:
             return None
-        pattern = f"<{count}{_SCALARS[inner]}"
         return list(struct.unpack_from(pattern, self._data, self._at - count * size))
 
     def _skip(self, count: int) -> None:
@@ -144,5 +139,9 @@ class _Reader:
             at += 8 + unpack(data, at)[0]
         self._at = at
 
-    def _strange(self, kind: int) -> Any:
+
+def _scalar(kind: int) -> str:
+    """How `struct` calls a kind of number."""
+    if kind not in _SCALARS:
         raise ValueError(f"a value has the kind {kind}")
+    return _SCALARS[kind]

@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import InputError, did_you_mean
+from offramp.runtimes.llama_cpp.graphs import Array
 from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
-
-Array = npt.NDArray[np.float32]
 
 FORMATS = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl",

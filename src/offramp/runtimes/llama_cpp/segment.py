@@ -22,8 +22,6 @@ from offramp.runtimes.llama_cpp.prompt import Positions, Prompt
 
 log = logging.getLogger(__name__)
 
-Logits = npt.NDArray[np.float32]
-
 READ_AT_ONCE = 512
 """Rows of a prompt in one call, where no image or prompt must fit into one."""
 
@@ -111,6 +109,7 @@ class Segment:
 
     width: of states. axes: of positions, 1 or 4. features: how many layers add visual features to
     their states. at_once: most rows in a call. sequences: how many there are, each in a slot.
+    model: llama.cpp's pointer, for what reads the file's vocabulary.
     """
 
     def __init__(self, file: Path, options: EngineOptions, *, tap_layer: int | None) -> None:
@@ -121,24 +120,24 @@ class Segment:
             InputError: the context does not fit into memory, or the package is missing.
         """
         self._lib = lib = library()
-        self._model: Any = None
+        self.model: Any = None
         self._context: Any = None
         self.products = products_of(lib._lib, options)
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.use_extra_bufts = self.products is None  # rearranged for llama.cpp's own
-        self._model = lib.llama_model_load_from_file(str(file).encode(), parameters)
-        if not self._model:
+        self.model = lib.llama_model_load_from_file(str(file).encode(), parameters)
+        if not self.model:
             self.close()
             raise AdapterError(
                 f"llama.cpp does not load {file}.",
                 "Export it again, with the version of llama-cpp-python that is installed now.",
             )
-        self.width = int(lib.llama_model_n_embd(self._model))
-        self.layers = int(lib.llama_model_n_layer(self._model))
-        self.vocabulary = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
-        self.axes = 4 if lib.llama_model_rope_type(self._model) in _SEVERAL_AXES else 1
-        self.features = int(lib.llama_model_n_embd_inp(self._model)) // self.width - 1
+        self.width = int(lib.llama_model_n_embd(self.model))
+        self.layers = int(lib.llama_model_n_layer(self.model))
+        self.vocabulary = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model)))
+        self.axes = 4 if lib.llama_model_rope_type(self.model) in _SEVERAL_AXES else 1
+        self.features = int(lib.llama_model_n_embd_inp(self.model)) // self.width - 1
         self._input_scale = np.float32(self.said(INPUT_SCALE) or 1.0)
         self._state_scale = np.float32(self.said(STATE_SCALE) or 1.0)
         self._first_layer = int(self.said(FIRST_LAYER) or 0)
@@ -152,7 +151,7 @@ class Segment:
                 compiled=options.compiled_tap, products=self.products,
             )  # fmt: skip
         self.tap = None if tap_layer is None else self._callback
-        self._context = lib.llama_init_from_model(self._model, self._parameters(options))
+        self._context = lib.llama_init_from_model(self.model, self._parameters(options))
         if not self._context:
             self.close()
             raise InputError(
@@ -171,12 +170,7 @@ class Segment:
         self._address = 0
         self._logits = np.empty((0, self.vocabulary), dtype=np.float32)
 
-    @property
-    def length(self) -> int:
-        """Rows that were fed to the first sequence."""
-        return self._rows[0].length
-
-    def length_of(self, slot: int) -> int:
+    def length_of(self, slot: int = 0) -> int:
         """Rows that were fed to a sequence."""
         return self._rows[slot].length
 
@@ -285,7 +279,7 @@ class Segment:
         rows = self.tap.rows()
         return rows.copy() if self._state_scale == 1.0 else rows / self._state_scale
 
-    def logits(self, rows: int) -> Logits:
+    def logits(self, rows: int) -> States:
         """Logits [rows, V] of the last call's outputs, a view that the next call overwrites."""
         if not rows:
             return self._logits[:0]
@@ -304,20 +298,15 @@ class Segment:
             first = int(row.positions[0, row.length])
             self._lib.llama_memory_seq_rm(self._memory, slot, first, -1)
 
-    @property
-    def model(self) -> Any:
-        """llama.cpp's pointer, for what reads the file's vocabulary."""
-        return self._model
-
     def close(self) -> None:
         """Give the memory back; the segment is of no use afterwards."""
         if self._context:
             self._lib.llama_free(self._context)
-        if self._model:
-            self._lib.llama_model_free(self._model)
+        if self.model:
+            self._lib.llama_model_free(self.model)
         if self.products is not None:
             self.products.close()
-        self._context = self._model = None
+        self._context = self.model = None
 
     def _tapped_tensor(self, layer: int | None) -> str | None:
         """Its name: of what the layer hands on, with the features that are added behind it."""
@@ -328,7 +317,7 @@ class Segment:
     def said(self, key: str) -> str:
         """What the file's metadata holds under `key`, as text; empty where it has none."""
         text = ctypes.create_string_buffer(64)
-        found = self._lib.llama_model_meta_val_str(self._model, key.encode(), text, len(text))
+        found = self._lib.llama_model_meta_val_str(self.model, key.encode(), text, len(text))
         return text.value.decode() if found >= 0 else ""
 
     def _parameters(self, options: EngineOptions) -> Any:

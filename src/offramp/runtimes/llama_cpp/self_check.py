@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from offramp.errors import AdapterError, UnsupportedBackboneError
-from offramp.runtimes.llama_cpp.chain import Array, CallSizes
+from offramp.runtimes.llama_cpp.chain import CallSizes
+from offramp.runtimes.llama_cpp.graphs import Array
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import Part, Segment
 
@@ -142,7 +143,7 @@ def _check_crop(segment: Segment, states: States) -> None:
     logits(-states[half:])
     segment.crop(half)
     actual = logits(states[half:])
-    segment.crop(segment.length)
+    segment.crop(segment.length_of())
     if not np.array_equal(expected, actual):
         raise _unfit("keeps traces of rows that were taken back")
 
@@ -194,7 +195,7 @@ def _feed(segment: Segment, states: States, rows: int, *, ahead: bool = False) -
                     f"gives {len(tapped)} rows of the states between its layers for {len(call)}"
                 )
             taps.append(tapped)
-    segment.crop(segment.length)
+    segment.crop(segment.length_of())
     return _Seen(np.concatenate(taps) if taps else None, np.concatenate(logits))
 
 

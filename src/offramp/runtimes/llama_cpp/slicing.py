@@ -229,7 +229,7 @@ class _Part:
             if isinstance(value, list) and len(value) == source.layers:
                 yield setting, [value[layer] for layer in self.cut.layers]
             else:
-                yield setting, _typed(value)
+                yield setting, value.item() if isinstance(value, np.generic) else value
         yield "block_count", len(self.cut.layers)
         if self.cut.depth is None and source.get("vocab_size") is not None:
             yield "vocab_size", source.vocabulary
@@ -301,8 +301,3 @@ def _add(out: Any, name: str, tensor: Any, rows: Any = None) -> None:
     """A tensor as it is stored; rows: of it; None: all."""
     data = np.asarray(tensor.data) if rows is None else np.ascontiguousarray(tensor.data[rows])
     out.add_tensor(name, data, raw_dtype=tensor.tensor_type)
-
-
-def _typed(value: Any) -> Any:
-    """A number that gguf-py read, as Python has it."""
-    return value.item() if isinstance(value, np.generic) else value

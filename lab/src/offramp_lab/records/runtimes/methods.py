@@ -74,7 +74,7 @@ class OneFile:
         model = InterceptedModel(self.backbone, entry).model
         with torch.inference_mode():
             states = entry.call(lambda: model(**inputs)).hidden[0].float().numpy()
-        self.segment.crop(self.segment.length)
+        self.segment.crop(self.segment.length_of())
         tokens: list[int] = []
         while len(tokens) < max_new_tokens:
             self.segment.feed(states, 1)

@@ -100,7 +100,7 @@ def _chain(files: Path, engine: EngineOptions, depth: int, probe: States) -> Seg
 
 def _full(segment: Segment, states: States) -> Method:
     def run() -> float:
-        segment.crop(segment.length)
+        segment.crop(segment.length_of())
         segment.feed(states[:PROMPT], 1)
         begin = time.process_time()
         for row in states[PROMPT:, None]:
@@ -114,12 +114,16 @@ def _full(segment: Segment, states: States) -> Method:
 def _decoding(chain: SegmentChain, states: States, rate: float) -> Method:
     def run() -> float:
         exits = iter(np.random.default_rng(1).random(len(states)) < rate)
+
+        def decide(_exit: int, _state: States, logits: States) -> bool:
+            return bool(next(exits)) and int(logits.argmax()) >= 0
+
         chain.reset()
         chain.run(states[:PROMPT])
         chain.finish(1)
         begin = time.process_time()
         for row in states[PROMPT:, None]:
-            if chain.run(row, lambda _exit, _state, logits: next(exits) and logits.argmax() >= 0):
+            if chain.run(row, decide):
                 chain.finish(1)[0].argmax()
         return time.process_time() - begin
 
