@@ -68,10 +68,18 @@ def _drafting() -> tuple[str, ...]:
     )
 
 
-def _promise() -> Value:
-    """The photo model at the thresholds that ship."""
-    photo = record("photo-exits")
+def _promise(exits: str = "photo-exits") -> Value:
+    """The photo model at the thresholds that ship, or with other exits at theirs."""
+    photo = record(exits)
     return by(photo["regimes"][photo["first"]]["points"], "chosen_by")[PROMISE]
+
+
+def _speed(row: Value) -> str:
+    return with_range(f"{row['speedup_decode']:.2f}", row["speedup_decode_interval"], ".2f")
+
+
+def _cider(row: Value) -> str:
+    return f"{row['cider_full']:.3f} to {row['cider']:.3f}"
 
 
 def _photo() -> tuple[str, ...]:
@@ -163,5 +171,7 @@ def _with_ends(ratio: Value) -> str:
 TABLES: dict[str, MakeTable] = {"overview": overview}
 FIGURES: dict[str, Make] = {
     "photo-promise": lambda: f"{_promise()['speedup_decode']:.2f}",
-    "photo-promise-cider": lambda: f"{_promise()['cider_full']:.3f} to {_promise()['cider']:.3f}",
+    "photo-promise-cider": lambda: _cider(_promise()),
+    "photo-4-promise": lambda: _speed(_promise("photo-exits-4")),
+    "photo-4-cider": lambda: _cider(_promise("photo-exits-4")),
 }
