@@ -174,4 +174,5 @@ FIGURES: dict[str, Make] = {
     "photo-promise-cider": lambda: _cider(_promise()),
     "photo-4-promise": lambda: _speed(_promise("photo-exits-4")),
     "photo-4-cider": lambda: _cider(_promise("photo-exits-4")),
+    "photo-4-lossless": lambda: _speed(record("photo-exits-4")["lossless"]),
 }
