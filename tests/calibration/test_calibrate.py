@@ -24,8 +24,7 @@ from offramp.calibration.calibrate import Calibration, calibrate, calibrated
 from offramp.calibration.cost_model import Costs
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import (
-    FIRST_SHARE,
-    KEEP_SHARE,
+    LOST_SHARE,
     SEARCH,
     ThresholdEvaluator,
 )
@@ -427,9 +426,9 @@ def test_a_searched_threshold_of_first_tokens_is_the_lowest_at_which_these_lose_
         return float(lost("disagreement", policy, searched, 4).mean())
 
     for threshold, target in ((loose, 0.9), (tight, 0.05)):
-        assert alone(threshold) <= FIRST_SHARE * target
+        assert alone(threshold) <= LOST_SHARE * target
         lower = [t for t in sorted(GRID, reverse=True) if t < threshold]
-        assert not lower or alone(lower[0]) > FIRST_SHARE * target
+        assert not lower or alone(lower[0]) > LOST_SHARE * target
 
 
 def test_more_images_keep_the_threshold_of_first_tokens_that_was_searched() -> None:
@@ -478,7 +477,7 @@ def test_a_searched_share_of_visual_tokens_loses_little_where_no_token_exits() -
     searched = [examples()[row] for i in images_of(examples()) if i.rank < SEARCH for row in i.rows]
     for share, target in ((few, 0.95), (many, 0.05)):
         policy = ExitPolicy({4: 1.0}, visual_keep=share)
-        assert lost("disagreement", policy, searched, 4).mean() <= KEEP_SHARE * target
+        assert lost("disagreement", policy, searched, 4).mean() <= LOST_SHARE * target
 
 
 def test_more_images_keep_the_share_of_visual_tokens_that_was_searched() -> None:

@@ -42,10 +42,9 @@ from offramp.calibration.risk_control import (
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import (
     ThresholdEvaluator,
-    first_threshold,
+    lowest,
     path_of,
     split_images,
-    visual_share,
 )
 from offramp.calibration.threshold_search import Array
 from offramp.data.decontamination import check_no_overlap, picture_digests
@@ -401,11 +400,13 @@ def _trial(
     if shares and turn.continues is not None:
         whole = whole.with_visual_keep(turn.continues.outcome["visual_keep"])
     elif shares:
-        whole = whole.with_visual_keep(visual_share(whole, search, shares, asked.target))
+        keeping = ThresholdEvaluator.with_visual_keep
+        whole = keeping(whole, lowest(whole, search, shares, asked.target, keeping))
     if search_first and turn.continues is not None:
         whole = whole.with_first(max(turn.continues.outcome["first"].values()))
     elif search_first:
-        whole = whole.with_first(first_threshold(whole, search, grid, asked.target))
+        having = ThresholdEvaluator.with_first
+        whole = having(whole, lowest(whole, search, grid, asked.target, having))
     if turn.path is None:
         turn = replace(turn, path=tuple(path_of(whole, search, grid)))
     rows = [row for image in turn.images for row in image.rows]

@@ -26,11 +26,10 @@ from transformers import StoppingCriteriaList
 from offramp.answers import full_model_answers
 from offramp.data.example import Example
 from offramp.engine.decoding.pace import clock_on
-from offramp.engine.generate import generate
 from offramp.engine.teacher_forcing import Answered, group, record
 from offramp.errors import DataError, InputError
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
-from offramp.evaluation.timing import FirstToken, in_turn
+from offramp.evaluation.timing import exit_generate_fn, in_turn, timed
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.models.input_processor import InputProcessor
@@ -321,32 +320,36 @@ def _speeds(
     decoding has to read their prompts deeper later on, as it will."""
     backbone, clock = encoder.backbone, clock_on(encoder.backbone.device.type)
     exits = ExitSet(Exits(backbone, sorted(shares)).requires_grad_(False), shortlist)
-    timed = [answer for answer in answers if len(answer.ids) > 1][:TIMED]
-    lengths = [len(answer.ids) for answer in timed]
+    written = [answer for answer in answers if len(answer.ids) > 1][:TIMED]
+    lengths = [len(answer.ids) for answer in written]
     order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(seed))
     ranks = torch.split(order.argsort() / len(order), lengths)  # those below a share leave
-    asked = [encoder.prompts([answer.example]) for answer in timed]
+    asked = [encoder.prompts([answer.example]) for answer in written]
 
-    def seconds(given: tuple[Mapping[str, Any], Tensor], depth: int, share: float) -> float:
+    def forced(
+        given: tuple[Mapping[str, Any], Tensor], stop: StoppingCriteriaList, way: tuple[int, float]
+    ) -> Tensor:
+        (inputs, rank), (depth, share) = given, way
+        output = generate_forced(
+            backbone, inputs, exits, Script((rank < share)[:, None]), len(rank),
+            depth=depth, criteria=stop, shortlist=shortlist is not None,
+        )  # fmt: skip
+        return output.new_tokens.flatten()
+
+    def full(given: tuple[Mapping[str, Any], Tensor], stop: StoppingCriteriaList) -> Tensor:
         inputs, rank = given
-        first = FirstToken(clock)
-        if depth == backbone.depth:
-            stop = StoppingCriteriaList([first])
-            generate(backbone, inputs, stopping_criteria=stop, max_new_tokens=len(rank), **OPTIONS)
-        else:
-            generate_forced(
-                backbone, inputs, exits, Script((rank < share)[:, None]), len(rank),
-                depth=depth, criteria=[first], shortlist=shortlist is not None,
-            )  # fmt: skip
-        assert first.seconds is not None
-        return clock() - first.seconds
+        return exit_generate_fn(backbone, max_new_tokens=len(rank), **OPTIONS)(inputs, stop)
 
-    ways = {(d, share) for d, (_, settle) in shares.items() for share in settle.values()}
-    full = (backbone.depth, 1.0)
-    runs = {way: partial(seconds, depth=way[0], share=way[1]) for way in (full, *sorted(ways))}
+    ways = sorted({(d, share) for d, (_, settle) in shares.items() for share in settle.values()})
+    writes: dict[tuple[int, float] | None, Any] = {None: full}
+    writes |= {way: partial(forced, way=way) for way in ways}
+    runs = {way: partial(timed, write, clock=clock) for way, write in writes.items()}
     given, began = [*zip(asked, ranks, strict=True)], clock()
     in_turn(runs, given[:1], rounds=1)  # what is made once is made here
     rounds = min(ROUNDS, 1 + int(SECONDS / len(given) / (clock() - began)))
     found = in_turn(runs, given, rounds=rounds, progress=progress)
-    took = {way: float(np.median(by_round, 0).sum()) for way, by_round in found.items()}
-    return {way: took[full] / took[way] for way in ways}
+    took = {
+        way: float(np.median([[decode for _, decode, _ in one] for one in by_round], 0).sum())
+        for way, by_round in found.items()
+    }
+    return {way: took[None] / took[way] for way in ways}

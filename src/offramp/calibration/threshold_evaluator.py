@@ -27,12 +27,9 @@ from offramp.models.input_processor import InputProcessor
 
 SEARCH = 0.3
 """Share of the images on which several exits' path, and a threshold of first tokens, are found."""
-FIRST_SHARE = 0.5
-"""Share of a risk's target that may be lost, on the answers searched on, to first tokens that
-exit where no other token does."""
-KEEP_SHARE = 0.5
-"""Share of a risk's target that may be lost, on the answers searched on, to visual tokens that stay
-behind where no token exits."""
+LOST_SHARE = 0.5
+"""Share of a risk's target that may be lost, on the answers searched on, to first tokens that exit,
+or to visual tokens that stay behind, where no other token exits."""
 
 
 @dataclass(frozen=True)
@@ -188,39 +185,23 @@ def searches(whole: ThresholdEvaluator) -> bool:
     return len(whole.depths) > 1 and whole.replay is not None and whole.costs is not None
 
 
-def first_threshold(
+def lowest(
     whole: ThresholdEvaluator,
     search: Sequence[ImageRows],
-    grid: Sequence[float],
+    values: Sequence[float],
     target: float,
+    having: Callable[[ThresholdEvaluator, float], ThresholdEvaluator],
 ) -> float:
-    """The lowest threshold of the grid down to which answers whose first tokens alone exit lose at
-    most `FIRST_SHARE` of the target, of those searched on; 1 where there is none."""
+    """The lowest threshold of first tokens, or share of visual tokens, down to which answers none
+    of whose other tokens exits lose at most `LOST_SHARE` of the target, of those searched on; 1
+    where there is none. having: the evaluator with such a value."""
     part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
     never = Thresholds.shared(part.depths, 1.0)
     found = 1.0
-    for threshold in sorted(grid, reverse=True):
-        if part.with_first(threshold).losses(never).mean() > FIRST_SHARE * target:
+    for value in sorted(set(values) - {1}, reverse=True):
+        if having(part, value).losses(never).mean() > LOST_SHARE * target:
             break
-        found = float(threshold)
-    return found
-
-
-def visual_share(
-    whole: ThresholdEvaluator,
-    search: Sequence[ImageRows],
-    shares: Sequence[float],
-    target: float,
-) -> float:
-    """The smallest of the shares of visual tokens down to which answers none of whose tokens exits
-    lose at most `KEEP_SHARE` of the target, of those searched on; 1 where there is none."""
-    part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
-    never = Thresholds.shared(part.depths, 1.0)
-    found = 1.0
-    for share in sorted(set(shares) - {1}, reverse=True):
-        if part.with_visual_keep(share).losses(never).mean() > KEEP_SHARE * target:
-            break
-        found = float(share)
+        found = float(value)
     return found
 
 

@@ -110,15 +110,8 @@ def time_interleaved(
     clock: returns seconds; `time.thread_time` on a machine that others use too.
     """
 
-    def timed(prompt: Mapping[str, Any], run: GenerateFn) -> tuple[float, float, tuple[int, ...]]:
-        first, begin = FirstToken(clock), clock()
-        answer = run(prompt, StoppingCriteriaList([first]))
-        end = clock()
-        assert first.seconds is not None
-        return end - begin, end - first.seconds, tuple(answer.tolist())
-
     runs = in_turn(
-        {name: partial(timed, run=run) for name, run in methods.items()}, inputs,
+        {name: partial(timed, run, clock=clock) for name, run in methods.items()}, inputs,
         rounds=rounds, warm=3, progress=progress,
     )  # fmt: skip
     return {
@@ -130,6 +123,19 @@ def time_interleaved(
         )
         for name, by_round in runs.items()
     }
+
+
+def timed(
+    run: Callable[[Input, StoppingCriteriaList], Tensor],
+    given: Input,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float, tuple[int, ...]]:
+    """Seconds of an answer, whole and from its first token on, and its new ids [N]."""
+    first, begin = FirstToken(clock), clock()
+    answer = run(given, StoppingCriteriaList([first]))
+    end = clock()
+    assert first.seconds is not None
+    return end - begin, end - first.seconds, tuple(answer.tolist())
 
 
 def in_turn(

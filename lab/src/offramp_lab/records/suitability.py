@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from examples.photo_vlm.held_out import SIZES
-from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
 from offramp.answers import full_model_answers
@@ -36,7 +35,7 @@ from offramp.demo import OPTIONS, DemoSizes
 from offramp.engine.decoding.pace import clock_on
 from offramp.engine.policy import ExitPolicy
 from offramp.evaluation.statistics import Measure, interval
-from offramp.evaluation.timing import FirstToken, exit_generate_fn
+from offramp.evaluation.timing import exit_generate_fn, timed
 from offramp.models.input_processor import InputProcessor
 from offramp.storage import read_json
 from offramp_lab.experiments.experiment import Experiment, bar
@@ -129,10 +128,10 @@ def speeds(case: Case, trained: Sequence[dict[str, Any]], rounds: int) -> dict[s
         policy = ExitPolicy({row["depth"]: row["threshold"]}, shortlist=case.narrow)
         policies[f"{row['depth']}"] = policy
     count = len(case.held_out[:TIMED])
-    return {"timed": count, "rounds": rounds, **timed(case, policies, rounds)}
+    return {"timed": count, "rounds": rounds, **over_full(case, policies, rounds)}
 
 
-def timed(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str, Any]:
+def over_full(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str, Any]:
     """Decoding of each policy over full depth, in CPU seconds as the forecast has them: the ratio
     of sums over prompts, each one's median of rounds, with a 95% interval over prompts."""
     options: dict[str, Any] = {"max_new_tokens": case.longest, "do_sample": False}
@@ -140,10 +139,8 @@ def timed(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str,
 
     def seconds(prompt: Any, run: Any) -> float:
         """Of a decoded token, the first, which the prompt's pass gives, left out."""
-        first = FirstToken(clock)
-        tokens = len(run(prompt, StoppingCriteriaList([first])))
-        assert first.seconds is not None
-        return (clock() - first.seconds) / max(1, tokens - 1)
+        _, decode, ids = timed(run, prompt, clock)
+        return decode / max(1, len(ids) - 1)
 
     runs = {
         name: partial(seconds, run=exit_generate_fn(backbone, exits, policy, **options))
