@@ -67,7 +67,7 @@ from offramp.storage import digest_rows
 
 AUTO = "auto"
 """Of first tokens: a threshold is searched."""
-GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, *(n / 10 for n in range(8, 0, -1)))
 
 
 # -- what is asked, and what is found --------------------------------------------------------------
@@ -381,6 +381,13 @@ class _Trial:
         return Draws.by(unit, losses, self.images)
 
 
+def _spare(asked: Guarantee, turn: Turn) -> float:
+    """What answers may lose so that a test still passes: what it leaves below the target where
+    none of them loses anything."""
+    nothing = np.zeros(len(turn.images))
+    return max(0.0, asked.target - upper_bound(nothing, asked.level(turn.number), asked.test))
+
+
 def _trial(
     whole: ThresholdEvaluator,
     images: Sequence[ImageRows],
@@ -397,16 +404,17 @@ def _trial(
     if asked.declared is not None:
         tested = _declared(tested, asked.declared)
     turn = turn_of(attempts, digest, tested, any_time=any_time)
+    spare = _spare(asked, turn)
     if shares and turn.continues is not None:
         whole = whole.with_visual_keep(turn.continues.outcome["visual_keep"])
     elif shares:
         keeping = ThresholdEvaluator.with_visual_keep
-        whole = keeping(whole, lowest(whole, search, shares, asked.target, keeping))
+        whole = keeping(whole, lowest(whole, search, shares, spare, keeping))
     if search_first and turn.continues is not None:
         whole = whole.with_first(max(turn.continues.outcome["first"].values()))
     elif search_first:
         having = ThresholdEvaluator.with_first
-        whole = having(whole, lowest(whole, search, grid, asked.target, having))
+        whole = having(whole, lowest(whole, search, grid, spare, having))
     if turn.path is None:
         turn = replace(turn, path=tuple(path_of(whole, search, grid)))
     rows = [row for image in turn.images for row in image.rows]

@@ -28,8 +28,8 @@ from offramp.models.input_processor import InputProcessor
 SEARCH = 0.3
 """Share of the images on which several exits' path, and a threshold of first tokens, are found."""
 LOST_SHARE = 0.5
-"""Share of a risk's target that may be lost, on the answers searched on, to first tokens that exit,
-or to visual tokens that stay behind, where no other token exits."""
+"""Share of what may be lost that is spent, on the answers searched on, on first tokens that exit,
+or on visual tokens that stay behind, where no other token exits."""
 
 
 @dataclass(frozen=True)
@@ -189,17 +189,17 @@ def lowest(
     whole: ThresholdEvaluator,
     search: Sequence[ImageRows],
     values: Sequence[float],
-    target: float,
+    spare: float,
     having: Callable[[ThresholdEvaluator, float], ThresholdEvaluator],
 ) -> float:
     """The lowest threshold of first tokens, or share of visual tokens, down to which answers none
-    of whose other tokens exits lose at most `LOST_SHARE` of the target, of those searched on; 1
+    of whose other tokens exits lose at most `LOST_SHARE` of what is spare, of those searched on; 1
     where there is none. having: the evaluator with such a value."""
     part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
     never = Thresholds.shared(part.depths, 1.0)
     found = 1.0
     for value in sorted(set(values) - {1}, reverse=True):
-        if having(part, value).losses(never).mean() > LOST_SHARE * target:
+        if having(part, value).losses(never).mean() > LOST_SHARE * spare:
             break
         found = float(value)
     return found
