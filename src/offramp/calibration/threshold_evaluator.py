@@ -193,13 +193,15 @@ def lowest(
     having: Callable[[ThresholdEvaluator, float], ThresholdEvaluator],
 ) -> float:
     """The lowest threshold of first tokens, or share of visual tokens, down to which answers none
-    of whose other tokens exits lose at most `LOST_SHARE` of what is spare, of those searched on; 1
-    where there is none. having: the evaluator with such a value."""
+    of whose other tokens exits, of those searched on, lose at most `LOST_SHARE` of what is spare,
+    with a standard error on top; 1 where there is none. having: the evaluator with such a
+    value."""
     part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
     never = Thresholds.shared(part.depths, 1.0)
     found = 1.0
     for value in sorted(set(values) - {1}, reverse=True):
-        if having(part, value).losses(never).mean() > LOST_SHARE * spare:
+        losses = having(part, value).losses(never)
+        if losses.mean() + losses.std() / len(losses) ** 0.5 > LOST_SHARE * spare:
             break
         found = float(value)
     return found
