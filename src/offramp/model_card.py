@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from offramp.certificate import Certificate
+from offramp.engine.policy import ExitPolicy
 from offramp.guarantee import Conditions, shown_conditions, standing
 from offramp.models.backbone import Backbone
 from offramp.models.hub import is_hub_name
@@ -44,13 +46,19 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
         drafting=adapter.metrics.get("drafting", {}),
         calibration=adapter.calibration,
         said={**_UNSAID, **(adapter.calibration or {})},
-        standing=standing(adapter.calibration, Conditions.of(backbone, adapter.policy)),
+        standing=standing(adapter.calibration, _wherever_it_runs(backbone, adapter.policy)),
         conditions=shown_conditions(adapter.calibration),
         verified=verified_section(adapter.certificate),
         provenance=json.dumps(dict(adapter.provenance), indent=2, ensure_ascii=False),
         nan=float("nan"),
     )
     return f"---\n{card_data(backbone.name).to_yaml()}\n---\n{text}"
+
+
+def _wherever_it_runs(backbone: Backbone, policy: ExitPolicy) -> Conditions:
+    """A card's readers may run the exits otherwise than who wrote it; it names the conditions."""
+    unknown = ("dtype", "quantized", "engine", "kernels", "vision", "device")
+    return replace(Conditions.of(backbone, policy), **dict.fromkeys(unknown))
 
 
 def verified_section(certificate: Certificate | None) -> str:

@@ -231,6 +231,13 @@ def test_a_calibrated_adapter_comes_back_with_its_promise(tmp_path: Path) -> Non
     assert f"at most {result.target:.3g}" in card and f"n = {result.n}" in card
 
 
+def test_the_card_tells_what_is_guaranteed_in_whatever_precision_it_is_written() -> None:
+    result = found(4)
+    rounded = Backbone(families.build("blip2-opt", wide=2.0).bfloat16())
+    card = model_card(rounded, calibrated(adapter_at(4), result, examples()))
+    assert f"at most {result.target:.3g}" in card and "float32" in card
+
+
 def test_the_card_of_an_adapter_tells_when_nothing_could_be_promised() -> None:
     kept = calibrated(adapter_at(4), found(4, target=0.01), examples())
     assert "could not guarantee" in model_card(kept.backbone, kept)
