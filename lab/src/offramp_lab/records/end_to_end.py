@@ -5,7 +5,8 @@ llama-cpp-python (a quarter of an hour of one core). Every photograph is caption
 an order of its own; CPU seconds of the process from opening the file to the last token, and of its
 parts: opening and preparing, vision and prompt up to the first token, decoding. Steps: exits at the
 shipped thresholds while prompts run whole; prompts that wait at their exit (`ExitPolicy.first`);
-the vision tower by ONNX Runtime. Rivals: Hugging Face's `generate`, full depth by the same
+the vision tower by ONNX Runtime; with `--careful FOLDER`, the thresholds of the same exits in that
+folder, calibrated to a smaller loss. Rivals: Hugging Face's `generate`, full depth by the same
 products, llama.cpp alone as it comes and behind the same tower. Then questions about photographs,
 and photographs eight at a time in the batch engine. What was answered is kept in runs/end_to_end,
 so that a run that was cut off goes on there.
@@ -13,6 +14,7 @@ so that a run that was cut off goes on there.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -51,6 +53,7 @@ FORMAT = "q8_0"
 OURS = ("PyTorch", FORMAT)
 TOWERS = ("torch", "onnxruntime", "openvino-bf16")
 """The last one rounds: inside llama.cpp alone."""
+CAREFUL = "early exit, careful"
 SLOTS = 8
 Name = tuple[str, str, str]
 """What decodes, mode, what runs the vision tower."""
@@ -60,17 +63,24 @@ Way = Callable[[Example, int], Answered]
 """Answers an example in so many tokens at most."""
 
 
-def modes(adapter: Adapter) -> dict[str, ExitPolicy]:
-    shipped = adapter.policy
-    return {
+Modes = Mapping[str, ExitPolicy]
+
+
+def modes(shipped: Adapter, careful: Adapter | None) -> Modes:
+    """careful: the same exits, calibrated to a smaller loss."""
+    policy = shipped.policy
+    found = {
         "full": FULL,
-        "early exit, prompt run whole": replace(shipped, exit_in_prefill=False, first={}),
-        "early exit": shipped,
-        "lossless": replace(shipped, lossless=True),
+        "early exit, prompt run whole": replace(policy, exit_in_prefill=False, first={}),
+        "early exit": policy,
+        "lossless": replace(policy, lossless=True),
     }
+    return found if careful is None else {**found, CAREFUL: careful.policy}
 
 
-def ways(adapters: Mapping[str, tuple[Adapter, Any]], work: Path) -> dict[Name, Way]:
+def ways(
+    adapters: Mapping[str, tuple[Adapter, Any]], policies: Modes, work: Path
+) -> dict[Name, Way]:
     """By name. adapters: by what runs the vision tower, with the encoder. work: for exported
     files."""
     found: dict[Name, Way] = {}
@@ -85,7 +95,7 @@ def ways(adapters: Mapping[str, tuple[Adapter, Any]], work: Path) -> dict[Name, 
         if not rounds:
             found["generate", "full", tower] = partial(_answer, encoder, stock(adapter))
         found["llama.cpp alone", "full", tower] = partial(_answer, encoder, alone)
-        for mode, policy in modes(adapter).items():
+        for mode, policy in policies.items():
             by: Any
             for engine, by in zip(OURS, (adapter, runtime), strict=True):
                 if rounds and engine == OURS[0]:
@@ -181,14 +191,14 @@ def questioned(
 
 
 def together(
-    adapters: Mapping[str, tuple[Adapter, Any]], examples: Sequence[Example]
+    adapters: Mapping[str, tuple[Adapter, Any]], policies: Modes, examples: Sequence[Example]
 ) -> list[dict[str, Any]]:
     """Photographs in the batch engine, in PyTorch: CPU milliseconds a caption, in groups of
     `SLOTS`, of each mode and tower in turn."""
     found = {
         (mode, tower): partial(_engine, adapter, encoder, policy)
         for tower, (adapter, encoder) in adapters.items()
-        for mode, policy in modes(adapter).items()
+        for mode, policy in policies.items()
         if tower != TOWERS[-1]
     }
     groups = [examples[i : i + SLOTS] for i in range(0, len(examples), SLOTS)]
@@ -252,8 +262,21 @@ def _named(name: Name) -> dict[str, str]:
     return dict(zip(("engine", "mode", "tower"), name, strict=True))
 
 
+def _promised(careful: Adapter) -> dict[str, Any]:
+    """What was calibrated, but for the path of thresholds that led there."""
+    assert careful.calibration is not None, "its thresholds have a guarantee"
+    return {name: of for name, of in careful.calibration.items() if name != "path"}
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--careful", type=Path, metavar="FOLDER",
+        help="the same exits, calibrated to a smaller loss",
+    )  # fmt: skip
+
+
 def main() -> None:
-    arguments = asked(__doc__, photo=True, photographs=100, questions=100)
+    arguments = asked(__doc__, photo=True, photographs=100, questions=100, more=_more)
     work = RUNS / RECORD.name
     adapters = {
         tower: load_photo(arguments.photo, arguments.adapter, torch.float32, vision=tower)
@@ -267,19 +290,22 @@ def main() -> None:
     def texts(ids: list[int]) -> str:
         return str(encoder.texts(torch.tensor([ids]))[0])
 
-    found = ways(adapters, work)
-    shipped = adapters[TOWERS[0]][0].policy
+    shipped = adapters[TOWERS[0]][0]
+    careful = arguments.careful and Adapter.load(arguments.careful, shipped.backbone)
+    policies = modes(shipped, careful)
+    found = ways(adapters, policies, work)
     RECORD.write(
         {
             "photographs": len(captions),
             "questions": len(questions),
             "format": FORMAT,
-            "thresholds": {str(d): t for d, t in shipped.thresholds.items()},
-            "first": {str(d): t for d, t in shipped.first.items()},
+            "thresholds": {str(d): t for d, t in shipped.policy.thresholds.items()},
+            "first": {str(d): t for d, t in shipped.policy.first.items()},
+            "careful": _promised(careful) if careful else None,
             "captioned": captioned(found, captions, texts, Kept(work / "captions.jsonl")),
             "questioned": questioned(found, questions, texts, Kept(work / "questions.jsonl")),
             "slots": SLOTS,
-            "together": together(adapters, captions),
+            "together": together(adapters, policies, captions),
         }
     )
 

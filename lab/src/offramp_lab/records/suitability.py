@@ -4,7 +4,7 @@ suitability.json in lab/records.
 On 200 prompts without labels: the exits that ship for the tiny OPT (scenes, float32) and for the
 photo model (photographs, bfloat16); those that `offramp demo --backbone t5` leaves in runs/demo;
 and three others of the photo model, as `python -m examples.photo_vlm.measure --model photo
---regimes unsupervised --work runs/photo-exits` leaves them with `--size large --depths 4`, `--size
+--regimes unsupervised --work runs/photo-exits` leaves them with `--size large --depths 8`, `--size
 small --depths 8` and `--size small --depths 4`. Trained exits are read along the full model's
 answers to other prompts, and decode 50 of these, beside full depth, for their speed. One thread.
 `python -m offramp_lab.records.suitability` takes half an hour; `--parts opt photo-speeds` makes
@@ -162,7 +162,7 @@ def main() -> None:
         "opt": lambda _: tiny("opt"),
         "t5": lambda _: tiny("t5"),
         "photo": photo,
-        "photo-large-4": partial(photo_at, depth=4, size="large"),
+        "photo-large-8": partial(photo_at, depth=8, size="large"),
         "photo-small-8": partial(photo_at, depth=8, size="small"),
         "photo-small-4": partial(photo_at, depth=4, size="small"),
     }

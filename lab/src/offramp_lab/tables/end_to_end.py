@@ -14,7 +14,7 @@ from offramp_lab.tables.markdown import (
 )
 
 STOCK, ALONE = "generate", "llama.cpp alone"
-RUN_WHOLE, EARLY = "early exit, prompt run whole", "early exit"
+EARLY, CAREFUL = "early exit", "early exit, careful"
 TORCH, ENGINE, ROUNDED = "torch", "onnxruntime", "openvino-bf16"
 ZEN5 = "end_to_end-zen5"
 """The record of an earlier version on another processor."""
@@ -128,6 +128,12 @@ FIGURES: dict[str, Make] = {
         f"{_captioned('PyTorch', EARLY, TORCH)['whole_milliseconds']:.0f}"
     ),
     "end-to-end-torch": _whole("PyTorch", EARLY, "over_full"),
+    "end-to-end-careful": _whole("PyTorch", CAREFUL, "over_full"),
+    "end-to-end-careful-q8_0": _whole("q8_0", CAREFUL, "over_alone"),
+    "end-to-end-careful-bf16": _whole("q8_0", CAREFUL, "over_alone", ROUNDED),
+    "end-to-end-careful-decoding": lambda: times_with_range(
+        _captioned("PyTorch", CAREFUL, TORCH)["decoding_over_full"]
+    ),
     "end-to-end-q8_0": _whole("q8_0", EARLY, "over_alone"),
     "end-to-end-q8_0-tower": _whole("q8_0", EARLY, "over_alone_same_tower"),
     "end-to-end-bf16": _whole("q8_0", EARLY, "over_alone", ROUNDED),

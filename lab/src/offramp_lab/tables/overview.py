@@ -170,9 +170,9 @@ def _with_ends(ratio: Value) -> str:
 
 TABLES: dict[str, MakeTable] = {"overview": overview}
 FIGURES: dict[str, Make] = {
-    "photo-promise": lambda: f"{_promise()['speedup_decode']:.2f}",
+    "photo-promise": lambda: _speed(_promise()),
     "photo-promise-cider": lambda: _cider(_promise()),
-    "photo-4-promise": lambda: _speed(_promise("photo-exits-4")),
-    "photo-4-cider": lambda: _cider(_promise("photo-exits-4")),
-    "photo-4-lossless": lambda: _speed(record("photo-exits-4")["lossless"]),
+    "photo-8-promise": lambda: _speed(_promise("photo-exits-8")),
+    "photo-8-cider": lambda: _cider(_promise("photo-exits-8")),
+    "photo-lossless": lambda: _speed(record("photo-exits")["lossless"]),
 }

@@ -10,7 +10,7 @@ MODELS = {
     "opt": tiny("opt"),
     "t5": tiny("t5"),
     "photo": "photo model",
-    "photo-large-4": "photo model",
+    "photo-large-8": "photo model",
     "photo-small-8": "photo model, briefly trained",
     "photo-small-4": "photo model, briefly trained",
 }
