@@ -288,7 +288,7 @@ def parts(rows: Mapping[str, Mapping[str, float]], what: str, *, factors: bool =
             axes.barh(0, 0, color=color, label=name)
         if factors:
             axes.set_xscale("log")
-            ticks = [1, 2, 3, 4, 6, 8]
+            ticks = [1, 2, 4, 8, 16]
             axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
             axes.minorticks_off()
         axes.set_yticks(range(len(rows)), list(rows))
