@@ -180,19 +180,21 @@ def adapter(dtype: torch.dtype = torch.float32) -> Adapter:
     return Adapter(backbone, exits, POLICY, calibration=calibration(then))
 
 
-def test_repr_and_card_show_a_guarantee_where_it_holds_alone() -> None:
+def test_repr_shows_a_guarantee_where_it_holds_and_the_card_under_which_conditions() -> None:
+    promise = "the mean over images of the share of answers that differ"
     for dtype, words in {
-        torch.float32: "the mean over images of the share of answers that differ",
+        torch.float32: promise,
         torch.bfloat16: "not guaranteed here: precision bfloat16 where float32 was calibrated",
     }.items():
         found = adapter(dtype)
-        assert words in repr(found)
-        assert words.capitalize()[1:] in model_card(found.backbone, found)
+        card = model_card(found.backbone, found)
+        assert words in repr(found) and promise in card and "| dtype | float32 |" in card
 
 
 def test_thresholds_beside_the_calibrated_ones_are_not_guaranteed() -> None:
     found = replace(adapter(), policy=ExitPolicy({2: 0.1}))
-    assert "thresholds 2: 0.1 where 2: 0.9 were calibrated" in repr(found)
+    words = "thresholds 2: 0.1 where 2: 0.9 were calibrated"
+    assert words in repr(found) and words in model_card(found.backbone, found)
 
 
 # -- the table of what keeps every number ----------------------------------------------------------
