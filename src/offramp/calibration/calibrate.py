@@ -404,17 +404,16 @@ def _trial(
     if asked.declared is not None:
         tested = _declared(tested, asked.declared)
     turn = turn_of(attempts, digest, tested, any_time=any_time)
-    spare = _spare(asked, turn)
     if shares and turn.continues is not None:
         whole = whole.with_visual_keep(turn.continues.outcome["visual_keep"])
     elif shares:
         keeping = ThresholdEvaluator.with_visual_keep
-        whole = keeping(whole, lowest(whole, search, shares, spare, keeping))
+        whole = keeping(whole, lowest(whole, search, shares, _spare(asked, turn), keeping))
     if search_first and turn.continues is not None:
         whole = whole.with_first(max(turn.continues.outcome["first"].values()))
     elif search_first:
         having = ThresholdEvaluator.with_first
-        whole = having(whole, lowest(whole, search, grid, spare, having))
+        whole = having(whole, lowest(whole, search, grid, _spare(asked, turn), having))
     if turn.path is None:
         turn = replace(turn, path=tuple(path_of(whole, search, grid)))
     rows = [row for image in turn.images for row in image.rows]
