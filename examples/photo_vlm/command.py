@@ -12,7 +12,6 @@ WORK = Path("runs/photo_vlm")
 FOLDERS = {
     "data": (Path("../shared/data"), "where the data sets are"),
     "work": (WORK, "where this recipe keeps what it makes"),
-    "model": (WORK / "model", "the model that `build` made"),
 }
 """By the option's name: default, and what it is."""
 

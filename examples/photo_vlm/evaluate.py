@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.photo_vlm.caption import answer, load
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.rows import half_of, ids_of, read_photographs
 from offramp.data.example import Example
 from offramp.evaluation.statistics import Measure, interval, mean_of
+from offramp.models.backbone import Backbone
+from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import load_named
 from offramp.progress import progress
 from offramp.provenance import provenance
 from offramp.storage import write_json
@@ -27,6 +29,25 @@ from offramp.storage import write_json
 METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 LONGEST = {"captions": 30, "questions": 8}  # tokens of an answer
 BATCH = 32  # examples; a beam sees each photograph as often as it is wide
+
+
+def load(
+    dtype: str = "bfloat16", quantize: str | None = None, vision: str = "torch"
+) -> tuple[Backbone, InputProcessor]:
+    """The photo model and its encoder. Arguments and errors: of `load_named`."""
+    backbone, processor = load_named("photo", dtype=dtype, quantize=quantize, vision=vision)
+    return backbone, InputProcessor(backbone, processor)
+
+
+def answer(
+    backbone: Backbone, encoder: InputProcessor, examples: list[Example], longest: int, **how: Any
+) -> list[str]:
+    """Greedy answers of the full model to a batch. how: of `generate`."""
+    prompts = encoder.prompts(examples)
+    with torch.inference_mode():
+        ids = backbone.model.generate(**prompts, max_new_tokens=longest, do_sample=False, **how)
+    texts: list[str] = encoder.texts(ids[:, prompts["input_ids"].shape[1] :])
+    return texts
 
 
 def caption_figures(
@@ -116,10 +137,7 @@ DECODINGS: dict[str, dict[str, Any]] = {
 
 @command
 def main() -> None:
-    parser = parser_of(
-        "evaluate", "--model photo --out lab/records/photo-model.json", str(__doc__),
-        "data", "model",
-    )  # fmt: skip
+    parser = parser_of("evaluate", "--out lab/records/photo-model.json", str(__doc__), "data")
     parser.add_argument("--limit", type=int, help="at most so many photographs, and questions")
     parser.add_argument(
         "--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS), metavar="NAME",
@@ -130,9 +148,9 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, help="write what was said there, as JSON")
     arguments = parser.parse_args()
     splits = read_photographs(arguments.data)
-    backbone, encoder = load(arguments.model)
+    backbone, encoder = load()
     record: dict[str, Any] = {
-        "model": str(arguments.model),
+        "model": "photo",
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "provenance": provenance(0, sys.argv, None),
     }

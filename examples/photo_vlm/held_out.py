@@ -48,13 +48,13 @@ class Sizes:
 
     captions: int = 6000
     questions: int = 1000
-    steps: int = 12_000
+    steps: int = 8000
     held_out: int = 1000
     asked: int = 600
-    timed: int = 20
-    rounds: int = 5
+    timed: int = 60
+    rounds: int = 2
     damaged: int = 200
-    exact: int = 1000
+    exact: int = 300
     curves: bool = True
     targets: tuple[float, ...] = (0.01, 0.05)
 
@@ -73,12 +73,11 @@ MIDDLE = Sizes(
     damaged=60, exact=40, curves=False,
 )  # fmt: skip
 """One regime, its lossless mode and corruptions, speeds on 50 photographs; an hour of one core."""
-LARGE = Sizes(steps=8000, timed=60, rounds=2, exact=300)
+LARGE = Sizes()
 """One regime with all that is asked of the first one, speeds on 60 photographs; two hours of one
 core."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
 SIZES = {
-    "whole": Sizes(),
     "large": LARGE,
     "middle": MIDDLE,
     "small": SMALL,
@@ -88,7 +87,7 @@ SIZES = {
 
 
 class Photos:
-    """The built model, the photographs, and the full model's answers to them."""
+    """The photo model, the photographs, and the full model's answers to them."""
 
     def __init__(
         self, built: tuple[Any, Any], data: Path, sizes: Sizes, depths: Sequence[int]

@@ -1,4 +1,4 @@
-"""Train exits on the built model in several regimes, and measure what each is worth on photographs.
+"""Train exits on the photo model in several regimes, and measure what each is worth on photographs.
 
 Photographs to train exits on are of the training splits; the held-out ones are halved, and what is
 chosen on one half is measured on the other. Every regime's figures are written as soon as they are
@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from examples.photo_vlm.caption import load
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.evaluate import LONGEST
+from examples.photo_vlm.evaluate import LONGEST, load
 from examples.photo_vlm.held_out import (
     DRAFTS,
     REGIMES,
@@ -183,18 +182,18 @@ def assemble(place: Path, size: str, depths: Sequence[int]) -> dict[str, Any]:
 
 @command
 def main() -> None:
-    parser = parser_of("measure", "--regimes unsupervised", str(__doc__), "data", "work", "model")
+    parser = parser_of("measure", "--regimes unsupervised", str(__doc__), "data", "work")
     parser.add_argument(
         "--regimes", nargs="+", default=list(REGIMES), metavar="REGIME",
         help="without --size small, more is measured of the first one (default: all)",
     )  # fmt: skip
-    parser.add_argument("--depths", type=int, nargs="+", default=(8,), help="of the exits")
+    parser.add_argument("--depths", type=int, nargs="+", default=(4,), help="of the exits")
     parser.add_argument(
-        "--size", choices=SIZES, default="whole",
+        "--size", choices=SIZES, default="large",
         help="large: one regime in two hours; middle: in one; modest: in ten minutes; small: to "
         "hold regimes against each other; quick: only to try it out",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("lab/records/photo.json"))
+    parser.add_argument("--out", type=Path, default=Path("lab/records/photo-exits.json"))
     parser.add_argument(
         "--ship", type=Path, metavar="FOLDER", help="save the first regime's exits there"
     )
@@ -203,14 +202,14 @@ def main() -> None:
         raise InputError(
             f"Regime {', '.join(sorted(unknown))} is not known.", f"Known: {', '.join(REGIMES)}."
         )
-    size, model = arguments.size, arguments.model
+    size = arguments.size
     depths = "-".join(map(str, arguments.depths))
     place = arguments.work / f"measured-{size}-{depths}"
 
-    def photographs(dtype: Any) -> Photos:
-        return Photos(load(model, dtype), arguments.data, SIZES[size], arguments.depths)
+    def photographs(dtype: str) -> Photos:
+        return Photos(load(dtype), arguments.data, SIZES[size], arguments.depths)
 
-    photos = photographs("auto")
+    photos = photographs("bfloat16")
     if not (place / "full.json").is_file():
         write_json(place / "full.json", full_figures(photos))
     for regime in arguments.regimes:
@@ -226,7 +225,7 @@ def main() -> None:
             write_json(worn, damaged(photos, early))
     if size != "small":
         first = arguments.regimes[0]
-        early = first_of_all(photos, lambda: photographs(torch.float32), first, place)
+        early = first_of_all(photos, lambda: photographs("float32"), first, place)
         if arguments.ship is not None:
             early.save(arguments.ship)
     if size != "quick":

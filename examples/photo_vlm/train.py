@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from examples.photo_vlm.build import BRIDGE
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import LONGEST, accuracy, answers_from_features, caption_figures
 from examples.photo_vlm.learn import (
@@ -278,7 +277,7 @@ def _spread(examples: list[Example], count: int) -> list[Example]:
 def start_bridge(
     config: PhotoTowerConfig, before: Mapping[str, Tensor] | None, table: Tensor
 ) -> Bridge:
-    """A bridge with the words' embeddings; the rest of it new, or that of an earlier bridge."""
+    """A bridge with the words' embeddings; the rest of it new, or as it was learnt `before`."""
     bridge = Bridge(config)
     for parameter in bridge.projector.parameters():
         if parameter.ndim > 1:
@@ -293,18 +292,16 @@ def start_bridge(
 
 
 def learnt_before(start: Path) -> dict[str, dict[str, Tensor]]:
-    """Bridge and low-rank updates of a folder: an earlier bridge's, or one that `export` wrote.
+    """Bridge and low-rank updates of a folder that `export` wrote.
 
     Raises:
-        DataError: the folder holds neither.
+        DataError: the folder holds none.
     """
     from safetensors.torch import load_file
 
-    if (start / "bridge.safetensors").is_file():
-        return {"bridge": load_file(start / "bridge.safetensors")}
     if not (start / WEIGHTS).is_file():
         raise DataError(
-            f"{start} holds no {WEIGHTS} and no bridge.safetensors.",
+            f"{start} holds no {WEIGHTS}.",
             "Name a folder that `export` wrote, such as photo-model/offramp_photo.",
         )
     groups: dict[str, dict[str, Tensor]] = {}
@@ -430,20 +427,15 @@ def _say(text: str) -> None:
 def main() -> None:
     parser = options_of("train", "--steps 4000", str(__doc__), 4000)
     parser.add_argument(
-        "--start", type=Path, default=BRIDGE, metavar="DIR",
-        help="what to start from: an earlier bridge, or what `export` wrote, as "
-        "photo-model/offramp_photo (default: %(default)s)",
+        "--start", type=Path, metavar="DIR",
+        help="what `export` wrote, as photo-model/offramp_photo, to start from (default: a bridge "
+        "that knows nothing)",
     )  # fmt: skip
-    parser.add_argument(
-        "--anew", action="store_true", help="start from a bridge that knows nothing"
-    )
     arguments = parser.parse_args()
     named = arguments.work / "words.json"
-    if not arguments.anew and not named.is_file():
-        known = arguments.start / CARD  # its words stand in its own order
-        if known.is_file():
-            write_json(named, read_json(known)["words"])
-    before = {} if arguments.anew else learnt_before(arguments.start)
+    before = {} if arguments.start is None else learnt_before(arguments.start)
+    if before and not named.is_file():
+        write_json(named, read_json(arguments.start / CARD)["words"])  # in the order learnt
     trainer, validation, _ = prepared(Trainer, Settings(arguments.steps), before, arguments)
     go(trainer, validation, "state", arguments)
 

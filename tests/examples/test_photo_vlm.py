@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import photo as stand_ins
 import pytest
 import torch
-from examples.photo_vlm import build, evaluate, export, learn, photos, rows, train, words
+from examples.photo_vlm import evaluate, export, learn, photos, rows, train, words
 from examples.photo_vlm.photos import Features, cache_features
-from examples.photo_vlm.vision import LiteTowerConfig
-from photo import END, IMAGE, language, tokenizer
+from photo import END, language, tokenizer
 from photo import TOWER as PHOTO
 from PIL import Image
 from safetensors.torch import save_file
 
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError
+from offramp.models.backbone import Backbone
+from offramp.models.hub import load_processor
+from offramp.models.input_processor import InputProcessor
+from offramp.models.photo import build as product
 from offramp.models.photo.build import add_updates, image_processor
 from offramp.models.photo.tower import Bridge, EfficientNetLite0
 
-TOWER = LiteTowerConfig(hidden_size=16, layers=1, heads=2, grid=2, queries=1)
 SETTINGS = train.Settings(
     steps=3, captioned=2, ask_every=2, length=96, asked_length=96, rank=2, vary=0.5
 )
@@ -341,34 +344,16 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert rates[60:] == sorted(rates[60:], reverse=True) and rates[-1] == pytest.approx(0.01)
 
 
-def test_a_new_bridge_leaves_the_language_model_causal() -> None:
-    lm = language()
-    build.new_bridge(lm.config, TOWER)
-    inputs = torch.randn(1, 7, 32)
-    whole = lm(inputs_embeds=inputs).logits
-    torch.testing.assert_close(lm(inputs_embeds=inputs[:, :4]).logits, whole[:, :4])
-
-
 # -- the whole model --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `build` writes it, with random weights."""
-    torch.manual_seed(5)
-    lm = language()
-    build_parts = (lm, EfficientNetLite0().eval(), build.new_bridge(lm.config, TOWER), TOWER)
-    model = build.assemble(*build_parts, image_token=IMAGE)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    build.new_processor(tokenizer(), TOWER).save_pretrained(folder)
-    return folder
-
-
-def test_a_built_folder_answers_as_training_saw_it(whole: Path) -> None:
-    from examples.photo_vlm.caption import answer, load
-
-    backbone, encoder = load(whole)
+def test_the_built_model_answers_as_training_saw_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins.use_stand_ins(monkeypatch)
+    folder = product.built_folder(stand_ins.trained(tmp_path / "data"), tmp_path / "cache")
+    backbone = Backbone.from_pretrained(folder, dtype=torch.float32)
+    encoder = InputProcessor(backbone, load_processor(str(folder)))
     rng = np.random.default_rng(0)
     examples = [
         Example(
@@ -376,64 +361,31 @@ def test_a_built_folder_answers_as_training_saw_it(whole: Path) -> None:
         )
         for prompt in ("Caption:", "Question: what is on the desk ? Answer:")
     ]
-    tower, projector = backbone.vision, backbone.model.model.multi_modal_projector
     pixels = image_processor()([e.open_image() for e in examples], return_tensors="pt")
+    tower: Any = backbone.vision
     features = tower.net(pixels["pixel_values"])
+    visual = tower.bridge(features, tower.detector(words.WordDetector.pooled(features)))
     lm = language()
     lm.model.load_state_dict(backbone.stack.state_dict())
-    batches = iter([(projector(tower.neck(features)), [e.prompt for e in examples])])
+    batches = iter([(visual, [e.prompt for e in examples])])
     said = evaluate.answers_from_features(lm, encoder.tokenizer, batches, 6)
-    assert answer(backbone, encoder, examples, 6) == said
-
-
-def test_a_missing_model_says_how_to_build_it(tmp_path: Path) -> None:
-    from examples.photo_vlm.caption import load
-
-    with pytest.raises(InputError, match=r"examples\.photo_vlm\.build"):
-        load(tmp_path)
-
-
-def test_a_bridge_comes_back_in_bfloat16(tmp_path: Path) -> None:
-    lm = language()
-    bridge = build.new_bridge(lm.config, TOWER)
-    build.save_bridge(bridge, tmp_path / "bridge", {"tower": TOWER_FIELDS})
-    loaded, tower = build.load_bridge(tmp_path / "bridge", lm.config)
-    assert tower.tokens == TOWER.tokens
-    for one, other in zip(bridge.parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(one.bfloat16(), other.bfloat16())
-
-
-def test_a_damaged_bridge_is_refused(tmp_path: Path) -> None:
-    lm = language()
-    build.save_bridge(build.new_bridge(lm.config, TOWER), tmp_path, {"tower": TOWER_FIELDS})
-    file = tmp_path / "bridge.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match="holds no whole bridge"):
-        build.load_bridge(tmp_path, lm.config)
+    assert evaluate.answer(backbone, encoder, examples, 6) == said
 
 
 def test_what_is_exported_is_what_the_photo_model_is_built_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import photo
-    from safetensors.torch import save_file
-
-    from offramp.models.photo import build as product
-
     one = trainer()
     one.run(2, lambda row: True)
     detector = one.detectors.whole.state_dict()
     tensors = export.weights_of(one.weights(), detector)
     save_file(tensors, tmp_path / product.WEIGHTS)
     digest = product.digest_file(tmp_path / product.WEIGHTS)
-    product.write_json(tmp_path / product.CARD, {"tower": photo.FIELDS, "sha256": digest})
-    photo.use_stand_ins(monkeypatch)
+    product.write_json(tmp_path / product.CARD, {"tower": stand_ins.FIELDS, "sha256": digest})
+    stand_ins.use_stand_ins(monkeypatch)
     assert (product.built_folder(tmp_path, tmp_path / "cache") / "config.json").is_file()
 
 
 def test_accuracy_takes_any_of_the_right_answers() -> None:
     question = Example(Image.new("RGB", (1, 1)), "", ("Red", "blue"), key="q")
     assert evaluate.accuracy([" red", "green"], [question, question]) == 0.5
-
-
-TOWER_FIELDS = {"hidden_size": 16, "layers": 1, "heads": 2, "grid": 2, "queries": 1}

@@ -17,13 +17,10 @@ from offramp.storage import write_atomic
 from offramp_lab.experiments.comparison.equal_quality import drawn
 from offramp_lab.places import DOCS
 from offramp_lab.tables.markdown import KINDS, by, record, tiny
-from offramp_lab.tables.photographs import METHODS, curves
+from offramp_lab.tables.photographs import EXITS, METHODS, REGIMES, curves
 from offramp_lab.tables.speed import PEERS
 
 AT = "0.01"
-SHORT = ("unsupervised, distillation alone", "100% labels", "10% labels")
-"""Of the regimes that were trained alike, those that are drawn; the table has all. The points of
-"unsupervised" were measured without an interval."""
 
 
 def plots() -> dict[str, tuple[str, str]]:
@@ -126,13 +123,15 @@ def methods() -> str:
 
 def regimes() -> str:
     """CIDEr kept, with its interval, against measured speed at the thresholds of each regime."""
-    shown = {f"{name}, long": regime for name, regime in record("photo")["regimes"].items()}
-    short = record("photo-regimes-earlier")["regimes"]
-    shown |= {name: short[name] for name in SHORT}
+    named = {name: ", briefly" for name in REGIMES} | {EXITS: ", ships"}
     series = {
-        name: [(1.0, 1.0, 1.0, 1.0), *(kept(p) for p in regime["points"] if p["thresholds"])]
-        for name, regime in shown.items()
-    }
+        f"{name} at {found['depths'][0]}{how}": [
+            (1.0, 1.0, 1.0, 1.0), *(kept(p) for p in regime["points"] if p["thresholds"])
+        ]
+        for file, how in named.items()
+        for found in [record(file)]
+        for name, regime in found["regimes"].items()
+    }  # fmt: skip
     return tradeoff(series, "CIDEr, of the full model's")
 
 

@@ -19,7 +19,6 @@ PAGES = (
     "docs/defaults-results.md",
     "docs/adversary-results.md",
     "docs/photographs.md",
-    "docs/earlier-photographs.md",
     "docs/end-to-end.md",
     "docs/end-to-end-results.md",
     "docs/batch-engine.md",

@@ -44,7 +44,7 @@ from offramp_lab.experiments.experiment import Rates, same, times
 from offramp_lab.experiments.word_triples import DraftTable, TableRuntime, table_generate
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.subjects import exits_of, halves, load_photo
+from offramp_lab.records.subjects import halves, load_photo, photo_exits
 
 RECORD = Record("drafts")
 AT_ONCE = 16
@@ -187,10 +187,10 @@ def main() -> None:
         packed=False, gguf="",
     )  # fmt: skip
     dtype = getattr(torch, arguments.dtype)
-    adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)
+    adapter, encoder = load_photo(arguments.adapter, dtype)
     if not adapter.exits.draft_on:
         raise InputError(
-            f"The exits in {exits_of(arguments.photo, arguments.adapter)} do not draft on.",
+            f"The exits in {photo_exits(arguments.adapter)} do not draft on.",
             "Teach them: offramp train --drafting ADAPTER.",
         )
     if arguments.packed:

@@ -279,8 +279,7 @@ def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=100, questions=100, more=_more)
     work = RUNS / RECORD.name
     adapters = {
-        tower: load_photo(arguments.photo, arguments.adapter, torch.float32, vision=tower)
-        for tower in TOWERS
+        tower: load_photo(arguments.adapter, torch.float32, vision=tower) for tower in TOWERS
     }
     assert all(adapter.backbone.vision_engine == t for t, (adapter, _) in adapters.items())
     encoder = adapters[TOWERS[0]][1]

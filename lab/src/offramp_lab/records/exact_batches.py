@@ -38,7 +38,7 @@ def main() -> None:
     entries = []
     for dtype in (torch.bfloat16, torch.float32):
         for way in WAYS:
-            adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)
+            adapter, encoder = load_photo(arguments.adapter, dtype)
             if way == "exact":
                 adapter = adapter.with_exact_batches()
             else:

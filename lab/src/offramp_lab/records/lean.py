@@ -2,10 +2,10 @@
 lab/records.
 
 One thread, float32. Hugging Face's `generate`, exits on the stack itself, without the stack's own
-code, and compiled, in turn, on the photo model (`python -m examples.photo_vlm.build` makes it) and
-on a tiny OPT; once as they are, and once with matrix products left out, so that what remains is
-overhead. On the stack and without its code through eight slots of the batch engine as well.
-`python -m offramp_lab.records.lean` takes eight minutes.
+code, and compiled, in turn, on the photo model and on a tiny OPT; once as they are, and once with
+matrix products left out, so that what remains is overhead. On the stack and without its code
+through eight slots of the batch engine as well. `python -m offramp_lab.records.lean` takes eight
+minutes.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def measure_slots(case: Case, rounds: int, modes: Sequence[str]) -> list[dict[st
     return Experiment(methods, rounds=rounds, warm=1).entries(WAY, in_cpu_milliseconds)
 
 
-def photo_model(model: Path, exits: Path | None, data: Path, prompts: int) -> Case:
+def photo_model(exits: Path | None, data: Path, prompts: int) -> Case:
     """The photo model with its shipped exits and thresholds."""
-    adapter, encoder = load_photo(model, exits)
+    adapter, encoder = load_photo(exits)
     examples = read_photographs(data)["captions_val"][:prompts]
     inputs = [encoder.prompts([example]) for example in examples]
     modes = policies(adapter.policy)
@@ -196,7 +196,7 @@ def main() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that code is made
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # by processes whose time is counted
     load_before = os.getloadavg()[0]
-    photo = photo_model(arguments.photo, arguments.adapter, arguments.data, arguments.prompts)
+    photo = photo_model(arguments.adapter, arguments.data, arguments.prompts)
     tiny = tiny_opt()
     record = {
         "tokens": TOKENS,

@@ -1,11 +1,10 @@
 """What weights in 8 and 4 bits are worth, and prepacked ones, with exits and without, on the photo
 model in PyTorch; rewrites quantised.json in lab/records.
 
-One thread. `python -m offramp_lab.records.quantised` needs the model that `python -m
-examples.photo_vlm.build` makes and the photographs it names. Parts, each kept in runs/quantised for
-the others: kernels (a minute), timings (five minutes, on a quiet machine), answers (a quarter of an
-hour) and calibrated (half an hour); what was answered already is not asked again. `--parts timings`
-measures only these.
+One thread. `python -m offramp_lab.records.quantised` needs the photographs. Parts, each kept in
+runs/quantised for the others: kernels (a minute), timings (ten minutes, on a quiet machine),
+answers (a quarter of an hour) and calibrated (half an hour); what was answered already is not asked
+again. `--parts timings` measures only these.
 """
 
 from __future__ import annotations
@@ -82,7 +81,6 @@ class Bench:
     @classmethod
     def of(
         cls,
-        model: Path,
         exits: Path | None,
         photographs: Sequence[Example],
         formats: Iterable[str],
@@ -91,7 +89,7 @@ class Bench:
         adapters, encoders = {}, {}
         for name in formats:
             dtype, word = HOW[name.removesuffix(PREPACKED)]
-            adapters[name], encoders[name] = load_photo(model, exits, dtype, word)
+            adapters[name], encoders[name] = load_photo(exits, dtype, word)
             if name.endswith(PREPACKED):
                 adapters[name].prepack()
         return cls(adapters, encoders["float32"], photographs)
@@ -235,12 +233,12 @@ def _microseconds(linears: Sequence[Any], states: torch.Tensor, _: None) -> floa
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, photographs=100, calibrated=200, timed=3, rounds=3, parts=Some(PARTS)
+        __doc__, photo=True, photographs=100, calibrated=200, timed=50, rounds=1, parts=Some(PARTS)
     )
     choosing, measuring = halves(arguments.data)
 
     def bench(count: int, formats: Iterable[str]) -> Bench:
-        return Bench.of(arguments.photo, arguments.adapter, measuring[:count], formats)
+        return Bench.of(arguments.adapter, measuring[:count], formats)
 
     made: dict[str, Callable[[], Any]] = {
         "kernels": kernels,

@@ -1,7 +1,7 @@
 """Exits beside quantised backbones, scheme by scheme: load, train, calibrate, save, load, decode.
 
     python -m offramp_lab.records.quantised_models                # the tiny OPT, every scheme
-    python -m offramp_lab.records.quantised_models --photo photo  # the photo model, int8 and int4
+    python -m offramp_lab.records.quantised_models --photo        # the photo model, int8 and int4
     python -m offramp_lab.pages.readme                            # the tables of the pages
 
 Photographs are read from --data. A scheme whose package is missing, or that does not run on this
@@ -35,7 +35,7 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.models.hub import load_processor
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.weights import scheme
-from offramp.models.shipped import is_photo, tiny_folder
+from offramp.models.shipped import tiny_folder
 from offramp.storage import write_json
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
@@ -163,16 +163,13 @@ def _tiny() -> Model:
     return Model(tiny_folder("opt"), captions("calibration", 2 * IMAGES).examples)
 
 
-def _photo(folder: Path, data: Path) -> Model:
-    import examples.photo_vlm.vision  # noqa: F401  registers the earlier model's tower
+def _photo(data: Path) -> Model:
     from examples.photo_vlm.rows import read_photographs
 
-    if is_photo(str(folder)):
-        from offramp.models.photo.build import built_folder
+    from offramp.models.photo.build import built_folder
 
-        folder = built_folder()
     found = {example.group: example for example in read_photographs(data)["captions_val"]}
-    return Model(folder, [*found.values()][: 2 * IMAGES])
+    return Model(built_folder(), [*found.values()][: 2 * IMAGES])
 
 
 # -- one scheme ------------------------------------------------------------------------------------
@@ -276,8 +273,8 @@ def main() -> None:
         more=lambda parser: parser.add_argument("schemes", nargs="*", help="run these alone"),
     )
     warnings.filterwarnings("ignore")
-    on_photographs = arguments.photo is not None
-    model = _photo(arguments.photo, arguments.data) if on_photographs else _tiny()
+    on_photographs = arguments.photo
+    model = _photo(arguments.data) if on_photographs else _tiny()
     plain, encoder = model.load()
     some = model.examples[IMAGES:][:PROMPTS]
     told = [

@@ -74,17 +74,17 @@ def asked(
 ) -> argparse.Namespace:
     """The arguments of a command; torch then runs in one thread.
 
-    photo: whether it is of the photo model, and its exits; False: that may be named. dtype: its
-    default. out: the file that is written if no other is named. clock: whether seconds may be those
-    of the thread; the arguments then have `clock`. options: others, by name, with their defaults: a
-    number or text, several of them, `Some`, or False for what is on once it is named. more: adds
-    what else there is.
+    photo: whether it is of the photo model, whose exits may be others; False: that may be asked
+    for. dtype: its default. out: the file that is written if no other is named. clock: whether
+    seconds may be those of the thread; the arguments then have `clock`. options: others, by name,
+    with their defaults: a number or text, several of them, `Some`, or False for what is on once it
+    is named. more: adds what else there is.
     """
     parser = argparse.ArgumentParser(description=doc)
     if photo is not None:
-        from offramp_lab.records.subjects import PHOTO, add_photo
-
-        add_photo(parser, PHOTO if photo else None)
+        if not photo:
+            parser.add_argument("--photo", action="store_true", help="the photo model")
+        parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="its exits")
         parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")
     if dtype is not None:
         parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16"))

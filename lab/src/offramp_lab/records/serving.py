@@ -8,8 +8,8 @@ with a core more for the clients: `taskset -c 0,1 python -m offramp_lab.records.
 minutes).
 
 The model is tiny-opt, whose layers take a tenth of a millisecond: the harshest case for what Python
-does around them. --photo photo: the photo model in bfloat16, on photographs of --data, in its
-place. --requests: for each number of clients and mode. --rounds: of all.
+does around them. --photo: the photo model in bfloat16, on photographs of --data, in its place.
+--requests: for each number of clients and mode. --rounds: of all.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.records.record import Record, Some, asked
-from offramp_lab.records.subjects import Subject, exits_of, load_photo, tiny_with
+from offramp_lab.records.subjects import Subject, load_photo, photo_exits, tiny_with
 
 RECORD = Record("serving")
 CLIENTS = (1, 2, 4, 8, 16, 32)
@@ -70,16 +70,14 @@ def tiny() -> tuple[Subject, list[str]]:
 
 
 def photo(arguments: argparse.Namespace) -> tuple[Subject, list[str]]:
-    model, data = arguments.photo, arguments.data
-    exits = exits_of(model, arguments.adapter)
-    adapter, encoder = load_photo(model, exits, torch.bfloat16)
+    data, exits = arguments.data, photo_exits(arguments.adapter)
+    adapter, encoder = load_photo(exits, torch.bfloat16)
     rows = (data / "flickr8k_captions.jsonl").read_text(encoding="utf-8").splitlines()[-32:]
     asked = [
         Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))
         for n, row in enumerate(rows)
     ]
-    words = ["examples.photo_vlm.exits", "serve", str(exits)]
-    words += ["--backbone", str(model), "--dtype", "bfloat16"]
+    words = ["offramp.cli", "serve", str(exits), "--backbone", "photo", "--dtype", "bfloat16"]
     return Subject("photo model", adapter, encoder, asked, TOKENS), words
 
 

@@ -1,5 +1,5 @@
-"""The models with exits that records are of: those that ship, or a model of photographs that
-`python -m examples.photo_vlm.build` made; and images that no one trained or chose thresholds on."""
+"""The models with exits that records are of, those that ship; and images that no one trained or
+chose thresholds on."""
 
 from __future__ import annotations
 
@@ -10,49 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.photo_vlm import caption
-from examples.photo_vlm.evaluate import LONGEST
+from examples.photo_vlm.evaluate import LONGEST, load
 from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions, questions
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import is_photo, load_tiny, shipped_exits, tiny_exits
-
-PHOTO = Path("photo")
+from offramp.models.shipped import load_tiny, shipped_exits, tiny_exits
 
 
-def add_photo(parser: argparse.ArgumentParser, default: Path | None = PHOTO) -> None:
-    """Options `--photo` and `--adapter`."""
-    parser.add_argument(
-        "--photo", "--model", type=Path, default=default, metavar="MODEL",
-        help="photo, or the folder of a built model (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--adapter", type=Path, metavar="FOLDER", help="exits (default: those of the model)"
-    )
-
-
-def exits_of(model: Path, adapter: Path | None = None) -> Path:
-    """The folder of its exits: those asked for, or those that are kept with it."""
-    if adapter is not None:
-        return adapter
-    shipped = shipped_exits("photo") if is_photo(str(model)) else caption.ADAPTER
-    assert shipped is not None, "the photo model is there"
-    return shipped
+def photo_exits(adapter: Path | None = None) -> Path:
+    """The folder of exits that was asked for, or that of those that ship with the photo model."""
+    exits = adapter or shipped_exits("photo")
+    assert exits is not None, "the photo model is there"
+    return exits
 
 
 def load_photo(
-    model: Path,
     adapter: Path | None = None,
     dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
     vision: str = "torch",
 ) -> tuple[Adapter, Any]:
-    """The model with exits, and its encoder. vision: what runs the tower."""
-    backbone, encoder = caption.load(model, dtype, quantize, vision)
-    return Adapter.load(exits_of(model, adapter), backbone), encoder
+    """The photo model with exits, and its encoder. vision: what runs the tower."""
+    backbone, encoder = load(str(dtype).removeprefix("torch."), quantize, vision)
+    return Adapter.load(photo_exits(adapter), backbone), encoder
 
 
 def tiny_with(kind: str, exits: Path | None = None) -> tuple[Adapter, InputProcessor]:
@@ -97,5 +80,5 @@ def photo(arguments: argparse.Namespace) -> Subject:
     figures are measured."""
     dtype = getattr(torch, arguments.dtype)
     examples = halves(arguments.data)[1][: arguments.images]
-    model = load_photo(arguments.photo, arguments.adapter, dtype)
+    model = load_photo(arguments.adapter, dtype)
     return Subject("photo model", *model, examples, LONGEST["captions"])

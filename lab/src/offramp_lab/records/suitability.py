@@ -3,9 +3,9 @@ suitability.json in lab/records.
 
 On 200 prompts without labels: the exits that ship for the tiny OPT (scenes, float32) and for the
 photo model (photographs, bfloat16); those that `offramp demo --backbone t5` leaves in runs/demo;
-and three others of the photo model, as `python -m examples.photo_vlm.measure --model photo
---regimes unsupervised --work runs/photo-exits` leaves them with `--size large --depths 8`, `--size
-small --depths 8` and `--size small --depths 4`. Trained exits are read along the full model's
+and three others of the photo model, as `python -m examples.photo_vlm.measure --regimes unsupervised
+--work runs/photo-exits` leaves them with `--depths 8`, `--size small --depths 8` and `--size small
+--depths 4`. Trained exits are read along the full model's
 answers to other prompts, and decode 50 of these, beside full depth, for their speed. One thread.
 `python -m offramp_lab.records.suitability` takes half an hour; `--parts opt photo-speeds` makes
 some of its parts again.
@@ -41,7 +41,7 @@ from offramp.storage import read_json
 from offramp_lab.experiments.experiment import Experiment, bar
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked
-from offramp_lab.records.subjects import PHOTO, halves, load_photo, tiny_with
+from offramp_lab.records.subjects import halves, load_photo, tiny_with
 
 RECORD = Record("suitability")
 PROMPTS, TIMED = 200, 50
@@ -77,7 +77,7 @@ def tiny(kind: str) -> Case:
 
 def photo(data: Path, exits: Path | None = None, planned: int = 6000) -> Case:
     asked, held_out = (half[:PROMPTS] for half in halves(data))
-    model = load_photo(PHOTO, exits, dtype=torch.bfloat16)
+    model = load_photo(exits, dtype=torch.bfloat16)
     return Case(*model, asked, held_out, planned=planned, longest=30)
 
 

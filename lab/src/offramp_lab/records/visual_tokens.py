@@ -280,7 +280,7 @@ def _median(found: Sequence[Any]) -> Any:
 def captioned(arguments: argparse.Namespace) -> dict[str, Any]:
     """How alike captions are to the full model's, and to people's, where visual tokens stay behind
     by each ranking; of thresholds that ship, and where no token exits."""
-    adapter, encoder = load_photo(arguments.photo, arguments.adapter, torch.float32)
+    adapter, encoder = load_photo(arguments.adapter, torch.float32)
     examples = halves(arguments.data)[1][: arguments.photographs]
     options: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
     shipped = adapter.policy

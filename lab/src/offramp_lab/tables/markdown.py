@@ -16,7 +16,6 @@ from offramp_lab.places import LAB, RECORDS, ROOT
 
 ELSEWHERE = {
     "recipe": LAB / "src" / "offramp_lab" / "recipes" / "tiny_vlm" / "record.json",
-    "bridge": ROOT / "examples" / "photo_vlm" / "bridge" / "bridge.json",
     "photo-card": ROOT / "photo-model" / "offramp_photo" / "card.json",
 }
 """Records that lie beside what they are about."""

@@ -1,6 +1,6 @@
 """The model of photographs: quality, thresholds, lossless mode, corruptions, depth, methods."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,28 +10,15 @@ from offramp_lab.experiments.comparison.equal_quality import LEVELS, ahead
 from offramp_lab.tables.comparison import equal_quality, speed
 from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, level, record, with_range
 
-
-def _photo() -> Any:
-    return record("photo")
+EXITS = "photo-exits"
+"""The record of the exits that ship."""
+EARLIER = "photo"
+"""That of a model which shipped before; what made it is in this repository's history."""
 
 
 def _first(found: Value) -> Any:
     """Of a record of exits on photographs, the regime of which most was measured."""
     return found["regimes"][found["first"]]
-
-
-def full_model() -> Table:
-    """What the model itself reaches."""
-    full = _photo()["full"]
-    titles = {"cider": "CIDEr", "bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L"}
-    rows = [(title, f"{full[name]:.3f}") for name, title in titles.items()]
-    rows.append(("DAQUAR accuracy", f"{full['daquar_accuracy']:.1%}"))
-    return Table(("metric", "full model"), rows)
-
-
-def bridge() -> Table:
-    """The earlier model's quality on the way, on photographs of the choosing half."""
-    return _trained(record("bridge")["curve"])
 
 
 def stages() -> Table:
@@ -44,31 +31,24 @@ def stages() -> Table:
         for stage in record("photo-card")["stages"]
         for row in stage["curve"]
     ]
-    return _trained(rows, {"captions learnt from": lambda row: row["learnt from"]})
-
-
-def _trained(
-    rows: Sequence[Value], first: Mapping[str, Callable[[Value], str]] | None = None
-) -> Table:
-    """With minutes where they are kept."""
-    told: dict[str, Callable[[Value], str]] = {
-        **(first or {}),
-        "step": lambda row: f"{row['step']:,}",
-        "CPU minutes": lambda row: _minutes(row["cpu_seconds"]),
-        "CIDEr": lambda row: f"{row['CIDEr']:.3f}",
-        "BLEU-4": lambda row: f"{row['Bleu_4']:.3f}",
-        "DAQUAR accuracy": lambda row: f"{row['accuracy']:.1%}",
-    }
-    if "cpu_seconds" not in rows[0]:
-        del told["CPU minutes"]
-    return Table.of(rows, told)
+    return Table.of(
+        rows,
+        {
+            "captions learnt from": lambda row: row["learnt from"],
+            "step": lambda row: f"{row['step']:,}",
+            "CPU minutes": lambda row: _minutes(row["cpu_seconds"]),
+            "CIDEr": lambda row: f"{row['CIDEr']:.3f}",
+            "BLEU-4": lambda row: f"{row['Bleu_4']:.3f}",
+            "DAQUAR accuracy": lambda row: f"{row['accuracy']:.1%}",
+        },
+    )
 
 
 def photo_model() -> Table:
     """The photo model, what it was before reinforcement, and the earlier one, on the half of the
     photographs that chose nothing."""
     ours, before = record("photo-model"), record("photo-model-before")
-    earliest = _photo()["regimes"]["unsupervised"]["points"][0]
+    earliest = record(EARLIER)["regimes"]["unsupervised"]["points"][0]
 
     def count(record: Value, decoding: str = "greedy") -> str:
         return f"{record['captions'][decoding]['count']:,}"
@@ -96,14 +76,14 @@ def _ranged(figure: Value, form: str) -> str:
     return with_range(value, figure["interval"], form) if figure["interval"] else value
 
 
-def thresholds(name: str, regime: str) -> Table:
+def thresholds() -> Table:
     """What was chosen on one half of the photographs, measured on the other."""
 
     def on(form: Callable[[Value], str], off: str = "") -> Callable[[Value], str]:
         return lambda row: form(row) if row["thresholds"] else off
 
     return Table.of(
-        record(name)["regimes"][regime]["points"],
+        _first(record(EXITS))["points"],
         {
             "chosen by": lambda row: row["chosen_by"],
             "thresholds": on(
@@ -148,8 +128,8 @@ def three_models() -> Table:
     """What an exit at depth 8 is worth on the earlier model, on the photo model before
     reinforcement, trained briefly and for long, and on the photo model; and the one at depth 4,
     which ships."""
-    names = ("photo-exits-short", "photo-exits-before", "photo-exits-8", "photo-exits")
-    found = _photo(), *map(record, names)
+    names = ("photo-exits-short", "photo-exits-before", "photo-exits-8", EXITS)
+    found = [record(name) for name in (EARLIER, *names)]
 
     def row(title: str, form: Callable[[Value], str]) -> tuple[str, ...]:
         return title, *(form(one) for one in found)
@@ -199,10 +179,10 @@ def _agreement(one: Value) -> float:
     return float(share)
 
 
-def lossless(name: str) -> Table:
+def lossless() -> Table:
     """Drafts that the full model verifies, in both precisions."""
     return Table.of(
-        (record(name)["lossless"], record(name)["lossless_bfloat16"]),
+        [record(EXITS)[name] for name in ("lossless", "lossless_bfloat16")],
         {
             "precision": lambda row: row["dtype"],
             "decoding": _decoding,
@@ -216,19 +196,26 @@ def lossless(name: str) -> Table:
     )
 
 
-def corrupted(name: str) -> Table:
-    """CIDEr under each corruption, of each regime's exits."""
-    by_regime = record(name)["damaged"]
-    first = next(iter(by_regime.values()))
-    told: dict[str, Any] = {"CIDEr, full": lambda name: f"{first[name]['cider_full']:.3f}"}
-    for regime, of in by_regime.items():
-        told[f"{regime}, early"] = lambda name, of=of: f"{of[name]['cider']:.3f}"
-        told[f"{regime}, drop"] = lambda name, of=of: f"{of[name]['cider_drop']:+.1%}"
-    return Table.of(first, {"corruption": str, **told})
+def corrupted() -> Table:
+    """CIDEr under each corruption."""
+    (found,) = record(EXITS)["damaged"].values()
+    return Table.of(
+        found,
+        {
+            "corruption": str,
+            "CIDEr, full": lambda name: f"{found[name]['cider_full']:.3f}",
+            "early": lambda name: f"{found[name]['cider']:.3f}",
+            "drop": lambda name: f"{found[name]['cider_drop']:+.1%}",
+        },
+    )
 
 
-def regimes(*names: str) -> Table:
-    """Regimes of equal training, side by side, of one record or of several."""
+REGIMES = ("photo-regimes", "photo-depth-4")
+"""The records of regimes that were trained briefly and alike."""
+
+
+def regimes() -> Table:
+    """Regimes of equal training, side by side."""
 
     def point(place: int, regime: Value) -> str:
         row = regime["points"][place]
@@ -236,7 +223,7 @@ def regimes(*names: str) -> Table:
 
     rows = [
         {"depths": record(name)["depths"], **regime}
-        for name in names
+        for name in REGIMES
         for regime in record(name)["regimes"].values()
     ]
     return Table.of(
@@ -251,9 +238,9 @@ def regimes(*names: str) -> Table:
     )
 
 
-def by_depth(name: str, every: int = 1) -> Table:
-    """Agreement and accuracy at every depth, or every few, teacher-forced."""
-    forced = record(name)["analysis"]["teacher_forced"]
+def by_depth(every: int = 4) -> Table:
+    """Agreement and accuracy at every few depths, teacher-forced."""
+    forced = record(EXITS)["analysis"]["teacher_forced"]
     columns = {
         f"{measure}, {title}": dict(
             zip(forced[kind][measure]["depths"], forced[kind][measure]["values"], strict=True)
@@ -316,27 +303,15 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f}"
 
 
-def _trained_minutes(regime: str) -> str:
-    return _minutes(_photo()["regimes"][regime]["training_seconds"])
-
-
 TABLES: dict[str, MakeTable] = {
-    "photo-full": full_model,
     "photo-model": photo_model,
     "photo-curve": stages,
-    "photo-bridge": bridge,
-    "photo-unsupervised": partial(thresholds, "photo", "unsupervised"),
-    "photo-pseudo-labels": partial(thresholds, "photo", "pseudo-labels"),
-    "photo-exits": partial(thresholds, "photo-exits", "unsupervised"),
+    "photo-exits": thresholds,
     "photo-both": three_models,
-    "photo-lossless": partial(lossless, "photo"),
-    "photo-exits-lossless": partial(lossless, "photo-exits"),
-    "photo-corrupted": partial(corrupted, "photo"),
-    "photo-exits-corrupted": partial(corrupted, "photo-exits"),
-    "photo-regimes": partial(regimes, "photo-regimes", "photo-depth-4"),
-    "photo-regimes-earlier": partial(regimes, "photo-regimes-earlier"),
-    "photo-depths": partial(by_depth, "photo"),
-    "photo-exits-depths": partial(by_depth, "photo-exits", every=4),
+    "photo-exits-lossless": lossless,
+    "photo-exits-corrupted": corrupted,
+    "photo-regimes": regimes,
+    "photo-exits-depths": by_depth,
     "photo-methods": methods,
     "photo-equal-quality": at_equal_quality,
 }
@@ -344,7 +319,4 @@ FIGURES: dict[str, Make] = {
     "photo-card-minutes": lambda: _minutes(
         sum(stage["trained"]["cpu_seconds"] for stage in record("photo-card")["stages"])
     ),
-    "bridge-minutes": lambda: _minutes(record("bridge")["seconds"]),
-    "photo-minutes-unsupervised": lambda: _trained_minutes("unsupervised"),
-    "photo-minutes-pseudo-labels": lambda: _trained_minutes("pseudo-labels"),
 }

@@ -1,7 +1,7 @@
 """How often an exit is right where it is not confident enough to exit: what guesses are worth.
 
     python -m offramp_lab.records.loads.guesses                  # tiny-opt with the exits that ship
-    python -m offramp_lab.records.loads.guesses --photo FOLDER   # and the built photo model
+    python -m offramp_lab.records.loads.guesses --photo          # and the photo model
 
 The full model's own greedy answers are read once more, and at each of their tokens the first exit
 is asked what it would have said and how sure it is. Rewrites these models in
@@ -39,7 +39,7 @@ def subjects(arguments: argparse.Namespace) -> Iterator[Subject]:
     yield tiny("opt", arguments.images)
     if arguments.t5:
         yield tiny("t5", arguments.images, Path(arguments.t5))
-    if arguments.photo is not None:
+    if arguments.photo:
         yield photo(arguments)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     @cache
     def loaded() -> tuple[Bench, Bench, Sequence[Example]]:
         """All photographs of the measuring half that are asked for, a few, and the other half."""
-        adapter, encoder = load_photo(arguments.photo, arguments.adapter)
+        adapter, encoder = load_photo(arguments.adapter)
         choosing, measuring = halves(arguments.data)
         some = measuring[: arguments.photographs]
         bench = Bench(adapter, encoder, some, RUNS / RECORD.name)

@@ -25,7 +25,7 @@ from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.photo_edge import hub_file, prompt_of
 from offramp_lab.records.runtimes.together import Answers, Rows, in_modes
 from offramp_lab.records.runtimes.ways import written
-from offramp_lab.records.subjects import exits_of, halves, load_photo
+from offramp_lab.records.subjects import halves, load_photo, photo_exits
 
 RECORD = Record("runtimes-edge-together", "runtimes.edge_together")
 CONTEXT, FORMATS = 256, ("q8_0", "q4_1")
@@ -33,8 +33,8 @@ CONTEXT, FORMATS = 256, ("q8_0", "q4_1")
 
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=52, slots=4)
-    exits = exits_of(arguments.photo, arguments.adapter)
-    adapter, encoder = load_photo(arguments.photo, exits)
+    exits = photo_exits(arguments.adapter)
+    adapter, encoder = load_photo(exits)
     held, size = halves(arguments.data)[1][: arguments.photographs], arguments.slots
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:

@@ -31,7 +31,7 @@ from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.storage import cache_folder
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.ways import ALONE, NEW, Way, alone, beside_alone, written
-from offramp_lab.records.subjects import exits_of, halves, load_photo
+from offramp_lab.records.subjects import halves, load_photo, photo_exits
 
 RECORD = Record("runtimes-photo-edge", "runtimes.photo_edge")
 FORMATS = "q8_0", "q4_1"
@@ -40,8 +40,8 @@ ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=
 
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=50)
-    exits = exits_of(arguments.photo, arguments.adapter)
-    adapter, encoder = load_photo(arguments.photo, exits)
+    exits = photo_exits(arguments.adapter)
+    adapter, encoder = load_photo(exits)
     held = halves(arguments.data)[1][: arguments.photographs]
     inputs = [encoder.prompts([example]) for example in held]
     entries: list[dict[str, Any]] = []

@@ -39,7 +39,7 @@ def main() -> None:
         __doc__, photo=True, dtype="float32", photographs=52, sequences=4, formats=("q8_0", "q4_1")
     )
     dtype = getattr(torch, arguments.dtype)
-    adapter, encoder = load_photo(arguments.photo, arguments.adapter, dtype)
+    adapter, encoder = load_photo(arguments.adapter, dtype)
     held = halves(arguments.data)[1][: arguments.photographs]
     size = arguments.sequences
     prompts = [encoder.prompts([example]) for example in held]
