@@ -33,12 +33,6 @@ Array = npt.NDArray[np.float32]
 
 
 @pytest.fixture
-def run_here() -> None:
-    if products.reason_against(library()._lib):
-        pytest.skip("the kernels do not run here")
-
-
-@pytest.fixture
 def opened(exported: Callable[..., Path]) -> Iterator[Callable[..., Segment]]:
     """`opened(formats, options)`: the tiny LLaVA's layers below its first exit."""
     made: list[Segment] = []
@@ -51,29 +45,6 @@ def opened(exported: Callable[..., Path]) -> Iterator[Callable[..., Segment]]:
     yield load
     for each in made:
         each.close()
-
-
-@pytest.fixture
-def anew() -> Iterator[Callable[[], None]]:
-    """`anew()`: what was compiled is forgotten, as it is before and after the test."""
-
-    def forget() -> None:
-        compiling.compiled.cache_clear()
-        products._native.cache_clear()
-
-    forget()
-    yield forget
-    forget()
-
-
-@pytest.fixture(params=["AVX-512", "AVX2"])
-def instructions(request: pytest.FixtureRequest, anew: Any, monkeypatch: Any) -> None:
-    """Kernels that were compiled for these alone."""
-    flags = {"AVX-512": products._AVX512, "AVX2": products._AVX2}[request.param]
-    monkeypatch.setattr(products, "_INSTRUCTIONS", (flags,))
-    if products._native() is None:
-        pytest.skip("the kernels do not run here")
-    assert kernels() == f"kernels of offramp for {request.param}"
 
 
 def given(by: Segment, sizes: list[int]) -> Array:

@@ -54,12 +54,6 @@ struct block {
     uint8_t integers[BLOCK];
 };
 
-static float half_at(const uint8_t * from) {
-    uint16_t half;
-    memcpy(&half, from, 2);
-    return _cvtsh_ss(half);
-}
-
 // Block b of a row in llama.cpp's memory.
 static struct block block_of(enum ggml_type type, const uint8_t * row, size_t b) {
     struct block block = {0};

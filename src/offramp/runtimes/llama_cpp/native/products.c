@@ -1,4 +1,4 @@
-// Products of weights and few tokens, in the place of llama.cpp's own.
+// Products of weights and few tokens, and their attention, in the place of llama.cpp's own.
 //
 // A token at a time is bound by reading weights, so tokens that catch up together should cost hardly
 // more than one; by llama.cpp's kernels two cost up to two and a half times as much. Here a weight is
@@ -6,7 +6,7 @@
 // to 8 bits in blocks of 32 for quantised weights, as llama.cpp does it, and stay float32 for others.
 //
 // A graph's node is taken over while llama.cpp asks its callback about it, before it is computed:
-// MUL_MAT becomes CUSTOM, an operation of ggml's public interface, with the same sources.
+// MUL_MAT or FLASH_ATTN_EXT becomes CUSTOM, an operation of ggml's public interface, with the same sources.
 
 #define _GNU_SOURCE
 #include <stdatomic.h>
@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "attention.h"
 #include "ggml-backend.h"
 #include "kernels.h"
 
@@ -21,14 +22,26 @@ enum { LINE = 64, HUGE_PAGE = 1 << 21, ARENA = 1 << 25 };  // bytes
 
 // -- ggml's nodes ------------------------------------------------------------------------------
 
+// What a node becomes.
+struct custom {
+    enum ggml_op op;
+    int32_t parameters[GGML_MAX_OP_PARAMS / sizeof(int32_t)];
+};
+
 struct weight {
     struct products * all;
     const struct ggml_tensor * tensor;
     enum ggml_type type;  // as it is packed
     size_t rows, columns;
     const uint8_t * packed;  // none: llama.cpp multiplies it
-    enum ggml_op op;         // what a node becomes
-    int32_t parameters[GGML_MAX_OP_PARAMS / sizeof(int32_t)];
+    struct custom custom;
+};
+
+// Attention by a scale, which a node's parameters no longer hold once it was taken over.
+struct scaled {
+    struct scaled * next;
+    float scale;
+    struct custom custom;
 };
 
 // -- weights that were seen ---------------------------------------------------------------------
@@ -44,8 +57,11 @@ struct products {
     struct weight ** seen;  // by the tensor's address, open addressing
     size_t slots, count, packed_bytes;
     struct arena { struct arena * next; size_t bytes, used; } * arenas;
+    struct scaled * scales;
     void * scratch;  // a node's activations, arranged by all threads together
     size_t scratch_bytes;
+    const struct ggml_tensor * arranged;  // the activations that are there, in this graph, and for which
+    enum ggml_type arranged_for;          // weights: several products read the same
     atomic_size_t arrived;  // threads that arranged their share, since the graph's nodes were asked about
 };
 
@@ -66,8 +82,13 @@ static void multiply(struct ggml_tensor * out, int thread, int threads, void * u
         groups * (thread + 1) / threads, out->nb[1] / sizeof(float), out->data,
     };
     struct products * all = weight->all;
-    arrange(weight->type, weight->columns, tokens, x->data, x->nb[1] / sizeof(float), all->scratch, thread, threads);
-    wait_for_all(all, threads);
+    if (all->arranged != x || all->arranged_for != weight->type) {
+        const size_t stride = x->nb[1] / sizeof(float);
+        arrange(weight->type, weight->columns, tokens, x->data, stride, all->scratch, thread, threads);
+        wait_for_all(all, threads);
+        all->arranged = x;
+        all->arranged_for = weight->type;
+    }
     const struct activations a = {tokens, all->scratch, all->scratch};
     multiply_packed(weight->type, &product, &a);
 }
@@ -99,6 +120,10 @@ void offramp_products_free(void * products) {
         next = arena->next;
         munmap(arena, arena->bytes);
     }
+    for (struct scaled * scaled = all->scales, * next; scaled; scaled = next) {
+        next = scaled->next;
+        free(scaled);
+    }
     free(all);
 }
 
@@ -123,6 +148,24 @@ static uint8_t * take(struct products * all, size_t bytes) {
     return memory;
 }
 
+// What makes a node call a function, as ggml's own constructor writes it. source: any.
+static struct custom custom_of(struct products * all, const struct ggml_tensor * source, ggml_custom_op_t function,
+                               void * user) {
+    struct ggml_context * context = all->init((struct ggml_init_params) {4096, NULL, true});
+    struct ggml_tensor * sources[] = {(struct ggml_tensor *) source};
+    const struct ggml_tensor * node =
+        all->custom(context, GGML_TYPE_F32, 1, 1, 1, 1, sources, 1, function, GGML_N_TASKS_MAX, user);
+    struct custom custom = {.op = node->op};
+    memcpy(custom.parameters, node->op_params, sizeof custom.parameters);
+    all->free(context);
+    return custom;
+}
+
+static void become(struct ggml_tensor * node, const struct custom * custom) {
+    node->op = custom->op;
+    memcpy(node->op_params, custom->parameters, sizeof node->op_params);
+}
+
 static void pack(struct products * all, struct weight * weight) {
     const struct ggml_tensor * tensor = weight->tensor;
     const size_t groups = (weight->rows + ROWS - 1) / ROWS;
@@ -134,14 +177,7 @@ static void pack(struct products * all, struct weight * weight) {
                   all->traits(tensor->type)->to_float, numbers, packed);
     free(numbers);
     if (!packed) return;
-    // What makes a node multiply by this weight, as ggml's own constructor writes it.
-    struct ggml_context * context = all->init((struct ggml_init_params) {4096, NULL, true});
-    struct ggml_tensor * sources[] = {(struct ggml_tensor *) tensor};
-    const struct ggml_tensor * node =
-        all->custom(context, GGML_TYPE_F32, 1, 1, 1, 1, sources, 1, multiply, GGML_N_TASKS_MAX, weight);
-    weight->op = node->op;
-    memcpy(weight->parameters, node->op_params, sizeof weight->parameters);
-    all->free(context);
+    weight->custom = custom_of(all, tensor, multiply, weight);
     weight->packed = packed;
     all->packed_bytes += bytes;
 #ifdef MADV_PAGEOUT
@@ -207,24 +243,86 @@ static bool has_room(struct products * all, const struct weight * weight, size_t
     return true;
 }
 
-// Take a node over, if it is a product that is known here.
-void offramp_products_offer(void * products, void * tensor) {
-    struct ggml_tensor * node = tensor;
-    if (node->op != GGML_OP_MUL_MAT) return;
+static void offer_product(struct products * all, struct ggml_tensor * node) {
     const struct ggml_tensor * w = node->src[0], * x = node->src[1];
     if (w->op != GGML_OP_NONE || x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || x->ne[2] != 1 ||
         x->ne[3] != 1 || node->type != GGML_TYPE_F32 || node->nb[0] != sizeof(float))
         return;
-    struct products * all = products;
     const struct weight * weight = weight_of(all, w);
     if (!weight || !weight->packed || !has_room(all, weight, x->ne[1])) return;
     atomic_store(&all->arrived, 0);
-    node->op = weight->op;
-    memcpy(node->op_params, weight->parameters, sizeof node->op_params);
+    become(node, &weight->custom);
 }
 
-// A product outside of llama.cpp: what a test asks for. weights: rows as llama.cpp holds them, of `stride` bytes; x: [tokens, columns]. False
-// where the type is not known or memory ran out.
+// -- attention ----------------------------------------------------------------------------------
+
+// Of one sequence of a node's.
+static struct attention attention_of(const struct ggml_tensor * node, float scale, size_t sequence) {
+    const struct ggml_tensor * q = node->src[0], * k = node->src[1], * v = node->src[2], * mask = node->src[3];
+    const size_t masked = mask->ne[3] > 1 ? sequence : 0;
+    return (struct attention) {
+        q->ne[1], q->ne[2], q->ne[2] / k->ne[2], k->ne[1], k->ne[0], v->ne[0],
+        (const void *) ((const char *) q->data + sequence * q->nb[3]), q->nb[1] / sizeof(float), q->nb[2] / sizeof(float),
+        (const uint8_t *) k->data + sequence * k->nb[3], (const uint8_t *) v->data + sequence * v->nb[3],
+        k->nb[1], k->nb[2], v->nb[1], v->nb[2],
+        (const void *) ((const char *) mask->data + masked * mask->nb[3]), mask->nb[1] / sizeof(uint16_t),
+        (void *) ((char *) node->data + sequence * node->nb[3]), node->nb[2] / sizeof(float), node->nb[1] / sizeof(float),
+        scale,
+    };
+}
+
+static void attend_node(struct ggml_tensor * node, int thread, int threads, void * user) {
+    const struct scaled * scaled = user;
+    const size_t heads = node->src[0]->ne[2];
+    for (int64_t sequence = 0; sequence < node->src[0]->ne[3]; sequence++) {
+        const struct attention a = attention_of(node, scaled->scale, sequence);
+        attend(&a, heads * thread / threads, heads * (thread + 1) / threads);
+    }
+}
+
+// Whether a head's keys or values are whole vectors of halves where they can be loaded.
+static bool can_load(const struct ggml_tensor * cache) {
+    const uintptr_t places = (uintptr_t) cache->data | cache->nb[1] | cache->nb[2] | cache->nb[3];
+    return cache->type == GGML_TYPE_F16 && cache->nb[0] == sizeof(uint16_t) && cache->ne[0] % LANES == 0 &&
+           places % (2 * LANES) == 0;
+}
+
+// Attention of as many tokens as llama.cpp takes one by one; it has kernels for more. With sinks, a slope
+// or a cap of logits it stays llama.cpp's.
+static void offer_attention(struct products * all, struct ggml_tensor * node) {
+    enum { TOO_MANY = 64 };
+    const struct ggml_tensor * q = node->src[0], * k = node->src[1], * v = node->src[2], * mask = node->src[3];
+    float options[3];  // scale, slope, cap
+    memcpy(options, node->op_params, sizeof options);
+    if (node->src[4] || !mask || options[1] != 0.0f || options[2] != 0.0f || q->ne[1] >= TOO_MANY ||
+        q->ne[2] > MOST_HEADS || q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || !can_load(k) || !can_load(v) ||
+        k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] || q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] ||
+        mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(uint16_t) || mask->ne[2] != 1 ||
+        (mask->ne[3] != 1 && mask->ne[3] != q->ne[3]) || node->nb[0] != sizeof(float))
+        return;
+    struct scaled * scaled = all->scales;
+    while (scaled && scaled->scale != options[0]) scaled = scaled->next;
+    if (!scaled) {
+        if (!(scaled = malloc(sizeof *scaled))) return;
+        *scaled = (struct scaled) {all->scales, options[0], custom_of(all, q, attend_node, scaled)};
+        all->scales = scaled;
+    }
+    become(node, &scaled->custom);
+}
+
+// Take a node over, if it is one that is known here.
+void offramp_products_offer(void * products, void * tensor) {
+    struct products * all = products;
+    struct ggml_tensor * node = tensor;
+    all->arranged = NULL;  // by a graph that was computed before
+    if (node->op == GGML_OP_MUL_MAT) offer_product(all, node);
+    if (node->op == GGML_OP_FLASH_ATTN_EXT) offer_attention(all, node);
+}
+
+// -- outside of llama.cpp -------------------------------------------------------------------------
+
+// A product outside of llama.cpp. weights: rows as llama.cpp holds them, of `stride` bytes; x: [tokens,
+// columns]. False where the type is not known or memory ran out.
 bool offramp_product(void * products, int type, size_t rows, size_t columns, const void * weights, size_t stride,
                      size_t tokens, const float * x, float * out) {
     struct products * all = products;
@@ -244,3 +342,6 @@ bool offramp_product(void * products, int type, size_t rows, size_t columns, con
     free(numbers);
     return possible;
 }
+
+// Attention outside of llama.cpp.
+void offramp_attention(const struct attention * a) { attend(a, 0, a->heads); }

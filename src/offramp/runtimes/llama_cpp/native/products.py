@@ -1,4 +1,4 @@
-"""Products of weights and few tokens by kernels of our own: see products.c and kernels.h.
+"""Products of weights and few tokens, and their attention, by kernels of our own: see products.c.
 
 They want Linux on an x86 processor with AVX-512 VNNI or AVX2, a C compiler, ggml's header files,
 which llama-cpp-python installs, and a build of llama.cpp for CPUs alone. Elsewhere llama.cpp

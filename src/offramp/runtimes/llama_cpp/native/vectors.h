@@ -43,6 +43,12 @@ INLINE floats load_bf16(const void * p) {
 INLINE floats product(floats a, floats b) { return _mm512_mul_ps(a, b); }
 INLINE floats product_plus(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE floats to_floats(ints a) { return _mm512_cvtepi32_ps(a); }
+INLINE floats load_any(const float * p) { return _mm512_loadu_ps(p); }  // wherever it lies
+INLINE floats sum(floats a, floats b) { return _mm512_add_ps(a, b); }
+INLINE float sum_of(floats a) { return _mm512_reduce_add_ps(a); }
+INLINE floats rounded_to_integers(floats a) { return _mm512_roundscale_ps(a, 0); }
+INLINE floats times_two_to(floats a, floats n) { return _mm512_scalef_ps(a, n); }
+INLINE floats larger(floats a, floats b) { return _mm512_max_ps(a, b); }
 INLINE void store_some(float * p, floats a, size_t count) {
     _mm512_mask_storeu_ps(p, count < LANES ? (__mmask16) ((1u << count) - 1) : (__mmask16) 0xffff, a);
 }
@@ -94,6 +100,21 @@ INLINE floats load_bf16(const void * p) {
 INLINE floats product(floats a, floats b) { return _mm256_mul_ps(a, b); }
 INLINE floats product_plus(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE floats to_floats(ints a) { return _mm256_cvtepi32_ps(a); }
+INLINE floats load_any(const float * p) { return _mm256_loadu_ps(p); }
+INLINE floats sum(floats a, floats b) { return _mm256_add_ps(a, b); }
+INLINE float sum_of(floats a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+INLINE floats rounded_to_integers(floats a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+INLINE floats times_two_to(floats a, floats n) {
+    const ints exponents = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponents, 23)));
+}
+INLINE floats larger(floats a, floats b) { return _mm256_max_ps(a, b); }
 INLINE void store_some(float * p, floats a, size_t count) {
     const ints lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count < LANES ? (int) count : LANES), lane), a);
@@ -135,3 +156,25 @@ INLINE int round_32(const float * x, float up, int32_t * q) {
 }
 
 #endif
+
+INLINE float half_at(const void * from) {
+    uint16_t half;
+    memcpy(&half, from, 2);
+    return _cvtsh_ss(half);
+}
+
+// e to the power of x, for x of at most 0; below the least normal number it is about that.
+// By n = round(x / ln 2) and the series of x - n ln 2 (Cody and Waite 1980).
+INLINE floats exp_of(floats x) {
+    x = larger(all_floats(-87.0f), x);  // in this order: what is no number stays none
+    const floats n = rounded_to_integers(product(x, all_floats(0x1.715476p+0f)));
+    const floats r = product_plus(n, all_floats(-0x1.7f7d1cp-20f), product_plus(n, all_floats(-0x1.62e4p-1f), x));
+    floats sums = all_floats(1.0f / 720);
+    sums = product_plus(sums, r, all_floats(1.0f / 120));
+    sums = product_plus(sums, r, all_floats(1.0f / 24));
+    sums = product_plus(sums, r, all_floats(1.0f / 6));
+    sums = product_plus(sums, r, all_floats(0.5f));
+    sums = product_plus(sums, r, all_floats(1.0f));
+    sums = product_plus(sums, r, all_floats(1.0f));
+    return times_two_to(sums, n);
+}
