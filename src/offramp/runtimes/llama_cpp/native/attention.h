@@ -1,5 +1,5 @@
 // Attention of a few tokens over keys and values in float16. llama.cpp's own sums values in float16 and
-// takes a logit at a time, which with several tokens is a fifth of what a small model's call takes.
+// takes a cell and a head at a time, which with several tokens is a fifth of what a small model's call takes.
 //
 // A token's sums are taken in the order of the cells that it sees, however many tokens share a call.
 
@@ -10,7 +10,8 @@
 
 #include "vectors.h"
 
-enum { SOME_CELLS = 64, MOST_HEADS = 256 };
+// Cells that are weighed at once, and heads of the same keys for which these are read once.
+enum { SOME_CELLS = 64, BESIDE = 4 };
 
 // Numbers of q and out, bytes of keys and values, halves of the mask from one token, head or cell to the
 // next. width_k, width_v: of a head, whole vectors. shared: heads that read the same keys. The mask is added
@@ -28,30 +29,6 @@ struct attention {
     float scale;
 };
 
-INLINE float logit_of(const float * q, const uint8_t * k, const size_t wide) {
-    floats sums[2] = {all_floats(0.0f), all_floats(0.0f)};
-    for (size_t i = 0; i < wide; i++)
-        sums[i % 2] = product_plus(load_halves(k + 2 * LANES * i), load_any(q + LANES * i), sums[i % 2]);
-    return sum_of(sum(sums[0], sums[1]));
-}
-
-// Add values, weighed, to what there is, which fades.
-INLINE void add_values(const uint8_t * v, size_t v_cell, const uint32_t * cells, size_t count, const float * weights,
-                       float fading, float * out, const size_t wide) {
-    for (size_t first = 0; first < wide; first += 4) {
-        const size_t here = wide - first < 4 ? wide - first : 4;
-        floats sums[4];
-        for (size_t i = 0; i < here; i++)
-            sums[i] = product(load_any(out + LANES * (first + i)), all_floats(fading));
-        for (size_t n = 0; n < count; n++) {
-            const uint8_t * from = v + cells[n] * v_cell + 2 * LANES * first;
-            for (size_t i = 0; i < here; i++)
-                sums[i] = product_plus(load_halves(from + 2 * LANES * i), all_floats(weights[n]), sums[i]);
-        }
-        for (size_t i = 0; i < here; i++) store_some(out + LANES * (first + i), sums[i], LANES);
-    }
-}
-
 // Which of the cells from `first` on, `SOME_CELLS` at most, a token sees.
 INLINE size_t seen(const uint16_t * mask, size_t first, size_t cells, uint32_t * which) {
     size_t count = 0;
@@ -63,59 +40,112 @@ INLINE size_t seen(const uint16_t * mask, size_t first, size_t cells, uint32_t *
     return count;
 }
 
-// One token, heads `from` to `to`. Cells come some at a time, and what was summed before fades where
-// a logit is larger (Milakov and Gimelshein 2018).
-INLINE void attend_by(const struct attention * a, size_t token, size_t from, size_t to, const size_t wide_k,
+// What a token's heads that are taken together have seen so far.
+struct heads {
+    float most[BESIDE], total[BESIDE], weights[BESIDE][SOME_CELLS + LANES];
+    const float * q[BESIDE];
+    float * out[BESIDE];
+};
+
+INLINE void logits_of(struct heads * h, const int heads, const struct attention * a, const uint8_t * k,
+                      const uint16_t * mask, const uint32_t * cells, size_t count, const size_t wide) {
+    for (size_t n = 0; n < count; n++) {
+        floats sums[BESIDE];
+        UNROLL for (int i = 0; i < heads; i++) sums[i] = all_floats(0.0f);
+        for (size_t w = 0; w < wide; w++) {
+            const floats key = load_halves(k + cells[n] * a->k_cell + 2 * LANES * w);
+            UNROLL for (int i = 0; i < heads; i++) sums[i] = product_plus(key, load_any(h->q[i] + LANES * w), sums[i]);
+        }
+        const float masked = half_at(mask + cells[n]);
+        UNROLL for (int i = 0; i < heads; i++) h->weights[i][n] = a->scale * sum_of(sums[i]) + masked;
+    }
+}
+
+// Logits into weights; what was summed before fades where one is larger (Milakov and Gimelshein 2018). By how much.
+INLINE float weigh(struct heads * h, int head, size_t count) {
+    float * weights = h->weights[head], largest = h->most[head];
+    for (size_t n = 0; n < count; n++) largest = weights[n] > largest ? weights[n] : largest;
+    for (size_t n = count; n % LANES; n++) weights[n] = -INFINITY;
+    floats sums = all_floats(0.0f);
+    for (size_t n = 0; n < count; n += LANES) {
+        const floats made = exp_of(sum(load_any(weights + n), all_floats(-largest)));
+        store_some(weights + n, made, LANES);
+        sums = sum(sums, made);
+    }
+    const float fading = expf(h->most[head] - largest);
+    h->most[head] = largest;
+    h->total[head] = h->total[head] * fading + sum_of(sums);
+    return fading;
+}
+
+INLINE void add_values(struct heads * h, const int heads, const struct attention * a, const uint8_t * v,
+                       const uint32_t * cells, size_t count, const float * fading, const size_t wide) {
+    for (size_t first = 0; first < wide; first += 4) {
+        const size_t here = wide - first < 4 ? wide - first : 4;
+        floats sums[BESIDE][4];
+        UNROLL for (int i = 0; i < heads; i++)
+            for (size_t w = 0; w < here; w++)
+                sums[i][w] = product(load_any(h->out[i] + LANES * (first + w)), all_floats(fading[i]));
+        for (size_t n = 0; n < count; n++)
+            for (size_t w = 0; w < here; w++) {
+                const floats value = load_halves(v + cells[n] * a->v_cell + 2 * LANES * (first + w));
+                UNROLL for (int i = 0; i < heads; i++)
+                    sums[i][w] = product_plus(value, all_floats(h->weights[i][n]), sums[i][w]);
+            }
+        UNROLL for (int i = 0; i < heads; i++)
+            for (size_t w = 0; w < here; w++) store_some(h->out[i] + LANES * (first + w), sums[i][w], LANES);
+    }
+}
+
+// One token, `heads` of the same keys from one on. Cells come some at a time.
+INLINE void attend_by(const struct attention * a, size_t token, size_t head, const int heads, const size_t wide_k,
                       const size_t wide_v) {
     const uint16_t * mask = a->mask + token * a->mask_token;
-    float most[MOST_HEADS], total[MOST_HEADS], weights[SOME_CELLS + LANES];
+    const uint8_t * k = a->k + head / a->shared * a->k_head, * v = a->v + head / a->shared * a->v_head;
+    struct heads h;
     uint32_t cells[SOME_CELLS];
-    float * out = a->out + token * a->out_token;
-    for (size_t head = from; head < to; head++) {
-        most[head] = -INFINITY;
-        total[head] = 0.0f;
-        memset(out + head * a->out_head, 0, wide_v * LANES * sizeof *out);
+    for (int i = 0; i < heads; i++) {
+        h.most[i] = -INFINITY;
+        h.total[i] = 0.0f;
+        h.q[i] = a->q + token * a->q_token + (head + i) * a->q_head;
+        h.out[i] = a->out + token * a->out_token + (head + i) * a->out_head;
+        memset(h.out[i], 0, wide_v * LANES * sizeof *h.out[i]);
     }
     for (size_t first = 0; first < a->cells; first += SOME_CELLS) {
         const size_t count = seen(mask, first, a->cells, cells);
         if (!count) continue;
-        for (size_t head = from; head < to; head++) {
-            const float * q = a->q + token * a->q_token + head * a->q_head;
-            const uint8_t * k = a->k + head / a->shared * a->k_head, * v = a->v + head / a->shared * a->v_head;
-            float largest = most[head];
-            for (size_t n = 0; n < count; n++) {
-                weights[n] = a->scale * logit_of(q, k + cells[n] * a->k_cell, wide_k) + half_at(mask + cells[n]);
-                largest = weights[n] > largest ? weights[n] : largest;
-            }
-            for (size_t n = count; n % LANES; n++) weights[n] = -INFINITY;
-            floats sums = all_floats(0.0f);
-            for (size_t n = 0; n < count; n += LANES) {
-                const floats made = exp_of(sum(load_any(weights + n), all_floats(-largest)));
-                store_some(weights + n, made, LANES);
-                sums = sum(sums, made);
-            }
-            const float fading = expf(most[head] - largest);
-            most[head] = largest;
-            total[head] = total[head] * fading + sum_of(sums);
-            add_values(v, a->v_cell, cells, count, weights, fading, out + head * a->out_head, wide_v);
-        }
+        float fading[BESIDE];
+        logits_of(&h, heads, a, k, mask, cells, count, wide_k);
+        for (int i = 0; i < heads; i++) fading[i] = weigh(&h, i, count);
+        add_values(&h, heads, a, v, cells, count, fading, wide_v);
     }
-    for (size_t head = from; head < to; head++) {
-        const float scale = total[head] > 0.0f ? 1.0f / total[head] : 0.0f;
-        float * to_scale = out + head * a->out_head;
-        for (size_t i = 0; i < wide_v; i++)
-            store_some(to_scale + LANES * i, product(load_any(to_scale + LANES * i), all_floats(scale)), LANES);
+    for (int i = 0; i < heads; i++) {
+        const floats scale = all_floats(h.total[i] > 0.0f ? 1.0f / h.total[i] : h.total[i]);
+        for (size_t w = 0; w < wide_v; w++)
+            store_some(h.out[i] + LANES * w, product(load_any(h.out[i] + LANES * w), scale), LANES);
     }
+}
+
+INLINE void attend_some(const struct attention * a, size_t token, size_t head, const int heads) {
+    if (a->width_k == 64 && a->width_v == 64)
+        attend_by(a, token, head, heads, 64 / LANES, 64 / LANES);
+    else if (a->width_k == 128 && a->width_v == 128)
+        attend_by(a, token, head, heads, 128 / LANES, 128 / LANES);
+    else
+        attend_by(a, token, head, heads, a->width_k / LANES, a->width_v / LANES);
 }
 
 // Heads `from` to `to`, of all tokens.
 static void attend(const struct attention * a, size_t from, size_t to) {
-    for (size_t token = 0; token < a->tokens; token++) {
-        if (a->width_k == 64 && a->width_v == 64)
-            attend_by(a, token, from, to, 64 / LANES, 64 / LANES);
-        else if (a->width_k == 128 && a->width_v == 128)
-            attend_by(a, token, from, to, 128 / LANES, 128 / LANES);
-        else
-            attend_by(a, token, from, to, a->width_k / LANES, a->width_v / LANES);
-    }
+    for (size_t token = 0; token < a->tokens; token++)
+        for (size_t head = from, beside; head < to; head += beside) {
+            const size_t alike = a->shared - head % a->shared, left = to - head < alike ? to - head : alike;
+            beside = left < BESIDE ? left : BESIDE;
+            switch (beside) {
+                case 1: attend_some(a, token, head, 1); break;
+                case 2: attend_some(a, token, head, 2); break;
+                case 3: attend_some(a, token, head, 3); break;
+                default: attend_some(a, token, head, BESIDE);
+            }
+        }
 }

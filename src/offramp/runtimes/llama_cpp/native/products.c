@@ -289,22 +289,25 @@ static bool can_load(const struct ggml_tensor * cache) {
 
 // Attention of as many tokens as llama.cpp takes one by one; it has kernels for more. With sinks, a slope
 // or a cap of logits it stays llama.cpp's.
-static void offer_attention(struct products * all, struct ggml_tensor * node) {
+static bool can_attend(const struct ggml_tensor * node, float slope, float cap) {
     enum { TOO_MANY = 64 };
     const struct ggml_tensor * q = node->src[0], * k = node->src[1], * v = node->src[2], * mask = node->src[3];
+    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && node->nb[0] == sizeof(float) &&
+           q->ne[1] < TOO_MANY && can_load(k) && can_load(v) && k->ne[2] == v->ne[2] && q->ne[2] % k->ne[2] == 0 &&
+           q->ne[3] == k->ne[3] && q->ne[3] == v->ne[3] && mask && mask->type == GGML_TYPE_F16 &&
+           mask->nb[0] == sizeof(uint16_t) && mask->ne[2] == 1 && (mask->ne[3] == 1 || mask->ne[3] == q->ne[3]) &&
+           !node->src[4] && slope == 0.0f && cap == 0.0f;
+}
+
+static void offer_attention(struct products * all, struct ggml_tensor * node) {
     float options[3];  // scale, slope, cap
     memcpy(options, node->op_params, sizeof options);
-    if (node->src[4] || !mask || options[1] != 0.0f || options[2] != 0.0f || q->ne[1] >= TOO_MANY ||
-        q->ne[2] > MOST_HEADS || q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || !can_load(k) || !can_load(v) ||
-        k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] || q->ne[3] != k->ne[3] || q->ne[3] != v->ne[3] ||
-        mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(uint16_t) || mask->ne[2] != 1 ||
-        (mask->ne[3] != 1 && mask->ne[3] != q->ne[3]) || node->nb[0] != sizeof(float))
-        return;
+    if (!can_attend(node, options[1], options[2])) return;
     struct scaled * scaled = all->scales;
     while (scaled && scaled->scale != options[0]) scaled = scaled->next;
     if (!scaled) {
         if (!(scaled = malloc(sizeof *scaled))) return;
-        *scaled = (struct scaled) {all->scales, options[0], custom_of(all, q, attend_node, scaled)};
+        *scaled = (struct scaled) {all->scales, options[0], custom_of(all, node->src[0], attend_node, scaled)};
         all->scales = scaled;
     }
     become(node, &scaled->custom);
