@@ -40,9 +40,11 @@ from offramp_lab.records.runtimes.methods import (
     Taken,
     generating,
     policies,
+    rates_of,
     speeds,
     stock,
     timed,
+    with_ratios,
 )
 from offramp_lab.records.subjects import halves, load_photo
 
@@ -160,7 +162,8 @@ def calibrated(bench: Bench, chosen_on: Sequence[Example]) -> dict[str, Any]:
 
 
 def timings(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Tokens a second of decoding, interleaved; medians of rounds.
+    """Tokens a second of decoding, interleaved; medians of rounds; of `generate` in float32 and of
+    full depth in the same format, with intervals over photographs.
 
     wall_seconds, cpu_seconds: of one round's tokens, decoding alone.
     """
@@ -171,17 +174,20 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
     methods = {name: taking(name, method) for name, method in bench.methods().items()}
     inputs = [bench.inputs(example) for example in bench.photographs]
     load_before = os.getloadavg()[0]
-    entries = Experiment(methods, inputs, rounds, warm=1, title="timings").entries(WAY, speeds)
-    stock_speed = entries[0]["cpu_tokens_per_second"]
+    runs = Experiment(methods, inputs, rounds, warm=1, title="timings").run()
+    entries = [{**dict(zip(WAY, name, strict=True)), **speeds(runs[name])} for name in runs]
+    rates = {name: rates_of(found) for name, found in runs.items()}
     return {
         "photographs": len(inputs),
         "rounds": rounds,
         "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        "entries": [
-            {**e, "over_generate": e["cpu_tokens_per_second"] / stock_speed} for e in entries
-        ],
+        "entries": with_ratios(entries, rates, _bases),
         "memory": {layers: memory(adapter) for layers, adapter in bench.adapters.items()},
     }
+
+
+def _bases(name: Name) -> dict[str, Name]:
+    return {"over_generate": (STOCK, "float32", "full"), "over_full": (OURS, name[1], "full")}
 
 
 def memory(adapter: Adapter) -> dict[str, int]:

@@ -146,6 +146,9 @@ def three_models() -> Table:
     def verified(form: Callable[[Value], str]) -> Callable[[Value], str]:
         return lambda one: form(one["lossless"]) if one["lossless"] else "not measured"
 
+    def analysed(form: Callable[[Value], str]) -> Callable[[Value], str]:
+        return lambda one: form(one["analysis"]) if one["analysis"] else ""
+
     def speed_at(chosen: Value) -> str:
         (threshold,) = chosen["thresholds"].values()
         return f"{_decoding(chosen)} at {threshold:g}, {_drop(chosen)}"
@@ -162,6 +165,8 @@ def three_models() -> Table:
         row("lossless, float32", verified(_decoding)),
         row("drafts accepted", verified(lambda found: f"{found['acceptance']:.0%}")),
         row("identical captions", verified(_identical)),
+        row("mid-crisis: the logit lens falls by", analysed(_fall)),
+        row("overthinking: tokens", analysed(_overthought)),
         row(
             "photographs and steps of the exits' training",
             lambda one: f"{one['sizes']['captions']:,}, {one['sizes']['steps']:,}",
@@ -172,6 +177,17 @@ def three_models() -> Table:
         "photo model, exit at 8", "photo model, exit at 4",
     )  # fmt: skip
     return Table(columns, rows)
+
+
+def _fall(analysis: Value) -> str:
+    """Of accuracy with depth, and where."""
+    dip = analysis["teacher_forced"]["lens"]["accuracy"]["dip"]
+    return f"{dip['fall']:.1%}, {dip['from_depth']} to {dip['to_depth']}"
+
+
+def _overthought(analysis: Value) -> str:
+    """Tokens that an exit has right and the final layer wrong."""
+    return f"{analysis['overthinking']['exits']['overthought']['share']['value']:.1%}"
 
 
 def _agreement(one: Value) -> float:
@@ -239,14 +255,14 @@ def regimes() -> Table:
 
 
 def by_depth(every: int = 4) -> Table:
-    """Agreement and accuracy at every few depths, teacher-forced."""
-    forced = record(EXITS)["analysis"]["teacher_forced"]
+    """Agreement and accuracy at every few depths, teacher-forced, of the photo model and the
+    earlier one."""
     columns = {
-        f"{measure}, {title}": dict(
-            zip(forced[kind][measure]["depths"], forced[kind][measure]["values"], strict=True)
-        )
+        f"{measure}, {title}{whose}": dict(zip(found["depths"], found["values"], strict=True))
         for measure in ("agreement", "accuracy")
-        for kind, title in {"lens": "logit lens", "exits": "exits"}.items()
+        for kind, title in {"lens": "logit lens", "exits": "exit"}.items()
+        for name, whose in {EXITS: "", EARLIER: ", earlier model"}.items()
+        for found in [record(name)["analysis"]["teacher_forced"][kind][measure]]
     }
     depths = sorted({depth for column in columns.values() for depth in column})
     return Table.grid(

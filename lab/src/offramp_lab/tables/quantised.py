@@ -4,8 +4,9 @@ exits beside quantised backbones, scheme by scheme."""
 from collections.abc import Callable
 from functools import partial
 
+from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, with_range
 from offramp_lab.tables.runtimes import CHOSEN, WAY, cider_of, threshold_of
 
 FORMATS = (
@@ -40,11 +41,11 @@ def _by_mode(cell: Callable[[Value], str]) -> Table:
 def _speed(entry: Value) -> str:
     """Tokens a second; over `generate` in float32 what is not of exits, or over exits off of the
     same format what is."""
-    speed = entry["cpu_tokens_per_second"]
-    if entry["mode"] == "full":
-        return f"{speed:.0f} ({entry['over_generate']:.1f}x)"
-    off = _entries("timings")[OURS, entry["format"], "full"]["cpu_tokens_per_second"]
-    return f"{speed:.0f} ({speed / off:.1f}x)"
+    over = "over_generate" if entry["mode"] == "full" else "over_full"
+    faster = times(entry[over])
+    if entry[f"{over}_interval"]:
+        faster = with_range(faster, entry[f"{over}_interval"], ".2f")
+    return f"{entry['cpu_tokens_per_second']:.0f} ({faster})"
 
 
 def answers() -> Table:

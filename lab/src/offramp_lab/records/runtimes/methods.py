@@ -24,7 +24,7 @@ from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRun
 from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp_lab.experiments.experiment import Rates, Rounds, each
+from offramp_lab.experiments.experiment import TIMES, Rates, Rounds, each, times
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
@@ -127,6 +127,23 @@ def rates_of(rounds: Rounds) -> Rates:
     spent = [[(len(t.answer) - 1, t.seconds[2]) for t in found] for found in rounds]
     found: Rates = np.median(np.array(spent, float), 0).T
     return found
+
+
+def with_ratios(
+    entries: list[dict[str, Any]],
+    rates: Mapping[Name, Rates],
+    bases: Callable[[Name], Mapping[str, Name]],
+) -> list[dict[str, Any]]:
+    """Entries with their CPU speed over that of others, each with its interval over inputs.
+
+    bases: of a method, the others by the name of the ratio; None where one was not measured."""
+    for entry in entries:
+        name = entry["runtime"], entry["format"], entry["mode"]
+        for over, base in bases(name).items():
+            ratio = times(rates[name], rates[base]) if base in rates else dict.fromkeys(TIMES)
+            entry[over], *ends = (ratio[part] for part in TIMES)
+            entry[f"{over}_interval"] = ends if base in rates and base != name else None
+    return entries
 
 
 def policies(shipped: ExitPolicy) -> dict[str, ExitPolicy]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
-from offramp_lab.experiments.experiment import TIMES, Experiment, Rates, same, times
+from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.records.runtimes.methods import (
     ENGINE,
     FORMATS,
@@ -29,6 +29,7 @@ from offramp_lab.records.runtimes.methods import (
     rates_of,
     speeds,
     timed,
+    with_ratios,
 )
 
 ROWS = (1, 2, 3, 4, 6, 8)
@@ -67,7 +68,7 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
         "photographs": len(inputs),
         "rounds": rounds,
         "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        "entries": _with_ratios(entries, rates),
+        "entries": with_ratios(entries, rates, _bases),
         "row_milliseconds": {
             name: {layers: row_costs(bench, layers, engine) for layers in FORMATS}
             for name, engine in ((IN_LLAMA, ENGINE), (WITH_ITS_KERNELS, STOCK))
@@ -81,21 +82,15 @@ def _call_sizes(bench: Bench, layers: str) -> dict[str, int]:
         return {"least": runtime.call_sizes.least, "most": runtime.call_sizes.most}
 
 
-def _with_ratios(rows: list[dict[str, Any]], rates: Mapping[Name, Rates]) -> list[dict[str, Any]]:
-    """Each method's CPU speed over llama.cpp's own at its format, over Hugging Face's, and over the
-    same runtime's at full depth; each with the interval over photographs."""
-    for row in rows:
-        runtime, layers, _ = name = row["runtime"], row["format"], row["mode"]
-        bases = {
-            "over_generate": ("generate", "float32", "full"),
-            "over_llama_cpp": ("llama.cpp", layers, "full"),
-            "over_full": (runtime, layers, "full"),
-        }
-        for over, base in bases.items():
-            ratio = times(rates[name], rates[base]) if base in rates else dict.fromkeys(TIMES)
-            row[over], *ends = (ratio[part] for part in TIMES)
-            row[f"{over}_interval"] = ends if base in rates and base != name else None
-    return rows
+def _bases(name: Name) -> dict[str, Name]:
+    """What a method's speed is put beside: llama.cpp's own at its format, Hugging Face's, and the
+    same runtime's at full depth."""
+    runtime, layers, _ = name
+    return {
+        "over_generate": ("generate", "float32", "full"),
+        "over_llama_cpp": ("llama.cpp", layers, "full"),
+        "over_full": (runtime, layers, "full"),
+    }
 
 
 def row_costs(
