@@ -14,7 +14,7 @@ import pytest
 
 from offramp.runtimes.llama_cpp import segment
 from offramp.runtimes.llama_cpp.native import products
-from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment, library
+from offramp.runtimes.llama_cpp.segment import EngineOptions, Part, Segment, library
 
 pytestmark = [pytest.mark.llama_cpp, pytest.mark.usefixtures("instructions")]
 
@@ -158,3 +158,23 @@ def test_llama_cpps_own_is_replaced_where_heads_are_whole_vectors(
     away = np.abs(made[True] - made[False]).max()
     assert away < 1e-2 * np.abs(made[True]).max()
     assert bool(away) == (products.instructions() == "AVX2")
+
+
+def test_sequences_that_share_a_call_get_what_each_gets_alone(
+    exported: Callable[..., Path],
+) -> None:
+    """Each has cells of its own, and what it sees there."""
+    draw = np.random.default_rng(0)
+    first, then = (draw.normal(size=(2, 3, 32)).astype(np.float32) for _ in range(2))
+    options = EngineOptions(context=256, sequences=2)
+    by = Segment(exported("llava", "f32") / "segment-0.gguf", options, tap_layer=1)
+    assert by.tap is not None
+    alone = []
+    for slot in (0, 1):
+        by.feed(first[slot], 1, slot=slot)
+        by.feed(then[slot], 1, slot=slot)
+        alone.append(by.tap.rows().copy())
+        by.crop(3, slot)
+    by.feed_together([Part(slot, then[slot], 1, 0) for slot in (0, 1)])
+    assert np.array_equal(by.tap.rows(), np.concatenate(alone))
+    by.close()
