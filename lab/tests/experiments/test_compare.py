@@ -127,7 +127,7 @@ def test_what_is_done_is_not_done_again(
     for owner, name in (
         (Trainer, "_step"),
         (PointMeasurer, "figures"),
-        (points_module, "time_interleaved"),
+        (points_module, "in_turn"),
     ):
         monkeypatch.setattr(owner, name, refuse)
     again = run(tmp_path)
@@ -139,7 +139,7 @@ def test_an_interrupted_comparison_goes_on(
     run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as cut:
-        cut.setattr(points_module, "time_interleaved", refuse)
+        cut.setattr(points_module, "in_turn", refuse)
         with pytest.raises(AssertionError):
             run(tmp_path / "cut")
     monkeypatch.setattr(PointMeasurer, "figures", refuse)

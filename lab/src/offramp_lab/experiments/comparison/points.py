@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,10 @@ from offramp.answers import Answer, answers_to
 from offramp.calibration.risk_functions import Quality
 from offramp.data.example import Example
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy, Thresholds
-from offramp.evaluation.timing import (
-    GenerateFn,
-    Timing,
-    exit_generate_fn,
-    speedup,
-    time_interleaved,
-)
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
+from offramp.evaluation.timing import generate_fn, in_turn, speedup, timed
 from offramp.models.backbone import Backbone
+from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp_lab.experiments.comparison.methods import Plan
 from offramp_lab.experiments.experiment import bar
@@ -108,42 +105,52 @@ class PointMeasurer:
         """Speeds against the full model and each round's seconds of decoding, by key.
 
         All points of a seed take turns at one answer, and then at the next. Those that do the same
-        work on it are timed as one: that the machine was slower for one says nothing about them.
+        work on it get the mean of what they took: that the machine was slower for one says nothing
+        about them.
         """
-        ran = {key: Timing() for key in ("full", *entries)}
-        for example in bar("timing")(self.sample(self.plan.timed)):
-            inputs = self.encoder.prompts([example])
-            methods: dict[str, GenerateFn] = {
-                "full": exit_generate_fn(self.backbone, **self._options)
-            }
-            works = {"full": "full"}
-            for key, entry in entries.items():
-                works[key] = self._work(entry, inputs)
-                own = entry.adapter.exits, entry.rule
-                methods.setdefault(
-                    works[key], exit_generate_fn(self.backbone, *own, **self._options)
-                )
-            timings = time_interleaved(methods, [inputs], rounds=self.plan.rounds)
-            for key, work in works.items():
-                ran[key] = ran[key] + timings[work]
-        full = ran["full"]
+        spent: dict[str, Any] = defaultdict(float)  # whole answers, and decoding [rounds, 2]
+        for number, example in enumerate(bar("timing")(self.sample(self.plan.timed))):
+            for key, seconds in self._time_one(entries, example, warm=not number).items():
+                spent[key] = spent[key] + seconds
+        full = spent["full"]
         return {
             key: {
-                "speedup_decode": speedup(full.decode, own.decode),
-                "speedup_end_to_end": speedup(full.seconds, own.seconds),
-                "decode": own.decode,
+                "speedup_decode": speedup(full[:, 1], own[:, 1]),
+                "speedup_end_to_end": speedup(full[:, 0], own[:, 0]),
+                "decode": own[:, 1].tolist(),
             }
-            for key, own in ran.items()
+            for key, own in spent.items()
         }
 
-    def _work(self, entry: Entry, inputs: Mapping[str, Any]) -> str:
-        """A name for what a point computes for an answer: where it looks, at what, and how deep
-        each token goes. Weights and thresholds differ within it, but for 0, where nothing looks."""
-        exits, rule = entry.adapter.exits, entry.rule
-        unseen = {depth: threshold == 0 for depth, threshold in rule.thresholds.items()}
-        made = generate(self.backbone, inputs, exits=exits, policy=rule, **self._options)
-        kind = type(exits.at(exits.depths[0])).__name__
-        return str((kind, exits.depths, rule.score, rule.shortlist, unseen, made.depths.tolist()))
+    def _time_one(
+        self, entries: Mapping[str, Entry], example: Example, *, warm: bool
+    ) -> dict[str, Any]:
+        """Seconds [rounds, 2] that the answer to an example took, by key."""
+        inputs = self.encoder.prompts([example])
+        made: dict[str, GenerationOutput] = {}
+
+        def method(key: str, exits: ExitSet | None, rule: ExitPolicy) -> Callable[[Any], Any]:
+            run = partial(generate, self.backbone, exits=exits, policy=rule)
+            return partial(timed, generate_fn(run, partial(made.__setitem__, key), **self._options))
+
+        methods = {"full": method("full", None, FULL)}
+        methods |= {key: method(key, e.adapter.exits, e.rule) for key, e in entries.items()}
+        runs = in_turn(methods, [inputs], rounds=self.plan.rounds, warm=int(warm))
+        works = {"full": "full"}
+        works |= {key: _work(entry, made[key]) for key, entry in entries.items()}
+        alike = defaultdict(list)
+        for key, work in works.items():
+            alike[work].append([taken[:2] for [taken] in runs[key]])
+        return {key: np.mean(alike[work], 0) for key, work in works.items()}
+
+
+def _work(entry: Entry, made: GenerationOutput) -> str:
+    """A name for what a point computed for an answer: where it looked, at what, and how deep each
+    token went. Weights and thresholds differ within it, but for 0, where nothing looks."""
+    exits, rule = entry.adapter.exits, entry.rule
+    unseen = {depth: threshold == 0 for depth, threshold in rule.thresholds.items()}
+    kind = type(exits.at(exits.depths[0])).__name__
+    return str((kind, exits.depths, rule.score, rule.shortlist, unseen, made.depths.tolist()))
 
 
 class _Inputs:
