@@ -78,7 +78,7 @@ MORE = (
     "knitting", "cooking", "painting",
 )  # fmt: skip
 """Things beside those of the record text: a drafter of few things knows no others."""
-LEARNT, WRITTEN = 4800, 48
+LEARNT, WRITTEN = 1800, 48
 """Prompts that it learns from, and tokens of an answer."""
 CAPTIONS = "flickr8k_captions.jsonl"
 FULL, OURS, NGRAMS = "full depth", "EAGLE-3 drafter", "n-grams of the answer so far"
@@ -92,7 +92,7 @@ LOADED = (
 
 
 def main() -> None:
-    arguments = asked(__doc__, steps=3000, prompts=100, more=_more)
+    arguments = asked(__doc__, steps=800, prompts=100, more=_more)
     work: Path = arguments.work
     write_model(weights_file(LANGUAGE, cache_folder("photo")), work / "model")
     write_atomic(work / "train.txt", "\n".join(prompts_of((*KNOWN, *MORE), LEARNT)) + "\n")
