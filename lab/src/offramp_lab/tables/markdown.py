@@ -109,7 +109,9 @@ def times_with_range(ratio: Value) -> str:
     return with_range(f"{ratio['times']:.2f}", (ratio["low"], ratio["high"]), ".2f")
 
 
-def with_range(value: str, ends: Sequence[float], form: str) -> str:
-    """ "+2.3% [-4.8%, +9.2%]"."""
+def with_range(value: str, ends: Sequence[float] | None, form: str) -> str:
+    """ "+2.3% [-4.8%, +9.2%]"; the value alone where it has no interval."""
+    if not ends:
+        return value
     low, high = ends
     return f"{value} [{low:{form}}, {high:{form}}]"

@@ -73,7 +73,7 @@ def photo_model() -> Table:
 def _ranged(figure: Value, form: str) -> str:
     """With its interval, where the metric has one."""
     value = format(figure["value"], form)
-    return with_range(value, figure["interval"], form) if figure["interval"] else value
+    return with_range(value, figure["interval"], form)
 
 
 def thresholds() -> Table:
@@ -106,13 +106,13 @@ def thresholds() -> Table:
 def _decoding(row: Value) -> str:
     """How many times as fast decoding is, with its interval where photographs were timed singly."""
     faster, ends = bold(times(row["speedup_decode"])), row.get("speedup_decode_interval")
-    return with_range(faster, ends, ".2f") if ends else faster
+    return with_range(faster, ends, ".2f")
 
 
 def _drop(row: Value) -> str:
     """Of CIDEr, with its interval where there is one."""
     drop, ends = f"{row['cider_drop']:+.1%}", row.get("cider_drop_interval")
-    return with_range(drop, ends, "+.1%") if ends else drop
+    return with_range(drop, ends, "+.1%")
 
 
 def _identical(row: Value) -> str:

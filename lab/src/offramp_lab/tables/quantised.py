@@ -4,10 +4,9 @@ exits beside quantised backbones, scheme by scheme."""
 from collections.abc import Callable
 from functools import partial
 
-from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, with_range
-from offramp_lab.tables.runtimes import CHOSEN, WAY, cider_of, threshold_of
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
+from offramp_lab.tables.runtimes import CHOSEN, WAY, cider_of, speed_over, threshold_of
 
 FORMATS = (
     "float32", "float32, prepacked", "bfloat16", "bfloat16, prepacked", "int8", "int4",
@@ -42,10 +41,7 @@ def _speed(entry: Value) -> str:
     """Tokens a second; over `generate` in float32 what is not of exits, or over exits off of the
     same format what is."""
     over = "over_generate" if entry["mode"] == "full" else "over_full"
-    faster = times(entry[over])
-    if entry[f"{over}_interval"]:
-        faster = with_range(faster, entry[f"{over}_interval"], ".2f")
-    return f"{entry['cpu_tokens_per_second']:.0f} ({faster})"
+    return speed_over(over, "cpu_tokens_per_second")(entry)
 
 
 def answers() -> Table:

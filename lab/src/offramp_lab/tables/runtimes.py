@@ -48,7 +48,7 @@ def entry_at(layers: str, thresholds: Mapping[str, float]) -> Value:
     return entries.get((OURS, layers, mode), entries[OURS, layers, "early_exit"])
 
 
-def _of(name: str, unit: str = "tokens_per_second", digits: int = 0) -> Callable[[Any], str]:
+def speed_over(name: str, unit: str = "tokens_per_second", digits: int = 0) -> Callable[[Any], str]:
     """A speed, and the multiple of the entry's that is called `name`, with its interval if it is
     known; of no entry nothing."""
 
@@ -60,10 +60,10 @@ def _of(name: str, unit: str = "tokens_per_second", digits: int = 0) -> Callable
 
 def _ratio(entry: Value, name: str) -> str:
     ratio, ends = f"{entry[name]:.2f}x", entry.get(f"{name}_interval")
-    return with_range(ratio, ends, ".2f") if ends else ratio
+    return with_range(ratio, ends, ".2f")
 
 
-_speed = _of("over_llama_cpp", "cpu_tokens_per_second")
+_speed = speed_over("over_llama_cpp", "cpu_tokens_per_second")
 
 
 def _by_format(rows: Mapping[str, tuple[str, str]], cell: Callable[[Any], str] = _speed) -> Table:
@@ -102,7 +102,7 @@ def in_torch() -> Table:
     ways |= {title: ("offramp, torch", mode) for mode, title in MODES.items()}
     ways |= {f"{t}, compiled": ("offramp, torch, compiled", m) for m, t in MODES.items()}
     found = {t: timed_entries().get((way[0], "float32", way[1])) for t, way in ways.items()}
-    cell = _of("over_generate", "cpu_tokens_per_second", 1)
+    cell = speed_over("over_generate", "cpu_tokens_per_second", 1)
     return Table(("", "float32"), [(title, cell(e)) for title, e in found.items() if e is not None])
 
 
@@ -184,7 +184,7 @@ def shapes() -> Table:
     ways = {"llama.cpp alone, one file": ("llama.cpp", "full")}
     for runtime, by_whose in ((OURS, "ours"), (ITS_KERNELS, "by llama.cpp's kernels")):
         ways |= {f"{by_whose}, {mode}": (runtime, mode) for mode in modes}
-    cell = _of("over_llama_cpp", digits=2)
+    cell = speed_over("over_llama_cpp", digits=2)
     return Table.grid(ways, formats, lambda way, layers: cell(entries[way[0], layers, way[1]]))
 
 
