@@ -14,7 +14,7 @@ import pytest
 
 from offramp.runtimes.llama_cpp import segment
 from offramp.runtimes.llama_cpp.native import products
-from offramp.runtimes.llama_cpp.segment import EngineOptions, Part, Segment, library
+from offramp.runtimes.llama_cpp.segment import EngineOptions, Part, Segment
 
 pytestmark = [pytest.mark.llama_cpp, pytest.mark.usefixtures("instructions")]
 
@@ -83,7 +83,7 @@ class Case:
             *self.k.strides[:2], *self.v.strides[:2], mask.ctypes.data, cells,
             out.ctypes.data, heads * wide, wide, width**-0.5,
         )  # fmt: skip
-        products.Products(library()._lib)._native.offramp_attention(ctypes.byref(attention))
+        products._native().offramp_attention(ctypes.byref(attention))
         return out
 
     def defined(self) -> Array:

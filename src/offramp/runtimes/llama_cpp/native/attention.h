@@ -10,7 +10,7 @@
 
 #include "vectors.h"
 
-// Cells that are weighed at once, and heads of the same keys for which these are read once.
+// Cells that are weighed at once, some whole vectors, and heads of the same keys for which these are read once.
 enum { SOME_CELLS = 64, BESIDE = 4 };
 
 // Numbers of q and out, bytes of keys and values, halves of the mask from one token, head or cell to the
@@ -42,7 +42,7 @@ INLINE size_t seen(const uint16_t * mask, size_t first, size_t cells, uint32_t *
 
 // What a token's heads that are taken together have seen so far.
 struct heads {
-    float most[BESIDE], total[BESIDE], weights[BESIDE][SOME_CELLS + LANES];
+    float most[BESIDE], total[BESIDE], weights[BESIDE][SOME_CELLS];
     const float * q[BESIDE];
     float * out[BESIDE];
 };
