@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import families
@@ -16,7 +17,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.models.exits import Exits, ExitSet
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
-LOSSLESS = ExitPolicy(lossless=True, max_draft=3)
+LOSSLESS = ExitPolicy(lossless=True, max_draft=3, drafts={2: 0.0})
 
 
 def drafting(whole, depths=(2,)):
@@ -40,8 +41,8 @@ def knows(monkeypatch):
             return inputs(self, ids, states)
 
         def said(self, states):
-            assert tokens(self, states).shape == (len(fed),)
-            return torch.tensor([following.get(token, 0) for token in fed])
+            assert all(made.shape == (len(fed),) for made in tokens(self, states))
+            return torch.tensor([following.get(token, 0) for token in fed]), torch.ones(len(fed))
 
         monkeypatch.setattr(Drafter, "inputs", noted)
         monkeypatch.setattr(Drafter, "tokens", said)
@@ -62,15 +63,15 @@ def drafted(made):
 def test_output_is_the_full_models_whether_drafts_are_right_never_or_mostly(
     name, rows, backbone, batch, knows
 ):
-    whole, inputs = backbone(name), batch(name, rows)
-    exits = drafting(whole, families.depths(name))
+    whole, inputs, depths = backbone(name), batch(name, rows), families.depths(name)
+    exits, policy = drafting(whole, depths), replace(LOSSLESS, drafts=dict.fromkeys(depths, 0.0))
     options = {**GREEDY, "suppress_tokens": WORDLESS}
     full = generate(whole, inputs, **options)
-    made = generate(whole, inputs, exits=exits, policy=LOSSLESS, **options)
+    made = generate(whole, inputs, exits=exits, policy=policy, **options)
     assert torch.equal(made.sequences, full.sequences)
     for told, least in ((None, 0), (full, 1)):
         knows(told)
-        made = generate(whole, inputs, exits=exits, policy=LOSSLESS, **options)
+        made = generate(whole, inputs, exits=exits, policy=policy, **options)
         assert torch.equal(made.sequences, full.sequences)
         assert drafted(made) and accepted(made) >= least
 
@@ -85,6 +86,42 @@ def test_the_models_own_stack_drafts_the_same(name, backbone, batch, monkeypatch
     monkeypatch.setattr(choice, "make_executor", lambda _, *a, **kw: made("stack", *a, **kw))
     theirs = generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
     assert torch.equal(theirs.sequences, full) and theirs.rounds == ours.rounds
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("engine", ["slots", "stack"])
+def test_drafts_go_on_while_the_product_of_their_probabilities_is_sure(
+    engine, rows, backbone, batch, monkeypatch
+):
+    """Of rounds with room for more; what is drafted changes no token."""
+    whole, inputs = backbone("llava"), batch("llava", rows)
+    exits, tokens, made = drafting(whole), Drafter.tokens, choice.make_executor
+    monkeypatch.setattr(choice, "make_executor", lambda _, *a, **kw: made(engine, *a, **kw))
+
+    def said(self, states):
+        ids, shares = tokens(self, states)
+        assert bool(((shares > 0) & (shares <= 1)).all())
+        return ids, torch.full_like(shares, 0.5)
+
+    monkeypatch.setattr(Drafter, "tokens", said)
+    full = generate(whole, inputs, **GREEDY)
+    for sure, most in ((0.0, 3), (0.125, 3), (0.2, 2), (0.5, 1), (0.6, 0)):
+        policy = replace(LOSSLESS, drafts={2: sure})
+        found = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
+        assert torch.equal(found.sequences, full.sequences)
+        assert max(count for count, _ in found.rounds) == most
+
+
+def test_a_drafts_probability_is_the_softmax_of_what_it_can_say(backbone):
+    whole, ids = backbone("llava"), torch.arange(0, 40, 2)
+    states = torch.randn(5, whole.width)
+    for shortlist, columns in ((True, ids), (False, torch.arange(whole.vocabulary))):
+        policy = replace(LOSSLESS, shortlist=shortlist)
+        drafter = Drafter.of(whole, ExitSet(drafting(whole), ids), policy)
+        said, shares = drafter.tokens(states)
+        expected = whole.logits(whole.final_norm(states))[:, columns].softmax(-1).max(-1)
+        assert torch.equal(said, columns[expected.indices])
+        torch.testing.assert_close(shares, expected.values)
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2-opt", "blip2-t5"])
@@ -206,9 +243,9 @@ def test_a_shortlist_bounds_what_is_drafted(backbone, batch, knows):
     ids = torch.arange(0, whole.vocabulary, 2)
     exits = ExitSet(drafting(whole), ids)
     full = generate(whole, inputs, **GREEDY)
-    policy = ExitPolicy(lossless=True, max_draft=3, shortlist=True)
+    policy = replace(LOSSLESS, shortlist=True)
     drafter = Drafter.of(whole, exits, policy)
-    assert set(drafter.tokens(torch.randn(50, whole.width)).tolist()) <= set(ids.tolist())
+    assert set(drafter.tokens(torch.randn(50, whole.width))[0].tolist()) <= set(ids.tolist())
     made = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
     assert torch.equal(made.sequences, full.sequences)
 
@@ -221,7 +258,7 @@ def test_requests_of_all_modes_share_an_engine(backbone, batch, knows):
 
     whole = backbone("llava")
     exits = drafting(whole)
-    policy = ExitPolicy({2: 0.05}, max_draft=3)
+    policy = ExitPolicy({2: 0.05}, max_draft=3, drafts={2: 0.0})
     rows = [families.one_row("llava", batch("llava", 4), row) for row in range(4)]
     full = [generate(whole, row, **GREEDY) for row in rows]
     early = [generate(whole, row, exits=exits, policy=policy, **GREEDY) for row in rows]

@@ -66,7 +66,7 @@ def drafting(adapter: Adapter) -> Adapter:
     exits = Exits(backbone, plain.depths, kind="drafting")
     exits.load_state_dict(plain.modules.state_dict(), strict=False)
     exits.requires_grad_(False)
-    policy = replace(adapter.policy, drafts=dict.fromkeys(plain.depths, 0.1), max_draft=3)
+    policy = replace(adapter.policy, drafts=dict.fromkeys(plain.depths, 0.0), max_draft=3)
     return replace(adapter, exits=ExitSet(exits, SHORT), policy=replace(policy, lossless=True))
 
 

@@ -15,7 +15,7 @@ import training_runs
 from gguf_cases import adapter_of, depths_of, refused
 
 from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import AHEAD, ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import fingerprint
@@ -94,7 +94,8 @@ def test_exits_of_another_learn_on_before_they_draft(tmp_path: Path) -> None:
     teacher = Dequantised(backbone, "q4_0")
     made = train_drafting(first, *how, tmp_path / "made", teacher=teacher)
     assert made.calibration is None and made.of_format == "q4_0"
-    assert made.policy == replace(first.policy, max_draft=4)
+    drafts = dict.fromkeys(made.exits.depths, AHEAD)
+    assert made.policy == replace(first.policy, drafts=drafts, max_draft=4)
     assert {*first.seen["train"]} < {*made.seen["train"]}
     was, now = (adapter.exits.modules.state_dict() for adapter in (first, made))
     assert any(not torch.equal(now[name], tensor) for name, tensor in was.items())

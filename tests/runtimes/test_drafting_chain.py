@@ -16,7 +16,7 @@ import torch
 from gguf_cases import FURTHER, GREEDY, KINDS, adapter_of, depths_of, drafting, inputs_of, refused
 from hub_files import sliced, text_adapter
 
-from offramp.engine.decoding.executor import Ends
+from offramp.engine.decoding.executor import DraftRoom
 from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.drafter import Drafter
 from offramp.errors import AdapterError
@@ -61,11 +61,11 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     def tell(answer: Sequence[int]) -> None:
         following, draft = dict(pairwise(answer)), ChainDrafter.draft
 
-        def told(self: ChainDrafter, slot: int, token: int, most: int, ends: Ends) -> list[int]:
+        def told(self: ChainDrafter, slot: int, token: int, room: DraftRoom) -> list[int]:
             made = list[int]()
-            for _ in draft(self, slot, token, most, lambda _: False):
+            for _ in draft(self, slot, token, room._replace(ends=lambda _: False)):
                 made.append(following.get([token, *made][-1], 0))
-                if ends(made[-1]):
+                if room.ends(made[-1]):
                     break
             return made
 
@@ -91,6 +91,23 @@ def test_answers_are_full_depths(
     assert set(made.depths[0].tolist()) <= {depths_of(name)[-1], runtime.backbone.depth}
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_drafts_go_on_as_far_as_pytorchs(
+    compiled: bool, loaded: Callable[..., LlamaCppRuntime]
+) -> None:
+    """While the product of their probabilities is what the policy says: a round's counts tell."""
+    runtime, inputs = loaded("llava", compiled=compiled), inputs_of("llava")
+    counts = set[int]()
+    for sure in (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.9):
+        drafts = dict.fromkeys(runtime.adapter.exits.depths, sure)
+        policy = replace(runtime.adapter.policy, drafts=drafts)
+        ours = runtime.generate(inputs, policy=policy, return_dict_in_generate=True, **GREEDY)
+        theirs = runtime.adapter.generate(inputs, policy=policy, **GREEDY)
+        assert torch.equal(ours.sequences, theirs.sequences) and ours.rounds == theirs.rounds
+        counts |= {max(count for count, _ in ours.rounds)}
+    assert counts == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize(("paced", "compiled"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("name", [*KINDS, "qwen2-vl", "qwen3-vl", "gemma3", "paligemma"])
 def test_drafts_are_pytorchs(
@@ -104,14 +121,14 @@ def test_drafts_are_pytorchs(
     here, there = list[int](), list[int]()
     draft, tokens = ChainDrafter.draft, Drafter.tokens
 
-    def drafted(self: ChainDrafter, slot: int, token: int, most: int, ends: Ends) -> list[int]:
-        made = draft(self, slot, token, most, ends)
+    def drafted(self: ChainDrafter, slot: int, token: int, room: DraftRoom) -> list[int]:
+        made = draft(self, slot, token, room)
         here.extend(made)
         return made
 
-    def said(self: Drafter, states: torch.Tensor) -> torch.Tensor:
+    def said(self: Drafter, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         made = tokens(self, states)
-        there.extend(made.tolist())
+        there.extend(made[0].tolist())
         return made
 
     monkeypatch.setattr(ChainDrafter, "draft", drafted)

@@ -352,7 +352,8 @@ def test_a_callback_in_python_reads_the_same_states(exported: Any, loaded: Any) 
         ours = each.generate(inputs_of("llava"), policy=policy, **GREEDY)
     theirs = loaded("llava").generate(inputs_of("llava"), policy=policy, **GREEDY)
     assert same(ours, theirs)
-    assert torch.equal(ours.scores.nan_to_num(-1), theirs.scores.nan_to_num(-1))
+    # No nodes are taken over there, and norms add in another order.
+    torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm"])  # the latter's head is its embeddings

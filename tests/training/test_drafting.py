@@ -14,7 +14,7 @@ from offramp.adapter import Adapter
 from offramp.answers import full_model_answers
 from offramp.engine.drafter import Drafter
 from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import AHEAD, ExitPolicy
 from offramp.engine.teacher_forcing import record
 from offramp.errors import InputError
 from offramp.models.exits import Exits
@@ -52,7 +52,7 @@ def test_a_rollout_is_what_decoding_drafts(name, backbone, monkeypatch):
 
     def said(self, made):
         states.append(made.clone())
-        return torch.tensor([row.ids[next(step) + 1]])
+        return torch.tensor([row.ids[next(step) + 1]]), torch.ones(1)
 
     monkeypatch.setattr(Drafter, "tokens", said)
     made = generate(
@@ -88,7 +88,8 @@ def test_only_the_inputs_of_drafts_learn(opt, tmp_path):
         adapter, processor("blip2-opt"), fakes.examples(12), CONFIG, tmp_path / "second"
     )
     assert made.exits.modules.kind == "drafting"
-    assert made.policy == replace(adapter.policy, max_draft=4)
+    drafts = dict.fromkeys(made.exits.depths, AHEAD)
+    assert made.policy == replace(adapter.policy, drafts=drafts, max_draft=4)
     assert made.calibration == {"kept": True}
     was, now = (a.exits.modules.state_dict() for a in (adapter, made))
     assert all(torch.equal(now[name], tensor) for name, tensor in was.items())

@@ -22,6 +22,8 @@ from offramp.evaluation.timing import (
 )
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95)
+PRODUCTS = (0.0, 0.05, 0.1, 0.2, 0.3)
+"""Of a round's drafts, by an exit that drafts on."""
 LONGEST = (2, 3, 4, 5, 8)
 """Drafts in a round, at most."""
 
@@ -38,17 +40,16 @@ class Drafting:
     longest: int = ExitPolicy.max_draft
 
 
-def draft_policies(adapter: Adapter, thresholds: Sequence[float] = THRESHOLDS) -> list[ExitPolicy]:
+def draft_policies(adapter: Adapter, thresholds: Sequence[float] | None = None) -> list[ExitPolicy]:
     """Lossless policies that draft by each exit alone and by all, at every threshold.
 
-    What else stands in the adapter's policy (score, shortlist, longest draft) is kept. Exits that
-    draft on write as many as a round may have, at no threshold: of those by every `LONGEST`.
+    What else stands in the adapter's policy (score, shortlist, longest draft) is kept. Of exits
+    that draft on the deepest writes. thresholds: None: `THRESHOLDS`, or `PRODUCTS` of such exits.
     """
-    depths = adapter.exits.depths
-    if adapter.exits.draft_on:
-        policy = replace(adapter.policy, kv="recompute", lossless=True, drafts={depths[-1]: 0.0})
-        return [replace(policy, max_draft=most) for most in LONGEST]
-    places = dict.fromkeys([*((depth,) for depth in depths), depths])
+    depths, ahead = adapter.exits.depths, adapter.exits.draft_on
+    if thresholds is None:
+        thresholds = PRODUCTS if ahead else THRESHOLDS
+    places = dict.fromkeys([depths[-1:]] if ahead else [*((depth,) for depth in depths), depths])
     sweep = [Thresholds.shared(place, t) for place in places for t in thresholds]
     return [replace(adapter.policy, kv="recompute", lossless=True, drafts=d) for d in sweep]
 
@@ -57,7 +58,7 @@ def draft_speeds(
     adapter: Adapter,
     inputs: Sequence[Mapping[str, Any]],
     *,
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float] | None = None,
     rounds: int = 3,
     progress: Any = iter,
     runtime: Runtime | None = None,
@@ -75,8 +76,6 @@ def draft_speeds(
     sweep = [(Thresholds(p.drafts), p) for p in draft_policies(adapter, thresholds)]
     early = _answering(adapter, runtime, options)
     found = _timed(early, sweep, inputs, rounds, progress)
-    if adapter.exits.draft_on:
-        return found
     best = replace(sweep[0][1], drafts=found[0].thresholds)
     lengths = [n for n in LONGEST if n != best.max_draft]
     sweep = [(found[0].thresholds, replace(best, max_draft=most)) for most in lengths]

@@ -69,10 +69,11 @@ class Drafter:
         made: Tensor = self.input(embedded.to(device), states.to(device))
         return made.to(self.backbone.dtype)
 
-    def tokens(self, states: Tensor) -> Tensor:
-        """The ids [n] that the exit says with states [n, D]."""
+    def tokens(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids [n] that the exit says with states [n, D], and their probabilities [n]."""
         backbone = self.backbone
         normed = backbone.final_norm(backbone.here(states))
         logits = backbone.logits(normed, self.head, code=self.code)
-        places = logits.argmax(-1)
-        return places if self.shortlist is None else self.shortlist[places]
+        largest, places = logits.float().max(-1)
+        shares = (largest - logits.float().logsumexp(-1)).exp()
+        return (places if self.shortlist is None else self.shortlist[places]), shares

@@ -29,6 +29,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 DRAFT = 0.5
 """Score from which trained exits draft until `offramp draft` finds what is fastest: a token that is
 likelier right than wrong."""
+AHEAD = 0.1
+"""The same of an exit that drafts on: product of the probabilities of a round's drafts. They are
+right far oftener than they are held to be (docs/decoding.md)."""
 
 
 class Thresholds(dict[int, float]):
@@ -91,7 +94,8 @@ class ExitPolicy:
         output is the full model's. Thresholds then decide speed, not quality.
     max_draft: longest draft before the full model is asked.
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds` and
-        gates, which are about final exits. `offramp draft` finds the fastest.
+        gates, which are about final exits; of an exit that drafts on, of the product of a round's
+        drafts. `offramp draft` finds the fastest.
     guesses: by depth; score from which a token that is not confident goes on as a guess until the
         layers above have spoken (`offramp.engine.decoding`). Speed alone: the answer is that of
         the thresholds. For single greedy answers with one exit; `offramp draft` finds the fastest.
@@ -160,7 +164,7 @@ class ExitPolicy:
         """What runs: lossless by `drafts`, where there are any."""
         if not (self.lossless and self.drafts):
             return self
-        return replace(self, thresholds=self.drafts, drafts={}, guesses={}, gates={})
+        return replace(self, thresholds=self.drafts, guesses={}, gates={})
 
     @property
     def pruning(self) -> Pruning | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from offramp.adapter import Adapter
 from offramp.engine.kv_cache import cache_parameter, exits_only, self_attention
+from offramp.engine.policy import AHEAD
 from offramp.engine.teacher_forcing import Batch
 from offramp.errors import InputError, TrainingError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
@@ -480,8 +481,8 @@ class DraftingStage(DraftTraining):
         measured = {str(depth): one.to_json for depth, one in found.items()}
         for depth, one in measured.items():
             log.info("Drafts at depth %s are right: %s.", depth, one)
-        # One row more in the verifying call costs as much as a fifth draft is worth.
-        policy = replace(adapter.policy, max_draft=UNROLLED)
+        drafts = dict.fromkeys(adapter.policy.drafts or adapter.exits.depths, AHEAD)
+        policy = replace(adapter.policy, drafts=drafts, max_draft=UNROLLED)
         ran = {**dict(adapter.provenance.get("config") or {}), "exit_kind": "drafting"}
         return replace(
             adapter,

@@ -18,7 +18,7 @@ from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.executor import Ends
+from offramp.engine.decoding.executor import DraftRoom
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
@@ -86,13 +86,12 @@ class TableExecutor(SlotExecutor):
         handles: Sequence[Any],
         ids: Sequence[int],
         columns: Sequence[int],
-        most: Sequence[int],
-        ends: Sequence[Ends],
+        rooms: Sequence[DraftRoom],
     ) -> list[list[int]]:
         if self._first < 0:
             self._first = columns[0]
         answer = [*self._answer[: columns[0] - self._first], ids[0]]
-        return [self._table.draft(answer, most[0])]
+        return [self._table.draft(answer, rooms[0].most)]
 
     def verify(
         self, handles: Sequence[Any], ids: Sequence[Sequence[int]], columns: Sequence[int]
@@ -135,8 +134,8 @@ class TableDrafter(ChainDrafter):
         self._answer, self._fed = [], []
         self._columns = 0 if prompt is None else len(prompt.states)
 
-    def draft(self, slot: int, token: int, most: int, ends: Ends) -> list[int]:
-        drafts = self._table.draft([*self._answer, token], most)
+    def draft(self, slot: int, token: int, room: DraftRoom) -> list[int]:
+        drafts = self._table.draft([*self._answer, token], room.most)
         self._fed = [token, *drafts]
         return drafts
 

@@ -105,9 +105,7 @@ def _say_how_long(adapter: Any, runtime: Any, inputs: Any, arguments: argparse.N
     from offramp.progress import duration
 
     guesses = len(guess_policies(adapter))
-    ways = 1 + len(draft_policies(adapter)) + (1 + guesses if guesses > 1 else 0)
-    if not adapter.exits.draft_on:
-        ways += len(LONGEST)
+    ways = 1 + len(draft_policies(adapter)) + (1 + guesses if guesses > 1 else 0) + len(LONGEST)
     begin = time.perf_counter()
     (runtime or adapter).generate(
         inputs[0], policy=FULL, max_new_tokens=arguments.max_new_tokens, do_sample=False

@@ -18,7 +18,13 @@ from dataclasses import replace
 from itertools import compress
 from typing import Any, NamedTuple, cast
 
-from offramp.engine.decoding.executor import DraftingExecutor, Executor, Span, too_long
+from offramp.engine.decoding.executor import (
+    DraftingExecutor,
+    DraftRoom,
+    Executor,
+    Span,
+    too_long,
+)
 from offramp.engine.decoding.pace import DraftPace, Turn
 from offramp.engine.decoding.reader import Question, Reader, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
@@ -515,8 +521,7 @@ class Decoder:
         handles, columns = [row.handle for row in rows], [row.ran[0] for row in rows]
         newest = [row.ids[-1] for row in rows]
         executor = cast(DraftingExecutor, self.executor)
-        room, ends = [*map(self._room, rows)], [row.ends_with for row in rows]
-        drafts = executor.draft(handles, newest, columns, room, ends)
+        drafts = executor.draft(handles, newest, columns, [*map(self._room, rows)])
         # Behind an end token nothing is asked.
         fed = [
             [token, *(draft[:-1] if draft and row.ends_with(draft[-1]) else draft)]
@@ -542,14 +547,14 @@ class Decoder:
             self._settle(row)
         return first
 
-    def _room(self, row: Sequence) -> int:
-        """How many drafts a sequence may have before it is as long as it may be."""
+    def _room(self, row: Sequence) -> DraftRoom:
+        """What drafts a sequence may have before it is as long as it may be."""
         room = row.rule.most or 0
         if self.executor.positions is not None:
             room = min(room, self.executor.positions - row.ran[0] - 1)
         while room > 0 and row.sampler.would_end(len(row.tokens) + room, -1):
             room -= 1
-        return max(0, room)
+        return DraftRoom(max(0, room), row.rule.sure, row.ends_with)
 
     def _question(self, row: Sequence, before: list[int], place: int = 1) -> Question:
         return Question(row.sampler, row.rule_at(place), before)

@@ -20,6 +20,16 @@ Handle = Any
 """What an executor knows a sequence by: its own affair."""
 
 
+class DraftRoom(NamedTuple):
+    """How far drafts behind a token go on. most: ids. sure: product of what the exit holds of them,
+    each in [0, 1], below which they are worth no row of the verifying call. ends: what stands
+    behind an end token is never asked."""
+
+    most: int
+    sure: float
+    ends: Ends
+
+
 class Span(NamedTuple):
     """Columns of one sequence from `first` up to, and without, `end`."""
 
@@ -133,12 +143,10 @@ class DraftingExecutor(Executor, Protocol):
         handles: Sequence[Handle],
         ids: Sequence[int],
         columns: Sequence[int],
-        most: Sequence[int],
-        ends: Sequence[Ends],
+        rooms: Sequence[DraftRoom],
     ) -> list[list[int]]:
         """What the drafting exit writes behind the next token of each sequence, from the state that
-        it made of the column before: up to `most` ids each, or to one that `ends` its answer; none
-        where that state is not known.
+        it made of the column before: as far as there is room; none where that state is not known.
 
         Nothing that was verified changes.
         """

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from offramp.engine.policy import ExitPolicy, Pruning
+from offramp.engine.policy import AHEAD, ExitPolicy, Pruning
 
 OPEN_GUESSES = 5
 """Guesses between two calls of the layers above the exit: of more, one is likely wrong."""
@@ -41,6 +41,7 @@ class ExitRule:
     the threshold goes on all the same, until deeper layers have spoken. most: drafts or guesses
     that may be open at a time; None: any number. ahead: lossless, depth of the exit that drafts on
     from its own state (`offramp.engine.drafter`); None: drafts are what exits say of fed tokens.
+    sure: of such an exit, the product of its drafts' probabilities down to which it drafts on.
     pruning: where visual tokens of the prompt stay behind; None: nowhere.
     """
 
@@ -49,6 +50,7 @@ class ExitRule:
     guesses: Mapping[int, float] | None = None
     most: int | None = None
     ahead: int | None = None
+    sure: float = 0.0
     pruning: Pruning | None = None
     gates: Mapping[int, float] = field(default_factory=dict)
 
@@ -79,7 +81,8 @@ class ExitRule:
     @classmethod
     def drafting(cls, policy: ExitPolicy, depth: int) -> ExitRule:
         """The rule of answers whose drafts the exit at `depth` writes from its own state."""
-        return cls({}, lossless=True, most=policy.max_draft, ahead=depth)
+        sure = policy.drafts.get(depth, AHEAD)
+        return cls({}, lossless=True, most=policy.max_draft, ahead=depth, sure=sure)
 
     def opening(self, thresholds: Mapping[int, float]) -> ExitRule:
         """The rule of an answer's first token, which exits at `thresholds`; none: nowhere."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engine.decoding.executor import Ends, Loaded, Span
+from offramp.engine.decoding.executor import DraftRoom, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone
 from offramp.engine.drafter import Drafter
@@ -188,13 +188,12 @@ class StackExecutor(SegmentRunner):
         handles: Sequence[_Row],
         ids: Sequence[int],
         columns: Sequence[int],
-        most: Sequence[int],
-        ends: Sequence[Ends],
+        rooms: Sequence[DraftRoom],
     ) -> list[list[int]]:
-        return [*map(self._draft, handles, ids, columns, most, ends)]
+        return [*map(self._draft, handles, ids, columns, rooms)]
 
-    def _draft(self, row: _Row, token: int, column: int, most: int, ends: Ends) -> list[int]:
-        drafter = self._drafter
+    def _draft(self, row: _Row, token: int, column: int, room: DraftRoom) -> list[int]:
+        drafter, (most, sure, ends) = self._drafter, room
         if drafter is None or not most:
             return []
         if row.entered is not None and row.entered[0] == column - 1:
@@ -202,16 +201,20 @@ class StackExecutor(SegmentRunner):
         first, states = row.verified or (column, torch.empty(0))
         if not 0 <= column - 1 - first < len(states):
             return []
-        state, ids = states[column - 1 - first, None], [token]
+        state, drafts, product = states[column - 1 - first, None], list[int](), 1.0
         begin = row.tokens
         try:
-            while len(ids) <= most and not (len(ids) > 1 and ends(ids[-1])):
-                given = torch.tensor(ids[-1:], device=self.backbone.device)
+            while len(drafts) < most and not (drafts and ends(token)):
+                given = torch.tensor([token], device=self.backbone.device)
                 state = self._drafted(row, drafter.inputs(given, state)[None], given[None])
-                ids.append(int(drafter.tokens(state)))
+                said, share = drafter.tokens(state)
+                token, product = int(said), product * float(share)
+                if product < sure:
+                    break
+                drafts.append(token)
         finally:
             self._undo(row, row.tokens - begin)
-        return ids[1:]
+        return drafts
 
     def _enter(self, row: _Row, entry: Tensor) -> None:
         """Let the drafting exit run the newest column, of which it has only stored the keys; where

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from offramp.engine.decoding.executor import Ends
+from offramp.engine.decoding.executor import DraftRoom, Ends
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError
@@ -103,35 +103,36 @@ class ChainDrafter:
         if slot in self._wanted:
             self._chain.run(states, None, slot)
 
-    def draft(self, slot: int, token: int, most: int, ends: Ends) -> list[int]:
-        """Up to `most` ids behind a token, or to one that ends the answer, from the state of the
-        one before it."""
+    def draft(self, slot: int, token: int, room: DraftRoom) -> list[int]:
+        """Ids behind a token, as far as there is room, from the state of the one before it."""
         chain, segment = self._chain, self._segment
         if chain.waits(slot):
             chain.finish(1, slot)
             self._states[slot] = segment.tapped()[-1:]
         state = self._states.get(slot)
-        if state is None or not most:
+        if state is None or not room.most:
             return []
         if self._loop is None or self._ids is None:
-            return self._one_by_one(slot, token, state, most, ends)
-        ending = self._ending(slot, ends, self._ids)
-        said = segment.draft(self._loop, self._word(token), state[0], ending, most, slot)
+            return self._one_by_one(slot, token, state, room)
+        ending, word = self._ending(slot, room.ends, self._ids), self._word(token)
+        said = segment.draft(self._loop, word, state[0], ending, room.most, room.sure, slot)
         return [self._ids[place] for place in said]
 
-    def _one_by_one(self, slot: int, token: int, state: States, most: int, ends: Ends) -> list[int]:
+    def _one_by_one(self, slot: int, token: int, state: States, room: DraftRoom) -> list[int]:
         """The same without the loop in C."""
-        segment, drafts = self._segment, list[int]()
-        for _ in range(most):
+        segment, drafts, product, fed = self._segment, list[int](), 1.0, 0
+        while len(drafts) < room.most and not (drafts and room.ends(token)):
             enters = self._word(token) + self._of_states @ _normed(state[0])
             segment.feed(np.asarray(enters[None], dtype=np.float32), 1, slot=slot)
-            said = int(segment.logits(1)[0].argmax())
+            logits, fed = segment.logits(1)[0], fed + 1
+            said = int(logits.argmax())
+            product /= float(np.exp(logits - logits[said]).sum())
+            if product < room.sure:
+                break
             token = said if self._ids is None else self._ids[said]
             drafts.append(token)
-            if ends(token):
-                break
             state = segment.tapped()
-        segment.crop(len(drafts), slot)
+        segment.crop(fed, slot)
         return drafts
 
     def crop(self, slot: int, columns: int) -> None:

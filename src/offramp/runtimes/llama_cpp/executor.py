@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offramp.engine.decoding.executor import Ends, Loaded, Span
+from offramp.engine.decoding.executor import DraftRoom, Loaded, Span
 from offramp.engine.decoding.reader import Decide, Looks, anyone
 from offramp.engine.policy import ExitPolicy
 from offramp.runtimes.llama_cpp.chain import SegmentChain
@@ -209,11 +209,10 @@ class ChainExecutor:
         handles: Sequence[int],
         ids: Sequence[int],
         columns: Sequence[int],
-        most: Sequence[int],
-        ends: Sequence[Ends],
+        rooms: Sequence[DraftRoom],
     ) -> list[list[int]]:
         assert self.drafter is not None
-        return [*map(self.drafter.draft, handles, ids, most, ends)]
+        return [*map(self.drafter.draft, handles, ids, rooms)]
 
     def verify(
         self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]

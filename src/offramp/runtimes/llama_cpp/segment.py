@@ -254,12 +254,13 @@ class Segment:
         state: States,
         ends: npt.NDArray[np.bool_],
         most: int,
+        sure: float,
         slot: int = 0,
     ) -> list[int]:
         """What the loop says behind a sequence, by number; its rows are forgotten again.
 
         word, state: what enters the layer first [D], and the tapped state before it. ends: whether
-        a word ends an answer [S]. most: words.
+        a word ends an answer [S]. most, sure: as of `DraftRoom`.
         """
         row = self._rows[slot]
         self._look_ahead(False)
@@ -267,7 +268,7 @@ class Segment:
         positions = np.ascontiguousarray(positions, dtype=np.int32)
         word, state = self._input_scale * word, self._state_scale * state
         batch = self._batch.fill(word[None], None, positions[:, :1], [Part(slot, word[None], 1, 0)])
-        said = loop.run(batch, positions, word, state, ends)
+        said = loop.run(batch, positions, word, state, ends, sure)
         self._lib.llama_memory_seq_rm(self._memory, slot, int(positions[0, 0]), -1)
         if said is None:
             raise _refused(1, row, -1)

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.decoding.executor import Ends, Loaded, Span
+from offramp.engine.decoding.executor import DraftRoom, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone, no_one
 from offramp.engine.drafter import Drafter
@@ -292,33 +292,36 @@ class SlotExecutor(SegmentRunner):
         handles: Sequence[_Row],
         ids: Sequence[int],
         columns: Sequence[int],
-        most: Sequence[int],
-        ends: Sequence[Ends],
+        rooms: Sequence[DraftRoom],
     ) -> list[list[int]]:
         written: list[list[int]] = [[] for _ in handles]
         if self._drafter is None:
             return written
-        self._enter([row for row, count in zip(handles, most, strict=True) if count])
+        self._enter([row for row, room in zip(handles, rooms, strict=True) if room.most])
         places, begin = [], []
         for place, (row, column) in enumerate(zip(handles, columns, strict=True)):
             first, made = row.verified or (column, ())
-            if most[place] and 0 <= column - 1 - first < len(made):
+            if rooms[place].most and 0 <= column - 1 - first < len(made):
                 places.append(place)
                 begin.append(made[column - 1 - first])
         if not places:
             return written
         # All go as far as the one that goes farthest: what is too much is not looked at.
-        going, step, rows = set(places), 0, [handles[place] for place in places]
+        going, step, rows = dict.fromkeys(places, 1.0), 0, [handles[place] for place in places]
         tokens, states = self._ids([ids[place] for place in places]), torch.stack(begin)
         while going:
             ahead = [columns[place] + step for place in places]
             states = self._drafted(rows, ahead, self._drafter.inputs(tokens, states))
-            tokens, step = self._drafter.tokens(states), step + 1
-            for place, token in zip(places, tokens.tolist(), strict=True):
-                if place in going:
+            (tokens, shares), step = self._drafter.tokens(states), step + 1
+            for place, token, share in zip(places, tokens.tolist(), shares.tolist(), strict=True):
+                if place not in going:
+                    continue
+                going[place] *= share
+                most, sure, ends = rooms[place]
+                if going[place] >= sure:
                     written[place].append(token)
-                    if step == most[place] or ends[place](token):
-                        going.remove(place)
+                if going[place] < sure or step == most or ends(token):
+                    del going[place]
         return written
 
     def _enter(self, rows: Sequence[_Row]) -> None:

@@ -4,6 +4,7 @@
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "llama.h"
 #include "tap.h"
@@ -47,18 +48,46 @@ WIDEST static int32_t largest(const float * numbers, size_t count) {
     return at;
 }
 
-// Write up to `most` words, or to one of which `ends` [words] is true, into `said`; how many, or -1
-// where llama.cpp refused a row. batch: of one row, whose logits are asked for. positions: [axes,
-// most] of the rows. word, state: [width], of the first row.
+// e^x of x <= 0, to five digits: by the exponent's bits for the whole of x / ln 2, and by the first
+// terms of its series for the rest. In a loop it becomes vectors, as expf does not.
+static inline float power(float x) {
+    const float two = (x < -80 ? -80 : x) * 1.44269504f, whole = rintf(two), r = (two - whole) * 0.69314718f;
+    const float near = 1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r / 120.0f))));
+    const int32_t bits = (int32_t) (whole + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return near * scale;
+}
+
+// Probability by softmax of number `at`, the largest.
+WIDEST static float share(const float * numbers, size_t count, size_t at) {
+    enum { LANES = 16 };
+    float sums[LANES] = {0}, sum = 0;
+    size_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (size_t lane = 0; lane < LANES; lane++) sums[lane] += power(numbers[i + lane] - numbers[at]);
+    for (; i < count; i++) sum += power(numbers[i] - numbers[at]);
+    for (size_t lane = 0; lane < LANES; lane++) sum += sums[lane];
+    return 1 / sum;
+}
+
+// Write words into `said`: up to `most`, to one of which `ends` [words] is true, or as long as the
+// product of their probabilities is `sure`; how many, or -1 where llama.cpp refused a row. batch: of
+// one row, whose logits are asked for. positions: [axes, most] of the rows. word, state: [width], of
+// the first row.
 int32_t offramp_drafts(const struct drafts * d, const struct llama_batch * batch, const int32_t * positions,
-                       size_t axes, const float * word, const float * state, const bool * ends, size_t most,
-                       int32_t * said) {
+                       size_t axes, const float * word, const float * state, const bool * ends, float sure,
+                       size_t most, int32_t * said) {
+    float product = 1;
     for (size_t n = 0; n < most; n++) {
         enter(d, word, state, batch->embd);
         for (size_t axis = 0; axis < axes; axis++) batch->pos[axis] = positions[axis * most + n];
         d->tap->held = 0;
         if (d->decode(d->context, *batch) != 0) return -1;
-        said[n] = largest(d->logits(d->context), d->words);
+        const float * logits = d->logits(d->context);
+        said[n] = largest(logits, d->words);
+        product *= share(logits, d->words, said[n]);
+        if (product < sure) return n;
         if (ends[said[n]]) return n + 1;
         word = d->of_words + said[n] * d->width;
         state = (const float *) d->tap->into;

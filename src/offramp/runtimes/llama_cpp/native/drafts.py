@@ -64,10 +64,16 @@ class DraftLoop:
         self._said = np.empty(0, dtype=np.int32)
 
     def run(
-        self, batch: Any, positions: Integers, word: States, state: States, ends: npt.NDArray[Any]
+        self,
+        batch: Any,
+        positions: Integers,
+        word: States,
+        state: States,
+        ends: npt.NDArray[Any],
+        sure: float,
     ) -> list[int] | None:
-        """Words, by number, until one is of `ends` [S] or there are as many as positions; None
-        where llama.cpp refused one.
+        """Words, by number, until one is of `ends` [S], the product of their probabilities is below
+        `sure`, or there are as many as positions; None where llama.cpp refused one.
 
         batch: of one row whose logits are asked for. positions: [axes, n]. word, state: what enters
         the layer first [D], and the tap's state before it.
@@ -79,7 +85,7 @@ class DraftLoop:
             ctypes.byref(self._drafts), ctypes.byref(batch),
             positions.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(axes),
             word.ctypes.data_as(ctypes.c_void_p), state.ctypes.data_as(ctypes.c_void_p),
-            ends.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(most),
+            ends.ctypes.data_as(ctypes.c_void_p), ctypes.c_float(sure), ctypes.c_size_t(most),
             self._said.ctypes.data_as(ctypes.c_void_p),
         )  # fmt: skip
         return None if count < 0 else self._said[:count].tolist()

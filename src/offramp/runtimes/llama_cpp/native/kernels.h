@@ -152,18 +152,16 @@ static size_t activations_bytes(enum ggml_type type, size_t columns, size_t toke
 
 // As llama.cpp rounds them, but with scales in float32. A block that holds no number, or an infinite
 // one, has no scale: every product with it is none either, as it is in float32.
-static struct quantised quantise(const float * x, int bias) {
-    struct quantised to = {0};
-    if (!all_finite_32(x)) {
-        to.d = to.s = NAN;
-        return to;
-    }
+INLINE void quantise(const float * x, int bias, struct quantised * to) {
     const float most = largest_of_32(x);
-    const int sum = round_32(x, most > 1e-30f ? 127.0f / most : 0.0f, to.q);
-    to.d = most / 127.0f;
-    to.s = to.d * sum;
-    to.c = -bias * sum;
-    return to;
+    if (!(most < INFINITY)) {
+        *to = (struct quantised) {.d = NAN, .s = NAN};
+        return;
+    }
+    const int sum = round_32(x, most > 1e-30f ? 127.0f / most : 0.0f, to->q);
+    to->d = most / 127.0f;
+    to->s = to->d * sum;
+    to->c = -bias * sum;
 }
 
 // x: rows of tokens, `stride` numbers apart. memory: of `activations_bytes`. Each thread does its share.
@@ -175,14 +173,16 @@ static void arrange(enum ggml_type type, size_t columns, size_t tokens, const fl
     for (size_t i = all * thread / threads; i < all * (thread + 1) / threads; i++) {
         const size_t first = i / blocks * MOST, b = i % blocks;
         const size_t chunk = tokens - first < MOST ? tokens - first : MOST;
-        for (size_t n = 0; n < chunk; n++) {
-            const float * from = x + (first + n) * stride + b * BLOCK;
-            if (is_float(type))
-                for (size_t k = 0; k < BLOCK; k++)
-                    numbers[first * columns + (b * BLOCK + k) * chunk + n] = from[k];
-            else
-                to[first * blocks + b * chunk + n] = quantise(from, bias_of(type));
-        }
+        const float * from = x + first * stride + b * BLOCK;
+        if (is_float(type) && chunk == 1)
+            memcpy(numbers + first * columns + b * BLOCK, from, BLOCK * sizeof *from);
+        else if (is_float(type))
+            for (size_t k = 0; k < BLOCK; k++)
+                for (size_t n = 0; n < chunk; n++)
+                    numbers[first * columns + (b * BLOCK + k) * chunk + n] = from[n * stride + k];
+        else
+            for (size_t n = 0; n < chunk; n++)
+                quantise(from + n * stride, bias_of(type), &to[first * blocks + b * chunk + n]);
     }
 }
 

@@ -6,7 +6,7 @@
 // to 8 bits in blocks of 32 for quantised weights, as llama.cpp does it, and stay float32 for others.
 //
 // A graph's node is taken over while llama.cpp asks its callback about it, before it is computed:
-// MUL_MAT or FLASH_ATTN_EXT becomes CUSTOM, an operation of ggml's public interface, with the same sources.
+// MUL_MAT, FLASH_ATTN_EXT or RMS_NORM becomes CUSTOM, an operation of ggml's public interface, with the same sources.
 
 #define _GNU_SOURCE
 #include <stdatomic.h>
@@ -37,10 +37,11 @@ struct weight {
     struct custom custom;
 };
 
-// Attention by a scale, which a node's parameters no longer hold once it was taken over.
-struct scaled {
-    struct scaled * next;
-    float scale;
+// What takes nodes over that have a number among their parameters, which they no longer hold then.
+struct numbered {
+    struct numbered * next;
+    ggml_custom_op_t function;
+    float number;
     struct custom custom;
 };
 
@@ -57,7 +58,7 @@ struct products {
     struct weight ** seen;  // by the tensor's address, open addressing
     size_t slots, count, packed_bytes;
     struct arena { struct arena * next; size_t bytes, used; } * arenas;
-    struct scaled * scales;
+    struct numbered * numbered;
     void * scratch;  // a node's activations, arranged by all threads together
     size_t scratch_bytes;
     const struct ggml_tensor * arranged;  // the activations that are there, in this graph, and for which
@@ -120,9 +121,9 @@ void offramp_products_free(void * products) {
         next = arena->next;
         munmap(arena, arena->bytes);
     }
-    for (struct scaled * scaled = all->scales, * next; scaled; scaled = next) {
-        next = scaled->next;
-        free(scaled);
+    for (struct numbered * numbered = all->numbered, * next; numbered; numbered = next) {
+        next = numbered->next;
+        free(numbered);
     }
     free(all);
 }
@@ -164,6 +165,17 @@ static struct custom custom_of(struct products * all, const struct ggml_tensor *
 static void become(struct ggml_tensor * node, const struct custom * custom) {
     node->op = custom->op;
     memcpy(node->op_params, custom->parameters, sizeof node->op_params);
+}
+
+static void become_numbered(struct products * all, struct ggml_tensor * node, ggml_custom_op_t function, float number) {
+    struct numbered * it = all->numbered;
+    while (it && (it->function != function || it->number != number)) it = it->next;
+    if (!it) {
+        if (!(it = malloc(sizeof *it))) return;
+        *it = (struct numbered) {all->numbered, function, number, custom_of(all, node->src[0], function, it)};
+        all->numbered = it;
+    }
+    become(node, &it->custom);
 }
 
 static void pack(struct products * all, struct weight * weight) {
@@ -272,10 +284,10 @@ static struct attention attention_of(const struct ggml_tensor * node, float scal
 }
 
 static void attend_node(struct ggml_tensor * node, int thread, int threads, void * user) {
-    const struct scaled * scaled = user;
+    const struct numbered * scale = user;
     const size_t heads = node->src[0]->ne[2];
     for (int64_t sequence = 0; sequence < node->src[0]->ne[3]; sequence++) {
-        const struct attention a = attention_of(node, scaled->scale, sequence);
+        const struct attention a = attention_of(node, scale->number, sequence);
         attend(&a, heads * thread / threads, heads * (thread + 1) / threads);
     }
 }
@@ -302,15 +314,44 @@ static bool can_attend(const struct ggml_tensor * node, float slope, float cap) 
 static void offer_attention(struct products * all, struct ggml_tensor * node) {
     float options[3];  // scale, slope, cap
     memcpy(options, node->op_params, sizeof options);
-    if (!can_attend(node, options[1], options[2])) return;
-    struct scaled * scaled = all->scales;
-    while (scaled && scaled->scale != options[0]) scaled = scaled->next;
-    if (!scaled) {
-        if (!(scaled = malloc(sizeof *scaled))) return;
-        *scaled = (struct scaled) {all->scales, options[0], custom_of(all, node->src[0], attend_node, scaled)};
-        all->scales = scaled;
+    if (can_attend(node, options[1], options[2])) become_numbered(all, node, attend_node, options[0]);
+}
+
+// -- norms ----------------------------------------------------------------------------------------
+
+// By root mean square. llama.cpp adds squares one after the other, in float64.
+static void normalise(const float * x, size_t width, float epsilon, float * out) {
+    enum { SUMS = 4 };
+    floats sums[SUMS];
+    for (size_t n = 0; n < SUMS; n++) sums[n] = all_floats(0.0f);
+    for (size_t i = 0; i < width; i += LANES) {
+        const floats some = load_any(x + i);
+        floats * into = &sums[i / LANES % SUMS];
+        *into = product_plus(some, some, *into);
     }
-    become(node, &scaled->custom);
+    const float squares = sum_of(sum(sum(sums[0], sums[1]), sum(sums[2], sums[3])));
+    const floats times = all_floats(1.0f / sqrtf(squares / width + epsilon));
+    for (size_t i = 0; i < width; i += LANES) store_some(out + i, product(load_any(x + i), times), LANES);
+}
+
+static void normalise_node(struct ggml_tensor * node, int thread, int threads, void * user) {
+    const struct numbered * epsilon = user;
+    const struct ggml_tensor * x = node->src[0];
+    const size_t plane = x->ne[1] * x->ne[2], rows = plane * x->ne[3];
+    for (size_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++) {
+        const size_t i = row % x->ne[1], j = row % plane / x->ne[1], k = row / plane;
+        const char * from = (const char *) x->data + i * x->nb[1] + j * x->nb[2] + k * x->nb[3];
+        char * to = (char *) node->data + i * node->nb[1] + j * node->nb[2] + k * node->nb[3];
+        normalise((const float *) from, x->ne[0], epsilon->number, (float *) to);
+    }
+}
+
+static void offer_norm(struct products * all, struct ggml_tensor * node) {
+    const struct ggml_tensor * x = node->src[0];
+    float epsilon;
+    memcpy(&epsilon, node->op_params, sizeof epsilon);
+    if (x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && node->nb[0] == sizeof(float) && x->ne[0] % LANES == 0)
+        become_numbered(all, node, normalise_node, epsilon);
 }
 
 // Take a node over, if it is one that is known here.
@@ -320,6 +361,7 @@ void offramp_products_offer(void * products, void * tensor) {
     all->arranged = NULL;  // by a graph that was computed before
     if (node->op == GGML_OP_MUL_MAT) offer_product(all, node);
     if (node->op == GGML_OP_FLASH_ATTN_EXT) offer_attention(all, node);
+    if (node->op == GGML_OP_RMS_NORM) offer_norm(all, node);
 }
 
 // -- outside of llama.cpp -------------------------------------------------------------------------
@@ -345,6 +387,9 @@ bool offramp_product(void * products, int type, size_t rows, size_t columns, con
     free(numbers);
     return possible;
 }
+
+// A norm outside of llama.cpp; width: whole vectors.
+void offramp_norm(const float * x, size_t width, float epsilon, float * out) { normalise(x, width, epsilon, out); }
 
 // Attention outside of llama.cpp.
 void offramp_attention(const struct attention * a) { attend(a, 0, a->heads); }

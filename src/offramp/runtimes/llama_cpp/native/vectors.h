@@ -11,12 +11,10 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-// Whether 32 numbers are all finite.
-INLINE bool all_finite_32(const float * x) {
-    uint32_t bits[32], bad = 0;
-    memcpy(bits, x, sizeof bits);
-    for (int i = 0; i < 32; i++) bad |= (bits[i] & 0x7f800000u) == 0x7f800000u;
-    return !bad;
+INLINE float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
 // LANES: numbers in a vector. MOST: tokens whose sums fit into the registers.
@@ -65,9 +63,12 @@ INLINE ints dot_plus(ints sums, ints u, ints x, bool with_sign) {
     return _mm512_dpbusd_epi32(sums, u, x);
 }
 
+// The largest of 32 numbers without their signs; where one is infinite or no number, that. As
+// integers, their bits are in this order.
 INLINE float largest_of_32(const float * x) {
-    const floats low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
-    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+    const ints low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 16), number = all_ints(INT32_MAX);
+    const ints bits = _mm512_max_epi32(_mm512_and_si512(low, number), _mm512_and_si512(high, number));
+    return float_of(_mm512_reduce_max_epi32(bits));
 }
 
 // 32 numbers, scaled and rounded to bytes; their sum.
@@ -133,26 +134,31 @@ INLINE ints dot_plus(ints sums, ints u, ints x, bool with_sign) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
+INLINE int sum_of_ints(ints a) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+}
+
 INLINE float largest_of_32(const float * x) {
-    const floats sign = _mm256_set1_ps(-0.0f);
-    floats most = _mm256_andnot_ps(sign, _mm256_loadu_ps(x));
-    for (int i = 8; i < 32; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
-    float all[8], found = 0.0f;
-    _mm256_storeu_ps(all, most);
+    const ints number = all_ints(INT32_MAX);
+    ints most = all_ints(0);
+    for (int i = 0; i < 32; i += 8)
+        most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_loadu_si256((const void *) (x + i)), number));
+    uint32_t all[8], found = 0;
+    _mm256_storeu_si256((void *) all, most);
     for (int i = 0; i < 8; i++) found = all[i] > found ? all[i] : found;
-    return found;
+    return float_of(found);
 }
 
 INLINE int round_32(const float * x, float up, int32_t * q) {
-    int8_t * bytes = (int8_t *) q;
-    int sum = 0;
-    for (int i = 0; i < 32; i += 8) {
-        int32_t rounded[8];
-        const ints eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), all_floats(up)));
-        _mm256_storeu_si256((void *) rounded, eight);
-        for (int j = 0; j < 8; j++) sum += bytes[i + j] = rounded[j];
-    }
-    return sum;
+    ints four[4];
+    for (int i = 0; i < 4; i++)
+        four[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), all_floats(up)));
+    const ints low = _mm256_packs_epi32(four[0], four[1]), high = _mm256_packs_epi32(four[2], four[3]);
+    const ints order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // both halves were packed by themselves
+    _mm256_storeu_si256((void *) q, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+    return sum_of_ints(_mm256_add_epi32(_mm256_add_epi32(four[0], four[1]), _mm256_add_epi32(four[2], four[3])));
 }
 
 #endif
