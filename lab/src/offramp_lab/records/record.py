@@ -66,6 +66,7 @@ def asked(
     doc: str | None,
     *,
     photo: bool | None = None,
+    data: bool = False,
     dtype: str | None = None,
     out: Path | None = None,
     clock: bool = False,
@@ -75,7 +76,7 @@ def asked(
     """The arguments of a command; torch then runs in one thread.
 
     photo: whether it is of the photo model, whose exits may be others; False: that may be asked
-    for. dtype: its default. out: the file that is written if no other is named. clock: whether
+    for. data: whether it reads photographs without that model. dtype: its default. out: the file that is written if no other is named. clock: whether
     seconds may be those of the thread; the arguments then have `clock`. options: others, by name,
     with their defaults: a number or text, several of them, `Some`, or False for what is on once it
     is named. more: adds what else there is.
@@ -85,6 +86,7 @@ def asked(
         if not photo:
             parser.add_argument("--photo", action="store_true", help="the photo model")
         parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="its exits")
+    if photo is not None or data:
         parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")
     if dtype is not None:
         parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16"))

@@ -167,7 +167,7 @@ def main() -> None:
         "photo-small-4": partial(photo_at, depth=4, size="small"),
     }
     names = [part for name in cases for part in (name, f"{name}-speeds")]
-    arguments = asked(__doc__, photo=False, rounds=3, parts=Some(names))
+    arguments = asked(__doc__, data=True, rounds=3, parts=Some(names))
     load = os.getloadavg()[0]
 
     def made(part: str) -> dict[str, Any]:

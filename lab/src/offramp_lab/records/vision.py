@@ -352,7 +352,7 @@ PARTS: dict[str, Callable[[Sequence[Example], int], Any]] = {
 
 
 def main() -> None:
-    arguments = asked(__doc__, photo=True, rounds=3, pictures=50, parts=Some(PARTS))
+    arguments = asked(__doc__, data=True, rounds=3, pictures=50, parts=Some(PARTS))
     photographs = read_photographs(arguments.data)["captions_val"][: arguments.pictures]
     how = (photographs, arguments.rounds)
     RECORD.parts({n: partial(part, *how) for n, part in PARTS.items()}, arguments.parts)
