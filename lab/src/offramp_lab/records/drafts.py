@@ -10,7 +10,7 @@ Every photograph is answered by all ways in an order of its own, with CPU second
 the first token on; it is kept in runs/drafts, so that a run that was cut off goes on there. The
 table's counts are of the model's own answers to `--learn` photographs of the training split. Ways:
 full depth; today's exit, by the adapter's drafts and by 5 at .2; the table; 3, 4, 5 drafts of the
-exit from its own state. `--packed` lays the weights out first, `--gguf q8_0` decodes inside
+exit from its own state, as far as they are sure, and 4 sure or not. `--packed` lays the weights out first, `--gguf q8_0` decodes inside
 llama.cpp; each makes a part of its own. Of exits that learnt from a number format (`offramp train
 --of-format`) that part has full depth and their drafts alone.
 """
@@ -48,6 +48,7 @@ from offramp_lab.records.subjects import halves, load_photo, photo_exits
 
 RECORD = Record("drafts")
 AT_ONCE = 16
+ALWAYS = "drafting, 4, sure or not"
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
 Way = Callable[[Mapping[str, Any], StoppingCriteriaList], GenerationOutput]
 
@@ -61,23 +62,22 @@ def plain_exits(adapter: Adapter) -> ExitSet:
     return replace(exits, modules=layer)
 
 
-def lossless_policies(adapter: Adapter) -> tuple[dict[str, ExitPolicy], dict[int, ExitPolicy]]:
-    """Of the exit that says what follows fed tokens, by name; and of the one that drafts on, by the
-    drafts of a round."""
+def lossless_policies(adapter: Adapter) -> tuple[dict[str, ExitPolicy], dict[str, ExitPolicy]]:
+    """Of the exit that says what follows fed tokens, and of the one that drafts on; by name."""
     lossless = replace(adapter.policy, lossless=True, kv="recompute")
     tuned = dict.fromkeys(adapter.exits.depths[:1], 0.2)
     by_exit = {"exit, 5 at .2": replace(lossless, drafts=tuned, max_draft=5)}
     if lossless.effective.thresholds:
         by_exit["exit, as stored"] = replace(lossless, max_draft=ExitPolicy.max_draft)
-    return by_exit, {most: replace(lossless, max_draft=most) for most in (3, 4, 5)}
+    drafting = {f"drafting, {most}": replace(lossless, max_draft=most) for most in (3, 4, 5)}
+    unsure = dict.fromkeys(adapter.exits.depths, 0.0)
+    return by_exit, drafting | {ALWAYS: replace(lossless, drafts=unsure, max_draft=4)}
 
 
 def drafts_in_llama_cpp(adapter: Adapter, runtime: LlamaCppRuntime) -> dict[str, Way]:
     """Full depth, and the drafts of exits that draft on."""
-    ways = {"full": _by(runtime, FULL)}
-    for most, policy in lossless_policies(adapter)[1].items():
-        ways[f"drafting, {most}"] = _by(runtime, policy)
-    return ways
+    drafting = lossless_policies(adapter)[1]
+    return {"full": _by(runtime, FULL), **{n: _by(runtime, p) for n, p in drafting.items()}}
 
 
 def _by(runtime: LlamaCppRuntime, policy: ExitPolicy) -> Way:
@@ -102,8 +102,8 @@ def ways_in_llama_cpp(
     return {
         "full": _by(exits, FULL),
         **{name: _by(exits, policy) for name, policy in by_exit.items()},
-        "table": _by(words, drafting[4]),
-        **{f"drafting, {most}": _by(drafts, policy) for most, policy in drafting.items()},
+        "table": _by(words, drafting["drafting, 4"]),
+        **{name: _by(drafts, policy) for name, policy in drafting.items()},
     }
 
 
@@ -120,8 +120,7 @@ def ways_of(adapter: Adapter, table: DraftTable) -> dict[str, Way]:
 
     ways = {"full": by(None, FULL), **{n: by(plain, policy) for n, policy in by_exit.items()}}
     ways["table"] = lambda inputs, stop: table_generate(backbone, table, inputs, stop, **OPTIONS)
-    ways |= {f"drafting, {most}": by(exits, policy) for most, policy in drafting.items()}
-    return ways
+    return ways | {name: by(exits, policy) for name, policy in drafting.items()}
 
 
 def answered(way: Way, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ WAYS = {
     "drafting, 3": "3 drafts",
     "drafting, 4": "4 drafts",
     "drafting, 5": "5 drafts",
+    "drafting, 4, sure or not": "4, sure or not",
 }
 SHIPS, ZEN5 = "drafting, 5", "drafts-zen5"
 
