@@ -10,9 +10,9 @@ Every photograph is answered by all ways in an order of its own, with CPU second
 the first token on; it is kept in runs/drafts, so that a run that was cut off goes on there. The
 table's counts are of the model's own answers to `--learn` photographs of the training split. Ways:
 full depth; today's exit, by the adapter's drafts and by 5 at .2; the table; 3, 4, 5 drafts of the
-exit from its own state, as far as they are sure, and 4 sure or not. `--packed` lays the weights out first, `--gguf q8_0` decodes inside
-llama.cpp; each makes a part of its own. Of exits that learnt from a number format (`offramp train
---of-format`) that part has full depth and their drafts alone.
+exit from its own state, as far as they are sure, and 4 sure or not. `--packed` lays the weights out
+first, `--gguf q8_0` decodes inside llama.cpp; each makes a part of its own. Of exits that learnt
+from a number format (`offramp train --of-format`) that part has full depth and their drafts alone.
 """
 
 from __future__ import annotations

@@ -76,10 +76,11 @@ def asked(
     """The arguments of a command; torch then runs in one thread.
 
     photo: whether it is of the photo model, whose exits may be others; False: that may be asked
-    for. data: whether it reads photographs without that model. dtype: its default. out: the file that is written if no other is named. clock: whether
-    seconds may be those of the thread; the arguments then have `clock`. options: others, by name,
-    with their defaults: a number or text, several of them, `Some`, or False for what is on once it
-    is named. more: adds what else there is.
+    for. data: whether it reads photographs without that model. dtype: its default. out: the file
+    that is written if no other is named. clock: whether seconds may be those of the thread; the
+    arguments then have `clock`. options: others, by name, with their defaults: a number or text,
+    several of them, `Some`, or False for what is on once it is named. more: adds what else there
+    is.
     """
     parser = argparse.ArgumentParser(description=doc)
     if photo is not None:
