@@ -89,8 +89,10 @@ def test_a_race_over_real_prompts(adapter: Adapter, batch: Any) -> None:
 def test_exits_that_draft_on_are_tried_by_how_far(adapter: Adapter, timed: Any) -> None:
     exits = Exits(adapter.backbone, (2, 4), kind="drafting")
     found = draft_speeds(Adapter(adapter.backbone, exits, ExitPolicy()), [{}])
-    assert sorted(d.longest for d in found) == list(module.LONGEST)
+    assert {d.longest for d in found} == {*module.LONGEST}
     assert {tuple(d.thresholds) for d in found} == {(4,)}
+    by_default = {d.thresholds[4] for d in found if d.longest == ExitPolicy.max_draft}
+    assert by_default == {*module.PRODUCTS}
 
 
 # -- what drafts mean ----------------------------------------------------------------------------
@@ -118,7 +120,9 @@ def test_drafts_mean_nothing_to_early_exit(adapter: Adapter, batch: Any) -> None
 def test_gates_do_not_stand_before_drafts() -> None:
     policy = ExitPolicy({4: 0.9}, gates={4: 0.5}, drafts={4: 0.1})
     assert policy.effective is policy
-    assert replace(policy, lossless=True).effective == ExitPolicy({4: 0.1}, lossless=True)
+    effective = replace(policy, lossless=True).effective
+    assert effective == ExitPolicy({4: 0.1}, lossless=True, drafts={4: 0.1})
+    assert effective.effective == effective
 
 
 @pytest.mark.parametrize(
