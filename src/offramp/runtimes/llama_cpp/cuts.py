@@ -31,11 +31,6 @@ class Cut:
         """Which of the decoder's layers the file's are; an exit's, that which it stands before."""
         return [*range(self.start, self.stop), *([] if self.depth is None else [self.stop])]
 
-    @property
-    def drafts(self) -> bool:
-        """Whether it is an exit's layer once more, which only drafts on."""
-        return self.start == self.stop
-
 
 def depths_to_write(
     named: Collection[int], stand: Collection[int], kind: str, remedy: str

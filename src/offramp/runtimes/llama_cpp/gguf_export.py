@@ -52,8 +52,7 @@ class ExportFormats:
     """Number formats: of the decoder's layers, of the exits' layers and of the head.
 
     exits, head: left out, the layers' own where that has 8 bits or more, else q8_0. At 4 bits an
-    exit's score is too far from the one that its threshold was chosen for. What only drafts on has
-    the layers' own: drafts change speed alone, and fewer bytes are read.
+    exit's score is too far from the one that its threshold was chosen for.
     """
 
     layers: str = "q8_0"
@@ -194,7 +193,7 @@ class _Writer:
             yield "rope_freqs.weight", _array(factors), "f32"
         layers = [(layer, formats.layers) for layer in backbone.layers[cut.start : cut.stop]]
         if self.exit is not None:
-            layers.append((self.exit, formats.layers if cut.drafts else formats.exits))
+            layers.append((self.exit, formats.exits))
         for number, (layer, kind) in enumerate(layers):
             tensors = layer_tensors(layer, self.architecture, backbone, len(layers))
             for name, array in tensors:
