@@ -6,13 +6,8 @@ import torch
 
 from offramp.calibration.cost_model import (
     Costs,
-    best_draft,
-    break_even,
     layer_seconds,
     predict,
-    predict_lossless,
-    rounds_seconds,
-    speedup,
     token_seconds,
 )
 from offramp.calibration.profiler import measure_costs
@@ -96,36 +91,6 @@ def test_layers_between_and_beyond_the_measured_lengths_are_on_the_line() -> Non
     assert layer_seconds(COSTS, [1, 3, 6, 8, 16]) == pytest.approx([1.0, 1.15, 1.35, 1.5, 2.1])
 
 
-def test_break_even_is_where_the_prediction_crosses_full_depth() -> None:
-    share = break_even(COSTS, EXIT)
-    assert share is not None
-    assert speedup(COSTS, {EXIT: share}) >= 1.0 > speedup(COSTS, {EXIT: share - 0.01})
-
-
-def test_an_exit_too_deep_to_pay_has_no_break_even() -> None:
-    assert break_even(COSTS, LAYERS - 1) is None
-
-
-def test_a_lossless_round_runs_its_drafts_shallow_and_all_of_them_deep_at_once() -> None:
-    shallow = 4 * (0.5 + 3 + 1.0 + 2.5)  # the token behind the drafts is looked at too
-    deep = 0.3 + 5 * 1.2 + 2.2
-    assert rounds_seconds(COSTS, EXIT, [3]) == pytest.approx(shallow + deep)
-    assert rounds_seconds(COSTS, EXIT, [3, 3]) == pytest.approx(2 * (shallow + deep))
-
-
-def test_lossless_without_a_sure_exit_is_the_full_model_and_its_checks() -> None:
-    seconds = predict_lossless(COSTS, EXIT, acceptance=0.9, sure=0.0)
-    assert seconds == pytest.approx(COSTS.full + 3.8)
-
-
-def test_more_acceptance_never_costs_more_and_allows_longer_drafts() -> None:
-    accepted = np.linspace(0, 1, 11)
-    seconds = [predict_lossless(COSTS, EXIT, acceptance=a) for a in accepted]
-    assert np.all(np.diff(seconds) < 0)
-    drafts = [best_draft(COSTS, EXIT, acceptance=a) for a in accepted]
-    assert drafts == sorted(drafts) and drafts[0] < drafts[-1]
-
-
 def test_costs_come_back_from_json_and_nothing_else_does() -> None:
     assert Costs.from_json(COSTS.to_json()) == COSTS
     with pytest.raises(InputError, match="token"):
@@ -148,8 +113,6 @@ def test_impossible_costs_are_refused(change: dict[str, object]) -> None:
         lambda: predict(COSTS, {2: 0.6, 5: 0.6}),
         lambda: predict(COSTS, {2: -0.1}),
         lambda: token_seconds(COSTS, [2, LAYERS], [EXIT]),
-        lambda: predict_lossless(COSTS, EXIT, acceptance=1.1),
-        lambda: predict_lossless(COSTS, EXIT, acceptance=0.5, max_draft=0),
     ],
 )
 def test_wrong_questions_are_refused(wrong) -> None:  # type: ignore[no-untyped-def]

@@ -22,7 +22,7 @@ from offramp.evaluation.metrics import (
     normalise_answer,
     vqa_accuracy,
 )
-from offramp.evaluation.statistics import Measure, interval, mean_of, mean_of_some, t_interval
+from offramp.evaluation.statistics import Measure, interval, mean_of, mean_of_some
 
 PURE = (*BLEU, "ROUGE_L", "CIDEr")
 
@@ -313,9 +313,3 @@ def test_no_value_and_nan_are_refused() -> None:
         interval(mean_of([1.0, 2.0]), confidence=1.0)
     with pytest.raises(InputError, match="3 groups"):
         interval(mean_of([1.0, 2.0]), ["a", "b", "c"])
-
-
-def test_the_t_interval_of_a_few_values_is_the_textbooks() -> None:
-    low, high = t_interval([1.0, 2.0, 3.0])  # t of 2 degrees is 4.303, the deviation 1
-    assert (low, high) == (pytest.approx(2 - 2.4841, abs=1e-4), pytest.approx(2 + 2.4841, abs=1e-4))
-    assert t_interval([1.0]) == (None, None)

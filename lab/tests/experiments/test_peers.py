@@ -11,9 +11,9 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
 from offramp.evaluation.timing import Timing
 from offramp.models.exits import Exits
-from offramp.report.plots import speeds
 from offramp_lab.experiments.benchmark import peers
 from offramp_lab.experiments.benchmark.peers import table, time_peers
+from offramp_lab.experiments.drawing import speeds
 from offramp_lab.inputs.shapes import shape
 
 NAMES = [

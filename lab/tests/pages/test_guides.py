@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from offramp.report.plots import standalone
+from offramp_lab.experiments.drawing import standalone
 from offramp_lab.pages.plots import plots
 from offramp_lab.places import RECORDS, ROOT
 

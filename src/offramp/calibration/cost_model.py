@@ -121,7 +121,7 @@ def predict(costs: Costs, leave: Mapping[int, float]) -> float:
     Raises:
         InputError: depths outside 1..L-1, shares outside [0, 1] or summing to more than 1.
     """
-    depths = _check_shares(costs, leave)
+    depths = check_shares(costs, leave)
     seconds, reach, start = costs.token, 1.0, 0
     for depth in (*depths, costs.layers):
         if reach <= 0.0:
@@ -150,15 +150,6 @@ def gate_gain(costs: Costs, depth: int, *, shut: float, lost: float) -> float:
     look = costs.exit + costs.check - costs.store
     deeper = (costs.layers - depth) * costs.layer[0] + costs.head[0]
     return shut * look - costs.gate - lost * deeper
-
-
-def break_even(costs: Costs, depth: int) -> float | None:
-    """The smallest share, in percent steps, that must exit at `depth` for its exit to pay.
-
-    None where not even all tokens exiting would pay.
-    """
-    shares = (percent / 100 for percent in range(1, 101))
-    return next((s for s in shares if speedup(costs, {depth: s}) >= 1.0), None)
 
 
 def token_seconds(
@@ -221,61 +212,11 @@ def _since(passed: NDArray[np.bool_], counted: NDArray[np.bool_]) -> NDArray[np.
     return np.where(passed, seen - before, 0)
 
 
-# -- lossless ---------------------------------------------------------------------------------
-
-
-def rounds_seconds(costs: Costs, depth: int, drafted: ArrayLike) -> float:
-    """Seconds of lossless rounds with so many drafts each, written by one exit at `depth`.
-
-    A round runs its drafts and one token more up to the exit, which looks at each, and all of them
-    deeper at once.
-    """
-    drafts = np.asarray(drafted, dtype=float)
-    positions = drafts + 1
-    shallow = costs.token + depth * costs.layer[0] + costs.exit + costs.check
-    deep = (costs.layers - depth) * layer_seconds(costs, positions) + head_seconds(costs, positions)
-    return float((positions * shallow + costs.reenter + deep).sum())
-
-
-def predict_lossless(
-    costs: Costs, depth: int, *, acceptance: float, sure: float = 1.0, max_draft: int = 8
-) -> float:
-    """Seconds per token of lossless decoding with one exit at `depth`.
-
-    sure: share of tokens for which the exit's score passes the draft threshold. acceptance: share
-    of those on which the full model agrees. With g drafts a round writes
-    (1 - a^(g+1)) / (1 - a) tokens on average (Leviathan et al. 2023).
-
-    Raises:
-        InputError: a value out of range.
-    """
-    _check_shares(costs, {depth: sure})
-    if not 0.0 <= acceptance <= 1.0 or max_draft < 1:
-        raise InputError(
-            f"Acceptance {acceptance} with drafts of at most {max_draft} is out of range.",
-            "Give an acceptance from 0 to 1 and at least one draft.",
-        )
-    lengths = np.arange(max_draft + 1)
-    share = sure**lengths * np.where(lengths < max_draft, 1.0 - sure, 1.0)
-    written = np.array([(acceptance ** np.arange(g + 1)).sum() for g in lengths])
-    rounds = [rounds_seconds(costs, depth, g) for g in lengths]
-    return float((share * rounds).sum() / (share * written).sum())
-
-
-def best_draft(
-    costs: Costs, depth: int, *, acceptance: float, sure: float = 1.0, longest: int = 16
-) -> int:
-    """The `max_draft` from 1 to `longest` that `predict_lossless` finds fastest."""
-    return min(
-        range(1, longest + 1),
-        key=lambda g: predict_lossless(costs, depth, acceptance=acceptance, sure=sure, max_draft=g),
-    )
-
-
 # -- checks -----------------------------------------------------------------------------------
 
 
-def _check_shares(costs: Costs, leave: Mapping[int, float]) -> list[int]:
+def check_shares(costs: Costs, leave: Mapping[int, float]) -> list[int]:
+    """The depths, ascending; raise `InputError` for shares that cannot leave there."""
     wrong = [d for d in leave if not 1 <= d < costs.layers]
     if wrong or not all(0.0 <= s <= 1.0 for s in leave.values()) or sum(leave.values()) > 1 + 1e-9:
         raise InputError(

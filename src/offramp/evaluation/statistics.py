@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,15 +90,15 @@ def interval(
         )
     if measure.rows is None or (minus is not None and minus.rows is None):
         return None
-    rows = _by_group(measure.rows, groups)
-    other = None if minus is None or minus.rows is None else _by_group(minus.rows, groups)
+    rows = by_group(measure.rows, groups)
+    other = None if minus is None or minus.rows is None else by_group(minus.rows, groups)
     if len(rows) < 2:
         return None
     draw = np.random.default_rng(seed)
     parts = []
     for start in range(0, resamples, 50):  # in parts, or 5,000 images would take 40 MB
         count = min(50, resamples - start)
-        times = _times(draw, len(rows), count)
+        times = drawn_times(draw, len(rows), count)
         with np.errstate(divide="ignore", invalid="ignore"):
             value = measure.of(times @ rows)
             if minus is not None and other is not None:
@@ -115,104 +113,13 @@ def interval(
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals of shares and means are drawn: over `groups`, the image of each example.
-
-    confidence, resamples, seed: as of `interval`.
-    """
-
-    groups: Sequence[str]
-    confidence: float = 0.95
-    resamples: int = 1000
-    seed: int = 0
-
-    def estimate(self, sums: Array, minus: Array | None = None) -> dict[str, Any]:
-        """`value`, `low` and `high` of a ratio of sums [N, 2], or of the difference of two.
-
-        All None where nothing is counted; low and high None where nothing can be resampled.
-        """
-        parts = [sums] if minus is None else [sums, minus]
-        if any(part[:, 1].sum() == 0 for part in parts):
-            return {"value": None, "low": None, "high": None}
-        measures = [
-            Measure(float(p[:, 0].sum() / p[:, 1].sum()), p.astype(np.float64)) for p in parts
-        ]
-        ends = interval(
-            measures[0],
-            self.groups,
-            minus=measures[1] if minus is not None else None,
-            confidence=self.confidence,
-            resamples=self.resamples,
-            seed=self.seed,
-        )
-        value = measures[0].value - (measures[1].value if minus is not None else 0.0)
-        low, high = ends or (None, None)
-        return {"value": value, "low": low, "high": high}
-
-    def mean(self, values: Array, minus: Array | None = None) -> dict[str, Any]:
-        """The same of a mean over examples [N], or of the difference of two."""
-        ones = np.ones(len(values))
-        return self.estimate(
-            np.stack([values, ones], 1), None if minus is None else np.stack([minus, ones], 1)
-        )
-
-    def within(self, chosen: Array) -> Bootstrap:
-        """The same for some of the examples, `chosen` [N]."""
-        groups = [g for g, yes in zip(self.groups, chosen, strict=True) if yes]
-        return Bootstrap(groups, self.confidence, self.resamples, self.seed)
-
-    def by_group(self, rows: Array) -> Array:
-        """What each group adds [G, C], from what each example adds [N, C]."""
-        return _by_group(rows, self.groups)
-
-    def simultaneous(
-        self, rows: Array, of: Callable[[Array], Array], picked: int
-    ) -> tuple[float, float] | None:
-        """The interval of one of K values that was picked after looking at all: max-t.
-
-        value -+ q * deviation, where q is the quantile over draws of the largest studentised error
-        of any of the K (Romano and Wolf 2005).
-
-        Args:
-            rows: what each group adds [G, C]. of: from sums [..., C] to values [..., K].
-            picked: which of the K.
-
-        Returns:
-            None where there is a single group.
-        """
-        if len(rows) < 2:
-            return None
-        value = of(rows.sum(0))
-        draw = np.random.default_rng(self.seed)
-        errors = of(_times(draw, len(rows), self.resamples) @ rows) - value
-        deviation = errors.std(0)
-        varies = deviation > 0
-        largest = (np.abs(errors[:, varies]) / deviation[varies]).max(1)
-        reach = float(np.quantile(largest, self.confidence) * deviation[picked])
-        return float(value[picked]) - reach, float(value[picked]) + reach
-
-
-def t_interval(
-    values: Sequence[float], confidence: float = 0.95
-) -> tuple[float, float] | tuple[None, None]:
-    """Student's interval of the mean of a few values, such as seeds'; (None, None) for a single
-    one."""
-    from scipy.stats import t as student
-
-    if len(values) < 2:
-        return None, None
-    tail = float(student.ppf((1 + confidence) / 2, len(values) - 1))
-    half, middle = tail * stdev(values) / len(values) ** 0.5, mean(values)
-    return middle - half, middle + half
-
-
-def _times(draw: np.random.Generator, groups: int, resamples: int) -> NDArray[np.int64]:
+def drawn_times(draw: np.random.Generator, groups: int, resamples: int) -> NDArray[np.int64]:
     """How often each group is drawn in each resample [R, G]."""
     return draw.multinomial(groups, np.full(groups, 1 / groups), size=resamples)
 
 
-def _by_group(rows: Array, groups: Sequence[str] | None) -> Array:
+def by_group(rows: Array, groups: Sequence[str] | None) -> Array:
+    """What each group adds [G, C], from what each example adds [N, C]."""
     if groups is None:
         return rows
     if len(groups) != len(rows):

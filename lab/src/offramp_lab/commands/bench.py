@@ -135,8 +135,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     import torch
 
     from offramp.provenance import provenance
-    from offramp.report.plots import speeds
     from offramp.storage import write_atomic, write_result
+    from offramp_lab.experiments.drawing import speeds
 
     if sum(map(bool, (arguments.shape, arguments.backbone or arguments.adapter))) != 1:
         raise InputError(

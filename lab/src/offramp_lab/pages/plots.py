@@ -3,7 +3,9 @@
 import re
 from typing import Any
 
-from offramp.report.plots import (
+from offramp.storage import write_atomic
+from offramp_lab.experiments.comparison.equal_quality import drawn
+from offramp_lab.experiments.drawing import (
     dots,
     intervals,
     parts,
@@ -13,8 +15,6 @@ from offramp.report.plots import (
     throughput,
     tradeoff,
 )
-from offramp.storage import write_atomic
-from offramp_lab.experiments.comparison.equal_quality import drawn
 from offramp_lab.places import DOCS
 from offramp_lab.tables.markdown import KINDS, by, record, tiny
 from offramp_lab.tables.photographs import EXITS, METHODS, REGIMES, curves

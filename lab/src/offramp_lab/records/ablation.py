@@ -34,7 +34,6 @@ from offramp.data.scenes.tasks import Task, captions, questions
 from offramp.engine.confidence import SCORES
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import exit_features
-from offramp.evaluation.statistics import t_interval
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.storage import digest_rows, read_json, write_json
@@ -42,6 +41,7 @@ from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import Stores
 from offramp.training.feature_store import FeatureStore
 from offramp.training.trainer import Trainer
+from offramp_lab.experiments.statistics import t_interval
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked

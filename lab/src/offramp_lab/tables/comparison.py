@@ -5,10 +5,10 @@ from functools import partial
 from statistics import mean
 from typing import Any
 
-from offramp.evaluation.statistics import t_interval
 from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.experiments.comparison.equal_quality import ahead
+from offramp_lab.experiments.statistics import t_interval
 from offramp_lab.tables.markdown import (
     KINDS,
     Make,

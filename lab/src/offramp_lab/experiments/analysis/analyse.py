@@ -25,12 +25,11 @@ from offramp.calibration.risk_functions import Quality
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest, picture_of
 from offramp.errors import DataError
-from offramp.evaluation.statistics import Bootstrap
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
-from offramp.report.plots import save_analysis
-from offramp.storage import write_json
+from offramp.report.plots import analysis_plots
+from offramp.storage import write_atomic, write_json
 from offramp_lab.experiments.analysis.config import DEFAULT, AnalysisConfig, metric_for
 from offramp_lab.experiments.analysis.depth_curves import (
     by_depth,
@@ -41,6 +40,7 @@ from offramp_lab.experiments.analysis.depth_curves import (
 )
 from offramp_lab.experiments.analysis.needed_depth import TokenClass, needed_depths, word_class
 from offramp_lab.experiments.analysis.observe import Observed, Seen, observe
+from offramp_lab.experiments.statistics import Bootstrap
 
 FORMAT = 1
 RESULT = "analysis.json"
@@ -128,7 +128,8 @@ def analyse(
     }
     if out is not None:
         write_json(Path(out) / RESULT, result)
-        save_analysis(result, Path(out))
+        for name, svg in analysis_plots(result).items():
+            write_atomic(Path(out) / f"{name}.svg", svg)
     return result
 
 

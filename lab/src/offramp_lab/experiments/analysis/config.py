@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from offramp.calibration.risk_functions import QUALITIES, Quality
 from offramp.data.example import Example, picture_of
 from offramp.errors import InputError, check_known
-from offramp.evaluation.statistics import Bootstrap
 from offramp.options import option
+from offramp_lab.experiments.statistics import Bootstrap
 
 METRICS = tuple(name for name in QUALITIES if name != "cider")
 """Qualities that are shares, in [0, 1]."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from offramp.calibration.replay import Array, Replay
-from offramp.evaluation.statistics import Bootstrap
+from offramp_lab.experiments.statistics import Bootstrap
 
 
 def share(hits: Array, mask: Array) -> Array:

@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from offramp.calibration.cost_model import (
-    LENGTHS,
-    Costs,
-    best_draft,
-    rounds_seconds,
-    token_seconds,
-)
+from offramp.calibration.cost_model import LENGTHS, Costs, token_seconds
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import generate
 from offramp.errors import InputError
@@ -32,6 +26,7 @@ from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.report.html import times
 from offramp.report.table import Table
 from offramp_lab.experiments.benchmark.cases import POLICIES, Case
+from offramp_lab.experiments.benchmark.lossless_costs import best_draft, rounds_seconds
 from offramp_lab.experiments.benchmark.simulator import decoding_seconds
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts
 from offramp_lab.experiments.experiment import machine

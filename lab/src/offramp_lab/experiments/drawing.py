@@ -1,0 +1,216 @@
+"""Plots that the lab alone draws, as `offramp.report.plots` draws: SVG text, the same bytes of the
+same data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.sax.saxutils import escape
+
+from offramp.depth_color import depth_color
+from offramp.report.plots import COLORS, INK, MARKERS, SHORT, SIZE, drawn, legend, percent
+
+_PRINTED = "#1b2027"  # the ink on white ground
+_TITLE = 22  # points above a plot for its title
+
+
+def standalone(svg: str, title: str) -> str:
+    """A plot as a file of its own: on white ground with a title, so that it can be read as an image
+    on a page of any colour."""
+    head = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt" viewBox="0 0 ([\d. ]+)"', svg)
+    assert head is not None, "not a plot of this module"
+    width, height = float(head[1]), float(head[2]) + _TITLE
+    size = (
+        f'width="{width:g}pt" height="{height:g}pt" viewBox="0 {-_TITLE} {width:g} {height:g}" '
+        f'color="{_PRINTED}"'
+    )
+    ground = (
+        f"<title>{escape(title)}</title>"
+        f'<rect x="0" y="{-_TITLE}" width="{width:g}" height="{height:g}" rx="6" fill="#fff"/>'
+        f'<text x="10" y="-7" fill="{_PRINTED}" '
+        f'style="font: 600 12px system-ui, sans-serif">{escape(title)}</text>'
+    )
+    whole = svg.replace(head[0], size, 1)
+    opening = whole.index(">") + 1
+    return whole[:opening] + ground + whole[opening:]
+
+
+def tradeoff(
+    series: Mapping[str, Sequence[tuple[float, ...]]], what: str, ours: str | None = None
+) -> str:
+    """Quality against decoding speed: points by series, joined by speed; `ours`, a name of
+    `series`, stands out.
+
+    series: points (speedup, quality) or, with the interval of the quality, (speedup, quality, low,
+        high).
+    """
+
+    def draw(axes: Any) -> None:
+        for slot, (name, points) in enumerate(series.items()):
+            style: dict[str, Any] = {
+                "color": COLORS[slot % len(COLORS)],
+                "linestyle": ("-", "--", ":")[slot // len(COLORS) % 3],
+                "linewidth": 1.2,
+            }
+            if name == ours:
+                style = {"color": INK, "linewidth": 2.6, "zorder": 3}
+            marker = MARKERS[slot % len(MARKERS)]
+            speed, quality, *ends = zip(*sorted(points), strict=True)
+            axes.plot(speed, quality, marker=marker, markersize=5, label=name, **style)
+            if ends:
+                axes.vlines(speed, *ends, color=style["color"], lw=1.2, alpha=0.5)
+        axes.set_xlabel("decoding speed (full depth = 1)")
+        axes.set_ylabel(what)
+        percent(axes.yaxis)
+        legend(axes)
+
+    height = SIZE[1] + 0.2 * len(series) / (2 if max(map(len, series)) <= SHORT else 1)
+    return drawn(f"{what} against decoding speed: {', '.join(series)}", draw, (SIZE[0], height))
+
+
+def intervals(rows: Mapping[str, tuple[float, float, float]], what: str) -> str:
+    """A value with its interval for each name, one below the other: (value, low, high)."""
+
+    def draw(axes: Any) -> None:
+        values, low, high = (list(column) for column in zip(*rows.values(), strict=True))
+        at = range(len(rows))
+        axes.hlines(at, low, high, color=COLORS[0], lw=2.5, alpha=0.6)
+        axes.plot(values, at, "o", color=COLORS[0], markersize=5)
+        axes.axvline(1.0, color=INK, lw=1, linestyle=":")
+        axes.set_yticks(at, list(rows))
+        axes.invert_yaxis()
+        axes.margins(y=0.08)
+        axes.set_xlabel(what)
+        axes.grid(axis="y", visible=False)
+
+    return drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.0 + 0.27 * len(rows)))
+
+
+def parts(rows: Mapping[str, Mapping[str, float]], what: str, *, factors: bool = False) -> str:
+    """What each row is made of, as a bar. factors: its parts multiply, on a logarithmic axis from
+    1; else they add up."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+
+    def draw(axes: Any) -> None:
+        for at, row in enumerate(rows.values()):
+            start = 1.0 if factors else 0.0
+            for color, name in zip(COLORS, names, strict=False):
+                if name in row:
+                    end = start * row[name] if factors else start + row[name]
+                    axes.barh(at, end - start, left=start, height=0.6, color=color)
+                    start = end
+            shown = f"{start:.2f}x" if factors else f"{start:,.0f}"
+            axes.text(start, at, f" {shown}", va="center")
+        for color, name in zip(COLORS, names, strict=False):
+            axes.barh(0, 0, color=color, label=name)
+        if factors:
+            axes.set_xscale("log")
+            ticks = [1, 2, 4, 8, 16]
+            axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+            axes.minorticks_off()
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.margins(x=0.18)
+        axes.set_xlabel(what)
+        axes.grid(axis="y", visible=False)
+        legend(axes)
+
+    return drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.4 + 0.36 * len(rows)))
+
+
+def strips(rows: Mapping[str, Sequence[int]], layers: int, what: str) -> str:
+    """The depth of each token of an answer, a bar a token, one answer below the other."""
+
+    def draw(axes: Any) -> None:
+        for at, depths in enumerate(rows.values()):
+            for place, depth in enumerate(depths):
+                height = 0.85 * depth / layers
+                axes.bar(
+                    place, height, bottom=at, width=0.86, color=depth_color(depth, layers),
+                    edgecolor=INK, linewidth=0.3,
+                )  # fmt: skip
+        axes.set_yticks([at + 0.4 for at in range(len(rows))], list(rows))
+        axes.set_ylim(0, len(rows))
+        axes.set_xlabel(what)
+        axes.grid(visible=False)
+
+    return drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 0.8 + 0.8 * len(rows)))
+
+
+def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
+    """Values above 0 of each row on a logarithmic axis, and the limit; zeros stand at the left."""
+    least = min(v for values in rows.values() for v in values if v > 0) / 3
+
+    def draw(axes: Any) -> None:
+        for at, (values, marker) in enumerate(zip(rows.values(), MARKERS, strict=False)):
+            heights = [at + 0.5 * ((7 * n % 11) / 11 - 0.5) for n in range(len(values))]
+            axes.plot(
+                [max(v, least) for v in values], heights, marker, color=COLORS[at % len(COLORS)],
+                ms=3.5, alpha=0.7, linestyle="none",
+            )  # fmt: skip
+        axes.axvline(limit, color=INK, lw=1, linestyle=":")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.set_xlabel(what)
+        axes.grid(axis="y", visible=False)
+
+    return drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.0 + 0.5 * len(rows)))
+
+
+def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Decoding speed of every peer that ran, a bar for each backbone.
+
+    peers: by backbone what `offramp_lab.experiments.benchmark.peers.time_peers` found.
+    """
+    ran = {
+        backbone: {
+            name: p["speedup_decode"] for name, p in by_name.items() if "speedup_decode" in p
+        }
+        for backbone, by_name in peers.items()
+    }
+    names = list(dict.fromkeys(name for by_name in ran.values() for name in by_name))
+    height = 0.8 / len(ran)
+
+    def draw(axes: Any) -> None:
+        for slot, (backbone, speed_of) in enumerate(ran.items()):
+            at = [names.index(name) + (slot + 0.5) * height - 0.4 for name in speed_of]
+            bars = axes.barh(
+                at, list(speed_of.values()), height, color=COLORS[slot], label=backbone
+            )
+            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+        axes.axvline(1.0, color=INK, lw=1, linestyle=":")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel("decoding speed (full depth = 1)")
+        axes.grid(axis="y", visible=False)
+        legend(axes)
+
+    size = (SIZE[0], 1.1 + 0.22 * len(names) * (1 + len(ran)))
+    return drawn(f"decoding speed: {', '.join(names)}", draw, size)
+
+
+def throughput(series: Mapping[str, Mapping[int, float]], reference: str) -> str:
+    """Tokens a second by rows at once, a line for each name of `series`; `reference` is dotted."""
+    rows = sorted({count for by_rows in series.values() for count in by_rows})
+
+    def draw(axes: Any) -> None:
+        colors = iter(COLORS)
+        for (name, by_rows), marker in zip(series.items(), MARKERS, strict=False):
+            dotted = name == reference
+            color, line = (INK, ":") if dotted else (next(colors), "-")
+            at, speed = zip(*sorted(by_rows.items()), strict=True)
+            axes.plot(at, speed, color=color, linestyle=line, marker=marker, ms=4.5, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(rows, [str(count) for count in rows])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("rows at once")
+        axes.set_ylabel("tokens a second")
+        legend(axes)
+
+    height = SIZE[1] + 0.1 * len(series)
+    title = f"tokens a second by rows at once: {', '.join(series)}"
+    return drawn(title, draw, (SIZE[0], height))
