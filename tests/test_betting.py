@@ -9,14 +9,25 @@ import pytest
 
 from offramp.betting import (
     FRACTIONS,
+    Restarts,
     RunningRisk,
     betting_p_value,
-    first_alarms,
     stake_of,
     stakes_above,
 )
 
 TARGETS = (0.0075, 0.02, 0.1, 0.5)
+
+
+def first_alarms(losses: np.ndarray, promised: float, level: float) -> np.ndarray:
+    """At which draw, from 1, "the risk is at most `promised`" is called broken at `level`, in each
+    stream of losses [n, ...]; 0: never."""
+    bets = Restarts(promised, losses.shape[1:])
+    found = np.zeros(losses.shape[1:], dtype=int)
+    for number, draw in enumerate(losses, 1):
+        bets.add(draw)
+        found = np.where((found == 0) & (bets.most >= 1 / level), number, found)
+    return found
 
 
 def draws(risk: float, n: int, streams: int, seed: int = 0) -> np.ndarray:

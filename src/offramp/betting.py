@@ -99,17 +99,6 @@ class Restarts:
         self.most = np.maximum(self.most, self.fortune.sum(-1) + max(self.kept, 0.0))
 
 
-def first_alarms(losses: Array, promised: float, level: float) -> Array:
-    """At which draw, from 1, "the risk is at most `promised`" is called broken at `level`, in each
-    stream of losses [n, ...]; 0: never."""
-    bets = Restarts(promised, losses.shape[1:])
-    found = np.zeros(losses.shape[1:], dtype=int)
-    for number, draw in enumerate(losses, 1):
-        bets.add(draw)
-        found = np.where((found == 0) & (bets.most >= 1 / level), number, found)
-    return found
-
-
 @dataclass
 class RunningRisk:
     """A risk that is watched: what losses in [0, 1] that come one by one say of their mean.

@@ -7,7 +7,6 @@ import torch
 from offramp.calibration.cost_model import (
     Costs,
     layer_seconds,
-    predict,
     token_seconds,
 )
 from offramp.calibration.profiler import measure_costs
@@ -33,24 +32,17 @@ def spread(n: int, share: float, depth: int = EXIT) -> np.ndarray:
 
 
 def test_without_exits_the_prediction_is_the_full_model() -> None:
-    assert predict(COSTS, {}) == COSTS.full == 0.5 + 8 * 1.0 + 2.0
+    assert COSTS.full == 0.5 + 8 * 1.0 + 2.0
     assert token_seconds(COSTS, [LAYERS] * 5, []) == pytest.approx(5 * COSTS.full)
 
 
 def test_an_exit_that_never_fires_costs_its_check_and_a_call_behind_it() -> None:
-    assert predict(COSTS, {EXIT: 0.0}) == pytest.approx(COSTS.full + 1.0 + 2.5 + 0.3)
-    assert predict(COSTS, {2: 0.0, 5: 0.0}) == pytest.approx(COSTS.full + 2 * 3.8)
-
-
-@pytest.mark.parametrize("depth", range(1, LAYERS - 1))
-def test_once_checks_are_paid_more_leaving_never_costs_more(depth: int) -> None:
-    shares = np.linspace(0, 1, 41)
-    seconds = [predict(COSTS, {depth: s, LAYERS - 1: 0.0}) for s in shares]
-    assert np.all(np.diff(seconds) <= 1e-9)
+    assert token_seconds(COSTS, [LAYERS], [EXIT]) == pytest.approx(COSTS.full + 1.0 + 2.5 + 0.3)
+    assert token_seconds(COSTS, [LAYERS], [2, 5]) == pytest.approx(COSTS.full + 2 * 3.8)
 
 
 def test_a_token_that_leaves_pays_its_layers_and_checks_only() -> None:
-    assert predict(COSTS, {EXIT: 1.0}) == pytest.approx(0.5 + 3 * 1.0 + 1.0 + 2.5)
+    assert token_seconds(COSTS, [EXIT], [EXIT]) == pytest.approx(0.5 + 3 * 1.0 + 1.0 + 2.5)
 
 
 def test_those_who_wait_run_deeper_in_one_go() -> None:
@@ -62,7 +54,7 @@ def test_those_who_wait_run_deeper_in_one_go() -> None:
 
 def test_tokens_that_wait_at_the_end_are_never_paid_for() -> None:
     waiting = token_seconds(COSTS, [LAYERS, EXIT, EXIT], [EXIT])
-    assert waiting == pytest.approx(COSTS.full + 3.8 + 2 * predict(COSTS, {EXIT: 1.0}))
+    assert waiting == pytest.approx(COSTS.full + 3.8 + 2 * (0.5 + 3 * 1.0 + 1.0 + 2.5))
 
 
 def test_with_two_exits_a_chunk_meets_the_next_exit_whole() -> None:
@@ -75,9 +67,12 @@ def test_with_two_exits_a_chunk_meets_the_next_exit_whole() -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
-def test_shares_and_tokens_agree_on_evenly_spread_exits(share: float) -> None:
+def test_of_evenly_spread_exits_as_many_run_deeper_together_as_waited(share: float) -> None:
+    """Every token up to the exit; the rest of the layers, and the head, over 1 / (1 - share)."""
+    stays = 1 - share
+    deep = 0.3 + (LAYERS - EXIT) * layer_seconds(COSTS, 1 / stays) + 2.0
     each = token_seconds(COSTS, spread(400, share), [EXIT]) / 400
-    assert each == pytest.approx(predict(COSTS, {EXIT: share}))
+    assert each == pytest.approx(0.5 + 3 * 1.0 + 3.5 + stays * deep)
 
 
 def test_sequences_are_counted_each_on_its_own_and_up_to_its_end() -> None:
@@ -106,18 +101,9 @@ def test_impossible_costs_are_refused(change: dict[str, object]) -> None:
         Costs(**{**COSTS.to_json(), **change})
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda: predict(COSTS, {LAYERS: 0.5}),
-        lambda: predict(COSTS, {2: 0.6, 5: 0.6}),
-        lambda: predict(COSTS, {2: -0.1}),
-        lambda: token_seconds(COSTS, [2, LAYERS], [EXIT]),
-    ],
-)
-def test_wrong_questions_are_refused(wrong) -> None:  # type: ignore[no-untyped-def]
+def test_depths_without_an_exit_are_refused() -> None:
     with pytest.raises(InputError):
-        wrong()
+        token_seconds(COSTS, [2, LAYERS], [EXIT])
 
 
 # -- measured -----------------------------------------------------------------------------------

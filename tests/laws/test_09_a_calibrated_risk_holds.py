@@ -29,10 +29,10 @@ from offramp.calibration.attempts import UNITS, Draws, ImageRows, by_image, erro
 from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
-    betting_upper_bound,
     control,
     declared_needed,
     p_value,
+    upper_bound,
 )
 from offramp.calibration.threshold_search import candidates, pareto_path
 
@@ -59,7 +59,7 @@ def test_p_values_are_valid(method: str, kind: str) -> None:
 
 def test_the_betting_bound_covers_the_mean() -> None:
     draw, trials = np.random.default_rng(2), 300
-    missed = [betting_upper_bound(at_target(draw, "gains"), 0.1) < 0.1 for _ in range(trials)]
+    missed = [upper_bound(at_target(draw, "gains"), 0.9) < 0.1 for _ in range(trials)]
     assert np.mean(missed) <= allowed(0.1, trials)
 
 

@@ -13,7 +13,8 @@ from decoding import CALM, EXACT, NEW, errors_by_depth, greedy, never, tokens_by
 from families import WORDLESS
 from reference import Dice
 
-from offramp.calibration.cost_model import Costs, predict
+from offramp.calibration.cost_model import Costs
+from offramp.calibration.cost_model import token_seconds as exact_seconds
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
@@ -147,12 +148,12 @@ def test_without_exits_the_prediction_is_the_full_model():
 
 def test_an_exit_that_never_fires_costs_what_it_costs_where_keys_are_exact():
     found = token_seconds(COSTS, 0.2, [LAYERS] * 4, [EXIT]) / 4
-    assert found == pytest.approx(predict(COSTS, {EXIT: 0.0}))
+    assert found == pytest.approx(exact_seconds(COSTS, [LAYERS], [EXIT]))
 
 
 def test_a_token_that_exits_pays_for_the_keys_of_each_layer_that_it_skips():
     found = token_seconds(COSTS, 0.2, [EXIT], [EXIT, 6])
-    assert found == pytest.approx(predict(COSTS, {EXIT: 1.0}) + (LAYERS - EXIT) * 0.2)
+    assert found == pytest.approx(exact_seconds(COSTS, [EXIT], [EXIT]) + (LAYERS - EXIT) * 0.2)
 
 
 def test_nobody_runs_deeper_for_others():

@@ -108,39 +108,6 @@ def _over(table: Sequence[float], positions: ArrayLike) -> Array:
 # -- predictions ------------------------------------------------------------------------------
 
 
-def predict(costs: Costs, leave: Mapping[int, float]) -> float:
-    """Seconds per token when a share leave[d] of all tokens exits at depth d, the rest nowhere.
-
-    Of the tokens a share r_k gets past exit k, each with 1 / r_k on average that run together:
-
-    seconds = token + sum_k r_k ((d_{k+1} - d_k) layer(1 / r_k) + reenter_k + exit_{k+1} + check)
-              + r_end head, with nothing to re-enter below the first exit
-
-    Tokens are assumed to exit independently of each other, for the share that finds others pending.
-
-    Raises:
-        InputError: depths outside 1..L-1, shares outside [0, 1] or summing to more than 1.
-    """
-    depths = check_shares(costs, leave)
-    seconds, reach, start = costs.token, 1.0, 0
-    for depth in (*depths, costs.layers):
-        if reach <= 0.0:
-            return seconds
-        layer = float(layer_seconds(costs, 1.0 / reach))
-        seconds += reach * ((depth - start) * layer + (start > 0) * costs.reenter)
-        if depth == costs.layers:
-            return seconds + reach * costs.head[0]
-        seconds += reach * (costs.exit * layer / costs.layer[0] + costs.check)
-        reach, start = max(0.0, reach - leave[depth]), depth
-        reach = 0.0 if reach < 1e-9 else reach
-    raise AssertionError("the last depth is the full one")
-
-
-def speedup(costs: Costs, leave: Mapping[int, float]) -> float:
-    """Full-depth seconds per token over those of `predict`."""
-    return costs.full / predict(costs, leave)
-
-
 def gate_gain(costs: Costs, depth: int, *, shut: float, lost: float) -> float:
     """Seconds per token that a gate before the exit at `depth` saves; below 0 where it costs.
 
@@ -210,17 +177,3 @@ def _since(passed: NDArray[np.bool_], counted: NDArray[np.bool_]) -> NDArray[np.
     at_last = np.maximum.accumulate(np.where(passed, seen, 0), 1)
     before = np.concatenate([np.zeros_like(seen[:, :1]), at_last[:, :-1]], 1)
     return np.where(passed, seen - before, 0)
-
-
-# -- checks -----------------------------------------------------------------------------------
-
-
-def check_shares(costs: Costs, leave: Mapping[int, float]) -> list[int]:
-    """The depths, ascending; raise `InputError` for shares that cannot leave there."""
-    wrong = [d for d in leave if not 1 <= d < costs.layers]
-    if wrong or not all(0.0 <= s <= 1.0 for s in leave.values()) or sum(leave.values()) > 1 + 1e-9:
-        raise InputError(
-            f"Shares {dict(leave)} cannot leave a decoder of {costs.layers} layers.",
-            f"Give shares from 0 to 1 that sum to at most 1, at depths 1 to {costs.layers - 1}.",
-        )
-    return sorted(leave)

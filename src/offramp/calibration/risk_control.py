@@ -108,11 +108,6 @@ def upper_bound(losses: Losses, confidence: float, method: str = "upper_bound") 
     return high
 
 
-def betting_upper_bound(losses: Array, delta: float) -> float:
-    """What the risk of losses [n] is below with probability 1 - delta, by betting."""
-    return upper_bound(losses, 1 - delta)
-
-
 def learn_then_test(losses: Losses, target: float, confidence: float) -> int | None:
     """The last point before the first whose Hoeffding-Bentkus test fails, or None.
 

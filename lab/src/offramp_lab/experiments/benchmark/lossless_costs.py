@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from offramp.calibration.cost_model import Costs, check_shares, head_seconds, layer_seconds
+from offramp.calibration.cost_model import Costs, head_seconds, layer_seconds
 from offramp.errors import InputError
 
 
@@ -34,11 +34,12 @@ def predict_lossless(
     Raises:
         InputError: a value out of range.
     """
-    check_shares(costs, {depth: sure})
-    if not 0.0 <= acceptance <= 1.0 or max_draft < 1:
+    shares = 0 <= acceptance <= 1 and 0 <= sure <= 1
+    if not (shares and 1 <= depth < costs.layers and max_draft > 0):
         raise InputError(
-            f"Acceptance {acceptance} with drafts of at most {max_draft} is out of range.",
-            "Give an acceptance from 0 to 1 and at least one draft.",
+            f"An exit at {depth} of {costs.layers} layers, with a share of {sure} that is drafted, "
+            f"{acceptance} of it accepted, and at most {max_draft} drafts, is none.",
+            "Give shares from 0 to 1, a depth before the last layer and at least one draft.",
         )
     lengths = np.arange(max_draft + 1)
     share = sure**lengths * np.where(lengths < max_draft, 1.0 - sure, 1.0)
