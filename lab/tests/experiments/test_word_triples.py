@@ -81,5 +81,5 @@ def test_so_do_those_inside_llama_cpp(adapter, batch, tmp_path) -> None:
         ways = ways_in_llama_cpp(adapter, table, "f32", tmp_path, stack)
         taken = {name: answered(way, inputs) for name, way in ways.items()}
     expected = taken["full"]["ids"]
-    assert len(taken) == 7 and all(one["ids"] == expected for one in taken.values())
+    assert len(taken) == 8 and all(one["ids"] == expected for one in taken.values())
     assert sum(kept for _, kept in taken["table"]["rounds"]) > 0
