@@ -8,8 +8,8 @@ and without. The programs are built from the same source as the wheel of llama-c
 `cmake -B build -DLLAMA_BUILD_EXAMPLES=ON`, targets llama-simple and llama-speculative-simple.
 llama.cpp's own drafts of n-grams, which need no training, stand beside it. Where the photographs
 are, the photo model gets a drafter too, which sees none of them. --speculators PYTHON:
-of an environment with the library speculators, whose loader then reads the folder too. Half an
-hour. What is in --work is taken from there.
+of an environment with the library speculators, whose loader then reads the folder too. Three
+hours. What is in --work is taken from there.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ MORE = (
     "knitting", "cooking", "painting",
 )  # fmt: skip
 """Things beside those of the record text: a drafter of few things knows no others."""
-LEARNT, WRITTEN = 1800, 48
+LEARNT, WRITTEN = 4800, 48
 """Prompts that it learns from, and tokens of an answer."""
 CAPTIONS = "flickr8k_captions.jsonl"
 FULL, OURS, NGRAMS = "full depth", "EAGLE-3 drafter", "n-grams of the answer so far"
@@ -92,7 +92,7 @@ LOADED = (
 
 
 def main() -> None:
-    arguments = asked(__doc__, steps=800, prompts=100, more=_more)
+    arguments = asked(__doc__, steps=3000, prompts=100, more=_more)
     work: Path = arguments.work
     write_model(weights_file(LANGUAGE, cache_folder("photo")), work / "model")
     write_atomic(work / "train.txt", "\n".join(prompts_of((*KNOWN, *MORE), LEARNT)) + "\n")
