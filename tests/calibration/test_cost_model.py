@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from made_up_costs import COSTS, EXIT, LAYERS
 
 from offramp.calibration.cost_model import (
     Costs,
@@ -16,13 +17,6 @@ from offramp.errors import InputError
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.models.exits import Exits
 from offramp_lab.inputs.shapes import shape
-
-LAYERS, EXIT = 8, 3
-COSTS = Costs(
-    layers=LAYERS, batch=1, context=40,
-    layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
-    exit=1.0, check=2.5, score=0.2, store=0.2, token=0.5, reenter=0.3,
-)  # fmt: skip
 
 
 def spread(n: int, share: float, depth: int = EXIT) -> np.ndarray:

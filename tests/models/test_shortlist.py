@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import fakes
 import families
+import made_up_costs
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from scipy.stats import binom
 from offramp.adapter import Adapter
 from offramp.answers import full_model_answers
 from offramp.calibration.calibrate import calibrate
-from offramp.calibration.cost_model import Costs, gate_gain, token_seconds
+from offramp.calibration.cost_model import gate_gain, token_seconds
 from offramp.calibration.gates import learn_shortlist_and_gates
 from offramp.calibration.replay import replay
 from offramp.engine.generate import generate
@@ -230,10 +231,7 @@ def test_a_level_shuts_out_no_more_of_the_sure_than_it_may(lost):
 
 # -- what they cost ---------------------------------------------------------------------------
 
-COSTS = Costs(
-    layers=8, batch=1, context=40, layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
-    exit=1.0, check=2.5, score=0.2, store=0.2, token=0.5, reenter=0.3, gate=0.05,
-)  # fmt: skip
+COSTS = replace(made_up_costs.COSTS, gate=0.05)
 
 
 def test_a_token_that_is_shut_out_pays_gate_and_keys_and_no_look():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import parser_of
+from made_up_costs import COSTS
 
 from offramp.calibration.cost_model import Costs, token_seconds
 from offramp.engine.decoding.scheduler import Schedule
@@ -26,11 +27,6 @@ from offramp_lab.inputs import drawn_weights
 from offramp_lab.inputs.shapes import SHAPES, shape
 
 MINIS = ("mini-opt", "mini-t5", "mini-llava")
-COSTS = Costs(
-    layers=8, batch=1, context=40,
-    layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
-    exit=1.0, check=2.5, score=0.2, store=0.2, token=0.5, reenter=0.3,
-)  # fmt: skip
 
 
 # -- shapes -------------------------------------------------------------------------------------

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from made_up_costs import COSTS, EXIT
 
-from offramp.calibration.cost_model import Costs
 from offramp.errors import InputError
 from offramp_lab.experiments.benchmark.lossless_costs import (
     best_draft,
     predict_lossless,
     rounds_seconds,
 )
-
-LAYERS, EXIT = 8, 3
-COSTS = Costs(
-    layers=LAYERS, batch=1, context=40,
-    layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
-    exit=1.0, check=2.5, score=0.2, store=0.2, token=0.5, reenter=0.3,
-)  # fmt: skip
 
 
 def test_a_lossless_round_runs_its_drafts_shallow_and_all_of_them_deep_at_once() -> None:

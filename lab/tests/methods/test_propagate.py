@@ -3,14 +3,17 @@ the first exit stays exact."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import families
+import made_up_costs
 import numpy as np
 import pytest
 import torch
 from decoding import CALM, EXACT, NEW, errors_by_depth, greedy, never, tokens_by_layer
 from families import WORDLESS
+from made_up_costs import EXIT, LAYERS
 from reference import Dice
 
 from offramp.calibration.cost_model import Costs
@@ -27,12 +30,7 @@ from offramp_lab.methods.propagate import measure_store, token_seconds
 
 NAMES = ("blip2-opt", "blip2-t5", "llava", "gemma3", "qwen2.5-vl")
 OPTIONS = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
-LAYERS, EXIT = 8, 3
-COSTS = Costs(
-    layers=LAYERS, batch=1, context=40,
-    layer=(1.0, 1.1, 1.2, 1.5), head=(2.0, 2.1, 2.2, 2.4),
-    exit=1.0, check=2.5, score=0.2, store=0.0, token=0.5, reenter=0.3,
-)  # fmt: skip
+COSTS = replace(made_up_costs.COSTS, store=0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
