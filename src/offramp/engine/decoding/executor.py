@@ -30,6 +30,26 @@ class DraftRoom(NamedTuple):
     ends: Ends
 
 
+class Drafts:
+    """What was drafted behind a token; none is added where there is no room."""
+
+    def __init__(self, room: DraftRoom) -> None:
+        self.ids: list[int] = []
+        self._room, self._product = room, 1.0
+
+    def add(self, token: int, share: float) -> bool:
+        """Keep the next draft, if it is sure enough; whether another may follow.
+
+        share: its probability.
+        """
+        room = self._room
+        self._product *= share
+        if self._product < room.sure:
+            return False
+        self.ids.append(token)
+        return len(self.ids) < room.most and not room.ends(token)
+
+
 class Span(NamedTuple):
     """Columns of one sequence from `first` up to, and without, `end`."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engine.decoding.executor import DraftRoom, Loaded, Span
+from offramp.engine.decoding.executor import DraftRoom, Drafts, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone
 from offramp.engine.drafter import Drafter
@@ -193,28 +193,26 @@ class StackExecutor(SegmentRunner):
         return [*map(self._draft, handles, ids, columns, rooms)]
 
     def _draft(self, row: _Row, token: int, column: int, room: DraftRoom) -> list[int]:
-        drafter, (most, sure, ends) = self._drafter, room
-        if drafter is None or not most:
+        drafter = self._drafter
+        if drafter is None or not room.most:
             return []
         if row.entered is not None and row.entered[0] == column - 1:
             self._enter(row, row.entered[1])
         first, states = row.verified or (column, torch.empty(0))
         if not 0 <= column - 1 - first < len(states):
             return []
-        state, drafts, product = states[column - 1 - first, None], list[int](), 1.0
+        state, drafts, goes_on = states[column - 1 - first, None], Drafts(room), True
         begin = row.tokens
         try:
-            while len(drafts) < most and not (drafts and ends(token)):
+            while goes_on:
                 given = torch.tensor([token], device=self.backbone.device)
                 state = self._drafted(row, drafter.inputs(given, state)[None], given[None])
                 said, share = drafter.tokens(state)
-                token, product = int(said), product * float(share)
-                if product < sure:
-                    break
-                drafts.append(token)
+                token = int(said)
+                goes_on = drafts.add(token, float(share))
         finally:
             self._undo(row, row.tokens - begin)
-        return drafts
+        return drafts.ids
 
     def _enter(self, row: _Row, entry: Tensor) -> None:
         """Let the drafting exit run the newest column, of which it has only stored the keys; where

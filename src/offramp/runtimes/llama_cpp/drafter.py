@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from offramp.engine.decoding.executor import DraftRoom, Ends
+from offramp.engine.decoding.executor import DraftRoom, Drafts, Ends
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError
@@ -120,20 +120,17 @@ class ChainDrafter:
 
     def _one_by_one(self, slot: int, token: int, state: States, room: DraftRoom) -> list[int]:
         """The same without the loop in C."""
-        segment, drafts, product, fed = self._segment, list[int](), 1.0, 0
-        while len(drafts) < room.most and not (drafts and room.ends(token)):
+        segment, drafts, fed, goes_on = self._segment, Drafts(room), 0, True
+        while goes_on:
             enters = self._word(token) + self._of_states @ _normed(state[0])
             segment.feed(np.asarray(enters[None], dtype=np.float32), 1, slot=slot)
             logits, fed = segment.logits(1)[0], fed + 1
             said = int(logits.argmax())
-            product /= float(np.exp(logits - logits[said]).sum())
-            if product < room.sure:
-                break
             token = said if self._ids is None else self._ids[said]
-            drafts.append(token)
+            goes_on = drafts.add(token, 1 / float(np.exp(logits - logits[said]).sum()))
             state = segment.tapped()
         segment.crop(fed, slot)
-        return drafts
+        return drafts.ids
 
     def crop(self, slot: int, columns: int) -> None:
         """Forget what a sequence has from a column on."""

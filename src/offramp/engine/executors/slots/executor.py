@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.decoding.executor import DraftRoom, Loaded, Span
+from offramp.engine.decoding.executor import DraftRoom, Drafts, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone, no_one
 from offramp.engine.drafter import Drafter
@@ -294,7 +294,8 @@ class SlotExecutor(SegmentRunner):
         columns: Sequence[int],
         rooms: Sequence[DraftRoom],
     ) -> list[list[int]]:
-        written: list[list[int]] = [[] for _ in handles]
+        drafts = [*map(Drafts, rooms)]
+        written = [made.ids for made in drafts]
         if self._drafter is None:
             return written
         self._enter([row for row, room in zip(handles, rooms, strict=True) if room.most])
@@ -307,21 +308,15 @@ class SlotExecutor(SegmentRunner):
         if not places:
             return written
         # All go as far as the one that goes farthest: what is too much is not looked at.
-        going, step, rows = dict.fromkeys(places, 1.0), 0, [handles[place] for place in places]
+        going, step, rows = set(places), 0, [handles[place] for place in places]
         tokens, states = self._ids([ids[place] for place in places]), torch.stack(begin)
         while going:
             ahead = [columns[place] + step for place in places]
             states = self._drafted(rows, ahead, self._drafter.inputs(tokens, states))
             (tokens, shares), step = self._drafter.tokens(states), step + 1
             for place, token, share in zip(places, tokens.tolist(), shares.tolist(), strict=True):
-                if place not in going:
-                    continue
-                going[place] *= share
-                most, sure, ends = rooms[place]
-                if going[place] >= sure:
-                    written[place].append(token)
-                if going[place] < sure or step == most or ends(token):
-                    del going[place]
+                if place in going and not drafts[place].add(token, share):
+                    going.remove(place)
         return written
 
     def _enter(self, rows: Sequence[_Row]) -> None:
