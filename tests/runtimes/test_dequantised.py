@@ -21,7 +21,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import fingerprint
 from offramp.runtimes.llama_cpp import Dequantised
 from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_tensors
-from offramp.training.trainer import train, train_drafting
+from offramp.training.trainer import LEARNS_ON, train, train_drafting
 
 FITTED = pytest.param("iq4_nl", marks=pytest.mark.llama_cpp)
 """llama.cpp writes it."""
@@ -92,6 +92,8 @@ def test_exits_of_another_learn_on_before_they_draft(tmp_path: Path) -> None:
     first = train(backbone, how[0], fakes.examples(12), how[2], tmp_path / "first")
     first = first.with_policy(ExitPolicy({2: 0.3}), {"kept": True})
     teacher = Dequantised(backbone, "q4_0")
+    rate = training_runs.SHORT.learning_rate / LEARNS_ON
+    how = (*how[:2], replace(training_runs.SHORT, learning_rate=rate))
     made = train_drafting(first, *how, tmp_path / "made", teacher=teacher)
     assert made.calibration is None and made.of_format == "q4_0"
     drafts = dict.fromkeys(made.exits.depths, AHEAD)

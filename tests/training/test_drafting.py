@@ -20,7 +20,7 @@ from offramp.errors import InputError
 from offramp.models.exits import Exits
 from offramp.models.input_processor import InputProcessor
 from offramp.training.config import TrainConfig
-from offramp.training.drafting import DraftingStage, roll_out
+from offramp.training.drafting import Acceptance, DraftingStage, roll_out
 from offramp.training.feature_store import FeatureStore
 from offramp.training.trainer import train, train_drafting
 
@@ -119,6 +119,21 @@ def test_training_raises_acceptance(backbone, tmp_path):
         assert stage.loss(store[0]).item() < 0.8 * before
     assert shown["drafts"] > 20 and 0 < shown["acceptance"][0] <= 1
     assert shown["first_draft"] > 0
+
+
+def test_a_dip_ends_no_stage(backbone, tmp_path, monkeypatch):
+    """Drafts are right less often while the rate is high: all steps count, the best are kept."""
+    whole = backbone("blip2-opt")
+    encoder = InputProcessor(whole, processor("blip2-opt"))
+    store = FeatureStore(encoder, answered(encoder, 4), (4,), batch_size=4)
+    store.fill()
+    config = replace(CONFIG, depths=(4,), steps=6, evaluate_every=2, patience=1)
+    run = training_runs.trainer(whole, tmp_path, config)
+    stage, steps = DraftingStage(Adapter(whole, Exits(whole, (4,))), config, run.accelerator), []
+    found = iter([8, 3, 2, 9])  # before the first step, and at each validation
+    monkeypatch.setattr(stage, "measure", lambda _: {4: Acceptance([10] * 6, [next(found)] * 6)})
+    monkeypatch.setattr(stage, "_step", lambda batch, optimizer, step: steps.append(step))
+    assert stage.follow((store, store))[4].right[0] == 9 and steps == [*range(6)]
 
 
 def test_train_of_that_kind_has_both_stages(opt, tmp_path):

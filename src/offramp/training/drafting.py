@@ -282,13 +282,16 @@ class DraftTraining(ABC):
         """The full model's logits [B, A, S], and which of the S it says [B, A]: -1 for another."""
 
     def follow(self, stores: Stores) -> dict[int, Acceptance]:
-        """Train on recorded states, and keep the best by validation; how often it is right."""
+        """Train on recorded states, and keep the best by validation; how often it is right.
+
+        No step is left out: drafts are best once the rate has come down, and dip before.
+        """
         config, (train, validation) = self.config, stores
         optimizer = torch.optim.AdamW(
             [p for p in self.learning.parameters() if p.requires_grad],
             lr=config.learning_rate, weight_decay=0.01,
         )  # fmt: skip
-        best, found, stale = self._copy(), self.measure(validation), 0
+        best, found = self._copy(), self.measure(validation)
         quiet = not self.accelerator.is_main_process
         with progress_bar("drafting", total=config.steps, tell=not quiet) as bar:
             for step in range(config.steps):
@@ -300,11 +303,9 @@ class DraftTraining(ABC):
                 bar.update()
                 if (step + 1) % config.evaluate_every and step + 1 < config.steps:
                     continue
-                now, stale = self.measure(validation), stale + 1
+                now = self.measure(validation)
                 if _mean(now) > _mean(found):
-                    best, found, stale = self._copy(), now, 0
-                if config.patience is not None and stale >= config.patience:
-                    break
+                    best, found = self._copy(), now
         self.learning.load_state_dict(best)
         return found
 

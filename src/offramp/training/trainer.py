@@ -61,6 +61,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PROBED = 8  # batches by which initial layers are chosen
+LEARNS_ON = 0.2
+"""Share of the rate with which exits that have learnt learn on: by all of it they first forget."""
 
 
 def train(
@@ -142,7 +144,10 @@ def train_drafting(
     with locked_folder(out / FOLDER):
         stores = trainer.states.record()
         if teacher is not None and teacher.name != adapter.of_format:
-            adapter = trainer.learn_on(adapter, stores)
+            rate = LEARNS_ON * config.learning_rate
+            on = replace(config, learning_rate=rate, patience=None)
+            learner = Trainer(adapter.backbone, processor, examples, on, out, teacher=teacher)
+            adapter = learner.learn_on(adapter, stores)
         return trainer.teach_drafts(adapter, stores)
 
 

@@ -34,6 +34,8 @@ from offramp_lab.records.runtimes.methods import (
 
 ROWS = (1, 2, 3, 4, 6, 8)
 """Tokens in a call, whose cost is measured."""
+WARM = 8
+"""Photographs that all answer before any counts: code is made where a number of rows is first met."""
 
 
 def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
     first = {name: timed(method, inputs[0]).seconds[0] for name, method in methods.items()}
     load_before = os.getloadavg()[0]
     taking = {name: partial(timed, method) for name, method in methods.items()}
-    runs = Experiment(taking, inputs, rounds, title="timings").run()
+    runs = Experiment(taking, inputs, rounds, warm=WARM, title="timings").run()
     said = {name: answers_of(found) for name, found in runs.items()}
     # Some load a runtime.
     weights = {pair: bench.weights_bytes(*pair) for pair in {name[:2] for name in methods}}
