@@ -11,7 +11,12 @@ import torch
 from decoding import NEW, always
 from families import NAMES, PAD, WORDLESS
 from reference import Dice, Script, of_steps, probe
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+)
 
 from offramp.engine.confidence import SCORES
 from offramp.engine.exit_check import ExitScorer
@@ -83,6 +88,75 @@ def test_a_streamer_gets_what_generate_gives_it(name, backbone, batch):
     whole.model.generate(**inputs, max_new_tokens=5, do_sample=False, streamer=theirs)
     generate(whole, inputs, max_new_tokens=5, do_sample=False, streamer=ours)
     assert ours.got == theirs.got
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_streamer_hears_of_long_rows_while_short_ones_are_over(lossless, backbone, exits, batch):
+    """What a row says is handed on as soon as the others have said as much, or are over."""
+    whole, inputs = backbone("llava"), batch("llava", 3)
+    policy = ExitPolicy({2: 0.05}, lossless=True) if lossless else ExitPolicy({2: 0.05})
+    free = generate(whole, inputs, exits=exits("llava"), policy=policy, max_new_tokens=NEW,
+                    do_sample=False, repetition_penalty=1.2)  # fmt: skip
+    end, asked, puts = int(free.new_tokens[0, 1]), [0], []
+
+    class Count(LogitsProcessor):
+        def __call__(self, ids, scores):
+            asked[0] = max(asked[0], ids.shape[1] - inputs["input_ids"].shape[1])
+            return scores
+
+    class Streamer(Puts):
+        def put(self, value):
+            puts.append((len(puts), asked[0]))
+            super().put(value)
+
+    got = Streamer()
+    made = generate(whole, inputs, exits=exits("llava"), policy=policy, max_new_tokens=NEW,
+                    do_sample=False, repetition_penalty=1.2, streamer=got, eos_token_id=end,
+                    pad_token_id=PAD, logits_processor=[Count()])  # fmt: skip
+    assert got.got[1:-1] == made.new_tokens.T.tolist() and got.got[-1] == "end"
+    columns = made.new_tokens.shape[1]
+    assert columns > 4, "rows of one length show nothing"
+    assert puts[3][1] < columns - 1
+
+
+# -- criteria ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [2, torch.tensor([2])])
+def test_a_criterion_is_asked_whatever_its_attributes_and_its_answer_are(own, backbone, batch):
+    """Only Hugging Face's own is read instead; a plain bool is an answer for all rows."""
+    whole, inputs = backbone("llava"), batch("llava", 1)
+    most = inputs["input_ids"].shape[1] + 3
+
+    class Short(StoppingCriteria):
+        eos_token_id = own
+
+        def __call__(self, ids, scores, **_):
+            return ids.shape[1] >= most
+
+    ours = generate(whole, inputs, stopping_criteria=[Short()], max_new_tokens=NEW)
+    assert ours.new_tokens.shape[1] == 3
+
+
+def test_a_watermark_that_counts_what_it_sees_is_refused(backbone, batch):
+    mark = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+    with pytest.raises(InputError, match="watermarking_config"):
+        generate(backbone("llava"), batch("llava", 1), watermarking_config=mark, do_sample=True)
+
+
+def test_a_row_without_tokens_is_refused(backbone, batch):
+    inputs = batch("llava", 2)
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1] = 0
+    with pytest.raises(InputError, match="no tokens"):
+        generate(backbone("llava"), inputs, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("guesses", [{7: 0.1}, {2: float("nan")}])
+def test_guesses_that_cannot_be_are_refused(guesses, backbone, exits, batch):
+    policy = ExitPolicy({2: 0.5}, guesses=guesses)
+    with pytest.raises(InputError, match=r"depths|outside"):
+        generate(backbone("llava"), batch("llava", 1), exits=exits("llava"), policy=policy)
 
 
 # -- exits and HF's processors ----------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,6 +136,7 @@ class Generation:
         stand = () if attached is None else attached.depths
         depths = tuple(check_thresholds(dict(policy.thresholds), stand))
         check_thresholds(dict(policy.first), stand)
+        check_thresholds(dict(policy.guesses), stand)
         if self.drafter is not None:
             depths = (self.drafter.depth,)
         if policy.lossless and depths:
@@ -249,6 +251,7 @@ def write_answers(
             row,
             noise=noise[row],
             on_token=told.taker(row),
+            on_end=partial(told.over, row),
             observer=observer,
             together=together,
         )
@@ -305,12 +308,14 @@ def _noise(rows: int, seed: int | None, prepared: Prepared) -> Sequence[Noise | 
 
 
 class _Streamed:
-    """Hands tokens to a streamer of Hugging Face's, a place at a time, once every row has it."""
+    """Hands tokens to a streamer of Hugging Face's, a place at a time, once every row has it or is
+    over; those that are get pads."""
 
     def __init__(self, ids: Tensor, pad: int, streamer: Any) -> None:
         self._rows, self._pad, self._streamer = len(ids), pad, streamer
         self._step = getattr(streamer, "step", None)
         self._waiting: list[list[tuple[int, int, float]]] = [[] for _ in range(self._rows)]
+        self._over: set[int] = set()
         if streamer is not None:
             streamer.put(ids.cpu())
 
@@ -321,18 +326,26 @@ class _Streamed:
 
         def take(place: int, token: int, depth: int, score: float) -> None:
             self._waiting[row].append((token, depth, score))
-            if all(self._waiting):
-                self._tell([waiting.pop(0) for waiting in self._waiting])
+            self._hand_on()
 
         return take
 
+    def over(self, row: int) -> None:
+        """A row has given out its last token."""
+        self._over.add(row)
+        self._hand_on()
+
     def end(self) -> None:
-        """Hand on what rows had that were longer than others, which are padded."""
-        if self._streamer is None:
-            return
-        while any(self._waiting):
+        """All rows are over."""
+        self._over.update(range(self._rows))
+        self._hand_on()
+        if self._streamer is not None:
+            self._streamer.end()
+
+    def _hand_on(self) -> None:
+        rows = [*enumerate(self._waiting)]
+        while any(self._waiting) and all(waiting or row in self._over for row, waiting in rows):
             self._tell([w.pop(0) if w else (self._pad, 0, NAN) for w in self._waiting])
-        self._streamer.end()
 
     def _tell(self, step: Sequence[tuple[int, int, float]]) -> None:
         tokens, depths, scores = (torch.tensor(column) for column in zip(*step, strict=True))

@@ -20,6 +20,7 @@ from transformers import (
     EncoderDecoderCache,
     StoppingCriteriaList,
     StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
 )
 
 from offramp.engine.decoding.executor import too_long
@@ -266,10 +267,15 @@ def room_of(backbone: OpenedModel, lengths: Sequence[int]) -> int | None:
     """Tokens that prompts of these lengths and their answers may have; None: no end.
 
     Raises:
-        InputError: a prompt is longer than that, or the prompts of one batch lie on both sides of
-            a length at which rotary frequencies change.
+        InputError: a prompt is longer than that, or has no tokens, or the prompts of one batch lie
+            on both sides of a length at which rotary frequencies change.
     """
     shortest, longest = min(lengths), max(lengths)
+    if shortest < 1:
+        raise InputError(
+            "A prompt of the batch has no tokens: its attention mask is all zero.",
+            "Leave that row out.",
+        )
     room = backbone.room(longest)
     if backbone.room(shortest) != room:
         raise InputError(
@@ -322,6 +328,8 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "token_healing": bool,
     "use_cache": lambda yes: not yes,
     "use_mtp": bool,
+    # Its processor counts what it has seen, and a place may be asked about more than once.
+    "watermarking_config": lambda mark: isinstance(mark, SynthIDTextWatermarkingConfig),
 }
 """Options that the loop does not do, and the values (other than None) that ask for them."""
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria
 from transformers.generation import logits_process
 
 from offramp.engine.constraint import Constraint
@@ -148,23 +148,25 @@ class Sampler:
         *,
         noise: Noise | None = None,
         on_token: OnToken | None = None,
+        on_end: Callable[[], None] | None = None,
         observer: Observer | None = None,
         together: Together | None = None,
     ) -> None:
         """row: of the prepared request. noise: where it samples; None: with a seed of its own.
-        observer: is told the logits that each token is chosen from. together: of rows that end at
-        once."""
+        on_end: is told that the answer is over. observer: is told the logits that each token is
+        chosen from. together: of rows that end at once."""
         self.ids: Tensor = prepared.ids[row : row + 1]
         self.row, self._rows = row, len(prepared.ids)
         self._lane = 0 if noise is None else min(row, noise.rows - 1)
         self._criteria = prepared.criteria
-        self._on_token, self._observer, self._together = on_token, observer, together
+        self._on_token, self._on_end = on_token, on_end
+        self._observer, self._together = observer, together
         self._ends: frozenset[int] = frozenset()
         self._custom = []
         for criterion in self._criteria:
-            if hasattr(criterion, "eos_token_id"):
+            if type(criterion) is EosTokenCriteria:
                 self._ends |= set(criterion.eos_token_id.flatten().tolist())
-            elif type(criterion).__name__ != "MaxLengthCriteria":
+            elif type(criterion) is not MaxLengthCriteria:
                 self._custom.append(criterion)
         self._own: list[Any] = []  # of this row alone
         self._processors = [self._of_row(processor) for processor in prepared.processors]
@@ -230,13 +232,16 @@ class Sampler:
         over = self.would_end(place + 1, ids[place])
         if self._custom:
             text = self._with(ids[: place + 1])
-            ends = any([bool(stop(text, None).all()) for stop in self._custom])
+            said = [torch.as_tensor(stop(text, None)) for stop in self._custom]
+            ends = any(bool(each.all()) for each in said)
             over = over or (ends if self._together is None else False)
             if ends and self._together is not None:
                 self._together.end(self.row, place + 1)
             self._custom = [stop for stop in self._custom if not getattr(stop, "heard", False)]
         if self._together is not None:
             over = over or place + 1 >= self._together.length
+        if over and self._on_end is not None:
+            self._on_end()
         return over
 
     def _with(self, tokens: Sequence[int]) -> Tensor:
