@@ -22,7 +22,7 @@ def drafts() -> Table:
     rows, before = [], dict(_parts(ZEN5))
     for part, found in _parts():
         times = [times_with_range(found[way]) if way in found else "" for way in WAYS]
-        times.append(times_with_range(before[part][SHIPS]))
+        times.append(times_with_range(before[part][SHIPS]) if part in before else "")
         photographs = found["full"]["photographs"]
         same = min(one["identical"] for one in found.values())
         rows.append((part, f"{found['full']['speed']:.0f}", *times, f"{same} of {photographs}"))
