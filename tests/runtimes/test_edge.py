@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -21,18 +22,23 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_cases import refused
+from gguf_cases import drafting, refused
 from hub_files import WORDS, image_adapter, sliced, text_adapter
 from PIL import Image
 from projector_files import write_projector
 
-from offramp.engine.policy import FULL
+from offramp.engine.decoding.reader import Question
+from offramp.engine.decoding.rule import CLOSED, ExitRule
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import AdapterError, DataError, InputError
+from offramp.runtimes.edge.images import _pixels
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.sampling import Sampler, Sampling
-from offramp.runtimes.edge.server import EdgeServer
-from offramp.runtimes.edge.vocabulary import TextStream
+from offramp.runtimes.edge.server import EdgeServer, read_request
+from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
 from offramp.runtimes.llama_cpp import LlamaCppRuntime
+from offramp.runtimes.llama_cpp.array_reader import ArrayReader
+from offramp.runtimes.llama_cpp.executor import ChainOutput
 from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.runtimes.llama_cpp.segment import EngineOptions
 
@@ -79,6 +85,32 @@ def test_it_writes_what_pytorch_does(mode: str, penalty: float, model: Any, fold
     assert list(depths) == theirs.depths[0].tolist()
     np.testing.assert_allclose(scores, theirs.scores[0].numpy(), atol=1e-4)
     assert mode == "full" or len(set(depths)) > 1
+
+
+@pytest.mark.parametrize("own", ["early_exit", "lossless", "drafts alone"])
+def test_who_names_no_mode_gets_the_policys_own(
+    own: str, model: EdgeModel, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(**how: Any) -> Any:
+        return model.answer(PROMPT, max_new_tokens=NEW, **how)
+
+    monkeypatch.setattr(model, "pace", None)
+    full, early = (answer(mode=mode).text for mode in ("full", "early_exit"))
+    exits = model.policy
+    if own == "lossless":
+        monkeypatch.setattr(model, "policy", replace(exits, lossless=True))
+    elif own == "drafts alone":
+        drafts = replace(exits, thresholds={}, drafts=exits.thresholds)
+        monkeypatch.setattr(model, "policy", drafts)
+    found = answer()
+    assert found.text == (early if own == "early_exit" else full) and early != full
+    assert found.mean_depth < model.layers
+    body = {"prompt": PROMPT, "max_tokens": NEW}
+    for more in ({}, {"offramp": {}}, {"offramp": {"mode": None}}):
+        _, said = asked(f"{served}/v1/completions", {**body, **more})
+        assert json.loads(said)["choices"][0]["text"] == found.text
+    first, *others = answer(thresholds={2: 0.0}).steps
+    assert first.depth == model.layers and {step.depth for step in others} == {2}
 
 
 @pytest.mark.parametrize("own", [0.0, 1.0])
@@ -145,6 +177,54 @@ def test_a_stop_string_ends_the_answer_wherever_tokens_end(model: EdgeModel) -> 
         assert found.finish == "stop"
 
 
+PARTS = """\
+{% for message in messages %}{{ message['role'] | capitalize }}: {% for line in message.content %}
+{% if line['type'] == 'text' %}{{ line['text'] }}{% elif line['type'] == 'image' %}<image>
+{% endif %}{% endfor %};{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
+"""As SmolVLM's and Idefics3's."""
+SELECTED = """\
+{% for message in messages %}{{ message['role'].upper() + ':' }}
+{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}
+{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endfor %}ASSISTANT:"""
+"""As LLaVA's."""
+
+
+def with_template(model: EdgeModel, template: str) -> Vocabulary:
+    return Vocabulary(model.vocabulary._lib, model._segments[-1].model, template)
+
+
+def test_a_template_of_parts_prints_what_is_asked(
+    model: EdgeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However short, and with images where they were."""
+    chat = [{"role": "user", "content": "a"}]
+    for template, alone, seen in (
+        (PARTS, "User: a;Assistant:", "User: <__media__>a;Assistant:"),
+        (SELECTED, "USER:\na ASSISTANT:", "USER:\n<__media__>a ASSISTANT:"),
+    ):
+        monkeypatch.setattr(model, "vocabulary", with_template(model, template))
+        assert model._text(chat, ()) == alone
+        assert model._text(chat, ("x.png",)) == seen
+    nothing = with_template(model, "{% for message in messages %}{{ message['role'] }}{% endfor %}")
+    refused(lambda: nothing.chat(chat), InputError, "prints nothing")
+
+
+def test_a_template_of_texts_may_say_them_in_its_own_words(model: EdgeModel) -> None:
+    """What it is seen to do to one text decides, not whether all are found again."""
+    template = "{% for m in messages %}{{ m['content'].split('/')[-1] | trim }};{% endfor %}"
+    chat = [{"role": role, "content": f"think/ {role}"} for role in ("user", "assistant", "user")]
+    assert with_template(model, template).chat(chat) == "user;assistant;user;"
+
+
+def test_templates_have_the_tags_that_transformers_gives_them(model: EdgeModel) -> None:
+    template = (
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{%- endgeneration -%}"
+        "{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": text} for text in "abc"]
+    assert with_template(model, template).chat(chat) == "ab"
+
+
 def test_streams_give_whole_letters() -> None:
     class Bytes:
         def piece(self, token: int) -> bytes:
@@ -196,6 +276,8 @@ def test_mistakes_are_two_lines(model: EdgeModel, exported: Any) -> None:
     refused(lambda: ask(PROMPT, mode="quick"), InputError, "quick")
     refused(lambda: ask(PROMPT, thresholds={3: 0.5}), InputError, "[3]")
     refused(lambda: ask([{"role": "user"}]), InputError, "content")
+    refused(lambda: ask("half \ud83d"), InputError, "surrogate")
+    refused(lambda: ask([{"role": "user", "content": "\ud800"}]), InputError, "surrogate")
     for wrong in (
         {"temperature": -1.0},
         {"temperature": float("nan")},
@@ -220,6 +302,37 @@ def test_a_header_is_read_as_gguf_reads_it_or_not_at_all(folder: Path, tmp_path:
         (tmp_path / "cut.gguf").write_bytes(data[:length])
         with pytest.raises(ValueError, match=r"its |it |cut off"):
             read_header(tmp_path / "cut.gguf")
+
+
+def test_a_damaged_image_is_two_lines(tmp_path: Path) -> None:
+    """Decoders of damaged files raise nearly every builtin; of this one, `SyntaxError`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.png")
+    data = bytearray((tmp_path / "whole.png").read_bytes())
+    second = data.find(b"IDAT", data.find(b"IDAT") + 4)
+    data[second : second + 4] = bytes(range(4))
+    (tmp_path / "damaged.png").write_bytes(data)
+    refused(lambda: _pixels(tmp_path / "damaged.png"), DataError, "damaged.png")
+
+
+def test_a_gate_is_shut_however_sure_it_is() -> None:
+    policy = ExitPolicy({2: 0.5}, gates={2: 0.5})
+    weight = np.full(64, -1.0, dtype=np.float32)
+    reader = ArrayReader(policy, {2: (weight, 0.0)}, None)
+    question = Question(Sampler(Sampling(), 10), ExitRule.of(policy), ())
+    for scale in (1.0, 12.0, 1e6, -1e6):
+        states = np.full((1, 64), scale, dtype=np.float32)
+        output = ChainOutput(states, np.zeros((1, 10), dtype=np.float32))
+        [verdict] = reader.verdicts(2, output, [question])
+        assert (verdict == CLOSED) == (scale > 0)
+
+
+def test_an_answer_of_no_given_length_is_as_long_as_there_is_room(model: EdgeModel) -> None:
+    for written in (1, 29):
+        prompt = "a" * (ENGINE.context - written)
+        answer = model.answer(prompt, max_new_tokens=None)
+        assert (answer.prompt_tokens, len(answer.steps)) == (len(prompt) + 1, written)
+    refused(lambda: model.answer("a" * 128, max_new_tokens=None), InputError, "context of 128")
 
 
 # -- without PyTorch -------------------------------------------------------------------------------
@@ -248,6 +361,16 @@ def test_the_command_that_slicing_names_answers(
     program, *words = shlex.split(said.removeprefix("next: "))
     code, out, err = run(*words, "--max-new-tokens", "3")
     assert (program, code) == ("offramp", 0) and out.strip(), err
+
+
+def test_the_command_answers_in_the_policys_own_mode(tmp_path: Path, run: Any) -> None:
+    folder = sliced(drafting(text_adapter()), tmp_path)
+    words = ("generate", folder, "--plain", "--prompt", PROMPT, "--max-new-tokens", NEW, "--json")
+    own, full, early = (
+        [step["id"] for step in json.loads(run(*words, *more)[1])["steps"]]
+        for more in ((), ("--mode", "full"), ("--mode", "early_exit"))
+    )
+    assert own == full != early
 
 
 @pytest.fixture
@@ -328,3 +451,144 @@ def test_the_full_policy_is_the_full_model(model: EdgeModel) -> None:
     stock = text_adapter().generate({"input_ids": ids}, policy=FULL, max_new_tokens=6)
     answer = model.answer(PROMPT, mode="full", max_new_tokens=6)
     assert [step.token for step in answer.steps] == stock.new_tokens[0].tolist()
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+def sent(url: str, *parts: bytes) -> bytes:
+    """What comes back until the server ends the connection, or says nothing for a second."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 1) as peer:
+        for part in parts:
+            peer.sendall(part)
+        said = b""
+        try:
+            while more := peer.recv(65536):
+                said += more
+        except TimeoutError:
+            said += b"(and waits)"
+    return said
+
+
+def request(path: str, body: bytes, *, verb: str = "POST", length: bytes | None = None) -> bytes:
+    count = str(len(body)).encode() if length is None else length
+    head = f"{verb} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+    return head.encode() + count + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"prompt": "a\ud800", "max_tokens": 3}',
+        b'{"prompt": "a", "temperature": 1%s}' % (b"0" * 400),
+        b'{"prompt": "a", "top_p": 1%s}' % (b"0" * 400),
+        b'{"prompt": "a", "max_tokens": 1%s}' % (b"0" * 400),
+        b'{"prompt": "a", "offramp": {"mode": [1]}}',
+    ],
+)
+def test_odd_requests_are_refused(body: bytes, served: str) -> None:
+    said = sent(served, request("/v1/completions", body))
+    assert said.startswith(b"HTTP/1.1 400 ") and b"invalid_request_error" in said
+
+
+@pytest.mark.parametrize("length", [b"\xb2", b"-1", b"9" * 5000, b"1e1", b""])
+def test_odd_lengths_are_refused(length: bytes, served: str) -> None:
+    said = sent(served, request("/v1/completions", b"", length=length))
+    assert said.startswith(b"HTTP/1.1 400 ") and b"no length" in said
+
+
+def test_a_body_that_was_not_read_is_no_request(served: str) -> None:
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for asked_for in (
+        request("/v1/nothing", hidden),
+        request("/nothing", hidden, verb="GET"),
+        request("/health", hidden, verb="GET"),
+    ):
+        said = sent(served, asked_for)
+        assert said.count(b"HTTP/1.1 ") == 1 and b"and waits" not in said
+    kept = sent(served, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
+    assert kept.count(b"HTTP/1.1 200") == 2
+
+
+def test_a_request_whose_body_does_not_come_takes_no_place(model: EdgeModel) -> None:
+    with EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"") as server:
+        server.places = threading.BoundedSemaphore(1)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(request("/v1/completions", b"{", length=b"100"))
+            url = f"http://127.0.0.1:{port}/v1/completions"
+            for _ in range(3):
+                assert asked(url, {"prompt": "a", "max_tokens": 2})[0] == 200
+        server.shutdown()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_that_nobody_foresaw_is_said_and_logged(
+    stream: bool, model: EdgeModel, served: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    url, body = f"{served}/v1/completions", {"prompt": "a", "max_tokens": 3, "stream": stream}
+
+    def broken(*_: Any, on_text: Any = None, **__: Any) -> Any:
+        raise ZeroDivisionError("secret")
+
+    def begins(*_: Any, on_text: Any = None, **__: Any) -> Any:
+        on_text("begun")
+        raise ZeroDivisionError("secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "answer", broken)
+        code, said = asked(url, body)
+        assert code == 500 and "secret" not in said
+        if stream:
+            patch.setattr(model, "answer", begins)
+            code, data = asked(url, body)
+            assert code == 200 and b"begun" in data and b"server_error" in data
+            assert b"secret" not in data
+    assert "ZeroDivisionError: secret" in caplog.text
+    assert asked(url, body)[0] == 200
+
+
+def test_who_gives_no_seed_gets_one_of_its_own() -> None:
+    def seed(**more: Any) -> int:
+        asked = read_request({"prompt": "a", **more}, chat=False)
+        return int(asked.how["sampling"].seed)
+
+    assert seed(seed=7) == seed(seed=7) == 7 and seed(seed=0) == 0
+    assert len({seed(), seed(), seed(seed=None), seed(seed=None)}) == 4
+
+
+def test_a_request_of_no_given_length_gets_what_room_there_is(served: str) -> None:
+    url = f"{served}/v1/completions"
+    for words, written in (("a" * 100, 28), ("a", 127)):
+        code, said = asked(url, {"prompt": words, "offramp": {"mode": "full"}})
+        assert code == 200
+        assert json.loads(said)["usage"]["completion_tokens"] == written
+    code, said = asked(url, {"prompt": "a" * 100, "max_tokens": 100})
+    assert code == 400 and "lower max_tokens" in said
+    code, said = asked(url, {"prompt": "a" * 100, "max_new_tokens": 100})
+    assert code == 400 and "max_new_tokens" in said
+
+
+def test_addresses_of_version_6_are_listened_at(model: EdgeModel) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with EdgeServer(model, "::1", 0, name="tiny", page=b"") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert asked(f"http://[::1]:{server.server_address[1]}/health")[0] == 200
+        assert server.knows("[::1]") and not server.knows("evil.example:80")
+        server.shutdown()
+
+
+def test_addresses_that_nobody_can_listen_at_are_two_lines(
+    model: EdgeModel, folder: Path, run: Any
+) -> None:
+    for host, port in (("127.0.0.1", 99999), ("a" * 70, 0)):
+        refused(
+            lambda h=host, p=port: EdgeServer(model, h, p, name="tiny", page=b""), InputError, host
+        )
+    code, _, err = run("serve", folder, "--port", "99999")
+    assert code != 0 and len(err.strip().splitlines()) == 2 and "65535" in err

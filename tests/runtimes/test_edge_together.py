@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.pace import DraftPace
 from offramp.errors import InputError
 from offramp.runtimes.edge.model import Answer, EdgeModel
+from offramp.runtimes.edge.rounds import Job
 from offramp.runtimes.edge.sampling import Sampling
+from offramp.runtimes.edge.server import EdgeServer
 from offramp.runtimes.llama_cpp.segment import EngineOptions
 
 pytestmark = pytest.mark.llama_cpp
@@ -183,6 +187,71 @@ def test_who_gives_up_leaves_its_slot(model: EdgeModel) -> None:
     assert not model._rounds._sequences
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("seated", [False, True])
+def test_a_client_that_hangs_up_is_written_for_no_more(
+    seated: bool, stream: bool, model: EdgeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not it would have been told anything on the way."""
+    rounds, held, made = model._rounds, threading.Event(), list[Any]()
+    job_of, call = model._job, rounds._call
+
+    def noted(*asked: Any) -> Any:
+        made.append(job_of(*asked))
+        return made[-1]
+
+    def waiting() -> None:
+        assert held.wait(60)
+        call()
+
+    def until(true: Callable[[], bool]) -> None:
+        end = time.monotonic() + 10
+        while not true():
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+    monkeypatch.setattr(model, "_job", noted)
+    if seated:
+        monkeypatch.setattr(rounds, "_call", waiting)
+    else:
+        rounds._thread.submit(held.wait)
+    body = json.dumps({"prompt": "a", "max_tokens": 100, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+    with EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with socket.create_connection(("127.0.0.1", server.server_address[1])) as peer:
+                peer.sendall(head.encode() + b"\r\n\r\n" + body)
+                until(lambda: bool(rounds._sequences if seated else rounds._queue))
+                time.sleep(0.4)
+                assert not made[0].unwanted  # it waits, silently
+            until(lambda: bool(made[0].unwanted))
+        finally:
+            held.set()
+        until(lambda: not rounds._at_work)
+        assert len(made[0].tokens) <= 3 * model.policy.max_draft
+        server.shutdown()
+
+
+def test_it_is_asked_whether_anybody_waits_while_tokens_come() -> None:
+    """A whole answer is told to nobody, and its parts come all the same."""
+    nothing: Any = None
+    job, over = Job(nothing, nothing, nothing, nothing, {}), threading.Event()
+    threading.Timer(5, over.set).start()
+
+    def write() -> None:
+        while not over.wait(0.01):
+            job.tell("a")
+        job.end()
+
+    threading.Thread(target=write).start()
+    try:
+        with pytest.raises(CancelledError):
+            job.wait(None, lambda: True)
+    finally:
+        over.set()
+
+
 def test_a_slow_listener_holds_nobody_up(model: EdgeModel) -> None:
     heard, go_on = threading.Event(), threading.Event()
 
@@ -264,7 +333,7 @@ def test_the_server_answers_at_once_what_it_answers_alone(folder: Path) -> None:
     """In a process that loads no PyTorch; every client's text is what a lone one's is."""
     code = f"""
 import json, sys, threading, urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from offramp.engine.decoding.pace import DraftPace
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.server import EdgeServer
@@ -275,7 +344,7 @@ with model, EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"") as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{{server.server_address[1]}}/v1/completions"
     def ask(i):
-        body = {{"prompt": "ab" * (i + 1), "max_tokens": 9 + i, "temperature": i % 2,
+        body = {{"prompt": "ab" * (i + 1), "max_tokens": 9 + i, "temperature": i % 2, "seed": i,
                 "offramp": {{"mode": ("full", "early_exit", "lossless")[i % 3]}}}}
         request = urllib.request.Request(url, json.dumps(body).encode())
         with urllib.request.urlopen(request, timeout=60) as reply:

@@ -20,7 +20,7 @@ from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import ExitPolicy, check_exact, policy_from_json
 from offramp.errors import AdapterError, InputError
 from offramp.runtimes.edge.images import ImageReader
-from offramp.runtimes.edge.rounds import Job, OnText, Rounds, closed
+from offramp.runtimes.edge.rounds import Gone, Job, OnText, Rounds, closed
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
 from offramp.runtimes.llama_cpp.array_reader import ArrayReader
@@ -38,6 +38,9 @@ from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes
 from offramp.runtimes.llama_cpp.trial import check_survives
 
 Message = dict[str, str]
+
+_LONGEST = 256
+"""Tokens of an answer whose length nobody says."""
 
 
 @dataclass(frozen=True)
@@ -143,26 +146,31 @@ class EdgeModel:
         prompt: str | Sequence[Message],
         images: Sequence[str | Path] = (),
         *,
-        max_new_tokens: int = 128,
-        mode: str = "early_exit",
+        max_new_tokens: int | None = 128,
+        mode: str | None = None,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         thresholds: dict[int, float] | None = None,
         on_text: OnText | None = None,
+        gone: Gone | None = None,
     ) -> Answer:
         """Answer a text, or a chat by the file's template.
 
         images: files; where the prompt has no `MARKER` they stand before it, or before the last
             message of a chat.
+        max_new_tokens: None: 256, or as many as the context has room for.
+        mode: None: the policy's own.
         thresholds: by depth, in place of the adapter's. stop: strings that end the answer, and are
             left out of it. on_text: is told what is written, as soon as its letters are whole.
+        gone: whether nobody waits any more; it is asked now and then.
 
         Raises:
+            CancelledError: `gone` said so.
             InputError: a prompt with its answer longer than the context, images without a
                 projector, or a mode or option that does not run here.
             DataError: an image cannot be read.
         """
-        if max_new_tokens < 1:
+        if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"{max_new_tokens} tokens are no answer.", "Ask for 1 or more.")
         policy = self._policy_of(mode, thresholds)
         with self._lock:
@@ -170,6 +178,8 @@ class EdgeModel:
                 raise closed()
             read, ids = self._prompt(self._text(prompt, images), images)
         rows = len(read.states)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(_LONGEST, self.engine.context + 1 - rows))
         check_context(rows, max_new_tokens, self.engine.context)
         stream, ended = TextStream(self.vocabulary, stop), False
 
@@ -185,7 +195,7 @@ class EdgeModel:
             most=max_new_tokens, ends=self.vocabulary.ends, on_token=settled,
         )  # fmt: skip
         job = self._job(read, policy, sampler)
-        steps = tuple(self._rounds.write(job, on_text))
+        steps = tuple(self._rounds.write(job, on_text, gone))
         if (rest := stream.close()) and on_text is not None:
             on_text(rest)
         finish = "stop" if stream.ended or ended else "length"
@@ -211,11 +221,11 @@ class EdgeModel:
 
     # -- one answer -----------------------------------------------------------------------------
 
-    def _policy_of(self, mode: str, thresholds: dict[int, float] | None) -> ExitPolicy:
+    def _policy_of(self, mode: str | None, thresholds: dict[int, float] | None) -> ExitPolicy:
         policy = self.policy
         if thresholds is not None:
-            policy = replace(policy.at(thresholds), drafts={}, guesses={})
-        policy = policy.in_mode(mode).effective
+            policy = replace(policy.at(thresholds), lossless=False, drafts={}, guesses={})
+        policy = policy.in_mode(policy.own_mode if mode is None else mode).effective
         for at in (policy.thresholds, policy.first):
             check_thresholds(dict(at), self.files.depths)
         check_exact(policy, "llama.cpp")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.rule import ExitRule
@@ -22,7 +23,11 @@ from offramp.runtimes.llama_cpp.prompt import Prompt
 _BUDGET = 256
 """Tokens of prompts that are read in a round, while those that are being written wait."""
 
+_LOOK = 0.25
+"""Seconds after which it is asked again whether anybody still waits."""
+
 OnText = Callable[[str], None]
+Gone = Callable[[], bool]
 
 
 @dataclass(eq=False)
@@ -51,11 +56,26 @@ class Job:
         self.error = error
         self._told.put(None)
 
-    def wait(self, on_text: OnText | None) -> None:
-        """Until it is over; `on_text` is told in the thread that waits."""
-        while (text := self._told.get()) is not None:
-            if on_text is not None:
+    def wait(self, on_text: OnText | None, gone: Gone | None) -> None:
+        """Until it is over; `on_text` is told, and `gone` asked, in the thread that waits.
+
+        Raises:
+            CancelledError: `gone` said so.
+        """
+        look = time.monotonic() + _LOOK
+        while True:
+            try:
+                text = self._told.get(timeout=None if gone is None else _LOOK)
+            except Empty:
+                text = ""
+            if text is None:
+                return
+            if text and on_text is not None:
                 on_text(text)
+            if gone is not None and time.monotonic() >= look:
+                if gone():
+                    raise CancelledError
+                look = time.monotonic() + _LOOK
 
 
 def closed() -> InputError:
@@ -75,10 +95,14 @@ class Rounds:
         self._queue: deque[Job] = deque()
         self._at_work = self._closed = False
 
-    def write(self, job: Job, on_text: OnText | None = None) -> list[Token]:
-        """Wait until an answer is written. on_text: is told its text as it comes.
+    def write(
+        self, job: Job, on_text: OnText | None = None, gone: Gone | None = None
+    ) -> list[Token]:
+        """Wait until an answer is written. on_text: is told its text as it comes. gone: whether
+        nobody waits any more.
 
         Raises:
+            CancelledError: `gone` said so.
             InputError: the rounds are over, or of the request itself.
         """
         with self._lock:
@@ -89,7 +113,7 @@ class Rounds:
                 self._at_work = True
                 self._thread.submit(self._work)
         try:
-            job.wait(on_text)
+            job.wait(on_text, gone)
         finally:
             job.unwanted = True
         if job.error is not None:

@@ -7,11 +7,15 @@ import binascii
 import ipaddress
 import json
 import logging
+import re
+import secrets
+import socket
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _LARGEST, _SECONDS, _WAITING = 32 << 20, 60, 32
 """Bytes of a body, seconds that a peer may be silent, requests that wait at most."""
+_GONE = (ConnectionError, TimeoutError, CancelledError)
+"""What is raised where the peer has gone."""
 _KNOWN = {
     "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p",
     "top_k", "repetition_penalty", "seed", "stop", "stream", "stream_options", "n", "offramp",
@@ -57,18 +63,21 @@ class EdgeServer(ThreadingHTTPServer):
         self.started = int(time.time())
         self.places = threading.BoundedSemaphore(_WAITING)
         self._host = host
+        if ":" in host:
+            self.address_family = socket.AF_INET6
         try:
             super().__init__((host, port), _Handler)
-        except OSError as error:
+        except (OSError, OverflowError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
             raise InputError(
-                f"{host}:{port} cannot be listened at: {error.strerror or error}.",
+                f"{host}:{port} cannot be listened at: {why}.",
                 "Give another --port, or 0 for one that is free.",
             ) from error
 
     def knows(self, host: str) -> bool:
         """Whether a request's Host is this server's: a page elsewhere that was led here by a name
         of its own is refused."""
-        name = host.rsplit(":", 1)[0].strip("[]").lower()
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
         if name in ("localhost", self._host.lower()):
             return True
         try:
@@ -86,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
+        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # a body that nobody reads is no next request
         if not self._allowed():
             return
         routes: dict[str, Callable[[], None]] = {
@@ -98,21 +109,26 @@ class _Handler(BaseHTTPRequestHandler):
         route() if route is not None else self._refuse(404, f"There is no {self.path[:80]}.")
 
     def do_POST(self) -> None:
+        self._streams = False
         if not self._allowed():
             return
         if self.path not in ("/v1/chat/completions", "/v1/completions"):
             self._refuse(404, f"There is no {self.path[:80]}.")
             return
-        if not self.server.places.acquire(blocking=False):
-            self._refuse(503, "Too many requests wait already.")
-            return
+        chat = self.path.startswith("/v1/chat")
         try:
-            asked = read_request(self._body(), chat=self.path.startswith("/v1/chat"))
-            self._answer(asked, chat=self.path.startswith("/v1/chat"))
-        except OfframpError as error:
-            self._refuse(400, " ".join(str(error).splitlines()))
-        finally:
-            self.server.places.release()
+            asked = read_request(self._body(), chat=chat)
+            if not self.server.places.acquire(blocking=False):
+                self._refuse(503, "Too many requests wait already.")
+                return
+            try:
+                self._answer(asked, chat=chat)
+            finally:
+                self.server.places.release()
+        except _GONE:
+            raise
+        except Exception as error:
+            self._fail(error)
 
     # -- answers --------------------------------------------------------------------------------
 
@@ -120,34 +136,21 @@ class _Handler(BaseHTTPRequestHandler):
         reply = _Reply(self.server.name, chat=chat)
         with ExitStack() as stack:
             files = [_kept(stack, image) for image in asked.images]
-            if not asked.stream:
-                answer = self.server.model.answer(images=files, **asked.how)
-                self._json(200, reply.whole(answer))
-                return
-            begun = False
 
             def tell(text: str) -> None:
-                nonlocal begun
-                if not begun:
-                    self._begin_stream()
-                    begun = True
                 self._event(reply.part(text))
 
-            try:
-                answer = self.server.model.answer(images=files, on_text=tell, **asked.how)
-            except OfframpError as error:
-                if not begun:
-                    raise
-                self._event({"error": {"message": str(error), "type": "server_error"}})
-                self._chunk(b"")
-                return
-            if not begun:
-                self._begin_stream()
-            self._event(reply.end(answer))
-            if asked.usage:
-                self._event(reply.usage(answer))
-            self._chunk(b"data: [DONE]\n\n")
-            self._chunk(b"")
+            answer = self.server.model.answer(
+                images=files, on_text=tell if asked.stream else None, gone=self._gone, **asked.how
+            )
+        if not asked.stream:
+            self._json(200, reply.whole(answer))
+            return
+        self._event(reply.end(answer))
+        if asked.usage:
+            self._event(reply.usage(answer))
+        self._chunk(b"data: [DONE]\n\n")
+        self._chunk(b"")
 
     def _card(self) -> dict[str, Any]:
         model = self.server.model
@@ -177,9 +180,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._refuse(403, "This server does not answer to that name.")
         return False
 
+    def _gone(self) -> bool:
+        """Whether the peer has hung up."""
+        self.connection.settimeout(0)
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:  # it says nothing, and waits
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.settimeout(self.timeout)
+
     def _body(self) -> Any:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _LARGEST:
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > _LARGEST:
             self.close_connection = True
             raise InputError(
                 "The body has no length, or is too long.", f"Send up to {_LARGEST >> 20} MB."
@@ -192,10 +207,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, status: int, value: Any) -> None:
         self._send(status, json.dumps(value).encode(), "application/json")
 
+    def _fail(self, error: Exception) -> None:
+        """Say what is wrong, in the stream where one has begun."""
+        if isinstance(error, OfframpError):
+            remedy = error.remedy.replace("max_new_tokens", "max_tokens")  # as the API has it
+            status, said = 400, f"{error.problem} {remedy}"
+        else:
+            log.error("A request failed.", exc_info=error)
+            status, said = 500, "The server failed; its log says how."
+        if not self._streams:
+            self._refuse(status, said)
+            return
+        self._event({"error": {"message": said, "type": "server_error"}})
+        self._chunk(b"")
+
     def _refuse(self, status: int, message: str) -> None:
+        """And close: whether all was read that the peer sent is not known."""
         kind = "invalid_request_error" if status < 500 else "server_error"
-        if status != 404:
-            self.close_connection = True
+        self.close_connection = True
         self._json(status, {"error": {"message": message, "type": kind, "code": None}})
 
     def _send(self, status: int, data: bytes, kind: str) -> None:
@@ -210,6 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _begin_stream(self) -> None:
+        self._streams = True
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
@@ -217,6 +247,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _event(self, value: Any) -> None:
+        if not self._streams:
+            self._begin_stream()
         self._chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
 
     def _chunk(self, data: bytes) -> None:
@@ -229,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except (BrokenPipeError, ConnectionError, TimeoutError):  # the peer has gone
+        except _GONE:
             self.close_connection = True
 
 
@@ -299,18 +331,19 @@ def read_request(body: Any, *, chat: bool) -> _Asked:
         raise InputError("stop is no text and no list of texts.", "Send up to 16 strings.")
     more = _typed(body, "offramp", dict, {})
     options = _typed(body, "stream_options", dict, {})
-    most = _typed(body, "max_completion_tokens", int, _typed(body, "max_tokens", int, 256))
+    most = _typed(body, "max_completion_tokens", int, _typed(body, "max_tokens", int, None))
+    seed = _typed(body, "seed", int, None)
     sampling = Sampling(
-        float(_typed(body, "temperature", (int, float), 0.0)),
-        float(_typed(body, "top_p", (int, float), 1.0)),
+        _number(body, "temperature", 0.0),
+        _number(body, "top_p", 1.0),
         _typed(body, "top_k", int, 0),
-        float(_typed(body, "repetition_penalty", (int, float), 1.0)),
-        _typed(body, "seed", int, 0),
+        _number(body, "repetition_penalty", 1.0),
+        secrets.randbits(63) if seed is None else seed,
     )
     how = {
         "prompt": prompt,
         "max_new_tokens": most,
-        "mode": str(more.get("mode", "early_exit")),
+        "mode": _typed(more, "mode", str, None),
         "sampling": sampling,
         "stop": stop,
     }
@@ -325,6 +358,13 @@ def _typed(body: Mapping[str, Any], name: str, kind: Any, default: Any) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{name} is of the type {type(value).__name__}.", "See OpenAI's API.")
     return value
+
+
+def _number(body: Mapping[str, Any], name: str, default: float) -> float:
+    try:
+        return float(_typed(body, name, (int, float), default))
+    except OverflowError as error:
+        raise InputError(f"{name} is too large.", "See OpenAI's API.") from error
 
 
 def _messages(messages: Any, images: list[bytes]) -> Sequence[dict[str, str]]:

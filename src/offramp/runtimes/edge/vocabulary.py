@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from offramp.errors import AdapterError, InputError
 
 _PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_NEEDLE = "needle"
+_REFUSALS = (TemplateError, TypeError, ValueError)
+"""What a template raises that refuses its messages."""
 
 
 class Vocabulary:
@@ -37,8 +46,18 @@ class Vocabulary:
         return self._template is not None
 
     def tokens(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text; special: what opens a text is put before it, where the model wants it."""
-        data = text.encode()
+        """Ids of a text; special: what opens a text is put before it, where the model wants it.
+
+        Raises:
+            InputError: the text cannot be written in UTF-8.
+        """
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                "The text holds half of a surrogate pair, which is no character.",
+                "Give text that can be written in UTF-8.",
+            ) from error
         room = len(data) + 8
         while True:
             found = (ctypes.c_int32 * room)()
@@ -72,33 +91,86 @@ class Vocabulary:
         """The text that a chat is written as for the model, up to where its answer begins.
 
         Raises:
-            InputError: the file's template refuses the messages.
+            InputError: the file's template refuses the messages, or prints nothing of any.
         """
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        ends = (self._lib.llama_vocab_bos(self._vocab), self._lib.llama_vocab_eos(self._vocab))
-        bos, eos = (
-            self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
-            for token in ends
-        )
-        try:
-            template = environment.from_string(self._template or _PLAIN)
-            text = template.render(
-                messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos
+        if self._content is None:
+            raise InputError(
+                "The model's chat template prints nothing of what is asked.",
+                "Ask without it: a text (--plain) in place of messages.",
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        try:
+            text = self._rendered(messages, self._content)
+        except _REFUSALS as error:
             raise InputError(
                 f"The model's chat template refuses these messages: {error}.",
                 "Give messages with a role (user, assistant, system) and text.",
             ) from error
+        bos, _ = self._ends
         return text.removeprefix(bos) if bos and self.tokens("")[:1] else text
+
+    @cached_property
+    def _content(self) -> Callable[[str], Any] | None:
+        """How the template takes a text; None: it prints nothing of one.
+
+        Those of SmolVLM and LLaVA go through a list of parts, and find none in a string.
+        """
+        text, parts = self._prints(str), self._prints(_parts)
+        if parts and not text:
+            return _parts
+        return None if text is False else str
+
+    def _prints(self, content: Callable[[str], Any]) -> bool | None:
+        """Whether the template prints a text that is given so; None: it refuses to."""
+        try:
+            return _NEEDLE in self._rendered([{"role": "user", "content": _NEEDLE}], content)
+        except _REFUSALS:
+            return None
+
+    def _rendered(self, messages: Sequence[dict[str, str]], content: Callable[[str], Any]) -> str:
+        bos, eos = self._ends
+        return self._compiled.render(
+            messages=[{**message, "content": content(message["content"])} for message in messages],
+            add_generation_prompt=True, bos_token=bos, eos_token=eos,
+        )  # fmt: skip
+
+    @cached_property
+    def _compiled(self) -> Template:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.globals["raise_exception"] = _refuse
+        return environment.from_string(self._template or _PLAIN)
+
+    @cached_property
+    def _ends(self) -> tuple[str, str]:
+        """What opens and what ends a text; "" where nothing does."""
+        bos, eos = (
+            self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
+            for token in (
+                self._lib.llama_vocab_bos(self._vocab),
+                self._lib.llama_vocab_eos(self._vocab),
+            )
+        )
+        return bos, eos
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _refuse(message: str) -> None:
     raise ValueError(message)
+
+
+class _Generation(Extension):
+    """`{% generation %}`: transformers notes what stands in it, which nobody asks for here."""
+
+    tags = {"generation"}  # noqa: RUF012 -- jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 class TextStream:

@@ -98,7 +98,8 @@ class ArrayReader:
         sampler, rule = question.sampler, question.rule
         if depth in rule.gates:
             weight, bias = self._gates[depth]
-            if not 1.0 / (1.0 + math.exp(-float(entry @ weight) - bias)) >= rule.gates[depth]:
+            shut = min(-float(entry @ weight) - bias, 700.0)  # `exp` of more is no number
+            if not 1.0 / (1.0 + math.exp(shut)) >= rule.gates[depth]:
                 return CLOSED
         scored = rule.thresholds.get(depth) != 0.0
         if sampler.plain:
