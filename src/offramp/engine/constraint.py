@@ -66,10 +66,12 @@ class JsonConstraint:
                 json.dumps(dict(schema)), overrides=_SPACES
             )
         except (TypeError, ValueError, RecursionError) as error:
-            raise _no_schema(str(error)) from error
+            raise _no_schema(_one_line(str(error))) from error
         self._fresh = guidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        if not self._fresh.is_error():
+            self._fresh.compute_bitmask()  # tells whether there is a first token
         if self._fresh.is_error():
-            raise _no_schema(self._fresh.get_error())
+            raise _no_schema(_said(self._fresh) or "nothing that the model can write satisfies it")
 
     def of_row(self, prompt: int, ends: Set[int]) -> _Answer:
         """As of `Constraint`. ends: none: the tokenizer's own."""
@@ -98,11 +100,15 @@ class _Answer:
             InputError: no token of the vocabulary may come; the schema is too complex.
         """
         answer = ids[0, self._prompt :].tolist()
-        if self._allowed is None or answer != self._written:
-            self._allowed = self._behind(answer)
-        size = min(len(self._allowed), scores.shape[-1])
+        if self._ends.intersection(answer):  # it is over, and something writes on
+            found = self._only_ends()
+        else:
+            if self._allowed is None or answer != self._written:
+                self._allowed = self._behind(answer)
+            found = self._allowed
+        size = min(len(found), scores.shape[-1])
         made = torch.full_like(scores, float("-inf"))
-        allowed = self._allowed[:size].to(scores.device)
+        allowed = found[:size].to(scores.device)
         made[0, :size] = torch.where(allowed, scores[0, :size], float("-inf"))
         if not bool((made > float("-inf")).any()):
             raise NothingAllowed(
@@ -112,9 +118,7 @@ class _Answer:
         return made
 
     def _behind(self, answer: list[int]) -> Tensor:
-        """Which tokens may come behind an answer [V]."""
-        if self._ends.intersection(answer):  # it is over, and something writes on
-            return self._only_ends()
+        """Which tokens may come behind an answer [V] that has not ended."""
         same = 0
         for one, other in zip(self._written, answer, strict=False):
             if one != other:
@@ -143,7 +147,7 @@ class _Answer:
 
     def _failed(self) -> InputError:
         """Of a matcher that cannot go on; begin anew."""
-        said = _first_line(self._matcher.get_error())
+        said = _said(self._matcher)
         self._matcher, self._written, self._allowed = self._fresh.deep_copy(), [], None
         return InputError(
             f"The JSON schema cannot be followed: {said}."
@@ -166,13 +170,21 @@ def _llguidance() -> Any:
 
 def _no_schema(said: str) -> InputError:
     return InputError(
-        f"The JSON schema cannot be used: {_first_line(said)}.",
+        f"The JSON schema cannot be used: {said}.",
         "Leave out what is not supported; the page on serving says what is.",
     )
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0].rstrip(".")[:300]
+def _said(matcher: Any) -> str:
+    """Why a matcher cannot go on; nothing where no token can come next."""
+    said = _one_line(matcher.get_error().partition("<state>")[0])  # behind it: for its developers
+    return "" if said == "NoExtensionBias" else said
+
+
+def _one_line(text: str) -> str:
+    """A message without the lines that point at a place of the one above."""
+    lines = [line.strip()[:150] for line in text.splitlines() if line.strip(" ^")]
+    return " ".join(lines).rstrip(".")[:300]
 
 
 _SPELLINGS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -209,7 +221,7 @@ def _spelt(tokenizer: Any) -> Any:
         return _llguidance().LLTokenizer(json.dumps(spelt), eos_token=end)
     except ValueError as error:
         raise InputError(
-            f"llguidance does not know how this tokenizer spells: {_first_line(str(error))}.",
+            f"llguidance does not know how this tokenizer spells: {_one_line(str(error))}.",
             "Leave the JSON schema out, or use a model with another tokenizer.",
         ) from error
 

@@ -136,13 +136,13 @@ class BatchEngine:
             self._take_place(wait)
             handle = Handle(request)  # here, so that it stands in the pool's queue as it arrived
             self._open.add(handle)
+            handle.add_done_callback(self._open.discard)
             if isinstance(what, Example) or (self._images and self._images.wanted(inputs)):
                 self._preparing.add(handle)
                 self._pool.submit(self._prepare, handle, what)
             else:
                 self._ready.append(handle)
             self._changed.notify_all()
-        handle.add_done_callback(self._open.discard)
         return handle
 
     def map(
@@ -193,9 +193,9 @@ class BatchEngine:
         """Wait until all that was submitted is answered; False where `timeout` seconds passed, or
         where it is asked for by a callback, on whose return the answers wait."""
         if self._is_mine:
-            return self._idle
+            return not self._open
         with self._changed:
-            return self._changed.wait_for(lambda: self._idle or not self.alive, timeout)
+            return self._changed.wait_for(lambda: not self._open, timeout)
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests and stop; those submitted are answered first, or dropped. Where a
@@ -222,6 +222,7 @@ class BatchEngine:
 
     @property
     def _idle(self) -> bool:
+        """For the engine's thread: to others a request on its way to a slot is in neither place."""
         return not self._preparing and not self._ready and self.core.idle
 
     def _take_place(self, wait: bool) -> None:
@@ -299,6 +300,8 @@ class BatchEngine:
         for handle in list(self._open):
             with suppress(InvalidStateError):  # it was answered just now
                 handle.set_exception(_failure(error))
+        with self._changed:
+            self._changed.notify_all()  # who drains
         if self._on_round is not None:
             with suppress(BaseException):  # it may be what has failed
                 self._on_round()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -22,7 +23,7 @@ from offramp.data.formats import read_items
 from offramp.data.scenes import tasks
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.policy import ExitPolicy, GenerationOutput
-from offramp.errors import InputError
+from offramp.errors import InputError, StorageError
 from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
@@ -31,7 +32,7 @@ from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.monitor.watcher import Sample, Watcher
 from offramp_lab.inputs import lookalikes
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
-from serving import messages, running, scene_examples, service_of, shipped
+from serving import asking, messages, running, scene_examples, service_of, shipped
 
 ALL = WatchConfig(share=1.0, level=0.01, backlog=4096)
 GREEDY: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
@@ -139,7 +140,10 @@ def test_the_draw_is_before_the_answer_and_as_often_as_asked(engine: BatchEngine
         {"level": 0.0},
         {"action": "x"},
         {"slack": 0.5},
+        {"slack": np.inf},
+        {"slack": np.nan},
         {"deadline": -1},
+        {"deadline": np.inf},
         {"watchers": 0},
         {"a_client": 0},
         {"coverage": 2},
@@ -226,8 +230,21 @@ def test_no_client_fills_the_backlog_or_the_draws() -> None:
         evenly = [(watcher.draws("loud"), watcher.draws("quiet")) for _ in range(500)]
         assert min(np.mean(evenly, 0)) > 0.9
         flood = [watcher.draws("loud" if i % 20 else "quiet") for i in range(2000)]
-        loud = sum(drawn for i, drawn in enumerate(flood) if i % 20)
-        assert loud < 0.6 * 2000 and all(flood[::20])
+        assert all(flood[::20])
+        assert 50 < sum(flood) - sum(flood[::20]) < 110  # as many as of the other's 100
+        assert all([watcher.draws("loud") for _ in range(200)][64:])  # it asks alone again
+    finally:
+        watcher.close()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("clients", [2, 3, 20])
+def test_clients_that_ask_as_often_are_drawn_as_often(share: float, clients: int) -> None:
+    """Also where they are too few for each to have no more than its share."""
+    watcher = idle_watcher(_BusyEngine(8, 1), replace(ALL, a_client=share))
+    try:
+        drawn = [[watcher.draws(str(one)) for one in range(clients)] for _ in range(100)]
+        assert min(np.mean(drawn, 0)) > 0.9
     finally:
         watcher.close()
 
@@ -253,19 +270,49 @@ def test_an_alarm_outlives_a_restart_until_it_is_reset(tmp_path: Path) -> None:
         watcher.offer(sample)
     assert watcher.settle(60) and watcher.broken
     watcher.close()
-    again, other = (idle_watcher(_BusyEngine(0), config, about=a) for a in ("exits", "others"))
-    assert again.broken and again.risk.n == 12 and again.risk.interval == watcher.risk.interval
+    other = idle_watcher(_BusyEngine(0), config, about="others")
     assert not other.broken
+    other.close()
+    again = idle_watcher(_BusyEngine(0), config, about="exits")
+    assert again.broken and again.risk.n == 12 and again.risk.interval == watcher.risk.interval
     again.reset()
     assert not again.broken
+    again.close()
     last = idle_watcher(_BusyEngine(0), config, about="exits")
     assert not last.broken and last.risk.n == 0
-    for one in (again, other, last):
-        one.close()
+    last.close()
     (tmp_path / "watch.json").write_text("{}")
     torn = idle_watcher(_BusyEngine(0), config, about="exits")
     assert torn.risk.n == 0
     torn.close()
+
+
+def test_a_state_file_is_of_one_watcher_at_a_time(tmp_path: Path) -> None:
+    """Of two, the one that saves last would write over the other's alarm."""
+    config, link = replace(ALL, state=tmp_path / "watch.json"), tmp_path / "link.json"
+    link.symlink_to("watch.json")
+    first = idle_watcher(_BusyEngine(0), config)
+    for state in (config.state, link):
+        with pytest.raises(StorageError, match="Another server") as refused:
+            idle_watcher(_BusyEngine(0), replace(config, state=state))
+        assert "--watch state=FILE" in refused.value.remedy
+    for sample in samples([fakes.picture(i) for i in range(12)], wrong=True):
+        first.offer(sample)
+    assert first.settle(60) and first.broken
+    first.close()
+    after = idle_watcher(_BusyEngine(0), config)
+    assert after.broken
+    after.close()
+
+
+def test_a_state_file_that_cannot_be_written_stops_no_watch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    watcher = idle_watcher(_BusyEngine(0), replace(ALL, state=tmp_path / "file" / "watch.json"))
+    watcher.reset()
+    assert "What the watch learnt is not kept" in caplog.text
+    watcher.close()
 
 
 def test_watchers_share_a_level_and_slack_moves_the_limit() -> None:
@@ -326,6 +373,29 @@ def test_the_watch_is_reset_by_a_key_alone() -> None:
             answer = httpx.post(f"{address}/v1/watch/reset", json={}, headers=headers)
         assert answer.status_code == status
         assert service.watcher.broken == (status != 200)
+
+
+@pytest.mark.parametrize("keys", [(), ("one", "two")])
+def test_a_client_of_the_watch_is_its_key_or_its_address_however_it_is_written(
+    keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = service_of(slots=1, keys=keys, more={"watch": WatchConfig(share=1.0)})
+    assert service.watcher is not None
+    asked: list[str] = []
+    monkeypatch.setattr(service.watcher, "draws", asked.append)
+    client = asking(service)
+    basic = base64.b64encode(b"anybody:one").decode()
+    ways = ("Bearer one", "bearer  one", f"Basic {basic}", "Bearer two")
+    body = {"messages": messages(scene_examples()[0]), "max_tokens": 1}
+    try:
+        for way in ways:
+            found = client.post("/v1/chat/completions", json=body, headers={"Authorization": way})
+            assert found.status_code == 200
+    finally:
+        service.close()
+    assert len(set(asked[:3])) == 1
+    assert (asked[3] != asked[0]) == bool(keys)  # without keys the header says nothing
+    assert not any(key in name for key in ("one", "two") for name in asked)
 
 
 def test_a_request_says_where_nothing_is_guaranteed_of_it() -> None:

@@ -3,6 +3,7 @@ than the deadline; an address that is not of the open internet is not connected 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import ssl
@@ -13,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from offramp.serving.server.config import ImageLimits
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.inputs.fetch import Fetcher, is_public
+from offramp.serving.server.inputs.images import ImageSource
+from serving import data_uri, service_of
 
 SECONDS = 0.6
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -133,6 +137,51 @@ def test_a_slow_host_behind_tls_is_given_up(
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
     with host(whole, b"", secure=pair) as port:
         assert fetcher().fetch(f"https://example.org:{port}/a.png") == b"abc"
+
+
+@pytest.mark.parametrize("part", ["nothing", "body"])
+def test_what_nobody_wants_any_more_is_not_fetched_to_the_deadline(part: str) -> None:
+    unwanted, begun = threading.Event(), time.monotonic()
+    threading.Timer(0.1, unwanted.set).start()
+    patient = Fetcher(
+        ImageLimits(domains=("example.org",), seconds=60.0),
+        lambda *_: ["127.0.0.1"],
+        lambda _: True,
+    )
+    with host(*SLOW[part]) as port, pytest.raises(ApiError):
+        patient.fetch(f"http://example.org:{port}/a.png", unwanted)
+    assert time.monotonic() - begun < 20  # a machine that others use too
+
+
+def test_hosts_that_do_not_answer_hold_up_no_image_that_is_sent_along() -> None:
+    """However many wait for them."""
+    go, waiting = threading.Event(), threading.Semaphore(0)
+
+    def resolve(*_: object) -> list[str]:
+        waiting.release()
+        go.wait(60)
+        raise OSError
+
+    limits = ImageLimits(domains=("example.org",))
+    service = service_of(slots=1, more={"images": ImageSource(limits, Fetcher(limits, resolve))})
+    picture = data_uri(Image.new("RGB", (8, 8)))
+
+    async def ask() -> None:
+        far = [f"http://example.org/{number}.png" for number in range(40)]
+        held = asyncio.ensure_future(service.prepare(far, lambda images: {}))
+        while not waiting.acquire(blocking=False):
+            await asyncio.sleep(0.01)
+        _, [image] = await asyncio.wait_for(service.prepare([picture], lambda _: {}), 20)
+        assert image.size == (8, 8) and not held.done()
+        go.set()
+        with pytest.raises(ApiError, match="not known"):
+            await held
+
+    try:
+        asyncio.run(ask())
+    finally:
+        go.set()
+        service.close()
 
 
 # -- addresses -------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ import httpx
 import pytest
 from command_line import RunCommand, assert_two_lines
 
-from serving import messages, running, scene_examples, service_of
+from offramp.errors import InputError
+from offramp.serving.server.config import ServerConfig
+from serving import NAME, messages, running, scene_examples, service_of
 
 CHAT = "/v1/chat/completions"
 
@@ -122,13 +124,34 @@ def test_what_the_drain_does_not_wait_for_ends_with_an_error_object() -> None:
     assert json.loads(events[-2][6:])["error"]["code"] == "stopping"
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "no such host", "\u00e9" * 100])
+@pytest.mark.parametrize(
+    ("host", "option"),
+    [("127.0.0.1", "--port"), ("no such host", "--host"), ("\u00e9" * 100, "--host"),
+     ("192.0.2.1", "--host")],
+)  # fmt: skip
 def test_an_address_that_cannot_be_had_is_two_lines_before_a_model_loads(
-    host: str, run: RunCommand
+    host: str, option: str, run: RunCommand
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         found = run("serve", "tiny-opt", "--host", host, "--port", port)
-    assert_two_lines(found, "cannot listen", str(port))
+    assert_two_lines(found, "cannot listen", option)
+
+
+@pytest.mark.parametrize(
+    "words", [("--drain", "inf"), ("--timeout", "1e400"), ("--watch", "slack=inf")]
+)
+def test_numbers_that_nothing_runs_with_are_two_lines_before_a_model_loads(
+    words: tuple[str, str], run: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp.cli.commands.serve._model", None)
+    assert_two_lines(run("serve", "tiny-opt", "--port", 0, *words), "Give")
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["seconds", "body_seconds", "send_seconds", "drain_seconds"])
+def test_a_time_without_an_end_is_refused(name: str, wrong: float) -> None:
+    with pytest.raises(InputError, match=name):
+        ServerConfig(NAME, **{name: wrong})

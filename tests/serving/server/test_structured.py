@@ -103,6 +103,8 @@ def test_completions_take_it_too(client: Any) -> None:
         ({"type": "json_schema"}, "response_format.json_schema", "required"),
         (by({"not": {}})["response_format"], "response_format", '"not"'),
         (by({"type": "strin"})["response_format"], "response_format", "strin"),
+        (by({"$ref": "#"})["response_format"], "response_format", "nothing"),
+        (by({"pattern": "("})["response_format"], "response_format", "unclosed group"),
         (by(True)["response_format"], "response_format.json_schema.schema", "dictionary"),
         ({"type": "json_object", "schema": {}}, "response_format.schema", "not supported"),
         (

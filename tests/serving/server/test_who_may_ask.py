@@ -15,7 +15,7 @@ from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import OfframpError
 from offramp.models.cache_salt import current_salt, salted
 from offramp.models.vision_cache import VisionCache
-from offramp.serving.server.middleware import host_name, keys_of
+from offramp.serving.server.middleware import host_name
 from serving import asking, messages, scene_examples, service_of, shipped
 
 CHAT = "/v1/chat/completions"
@@ -140,13 +140,19 @@ def test_keys_are_utf_8(keyed: Any, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["one\ntwo\n", "\ufeffone\r\ntwo", "\ufeff# keys\none,two", " one , two "]
+    "content",
+    ["one\nt,w#o\n", "\ufeffone\r\nt,w#o", "\ufeff# keys\none\n # and\nt,w#o", " one \n\n t,w#o "],
 )
 def test_keys_of_a_file_are_what_its_writer_meant(content: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_bytes(content.encode())
-    assert served("--api-keys", str(file)).keys == ("one", "two")
-    assert keys_of(content) == ["one", "two"]
+    assert served("--api-keys", str(file)).keys == ("one", "t,w#o")
+
+
+def test_keys_of_the_variable_stand_between_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without comments: a key that begins with # is one, where the server would else be open."""
+    monkeypatch.setenv("OFFRAMP_API_KEYS", " #one , two,,three\nfour")
+    assert served().keys == ("#one", "two", "three", "four")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import choose_device, laid_out, own_vision, seeing
 from offramp.cli.options import (
+    NAMED_EXITS,
     PLAIN,
     RUNTIMES,
     add_command,
@@ -49,7 +50,7 @@ def _options(parser: Parser) -> None:
 
     parser.add_argument(
         "name",
-        help="folder or hub name of trained exits; or photo, or tiny-opt or tiny-t5, which ship",
+        help=NAMED_EXITS,
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -80,8 +81,8 @@ def _options(parser: Parser) -> None:
         "--api-keys",
         type=Path,
         metavar="FILE",
-        help=f"file of keys, one a line; or the variable {KEYS}, with commas between "
-        "(default: no key is needed)",
+        help="file of keys, one a line, where # begins a line that is none; or the variable "
+        f"{KEYS}, with commas between (default: no key is needed)",
     )
     field_options(group, ServerConfig, ("seconds", "drain_seconds", "metrics", "cors"))
     group.add_argument(
@@ -163,11 +164,14 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _config(arguments: argparse.Namespace) -> Any:
     """The server's configuration; mistakes in it are reported before a model is loaded."""
+    from offramp.serving.monitor.watch_config import WatchConfig
     from offramp.serving.server.config import ImageLimits, ServerConfig
 
     if arguments.port > 65535:
         raise InputError(f"There is no port {arguments.port}.", "Give a number up to 65535.")
     check_runtime(arguments)
+    if arguments.watch.get("share") != 0:
+        WatchConfig(**arguments.watch)
     arguments.slots = _slots(arguments)
     if not arguments.metrics_prefix.isidentifier():
         raise InputError(
@@ -252,7 +256,8 @@ def _keys(file: Path | None) -> list[str]:
     from offramp.serving.server.middleware import keys_of
 
     if file is None:
-        return list(keys_of(os.environ.get(KEYS, "")))
+        given = os.environ.get(KEYS, "").replace(",", "\n").splitlines()
+        return [key.strip() for key in given if key.strip()]
     try:
         keys = keys_of(file.read_text("utf-8"))
     except (OSError, ValueError) as error:

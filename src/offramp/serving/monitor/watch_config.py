@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +76,13 @@ class WatchConfig:
                 f"A share of {self.share} watched at level {self.level} tells nothing.",
                 "Give numbers above 0 and below 1, such as 0.01 and 0.01.",
             )
-        if not (self.slack >= 1 and self.deadline >= 0 and self.watchers >= 1):
+        finite = math.isfinite(self.slack) and math.isfinite(self.deadline)
+        if not (finite and self.slack >= 1 and self.deadline >= 0 and self.watchers >= 1):
             raise InputError(
                 f"A watch with slack {self.slack}, a deadline of {self.deadline} seconds and "
                 f"{self.watchers} watchers cannot run.",
-                "Give a slack and a number of watchers from 1, and a deadline from 0.",
+                "Give a finite slack and a number of watchers from 1, and a finite deadline from "
+                "0.",
             )
         if not (0 < self.a_client <= 1 and 0 <= self.coverage <= 1):
             raise InputError(

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import random
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -33,7 +36,7 @@ from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.storage import JsonlLog, read_json, write_json
+from offramp.storage import JsonlLog, check_writable, locked_folder, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ ENOUGH = 50
 COMPARED_WITH = 128
 """Images with which a new one is compared for copies that differ by a few pixels."""
 DRAWN = 64
-"""Draws of which no client has more than its share while others ask too."""
+"""The last draws while several clients ask, of which none has more than its share; and the last
+ones who would have been drawn, which tell whether several do."""
 _PAUSE = 0.02
 
 
@@ -98,6 +102,9 @@ class Watcher:
     promise: None: the risk is reported, not judged. loss: of the promise's risk. about: what the
     promise is of, such as a digest of the adapter; what was learnt of another is not gone on with.
     seed: of the draw.
+
+    Raises:
+        StorageError: another watcher has the state file.
     """
 
     def __init__(
@@ -119,6 +126,7 @@ class Watcher:
             "watchers": self.config.watchers,
             "promise": None if promise is None else asdict(promise),
         }
+        self._held = _held(self.config.state)
         self.risk = self._kept_risk() or self._new_risk()
         self._engine, self._encoder, self._loss = engine, encoder, loss
         self._draw = random.Random(seed)
@@ -126,7 +134,8 @@ class Watcher:
         self._samples: queue.Queue[Sample | None] = queue.Queue(self.config.backlog)
         self._lock = threading.Lock()
         self._waiting: Counter[str] = Counter()
-        self._drawn: deque[str | None] = deque(maxlen=DRAWN)
+        self._asked: deque[str] = deque(maxlen=DRAWN)
+        self._drawn: deque[str] = deque(maxlen=DRAWN)
         self._covered: deque[bool] = deque(maxlen=LATELY)
         self._closed = threading.Event()
         self._blind = False
@@ -152,10 +161,12 @@ class Watcher:
         if self._draw.random() >= self.config.share:
             return False
         with self._lock:
-            others = any(name not in (client, None) for name in self._drawn)
-            most = max(1, int(self.config.a_client * DRAWN))
-            taken = not (others and self._drawn.count(client) >= most)
-            self._drawn.append(client if taken else None)
+            self._asked.append(client)
+            clients, drawn = len(set(self._asked)), len(self._drawn)
+            most = max(self.config.a_client * drawn, drawn / clients)  # what each of few needs
+            taken = self._drawn.count(client) <= most
+            if taken and clients > 1:
+                self._drawn.append(client)
         return taken
 
     def offer(self, sample: Sample) -> None:
@@ -232,6 +243,7 @@ class Watcher:
         self._thread.join()
         if self._log is not None:
             self._log.close()
+        self._held.close()
 
     # -- the comparison ----------------------------------------------------------------------------
 
@@ -365,3 +377,29 @@ class Watcher:
             "action": self.config.action,
         }  # fmt: skip
         log.warning(json.dumps(event))
+
+
+def _held(state: Path | None) -> ExitStack:
+    """Keeps other watchers from a state file until it is closed: of two, the one that saves last
+    would write over the other's alarm. A file that cannot be written is left to `_save`, which says
+    so.
+
+    Raises:
+        StorageError: another one has it.
+    """
+    held = ExitStack()
+    if state is None:
+        return held
+    file = Path(os.path.realpath(state))
+    try:
+        check_writable(file)
+    except StorageError:
+        return held
+    try:
+        held.enter_context(locked_folder(file.parent, f"{file.name}.lock"))
+    except StorageError as error:
+        raise StorageError(
+            f"Another server has {state}, where the watch keeps what it learns.",
+            "Stop it, or give each a file of its own: --watch state=FILE.",
+        ) from error
+    return held

@@ -191,9 +191,11 @@ async def _in_time(service: Service, work: Awaitable[T], request: Request, until
 
 
 def client_of(request: Request) -> str:
-    """Who asks, for the watch: whose key or, without keys, which address."""
-    key = request.headers.get("authorization")
-    return key or (request.client.host if request.client else "")
+    """Who asks, for the watch: which key's number or, without keys, which address."""
+    key = request.scope.get("offramp_key")
+    if key is not None:
+        return str(key)
+    return request.client.host if request.client else ""
 
 
 def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str) -> OnAnswer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class ImageLimits:
     seconds: a fetch may take. redirects: that are followed, each checked as the first address was.
 
     Raises:
-        InputError: a number below 1, a folder that is none.
+        InputError: a number that is not above 0 and finite, a folder that is none.
     """
 
     count: int = option(8, "images of one request")
@@ -66,7 +67,7 @@ class ServerConfig:
     once; a further one takes the place of the one that has asked for nothing for the longest time.
 
     Raises:
-        InputError: a number below 1.
+        InputError: a number that is not above 0 and finite, an origin or a key that is none.
     """
 
     name: str
@@ -121,9 +122,10 @@ class ServerConfig:
 
 
 def _check_positive(config: object, names: Sequence[str]) -> None:
-    wrong = {name: getattr(config, name) for name in names if not getattr(config, name) > 0}
+    values = {name: getattr(config, name) for name in names}
+    wrong = {name: value for name, value in values.items() if not 0 < value < math.inf}
     if wrong:
         raise InputError(
             f"The server cannot run with {', '.join(f'{n}={v!r}' for n, v in wrong.items())}.",
-            "Give numbers above 0.",
+            "Give finite numbers above 0.",
         )

@@ -41,7 +41,8 @@ _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class Gate:
     """An ASGI middleware. refused: called with the status of every answer that is an error.
 
-    A route may put what is worth a log line into `scope["offramp"]`.
+    A route may put what is worth a log line into `scope["offramp"]`, and finds in
+    `scope["offramp_key"]` the number of the key that was sent; None: none is needed.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig, refused: Callable[[int], None]) -> None:
@@ -87,7 +88,7 @@ class Gate:
 
     async def _checked(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         self._check_host(scope, headers)
-        known = self._known(headers) if self._keys else None
+        known = scope["offramp_key"] = self._known(headers) if self._keys else None
         scope["offramp_salt"] = None if known is None or self._config.share_kept else str(known)
         if self._keys and scope["path"] not in OPEN and known is None:
             wanted = 'Basic realm="offramp", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
@@ -222,10 +223,10 @@ def _too_large(most: int) -> ApiError:
 
 
 def keys_of(text: str) -> Sequence[str]:
-    """Keys in a file or a variable: one a line, or with commas between; lines with # are none."""
+    """Keys in a file, one a line; lines that begin with # are comments."""
     text = text.removeprefix("\ufeff")  # as some editors begin a file
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    return [key.strip() for line in lines for key in line.split(",") if key.strip()]
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 _HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import signal
 import socket
@@ -187,9 +188,16 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # its connections' too
         listener.bind(address)
     except (OSError, UnicodeError) as error:
+        elsewhere = (
+            not isinstance(error, OSError)
+            or isinstance(error, socket.gaierror)
+            or error.errno == errno.EADDRNOTAVAIL
+        )
         raise InputError(
             f"The server cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}.",
-            "Free the port, or name another one: --port.",
+            "Name an address of this machine: --host."
+            if elsewhere
+            else "Free the port, or name another one: --port.",
         ) from error
     listener.set_inheritable(False)
     return listener

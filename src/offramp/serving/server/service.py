@@ -35,7 +35,7 @@ from offramp.serving.serial import SerialCore
 from offramp.serving.server.api.protocol import Sampling
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
-from offramp.serving.server.inputs.images import ImageSource
+from offramp.serving.server.inputs.images import ImageSource, is_far
 from offramp.serving.server.inputs.prompts import Prompter
 from offramp.serving.server.metrics import Metrics
 from offramp.serving.server.outbox import Outbox
@@ -145,7 +145,7 @@ class Service:
         self._handles: set[Handle] = set()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="offramp-text")
-        # Their own: a host that is slow to answer does not delay the decoding of other images.
+        # Their own: a host that is slow to answer does not delay images from elsewhere.
         self._fetchers = ThreadPoolExecutor(16, thread_name_prefix="offramp-fetch")
 
     def _engine(
@@ -203,24 +203,30 @@ class Service:
     ) -> tuple[Mapping[str, Any], Sequence[Any]]:
         """A prompt's inputs and its images, opened and processed in worker threads.
 
-        Where it is cancelled, its thread goes on with something else behind the current image.
+        Where it is cancelled, its threads go on with something else: the fetches end, and of the
+        images only the current one is opened.
         """
         loop = asyncio.get_running_loop()
-        read = self.images.encoded
-        files = await asyncio.gather(
-            *(loop.run_in_executor(self._fetchers, read, url) for url in urls)
-        )
         unwanted = threading.Event()
+        far = [url for url in dict.fromkeys(urls) if is_far(url)]
+
+        def fetch(url: str) -> bytes:
+            return self.images.encoded(url, unwanted)
 
         def work() -> tuple[Mapping[str, Any], Sequence[Any]]:
             images = []
-            for file in files:
+            for url in urls:
                 if unwanted.is_set():
                     raise CancelledError
+                file = fetched[url] if url in fetched else self.images.encoded(url)
                 images.append(self.images.decode(file))
             return make(images), images
 
         try:
+            files = await asyncio.gather(
+                *(loop.run_in_executor(self._fetchers, fetch, url) for url in far)
+            )
+            fetched = dict(zip(far, files, strict=True))
             return await loop.run_in_executor(self._pool, work)
         finally:
             unwanted.set()

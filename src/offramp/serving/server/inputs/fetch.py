@@ -3,15 +3,17 @@
 A name is resolved once, all its addresses must be public, and the connection goes to the address
 that was checked, so that a second answer of the name server changes nothing. A redirect is a new
 address, checked in the same way. Proxies of the environment are not used. One deadline holds for
-all of it: redirects, handshakes, headers and body.
+all of it: redirects, handshakes, headers and body. One that nobody wants any more ends before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -24,6 +26,8 @@ from offramp.serving.server.errors import ApiError
 Address = tuple[str, int]
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK = 64 * 1024
+_LOOK = 0.25
+"""Seconds between looks whether what is waited for is still wanted."""
 
 
 def is_public(address: str) -> bool:
@@ -79,17 +83,18 @@ class Fetcher:
     resolve: Callable[[str, int], Sequence[str]] = resolve
     allowed: Callable[[str], bool] = is_public
 
-    def fetch(self, url: str) -> bytes:
-        """The body at `url`. Blocks. Raise `ApiError` where it may not, or cannot, be had."""
-        end = time.monotonic() + self.limits.seconds
+    def fetch(self, url: str, unwanted: threading.Event | None = None) -> bytes:
+        """The body at `url`. Blocks. unwanted: set once nobody waits for it any more. Raise
+        `ApiError` where it may not, or cannot, be had, or is not wanted."""
+        until = _Until(time.monotonic() + self.limits.seconds, unwanted or threading.Event())
         for _ in range(self.limits.redirects + 1):
-            answer = self._get(url, end)
+            answer = self._get(url, until)
             if isinstance(answer, bytes):
                 return answer
             url = urllib.parse.urljoin(url, answer)
         raise _refused(f"The image's address redirects more than {self.limits.redirects} times.")
 
-    def _get(self, url: str, end: float) -> bytes | str:
+    def _get(self, url: str, until: _Until) -> bytes | str:
         """The body, or where it was moved to."""
         parts, host, port = self._checked(url)
         try:
@@ -101,10 +106,10 @@ class Fetcher:
         path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
         query = urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~-._")
         target = path + (f"?{query}" if query else "")
-        connection = _connection(parts.scheme, host, (addresses[0], port), end)
+        connection = _connection(parts.scheme, host, (addresses[0], port), until)
         try:
             connection.connect()
-            connection.sock.end = end  # type: ignore[union-attr]
+            connection.sock.until = until  # type: ignore[union-attr]
             connection.request(
                 "GET", target, headers={"Accept": "image/*", "User-Agent": "offramp"}
             )
@@ -113,7 +118,7 @@ class Fetcher:
                 return response.getheader("Location") or ""
             if response.status != 200:
                 raise _refused(f"The image's host answered {response.status}.", 400)
-            return self._body(response, end)
+            return self._body(response)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _refused("The image could not be fetched.", 400) from error
         finally:
@@ -137,7 +142,7 @@ class Fetcher:
         usual = 443 if parts.scheme == "https" else 80
         return parts, host, usual if port is None else port
 
-    def _body(self, response: http.client.HTTPResponse, end: float) -> bytes:
+    def _body(self, response: http.client.HTTPResponse) -> bytes:
         most, chunks, size = self.limits.bytes, [], 0
         declared = response.getheader("Content-Length", "0")
         if declared.isdecimal() and int(declared) > most:
@@ -150,15 +155,33 @@ class Fetcher:
         return b"".join(chunks)
 
 
-class _Timed:
-    """A socket, plain or not, that is read until `end` at most: however little comes at a time, in
-    whichever part of an answer."""
+@dataclass(frozen=True)
+class _Until:
+    """When a fetch is over: at `end`, or once it is `unwanted`."""
 
-    end: float | None = None
+    end: float
+    unwanted: threading.Event
+
+    @property
+    def left(self) -> float:
+        """Seconds. Raise `TimeoutError` where it is over."""
+        left = self.end - time.monotonic()
+        if left <= 0 or self.unwanted.is_set():
+            raise TimeoutError("the image took too long to come")
+        return left
+
+
+class _Timed:
+    """A socket, plain or not, that is read as long as it may at most: however little comes at a
+    time, in whichever part of an answer."""
+
+    until: _Until | None = None
 
     def recv_into(self, *args: Any, **more: Any) -> int:
-        if self.end is not None:
-            self.settimeout(_left(self.end))  # type: ignore[attr-defined]
+        while self.until is not None:
+            self.settimeout(min(self.until.left, _LOOK))  # type: ignore[attr-defined]
+            with contextlib.suppress(TimeoutError):
+                return int(super().recv_into(*args, **more))  # type: ignore[misc]
         return int(super().recv_into(*args, **more))  # type: ignore[misc]
 
 
@@ -170,21 +193,15 @@ class _Secure(_Timed, ssl.SSLSocket):
     pass
 
 
-def _left(end: float) -> float:
-    """Seconds until `end`. Raise `TimeoutError` where it is over."""
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("the image took too long to come")
-    return left
-
-
-def _connection(scheme: str, host: str, address: Address, end: float) -> http.client.HTTPConnection:
+def _connection(
+    scheme: str, host: str, address: Address, until: _Until
+) -> http.client.HTTPConnection:
     """A connection to an address that was checked, with the name of its host."""
 
     def connect(*_: object, **__: object) -> socket.socket:
-        line = socket.create_connection(address, timeout=_left(end))
+        line = socket.create_connection(address, timeout=until.left)
         plain = _Plain(line.family, line.type, line.proto, fileno=line.detach())
-        plain.settimeout(_left(end))
+        plain.settimeout(until.left)
         return plain
 
     if scheme == "https":

@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 import stat
+import threading
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is opened. Others are rare, and some of their readers start programs or read far more than
 the file holds."""
 _DATA = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
+
+
+def _scheme(url: str) -> str:
+    return url[:8].partition(":")[0].lower()
+
+
+def is_far(url: str) -> bool:
+    """Whether an image is fetched from another machine, which may be slow to answer."""
+    return _scheme(url) in ("http", "https")
 
 
 def image_error(message: str, status: int = 400, code: str = "invalid_image") -> ApiError:
@@ -47,13 +57,13 @@ class ImageSource:
         """The image as 8-bit RGB. Raise `ApiError` where it cannot be had, or is too large."""
         return self.decode(self.encoded(url))
 
-    def encoded(self, url: str) -> bytes:
-        """The file's bytes."""
-        scheme = url[:8].partition(":")[0].lower()
+    def encoded(self, url: str, unwanted: threading.Event | None = None) -> bytes:
+        """The file's bytes. unwanted: as of `Fetcher.fetch`."""
+        if is_far(url):
+            return self.fetcher.fetch(url, unwanted)
+        scheme = _scheme(url)
         if scheme == "data":
             return self._from_data(url)
-        if scheme in ("http", "https"):
-            return self.fetcher.fetch(url)
         if scheme == "file":
             return self._from_folder(url)
         raise image_error("An image must be a data URI (data:image/png;base64,...).")
