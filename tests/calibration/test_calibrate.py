@@ -19,25 +19,29 @@ from risks import COARSE, DEPTHS, population, seconds
 from offramp.adapter import Adapter
 from offramp.answers import Answer, answers_of, generate_answers
 from offramp.calibration import calibrate as module
-from offramp.calibration.attempts import images_of
+from offramp.calibration.attempts import images_of, merged
 from offramp.calibration.calibrate import Calibration, calibrate, calibrated
 from offramp.calibration.cost_model import Costs
 from offramp.calibration.risk_control import upper_bound
-from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.risk_functions import RISKS, Judged
 from offramp.calibration.threshold_evaluator import (
     LOST_SHARE,
     SEARCH,
     ThresholdEvaluator,
+    split_images,
 )
 from offramp.calibration.threshold_search import LIMIT, candidates, pareto_path
 from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example
+from offramp.data.item import Item
+from offramp.data.scenes import world
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import DataError, InputError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
+from offramp.models.shortlist import Gate
 
 LAYERS, TOKENS = 6, 6
 OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
@@ -86,13 +90,14 @@ def found(*depths: int, policy: ExitPolicy | None = None, **more: Any) -> Calibr
     return calibrate(adapter_at(*depths), encoder(), some, policy or ExitPolicy(), **given)
 
 
-def lost(risk: str, policy: ExitPolicy, some: Sequence[Example], *depths: int) -> Any:
+def lost(risk: str, policy: ExitPolicy, some: Sequence[Example | Item], *depths: int) -> Any:
     """Losses [n] of all answers written again, in other batches."""
+    asked = list(map(Judged.of, some))
     early, full = (
-        generate_answers(adapter_at(*depths), encoder(), some, p, batch_size=10, **OPTIONS)
+        generate_answers(adapter_at(*depths), encoder(), asked, p, batch_size=10, **OPTIONS)
         for p in (policy, FULL)
     )
-    return RISKS[risk].losses(early, full, some)
+    return RISKS[risk].losses(early, full, asked)
 
 
 # -- what is guaranteed -------------------------------------------------------------------------
@@ -192,6 +197,21 @@ def test_several_exits_are_tested_on_pictures_that_the_search_did_not_use() -> N
     assert any(len(set(point.thresholds.values())) > 1 for point in result.path)
 
 
+def test_copies_of_an_image_are_all_searched_on_or_all_tested_on() -> None:
+    scenes = [world.render(world.scene("calibration", i)) for i in range(40)]
+    copies = [image.resize((60, 60)) for image in scenes[:4]]
+    some = [Example(image, "w1", (), f"e{i}") for i, image in enumerate([*scenes, *copies])]
+    images = images_of(some)
+    assert merged(images) == 4
+    parts = split_images(None, images, also=True)  # type: ignore[arg-type]
+    searched, tested = ({image.cluster for image in part} for part in parts)
+    assert searched.isdisjoint(tested) and sum(map(len, parts)) == len(images)
+    apart = [image for image in images if image.rank < SEARCH]
+    assert {image.cluster for image in apart} == searched and len(parts[0]) > len(apart)
+    alone = images_of(some[:40])
+    assert split_images(None, alone, also=True)[0] == [i for i in alone if i.rank < SEARCH]  # type: ignore[arg-type]
+
+
 def test_an_exit_that_does_not_pay_is_off() -> None:
     for depths in ((4,), (4, 5)):
         result = found(*depths, costs=costs(check=1.0))
@@ -243,6 +263,61 @@ def test_the_card_of_an_adapter_tells_when_nothing_could_be_promised() -> None:
     assert "could not guarantee" in model_card(kept.backbone, kept)
 
 
+class Templated(fakes.Blip2FakeProcessor):
+    chat_template = "{{ messages }}"
+
+    def apply_chat_template(self, turns: Any, **_: Any) -> str:
+        return str(turns[-1]["content"][-1]["text"])
+
+    def _extra(self, image: Any, ids: Any, mask: Any) -> dict[str, torch.Tensor]:
+        return super()._extra(image[0], ids, mask)  # such a processor is given lists of images
+
+
+SHORT: dict[str, Any] = {"costs": costs(), **LAX, "thresholds": GRID[:2]}
+
+
+def again(result: Calibration, adapter: Adapter, reader: InputProcessor | None = None) -> int:
+    """The number of an attempt that asks the same of an adapter which knows those before."""
+    adapter = replace(adapter, attempts=[attempt.to_json() for attempt in result.attempts])
+    reader = reader or encoder()
+    return calibrate(adapter, reader, examples(), adapter.policy, **SHORT).attempt
+
+
+def test_what_was_asked_under_other_conditions_is_another_attempt() -> None:
+    """In other weights, of another text, by other checks: these are other answers."""
+    before = calibrate(adapter_at(4), encoder(), examples(), FULL, **SHORT)
+    assert "conditions" not in before.attempts[0].settings  # as in attempts recorded before
+    assert again(before, adapter_at(4)) == 1
+    rounded = Backbone(families.build("blip2-opt", wide=2.0).bfloat16())
+    exits = Exits(rounded, (4,))
+    exits.load_state_dict(adapter_at(4).exits.modules.state_dict())
+    in_half = replace(adapter_at(4), backbone=rounded, exits=ExitSet(exits.requires_grad_(False)))
+    reader = InputProcessor(rounded, fakes.Blip2FakeProcessor("blip2-opt"))
+    assert again(before, in_half, reader) == 2
+    templated = InputProcessor(encoder().backbone, Templated("blip2-opt"))
+    assert again(before, adapter_at(4), templated) == 2
+
+
+def test_kernels_that_change_no_answer_ask_the_same() -> None:
+    before = calibrate(adapter_at(4), encoder(), examples(), FULL, **SHORT)
+    exact = encoder().backbone.with_decoding(exact_batches=True)
+    assert again(before, adapter_at(4), InputProcessor(exact, encoder().processor)) == 1
+
+
+def test_another_shortlist_and_other_gates_ask_something_else() -> None:
+    ids, gate = torch.arange(20), Gate(torch.zeros(encoder().backbone.width), torch.tensor(0.0))
+    policy = ExitPolicy(shortlist=True, gates={4: 0.0})
+
+    def having(ids: torch.Tensor, gate: Gate) -> Adapter:
+        exits = ExitSet(adapter_at(4).exits.modules, ids, {4: gate})
+        return replace(adapter_at(4), exits=exits, policy=policy)
+
+    before = calibrate(having(ids, gate), encoder(), examples(), policy, **SHORT)
+    assert again(before, having(ids, gate)) == 1
+    assert again(before, having(ids + 1, gate)) == 2
+    assert again(before, having(ids, replace(gate, bias=gate.bias + 1))) == 2
+
+
 # -- data that cannot carry it --------------------------------------------------------------------
 
 
@@ -282,6 +357,28 @@ def test_a_risk_with_labels_refuses_examples_without(risk: str) -> None:
     some = [replace(examples()[0], answers=()), *examples()[1:]]
     with pytest.raises(DataError, match=r"1 examples, such as 'e0'"):
         found(4, risk=risk, examples=some)
+
+
+def test_what_no_risk_can_be_measured_on_is_refused_before_the_model_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("offramp.calibration.threshold_evaluator.generate_answers", None)
+    some = [replace(example, answers=("a cat",)) for example in examples()]
+    with pytest.raises(DataError, match=r"there are 1\.\n.*--risk exact_match_drop"):
+        found(4, risk="vqa_accuracy_drop", examples=some)
+
+
+def test_a_drop_is_against_all_that_people_answered_blanks_too() -> None:
+    full = generate_answers(adapter_at(4), encoder(), examples(), FULL, **OPTIONS)
+    items = [
+        Item(replace(e, answers=(a.text or "a cat",) * 9), (a.text or "a cat",) * 9 + ("",))
+        for e, a in zip(examples(), full, strict=True)
+    ]
+    result = found(4, risk="vqa_accuracy_drop", examples=items)
+    point = result.path[-1]
+    assert point.risk > 0
+    losses = lost("vqa_accuracy_drop", ExitPolicy(point.thresholds), items, 4)
+    assert point.risk == pytest.approx(losses.mean())
 
 
 def test_a_model_that_is_wrong_everywhere_has_nothing_to_lose() -> None:
@@ -345,6 +442,11 @@ def test_the_same_answer_loses_nothing_in_any_script(text: str) -> None:
 @pytest.mark.parametrize("pair", [("", "猫"), ("猫", ""), ("...", "猫"), ("狗", "猫")])
 def test_an_answer_with_nothing_in_common_loses_all(pair: tuple[str, str]) -> None:
     assert losses_of("disagreement", *pair) == losses_of("consistency", *pair) == 1
+
+
+@pytest.mark.parametrize("pair", [("", "."), ("?", "."), ("a", " "), (".", "")])
+def test_nothing_is_like_an_answer_without_a_word(pair: tuple[str, str]) -> None:
+    assert losses_of("consistency", *pair) == 1
 
 
 def test_consistency_counts_what_two_answers_share() -> None:

@@ -4,14 +4,19 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, parser_of, program_of
 
+from offramp.adapter import Adapter
 from offramp.calibration import draft_thresholds as drafts
+from offramp.data.scenes import language, world
+from offramp.errors import StorageError
 from offramp.models.shipped import tiny_exits
 from offramp.save_and_load import CONFIG
+from offramp.storage import locked_folder
 
 
 def test_help_starts_with_what_to_type() -> None:
@@ -206,6 +211,88 @@ def test_calibrate_stores_what_says_which_visual_tokens_go_on(
     assert code == 0 and json.loads(out)["attempt"] == 2  # another question, of the same images
     [*_, last] = json.loads((adapter / "attempts.json").read_text())
     assert last["settings"]["visual_ranking"] == "random-before"
+
+
+QUICK = ("--confidence", 0.5, "--limit", 4, "--max-new-tokens", 3)
+
+
+def test_a_calibration_is_stored_before_it_is_shown_and_shown_where_it_cannot_be(
+    run: RunCommand, adapter: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took long to find: neither a full disk nor a closed pipe loses it."""
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out, *QUICK, "--target")
+
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("There is no room.", "Make some.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offramp.cli.commands.calibrate.show_result", full)
+        assert run(*asked, 0.9)[0] == 1
+    assert json.loads((adapter / CONFIG).read_text())["calibration"]["target"] == 0.9
+    monkeypatch.setattr("offramp.adapter.Adapter.save", full)
+    code, out, err = run(*asked, 0.8)
+    assert code == 1 and "no room" in err and json.loads(out)["target"] == 0.8
+
+
+@pytest.mark.parametrize("command", ["calibrate", "draft"])
+def test_an_adapter_is_changed_by_one_command_at_a_time(
+    command: str, run: RunCommand, adapter: Path, held_out: Path
+) -> None:
+    """What one reads at its start is what it writes over at its end."""
+    asked = (command, "--adapter", adapter, "--data", held_out, "--json")
+    with locked_folder(adapter / "training"):  # as training holds it
+        assert_two_lines(run(*asked), "Another run", str(adapter))
+    assert not (adapter / "attempts.json").exists()
+
+
+def test_official_questions_with_a_blank_among_ten_answers_are_calibrated_on(
+    run: RunCommand, adapter: Path, tmp_path: Path
+) -> None:
+    questions, annotations = [], []
+    for image in range(3):
+        scene = world.scene("test", image)
+        world.render(scene).save(tmp_path / f"{image:012d}.jpg")
+        for place, (question, answer) in enumerate(language.questions(scene, 2)):
+            named = {"question_id": 2 * image + place, "image_id": image}
+            questions.append({**named, "question": question.partition(": ")[2] or question})
+            answers = [{"answer": text} for text in [answer] * 9 + [""]]
+            annotations.append({**named, "answers": answers})
+    for name, rows in (("questions", questions), ("annotations", annotations)):
+        (tmp_path / f"v2_{name}.json").write_text(json.dumps({name: rows}))
+    files = (tmp_path / "v2_questions.json", tmp_path / "v2_annotations.json")
+    asked = ("calibrate", "--adapter", adapter, "--data", *files, "--images", tmp_path, "--json")
+    code, out, err = run(*asked, "--risk", "vqa_accuracy_drop", *QUICK, "--target", 0.9)
+    assert code == 0, err
+    assert json.loads(out)["answers"] > 0
+
+
+def test_gates_are_learnt_once_and_never_in_place_of_a_calibration(
+    run: RunCommand, photos: Path, adapter: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learn(found: Adapter, *_: object, **__: object) -> Adapter:
+        exits = replace(found.exits, measured={"gates": {}})
+        return replace(found, exits=exits, calibration=None)
+
+    monkeypatch.setattr("offramp.calibration.gates.learn_shortlist_and_gates", learn)
+    monkeypatch.setattr("offramp.calibration.profiler.measure_costs", lambda *_, **__: None)
+
+    def files() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in adapter.iterdir() if file.is_file()}
+
+    how = ("train", *TRAIN, "--data", photos / "rows.jsonl", "--depths", "2,5", "--out", adapter)
+    calibrate = ("calibrate", "--adapter", adapter, "--data", held_out, *QUICK, "--target", 0.9)
+    assert run(*calibrate)[0] == 0
+    before = files()
+    assert "attempts.json" in before
+    assert_two_lines(run(*how, "--resume", "--gates"), "attempts", "copy")
+    assert files() == before
+    for name in (CONFIG, "attempts.json"):
+        (adapter / name).unlink()
+    assert run(*how, "--resume", "--gates")[0] == 0
+    assert run(*calibrate)[0] == 0
+    before = files()
+    code, out, _ = run(*how, "--resume", "--gates", "--json")
+    assert code == 0 and "gates" in json.loads(out)["checks"] and files() == before
 
 
 def test_a_copy_is_no_first_attempt_on_the_same_images(

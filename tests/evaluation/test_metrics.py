@@ -13,6 +13,7 @@ import pytest
 
 from offramp.errors import DataError, InputError
 from offramp.evaluation import caption_metrics as captions
+from offramp.evaluation.answer_quality import ANSWER_QUALITIES
 from offramp.evaluation.caption_metrics import BLEU, CAPTION_METRICS, caption_scores
 from offramp.evaluation.metrics import (
     Measured,
@@ -157,6 +158,10 @@ def test_the_environment_is_as_before_java_ran(monkeypatch: pytest.MonkeyPatch) 
         assert os.environ.get("JAVA_TOOL_OPTIONS") == before
 
 
+def test_references_without_a_word_are_like_nothing() -> None:
+    assert ANSWER_QUALITIES["cider"](["!", "x"], [["."], ["..."]]).tolist() == [0, 0]
+
+
 # -- questions -----------------------------------------------------------------------------------
 
 
@@ -205,6 +210,13 @@ def test_exact_match_is_exact() -> None:
     assert exact_match("no", ["yes", "no"]) == 1
     with pytest.raises(DataError):
         exact_match("yes", [])
+
+
+def test_an_answer_of_articles_alone_is_compared_by_them() -> None:
+    for said, right in (("", "a"), ("the", "a"), ("?", "the"), ("", "?")):
+        assert exact_match(said, [right], normalise=True) == 0
+    for said, right in (("A.", "a"), ("The", "the"), ("?", "?")):
+        assert exact_match(said, [right], normalise=True) == 1
 
 
 def test_an_all_wrong_model_has_accuracy_zero_and_an_interval_of_no_width() -> None:

@@ -544,6 +544,78 @@ def test_resuming_a_finished_run_gives_its_adapter_and_runs_nothing(
     assert same(done.exits.modules.state_dict(), again.run(resume=True).exits.modules.state_dict())
 
 
+QUICK = replace(SHORT, steps=2, adversarial=0.0)
+ATTEMPT = {"asked": "1%", "settings": {}, "number": 1, "images": [], "path": [], "outcome": {}}
+
+
+def attempted(out: Path, opt: Any, **more: Any) -> dict[str, bytes]:
+    """The adapter in `out` as a calibration leaves it; its files."""
+    made = replace(Adapter.load(out, opt), attempts=[ATTEMPT], **more)
+    made.save(out)
+    return contents(out)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The adapter's own files, without the run's."""
+    return {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+
+
+def test_resuming_a_finished_run_returns_what_is_saved(opt: Any, tmp_path: Path) -> None:
+    trainer(opt, tmp_path, QUICK).run()
+    before = attempted(tmp_path, opt, policy=ExitPolicy({2: 0.5}), calibration={"kept": True})
+    found = trainer(opt, tmp_path, QUICK).run(resume=True)
+    assert found.attempts == [ATTEMPT] and found.calibration == {"kept": True}
+    assert found.policy.thresholds == {2: 0.5} and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("gone", ["adapter.json", "exits.safetensors"])
+def test_resuming_a_finished_run_saves_what_is_gone(gone: str, opt: Any, tmp_path: Path) -> None:
+    trainer(opt, tmp_path, QUICK).run()
+    before = contents(tmp_path)
+    (tmp_path / gone).unlink()
+    trainer(opt, tmp_path, QUICK).run(resume=True)
+    assert contents(tmp_path).keys() == before.keys()
+    assert contents(tmp_path)["exits.safetensors"] == before["exits.safetensors"]
+    attempted(tmp_path, opt)
+    (tmp_path / gone).unlink()  # what was attempted does not go with it
+    with pytest.raises(InputError, match="attempts"):
+        trainer(opt, tmp_path, QUICK).run(resume=True)
+    assert (tmp_path / "attempts.json").exists()
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_run_that_goes_on_is_refused_where_its_exits_were_calibrated(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = trainer(opt, tmp_path, QUICK)
+    interrupt_at(broken, 1, "fetch", monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    before = attempted(tmp_path, opt)
+    with pytest.raises(InputError, match=r"attempts.*\n.*copy"):
+        trainer(opt, tmp_path, QUICK).run(resume=True)
+    assert contents(tmp_path) == before
+    for name in ("adapter.json", "attempts.json"):
+        (tmp_path / name).unlink()
+    assert not trainer(opt, tmp_path, QUICK).run(resume=True).attempts
+
+
+def test_drafting_is_learnt_once_and_keeps_what_was_calibrated(
+    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer of an exit stays when it learns to draft on, and so does what is known of it."""
+    config = replace(QUICK, exit_kind="drafting")
+    given = (opt, fakes.Blip2FakeProcessor("blip2-opt"), fakes.examples(12))
+    train(*given, replace(config, exit_kind="layer"), tmp_path)
+    attempted(tmp_path, opt, calibration={"kept": True})
+    taught = train(*given, config, tmp_path, resume=True)
+    assert taught.exits.draft_on and taught.attempts and taught.calibration == {"kept": True}
+    before = contents(tmp_path)
+    monkeypatch.setattr(Trainer, "teach_drafts", None)
+    assert train(*given, config, tmp_path, resume=True).exits.draft_on
+    assert contents(tmp_path) == before
+
+
 def test_a_finished_run_leaves_no_states_on_the_disk(opt: Any, tmp_path: Path) -> None:
     trainer(opt, tmp_path, replace(SHORT, cache="disk")).run()
     assert not list((tmp_path / FOLDER).rglob("*.pt"))

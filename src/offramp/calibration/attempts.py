@@ -187,7 +187,7 @@ def _asked(examples: Sequence[Example], seen: Sequence[_Seen], rows: Iterable[in
 
 def merged(images: Sequence[ImageRows]) -> int:
     """How many images are copies of another one of them."""
-    return len(images) - len({image.cluster or image.image for image in images})
+    return len(images) - len(set(map(cluster_of, images)))
 
 
 def _check_copies(examples: Sequence[Example], images: Sequence[ImageRows]) -> None:
@@ -233,8 +233,8 @@ class Draws:
         sums = np.array([losses[list(image.rows)].sum(0) for image in images])
         if unit == "image":
             sums, counts = (sums.T / counts).T, np.ones(len(images))
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(map(_cluster, images)))}
-        clusters = np.array([numbers[_cluster(image)] for image in images])
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(map(cluster_of, images)))}
+        clusters = np.array([numbers[cluster_of(image)] for image in images])
         return cls(sums, counts, clusters, float(counts.max(initial=1.0)))
 
     @property
@@ -284,7 +284,8 @@ UNITS = ("image", "answer")
 """What a risk is a mean over: images, each by the mean of its answers, or all answers."""
 
 
-def _cluster(image: ImageRows) -> str:
+def cluster_of(image: ImageRows) -> str:
+    """A name that an image shares with its copies alone."""
     return image.cluster or image.image or str(image.rows)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from offramp.adapter import Adapter
-from offramp.answers import Runtime
+from offramp.answers import Answer, Runtime
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import (
     Attempt,
@@ -39,7 +39,7 @@ from offramp.calibration.risk_control import (
     samples_needed,
     upper_bound,
 )
-from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.risk_functions import RISKS, Judged
 from offramp.calibration.threshold_evaluator import (
     ThresholdEvaluator,
     lowest,
@@ -49,6 +49,7 @@ from offramp.calibration.threshold_evaluator import (
 from offramp.calibration.threshold_search import Array
 from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest
+from offramp.data.item import Item
 from offramp.engine.policy import (
     ExitPolicy,
     Thresholds,
@@ -61,7 +62,7 @@ from offramp.engine.policy import (
 from offramp.engine.pruning import Pruner
 from offramp.errors import DataError, InputError
 from offramp.evaluation.evaluate import tensor_digest
-from offramp.guarantee import Conditions, of_processor, prompt_frames
+from offramp.guarantee import TORCH, Conditions, differences, of_processor, prompt_frames
 from offramp.models.input_processor import InputProcessor
 from offramp.storage import digest_rows
 
@@ -161,7 +162,7 @@ def with_attempts(adapter: Adapter, calibration: Calibration) -> Adapter:
 def calibrate(
     adapter: Adapter,
     encoder: InputProcessor,
-    examples: Sequence[Example],
+    examples: Sequence[Example | Item],
     policy: ExitPolicy,
     *,
     target: float = 0.01,
@@ -187,7 +188,8 @@ def calibrate(
     replayed (greedy, kv "recompute", a score of `SCORES`); otherwise all share one threshold.
 
     Args:
-        examples: of images drawn like those to come, each on its own, and never trained on.
+        examples: of images drawn like those to come, each on its own, and never trained on; of an
+            item with references, what is lost is lost against these.
         policy: what to calibrate; its own thresholds are ignored, its score and KV policy are kept.
         first: threshold of an answer's first token, with which the prompt may wait at its exit:
             a number that was chosen before any of these images was looked at; or "auto": it is
@@ -206,10 +208,11 @@ def calibrate(
     Raises:
         InputError: an argument cannot be used.
         DataError: no examples, images that training used or of which many are copies, fewer than
-            were declared, no references where the risk needs them, a full model that is wrong
-            everywhere, or scores that are constant or NaN.
+            were declared, no references that the risk can be measured against, a full model that
+            is wrong everywhere, or scores that are constant or NaN.
     """
     asked = Guarantee(target, confidence, risk, method, unit, declared, candidates)
+    judged = list(map(Judged.of, examples))
     policy = _policy_of(policy, first, adapter, encoder)
     shares = _shares_of(visual_keep, policy.visual_ranking, adapter, runtime)
     if visual_keep is not None:
@@ -219,10 +222,12 @@ def calibrate(
             "Lossless answers are the full model's, so there is no risk to calibrate.",
             "Calibrate a policy with lossless=False.",
         )
-    _check_examples(adapter, examples, risk)
-    images = images_of(examples)  # before the model runs: they may be refused
+    _check_examples(adapter, judged, risk)
+    if (quality := RISKS[risk].quality) is not None:
+        quality([Answer((), "")] * len(judged), judged)  # refuses what it cannot judge
+    images = images_of(judged)  # before the model runs: they may be refused
     whole = ThresholdEvaluator.of(
-        adapter, encoder, examples, policy, RISKS[risk],
+        adapter, encoder, judged, policy, RISKS[risk],
         costs=costs, batch_size=batch_size, runtime=runtime, **options,
     )  # fmt: skip
     _check_quality(whole)
@@ -235,6 +240,9 @@ def calibrate(
         settings["visual_keep"] = list(shares)
         if policy.visual_ranking != ExitPolicy.visual_ranking:
             settings["visual_ranking"] = policy.visual_ranking
+    here = {"engine": name, **of_processor(encoder.processor)}
+    if unlike := _unlike_usual(Conditions.of(encoder.backbone, policy, **here), policy, adapter):
+        settings["conditions"] = unlike
     if unit == "answer":  # by which bets are scaled
         settings["largest"] = max(len(image.rows) for image in images)
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
@@ -243,18 +251,17 @@ def calibrate(
         search_first=first == AUTO, shares=shares,
     )  # fmt: skip
     draws, points = _walk(trial, progress(trial.turn.path or ()), asked)
-    calibration = _decide(trial, draws, points, asked, examples_digest(examples))
+    calibration = _decide(trial, draws, points, asked, examples_digest(judged))
     if points:  # else nothing was tested, and no errors were risked
         attempt = _attempt(trial, calibration, digest, settings)
         attempts = recorded(attempts, attempt, trial.turn.continues)
     conditions = Conditions.of(
         encoder.backbone,
         calibration.policy,
-        engine=name,
         sampling="sampled" if options.get("do_sample") else "greedy",
         longest=options.get("max_new_tokens"),
-        prompts=prompt_frames([example.prompt for example in examples]),
-        **of_processor(encoder.processor),
+        prompts=prompt_frames([example.prompt for example in judged]),
+        **here,
     )
     return replace(calibration, attempts=attempts, runtime=name, conditions=conditions)
 
@@ -359,6 +366,31 @@ def _settings(
     plain = replace(policy, thresholds={}, drafts={})
     shown = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
     return {**asdict(asked), "policy": policy_to_json(plain), "grid": list(grid), "options": shown}
+
+
+USUAL = Conditions(
+    dtype="float32", quantized="", kernels="plain", vision=TORCH, shrink_on_load=False,
+    device="cpu", template="",
+)  # fmt: skip
+"""What an attempt is made under that says nothing else."""
+
+
+def _unlike_usual(here: Conditions, policy: ExitPolicy, adapter: Adapter) -> dict[str, Any]:
+    """The conditions that are not the usual ones, where no guarantee of those would hold; and
+    digests of the checks that the policy uses."""
+    usual = {name: value for name, value in asdict(USUAL).items() if value is not None}
+    unlike = {
+        name: getattr(here, name)
+        for name, value in usual.items()
+        if differences(replace(here, **{name: value}), here)
+    }
+    ids, gates = adapter.exits.shortlist, adapter.exits.gates
+    if policy.shortlist and ids is not None:
+        unlike["shortlist"] = digest_rows([ids.tolist()])
+    if used := {d: gates[d] for d in sorted(policy.gates) if d in gates}:
+        rows = [[d, gate.weight.tolist(), gate.bias.tolist()] for d, gate in used.items()]
+        unlike["gates"] = digest_rows(rows)
+    return unlike
 
 
 # -- the path, and what it is tested on ------------------------------------------------------------

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.data.example import Example
+from offramp.data.item import Item
 from offramp.evaluation.answer_quality import ANSWER_QUALITIES
+from offramp.evaluation.caption_metrics import simple_words
 
 if TYPE_CHECKING:
     from offramp.answers import Answer  # which loads PyTorch; the names of risks need none
@@ -40,14 +42,33 @@ class Risk:
     quality: Quality | None = None
 
 
+@dataclass(frozen=True)
+class Judged(Example):
+    """An example with what its answer is compared with, where that is more than its answers: of
+    ten that people gave, the blank ones count too."""
+
+    references: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, item: Item | Example) -> Example:
+        """An item as an example; an example as it is."""
+        if isinstance(item, Example):
+            return item
+        return cls(**vars(item.example), references=item.references)
+
+
+def _references(example: Example) -> Sequence[str]:
+    return example.references if isinstance(example, Judged) else example.answers
+
+
 def _differs(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Example]) -> Array:
     return np.array([float(a.ids != b.ids) for a, b in zip(early, full, strict=True)])
 
 
 def _inconsistency(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[Example]) -> Array:
     losses = np.array([float(a.text != b.text) for a, b in zip(early, full, strict=True)])
-    # Nothing is like an empty answer.
-    answered = [i for i in np.flatnonzero(losses).tolist() if full[i].text]
+    # Nothing is like an answer without a word.
+    answered = [i for i in np.flatnonzero(losses).tolist() if simple_words(full[i].text)]
     if answered:
         texts, references = [early[i].text for i in answered], [[full[i].text] for i in answered]
         losses[answered] = 1 - ANSWER_QUALITIES["rouge_l"](texts, references)
@@ -57,7 +78,7 @@ def _inconsistency(early: Sequence[Answer], full: Sequence[Answer], _: Sequence[
 def _quality(name: str) -> Quality:
     judge = ANSWER_QUALITIES[name]
     return lambda answers, examples: judge(
-        [answer.text for answer in answers], [example.answers for example in examples]
+        [answer.text for answer in answers], list(map(_references, examples))
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from offramp.adapter import Adapter
 from offramp.answers import Answer, Runtime, generate_answers
-from offramp.calibration.attempts import ImageRows
+from offramp.calibration.attempts import ImageRows, cluster_of
 from offramp.calibration.cost_model import Costs, token_seconds
 from offramp.calibration.replay import PolicyReplay, can_replay
 from offramp.calibration.risk_functions import Risk
@@ -161,16 +161,18 @@ def split_images(
     whole: ThresholdEvaluator, images: Sequence[ImageRows], *, also: bool = False
 ) -> tuple[list[ImageRows], list[ImageRows]]:
     """Images on which a path is searched, and those on which it is tested: by rank, so that more
-    images move none from one to the other. also: whether a threshold of first tokens, or a
-    share of visual tokens, is searched too.
+    images bring none that was searched on into the test. Copies of one that is searched on are
+    searched on with it. also: whether a threshold of first tokens, or a share of visual tokens, is
+    searched too.
 
     Raises:
         DataError: too few images for both.
     """
     if not (also or searches(whole)):
         return [], list(images)
-    search = [image for image in images if image.rank < SEARCH]
-    tested = [image for image in images if image.rank >= SEARCH]
+    searched_on = {cluster_of(image) for image in images if image.rank < SEARCH}
+    search = [image for image in images if cluster_of(image) in searched_on]
+    tested = [image for image in images if cluster_of(image) not in searched_on]
     if not search or not tested:
         raise DataError(
             f"{len(images)} images are too few to search thresholds on some and test on others.",

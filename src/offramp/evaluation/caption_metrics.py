@@ -137,6 +137,7 @@ def _simple(texts: Texts) -> Texts:
 
 def simple_words(text: str) -> list[str]:
     """Lower-case words, without the punctuation that pycocoevalcap drops."""
+    need_pycocoevalcap()
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
     parts = re.findall(r"\w+(?:['\u2019-]\w+)*|[^\w\s]", _one_line(text).lower())
@@ -204,7 +205,10 @@ def _cider(references: Texts, answers: Texts) -> list[Scored]:
     """CIDEr; what a word is worth comes from all the references, in an interval's samples too."""
     from pycocoevalcap.cider.cider import Cider
 
-    _, by_example = Cider().compute_score(references, answers)
+    if any(map(any, references.values())):
+        _, by_example = Cider().compute_score(references, answers)
+    else:  # no reference has a word, which it cannot count
+        by_example = np.zeros(len(answers))
     note = "document frequencies are those of all the references, in the interval too"
     if len(answers) == 1:
         note = "0 by definition: with one example every word is in all references"

@@ -112,7 +112,8 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
         raise DataError(
             f"VQA accuracy needs the answers of ten people (OK-VQA: five); there are "
             f"{len(answers)}.",
-            "For data with one right answer use exact match (--task gqa).",
+            "For data with one right answer use exact match: `offramp eval --task gqa`, `offramp "
+            "calibrate --risk exact_match_drop`.",
         )
     said = _one_space(answer)
     right = [_one_space(text) for text in answers] * (10 // len(answers))
@@ -124,14 +125,19 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     return sum(accuracies) / len(accuracies)
 
 
+def _normalised(text: str) -> str:
+    return normalise_answer(text) or strip_marks(text).strip().lower() or text.strip()
+
+
 def exact_match(answer: str, answers: Sequence[str], *, normalise: bool = False) -> float:
     """1 where the answer is one of `answers`, else 0 (GQA's accuracy; outer spaces aside).
 
-    normalise: put both through `normalise_answer` first, as is usual for models that write freely.
+    normalise: put both through `normalise_answer` first, as is usual for models that write freely;
+        where that leaves nothing, as of an article alone, they are compared with it.
     """
     if not answers:
         raise DataError("A question has no answer to compare with.", "Add its answer to the data.")
-    form = normalise_answer if normalise else str.strip
+    form = _normalised if normalise else str.strip
     return float(form(answer) in {form(text) for text in answers})
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,15 @@ from typing import Any
 import torch
 
 from offramp.errors import DataError, InputError, TrainingError
-from offramp.save_and_load import CONFIG
-from offramp.storage import JsonlLog, check_plain, check_writable, digest_file, write_atomic
+from offramp.save_and_load import ATTEMPTS, CONFIG, read_config
+from offramp.storage import (
+    JsonlLog,
+    check_plain,
+    check_writable,
+    digest_file,
+    locked_folder,
+    write_atomic,
+)
 
 FOLDER = "training"
 STATE, DIGEST, HISTORY = f"{FOLDER}/state.pt", f"{FOLDER}/state.sha256", f"{FOLDER}/log.jsonl"
@@ -54,6 +61,33 @@ def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 f"{folder} already holds {what}.",
                 "Give --resume to continue that run, --overwrite to replace it, or another --out.",
             )
+
+
+@contextmanager
+def held(adapter: str | Path) -> Iterator[None]:
+    """Hold an adapter's folder from what is read of it to what is written, as training does; a
+    name that is no folder on this machine is not held.
+
+    Raises:
+        StorageError: another process holds it, or it cannot be written.
+    """
+    with locked_folder(adapter, f"{FOLDER}/.lock") if os.path.isdir(adapter) else nullcontext():
+        yield
+
+
+def check_uncalibrated(folder: Path) -> None:
+    """Raise unless a run that goes on may replace the adapter in `folder`.
+
+    Raises:
+        InputError: it was calibrated, or that was attempted. AdapterError: it is damaged.
+    """
+    there = os.path.lexists(folder / CONFIG)
+    if os.path.lexists(folder / ATTEMPTS) or (there and read_config(folder).calibration):
+        raise InputError(
+            f"{folder} holds a calibration or attempts at one, which would be lost.",
+            f"Train into another --out, or copy the folder and remove {CONFIG} and {ATTEMPTS} "
+            "from it.",
+        )
 
 
 def forget_run(folder: Path) -> None:

@@ -35,6 +35,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import shortlist_of
 from offramp.progress import progress_bar as steps_bar
 from offramp.provenance import provenance
+from offramp.save_and_load import CONFIG, EXITS
 from offramp.storage import JsonlLog, locked_folder
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.checkpoint import (
@@ -42,6 +43,7 @@ from offramp.training.checkpoint import (
     HISTORY,
     Progress,
     check_out,
+    check_uncalibrated,
     forget_run,
     load_state,
     restored,
@@ -220,6 +222,9 @@ class Trainer:
         """
         if resume:
             self._restore()
+            if self._is_over():
+                return self._saved()
+            self._of_main(lambda: check_uncalibrated(self.out))
         if not self._is_over():
             shared = {} if recorded is None else recorded
             if (key := self.states.key) not in shared:
@@ -244,7 +249,24 @@ class Trainer:
             return self.run(resume)
         recorded: dict[Any, Stores] = {}
         adapter = self.run(resume, recorded)
+        if self._of_main(lambda: adapter.exits.draft_on):  # it was taught before
+            return adapter
         return self.teach_drafts(adapter, recorded.get(self.states.key) or self.states.record())
+
+    def _saved(self) -> Adapter:
+        """The adapter of a run that is over: as it is in `out`, with all that was found out since;
+        saved anew where it is gone."""
+        found = [self._best_adapter()]
+
+        def load() -> None:
+            if all((self.out / name).is_file() for name in (CONFIG, EXITS)):
+                found[0] = Adapter.load(self.out, self.backbone)
+                return
+            check_uncalibrated(self.out)
+            found[0].save(self.out)
+
+        self._of_main(load)
+        return found[0]
 
     def learn_on(self, adapter: Adapter, stores: Stores) -> Adapter:
         """The adapter with its exits trained further, on recorded states; saved, without its

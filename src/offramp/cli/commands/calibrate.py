@@ -23,6 +23,7 @@ from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, named, one_of, share, some, whole
 from offramp.engine.policy import RANKINGS
+from offramp.errors import StorageError
 from offramp.plugins import load_plugins
 
 log = logging.getLogger(__name__)
@@ -115,15 +116,8 @@ def _keep(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     from offramp.calibration.asked import Guarantee
-    from offramp.calibration.calibrate import calibrate
-    from offramp.calibration.profiler import measure_costs
-    from offramp.calibration.replay import can_replay
-    from offramp.calibration.risk_functions import RISKS
-    from offramp.models.input_processor import InputProcessor
-    from offramp.progress import progress
+    from offramp.training.checkpoint import held
 
     names = ("target", "confidence", "risk", "unit", "declared")
     asked = {**{n: getattr(arguments, n) for n in names}, "candidates": arguments.of}
@@ -140,6 +134,21 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     )
     check_runtime(arguments)
     out = adapter_folder(arguments)
+    with held(out):  # two at once would each be the first attempt
+        _find(arguments, asked, out)
+
+
+def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> None:
+    """Find thresholds as `asked`, store them in `out`, and show them."""
+    from dataclasses import replace
+
+    from offramp.calibration.calibrate import calibrate
+    from offramp.calibration.profiler import measure_costs
+    from offramp.calibration.replay import can_replay
+    from offramp.calibration.risk_functions import RISKS
+    from offramp.models.input_processor import InputProcessor
+    from offramp.progress import progress
+
     labelled = RISKS[arguments.risk].quality is not None
     items = read_data(arguments, require_answers=labelled)
     adapter, processor = load_adapter(arguments)
@@ -162,7 +171,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     calibration = calibrate(
         adapter,
         encoder,
-        examples,
+        items,
         policy,
         costs=costs,
         runtime=runtime,
@@ -173,9 +182,13 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         progress=lambda path: progress(path, "calibrate"),
         **asked,
     )
-    # Before it is written, for it took long to find.
-    show_result(calibration.to_json(), _table(calibration), as_json=arguments.json)
-    _store(adapter, calibration, examples, arguments, out)
+    found = calibration.to_json()
+    try:
+        _store(adapter, calibration, examples, arguments, out)
+    except StorageError as error:
+        error.result = found  # it took long to find
+        raise
+    show_result(found, _table(calibration), as_json=arguments.json)
     if calibration.reason and not arguments.write:
         say_next(f"offramp draft --adapter {arguments.adapter} --data {arguments.data[0]}")
     else:

@@ -47,6 +47,16 @@ def _options(parser: Parser) -> None:
 
 
 def _draft(arguments: argparse.Namespace) -> None:
+    from offramp.training.checkpoint import held
+
+    check_runtime(arguments)
+    out = adapter_folder(arguments)
+    with held(out):
+        _find(arguments, out)
+
+
+def _find(arguments: argparse.Namespace, out: Path) -> None:
+    """Time what drafts and guesses there are, show that, and store the fastest in `out`."""
     from offramp.calibration.draft_thresholds import (
         draft_speeds,
         guess_policies,
@@ -58,8 +68,6 @@ def _draft(arguments: argparse.Namespace) -> None:
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
 
-    check_runtime(arguments)
-    out = adapter_folder(arguments)
     items = read_data(arguments, require_answers=False)
     adapter, processor = load_adapter(arguments)
     encoder = InputProcessor(adapter.backbone, processor)

@@ -134,7 +134,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from offramp.models.input_processor import InputProcessor
     from offramp.models.shipped import shipped_exits
     from offramp.progress import progress
-    from offramp.training.checkpoint import check_out
+    from offramp.training.checkpoint import check_out, check_uncalibrated
     from offramp.training.trainer import train, train_drafting
 
     config = _config(arguments)
@@ -172,7 +172,10 @@ def _train(arguments: argparse.Namespace) -> None:
     processes = PartialState()
     processes.destroy_process_group()  # its threads can abort a process that just exits
     if processes.is_main_process:
-        if arguments.gates:
+        learnt_before = arguments.resume and "gates" in adapter.exits.measured
+        if arguments.gates and not learnt_before:
+            if arguments.resume:
+                check_uncalibrated(arguments.out)
             encoder = InputProcessor(backbone, processor)
             costs = measure_costs(
                 backbone, encoder.prompts(examples[:1]), adapter.exits,
