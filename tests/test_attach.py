@@ -101,6 +101,20 @@ def test_another_policy_for_one_call(attached: Build, batch: Build) -> None:
         adapter.generate(inputs, mode="losless", **SOON)
 
 
+@pytest.mark.parametrize("given", [{2: 0.9}, "fast", 0.9])
+def test_what_is_no_policy_is_answered_with_one(given: Any, attached: Build, batch: Build) -> None:
+    adapter = attached("llava")
+    for name in ("policy", "exit_policy"):
+        with pytest.raises(InputError, match=r"\n.*ExitPolicy\(\{2: 0.95\}\)"):
+            adapter.generate(batch("llava", 1), **{name: given}, **SOON)
+
+
+@pytest.mark.parametrize("given", [None, {2: 0.9}])
+def test_what_is_no_exits_is_refused(given: Any, attached: Build) -> None:
+    with pytest.raises(InputError, match=r"Exits cannot be .*\n.*a folder or a hub name"):
+        offramp.attach(attached("llava").backbone, given)
+
+
 def test_exits_without_thresholds_say_so(attached: Build, batch: Build) -> None:
     adapter, inputs = replace(attached("llava"), policy=ExitPolicy()), batch("llava", 1)
     for mode in (None, "early_exit", "lossless"):

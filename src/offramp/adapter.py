@@ -51,7 +51,7 @@ def attach(
 
     Raises:
         AdapterError: no such exits, or they do not fit the model.
-        InputError: an adapter that is attached to another model.
+        InputError: an adapter that is attached to another model, or what is no exits.
     """
     if isinstance(exits, ExitSet | Exits):
         return Adapter(Backbone.of(model), ExitSet.of(exits))
@@ -244,8 +244,8 @@ class Adapter(CalledAsModel):
     ) -> Any:
         """Decode in place of the model's own loop, as `custom_generate`; see `generate`.
 
-        `model.generate` hands a streamer to no `custom_generate`: for one, call `generate` of the
-        adapter.
+        `model.generate` hands neither a streamer nor the tokenizer of `stop_strings` to a
+        `custom_generate`: for these, call `generate` of the adapter.
 
         Raises:
             InputError: the exits are attached to another model, or an option is not supported.
@@ -265,10 +265,16 @@ class Adapter(CalledAsModel):
     def chosen_policy(
         self, mode: str | None, policy: ExitPolicy | None, exit_policy: ExitPolicy | None
     ) -> ExitPolicy:
-        """What `generate` goes by. Raise `InputError` where both policies are given."""
+        """What `generate` goes by. Raise `InputError` where both policies are given, or none is."""
         if policy is not None and exit_policy is not None:
             raise InputError("policy and exit_policy were both given.", "Give one of them.")
         given = exit_policy if policy is None else policy
+        if not isinstance(given, ExitPolicy | None):
+            thresholds = {self.exits.depths[0]: 0.95}
+            raise InputError(
+                f"An exit policy cannot be {given!r}.",
+                f"Give exit_policy=ExitPolicy({thresholds}), or a mode: mode='lossless'.",
+            )
         chosen = (self.policy if given is None else given).in_mode(mode)
         drafts = chosen.lossless and self.exits.draft_on
         if given is None and mode != "full" and not (chosen.effective.thresholds or drafts):
@@ -334,7 +340,7 @@ class Adapter(CalledAsModel):
         hub: token, cache_dir, local_files_only, force_download; see `snapshot_download`.
 
         Raises:
-            InputError: the arguments came in the other order.
+            InputError: the arguments came in the other order, or name no folder.
             AdapterError: as for `load`, or the hub gave none.
         """
         if isinstance(model, str | Path):
@@ -343,6 +349,11 @@ class Adapter(CalledAsModel):
                 "The model comes first: Adapter.from_pretrained(model, folder_or_name).",
             )
         name = pretrained_model_name_or_path
+        if not isinstance(name, str | Path):
+            raise InputError(
+                f"Exits cannot be {name!r}.",
+                "Give a folder or a hub name, such as offramp.attach(model, 'exits').",
+            )
         if os.path.isdir(name):
             return cls.load(name, model)
         from huggingface_hub import snapshot_download

@@ -5,14 +5,20 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from adapters import trained as adapter_of
 from command_line import RunCommand, assert_two_lines
 from smolvlm import save_smolvlm
 
+from offramp.cli import edge
+from offramp.cli.command_line import EDGE as edge_program
+from offramp.cli.command_line import build_parser
 from offramp.cli.commands import generate
+from offramp.errors import StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.shipped import example_picture, tiny_exits
 from offramp.storage import read_json
@@ -45,6 +51,31 @@ def test_streaming_prints_the_answer_as_text(run: RunCommand, trained: Path, pho
     code, out, _ = run(*asked(trained, photos, "--stream"))
     assert code == 0 and out.strip() == whole
     assert_two_lines(run(*asked(trained, photos, "--stream", "--json")), "--stream", "--json")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_streamed_answer_that_cannot_be_written_is_two_lines(
+    run: RunCommand, trained: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def streamed(stdout: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", stdout)
+            return run(*asked(trained, photos, "--stream"))
+
+    assert_two_lines(streamed(None), "stdout is closed")
+    with open("/dev/full", "w") as full:
+        assert_two_lines(streamed(full), "Cannot write to stdout")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_so_it_is_without_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(StorageError, match="stdout is closed"):
+        edge._print_part("a dog")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(StorageError, match="Cannot write to stdout"):
+            edge._print_part("a dog")
 
 
 def test_prompts_are_read_until_an_empty_line(
@@ -98,3 +129,38 @@ def test_the_longest_answer_is_what_was_calibrated(
 
     assert "guaranteed with" in (told := said()) and "not guaranteed" not in told
     assert f"up to {known + 1} tokens where up to {known}" in said("--max-new-tokens", known + 1)
+
+
+# -- a sliced folder -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("generate FOLDER", True),
+        ("serve FOLDER --port 0", True),
+        ("generate --quiet FOLDER --prompt hi", True),
+        ("generate --prompt hi FOLDER", True),
+        ("generate --prompt=hi FOLDER", True),
+        ("serve --threads 2 -- FOLDER", True),
+        ("generate --adapter exits --gguf FOLDER", False),
+        ("serve exits --engine llama.cpp --gguf FOLDER", False),
+        ("generate --gguf=FOLDER", False),
+        ("serve exits", False),
+        ("export FOLDER", False),
+        ("slice model.gguf --adapter exits --out FOLDER", False),
+        ("generate", False),
+        ("", False),
+    ],
+)
+def test_a_sliced_folder_is_found_wherever_it_stands_but_as_a_value(
+    words: str, found: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "segment-0.gguf").touch()
+    assert edge.is_edge(words.replace("FOLDER", str(tmp_path)).split()) is found
+
+
+def test_what_stands_without_a_value_there_is_known() -> None:
+    actions = [action for action in build_parser(edge_program).loaded() if action.nargs == 0]
+    flags = {flag for action in actions for flag in action.option_strings}
+    assert flags - {"--version"} == {*edge.ALONE} - {"--"}

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from command_line import RunCommand, assert_two_lines
 from PIL import Image
 
 from offramp.adapter import NO_THRESHOLDS, Adapter
+from offramp.cli.command_line import OFFRAMP, _plain_warnings
 from offramp.models.exits import Exits
 from offramp.models.shipped import tiny_exits
 
@@ -212,6 +214,19 @@ def test_a_remedy_names_a_depth_that_there_is(opt: Any, batch: Any) -> None:
     with pytest.warns(UserWarning, match=r"ExitPolicy\(\{2: 0.95\}\)"):
         adapter.generate(**batch("blip2-opt", 1), max_new_tokens=1, do_sample=False)
     assert "%d" in NO_THRESHOLDS
+
+
+def test_a_warning_of_ours_is_a_line_and_others_are_as_they_were(
+    run: RunCommand, image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = warnings.showwarning
+    assert generate(run, image, "--quantize", "int8")[0] == 0
+    (said,) = [r.getMessage() for r in caplog.records if "calibrate again" in r.getMessage()]
+    assert said.startswith(str(EXITS)) and "UserWarning" not in said and "\n" not in said
+    assert warnings.showwarning is before
+    with pytest.warns(UserWarning, match="of theirs"), _plain_warnings(OFFRAMP):
+        warnings.warn_explicit("of theirs", UserWarning, "/site-packages/torch/__init__.py", 1)
+    assert "of theirs" not in caplog.text
 
 
 # -- quiet -----------------------------------------------------------------------------------------

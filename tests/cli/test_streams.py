@@ -31,6 +31,8 @@ def say(arguments):
     if os.environ.get("WAIT") == "mistake":
         raise InputError("This is wrong.", "Make it right.")
     print_json({"said": "h\\xe9 \\u4f60 \\udcff"})
+    for part in os.environ.get("PARTS", "").split():
+        print_text(part, end="")
     for _ in range(int(os.environ.get("LINES", 0))):
         print_text("line " * 1000)
 
@@ -91,6 +93,11 @@ def test_a_full_disk_is_told(start: Any, words: tuple[str, ...]) -> None:
 def test_a_closed_stdout_is_told(start: Any) -> None:
     code, out, err = end(start(preexec_fn=lambda: os.close(1)))
     assert code == 1 and not out and is_two_lines(err, "stdout is closed")
+
+
+def test_parts_of_a_line_are_one_line(start: Any) -> None:
+    code, out, _ = end(start(PARTS="a b c"))
+    assert code == 0 and out.endswith(b"}\nabc")
 
 
 def test_without_stderr_a_command_does_what_it_did(start: Any) -> None:

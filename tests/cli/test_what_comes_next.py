@@ -51,6 +51,16 @@ def test_inspect_is_ten_lines_and_the_rest_is_json(
     assert len(json.loads(run("inspect", named, "--json")[1])) >= 10
 
 
+@pytest.mark.parametrize("name", ["adapter", "tiny-opt"])
+@pytest.mark.parametrize("option", ["--limit 3", "--level 0.9", "--depths 4", "--batch-size 1"])
+def test_inspect_refuses_what_is_of_data_without_any(
+    run: RunCommand, trained: Path, name: str, option: str
+) -> None:
+    named = trained if name == "adapter" else name
+    flag, value = option.split()
+    assert_two_lines(run("inspect", named, flag, value), flag, "--data")
+
+
 def test_long_lists_end_with_how_many_more_there_are() -> None:
     assert few(["a", "b", "c"], 3) == ["a", "b", "c"]
     assert few(["a", "b", "c", "d"], 3) == ["a", "b", "... and 2 more, with --json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from offramp.engine.confidence import (
     check_score,
     check_thresholds,
     check_weights,
+    register_score,
 )
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -111,6 +114,52 @@ def test_the_known_scores_are_accepted(name):
 def test_a_score_added_to_the_table_is_known(monkeypatch):
     monkeypatch.setitem(module.SCORES, "mine", module.margin)
     assert check_score("mine") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (lambda logits: logits.amax(), "shape"),
+        (lambda logits: logits.softmax(-1), "shape"),
+        (lambda _: 0.5, "float"),
+        (lambda _: None, "NoneType"),
+        (lambda logits: logits.amax(-1) + 1.5, "outside"),
+        (lambda logits: logits.amax(-1) * math.nan, "outside"),
+    ],
+)
+def test_a_registered_score_that_gives_no_scores_is_refused_by_its_name(gives, said, monkeypatch):
+    for reads, registry in module._REGISTRIES.items():
+        monkeypatch.setitem(registry, "mine", None)
+        register_score("mine", gives if reads == "logits" else READING[reads](gives), reads=reads)
+        with pytest.raises(InputError, match=f"'mine' gave.*{said}"):
+            SCORED[reads](registry["mine"], torch.zeros(2, 5))
+
+
+READING = {
+    "exits": lambda gives: lambda depths, weights: lambda depth, logits: gives(logits),
+    "check": lambda gives: lambda check: gives(check.entry),
+}
+SCORED = {
+    "logits": lambda score, logits: score(logits),
+    "exits": lambda score, logits: score((2,), {})(2, logits),
+    "check": lambda score, logits: score(SimpleNamespace(entry=logits)),
+}
+
+
+def test_a_registered_score_is_looked_at_once(monkeypatch):
+    """At each token it would wait for a GPU."""
+    given = iter([torch.ones(2), torch.full((2,), 7.0)])
+    monkeypatch.setitem(SCORES, "mine", None)
+    register_score("mine", lambda logits: next(given))
+    assert SCORES["mine"](torch.zeros(2, 5)).tolist() == [1.0, 1.0]
+    assert SCORES["mine"](torch.zeros(2, 5)).tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("value", ["0.9", "high", [1], math.nan])
+@pytest.mark.parametrize("name", ["thresholds", "first", "drafts", "guesses", "weights"])
+def test_a_policy_of_what_is_no_number_is_refused_when_it_is_made(name, value):
+    with pytest.raises(InputError, match="number"):
+        ExitPolicy(**{name: {2: value}})
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf, "high"])

@@ -21,6 +21,8 @@ from offramp.cli.parser import Parser, UsageError
 from offramp.errors import OfframpError, StorageError, printable
 from offramp.missing import how_to_install, missing_package
 
+log = logging.getLogger(__name__)
+
 EXAMPLES = """\
 examples:
   offramp demo                                   train, calibrate and time exits on a tiny model
@@ -77,7 +79,7 @@ def run(argv: Sequence[str] | None = None, program: Program = OFFRAMP) -> int:
     """Run a command; see `offramp.cli.main` for what is returned."""
     prepare_output()
     _prepare_logging(program)
-    with _stoppable() as stopped:
+    with _plain_warnings(program), _stoppable() as stopped:
         try:
             return end_output(_run(argv, program))
         except KeyboardInterrupt:
@@ -189,6 +191,26 @@ def _prepare_logging(program: Program) -> None:
     for noisy in ("httpx", "huggingface_hub", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@contextlib.contextmanager
+def _plain_warnings(program: Program) -> Iterator[None]:
+    """While it runs, a warning of ours is a line, without where in the source it came from."""
+    others = warnings.showwarning
+    paths = [*import_module("offramp").__path__, *import_module(program.package).__path__]
+    folders = tuple(os.path.join(path, "") for path in paths)
+
+    def show(message: Any, category: Any, filename: str, *more: Any, **named: Any) -> None:
+        if category is UserWarning and filename.startswith(folders):
+            log.warning("%s", message)
+        else:
+            others(message, category, filename, *more, **named)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
 
 
 class _Printable(logging.Formatter):

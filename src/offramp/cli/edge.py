@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,26 @@ from offramp.cli.parser import Parser, share, whole
 log = logging.getLogger(__name__)
 
 NAMES = ("generate", "serve")
+ALONE = ("--", "-h", "--help", "--json", "--plain", "--quiet", "--stream")
+"""What stands on their command lines without a value behind it."""
 SLOTS = 4
 
 
 def is_edge(argv: Sequence[str]) -> bool:
-    """Whether a command names a folder of segments in the place of a model."""
-    if len(argv) < 2 or argv[0] not in NAMES or argv[1].startswith("-"):
+    """Whether a command names a folder of segments in the place of a model: in a word that is no
+    option's value, for what `offramp export` wrote and --gguf names has segments too."""
+    if not argv or argv[0] not in NAMES:
         return False
+    return any(_is_sliced(word) for before, word in pairwise(argv) if not _takes_a_value(before))
+
+
+def _takes_a_value(word: str) -> bool:
+    return word.startswith("-") and "=" not in word and word not in ALONE
+
+
+def _is_sliced(word: str) -> bool:
     try:
-        return (Path(argv[1]) / "segment-0.gguf").is_file()
+        return (Path(word) / "segment-0.gguf").is_file()
     except (OSError, ValueError):  # no name of a file
         return False
 
@@ -74,8 +85,8 @@ def _generate_options(parser: Parser) -> None:
     group = parser.add_argument_group("exits")
     from offramp.engine.policy import MODES
 
-    group.add_argument("--mode", choices=MODES, default="early_exit", metavar="NAME",
-                       help=f"{', '.join(MODES)} (default: early_exit)")  # fmt: skip
+    group.add_argument("--mode", choices=MODES, metavar="NAME",
+                       help=f"{', '.join(MODES)} (default: the adapter's own)")  # fmt: skip
     group.add_argument(
         "--threshold", type=share, metavar="X", help="of all exits, in place of the adapter's"
     )
@@ -85,7 +96,9 @@ def _generate_options(parser: Parser) -> None:
 def _serve_options(parser: Parser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
-    group.add_argument("--port", type=whole(0), default=8000, metavar="N", help="(default: 8000)")
+    group.add_argument(
+        "--port", type=whole(0, 65535), default=8000, metavar="N", help="(default: 8000)"
+    )
     group.add_argument(
         "--slots", type=whole(1), default=SLOTS, metavar="N",
         help=f"answers written at once, with a context each (default: {SLOTS})",
@@ -133,8 +146,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _print_part(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print_text(text, end="")
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -146,6 +158,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         with EdgeServer(model, arguments.host, arguments.port, name=name, page=page) as server:
             if arguments.host not in ("127.0.0.1", "localhost", "::1"):
                 log.warning("There are no keys: whoever reaches %s can ask.", arguments.host)
-            log.info("http://%s:%d: OpenAI's API at /v1, a page at /", arguments.host,
+            host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+            log.info("http://%s:%d: OpenAI's API at /v1, a page at /", host,
                      server.server_address[1])  # fmt: skip
             server.serve_forever()

@@ -193,11 +193,13 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
     """Where a changed adapter is written: --out or, if it is on this machine, its own folder.
 
     Raises:
-        InputError: neither is given, or --out holds another adapter. StorageError: it cannot be
-            written.
+        InputError: neither is given, --out holds another adapter, or there are no exits to save.
+            StorageError: it cannot be written.
     """
+    from offramp.models.shipped import shipped_exits
     from offramp.storage import check_writable
 
+    shipped_exits(arguments.adapter)  # raises for a model that ships without
     if arguments.out is None and not os.path.isdir(arguments.adapter):
         raise InputError(
             f"{arguments.adapter} is not a folder on this machine.", "Say where to write: --out."

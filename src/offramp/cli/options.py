@@ -43,6 +43,11 @@ PLAIN = ("torch", "packed", "exact-batches")
 """Those that run an adapter's decoder in PyTorch, many answers at once."""
 RUNTIMES = ("llama.cpp", "cuda-graphs")
 """Those that run it in an adapter's place."""
+NAMED_EXITS = (
+    "folder or hub name of trained exits; or photo or tiny-opt, which ship with theirs, or "
+    "tiny-t5, without"
+)
+"""What a command that takes exits says of them."""
 
 
 def add_command(
@@ -281,7 +286,7 @@ def model_options(
             "--adapter",
             required=adapter,
             metavar="NAME",
-            help="folder or hub name of trained exits; or photo, tiny-opt or tiny-t5, which ship",
+            help=NAMED_EXITS,
         )
     group.add_argument(
         "--backbone",

@@ -28,8 +28,8 @@ def prepare_output() -> None:
                 stream.reconfigure(errors="backslashreplace")
 
 
-def print_text(text: str) -> None:
-    """A line of the result.
+def print_text(text: str, end: str = "\n") -> None:
+    """A line of the result, or, with another `end`, a part of one.
 
     Raises:
         StorageError: stdout is closed or full. BrokenPipeError: its reader has gone.
@@ -37,7 +37,7 @@ def print_text(text: str) -> None:
     if sys.stdout is None:
         raise StorageError("stdout is closed.", "Redirect it to a file, or to /dev/null.")
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

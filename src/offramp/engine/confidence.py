@@ -110,6 +110,8 @@ FEATURE_SCORES: dict[str, Callable[[Any], Tensor]] = {}
 """Registered scores [B] of a whole exit check (`offramp.engine.exit_check.ExitCheck`) by name: of
 hidden states, position or previous token. Those that do not ask for logits run no LM head."""
 
+ROUNDING = 1e-3
+"""By which a score may miss [0, 1]: half precision's."""
 _BUILT_IN = frozenset((*SCORES, *STREAKS))
 _REGISTRIES: dict[str, dict[str, Any]] = {
     "logits": SCORES,
@@ -132,13 +134,55 @@ def register_score(name: str, score: Callable[..., Any], *, reads: str = "logits
       instead of replaying, as with "exits".
 
     Raises:
-        InputError: the name is a built-in score's, or `reads` is none of these.
+        InputError: the name is a built-in score's, or `reads` is none of these. Where the score is
+            first asked: what it gives is not [B] in [0, 1].
     """
     if name in _BUILT_IN:
         raise InputError(f"{name!r} is a built-in score.", "Register yours under another name.")
     if reads not in _REGISTRIES:
         raise InputError(f"A score cannot read {reads!r}.", did_you_mean(str(reads), _REGISTRIES))
-    _REGISTRIES[reads][name] = score
+    first = _FirstScores(name)
+
+    def of_logits(logits: Tensor) -> Tensor:
+        return first(score(logits), logits.shape[:-1])
+
+    def of_exits(depths: Sequence[int], weights: Mapping[int, float]) -> Callable[..., Tensor]:
+        walk = score(depths, weights)
+        return lambda depth, logits: first(walk(depth, logits), logits.shape[:-1])
+
+    def of_check(check: Any) -> Tensor:
+        return first(score(check), check.entry.shape[:1])
+
+    looked_at = {"logits": of_logits, "exits": of_exits, "check": of_check}
+    _REGISTRIES[reads][name] = looked_at[reads]
+
+
+class _FirstScores:
+    """Looks at the first scores that a registered one gives: at each token's it would cost time."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._seen = name, False
+
+    def __call__(self, scores: Tensor, shape: Sequence[int]) -> Tensor:
+        """`scores`; raise `InputError` where they are not of this shape and in [0, 1], to
+        rounding."""
+        if self._seen:
+            return scores
+        found: Any = getattr(scores, "shape", None)
+        if found is None or tuple(found) != tuple(shape):
+            what = type(scores).__name__ if found is None else f"shape {list(found)}"
+            raise InputError(
+                f"The score {self._name!r} gave {what} for {list(shape)} tokens.",
+                f"Return a tensor of shape {list(shape)}, a number for each token.",
+            )
+        outside = scores[~((scores >= -ROUNDING) & (scores <= 1 + ROUNDING))]
+        if len(outside):
+            raise InputError(
+                f"The score {self._name!r} gave {float(outside[0]):g}, outside [0, 1].",
+                "Scale it: 0 where nothing is sure, 1 where all is.",
+            )
+        self._seen = True
+        return scores
 
 
 def logits_score(
@@ -158,6 +202,14 @@ def check_score(name: str) -> str:
     """`name`, or `InputError` with the names there are, those of plug-ins included."""
     check_registered("Score", name, lambda: (*SCORES, *STREAKS, *FEATURE_SCORES))
     return name
+
+
+def check_numbers(by_depth: dict[int, float]) -> dict[int, float]:
+    """What is given by depth; raise `InputError` for what is neither a number nor None."""
+    wrong = {d: n for d, n in by_depth.items() if n is not None and math.isnan(_number(n))}
+    if wrong:
+        raise InputError(f"{wrong} holds what is no number.", "Give numbers, such as {2: 0.95}.")
+    return by_depth
 
 
 def check_weights(
@@ -205,7 +257,9 @@ def check_thresholds(thresholds: dict[int, float], depths: tuple[int, ...]) -> d
 
 
 def _number(value: object) -> float:
-    """`value` as a float, NaN where it is no number, which is in no range."""
+    """`value` as a float, NaN where it is no number, which is in no range; text is none."""
+    if isinstance(value, str):
+        return math.nan
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from offramp.engine.confidence import check_score, check_weights
+from offramp.engine.confidence import check_numbers, check_score, check_weights
 from offramp.errors import InputError, check_known
 from offramp.plugins import check_registered
 
@@ -41,7 +41,7 @@ class Thresholds(dict[int, float]):
     """
 
     def __init__(self, by_depth: Mapping[int, float] | Iterable[tuple[int, float]] = ()) -> None:
-        super().__init__(sorted(dict(by_depth).items()))
+        super().__init__(sorted(check_numbers(dict(by_depth)).items()))
 
     @classmethod
     def shared(cls, depths: Sequence[int], value: float) -> Thresholds:

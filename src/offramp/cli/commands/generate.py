@@ -232,7 +232,11 @@ def _streamer(tokenizer: Any) -> Any:
     """Prints words as soon as they are whole."""
     from transformers import TextStreamer
 
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print_text(text, "\n" if stream_end else "")
+
+    return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from offramp.cli.loading import check_exits, load_model, read_data
 from offramp.cli.options import (
+    LONGEST,
     add_command,
     batch_option,
     data_options,
@@ -22,7 +23,11 @@ from offramp.errors import InputError
 
 log = logging.getLogger(__name__)
 
-LEVEL = 0.95
+FORECAST: dict[str, Any] = {
+    "images": None, "split": None, "prompt": None, "limit": 200, "level": 0.95, "depths": None,
+    "planned": 2000, "max_new_tokens": LONGEST, "batch_size": 16,
+}  # fmt: skip
+"""Options that are of --data alone, and their defaults."""
 
 
 def add(commands: Any) -> None:
@@ -43,21 +48,21 @@ def _options(parser: Parser) -> None:
         parser,
         "prompts, without answers, from which to tell, before any training, how many tokens exits "
         "would settle, at which depth, and the speed to expect on this machine",
-        limit=200, required=False,
+        limit=FORECAST["limit"], required=False,
     )  # fmt: skip
     group = parser.add_argument_group("would exits pay?")
     group.add_argument(
-        "--level", type=float, default=LEVEL, metavar="X",
+        "--level", type=float, default=FORECAST["level"], metavar="X",
         help="share of all tokens that is to stay the full model's: 0.9, 0.95 or 0.98 "
-        f"(default: {LEVEL:g})",
+        f"(default: {FORECAST['level']:g})",
     )  # fmt: skip
     depths_option(group, "--depths", "depths to try (default: six, up to three quarters)")
     group.add_argument(
-        "--planned", type=whole(1), default=2000, metavar="N",
-        help="prompts that training would have (default: 2000)",
+        "--planned", type=whole(1), default=FORECAST["planned"], metavar="N",
+        help=f"prompts that training would have (default: {FORECAST['planned']})",
     )  # fmt: skip
     length_option(group)
-    batch_option(group, 16, "prompts at once")
+    batch_option(group, FORECAST["batch_size"], "prompts at once")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -70,6 +75,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"{arguments.name} is an adapter, to which --{named[0]} says nothing.",
             f"Leave --{named[0]} out, or name a backbone.",
+        )
+    named = [n for n, default in FORECAST.items() if getattr(arguments, n) != default]
+    if named and not arguments.data:
+        flag = f"--{named[0].replace('_', '-')}"
+        raise InputError(
+            f"{flag} is of a forecast from prompts, and none were given.",
+            f"Leave {flag} out, or name a backbone and give --data.",
         )
     if arguments.data and not is_adapter:
         _suitability(arguments)

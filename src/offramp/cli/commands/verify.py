@@ -13,6 +13,7 @@ from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_op
 from offramp.cli.loading import load_adapter, read_data
 from offramp.cli.options import (
     ENGINES,
+    NAMED_EXITS,
     add_command,
     data_options,
     engine_option,
@@ -49,7 +50,7 @@ def _options(parser: Parser) -> None:
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
-        help="folder or hub name of trained exits; or photo, tiny-opt or tiny-t5, which ship",
+        help=NAMED_EXITS,
     )
     group = parser.add_argument_group("model")
     group.add_argument(
