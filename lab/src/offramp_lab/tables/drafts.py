@@ -55,8 +55,8 @@ def way(part: str, name: str = SHIPS) -> Value:
     return by(record("drafts")[part], "way")[name]
 
 
-def _times(part: str) -> Callable[[], str]:
-    return lambda: f"{way(part)['times']:.2f}"
+def _times(part: str, name: str = SHIPS) -> Callable[[], str]:
+    return lambda: f"{way(part, name)['times']:.2f}"
 
 
 TABLES: dict[str, MakeTable] = {"drafts": drafts, "drafts-right": right}
@@ -64,4 +64,8 @@ FIGURES: dict[str, Make] = {
     "drafts-packed": _times("pytorch float32, packed"),
     "drafts-f16": _times("llama.cpp f16"),
     "drafts-q8_0": _times("llama.cpp q8_0"),
+    "drafts-q4_1": _times("llama.cpp q4_1", "drafting, 4"),
+    "drafts-iq4_nl": _times("llama.cpp iq4_nl", "drafting, 4"),
+    "drafts-for-q4_1": _times("llama.cpp q4_1, exits for it", "drafting, 4"),
+    "drafts-for-iq4_nl": _times("llama.cpp iq4_nl, exits for it", "drafting, 4"),
 }

@@ -35,7 +35,7 @@ from offramp_lab.records.runtimes.methods import (
 ROWS = (1, 2, 3, 4, 6, 8)
 """Tokens in a call, whose cost is measured."""
 WARM = 8
-"""Photographs that all answer before any counts: code is made where a number of rows is first met."""
+"""Photographs that all answer before any counts: code is made where a row count is first met."""
 
 
 def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str, Any]:
