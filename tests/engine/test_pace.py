@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from itertools import cycle
 from random import Random
 
 import families
@@ -155,10 +156,12 @@ def test_a_schedule_that_never_runs_is_refused():
 class Answers:
     """Lossless answers of `length` tokens under a pace. A turn at full depth takes a second; one of
     drafts takes `round` seconds and settles `kept` tokens more, or draws how many, as far as the
-    answer goes."""
+    answer goes. Its call is over each of `lengths` in turn, which takes `making` seconds more where
+    there was none of that length."""
 
-    def __init__(self, round, kept):
+    def __init__(self, round, kept, lengths=(4,), making=0.0):
         self.round, self.kept, self.now, self.rows = round, kept, 0.0, 1
+        self.lengths, self.making, self.made = cycle(lengths), making, set()
         self.pace = DraftPace(lambda: self.now)
 
     def run(self, answers, length):
@@ -171,10 +174,14 @@ class Answers:
                 drafted = self.pace.drafts(turn)
                 kept = self.kept() if callable(self.kept) else self.kept
                 written = min(left, 1 + kept * drafted)
+                call = ("feed", next(self.lengths)) if drafted else ("full", 1)
                 self.now += self.round if drafted else 1.0
+                self.now += self.making if call not in self.made else 0.0
+                self.made.add(call)
                 left -= written
                 tokens = written * self.rows
-                self.pace.note(turn, tokens, self.now - begin, drafted=drafted)
+                took = self.now - begin
+                self.pace.note(turn, tokens, took, drafted=drafted, calls={call})
         return answers * (length - 1) / (self.now - began)
 
 
@@ -207,6 +214,13 @@ def test_what_takes_long_the_first_time_is_not_held_against_drafts():
     answers = Answers(30.0, kept=3)
     answers.run(1, length=5)
     answers.round = 1.8
+    assert answers.run(200, length=13) > 0.97 * 4 / 1.8
+
+
+def test_what_is_made_once_for_each_length_is_not_either():
+    """As code is of a layer over so many tokens."""
+    answers = Answers(1.8, 3, lengths=(5, 4, 6, 3, 2, 6), making=30.0)
+    answers.run(3, length=13)
     assert answers.run(200, length=13) > 0.97 * 4 / 1.8
 
 

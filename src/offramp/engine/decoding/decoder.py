@@ -69,6 +69,7 @@ class Decoder:
         self._heard = True  # whether anyone takes these
         self._settled = 0  # tokens
         self._turn: tuple[float, int, Turn, bool] | None = None  # when it began, tokens by then
+        self._calls: set[tuple[str, int]] = set()  # of the turn, and over how many tokens each
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -251,19 +252,22 @@ class Decoder:
         for row in rows:
             row.drafts = drafts
             row.undrafted += not drafts
-        self._turn = pace.clock(), self._settled, turn, drafts
+        self._turn, self._calls = (pace.clock(), self._settled, turn, drafts), set()
 
     def _end_turn(self) -> None:
         """Note what a turn took."""
         if self._turn is not None and self.pace is not None:
             (began, before, turn, drafted), self._turn = self._turn, None
             took = self.pace.clock() - began
-            self.pace.note(turn, self._settled - before, took, drafted=drafted)
+            settled = self._settled - before
+            self.pace.note(turn, settled, took, drafted=drafted, calls=self._calls)
 
     def make(self, call: Call) -> int:
         """Make a call; how many tokens it was over."""
         with self.reader.computing():
-            return self._make(call)
+            count = self._make(call)
+        self._calls.add((call, count))
+        return count
 
     def _make(self, call: Call) -> int:
         if call == "feed":

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,8 +34,9 @@ FEW, SURE, LONG = 8, 2.0, 400
 and tokens after which what was counted of them counts by half: in four rounds in a row few drafts
 may be right by chance."""
 TRIES = 4
-"""Turns of drafts there before full depth is tried, and of full depth before they are judged. The
-first of each is not counted: what is made once is made in it."""
+"""Turns of drafts there before full depth is tried, and of full depth before they are judged. One
+with a call over so many tokens as none before is not counted: what is made once is made in it, as
+code is."""
 RETRY = 128
 """Answers at full depth until exits are tried again; each time twice as many, to 8 times."""
 MEMORY = 1000
@@ -178,13 +179,14 @@ class Turn(NamedTuple):
 @dataclass
 class _Turns:
     """What was seen of the turns of one number of rows. drafts: by whether they were the first.
-    made: by whether drafted."""
+    made: by whether drafted. calls: what calls there were, over how many tokens."""
 
     drafts: dict[bool, Judged] = field(
         default_factory=lambda: {b: Judged(FEW, Rate(LONG), SURE) for b in (True, False)}
     )
     full: Rate = field(default_factory=lambda: Rate(6 * FEW))  # a token a row: no luck in it
     made: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    calls: set[tuple[str, int]] = field(default_factory=set)
     total: float = 0.0  # seconds
     tried: float = 0.0
 
@@ -211,14 +213,20 @@ class DraftPace:
             return of.made[True] < TRIES
         return not _due(of.full, turn.rows, of.tried, of.total)
 
-    def note(self, turn: Turn, tokens: int, took: float, *, drafted: bool) -> None:
-        """It settled so many tokens in `took` seconds, and nobody joined its rows meanwhile."""
+    def note(
+        self, turn: Turn, tokens: int, took: float, *, drafted: bool, calls: Set[tuple[str, int]]
+    ) -> None:
+        """It settled so many tokens in `took` seconds, and nobody joined its rows meanwhile.
+
+        calls: of what kind, and over how many tokens.
+        """
         of = self._turns[turn.rows]
         own = of.drafts[turn.first]
         of.total += took
         of.made[drafted] += 1
-        if of.made[drafted] > 1:
+        if calls <= of.calls:
             (own.seen if drafted else of.full).add(tokens, took)
+        of.calls |= calls
         if not drafted and not own.pays:
             own.left_out()
             return
