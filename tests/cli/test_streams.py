@@ -96,7 +96,7 @@ def test_a_closed_stdout_is_told(start: Any) -> None:
 
 
 def test_parts_of_a_line_are_one_line(start: Any) -> None:
-    code, out, _ = end(start(PARTS="a b c"))
+    code, out, _ = end(start(PARTS="a b c", LINES="0"))
     assert code == 0 and out.endswith(b"}\nabc")
 
 

@@ -154,9 +154,10 @@ def test_a_row_without_tokens_is_refused(backbone, batch):
 
 @pytest.mark.parametrize("guesses", [{7: 0.1}, {2: float("nan")}])
 def test_guesses_that_cannot_be_are_refused(guesses, backbone, exits, batch):
-    policy = ExitPolicy({2: 0.5}, guesses=guesses)
-    with pytest.raises(InputError, match=r"depths|outside"):
-        generate(backbone("llava"), batch("llava", 1), exits=exits("llava"), policy=policy)
+    given = {"exits": exits("llava"), "max_new_tokens": 2}
+    with pytest.raises(InputError, match=r"depths|no number"):
+        policy = ExitPolicy({2: 0.5}, guesses=guesses)
+        generate(backbone("llava"), batch("llava", 1), policy=policy, **given)
 
 
 # -- exits and HF's processors ----------------------------------------------------------------
