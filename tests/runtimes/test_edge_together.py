@@ -152,7 +152,7 @@ def test_prompts_of_others_are_not_held_against_drafts(
     with EdgeModel(folder, engine=ENGINE) as model:
         joined, turns = [0], []
         pace = DraftPace(lambda: joined[0])
-        monkeypatch.setattr(pace, "note", lambda turn, *told, drafted: turns.append((turn, *told)))
+        monkeypatch.setattr(pace, "note", lambda turn, *told, **_: turns.append((turn, *told)))
         read = Decoder.read
 
         def counted(self: Decoder, *args: Any, **kw: Any) -> Any:
