@@ -225,22 +225,21 @@ class Trainer:
             if self._is_over():
                 return self._saved()
             self._of_main(lambda: check_uncalibrated(self.out))
-        if not self._is_over():
-            shared = {} if recorded is None else recorded
-            if (key := self.states.key) not in shared:
-                shared[key] = self.states.record()
-            stores = shared[key]
-            self._learn_shortlist(*stores)
-            self._start(stores[0])
-            with self._history() as history:
-                try:
-                    self._follow(*stores, history)
-                except KeyboardInterrupt:
-                    if self.accelerator.is_main_process:
-                        self._checkpoint()
-                    raise
-            for store in stores if recorded is None else ():
-                store.clear()
+        shared = {} if recorded is None else recorded
+        if (key := self.states.key) not in shared:
+            shared[key] = self.states.record()
+        stores = shared[key]
+        self._learn_shortlist(*stores)
+        self._start(stores[0])
+        with self._history() as history:
+            try:
+                self._follow(*stores, history)
+            except KeyboardInterrupt:
+                if self.accelerator.is_main_process:
+                    self._checkpoint()
+                raise
+        for store in stores if recorded is None else ():
+            store.clear()
         return self._best_adapter()
 
     def run_stages(self, resume: bool = False, *, drafts: bool) -> Adapter:

@@ -38,7 +38,7 @@ class Drafts:
         self._room, self._product = room, 1.0
 
     def add(self, token: int, share: float) -> bool:
-        """Keep the next draft, if it is sure enough; whether another may follow.
+        """Keep the next draft, if it is likely enough to be right; whether another may follow.
 
         share: its probability.
         """
