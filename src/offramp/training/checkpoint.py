@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,14 @@ def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
             )
 
 
-@contextmanager
-def held(adapter: str | Path) -> Iterator[None]:
-    """Hold an adapter's folder from what is read of it to what is written, as training does; a
-    name that is no folder on this machine is not held.
+def held(adapter: str | Path) -> AbstractContextManager[None]:
+    """While an adapter's folder is held, from what is read of it to what is written, as training
+    does; a name that is no folder on this machine is not.
 
     Raises:
         StorageError: another process holds it, or it cannot be written.
     """
-    with locked_folder(adapter, f"{FOLDER}/.lock") if os.path.isdir(adapter) else nullcontext():
-        yield
+    return locked_folder(adapter, f"{FOLDER}/.lock") if os.path.isdir(adapter) else nullcontext()
 
 
 def check_uncalibrated(folder: Path) -> None:
