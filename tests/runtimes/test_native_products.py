@@ -66,11 +66,32 @@ def rounded(x: Array) -> Array:
     return (np.rint(blocks * (127 / most)) * (most / 127)).reshape(x.shape)
 
 
+HALVES = ("f16", "bf16")
+
+
+def rounded_to_16(x: Array) -> Array:
+    """In blocks of 32, whose magnitudes are at most 65520 steps in all, and a half for each."""
+    blocks = x.reshape(len(x), -1, 32)
+    sizes = np.abs(blocks)
+    step = np.maximum(sizes.max(-1) / np.float32(32767), sizes.sum(-1) / np.float32(65520))
+    step = np.maximum(step, np.float32(1e-30))[..., None]
+    return (np.rint(blocks * (1 / step)) * step).reshape(x.shape)
+
+
+def read_as(formats: str, x: Array, weights: Array) -> tuple[Array, Array]:
+    """Activations and weights as the kernels multiply them: halves by integers of 16 bits."""
+    if formats not in HALVES:
+        return rounded(x), weights
+    most = np.abs(weights).max(1, keepdims=True)
+    return rounded_to_16(x), np.rint(weights * (32767 / most)) * (most / 32767)
+
+
 @pytest.mark.parametrize("formats", FORMATS)
 def test_a_product_is_that_of_its_numbers(
     formats: str, instructions: None, exported: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the file's weights and the activations, to float32's last bits; by llama.cpp nearly so."""
+    """Of the file's weights and the activations, as they are read, to float32's last bits; by
+    llama.cpp nearly so."""
     import gguf
 
     tap, states, wanted = segment.Tap, {}, ""
@@ -90,25 +111,30 @@ def test_a_product_is_that_of_its_numbers(
     weight = gguf.quants.dequantize(gate.data, gate.tensor_type)
     for by_ours, nearly in ((True, 2e-6), (False, 1e-2)):
         x = states["ffn_norm-0", by_ours]
-        expected = (x if formats in ("f16", "bf16") else rounded(x)) @ weight.T
+        x, weight = read_as(formats, x, weight)
+        expected = x @ weight.T
         assert expected.shape == (45, 64)
         away = np.abs(states["ffn_gate-0", by_ours] - expected).max()
         assert away < nearly * np.abs(expected).max()
 
 
-BLOCKS = ("q8_0", "q4_1", "q4_0", "iq4_nl", "q4_K", "q5_0", "q5_1", "q5_K", "q6_K")
+BLOCKS = ("f16", "bf16", "q8_0", "q4_1", "q4_0", "iq4_nl", "q4_K", "q5_0", "q5_1", "q5_K", "q6_K")
 ROUNDED = ("q5_0", "q5_1", "q5_K", "q6_K")
 """Those whose weights the kernels round to 8 bits."""
 
 
-def product(formats: str, x: Array, rows: int = 40, seed: int = 1) -> tuple[Array, Array]:
+def drawn(rows: int, columns: int) -> Array:
+    return np.random.default_rng(1).normal(size=(rows, columns)).astype(np.float32) * 0.03
+
+
+def product(formats: str, x: Array, weights: Array | None = None) -> tuple[Array, Array]:
     """What the kernels give [T, rows] for activations [T, columns], outside of llama.cpp, and the
-    weights that llama.cpp's file would hold."""
+    weights that llama.cpp's file would hold; of none, if they leave them to it."""
     import gguf
 
     number = gguf.GGMLQuantizationType[formats.upper()]
-    draw = np.random.default_rng(seed)
-    weights = draw.normal(size=(rows, x.shape[1])).astype(np.float32) * 0.03
+    weights = drawn(40, x.shape[1]) if weights is None else weights
+    rows = len(weights)
     block, size = gguf.GGML_QUANT_SIZES[number]
     data = np.empty((rows, x.shape[1] // block * size), dtype=np.uint8)
     lib = library()._lib
@@ -123,12 +149,12 @@ def product(formats: str, x: Array, rows: int = 40, seed: int = 1) -> tuple[Arra
     multiply.restype = ctypes.c_bool
     multiply.argtypes = [pointer, ctypes.c_int, size_t, size_t, pointer, size_t, size_t, pointer,
                          pointer]  # fmt: skip
-    assert multiply(
+    taken = multiply(
         made.handle, number, rows, x.shape[1], data.ctypes.data, data.shape[1], len(x),
         x.ctypes.data, out.ctypes.data,
     )  # fmt: skip
     made.close()
-    return out, held
+    return (out if taken else out[:0]), held
 
 
 @pytest.mark.parametrize("formats", BLOCKS)
@@ -137,15 +163,60 @@ def test_every_format_that_is_taken_over_is_multiplied(formats: str, instruction
     8, by less than what they were rounded by before."""
     x = np.random.default_rng(0).normal(size=(11, 512)).astype(np.float32)
     found, weights = product(formats, x)
-    exact = rounded(x) @ weights.T
+    numbers, weights = read_as(formats, x, weights)
+    exact = numbers @ weights.T
     if formats in ROUNDED:
         assert np.abs(found - rounded(x) @ rounded(weights).T).max() < 1e-5 * np.abs(exact).max()
     allowed = 1e-2 if formats in ROUNDED else 1e-3 if formats == "q4_K" else 2e-6
     assert np.abs(found - exact).max() < allowed * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("formats", HALVES)
+@pytest.mark.parametrize("outlier", [1, 100])
+def test_halves_are_multiplied_nearer_than_llama_cpp_does(
+    formats: str, outlier: float, instructions: None
+) -> None:
+    """It rounds activations to the weights' own format. outlier: times as large as all others."""
+    x = np.random.default_rng(0).normal(size=(40, 512)).astype(np.float32)
+    x[:, 77] *= outlier
+    found, weights = product(formats, x)
+    exact = x.astype(np.float64) @ weights.T.astype(np.float64)
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[formats]
+    theirs = torch.from_numpy(x).to(dtype).double().numpy() @ weights.T
+    away, by_llama_cpp = (np.square(each - exact).mean() ** 0.5 for each in (found, theirs))
+    assert 0 < away < 0.6 * by_llama_cpp
+
+
+@pytest.mark.parametrize("formats", HALVES)
+def test_sums_of_16_bits_never_overflow(formats: str, instructions: None) -> None:
+    """The largest that there are: all weights alike, and all of a block's activations."""
+    x = np.ones((9, 64), dtype=np.float32) * np.geomspace(1e-20, 1e20, 9, dtype=np.float32)[:, None]
+    weights = np.ones((40, 64), dtype=np.float32)
+    weights[20:] = -1
+    found, _ = product(formats, x, weights)
+    np.testing.assert_allclose(found, x @ weights.T, rtol=2.5e-4)
+
+
+@pytest.mark.parametrize("formats", HALVES)
+def test_rows_that_16_bits_do_not_hold_are_left_to_llama_cpp(
+    formats: str, instructions: None
+) -> None:
+    """A number beside which all others are small; not where they are powers of two, or none."""
+    x = np.random.default_rng(0).normal(size=(3, 8192)).astype(np.float32)
+    weights = drawn(40, 8192)
+    assert len(product(formats, x, weights)[0]) == 3
+    weights[33, 5] = 3
+    assert not len(product(formats, x, weights)[0])
+    weights[33] = 0
+    weights[33, :7] = 2.0 ** np.arange(-6, 1)
+    found, held = product(formats, x, weights)
+    np.testing.assert_allclose(found[:, 33], x @ held[33], rtol=1e-3)
+    weights[33, 5] = np.nan
+    assert not len(product(formats, x, weights)[0])
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("formats", ["q8_0", "q4_1", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize("formats", FORMATS)
 def test_what_is_no_number_stays_none(formats: str, bad: float, instructions: None) -> None:
     x = np.random.default_rng(0).normal(size=(9, 64)).astype(np.float32)
     plain, _ = product(formats, x)
@@ -156,13 +227,14 @@ def test_what_is_no_number_stays_none(formats: str, bad: float, instructions: No
     assert np.array_equal(found[others], plain[others])
 
 
-@pytest.mark.parametrize("formats", ["q8_0", "q4_1", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize("small", [1e-4, 1e-8, 1e-20])
 def test_small_blocks_count(formats: str, small: float, instructions: None) -> None:
     x = np.zeros((3, 96), dtype=np.float32)
     x[:, 32:64] = np.random.default_rng(0).normal(size=(3, 32)) * small
     found, weights = product(formats, x)
-    expected = rounded(x[:, 32:64]) @ weights[:, 32:64].T
+    numbers, weights = read_as(formats, x, weights)
+    expected = numbers @ weights.T
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
@@ -174,7 +246,7 @@ def test_threads_that_end_leave_no_memory_behind() -> None:
     kept = []
 
     def run() -> None:
-        kept.append(product("q8_0", x, rows=32)[0].sum())
+        kept.append(product("q8_0", x, drawn(32, 4096))[0].sum())
 
     def megabytes() -> float:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

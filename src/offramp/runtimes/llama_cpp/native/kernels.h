@@ -17,15 +17,15 @@ enum { HALVES = 2, ROWS = HALVES * LANES, BLOCK = 32, VECTOR = 4 * LANES };  // 
 
 // -- formats ---------------------------------------------------------------------------------
 
-INLINE bool is_float(enum ggml_type type) { return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16; }
-
-// What a weight is packed as. q4_K's blocks of 32 are q4_1's, with scales of their own. Those of 5 and 6
-// bits are rounded to 8, which adds a sixteenth of a step to what they were rounded by: llama.cpp has no
-// quick kernels for them, and several rows take several times as long there. Others are unknown.
+// What a weight is packed as. Halves become integers of 16 bits with a scale a row: a processor multiplies
+// two of them in the time of one in float32. q4_K's blocks of 32 are q4_1's, with scales of their own.
+// Those of 5 and 6 bits are rounded to 8, which adds a sixteenth of a step to what they were rounded by:
+// llama.cpp has no quick kernels for them, and several rows take several times as long there. Others are
+// unknown.
 INLINE enum ggml_type packed_as(enum ggml_type type) {
     switch (type) {
-        case GGML_TYPE_F16: case GGML_TYPE_BF16: case GGML_TYPE_Q8_0: case GGML_TYPE_Q4_0:
-        case GGML_TYPE_Q4_1: case GGML_TYPE_IQ4_NL: return type;
+        case GGML_TYPE_F16: case GGML_TYPE_BF16: return GGML_TYPE_I16;
+        case GGML_TYPE_Q8_0: case GGML_TYPE_Q4_0: case GGML_TYPE_Q4_1: case GGML_TYPE_IQ4_NL: return type;
         case GGML_TYPE_Q4_K: return GGML_TYPE_Q4_1;
         case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K: return GGML_TYPE_Q8_0;
         default: return GGML_TYPE_COUNT;
@@ -39,19 +39,26 @@ INLINE int bias_of(enum ggml_type type) {
     return type == GGML_TYPE_Q4_0 ? 8 : has_sign(type) && !SIGNED_PRODUCTS ? 128 : 0;
 }
 
-// Bytes of a group's blocks here: integers, then scales in float32 (q4_1: scales and minima in float16).
+// Integers of 32 bits that hold 32 weights.
+INLINE int words(enum ggml_type type) { return type == GGML_TYPE_I16 ? 16 : type == GGML_TYPE_Q8_0 ? 8 : 4; }
+
+// Bytes of a group's scales, in float32 (q4_1: scales and minima in float16).
+enum { SCALES = HALVES * VECTOR };
+
+// Bytes of a group's blocks here: integers, then scales, if they have some of their own.
 INLINE size_t packed_bytes(enum ggml_type type) {
-    return is_float(type) ? 2 * BLOCK * ROWS : HALVES * (type == GGML_TYPE_Q8_0 ? 9 : 5) * VECTOR;
+    return words(type) * HALVES * VECTOR + (type == GGML_TYPE_I16 ? 0 : SCALES);
 }
 
+// With 16 bits, the rows' scales stand behind the blocks.
 INLINE size_t group_bytes(enum ggml_type type, size_t columns) {
-    return columns / BLOCK * packed_bytes(type);
+    return columns / BLOCK * packed_bytes(type) + (type == GGML_TYPE_I16 ? SCALES : 0);
 }
 
-// 32 weights of a row: d * integer + m. 8 bits each, or 4, the first 16 in the lower halves of bytes.
+// 32 weights of a row: d * integer + m. 16 bits each, 8, or 4, the first 16 in the lower halves of bytes.
 struct block {
     float d, m;
-    uint8_t integers[BLOCK];
+    uint8_t integers[2 * BLOCK];
 };
 
 // Block b of a row in llama.cpp's memory.
@@ -89,13 +96,13 @@ static struct block rounded(const float * x) {
 
 // A block into its row's lane, 0 to ROWS - 1. type: packed_as.
 static void pack_block(enum ggml_type type, const struct block * block, uint8_t * to, size_t lane) {
-    const size_t integers = packed_bytes(type) - HALVES * VECTOR;
+    const size_t integers = words(type) * HALVES * VECTOR;
     uint8_t * scale = to + integers + lane / LANES * VECTOR;
     if (type == GGML_TYPE_Q4_1) {
         const uint16_t d = _cvtss_sh(block->d, 0), m = _cvtss_sh(block->m, 0);
         memcpy(scale + 2 * (lane % LANES), &d, 2);
         memcpy(scale + VECTOR / 2 + 2 * (lane % LANES), &m, 2);
-    } else {
+    } else if (type != GGML_TYPE_I16) {
         memcpy(scale + 4 * (lane % LANES), &block->d, 4);
     }
     const uint8_t * from = block->integers;
@@ -109,45 +116,102 @@ static void pack_block(enum ggml_type type, const struct block * block, uint8_t 
 
 typedef void (*to_floats_t)(const void *, float *, int64_t);
 
-// from: rows of `stride` bytes. to_float: of the type. numbers: room for a row.
-static void pack_rows(enum ggml_type type, size_t rows, size_t columns, const uint8_t * from, size_t stride,
-                      to_floats_t to_float, float * numbers, uint8_t * to) {
-    const enum ggml_type as = packed_as(type);
-    const bool rounds = as == GGML_TYPE_Q8_0 && type != as;
-    for (size_t row = 0; row < rows; row++, from += stride) {
-        uint8_t * group = to + row / ROWS * group_bytes(as, columns);
-        if (rounds) to_float(from, numbers, columns);
-        for (size_t b = 0; b < columns / BLOCK; b++, group += packed_bytes(as)) {
-            if (is_float(type)) {
-                for (size_t k = 0; k < BLOCK; k++)
-                    memcpy(group + 2 * (ROWS * k + row % ROWS), from + 2 * (b * BLOCK + k), 2);
-                continue;
-            }
-            const struct block block = rounds ? rounded(numbers + b * BLOCK) : block_of(type, from, b);
+// The largest of a row's numbers without their signs, as `largest_of_32` has it.
+static float largest_of(const float * x, size_t columns) {
+    float most = 0.0f;
+    for (size_t k = 0; k < columns; k += BLOCK) {
+        const float some = largest_of_32(x + k);
+        if (!(some <= most)) most = some;
+    }
+    return most;
+}
+
+// What takes numbers of at most so much to 16 bits.
+INLINE float up_to_16_bits(float most) { return most > 1e-30f ? 32767.0f / most : 0.0f; }
+
+// 32 weights of a row whose largest is given, in 16 bits.
+static struct block rounded_to_16(const float * x, float most) {
+    struct block block = {0};
+    round_32_to_16(x, up_to_16_bits(most), block.integers);
+    return block;
+}
+
+// Whether 16 bits hold a row: what is rounded off has at most 2^-11 of its length, as in float16. So it
+// is where the largest of its numbers is up to 55 times their root mean square.
+static bool keeps_in_16_bits(const float * x, size_t columns) {
+    const float most = largest_of(x, columns);
+    const floats up = all_floats(up_to_16_bits(most)), down = all_floats(-most / 32767.0f);
+    floats off = all_floats(0.0f), all = off;
+    for (size_t k = 0; k < columns; k += LANES) {
+        const floats some = load_any(x + k);
+        const floats lost = product_plus(rounded_to_integers(product(some, up)), down, some);
+        off = product_plus(lost, lost, off);
+        all = product_plus(some, some, all);
+    }
+    return sum_of(off) <= 0x1p-22f * sum_of(all);
+}
+
+// Rows that are packed one after the other. from: rows of `stride` bytes. to_float: of the type.
+// numbers: room for a row.
+struct rows {
+    enum ggml_type type;
+    size_t rows, columns, stride;
+    const uint8_t * from;
+    to_floats_t to_float;
+    float * numbers;
+};
+
+// Whether what rows are packed as holds them.
+static bool rows_fit(const struct rows * r) {
+    for (size_t row = 0; packed_as(r->type) == GGML_TYPE_I16 && row < r->rows; row++) {
+        r->to_float(r->from + row * r->stride, r->numbers, r->columns);
+        if (!keeps_in_16_bits(r->numbers, r->columns)) return false;
+    }
+    return true;
+}
+
+static void pack_rows(const struct rows * r, uint8_t * to) {
+    const enum ggml_type as = packed_as(r->type);
+    const bool halves = as == GGML_TYPE_I16, rounds = as == GGML_TYPE_Q8_0 && as != r->type;
+    for (size_t row = 0; row < r->rows; row++) {
+        const uint8_t * from = r->from + row * r->stride;
+        uint8_t * group = to + row / ROWS * group_bytes(as, r->columns);
+        if (halves || rounds) r->to_float(from, r->numbers, r->columns);
+        const float most = halves ? largest_of(r->numbers, r->columns) : 0.0f, d = most / 32767.0f;
+        for (size_t b = 0; b < r->columns / BLOCK; b++, group += packed_bytes(as)) {
+            const float * numbers = r->numbers + b * BLOCK;
+            const struct block block = halves   ? rounded_to_16(numbers, most)
+                                       : rounds ? rounded(numbers)
+                                                : block_of(r->type, from, b);
             pack_block(as, &block, group, row % ROWS);
         }
+        if (halves) memcpy(group + 4 * (row % ROWS), &d, 4);
     }
 }
 
 // -- activations ------------------------------------------------------------------------------
 
-// 32 numbers of a token as integers: x = d * q. s: their sum. c: what takes a weight's bias off.
+// 32 numbers of a token as integers: x = d * q. s: their sum. c: what takes a weight's bias off. q: four
+// to a number, or two of 16 bits; those have no s and no c.
 struct quantised {
-    int32_t q[BLOCK / 4];  // four to a number
     float d, s;
     int32_t c, unused;
+    int32_t q[];
 };
 
+INLINE size_t quantised_bytes(enum ggml_type type) {
+    return sizeof(struct quantised) + (type == GGML_TYPE_I16 ? 2 : 1) * BLOCK;
+}
+
 // Tokens are taken `MOST` at a time, and the last ones that are left. Of such a chunk they lie block
-// after block, or column after column in float32, and in each token after token: as they are read.
+// after block, and in each token after token: as they are read.
 struct activations {
     size_t tokens;
-    const float * x;
-    const struct quantised * blocks;
+    const uint8_t * blocks;
 };
 
 static size_t activations_bytes(enum ggml_type type, size_t columns, size_t tokens) {
-    return tokens * (is_float(type) ? columns * sizeof(float) : columns / BLOCK * sizeof(struct quantised));
+    return tokens * (columns / BLOCK) * quantised_bytes(type);
 }
 
 // As llama.cpp rounds them, but with scales in float32. A block that holds no number, or an infinite
@@ -155,6 +219,7 @@ static size_t activations_bytes(enum ggml_type type, size_t columns, size_t toke
 INLINE void quantise(const float * x, int bias, struct quantised * to) {
     const float most = largest_of_32(x);
     if (!(most < INFINITY)) {
+        memset(to->q, 0, BLOCK);
         *to = (struct quantised) {.d = NAN, .s = NAN};
         return;
     }
@@ -164,80 +229,90 @@ INLINE void quantise(const float * x, int bias, struct quantised * to) {
     to->c = -bias * sum;
 }
 
+// To 16 bits, but so that magnitudes are at most 65536 in all: 32 products with a weight's integers then
+// are less than 2^31. llama.cpp rounds to float16, by more.
+INLINE void quantise_16(const float * x, struct quantised * to) {
+    const float most = largest_of_32(x);
+    const bool finite = most < 1e37f;  // so is a sum of 32
+    floats magnitudes = all_floats(0.0f);
+    for (size_t k = 0; k < BLOCK; k += LANES) {
+        const floats some = load_any(x + k);
+        magnitudes = sum(magnitudes, larger(some, product(some, all_floats(-1.0f))));
+    }
+    const float d = fmaxf(most / 32767.0f, sum_of(magnitudes) / 65520.0f);
+    to->d = finite ? d : NAN;
+    round_32_to_16(x, finite && most > 1e-30f ? 1.0f / d : 0.0f, to->q);
+}
+
 // x: rows of tokens, `stride` numbers apart. memory: of `activations_bytes`. Each thread does its share.
 static void arrange(enum ggml_type type, size_t columns, size_t tokens, const float * x, size_t stride,
-                    void * memory, int thread, int threads) {
-    float * numbers = memory;
-    struct quantised * to = memory;
+                    uint8_t * memory, int thread, int threads) {
     const size_t blocks = columns / BLOCK, all = (tokens + MOST - 1) / MOST * blocks;
     for (size_t i = all * thread / threads; i < all * (thread + 1) / threads; i++) {
         const size_t first = i / blocks * MOST, b = i % blocks;
         const size_t chunk = tokens - first < MOST ? tokens - first : MOST;
-        const float * from = x + first * stride + b * BLOCK;
-        if (is_float(type) && chunk == 1)
-            memcpy(numbers + first * columns + b * BLOCK, from, BLOCK * sizeof *from);
-        else if (is_float(type))
-            for (size_t k = 0; k < BLOCK; k++)
-                for (size_t n = 0; n < chunk; n++)
-                    numbers[first * columns + (b * BLOCK + k) * chunk + n] = from[n * stride + k];
-        else
-            for (size_t n = 0; n < chunk; n++)
-                quantise(from + n * stride, bias_of(type), &to[first * blocks + b * chunk + n]);
+        for (size_t n = 0; n < chunk; n++) {
+            const float * from = x + (first + n) * stride + b * BLOCK;
+            struct quantised * to = (void *) (memory + (first * blocks + b * chunk + n) * quantised_bytes(type));
+            if (type == GGML_TYPE_I16)
+                quantise_16(from, to);
+            else
+                quantise(from, bias_of(type), to);
+        }
     }
 }
 
 // -- one group of rows, some tokens -----------------------------------------------------------
 
-INLINE floats load_weights(enum ggml_type type, const uint8_t * w) {
-    return type == GGML_TYPE_F16 ? load_halves(w) : load_bf16(w);
-}
-
-INLINE void float_group(enum ggml_type type, const uint8_t * w, size_t columns, const int tokens,
-                        const struct activations * a, size_t first, floats sums[HALVES][MOST]) {
-    const float * x = a->x + first * columns;
-    for (size_t k = 0; k < columns; k++, w += 2 * ROWS, x += tokens) {
-        const floats lower = load_weights(type, w), upper = load_weights(type, w + 2 * LANES);
-        UNROLL for (int n = 0; n < tokens; n++) {
-            sums[0][n] = product_plus(lower, all_floats(x[n]), sums[0][n]);
-            sums[1][n] = product_plus(upper, all_floats(x[n]), sums[1][n]);
-        }
-    }
-}
-
-// Four columns of a block, those from 4 * j on.
+// A word of each row of a block: two columns from 2 * j on, or four from 4 * j on.
 INLINE ints load_integers(enum ggml_type type, const uint8_t * w, int j, int half) {
     const int8_t steps[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-    if (type == GGML_TYPE_Q8_0) return load_ints(w + (HALVES * j + half) * VECTOR);
-    const ints pairs = load_ints(w + (HALVES * (j % 4) + half) * VECTOR);
-    const ints nibbles = j < 4 ? low_nibbles(pairs) : high_nibbles(pairs);
+    const ints word = load_ints(w + (HALVES * (j % words(type)) + half) * VECTOR);
+    if (words(type) > 4) return word;
+    const ints nibbles = j < 4 ? low_nibbles(word) : high_nibbles(word);
     if (type != GGML_TYPE_IQ4_NL) return nibbles;
     return looked_up(nibbles, _mm_add_epi8(_mm_loadu_si128((const void *) steps), _mm_set1_epi8(bias_of(type))));
 }
 
+INLINE ints multiply_word(enum ggml_type type, ints sums, ints w, int32_t x) {
+    return type == GGML_TYPE_I16 ? pairs_plus(sums, w, all_ints(x)) : dot_plus(sums, w, all_ints(x), has_sign(type));
+}
+
 INLINE void integer_group(enum ggml_type type, const uint8_t * w, size_t columns, const int tokens,
                           const struct activations * a, size_t first, floats sums[HALVES][MOST]) {
-    const struct quantised * x = a->blocks + first * (columns / BLOCK);
-    for (size_t k = 0; k < columns; k += BLOCK, w += packed_bytes(type), x += tokens) {
+    const uint8_t * blocks = a->blocks + first * (columns / BLOCK) * quantised_bytes(type);
+    const int steps = type == GGML_TYPE_I16 ? BLOCK / 2 : BLOCK / 4;
+    for (size_t k = 0; k < columns; k += BLOCK, w += packed_bytes(type), blocks += tokens * quantised_bytes(type)) {
+        const struct quantised * x[MOST];
         ints dots[HALVES][MOST];
-        UNROLL for (int n = 0; n < tokens; n++)
-            dots[0][n] = dots[1][n] = all_ints(bias_of(type) ? x[n].c : 0);
-        UNROLL for (int j = 0; j < BLOCK / 4; j++) {
+        UNROLL for (int n = 0; n < tokens; n++) {
+            x[n] = (const void *) (blocks + n * quantised_bytes(type));
+            dots[0][n] = dots[1][n] = all_ints(bias_of(type) ? x[n]->c : 0);
+        }
+        UNROLL for (int j = 0; j < steps; j++) {
             const ints lower = load_integers(type, w, j, 0), upper = load_integers(type, w, j, 1);
             UNROLL for (int n = 0; n < tokens; n++) {
-                dots[0][n] = dot_plus(dots[0][n], lower, all_ints(x[n].q[j]), has_sign(type));
-                dots[1][n] = dot_plus(dots[1][n], upper, all_ints(x[n].q[j]), has_sign(type));
+                dots[0][n] = multiply_word(type, dots[0][n], lower, x[n]->q[j]);
+                dots[1][n] = multiply_word(type, dots[1][n], upper, x[n]->q[j]);
             }
         }
         UNROLL for (int half = 0; half < HALVES; half++) {
-            const uint8_t * at = w + packed_bytes(type) - (HALVES - half) * VECTOR;
-            const floats scales = type == GGML_TYPE_Q4_1 ? load_halves(at) : load_floats(at);
+            const uint8_t * at = w + words(type) * HALVES * VECTOR + half * VECTOR;
             UNROLL for (int n = 0; n < tokens; n++) {
                 const floats dot = to_floats(dots[half][n]);
-                sums[half][n] = product_plus(dot, product(scales, all_floats(x[n].d)), sums[half][n]);
+                floats scale = all_floats(x[n]->d);
+                if (type == GGML_TYPE_Q4_1) scale = product(load_halves(at), scale);
+                else if (type != GGML_TYPE_I16) scale = product(load_floats(at), scale);
+                sums[half][n] = product_plus(dot, scale, sums[half][n]);
                 if (type == GGML_TYPE_Q4_1)
-                    sums[half][n] = product_plus(load_halves(at + VECTOR / 2), all_floats(x[n].s), sums[half][n]);
+                    sums[half][n] = product_plus(load_halves(at + VECTOR / 2), all_floats(x[n]->s), sums[half][n]);
             }
         }
+    }
+    if (type != GGML_TYPE_I16) return;
+    UNROLL for (int n = 0; n < tokens; n++) {  // the rows' scales
+        sums[0][n] = product(sums[0][n], load_floats(w));
+        sums[1][n] = product(sums[1][n], load_floats(w + VECTOR));
     }
 }
 
@@ -255,10 +330,7 @@ INLINE void some_tokens(enum ggml_type type, const struct product * p, const str
     floats sums[HALVES][MOST];
     UNROLL for (int n = 0; n < tokens; n++) sums[0][n] = sums[1][n] = all_floats(0.0f);
     const uint8_t * w = p->packed + group * group_bytes(type, p->columns);
-    if (is_float(type))
-        float_group(type, w, p->columns, tokens, a, first, sums);
-    else
-        integer_group(type, w, p->columns, tokens, a, first, sums);
+    integer_group(type, w, p->columns, tokens, a, first, sums);
     const size_t left = p->rows - group * ROWS;
     UNROLL for (int n = 0; n < tokens; n++) {
         float * out = p->out + (first + n) * p->stride + group * ROWS;
@@ -288,8 +360,7 @@ INLINE void all_tokens(enum ggml_type type, const struct product * p, const stru
 
 static void multiply_packed(enum ggml_type type, const struct product * p, const struct activations * a) {
     switch (type) {
-        case GGML_TYPE_F16: all_tokens(GGML_TYPE_F16, p, a); break;
-        case GGML_TYPE_BF16: all_tokens(GGML_TYPE_BF16, p, a); break;
+        case GGML_TYPE_I16: all_tokens(GGML_TYPE_I16, p, a); break;
         case GGML_TYPE_Q8_0: all_tokens(GGML_TYPE_Q8_0, p, a); break;
         case GGML_TYPE_Q4_0: all_tokens(GGML_TYPE_Q4_0, p, a); break;
         case GGML_TYPE_Q4_1: all_tokens(GGML_TYPE_Q4_1, p, a); break;

@@ -3,7 +3,7 @@
 // A token at a time is bound by reading weights, so tokens that catch up together should cost hardly
 // more than one; by llama.cpp's kernels two cost up to two and a half times as much. Here a weight is
 // packed for kernels that read it once, from front to end, for up to 8 tokens. Activations are rounded
-// to 8 bits in blocks of 32 for quantised weights, as llama.cpp does it, and stay float32 for others.
+// in blocks of 32: to 8 bits for quantised weights, as llama.cpp does it, and to 16 for others.
 //
 // A graph's node is taken over while llama.cpp asks its callback about it, before it is computed:
 // MUL_MAT, FLASH_ATTN_EXT or RMS_NORM becomes CUSTOM, an operation of ggml's public interface, with the same sources.
@@ -90,7 +90,7 @@ static void multiply(struct ggml_tensor * out, int thread, int threads, void * u
         all->arranged = x;
         all->arranged_for = weight->type;
     }
-    const struct activations a = {tokens, all->scratch, all->scratch};
+    const struct activations a = {tokens, all->scratch};
     multiply_packed(weight->type, &product, &a);
 }
 
@@ -183,10 +183,12 @@ static void pack(struct products * all, struct weight * weight) {
     const size_t groups = (weight->rows + ROWS - 1) / ROWS;
     const size_t bytes = groups * group_bytes(weight->type, weight->columns);
     float * numbers = malloc(weight->columns * sizeof *numbers);
-    uint8_t * packed = numbers ? take(all, bytes) : NULL;
-    if (packed)
-        pack_rows(tensor->type, weight->rows, weight->columns, tensor->data, tensor->nb[1],
-                  all->traits(tensor->type)->to_float, numbers, packed);
+    const struct rows rows = {
+        tensor->type, weight->rows, weight->columns, tensor->nb[1], tensor->data,
+        all->traits(tensor->type)->to_float, numbers,
+    };
+    uint8_t * packed = numbers && rows_fit(&rows) ? take(all, bytes) : NULL;
+    if (packed) pack_rows(&rows, packed);
     free(numbers);
     if (!packed) return;
     weight->custom = custom_of(all, tensor, multiply, weight);
@@ -214,7 +216,7 @@ static struct weight ** place_of(struct weight ** seen, size_t slots, const stru
     return &seen[at];
 }
 
-// The weight of a tensor, packed when it is first seen; none where memory ran out.
+// The weight of a tensor, packed when it is first seen, if it can be; none where memory ran out.
 static struct weight * weight_of(struct products * all, const struct ggml_tensor * tensor) {
     if (2 * all->count >= all->slots) {
         const size_t slots = all->slots ? 2 * all->slots : 1024;
@@ -367,7 +369,7 @@ void offramp_products_offer(void * products, void * tensor) {
 // -- outside of llama.cpp -------------------------------------------------------------------------
 
 // A product outside of llama.cpp. weights: rows as llama.cpp holds them, of `stride` bytes; x: [tokens,
-// columns]. False where the type is not known or memory ran out.
+// columns]. False where the type is not known, does not hold the weights, or memory ran out.
 bool offramp_product(void * products, int type, size_t rows, size_t columns, const void * weights, size_t stride,
                      size_t tokens, const float * x, float * out) {
     struct products * all = products;
@@ -375,14 +377,15 @@ bool offramp_product(void * products, int type, size_t rows, size_t columns, con
     if (as == GGML_TYPE_COUNT) return false;
     const struct weight weight = {.all = all, .type = as, .rows = rows, .columns = columns};
     const size_t groups = (rows + ROWS - 1) / ROWS;
-    uint8_t * packed = take(all, groups * group_bytes(as, columns));
     float * numbers = malloc(columns * sizeof *numbers);
-    const bool possible = packed && numbers && has_room(all, &weight, tokens);
+    const struct rows from = {type, rows, columns, stride, weights, all->traits(type)->to_float, numbers};
+    uint8_t * packed = numbers && rows_fit(&from) ? take(all, groups * group_bytes(as, columns)) : NULL;
+    const bool possible = packed && has_room(all, &weight, tokens);
     if (possible) {
-        pack_rows(type, rows, columns, weights, stride, all->traits(type)->to_float, numbers, packed);
+        pack_rows(&from, packed);
         arrange(as, columns, tokens, x, columns, all->scratch, 0, 1);
         const struct product product = {packed, rows, columns, 0, groups, rows, out};
-        multiply_packed(as, &product, &(struct activations) {tokens, all->scratch, all->scratch});
+        multiply_packed(as, &product, &(struct activations) {tokens, all->scratch});
     }
     free(numbers);
     return possible;

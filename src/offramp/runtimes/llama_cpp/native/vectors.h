@@ -35,9 +35,6 @@ static bool vectors_run(void) {
 INLINE floats all_floats(float x) { return _mm512_set1_ps(x); }
 INLINE floats load_floats(const void * p) { return _mm512_load_ps(p); }
 INLINE floats load_halves(const void * p) { return _mm512_cvtph_ps(_mm256_load_si256(p)); }
-INLINE floats load_bf16(const void * p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_load_si256(p)), 16));
-}
 INLINE floats product(floats a, floats b) { return _mm512_mul_ps(a, b); }
 INLINE floats product_plus(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE floats to_floats(ints a) { return _mm512_cvtepi32_ps(a); }
@@ -63,6 +60,9 @@ INLINE ints dot_plus(ints sums, ints u, ints x, bool with_sign) {
     return _mm512_dpbusd_epi32(sums, u, x);
 }
 
+// sums + w * x, two numbers of 16 bits to a lane.
+INLINE ints pairs_plus(ints sums, ints w, ints x) { return _mm512_dpwssd_epi32(sums, w, x); }
+
 // The largest of 32 numbers without their signs; where one is infinite or no number, that. As
 // integers, their bits are in this order.
 INLINE float largest_of_32(const float * x) {
@@ -80,6 +80,14 @@ INLINE int round_32(const float * x, float up, int32_t * q) {
     return _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
 }
 
+// 32 numbers, scaled and rounded to 16 bits.
+INLINE void round_32_to_16(const float * x, float up, void * q) {
+    for (int i = 0; i < 2; i++) {
+        const ints some = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), all_floats(up)));
+        _mm256_storeu_si256((__m256i *) q + i, _mm512_cvtepi32_epi16(some));
+    }
+}
+
 #else  // AVX2
 
 #define INSTRUCTIONS "AVX2"
@@ -95,9 +103,6 @@ static bool vectors_run(void) {
 INLINE floats all_floats(float x) { return _mm256_set1_ps(x); }
 INLINE floats load_floats(const void * p) { return _mm256_load_ps(p); }
 INLINE floats load_halves(const void * p) { return _mm256_cvtph_ps(_mm_load_si128(p)); }
-INLINE floats load_bf16(const void * p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_load_si128(p)), 16));
-}
 INLINE floats product(floats a, floats b) { return _mm256_mul_ps(a, b); }
 INLINE floats product_plus(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE floats to_floats(ints a) { return _mm256_cvtepi32_ps(a); }
@@ -134,6 +139,8 @@ INLINE ints dot_plus(ints sums, ints u, ints x, bool with_sign) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
+INLINE ints pairs_plus(ints sums, ints w, ints x) { return _mm256_add_epi32(sums, _mm256_madd_epi16(w, x)); }
+
 INLINE int sum_of_ints(ints a) {
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
@@ -159,6 +166,15 @@ INLINE int round_32(const float * x, float up, int32_t * q) {
     const ints order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // both halves were packed by themselves
     _mm256_storeu_si256((void *) q, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
     return sum_of_ints(_mm256_add_epi32(_mm256_add_epi32(four[0], four[1]), _mm256_add_epi32(four[2], four[3])));
+}
+
+INLINE void round_32_to_16(const float * x, float up, void * q) {
+    for (int i = 0; i < 2; i++) {
+        const ints low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 16 * i), all_floats(up)));
+        const ints high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 16 * i + 8), all_floats(up)));
+        // both halves are packed by themselves
+        _mm256_storeu_si256((ints *) q + i, _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
+    }
 }
 
 #endif
