@@ -163,7 +163,7 @@ def _check_working_folder() -> None:
 
 def _be_quiet(program: Program) -> None:
     """Results and errors alone: no lines of ours, no bars of Hugging Face, no warnings."""
-    for name in ("offramp", program.package):
+    for name in ("", "offramp", program.package):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # for what is imported later
@@ -184,11 +184,12 @@ _BARS = (
 def _prepare_logging(program: Program) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for package in ("offramp", program.package):
-        logging.getLogger(package).setLevel(logging.NOTSET)  # as before an earlier --quiet
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger().setLevel(logging.INFO)
+    for package in ("offramp", program.package):  # as before an earlier --quiet
+        logging.getLogger(package).setLevel(logging.NOTSET)
     logging.raiseExceptions = False  # a closed stderr is no reason to stop
-    for noisy in ("httpx", "huggingface_hub", "accelerate"):
+    for noisy in ("httpx", "huggingface_hub", "accelerate", "torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
