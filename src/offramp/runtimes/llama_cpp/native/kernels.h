@@ -239,7 +239,8 @@ INLINE void quantise_16(const float * x, struct quantised * to) {
         const floats some = load_any(x + k);
         magnitudes = sum(magnitudes, larger(some, product(some, all_floats(-1.0f))));
     }
-    const float d = fmaxf(most / 32767.0f, sum_of(magnitudes) / 65520.0f);
+    const float by_largest = most / 32767.0f, by_sum = sum_of(magnitudes) / 65520.0f;
+    const float d = by_largest > by_sum ? by_largest : by_sum;
     to->d = finite ? d : NAN;
     round_32_to_16(x, finite && most > 1e-30f ? 1.0f / d : 0.0f, to->q);
 }
@@ -278,36 +279,45 @@ INLINE ints multiply_word(enum ggml_type type, ints sums, ints w, int32_t x) {
     return type == GGML_TYPE_I16 ? pairs_plus(sums, w, all_ints(x)) : dot_plus(sums, w, all_ints(x), has_sign(type));
 }
 
-INLINE void integer_group(enum ggml_type type, const uint8_t * w, size_t columns, const int tokens,
-                          const struct activations * a, size_t first, floats sums[HALVES][MOST]) {
-    const uint8_t * blocks = a->blocks + first * (columns / BLOCK) * quantised_bytes(type);
+// A block's products with tokens `from` to `to`. blocks: theirs and the others'.
+INLINE void multiply_block(enum ggml_type type, const uint8_t * w, const uint8_t * blocks, const int from,
+                           const int to, floats sums[HALVES][MOST]) {
     const int steps = type == GGML_TYPE_I16 ? BLOCK / 2 : BLOCK / 4;
+    const struct quantised * x[MOST];
+    ints dots[HALVES][MOST];
+    UNROLL for (int n = from; n < to; n++) {
+        x[n] = (const void *) (blocks + n * quantised_bytes(type));
+        dots[0][n] = dots[1][n] = all_ints(bias_of(type) ? x[n]->c : 0);
+    }
+    UNROLL for (int j = 0; j < steps; j++) {
+        const ints lower = load_integers(type, w, j, 0), upper = load_integers(type, w, j, 1);
+        UNROLL for (int n = from; n < to; n++) {
+            dots[0][n] = multiply_word(type, dots[0][n], lower, x[n]->q[j]);
+            dots[1][n] = multiply_word(type, dots[1][n], upper, x[n]->q[j]);
+        }
+    }
+    UNROLL for (int half = 0; half < HALVES; half++) {
+        const uint8_t * at = w + (words(type) * HALVES + half) * VECTOR;
+        UNROLL for (int n = from; n < to; n++) {
+            const floats dot = to_floats(dots[half][n]);
+            floats scale = all_floats(x[n]->d);
+            if (type == GGML_TYPE_Q4_1) scale = product(load_halves(at), scale);
+            else if (type != GGML_TYPE_I16) scale = product(load_floats(at), scale);
+            sums[half][n] = product_plus(dot, scale, sums[half][n]);
+            if (type == GGML_TYPE_Q4_1)
+                sums[half][n] = product_plus(load_halves(at + VECTOR / 2), all_floats(x[n]->s), sums[half][n]);
+        }
+    }
+}
+
+INLINE void multiply_group(enum ggml_type type, const uint8_t * w, size_t columns, const int tokens,
+                           const struct activations * a, size_t first, floats sums[HALVES][MOST]) {
+    const uint8_t * blocks = a->blocks + first * (columns / BLOCK) * quantised_bytes(type);
+    // The sums of more than six tokens leave too few registers for the products of all.
+    const int some = type == GGML_TYPE_I16 && tokens > 6 ? 4 : tokens;
     for (size_t k = 0; k < columns; k += BLOCK, w += packed_bytes(type), blocks += tokens * quantised_bytes(type)) {
-        const struct quantised * x[MOST];
-        ints dots[HALVES][MOST];
-        UNROLL for (int n = 0; n < tokens; n++) {
-            x[n] = (const void *) (blocks + n * quantised_bytes(type));
-            dots[0][n] = dots[1][n] = all_ints(bias_of(type) ? x[n]->c : 0);
-        }
-        UNROLL for (int j = 0; j < steps; j++) {
-            const ints lower = load_integers(type, w, j, 0), upper = load_integers(type, w, j, 1);
-            UNROLL for (int n = 0; n < tokens; n++) {
-                dots[0][n] = multiply_word(type, dots[0][n], lower, x[n]->q[j]);
-                dots[1][n] = multiply_word(type, dots[1][n], upper, x[n]->q[j]);
-            }
-        }
-        UNROLL for (int half = 0; half < HALVES; half++) {
-            const uint8_t * at = w + words(type) * HALVES * VECTOR + half * VECTOR;
-            UNROLL for (int n = 0; n < tokens; n++) {
-                const floats dot = to_floats(dots[half][n]);
-                floats scale = all_floats(x[n]->d);
-                if (type == GGML_TYPE_Q4_1) scale = product(load_halves(at), scale);
-                else if (type != GGML_TYPE_I16) scale = product(load_floats(at), scale);
-                sums[half][n] = product_plus(dot, scale, sums[half][n]);
-                if (type == GGML_TYPE_Q4_1)
-                    sums[half][n] = product_plus(load_halves(at + VECTOR / 2), all_floats(x[n]->s), sums[half][n]);
-            }
-        }
+        multiply_block(type, w, blocks, 0, some, sums);
+        if (some < tokens) multiply_block(type, w, blocks, some, tokens, sums);
     }
     if (type != GGML_TYPE_I16) return;
     UNROLL for (int n = 0; n < tokens; n++) {  // the rows' scales
@@ -330,7 +340,7 @@ INLINE void some_tokens(enum ggml_type type, const struct product * p, const str
     floats sums[HALVES][MOST];
     UNROLL for (int n = 0; n < tokens; n++) sums[0][n] = sums[1][n] = all_floats(0.0f);
     const uint8_t * w = p->packed + group * group_bytes(type, p->columns);
-    integer_group(type, w, p->columns, tokens, a, first, sums);
+    multiply_group(type, w, p->columns, tokens, a, first, sums);
     const size_t left = p->rows - group * ROWS;
     UNROLL for (int n = 0; n < tokens; n++) {
         float * out = p->out + (first + n) * p->stride + group * ROWS;
