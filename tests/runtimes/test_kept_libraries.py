@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -181,6 +182,21 @@ def test_where_nothing_can_be_kept_it_is_compiled_each_time(
     cache.mkdir(parents=True)
     (cache / "offramp").symlink_to(cache / "elsewhere")
     assert answer() == 42
+
+
+def test_where_nothing_that_is_kept_may_be_run_it_is_compiled_each_time(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system that was mounted so."""
+    load = ctypes.CDLL
+
+    def run(path: str) -> ctypes.CDLL:
+        if Path(path).parent == cache:
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", run)
+    assert [answer(), answer(), answer()] == [42, 42, 42]
 
 
 @pytest.mark.parametrize("cc", ["env cc", "cc -DX='1 2'", " cc ", ""])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -291,6 +292,21 @@ def test_threads_change_nothing(formats: str, opened: Any) -> None:
     one, three = opened(formats), opened(formats, replace(OURS, threads=3))
     for sizes in ([1] * 4, [9]):
         assert np.array_equal(given(one, sizes), given(three, sizes))
+
+
+@needs_kernels
+def test_more_threads_than_processors_wait_for_each_other_in_turns(opened: Any) -> None:
+    """One that waits gives its processor to the one that it waits for: it took half a minute."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("threads cannot be bound to a processor here")
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        began = time.process_time()
+        given(opened("f16", replace(OURS, threads=4)), [1] * 24)
+        assert time.process_time() - began < 2
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @needs_kernels

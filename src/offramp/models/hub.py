@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def load_model(
     """The model of a hub name or a folder; see `Backbone.from_pretrained`.
 
     Raises:
-        InputError: there is no such model or device, or a package that it needs is missing.
+        InputError: there is no such model or device, a package that it needs is missing, or weights
+            of it are.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -35,7 +37,9 @@ def load_model(
     try:
         text = _is_language_model(name, revision, options)
         kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
-        model: Any = kind.from_pretrained(str(name), revision=revision, dtype=dtype, **options)
+        model, told = kind.from_pretrained(
+            str(name), revision=revision, dtype=dtype, output_loading_info=True, **options
+        )
     except Exception as error:  # damaged files and missing packages raise nearly every builtin
         raise not_loaded(
             f"No vision-language model could be loaded from {str(name)!r}, nor a language model",
@@ -43,9 +47,21 @@ def load_model(
             "Give a folder written by save_pretrained, or a hub name such as "
             "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
         ) from error
+    _check_whole(name, model, told["missing_keys"])
     if device is None or _is_on(model.device, torch.device(device)):
         return model
     return model.to(device)
+
+
+def _check_whole(name: str | Path, model: nn.Module, missing: Iterable[str]) -> None:
+    """Raise `InputError` where weights were not in the files: transformers draws them anew."""
+    drawn = sorted({key for key, _ in model.named_parameters()} & {*missing})
+    if drawn:
+        raise InputError(
+            f"{len(drawn)} weights of {str(name)!r} are not in its files, {drawn[0]} among them.",
+            "Give a folder that is whole; if they are meant to be drawn, load the model with "
+            "transformers and pass it to Backbone.",
+        )
 
 
 def _is_language_model(name: str | Path, revision: str | None, options: dict[str, Any]) -> bool:
@@ -176,7 +192,7 @@ def check_device(name: str) -> None:
     try:
         if torch.empty(0, device=name).is_meta:
             raise NotImplementedError("it holds no numbers")
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
         raise InputError(
             f"The device {name!r} cannot be used: {_reason(error)}",
             "Give cpu, or cuda on a machine with a GPU and a torch that was built for it.",

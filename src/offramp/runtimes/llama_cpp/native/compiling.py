@@ -122,10 +122,10 @@ def _kept(path: Path) -> ctypes.CDLL | None:
         content, digest = (_read_own(file) for file in (path, _beside(path)))
         if hashlib.sha256(content).hexdigest() != digest.decode("ascii", "replace").strip():
             raise OSError(f"{path.name} is not what was compiled")
+        return ctypes.CDLL(str(path))
     except OSError as error:
         log.info("A kept library is not loaded (%s): it is compiled again.", error)
         return None
-    return ctypes.CDLL(str(path))
 
 
 def _read_own(path: Path) -> bytes:

@@ -9,6 +9,7 @@
 // MUL_MAT, FLASH_ATTN_EXT or RMS_NORM becomes CUSTOM, an operation of ggml's public interface, with the same sources.
 
 #define _GNU_SOURCE
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -71,7 +72,9 @@ struct products {
 static void wait_for_all(struct products * all, size_t threads) {
     if (threads == 1) return;
     const size_t before = atomic_fetch_add(&all->arrived, 1);
-    while (atomic_load(&all->arrived) < (before / threads + 1) * threads) _mm_pause();
+    for (int turns = 0; atomic_load(&all->arrived) < (before / threads + 1) * threads; turns++)
+        if (turns < 1000) _mm_pause();
+        else sched_yield();  // there may be more threads than processors
 }
 
 static void multiply(struct ggml_tensor * out, int thread, int threads, void * user) {
