@@ -35,7 +35,7 @@ from offramp.calibration.risk_control import control, p_value
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.data.example import Example
-from offramp.data.scenes.tasks import captions, captions_and_questions, questions
+from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import (
     GenerateFn,
@@ -52,7 +52,7 @@ from offramp.training.trainer import train
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RECORDS
 from offramp_lab.records.record import Record, Some, asked, named
-from offramp_lab.records.subjects import tiny_with
+from offramp_lab.records.subjects import right, tiny_with
 
 RECORD = Record("calibrated")
 DEPTHS = (2, 4)
@@ -61,7 +61,6 @@ MEASURED = ("disagreement", "exact_match_drop")
 METHODS = ("auto", "upper_bound", "learn_then_test")
 FINE = tuple(np.round(np.linspace(0.4, 0.98, 59), 3).tolist())
 """Thresholds of all exits alike among which the boundary is looked for."""
-TASKS = {"captions": captions, "questions": questions}
 POLICY = ExitPolicy()
 
 
@@ -159,8 +158,8 @@ def _row(
 ) -> dict[str, Any]:
     pictures = len(full) // 3
     asked = _examples("test", pictures)
-    right = {name: [_right(answers, name, pictures) for answers in (full, early)] for name in TASKS}
-    every = np.concatenate([np.subtract(*pair) for pair in right.values()])
+    right_full, right_early = right(full, asked), right(early, asked)
+    tasks = {"captions": slice(pictures), "questions": slice(pictures, None)}
     losses = RISKS[calibration.risk].losses(early, full, asked)
     return {
         "risk": calibration.risk,
@@ -181,18 +180,10 @@ def _row(
         "n_test": len(asked),
         "speedup_predicted": calibration.speedup,
         **speedups(timings, name),
-        "quality_drop": float(every.mean()),
-        "quality_full": {n: float(a.mean()) for n, (a, _) in right.items()},
-        "quality_early": {n: float(b.mean()) for n, (_, b) in right.items()},
+        "quality_drop": float((right_full - right_early).mean()),
+        "quality_full": {name: float(right_full[part].mean()) for name, part in tasks.items()},
+        "quality_early": {name: float(right_early[part].mean()) for name, part in tasks.items()},
     }
-
-
-def _right(answers: Sequence[Answer], name: str, pictures: int) -> Any:
-    """Which answers to a task's questions are right, as its world knows."""
-    task = TASKS[name]("test", pictures)
-    asked = answers[:pictures] if name == "captions" else answers[pictures:]
-    pairs = zip(asked, task.examples, strict=True)
-    return np.array([task.correct(answer.text, example) for answer, example in pairs], float)
 
 
 # -- violations.json ------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import torch
 from PIL import Image
 
 from offramp.data.datasets import CAPTION_PROMPT
@@ -59,9 +58,8 @@ def main() -> None:
     )  # fmt: skip
     subject, words = photo(arguments) if arguments.photo else tiny()
     measured = measure(subject, words, arguments)
-    record = RECORD.read(arguments.out)
-    record.setdefault("http", {})[subject.name] = measured
-    RECORD.write(record, arguments.out)
+    others = RECORD.read(arguments.out).get("http", {})
+    RECORD.add({"http": {**others, subject.name: measured}}, arguments.out)
 
 
 def tiny() -> tuple[Subject, list[str]]:
@@ -71,7 +69,7 @@ def tiny() -> tuple[Subject, list[str]]:
 
 def photo(arguments: argparse.Namespace) -> tuple[Subject, list[str]]:
     data, exits = arguments.data, photo_exits(arguments.adapter)
-    adapter, encoder = load_photo(exits, torch.bfloat16)
+    adapter, encoder = load_photo(exits, "bfloat16")
     rows = (data / "flickr8k_captions.jsonl").read_text(encoding="utf-8").splitlines()[-32:]
     asked = [
         Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from examples.photo_vlm.held_out import SIZES
 
 from offramp.adapter import Adapter
@@ -77,7 +76,7 @@ def tiny(kind: str) -> Case:
 
 def photo(data: Path, exits: Path | None = None, planned: int = 6000) -> Case:
     asked, held_out = (half[:PROMPTS] for half in halves(data))
-    model = load_photo(exits, dtype=torch.bfloat16)
+    model = load_photo(exits, dtype="bfloat16")
     return Case(*model, asked, held_out, planned=planned, longest=30)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from examples.photo_vlm.evaluate import LONGEST as CAPTIONS
 from torch import Tensor
 
 from offramp.answers import Answer, Model, generate_answers, generate_by
@@ -14,7 +15,10 @@ from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
+from offramp_lab.experiments.experiment import bar
 from offramp_lab.records.record import Kept
+
+LONGEST: dict[str, Any] = {"max_new_tokens": CAPTIONS["captions"]}
 
 
 class KeptRuntime:
@@ -38,14 +42,13 @@ class KeptRuntime:
         self._images = VisionCache(1 << 28)
 
     def answers(
-        self,
-        encoder: InputProcessor,
-        examples: Sequence[Example],
-        policy: ExitPolicy,
-        **options: Any,
+        self, encoder: InputProcessor, examples: Sequence[Example], policy: ExitPolicy
     ) -> list[Answer]:
         """To each example."""
-        return generate_answers(self, encoder, examples, policy, batch_size=self.rows, **options)
+        return generate_answers(
+            self, encoder, examples, policy, batch_size=self.rows, progress=bar(self.name),
+            **LONGEST,
+        )  # fmt: skip
 
     def generate(
         self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any

@@ -31,7 +31,7 @@ from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.storage import cache_folder
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.ways import ALONE, NEW, Way, alone, beside_alone, written
-from offramp_lab.records.subjects import halves, load_photo, photo_exits
+from offramp_lab.records.subjects import photo, photo_exits
 
 RECORD = Record("runtimes-photo-edge", "runtimes.photo_edge")
 FORMATS = "q8_0", "q4_1"
@@ -41,9 +41,8 @@ ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=50)
     exits = photo_exits(arguments.adapter)
-    adapter, encoder = load_photo(exits)
-    held = halves(arguments.data)[1][: arguments.photographs]
-    inputs = [encoder.prompts([example]) for example in held]
+    subject = photo(arguments, arguments.photographs)
+    adapter, inputs = subject.adapter, subject.prompts()
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for formats in FORMATS:
