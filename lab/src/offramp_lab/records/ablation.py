@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -235,11 +236,7 @@ def damaged(examples: Sequence[Example]) -> list[Example]:
 
 # -- the table ------------------------------------------------------------------------------------
 
-FIGURES = [
-    (place, name)
-    for place in ("in", "out")
-    for name in ("quality", "identical", "tokens", "may_leave")
-]
+FIGURES = [*product(("in", "out"), ("quality", "identical", "tokens", "may_leave"))]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -256,10 +253,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "game": game,
             "seeds": sorted(by_seed),
             **{
-                f"{name}_{place}": {
-                    **_spread([by_seed[s][place][name] for s in sorted(by_seed)]),
-                    **_difference(by_seed, by_game[kind, setting, ALONE], place, name),
-                }
+                f"{name}_{place}": _figure(by_seed, by_game[kind, setting, ALONE], place, name)
                 for place, name in FIGURES
             },
         }
@@ -267,18 +261,18 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    deviation = stdev(values) if len(values) > 1 else None
-    return {"mean": mean(values), "standard_deviation": deviation}
-
-
-def _difference(
+def _figure(
     ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], place: str, name: str
 ) -> dict[str, Any]:
-    """The mean over seeds of ours minus theirs, and its interval."""
+    """Ours over seeds; and the mean of ours minus theirs, and its interval."""
+    values = [row[place][name] for row in ours.values()]
     gaps = [ours[s][place][name] - theirs[s][place][name] for s in ours]
     low, high = t_interval(gaps)
-    return {"difference": mean(gaps), "low": low, "high": high}
+    return {
+        "mean": mean(values),
+        "standard_deviation": stdev(values) if len(values) > 1 else None,
+        "difference": mean(gaps), "low": low, "high": high,
+    }  # fmt: skip
 
 
 # -- all runs -------------------------------------------------------------------------------------

@@ -7,20 +7,16 @@ ground truth: a caption is right when every attribute of it is, an answer when i
 
 import logging
 import sys
-import tempfile
 from typing import Any
 
 from offramp.data.scenes import world
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engine.policy import ExitPolicy
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import TINY, load_tiny
-from offramp.training.config import FREE, TrainConfig
-from offramp.training.trainer import train
+from offramp.models.shipped import TINY
 from offramp_lab.experiments.analysis.analyse import analyse
 from offramp_lab.experiments.analysis.config import AnalysisConfig
 from offramp_lab.records.record import Record, Some, asked
-from offramp_lab.records.subjects import right
+from offramp_lab.records.subjects import right, trained
 
 RECORD = Record("analysis")
 DEPTHS, STEPS, THRESHOLD = (2, 4, 6, 8), 400, 0.9
@@ -42,15 +38,13 @@ def word_class(text: str, _: int) -> str:
     return next((name for name, words in CLASSES.items() if word in words), "grammar")
 
 
-def analysed(kind: str, folder: str) -> dict[str, Any]:
-    backbone, processor = load_tiny(kind)
-    config = TrainConfig(depths=DEPTHS, steps=STEPS, batch_size=32, patience=None, **FREE)
+def analysed(kind: str) -> dict[str, Any]:
     examples = captions_and_questions("train", TRAIN)
-    adapter = train(backbone, processor, examples, config, folder)
+    adapter, encoder = trained(kind, examples, depths=DEPTHS, steps=STEPS, patience=None)
     policy = ExitPolicy(dict.fromkeys(DEPTHS, THRESHOLD))
     return analyse(
         adapter.with_policy(policy),
-        InputProcessor(backbone, processor),
+        encoder,
         captions_and_questions("test", TEST),
         AnalysisConfig(metric="answers right", batch_size=64),
         quality=right,
@@ -62,8 +56,7 @@ def main() -> None:
     arguments = asked(__doc__, out=RECORD.path, backbone=Some(TINY))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for kind in arguments.backbone:
-        with tempfile.TemporaryDirectory() as folder:
-            RECORD.add({kind: analysed(kind, folder)}, arguments.out)
+        RECORD.add({kind: analysed(kind)}, arguments.out)
 
 
 if __name__ == "__main__":

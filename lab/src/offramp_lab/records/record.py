@@ -38,10 +38,10 @@ class Record:
         found: dict[str, Any] = read_json(path) if path.is_file() else {}
         return found
 
-    def origin(self, seed: int | None = 0, examples: Sequence[Example] = ()) -> dict[str, Any]:
+    def origin(self, examples: Sequence[Example] = ()) -> dict[str, Any]:
         """What ran, on what, when."""
         digest = examples_digest(examples) if examples else None
-        return provenance(seed, [f"offramp_lab.records.{self.command or self.name}"], digest)
+        return provenance(0, [f"offramp_lab.records.{self.command or self.name}"], digest)
 
     def write(self, figures: Mapping[str, Any], file: Path | None = None, **more: Any) -> None:
         """All of it, with its origin. more: of the origin."""

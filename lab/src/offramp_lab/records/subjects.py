@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from offramp.data.scenes import language, world
 from offramp.data.scenes.tasks import captions, questions
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, shipped_exits, tiny_exits
+from offramp.training.config import FREE, TrainConfig
+from offramp.training.trainer import train
 
 
 def photo_exits(adapter: Path | None = None) -> Path:
@@ -46,6 +49,18 @@ def tiny_with(kind: str, exits: Path | None = None) -> tuple[Adapter, InputProce
     """A tiny model with the exits that ship, or those in a folder, and its encoder."""
     backbone, processor = load_tiny(kind)
     adapter = Adapter.from_pretrained(backbone, exits or tiny_exits(kind))
+    return adapter, InputProcessor(backbone, processor)
+
+
+def trained(
+    kind: str, examples: Sequence[Example], **config: Any
+) -> tuple[Adapter, InputProcessor]:
+    """A tiny model with exits that learn from these examples without labels, and its encoder.
+    config: of the training, in batches of 32."""
+    backbone, processor = load_tiny(kind)
+    options = TrainConfig(batch_size=32, **config, **FREE)
+    with TemporaryDirectory() as folder:
+        adapter = train(backbone, processor, examples, options, folder)
     return adapter, InputProcessor(backbone, processor)
 
 
