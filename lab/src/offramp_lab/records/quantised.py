@@ -31,9 +31,8 @@ from offramp.models.quantized.weights import weight_bytes
 from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked
-from offramp_lab.records.runtimes.answers import cider, worth
+from offramp_lab.records.runtimes.answers import KeptRuntime, cider, worth
 from offramp_lab.records.runtimes.calibrated import by_format
-from offramp_lab.records.runtimes.kept import KeptRuntime
 from offramp_lab.records.runtimes.methods import (
     OPTIONS,
     WAY,

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from offramp.models.photo.packages import LANGUAGE, weights_file
 from offramp.storage import cache_folder, write_atomic
-from offramp_lab.places import PHOTOGRAPHS, RUNS
+from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.text import PARTS, kept, prompts_of, step, write_model
 
@@ -92,7 +92,10 @@ LOADED = (
 
 
 def main() -> None:
-    arguments = asked(__doc__, steps=3000, prompts=100, more=_more)
+    arguments = asked(
+        __doc__, data=True, steps=3000, prompts=100, work=RUNS / RECORD.name, speculators=Path,
+        more=_more,
+    )  # fmt: skip
     work: Path = arguments.work
     write_model(weights_file(LANGUAGE, cache_folder("photo")), work / "model")
     write_atomic(work / "train.txt", "\n".join(prompts_of((*KNOWN, *MORE), LEARNT)) + "\n")
@@ -111,11 +114,8 @@ def main() -> None:
 
 
 def _more(parser: Any) -> None:
-    parser.add_argument("--work", type=Path, default=RUNS / "speculators")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source")
     parser.add_argument("--programs", type=Path, required=True, help="folder of its programs")
-    parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")
-    parser.add_argument("--speculators", type=Path, help="python of its environment")
 
 
 def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:

@@ -21,8 +21,7 @@ from offramp.data.example import Example
 from offramp.engine.policy import FULL
 from offramp.evaluation.statistics import Measure
 from offramp.models.input_processor import InputProcessor
-from offramp_lab.records.runtimes.answers import cider, keeping, worth
-from offramp_lab.records.runtimes.kept import LONGEST, KeptRuntime
+from offramp_lab.records.runtimes.answers import LONGEST, KeptRuntime, cider, keeping, worth
 from offramp_lab.records.runtimes.methods import THRESHOLDS, Bench
 
 FORMATS = ("q8_0", "q4_1", "iq4_nl")

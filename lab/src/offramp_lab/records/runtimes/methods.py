@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp_lab.experiments.experiment import TIMES, Rates, Rounds, each, times
+from offramp_lab.records.runtimes.ways import greedy
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
@@ -66,17 +68,11 @@ class OneFile:
         model = InterceptedModel(self.backbone, entry).model
         with torch.inference_mode():
             states = entry.call(lambda: model(**inputs)).hidden[0].float().numpy()
-        self.segment.crop(self.segment.length_of())
-        tokens: list[int] = []
-        while len(tokens) < max_new_tokens:
-            self.segment.feed(states, 1)
-            tokens.append(int(np.argmax(self.segment.logits(1))))
-            if len(tokens) == 1:
-                tell_first(stop)
-            if tokens[-1] == self.end:
-                break
-            states = self.embeddings[tokens[-1]][None]
-        return torch.tensor(tokens)
+        answer = greedy(
+            self.segment, states, lambda ids: self.embeddings[ids], lambda token: token == self.end,
+            max_new_tokens, partial(tell_first, stop),
+        )  # fmt: skip
+        return torch.tensor(answer)
 
 
 def tell_first(stop: StoppingCriteriaList) -> None:
