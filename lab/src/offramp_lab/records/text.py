@@ -54,6 +54,7 @@ from offramp_lab.records.runtimes.ways import (
 
 RECORD = Record("text")
 NEW, DEPTH, PORT = 24, 10, 8731
+OFFRAMP = [sys.executable, "-m", "offramp.cli"]
 QUESTION = "Why is the sky blue?"
 PATTERNS = (
     "What is {}?", "Describe {} in one sentence.", "Why do people like {}?",
@@ -140,7 +141,7 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
         "slice": [str(q8_0), *with_exits, "--out", str(work / "q8_0"), "--json"],
         "generate": [str(work / "q8_0"), "--prompt", QUESTION, "--mode", "lossless", *length],
     }  # fmt: skip
-    convert = [] if converter is None else [_converted(converter, model, q8_0, work)]
+    convert = [] if converter is None else [converted("convert", work, converter, model, q8_0)]
     told = [step(name, arguments, work) for name, arguments in commands.items()]
     return [*convert, *told, _served(work)]
 
@@ -167,50 +168,52 @@ def in_q8_0(file: Path, out: Path) -> None:
     assert lib.llama_model_quantize(str(file).encode(), str(out).encode(), parameters) == 0
 
 
-def _converted(converter: Path, model: Path, out: Path, work: Path) -> dict[str, Any]:
-    words = [str(model), "--outfile", str(out), "--outtype", "q8_0"]
-    return kept("convert", work, [sys.executable, str(converter), *words], "convert_hf_to_gguf.py")
+def converted(
+    name: str, work: Path, converter: Path, model: Path, out: Path, *more: str
+) -> dict[str, Any]:
+    """A model's folder as a file in q8_0, by llama.cpp's converter."""
+    words = [str(model), *more, "--outfile", str(out), "--outtype", "q8_0"]
+    return kept(name, work, [sys.executable, str(converter)], "convert_hf_to_gguf.py", words)
 
 
 def step(name: str, arguments: Sequence[str], work: Path, *read: Path) -> dict[str, Any]:
     """A command of the product. read: folders besides `work` whose files it names."""
     command, _, _ = name.partition(" ")
-    words = [sys.executable, "-m", "offramp.cli", command, *arguments]
-    return kept(name, work, words, "offramp", read=read)
+    return kept(name, work, OFFRAMP, "offramp", [command, *arguments], read=read)
 
 
 def _served(work: Path) -> dict[str, Any]:
     """A server that has answered once, and ends."""
     words = ["serve", str(work / "q8_0"), "--port", str(PORT)]
-    return kept(
-        "serve", work, [sys.executable, "-m", "offramp.cli", *words], "offramp", _asked_once
-    )
+    return kept("serve", work, OFFRAMP, "offramp", words, _asked_once)
 
 
 def kept(
     name: str,
     work: Path,
-    words: Sequence[str],
+    program: Sequence[str],
     title: str,
+    arguments: Sequence[str],
     meanwhile: Callable[[subprocess.Popen[str]], str] = lambda process: process.stdout.read(),  # type: ignore[union-attr]
     read: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """A process's CPU and wall seconds, its largest memory, and what it said."""
+    """A process's CPU and wall seconds, its largest memory, and what it said. title: of the
+    program, where it is typed."""
     steps, folders = Kept(work / "steps.jsonl"), (work, cache_folder("photo"), *read)
     if name not in steps:
         start = time.perf_counter()
+        words = [*program, *arguments]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
             said = _without(meanwhile(process), *folders)
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-        typed = [title, *words[words.index("offramp.cli") + 1 if title == "offramp" else 2 :]]
         told = {
-            "command": shlex.join(_without(word, *folders) for word in typed),
+            "command": shlex.join(_without(word, *folders) for word in (title, *arguments)),
             "code": process.returncode,
             "cpu_seconds": used.ru_utime + used.ru_stime,
             "seconds": time.perf_counter() - start,
             "peak_megabytes": used.ru_maxrss / 1000,
-            "said": json.loads(said) if "--json" in words else said.strip(),
+            "said": json.loads(said) if "--json" in arguments else said.strip(),
         }
         assert told["code"] in (0, 143, -15), told["command"]
         print(told["command"], told["code"], told["cpu_seconds"])
