@@ -44,7 +44,7 @@ from offramp_lab.records.subjects import Subject, load_photo, photo_exits, tiny_
 RECORD = Record("serving")
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 24
-SLOTS, LIMIT = 8, 256
+SLOTS, LIMIT, PORT = 8, 256, 8731
 TINY = ["offramp.cli", "serve", "tiny-opt"]
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False,
@@ -134,9 +134,9 @@ def measure(
 class Server:
     """`offramp serve` in a process of its own. started: seconds until it was ready."""
 
-    def __init__(self, *more: str, words: Sequence[str] = TINY, port: int = 8731) -> None:
-        self.url, self._begun = f"http://127.0.0.1:{port}", time.perf_counter()
-        words = [*words, "--port", str(port), "--threads", "1", "--watch", "0", *more]
+    def __init__(self, *more: str, words: Sequence[str] = TINY) -> None:
+        self.url, self._begun = f"http://127.0.0.1:{PORT}", time.perf_counter()
+        words = [*words, "--port", str(PORT), "--threads", "1", "--watch", "0", *more]
         self.process = subprocess.Popen(
             [sys.executable, "-m", *words, "--slots", str(SLOTS)], stderr=subprocess.DEVNULL
         )

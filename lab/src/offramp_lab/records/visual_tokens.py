@@ -94,10 +94,6 @@ class Seconds:
     first: float
     whole: float
 
-    @property
-    def token(self) -> float:
-        return (self.whole - self.first) / (TOKENS - 1)
-
 
 # -- what is measured ------------------------------------------------------------------------------
 
