@@ -14,10 +14,11 @@ import pytest
 from offramp.adapter import Adapter
 from offramp.answers import full_model_answers
 from offramp.calibration.replay import replay
-from offramp.data.scenes.tasks import Task, captions
+from offramp.data.scenes.tasks import captions, questions
 from offramp.models.input_processor import InputProcessor
 from offramp.training.config import TrainConfig
 from offramp_lab.records import ablation
+from offramp_lab.records.subjects import is_right
 
 Build = Callable[..., Any]
 
@@ -44,7 +45,7 @@ def test_as_many_tokens_may_leave_as_the_best_threshold_of_a_replay_lets(
         InputProcessor(backbone(name, wide=4.0), fakes.Blip2FakeProcessor(name)),
     )
     examples = fakes.examples(12)
-    place = tool.Place(encoder, [Task("some", examples, lambda text, example: False)])
+    place = tool.Place(encoder, examples)
     figures = place.judged(Adapter(encoder.backbone, trained))
     rows = full_model_answers(encoder, examples, batch_size=64, max_new_tokens=6)
     found = replay(encoder, trained, rows)
@@ -99,12 +100,17 @@ def test_runs_of_other_sizes_are_other_runs(tool: Any) -> None:
     assert len(keys) == 2 * len(cells)
 
 
-def test_a_damaged_task_is_judged_like_the_whole_one(tool: Any) -> None:
-    whole = captions("test", 6)
-    damaged = tool._damaged(whole)
-    for before, after in zip(whole.examples, damaged.examples, strict=True):
-        assert damaged.correct(before.answers[0], after)
-        assert before.open_image().tobytes() != after.open_image().tobytes()
+def test_answers_about_damaged_images_are_judged_like_those_about_whole_ones(tool: Any) -> None:
+    tasks = [captions("test", 6), questions("test", 6)]
+    for task in tasks:
+        others = [example.answers[0] for example in task.examples[1:] + task.examples[:1]]
+        for before, after, other in zip(
+            task.examples, tool.damaged(task.examples), others, strict=True
+        ):
+            assert is_right(before.answers[0], after)
+            for text in (before.answers[0], other):
+                assert is_right(text, after) == is_right(text, before) == task.correct(text, before)
+            assert before.open_image().tobytes() != after.open_image().tobytes()
 
 
 def test_what_was_run_is_not_run_again(

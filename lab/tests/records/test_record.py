@@ -22,13 +22,15 @@ def given(monkeypatch: pytest.MonkeyPatch, *words: str, **options: Any) -> Any:
 def test_an_option_takes_what_its_default_is(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {
         "rounds": 3, "load": 1.5, "shape": "opt", "sizes": (1, 2), "parts": Some("ab"),
-        "no_compile": False,
+        "no_compile": False, "out": Path("a.json"), "careful": Path,
     }  # fmt: skip
-    assert vars(given(monkeypatch, **options)) == options
+    assert vars(given(monkeypatch, **options)) == {**options, "careful": None}
     words = ["--rounds", "5", "--load", "2", "--shape", "t5", "--sizes", "4", "--parts", "b"]
-    told = vars(given(monkeypatch, *words, "--no-compile", **options))
+    words += ["--no-compile", "--out", "b.json", "--careful", "exits"]
+    told = vars(given(monkeypatch, *words, **options))
     assert told == {
-        "rounds": 5, "load": 2.0, "shape": "t5", "sizes": [4], "parts": ["b"], "no_compile": True
+        "rounds": 5, "load": 2.0, "shape": "t5", "sizes": [4], "parts": ["b"], "no_compile": True,
+        "out": Path("b.json"), "careful": Path("exits"),
     }  # fmt: skip
 
 

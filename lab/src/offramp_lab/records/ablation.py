@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ import torch
 
 from offramp.adapter import Adapter
 from offramp.answers import answers_to, full_model_answers
-from offramp.data.scenes.tasks import Task, captions, questions
+from offramp.data.example import Example
+from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engine.confidence import SCORES
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.teacher_forcing import exit_features
@@ -45,6 +47,7 @@ from offramp_lab.experiments.statistics import t_interval
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked
+from offramp_lab.records.subjects import is_right
 
 RECORD = Record("ablation")
 DEPTH, BATCH, LONGEST, SEVERITY, KEPT = 2, 32, 48, 3, 0.99
@@ -138,10 +141,8 @@ def cells(seeds: int, settings: Sequence[str] = tuple(SETTINGS)) -> Iterator[lis
 class Place:
     """Test images, and what the full model makes of them: recorded once, read by every run."""
 
-    def __init__(self, encoder: InputProcessor, tasks: Sequence[Task]) -> None:
-        self.encoder = encoder
-        examples = [e for task in tasks for e in task.examples]
-        self.asked = [(task, e) for task in tasks for e in task.examples]
+    def __init__(self, encoder: InputProcessor, examples: Sequence[Example]) -> None:
+        self.encoder, self.examples = encoder, examples
         rows = full_model_answers(encoder, examples, batch_size=64, max_new_tokens=LONGEST)
         self.full = [row.ids for row in rows]
         self.store = FeatureStore(encoder, rows, (DEPTH,), batch_size=BATCH, cache="memory")
@@ -153,8 +154,7 @@ class Place:
         texts = self.encoder.tokenizer.batch_decode(
             [list(ids) for ids in answers], skip_special_tokens=True
         )
-        pairs = zip(texts, self.asked, strict=True)
-        return mean(task.correct(text, example) for text, (task, example) in pairs)
+        return mean(is_right(*pair) for pair in zip(texts, self.examples, strict=True))
 
     def judged(self, adapter: Adapter) -> dict[str, float]:
         """Figures of exits: exiting always, and exiting where it is safe."""
@@ -195,11 +195,8 @@ class Bench:
         self.sizes = sizes
         self.backbone, self.processor = load_tiny(kind)
         encoder = InputProcessor(self.backbone, self.processor)
-        whole = [captions("test", sizes.test), questions("test", sizes.test)]
-        self.places = {
-            "in": Place(encoder, whole),
-            "out": Place(encoder, [_damaged(task) for task in whole]),
-        }
+        whole = captions_and_questions("test", sizes.test)
+        self.places = {"in": Place(encoder, whole), "out": Place(encoder, damaged(whole))}
 
     def full(self) -> dict[str, float]:
         """The full model's quality by place."""
@@ -211,11 +208,7 @@ class Bench:
         setting = SETTINGS[group[0].setting]
         sizes, seed = self.sizes, group[0].seed
         pictures, steps = (sizes.few, sizes.long) if setting.few else (sizes.pictures, sizes.steps)
-        examples = [
-            e
-            for make in (captions, questions)
-            for e in make("train", pictures, start=seed * sizes.pictures).examples
-        ]
+        examples = captions_and_questions("train", pictures, seed * sizes.pictures)
         for cell in group:
             began = time.perf_counter()
             config = TrainConfig(
@@ -234,26 +227,16 @@ class Bench:
             }
 
 
-def _damaged(task: Task) -> Task:
-    """The same task on damaged images, the corruptions in turn."""
+def damaged(examples: Sequence[Example]) -> list[Example]:
+    """The same on damaged images, the corruptions in turn."""
     names = list(CORRUPTIONS)
-    turns = {group: i for i, group in enumerate(dict.fromkeys(e.group for e in task.examples))}
-    damaged = [
-        corrupted(e, names[turns[e.group] % len(names)], SEVERITY, seed=0) for e in task.examples
-    ]
-    whole = dict(zip((e.key for e in damaged), task.examples, strict=True))
-    return replace(
-        task, examples=damaged, correct=lambda text, example: task.correct(text, whole[example.key])
-    )
+    turns = {group: i for i, group in enumerate(dict.fromkeys(e.group for e in examples))}
+    return [corrupted(e, names[turns[e.group] % len(names)], SEVERITY, seed=0) for e in examples]
 
 
 # -- the table ------------------------------------------------------------------------------------
 
-FIGURES = [
-    (place, name)
-    for place in ("in", "out")
-    for name in ("quality", "identical", "tokens", "may_leave")
-]
+FIGURES = [*product(("in", "out"), ("quality", "identical", "tokens", "may_leave"))]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -270,10 +253,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "game": game,
             "seeds": sorted(by_seed),
             **{
-                f"{name}_{place}": {
-                    **_spread([by_seed[s][place][name] for s in sorted(by_seed)]),
-                    **_difference(by_seed, by_game[kind, setting, ALONE], place, name),
-                }
+                f"{name}_{place}": _figure(by_seed, by_game[kind, setting, ALONE], place, name)
                 for place, name in FIGURES
             },
         }
@@ -281,18 +261,18 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    deviation = stdev(values) if len(values) > 1 else None
-    return {"mean": mean(values), "standard_deviation": deviation}
-
-
-def _difference(
+def _figure(
     ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], place: str, name: str
 ) -> dict[str, Any]:
-    """The mean over seeds of ours minus theirs, and its interval."""
+    """Ours over seeds; and the mean of ours minus theirs, and its interval."""
+    values = [row[place][name] for row in ours.values()]
     gaps = [ours[s][place][name] - theirs[s][place][name] for s in ours]
     low, high = t_interval(gaps)
-    return {"difference": mean(gaps), "low": low, "high": high}
+    return {
+        "mean": mean(values),
+        "standard_deviation": stdev(values) if len(values) > 1 else None,
+        "difference": mean(gaps), "low": low, "high": high,
+    }  # fmt: skip
 
 
 # -- all runs -------------------------------------------------------------------------------------

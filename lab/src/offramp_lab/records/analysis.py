@@ -7,25 +7,16 @@ ground truth: a caption is right when every attribute of it is, an answer when i
 
 import logging
 import sys
-import tempfile
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from offramp.answers import Answer
-from offramp.calibration.risk_functions import Array, Quality
-from offramp.data.example import Example
 from offramp.data.scenes import world
-from offramp.data.scenes.tasks import Task, captions, captions_and_questions, questions
+from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engine.policy import ExitPolicy
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import TINY, load_tiny
-from offramp.training.config import FREE, TrainConfig
-from offramp.training.trainer import train
+from offramp.models.shipped import TINY
 from offramp_lab.experiments.analysis.analyse import analyse
 from offramp_lab.experiments.analysis.config import AnalysisConfig
 from offramp_lab.records.record import Record, Some, asked
+from offramp_lab.records.subjects import right, trained
 
 RECORD = Record("analysis")
 DEPTHS, STEPS, THRESHOLD = (2, 4, 6, 8), 400, 0.9
@@ -47,30 +38,16 @@ def word_class(text: str, _: int) -> str:
     return next((name for name, words in CLASSES.items() if word in words), "grammar")
 
 
-def judge(tasks: Sequence[Task]) -> Quality:
-    """1 for answers that their task calls right, else 0."""
-    task_of = {example.key: task for task in tasks for example in task.examples}
-
-    def right(answers: Sequence[Answer], examples: Sequence[Example]) -> Array:
-        pairs = zip(answers, examples, strict=True)
-        return np.array([float(task_of[e.key].correct(a.text, e)) for a, e in pairs])
-
-    return right
-
-
-def analysed(kind: str, folder: str) -> dict[str, Any]:
-    backbone, processor = load_tiny(kind)
-    config = TrainConfig(depths=DEPTHS, steps=STEPS, batch_size=32, patience=None, **FREE)
+def analysed(kind: str) -> dict[str, Any]:
     examples = captions_and_questions("train", TRAIN)
-    adapter = train(backbone, processor, examples, config, folder)
+    adapter, encoder = trained(kind, examples, depths=DEPTHS, steps=STEPS, patience=None)
     policy = ExitPolicy(dict.fromkeys(DEPTHS, THRESHOLD))
-    tasks = [captions("test", TEST), questions("test", TEST)]
     return analyse(
         adapter.with_policy(policy),
-        InputProcessor(backbone, processor),
-        [example for task in tasks for example in task.examples],
+        encoder,
+        captions_and_questions("test", TEST),
         AnalysisConfig(metric="answers right", batch_size=64),
-        quality=judge(tasks),
+        quality=right,
         token_class=word_class,
     )
 
@@ -78,11 +55,8 @@ def analysed(kind: str, folder: str) -> dict[str, Any]:
 def main() -> None:
     arguments = asked(__doc__, out=RECORD.path, backbone=Some(TINY))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    analyses = RECORD.read(arguments.out)
     for kind in arguments.backbone:
-        with tempfile.TemporaryDirectory() as folder:
-            analyses[kind] = analysed(kind, folder)
-        RECORD.write(analyses, arguments.out)
+        RECORD.add({kind: analysed(kind)}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ alone.
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from offramp.calibration.risk_control import control, p_value
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.data.example import Example
-from offramp.data.scenes.tasks import captions, captions_and_questions, questions
+from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import (
     GenerateFn,
@@ -45,23 +45,23 @@ from offramp.evaluation.timing import (
     time_interleaved,
 )
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import TINY, load_tiny
+from offramp.models.shipped import TINY
 from offramp.storage import write_json
-from offramp.training.config import FREE, TrainConfig
-from offramp.training.trainer import train
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RECORDS
 from offramp_lab.records.record import Record, Some, asked, named
-from offramp_lab.records.subjects import tiny_with
+from offramp_lab.records.subjects import right, tiny_with, trained
 
 RECORD = Record("calibrated")
 DEPTHS = (2, 4)
 TARGETS, CONFIDENCE = (0.01, 0.02), 0.95
 MEASURED = ("disagreement", "exact_match_drop")
 METHODS = ("auto", "upper_bound", "learn_then_test")
+SETTINGS: list[dict[str, Any]] = [
+    {"method": method, "risk_target": target} for method, target in product(METHODS, TARGETS)
+]
 FINE = tuple(np.round(np.linspace(0.4, 0.98, 59), 3).tolist())
 """Thresholds of all exits alike among which the boundary is looked for."""
-TASKS = {"captions": captions, "questions": questions}
 POLICY = ExitPolicy()
 
 
@@ -82,12 +82,12 @@ def main() -> None:
     violations["shipped"] = _shipped_boundary()
     print(json.dumps(violations["shipped"]), file=sys.stderr)
     for kind in [] if arguments.boundary else arguments.models:
-        adapter, encoder = _trained(kind)
+        adapter, encoder = trained(kind, _examples("train", TRAIN), depths=DEPTHS, steps=1000)
         calibrated[kind] = _calibrated(adapter, encoder, arguments.clock)
         print(json.dumps(calibrated[kind]), file=sys.stderr)
         violations[kind] = _violations(adapter, encoder)
         print(json.dumps(violations[kind]), file=sys.stderr)
-    origin = RECORD.origin(examples=_examples("test", TEST))
+    origin = RECORD.origin(_examples("test", TEST))
     if arguments.boundary:  # the rest is as it was made before
         violations["shipped"]["provenance"] = origin
         write_json(files[1], violations)
@@ -100,14 +100,6 @@ def main() -> None:
 def _examples(split: str, images: int, start: int = 0, asked: int = 2) -> tuple[Example, ...]:
     """A caption and up to so many questions of each image."""
     return tuple(captions_and_questions(split, images, start, asked))
-
-
-def _trained(kind: str) -> tuple[Adapter, InputProcessor]:
-    backbone, processor = load_tiny(kind)
-    config = TrainConfig(depths=DEPTHS, steps=1000, batch_size=32, **FREE)
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = train(backbone, processor, _examples("train", TRAIN), config, folder)
-    return adapter, InputProcessor(backbone, processor)
 
 
 # -- calibrated.json ------------------------------------------------------------------------------
@@ -159,8 +151,8 @@ def _row(
 ) -> dict[str, Any]:
     pictures = len(full) // 3
     asked = _examples("test", pictures)
-    right = {name: [_right(answers, name, pictures) for answers in (full, early)] for name in TASKS}
-    every = np.concatenate([np.subtract(*pair) for pair in right.values()])
+    right_full, right_early = right(full, asked), right(early, asked)
+    tasks = {"captions": slice(pictures), "questions": slice(pictures, None)}
     losses = RISKS[calibration.risk].losses(early, full, asked)
     return {
         "risk": calibration.risk,
@@ -181,18 +173,10 @@ def _row(
         "n_test": len(asked),
         "speedup_predicted": calibration.speedup,
         **speedups(timings, name),
-        "quality_drop": float(every.mean()),
-        "quality_full": {n: float(a.mean()) for n, (a, _) in right.items()},
-        "quality_early": {n: float(b.mean()) for n, (_, b) in right.items()},
+        "quality_drop": float((right_full - right_early).mean()),
+        "quality_full": {name: float(right_full[part].mean()) for name, part in tasks.items()},
+        "quality_early": {name: float(right_early[part].mean()) for name, part in tasks.items()},
     }
-
-
-def _right(answers: Sequence[Answer], name: str, pictures: int) -> Any:
-    """Which answers to a task's questions are right, as its world knows."""
-    task = TASKS[name]("test", pictures)
-    asked = answers[:pictures] if name == "captions" else answers[pictures:]
-    pairs = zip(asked, task.examples, strict=True)
-    return np.array([task.correct(answer.text, example) for answer, example in pairs], float)
 
 
 # -- violations.json ------------------------------------------------------------------------------
@@ -220,7 +204,7 @@ def _violations(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any
                 "answers": len(pool),
                 **_shares([o[i] for o in outcomes], setting["risk_target"]),
             }
-            for i, setting in enumerate(_settings())
+            for i, setting in enumerate(SETTINGS)
         ]
     return rows
 
@@ -235,12 +219,7 @@ def _shipped_boundary() -> dict[str, Any]:
     risk = RISKS["disagreement"]
     whole = ThresholdEvaluator.of(adapter, encoder, pool, adapter.policy, risk, **demo.OPTIONS)
     halves = [_halves(pool, seed) for seed in range(HALVES // 2)]
-    found = _boundary(_kept_losses(whole), images_of(pool), halves, adapter.exits.depths)
-    rows = [
-        {"risk_target": target, "unit": unit, **row}
-        for target, units in found.items()
-        for unit, row in units.items()
-    ]
+    rows = _boundary(_kept_losses(whole), images_of(pool), halves, adapter.exits.depths)
     return {"images": BOUNDARY, "answers": len(pool), "entries": rows}
 
 
@@ -254,42 +233,36 @@ def _boundary(
     images: Sequence[ImageRows],
     halves: Sequence[tuple[Any, Any]],
     depths: Sequence[int],
-) -> dict[float, dict[str, Any]]:
-    """By target and unit: the safest threshold whose risk over the pool is above the target, and
-    how often a half certifies it."""
-    found: dict[float, dict[str, Any]] = {target: {} for target in TARGETS}
-    for threshold in sorted(FINE, reverse=True):
-        losses = lost(tuple((depth, threshold) for depth in depths))
-        for target in TARGETS:
-            for unit in UNITS:
-                risk = float(Draws.by(unit, losses, images).risk)
-                if unit in found[target] or risk <= target:
-                    continue
-                level = Guarantee(target, CONFIDENCE, unit=unit).level(1)
-                certified = [
-                    p_value(Draws.by(unit, losses, _inside(images, half)), target, "upper_bound")
-                    <= 1 - level
-                    for pair in halves
-                    for half in pair
-                ]
-                found[target][unit] = {
-                    "threshold": threshold,
-                    "risk": risk,
-                    "halves": len(certified),
-                    "certified": sum(certified),
-                }
-        if all(len(units) == len(UNITS) for units in found.values()):
-            break
-    return found
+) -> list[dict[str, Any]]:
+    """Of each target and unit: the safest threshold whose risk over the pool is above the target,
+    and how often a half certifies it."""
+    rows = []
+    for target, unit in product(TARGETS, UNITS):
+        for threshold in sorted(FINE, reverse=True):
+            losses = lost(tuple((depth, threshold) for depth in depths))
+            risk = float(Draws.by(unit, losses, images).risk)
+            if risk > target:
+                break
+        else:
+            continue
+        level = Guarantee(target, CONFIDENCE, unit=unit).level(1)
+        certified = [
+            p_value(Draws.by(unit, losses, _inside(images, half)), target, "upper_bound")
+            <= 1 - level
+            for half in chain(*halves)
+        ]
+        rows.append(
+            {
+                "risk_target": target, "unit": unit, "threshold": threshold, "risk": risk,
+                "halves": len(certified), "certified": sum(certified),
+            }
+        )  # fmt: skip
+    return rows
 
 
 def _inside(images: Sequence[ImageRows], half: Any) -> list[ImageRows]:
     rows = set(half.tolist())
     return [image for image in images if image.rows[0] in rows]
-
-
-def _settings() -> list[dict[str, Any]]:
-    return [{"method": m, "risk_target": t} for m in METHODS for t in TARGETS]
 
 
 def _halves(pool: Sequence[Example], seed: int) -> tuple[Any, Any]:
@@ -315,7 +288,7 @@ def _split(
             break
     losses = np.stack(columns, 1)
     outcomes = []
-    for setting in _settings():
+    for setting in SETTINGS:
         target, method = setting["risk_target"], setting["method"]
         level = Guarantee(target, CONFIDENCE).level(1)
         index = control(losses, target, level, method, evaluator.risk.low).index

@@ -9,20 +9,14 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from offramp import demo
 from offramp.adapter import Adapter
-from offramp.answers import Answer
-from offramp.data.example import Example
-from offramp.data.scenes import language, world
 from offramp.data.scenes.tasks import captions, captions_and_questions, questions
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import speedup, time_interleaved
@@ -38,6 +32,7 @@ from offramp_lab.experiments.comparison.methods import FEW, Plan
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked
+from offramp_lab.records.subjects import right
 
 RECORD = Record("compare")
 DEPTHS = {"opt": ((1, 2), (1, 2, 4)), "t5": ((2, 4), (2, 4, 6))}
@@ -117,18 +112,6 @@ def _finer(against: Callable[..., Any], out: Path, plan: Plan, seeds: int) -> di
     curves = comparison["equal_quality"]["curves"]
     curve = next(c for c in curves if c["objective"] == "distillation")
     return {**curve, "n_test": comparison["n_test"]}
-
-
-def right(answers: Sequence[Answer], examples: Sequence[Example]) -> NDArray[np.float64]:
-    """1 where an answer is right by the world's own judges, else 0."""
-    return np.array([_is_right(a.text, e) for a, e in zip(answers, examples, strict=True)], float)
-
-
-def _is_right(text: str, example: Example) -> bool:
-    if example.prompt != world.CAPTION_PROMPT:
-        return language.answer_correct(text, example.answers[0])
-    split, index = example.key.split()[0].split("/")
-    return language.caption_correct(text, world.scene(split, int(index)))
 
 
 def _kv(adapter: Adapter, encoder: InputProcessor) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from examples.photo_vlm.rows import read_photographs
 from transformers import StoppingCriteriaList
 
@@ -44,13 +43,15 @@ from offramp_lab.experiments.experiment import Rates, same, times
 from offramp_lab.experiments.word_triples import DraftTable, TableRuntime, table_generate
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.subjects import halves, load_photo, photo_exits
+from offramp_lab.records.subjects import photo, photo_exits
 
 RECORD = Record("drafts")
 AT_ONCE = 16
 ALWAYS = "drafting, 4, sure or not"
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
 Way = Callable[[Mapping[str, Any], StoppingCriteriaList], GenerationOutput]
+Generates = Callable[..., GenerationOutput]
+"""As `Adapter.generate`."""
 
 
 def plain_exits(adapter: Adapter) -> ExitSet:
@@ -74,16 +75,13 @@ def lossless_policies(adapter: Adapter) -> tuple[dict[str, ExitPolicy], dict[str
     return by_exit, drafting | {ALWAYS: replace(lossless, drafts=unsure, max_draft=4)}
 
 
-def drafts_in_llama_cpp(adapter: Adapter, runtime: LlamaCppRuntime) -> dict[str, Way]:
-    """Full depth, and the drafts of exits that draft on."""
-    drafting = lossless_policies(adapter)[1]
-    return {"full": _by(runtime, FULL), **{n: _by(runtime, p) for n, p in drafting.items()}}
+def _by(generates: Generates, policies: Mapping[str, ExitPolicy]) -> dict[str, Way]:
+    """Ways by name."""
 
+    def way(inputs: Mapping[str, Any], stop: StoppingCriteriaList, policy: ExitPolicy) -> Any:
+        return generates(inputs, policy=policy, stopping_criteria=stop, **OPTIONS)
 
-def _by(runtime: LlamaCppRuntime, policy: ExitPolicy) -> Way:
-    return lambda inputs, stop: runtime.generate(
-        inputs, policy=policy, stopping_criteria=stop, return_dict_in_generate=True, **OPTIONS
-    )
+    return {name: partial(way, policy=policy) for name, policy in policies.items()}
 
 
 def ways_in_llama_cpp(
@@ -100,27 +98,22 @@ def ways_in_llama_cpp(
     stack.enter_context(always_drafting(drafts, exits, words))
     by_exit, drafting = lossless_policies(adapter)
     return {
-        "full": _by(exits, FULL),
-        **{name: _by(exits, policy) for name, policy in by_exit.items()},
-        "table": _by(words, drafting["drafting, 4"]),
-        **{name: _by(drafts, policy) for name, policy in drafting.items()},
+        **_by(exits.generate, {"full": FULL, **by_exit}),
+        **_by(words.generate, {"table": drafting["drafting, 4"]}),
+        **_by(drafts.generate, drafting),
     }
 
 
 def ways_of(adapter: Adapter, table: DraftTable) -> dict[str, Way]:
     """All ways to the full model's answer, by name. adapter: with exits that draft on."""
     backbone, exits = adapter.backbone, adapter.exits
-    plain = plain_exits(adapter)
     by_exit, drafting = lossless_policies(adapter)
-
-    def by(parts: Any, chosen: ExitPolicy) -> Way:
-        return lambda inputs, stop: generate(
-            backbone, inputs, exits=parts, policy=chosen, stopping_criteria=stop, **OPTIONS
-        )
-
-    ways = {"full": by(None, FULL), **{n: by(plain, policy) for n, policy in by_exit.items()}}
-    ways["table"] = lambda inputs, stop: table_generate(backbone, table, inputs, stop, **OPTIONS)
-    return ways | {name: by(exits, policy) for name, policy in drafting.items()}
+    return {
+        **_by(partial(generate, backbone), {"full": FULL}),
+        **_by(partial(generate, backbone, exits=plain_exits(adapter)), by_exit),
+        "table": partial(table_generate, backbone, table, **OPTIONS),
+        **_by(partial(generate, backbone, exits=exits), drafting),
+    }
 
 
 def answered(way: Way, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,8 +178,8 @@ def main() -> None:
         __doc__, photo=True, dtype="float32", out=RECORD.path, photographs=100, learn=1600,
         packed=False, gguf="",
     )  # fmt: skip
-    dtype = getattr(torch, arguments.dtype)
-    adapter, encoder = load_photo(arguments.adapter, dtype)
+    subject = photo(arguments, arguments.photographs, arguments.dtype)
+    adapter, encoder, held = subject.adapter, subject.encoder, subject.examples
     if not adapter.exits.draft_on:
         raise InputError(
             f"The exits in {photo_exits(arguments.adapter)} do not draft on.",
@@ -194,12 +187,11 @@ def main() -> None:
         )
     if arguments.packed:
         adapter.prepack()
-    held = halves(arguments.data)[1][: arguments.photographs]
     part = f"pytorch {arguments.dtype}{', packed' if arguments.packed else ''}"
     if arguments.gguf:
         part = f"llama.cpp {arguments.gguf}"
     folder = RUNS / RECORD.name
-    own = arguments.gguf is not None and adapter.of_format == arguments.gguf
+    own = adapter.of_format == arguments.gguf
     if own:
         part = f"{part}, exits for it"
     learnt = read_photographs(arguments.data)["captions"][: 0 if own else arguments.learn]
@@ -210,7 +202,7 @@ def main() -> None:
                 export_gguf(adapter, folder / part, arguments.gguf)
             runtime = stack.enter_context(LlamaCppRuntime(adapter, folder / part))
             stack.enter_context(always_drafting(runtime))
-            ways = drafts_in_llama_cpp(adapter, runtime)
+            ways = _by(runtime.generate, {"full": FULL, **lossless_policies(adapter)[1]})
         elif arguments.gguf:
             ways = ways_in_llama_cpp(adapter, table, arguments.gguf, folder / part, stack)
         else:
@@ -219,9 +211,7 @@ def main() -> None:
             {name: partial(answered, way) for name, way in ways.items()},
             held, lambda example: encoder.prompts([example]), part,
         )  # fmt: skip
-    before = RECORD.read(arguments.out)
-    before.pop("provenance", None)
-    RECORD.write({**before, part: summary(told)}, arguments.out)
+    RECORD.add({part: summary(told)}, arguments.out)
 
 
 if __name__ == "__main__":

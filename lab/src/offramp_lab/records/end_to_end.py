@@ -14,7 +14,6 @@ so that a run that was cut off goes on there.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.statistics import interval, mean_of
+from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn, timed
 from offramp.runtimes.llama_cpp import ExportFormats, LlamaCppRuntime, export_gguf
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.serving.core import EngineCore
@@ -38,14 +38,7 @@ from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, Rates, same, times
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.runtimes.methods import (
-    ENGINE,
-    Clock,
-    Method,
-    OneFile,
-    generating,
-    stock,
-)
+from offramp_lab.records.runtimes.methods import ENGINE, OneFile
 from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("end_to_end")
@@ -59,10 +52,8 @@ Name = tuple[str, str, str]
 """What decodes, mode, what runs the vision tower."""
 Answered = tuple[list[int], float, float, float]
 """Ids, and CPU seconds: opening and preparing, up to the first token, decoding."""
-Way = Callable[[Example, int], Answered]
-"""Answers an example in so many tokens at most."""
-
-
+Way = Callable[..., Answered]
+"""Answers an example; `most`: tokens."""
 Modes = Mapping[str, ExitPolicy]
 
 
@@ -93,26 +84,29 @@ def ways(
         alone = OneFile(adapter, whole, encoder.eos)
         rounds = tower == TOWERS[-1]
         if not rounds:
-            found["generate", "full", tower] = partial(_answer, encoder, stock(adapter))
-        found["llama.cpp alone", "full", tower] = partial(_answer, encoder, alone)
+            stock = partial(stock_generate_fn, adapter.backbone, do_sample=False)
+            found["generate", "full", tower] = partial(_answer, encoder, stock)
+        found["llama.cpp alone", "full", tower] = partial(_answer, encoder, partial(partial, alone))
         for mode, policy in policies.items():
             by: Any
             for engine, by in zip(OURS, (adapter, runtime), strict=True):
                 if rounds and engine == OURS[0]:
                     continue
-                by_policy = generating(by.generate, policy=policy)
-                found[engine, mode, tower] = partial(_answer, encoder, by_policy)
+                ours = partial(generate_fn, by.generate, policy=policy, do_sample=False)
+                found[engine, mode, tower] = partial(_answer, encoder, ours)
     return found
 
 
-def _answer(encoder: Any, write: Method, example: Example, most: int) -> Answered:
-    clock, begin = Clock(), time.process_time()
+def _answer(
+    encoder: Any, writing: Callable[..., GenerateFn], example: Example, most: int
+) -> Answered:
+    """writing: what writes `max_new_tokens` at most."""
+    begin = time.process_time()
     inputs = encoder.prompts([example])
-    opened = time.process_time()
-    ids = [*write(inputs, clock, max_new_tokens=most)]
-    end = time.process_time()
-    assert clock.cpu is not None
-    return ids, opened - begin, clock.cpu - opened, end - clock.cpu
+    opened = time.process_time() - begin
+    write = writing(max_new_tokens=most)
+    whole, decode, ids = timed(write, inputs, time.process_time)
+    return [*ids], opened, whole - decode, decode
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -243,7 +237,7 @@ def _engine(
 def _answers(
     found: Mapping[Name, Way], examples: Sequence[Example], most: int, kept: Kept
 ) -> dict[Name, list[Answered]]:
-    ways = {name: lambda example, way=way: way(example, most) for name, way in found.items()}
+    ways = {name: partial(way, most=most) for name, way in found.items()}
     return kept.answers(ways, examples, lambda example: example, f"{len(examples)} examples")
 
 
@@ -268,20 +262,10 @@ def _promised(careful: Adapter) -> dict[str, Any]:
     return {name: of for name, of in careful.calibration.items() if name != "path"}
 
 
-def _more(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--careful", type=Path, metavar="FOLDER",
-        help="the same exits, calibrated to a smaller loss",
-    )  # fmt: skip
-
-
 def main() -> None:
-    arguments = asked(__doc__, photo=True, photographs=100, questions=100, more=_more)
+    arguments = asked(__doc__, photo=True, photographs=100, questions=100, careful=Path)
     work = RUNS / RECORD.name
-    adapters = {
-        tower: load_photo(arguments.adapter, torch.float32, vision=tower) for tower in TOWERS
-    }
-    assert all(adapter.backbone.vision_engine == t for t, (adapter, _) in adapters.items())
+    adapters = {tower: load_photo(arguments.adapter, vision=tower) for tower in TOWERS}
     encoder = adapters[TOWERS[0]][1]
     captions = halves(arguments.data)[1][: arguments.photographs]
     questions = halves(arguments.data, "questions_val")[1][: arguments.questions]

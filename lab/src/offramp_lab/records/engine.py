@@ -101,10 +101,8 @@ def add_to_record(
 
     more: what else sets these figures apart.
     """
-    record = RECORD.read()
     key = ", ".join((name, dtype, f"{slots} slots", *more))
-    record[key] = {**record.get(key, {}), **figures}
-    RECORD.write(record)
+    RECORD.add({key: {**RECORD.read().get(key, {}), **figures}})
 
 
 if __name__ == "__main__":

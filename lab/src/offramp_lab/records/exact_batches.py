@@ -25,7 +25,7 @@ from offramp.progress import progress
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.subjects import halves, load_photo
+from offramp_lab.records.subjects import photo
 
 RECORD = Record("exact_batches")
 NEW = 30
@@ -35,18 +35,17 @@ WAYS = ("packed", "exact")
 
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=56, slots=8)
-    held = halves(arguments.data)[1][: arguments.photographs]
     entries = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in ("bfloat16", "float32"):
         for way in WAYS:
-            adapter, encoder = load_photo(arguments.adapter, dtype)
+            subject = photo(arguments, arguments.photographs, dtype)
+            adapter = subject.adapter
             if way == "exact":
                 adapter = adapter.with_exact_batches()
             else:
                 adapter.prepack()
-            prompts = [encoder.prompts([e]) for e in held]
-            told = _measured(adapter, prompts, arguments.slots)
-            entries.append({"precision": str(dtype).removeprefix("torch."), "way": way, **told})
+            told = _measured(adapter, subject.prompts(), arguments.slots)
+            entries.append({"precision": dtype, "way": way, **told})
             print(entries[-1])
     RECORD.write(
         {"photographs": arguments.photographs, "slots": arguments.slots, "entries": entries}

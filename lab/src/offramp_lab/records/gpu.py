@@ -28,6 +28,7 @@ from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.timing import (
     GenerateFn,
     exit_generate_fn,
+    generate_fn,
     stock_generate_fn,
     time_interleaved,
 )
@@ -79,7 +80,9 @@ def measure(
         methods["generate, compiled", "full"] = static
     for mode, policy in {"full": FULL, **thresholds}.items():
         methods["offramp", mode] = exit_generate_fn(backbone, exits, policy, **options)
-        methods["offramp, CUDA graphs", mode] = by_runtime(runtime, policy, options)
+        methods["offramp, CUDA graphs", mode] = generate_fn(
+            runtime.generate, policy=policy, **options
+        )
     timings = time_interleaved(methods, [inputs], rounds=arguments.rounds, progress=bar(name))
     entries = []
     for runtime_name, mode in methods:
@@ -113,14 +116,6 @@ def thresholds_by_rate(
         threshold = 0.0 if rate == 1.0 else float(scores.float().quantile(1.0 - rate))
         policies[f"{rate:.0%} exit"] = ExitPolicy({depth: threshold})
     return policies
-
-
-def by_runtime(runtime: GraphRuntime, policy: ExitPolicy, options: Mapping[str, Any]) -> GenerateFn:
-    def run(inputs: Mapping[str, Any], stop: Any) -> torch.Tensor:
-        made = runtime.generate(inputs, policy=policy, stopping_criteria=stop, **options)
-        return made.new_tokens.flatten()
-
-    return run
 
 
 def bytes_read(backbone: Backbone, exits: Exits, depth: float, *, exiting: bool) -> float:

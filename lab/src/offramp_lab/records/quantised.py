@@ -23,6 +23,7 @@ import torch
 from offramp.adapter import Adapter
 from offramp.answers import Answer
 from offramp.data.example import Example
+from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.linears import SCHEMES
 from offramp.models.quantized.prepacked import PrepackedLinear
@@ -30,30 +31,26 @@ from offramp.models.quantized.weights import weight_bytes
 from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked
-from offramp_lab.records.runtimes.answers import LONGEST, cider, worth
+from offramp_lab.records.runtimes.answers import KeptRuntime, cider, worth
 from offramp_lab.records.runtimes.calibrated import by_format
-from offramp_lab.records.runtimes.kept import KeptRuntime
 from offramp_lab.records.runtimes.methods import (
+    OPTIONS,
     WAY,
-    Method,
     Name,
     Taken,
-    generating,
     policies,
-    rates_of,
     speeds,
-    stock,
-    timed,
+    taken,
     with_ratios,
 )
 from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("quantised")
-HOW: dict[str, tuple[Any, str | None]] = {
-    "float32": (torch.float32, None),
-    "bfloat16": (torch.bfloat16, None),
-    "int8": (torch.bfloat16, "int8"),
-    "int4": (torch.bfloat16, "int4"),
+HOW: dict[str, tuple[str, str | None]] = {
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "int8": ("bfloat16", "int8"),
+    "int4": ("bfloat16", "int4"),
 }
 """Formats of the decoder layers: precision of the states, and what weights are rounded to."""
 PREPACKED = ", prepacked"
@@ -102,14 +99,14 @@ class Bench:
         dtype, depth = adapter.backbone.dtype, adapter.backbone.depth
         return KeptRuntime(adapter, f"torch {layers}", depth, kept, dtype=dtype)
 
-    def methods(self) -> dict[Name, Method]:
+    def methods(self) -> dict[Name, GenerateFn]:
         """By runtime, format and mode; prepacked weights not by Hugging Face's own `generate`."""
-        made: dict[Name, Method] = {}
+        made: dict[Name, GenerateFn] = {}
         for layers, adapter in self.adapters.items():
             if not layers.endswith(PREPACKED):
-                made[STOCK, layers, "full"] = stock(adapter)
+                made[STOCK, layers, "full"] = stock_generate_fn(adapter.backbone, **OPTIONS)
             for mode, policy in policies(adapter.policy).items():
-                made[OURS, layers, mode] = generating(adapter.generate, policy=policy)
+                made[OURS, layers, mode] = generate_fn(adapter.generate, policy=policy, **OPTIONS)
         return made
 
     def inputs(self, example: Example) -> dict[str, Mapping[str, Any]]:
@@ -131,9 +128,8 @@ def answers(bench: Bench) -> dict[str, Any]:
     for layers, modes in ASKED.items():
         runtime, by_mode = bench.kept(layers, kept), policies(bench.adapters[layers].policy)
         for mode in modes:
-            given = runtime.answers(bench.encoder, photographs, by_mode[mode], **LONGEST)
+            given = runtime.answers(bench.encoder, photographs, by_mode[mode])
             said[OURS, layers, mode] = given
-    ids = {name: [answer.ids for answer in given] for name, given in said.items()}
     whole = (OURS, "float32", "full")
     reference = cider(said[whole], photographs)
 
@@ -141,8 +137,8 @@ def answers(bench: Bench) -> dict[str, Any]:
         found = worth(cider(said[name], photographs), reference)
         return {
             **dict(zip(WAY, name, strict=True)),
-            "as_own_full": same(ids[name], ids[OURS, name[1], "full"]),
-            "as_float32_full": same(ids[name], ids[whole]),
+            "as_own_full": same(said[name], said[OURS, name[1], "full"]),
+            "as_float32_full": same(said[name], said[whole]),
             **{part: found[part] for part in ("CIDEr", "difference_interval")},
         }
 
@@ -153,9 +149,8 @@ def calibrated(bench: Bench, chosen_on: Sequence[Example]) -> dict[str, Any]:
     """Thresholds for int4: chosen on photographs of the other half, measured on the bench's."""
     kept = Kept(RUNS / RECORD.name / "calibrated.jsonl")
     runtimes = {layers: bench.kept(layers, kept) for layers in bench.adapters}
-    float32 = runtimes.pop("float32")
     both = (chosen_on, bench.photographs)
-    return by_format(bench.adapters["int4"], bench.encoder, both, float32, runtimes)
+    return by_format(bench.adapters["int4"], bench.encoder, both, runtimes)
 
 
 # -- timings ---------------------------------------------------------------------------------------
@@ -168,20 +163,19 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
     wall_seconds, cpu_seconds: of one round's tokens, decoding alone.
     """
 
-    def taking(name: Name, method: Method) -> Callable[[Mapping[str, Any]], Taken]:
-        return lambda inputs: timed(method, inputs[name[1]])
+    def taking(inputs: Mapping[str, Any], name: Name, method: GenerateFn) -> Taken:
+        return taken(method, inputs[name[1]])
 
-    methods = {name: taking(name, method) for name, method in bench.methods().items()}
+    methods = {n: partial(taking, name=n, method=m) for n, m in bench.methods().items()}
     inputs = [bench.inputs(example) for example in bench.photographs]
     load_before = os.getloadavg()[0]
     runs = Experiment(methods, inputs, rounds, warm=1, title="timings").run()
     entries = [{**dict(zip(WAY, name, strict=True)), **speeds(runs[name])} for name in runs]
-    rates = {name: rates_of(found) for name, found in runs.items()}
     return {
         "photographs": len(inputs),
         "rounds": rounds,
         "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        "entries": with_ratios(entries, rates, _bases),
+        "entries": with_ratios(entries, runs, _bases),
         "memory": {layers: memory(adapter) for layers, adapter in bench.adapters.items()},
     }
 
@@ -222,7 +216,7 @@ def kernels(repeats: int = 5) -> list[dict[str, Any]]:
             states, calls = torch.randn(tokens, columns), {}
             for layers, linears in sides.items():
                 dtype, _ = HOW[layers.removesuffix(PREPACKED)]
-                calls[layers] = partial(_microseconds, linears, states.to(dtype))
+                calls[layers] = partial(_microseconds, linears, states.to(getattr(torch, dtype)))
             runs = Experiment(calls, rounds=repeats).run()
             taken = {layers: min(spent for [spent] in found) for layers, found in runs.items()}
             found.append({"what": what, "tokens": tokens, "microseconds": taken})

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from examples.photo_vlm.rows import read_photographs
 
 from offramp.adapter import Adapter
-from offramp.answers import generate_answers
+from offramp.answers import full_model_answers
 from offramp.calibration.calibrate import calibrate
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions
@@ -34,6 +35,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.hub import load_processor
 from offramp.models.input_processor import InputProcessor
+from offramp.models.photo.build import built_folder
 from offramp.models.quantized.weights import scheme
 from offramp.models.shipped import tiny_folder
 from offramp.storage import write_json
@@ -159,15 +161,10 @@ class Model:
         return backbone, InputProcessor(backbone, load_processor(self.folder))
 
 
-def _tiny() -> Model:
-    return Model(tiny_folder("opt"), captions("calibration", 2 * IMAGES).examples)
-
-
-def _photo(data: Path) -> Model:
-    from examples.photo_vlm.rows import read_photographs
-
-    from offramp.models.photo.build import built_folder
-
+def _model(kind: str, data: Path) -> Model:
+    """The tiny one, or that of photographs."""
+    if kind == "tiny":
+        return Model(tiny_folder("opt"), captions("calibration", 2 * IMAGES).examples)
     found = {example.group: example for example in read_photographs(data)["captions_val"]}
     return Model(built_folder(), [*found.values()][: 2 * IMAGES])
 
@@ -273,21 +270,18 @@ def main() -> None:
         more=lambda parser: parser.add_argument("schemes", nargs="*", help="run these alone"),
     )
     warnings.filterwarnings("ignore")
-    on_photographs = arguments.photo
-    model = _photo(arguments.data) if on_photographs else _tiny()
+    kind, usual = ("photo", ON_PHOTOGRAPHS) if arguments.photo else ("tiny", (*SCHEMES,))
+    model = _model(kind, arguments.data)
     plain, encoder = model.load()
     some = model.examples[IMAGES:][:PROMPTS]
-    told = [
-        Answered(example, answer.ids, False)
-        for example, answer in zip(
-            some, generate_answers(plain, encoder, some, **OPTIONS), strict=True
-        )
-    ]
+    told = full_model_answers(
+        encoder, some, batch_size=32, max_new_tokens=OPTIONS["max_new_tokens"]
+    )
     kept = RECORD.read()
-    rows: dict[str, Any] = kept.setdefault("photo" if on_photographs else "tiny", {})
-    for name in arguments.schemes or (ON_PHOTOGRAPHS if on_photographs else SCHEMES):
+    rows: dict[str, Any] = kept.setdefault(kind, {})
+    for name in arguments.schemes or usual:
         rows[name] = tried(SCHEMES[name], model, plain, told)
-        kept["photo" if on_photographs else "tiny"] = {n: rows[n] for n in SCHEMES if n in rows}
+        kept[kind] = {n: rows[n] for n in SCHEMES if n in rows}
         here = {package: v for package in PACKAGES if (v := _version(package))}
         kept["versions"] = kept.get("versions", {}) | here
         write_json(RECORD.path, kept)

@@ -38,14 +38,18 @@ class Record:
         found: dict[str, Any] = read_json(path) if path.is_file() else {}
         return found
 
-    def origin(self, seed: int | None = 0, examples: Sequence[Example] = ()) -> dict[str, Any]:
+    def origin(self, examples: Sequence[Example] = ()) -> dict[str, Any]:
         """What ran, on what, when."""
         digest = examples_digest(examples) if examples else None
-        return provenance(seed, [f"offramp_lab.records.{self.command or self.name}"], digest)
+        return provenance(0, [f"offramp_lab.records.{self.command or self.name}"], digest)
 
     def write(self, figures: Mapping[str, Any], file: Path | None = None, **more: Any) -> None:
         """All of it, with its origin. more: of the origin."""
         write_json(file or self.path, {**figures, "provenance": {**self.origin(), **more}})
+
+    def add(self, figures: Mapping[str, Any], file: Path | None = None) -> None:
+        """Put figures beside those that are there, or in their places."""
+        self.write({**self.read(file), **figures}, file)
 
     def parts(
         self, made: Mapping[str, Callable[[], Any]], asked: Sequence[str], **more: Any
@@ -68,7 +72,6 @@ def asked(
     photo: bool | None = None,
     data: bool = False,
     dtype: str | None = None,
-    out: Path | None = None,
     clock: bool = False,
     more: Callable[[argparse.ArgumentParser], object] = lambda _: None,
     **options: Any,
@@ -76,11 +79,10 @@ def asked(
     """The arguments of a command; torch then runs in one thread.
 
     photo: whether it is of the photo model, whose exits may be others; False: that may be asked
-    for. data: whether it reads photographs without that model. dtype: its default. out: the file
-    that is written if no other is named. clock: whether seconds may be those of the thread; the
-    arguments then have `clock`. options: others, by name, with their defaults: a number or text,
-    several of them, `Some`, or False for what is on once it is named. more: adds what else there
-    is.
+    for. data: whether it reads photographs without that model. dtype: its default. clock: whether
+    seconds may be those of the thread; the arguments then have `clock`. options: others, by name,
+    with their defaults: a number, text or a path, several of them, `Some`, False for what is on
+    once it is named, or Path for one that is None if it is not. more: adds what else there is.
     """
     parser = argparse.ArgumentParser(description=doc)
     if photo is not None:
@@ -93,8 +95,6 @@ def asked(
         parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16"))
     for name, default in options.items():
         _add(parser, f"--{name.replace('_', '-')}", default)
-    if out is not None:
-        parser.add_argument("--out", type=Path, default=out)
     if clock:
         parser.add_argument(
             "--cpu-time", action="store_const", dest="clock", const=time.thread_time,
@@ -108,15 +108,16 @@ def asked(
 
 def _add(parser: argparse.ArgumentParser, flag: str, default: Any) -> None:
     """An option by its default."""
+    how = {"type": type(default), "default": default, "help": "default: %(default)s"}
     if default is False:
-        parser.add_argument(flag, action="store_true")
-        return
-    how: dict[str, Any] = {"type": type(default)}
-    if isinstance(default, tuple):
-        how = {"type": type(default[0]), "nargs": "+"}
+        how = {"action": "store_true"}
+    elif default is Path:
+        how = {"type": Path}
+    elif isinstance(default, tuple):
+        how |= {"type": type(default[0]), "nargs": "+"}
     if isinstance(default, Some):
         how["choices"] = default
-    parser.add_argument(flag, default=default, help="default: %(default)s", **how)
+    parser.add_argument(flag, **how)
 
 
 def named(clock: Callable[[], float]) -> str:

@@ -29,7 +29,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import torch
 from PIL import Image
 
 from offramp.data.datasets import CAPTION_PROMPT
@@ -45,7 +44,7 @@ from offramp_lab.records.subjects import Subject, load_photo, photo_exits, tiny_
 RECORD = Record("serving")
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 24
-SLOTS, LIMIT = 8, 256
+SLOTS, LIMIT, PORT = 8, 256, 8731
 TINY = ["offramp.cli", "serve", "tiny-opt"]
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False,
@@ -59,9 +58,8 @@ def main() -> None:
     )  # fmt: skip
     subject, words = photo(arguments) if arguments.photo else tiny()
     measured = measure(subject, words, arguments)
-    record = RECORD.read(arguments.out)
-    record.setdefault("http", {})[subject.name] = measured
-    RECORD.write(record, arguments.out)
+    others = RECORD.read(arguments.out).get("http", {})
+    RECORD.add({"http": {**others, subject.name: measured}}, arguments.out)
 
 
 def tiny() -> tuple[Subject, list[str]]:
@@ -71,7 +69,7 @@ def tiny() -> tuple[Subject, list[str]]:
 
 def photo(arguments: argparse.Namespace) -> tuple[Subject, list[str]]:
     data, exits = arguments.data, photo_exits(arguments.adapter)
-    adapter, encoder = load_photo(exits, torch.bfloat16)
+    adapter, encoder = load_photo(exits, "bfloat16")
     rows = (data / "flickr8k_captions.jsonl").read_text(encoding="utf-8").splitlines()[-32:]
     asked = [
         Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))
@@ -136,9 +134,9 @@ def measure(
 class Server:
     """`offramp serve` in a process of its own. started: seconds until it was ready."""
 
-    def __init__(self, *more: str, words: Sequence[str] = TINY, port: int = 8731) -> None:
-        self.url, self._begun = f"http://127.0.0.1:{port}", time.perf_counter()
-        words = [*words, "--port", str(port), "--threads", "1", "--watch", "0", *more]
+    def __init__(self, *more: str, words: Sequence[str] = TINY) -> None:
+        self.url, self._begun = f"http://127.0.0.1:{PORT}", time.perf_counter()
+        words = [*words, "--port", str(PORT), "--threads", "1", "--watch", "0", *more]
         self.process = subprocess.Popen(
             [sys.executable, "-m", *words, "--slots", str(SLOTS)], stderr=subprocess.DEVNULL
         )

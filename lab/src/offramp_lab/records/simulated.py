@@ -100,8 +100,8 @@ def still_merged(trials: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def share_of(p: Array, level: float = LEVEL) -> float:
-    return float((p <= level).mean())
+def share_of(p: Array) -> float:
+    return float((p <= LEVEL).mean())
 
 
 # -- units, choices and the boundary ---------------------------------------------------------------

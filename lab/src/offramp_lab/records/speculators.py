@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 import resource
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from transformers import AutoTokenizer
 
 from offramp.models.photo.packages import LANGUAGE, weights_file
 from offramp.storage import cache_folder, write_atomic
-from offramp_lab.places import PHOTOGRAPHS, RUNS
+from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.text import PARTS, kept, prompts_of, step, write_model
+from offramp_lab.records.text import PARTS, converted, kept, prompts_of, step, write_model
 
 RECORD = Record("speculators")
 DRAFTS = 4
@@ -92,7 +91,10 @@ LOADED = (
 
 
 def main() -> None:
-    arguments = asked(__doc__, steps=3000, prompts=100, more=_more)
+    arguments = asked(
+        __doc__, data=True, steps=3000, prompts=100, work=RUNS / RECORD.name, speculators=Path,
+        more=_more,
+    )  # fmt: skip
     work: Path = arguments.work
     write_model(weights_file(LANGUAGE, cache_folder("photo")), work / "model")
     write_atomic(work / "train.txt", "\n".join(prompts_of((*KNOWN, *MORE), LEARNT)) + "\n")
@@ -111,17 +113,13 @@ def main() -> None:
 
 
 def _more(parser: Any) -> None:
-    parser.add_argument("--work", type=Path, default=RUNS / "speculators")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source")
     parser.add_argument("--programs", type=Path, required=True, help="folder of its programs")
-    parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")
-    parser.add_argument("--speculators", type=Path, help="python of its environment")
 
 
 def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
     model, drafter = work / "model", work / "drafter"
-    convert = [sys.executable, str(arguments.llama_cpp / "convert_hf_to_gguf.py")]
-    name = "convert_hf_to_gguf.py"
+    converter = arguments.llama_cpp / "convert_hf_to_gguf.py"
     told = [
         step(
             "export",
@@ -132,19 +130,11 @@ def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
             ],
             work,
         ),
-        kept(
-            "drafter's file", work,
-            [
-                *convert, str(drafter), "--target-model-dir", str(model), "--outfile",
-                str(work / "eagle3.gguf"), "--outtype", "q8_0",
-            ],
-            name,
+        converted(
+            "drafter's file", work, converter, drafter, work / "eagle3.gguf",
+            "--target-model-dir", str(model),
         ),
-        kept(
-            "model's file", work,
-            [*convert, str(model), "--outfile", str(work / "q8_0.gguf"), "--outtype", "q8_0"],
-            name,
-        ),
+        converted("model's file", work, converter, model, work / "q8_0.gguf"),
     ]  # fmt: skip
     if (arguments.data / CAPTIONS).is_file():
         told.append(
@@ -160,8 +150,9 @@ def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
             )
         )  # fmt: skip
     if arguments.speculators is not None:
-        words = [str(arguments.speculators), "-c", LOADED, str(drafter)]
-        told.append({**kept("loaded", work, words, "python"), "command": LOADING})
+        program = [str(arguments.speculators), "-c", LOADED]
+        found = kept("loaded", work, program, "python", [str(drafter)])
+        told.append({**found, "command": LOADING})
     return told
 
 

@@ -1,5 +1,5 @@
-"""The models with exits that records are of, those that ship; and images that no one trained or
-chose thresholds on."""
+"""The models with exits that records are of, those that ship; images that no one trained or chose
+thresholds on; and what answers about the tiny models' world are right."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
+import numpy as np
 from examples.photo_vlm.evaluate import LONGEST, load
 from examples.photo_vlm.rows import half_of, read_photographs
+from numpy.typing import NDArray
 
 from offramp.adapter import Adapter
+from offramp.answers import Answer
 from offramp.data.example import Example
+from offramp.data.scenes import language, world
 from offramp.data.scenes.tasks import captions, questions
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, shipped_exits, tiny_exits
+from offramp.training.config import FREE, TrainConfig
+from offramp.training.trainer import train
 
 
 def photo_exits(adapter: Path | None = None) -> Path:
@@ -29,12 +35,13 @@ def photo_exits(adapter: Path | None = None) -> Path:
 
 def load_photo(
     adapter: Path | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
     quantize: str | None = None,
     vision: str = "torch",
-) -> tuple[Adapter, Any]:
+) -> tuple[Adapter, InputProcessor]:
     """The photo model with exits, and its encoder. vision: what runs the tower."""
-    backbone, encoder = load(str(dtype).removeprefix("torch."), quantize, vision)
+    backbone, encoder = load(dtype, quantize, vision)
+    assert backbone.vision_engine == vision
     return Adapter.load(photo_exits(adapter), backbone), encoder
 
 
@@ -42,6 +49,18 @@ def tiny_with(kind: str, exits: Path | None = None) -> tuple[Adapter, InputProce
     """A tiny model with the exits that ship, or those in a folder, and its encoder."""
     backbone, processor = load_tiny(kind)
     adapter = Adapter.from_pretrained(backbone, exits or tiny_exits(kind))
+    return adapter, InputProcessor(backbone, processor)
+
+
+def trained(
+    kind: str, examples: Sequence[Example], **config: Any
+) -> tuple[Adapter, InputProcessor]:
+    """A tiny model with exits that learn from these examples without labels, and its encoder.
+    config: of the training, in batches of 32."""
+    backbone, processor = load_tiny(kind)
+    options = TrainConfig(batch_size=32, **config, **FREE)
+    with TemporaryDirectory() as folder:
+        adapter = train(backbone, processor, examples, options, folder)
     return adapter, InputProcessor(backbone, processor)
 
 
@@ -67,6 +86,10 @@ class Subject:
         """Of generation: greedy."""
         return {"max_new_tokens": self.longest, "do_sample": False}
 
+    def prompts(self) -> list[dict[str, Any]]:
+        """Each example's, alone."""
+        return [self.encoder.prompts([example]) for example in self.examples]
+
 
 def tiny(kind: str, images: int, exits: Path | None = None) -> Subject:
     """A tiny model, on captions and questions of the test split. exits: as of `tiny_with`."""
@@ -75,10 +98,26 @@ def tiny(kind: str, images: int, exits: Path | None = None) -> Subject:
     return Subject(f"tiny-{kind}", *tiny_with(kind, exits), examples, 48)
 
 
-def photo(arguments: argparse.Namespace) -> Subject:
-    """The photo model, by what a command was `asked`, on held-out photographs of the half on which
-    figures are measured."""
-    dtype = getattr(torch, arguments.dtype)
-    examples = halves(arguments.data)[1][: arguments.images]
+def photo(arguments: argparse.Namespace, count: int, dtype: str = "float32") -> Subject:
+    """The photo model, by what a command was `asked`, on so many held-out photographs of the half
+    on which figures are measured."""
+    examples = halves(arguments.data)[1][:count]
     model = load_photo(arguments.adapter, dtype)
     return Subject("photo model", *model, examples, LONGEST["captions"])
+
+
+# -- the tiny models' world ------------------------------------------------------------------------
+
+
+def right(answers: Sequence[Answer], examples: Sequence[Example]) -> NDArray[np.float64]:
+    """1 where an answer is right by the world's own judges, else 0."""
+    pairs = zip(answers, examples, strict=True)
+    return np.array([is_right(answer.text, example) for answer, example in pairs], float)
+
+
+def is_right(text: str, example: Example) -> bool:
+    """A caption, when every attribute of it is; an answer, when it is the reference."""
+    if example.prompt != world.CAPTION_PROMPT:
+        return language.answer_correct(text, example.answers[0])
+    split, index = example.key.split()[0].split("/")  # behind it: how the image was corrupted
+    return language.caption_correct(text, world.scene(split, int(index)))

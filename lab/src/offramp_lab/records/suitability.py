@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from examples.photo_vlm.held_out import SIZES
 
 from offramp.adapter import Adapter
@@ -77,7 +76,7 @@ def tiny(kind: str) -> Case:
 
 def photo(data: Path, exits: Path | None = None, planned: int = 6000) -> Case:
     asked, held_out = (half[:PROMPTS] for half in halves(data))
-    model = load_photo(exits, dtype=torch.bfloat16)
+    model = load_photo(exits, dtype="bfloat16")
     return Case(*model, asked, held_out, planned=planned, longest=30)
 
 
@@ -122,18 +121,13 @@ def foretold(case: Case) -> dict[str, Any]:
 
 
 def speeds(case: Case, trained: Sequence[dict[str, Any]], rounds: int) -> dict[str, Any]:
-    """Decoding over full depth, by depth: at the threshold of `LEVEL`."""
+    """Decoding over full depth, by depth, at the threshold of `LEVEL`, in CPU seconds as the
+    forecast has them: the ratio of sums over prompts, each one's median of rounds, with a 95%
+    interval over prompts."""
     policies = {"full": ExitPolicy()}
     for row in trained:
         policy = ExitPolicy({row["depth"]: row["threshold"]}, shortlist=case.narrow)
         policies[f"{row['depth']}"] = policy
-    count = len(case.held_out[:TIMED])
-    return {"timed": count, "rounds": rounds, **over_full(case, policies, rounds)}
-
-
-def over_full(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[str, Any]:
-    """Decoding of each policy over full depth, in CPU seconds as the forecast has them: the ratio
-    of sums over prompts, each one's median of rounds, with a 95% interval over prompts."""
     options: dict[str, Any] = {"max_new_tokens": case.longest, "do_sample": False}
     backbone, exits, clock = case.encoder.backbone, case.adapter.exits, clock_on("cpu")
 
@@ -149,7 +143,7 @@ def over_full(case: Case, policies: dict[str, ExitPolicy], rounds: int) -> dict[
     prompts = [case.encoder.prompts([example]) for example in case.held_out[:TIMED]]
     found = Experiment(runs, prompts, rounds, warm=2, title="timing").run()
     took = {name: np.median(by_round, 0) for name, by_round in found.items()}
-    ratios = {}
+    ratios: dict[str, Any] = {"timed": len(prompts), "rounds": rounds}
     for name in policies:
         both = np.stack([took["full"], took[name]], 1)
         value = float(both[:, 0].sum() / both[:, 1].sum())

@@ -7,6 +7,7 @@ slice, generate, serve; then it times answers to prompts that no step has seen, 
 inside llama.cpp, in q4_1 as it came and in q8_0 made of that. Prompts are made of patterns and
 things; training, choosing and timing have other things. One thread; CPU seconds of whole answers,
 prompts with them, all ways in turns; half an hour. What is in --work is taken from there.
+--converter: llama.cpp's convert_hf_to_gguf.py, which then makes the q8_0 in its quantiser's place.
 """
 
 from __future__ import annotations
@@ -36,19 +37,25 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.photo.build import load_language
 from offramp.models.photo.packages import LANGUAGE, weights_file
 from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.llama_cpp import EngineOptions
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp.storage import cache_folder, read_json, write_atomic, write_json
+from offramp.storage import cache_folder, write_atomic
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Record, asked
-from offramp_lab.records.runtimes.ways import ALONE, Way, alone, beside_alone, written
+from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.runtimes.ways import (
+    ALONE,
+    ENGINE,
+    THEIRS,
+    Way,
+    beside_alone,
+    edge_ways,
+)
 
 RECORD = Record("text")
 NEW, DEPTH, PORT = 24, 10, 8731
+OFFRAMP = [sys.executable, "-m", "offramp.cli"]
 QUESTION = "Why is the sky blue?"
-ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=False)
 PATTERNS = (
     "What is {}?", "Describe {} in one sentence.", "Why do people like {}?",
     "Where can I find {}?", "Name three things that go well with {}.",
@@ -78,7 +85,7 @@ PARTS = {"train": (THINGS[:76], 1200), "choose": (THINGS[76:98], 200), "held": (
 
 
 def main() -> None:
-    arguments = asked(__doc__, steps=1200, prompts=60, more=_more)
+    arguments = asked(__doc__, steps=1200, prompts=60, work=RUNS / RECORD.name, converter=Path)
     work: Path = arguments.work
     file = weights_file(LANGUAGE, cache_folder("photo"))
     prompts = {name: prompts_of(*part) for name, part in PARTS.items()}
@@ -96,13 +103,6 @@ def main() -> None:
             "walk": steps,
             "speeds": [*_in_torch(work, held), *_in_llama_cpp(file, work, held)],
         }
-    )
-
-
-def _more(parser: Any) -> None:
-    parser.add_argument("--work", type=Path, default=RUNS / "text")
-    parser.add_argument(
-        "--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py; without: its quantiser"
     )
 
 
@@ -141,7 +141,7 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
         "slice": [str(q8_0), *with_exits, "--out", str(work / "q8_0"), "--json"],
         "generate": [str(work / "q8_0"), "--prompt", QUESTION, "--mode", "lossless", *length],
     }  # fmt: skip
-    convert = [] if converter is None else [_converted(converter, model, q8_0, work)]
+    convert = [] if converter is None else [converted("convert", work, converter, model, q8_0)]
     told = [step(name, arguments, work) for name, arguments in commands.items()]
     return [*convert, *told, _served(work)]
 
@@ -168,56 +168,57 @@ def in_q8_0(file: Path, out: Path) -> None:
     assert lib.llama_model_quantize(str(file).encode(), str(out).encode(), parameters) == 0
 
 
-def _converted(converter: Path, model: Path, out: Path, work: Path) -> dict[str, Any]:
-    words = [str(model), "--outfile", str(out), "--outtype", "q8_0"]
-    return kept("convert", work, [sys.executable, str(converter), *words], "convert_hf_to_gguf.py")
+def converted(
+    name: str, work: Path, converter: Path, model: Path, out: Path, *more: str
+) -> dict[str, Any]:
+    """A model's folder as a file in q8_0, by llama.cpp's converter."""
+    words = [str(model), *more, "--outfile", str(out), "--outtype", "q8_0"]
+    return kept(name, work, [sys.executable, str(converter)], "convert_hf_to_gguf.py", words)
 
 
 def step(name: str, arguments: Sequence[str], work: Path, *read: Path) -> dict[str, Any]:
     """A command of the product. read: folders besides `work` whose files it names."""
     command, _, _ = name.partition(" ")
-    words = [sys.executable, "-m", "offramp.cli", command, *arguments]
-    return kept(name, work, words, "offramp", read=read)
+    return kept(name, work, OFFRAMP, "offramp", [command, *arguments], read=read)
 
 
 def _served(work: Path) -> dict[str, Any]:
     """A server that has answered once, and ends."""
     words = ["serve", str(work / "q8_0"), "--port", str(PORT)]
-    return kept(
-        "serve", work, [sys.executable, "-m", "offramp.cli", *words], "offramp", _asked_once
-    )
+    return kept("serve", work, OFFRAMP, "offramp", words, _asked_once)
 
 
 def kept(
     name: str,
     work: Path,
-    words: Sequence[str],
+    program: Sequence[str],
     title: str,
+    arguments: Sequence[str],
     meanwhile: Callable[[subprocess.Popen[str]], str] = lambda process: process.stdout.read(),  # type: ignore[union-attr]
     read: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """A process's CPU and wall seconds, its largest memory, and what it said."""
-    file = work / f"step {name}.json"
-    folders = (work, cache_folder("photo"), *read)
-    if not file.exists():
+    """A process's CPU and wall seconds, its largest memory, and what it said. title: of the
+    program, where it is typed."""
+    steps, folders = Kept(work / "steps.jsonl"), (work, cache_folder("photo"), *read)
+    if name not in steps:
         start = time.perf_counter()
+        words = [*program, *arguments]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
             said = _without(meanwhile(process), *folders)
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-        typed = [title, *words[words.index("offramp.cli") + 1 if title == "offramp" else 2 :]]
         told = {
-            "command": shlex.join(_without(word, *folders) for word in typed),
+            "command": shlex.join(_without(word, *folders) for word in (title, *arguments)),
             "code": process.returncode,
             "cpu_seconds": used.ru_utime + used.ru_stime,
             "seconds": time.perf_counter() - start,
             "peak_megabytes": used.ru_maxrss / 1000,
-            "said": json.loads(said) if "--json" in words else said.strip(),
+            "said": json.loads(said) if "--json" in arguments else said.strip(),
         }
         assert told["code"] in (0, 143, -15), told["command"]
         print(told["command"], told["code"], told["cpu_seconds"])
-        write_json(file, told)
-    found: dict[str, Any] = read_json(file)
+        steps.keep(name, told)
+    found: dict[str, Any] = steps.found[name]
     return found
 
 
@@ -277,13 +278,7 @@ def _in_llama_cpp(file: Path, work: Path, held: Sequence[str]) -> list[dict[str,
                 said = model.vocabulary.chat([{"role": "user", "content": text}])
                 return model._prompt(said, [])[0]
 
-            def ours(mode: str, model: EdgeModel = model) -> Way:
-                return lambda asked: [step.token for step in written(model, mode, asked, NEW)]
-
-            ways: dict[str, Way] = {
-                ALONE: lambda asked, m=model, s=segment: alone(s, m, asked, NEW),  # type: ignore[misc]
-                **{mode: ours(mode) for mode in MODES},
-            }
+            ways = edge_ways(segment, model, NEW)
             found += _speeds("llama.cpp", name, ways, [prompt(text) for text in held])
         segment.close()
     return found
@@ -292,8 +287,8 @@ def _in_llama_cpp(file: Path, work: Path, held: Sequence[str]) -> list[dict[str,
 def _speeds(
     engine: str, formats: str, ways: Mapping[str, Way], asked: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    told = beside_alone(ways, asked, f"{engine} {formats}")
-    return [{"engine": engine, "format": formats, **entry} for entry in told["entries"]]
+    _, entries = beside_alone(ways, asked, f"{engine} {formats}")
+    return [{"engine": engine, "format": formats, **entry} for entry in entries]
 
 
 if __name__ == "__main__":

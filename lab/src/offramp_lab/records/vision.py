@@ -39,7 +39,6 @@ from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 from offramp.models.quantized.prepacked import prepacked
-from offramp.models.shipped import load_named, shipped_exits
 from offramp.models.shrink_on_load import with_shrink_on_load
 from offramp.models.vision_cache import VisionCache
 from offramp.models.vision_engine import ENGINES, StandIn, check_vision_engine
@@ -56,6 +55,7 @@ from offramp_lab.experiments.experiment import (
     same,
 )
 from offramp_lab.records.record import Record, Some, asked
+from offramp_lab.records.subjects import load_photo
 
 RECORD = Record("vision")
 TOKENS = 30
@@ -63,15 +63,6 @@ LARGE = (4000, 3000)
 STANDARD = 128
 """Of the photo model's processor, in 255ths of a pixel's range."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def loaded(name: str) -> tuple[Adapter, InputProcessor]:
-    """The photo model whose tower runs so, with the exits that ship."""
-    backbone, processor = load_named("photo", vision=name)
-    assert backbone.vision_engine == name
-    folder = shipped_exits("photo")
-    assert folder is not None
-    return Adapter.from_pretrained(backbone, folder), InputProcessor(backbone, processor)
 
 
 def names() -> list[str]:
@@ -152,7 +143,7 @@ class Rewritten(StandIn):
 
 def rewritten() -> Models:
     """The photo model's tower in PyTorch, step by step as compilers write it."""
-    adapter, encoder = loaded("torch")
+    adapter, encoder = load_photo()
     own = adapter.backbone.vision
     folded = with_norms_folded(copy.deepcopy(own))
     channels_last = copy.deepcopy(folded)
@@ -223,16 +214,24 @@ def vit_model() -> tuple[Backbone, dict[str, Any]]:
 
 
 @torch.inference_mode()
-def measure_vit(examples: Sequence[Example], rounds: int, folder: Path) -> list[dict[str, Any]]:
+def vit(examples: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
+    """An entry for each way to run a tower of that shape."""
     own, example = vit_model()
     ways = {name: own.with_vision(name, example) for name in names()}
-    for number_format in ("q8_0", "f16"):
-        file = folder / number_format
-        export_vision(own, file, number_format, LOOKS)
-        for kernels in (False, True):
-            tower = mtmd_tower(own, file, EngineOptions(kernels=kernels))
-            name = f"mtmd {number_format}{', our products' if kernels else ''}"
-            ways[name] = own.with_tower(tower)
+    with TemporaryDirectory() as folder:
+        for number_format in ("q8_0", "f16"):
+            file = Path(folder) / number_format
+            export_vision(own, file, number_format, LOOKS)
+            for kernels in (False, True):
+                tower = mtmd_tower(own, file, EngineOptions(kernels=kernels))
+                name = f"mtmd {number_format}{', our products' if kernels else ''}"
+                ways[name] = own.with_tower(tower)
+        return _seen(ways, examples, rounds)
+
+
+def _seen(
+    ways: Mapping[str, Backbone], examples: Sequence[Example], rounds: int
+) -> list[dict[str, Any]]:
     models = {name: InterceptedModel(way, DecoderEntry()).model for name, way in ways.items()}
     side = SHAPE["image_size"]
     seen = []
@@ -254,11 +253,9 @@ def measure_vit(examples: Sequence[Example], rounds: int, folder: Path) -> list[
 def decode(photographs: Sequence[Example], rounds: int) -> dict[str, Any]:
     """Milliseconds from a file of 12 megapixels to the model's inputs, and how far the pixels that
     the tower gets are from those of the whole photograph."""
-    backbone, processor = load_named("photo")
-    encoders = {
-        "whole": InputProcessor(backbone, processor),
-        "shrunk": InputProcessor(backbone, with_shrink_on_load(processor)),
-    }
+    _, encoder = load_photo()
+    shrunk = InputProcessor(encoder.backbone, with_shrink_on_load(encoder.processor))
+    encoders = {"whole": encoder, "shrunk": shrunk}
     with TemporaryDirectory() as folder:
         examples = list[Example]()
         for example in photographs:
@@ -288,13 +285,14 @@ def decode(photographs: Sequence[Example], rounds: int) -> dict[str, Any]:
 def prompts(examples: Sequence[Example], rounds: int) -> dict[str, Any]:
     """Milliseconds from a processor's output to what enters llama.cpp, the tower left out: as
     Hugging Face prepares it, and of a prompt text that is kept."""
-    backbone, processor = load_named("photo")
-    encoder = InputProcessor(backbone, processor)
+    adapter, encoder = load_photo()
     inputs = [encoder.prompts([example]) for example in examples]
     options = {"max_new_tokens": TOKENS, "do_sample": False}
 
     def entry() -> PromptEntry:  # the cache takes the tower's part
-        return PromptEntry(backbone, Architecture("llama", {}), EngineOptions(context=512), cache)
+        return PromptEntry(
+            adapter.backbone, Architecture("llama", {}), EngineOptions(context=512), cache
+        )
 
     def whole(one: dict[str, Any]) -> Any:
         fresh = entry()  # as for every answer, before texts were kept
@@ -330,16 +328,12 @@ def towers(measured: Measure, photographs: Sequence[Example], rounds: int, **mor
 
 
 def engines(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
-    return measure({name: loaded(name) for name in names()}, photographs, rounds)
+    models = {name: load_photo(vision=name) for name in names()}
+    return measure(models, photographs, rounds)
 
 
 def own(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
     return measure(rewritten(), photographs, rounds)
-
-
-def vit(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
-    with TemporaryDirectory() as folder:
-        return measure_vit(photographs, rounds, Path(folder))
 
 
 PARTS: dict[str, Callable[[Sequence[Example], int], Any]] = {

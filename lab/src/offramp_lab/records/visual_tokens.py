@@ -23,25 +23,22 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from examples.photo_vlm.evaluate import LONGEST
 from torch import Tensor, nn
-from transformers import StoppingCriteriaList
 
 from offramp.answers import Answer, generate_answers
 from offramp.calibration.risk_functions import RISKS
-from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, RANKINGS, ExitPolicy, Thresholds
 from offramp.engine.prefill import image_tokens
 from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.evaluation.statistics import Measure, interval, mean_of
+from offramp.evaluation.timing import exit_generate_fn, timed
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.prepack import prepack
 from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.runtimes.methods import Clock
-from offramp_lab.records.subjects import halves, load_photo
+from offramp_lab.records.subjects import photo
 
 RECORD = Record("visual_tokens")
 NAMES = ("llava-135m", "llava-1b", "qwen2.5-vl-3b-10")
@@ -97,10 +94,6 @@ class Seconds:
     first: float
     whole: float
 
-    @property
-    def token(self) -> float:
-        return (self.whole - self.first) / (TOKENS - 1)
-
 
 # -- what is measured ------------------------------------------------------------------------------
 
@@ -108,15 +101,10 @@ class Seconds:
 def answered(
     backbone: Backbone, inputs: Mapping[str, Tensor], exits: ExitSet, policy: ExitPolicy
 ) -> Seconds:
-    clock, begin = Clock(), time.process_time()
-    stop = StoppingCriteriaList([clock])
-    made = generate(
-        backbone, inputs, exits=exits, policy=policy, stopping_criteria=stop,
-        max_new_tokens=TOKENS, **OPTIONS,
-    )  # fmt: skip
-    end = time.process_time()
-    assert clock.cpu is not None and made.new_tokens.shape[1] == TOKENS
-    return Seconds(clock.cpu - begin, end - begin)
+    write = exit_generate_fn(backbone, exits, policy, max_new_tokens=TOKENS, **OPTIONS)
+    whole, decode, ids = timed(write, inputs, time.process_time)
+    assert len(ids) == TOKENS
+    return Seconds(whole - decode, whole)
 
 
 class Stopwatch:
@@ -280,15 +268,14 @@ def _median(found: Sequence[Any]) -> Any:
 def captioned(arguments: argparse.Namespace) -> dict[str, Any]:
     """How alike captions are to the full model's, and to people's, where visual tokens stay behind
     by each ranking; of thresholds that ship, and where no token exits."""
-    adapter, encoder = load_photo(arguments.adapter, torch.float32)
-    examples = halves(arguments.data)[1][: arguments.photographs]
-    options: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
+    subject = photo(arguments, arguments.photographs)
+    adapter, encoder, examples = subject.adapter, subject.encoder, subject.examples
     shipped = adapter.policy
     never = Thresholds.shared([*shipped.thresholds], 1.0)
     policies = {"full depth": replace(shipped, thresholds=never, first={}), "shipped": shipped}
 
     def answers(policy: ExitPolicy) -> list[Answer]:
-        return generate_answers(adapter, encoder, examples, policy, batch_size=1, **options)
+        return generate_answers(adapter, encoder, examples, policy, batch_size=1, **subject.options)
 
     full, entries = answers(FULL), []
     people = mean_of(RISKS["rouge_l_drop"].losses(full, full, examples))

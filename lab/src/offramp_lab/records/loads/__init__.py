@@ -19,6 +19,6 @@ def keep(part: str, figures: Mapping[str, Any], examples: Sequence[Example] = ()
     record = Record("loads", f"loads.{part}")
     parts = record.read()
     known = parts.get(part, {}).get("figures", {})
-    origin = {**record.origin(examples=examples), "load": os.getloadavg()[0]}
+    origin = {**record.origin(examples), "load": os.getloadavg()[0]}
     parts[part] = {"figures": {**known, **figures}, "provenance": origin}
     write_json(record.path, parts)

@@ -40,7 +40,7 @@ def subjects(arguments: argparse.Namespace) -> Iterator[Subject]:
     if arguments.t5:
         yield tiny("t5", arguments.images, Path(arguments.t5))
     if arguments.photo:
-        yield photo(arguments)
+        yield photo(arguments, arguments.images, arguments.dtype)
 
 
 def measure(subject: Subject) -> dict[str, Any]:

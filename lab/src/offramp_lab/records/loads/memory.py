@@ -32,7 +32,7 @@ ENDINGS = ("answered", "cancelled", "failed")
 def main() -> None:
     arguments = asked(__doc__, requests=5000, slots=8, every=250)
     subject = tiny("opt", 32)
-    inputs = [subject.encoder.prompts([example]) for example in subject.examples]
+    inputs = subject.prompts()
     core = engine_of(subject.adapter, arguments.slots)
     parts = range(0, arguments.requests, arguments.every)
     seen: Counter[str] = Counter()

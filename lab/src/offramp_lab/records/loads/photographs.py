@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from examples.photo_vlm.held_out import cider
-from transformers import StoppingCriteriaList
 
 from offramp.answers import Answer
-from offramp.engine.policy import FULL, MODES
-from offramp.evaluation.timing import FirstToken, exit_generate_fn, stock_generate_fn
+from offramp.engine.policy import MODES
+from offramp.evaluation.timing import exit_generate_fn, stock_generate_fn, timed
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
@@ -53,7 +52,7 @@ def main() -> None:
         modes=Some(("generate", *MODES)),
     )  # fmt: skip
     clock, slots = arguments.clock, arguments.slots
-    subject = photo(arguments)
+    subject = photo(arguments, arguments.images, arguments.dtype)
     few = replace(subject, examples=subject.examples[:2])
     ways = {
         name: run
@@ -79,18 +78,18 @@ def alone(clock: Clock) -> dict[str, Way]:
 
     def run(subject: Subject, mode: str) -> Run:
         adapter, options = subject.adapter, subject.options
-        way = stock_generate_fn(adapter.backbone, **options)
-        if mode != "generate":
-            exits, policy = (
-                (None, FULL) if mode == "full" else (adapter.exits, adapter.policy.in_mode(mode))
-            )
-            way = exit_generate_fn(adapter.backbone, exits, policy, **options)
+        if mode == "generate":
+            way = stock_generate_fn(adapter.backbone, **options)
+        elif mode == "full":
+            way = exit_generate_fn(adapter.backbone, **options)
+        else:
+            policy = adapter.policy.in_mode(mode)
+            way = exit_generate_fn(adapter.backbone, adapter.exits, policy, **options)
         begin, done = clock(), Run()
         for example in subject.examples:
-            inputs, first = subject.encoder.prompts([example]), FirstToken(clock)
-            done.said.append(tuple(way(inputs, StoppingCriteriaList([first])).tolist()))
-            assert first.seconds is not None
-            done.decode += clock() - first.seconds
+            _, decode, ids = timed(way, subject.encoder.prompts([example]), clock)
+            done.said.append(ids)
+            done.decode += decode
         done.seconds = clock() - begin
         return done
 

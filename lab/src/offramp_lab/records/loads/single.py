@@ -41,19 +41,18 @@ def main() -> None:
     arguments = asked(
         __doc__, photo=True, dtype="bfloat16", clock=True, images=50, rounds=2, above=(0.0, 0.1)
     )
-    subject = photo(arguments)
-    inputs = [subject.encoder.prompts([example]) for example in subject.examples]
-    others = {name: photo(arguments) for name in ("prepacked", "compiled")}
-    others["prepacked"].adapter.prepack()
-    compiled = others["compiled"].adapter
-    compiled.backbone = compiled.backbone.with_decoding(compiled=True)
+    subject, *others = (photo(arguments, arguments.images, arguments.dtype) for _ in range(3))
+    inputs = subject.prompts()
+    prepacked, compiled = others
+    prepacked.adapter.prepack()
+    compiled.adapter.backbone = compiled.adapter.backbone.with_decoding(compiled=True)
     ways = policies(subject, arguments.above)
     generates = {
         "generate": stock_generate_fn(subject.adapter.backbone, **subject.options),
         **{name: _way(subject, name, policy) for name, policy in ways.items()},
         **{
             f"{products} {name}": _way(other, name, policy)
-            for products, other in others.items()
+            for products, other in (("prepacked", prepacked), ("compiled", compiled))
             for name, policy in ways.items()
             if not name.startswith("plain")
         },

@@ -14,112 +14,95 @@ from typing import Any
 from tqdm import tqdm
 
 from offramp.adapter import Adapter
+from offramp.answers import Answer
 from offramp.calibration.calibrate import calibrate
 from offramp.calibration.risk_functions import RISKS
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engine.policy import FULL
 from offramp.evaluation.statistics import Measure
 from offramp.models.input_processor import InputProcessor
-from offramp_lab.records.runtimes.answers import (
-    LONGEST,
-    cider,
-    in_llama,
-    in_torch,
-    kept_answers,
-    worth,
-)
-from offramp_lab.records.runtimes.kept import KeptRuntime
+from offramp_lab.records.runtimes.answers import LONGEST, KeptRuntime, cider, keeping, worth
 from offramp_lab.records.runtimes.methods import THRESHOLDS, Bench
 
 FORMATS = ("q8_0", "q4_1", "iq4_nl")
 """The quantised ones: f16 answers as PyTorch does."""
 TARGET = 0.03
 RISK = "rouge_l_drop"
+Halves = tuple[Sequence[Example], Sequence[Example]]
+"""To choose thresholds on, and to measure on."""
 
 
 def calibrated(bench: Bench, chosen_on: Sequence[Example]) -> dict[str, Any]:
     """By format, thresholds and what they lose on `bench.photographs`."""
-    kept = kept_answers(bench)
-    runtimes = {layers: in_llama(bench, layers, kept) for layers in FORMATS}
     halves = (chosen_on, bench.photographs)
-    return by_format(bench.adapter, bench.encoder, halves, in_torch(bench, kept), runtimes)
+    return by_format(bench.adapter, bench.encoder, halves, keeping(bench, FORMATS))
 
 
 def by_format(
     adapter: Adapter,
     encoder: InputProcessor,
-    halves: tuple[Sequence[Example], Sequence[Example]],
-    float32: KeptRuntime,
+    halves: Halves,
     runtimes: Mapping[str, KeptRuntime],
 ) -> dict[str, Any]:
-    """By format, thresholds that were chosen on the first half, and what they lose on the other."""
-    whole = [cider(float32.answers(encoder, h, FULL, **LONGEST), h) for h in halves]
+    """The same of runtimes by their formats, "float32" among them."""
+    whole = [cider(runtimes["float32"].answers(encoder, h, FULL), h) for h in halves]
     return {
         "target": TARGET,
         "risk": RISK,
         "chosen_on": len(halves[0]),
         "measured_on": len(halves[1]),
         "formats": {
-            layers: _Format(adapter, encoder, runtime, halves, whole).found()
+            layers: _of_format(adapter, encoder, runtime, halves, whole)
             for layers, runtime in tqdm(runtimes.items(), "calibrated", disable=None)
+            if layers != "float32"
         },
     }
 
 
-class _Format:
-    """One format's answers. whole: CIDEr of the float32 full model, on both halves."""
+def _of_format(
+    adapter: Adapter,
+    encoder: InputProcessor,
+    runtime: KeptRuntime,
+    halves: Halves,
+    whole: Sequence[Measure],
+) -> dict[str, Any]:
+    """Of one format. whole: CIDEr of the float32 full model, on both halves."""
+    [depth] = adapter.policy.thresholds
+    choosing, measuring = halves
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        encoder: InputProcessor,
-        runtime: KeptRuntime,
-        halves: tuple[Sequence[Example], Sequence[Example]],
-        whole: Sequence[Measure],
-    ) -> None:
-        self._adapter, self._encoder, self._runtime = adapter, encoder, runtime
-        (self._chosen_on, self._measured_on), self._whole = halves, whole
+    def answers(half: Sequence[Example], thresholds: Mapping[int, float]) -> list[Answer]:
+        policy = replace(adapter.policy, thresholds=thresholds) if thresholds else FULL
+        return runtime.answers(encoder, half, policy)
 
-    def found(self) -> dict[str, Any]:
-        [depth] = self._adapter.policy.thresholds
-        tried = {t: self._drop({depth: t}) for t in reversed(THRESHOLDS)}
-        fitting = next(({depth: t} for t, drop in tried.items() if drop <= TARGET), {})
-        found = calibrate(
-            self._adapter, self._encoder, self._chosen_on, self._policy({}),
-            target=TARGET, risk=RISK, thresholds=THRESHOLDS, runtime=self._runtime,
-            candidates=len(FORMATS), **LONGEST,  # all on the same photographs
-        )  # fmt: skip
-        evidence = ("measured", "bound", "confidence", "n", "reason")
-        return {
-            "calibrated": {
-                "drops_tried": {str(t): drop for t, drop in tried.items()},
-                **self._measured(fitting),
-            },
-            "guaranteed": {
-                **{name: getattr(found, name) for name in evidence},
-                **self._measured(found.policy.thresholds),
-            },
-        }
-
-    def _policy(self, thresholds: Mapping[int, float]) -> ExitPolicy:
-        return replace(self._adapter.policy, thresholds=thresholds)
-
-    def _answers(self, half: Sequence[Example], thresholds: Mapping[int, float]) -> Any:
-        policy = self._policy(thresholds) if thresholds else FULL
-        return self._runtime.answers(self._encoder, half, policy, **LONGEST)
-
-    def _drop(self, thresholds: Mapping[int, float]) -> float:
+    def drop(threshold: float) -> float:
         """Of CIDEr on the choosing half."""
-        said = self._answers(self._chosen_on, thresholds)
-        return 1 - cider(said, self._chosen_on).value / self._whole[0].value
+        return 1 - cider(answers(choosing, {depth: threshold}), choosing).value / whole[0].value
 
-    def _measured(self, thresholds: Mapping[int, float]) -> dict[str, Any]:
+    def measured(thresholds: Mapping[int, float]) -> dict[str, Any]:
         """On the measuring half: CIDEr against the float32 full model, and the risk against the
         full model of the format."""
-        half = self._measured_on
-        said, full = self._answers(half, thresholds), self._answers(half, {})
+        said, full = answers(measuring, thresholds), answers(measuring, {})
         return {
             "thresholds": {str(d): t for d, t in thresholds.items()},
-            **worth(cider(said, half), self._whole[1]),
-            "risk": float(RISKS[RISK].losses(said, full, half).mean()),
+            **worth(cider(said, measuring), whole[1]),
+            "risk": float(RISKS[RISK].losses(said, full, measuring).mean()),
         }
+
+    drops = {t: drop(t) for t in reversed(THRESHOLDS)}
+    fitting = next(({depth: t} for t, lost in drops.items() if lost <= TARGET), {})
+    found = calibrate(
+        adapter, encoder, choosing, replace(adapter.policy, thresholds={}),
+        target=TARGET, risk=RISK, thresholds=THRESHOLDS, runtime=runtime,
+        candidates=len(FORMATS), **LONGEST,  # all on the same photographs
+    )  # fmt: skip
+    evidence = ("measured", "bound", "confidence", "n", "reason")
+    return {
+        "calibrated": {
+            "drops_tried": {str(t): lost for t, lost in drops.items()},
+            **measured(fitting),
+        },
+        "guaranteed": {
+            **{name: getattr(found, name) for name in evidence},
+            **measured(found.policy.thresholds),
+        },
+    }

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from statistics import median
 from typing import Any
 
+from offramp_lab.experiments.experiment import Experiment, Rounds, each
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("runtimes-edge", "runtimes.edge")
@@ -51,27 +53,33 @@ def main() -> None:
             "--sliced", required=True, help="what `offramp slice` wrote"
         ),
     )  # fmt: skip
-    runs: dict[tuple[str, str], list[Any]] = {}
-    for _ in range(arguments.rounds):
-        for way, code in WAYS.items():
-            for mode in ("full", "early_exit") if way == "without PyTorch" else ("",):
-                command = [sys.executable, "-c", code, arguments.sliced, mode, str(TOKENS)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                marks, torch = json.loads(done.stdout)
-                assert torch == (way != "without PyTorch")
-                runs.setdefault((way, mode), []).append(marks)
-    entries = [_entry(way, mode, found) for (way, mode), found in runs.items()]
+    plain, *others = WAYS
+    ways = [(plain, "full"), (plain, "early_exit"), *((way, "") for way in others)]
+    processes = {way: partial(_process, way, arguments.sliced) for way in ways}
+    entries = Experiment(processes, rounds=arguments.rounds).entries(("way", "mode"), _figures)
     RECORD.write({"tokens": TOKENS, "entries": entries})
 
 
-def _entry(way: str, mode: str, found: list[Any]) -> dict[str, Any]:
+def _process(way: tuple[str, str], sliced: str, _: None) -> list[Any]:
+    """What it had used after each step."""
+    name, mode = way
+    command = [sys.executable, "-c", WAYS[name], sliced, mode, str(TOKENS)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    marks, torch = json.loads(done.stdout)
+    assert torch == (name != "without PyTorch")
+    return list(marks)
+
+
+def _figures(rounds: Rounds) -> dict[str, float]:
+    """Medians of each step."""
+    found = each(rounds)
     steps = ("import", "load", "answer")[: len(found[0]) - 1]
     cpu = {
         f"{step}_seconds": median(m[i + 1][0] - m[i][0] for m in found)
         for i, step in enumerate(steps)
     }
     peak = {f"{step}_megabytes": median(m[i + 1][1] for m in found) for i, step in enumerate(steps)}
-    return {"way": way, "mode": mode, **cpu, **peak}
+    return {**cpu, **peak}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.photo_edge import hub_file, prompt_of
 from offramp_lab.records.runtimes.together import Answers, Rows, in_modes
 from offramp_lab.records.runtimes.ways import written
-from offramp_lab.records.subjects import halves, load_photo, photo_exits
+from offramp_lab.records.subjects import photo, photo_exits
 
 RECORD = Record("runtimes-edge-together", "runtimes.edge_together")
 CONTEXT, FORMATS = 256, ("q8_0", "q4_1")
@@ -34,8 +34,8 @@ CONTEXT, FORMATS = 256, ("q8_0", "q4_1")
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=52, slots=4)
     exits = photo_exits(arguments.adapter)
-    adapter, encoder = load_photo(exits)
-    held, size = halves(arguments.data)[1][: arguments.photographs], arguments.slots
+    subject, size = photo(arguments, arguments.photographs), arguments.slots
+    adapter = subject.adapter
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -43,13 +43,13 @@ def main() -> None:
             file = hub_file(adapter.backbone, folder / f"{formats}.gguf", formats)
             slice_gguf(file, exits, folder / formats)
         with LlamaCppRuntime(adapter, folder / "q8_0", engine=EngineOptions(CONTEXT)) as runtime:
-            prompts = [prompt_of(runtime, encoder.prompts([example])) for example in held]
-        groups = [prompts[start : start + size] for start in range(0, len(held), size)]
+            prompts = [prompt_of(runtime, inputs) for inputs in subject.prompts()]
+        groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         for formats in FORMATS:
             engine = EngineOptions(CONTEXT, sequences=size)
             with EdgeModel(folder / formats, engine=engine) as model, drafting(model):
                 entries += in_modes(formats, groups, partial(_ways, model, size))
-    RECORD.write({"sequences": size, "photographs": len(held), "entries": entries})
+    RECORD.write({"sequences": size, "photographs": len(prompts), "entries": entries})
 
 
 def _ways(model: EdgeModel, size: int, mode: str) -> dict[str, Answers]:

@@ -22,7 +22,7 @@ from offramp.models.backbone import Backbone
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp_lab.experiments.experiment import Experiment, milliseconds
+from offramp_lab.experiments.experiment import Experiment, each, milliseconds
 from offramp_lab.records.record import Record, asked
 
 RECORD = Record("runtimes-kquants", "runtimes.kquants")
@@ -61,16 +61,14 @@ def _timed(backbone: Backbone, layers: str, rounds: int) -> list[dict[str, Any]]
             for rows in ROWS
             for way, segment in opened.items()
         }
-        found = Experiment(calls, rounds=rounds).run()
+        entries = Experiment(calls, rounds=rounds).entries(
+            ("kernels", "rows"), lambda taken: {"milliseconds": median(each(taken))}
+        )
         for segment in opened.values():
             segment.close()
         size = file.stat().st_size
     alike = float(np.corrcoef(logits["ours"].ravel(), logits["llama.cpp"].ravel())[0, 1])
-    entry = {"format": layers, "bytes": size, "alike": alike}
-    return [
-        {**entry, "kernels": way, "rows": rows, "milliseconds": median(t for [t] in taken)}
-        for (way, rows), taken in found.items()
-    ]
+    return [{"format": layers, "bytes": size, "alike": alike, **entry} for entry in entries]
 
 
 def _logits(segment: Segment, states: Any, _: None = None) -> Any:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy
-from offramp.evaluation.timing import FirstToken
+from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn, timed
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
@@ -25,6 +27,7 @@ from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp_lab.experiments.experiment import TIMES, Rates, Rounds, each, times
+from offramp_lab.records.runtimes.ways import greedy
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
@@ -36,26 +39,14 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": F
 IN_LLAMA, IN_TORCH = "offramp, llama.cpp", "offramp, torch"
 WITH_ITS_KERNELS = "offramp, llama.cpp, its own kernels"
 COMPILED = "offramp, torch, compiled"
-Answer = tuple[int, ...]
 Name = tuple[str, str, str]
 """Runtime, number format of the layers, mode."""
 WAY = ("runtime", "format", "mode")
 """The same in a record."""
 
 
-class Clock(FirstToken):
-    """Also notes the CPU seconds when the first token was there."""
-
-    cpu: float | None = None
-
-    def __call__(self, *positional: Any, **named: Any) -> torch.Tensor:
-        if self.cpu is None:
-            self.cpu = time.process_time()
-        return super().__call__(*positional, **named)
-
-
-Method = Callable[..., Answer]
-"""Answers one prompt, and calls the clock, its second argument, when the first token is there."""
+Taken = tuple[NDArray[np.float64], NDArray[np.float64], tuple[int, ...]]
+"""Seconds of an answer, and of decoding it, each on the wall and of the CPU [2]; and its ids."""
 
 
 class OneFile:
@@ -68,52 +59,41 @@ class OneFile:
         self.embeddings = self.backbone.stack.get_input_embeddings().weight.detach().numpy()
 
     def __call__(
-        self, inputs: Mapping[str, Any], clock: Clock, max_new_tokens: int = LONGEST["captions"]
-    ) -> Answer:
+        self,
+        inputs: Mapping[str, Any],
+        stop: StoppingCriteriaList,
+        max_new_tokens: int = LONGEST["captions"],
+    ) -> Tensor:
         entry = DecoderEntry()
         model = InterceptedModel(self.backbone, entry).model
         with torch.inference_mode():
             states = entry.call(lambda: model(**inputs)).hidden[0].float().numpy()
-        self.segment.crop(self.segment.length_of())
-        tokens: list[int] = []
-        while len(tokens) < max_new_tokens:
-            self.segment.feed(states, 1)
-            tokens.append(int(np.argmax(self.segment.logits(1))))
-            if len(tokens) == 1:
-                clock(torch.zeros(1, 1, dtype=torch.long), None)
-            if tokens[-1] == self.end:
-                break
-            states = self.embeddings[tokens[-1]][None]
-        return tuple(tokens)
+        answer = greedy(
+            self.segment, states, lambda ids: self.embeddings[ids], lambda token: token == self.end,
+            max_new_tokens, partial(tell_first, stop),
+        )  # fmt: skip
+        return torch.tensor(answer)
 
 
-@dataclass(frozen=True)
-class Taken:
-    """An answer, and seconds: in all, of decoding, of the CPU while decoding, of the CPU in all."""
-
-    answer: Answer
-    seconds: tuple[float, float, float, float]
+def tell_first(stop: StoppingCriteriaList) -> None:
+    """That the first token is there."""
+    stop(torch.zeros(1, 1, dtype=torch.long), None)
 
 
-def timed(method: Method, inputs: Mapping[str, Any]) -> Taken:
-    clock, begin, cpu_begin = Clock(), time.perf_counter(), time.process_time()
-    answer = method(inputs, clock)
-    end, cpu = time.perf_counter(), time.process_time()
-    assert clock.seconds is not None and clock.cpu is not None
-    spent = (end - begin, end - clock.seconds, cpu - clock.cpu, cpu - cpu_begin)
-    return Taken(answer, spent)
+def taken(method: GenerateFn, inputs: Mapping[str, Any]) -> Taken:
+    def clock() -> Any:
+        return np.array([time.perf_counter(), time.process_time()])
 
-
-def answers_of(rounds: Rounds) -> list[Answer]:
-    return [taken.answer for taken in each(rounds)]
+    whole, decode, ids = timed(method, inputs, clock)
+    return whole, decode, ids  # type: ignore[return-value]  # numbers of both kinds
 
 
 def speeds(rounds: Rounds) -> dict[str, float]:
     """Medians of the rounds of a method: tokens a second of decoding, those seconds and tokens, and
     seconds of an answer, on the wall and of the CPU."""
-    tokens = sum(len(answer) - 1 for answer in answers_of(rounds)) / len(rounds)
-    totals = [[sum(column) for column in zip(*(t.seconds for t in r), strict=True)] for r in rounds]
-    whole, wall, cpu, whole_cpu = (median(column) for column in zip(*totals, strict=True))
+    tokens = sum(len(ids) - 1 for *_, ids in each(rounds)) / len(rounds)
+    totals = np.sum([[seconds for *seconds, _ in by_input] for by_input in rounds], 1)
+    (whole, whole_cpu), (wall, cpu) = np.median(totals, 0).tolist()
     return {
         "tokens_per_second": tokens / wall, "cpu_tokens_per_second": tokens / cpu,
         "wall_seconds": wall, "cpu_seconds": cpu, "tokens": tokens,
@@ -124,19 +104,20 @@ def speeds(rounds: Rounds) -> dict[str, float]:
 
 def rates_of(rounds: Rounds) -> Rates:
     """Decoded tokens and CPU seconds of each input, medians of the rounds."""
-    spent = [[(len(t.answer) - 1, t.seconds[2]) for t in found] for found in rounds]
+    spent = [[(len(ids) - 1, decode[1]) for _, decode, ids in by_input] for by_input in rounds]
     found: Rates = np.median(np.array(spent, float), 0).T
     return found
 
 
 def with_ratios(
     entries: list[dict[str, Any]],
-    rates: Mapping[Name, Rates],
+    runs: Mapping[Name, Rounds],
     bases: Callable[[Name], Mapping[str, Name]],
 ) -> list[dict[str, Any]]:
     """Entries with their CPU speed over that of others, each with its interval over inputs.
 
     bases: of a method, the others by the name of the ratio; None where one was not measured."""
+    rates = {name: rates_of(found) for name, found in runs.items()}
     for entry in entries:
         name = entry["runtime"], entry["format"], entry["mode"]
         for over, base in bases(name).items():
@@ -157,36 +138,15 @@ def policies(shipped: ExitPolicy) -> dict[str, ExitPolicy]:
     }
 
 
-def generating(generate: Callable[..., Any], **options: Any) -> Method:
-    """A method by anything that takes what `Adapter.generate` takes."""
-
-    def run(inputs: Mapping[str, Any], clock: Clock, **more: Any) -> Answer:
-        stop = StoppingCriteriaList([clock])
-        output = generate(inputs, stopping_criteria=stop, **{**OPTIONS, **options, **more})
-        return tuple(output.new_tokens[0].tolist())
-
-    return run
-
-
-def stock(adapter: Adapter, **options: Any) -> Method:
-    """Hugging Face's own `generate`."""
-
-    def run(inputs: Mapping[str, Any], clock: Clock, **more: Any) -> Answer:
-        stop = StoppingCriteriaList([clock])
-        asked = {**OPTIONS, **options, **more}
-        ids = adapter.backbone.model.generate(**inputs, stopping_criteria=stop, **asked)
-        return tuple(ids[0, inputs["input_ids"].shape[1] :].tolist())
-
-    return run
-
-
-def stock_compiled(adapter: Adapter) -> Method:
-    """The same with its static cache, whose step inductor compiles at the first call."""
+def stock_compiled(adapter: Adapter) -> GenerateFn:
+    """Hugging Face's own with its static cache, whose step inductor compiles at the first call."""
     from transformers.generation.configuration_utils import CompileConfig
 
     config = CompileConfig(fullgraph=False, mode="default")
     config._compile_all_devices = True  # type: ignore[assignment]  # else a CPU is left out
-    return stock(adapter, cache_implementation="static", compile_config=config)
+    return stock_generate_fn(
+        adapter.backbone, cache_implementation="static", compile_config=config, **OPTIONS
+    )
 
 
 @dataclass(frozen=True)
@@ -233,12 +193,14 @@ class Bench:
     def runtime(self, layers: str, engine: EngineOptions = ENGINE) -> LlamaCppRuntime:
         return LlamaCppRuntime(self.adapter, self.files(layers), engine=engine)
 
-    def methods(self, **options: Any) -> dict[Name, Method]:
-        """By runtime, format and mode. options: of ours, such as `vision_cache`."""
+    def methods(self) -> dict[Name, GenerateFn]:
+        """By runtime, format and mode."""
         adapter = self.adapter
-        methods: dict[Name, Method] = {("generate", "float32", "full"): stock(adapter)}
+        methods: dict[Name, GenerateFn] = {
+            ("generate", "float32", "full"): stock_generate_fn(adapter.backbone, **OPTIONS)
+        }
         for mode, policy in self.policies.items():
-            method = generating(adapter.generate, policy=policy, **options)
+            method = generate_fn(adapter.generate, policy=policy, **OPTIONS)
             methods[IN_TORCH, "float32", mode] = method
         for layers in FORMATS:
             methods["llama.cpp", layers, "full"] = OneFile(
@@ -250,19 +212,21 @@ class Bench:
             ):
                 runtime = self.runtime(layers, engine)
                 for mode, policy in policies.items():
-                    method = generating(runtime.generate, policy=policy, **options)
+                    method = generate_fn(runtime.generate, policy=policy, **OPTIONS)
                     methods[name, layers, mode] = method
         return methods
 
-    def compiled_methods(self) -> dict[Name, Method]:
+    def compiled_methods(self) -> dict[Name, GenerateFn]:
         """What inductor compiles at the first call, which takes minutes."""
         own = self.adapter
         by_code = replace(own, backbone=own.backbone.with_decoding(compiled=True))
-        methods: dict[Name, Method] = {
+        methods: dict[Name, GenerateFn] = {
             ("generate, static cache, compiled", "float32", "full"): stock_compiled(self.adapter)
         }
         for mode, policy in self.policies.items():
-            methods[COMPILED, "float32", mode] = generating(by_code.generate, policy=policy)
+            methods[COMPILED, "float32", mode] = generate_fn(
+                by_code.generate, policy=policy, **OPTIONS
+            )
         return methods
 
     def weights_bytes(self, runtime: str, layers: str) -> int:

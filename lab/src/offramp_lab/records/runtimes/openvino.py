@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList
 
+from offramp.evaluation.timing import GenerateFn
 from offramp.runtimes.llama_cpp.gguf_writing import new_file
-from offramp_lab.records.runtimes.methods import Answer, Bench, Clock, Method, Name
+from offramp_lab.records.runtimes.methods import Bench, Name, tell_first
 
 READS = ("f16", "q8_0", "q4_1")
 """Formats, of those that are timed."""
@@ -24,7 +26,7 @@ WRITTEN = 12
 _ID, _NORMAL, _CONTROL = 1000, 1, 3
 
 
-def methods(bench: Bench) -> dict[Name, Method]:
+def methods(bench: Bench) -> dict[Name, GenerateFn]:
     """By format; none where openvino-genai is not installed."""
     if find_spec("openvino_genai") is None:
         return {}
@@ -47,7 +49,7 @@ class Pipeline:
         self._config.max_new_tokens = WRITTEN
         self._config.do_sample, self._config.ignore_eos = False, True
 
-    def __call__(self, inputs: Mapping[str, Any], clock: Clock) -> Answer:
+    def __call__(self, inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> torch.Tensor:
         ids = torch.arange(_ID, _ID + inputs["input_ids"].shape[1])[None].numpy()
         given = self._genai.TokenizedInputs(self._ov.Tensor(ids), self._ov.Tensor(ids.clip(max=1)))
         tokens: list[int] = []
@@ -57,14 +59,14 @@ class Pipeline:
             def write(self, token: Any) -> Any:
                 tokens.append(token)
                 if len(tokens) == 1:
-                    clock(torch.zeros(1, 1, dtype=torch.long), None)
+                    tell_first(stop)
                 return running
 
             def end(self) -> None:
                 pass
 
         self._pipeline.generate(given, self._config, Streamer())
-        return tuple(tokens)
+        return torch.tensor(tokens)
 
 
 def _with_tokenizer(source: Path, target: Path, tokenizer: Any) -> None:

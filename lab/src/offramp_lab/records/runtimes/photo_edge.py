@@ -9,7 +9,6 @@ seconds are of whole answers behind the tower, prompts with them, all ways in tu
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Any
 import torch
 
 from offramp.adapter import Adapter
-from offramp.engine.policy import MODES
 from offramp.models.backbone import Backbone
 from offramp.models.photo.packages import LANGUAGE, weights_file
 from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, slice_gguf
+from offramp.runtimes.llama_cpp import ExportFormats, LlamaCppRuntime, slice_gguf
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
 from offramp.runtimes.llama_cpp.gguf_writing import new_file
 from offramp.runtimes.llama_cpp.packages import import_gguf
@@ -30,20 +28,24 @@ from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.storage import cache_folder
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.runtimes.ways import ALONE, NEW, Way, alone, beside_alone, written
-from offramp_lab.records.subjects import halves, load_photo, photo_exits
+from offramp_lab.records.runtimes.ways import (
+    ENGINE,
+    NEW,
+    THEIRS,
+    beside_alone,
+    edge_ways,
+)
+from offramp_lab.records.subjects import photo, photo_exits
 
 RECORD = Record("runtimes-photo-edge", "runtimes.photo_edge")
 FORMATS = "q8_0", "q4_1"
-ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=False)
 
 
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=50)
     exits = photo_exits(arguments.adapter)
-    adapter, encoder = load_photo(exits)
-    held = halves(arguments.data)[1][: arguments.photographs]
-    inputs = [encoder.prompts([example]) for example in held]
+    subject = photo(arguments, arguments.photographs)
+    adapter, inputs = subject.adapter, subject.prompts()
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for formats in FORMATS:
@@ -64,25 +66,21 @@ def _compared(
     runtime = LlamaCppRuntime(adapter, folder, engine=ENGINE)
     whole = Segment(file, THEIRS, tap_layer=None)
     prompts = [prompt_of(runtime, one) for one in inputs]
-    ways: dict[str, Way] = {
-        ALONE: functools.partial(alone, whole, model),
-        **{mode: functools.partial(_edge, model, mode) for mode in MODES},
-    }
-    told = beside_alone(ways, prompts, str(folder.name))
+    ways = edge_ways(whole, model)
+    answers, entries = beside_alone(ways, prompts, folder.name)
     own, its = model._embeddings, runtime._embeddings
-    for entry in told["entries"][1:]:
+    for entry in entries[1:]:
         mode, same, fed = entry["mode"], 0, 0
         for n, prompt in enumerate(prompts):
             there = runtime.generate(inputs[n], mode=mode, max_new_tokens=NEW, do_sample=False)
             tokens = there.new_tokens[0].tolist()
-            same += told["answers"][mode][n] == tokens
+            same += answers[mode][n] == tokens
             model._embeddings = its  # type: ignore[assignment]
-            fed += _edge(model, mode, prompt) == tokens
+            fed += ways[mode](prompt) == tokens
             model._embeddings = own
         entry |= {"as_in_pytorch": same, "as_with_its_embeddings": fed}
     for each in (model, runtime, whole):
         each.close()
-    entries: list[dict[str, Any]] = told["entries"]
     return entries
 
 
@@ -109,10 +107,6 @@ def prompt_of(runtime: LlamaCppRuntime, inputs: Any) -> Prompt:
     with torch.inference_mode():
         prepared = entry.prepare(inputs, {"max_new_tokens": NEW, "do_sample": False})
         return entry.prompts(prepared)[0]
-
-
-def _edge(model: EdgeModel, mode: str, prompt: Prompt) -> list[int]:
-    return [step.token for step in written(model, mode, prompt)]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from offramp_lab.records.runtimes.methods import ENGINE, IN_LLAMA, STOCK, WITH_I
 RECORD = Record("runtimes-shapes", "runtimes.shapes")
 PROMPT = 32
 """Tokens before those that are timed."""
-Method = Callable[[], float]
+Method = Callable[[None], float]
 """CPU seconds of all tokens behind the prompt."""
 RATES = {"exits off": 0.0, "75% exit": 0.75, "90% exit": 0.9, "every token exits": 1.0}
 
@@ -99,7 +99,7 @@ def _chain(files: Path, engine: EngineOptions, depth: int, probe: States) -> Seg
 
 
 def _full(segment: Segment, states: States) -> Method:
-    def run() -> float:
+    def run(_: None) -> float:
         segment.crop(segment.length_of())
         segment.feed(states[:PROMPT], 1)
         begin = time.process_time()
@@ -112,7 +112,7 @@ def _full(segment: Segment, states: States) -> Method:
 
 
 def _decoding(chain: SegmentChain, states: States, rate: float) -> Method:
-    def run() -> float:
+    def run(_: None) -> float:
         exits = iter(np.random.default_rng(1).random(len(states)) < rate)
 
         def decide(_exit: int, _state: States, logits: States) -> bool:
@@ -135,8 +135,7 @@ def _timed(
 ) -> list[dict[str, Any]]:
     """Medians of interleaved rounds, behind one that is not counted."""
     load = os.getloadavg()[0]
-    taking = {name: lambda _, run=run: run() for name, run in methods.items()}
-    runs = Experiment(taking, rounds=rounds, warm=1, title=layers).run()
+    runs = Experiment(methods, rounds=rounds, warm=1, title=layers).run()
     speeds = {name: tokens / median(s for [s] in found) for name, found in runs.items()}
     alone = speeds["llama.cpp", "full"]
     return [

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from offramp.evaluation.timing import GenerateFn
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
-from offramp_lab.experiments.experiment import Experiment, same
+from offramp_lab.experiments.experiment import Experiment, each, same
 from offramp_lab.records.runtimes.methods import (
     ENGINE,
     FORMATS,
@@ -23,12 +24,9 @@ from offramp_lab.records.runtimes.methods import (
     WAY,
     WITH_ITS_KERNELS,
     Bench,
-    Method,
     Name,
-    answers_of,
-    rates_of,
     speeds,
-    timed,
+    taken,
     with_ratios,
 )
 
@@ -38,22 +36,21 @@ WARM = 8
 """Photographs that all answer before any counts: code is made where a row count is first met."""
 
 
-def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str, Any]:
+def timings(bench: Bench, rounds: int, more: Mapping[Name, GenerateFn]) -> dict[str, Any]:
     """Tokens a second of decoding; medians of rounds. more: methods of other runtimes."""
     methods = {**bench.methods(), **more}
     inputs = [bench.encoder.prompts([example]) for example in bench.photographs]
-    first = {name: timed(method, inputs[0]).seconds[0] for name, method in methods.items()}
+    first = {name: taken(method, inputs[0])[0][0] for name, method in methods.items()}
     load_before = os.getloadavg()[0]
-    taking = {name: partial(timed, method) for name, method in methods.items()}
+    taking = {name: partial(taken, method) for name, method in methods.items()}
     runs = Experiment(taking, inputs, rounds, warm=WARM, title="timings").run()
-    said = {name: answers_of(found) for name, found in runs.items()}
+    said = {name: [ids for *_, ids in each(found)] for name, found in runs.items()}
     # Some load a runtime.
     weights = {pair: bench.weights_bytes(*pair) for pair in {name[:2] for name in methods}}
-    entries, rates = [], {}
+    entries = []
     for name, found in runs.items():
         runtime, layers, _ = name
         alone = said.get(("llama.cpp", layers, "full"))
-        rates[name] = rates_of(found)
         entries.append(
             {
                 **dict(zip(WAY, name, strict=True)),
@@ -70,7 +67,7 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, Method]) -> dict[str,
         "photographs": len(inputs),
         "rounds": rounds,
         "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        "entries": with_ratios(entries, rates, _bases),
+        "entries": with_ratios(entries, runs, _bases),
         "row_milliseconds": {
             name: {layers: row_costs(bench, layers, engine) for layers in FORMATS}
             for name, engine in ((IN_LLAMA, ENGINE), (WITH_ITS_KERNELS, STOCK))

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from offramp.engine.policy import MODES
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
@@ -23,7 +22,7 @@ from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.request import Handle
 from offramp_lab.experiments.experiment import Experiment, same, times
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.subjects import halves, load_photo
+from offramp_lab.records.subjects import photo
 
 RECORD = Record("runtimes-together")
 NEW = 30
@@ -38,23 +37,20 @@ def main() -> None:
     arguments = asked(
         __doc__, photo=True, dtype="float32", photographs=52, sequences=4, formats=("q8_0", "q4_1")
     )
-    dtype = getattr(torch, arguments.dtype)
-    adapter, encoder = load_photo(arguments.adapter, dtype)
-    held = halves(arguments.data)[1][: arguments.photographs]
-    size = arguments.sequences
-    prompts = [encoder.prompts([example]) for example in held]
-    groups = [prompts[start : start + size] for start in range(0, len(held), size)]
+    subject = photo(arguments, arguments.photographs, arguments.dtype)
+    prompts, size = subject.prompts(), arguments.sequences
+    groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     options = EngineOptions(context=256, sequences=size)
     entries: list[dict[str, Any]] = []
     for formats in arguments.formats:
         with tempfile.TemporaryDirectory() as folder:
-            export_gguf(adapter, folder, formats)
+            export_gguf(subject.adapter, folder, formats)
             with (
-                LlamaCppRuntime(adapter, folder, engine=options) as runtime,
+                LlamaCppRuntime(subject.adapter, folder, engine=options) as runtime,
                 BatchEngine(runtime) as engine,
             ):
                 entries += in_modes(formats, groups, partial(_ways, engine))
-    RECORD.write({"sequences": size, "photographs": len(held), "entries": entries})
+    RECORD.write({"sequences": size, "photographs": len(prompts), "entries": entries})
 
 
 def _ways(engine: BatchEngine, mode: str) -> dict[str, Answers]:

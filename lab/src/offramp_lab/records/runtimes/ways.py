@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import MODES
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.sampling import Sampler, Sampling
+from offramp.runtimes.llama_cpp import EngineOptions
+from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
 from offramp_lab.experiments.experiment import Experiment, same, spent, times
 
+ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=False)
 NEW = 30
 """Tokens of a caption, at most."""
 ALONE = "alone"
@@ -24,8 +28,10 @@ Way = Callable[[Any], list[int]]
 """The tokens of a prompt's answer."""
 
 
-def beside_alone(ways: Mapping[str, Way], prompts: Sequence[Any], title: str) -> dict[str, Any]:
-    """What came of all ways, in turns on the same prompts: `answers`, by way, and `entries`.
+def beside_alone(
+    ways: Mapping[str, Way], prompts: Sequence[Any], title: str
+) -> tuple[dict[str, list[list[int]]], list[dict[str, Any]]]:
+    """What came of all ways, in turns on the same prompts: answers, by way, and entries.
 
     ways: `ALONE` and the modes. Entries: tokens a CPU second; how many times those of the engine
     alone ("all"), in its parts: full depth by ours ("rest"), and exits; paired 95% intervals over
@@ -52,7 +58,7 @@ def beside_alone(ways: Mapping[str, Way], prompts: Sequence[Any], title: str) ->
         }
         for name in (ALONE, *MODES)
     ]
-    return {"answers": answers, "entries": entries}
+    return answers, entries
 
 
 def _agreement(ours: Sequence[list[int]], full: Sequence[list[int]]) -> float:
@@ -72,16 +78,37 @@ def written(model: EdgeModel, mode: str, prompt: Prompt, new: int = NEW) -> list
     return model._rounds.write(model._job(prompt, model._policy_of(mode, None), sampler))
 
 
-def alone(segment: Segment, model: EdgeModel, prompt: Prompt, new: int = NEW) -> list[int]:
-    """Greedy, by llama.cpp's kernels, from the whole file."""
+def greedy(
+    segment: Segment,
+    states: States,
+    embed: Callable[[list[int]], States],
+    ends: Callable[[int], bool],
+    new: int,
+    first: Callable[[], object] = lambda: None,
+) -> list[int]:
+    """The answer of a decoder in one file to a prompt's states. first: is told of the first
+    token."""
     segment.begin()
     tokens: list[int] = []
-    states = prompt.states
     while len(tokens) < new:
         segment.feed(states, 1)
-        token = int(np.argmax(segment.logits(1)[0]))
-        tokens.append(token)
-        if model.vocabulary.ends(token):
+        tokens.append(int(np.argmax(segment.logits(1))))
+        if len(tokens) == 1:
+            first()
+        if ends(tokens[-1]):
             break
-        states = model._embeddings.of([token])
+        states = embed(tokens[-1:])
     return tokens
+
+
+def edge_ways(whole: Segment, model: EdgeModel, new: int = NEW) -> dict[str, Way]:
+    """Greedy answers: llama.cpp's alone, from the whole file, and ours in every mode."""
+
+    def alone(prompt: Prompt) -> list[int]:
+        embed, ends = model._embeddings.of, model.vocabulary.ends
+        return greedy(whole, prompt.states, embed, ends, new)
+
+    def ours(prompt: Prompt, mode: str) -> list[int]:
+        return [step.token for step in written(model, mode, prompt, new)]
+
+    return {ALONE: alone, **{mode: partial(ours, mode=mode) for mode in MODES}}
