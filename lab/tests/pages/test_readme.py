@@ -88,8 +88,3 @@ def test_a_mark_that_is_not_read_as_one_is_an_error() -> None:
     for mark in ("<!-- figure: with a space -->1<!-- /figure -->", "<!-- table: name -->"):
         with pytest.raises(ValueError, match="not read"):
             fill(mark, {"name": lambda: Table((), ())}, {})
-
-
-def test_an_uneven_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 cells"):
-        Table(("a", "b"), [("one",)])
