@@ -50,18 +50,10 @@ def answer(
     return texts
 
 
-def caption_figures(
-    answers: Sequence[str], examples: Sequence[Example], metrics: Sequence[str]
-) -> dict[str, float]:
-    """Corpus scores against all captions of each photograph, with the PTB tokenizer."""
-    measures = caption_measures(answers, examples, metrics)
-    return {name: measure.value for name, measure in measures.items()}
-
-
 def caption_measures(
     answers: Sequence[str], examples: Sequence[Example], metrics: Sequence[str]
 ) -> Mapping[str, Measure]:
-    """The same, as `offramp.evaluation.metrics.interval` takes them."""
+    """Corpus scores against all captions of each photograph, with the PTB tokenizer."""
     from offramp.evaluation.caption_metrics import caption_scores
 
     keyed = {example.key: answer for example, answer in zip(examples, answers, strict=True)}
@@ -80,9 +72,9 @@ def accuracy(answers: Sequence[str], examples: Sequence[Example]) -> float:
 
 @torch.inference_mode()
 def answers_from_features(
-    lm: Any, tokenizer: Any, batches: Iterator[tuple[Tensor, list[str]]], longest: int, **how: Any
+    lm: Any, tokenizer: Any, batches: Iterator[tuple[Tensor, list[str]]], longest: int
 ) -> list[str]:
-    """Greedy answers, from visual tokens [B, N, D] and prompts in batches. how: of `generate`."""
+    """Greedy answers, from visual tokens [B, N, D] and prompts in batches."""
     embed = lm.get_input_embeddings()
     answers: list[str] = []
     for visual, prompts in batches:
@@ -95,11 +87,7 @@ def answers_from_features(
             inputs[row, -len(whole) :] = whole
             mask[row, -len(whole) :] = 1
         generated = lm.generate(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            max_new_tokens=longest,
-            do_sample=False,
-            **how,
+            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=longest, do_sample=False
         )
         answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -131,7 +131,6 @@ class Batch:
     sources: [N], where in B * T each answer token is predicted; targets, weights: [N].
     """
 
-    images: list[int]
     ids: Tensor
     positions: Tensor
     mask: Tensor
@@ -175,15 +174,8 @@ def pack(rows: Sequence[Row], visual: int, length: int, dtype: torch.dtype) -> B
     seen = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
     seen &= torch.ones(length, length, dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    return Batch(
-        [row.image for row in rows],
-        ids,
-        positions,
-        mask[:, None],
-        torch.tensor(sources),
-        torch.tensor(targets),
-        torch.tensor(weights),
-    )
+    learnt = map(torch.tensor, (sources, targets, weights))
+    return Batch(ids, positions, mask[:, None], *learnt)
 
 
 def _common_start(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
