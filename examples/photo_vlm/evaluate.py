@@ -39,14 +39,16 @@ def load(
     return backbone, InputProcessor(backbone, processor)
 
 
-def answer(
-    backbone: Backbone, encoder: InputProcessor, examples: list[Example], longest: int, **how: Any
+@torch.inference_mode()
+def full_answers(
+    backbone: Any, encoder: InputProcessor, examples: Sequence[Example], longest: int, **how: Any
 ) -> list[str]:
-    """Greedy answers of the full model to a batch. how: of `generate`."""
-    prompts = encoder.prompts(examples)
-    with torch.inference_mode():
+    """Greedy answers of the full model, in batches. how: of `generate`."""
+    texts: list[str] = []
+    for start in progress(range(0, len(examples), BATCH), f"{len(examples)} examples"):
+        prompts = encoder.prompts(examples[start : start + BATCH])
         ids = backbone.model.generate(**prompts, max_new_tokens=longest, do_sample=False, **how)
-    texts: list[str] = encoder.texts(ids[:, prompts["input_ids"].shape[1] :])
+        texts += encoder.texts(ids[:, prompts["input_ids"].shape[1] :])
     return texts
 
 
@@ -91,16 +93,6 @@ def answers_from_features(
         )
         answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
-
-
-def _answers(
-    backbone: Any, encoder: Any, examples: Sequence[Example], longest: int, **how: Any
-) -> list[str]:
-    """how: of `generate`."""
-    answers: list[str] = []
-    for start in progress(range(0, len(examples), BATCH), f"{len(examples)} examples"):
-        answers += answer(backbone, encoder, list(examples[start : start + BATCH]), longest, **how)
-    return answers
 
 
 def figures_of(name: str, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
@@ -149,7 +141,7 @@ def main() -> None:
         for decoding in arguments.decodings if name == "captions" else ["greedy"]:
             chosen = examples[: arguments.beam_limit] if decoding == "beam" else examples
             began = time.process_time()
-            answers = _answers(backbone, encoder, chosen, longest, **DECODINGS[decoding])
+            answers = full_answers(backbone, encoder, chosen, longest, **DECODINGS[decoding])
             seconds = time.process_time() - began
             record[name][decoding] = {
                 "count": len(chosen),

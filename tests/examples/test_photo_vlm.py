@@ -369,7 +369,7 @@ def test_the_built_model_answers_as_training_saw_it(
     lm.model.load_state_dict(backbone.stack.state_dict())
     batches = iter([(visual, [e.prompt for e in examples])])
     said = evaluate.answers_from_features(lm, encoder.tokenizer, batches, 6)
-    assert evaluate.answer(backbone, encoder, examples, 6) == said
+    assert evaluate.full_answers(backbone, encoder, examples, 6) == said
 
 
 def test_what_is_exported_is_what_the_photo_model_is_built_of(

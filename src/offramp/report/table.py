@@ -11,6 +11,7 @@ Told = str | Callable[[Any], str]
 
 
 def told(what: Told, entry: Any) -> str:
+    """The text of a cell."""
     return what.format_map(entry) if isinstance(what, str) else what(entry)
 
 

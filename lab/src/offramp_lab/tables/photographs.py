@@ -140,13 +140,11 @@ def three_models() -> Table:
         """Speed and loss at the thresholds that were chosen so."""
 
         def of(one: Value) -> str:
-            for point in _first(one)["points"]:
-                if point["chosen_by"] == name and point["thresholds"]:
-                    (threshold,) = point["thresholds"].values()
-                    return f"{_decoding(point)} at {threshold:g}, {_drop(point)}"
-                if point["chosen_by"] == name:
-                    return "off"
-            return ""
+            point = by(_first(one)["points"], "chosen_by").get(name)
+            if point is None or not point["thresholds"]:
+                return "" if point is None else "off"
+            (threshold,) = point["thresholds"].values()
+            return f"{_decoding(point)} at {threshold:g}, {_drop(point)}"
 
         return of
 
