@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-WORK = Path("runs/photo_vlm")
 FOLDERS = {
     "data": (Path("../shared/data"), "where the data sets are"),
-    "work": (WORK, "where this recipe keeps what it makes"),
+    "work": (Path("runs/photo_vlm"), "where this recipe keeps what it makes"),
 }
 """By the option's name: default, and what it is."""
 

@@ -39,29 +39,23 @@ def load(
     return backbone, InputProcessor(backbone, processor)
 
 
-def answer(
-    backbone: Backbone, encoder: InputProcessor, examples: list[Example], longest: int, **how: Any
+@torch.inference_mode()
+def full_answers(
+    backbone: Any, encoder: InputProcessor, examples: Sequence[Example], longest: int, **how: Any
 ) -> list[str]:
-    """Greedy answers of the full model to a batch. how: of `generate`."""
-    prompts = encoder.prompts(examples)
-    with torch.inference_mode():
+    """Greedy answers of the full model, in batches. how: of `generate`."""
+    texts: list[str] = []
+    for start in progress(range(0, len(examples), BATCH), f"{len(examples)} examples"):
+        prompts = encoder.prompts(examples[start : start + BATCH])
         ids = backbone.model.generate(**prompts, max_new_tokens=longest, do_sample=False, **how)
-    texts: list[str] = encoder.texts(ids[:, prompts["input_ids"].shape[1] :])
+        texts += encoder.texts(ids[:, prompts["input_ids"].shape[1] :])
     return texts
-
-
-def caption_figures(
-    answers: Sequence[str], examples: Sequence[Example], metrics: Sequence[str]
-) -> dict[str, float]:
-    """Corpus scores against all captions of each photograph, with the PTB tokenizer."""
-    measures = caption_measures(answers, examples, metrics)
-    return {name: measure.value for name, measure in measures.items()}
 
 
 def caption_measures(
     answers: Sequence[str], examples: Sequence[Example], metrics: Sequence[str]
 ) -> Mapping[str, Measure]:
-    """The same, as `offramp.evaluation.metrics.interval` takes them."""
+    """Corpus scores against all captions of each photograph, with the PTB tokenizer."""
     from offramp.evaluation.caption_metrics import caption_scores
 
     keyed = {example.key: answer for example, answer in zip(examples, answers, strict=True)}
@@ -80,9 +74,9 @@ def accuracy(answers: Sequence[str], examples: Sequence[Example]) -> float:
 
 @torch.inference_mode()
 def answers_from_features(
-    lm: Any, tokenizer: Any, batches: Iterator[tuple[Tensor, list[str]]], longest: int, **how: Any
+    lm: Any, tokenizer: Any, batches: Iterator[tuple[Tensor, list[str]]], longest: int
 ) -> list[str]:
-    """Greedy answers, from visual tokens [B, N, D] and prompts in batches. how: of `generate`."""
+    """Greedy answers, from visual tokens [B, N, D] and prompts in batches."""
     embed = lm.get_input_embeddings()
     answers: list[str] = []
     for visual, prompts in batches:
@@ -95,24 +89,10 @@ def answers_from_features(
             inputs[row, -len(whole) :] = whole
             mask[row, -len(whole) :] = 1
         generated = lm.generate(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            max_new_tokens=longest,
-            do_sample=False,
-            **how,
+            inputs_embeds=inputs, attention_mask=mask, max_new_tokens=longest, do_sample=False
         )
         answers += tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
-
-
-def _answers(
-    backbone: Any, encoder: Any, examples: Sequence[Example], longest: int, **how: Any
-) -> list[str]:
-    """how: of `generate`."""
-    answers: list[str] = []
-    for start in progress(range(0, len(examples), BATCH), f"{len(examples)} examples"):
-        answers += answer(backbone, encoder, list(examples[start : start + BATCH]), longest, **how)
-    return answers
 
 
 def figures_of(name: str, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
@@ -161,7 +141,7 @@ def main() -> None:
         for decoding in arguments.decodings if name == "captions" else ["greedy"]:
             chosen = examples[: arguments.beam_limit] if decoding == "beam" else examples
             began = time.process_time()
-            answers = _answers(backbone, encoder, chosen, longest, **DECODINGS[decoding])
+            answers = full_answers(backbone, encoder, chosen, longest, **DECODINGS[decoding])
             seconds = time.process_time() - began
             record[name][decoding] = {
                 "count": len(chosen),

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from examples.photo_vlm.evaluate import LONGEST, METRICS, accuracy, caption_figures
+from examples.photo_vlm.evaluate import LONGEST, METRICS, accuracy, caption_measures
 from examples.photo_vlm.rows import half_of, read_photographs
 from offramp.adapter import Adapter
 from offramp.answers import Answer, generate_answers
@@ -143,7 +143,8 @@ class Photos:
 
 
 def cider(answers: Sequence[Answer], examples: Sequence[Example]) -> float:
-    return caption_figures([a.text for a in answers], examples, ("CIDEr",))["CIDEr"]
+    texts = [answer.text for answer in answers]
+    return caption_measures(texts, examples, ("CIDEr",))["CIDEr"].value
 
 
 # -- the full model ---------------------------------------------------------------------------
@@ -158,12 +159,9 @@ def full_figures(photos: Photos) -> dict[str, Any]:
         )
         for name in LONGEST
     )
-    scores = caption_figures(*captions, METRICS)
+    measures = caption_measures(*captions, METRICS)
     return {
-        "cider": scores["CIDEr"],
-        "bleu_4": scores["Bleu_4"],
-        "meteor": scores["METEOR"],
-        "rouge_l": scores["ROUGE_L"],
+        **{name.lower(): measure.value for name, measure in measures.items()},
         "daquar_accuracy": accuracy(*questions),
         "captions": len(captions[0]),
         "questions": len(questions[0]),

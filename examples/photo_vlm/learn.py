@@ -64,13 +64,15 @@ def add_lora(lm: Any, rank: int) -> dict[str, nn.Parameter]:
 
 def low_rank(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The updates of `add_lora` as the photo model holds them: LAYER.a, LAYER.b with its factor."""
-    updates = {}
-    for name, tensor in lora.items():
-        layer, _, rest = name.partition(".lora_")
-        is_b = rest.startswith("B")
-        # Alpha is twice the rank.
-        updates[f"{layer}.{'b' if is_b else 'a'}"] = tensor.detach() * (2.0 if is_b else 1.0)
-    return updates
+    held = {name: _held_as(name) for name in lora}
+    return {held[name][0]: tensor.detach() * held[name][1] for name, tensor in lora.items()}
+
+
+def _held_as(name: str) -> tuple[str, float]:
+    """The name of an update as the photo model holds it, and its factor."""
+    layer, _, rest = name.partition(".lora_")
+    # Alpha is twice the rank.
+    return (f"{layer}.b", 2.0) if rest.startswith("B") else (f"{layer}.a", 1.0)
 
 
 @torch.no_grad()
@@ -84,10 +86,8 @@ def set_low_rank(lora: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> N
                 "Start from weights of the same language model and rank.",
             )
     for name, parameter in lora.items():
-        layer, _, rest = name.partition(".lora_")
-        is_b = rest.startswith("B")
-        update = updates[f"{layer}.{'b' if is_b else 'a'}"]
-        parameter.copy_(update / (2.0 if is_b else 1.0))
+        held, factor = _held_as(name)
+        parameter.copy_(updates[held] / factor)
 
 
 def text_loss(lm: Any, visual: Tensor, batch: Batch) -> Tensor:
@@ -107,16 +107,19 @@ def text_loss(lm: Any, visual: Tensor, batch: Batch) -> Tensor:
     return loss
 
 
-def rate_at(step: int, steps: int, peak: float, warmup: int = 30, decay: float = 0.4) -> float:
-    """Learning rate: up in `warmup` steps, level, and over the last `decay` share of the steps down
-    to a hundredth by half a cosine, so that the number of steps can still change while it is level.
-    """
-    up = min(1.0, (step + 1) / warmup)
-    left = (steps - step) / max(1.0, decay * steps)
+WARMUP, DECAY = 30, 0.4
+"""Steps in which the learning rate rises, and the share of all in which it falls."""
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Share of the learning rate: up, level, and in the end down to a hundredth by half a cosine,
+    so that the number of steps can still change while it is level."""
+    up = min(1.0, (step + 1) / WARMUP)
+    left = (steps - step) / max(1.0, DECAY * steps)
     if left >= 1:
-        return peak * up
+        return up
     down = 0.5 - 0.5 * torch.cos(torch.tensor(max(0.0, left) * torch.pi)).item()
-    return peak * up * (0.01 + 0.99 * down)
+    return up * (0.01 + 0.99 * down)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,13 @@ def cache_features(net: nn.Module, examples: Sequence[Example], work: Path, say:
     work.mkdir(parents=True, exist_ok=True)
     shape = (len(photographs), GRID**2, FEATURES)
     maps = np.lib.format.open_memmap(work / "features.npy", "w+", np.float16, shape)
-    done = 0
-    for features in _features(net, list(photographs.values())):
-        maps[done : done + len(features)] = features.half().numpy()
-        done += len(features)
-        if done % 1024 == 0:
-            say(f"  {done} of {len(photographs)}")
+    net = net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shown = list(photographs.values())
+    for start in range(0, len(shown), 32):
+        images = [example.open_image() for example in shown[start : start + 32]]
+        maps[start : start + 32] = features_of(net, images).half().numpy()
+        if (start + 32) % 1024 == 0:
+            say(f"  {start + 32} of {len(shown)}")
     maps.flush()
     write_json(card, {"digest": wanted, "photographs": list(photographs)})
     return Features(work)
@@ -71,12 +72,6 @@ def varied(image: Image.Image, draw: random.Random, *, mirror: bool) -> Image.Im
     box = (left, top, left + share * width, top + share * height)
     part = image.resize(image.size, Image.Resampling.BILINEAR, box=box)
     return ImageOps.mirror(part) if mirror and draw.random() < 0.5 else part
-
-
-def _features(net: nn.Module, examples: Sequence[Example], batch: int = 32) -> Iterator[Tensor]:
-    net = net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for start in range(0, len(examples), batch):
-        yield features_of(net, [e.open_image() for e in examples[start : start + batch]])
 
 
 @torch.inference_mode()

@@ -214,8 +214,7 @@ class Reinforcer(Trainer):
 
 @command
 def main() -> None:
-    parser = options_of("reinforce", "--steps 1000", str(__doc__), 1000)
-    arguments = parser.parse_args()
+    arguments = options_of("reinforce", str(__doc__), 1000).parse_args()
     start = load_state(arguments.work / "state.pt")["best"]
     before = {"bridge": start["bridge"], "lora": low_rank(start["lora"])}
     settings = ReinforceSettings(arguments.steps)

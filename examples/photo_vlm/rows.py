@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ QUESTIONS = "daquar_vqa.jsonl"
 HELD_OUT = 5  # one DAQUAR photograph in so many is never trained on
 ROUNDS = ("Question: what is in the picture ? Answer:", "Question: what else can be said ? Answer:")
 
+T = TypeVar("T")
 Ids = Callable[[str], list[int]]  # a tokenizer, without special tokens
 
 
@@ -131,7 +132,6 @@ class Batch:
     sources: [N], where in B * T each answer token is predicted; targets, weights: [N].
     """
 
-    images: list[int]
     ids: Tensor
     positions: Tensor
     mask: Tensor
@@ -175,15 +175,8 @@ def pack(rows: Sequence[Row], visual: int, length: int, dtype: torch.dtype) -> B
     seen = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
     seen &= torch.ones(length, length, dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    return Batch(
-        [row.image for row in rows],
-        ids,
-        positions,
-        mask[:, None],
-        torch.tensor(sources),
-        torch.tensor(targets),
-        torch.tensor(weights),
-    )
+    learnt = map(torch.tensor, (sources, targets, weights))
+    return Batch(ids, positions, mask[:, None], *learnt)
 
 
 def _common_start(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -212,14 +205,14 @@ class PackedRows:
     def captions(self, step: int, seed: int, count: int) -> list[Row]:
         """Photographs with their captions."""
         draw = random.Random(f"{seed}:{step}")
-        turn = _turn(count * step, count, len(self.captioned), seed)
-        return [self._captions(self.captioned[i], draw, passed) for passed, i in turn]
+        turn = _turn(self.captioned, step, count, seed)
+        return [self._captions(example, draw, passed) for passed, example in turn]
 
     def questions(self, step: int, seed: int, count: int) -> list[Row]:
         """Photographs with questions about them."""
         draw = random.Random(f"{seed}:{step}:questions")
-        turn = _turn(count * step, count, len(self.asked), seed)
-        return [self._questions(self.asked[i], draw, passed) for passed, i in turn]
+        turn = _turn(self.asked, step, count, seed)
+        return [self._questions(examples, draw, passed) for passed, examples in turn]
 
     def _captions(self, example: Example, draw: random.Random, passed: int) -> Row:
         captions = draw.sample(example.answers, len(example.answers))
@@ -244,11 +237,12 @@ class PackedRows:
         return Text.of(rounds, self._ids, self.end)
 
 
-def _turn(start: int, count: int, size: int, seed: int) -> list[tuple[int, int]]:
-    """`count` of an endless sequence that goes through 0..size-1 in a new order each time, each
-    with how often that was done before."""
-    places = (divmod(n, size) for n in range(start, start + count))
-    return [(passed, _order(size, passed, seed)[place]) for passed, place in places]
+def _turn(items: Sequence[T], step: int, count: int, seed: int) -> list[tuple[int, T]]:
+    """The `count` items that are a step's, of an endless sequence that goes through all in a new
+    order each time; each with how often that was done before."""
+    size = len(items)
+    places = (divmod(n, size) for n in range(count * step, count * (step + 1)))
+    return [(passed, items[_order(size, passed, seed)[place]]) for passed, place in places]
 
 
 @lru_cache(maxsize=4)

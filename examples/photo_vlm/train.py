@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.evaluate import LONGEST, accuracy, answers_from_features, caption_figures
+from examples.photo_vlm.evaluate import LONGEST, accuracy, answers_from_features, caption_measures
 from examples.photo_vlm.learn import (
     add_lora,
     load_state,
@@ -93,14 +93,14 @@ class Views:
     """Features of training photographs: as cached or, now and then, of a part of them, mirrored."""
 
     def __init__(self, features: Any, examples: Sequence[Example], net: Any) -> None:
-        """features, examples: by place. net: None never varies."""
+        """features, examples: by place."""
         self.features, self.examples, self.net = features, examples, net
 
     def __call__(self, rows: Sequence[Row], share: float, draw: random.Random) -> Tensor:
         """Features [B, 49, 1280]."""
         features: Tensor = self.features[[row.image for row in rows]]
         chosen = [n for n, row in enumerate(rows) if row.pass_ and draw.random() < share]
-        if chosen and self.net is not None:
+        if chosen:
             images = [
                 varied(self.examples[rows[n].image].open_image(), draw, mirror=not rows[n].sided)
                 for n in chosen
@@ -190,7 +190,7 @@ class Trainer:
 
     def _take(self) -> dict[str, float]:
         s = self.settings
-        share = rate_at(self.step, s.steps, 1.0)
+        share = rate_at(self.step, s.steps)
         for group, rate in zip(self.optimizer.param_groups, (s.rate, s.bridge_rate), strict=True):
             group["lr"] = share * rate
         self.optimizer.zero_grad()
@@ -257,7 +257,8 @@ class Validation:
             )
             answers = answers_from_features(self.lm, self.tokenizer, batches, LONGEST[split])
             if split == "captions":
-                row |= caption_figures(answers, examples, ("CIDEr", "Bleu_4"))
+                measures = caption_measures(answers, examples, ("CIDEr", "Bleu_4"))
+                row |= {name: measure.value for name, measure in measures.items()}
             else:
                 row["accuracy"] = accuracy(answers, examples)
             row[f"{split}_said"] = answers[:4]
@@ -343,9 +344,9 @@ def learnt_words(
     return config, detectors, table
 
 
-def options_of(name: str, example: str, description: str, steps: int) -> Any:
+def options_of(name: str, description: str, steps: int) -> Any:
     """What `train` and `reinforce` are told."""
-    parser = parser_of(name, example, description, "data", "work")
+    parser = parser_of(name, f"--steps {steps}", description, "data", "work")
     parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
     parser.add_argument("--every", type=float, default=180, help="seconds between checkpoints")
     parser.add_argument("--validate", type=int, default=100, help="steps between validations")
@@ -425,7 +426,7 @@ def _say(text: str) -> None:
 
 @command
 def main() -> None:
-    parser = options_of("train", "--steps 4000", str(__doc__), 4000)
+    parser = options_of("train", str(__doc__), 4000)
     parser.add_argument(
         "--start", type=Path, metavar="DIR",
         help="what `export` wrote, as photo-model/offramp_photo, to start from (default: a bridge "

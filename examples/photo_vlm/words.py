@@ -20,6 +20,7 @@ from examples.photo_vlm.rows import Ids
 from offramp.data.example import Example
 from offramp.models.photo.tower import PhotoTowerConfig, WordDetector
 
+EPOCHS, BATCH = 14, 64
 FEWEST = 20
 """Photographs of whose texts a word must be part, to be learnt."""
 _STOP = """
@@ -63,9 +64,7 @@ def embeddings_of(words: Sequence[str], embeddings: Tensor, ids: Ids) -> Tensor:
     return torch.stack([embeddings[torch.tensor(ids(" " + word))].mean(0) for word in words])
 
 
-def learnt(
-    pooled: Tensor, present: Tensor, config: PhotoTowerConfig, *, seed: int, epochs: int = 14
-) -> WordDetector:
+def learnt(pooled: Tensor, present: Tensor, config: PhotoTowerConfig, *, seed: int) -> WordDetector:
     """A detector, from pooled features [N, 3840] and which words are there [N, W]."""
     torch.manual_seed(seed)
     detector = WordDetector(config)
@@ -75,11 +74,10 @@ def learnt(
     detector.outer.bias.data.copy_(torch.logit(present.float().mean(0).clamp(1e-3, 0.9)))
     parameters = [p for p in detector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    batch = 64
-    steps = epochs * -(-len(pooled) // batch)
+    steps = EPOCHS * -(-len(pooled) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(epochs):
-        for chosen in torch.split(torch.randperm(len(pooled)), batch):
+    for _ in range(EPOCHS):
+        for chosen in torch.split(torch.randperm(len(pooled)), BATCH):
             loss = F.binary_cross_entropy_with_logits(
                 detector(pooled[chosen]), present[chosen].float(), reduction="none"
             )

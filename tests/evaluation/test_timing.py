@@ -51,16 +51,6 @@ def test_decode_time_is_what_follows_the_first_token() -> None:
     assert speedup(timings["slow"].decode, timings["fast"].decode) == 2.0
 
 
-def test_what_was_timed_in_parts_is_what_is_timed_together() -> None:
-    clock = Clock()
-    ways = {"a": way(clock, [], "a", 5.0, 2.0, 4)}
-    parts = [time_interleaved(ways, [{}], rounds=3, clock=clock)["a"] for _ in range(2)]
-    assert (
-        Timing() + parts[0] + parts[1]
-        == time_interleaved(ways, [{}, {}], rounds=3, clock=clock)["a"]
-    )
-
-
 def test_tokens_per_second_counts_decoded_tokens_only() -> None:
     clock = Clock()
     timing = time_interleaved(
@@ -92,7 +82,6 @@ def test_the_interval_of_a_speedup_is_over_examples_in_pairs() -> None:
     low, high = speedup_interval(slow, some)
     assert low == 1.0 and 1.0 < high <= 2.0
     assert speedup_interval(Timing(by_example=[[2.0]]), Timing(by_example=[[1.0]])) is None
-    assert (slow + twice).by_example == [[2.0, 4.0, 8.0, 1.0, 2.0, 4.0]] * 2
 
 
 def test_speedups_are_of_the_same_seconds_that_an_answer_is_said_to_take() -> None:

@@ -18,6 +18,13 @@ def test_entries_become_rows_by_what_is_told_of_them() -> None:
     assert table == Table.grid(dict(CALLS), {"speed": 1}, lambda n, by: f"{n * by:.1f}x", "mode")
 
 
+def test_what_is_told_may_be_a_format_of_an_entrys_fields() -> None:
+    entries = [{"mode": mode, "times": {"full": speed}} for mode, speed in CALLS]
+    assert Table.of(entries, {"mode": "{mode}", "speed": "{times[full]:.1f}x"}) == Table.of(
+        CALLS, TOLD
+    )
+
+
 def test_it_reads_as_markdown_on_a_terminal_and_escaped_on_a_page() -> None:
     table = Table.of(CALLS, TOLD)
     assert table.markdown() == (

@@ -80,7 +80,7 @@ def read_examples(
         raise InputError(f"limit is {limit}.", "Give 1 or more, or leave it out to read all rows.")
     if str(source).endswith(".txt") and os.path.isfile(source):
         return _text_prompts(Path(source), limit, require_answers=require_answers)
-    prompts = _Prompts.of(prompt_template)
+    prompts = _Prompts(prompt_template)
     examples: list[tuple[int, Example]] = []
     images: set[str] | None = None  # once the limit is reached: those that are read to their end
     rows = read_rows(source, split)
@@ -144,39 +144,36 @@ def _text_prompts(file: Path, limit: int | None, *, require_answers: bool) -> li
 
 @dataclass(frozen=True)
 class _Prompts:
-    """The prompt of captions and the template of questions; None for the one not asked for."""
+    """template: of questions, or else the prompt of captions; None: the usual ones of both."""
 
-    caption: str | None
-    question: str | None
+    template: str | None
 
-    @classmethod
-    def of(cls, template: str | None) -> "_Prompts":
-        if template is None:
-            return cls(CAPTION_PROMPT, QUESTION_PROMPT)
-        unknown = set(re.findall(r"\{(\w*)\}", template)) - {"question"}
+    def __post_init__(self) -> None:
+        unknown = set(re.findall(r"\{(\w*)\}", self.template or "")) - {"question"}
         if unknown:
             raise InputError(
                 f"prompt_template has the placeholder {{{min(unknown)}}}.",
                 "The only placeholder is {question}.",
             )
-        is_question = "{question}" in template
-        return cls(None if is_question else template, template if is_question else None)
 
     def for_caption(self, row: Row) -> str:
-        if self.caption is None:
+        if self.template is None:
+            return CAPTION_PROMPT
+        if "{question}" in self.template:
             raise InputError(
                 f"prompt_template asks a {{question}}, but {row.where} has none.",
                 "Give a template without {question} for captions, or leave it out.",
             )
-        return self.caption
+        return self.template
 
     def for_question(self, row: Row) -> str:
-        if self.question is None:
+        template = QUESTION_PROMPT if self.template is None else self.template
+        if "{question}" not in template:
             raise InputError(
                 f"prompt_template has no {{question}}; that of {row.where} would be lost.",
                 f"Give a template such as {QUESTION_PROMPT!r}, or leave it out.",
             )
-        return self.question.replace("{question}", row.text("question"))
+        return template.replace("{question}", row.text("question"))
 
 
 def _row_examples(row: Row, prompts: _Prompts) -> Iterator[Example]:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +146,13 @@ def examples_digest(examples: Iterable[Example]) -> str:
     Raises:
         StorageError: an image file cannot be read.
     """
-    seen: dict[Path, str] = {}
-
-    def content(image: Path | Image.Image | EncodedImage | TextAlone) -> str:
-        # A file is read once, however many questions are asked about it.
-        if not isinstance(image, Path):
-            return content_digest(image)
-        if image not in seen:
-            seen[image] = content_digest(image)
-        return seen[image]
+    of_file = cache(content_digest)  # read once, however many questions are asked about it
 
     def rows() -> Iterator[list[Any]]:
         for example in examples:
-            yield [example.key, example.prompt, example.answers, content(example.image)]
+            image = example.image
+            content = of_file(image) if isinstance(image, Path) else content_digest(image)
+            yield [example.key, example.prompt, example.answers, content]
 
     return digest_rows(rows())
 

@@ -110,7 +110,9 @@ def read_items(
         return [Item(example) for example in examples]
     known = "; ".join(f"{name}: {layout.shape}" for name, layout in LAYOUTS.items())
     source = Source.open(files, images, prompt, split, f"Known layouts are {known}.")
-    name = _recognised(source)
+    name = next((name for name, layout in LAYOUTS.items() if layout.fits(source)), None)
+    if name is None:
+        source.fail("has a layout that is not known")
     if limit is not None:
         source.content = sampled(source.content)
     source.expected = f"The {name} layout is: {LAYOUTS[name].shape}."
@@ -122,10 +124,3 @@ def read_items(
     if not items:
         source.fail("holds no examples")
     return items
-
-
-def _recognised(source: Source) -> str:
-    for name, layout in LAYOUTS.items():
-        if layout.fits(source):
-            return name
-    source.fail("has a layout that is not known")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,58 +70,38 @@ def candidate_scores(
     prepared = prepare(intercepted.model, prompts, max_new_tokens=1)
     add_exit_entries(prepared.cache, attached.entries if attached is not None and depths else ())
     prefill = Prefill(intercepted, prepared)
-    prompt = _States(*handler.take()).last()
+    prompt = {name: state[:, -1:] for name, state in _taken(handler).items()}
     scorer = ExitScorer(backbone, policy, depths, attached) if depths else None
     gates = gates_of_policy(policy, attached) if attached is not None and depths else {}
     pick = _Pick(backbone, policy, thresholds, scorer, gates, int(prepared.ids[0, -1]))
     likelihoods: list[float] = []
     for start in range(0, len(ids), at_once):
         rows, mask = encoder.pad(ids[start : start + at_once])
-        states = prompt.repeated(len(rows))
+        states = {name: state.expand(len(rows), -1, -1) for name, state in prompt.items()}
         if rows.shape[1] > 1:
             again = copy.copy(prefill)  # `extend` moves its positions on
             kw = again.extend(rows.shape[1] - 1)
             intercepted.stack(input_ids=rows[:, :-1], **repeat_rows(kw, len(rows)))
-            states = states.followed_by(_States(*handler.take()))
+            more = _taken(handler)
+            states = {name: torch.cat([state, more[name]], 1) for name, state in states.items()}
         log_p = torch.where(mask, pick(states, rows), 0.0).double().sum(1)
         likelihoods += log_p.tolist()
     return likelihoods
 
 
-@dataclass(frozen=True)
-class _States:
-    """States [B, T, D] that predict tokens: what enters layers and what exits make of it, by depth,
-    and the final one."""
+_States = Mapping[tuple[str, int], Tensor]
+"""States [B, T, D] that predict tokens: what enters layers, ("entry", depth), what exits make of
+it, ("exit", depth), and the final one, _FINAL."""
+_FINAL = ("final", 0)
 
-    entries: Mapping[int, Tensor]
-    exits: Mapping[int, Tensor]
-    final: Tensor
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> _States:
-        entries, exits = (
-            {d: change(state) for d, state in part.items()} for part in (self.entries, self.exits)
-        )
-        return _States(entries, exits, change(self.final))
-
-    def last(self) -> _States:
-        """Of the last token alone."""
-        return self._each(lambda state: state[:, -1:])
-
-    def repeated(self, rows: int) -> _States:
-        """Of one row, for many."""
-        return self._each(lambda state: state.expand(rows, -1, -1))
-
-    def followed_by(self, more: _States) -> _States:
-        """These tokens and then those."""
-
-        def joined(a: Mapping[int, Tensor], b: Mapping[int, Tensor]) -> dict[int, Tensor]:
-            return {depth: torch.cat([a[depth], b[depth]], 1) for depth in a}
-
-        return _States(
-            joined(self.entries, more.entries),
-            joined(self.exits, more.exits),
-            torch.cat([self.final, more.final], 1),
-        )
+def _taken(recorder: StateRecorder) -> _States:
+    entries, exits, final = recorder.take()
+    return {
+        **{("entry", depth): state for depth, state in entries.items()},
+        **{("exit", depth): state for depth, state in exits.items()},
+        _FINAL: final,
+    }
 
 
 class _Pick:
@@ -144,7 +123,7 @@ class _Pick:
 
     def __call__(self, states: _States, ids: Tensor) -> Tensor:
         """[B, A] for ids [B, A] and the states that predict them."""
-        full = self._backbone.final_norm(states.final)
+        full = self._backbone.final_norm(states[_FINAL])
         log_p = _log_p(self._backbone.logits(full), ids)
         if self._scorer is None:
             return log_p
@@ -156,23 +135,18 @@ class _Pick:
         }
         open_ = torch.ones_like(ids, dtype=torch.bool)
         for depth in self._rule.thresholds:
-            entry, previous = (states.entries[d].flatten(0, 1) for d in (depth, depth - 1))
-            state = states.exits[depth].flatten(0, 1)
+            names = (("exit", depth), ("entry", depth), ("entry", depth - 1))
+            state, entry, previous = (states[name].flatten(0, 1) for name in names)
             check = self._scorer(depth, state, entry, previous, None, **token)
-            scores, opened = check.score.view_as(ids), self._opened(depth, entry).view_as(ids)
-            exits = open_ & opened
+            scores, exits = check.score.view_as(ids), open_.clone()
+            if depth in self._gates:  # which lets its exit look at some of them
+                gate, level = self._gates[depth]
+                exits &= (gate(entry) >= level).view_as(ids)
             exits[:, 1:] &= self._rule.reaches(depth, scores[:, 1:])
             exits[:, 0] &= self._opening.reaches(depth, scores[:, 0])
             log_p = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), log_p)
             open_ &= ~exits
         return log_p
-
-    def _opened(self, depth: int, entry: Tensor) -> Tensor:
-        """Which of the states [n, D] the gate at a depth lets its exit look at."""
-        if depth not in self._gates:
-            return torch.ones(len(entry), dtype=torch.bool, device=entry.device)
-        gate, level = self._gates[depth]
-        return gate(entry) >= level
 
 
 def _log_p(logits: Tensor, ids: Tensor) -> Tensor:

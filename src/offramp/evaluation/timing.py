@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, product, zip_longest
+from itertools import product
 from statistics import median
 from typing import Any, TypeVar
 
@@ -69,18 +69,6 @@ class Timing:
     decode: list[float] = field(default_factory=list)
     answers: list[tuple[int, ...]] = field(default_factory=list)
     by_example: list[list[float]] = field(default_factory=list)
-
-    def __add__(self, other: Timing) -> Timing:
-        """Of the examples of both, round by round."""
-        return Timing(
-            [sum(both) for both in zip_longest(self.seconds, other.seconds, fillvalue=0.0)],
-            [sum(both) for both in zip_longest(self.decode, other.decode, fillvalue=0.0)],
-            self.answers + other.answers,
-            [
-                [*chain(*both)]
-                for both in zip_longest(self.by_example, other.by_example, fillvalue=())
-            ],
-        )
 
     @property
     def tokens(self) -> int:

@@ -17,11 +17,10 @@ from offramp.report.html import render
 
 _SIDE = 240  # pixels of the longer side of an image
 _SMALL = 100  # up to here an image is kept exactly
+_MOST = 6  # answers of a group
 
 
-def gallery(
-    done: Done, layers: int, pictures: Mapping[str, Example], tokenizer: Any, per_group: int = 6
-) -> Markup:
+def gallery(done: Done, layers: int, pictures: Mapping[str, Example], tokenizer: Any) -> Markup:
     """Answers of a run that early exit changed, and some that it did not.
 
     done: rows by mode and key; empty where they are not there. pictures: examples by key, as far as
@@ -33,28 +32,16 @@ def gallery(
     changed = [key for key in both if early[key]["ids"] != full[key]["ids"]]
     same = [key for key in (both or early) if key not in changed]
     same.sort(key=lambda key: mean(early[key]["depths"] or [layers]))
-    unchanged = same[:: max(1, len(same) // per_group)][
-        :per_group
-    ]  # from the fastest to the slowest
-    shown = [*changed[:per_group], *unchanged]
-    depths = sorted({d for key in shown for d in early[key]["depths"]} | {layers})
-
-    def answers(keys: Sequence[str]) -> list[dict[str, Any]]:
-        return [_answer(early[k], full.get(k), layers, pictures.get(k), tokenizer) for k in keys]
-
-    groups = [
-        {
-            "changed": True,
-            "n": len(changed),
-            "of": len(both),
-            "answers": answers(changed[:per_group]),
-        },
-        {"changed": False, "n": len(same), "of": len(both), "answers": answers(unchanged)},
-    ]
+    unchanged = same[:: max(1, len(same) // _MOST)][:_MOST]  # from the fastest to the slowest
+    depths, groups = {layers}, []
+    for of, keys in ((changed, changed[:_MOST]), (same, unchanged)):
+        said = [_answer(early[k], full.get(k), layers, pictures.get(k), tokenizer) for k in keys]
+        groups.append({"changed": of is changed, "n": len(of), "of": len(both), "answers": said})
+        depths.update(depth for key in keys for depth in early[key]["depths"])
     return render(
         "answers", not_here="" if done else ROWS, groups=groups if early else [], layers=layers,
         pictures=any(key in pictures for key in early), worded=tokenizer is not None,
-        legend=[token("full" if d == layers else "exit", d, layers) for d in depths],
+        legend=[token("full" if d == layers else "exit", d, layers) for d in sorted(depths)],
     )  # fmt: skip
 
 

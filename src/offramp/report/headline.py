@@ -1,4 +1,4 @@
-"""A result in one sentence, and its key figures, as HTML; "" where the result has none.
+"""A result in one sentence, as HTML, and its key figures.
 
 Here are the numbers; the sentences stand in the template.
 """
@@ -15,20 +15,22 @@ from offramp.report.html import between, fine, metric, percent, render, times
 
 Value = Mapping[str, Any]
 Cards = list[tuple[str, str, str]]
+"""Of each figure what it is, the number and a remark."""
+Headline = tuple[Markup, Cards]
 NOTHING = Markup("")
+"""No sentence."""
 
 
-def evaluated(value: Value, part: str = "sentence") -> Markup:
+def evaluated(value: Value) -> Headline:
     """Speed, agreement and the first metrics of a run, with intervals."""
     early, full = (value["modes"].get(name) for name in ("early_exit", "full"))
     both = value.get("compared") or {"speedup": {}, "agreement": {"value": None}}
     speeds, same = both["speedup"], both["agreement"]
-    if part == "sentence":
-        if not early:
-            return NOTHING
+    sentence = NOTHING
+    if early:
         speed = speeds.get("end_to_end") or speeds.get("decode")
-        return render(
-            "headline", part=part, kind="eval", same=same["value"], **_most(early),
+        sentence = render(
+            "headline", kind="eval", same=same["value"], **_most(early),
             depth=early["mean_depth"], speed=speed and speed["value"],
             whole=bool(speeds.get("end_to_end")),
         )  # fmt: skip
@@ -46,7 +48,7 @@ def evaluated(value: Value, part: str = "sentence") -> Markup:
         if early and full:
             remark = f"full model {metric(name, full['metrics'][name]['value'])}"
         cards.append((name, metric(name, measure["value"]), remark))
-    return render("headline", part=part, kind="eval", entries=cards)
+    return sentence, cards
 
 
 def _most(early: Value) -> dict[str, Any]:
@@ -57,18 +59,16 @@ def _most(early: Value) -> dict[str, Any]:
     return {"layers": early["layers"], "shallow": shallow, "share": exits.get(shallow or 0)}
 
 
-def demo(value: Value, part: str = "sentence") -> Markup:
+def demo(value: Value) -> Headline:
     """Speed of both modes, and quality against the full model's."""
     early, full, layers = value["modes"]["early_exit"], value["modes"]["full"], value["layers"]
-    if part == "sentence":
-        depth, exits = early["mean_depth"], value["exits"]
-        # Of one exit the share follows from the mean.
-        share = (layers - depth) / (layers - exits[0]) if len(exits) == 1 else None
-        return render(
-            "headline", part=part, kind="demo", same=early["agreement"], depth=depth,
-            shallow=exits[0], share=share, layers=layers, speed=early["speedup_end_to_end"],
-            whole=True,
-        )  # fmt: skip
+    depth, exits = early["mean_depth"], value["exits"]
+    # Of one exit the share follows from the mean.
+    share = (layers - depth) / (layers - exits[0]) if len(exits) == 1 else None
+    sentence = render(
+        "headline", kind="demo", same=early["agreement"], depth=depth, shallow=exits[0],
+        share=share, layers=layers, speed=early["speedup_end_to_end"], whole=True,
+    )  # fmt: skip
     cards: Cards = [
         ("decoding speed, early exit", times(early["speedup_decode"]), "full depth = 1"),
         ("speed end to end, early exit", times(early["speedup_end_to_end"]), "full depth = 1"),
@@ -82,19 +82,19 @@ def demo(value: Value, part: str = "sentence") -> Markup:
     for name, quality in early["quality"].items():
         remark = f"full model {percent(full['quality'][name])}"
         cards.append((f"{name} right", percent(quality), remark))
-    return render("headline", part=part, kind="demo", entries=cards)
+    return sentence, cards
 
 
-def adapter(value: Value, part: str = "sentence") -> Markup:
+def adapter(value: Value) -> Headline:
     """The guarantee, where there is one."""
     guarantee = value.get("calibration")
     if not guarantee or guarantee.get("measured") is None:
-        return NOTHING
-    entries: Cards = [
+        return NOTHING, []
+    cards: Cards = [
         ("guaranteed risk, at most", fine(guarantee["target"]),
          f"{guarantee['risk']}, at {percent(guarantee['confidence'], 0)} confidence"),
         ("measured risk", fine(guarantee["measured"]),
          f"at most {fine(guarantee['bound'])}, n = {guarantee['n']}"),
     ]  # fmt: skip
     asked = {name: guarantee[name] for name in ("confidence", "risk", "target")}
-    return render("headline", part=part, kind="adapter", entries=entries, **asked)
+    return render("headline", kind="adapter", **asked), cards

@@ -8,8 +8,7 @@ page.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -19,33 +18,13 @@ from markupsafe import Markup
 from offramp import __version__
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page; `body` is HTML."""
-
-    name: str
-    title: str
-    body: Markup
-
-
-def document(
-    title: str,
-    sections: Sequence[Section],
-    missing: Iterable[tuple[str, str]] = (),
-    *,
-    sentence: Markup | None = None,
-) -> str:
+def document(**values: Any) -> str:
     """The whole page.
 
-    missing: what could not be shown, and the command that measures it. sentence: what the page
-    opens with; left out: its title.
+    title, sections: name, title and HTML of each; missing: what could not be shown, and the command
+    that measures it; sentence: what the page opens with, "": its title.
     """
-    opening = sentence and sentence.strip()
-    page = render(
-        "page", title=title, sentence=opening, sections=sections, missing=list(missing),
-        version=__version__,
-    )  # fmt: skip
-    return _own_ids(page)
+    return _own_ids(render("page", **values, version=__version__))
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -121,24 +121,16 @@ def by_depth(curves: Mapping[str, Curve], layers: int, what: str) -> str:
     return drawn(f"{what} by depth: {', '.join(curves)}", draw)
 
 
-def depth_histogram(shares: Mapping[str, Mapping[str, float]], layers: int) -> str:
-    """Shares of tokens by depth, for each name of `shares`."""
+def depth_histogram(shares: Mapping[str, float], layers: int) -> str:
+    """Shares of tokens by depth, under early exit."""
 
     def draw(axes: Any) -> None:
-        width = 0.8 / len(shares)
-        for slot, (name, by_depth) in enumerate(shares.items()):
-            shift = (slot + 0.5) * width - 0.4
-            at = [int(depth) + shift for depth in by_depth]
-            axes.bar(
-                at, list(by_depth.values()), width, color=COLORS[slot % len(COLORS)], label=name
-            )
+        axes.bar([int(depth) for depth in shares], list(shares.values()), 0.8, color=COLORS[0])
         _depth_axis(axes, layers, "depth at which a token exits")
         axes.set_ylabel("share of tokens")
         percent(axes.yaxis)
-        if len(shares) > 1:
-            legend(axes)
 
-    return drawn(f"share of tokens by depth: {', '.join(shares)}", draw)
+    return drawn("share of tokens by depth: early exit", draw)
 
 
 def depths_by_kind(kinds: Mapping[str, Mapping[str, Any]], layers: int) -> str:

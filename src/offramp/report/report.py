@@ -22,7 +22,7 @@ from offramp.errors import DataError, InputError, OfframpError
 from offramp.evaluation.run_log import ROWS, Done, read_rows
 from offramp.report import headline, sections
 from offramp.report.gallery import gallery
-from offramp.report.html import Section, document
+from offramp.report.html import document, render
 from offramp.storage import read_json
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -63,9 +63,23 @@ class Source:
 
 
 Show = Callable[[Source], Markup]
-ShowValue = Callable[[Mapping[str, Any]], Markup]
 
 
+@contextmanager
+def _of_our_form() -> Iterator[None]:
+    """Whatever is missing or odd in a stranger's JSON is said in words."""
+    try:
+        yield
+    except OfframpError:
+        raise
+    except Exception as error:  # of values of any kind, formatted and drawn
+        raise DataError(
+            f"A result cannot be shown: {type(error).__name__}: {error}.",
+            "Name folders and files as this version of offramp wrote them.",
+        ) from error
+
+
+@_of_our_form()
 def read_sources(paths: Iterable[str | Path]) -> list[Source]:
     """The results in folders and JSON files; a file may hold several, by name.
 
@@ -77,9 +91,8 @@ def read_sources(paths: Iterable[str | Path]) -> list[Source]:
     for path in map(Path, paths):
         # Not Path.is_file, which raises on names that are too long.
         files = [path / name for name in FILES if os.path.isfile(path / name)]
-        with _of_our_form():
-            found = files if os.path.isdir(path) else [path]
-            in_path = [s for file in found for s in _in_file(file)]
+        found = files if os.path.isdir(path) else [path]
+        in_path = [s for file in found for s in _in_file(file)]
         if not in_path:
             raise InputError(
                 f"{path} holds nothing that a report can show.",
@@ -119,6 +132,7 @@ def _name(kind: str, value: Mapping[str, Any], otherwise: str) -> str:
     return f"{name}, {value['task'] if kind == 'eval' else kind}"
 
 
+@_of_our_form()
 def report(
     sources: Sequence[Source],
     examples: Sequence[Example] = (),
@@ -136,72 +150,46 @@ def report(
     Raises:
         DataError: a result has not the form that this version of offramp writes.
     """
-    with _of_our_form():
-        return _page(sources, examples, title, tokenizer_of)
-
-
-@contextmanager
-def _of_our_form() -> Iterator[None]:
-    """Whatever is missing or odd in a stranger's JSON is said in words."""
-    try:
-        yield
-    except OfframpError:
-        raise
-    except Exception as error:  # of values of any kind, formatted and drawn
-        raise DataError(
-            f"A result cannot be shown: {type(error).__name__}: {error}.",
-            "Name folders and files as this version of offramp wrote them.",
-        ) from error
-
-
-def _page(
-    sources: Sequence[Source],
-    examples: Sequence[Example],
-    title: str,
-    tokenizer_of: Callable[[str], Any] | None,
-) -> str:
     pictures = {example.key: example for example in examples}
     answers = partial(_answers, pictures=pictures, tokenizer_of=tokenizer_of or local_tokenizer)
     shown, missing = [], []
     for name, heads, shows in _plan(answers):
-        parts = [(s.name, _shown(shows[s.kind], s)) for s in sources if s.kind in shows]
-        parts = [(source, html) for source, html in parts if html]
-        if parts:
-            headings = (f"<h3>{escape(source)}</h3>\n" for source, _ in parts)
-            bodies = [html for _, html in parts]
-            if len(sources) > 1:
-                bodies = [Markup(h) + html for h, html in zip(headings, bodies, strict=True)]
-            shown.append(Section(name, heads, Markup("\n").join(bodies)))
+        bodies = []
+        for source in sources:
+            if html := _shown(shows[source.kind], source) if source.kind in shows else "":
+                heading = Markup("<h3>{}</h3>\n").format(source.name) if len(sources) > 1 else ""
+                bodies.append(heading + html)
+        if bodies:
+            shown.append((name, heads, Markup("\n").join(bodies)))
         else:
             missing.append((heads, " or ".join(MAKERS[kind] for kind in shows)))
     if where := sections.origins([(s.name, s.value) for s in sources]):
-        shown.append(Section("origin", "Machine and versions", where))
+        shown.append(("origin", "Machine and versions", where))
     named = [s for s in sources if s.kind != "compare"] or sources  # that names no backbone
     backbones = dict.fromkeys(s.name.split(", ")[0] for s in named)
     title = title or f"Early exits on {' and '.join(backbones)}"
-    return document(title, shown, missing, sentence=_sentence(sources))
+    return document(title=title, sections=shown, missing=missing, sentence=_sentence(sources))
 
 
 def _sentence(sources: Sequence[Source]) -> Markup:
     """What the page opens with; it names its result where there are several alike."""
-    for kind, show in HEADLINES.items():
+    for kind in HEADLINES:
         alike = [source for source in sources if source.kind == kind]
         for source in alike:
-            if said := _shown(partial(_of_value, show), source):
+            if said := _shown(_opening, source):
                 return said if len(alike) == 1 else escape(f"{source.name}: ") + said
-    return Markup("")
+    return headline.NOTHING
 
 
 def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
     """The sections in order: id, title, and by kind of result what shows it."""
 
-    def of(show: ShowValue) -> Show:
-        return partial(_of_value, show)
+    def of(show: Callable[[Mapping[str, Any]], Markup]) -> Show:
+        return lambda source: show(source.value)
 
     return [
         ("answers", "Answers, word by word", {"eval": answers, "demo": answers}),
-        ("key", "Key figures", {
-            kind: of(partial(show, part="figures")) for kind, show in HEADLINES.items()}),
+        ("key", "Key figures", dict.fromkeys(HEADLINES, _figures)),
         ("tradeoff", "Quality against speed", {"compare": of(sections.tradeoffs)}),
         ("depth", "Quality by depth", {"analysis": of(sections.depths)}),
         ("overthinking", "Overthinking", {"analysis": of(sections.overthinking)}),
@@ -212,8 +200,12 @@ def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
     ]  # fmt: skip
 
 
-def _of_value(show: ShowValue, source: Source) -> Markup:
-    return show(source.value)
+def _opening(source: Source) -> Markup:
+    return HEADLINES[source.kind](source.value)[0].strip()
+
+
+def _figures(source: Source) -> Markup:
+    return render("key", entries=HEADLINES[source.kind](source.value)[1])
 
 
 def _shown(show: Show, source: Source) -> Markup:

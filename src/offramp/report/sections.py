@@ -12,15 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from offramp.report.headline import NOTHING, Cards, Value
-from offramp.report.html import (
-    between,
-    fine,
-    metric,
-    percent,
-    render,
-    times,
-    with_interval,
-)
+from offramp.report.html import between, fine, metric, percent, render, times, with_interval
 from offramp.report.plots import (
     NAMES,
     Band,
@@ -29,7 +21,7 @@ from offramp.report.plots import (
     depth_histogram,
     speed_bands,
 )
-from offramp.report.table import Table
+from offramp.report.table import Table, told
 from offramp.report.tradeoff import FREE, by_name
 
 TITLES = {
@@ -55,7 +47,7 @@ def tradeoffs(value: Value) -> Markup:
             "drop": lambda p: fine(_mean(p["quality_drop"])),
             "answers as full": lambda p: percent(p.get("agreement")),
             "decoding": lambda p: times(p["speedup_decode"]),
-            "mean depth": lambda p: _or_dash(p.get("mean_depth"), "{:.2f}"),
+            "mean depth": lambda p: "-" if (d := p.get("mean_depth")) is None else f"{d:.2f}",
             "thresholds": lambda p: _thresholds(p.get("thresholds")),
         },
     )
@@ -95,10 +87,6 @@ def _equal_quality(value: Value) -> Table | None:
         lambda speeds, at: times(speeds[at]),
         "objective, policy",
     )
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
 
 
 def _pair(point: Value) -> str:
@@ -164,7 +152,7 @@ def histogram(value: Value) -> Markup:
     by_depth = Table(
         ("depth", "tokens"), [(f"{d} of {early['layers']}", percent(s)) for d, s in shares.items()]
     )
-    plot = depth_histogram({"early exit": shares}, early["layers"])
+    plot = depth_histogram(shares, early["layers"])
     return render(
         "exits", svg=plot, shares=by_depth, tokens=early["tokens"], mean_depth=early["mean_depth"]
     )
@@ -185,14 +173,13 @@ def overthinking(value: Value) -> Markup:
     if not figures:
         return render("overthinking", figures=None)
     names = {n: t for n, t in NAMES.items() if n in figures}
-    told: dict[str, Any] = {"labelled tokens": lambda of: str(of["tokens"])}
-    told |= {line: partial(_counted, k) for k, line in _OVERTHINKING.items()}
-    told |= {
+    lines: dict[str, Any] = {"labelled tokens": "{tokens}"}
+    lines |= {line: partial(_counted, k) for k, line in _OVERTHINKING.items()}
+    lines |= {
         line: partial(_share_right, k)
         for k, line in (("final", "final layer right"), ("oracle", "right at any depth"))
     }
-    columns = {title: figures[n] for n, title in names.items()}
-    tokens = Table.grid(told, columns, lambda tell, of: str(tell(of)))
+    tokens = Table.grid(lines, {title: figures[n] for n, title in names.items()}, told)
     return render(
         "overthinking", figures=figures, tokens=tokens,
         policy=_policy_cards(figures.get("policy")), answers=_whole_answers(figures.get("answers")),
@@ -302,32 +289,31 @@ def _latency(value: Value | None, name: str, part: str) -> str:
 def measured_demo(value: Value) -> Markup:
     """Every mode of a demo."""
     tasks = list(value["modes"]["full"]["quality"])
-    told: dict[str, Any] = {
-        "tokens/s": lambda mode: f"{mode['tokens_per_second']:.0f}",
-        "seconds": lambda mode: f"{mode['seconds_end_to_end']:.2f}",
+    columns: dict[str, Any] = {
+        "mode": "{mode}",
+        "tokens/s": "{tokens_per_second:.0f}",
+        "seconds": "{seconds_end_to_end:.2f}",
         "decoding": lambda mode: times(mode.get("speedup_decode")),
         "end to end": lambda mode: times(mode.get("speedup_end_to_end")),
         "against generate": lambda mode: times(mode.get("speedup_vs_generate")),
         **{f"{t} right": lambda mode, t=t: percent(mode["quality"][t]) for t in tasks},
     }
-    named = {TITLES.get(name, name): mode for name, mode in value["modes"].items()}
-    measured = Table.grid(named, told, lambda mode, tell: tell(mode), "mode")
-    return render("figures", kind="demo", measured=measured)
+    modes = [{**mode, "mode": TITLES.get(name, name)} for name, mode in value["modes"].items()]
+    return render("figures", kind="demo", measured=Table.of(modes, columns))
 
 
 def origins(named: Sequence[tuple[str, Value]]) -> Markup:
     """Where each result comes from: command, machine, versions, data."""
-    where = [(name, value["provenance"]) for name, value in named if value.get("provenance")]
-    told = {
-        "result": lambda of: of[0],
-        "command": lambda of: of[1]["command"],
-        "date": lambda of: of[1]["date"][:10],
+    where = [{**v["provenance"], "result": name} for name, v in named if v.get("provenance")]
+    columns: dict[str, Any] = {
+        "result": "{result}",
+        "command": "{command}",
+        "date": "{date:.10}",
         "machine": lambda of: (
-            f"{of[1].get('accelerator') or of[1]['processor']}, {of[1]['threads']} threads, "
-            f"{of[1]['platform']}"
+            f"{of.get('accelerator') or of['processor']}, {of['threads']} threads, {of['platform']}"
         ),
-        "versions": lambda of: ", ".join(f"{k} {v}" for k, v in of[1]["versions"].items() if v),
-        "seed": lambda of: str(of[1].get("seed")),
-        "data digest": lambda of: str(of[1].get("data_digest"))[:16],
+        "versions": lambda of: ", ".join(f"{k} {v}" for k, v in of["versions"].items() if v),
+        "seed": lambda of: str(of.get("seed")),
+        "data digest": lambda of: str(of.get("data_digest"))[:16],
     }
-    return render("origin", origins=Table.of(where, told)) if where else NOTHING
+    return render("origin", origins=Table.of(where, columns)) if where else NOTHING

@@ -6,6 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+Told = str | Callable[[Any], str]
+"""What a cell tells of an entry: a function of it, or a format of its fields, "{seconds:.2f} s"."""
+
+
+def told(what: Told, entry: Any) -> str:
+    """The text of a cell."""
+    return what.format_map(entry) if isinstance(what, str) else what(entry)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -25,9 +33,9 @@ class Table:
             raise ValueError(f"{uneven[0]} has not {len(self.columns)} cells")
 
     @classmethod
-    def of(cls, entries: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> Table:
+    def of(cls, entries: Iterable[Any], columns: Mapping[str, Told]) -> Table:
         """A row for each entry. columns: by title, what is told of it."""
-        return cls(tuple(columns), [[cell(e) for cell in columns.values()] for e in entries])
+        return cls(tuple(columns), [[told(cell, e) for cell in columns.values()] for e in entries])
 
     @classmethod
     def grid(

@@ -100,7 +100,33 @@ def draw(measured: Mapping[str, Any]) -> str:
         top = chips[-1][1] + 22 + 34
     height = top - 12
     depths = sorted({d for mode in modes.values() for d in mode["depths"]})
-    return _page(parts, styles, height, _legend(depths, layers, measured["slower"]), modes)
+    image = embedded(_example())["source"]
+    same = modes["early_exit"]["words"] == modes["full"]["words"]
+    lines = [
+        f"A tiny VLM captions this image{', the same words twice' if same else ''}.",
+        f"Shown {measured['slower']} times slower than it ran.",
+    ]
+    intro = "".join(
+        f'<text x="126" y="{34 + 20 * n}" class="intro">{escape(line)}</text>'
+        for n, line in enumerate(lines)
+    )
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" \
+width="{WIDTH}" height="{height:g}" role="img">
+<title>A caption written with early exits and by the full model</title>
+<style>
+text{{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}}
+.head,.intro{{fill:#1b2027}}
+.head{{font-size:15px;font-weight:650}}.intro{{font-size:15px}}.soft{{font-size:12.5px;fill:#5b6572}}
+.word{{font:13px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;text-anchor:middle}}
+{"".join(styles)}
+@media (prefers-reduced-motion:reduce){{g{{animation:none!important}}}}
+</style>
+<rect width="{WIDTH}" height="{height:g}" rx="10" fill="#fff"/>
+<image x="{MARGIN}" y="16" width="96" height="96" href="{image}" style="image-rendering:pixelated"/>
+{intro}{_legend(depths, layers)}
+{"".join(parts)}
+</svg>
+"""
 
 
 def _placed(texts: Sequence[str], top: float) -> Iterator[tuple[float, float, float, str]]:
@@ -122,7 +148,7 @@ def _appears(name: str, at: float, loop: float) -> str:
     )
 
 
-def _legend(depths: Sequence[int], layers: int, slower: int) -> str:
+def _legend(depths: Sequence[int], layers: int) -> str:
     parts = ['<text x="126" y="82" class="soft">A word\'s colour: layers run for it</text>']
     x = 126.0
     for depth in depths:
@@ -133,43 +159,6 @@ def _legend(depths: Sequence[int], layers: int, slower: int) -> str:
         )
         x += 35
     return "".join(parts)
-
-
-def _page(
-    parts: Sequence[str],
-    styles: Sequence[str],
-    height: float,
-    legend: str,
-    modes: Mapping[str, Any],
-) -> str:
-    image = embedded(_example())["source"]
-    same = modes["early_exit"]["words"] == modes["full"]["words"]
-    slow = record("picture")["slower"]
-    lines = [
-        f"A tiny VLM captions this image{', the same words twice' if same else ''}.",
-        f"Shown {slow} times slower than it ran.",
-    ]
-    intro = "".join(
-        f'<text x="126" y="{34 + 20 * n}" class="intro">{escape(line)}</text>'
-        for n, line in enumerate(lines)
-    )
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" \
-width="{WIDTH}" height="{height:g}" role="img">
-<title>A caption written with early exits and by the full model</title>
-<style>
-text{{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}}
-.head,.intro{{fill:#1b2027}}
-.head{{font-size:15px;font-weight:650}}.intro{{font-size:15px}}.soft{{font-size:12.5px;fill:#5b6572}}
-.word{{font:13px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;text-anchor:middle}}
-{"".join(styles)}
-@media (prefers-reduced-motion:reduce){{g{{animation:none!important}}}}
-</style>
-<rect width="{WIDTH}" height="{height:g}" rx="10" fill="#fff"/>
-<image x="{MARGIN}" y="16" width="96" height="96" href="{image}" style="image-rendering:pixelated"/>
-{intro}{legend}
-{"".join(parts)}
-</svg>
-"""
 
 
 def main() -> None:

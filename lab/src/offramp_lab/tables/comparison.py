@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from statistics import mean
-from typing import Any
 
 from offramp.report.html import times
-from offramp.report.table import Table
+from offramp.report.table import Table, Told, told
 from offramp_lab.experiments.comparison.equal_quality import ahead
 from offramp_lab.experiments.statistics import t_interval
 from offramp_lab.tables.markdown import (
@@ -53,32 +52,30 @@ def keys_and_values() -> Table:
     return Table.grid(
         {f"`{policy}`": policy for policy in ("recompute", "propagate")},
         {tiny(kind): record("compare")[kind]["kv"] for kind in KINDS},
-        lambda policy, kv: (
-            f"{times(kv[policy]['speedup_decode'])}, {kv[policy]['identical_answers']:.1%}"
-        ),
+        lambda policy, kv: told("{speedup_decode:.2f}x, {identical_answers:.1%}", kv[policy]),
         "policy",
     )
 
 
 def seeds() -> Table:
     """FREE against distillation alone, in more seeds and on more answers."""
-    ratios = {k: record("compare")[k]["distillation"]["free_over_by_seed"] for k in KINDS}
-
     rows = [
         (tiny(kind), str(len(next(iter(of.values())))), *map(_over_seeds, of.values()))
-        for kind, of in ratios.items()
+        for kind in KINDS
+        for of in [_by_seed(kind)]
     ]
-    return Table(("", "seeds", *map(level, ratios[KINDS[0]])), rows)
+    return Table(("", "seeds", *map(level, _by_seed(KINDS[0]))), rows)
+
+
+def _by_seed(kind: str) -> dict[str, list[float]]:
+    """By drop of quality and seed, how many times as fast as distillation alone FREE is."""
+    found: dict[str, list[float]] = record("compare")[kind]["distillation"]["free_over_by_seed"]
+    return found
 
 
 def _over_seeds(by_seed: list[float]) -> str:
     ends = [end for end in t_interval(by_seed) if end is not None]
     return with_range(f"{mean(by_seed):.3f}", ends, ".3f")
-
-
-def over_distillation(kind: str, drop: str) -> str:
-    """How many times as fast as distillation alone FREE is."""
-    return _over_seeds(record("compare")[kind]["distillation"]["free_over_by_seed"][drop])
 
 
 # -- the adversary --------------------------------------------------------------------------------
@@ -93,7 +90,7 @@ MEASURES = {
 
 def adversary(kind: str) -> Table:
     """FREE and its variants against distillation alone."""
-    columns: dict[str, Any] = {"setting": lambda c: c["setting"], "adversary": lambda c: c["game"]}
+    columns: dict[str, Told] = {"setting": "{setting}", "adversary": "{game}"}
     columns |= {title: partial(_difference, name) for name, title in MEASURES.items()}
     return Table.of((c for c in record("ablation")["cells"] if c["backbone"] == kind), columns)
 
@@ -127,7 +124,7 @@ TABLES: dict[str, MakeTable] = {
     "adversary-t5": partial(adversary, "t5"),
 }
 FIGURES: dict[str, Make] = {
-    "adversary-opt-seeds": partial(over_distillation, "opt", "0.005"),
+    "adversary-opt-seeds": lambda: _over_seeds(_by_seed("opt")["0.005"]),
     "adversary-figures": partial(_count, lambda figure: True),
     "adversary-worse": partial(_count, lambda figure: figure["high"] < 0),
     "adversary-chance": lambda: f"{0.025 * int(_count(lambda figure: True)):.1f}",

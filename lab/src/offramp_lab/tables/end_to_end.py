@@ -21,11 +21,6 @@ ZEN5 = "end_to_end-zen5"
 NAMES = {STOCK: "Hugging Face's `generate`", ALONE: "llama.cpp alone", "PyTorch": "PyTorch"}
 
 
-def _entries(part: str, name: str = "end_to_end") -> list[Value]:
-    found: list[Value] = record(name)[part]
-    return found
-
-
 def _way(entry: Value) -> str:
     name = NAMES.get(entry["engine"], f"ours, {entry['engine']}")
     mode = "" if entry["engine"] in (STOCK, ALONE) else f", {entry['mode']}"
@@ -52,24 +47,17 @@ def captions_in_llama() -> Table:
 
 
 def _table(engines: Collection[str], ratios: dict[str, str]) -> Table:
-    count = record("end_to_end")["photographs"]
-
-    def part(name: str) -> Callable[[Value], str]:
-        return lambda entry: f"{entry['milliseconds'][name]:.0f}"
-
-    def ratio(name: str) -> Callable[[Value], str]:
-        return lambda entry: times_with_range(entry[name]) if name in entry else ""
-
+    found = record("end_to_end")
     return Table.of(
-        (entry for entry in _entries("captioned") if entry["engine"] in engines),
+        (entry for entry in found["captioned"] if entry["engine"] in engines),
         {
             "": _way,
-            "opening": part("opened"),
-            "vision, prompt": part("first_token"),
-            "decoding": part("decoded"),
-            "whole, ms": lambda entry: f"{entry['whole_milliseconds']:.0f}",
-            **{title: ratio(name) for title, name in ratios.items()},
-            "as full depth": lambda entry: f"{entry['as_full']} of {count}",
+            "opening": "{milliseconds[opened]:.0f}",
+            "vision, prompt": "{milliseconds[first_token]:.0f}",
+            "decoding": "{milliseconds[decoded]:.0f}",
+            "whole, ms": "{whole_milliseconds:.0f}",
+            **{title: _ratio(name) for title, name in ratios.items()},
+            "as full depth": f"{{as_full}} of {found['photographs']}",
             "ROUGE-L, difference": lambda entry: with_range(
                 f"{entry['ROUGE_L']['value']:.3f}", entry["ROUGE_L"]["difference"], "+.3f"
             ),
@@ -77,38 +65,42 @@ def _table(engines: Collection[str], ratios: dict[str, str]) -> Table:
     )
 
 
+def _ratio(name: str) -> Callable[[Value], str]:
+    return lambda entry: times_with_range(entry[name])
+
+
 def questions() -> Table:
     """Questions answered right."""
-    count = record("end_to_end")["questions"]
+    found = record("end_to_end")
     return Table.of(
-        _entries("questioned"),
+        found["questioned"],
         {
             "": _way,
             "right": lambda entry: with_range(f"{entry['right']:.1%}", entry["difference"], "+.1%"),
-            "as full depth": lambda entry: f"{entry['as_full']} of {count}",
-            "of full depth, end to end": lambda entry: times_with_range(entry["over_full"]),
+            "as full depth": f"{{as_full}} of {found['questions']}",
+            "of full depth, end to end": _ratio("over_full"),
         },
     )
 
 
 def together() -> Table:
     """Several photographs at once."""
-    count = record("end_to_end")["photographs"]
+    found = record("end_to_end")
     return Table.of(
-        _entries("together"),
+        found["together"],
         {
             "": lambda entry: entry["mode"] + _tower(entry),
-            "ms a caption": lambda entry: f"{entry['milliseconds']:.0f}",
-            "of full depth": lambda entry: times_with_range(entry["over_full"]),
-            "of early exit as it was": lambda entry: times_with_range(entry["over_before"]),
-            "as early exit as it was": lambda entry: f"{entry['as_before']} of {count}",
+            "ms a caption": "{milliseconds:.0f}",
+            "of full depth": _ratio("over_full"),
+            "of early exit as it was": _ratio("over_before"),
+            "as early exit as it was": f"{{as_before}} of {found['photographs']}",
         },
     )
 
 
 def _captioned(*way: str, name: str = "end_to_end") -> Value:
     """way: engine, mode and tower. name: of the record."""
-    return by(_entries("captioned", name), "engine", "mode", "tower")[way]
+    return by(record(name)["captioned"], "engine", "mode", "tower")[way]
 
 
 def _whole(
@@ -131,9 +123,7 @@ FIGURES: dict[str, Make] = {
     "end-to-end-careful": _whole("PyTorch", CAREFUL, "over_full"),
     "end-to-end-careful-q8_0": _whole("q8_0", CAREFUL, "over_alone"),
     "end-to-end-careful-bf16": _whole("q8_0", CAREFUL, "over_alone", ROUNDED),
-    "end-to-end-careful-decoding": lambda: times_with_range(
-        _captioned("PyTorch", CAREFUL, TORCH)["decoding_over_full"]
-    ),
+    "end-to-end-careful-decoding": _whole("PyTorch", CAREFUL, "decoding_over_full", TORCH),
     "end-to-end-q8_0": _whole("q8_0", EARLY, "over_alone"),
     "end-to-end-q8_0-tower": _whole("q8_0", EARLY, "over_alone_same_tower"),
     "end-to-end-bf16": _whole("q8_0", EARLY, "over_alone", ROUNDED),

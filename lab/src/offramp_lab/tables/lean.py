@@ -35,27 +35,29 @@ def speeds() -> Table:
     return Table(("", *PATHS.values(), "lean gains", "compiled gains", "compiled over lean"), rows)
 
 
-def _photo(part: str) -> list[Value]:
-    return [row for row in record("lean")[part] if row["model"] == "photo"]
+def _overhead(mode: str, path: str) -> Value:
+    """Of the photo model, the one of which it is measured."""
+    return by(record("lean")["overhead"], "mode", "path")[mode, path]
 
 
 def _share(mode: str, of: str, path: str = "lean") -> str:
     """Overhead on the photo model by a path, over that of the path `of`."""
-    found = by(record("lean")["overhead"], "mode", "path")
-    return f"{found[mode, path]['cpu_milliseconds'] / found[mode, of]['cpu_milliseconds']:.2f}"
+    ours, theirs = (_overhead(mode, name)["cpu_milliseconds"] for name in (path, of))
+    return f"{ours / theirs:.2f}"
 
 
 def _compiling() -> str:
     """CPU seconds that all code of the photo model's four modes takes to make."""
     seconds = dict.fromkeys(PATHS, 0.0)
-    for row in _photo("speeds"):
-        seconds[row["path"]] += row["first_round_cpu_seconds"]
+    for row in record("lean")["speeds"]:
+        if row["model"] == "photo":
+            seconds[row["path"]] += row["first_round_cpu_seconds"]
     return f"{seconds['compiled'] - seconds['lean']:.0f}"
 
 
 def _rehearsal() -> str:
     """What the second token takes longer than the others, at full depth, products left out."""
-    row = by(_photo("overhead"), "path", "mode")["lean", "full"]
+    row = _overhead("full", "lean")
     return f"{row['second_token_cpu_milliseconds'] - row['cpu_milliseconds']:.0f}"
 
 

@@ -1,10 +1,11 @@
 """Tables of the batch engine and of guesses under loads like those of use."""
 
+from functools import partial
 from typing import Any
 
 from offramp.report.html import times
-from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, record, times_with_range
+from offramp.report.table import Table, Told, told
+from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, record, times_with_range
 
 FEW = 20
 """Tokens, of which a share says little."""
@@ -18,8 +19,8 @@ def guesses() -> Table:
     """How often the first exit is right, by threshold, where it exits and where it guesses."""
     models = _figures("guesses")
     levels = [f"{at['threshold']:g}" for at in next(iter(models.values()))["thresholds"]]
-    told: dict[str, Any] = {
-        ": exit": lambda at: f"{at['exit']:.0%}",
+    lines: dict[str, Told] = {
+        ": exit": "{exit:.0%}",
         "right of those": lambda at: (
             "" if at["right_of_exits"] is None else f"{at['right_of_exits']:.1%}"
         ),
@@ -28,9 +29,9 @@ def guesses() -> Table:
         ),
     }
     return Table(
-        ("threshold", *(f"{m}{t}" if t[0] == ":" else t for m in models for t in told)),
+        ("threshold", *(f"{m}{t}" if t[0] == ":" else t for m in models for t in lines)),
         [
-            (at, *(tell(m["thresholds"][n]) for m in models.values() for tell in told.values()))
+            (at, *(told(t, m["thresholds"][n]) for m in models.values() for t in lines.values()))
             for n, at in enumerate(levels)
         ],
     )
@@ -70,24 +71,24 @@ def photographs() -> Table:
     def speed(way: Value, what: str = "") -> str:
         return f"{way['captions_per_second' + what]:.2f} ({times(way['over_full_alone' + what])})"
 
-    def exits(of: tuple[str, Value, Value]) -> str:
+    def exits(way: Value) -> str:
         """Over full depth in the same slots: what exits alone gain."""
-        where, _, mode = of[2]["way"].rpartition(", ")
+        where, _, mode = way["way"].rpartition(", ")
         if mode not in ("early_exit", "lossless"):
             return ""
-        full = next(w for w in of[1]["ways"] if w["way"] == f"{where}, full")
-        return times(of[2]["captions_per_second_decode"] / full["captions_per_second_decode"])
+        full = by(way["ways"], "way")[f"{where}, full"]
+        return times(way["captions_per_second_decode"] / full["captions_per_second_decode"])
 
-    ways = [(n, run, way) for n, run in _figures("photographs").items() for way in run["ways"]]
+    runs = _figures("photographs").items()
     return Table.of(
-        ways,
+        [{**run, **way, "run": name} for name, run in runs for way in run["ways"]],
         {
-            "": lambda of: f"{of[0]}, {of[2]['way'].replace('_', ' ')}",
-            "captions a second, end to end": lambda of: speed(of[2]),
-            "decoding alone": lambda of: speed(of[2], "_decode"),
+            "": lambda way: f"{way['run']}, {way['way'].replace('_', ' ')}",
+            "captions a second, end to end": speed,
+            "decoding alone": partial(speed, what="_decode"),
             "of it by exits": exits,
-            "as a single request's": lambda of: f"{of[2]['as_alone']} of {of[1]['photographs']}",
-            "CIDEr": lambda of: f"{of[2]['cider']:.3f}",
+            "as a single request's": "{as_alone} of {photographs}",
+            "CIDEr": "{cider:.3f}",
         },
     )
 

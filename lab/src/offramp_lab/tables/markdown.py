@@ -98,15 +98,9 @@ def level(drop: str | float) -> str:
     return f"{100 * float(drop):g}%"
 
 
-def milliseconds(row: Value) -> str:
-    """CPU milliseconds of a whole answer, at full depth and by what a record's row is of."""
-    keys = ("seconds_an_answer_full", "seconds_an_answer")
-    return " / ".join(f"{1000 * row[key]:.0f}" for key in keys) if keys[0] in row else ""
-
-
 def times_with_range(ratio: Value) -> str:
     """Of a record's times, low and high: "2.25 [2.12, 2.37]"."""
-    return with_range(f"{ratio['times']:.2f}", (ratio["low"], ratio["high"]), ".2f")
+    return "{times:.2f} [{low:.2f}, {high:.2f}]".format_map(ratio)
 
 
 def with_range(value: str, ends: Sequence[float] | None, form: str) -> str:

@@ -1,7 +1,7 @@
 """The one table of the README: a row for each model, with what was guaranteed."""
 
 from offramp.report.html import times
-from offramp.report.table import Table
+from offramp.report.table import Table, told
 from offramp_lab.tables.drafts import way
 from offramp_lab.tables.markdown import (
     KINDS,
@@ -10,7 +10,6 @@ from offramp_lab.tables.markdown import (
     Value,
     bold,
     by,
-    milliseconds,
     record,
     tiny,
     with_range,
@@ -48,8 +47,7 @@ def _tiny(kind: str) -> tuple[str, ...]:
         NOTHING_ELSE,
         _end_to_end(row),
         "scenes",
-        f"by image, at most {row['risk_target']:.0%} of answers change "
-        f"(here {row['risk_test']:.2%})",
+        told("by image, at most {risk_target:.0%} of answers change (here {risk_test:.2%})", row),
         f"questions right: {right}",
     )
 
@@ -62,7 +60,7 @@ def _drafting() -> tuple[str, ...]:
         bold(times(ours["times"])),
         f"{times(ours['speed'] / plain['speed'])} of plain weights",
         "not measured",
-        f"{ours['photographs']} photographs, [{ours['low']:.2f}, {ours['high']:.2f}]",
+        told(f"{{photographs}} photographs, {_ENDS}", ours),
         "nothing to trust: the full model's tokens",
         f"{ours['identical']} of {ours['photographs']} answers the same",
     )
@@ -78,8 +76,7 @@ def _speed(row: Value) -> str:
     return with_range(f"{row['speedup_decode']:.2f}", row["speedup_decode_interval"], ".2f")
 
 
-def _cider(row: Value) -> str:
-    return f"{row['cider_full']:.3f} to {row['cider']:.3f}"
+_CIDER = "{cider_full:.3f} to {cider:.3f}"
 
 
 def _photo() -> tuple[str, ...]:
@@ -115,8 +112,8 @@ def _in_llama_cpp() -> tuple[str, ...]:
         bold(times(decoding["times"])),
         f"{times(whole['times'])} of llama.cpp alone, end to end",
         f"{times(row['over_full']['times'])} ({full_ms:.0f} / {row['whole_milliseconds']:.0f})",
-        f"{found['photographs']} photographs, decoding [{decoding['low']:.2f}, "
-        f"{decoding['high']:.2f}], end to end [{whole['low']:.2f}, {whole['high']:.2f}]",
+        f"{found['photographs']} photographs, decoding {told(_ENDS, decoding)}, end to end "
+        f"{told(_ENDS, whole)}",
         "the same thresholds, calibrated in PyTorch",
         f"ROUGE-L: {full:.3f} / {score:.3f}, difference [{low:+.3f}, {high:+.3f}]",
     )
@@ -131,9 +128,9 @@ def _sliced() -> tuple[str, ...]:
     return (
         "the photo model that ships, of a file in q4_1, sliced, without PyTorch",
         bold(times(early["exits"]["times"])),
-        f"{_with_ends(early['all'])} of llama.cpp alone, prompts with it",
+        told(f"{_WITH_ENDS} of llama.cpp alone, prompts with it", early["all"]),
         "not measured",
-        f"{of} photographs, [{early['exits']['low']:.2f}, {early['exits']['high']:.2f}]",
+        told(f"{of} photographs, {_ENDS}", early["exits"]),
         f"none; lossless ({times(lossless['exits']['times'])}, all in all "
         f"{times(lossless['all']['times'])}) is full depth's in {lossless['as_full']} of {of}",
         f"{early['as_with_its_embeddings']} of {of} captions as PyTorch's early exits write them",
@@ -152,7 +149,7 @@ def _at_once() -> tuple[str, ...]:
         f"the photo model that ships, {found['slots']} captions at once (batch engine, float32)",
         "not measured apart",
         f"{times(full / slots['milliseconds'])} of single requests, end to end",
-        f"{_with_ends(slots['over_full'])} ({slots['milliseconds']:.0f} early)",
+        f"{told(_WITH_ENDS, slots['over_full'])} ({slots['milliseconds']:.0f} early)",
         f"{found['photographs']} photographs",
         "the same thresholds, calibrated in float32",
         f"ROUGE-L of single requests: difference [{low:+.3f}, {high:+.3f}]",
@@ -160,19 +157,19 @@ def _at_once() -> tuple[str, ...]:
 
 
 def _end_to_end(row: Value) -> str:
-    seconds = milliseconds(row)
-    return times(row["speedup_end_to_end"]) + (f" ({seconds})" if seconds else "")
+    full, ours = (1000 * row[name] for name in ("seconds_an_answer_full", "seconds_an_answer"))
+    return f"{times(row['speedup_end_to_end'])} ({full:.0f} / {ours:.0f})"
 
 
-def _with_ends(ratio: Value) -> str:
-    return with_range(times(ratio["times"]), (ratio["low"], ratio["high"]), ".2f")
+_WITH_ENDS = "{times:.2f}x [{low:.2f}, {high:.2f}]"
+_ENDS = "[{low:.2f}, {high:.2f}]"
 
 
 TABLES: dict[str, MakeTable] = {"overview": overview}
 FIGURES: dict[str, Make] = {
     "photo-promise": lambda: _speed(_promise()),
-    "photo-promise-cider": lambda: _cider(_promise()),
+    "photo-promise-cider": lambda: told(_CIDER, _promise()),
     "photo-8-promise": lambda: _speed(_promise("photo-exits-8")),
-    "photo-8-cider": lambda: _cider(_promise("photo-exits-8")),
+    "photo-8-cider": lambda: told(_CIDER, _promise("photo-exits-8")),
     "photo-lossless": lambda: _speed(record("photo-exits")["lossless"]),
 }

@@ -1,11 +1,10 @@
 """The model of photographs: quality, thresholds, lossless mode, corruptions, depth, methods."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from offramp.report.html import times
-from offramp.report.table import Table
+from offramp.report.table import Table, Told, told
 from offramp_lab.experiments.comparison.equal_quality import LEVELS, ahead
 from offramp_lab.tables.comparison import equal_quality, speed
 from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, level, record, with_range
@@ -34,12 +33,12 @@ def stages() -> Table:
     return Table.of(
         rows,
         {
-            "captions learnt from": lambda row: row["learnt from"],
-            "step": lambda row: f"{row['step']:,}",
+            "captions learnt from": "{learnt from}",
+            "step": "{step:,}",
             "CPU minutes": lambda row: _minutes(row["cpu_seconds"]),
-            "CIDEr": lambda row: f"{row['CIDEr']:.3f}",
-            "BLEU-4": lambda row: f"{row['Bleu_4']:.3f}",
-            "DAQUAR accuracy": lambda row: f"{row['accuracy']:.1%}",
+            "CIDEr": "{CIDEr:.3f}",
+            "BLEU-4": "{Bleu_4:.3f}",
+            "DAQUAR accuracy": "{accuracy:.1%}",
         },
     )
 
@@ -79,13 +78,13 @@ def _ranged(figure: Value, form: str) -> str:
 def thresholds() -> Table:
     """What was chosen on one half of the photographs, measured on the other."""
 
-    def on(form: Callable[[Value], str], off: str = "") -> Callable[[Value], str]:
-        return lambda row: form(row) if row["thresholds"] else off
+    def on(form: Told, off: str = "") -> Told:
+        return lambda row: told(form, row) if row["thresholds"] else off
 
     return Table.of(
         _first(record(EXITS))["points"],
         {
-            "chosen by": lambda row: row["chosen_by"],
+            "chosen by": "{chosen_by}",
             "thresholds": on(
                 lambda row: ", ".join(
                     f"{t:g} at {d}{_first_token(row, d)}" for d, t in row["thresholds"].items()
@@ -93,12 +92,10 @@ def thresholds() -> Table:
                 "off",
             ),
             "decoding": on(_decoding, "1.00x"),
-            "end to end": on(lambda row: times(row["speedup_end_to_end"]), "1.00x"),
-            "CIDEr, full / early": on(lambda row: f"{row['cider_full']:.3f} / {row['cider']:.3f}"),
+            "end to end": on("{speedup_end_to_end:.2f}x", "1.00x"),
+            "CIDEr, full / early": on("{cider_full:.3f} / {cider:.3f}"),
             "CIDEr drop [95% interval]": on(_drop),
-            "DAQUAR, full / early": on(
-                lambda row: f"{row['daquar_accuracy_full']:.1%} / {row['daquar_accuracy']:.1%}"
-            ),
+            "DAQUAR, full / early": on("{daquar_accuracy_full:.1%} / {daquar_accuracy:.1%}"),
         },
     )
 
@@ -115,8 +112,7 @@ def _drop(row: Value) -> str:
     return with_range(drop, ends, "+.1%")
 
 
-def _identical(row: Value) -> str:
-    return f"{row['identical_captions']:,} of {row['captions']:,}"
+_IDENTICAL = "{identical_captions:,} of {captions:,}"
 
 
 def _first_token(row: Value, depth: str) -> str:
@@ -128,71 +124,53 @@ def three_models() -> Table:
     """What an exit at depth 8 is worth on the earlier model, on the photo model before
     reinforcement, trained briefly and for long, and on the photo model; and the one at depth 4,
     which ships."""
-    names = ("photo-exits-short", "photo-exits-before", "photo-exits-8", EXITS)
-    found = [record(name) for name in (EARLIER, *names)]
+    models = {
+        "earlier model": EARLIER,
+        "before reinforcement, exit trained briefly": "photo-exits-short",
+        "before reinforcement": "photo-exits-before",
+        "photo model, exit at 8": "photo-exits-8",
+        "photo model, exit at 4": EXITS,
+    }
 
-    def row(title: str, form: Callable[[Value], str]) -> tuple[str, ...]:
-        return title, *(form(one) for one in found)
+    def agreement(one: Value) -> str:
+        (share,) = _first(one)["agreement"].values()
+        return f"{share:.1%}"
 
-    def point(name: str, form: Callable[[Value], str]) -> Callable[[Value], str]:
+    def chosen(name: str) -> Told:
+        """Speed and loss at the thresholds that were chosen so."""
+
         def of(one: Value) -> str:
-            chosen = [p for p in _first(one)["points"] if p["chosen_by"] == name]
-            if not chosen:
-                return ""
-            return form(chosen[0]) if chosen[0]["thresholds"] else "off"
+            point = by(_first(one)["points"], "chosen_by").get(name)
+            if point is None or not point["thresholds"]:
+                return "" if point is None else "off"
+            (threshold,) = point["thresholds"].values()
+            return f"{_decoding(point)} at {threshold:g}, {_drop(point)}"
 
         return of
 
-    def verified(form: Callable[[Value], str]) -> Callable[[Value], str]:
-        return lambda one: form(one["lossless"]) if one["lossless"] else "not measured"
+    def analysed(form: str) -> Told:
+        return lambda one: told(form, one["analysis"]) if one["analysis"] else ""
 
-    def analysed(form: Callable[[Value], str]) -> Callable[[Value], str]:
-        return lambda one: form(one["analysis"]) if one["analysis"] else ""
-
-    def speed_at(chosen: Value) -> str:
-        (threshold,) = chosen["thresholds"].values()
-        return f"{_decoding(chosen)} at {threshold:g}, {_drop(chosen)}"
-
-    always = "every token at the exit"
-    rows = [
-        row("CIDEr of the full model", lambda one: f"{one['full']['cider']:.3f}"),
-        row("agreement of the exit", lambda one: f"{_agreement(one):.1%}"),
-        row("every token at the exit: decoding, CIDEr lost", point(always, speed_at)),
-        row("CIDEr drop 1%, as chosen on the other half", point("CIDEr drop 1%", speed_at)),
-        row("guaranteed, risk 1%", point("risk 1%", speed_at)),
-        row("guaranteed, risk 5%", point("risk 5%", speed_at)),
-        row("guaranteed, ROUGE-L down by 3%", point("ROUGE-L drop 3%", speed_at)),
-        row("lossless, float32", verified(_decoding)),
-        row("drafts accepted", verified(lambda found: f"{found['acceptance']:.0%}")),
-        row("identical captions", verified(_identical)),
-        row("mid-crisis: the logit lens falls by", analysed(_fall)),
-        row("overthinking: tokens", analysed(_overthought)),
-        row(
-            "photographs and steps of the exits' training",
-            lambda one: f"{one['sizes']['captions']:,}, {one['sizes']['steps']:,}",
+    lines: dict[str, Told] = {
+        "CIDEr of the full model": "{full[cider]:.3f}",
+        "agreement of the exit": agreement,
+        "every token at the exit: decoding, CIDEr lost": chosen("every token at the exit"),
+        "CIDEr drop 1%, as chosen on the other half": chosen("CIDEr drop 1%"),
+        "guaranteed, risk 1%": chosen("risk 1%"),
+        "guaranteed, risk 5%": chosen("risk 5%"),
+        "guaranteed, ROUGE-L down by 3%": chosen("ROUGE-L drop 3%"),
+        "lossless, float32": lambda one: _decoding(one["lossless"]),
+        "drafts accepted": "{lossless[acceptance]:.0%}",
+        "identical captions": lambda one: told(_IDENTICAL, one["lossless"]),
+        "mid-crisis: the logit lens falls by": analysed(
+            "{teacher_forced[lens][accuracy][dip][fall]:.1%}, "
+            "{teacher_forced[lens][accuracy][dip][from_depth]} to "
+            "{teacher_forced[lens][accuracy][dip][to_depth]}"
         ),
-    ]
-    columns = (
-        "", "earlier model", "before reinforcement, exit trained briefly", "before reinforcement",
-        "photo model, exit at 8", "photo model, exit at 4",
-    )  # fmt: skip
-    return Table(columns, rows)
-
-
-def _fall(analysis: Value) -> str:
-    """Of accuracy with depth, and where."""
-    dip = analysis["teacher_forced"]["lens"]["accuracy"]["dip"]
-    return f"{dip['fall']:.1%}, {dip['from_depth']} to {dip['to_depth']}"
-
-
-def _overthought(analysis: Value) -> str:
-    """Tokens that an exit has right and the final layer wrong."""
-    return f"{analysis['overthinking']['exits']['overthought']['share']['value']:.1%}"
-
-
-def _agreement(one: Value) -> float:
-    (share,) = _first(one)["agreement"].values()
-    return float(share)
+        "overthinking: tokens": analysed("{overthinking[exits][overthought][share][value]:.1%}"),
+        "photographs and steps of the exits' training": "{sizes[captions]:,}, {sizes[steps]:,}",
+    }
+    return Table.grid(lines, {title: record(name) for title, name in models.items()}, told)
 
 
 def lossless() -> Table:
@@ -200,14 +178,14 @@ def lossless() -> Table:
     return Table.of(
         [record(EXITS)[name] for name in ("lossless", "lossless_bfloat16")],
         {
-            "precision": lambda row: row["dtype"],
+            "precision": "{dtype}",
             "decoding": _decoding,
-            "end to end": lambda row: times(row["speedup_end_to_end"]),
-            "against `generate`": lambda row: times(row["speedup_vs_generate"]),
-            "identical captions": _identical,
-            "drafts accepted": lambda row: f"{row['acceptance']:.0%}",
-            "tokens/s, full": lambda row: f"{row['tokens_per_second']['full']:.1f}",
-            "tokens/s, lossless": lambda row: f"{row['tokens_per_second']['lossless']:.1f}",
+            "end to end": "{speedup_end_to_end:.2f}x",
+            "against `generate`": "{speedup_vs_generate:.2f}x",
+            "identical captions": _IDENTICAL,
+            "drafts accepted": "{acceptance:.0%}",
+            "tokens/s, full": "{tokens_per_second[full]:.1f}",
+            "tokens/s, lossless": "{tokens_per_second[lossless]:.1f}",
         },
     )
 
@@ -216,12 +194,12 @@ def corrupted() -> Table:
     """CIDEr under each corruption."""
     (found,) = record(EXITS)["damaged"].values()
     return Table.of(
-        found,
+        [{"corruption": name, **figures} for name, figures in found.items()],
         {
-            "corruption": str,
-            "CIDEr, full": lambda name: f"{found[name]['cider_full']:.3f}",
-            "early": lambda name: f"{found[name]['cider']:.3f}",
-            "drop": lambda name: f"{found[name]['cider_drop']:+.1%}",
+            "corruption": "{corruption}",
+            "CIDEr, full": "{cider_full:.3f}",
+            "early": "{cider:.3f}",
+            "drop": "{cider_drop:+.1%}",
         },
     )
 
@@ -235,7 +213,7 @@ def regimes() -> Table:
 
     def point(place: int, regime: Value) -> str:
         row = regime["points"][place]
-        return f"{times(row['speedup_decode'])}, {_drop(row)}" if row["thresholds"] else "off"
+        return f"{times(row['speedup_decode'])}, {_drop(row)}"
 
     rows = [
         {"depths": record(name)["depths"], **regime}
@@ -245,9 +223,9 @@ def regimes() -> Table:
     return Table.of(
         rows,
         {
-            "regime": lambda regime: regime["regime"],
+            "regime": "{regime}",
             "exit at": lambda regime: ", ".join(map(str, regime["depths"])),
-            "training, s": lambda regime: f"{regime['training_seconds']:,.0f}",
+            "training, s": "{training_seconds:,.0f}",
             "agreement": lambda regime: ", ".join(f"{a:.1%}" for a in regime["agreement"].values()),
             **{r["chosen_by"]: partial(point, n) for n, r in enumerate(rows[0]["points"])},
         },

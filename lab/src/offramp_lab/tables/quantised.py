@@ -1,12 +1,11 @@
 """Weights in 8 and 4 bits, and prepacked ones: speed, memory and answers by format and mode; and
 exits beside quantised backbones, scheme by scheme."""
 
-from collections.abc import Callable
 from functools import partial
 
-from offramp.report.table import Table
+from offramp.report.table import Table, Told, told
 from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
-from offramp_lab.tables.runtimes import CHOSEN, WAY, cider_of, speed_over, threshold_of
+from offramp_lab.tables.runtimes import CHOSEN, WAY, by_format, cider_of, speed_over, threshold_of
 
 FORMATS = (
     "float32", "float32, prepacked", "bfloat16", "bfloat16, prepacked", "int8", "int4",
@@ -21,20 +20,11 @@ MODES = {
 }
 
 
-def _entries(part: str) -> dict[tuple[str, str, str], Value]:
-    return by(record("quantised")[part]["entries"], *WAY)
-
-
-def _by_mode(cell: Callable[[Value], str]) -> Table:
-    entries = _entries("timings")
+def _by_mode(cell: Told) -> Table:
+    entries = by(record("quantised")["timings"]["entries"], *WAY)
     ways = {"`generate`": (STOCK, "full")}
     ways |= {title: (OURS, mode) for mode, title in MODES.items()}
-
-    def told(way: tuple[str, str], layers: str) -> str:
-        entry = entries.get((way[0], layers, way[1]))
-        return "" if entry is None else cell(entry)
-
-    return Table.grid(ways, {layers: layers for layers in FORMATS}, told)
+    return by_format(entries, ways, FORMATS, cell)
 
 
 def _speed(entry: Value) -> str:
@@ -46,20 +36,20 @@ def _speed(entry: Value) -> str:
 
 def answers() -> Table:
     """Identical answers, and CIDEr against the float32 full model's."""
-    n = record("quantised")["answers"]["photographs"]
-    return Table(
-        ("", "", "as its own full depth", "as float32's full depth", "CIDEr [difference]"),
-        [
-            (
-                layers,
-                MODES[mode],
-                *(f"{e[name]} of {n}" for name in ("as_own_full", "as_float32_full")),
-                cider_of(e),
-            )
-            for (_, layers, mode), e in _entries("answers").items()
-            if layers in FORMATS
-        ],
-    )
+    found = record("quantised")["answers"]
+    n = found["photographs"]
+    rows = [
+        (
+            entry["format"],
+            MODES[entry["mode"]],
+            *(f"{entry[name]} of {n}" for name in ("as_own_full", "as_float32_full")),
+            cider_of(entry),
+        )
+        for entry in found["entries"]
+        if entry["format"] in FORMATS
+    ]
+    titles = ("as its own full depth", "as float32's full depth", "CIDEr [difference]")
+    return Table(("", "", *titles), rows)
 
 
 def memory() -> Table:
@@ -76,19 +66,19 @@ def memory() -> Table:
 def calibrated() -> Table:
     """Thresholds that were chosen with int4, and what they lose on photographs that chose none."""
     chosen = [
-        (layers, title, ways[way])
+        {**ways[way], "format": layers, "by": title}
         for layers, ways in record("quantised")["calibrated"]["formats"].items()
         for way, title in CHOSEN.items()
     ]
     return Table.of(
         chosen,
         {
-            "": lambda of: of[0],
-            "chosen by": lambda of: of[1],
-            "threshold": lambda of: threshold_of(of[2]),
-            "CIDEr [difference]": lambda of: cider_of(of[2]),
-            "drop": lambda of: f"{of[2]['drop']:+.1%}",
-            "ROUGE-L lost": lambda of: f"{of[2]['risk']:+.3f}",
+            "": "{format}",
+            "chosen by": "{by}",
+            "threshold": threshold_of,
+            "CIDEr [difference]": cider_of,
+            "drop": "{drop:+.1%}",
+            "ROUGE-L lost": "{risk:+.3f}",
         },
     )
 
@@ -96,13 +86,9 @@ def calibrated() -> Table:
 def kernels() -> Table:
     """Microseconds of a linear, by format and tokens in a call."""
     titles = {"layer": "a layer's, 576 to 1,536", "head": "the head, 576 to 49,152"}
-    told: dict[str, Callable[[Value], str]] = {
-        "linear": lambda k: titles[k["what"]],
-        "tokens": lambda k: str(k["tokens"]),
-    }
-    for layers in FORMATS[:-1]:
-        told[layers] = lambda k, layers=layers: f"{k['microseconds'][layers]:,.0f}"  # type: ignore[misc]
-    return Table.of(record("quantised")["kernels"], told)
+    columns: dict[str, Told] = {"linear": lambda k: titles[k["what"]], "tokens": "{tokens}"}
+    columns |= {layers: f"{{microseconds[{layers}]:,.0f}}" for layers in FORMATS[:-1]}
+    return Table.of(record("quantised")["kernels"], columns)
 
 
 # -- schemes --------------------------------------------------------------------------------------
@@ -124,7 +110,7 @@ def _mode(mode: str, row: Value) -> str:
 
 def schemes(model: str) -> Table:
     """Which schemes exits can be trained, saved and run beside."""
-    told: dict[str, Callable[[Value], str]] = {
+    columns: dict[str, Told] = {
         "exits' tensors trained": lambda row: (
             f"{row['tensors'] - row['unmoved']} of {row['tensors']}"
         ),
@@ -135,16 +121,16 @@ def schemes(model: str) -> Table:
         "early exit": partial(_mode, "early_exit"),
         "lossless": partial(_mode, "lossless"),
         "the float model's exits load": lambda row: "with a warning" if row["beside"] else "no",
-        "writes the float model's tokens": lambda row: f"{row['agreement']:.1%}",
+        "writes the float model's tokens": "{agreement:.1%}",
     }
 
     def cells(row: Value) -> list[str]:
         if "refused" in row:
-            return [f"not here: {row['refused'].rstrip('.')}", *[""] * (len(told) - 1)]
-        return [tell(row) for tell in told.values()]
+            return [f"not here: {row['refused'].rstrip('.')}", *[""] * (len(columns) - 1)]
+        return [told(what, row) for what in columns.values()]
 
     rows = record("quantised-models")[model].items()
-    return Table(("scheme", *told), [(name, *cells(row)) for name, row in rows])
+    return Table(("scheme", *columns), [(name, *cells(row)) for name, row in rows])
 
 
 def versions() -> str:
@@ -155,7 +141,7 @@ TABLES: dict[str, MakeTable] = {
     "quantised-calibrated": calibrated,
     "quantised-kernels": kernels,
     "quantised-speeds": partial(_by_mode, _speed),
-    "quantised-seconds": partial(_by_mode, lambda e: f"{e['end_to_end_seconds']:.2f}"),
+    "quantised-seconds": partial(_by_mode, "{end_to_end_seconds:.2f}"),
     "quantised-answers": answers,
     "quantised-memory": memory,
     "quantised-tiny": partial(schemes, "tiny"),

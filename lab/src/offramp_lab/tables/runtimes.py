@@ -1,10 +1,10 @@
 """Exits inside llama.cpp: speeds by format and mode, and which answers are the same."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from offramp.report.table import Table
+from offramp.report.table import Table, Told, told
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
@@ -37,7 +37,11 @@ CHOSEN = {
 }
 
 
-def timed_entries() -> dict[tuple[str, str, str], Value]:
+Entries = Mapping[tuple[str, str, str], Value]
+"""By `WAY`."""
+
+
+def timed_entries() -> Entries:
     return by(record("runtimes")["timings"]["entries"], *WAY)
 
 
@@ -50,12 +54,8 @@ def entry_at(layers: str, thresholds: Mapping[str, float]) -> Value:
 
 def speed_over(name: str, unit: str = "tokens_per_second", digits: int = 0) -> Callable[[Any], str]:
     """A speed, and the multiple of the entry's that is called `name`, with its interval if it is
-    known; of no entry nothing."""
-
-    def cell(entry: Value | None) -> str:
-        return "" if entry is None else f"{entry[unit]:.{digits}f} ({_ratio(entry, name)})"
-
-    return cell
+    known."""
+    return lambda entry: f"{entry[unit]:.{digits}f} ({_ratio(entry, name)})"
 
 
 def _ratio(entry: Value, name: str) -> str:
@@ -66,16 +66,19 @@ def _ratio(entry: Value, name: str) -> str:
 _speed = speed_over("over_llama_cpp", "cpu_tokens_per_second")
 
 
-def _by_format(rows: Mapping[str, tuple[str, str]], cell: Callable[[Any], str] = _speed) -> Table:
+def by_format(
+    entries: Entries, ways: Mapping[str, tuple[str, str]], formats: Iterable[str], cell: Told
+) -> Table:
     """Runtimes and modes by title, those that were measured, and what is said of their entry in
-    each format."""
-    entries = timed_entries()
-    formats = {layers: layers for layers in FORMATS}
+    each format; of none nothing."""
+
+    def said(way: tuple[str, str], layers: str) -> str:
+        entry = entries.get((way[0], layers, way[1]))
+        return "" if entry is None else told(cell, entry)
+
     there = {(name, mode) for name, _, mode in entries}
-    found = {title: way for title, way in rows.items() if way in there}
-    return Table.grid(
-        found, formats, lambda way, layers: cell(entries.get((way[0], layers, way[1])))
-    )
+    found = {title: way for title, way in ways.items() if way in there}
+    return Table.grid(found, {layers: layers for layers in formats}, said)
 
 
 def speeds() -> Table:
@@ -84,15 +87,20 @@ def speeds() -> Table:
         "OpenVINO GenAI": ("OpenVINO GenAI", "full"),
         "llama.cpp alone, one file": ("llama.cpp", "full"),
     }
-    return _by_format(alone | {title: (OURS, mode) for mode, title in MODES.items()})
+    ways = alone | {title: (OURS, mode) for mode, title in MODES.items()}
+    return by_format(timed_entries(), ways, FORMATS, _speed)
 
 
 def kernels() -> Table:
     """The same by llama.cpp's own kernels, and what exits alone gain by ours."""
     theirs = {f"{t}, by llama.cpp's kernels": (ITS_KERNELS, m) for m, t in MODES.items()}
     gains = {f"{t}, by our kernels, of exits off": (OURS, m) for m, t in [*MODES.items()][1:]}
-    gained = _by_format(gains, lambda entry: _ratio(entry, "over_full"))
-    return Table(gained.columns, (*_by_format(theirs).rows, *gained.rows))
+
+    def said(entry: Value) -> str:
+        ours = entry["runtime"] == OURS
+        return _ratio(entry, "over_full") if ours else _speed(entry)
+
+    return by_format(timed_entries(), theirs | gains, FORMATS, said)
 
 
 def in_torch() -> Table:
@@ -101,9 +109,8 @@ def in_torch() -> Table:
     ways = {"`generate`": ("generate", "full"), f"`generate`{static[8:]}": (static, "full")}
     ways |= {title: ("offramp, torch", mode) for mode, title in MODES.items()}
     ways |= {f"{t}, compiled": ("offramp, torch, compiled", m) for m, t in MODES.items()}
-    found = {t: timed_entries().get((way[0], "float32", way[1])) for t, way in ways.items()}
     cell = speed_over("over_generate", "cpu_tokens_per_second", 1)
-    return Table(("", "float32"), [(title, cell(e)) for title, e in found.items() if e is not None])
+    return by_format(timed_entries(), ways, ("float32",), cell)
 
 
 def end_to_end() -> Table:
@@ -119,9 +126,9 @@ def end_to_end() -> Table:
         shown,
         {
             "": lambda e: f"{e['runtime']}, {e['format']}, {e['mode'].replace('_', ' ')}",
-            "CPU seconds a caption": lambda e: f"{e['end_to_end_cpu_seconds']:.2f}",
+            "CPU seconds a caption": "{end_to_end_cpu_seconds:.2f}",
             "weights": lambda e: f"{e['weights_bytes'] / 1e6:.0f} MB",
-            "decoding, of `generate`": lambda e: f"{e['over_generate']:.1f}x",
+            "decoding, of `generate`": "{over_generate:.1f}x",
         },
     )
 
@@ -130,35 +137,29 @@ def identical() -> Table:
     """Identical answers, and CIDEr against the float32 full model's."""
     answers = record("runtimes")["answers"]
     n, scores = answers["photographs"], by(answers["cider"], *WAY)
-    told: dict[str, Callable[[str], str]] = {
-        title: lambda layers, name=name: f"{answers['identical'][layers][name]} of {n}"  # type: ignore[misc]
-        for name, title in IDENTICAL.items()
+    modes = ("full", "early_exit", "lossless")
+    lines = {title: f"{{{name}}} of {n}" for name, title in IDENTICAL.items()}
+    lines |= {f"CIDEr, {MODES[mode].removeprefix('ours, ')}": f"{{{mode}}}" for mode in modes}
+    formats = {
+        layers: {**same, **{mode: cider_of(scores[OURS, layers, mode]) for mode in modes}}
+        for layers, same in answers["identical"].items()
     }
-    for mode in ("full", "early_exit", "lossless"):
-        told[f"CIDEr, {MODES[mode].removeprefix('ours, ')}"] = lambda layers, mode=mode: cider_of(  # type: ignore[misc]
-            scores[OURS, layers, mode]
-        )
-    formats = {layers: layers for layers in answers["identical"]}
-    return Table.grid(told, formats, lambda tell, layers: tell(layers))
+    return Table.grid(lines, formats, told)
 
 
 def calibrated() -> Table:
     """Thresholds by format, and what they lose on the other half of the photographs."""
     formats = record("runtimes")["calibrated"]["formats"]
-    told: dict[str, Callable[[str, Value], str]] = {
-        "... tokens a CPU second": lambda layers, of: _speed(entry_at(layers, of["thresholds"])),
-        "... CIDEr": lambda layers, of: cider_of(of),
-        "... drop of CIDEr": lambda layers, of: f"{of['drop']:+.1%}",
+    kept: dict[str, Told] = {
+        "... tokens a CPU second": lambda of: _speed(entry_at(of["format"], of["thresholds"])),
+        "... CIDEr": cider_of,
+        "... drop of CIDEr": "{drop:+.1%}",
     }
     rows = []
     for way, title in CHOSEN.items():
-        found = {layers: formats[layers][way] for layers in formats}
-        rows.append((title, *map(threshold_of, found.values())))
-        if any(of["thresholds"] for of in found.values()):
-            rows += [
-                (what, *(tell(layers, of) for layers, of in found.items()))
-                for what, tell in told.items()
-            ]
+        found = [{**ways[way], "format": layers} for layers, ways in formats.items()]
+        lines = {title: threshold_of} | (kept if any(of["thresholds"] for of in found) else {})
+        rows += [(line, *(told(what, of) for of in found)) for line, what in lines.items()]
     return Table(("", *formats), rows)
 
 
@@ -179,13 +180,12 @@ def rows_in_a_call() -> Table:
 def shapes() -> Table:
     """A 7B decoder with random weights: tokens a CPU second by share of tokens that exit."""
     entries = by(record("runtimes-shapes")["entries"], *WAY)
-    formats = {layers: layers for layers in sorted({layers for _, layers, _ in entries})}
+    formats = sorted({layers for _, layers, _ in entries})
     modes = dict.fromkeys(mode for runtime, _, mode in entries if runtime == OURS)
     ways = {"llama.cpp alone, one file": ("llama.cpp", "full")}
     for runtime, by_whose in ((OURS, "ours"), (ITS_KERNELS, "by llama.cpp's kernels")):
         ways |= {f"{by_whose}, {mode}": (runtime, mode) for mode in modes}
-    cell = speed_over("over_llama_cpp", digits=2)
-    return Table.grid(ways, formats, lambda way, layers: cell(entries[way[0], layers, way[1]]))
+    return by_format(entries, ways, formats, speed_over("over_llama_cpp", digits=2))
 
 
 def kquants() -> Table:
@@ -222,18 +222,18 @@ def kquant_gain() -> str:
 
 def edge() -> Table:
     """CPU seconds and peak memory of a process, with PyTorch and without."""
-    rows = []
-    for entry in record("runtimes-edge")["entries"]:
-        cells = [
-            f"{entry[f'{step}_seconds']:.2f} s, {entry[f'{step}_megabytes']:.0f} MB"
-            if f"{step}_seconds" in entry
-            else ""
-            for step in ("import", "load", "answer")
-        ]
-        mode = f", {entry['mode'].replace('_', ' ')}" if entry["mode"] else ""
-        rows.append((f"{entry['way']}{mode}", *cells))
-    tokens = record("runtimes-edge")["tokens"]
-    return Table(("CPU and peak memory", "import", "load", f"{tokens} tokens"), rows)
+    found = record("runtimes-edge")
+
+    def way(entry: Value) -> str:
+        return str(entry["way"]) + (f", {entry['mode'].replace('_', ' ')}" if entry["mode"] else "")
+
+    def cell(step: str) -> Told:
+        form = f"{{{step}_seconds:.2f}} s, {{{step}_megabytes:.0f}} MB"
+        return lambda entry: told(form, entry) if f"{step}_seconds" in entry else ""
+
+    steps = {"import": "import", "load": "load", f"{found['tokens']} tokens": "answer"}
+    columns = {"CPU and peak memory": way} | {title: cell(step) for title, step in steps.items()}
+    return Table.of(found["entries"], columns)
 
 
 def beside_alone(one: Value) -> tuple[str, ...]:
@@ -275,18 +275,18 @@ def families() -> Table:
     """By decoder family, on tiny random models: how near, and of how many prompts the same."""
     found = record("llama-families")
     of = found["prompts"]
-    rows = [
-        (
-            row["family"],
-            f"`{row['graph']}`",
-            f"{row['away']:.1e}",
-            "none" if row["cut"] == 0 else f"{row['cut']:.1e}",
-            *(f"{row[mode]} of {of}" for mode in ("full", "early_exit", "lossless")),
-        )
-        for row in found["families"]
-    ]
-    columns = ("decoder", "graph", "logits from the model's", "from one file's")
-    return Table((*columns, "full", "early exit", "lossless, q8_0"), rows)
+    return Table.of(
+        found["families"],
+        {
+            "decoder": "{family}",
+            "graph": "`{graph}`",
+            "logits from the model's": "{away:.1e}",
+            "from one file's": lambda row: "none" if row["cut"] == 0 else f"{row['cut']:.1e}",
+            "full": f"{{full}} of {of}",
+            "early exit": f"{{early_exit}} of {of}",
+            "lossless, q8_0": f"{{lossless}} of {of}",
+        },
+    )
 
 
 def threshold_of(row: Value) -> str:
@@ -302,17 +302,16 @@ def cider_of(score: Value) -> str:
 def together(name: str) -> Table:
     """Four captions at once against one by one, by format and mode."""
     found = record(name)
-    rows = [
-        (
-            f"{one['format']}, {one['mode'].replace('_', ' ')}",
-            f"{one['one_by_one']:.0f}",
-            f"{one['at_once']:.0f}",
-            times_with_range(one),
-            f"{one['same']} of {found['photographs']}",
-        )
-        for one in found["entries"]
-    ]
-    return Table(("tokens/CPU s", "one by one", "four at once", "times", "same answers"), rows)
+    return Table.of(
+        found["entries"],
+        {
+            "tokens/CPU s": lambda one: f"{one['format']}, {one['mode'].replace('_', ' ')}",
+            "one by one": "{one_by_one:.0f}",
+            "four at once": "{at_once:.0f}",
+            "times": times_with_range,
+            "same answers": f"{{same}} of {found['photographs']}",
+        },
+    )
 
 
 TABLES: dict[str, MakeTable] = {

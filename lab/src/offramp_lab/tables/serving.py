@@ -2,7 +2,7 @@
 and what HTTP leaves of the engine."""
 
 from offramp.report.html import times
-from offramp.report.table import Table
+from offramp.report.table import Table, Told
 from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, record
 
 
@@ -14,7 +14,7 @@ def engine() -> Table:
     """Throughput with scripted exits on random weights, and the gaps between a row's tokens; fewer
     slots than 8 are drawn (`offramp_lab.pages.plots`)."""
     cases = [
-        (name, entry)
+        {**entry, "shape": name}
         for name, figures in record("engine").items()
         if name != "provenance"
         for entry in figures["entries"]
@@ -23,16 +23,16 @@ def engine() -> Table:
     return Table.of(
         cases,
         {
-            "shape": lambda of: of[0],
-            "case": lambda of: of[1]["name"].partition(": ")[2],
+            "shape": "{shape}",
+            "case": lambda of: of["name"].partition(": ")[2],
             "over a static batch (a prepacked one)": lambda of: (
-                bold(times(of[1]["against_static"])) + _of_prepacked(of[1])
+                bold(times(of["against_static"])) + _of_prepacked(of)
             ),
-            "exits: predicted": lambda of: times(of[1]["predicted"]),
+            "exits: predicted": "{predicted:.2f}x",
             "exits: measured": lambda of: (
-                times(of[1]["measured"]) + ("" if of[1]["within"] else " (off by more than 10%)")
+                times(of["measured"]) + ("" if of["within"] else " (off by more than 10%)")
             ),
-            "gaps p50, p95, p99": lambda of: milliseconds(of[1], "p50", "p95", "p99"),
+            "gaps p50, p95, p99": lambda of: milliseconds(of, "p50", "p95", "p99"),
         },
     )
 
@@ -46,20 +46,19 @@ def _of_prepacked(entry: Value) -> str:
 def watched() -> Table:
     """False alarms, and images until a broken promise is noticed, by how much it is exceeded."""
 
-    def delay(entry: Value, ratio: str) -> str:
-        of = entry["delays"][ratio]
-        return f"{of['median_images']:.0f} (p95 {of['p95_images']:.0f}) images"
+    def delay(ratio: str) -> Told:
+        return lambda entry: "{median_images:.0f} (p95 {p95_images:.0f}) images".format_map(
+            entry["delays"][ratio]
+        )
 
     return Table.of(
         record("watched")["entries"],
         {
-            "promised": lambda e: f"at most {e['target']:.2%}",
-            "called broken though it holds": lambda e: (
-                f"{e['false_alarms']:.2%} of {e['streams']} over {e['images']} images"
-            ),
-            "twice the risk": lambda e: delay(e, "2"),
-            "3 times": lambda e: delay(e, "3"),
-            "10 times": lambda e: delay(e, "10"),
+            "promised": "at most {target:.2%}",
+            "called broken though it holds": "{false_alarms:.2%} of {streams} over {images} images",
+            "twice the risk": delay("2"),
+            "3 times": delay("3"),
+            "10 times": delay("10"),
         },
     )
 
@@ -106,27 +105,25 @@ def watch_coverage() -> Table:
     return Table.of(
         record("watched")["coverage"],
         {
-            "slots in use": lambda row: (
-                f"{row['busy']} of {row['slots']}, {row['waiting']} waiting"
-            ),
-            "compared before": lambda row: f"{row['compared_before']} of {row['requests']}",
-            "compared now": lambda row: f"{row['compared']} of {row['requests']}",
+            "slots in use": "{busy} of {slots}, {waiting} waiting",
+            "compared before": "{compared_before} of {requests}",
+            "compared now": "{compared} of {requests}",
         },
     )
 
 
 def http() -> Table:
-    measured = [(n, e) for n, of in record("serving")["http"].items() for e in of["entries"]]
+    measured = record("serving")["http"].items()
     return Table.of(
-        measured,
+        [{**entry, "model": name} for name, of in measured for entry in of["entries"]],
         {
-            "model": lambda of: of[0],
-            "clients": lambda of: str(of[1]["clients"]),
-            "mode": lambda of: of[1]["mode"].replace("_", " "),
-            "tokens a second": lambda of: f"{of[1]['tokens_per_second']:.0f}",
-            "of the engine's": lambda of: f"{of[1]['share']:.2f}",
-            "first token p50, p95": lambda of: milliseconds(of[1]["first"], "p50", "p95"),
-            "gap p50": lambda of: milliseconds(of[1]["gap"], "p50", digits=1),
+            "model": "{model}",
+            "clients": "{clients}",
+            "mode": lambda of: of["mode"].replace("_", " "),
+            "tokens a second": "{tokens_per_second:.0f}",
+            "of the engine's": "{share:.2f}",
+            "first token p50, p95": lambda of: milliseconds(of["first"], "p50", "p95"),
+            "gap p50": lambda of: milliseconds(of["gap"], "p50", digits=1),
         },
     )
 

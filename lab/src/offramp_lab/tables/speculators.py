@@ -3,6 +3,8 @@
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 
+_TOKENS = "{tokens_a_round:.2f}"
+
 
 def ways() -> Table:
     """By way: what it drafted, what was kept, and what an answer took."""
@@ -10,11 +12,11 @@ def ways() -> Table:
     return Table.of(
         found["ways"],
         {
-            "": lambda way: way["way"],
-            "tokens a round": lambda way: f"{way['tokens_a_round']:.2f}",
-            "drafts kept": lambda way: f"{way['accepted']:,} of {way['drafted']:,}",
-            "same answers": lambda way: f"{way['same_answers']} of {found['prompts']}",
-            "decoding, s an answer": lambda way: f"{way['decoding_seconds']:.2f}",
+            "": "{way}",
+            "tokens a round": _TOKENS,
+            "drafts kept": "{accepted:,} of {drafted:,}",
+            "same answers": f"{{same_answers}} of {found['prompts']}",
+            "decoding, s an answer": "{decoding_seconds:.2f}",
         },
     )
 
@@ -23,10 +25,7 @@ def walk() -> Table:
     """Each command as it is typed, and its CPU seconds."""
     return Table.of(
         record("speculators")["walk"],
-        {
-            "command": lambda step: f"`{step['command']}`",
-            "CPU s": lambda step: f"{step['cpu_seconds']:,.0f}",
-        },
+        {"command": "`{command}`", "CPU s": "{cpu_seconds:,.0f}"},
     )
 
 
@@ -40,21 +39,15 @@ def _acceptance(model: str = "model") -> str:
     return ", ".join(f"{share:.2f}" for share in _trained(model)["said"]["acceptance"][:4])
 
 
-def _tokens(said: Value) -> str:
-    return f"{said['tokens_a_round']:.2f}"
-
-
-def _ours() -> Value:
-    return by(record("speculators")["ways"], "way")["EAGLE-3 drafter"]
-
-
 TABLES: dict[str, MakeTable] = {"speculators": ways, "speculators-walk": walk}
 FIGURES: dict[str, Make] = {
-    "speculators-tokens": lambda: _tokens(_ours()),
+    "speculators-tokens": lambda: _TOKENS.format_map(
+        by(record("speculators")["ways"], "way")["EAGLE-3 drafter"]
+    ),
     "speculators-prompts": lambda: str(record("speculators")["prompts"]),
     "speculators-acceptance": _acceptance,
-    "speculators-validation": lambda: _tokens(_trained()["said"]),
+    "speculators-validation": lambda: _TOKENS.format_map(_trained()["said"]),
     "speculators-photo": lambda: _acceptance("photo"),
-    "speculators-photo-tokens": lambda: _tokens(_trained("photo")["said"]),
+    "speculators-photo-tokens": lambda: _TOKENS.format_map(_trained("photo")["said"]),
     "speculators-photo-seconds": lambda: f"{_trained('photo')['cpu_seconds']:.0f}",
 }

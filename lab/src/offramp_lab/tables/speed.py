@@ -1,29 +1,12 @@
 """Exits forced on real shapes, what else `transformers` offers, and dialogues."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from statistics import mean, median
 from typing import Any
 
 from offramp.report.html import times
-from offramp.report.table import Table
-from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, record, tiny
-
-
-def _forced_entries() -> list[Value]:
-    return [e for e in record("bench") if e["exit_depth"] is not None]
-
-
-def forced(shape: str, batch: int, depth: int, policy: str, rate: float) -> Value | None:
-    """One measured case; in a batch that of rows which exit independently."""
-    entries = [
-        e
-        for e in _forced_entries()
-        if (e["shape"], e["batch"], e["exit_depth"]) == (shape, batch, depth)
-        and (e["policy"], e["exit_rate"]) == (policy, rate)
-        and e.get("rows", "independent") == "independent"
-    ]
-    return entries[0] if entries else None
-
+from offramp.report.table import Table, Told, told
+from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, by, record, tiny
 
 CASES = {
     "50% exit": ("recompute", 0.5),
@@ -36,14 +19,17 @@ CASES = {
 
 
 def shapes() -> Table:
-    """Decoding speed on random weights, and in brackets what the cost model said before."""
+    """Decoding speed on random weights, and in brackets what the cost model said before; in a batch
+    that of rows which exit independently."""
+    forced = [e for e in record("bench") if e["exit_depth"] is not None]
+    alone = [e for e in forced if e.get("rows", "independent") == "independent"]
+    found = by(alone, "shape", "batch", "exit_depth", "policy", "exit_rate")
     columns: dict[str, Any] = {
         "decoder": lambda of: f"{of[0]}, {of[1]} rows" if of[1] > 1 else of[0],
         "exit at": lambda of: str(of[2]),
-        **{title: lambda of, case=case: _case(forced(*of, *case)) for title, case in CASES.items()},
+        **{t: lambda of, case=case: _case(found.get((*of, *case))) for t, case in CASES.items()},
     }
-    subjects = dict.fromkeys((e["shape"], e["batch"], e["exit_depth"]) for e in _forced_entries())
-    return Table.of(subjects, columns)
+    return Table.of(by(forced, "shape", "batch", "exit_depth"), columns)
 
 
 def _case(entry: Value | None) -> str:
@@ -65,16 +51,14 @@ def _whole_loop() -> list[float]:
 
 # -- on the tiny models ---------------------------------------------------------------------------
 
-Cells = Mapping[str, Callable[[Value], str]]
 
-
-def _both(name: str, titles: Mapping[str, str], told: Cells) -> Table:
+def _both(name: str, titles: Mapping[str, str], lines: Mapping[str, Told]) -> Table:
     """Ways of a record by their titles, and what is told of each on every tiny model."""
     measured = record(name)
     return Table.grid(
         {title: way for way, title in titles.items()},
-        {f"{tiny(k)}, {what}": (measured[k], tell) for k in KINDS for what, tell in told.items()},
-        lambda way, of: of[1](of[0][way]),
+        {f"{tiny(k)}, {what}": (measured[k], tell) for k in KINDS for what, tell in lines.items()},
+        lambda way, of: told(of[1], of[0][way]),
     )
 
 
@@ -93,17 +77,17 @@ PEERS = {
 def peers() -> Table:
     """Each method that transformers offers, interleaved with ours."""
 
-    def where(form: Callable[[Value], str], otherwise: str = "") -> Callable[[Value], str]:
-        return lambda peer: otherwise if "not_applicable" in peer else form(peer)
+    def where(form: str, otherwise: str = "") -> Told:
+        return lambda peer: otherwise if "not_applicable" in peer else told(form, peer)
 
     titles = {name: _peer(name) for name in record("peers")["opt"]}
     return _both(
         "peers",
         titles,
         {
-            "decoding": where(lambda p: times(p["speedup_decode"]), "does not run"),
-            "end to end": where(lambda p: times(p["speedup_end_to_end"])),
-            "identical": where(lambda p: f"{p['identical']:.0%}"),
+            "decoding": where("{speedup_decode:.2f}x", "does not run"),
+            "end to end": where("{speedup_end_to_end:.2f}x"),
+            "identical": where("{identical:.0%}"),
         },
     )
 
@@ -184,12 +168,12 @@ DIALOGUES = {
 
 def dialogues() -> Table:
     """Turns of dialogues, end to end, with and without caches between calls."""
-    told: Cells = {
-        "end to end": lambda turns: times(turns["speedup_end_to_end"]),
-        "prefill": lambda turns: f"{turns['prefill_share']:.0%}",
+    lines: dict[str, Told] = {
+        "end to end": "{speedup_end_to_end:.2f}x",
+        "prefill": "{prefill_share:.0%}",
         "same answers": lambda turns: "yes" if turns["same_answers"] else "NO",
     }
-    return _both("dialogues", DIALOGUES, told)
+    return _both("dialogues", DIALOGUES, lines)
 
 
 TABLES: dict[str, MakeTable] = {

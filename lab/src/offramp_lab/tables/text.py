@@ -1,7 +1,9 @@
 """A language model without images, from its files to a server."""
 
+from typing import Any
+
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, record
+from offramp_lab.tables.markdown import Make, MakeTable, record
 from offramp_lab.tables.runtimes import BESIDE_ALONE, beside_alone
 
 
@@ -10,9 +12,9 @@ def walk() -> Table:
     return Table.of(
         record("text")["walk"],
         {
-            "command": lambda step: f"`{step['command']}`",
-            "CPU s": lambda step: f"{step['cpu_seconds']:.1f}",
-            "MB": lambda step: f"{step['peak_megabytes']:,.0f}",
+            "command": "`{command}`",
+            "CPU s": "{cpu_seconds:.1f}",
+            "MB": "{peak_megabytes:,.0f}",
         },
     )
 
@@ -33,21 +35,19 @@ def speeds() -> Table:
     return Table(("", *BESIDE_ALONE, "answers as full depth's", "tokens in place"), rows)
 
 
-def _said(command: str) -> Value:
+def _trained(measure: str) -> Any:
+    """What training said of its one exit."""
     steps = {step["command"].split()[1]: step["said"] for step in record("text")["walk"]}
-    found: Value = steps[command]
+    (found,) = steps["train"][measure].values()
     return found
 
 
-def _agreement() -> str:
-    (agreement,) = _said("train")["agreement"].values()
-    return f"{agreement:.0%}"
-
-
 def _acceptance() -> str:
-    (drafting,) = _said("train")["drafting"].values()
-    return ", ".join(f"{share:.2f}" for share in drafting["acceptance"][:4])
+    return ", ".join(f"{share:.2f}" for share in _trained("drafting")["acceptance"][:4])
 
 
 TABLES: dict[str, MakeTable] = {"text-walk": walk, "text-speeds": speeds}
-FIGURES: dict[str, Make] = {"text-agreement": _agreement, "text-acceptance": _acceptance}
+FIGURES: dict[str, Make] = {
+    "text-agreement": lambda: f"{_trained('agreement'):.0%}",
+    "text-acceptance": _acceptance,
+}

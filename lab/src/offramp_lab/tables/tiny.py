@@ -1,53 +1,40 @@
 """The tiny models that ship: the demo, calibrated thresholds, what labels are worth, the recipe."""
 
-from collections.abc import Callable, Mapping
 from itertools import product
-from typing import Any
 
 from offramp.calibration.risk_control import images_needed
 from offramp.report.html import times
-from offramp.report.table import Table
+from offramp.report.table import Table, Told, told
 from offramp_lab.experiments.comparison.equal_quality import LEVELS, equal_quality
-from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, bold, level, record, tiny
-
-
-def _told(told: Mapping[str, Callable[[Any], str]], columns: Mapping[str, Value]) -> Table:
-    """What is told of each column, a line each."""
-    return Table.grid(told, columns, lambda tell, of: tell(of))
+from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, level, record, tiny
 
 
 def demo() -> Table:
     """What `make demo` measures."""
 
-    def right(task: str) -> Callable[[Value], str]:
-        return lambda r: " / ".join(
-            f"{r['modes'][mode]['quality'][task]:.1%}" for mode in ("full", "early_exit")
-        )
+    def right(task: str) -> str:
+        return f"{{full[quality][{task}]:.1%}} / {{early_exit[quality][{task}]:.1%}}"
 
-    def early(name: str, mode: str = "early_exit") -> Callable[[Value], str]:
-        return lambda report: times(report["modes"][mode][name])
-
-    return _told(
+    return Table.grid(
         {
-            "decoder layers; exits at": lambda r: f"{r['layers']}; {r['exits']}",
-            "mean depth of a token": lambda r: f"{r['modes']['early_exit']['mean_depth']:.2f}",
-            "decoding, against our full-depth loop": lambda r: bold(early("speedup_decode")(r)),
-            "end to end, vision and prompt included": early("speedup_end_to_end"),
-            "decoding, against stock `generate`": early("speedup_vs_generate"),
-            "our full-depth loop against `generate`": lambda r: times(r["full_vs_generate"]),
-            "answers identical to the full model's": lambda r: (
-                f"{r['modes']['early_exit']['agreement']:.1%}"
-            ),
+            "decoder layers; exits at": "{layers}; {exits}",
+            "mean depth of a token": "{early_exit[mean_depth]:.2f}",
+            "decoding, against our full-depth loop": "**{early_exit[speedup_decode]:.2f}x**",
+            "end to end, vision and prompt included": "{early_exit[speedup_end_to_end]:.2f}x",
+            "decoding, against stock `generate`": "{early_exit[speedup_vs_generate]:.2f}x",
+            "our full-depth loop against `generate`": "{full_vs_generate:.2f}x",
+            "answers identical to the full model's": "{early_exit[agreement]:.1%}",
             "captions fully right, full / early exit": right("captions"),
             "questions right, full / early exit": right("questions"),
-            "lossless: decoding": early("speedup_decode", "lossless"),
-            "lossless: end to end": early("speedup_end_to_end", "lossless"),
-            "lossless: identical to the full model": lambda r: (
-                "yes" if r["modes"]["lossless"]["identical"] else "NO"
+            "lossless: decoding": "{lossless[speedup_decode]:.2f}x",
+            "lossless: end to end": "{lossless[speedup_end_to_end]:.2f}x",
+            "lossless: identical to the full model": lambda of: (
+                "yes" if of["lossless"]["identical"] else "NO"
             ),
-            "training the exits": lambda r: f"{r['training_seconds']:.0f} s",
+            "training the exits": "{training_seconds:.0f} s",
         },
-        {tiny(kind): record(f"demo-{kind}") for kind in KINDS},
+        {tiny(kind): {**of, **of["modes"]} for kind in KINDS for of in [record(f"demo-{kind}")]},
+        told,
     )
 
 
@@ -60,15 +47,15 @@ RISKS = {
 def calibrated() -> Table:
     """Thresholds with a guarantee, on answers that calibration did not see."""
     return Table.of(
-        [(kind, row) for kind in KINDS for row in record("calibrated")[kind]],
+        [{**row, "model": tiny(kind)} for kind in KINDS for row in record("calibrated")[kind]],
         {
-            "model": lambda of: tiny(of[0]),
-            "risk, by image": lambda of: RISKS[of[1]["risk"]],
-            "at most": lambda of: f"{of[1]['risk_target']:.0%}",
-            "on test": lambda of: f"{of[1]['risk_test']:.2%}",
-            "decoding": lambda of: bold(times(of[1]["speedup_decode"])),
-            "end to end": lambda of: times(of[1]["speedup_end_to_end"]),
-            "quality drop": lambda of: f"{of[1]['quality_drop']:+.2%}",
+            "model": "{model}",
+            "risk, by image": lambda of: RISKS[of["risk"]],
+            "at most": "{risk_target:.0%}",
+            "on test": "{risk_test:.2%}",
+            "decoding": "**{speedup_decode:.2f}x**",
+            "end to end": "{speedup_end_to_end:.2f}x",
+            "quality drop": "{quality_drop:+.2%}",
         },
     )
 
@@ -78,10 +65,10 @@ def needed_images() -> Table:
     return Table.of(
         images_needed(),
         {
-            "target": lambda row: f"{row['target']:.0%}",
-            "nothing lost": lambda row: f"{row['at_no_loss']:,}",
-            "half the target measured": lambda row: f"{row['at_half_the_target']:,}",
-            "declared, half is the truth": lambda row: f"{row['declared_at_half_the_target']:,}",
+            "target": "{target:.0%}",
+            "nothing lost": "{at_no_loss:,}",
+            "half the target measured": "{at_half_the_target:,}",
+            "declared, half is the truth": "{declared_at_half_the_target:,}",
         },
     )
 
@@ -89,46 +76,29 @@ def needed_images() -> Table:
 def broken() -> Table:
     """How often a promise was given at a risk above the target, without each rule and with it."""
     found = record("simulated")
-    alike = [
-        (
-            f"{row['photographs']} photographs at 0.05% and {row['charts']} charts at 8%",
-            f"{row['risk']:.2%}",
-            f"{row['broken_before']:.1%} with charts as one image",
-            f"{row['broken_now']:.1%}",
-        )
-        for row in found["lookalikes"]
+    rows: dict[str, tuple[Told, ...]] = {
+        "lookalikes": ("{photographs} photographs at 0.05% and {charts} charts at 8%", "{risk:.2%}",
+                       "{broken_before:.1%} with charts as one image", "{broken_now:.1%}"),
+        "still_merged": ("{merged} of {images} images merged though each is its own", "{risk:.2%}",
+                         "{broken_before:.1%} counted as one", "{broken_now:.1%}"),
+        "unequal_rows": ("images with 1 or 40 answers, by answer", "{risk_by_answer:.2%}",
+                         "{passed_by_image:.1%} by image, whose risk is {risk_by_image:.2%}",
+                         "{passed_by_answer:.1%}"),
+        "choices": ("the first of {candidates} adapters that passes", _at_target,
+                    "{broken_before:.1%} each at the full level", "{broken_now:.1%}"),
+        "boundary": ("{method} on {images} images, at the boundary", _at_target, "",
+                     "{broken:.1%}"),
+    }  # fmt: skip
+    cells = [
+        [told(what, case) for what in row]
+        for name, row in rows.items()
+        for case in (found[name] if isinstance(found[name], list) else [found[name]])
     ]
-    merged, rows, choices = found["still_merged"], found["unequal_rows"], found["choices"]
-    more = [
-        (
-            f"{merged['merged']} of {merged['images']} images merged though each is its own",
-            f"{merged['risk']:.2%}",
-            f"{merged['broken_before']:.1%} counted as one",
-            f"{merged['broken_now']:.1%}",
-        ),
-        (
-            "images with 1 or 40 answers, by answer",
-            f"{rows['risk_by_answer']:.2%}",
-            f"{rows['passed_by_image']:.1%} by image, whose risk is {rows['risk_by_image']:.2%}",
-            f"{rows['passed_by_answer']:.1%}",
-        ),
-        (
-            f"the first of {choices['candidates']} adapters that passes",
-            f"{1.001 * choices['target']:.2%}",
-            f"{choices['broken_before']:.1%} each at the full level",
-            f"{choices['broken_now']:.1%}",
-        ),
-    ]
-    at = [
-        (
-            f"{row['method']} on {row['images']} images, at the boundary",
-            f"{1.001 * row['target']:.2%}",
-            "",
-            f"{row['broken']:.1%}",
-        )
-        for row in found["boundary"]
-    ]
-    return Table(("population", "true risk", "before", "now"), [*alike, *more, *at])
+    return Table(("population", "true risk", "before", "now"), cells)
+
+
+def _at_target(case: Value) -> str:
+    return f"{1.001 * case['target']:.2%}"
 
 
 def alike() -> Table:
@@ -136,10 +106,10 @@ def alike() -> Table:
     return Table.of(
         record("simulated")["counted"],
         {
-            "different": lambda row: row["kind"],
-            "images": lambda row: str(row["images"]),
-            "by thumbnails": lambda row: str(row["before"]),
-            "as they count": lambda row: str(row["now"]),
+            "different": "{kind}",
+            "images": "{images}",
+            "by thumbnails": "{before}",
+            "as they count": "{now}",
         },
     )
 
@@ -149,11 +119,11 @@ def at_boundary() -> Table:
     return Table.of(
         record("violations")["shipped"]["entries"],
         {
-            "target": lambda row: f"{row['risk_target']:.0%}",
-            "by": lambda row: row["unit"],
-            "threshold": lambda row: f"{row['threshold']:g}",
-            "its risk over the pool": lambda row: f"{row['risk']:.2%}",
-            "certified by": lambda row: f"{row['certified']} of {row['halves']}",
+            "target": "{risk_target:.0%}",
+            "by": "{unit}",
+            "threshold": "{threshold:g}",
+            "its risk over the pool": "{risk:.2%}",
+            "certified by": "{certified} of {halves}",
         },
     )
 
@@ -220,24 +190,22 @@ def recipe() -> Table:
     """What the tiny models themselves reach on the test split."""
     made = record("recipe")
 
-    def of(name: str, form: str = ".3f", *, part: str | None = None) -> Callable[[Value], str]:
-        return lambda model: format((model if part is None else model[part])[name], form)
-
     kinds = "question_accuracy_by_kind"
-    return _told(
+    return Table.grid(
         {
-            "questions right": of("question_accuracy"),
-            "captions fully right": of("captions_right"),
-            "captions of four objects": of("four_object_captions_right"),
-            "dialogue turns right (own history)": of("dialogue_accuracy"),
-            **{f"questions: {kind}": of(kind, part=kinds) for kind in made[KINDS[0]][kinds]},
+            "questions right": "{question_accuracy:.3f}",
+            "captions fully right": "{captions_right:.3f}",
+            "captions of four objects": "{four_object_captions_right:.3f}",
+            "dialogue turns right (own history)": "{dialogue_accuracy:.3f}",
+            **{f"questions: {of}": f"{{{kinds}[{of}]:.3f}}" for of in made[KINDS[0]][kinds]},
             "parameters, million": lambda model: f"{model['parameters'] / 1e6:.2f}",
             "folder, MB": lambda model: f"{model['folder_bytes'] / 1e6:.1f}",
-            "steps, stage 1 (shared)": of("see_steps", ",", part="training"),
-            "steps, stage 2": of("speak_steps", ",", part="training"),
-            "seconds, stage 2": of("speak_seconds", ",", part="training"),
+            "steps, stage 1 (shared)": "{training[see_steps]:,}",
+            "steps, stage 2": "{training[speak_steps]:,}",
+            "seconds, stage 2": "{training[speak_seconds]:,}",
         },
         {kind.upper(): made[kind] for kind in KINDS},
+        told,
     )
 
 

@@ -1,8 +1,9 @@
 """Vision towers by what runs them."""
 
 from collections.abc import Mapping
+from functools import partial
 
-from offramp.report.table import Table
+from offramp.report.table import Table, Told
 from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 
 NAMES = {
@@ -11,44 +12,25 @@ NAMES = {
     "openvino": "OpenVINO",
     "openvino-bf16": "OpenVINO, bfloat16",
 }
-
-
 STEPS = {"torch": "as it is", "folded": "norms folded", "channels last": "channels last",
          "oneDNN linears": "oneDNN linears"}  # fmt: skip
 
 
-def engines(part: str = "towers", names: Mapping[str, str] = NAMES, of: str = "tower in") -> Table:
-    """CPU milliseconds of a photograph, how far its tokens are from PyTorch's, and captions that
-    are the same."""
+def engines(part: str, of: str, names: Mapping[str, str], digits: int = 1) -> Table:
+    """By what sees, as `of` says: CPU milliseconds of a photograph, their share of PyTorch's, how
+    far its tokens are from PyTorch's, and captions that are the same, where there are any."""
     found = record("vision")[part]
     entries = by(found["engines"], "engine")
-    rows = [
-        (
-            *_seen(entries, name, shown, 1),
-            f"{entries[name]['same_captions']} of {found['pictures']}",
-        )
-        for name, shown in names.items()
-        if name in entries
-    ]
-    return Table((of, *SEEN, "same captions"), rows)
-
-
-SEEN = ("ms", "", "distance of tokens")
-
-
-def _seen(entries: Mapping[str, Value], name: str, shown: str, digits: int = 0) -> tuple[str, ...]:
-    """Of a way to see, by its title: milliseconds, of PyTorch's, and how far its tokens are."""
-    entry, own = entries[name], entries["torch"]["cpu_milliseconds"]
-    took, far = entry["cpu_milliseconds"], entry["distance"]
-    return shown, f"{took:.{digits}f}", f"{own / took:.1f}x", f"{far:.1e}"
-
-
-def vit() -> Table:
-    """The same of a vision transformer with random weights, which writes no captions."""
-    entries = by(record("vision")["vit"]["engines"], "engine")
-    shown = {name: NAMES.get(name, name.replace("mtmd", "libmtmd")) for name in entries}
-    rows = [_seen(entries, name, title) for name, title in shown.items()]
-    return Table(("tower and projector in", *SEEN), rows)
+    own = entries["torch"]["cpu_milliseconds"]
+    columns: dict[str, Told] = {
+        of: lambda entry: names.get(entry["engine"], entry["engine"].replace("mtmd", "libmtmd")),
+        "ms": f"{{cpu_milliseconds:.{digits}f}}",
+        "": lambda entry: f"{own / entry['cpu_milliseconds']:.1f}x",
+        "distance of tokens": "{distance:.1e}",
+    }
+    if "same_captions" in entries["torch"]:
+        columns["same captions"] = f"{{same_captions}} of {found['pictures']}"
+    return Table.of(entries.values(), columns)
 
 
 def _of(part: str, engine: str) -> Value:
@@ -67,7 +49,7 @@ FIGURES: dict[str, Make] = {
     "own-saved": _saved,
 }
 TABLES: dict[str, MakeTable] = {
-    "vision-engines": engines,
-    "vision-vit": vit,
-    "vision-own": lambda: engines("own", STEPS, "PyTorch's tower"),
+    "vision-engines": partial(engines, "towers", "tower in", NAMES),
+    "vision-vit": partial(engines, "vit", "tower and projector in", NAMES, digits=0),
+    "vision-own": partial(engines, "own", "PyTorch's tower", STEPS),
 }

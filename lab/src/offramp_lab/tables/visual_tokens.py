@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from offramp.report.table import Table
+from offramp.report.table import Table, told
 from offramp_lab.tables.markdown import Make, MakeTable, Value, record, with_range
 
 PHOTOGRAPHS = "photographs"
@@ -36,7 +36,7 @@ def _speeds(part: str, deep: str) -> Table:
 
         def cell(row: tuple[str, int]) -> str:
             of = _part(row[0], part, **{"depth": row[1], **which})
-            return f"{of['milliseconds']:,.0f} ({of['predicted']:,.0f}), {of['over_full']:.1f}x"
+            return told("{milliseconds:,.0f} ({predicted:,.0f}), {over_full:.1f}x", of)
 
         return cell
 
@@ -67,7 +67,7 @@ def captions() -> Table:
             "visual tokens that go on": lambda e: (
                 "all" if e["keep"] == 1 else f"{e['keep']:.0%} by {_BY[e['ranking']]}"
             ),
-            "ROUGE-L with the full model's": lambda e: f"{e['as_full']['value']:.3f}",
+            "ROUGE-L with the full model's": "{as_full[value]:.3f}",
             "difference from where all go on": lambda e: ranged(e, "over_all"),
             "difference from chance": lambda e: ranged(e, "over_chance"),
             "ROUGE-L with people's, from full depth's": lambda e: with_range(

@@ -184,17 +184,17 @@ def _measure(adapter: Any, processor: Any, items: Any, arguments: argparse.Names
     encoder = InputProcessor(adapter.backbone, processor)
     inputs = [encoder.prompts([item.example]) for item in items]
     with LlamaCppRuntime(adapter, arguments.out) as runtime, drafting(runtime):
-        worth = lossless_worth(
-            runtime, adapter.policy, inputs, rounds=3, do_sample=False,
+        gained, made = lossless_worth(
+            runtime, adapter.policy, inputs, do_sample=False,
             max_new_tokens=arguments.max_new_tokens,
             progress=lambda rounds: progress(rounds, "timing lossless decoding"),
         )  # fmt: skip
-    rate = "" if (made := worth.drafted) is None else f", {made.tokens:.1f} tokens a round"
+    rate = "" if made is None else f", {made.tokens:.1f} tokens a round"
     log.info(
         "Lossless decoding in these files is %.2fx as fast as full depth%s (%d answers).",
-        worth.speedup, rate, len(items),
+        gained, rate, len(items),
     )  # fmt: skip
-    if worth.speedup < 1.0:
+    if gained < 1.0:
         kind, name = arguments.gguf, arguments.adapter
         log.warning(
             "Lossless decoding does not pay in %s: drafts are right too seldom. %s", kind,
