@@ -262,7 +262,7 @@ class EngineCore(Jobs):
                 prompt, [first] = self.decoder.read(reads, given, [sampler], rule, first=opening)
         finally:
             self._reading = None
-        length = self._host.columns(prompt)
+        length = int(prompt.columns)
         self._check_room(length, sampler.most or 0)
         with torch.inference_mode():
             self.decoder.join(prompt, 0, sampler, rule, first, job, opening=opening)

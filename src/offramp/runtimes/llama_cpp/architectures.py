@@ -100,7 +100,7 @@ def _unfit_positions(backbone: Backbone, architecture: Architecture) -> Iterator
     config, width = backbone.text_config, head_width(backbone)
     for kind in dict.fromkeys(layer_kinds(backbone)):
         named = str(_rope(config, kind).get("rope_type", "default"))
-        scaling = getattr(backbone.stack.rotary_emb, _rotary_name(backbone, kind, "scaling"))
+        scaling = _of_rotary(backbone, kind, "attention_scaling")
         frequencies = inverse_frequencies(backbone, kind)
         if named in ("dynamic", "longrope") or scaling != 1.0:
             yield f"rotary positions of the type {named!r}"
@@ -138,6 +138,11 @@ def activation_of(config: Any) -> str | None:
     return next((getattr(config, n) for n in names if getattr(config, n, None)), None)
 
 
+def array_of(tensor: Tensor) -> Array:
+    """A tensor's numbers."""
+    return np.asarray(tensor.detach().float().cpu().contiguous().numpy())
+
+
 def layer_kinds(backbone: Backbone) -> list[str]:
     """Of each layer: whether it sees all, or through a window."""
     kinds = getattr(backbone.text_config, "layer_types", None)
@@ -159,17 +164,16 @@ def _rope(config: Any, kind: str) -> dict[str, Any]:
     return dict(parameters.get(kind, parameters))
 
 
-def _rotary_name(backbone: Backbone, kind: str, what: str) -> str:
-    """The attribute of the rotary module that holds a kind of layer's frequencies or scaling."""
-    name = {"scaling": "attention_scaling", "frequencies": "inv_freq"}[what]
+def _of_rotary(backbone: Backbone, kind: str, name: str) -> Any:
+    """An attribute of the rotary module: of a kind of layer, where each has its own."""
+    rotary = backbone.stack.rotary_emb
     own = f"{kind}_{name}"
-    return own if hasattr(backbone.stack.rotary_emb, own) else name
+    return getattr(rotary, own if hasattr(rotary, own) else name)
 
 
 def inverse_frequencies(backbone: Backbone, kind: str = FULL) -> Tensor:
     """By what each rotary pair [head width / 2] turns from one position to the next."""
-    name = _rotary_name(backbone, kind, "frequencies")
-    frequencies: Tensor = getattr(backbone.stack.rotary_emb, name)
+    frequencies: Tensor = _of_rotary(backbone, kind, "inv_freq")
     return frequencies.float().cpu()
 
 
@@ -268,11 +272,6 @@ def _windows(
         yield "attention.sliding_window_pattern", [True] * len(layers)
 
 
-def input_scale(backbone: Backbone, architecture: Architecture) -> float:
-    """What states are multiplied by before they go into a file's graph."""
-    return backbone.width**-0.5 if architecture.divided else architecture.state_scale
-
-
 # -- a layer's tensors ------------------------------------------------------------------------
 
 
@@ -286,7 +285,7 @@ def layer_tensors(
     config = backbone.text_config
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", heads))
-    state = {n: t.detach().float().cpu().numpy() for n, t in float_state(layer).items()}
+    state = {name: array_of(tensor) for name, tensor in float_state(layer).items()}
     try:
         found = layer_arrays(state, architecture, (heads, groups))
     except KeyError as error:

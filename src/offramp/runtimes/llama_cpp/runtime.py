@@ -35,7 +35,7 @@ from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, PromptEntry
-from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainPrompt
+from offramp.runtimes.llama_cpp.executor import ChainExecutor
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
@@ -343,6 +343,3 @@ class LlamaCppHost:
         with torch.inference_mode():
             prepared, [prompt] = self.entry.read(inputs, options)
         return prepared, self._executor, prompt
-
-    def columns(self, prompt: ChainPrompt) -> int:
-        return prompt.columns

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
@@ -38,7 +39,7 @@ from offramp.serving.server.middleware import Gate
 from offramp.serving.server.models import Models, model_card
 from offramp.serving.server.reference import reference
 from offramp.serving.server.service import OTHER, Service
-from offramp.serving.server.tracing import KEY, Traced, now
+from offramp.serving.server.tracing import KEY, Traced
 
 T = TypeVar("T")
 Prepared = tuple[list[Inputs], Sequence[Any]]
@@ -145,10 +146,10 @@ async def _answer(
     try:
         use = service.use_of(body)
         constraint = await _in_time(service, service.constraint(body), request, until)
-        trace, begun = request.scope.get(KEY), now()
+        trace, begun = request.scope.get(KEY), time.time_ns()
         inputs, images = await _in_time(service, prompts(), request, until)
         if trace is not None:
-            trace.part("image", begun, now(), offramp__images=len(images))
+            trace.part("image", begun, time.time_ns(), offramp__images=len(images))
         client = client_of(request)
         watched = service.watches(body, use, len(images), client)
         watch = _watch(service, body, images, client) if watched else None
@@ -285,14 +286,14 @@ def _add_operations(app: FastAPI, models: Models) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the engine lives. Needs no key."""
-        if not all(service.alive for service in models.loaded):
+        if not all(service.engine.alive for service in models.loaded):
             raise ApiError(503, "The engine has stopped.", code="unavailable")
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
         """Whether requests are taken. Needs no key."""
-        if models.first.draining or not models.first.alive:
+        if models.first.draining or not models.first.engine.alive:
             raise ApiError(503, "The server is stopping.", code="stopping")
         return {"status": "ready"}
 
