@@ -104,7 +104,7 @@ class EdgeModel:
         self._rounds = Rounds(self._decoder, self.engine.sequences)
         try:
             check_survives(self.files, self.engine)
-            for file, tap in zip(self.files.files, self.files.taps, strict=True):
+            for file, tap in self.files.taps:
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
             first, last = self._segments[0], self._segments[-1]
             self._causal = not first.looks_ahead and first.features == 0

@@ -22,7 +22,7 @@ from offramp.serving.server.api.protocol import ChatRequest, Sampling, single_qu
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
-from offramp.serving.server.service import OTHER, Place, Service, Use
+from offramp.serving.server.service import Place, Service, Use
 from offramp.serving.server.tracing import Trace
 
 T = TypeVar("T")
@@ -313,9 +313,8 @@ def standing_of_request(
     """What is guaranteed of the answers to a request, where they may exit early."""
     if use.named != "early_exit":
         return Standing()
-    single = single_question(request)
     return service.stands(
-        asked=OTHER if single is None else single,
+        asked=single_question(request),
         longest=max(how.longest for how in hows),
         plain=all(how.plain for how in hows),
         thresholds=use.thresholds,

@@ -38,7 +38,7 @@ from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
 from offramp.serving.server.models import Models, model_card
 from offramp.serving.server.reference import reference
-from offramp.serving.server.service import OTHER, Service
+from offramp.serving.server.service import Service
 from offramp.serving.server.tracing import KEY, Traced
 
 T = TypeVar("T")
@@ -206,8 +206,7 @@ def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str)
     def compare(inputs: Inputs, how: Generation, done: Completion) -> None:
         if not (how.plain and done.early_exit) or service.watcher is None:
             return
-        asked = single_question(body)
-        found = service.stands(asked=OTHER if asked is None else asked, longest=how.longest)
+        found = service.stands(asked=single_question(body), longest=how.longest)
         if service.standing.promise is None or found.promise is not None:
             text = asked_text(body)
             sample = Sample(inputs, how.options, done.output, images[0], text, client)

@@ -74,8 +74,6 @@ class Place:
 
 
 T = TypeVar("T")
-OTHER = "\0"
-"""Stands for a prompt that is no single question about one image."""
 
 
 class Service:
