@@ -19,12 +19,12 @@ from offramp.models.quantized.weights import float_state
 from offramp.runtimes.llama_cpp.graphs import (
     ARCHITECTURES,
     FULL,
-    NO_WINDOW,
     SLIDING,
     Architecture,
     Array,
     layer_arrays,
     own_scale,
+    window_settings,
 )
 
 
@@ -84,7 +84,7 @@ def _misfits(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
         yield "a soft cap on logits" if backbone.softcap else "no soft cap on its logits"
     if backbone._scale != 1.0:
         yield "scaled states before its head"
-    if backbone.family.logit_scale != 1.0 and not architecture.logit_scale:
+    if backbone.family.logit_scale != 1.0 and not architecture.scales:
         yield "scaled logits"
     for layer in backbone.layers:
         unknown = [
@@ -118,7 +118,7 @@ def _unfit_positions(backbone: Backbone, architecture: Architecture) -> Iterator
 def _unfit_attention(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
     config, attention = backbone.text_config, backbone.layers[0].self_attn
     plain = abs(float(attention.scaling) - head_width(backbone) ** -0.5) < 1e-6
-    if not (plain or architecture.query or architecture.attention_scale):
+    if not (plain or architecture.query or architecture.scales):
         yield "attention scores of another scale"
     if getattr(config, "attn_logit_softcapping", None) and not architecture.softcaps:
         yield "a soft cap on attention scores"
@@ -245,31 +245,19 @@ def settings(
         yield "expert_count", int(config.num_experts)
         yield "expert_used_count", int(config.num_experts_per_tok)
         yield "expert_feed_forward_length", int(config.moe_intermediate_size)
-    if architecture.attention_scale:
+    if architecture.scales:
         yield "attention.scale", float(backbone.layers[0].self_attn.scaling)
         yield "residual_scale", float(config.residual_multiplier)
-    if architecture.logit_scale:
         yield "logit_scale", 1.0 / backbone.family.logit_scale
     if architecture.softcaps:
         yield "attn_logit_softcapping", float(config.attn_logit_softcapping)
         yield "final_logit_softcapping", float(backbone.softcap or 0.0)
-    yield from _windows(backbone, architecture, layers)
-
-
-def _windows(
-    backbone: Backbone, architecture: Architecture, layers: list[int]
-) -> Iterator[tuple[str, Any]]:
-    if not architecture.windows:
-        return
-    kinds = layer_kinds(backbone)
-    sliding = [kinds[layer] == SLIDING for layer in layers]
-    if any(sliding):
-        yield "attention.sliding_window", int(backbone.text_config.sliding_window)
-        yield "attention.sliding_window_pattern", sliding
-        yield "rope.freq_base_swa", rope_base(backbone, SLIDING)
-    elif architecture.always_windows:  # a file without a window would abort the process
-        yield "attention.sliding_window", NO_WINDOW
-        yield "attention.sliding_window_pattern", [True] * len(layers)
+    if architecture.windows:
+        kinds = layer_kinds(backbone)
+        sliding = [kinds[layer] == SLIDING for layer in layers]
+        yield from window_settings(architecture, sliding, config.sliding_window)
+        if any(sliding):
+            yield "rope.freq_base_swa", rope_base(backbone, SLIDING)
 
 
 # -- a layer's tensors ------------------------------------------------------------------------

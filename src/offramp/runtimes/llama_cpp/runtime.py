@@ -50,7 +50,8 @@ class LlamaCppRuntime(CalledAsModel):
     follow. Vision tower, projector and embeddings run in PyTorch, or as the adapter's backbone
     has it (`with_mtmd`). Calls from several threads take turns.
 
-    pace: whether lossless drafts pay; None: they are made in any case.
+    rows: prompts in one call of `generate`, at most. context: tokens of a prompt with its answer,
+    at most. pace: whether lossless drafts pay; None: they are made in any case.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class LlamaCppRuntime(CalledAsModel):
         self._architecture = architecture_of(adapter.backbone)
         self.adapter, self.backbone = adapter, adapter.backbone
         self.engine = engine or EngineOptions()
+        self.rows, self.context = self.engine.sequences, self.engine.context
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
         self._embeddings = Embeddings(adapter.backbone)
         self._lock = threading.RLock()
@@ -93,16 +95,6 @@ class LlamaCppRuntime(CalledAsModel):
             self.close()
             raise
         self._chain = SegmentChain(self._segments, sizes)
-
-    @property
-    def rows(self) -> int:
-        """Prompts in one call of `generate`, at most."""
-        return self.engine.sequences
-
-    @property
-    def context(self) -> int:
-        """Tokens of a prompt with its answer, at most."""
-        return self.engine.context
 
     @property
     def name(self) -> str:

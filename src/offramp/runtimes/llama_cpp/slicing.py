@@ -26,7 +26,7 @@ from offramp.runtimes.llama_cpp.cuts import (
 )
 from offramp.runtimes.llama_cpp.exit_files import ExitFiles, read_exits
 from offramp.runtimes.llama_cpp.gguf_writing import add_array, add_value, check_format, new_file
-from offramp.runtimes.llama_cpp.graphs import GRAPHS, NO_WINDOW, Architecture, layer_arrays
+from offramp.runtimes.llama_cpp.graphs import GRAPHS, Architecture, layer_arrays, window_settings
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.segment import EMBEDDING_SCALE
 from offramp.storage import digest_file
@@ -242,17 +242,14 @@ class _Part:
         graph, window = self.source.architecture, self.source.get("attention.sliding_window")
         if not graph.windows:
             return
+        if window is None and graph.always_windows:
+            window = 4096
         pattern = self.source.get("attention.sliding_window_pattern", _PATTERNS[name])
         if not isinstance(pattern, list):
             every = int(pattern)
             pattern = [n % every < every - 1 for n in range(self.source.layers)]
         sliding = [bool(pattern[layer]) for layer in self.cut.layers]
-        if any(sliding) and (window is not None or graph.always_windows):
-            yield "attention.sliding_window", int(4096 if window is None else window)
-            yield "attention.sliding_window_pattern", sliding
-        elif graph.always_windows:
-            yield "attention.sliding_window", NO_WINDOW
-            yield "attention.sliding_window_pattern", [True] * len(self.cut.layers)
+        yield from window_settings(graph, sliding, window)
 
     def _keep_tokenizer(self, out: Any) -> None:
         value_type = import_gguf().GGUFValueType

@@ -350,7 +350,7 @@ class Service:
     def _add_gauges(self, prefixes: PrefixCache | None) -> None:
         engine, gauge = self.engine, self.metrics.gauge
         gauge("num_requests_running", "Requests in slots.", lambda: engine.running)
-        gauge("num_requests_waiting", "Requests without a slot.", lambda: self.waiting)
+        gauge("num_requests_waiting", "Requests without a slot.", self._without_slot)
         gauge(
             "kv_cache_usage_perc",
             "Share of the slots' columns in use, 0 to 1.",
@@ -406,8 +406,7 @@ class Service:
             promised = watcher.promise.target
             gauge("risk_target", "The risk that is guaranteed.", lambda: promised)
 
-    @property
-    def waiting(self) -> int:
+    def _without_slot(self) -> int:
         """Answers that were let in and have no slot yet."""
         return max(0, self.under_way - self.engine.running)
 
