@@ -23,7 +23,7 @@ def test_a_file_that_ends_llama_cpps_process_is_refused(
     def windows(*_: Any) -> Any:  # a graph of Gemma 2 without one is an assertion that fails
         yield "attention.sliding_window_pattern", [False, False]
 
-    monkeypatch.setattr(architectures, "_windows", windows)
+    monkeypatch.setattr(architectures, "window_settings", windows)
     adapter = adapter_of("paligemma2-wide")
     export_gguf(adapter, tmp_path / "gguf", "f32", depths=(5,))
     refused(

@@ -21,7 +21,7 @@ from offramp.engine.decoding.exit_reader import check_company
 from offramp.engine.decoding.pace import Pace
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler
-from offramp.engine.decoding.scheduler import AT_ONCE, Call, Schedule, Tally
+from offramp.engine.decoding.scheduler import AT_ONCE, Call, Schedule
 from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
 from offramp.errors import InputError
@@ -45,7 +45,8 @@ class EngineCore(Jobs):
     common share. clock: returns seconds. depths: of the exits in use, ascending.
 
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
-    tokens: how many were settled in answers that are over.
+    tokens: how many were settled in answers that are over. tallies: what the exits did, by whether
+    a token might be an exit's (else lossless).
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class EngineCore(Jobs):
             schedule=self._schedule,
             longest=self.config.longest,
         )
+        self.tallies = self.decoder.tallies
         self.pace = Pace(self.config.schedule is not None or not self._can_try, clock)
         self._reading: Job | None = None
         self._thread: int | None = None
@@ -93,11 +95,6 @@ class EngineCore(Jobs):
     @property
     def _seated(self) -> list[Job]:
         return [sequence.owner for sequence in self.decoder.sequences]
-
-    @property
-    def tallies(self) -> Mapping[bool, Tally]:
-        """What the exits did, by whether a token might be an exit's (else lossless)."""
-        return self.decoder.tallies
 
     @property
     def cache_use(self) -> float:
@@ -262,7 +259,7 @@ class EngineCore(Jobs):
                 prompt, [first] = self.decoder.read(reads, given, [sampler], rule, first=opening)
         finally:
             self._reading = None
-        length = self._host.columns(prompt)
+        length = int(prompt.columns)
         self._check_room(length, sampler.most or 0)
         with torch.inference_mode():
             self.decoder.join(prompt, 0, sampler, rule, first, job, opening=opening)

@@ -10,7 +10,7 @@ from offramp.adapter import Adapter
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.prompt import Prompt, PromptReader
+from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.drafter import Drafter
@@ -50,11 +50,8 @@ class Host(Protocol):
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]
     ) -> tuple[Prepared, ReadsPrompts, Any]:
-        """As `PromptReader.prepare`; what reads the prompt, and what that is given."""
-        ...
-
-    def columns(self, prompt: Any) -> int:
-        """Of a prompt that was read, padding included."""
+        """As `PromptReader.prepare`; what reads the prompt, which then has `columns`, padding
+        included; and what that is given."""
         ...
 
 
@@ -141,6 +138,3 @@ class TorchHost:
     ) -> tuple[Prepared, ReadsPrompts, Any]:
         prepared = self._prompts.prepare(inputs, options)
         return prepared, self._prompts, prepared
-
-    def columns(self, prompt: Prompt) -> int:
-        return prompt.columns

@@ -50,31 +50,24 @@ def load_served(
     """
     text = None if chat_template is None else _template_of(chat_template)
     how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
-    model, processor = _load(name, backbone, revision, compile=compile, vision=vision, **how)
+    how |= {"compile": compile, "vision": vision}
+    model: Adapter | Backbone
+    try:
+        shipped = shipped_exits(name)
+    except InputError:
+        model, processor = load_named(name, revision=revision, **how)  # which may be missing too
+        log.info("%s ships without exits: every token runs at full depth", name)
+    else:
+        config = read_config(adapter_folder(name) if shipped is None else shipped)
+        if backbone is None:
+            backbone, revision = config.backbone, revision or config.revision
+        opened, processor = load_named(backbone, revision=revision, **how)
+        model = Adapter.load(config, opened)
     if shrink_on_load:
         processor = with_shrink_on_load(processor)
     if text is None:
         return model, processor
     return model, _with_template(model, processor, text, str(chat_template))
-
-
-def _load(
-    name: str, backbone: str | None, revision: str | None, **how: Any
-) -> tuple[Adapter | Backbone, Any]:
-    """how: of `load_named`."""
-    try:
-        shipped = shipped_exits(name)
-    except InputError:
-        loaded = load_named(name, revision=revision, **how)  # says so, if the model is missing too
-        log.info("%s ships without exits: every token runs at full depth", name)
-        return loaded
-    config = read_config(adapter_folder(name) if shipped is None else shipped)
-    if backbone is None:
-        revision = revision or config.revision
-    model, processor = load_named(
-        config.backbone if backbone is None else backbone, revision=revision, **how
-    )
-    return Adapter.load(config, model), processor
 
 
 def adapter_folder(name: str) -> str:

@@ -156,7 +156,7 @@ def test_whatever_is_drawn_is_answered_or_refused() -> None:
         number, statuses = asyncio.run(fuzz(service, SECONDS, SEED))
         assert service.under_way == 0 and service.engine.drain(60)
         assert service.engine.running == 0 and service.engine.waiting == 0
-        assert service.alive and not service._handles
+        assert service.engine.alive and not service._handles
     finally:
         service.close()
     print(f"{number} requests in {SECONDS:g} s with seed {SEED}: {dict(sorted(statuses.items()))}")

@@ -13,7 +13,6 @@ from offramp.errors import DataError, InputError
 from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.projector import (
-    IMAGE,
     MARKER,
     Pixels,
     Projector,
@@ -80,7 +79,7 @@ class ImageReader(Projector):
         at = row = 0
         for part in parts:
             count = self.count(part)
-            if self.kind(part) == IMAGE:
+            if self.is_image(part):
                 rows = self.rows(part)
                 states.append(rows[:, 0])
                 added.append(rows[:, 1:])

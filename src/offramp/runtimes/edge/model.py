@@ -67,7 +67,8 @@ class EdgeModel:
     Any thread may ask: `EngineOptions.sequences` answers are written at once, in calls that they
     share, each as it is written alone; others wait.
 
-    pace: whether lossless drafts pay; None: they are made in any case.
+    layers: of the whole decoder. pace: whether lossless drafts pay; None: they are made in any
+    case.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class EdgeModel:
         """
         self.engine = engine or EngineOptions()
         self.files = read_segments(folder, check_digests=check_digests)
+        self.name = str(self.files.said["offramp.backbone"])
+        self.layers, self.reads_images = self.files.cuts[-1], mmproj is not None
         self.policy = policy_from_json(json.loads(self.files.said["offramp.policy"]))
         gates = json.loads(self.files.said.get("offramp.gates", "{}"))
         self._gates = {
@@ -104,7 +107,7 @@ class EdgeModel:
         self._rounds = Rounds(self._decoder, self.engine.sequences)
         try:
             check_survives(self.files, self.engine)
-            for file, tap in zip(self.files.files, self.files.taps, strict=True):
+            for file, tap in self.files.taps:
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
             first, last = self._segments[0], self._segments[-1]
             self._causal = not first.looks_ahead and first.features == 0
@@ -119,7 +122,8 @@ class EdgeModel:
                 self._images = ImageReader(
                     mmproj, last, self.files.files[-1], features, self.engine
                 )
-            probe = self._embeddings.of(_probe(self.vocabulary.size))
+            draw = np.random.default_rng(0).integers(self.vocabulary.size, size=AT_ONCE)
+            probe = self._embeddings.of(draw.tolist())
             drafts = self.files.drafter is not None
             sizes = call_sizes(self._segments, probe, drafts=drafts)
             self._chain = SegmentChain(self._segments, sizes)
@@ -127,19 +131,6 @@ class EdgeModel:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def name(self) -> str:
-        return str(self.files.said["offramp.backbone"])
-
-    @property
-    def layers(self) -> int:
-        """Of the whole decoder."""
-        return self.files.cuts[-1]
-
-    @property
-    def reads_images(self) -> bool:
-        return self._images is not None
 
     def answer(
         self,
@@ -270,24 +261,19 @@ class EdgeModel:
         return self.vocabulary.chat(messages)
 
     def _prompt(self, text: str, images: Sequence[str | Path]) -> tuple[Prompt, list[int]]:
-        if images and self._images is None:
+        if not images:
+            ids = self.vocabulary.tokens(text)
+            read = Prompt(self._embeddings.of(ids)), ids
+        elif self._images is None:
             raise InputError(
                 "Images were given, and no projector reads them.", "Name its file: --mmproj FILE."
             )
-        if images and self._images is not None:
+        else:
             axes = self._segments[0].axes
             read = self._images.prompt(text, images, self._embeddings.of, axes)
-        else:
-            ids = self.vocabulary.tokens(text)
-            read = Prompt(self._embeddings.of(ids)), ids
         if not len(read[0].states):
             raise InputError("The prompt is empty.", "Give a text.")
         return read
-
-
-def _probe(vocabulary: int) -> list[int]:
-    draw = np.random.default_rng(0)
-    return [int(token) for token in draw.integers(vocabulary, size=AT_ONCE)]
 
 
 class _Embeddings:

@@ -39,7 +39,7 @@ class Vocabulary:
                 "Slice a file from the hub, which has one: offramp slice model.gguf --adapter A.",
             )
         self._template = template
-        self._pieces: dict[int, bytes] = {}
+        self._pieces: dict[tuple[int, bool], bytes] = {}
 
     @property
     def has_template(self) -> bool:
@@ -70,7 +70,8 @@ class Vocabulary:
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes that a token stands for; of a special one none."""
-        if token not in self._pieces or special:
+        key = token, special
+        if key not in self._pieces:
             room = 64
             while True:
                 text = ctypes.create_string_buffer(room)
@@ -78,10 +79,8 @@ class Vocabulary:
                 if count >= 0:
                     break
                 room = -count
-            if special:
-                return text.raw[:count]
-            self._pieces[token] = text.raw[:count]
-        return self._pieces[token]
+            self._pieces[key] = text.raw[:count]
+        return self._pieces[key]
 
     def ends(self, token: int) -> bool:
         """Whether a token ends an answer."""

@@ -20,7 +20,6 @@ from offramp.engine.policy import (
     first_thresholds,
 )
 from offramp.errors import InputError, UnsupportedBackboneError
-from offramp.models.backbone import Backbone
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.graphs.executor import GraphExecutor, GraphReader
 from offramp.runtimes.graphs.programs import RowPrograms
@@ -53,7 +52,7 @@ class GraphRuntime:
         """
         self.adapter, self.policy = adapter, policy or adapter.policy
         self.context = context
-        backbone = adapter.backbone
+        self.backbone = backbone = adapter.backbone
         if backbone.is_encoder_decoder or backbone.sharded:
             what = "an encoder-decoder" if backbone.is_encoder_decoder else "spread over devices"
             raise UnsupportedBackboneError(
@@ -66,14 +65,7 @@ class GraphRuntime:
         self._executor = GraphExecutor(programs)
         self._programs = programs
         self._lock = threading.Lock()
-
-    @property
-    def name(self) -> str:
-        return f"CUDA graphs on {self.backbone.device}"
-
-    @property
-    def backbone(self) -> Backbone:
-        return self.adapter.backbone
+        self.name = f"CUDA graphs on {backbone.device}"
 
     def generate(
         self,

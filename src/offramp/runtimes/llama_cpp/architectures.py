@@ -19,12 +19,12 @@ from offramp.models.quantized.weights import float_state
 from offramp.runtimes.llama_cpp.graphs import (
     ARCHITECTURES,
     FULL,
-    NO_WINDOW,
     SLIDING,
     Architecture,
     Array,
     layer_arrays,
     own_scale,
+    window_settings,
 )
 
 
@@ -84,7 +84,7 @@ def _misfits(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
         yield "a soft cap on logits" if backbone.softcap else "no soft cap on its logits"
     if backbone._scale != 1.0:
         yield "scaled states before its head"
-    if backbone.family.logit_scale != 1.0 and not architecture.logit_scale:
+    if backbone.family.logit_scale != 1.0 and not architecture.scales:
         yield "scaled logits"
     for layer in backbone.layers:
         unknown = [
@@ -100,7 +100,7 @@ def _unfit_positions(backbone: Backbone, architecture: Architecture) -> Iterator
     config, width = backbone.text_config, head_width(backbone)
     for kind in dict.fromkeys(layer_kinds(backbone)):
         named = str(_rope(config, kind).get("rope_type", "default"))
-        scaling = getattr(backbone.stack.rotary_emb, _rotary_name(backbone, kind, "scaling"))
+        scaling = _of_rotary(backbone, kind, "attention_scaling")
         frequencies = inverse_frequencies(backbone, kind)
         if named in ("dynamic", "longrope") or scaling != 1.0:
             yield f"rotary positions of the type {named!r}"
@@ -118,7 +118,7 @@ def _unfit_positions(backbone: Backbone, architecture: Architecture) -> Iterator
 def _unfit_attention(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
     config, attention = backbone.text_config, backbone.layers[0].self_attn
     plain = abs(float(attention.scaling) - head_width(backbone) ** -0.5) < 1e-6
-    if not (plain or architecture.query or architecture.attention_scale):
+    if not (plain or architecture.query or architecture.scales):
         yield "attention scores of another scale"
     if getattr(config, "attn_logit_softcapping", None) and not architecture.softcaps:
         yield "a soft cap on attention scores"
@@ -136,6 +136,11 @@ def activation_of(config: Any) -> str | None:
     """What the feed-forward part of a decoder's layers has between its products."""
     names = ("hidden_activation", "hidden_act", "activation_function")
     return next((getattr(config, n) for n in names if getattr(config, n, None)), None)
+
+
+def array_of(tensor: Tensor) -> Array:
+    """A tensor's numbers."""
+    return np.asarray(tensor.detach().float().cpu().contiguous().numpy())
 
 
 def layer_kinds(backbone: Backbone) -> list[str]:
@@ -159,17 +164,16 @@ def _rope(config: Any, kind: str) -> dict[str, Any]:
     return dict(parameters.get(kind, parameters))
 
 
-def _rotary_name(backbone: Backbone, kind: str, what: str) -> str:
-    """The attribute of the rotary module that holds a kind of layer's frequencies or scaling."""
-    name = {"scaling": "attention_scaling", "frequencies": "inv_freq"}[what]
+def _of_rotary(backbone: Backbone, kind: str, name: str) -> Any:
+    """An attribute of the rotary module: of a kind of layer, where each has its own."""
+    rotary = backbone.stack.rotary_emb
     own = f"{kind}_{name}"
-    return own if hasattr(backbone.stack.rotary_emb, own) else name
+    return getattr(rotary, own if hasattr(rotary, own) else name)
 
 
 def inverse_frequencies(backbone: Backbone, kind: str = FULL) -> Tensor:
     """By what each rotary pair [head width / 2] turns from one position to the next."""
-    name = _rotary_name(backbone, kind, "frequencies")
-    frequencies: Tensor = getattr(backbone.stack.rotary_emb, name)
+    frequencies: Tensor = _of_rotary(backbone, kind, "inv_freq")
     return frequencies.float().cpu()
 
 
@@ -241,36 +245,19 @@ def settings(
         yield "expert_count", int(config.num_experts)
         yield "expert_used_count", int(config.num_experts_per_tok)
         yield "expert_feed_forward_length", int(config.moe_intermediate_size)
-    if architecture.attention_scale:
+    if architecture.scales:
         yield "attention.scale", float(backbone.layers[0].self_attn.scaling)
         yield "residual_scale", float(config.residual_multiplier)
-    if architecture.logit_scale:
         yield "logit_scale", 1.0 / backbone.family.logit_scale
     if architecture.softcaps:
         yield "attn_logit_softcapping", float(config.attn_logit_softcapping)
         yield "final_logit_softcapping", float(backbone.softcap or 0.0)
-    yield from _windows(backbone, architecture, layers)
-
-
-def _windows(
-    backbone: Backbone, architecture: Architecture, layers: list[int]
-) -> Iterator[tuple[str, Any]]:
-    if not architecture.windows:
-        return
-    kinds = layer_kinds(backbone)
-    sliding = [kinds[layer] == SLIDING for layer in layers]
-    if any(sliding):
-        yield "attention.sliding_window", int(backbone.text_config.sliding_window)
-        yield "attention.sliding_window_pattern", sliding
-        yield "rope.freq_base_swa", rope_base(backbone, SLIDING)
-    elif architecture.always_windows:  # a file without a window would abort the process
-        yield "attention.sliding_window", NO_WINDOW
-        yield "attention.sliding_window_pattern", [True] * len(layers)
-
-
-def input_scale(backbone: Backbone, architecture: Architecture) -> float:
-    """What states are multiplied by before they go into a file's graph."""
-    return backbone.width**-0.5 if architecture.divided else architecture.state_scale
+    if architecture.windows:
+        kinds = layer_kinds(backbone)
+        sliding = [kinds[layer] == SLIDING for layer in layers]
+        yield from window_settings(architecture, sliding, config.sliding_window)
+        if any(sliding):
+            yield "rope.freq_base_swa", rope_base(backbone, SLIDING)
 
 
 # -- a layer's tensors ------------------------------------------------------------------------
@@ -286,7 +273,7 @@ def layer_tensors(
     config = backbone.text_config
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", heads))
-    state = {n: t.detach().float().cpu().numpy() for n, t in float_state(layer).items()}
+    state = {name: array_of(tensor) for name, tensor in float_state(layer).items()}
     try:
         found = layer_arrays(state, architecture, (heads, groups))
     except KeyError as error:

@@ -14,6 +14,8 @@ from offramp import __version__
 from offramp.errors import InputError
 from offramp.runtimes.llama_cpp.drafter import write_draft_input
 from offramp.runtimes.llama_cpp.gguf_files import DIGESTS, DRAFT_INPUT, DRAFTER, FORMAT
+from offramp.runtimes.llama_cpp.graphs import Architecture
+from offramp.runtimes.llama_cpp.segment import AHEAD, FIRST_LAYER, INPUT_SCALE, STATE_SCALE
 from offramp.storage import atomic_folder, digest_file, write_json
 
 
@@ -74,6 +76,20 @@ def about_export(
         "offramp.formats": json.dumps(formats),
         "offramp.versions": json.dumps(versions),
     }
+
+
+def feeding(graph: Architecture, width: int, cut: Cut) -> dict[str, Any]:
+    """Metadata: how a file is fed, where that is not as plain as can be. width: of states."""
+    scales = {
+        INPUT_SCALE: width**-0.5 if graph.divided else graph.state_scale,
+        STATE_SCALE: graph.state_scale,
+    }
+    said: dict[str, Any] = {key: scale for key, scale in scales.items() if scale != 1.0}
+    if graph.ahead:
+        said[AHEAD] = True
+    if graph.deepstack:
+        said[FIRST_LAYER] = cut.start
+    return said
 
 
 def write_export(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.quantized.weights import scheme
-from offramp.runtimes.llama_cpp.architectures import architecture_of
+from offramp.runtimes.llama_cpp.architectures import architecture_of, array_of
 from offramp.runtimes.llama_cpp.gguf_export import ExportFormats
 from offramp.runtimes.llama_cpp.gguf_writing import rounded
 
@@ -76,5 +76,4 @@ def _matrices(backbone: Backbone) -> Iterator[nn.Parameter]:
 
 
 def _rounded(weight: Tensor, kind: str) -> Tensor:
-    array = weight.detach().float().cpu().contiguous().numpy()
-    return torch.from_numpy(rounded(array, kind)).to(weight)
+    return torch.from_numpy(rounded(array_of(weight), kind)).to(weight)

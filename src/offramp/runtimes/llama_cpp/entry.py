@@ -17,7 +17,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
 from offramp.models.opened import LayerCall
 from offramp.models.vision_cache import VisionCache
-from offramp.runtimes.llama_cpp.architectures import layer_kinds
+from offramp.runtimes.llama_cpp.architectures import array_of, layer_kinds
 from offramp.runtimes.llama_cpp.graphs import Architecture
 from offramp.runtimes.llama_cpp.kept_prompts import KeptPrompts
 from offramp.runtimes.llama_cpp.native.tap import States
@@ -65,7 +65,7 @@ def prompt_of(
     states = call.hidden[row].float().cpu()
     columns = torch.ones(len(states), dtype=torch.bool) if real is None else real[row].cpu()
     return Prompt(
-        _array(states[columns]),
+        array_of(states[columns]),
         _positions(architecture, arguments, columns, row),
         _features(architecture, arguments, states, columns, row),
         _ahead(backbone, architecture, call, columns, row),
@@ -101,7 +101,7 @@ def _features(
     features = torch.zeros(len(states), len(added), states.shape[1])
     for layer, feature in enumerate(added):
         features[where, layer] = feature[own].float().cpu()
-    return _array(features[columns])
+    return array_of(features[columns])
 
 
 def _ahead(
@@ -247,7 +247,7 @@ class Embeddings:
     def of(self, tokens: Sequence[int], position: int | None = 0) -> States:
         """The states [T, D] of tokens that stand from `position` on; None: the embeddings alone."""
         ids = torch.tensor([tokens], device=self._backbone.device)
-        states = _array(self._embedding(ids)[0].float().cpu()) * self._scale
+        states = array_of(self._embedding(ids)[0]) * self._scale
         if self._places is None or position is None:
             return states
         return states + self._places[position : position + len(tokens)]
@@ -258,7 +258,7 @@ def _places(backbone: Backbone) -> States | None:
     if backbone.positions is None:
         return None
     table = backbone.stack.embed_positions
-    return _array(table.weight.detach()[int(getattr(table, "offset", 0)) :].float().cpu())
+    return array_of(table.weight[int(getattr(table, "offset", 0)) :])
 
 
 def _plain_rows(embedding: nn.Module) -> States | None:
@@ -267,7 +267,3 @@ def _plain_rows(embedding: nn.Module) -> States | None:
     if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
     return np.asarray(weight.detach().numpy())
-
-
-def _array(tensor: Tensor) -> States:
-    return np.asarray(tensor.contiguous().numpy())

@@ -32,18 +32,23 @@ from offramp.models.exits import check_depths
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.runtimes.llama_cpp.architectures import (
     architecture_of,
-    input_scale,
+    array_of,
     layer_tensors,
     rope_factors,
     settings,
 )
-from offramp.runtimes.llama_cpp.cuts import Cut, about_export, depths_to_write, write_export
+from offramp.runtimes.llama_cpp.cuts import (
+    Cut,
+    about_export,
+    depths_to_write,
+    feeding,
+    write_export,
+)
 from offramp.runtimes.llama_cpp.exit_files import digest_of
 from offramp.runtimes.llama_cpp.gguf_files import PROJECTOR
 from offramp.runtimes.llama_cpp.gguf_writing import add_array, add_value, check_format, new_file
 from offramp.runtimes.llama_cpp.graphs import Architecture, Array
 from offramp.runtimes.llama_cpp.packages import import_gguf
-from offramp.runtimes.llama_cpp.segment import AHEAD, FIRST_LAYER, INPUT_SCALE, STATE_SCALE
 from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision, features_of
 
 
@@ -92,7 +97,7 @@ def export_gguf(
     import_gguf()
     formats = ExportFormats(formats) if isinstance(formats, str) else formats
     backbone, exits, policy = adapter.backbone, adapter.exits, adapter.policy
-    architecture = architecture_of(backbone)
+    graph = architecture_of(backbone)
     named = policy.depths if depths is None else depths
     remedy = "Export exits of kind 'layer' or 'drafting'."
     chosen = depths_to_write(named, exits.depths, exits.modules.kind, remedy)
@@ -111,10 +116,10 @@ def export_gguf(
 
     def write(cut: Cut, file: Path, said: dict[str, Any]) -> None:
         exit, rows = (None, None) if cut.depth is None else (exits.at(cut.depth), shortlist)
-        _Writer(backbone, architecture, formats, cut, exit).write(file, rows, said)
+        _write(file, backbone, graph, formats, cut, said, exit, rows)
 
     drafts = exits.modules.draft_input(chosen[-1])
-    state = {} if drafts is None else {n: _array(t) for n, t in drafts.state_dict().items()}
+    state = {} if drafts is None else {n: array_of(t) for n, t in drafts.state_dict().items()}
     also: dict[str, Callable[[Path], object]] = {}
     if vision is not None:
         also[PROJECTOR] = lambda file: export_vision(backbone, file, vision, Looks.of(processor))
@@ -123,84 +128,59 @@ def export_gguf(
 
 def export_whole(backbone: Backbone, file: Path, formats: ExportFormats) -> None:
     """The decoder without exits in one file, which is what llama.cpp runs alone: for comparison."""
-    whole, architecture = Cut(0, backbone.depth), architecture_of(backbone)
-    _Writer(backbone, architecture, formats, whole, None).write(file, None, {})
+    _write(file, backbone, architecture_of(backbone), formats, Cut(0, backbone.depth), {})
 
 
-class _Writer:
-    """Writes one segment."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        architecture: Architecture,
-        formats: ExportFormats,
-        cut: Cut,
-        exit: nn.Module | None,
-    ) -> None:
-        """exit: behind the cut's layers; None: there is none."""
-        self.backbone, self.architecture, self.formats = backbone, architecture, formats
-        self.cut, self.exit = cut, exit
-
-    def write(self, file: Path, rows: Tensor | None, about: dict[str, Any]) -> None:
-        """rows: token ids [S] of the head's rows; None: all. about: metadata by key."""
-        with new_file(file, self.architecture.name) as out:
-            self._describe(out, self.backbone.vocabulary if rows is None else len(rows))
-            if rows is not None:
-                out.add_array("offramp.shortlist", rows.tolist())
-            for key, value in {**about, **self._feeding()}.items():
-                add_value(out, key, value)
-            for name, array, kind in self._tensors(rows):
-                add_array(out, name, array, kind)
-
-    def _describe(self, out: Any, vocabulary: int) -> None:
-        """The architecture's own metadata."""
-        out.add_vocab_size(vocabulary)
+def _write(
+    file: Path,
+    backbone: Backbone,
+    graph: Architecture,
+    formats: ExportFormats,
+    cut: Cut,
+    about: dict[str, Any],
+    exit: nn.Module | None = None,
+    rows: Tensor | None = None,
+) -> None:
+    """Write one segment. about: metadata by key. exit: behind the cut's layers; None: there is
+    none. rows: token ids [S] of the head's rows; None: all."""
+    added = max(0, min(cut.stop, features_of(backbone)) - cut.start)
+    with new_file(file, graph.name) as out:
+        out.add_vocab_size(backbone.vocabulary if rows is None else len(rows))
         out.add_tokenizer_model("none")
-        cut = self.cut
-        added = max(0, min(cut.stop, features_of(self.backbone)) - cut.start)
-        for key, value in settings(self.backbone, self.architecture, cut.layers, added):
-            add_value(out, f"{self.architecture.name}.{key}", value)
-
-    def _feeding(self) -> dict[str, Any]:
-        """How a segment is fed, where that is not as plain as can be."""
-        said: dict[str, Any] = {
-            INPUT_SCALE: input_scale(self.backbone, self.architecture),
-            STATE_SCALE: self.architecture.state_scale,
-        }
-        said = {key: value for key, value in said.items() if value != 1.0}
-        if self.architecture.ahead:
-            said[AHEAD] = True
-        if self.architecture.deepstack:
-            said[FIRST_LAYER] = self.cut.start
-        return said
-
-    def _tensors(self, rows: Tensor | None) -> Iterator[tuple[str, Array, str]]:
-        """Names, tensors and formats."""
-        backbone, cut, formats = self.backbone, self.cut, self.formats
-        head = backbone.head.weight
-        yield "token_embd.weight", _array(head if rows is None else head[rows]), formats.head
-        assert backbone.norm is not None, "every architecture here ends with a norm"
-        norm = _array(backbone.norm.weight) + np.float32(self.architecture.norm_offset)
-        yield "output_norm.weight", norm, "f32"
-        if getattr(backbone.norm, "bias", None) is not None:
-            yield "output_norm.bias", _array(backbone.norm.bias), "f32"
-        if backbone.positions is not None:  # the states bring theirs along
-            places = int(backbone.text_config.max_position_embeddings)
-            yield "position_embd.weight", np.zeros((places, backbone.width), np.float32), "f16"
-        factors = rope_factors(backbone) if self.architecture.rope_factors else None
-        if factors is not None:
-            yield "rope_freqs.weight", _array(factors), "f32"
-        layers = [(layer, formats.layers) for layer in backbone.layers[cut.start : cut.stop]]
-        if self.exit is not None:
-            layers.append((self.exit, formats.exits))
-        for number, (layer, kind) in enumerate(layers):
-            tensors = layer_tensors(layer, self.architecture, backbone, len(layers))
-            for name, array in tensors:
-                # A router's weights are few, and choose experts.
-                careful = "f32" if name == "ffn_gate_inp.weight" else kind
-                yield f"blk.{number}.{name}", array, careful
+        for key, value in settings(backbone, graph, cut.layers, added):
+            add_value(out, f"{graph.name}.{key}", value)
+        if rows is not None:
+            out.add_array("offramp.shortlist", rows.tolist())
+        for key, value in {**about, **feeding(graph, backbone.width, cut)}.items():
+            add_value(out, key, value)
+        head = backbone.head.weight if rows is None else backbone.head.weight[rows]
+        add_array(out, "token_embd.weight", array_of(head), formats.head)
+        for name, array, kind in _tensors(backbone, graph, formats, cut, exit):
+            add_array(out, name, array, kind)
 
 
-def _array(tensor: Tensor) -> Array:
-    return np.asarray(tensor.detach().float().cpu().contiguous().numpy())
+def _tensors(
+    backbone: Backbone,
+    graph: Architecture,
+    formats: ExportFormats,
+    cut: Cut,
+    exit: nn.Module | None,
+) -> Iterator[tuple[str, Array, str]]:
+    """Names, tensors and formats of all but the head."""
+    assert backbone.norm is not None, "every architecture here ends with a norm"
+    norm = array_of(backbone.norm.weight) + np.float32(graph.norm_offset)
+    yield "output_norm.weight", norm, "f32"
+    if getattr(backbone.norm, "bias", None) is not None:
+        yield "output_norm.bias", array_of(backbone.norm.bias), "f32"
+    if backbone.positions is not None:  # the states bring theirs along
+        places = int(backbone.text_config.max_position_embeddings)
+        yield "position_embd.weight", np.zeros((places, backbone.width), np.float32), "f16"
+    factors = rope_factors(backbone) if graph.rope_factors else None
+    if factors is not None:
+        yield "rope_freqs.weight", array_of(factors), "f32"
+    layers = [(layer, formats.layers) for layer in backbone.layers[cut.start : cut.stop]]
+    if exit is not None:
+        layers.append((exit, formats.exits))
+    for number, (layer, kind) in enumerate(layers):
+        for name, array in layer_tensors(layer, graph, backbone, len(layers)):
+            yield f"blk.{number}.{name}", array, kind

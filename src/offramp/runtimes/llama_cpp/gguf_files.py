@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,17 +46,10 @@ class SegmentFiles:
     drafter: Path | None = None
 
     @property
-    def tried(self) -> tuple[tuple[Path, ...], tuple[int | None, ...]]:
-        """All files that llama.cpp loads, and their taps."""
-        if self.drafter is None:
-            return self.files, self.taps
-        return (*self.files, self.drafter), (*self.taps, 0)
-
-    @property
-    def taps(self) -> tuple[int | None, ...]:
-        """Of each file, the layer in it whose output the next one is fed with; None: no one's."""
-        layers = (stop - start - 1 for start, stop in itertools.pairwise(self.cuts))
-        return (*itertools.islice(layers, len(self.depths)), None)
+    def taps(self) -> list[tuple[Path, int | None]]:
+        """Each file, and the layer in it whose output the next one is fed with; None: no one's."""
+        layers = [stop - start - 1 for start, stop in pairwise(self.cuts)]
+        return [*zip(self.files, [*layers[:-1], None], strict=True)]
 
 
 def read_segments(

@@ -60,8 +60,9 @@ def add_value(out: Any, key: str, value: Any) -> None:
 
 
 def add_array(out: Any, name: str, array: Array, kind: str) -> None:
-    """One tensor [..., N] in the format `kind`, or the nearest that its width allows."""
-    data, number = _quantised(array, kind)
+    """One tensor [..., N] in the format `kind`, or the nearest that its width allows; a router's
+    weights are few, and choose experts."""
+    data, number = _quantised(array, "f32" if name.endswith("ffn_gate_inp.weight") else kind)
     out.add_tensor(name, data, raw_dtype=number)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +72,7 @@ class Architecture:
     windows: layers may look back through a window. always_windows: the graph asks for one.
     query: the tensor that makes up for the scale of attention scores, which llama.cpp computes by
     itself: 1 / sqrt(head width), or 1 / sqrt(width / heads) in a file of `large` layers.
-    attention_scale, logit_scale: the graph takes them. softcaps: of scores and logits.
+    scales: the graph takes those of scores, residuals and logits. softcaps: of scores and logits.
     divided: the graph multiplies the states that it is given by the square root of the width.
     state_scale: its states are this times as large as the model's.
     """
@@ -91,8 +92,7 @@ class Architecture:
     always_windows: bool = False
     query: str = ""
     large: int = 0
-    attention_scale: bool = False
-    logit_scale: bool = False
+    scales: bool = False
     softcaps: bool = False
     divided: bool = False
     state_scale: float = 1.0
@@ -136,7 +136,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": _GEMMA3,
     "granite": Architecture(
         "granite", _LAYER, interleaved=True, free_width=True, rope_factors=True,
-        attention_scale=True, logit_scale=True,
+        scales=True,
     ),
     "opt": Architecture("gpt2", _OPT, activations=("relu",), state_scale=_OPT_SCALE),
 }  # fmt: skip
@@ -152,6 +152,19 @@ GRAPHS: dict[str, Architecture] = {
 
 DRAFTS = "drafts."
 """How names of tensors begin, of an exit that drafts on, that are not its layer's."""
+
+
+def window_settings(
+    graph: Architecture, sliding: list[bool], window: int | None
+) -> Iterator[tuple[str, Any]]:
+    """Metadata: of each layer of a file, whether it looks back through a window, and how long that
+    is; None: it is not known."""
+    if any(sliding) and window is not None:
+        yield "attention.sliding_window", int(window)
+        yield "attention.sliding_window_pattern", sliding
+    elif graph.always_windows:  # a file without a window would abort the process
+        yield "attention.sliding_window", NO_WINDOW
+        yield "attention.sliding_window_pattern", [True] * len(sliding)
 
 
 def layer_arrays(

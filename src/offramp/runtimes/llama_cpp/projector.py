@@ -27,8 +27,6 @@ Pixels = npt.NDArray[np.uint8]
 MARKER = "<__media__>"
 """Stands in a prompt where an image does."""
 _MOST_TOKENS = 1 << 18
-IMAGE = 1
-"""Kind of a chunk of a prompt that is an image's."""
 
 
 class Projector:
@@ -140,8 +138,8 @@ class Projector:
         pointer = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         return self._lib.mtmd_bitmap_init(pixels.shape[1], pixels.shape[0], pointer)
 
-    def kind(self, chunk: Any) -> int:
-        return int(self._lib.mtmd_input_chunk_get_type(chunk))
+    def is_image(self, chunk: Any) -> bool:
+        return int(self._lib.mtmd_input_chunk_get_type(chunk)) == 1
 
     def count(self, chunk: Any) -> int:
         """Rows of a part."""
@@ -209,7 +207,7 @@ class Tower:
             row[:, :wide] = picture
             picture = row
         with self._lock, self._projector.chunks(MARKER, [picture]) as parts:
-            images = [part for part in parts if self._projector.kind(part) == IMAGE]
+            images = [part for part in parts if self._projector.is_image(part)]
             return self._projector.rows(images[self._tiled])
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,8 @@ from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, PromptEntry
-from offramp.runtimes.llama_cpp.executor import ChainExecutor, ChainPrompt
+from offramp.runtimes.llama_cpp.executor import ChainExecutor
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
-from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
 from offramp.runtimes.llama_cpp.tensor_reader import TensorReader
@@ -51,7 +50,8 @@ class LlamaCppRuntime(CalledAsModel):
     follow. Vision tower, projector and embeddings run in PyTorch, or as the adapter's backbone
     has it (`with_mtmd`). Calls from several threads take turns.
 
-    pace: whether lossless drafts pay; None: they are made in any case.
+    rows: prompts in one call of `generate`, at most. context: tokens of a prompt with its answer,
+    at most. pace: whether lossless drafts pay; None: they are made in any case.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class LlamaCppRuntime(CalledAsModel):
         self._architecture = architecture_of(adapter.backbone)
         self.adapter, self.backbone = adapter, adapter.backbone
         self.engine = engine or EngineOptions()
+        self.rows, self.context = self.engine.sequences, self.engine.context
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
         self._embeddings = Embeddings(adapter.backbone)
         self._lock = threading.RLock()
@@ -84,7 +85,7 @@ class LlamaCppRuntime(CalledAsModel):
         self.pace: DraftPace | None = DraftPace()
         try:
             check_survives(self.files, self.engine)
-            for file, tap in zip(self.files.files, self.files.taps, strict=True):
+            for file, tap in self.files.taps:
                 self._segments.append(Segment(file, self.engine, tap_layer=tap))
             self.likeness, sizes = self._check()
             self._drafter = ChainDrafter.load(
@@ -94,16 +95,6 @@ class LlamaCppRuntime(CalledAsModel):
             self.close()
             raise
         self._chain = SegmentChain(self._segments, sizes)
-
-    @property
-    def rows(self) -> int:
-        """Prompts in one call of `generate`, at most."""
-        return self.engine.sequences
-
-    @property
-    def context(self) -> int:
-        """Tokens of a prompt with its answer, at most."""
-        return self.engine.context
 
     @property
     def name(self) -> str:
@@ -145,7 +136,24 @@ class LlamaCppRuntime(CalledAsModel):
             if self._entry is None or self._entry.vision_cache is not vision_cache:
                 self._entry = self.entry(vision_cache)
             prepared, prompts = self._entry.read(inputs, options)
-            return self._decode(prompts, prepared, policy, streamer, seed)
+            executor = ChainExecutor.of(policy, self._drafter, *self._settings)
+            asker = TensorReader(self.adapter, policy, executor.depths)
+            rows = len(prompts)
+            schedule = ASK_AT_ONCE if rows == 1 or asker.follows else Schedule.of(rows)
+            rule = exit_rule(self.backbone, policy, asker)
+            if executor.drafter is not None:
+                rule = executor.drafter.rule(policy)
+            pace = self.pace if rule.lossless else None
+            return write_answers(
+                Decoder(self.backbone.depth, executor, asker, schedule=schedule, pace=pace),
+                executor,
+                prepared,
+                rule,
+                given=prompts,
+                streamer=streamer,
+                seed=seed,
+                first=first_thresholds(self.backbone, policy),
+            )
 
     @contextmanager
     def _held(self, *, open: bool = True) -> Iterator[None]:
@@ -219,35 +227,6 @@ class LlamaCppRuntime(CalledAsModel):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    # -- one generation -----------------------------------------------------------------------
-
-    def _decode(
-        self,
-        prompts: Sequence[Prompt],
-        prepared: Prepared,
-        policy: ExitPolicy,
-        streamer: Any,
-        seed: int | None,
-    ) -> GenerationOutput:
-        executor = ChainExecutor.of(policy, self._drafter, *self._settings)
-        asker = TensorReader(self.adapter, policy, executor.depths)
-        rows = len(prompts)
-        schedule = ASK_AT_ONCE if rows == 1 or asker.follows else Schedule.of(rows)
-        rule = exit_rule(self.backbone, policy, asker)
-        if executor.drafter is not None:
-            rule = executor.drafter.rule(policy)
-        pace = self.pace if rule.lossless else None
-        return write_answers(
-            Decoder(self.backbone.depth, executor, asker, schedule=schedule, pace=pace),
-            executor,
-            prepared,
-            rule,
-            given=prompts,
-            streamer=streamer,
-            seed=seed,
-            first=first_thresholds(self.backbone, policy),
-        )
 
     @property
     def _settings(self) -> tuple[SegmentChain, tuple[int, ...], Any]:
@@ -343,6 +322,3 @@ class LlamaCppHost:
         with torch.inference_mode():
             prepared, [prompt] = self.entry.read(inputs, options)
         return prepared, self._executor, prompt
-
-    def columns(self, prompt: ChainPrompt) -> int:
-        return prompt.columns

@@ -17,12 +17,18 @@ from typing import Any
 import numpy as np
 
 from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
-from offramp.runtimes.llama_cpp.cuts import Cut, about_export, depths_to_write, write_export
+from offramp.runtimes.llama_cpp.cuts import (
+    Cut,
+    about_export,
+    depths_to_write,
+    feeding,
+    write_export,
+)
 from offramp.runtimes.llama_cpp.exit_files import ExitFiles, read_exits
 from offramp.runtimes.llama_cpp.gguf_writing import add_array, add_value, check_format, new_file
-from offramp.runtimes.llama_cpp.graphs import GRAPHS, NO_WINDOW, Architecture, layer_arrays
+from offramp.runtimes.llama_cpp.graphs import GRAPHS, Architecture, layer_arrays, window_settings
 from offramp.runtimes.llama_cpp.packages import import_gguf
-from offramp.runtimes.llama_cpp.segment import AHEAD, EMBEDDING_SCALE, FIRST_LAYER, INPUT_SCALE
+from offramp.runtimes.llama_cpp.segment import EMBEDDING_SCALE
 from offramp.storage import digest_file
 
 _PATTERNS = {"gemma3": 6, "gemma2": 2}
@@ -199,13 +205,7 @@ class _Part:
 
     def _feeding(self) -> dict[str, Any]:
         graph = self.source.architecture
-        said: dict[str, Any] = {}
-        if graph.divided:
-            said[INPUT_SCALE] = self.source.width**-0.5
-        if graph.ahead:
-            said[AHEAD] = True
-        if graph.deepstack:
-            said[FIRST_LAYER] = self.cut.start
+        said = feeding(graph, self.source.width, self.cut)
         scale = self.source.get("embedding_scale", self.source.width**0.5 if graph.ahead else None)
         if scale is not None and self.cut.depth is None:  # beside the embeddings
             said[EMBEDDING_SCALE] = float(scale)
@@ -242,17 +242,14 @@ class _Part:
         graph, window = self.source.architecture, self.source.get("attention.sliding_window")
         if not graph.windows:
             return
+        if window is None and graph.always_windows:
+            window = 4096
         pattern = self.source.get("attention.sliding_window_pattern", _PATTERNS[name])
         if not isinstance(pattern, list):
             every = int(pattern)
             pattern = [n % every < every - 1 for n in range(self.source.layers)]
         sliding = [bool(pattern[layer]) for layer in self.cut.layers]
-        if any(sliding) and (window is not None or graph.always_windows):
-            yield "attention.sliding_window", int(4096 if window is None else window)
-            yield "attention.sliding_window_pattern", sliding
-        elif graph.always_windows:
-            yield "attention.sliding_window", NO_WINDOW
-            yield "attention.sliding_window_pattern", [True] * len(self.cut.layers)
+        yield from window_settings(graph, sliding, window)
 
     def _keep_tokenizer(self, out: Any) -> None:
         value_type = import_gguf().GGUFValueType
@@ -293,8 +290,7 @@ class _Part:
                 "Use the model that the exits were trained for.",
             ) from error
         for name, array in arrays.items():
-            kind = "f32" if name == "ffn_gate_inp.weight" else self.exits
-            add_array(out, f"blk.{place}.{name}", array, kind)
+            add_array(out, f"blk.{place}.{name}", array, self.exits)
 
 
 def _add(out: Any, name: str, tensor: Any, rows: Any = None) -> None:

@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, max_probability
@@ -23,6 +21,7 @@ from offramp.engine.decoding.rule import Verdict
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.policy import ExitPolicy
 from offramp.models.shortlist import Gate
+from offramp.runtimes.llama_cpp.architectures import array_of
 from offramp.runtimes.llama_cpp.array_reader import ArrayReader
 from offramp.runtimes.llama_cpp.executor import ChainOutput
 
@@ -81,5 +80,4 @@ def _tensors(output: ChainOutput) -> ExitOutput:
 
 
 def _numbers(gate: Gate) -> tuple[Any, float]:
-    weight: Tensor = gate.weight.detach().float().cpu()
-    return np.asarray(weight.numpy()), float(gate.bias)
+    return array_of(gate.weight), float(gate.bias)

@@ -37,10 +37,12 @@ def check_survives(files: SegmentFiles, options: EngineOptions) -> None:
     Raises:
         UnsupportedBackboneError: that ends the process.
     """
-    known, (paths, taps) = _known(files.digests, options), files.tried
+    known, loaded = _known(files.digests, options), files.taps
+    if files.drafter is not None:
+        loaded.append((files.drafter, 0))
     if not sys.executable or (known is not None and known.is_file()):
         return
-    asked = json.dumps([[str(path) for path in paths], list(taps), asdict(options)])
+    asked = json.dumps([[[str(file), tap] for file, tap in loaded], asdict(options)])
     source = str(Path(__file__).parents[3])
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
@@ -54,8 +56,8 @@ def check_survives(files: SegmentFiles, options: EngineOptions) -> None:
     if done.returncode < 0:
         said = re.findall(r"GGML_ASSERT\(.*|.*GGML_ABORT.*|fatal error.*", done.stderr)
         raise UnsupportedBackboneError(
-            f"llama.cpp ends its process (signal {-done.returncode}) when it runs {paths[0].parent}"
-            f"{': ' + said[0].strip()[:200] if said else ''}.",
+            f"llama.cpp ends its process (signal {-done.returncode}) when it runs "
+            f"{files.files[0].parent}{': ' + said[0].strip()[:200] if said else ''}.",
             "Export again with the installed version of llama-cpp-python, or use --engine torch.",
         )
     if done.returncode == 0 and known is not None:
@@ -76,9 +78,9 @@ def _known(digests: Sequence[str], options: EngineOptions) -> Path | None:
     return folder / hashlib.sha256(what.encode()).hexdigest()[:32]
 
 
-def _try(files: Sequence[str], taps: Sequence[int | None], options: EngineOptions) -> None:
+def _try(loaded: Sequence[tuple[str, int | None]], options: EngineOptions) -> None:
     options = replace(options, context=_CONTEXT, threads=1)
-    for file, tap in zip(files, taps, strict=True):
+    for file, tap in loaded:
         segment = Segment(Path(file), options, tap_layer=tap)
         rows = np.ones((_ROWS, segment.width), dtype=np.float32)
         if segment.looks_ahead:
@@ -92,5 +94,5 @@ def _try(files: Sequence[str], taps: Sequence[int | None], options: EngineOption
 
 
 if __name__ == "__main__":
-    _files, _taps, _options = json.loads(sys.argv[1])
-    _try(_files, _taps, EngineOptions(**_options))
+    _loaded, _options = json.loads(sys.argv[1])
+    _try(_loaded, EngineOptions(**_options))

@@ -23,6 +23,7 @@ from offramp.errors import DataError, InputError, UnsupportedBackboneError, did_
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import graft, twin
 from offramp.models.quantized.weights import float_copy, float_dtype, scheme
+from offramp.runtimes.llama_cpp.architectures import array_of
 from offramp.runtimes.llama_cpp.gguf_writing import (
     VISION_FORMATS,
     add_array,
@@ -344,7 +345,7 @@ def export_vision(backbone: Backbone, file: Path, number_format: str, looks: Loo
         for name, tensor in _tensors(kind, config, backbone.model.state_dict()):
             ours = names.get_name(name, (".weight", ".bias")) or name
             if not _is_left_out(ours, said["block_count"]):
-                array = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+                array = array_of(tensor)
                 add_array(out, ours, array, _format_of(ours, array, number_format))
     with_products = EngineOptions(threads=torch.get_num_threads())
     tower = Tower(file, with_products, width=backbone.width, features=features_of(backbone))

@@ -24,11 +24,10 @@ class WatchConfig:
     keep: folder that images, prompts and answers of watched requests are written to, so that
     thresholds can be calibrated on them; only with the consent of those who ask. backlog: watched
     requests that may wait for the full model; more are let go. deadline: seconds after which one
-    that waits for a free slot is compared like a request of its own. coverage: share of the watched
-    requests that must be compared, lately, or the watch says that it is blind. a_client: largest
-    share of the backlog, and of the draws while others ask too, that one client may have. state:
-    file that keeps what was learnt over a restart. watchers: replicas that share the level, each
-    with a watch of its own. remembered: images that are known to have counted.
+    that waits for a free slot is compared like a request of its own. a_client: largest share of the
+    backlog, and of the draws while others ask too, that one client may have. state: file that keeps
+    what was learnt over a restart. watchers: replicas that share the level, each with a watch of
+    its own.
 
     Raises:
         InputError: a number outside its range, an unknown action.
@@ -60,7 +59,6 @@ class WatchConfig:
     deadline: float = option(
         30.0, "longest wait for a free slot in seconds; then the full model's answer takes one"
     )
-    coverage: float = 0.5
     a_client: float = 0.5
     state: Path | None = option(
         None,
@@ -68,7 +66,6 @@ class WatchConfig:
         shown="one of this adapter in ~/.local/state/offramp",
     )
     watchers: int = 1
-    remembered: int = 1_000_000
 
     def __post_init__(self) -> None:
         if not (0 < self.share <= 1 and 0 < self.level < 1):
@@ -84,9 +81,8 @@ class WatchConfig:
                 "Give a finite slack and a number of watchers from 1, and a finite deadline from "
                 "0.",
             )
-        if not (0 < self.a_client <= 1 and 0 <= self.coverage <= 1):
+        if not 0 < self.a_client <= 1:
             raise InputError(
-                f"A client's share of {self.a_client} and a coverage of {self.coverage} are none.",
-                "Give shares from 0 to 1, such as 0.5 and 0.5.",
+                f"A client's share of {self.a_client} is none.", "Give one up to 1, such as 0.5."
             )
         check_known("Action", [self.action], ACTIONS)

@@ -46,6 +46,10 @@ ROWS = "rows.jsonl"
 LATELY = 200
 """Watched requests of which the coverage is told; fewer than `ENOUGH` tell nothing."""
 ENOUGH = 50
+COVERAGE = 0.5
+"""Share of these that must be compared, or the watch says that it is blind."""
+REMEMBERED = 1_000_000
+"""Images that are known to have counted."""
 COMPARED_WITH = 128
 """Images with which a new one is compared for copies that differ by a few pixels."""
 DRAWN = 64
@@ -75,8 +79,7 @@ class Sample:
 class _Known:
     """Images that have counted: by their pixels for long, and the last ones also by their look."""
 
-    def __init__(self, remembered: int) -> None:
-        self._remembered = remembered
+    def __init__(self) -> None:
         self._digests: OrderedDict[str, None] = OrderedDict()
         self._last: deque[tuple[Look, Image.Image]] = deque(maxlen=COMPARED_WITH)
 
@@ -89,7 +92,7 @@ class _Known:
 
     def add(self, image: Image.Image, digest: str) -> None:
         self._digests[digest] = None
-        while len(self._digests) > self._remembered:
+        while len(self._digests) > REMEMBERED:
             self._digests.popitem(last=False)
         small = image.convert("L")
         small.thumbnail((SIDE_SHARP, SIDE_SHARP))  # all that copies are compared by
@@ -102,6 +105,9 @@ class Watcher:
     promise: None: the risk is reported, not judged. loss: of the promise's risk. about: what the
     promise is of, such as a digest of the adapter; what was learnt of another is not gone on with.
     seed: of the draw.
+
+    blind: whether too few of the watched requests are compared to trust the silence. let_go: how
+    many were not.
 
     Raises:
         StorageError: another watcher has the state file.
@@ -130,15 +136,15 @@ class Watcher:
         self.risk = self._kept_risk() or self._new_risk()
         self._engine, self._encoder, self._loss = engine, encoder, loss
         self._draw = random.Random(seed)
-        self._known = _Known(self.config.remembered)
-        self._samples: queue.Queue[Sample | None] = queue.Queue(self.config.backlog)
+        self._known = _Known()
+        self._samples: queue.Queue[Sample] = queue.Queue(self.config.backlog)
         self._lock = threading.Lock()
         self._waiting: Counter[str] = Counter()
         self._asked: deque[str] = deque(maxlen=DRAWN)
         self._drawn: deque[str] = deque(maxlen=DRAWN)
         self._covered: deque[bool] = deque(maxlen=LATELY)
         self._closed = threading.Event()
-        self._blind = False
+        self.blind = False
         self.let_go = 0
         self._log = None if self.config.keep is None else JsonlLog(self.config.keep / ROWS)
         self._thread = threading.Thread(target=self._work, name="offramp-watch", daemon=True)
@@ -192,12 +198,7 @@ class Watcher:
         """The share of the watched requests, lately, that were compared or had counted before;
         None: too few to tell."""
         seen = list(self._covered)
-        return sum(seen) / len(seen) if len(seen) >= min(ENOUGH, LATELY) else None
-
-    @property
-    def blind(self) -> bool:
-        """Whether too few of the watched requests are compared to trust the silence."""
-        return self._blind
+        return sum(seen) / len(seen) if len(seen) >= ENOUGH else None
 
     @property
     def replaces(self) -> str | None:
@@ -254,17 +255,15 @@ class Watcher:
             except queue.Empty:
                 continue
             try:
-                if sample is not None:
-                    self._compare(sample)
+                self._compare(sample)
             except OfframpError as error:
                 log.warning("A watched request could not be compared: %s", error.problem)
             except Exception:
                 log.warning("A watched request could not be compared.", exc_info=True)
             finally:
-                if sample is not None:
-                    with self._lock:
-                        self._waiting[sample.client] -= 1
-                        self._waiting += Counter()  # drops those at 0
+                with self._lock:
+                    self._waiting[sample.client] -= 1
+                    self._waiting += Counter()  # drops those at 0
 
     def _compare(self, sample: Sample) -> None:
         name = pixel_digest(sample.image)[:32]
@@ -327,9 +326,9 @@ class Watcher:
         coverage = self.coverage
         if coverage is None:
             return
-        blind = coverage < self.config.coverage
-        if blind != self._blind:
-            self._blind = blind
+        blind = coverage < COVERAGE
+        if blind != self.blind:
+            self.blind = blind
             event = "watch_blind" if blind else "watch_sees_again"
             log.warning(json.dumps({"event": event, "coverage": round(coverage, 3)}))
 

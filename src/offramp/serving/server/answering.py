@@ -7,6 +7,7 @@ client that goes away, and a request that takes too long, free their slots withi
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
@@ -21,8 +22,8 @@ from offramp.serving.server.api.protocol import ChatRequest, Sampling, single_qu
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
-from offramp.serving.server.service import OTHER, Place, Service, Use
-from offramp.serving.server.tracing import Trace, now
+from offramp.serving.server.service import Place, Service, Use
+from offramp.serving.server.tracing import Trace
 
 T = TypeVar("T")
 Inputs = Mapping[str, Any]
@@ -70,7 +71,7 @@ class Answering:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
         self._on_answer, self._salt = on_answer, salt
-        self._exact, self._trace, self._begun = constraint is not None, trace, now()
+        self._exact, self._trace, self._begun = constraint is not None, trace, time.time_ns()
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         # One timer a request: one a token would cost as much as the token's JSON.
@@ -312,9 +313,8 @@ def standing_of_request(
     """What is guaranteed of the answers to a request, where they may exit early."""
     if use.named != "early_exit":
         return Standing()
-    single = single_question(request)
     return service.stands(
-        asked=OTHER if single is None else single,
+        asked=single_question(request),
         longest=max(how.longest for how in hows),
         plain=all(how.plain for how in hows),
         thresholds=use.thresholds,

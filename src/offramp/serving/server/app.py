@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
@@ -37,8 +38,8 @@ from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
 from offramp.serving.server.models import Models, model_card
 from offramp.serving.server.reference import reference
-from offramp.serving.server.service import OTHER, Service
-from offramp.serving.server.tracing import KEY, Traced, now
+from offramp.serving.server.service import Service
+from offramp.serving.server.tracing import KEY, Traced
 
 T = TypeVar("T")
 Prepared = tuple[list[Inputs], Sequence[Any]]
@@ -145,10 +146,10 @@ async def _answer(
     try:
         use = service.use_of(body)
         constraint = await _in_time(service, service.constraint(body), request, until)
-        trace, begun = request.scope.get(KEY), now()
+        trace, begun = request.scope.get(KEY), time.time_ns()
         inputs, images = await _in_time(service, prompts(), request, until)
         if trace is not None:
-            trace.part("image", begun, now(), offramp__images=len(images))
+            trace.part("image", begun, time.time_ns(), offramp__images=len(images))
         client = client_of(request)
         watched = service.watches(body, use, len(images), client)
         watch = _watch(service, body, images, client) if watched else None
@@ -205,8 +206,7 @@ def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str)
     def compare(inputs: Inputs, how: Generation, done: Completion) -> None:
         if not (how.plain and done.early_exit) or service.watcher is None:
             return
-        asked = single_question(body)
-        found = service.stands(asked=OTHER if asked is None else asked, longest=how.longest)
+        found = service.stands(asked=single_question(body), longest=how.longest)
         if service.standing.promise is None or found.promise is not None:
             text = asked_text(body)
             sample = Sample(inputs, how.options, done.output, images[0], text, client)
@@ -285,14 +285,14 @@ def _add_operations(app: FastAPI, models: Models) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the engine lives. Needs no key."""
-        if not all(service.alive for service in models.loaded):
+        if not all(service.engine.alive for service in models.loaded):
             raise ApiError(503, "The engine has stopped.", code="unavailable")
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
         """Whether requests are taken. Needs no key."""
-        if models.first.draining or not models.first.alive:
+        if models.first.draining or not models.first.engine.alive:
             raise ApiError(503, "The server is stopping.", code="stopping")
         return {"status": "ready"}
 

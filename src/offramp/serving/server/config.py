@@ -121,6 +121,12 @@ class ServerConfig:
             )
 
 
+def is_among(host: str, names: Sequence[str]) -> bool:
+    """Whether a host, in lower case, is one of `names`, or below one that begins with a dot."""
+    lower = [name.lower() for name in names]
+    return any(host == name or (name.startswith(".") and host.endswith(name)) for name in lower)
+
+
 def _check_positive(config: object, names: Sequence[str]) -> None:
     values = {name: getattr(config, name) for name in names}
     wrong = {name: value for name, value in values.items() if not 0 < value < math.inf}

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from offramp.serving.server.config import MIB, ServerConfig
+from offramp.serving.server.config import MIB, ServerConfig, is_among
 from offramp.serving.server.errors import ApiError, api_error, respond
 
 access = logging.getLogger("offramp.serving.access")
@@ -124,13 +124,7 @@ class Gate:
         if not allowed or "*" in allowed or host is None or scope["path"] in OPEN:
             return
         name, here = host_name(host), (scope.get("server") or ("",))[0]
-        if name is None or not (
-            name == here
-            or any(
-                name == other.lower() or (other.startswith(".") and name.endswith(other.lower()))
-                for other in allowed
-            )
-        ):
+        if name is None or not (name == here or is_among(name, allowed)):
             raise ApiError(
                 421,
                 f"This server is not {host[:200]!r}. Ask for it by an address of its own, or start "

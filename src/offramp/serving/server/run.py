@@ -150,7 +150,7 @@ class Server(uvicorn.Server):
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.stop_admitting()
+        self._service.draining = True
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
@@ -164,7 +164,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
         """Answers that take longer than the drain end with an error object, not in the middle."""
-        self._service.stop_admitting()
+        self._service.draining = True
         seconds = self._service.config.drain_seconds
         timer = asyncio.get_running_loop().call_later(seconds, self._service.abort)
         try:

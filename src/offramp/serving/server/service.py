@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -27,7 +27,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.host import is_runtime
+from offramp.serving.host import Runtime, is_runtime
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.monitor.watcher import Loss, Watcher, differs
 from offramp.serving.request import Handle
@@ -74,8 +74,6 @@ class Place:
 
 
 T = TypeVar("T")
-OTHER = "\0"
-"""Stands for a prompt that is no single question about one image."""
 
 
 class Service:
@@ -115,12 +113,19 @@ class Service:
         self.config = config
         sizes = _within_positions(engine or EngineConfig(), self.backbone)
         self.limit = sizes.limit
-        several = serial is None or is_runtime(serial)
-        self.room = config.queue + (sizes.slots if several else 1)
+        one_by_one = serial is not None and not is_runtime(serial)
+        self.room = config.queue + (1 if one_by_one else sizes.slots)
         self.outbox = Outbox()
-        known = self.backbone.family.vision is not None
-        kept = {"vision_cache": vision_cache if known else None, "prefix_cache": prefix_cache}
-        self.engine = self._engine(model, serial, sizes, kept, more)
+        if self.backbone.family.vision is None:
+            vision_cache = None
+        kept: dict[str, Any] = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
+        more = {"queue": self.room + 64, "workers": 1, "on_round": self.outbox.flush, **more}
+        if one_by_one:
+            core = SerialCore(cast(Model, serial), self.policy, limit=self.limit, **kept)
+            self.engine = BatchEngine(core, **more)
+        else:
+            writer = model if serial is None else cast(Runtime, serial)
+            self.engine = BatchEngine(writer, None, sizes, **kept, **more)
         encoder = InputProcessor(self.backbone, processor)
         self.prompter = Prompter(encoder, config)
         self.config = config = _with_calibrated_length(config, self.adapter)
@@ -147,22 +152,6 @@ class Service:
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="offramp-text")
         # Their own: a host that is slow to answer does not delay images from elsewhere.
         self._fetchers = ThreadPoolExecutor(16, thread_name_prefix="offramp-fetch")
-
-    def _engine(
-        self,
-        model: Adapter | Backbone,
-        serial: Model | None,
-        sizes: EngineConfig,
-        kept: Mapping[str, Any],
-        more: Mapping[str, Any],
-    ) -> BatchEngine:
-        """Slots, or what answers one by one. kept: caches of either."""
-        more = {"queue": self.room + 64, "workers": 1, "on_round": self.outbox.flush, **more}
-        if serial is None:
-            return BatchEngine(model, None, sizes, **kept, **more)
-        if is_runtime(serial):
-            return BatchEngine(serial, None, sizes, **kept, **more)
-        return BatchEngine(SerialCore(serial, self.policy, limit=sizes.limit, **kept), **more)
 
     # -- who is let in -----------------------------------------------------------------------------
 
@@ -342,15 +331,6 @@ class Service:
 
     # -- the end -----------------------------------------------------------------------------------
 
-    @property
-    def alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self.engine.alive
-
-    def stop_admitting(self) -> None:
-        """Admit no more requests; those under way continue."""
-        self.draining = True
-
     def abort(self) -> None:
         """End all requests; their clients get an error that the server is stopping."""
         for handle in list(self._handles):
@@ -370,7 +350,7 @@ class Service:
     def _add_gauges(self, prefixes: PrefixCache | None) -> None:
         engine, gauge = self.engine, self.metrics.gauge
         gauge("num_requests_running", "Requests in slots.", lambda: engine.running)
-        gauge("num_requests_waiting", "Requests without a slot.", lambda: self.waiting)
+        gauge("num_requests_waiting", "Requests without a slot.", self._without_slot)
         gauge(
             "kv_cache_usage_perc",
             "Share of the slots' columns in use, 0 to 1.",
@@ -426,8 +406,7 @@ class Service:
             promised = watcher.promise.target
             gauge("risk_target", "The risk that is guaranteed.", lambda: promised)
 
-    @property
-    def waiting(self) -> int:
+    def _without_slot(self) -> int:
         """Answers that were let in and have no slot yet."""
         return max(0, self.under_way - self.engine.running)
 

@@ -9,7 +9,6 @@ is called.
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -139,8 +138,3 @@ class Traced:
             for key, value in scope.get("offramp", {}).items():  # what the log says of it too
                 span.set_attribute(f"offramp.{key}", value)
             span.end()
-
-
-def now() -> int:
-    """Nanoseconds since the epoch, as spans have them."""
-    return time.time_ns()

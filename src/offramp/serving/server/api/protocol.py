@@ -297,16 +297,20 @@ def asked_text(request: Sampling) -> str:
     return str(request.prompts[0])
 
 
-def single_question(request: Sampling) -> str | None:
-    """What is asked about one image in one turn; None of any other request."""
+OTHER = "\0"
+"""Stands for a prompt that is no single question about one image."""
+
+
+def single_question(request: Sampling) -> str:
+    """What is asked about one image in one turn; `OTHER` of any other request."""
     if isinstance(request, ChatRequest):
         parts = [part for message in request.messages for part in message.parts]
         images = sum(part.type == "image_url" for part in parts)
         alone = len(request.messages) == 1 and request.messages[0].role == "user"
-        return asked_text(request) if alone and images == 1 else None
+        return asked_text(request) if alone and images == 1 else OTHER
     assert isinstance(request, CompletionRequest)
     one = len(request.prompts) == 1 and isinstance(request.prompts[0], str)
-    return asked_text(request) if one and len(request.images) == 1 else None
+    return asked_text(request) if one and len(request.images) == 1 else OTHER
 
 
 class TokenizeRequest(Strict):

@@ -46,14 +46,8 @@ class Reply:
     tokenizer: Any
     fell_back: bool = False
     not_guaranteed: str = ""
-    id: str = ""
-    created: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.id:
-            prefix = "chatcmpl" if self.chat else "cmpl"
-            object.__setattr__(self, "id", f"{prefix}-{uuid.uuid4().hex}")
-            object.__setattr__(self, "created", int(time.time()))
+    number: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -124,7 +118,8 @@ class Reply:
 
     def _frame(self, kind: str) -> dict[str, Any]:
         name = f"chat.completion{kind}" if self.chat else "text_completion"
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+        number = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.number}"
+        return {"id": number, "object": name, "created": self.created, "model": self.model}
 
     def _chunk(
         self, index: int, content: dict[str, Any], reason: str | None, logprobs: Any = None

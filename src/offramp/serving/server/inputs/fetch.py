@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.serving.server.config import ImageLimits
+from offramp.serving.server.config import ImageLimits, is_among
 from offramp.serving.server.errors import ApiError
 
 Address = tuple[str, int]
@@ -132,10 +132,7 @@ class Fetcher:
             raise _refused("The image's address is not one.", 400) from error
         if parts.scheme not in ("http", "https") or parts.username is not None or not host:
             raise _refused("The image's address is not one of http or https.", 400)
-        if not any(
-            host == domain.lower() or (domain.startswith(".") and host.endswith(domain.lower()))
-            for domain in self.limits.domains
-        ):
+        if not is_among(host, self.limits.domains):
             raise _refused(
                 "This server does not fetch images from there. Send the image as a data URI."
             )

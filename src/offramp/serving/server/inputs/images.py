@@ -53,12 +53,9 @@ class ImageSource:
     def of(cls, limits: ImageLimits, smallest: int | None = None) -> ImageSource:
         return cls(limits, Fetcher(limits), smallest)
 
-    def open(self, url: str) -> Image.Image:
-        """The image as 8-bit RGB. Raise `ApiError` where it cannot be had, or is too large."""
-        return self.decode(self.encoded(url))
-
     def encoded(self, url: str, unwanted: threading.Event | None = None) -> bytes:
-        """The file's bytes. unwanted: as of `Fetcher.fetch`."""
+        """The file's bytes. Raise `ApiError` where they cannot be had, or are too many. unwanted:
+        as of `Fetcher.fetch`."""
         if is_far(url):
             return self.fetcher.fetch(url, unwanted)
         scheme = _scheme(url)
@@ -69,7 +66,8 @@ class ImageSource:
         raise image_error("An image must be a data URI (data:image/png;base64,...).")
 
     def decode(self, encoded: bytes) -> Image.Image:
-        """Open an image whose size its header says, before its pixels are."""
+        """The image as 8-bit RGB, opened where its header says no size that is too large. Raise
+        `ApiError` where it does, or is none."""
         try:
             return open_rgb(
                 encoded, "The image", pixels=self.limits.pixels, formats=FORMATS,
