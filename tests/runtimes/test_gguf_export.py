@@ -19,6 +19,7 @@ from offramp.runtimes.llama_cpp import cuts, export_gguf
 from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_tensors
 from offramp.runtimes.llama_cpp.exit_files import digest_of
 from offramp.runtimes.llama_cpp.gguf_export import ExportFormats
+from offramp.runtimes.llama_cpp.gguf_writing import FORMATS
 
 
 def test_files_say_what_they_are_made_from(exported: Any) -> None:
@@ -128,3 +129,10 @@ def test_unknown_formats_and_depths_are_refused(tmp_path: Path) -> None:
     off = replace(adapter, policy=FULL)
     refused(lambda: export_gguf(off, tmp_path), InputError, "--depths")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layers", FORMATS)
+def test_exits_and_head_have_eight_bits_at_least(layers: str) -> None:
+    formats = ExportFormats(layers)
+    wanted = layers if layers in ("f32", "f16", "bf16") else "q8_0"
+    assert (formats.layers, formats.exits, formats.head) == (layers, wanted, wanted)

@@ -33,6 +33,18 @@ def test_a_file_that_ends_llama_cpps_process_is_refused(
     )
 
 
+def test_the_child_imports_nothing_of_the_working_folder(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose files may be anybody's; one called numpy.py made the trial fail in silence."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "numpy.py").write_text("open('it-ran', 'w')\nraise ImportError")
+    LlamaCppRuntime(adapter_of("llava"), exported("llava", "q8_0"), engine=ENGINE).close()
+    assert not (tmp_path / "it-ran").exists()
+    assert [*(tmp_path / "cache" / "offramp" / "trials").iterdir()]
+
+
 def test_files_are_tried_out_once(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

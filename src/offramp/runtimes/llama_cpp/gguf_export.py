@@ -65,7 +65,7 @@ class ExportFormats:
     head: str = ""
 
     def __post_init__(self) -> None:
-        careful = "q8_0" if self.layers.startswith(("q4", "q5", "iq4")) else self.layers
+        careful = self.layers if self.layers in ("f32", "f16", "bf16") else "q8_0"
         for name in ("exits", "head"):
             if not getattr(self, name):
                 object.__setattr__(self, name, careful)

@@ -47,12 +47,16 @@ def check_survives(files: SegmentFiles, options: EngineOptions) -> None:
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__, asked], check=False, capture_output=True, text=True,
-            errors="replace", timeout=_SECONDS, env={**os.environ, "PYTHONPATH": path},
+            # -P: of the working folder nothing is imported.
+            [sys.executable, "-P", "-m", __name__, asked], check=False, capture_output=True,
+            text=True, errors="replace", timeout=_SECONDS, env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         log.info("The files could not be tried out in a process of their own: %s", error)
         return
+    if done.returncode > 0:
+        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        log.info("The files could not be tried out in a process of their own: %s", last)
     if done.returncode < 0:
         said = re.findall(r"GGML_ASSERT\(.*|.*GGML_ABORT.*|fatal error.*", done.stderr)
         raise UnsupportedBackboneError(
