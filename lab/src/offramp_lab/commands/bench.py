@@ -208,7 +208,7 @@ def _bench_of_engine(arguments: argparse.Namespace) -> tuple[dict[str, Any], str
     config = EngineConfig(slots=arguments.slots, limit=prompt + arguments.lengths[1] + 1)
     costs, entries = bench_engine(
         backbone, exits, inputs, cases, config, rounds=arguments.rounds,
-        lengths=tuple(arguments.lengths), shortlist=exits.shortlist is not None,
+        lengths=tuple(arguments.lengths),
     )  # fmt: skip
     return {"costs": costs.to_json(), "entries": entries}, table(costs, entries)
 

@@ -71,8 +71,8 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     known = shape(name)
     backbone = known.build(getattr(torch, arguments.dtype))
     stock = known.build(getattr(torch, arguments.dtype)) if arguments.prepack else None
-    size = SHORTLISTS.get(name)
-    exits = shortlisted(backbone, untrained(backbone, (DEPTHS[name],)), size)
+    exits = untrained(backbone, (DEPTHS[name],))
+    exits = shortlisted(backbone, exits, SHORTLISTS.get(name))
     if arguments.prepack:
         prepack(backbone, exits)
     inputs = known.inputs(backbone, words=arguments.words)
@@ -80,8 +80,8 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     cases = [case for case in CASES if KINDS[not case.guess] in arguments.cases]
     costs, entries = bench_engine(
         backbone, exits, inputs, cases, EngineConfig(slots=slots, limit=limit),
-        rounds=arguments.rounds, lengths=tuple(arguments.lengths), shortlist=size is not None,
-        stock=stock, clock=arguments.clock, title=f"{name}, {slots} slots",
+        rounds=arguments.rounds, lengths=tuple(arguments.lengths), stock=stock,
+        clock=arguments.clock, title=f"{name}, {slots} slots",
     )  # fmt: skip
     print(table(costs, entries))
     for entry in entries:
