@@ -273,6 +273,14 @@ def best_draft(costs: Costs, depth: int, acceptance: float) -> int:
 # -- the table -------------------------------------------------------------------------------------
 
 
+TOLD: dict[str, Callable[[Any], str]] = {
+    "": lambda e: str(e["name"]),
+    "predicted": lambda e: times(e["predicted"]),
+    "measured": lambda e: times(e["measured"]),
+}
+"""Columns of a table of entries."""
+
+
 def table(costs: Costs, entries: Sequence[Mapping[str, Any]]) -> str:
     """Costs in layers and cases, as a person reads them on a terminal."""
     unit = costs.layer[0]
@@ -285,16 +293,11 @@ def table(costs: Costs, entries: Sequence[Mapping[str, Any]]) -> str:
         "token besides": f"{costs.token / unit:.2f}",
         "re-entry": f"{costs.reenter / unit:.2f}",
     }
-    told: dict[str, Callable[[Any], str]] = {
-        "": lambda e: str(e["name"]),
-        "predicted": lambda e: times(e["predicted"]),
-        "measured": lambda e: times(e["measured"]),
-    }
     lines = [
         f"{costs.layers} layers, batch {costs.batch}, {costs.context} tokens in the cache: "
         f"{costs.full * 1e3:.2f} ms a token, {unit * 1e3:.3f} ms a layer; in layers:",
         *(f"  {name:26}{value}" for name, value in parts.items()),
         "",
-        Table.of(entries, told).plain(),
+        Table.of(entries, TOLD).plain(),
     ]
     return "\n".join(lines)

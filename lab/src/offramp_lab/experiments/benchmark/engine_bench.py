@@ -32,6 +32,7 @@ from offramp.report.table import Table
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
+from offramp_lab.experiments.benchmark.bench import TOLD
 from offramp_lab.experiments.benchmark.scripted_reader import ScriptedReader, drawn
 from offramp_lab.experiments.benchmark.simulator import (
     Run,
@@ -257,9 +258,7 @@ def table(costs: CallCosts, entries: Sequence[Mapping[str, Any]]) -> str:
     """Costs and cases, as a person reads them on a terminal."""
     parts = {name: getattr(costs, name) for name in ("feed", "deep", "head", "full")}
     told: dict[str, Callable[[Any], str]] = {
-        "": lambda e: str(e["name"]),
-        "predicted": lambda e: times(e["predicted"]),
-        "measured": lambda e: times(e["measured"]),
+        **TOLD,
         "static": lambda e: times(e["against_static"]),
         "p50 ms": lambda e: f"{1e3 * e['p50']:.1f}",
         "p95 ms": lambda e: f"{1e3 * e['p95']:.1f}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Kind:
     padding: str = "left"
     wide: float = 0.25
     loud: float = 0.1
-    frame: tuple[tuple[int, ...], tuple[int, ...]] = field(default=((), ()))
+    frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def inputs(self, batch: int, seed: int = 0) -> dict[str, Tensor]:
         """What the processor would return for `batch` rows, each with one image."""

@@ -51,15 +51,11 @@ def _patches(model: Any, rows: int) -> dict[str, Tensor]:
     return _pixels(rows, rows * 16, (times or 1) * 3 * _patch(model) ** 2, image_grid_thw=(1, 4, 4))
 
 
-def _features(model: Any) -> Callable[..., Any]:
-    part = model if hasattr(model, "get_image_features") else model.model
-    return part.get_image_features  # type: ignore[no-any-return]
-
-
 def count(model: Any, pixels: dict[str, Tensor], rows: int) -> int:
     """Tokens that each image takes in the prompt."""
+    part = model if hasattr(model, "get_image_features") else model.model
     with torch.no_grad():
-        features = _features(model)(**pixels)
+        features = part.get_image_features(**pixels)
     for name in ("pooler_output", "deepstack_features", "last_hidden_state"):
         if getattr(features, name, None) is not None:
             features = getattr(features, name)
