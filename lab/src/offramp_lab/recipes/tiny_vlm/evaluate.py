@@ -33,17 +33,14 @@ def said(
     model: Blip2ForConditionalGeneration,
     processor: Blip2Processor,
     items: list[Item],
-    batch: int = 64,
 ) -> list[str]:
     """One text per item; items are sorted by prompt length so that little is padded."""
     order = sorted(range(len(items)), key=lambda i: len(items[i][1].split()))
     texts = [""] * len(items)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        images = [world.render(items[i][0]) for i in chosen]
-        for i, text in zip(
-            chosen, say(model, processor, images, [items[i][1] for i in chosen]), strict=True
-        ):
+    for start in range(0, len(order), 64):
+        chosen = order[start : start + 64]
+        images, prompts = [world.render(items[i][0]) for i in chosen], [items[i][1] for i in chosen]
+        for i, text in zip(chosen, say(model, processor, images, prompts), strict=True):
             texts[i] = text
     return texts
 
@@ -113,10 +110,10 @@ def dialogue_scores(
     return sum(turns.values()) / rounds, turns
 
 
-def quick(model: Blip2ForConditionalGeneration, backbone: str, n: int = 96) -> dict[str, float]:
+def quick(model: Blip2ForConditionalGeneration, backbone: str) -> dict[str, float]:
     """A first impression on validation scenes, cheap enough to take while training."""
     model.eval()
-    processor, scenes = build_processor(backbone), list(world.scenes("validation", n))
+    processor, scenes = build_processor(backbone), list(world.scenes("validation", 96))
     result = {
         "answers_right": question_scores(model, processor, scenes, each=3)[0],
         "dialogue_right": dialogue_scores(model, processor, scenes[:32], rounds=3)[0],
