@@ -25,7 +25,7 @@ from offramp_lab.recipes.tiny_vlm.build import (
     build_model,
     build_tokenizer,
 )
-from offramp_lab.recipes.tiny_vlm.checkpointing import Checkpoint, Log, optimiser, rate
+from offramp_lab.recipes.tiny_vlm.checkpointing import Log, Training, rate
 from offramp_lab.recipes.tiny_vlm.evaluate import quick
 from offramp_lab.recipes.tiny_vlm.train_vision import DAMAGED, Eyes, pixels
 
@@ -115,6 +115,7 @@ def padded(rows: list[list[int]], value: int) -> Tensor:
     return out
 
 
+@torch.autocast("cpu", torch.bfloat16)
 def loss(model: Blip2ForConditionalGeneration, states: Tensor, rows: list[Row]) -> Tensor:
     """Mean cross-entropy of the answer tokens; `states` are query states [B, Q, D]."""
     language = model.language_model
@@ -199,26 +200,15 @@ def train(
     # bfloat16 with plain attention takes 0.63 of the time of float32 with the fused one, whose
     # backward pass is slow in bfloat16 on a CPU.
     model.language_model.set_attn_implementation("eager")
-    peak = PEAKS[backbone]
-    optim = optimiser(model, peak)
-    checkpoint = Checkpoint(model, optim, work / f"speak-{backbone}.pt")
-    first = checkpoint.step
+    training = Training(model, PEAKS[backbone], work / f"speak-{backbone}.pt")
+    first = training.step
     for step, parts in enumerate(
         batches(backbone, states, first, steps, SIZES[backbone], seed), start=first
     ):
-        for group in optim.param_groups:
-            group["lr"] = peak * rate(step - restart, steps - restart)
-        optim.zero_grad()
-        values = []
-        for seen, rows in parts:
-            with torch.autocast("cpu", torch.bfloat16):
-                value = loss(model, seen, rows)
-            value.backward()
-            values.append(value.item())
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optim.step()
+        losses = (loss(model, seen, rows) for seen, rows in parts)
+        values = training.take(rate(step - restart, steps - restart), losses)
         if step % 50 == 0:
             log(stage=backbone, step=step, caption_loss=values[0], answer_loss=values[1])
-        if checkpoint.save(step, step == steps - 1, every=180):
+        if training.save(step, step == steps - 1, every=180):
             log(stage=backbone, step=step + 1, **quick(model, backbone))
     return model

@@ -16,7 +16,7 @@ from transformers import Blip2QFormerModel, Blip2VisionModel
 
 from offramp.data.scenes import world
 from offramp_lab.recipes.tiny_vlm.build import QUERIES, WIDTH, qformer_config, vision_config
-from offramp_lab.recipes.tiny_vlm.checkpointing import Checkpoint, Log, optimiser, rate
+from offramp_lab.recipes.tiny_vlm.checkpointing import Log, Training, rate
 
 CELLS = world.GRID**2
 SIZE, PEAK = 64, 1e-3  # scenes a step, learning rate
@@ -133,19 +133,13 @@ def train(work: Path, steps: int, seed: int) -> Eyes:
     torch.manual_seed(seed)
     log = Log(work / "see.jsonl")
     eyes = Eyes()
-    optim = optimiser(eyes, PEAK)
-    checkpoint = Checkpoint(eyes, optim, work / "see.pt")
-    for step in range(checkpoint.step, steps):
-        for group in optim.param_groups:
-            group["lr"] = PEAK * rate(step, steps)
-        value = loss(eyes, make_batch("train", step * SIZE, SIZE, DAMAGED))
-        optim.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
-        optim.step()
+    training = Training(eyes, PEAK, work / "see.pt")
+    for step in range(training.step, steps):
+        batch = make_batch("train", step * SIZE, SIZE, DAMAGED)
+        [value] = training.take(rate(step, steps), [loss(eyes, batch)])
         if step % 50 == 0:
-            log(stage="see", step=step, loss=value.item())
+            log(stage="see", step=step, loss=value)
         if step % 250 == 249 or step == steps - 1:
             log(stage="see", step=step + 1, **accuracy(eyes))
-        checkpoint.save(step, step == steps - 1, every=120)
+        training.save(step, step == steps - 1, every=120)
     return eyes
