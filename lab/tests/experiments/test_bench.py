@@ -20,7 +20,15 @@ from offramp.evaluation.scripted_exits import OPTIONS
 from offramp.models.backbone import Backbone
 from offramp.models.quantized import prepacked
 from offramp_lab.commands.bench import _subject
-from offramp_lab.experiments.benchmark.bench import batch_costs, bench, spread, table
+from offramp_lab.experiments.benchmark.bench import (
+    batch_costs,
+    bench,
+    best_draft,
+    shortlisted,
+    spread,
+    table,
+    untrained,
+)
 from offramp_lab.experiments.benchmark.cases import Case
 from offramp_lab.experiments.benchmark.simulator import decoding_seconds
 from offramp_lab.inputs import drawn_weights
@@ -109,10 +117,10 @@ def entries() -> list[dict[str, Any]]:
         Case(2, 0.0),
         Case(2, 0.75),
         Case(4, 0.75, "propagate"),
-        Case(2, 0.8, "lossless", max_draft=3),
+        Case(2, 0.8, "lossless"),
     ]
     inputs = shape("mini-llava").inputs(backbone)
-    return bench(backbone, inputs, cases, COSTS, tokens=20, rounds=1)
+    return bench(backbone, inputs, cases, COSTS, untrained(backbone, (2, 4)), tokens=20, rounds=1)
 
 
 def test_every_case_has_an_entry_with_what_the_record_needs(entries: list[dict[str, Any]]) -> None:
@@ -140,7 +148,7 @@ def test_predictions_are_those_of_the_plan_that_ran(entries: list[dict[str, Any]
 def test_drafts_are_right_as_often_as_asked(entries: list[dict[str, Any]]) -> None:
     """Four of twenty drafted tokens are wrong: each of them ends a round."""
     lossless = entries[-1]
-    assert lossless["max_draft"] == 3
+    assert lossless["max_draft"] == best_draft(COSTS, 2, 0.8)
     assert 0 < lossless["accepted"] < lossless["drafted"]
 
 
@@ -154,10 +162,9 @@ def test_a_check_that_never_fires_is_also_given_in_layers(entries: list[dict[str
 def test_rows_of_a_batch_leave_together_or_each_on_its_own(independent: bool) -> None:
     backbone = shape("mini-t5").build()
     inputs = shape("mini-t5").inputs(backbone, 3)
-    found = bench(
-        backbone, inputs, [Case(2, 0.5)], COSTS, tokens=12, rounds=1, independent=independent
-    )
-    together = bench(backbone, inputs, [Case(2, 0.5)], COSTS, tokens=12, rounds=1)
+    given = backbone, inputs, [Case(2, 0.5)], COSTS, untrained(backbone, (2,))
+    found = bench(*given, tokens=12, rounds=1, independent=independent)
+    together = bench(*given, tokens=12, rounds=1)
     assert found[1]["batch"] == 3
     if independent:  # all three leave in one step of eight: hardly any is shallow
         assert found[1]["predicted"] < together[1]["predicted"]
@@ -170,7 +177,6 @@ def test_rows_of_a_batch_leave_together_or_each_on_its_own(independent: bool) ->
     [
         lambda: Case(2, 1.5),
         lambda: Case(2, 0.5, "recomput"),
-        lambda: Case(2, 0.5, "lossless", max_draft=0),
     ],
 )
 def test_impossible_cases_are_refused(wrong: Any) -> None:
@@ -192,11 +198,11 @@ def test_a_batch_that_exits_together_is_predicted_as_one_row(rate: float) -> Non
     assert took == pytest.approx(float(token_seconds(COSTS, depths, [2])))
 
 
-def test_lossless_cases_are_refused_in_a_batch() -> None:
+@pytest.mark.parametrize("size", [1, 513])
+def test_a_shortlist_that_the_vocabulary_does_not_have_is_refused(size: int) -> None:
     backbone = shape("mini-opt").build()
-    inputs = shape("mini-opt").inputs(backbone, 2)
-    with pytest.raises(InputError, match="batch"):
-        bench(backbone, inputs, [Case(2, 0.8, "lossless")], COSTS)
+    with pytest.raises(InputError, match="from 2 to 512"):
+        shortlisted(backbone, untrained(backbone, (2,)), size)
 
 
 def test_the_table_shows_every_case(entries: list[dict[str, Any]]) -> None:

@@ -30,12 +30,12 @@ from offramp.training.feature_dataset import TrainingStates
 from offramp.training.trainer import Trainer
 from offramp_lab import cli
 from offramp_lab.experiments.comparison import equal_quality as merit
-from offramp_lab.experiments.comparison import points as points_module
 from offramp_lab.experiments.comparison.compare import compare
 from offramp_lab.experiments.comparison.equal_quality import LEVELS, Samples, equal_quality
 from offramp_lab.experiments.comparison.grid import Grid, exits_folder
 from offramp_lab.experiments.comparison.methods import OBJECTIVES, POLICIES, Plan
 from offramp_lab.experiments.comparison.points import PointMeasurer
+from offramp_lab.experiments.experiment import Experiment
 
 NAMES = ("blip2-opt", "blip2-t5")
 TRAINING = TrainConfig(steps=2, batch_size=4, evaluate_every=2, patience=None, max_new_tokens=5)
@@ -127,7 +127,7 @@ def test_what_is_done_is_not_done_again(
     for owner, name in (
         (Trainer, "_step"),
         (PointMeasurer, "figures"),
-        (points_module, "in_turn"),
+        (Experiment, "run"),
     ):
         monkeypatch.setattr(owner, name, refuse)
     again = run(tmp_path)
@@ -139,7 +139,7 @@ def test_an_interrupted_comparison_goes_on(
     run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as cut:
-        cut.setattr(points_module, "in_turn", refuse)
+        cut.setattr(Experiment, "run", refuse)
         with pytest.raises(AssertionError):
             run(tmp_path / "cut")
     monkeypatch.setattr(PointMeasurer, "figures", refuse)

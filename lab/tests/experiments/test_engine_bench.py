@@ -23,7 +23,7 @@ from offramp_lab.experiments.benchmark.engine_bench import (
     run_case,
     table,
 )
-from offramp_lab.experiments.benchmark.scripted_reader import Script, ScriptedReader
+from offramp_lab.experiments.benchmark.scripted_reader import ScriptedReader, drawn
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts, seconds
 from offramp_lab.inputs.shapes import shape
 
@@ -42,7 +42,7 @@ def test_tokens_exit_and_guesses_are_right_as_the_script_says(mini):
     backbone, exits, inputs = mini
     found = {}
     for right in (0.0, 1.0):
-        reader = partial(ScriptedReader, says=Script(0.6, right).happens)
+        reader = partial(ScriptedReader, says=drawn(0.6, right))
         core = EngineCore(backbone, exits, ExitPolicy({2: 0.5}), CONFIG, make_reader=reader)
         options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
         handles = [core.add(Request(inputs, "early_exit", options=options)) for _ in range(3)]
@@ -56,9 +56,7 @@ def test_tokens_exit_and_guesses_are_right_as_the_script_says(mini):
 def test_each_case_is_predicted_measured_and_shown(mini):
     backbone, exits, inputs = mini
     cases = [EngineCase("early_exit", 0.75, 0.7), EngineCase("lossless", right=0.9)]
-    costs, entries = bench_engine(
-        backbone, exits, inputs, cases, CONFIG, rounds=1, requests=5, lengths=(6, 9)
-    )
+    costs, entries = bench_engine(backbone, exits, inputs, cases, CONFIG, rounds=1, lengths=(6, 9))
     assert [e["mode"] for e in entries] == ["full", "early_exit", "lossless"]
     for e in entries:
         assert min(e["predicted"], e["measured"], e["against_static"]) > 0
@@ -93,9 +91,8 @@ def test_the_simulator_makes_the_calls_that_the_engine_makes(mini, case, monkeyp
 
     for kind in ("feed", "deep", "full"):
         monkeypatch.setattr(Decoder, kind, taking(getattr(Decoder, kind), kind))
-    asked = {"requests": 10, "lengths": (6, 12), "seed": 3}
-    measured = run_case(backbone, exits, inputs, case, CONFIG, clock=lambda: now, **asked)
-    predicted = predict_case(costs, case, CONFIG, **asked)
+    measured = run_case(backbone, exits, inputs, case, CONFIG, (6, 12), seed=3, clock=lambda: now)
+    predicted = predict_case(costs, case, CONFIG, (6, 12), seed=3)
     assert measured.tokens_per_second == pytest.approx(predicted.tokens_per_second)
 
 

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 from made_up_costs import COSTS, EXIT
 
-from offramp.errors import InputError
-from offramp_lab.experiments.benchmark.lossless_costs import (
-    best_draft,
-    predict_lossless,
-    rounds_seconds,
-)
+from offramp_lab.experiments.benchmark.bench import best_draft, lossless_seconds, rounds_seconds
 
 
 def test_a_lossless_round_runs_its_drafts_shallow_and_all_of_them_deep_at_once() -> None:
@@ -21,20 +16,13 @@ def test_a_lossless_round_runs_its_drafts_shallow_and_all_of_them_deep_at_once()
     assert rounds_seconds(COSTS, EXIT, [3, 3]) == pytest.approx(2 * (shallow + deep))
 
 
-def test_lossless_without_a_sure_exit_is_the_full_model_and_its_checks() -> None:
-    seconds = predict_lossless(COSTS, EXIT, acceptance=0.9, sure=0.0)
-    assert seconds == pytest.approx(COSTS.full + 3.8)
+def test_a_round_without_drafts_is_the_full_model_and_its_check() -> None:
+    assert lossless_seconds(COSTS, EXIT, 0.9, drafts=0) == pytest.approx(COSTS.full + 3.8)
 
 
 def test_more_acceptance_never_costs_more_and_allows_longer_drafts() -> None:
     accepted = np.linspace(0, 1, 11)
-    seconds = [predict_lossless(COSTS, EXIT, acceptance=a) for a in accepted]
+    seconds = [lossless_seconds(COSTS, EXIT, a, drafts=8) for a in accepted]
     assert np.all(np.diff(seconds) < 0)
-    drafts = [best_draft(COSTS, EXIT, acceptance=a) for a in accepted]
+    drafts = [best_draft(COSTS, EXIT, a) for a in accepted]
     assert drafts == sorted(drafts) and drafts[0] < drafts[-1]
-
-
-@pytest.mark.parametrize("wrong", [{"acceptance": 1.1}, {"acceptance": 0.5, "max_draft": 0}])
-def test_wrong_questions_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(InputError):
-        predict_lossless(COSTS, EXIT, **wrong)  # type: ignore[arg-type]

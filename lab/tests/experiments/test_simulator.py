@@ -5,16 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 
-from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.policy import ExitPolicy
-from offramp.errors import InputError
-from offramp.serving.core import EngineCore
+from offramp.models.exits import ExitSet
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.request import Request
-from offramp_lab.experiments.benchmark.scripted_reader import Script
+from offramp_lab.experiments.benchmark.scripted_reader import drawn
 from offramp_lab.experiments.benchmark.simulator import full_depth, replay
 from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls, seconds
 
@@ -32,11 +27,11 @@ def costs(slots=4):
 
 def simulated(exits, right=0.7, schedule=None, *, guess=True, longest=40):
     """Tokens a second of 80 answers; exits, right: shares that are drawn."""
-    script, draw = Script(exits, right), random.Random(0)
+    draw = random.Random(0)
     lengths = [draw.randint(40, longest) for _ in range(80)]
     schedule = schedule or Schedule.of(4)
     return replay(
-        costs(), script.happens, lengths, schedule, guess=guess, slots=4
+        costs(), drawn(exits, right), lengths, schedule, guess=guess, slots=4
     ).tokens_per_second
 
 
@@ -75,15 +70,11 @@ def test_costs_are_linear_between_what_was_measured_and_beyond():
 @pytest.mark.parametrize(
     ("name", "engine"), [("blip2-opt", "slots"), ("blip2-t5", "slots"), ("llava", "stack")]
 )
-def test_measured_costs_leave_the_decoder_empty_and_grow_with_tokens(
-    name, engine, backbone, exits, batch, monkeypatch
-):
-    whole, some, inputs = backbone(name), exits(name), batch(name, 1)
+def test_measured_costs_grow_with_tokens(name, engine, backbone, exits, batch, monkeypatch):
+    whole, some, inputs = backbone(name), ExitSet.of(exits(name)), batch(name, 1)
     monkeypatch.setattr(whole, "engine", engine)
-    core = EngineCore(whole, some, ExitPolicy({2: 0.5}), EngineConfig(slots=3, limit=64))
-    reader = PromptReader(whole, some, core.depths)
-    found = measure_calls(core.decoder, reader, inputs, 3, repeats=1, most=8, answer=5)
-    assert not core.decoder.sequences
+    config = EngineConfig(slots=3, limit=64)
+    found = measure_calls(whole, some, inputs, config, repeats=1, most=8, answer=5)
     assert CallCosts.median([found, found, found]) == found
     if engine == "slots":
         prompt = 1 if whole.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -94,23 +85,3 @@ def test_measured_costs_leave_the_decoder_empty_and_grow_with_tokens(
         took = [s for _, s in table]
         assert took == sorted(took)
         assert took[0] > 0
-    with torch.inference_mode(), pytest.raises(InputError, match="repeats"):
-        measure_calls(core.decoder, reader, inputs, 3, repeats=0)
-
-
-def test_an_engine_answers_after_costs_were_measured_as_before(backbone, exits, batch):
-    whole, some, inputs = backbone("blip2-opt"), exits("blip2-opt"), batch("blip2-opt", 1)
-    asked = {"max_new_tokens": 12, "do_sample": False}
-    core = EngineCore(whole, some, ExitPolicy({2: 0.05}), EngineConfig(slots=2, limit=64))
-
-    def answer():
-        handle = core.add(Request(inputs, "early_exit", options=asked))
-        core.run()
-        return handle.result().output
-
-    before = answer()
-    reader = PromptReader(whole, some, core.depths)
-    measure_calls(core.decoder, reader, inputs, 2, repeats=1, most=4, answer=3)
-    after = answer()
-    assert torch.equal(before.sequences, after.sequences)
-    assert torch.equal(before.depths, after.depths)

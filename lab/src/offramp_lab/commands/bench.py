@@ -148,10 +148,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.batch_engine:
-        arguments.batch = 1
-        result, text = _bench_of_engine(arguments, _subject(arguments))
+        arguments.batch, measure = 1, _bench_of_engine
     else:
-        result, text = _time_peers(arguments) if arguments.peers else _force(arguments)
+        measure = _time_peers if arguments.peers else _force
+    result, text = measure(arguments)
     show_result(result, text, as_json=arguments.json)
     if arguments.out is not None:
         write_result(arguments.out, {**result, "provenance": provenance(0, sys.argv, None)})
@@ -162,18 +162,15 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _force(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Costs and forced exits, and their table."""
-    from dataclasses import replace
-
     from offramp.calibration.profiler import measure_costs
-    from offramp.models.exits import Exits, ExitSet, check_depths
-    from offramp_lab.experiments.benchmark.bench import any_shortlist, bench, table
+    from offramp_lab.experiments.benchmark.bench import bench, shortlisted, table, untrained
     from offramp_lab.experiments.benchmark.cases import RATES, Case
 
     backbone, inputs, exits = _subject(arguments)
     if exits is None:
-        quarters = (max(1, backbone.depth // 4), max(1, backbone.depth // 2))
-        depths = check_depths(arguments.depths or sorted(set(quarters)), backbone.depth)
-        exits = ExitSet(Exits(backbone, depths).requires_grad_(False))
+        quarters = {max(1, backbone.depth // 4), max(1, backbone.depth // 2)}
+        exits = untrained(backbone, arguments.depths or sorted(quarters))
+    exits = shortlisted(backbone, exits, arguments.shortlist)
     rates = RATES if arguments.rates is None else arguments.rates
     cases = [
         Case(depth, rate, policy)
@@ -182,37 +179,28 @@ def _force(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if policy != "lossless" or arguments.batch == 1
         for rate in (arguments.acceptance if policy == "lossless" else rates)
     ]
-    if arguments.shortlist is not None:
-        exits = replace(exits, shortlist=any_shortlist(backbone, arguments.shortlist))
     costs = measure_costs(
         backbone, inputs, exits, repeats=arguments.rounds, progress=_bar("unit costs"),
         shortlist=exits.shortlist is not None,
     )  # fmt: skip
     entries = bench(
-        backbone, inputs, cases, costs, exits=exits, tokens=arguments.tokens,
-        rounds=arguments.rounds, independent=arguments.independent, progress=_bar("rounds"),
-        shortlist=arguments.shortlist,
+        backbone, inputs, cases, costs, exits, tokens=arguments.tokens, rounds=arguments.rounds,
+        independent=arguments.independent, progress=_bar("rounds"),
     )  # fmt: skip
     return {"costs": costs.to_json(), "entries": entries}, table(costs, entries)
 
 
-def _bench_of_engine(
-    arguments: argparse.Namespace, subject: tuple[Any, Any, Any]
-) -> tuple[dict[str, Any], str]:
+def _bench_of_engine(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Costs of calls, and each case predicted and measured; and their table."""
-    from dataclasses import replace
-
-    from offramp.models.exits import Exits, ExitSet
     from offramp.serving.engine_config import EngineConfig
-    from offramp_lab.experiments.benchmark.bench import any_shortlist
+    from offramp_lab.experiments.benchmark.bench import shortlisted, untrained
     from offramp_lab.experiments.benchmark.engine_bench import EngineCase, bench_engine, table
 
-    backbone, inputs, exits = subject
+    backbone, inputs, exits = _subject(arguments)
     if exits is None or arguments.depths:
         depths = arguments.depths or [max(1, backbone.depth // 4)]
-        exits = ExitSet(Exits(backbone, depths[:1]).requires_grad_(False))
-    if arguments.shortlist is not None:
-        exits = replace(exits, shortlist=any_shortlist(backbone, arguments.shortlist))
+        exits = untrained(backbone, depths[:1])
+    exits = shortlisted(backbone, exits, arguments.shortlist)
     rates = (0.75, 0.9) if arguments.rates is None else arguments.rates
     cases = [EngineCase("early_exit", rate, arguments.right) for rate in rates]
     cases += [EngineCase("lossless", right=right) for right in arguments.acceptance]
@@ -220,7 +208,7 @@ def _bench_of_engine(
     config = EngineConfig(slots=arguments.slots, limit=prompt + arguments.lengths[1] + 1)
     costs, entries = bench_engine(
         backbone, exits, inputs, cases, config, rounds=arguments.rounds,
-        lengths=tuple(arguments.lengths), shortlist=exits.shortlist is not None,
+        lengths=tuple(arguments.lengths),
     )  # fmt: skip
     return {"costs": costs.to_json(), "entries": entries}, table(costs, entries)
 

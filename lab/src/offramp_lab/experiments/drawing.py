@@ -4,7 +4,7 @@ same data."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -36,30 +36,22 @@ def standalone(svg: str, title: str) -> str:
     return whole[:opening] + ground + whole[opening:]
 
 
-def tradeoff(
-    series: Mapping[str, Sequence[tuple[float, ...]]], what: str, ours: str | None = None
-) -> str:
-    """Quality against decoding speed: points by series, joined by speed; `ours`, a name of
-    `series`, stands out.
+def tradeoff(series: Mapping[str, Sequence[tuple[float, ...]]], what: str) -> str:
+    """Quality against decoding speed: points by series, joined by speed.
 
-    series: points (speedup, quality) or, with the interval of the quality, (speedup, quality, low,
-        high).
+    series: points (speedup, quality, low, high), with the interval of the quality.
     """
 
     def draw(axes: Any) -> None:
         for slot, (name, points) in enumerate(series.items()):
-            style: dict[str, Any] = {
-                "color": COLORS[slot % len(COLORS)],
-                "linestyle": ("-", "--", ":")[slot // len(COLORS) % 3],
-                "linewidth": 1.2,
-            }
-            if name == ours:
-                style = {"color": INK, "linewidth": 2.6, "zorder": 3}
-            marker = MARKERS[slot % len(MARKERS)]
-            speed, quality, *ends = zip(*sorted(points), strict=True)
-            axes.plot(speed, quality, marker=marker, markersize=5, label=name, **style)
-            if ends:
-                axes.vlines(speed, *ends, color=style["color"], lw=1.2, alpha=0.5)
+            color, marker = COLORS[slot % len(COLORS)], MARKERS[slot % len(MARKERS)]
+            line = ("-", "--", ":")[slot // len(COLORS) % 3]
+            speed, quality, low, high = zip(*sorted(points), strict=True)
+            axes.plot(
+                speed, quality, marker=marker, markersize=5, label=name, color=color,
+                linestyle=line, linewidth=1.2,
+            )  # fmt: skip
+            axes.vlines(speed, low, high, color=color, lw=1.2, alpha=0.5)
         axes.set_xlabel("decoding speed (full depth = 1)")
         axes.set_ylabel(what)
         percent(axes.yaxis)
@@ -69,8 +61,27 @@ def tradeoff(
     return drawn(f"{what} against decoding speed: {', '.join(series)}", draw, (SIZE[0], height))
 
 
+def _listed(
+    names: Sequence[str],
+    what: str,
+    draw: Callable[[Any], None],
+    size: tuple[float, float],
+    title: str = "",
+) -> str:
+    """What `draw` puts at 0, 1, ... for these names, one below the other. title: else `what`."""
+
+    def whole(axes: Any) -> None:
+        draw(axes)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel(what)
+        axes.grid(axis="y", visible=False)
+
+    return drawn(f"{title or what}: {', '.join(names)}", whole, size)
+
+
 def intervals(rows: Mapping[str, tuple[float, float, float]], what: str) -> str:
-    """A value with its interval for each name, one below the other: (value, low, high)."""
+    """A value with its interval for each name: (value, low, high)."""
 
     def draw(axes: Any) -> None:
         values, low, high = (list(column) for column in zip(*rows.values(), strict=True))
@@ -78,13 +89,9 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], what: str) -> str:
         axes.hlines(at, low, high, color=COLORS[0], lw=2.5, alpha=0.6)
         axes.plot(values, at, "o", color=COLORS[0], markersize=5)
         axes.axvline(1.0, color=INK, lw=1, linestyle=":")
-        axes.set_yticks(at, list(rows))
-        axes.invert_yaxis()
         axes.margins(y=0.08)
-        axes.set_xlabel(what)
-        axes.grid(axis="y", visible=False)
 
-    return drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.0 + 0.27 * len(rows)))
+    return _listed([*rows], what, draw, (5.6, 1.0 + 0.27 * len(rows)))
 
 
 def parts(rows: Mapping[str, Mapping[str, float]], what: str, *, factors: bool = False) -> str:
@@ -109,14 +116,10 @@ def parts(rows: Mapping[str, Mapping[str, float]], what: str, *, factors: bool =
             ticks = [1, 2, 4, 8, 16]
             axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
             axes.minorticks_off()
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.invert_yaxis()
         axes.margins(x=0.18)
-        axes.set_xlabel(what)
-        axes.grid(axis="y", visible=False)
         legend(axes)
 
-    return drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.4 + 0.36 * len(rows)))
+    return _listed([*rows], what, draw, (5.6, 1.4 + 0.36 * len(rows)))
 
 
 def strips(rows: Mapping[str, Sequence[int]], layers: int, what: str) -> str:
@@ -152,12 +155,8 @@ def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
         axes.axvline(limit, color=INK, lw=1, linestyle=":")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.invert_yaxis()
-        axes.set_xlabel(what)
-        axes.grid(axis="y", visible=False)
 
-    return drawn(f"{what}: {', '.join(rows)}", draw, (5.6, 1.0 + 0.5 * len(rows)))
+    return _listed([*rows], what, draw, (5.6, 1.0 + 0.5 * len(rows)))
 
 
 def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -182,15 +181,11 @@ def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             )
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
         axes.axvline(1.0, color=INK, lw=1, linestyle=":")
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set_xlabel("decoding speed (full depth = 1)")
-        axes.grid(axis="y", visible=False)
         legend(axes)
 
     size = (SIZE[0], 1.1 + 0.22 * len(names) * (1 + len(ran)))
-    return drawn(f"decoding speed: {', '.join(names)}", draw, size)
+    return _listed(names, "decoding speed (full depth = 1)", draw, size, "decoding speed")
 
 
 def throughput(series: Mapping[str, Mapping[int, float]], reference: str) -> str:

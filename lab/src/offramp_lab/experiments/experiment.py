@@ -122,7 +122,12 @@ def machine() -> dict[str, Any]:
     return {"machine": {name: origin[name] for name in names}, "versions": origin["versions"]}
 
 
+def identical(one: Sequence[Any], other: Sequence[Any]) -> NDArray[np.float64]:
+    """Which answers [N] have the same tokens, as 1 and 0."""
+    ids = ([getattr(answer, "ids", answer) for answer in answers] for answers in (one, other))
+    return np.array([float(a == b) for a, b in zip(*ids, strict=True)])
+
+
 def same(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many answers have the same tokens."""
-    ids = ([getattr(answer, "ids", answer) for answer in answers] for answers in (one, other))
-    return sum(a == b for a, b in zip(*ids, strict=True))
+    return int(identical(one, other).sum())

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.evaluation.statistics import Array, Measure, by_group, drawn_times, interval
+from offramp.evaluation.statistics import Array, Measure, drawn_times, interval
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,6 @@ class Bootstrap:
         groups = [g for g, yes in zip(self.groups, chosen, strict=True) if yes]
         return Bootstrap(groups, self.confidence, self.resamples, self.seed)
 
-    def by_group(self, rows: Array) -> Array:
-        """What each group adds [G, C], from what each example adds [N, C]."""
-        return by_group(rows, self.groups)
-
     def simultaneous(
         self, rows: Array, of: Callable[[Array], Array], picked: int
     ) -> tuple[float, float] | None:
@@ -91,15 +87,13 @@ class Bootstrap:
         return float(value[picked]) - reach, float(value[picked]) + reach
 
 
-def t_interval(
-    values: Sequence[float], confidence: float = 0.95
-) -> tuple[float, float] | tuple[None, None]:
-    """Student's interval of the mean of a few values, such as seeds'; (None, None) for a single
+def t_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """Student's 95% interval of the mean of a few values, such as seeds'; (None, None) for a single
     one."""
     from scipy.stats import t as student
 
     if len(values) < 2:
         return None, None
-    tail = float(student.ppf((1 + confidence) / 2, len(values) - 1))
+    tail = float(student.ppf(0.975, len(values) - 1))
     half, middle = tail * stdev(values) / len(values) ** 0.5, mean(values)
     return middle - half, middle + half

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from offramp.data.example import Example, picture_of
-from offramp.errors import InputError, did_you_mean
+from offramp.errors import InputError, check_known
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _REFERENCE_SIDE = 224  # pixels
@@ -67,8 +67,7 @@ def corrupt(picture: Image.Image, name: str, severity: int, seed: int) -> Image.
     Raises:
         InputError: an unknown name or severity, or an image that is neither L nor RGB.
     """
-    if name not in CORRUPTIONS:
-        raise InputError(f"Corruption {name!r} is not known.", did_you_mean(name, CORRUPTIONS))
+    check_known("Corruption", [name], tuple(CORRUPTIONS))
     if severity not in SEVERITIES:
         raise InputError(
             f"Severity {severity!r} is not known.", "Give a whole number from 1 (mild) to 5."

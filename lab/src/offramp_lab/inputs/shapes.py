@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from offramp.errors import InputError, did_you_mean
+from offramp.errors import InputError, check_known
 
 if TYPE_CHECKING:
     import torch  # names and sizes need no PyTorch
@@ -107,8 +107,7 @@ class Shape:
 
 def shape(name: str) -> Shape:
     """A known shape. Raise `InputError` with those there are."""
-    if name not in SHAPES:
-        raise InputError(f"Shape {name!r} is not known.", did_you_mean(name, SHAPES))
+    check_known("Shape", [name], tuple(SHAPES))
     return SHAPES[name]
 
 

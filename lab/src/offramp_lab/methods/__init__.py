@@ -8,7 +8,7 @@ from typing import Any
 
 from offramp.engine.confidence import register_score
 from offramp.engine.policy import KV_POLICIES
-from offramp_lab.methods.scores import Patience, discriminator, saturated
+from offramp_lab.methods.scores import Patience, discriminator, saturation
 
 
 def _propagated(*given: Any) -> Any:
@@ -19,6 +19,6 @@ def _propagated(*given: Any) -> Any:
 
 
 register_score("patience", Patience, reads="exits")
-register_score("saturation", saturated, reads="check")
+register_score("saturation", saturation, reads="check")
 register_score("discriminator", discriminator, reads="check")
 KV_POLICIES["propagate"] = _propagated

@@ -37,14 +37,15 @@ class Patience:
         return (self._streak.add(depth, logits, ones) - 1.0) / self._most
 
 
-def saturation(entry: Tensor, previous: Tensor) -> Tensor:
+def saturation(check: ExitCheck) -> Tensor:
     """How little the last layer changed the state (MuE, Tang et al. 2023).
 
-    (1 + cos) / 2 [B], of the angle between a state [B, D] and that one decoder layer earlier.
+    (1 + cos) / 2 [B], of the angle between the state [B, D] and that one decoder layer earlier.
     """
     from torch import cosine_similarity
 
-    cosine = cosine_similarity(entry.float(), previous.float(), dim=-1)
+    assert check.previous is not None
+    cosine = cosine_similarity(check.entry.float(), check.previous.float(), dim=-1)
     return (0.5 + 0.5 * cosine).clamp(0.0, 1.0)
 
 
@@ -62,9 +63,3 @@ def discriminator(check: ExitCheck) -> Tensor:
         )
     verdict: Tensor = judges[str(check.depth)](check.features.float(), check.entry.float())
     return verdict.sigmoid()
-
-
-def saturated(check: ExitCheck) -> Tensor:
-    """`saturation` [B] of a check."""
-    assert check.previous is not None
-    return saturation(check.entry, check.previous)

@@ -28,13 +28,12 @@ from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.evaluation.timing import GenerateFn, exit_generate_fn, speedup, time_interleaved
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY
 from offramp.models.vision_cache import VisionCache
 from offramp.provenance import provenance
 from offramp.storage import read_json, write_json
-from offramp_lab.experiments.benchmark.bench import any_shortlist, bench, table
+from offramp_lab.experiments.benchmark.bench import bench, shortlisted, table, untrained
 from offramp_lab.experiments.benchmark.cases import RATES, Case
 from offramp_lab.experiments.benchmark.peers import table as peers_table
 from offramp_lab.experiments.benchmark.peers import time_peers
@@ -108,11 +107,10 @@ def _run(
     **options: Any,
 ) -> list[dict[str, Any]]:
     depths = sorted({case.depth for case in cases}) or [backbone.depth // 4]
-    checks = any_shortlist(backbone, shortlist) if shortlist is not None else None
-    exits = ExitSet(Exits(backbone, depths).requires_grad_(False), checks)
-    costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS, shortlist=checks is not None)
+    exits = shortlisted(backbone, untrained(backbone, depths), shortlist)
+    costs = measure_costs(backbone, inputs, exits, repeats=ROUNDS, shortlist=shortlist is not None)
     entries = bench(
-        backbone, inputs, cases, costs, exits=exits, tokens=TOKENS, rounds=ROUNDS,
+        backbone, inputs, cases, costs, exits, tokens=TOKENS, rounds=ROUNDS,
         progress=bar(backbone.name), **options,
     )  # fmt: skip
     print(table(costs, entries), file=sys.stderr)

@@ -15,15 +15,13 @@ engine's weights; a static batch's both ways.
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from offramp.models.exits import Exits, ExitSet
 from offramp.models.prepack import prepack
 from offramp.serving.engine_config import EngineConfig
-from offramp_lab.experiments.benchmark.bench import any_shortlist
+from offramp_lab.experiments.benchmark.bench import shortlisted, untrained
 from offramp_lab.experiments.benchmark.engine_bench import EngineCase, bench_engine, table
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.records.record import Record, asked, named
@@ -73,10 +71,8 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     known = shape(name)
     backbone = known.build(getattr(torch, arguments.dtype))
     stock = known.build(getattr(torch, arguments.dtype)) if arguments.prepack else None
-    exits = ExitSet(Exits(backbone, (DEPTHS[name],)).requires_grad_(False))
-    size = SHORTLISTS.get(name)
-    if size is not None:
-        exits = replace(exits, shortlist=any_shortlist(backbone, size))
+    exits = untrained(backbone, (DEPTHS[name],))
+    exits = shortlisted(backbone, exits, SHORTLISTS.get(name))
     if arguments.prepack:
         prepack(backbone, exits)
     inputs = known.inputs(backbone, words=arguments.words)
@@ -84,8 +80,8 @@ def measure(name: str, slots: int, arguments: argparse.Namespace) -> dict[str, A
     cases = [case for case in CASES if KINDS[not case.guess] in arguments.cases]
     costs, entries = bench_engine(
         backbone, exits, inputs, cases, EngineConfig(slots=slots, limit=limit),
-        rounds=arguments.rounds, lengths=tuple(arguments.lengths), shortlist=size is not None,
-        stock=stock, clock=arguments.clock, title=f"{name}, {slots} slots",
+        rounds=arguments.rounds, lengths=tuple(arguments.lengths), stock=stock,
+        clock=arguments.clock, title=f"{name}, {slots} slots",
     )  # fmt: skip
     print(table(costs, entries))
     for entry in entries:

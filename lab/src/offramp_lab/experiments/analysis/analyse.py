@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from offramp_lab.experiments.analysis.depth_curves import (
 )
 from offramp_lab.experiments.analysis.needed_depth import TokenClass, needed_depths, word_class
 from offramp_lab.experiments.analysis.observe import Observed, Seen, observe
+from offramp_lab.experiments.experiment import identical
 from offramp_lab.experiments.statistics import Bootstrap
 
 FORMAT = 1
@@ -158,15 +160,11 @@ def _measures(
     """`identical`, of all examples, and `quality`, of labelled ones, where there are any."""
     labelled = [example for example in examples if example.answers]
 
-    def identical(answers: Sequence[Answer]) -> Array:
-        """Which answers [N] are the full model's, as 1 and 0."""
-        return np.array([float(a.ids == b.ids) for a, b in zip(answers, full, strict=True)])
-
     def judged(answers: Sequence[Answer]) -> Array:
         asked = [a for a, e in zip(answers, examples, strict=True) if e.answers]
         return np.asarray(quality(asked, labelled), dtype=np.float64)
 
-    measures = {"identical": Measure(identical, config.draws(examples))}
+    measures = {"identical": Measure(partial(identical, full), config.draws(examples))}
     return measures | ({"quality": Measure(judged, config.draws(labelled))} if labelled else {})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from offramp.calibration.replay import Array, Replay
+from offramp.evaluation.statistics import by_group
 from offramp_lab.experiments.statistics import Bootstrap
 
 
@@ -63,7 +64,7 @@ def dip(depths: Sequence[int], hits: Array, counts: Array, draws: Bootstrap) -> 
         `fall` (0 where the curve never falls), `low`, `high`, `from_depth`, `to_depth`, and
         `found`: whether the interval is above 0.
     """
-    sums = draws.by_group(np.column_stack([hits, counts]))
+    sums = by_group(np.column_stack([hits, counts]), draws.groups)
     above = np.triu_indices(len(depths), 1)
 
     def falls(sums: Array) -> Array:

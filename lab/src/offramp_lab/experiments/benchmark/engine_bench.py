@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.policy import MODES, ExitPolicy
+from offramp.engine.policy import MODES
 from offramp.engine.self_check import prove
 from offramp.errors import InputError, check_known
 from offramp.evaluation.scripted_exits import OPTIONS
@@ -33,18 +32,17 @@ from offramp.report.table import Table
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.experiments.benchmark.scripted_reader import Script, ScriptedReader
+from offramp_lab.experiments.benchmark.bench import TOLD
+from offramp_lab.experiments.benchmark.scripted_reader import ScriptedReader, drawn
 from offramp_lab.experiments.benchmark.simulator import (
-    Prediction,
+    Run,
     full_depth,
     quantiles,
     replay,
 )
-from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls
+from offramp_lab.experiments.benchmark.unit_costs import CallCosts, engine_policy, measure_calls
 from offramp_lab.experiments.experiment import Experiment, machine
 
-REPEATS = 2
-"""Of each call, in every round, when costs are measured."""
 Inputs = Mapping[str, Any]
 Clock = Callable[[], float]
 
@@ -75,42 +73,26 @@ class EngineCase:
         return f"{self.exit_rate:.0%} exit, {what}"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One run: decoded tokens a second, and the gaps between each row's tokens."""
-
-    tokens_per_second: float
-    gaps: tuple[float, ...]
-
-
 def run_case(
     backbone: Backbone,
     exits: ExitSet,
     inputs: Inputs,
     case: EngineCase,
     config: EngineConfig,
-    *,
-    requests: int,
     lengths: tuple[int, int],
-    shortlist: bool = False,
+    *,
     seed: int = 0,
     clock: Clock = time.perf_counter,
-) -> Measured:
-    """Answer `requests` requests; count while more wait than there are slots for."""
-    policy = _policy(exits, shortlist)
+) -> Run:
+    """Answer the requests of a run; count while more wait than there are slots for."""
     never = 2.0  # a score of a guess that is never worth it
-    config = replace(
-        config,
-        schedule=config.schedule or Schedule.of(config.slots),
-        guess_above=0.0 if case.guess else never,
-    )
     core = EngineCore(
         backbone,
         exits,
-        policy,
-        config,
+        engine_policy(exits),
+        replace(config, guess_above=0.0 if case.guess else never),
         clock=clock,
-        make_reader=partial(ScriptedReader, says=script_of(case, seed).happens),
+        make_reader=partial(ScriptedReader, says=drawn(case.exit_rate, case.right, seed)),
     )
     written = [0]
 
@@ -118,7 +100,7 @@ def run_case(
         written[0] += 1
 
     handles = []
-    for length in lengths_of(requests, lengths, seed):
+    for length in lengths_of(config.slots, lengths, seed):
         options = {**OPTIONS, "max_new_tokens": length}
         handles.append(core.add(Request(inputs, case.mode, on_token=count, options=options)))
     while core.running < config.slots:
@@ -131,23 +113,13 @@ def run_case(
     core.cancel_all()
     core.run()
     over = [h.result() for h in handles if not h.cancelled()]
-    return Measured(tokens / took, tuple(gap for answer in over for gap in answer.gaps))
+    return Run(tokens / took, [gap for answer in over for gap in answer.gaps])
 
 
-def _policy(exits: ExitSet, shortlist: bool) -> ExitPolicy:
-    """Of every run: one exit, and first tokens of the full model, as the simulator has them."""
-    return ExitPolicy({exits.depths[0]: 0.5}, shortlist=shortlist, exit_in_prefill=False)
-
-
-def script_of(case: EngineCase, seed: int) -> Script:
-    """What the exits say in a run of a case."""
-    return Script(case.exit_rate if case.mode == "early_exit" else 0.0, case.right, seed)
-
-
-def lengths_of(requests: int, lengths: tuple[int, int], seed: int) -> list[int]:
-    """Tokens of each answer of a run."""
+def lengths_of(slots: int, lengths: tuple[int, int], seed: int) -> list[int]:
+    """Tokens of each answer of a run: three times as many as there are slots."""
     draw = random.Random(seed)
-    return [draw.randint(*lengths) for _ in range(requests)]
+    return [draw.randint(*lengths) for _ in range(3 * slots)]
 
 
 def _decoding(core: EngineCore) -> float:
@@ -167,46 +139,22 @@ def static_batch(
     return watch.seconds - begin, (clock() - watch.seconds) / (tokens - 1)
 
 
-def costs_of(
-    backbone: Backbone,
-    exits: ExitSet,
-    inputs: Inputs,
-    config: EngineConfig,
-    *,
-    answer: int = 0,
-    shortlist: bool = False,
-    repeats: int = REPEATS,
-    most: int | None = None,
-    clock: Clock = time.perf_counter,
-) -> CallCosts:
-    """Measured call costs of an engine of that kind; the arguments are `measure_calls`'s."""
-    core = EngineCore(backbone, exits, _policy(exits, shortlist), config)
-    reader = PromptReader(backbone, exits, core.depths)
-    most = most or max(8, min(64, 8 * config.slots))
-    return measure_calls(
-        core.decoder, reader, inputs, config.slots,
-        repeats=repeats, most=most, answer=answer, clock=clock,
-    )  # fmt: skip
-
-
 def predict_case(
     costs: CallCosts,
     case: EngineCase,
     config: EngineConfig,
     lengths: tuple[int, int],
     *,
-    requests: int,
     seed: int = 0,
-) -> Prediction:
+) -> Run:
     """What the simulator says of the run of a case that `run_case` measures."""
     if case.mode == "full":
         rate = full_depth(costs, config.slots)
-        gap = config.slots / rate
-        return Prediction(rate, (gap, gap, gap))
+        return Run(rate, [config.slots / rate])
     return replay(
         costs,
-        script_of(case, seed).happens,
-        lengths_of(requests, lengths, seed),
+        drawn(case.exit_rate, case.right, seed),
+        lengths_of(config.slots, lengths, seed),
         config.schedule or Schedule.of(config.slots),
         guess=case.guess,
         slots=config.slots,
@@ -222,9 +170,7 @@ def bench_engine(
     config: EngineConfig,
     *,
     rounds: int = 3,
-    requests: int | None = None,
     lengths: tuple[int, int] = (30, 60),
-    shortlist: bool = False,
     stock: Backbone | None = None,
     clock: Clock = time.perf_counter,
     title: str = "",
@@ -237,24 +183,20 @@ def bench_engine(
     against_static_prepacked is of a static batch with the backbone's. clock: returns seconds; on a
     shared machine, `time.thread_time` with one thread. title: of a progress bar.
     """
-    cases = [EngineCase("full"), *(case for case in cases if case.mode != "full")]
-    requests = requests or 3 * config.slots
+    full = EngineCase("full")
+    cases = [full, *(case for case in cases if case.mode != "full")]
+    config = replace(config, schedule=config.schedule or Schedule.of(config.slots))
     batches = {"against_static": stock or backbone}
     if stock is not None:
         batches["against_static_prepacked"] = backbone
     prove(backbone, inputs)  # else the first prompt would find the executor
 
     def taken(_: int) -> CallCosts:
-        return costs_of(
-            backbone, exits, inputs, config,
-            answer=sum(lengths) // 4, shortlist=shortlist, clock=clock,
-        )  # fmt: skip
+        answer = sum(lengths) // 4
+        return measure_calls(backbone, exits, inputs, config, answer=answer, clock=clock)
 
-    def run(seed: int, case: EngineCase) -> Measured:
-        return run_case(
-            backbone, exits, inputs, case, config, requests=requests, lengths=lengths,
-            shortlist=shortlist, seed=seed, clock=clock,
-        )  # fmt: skip
+    def run(seed: int, case: EngineCase) -> Run:
+        return run_case(backbone, exits, inputs, case, config, lengths, seed=seed, clock=clock)
 
     def batch(_: int, model: Backbone) -> float:
         return config.slots / static_batch(model, inputs, config.slots, lengths[1], clock)[1]
@@ -267,80 +209,56 @@ def bench_engine(
     # An input is a round: each draws anew which tokens exit.
     found = {n: of for n, [of] in Experiment(methods, range(rounds), title=title).run().items()}
     costs = CallCosts.median(found["costs"])
-    predict = partial(predict_case, costs, config=config, lengths=lengths, requests=requests)
-    predictions = {case: [predict(case, seed=n) for n in range(rounds)] for case in cases}
-    shared: dict[str, Any] = {
-        "depth": exits.depths[0],
-        "rounds": rounds,
-        "lengths": lengths,
-        "context": costs.context,
+    static = {name: median(found[name]) for name in batches}
+    predictions = {
+        case: [predict_case(costs, case, config, lengths, seed=n) for n in range(rounds)]
+        for case in cases
     }
-    runs = {case: found[case] for case in cases}
-    figures = _figures(runs, predictions, {name: median(found[name]) for name in batches})
-    return costs, [_entry(backbone, case, config, **shared, **figures[case]) for case in cases]
 
-
-def _figures(
-    runs: Mapping[EngineCase, Sequence[Measured]],
-    predictions: Mapping[EngineCase, Sequence[Prediction]],
-    static: Mapping[str, float],
-) -> dict[EngineCase, dict[str, Any]]:
-    """Speeds and gaps of each case, the full model's first; static: tokens a second of the batches
-    that Hugging Face's `generate` decodes, by what is said against them."""
-    speeds, predicted = (
-        {case: median(run.tokens_per_second for run in of[case]) for case in runs}
-        for of in (runs, predictions)
-    )
-    full = next(iter(runs))
-    figures = {}
-    for case, speed in speeds.items():
-        stock = static["against_static"]
-        against, predicted_against = (
-            (stock, stock) if case.mode == "full" else (speeds[full], predicted[full])
-        )
-        figures[case] = {
-            "predicted": predicted[case] / predicted_against,
+    def entry(case: EngineCase) -> dict[str, Any]:
+        speed, predicted = _speed(found[case]), _speed(predictions[case])
+        against = predicted_against = static["against_static"]
+        if case != full:
+            against, predicted_against = _speed(found[full]), _speed(predictions[full])
+        p50, p95, p99 = quantiles([gap for run in found[case] for gap in run.gaps])
+        by_run = (quantiles(run.gaps) for run in predictions[case])
+        return {
+            "name": f"{backbone.name}, {config.slots} slots: {case.label}",
+            "shape": backbone.name,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "slots": config.slots,
+            "mode": case.mode,
+            "exit_depth": None if case == full else exits.depths[0],
+            "exit_rate": case.exit_rate,
+            "right": case.right,
+            "guess": case.guess,
+            "p50": p50,
+            "p95": p95,
+            "p99": p99,
+            "rounds": rounds,
+            "lengths": lengths,
+            "context": costs.context,
+            "predicted": predicted / predicted_against,
             "measured": speed / against,
             **{name: speed / of for name, of in static.items()},
             "tokens_per_second": speed,
-            "gaps": quantiles([gap for run in runs[case] for gap in run.gaps]),
-            "predicted_gaps": [
-                median(gap) for gap in zip(*(p.gaps for p in predictions[case]), strict=True)
-            ],
+            "predicted_gaps": [median(gap) for gap in zip(*by_run, strict=True)],
+            "load": os.getloadavg()[0],
+            **machine(),
         }
-    return figures
+
+    return costs, [entry(case) for case in cases]
 
 
-def _entry(
-    backbone: Backbone, case: EngineCase, config: EngineConfig, *, depth: int, **figures: Any
-) -> dict[str, Any]:
-    p50, p95, p99 = figures.pop("gaps")
-    return {
-        "name": f"{backbone.name}, {config.slots} slots: {case.label}",
-        "shape": backbone.name,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "slots": config.slots,
-        "mode": case.mode,
-        "exit_depth": None if case.mode == "full" else depth,
-        "exit_rate": case.exit_rate,
-        "right": case.right,
-        "guess": case.guess,
-        "p50": p50,
-        "p95": p95,
-        "p99": p99,
-        **figures,
-        "load": os.getloadavg()[0],
-        **machine(),
-    }
+def _speed(runs: Sequence[Run]) -> float:
+    return median(run.tokens_per_second for run in runs)
 
 
 def table(costs: CallCosts, entries: Sequence[Mapping[str, Any]]) -> str:
     """Costs and cases, as a person reads them on a terminal."""
     parts = {name: getattr(costs, name) for name in ("feed", "deep", "head", "full")}
     told: dict[str, Callable[[Any], str]] = {
-        "": lambda e: str(e["name"]),
-        "predicted": lambda e: times(e["predicted"]),
-        "measured": lambda e: times(e["measured"]),
+        **TOLD,
         "static": lambda e: times(e["against_static"]),
         "p50 ms": lambda e: f"{1e3 * e['p50']:.1f}",
         "p95 ms": lambda e: f"{1e3 * e['p95']:.1f}",

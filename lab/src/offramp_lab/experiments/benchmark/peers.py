@@ -79,24 +79,21 @@ def time_peers(
             "Give some prompts, and calibrate the adapter (or set its thresholds).",
         )
     peers = _peers(adapter, inputs[:TUNING], draft, {**OPTIONS, **options})
-    skipped: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     methods: dict[str, GenerateFn] = {}
-    settings: dict[str, str] = {}
     for name, peer in peers.items():
         with _settings_kept(adapter.backbone.model):
             reason = peer.reason or _reason(peer, inputs[0])
         if reason is not None:
-            skipped[name] = {"not_applicable": reason}
+            found[name] = {"not_applicable": reason}
             continue
-        settings[name] = _fastest(peer.methods, inputs[:TUNING])
-        methods[name] = peer.methods[settings[name]]
+        setting = _fastest(peer.methods, inputs[:TUNING])
+        methods[name], found[name] = peer.methods[setting], {"setting": setting}
     timings = time_interleaved(methods, inputs, rounds=rounds, progress=progress)
     bursting = [name for name in methods if peers[name].bursts]
-    speeds = _speeds(timings, bursting)
-    return {
-        name: skipped[name] if name in skipped else {**speeds[name], "setting": settings[name]}
-        for name in peers
-    }
+    for name, speeds in _speeds(timings, bursting).items():
+        found[name] = {**speeds, **found[name]}
+    return found
 
 
 def _peers(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,21 +19,17 @@ Says = Callable[[str, int, int], bool]
 Sequences are numbered as exits first see them."""
 
 
-@dataclass(frozen=True)
-class Script:
+def drawn(exit_rate: float, right: float, seed: int = 0) -> Says:
     """exit_rate: share of tokens that exit. right: share of guesses that the deep layers confirm.
 
     Both are drawn for a place in an answer, so that going back does not draw anew.
     """
+    rates = {"exit": exit_rate, "right": right}
 
-    exit_rate: float
-    right: float
-    seed: int = 0
+    def says(kind: str, row: int, place: int) -> bool:
+        return random.Random(f"{seed} {kind} {row} {place}").random() < rates[kind]
 
-    def happens(self, kind: str, row: int, place: int) -> bool:
-        """Whether the token at this place of the row exits ("exit"), or is right ("right")."""
-        rate = {"exit": self.exit_rate, "right": self.right}[kind]
-        return random.Random(f"{self.seed} {kind} {row} {place}").random() < rate
+    return says
 
 
 class ScriptedReader(ExitReader):

@@ -32,13 +32,13 @@ EXIT, LAYERS = 1, 2
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """tokens_per_second: decoded ones (all but the first of each answer) by the seconds of decoding
-    calls. gaps: quantiles (p50, p95, p99) of the seconds between a row's tokens, prompts of others
-    included."""
+class Run:
+    """What was measured or predicted. tokens_per_second: decoded ones (all but the first of each
+    answer) by the seconds of decoding calls. gaps: seconds between a row's tokens, prompts of
+    others included."""
 
     tokens_per_second: float
-    gaps: tuple[float, float, float]
+    gaps: Sequence[float]
 
 
 @dataclass(eq=False)
@@ -173,7 +173,7 @@ def replay(
     guess: bool,
     slots: int,
     longest: int = 64,
-) -> Prediction:
+) -> Run:
     """What answers of such lengths would take, of which all that the exits say is known; counted
     from when all slots are taken until no request waits. Rows are numbered as exits first see them.
     """
@@ -183,8 +183,7 @@ def replay(
     tokens, decoding = run.tokens, run.decoding
     while run.queue:
         run.step()
-    speed = (run.tokens - tokens) / (run.decoding - decoding)
-    return Prediction(speed, quantiles(run.gaps))
+    return Run((run.tokens - tokens) / (run.decoding - decoding), run.gaps)
 
 
 def decoding_seconds(

@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.executor import Span
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.sequence import Sequence as DecodedSequence
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
+from offramp.models.exits import ExitSet
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Tokens of a call for which costs are measured."""
@@ -72,45 +75,39 @@ def seconds(table: Table, tokens: float) -> float:
     return float(np.interp(tokens, n, s) + slope * max(0.0, tokens - n[-1]))
 
 
+def engine_policy(exits: ExitSet) -> ExitPolicy:
+    """Of every run: one exit, and first tokens of the full model, as the simulator has them."""
+    shortlist = exits.shortlist is not None
+    return ExitPolicy({exits.depths[0]: 0.5}, shortlist=shortlist, exit_in_prefill=False)
+
+
 def measure_calls(
-    decoder: Decoder,
-    reader: PromptReader,
+    backbone: Backbone,
+    exits: ExitSet,
     inputs: Mapping[str, Any],
-    slots: int,
+    config: EngineConfig,
     *,
-    repeats: int = 5,
-    most: int = TOKENS[-1],
     answer: int = 0,
+    repeats: int = 2,
+    most: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CallCosts:
-    """Time the calls of an empty decoder after the prompt `inputs` in every slot; medians.
+    """Time the calls of an engine of that kind, the prompt `inputs` in every slot; medians.
 
-    slots: sequences at once. most: tokens of the largest deep call. answer: tokens that stand
-    between the prompt and a call. clock: returns seconds.
+    answer: tokens that stand between the prompt and a call. repeats: of each call. most: tokens of
+    the largest deep call; None: eight for each slot, from 8 to 64. clock: returns seconds.
 
     Raises:
-        InputError: a decoder with sequences or without exits, fewer than one repeat, or a model
-            whose states cannot be taken back.
+        InputError: a model whose states cannot be taken back.
     """
-    if decoder.sequences or not decoder.depths or repeats < 1:
-        raise InputError(
-            f"Costs cannot be measured with {len(decoder.sequences)} sequences under way, exits at "
-            f"{list(decoder.depths)} and {repeats} repeats.",
-            "Use an empty decoder with exits, and repeat at least once.",
-        )
-    timer = _Timer(reader.backbone, decoder, repeats, clock)
+    slots = config.slots
+    most = most or max(8, min(TOKENS[-1], 8 * slots))
     wide = [n for n in TOKENS if n <= most]
     narrow = sorted({n for n in TOKENS if n < slots} | {slots})
-    try:
-        read = timer.read(reader, inputs, slots, answer)
-        tables = timer.tables({"feed": narrow, "deep": wide, "head": wide, "full": narrow})
-    finally:
-        timer.leave()
-    return CallCosts(slots=slots, context=timer.context, read=read, **tables)
-
-
-def _rising(seconds: Sequence[float]) -> list[float]:
-    return np.maximum.accumulate(seconds).tolist()  # type: ignore[no-any-return]
+    timer = _Timer(backbone, exits, config, clock)
+    read = timer.read(inputs, slots, answer)
+    sizes = {"feed": narrow, "deep": wide, "head": wide, "full": narrow}
+    return CallCosts(slots, timer.context, read=read, **timer.tables(sizes, repeats))
 
 
 class _Endless(Sampler):
@@ -127,25 +124,28 @@ class _Timer:
     """
 
     def __init__(
-        self, backbone: Backbone, decoder: Decoder, repeats: int, clock: Callable[[], float]
+        self,
+        backbone: Backbone,
+        exits: ExitSet,
+        config: EngineConfig,
+        clock: Callable[[], float],
     ) -> None:
-        self._backbone, self._decoder = backbone, decoder
-        self._repeats, self._clock = repeats, clock
-        self._executor = decoder.executor
+        core = EngineCore(backbone, exits, engine_policy(exits), config)
+        self._backbone, self._decoder, self._clock = backbone, core.decoder, clock
+        self._reader = PromptReader(backbone, exits, core.depths)
+        self._executor = self._decoder.executor
         self._kept: list[DecodedSequence] = []
         self._rule = ExitRule(
-            dict.fromkeys(decoder.depths, 0.5), guesses=dict.fromkeys(decoder.depths, 0.0)
+            dict.fromkeys(core.depths, 0.5), guesses=dict.fromkeys(core.depths, 0.0)
         )
         self.context = 0
         self._sync: Callable[[], None] = (
             torch.cuda.synchronize if backbone.device.type == "cuda" else lambda: None
         )
 
-    def read(
-        self, reader: PromptReader, inputs: Mapping[str, Any], slots: int, answer: int
-    ) -> float:
+    def read(self, inputs: Mapping[str, Any], slots: int, answer: int) -> float:
         """Fill all slots, and write `answer` tokens behind the prompts; seconds of a prompt."""
-        took, decoder = [], self._decoder
+        took, decoder, reader = [], self._decoder, self._reader
         options = {"max_new_tokens": answer + 2 * TOKENS[-1], "do_sample": False}
         for _ in range(slots):
             begin = self._now()
@@ -166,14 +166,7 @@ class _Timer:
         self.context = self._kept[0].ran[0]
         return median(took)
 
-    def leave(self) -> None:
-        """Leave the decoder empty."""
-        self._decoder.sequences[:] = self._kept
-        for sequence in self._kept:
-            self._decoder.leave(sequence)
-        self._decoder.fresh()
-
-    def tables(self, sizes: Mapping[str, Sequence[int]]) -> dict[str, Table]:
+    def tables(self, sizes: Mapping[str, Sequence[int]], repeats: int) -> dict[str, Table]:
         """Seconds of each kind of call for each of its sizes; a larger call is never cheaper.
 
         Kinds take turns, and calls that feed come several in a row, as in an engine: each finds the
@@ -181,15 +174,16 @@ class _Timer:
         """
         took: dict[tuple[str, int], list[float]] = {(k, n): [] for k in sizes for n in sizes[k]}
         with torch.inference_mode():
-            for turn in range(self._repeats + 1):
+            for turn in range(repeats + 1):
                 for kind, n in random.Random(turn).sample(list(took), len(took)):
                     seconds = getattr(self, kind)(n)
                     if turn:  # the first one warms up
                         took[kind, n].append(seconds)
-        return {
-            kind: tuple(zip(of, _rising([median(took[kind, n]) for n in of]), strict=True))
-            for kind, of in sizes.items()
-        }
+        tables: dict[str, Table] = {}
+        for kind, of in sizes.items():
+            rising = np.maximum.accumulate([median(took[kind, n]) for n in of])
+            tables[kind] = tuple(zip(of, rising.tolist(), strict=True))
+        return tables
 
     def feed(self, rows: int) -> float:
         """Seconds of feeding a token of each of so many sequences."""

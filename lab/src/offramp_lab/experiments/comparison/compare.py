@@ -78,7 +78,7 @@ def compare(
     log, settings = Path(out) / "points.jsonl", _settings(backbone, train, test, plan, quality)
     known = _rows_of(log, settings)
     measurer = PointMeasurer(backbone, processor, test, plan, quality)
-    entries = Grid(measurer, processor, train, Path(out), plan).entries()
+    entries = Grid(measurer, list(train), Path(out)).entries()
     with JsonlLog(log) as rows:
         if not known:
             rows.append({"settings": settings})

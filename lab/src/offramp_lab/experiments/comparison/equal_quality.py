@@ -95,7 +95,10 @@ def equal_quality(points: Points, samples: Samples | None = None) -> dict[str, A
     ]
     if not baselines or all(c["objective"] != FREE for c in curves):
         return {"curves": curves}
-    best = {str(level): _closest(baselines, str(level)) for level in LEVELS}
+    best = {
+        level: min(baselines, key=lambda curve: float(curve["free_over"][level]))
+        for level in map(str, LEVELS)
+    }
     return {
         "curves": curves,
         "best_baseline": {
@@ -157,10 +160,6 @@ def ahead(curve: Mapping[str, Any], level: str, spread: str = "free_over_interva
     """
     values = curve[spread][level]
     return f"{curve['free_over'][level]:.2f} [{min(values):.2f}, {max(values):.2f}]"
-
-
-def _closest(curves: Sequence[dict[str, Any]], level: str) -> dict[str, Any]:
-    return min(curves, key=lambda curve: float(curve["free_over"][level]))
 
 
 def _name(point: Mapping[str, Any]) -> str:

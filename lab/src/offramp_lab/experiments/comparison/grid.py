@@ -19,26 +19,19 @@ from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.report.tradeoff import FREE
 from offramp.training.feature_dataset import Stores
 from offramp.training.trainer import Trainer
-from offramp_lab.experiments.comparison.methods import FIXED, POLICIES, Plan
+from offramp_lab.experiments.comparison.methods import FIXED, POLICIES
 from offramp_lab.experiments.comparison.points import Entry, PointMeasurer
 
 log = logging.getLogger(__name__)
 
 
 class Grid:
-    """The points of a plan; exits are trained when they are asked for, into the run's folder."""
+    """The points of the measurer's plan; exits are trained on `train` when they are asked for, into
+    the run's folder, `out`."""
 
-    def __init__(
-        self,
-        measurer: PointMeasurer,
-        processor: Any,
-        train: Sequence[Example],
-        out: Path,
-        plan: Plan,
-    ) -> None:
-        self.backbone, self.processor = measurer.backbone, processor
-        self.measurer, self.train, self.out, self.plan = measurer, list(train), out, plan
-        self._labelled = all(example.answers for example in self.train)
+    def __init__(self, measurer: PointMeasurer, train: Sequence[Example], out: Path) -> None:
+        self.measurer, self.plan, self.train, self.out = measurer, measurer.plan, train, out
+        self._labelled = all(example.answers for example in train)
         self._stores: dict[Any, Stores] = {}
         self._adapters: dict[Any, Adapter] = {}
 
@@ -48,7 +41,7 @@ class Grid:
         return [e for seed in range(first, first + self.plan.seeds) for e in self._grid(seed)]
 
     def _grid(self, seed: int) -> list[Entry]:
-        layers, plan = self.backbone.depth, self.plan
+        layers, plan = self.measurer.backbone.depth, self.plan
         curve = partial(self._curve, seed)
         depths = plan.depths or propose_depths(layers)
         several = plan.several or propose_depths(layers, min(3, layers - 1))
@@ -117,14 +110,15 @@ class Grid:
 
     def _trained(self, seed: int, objective: str, depths: tuple[int, ...]) -> Adapter:
         """The objective's exits; what was trained before is taken up."""
+        backbone, encoder = self.measurer.backbone, self.measurer.encoder
         changes = self.plan.changes(objective)
         if changes is None:
-            return Adapter(self.backbone, ExitSet(Exits(self.backbone, depths, kind="lens")))
+            return Adapter(backbone, ExitSet(Exits(backbone, depths, kind="lens")))
         if changes.get("regime") == "supervised" and not self._labelled:
             changes = {**changes, "regime": "pseudo", "min_confidence": 0.0}
         config = replace(self.plan.training, **{**changes, "depths": depths, "seed": seed})
         folder = exits_folder(self.out, seed, objective, depths)
-        trainer = Trainer(self.backbone, self.processor, self.train, config, folder)
+        trainer = Trainer(backbone, encoder.processor, self.train, config, folder)
         log.info(f"seed {seed}: {objective} exits at {list(depths)}")
         return trainer.run(resume=True, recorded=self._stores)
 

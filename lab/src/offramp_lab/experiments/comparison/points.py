@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,12 +16,11 @@ from offramp.calibration.risk_functions import Quality
 from offramp.data.example import Example
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
-from offramp.evaluation.timing import generate_fn, in_turn, speedup, timed
+from offramp.evaluation.timing import generate_fn, speedup, timed
 from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp_lab.experiments.comparison.methods import Plan
-from offramp_lab.experiments.experiment import bar
+from offramp_lab.experiments.experiment import Experiment, identical
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class PointMeasurer:
             **entry.name,
             "quality": quality,
             "quality_drop": (self.quality_full - quality) / max(self.quality_full, 1e-9),
-            "agreement": float(self._same(answers).mean()),
+            "agreement": float(identical(answers, self.full).mean()),
             "mean_depth": float(np.mean([depth for a in answers for depth in a.depths])),
             "each": np.round(qualities, 6).tolist(),
         }
@@ -83,11 +82,7 @@ class PointMeasurer:
     def _qualities(self, answers: Sequence[Answer]) -> Any:
         if self.quality is not None:
             return self.quality(answers, self.test)
-        return self._same(answers)
-
-    def _same(self, answers: Sequence[Answer]) -> Any:
-        """Which answers [N] are the full model's, as 1 and 0."""
-        return np.array([float(a.ids == b.ids) for a, b in zip(answers, self.full, strict=True)])
+        return identical(answers, self.full)
 
     def answers(
         self, adapter: Adapter | None, rule: ExitPolicy, batches: Iterable[Mapping[str, Any]]
@@ -104,14 +99,21 @@ class PointMeasurer:
     def time(self, entries: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
         """Speeds against the full model and each round's seconds of decoding, by key.
 
-        All points of a seed take turns at one answer, and then at the next. Those that do the same
-        work on it get the mean of what they took: that the machine was slower for one says nothing
-        about them.
+        All points of a seed take turns. Those that do the same work on an answer get the mean of
+        what they took: that the machine was slower for one says nothing about them.
         """
+        methods = {"full": self._method(None)}
+        methods |= {key: self._method(entry) for key, entry in entries.items()}
+        inputs = [self.encoder.prompts([example]) for example in self.sample(self.plan.timed)]
+        runs = Experiment(methods, inputs, self.plan.rounds, warm=1, title="timing").run()
         spent: dict[str, Any] = defaultdict(float)  # whole answers, and decoding [rounds, 2]
-        for number, example in enumerate(bar("timing")(self.sample(self.plan.timed))):
-            for key, seconds in self._time_one(entries, example, warm=not number).items():
-                spent[key] = spent[key] + seconds
+        for place in range(len(inputs)):
+            works = {key: rounds[0][place].work for key, rounds in runs.items()}
+            alike = defaultdict(list)
+            for key, rounds in runs.items():
+                alike[works[key]].append([taken[place].seconds for taken in rounds])
+            for key, work in works.items():
+                spent[key] = spent[key] + np.mean(alike[work], 0)
         full = spent["full"]
         return {
             key: {
@@ -122,26 +124,24 @@ class PointMeasurer:
             for key, own in spent.items()
         }
 
-    def _time_one(
-        self, entries: Mapping[str, Entry], example: Example, *, warm: bool
-    ) -> dict[str, Any]:
-        """Seconds [rounds, 2] that the answer to an example took, by key."""
-        inputs = self.encoder.prompts([example])
-        made: dict[str, GenerationOutput] = {}
+    def _method(self, entry: Entry | None) -> Callable[[Any], _Taken]:
+        """Answers an input by a point; None: by the full model."""
+        exits, rule = (None, FULL) if entry is None else (entry.adapter.exits, entry.rule)
+        run = partial(generate, self.backbone, exits=exits, policy=rule)
 
-        def method(key: str, exits: ExitSet | None, rule: ExitPolicy) -> Callable[[Any], Any]:
-            run = partial(generate, self.backbone, exits=exits, policy=rule)
-            return partial(timed, generate_fn(run, partial(made.__setitem__, key), **self._options))
+        def method(inputs: Any) -> _Taken:
+            made: list[GenerationOutput] = []
+            whole, decode, _ = timed(generate_fn(run, made.append, **self._options), inputs)
+            return _Taken((whole, decode), "full" if entry is None else _work(entry, made[0]))
 
-        methods = {"full": method("full", None, FULL)}
-        methods |= {key: method(key, e.adapter.exits, e.rule) for key, e in entries.items()}
-        runs = in_turn(methods, [inputs], rounds=self.plan.rounds, warm=int(warm))
-        works = {"full": "full"}
-        works |= {key: _work(entry, made[key]) for key, entry in entries.items()}
-        alike = defaultdict(list)
-        for key, work in works.items():
-            alike[work].append([taken[:2] for [taken] in runs[key]])
-        return {key: np.mean(alike[work], 0) for key, work in works.items()}
+        return method
+
+
+class _Taken(NamedTuple):
+    """Seconds of an answer, whole and of its decoding; and what was done for it."""
+
+    seconds: tuple[float, float]
+    work: str
 
 
 def _work(entry: Entry, made: GenerationOutput) -> str:
@@ -154,13 +154,10 @@ def _work(entry: Entry, made: GenerationOutput) -> str:
 
 
 class _Inputs:
-    """Batches of examples, encoded when they come up; the first ones, within `room`, are kept."""
+    """Batches of examples, encoded when they come up; the first ones, within a GiB, are kept."""
 
-    def __init__(
-        self, encoder: InputProcessor, examples: Sequence[Example], size: int, room: int = 1 << 30
-    ) -> None:
-        """room: bytes."""
-        self._encoder, self._room = encoder, room
+    def __init__(self, encoder: InputProcessor, examples: Sequence[Example], size: int) -> None:
+        self._encoder, self._room = encoder, 1 << 30
         self._chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
         self._kept: dict[int, dict[str, Any]] = {}
 

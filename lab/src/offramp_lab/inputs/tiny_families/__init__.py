@@ -8,7 +8,8 @@ agree with anything.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Kind:
     padding: str = "left"
     wide: float = 0.25
     loud: float = 0.1
-    frame: tuple[tuple[int, ...], tuple[int, ...]] = field(default=((), ()))
+    frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def inputs(self, batch: int, seed: int = 0) -> dict[str, Tensor]:
         """What the processor would return for `batch` rows, each with one image."""
@@ -79,18 +80,10 @@ def build(
 ) -> Any:
     """The tiny model of a family, with weights drawn from `seed`; `wide` overrides its scale."""
     kind = kind_of(name)
-    wide = kind.wide if wide is None else wide
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = kind.build()
-        for path, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, wide)
-            elif path.endswith("bias"):
-                parameter.normal_(0.0, 0.05)
-        # Faint, or a tied head would only repeat the last token.
-        model.get_input_embeddings().weight.normal_(0.0, kind.loud)
-    model.tie_weights()
+        draw_weights(model, kind.wide if wide is None else wide, kind.loud)
     # Random weights hit the end token early; laws on stopping set it themselves.
     for part in (model, getattr(model, "language_model", None)):
         config = getattr(part, "generation_config", None)
@@ -98,6 +91,24 @@ def build(
             config.eos_token_id = None
             config.pad_token_id = PAD
     return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def draw_weights(model: Any, wide: float, loud: float) -> None:
+    """wide, loud: standard deviation of the matrices and of the token embeddings."""
+    for path, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, wide)
+        elif path.endswith("bias"):
+            parameter.normal_(0.0, 0.05)
+        elif "gate" in path:  # shut, cross-attention would do nothing
+            parameter.normal_(0.0, 0.5)
+    with suppress(NotImplementedError):  # it has none
+        # Faint, or a tied head would only repeat the last token.
+        model.get_input_embeddings().weight.normal_(0.0, loud)
+    model.tie_weights()
 
 
 _FRAME = ((VISION_START,), (VISION_END,))

@@ -62,7 +62,7 @@ AS_BEFORE = {
 """Types that `families` builds by hand."""
 
 
-def build(name: str, seed: int = 0, wide: float = 0.25, loud: float = 0.1) -> Any:
+def build(name: str, seed: int = 0, wide: float = 0.25) -> Any:
     from transformers import AutoModelForImageTextToText
 
     if name in AS_BEFORE:
@@ -70,23 +70,7 @@ def build(name: str, seed: int = 0, wide: float = 0.25, loud: float = 0.1) -> An
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: Any = AutoModelForImageTextToText.from_config(config(name))  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for path, parameter in model.named_parameters():
-                if not parameter.is_floating_point():
-                    continue
-                if parameter.dim() > 1:
-                    parameter.normal_(0.0, wide)
-                elif path.endswith("bias"):
-                    parameter.normal_(0.0, 0.05)
-                elif "gate" in path:  # shut, cross-attention would do nothing
-                    parameter.normal_(0.0, 0.5)
-            try:
-                words = model.get_input_embeddings()
-            except NotImplementedError:
-                words = None
-            if words is not None:
-                words.weight.normal_(0.0, loud)
-    model.tie_weights()
+        families.draw_weights(model, wide, 0.1)
     for part in model.modules():
         settings = getattr(part, "generation_config", None)
         if settings is not None:

@@ -64,23 +64,24 @@ _NO_FIELDS = re.compile(r"rope|rotary|vocabulary|2label|_dict$")
 _NO_TOKEN = re.compile(r"_layer|loop|moe|active|label")
 
 
-def shrink(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """The configuration's dict with every size small; special tokens get the first ids."""
-    return _shrink(config, path, {})
+def shrink(
+    config: Mapping[str, Any], path: str = "", ids: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """The configuration's dict with every size small; special tokens get the first ids.
 
-
-def _shrink(config: Mapping[str, Any], path: str, ids: dict[str, int]) -> dict[str, Any]:
+    path: where it stands in a larger one. ids: what tokens of that got, by role.
+    """
+    ids = {} if ids is None else ids
     sees = bool(_SEES.search(path))
     sizes = {**_BOTH, **(_SIGHT if sees else _TEXT)}
     tiny: dict[str, Any] = {}
     for name, value in config.items():
-        inside = f"{path}.{name}"
         if isinstance(value, Mapping) and not _NO_FIELDS.search(name):
-            tiny[name] = _shrink(value, inside, ids)
-        elif name in sizes and isinstance(value, int | float | list | tuple) and value:
-            tiny[name] = (
-                sizes[name] if isinstance(value, int | float) else [sizes[name]] * len(value)
-            )
+            tiny[name] = shrink(value, f"{path}.{name}", ids)
+        elif name in sizes and isinstance(value, int | float) and value:
+            tiny[name] = sizes[name]
+        elif name in sizes and isinstance(value, list | tuple) and value:
+            tiny[name] = [sizes[name]] * len(value)
         elif name == "vocab_size":
             tiny[name] = VOCABULARY
         elif _TOKEN.search(name) and not _NO_TOKEN.search(name):

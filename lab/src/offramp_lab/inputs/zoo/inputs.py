@@ -26,15 +26,16 @@ def _sight(model: Any) -> Any:
 
 
 def _patch(model: Any) -> int:
-    size = getattr(_sight(model), "patch_size", 14)
-    return int(size if isinstance(size, int) else size[0])
+    return _side(getattr(_sight(model), "patch_size", 14))
 
 
-def _square(model: Any, size: int | None = None) -> Callable[..., Tensor]:
-    if size is None:
-        configured = getattr(_sight(model), "image_size", None) or 28
-        size = int(configured if isinstance(configured, int) else configured[0])
+def _square(model: Any) -> Callable[..., Tensor]:
+    size = _side(getattr(_sight(model), "image_size", None) or 28)
     return lambda *lead: torch.randn(*lead, 3, size, size)
+
+
+def _side(size: int | Sequence[int]) -> int:
+    return int(size if isinstance(size, int) else size[0])
 
 
 def _pixels(rows: int, *shape: int, **each: Sequence[int]) -> dict[str, Tensor]:
@@ -50,17 +51,11 @@ def _patches(model: Any, rows: int) -> dict[str, Tensor]:
     return _pixels(rows, rows * 16, (times or 1) * 3 * _patch(model) ** 2, image_grid_thw=(1, 4, 4))
 
 
-def _features(model: Any) -> Callable[..., Any]:
-    for part in (model, getattr(model, "model", None)):
-        if hasattr(part, "get_image_features"):
-            return part.get_image_features  # type: ignore[no-any-return, union-attr]
-    raise LookupError("no get_image_features")
-
-
 def count(model: Any, pixels: dict[str, Tensor], rows: int) -> int:
     """Tokens that each image takes in the prompt."""
+    part = model if hasattr(model, "get_image_features") else model.model
     with torch.no_grad():
-        features = _features(model)(**pixels)
+        features = part.get_image_features(**pixels)
     for name in ("pooler_output", "deepstack_features", "last_hidden_state"):
         if getattr(features, name, None) is not None:
             features = getattr(features, name)
@@ -216,8 +211,7 @@ def _blank(model: Any, words: Words) -> dict[str, Any]:
 
 def _pixels_alone(model: Any, words: Words) -> dict[str, Any]:
     encoder = getattr(model.config, "encoder", None) or _sight(model)
-    size = encoder.image_size
-    size = size if isinstance(size, int) else size[0]
+    size = _side(encoder.image_size)
     return {"pixel_values": torch.randn(len(words), 3, size, size)}
 
 

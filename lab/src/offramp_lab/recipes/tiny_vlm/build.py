@@ -1,7 +1,6 @@
 """Builders of the tiny BLIP-2: tokenizer, processor, configurations; nothing custom."""
 
 import copy
-import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from offramp.data.scenes import language, world
+from offramp.storage import atomic_folder
 
 WIDTH = 128
 HEADS = 4
@@ -29,11 +29,6 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.5  # per channel, of pixels in [0, 1]
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<image>"]  # ids 0 to 4, in OPT's order
 PAD, EOS, IMAGE = 1, 2, 4
 MAX_NEW_TOKENS = 48  # more than the longest caption and its </s>; `generate` alone stops at 20
-
-
-def words(vocabulary: list[str]) -> list[str]:
-    """Text from which BPE learns every word of the world as one token, with its leading space."""
-    return [" ".join(vocabulary)] * 8
 
 
 def build_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
@@ -55,7 +50,8 @@ def build_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(words(language.vocabulary()), trainer)
+    # Text from which BPE learns every word of the world as one token, with its leading space.
+    tokenizer.train_from_iterator([" ".join(language.vocabulary())] * 8, trainer)
     template = "</s> $A" if backbone == "opt" else "$A </s>"
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[("</s>", EOS)]
@@ -180,16 +176,10 @@ def export(model: Blip2ForConditionalGeneration, backbone: str, folder: Path) ->
     The file holds float16 to be small, but its configuration asks for float32, so that a plain
     `from_pretrained` computes in float32: half precision is slow on a CPU.
     """
-    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     model = copy.deepcopy(model).half().eval()
     model.generation_config = generation_config(backbone)
-    model.save_pretrained(fresh)
-    build_processor(backbone).save_pretrained(fresh)
-    config = fresh / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    (fresh / "model.safetensors").chmod(0o644)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
+    with atomic_folder(folder) as fresh:
+        model.save_pretrained(fresh)
+        build_processor(backbone).save_pretrained(fresh)
+        config = fresh / "config.json"
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))

@@ -5,11 +5,12 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def rate(step: int, steps: int, warmup: int = 200) -> float:
@@ -20,31 +21,43 @@ def rate(step: int, steps: int, warmup: int = 200) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimiser(module: nn.Module, peak: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: decaying norms and biases only hurts."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.02},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-8)
+class Training:
+    """A module in training and its file, from which it goes on: the module's and the optimiser's
+    state, the next step, and seconds so far.
 
-
-class Checkpoint:
-    """What a training goes on from: a module, its optimiser, the next step, and seconds so far.
-
-    step: the next one. Those of the last checkpoint, where there is one, are loaded.
+    peak: learning rate. step: the next one. Those of the last checkpoint, where there is one, are
+    loaded.
     """
 
-    def __init__(self, module: nn.Module, optim: torch.optim.Optimizer, path: Path) -> None:
-        self._module, self._optim, self._path = module, optim, path
+    def __init__(self, module: nn.Module, peak: float, path: Path) -> None:
+        self._module, self._peak, self._path = module, peak, path
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        # Decaying norms and biases only hurts.
+        groups = [
+            {"params": [p for p in self._parameters if p.dim() > 1], "weight_decay": 0.02},
+            {"params": [p for p in self._parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self._optim = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-8)
         state = load(path) or {"step": 0, "seconds": 0.0}
         if state["step"]:
             module.load_state_dict(state["model"])
-            optim.load_state_dict(state["optim"])
+            self._optim.load_state_dict(state["optim"])
         self.step: int = state["step"]
         self._started = time.monotonic() - state["seconds"]
         self._saved = time.monotonic()
+
+    def take(self, share: float, losses: Iterable[Tensor]) -> list[float]:
+        """A step down the sum of the losses, at a share of the peak learning rate; their values."""
+        for group in self._optim.param_groups:
+            group["lr"] = self._peak * share
+        self._optim.zero_grad()
+        values = []
+        for loss in losses:
+            loss.backward()
+            values.append(loss.item())
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optim.step()
+        return values
 
     def save(self, step: int, last: bool, every: float) -> bool:
         """Write the state behind a step where it is the last one or so many seconds have passed,

@@ -8,7 +8,6 @@ never more than a few minutes old.
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -22,6 +21,7 @@ import transformers
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
 from offramp.models.shipped import tiny_folder
+from offramp.storage import read_json, write_json
 from offramp_lab.recipes.tiny_vlm.build import build_model, build_tokenizer, export
 from offramp_lab.recipes.tiny_vlm.checkpointing import load
 from offramp_lab.recipes.tiny_vlm.evaluate import full
@@ -86,16 +86,10 @@ def latest(args: argparse.Namespace) -> Blip2ForConditionalGeneration:
     return model
 
 
-def size(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.iterdir())
-
-
 def training(args: argparse.Namespace) -> dict[str, Any]:
     """Steps and seconds of both stages, as the checkpoints tell them."""
-    eyes, language = (
-        load(args.work_dir / "see.pt"),
-        load(args.work_dir / f"speak-{args.backbone}.pt"),
-    )
+    files = ("see.pt", f"speak-{args.backbone}.pt")
+    eyes, language = (load(args.work_dir / file) for file in files)
     if eyes is None or language is None:
         raise SystemExit(f"no checkpoints in {args.work_dir}: train first")
     return {
@@ -119,7 +113,7 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
         "evaluation_seconds": round(time.monotonic() - started),
         "parameters": sum(p.numel() for p in model.parameters()),
         "language_parameters": sum(p.numel() for p in model.language_model.parameters()),
-        "folder_bytes": size(folder),
+        "folder_bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "training": training(args),
         "versions": {
             "python": platform.python_version(),
@@ -133,17 +127,14 @@ def record(args: argparse.Namespace) -> dict[str, Any]:
 
 def rounded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
+        return {name: rounded(part) for name, part in sorted(value.items())}
     return round(value, 4) if isinstance(value, float) else value
 
 
 def write_record(args: argparse.Namespace, entry: dict[str, Any]) -> None:
     """Replace this backbone's entry of the record."""
-    everything = json.loads(args.record.read_text()) if args.record.exists() else {}
-    everything[args.backbone] = rounded(entry)
-    fresh = args.record.with_suffix(".new")
-    fresh.write_text(json.dumps(everything, indent=2, sort_keys=True) + "\n")
-    fresh.replace(args.record)
+    everything = read_json(args.record) if args.record.exists() else {}
+    write_json(args.record, rounded({**everything, args.backbone: entry}))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ with the next question, so one pass teaches all rounds and `generate` still stop
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,9 @@ from offramp_lab.recipes.tiny_vlm.build import (
     build_model,
     build_tokenizer,
 )
-from offramp_lab.recipes.tiny_vlm.checkpointing import Checkpoint, Log, optimiser, rate
+from offramp_lab.recipes.tiny_vlm.checkpointing import Log, Training, rate
 from offramp_lab.recipes.tiny_vlm.evaluate import quick
-from offramp_lab.recipes.tiny_vlm.train_vision import Eyes, pixels
+from offramp_lab.recipes.tiny_vlm.train_vision import DAMAGED, Eyes, pixels
 
 IGNORE = -100
 PEAKS = {"opt": 1e-3, "t5": 1.5e-3}  # learning rates
@@ -37,7 +37,7 @@ Row = tuple[list[int], list[int]]  # token ids, label of each position (OPT) or 
 
 
 @torch.no_grad()
-def pool(eyes: Eyes, work: Path, size: int, damage: float = 0.25) -> np.ndarray:
+def pool(eyes: Eyes, work: Path, size: int) -> np.ndarray:
     """Query states of the first `size` training scenes, float16 [size, Q, D], computed once."""
     path = work / f"features-{size}.npy"
     if not path.exists():
@@ -45,7 +45,7 @@ def pool(eyes: Eyes, work: Path, size: int, damage: float = 0.25) -> np.ndarray:
         states = np.empty((size, QUERIES, WIDTH), dtype=np.float16)
         for start in range(0, size, 250):
             scenes = list(world.scenes("train", min(250, size - start), start))
-            states[start : start + len(scenes)] = eyes.features(pixels(scenes, damage))[1].numpy()
+            states[start : start + len(scenes)] = eyes.features(pixels(scenes, DAMAGED))[1].numpy()
         fresh = path.with_suffix(".new.npy")
         np.save(fresh, states)
         fresh.rename(path)
@@ -53,9 +53,10 @@ def pool(eyes: Eyes, work: Path, size: int, damage: float = 0.25) -> np.ndarray:
 
 
 class Texts:
-    """Makes token ids and labels for one backbone."""
+    """Makes token ids and labels for one backbone; `row` is `rounds` of OPT and `turn` of T5."""
 
     def __init__(self, backbone: str) -> None:
+        self.row = self.rounds if backbone == "opt" else self.turn
         self.tokenizer = build_tokenizer(backbone)
         self.vocab_size = len(self.tokenizer)
         self.chunk = lru_cache(maxsize=None)(self._chunk)
@@ -83,17 +84,12 @@ class Texts:
         return [*self.ids(f"{history} {prompt}"), EOS], [*self.ids(answer), EOS]
 
 
-def asked(turns: list[language.QA]) -> list[language.QA]:
-    return [(language.question_prompt(q), a) for q, a in turns]
-
-
-def captions(texts: Texts, backbone: str, scenes: list[world.Scene]) -> list[Row]:
-    make = texts.rounds if backbone == "opt" else texts.turn
-    return [make([(world.CAPTION_PROMPT, language.caption(s))]) for s in scenes]
+def captions(texts: Texts, scenes: list[world.Scene]) -> list[Row]:
+    return [texts.row([(world.CAPTION_PROMPT, language.caption(s))]) for s in scenes]
 
 
 def answers(
-    texts: Texts, backbone: str, scenes: list[world.Scene], rng: np.random.Generator
+    texts: Texts, backbone: str, rng: np.random.Generator, scenes: list[world.Scene]
 ) -> list[Row]:
     """Two thirds unrelated questions, one third dialogues."""
     rows = []
@@ -108,7 +104,7 @@ def answers(
             weights = [3.0 if language.question_kind(q) in HARD else 1.0 for q, _ in found]
             share = np.array(weights) / sum(weights)
             turns = [found[j] for j in rng.choice(len(found), min(count, len(found)), False, share)]
-        rows.append((texts.rounds if backbone == "opt" else texts.turn)(asked(turns)))
+        rows.append(texts.row([(language.question_prompt(q), a) for q, a in turns]))
     return rows
 
 
@@ -119,6 +115,7 @@ def padded(rows: list[list[int]], value: int) -> Tensor:
     return out
 
 
+@torch.autocast("cpu", torch.bfloat16)
 def loss(model: Blip2ForConditionalGeneration, states: Tensor, rows: list[Row]) -> Tensor:
     """Mean cross-entropy of the answer tokens; `states` are query states [B, Q, D]."""
     language = model.language_model
@@ -143,15 +140,12 @@ def batches(
     for step in range(first, steps):
         rng = np.random.default_rng((seed, step))
         parts = []
-        for count, kind in ((size[0], "captions"), (size[1], "answers")):
+        for count, rows in zip(
+            size, (partial(captions, texts), partial(answers, texts, backbone, rng)), strict=True
+        ):
             index = rng.choice(len(states), size=count, replace=False)
             scenes = [world.scene("train", int(i)) for i in index]
-            rows = (
-                captions(texts, backbone, scenes)
-                if kind == "captions"
-                else answers(texts, backbone, scenes, rng)
-            )
-            parts.append((torch.from_numpy(states[index]).float(), rows))
+            parts.append((torch.from_numpy(states[index]).float(), rows(scenes)))
         yield parts
 
 
@@ -168,7 +162,7 @@ def fresh_model(backbone: str, eyes: Eyes) -> Blip2ForConditionalGeneration:
 
 
 @torch.no_grad()
-def name_cells(projection: nn.Linear, states: np.ndarray, scale: float = 1.0) -> None:
+def name_cells(projection: nn.Linear, states: np.ndarray) -> None:
     """Start the projection so that every image token says, beside all else, which query it is.
 
     The number of the query makes up 5% of the variance of its state. OPT adds positions of its own;
@@ -180,7 +174,7 @@ def name_cells(projection: nn.Linear, states: np.ndarray, scale: float = 1.0) ->
     inputs = np.concatenate([seen, np.ones((len(seen), 1))], axis=1)
     number = np.tile(np.eye(QUERIES), (len(seen) // QUERIES, 1))
     readout = torch.from_numpy(np.linalg.lstsq(inputs, number, rcond=None)[0].T).float()
-    directions = scale * torch.randn(projection.out_features, QUERIES)
+    directions = torch.randn(projection.out_features, QUERIES)
     projection.weight += directions @ readout[:, :-1]
     projection.bias += directions @ readout[:, -1]
 
@@ -206,26 +200,15 @@ def train(
     # bfloat16 with plain attention takes 0.63 of the time of float32 with the fused one, whose
     # backward pass is slow in bfloat16 on a CPU.
     model.language_model.set_attn_implementation("eager")
-    peak = PEAKS[backbone]
-    optim = optimiser(model, peak)
-    checkpoint = Checkpoint(model, optim, work / f"speak-{backbone}.pt")
-    first = checkpoint.step
+    training = Training(model, PEAKS[backbone], work / f"speak-{backbone}.pt")
+    first = training.step
     for step, parts in enumerate(
         batches(backbone, states, first, steps, SIZES[backbone], seed), start=first
     ):
-        for group in optim.param_groups:
-            group["lr"] = peak * rate(step - restart, steps - restart)
-        optim.zero_grad()
-        values = []
-        for seen, rows in parts:
-            with torch.autocast("cpu", torch.bfloat16):
-                value = loss(model, seen, rows)
-            value.backward()
-            values.append(value.item())
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optim.step()
+        losses = (loss(model, seen, rows) for seen, rows in parts)
+        values = training.take(rate(step - restart, steps - restart), losses)
         if step % 50 == 0:
             log(stage=backbone, step=step, caption_loss=values[0], answer_loss=values[1])
-        if checkpoint.save(step, step == steps - 1, every=180):
+        if training.save(step, step == steps - 1, every=180):
             log(stage=backbone, step=step + 1, **quick(model, backbone))
     return model

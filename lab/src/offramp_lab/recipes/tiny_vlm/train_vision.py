@@ -16,9 +16,11 @@ from transformers import Blip2QFormerModel, Blip2VisionModel
 
 from offramp.data.scenes import world
 from offramp_lab.recipes.tiny_vlm.build import QUERIES, WIDTH, qformer_config, vision_config
-from offramp_lab.recipes.tiny_vlm.checkpointing import Checkpoint, Log, optimiser, rate
+from offramp_lab.recipes.tiny_vlm.checkpointing import Log, Training, rate
 
 CELLS = world.GRID**2
+SIZE, PEAK = 64, 1e-3  # scenes a step, learning rate
+DAMAGED = 0.25  # share of the training pictures that are corrupted
 CLASSES = {
     "shape": len(world.SHAPES) + 1,
     "color": len(world.COLORS) + 1,
@@ -87,7 +89,7 @@ def pixels(scenes: list[world.Scene], damage: float = 0.0) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def make_batch(split: str, start: int, size: int, damage: float) -> Batch:
+def make_batch(split: str, start: int, size: int, damage: float = 0.0) -> Batch:
     scenes = list(world.scenes(split, size, start))
     background = torch.tensor([world.BACKGROUNDS.index(s.background) for s in scenes])
     return Batch(
@@ -107,9 +109,9 @@ def loss(eyes: Eyes, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(eyes: Eyes, damage: float = 0.0, n: int = 512) -> dict[str, float]:
+def accuracy(eyes: Eyes) -> dict[str, float]:
     """Validation accuracies of the Q-Former heads: on occupied cells, and of whole pictures."""
-    batch = make_batch("validation", 0, n, damage)
+    batch = make_batch("validation", 0, 512)
     eyes.eval()
     cells, background = eyes(batch.pixels)[0]
     eyes.train()
@@ -126,24 +128,18 @@ def accuracy(eyes: Eyes, damage: float = 0.0, n: int = 512) -> dict[str, float]:
     }
 
 
-def train(work: Path, steps: int, batch_size: int = 64, peak: float = 1e-3, seed: int = 0) -> Eyes:
+def train(work: Path, steps: int, seed: int) -> Eyes:
     """Train the eyes, or go on from the last checkpoint; returns them when all steps are done."""
     torch.manual_seed(seed)
     log = Log(work / "see.jsonl")
     eyes = Eyes()
-    optim = optimiser(eyes, peak)
-    checkpoint = Checkpoint(eyes, optim, work / "see.pt")
-    for step in range(checkpoint.step, steps):
-        for group in optim.param_groups:
-            group["lr"] = peak * rate(step, steps)
-        value = loss(eyes, make_batch("train", step * batch_size, batch_size, damage=0.25))
-        optim.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
-        optim.step()
+    training = Training(eyes, PEAK, work / "see.pt")
+    for step in range(training.step, steps):
+        batch = make_batch("train", step * SIZE, SIZE, DAMAGED)
+        [value] = training.take(rate(step, steps), [loss(eyes, batch)])
         if step % 50 == 0:
-            log(stage="see", step=step, loss=value.item())
+            log(stage="see", step=step, loss=value)
         if step % 250 == 249 or step == steps - 1:
             log(stage="see", step=step + 1, **accuracy(eyes))
-        checkpoint.save(step, step == steps - 1, every=120)
+        training.save(step, step == steps - 1, every=120)
     return eyes

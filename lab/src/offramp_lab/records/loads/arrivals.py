@@ -32,9 +32,9 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.experiments.benchmark.engine_bench import costs_of, static_batch
+from offramp_lab.experiments.benchmark.engine_bench import static_batch
 from offramp_lab.experiments.benchmark.simulator import quantiles
-from offramp_lab.experiments.benchmark.unit_costs import CallCosts, seconds
+from offramp_lab.experiments.benchmark.unit_costs import CallCosts, measure_calls, seconds
 from offramp_lab.experiments.experiment import Experiment, machine
 from offramp_lab.inputs.shapes import shape
 from offramp_lab.records.engine import add_to_record
@@ -211,7 +211,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = EngineConfig(slots=slots, limit=inputs["input_ids"].shape[1] + lengths[1] + 1)
     prove(backbone, inputs)  # else the first prompt would find the executor
     exits = ExitSet(Exits(backbone, (1,), kind="lens"))  # of which there must be some
-    costs = costs_of(backbone, exits, inputs, config, repeats=3, most=1, clock=work)
+    costs = measure_calls(backbone, exits, inputs, config, repeats=3, most=1, clock=work)
     for _ in range(2):  # the first one warms up
         prompts, step = static_batch(backbone, inputs, slots, 20, work)
     rate = (
