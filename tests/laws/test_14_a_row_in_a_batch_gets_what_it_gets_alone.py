@@ -133,11 +133,10 @@ def serve(
             extra = {"logits_processor": [notes[number]]}
         prepared = prompts.prepare(request.inputs, {**request.options, **extra})
         sampler = Sampler(prepared, noise=Noise.seeded(number, prepared.ids.device))
-        rule = ExitRule.of(request.policy, guess_above=request.guess)
+        first = first_thresholds(whole, request.policy)
+        rule = ExitRule.of(request.policy, guess_above=request.guess, first=first)
         with torch.inference_mode():
-            prompt, [token] = decoder.read(
-                prompts, prepared, [sampler], rule, first=first_thresholds(whole, request.policy)
-            )
+            prompt, [token] = decoder.read(prompts, prepared, [sampler], rule)
             decoder.join(prompt, 0, sampler, rule, token, number)
 
     while queue or decoder.sequences:

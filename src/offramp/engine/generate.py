@@ -189,11 +189,10 @@ class Generation:
             self.backbone.depth, executor, self.asker, schedule=schedule,
             pace=self.pace if self.rule.lossless else None,
         )  # fmt: skip
-        first = first_thresholds(self.backbone, self.policy)
         try:
             return write_answers(
                 decoder, self.reader, prepared, self.rule,
-                streamer=streamer, seed=seed, observer=observer, first=first,
+                streamer=streamer, seed=seed, observer=observer,
             )  # fmt: skip
         finally:
             executor.close()
@@ -217,7 +216,8 @@ def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> Exit
     if not policy.thresholds:
         return NO_EXITS
     # Guesses are taken back, and a score that follows a token wants it settled before the next.
-    return ExitRule.of(policy, guessing=backbone.lossless and not asker.follows)
+    guessing = backbone.lossless and not asker.follows
+    return ExitRule.of(policy, guessing=guessing, first=first_thresholds(backbone, policy))
 
 
 def write_answers(
@@ -230,14 +230,12 @@ def write_answers(
     streamer: Any = None,
     seed: int | None = None,
     observer: Observer | None = None,
-    first: Mapping[int, float] | None = None,
 ) -> GenerationOutput:
     """Read a prompt of one or more rows, and write the answer of each.
 
     decoder: without sequences. reader: reads the prompts for its executor. rule: of all rows.
     given: what the reader takes for each row by itself; None: what is prepared, for all.
-    streamer, seed, observer: as of `generate`. first: thresholds of first tokens;
-    None: the rule's.
+    streamer, seed, observer: as of `generate`.
     """
     rows = len(prepared.ids)
     pad = getattr(prepared.config, "_pad_token_tensor", None)
@@ -262,10 +260,10 @@ def write_answers(
         groups = [(one, [sampler]) for one, sampler in zip(given, samplers, strict=True)]
     sequences = []
     for what, group in groups:
-        prompt, firsts = decoder.read(reader, what, group, rule, first=first)
+        prompt, firsts = decoder.read(reader, what, group, rule)
         with torch.inference_mode():
             sequences += [
-                decoder.join(prompt, row, sampler, rule, said, owner=sampler.row, opening=first)
+                decoder.join(prompt, row, sampler, rule, said)
                 for row, (sampler, said) in enumerate(zip(group, firsts, strict=True))
             ]
         del prompt

@@ -209,7 +209,9 @@ class _Case:
         backbone, attached = self.backbone, ExitSet.of(self.exits)
         depths = () if plan is None else self.depths[:1] if lossless else self.depths
         at = dict.fromkeys(depths, 0.5)
-        rule = NO_EXITS if plan is None else ExitRule(at, lossless, most=3 if lossless else None)
+        opening = at if first or backbone.is_encoder_decoder else {}
+        most = 3 if lossless else None
+        rule = NO_EXITS if plan is None else ExitRule(at, lossless, most=most, first=opening)
         reader = _Planned(backbone, attached if depths else None, ExitPolicy(at), depths)
         reader.plan, reader.lossless = plan or (), lossless
         rows = len(self.tokens)
@@ -219,9 +221,7 @@ class _Case:
         prepared = prepare(prompts.intercepted.model, self.inputs, **self.options)
         samplers = [_Forced(prepared, row, self.tokens[row].tolist()) for row in range(rows)]
         try:
-            prompt, firsts = decoder.read(
-                prompts, prepared, list(samplers), rule, first=at if first or self._encoded else {}
-            )
+            prompt, firsts = decoder.read(prompts, prepared, list(samplers), rule)
             waiting = list(range(1, rows))
             sequences = [decoder.join(prompt, 0, samplers[0], rule, firsts[0])]
             for written in decoder:
@@ -244,10 +244,6 @@ class _Case:
                     theirs = self.logits[place][row]
                     worst = max(worst, _apart(sampler.seen[place], theirs))
         return worst
-
-    @property
-    def _encoded(self) -> bool:
-        return self.backbone.is_encoder_decoder
 
 
 @torch.inference_mode()

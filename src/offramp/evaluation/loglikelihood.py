@@ -139,8 +139,8 @@ class _Pick:
     ) -> None:
         """gates: by depth, with their levels. before: the token that the answers follow."""
         self._backbone, self._before = backbone, before
-        self._rule, self._scorer, self._gates = ExitRule(thresholds), scorer, gates
-        self._opening = self._rule.opening(first_thresholds(backbone, policy))
+        self._rule = ExitRule(thresholds, first=first_thresholds(backbone, policy))
+        self._scorer, self._gates = scorer, gates
 
     def __call__(self, states: _States, ids: Tensor) -> Tensor:
         """[B, A] for ids [B, A] and the states that predict them."""
@@ -162,7 +162,7 @@ class _Pick:
             scores, opened = check.score.view_as(ids), self._opened(depth, entry).view_as(ids)
             exits = open_ & opened
             exits[:, 1:] &= self._rule.reaches(depth, scores[:, 1:])
-            exits[:, 0] &= self._opening.reaches(depth, scores[:, 0])
+            exits[:, 0] &= self._rule.opening.reaches(depth, scores[:, 0])
             log_p = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), log_p)
             open_ &= ~exits
         return log_p

@@ -12,7 +12,7 @@ together changes the order of work, not its outcome.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from itertools import compress
@@ -79,18 +79,14 @@ class Decoder:
         prepared: Any,
         samplers: Many[TokenSampler],
         rule: ExitRule,
-        *,
-        first: Mapping[int, float] | None = None,
     ) -> tuple[Any, list[Token | Asked]]:
         """Read a prompt of one or more rows, and choose each row's first token. Where visual tokens
         stay behind at an exit and it does not say it, layers above do once the row has joined.
 
-        first: thresholds at which the exits may say it, by depth; None: the rule's.
-
         Raises:
             InputError: visual tokens are to stay behind, and the executor cannot.
         """
-        opening = rule.opening(rule.thresholds if first is None else first)
+        opening = rule.opening
         more: dict[str, Any] = {}
         if rule.pruning is not None:
             more["pruning"] = self._checked(rule.pruning)
@@ -154,12 +150,8 @@ class Decoder:
         rule: ExitRule,
         first: Token | Asked,
         owner: Any = None,
-        *,
-        opening: Mapping[int, float] | None = None,
     ) -> Sequence:
         """Take a row of a prompt over; its first token, if it is said, is given out at once.
-
-        opening: thresholds of one that is not, as `first` of `read`.
 
         Raises:
             InputError: lossless, of a model whose states hold the whole text.
@@ -174,10 +166,7 @@ class Decoder:
                     "Use a policy with lossless=False.",
                 )
             rule = replace(rule, guesses=None)
-        sequence = Sequence(
-            sampler, rule, *loaded, first=first, layers=self.layers, owner=owner,
-            opening=rule.opening(rule.thresholds if opening is None else opening),
-        )  # fmt: skip
+        sequence = Sequence(sampler, rule, *loaded, first=first, layers=self.layers, owner=owner)
         self.sequences.append(sequence)
         self._turn = None  # its prompt was read meanwhile
         self._settle(sequence)

@@ -134,7 +134,7 @@ class _Timer:
         self._executor = decoder.executor
         self._kept: list[DecodedSequence] = []
         self._rule = ExitRule(
-            dict.fromkeys(decoder.depths, 0.5), guesses=dict.fromkeys(decoder.depths, 0.0)
+            dict.fromkeys(decoder.depths, 0.5), guesses=dict.fromkeys(decoder.depths, 0.0), first={}
         )
         self.context = 0
         self._sync: Callable[[], None] = (
@@ -151,7 +151,7 @@ class _Timer:
             begin = self._now()
             prepared = reader.prepare(inputs, options)
             sampler = _Endless(prepared)
-            prompt, [first] = decoder.read(reader, prepared, [sampler], self._rule, first={})
+            prompt, [first] = decoder.read(reader, prepared, [sampler], self._rule)
             with torch.inference_mode():
                 self._kept.append(decoder.join(prompt, 0, sampler, self._rule, first))
             took.append(self._now() - begin)
