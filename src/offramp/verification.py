@@ -396,10 +396,8 @@ class Verification:
                     said = verdict.token, depth, score
                     break
             if said is None:
-                [word] = reader.full(backbone.final_norm(final[:1, -1]), [question])
-                if isinstance(word, Exception):
-                    raise word
-                said = word, backbone.depth, score
+                word = reader.words(backbone.final_norm(final[:1, -1]))
+                said = word(0, question), backbone.depth, score
             words.append(said)
         return _Row(*zip(*words, strict=True))
 

@@ -224,13 +224,11 @@ class _Case:
             prompt, firsts = decoder.read(prompts, prepared, list(samplers), rule)
             waiting = list(range(1, rows))
             sequences = [decoder.join(prompt, 0, samplers[0], rule, firsts[0])]
-            for written in decoder:
-                late = written.sequence is not sequences[0] or written.place < LATE
-                while waiting and not late:
-                    with torch.inference_mode():
-                        row = waiting.pop()
-                        mine = decoder.join(prompt, row, samplers[row], rule, firsts[row])
-                        sequences.append(mine)
+            while decoder.goes_on():
+                decoder.make(decoder.next_call())
+                while waiting and sequences[0].settled > LATE:
+                    row = waiting.pop()
+                    sequences.append(decoder.join(prompt, row, samplers[row], rule, firsts[row]))
             assert not waiting
         finally:
             executor.close()

@@ -135,7 +135,6 @@ class EngineCore(Jobs):
         with self._timed(call):
             self.decoder.make(call)
         took = self.seconds[call] - before
-        self.decoder.fresh()
         self.pace.note(rows, self._settled - settled, took, exiting=exiting, exits=exits)
         self._collect()
         return call

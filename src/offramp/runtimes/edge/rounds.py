@@ -190,7 +190,6 @@ class Rounds:
         """Hand out the answers that are over, and free their slots."""
         if self._decoder is None:
             return
-        self._decoder.fresh()
         for sequence in [*self._decoder.sequences]:
             job: Job = sequence.owner
             if sequence.over or sequence.error is not None or job.unwanted:

@@ -171,7 +171,6 @@ class _Timer:
         self._decoder.sequences[:] = self._kept
         for sequence in self._kept:
             self._decoder.leave(sequence)
-        self._decoder.fresh()
 
     def tables(self, sizes: Mapping[str, Sequence[int]]) -> dict[str, Table]:
         """Seconds of each kind of call for each of its sizes; a larger call is never cheaper.
@@ -250,7 +249,6 @@ class _Timer:
             sequence.settle()  # the first token was given out
             sitting.append(sequence)
         self._decoder.sequences[:] = sitting
-        self._decoder.fresh()
         return sitting
 
     def _now(self) -> float:

@@ -34,7 +34,6 @@ from offramp.engine.executors.slots.attention import (
 from offramp.engine.executors.slots.cache import SlotCache
 from offramp.engine.executors.slots.layout import (
     Call,
-    CurrentCall,
     OneSlot,
     flat,
     one_each,
@@ -125,7 +124,7 @@ class SlotExecutor(SegmentRunner):
         self.positions = backbone.room(0)
         self.packs = can_pack(self.intercepted.stack)
         with_slot_masks(self.intercepted.stack)
-        self._current = CurrentCall()
+        self._current = self.cache.current
         self._instead = called_in_place(backbone)
         self._exact = backbone.decoding.exact_batches
         if self._exact:
@@ -676,7 +675,6 @@ class SlotExecutor(SegmentRunner):
             return None
         finally:
             self._current.call = current
-            self.cache.release()
         known[kind] = tables
         return tables
 

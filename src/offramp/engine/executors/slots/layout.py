@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,9 +96,9 @@ Call = SlotCall | OneSlot
 
 
 class CurrentCall:
-    """The call that is under way, which a runner shares with modules in its twins."""
+    """The call that is under way, which a runner shares with its cache and modules in its twins."""
 
-    call: Call
+    call: Any = None  # a `Call`; None: there is none
 
 
 def one_each(
