@@ -23,7 +23,7 @@ from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
-from offramp.engine.decoding.sampler import Noise, Observer, OnToken, Sampler, Together
+from offramp.engine.decoding.sampler import Noise, Observer, Sampler, Together
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN, Token
 from offramp.engine.drafter import Drafter
@@ -76,7 +76,9 @@ def generate(
     quantised caches.
     """
     backbone = Backbone.of(backbone)
-    one = _generation(backbone, exits, policy, pace, vision_cache, prefix_cache)
+    one = (KV_POLICIES[policy.kv] or Generation)(
+        backbone, exits, policy, pace, vision_cache=vision_cache, prefix_cache=prefix_cache
+    )
     prepared = one.reader.prepare(inputs, options)
     prove(backbone, inputs, one.depths)
     return one.write(prepared, streamer, seed, observer)
@@ -106,7 +108,8 @@ def generate_prepared(
             f"The exits are attached to {backbone.name}, and another model was asked to generate.",
             "Attach them to that model: offramp.attach(model, exits).",
         )
-    one = _generation(backbone, exits, policy, pace, None, prefix_cache)
+    made = KV_POLICIES[policy.kv] or Generation
+    one = made(backbone, exits, policy, pace, prefix_cache=prefix_cache)
     prove_prepared(backbone, prepared, one.depths)
     twin = one.reader.intercepted.model.get_submodule(path)
     return one.write(replace(prepared, model=twin))
@@ -120,15 +123,16 @@ class Generation:
 
     reads: type[PromptReader] = PromptReader
     decodes: type[Decoder] = Decoder
-    pace: DraftPace | None = None
 
     def __init__(
         self,
         backbone: Backbone,
         exits: ExitSet | Exits | None,
         policy: ExitPolicy,
-        vision_cache: VisionCache | None,
-        prefix_cache: PrefixCache | None,
+        pace: DraftPace | None,
+        *,
+        vision_cache: VisionCache | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         attached = None if exits is None else ExitSet.of(exits)
         self.drafter = Drafter.of(backbone, attached, policy)
@@ -144,7 +148,7 @@ class Generation:
         self.backbone, self.exits, self.policy, self.depths = backbone, attached, policy, depths
         self.asker = ExitReader(backbone, attached if depths else None, policy, depths)
         self.rule = self.exit_rule()
-        self.longest = 0  # of the prompts, in tokens, once they are known
+        self.pace = pace if self.rule.lossless else None
         self.reader = self.prompt_reader(vision_cache, prefix_cache)
 
     def exit_rule(self) -> ExitRule:
@@ -163,16 +167,12 @@ class Generation:
             prefix_cache=prefix_cache,
         )
 
-    def executor(self, rows: int) -> Executor:
+    def executor(self, rows: int, longest: int) -> Executor:
+        """longest: tokens of the longest prompt."""
         return executor_for(
-            self.backbone,
-            self.exits,
-            self.depths,
-            slots=rows,
-            longest=self.longest,
-            watches=self.asker.watches,
-            drafter=self.drafter,
-        )
+            self.backbone, self.exits, self.depths, slots=rows, longest=longest,
+            watches=self.asker.watches, drafter=self.drafter,
+        )  # fmt: skip
 
     def write(
         self,
@@ -182,13 +182,11 @@ class Generation:
         observer: Observer | None = None,
     ) -> GenerationOutput:
         rows = len(prepared.ids)
-        self.longest = max(prompt_lengths(prepared))
-        executor = self.executor(rows)
+        executor = self.executor(rows, max(prompt_lengths(prepared)))
         schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
         decoder = self.decodes(
-            self.backbone.depth, executor, self.asker, schedule=schedule,
-            pace=self.pace if self.rule.lossless else None,
-        )  # fmt: skip
+            self.backbone.depth, executor, self.asker, schedule=schedule, pace=self.pace
+        )
         try:
             return write_answers(
                 decoder, self.reader, prepared, self.rule,
@@ -196,19 +194,6 @@ class Generation:
             )  # fmt: skip
         finally:
             executor.close()
-
-
-def _generation(
-    backbone: Backbone,
-    exits: ExitSet | Exits | None,
-    policy: ExitPolicy,
-    pace: DraftPace | None,
-    *caches: Any,
-) -> Generation:
-    own = KV_POLICIES[policy.kv]
-    made: Generation = (own or Generation)(backbone, exits, policy, *caches)
-    made.pace = pace
-    return made
 
 
 def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> ExitRule:
@@ -240,7 +225,7 @@ def write_answers(
     rows = len(prepared.ids)
     pad = getattr(prepared.config, "_pad_token_tensor", None)
     pad = 0 if pad is None else int(pad.flatten()[0])
-    told = _Streamed(prepared.ids, pad, streamer)
+    told = None if streamer is None else _Streamed(prepared.ids, pad, streamer)
     noise = _noise(rows, seed, prepared)
     together = Together.of(prepared)
     samplers = [
@@ -248,8 +233,8 @@ def write_answers(
             prepared,
             row,
             noise=noise[row],
-            on_token=told.taker(row),
-            on_end=partial(told.over, row),
+            on_token=None if told is None else partial(told.take, row),
+            on_end=None if told is None else partial(told.over, row),
             observer=observer,
             together=together,
         )
@@ -274,7 +259,8 @@ def write_answers(
     own = noise[0]
     if seed is None and own is not None:
         own.hand_back(max(map(len, answers)))
-    told.end()
+    if told is not None:
+        told.end()
     return GenerationOutput.of_rows(
         prepared.ids,
         answers,
@@ -314,19 +300,12 @@ class _Streamed:
         self._step = getattr(streamer, "step", None)
         self._waiting: list[list[tuple[int, int, float]]] = [[] for _ in range(self._rows)]
         self._over: set[int] = set()
-        if streamer is not None:
-            streamer.put(ids.cpu())
+        streamer.put(ids.cpu())
 
-    def taker(self, row: int) -> OnToken | None:
-        """What takes the tokens of a row; None without a streamer."""
-        if self._streamer is None:
-            return None
-
-        def take(place: int, token: int, depth: int, score: float) -> None:
-            self._waiting[row].append((token, depth, score))
-            self._hand_on()
-
-        return take
+    def take(self, row: int, place: int, token: int, depth: int, score: float) -> None:
+        """A row's next token."""
+        self._waiting[row].append((token, depth, score))
+        self._hand_on()
 
     def over(self, row: int) -> None:
         """A row has given out its last token."""
@@ -337,8 +316,7 @@ class _Streamed:
         """All rows are over."""
         self._over.update(range(self._rows))
         self._hand_on()
-        if self._streamer is not None:
-            self._streamer.end()
+        self._streamer.end()
 
     def _hand_on(self) -> None:
         rows = [*enumerate(self._waiting)]

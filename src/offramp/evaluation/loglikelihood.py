@@ -12,7 +12,7 @@ from torch import Tensor
 from offramp.data.example import Example
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.exit_check import ExitScorer, gates_of_policy
+from offramp.engine.exit_check import ExitCheck, ExitScorer, gates_of_policy
 from offramp.engine.kv_cache import add_exit_entries, repeat_rows
 from offramp.engine.policy import FULL, ExitPolicy, check_all_go_on, first_thresholds
 from offramp.engine.prefill import Prefill, prepare
@@ -158,7 +158,7 @@ class _Pick:
         for depth in self._rule.thresholds:
             entry, previous = (states.entries[d].flatten(0, 1) for d in (depth, depth - 1))
             state = states.exits[depth].flatten(0, 1)
-            check = self._scorer(depth, state, entry, previous, None, **token)
+            check = ExitCheck(self._scorer, depth, state, entry, previous, **token)
             scores, opened = check.score.view_as(ids), self._opened(depth, entry).view_as(ids)
             exits = open_ & opened
             exits[:, 1:] &= self._rule.reaches(depth, scores[:, 1:])

@@ -132,7 +132,8 @@ class ExitReader:
                 return [None if question is None else CLOSED for question in asked]
         chain = _Constraints(asked)
         places = _tokens(asked, entry.device) if self.watches or self._scripted else {}
-        look = scorer(
+        look = ExitCheck(
+            scorer,
             depth,
             None if output.state is None else here(output.state),
             entry,

@@ -169,10 +169,11 @@ class Sampler:
             elif type(criterion) is not MaxLengthCriteria:
                 self._custom.append(criterion)
         self._own: list[Any] = []  # of this row alone
-        self._processors = [self._of_row(processor) for processor in prepared.processors]
+        self._processors = LogitsProcessorList(map(self._of_row, prepared.processors))
         self.samples = bool(prepared.config.do_sample)
         self.plain = not self.samples and not len(self._processors) and observer is None
-        self._hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
+        hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
+        self._hard = LogitsProcessorList(hard)
         self.scored = bool(self._hard)
         longest = self._criteria.max_length
         self.most = None if longest is None else int(longest) - self.ids.shape[1]
@@ -207,9 +208,9 @@ class Sampler:
         ids = self._with(before)
         scores = logits.to(ids.device, torch.float32, copy=True)
         if self._rows == 1 or all(type(p) in BY_ROW or p in self._own for p in processors):
-            return _through(processors, ids, scores)
+            return processors(ids, scores)  # type: ignore[no-any-return]
         ids, scores = ids.expand(self._rows, -1), scores.expand(self._rows, -1)
-        made = _through(processors, ids.contiguous(), scores.contiguous())
+        made: Tensor = processors(ids.contiguous(), scores.contiguous())
         return made[self.row : self.row + 1]
 
     def would_end(self, tokens: int, last: int) -> bool:
@@ -250,9 +251,3 @@ class Sampler:
             return self.ids
         more = torch.tensor([list(tokens)], dtype=self.ids.dtype, device=self.ids.device)
         return torch.cat([self.ids, more], 1)
-
-
-def _through(processors: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    own = isinstance(processors, LogitsProcessorList)
-    chain: Any = processors if own else LogitsProcessorList(processors)
-    return chain(ids, scores)  # type: ignore[no-any-return]

@@ -18,7 +18,6 @@ from torch import Tensor
 from offramp.engine.decoding.executor import DraftRoom, Drafts, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone
-from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.in_place import cannot_compile
 from offramp.engine.executors.segments import Passing, SegmentRunner
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
@@ -70,11 +69,9 @@ class StackExecutor(SegmentRunner):
         backbone: Backbone,
         exits: ExitSet | None,
         depths: Sequence[int],
-        *,
-        watches: bool = False,
-        drafter: Drafter | None = None,
+        **more: Any,
     ) -> None:
-        super().__init__(backbone, exits, depths, watches=watches, drafter=drafter)
+        super().__init__(backbone, exits, depths, **more)
         cannot_compile(backbone, "this model or request needs its own stack")
         self._held: list[_Row] = []
 
@@ -86,7 +83,7 @@ class StackExecutor(SegmentRunner):
             cache, prefill = _row_of(cache, row), prefill.of_row(row)
         tokens = prompt.columns
         held = _Row(cache, prefill, tokens)
-        ran = [tokens] * (len(self._bounds) - 1)
+        ran = [tokens] * len(self._segments)
         if prompt.waits is not None:
             depth, states = prompt.waits
             segment, mine = self.depths.index(depth) + 1, states[row : row + 1]
@@ -132,9 +129,8 @@ class StackExecutor(SegmentRunner):
     def _surplus(self, row: _Row, column: int) -> dict[int, int]:
         """How many columns from `column` on the entries have: of layers and of exits."""
         surplus: dict[int, int] = {}
-        for segment, ran in enumerate(row.ran):
-            entries = self._entries(*self._bounds[segment : segment + 2])
-            surplus |= dict.fromkeys(entries, max(0, ran - column))
+        for running, ran in zip(self._segments, row.ran, strict=True):
+            surplus |= dict.fromkeys(self._entries(running), max(0, ran - column))
         return {i: n for i, n in surplus.items() if i not in self.backbone.rare_layers}
 
     # -- calls -------------------------------------------------------------------------------
@@ -147,7 +143,7 @@ class StackExecutor(SegmentRunner):
 
     def _feed(self, row: _Row, token: int) -> ExitOutput:
         kw = self._arguments(row, [token])
-        self._call(row, range(0, self._bounds[1]), kw)
+        self._call(row, self._segments[0], kw)
         output = self._taken()
         assert self._entry is not None
         part = _Part(self._entry, kw.get("position_ids"), kw["input_ids"])
@@ -220,7 +216,7 @@ class StackExecutor(SegmentRunner):
         assert self._drafter is not None
         depth, row.entered = self._drafter.depth, None
         own = self_attention(row.cache).layers
-        slides = [getattr(own[i], "is_sliding", False) for i in self._entries(depth, depth)]
+        slides = [getattr(own[i], "is_sliding", False) for i in self._entries(range(depth, depth))]
         if not any(slides) and not self.backbone.reads_ids:
             self._undo(row, 1)
             row.verified = row.tokens, self._drafted(row, entry[None])
@@ -247,7 +243,7 @@ class StackExecutor(SegmentRunner):
         depth = self._drafter.depth
         row.tokens -= columns
         row.prefill.rollback(columns)
-        crop(row.cache, dict.fromkeys(self._entries(depth, depth), columns))
+        crop(row.cache, dict.fromkeys(self._entries(range(depth, depth)), columns))
 
     def verify(
         self, handles: Sequence[_Row], ids: Sequence[Sequence[int]], columns: Sequence[int]
@@ -268,7 +264,7 @@ class StackExecutor(SegmentRunner):
         return picked(made, torch.tensor(asked, dtype=torch.long, device=self.backbone.device))
 
     def _run(self, segment: int, span: Span) -> Output:
-        row, start = span.handle, self._bounds[segment]
+        row, running = span.handle, self._segments[segment]
         parts: list[_Part] = row.waits.pop(segment)
         states = torch.cat([part.states for part in parts], 1)
         assert states.shape[1] == span.end - span.first
@@ -284,7 +280,7 @@ class StackExecutor(SegmentRunner):
             kw["inputs_embeds"] = states.clone()  # BLIP adds positions where it lies
         self._chunk = states
         try:
-            final = self._call(row, range(start, self._bounds[segment + 1]), kw)
+            final = self._call(row, running, kw)
         finally:
             self._chunk = None
         row.ran[segment] = span.end
@@ -322,7 +318,7 @@ class StackExecutor(SegmentRunner):
             return row.cache  # the first entry of each kind runs
         new = 1 if self._chunk is None else self._chunk.shape[1]
         seen: dict[str, Any] = {"rare": self.backbone.rare_layers, "tokens": tokens - new}
-        also = self._entries(running.stop, running.stop)
+        also = self._entries(range(running.stop, running.stop))
         return stand_in(row.cache, end, running, also, **seen)
 
 

@@ -101,21 +101,14 @@ class CurrentCall:
     call: Any = None  # a `Call`; None: there is none
 
 
-def one_each(
-    slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
-) -> SlotCall:
-    """One token of each slot."""
-    rows, at = torch.tensor([slots, columns], device=device)
-    reads = None if [*slots] == [*range(len(slots))] else rows
-    return SlotCall((len(rows), 1), rows, at, reads, at[:, None], width)
-
-
 def flat(
     slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
 ) -> SlotCall:
-    """A call on tokens that stand slot by slot, several of a slot in ascending columns."""
+    """A call on one token of each slot, or on tokens that stand slot by slot, several of a slot in
+    ascending columns."""
     rows, at = torch.tensor([slots, columns], device=device)
-    return SlotCall((len(slots), 1), rows, at, rows, at[:, None], width)
+    reads = None if [*slots] == [*range(len(slots))] else rows
+    return SlotCall((len(rows), 1), rows, at, reads, at[:, None], width)
 
 
 def packed(

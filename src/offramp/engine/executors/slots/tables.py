@@ -12,13 +12,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.executors.slots.attention import MaskRule, rule_of
+from offramp.engine.executors.slots.attention import MaskRule
 from offramp.engine.executors.slots.layout import Call
 from offramp.engine.kv_cache import CACHE_NAMES
 from offramp.models.backbone import Backbone
@@ -229,7 +229,7 @@ class _Kind:
         self._fixed: dict[str, Any] = {}
         self._made: list[tuple[str, Callable[[Given], Any]]] = []
         for name, value in values.items():
-            rule = rule_of(value)
+            rule = getattr(value, "rule", None)  # what `slot_mask` made it by
             if name in (*CACHE_NAMES, *BIASES):
                 self._fixed[name] = None
             elif value is None or isinstance(value, (bool, str)):
@@ -241,7 +241,7 @@ class _Kind:
             elif name == "position_ids":
                 self._made.append((name, _ids(value)))
             elif name == "position_embeddings" and isinstance(value, tuple):
-                self._made.append((name, _rows(value)))
+                self._made.append((name, partial(_of_tables, value)))
             else:
                 raise CannotRehearseError(f"argument {name}, a {type(value).__name__}")
 
@@ -283,10 +283,6 @@ def _ids(handed: Tensor) -> Callable[[Given], Any]:
         return own if own.dim() == handed.dim() else own[0]
 
     return made
-
-
-def _rows(tables: tuple[Tensor, ...]) -> Callable[[Given], Any]:
-    return lambda given: _of_tables(tables, given)
 
 
 class Tables:
