@@ -19,7 +19,7 @@ from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Noise, Sampler
-from offramp.engine.executors.choice import EXECUTORS, make_executor
+from offramp.engine.executors.choice import EXECUTORS, executor_for
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
 from offramp.errors import InputError, UnsupportedBackboneError
@@ -115,7 +115,7 @@ def serve(
     """
     draw = random.Random(seed)
     policy, attached = ExitPolicy(dict.fromkeys(exits.depths, 0.5)), ExitSet.of(exits)
-    executor = make_executor(engine, whole, attached, exits.depths, slots=slots, limit=64)
+    executor = executor_for(whole, attached, exits.depths, engine=engine, slots=slots, limit=64)
     if packs is not None:
         executor.packs = packs
     reader = ExitReader(whole, attached, policy, exits.depths)

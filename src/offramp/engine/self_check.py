@@ -10,7 +10,7 @@ shows there. Slots are tried first, then the model's own stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from offramp.engine.decoding.reader import Question
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.executors.choice import EXECUTORS, make_executor
+from offramp.engine.executors.choice import EXECUTORS, executor_for
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prepared, prepare, room_of
@@ -215,7 +215,7 @@ class _Case:
         reader = _Planned(backbone, attached if depths else None, ExitPolicy(at), depths)
         reader.plan, reader.lossless = plan or (), lossless
         rows = len(self.tokens)
-        executor = make_executor(engine, backbone, attached, depths, slots=rows)
+        executor = executor_for(backbone, attached, depths, engine=engine, slots=rows)
         decoder = Decoder(backbone.depth, executor, reader, schedule=Schedule(2, rows))
         prompts = PromptReader(backbone, attached, depths)
         prepared = prepare(prompts.intercepted.model, self.inputs, **self.options)
@@ -276,16 +276,14 @@ def _found(case: _Case, engine: str) -> DecodeCheck:
     first = (1, *case.plan[1:])
     plain = tried(lambda: case.worst(engine, None))
     exits = tried(lambda: case.worst(engine, case.plan))
-    exact = all(isinstance(o, float) and o <= case.allowed for o in (plain, exits))
     not_asked = "not asked: decoding is not exact"
-    return DecodeCheck(
-        engine,
-        case.depths,
-        plain,
-        exits,
-        tried(lambda: case.worst(engine, first, first=True)) if exact else not_asked,
-        tried(lambda: case.worst(engine, (1,), lossless=True)) if exact else not_asked,
-        case.allowed,
+    found = DecodeCheck(engine, case.depths, plain, exits, not_asked, not_asked, case.allowed)
+    if not found.exact:
+        return found
+    return replace(
+        found,
+        first_token=tried(lambda: case.worst(engine, first, first=True)),
+        lossless=tried(lambda: case.worst(engine, (1,), lossless=True)),
     )
 
 

@@ -231,7 +231,7 @@ class Decoder:
         if call == "feed":
             return self.feed()
         if call == "full":
-            return self.full()
+            return self.full(self.sequences)
         return self.deep(flush=call == "flush")
 
     def feed(self) -> int:
@@ -245,7 +245,7 @@ class Decoder:
         if self.executor.rows == 1:  # each by itself
             for row in rows:
                 row.waited += not row.ready(self.longest)
-            self._pass([row for row in rows if not row.rule.thresholds])
+            self.full([row for row in rows if not row.rule.thresholds])
             rows = [row for row in rows if row.rule.thresholds and row.ready(self.longest)]
         ready = [row.ready(self.longest) for row in rows]
         depth = self.depths[0]
@@ -446,15 +446,12 @@ class Decoder:
             self.tallies[row.rule.exiting].rule(right)
         return right
 
-    def full(self) -> int:
-        """Feed the next token of every sequence through all layers; nothing may wait. Where an exit
+    def full(self, rows: list[Sequence]) -> int:
+        """Feed the next token of sequences through all layers; nothing may wait. Where an exit
         drafts on from its own state, its drafts go along.
 
-        No exit is looked at, so every sequence's tokens must be the full model's.
+        No exit is looked at, so the tokens must be the full model's.
         """
-        return self._pass(self.sequences)
-
-    def _pass(self, rows: list[Sequence]) -> int:
         count, rows = self._ahead(rows)
         if not rows:
             return count

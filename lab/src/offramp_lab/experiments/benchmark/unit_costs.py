@@ -205,7 +205,7 @@ class _Timer:
         # A stack's caches grow together; what slots do not write is written again.
         self._sit(rows, self._rule if self._executor.rows == 1 else NO_EXITS)
         begin = self._now()
-        self._decoder.full()
+        self._decoder.full(self._decoder.sequences)
         return self._now() - begin
 
     def deep(self, tokens: int) -> float:
