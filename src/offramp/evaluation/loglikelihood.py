@@ -158,7 +158,7 @@ class _Pick:
         for depth in self._rule.thresholds:
             entry, previous = (states.entries[d].flatten(0, 1) for d in (depth, depth - 1))
             state = states.exits[depth].flatten(0, 1)
-            check = ExitCheck(self._scorer, depth, state, entry, previous, **token)
+            check = ExitCheck(self._scorer, depth, state, entry, previous, None, **token)
             scores, opened = check.score.view_as(ids), self._opened(depth, entry).view_as(ids)
             exits = open_ & opened
             exits[:, 1:] &= self._rule.reaches(depth, scores[:, 1:])

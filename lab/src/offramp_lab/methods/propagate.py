@@ -66,7 +66,7 @@ class PropagatingExecutor(StackExecutor):
     def skip(self, row: Any, segment: int) -> None:
         """Fill what the newest token of a sequence skips from a segment on."""
         depth = self._segments[segment].start
-        part = row.waits.pop(segment)[-1]
+        part = row.waits.pop(segment)
         kw = dict(row.last)
         self._chunk, self._skips = part.states, True
         kw.pop("input_ids", None)

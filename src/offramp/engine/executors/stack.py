@@ -34,24 +34,40 @@ from offramp.models.exits import ExitSet
 
 
 @dataclass(eq=False)
-class _Part:
-    """States [1, T, D] of one call that wait before a segment, with their position ids and ids."""
+class _Waiting:
+    """States [1, T, D] that wait before a segment, from a column on, with their position ids and
+    ids, where these are known."""
 
+    begin: int
     states: Tensor
     positions: Tensor | None
     ids: Tensor | None
+
+    def until(self, column: int) -> _Waiting:
+        """Those before a column alone."""
+        n = max(0, column - self.begin)
+        positions = None if self.positions is None else self.positions[..., :n]
+        ids = None if self.ids is None else self.ids[:, :n]
+        return _Waiting(self.begin, self.states[:, :n], positions, ids)
+
+    def followed_by(self, more: _Waiting) -> _Waiting:
+        states = torch.cat([self.states, more.states], 1)
+        positions, ids = (
+            None if one is None or other is None else torch.cat([one, other], -1)
+            for one, other in ((self.positions, more.positions), (self.ids, more.ids))
+        )
+        return _Waiting(self.begin, states, positions, ids)
 
 
 @dataclass(eq=False)
 class _Row:
     """One sequence. tokens: columns that have entered the first layer. waits: by segment, what
-    waits before it; begin: the column of the first of it. ran: columns that each segment ran."""
+    waits before it. ran: columns that each segment ran."""
 
     cache: Any
     prefill: Prefill
     tokens: int
-    waits: dict[int, list[_Part]] = field(default_factory=dict)
-    begin: dict[int, int] = field(default_factory=dict)
+    waits: dict[int, _Waiting] = field(default_factory=dict)
     ran: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)  # arguments of the newest call
     verified: tuple[int, Tensor] | None = None  # a column, and the drafting exit's [n, D] from it
@@ -90,8 +106,7 @@ class StackExecutor(SegmentRunner):
             places = prefill.positions
             if places is not None:
                 places = places[..., -mine.shape[1] :]
-            held.waits[segment] = [_Part(mine, places, None)]
-            held.begin[segment] = tokens - mine.shape[1]
+            held.waits[segment] = _Waiting(tokens - mine.shape[1], mine, places, None)
             ran[segment:] = [tokens - mine.shape[1]] * (len(ran) - segment)
         if prompt.kept is not None:
             held.entered = tokens - 1, prompt.kept[row : row + 1]
@@ -120,8 +135,7 @@ class StackExecutor(SegmentRunner):
         row, undone = handle, handle.tokens - column
         if undone > 0:
             row.tokens = column
-            for segment in [*row.waits]:
-                row.waits[segment] = _first(row.waits[segment], column - row.begin[segment])
+            row.waits = {segment: held.until(column) for segment, held in row.waits.items()}
             crop(row.cache, self._surplus(row, column))
             row.prefill.rollback(undone)
             row.ran = [min(ran, column) for ran in row.ran]
@@ -146,8 +160,8 @@ class StackExecutor(SegmentRunner):
         self._call(row, self._segments[0], kw)
         output = self._taken()
         assert self._entry is not None
-        part = _Part(self._entry, kw.get("position_ids"), kw["input_ids"])
-        self._wait(row, 1, part, row.tokens - 1)
+        places = kw.get("position_ids")
+        self._wait(row, 1, _Waiting(row.tokens - 1, self._entry, places, kw["input_ids"]))
         row.ran[0] += 1
         return output
 
@@ -265,10 +279,9 @@ class StackExecutor(SegmentRunner):
 
     def _run(self, segment: int, span: Span) -> Output:
         row, running = span.handle, self._segments[segment]
-        parts: list[_Part] = row.waits.pop(segment)
-        states = torch.cat([part.states for part in parts], 1)
+        waiting: _Waiting = row.waits.pop(segment)
+        states, positions, ids = waiting.states, waiting.positions, waiting.ids
         assert states.shape[1] == span.end - span.first
-        positions, ids = _along(p.positions for p in parts), _along(p.ids for p in parts)
         kw = {n: v for n, v in row.last.items() if n not in ("input_ids", "inputs_embeds")}
         if positions is not None:
             kw["position_ids"] = positions
@@ -288,13 +301,14 @@ class StackExecutor(SegmentRunner):
             return final
         output = self._taken()
         assert self._entry is not None
-        self._wait(row, segment + 1, _Part(self._entry, positions, ids), span.first)
+        self._wait(row, segment + 1, _Waiting(span.first, self._entry, positions, ids))
         return output
 
-    def _wait(self, row: _Row, segment: int, part: _Part, column: int) -> None:
-        if not row.waits.get(segment):
-            row.waits[segment], row.begin[segment] = [], column
-        row.waits[segment].append(part)
+    def _wait(self, row: _Row, segment: int, more: _Waiting) -> None:
+        before = row.waits.get(segment)
+        if before is not None and before.states.shape[1]:
+            more = before.followed_by(more)
+        row.waits[segment] = more
 
     def _call(self, row: _Row, running: range, kw: dict[str, Any], passing: Passing = "") -> Tensor:
         """One call of the stack; final-normed states [n, D], void where the last layer did not
@@ -329,29 +343,3 @@ def _row_of(cache: Any, row: int) -> Any:
                    if getattr(e, "keys", None) is not None), torch.device("cpu"))  # fmt: skip
     made.reorder_cache(torch.tensor([row], device=device))
     return made
-
-
-def _first(parts: list[_Part], columns: int) -> list[_Part]:
-    """Of the first columns alone."""
-    kept = []
-    for part in parts:
-        new = min(columns, part.states.shape[1])
-        if new <= 0:
-            break
-        columns -= new
-        positions, ids = part.positions, part.ids
-        kept.append(
-            _Part(
-                part.states[:, :new],
-                None if positions is None else positions[..., :new],
-                None if ids is None else ids[:, :new],
-            )
-        )
-    return kept
-
-
-def _along(parts: Any) -> Tensor | None:
-    """Along the last axis; None where one is not known."""
-    known = list(parts)
-    whole = [part for part in known if part is not None]
-    return torch.cat(whole, -1) if whole and len(whole) == len(known) else None
