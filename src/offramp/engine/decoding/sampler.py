@@ -56,7 +56,6 @@ class Noise:
         self._drawn: dict[int, Tensor] = {}  # by place [rows, V]
         self._states: dict[int, Tensor] = {}  # of the generator, before each place
         self._left: dict[int, set[int]] = {}  # rows that a place is not settled in
-        self._places = 0
 
     @classmethod
     def seeded(cls, seed: int | None, device: torch.device) -> Noise:
@@ -82,13 +81,11 @@ class Noise:
         """
         if not bool(torch.isfinite(probabilities).all()):
             raise RuntimeError("The logits to sample from hold inf or nan.")
-        while self._places <= place:  # in order, so that each place has its own
-            at = self._places
+        while (at := len(self._states)) <= place:  # in order, so that each place has its own
             self._states[at] = self._generator.get_state()
             like = probabilities.new_empty(self.rows, probabilities.shape[-1])
             self._drawn[at] = like.exponential_(generator=self._generator)
             self._left[at] = set(range(self.rows))
-            self._places += 1
         return int((probabilities[0] / self._drawn[place][row]).argmax())
 
     def settled(self, row: int, place: int) -> None:

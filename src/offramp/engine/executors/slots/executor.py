@@ -410,13 +410,8 @@ class SlotExecutor(SegmentRunner):
         output = run(call, laid.view(*call.shape, *laid.shape[1:]))
         if order == [*range(len(spans))]:
             return output
-        where, at = {}, 0
-        for i in order:
-            where[i] = at
-            at += spans[i].end - spans[i].first
-        index = [
-            where[i] + n for i in range(len(spans)) for n in range(spans[i].end - spans[i].first)
-        ]
+        whose = [i for i in order for _ in range(spans[i].first, spans[i].end)]
+        index = sorted(range(len(whose)), key=whose.__getitem__)  # each span's stay in order
         return picked(output, torch.tensor(index, device=self._device))
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
@@ -535,7 +530,7 @@ class SlotExecutor(SegmentRunner):
         kw["attention_mask"] = torch.ones(
             call.shape[0], call.width, dtype=torch.long, device=self._device
         )
-        if given.takes_positions:
+        if given.offsets is not None:
             kw["position_ids"] = self._position_ids(given)
         if self.cache.cross:
             states, mask = given.encoder

@@ -149,27 +149,22 @@ def _equal(one: Any, other: Any) -> bool:
 # -- calls ----------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Given:
     """What one call is made on.
 
     inputs: token ids [n] or [B, T], or states [B, T, D] that enter a deeper layer. offsets:
     position of column 0 [..., slots], where the stack takes positions; offset: that of the one slot
     of a call whose positions go up one by one, first: that of the first of several axes.
-    encoder: states and mask of the encoder, made when asked for.
+    encode: makes `encoder`, states and mask of the encoder, when they are asked for.
     """
 
-    def __init__(
-        self,
-        call: Call,
-        inputs: Tensor,
-        offsets: Tensor | None,
-        offset: int | None,
-        encoder: Callable[[], tuple[Tensor, Tensor]] | None,
-        first: int = 0,
-    ) -> None:
-        self.first = first
-        self.call, self.inputs, self.offset = call, inputs, offset
-        self._offsets, self._encoder = offsets, encoder
+    call: Call
+    inputs: Tensor
+    offsets: Tensor | None
+    offset: int | None
+    encode: Callable[[], tuple[Tensor, Tensor]] | None
+    first: int = 0
 
     @property
     def ids(self) -> Tensor | None:
@@ -177,23 +172,19 @@ class Given:
         ids = self.inputs[:, None] if self.inputs.dim() == 1 else self.inputs
         return ids if ids.dim() == 2 else None
 
-    @property
-    def takes_positions(self) -> bool:
-        return self._offsets is not None
-
     @cached_property
     def positions(self) -> Tensor | None:
         """Position ids [..., B, T]."""
-        if self._offsets is None:
+        if self.offsets is None:
             return None
         call = self.call
-        positions = self._offsets[..., call.slots] + call.columns
+        positions = self.offsets[..., call.slots] + call.columns
         return positions.view(*positions.shape[:-1], *call.shape)
 
     @cached_property
     def encoder(self) -> tuple[Tensor, Tensor]:
-        assert self._encoder is not None
-        return self._encoder()
+        assert self.encode is not None
+        return self.encode()
 
     @property
     def row(self) -> int:
@@ -273,7 +264,7 @@ def _ids(handed: Tensor) -> Callable[[Given], Any]:
     """Position ids as given, or the first of several axes where the layers get no more."""
 
     def made(given: Given) -> Any:
-        if given.call.beside is not None and given.takes_positions and handed.dim() == 2:
+        if given.call.beside is not None and given.offsets is not None and handed.dim() == 2:
             start = given.call.beside[1] + given.first
             if start >= 0 and start + given.call.shape[1] <= handed.shape[1]:
                 return handed.narrow(1, start, given.call.shape[1])
