@@ -76,9 +76,8 @@ def generate(
     quantised caches.
     """
     backbone = Backbone.of(backbone)
-    one = (KV_POLICIES[policy.kv] or Generation)(
-        backbone, exits, policy, pace, vision_cache=vision_cache, prefix_cache=prefix_cache
-    )
+    made = KV_POLICIES[policy.kv] or Generation
+    one = made(backbone, exits, policy, pace, vision_cache, prefix_cache)
     prepared = one.reader.prepare(inputs, options)
     prove(backbone, inputs, one.depths)
     return one.write(prepared, streamer, seed, observer)
@@ -109,7 +108,7 @@ def generate_prepared(
             "Attach them to that model: offramp.attach(model, exits).",
         )
     made = KV_POLICIES[policy.kv] or Generation
-    one = made(backbone, exits, policy, pace, prefix_cache=prefix_cache)
+    one = made(backbone, exits, policy, pace, None, prefix_cache)
     prove_prepared(backbone, prepared, one.depths)
     twin = one.reader.intercepted.model.get_submodule(path)
     return one.write(replace(prepared, model=twin))
@@ -130,9 +129,8 @@ class Generation:
         exits: ExitSet | Exits | None,
         policy: ExitPolicy,
         pace: DraftPace | None,
-        *,
-        vision_cache: VisionCache | None = None,
-        prefix_cache: PrefixCache | None = None,
+        vision_cache: VisionCache | None,
+        prefix_cache: PrefixCache | None,
     ) -> None:
         attached = None if exits is None else ExitSet.of(exits)
         self.drafter = Drafter.of(backbone, attached, policy)
