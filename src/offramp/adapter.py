@@ -119,9 +119,20 @@ class CalledAsModel:
                 be done by whatever writes the answer.
         """
         chosen = self._exits_of.chosen_policy(mode, policy, exit_policy)
-        read = CallArguments.of(self.backbone.model, inputs, options)
-        made = self._write(read.inputs, chosen, **read.options)
-        return made if read.returns_dict else made.sequences.clone()
+        if isinstance(inputs, Mapping):
+            return self._write(inputs, chosen, **options)
+        returns_dict = options.pop("return_dict_in_generate", None)
+        if returns_dict is None:
+            config = options.get("generation_config")
+            config = config or getattr(self.backbone.model, "generation_config", None)
+            returns_dict = getattr(config, "return_dict_in_generate", False)
+        # Recognised by type or name: a processor's output may have any names.
+        read = {n: v for n, v in options.items() if isinstance(v, Tensor) or n.startswith(IMAGES)}
+        if inputs is not None:
+            read["input_ids"] = inputs
+        settings = {name: value for name, value in options.items() if name not in read}
+        made = self._write(read, chosen, **settings)
+        return made if returns_dict else made.sequences.clone()
 
     @property
     def _exits_of(self) -> Adapter:
@@ -403,36 +414,3 @@ class Adapter(CalledAsModel):
                     create_pr=create_pr,
                 )
             )
-
-
-@dataclass(frozen=True)
-class CallArguments:
-    """What `generate` was called with: as a Hugging Face model's, or with all inputs in one.
-
-    returns_dict: whether depths and scores are to be returned besides the sequences.
-    """
-
-    inputs: Mapping[str, Any]
-    options: dict[str, Any]
-    returns_dict: bool
-
-    @classmethod
-    def of(cls, model: Any, inputs: Any, options: dict[str, Any]) -> CallArguments:
-        """inputs: what the processor returned; or ids [B, T]; or nothing, where all has a name."""
-        if isinstance(inputs, Mapping):
-            return cls(inputs, options, returns_dict=True)
-        asked = options.pop("return_dict_in_generate", None)
-        if asked is None:
-            asked = _returns_dict(model, options.get("generation_config"))
-        # Recognised by type or name: a processor's output may have any names.
-        read = {n: v for n, v in options.items() if isinstance(v, Tensor) or n.startswith(IMAGES)}
-        if inputs is not None:
-            read["input_ids"] = inputs
-        settings = {name: value for name, value in options.items() if name not in read}
-        return cls(read, settings, returns_dict=bool(asked))
-
-
-def _returns_dict(model: Any, config: Any) -> bool:
-    """What the generation config, the caller's or else the model's, says of the output."""
-    config = config or getattr(model, "generation_config", None)
-    return bool(getattr(config, "return_dict_in_generate", False))

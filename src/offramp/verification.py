@@ -373,15 +373,14 @@ class Verification:
         prefill = Prefill(intercepted, prepared)
         sampler = Sampler(prepared, 0, observer=noted[place])
         reader = ExitReader(backbone, exits, policy, depths)
-        later = replace(ExitRule.of(policy), guesses=None)
-        opening = later.opening(first_thresholds(backbone, policy))
+        later = ExitRule.of(policy, guessing=False, first=first_thresholds(backbone, policy))
         words: list[tuple[int, int, float]] = []
         for at in range(len(ids)):
             if at:
                 fed = torch.tensor([[ids[at - 1]]], device=prepared.ids.device)
                 intercepted.stack(input_ids=fed, **prefill.extend(1))
             entries, states, final = recorder.take()
-            rule = later if at else opening
+            rule = later if at else later.opening
             question = Question(sampler, rule, list(ids[:at]))
             said, score = None, _NAN
             for depth in (depth for depth in depths if depth in rule.thresholds):
@@ -397,10 +396,8 @@ class Verification:
                     said = verdict.token, depth, score
                     break
             if said is None:
-                [word] = reader.full(backbone.final_norm(final[:1, -1]), [question])
-                if isinstance(word, Exception):
-                    raise word
-                said = word, backbone.depth, score
+                word = reader.words(backbone.final_norm(final[:1, -1]))
+                said = word(0, question), backbone.depth, score
             words.append(said)
         return _Row(*zip(*words, strict=True))
 

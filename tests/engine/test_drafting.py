@@ -11,7 +11,6 @@ import torch
 from families import NAMES, WORDLESS
 
 from offramp.engine.drafter import Drafter
-from offramp.engine.executors import choice
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.models.exits import Exits, ExitSet
@@ -82,8 +81,7 @@ def test_the_models_own_stack_drafts_the_same(name, backbone, batch, monkeypatch
     exits = drafting(whole)
     full = generate(whole, inputs, **GREEDY).sequences
     ours = generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
-    made = choice.make_executor
-    monkeypatch.setattr(choice, "make_executor", lambda _, *a, **kw: made("stack", *a, **kw))
+    monkeypatch.setattr(whole, "engine", "stack")
     theirs = generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
     assert torch.equal(theirs.sequences, full) and theirs.rounds == ours.rounds
 
@@ -95,8 +93,8 @@ def test_drafts_go_on_while_the_product_of_their_probabilities_is_sure(
 ):
     """Of rounds with room for more; what is drafted changes no token."""
     whole, inputs = backbone("llava"), batch("llava", rows)
-    exits, tokens, made = drafting(whole), Drafter.tokens, choice.make_executor
-    monkeypatch.setattr(choice, "make_executor", lambda _, *a, **kw: made(engine, *a, **kw))
+    exits, tokens = drafting(whole), Drafter.tokens
+    monkeypatch.setattr(whole, "engine", engine)
 
     def said(self, states):
         ids, shares = tokens(self, states)
@@ -176,8 +174,8 @@ def test_nothing_is_drafted_behind_an_end_token(engine, backbone, batch, knows, 
     options = {**GREEDY, "eos_token_id": end}
     full = generate(whole, inputs, **options)
     knows(full)
-    drafts, plain, made = [], Drafter.inputs, choice.make_executor
-    monkeypatch.setattr(choice, "make_executor", lambda _, *a, **kw: made(engine, *a, **kw))
+    drafts, plain = [], Drafter.inputs
+    monkeypatch.setattr(whole, "engine", engine)
     monkeypatch.setattr(Drafter, "inputs", lambda *a: drafts.append(a) or plain(*a))
     made = generate(whole, inputs, exits=drafting(whole), policy=LOSSLESS, **options)
     assert torch.equal(made.sequences, full.sequences) and full.depths.numel() == 2

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from offramp.engine.confidence import SCORES
-from offramp.engine.exit_check import ExitScorer
+from offramp.engine.exit_check import ExitCheck, ExitScorer
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
@@ -400,7 +400,8 @@ def test_without_exits_no_scores_are_given(backbone, batch):
 def test_the_judge_reads_a_state_as_the_backbone_does(backbone, batch):
     whole = backbone("gemma3")
     states = torch.randn(3, whole.width)
-    look = ExitScorer(whole, ExitPolicy(score="margin"), (2,))(2, states, states)
+    scorer = ExitScorer(whole, ExitPolicy(score="margin"), (2,))
+    look = ExitCheck(scorer, 2, states, states)
     assert torch.equal(look.logits, whole.logits(whole.final_norm(states)))
     assert torch.equal(look.score, SCORES["margin"](look.logits))
 

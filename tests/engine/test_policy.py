@@ -31,7 +31,7 @@ from offramp.engine.confidence import (
     max_probability,
     register_score,
 )
-from offramp.engine.exit_check import ExitScorer
+from offramp.engine.exit_check import ExitCheck, ExitScorer
 from offramp.engine.generate import generate
 from offramp.engine.policy import (
     KV_POLICIES,
@@ -231,7 +231,7 @@ def test_every_built_in_score_is_in_its_range(score, backbone, exits):
     state, entry, previous = torch.randn(3, 1, families.WIDTH)
     token = {"position": torch.tensor([0]), "previous_token": torch.tensor([1])}
     with torch.inference_mode():
-        found = scorer(2, state, entry, previous, **token).score
+        found = ExitCheck(scorer, 2, state, entry, previous, **token).score
     assert found.shape == (1,) and 0.0 <= float(found) <= 1.0
 
 

@@ -19,7 +19,7 @@ from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Noise, Sampler
-from offramp.engine.executors.choice import EXECUTORS, make_executor
+from offramp.engine.executors.choice import EXECUTORS, executor_for
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
 from offramp.errors import InputError, UnsupportedBackboneError
@@ -115,7 +115,7 @@ def serve(
     """
     draw = random.Random(seed)
     policy, attached = ExitPolicy(dict.fromkeys(exits.depths, 0.5)), ExitSet.of(exits)
-    executor = make_executor(engine, whole, attached, exits.depths, slots=slots, limit=64)
+    executor = executor_for(whole, attached, exits.depths, engine=engine, slots=slots, limit=64)
     if packs is not None:
         executor.packs = packs
     reader = ExitReader(whole, attached, policy, exits.depths)
@@ -133,11 +133,10 @@ def serve(
             extra = {"logits_processor": [notes[number]]}
         prepared = prompts.prepare(request.inputs, {**request.options, **extra})
         sampler = Sampler(prepared, noise=Noise.seeded(number, prepared.ids.device))
-        rule = ExitRule.of(request.policy, guess_above=request.guess)
+        first = first_thresholds(whole, request.policy)
+        rule = ExitRule.of(request.policy, guess_above=request.guess, first=first)
         with torch.inference_mode():
-            prompt, [token] = decoder.read(
-                prompts, prepared, [sampler], rule, first=first_thresholds(whole, request.policy)
-            )
+            prompt, [token] = decoder.read(prompts, prepared, [sampler], rule)
             decoder.join(prompt, 0, sampler, rule, token, number)
 
     while queue or decoder.sequences:

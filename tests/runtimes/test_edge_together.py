@@ -236,7 +236,7 @@ def test_a_client_that_hangs_up_is_written_for_no_more(
 def test_it_is_asked_whether_anybody_waits_while_tokens_come() -> None:
     """A whole answer is told to nobody, and its parts come all the same."""
     nothing: Any = None
-    job, over = Job(nothing, nothing, nothing, nothing, {}), threading.Event()
+    job, over = Job(nothing, nothing, nothing, nothing), threading.Event()
     threading.Timer(5, over.set).start()
 
     def write() -> None:

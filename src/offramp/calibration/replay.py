@@ -81,8 +81,8 @@ class Replay:
         first: thresholds of an answer's first token; none: it never exits early, as where a
         decoder-only model reads the prompt at full depth. None: as of the others.
         """
-        depths, rule = np.where(self.mask, self.layers, 0), ExitRule(thresholds)
-        opening = rule if first is None else rule.opening(first)
+        depths, rule = np.where(self.mask, self.layers, 0), ExitRule(thresholds, first=first)
+        opening = rule if first is None else rule.opening
         shut = self.shut({d: g for d, g in (gates or {}).items() if d in thresholds})
         for depth in sorted(thresholds, reverse=True):
             scores = self.scores[depth]

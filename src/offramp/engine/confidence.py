@@ -185,19 +185,6 @@ class _FirstScores:
         return scores
 
 
-def logits_score(
-    name: str, depths: Sequence[int], weights: Mapping[int, float]
-) -> Callable[[int, Tensor], Tensor] | None:
-    """`name` as a function of depth and logits [B, V]; None for a score of features.
-
-    depths: of the exits that are on. weights: see `Agreement`.
-    """
-    if name in STREAKS:
-        return STREAKS[name](depths, weights)
-    of_logits = SCORES.get(name)
-    return None if of_logits is None else lambda _, logits: of_logits(logits)
-
-
 def check_score(name: str) -> str:
     """`name`, or `InputError` with the names there are, those of plug-ins included."""
     check_registered("Score", name, lambda: (*SCORES, *STREAKS, *FEATURE_SCORES))

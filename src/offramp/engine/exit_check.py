@@ -13,11 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.confidence import (
-    FEATURE_SCORES,
-    check_weights,
-    logits_score,
-)
+from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS, check_weights
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -95,6 +91,7 @@ def joined(parts: Sequence[Output]) -> Output:
 class ExitCheck:
     """A token of each row at one exit. Score and logits are computed when first asked for.
 
+    scorer: one for a token's exits, which are asked in order of depth.
     state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
     decoder layer before `entry`, where the score reads it. position: of the token in the answer
     [B], from 0. previous_token: the id [B] that the token follows. row: of the prompt's batch [B].
@@ -105,8 +102,8 @@ class ExitCheck:
     depth: int
     state: Tensor | None
     entry: Tensor
-    previous: Tensor | None
-    constrain: Constrain | None
+    previous: Tensor | None = None
+    constrain: Constrain | None = None
     position: Tensor | None = None
     previous_token: Tensor | None = None
     row: Tensor | None = None
@@ -156,7 +153,7 @@ class ExitCheck:
 
 
 class ExitScorer:
-    """Scores exits: one token after the other, and the exits of a token in order of depth."""
+    """What scores exits: one token after the other, and the exits of a token in order of depth."""
 
     def __init__(
         self,
@@ -187,21 +184,6 @@ class ExitScorer:
         with torch.inference_mode(False):  # it is kept, and may be asked for in training
             return self.exits.shortlist_head(self.backbone)
 
-    def __call__(
-        self,
-        depth: int,
-        state: Tensor | None,
-        entry: Tensor,
-        previous: Tensor | None = None,
-        constrain: Constrain | None = None,
-        **more: Tensor | None,
-    ) -> ExitCheck:
-        """The check of exit state [B, D], entered with `entry` [B, D]; see `ExitCheck`.
-
-        more: the token's `position`, `previous_token` and `row`, where they are known; `made`.
-        """
-        return ExitCheck(self, depth, state, entry, previous, constrain, **more)
-
 
 def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | None:
     """Ids [S] that exits can say under `policy`; None: all. Raise `InputError` without them."""
@@ -227,7 +209,11 @@ def gates_of_policy(policy: ExitPolicy, exits: ExitSet) -> dict[int, tuple[Gate,
 
 
 def _score_of(policy: ExitPolicy, depths: Sequence[int]) -> Callable[[ExitCheck], Tensor]:
-    of_logits = logits_score(policy.score, depths, policy.weights)
-    if of_logits is not None:
-        return lambda check: of_logits(check.depth, check.allowed)
-    return FEATURE_SCORES[policy.score]
+    name = policy.score
+    if name in STREAKS:
+        walk = STREAKS[name](depths, policy.weights)
+        return lambda check: walk(check.depth, check.allowed)
+    if name in SCORES:
+        of_logits = SCORES[name]
+        return lambda check: of_logits(check.allowed)
+    return FEATURE_SCORES[name]

@@ -23,7 +23,7 @@ from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
-from offramp.engine.decoding.sampler import Noise, Observer, OnToken, Sampler, Together
+from offramp.engine.decoding.sampler import Noise, Observer, Sampler, Together
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN, Token
 from offramp.engine.drafter import Drafter
@@ -76,7 +76,8 @@ def generate(
     quantised caches.
     """
     backbone = Backbone.of(backbone)
-    one = _generation(backbone, exits, policy, pace, vision_cache, prefix_cache)
+    made = KV_POLICIES[policy.kv] or Generation
+    one = made(backbone, exits, policy, pace, vision_cache, prefix_cache)
     prepared = one.reader.prepare(inputs, options)
     prove(backbone, inputs, one.depths)
     return one.write(prepared, streamer, seed, observer)
@@ -106,7 +107,8 @@ def generate_prepared(
             f"The exits are attached to {backbone.name}, and another model was asked to generate.",
             "Attach them to that model: offramp.attach(model, exits).",
         )
-    one = _generation(backbone, exits, policy, pace, None, prefix_cache)
+    made = KV_POLICIES[policy.kv] or Generation
+    one = made(backbone, exits, policy, pace, None, prefix_cache)
     prove_prepared(backbone, prepared, one.depths)
     twin = one.reader.intercepted.model.get_submodule(path)
     return one.write(replace(prepared, model=twin))
@@ -120,13 +122,13 @@ class Generation:
 
     reads: type[PromptReader] = PromptReader
     decodes: type[Decoder] = Decoder
-    pace: DraftPace | None = None
 
     def __init__(
         self,
         backbone: Backbone,
         exits: ExitSet | Exits | None,
         policy: ExitPolicy,
+        pace: DraftPace | None,
         vision_cache: VisionCache | None,
         prefix_cache: PrefixCache | None,
     ) -> None:
@@ -144,7 +146,7 @@ class Generation:
         self.backbone, self.exits, self.policy, self.depths = backbone, attached, policy, depths
         self.asker = ExitReader(backbone, attached if depths else None, policy, depths)
         self.rule = self.exit_rule()
-        self.longest = 0  # of the prompts, in tokens, once they are known
+        self.pace = pace if self.rule.lossless else None
         self.reader = self.prompt_reader(vision_cache, prefix_cache)
 
     def exit_rule(self) -> ExitRule:
@@ -163,16 +165,12 @@ class Generation:
             prefix_cache=prefix_cache,
         )
 
-    def executor(self, rows: int) -> Executor:
+    def executor(self, rows: int, longest: int) -> Executor:
+        """longest: tokens of the longest prompt."""
         return executor_for(
-            self.backbone,
-            self.exits,
-            self.depths,
-            slots=rows,
-            longest=self.longest,
-            watches=self.asker.watches,
-            drafter=self.drafter,
-        )
+            self.backbone, self.exits, self.depths, slots=rows, longest=longest,
+            watches=self.asker.watches, drafter=self.drafter,
+        )  # fmt: skip
 
     def write(
         self,
@@ -182,34 +180,18 @@ class Generation:
         observer: Observer | None = None,
     ) -> GenerationOutput:
         rows = len(prepared.ids)
-        self.longest = max(prompt_lengths(prepared))
-        executor = self.executor(rows)
+        executor = self.executor(rows, max(prompt_lengths(prepared)))
         schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
         decoder = self.decodes(
-            self.backbone.depth, executor, self.asker, schedule=schedule,
-            pace=self.pace if self.rule.lossless else None,
-        )  # fmt: skip
-        first = first_thresholds(self.backbone, self.policy)
+            self.backbone.depth, executor, self.asker, schedule=schedule, pace=self.pace
+        )
         try:
             return write_answers(
                 decoder, self.reader, prepared, self.rule,
-                streamer=streamer, seed=seed, observer=observer, first=first,
+                streamer=streamer, seed=seed, observer=observer,
             )  # fmt: skip
         finally:
             executor.close()
-
-
-def _generation(
-    backbone: Backbone,
-    exits: ExitSet | Exits | None,
-    policy: ExitPolicy,
-    pace: DraftPace | None,
-    *caches: Any,
-) -> Generation:
-    own = KV_POLICIES[policy.kv]
-    made: Generation = (own or Generation)(backbone, exits, policy, *caches)
-    made.pace = pace
-    return made
 
 
 def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> ExitRule:
@@ -217,7 +199,8 @@ def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> Exit
     if not policy.thresholds:
         return NO_EXITS
     # Guesses are taken back, and a score that follows a token wants it settled before the next.
-    return ExitRule.of(policy, guessing=backbone.lossless and not asker.follows)
+    guessing = backbone.lossless and not asker.follows
+    return ExitRule.of(policy, guessing=guessing, first=first_thresholds(backbone, policy))
 
 
 def write_answers(
@@ -230,19 +213,17 @@ def write_answers(
     streamer: Any = None,
     seed: int | None = None,
     observer: Observer | None = None,
-    first: Mapping[int, float] | None = None,
 ) -> GenerationOutput:
     """Read a prompt of one or more rows, and write the answer of each.
 
     decoder: without sequences. reader: reads the prompts for its executor. rule: of all rows.
     given: what the reader takes for each row by itself; None: what is prepared, for all.
-    streamer, seed, observer: as of `generate`. first: thresholds of first tokens;
-    None: the rule's.
+    streamer, seed, observer: as of `generate`.
     """
     rows = len(prepared.ids)
     pad = getattr(prepared.config, "_pad_token_tensor", None)
     pad = 0 if pad is None else int(pad.flatten()[0])
-    told = _Streamed(prepared.ids, pad, streamer)
+    told = None if streamer is None else _Streamed(prepared.ids, pad, streamer)
     noise = _noise(rows, seed, prepared)
     together = Together.of(prepared)
     samplers = [
@@ -250,8 +231,8 @@ def write_answers(
             prepared,
             row,
             noise=noise[row],
-            on_token=told.taker(row),
-            on_end=partial(told.over, row),
+            on_token=None if told is None else partial(told.take, row),
+            on_end=None if told is None else partial(told.over, row),
             observer=observer,
             together=together,
         )
@@ -262,10 +243,10 @@ def write_answers(
         groups = [(one, [sampler]) for one, sampler in zip(given, samplers, strict=True)]
     sequences = []
     for what, group in groups:
-        prompt, firsts = decoder.read(reader, what, group, rule, first=first)
+        prompt, firsts = decoder.read(reader, what, group, rule)
         with torch.inference_mode():
             sequences += [
-                decoder.join(prompt, row, sampler, rule, said, owner=sampler.row, opening=first)
+                decoder.join(prompt, row, sampler, rule, said)
                 for row, (sampler, said) in enumerate(zip(group, firsts, strict=True))
             ]
         del prompt
@@ -276,7 +257,8 @@ def write_answers(
     own = noise[0]
     if seed is None and own is not None:
         own.hand_back(max(map(len, answers)))
-    told.end()
+    if told is not None:
+        told.end()
     return GenerationOutput.of_rows(
         prepared.ids,
         answers,
@@ -316,19 +298,12 @@ class _Streamed:
         self._step = getattr(streamer, "step", None)
         self._waiting: list[list[tuple[int, int, float]]] = [[] for _ in range(self._rows)]
         self._over: set[int] = set()
-        if streamer is not None:
-            streamer.put(ids.cpu())
+        streamer.put(ids.cpu())
 
-    def taker(self, row: int) -> OnToken | None:
-        """What takes the tokens of a row; None without a streamer."""
-        if self._streamer is None:
-            return None
-
-        def take(place: int, token: int, depth: int, score: float) -> None:
-            self._waiting[row].append((token, depth, score))
-            self._hand_on()
-
-        return take
+    def take(self, row: int, place: int, token: int, depth: int, score: float) -> None:
+        """A row's next token."""
+        self._waiting[row].append((token, depth, score))
+        self._hand_on()
 
     def over(self, row: int) -> None:
         """A row has given out its last token."""
@@ -339,8 +314,7 @@ class _Streamed:
         """All rows are over."""
         self._over.update(range(self._rows))
         self._hand_on()
-        if self._streamer is not None:
-            self._streamer.end()
+        self._streamer.end()
 
     def _hand_on(self) -> None:
         rows = [*enumerate(self._waiting)]

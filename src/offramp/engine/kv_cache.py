@@ -40,14 +40,6 @@ def self_attention(cache: Any) -> Any:
     return getattr(cache, "self_attention_cache", cache)
 
 
-def entries_between(backbone: Backbone, exits: ExitSet | None, start: int, end: int) -> list[int]:
-    """Cache entries of the layers from depth `start` to `end`, and of the exit that stands behind
-    them."""
-    layers, behind = backbone.depth, () if exits is None or end == backbone.depth else exits.entries
-    own = [layers + i for i, depth in enumerate(behind) if depth == end]
-    return [*range(start, end), *own]
-
-
 def add_exit_entries(cache: Any, depths: Sequence[int], layers: int = 0) -> None:
     """Give the exits at `depths` entries of their own, behind those of the layers, kind for kind.
 

@@ -151,7 +151,8 @@ class Prefill:
     """Runs the prompt of a prepared request and keeps what the steps after it repeat.
 
     logits: of the first token [B, V]. prefill: the stack's arguments. positions: the position ids
-    of the last tokens, where the stack takes any.
+    of the last tokens, where the stack takes any. mask: of all tokens so far [B, T], where it takes
+    one.
     """
 
     def __init__(self, intercepted: InterceptedModel, prepared: Prepared) -> None:
@@ -185,7 +186,7 @@ class Prefill:
         # from which it makes its own. In an encoder-decoder, `attention_mask` is the encoder's.
         encoded = prepared.model.config.is_encoder_decoder
         mask = (self.prefill if encoded else prepared.arguments).get("attention_mask")
-        self._mask: Tensor | None = mask
+        self.mask: Tensor | None = mask
 
     def extend(self, tokens: int, real: Tensor | None = None) -> dict[str, Any]:
         """Arguments for the stack's next call, on `tokens` new tokens for each row.
@@ -196,7 +197,10 @@ class Prefill:
             InputError: the backbone has no more positions.
         """
         if real is None:  # padded rows are not all that long: their caller knows
-            self._take(tokens)
+            self._read += tokens
+            # An embedding would raise IndexError or, on a GPU, stop all that follows.
+            if self._limit is not None and self._read > self._limit:
+                raise too_long(self._limit)
         kw = dict(self._static)
         if self.positions is not None:
             ahead = torch.arange(1, tokens + 1, device=self.positions.device)
@@ -204,16 +208,11 @@ class Prefill:
             kw["position_ids"] = self.positions
             if real is not None:  # a pad's position is never seen, but must be one that exists
                 kw["position_ids"] = torch.where(real, self.positions, 0)
-        if self._mask is not None:
-            new = self._mask.new_ones(len(self._mask), tokens)
-            self._mask = torch.cat([self._mask, new if real is None else real.to(new)], 1)
-            kw["attention_mask"] = self._mask
+        if self.mask is not None:
+            new = self.mask.new_ones(len(self.mask), tokens)
+            self.mask = torch.cat([self.mask, new if real is None else real.to(new)], 1)
+            kw["attention_mask"] = self.mask
         return kw
-
-    @property
-    def mask(self) -> Tensor | None:
-        """Of all tokens so far [B, T], where the stack takes one."""
-        return self._mask
 
     def of_row(self, row: int) -> Prefill:
         """The same for one of several rows."""
@@ -223,8 +222,8 @@ class Prefill:
         made._static = _of_row(self._static, row, rows)
         if self.positions is not None and self.positions.shape[-2] > 1:
             made.positions = self.positions[..., row : row + 1, :]
-        if self._mask is not None:
-            made._mask = self._mask[row : row + 1]
+        if self.mask is not None:
+            made.mask = self.mask[row : row + 1]
         return made
 
     def rollback(self, tokens: int) -> None:
@@ -232,15 +231,8 @@ class Prefill:
         self._read -= tokens
         if self.positions is not None:
             self.positions = self.positions[..., -1:] - tokens
-        if self._mask is not None:
-            self._mask = self._mask[:, : self._mask.shape[1] - tokens]
-
-    def _take(self, tokens: int) -> None:
-        """Count tokens that are read. An embedding would raise IndexError or, on a GPU, stop all
-        that follows."""
-        self._read += tokens
-        if self._limit is not None and self._read > self._limit:
-            raise too_long(self._limit)
+        if self.mask is not None:
+            self.mask = self.mask[:, : self.mask.shape[1] - tokens]
 
 
 def _of_row(kw: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:

@@ -214,11 +214,7 @@ class Served:
         for module, entry in exits:
             keys, values = next(pair for known, pair in cached.exits if known is module)
             entry.update(keys[:, :, :common], values[:, :, :common])
-        shorter = {**kw, "inputs_embeds": embeds[:, common:]}
-        for name in ("position_ids", "cache_position"):
-            if kw.get(name) is not None:
-                shorter[name] = kw[name][..., common:]
-        return args, shorter
+        return args, part_of(kw, common, length)
 
     def _exits(self) -> list[tuple[nn.Module, Any]]:
         """The exits that are on and attend, and their entries in the cache."""
@@ -257,6 +253,15 @@ class Served:
                     current_salt(),
                 )
             )
+
+
+def part_of(kw: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+    """A stack's call on the tokens from `start` up to, and without, `end`; the mask is of all."""
+    part = {**kw, "inputs_embeds": kw["inputs_embeds"][:, start:end]}
+    for name in ("position_ids", "cache_position"):
+        if kw.get(name) is not None:
+            part[name] = kw[name][..., start:end]
+    return part
 
 
 def can_shorten(kw: dict[str, Any], cache: Any, backbone: Backbone) -> bool:

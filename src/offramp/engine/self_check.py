@@ -10,7 +10,7 @@ shows there. Slots are tried first, then the model's own stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from offramp.engine.decoding.reader import Question
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule, Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.executors.choice import EXECUTORS, make_executor
+from offramp.engine.executors.choice import EXECUTORS, executor_for
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prepared, prepare, room_of
@@ -209,28 +209,26 @@ class _Case:
         backbone, attached = self.backbone, ExitSet.of(self.exits)
         depths = () if plan is None else self.depths[:1] if lossless else self.depths
         at = dict.fromkeys(depths, 0.5)
-        rule = NO_EXITS if plan is None else ExitRule(at, lossless, most=3 if lossless else None)
+        opening = at if first or backbone.is_encoder_decoder else {}
+        most = 3 if lossless else None
+        rule = NO_EXITS if plan is None else ExitRule(at, lossless, most=most, first=opening)
         reader = _Planned(backbone, attached if depths else None, ExitPolicy(at), depths)
         reader.plan, reader.lossless = plan or (), lossless
         rows = len(self.tokens)
-        executor = make_executor(engine, backbone, attached, depths, slots=rows)
+        executor = executor_for(backbone, attached, depths, engine=engine, slots=rows)
         decoder = Decoder(backbone.depth, executor, reader, schedule=Schedule(2, rows))
         prompts = PromptReader(backbone, attached, depths)
         prepared = prepare(prompts.intercepted.model, self.inputs, **self.options)
         samplers = [_Forced(prepared, row, self.tokens[row].tolist()) for row in range(rows)]
         try:
-            prompt, firsts = decoder.read(
-                prompts, prepared, list(samplers), rule, first=at if first or self._encoded else {}
-            )
+            prompt, firsts = decoder.read(prompts, prepared, list(samplers), rule)
             waiting = list(range(1, rows))
             sequences = [decoder.join(prompt, 0, samplers[0], rule, firsts[0])]
-            for written in decoder:
-                late = written.sequence is not sequences[0] or written.place < LATE
-                while waiting and not late:
-                    with torch.inference_mode():
-                        row = waiting.pop()
-                        mine = decoder.join(prompt, row, samplers[row], rule, firsts[row])
-                        sequences.append(mine)
+            while decoder.goes_on():
+                decoder.make(decoder.next_call())
+                while waiting and sequences[0].settled > LATE:
+                    row = waiting.pop()
+                    sequences.append(decoder.join(prompt, row, samplers[row], rule, firsts[row]))
             assert not waiting
         finally:
             executor.close()
@@ -244,10 +242,6 @@ class _Case:
                     theirs = self.logits[place][row]
                     worst = max(worst, _apart(sampler.seen[place], theirs))
         return worst
-
-    @property
-    def _encoded(self) -> bool:
-        return self.backbone.is_encoder_decoder
 
 
 @torch.inference_mode()
@@ -282,16 +276,14 @@ def _found(case: _Case, engine: str) -> DecodeCheck:
     first = (1, *case.plan[1:])
     plain = tried(lambda: case.worst(engine, None))
     exits = tried(lambda: case.worst(engine, case.plan))
-    exact = all(isinstance(o, float) and o <= case.allowed for o in (plain, exits))
     not_asked = "not asked: decoding is not exact"
-    return DecodeCheck(
-        engine,
-        case.depths,
-        plain,
-        exits,
-        tried(lambda: case.worst(engine, first, first=True)) if exact else not_asked,
-        tried(lambda: case.worst(engine, (1,), lossless=True)) if exact else not_asked,
-        case.allowed,
+    found = DecodeCheck(engine, case.depths, plain, exits, not_asked, not_asked, case.allowed)
+    if not found.exact:
+        return found
+    return replace(
+        found,
+        first_token=tried(lambda: case.worst(engine, first, first=True)),
+        lossless=tried(lambda: case.worst(engine, (1,), lossless=True)),
     )
 
 

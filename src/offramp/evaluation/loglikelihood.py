@@ -11,7 +11,7 @@ from torch import Tensor
 from offramp.data.example import Example
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.exit_check import ExitScorer, gates_of_policy
+from offramp.engine.exit_check import ExitCheck, ExitScorer, gates_of_policy
 from offramp.engine.kv_cache import add_exit_entries, repeat_rows
 from offramp.engine.policy import FULL, ExitPolicy, check_all_go_on, first_thresholds
 from offramp.engine.prefill import Prefill, prepare
@@ -118,8 +118,8 @@ class _Pick:
     ) -> None:
         """gates: by depth, with their levels. before: the token that the answers follow."""
         self._backbone, self._before = backbone, before
-        self._rule, self._scorer, self._gates = ExitRule(thresholds), scorer, gates
-        self._opening = self._rule.opening(first_thresholds(backbone, policy))
+        self._rule = ExitRule(thresholds, first=first_thresholds(backbone, policy))
+        self._scorer, self._gates = scorer, gates
 
     def __call__(self, states: _States, ids: Tensor) -> Tensor:
         """[B, A] for ids [B, A] and the states that predict them."""
@@ -137,13 +137,13 @@ class _Pick:
         for depth in self._rule.thresholds:
             names = (("exit", depth), ("entry", depth), ("entry", depth - 1))
             state, entry, previous = (states[name].flatten(0, 1) for name in names)
-            check = self._scorer(depth, state, entry, previous, None, **token)
+            check = ExitCheck(self._scorer, depth, state, entry, previous, None, **token)
             scores, exits = check.score.view_as(ids), open_.clone()
             if depth in self._gates:  # which lets its exit look at some of them
                 gate, level = self._gates[depth]
                 exits &= (gate(entry) >= level).view_as(ids)
             exits[:, 1:] &= self._rule.reaches(depth, scores[:, 1:])
-            exits[:, 0] &= self._opening.reaches(depth, scores[:, 0])
+            exits[:, 0] &= self._rule.opening.reaches(depth, scores[:, 0])
             log_p = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), log_p)
             open_ &= ~exits
         return log_p

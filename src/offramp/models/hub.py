@@ -37,7 +37,7 @@ def load_model(
     try:
         text = _is_language_model(name, revision, options)
         kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
-        model, told = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             str(name), revision=revision, dtype=dtype, output_loading_info=True, **options
         )
     except Exception as error:  # damaged files and missing packages raise nearly every builtin
@@ -47,6 +47,7 @@ def load_model(
             "Give a folder written by save_pretrained, or a hub name such as "
             "Salesforce/blip2-opt-2.7b (and be online, or have it in the cache).",
         ) from error
+    model, told = loaded
     _check_whole(name, model, told["missing_keys"])
     if device is None or _is_on(model.device, torch.device(device)):
         return model

@@ -132,7 +132,6 @@ class EngineCore(Jobs):
         with self._timed(call):
             self.decoder.make(call)
         took = self.seconds[call] - before
-        self.decoder.fresh()
         self.pace.note(rows, self._settled - settled, took, exiting=exiting, exits=exits)
         self._collect()
         return call
@@ -230,7 +229,8 @@ class EngineCore(Jobs):
         job.instead = instead
         # A score that follows a token from exit to exit wants it settled before the next.
         guessing = not self.decoder.reader.follows
-        rule = ExitRule.of(policy, self.config.guess_above, guessing=guessing)
+        first = first_thresholds(self.backbone, policy)
+        rule = ExitRule.of(policy, self.config.guess_above, guessing=guessing, first=first)
         if policy.lossless and self._host.drafting is not None:
             rule = self._host.drafting
         tokens = int(request.inputs["input_ids"].shape[-1])
@@ -255,14 +255,13 @@ class EngineCore(Jobs):
                     self.decoder.executor = self._host.executor()
                 sampler = Sampler(prepared, noise=job.noise(prepared), on_token=job.settled)
                 job.put(prepared.ids)
-                opening = first_thresholds(self.backbone, policy)
-                prompt, [first] = self.decoder.read(reads, given, [sampler], rule, first=opening)
+                prompt, [said] = self.decoder.read(reads, given, [sampler], rule)
         finally:
             self._reading = None
         length = int(prompt.columns)
         self._check_room(length, sampler.most or 0)
         with torch.inference_mode():
-            self.decoder.join(prompt, 0, sampler, rule, first, job, opening=opening)
+            self.decoder.join(prompt, 0, sampler, rule, said, job)
         return min(max(tokens, length), self.config.budget)
 
     def _policy(self, request: Request) -> tuple[ExitPolicy, bool | None]:

@@ -65,8 +65,8 @@ class PropagatingExecutor(StackExecutor):
 
     def skip(self, row: Any, segment: int) -> None:
         """Fill what the newest token of a sequence skips from a segment on."""
-        depth = self._bounds[segment]
-        part = row.waits.pop(segment)[-1]
+        depth = self._segments[segment].start
+        part = row.waits.pop(segment)
         kw = dict(row.last)
         self._chunk, self._skips = part.states, True
         kw.pop("input_ids", None)
@@ -111,9 +111,9 @@ class Propagated(Generation):
         approximate = self.depths and first_token_may_exit(self.backbone, self.policy)
         return super().prompt_reader(vision_cache, None if approximate else prefix_cache)
 
-    def executor(self, rows: int) -> Executor:
+    def executor(self, rows: int, longest: int) -> Executor:
         if not self.depths:
-            return super().executor(rows)
+            return super().executor(rows, longest)
         return PropagatingExecutor(
             self.backbone, self.exits, self.depths, watches=self.asker.watches
         )

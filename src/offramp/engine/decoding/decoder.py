@@ -12,11 +12,10 @@ together changes the order of work, not its outcome.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from itertools import compress
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from offramp.engine.decoding.executor import (
     DraftingExecutor,
@@ -34,20 +33,13 @@ from offramp.engine.policy import Pruning
 from offramp.errors import InputError
 
 
-class Written(NamedTuple):
-    """A token that was given out: the sequence, and the token's place in its answer."""
-
-    sequence: Sequence
-    place: int
-
-
 class Decoder:
     """Sequences of one model, and the loop that moves them on. One thread's.
 
     layers: depth L of the full model. executor: runs the layers. reader: asks exits and the LM
     head. schedule: when the deep layers run. longest: columns of a sequence that may wait before
     them; None: any number. pace: whether the drafts of lossless answers pay; None: they are made
-    in any case.
+    in any case. settled: tokens of all sequences so far that can no longer change.
     """
 
     def __init__(
@@ -65,9 +57,7 @@ class Decoder:
         self.depths, self.layers = executor.depths, layers
         self.sequences: list[Sequence] = []
         self.tallies = {True: Tally(), False: Tally()}  # by whether a token may be an exit's
-        self._written: list[Written] = []
-        self._heard = True  # whether anyone takes these
-        self._settled = 0  # tokens
+        self.settled = 0  # tokens
         self._turn: tuple[float, int, Turn, bool] | None = None  # when it began, tokens by then
         self._calls: set[tuple[str, int]] = set()  # of the turn, and over how many tokens each
 
@@ -79,18 +69,14 @@ class Decoder:
         prepared: Any,
         samplers: Many[TokenSampler],
         rule: ExitRule,
-        *,
-        first: Mapping[int, float] | None = None,
     ) -> tuple[Any, list[Token | Asked]]:
         """Read a prompt of one or more rows, and choose each row's first token. Where visual tokens
         stay behind at an exit and it does not say it, layers above do once the row has joined.
 
-        first: thresholds at which the exits may say it, by depth; None: the rule's.
-
         Raises:
             InputError: visual tokens are to stay behind, and the executor cannot.
         """
-        opening = rule.opening(rule.thresholds if first is None else first)
+        opening = rule.opening
         more: dict[str, Any] = {}
         if rule.pruning is not None:
             more["pruning"] = self._checked(rule.pruning)
@@ -126,12 +112,9 @@ class Decoder:
         )
         open_ = [row for row, said in enumerate(firsts) if said is None]
         if open_ and prompt.logits is not None:
-            logits = prompt.logits if len(open_) == len(firsts) else prompt.logits[open_]
-            words = self.reader.of_logits(logits, [questions[row] for row in open_])
-            for row, word in zip(open_, words, strict=True):
-                if isinstance(word, Exception):
-                    raise word
-                firsts[row] = Token(word, self.layers, scores[row])
+            word = self.reader.of_logits(prompt.logits)
+            for row in open_:
+                firsts[row] = Token(word(row, questions[row]), self.layers, scores[row])
         return prompt, [
             Asked(None, score=score) if said is None else said
             for said, score in zip(firsts, scores, strict=True)
@@ -154,12 +137,8 @@ class Decoder:
         rule: ExitRule,
         first: Token | Asked,
         owner: Any = None,
-        *,
-        opening: Mapping[int, float] | None = None,
     ) -> Sequence:
         """Take a row of a prompt over; its first token, if it is said, is given out at once.
-
-        opening: thresholds of one that is not, as `first` of `read`.
 
         Raises:
             InputError: lossless, of a model whose states hold the whole text.
@@ -174,10 +153,7 @@ class Decoder:
                     "Use a policy with lossless=False.",
                 )
             rule = replace(rule, guesses=None)
-        sequence = Sequence(
-            sampler, rule, *loaded, first=first, layers=self.layers, owner=owner,
-            opening=rule.opening(rule.thresholds if opening is None else opening),
-        )  # fmt: skip
+        sequence = Sequence(sampler, rule, *loaded, first=first, layers=self.layers, owner=owner)
         self.sequences.append(sequence)
         self._turn = None  # its prompt was read meanwhile
         self._settle(sequence)
@@ -196,38 +172,20 @@ class Decoder:
 
     # -- the loop ----------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[Written]:
-        """Write until every sequence is over, and give out each token when it is settled."""
-        while True:
-            yield from self.fresh()
-            if not self._goes_on():
-                return
-            self.make(self.next_call())
-
     def finish(self) -> None:
-        """The same, where nobody wants to hear of the tokens in between."""
-        self._heard = False
-        try:
-            with self.reader.computing():
-                while self._goes_on():
-                    self._make(self.next_call())
-        finally:
-            self._heard = True
+        """Write until every sequence is over. Raise the error of the first that has one."""
+        with self.reader.computing():
+            while self.goes_on():
+                self._make(self.next_call())
 
-    def _goes_on(self) -> bool:
-        """Release the sequences that are over; whether any is not."""
-        for sequence in self.sequences:
+    def goes_on(self) -> bool:
+        """Release the sequences that are over; whether any is not. Raise the error of one."""
+        for sequence in [*self.sequences]:
             if sequence.over or sequence.error is not None:
                 self.leave(sequence)
                 if sequence.error is not None:
                     raise sequence.error
-                return self._goes_on()
         return bool(self.sequences)
-
-    def fresh(self) -> list[Written]:
-        """The tokens that were settled since this was asked."""
-        written, self._written = self._written, []
-        return written
 
     def next_call(self) -> Call:
         """What the schedule asks for."""
@@ -252,14 +210,14 @@ class Decoder:
         for row in rows:
             row.drafts = drafts
             row.undrafted += not drafts
-        self._turn, self._calls = (pace.clock(), self._settled, turn, drafts), set()
+        self._turn, self._calls = (pace.clock(), self.settled, turn, drafts), set()
 
     def _end_turn(self) -> None:
         """Note what a turn took."""
         if self._turn is not None and self.pace is not None:
             (began, before, turn, drafted), self._turn = self._turn, None
             took = self.pace.clock() - began
-            settled = self._settled - before
+            settled = self.settled - before
             self.pace.note(turn, settled, took, drafted=drafted, calls=self._calls)
 
     def make(self, call: Call) -> int:
@@ -273,7 +231,7 @@ class Decoder:
         if call == "feed":
             return self.feed()
         if call == "full":
-            return self.full()
+            return self.full(self.sequences)
         return self.deep(flush=call == "flush")
 
     def feed(self) -> int:
@@ -287,7 +245,7 @@ class Decoder:
         if self.executor.rows == 1:  # each by itself
             for row in rows:
                 row.waited += not row.ready(self.longest)
-            self._pass([row for row in rows if not row.rule.thresholds])
+            self.full([row for row in rows if not row.rule.thresholds])
             rows = [row for row in rows if row.rule.thresholds and row.ready(self.longest)]
         ready = [row.ready(self.longest) for row in rows]
         depth = self.depths[0]
@@ -488,27 +446,25 @@ class Decoder:
             self.tallies[row.rule.exiting].rule(right)
         return right
 
-    def full(self) -> int:
-        """Feed the next token of every sequence through all layers; nothing may wait. Where an exit
+    def full(self, rows: list[Sequence]) -> int:
+        """Feed the next token of sequences through all layers; nothing may wait. Where an exit
         drafts on from its own state, its drafts go along.
 
-        No exit is looked at, so every sequence's tokens must be the full model's.
+        No exit is looked at, so the tokens must be the full model's.
         """
-        return self._pass(self.sequences)
-
-    def _pass(self, rows: list[Sequence]) -> int:
         count, rows = self._ahead(rows)
         if not rows:
             return count
         fed = [(row.handle, row.ids[-1], row.ran[0]) for row in rows]
         exits = any([row.rule.uses_exits for row in rows])
         final = self.executor.full(*map(list, zip(*fed, strict=True)), exits=exits)
-        words = self.reader.full(final, [self._question(row, row.ids) for row in rows])
-        for row, word in zip(rows, words, strict=True):
-            if isinstance(word, Exception):
-                row.error = word
+        word = self.reader.words(final)
+        for place, row in enumerate(rows):
+            try:
+                row.passed(Token(word(place, self._question(row, row.ids)), self.layers))
+            except Exception as error:  # of the row's own rules: its request alone fails
+                row.error = error
                 continue
-            row.passed(Token(word, self.layers))
             self._settle(row)
         return count + len(rows)
 
@@ -568,9 +524,7 @@ class Decoder:
         try:
             for place in row.settle():
                 token = row.tokens[place]
-                self._settled += 1
-                if self._heard:
-                    self._written.append(Written(row, place))
+                self.settled += 1
                 if row.sampler.emit(row.ids, place, token.depth, token.score):
                     row.end(place + 1)
                     return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offramp.engine.confidence import FEATURE_SCORES, STREAKS
 from offramp.engine.constraint import NothingAllowed
-from offramp.engine.decoding.reader import Question
+from offramp.engine.decoding.reader import Question, Word
 from offramp.engine.decoding.rule import CLOSED, Verdict
 from offramp.engine.executors.modules.in_place import head_code
 from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer, gates_of_policy
@@ -132,7 +132,8 @@ class ExitReader:
                 return [None if question is None else CLOSED for question in asked]
         chain = _Constraints(asked)
         places = _tokens(asked, entry.device) if self.watches or self._scripted else {}
-        look = scorer(
+        look = ExitCheck(
+            scorer,
             depth,
             None if output.state is None else here(output.state),
             entry,
@@ -171,31 +172,27 @@ class ExitReader:
         places = look.own_logits.argmax(-1)
         shortlist = look.scorer.shortlist
         tokens = places if shortlist is None else shortlist[places]
-        return _by_rules(tokens, lambda i: look.logits[i : i + 1], asked)
+        chosen: list[int | Exception] = tokens.tolist()
+        for i, question in enumerate(asked):
+            if question is not None and not question.sampler.plain:
+                try:
+                    chosen[i] = question.sampler.choose(look.logits[i : i + 1], question.before)
+                except Exception as error:  # a processor of the caller's: its request alone fails
+                    chosen[i] = error
+        return chosen
 
-    def full(self, final: Tensor, asked: Sequence[Question]) -> list[int | Exception]:
-        """The full model's next token behind each of the final-normed states [n, D]."""
-        return self.of_logits(self.logits(final), asked)
+    def words(self, final: Tensor) -> Word:
+        """What the full model says behind final-normed states [n, D]."""
+        return self.of_logits(self.logits(final))
 
-    def of_logits(self, logits: Tensor, asked: Sequence[Question]) -> list[int | Exception]:
-        """The token that each question gets out of its raw logits [n, V]."""
-        return _by_rules(logits.argmax(-1), lambda i: logits[i : i + 1], asked)
-
-    def last_word(self, question: Question, logits: Tensor, at: int, largest: int) -> int:
-        """The full model's token at a place in question: out of its raw logits, `at` in [n, V], the
-        largest of which is `largest`'s. Raise what the row's own rules raise."""
-        if question.sampler.plain:
-            return largest
-        return int(question.sampler.choose(logits[at : at + 1], question.before))
-
-    def words(self, final: Tensor) -> Callable[[int, Question], int]:
-        """The same of one state at a time, by its place among them: what follows a wrong token is
-        not asked for."""
-        logits = self.logits(final)
+    def of_logits(self, logits: Tensor) -> Word:
+        """What raw logits [n, V] say."""
         largest: list[int] = logits.argmax(-1).tolist()
 
         def word(place: int, question: Question) -> int:
-            return self.last_word(question, logits, place, largest[place])
+            if question.sampler.plain:
+                return largest[place]
+            return int(question.sampler.choose(logits[place : place + 1], question.before))
 
         return word
 
@@ -228,20 +225,6 @@ def _tokens(asked: Sequence[Question | None], device: torch.device) -> dict[str,
         "previous_token": torch.tensor(previous, device=device),
         "row": torch.tensor(row, device=device),
     }
-
-
-def _by_rules(
-    tokens: Tensor, logits: Callable[[int], Tensor], asked: Sequence[Question | None]
-) -> list[int | Exception]:
-    """The largest logits' `tokens` [n], but where a row has rules of its own."""
-    chosen: list[int | Exception] = tokens.tolist()
-    for i, question in enumerate(asked):
-        if question is not None and not question.sampler.plain:
-            try:
-                chosen[i] = question.sampler.choose(logits(i), question.before)
-            except Exception as error:  # a processor of the caller's: its request alone fails
-                chosen[i] = error
-    return chosen
 
 
 class _Constraints:

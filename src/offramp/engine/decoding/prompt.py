@@ -27,7 +27,7 @@ from offramp.engine.kv_cache import (
 )
 from offramp.engine.policy import Pruning
 from offramp.engine.prefill import Prefill, Prepared, prepare_checked
-from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten
+from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten, part_of
 from offramp.engine.pruning import Pruner
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -230,12 +230,9 @@ class PromptReader:
             self._between()
             end = min(total, start + self._chunk)
             self._last = end == total
-            part = {**kw, "inputs_embeds": embeds[:, start:end]}
+            part = part_of(kw, start, end)
             if mask is not None:
                 part["attention_mask"] = mask[:, : past + end]
-            for name in ("position_ids", "cache_position"):
-                if kw.get(name) is not None:
-                    part[name] = kw[name][..., start:end]
             out = self._run_stack(**part)
         return out
 

@@ -50,6 +50,11 @@ class Question(NamedTuple):
     before: Sequence[int]
 
 
+Word = Callable[[int, Question], int]
+"""The token that a question gets out of one of several rows, by its place among them: one at a
+time, for what follows a wrong token is not asked for. Raises what the row's own rules raise."""
+
+
 class Reader(Protocol):
     """Asks exits and the LM head, in the arrays of its executor.
 
@@ -73,17 +78,12 @@ class Reader(Protocol):
         row's own rules raised one."""
         ...
 
-    def of_logits(self, logits: Any, asked: Sequence[Question]) -> list[int | Exception]:
-        """The token that each question gets out of its raw logits [n, V]."""
+    def of_logits(self, logits: Any) -> Word:
+        """What raw logits [n, V] say."""
         ...
 
-    def full(self, final: Any, asked: Sequence[Question]) -> list[int | Exception]:
-        """The full model's next token behind each of what its executor ended with."""
-        ...
-
-    def words(self, final: Any) -> Callable[[int, Question], int]:
-        """The same of one at a time, by its place among them: what follows a wrong token is not
-        asked for. Raise what the row's own rules raise."""
+    def words(self, final: Any) -> Word:
+        """What the full model says behind each of what its executor ended with."""
         ...
 
 

@@ -42,7 +42,8 @@ class ExitRule:
     that may be open at a time; None: any number. ahead: lossless, depth of the exit that drafts on
     from its own state (`offramp.engine.drafter`); None: drafts are what exits say of fed tokens.
     sure: of such an exit, the product of its drafts' probabilities down to which it drafts on.
-    pruning: where visual tokens of the prompt stay behind; None: nowhere.
+    pruning: where visual tokens of the prompt stay behind; None: nowhere. first: thresholds, by
+    depth, of an answer's first token; None: those of every token.
     """
 
     thresholds: Mapping[int, float]
@@ -53,15 +54,21 @@ class ExitRule:
     sure: float = 0.0
     pruning: Pruning | None = None
     gates: Mapping[int, float] = field(default_factory=dict)
+    first: Mapping[int, float] | None = None
 
     @classmethod
     def of(
-        cls, policy: ExitPolicy, guess_above: float | None = None, *, guessing: bool = True
+        cls,
+        policy: ExitPolicy,
+        guess_above: float | None = None,
+        *,
+        guessing: bool = True,
+        first: Mapping[int, float] | None = None,
     ) -> ExitRule:
         """The rule of a policy in a mode.
 
         guess_above: the level of guesses where the policy has none of its own; None: no guesses.
-        guessing: False where no token may go on before it is settled.
+        guessing: False where no token may go on before it is settled. first: as of the rule.
         """
         policy = policy.effective
         at, guesses = dict(policy.thresholds), dict(policy.guesses)
@@ -76,6 +83,7 @@ class ExitRule:
         return cls(
             thresholds, policy.lossless, guesses or None, most,
             pruning=policy.pruning, gates={d: _single(g) for d, g in policy.gates.items()},
+            first=first,
         )  # fmt: skip
 
     @classmethod
@@ -84,9 +92,11 @@ class ExitRule:
         sure = policy.drafts.get(depth, AHEAD)
         return cls({}, lossless=True, most=policy.max_draft, ahead=depth, sure=sure)
 
-    def opening(self, thresholds: Mapping[int, float]) -> ExitRule:
-        """The rule of an answer's first token, which exits at `thresholds`; none: nowhere."""
-        at = {} if self.lossless else {d: _single(t) for d, t in thresholds.items()}
+    @cached_property
+    def opening(self) -> ExitRule:
+        """The rule of an answer's first token."""
+        first = self.thresholds if self.first is None else self.first
+        at = {} if self.lossless else {d: _single(t) for d, t in first.items()}
         return replace(self, thresholds=at, guesses=None)
 
     @property

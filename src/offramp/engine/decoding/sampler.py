@@ -56,7 +56,6 @@ class Noise:
         self._drawn: dict[int, Tensor] = {}  # by place [rows, V]
         self._states: dict[int, Tensor] = {}  # of the generator, before each place
         self._left: dict[int, set[int]] = {}  # rows that a place is not settled in
-        self._places = 0
 
     @classmethod
     def seeded(cls, seed: int | None, device: torch.device) -> Noise:
@@ -82,13 +81,11 @@ class Noise:
         """
         if not bool(torch.isfinite(probabilities).all()):
             raise RuntimeError("The logits to sample from hold inf or nan.")
-        while self._places <= place:  # in order, so that each place has its own
-            at = self._places
+        while (at := len(self._states)) <= place:  # in order, so that each place has its own
             self._states[at] = self._generator.get_state()
             like = probabilities.new_empty(self.rows, probabilities.shape[-1])
             self._drawn[at] = like.exponential_(generator=self._generator)
             self._left[at] = set(range(self.rows))
-            self._places += 1
         return int((probabilities[0] / self._drawn[place][row]).argmax())
 
     def settled(self, row: int, place: int) -> None:
@@ -169,10 +166,11 @@ class Sampler:
             elif type(criterion) is not MaxLengthCriteria:
                 self._custom.append(criterion)
         self._own: list[Any] = []  # of this row alone
-        self._processors = [self._of_row(processor) for processor in prepared.processors]
+        self._processors = LogitsProcessorList(map(self._of_row, prepared.processors))
         self.samples = bool(prepared.config.do_sample)
         self.plain = not self.samples and not len(self._processors) and observer is None
-        self._hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
+        hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
+        self._hard = LogitsProcessorList(hard)
         self.scored = bool(self._hard)
         longest = self._criteria.max_length
         self.most = None if longest is None else int(longest) - self.ids.shape[1]
@@ -207,9 +205,9 @@ class Sampler:
         ids = self._with(before)
         scores = logits.to(ids.device, torch.float32, copy=True)
         if self._rows == 1 or all(type(p) in BY_ROW or p in self._own for p in processors):
-            return _through(processors, ids, scores)
+            return processors(ids, scores)  # type: ignore[no-any-return]
         ids, scores = ids.expand(self._rows, -1), scores.expand(self._rows, -1)
-        made = _through(processors, ids.contiguous(), scores.contiguous())
+        made: Tensor = processors(ids.contiguous(), scores.contiguous())
         return made[self.row : self.row + 1]
 
     def would_end(self, tokens: int, last: int) -> bool:
@@ -250,9 +248,3 @@ class Sampler:
             return self.ids
         more = torch.tensor([list(tokens)], dtype=self.ids.dtype, device=self.ids.device)
         return torch.cat([self.ids, more], 1)
-
-
-def _through(processors: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    own = isinstance(processors, LogitsProcessorList)
-    chain: Any = processors if own else LogitsProcessorList(processors)
-    return chain(ids, scores)  # type: ignore[no-any-return]

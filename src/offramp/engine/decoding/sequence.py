@@ -46,8 +46,7 @@ class Asked(NamedTuple):
 class Sequence:
     """One answer, from behind its first token on, or from the prompt where that is yet unsaid.
 
-    sampler, rule: of its request; opening: the rule of its first token. handle: the executor's
-    name of it. owner: its caller's.
+    sampler, rule: of its request. handle: the executor's name of it. owner: its caller's.
     start: columns of its prompt. ran: columns that each segment ran. tokens: the answer so far,
     with what is in question. asked: by place, what deeper layers are to fill, ascending.
     settled: how many tokens can no longer change. waited: calls of the first segment since the
@@ -67,12 +66,9 @@ class Sequence:
         first: Token | Asked,
         layers: int,
         owner: Any = None,
-        opening: ExitRule | None = None,
     ) -> None:
         """layers: depth L of the full model. first: the token that the prompt was followed by,
-        or, where no exit said it, what layers above which the prompt waits are to fill. opening:
-        None: as `rule`."""
-        self.opening = opening or rule
+        or, where no exit said it, what layers above which the prompt waits are to fill."""
         self.sampler, self.rule, self.handle, self.owner = sampler, rule, handle, owner
         self.start, self.ran, self.layers = start, list(ran), layers
         self.tokens: list[Token] = []
@@ -147,7 +143,7 @@ class Sequence:
 
     def rule_at(self, place: int) -> ExitRule:
         """How the exits are used for the token at a place."""
-        return self.rule if place else self.opening
+        return self.rule if place else self.rule.opening
 
     def places(self, first: int, end: int) -> list[int]:
         """Places in question behind the columns from `first` up to, and without, `end`."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from offramp.engine.decoding.executor import Executor
-from offramp.engine.drafter import Drafter
 from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.executors.stack import StackExecutor
 from offramp.errors import UnsupportedBackboneError
@@ -22,54 +21,36 @@ def executor_for(
     exits: ExitSet | None,
     depths: Sequence[int],
     *,
+    engine: str | None = None,
     longest: int = 0,
-    **settings: Any,
-) -> Executor:
-    """The executor that a backbone was found to be exact by.
-
-    longest: tokens that the longest prompt may have; slots hold none that is read by frequencies of
-    its own (`Backbone.room`). settings: as of `make_executor`.
-    """
-    engine = backbone.engine or "slots"
-    if backbone.room(longest) != backbone.room(0):
-        engine = "stack"
-    return make_executor(engine, backbone, exits, depths, **settings)
-
-
-def make_executor(
-    engine: str,
-    backbone: Backbone,
-    exits: ExitSet | None,
-    depths: Sequence[int],
-    *,
     slots: int,
     limit: int | None = None,
-    watches: bool = False,
-    drafter: Drafter | None = None,
+    **more: Any,
 ) -> Executor:
     """An executor of one of `EXECUTORS`.
 
-    slots: sequences at a time. limit: as of `SlotExecutor`. watches: whether scores read the state
-    before an exit's entry. drafter: of the exit that drafts on, one of `depths`.
+    engine: None: the one that the backbone was found to be exact by; slots hold no prompt, the
+    longest of `longest` tokens, that is read by frequencies of its own (`Backbone.room`).
+    slots: sequences at a time. limit: as of `SlotExecutor`. more: as of `SegmentRunner`.
 
     Raises:
         UnsupportedBackboneError: slots, of a model that they cannot hold; exact batches, of one
             that slots do not run.
     """
+    if engine is None:
+        own = backbone.room(longest) != backbone.room(0)
+        engine = "stack" if own else backbone.engine or "slots"
     if engine == "stack":
         if backbone.decoding.exact_batches:
             raise UnsupportedBackboneError(
                 f"Exact batches are of slots, and {backbone.name} is run by its own stack.",
                 "Leave exact batches out: answers then differ by rounding alone.",
             )
-        return StackExecutor(backbone, exits, depths, watches=watches, drafter=drafter)
+        return StackExecutor(backbone, exits, depths, **more)
     if backbone.sharded or backbone.rare_layers or backbone.reads_ids:
         raise UnsupportedBackboneError(
             f"{backbone.name} does not run in slots: its layers are of several kinds, on several "
             "devices, or read the tokens again.",
             "Its own stack runs it, a sequence at a time.",
         )
-    return SlotExecutor(
-        backbone, exits, depths,
-        slots=slots, limit=limit, watches=watches, drafter=drafter,
-    )  # fmt: skip
+    return SlotExecutor(backbone, exits, depths, slots=slots, limit=limit, **more)

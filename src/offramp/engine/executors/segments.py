@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from offramp.engine.decoding.reader import Looks, anyone, no_one
 from offramp.engine.drafter import Drafter
 from offramp.engine.exit_check import ExitOutput
-from offramp.engine.kv_cache import entries_between, store_exit_keys
+from offramp.engine.kv_cache import store_exit_keys
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
@@ -43,7 +44,8 @@ class SegmentRunner:
         drafter: Drafter | None = None,
     ) -> None:
         self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
-        self._bounds = (0, *self.depths, backbone.depth)
+        bounds = (0, *self.depths, backbone.depth)
+        self._segments = [range(start, end) for start, end in pairwise(bounds)]
         self._watches, self._drafter = watches, drafter
         self.intercepted = InterceptedModel(backbone, self)
         # of the current call
@@ -62,9 +64,11 @@ class SegmentRunner:
         assert output is not None
         return output
 
-    def _entries(self, start: int, end: int) -> list[int]:
+    def _entries(self, running: range) -> list[int]:
         """Entries of the cache that layers and the exit behind them write."""
-        return entries_between(self.backbone, self.exits, start, end)
+        exits = () if self.exits is None else self.exits.entries
+        behind = [self.backbone.depth + i for i, d in enumerate(exits) if d == running.stop]
+        return [*running, *behind]
 
     def layer(self, call: LayerCall) -> Any:
         """What the stack gets for a layer: its output, or the state handed through."""

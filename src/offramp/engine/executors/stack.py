@@ -18,7 +18,6 @@ from torch import Tensor
 from offramp.engine.decoding.executor import DraftRoom, Drafts, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone
-from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.in_place import cannot_compile
 from offramp.engine.executors.segments import Passing, SegmentRunner
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
@@ -35,24 +34,40 @@ from offramp.models.exits import ExitSet
 
 
 @dataclass(eq=False)
-class _Part:
-    """States [1, T, D] of one call that wait before a segment, with their position ids and ids."""
+class _Waiting:
+    """States [1, T, D] that wait before a segment, from a column on, with their position ids and
+    ids, where these are known."""
 
+    begin: int
     states: Tensor
     positions: Tensor | None
     ids: Tensor | None
+
+    def until(self, column: int) -> _Waiting:
+        """Those before a column alone."""
+        n = max(0, column - self.begin)
+        positions = None if self.positions is None else self.positions[..., :n]
+        ids = None if self.ids is None else self.ids[:, :n]
+        return _Waiting(self.begin, self.states[:, :n], positions, ids)
+
+    def followed_by(self, more: _Waiting) -> _Waiting:
+        states = torch.cat([self.states, more.states], 1)
+        positions, ids = (
+            None if one is None or other is None else torch.cat([one, other], -1)
+            for one, other in ((self.positions, more.positions), (self.ids, more.ids))
+        )
+        return _Waiting(self.begin, states, positions, ids)
 
 
 @dataclass(eq=False)
 class _Row:
     """One sequence. tokens: columns that have entered the first layer. waits: by segment, what
-    waits before it; begin: the column of the first of it. ran: columns that each segment ran."""
+    waits before it. ran: columns that each segment ran."""
 
     cache: Any
     prefill: Prefill
     tokens: int
-    waits: dict[int, list[_Part]] = field(default_factory=dict)
-    begin: dict[int, int] = field(default_factory=dict)
+    waits: dict[int, _Waiting] = field(default_factory=dict)
     ran: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)  # arguments of the newest call
     verified: tuple[int, Tensor] | None = None  # a column, and the drafting exit's [n, D] from it
@@ -70,11 +85,9 @@ class StackExecutor(SegmentRunner):
         backbone: Backbone,
         exits: ExitSet | None,
         depths: Sequence[int],
-        *,
-        watches: bool = False,
-        drafter: Drafter | None = None,
+        **more: Any,
     ) -> None:
-        super().__init__(backbone, exits, depths, watches=watches, drafter=drafter)
+        super().__init__(backbone, exits, depths, **more)
         cannot_compile(backbone, "this model or request needs its own stack")
         self._held: list[_Row] = []
 
@@ -86,15 +99,14 @@ class StackExecutor(SegmentRunner):
             cache, prefill = _row_of(cache, row), prefill.of_row(row)
         tokens = prompt.columns
         held = _Row(cache, prefill, tokens)
-        ran = [tokens] * (len(self._bounds) - 1)
+        ran = [tokens] * len(self._segments)
         if prompt.waits is not None:
             depth, states = prompt.waits
             segment, mine = self.depths.index(depth) + 1, states[row : row + 1]
             places = prefill.positions
             if places is not None:
                 places = places[..., -mine.shape[1] :]
-            held.waits[segment] = [_Part(mine, places, None)]
-            held.begin[segment] = tokens - mine.shape[1]
+            held.waits[segment] = _Waiting(tokens - mine.shape[1], mine, places, None)
             ran[segment:] = [tokens - mine.shape[1]] * (len(ran) - segment)
         if prompt.kept is not None:
             held.entered = tokens - 1, prompt.kept[row : row + 1]
@@ -123,8 +135,7 @@ class StackExecutor(SegmentRunner):
         row, undone = handle, handle.tokens - column
         if undone > 0:
             row.tokens = column
-            for segment in [*row.waits]:
-                row.waits[segment] = _first(row.waits[segment], column - row.begin[segment])
+            row.waits = {segment: held.until(column) for segment, held in row.waits.items()}
             crop(row.cache, self._surplus(row, column))
             row.prefill.rollback(undone)
             row.ran = [min(ran, column) for ran in row.ran]
@@ -132,9 +143,8 @@ class StackExecutor(SegmentRunner):
     def _surplus(self, row: _Row, column: int) -> dict[int, int]:
         """How many columns from `column` on the entries have: of layers and of exits."""
         surplus: dict[int, int] = {}
-        for segment, ran in enumerate(row.ran):
-            entries = self._entries(*self._bounds[segment : segment + 2])
-            surplus |= dict.fromkeys(entries, max(0, ran - column))
+        for running, ran in zip(self._segments, row.ran, strict=True):
+            surplus |= dict.fromkeys(self._entries(running), max(0, ran - column))
         return {i: n for i, n in surplus.items() if i not in self.backbone.rare_layers}
 
     # -- calls -------------------------------------------------------------------------------
@@ -147,11 +157,11 @@ class StackExecutor(SegmentRunner):
 
     def _feed(self, row: _Row, token: int) -> ExitOutput:
         kw = self._arguments(row, [token])
-        self._call(row, range(0, self._bounds[1]), kw)
+        self._call(row, self._segments[0], kw)
         output = self._taken()
         assert self._entry is not None
-        part = _Part(self._entry, kw.get("position_ids"), kw["input_ids"])
-        self._wait(row, 1, part, row.tokens - 1)
+        places = kw.get("position_ids")
+        self._wait(row, 1, _Waiting(row.tokens - 1, self._entry, places, kw["input_ids"]))
         row.ran[0] += 1
         return output
 
@@ -220,7 +230,7 @@ class StackExecutor(SegmentRunner):
         assert self._drafter is not None
         depth, row.entered = self._drafter.depth, None
         own = self_attention(row.cache).layers
-        slides = [getattr(own[i], "is_sliding", False) for i in self._entries(depth, depth)]
+        slides = [getattr(own[i], "is_sliding", False) for i in self._entries(range(depth, depth))]
         if not any(slides) and not self.backbone.reads_ids:
             self._undo(row, 1)
             row.verified = row.tokens, self._drafted(row, entry[None])
@@ -247,7 +257,7 @@ class StackExecutor(SegmentRunner):
         depth = self._drafter.depth
         row.tokens -= columns
         row.prefill.rollback(columns)
-        crop(row.cache, dict.fromkeys(self._entries(depth, depth), columns))
+        crop(row.cache, dict.fromkeys(self._entries(range(depth, depth)), columns))
 
     def verify(
         self, handles: Sequence[_Row], ids: Sequence[Sequence[int]], columns: Sequence[int]
@@ -268,11 +278,10 @@ class StackExecutor(SegmentRunner):
         return picked(made, torch.tensor(asked, dtype=torch.long, device=self.backbone.device))
 
     def _run(self, segment: int, span: Span) -> Output:
-        row, start = span.handle, self._bounds[segment]
-        parts: list[_Part] = row.waits.pop(segment)
-        states = torch.cat([part.states for part in parts], 1)
+        row, running = span.handle, self._segments[segment]
+        waiting: _Waiting = row.waits.pop(segment)
+        states, positions, ids = waiting.states, waiting.positions, waiting.ids
         assert states.shape[1] == span.end - span.first
-        positions, ids = _along(p.positions for p in parts), _along(p.ids for p in parts)
         kw = {n: v for n, v in row.last.items() if n not in ("input_ids", "inputs_embeds")}
         if positions is not None:
             kw["position_ids"] = positions
@@ -284,7 +293,7 @@ class StackExecutor(SegmentRunner):
             kw["inputs_embeds"] = states.clone()  # BLIP adds positions where it lies
         self._chunk = states
         try:
-            final = self._call(row, range(start, self._bounds[segment + 1]), kw)
+            final = self._call(row, running, kw)
         finally:
             self._chunk = None
         row.ran[segment] = span.end
@@ -292,13 +301,14 @@ class StackExecutor(SegmentRunner):
             return final
         output = self._taken()
         assert self._entry is not None
-        self._wait(row, segment + 1, _Part(self._entry, positions, ids), span.first)
+        self._wait(row, segment + 1, _Waiting(span.first, self._entry, positions, ids))
         return output
 
-    def _wait(self, row: _Row, segment: int, part: _Part, column: int) -> None:
-        if not row.waits.get(segment):
-            row.waits[segment], row.begin[segment] = [], column
-        row.waits[segment].append(part)
+    def _wait(self, row: _Row, segment: int, more: _Waiting) -> None:
+        before = row.waits.get(segment)
+        if before is not None and before.states.shape[1]:
+            more = before.followed_by(more)
+        row.waits[segment] = more
 
     def _call(self, row: _Row, running: range, kw: dict[str, Any], passing: Passing = "") -> Tensor:
         """One call of the stack; final-normed states [n, D], void where the last layer did not
@@ -322,7 +332,7 @@ class StackExecutor(SegmentRunner):
             return row.cache  # the first entry of each kind runs
         new = 1 if self._chunk is None else self._chunk.shape[1]
         seen: dict[str, Any] = {"rare": self.backbone.rare_layers, "tokens": tokens - new}
-        also = self._entries(running.stop, running.stop)
+        also = self._entries(range(running.stop, running.stop))
         return stand_in(row.cache, end, running, also, **seen)
 
 
@@ -333,29 +343,3 @@ def _row_of(cache: Any, row: int) -> Any:
                    if getattr(e, "keys", None) is not None), torch.device("cpu"))  # fmt: skip
     made.reorder_cache(torch.tensor([row], device=device))
     return made
-
-
-def _first(parts: list[_Part], columns: int) -> list[_Part]:
-    """Of the first columns alone."""
-    kept = []
-    for part in parts:
-        new = min(columns, part.states.shape[1])
-        if new <= 0:
-            break
-        columns -= new
-        positions, ids = part.positions, part.ids
-        kept.append(
-            _Part(
-                part.states[:, :new],
-                None if positions is None else positions[..., :new],
-                None if ids is None else ids[:, :new],
-            )
-        )
-    return kept
-
-
-def _along(parts: Any) -> Tensor | None:
-    """Along the last axis; None where one is not known."""
-    known = list(parts)
-    whole = [part for part in known if part is not None]
-    return torch.cat(whole, -1) if whole and len(whole) == len(known) else None

@@ -223,11 +223,13 @@ class EdgeModel:
         return policy
 
     def _job(self, prompt: Prompt, policy: ExitPolicy, sampler: Sampler) -> Job:
-        rule = ExitRule.of(policy) if policy.depths else NO_EXITS
+        opens = policy.exit_in_prefill and self._causal
+        rule = NO_EXITS
+        if policy.depths:
+            rule = ExitRule.of(policy, first=policy.opening if opens else {})
         if policy.lossless and self._drafter is not None:
             rule = self._drafter.rule(policy)
-        opens = policy.exit_in_prefill and self._causal
-        return Job(prompt, sampler, policy, rule, policy.opening if opens else {})
+        return Job(prompt, sampler, policy, rule)
 
     def _decoder(self, policy: ExitPolicy) -> Decoder:
         """For an answer under a policy; where there are several slots, for any that may join."""

@@ -32,7 +32,7 @@ Gone = Callable[[], bool]
 
 @dataclass(eq=False)
 class Job:
-    """An answer to be written. first: thresholds of its first token, by depth.
+    """An answer to be written.
 
     tokens: of the answer, error: why it failed; once it is over. unwanted: nobody waits any more.
     """
@@ -41,7 +41,6 @@ class Job:
     sampler: Sampler
     policy: ExitPolicy
     rule: ExitRule
-    first: dict[int, float]
     tokens: list[Token] = field(default_factory=list)
     error: Exception | None = None
     unwanted: bool = False
@@ -172,9 +171,7 @@ class Rounds:
                 self._decoder = self._make(job.policy)
             decoder, executor = self._decoder, self._decoder.executor
             assert isinstance(executor, ChainExecutor), "which reads prompts itself"
-            prompt, [first] = decoder.read(
-                executor, job.prompt, [job.sampler], job.rule, first=job.first
-            )
+            prompt, [first] = decoder.read(executor, job.prompt, [job.sampler], job.rule)
             decoder.join(prompt, 0, job.sampler, job.rule, first, job)
         except Exception as error:  # whatever is wrong with a request is its own
             job.end(error)
@@ -193,7 +190,6 @@ class Rounds:
         """Hand out the answers that are over, and free their slots."""
         if self._decoder is None:
             return
-        self._decoder.fresh()
         for sequence in [*self._decoder.sequences]:
             job: Job = sequence.owner
             if sequence.over or sequence.error is not None or job.unwanted:

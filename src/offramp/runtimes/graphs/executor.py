@@ -15,7 +15,7 @@ import torch
 from offramp.engine.decoding.executor import Handle, Loaded, Span, check_context
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.decoding.reader import Looks, Question
+from offramp.engine.decoding.reader import Looks, Question, Word
 from offramp.engine.decoding.rule import CLOSED, Verdict
 from offramp.engine.exit_check import Output, joined, picked
 from offramp.runtimes.graphs.programs import FULL, MOST, Read, RowPrograms, Said
@@ -168,12 +168,7 @@ class GraphReader(ExitReader):
             output = output.states
         return super().verdicts(depth, output, asked)
 
-    def full(self, final: GraphOutput, asked: Sequence[Question]) -> list[int | Exception]:  # type: ignore[override]
-        if final.states is None:
-            return [*final.said.tokens]
-        return super().full(final.states, asked)
-
-    def words(self, final: GraphOutput) -> Callable[[int, Question], int]:  # type: ignore[override]
+    def words(self, final: GraphOutput) -> Word:  # type: ignore[override]
         if final.states is None:
             return lambda place, question: final.said.tokens[place]
         return super().words(final.states)

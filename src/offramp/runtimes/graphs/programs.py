@@ -17,7 +17,7 @@ from torch import Tensor
 from offramp.engine.confidence import FEATURE_SCORES, SCORES
 from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.executors.slots.layout import SlotCall
-from offramp.engine.exit_check import ExitOutput, ExitScorer
+from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer
 from offramp.engine.policy import ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
@@ -197,7 +197,7 @@ class RowPrograms:
             self._previous[:rows] = output.previous
         if not self.reads:
             return self._token
-        check = self._scorer(depth, output.state, output.entry, output.previous)
+        check = ExitCheck(self._scorer, depth, output.state, output.entry, output.previous)
         tokens: Tensor = check.own_logits.argmax(-1)
         if self._scorer.shortlist is not None:
             tokens = self._scorer.shortlist[tokens]

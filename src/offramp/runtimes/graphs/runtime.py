@@ -13,12 +13,7 @@ from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.executors.slots.memory import check_room
 from offramp.engine.generate import exit_rule, write_answers
-from offramp.engine.policy import (
-    ExitPolicy,
-    GenerationOutput,
-    check_exact,
-    first_thresholds,
-)
+from offramp.engine.policy import ExitPolicy, GenerationOutput, check_exact
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.graphs.executor import GraphExecutor, GraphReader
@@ -108,7 +103,6 @@ class GraphRuntime:
                     exit_rule(backbone, policy, asker),
                     streamer=streamer,
                     seed=seed,
-                    first=first_thresholds(backbone, policy),
                 )
             finally:
                 executor.close()

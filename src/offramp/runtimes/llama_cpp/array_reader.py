@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.engine.decoding.reader import Looks, Question, anyone
+from offramp.engine.decoding.reader import Looks, Question, Word, anyone
 from offramp.engine.decoding.rule import CLOSED, Verdict
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError, did_you_mean
@@ -113,13 +113,10 @@ class ArrayReader:
             verdict = verdict._replace(token=token)
         return verdict
 
-    def of_logits(self, logits: Array, asked: Sequence[Question]) -> list[int | Exception]:
-        return [self._word(row, question) for row, question in zip(logits, asked, strict=True)]
-
-    full = of_logits
-
-    def words(self, final: Array) -> Callable[[int, Question], int]:
+    def words(self, final: Array) -> Word:
         return lambda place, question: self._word(final[place], question)
+
+    of_logits = words  # a chain ends with logits
 
     def _word(self, logits: Array, question: Question) -> int:
         sampler = question.sampler

@@ -25,7 +25,6 @@ from offramp.engine.policy import (
     ExitPolicy,
     GenerationOutput,
     check_exact,
-    first_thresholds,
 )
 from offramp.engine.prefill import Prepared
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
@@ -152,7 +151,6 @@ class LlamaCppRuntime(CalledAsModel):
                 given=prompts,
                 streamer=streamer,
                 seed=seed,
-                first=first_thresholds(self.backbone, policy),
             )
 
     @contextmanager

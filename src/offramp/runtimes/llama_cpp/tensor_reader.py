@@ -8,7 +8,7 @@ plain one, tensors over the same memory take their way (`ExitReader`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, max_probability
 from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.reader import Looks, Question, anyone
+from offramp.engine.decoding.reader import Looks, Question, Word, anyone
 from offramp.engine.decoding.rule import Verdict
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.policy import ExitPolicy
@@ -52,22 +52,15 @@ class TensorReader(ExitReader):
             return self._arrays.verdicts(depth, output, asked)
         return super().verdicts(depth, _tensors(output), asked)
 
-    def of_logits(self, logits: Any, asked: Sequence[Question]) -> list[int | Exception]:
-        if all([question.sampler.plain for question in asked]):
-            return [int(row.argmax()) for row in logits]
-        return super().of_logits(torch.from_numpy(logits.copy()), asked)  # a rule may keep them
-
-    def full(self, final: Any, asked: Sequence[Question]) -> list[int | Exception]:
+    def words(self, final: Any) -> Word:
         """final: logits [n, V], as a chain ends with."""
-        return self.of_logits(final, asked)
+        return self.of_logits(final)
 
-    def words(self, final: Any) -> Callable[[int, Question], int]:
-        """final: as of `full`."""
-
+    def of_logits(self, logits: Any) -> Word:
         def word(place: int, question: Question) -> int:
             if question.sampler.plain:
-                return int(final[place].argmax())
-            row = torch.from_numpy(final[place : place + 1].copy())
+                return int(logits[place].argmax())
+            row = torch.from_numpy(logits[place : place + 1].copy())  # a rule may keep it
             return int(question.sampler.choose(row, question.before))
 
         return word

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.reader import Looks, Question
+from offramp.engine.decoding.reader import Looks, Question, Word
 from offramp.engine.decoding.rule import Verdict
 from offramp.engine.exit_check import ExitCheck, ExitOutput
 
@@ -53,9 +53,9 @@ class ScriptedReader(ExitReader):
                 self._script.hear(question, verdict.token)
         return verdicts
 
-    def last_word(self, question: Question, logits: Tensor, at: int, largest: int) -> int:
-        word = super().last_word(question, logits, at, largest)
-        return self._script.last_word(question, word, self._vocabulary)
+    def words(self, final: Tensor) -> Word:
+        word, says = super().words(final), self._script.last_word
+        return lambda place, question: says(question, word(place, question), self._vocabulary)
 
 
 class ToldReader(ExitReader):
@@ -76,7 +76,7 @@ class ToldReader(ExitReader):
                 self._script.hear(question, 0)
         return [None if q is None else Verdict(0, self._script.score(q)) for q in asked]
 
-    def words(self, final: Tensor) -> Callable[[int, Question], int]:
+    def words(self, final: Tensor) -> Word:
         return lambda _, question: self._script.last_word(question, 0, 2)
 
 

@@ -144,10 +144,10 @@ class _Simulation:
         self._collect()
         if not self.running:
             return
-        begin = self._executor.now
+        begin, before = self._executor.now, self.decoder.settled
         self.decoder.make(self.decoder.next_call())
         self.decoding += self._executor.now - begin
-        self.tokens += len(self.decoder.fresh())
+        self.tokens += self.decoder.settled - before
         self._collect()
 
     def _read(self, length: int) -> None:
@@ -156,7 +156,6 @@ class _Simulation:
         answer: Any = _Answer(lambda: self._executor.now, length)
         prompt: Any = None
         self.decoder.join(prompt, 0, answer, self._rule, Token(0, LAYERS), answer)
-        self.decoder.fresh()  # it is the prompt's, not of decoding
 
     def _collect(self) -> None:
         for sequence in [s for s in self.decoder.sequences if s.over]:

@@ -136,7 +136,7 @@ class _Timer:
         self._executor = self._decoder.executor
         self._kept: list[DecodedSequence] = []
         self._rule = ExitRule(
-            dict.fromkeys(core.depths, 0.5), guesses=dict.fromkeys(core.depths, 0.0)
+            dict.fromkeys(core.depths, 0.5), guesses=dict.fromkeys(core.depths, 0.0), first={}
         )
         self.context = 0
         self._sync: Callable[[], None] = (
@@ -151,7 +151,7 @@ class _Timer:
             begin = self._now()
             prepared = reader.prepare(inputs, options)
             sampler = _Endless(prepared)
-            prompt, [first] = decoder.read(reader, prepared, [sampler], self._rule, first={})
+            prompt, [first] = decoder.read(reader, prepared, [sampler], self._rule)
             with torch.inference_mode():
                 self._kept.append(decoder.join(prompt, 0, sampler, self._rule, first))
             took.append(self._now() - begin)
@@ -200,7 +200,7 @@ class _Timer:
         # A stack's caches grow together; what slots do not write is written again.
         self._sit(rows, self._rule if self._executor.rows == 1 else NO_EXITS)
         begin = self._now()
-        self._decoder.full()
+        self._decoder.full(self._decoder.sequences)
         return self._now() - begin
 
     def deep(self, tokens: int) -> float:
@@ -244,7 +244,6 @@ class _Timer:
             sequence.settle()  # the first token was given out
             sitting.append(sequence)
         self._decoder.sequences[:] = sitting
-        self._decoder.fresh()
         return sitting
 
     def _now(self) -> float:

@@ -28,6 +28,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offramp.engine.executors.modules.code import MOST_ROWS, Code, Codes, tensors_of
+from offramp.engine.executors.slots.cache import SlotLayer
 from offramp.engine.kv_cache import CACHE_NAMES, self_attention
 from offramp.models.backbone import Backbone
 from offramp.models.exits import first
@@ -236,8 +237,10 @@ class CompiledLayer(_Compiled):
         where the module itself must make room for some."""
         own = self_attention(cache)
         entry = own.layers[self._index]
-        call = getattr(entry, "call", None)
-        if call is None or call.beside is None or not entry.is_initialized:
+        if not isinstance(entry, SlotLayer) or not entry.is_initialized:
+            return None
+        call = entry.current.call
+        if call.beside is None:
             return None
         (slot, _), read, room = call.beside, call.width, entry.held[0].shape[2]
         if room <= read or read < 2:

@@ -73,11 +73,6 @@ class MaskRule:
         return made.masked_fill_(~allowed, torch.finfo(self.dtype).min)
 
 
-def rule_of(mask: Any) -> MaskRule | None:
-    """What `slot_mask` made a mask by; None of another one."""
-    return getattr(mask, "rule", None)
-
-
 def slot_mask(
     batch_size: int,
     q_length: int,
@@ -230,11 +225,6 @@ def with_attention(layer: nn.Module, name: str, **known: Any) -> Any:
         attention.__dict__.update(known)
         graft(ours, path, attention)
     return ours
-
-
-def can_pack(stack: Any) -> bool:
-    """Whether the attention of a stack is the one that is computed here."""
-    return bool(stack.config._attn_implementation == "sdpa")
 
 
 # -- exact batches --------------------------------------------------------------------------------

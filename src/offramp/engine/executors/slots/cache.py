@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
-from offramp.engine.executors.slots.layout import Call
+from offramp.engine.executors.slots.layout import Call, CurrentCall
 from offramp.errors import UnsupportedBackboneError
 
 BUCKET = 64
@@ -31,19 +31,15 @@ BUCKET = 64
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values [slots, heads, columns, head_dim] of one layer, made when first loaded.
-
-    call: what the stack is being called on.
-    """
+    """Keys and values [slots, heads, columns, head_dim] of one layer, made when first loaded."""
 
     is_sliding = False
 
-    def __init__(self, slots: int, columns: int) -> None:
+    def __init__(self, slots: int, columns: int, current: CurrentCall) -> None:
         # Not the base's, whose two attributes a layer of cross-attention computes.
-        self.slots, self.columns = slots, columns
+        self.slots, self.columns, self.current = slots, columns, current
         self.held: tuple[Tensor, ...] = ()
         self.is_initialized = False
-        self.call: Call | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Zeros, not empty memory: a NaN in a masked column would poison its row."""
@@ -67,8 +63,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         All is written before any is read, so a row may stand in the call several times.
         """
-        call = self.call
-        assert call is not None
+        call = self.current.call
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.held
@@ -85,13 +80,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def read(self, part: int) -> Tensor:
         """Keys (0) or values (1) of the call's rows [R, H, K, Dh]."""
-        assert self.call is not None
-        held, width = self.held[part], self.call.width
-        if self.call.beside is not None:
-            return held.narrow(0, self.call.beside[0], 1).narrow(2, 0, width)
-        if self.call.reads is None:  # a view: gathering costs as much as the attention
-            return held[: len(self.call.queries), :, :width]
-        return held[:, :, :width].index_select(0, self.call.reads)
+        held, call = self.held[part], self.current.call
+        if call.beside is not None:
+            return held.narrow(0, call.beside[0], 1).narrow(2, 0, call.width)
+        if call.reads is None:  # a view: gathering costs as much as the attention
+            return held[: len(call.queries), :, : call.width]
+        return held[:, :, : call.width].index_select(0, call.reads)
 
     def grow(self, columns: int) -> None:
         """Hold `columns` columns, more than now."""
@@ -107,7 +101,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             held[target, :, :columns] = held[source, :, :columns]
 
     def get_seq_length(self) -> int:
-        return 0 if self.call is None else self.call.width
+        call = self.current.call
+        return 0 if call is None else int(call.width)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length(), 0
@@ -123,8 +118,7 @@ class _CrossLayer(SlotLayer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        assert self.call is not None and self.call.beside is not None
-        self.load(self.call.beside[0], key_states, value_states, 0)
+        self.load(self.current.call.beside[0], key_states, value_states, 0)
         return key_states, value_states
 
     @property
@@ -151,27 +145,28 @@ class _SlotView(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Columns [R, W] of the queries, which the mask function takes for the scalar offset."""
-        assert self._first.call is not None
-        return self._first.call.queries
+        return self._first.current.call.queries
 
 
 class SlotCache:
     """Keys and values of `slots` rows of at most `limit` tokens, or any number (None).
 
-    entries: layers of the decoder and exits. encoder: tokens of the encoder that a row may have;
-    None: there is no encoder.
+    entries: layers of the decoder and exits. encoder: whether there is one. current: what the stack
+    is being called on.
     """
 
     def __init__(self, slots: int, entries: int, limit: int | None, encoder: bool = False) -> None:
         self.slots, self.limit = slots, limit
         columns = BUCKET if limit is None else min(BUCKET, rounded(limit + 1))
-        self.own = [SlotLayer(slots, columns) for _ in range(entries)]
-        self.cross = [_CrossLayer(slots, 0) for _ in range(entries)] if encoder else []
+        self.current, self._across = CurrentCall(), CurrentCall()
+        self.own = [SlotLayer(slots, columns, self.current) for _ in range(entries)]
+        self.cross = [_CrossLayer(slots, 0, self._across) for _ in range(entries if encoder else 0)]
         self.columns = columns
         self.encoder_columns = 0
         self.encoder_lengths = [0] * slots
-        self._own: Any = None
-        self._both: Any = None
+        self._seen: Any = _SlotView(self.own)
+        if encoder:
+            self._seen = EncoderDecoderCache(self._seen, _SlotView(self.cross))
 
     def load(
         self, slot: int, source: Any, row: int, real: Tensor | None, encoder: Tensor | None
@@ -244,32 +239,24 @@ class SlotCache:
     def drop(self) -> None:
         """Release all keys and values."""
         for mine in (*self.own, *self.cross):
-            mine.held, mine.call, mine.is_initialized = (), None, False
+            mine.held, mine.is_initialized = (), False
+        self.release()
 
     def seen_by(self, call: Call, unread: Sequence[int] = ()) -> Any:
         """The cache to hand to the stack for one call. unread: layers that the encoder's states
         of the one slot in it have not gone through yet."""
-        for mine in self.own:
-            mine.call = call
-        if self._own is None:
-            self._own = _SlotView(self.own)
-        if not self.cross:
-            return self._own
-        width = max(self.encoder_lengths)
-        if call.beside is not None:
-            width = self.encoder_lengths[call.beside[0]]
-        across = call.as_wide_as(width)
-        for layer in self.cross:
-            layer.call = across
-        if self._both is None:
-            self._both = EncoderDecoderCache(self._own, _SlotView(self.cross))
-        self._both.is_updated = {i: i not in unread for i in range(len(self.cross))}
-        return self._both
+        self.current.call = call
+        if self.cross:
+            width = max(self.encoder_lengths)
+            if call.beside is not None:
+                width = self.encoder_lengths[call.beside[0]]
+            self._across.call = call.as_wide_as(width)
+            self._seen.is_updated = {i: i not in unread for i in range(len(self.cross))}
+        return self._seen
 
     def release(self) -> None:
         """Forget the last call, whose tensors would else stay."""
-        for mine in (*self.own, *self.cross):
-            mine.call = None
+        self.current.call = self._across.call = None
 
     @property
     def nbytes(self) -> int:

@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from offramp.engine.decoding.executor import DraftRoom, Drafts, Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.decoding.reader import Looks, anyone, no_one
-from offramp.engine.drafter import Drafter
 from offramp.engine.executors.modules.in_place import called_in_place, cannot_compile
 from offramp.engine.executors.segments import Passing, SegmentRunner
 from offramp.engine.executors.slots.attention import (
     EACH,
     PACKED,
-    can_pack,
     check_exact_batches,
     with_attention,
     with_slot_masks,
@@ -34,10 +32,8 @@ from offramp.engine.executors.slots.attention import (
 from offramp.engine.executors.slots.cache import SlotCache
 from offramp.engine.executors.slots.layout import (
     Call,
-    CurrentCall,
     OneSlot,
     flat,
-    one_each,
     packed,
 )
 from offramp.engine.executors.slots.positions import ColumnPositions, RelativeBias
@@ -114,18 +110,17 @@ class SlotExecutor(SegmentRunner):
         *,
         slots: int = 1,
         limit: int | None = None,
-        watches: bool = False,
-        drafter: Drafter | None = None,
+        **more: Any,
     ) -> None:
-        super().__init__(backbone, exits, depths, watches=watches, drafter=drafter)
+        super().__init__(backbone, exits, depths, **more)
         entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
         encoded = backbone.is_encoder_decoder
         self.cache = SlotCache(slots, entries, limit, encoded)
         self._device = backbone.device
         self.positions = backbone.room(0)
-        self.packs = can_pack(self.intercepted.stack)
+        self.packs = self.intercepted.stack.config._attn_implementation == "sdpa"
         with_slot_masks(self.intercepted.stack)
-        self._current = CurrentCall()
+        self._current = self.cache.current
         self._instead = called_in_place(backbone)
         self._exact = backbone.decoding.exact_batches
         if self._exact:
@@ -165,9 +160,9 @@ class SlotExecutor(SegmentRunner):
         if encoder is not None and bool(encoder.all()):
             encoder = None
         columns = self.cache.load(slot, prompt.cache, row, real, encoder)
-        held = _Row(slot, dict.fromkeys(range(1, len(self._bounds) - 1), columns))
+        held = _Row(slot, dict.fromkeys(range(1, len(self._segments)), columns))
         self._place(held, prompt, row, columns)
-        ran = [columns] * (len(self._bounds) - 1)
+        ran = [columns] * len(self._segments)
         if prompt.waits is not None:
             depth, waiting = prompt.waits
             segment = self.depths.index(depth) + 1
@@ -185,7 +180,8 @@ class SlotExecutor(SegmentRunner):
             if states is not None:
                 mine = states[row : row + 1]
                 held.encoder = mine if encoder is None else mine[:, encoder]
-                held.unread = {e for k in range(segment, len(ran)) for e in self._written(k)}
+                above = self._segments[segment:]
+                held.unread = {entry for running in above for entry in self._entries(running)}
         if prompt.kept is not None:
             held.entered = columns - 1, prompt.kept[row : row + 1]
         self._rows.append(held)
@@ -249,7 +245,8 @@ class SlotExecutor(SegmentRunner):
     def feed(
         self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int], looks: Looks
     ) -> ExitOutput:
-        output = self._run_segment(0, self._one_each(handles, columns), self._ids(ids), looks)
+        call = self._one_each(handles, columns)
+        output = self.run_layers(self._segments[0], call, self._ids(ids), looks)
         assert isinstance(output, ExitOutput)
         self._note(1, handles, columns, output.entry)
         return output
@@ -278,10 +275,11 @@ class SlotExecutor(SegmentRunner):
             call = self._one_each(rows, columns)
             return self._call(range(self.backbone.depth), call, ids, passing)
         states: Any = ids
-        for segment, start in enumerate(self._bounds[:-1]):  # each has columns of its own
-            stood = [column - row.gap(start) for row, column in zip(rows, columns, strict=True)]
+        for running in self._segments:  # each has columns of its own
+            gaps = [row.gap(running.start) for row in rows]
+            stood = [column - gap for column, gap in zip(columns, gaps, strict=True)]
             call = self._one_each(rows, stood)
-            output = self._run_segment(segment, call, states, no_one)
+            output = self.run_layers(running, call, states, no_one)
             if isinstance(output, ExitOutput):
                 states = output.entry.view(*call.shape, -1)
         assert isinstance(output, Tensor)
@@ -363,21 +361,21 @@ class SlotExecutor(SegmentRunner):
     def run(
         self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
     ) -> Output:
-        states, stand = list[Tensor](), list[Span]()
+        states, stand, running = list[Tensor](), list[Span](), self._segments[segment]
         for row, start, end in spans:
-            base, gap = row.base[segment], row.gap(self._bounds[segment])
+            base, gap = row.base[segment], row.gap(running.start)
             states.append(self._pending[segment][row.slot, start - base : end - base])
             stand.append(Span(row, start - gap, end - gap))
         alone = [row.places is not None or row.encoder is not None for row, _, _ in spans]
         if len(spans) == 1 or any(alone):
             made = [
-                self._run_segment(segment, self._beside(span), state[None], looks)
+                self.run_layers(running, self._beside(span), state[None], looks)
                 for span, state in zip(stand, states, strict=True)
             ]
             output = joined(made)
         else:
             output = self._several(
-                stand, states, lambda call, laid: self._run_segment(segment, call, laid, looks)
+                stand, states, lambda call, laid: self.run_layers(running, call, laid, looks)
             )
         at = 0
         for row, start, end in spans:
@@ -412,13 +410,8 @@ class SlotExecutor(SegmentRunner):
         output = run(call, laid.view(*call.shape, *laid.shape[1:]))
         if order == [*range(len(spans))]:
             return output
-        where, at = {}, 0
-        for i in order:
-            where[i] = at
-            at += spans[i].end - spans[i].first
-        index = [
-            where[i] + n for i in range(len(spans)) for n in range(spans[i].end - spans[i].first)
-        ]
+        whose = [i for i in order for _ in range(spans[i].first, spans[i].end)]
+        index = sorted(range(len(whose)), key=whose.__getitem__)  # each span's stay in order
         return picked(output, torch.tensor(index, device=self._device))
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
@@ -434,7 +427,7 @@ class SlotExecutor(SegmentRunner):
         self.cache.reserve(width)
         if len(rows) == 1:
             return OneSlot(rows[0].slot, columns[0], width, self._device)
-        return one_each([row.slot for row in rows], columns, width, self._device)
+        return flat([row.slot for row in rows], columns, width, self._device)
 
     # -- what waits --------------------------------------------------------------------------
 
@@ -472,22 +465,13 @@ class SlotExecutor(SegmentRunner):
     def _read(self, row: _Row, segment: int) -> None:
         """Note that a segment has run what waited of a row: of a prompt, with the encoder's
         states."""
-        row.unread.difference_update(self._written(segment))
+        row.unread.difference_update(self._entries(self._segments[segment]))
         if self.backbone.depth - 1 not in row.unread:
             row.unread, row.encoder = set(), None
-        if segment == len(self._bounds) - 2:
+        if segment == len(self._segments) - 1:
             row.places = None
 
-    def _written(self, segment: int) -> list[int]:
-        """Entries of the cache that a segment writes."""
-        return self._entries(*self._bounds[segment : segment + 2])
-
     # -- one call ----------------------------------------------------------------------------
-
-    def _run_segment(self, segment: int, call: Call, inputs: Tensor, looks: Looks) -> Output:
-        """Layers of a segment and the exit behind them, or the final norm."""
-        running = range(self._bounds[segment], self._bounds[segment + 1])
-        return self.run_layers(running, call, inputs, looks)
 
     def run_layers(self, running: range, call: Call, inputs: Tensor, looks: Looks) -> Output:
         """Layers, and the exit behind them or the final norm, on token ids [n] or states [B, T, D].
@@ -546,7 +530,7 @@ class SlotExecutor(SegmentRunner):
         kw["attention_mask"] = torch.ones(
             call.shape[0], call.width, dtype=torch.long, device=self._device
         )
-        if given.takes_positions:
+        if given.offsets is not None:
             kw["position_ids"] = self._position_ids(given)
         if self.cache.cross:
             states, mask = given.encoder
@@ -676,7 +660,6 @@ class SlotExecutor(SegmentRunner):
             return None
         finally:
             self._current.call = current
-            self.cache.release()
         known[kind] = tables
         return tables
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,26 +96,19 @@ Call = SlotCall | OneSlot
 
 
 class CurrentCall:
-    """The call that is under way, which a runner shares with modules in its twins."""
+    """The call that is under way, which a runner shares with its cache and modules in its twins."""
 
-    call: Call
-
-
-def one_each(
-    slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
-) -> SlotCall:
-    """One token of each slot."""
-    rows, at = torch.tensor([slots, columns], device=device)
-    reads = None if [*slots] == [*range(len(slots))] else rows
-    return SlotCall((len(rows), 1), rows, at, reads, at[:, None], width)
+    call: Any = None  # a `Call`; None: there is none
 
 
 def flat(
     slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
 ) -> SlotCall:
-    """A call on tokens that stand slot by slot, several of a slot in ascending columns."""
+    """A call on one token of each slot, or on tokens that stand slot by slot, several of a slot in
+    ascending columns."""
     rows, at = torch.tensor([slots, columns], device=device)
-    return SlotCall((len(slots), 1), rows, at, rows, at[:, None], width)
+    reads = None if [*slots] == [*range(len(slots))] else rows
+    return SlotCall((len(rows), 1), rows, at, reads, at[:, None], width)
 
 
 def packed(

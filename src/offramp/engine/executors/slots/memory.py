@@ -17,21 +17,13 @@ from offramp.models.exits import ExitSet
 def check_room(backbone: Backbone, exits: ExitSet | None, slots: int, limit: int) -> None:
     """Raise `InputError` where so many slots of `limit` tokens would not fit."""
     entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
-    size = slot_bytes(backbone.text_config, entries, limit, backbone.dtype)
-    check_memory(slots * size, free_bytes(backbone.device), slots, limit)
-
-
-def slot_bytes(config: Any, entries: int, columns: int, dtype: torch.dtype) -> int:
-    """Memory of one slot of `columns` columns, from a text config, before anything is allocated."""
+    config: Any = backbone.text_config
     heads = int(config.num_attention_heads)
     width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     width = int(width or config.hidden_size // heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * entries * kv_heads * rounded(columns + 1) * width * dtype.itemsize
-
-
-def check_memory(needed: int, free: int | None, slots: int, limit: int) -> None:
-    """Raise `InputError` where the slots would not fit into the memory that is free."""
+    slot = 2 * entries * kv_heads * rounded(limit + 1) * width * backbone.dtype.itemsize
+    needed, free = slots * slot, free_bytes(backbone.device)
     if free is not None and needed > free:
         raise InputError(
             f"{slots} slots of {limit} tokens need {needed / 1e9:.2f} GB for keys and values, and "

@@ -12,13 +12,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.executors.slots.attention import MaskRule, rule_of
+from offramp.engine.executors.slots.attention import MaskRule
 from offramp.engine.executors.slots.layout import Call
 from offramp.engine.kv_cache import CACHE_NAMES
 from offramp.models.backbone import Backbone
@@ -149,27 +149,22 @@ def _equal(one: Any, other: Any) -> bool:
 # -- calls ----------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Given:
     """What one call is made on.
 
     inputs: token ids [n] or [B, T], or states [B, T, D] that enter a deeper layer. offsets:
     position of column 0 [..., slots], where the stack takes positions; offset: that of the one slot
     of a call whose positions go up one by one, first: that of the first of several axes.
-    encoder: states and mask of the encoder, made when asked for.
+    encode: makes `encoder`, states and mask of the encoder, when they are asked for.
     """
 
-    def __init__(
-        self,
-        call: Call,
-        inputs: Tensor,
-        offsets: Tensor | None,
-        offset: int | None,
-        encoder: Callable[[], tuple[Tensor, Tensor]] | None,
-        first: int = 0,
-    ) -> None:
-        self.first = first
-        self.call, self.inputs, self.offset = call, inputs, offset
-        self._offsets, self._encoder = offsets, encoder
+    call: Call
+    inputs: Tensor
+    offsets: Tensor | None
+    offset: int | None
+    encode: Callable[[], tuple[Tensor, Tensor]] | None
+    first: int = 0
 
     @property
     def ids(self) -> Tensor | None:
@@ -177,23 +172,19 @@ class Given:
         ids = self.inputs[:, None] if self.inputs.dim() == 1 else self.inputs
         return ids if ids.dim() == 2 else None
 
-    @property
-    def takes_positions(self) -> bool:
-        return self._offsets is not None
-
     @cached_property
     def positions(self) -> Tensor | None:
         """Position ids [..., B, T]."""
-        if self._offsets is None:
+        if self.offsets is None:
             return None
         call = self.call
-        positions = self._offsets[..., call.slots] + call.columns
+        positions = self.offsets[..., call.slots] + call.columns
         return positions.view(*positions.shape[:-1], *call.shape)
 
     @cached_property
     def encoder(self) -> tuple[Tensor, Tensor]:
-        assert self._encoder is not None
-        return self._encoder()
+        assert self.encode is not None
+        return self.encode()
 
     @property
     def row(self) -> int:
@@ -229,7 +220,7 @@ class _Kind:
         self._fixed: dict[str, Any] = {}
         self._made: list[tuple[str, Callable[[Given], Any]]] = []
         for name, value in values.items():
-            rule = rule_of(value)
+            rule = getattr(value, "rule", None)  # what `slot_mask` made it by
             if name in (*CACHE_NAMES, *BIASES):
                 self._fixed[name] = None
             elif value is None or isinstance(value, (bool, str)):
@@ -241,7 +232,7 @@ class _Kind:
             elif name == "position_ids":
                 self._made.append((name, _ids(value)))
             elif name == "position_embeddings" and isinstance(value, tuple):
-                self._made.append((name, _rows(value)))
+                self._made.append((name, partial(_of_tables, value)))
             else:
                 raise CannotRehearseError(f"argument {name}, a {type(value).__name__}")
 
@@ -273,7 +264,7 @@ def _ids(handed: Tensor) -> Callable[[Given], Any]:
     """Position ids as given, or the first of several axes where the layers get no more."""
 
     def made(given: Given) -> Any:
-        if given.call.beside is not None and given.takes_positions and handed.dim() == 2:
+        if given.call.beside is not None and given.offsets is not None and handed.dim() == 2:
             start = given.call.beside[1] + given.first
             if start >= 0 and start + given.call.shape[1] <= handed.shape[1]:
                 return handed.narrow(1, start, given.call.shape[1])
@@ -283,10 +274,6 @@ def _ids(handed: Tensor) -> Callable[[Given], Any]:
         return own if own.dim() == handed.dim() else own[0]
 
     return made
-
-
-def _rows(tables: tuple[Tensor, ...]) -> Callable[[Given], Any]:
-    return lambda given: _of_tables(tables, given)
 
 
 class Tables:
