@@ -224,6 +224,25 @@ def test_what_is_made_once_for_each_length_is_not_either():
     assert answers.run(200, length=13) > 0.97 * 4 / 1.8
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_calls_of_every_turn_are_told(rows, backbone, batch, monkeypatch):
+    """Of answers that are written at once too, and not by a batch engine's loop."""
+    whole, told, note = backbone(NAME), [], DraftPace.note
+    policy = ExitPolicy(lossless=True, drafts={2: 0.0}, max_draft=3)
+
+    def heard(self, *turn, calls, **more):
+        told.append(calls)
+        note(self, *turn, calls=calls, **more)
+
+    monkeypatch.setattr(DraftPace, "note", heard)
+    generate(
+        whole, batch(NAME, rows), exits=Exits(whole, (2,)), policy=policy, pace=DraftPace(),
+        max_new_tokens=9, do_sample=False,
+    )  # fmt: skip
+    assert told and all(told)
+    assert {kind for calls in told for kind, _ in calls} <= {"feed", "deep", "flush", "full"}
+
+
 def test_drafts_that_pay_are_made_and_trials_take_a_hundredth():
     assert Answers(1.8, kept=3).run(200, length=13) > 0.97 * 4 / 1.8
 

@@ -223,16 +223,17 @@ class Decoder:
     def make(self, call: Call) -> int:
         """Make a call; how many tokens it was over."""
         with self.reader.computing():
-            count = self._make(call)
-        self._calls.add((call, count))
-        return count
+            return self._make(call)
 
     def _make(self, call: Call) -> int:
         if call == "feed":
-            return self.feed()
-        if call == "full":
-            return self.full(self.sequences)
-        return self.deep(flush=call == "flush")
+            count = self.feed()
+        elif call == "full":
+            count = self.full(self.sequences)
+        else:
+            count = self.deep(flush=call == "flush")
+        self._calls.add((call, count))
+        return count
 
     def feed(self) -> int:
         """Feed the next token of every sequence that is ready up to the first exit. Those whose
