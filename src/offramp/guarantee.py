@@ -142,7 +142,7 @@ class Conditions:
             dtype=str(backbone.dtype).removeprefix("torch."),
             quantized=scheme(backbone.layers) or "",
             engine=engine or TORCH,
-            kernels=None if engine else _kernels(backbone),
+            kernels=None if engine else kernels(backbone),
             vision=backbone.vision_engine,
             device=backbone.device.type,
             **policies,
@@ -171,7 +171,8 @@ def template_digest(processor: Any) -> str:
     return hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else ""
 
 
-def _kernels(backbone: Backbone) -> str:
+def kernels(backbone: Backbone) -> str:
+    """What PyTorch multiplies a backbone's layers by; see `Conditions`."""
     if backbone.decoding.compiled:
         return "compiled"
     if backbone.decoding.exact_batches:

@@ -31,6 +31,7 @@ from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import Settings, as_items
+from offramp.guarantee import kernels
 from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
@@ -175,6 +176,11 @@ class _Answerer:
                 "exited; the full model ranks in both modes.",
                 early.kv,
             )
+        elif plan.task == "dialogue" and early.shortlist:
+            log.warning(
+                "An exit gives what its shortlist lacks no likelihood; the full model ranks in "
+                "both modes."
+            )
 
     def stored(self) -> dict[str, Any]:
         """What the answers depend on: a run with other values is not resumed."""
@@ -193,7 +199,11 @@ class _Answerer:
             "device": self.backbone.device.type,
             "batch_size": self.plan.batch_size,
             "max_new_tokens": self.plan.longest,
-            **({} if self.runtime is None else {"runtime": self.runtime.name}),
+            **(
+                {"kernels": kernels(self.backbone)}
+                if self.runtime is None
+                else {"runtime": self.runtime.name}
+            ),
             **({"shrink_on_load": True} if self.encoder.smallest_side else {}),
             **({} if self.backbone.tower is None else {"vision": self.backbone.vision_engine}),
         }
