@@ -24,7 +24,7 @@ from offramp.data.item import Item
 from offramp.engine.confidence import Agreement, max_probability
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
-from offramp.errors import DataError, InputError
+from offramp.errors import DataError, InputError, StorageError
 from offramp.evaluation import caption_metrics as captions
 from offramp.evaluation import evaluate as module
 from offramp.evaluation.evaluate import evaluate, rescore
@@ -36,7 +36,7 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.prepack import prepack
 from offramp.models.shortlist import Gate
-from offramp.storage import JsonlLog
+from offramp.storage import JsonlLog, locked_folder
 
 DEPTHS = (2, 4)
 
@@ -234,6 +234,16 @@ def test_without_dense_annotations_ndcg_is_named_as_missing(
     assert "ndcg is unavailable" in caplog.text
 
 
+def test_a_round_without_a_relevant_candidate_is_left_out_of_ndcg(tmp_path: Path) -> None:
+    """Of it, NDCG is not defined; the other measures count it."""
+    zeros = [replace(item, relevance=item.relevance or (0.0,) * 5) for item in dialogue_items()]
+    run(tmp_path, task="dialogue", items=dialogue_items(), mode="full")
+    for metrics in (None, ("mrr",)):
+        kept = rescore(tmp_path, dialogue_items(), "dialogue", mode="full", metrics=metrics)
+        found = rescore(tmp_path, zeros, "dialogue", mode="full", metrics=metrics)
+        assert found["modes"]["full"]["metrics"] == kept["modes"]["full"]["metrics"]
+
+
 # -- the run -------------------------------------------------------------------------------------
 
 
@@ -368,6 +378,12 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(InputError, match=r"already holds answers.*\n.*--resume"):
         run(tmp_path)
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path) -> None:
+    with locked_folder(tmp_path), pytest.raises(StorageError, match="Another run is writing"):
+        run(tmp_path)
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
-from offramp.storage import digest_rows, write_json
+from offramp.storage import digest_rows, locked_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def evaluate(
         InputError: an argument or setting cannot be used, or `out` holds another run.
         DataError: the examples cannot be evaluated on this task, or share images with the
             adapter's training or calibration.
-        StorageError: a file cannot be read or written.
+        StorageError: a file cannot be read or written, or another run is writing to `out`.
     """
     plan = Settings(task, **settings)
     items = as_items(examples, task)
@@ -98,9 +98,10 @@ def evaluate(
         )
     answerer = _Answerer(model, encoder, plan, policy, runtime)
     stored = answerer.stored()
-    with RunLog(Path(out) / ROWS, stored, items, resume=resume) as rows:
-        _fill(rows, answerer, items, progress)
-    return _scored(rows.done, items, plan, stored, Path(out))
+    with locked_folder(out):
+        with RunLog(Path(out) / ROWS, stored, items, resume=resume) as rows:
+            _fill(rows, answerer, items, progress)
+        return _scored(rows.done, items, plan, stored, Path(out))
 
 
 def rescore(
