@@ -14,7 +14,15 @@ from offramp.adapter import Adapter
 from offramp.answers import generate_answers
 from offramp.calibration.risk_functions import RISKS
 from offramp.engine.policy import ExitPolicy
-from offramp.guarantee import NEEDED, Conditions, fits, prompt_frames, risk_words, standing
+from offramp.guarantee import (
+    NEEDED,
+    Conditions,
+    fits,
+    prompt_frames,
+    risk_words,
+    shown_conditions,
+    standing,
+)
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
@@ -163,11 +171,42 @@ def test_prompts_are_known_by_what_they_have_in_common() -> None:
         assert not fits(other, frames)
 
 
-def test_questions_without_a_template_are_of_one_kind() -> None:
+def test_many_kinds_with_a_template_are_of_one_kind() -> None:
     words = ["what", "who", "where", "when", "why", "how", "is", "are", "does", "can", "which"]
-    frames = prompt_frames([f"{word} {thing}?" for word in words for thing in ("a", "b")])
-    assert frames == [["", "?"]]
-    assert fits("do you see it?", frames) and not fits("Write a poem.", frames)
+    frames = prompt_frames([f"{word} {thing}? Answer:" for word in words for thing in ("a", "b")])
+    assert frames == [["", "? Answer:"]]
+    assert fits("do you see it? Answer:", frames) and not fits("Write a poem.", frames)
+
+
+@pytest.mark.parametrize("end", ["", "?"])
+def test_of_prompts_that_share_no_word_only_they_themselves_are_guaranteed(
+    here: Conditions, end: str
+) -> None:
+    words = ["what", "who", "where", "when", "why", "how", "is", "are", "does"]
+    asked = [f"{word} {thing}{end}" for word in words for thing in ("a", "b")]
+    then = calibration(replace(here, prompts=prompt_frames([*asked, asked[0]])))
+    assert then["conditions"]["prompts"] == [[prompt] for prompt in sorted(asked)]
+    assert standing(then, replace(here, prompts=[[asked[3]]])).promise is not None
+    for other in (f"Write a poem{end}", end, f"what c{end}"):
+        found = standing(then, replace(here, prompts=[[other]]))
+        assert found.why == "a prompt unlike the calibrated ones"
+
+
+def test_prompts_of_which_one_begins_another_share_no_word() -> None:
+    assert prompt_frames(["what", "what is it"]) == [["what"], ["what is it"]]
+
+
+@pytest.mark.parametrize("frame", [["", ""], ["", "?"]])
+def test_a_stored_frame_without_a_word_fits_nothing(here: Conditions, frame: list[str]) -> None:
+    """As calibrations of before prompts were kept have them."""
+    found = standing(calibration(replace(here, prompts=[frame])), here)
+    assert found.why == "a prompt unlike the calibrated ones"
+
+
+def test_of_many_kept_prompts_a_few_are_shown() -> None:
+    then = Conditions(prompts=[[f"prompt {i}"] for i in range(20)])
+    [(_, words)] = shown_conditions({"conditions": then.to_json()})
+    assert words.startswith("'prompt 0', ") and words.endswith("'prompt 7', and 12 more")
 
 
 # -- where it is shown -----------------------------------------------------------------------------

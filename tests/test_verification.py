@@ -324,6 +324,8 @@ SMALL = ("--limit", 2, "--rows", "2", "--max-new-tokens", 5, "--slots", 2)
 
 
 def test_the_command_prints_a_table_and_keeps_a_certificate(run: RunCommand, adapter: Path) -> None:
+    own = b"caf\xe9\n"  # not UTF-8
+    (adapter / CARD).write_bytes((adapter / CARD).read_bytes() + own)
     code, out, err = run("verify", adapter, *SMALL)
     assert code == 0, err
     assert "held to" in out and "lossless, 2 rows" in out and "NO" not in out
@@ -334,7 +336,8 @@ def test_the_command_prints_a_table_and_keeps_a_certificate(run: RunCommand, ada
         and not any(path.broken for path in kept.paths)
     )
     assert kept.provenance["versions"]["torch"] == torch.__version__
-    assert kept.words in (adapter / CARD).read_text()
+    card = (adapter / CARD).read_bytes()
+    assert kept.words.encode() in card and own.strip() in card
     assert kept.words in run("inspect", adapter)[1]
     assert kept.words in run("inspect", adapter, "--json")[1]
 

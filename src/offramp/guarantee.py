@@ -23,7 +23,8 @@ from offramp.models.vision_engine import IN_BF16
 TORCH = "torch"
 """The engine of an adapter that answers by itself, one by one or in slots."""
 FRAMES = 8
-"""Kinds of prompts that are told apart by their first word; of more, all are one kind."""
+"""Kinds of prompts that are told apart by their first word; of more, all are one kind. No more are
+shown."""
 NEEDED = ("risk", "target", "confidence", "n", "attempt", "unit", "conditions")
 """What a calibration must say for its guarantee to count."""
 _VISUAL: Mapping[str, Any] = {"visual_keep": 1.0, "visual_ranking": "attention"}
@@ -37,18 +38,17 @@ SAME_IN_FLOAT32 = ("kernels", "vision")
 
 def prompt_frames(prompts: Sequence[str]) -> list[list[str]]:
     """What prompts have in common: [prompt] of one that stays the same, [before, behind] of a
-    template, for each first word or, where these are many, for all."""
+    template, for each first word or, where these are many, for all. Prompts that share no word are
+    kept themselves."""
     kinds: dict[str, set[str]] = {}
     for prompt in prompts:
         kinds.setdefault(re.split(r"[\s:]", prompt, maxsplit=1)[0], set()).add(prompt)
     if len(kinds) > FRAMES:
         kinds = {"": set(prompts)}
-    return [_frame(sorted(kinds[word])) for word in sorted(kinds)]
+    return [frame for word in sorted(kinds) for frame in _frames(sorted(kinds[word]))]
 
 
-def _frame(prompts: Sequence[str]) -> list[str]:
-    if len(prompts) == 1:
-        return list(prompts)
+def _frames(prompts: Sequence[str]) -> list[list[str]]:
     first, last = prompts[0], prompts[-1]  # sorted: these two share the least from the start
     before = _common(first, last)
     backwards = sorted(prompt[::-1] for prompt in prompts)
@@ -56,7 +56,15 @@ def _frame(prompts: Sequence[str]) -> list[str]:
     # Whole words alone: questions that happen to begin with one letter have no template.
     before = before[: max((m.end() for m in re.finditer(r"\W", before)), default=0)]
     starts = [m.start() for m in re.finditer(r"\W", behind)]
-    return [before, behind[starts[0] :] if starts else ""]
+    behind = behind[starts[0] :] if starts else ""
+    if len(prompts) == 1 or not _has_word(before + behind):
+        return [[prompt] for prompt in prompts]
+    return [[before, behind]]
+
+
+def _has_word(text: str) -> bool:
+    """Else any text would fit what is left of a template."""
+    return re.search(r"\w", text) is not None
 
 
 def _common(one: str, other: str) -> str:
@@ -69,7 +77,9 @@ def fits(prompt: str, frames: Sequence[Sequence[str]]) -> bool:
     for before, *behind in frames:
         if not behind and prompt == before:
             return True
-        if behind and prompt.startswith(before) and prompt.endswith(behind[0]):
+        # Calibrations of earlier versions hold templates without a word.
+        template = behind and _has_word(before + behind[0])
+        if template and prompt.startswith(before) and prompt.endswith(behind[0]):
             return True
     return False
 
@@ -132,7 +142,7 @@ class Conditions:
             dtype=str(backbone.dtype).removeprefix("torch."),
             quantized=scheme(backbone.layers) or "",
             engine=engine or TORCH,
-            kernels=None if engine else _kernels(backbone),
+            kernels=None if engine else kernels(backbone),
             vision=backbone.vision_engine,
             device=backbone.device.type,
             **policies,
@@ -161,7 +171,8 @@ def template_digest(processor: Any) -> str:
     return hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else ""
 
 
-def _kernels(backbone: Backbone) -> str:
+def kernels(backbone: Backbone) -> str:
+    """What PyTorch multiplies a backbone's layers by; see `Conditions`."""
     if backbone.decoding.compiled:
         return "compiled"
     if backbone.decoding.exact_batches:
@@ -244,8 +255,9 @@ def _shown(name: str, value: Any) -> str:
     if name == "shortlist":
         return "with a shortlist" if value else "without a shortlist"
     if name == "prompts":
-        kinds = (" ... ".join(map(repr, frame)) for frame in value or ())
-        return ", ".join(kinds)
+        kinds = [" ... ".join(map(repr, frame)) for frame in value or ()]
+        more = [f"and {len(kinds) - FRAMES} more"] if len(kinds) > FRAMES else []
+        return ", ".join(kinds[:FRAMES] + more)
     if isinstance(value, Mapping):
         return ", ".join(f"{depth}: {number:g}" for depth, number in value.items()) or "none"
     return "unknown" if value is None else str(value)

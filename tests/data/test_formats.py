@@ -419,6 +419,30 @@ def test_other_mistakes_are_named(make: Make, tmp_path: Path) -> None:
         read_items([tmp_path / "bad.json"])
 
 
+@pytest.mark.parametrize("layout", ["coco", "karpathy", "gqa", "vqav2", "visdial"])
+def test_a_file_that_would_not_be_read_is_refused(make: Make, layout: str) -> None:
+    files, pictures = make(layout)
+    more = [files[0]] * (LAYOUTS[layout].files + 1 - len(files))
+    with pytest.raises(InputError, match=f"{len(files) + len(more)} files were given; of the "):
+        read_items([*files, *more], pictures)
+
+
+@pytest.mark.parametrize("value", ["x", None, [], float("nan")])
+def test_a_relevance_that_is_no_number_is_named(make: Make, value: Any) -> None:
+    files, pictures = make("visdial")
+    dense = copy.deepcopy(DENSE)
+    dense[0]["gt_relevance"] = [1, value, 0]
+    files[1].write_text(json.dumps(dense), encoding="utf-8")
+    with pytest.raises(DataError, match="as a relevance of image 42"):
+        read_items(files, pictures)
+
+
+def test_a_name_in_capitals_is_of_json_too(make: Make) -> None:
+    files, pictures = make("gqa")
+    there = read_items(files, pictures)
+    assert read_items([files[0].rename(files[0].with_suffix(".JSON"))], pictures) == there
+
+
 def test_a_prompt_that_would_lose_the_question_is_refused(make: Make) -> None:
     with pytest.raises(InputError, match="every question would be lost"):
         read_items(*make("gqa"), prompt="Answer:")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from offramp.data import near_copies as near
 from offramp.data.example import Example
 from offramp.data.image import open_rgb, pixel_digest
 from offramp.data.near_copies import near_copies
@@ -51,6 +53,29 @@ def test_copies_are_found_among_images_that_look_alike(kind: str) -> None:
     for place, copy in enumerate(copies(others[0])):
         found = near_copies(examples([*others, copy]))
         assert found == [(0, len(others))], (kind, place)
+
+
+def test_scans_of_one_form_are_compared_with_few_and_their_copies_found(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pairs of n alike images are n^2 / 2; each is compared with those most like it alone."""
+    monkeypatch.setattr(near, "MOST_SHARP", 2)
+    forms = lookalikes.images("forms", 30)
+    again = [encoded(forms[7], "jpeg", quality=50), encoded(forms[20], "webp", quality=80)]
+    assert near_copies(examples([*forms, *again])) == [(7, 30), (20, 31)]
+    assert "pairs of images look alike; the nearest" in caplog.text
+    monkeypatch.setattr(near, "MOST_SMALL", 12)
+    pairs = near._nearest(np.stack([near.Look.of(image).thumbnail for image in forms]))
+    assert len(pairs) <= 30 * 12 and (pairs[:, 0] < pairs[:, 1]).all()
+
+
+def test_pairs_are_those_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    thumbnails = draw.normal(100, 2, (40, 192)).astype(np.float32)
+    apart = np.sqrt(((thumbnails[:, None] - thumbnails[None]) ** 2).mean(-1))
+    monkeypatch.setattr(near, "NEAR", float(np.median(apart)))
+    expected = np.argwhere(np.triu(apart <= near.NEAR, 1))
+    assert np.array_equal(near._nearest(thumbnails), expected)
 
 
 def test_a_digest_of_pixels_knows_no_file() -> None:

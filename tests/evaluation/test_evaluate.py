@@ -24,24 +24,25 @@ from offramp.data.item import Item
 from offramp.engine.confidence import Agreement, max_probability
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
-from offramp.errors import DataError, InputError
+from offramp.errors import DataError, InputError, StorageError
 from offramp.evaluation import caption_metrics as captions
 from offramp.evaluation import evaluate as module
 from offramp.evaluation.evaluate import evaluate, rescore
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
+from offramp.evaluation.run_log import RunLog
 from offramp.evaluation.tasks import TASK_METRICS, Settings
+from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
+from offramp.models.prepack import prepack
 from offramp.models.shortlist import Gate
-from offramp.storage import JsonlLog
+from offramp.storage import JsonlLog, locked_folder
 
 DEPTHS = (2, 4)
 
 
 @cache
 def input_processor_of(name: str) -> InputProcessor:
-    from offramp.models.backbone import Backbone
-
     return InputProcessor(Backbone(families.build(name)), fakes.Blip2FakeProcessor(name))
 
 
@@ -192,7 +193,12 @@ def dialogue_items() -> list[Item]:
 
 @pytest.mark.parametrize(
     ("policy", "by"),
-    [({}, "policy"), ({"kv": "approximate"}, "full"), ({"lossless": True}, "full")],
+    [
+        ({}, "policy"),
+        ({"kv": "approximate"}, "full"),
+        ({"lossless": True}, "full"),
+        ({"shortlist": True}, "full"),
+    ],
 )
 def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
     tmp_path: Path,
@@ -202,9 +208,13 @@ def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
     approximate: str,
 ) -> None:
     model = adapter_of(OPT, 0.0, **policy)
+    if "shortlist" in policy:  # which lacks tokens of the candidates
+        model = replace(model, exits=replace(ExitSet.of(model.exits), shortlist=torch.arange(8)))
     result = run(tmp_path, model=model, task="dialogue", items=dialogue_items())
     assert follows_policy(model.policy) is (by == "policy")
-    assert ("the full model ranks in both modes" in caplog.text) is ("kv" in policy)
+    assert ("the full model ranks in both modes" in caplog.text) is bool(
+        policy.keys() & {"kv", "shortlist"}
+    )
     assert result["modes"]["full"]["ranked_by"] == ["full"]
     early = result["modes"]["early_exit"]
     assert early["ranked_by"] == [by]
@@ -222,6 +232,16 @@ def test_without_dense_annotations_ndcg_is_named_as_missing(
         "ndcg": "the data came without dense annotations"
     }
     assert "ndcg is unavailable" in caplog.text
+
+
+def test_a_round_without_a_relevant_candidate_is_left_out_of_ndcg(tmp_path: Path) -> None:
+    """Of it, NDCG is not defined; the other measures count it."""
+    zeros = [replace(item, relevance=item.relevance or (0.0,) * 5) for item in dialogue_items()]
+    run(tmp_path, task="dialogue", items=dialogue_items(), mode="full")
+    for metrics in (None, ("mrr",)):
+        kept = rescore(tmp_path, dialogue_items(), "dialogue", mode="full", metrics=metrics)
+        found = rescore(tmp_path, zeros, "dialogue", mode="full", metrics=metrics)
+        assert found["modes"]["full"]["metrics"] == kept["modes"]["full"]["metrics"]
 
 
 # -- the run -------------------------------------------------------------------------------------
@@ -360,6 +380,12 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path) -> None:
+    with locked_folder(tmp_path), pytest.raises(StorageError, match="Another run is writing"):
+        run(tmp_path)
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -375,6 +401,39 @@ def test_a_run_with_other_settings_is_not_gone_on_with(
     with pytest.raises(InputError, match="other settings") as error:
         run(tmp_path, resume=True, **change)
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("kernels", "compiled"), ("shrink_on_load", True), ("runtime", "x"), ("vision", "openvino")],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_with_another_engine_is_not_gone_on_with(
+    tmp_path: Path, name: str, value: Any, first: bool
+) -> None:
+    """The default has no entry where the other has one, whichever of the two was first."""
+    plain: dict[str, Any] = {"task": "gqa"}
+    other = {**plain, name: value}
+    before, now = (other, plain) if first else (plain, other)
+    RunLog(tmp_path / "rows.jsonl", before, [], resume=False).close()
+    with pytest.raises(InputError, match=f"other settings: {name} .*{value}"):
+        RunLog(tmp_path / "rows.jsonl", now, [], resume=True)
+
+
+def test_other_kernels_are_noticed_and_a_run_that_names_none_had_plain_ones(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path)
+    file = tmp_path / "rows.jsonl"
+    first, *rest = file.read_text().splitlines()
+    settings = json.loads(first)
+    del settings["settings"]["kernels"]
+    file.write_text("\n".join([json.dumps(settings), *rest]) + "\n")
+    run(tmp_path, resume=True)
+    packed = Adapter(Backbone(families.build(OPT)), exits_of(OPT), adapter_of(OPT).policy)
+    prepack(packed.backbone, every=True)
+    with pytest.raises(InputError, match=r"other settings: kernels \(.* plain, now prepacked"):
+        run(tmp_path, model=packed, resume=True)
 
 
 def test_other_exits_are_noticed(tmp_path: Path) -> None:

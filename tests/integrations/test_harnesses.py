@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from offramp.errors import InputError
-from offramp.integrations.harness import generation_options
+from offramp.integrations.harness import Ask, HarnessModel, generation_options
 from offramp.models.input_processor import InputProcessor
 from serving import scene_examples, shipped
 
@@ -21,8 +21,11 @@ LONGEST = 12
 
 
 class Hook:
-    def add_partial(self, *_: Any) -> None:
-        pass
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def add_partial(self, kind: str, what: Any, answer: str) -> None:
+        self.kept.append((kind, what, answer))
 
 
 class LM:
@@ -105,6 +108,68 @@ def test_lm_eval_gets_what_generate_gives(harnesses: None) -> None:
         model.harness.close()
 
 
+def test_what_is_answered_is_kept_whatever_is_refused(harnesses: None) -> None:
+    """Each answer once it is there, so that a run that is cut off goes on from the harness's
+    cache."""
+    model = entry_point("lm_eval.models")("tiny-opt", batch_size="2", limit=64)
+    try:
+        options = {"until": [], "max_gen_toks": 8, "do_sample": False}
+        image = {"visual": [scene_examples()[0].open_image()]}
+        texts = ["<image>Caption:", "<image>" + "Caption: " * 60, "<image>Caption: a"]
+        requests = [SimpleNamespace(args=(text, options, image)) for text in texts]
+        # The harness's own placeholder is replaced in what is asked alone.
+        with pytest.raises(InputError, match=r"A prompt of \d+ tokens does not fit") as error:
+            model.generate_until(requests)
+        assert "up to 0" not in str(error.value)
+        assert [what[0] for _, what, _ in model.cache_hook.kept] == [texts[0], texts[2]]
+        model.harness._most = 1  # answers come before later ones are asked for
+        asked: list[int] = []
+
+        def asks() -> Iterator[Ask]:
+            for place in range(3):
+                asked.append(place)
+                yield Ask("<image>Caption:".replace("<image>", mark), image["visual"], options)
+
+        mark = model.harness.encoder.image_mark or ""
+        place, _ = next(iter(model.harness.answers(asks())))
+        assert place == 0 and asked == [0]
+    finally:
+        model.harness.close()
+
+
+def test_a_turn_that_is_the_answers_beginning_is_gone_on_with(
+    harnesses: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = entry_point("lm_eval.models")("tiny-opt", batch_size="2", limit=64)
+    try:
+        seen: list[dict[str, Any]] = []
+
+        class Templated:
+            chat_template = "a template"
+
+            def apply_chat_template(self, turns: Any, **how: Any) -> str:
+                seen.append(how)
+                return str(turns[-1]["content"][0]["text"])
+
+        monkeypatch.setattr(model.harness.encoder, "processor", Templated())
+        turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "As"}]
+        assert model.apply_chat_template(turns, add_generation_prompt=False) == "As"
+        assert model.apply_chat_template(turns[:1]) == "Why?"
+        assert seen == [
+            {"add_generation_prompt": False, "continue_final_message": True},
+            {"add_generation_prompt": True},
+        ]
+    finally:
+        model.harness.close()
+
+
+@pytest.mark.parametrize("given", [{"slots": "many"}, {"limit": "abc"}])
+def test_an_argument_that_is_no_number_is_named(given: dict[str, str]) -> None:
+    [(name, value)] = given.items()
+    with pytest.raises(InputError, match=f"{name} is '{value}'"):
+        HarnessModel("tiny-opt", **given)  # type: ignore[arg-type]
+
+
 def test_lmms_eval_gets_what_generate_gives(harnesses: None) -> None:
     manifest = entry_point("lmms_eval.models")()
     assert manifest.model_id == "offramp"
@@ -156,6 +221,18 @@ def test_lmms_eval_gets_what_generate_gives(harnesses: None) -> None:
             },
             (),
         ),
+        (
+            {"do_sample": True},
+            {
+                "max_new_tokens": 256,
+                "do_sample": True,
+                "temperature": 1.0,
+                "top_k": 0,
+                "top_p": 1.0,
+            },
+            (),
+        ),
+        ({"do_sample": True, "temperature": 0}, {"max_new_tokens": 256, "do_sample": False}, ()),
         ({"do_sample": False, "temperature": 1.0}, {"max_new_tokens": 256, "do_sample": False}, ()),
     ],
 )

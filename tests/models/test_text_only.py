@@ -95,6 +95,9 @@ def test_prompts_are_lines_of_a_text_file(prompts: Path, tmp_path: Path) -> None
     assert len(read_items([prompts], limit=7, require_answers=False)) == 7
     assert examples_digest(examples) != examples_digest(examples[1:])
     refused(lambda: read_items([prompts]), DataError, "unsupervised")
+    (tmp_path / "odd.txt").write_bytes("a\u2028b\fc\r\nd\n".encode())
+    odd = read_items([tmp_path / "odd.txt"], require_answers=False)
+    assert [item.example.prompt for item in odd] == ["a\u2028b\fc", "d"]
     (tmp_path / "none.txt").write_text("\n \n")
     refused(
         lambda: read_items([tmp_path / "none.txt"], require_answers=False), DataError, "no prompts"

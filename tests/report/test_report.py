@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from PIL import Image
 
 from offramp import cli
 from offramp.data.example import Example
+from offramp.data.formats import read_items
+from offramp.data.item import Item
 from offramp.depth_color import depth_color
 from offramp.errors import DataError, InputError
 from offramp.report.gallery import token
@@ -85,10 +88,16 @@ def evaluation() -> dict[str, Any]:
     }  # fmt: skip
 
 
+EXAMPLES = [Example(Image.new("RGB", (640, 480), "red"), HOSTILE, (HOSTILE,), "a")]
+SMALL = [Example(Image.new("RGB", (72, 72), "red"), "", (), "b")]
+
+
 def rows() -> list[dict[str, Any]]:
+    digests = {example.key: Item(example).digest() for example in [*EXAMPLES, *SMALL]}
+
     def row(key: str, mode: str, answer: str, ids: list[int], depths: list[int]) -> dict[str, Any]:
         return {"key": key, "mode": mode, "answer": answer, "ids": ids, "depths": depths,
-                "prompt_digest": "d"}  # fmt: skip
+                "prompt_digest": digests[key]}  # fmt: skip
 
     return [
         {"settings": {"layers": 12}},
@@ -180,9 +189,6 @@ def written(sources: list[Source], examples: Any = (), tokenizer: Any = Words) -
     return report(sources, examples, tokenizer_of=lambda _: tokenizer and tokenizer())
 
 
-EXAMPLES = [Example(Image.new("RGB", (640, 480), "red"), HOSTILE, (HOSTILE,), "a")]
-
-
 @pytest.fixture(scope="module")
 def whole(sources: list[Source]) -> str:
     """The page of everything."""
@@ -225,8 +231,7 @@ def test_pictures_are_scaled_down(whole: str, runs: Path) -> None:
     (image,) = Page(whole).all("img")
     assert (image["width"], image["height"]) == ("240", "180")
     assert str(image["src"]).startswith("data:image/jpeg;base64,")
-    small = [Example(Image.new("RGB", (72, 72), "red"), "", (), "b")]
-    (exact,) = Page(written(read_sources([runs / "run"]), small)).all("img")
+    (exact,) = Page(written(read_sources([runs / "run"]), SMALL)).all("img")
     assert str(exact["src"]).startswith("data:image/png;base64,")
 
 
@@ -401,6 +406,48 @@ def test_a_result_of_another_form_is_named(kind: str) -> None:
     value: dict[str, Any] = {key: [3] for key in KINDS[kind]} | {"settings": {}}
     with pytest.raises(DataError, match=f"The {kind} result of some"):
         report([Source(kind, "some", value)])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Item(replace(EXAMPLES[0], prompt="something else")),
+        Item(replace(EXAMPLES[0], image=Image.new("RGB", (640, 480), "blue"))),
+        Item(EXAMPLES[0], candidates=("yes", "no")),
+    ],
+)
+def test_an_example_that_was_not_asked_is_not_shown(
+    sources: list[Source], other: Item, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Keys such as photos.jsonl#1 are of many data sets."""
+    assert written(sources, [other]) == written(sources)
+    assert "1 of 1 examples ask something else than the run did" in caplog.text
+    caplog.clear()
+    assert written(sources, [Item(EXAMPLES[0])]) == written(sources, EXAMPLES) != written(sources)
+    assert not caplog.text
+
+
+def test_the_command_shows_images_without_answers_under_the_runs_prompt(
+    runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (90, 90), "red").save(runs / "red.png")
+    (runs / "data.jsonl").write_text(json.dumps({"image": "red.png"}))
+    [item] = read_items([runs / "data.jsonl"], prompt="Say:", require_answers=False)
+    row = {"key": item.key, "mode": "early_exit", "answer": "x", "ids": [5], "depths": [2],
+           "prompt_digest": item.digest()}  # fmt: skip
+    folder = runs / "asked"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(evaluation()))
+    lines = [json.dumps(line) for line in ({"settings": {"layers": 12}}, row)]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    out = folder / "report.html"
+    how = ["report", "--run", str(folder), "--data", str(runs / "data.jsonl"), "--out", str(out)]
+    assert cli.main([*how, "--prompt", "Say:"]) == 0
+    assert "data:image" in out.read_text() and "Say:" in out.read_text()
+    assert not caplog.text
+    assert cli.main([*how, "--overwrite"]) == 0
+    assert "data:image" not in out.read_text()
+    assert "1 of 1 examples ask something else" in caplog.text
 
 
 def test_the_command_writes_the_page(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

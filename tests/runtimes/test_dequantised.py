@@ -70,6 +70,21 @@ def test_it_computes_with_them_and_gives_the_own_ones_back() -> None:
     assert all(torch.equal(backbone.model.state_dict()[n], t) for n, t in state.items())
 
 
+def test_entered_twice_it_gives_the_own_weights_back_once() -> None:
+    backbone = Backbone(families.build("llava"))
+    own = backbone.head.weight.detach().clone()
+    one, other = Dequantised(backbone, "q4_0"), Dequantised(backbone, "q8_0")
+    with one:
+        there = backbone.head.weight.detach().clone()
+        with one:
+            pass
+        assert torch.equal(backbone.head.weight, there) and not torch.equal(there, own)
+        refused(other.__enter__, InputError, "other weights than q8_0")
+    with other:
+        assert not torch.equal(backbone.head.weight, own)
+    assert torch.equal(backbone.head.weight, own)
+
+
 def test_exits_learn_from_them_and_are_of_the_backbone(tmp_path: Path) -> None:
     """States are the rounded one's; the adapter says the format, and fits the model as it is."""
     backbone = Backbone(families.build("blip2-opt"), name="tiny")

@@ -125,7 +125,7 @@ def _text_prompts(file: Path, limit: int | None, *, require_answers: bool) -> li
     if require_answers:
         raise DataError(f"{file} holds prompts without answers.", "Train by --regime unsupervised.")
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not text in UTF-8 ({error}).", "Save it as UTF-8.") from error
     except OSError as error:

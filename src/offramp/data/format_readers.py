@@ -6,6 +6,7 @@ Each checks what it reads, and names what it found where that differs from what 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -210,5 +211,8 @@ def _relevances(source: Source) -> dict[tuple[int, int], tuple[float, ...]]:
         number = source.get(row, "round_id", int, "a dense annotation")
         named = "relevance" if "relevance" in row else "gt_relevance"
         values = source.get(row, named, list, f"the dense annotation of image {image_id}")
+        for value in values:
+            if not isinstance(value, int | float) or not isfinite(value):
+                source.fail(f"came with {shown(value)} as a relevance of image {image_id}")
         relevances[image_id, number] = tuple(map(float, values))
     return relevances

@@ -18,11 +18,15 @@ from offramp.errors import InputError
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layout is read, how it is recognised, and how its shape is explained to a user."""
+    """How a layout is read, how it is recognised, and how its shape is explained to a user.
+
+    files: how many are read together, at most.
+    """
 
     read: Callable[[Source], Iterator[Item]]
     fits: Callable[[Source], bool]
     shape: str
+    files: int = 1
 
 
 def _is_karpathy(source: Source) -> bool:
@@ -53,12 +57,14 @@ LAYOUTS = {
         lambda source: has(source.content, "questions"),
         "{questions: [{question_id, image_id, question}]} and, in the second file, "
         "{annotations: [{question_id, answers: [{answer}]}]}",
+        files=2,
     ),
     "visdial": Layout(
         readers.visdial,
         _is_visdial,
         "{split, data: {questions, answers, dialogs: [{image_id, caption, dialog: [{question, "
         "answer_options, gt_index}]}]}}",
+        files=2,
     ),
     "gqa": Layout(readers.gqa, _is_gqa, "{question_id: {imageId, question, answer}}"),
 }
@@ -97,7 +103,7 @@ def read_items(
             f"{len(files)} data files and a limit of {limit} leave nothing to read.",
             "Give at least one file, and a limit of 1 or more.",
         )
-    if not str(files[0]).endswith(".json"):
+    if not str(files[0]).lower().endswith(".json"):
         if len(files) > 1:
             raise InputError(
                 f"{len(files)} files were given; a JSONL file or data set stands alone.",
@@ -113,6 +119,12 @@ def read_items(
     name = next((name for name, layout in LAYOUTS.items() if layout.fits(source)), None)
     if name is None:
         source.fail("has a layout that is not known")
+    if len(files) > LAYOUTS[name].files:
+        raise InputError(
+            f"{len(files)} files were given; of the {name} layout {LAYOUTS[name].files} can be "
+            "read together.",
+            "Read one data set at a time.",
+        )
     if limit is not None:
         source.content = sampled(source.content)
     source.expected = f"The {name} layout is: {LAYOUTS[name].shape}."

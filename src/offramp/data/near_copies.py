@@ -8,6 +8,7 @@ letter (`SIDE_SHARP`).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from offramp.data.example import Example
+from offramp.progress import progress
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
@@ -45,6 +47,10 @@ small and 1.30 sharp; the nearest two of 60 line charts, 60 text pages and 40 sc
 """
 MOST_PAIRS = 200_000
 """Pairs that are compared sharply, a few minutes' work; of more, the nearest."""
+MOST_SMALL, MOST_SHARP = 1000, 32
+"""With how many others an image is compared, small and then sharply: those most like it. Scans of
+one form are all alike, and their pairs too many; their thumbnails say little of which are copies,
+the worst cell does: of 300 forms a copy's was always the own one's nearest."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,6 @@ def near_copies(
     Raises:
         DataError: an image cannot be read.
     """
-    from scipy.spatial import cKDTree
-
     places = [place for place, example in enumerate(examples) if not example.is_text]
     if len(places) < 2:
         return []
@@ -140,18 +144,16 @@ def near_copies(
         look or Look.of(examples[place].open_image())
         for place, look in zip(places, found, strict=True)
     ]
-    tree = cKDTree(np.stack([look.thumbnail for look in looks]))
-    pairs = tree.query_pairs(NEAR * (3 * SIDE * SIDE) ** 0.5, output_type="ndarray")
-    pairs = pairs[_small_alike([look.small for look in looks], pairs)]
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-    if len(pairs) > MOST_PAIRS:
+    pairs = _nearest(np.stack([look.thumbnail for look in looks]))
+    pairs, apart = _small_alike([look.small for look in looks], pairs)
+    few = _few(pairs, apart)
+    if len(few) < len(pairs):
         log.warning(
             "%d pairs of images look alike; the nearest %d are compared for copies.",
             len(pairs),
-            MOST_PAIRS,
+            len(few),
         )
-        apart = np.array([looks[a].small.differ(looks[b].small)[1] for a, b in pairs.tolist()])
-        pairs = pairs[np.sort(np.argsort(apart, kind="stable")[:MOST_PAIRS])]
+    pairs = pairs[few]
 
     @lru_cache(1024)
     def sharp(place: int, size: tuple[int, int]) -> Grey:
@@ -161,7 +163,8 @@ def near_copies(
         size = _common(looks[a].size, looks[b].size)
         return _same(sharp(a, size), sharp(b, size))
 
-    return [(places[a], places[b]) for a, b in pairs.tolist() if same(a, b)]
+    shown = progress(pairs.tolist(), "comparing images that look alike")
+    return [(places[a], places[b]) for a, b in shown if same(a, b)]
 
 
 def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
@@ -173,12 +176,45 @@ def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def _small_alike(small: Sequence[Grey], pairs: Array) -> Array:
-    """Which pairs [P, 2] stay candidates."""
-    if not len(pairs):
-        return np.zeros(0, dtype=bool)
+def _nearest(thumbnails: Array) -> Array:
+    """Pairs of places [P, 2] whose thumbnails may be of copies, ascending: of each, the
+    `MOST_SMALL` nearest."""
+    from scipy.spatial import cKDTree
+
+    tree, n = cKDTree(thumbnails), len(thumbnails)
+    reach = np.nextafter(NEAR * thumbnails.shape[1] ** 0.5, np.inf)  # which is not reached itself
+    found = [np.zeros((0, 2), dtype=np.int64)]
+    for start in range(0, n, 1024):
+        some = thumbnails[start : start + 1024]
+        _, others = tree.query(some, k=min(n, MOST_SMALL + 1), distance_upper_bound=reach)
+        own = np.broadcast_to(np.arange(start, start + len(some))[:, None], others.shape)
+        there = (others < n) & (others != own)
+        found.append(np.sort(np.stack([own[there], others[there]], 1), axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _small_alike(small: Sequence[Grey], pairs: Array) -> tuple[Array, Array]:
+    """The pairs that stay candidates, and how far apart their worst cells are."""
     levels = np.stack([grey.levels for grey in small])
     allowed = np.stack([grey.allowed for grey in small])
-    parts = [pairs[i : i + 1024].T for i in range(0, len(pairs), 1024)]
-    worst = [_differ(levels[a], levels[b], allowed[a], allowed[b]).max(-1) for a, b in parts]
-    return np.concatenate(worst) <= SMALL_ALIKE
+    worst = [np.zeros(0)]
+    for start in progress(range(0, len(pairs), 1024), "comparing thumbnails"):
+        a, b = pairs[start : start + 1024].T
+        worst.append(_differ(levels[a], levels[b], allowed[a], allowed[b]).max(-1))
+    apart = np.concatenate(worst)
+    alike = apart <= SMALL_ALIKE
+    return pairs[alike], apart[alike]
+
+
+def _few(pairs: Array, apart: Array) -> Array:
+    """Rows of the pairs [P, 2] that are compared sharply, ascending: the nearest `MOST_PAIRS` of
+    those that are among the nearest `MOST_SHARP` of one of their images."""
+    order = np.argsort(apart, kind="stable")
+    seen: Counter[int] = Counter()
+    kept = []
+    for row, (a, b) in zip(order.tolist(), pairs[order].tolist(), strict=True):
+        if min(seen[a], seen[b]) < MOST_SHARP:
+            kept.append(row)
+        seen[a] += 1
+        seen[b] += 1
+    return np.sort(np.array(kept[:MOST_PAIRS], dtype=np.int64))

@@ -31,11 +31,12 @@ from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import Settings, as_items
+from offramp.guarantee import kernels
 from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
-from offramp.storage import digest_rows, write_json
+from offramp.storage import digest_rows, locked_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def evaluate(
         InputError: an argument or setting cannot be used, or `out` holds another run.
         DataError: the examples cannot be evaluated on this task, or share images with the
             adapter's training or calibration.
-        StorageError: a file cannot be read or written.
+        StorageError: a file cannot be read or written, or another run is writing to `out`.
     """
     plan = Settings(task, **settings)
     items = as_items(examples, task)
@@ -97,9 +98,10 @@ def evaluate(
         )
     answerer = _Answerer(model, encoder, plan, policy, runtime)
     stored = answerer.stored()
-    with RunLog(Path(out) / ROWS, stored, items, resume=resume) as rows:
-        _fill(rows, answerer, items, progress)
-    return _scored(rows.done, items, plan, stored, Path(out))
+    with locked_folder(out):
+        with RunLog(Path(out) / ROWS, stored, items, resume=resume) as rows:
+            _fill(rows, answerer, items, progress)
+        return _scored(rows.done, items, plan, stored, Path(out))
 
 
 def rescore(
@@ -175,6 +177,11 @@ class _Answerer:
                 "exited; the full model ranks in both modes.",
                 early.kv,
             )
+        elif plan.task == "dialogue" and early.shortlist:
+            log.warning(
+                "An exit gives what its shortlist lacks no likelihood; the full model ranks in "
+                "both modes."
+            )
 
     def stored(self) -> dict[str, Any]:
         """What the answers depend on: a run with other values is not resumed."""
@@ -193,7 +200,11 @@ class _Answerer:
             "device": self.backbone.device.type,
             "batch_size": self.plan.batch_size,
             "max_new_tokens": self.plan.longest,
-            **({} if self.runtime is None else {"runtime": self.runtime.name}),
+            **(
+                {"kernels": kernels(self.backbone)}
+                if self.runtime is None
+                else {"runtime": self.runtime.name}
+            ),
             **({"shrink_on_load": True} if self.encoder.smallest_side else {}),
             **({} if self.backbone.tower is None else {"vision": self.backbone.vision_engine}),
         }

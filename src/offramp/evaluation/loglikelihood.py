@@ -29,10 +29,12 @@ def follows_policy(policy: ExitPolicy) -> bool:
     With exact keys and values the logits at (token, depth) do not depend on where earlier tokens
     exited, so one pass over a candidate gives every token's exit and its probability there. With
     propagated ones they do, and where visual tokens stay behind one pass does not show it;
-    candidates are then ranked by the full model. So they are in lossless mode, where what comes out
-    is the full model's.
+    candidates are then ranked by the full model. So they are where exits read a shortlist, as what
+    it lacks has no likelihood there, and in lossless mode, where what comes out is the full
+    model's.
     """
-    return policy.kv == "recompute" and not policy.lossless and policy.pruning is None
+    exact = policy.kv == "recompute" and policy.pruning is None
+    return exact and not policy.lossless and not policy.shortlist
 
 
 @torch.inference_mode()

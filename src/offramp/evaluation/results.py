@@ -77,10 +77,11 @@ def _measure_questions(pairs: Pairs, plan: Settings) -> Measured:
 
 
 def _measure_dialogue(pairs: Pairs, plan: Settings) -> Measured:
+    """NDCG is over the rounds of which a candidate is relevant: of others it is not defined."""
     scored = [(item, row["candidate_scores"]) for item, row in pairs]
     measures = rank_measures([gold_rank(scores, item.gold or 0) for item, scores in scored])
-    gains = [ndcg(scores, i.relevance) if i.relevance else None for i, scores in scored]
-    if any(gain is not None for gain in gains):
+    if "ndcg" in plan.wanted and any(any(item.relevance) for item, _ in scored):
+        gains = [ndcg(scores, i.relevance) if any(i.relevance) else None for i, scores in scored]
         measures["ndcg"] = mean_of_some(gains)
     missing = "the data came without dense annotations"
     return Measured(

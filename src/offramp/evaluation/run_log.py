@@ -19,6 +19,8 @@ ROWS = "rows.jsonl"
 Row = dict[str, Any]
 Done = dict[tuple[str, str], Row]
 """Rows by mode and key."""
+_UNSAID = {"kernels": "plain", "vision": "torch", "shrink_on_load": False}
+"""Settings that runs of earlier versions, or of other models, do not name, as they were."""
 
 
 class RunLog(JsonlLog):
@@ -36,12 +38,13 @@ class RunLog(JsonlLog):
             )
         if started:
             before, self.done = read_rows(path)
-            differs = [n for n in stored if stored[n] != before.get(n)]
+            was, now = {**_UNSAID, **before}, {**_UNSAID, **stored}
+            differs = [n for n in dict.fromkeys([*now, *was]) if now.get(n) != was.get(n)]
             if differs:
                 name = differs[0]
                 raise InputError(
                     f"{path.parent} holds a run with other settings: {', '.join(differs)} "
-                    f"({name} was {before.get(name)}, now {stored[name]}).",
+                    f"({name} was {was.get(name)}, now {now.get(name)}).",
                     "Give the settings of that run, or another --out.",
                 )
         self._digests = {item.key: item.digest() for item in items}

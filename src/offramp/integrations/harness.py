@@ -6,7 +6,8 @@ only unpack their requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from offramp.adapter import Adapter
 from offramp.data.image import open_rgb
-from offramp.errors import InputError
+from offramp.errors import InputError, OfframpError
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
@@ -51,6 +52,7 @@ class HarnessModel:
 
     Raises:
         AdapterError: there is no such adapter.
+        InputError: slots or limit is no number.
     """
 
     def __init__(
@@ -69,13 +71,40 @@ class HarnessModel:
         self._mode = mode
         if slots is None:
             slots = batch_size if str(batch_size).isdecimal() else 8
-        config = EngineConfig(int(slots or 0), int(limit))
-        self._engine = BatchEngine(model, self.encoder, config, queue=max(64, 4 * config.slots))
+        config = EngineConfig(_number("slots", slots or 0), _number("limit", limit))
+        self._most = max(64, 4 * config.slots)
+        self._engine = BatchEngine(model, self.encoder, config, queue=self._most)
 
-    def answers(self, asked: Iterable[Ask]) -> list[HarnessAnswer]:
-        """The answers, in order; many are under way at once."""
-        under_way = [self._submit(ask) for ask in asked]
-        return [self._answer(handle, stops) for handle, stops in under_way]
+    def answers(self, asked: Iterable[Ask]) -> Iterator[tuple[int, HarnessAnswer]]:
+        """The answers with the places of their requests, in order, each once it is there; many are
+        under way at once.
+
+        Raises:
+            OfframpError: requests were refused; the first one's, once the others are answered.
+        """
+        under_way: deque[tuple[int, Future[Any], tuple[str, ...]]] = deque()
+        refused: list[OfframpError] = []
+
+        def first() -> Iterator[tuple[int, HarnessAnswer]]:
+            place, handle, stops = under_way.popleft()
+            try:
+                answer = self._answer(handle, stops)
+            except OfframpError as error:
+                refused.append(error)
+            else:
+                yield place, answer
+
+        for place, ask in enumerate(asked):
+            try:
+                under_way.append((place, *self._submit(ask)))
+            except OfframpError as error:
+                refused.append(error)
+            if len(under_way) >= self._most:
+                yield from first()
+        while under_way:
+            yield from first()
+        if refused:
+            raise refused[0]
 
     def close(self) -> None:
         self._engine.close()
@@ -99,6 +128,14 @@ class HarnessModel:
         return HarnessAnswer(text.strip(), int(output.depths.shape[1]))
 
 
+def _number(name: str, value: int | str) -> int:
+    """An argument of the harness, which gives texts."""
+    try:
+        return int(value)
+    except ValueError as error:
+        raise InputError(f"{name} is {value!r}.", "Give a whole number.") from error
+
+
 def no_loglikelihood() -> InputError:
     """What a harness is told that asks for log-likelihoods."""
     return InputError(
@@ -119,8 +156,9 @@ def generation_options(asked: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
     named = ("max_new_tokens", "max_gen_toks", "max_tokens")
     lengths = [int(left.pop(name)) for name in named if name in left]
     options: dict[str, Any] = {"max_new_tokens": lengths[0] if lengths else LONGEST}
-    temperature = float(left.pop("temperature", 0.0))
-    samples = bool(left.pop("do_sample", temperature > 0)) and temperature > 0
+    asks = left.pop("do_sample", None)
+    temperature = float(left.pop("temperature", 1.0 if asks else 0.0))
+    samples = temperature > 0 and (asks is None or bool(asks))
     options["do_sample"] = samples
     beams = int(left.pop("num_beams", 1))
     if beams != 1:

@@ -41,9 +41,10 @@ class OfframpLM(LM):
             # the harness's own placeholder
             context = context.replace("<image>", self.harness.encoder.image_mark or "")
             asked.append(Ask(context, images, options))
-        texts = [answer.text for answer in self.harness.answers(asked)]
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args[:2], text)
+        texts = [""] * len(requests)
+        for place, answer in self.harness.answers(asked):
+            texts[place] = answer.text
+            self.cache_hook.add_partial("generate_until", requests[place].args[:2], answer.text)
         return texts
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -63,7 +64,8 @@ class OfframpLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
     ) -> str:
-        """The harness's turns as one prompt."""
+        """The harness's turns as one prompt. add_generation_prompt: False: the last turn is the
+        answer's beginning, which the model goes on with."""
         turns = [
             {
                 "role": turn["role"],
@@ -73,4 +75,6 @@ class OfframpLM(LM):
             }
             for turn in chat_history
         ]
-        return self.harness.encoder.conversation_text(turns)
+        return self.harness.encoder.conversation_text(
+            turns, add_generation_prompt=add_generation_prompt
+        )

@@ -46,12 +46,12 @@ class OfframpLmms(lmms):
             _, doc_to_messages, options, doc, task, split = request.args
             messages = doc_to_messages(self.task_dict[task][split][doc])
             asked.append(Ask(*_parts(messages), options))
-        answers = self.harness.answers(asked)
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial(
-                "generate_until", (request.args[0], request.args[2]), answer.text
-            )
-        return [_result(answer.text, answer.tokens) for answer in answers]
+        results = [None] * len(requests)
+        for place, answer in self.harness.answers(asked):
+            results[place] = _result(answer.text, answer.tokens)
+            context, _, options, *_ = requests[place].args
+            self.cache_hook.add_partial("generate_until", (context, options), answer.text)
+        return results
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise InputError("Tasks of several rounds are not supported.", "Choose tasks of one round.")

@@ -156,27 +156,34 @@ class InputProcessor:
         """Whether the processor knows how a conversation is written."""
         return bool(getattr(self.processor, "chat_template", None))
 
-    def template_text(self, turns: Sequence[Mapping[str, Any]]) -> str:
-        """A conversation as its chat template writes it, up to where the answer begins."""
+    def template_text(
+        self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as its chat template writes it, up to where the answer begins; without
+        add_generation_prompt the last turn is the answer's beginning."""
+        how = {"add_generation_prompt": add_generation_prompt}
+        if not add_generation_prompt:
+            how["continue_final_message"] = True
         if self._is_text:
             said = [{**turn, "content": _text_of(turn["content"])} for turn in turns]
-            return str(
-                self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-            )
-        return str(self.processor.apply_chat_template(list(turns), add_generation_prompt=True))
+            return str(self.tokenizer.apply_chat_template(said, tokenize=False, **how))
+        return str(self.processor.apply_chat_template(list(turns), **how))
 
-    def conversation_text(self, turns: Sequence[Mapping[str, Any]]) -> str:
+    def conversation_text(
+        self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
         """Turns as the model reads them; by its chat template or, without one, the text of the
         only turn.
 
         turns: role and content, which is a list of {"type": "text", "text": ...} and
             {"type": "image"}.
+        add_generation_prompt: as of `template_text`.
 
         Raises:
             InputError: several turns without a chat template.
         """
         if self.has_template:
-            return self.template_text(turns)
+            return self.template_text(turns, add_generation_prompt=add_generation_prompt)
         if len(turns) > 1 or turns[0]["role"] != "user":
             raise InputError(
                 "This model has no chat template, and a conversation of several turns came.",

@@ -7,6 +7,7 @@ end of the page names what was not.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,15 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from offramp.data.example import Example
+from offramp.data.item import Item
 from offramp.errors import DataError, InputError, OfframpError
 from offramp.evaluation.run_log import ROWS, Done, read_rows
 from offramp.report import headline, sections
 from offramp.report.gallery import gallery
 from offramp.report.html import document, render
 from offramp.storage import read_json
+
+log = logging.getLogger(__name__)
 
 KINDS: dict[str, tuple[str, ...]] = {
     "adapter": ("depths", "policy", "backbone"),
@@ -135,14 +139,15 @@ def _name(kind: str, value: Mapping[str, Any], otherwise: str) -> str:
 @_of_our_form()
 def report(
     sources: Sequence[Source],
-    examples: Sequence[Example] = (),
+    items: Sequence[Item | Example] = (),
     *,
     title: str = "",
     tokenizer_of: Callable[[str], Any] | None = None,
 ) -> str:
     """The page as HTML.
 
-    examples: the data of the runs, for their images, prompts and references.
+    items: the data of the runs, for their images, prompts and references; those that ask something
+        else than a run did are not shown with it.
     title: default: "Early exits on" the backbones.
     tokenizer_of: a backbone's tokenizer by the backbone's name, or None where there is none;
         default: those on this machine.
@@ -150,8 +155,8 @@ def report(
     Raises:
         DataError: a result has not the form that this version of offramp writes.
     """
-    pictures = {example.key: example for example in examples}
-    answers = partial(_answers, pictures=pictures, tokenizer_of=tokenizer_of or local_tokenizer)
+    known = {item.key: item if isinstance(item, Item) else Item(item) for item in items}
+    answers = partial(_answers, items=known, tokenizer_of=tokenizer_of or local_tokenizer)
     shown, missing = [], []
     for name, heads, shows in _plan(answers):
         bodies = []
@@ -220,13 +225,27 @@ def _shown(show: Show, source: Source) -> Markup:
 
 
 def _answers(
-    source: Source, pictures: Mapping[str, Example], tokenizer_of: Callable[[str], Any]
+    source: Source, items: Mapping[str, Item], tokenizer_of: Callable[[str], Any]
 ) -> Markup:
     if source.kind == "demo" and not source.done:
         return Markup("")
     settings = source.value["settings"] if source.kind == "eval" else source.value
     tokenizer = tokenizer_of(settings["backbone"]) if source.done else None
-    return gallery(source.done, settings["layers"], pictures, tokenizer)
+    return gallery(source.done, settings["layers"], _asked(source, items), tokenizer)
+
+
+def _asked(source: Source, items: Mapping[str, Item]) -> dict[str, Example]:
+    """The examples that a run answered, by key."""
+    rows = {key: row for (_, key), row in source.done.items() if key in items}
+    digests = {key: row.get("prompt_digest") for key, row in rows.items()}  # a demo's has none
+    asked = {k: items[k].example for k, d in digests.items() if d in (None, items[k].digest())}
+    if others := len(digests) - len(asked):
+        log.warning(
+            "%s: %d of %d examples ask something else than the run did and are not shown; give the "
+            "run's data, and its --prompt.",
+            source.name, others, len(digests),
+        )  # fmt: skip
+    return asked
 
 
 def local_tokenizer(name: str) -> Any:

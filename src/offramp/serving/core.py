@@ -282,9 +282,9 @@ class EngineCore(Jobs):
         limit = min(self.config.limit, positions)
         if prompt + answer > limit:
             what = "a slot" if limit == self.config.limit else "the backbone's positions, a slot"
+            both = f" and an answer of up to {answer} do" if answer else " does"
             raise InputError(
-                f"A prompt of {prompt} tokens and an answer of up to {answer} do not fit into "
-                f"{what} of {limit}.",
+                f"A prompt of {prompt} tokens{both} not fit into {what} of {limit}.",
                 "Shorten them (max_new_tokens), or give the engine a larger limit.",
             )
 

@@ -41,6 +41,7 @@ def _options(parser: Parser) -> None:
     )
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images of --data")
     parser.add_argument("--split", help="only this split of --data")
+    parser.add_argument("--prompt", help="the --prompt that the runs were given")
     parser.add_argument("--title", default="", help="default: made of the backbones' names")
     parser.add_argument("--out", type=Path, required=True, help="the HTML file")
     overwrite_option(parser)
@@ -54,11 +55,17 @@ def _report(arguments: argparse.Namespace) -> None:
     check_out_file(arguments.out, arguments, lambda begin: MARK in begin, "page of this command")
     sources = read_sources(arguments.sources)
     items = (
-        read_items(arguments.data, arguments.images, split=arguments.split)
+        read_items(
+            arguments.data,
+            arguments.images,
+            split=arguments.split,
+            prompt=arguments.prompt,
+            require_answers=False,
+        )
         if arguments.data
         else []
     )
-    page = report(sources, [item.example for item in items], title=arguments.title)
+    page = report(sources, items, title=arguments.title)
     write_atomic(arguments.out, page)
     result = {"report": str(arguments.out), "bytes": len(page.encode())}
     show_result(result, as_json=arguments.json)

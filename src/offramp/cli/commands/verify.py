@@ -171,8 +171,9 @@ def _keep(run: Any, folder: Path | None, arguments: argparse.Namespace) -> None:
     certificate.write(folder / CERTIFICATE)
     card = folder / CARD
     if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace")
-        write_atomic(card, with_verified(text, certificate))
+        kept = "surrogateescape"  # bytes that are not UTF-8 stay as they are
+        text = card.read_text(encoding="utf-8", errors=kept)
+        write_atomic(card, with_verified(text, certificate).encode("utf-8", kept))
     log.info("Kept in %s.", folder / CERTIFICATE)
 
 

@@ -29,7 +29,8 @@ class Dequantised(AbstractContextManager["Dequantised"]):
     norms, biases and routers are as they are. Where a file's weights are the model's times some
     factor, as of OPT and Gemma, values can differ by the rounding of a block's scale.
 
-    It can be entered again and again; both sets of weights are in memory.
+    It can be entered again and again, also while it is entered, but not while another is that
+    swaps the same weights; both sets of weights are in memory.
 
     name: the layers' format.
     """
@@ -52,13 +53,24 @@ class Dequantised(AbstractContextManager["Dequantised"]):
         weight = _rounded(backbone.head.weight, formats.head)
         # Of its own: embeddings that are tied to the head stay as they are.
         self._other = nn.Parameter(weight, requires_grad=False)
+        self._own, self._entered = backbone.head.weight, 0
 
     def __enter__(self) -> Dequantised:
-        self._swap()
+        """Raises `InputError` where another one is entered."""
+        if not self._entered:
+            if self._head.weight is not self._own:
+                raise InputError(
+                    f"The backbone computes with other weights than {self.name} was rounded from.",
+                    "Leave one `Dequantised` before another is made and entered.",
+                )
+            self._swap()
+        self._entered += 1
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._swap()
+        self._entered -= 1
+        if not self._entered:
+            self._swap()
 
     def _swap(self) -> None:
         for weight, other in self._layers.items():

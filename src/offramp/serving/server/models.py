@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-from offramp.guarantee import risk_words
+from offramp.guarantee import FRAMES, risk_words
 from offramp.models.shipped import KNOWS
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.metrics import text_of
@@ -103,5 +103,5 @@ def _promise(service: Service) -> dict[str, Any] | None:
         **asdict(promise),
         "words": risk_words(promise.risk, promise.unit),
         "max_tokens": about["longest"],
-        "prompts": about.get("prompts") or [],
+        "prompts": (about.get("prompts") or [])[:FRAMES],
     }
