@@ -424,7 +424,7 @@ def test_an_example_that_was_not_asked_is_not_shown(
     assert "1 of 1 examples ask something else than the run did" in caplog.text
     caplog.clear()
     assert written(sources, [Item(EXAMPLES[0])]) == written(sources, EXAMPLES) != written(sources)
-    assert not caplog.text
+    assert "something else" not in caplog.text
 
 
 def test_the_command_shows_images_without_answers_under_the_runs_prompt(
@@ -444,7 +444,7 @@ def test_the_command_shows_images_without_answers_under_the_runs_prompt(
     how = ["report", "--run", str(folder), "--data", str(runs / "data.jsonl"), "--out", str(out)]
     assert cli.main([*how, "--prompt", "Say:"]) == 0
     assert "data:image" in out.read_text() and "Say:" in out.read_text()
-    assert not caplog.text
+    assert "something else" not in caplog.text
     assert cli.main([*how, "--overwrite"]) == 0
     assert "data:image" not in out.read_text()
     assert "1 of 1 examples ask something else" in caplog.text
