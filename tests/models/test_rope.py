@@ -24,6 +24,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.models.rope import LengthDependentRope
 from offramp.serving.batch_engine import BatchEngine, EngineConfig
+from offramp.serving.server.service import _within_positions
 
 SWITCH = 24
 SIDES = {"below": 14, "above": SWITCH + 1}
@@ -219,3 +220,9 @@ def test_tables_that_depend_on_their_length_are_found() -> None:
     inputs = prompt(10)
     ours = generate(whole, inputs, max_new_tokens=8, **GREEDY).sequences
     assert torch.equal(ours, own("dynamic", inputs, 8))
+
+
+def test_a_server_takes_no_longer_a_text_than_the_model_answers() -> None:
+    """And says so at /v1/models: learned positions are not the only ones that end."""
+    backbone = Backbone(ntk())
+    assert _within_positions(EngineConfig(), backbone).limit == backbone.positions == SWITCH

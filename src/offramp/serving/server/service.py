@@ -13,8 +13,6 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
-from torch import nn
-
 from offramp.adapter import Adapter
 from offramp.answers import Model
 from offramp.engine.constraint import JsonConstraint
@@ -422,15 +420,8 @@ def _with_calibrated_length(config: ServerConfig, adapter: Adapter | None) -> Se
 
 
 def _within_positions(sizes: EngineConfig, backbone: Backbone) -> EngineConfig:
-    longest = learned_positions(backbone)
+    longest = backbone.positions
     return sizes if longest is None or longest >= sizes.limit else replace(sizes, limit=longest)
-
-
-def learned_positions(backbone: Backbone) -> int | None:
-    """Tokens that a model has positions for, where it learned them one by one."""
-    if not isinstance(getattr(backbone.stack, "embed_positions", None), nn.Embedding):
-        return None
-    return int(backbone.text_config.max_position_embeddings)
 
 
 def runtime_name(model: Model | None) -> str | None:
