@@ -138,8 +138,7 @@ static struct block rounded_to_16(const float * x, float most) {
 
 // Whether 16 bits hold a row: what is rounded off has at most 2^-11 of its length, as in float16. So it
 // is where the largest of its numbers is up to 55 times their root mean square.
-static bool keeps_in_16_bits(const float * x, size_t columns) {
-    const float most = largest_of(x, columns);
+static bool keeps_in_16_bits(const float * x, size_t columns, float most) {
     const floats up = all_floats(up_to_16_bits(most)), down = all_floats(-most / 32767.0f);
     floats off = all_floats(0.0f), all = off;
     for (size_t k = 0; k < columns; k += LANES) {
@@ -161,16 +160,8 @@ struct rows {
     float * numbers;
 };
 
-// Whether what rows are packed as holds them.
-static bool rows_fit(const struct rows * r) {
-    for (size_t row = 0; packed_as(r->type) == GGML_TYPE_I16 && row < r->rows; row++) {
-        r->to_float(r->from + row * r->stride, r->numbers, r->columns);
-        if (!keeps_in_16_bits(r->numbers, r->columns)) return false;
-    }
-    return true;
-}
-
-static void pack_rows(const struct rows * r, uint8_t * to) {
+// False where what they are packed as does not hold one of them.
+static bool pack_rows(const struct rows * r, uint8_t * to) {
     const enum ggml_type as = packed_as(r->type);
     const bool halves = as == GGML_TYPE_I16, rounds = as == GGML_TYPE_Q8_0 && as != r->type;
     for (size_t row = 0; row < r->rows; row++) {
@@ -178,6 +169,7 @@ static void pack_rows(const struct rows * r, uint8_t * to) {
         uint8_t * group = to + row / ROWS * group_bytes(as, r->columns);
         if (halves || rounds) r->to_float(from, r->numbers, r->columns);
         const float most = halves ? largest_of(r->numbers, r->columns) : 0.0f, d = most / 32767.0f;
+        if (halves && !keeps_in_16_bits(r->numbers, r->columns, most)) return false;
         for (size_t b = 0; b < r->columns / BLOCK; b++, group += packed_bytes(as)) {
             const float * numbers = r->numbers + b * BLOCK;
             const struct block block = halves   ? rounded_to_16(numbers, most)
@@ -187,6 +179,7 @@ static void pack_rows(const struct rows * r, uint8_t * to) {
         }
         if (halves) memcpy(group + 4 * (row % ROWS), &d, 4);
     }
+    return true;
 }
 
 // -- activations ------------------------------------------------------------------------------

@@ -181,22 +181,30 @@ static void become_numbered(struct products * all, struct ggml_tensor * node, gg
     become(node, &it->custom);
 }
 
+// Rows in memory of their own, as they are packed; none where they do not fit or memory ran out.
+static uint8_t * packed_rows(struct products * all, struct rows rows) {
+    const size_t groups = (rows.rows + ROWS - 1) / ROWS;
+    uint8_t * packed = NULL;
+    rows.numbers = malloc(rows.columns * sizeof *rows.numbers);
+    if (rows.numbers) packed = take(all, groups * group_bytes(packed_as(rows.type), rows.columns));
+    if (packed && !pack_rows(&rows, packed)) {
+        all->arenas->used = packed - (uint8_t *) all->arenas;  // it was taken last
+        packed = NULL;
+    }
+    free(rows.numbers);
+    return packed;
+}
+
 static void pack(struct products * all, struct weight * weight) {
     const struct ggml_tensor * tensor = weight->tensor;
-    const size_t groups = (weight->rows + ROWS - 1) / ROWS;
-    const size_t bytes = groups * group_bytes(weight->type, weight->columns);
-    float * numbers = malloc(weight->columns * sizeof *numbers);
-    const struct rows rows = {
+    uint8_t * packed = packed_rows(all, (struct rows) {
         tensor->type, weight->rows, weight->columns, tensor->nb[1], tensor->data,
-        all->traits(tensor->type)->to_float, numbers,
-    };
-    uint8_t * packed = numbers && rows_fit(&rows) ? take(all, bytes) : NULL;
-    if (packed) pack_rows(&rows, packed);
-    free(numbers);
+        all->traits(tensor->type)->to_float, NULL,
+    });
     if (!packed) return;
     weight->custom = custom_of(all, tensor, multiply, weight);
     weight->packed = packed;
-    all->packed_bytes += bytes;
+    all->packed_bytes += (weight->rows + ROWS - 1) / ROWS * group_bytes(weight->type, weight->columns);
 #ifdef MADV_PAGEOUT
     // Nothing reads llama.cpp's copy from here on: a mapped file's pages need not stay.
     const uintptr_t page = 4096, start = ((uintptr_t) tensor->data + page - 1) / page * page;
@@ -380,17 +388,15 @@ bool offramp_product(void * products, int type, size_t rows, size_t columns, con
     if (as == GGML_TYPE_COUNT) return false;
     const struct weight weight = {.all = all, .type = as, .rows = rows, .columns = columns};
     const size_t groups = (rows + ROWS - 1) / ROWS;
-    float * numbers = malloc(columns * sizeof *numbers);
-    const struct rows from = {type, rows, columns, stride, weights, all->traits(type)->to_float, numbers};
-    uint8_t * packed = numbers && rows_fit(&from) ? take(all, groups * group_bytes(as, columns)) : NULL;
+    const uint8_t * packed = packed_rows(all, (struct rows) {
+        type, rows, columns, stride, weights, all->traits(type)->to_float, NULL,
+    });
     const bool possible = packed && has_room(all, &weight, tokens);
     if (possible) {
-        pack_rows(&from, packed);
         arrange(as, columns, tokens, x, columns, all->scratch, 0, 1);
         const struct product product = {packed, rows, columns, 0, groups, rows, out};
         multiply_packed(as, &product, &(struct activations) {tokens, all->scratch});
     }
-    free(numbers);
     return possible;
 }
 
