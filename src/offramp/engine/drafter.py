@@ -6,12 +6,10 @@ of the backbone runs before the verifying call. Drafts change speed alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.executors.modules.in_place import head_code
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
@@ -21,49 +19,38 @@ from offramp.models.opened import HeadCode
 
 
 @dataclass(frozen=True, eq=False)
-class Drafter:
+class DraftingExit:
     """One exit of kind "drafting".
 
-    depth: where it stands. rule: of answers whose drafts it writes. input: of its layer. head: LM
-    head of what it can say, None: the model's own, or `code`. shortlist: ids [S] of that, None:
-    all.
+    depth: where it stands. input: of its layer. head: LM head of what it can say, None: the model's
+    own, or `code`. shortlist: ids [S] of that, None: all.
     """
 
     backbone: Backbone
     depth: int
-    rule: ExitRule
     input: DraftInput
     head: nn.Module | None
     shortlist: Tensor | None
     code: HeadCode | None = None
 
     @classmethod
-    def of(
-        cls,
-        backbone: Backbone,
-        exits: ExitSet | None,
-        policy: ExitPolicy,
-        depths: Sequence[int] = (),
-    ) -> Drafter | None:
-        """The deepest exit that can draft on, under a lossless policy; None where none is to.
+    def of(cls, backbone: Backbone, exits: ExitSet, policy: ExitPolicy) -> DraftingExit | None:
+        """The deepest exit that can draft on; None where none can.
 
-        depths: among these; none given: among those that `policy.drafts` names, or all. The deepest
-        reads the most, and drafting costs the same at any depth.
+        The deepest of those that `policy.drafts` names, or of all: it reads the most, and drafting
+        costs the same at any depth.
         """
-        if exits is None or not policy.lossless or not backbone.lossless:
-            return None
-        named = depths or tuple(policy.drafts) or exits.depths
+        named = tuple(policy.drafts) or exits.depths
         for depth in sorted(set(named) & set(exits.depths), reverse=True):
             made = exits.modules.draft_input(depth)
             if made is not None:
                 shortlist = shortlist_of_policy(policy, exits)
                 head = None if shortlist is None else exits.shortlist_head(backbone)
-                rule = ExitRule.drafting(policy, depth)
-                return cls(backbone, depth, rule, made, head, shortlist, head_code(backbone))
+                return cls(backbone, depth, made, head, shortlist, head_code(backbone))
         return None
 
     def inputs(self, ids: Tensor, states: Tensor) -> Tensor:
-        """What enters the layer [n, D], for tokens [n] behind states [n, D] of the exit."""
+        """What enters the layer [n, D], for tokens [n] that follow states [n, D] of the exit."""
         embedded = self.backbone.stack.get_input_embeddings()(ids)
         device = self.input.state.weight.device
         made: Tensor = self.input(embedded.to(device), states.to(device))

@@ -13,13 +13,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS, check_weights
+from offramp.engine.confidence import FEATURE_SCORES, SCORES
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.opened import HeadCode
-from offramp.models.shortlist import Gate
 
 Constrain = Callable[[Tensor], Tensor]
 """Takes logits [B, V] to those of what may be said."""
@@ -30,7 +29,7 @@ class ExitOutput:
     """What an exit made of n tokens.
 
     entry: the states that entered it [n, D]. state: what it made of them [n, D], before the final
-    norm; None where nobody was to look. previous: the states one decoder layer before [n, D], where
+    norm; None where nobody asked. previous: the states one decoder layer before [n, D], where
     they are known. logits: of what it can say [n, S], where it computed them itself; it then needs
     no state.
     """
@@ -51,8 +50,8 @@ class ExitOutput:
 
     @staticmethod
     def joined(parts: Sequence[ExitOutput]) -> ExitOutput:
-        """Tokens of several calls behind each other. A state is 0 where that call was not looked
-        at and another was; `previous` is known only where every call knew it."""
+        """Tokens of several calls, one call after the other. A state is 0 where that call was not asked
+        and another was; `previous` is known only where every call knew it."""
         if len(parts) == 1:
             return parts[0]
         state = previous = None
@@ -80,7 +79,7 @@ def _picked(part: Tensor, index: Tensor | slice) -> Tensor:
 
 
 def joined(parts: Sequence[Output]) -> Output:
-    """Of several calls behind each other; see `ExitOutput.joined`."""
+    """Outputs of several calls, one after the other; see `ExitOutput.joined`."""
     outputs = [part for part in parts if isinstance(part, ExitOutput)]
     if outputs:
         return ExitOutput.joined(outputs)
@@ -91,7 +90,7 @@ def joined(parts: Sequence[Output]) -> Output:
 class ExitCheck:
     """A token of each row at one exit. Score and logits are computed when first asked for.
 
-    scorer: one for a token's exits, which are asked in order of depth.
+    scorer: of the policy.
     state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
     decoder layer before `entry`, where the score reads it. position: of the token in the answer
     [B], from 0. previous_token: the id [B] that the token follows. row: of the prompt's batch [B].
@@ -153,28 +152,24 @@ class ExitCheck:
 
 
 class ExitScorer:
-    """What scores exits: one token after the other, and the exits of a token in order of depth."""
+    """The score of a policy, and the LM head or the shortlist that it reads."""
 
     def __init__(
         self,
         backbone: Backbone,
         policy: ExitPolicy,
-        depths: Sequence[int],
         exits: ExitSet | None = None,
         code: HeadCode | None = None,
     ) -> None:
-        """depths: where tokens may exit. code: called in place of the LM head.
+        """code: called in place of the LM head.
 
         Raises:
-            InputError: what the policy needs is missing: weights, a shortlist; weights where no
-                exit stands.
+            InputError: the policy needs a shortlist, and there is none.
         """
-        if exits is not None:
-            check_weights(policy.weights, exits.depths)
         self.backbone, self.exits, self.code = backbone, exits, code
         self.shortlist = shortlist_of_policy(policy, exits)
         own = None if exits is None else exits.score
-        self.score = _score_of(policy, depths) if own is None else own
+        self.score = _score_of(policy) if own is None else own
 
     @cached_property
     def head(self) -> nn.Module | None:
@@ -197,23 +192,8 @@ def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | N
     return exits.shortlist
 
 
-def gates_of_policy(policy: ExitPolicy, exits: ExitSet) -> dict[int, tuple[Gate, float]]:
-    """Gate and threshold by depth. Raise `InputError` where the adapter lacks one."""
-    missing = sorted(set(policy.gates) - set(exits.gates))
-    if missing:
-        raise InputError(
-            f"The policy has gates at depths {missing}, where the adapter has none.",
-            "Learn them: offramp train --gates; or use a policy with gates={}.",
-        )
-    return {depth: (exits.gates[depth], level) for depth, level in policy.gates.items()}
-
-
-def _score_of(policy: ExitPolicy, depths: Sequence[int]) -> Callable[[ExitCheck], Tensor]:
-    name = policy.score
-    if name in STREAKS:
-        walk = STREAKS[name](depths, policy.weights)
-        return lambda check: walk(check.depth, check.allowed)
-    if name in SCORES:
-        of_logits = SCORES[name]
-        return lambda check: of_logits(check.allowed)
-    return FEATURE_SCORES[name]
+def _score_of(policy: ExitPolicy) -> Callable[[ExitCheck], Tensor]:
+    if policy.score in FEATURE_SCORES:
+        return FEATURE_SCORES[policy.score]
+    of_logits = SCORES.get(policy.score, SCORES["max_probability"])
+    return lambda check: of_logits(check.allowed)

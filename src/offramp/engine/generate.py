@@ -7,7 +7,7 @@ runs through the same loop as the method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,26 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.pace import DraftPace
+from offramp.engine.decoding.plan import Plan
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.reader import ReadsPrompts
-from offramp.engine.decoding.rule import NO_EXITS, ExitRule
+from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Noise, Observer, Sampler, Together
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN, Token
-from offramp.engine.drafter import Drafter
-from offramp.engine.executors.choice import executor_for
-from offramp.engine.policy import (
-    FULL,
-    KV_POLICIES,
-    ExitPolicy,
-    GenerationOutput,
-    first_thresholds,
-)
+from offramp.engine.plan import plan_of
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import Prepared, check_options, prompt_lengths
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.self_check import prove, prove_prepared
@@ -43,6 +33,9 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.vision_cache import VisionCache
 
+Planned = Callable[[], Plan]
+"""Returns the plan that answers are written by, made anew where what it was made of has changed."""
+
 
 def generate(
     backbone: Backbone | nn.Module,
@@ -50,17 +43,18 @@ def generate(
     *,
     exits: ExitSet | Exits | None = None,
     policy: ExitPolicy = FULL,
+    planned: Planned | None = None,
     vision_cache: VisionCache | None = None,
     prefix_cache: PrefixCache | None = None,
     streamer: Any = None,
     seed: int | None = None,
     observer: Observer | None = None,
-    pace: DraftPace | None = None,
     **options: Any,
 ) -> GenerationOutput:
     """Generate with early exits; without `exits` or thresholds, with the full model.
 
     backbone: a `Backbone`, or a Hugging Face model. inputs: what the HF processor returned.
+    planned: in place of `exits` and `policy`, the plan that an adapter keeps.
     vision_cache: image features kept between calls, for several questions on an image.
     prefix_cache: keys and values of prompts kept between calls, for the next turn of a dialogue.
     streamer: HF's; where it has a method `step`, that gets each token with its depth and score.
@@ -68,29 +62,28 @@ def generate(
     as with HF.
     observer: is told the row, the place in the answer and the processed logits [1, V] that each
     token is chosen from.
-    pace: of lossless answers: where drafts do not pay, as it found in answers before this one, full
-    depth runs; None: drafts are made in any case. An adapter has one of its own.
     options: HF's own (max_new_tokens, do_sample, temperature, top_k, top_p, logits_processor,
     stopping_criteria, stop_strings with tokenizer or processor, generation_config, ...). Raise
     `InputError` for those not supported: beam search, assisted and contrastive decoding, static or
     quantised caches.
     """
     backbone = Backbone.of(backbone)
-    made = KV_POLICIES[policy.kv] or Generation
-    one = made(backbone, exits, policy, pace, vision_cache, prefix_cache)
-    prepared = one.reader.prepare(inputs, options)
-    prove(backbone, inputs, one.depths)
-    return one.write(prepared, streamer, seed, observer)
+    planned = planned or partial(plan_of, backbone, exits, policy)
+    plan = planned()
+    reader = plan.reader(vision_cache=vision_cache, prefix_cache=prefix_cache)
+    prepared = reader.prepare(inputs, options)
+    if not backbone.is_proven(plan.depths):
+        prove(backbone, inputs, plan.depths)
+        plan = planned()
+    return _write(plan, reader, prepared, streamer, seed, observer)
 
 
 def generate_prepared(
     backbone: Backbone,
     prepared: Prepared,
+    planned: Planned,
     *,
-    exits: ExitSet | Exits | None = None,
-    policy: ExitPolicy = FULL,
     prefix_cache: PrefixCache | None = None,
-    pace: DraftPace | None = None,
 ) -> GenerationOutput:
     """Decode what Hugging Face's `generate` has prepared, as its `custom_generate` is asked to.
 
@@ -107,100 +100,33 @@ def generate_prepared(
             f"The exits are attached to {backbone.name}, and another model was asked to generate.",
             "Attach them to that model: offramp.attach(model, exits).",
         )
-    made = KV_POLICIES[policy.kv] or Generation
-    one = made(backbone, exits, policy, pace, None, prefix_cache)
-    prove_prepared(backbone, prepared, one.depths)
-    twin = one.reader.intercepted.model.get_submodule(path)
-    return one.write(replace(prepared, model=twin))
+    plan = planned()
+    if not backbone.is_proven(plan.depths):
+        prove_prepared(backbone, prepared, plan.depths)
+        plan = planned()
+    reader = plan.reader(prefix_cache=prefix_cache)
+    twin = reader.intercepted.model.get_submodule(path)
+    return _write(plan, reader, replace(prepared, model=twin))
 
 
-class Generation:
-    """One call of `generate`: what reads its prompt, and what decodes it.
-
-    A policy of keys and values that is registered (`KV_POLICIES`) brings a class of its own.
-    """
-
-    reads: type[PromptReader] = PromptReader
-    decodes: type[Decoder] = Decoder
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        exits: ExitSet | Exits | None,
-        policy: ExitPolicy,
-        pace: DraftPace | None,
-        vision_cache: VisionCache | None,
-        prefix_cache: PrefixCache | None,
-    ) -> None:
-        attached = None if exits is None else ExitSet.of(exits)
-        self.drafter = Drafter.of(backbone, attached, policy)
-        policy = policy.effective
-        stand = () if attached is None else attached.depths
-        depths = tuple(check_thresholds(dict(policy.thresholds), stand))
-        check_thresholds(dict(policy.first), stand)
-        check_thresholds(dict(policy.guesses), stand)
-        if self.drafter is not None:
-            depths = (self.drafter.depth,)
-        if policy.lossless and depths:
-            backbone.check_lossless()
-        self.backbone, self.exits, self.policy, self.depths = backbone, attached, policy, depths
-        self.asker = ExitReader(backbone, attached if depths else None, policy, depths)
-        self.rule = self.exit_rule()
-        self.pace = pace if self.rule.lossless else None
-        self.reader = self.prompt_reader(vision_cache, prefix_cache)
-
-    def exit_rule(self) -> ExitRule:
-        if self.drafter is not None:
-            return self.drafter.rule
-        return exit_rule(self.backbone, self.policy, self.asker)
-
-    def prompt_reader(
-        self, vision_cache: VisionCache | None, prefix_cache: PrefixCache | None
-    ) -> PromptReader:
-        return self.reads(
-            self.backbone,
-            self.exits,
-            self.depths,
-            vision_cache=vision_cache,
-            prefix_cache=prefix_cache,
-        )
-
-    def executor(self, rows: int, longest: int) -> Executor:
-        """longest: tokens of the longest prompt."""
-        return executor_for(
-            self.backbone, self.exits, self.depths, slots=rows, longest=longest,
-            watches=self.asker.watches, drafter=self.drafter,
+def _write(
+    plan: Plan,
+    reader: PromptReader,
+    prepared: Prepared,
+    streamer: Any = None,
+    seed: int | None = None,
+    observer: Observer | None = None,
+) -> GenerationOutput:
+    rows = len(prepared.ids)
+    executor = plan.executor(slots=rows, longest=max(prompt_lengths(prepared)))
+    decoder = plan.decoder(executor, AT_ONCE if rows == 1 else Schedule.of(rows))
+    try:
+        return write_answers(
+            decoder, reader, prepared, plan.rule(),
+            streamer=streamer, seed=seed, observer=observer,
         )  # fmt: skip
-
-    def write(
-        self,
-        prepared: Prepared,
-        streamer: Any = None,
-        seed: int | None = None,
-        observer: Observer | None = None,
-    ) -> GenerationOutput:
-        rows = len(prepared.ids)
-        executor = self.executor(rows, max(prompt_lengths(prepared)))
-        schedule = AT_ONCE if rows == 1 or self.asker.follows else Schedule.of(rows)
-        decoder = self.decodes(
-            self.backbone.depth, executor, self.asker, schedule=schedule, pace=self.pace
-        )
-        try:
-            return write_answers(
-                decoder, self.reader, prepared, self.rule,
-                streamer=streamer, seed=seed, observer=observer,
-            )  # fmt: skip
-        finally:
-            executor.close()
-
-
-def exit_rule(backbone: Backbone, policy: ExitPolicy, asker: ExitReader) -> ExitRule:
-    """How single answers use the exits. policy: as it takes effect. asker: asks the exits."""
-    if not policy.thresholds:
-        return NO_EXITS
-    # Guesses are taken back, and a score that follows a token wants it settled before the next.
-    guessing = backbone.lossless and not asker.follows
-    return ExitRule.of(policy, guessing=guessing, first=first_thresholds(backbone, policy))
+    finally:
+        executor.close()
 
 
 def write_answers(
@@ -265,7 +191,6 @@ def write_answers(
         decoder.layers,
         [s.rounds for s in sequences],
         pad,
-        sum(s.undrafted for s in sequences),
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from offramp.engine.confidence import check_numbers, check_score, check_weights
+from offramp.engine.confidence import check_numbers, check_score
 from offramp.errors import InputError, check_known
 from offramp.plugins import check_registered
 
@@ -35,7 +36,7 @@ right far oftener than they are held to be (docs/decoding.md)."""
 
 
 class Thresholds(dict[int, float]):
-    """A number for each exit, by depth in ascending order: thresholds, gates' levels, weights.
+    """A number for each exit, by depth in ascending order, such as thresholds.
 
     Not changed once it is made. As JSON its keys are text.
     """
@@ -75,7 +76,11 @@ class Pruning(NamedTuple):
         return f"behind depth {self.depth}" if self.depth else "to the decoder"
 
 
-_BY_DEPTH = ("thresholds", "first", "drafts", "guesses", "weights", "gates")
+_BY_DEPTH = ("thresholds", "first", "drafts")
+RETIRED = ("guesses", "weights", "gates")
+"""Fields of earlier versions, which gained nothing: guesses between early exits were slower in 14
+of 18 loads, gates paid at no exit that shipped, and weights belonged to a score that was never
+faster than the largest probability."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +90,14 @@ class ExitPolicy:
     thresholds: by depth; a token exits at the first depth where score >= threshold. A depth that
         is missing is off and costs nothing; at one with 0 every token exits, and no score is
         computed there. Empty: the full model.
-    score: a key of `SCORES` (one exit's logits) or of `STREAKS` ("agreement": what the exits so far
-        agree on), or a registered one (`register_score`).
-    weights: by depth, how much each exit counts in the "agreement" score, e.g. its accuracy. They
-        are for all depths with thresholds or, left out, alike.
+    score: a key of `SCORES` (one exit's logits), or a registered one (`register_score`).
     kv: a key of `KV_POLICIES`: "recompute" (exact), or a registered one.
     lossless: exits only draft, and the full model verifies (`offramp.engine.decoding`): the
         output is the full model's. Thresholds then decide speed, not quality.
     max_draft: longest draft before the full model is asked.
-    drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds` and
-        gates, which are about final exits; of an exit that drafts on, of the product of a round's
-        drafts. `offramp draft` finds the fastest.
-    guesses: by depth; score from which a token that is not confident goes on as a guess until the
-        layers above have spoken (`offramp.engine.decoding`). Speed alone: the answer is that of
-        the thresholds. For single greedy answers with one exit; `offramp draft` finds the fastest.
+    drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds`, which
+        are about final exits; of an exit that drafts on, of the product of a round's drafts.
+        `offramp draft` finds the fastest.
     exit_in_prefill: also let the first token exit early, the prompt pending at its exit until a
         later token needs it deeper. Exact too. True means where the prompt is causal, which the
         backbone's family says: see `resolved`.
@@ -106,8 +105,6 @@ class ExitPolicy:
         missing, or that `thresholds` miss, is off. Empty: those of every token.
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
         are over these (`offramp.models.shortlist`).
-    gates: by depth; an exit is run only where the adapter's gate predicts a score of at least
-        that. A depth that is missing has no gate.
     visual_keep: share of a prompt's visual tokens, above 0 and up to 1, that go on: to the layers
         above the first exit, or to the decoder at all (`offramp.engine.pruning`). Below 1 it
         changes answers, at full depth too, so thresholds are calibrated with it. Lossless answers
@@ -122,10 +119,7 @@ class ExitPolicy:
     lossless: bool = False
     max_draft: int = 8
     drafts: Mapping[int, float] = field(default_factory=dict)
-    guesses: Mapping[int, float] = field(default_factory=dict)
-    weights: Mapping[int, float] = field(default_factory=dict)
     shortlist: bool = False
-    gates: Mapping[int, float] = field(default_factory=dict)
     first: Mapping[int, float] = field(default_factory=dict)
     visual_keep: float = 1.0
     visual_ranking: str = "attention"
@@ -150,12 +144,6 @@ class ExitPolicy:
                 f"A draft of at most {self.max_draft!r} tokens is no draft.",
                 "Give a whole number from 1; 4 to 16 are usual.",
             )
-        wrong = {d: g for d, g in self.gates.items() if not 0.0 <= g <= 1.0}
-        if wrong:
-            raise InputError(
-                f"Gates {wrong} are not in [0, 1].", "A gate predicts a score; 0 is always open."
-            )
-        object.__setattr__(self, "weights", check_weights(self.weights))
         for name in _BY_DEPTH:
             object.__setattr__(self, name, Thresholds(getattr(self, name)))
 
@@ -164,7 +152,7 @@ class ExitPolicy:
         """What runs: lossless by `drafts`, where there are any."""
         if not (self.lossless and self.drafts):
             return self
-        return replace(self, thresholds=self.drafts, guesses={}, gates={})
+        return replace(self, thresholds=self.drafts)
 
     @property
     def pruning(self) -> Pruning | None:
@@ -278,10 +266,8 @@ class GenerationOutput:
     scores: confidence [B, N] at the last exit that checked the token (with which it exited, if it
         did); NaN where none did, and at a threshold of 0, where no score is computed.
     layers: depth L of the full model.
-    rounds: lossless only: (drafted, accepted) tokens of each draft-and-verify round. A kept draft
-        counts at the depth of the exit that wrote it, though the full model confirmed it later.
-    undrafted: lossless only: tokens that were not drafted, as full depth was measured to be faster
-        (`offramp.engine.decoding.pace`).
+    rounds: lossless only: (drafted, accepted) tokens of each draft-and-verify round. An accepted
+        draft counts at the depth of the exit that wrote it, though the full model confirmed it.
     """
 
     sequences: Tensor
@@ -289,7 +275,6 @@ class GenerationOutput:
     scores: Tensor
     layers: int
     rounds: tuple[tuple[int, int], ...] = ()
-    undrafted: int = 0
 
     @classmethod
     def of_rows(
@@ -299,7 +284,6 @@ class GenerationOutput:
         layers: int,
         rounds: Sequence[Sequence[tuple[int, int]]] = (),
         pad: int = 0,
-        undrafted: int = 0,
     ) -> GenerationOutput:
         """Of answers as tokens with their depths and scores, one list a row.
 
@@ -322,7 +306,6 @@ class GenerationOutput:
             tensor("score", float("nan"), dtype=torch.float32),
             layers,
             tuple(each for row in rounds for each in row),
-            undrafted,
         )
 
     @property
@@ -347,9 +330,10 @@ class GenerationOutput:
 
 
 def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
-    """A policy as JSON, whose keys are text. Without thresholds of first tokens, and where all
-    visual tokens go on, it is what it was before there were such, by which attempts are known."""
+    """A policy as JSON, whose keys are text. Where no newer field is used it is what earlier
+    versions wrote, by which attempts and certificates are known."""
     told = {**asdict(policy), **{name: getattr(policy, name).to_json() for name in _BY_DEPTH}}
+    told |= {name: {} for name in RETIRED}
     later = {"first": bool(policy.first)}
     later |= dict.fromkeys(("visual_keep", "visual_ranking"), policy.visual_keep < 1)
     return {name: value for name, value in told.items() if later.get(name, True)}
@@ -357,7 +341,14 @@ def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
 
 def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
     """The policy that `policy_to_json` wrote, in this version or before; what does not say whether
-    first tokens may exit is from before they could."""
+    first tokens may exit is from before they could. Warn of fields that are no longer read."""
+    if said := [name for name in RETIRED if value.get(name)]:
+        warnings.warn(
+            f"The policy has {' and '.join(said)}, which this version leaves out: they gained "
+            "nothing. Its thresholds decide as before; calibrate again where gates or weights did.",
+            stacklevel=2,
+        )
+    read = {name: it for name, it in value.items() if name not in RETIRED}
     by_depth = {"thresholds": value["thresholds"], **{n: value.get(n, {}) for n in _BY_DEPTH[1:]}}
     numbers = {name: Thresholds.from_json(values) for name, values in by_depth.items()}
-    return ExitPolicy(**{"exit_in_prefill": False, **value, **numbers})
+    return ExitPolicy(**{"exit_in_prefill": False, **read, **numbers})

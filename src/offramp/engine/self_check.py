@@ -11,35 +11,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from offramp.data.example import Example
-from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.executor import too_long
-from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.prompt import PromptReader
-from offramp.engine.decoding.reader import Question
-from offramp.engine.decoding.rule import NO_EXITS, ExitRule, Verdict
+from offramp.engine.decoding.exit_reader import ExitHeads
+from offramp.engine.decoding.reader import Query
+from offramp.engine.decoding.rule import Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.executors.choice import EXECUTORS, executor_for
+from offramp.engine.executors.choice import EXECUTORS
 from offramp.engine.exit_check import ExitOutput
+from offramp.engine.plan import plan_of
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prepared, prepare, room_of
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.probe import special_ids
 from offramp.models.discovery.twin import twin
-from offramp.models.exits import Exits, ExitSet, propose_depths
+from offramp.models.exits import Exits, propose_depths
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.weights import scheme
 from offramp.models.rope import LengthDependentRope, with_own_frequencies
 
 TOKENS = 10
-_PLAN = (0, 1, 2, 0, 1, 0, 1, 1, 2, 0)
+_SCRIPT = (0, 1, 2, 0, 1, 0, 1, 1, 2, 0)
 """Which of one or two exits each token takes, from 1; 0: none. Later tokens catch up."""
 LATE = 2
 """Tokens that the first sequence has when the second joins."""
@@ -83,27 +83,28 @@ class DecodeCheck:
         return self.holds(self.plain) and self.holds(self.exits)
 
 
-class _Planned(ExitReader):
-    """Exits that take tokens by a plan, whatever the score says; lossless, every second draft is
+class _Scripted(ExitHeads):
+    """Exits that take tokens by a script, whatever the score says; lossless, every second draft is
     another token than the model's."""
 
-    plan: tuple[int, ...] = ()
-    lossless = False
+    def __init__(self, *made: Any, script: tuple[int, ...], lossless: bool) -> None:
+        super().__init__(*made)
+        self._script, self._lossless = script, lossless
 
     def verdicts(
-        self, depth: int, output: ExitOutput, asked: Sequence[Question | None]
+        self, depth: int, output: ExitOutput, queries: Sequence[Query | None]
     ) -> list[Verdict | Exception | None]:
         number = self._depths.index(depth) + 1
         made: list[Verdict | Exception | None] = []
-        for question in asked:
-            if question is None:
+        for query in queries:
+            if query is None:
                 made.append(None)
                 continue
-            assert isinstance(question.sampler, _Forced)
-            place = len(question.before)
-            takes = self.lossless or self.plan[place % len(self.plan)] == number
-            wrong = self.lossless and place % 2 == 1
-            made.append(Verdict(question.sampler.given(place, wrong), float(takes)))
+            assert isinstance(query.sampler, _Forced)
+            place = len(query.before)
+            takes = self._lossless or self._script[place % len(self._script)] == number
+            wrong = self._lossless and place % 2 == 1
+            made.append(Verdict(query.sampler.given(place, wrong), float(takes)))
         return made
 
 
@@ -147,8 +148,8 @@ class _Case:
         limit = None if backbone.is_encoder_decoder else backbone.positions
         if limit is not None and "input_ids" in inputs and max(_lengths(inputs)) > limit:
             raise too_long(limit)
-        self.plan = _PLAN if len(self.depths) < 3 else (*range(len(self.depths) + 1), 0)
-        self.inputs, new = _fitting(backbone, self.model, inputs, max(TOKENS, len(self.plan)))
+        self.script = _SCRIPT if len(self.depths) < 3 else (*range(len(self.depths) + 1), 0)
+        self.inputs, new = _fitting(backbone, self.model, inputs, max(TOKENS, len(self.script)))
         self.options: dict[str, Any] = {
             "do_sample": False,
             "num_beams": 1,
@@ -196,28 +197,27 @@ class _Case:
     def worst(
         self,
         engine: str,
-        plan: tuple[int, ...] | None,
+        script: tuple[int, ...] | None,
         *,
         first: bool = False,
         lossless: bool = False,
     ) -> float:
         """The largest difference of logits at full depth.
 
-        plan: which exit tokens take; None: the full model. first: whether the first token may exit
+        script: which exit tokens take; None: the full model. first: whether the first token may exit
         out of the prompt. lossless: everything is drafted, every second draft wrongly.
         """
-        backbone, attached = self.backbone, ExitSet.of(self.exits)
-        depths = () if plan is None else self.depths[:1] if lossless else self.depths
+        backbone, rows = self.backbone, len(self.tokens)
+        depths = () if script is None else self.depths[:1] if lossless else self.depths
         at = dict.fromkeys(depths, 0.5)
+        heads = partial(_Scripted, script=script or (), lossless=lossless)
+        policy = ExitPolicy(at, lossless=lossless, max_draft=3)
+        plan = plan_of(backbone, self.exits, policy, heads=heads)
         opening = at if first or backbone.is_encoder_decoder else {}
-        most = 3 if lossless else None
-        rule = NO_EXITS if plan is None else ExitRule(at, lossless, most=most, first=opening)
-        reader = _Planned(backbone, attached if depths else None, ExitPolicy(at), depths)
-        reader.plan, reader.lossless = plan or (), lossless
-        rows = len(self.tokens)
-        executor = executor_for(backbone, attached, depths, engine=engine, slots=rows)
-        decoder = Decoder(backbone.depth, executor, reader, schedule=Schedule(2, rows))
-        prompts = PromptReader(backbone, attached, depths)
+        rule = replace(plan.rule(), first=opening)
+        executor = plan.executor(engine=engine, slots=rows)
+        decoder = plan.decoder(executor, Schedule(2, rows))
+        prompts = plan.reader()
         prepared = prepare(prompts.intercepted.model, self.inputs, **self.options)
         samplers = [_Forced(prepared, row, self.tokens[row].tolist()) for row in range(rows)]
         try:
@@ -226,7 +226,7 @@ class _Case:
             sequences = [decoder.join(prompt, 0, samplers[0], rule, firsts[0])]
             while decoder.goes_on():
                 decoder.make(decoder.next_call())
-                while waiting and sequences[0].settled > LATE:
+                while waiting and len(sequences[0].tokens) > LATE:
                     row = waiting.pop()
                     sequences.append(decoder.join(prompt, row, samplers[row], rule, firsts[row]))
             assert not waiting
@@ -273,9 +273,9 @@ def _found(case: _Case, engine: str) -> DecodeCheck:
         except Exception as error:  # a model's own, from a state that it was not made for
             return f"{type(error).__name__}: {str(error)[:160]}"
 
-    first = (1, *case.plan[1:])
+    first = (1, *case.script[1:])
     plain = tried(lambda: case.worst(engine, None))
-    exits = tried(lambda: case.worst(engine, case.plan))
+    exits = tried(lambda: case.worst(engine, case.script))
     not_asked = "not asked: decoding is not exact"
     found = DecodeCheck(engine, case.depths, plain, exits, not_asked, not_asked, case.allowed)
     if not found.exact:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engine.decoding.reader import Decide, Looks, anyone
+from offramp.engine.decoding.reader import Decide
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import (
     add_exit_entries,
@@ -42,7 +42,7 @@ class Prompt:
     """A prompt that was read, and the rules for what follows it.
 
     prepared: its token ids [B, T], processors, criteria and configuration. cache: keys and values
-    of the layers, and of the exits behind them. prefill: what later calls of the stack repeat.
+    of the layers, and of the exits after them. prefill: what later calls of the stack repeat.
     real: which of its columns [B, T] are no padding; None: all. encoder: the states of an encoder
     [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth;
     None where visual tokens stay behind, and it waits whether all first tokens exited or not.
@@ -116,7 +116,7 @@ class PromptReader:
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
         self._decide: Decide | None = None
-        self._looks: Looks = anyone
+        self._asks: frozenset[int] = frozenset()
         self._last = True  # whether the newest token is in the current chunk
         self._before: Tensor | None = None
         self._waits: tuple[int, Tensor] | None = None
@@ -135,16 +135,16 @@ class PromptReader:
         *,
         use_exits: bool = True,
         decide: Decide | None = None,
-        looks: Looks = anyone,
+        asks: frozenset[int] = frozenset(),
         keep: int | None = None,
         pruning: Pruning | None = None,
     ) -> Prompt:
         """Run a prompt of one or more rows.
 
         use_exits: whether the exits store their keys. decide: asked about each row's first token at
-        every exit; None: it runs to full depth. looks: whether anyone looks at an exit. keep: depth
-        of the exit that will draft on from the newest token. pruning: where visual
-        tokens stay behind; such a prompt runs in one piece, and its keys are not kept for others.
+        the exits of the depths `asks`; None: it runs to full depth. keep: depth of the exit that
+        will draft on from the newest token. pruning: where visual tokens stay; such a prompt runs
+        in one piece, and its keys are not kept for others.
 
         Raises:
             InputError: longer than the backbone's positions; a cache that exits cannot share; a
@@ -160,7 +160,7 @@ class PromptReader:
             assert self.exits is not None
             self._pruner = Pruner(self.backbone, self.exits, pruning)
         self.exits_on = self._depths if use_exits else ()
-        self._decide, self._looks, self._waits, self._last = decide, looks, None, True
+        self._decide, self._asks, self._waits, self._last = decide, asks, None, True
         self.cache, self._keep = prepared.cache, keep
         try:
             with torch.inference_mode(), self._shortening(prepared) as given:
@@ -248,9 +248,8 @@ class PromptReader:
             self._kept = here(newest)
         if call.index in self.exits_on:
             assert self.exits is not None
-            asks = self._decide is not None and self._last
-            if self._decide is None or not asks or not self._looks(call.index, here(newest)):
-                if self.backbone.is_encoder_decoder:  # an encoder's keys are made behind its own
+            if self._decide is None or not self._last or call.index not in self._asks:
+                if self.backbone.is_encoder_decoder:  # an encoder's keys are made after its own
                     self.exits.run(call.index, call)
                 else:
                     store_exit_keys(self.cache, self.exits, call)
@@ -268,7 +267,7 @@ class PromptReader:
         """The exit at which visual tokens stay behind: it says which, and the prompt waits."""
         here, newest = self.backbone.here, call.hidden[:, -1]
         states, self._shares = pruner.run(call)
-        if self._decide is not None and self._looks(call.index, here(newest)):
+        if self._decide is not None and call.index in self._asks:
             output = ExitOutput(here(newest), here(states[:, -1]), self._before)
             self._decide(call.index, output)
         self._waits = call.index, call.hidden

@@ -9,27 +9,14 @@ from typing import Any, NamedTuple, Protocol
 
 from offramp.engine.decoding.rule import ExitRule, Verdict
 
-Looks = Callable[[int, Any], bool]
-"""Whether anyone looks at the exit at a depth, which states [n, D] are to enter."""
-
-
-def anyone(depth: int, entry: Any) -> bool:
-    """Looks at every exit."""
-    return True
-
-
-def no_one(depth: int, entry: Any) -> bool:
-    """Looks at none."""
-    return False
-
-
 Decide = Callable[[int, Any], bool]
-"""Is told what the exit at a depth makes of each row's newest token, as the executor's reader takes
-it; True once every row has exited."""
+"""Is told the exit's depth and what the exit made of each row's newest token, as the heads take it;
+returns True once every row has exited."""
 
 
 class TokenSampler(Protocol):
-    """What may come next in one row is between it and the reader; the decoder asks when it ends."""
+    """What may come next in one row is between the sampler and the heads; the decoder asks when the
+    answer ends."""
 
     def would_end(self, tokens: int, last: int) -> bool:
         """Whether an answer of so many tokens, the last of them `last`, is over by length or by
@@ -41,41 +28,32 @@ class TokenSampler(Protocol):
         ...
 
 
-class Question(NamedTuple):
-    """Who asks what comes behind the tokens `before` of an answer. sampler: a `TokenSampler` of the
-    reader's own kind, one for each sequence."""
+class Query(NamedTuple):
+    """Who asks what follows the tokens `before` of an answer. sampler: a `TokenSampler` of the
+    heads' own kind, one for each sequence."""
 
     sampler: Any
     rule: ExitRule
     before: Sequence[int]
 
 
-Word = Callable[[int, Question], int]
-"""The token that a question gets out of one of several rows, by its place among them: one at a
-time, for what follows a wrong token is not asked for. Raises what the row's own rules raise."""
+Word = Callable[[int, Query], int]
+"""Returns the token that a query gets out of one of several rows, by its place among them. Raises
+what the row's own rules raise."""
 
 
-class Reader(Protocol):
-    """Asks exits and the LM head, in the arrays of its executor.
-
-    follows: whether a score follows a token from exit to exit, so that none may be ahead of it.
-    """
-
-    follows: bool
+class Heads(Protocol):
+    """Asks exits and the LM head, in the arrays of an executor."""
 
     def computing(self) -> AbstractContextManager[Any]:
-        """Inside of what the decoder's calls are made."""
-        ...
-
-    def looks(self, asked: Sequence[Question | None]) -> Looks:
-        """Whether any of the questions is put to the exit at a depth, past its gate."""
+        """The context in which the decoder's calls are made."""
         ...
 
     def verdicts(
-        self, depth: int, output: Any, asked: Sequence[Question | None]
+        self, depth: int, output: Any, queries: Sequence[Query | None]
     ) -> list[Verdict | Exception | None]:
-        """Of the exit at `depth` on each token; None where nothing is asked, an error where the
-        row's own rules raised one."""
+        """What the exit at `depth` says of each token; None where nothing is asked, or nothing that
+        the exit can say is allowed; an error where the row's own rules raised one."""
         ...
 
     def of_logits(self, logits: Any) -> Word:
@@ -83,15 +61,15 @@ class Reader(Protocol):
         ...
 
     def words(self, final: Any) -> Word:
-        """What the full model says behind each of what its executor ended with."""
+        """What the full model says after each of what its executor ended with."""
         ...
 
 
 class ReadsPrompts(Protocol):
-    """Reads prompts for an executor. What it returns has `logits` [B, V] of the first token, where
-    not every row's first token exited, or None, where the prompt waits at an exit all the same and
-    layers above are to say it; the rest of it is the executor's affair. Where visual tokens are to
-    stay behind, `read` is given `pruning` too, of `offramp.engine.policy.Pruning`."""
+    """Reads prompts for an executor. What `read` returns has `logits` [B, V] of the first token
+    where not every row's first token exited, or None where the prompt waits at an exit and layers
+    above are to say it; the rest is the executor's affair. Where visual tokens are to stay at an
+    exit, `read` is given `pruning` too, an `offramp.engine.policy.Pruning`."""
 
     def read(
         self,
@@ -99,14 +77,14 @@ class ReadsPrompts(Protocol):
         *,
         use_exits: bool = True,
         decide: Decide | None = None,
-        looks: Looks = anyone,
+        asks: frozenset[int] = frozenset(),
         keep: int | None = None,
     ) -> Any:
         """Run a prompt of one or more rows.
 
-        prepared: as this reader takes it. use_exits: whether the exits store their keys. decide:
-        asked about each row's first token at every exit; None: it runs to full depth. looks:
-        whether anyone looks at an exit. keep: depth of the exit that will draft on from each
-        row's newest token.
+        prepared: the prompt, as this reader takes it. use_exits: whether the exits store their
+        keys. decide: asked about each row's first token at the exits of the depths `asks`; None:
+        the prompt runs to full depth. keep: depth of the exit whose entering state of each row's
+        newest token a drafter goes on from.
         """
         ...

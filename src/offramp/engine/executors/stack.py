@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engine.decoding.executor import DraftRoom, Drafts, Loaded, Span
+from offramp.engine.decoding.drafting import DraftBudget, Drafts
+from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.decoding.reader import Looks, anyone
 from offramp.engine.executors.modules.in_place import cannot_compile
-from offramp.engine.executors.segments import Passing, SegmentRunner
+from offramp.engine.executors.segments import SegmentRunner
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
 from offramp.engine.kv_cache import (
     cache_name,
@@ -120,7 +120,7 @@ class StackExecutor(SegmentRunner):
     def close(self) -> None:
         for row in self._held:
             row.cache, row.waits, row.last = None, {}, {}
-        self._held, self._looks = [], anyone
+        self._held = []
 
     def allow_crops(self, handle: _Row) -> bool:
         """A recurrent state holds the whole text in one tensor: what a token did to it stays."""
@@ -150,9 +150,14 @@ class StackExecutor(SegmentRunner):
     # -- calls -------------------------------------------------------------------------------
 
     def feed(
-        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int], looks: Looks
+        self,
+        handles: Sequence[_Row],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        *,
+        needs_exit: bool,
     ) -> ExitOutput:
-        self._looks = looks
+        self._needs_exit = needs_exit
         return ExitOutput.joined([*map(self._feed, handles, ids)])
 
     def _feed(self, row: _Row, token: int) -> ExitOutput:
@@ -173,23 +178,16 @@ class StackExecutor(SegmentRunner):
         return kw
 
     def full(
-        self,
-        handles: Sequence[_Row],
-        ids: Sequence[int],
-        columns: Sequence[int],
-        *,
-        exits: bool,
+        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]
     ) -> Tensor:
-        made = []
-        for row, token in zip(handles, ids, strict=True):
-            made.append(self._full(row, [token], "keys" if exits else ""))
-            output, self._output = self._output, None
-            row.entered = None if output is None else (row.tokens - 1, output.entry)
-        return torch.cat(made)
+        return torch.cat(
+            [self._full(row, [token]) for row, token in zip(handles, ids, strict=True)]
+        )
 
-    def _full(self, row: _Row, tokens: Sequence[int], passing: Passing) -> Tensor:
-        """Tokens of a row through all layers."""
-        made = self._call(row, range(self.backbone.depth), self._arguments(row, tokens), passing)
+    def _full(self, row: _Row, tokens: Sequence[int], *, verifies: bool = False) -> Tensor:
+        """Run tokens of a row through all layers."""
+        whole, kw = range(self.backbone.depth), self._arguments(row, tokens)
+        made = self._call(row, whole, kw, verifies=verifies)
         row.ran = [ran + len(tokens) for ran in row.ran]
         return made
 
@@ -198,20 +196,20 @@ class StackExecutor(SegmentRunner):
         handles: Sequence[_Row],
         ids: Sequence[int],
         columns: Sequence[int],
-        rooms: Sequence[DraftRoom],
+        budgets: Sequence[DraftBudget],
     ) -> list[list[int]]:
-        return [*map(self._draft, handles, ids, columns, rooms)]
+        return [*map(self._draft, handles, ids, columns, budgets)]
 
-    def _draft(self, row: _Row, token: int, column: int, room: DraftRoom) -> list[int]:
+    def _draft(self, row: _Row, token: int, column: int, budget: DraftBudget) -> list[int]:
         drafter = self._drafter
-        if drafter is None or not room.most:
+        if drafter is None or not budget.max_drafts:
             return []
         if row.entered is not None and row.entered[0] == column - 1:
             self._enter(row, row.entered[1])
         first, states = row.verified or (column, torch.empty(0))
         if not 0 <= column - 1 - first < len(states):
             return []
-        state, drafts, goes_on = states[column - 1 - first, None], Drafts(room), True
+        state, drafts, goes_on = states[column - 1 - first, None], Drafts(budget), True
         begin = row.tokens
         try:
             while goes_on:
@@ -240,7 +238,7 @@ class StackExecutor(SegmentRunner):
         assert self._drafter is not None
         depth, kw = self._drafter.depth, row.prefill.extend(1)
         row.tokens += 1
-        self._chunk, self._looks = states, anyone
+        self._chunk, self._needs_exit = states, True
         enters = ids if self.backbone.reads_ids else states.clone()
         kw["input_ids" if self.backbone.reads_ids else "inputs_embeds"] = enters
         try:
@@ -264,16 +262,14 @@ class StackExecutor(SegmentRunner):
     ) -> Tensor:
         made = []
         for row, tokens, column in zip(handles, ids, columns, strict=True):
-            made.append(self._full(row, tokens, "drafts"))
+            made.append(self._full(row, tokens, verifies=True))
             state = self._taken().state
             assert state is not None
             row.verified, row.entered = (column, state), None
         return torch.cat(made)
 
-    def run(
-        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
-    ) -> Output:
-        self._looks = looks
+    def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> Output:
+        self._needs_exit = len(asked) > 0
         made = joined([self._run(segment, span) for span in spans])
         return picked(made, torch.tensor(asked, dtype=torch.long, device=self.backbone.device))
 
@@ -310,10 +306,13 @@ class StackExecutor(SegmentRunner):
             more = before.followed_by(more)
         row.waits[segment] = more
 
-    def _call(self, row: _Row, running: range, kw: dict[str, Any], passing: Passing = "") -> Tensor:
+    def _call(
+        self, row: _Row, running: range, kw: dict[str, Any], *, verifies: bool = False
+    ) -> Tensor:
         """One call of the stack; final-normed states [n, D], void where the last layer did not
         run."""
-        self._running, self._passing = running, passing
+        self._running, self._verifies = running, verifies
+        self._needs_exit = self._needs_exit or verifies
         self._output = self._entry = self._previous = None
         given = dict(kw)
         given[cache_name(given)] = self._seen = self._cache(row)
@@ -324,7 +323,7 @@ class StackExecutor(SegmentRunner):
         return self.backbone.here(out).flatten(0, 1)
 
     def _cache(self, row: _Row) -> Any:
-        """The cache as the layers that run see it, and the exit behind them."""
+        """The cache as the layers that run see it, and the exit after them."""
         running, end, tokens = self._running, self.backbone.depth, row.tokens
         own = self_attention(row.cache).layers
         one_kind = len({type(entry) for entry in own}) == 1

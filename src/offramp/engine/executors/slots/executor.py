@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.decoding.executor import DraftRoom, Drafts, Loaded, Span
+from offramp.engine.decoding.drafting import DraftBudget, Drafts
+from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.decoding.reader import Looks, anyone, no_one
 from offramp.engine.executors.modules.in_place import called_in_place, cannot_compile
-from offramp.engine.executors.segments import Passing, SegmentRunner
+from offramp.engine.executors.segments import SegmentRunner
 from offramp.engine.executors.slots.attention import (
     EACH,
     PACKED,
@@ -238,48 +238,42 @@ class SlotExecutor(SegmentRunner):
     def close(self) -> None:
         """Drop keys, values and states now: handler and model hold each other."""
         self.cache.drop()
-        self._pending, self._tables, self._looks, self._rows = {}, None, anyone, []
+        self._pending, self._tables, self._rows = {}, None, []
 
     # -- calls -------------------------------------------------------------------------------
 
     def feed(
-        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int], looks: Looks
-    ) -> ExitOutput:
-        call = self._one_each(handles, columns)
-        output = self.run_layers(self._segments[0], call, self._ids(ids), looks)
-        assert isinstance(output, ExitOutput)
-        self._note(1, handles, columns, output.entry)
-        return output
-
-    def full(
         self,
         handles: Sequence[_Row],
         ids: Sequence[int],
         columns: Sequence[int],
         *,
-        exits: bool,
+        needs_exit: bool,
+    ) -> ExitOutput:
+        call = self._one_each(handles, columns)
+        output = self.run_layers(self._segments[0], call, self._ids(ids), needs_exit=needs_exit)
+        assert isinstance(output, ExitOutput)
+        self._note(1, handles, columns, output.entry)
+        return output
+
+    def full(
+        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]
     ) -> Tensor:
-        final = self._pass(handles, columns, self._ids(ids), "keys" if exits else "")
-        output, self._output = self._output, None
-        for i, (row, column) in enumerate(zip(handles, columns, strict=True)):
+        final = self._pass(handles, columns, self._ids(ids))
+        for row, column in zip(handles, columns, strict=True):
             row.base = dict.fromkeys(row.base, column + 1)
-            if output is not None:
-                row.entered = column, output.entry[i : i + 1]
         return final
 
-    def _pass(
-        self, rows: Sequence[_Row], columns: Sequence[int], ids: Tensor, passing: Passing = ""
-    ) -> Tensor:
-        """One token of each slot through all layers; final-normed states [n, D]."""
+    def _pass(self, rows: Sequence[_Row], columns: Sequence[int], ids: Tensor) -> Tensor:
+        """Run one token of each slot through all layers; final-normed states [n, D]."""
         if not any(row.behind[1] for row in rows):
-            call = self._one_each(rows, columns)
-            return self._call(range(self.backbone.depth), call, ids, passing)
+            return self._call(range(self.backbone.depth), self._one_each(rows, columns), ids)
         states: Any = ids
         for running in self._segments:  # each has columns of its own
             gaps = [row.gap(running.start) for row in rows]
             stood = [column - gap for column, gap in zip(columns, gaps, strict=True)]
             call = self._one_each(rows, stood)
-            output = self.run_layers(running, call, states, no_one)
+            output = self.run_layers(running, call, states, needs_exit=False)
             if isinstance(output, ExitOutput):
                 states = output.entry.view(*call.shape, -1)
         assert isinstance(output, Tensor)
@@ -290,26 +284,28 @@ class SlotExecutor(SegmentRunner):
         handles: Sequence[_Row],
         ids: Sequence[int],
         columns: Sequence[int],
-        rooms: Sequence[DraftRoom],
+        budgets: Sequence[DraftBudget],
     ) -> list[list[int]]:
-        drafts = [*map(Drafts, rooms)]
+        drafts = [*map(Drafts, budgets)]
         written = [made.ids for made in drafts]
         if self._drafter is None:
             return written
-        self._enter([row for row, room in zip(handles, rooms, strict=True) if room.most])
+        self._enter([row for row, own in zip(handles, budgets, strict=True) if own.max_drafts])
         places, begin = [], []
         for place, (row, column) in enumerate(zip(handles, columns, strict=True)):
             first, made = row.verified or (column, ())
-            if rooms[place].most and 0 <= column - 1 - first < len(made):
+            if budgets[place].max_drafts and 0 <= column - 1 - first < len(made):
                 places.append(place)
                 begin.append(made[column - 1 - first])
         if not places:
             return written
-        # All go as far as the one that goes farthest: what is too much is not looked at.
+        # All go as far as the one that goes farthest: what is too much is not looked at, and
+        # written over what no draft has reached yet.
+        last = (self.cache.limit or max(columns) + max(b.max_drafts for b in budgets)) - 1
         going, step, rows = set(places), 0, [handles[place] for place in places]
         tokens, states = self._ids([ids[place] for place in places]), torch.stack(begin)
         while going:
-            ahead = [columns[place] + step for place in places]
+            ahead = [min(columns[place] + step, last) for place in places]
             states = self._drafted(rows, ahead, self._drafter.inputs(tokens, states))
             (tokens, shares), step = self._drafter.tokens(states), step + 1
             for place, token, share in zip(places, tokens.tolist(), shares.tolist(), strict=True):
@@ -330,7 +326,7 @@ class SlotExecutor(SegmentRunner):
         """What the drafting exit makes [n, D] of a column of each slot."""
         assert self._drafter is not None
         depth, call = self._drafter.depth, self._one_each(rows, columns)
-        output = self.run_layers(range(depth, depth), call, inputs.view(*call.shape, -1), anyone)
+        output = self.run_layers(range(depth, depth), call, inputs.view(*call.shape, -1))
         assert isinstance(output, ExitOutput) and output.state is not None
         return output.state
 
@@ -355,12 +351,11 @@ class SlotExecutor(SegmentRunner):
 
     def _through_all(self, call: Call, ids: Tensor) -> Output:
         """Final-normed states of ids [B, T], and what the drafting exit makes of them, if any."""
-        final = self._call(range(self.backbone.depth), call, ids, "drafts")
+        final = self._call(range(self.backbone.depth), call, ids, verifies=True)
         return final if self._drafter is None else ExitOutput(final, self._taken().state)
 
-    def run(
-        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
-    ) -> Output:
+    def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> Output:
+        needs_exit = len(asked) > 0
         states, stand, running = list[Tensor](), list[Span](), self._segments[segment]
         for row, start, end in spans:
             base, gap = row.base[segment], row.gap(running.start)
@@ -369,13 +364,15 @@ class SlotExecutor(SegmentRunner):
         alone = [row.places is not None or row.encoder is not None for row, _, _ in spans]
         if len(spans) == 1 or any(alone):
             made = [
-                self.run_layers(running, self._beside(span), state[None], looks)
+                self.run_layers(running, self._beside(span), state[None], needs_exit=needs_exit)
                 for span, state in zip(stand, states, strict=True)
             ]
             output = joined(made)
         else:
             output = self._several(
-                stand, states, lambda call, laid: self.run_layers(running, call, laid, looks)
+                stand,
+                states,
+                lambda call, laid: self.run_layers(running, call, laid, needs_exit=needs_exit),
             )
         at = 0
         for row, start, end in spans:
@@ -473,20 +470,26 @@ class SlotExecutor(SegmentRunner):
 
     # -- one call ----------------------------------------------------------------------------
 
-    def run_layers(self, running: range, call: Call, inputs: Tensor, looks: Looks) -> Output:
-        """Layers, and the exit behind them or the final norm, on token ids [n] or states [B, T, D].
+    def run_layers(
+        self, running: range, call: Call, inputs: Tensor, *, needs_exit: bool = True
+    ) -> Output:
+        """Run layers, and the exit after them or the final norm, on token ids [n] or states
+        [B, T, D].
 
         For programs, which know themselves where they write. running: from the first layer or an
-        exit on, to an exit or the end.
+        exit on, to an exit or the end. needs_exit: False where the exit only stores its keys.
         """
-        self._looks = looks
+        self._needs_exit = needs_exit
         final = self._call(running, call, inputs)
         return final if running.stop == self.backbone.depth else self._taken()
 
-    def _call(self, running: range, call: Call, inputs: Tensor, passing: Passing = "") -> Tensor:
+    def _call(
+        self, running: range, call: Call, inputs: Tensor, *, verifies: bool = False
+    ) -> Tensor:
         """One call on token ids [n] or [B, T], or states [B, T, D]; final-normed states [n, D],
         which mean nothing where the last layer did not run."""
-        self._current.call, self._bias, self._passing = call, None, passing
+        self._current.call, self._bias, self._verifies = call, None, verifies
+        self._needs_exit = self._needs_exit or verifies
         self._running, self._chunk = running, inputs if running.start else None
         self._output = self._previous = None
         given = self._given(call, inputs)
@@ -586,12 +589,15 @@ class SlotExecutor(SegmentRunner):
         arguments, kind_of = tables.arguments(given, own), tables.kind_of
         layers, instead, ours = self._layers, self._instead, self._ours
         hidden = given.inputs if running.start else tables.enter(given)
-        end, before = running.stop, running.stop - 1 if self._watches else -1
+        end, before = running.stop, running.stop - 1 if self._needs_previous else -1
+        drafting = -1
+        if self._verifies and self._drafter is not None:
+            drafting = self._drafter.depth
         for index in running:
             args, kw = arguments[kind_of[index]]
             module = layers[index]
-            if self._passing and index in self.depths:
-                self._pass_exit(LayerCall(index, module, hidden, args, kw, instead))
+            if index == drafting:
+                self._at_exit(LayerCall(index, module, hidden, args, kw, instead))
             if index == before:
                 self._previous = hidden.flatten(0, -2)
             out = instead[self._called(module) if ours else module](hidden, *args, **kw)

@@ -1,0 +1,174 @@
+"""Drafters: what writes the drafts of a lossless round, and how the full model verifies them.
+
+A round drafts on from the newest token of each sequence, verifies all drafts in one call of the
+deep layers, and keeps those that the full model says too (`Decoder`). Nothing of a round outlives
+it: drafts change speed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Many
+from typing import Any, NamedTuple, Protocol
+
+from offramp.engine.decoding.executor import Executor, Handle, Span
+from offramp.engine.decoding.reader import Heads, Query
+from offramp.engine.decoding.sequence import Sequence
+
+Ends = Callable[[int], bool]
+"""Whether an answer is over with a token."""
+
+
+class DraftBudget(NamedTuple):
+    """How far a round may draft. max_drafts: tokens. min_probability: an exit that drafts on stops
+    once the product of its drafts' probabilities is lower. ends: whether a token ends the answer;
+    nothing is drafted after it."""
+
+    max_drafts: int
+    min_probability: float
+    ends: Ends
+
+
+class Drafts:
+    """The drafts of one sequence in one round; none is added beyond its budget."""
+
+    def __init__(self, budget: DraftBudget) -> None:
+        self.ids: list[int] = []
+        self._budget, self._product = budget, 1.0
+
+    def add(self, token: int, probability: float) -> bool:
+        """Keep the next draft, if it is likely enough to be right; return True where another may
+        follow."""
+        budget = self._budget
+        self._product *= probability
+        if self._product < budget.min_probability:
+            return False
+        self.ids.append(token)
+        return len(self.ids) < budget.max_drafts and not budget.ends(token)
+
+
+class Drafter(Protocol):
+    """Writes drafts for an executor's sequences.
+
+    depth: of the exit that drafts; accepted drafts count at it. keeps: depth of the exit whose
+    entering state `read` is to keep of a prompt; None: the drafter needs none.
+    """
+
+    depth: int
+    keeps: int | None
+
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[list[int]]:
+        """Return the drafts after the newest token of each sequence, none or several."""
+        ...
+
+    def verify(self, rows: Many[Sequence], fed: Many[Many[int]]) -> Any:
+        """Run the newest token and the drafts of each sequence through all layers. Returns what
+        `Heads.words` takes, of all tokens, one sequence after the other."""
+        ...
+
+
+class DraftingExecutor(Executor, Protocol):
+    """An executor that was given an exit that drafts on from its own state."""
+
+    def draft(
+        self,
+        handles: Many[Handle],
+        ids: Many[int],
+        columns: Many[int],
+        budgets: Many[DraftBudget],
+    ) -> list[list[int]]:
+        """Return what the drafting exit writes after the next token of each sequence, from the
+        state that it made of the column before; nothing where that state is not known."""
+        ...
+
+    def verify(
+        self, handles: Many[Handle], ids: Many[Many[int]], columns: Many[int]
+    ) -> Any:
+        """Run tokens side by side of each sequence, from its column on, through all layers and the
+        drafting exit; of all tokens what `full` returns of one."""
+        ...
+
+
+class ExitDrafts:
+    """Drafts by an exit that goes on from its own state, and never runs a layer of the backbone."""
+
+    def __init__(self, executor: DraftingExecutor, depth: int) -> None:
+        self._executor, self.depth = executor, depth
+        self.keeps: int | None = depth
+
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[list[int]]:
+        handles, columns = [row.handle for row in rows], [row.ran[0] for row in rows]
+        return self._executor.draft(handles, [row.ids[-1] for row in rows], columns, budgets)
+
+    def verify(self, rows: Many[Sequence], fed: Many[Many[int]]) -> Any:
+        handles, columns = [row.handle for row in rows], [row.ran[0] for row in rows]
+        return self._executor.verify(handles, fed, columns)
+
+
+class PlainDrafts:
+    """Drafts by what an ordinary exit says of tokens that are fed to the layers below it, one after
+    the other. The layers above verify them in one call."""
+
+    keeps: int | None = None
+
+    def __init__(self, executor: Executor, heads: Heads, depth: int) -> None:
+        """depth: of the exit, one of the executor's."""
+        self._executor, self._heads, self.depth = executor, heads, depth
+        self._segment = executor.depths.index(depth)  # whose end the exit stands at
+
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[list[int]]:
+        written: list[list[int]] = [[] for _ in rows]
+        going = [*range(len(rows))]
+        while going:
+            drafting = [rows[at] for at in going]
+            queries: list[Query | None] = [
+                Query(row.sampler, row.rule, [*row.ids, *written[at]])
+                if budgets[at].max_drafts
+                else None
+                for at, row in zip(going, drafting, strict=True)
+            ]
+            newest = [written[at][-1] if written[at] else rows[at].ids[-1] for at in going]
+            output = self._fed(drafting, newest, any(query is not None for query in queries))
+            verdicts = self._heads.verdicts(self.depth, output, queries)
+            further = []
+            for at, row, verdict in zip(going, drafting, verdicts, strict=True):
+                if isinstance(verdict, Exception):
+                    row.error = verdict
+                elif verdict is not None and row.rule.exits(self.depth, verdict):
+                    written[at].append(verdict.token)
+                    budget = budgets[at]
+                    if len(written[at]) < budget.max_drafts and not budget.ends(verdict.token):
+                        further.append(at)
+            going = further
+        return written
+
+    def _fed(self, rows: Many[Sequence], ids: Many[int], asks: bool) -> Any:
+        """Feed a token of each sequence as far as the exit."""
+        executor, below = self._executor, self._segment
+        output = executor.feed(
+            [row.handle for row in rows], ids, [row.ran[0] for row in rows],
+            needs_exit=asks and not below,
+        )  # fmt: skip
+        for row in rows:
+            row.ran[0] += 1
+        for segment in range(1, below + 1):
+            output = self._run(segment, rows, [*range(len(rows))] if segment == below else ())
+        return output
+
+    def _run(self, segment: int, rows: Many[Sequence], asked: Many[int]) -> Any:
+        spans = [Span(row.handle, row.ran[segment], row.ran[segment - 1]) for row in rows]
+        for row in rows:
+            row.ran[segment] = row.ran[segment - 1]
+        return self._executor.run(segment, spans, asked)
+
+    def verify(self, rows: Many[Sequence], fed: Many[Many[int]]) -> Any:
+        late = [
+            (row, tokens[-1])
+            for row, tokens in zip(rows, fed, strict=True)
+            if row.ran[0] - row.ran[-1] < len(tokens)
+        ]
+        if late:  # whose last draft was not fed
+            self._fed([row for row, _ in late], [token for _, token in late], False)
+        last = len(self._executor.depths)
+        for segment in range(self._segment + 1, last):
+            self._run(segment, rows, ())
+        return self._run(last, rows, range(sum(map(len, fed))))
