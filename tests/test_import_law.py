@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "evaluation": ANSWERS,
     "serving": ANSWERS,
     "verification": {*ANSWERS, "serving"},
-    "runtimes": ANSWERS,
+    "runtimes": {*ANSWERS, "serving"},
     "integrations": {*ANSWERS, "serving"},
     "calibration": {*ANSWERS, "evaluation"},
     "report": {*ANSWERS, "evaluation"},

@@ -5,13 +5,18 @@ from __future__ import annotations
 import threading
 
 import families
+import numpy as np
 import pytest
 import torch
 from decoding import NEW
 
-from offramp.engine.decoding.sampler import Noise
+from offramp.engine.decoding.noise import gumbel
+from offramp.engine.decoding.sampler import PyTorchNoise, Sampler, SeededNoise
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
+from offramp.engine.prefill import prepare
+from offramp.runtimes.edge.sampling import Sampler as ArraySampler
+from offramp.runtimes.edge.sampling import Sampling
 
 
 def sometimes(name="llava", **more):
@@ -118,8 +123,7 @@ def test_generations_in_two_threads_do_not_disturb_each_other(backbone, exits, b
 
 def test_noise_of_what_is_settled_is_let_go():
     """It is as wide as the vocabulary, for each token of an answer."""
-    noise = Noise.seeded(0, torch.device("cpu"))
-    noise.rows, even = 2, torch.full((1, 100), 0.01)
+    noise, even = PyTorchNoise(2, torch.device("cpu")), torch.zeros(1, 100)
     for place in range(5):
         for row in range(2):
             noise.choose(row, place, even)
@@ -128,3 +132,64 @@ def test_noise_of_what_is_settled_is_let_go():
         assert len(noise._drawn) == 1
         noise.settled(1, place)
     assert not noise._drawn and not noise._left
+
+
+def test_noise_is_a_function_of_seed_and_place_alone():
+    kept = [1.26697576, 3.72452331, -0.69626248, 5.27681637]  # of seed 7, place 3: as ever since
+    assert gumbel(7, 3, 4) == pytest.approx(kept, rel=1e-6)
+    assert np.array_equal(gumbel(7, 3, 50), gumbel(7, 3, 1000)[:50])
+    assert np.array_equal(gumbel(-1, 0, 9), gumbel(2**64 - 1, 0, 9))
+    drawn = {gumbel(seed, place, 1).item() for seed in range(40) for place in range(40)}
+    assert len(drawn) == 1600, "no two places share noise, of one seed or of two"
+
+
+OPTIONS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 1.7, "top_k": 12},
+    {"temperature": 0.9, "top_p": 0.8},
+    {"temperature": 1.3, "top_k": 30, "top_p": 0.95, "repetition_penalty": 1.4},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_pytorch_and_numpy_choose_the_same_token(options, backbone, batch):
+    """Of the same logits, at each place, by each seed: the noise has the same bits."""
+    inputs = batch("llava", 1)
+    given = {"do_sample": True, "top_k": 0, "max_new_tokens": 9, **options}
+    prepared = prepare(backbone("llava").model, inputs, **given)
+    prompt, before, found = prepared.ids[0].tolist(), [], set()
+    for seed in range(30):
+        draw = np.random.default_rng(seed)
+        logits = draw.normal(0, 3, 400 + seed).astype(np.float32)
+        sampling = Sampling(**{"temperature": 1.0, **options}, seed=seed)
+        ours = Sampler(prepared, noise=SeededNoise(seed))
+        theirs = ArraySampler(sampling, 1000, prompt)
+        before = [int(token) for token in draw.integers(400, size=seed % 5)]
+        token = ours.choose(torch.from_numpy(logits)[None], before)
+        assert token == theirs.choose(theirs.allowed(logits, None, before), None, before)
+        found.add(token)
+    assert len(found) > 10
+
+
+def test_seeded_tokens_are_drawn_as_likely_as_they_are():
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5, float("-inf")]])
+    shares, draws = scores.softmax(-1)[0], 4000
+    for seeds, places in ((draws, 1), (1, draws)):
+        counts = torch.zeros(6)
+        for seed in range(seeds):
+            for place in range(places):
+                counts[SeededNoise(seed).choose(0, place, scores)] += 1
+        assert counts[5] == 0
+        expected = draws * shares[:5]
+        assert ((counts[:5] - expected) ** 2 / expected).sum() < 18.5  # 0.1% of chi-square, 4
+
+
+@pytest.mark.parametrize("bad", [[float("nan"), 0.0], [float("inf"), 0.0], [float("-inf")] * 2])
+def test_logits_that_nothing_can_be_drawn_from_are_refused(bad):
+    for noise in (SeededNoise(1), PyTorchNoise(1, torch.device("cpu"))):
+        with pytest.raises(RuntimeError, match="inf or nan"):
+            noise.choose(0, 0, torch.tensor([bad]))
+    sampler = ArraySampler(Sampling(1.0), 2)
+    with pytest.raises(RuntimeError, match="inf or nan"):
+        sampler.choose(np.array(bad, dtype=np.float32), None, [])

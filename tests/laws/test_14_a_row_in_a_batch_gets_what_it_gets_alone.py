@@ -18,7 +18,7 @@ from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.decoding.sampler import Noise, Sampler
+from offramp.engine.decoding.sampler import Sampler, SeededNoise
 from offramp.engine.executors.choice import EXECUTORS, executor_for
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
@@ -132,7 +132,7 @@ def serve(
             notes[number] = LogitsWarper()
             extra = {"logits_processor": [notes[number]]}
         prepared = prompts.prepare(request.inputs, {**request.options, **extra})
-        sampler = Sampler(prepared, noise=Noise.seeded(number, prepared.ids.device))
+        sampler = Sampler(prepared, noise=SeededNoise(number))
         first = first_thresholds(whole, request.policy)
         rule = ExitRule.of(request.policy, guess_above=request.guess, first=first)
         with torch.inference_mode():

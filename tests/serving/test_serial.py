@@ -66,8 +66,7 @@ def test_an_answer_is_what_generate_gives(mode: str, adapter: Adapter, rows: Any
 def test_a_seed_draws_what_it_draws_alone_and_leaves_other_draws_alone(
     adapter: Adapter, rows: Any
 ) -> None:
-    torch.manual_seed(5)
-    alone = adapter.generate(rows[0], **SAMPLED).sequences
+    alone = adapter.generate(rows[0], seed=5, **SAMPLED).sequences
     state = torch.get_rng_state()
     core = SerialCore(adapter)
     handles = [core.add(Request(rows[0], seed=seed, options=SAMPLED)) for seed in (5, None, None)]

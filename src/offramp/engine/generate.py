@@ -20,7 +20,14 @@ from offramp.engine.decoding.plan import Plan
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.decoding.sampler import Noise, Observer, Sampler, Together
+from offramp.engine.decoding.sampler import (
+    Noise,
+    Observer,
+    PyTorchNoise,
+    Sampler,
+    SeededNoise,
+    Together,
+)
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN, Token
 from offramp.engine.plan import plan_of
@@ -58,8 +65,8 @@ def generate(
     vision_cache: image features kept between calls, for several questions on an image.
     prefix_cache: keys and values of prompts kept between calls, for the next turn of a dialogue.
     streamer: HF's; where it has a method `step`, that gets each token with its depth and score.
-    seed: of the noise where tokens are sampled, one generator a row; None: PyTorch's own goes on,
-    as with HF.
+    seed: where tokens are sampled; row r draws by seed + r, the same tokens in every engine. None:
+    PyTorch's own generator goes on, as with HF.
     observer: is told the row, the place in the answer and the processed logits [1, V] that each
     token is chosen from.
     options: HF's own (max_new_tokens, do_sample, temperature, top_k, top_p, logits_processor,
@@ -180,9 +187,8 @@ def write_answers(
     answers = [sequence.tokens for sequence in sequences]
     if together is not None:
         answers = [_cut(together, row, answer) for row, answer in enumerate(answers)]
-    own = noise[0]
-    if seed is None and own is not None:
-        own.hand_back(max(map(len, answers)))
+    if isinstance(noise[0], PyTorchNoise):
+        noise[0].hand_back(max(map(len, answers)))
     if told is not None:
         told.end()
     return GenerationOutput.of_rows(
@@ -205,13 +211,12 @@ def _cut(together: Together, row: int, answer: Sequence[Token]) -> list[Token]:
 
 
 def _noise(rows: int, seed: int | None, prepared: Prepared) -> Sequence[Noise | None]:
-    """Each row's own by a seed; without one PyTorch's goes on, for all of them together."""
+    """Return each row's noise: by `seed` plus its number; without a seed, PyTorch's for all."""
     if not prepared.config.do_sample:
         return [None] * rows
-    device = prepared.ids.device
     if seed is None:
-        return [Noise.going_on(rows, device)] * rows
-    return [Noise.seeded(seed + row, device) for row in range(rows)]
+        return [PyTorchNoise(rows, prepared.ids.device)] * rows
+    return [SeededNoise(seed + row) for row in range(rows)]
 
 
 class _Streamed:

@@ -8,41 +8,38 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from typing import Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.executor import TriedExecutor
-from offramp.engine.decoding.exit_reader import check_company
 from offramp.engine.decoding.pace import Pace
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Schedule
 from offramp.engine.decoding.sequence import Sequence
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone
 from offramp.models.cache_salt import salted
-from offramp.models.exits import Exits, ExitSet
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.host import Host, TorchHost
+from offramp.serving.host import Host
 from offramp.serving.job import Job, Jobs
 from offramp.serving.request import Request
+
+if TYPE_CHECKING:
+    from offramp.models.backbone import Backbone
+    from offramp.models.exits import Exits, ExitSet
 
 CALLS = ("read", "feed", "deep", "flush", "full", "trial")
 """Kinds of call that are counted: a prompt, the decoder's, and full depth tried beside it."""
 
 
-class EngineCore(Jobs):
+class Core(Jobs):
     """A decoder, a queue of prompts, and the rounds.
 
-    host: what reads prompts and runs the layers; None: PyTorch, how: as of `TorchHost`, whose
-    vision_cache and prefix_cache are what requests with an image, or the beginning of a prompt, in
-    common share. clock: returns seconds. depths: of the exits in use, ascending.
+    host: what reads prompts and runs the layers. clock: returns seconds. depths: of the exits in
+    use, ascending.
 
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
     tokens: how many were settled in answers that are over. tallies: what the exits did, by whether
@@ -51,29 +48,19 @@ class EngineCore(Jobs):
 
     def __init__(
         self,
-        backbone: Backbone,
-        exits: ExitSet | Exits | None = None,
-        policy: ExitPolicy = FULL,
-        config: EngineConfig | None = None,
-        *,
-        host: Host | None = None,
+        host: Host,
+        policy: ExitPolicy,
+        config: EngineConfig,
         clock: Callable[[], float] = time.perf_counter,
-        **how: Any,
     ) -> None:
-        """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
-        self.config = config or EngineConfig()
         super().__init__(clock)
-        self.policy = policy
-        check_company(policy)
-        self._host = host or TorchHost(
-            backbone, exits, policy, self.config, between=self._meanwhile, **how
-        )
-        self.backbone, self.depths = backbone, self._host.depths
+        self._host, self.policy, self.config = host, policy, config
+        self.depths = host.depths
         self._schedule = self.config.schedule or Schedule.of(self.config.slots)
         self.decoder = Decoder(
-            backbone.depth,
-            self._host.executor(),
-            self._host.reader,
+            host.layers,
+            host.executor(),
+            host.reader,
             schedule=self._schedule,
             longest=self.config.longest,
         )
@@ -151,7 +138,7 @@ class EngineCore(Jobs):
         sequences, executor = self.decoder.sequences, cast(TriedExecutor, self.decoder.executor)
         with self._timed("trial"):
             begin = self.clock()
-            with torch.inference_mode():
+            with self._host.reader.computing():
                 final = executor.trial(
                     [s.handle for s in sequences],
                     [s.feed for s in sequences],
@@ -224,43 +211,28 @@ class EngineCore(Jobs):
 
     def _seat(self, job: Job) -> int:
         """Read the prompt of a request into a free slot; how many tokens, of the last chunk."""
-        request = job.handle.request
-        policy, instead = self._policy(request)
-        job.instead = instead
-        # A score that follows a token from exit to exit wants it settled before the next.
-        guessing = not self.decoder.reader.follows
-        first = first_thresholds(self.backbone, policy)
-        rule = ExitRule.of(policy, self.config.guess_above, guessing=guessing, first=first)
-        if policy.lossless and self._host.drafting is not None:
-            rule = self._host.drafting
-        tokens = int(request.inputs["input_ids"].shape[-1])
-        if not self.backbone.is_encoder_decoder:  # else these are the encoder's
-            self._check_room(tokens, 0)
-        answers = request.options.get("num_return_sequences") or 1
-        if answers != 1:
-            raise InputError(
-                f"A request asked for {answers} answers (num_return_sequences).",
-                "Submit it as often as answers are wanted, each with a seed of its own.",
-            )
-        if len(request.inputs["input_ids"]) != 1:
-            raise InputError(
-                f"A request of {len(request.inputs['input_ids'])} rows was submitted.",
-                "Submit each prompt as a request of its own.",
-            )
+        request, host = job.handle.request, self._host
+        policy, job.instead = self._policy(request)
+        drafts = policy.lossless and host.drafting is not None
+        rule = cast(ExitRule, host.drafting) if drafts else host.rule(policy)
+        tokens = host.tokens(request)
+        self._check_room(tokens, 0)
         self._reading = job
         try:
             with salted(request.salt):
-                prepared, reads, given = self._host.prepare(request.inputs, request.options)
-                if self._host.prove(request.inputs):
-                    self.decoder.executor = self._host.executor()
-                sampler = Sampler(prepared, noise=job.noise(prepared), on_token=job.settled)
-                job.put(prepared.ids)
-                prompt, [said] = self.decoder.read(reads, given, [sampler], rule)
+                opened = host.open(request, policy, job.settled)
+                if opened.executor is not None:
+                    self.decoder.executor = opened.executor
+                    self.decoder.depths = opened.executor.depths
+                job.put(opened.ids)
+                sampler = opened.sampler
+                prompt, [said] = self.decoder.read(opened.reader, opened.given, [sampler], rule)
         finally:
             self._reading = None
         length = int(prompt.columns)
-        self._check_room(length, sampler.most or 0)
-        with torch.inference_mode():
+        self._check_room(length, opened.longest)
+        job.ids = opened.ids
+        with host.reader.computing():
             self.decoder.join(prompt, 0, sampler, rule, said, job)
         return min(max(tokens, length), self.config.budget)
 
@@ -278,7 +250,7 @@ class EngineCore(Jobs):
 
     def _check_room(self, prompt: int, answer: int) -> None:
         """Raise `InputError` where so many tokens of a prompt and its answer do not fit a slot."""
-        positions = self.backbone.room(prompt) or self.config.limit
+        positions = self._host.positions(prompt) or self.config.limit
         limit = min(self.config.limit, positions)
         if prompt + answer > limit:
             what = "a slot" if limit == self.config.limit else "the backbone's positions, a slot"
@@ -306,28 +278,36 @@ class EngineCore(Jobs):
         self.tokens += len(job.tokens)
         if job.instead is not None:
             self.pace.answered(exiting=job.instead)
-        sampler = sequence.sampler
-        assert isinstance(sampler, Sampler)
-        output = GenerationOutput.of_rows(
-            sampler.ids, [sequence.tokens], self.backbone.depth, [sequence.rounds]
-        )
-        job.finish(output, early_exit=sequence.rule.exiting)
+        output = self._host.output(job.ids, sequence)
+        job.finish(sequence.tokens, output, early_exit=sequence.rule.exiting)
 
 
-def checked_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Raise `InputError` where `inputs` are not a processor's of one prompt."""
-    if "input_ids" not in inputs:
-        raise InputError(
-            f"A request came without token ids (it has {', '.join(inputs) or 'nothing'}).",
-            "Pass what the processor returned: processor(images=image, text=prompt, "
-            "return_tensors='pt').",
-        )
-    ids = inputs["input_ids"]
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() != 2:
-        shape = getattr(ids, "shape", None)
-        came = type(ids).__name__ if shape is None else f"{ids.dtype} of shape {[*shape]}"
-        raise InputError(
-            f"Token ids are whole numbers in a tensor [1, T], and came as {came}.",
-            "Ask the processor for tensors: return_tensors='pt'.",
-        )
-    return inputs
+class EngineCore(Core):
+    """The same of a backbone in PyTorch and its exits.
+
+    host: what reads prompts and runs the layers in PyTorch's place; None: PyTorch, how: as of
+    `TorchHost`, whose vision_cache and prefix_cache are what requests with an image, or the
+    beginning of a prompt, in common share.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: ExitSet | Exits | None = None,
+        policy: ExitPolicy = FULL,
+        config: EngineConfig | None = None,
+        *,
+        host: Host | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        **how: Any,
+    ) -> None:
+        """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
+        from offramp.engine.decoding.exit_reader import check_company
+        from offramp.serving.torch_host import TorchHost
+
+        config = config or EngineConfig()
+        check_company(policy)
+        if host is None:
+            host = TorchHost(backbone, exits, policy, config, between=self._meanwhile, **how)
+        self.backbone = backbone
+        super().__init__(host, policy, config, clock)

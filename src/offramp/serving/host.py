@@ -2,56 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Protocol, TypeGuard
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from offramp.adapter import Adapter
-from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.prompt import PromptReader
-from offramp.engine.decoding.reader import ReadsPrompts
+from offramp.engine.decoding.reader import Reader, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.drafter import Drafter
-from offramp.engine.executors.choice import executor_for
-from offramp.engine.executors.slots.memory import check_room
+from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.prefill import Prepared
-from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.self_check import prove
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
-from offramp.models.vision_cache import VisionCache
-from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
+
+if TYPE_CHECKING:
+    from offramp.adapter import Adapter
+    from offramp.models.vision_cache import VisionCache
+
+OnSettled = Callable[[int, int, int, float], None]
+"""Is told a token that can no longer change: its place in the answer, id, depth and score."""
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A request whose prompt is to be read.
+
+    reader: reads `given` into the host's executor, as a prompt that has `columns`. sampler: of the
+    answer. longest: tokens of the answer; 0: not known. ids: of the prompt. executor: what runs the
+    layers from here on; None: what did before.
+    """
+
+    reader: ReadsPrompts
+    given: Any
+    sampler: TokenSampler
+    longest: int
+    ids: Any
+    executor: Executor | None = None
 
 
 class Host(Protocol):
-    """PyTorch's layers, or a runtime's, for one engine.
+    """The layers of one engine, in PyTorch or in a runtime.
 
-    depths: of the exits in use, ascending. reader: asks them. drafting: the rule of lossless
-    answers whose drafts an exit writes from its own state; None: none does.
+    layers: depth of the full model. depths: of the exits in use, ascending. reader: asks them.
+    drafting: the rule of lossless answers whose drafts an exit writes from its own state; None:
+    none does.
     """
 
-    backbone: Backbone
+    layers: int
     depths: tuple[int, ...]
-    reader: ExitReader
+    reader: Reader
     drafting: ExitRule | None
 
     def executor(self) -> Executor:
-        """What runs the layers, no prompt being there."""
+        """Return what runs the layers, no prompt being there."""
         ...
 
-    def prove(self, inputs: Mapping[str, Any]) -> bool:
-        """Find out how the layers can run, at the first prompt; whether it is otherwise than by the
-        executor that was made."""
+    def rule(self, policy: ExitPolicy) -> ExitRule:
+        """Return how answers under a policy use the exits."""
         ...
 
-    def prepare(
-        self, inputs: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[Prepared, ReadsPrompts, Any]:
-        """As `PromptReader.prepare`; what reads the prompt, which then has `columns`, padding
-        included; and what that is given."""
+    def tokens(self, request: Request) -> int:
+        """Return the prompt's tokens, as far as they take columns of a slot.
+
+        Raises:
+            InputError: the request is not one prompt for one answer.
+        """
+        ...
+
+    def positions(self, prompt: int) -> int | None:
+        """Return the longest prompt and answer that the model has positions for; None: any."""
+        ...
+
+    def open(self, request: Request, policy: ExitPolicy, on_token: OnSettled) -> Opened:
+        """Prepare a request's prompt and the rules of its answer."""
+        ...
+
+    def output(self, ids: Any, sequence: Sequence) -> Any:
+        """Return what `generate` would return for the request alone. ids: of the prompt."""
         ...
 
 
@@ -78,63 +103,3 @@ class Runtime(Protocol):
 def is_runtime(model: Any) -> TypeGuard[Runtime]:
     """Whether a model is one, several at a time."""
     return hasattr(model, "host") and model.rows > 1
-
-
-class TorchHost:
-    """A backbone in PyTorch, and its exits. between: called between two chunks of a prompt."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        exits: ExitSet | Exits | None,
-        policy: ExitPolicy,
-        config: EngineConfig,
-        *,
-        between: Callable[[], None],
-        vision_cache: VisionCache | None = None,
-        prefix_cache: PrefixCache | None = None,
-        make_reader: Callable[..., ExitReader] = ExitReader,
-    ) -> None:
-        """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
-        attached = None if exits is None else ExitSet.of(exits)
-        check_room(backbone, attached, config.slots, config.limit)
-        self.backbone, self._attached, self._config = backbone, attached, config
-        self.depths: tuple[int, ...] = ()
-        if attached is not None:
-            for by_depth in (policy.thresholds, policy.first, policy.drafts):
-                check_thresholds(dict(by_depth), attached.depths)
-            self.depths = policy.depths
-        ahead = replace(policy, lossless=True)
-        self._drafter = drafter = Drafter.of(backbone, attached, ahead, self.depths)
-        self.drafting = None if drafter is None else drafter.rule
-        if drafter is not None and not self.depths:
-            self.depths = (drafter.depth,)
-        self.reader = make_reader(backbone, attached if self.depths else None, policy, self.depths)
-        self._prompts = PromptReader(
-            backbone,
-            attached,
-            self.depths,
-            vision_cache=vision_cache,
-            prefix_cache=prefix_cache,
-            chunk=config.budget,
-            between=between,
-        )
-
-    def executor(self) -> Executor:
-        slots, limit = self._config.slots, self._config.limit
-        return executor_for(
-            self.backbone, self._attached, self.depths, longest=limit, slots=slots, limit=limit,
-            watches=self.reader.watches, drafter=self._drafter,
-        )  # fmt: skip
-
-    def prove(self, inputs: Mapping[str, Any]) -> bool:
-        if self.backbone.is_proven(self.depths):
-            return False
-        prove(self.backbone, inputs, self.depths)
-        return True
-
-    def prepare(
-        self, inputs: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[Prepared, ReadsPrompts, Any]:
-        prepared = self._prompts.prepare(inputs, options)
-        return prepared, self._prompts, prepared

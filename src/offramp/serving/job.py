@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
-import torch
-
-from offramp.engine.decoding.sampler import Noise
 from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import GenerationOutput
-from offramp.engine.prefill import Prepared
 from offramp.serving.request import Completion, Handle, Request
 
 
@@ -22,7 +18,7 @@ class Job:
 
     clock: returns seconds. started: when its prompt's turn came. tokens: when each was settled.
     instead: where it is answered at full depth because exits do not pay, whether its tokens might
-    have exited.
+    have exited. ids: of its prompt, once that was read.
     """
 
     handle: Handle
@@ -31,11 +27,12 @@ class Job:
     started: float = 0.0
     tokens: list[float] = field(default_factory=list)
     instead: bool | None = None
+    ids: Any = None
 
     def __post_init__(self) -> None:
         self.submitted = self.clock()
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: Any) -> None:
         if self.handle.request.streamer is not None:
             self.handle.request.streamer.put(value)
 
@@ -43,25 +40,23 @@ class Job:
         """The token at a place of the answer can no longer change."""
         self.tokens.append(self.clock())
         if self.handle.request.streamer is not None:
+            import torch  # which streamers are of
+
             self.handle.request.streamer.put(torch.tensor([token]))
         if self.handle.request.on_token is not None:
             self.handle.request.on_token(Token(token, depth, score))
-
-    def noise(self, prepared: Prepared) -> Noise | None:
-        """By its seed; None where it does not sample."""
-        if not prepared.config.do_sample:
-            return None
-        return Noise.seeded(self.handle.request.seed, prepared.ids.device)
 
     def end(self) -> None:
         if self.handle.request.streamer is not None:
             self.handle.request.streamer.end()
 
-    def finish(self, output: GenerationOutput, *, early_exit: bool) -> None:
-        """Hand out its answer. early_exit: whether its tokens might exit."""
+    def finish(self, tokens: Sequence[Token], output: Any, *, early_exit: bool) -> None:
+        """Hand out its answer. output: as of `Completion`. early_exit: whether its tokens might
+        exit."""
         begin, times = self.submitted, self.tokens
         self.handle.set_result(
             Completion(
+                tuple(tokens),
                 output,
                 early_exit,
                 self.started - begin,

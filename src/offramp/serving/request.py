@@ -11,7 +11,7 @@ from typing import Any
 
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import FULL, MODES, ExitPolicy, GenerationOutput
+from offramp.engine.policy import FULL, MODES, ExitPolicy
 from offramp.errors import InputError, check_known
 
 OnToken = Callable[[Token], None]
@@ -21,13 +21,13 @@ OnToken = Callable[[Token], None]
 class Request:
     """One prompt and how to answer it.
 
-    inputs: what the processor returned for it, one row. mode: one of `MODES`; None: the adapter's
-    own policy, or the full model while the engine finds that exits do not pay. thresholds: by
-    depth, instead of the policy's; early exit only. seed: of its own generator; only matters with
-    `do_sample=True`. streamer, on_token: get the prompt's ids and each settled token's, or each
-    settled token with its depth and score; they run in the engine's thread and must be quick.
-    options: Hugging Face's generation options. salt: what is kept of it is found by requests of the
-    same salt alone; None: by all that have none.
+    inputs: what the processor returned for it, one row, or what else the engine takes. mode: one of
+    `MODES`; None: the adapter's own policy, or the full model while the engine finds that exits do
+    not pay. thresholds: by depth, instead of the policy's; early exit only. seed: which sample,
+    where tokens are sampled; None: any. streamer, on_token: get the prompt's ids and each settled
+    token's, or each settled token with its depth and score; they run in the engine's thread and
+    must be quick. options: Hugging Face's generation options, or what else the engine takes. salt:
+    what is kept of it is found by requests of the same salt alone; None: by all that have none.
 
     Raises:
         InputError: an unknown mode, thresholds in another mode than early exit.
@@ -83,13 +83,15 @@ class Request:
 class Completion:
     """An answer, and how long it took.
 
-    output: what `generate` would return for the request alone. early_exit: whether its tokens may
+    tokens: with their depths and scores. output: what `generate` would return for the request
+    alone; of an engine without PyTorch None. early_exit: whether its tokens may
     have exited; False where the full model's were given, asked for or not. queued, first, total:
     seconds from submission to the prompt's turn, to the first token, and to the last. gaps: seconds
     between its tokens.
     """
 
-    output: GenerationOutput
+    tokens: tuple[Token, ...]
+    output: Any
     early_exit: bool
     queued: float
     first: float

@@ -17,6 +17,7 @@ from torch import Tensor
 from offramp.adapter import Adapter
 from offramp.answers import Model, generate_by
 from offramp.engine.decoding.scheduler import Tally
+from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.models.backbone import Backbone
@@ -107,7 +108,9 @@ class SerialCore(Jobs):
         with salted(request.salt):
             output = generate_by(self._model, request.inputs, policy, options)
         self._count(output, policy)
-        job.finish(output, early_exit=bool(policy.thresholds) and not policy.lossless)
+        tokens = [*map(Token, *(row[0].tolist() for row in
+                                (output.new_tokens, output.depths, output.scores)))]  # fmt: skip
+        job.finish(tokens, output, early_exit=bool(policy.thresholds) and not policy.lossless)
 
     def _pause(self) -> None:
         self._drop_unwanted()

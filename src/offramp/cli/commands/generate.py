@@ -215,8 +215,6 @@ def _answer(
     runtime: Any, inputs: dict[str, Any], policy: Any, seed: int, options: dict[str, Any]
 ) -> Any:
     """One answer; each starts from the seed anew."""
-    import torch
-
     from offramp.engine.prefill import check_inputs
 
     backbone = runtime.backbone
@@ -224,8 +222,7 @@ def _answer(
         check_inputs(inputs, backbone.model)
     except InputError as error:
         raise InputError(error.problem, "Add --image FILE.") from error
-    torch.manual_seed(seed)
-    return runtime.generate(inputs, policy=policy, **options)
+    return runtime.generate(inputs, policy=policy, seed=seed, **options)
 
 
 def _streamer(tokenizer: Any) -> Any:

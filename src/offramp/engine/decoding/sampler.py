@@ -1,8 +1,8 @@
 """A row's own rules for its next token: Hugging Face's processors and criteria, and its noise.
 
-The noise is of a place in the answer, whoever asks. So a seed gives the same tokens whatever was
-guessed in between, in whatever company, and lossless decoding gives the full model's sample of that
-seed. That a draft and the full model share the noise makes them agree often (Daliri et al. 2025).
+Noise belongs to a place in the answer, whoever asks for it: a place that is asked about again,
+because its first token was only a draft, gets the same noise. `SeededNoise` serves requests with a
+seed, and `PyTorchNoise` those of `generate` without one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteri
 from transformers.generation import logits_process
 
 from offramp.engine.constraint import Constraint
+from offramp.engine.decoding.noise import gumbel
 from offramp.engine.prefill import Prepared
 
 BY_ROW = frozenset(
@@ -40,47 +41,63 @@ Observer = Callable[[int, int, Tensor], None]
 of a place that is chosen again, again."""
 
 
-class Noise:
-    """Of the rows that share a generator, drawn together for a place as Hugging Face's `generate`
-    draws for a batch.
+class Noise(Protocol):
+    """Chooses the tokens of sampled rows."""
 
-    `torch.multinomial` for one draw takes the largest p / e, with e exponential (Gumbel-max in
-    other words), and so consumes the same noise whatever the probabilities. Here e is drawn once a
-    place: a place that is asked about again, because its first token was only a guess or a draft,
-    is asked with the same noise, and what is chosen from the same probabilities is what
-    `torch.multinomial` chooses.
+    rows: int
+
+    def choose(self, row: int, place: int, scores: Tensor) -> int:
+        """Draw the token of a row at a place from the softmax of its scores [1, V].
+
+        Raises:
+            RuntimeError: the scores hold inf or nan, or all are -inf.
+        """
+        ...
+
+    def settled(self, row: int, place: int) -> None:
+        """Note that the token of a row at a place can no longer change."""
+        ...
+
+
+class SeededNoise:
+    """Noise of one row by its seed, as every engine has it (`offramp.engine.decoding.noise`)."""
+
+    rows = 1
+
+    def __init__(self, seed: int | None = None) -> None:
+        """seed: None: any, though not PyTorch's own, which other rows draw from too."""
+        self._seed = secrets.randbits(63) if seed is None else seed
+
+    def choose(self, row: int, place: int, scores: Tensor) -> int:
+        _check_finite(scores.max())
+        noise = torch.from_numpy(gumbel(self._seed, place, scores.shape[-1]))
+        return int((scores[0] + noise.to(scores.device)).argmax())
+
+    def settled(self, row: int, place: int) -> None:
+        """Nothing is kept of a place."""
+
+
+class PyTorchNoise:
+    """Noise of a batch that goes on from PyTorch's own generator, so that a caller's
+    `torch.manual_seed` gives the sample that Hugging Face's `generate` gives.
+
+    `torch.multinomial` for one draw takes the largest p / e, with e exponential, and consumes the
+    same noise whatever the probabilities p. Here e is drawn once a place, for all rows together.
     """
 
-    def __init__(self, generator: torch.Generator, rows: int = 1) -> None:
-        self._generator, self.rows = generator, rows
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._generator, self.rows = torch.Generator(device), rows
+        if device.type == "cpu":
+            self._generator.set_state(torch.get_rng_state())
+        else:
+            self._generator.manual_seed(int(torch.randint(2**62, (1,))))
         self._drawn: dict[int, Tensor] = {}  # by place [rows, V]
         self._states: dict[int, Tensor] = {}  # of the generator, before each place
         self._left: dict[int, set[int]] = {}  # rows that a place is not settled in
 
-    @classmethod
-    def seeded(cls, seed: int | None, device: torch.device) -> Noise:
-        """Of one row. seed: of its generator; None: any."""
-        seed = secrets.randbits(63) if seed is None else seed
-        return cls(torch.Generator(device).manual_seed(seed))
-
-    @classmethod
-    def going_on(cls, rows: int, device: torch.device) -> Noise:
-        """Of rows whose noise goes on from PyTorch's own, so that `torch.manual_seed` holds."""
-        generator = torch.Generator(device)
-        if device.type == "cpu":
-            generator.set_state(torch.get_rng_state())
-        else:
-            generator.manual_seed(int(torch.randint(2**62, (1,))))
-        return cls(generator, rows)
-
-    def choose(self, row: int, place: int, probabilities: Tensor) -> int:
-        """The token of a row at a place, by probabilities [1, V].
-
-        Raises:
-            RuntimeError: they are no probabilities.
-        """
-        if not bool(torch.isfinite(probabilities).all()):
-            raise RuntimeError("The logits to sample from hold inf or nan.")
+    def choose(self, row: int, place: int, scores: Tensor) -> int:
+        probabilities = scores.softmax(-1)
+        _check_finite(probabilities.sum())
         while (at := len(self._states)) <= place:  # in order, so that each place has its own
             self._states[at] = self._generator.get_state()
             like = probabilities.new_empty(self.rows, probabilities.shape[-1])
@@ -89,7 +106,6 @@ class Noise:
         return int((probabilities[0] / self._drawn[place][row]).argmax())
 
     def settled(self, row: int, place: int) -> None:
-        """The token of a row at a place can no longer change."""
         left = self._left.get(place)
         if left is not None:
             left.discard(row)
@@ -97,10 +113,15 @@ class Noise:
                 del self._left[place], self._drawn[place]
 
     def hand_back(self, places: int) -> None:
-        """Let PyTorch's own generator go on from behind so many places."""
+        """Let PyTorch's own generator go on after so many places."""
         if self._generator.device.type == "cpu":
             state = self._states.get(places, self._generator.get_state())
             torch.set_rng_state(state)
+
+
+def _check_finite(number: Tensor) -> None:
+    if not bool(torch.isfinite(number)):
+        raise RuntimeError("The logits to sample from hold inf or nan.")
 
 
 class Together:
@@ -174,9 +195,9 @@ class Sampler:
         self.scored = bool(self._hard)
         longest = self._criteria.max_length
         self.most = None if longest is None else int(longest) - self.ids.shape[1]
-        self._noise = noise
+        self._noise: Noise | None = noise
         if self.samples and noise is None:
-            self._noise = Noise.seeded(None, self.ids.device)
+            self._noise = SeededNoise()
 
     def choose(self, logits: Tensor, before: Sequence[int]) -> int:
         """The token behind the answer's tokens `before`, out of raw logits [1, V]."""
@@ -187,7 +208,7 @@ class Sampler:
         if not self.samples:
             return int(scores.argmax(-1))
         assert self._noise is not None
-        return self._noise.choose(self._lane, len(before), scores.softmax(-1))
+        return self._noise.choose(self._lane, len(before), scores)
 
     def constrain(self, logits: Tensor, before: Sequence[int]) -> Tensor:
         """Logits [1, V] of what may come behind `before`, which an exit's score is about: by the

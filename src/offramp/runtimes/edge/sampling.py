@@ -1,8 +1,5 @@
-"""Which token comes next, in numpy.
-
-Sampling is by noise that belongs to a place in the answer and a seed (Gumbel-max): whichever layer
-speaks at a place, it is given the same noise. So lossless writes the full model's sample of that
-seed, and one seed gives one answer in every mode.
+"""Which token comes next, in numpy: the sampler of PyTorch's engines (`engine.decoding.sampler`)
+without Hugging Face's processors. Both draw by the same noise (`engine.decoding.noise`).
 """
 
 from __future__ import annotations
@@ -11,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from offramp.engine.decoding.noise import gumbel
 from offramp.errors import InputError
 from offramp.runtimes.llama_cpp.array_reader import Ids
 from offramp.runtimes.llama_cpp.graphs import Array
@@ -96,9 +93,11 @@ class Sampler:
         if sampling.temperature == 0.0:
             best = int(logits.argmax())
         else:
-            scaled = self._warped(logits.astype(np.float64) / sampling.temperature)
-            draw = np.random.default_rng([sampling.seed, len(before)])
-            noise = draw.gumbel(size=self._vocabulary)
+            # Single precision, as Hugging Face's warpers compute.
+            scaled = self._warped(logits.astype(np.float32) / np.float32(sampling.temperature))
+            if not np.isfinite(scaled.max()):
+                raise RuntimeError("The logits to sample from hold inf or nan.")
+            noise = gumbel(sampling.seed, len(before), self._vocabulary)
             best = int((scaled + (noise[: len(logits)] if ids is None else noise[ids])).argmax())
         return best if ids is None else int(ids[best])
 
@@ -111,7 +110,7 @@ class Sampler:
         stopped = self._on_token(ids[place])
         return stopped or self.would_end(place + 1, ids[place])
 
-    def _warped(self, scaled: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def _warped(self, scaled: Array) -> Array:
         """Logits, minus infinity where top-k and top-p leave a token out."""
         sampling = self._sampling
         if 0 < sampling.top_k < len(scaled):

@@ -15,7 +15,6 @@ from offramp.adapter import Adapter, CalledAsModel
 from offramp.engine.confidence import SCORES, STREAKS
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.exit_reader import ExitReader
 from offramp.engine.decoding.pace import DraftPace
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
@@ -40,6 +39,7 @@ from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
 from offramp.runtimes.llama_cpp.tensor_reader import TensorReader
 from offramp.runtimes.llama_cpp.trial import check_survives
+from offramp.serving.torch_host import PreparedHost
 
 
 class LlamaCppRuntime(CalledAsModel):
@@ -296,23 +296,21 @@ class LlamaCppRuntime(CalledAsModel):
             )
 
 
-class LlamaCppHost:
+class LlamaCppHost(PreparedHost):
     """What one batch engine writes with: a sequence of llama.cpp's for each slot; meanwhile the
     runtime itself answers nothing."""
 
     def __init__(
         self, adapter: Adapter, policy: ExitPolicy, executor: ChainExecutor, entry: PromptEntry
     ) -> None:
-        self.backbone, self.depths = adapter.backbone, executor.depths
-        self.reader: ExitReader = TensorReader(adapter, policy, self.depths)
+        super().__init__(adapter.backbone)
+        self.depths = executor.depths
+        self.reader = TensorReader(adapter, policy, self.depths)
         self._executor, self.entry, drafter = executor, entry, executor.drafter
         self.drafting = None if drafter is None else drafter.rule(policy)
 
     def executor(self) -> Executor:
         return self._executor
-
-    def prove(self, inputs: Mapping[str, Any]) -> bool:
-        return False  # the runtime did when it was loaded
 
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]
