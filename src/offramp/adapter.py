@@ -7,17 +7,20 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 from torch import Tensor, nn
 
 from offramp.certificate import Certificate
-from offramp.engine.decoding.pace import DraftPace, clock_on
+from offramp.engine.decoding.plan import Plan
 from offramp.engine.generate import generate, generate_prepared
+from offramp.engine.plan import plan_of
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import IMAGES, Prepared
 from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.stamp import Stamp
 from offramp.errors import AdapterError, InputError
 from offramp.guarantee import Conditions, Standing, standing
 from offramp.model_card import model_card
@@ -33,6 +36,8 @@ from offramp.save_and_load import (
     save_parts,
 )
 
+PLANS = 4
+"""Plans that an adapter keeps, one for each policy that was asked for last."""
 NO_THRESHOLDS = (
     "These exits have no thresholds, so every layer runs for every token. Find thresholds with "
     "`offramp calibrate`, or give some: exit_policy=ExitPolicy({%d: 0.95}). mode='lossless' needs "
@@ -159,7 +164,6 @@ class Adapter(CalledAsModel):
     seen: see `offramp.data.decontamination`; empty where it is not known.
     attempts: at a guarantee, as JSON; see `offramp.calibration.attempts`.
     certificate: what `offramp verify` found of its exits; None: nothing yet.
-    pace: whether lossless drafts pay; None: they are made in any case.
     """
 
     backbone: Backbone
@@ -171,12 +175,12 @@ class Adapter(CalledAsModel):
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attempts: Sequence[Mapping[str, Any]] = ()
     certificate: Certificate | None = None
-    pace: DraftPace | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         self.backbone = Backbone.of(self.backbone)
         self.exits = ExitSet.of(self.exits)
-        self.pace = DraftPace(clock_on(self.backbone.device.type))
+        self._plans: tuple[tuple[ExitPolicy, Plan], ...] = ()
+        self._stamp: Stamp | None = None
 
     def __repr__(self) -> str:
         depths = ", ".join(map(str, self.exits.depths))
@@ -231,9 +235,27 @@ class Adapter(CalledAsModel):
     def _write(
         self, inputs: Mapping[str, Any], policy: ExitPolicy, **options: Any
     ) -> GenerationOutput:
-        return generate(
-            self.backbone, inputs, exits=self.exits, policy=policy, pace=self.pace, **options
-        )
+        return generate(self.backbone, inputs, planned=partial(self.plan, policy), **options)
+
+    def plan(self, policy: ExitPolicy | None = None) -> Plan:
+        """What answers by a policy, or its own, are written by.
+
+        The newest `PLANS` are kept, as long as backbone and exits are what they were
+        (`offramp.engine.stamp`).
+
+        Raises:
+            InputError: the policy does not fit the exits.
+        """
+        policy = self.policy if policy is None else policy
+        if self._stamp is None or not self._stamp.holds(self.backbone, self.exits):
+            self.exits.forget_head()
+            self._plans, self._stamp = (), Stamp(self.backbone, self.exits)
+        for known, plan in self._plans:
+            if known == policy:
+                return plan
+        plan = plan_of(self.backbone, self.exits, policy)
+        self._plans = ((policy, plan), *self._plans[: PLANS - 1])
+        return plan
 
     @property
     def _exits_of(self) -> Adapter:
@@ -265,10 +287,8 @@ class Adapter(CalledAsModel):
         made = generate_prepared(
             self.backbone,
             Prepared(model, input_ids, *rules, model_kwargs),
-            exits=self.exits,
-            policy=self.chosen_policy(mode, policy, exit_policy),
+            partial(self.plan, self.chosen_policy(mode, policy, exit_policy)),
             prefix_cache=prefix_cache,
-            pace=self.pace,
         )
         asked = getattr(generation_config, "return_dict_in_generate", False)
         return made if asked else made.sequences.clone()
@@ -298,10 +318,10 @@ class Adapter(CalledAsModel):
         """The same exits with another policy. Raise `InputError` if it names other depths.
 
         calibration: what is guaranteed of it. A guarantee about another policy does not stay; a
-            policy that drafts or guesses otherwise is the same, for that changes no output.
+            policy that drafts otherwise is the same, for that changes no output.
         """
         check_policy_depths(policy, self.exits.depths)
-        alike = replace(policy, drafts=self.policy.drafts, guesses=self.policy.guesses)
+        alike = replace(policy, drafts=self.policy.drafts)
         if calibration is None and alike == self.policy:
             calibration = self.calibration
         return replace(self, policy=policy, calibration=calibration)

@@ -24,7 +24,6 @@ from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.calibration.profiler import measure_costs
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import Task, captions, captions_and_questions, questions
-from offramp.engine.decoding.pace import drafting
 from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
 from offramp.evaluation.run_log import Done
 from offramp.evaluation.timing import (
@@ -240,12 +239,11 @@ def _speed(timing: Timing) -> dict[str, Any]:
 def _draft_rounds(
     adapter: Adapter, encoder: InputProcessor, policy: ExitPolicy, examples: Sequence[Example]
 ) -> list[tuple[int, int]]:
-    """(drafted, accepted) of every lossless round over `examples`, whether drafts pay or not."""
-    with drafting(adapter):
-        made = [
-            adapter.generate(encoder.prompts([example]), policy=policy, **OPTIONS)
-            for example in examples
-        ]
+    """(drafted, accepted) of every lossless round over `examples`."""
+    made = [
+        adapter.generate(encoder.prompts([example]), policy=policy, **OPTIONS)
+        for example in examples
+    ]
     return [counts for output in made for counts in output.rounds]
 
 

@@ -131,12 +131,13 @@ class Conditions:
         """Where a backbone answers by a policy. engine: a runtime's name; None: PyTorch. known:
         sampling, longest, prompts and `of_processor`."""
         policy = resolved(policy, backbone)
-        by_depth = ("thresholds", "first", "gates", "weights")
+        by_depth = ("thresholds", "first")
         policies: dict[str, Any] = {
             name: Thresholds(getattr(policy, name)).to_json() for name in by_depth
         }
         plain = ("score", "kv", "shortlist", "exit_in_prefill", "visual_keep")
         policies |= {name: getattr(policy, name) for name in plain}
+        policies |= {name: {} for name in ("gates", "weights")}  # of earlier versions
         policies["visual_ranking"] = policy.visual_ranking if policy.visual_keep < 1 else None
         return cls(
             dtype=str(backbone.dtype).removeprefix("torch."),

@@ -23,10 +23,8 @@ from offramp.answers import GREEDY, Runtime
 from offramp.certificate import PathResult, Run, Settings, finite
 from offramp.data.example import Example, examples_digest
 from offramp.data.scenes import language, world
-from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.pace import drafting
-from offramp.engine.decoding.reader import Question
-from offramp.engine.decoding.rule import ExitRule, Verdict
+from offramp.engine.decoding.reader import Query
+from offramp.engine.decoding.rule import Verdict
 from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.exit_check import ExitOutput
@@ -37,7 +35,6 @@ from offramp.engine.policy import (
     GenerationOutput,
     Thresholds,
     check_all_go_on,
-    first_thresholds,
     policy_to_json,
 )
 from offramp.engine.prefill import Prefill, prepare
@@ -135,11 +132,11 @@ class Verification:
     @property
     def answers(self) -> int:
         """How many answers are written in all."""
-        modes, n, shared = self._policies, len(self.examples), len(self._shared)
+        modes, n = self._policies, len(self.examples)
         each = 1 + len(modes) + ("early exit" in modes)  # the model's own, and every layer's
-        each += 0 if self.runtime is not None else len(modes) - ("guesses" in modes)
-        each += shared * self._keeps_company
-        return n * each + shared * sum(-(-n // rows) * rows for rows in self._rows)
+        each += 0 if self.runtime is not None else len(modes)
+        each += len(modes) * self._keeps_company
+        return n * each + len(modes) * sum(-(-n // rows) * rows for rows in self._rows)
 
     @property
     def _rows(self) -> list[int]:
@@ -151,20 +148,8 @@ class Verification:
     def _keeps_company(self) -> bool:
         return self.runtime is None or is_runtime(self.runtime)
 
-    @property
-    def _shared(self) -> dict[str, ExitPolicy]:
-        """The modes of rows and of requests in company: one with exits is as the policy is."""
-        names = {m: p for m, p in self._policies.items() if m != "guesses"}
-        if "guesses" in self._policies:
-            names["early exit"] = self._policies["guesses"]
-        return names
-
     def run(self, told: Callable[[int], object] = lambda _: None) -> list[PathResult]:
         """What each path came to. told: is called with how many answers more there are."""
-        with drafting(*(model for model in (self.adapter, self.runtime) if model is not None)):
-            return self._run(told)
-
-    def _run(self, told: Callable[[int], object]) -> list[PathResult]:
         self._told = told
         self._inputs = [self.encoder.prompts([example]) for example in self.examples]
         noted = self._notes()
@@ -177,21 +162,17 @@ class Verification:
         # A runtime's sequences have cells of their own, and what they share changes no bit.
         exact = self._exact or self.backbone.decoding.exact_batches
         promised = exact or self.runtime is not None
-        beside = {
-            m: alone["guesses" if m != "full" and p.guesses and not p.lossless else m]
-            for m, p in self._shared.items()
-        }
         for rows in self._rows:
-            for mode, policy in self._shared.items():
+            for mode, policy in self._policies.items():
                 made = _tried(partial(self._batched, rows, policy))
-                theirs = beside[mode]
+                theirs = alone[mode]
                 if isinstance(made, list) and isinstance(theirs, list):
                     theirs = [theirs[i % len(theirs)] for i in range(len(made))]
                 results.append(_compared(f"{mode}, {rows} rows", ALONE, promised, made, theirs))
         if not self._keeps_company:
             return results
         together = _tried(self._in_company)
-        for mode, theirs in beside.items():
+        for mode, theirs in alone.items():
             made = together if isinstance(together, _Refused) else together[mode]
             name = f"{mode}, among {self._slots}"
             results.append(_compared(name, ALONE, promised, made, theirs))
@@ -206,9 +187,6 @@ class Verification:
         noted: Sequence[_Largest],
     ) -> PathResult:
         """Single answers in a mode. own, noted: the model's own answers and their logits."""
-        if mode == "guesses":
-            against, theirs = "early exit without guesses", alone["early exit"]
-            return _compared(mode, against, self._alone_exact, alone[mode], theirs)
         # Several tokens of one call, as drafts are, get what each gets alone.
         against, theirs, promised = OWN, own, self._alone_exact
         if mode == "early exit":
@@ -221,7 +199,7 @@ class Verification:
         return _compared(mode, against, promised, alone[mode], theirs, apart)
 
     def _of_runtime(self, runtime: Runtime, made: Mapping[str, Any], own: Any) -> list[PathResult]:
-        """Single answers of what decodes in PyTorch's place: lossless and guesses to its own,
+        """Single answers of what decodes in PyTorch's place: lossless to its own,
         which are the model's as far as its numbers are."""
         same = self._exact and "graphs" in runtime.name
         results = []
@@ -328,8 +306,8 @@ class Verification:
         if self.runtime is not None and is_runtime(self.runtime):
             limit = self.runtime.context
         config = EngineConfig(slots, limit, schedule=Schedule.of(slots))
-        shared = self._shared
-        policy = shared.get("early exit", FULL)
+        modes = self._policies
+        policy = modes.get("early exit", FULL)
         adapter = replace(self.adapter, policy=policy, calibration=None)
         names = {"full": "full", "early exit": "early_exit", "lossless": "lossless"}
         model: Any = adapter
@@ -340,9 +318,9 @@ class Verification:
             asked = [
                 (mode, engine.submit(given, mode=names[mode], wait=True, **self._options))
                 for given in self._inputs
-                for mode in shared
+                for mode in modes
             ]
-            made: dict[str, list[_Row]] = {mode: [] for mode in shared}
+            made: dict[str, list[_Row]] = {mode: [] for mode in modes}
             for mode, handle in asked:
                 made[mode].append(_row(handle.result().output))
                 self._told(1)
@@ -372,8 +350,8 @@ class Verification:
         add_exit_entries(prepared.cache, exits.entries, backbone.depth)
         prefill = Prefill(intercepted, prepared)
         sampler = Sampler(prepared, 0, observer=noted[place])
-        reader = ExitReader(backbone, exits, policy, depths)
-        later = ExitRule.of(policy, guessing=False, first=first_thresholds(backbone, policy))
+        plan = self.adapter.plan(policy)
+        heads, later = plan.heads, plan.rule()
         words: list[tuple[int, int, float]] = []
         for at in range(len(ids)):
             if at:
@@ -381,13 +359,13 @@ class Verification:
                 intercepted.stack(input_ids=fed, **prefill.extend(1))
             entries, states, final = recorder.take()
             rule = later if at else later.opening
-            question = Question(sampler, rule, list(ids[:at]))
+            query = Query(sampler, rule, list(ids[:at]))
             said, score = None, _NAN
             for depth in (depth for depth in depths if depth in rule.thresholds):
                 output = ExitOutput(
                     *(part[0, -1:] for part in (entries[depth], states[depth], entries[depth - 1]))
                 )
-                [verdict] = reader.verdicts(depth, output, [question])
+                [verdict] = heads.verdicts(depth, output, [query])
                 if not isinstance(verdict, Verdict):
                     assert verdict is not None
                     raise verdict
@@ -396,8 +374,8 @@ class Verification:
                     said = verdict.token, depth, score
                     break
             if said is None:
-                word = reader.words(backbone.final_norm(final[:1, -1]))
-                said = word(0, question), backbone.depth, score
+                word = heads.words(backbone.final_norm(final[:1, -1]))
+                said = word(0, query), backbone.depth, score
             words.append(said)
         return _Row(*zip(*words, strict=True))
 
@@ -449,14 +427,11 @@ def with_thresholds(
 
 
 def _modes(policy: ExitPolicy) -> dict[str, ExitPolicy]:
-    """The policy of each mode that an adapter has; guesses where its policy has some."""
+    """The policy of each mode that an adapter has."""
     modes = {"full": FULL}
     if not policy.thresholds:
         return modes
-    plain = replace(policy, lossless=False, guesses={})
-    modes["early exit"] = plain
-    if policy.guesses:
-        modes["guesses"] = replace(plain, guesses=policy.guesses)
+    modes["early exit"] = replace(policy, lossless=False)
     if policy.kv == "recompute":
         modes["lossless"] = replace(policy, lossless=True)
     return modes

@@ -384,12 +384,9 @@ def _unlike_usual(here: Conditions, policy: ExitPolicy, adapter: Adapter) -> dic
         for name, value in usual.items()
         if differences(replace(here, **{name: value}), here)
     }
-    ids, gates = adapter.exits.shortlist, adapter.exits.gates
+    ids = adapter.exits.shortlist
     if policy.shortlist and ids is not None:
         unlike["shortlist"] = digest_rows([ids.tolist()])
-    if used := {d: gates[d] for d in sorted(policy.gates) if d in gates}:
-        rows = [[d, gate.weight.tolist(), gate.bias.tolist()] for d, gate in used.items()]
-        unlike["gates"] = digest_rows(rows)
     return unlike
 
 

@@ -32,8 +32,6 @@ class Costs:
     exit: an exit's own layer, over one position.
     check: the rest of a check: norm, head, score, and the transfer of its verdict.
     score: the score of given logits; part of `check`.
-    store: filling the keys and values of an exit that is not checked.
-    gate: a gate's guess and its verdict.
     token: everything that is neither layers nor head: embedding, masks, Python.
     reenter: a call of the layers behind an exit, besides these: entering the decoder in the middle,
         for a token that did not exit and those pending there.
@@ -47,10 +45,8 @@ class Costs:
     exit: float
     check: float
     score: float
-    store: float
     token: float
     reenter: float
-    gate: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("layer", "head"):
@@ -75,7 +71,9 @@ class Costs:
     def from_json(cls, value: Mapping[str, Any]) -> Costs:
         """The costs that `to_json` wrote."""
         names = {f.name for f in fields(cls)}
-        value = {n: v for n, v in value.items() if n != "leave"}  # as older files have it
+        value = {
+            n: v for n, v in value.items() if n not in ("leave", "gate", "store")
+        }  # of older files
         if set(value) != names:
             raise InputError(
                 f"These are no costs: {', '.join(sorted(names ^ set(value)))} missing or unknown.",
@@ -108,30 +106,16 @@ def _over(table: Sequence[float], positions: ArrayLike) -> Array:
 # -- predictions ------------------------------------------------------------------------------
 
 
-def gate_gain(costs: Costs, depth: int, *, shut: float, lost: float) -> float:
-    """Seconds per token that a gate before the exit at `depth` saves; below 0 where it costs.
-
-    shut: share of the tokens that it shuts out, of which only keys and values are computed; lost:
-    share of all tokens that it shuts out and the exit would have let exit.
-    """
-    look = costs.exit + costs.check - costs.store
-    deeper = (costs.layers - depth) * costs.layer[0] + costs.head[0]
-    return shut * look - costs.gate - lost * deeper
-
-
 def token_seconds(
     costs: Costs,
     depths: ArrayLike,
     exits: Sequence[int],
-    *,
-    shut: Mapping[int, NDArray[np.bool_]] | None = None,
 ) -> Array:
     """Seconds of decoding sequences whose depths are known, and so which states are pending when.
 
     depths: [A, N] (or [N]) depths of the decoded tokens of A sequences, each decoded on its own, 0
         behind its end. The first token of an answer comes out of the prefill: leave it out.
     exits: depths of the exits that are on; a token meets every one up to where it exits.
-    shut: by depth, of the exits that have a gate, tokens shaped as `depths` that it shuts out.
 
     Returns [A] (or a scalar array).
 
@@ -139,7 +123,7 @@ def token_seconds(
         InputError: a depth that is neither an exit's nor L.
     """
     ran = np.atleast_2d(np.asarray(depths, dtype=int))
-    on, gated = sorted(exits), shut or {}
+    on = sorted(exits)
     if unknown := set(np.unique(ran).tolist()) - {0, costs.layers, *on}:
         raise InputError(
             f"Tokens left at depths {sorted(unknown)}, where no exit is on.",
@@ -155,12 +139,8 @@ def token_seconds(
         if depth == costs.layers:
             break
         passed = ran > depth
-        looked = arrived
-        if depth in gated:
-            looked = arrived & ~np.atleast_2d(gated[depth])
-            seconds += arrived.sum(1) * costs.gate + (arrived & ~looked).sum(1) * costs.store
-        checked = np.where(looked, layer_seconds(costs, np.maximum(together, 1)), 0.0).sum(1)
-        seconds += checked * costs.exit / costs.layer[0] + looked.sum(1) * costs.check
+        checked = np.where(arrived, layer_seconds(costs, np.maximum(together, 1)), 0.0).sum(1)
+        seconds += checked * costs.exit / costs.layer[0] + arrived.sum(1) * costs.check
         seconds += passed.sum(1) * costs.reenter
         together = _since(passed, live)
         arrived, start = passed, depth

@@ -1,4 +1,4 @@
-"""Where exits should write ahead: as lossless drafts, and as guesses between early exits.
+"""From which score exits should draft for lossless decoding.
 
 Every choice gives the same output, so time alone decides.
 """
@@ -30,7 +30,7 @@ LONGEST = (2, 3, 4, 5, 8)
 
 @dataclass(frozen=True)
 class Drafting:
-    """Thresholds to draft or guess by, and how fast they decode against the full model.
+    """Thresholds to draft by, and how fast they decode against the full model.
 
     longest: drafts in a round, at most.
     """
@@ -94,37 +94,6 @@ def with_drafts(adapter: Adapter, drafting: Sequence[Drafting]) -> Adapter:
     return adapter.with_policy(
         replace(adapter.policy, drafts=best.thresholds, max_draft=best.longest)
     )
-
-
-def guess_policies(adapter: Adapter, thresholds: Sequence[float] = THRESHOLDS) -> list[ExitPolicy]:
-    """Early exit by the adapter's thresholds, without guesses and with guesses from each score
-    below its threshold; nothing but the first where it has not one exit in use."""
-    policy = replace(adapter.policy, lossless=False, guesses={})
-    if len(policy.thresholds) != 1 or policy.kv != "recompute":
-        return [policy]
-    ((depth, threshold),) = policy.thresholds.items()
-    below = [level for level in thresholds if level < threshold]
-    return [policy, *(replace(policy, guesses={depth: level}) for level in below)]
-
-
-def guess_speeds(
-    adapter: Adapter,
-    inputs: Sequence[Mapping[str, Any]],
-    *,
-    thresholds: Sequence[float] = THRESHOLDS,
-    rounds: int = 3,
-    progress: Any = iter,
-    runtime: Runtime | None = None,
-    **options: Any,
-) -> list[Drafting]:
-    """Time early exit by each of `guess_policies`, as `draft_speeds` does; the fastest first."""
-    sweep = [(Thresholds(p.guesses), p) for p in guess_policies(adapter, thresholds)]
-    return _timed(_answering(adapter, runtime, options), sweep, inputs, rounds, progress)
-
-
-def with_guesses(adapter: Adapter, guessing: Sequence[Drafting]) -> Adapter:
-    """The adapter with the fastest guesses, or without any; its guarantee stays."""
-    return adapter.with_policy(replace(adapter.policy, guesses=guessing[0].thresholds))
 
 
 def _answering(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, median
 from typing import Any
@@ -27,13 +27,10 @@ from offramp.errors import InputError
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, propose_depths
-from offramp.models.shortlist import Gate
 
 FULL = 6  # tokens of a pass in which all are alike
 PLAN = ["stay"] * 4 + [k for n in LENGTHS[1:] for k in (*["leave"] * (n - 1), f"deep{n}")]
 """Kinds of token: looked at and kept; left; kept, and running with those that left before it."""
-SHUT = 0.9
-"""Level that a gate which guesses 0.5 of every state never reaches."""
 
 
 @dataclass(frozen=True)
@@ -163,14 +160,13 @@ def measure_costs(
             measured.add(tokens)
     rows = len(inputs["input_ids"])
     prompt = 1 if backbone.is_encoder_decoder else inputs["input_ids"].shape[1]
-    heads, scored, gate = _small_parts(backbone, rows, score, repeats)
+    heads, scored = _small_parts(backbone, rows, score, repeats)
     return measured.costs(
         layers=backbone.depth,
         batch=rows,
         context=prompt + len(PLAN) // 2,
         heads=heads,
         score=scored,
-        gate=gate,
     )
 
 
@@ -204,20 +200,10 @@ def _round(
     with watch.inside(backbone, exits):
         stop = StoppingCriteriaList([watch])
         generate(backbone, inputs, stopping_criteria=stop, max_new_tokens=1 + FULL, **OPTIONS)
-    first = exits.depths[0]
-    gated = replace(exits, gates={first: _unsure(backbone)})
-    tokens = {
-        "full": watch.tokens,
-        "shut": forced(["stay"] * FULL, gated, gates={first: SHUT}),
-    }
+    tokens = {"full": watch.tokens}
     for kind, token in zip(PLAN, forced(PLAN, exits), strict=True):
         tokens.setdefault(kind, []).append(token)
     return tokens
-
-
-def _unsure(backbone: Backbone) -> Gate:
-    """A gate that guesses 0.5 of every state."""
-    return Gate(*(torch.zeros(n, device=backbone.device) for n in ((backbone.width,), ())))
 
 
 def _hook_seconds(device: torch.device) -> float:
@@ -257,7 +243,6 @@ class _Measurements:
         context: int,
         heads: Sequence[float],
         score: float,
-        gate: float,
     ) -> Costs:
         """Solve for the parts, simplest kind of token first; heads: relative to one position."""
         layer = self._median("full", partial(_layer, positions=1))
@@ -272,8 +257,6 @@ class _Measurements:
         deep = ["stay", *(f"deep{n}" for n in LENGTHS[1:])]
         reenter = median(self._median(kind, lambda t: outside(t) - t.head) for kind in deep) - check
         exit = self._median("stay", lambda t: t.exit)
-        # Of tokens at full depth: what a look takes longer than an exit that a gate shuts.
-        look, passed = (self._median(kind, lambda t: t.seconds) for kind in ("stay", "shut"))
         return Costs(
             layers=layers,
             batch=batch,
@@ -284,22 +267,19 @@ class _Measurements:
             exit=exit,
             check=check,
             score=score,
-            store=max(0.0, exit + check - gate - (look - passed)),
             token=max(0.0, overhead),  # hooks may be charged for more than they took
             reenter=max(0.0, reenter),
-            gate=gate,
         )
 
 
 def _small_parts(
     backbone: Backbone, rows: int, score: str, repeats: int
-) -> tuple[list[float], float, float]:
-    """The head over `LENGTHS` positions relative to one; seconds of a score, and of a gate."""
+) -> tuple[list[float], float]:
+    """The head over `LENGTHS` positions relative to one, and seconds of a score."""
     sample = torch.randn(rows, LENGTHS[-1], backbone.width).to(backbone.device, backbone.dtype)
     states = {n: sample[:, :n].contiguous() for n in LENGTHS}
     seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
-    scored, guessed = [], []
-    gate = _unsure(backbone)
+    scored = []
     watch = _Stopwatch(backbone.device)
     with torch.inference_mode():
         for _ in range(repeats + 1):
@@ -310,8 +290,5 @@ def _small_parts(
             begin = watch.now()
             SCORES[score](logits[:, -1])
             scored.append(watch.now() - begin)
-            begin = watch.now()
-            bool((gate(sample[:, -1]) >= 0.5).any())
-            guessed.append(watch.now() - begin)
     heads = [median(seconds[n]) / median(seconds[1]) for n in LENGTHS]
-    return heads, median(scored), median(guessed)
+    return heads, median(scored)

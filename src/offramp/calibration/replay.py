@@ -9,7 +9,7 @@ that they part, and only decoding shows more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,9 @@ class Replay:
     """N answers of at most A tokens; arrays [N, A], the answers in the order they were given.
 
     layers: depth L of the full model.
-    targets: the tokens of the answers; -1 behind an answer's end.
+    targets: the tokens of the answers; -1 after an answer's end.
     final: the full model's arg-max at each of them.
     said, scores: each exit's arg-max, and its score, by depth.
-    guesses: what the gates, where there are any, guess of these scores.
     """
 
     layers: int
@@ -43,7 +42,6 @@ class Replay:
     final: Array
     said: Mapping[int, Array]
     scores: Mapping[int, Array]
-    guesses: Mapping[int, Array] = field(default_factory=dict)
 
     @property
     def mask(self) -> Array:
@@ -62,18 +60,12 @@ class Replay:
             final=self.final[rows],
             said=some(self.said),
             scores=some(self.scores),
-            guesses=some(self.guesses),
         )
-
-    def shut(self, gates: Mapping[int, float]) -> dict[int, Array]:
-        """Tokens [N, A] that the gate at each depth shuts out."""
-        return {d: self.mask & ~(self.guesses[d] >= level) for d, level in gates.items()}
 
     def depths(
         self,
         thresholds: Mapping[int, float],
         *,
-        gates: Mapping[int, float] | None = None,
         first: Mapping[int, float] | None = None,
     ) -> Array:
         """The depth [N, A] at which each token exits; 0 where there is none.
@@ -83,13 +75,10 @@ class Replay:
         """
         depths, rule = np.where(self.mask, self.layers, 0), ExitRule(thresholds, first=first)
         opening = rule if first is None else rule.opening
-        shut = self.shut({d: g for d, g in (gates or {}).items() if d in thresholds})
         for depth in sorted(thresholds, reverse=True):
             scores = self.scores[depth]
             leaves = self.mask & rule.reaches(depth, scores)
             leaves[:, 0] = self.mask[:, 0] & opening.reaches(depth, scores[:, 0])
-            if depth in shut:
-                leaves &= ~shut[depth]
             depths = np.where(leaves, depth, depths)
         return depths
 
@@ -114,7 +103,7 @@ def can_replay(policy: ExitPolicy) -> bool:
 
 @dataclass(frozen=True)
 class PolicyReplay:
-    """A replay read as a policy reads it while it decodes: its shortlist, its gates, its start.
+    """A replay read as a policy reads it while it decodes: its shortlist, its start.
 
     first: whether an answer's first token may exit early.
     """
@@ -147,15 +136,11 @@ class PolicyReplay:
         if thresholds is not None:
             by = replace(by, thresholds=thresholds)
         first = by.opening if self.first else {}
-        return self.replay.depths(by.thresholds, gates=by.gates, first=first)
+        return self.replay.depths(by.thresholds, first=first)
 
     def differs(self, thresholds: Mapping[int, float] | None = None) -> Array:
         """Which answers [N] would not be the full model's, if they are its greedy ones."""
         return self.replay.differs(self.depths(thresholds))
-
-    def shut(self) -> dict[int, Array]:
-        """Tokens [N, A] that the policy's gate at each depth shuts out."""
-        return self.replay.shut(self.policy.gates)
 
     def part(self, rows: Array) -> PolicyReplay:
         """Only these answers."""
@@ -187,8 +172,6 @@ def replay(
     targets, final = np.full(shape, -1), np.full(shape, -1)
     said = {d: np.full(shape, -1) for d in exits.depths}
     scores = {d: np.full(shape, np.nan) for d in exits.depths}
-    gates = exits.gates
-    guesses = {d: np.full(shape, np.nan) for d in gates}
     ids = shortlist_of_policy(ExitPolicy(shortlist=shortlist), exits)
     head = None if ids is None else exits.shortlist_head(backbone)
     for answered in progress(group(rows, batch_size)):
@@ -210,6 +193,4 @@ def replay(
             put(said[depth], chosen if ids is None else ids[chosen])
             flat = SCORES[score](logits.flatten(0, 1))
             put(scores[depth], flat.view(logits.shape[:2]).float())
-        for depth, gate in gates.items():
-            put(guesses[depth], gate(batch.entries(depth)))
-    return Replay(backbone.depth, targets, final, said, scores, guesses)
+    return Replay(backbone.depth, targets, final, said, scores)

@@ -25,11 +25,10 @@ from transformers import StoppingCriteriaList
 
 from offramp.answers import full_model_answers
 from offramp.data.example import Example
-from offramp.engine.decoding.pace import clock_on
 from offramp.engine.teacher_forcing import Answered, group, record
 from offramp.errors import DataError, InputError
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
-from offramp.evaluation.timing import exit_generate_fn, in_turn, timed
+from offramp.evaluation.timing import clock_on, exit_generate_fn, in_turn, timed
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, check_depths
 from offramp.models.input_processor import InputProcessor

@@ -149,8 +149,7 @@ class ThresholdEvaluator:
         """Predicted seconds of a token of answers whose depths [n, A] are known."""
         assert self.costs is not None and self.replay is not None
         decoded = depths[:, 1:]  # the prompt's pass gives the first
-        shut = {d: tokens[:, 1:] for d, tokens in self.replay.shut().items()}
-        took = token_seconds(self.costs, decoded, exits, shut=shut)
+        took = token_seconds(self.costs, decoded, exits)
         return float(took.sum() / max(1, (decoded > 0).sum()))
 
 

@@ -81,7 +81,7 @@ class JsonConstraint:
 
 class _Answer:
     """A logits processor of one answer [1, T]. Asked about another answer than before it goes back
-    to where they part: guesses and drafts fall."""
+    to where they part: drafts fall."""
 
     def __init__(
         self, fresh: Any, prompt: int, ends: frozenset[int], marks: frozenset[int]

@@ -50,8 +50,8 @@ class ExitOutput:
 
     @staticmethod
     def joined(parts: Sequence[ExitOutput]) -> ExitOutput:
-        """Tokens of several calls, one call after the other. A state is 0 where that call was not asked
-        and another was; `previous` is known only where every call knew it."""
+        """Tokens of several calls, one call after the other. A state is 0 where that call was not
+        asked and another was; `previous` is known only where every call knew it."""
         if len(parts) == 1:
             return parts[0]
         state = previous = None

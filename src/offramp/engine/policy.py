@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from offramp.engine.confidence import check_numbers, check_score
+from offramp.engine.confidence import check_numbers, check_score, check_thresholds
 from offramp.errors import InputError, check_known
 from offramp.plugins import check_registered
 
@@ -190,6 +190,40 @@ class ExitPolicy:
         if self.thresholds:
             return "early_exit"
         return "lossless" if self.drafts else "full"
+
+    def asked(
+        self, mode: str | None, thresholds: Mapping[int, float] | None, depths: tuple[int, ...]
+    ) -> ExitPolicy:
+        """What a request is answered by: the one place where modes meet the policy.
+
+        mode: of `MODES`; None: the policy's own, or early exit where thresholds are given.
+        thresholds: by depth, in place of the policy's. depths: of the exits that run.
+
+        Raises:
+            InputError: an unknown mode; exits that are wanted and do not run, or have no
+                thresholds; thresholds where no exit runs, or outside [0, 1].
+        """
+        own = mode is None and thresholds is None
+        mode = self.own_mode if own else mode or "early_exit"
+        check_known("Mode", [mode], MODES)
+        if mode == "full" or (own and not depths):
+            return FULL
+        if not depths:
+            raise InputError(
+                "A request wants exits, and the engine runs none.",
+                "Give the engine an adapter whose policy has thresholds, or use mode='full'.",
+            )
+        if mode == "lossless":
+            return replace(self, lossless=True)
+        if thresholds is not None:
+            policy = self.at(check_thresholds(dict(thresholds), depths))
+            return replace(policy, lossless=False)
+        if not self.thresholds:
+            raise InputError(
+                "A request wants to exit early, and these exits have no thresholds.",
+                "Find some with `offramp calibrate`, give thresholds, or use mode='lossless'.",
+            )
+        return replace(self, lossless=False)
 
     def in_mode(self, mode: str | None) -> ExitPolicy:
         """The same thresholds in one of `MODES`; None: the policy as it is.

@@ -204,8 +204,8 @@ class _Case:
     ) -> float:
         """The largest difference of logits at full depth.
 
-        script: which exit tokens take; None: the full model. first: whether the first token may exit
-        out of the prompt. lossless: everything is drafted, every second draft wrongly.
+        script: which exit tokens take; None: the full model. first: whether the first token may
+        exit out of the prompt. lossless: everything is drafted, every second draft wrongly.
         """
         backbone, rows = self.backbone, len(self.tokens)
         depths = () if script is None else self.depths[:1] if lossless else self.depths

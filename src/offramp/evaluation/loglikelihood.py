@@ -11,7 +11,7 @@ from torch import Tensor
 from offramp.data.example import Example
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.exit_check import ExitCheck, ExitScorer, gates_of_policy
+from offramp.engine.exit_check import ExitCheck, ExitScorer
 from offramp.engine.kv_cache import add_exit_entries, repeat_rows
 from offramp.engine.policy import FULL, ExitPolicy, check_all_go_on, first_thresholds
 from offramp.engine.prefill import Prefill, prepare
@@ -20,7 +20,6 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
-from offramp.models.shortlist import Gate
 
 
 def follows_policy(policy: ExitPolicy) -> bool:
@@ -73,9 +72,8 @@ def candidate_scores(
     add_exit_entries(prepared.cache, attached.entries if attached is not None and depths else ())
     prefill = Prefill(intercepted, prepared)
     prompt = {name: state[:, -1:] for name, state in _taken(handler).items()}
-    scorer = ExitScorer(backbone, policy, depths, attached) if depths else None
-    gates = gates_of_policy(policy, attached) if attached is not None and depths else {}
-    pick = _Pick(backbone, policy, thresholds, scorer, gates, int(prepared.ids[0, -1]))
+    scorer = ExitScorer(backbone, policy, attached) if depths else None
+    pick = _Pick(backbone, policy, thresholds, scorer, int(prepared.ids[0, -1]))
     likelihoods: list[float] = []
     for start in range(0, len(ids), at_once):
         rows, mask = encoder.pad(ids[start : start + at_once])
@@ -115,13 +113,12 @@ class _Pick:
         policy: ExitPolicy,
         thresholds: Mapping[int, float],
         scorer: ExitScorer | None,
-        gates: Mapping[int, tuple[Gate, float]],
         before: int,
     ) -> None:
-        """gates: by depth, with their levels. before: the token that the answers follow."""
+        """before: the token that the answers follow."""
         self._backbone, self._before = backbone, before
         self._rule = ExitRule(thresholds, first=first_thresholds(backbone, policy))
-        self._scorer, self._gates = scorer, gates
+        self._scorer = scorer
 
     def __call__(self, states: _States, ids: Tensor) -> Tensor:
         """[B, A] for ids [B, A] and the states that predict them."""
@@ -141,9 +138,6 @@ class _Pick:
             state, entry, previous = (states[name].flatten(0, 1) for name in names)
             check = ExitCheck(self._scorer, depth, state, entry, previous, None, **token)
             scores, exits = check.score.view_as(ids), open_.clone()
-            if depth in self._gates:  # which lets its exit look at some of them
-                gate, level = self._gates[depth]
-                exits &= (gate(entry) >= level).view_as(ids)
             exits[:, 1:] &= self._rule.reaches(depth, scores[:, 1:])
             exits[:, 0] &= self._rule.opening.reaches(depth, scores[:, 0])
             log_p = torch.where(exits, _log_p(check.logits.view(*ids.shape, -1), ids), log_p)

@@ -215,3 +215,9 @@ def generate_fn(
         return output.new_tokens.flatten()
 
     return run
+
+
+def clock_on(device: str) -> Callable[[], float]:
+    """Return a clock of what a kind of device computes for the thread that asks, in seconds."""
+    fine = time.get_clock_info("thread_time").resolution < 1e-4
+    return time.thread_time if device == "cpu" and fine else time.perf_counter

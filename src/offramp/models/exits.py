@@ -22,7 +22,6 @@ from offramp.models.mixture import dense_block, expert_blocks
 from offramp.models.opened import LayerCall
 from offramp.models.quantized.weights import float_copy, float_dtype
 from offramp.models.sharding import run_like
-from offramp.models.shortlist import Gate
 
 
 def propose_depths(layers: int, exits: int = 1) -> tuple[int, ...]:
@@ -217,16 +216,14 @@ class ExitSet:
 
     modules: the exits by depth.
     shortlist: token ids [S], ascending, that exits can say; None: the whole vocabulary.
-    gates: by depth (`offramp.models.shortlist`).
     discriminators: by depth; asked by the adversary's training, and by scores that read them.
-    measured: what was measured when shortlist and gates were learnt.
+    measured: what was measured when the shortlist was learnt.
     score: of an `ExitCheck` [B], in place of the policy's; for exits that follow a script. It knows
         each token's position and row.
     """
 
     modules: Exits
     shortlist: Tensor | None = None
-    gates: Mapping[int, Gate] = field(default_factory=dict)
     discriminators: nn.ModuleDict | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
     score: Callable[[Any], Tensor] | None = None

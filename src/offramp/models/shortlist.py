@@ -1,38 +1,20 @@
-"""Cheaper exit checks: a shortlist of the vocabulary, and gates before the exits.
+"""A shortlist of the vocabulary: what exits can say.
 
 Over a large vocabulary one LM head costs as much as several decoder layers. A shortlist holds the
 tokens that the task's own answers are made of; an exit that reads only their rows of the head can
-say nothing else, and how often that would be wrong is bounded from held-out answers. A gate
-predicts, from the state that enters an exit, the score that the exit would give. Where that is too
-low to exit, the exit is not run: only its keys and values are computed, for later tokens.
+say nothing else, and how often that would be wrong is bounded from held-out answers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from offramp.errors import InputError
-
-
-@dataclass(frozen=True, eq=False)
-class Gate:
-    """sigmoid(weight . state + bias): a linear prediction of an exit's score.
-
-    weight: [D], float32. bias: a scalar.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, state: Tensor) -> Tensor:
-        """Predicted scores [...] for states [..., D] that enter the exit."""
-        return (state.float() @ self.weight + self.bias).sigmoid()
 
 
 def places_of(ids: Tensor, vocabulary: int) -> Tensor:
@@ -83,41 +65,3 @@ def shortlist_of(
         "miss_bound": bound,
         "confidence": confidence,
     }
-
-
-def fit_gate(states: Tensor, scores: Tensor, *, decay: float = 1e-3) -> Gate:
-    """A gate by logistic regression on scores in [0, 1], which count as soft labels.
-
-    states: [N, D] entering the exit; scores: [N] that it gave. Each column is standardised for the
-    fit, as a few of a decoder's are a hundred times larger than the rest, and the scaling is then
-    folded into the weight. Deterministic.
-    """
-    x = states.double()
-    centre, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
-    x, y = (x - centre) / scale, scores.double()
-    weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-    share = y.mean().clamp(1e-4, 1 - 1e-4)
-    bias = torch.logit(share).detach().requires_grad_()
-    descent: Any = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        descent.zero_grad()
-        entropy = torch.nn.functional.binary_cross_entropy_with_logits(x @ weight + bias, y)
-        total: Tensor = entropy + decay * weight.square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
-
-    with torch.enable_grad(), torch.inference_mode(False):
-        descent.step(loss)
-    folded = (weight / scale).detach()
-    return Gate(folded.float(), (bias.detach() - folded @ centre).float())
-
-
-def gate_level(guesses: Tensor, scores: Tensor, *, sure: float, lost: float) -> float:
-    """The highest threshold of a gate that shuts out at most a share `lost` of the tokens whose
-    score [N] is at least `sure`; 0 (always open) where no token is that sure."""
-    leaving = guesses[scores >= sure].sort().values
-    if not len(leaving):
-        return 0.0
-    # Rounded down, or the token that decides could itself be shut out.
-    return max(0.0, float(leaving[int(lost * len(leaving))]) - 1e-6)

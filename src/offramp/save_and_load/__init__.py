@@ -3,7 +3,7 @@
 adapter.json                format version, backbone, depths, policy, calibration, provenance, and
                             the SHA-256 of each of the other files that loading reads
 exits.safetensors           the exits' tensors, nothing of the backbone
-checks.safetensors          shortlist and gates, if there are any (`offramp.models.shortlist`)
+checks.safetensors          the shortlist, if there is one (`offramp.models.shortlist`)
 discriminators.safetensors  only needed for scores that read them and for resuming
 seen.json                   digests of the images that training and calibration used
 attempts.json               every attempt at a guarantee (`offramp.calibration.attempts`)
@@ -36,7 +36,6 @@ from offramp.models.exit_kinds import EXIT_KINDS
 from offramp.models.exits import Exits, ExitSet, check_depths, copied_index
 from offramp.models.fingerprint import fingerprint, same_backbone
 from offramp.models.quantized.weights import scheme
-from offramp.models.shortlist import Gate
 from offramp.save_and_load.config import (
     CHECKS,
     CONFIG,
@@ -156,11 +155,8 @@ def _learnt(backbone: Backbone, depths: Sequence[int]) -> dict[str, Any]:
 
 
 def _checks_tensors(exits: ExitSet) -> dict[str, Tensor]:
-    """Shortlist and gates by name, for a file."""
-    named = {} if exits.shortlist is None else {"shortlist": exits.shortlist}
-    for depth, gate in exits.gates.items():
-        named |= {f"gates.{depth}.weight": gate.weight, f"gates.{depth}.bias": gate.bias}
-    return named
+    """The shortlist by name, for a file."""
+    return {} if exits.shortlist is None else {"shortlist": exits.shortlist}
 
 
 # -- loading ----------------------------------------------------------------------------------
@@ -207,7 +203,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
     return AdapterParts(
         exits=ExitSet(
             _load_exits(config, backbone),
-            *_load_checks(config, backbone),
+            _load_checks(config, backbone),
             _load_discriminators(config, backbone),
             dict(config.checks or {}),
         ),
@@ -223,7 +219,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
 
 def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
     """Raise `InputError` where the policy names a depth at which no exit stands."""
-    for thresholds in (policy.thresholds, policy.first, policy.drafts, policy.guesses):
+    for thresholds in (policy.thresholds, policy.first, policy.drafts):
         check_thresholds(dict(thresholds), depths)
 
 
@@ -292,12 +288,10 @@ def _fill(module: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
     module.load_state_dict(read_tensors(path, dtype), assign=True)
 
 
-def _load_checks(
-    config: AdapterConfig, backbone: Backbone
-) -> tuple[Tensor | None, dict[int, Gate]]:
-    """Shortlist and gates, where the adapter has them."""
+def _load_checks(config: AdapterConfig, backbone: Backbone) -> Tensor | None:
+    """The shortlist, where the adapter has one. Gates of earlier versions are left out."""
     if config.checks is None:
-        return None, {}
+        return None
     path = config.folder / CHECKS
     shapes = read_shapes(path, whole=("shortlist",))
     gates = {int(d) for d in map(str, config.depths) if f"gates.{d}.weight" in shapes}
@@ -314,13 +308,9 @@ def _load_checks(
             f"{path}: the shortlist does not fit this backbone.",
             "Restore the folder, or learn it again: offramp train --shortlist N.",
         )
-    missing = set(config.policy.gates) - gates
-    if missing or (config.policy.shortlist and shortlist is None):
-        what = f"gate at depth {min(missing)}" if missing else "shortlist"
-        raise AdapterError(f"{path} has no {what}, which the policy needs.", RESTORE)
-    return shortlist, {
-        d: Gate(tensors[f"gates.{d}.weight"], tensors[f"gates.{d}.bias"]) for d in gates
-    }
+    if config.policy.shortlist and shortlist is None:
+        raise AdapterError(f"{path} has no shortlist, which the policy needs.", RESTORE)
+    return shortlist
 
 
 def _is_shortlist(ids: Tensor, vocabulary: int) -> bool:

@@ -11,13 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.executor import TriedExecutor
-from offramp.engine.decoding.pace import Pace
-from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.decoding.scheduler import AT_ONCE, Call, Schedule
+from offramp.engine.decoding.scheduler import Call, Schedule
 from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
@@ -25,25 +22,22 @@ from offramp.models.cache_salt import salted
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import Host
 from offramp.serving.job import Job, Jobs
-from offramp.serving.request import Request
 
 if TYPE_CHECKING:
     from offramp.models.backbone import Backbone
     from offramp.models.exits import Exits, ExitSet
 
-CALLS = ("read", "feed", "deep", "flush", "full", "trial")
-"""Kinds of call that are counted: a prompt, the decoder's, and full depth tried beside it."""
+CALLS = ("read", "feed", "deep", "full")
+"""Kinds of call that are counted: a prompt, and the decoder's."""
 
 
 class Core(Jobs):
     """A decoder, a queue of prompts, and the rounds.
 
-    host: what reads prompts and runs the layers. clock: returns seconds. depths: of the exits in
-    use, ascending.
+    host: what reads prompts and runs the layers. clock: returns seconds.
 
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
-    tokens: how many were settled in answers that are over. tallies: what the exits did, by whether
-    a token might be an exit's (else lossless).
+    tokens: how many there are in answers that are over. tally: what the exits did.
     """
 
     def __init__(
@@ -55,24 +49,25 @@ class Core(Jobs):
     ) -> None:
         super().__init__(clock)
         self._host, self.policy, self.config = host, policy, config
-        self.depths = host.depths
-        self._schedule = self.config.schedule or Schedule.of(self.config.slots)
-        self.decoder = Decoder(
-            host.layers,
-            host.executor(),
-            host.reader,
-            schedule=self._schedule,
-            longest=self.config.longest,
-        )
-        self.tallies = self.decoder.tallies
-        self.pace = Pace(self.config.schedule is not None or not self._can_try, clock)
+        self.decoder = self._new_decoder()
+        self.tally = self.decoder.tally
         self._reading: Job | None = None
         self._thread: int | None = None
         self.calls = dict.fromkeys(CALLS, 0)
         self.seconds = dict.fromkeys(CALLS, 0.0)
         self.tokens = 0
 
+    def _new_decoder(self) -> Decoder:
+        host, config = self._host, self.config
+        schedule = config.schedule or Schedule.of(config.slots)
+        return host.plan.decoder(host.executor(), schedule, longest=config.longest)
+
     # -- requests ------------------------------------------------------------------------------
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Where the exits in use stand, ascending."""
+        return self._host.plan.depths
 
     @property
     def running(self) -> int:
@@ -106,46 +101,11 @@ class Core(Jobs):
 
     def _advance(self) -> Call:
         """Make one call for the sequences under way."""
-        sequences = self.decoder.sequences
-        rows, exits = len(sequences), any(s.rule.uses_exits for s in sequences)
-        exiting = any(s.rule.exiting for s in sequences)
-        # Tokens that may exit wait for no company where exits do not pay.
-        pays = not exiting or self.pace.exits_pay(exiting=True)
-        self.decoder.schedule = self._schedule if pays else AT_ONCE
         call = self.decoder.next_call()
-        if exits and call in ("feed", "full") and self._can_try and self.pace.wants_trial():
-            self._try_full_depth()
-        before, settled = self.seconds[call], self._settled
         with self._timed(call):
             self.decoder.make(call)
-        took = self.seconds[call] - before
-        self.pace.note(rows, self._settled - settled, took, exiting=exiting, exits=exits)
         self._collect()
         return call
-
-    @property
-    def _settled(self) -> int:
-        return sum(sequence.settled for sequence in self.decoder.sequences)
-
-    @property
-    def _can_try(self) -> bool:
-        """Whether full depth can be tried beside the exits without leaving traces."""
-        return hasattr(self.decoder.executor, "trial")
-
-    def _try_full_depth(self) -> None:
-        """Time a call at full depth. What it writes is written again by the calls that follow, and
-        what it reads means nothing where columns wait below: it takes as long."""
-        sequences, executor = self.decoder.sequences, cast(TriedExecutor, self.decoder.executor)
-        with self._timed("trial"):
-            begin = self.clock()
-            with self._host.reader.computing():
-                final = executor.trial(
-                    [s.handle for s in sequences],
-                    [s.feed for s in sequences],
-                    [s.ran[0] for s in sequences],
-                )
-                self._host.reader.logits(final).argmax(-1).tolist()
-            self.pace.tried(len(sequences), self.clock() - begin)
 
     def run(self) -> None:
         """Make rounds until nothing is left to do."""
@@ -188,6 +148,8 @@ class Core(Jobs):
         """Read prompts into free slots, one after the other, within the budget of a round."""
         budget = self.config.budget
         while self._queue and len(self.decoder.sequences) < self.config.slots and budget > 0:
+            if self.decoder.sequences and self._host.stale():
+                break  # what is being written ends by the weights that it began with
             job = self._queue.popleft()
             job.started = self.clock()
             try:
@@ -206,24 +168,28 @@ class Core(Jobs):
         begin = self.clock()
         self._drop_unwanted()
         if self.decoder.sequences:
-            self._advance()
+            try:
+                self._advance()
+            except Exception as error:  # of those that share the call, not of the prompt
+                for sequence in self.decoder.sequences:
+                    sequence.error = sequence.error or error
+                self._collect()
         self.seconds["read"] -= self.clock() - begin
 
     def _seat(self, job: Job) -> int:
         """Read the prompt of a request into a free slot; how many tokens, of the last chunk."""
         request, host = job.handle.request, self._host
-        policy, job.instead = self._policy(request)
-        drafts = policy.lossless and host.drafting is not None
-        rule = cast(ExitRule, host.drafting) if drafts else host.rule(policy)
         tokens = host.tokens(request)
         self._check_room(tokens, 0)
         self._reading = job
         try:
             with salted(request.salt):
-                opened = host.open(request, policy, job.settled)
-                if opened.executor is not None:
-                    self.decoder.executor = opened.executor
-                    self.decoder.depths = opened.executor.depths
+                if not self.decoder.sequences and host.renew(request):
+                    self.decoder.executor.close()
+                    self.decoder = self._new_decoder()
+                    self.decoder.tally = self.tally
+                rule = host.plan.rule(request.mode, request.thresholds)
+                opened = host.open(request, job.settled)
                 job.put(opened.ids)
                 sampler = opened.sampler
                 prompt, [said] = self.decoder.read(opened.reader, opened.given, [sampler], rule)
@@ -232,21 +198,9 @@ class Core(Jobs):
         length = int(prompt.columns)
         self._check_room(length, opened.longest)
         job.ids = opened.ids
-        with host.reader.computing():
+        with host.plan.heads.computing():
             self.decoder.join(prompt, 0, sampler, rule, said, job)
         return min(max(tokens, length), self.config.budget)
-
-    def _policy(self, request: Request) -> tuple[ExitPolicy, bool | None]:
-        """How a request is answered; and where that is at full depth because exits were found not
-        to pay, whether its tokens might have exited."""
-        policy = request.exit_policy(self.policy, self.depths)
-        exiting = bool(policy.thresholds) and not policy.lossless
-        free = request.mode is None and request.thresholds is None
-        drafts = policy.lossless and self._host.drafting is not None
-        may = drafts or (bool(policy.effective.thresholds) and (policy.lossless or free))
-        if may and not self.pace.exits_pay(exiting=exiting):
-            return FULL, exiting
-        return policy, None
 
     def _check_room(self, prompt: int, answer: int) -> None:
         """Raise `InputError` where so many tokens of a prompt and its answer do not fit a slot."""
@@ -262,7 +216,7 @@ class Core(Jobs):
 
     def _collect(self) -> None:
         """Hand out the answers that are over, and free their slots."""
-        for sequence in [s for s in self.decoder.sequences if s.over or s.error is not None]:
+        for sequence in [s for s in self.decoder.sequences if not s.active]:
             self.decoder.leave(sequence)
             self._finish(sequence, sequence.owner)
 
@@ -276,8 +230,6 @@ class Core(Jobs):
             job.handle.set_exception(error)
             return
         self.tokens += len(job.tokens)
-        if job.instead is not None:
-            self.pace.answered(exiting=job.instead)
         output = self._host.output(job.ids, sequence)
         job.finish(sequence.tokens, output, early_exit=sequence.rule.exiting)
 

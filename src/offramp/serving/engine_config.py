@@ -15,8 +15,7 @@ class EngineConfig:
     slots: rows written at once. limit: tokens of one row, prompt and answer. budget: prompt tokens
     read in a round, while the rows being written wait; a longer prompt is read in as many rounds as
     it takes, where its family allows. longest: tokens of a row that may wait before the deep
-    layers. guess_above: score from which an exit's token is worth a guess. schedule: of the calls,
-    exits being used whether they pay or not; None: the engine finds out from what its calls take.
+    layers. schedule: when the deep layers run; None: the usual one of so many slots.
 
     Raises:
         InputError: a number below 1.
@@ -26,7 +25,6 @@ class EngineConfig:
     limit: int = 1024
     budget: int = 256
     longest: int = 64
-    guess_above: float = 0.0
     schedule: Schedule | None = None
 
     def __post_init__(self) -> None:

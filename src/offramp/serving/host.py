@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.reader import Reader, ReadsPrompts, TokenSampler
-from offramp.engine.decoding.rule import ExitRule
+from offramp.engine.decoding.plan import Plan
+from offramp.engine.decoding.reader import ReadsPrompts, TokenSampler
 from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.policy import ExitPolicy
 from offramp.serving.request import Request
@@ -26,8 +26,7 @@ class Opened:
     """A request whose prompt is to be read.
 
     reader: reads `given` into the host's executor, as a prompt that has `columns`. sampler: of the
-    answer. longest: tokens of the answer; 0: not known. ids: of the prompt. executor: what runs the
-    layers from here on; None: what did before.
+    answer. longest: tokens of the answer; 0: not known. ids: of the prompt.
     """
 
     reader: ReadsPrompts
@@ -35,28 +34,28 @@ class Opened:
     sampler: TokenSampler
     longest: int
     ids: Any
-    executor: Executor | None = None
 
 
 class Host(Protocol):
-    """The layers of one engine, in PyTorch or in a runtime.
+    """The layers of one engine, in PyTorch or in a runtime. plan: by which answers are written."""
 
-    layers: depth of the full model. depths: of the exits in use, ascending. reader: asks them.
-    drafting: the rule of lossless answers whose drafts an exit writes from its own state; None:
-    none does.
-    """
-
-    layers: int
-    depths: tuple[int, ...]
-    reader: Reader
-    drafting: ExitRule | None
+    plan: Plan
 
     def executor(self) -> Executor:
         """Return what runs the layers, no prompt being there."""
         ...
 
-    def rule(self, policy: ExitPolicy) -> ExitRule:
-        """Return how answers under a policy use the exits."""
+    def renew(self, request: Request) -> bool:
+        """Make the plan anew where the model is not what it was made of, or was not checked yet;
+        True where that was so, and its executor is another. Nothing is being written then.
+
+        Raises:
+            UnsupportedBackboneError: the check on this request's prompt failed.
+        """
+        ...
+
+    def stale(self) -> bool:
+        """Return True where the model is not what the plan was made of."""
         ...
 
     def tokens(self, request: Request) -> int:
@@ -71,7 +70,7 @@ class Host(Protocol):
         """Return the longest prompt and answer that the model has positions for; None: any."""
         ...
 
-    def open(self, request: Request, policy: ExitPolicy, on_token: OnSettled) -> Opened:
+    def open(self, request: Request, on_token: OnSettled) -> Opened:
         """Prepare a request's prompt and the rules of its answer."""
         ...
 

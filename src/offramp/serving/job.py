@@ -16,9 +16,8 @@ from offramp.serving.request import Completion, Handle, Request
 class Job:
     """Stands where a streamer stands: notes the times, and hands on to the request's own.
 
-    clock: returns seconds. started: when its prompt's turn came. tokens: when each was settled.
-    instead: where it is answered at full depth because exits do not pay, whether its tokens might
-    have exited. ids: of its prompt, once that was read.
+    clock: returns seconds. started: when its prompt's turn came. tokens: when each was written.
+    ids: of its prompt, once that was read.
     """
 
     handle: Handle
@@ -26,7 +25,6 @@ class Job:
     submitted: float = field(init=False)
     started: float = 0.0
     tokens: list[float] = field(default_factory=list)
-    instead: bool | None = None
     ids: Any = None
 
     def __post_init__(self) -> None:
@@ -37,7 +35,7 @@ class Job:
             self.handle.request.streamer.put(value)
 
     def settled(self, place: int, token: int, depth: int, score: float) -> None:
-        """The token at a place of the answer can no longer change."""
+        """Note the token at a place of the answer, and hand it on."""
         self.tokens.append(self.clock())
         if self.handle.request.streamer is not None:
             import torch  # which streamers are of

@@ -6,12 +6,11 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import FULL, MODES, ExitPolicy
+from offramp.engine.policy import MODES
 from offramp.errors import InputError, check_known
 
 OnToken = Callable[[Token], None]
@@ -22,11 +21,10 @@ class Request:
     """One prompt and how to answer it.
 
     inputs: what the processor returned for it, one row, or what else the engine takes. mode: one of
-    `MODES`; None: the adapter's own policy, or the full model while the engine finds that exits do
-    not pay. thresholds: by depth, instead of the policy's; early exit only. seed: which sample,
-    where tokens are sampled; None: any. streamer, on_token: get the prompt's ids and each settled
-    token's, or each settled token with its depth and score; they run in the engine's thread and
-    must be quick. options: Hugging Face's generation options, or what else the engine takes. salt:
+    `MODES`; None: the adapter's own policy. thresholds: by depth, instead of the policy's; early
+    exit only. seed: which sample, where tokens are sampled; None: any. streamer, on_token: get the
+    prompt's ids and each token's, or each token with its depth and score; they run in the engine's
+    thread and must be quick. options: Hugging Face's generation options, or what else the engine takes. salt:
     what is kept of it is found by requests of the same salt alone; None: by all that have none.
 
     Raises:
@@ -50,33 +48,6 @@ class Request:
                 f"Thresholds were given to a request in {self.mode} mode.",
                 "Leave them out, or use mode='early_exit'.",
             )
-
-    def exit_policy(self, policy: ExitPolicy, depths: tuple[int, ...]) -> ExitPolicy:
-        """How it uses the exits at `depths`, where the engine's own policy is `policy`.
-
-        Raises:
-            InputError: thresholds at depths that the engine does not run; exits without any.
-        """
-        mode = self.mode
-        if mode is None and self.thresholds is None:
-            mode = policy.own_mode
-        if mode == "full":
-            return FULL
-        if not depths:
-            raise InputError(
-                "A request wants exits, and the engine runs none.",
-                "Give the engine an adapter whose policy has thresholds, or use mode='full'.",
-            )
-        if mode == "lossless":
-            return replace(policy, lossless=True)
-        thresholds = policy.thresholds if self.thresholds is None else self.thresholds
-        if not thresholds and self.thresholds is None:
-            raise InputError(
-                "A request wants to exit early, and these exits have no thresholds.",
-                "Find some with `offramp calibrate`, give thresholds, or use mode='lossless'.",
-            )
-        asked = check_thresholds(dict(thresholds), depths)
-        return replace(policy if self.thresholds is None else policy.at(asked), lossless=False)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class SerialCore(Jobs):
         super().__init__(clock)
         self.between: Callable[[], None] = lambda: None
         self.depths = self.policy.depths
-        self.tallies = {True: Tally(), False: Tally()}
+        self.tally = Tally()
         self.tokens = 0
         self._model = model
         self._shared: dict[str, Any] = {}
@@ -100,7 +100,7 @@ class SerialCore(Jobs):
 
     def _answer(self, job: Job) -> None:
         request = job.handle.request
-        policy = request.exit_policy(self.policy, self.depths)
+        policy = self.policy.asked(request.mode, request.thresholds, self.depths)
         # Without a seed any will do, but not PyTorch's own, which is other requests' too.
         seed = secrets.randbits(63) if request.seed is None else request.seed
         own = {"streamer": _Steps(job, self._pause), "seed": seed}
@@ -118,15 +118,15 @@ class SerialCore(Jobs):
 
     def _count(self, output: GenerationOutput, policy: ExitPolicy) -> None:
         """Note what the exits did."""
-        tokens, tally = output.depths.numel(), self.tallies[not policy.lossless]
+        tokens, tally = output.depths.numel(), self.tally
         self.tokens += tokens
         if policy.lossless:
-            tally.ruled += sum(drafted for drafted, _ in output.rounds)
-            tally.right += sum(accepted for _, accepted in output.rounds)
+            tally.drafted += sum(drafted for drafted, _ in output.rounds)
+            tally.accepted += sum(accepted for _, accepted in output.rounds)
         elif policy.thresholds:
             exited = int((output.depths < output.layers).sum())
             tally.exited += exited
-            tally.parked += tokens - exited
+            tally.waited += tokens - exited
 
 
 class _Steps:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.prompt import PromptReader
+from offramp.engine.decoding.exit_reader import ExitHeads
+from offramp.engine.decoding.plan import Plan
 from offramp.engine.decoding.reader import ReadsPrompts
-from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler, SeededNoise
 from offramp.engine.decoding.sequence import Sequence
-from offramp.engine.drafter import Drafter
-from offramp.engine.executors.choice import executor_for
 from offramp.engine.executors.slots.memory import check_room
-from offramp.engine.policy import ExitPolicy, GenerationOutput, first_thresholds
+from offramp.engine.plan import plan_of
+from offramp.engine.policy import MODES, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import Prepared
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.self_check import prove
+from offramp.engine.stamp import Stamp
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -35,22 +32,12 @@ from offramp.serving.request import Request
 
 class PreparedHost:
     """What hosts share whose prompts Hugging Face prepares: requests are inputs of a processor and
-    options of `generate`.
+    options of `generate`."""
 
-    guess_above: score from which a token that is not confident goes on as a guess.
-    """
-
-    reader: ExitReader
-    guess_above: float = 0.0
+    plan: Plan
 
     def __init__(self, backbone: Backbone) -> None:
-        self.backbone, self.layers = backbone, backbone.depth
-
-    def rule(self, policy: ExitPolicy) -> ExitRule:
-        # A score that follows a token from exit to exit wants it settled before the next.
-        guessing = not self.reader.follows
-        first = first_thresholds(self.backbone, policy)
-        return ExitRule.of(policy, self.guess_above, guessing=guessing, first=first)
+        self.backbone = backbone
 
     def tokens(self, request: Request) -> int:
         ids = checked_inputs(request.inputs)["input_ids"]
@@ -72,16 +59,17 @@ class PreparedHost:
     def positions(self, prompt: int) -> int | None:
         return self.backbone.room(prompt)
 
-    def open(self, request: Request, policy: ExitPolicy, on_token: OnSettled) -> Opened:
+    def stale(self) -> bool:
+        return False
+
+    def renew(self, request: Request) -> bool:
+        return False
+
+    def open(self, request: Request, on_token: OnSettled) -> Opened:
         prepared, reader, given = self.prepare(request.inputs, request.options)
         noise = SeededNoise(request.seed) if prepared.config.do_sample else None
         sampler = Sampler(prepared, noise=noise, on_token=on_token)
-        executor = self.checked_by(request.inputs)
-        return Opened(reader, given, sampler, sampler.most or 0, prepared.ids, executor)
-
-    def checked_by(self, inputs: Mapping[str, Any]) -> Executor | None:
-        """Find out how the layers can run, at the first prompt; what runs them from there on."""
-        return None
+        return Opened(reader, given, sampler, sampler.most or 0, prepared.ids)
 
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]
@@ -90,7 +78,8 @@ class PreparedHost:
         raise NotImplementedError
 
     def output(self, ids: Tensor, sequence: Sequence) -> GenerationOutput:
-        return GenerationOutput.of_rows(ids, [sequence.tokens], self.layers, [sequence.rounds])
+        layers = self.backbone.depth
+        return GenerationOutput.of_rows(ids, [sequence.tokens], layers, [sequence.rounds])
 
 
 class TorchHost(PreparedHost):
@@ -106,47 +95,43 @@ class TorchHost(PreparedHost):
         between: Callable[[], None],
         vision_cache: VisionCache | None = None,
         prefix_cache: PrefixCache | None = None,
-        make_reader: Callable[..., ExitReader] = ExitReader,
+        make_heads: Callable[..., ExitHeads] | None = None,
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
         super().__init__(backbone)
         attached = None if exits is None else ExitSet.of(exits)
         check_room(backbone, attached, config.slots, config.limit)
-        self._attached, self._config = attached, config
-        self.guess_above = config.guess_above
-        self.depths: tuple[int, ...] = ()
-        if attached is not None:
-            for by_depth in (policy.thresholds, policy.first, policy.drafts):
-                check_thresholds(dict(by_depth), attached.depths)
-            self.depths = policy.depths
-        ahead = replace(policy, lossless=True)
-        self._drafter = drafter = Drafter.of(backbone, attached, ahead, self.depths)
-        self.drafting = None if drafter is None else drafter.rule
-        if drafter is not None and not self.depths:
-            self.depths = (drafter.depth,)
-        self.reader = make_reader(backbone, attached if self.depths else None, policy, self.depths)
-        self._prompts = PromptReader(
-            backbone,
-            attached,
-            self.depths,
-            vision_cache=vision_cache,
-            prefix_cache=prefix_cache,
-            chunk=config.budget,
-            between=between,
-        )
+        self._attached, self._config, self._policy = attached, config, policy
+        self._how: dict[str, Any] = {
+            "vision_cache": vision_cache, "prefix_cache": prefix_cache, "chunk": config.budget,
+            "between": between,
+        }  # fmt: skip
+        self._make_heads = make_heads
+        self._make()
+
+    def _make(self) -> None:
+        backbone, exits = self.backbone, self._attached
+        self._stamp = Stamp(backbone, exits)
+        self.plan = plan_of(backbone, exits, self._policy, modes=MODES, heads=self._make_heads)
+        self._prompts = self.plan.reader(**self._how)
 
     def executor(self) -> Executor:
         slots, limit = self._config.slots, self._config.limit
-        return executor_for(
-            self.backbone, self._attached, self.depths, longest=limit, slots=slots, limit=limit,
-            watches=self.reader.watches, drafter=self._drafter,
-        )  # fmt: skip
+        return self.plan.executor(longest=limit, slots=slots, limit=limit)
 
-    def checked_by(self, inputs: Mapping[str, Any]) -> Executor | None:
-        if self.backbone.is_proven(self.depths):
-            return None
-        prove(self.backbone, inputs, self.depths)
-        return self.executor()
+    def stale(self) -> bool:
+        return not self._stamp.holds(self.backbone, self._attached)
+
+    def renew(self, request: Request) -> bool:
+        backbone, depths = self.backbone, self.plan.depths
+        if backbone.is_proven(depths) and not self.stale():
+            return False
+        self._prompts.prepare(request.inputs, request.options)  # or it says what is wrong with them
+        prove(backbone, request.inputs, depths)
+        if self._attached is not None:
+            self._attached.forget_head()
+        self._make()
+        return True
 
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]

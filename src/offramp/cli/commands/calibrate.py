@@ -91,10 +91,10 @@ def _options(parser: Parser) -> None:
 
 def _policy_options(group: Any) -> None:
     """What of the policy is asked for, where thresholds are found."""
-    from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
+    from offramp.engine.confidence import FEATURE_SCORES, HEADS, SCORES
 
     load_plugins()  # they may bring scores
-    scores = (*SCORES, *STREAKS, *FEATURE_SCORES)
+    scores = (*SCORES, *FEATURE_SCORES, *HEADS)
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
     group.add_argument(
         "--first-threshold", type=lambda text: text if text == "auto" else share(text), metavar="X",

@@ -1,4 +1,4 @@
-"""`offramp draft`: the drafts and guesses by which decoding is fastest."""
+"""`offramp draft`: the drafts by which lossless decoding is fastest."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "draft",
-        "Find how lossless decoding, and early exit that goes on from guesses, are fastest on this "
-        "machine, and store it in the adapter. No choice changes an answer.",
+        "Find by which drafts lossless decoding is fastest on this machine, and store them in the "
+        "adapter. No choice changes an answer.",
         "offramp draft --adapter exits --data held_out.jsonl\n"
         "  offramp draft --adapter exits --engine llama.cpp --gguf exits-q4_1 "
         "--data held_out.jsonl --out exits-q4",
@@ -56,15 +56,11 @@ def _draft(arguments: argparse.Namespace) -> None:
 
 
 def _find(arguments: argparse.Namespace, out: Path) -> None:
-    """Time what drafts and guesses there are, show that, and store the fastest in `out`."""
+    """Time what drafts there are, show that, and store the fastest in `out`."""
     from offramp.calibration.draft_thresholds import (
         draft_speeds,
-        guess_policies,
-        guess_speeds,
         with_drafts,
-        with_guesses,
     )
-    from offramp.engine.decoding.pace import drafting
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
 
@@ -81,8 +77,7 @@ def _find(arguments: argparse.Namespace, out: Path) -> None:
         "max_new_tokens": arguments.max_new_tokens,
         "do_sample": False,
     }
-    with drafting(runtime or adapter):
-        draftings = draft_speeds(adapter, inputs, **options)
+    draftings = draft_speeds(adapter, inputs, **options)
     chosen = with_drafts(adapter, draftings)
     better = chosen is not adapter
     rows: list[dict[str, Any]] = [
@@ -90,11 +85,6 @@ def _find(arguments: argparse.Namespace, out: Path) -> None:
         for d in draftings
     ]
     text = _table(draftings, better=better)
-    if len(guess_policies(adapter)) > 1:
-        guessing = guess_speeds(adapter, inputs, **options)
-        rows += [{"guesses": d.thresholds, "speedup_decode": d.speedup} for d in guessing]
-        text += _guess_table(guessing)
-        chosen = with_guesses(chosen, guessing)
     show_result(rows, text, as_json=arguments.json)
     if chosen.policy != adapter.policy:
         chosen.save(out)
@@ -108,12 +98,11 @@ def _say_how_long(adapter: Any, runtime: Any, inputs: Any, arguments: argparse.N
     """From one answer of the full model, which is about as long as any way of drafting takes."""
     import time
 
-    from offramp.calibration.draft_thresholds import LONGEST, draft_policies, guess_policies
+    from offramp.calibration.draft_thresholds import LONGEST, draft_policies
     from offramp.engine.policy import FULL
     from offramp.progress import duration
 
-    guesses = len(guess_policies(adapter))
-    ways = 1 + len(draft_policies(adapter)) + (1 + guesses if guesses > 1 else 0) + len(LONGEST)
+    ways = 1 + len(draft_policies(adapter)) + len(LONGEST)
     begin = time.perf_counter()
     (runtime or adapter).generate(
         inputs[0], policy=FULL, max_new_tokens=arguments.max_new_tokens, do_sample=False
@@ -138,12 +127,6 @@ def _table(draftings: Any, *, better: bool) -> str:
         else "No drafts are faster than the full model; the adapter's are left as they are."
     )
     return "\n".join([*lines, "", said])
-
-
-def _guess_table(guessing: Any) -> str:
-    lines = ["", "", f"{'early exit with guesses from':<40}{'decoding':>10}"]
-    lines += few([f"{_words(one.thresholds):<40}{one.speedup:>9.2f}x" for one in guessing], 3)
-    return "\n".join(lines)
 
 
 def _draft_words(drafting: Any) -> str:

@@ -175,7 +175,6 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
 
 def _measure(adapter: Any, processor: Any, items: Any, arguments: argparse.Namespace) -> None:
     """Time lossless decoding in the files, and warn where full depth is faster."""
-    from offramp.engine.decoding.pace import drafting
     from offramp.evaluation.drafts import lossless_worth
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
@@ -183,7 +182,7 @@ def _measure(adapter: Any, processor: Any, items: Any, arguments: argparse.Names
 
     encoder = InputProcessor(adapter.backbone, processor)
     inputs = [encoder.prompts([item.example]) for item in items]
-    with LlamaCppRuntime(adapter, arguments.out) as runtime, drafting(runtime):
+    with LlamaCppRuntime(adapter, arguments.out) as runtime:
         gained, made = lossless_worth(
             runtime, adapter.policy, inputs, do_sample=False,
             max_new_tokens=arguments.max_new_tokens,

@@ -91,12 +91,6 @@ def _options(parser: Parser) -> None:
         "the exits are for files of this GGUF format: they learn from the backbone with weights as "
         "`offramp export --gguf` writes them", shown="from the backbone as it is",
     )  # fmt: skip
-    group.add_argument(
-        "--gates",
-        action="store_true",
-        help="learn a gate before each exit, where it pays: it predicts whether the exit is worth "
-        "running",
-    )
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -128,13 +122,9 @@ def _train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from offramp.adapter import Adapter
-    from offramp.calibration.gates import learn_shortlist_and_gates
-    from offramp.calibration.profiler import measure_costs
     from offramp.calibration.risk_control import images_needed
-    from offramp.models.input_processor import InputProcessor
     from offramp.models.shipped import shipped_exits
-    from offramp.progress import progress
-    from offramp.training.checkpoint import check_out, check_uncalibrated
+    from offramp.training.checkpoint import check_out
     from offramp.training.trainer import train, train_drafting
 
     config = _config(arguments)
@@ -172,21 +162,6 @@ def _train(arguments: argparse.Namespace) -> None:
     processes = PartialState()
     processes.destroy_process_group()  # its threads can abort a process that just exits
     if processes.is_main_process:
-        learnt_before = arguments.resume and "gates" in adapter.exits.measured
-        if arguments.gates and not learnt_before:
-            if arguments.resume:
-                check_uncalibrated(arguments.out)
-            encoder = InputProcessor(backbone, processor)
-            costs = measure_costs(
-                backbone, encoder.prompts(examples[:1]), adapter.exits,
-                score=adapter.policy.score, shortlist=adapter.policy.shortlist,
-            )  # fmt: skip
-            adapter = learn_shortlist_and_gates(
-                adapter, encoder, examples,
-                gates=True, costs=costs, max_new_tokens=config.max_new_tokens,
-                progress=lambda iterable: progress(iterable, "gates"),
-            )  # fmt: skip
-            adapter.save(arguments.out)
         learnt = {"checks": adapter.exits.measured} if adapter.exits.measured else {}
         result = {"adapter": str(arguments.out), **adapter.metrics, **learnt}
         show_result(result, as_json=arguments.json)

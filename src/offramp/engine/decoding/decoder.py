@@ -19,7 +19,7 @@ from offramp.engine.decoding.executor import Executor, Span, too_long
 from offramp.engine.decoding.reader import Heads, Query, ReadsPrompts, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
-from offramp.engine.decoding.sequence import NAN, Opening, Sequence, Token
+from offramp.engine.decoding.sequence import Opening, Sequence, Token
 from offramp.engine.policy import Pruning
 from offramp.errors import InputError
 

@@ -7,7 +7,8 @@ it: drafts change speed alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Many
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from typing import Any, NamedTuple, Protocol
 
 from offramp.engine.decoding.executor import Executor, Handle, Span
@@ -80,9 +81,7 @@ class DraftingExecutor(Executor, Protocol):
         state that it made of the column before; nothing where that state is not known."""
         ...
 
-    def verify(
-        self, handles: Many[Handle], ids: Many[Many[int]], columns: Many[int]
-    ) -> Any:
+    def verify(self, handles: Many[Handle], ids: Many[Many[int]], columns: Many[int]) -> Any:
         """Run tokens side by side of each sequence, from its column on, through all layers and the
         drafting exit; of all tokens what `full` returns of one."""
         ...

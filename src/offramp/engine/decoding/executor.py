@@ -71,9 +71,7 @@ class Executor(Protocol):
         """
         ...
 
-    def full(
-        self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]
-    ) -> Any:
+    def full(self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]) -> Any:
         """Run one token of each sequence through all layers; exits store nothing."""
         ...
 

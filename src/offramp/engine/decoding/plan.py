@@ -1,20 +1,18 @@
-"""What one model decodes by: decided once, by whoever opens it, and never asked again by a token."""
+"""What one model decodes by: decided once, by whoever opens the model, and not by each token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.drafting import Drafter
+from offramp.engine.decoding.drafting import Drafter, DraftingExecutor, ExitDrafts, PlainDrafts
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.reader import Heads
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
-from offramp.engine.policy import MODES, ExitPolicy
-from offramp.errors import InputError, check_known
+from offramp.engine.policy import AHEAD, ExitPolicy
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,39 +40,15 @@ class Plan:
     def rule(
         self, mode: str | None = None, thresholds: Mapping[int, float] | None = None
     ) -> ExitRule:
-        """How an answer uses the exits: the one place where modes meet the policy.
+        """How an answer uses the exits: the one place where a policy becomes a rule.
 
-        mode: of `MODES`; None: the policy's own, or early exit where thresholds are given.
-        thresholds: by depth, in place of the policy's.
-
-        Raises:
-            InputError: an unknown mode; thresholds where no exit stands or outside [0, 1]; exits
-                that are wanted and have no thresholds.
+        mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
         """
-        policy = self.policy
-        if mode is None:
-            mode = policy.own_mode if thresholds is None else "early_exit"
-            if mode == "lossless" and not self.levels:
-                mode = "full"
-        check_known("Mode", [mode], MODES)
-        if mode == "full":
-            return NO_EXITS
-        if not self.depths:
-            raise InputError(
-                "A request wants exits, and the engine runs none.",
-                "Give the engine an adapter whose policy has thresholds, or use mode='full'.",
-            )
-        if mode == "lossless":
-            if not self.levels:
-                return NO_EXITS
+        policy = self.policy.asked(mode, thresholds, self.depths)
+        if policy.lossless and self.levels:
             return ExitRule(self.levels, lossless=True, max_drafts=policy.max_draft)
-        if thresholds is not None:
-            policy = policy.at(check_thresholds(dict(thresholds), self.depths))
-        elif not policy.thresholds:
-            raise InputError(
-                "A request wants to exit early, and these exits have no thresholds.",
-                "Find some with `offramp calibrate`, give thresholds, or use mode='lossless'.",
-            )
+        if policy.lossless or not policy.thresholds:
+            return NO_EXITS
         first = policy.opening if self.first_may_exit else {}
         return ExitRule(policy.thresholds, first, pruning=policy.pruning)
 
@@ -86,3 +60,30 @@ class Plan:
         return Decoder(
             self.layers, executor, self.heads, drafter=drafter, schedule=schedule, longest=longest
         )
+
+
+def draft_levels(policy: ExitPolicy, drafting: int | None) -> dict[int, float]:
+    """By the depth of the exit that drafts, the score or probability down to which it drafts on;
+    empty where none does.
+
+    drafting: depth of the exit that drafts on from its own state; None: there is none, and the
+    lowest exit drafts by what it says of tokens that are fed.
+    """
+    if drafting is not None:
+        return {drafting: policy.drafts.get(drafting, AHEAD)}
+    at = policy.drafts or policy.thresholds
+    return {min(at): at[min(at)]} if at else {}
+
+
+def drafter_at(
+    levels: Mapping[int, float], *, draws_on: bool
+) -> Callable[[Executor, Heads], Drafter] | None:
+    """What makes the drafter of the exit that `levels` names; None where they name none.
+
+    draws_on: whether that exit drafts on from its own state.
+    """
+    for depth in levels:
+        if draws_on:
+            return lambda executor, heads: ExitDrafts(cast(DraftingExecutor, executor), depth)
+        return lambda executor, heads: PlainDrafts(executor, heads, depth)
+    return None

@@ -8,7 +8,6 @@ depth. Columns that deeper segments have yet to run are *pending*.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
 from typing import Any, NamedTuple
 
 from offramp.engine.decoding.executor import Loaded

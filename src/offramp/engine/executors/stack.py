@@ -177,9 +177,7 @@ class StackExecutor(SegmentRunner):
         row.tokens += len(tokens)
         return kw
 
-    def full(
-        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]
-    ) -> Tensor:
+    def full(self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]) -> Tensor:
         return torch.cat(
             [self._full(row, [token]) for row, token in zip(handles, ids, strict=True)]
         )

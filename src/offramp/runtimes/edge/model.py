@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import numpy as np
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.executor import check_context
-from offramp.engine.decoding.pace import DraftPace
-from offramp.engine.decoding.rule import NO_EXITS, ExitRule
+from offramp.engine.decoding.plan import Plan
 from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import ExitPolicy, check_exact, policy_from_json
 from offramp.errors import AdapterError, InputError
@@ -23,14 +22,14 @@ from offramp.runtimes.edge.images import ImageReader
 from offramp.runtimes.edge.rounds import Gone, Job, OnText, Rounds, closed
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
-from offramp.runtimes.llama_cpp.array_reader import ArrayReader
+from offramp.runtimes.llama_cpp.array_reader import ArrayHeads
 from offramp.runtimes.llama_cpp.chain import SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
-from offramp.runtimes.llama_cpp.executor import ChainExecutor
 from offramp.runtimes.llama_cpp.gguf_files import read_segments
 from offramp.runtimes.llama_cpp.gguf_header import Header, read_header
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
+from offramp.runtimes.llama_cpp.plan import chain_plan
 from offramp.runtimes.llama_cpp.projector import MARKER
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EMBEDDING_SCALE, EngineOptions, Segment
@@ -67,8 +66,7 @@ class EdgeModel:
     Any thread may ask: `EngineOptions.sequences` answers are written at once, in calls that they
     share, each as it is written alone; others wait.
 
-    layers: of the whole decoder. pace: whether lossless drafts pay; None: they are made in any
-    case.
+    layers: of the whole decoder.
     """
 
     def __init__(
@@ -91,11 +89,6 @@ class EdgeModel:
         self.name = str(self.files.said["offramp.backbone"])
         self.layers, self.reads_images = self.files.cuts[-1], mmproj is not None
         self.policy = policy_from_json(json.loads(self.files.said["offramp.policy"]))
-        gates = json.loads(self.files.said.get("offramp.gates", "{}"))
-        self._gates = {
-            int(depth): (np.asarray(weight, dtype=np.float32), float(bias))
-            for depth, (weight, bias) in gates.items()
-        }
         ids = self.files.shortlist
         self._shortlist = None if ids is None else np.asarray(ids, dtype=np.int64)
         self._lock = threading.Lock()  # of what reads prompts
@@ -103,7 +96,7 @@ class EdgeModel:
         self._drafter: ChainDrafter | None = None
         self._images: ImageReader | None = None
         self._closed = False
-        self.pace: DraftPace | None = DraftPace()
+        self._shared: Plan | None = None
         self._rounds = Rounds(self._decoder, self.engine.sequences)
         try:
             check_survives(self.files, self.engine)
@@ -185,7 +178,7 @@ class EdgeModel:
             sampling or Sampling(), self.vocabulary.size, ids,
             most=max_new_tokens, ends=self.vocabulary.ends, on_token=settled,
         )  # fmt: skip
-        job = self._job(read, policy, sampler)
+        job = self._job(read, policy, sampler, mode, thresholds)
         steps = tuple(self._rounds.write(job, on_text, gone))
         if (rest := stream.close()) and on_text is not None:
             on_text(rest)
@@ -213,40 +206,47 @@ class EdgeModel:
     # -- one answer -----------------------------------------------------------------------------
 
     def _policy_of(self, mode: str | None, thresholds: dict[int, float] | None) -> ExitPolicy:
-        policy = self.policy
-        if thresholds is not None:
-            policy = replace(policy.at(thresholds), lossless=False, drafts={}, guesses={})
-        policy = policy.in_mode(policy.own_mode if mode is None else mode).effective
-        for at in (policy.thresholds, policy.first):
+        policy = self.policy.asked(mode, thresholds, self.files.depths)
+        for at in (policy.thresholds, policy.first, policy.drafts):
             check_thresholds(dict(at), self.files.depths)
         check_exact(policy, "llama.cpp")
         return policy
 
-    def _job(self, prompt: Prompt, policy: ExitPolicy, sampler: Sampler) -> Job:
-        opens = policy.exit_in_prefill and self._causal
-        rule = NO_EXITS
-        if policy.depths:
-            rule = ExitRule.of(policy, first=policy.opening if opens else {})
-        if policy.lossless and self._drafter is not None:
-            rule = self._drafter.rule(policy)
-        return Job(prompt, sampler, policy, rule)
-
-    def _decoder(self, policy: ExitPolicy) -> Decoder:
-        """For an answer under a policy; where there are several slots, for any that may join."""
-        chain, depths = self._chain, self.files.depths
+    def _plan(self, policy: ExitPolicy) -> Plan:
+        """The plan of a policy; where there are several slots, of the model's own in every mode."""
+        shared = self._chain.slots > 1
+        if shared and self._shared is not None:
+            return self._shared
 
         def embed(token: int, position: int) -> States:
             return self._embeddings.of([token])
 
-        if chain.slots > 1:
-            policy = self.policy
-            executor = ChainExecutor(
-                chain, depths, embed, depths, exact=True, drafter=self._drafter
-            )
-        else:
-            executor = ChainExecutor.of(policy, self._drafter, chain, depths, embed)
-        reader = ArrayReader(policy, self._gates, self._shortlist)
-        return Decoder(self.layers, executor, reader, pace=self.pace)
+        plan = chain_plan(
+            self.layers, self.policy if shared else policy,
+            lambda depths: ArrayHeads(self.policy, self._shortlist),
+            self._chain, self.files.depths, embed, drafter=self._drafter,
+            first_may_exit=policy.exit_in_prefill and self._causal, every_mode=shared,
+        )  # fmt: skip
+        if shared:
+            self._shared = plan
+        return plan
+
+    def _job(
+        self,
+        prompt: Prompt,
+        policy: ExitPolicy,
+        sampler: Sampler,
+        mode: str | None,
+        thresholds: dict[int, float] | None,
+    ) -> Job:
+        plan = self._plan(policy)
+        rule = plan.rule(mode, thresholds) if plan is self._shared else plan.rule()
+        return Job(prompt, sampler, policy, rule)
+
+    def _decoder(self, policy: ExitPolicy) -> Decoder:
+        """For an answer under a policy; where there are several slots, for any that may join."""
+        plan = self._plan(policy)
+        return plan.decoder(plan.executor())
 
     def _text(self, prompt: str | Sequence[Message], images: Sequence[Any]) -> str:
         markers = MARKER * len(images)

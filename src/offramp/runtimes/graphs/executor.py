@@ -7,16 +7,16 @@ values and state are overwritten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from offramp.engine.decoding.executor import Handle, Loaded, Span, check_context
-from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.exit_reader import ExitHeads
 from offramp.engine.decoding.prompt import Prompt
-from offramp.engine.decoding.reader import Looks, Question, Word
-from offramp.engine.decoding.rule import CLOSED, Verdict
+from offramp.engine.decoding.reader import Query, Word
+from offramp.engine.decoding.rule import Verdict
 from offramp.engine.exit_check import Output, joined, picked
 from offramp.runtimes.graphs.programs import FULL, MOST, Read, RowPrograms, Said
 
@@ -29,7 +29,7 @@ class GraphOutput(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """A token that was begun: as what, at which column, and what will be said behind it."""
+    """A token that was begun: as what, at which column, and what will be said after it."""
 
     token: int | None
     segment: int
@@ -90,17 +90,17 @@ class GraphExecutor:
     # -- calls -----------------------------------------------------------------------------------
 
     def feed(
-        self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int], looks: Looks
-    ) -> GraphOutput:
-        return self._step(0, ids[0], columns[0])
-
-    def full(
         self,
         handles: Sequence[Handle],
         ids: Sequence[int],
         columns: Sequence[int],
         *,
-        exits: bool,
+        needs_exit: bool,
+    ) -> GraphOutput:
+        return self._step(0, ids[0], columns[0])
+
+    def full(
+        self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]
     ) -> GraphOutput:
         return self._step(FULL, ids[0], columns[0])
 
@@ -123,15 +123,13 @@ class GraphExecutor:
         states = None if self.plain else programs.states(segment, column, column + 1)
         return GraphOutput(said, states)
 
-    def run(
-        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
-    ) -> GraphOutput:
+    def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> GraphOutput:
         (handle, first, end), programs = spans[0], self._programs
         self._ahead = self._aim = None
         if first < self._prompt:  # it waited; as long as it is, no program is made for it
             waited = Span(handle, first, min(end, self._prompt))
-            programs.slots.run(segment, [waited], (), lambda depth, entry: False)
-        tokens, scores, opened, states = [], [], [], list[Output]()
+            programs.slots.run(segment, [waited], ())
+        tokens, scores, states = [], [], list[Output]()
         for start in range(max(first, self._prompt), end, MOST):
             stop = min(end, start + MOST)
             read = programs.deep(segment, start, stop)
@@ -141,34 +139,30 @@ class GraphExecutor:
             said = read()
             tokens += [said.tokens[row] for row in rows]
             scores += [said.scores[row] for row in rows]
-            opened += [said.opened[row] for row in rows]
             if not self.plain:
                 made = programs.states(segment, start, stop)  # which is written again
                 states.append(picked(made, torch.tensor(rows, device=programs.backbone.device)))
             if segment == len(self.depths):
                 self._aim = said.tokens[-1], stop
-        return GraphOutput(Said(tokens, scores, opened), joined(states) if states else None)
+        return GraphOutput(Said(tokens, scores), joined(states) if states else None)
 
 
-class GraphReader(ExitReader):
+class GraphHeads(ExitHeads):
     """Asks exits and LM head of programs, which say themselves what is plainly asked for."""
 
-    def looks(self, asked: Sequence[Question | None]) -> Callable[[int, Any], bool]:
-        return lambda depth, entry: True  # programs run their exits in any case
-
     def verdicts(
-        self, depth: int, output: Any, asked: Sequence[Question | None]
+        self, depth: int, output: Any, queries: Sequence[Query | None]
     ) -> list[Verdict | Exception | None]:
         if isinstance(output, GraphOutput):
             if output.states is None:
                 return [
-                    None if question is None else (Verdict(*said) if said[2] else CLOSED)
-                    for question, said in zip(asked, zip(*output.said, strict=True), strict=True)
+                    None if query is None else Verdict(*said)
+                    for query, said in zip(queries, zip(*output.said, strict=True), strict=True)
                 ]
             output = output.states
-        return super().verdicts(depth, output, asked)
+        return super().verdicts(depth, output, queries)
 
     def words(self, final: GraphOutput) -> Word:  # type: ignore[override]
         if final.states is None:
-            return lambda place, question: final.said.tokens[place]
+            return lambda place, query: final.said.tokens[place]
         return super().words(final.states)

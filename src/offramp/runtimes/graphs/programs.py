@@ -6,8 +6,7 @@ So the CPU only says which program comes next, and may begin a token that it doe
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -34,12 +33,10 @@ FULL = -1
 
 
 class Said(NamedTuple):
-    """What a program says of n tokens. tokens: the largest logits'. scores: of an exit. opened: 0
-    where its gate would not have let it look."""
+    """What a program says of n tokens. tokens: the largest logits'. scores: of an exit."""
 
     tokens: list[int]
     scores: list[float]
-    opened: list[bool]
 
 
 Read = Callable[[], Said]
@@ -59,30 +56,27 @@ class RowPrograms:
         self._columns = limit + WARM_UPS + 1
         self._watches = policy.score in FEATURE_SCORES
         self.slots = SlotExecutor(
-            backbone, exits, self.depths, limit=self._columns, watches=self._watches
+            backbone,
+            exits,
+            self.depths,
+            limit=self._columns,
+            needs_previous_state=self._watches,
         )
         self.slots.cache.reserve(self._columns + 1)
         self.reads = policy.score in SCORES
         self._bounds = (0, *self.depths, backbone.depth)
-        self._gates = exits.gates
-        self._scorer = ExitScorer(backbone, policy, self.depths, exits) if self.depths else None
+        self._scorer = ExitScorer(backbone, policy, exits) if self.depths else None
         device = backbone.device
         self._recorder = Recorder(device)
         self._programs: dict[tuple[int, int, int], Program] = {}
-        self._letters = Mailbox(3 * MOST, device)
+        self._letters = Mailbox(2 * MOST, device)
         self._numbers = torch.zeros(4, 1, dtype=torch.long, device=device)
         self._token, self._column, self._from, self._to = self._numbers.unbind()
-        self._levels = torch.zeros(backbone.depth, device=device)  # of gates, by depth
-        self._said = torch.zeros(3, MOST, dtype=torch.float64, device=device)
+        self._said = torch.zeros(2, MOST, dtype=torch.float64, device=device)
         size = (backbone.width,)
         kind: dict[str, Any] = {"dtype": backbone.dtype, "device": device}
         self._entries = [torch.zeros(self._columns, *size, **kind) for _ in self.depths]
         self._out, self._previous = (torch.zeros(MOST, *size, **kind) for _ in range(2))
-
-    def gate(self, levels: Mapping[int, float]) -> None:
-        """Shut gates below their levels, by depth; those of other depths are open."""
-        for depth in self.depths:
-            self._levels[depth] = levels.get(depth, -math.inf)
 
     # -- what runs -----------------------------------------------------------------------------
 
@@ -122,8 +116,8 @@ class RowPrograms:
 
         def read() -> Said:
             numbers = letter()
-            tokens, scores, opened = (numbers[i * MOST : i * MOST + rows] for i in range(3))
-            return Said([*map(int, tokens)], scores, [*map(bool, opened)])
+            tokens, scores = (numbers[i * MOST : i * MOST + rows] for i in range(2))
+            return Said([*map(int, tokens)], scores)
 
         return read
 
@@ -179,7 +173,7 @@ class RowPrograms:
         """A segment; keeps what it makes of the columns [n], and returns the tokens it says."""
         bounds = self._bounds
         start, end = (0, bounds[-1]) if segment == FULL else bounds[segment : segment + 2]
-        output = self.slots.run_layers(range(start, end), call, inputs, lambda depth, entry: True)
+        output = self.slots.run_layers(range(start, end), call, inputs)
         if isinstance(output, Tensor):
             self._out[: len(output)] = output
             tokens: Tensor = self.backbone.logits(output).argmax(-1)
@@ -203,7 +197,4 @@ class RowPrograms:
             tokens = self._scorer.shortlist[tokens]
         self._said[0, :rows] = tokens
         self._said[1, :rows] = check.score
-        self._said[2, :rows] = 1.0
-        if depth in self._gates:
-            self._said[2, :rows] = self._gates[depth](output.entry) >= self._levels[depth]
         return tokens

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from offramp.adapter import Adapter
-from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.executors.slots.memory import check_room
-from offramp.engine.generate import exit_rule, write_answers
+from offramp.engine.generate import write_answers
+from offramp.engine.plan import plan_of
 from offramp.engine.policy import ExitPolicy, GenerationOutput, check_exact
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.vision_cache import VisionCache
-from offramp.runtimes.graphs.executor import GraphExecutor, GraphReader
+from offramp.runtimes.graphs.executor import GraphExecutor, GraphHeads
 from offramp.runtimes.graphs.programs import RowPrograms
 
 
@@ -24,7 +23,7 @@ class GraphRuntime:
     """An adapter whose decoder runs as CUDA graphs; on other devices the same programs, unrecorded.
 
     `generate` takes and returns what `Adapter.generate` does, for one row. Score, shortlist and
-    depths of the exits are those of `policy`; thresholds, levels of gates and modes may change from
+    depths of the exits are those of `policy`; thresholds and modes may change from
     call to call. Programs are recorded when they are first needed, for each width of the cache and
     number of pending states. A greedy answer without logits processors and by a score of one exit's
     logits is quickest: its next token is begun before the last is known. Calls from several threads
@@ -78,32 +77,27 @@ class GraphRuntime:
             InputError: more than one row, a prompt with its answer longer than the context, a
                 policy with other exits, another score or shortlist.
         """
-        policy = (self.policy if policy is None else policy).effective
-        self._check_policy(policy)
-        backbone, depths = self.backbone, policy.depths
-        exits = self.adapter.exits
+        policy = self.policy if policy is None else policy
+        self._check_policy(policy.effective)
         with self._lock, torch.inference_mode():
-            reader = PromptReader(backbone, exits, depths, vision_cache=vision_cache)
+            plan = plan_of(
+                self.backbone, self.adapter.exits, policy, heads=GraphHeads, drafts_on=False
+            )
+            reader = plan.reader(vision_cache=vision_cache)
             prepared = reader.prepare(inputs, options)
             if len(prepared.ids) != 1:
                 raise InputError(
                     f"CUDA graphs write one answer at a time, and {len(prepared.ids)} rows came.",
                     "Call generate once for each row.",
                 )
-            asker = GraphReader(backbone, exits if depths else None, policy, depths)
-            self._programs.gate(policy.gates)
             executor = self._executor
             plain = not prepared.config.do_sample and not prepared.processors
-            executor.plain = plain and (not depths or self._programs.reads)
+            executor.plain = plain and (not plan.depths or self._programs.reads)
             try:
                 return write_answers(
-                    Decoder(backbone.depth, executor, asker),
-                    reader,
-                    prepared,
-                    exit_rule(backbone, policy, asker),
-                    streamer=streamer,
-                    seed=seed,
-                )
+                    plan.decoder(executor), reader, prepared, plan.rule(),
+                    streamer=streamer, seed=seed,
+                )  # fmt: skip
             finally:
                 executor.close()
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from offramp.engine.decoding.reader import Looks, Question, Word, anyone
-from offramp.engine.decoding.rule import CLOSED, Verdict
+from offramp.engine.decoding.reader import Query, Word
+from offramp.engine.decoding.rule import Verdict
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError, did_you_mean
 from offramp.runtimes.llama_cpp.executor import ChainOutput
@@ -48,22 +48,15 @@ SCORES: dict[str, Callable[[Array, Any], float]] = {
 """As `offramp.engine.confidence` has them, of logits [S] and the largest of them."""
 
 
-class ArrayReader:
-    """Asks exits and LM head of a chain, which come with their logits.
+class ArrayHeads:
+    """Asks exits and the LM head of a chain, which come with their logits.
 
     A row's sampler says whether it is `plain`: then the largest logit is its token, and nothing
     else of it is asked. Others have `allowed` and `choose`, as `runtimes.edge.sampling` has them.
     """
 
-    follows = False
-
-    def __init__(
-        self,
-        policy: ExitPolicy,
-        gates: Mapping[int, tuple[Array, float]],
-        shortlist: Ids | None,
-    ) -> None:
-        """gates: weights [D] and bias by depth. shortlist: what exits can say; None: everything.
+    def __init__(self, policy: ExitPolicy, shortlist: Ids | None) -> None:
+        """shortlist: what exits can say; None: everything.
 
         Raises:
             InputError: a score that needs PyTorch.
@@ -74,53 +67,42 @@ class ArrayReader:
                 did_you_mean(policy.score, tuple(SCORES)),
             )
         self._score = SCORES[policy.score]
-        self._gates = {depth: gates[depth] for depth in policy.gates}
         self._shortlist = shortlist
         self._ids: list[int] | None = None if shortlist is None else shortlist.tolist()
 
     def computing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def looks(self, asked: Sequence[Question | None]) -> Looks:
-        return anyone  # segments run their exits in any case
-
     def verdicts(
-        self, depth: int, output: ChainOutput, asked: Sequence[Question | None]
+        self, depth: int, output: ChainOutput, queries: Sequence[Query | None]
     ) -> list[Verdict | Exception | None]:
         return [
-            None
-            if question is None
-            else self._verdict(depth, output.entry[place], output.logits[place], question)
-            for place, question in enumerate(asked)
+            None if query is None else self._verdict(depth, output.logits[place], query)
+            for place, query in enumerate(queries)
         ]
 
-    def _verdict(self, depth: int, entry: Array, logits: Array, question: Question) -> Verdict:
-        sampler, rule = question.sampler, question.rule
-        if depth in rule.gates:
-            weight, bias = self._gates[depth]
-            shut = min(-float(entry @ weight) - bias, 700.0)  # `exp` of more is no number
-            if not 1.0 / (1.0 + math.exp(shut)) >= rule.gates[depth]:
-                return CLOSED
+    def _verdict(self, depth: int, logits: Array, query: Query) -> Verdict:
+        sampler, rule = query.sampler, query.rule
         scored = rule.thresholds.get(depth) != 0.0
         if sampler.plain:
             largest = int(logits.argmax())
             token = largest if self._ids is None else self._ids[largest]
             return Verdict(token, self._score(logits, logits[largest]) if scored else math.nan)
-        allowed = sampler.allowed(logits, self._shortlist, question.before)
+        allowed = sampler.allowed(logits, self._shortlist, query.before)
         verdict = Verdict(-1, self._score(allowed, allowed.max()) if scored else math.nan)
-        if rule.exits(depth, verdict) or rule.guesses_at(depth, verdict):
-            token = sampler.choose(allowed, self._shortlist, question.before)
+        if rule.exits(depth, verdict):
+            token = sampler.choose(allowed, self._shortlist, query.before)
             verdict = verdict._replace(token=token)
         return verdict
 
     def words(self, final: Array) -> Word:
-        return lambda place, question: self._word(final[place], question)
+        return lambda place, query: self._word(final[place], query)
 
     of_logits = words  # a chain ends with logits
 
-    def _word(self, logits: Array, question: Question) -> int:
-        sampler = question.sampler
+    def _word(self, logits: Array, query: Query) -> int:
+        sampler = query.sampler
         if sampler.plain:
             return int(logits.argmax())
-        allowed = sampler.allowed(logits, None, question.before)
-        return int(sampler.choose(allowed, None, question.before))
+        allowed = sampler.allowed(logits, None, query.before)
+        return int(sampler.choose(allowed, None, query.before))

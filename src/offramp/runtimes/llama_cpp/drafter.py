@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from offramp.engine.decoding.executor import DraftRoom, Drafts, Ends
-from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.decoding.drafting import DraftBudget, Drafts, Ends
 from offramp.errors import AdapterError
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.gguf_files import DRAFT_INPUT, SegmentFiles
@@ -85,10 +83,6 @@ class ChainDrafter:
         """Give the memory back."""
         self._segment.close()
 
-    def rule(self, policy: ExitPolicy) -> ExitRule:
-        """Of answers whose drafts it writes, under a lossless policy."""
-        return ExitRule.drafting(policy, self.depth)
-
     def begin(self, slot: int, prompt: Prompt | None) -> None:
         """Forget a sequence: what is taken next is of another's prompt. None: of one whose drafts
         nobody asks for."""
@@ -103,24 +97,25 @@ class ChainDrafter:
         if slot in self._wanted:
             self._chain.run(states, None, slot)
 
-    def draft(self, slot: int, token: int, room: DraftRoom) -> list[int]:
-        """Ids behind a token, as far as there is room, from the state of the one before it."""
+    def draft(self, slot: int, token: int, budget: DraftBudget) -> list[int]:
+        """Return ids that follow a token, within its budget, from the state of the one before."""
         chain, segment = self._chain, self._segment
         if chain.waits(slot):
             chain.finish(1, slot)
             self._states[slot] = segment.tapped()[-1:]
         state = self._states.get(slot)
-        if state is None or not room.most:
+        if state is None or not budget.max_drafts:
             return []
         if self._loop is None or self._ids is None:
-            return self._one_by_one(slot, token, state, room)
-        ending, word = self._ending(slot, room.ends, self._ids), self._word(token)
-        said = segment.draft(self._loop, word, state[0], ending, room.most, room.sure, slot)
+            return self._one_by_one(slot, token, state, budget)
+        ending, word = self._ending(slot, budget.ends, self._ids), self._word(token)
+        most, least = budget.max_drafts, budget.min_probability
+        said = segment.draft(self._loop, word, state[0], ending, most, least, slot)
         return [self._ids[place] for place in said]
 
-    def _one_by_one(self, slot: int, token: int, state: States, room: DraftRoom) -> list[int]:
+    def _one_by_one(self, slot: int, token: int, state: States, budget: DraftBudget) -> list[int]:
         """The same without the loop in C."""
-        segment, drafts, fed, goes_on = self._segment, Drafts(room), 0, True
+        segment, drafts, fed, goes_on = self._segment, Drafts(budget), 0, True
         while goes_on:
             enters = self._word(token) + self._of_states @ _normed(state[0])
             segment.feed(np.asarray(enters[None], dtype=np.float32), 1, slot=slot)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offramp.engine.decoding.executor import DraftRoom, Loaded, Span
-from offramp.engine.decoding.reader import Decide, Looks, anyone
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.decoding.drafting import DraftBudget
+from offramp.engine.decoding.executor import Loaded, Span
+from offramp.engine.decoding.reader import Decide
 from offramp.runtimes.llama_cpp.chain import SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.graphs import Array
@@ -66,36 +66,20 @@ class ChainExecutor:
         self._unused = [place for place in range(self._last) if place not in self._places]
         self._free = set(range(chain.slots))
 
-    @classmethod
-    def of(
-        cls,
-        policy: ExitPolicy,
-        drafter: ChainDrafter | None,
-        chain: SegmentChain,
-        stand: Sequence[int],
-        embed: Callable[[int, int], States],
-    ) -> ChainExecutor:
-        """For answers under a policy, as it takes effect. drafter: None: no exit drafts on."""
-        drafter = drafter if policy.lossless else None
-        depths = policy.depths if drafter is None else ()
-        # Guesses fall with whom they wait, and so does company: that must change speed alone.
-        exact = chain.slots > 1 or policy.lossless or bool(policy.guesses) or not depths
-        return cls(chain, stand, embed, depths, exact=exact, drafter=drafter)
-
     def read(
         self,
         prepared: Prompt,
         *,
         use_exits: bool = True,
         decide: Decide | None = None,
-        looks: Looks = anyone,
+        asks: frozenset[int] = frozenset(),
         keep: int | None = None,
     ) -> ChainPrompt:
         """Run a prompt in a free slot, to full depth or as far as `decide` lets it."""
 
         def at(exit: int, state: Array, logits: Array) -> bool:
             assert decide is not None
-            if exit not in self._places:
+            if self._stand[exit] not in asks:
                 return False
             return decide(self._stand[exit], ChainOutput(state[None], logits[None]))
 
@@ -120,7 +104,12 @@ class ChainExecutor:
         return Loaded(prompt.slot, columns, [columns] * ran + [0] * (len(depths) + 1 - ran))
 
     def feed(
-        self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int], looks: Looks
+        self,
+        handles: Sequence[int],
+        ids: Sequence[int],
+        columns: Sequence[int],
+        *,
+        needs_exit: bool,
     ) -> ChainOutput:
         place, new = self._places[0], self._entering(handles, ids)
         if len(handles) == 1 and place == 0:
@@ -153,9 +142,7 @@ class ChainExecutor:
         made = self._chain.together(place, outputs, new)
         return {slot: ChainOutput(*each) for slot, each in made.items()}
 
-    def run(
-        self, segment: int, spans: Sequence[Span], asked: Sequence[int], looks: Looks
-    ) -> ChainOutput | Array:
+    def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> ChainOutput | Array:
         outputs, picks, total = dict[int, int](), dict[int, list[int]](), 0
         for span in spans:
             start, total = total, total + span.end - span.first
@@ -176,14 +163,7 @@ class ChainExecutor:
             chosen.append(ChainOutput(_picked(entry, picks[slot]), _picked(logits, picks[slot])))
         return _stacked(chosen)
 
-    def full(
-        self,
-        handles: Sequence[int],
-        ids: Sequence[int],
-        columns: Sequence[int],
-        *,
-        exits: bool,
-    ) -> Array:
+    def full(self, handles: Sequence[int], ids: Sequence[int], columns: Sequence[int]) -> Array:
         new = self._entering(handles, ids)
         if len(handles) == 1 and self.drafter is None:
             slot = handles[0]
@@ -209,10 +189,10 @@ class ChainExecutor:
         handles: Sequence[int],
         ids: Sequence[int],
         columns: Sequence[int],
-        rooms: Sequence[DraftRoom],
+        budgets: Sequence[DraftBudget],
     ) -> list[list[int]]:
         assert self.drafter is not None
-        return [*map(self.drafter.draft, handles, ids, rooms)]
+        return [*map(self.drafter.draft, handles, ids, budgets)]
 
     def verify(
         self, handles: Sequence[int], ids: Sequence[Sequence[int]], columns: Sequence[int]

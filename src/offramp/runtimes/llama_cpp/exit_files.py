@@ -1,4 +1,4 @@
-"""Exits, their shortlist and gates, as an adapter's folder holds them, read without PyTorch."""
+"""Exits and their shortlist, as an adapter's folder holds them, read without PyTorch."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ class ExitFiles:
     """What `Adapter.save` wrote.
 
     config: of adapter.json. states: each exit's tensors, by depth. shortlist: token ids [S]; None:
-    there is none. gates: weights [D] and biases by depth. digest: as `digest_of` has it.
+    there is none. digest: as `digest_of` has it.
     """
 
     config: Mapping[str, Any]
     states: Mapping[int, Mapping[str, Array]]
     shortlist: npt.NDArray[np.int64] | None
-    gates: Mapping[int, tuple[Array, float]]
     digest: str
 
     def draft_input(self, depth: int) -> dict[str, Array]:
@@ -90,16 +89,8 @@ def read_exits(folder: str | Path) -> ExitFiles:
         config,
         states,
         None if shortlist is None else shortlist.astype(np.int64),
-        {depth: gate for depth in depths if (gate := _gate(checks, depth)) is not None},
         _digest(raw, shortlist),
     )
-
-
-def _gate(checks: Mapping[str, tuple[str, Any]], depth: int) -> tuple[Array, float] | None:
-    weight, bias = (checks.get(f"gates.{depth}.{name}") for name in ("weight", "bias"))
-    if weight is None or bias is None:
-        return None
-    return _numbers(*weight).astype(np.float32), float(_numbers(*bias))
 
 
 def digest_of(adapter: Any) -> str:

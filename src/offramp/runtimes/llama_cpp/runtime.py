@@ -5,39 +5,41 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from offramp.adapter import Adapter, CalledAsModel
-from offramp.engine.confidence import SCORES, STREAKS
-from offramp.engine.decoding.decoder import Decoder
+from offramp.adapter import PLANS, Adapter, CalledAsModel
+from offramp.engine.confidence import SCORES
 from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.pace import DraftPace
+from offramp.engine.decoding.plan import Plan
 from offramp.engine.decoding.reader import ReadsPrompts
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.generate import exit_rule, write_answers
+from offramp.engine.generate import write_answers
 from offramp.engine.policy import (
     ExitPolicy,
     GenerationOutput,
     check_exact,
+    first_token_may_exit,
 )
 from offramp.engine.prefill import Prepared
 from offramp.errors import InputError, UnsupportedBackboneError, did_you_mean
+from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
 from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, PromptEntry
-from offramp.runtimes.llama_cpp.executor import ChainExecutor
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
+from offramp.runtimes.llama_cpp.plan import chain_plan
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
-from offramp.runtimes.llama_cpp.tensor_reader import TensorReader
+from offramp.runtimes.llama_cpp.tensor_reader import TensorHeads
 from offramp.runtimes.llama_cpp.trial import check_survives
 from offramp.serving.torch_host import PreparedHost
 
@@ -50,7 +52,7 @@ class LlamaCppRuntime(CalledAsModel):
     has it (`with_mtmd`). Calls from several threads take turns.
 
     rows: prompts in one call of `generate`, at most. context: tokens of a prompt with its answer,
-    at most. pace: whether lossless drafts pay; None: they are made in any case.
+    at most.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class LlamaCppRuntime(CalledAsModel):
         self._entry: PromptEntry | None = None  # with what is kept of prompts
         self._segments: list[Segment] = []
         self._drafter: ChainDrafter | None = None
-        self.pace: DraftPace | None = DraftPace()
+        self._plans: tuple[tuple[ExitPolicy, Plan], ...] = ()
         try:
             check_survives(self.files, self.engine)
             for file, tap in self.files.taps:
@@ -129,29 +131,44 @@ class LlamaCppRuntime(CalledAsModel):
         seed: int | None = None,
         **options: Any,
     ) -> GenerationOutput:
-        policy = policy.effective
-        self._check_policy(policy)
+        plan = self.plan(policy)
         with self._held(), torch.inference_mode():
             if self._entry is None or self._entry.vision_cache is not vision_cache:
                 self._entry = self.entry(vision_cache)
             prepared, prompts = self._entry.read(inputs, options)
-            executor = ChainExecutor.of(policy, self._drafter, *self._settings)
-            asker = TensorReader(self.adapter, policy, executor.depths)
+            executor: Any = plan.executor()
             rows = len(prompts)
-            schedule = ASK_AT_ONCE if rows == 1 or asker.follows else Schedule.of(rows)
-            rule = exit_rule(self.backbone, policy, asker)
-            if executor.drafter is not None:
-                rule = executor.drafter.rule(policy)
-            pace = self.pace if rule.lossless else None
+            schedule = ASK_AT_ONCE if rows == 1 else Schedule.of(rows)
             return write_answers(
-                Decoder(self.backbone.depth, executor, asker, schedule=schedule, pace=pace),
+                plan.decoder(executor, schedule),
                 executor,
                 prepared,
-                rule,
+                plan.rule(),
                 given=prompts,
                 streamer=streamer,
                 seed=seed,
             )
+
+    def plan(self, policy: ExitPolicy | None = None, *, every_mode: bool = False) -> Plan:
+        """What answers by a policy, or the adapter's, are written by; the newest are kept.
+
+        Raises:
+            InputError: the files cannot follow the policy.
+        """
+        policy = self.policy if policy is None else policy
+        for known, plan in self._plans:
+            if known == policy and not every_mode:
+                return plan
+        for mode in ("early_exit", "lossless") if every_mode else (policy.own_mode,):
+            self._check_policy(policy.in_mode(mode).effective)
+        plan = chain_plan(
+            self.backbone.depth, policy, partial(TensorHeads, self.adapter, policy),
+            *self._settings, drafter=self._drafter, every_mode=every_mode,
+            first_may_exit=first_token_may_exit(self.backbone, policy),
+        )  # fmt: skip
+        if not every_mode:
+            self._plans = ((policy, plan), *self._plans[: PLANS - 1])
+        return plan
 
     @contextmanager
     def _held(self, *, open: bool = True) -> Iterator[None]:
@@ -162,7 +179,7 @@ class LlamaCppRuntime(CalledAsModel):
                 raise InputError(
                     "The runtime was asked for something by a callback of the answer that it is "
                     "writing.",
-                    "Ask behind the answer, or from another thread.",
+                    "Ask after the answer, or from another thread.",
                 )
             if open:
                 self._check_open()
@@ -194,12 +211,10 @@ class LlamaCppRuntime(CalledAsModel):
         Raises:
             InputError: the files cannot follow the policy, in any mode; the runtime is closed.
         """
-        for mode in ("early_exit", "lossless"):
-            self._check_policy(policy.in_mode(mode).effective)
+        plan = self.plan(policy, every_mode=True)
         with self._held():
             self._lent = True
-        executor = ChainExecutor(*self._settings, policy.depths, exact=True, drafter=self._drafter)
-        return LlamaCppHost(self.adapter, policy, executor, self.entry(vision_cache))
+        return LlamaCppHost(self.backbone, plan, self.entry(vision_cache))
 
     def entry(self, vision_cache: VisionCache | None = None) -> PromptEntry:
         """What takes prompts as far as llama.cpp."""
@@ -275,7 +290,7 @@ class LlamaCppRuntime(CalledAsModel):
 
     def _check_policy(self, policy: ExitPolicy) -> None:
         """Raise `InputError` where the files or the runtime cannot follow `policy`."""
-        known = (*SCORES, *STREAKS)
+        known = (*SCORES,)
         if policy.thresholds and policy.score not in known:
             raise InputError(
                 f"The llama.cpp runtime has no score {policy.score!r}: it sees no features.",
@@ -300,14 +315,10 @@ class LlamaCppHost(PreparedHost):
     """What one batch engine writes with: a sequence of llama.cpp's for each slot; meanwhile the
     runtime itself answers nothing."""
 
-    def __init__(
-        self, adapter: Adapter, policy: ExitPolicy, executor: ChainExecutor, entry: PromptEntry
-    ) -> None:
-        super().__init__(adapter.backbone)
-        self.depths = executor.depths
-        self.reader = TensorReader(adapter, policy, self.depths)
-        self._executor, self.entry, drafter = executor, entry, executor.drafter
-        self.drafting = None if drafter is None else drafter.rule(policy)
+    def __init__(self, backbone: Backbone, plan: Plan, entry: PromptEntry) -> None:
+        super().__init__(backbone)
+        self.plan, self.entry = plan, entry
+        self._executor = plan.executor()
 
     def executor(self) -> Executor:
         return self._executor
@@ -317,4 +328,5 @@ class LlamaCppHost(PreparedHost):
     ) -> tuple[Prepared, ReadsPrompts, Any]:
         with torch.inference_mode():
             prepared, [prompt] = self.entry.read(inputs, options)
-        return prepared, self._executor, prompt
+        reader: Any = self._executor
+        return prepared, reader, prompt

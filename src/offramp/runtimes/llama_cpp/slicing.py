@@ -154,7 +154,6 @@ def _about(source: _Source, made: ExitFiles, depths: tuple[int, ...], exits: str
     )
     head = source.head.tensor_type.name.lower()
     formats = {"layers": "+".join(stored), "exits": exits, "head": head}
-    gates = {str(depth): [weight.tolist(), bias] for depth, (weight, bias) in made.gates.items()}
     about = about_export(
         depths,
         source.layers,
@@ -164,7 +163,7 @@ def _about(source: _Source, made: ExitFiles, depths: tuple[int, ...], exits: str
         formats=formats,
     )
     about["offramp.source"] = json.dumps(_fingerprint(source))
-    return {**about, "offramp.gates": json.dumps(gates)} if gates else about
+    return about
 
 
 def _fingerprint(source: _Source) -> dict[str, Any]:

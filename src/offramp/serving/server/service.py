@@ -360,26 +360,18 @@ class Service:
                 "Share of prompt tokens whose keys were kept.",
                 lambda: prefixes.reused / max(1, prefixes.reused + prefixes.run),
             )
-        tallies = engine.core.tallies
-
-        def rate(part: str, whole: Callable[[Any], int], exiting: bool) -> Callable[[], float]:
-            def value() -> float:
-                tally = tallies[exiting]
-                return getattr(tally, part) / whole(tally) if whole(tally) else math.nan
-
-            return value
+        tally = engine.core.tally
 
         gauge(
             "exit_rate",
-            "Share of early exit's tokens that exited, lately.",
-            rate("exited", lambda tally: tally.tokens, True),
+            "Share of early exit's tokens that exited.",
+            lambda: _share(tally.exited, tally.exited + tally.waited),
         )
         gauge(
             "draft_acceptance_rate",
-            "Share of lossless drafts that were right, lately.",
-            rate("right", lambda tally: tally.ruled, False),
+            "Share of lossless drafts that were right.",
+            lambda: _share(tally.accepted, tally.drafted),
         )
-
         if self.watcher is not None:
             self._add_risk(self.watcher)
 
@@ -407,6 +399,10 @@ class Service:
     def _without_slot(self) -> int:
         """Answers that were let in and have no slot yet."""
         return max(0, self.under_way - self.engine.running)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
 
 
 def _with_calibrated_length(config: ServerConfig, adapter: Adapter | None) -> ServerConfig:

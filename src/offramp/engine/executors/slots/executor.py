@@ -256,9 +256,7 @@ class SlotExecutor(SegmentRunner):
         self._note(1, handles, columns, output.entry)
         return output
 
-    def full(
-        self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]
-    ) -> Tensor:
+    def full(self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]) -> Tensor:
         final = self._pass(handles, columns, self._ids(ids))
         for row, column in zip(handles, columns, strict=True):
             row.base = dict.fromkeys(row.base, column + 1)

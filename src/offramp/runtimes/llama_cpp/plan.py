@@ -1,0 +1,50 @@
+"""The plan of a chain of llama.cpp segments, with PyTorch before it or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from offramp.engine.decoding.plan import Plan, draft_levels, drafter_at
+from offramp.engine.decoding.reader import Heads
+from offramp.engine.policy import ExitPolicy
+from offramp.runtimes.llama_cpp.chain import SegmentChain
+from offramp.runtimes.llama_cpp.drafter import ChainDrafter
+from offramp.runtimes.llama_cpp.executor import ChainExecutor
+from offramp.runtimes.llama_cpp.native.tap import States
+
+
+def chain_plan(
+    layers: int,
+    policy: ExitPolicy,
+    heads: Callable[[tuple[int, ...]], Heads],
+    chain: SegmentChain,
+    stand: Sequence[int],
+    embed: Callable[[int, int], States],
+    *,
+    drafter: ChainDrafter | None,
+    first_may_exit: bool,
+    every_mode: bool = False,
+) -> Plan:
+    """Decide how a chain writes answers.
+
+    layers: depth L of the full model. heads: made for the depths of the exits in use. stand: depths
+    of the exits that the chain has. embed: what a token enters the chain as, [1, D], by its id and
+    position. drafter: of the exit that drafts on; None: none does. every_mode: whether answers may
+    ask for other modes than the policy's own.
+    """
+    lossless = every_mode or policy.own_mode == "lossless"
+    own = drafter if lossless else None
+    levels = draft_levels(policy, None if own is None else own.depth) if lossless else {}
+    early = policy.thresholds if every_mode or not lossless else {}
+    depths = tuple(sorted({*early, *(levels if own is None else {})}))
+    # Alone and early, a few products may be computed otherwise together than one by one.
+    exact = chain.slots > 1 or lossless or not depths
+
+    def executor(**_: Any) -> ChainExecutor:
+        return ChainExecutor(chain, stand, embed, depths, exact=exact, drafter=own)
+
+    return Plan(
+        layers, depths or tuple(levels), policy, heads(depths), executor, lambda **_: None,
+        drafter_at(levels, draws_on=own is not None), levels, first_may_exit,
+    )  # fmt: skip
