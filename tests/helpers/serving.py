@@ -23,6 +23,7 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.app import create_app
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.models import Models
+from offramp.serving.server.pytorch import service_of as service_of_model
 from offramp.serving.server.run import Server, http, listen
 from offramp.serving.server.service import Service
 
@@ -46,7 +47,7 @@ def service_of(slots: int = 8, limit: int = 256, more: Any = None, **config: Any
     adapter, processor = shipped()
     settings = ServerConfig(**{"name": NAME, **config})
     sizes = EngineConfig(slots, limit, schedule=Schedule.of(slots))  # whatever calls take today
-    return Service(adapter, processor, settings, sizes, **(more or {}))
+    return service_of_model(adapter, processor, settings, sizes, **(more or {}))
 
 
 def data_uri(image: Image.Image, kind: str = "PNG") -> str:

@@ -24,7 +24,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.models.rope import LengthDependentRope
 from offramp.serving.batch_engine import BatchEngine, EngineConfig
-from offramp.serving.server.service import _within_positions
+from offramp.serving.server.pytorch import _within_positions
 
 SWITCH = 24
 SIDES = {"below": 14, "above": SWITCH + 1}

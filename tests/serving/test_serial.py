@@ -25,7 +25,7 @@ from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.request import Request
 from offramp.serving.serial import SerialCore
 from offramp.serving.server.config import ServerConfig
-from offramp.serving.server.service import Service
+from offramp.serving.server.pytorch import service_of as service_of_model
 from offramp_lab.inputs import zoo
 from serving import asking, messages, scene_examples, service_of, shipped
 
@@ -153,7 +153,7 @@ def test_a_model_whose_vision_tower_is_not_known_is_served_without_image_feature
     backbone.family = replace(backbone.family, vision=None)
     adapter = replace(shown, backbone=backbone)
     serial = adapter if alone else None
-    service = Service(
+    service = service_of_model(
         adapter, processor, ServerConfig(NAME), serial=serial, vision_cache=VisionCache()
     )
     body = {"messages": messages(scene_examples()[0]), "max_tokens": 4, "temperature": 0}

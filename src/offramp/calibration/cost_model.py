@@ -71,9 +71,8 @@ class Costs:
     def from_json(cls, value: Mapping[str, Any]) -> Costs:
         """The costs that `to_json` wrote."""
         names = {f.name for f in fields(cls)}
-        value = {
-            n: v for n, v in value.items() if n not in ("leave", "gate", "store")
-        }  # of older files
+        older = ("leave", "gate", "store")  # parts that earlier versions timed
+        value = {n: v for n, v in value.items() if n not in older}
         if set(value) != names:
             raise InputError(
                 f"These are no costs: {', '.join(sorted(names ^ set(value)))} missing or unknown.",

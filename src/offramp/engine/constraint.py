@@ -19,8 +19,6 @@ from torch import Tensor
 from offramp.errors import InputError
 from offramp.missing import install_command
 
-ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-"""A schema: an object, whatever is in it."""
 _SPACES = {"whitespace_pattern": r" |\n {0,20}"}
 """Between two marks of JSON: enough to indent, and no more, so that no answer is made of spaces."""
 

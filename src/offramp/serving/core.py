@@ -259,7 +259,8 @@ class EngineCore(Core):
 
         config = config or EngineConfig()
         check_company(policy)
-        if host is None:
-            host = TorchHost(backbone, exits, policy, config, between=self._meanwhile, **how)
+        own: Host = host or TorchHost(
+            backbone, exits, policy, config, between=self._meanwhile, **how
+        )
         self.backbone = backbone
-        super().__init__(host, policy, config, clock)
+        super().__init__(own, policy, config, clock)

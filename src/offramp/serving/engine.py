@@ -29,13 +29,15 @@ Prepare = Callable[[Request], Mapping[str, Any]]
 class Rounds(Protocol):
     """What an engine's thread drives: `offramp.serving.core.Core`, or one that answers one by one.
 
-    depths: of the exits in use. tallies: what they did, by whether a token might be an exit's.
+    depths: of the exits in use. tally: what they did.
     """
 
-    config: EngineConfig
-    depths: tuple[int, ...]
-    tallies: Mapping[bool, Tally]
-
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def depths(self) -> tuple[int, ...]: ...
+    @property
+    def tally(self) -> Tally: ...
     @property
     def waiting(self) -> int: ...
     @property

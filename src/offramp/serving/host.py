@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -17,8 +16,11 @@ if TYPE_CHECKING:
     from offramp.adapter import Adapter
     from offramp.models.vision_cache import VisionCache
 
-OnSettled = Callable[[int, int, int, float], None]
-"""Is told a token that can no longer change: its place in the answer, id, depth and score."""
+
+class OnSettled(Protocol):
+    """Is told a token that can no longer change: its place in the answer, id, depth and score."""
+
+    def __call__(self, place: int, token: int, depth: int, score: float) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,7 +98,7 @@ def replica_app(config: RayConfig) -> FastAPI:
     from offramp.serving.monitor.watch_config import WatchConfig
     from offramp.serving.server.app import create_app
     from offramp.serving.server.config import ServerConfig
-    from offramp.serving.server.service import Service
+    from offramp.serving.server.pytorch import service_of
     from offramp.serving.server.tracing import provider_of
 
     if config.threads is not None:
@@ -109,15 +109,19 @@ def replica_app(config: RayConfig) -> FastAPI:
     def start(name: str, model: Adapter | Backbone) -> Service:
         server = ServerConfig(name=name, queue=config.queue, **config.server)
         watch = WatchConfig(watchers=config.max_replicas) if config.watch else None
-        return Service(model, processor, server, sizes, watch=watch)
+        return service_of(model, processor, server, sizes, watch=watch)
 
     first = start(config.served, model)
-    served = _multiplexed(config, first, start) if config.others else first
+    backbone = model.backbone if isinstance(model, Adapter) else model
+    served = _multiplexed(config, first, backbone, start) if config.others else first
     return create_app(served, provider_of(os.environ))
 
 
 def _multiplexed(
-    config: RayConfig, first: Service, start: Callable[[str, Adapter], Service]
+    config: RayConfig,
+    first: Service,
+    backbone: Backbone,
+    start: Callable[[str, Adapter], Service],
 ) -> Models:
     """The models of a replica; Ray counts which ones it holds, and lets the oldest go."""
     from ray import serve
@@ -125,7 +129,7 @@ def _multiplexed(
     from offramp.serving.server.models import Models
 
     def adapter(name: str) -> Adapter:
-        return Adapter.from_pretrained(first.backbone, adapter_folder(config.others[name]))
+        return Adapter.from_pretrained(backbone, adapter_folder(config.others[name]))
 
     for name in config.others:  # one that does not fit is refused now, not when it is asked for
         adapter(name)

@@ -24,8 +24,9 @@ class Request:
     `MODES`; None: the adapter's own policy. thresholds: by depth, instead of the policy's; early
     exit only. seed: which sample, where tokens are sampled; None: any. streamer, on_token: get the
     prompt's ids and each token's, or each token with its depth and score; they run in the engine's
-    thread and must be quick. options: Hugging Face's generation options, or what else the engine takes. salt:
-    what is kept of it is found by requests of the same salt alone; None: by all that have none.
+    thread and must be quick. options: Hugging Face's generation options, or what else the engine
+    takes. salt: what is kept of it is found by requests of the same salt alone; None: by all that
+    have none.
 
     Raises:
         InputError: an unknown mode, thresholds in another mode than early exit.

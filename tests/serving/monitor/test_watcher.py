@@ -28,8 +28,9 @@ from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
+from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.serving.monitor.watcher import Sample, Watcher
+from offramp.serving.monitor.watcher import Watcher
 from offramp_lab.inputs import lookalikes
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from serving import asking, messages, running, scene_examples, service_of, shipped

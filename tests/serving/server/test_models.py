@@ -11,6 +11,7 @@ import pytest
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.models import Models
+from offramp.serving.server.pytorch import service_of as service_of_model
 from offramp.serving.server.service import Service
 from serving import NAME, asking, messages, scene_examples, service_of, shipped
 
@@ -27,7 +28,7 @@ def models() -> Iterator[Models]:
             adapter, processor = shipped()
             lossless = replace(adapter, policy=replace(adapter.policy, lossless=True))
             config = ServerConfig(name=name)
-            held[name] = Service(lossless, processor, config, EngineConfig(2, 128))
+            held[name] = service_of_model(lossless, processor, config, EngineConfig(2, 128))
         return held[name]
 
     found = Models(service_of(slots=2, limit=128), ("drafts",), load, held)

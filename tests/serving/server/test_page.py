@@ -92,7 +92,7 @@ def test_reading_the_image_is_counted_for_neither_side(page: Page) -> None:
     """A vision tower that takes a second makes neither side slower: what the first side read would
     have helped the second."""
     service = service_of()
-    tower = service.backbone.model.get_submodule("vision_model")
+    tower = service.served.backbone.model.get_submodule("vision_model")
     slow = tower.register_forward_pre_hook(lambda *_: time.sleep(1.0))
     try:
         with running(service) as address:

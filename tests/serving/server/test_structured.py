@@ -14,7 +14,7 @@ from schemas import drawn, random_model
 from offramp import Adapter, EngineConfig, ExitPolicy
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.serving.server.config import ServerConfig
-from offramp.serving.server.service import Service
+from offramp.serving.server.pytorch import service_of as service_of_model
 from serving import NAME, asking, messages, running, scene_examples, service_of
 
 CHAT = "/v1/chat/completions"
@@ -29,7 +29,7 @@ def client() -> Iterator[Any]:
     backbone, exits, processor = random_model()
     adapter = Adapter(backbone, exits, ExitPolicy({1: 0.5, 3: 0.2}))
     sizes = EngineConfig(4, 256, schedule=Schedule.of(4))
-    service = Service(adapter, processor, ServerConfig(NAME), sizes)
+    service = service_of_model(adapter, processor, ServerConfig(NAME), sizes)
     yield asking(service)
     service.close()
 

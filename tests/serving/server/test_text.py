@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from offramp.serving.server.api.options import CountPenalties
 from offramp.serving.server.api.text import StopStrings, TextStream
+from offramp.serving.server.hf_options import CountPenalties
 from offramp.serving.server.middleware import keys_of
 
 

@@ -10,7 +10,7 @@ import pytest
 from offramp.engine.policy import DRAFT, Thresholds
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.config import ServerConfig
-from offramp.serving.server.service import Service
+from offramp.serving.server.pytorch import service_of as service_of_model
 from serving import NAME, messages, running, scene_examples, shipped
 
 
@@ -20,7 +20,7 @@ def test_exits_without_thresholds_draft(alone: bool) -> None:
     drafts = Thresholds.shared(adapter.exits.depths, DRAFT)
     bare = adapter.with_policy(replace(adapter.policy, thresholds={}, guesses={}, drafts=drafts))
     settings, sizes = ServerConfig(name=NAME), EngineConfig(slots=2, limit=256)
-    service = Service(bare, processor, settings, sizes, serial=bare if alone else None)
+    service = service_of_model(bare, processor, settings, sizes, serial=bare if alone else None)
     body = {"messages": messages(scene_examples()[0]), "max_tokens": 12, "temperature": 0}
     with running(service) as address:
         url = f"{address}/v1/chat/completions"

@@ -21,8 +21,9 @@ from offramp.engine.policy import GenerationOutput
 from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
+from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.serving.monitor.watcher import Sample, Watcher
+from offramp.serving.monitor.watcher import Watcher
 from offramp_lab.records.record import Record, asked
 
 Array = npt.NDArray[Any]

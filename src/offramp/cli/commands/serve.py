@@ -278,7 +278,7 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     from offramp.engine.prefix_cache import PrefixCache
     from offramp.models.vision_cache import VisionCache
     from offramp.serving.engine_config import EngineConfig
-    from offramp.serving.server.service import Service, runtime_name
+    from offramp.serving.server.pytorch import runtime_name, service_of
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -290,7 +290,9 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
         "vision_cache": VisionCache(arguments.image_cache * 2**20),
         "prefix_cache": PrefixCache(arguments.prefix_cache) if arguments.prefix_cache else None,
     }
-    return Service(model, processor, config, sizes, watch=watch, loss=loss, serial=serial, **kept)
+    return service_of(
+        model, processor, config, sizes, watch=watch, loss=loss, serial=serial, **kept
+    )
 
 
 def _serial(arguments: argparse.Namespace, model: Any) -> Any:

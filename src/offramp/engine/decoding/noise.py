@@ -22,4 +22,4 @@ def gumbel(seed: int, place: int, tokens: int) -> npt.NDArray[np.float32]:
     """
     draw = np.random.Philox(key=seed % 2**64, counter=[0, 0, place, 0])
     uniform = ((draw.random_raw(tokens) >> np.uint64(12)) + 0.5) * 2.0**-52  # never 0 or 1
-    return (-np.log(-np.log(uniform))).astype(np.float32)
+    return np.asarray(-np.log(-np.log(uniform)), dtype=np.float32)

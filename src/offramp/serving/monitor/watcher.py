@@ -18,9 +18,9 @@ import random
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ from offramp.answers import Answer, answers_of
 from offramp.betting import RunningRisk
 from offramp.data.image import pixel_digest
 from offramp.data.near_copies import SIDE_SHARP, Look, copied
-from offramp.engine.policy import GenerationOutput
 from offramp.errors import BusyError, OfframpError, StorageError
 from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.storage import JsonlLog, check_writable, locked_folder, read_json, write_json
 
@@ -61,19 +61,6 @@ _PAUSE = 0.02
 def differs(early: Answer, full: Answer) -> float:
     """The risk "disagreement"."""
     return float(early.ids != full.ids)
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """A request that was answered early. inputs, options: as it was submitted. image, prompt: what
-    was asked about, and what. client: who asked, by any name."""
-
-    inputs: Mapping[str, Any]
-    options: Mapping[str, Any]
-    output: GenerationOutput
-    image: Image.Image
-    prompt: str
-    client: str = ""
 
 
 class _Known:

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from offramp.engine.constraint import Constraint
 from offramp.engine.decoding.sequence import Token
-from offramp.guarantee import Standing
 from offramp.serving.request import Completion, Handle
-from offramp.serving.server.api.options import Generation, generation
+from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import ChatRequest, Sampling, single_question
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
+from offramp.serving.server.served import Inputs, NoPromise, Standing
 from offramp.serving.server.service import Place, Service, Use
 from offramp.serving.server.tracing import Trace
 
 T = TypeVar("T")
-Inputs = Mapping[str, Any]
 Event = tuple[int, Token | None]
 """Number of a choice, and its next token; None: it is over."""
 _LATE: Event = (-1, None)
@@ -36,11 +34,12 @@ OnAnswer = Callable[[Inputs, Generation, Completion], None]
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
-    """One answer while it is written."""
+    """One answer while it is written. prompt: tokens of its prompt."""
 
     handle: Handle
     how: Generation
     inputs: Inputs
+    prompt: int
     written: Written
     stream: TextStream
 
@@ -65,7 +64,7 @@ class Answering:
         on_answer: OnAnswer | None = None,
         salt: str | None = None,
         *,
-        constraint: Constraint | None = None,
+        constraint: Any = None,
         trace: Trace | None = None,
     ) -> None:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
@@ -77,13 +76,14 @@ class Answering:
         # One timer a request: one a token would cost as much as the token's JSON.
         loop = asyncio.get_running_loop()
         self._timer = loop.call_at(until, self._events.put_nowait, _LATE)
-        sizes = [service.room_behind(inputs) for inputs in prompts]
+        served = service.served
+        sizes = [served.tokens(inputs) for inputs in prompts]
         hows = [
-            generation(
-                request, service.backbone.model, service.tokenizer, service.config,
-                prompt=tokens, room=room, choice=choice, constraint=constraint,
+            served.generation(
+                request, service.config, prompt=tokens, room=served.room(tokens), choice=choice,
+                constraint=constraint,
             )
-            for tokens, room in sizes
+            for tokens in sizes
             for choice in range(request.n)
         ]  # fmt: skip
         self.standing = standing_of_request(service, request, use, hows)
@@ -91,8 +91,8 @@ class Answering:
             service.config.name,
             isinstance(request, ChatRequest),
             use.named,
-            service.backbone.depth,
-            sum(tokens for tokens, _ in sizes),
+            served.layers,
+            sum(sizes),
             service.tokenizer,
             use.fell_back,
             self.standing.why,
@@ -123,7 +123,8 @@ class Answering:
         if handle.done():  # before the callback was there: no round comes that would hand it over
             self._service.outbox.flush()
         stream = TextStream(self._service.tokenizer, self._request.stops, exact=self._exact)
-        return _Choice(handle, how, inputs, Written(index), stream)
+        tokens = self._service.served.tokens(inputs)
+        return _Choice(handle, how, inputs, tokens, Written(index), stream)
 
     def _tell(self, what: Event) -> None:  # in the engine's thread, mostly
         self._service.outbox.put(self._events, what)
@@ -187,24 +188,23 @@ class Answering:
         except Exception as error:
             raise api_error(error) from error
         written = choice.written
-        written.tokens = done.output.new_tokens[0].tolist()
-        written.depths = done.output.depths[0].tolist()
+        written.tokens = [token.token for token in done.tokens]
+        written.depths = [token.depth for token in done.tokens]
         if not self._request.stream:
             for token in written.tokens:
                 choice.stream.put(token)
         last = choice.stream.finish()
         written.text = choice.stream.text
-        ended = written.tokens[-1] in self._service.ends and not self._request.ignore_eos
+        ended = self._service.served.ends(written.tokens[-1]) and not self._request.ignore_eos
         full = len(written.tokens) >= choice.how.longest
         stopped = choice.stream.stopped or ended or not full
         written.reason = "stop" if stopped else "length"
         mode = self._mode(done)
         first = choice.written.index % self._request.n == 0
-        tokens = int(choice.inputs["input_ids"].shape[-1]) if first else 0
+        tokens = choice.prompt if first else 0
         self._service.metrics.answered(done, written.depths, tokens, written.reason, mode)
         if self._trace is not None:
-            asked = int(choice.inputs["input_ids"].shape[-1])
-            self._trace.answered(self._begun, done, written.depths, asked, written.reason)
+            self._trace.answered(self._begun, done, written.depths, choice.prompt, written.reason)
         if self._on_answer is not None:
             self._on_answer(choice.inputs, choice.how, done)
         return last
@@ -312,8 +312,8 @@ def standing_of_request(
 ) -> Standing:
     """What is guaranteed of the answers to a request, where they may exit early."""
     if use.named != "early_exit":
-        return Standing()
-    return service.stands(
+        return NoPromise()
+    return service.served.stands(
         asked=single_question(request),
         longest=max(how.longest for how in hows),
         plain=all(how.plain for how in hows),

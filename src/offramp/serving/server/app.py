@@ -20,9 +20,9 @@ from starlette.middleware.cors import CORSMiddleware
 from offramp import __version__
 from offramp.depth_color import STOPS
 from offramp.models.shipped import example_picture
-from offramp.serving.monitor.watcher import Sample
+from offramp.serving.monitor.sample import Sample
 from offramp.serving.request import Completion
-from offramp.serving.server.answering import Answering, Inputs, OnAnswer, unless_gone
+from offramp.serving.server.answering import Answering, OnAnswer, unless_gone
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import (
     ChatRequest,
@@ -38,6 +38,7 @@ from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
 from offramp.serving.server.models import Models, model_card
 from offramp.serving.server.reference import reference
+from offramp.serving.server.served import Inputs
 from offramp.serving.server.service import Service
 from offramp.serving.server.tracing import KEY, Traced
 
@@ -206,7 +207,7 @@ def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str)
     def compare(inputs: Inputs, how: Generation, done: Completion) -> None:
         if not (how.plain and done.early_exit) or service.watcher is None:
             return
-        found = service.stands(asked=single_question(body), longest=how.longest)
+        found = service.served.stands(asked=single_question(body), longest=how.longest)
         if service.standing.promise is None or found.promise is not None:
             text = asked_text(body)
             sample = Sample(inputs, how.options, done.output, images[0], text, client)
@@ -247,7 +248,7 @@ def _add_tokens(app: FastAPI, models: Models) -> None:
                 text = prompter.conversation_text(body.messages)
             special = body.add_special_tokens and prompter.processor.adds_special_tokens(text)
             tokens = list(service.tokenizer(text, add_special_tokens=special)["input_ids"])
-            found = {"count": len(tokens), "max_model_len": service.limit, "tokens": tokens}
+            found = {"count": len(tokens), "max_model_len": service.served.limit, "tokens": tokens}
             return json.dumps(found).encode()  # here, for a million of them would hold up the loop
 
         return await _of_text(service, work, request)
@@ -324,7 +325,7 @@ def _add_operations(app: FastAPI, models: Models) -> None:
     @app.get("/example")
     async def example() -> Response:
         """A picture that the model knows."""
-        picture = example_picture(models.loaded[0].backbone.name)
+        picture = example_picture(models.loaded[0].served.name)
         return FileResponse(picture)
 
     @app.get("/", response_class=HTMLResponse)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
-from offramp.guarantee import FRAMES, risk_words
+from offramp.engine.policy import Thresholds
 from offramp.models.shipped import KNOWS
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.metrics import text_of
@@ -70,38 +69,25 @@ class Models:
 
 def model_card(service: Service) -> dict[str, Any]:
     """What is served, as `/v1/models` lists it."""
+    served = service.served
     return {
         "id": service.config.name,
         "object": "model",
         "created": service.started,
         "owned_by": "offramp",
-        "root": service.backbone.name,
+        "root": served.name,
         "parent": None,
-        "max_model_len": service.limit,
-        "input_modalities": ["text", "image"],
+        "max_model_len": served.limit,
+        "input_modalities": ["text", "image"] if served.sees else ["text"],
         "output_modalities": ["text"],
         "offramp": {
-            "layers": service.backbone.depth,
-            "knows": KNOWS.get(service.backbone.name),
+            "layers": served.layers,
+            "knows": KNOWS.get(served.name),
             "exits": list(service.engine.core.depths),
-            "thresholds": service.policy.thresholds.to_json(),  # type: ignore[attr-defined]
-            "guarantee": _promise(service),
+            "thresholds": Thresholds(served.policy.thresholds).to_json(),
+            "guarantee": served.promised(),
             "not_guaranteed": service.standing.why or None,
             "watch": None if service.watcher is None else service.watcher.report(),
-            "chat_template": service.prompter.processor.has_template,
+            "chat_template": served.prompts.has_template,
         },
-    }
-
-
-def _promise(service: Service) -> dict[str, Any] | None:
-    """What was calibrated, in a few fields, and of which prompts and answers how long."""
-    promise = service.standing.promise
-    if promise is None or service.adapter is None:
-        return None
-    about = cast(Any, service.adapter.calibration)["conditions"]
-    return {
-        **asdict(promise),
-        "words": risk_words(promise.risk, promise.unit),
-        "max_tokens": about["longest"],
-        "prompts": (about.get("prompts") or [])[:FRAMES],
     }

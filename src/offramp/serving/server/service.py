@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import math
 import threading
@@ -11,25 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from offramp.adapter import Adapter
-from offramp.answers import Model
-from offramp.engine.constraint import JsonConstraint
-from offramp.engine.policy import FULL
-from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import OfframpError
-from offramp.guarantee import Conditions, Standing, of_processor, standing
-from offramp.models.backbone import Backbone
-from offramp.models.input_processor import InputProcessor
-from offramp.models.vision_cache import VisionCache
-from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.engine_config import EngineConfig
-from offramp.serving.host import Runtime, is_runtime
-from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.serving.monitor.watcher import Loss, Watcher, differs
 from offramp.serving.request import Handle
-from offramp.serving.serial import SerialCore
 from offramp.serving.server.api.protocol import Sampling
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
@@ -37,7 +21,7 @@ from offramp.serving.server.inputs.images import ImageSource, is_far
 from offramp.serving.server.inputs.prompts import Prompter
 from offramp.serving.server.metrics import Metrics
 from offramp.serving.server.outbox import Outbox
-from offramp.storage import digest_rows
+from offramp.serving.server.served import Inputs, Served
 
 
 @dataclass(frozen=True)
@@ -82,65 +66,26 @@ class Service:
 
     def __init__(
         self,
-        model: Adapter | Backbone,
-        processor: Any,
+        served: Served,
         config: ServerConfig,
-        engine: EngineConfig | None = None,
         *,
         workers: int = 2,
         images: ImageSource | None = None,
-        watch: WatchConfig | None = None,
-        loss: Loss = differs,
-        serial: Model | None = None,
-        vision_cache: VisionCache | None = None,
-        prefix_cache: PrefixCache | None = None,
-        **more: Any,
     ) -> None:
-        """Start the engine. watch: how closely the adapter's guarantee is watched; None: not at
-        all. loss: of its risk. serial: what answers instead of slots in PyTorch: the adapter
-        itself, one request at a time, or its runtime, in as many slots as that has rows.
-        vision_cache, prefix_cache: as of either engine; the former is left out where it is not
-        known where the vision tower is. more: as of `BatchEngine`.
-
-        Raises:
-            InputError: slots that memory does not hold; a policy that cannot be batched.
-        """
-        self.adapter = model if isinstance(model, Adapter) else None
-        self.backbone = model.backbone if isinstance(model, Adapter) else model
-        self.policy = FULL if self.adapter is None else self.adapter.policy
-        self.config = config
-        sizes = _within_positions(engine or EngineConfig(), self.backbone)
-        self.limit = sizes.limit
-        one_by_one = serial is not None and not is_runtime(serial)
-        self.room = config.queue + (1 if one_by_one else sizes.slots)
+        """Start the engine. workers: threads that open images and make prompts of them. images:
+        instead of those that `config` allows."""
+        self.served, self.policy = served, served.policy
+        self.room = config.queue + served.places
         self.outbox = Outbox()
-        if self.backbone.family.vision is None:
-            vision_cache = None
-        kept: dict[str, Any] = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
-        more = {"queue": self.room + 64, "workers": 1, "on_round": self.outbox.flush, **more}
-        if one_by_one:
-            core = SerialCore(cast(Model, serial), self.policy, limit=self.limit, **kept)
-            self.engine = BatchEngine(core, **more)
-        else:
-            writer = model if serial is None else cast(Runtime, serial)
-            self.engine = BatchEngine(writer, None, sizes, **kept, **more)
-        encoder = InputProcessor(self.backbone, processor)
-        self.prompter = Prompter(encoder, config)
-        self.config = config = _with_calibrated_length(config, self.adapter)
-        self.images = images or ImageSource.of(config.images, encoder.smallest_side)
-        # Decodes while another thread encodes, which a fast tokenizer does not like.
-        self.tokenizer = copy.deepcopy(encoder.tokenizer)
-        self.ends = end_tokens(self.backbone.model, encoder.eos)
+        self.engine = served.start(self.room + 64, self.outbox.flush)
+        self.prompter = Prompter(served, config)
+        self.config = config = _with_calibrated_length(config, served.calibrated)
+        self.images = images or ImageSource.of(config.images, served.smallest)
+        self.tokenizer = served.tokenizer
         self.metrics = Metrics(config.metrics, config.name)
-        self._runtime = runtime_name(serial)
-        self.standing = self.stands()
-        self.watcher: Watcher | None = None
-        if watch is not None and self.adapter is not None:
-            about = digest_rows([dict(self.adapter.calibration or {})])
-            self.watcher = Watcher(
-                self.engine, encoder, self.standing.promise, watch, loss=loss, about=about
-            )
-        self._add_gauges(prefix_cache)
+        self.standing = served.stands()
+        self.watcher = served.watcher(self.engine)
+        self._add_gauges()
         self.under_way = 0
         self.draining = False
         self.started = int(time.time())
@@ -186,8 +131,8 @@ class Service:
     # -- what a request becomes --------------------------------------------------------------------
 
     async def prepare(
-        self, urls: Sequence[str], make: Callable[[Sequence[Any]], Mapping[str, Any]]
-    ) -> tuple[Mapping[str, Any], Sequence[Any]]:
+        self, urls: Sequence[str], make: Callable[[Sequence[Any]], Inputs]
+    ) -> tuple[Inputs, Sequence[Any]]:
         """A prompt's inputs and its images, opened and processed in worker threads.
 
         Where it is cancelled, its threads go on with something else: the fetches end, and of the
@@ -200,7 +145,7 @@ class Service:
         def fetch(url: str) -> bytes:
             return self.images.encoded(url, unwanted)
 
-        def work() -> tuple[Mapping[str, Any], Sequence[Any]]:
+        def work() -> tuple[Inputs, Sequence[Any]]:
             images = []
             for url in urls:
                 if unwanted.is_set():
@@ -218,7 +163,7 @@ class Service:
         finally:
             unwanted.set()
 
-    async def constraint(self, request: Sampling) -> JsonConstraint | None:
+    async def constraint(self, request: Sampling) -> Any:
         """Of the answers to a request. Made in a thread: a large schema takes long.
 
         Raises:
@@ -239,7 +184,7 @@ class Service:
                 code="schema_too_long",
             )
         try:
-            return await self.of_text(lambda: JsonConstraint(schema, self.tokenizer))
+            return await self.of_text(lambda: self.served.constraint(schema))
         except OfframpError as error:
             said = f"{error.problem} {error.remedy}"
             raise ApiError(400, said, param="response_format", code="invalid_value") from error
@@ -259,41 +204,10 @@ class Service:
         if replaced is not None and self._own(mode):
             return Use(replaced, None, replaced, fell_back=True)
         if mode is None:
-            own, policy = self.policy.own_mode, self.policy
-            drafts = bool(policy.drafts or policy.thresholds) or (
-                self.adapter is not None and self.adapter.exits.draft_on
-            )
-            return Use(None, None, "full" if own == "lossless" and not drafts else own)
+            own = self.policy.own_mode
+            plain = own == "lossless" and not self.served.drafts
+            return Use(None, None, "full" if plain else own)
         return Use(mode, None, mode)
-
-    def stands(
-        self,
-        *,
-        asked: str | None = None,
-        longest: int | None = None,
-        plain: bool | None = None,
-        thresholds: Mapping[int, float] | None = None,
-    ) -> Standing:
-        """What is guaranteed of early answers; what is not given is not compared.
-
-        asked: the text of a request with one image and one turn, `OTHER` of one with more. longest:
-        tokens its answer may have. plain: whether it is decoded greedily, with no rule of its own.
-        thresholds: instead of the adapter's.
-        """
-        if self.adapter is None:
-            return Standing()
-        own = self.adapter.policy
-        policy = own if thresholds is None else own.at(thresholds)
-        here = Conditions.of(
-            self.backbone,
-            policy,
-            engine=self._runtime,
-            sampling={None: None, True: "greedy", False: "sampled or ruled by the request"}[plain],
-            longest=longest,
-            prompts=None if asked is None else [[asked]],
-            **of_processor(self.prompter.processor.processor),
-        )
-        return standing(self.adapter.calibration, here)
 
     def _own(self, mode: str | None) -> bool:
         """Whether a request that names `mode` gets the thresholds that were calibrated."""
@@ -306,14 +220,7 @@ class Service:
         watched = own and request.n == 1 and images == 1
         return self.watcher is not None and watched and self.watcher.draws(client)
 
-    def room_behind(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
-        """Tokens of a prompt, and of the longest answer that fits behind it."""
-        tokens = int(inputs["input_ids"].shape[-1])
-        if not self.backbone.is_encoder_decoder:
-            return tokens, self.limit - tokens
-        return tokens, self.limit - 1 if tokens <= self.limit else 0
-
-    def submit(self, inputs: Mapping[str, Any], use: Use, **more: Any) -> Handle:
+    def submit(self, inputs: Inputs, use: Use, **more: Any) -> Handle:
         """Hand a prompt to the engine. more: as of `BatchEngine.submit`."""
         handle = self.engine.submit(inputs, mode=use.mode, thresholds=use.thresholds, **more)
         self._handles.add(handle)
@@ -345,7 +252,7 @@ class Service:
 
     # -- numbers -----------------------------------------------------------------------------------
 
-    def _add_gauges(self, prefixes: PrefixCache | None) -> None:
+    def _add_gauges(self) -> None:
         engine, gauge = self.engine, self.metrics.gauge
         gauge("num_requests_running", "Requests in slots.", lambda: engine.running)
         gauge("num_requests_waiting", "Requests without a slot.", self._without_slot)
@@ -354,12 +261,8 @@ class Service:
             "Share of the slots' columns in use, 0 to 1.",
             lambda: engine.core.cache_use,
         )
-        if prefixes is not None:
-            gauge(
-                "prefix_cache_hit_rate",
-                "Share of prompt tokens whose keys were kept.",
-                lambda: prefixes.reused / max(1, prefixes.reused + prefixes.run),
-            )
+        for more in self.served.gauges():
+            gauge(*more)
         tally = engine.core.tally
 
         gauge(
@@ -375,7 +278,7 @@ class Service:
         if self.watcher is not None:
             self._add_risk(self.watcher)
 
-    def _add_risk(self, watcher: Watcher) -> None:
+    def _add_risk(self, watcher: Any) -> None:
         gauge = self.metrics.gauge
         gauge("watched_images", "Images whose answers were compared.", lambda: watcher.risk.n)
         gauge("watched_let_go", "Watched requests that were not compared.", lambda: watcher.let_go)
@@ -405,29 +308,9 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def _with_calibrated_length(config: ServerConfig, adapter: Adapter | None) -> ServerConfig:
+def _with_calibrated_length(config: ServerConfig, longest: int | None) -> ServerConfig:
     """Requests that name no longest answer get the calibrated one, where the operator names none:
     of longer answers nothing is guaranteed."""
-    calibration = {} if adapter is None else adapter.calibration or {}
-    longest = (calibration.get("conditions") or {}).get("longest")
     if not longest or config.default_tokens != ServerConfig.default_tokens:
         return config
     return replace(config, default_tokens=longest)
-
-
-def _within_positions(sizes: EngineConfig, backbone: Backbone) -> EngineConfig:
-    longest = backbone.positions
-    return sizes if longest is None or longest >= sizes.limit else replace(sizes, limit=longest)
-
-
-def runtime_name(model: Model | None) -> str | None:
-    """The name of the runtime that answers in the adapter's place; None: PyTorch does."""
-    return None if model is None or isinstance(model, Adapter | Backbone) else model.name
-
-
-def end_tokens(model: Any, usual: int) -> frozenset[int]:
-    """Ids that end an answer."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    if named is None:
-        return frozenset({usual})
-    return frozenset(named if isinstance(named, list) else [named])

@@ -1,4 +1,4 @@
-"""A request's fields as Hugging Face's generation options."""
+"""How one answer is generated, as the fields of a request say it, for any engine."""
 
 from __future__ import annotations
 
@@ -6,33 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from offramp.engine.constraint import Constraint
 from offramp.serving.server.api.protocol import Sampling
-from offramp.serving.server.api.text import StopStrings
-from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
 
 GREEDY_BELOW = 1e-4
 """Temperatures below are 0: the largest logit would win anyway, or nothing but infinities."""
-
-
-class CountPenalties:
-    """OpenAI's penalties: tokens of the answer lose `presence` once and `frequency` each time."""
-
-    def __init__(self, presence: float, frequency: float) -> None:
-        self._presence, self._frequency = presence, frequency
-        self._prompt: int | None = None  # the first call has nothing behind it
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        if self._prompt is None:
-            self._prompt = ids.shape[1]
-        written = ids[:, self._prompt :]
-        ones = torch.ones_like(written, dtype=scores.dtype)
-        counts = torch.zeros_like(scores).scatter_add_(1, written, ones)
-        return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
 @dataclass(frozen=True)
@@ -45,32 +23,16 @@ class PlaceLogprobs:
 
 
 @dataclass
-class LogprobWarper:
-    """A processor that changes nothing and notes the log-probabilities at each place, as the model
-    gave them: before temperature and top-p, after penalties.
-
-    A place that an exit filled with a guess is noted again when the full model fills it. Its name
-    ends as those of processors that say nothing of what may come, so an exit's score is the same
-    with it.
-    """
+class NotedLogprobs:
+    """The log-probabilities at each place of an answer, as the model gave them: before temperature
+    and top-p, after penalties. top: how many of the likeliest are reported at each place."""
 
     top: int
     places: list[PlaceLogprobs] = field(default_factory=list)
-    _prompt: int | None = None
-    _open: dict[int, Tensor] = field(default_factory=dict)
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        if self._prompt is None:
-            self._prompt = ids.shape[1]
-        self._open[ids.shape[1] - self._prompt] = scores[0].float().log_softmax(-1)
-        return scores
 
     def settle(self, token: int) -> None:
-        """The next place holds `token`, whatever was tried there."""
-        logs = self._open.pop(len(self.places))
-        top = logs.topk(min(self.top, len(logs)))
-        likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        self.places.append(PlaceLogprobs(float(logs[token]), likeliest))
+        """Note that the next place holds `token`, whatever was tried there."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -81,8 +43,34 @@ class Generation:
     options: Mapping[str, Any]
     seed: int | None
     longest: int
-    logprobs: LogprobWarper | None
+    logprobs: NotedLogprobs | None
     plain: bool
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How tokens are sampled; at temperature 0 the likeliest is taken. top_k: 0: of all."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+def sampled_by(request: Sampling) -> Drawn | None:
+    """Return how a request wants tokens sampled; None: as the model's own configuration says."""
+    temperature = request.temperature
+    if temperature is None and request.top_p is None and request.top_k is None:
+        return None
+    temperature = 1.0 if temperature is None else temperature
+    top_p = 1.0 if request.top_p is None else request.top_p
+    if temperature < GREEDY_BELOW:
+        temperature = 0.0
+    return Drawn(temperature, top_p, max(request.top_k or 0, 0))
+
+
+def seed_of(request: Sampling, choice: int) -> int | None:
+    """Return the seed of the answer number `choice`; None: any."""
+    return None if request.seed is None else (request.seed + choice) % 2**63
 
 
 def longest_answer(asked: int | None, room: int, prompt: int, usual: int) -> int:
@@ -101,56 +89,3 @@ def longest_answer(asked: int | None, room: int, prompt: int, usual: int) -> int
             code="context_length_exceeded",
         )
     return min(usual, room) if asked is None else asked
-
-
-def generation(
-    request: Sampling,
-    model: Any,
-    tokenizer: Any,
-    config: ServerConfig,
-    *,
-    prompt: int,
-    room: int,
-    choice: int = 0,
-    constraint: Constraint | None = None,
-) -> Generation:
-    """The options for the answer number `choice` to a prompt.
-
-    model: whose generation configuration fills what the request leaves out. prompt: its
-    tokens. room: tokens left behind them. constraint: which tokens may come.
-    """
-    defaults = model.generation_config
-    usual = getattr(defaults, "max_new_tokens", None) or config.default_tokens
-    longest = longest_answer(request.longest, room, prompt, usual)
-    options: dict[str, Any] = {"max_new_tokens": longest, "num_beams": 1}
-    if request.ignore_eos:
-        options["min_new_tokens"] = longest
-    sampled = request.temperature is not None or request.top_p is not None
-    if request.temperature is not None and request.temperature < GREEDY_BELOW:
-        options["do_sample"] = False
-    elif sampled or request.top_k is not None:
-        temperature = 1.0 if request.temperature is None else request.temperature
-        top_p = 1.0 if request.top_p is None else request.top_p
-        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        options["top_k"] = max(request.top_k or 0, 0)
-    if request.repetition_penalty != 1.0:
-        options["repetition_penalty"] = request.repetition_penalty
-    processors: list[Any] = []
-    if request.presence_penalty or request.frequency_penalty:
-        penalties = (request.presence_penalty, request.frequency_penalty)
-        processors.append(CountPenalties(*penalties))
-    if constraint is not None:
-        processors.append(constraint)
-    wanted = request.top_logprobs_wanted
-    noted = None if wanted is None else LogprobWarper(wanted)
-    if noted is not None:
-        processors.append(noted)
-    if processors:
-        options["logits_processor"] = processors
-    if request.stops:
-        options["stopping_criteria"] = [StopStrings(tokenizer, request.stops)]
-    samples = options.get("do_sample", bool(getattr(defaults, "do_sample", False)))
-    rules = {"repetition_penalty", "logits_processor", "stopping_criteria", "min_new_tokens"}
-    plain = not samples and not rules & options.keys()
-    seed = None if request.seed is None else (request.seed + choice) % 2**63
-    return Generation(options, seed, longest, noted, plain)

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from offramp.engine.constraint import ANY_OBJECT
 from offramp.engine.policy import Mode
 
 
@@ -107,6 +106,10 @@ class Message(Strict):
 
 
 # -- requests --------------------------------------------------------------------------------------
+
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+"""A JSON schema: an object, whatever is in it."""
 
 
 class AnyText(Strict):

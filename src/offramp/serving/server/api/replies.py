@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.serving.server.api.options import LogprobWarper
+from offramp.serving.server.api.options import NotedLogprobs
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Reply:
         }
 
     def whole(
-        self, choices: Sequence[Written], noted: Sequence[LogprobWarper | None]
+        self, choices: Sequence[Written], noted: Sequence[NotedLogprobs | None]
     ) -> dict[str, Any]:
         """The reply to a request without a stream."""
         rows = []
@@ -130,7 +130,7 @@ class Reply:
     # -- log-probabilities -------------------------------------------------------------------------
 
     def logprobs(
-        self, choice: Written, noted: LogprobWarper | None, begin: int, offset: int
+        self, choice: Written, noted: NotedLogprobs | None, begin: int, offset: int
     ) -> dict[str, Any] | None:
         """Those of a choice's tokens from number `begin` on. offset: of their first letter."""
         if noted is None:
@@ -151,7 +151,7 @@ class Reply:
             offset += len(text)
         return rows
 
-    def _place(self, choice: Written, noted: LogprobWarper, n: int) -> dict[str, Any]:
+    def _place(self, choice: Written, noted: NotedLogprobs, n: int) -> dict[str, Any]:
         place, text_of = noted.places[n], self._texts(choice, n)
 
         def entry(token: int, value: float) -> dict[str, Any]:

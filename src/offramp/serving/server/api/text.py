@@ -87,18 +87,23 @@ class TextStream:
 
 
 class StopStrings:
-    """A stopping criterion: whether the answer behind the prompt holds one of some strings."""
+    """Whether an answer holds one of some strings; to Hugging Face's `generate` a stopping
+    criterion."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._longest = max(map(len, stops))
         self._prompt: int | None = None  # the first call has one token behind it
 
+    def found(self, answer: Sequence[int]) -> bool:
+        """Return True if the end of the answer's tokens holds one of the strings."""
+        # A token has a letter or more, but those of letters with several tokens.
+        tail = list(answer[-(4 * self._longest + 8) :])
+        text = self._tokenizer.decode(tail, skip_special_tokens=True)
+        return any(stop in text for stop in self._stops)
+
     def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
         if self._prompt is None:
             self._prompt = ids.shape[1] - 1
-        # A token has a letter or more, but those of letters with several tokens.
-        tail = ids[:, self._prompt :][:, -(4 * self._longest + 8) :]
-        texts = self._tokenizer.batch_decode(tail, skip_special_tokens=True)
-        over = [any(stop in text for stop in self._stops) for text in texts]
-        return ids.new_tensor(over).bool()
+        answers = ids[:, self._prompt :].tolist()
+        return ids.new_tensor([self.found(answer) for answer in answers]).bool()

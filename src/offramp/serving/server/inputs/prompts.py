@@ -8,21 +8,20 @@ from typing import Any
 
 from PIL import Image
 
-from offramp.engine.prefill import check_inputs
 from offramp.errors import InputError, OfframpError
-from offramp.models.input_processor import InputProcessor
 from offramp.serving.server.api.protocol import Message
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
+from offramp.serving.server.served import Served
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Prompter:
-    """Makes prompts. Thread-safe, as `InputProcessor` is."""
+    """Makes prompts. Thread-safe."""
 
-    def __init__(self, processor: InputProcessor, config: ServerConfig) -> None:
-        self.processor, self.config = processor, config
+    def __init__(self, served: Served, config: ServerConfig) -> None:
+        self._served, self.processor, self.config = served, served.prompts, config
 
     # -- checks, before any image is opened --------------------------------------------------------
 
@@ -135,7 +134,7 @@ class Prompter:
 
     def ids(self, tokens: Sequence[int]) -> Mapping[str, Any]:
         """The inputs of token ids."""
-        known = len(self.processor.tokenizer)
+        known = len(self._served.tokenizer)
         if wrong := [token for token in tokens if token >= known]:
             raise ApiError(
                 400,
@@ -159,10 +158,10 @@ class Prompter:
 
     def _checked(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Inputs of at least a token, with the image that the model needs."""
-        if inputs["input_ids"].shape[-1] == 0:
+        if self._served.tokens(inputs) == 0:
             raise ApiError(400, "The prompt is empty.", code="invalid_value")
         try:
-            check_inputs(inputs, self.processor.backbone.model)
+            self._served.check(inputs)
         except InputError as error:
             raise ApiError(
                 400,

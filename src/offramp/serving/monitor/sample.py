@@ -1,0 +1,24 @@
+"""What a watched guarantee is told of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from offramp.engine.policy import GenerationOutput
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A request that was answered early. inputs, options: as it was submitted. image, prompt: what
+    was asked about, and what. client: who asked, by any name."""
+
+    inputs: Mapping[str, Any]
+    options: Mapping[str, Any]
+    output: GenerationOutput
+    image: Image.Image
+    prompt: str
+    client: str = ""

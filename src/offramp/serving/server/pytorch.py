@@ -1,0 +1,229 @@
+"""What the application serves in PyTorch: an adapter, a backbone, or a runtime in its place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+from offramp.adapter import Adapter
+from offramp.answers import Model
+from offramp.engine.constraint import JsonConstraint
+from offramp.engine.policy import FULL
+from offramp.engine.prefill import check_inputs
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.guarantee import FRAMES, Conditions, Standing, of_processor, risk_words, standing
+from offramp.models.backbone import Backbone
+from offramp.models.input_processor import InputProcessor
+from offramp.models.vision_cache import VisionCache
+from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.engine import Engine
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.host import Runtime, is_runtime
+from offramp.serving.monitor.watch_config import WatchConfig
+from offramp.serving.monitor.watcher import Loss, Watcher, differs
+from offramp.serving.serial import SerialCore
+from offramp.serving.server.api.options import Generation
+from offramp.serving.server.api.protocol import Sampling
+from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.hf_options import generation
+from offramp.serving.server.inputs.images import ImageSource
+from offramp.serving.server.served import Inputs
+from offramp.serving.server.service import Service
+from offramp.storage import digest_rows
+
+
+class TorchServed:
+    """As of `Served`.
+
+    adapter: None: the backbone is served without exits.
+    """
+
+    def __init__(
+        self,
+        model: Adapter | Backbone,
+        processor: Any,
+        engine: EngineConfig | None = None,
+        *,
+        watch: WatchConfig | None = None,
+        loss: Loss = differs,
+        serial: Model | None = None,
+        vision_cache: VisionCache | None = None,
+        prefix_cache: PrefixCache | None = None,
+        **more: Any,
+    ) -> None:
+        """watch: how closely the adapter's guarantee is watched; None: not at all. loss: of its
+        risk. serial: what answers instead of slots in PyTorch: the adapter itself, one request at a
+        time, or its runtime, in as many slots as that has rows. vision_cache, prefix_cache: as of
+        either engine; the former is left out where it is not known where the vision tower is.
+        more: as of `BatchEngine`.
+        """
+        self.adapter = model if isinstance(model, Adapter) else None
+        self.backbone = model.backbone if isinstance(model, Adapter) else model
+        self.policy = FULL if self.adapter is None else self.adapter.policy
+        self.layers = self.backbone.depth
+        self.sees = not self.backbone.text_only
+        self._sizes = _within_positions(engine or EngineConfig(), self.backbone)
+        self.limit = self._sizes.limit
+        self._model, self._serial, self._more = model, serial, more
+        self._one_by_one = serial is not None and not is_runtime(serial)
+        self.places = 1 if self._one_by_one else self._sizes.slots
+        if self.backbone.family.vision is None:
+            vision_cache = None
+        self._kept: dict[str, Any] = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
+        self.prompts = InputProcessor(self.backbone, processor)
+        self.smallest = self.prompts.smallest_side
+        # Decodes while another thread encodes, which a fast tokenizer does not like.
+        self.tokenizer = copy.deepcopy(self.prompts.tokenizer)
+        self._ends = end_tokens(self.backbone.model, self.prompts.eos)
+        self._runtime = runtime_name(serial)
+        self._watch, self._loss = watch, loss
+
+    @property
+    def name(self) -> str:
+        return self.backbone.name
+
+    @property
+    def drafts(self) -> bool:
+        own = bool(self.policy.drafts or self.policy.thresholds)
+        return own or (self.adapter is not None and self.adapter.exits.draft_on)
+
+    @property
+    def calibrated(self) -> int | None:
+        calibration = {} if self.adapter is None else self.adapter.calibration or {}
+        return (calibration.get("conditions") or {}).get("longest")
+
+    def ends(self, token: int) -> bool:
+        return token in self._ends
+
+    def start(self, queue: int, on_round: Callable[[], None]) -> BatchEngine:
+        """Raise `InputError` for slots that memory does not hold, a policy that cannot be
+        batched."""
+        more = {"queue": queue, "workers": 1, "on_round": on_round, **self._more}
+        if self._one_by_one:
+            model = cast(Model, self._serial)
+            core = SerialCore(model, self.policy, limit=self.limit, **self._kept)
+            return BatchEngine(core, **more)
+        writer = self._model if self._serial is None else cast(Runtime, self._serial)
+        return BatchEngine(writer, None, self._sizes, **self._kept, **more)
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def check(self, inputs: Inputs) -> None:
+        check_inputs(inputs, self.backbone.model)
+
+    def tokens(self, inputs: Inputs) -> int:
+        return int(inputs["input_ids"].shape[-1])
+
+    def room(self, tokens: int) -> int:
+        if not self.backbone.is_encoder_decoder:
+            return self.limit - tokens
+        return self.limit - 1 if tokens <= self.limit else 0
+
+    def generation(
+        self,
+        request: Sampling,
+        config: ServerConfig,
+        *,
+        prompt: int,
+        room: int,
+        choice: int,
+        constraint: Any,
+    ) -> Generation:
+        return generation(
+            request, self.backbone.model, self.tokenizer, config, prompt=prompt, room=room,
+            choice=choice, constraint=constraint,
+        )  # fmt: skip
+
+    def constraint(self, schema: Mapping[str, Any]) -> JsonConstraint:
+        return JsonConstraint(schema, self.tokenizer)
+
+    # -- what is guaranteed ------------------------------------------------------------------------
+
+    def stands(
+        self,
+        *,
+        asked: str | None = None,
+        longest: int | None = None,
+        plain: bool | None = None,
+        thresholds: Mapping[int, float] | None = None,
+    ) -> Standing:
+        if self.adapter is None:
+            return Standing()
+        own = self.adapter.policy
+        policy = own if thresholds is None else own.at(thresholds)
+        here = Conditions.of(
+            self.backbone,
+            policy,
+            engine=self._runtime,
+            sampling={None: None, True: "greedy", False: "sampled or ruled by the request"}[plain],
+            longest=longest,
+            prompts=None if asked is None else [[asked]],
+            **of_processor(self.prompts.processor),
+        )
+        return standing(self.adapter.calibration, here)
+
+    def promised(self) -> dict[str, Any] | None:
+        """What was calibrated, in a few fields, and of which prompts and answers how long."""
+        promise = self.stands().promise
+        if promise is None or self.adapter is None:
+            return None
+        about = cast(Any, self.adapter.calibration)["conditions"]
+        return {
+            **asdict(promise),
+            "words": risk_words(promise.risk, promise.unit),
+            "max_tokens": about["longest"],
+            "prompts": (about.get("prompts") or [])[:FRAMES],
+        }
+
+    def watcher(self, engine: Engine) -> Watcher | None:
+        if self._watch is None or self.adapter is None:
+            return None
+        about, promise = digest_rows([dict(self.adapter.calibration or {})]), self.stands().promise
+        own = cast(BatchEngine, engine)
+        return Watcher(own, self.prompts, promise, self._watch, loss=self._loss, about=about)
+
+    def gauges(self) -> Sequence[tuple[str, str, Callable[[], float]]]:
+        prefixes = self._kept["prefix_cache"]
+        if prefixes is None:
+            return ()
+
+        def hits() -> float:
+            return float(prefixes.reused / max(1, prefixes.reused + prefixes.run))
+
+        said = "Share of prompt tokens whose keys were kept."
+        return [("prefix_cache_hit_rate", said, hits)]
+
+
+def service_of(
+    model: Adapter | Backbone,
+    processor: Any,
+    config: ServerConfig,
+    engine: EngineConfig | None = None,
+    *,
+    workers: int = 2,
+    images: ImageSource | None = None,
+    **more: Any,
+) -> Service:
+    """Start serving a model. workers, images: as of `Service`. more: as of `TorchServed`."""
+    return Service(TorchServed(model, processor, engine, **more), config, workers=workers,
+                   images=images)  # fmt: skip
+
+
+def _within_positions(sizes: EngineConfig, backbone: Backbone) -> EngineConfig:
+    longest = backbone.positions
+    return sizes if longest is None or longest >= sizes.limit else replace(sizes, limit=longest)
+
+
+def runtime_name(model: Model | None) -> str | None:
+    """The name of the runtime that answers in the adapter's place; None: PyTorch does."""
+    return None if model is None or isinstance(model, Adapter | Backbone) else model.name
+
+
+def end_tokens(model: Any, usual: int) -> frozenset[int]:
+    """Ids that end an answer."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    if named is None:
+        return frozenset({usual})
+    return frozenset(named if isinstance(named, list) else [named])
