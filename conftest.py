@@ -56,14 +56,6 @@ def seeded() -> None:
     torch.default_generator.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def drafts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts are made, though in models this small they take longer than full depth."""
-    from offramp.engine.decoding.pace import DraftPace
-
-    monkeypatch.setattr(DraftPace, "drafts", lambda self, turn: True)
-
-
 @cache
 def _backbone(name: str, dtype: torch.dtype, wide: float | None) -> Any:
     from offramp.models.backbone import Backbone

@@ -300,32 +300,26 @@ class Decoder:
     def _round(self, drafter: Drafter, rows: list[Sequence]) -> int:
         """Draft on from the newest token of each sequence, verify all drafts in one call, and keep
         those that are the full model's own tokens."""
-        budgets = [self._budget(row, drafter.depth) for row in rows]
-        drafts = drafter.draft(rows, budgets)
-        # After an end token nothing is asked.
-        fed = [
-            [row.ids[-1], *(made[:-1] if made and row.ends_with(made[-1]) else made)]
-            for row, made in zip(rows, drafts, strict=True)
-        ]
-        word = self.heads.words(drafter.verify(rows, fed))
+        drafts = drafter.draft(rows, [self._budget(row, drafter.depth) for row in rows])
+        word = self.heads.words(drafter.verify(rows, drafts))
         count = 0
-        for row, tokens, made in zip(rows, fed, drafts, strict=True):
+        for row, (fed, said) in zip(rows, drafts, strict=True):
             kept = 0
-            for place in range(count, count + len(tokens)):
+            for place in range(len(fed)):
                 if not row.active:
                     break
                 try:
-                    token = word(place, row.query)
+                    token = word(count + place, row.query)
                 except Exception as error:  # of the row's own rules: its request alone fails
                     row.error = error
                     break
-                right = kept < len(made) and made[kept] == token
+                right = place < len(said) and said[place] == token
                 self._write(row, Token(token, drafter.depth if right else self.layers))
                 kept += right
                 if not right:
                     break
-            self._accept(row, len(made), kept)
-            count += len(tokens)
+            self._accept(row, len(said), kept)
+            count += len(fed)
         return count
 
     def _accept(self, row: Sequence, drafted: int, kept: int) -> None:
@@ -333,9 +327,10 @@ class Decoder:
         verified = row.start + len(row.ids) - 1
         row.ran = [verified] * len(row.ran)
         self.executor.crop(row.handle, verified)
-        row.rounds.append((drafted, kept))
-        self.tally.drafted += drafted
-        self.tally.accepted += kept
+        most = row.rule.max_drafts
+        row.rounds.append((min(drafted, most), min(kept, most)))
+        self.tally.drafted += min(drafted, most)
+        self.tally.accepted += min(kept, most)
 
     def _budget(self, row: Sequence, depth: int) -> DraftBudget:
         """How far a sequence may be drafted before it is as long as it may be."""

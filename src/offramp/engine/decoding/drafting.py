@@ -47,6 +47,14 @@ class Drafts:
         return len(self.ids) < budget.max_drafts and not budget.ends(token)
 
 
+class Draft(NamedTuple):
+    """A round's draft of one sequence. fed: its newest token and the drafts that the full model is
+    asked to follow. said: what the exit says after each of them, as far as it is confident."""
+
+    fed: list[int]
+    said: list[int]
+
+
 class Drafter(Protocol):
     """Writes drafts for an executor's sequences.
 
@@ -57,13 +65,13 @@ class Drafter(Protocol):
     depth: int
     keeps: int | None
 
-    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[list[int]]:
-        """Return the drafts after the newest token of each sequence, none or several."""
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
+        """Draft on from the newest token of each sequence."""
         ...
 
-    def verify(self, rows: Many[Sequence], fed: Many[Many[int]]) -> Any:
-        """Run the newest token and the drafts of each sequence through all layers. Returns what
-        `Heads.words` takes, of all tokens, one sequence after the other."""
+    def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
+        """Run what is fed of each sequence through all layers. Returns what `Heads.words` takes, of
+        all tokens, one sequence after the other."""
         ...
 
 
@@ -94,13 +102,16 @@ class ExitDrafts:
         self._executor, self.depth = executor, depth
         self.keeps: int | None = depth
 
-    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[list[int]]:
-        handles, columns = [row.handle for row in rows], [row.ran[0] for row in rows]
-        return self._executor.draft(handles, [row.ids[-1] for row in rows], columns, budgets)
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
+        newest = [row.ids[-1] for row in rows]
+        said = self._executor.draft(*_places(rows, newest), budgets)
+        return [
+            Draft([token, *(ids[:-1] if ids and row.ends_with(ids[-1]) else ids)], ids)
+            for row, token, ids in zip(rows, newest, said, strict=True)
+        ]
 
-    def verify(self, rows: Many[Sequence], fed: Many[Many[int]]) -> Any:
-        handles, columns = [row.handle for row in rows], [row.ran[0] for row in rows]
-        return self._executor.verify(handles, fed, columns)
+    def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
+        return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
 
 
 class PlainDrafts:
@@ -114,43 +125,35 @@ class PlainDrafts:
         self._executor, self._heads, self.depth = executor, heads, depth
         self._segment = executor.depths.index(depth)  # whose end the exit stands at
 
-    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[list[int]]:
-        written: list[list[int]] = [[] for _ in rows]
-        going = [*range(len(rows))]
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
+        drafts = [Draft([], []) for _ in rows]
+        going = [*zip(rows, budgets, drafts, strict=True)]
         while going:
-            drafting = [rows[at] for at in going]
-            queries: list[Query | None] = [
-                Query(row.sampler, row.rule, [*row.ids, *written[at]])
-                if budgets[at].max_drafts
-                else None
-                for at, row in zip(going, drafting, strict=True)
-            ]
-            newest = [written[at][-1] if written[at] else rows[at].ids[-1] for at in going]
-            output = self._fed(drafting, newest, any(query is not None for query in queries))
-            verdicts = self._heads.verdicts(self.depth, output, queries)
+            drafting = [row for row, _, _ in going]
+            newest = [draft.said[-1] if draft.said else row.ids[-1] for row, _, draft in going]
+            queries = [Query(row.sampler, row.rule, [*row.ids, *d.said]) for row, _, d in going]
+            verdicts = self._heads.verdicts(self.depth, self._feed(drafting, newest), queries)
             further = []
-            for at, row, verdict in zip(going, drafting, verdicts, strict=True):
+            for one, token, verdict in zip(going, newest, verdicts, strict=True):
+                row, budget, draft = one
+                draft.fed.append(token)
                 if isinstance(verdict, Exception):
                     row.error = verdict
                 elif verdict is not None and row.rule.exits(self.depth, verdict):
-                    written[at].append(verdict.token)
-                    budget = budgets[at]
-                    if len(written[at]) < budget.max_drafts and not budget.ends(verdict.token):
-                        further.append(at)
+                    draft.said.append(verdict.token)
+                    if len(draft.fed) <= budget.max_drafts and not budget.ends(verdict.token):
+                        further.append(one)
             going = further
-        return written
+        return drafts
 
-    def _fed(self, rows: Many[Sequence], ids: Many[int], asks: bool) -> Any:
+    def _feed(self, rows: Many[Sequence], ids: Many[int]) -> Any:
         """Feed a token of each sequence as far as the exit."""
-        executor, below = self._executor, self._segment
-        output = executor.feed(
-            [row.handle for row in rows], ids, [row.ran[0] for row in rows],
-            needs_exit=asks and not below,
-        )  # fmt: skip
+        output = self._executor.feed(*_places(rows, ids), needs_exit=not self._segment)
         for row in rows:
             row.ran[0] += 1
-        for segment in range(1, below + 1):
-            output = self._run(segment, rows, [*range(len(rows))] if segment == below else ())
+        for segment in range(1, self._segment + 1):
+            asked = range(len(rows)) if segment == self._segment else ()
+            output = self._run(segment, rows, asked)
         return output
 
     def _run(self, segment: int, rows: Many[Sequence], asked: Many[int]) -> Any:
@@ -159,15 +162,13 @@ class PlainDrafts:
             row.ran[segment] = row.ran[segment - 1]
         return self._executor.run(segment, spans, asked)
 
-    def verify(self, rows: Many[Sequence], fed: Many[Many[int]]) -> Any:
-        late = [
-            (row, tokens[-1])
-            for row, tokens in zip(rows, fed, strict=True)
-            if row.ran[0] - row.ran[-1] < len(tokens)
-        ]
-        if late:  # whose last draft was not fed
-            self._fed([row for row, _ in late], [token for _, token in late], False)
+    def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
         last = len(self._executor.depths)
         for segment in range(self._segment + 1, last):
             self._run(segment, rows, ())
-        return self._run(last, rows, range(sum(map(len, fed))))
+        return self._run(last, rows, range(sum([len(draft.fed) for draft in drafts])))
+
+
+def _places(rows: Many[Sequence], ids: Any) -> tuple[list[Handle], Any, list[int]]:
+    """Handles, ids and columns at which the next tokens of sequences are fed."""
+    return [row.handle for row in rows], ids, [row.ran[0] for row in rows]
