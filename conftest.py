@@ -20,6 +20,7 @@ from typing import Any
 
 import families
 import pytest
+import quick
 import torch
 
 torch.set_num_threads(1)
@@ -29,7 +30,13 @@ pytest_plugins = ["command_line"]
 NEEDS_LLAMA = "needs llama-cpp-python"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="laws of three families alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        items[:] = [item for item in items if quick.keeps(item)]
     if find_spec("llama_cpp") is None:
         for item in items:
             if item.get_closest_marker("llama_cpp"):

@@ -46,7 +46,7 @@ def unsealed(folder: Path) -> dict[str, Any]:
         POLICY,
         ExitPolicy({4: 0.5}, lossless=True, max_draft=3),
         ExitPolicy({4: 0.5}, drafts={2: 0.0}),
-        ExitPolicy({4: 0.5}, score="agreement", weights={2: 0.25, 4: 0.75}),
+        ExitPolicy({4: 0.5}, score="margin", max_draft=3),
     ],
 )
 def test_the_policy_comes_back(policy: ExitPolicy, opt: Any, tmp_path: Path) -> None:

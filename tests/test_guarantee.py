@@ -76,10 +76,8 @@ def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Cond
         ({"shortlist": True}, "with a shortlist where calibrated without"),
         ({"thresholds": {"2": 0.1}}, "thresholds 2: 0.1 where 2: 0.9"),
         ({"first": {"2": 0.5}}, "first tokens 2: 0.5 where none"),
-        ({"gates": {"2": 0.5}}, "gates 2: 0.5 where none"),
         ({"visual_keep": 0.5}, "50% of the visual tokens where 100% were calibrated"),
         ({"visual_ranking": "random"}, "visual tokens by random where by attention"),
-        ({"weights": {"2": 0.5}}, "weights of exits 2: 0.5 where none"),
     ],
 )
 def test_another_condition_is_named_and_nothing_is_guaranteed(

@@ -31,7 +31,7 @@ from offramp.save_and_load import CARD, read_config
 from offramp.verification import Verification, with_thresholds
 
 SIZES = Settings(rows=(2,), slots=3, longest=6)
-ALONE = ("full", "early exit", "guesses", "lossless")
+ALONE = ("full", "early exit", "lossless")
 
 
 def verified(
@@ -39,7 +39,6 @@ def verified(
     backbone: Any,
     exits: Any,
     dtype: torch.dtype = torch.float32,
-    guesses: bool = True,
     first: float | None = None,
     **more: Any,
 ) -> list[PathResult]:
@@ -48,8 +47,6 @@ def verified(
     encoder = InputProcessor(adapter.backbone, Blip2FakeProcessor(name))
     some = examples(3)
     policy = with_thresholds(adapter.policy, adapter, encoder, some)
-    if guesses:
-        policy = replace(policy, guesses=dict.fromkeys(adapter.exits.depths, 0.0))
     if first is not None:
         policy = replace(policy, first=dict.fromkeys(adapter.exits.depths, first))
     settings = more.pop("settings", SIZES)
@@ -76,7 +73,7 @@ def test_first_tokens_are_held_to_their_own_thresholds(
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "qwen2-vl"])
 def test_what_is_sound_is_exact(name: str, backbone: Any, exits: Any) -> None:
     paths = verified(name, backbone, exits)
-    assert [path.path for path in paths[:4]] == [*ALONE]
+    assert [path.path for path in paths[:3]] == [*ALONE]
     beside = {
         f"{mode}, {where}" for mode in ("full", "lossless") for where in ("2 rows", "among 3")
     }
@@ -86,11 +83,6 @@ def test_what_is_sound_is_exact(name: str, backbone: Any, exits: Any) -> None:
     assert len(near) == 3 and max(near) < 1e-4
     exiting = next(path for path in paths if path.path == "early exit")
     assert exiting.scores_apart is not None and exiting.scores_apart < 1e-4
-
-
-def test_a_policy_without_guesses_has_no_such_path(backbone: Any, exits: Any) -> None:
-    paths = verified("blip2-opt", backbone, exits, guesses=False)
-    assert len(paths) == 9 and all(path.exact and "guesses" not in path.path for path in paths)
 
 
 def test_a_model_that_runs_through_its_own_stack_is_held_to_the_same(
@@ -178,7 +170,7 @@ def test_in_company_half_precision_promises_where_batches_are_exact() -> None:
     whole = Backbone(build("blip2-opt", torch.bfloat16)).with_decoding(exact_batches=True)
     some = Exits(whole, (2, 4)).requires_grad_(False)
     prepack(whole, ExitSet.of(some), every=True)
-    paths = verified("blip2-opt", lambda *_: whole, lambda *_: some, torch.bfloat16, guesses=False)
+    paths = verified("blip2-opt", lambda *_: whole, lambda *_: some, torch.bfloat16)
     promised = {path.path for path in paths if path.promised}
     assert promised == {f"{mode}, among 3" for mode in ("full", "early exit", "lossless")}
     assert broken(paths) == set()
@@ -211,7 +203,7 @@ def test_a_runtime_in_other_numbers_is_held_to_its_own_full_depth(
     adapter = Adapter(backbone("blip2-opt"), exits("blip2-opt"))
     paths = verified("blip2-opt", backbone, exits, runtime=Elsewhere(adapter, damaged))
     assert [path.path for path in paths] == [*ALONE]
-    assert [path.promised for path in paths] == [False, False, True, True]
+    assert [path.promised for path in paths] == [False, False, True]
     assert paths[0].tokens_differ == paths[0].answers_differ == 3
     assert broken(paths) == ({"lossless"} if damaged else set())
 

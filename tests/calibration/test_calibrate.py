@@ -41,7 +41,6 @@ from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shortlist import Gate
 
 LAYERS, TOKENS = 6, 6
 OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
@@ -52,7 +51,7 @@ LAX: dict[str, Any] = {"target": 0.6, "confidence": 0.8, "thresholds": GRID, **O
 def costs(check: float = 1e-4) -> Costs:
     return Costs(
         layers=LAYERS, batch=1, context=8, layer=(1e-3,) * 4, head=(1e-4,) * 4, exit=1e-4,
-        check=check, score=0.0, store=0.0, token=1e-4, reenter=0.0,
+        check=check, score=0.0, token=1e-4, reenter=0.0,
     )  # fmt: skip
 
 
@@ -304,18 +303,16 @@ def test_kernels_that_change_no_answer_ask_the_same() -> None:
     assert again(before, adapter_at(4), InputProcessor(exact, encoder().processor)) == 1
 
 
-def test_another_shortlist_and_other_gates_ask_something_else() -> None:
-    ids, gate = torch.arange(20), Gate(torch.zeros(encoder().backbone.width), torch.tensor(0.0))
-    policy = ExitPolicy(shortlist=True, gates={4: 0.0})
+def test_another_shortlist_asks_something_else() -> None:
+    ids, policy = torch.arange(20), ExitPolicy(shortlist=True)
 
-    def having(ids: torch.Tensor, gate: Gate) -> Adapter:
-        exits = ExitSet(adapter_at(4).exits.modules, ids, {4: gate})
+    def having(ids: torch.Tensor) -> Adapter:
+        exits = ExitSet(adapter_at(4).exits.modules, ids)
         return replace(adapter_at(4), exits=exits, policy=policy)
 
-    before = calibrate(having(ids, gate), encoder(), examples(), policy, **SHORT)
-    assert again(before, having(ids, gate)) == 1
-    assert again(before, having(ids + 1, gate)) == 2
-    assert again(before, having(ids, replace(gate, bias=gate.bias + 1))) == 2
+    before = calibrate(having(ids), encoder(), examples(), policy, **SHORT)
+    assert again(before, having(ids)) == 1
+    assert again(before, having(ids + 1)) == 2
 
 
 # -- data that cannot carry it --------------------------------------------------------------------

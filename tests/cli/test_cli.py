@@ -4,13 +4,11 @@ import json
 import logging
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, parser_of, program_of
 
-from offramp.adapter import Adapter
 from offramp.calibration import draft_thresholds as drafts
 from offramp.data.scenes import language, world
 from offramp.errors import StorageError
@@ -264,35 +262,6 @@ def test_official_questions_with_a_blank_among_ten_answers_are_calibrated_on(
     code, out, err = run(*asked, "--risk", "vqa_accuracy_drop", *QUICK, "--target", 0.9)
     assert code == 0, err
     assert json.loads(out)["answers"] > 0
-
-
-def test_gates_are_learnt_once_and_never_in_place_of_a_calibration(
-    run: RunCommand, photos: Path, adapter: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def learn(found: Adapter, *_: object, **__: object) -> Adapter:
-        exits = replace(found.exits, measured={"gates": {}})
-        return replace(found, exits=exits, calibration=None)
-
-    monkeypatch.setattr("offramp.calibration.gates.learn_shortlist_and_gates", learn)
-    monkeypatch.setattr("offramp.calibration.profiler.measure_costs", lambda *_, **__: None)
-
-    def files() -> dict[str, bytes]:
-        return {file.name: file.read_bytes() for file in adapter.iterdir() if file.is_file()}
-
-    how = ("train", *TRAIN, "--data", photos / "rows.jsonl", "--depths", "2,5", "--out", adapter)
-    calibrate = ("calibrate", "--adapter", adapter, "--data", held_out, *QUICK, "--target", 0.9)
-    assert run(*calibrate)[0] == 0
-    before = files()
-    assert "attempts.json" in before
-    assert_two_lines(run(*how, "--resume", "--gates"), "attempts", "copy")
-    assert files() == before
-    for name in (CONFIG, "attempts.json"):
-        (adapter / name).unlink()
-    assert run(*how, "--resume", "--gates")[0] == 0
-    assert run(*calibrate)[0] == 0
-    before = files()
-    code, out, _ = run(*how, "--resume", "--gates", "--json")
-    assert code == 0 and "gates" in json.loads(out)["checks"] and files() == before
 
 
 def test_a_copy_is_no_first_attempt_on_the_same_images(

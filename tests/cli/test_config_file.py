@@ -38,7 +38,7 @@ def read(tmp_path: Path, text: str | bytes, command: str = "train", *words: str)
         ("losses: {l1: 0.5}", "losses", {"l1": 0.5}),
         ("adversary: {conditional: False, judged: token}", "adversary",
          {"conditional": False, "judged": "token"}),
-        ("gates: True", "gates", True), ("gates: false", "gates", False),
+        ("overwrite: True", "overwrite", True), ("overwrite: false", "overwrite", False),
         ("", "steps", 1000), ("# nothing\n", "steps", 1000), ("---\n", "steps", 1000),
         ("\ufeffsteps: 7", "steps", 7), ("data: [a, b]", "data", ["a", "b"]),
     ],
@@ -62,8 +62,8 @@ def test_values_are_what_their_option_takes(
         "losses: {l1: [1]}",
         "steps: 1\nsteps: 2", "batch_size: 1\nbatch-size: 2", "losses: {l1: 1, l1: 2}",
         "steps: &a 3", "a: &a [x]\nb: *a", "steps: *a", "<<: {steps: 3}", "? [a]\n: 3", "- 1", "x",
-        "steps: 1\n---\nsteps: 2", "config: x", "help: true", "gates: 1", "gates: yes",
-        "gates: null",
+        "steps: 1\n---\nsteps: 2", "config: x", "help: true", "overwrite: 1", "overwrite: yes",
+        "overwrite: null",
         "quiet: no", "steps: 3: 4", "a: [", "\tsteps: 3", "out: 7", "revision: 123456", "seed: -1",
         b"steps: \xff", "steps: 3".encode("utf-16"), b"steps: \x00", "[" * 100_000, "{" * 100_000,
         "a: " * 10_000, "steps: " + "9" * 100_000, "s" * 100_000 + ": 1",
@@ -116,11 +116,11 @@ def test_settings_of_one_thing_are_one_option(
 
 
 def test_what_is_typed_wins_over_every_kind(tmp_path: Path) -> None:
-    text = "gates: true\nadversary: {judged: token}\ndepths: [2]\nprompt: x\npatience: 3"
+    text = "overwrite: true\nadversary: {judged: token}\ndepths: [2]\nprompt: x\npatience: 3"
     words = (*NEEDED, "--adversary", "judged=sequence", "--depths", "5", "--prompt", "y",
              "--patience", "none")  # fmt: skip
     found = read(tmp_path, text, "train", *words)
-    assert (found.gates, found.adversary, found.depths) == (True, {"judged": "sequence"}, (5,))
+    assert (found.overwrite, found.adversary, found.depths) == (True, {"judged": "sequence"}, (5,))
     assert (found.prompt, found.patience) == ("y", None)
 
 

@@ -11,10 +11,8 @@ import torch
 from offramp.engine import confidence as module
 from offramp.engine.confidence import (
     SCORES,
-    STREAKS,
     check_score,
     check_thresholds,
-    check_weights,
     register_score,
 )
 from offramp.engine.policy import ExitPolicy
@@ -85,19 +83,7 @@ def test_a_uniform_row_scores_zero(name):
     assert SCORES[name](torch.zeros(1, 50)).item() == pytest.approx(0.0, abs=1e-6)
 
 
-# -- scores of more than one exit's logits ------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 60000.0])
-def test_a_streak_is_finite_and_in_range_at_any_scale(scale, dtype):
-    rule = STREAKS["agreement"]((2, 4, 6), {})
-    for depth in (2, 4, 6):
-        found = rule(depth, logits(DTYPES[dtype], scale).clamp(-60000, 60000))
-        assert found.shape == (16,) and ((found >= 0) & (found <= 1 + 1e-6)).all()
-
-
-# -- names, thresholds and weights --------------------------------------------------------------
+# -- names and thresholds --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["max_probabilty", "", None])
@@ -106,7 +92,7 @@ def test_an_unknown_score_is_refused_with_the_names_there_are(name):
         check_score(name)
 
 
-@pytest.mark.parametrize("name", [*SCORES, "agreement"])
+@pytest.mark.parametrize("name", [*SCORES])
 def test_the_known_scores_are_accepted(name):
     assert check_score(name) == name
 
@@ -136,12 +122,10 @@ def test_a_registered_score_that_gives_no_scores_is_refused_by_its_name(gives, s
 
 
 READING = {
-    "exits": lambda gives: lambda depths, weights: lambda depth, logits: gives(logits),
     "check": lambda gives: lambda check: gives(check.entry),
 }
 SCORED = {
     "logits": lambda score, logits: score(logits),
-    "exits": lambda score, logits: score((2,), {})(2, logits),
     "check": lambda score, logits: score(SimpleNamespace(entry=logits)),
 }
 
@@ -156,7 +140,7 @@ def test_a_registered_score_is_looked_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["0.9", "high", [1], math.nan])
-@pytest.mark.parametrize("name", ["thresholds", "first", "drafts", "guesses", "weights"])
+@pytest.mark.parametrize("name", ["thresholds", "first", "drafts"])
 def test_a_policy_of_what_is_no_number_is_refused_when_it_is_made(name, value):
     with pytest.raises(InputError, match="number"):
         ExitPolicy(**{name: {2: value}})
@@ -175,19 +159,3 @@ def test_a_threshold_where_no_exit_stands_is_refused():
 
 def test_none_switches_an_exit_off():
     assert check_thresholds({4: 1, 2: None}, (2, 4)) == {4: 1.0}
-
-
-@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf, "much", None])
-def test_a_weight_that_is_no_finite_number_from_0_is_refused(weight):
-    with pytest.raises(InputError, match="finite"):
-        check_weights({2: 1.0, 4: weight})
-
-
-def test_weights_that_are_all_0_are_refused():
-    with pytest.raises(InputError, match="are 0"):
-        check_weights({2: 0.0, 4: 0})
-
-
-def test_a_weight_where_no_exit_stands_is_refused():
-    with pytest.raises(InputError, match=r"\[3\]"):
-        check_weights({2: 0.5, 3: 0.5}, (2, 4))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import NAMES, WORDLESS
 
-from offramp.engine.drafter import Drafter
+from offramp.engine.drafter import DraftingExit
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.models.exits import Exits, ExitSet
@@ -33,7 +33,7 @@ def knows(monkeypatch):
         if full is not None:
             for row in full.new_tokens.tolist():
                 following |= dict(pairwise(row))
-        fed, inputs, tokens = [], Drafter.inputs, Drafter.tokens
+        fed, inputs, tokens = [], DraftingExit.inputs, DraftingExit.tokens
 
         def noted(self, ids, states):
             fed[:] = ids.tolist()
@@ -43,8 +43,8 @@ def knows(monkeypatch):
             assert all(made.shape == (len(fed),) for made in tokens(self, states))
             return torch.tensor([following.get(token, 0) for token in fed]), torch.ones(len(fed))
 
-        monkeypatch.setattr(Drafter, "inputs", noted)
-        monkeypatch.setattr(Drafter, "tokens", said)
+        monkeypatch.setattr(DraftingExit, "inputs", noted)
+        monkeypatch.setattr(DraftingExit, "tokens", said)
 
     return tell
 
@@ -93,7 +93,7 @@ def test_drafts_go_on_while_the_product_of_their_probabilities_is_sure(
 ):
     """Of rounds with room for more; what is drafted changes no token."""
     whole, inputs = backbone("llava"), batch("llava", rows)
-    exits, tokens = drafting(whole), Drafter.tokens
+    exits, tokens = drafting(whole), DraftingExit.tokens
     monkeypatch.setattr(whole, "engine", engine)
 
     def said(self, states):
@@ -101,7 +101,7 @@ def test_drafts_go_on_while_the_product_of_their_probabilities_is_sure(
         assert bool(((shares > 0) & (shares <= 1)).all())
         return ids, torch.full_like(shares, 0.5)
 
-    monkeypatch.setattr(Drafter, "tokens", said)
+    monkeypatch.setattr(DraftingExit, "tokens", said)
     full = generate(whole, inputs, **GREEDY)
     for sure, most in ((0.0, 3), (0.125, 3), (0.2, 2), (0.5, 1), (0.6, 0)):
         policy = replace(LOSSLESS, drafts={2: sure})
@@ -115,7 +115,7 @@ def test_a_drafts_probability_is_the_softmax_of_what_it_can_say(backbone):
     states = torch.randn(5, whole.width)
     for shortlist, columns in ((True, ids), (False, torch.arange(whole.vocabulary))):
         policy = replace(LOSSLESS, shortlist=shortlist)
-        drafter = Drafter.of(whole, ExitSet(drafting(whole), ids), policy)
+        drafter = DraftingExit.of(whole, ExitSet(drafting(whole), ids), policy)
         said, shares = drafter.tokens(states)
         expected = whole.logits(whole.final_norm(states))[:, columns].softmax(-1).max(-1)
         assert torch.equal(said, columns[expected.indices])
@@ -130,9 +130,9 @@ def test_a_draft_is_what_the_layer_makes_of_token_and_state_without_a_cache(
     whole, inputs = backbone(name), batch(name, 1)
     exits = drafting(whole)
     with_cache = []
-    tokens = Drafter.tokens
+    tokens = DraftingExit.tokens
     monkeypatch.setattr(
-        Drafter, "tokens",
+        DraftingExit, "tokens",
         lambda self, states: with_cache.append(states.clone()) or tokens(self, states),
     )  # fmt: skip
     generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
@@ -174,9 +174,9 @@ def test_nothing_is_drafted_behind_an_end_token(engine, backbone, batch, knows, 
     options = {**GREEDY, "eos_token_id": end}
     full = generate(whole, inputs, **options)
     knows(full)
-    drafts, plain = [], Drafter.inputs
+    drafts, plain = [], DraftingExit.inputs
     monkeypatch.setattr(whole, "engine", engine)
-    monkeypatch.setattr(Drafter, "inputs", lambda *a: drafts.append(a) or plain(*a))
+    monkeypatch.setattr(DraftingExit, "inputs", lambda *a: drafts.append(a) or plain(*a))
     made = generate(whole, inputs, exits=drafting(whole), policy=LOSSLESS, **options)
     assert torch.equal(made.sequences, full.sequences) and full.depths.numel() == 2
     assert made.rounds == ((1, 1),) and len(drafts) == 1
@@ -242,7 +242,7 @@ def test_a_shortlist_bounds_what_is_drafted(backbone, batch, knows):
     exits = ExitSet(drafting(whole), ids)
     full = generate(whole, inputs, **GREEDY)
     policy = replace(LOSSLESS, shortlist=True)
-    drafter = Drafter.of(whole, exits, policy)
+    drafter = DraftingExit.of(whole, exits, policy)
     assert set(drafter.tokens(torch.randn(50, whole.width))[0].tolist()) <= set(ids.tolist())
     made = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
     assert torch.equal(made.sequences, full.sequences)
@@ -274,3 +274,34 @@ def test_requests_of_all_modes_share_an_engine(backbone, batch, knows):
         assert torch.equal(handle.result().output.sequences, alone.sequences), (mode, row)
     lossless = [h for (mode, _), h in zip(asked, handles, strict=True) if mode == "lossless"]
     assert sum(accepted(handle.result().output) for handle in lossless) > 0
+
+
+@pytest.mark.parametrize("limit", [31, 32, 63, 64, 127])
+def test_drafts_end_with_the_slot(limit, backbone, batch, knows):
+    """Beside a sequence that may be drafted further, one that fills its slot to the last column."""
+    from offramp.serving.core import EngineCore
+    from offramp.serving.engine_config import EngineConfig
+    from offramp.serving.request import Request
+
+    whole = backbone("llava")
+    exits = drafting(whole)
+    rows = [families.one_row("llava", batch("llava", 2), row) for row in range(2)]
+    room = limit - rows[0]["input_ids"].shape[1]
+    full = [
+        generate(whole, row, max_new_tokens=most, do_sample=False)
+        for row, most in zip(rows, (room, room // 2), strict=True)
+    ]
+    knows(full[0])
+    policy = ExitPolicy(max_draft=8, drafts={2: 0.0})
+    core = EngineCore(whole, exits, policy, EngineConfig(slots=2, limit=limit))
+    late = core.add(
+        Request(rows[0], "lossless", options={"max_new_tokens": room, "do_sample": False})
+    )
+    while len(core.decoder.sequences) < 1 or len(core.decoder.sequences[0].ids) < room - 6:
+        core.round()
+    other = core.add(
+        Request(rows[1], "lossless", options={"max_new_tokens": room // 2, "do_sample": False})
+    )
+    core.run()
+    for handle, expected in zip((late, other), full, strict=True):
+        assert torch.equal(handle.result().output.sequences, expected.sequences)

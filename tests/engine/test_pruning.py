@@ -255,7 +255,7 @@ def test_lossless_answers_are_the_full_models_whatever_stays_behind(backbone, ex
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
-@pytest.mark.parametrize("config", [{}, {"budget": 3}, {"guess_above": 0.01}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"budget": 3}], ids=str)
 @pytest.mark.parametrize("ranking", ["attention", "divprune"])
 def test_a_row_beside_others_keeps_and_says_what_it_does_alone(
     ranking, name, config, backbone, exits, batch

@@ -9,7 +9,7 @@ from offramp.errors import InputError
 
 
 def load(**more):
-    usual = {"rows": 4, "ready": 4, "idle": 0, "oldest": 0, "asks": True}
+    usual = {"ready": 4, "idle": 0, "oldest": 0, "waits": True}
     return Load(**{**usual, **more})
 
 
@@ -21,7 +21,7 @@ def load(**more):
         (load(ready=2, idle=2), 3, "deep"),
         (load(ready=0, idle=1), 3, "deep"),
         (load(), 0, "deep"),  # synchronous
-        (load(asks=False), 0, "feed"),
+        (load(waits=False), 0, "feed"),
     ],
 )
 def test_the_deep_layers_run_when_somebody_waited_long_enough(rows, patience, call):

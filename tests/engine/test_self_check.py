@@ -9,7 +9,7 @@ from offramp.adapter import Adapter
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check import adopt_findings, check_decoding
-from offramp.errors import InputError, UnsupportedBackboneError
+from offramp.errors import UnsupportedBackboneError
 from offramp.models import registry
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.paths import discover
@@ -52,7 +52,7 @@ def test_recurrent_states_decode_with_exits_and_refuse_lossless(name):
     assert str(found.lossless).startswith("refused"), found
     inputs = zoo.inputs(name, whole.model, 1)
     policy = ExitPolicy({2: 0.5}, lossless=True)
-    with pytest.raises(InputError, match="recurrent"):
+    with pytest.raises(UnsupportedBackboneError, match="takes drafts back"):
         generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=4)
 
 

@@ -21,7 +21,7 @@ from offramp import cli
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.data.item import Item
-from offramp.engine.confidence import Agreement, max_probability
+from offramp.engine.confidence import max_probability
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import DataError, InputError, StorageError
@@ -35,7 +35,6 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.prepack import prepack
-from offramp.models.shortlist import Gate
 from offramp.storage import JsonlLog, locked_folder
 
 DEPTHS = (2, 4)
@@ -160,20 +159,6 @@ def test_under_a_policy_each_token_counts_where_it_would_leave(name: str) -> Non
             depths.add(depth)
         assert score == pytest.approx(total, abs=2e-3)
     assert depths == {*DEPTHS, encoder.backbone.depth}  # else the law would say little
-
-
-@pytest.mark.parametrize("bias", [-5.0, 5.0])
-def test_no_token_of_a_candidate_leaves_where_a_gate_is_shut(bias: float) -> None:
-    encoder, example = input_processor_of(OPT), fakes.examples(3)[2]
-    gate = Gate(torch.zeros(encoder.backbone.width), torch.tensor(bias))
-    exits = ExitSet(exits_of(OPT), None, {DEPTHS[0]: gate})
-    policy = ExitPolicy({DEPTHS[0]: 0.0})
-    found = candidate_scores(
-        encoder, example, CANDIDATES, exits=exits, policy=replace(policy, gates={DEPTHS[0]: 0.5})
-    )
-    expected = policy if bias > 0 else FULL
-    same = candidate_scores(encoder, example, CANDIDATES, exits=exits, policy=expected)
-    assert found == pytest.approx(same, abs=1e-5)
 
 
 def test_how_many_candidates_go_at_once_changes_nothing() -> None:
@@ -562,26 +547,3 @@ def test_the_command_evaluates_goes_on_and_scores_again(
         assert result["n"] == 2
         assert result["modes"] == results[0]["modes"]
         assert set(result["modes"]["full"]["metrics"]) == {"exact_match", "exact_match_normalised"}
-
-
-@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
-def test_a_streak_of_exits_is_followed_at_each_token_of_a_candidate(name: str) -> None:
-    encoder, exits = input_processor_of(name), exits_of(name)
-    example = fakes.examples(3)[2]
-    threshold = 0.02
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score="agreement")
-    found = candidate_scores(encoder, example, CANDIDATES, exits=exits, policy=policy)
-    depths = set()
-    for text, total in zip(CANDIDATES, found, strict=True):
-        ids = encoder.answer_ids(example.prompt, text)
-        logits = logits_of(name, example, ids, exits)
-        expected = 0.0
-        for place in range(len(ids)):
-            rule, depth = Agreement(DEPTHS, {}), encoder.backbone.depth
-            reached = {d: rule(d, logits[d][place : place + 1]) >= threshold for d in DEPTHS}
-            if place > 0 or encoder.backbone.is_encoder_decoder:
-                depth = next((d for d in DEPTHS if reached[d]), depth)
-            expected += float(log_p(logits[depth], ids)[place])
-            depths.add(depth)
-        assert total == pytest.approx(expected, abs=2e-3)
-    assert len(depths) > 1 or name == "blip2-opt"  # whose exits never agree here

@@ -72,9 +72,9 @@ def walk(slow, threshold, recorded, row, step):
     return families.LAYERS, found
 
 
-def check_walks(slow, score, threshold, whole, parts, inputs, weights=None):
+def check_walks(slow, score, threshold, whole, parts, inputs):
     """Assert that depths and scores of an answer are those of the slow walk."""
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score, weights=weights or {})
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score)
     made = decoded(whole, parts, inputs, policy)
     recorded = record(whole, inputs, made, parts)
     rows = len(made.depths)
@@ -98,9 +98,9 @@ def check_rows_alone(fresh):
                 assert torch.equal(alone(depth, x[row : row + 1])[0], scores[row])
 
 
-def check_finished_rows(score, threshold, whole, parts, inputs, weights=None):
+def check_finished_rows(score, threshold, whole, parts, inputs):
     """Assert that a row of several that has ended keeps no score."""
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score, weights=weights or {})
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score)
     free = decoded(whole, parts, inputs, policy)
     made = decoded(whole, parts, inputs, policy, eos_token_id=int(free.new_tokens[0, 3]))
     done = made.depths == 0

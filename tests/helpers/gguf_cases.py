@@ -15,7 +15,6 @@ from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.shortlist import Gate
 
 KINDS = ("llava", "blip2-llama", "smolvlm", "internvl", "internvl-qwen3")
 FURTHER = (
@@ -35,7 +34,7 @@ SHORT = torch.arange(8, 96, 2)
 
 @cache
 def adapter_of(name: str) -> Adapter:
-    """Exits at two depths that let tokens exit now and then, with a shortlist and a gate."""
+    """Exits at two depths that let tokens exit now and then, with a shortlist."""
     backbone = Backbone(families.build(name), name=name)
     depths = depths_of(name)
     exits = Exits(backbone, depths)
@@ -44,8 +43,7 @@ def adapter_of(name: str) -> Adapter:
         for parameter in exits.parameters():
             parameter.add_(0.03 * torch.randn(parameter.shape, generator=draw))
     exits.requires_grad_(False)
-    gate = Gate(torch.randn(backbone.width, generator=draw), torch.tensor(0.0))
-    together = ExitSet(exits, SHORT, {2: gate})
+    together = ExitSet(exits, SHORT)
     return Adapter(backbone, together, ExitPolicy(dict.fromkeys(depths, 0.5), shortlist=True))
 
 

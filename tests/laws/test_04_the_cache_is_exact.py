@@ -59,7 +59,7 @@ def test_recompute_is_exact_with_an_exit_at_every_depth(name, lens, backbone, ex
 
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3", "llava"])
-@pytest.mark.parametrize(("score", "threshold"), [("agreement", 0.01), ("idle", 0.93)])
+@pytest.mark.parametrize(("score", "threshold"), [("margin", 0.01), ("idle", 0.93)])
 def test_recompute_is_exact_whatever_the_score(
     score, threshold, name, backbone, exits, batch, idle
 ):

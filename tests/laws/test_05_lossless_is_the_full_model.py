@@ -116,12 +116,11 @@ def test_processors_shape_drafts_and_verification_alike(option, backbone, exits,
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2-t5"])
-@pytest.mark.parametrize(("score", "threshold"), [("agreement", 0.01), ("idle", 0.47)])
+@pytest.mark.parametrize(("score", "threshold"), [("margin", 0.01), ("idle", 0.47)])
 def test_output_is_greedy_whatever_the_score_of_the_drafts(
     score, threshold, name, backbone, exits, batch, idle
 ):
-    weights = {1: 0.2, 2: 0.5, 3: 0.0, 5: 0.9} if score == "agreement" else {}
-    policy = lossless(name, threshold, depths=DEPTHS, score=score, weights=weights)
+    policy = lossless(name, threshold, depths=DEPTHS, score=score)
     whole, parts = backbone(name), exits(name, depths=DEPTHS)
     options = {**GREEDY, "suppress_tokens": WORDLESS}
     for rows in (1, 4):

@@ -1,4 +1,4 @@
-"""Law 14: whatever joins, leaves, is guessed or cancelled beside it, a row gets what it gets alone.
+"""Law 14: whatever joins, leaves, waits or is cancelled beside it, a row gets what it gets alone.
 
 Rows of all modes share a decoder, joined and moved on in an order that is drawn; each is held
 against `generate` on its own: tokens, depths, scores, and the logits that its tokens came from.
@@ -14,21 +14,17 @@ import pytest
 import torch
 from families import NAMES, build, depths, one_row
 
-from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.exit_reader import ExitReader
-from offramp.engine.decoding.prompt import PromptReader
-from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.decoding.sampler import Sampler, SeededNoise
-from offramp.engine.executors.choice import EXECUTORS, executor_for
+from offramp.engine.executors.choice import EXECUTORS
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, first_thresholds
+from offramp.engine.plan import plan_of
+from offramp.engine.policy import MODES, ExitPolicy, GenerationOutput
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
 from offramp.models.exits import Exits, ExitSet, copy_layer, first
 from offramp.models.prepack import prepack
 from offramp.models.quantized.linears import quantize_layers
-from offramp.models.shortlist import Gate
 
 ROWS = 5
 NEW = (10, 6, 9, 11, 8)
@@ -54,12 +50,12 @@ class LogitsWarper:
 
 @dataclass
 class Asked:
-    """A request: its prompt and options, its policy, whether it guesses, and what it gets alone."""
+    """A request: its prompt and options, its mode, and what it gets alone."""
 
     inputs: dict[str, Any]
     options: dict[str, Any]
     policy: ExitPolicy
-    guess: float | None
+    mode: str
     alone: Any = None
     logits: Any = None
 
@@ -74,26 +70,25 @@ def thresholds(whole: Any, exits: Any, inputs: Any) -> dict[int, float]:
 
 
 def requests(name: str, whole: Any, exits: Any, inputs: Any, **more: Any) -> list[Asked]:
-    """One of each mode: early exit with guesses, full, lossless, early exit that parks, lossless
-    that guesses."""
+    """Requests of all modes."""
     rows = [one_row(name, inputs, row % 4) for row in range(ROWS)]
     at = thresholds(whole, exits, rows[0])
-    early, lossless = ExitPolicy(at), ExitPolicy(at, lossless=True, max_draft=3)
-    modes = ((early, 0.0), (FULL, None), (lossless, None), (early, None), (lossless, 0.0))
+    policy = ExitPolicy(at, max_draft=3)
+    modes = ("early_exit", "full", "lossless", "early_exit", "lossless")
     asked = []
-    for row, (given, (policy, guess), new) in enumerate(zip(rows, modes, NEW, strict=True)):
+    for row, (given, mode, new) in enumerate(zip(rows, modes, NEW, strict=True)):
         options = {"max_new_tokens": new, "do_sample": False, **more}
         seen = LogitsWarper()
         alone = generate(
             whole,
             given,
             exits=exits,
-            policy=policy,
+            policy=policy.in_mode(mode),
             logits_processor=[seen],
             seed=row,  # matters where tokens are sampled
             **options,
         )
-        asked.append(Asked(given, options, policy, guess, alone, seen))
+        asked.append(Asked(given, options, policy, mode, alone, seen))
     return asked
 
 
@@ -114,13 +109,12 @@ def serve(
     noted: every other request notes its logits, from this one on. Odd seeds read prompts in chunks.
     """
     draw = random.Random(seed)
-    policy, attached = ExitPolicy(dict.fromkeys(exits.depths, 0.5)), ExitSet.of(exits)
-    executor = executor_for(whole, attached, exits.depths, engine=engine, slots=slots, limit=64)
+    plan = plan_of(whole, exits, asked[0].policy, modes=MODES)
+    executor = plan.executor(engine=engine, slots=slots, limit=64)
     if packs is not None:
         executor.packs = packs
-    reader = ExitReader(whole, attached, policy, exits.depths)
-    decoder = Decoder(whole.depth, executor, reader, longest=longest)
-    prompts = PromptReader(whole, attached, exits.depths, chunk=3 if seed % 2 else None)
+    decoder = plan.decoder(executor, longest=longest)
+    prompts = plan.reader(chunk=3 if seed % 2 else None)
     queue, done, notes = list(range(len(asked))), {}, {}
     draw.shuffle(queue)
     cancelled = False
@@ -133,22 +127,20 @@ def serve(
             extra = {"logits_processor": [notes[number]]}
         prepared = prompts.prepare(request.inputs, {**request.options, **extra})
         sampler = Sampler(prepared, noise=SeededNoise(number))
-        first = first_thresholds(whole, request.policy)
-        rule = ExitRule.of(request.policy, guess_above=request.guess, first=first)
+        rule = plan.rule(request.mode)
         with torch.inference_mode():
             prompt, [token] = decoder.read(prompts, prepared, [sampler], rule)
             decoder.join(prompt, 0, sampler, rule, token, number)
 
     while queue or decoder.sequences:
         rows = decoder.sequences
-        waits = any(row.ran[0] != row.ran[-1] for row in rows)
         if queue and len(rows) < slots and draw.random() < 0.5:
             join(queue.pop())
         elif any(row.ready(longest) for row in rows) and draw.random() < 0.7:
-            exiting = any(row.rule.uses_exits for row in rows)
-            decoder.make("full" if not waits and not exiting else "feed")
+            plain = decoder.next_call() == "full"
+            decoder.make("full" if plain else "feed")
         elif rows:
-            decoder.make("flush" if draw.random() < 0.2 else "deep")
+            decoder.make("deep")
         if not cancelled and len(rows) == slots and draw.random() < 0.3:
             queue.append(rows[0].owner)
             decoder.leave(rows[0])
@@ -250,7 +242,7 @@ def test_an_exit_of_several_layers_keeps_all_its_keys(name, backbone, batch, mon
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
 @pytest.mark.parametrize("seed", range(2))
 def test_sampled_rows_get_the_tokens_of_their_seed(name, seed, backbone, exits, batch):
-    """Guessed or not: lossless rows get the full model's sample of that seed, token for token."""
+    """Lossless rows get the full model's sample of that seed, token for token."""
     whole, some = backbone(name), exits(name)
     options = {"do_sample": True, "top_k": 7, "temperature": 1.3}
     asked = requests(name, whole, some, batch(name, 4), **options)
@@ -355,19 +347,3 @@ def test_exact_batches_want_weights_that_are_laid_out_and_prompts_one_by_one(bat
     prepack(whole, every=True)
     with pytest.raises(InputError, match="one at a time, and 4 rows came"):
         generate(whole, batch("llava", 4), max_new_tokens=2)
-
-
-def test_a_gate_is_asked_of_each_token_by_itself_where_batches_are_exact() -> None:
-    whole = Backbone(build("llava"))
-    draw = torch.Generator().manual_seed(0)
-    states = torch.randn(7, whole.width, generator=draw)
-    gate = Gate(torch.randn(whole.width, generator=draw), torch.tensor(0.0))
-    alone = torch.cat([gate(state) for state in states.split(1)])
-    attached = replace(ExitSet.of(Exits(whole, (2,))), gates={2: gate})
-    reader = ExitReader(
-        whole.with_decoding(exact_batches=True),
-        attached,
-        ExitPolicy({2: 0.5}, gates={2: 0.5}),
-        (2,),
-    )
-    assert torch.equal(reader._asked(gate, states), alone)

@@ -103,7 +103,7 @@ POLICIES = {
     "full": lambda depth: FULL,
     "never": lambda depth: ExitPolicy({depth: 1.0}),
     "drafts": lambda depth: ExitPolicy({depth: 0.0}, lossless=True),
-    "guesses": lambda depth: ExitPolicy({depth: 1.0}, guesses={depth: 0.1}),
+    "some exits": lambda depth: ExitPolicy({depth: 0.1}),
 }
 
 

@@ -27,9 +27,7 @@ from hub_files import WORDS, image_adapter, sliced, text_adapter
 from PIL import Image
 from projector_files import write_projector
 
-from offramp.engine.decoding.reader import Question
-from offramp.engine.decoding.rule import CLOSED, ExitRule
-from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engine.policy import FULL
 from offramp.errors import AdapterError, DataError, InputError
 from offramp.runtimes.edge.images import _pixels
 from offramp.runtimes.edge.model import EdgeModel
@@ -37,8 +35,6 @@ from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.server import EdgeServer, read_request
 from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
 from offramp.runtimes.llama_cpp import LlamaCppRuntime
-from offramp.runtimes.llama_cpp.array_reader import ArrayReader
-from offramp.runtimes.llama_cpp.executor import ChainOutput
 from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.runtimes.llama_cpp.segment import EngineOptions
 
@@ -94,7 +90,6 @@ def test_who_names_no_mode_gets_the_policys_own(
     def answer(**how: Any) -> Any:
         return model.answer(PROMPT, max_new_tokens=NEW, **how)
 
-    monkeypatch.setattr(model, "pace", None)
     full, early = (answer(mode=mode).text for mode in ("full", "early_exit"))
     exits = model.policy
     if own == "lossless":
@@ -313,18 +308,6 @@ def test_a_damaged_image_is_two_lines(tmp_path: Path) -> None:
     data[second : second + 4] = bytes(range(4))
     (tmp_path / "damaged.png").write_bytes(data)
     refused(lambda: _pixels(tmp_path / "damaged.png"), DataError, "damaged.png")
-
-
-def test_a_gate_is_shut_however_sure_it_is() -> None:
-    policy = ExitPolicy({2: 0.5}, gates={2: 0.5})
-    weight = np.full(64, -1.0, dtype=np.float32)
-    reader = ArrayReader(policy, {2: (weight, 0.0)}, None)
-    question = Question(Sampler(Sampling(), 10), ExitRule.of(policy), ())
-    for scale in (1.0, 12.0, 1e6, -1e6):
-        states = np.full((1, 64), scale, dtype=np.float32)
-        output = ChainOutput(states, np.zeros((1, 10), dtype=np.float32))
-        [verdict] = reader.verdicts(2, output, [question])
-        assert (verdict == CLOSED) == (scale > 0)
 
 
 def test_an_answer_of_no_given_length_is_as_long_as_there_is_room(model: EdgeModel) -> None:

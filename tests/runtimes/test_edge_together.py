@@ -22,8 +22,6 @@ from hub_files import image_adapter, sliced, text_adapter
 from PIL import Image
 from projector_files import write_projector
 
-from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.pace import DraftPace
 from offramp.errors import InputError
 from offramp.runtimes.edge.model import Answer, EdgeModel
 from offramp.runtimes.edge.rounds import Job
@@ -143,27 +141,6 @@ def test_calls_are_shared(mode: str, model: EdgeModel, monkeypatch: pytest.Monke
         held.set()
         assert [told(each.result()) for each in answers] == [told(alone)] * SLOTS
     assert len(calls) < 2 * once
-
-
-def test_prompts_of_others_are_not_held_against_drafts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever joins is read between two calls, which is no part of what these took."""
-    with EdgeModel(folder, engine=ENGINE) as model:
-        joined, turns = [0], []
-        pace = DraftPace(lambda: joined[0])
-        monkeypatch.setattr(pace, "note", lambda turn, *told, **_: turns.append((turn, *told)))
-        read = Decoder.read
-
-        def counted(self: Decoder, *args: Any, **kw: Any) -> Any:
-            joined[0] += 1
-            return read(self, *args, **kw)
-
-        monkeypatch.setattr(Decoder, "read", counted)
-        model.pace = pace
-        together(model, questions(), at_once=3)
-        assert {turn.rows for turn, *_ in turns} >= {1, 2}
-        assert not any(took for *_, took in turns)
 
 
 def test_who_gives_up_leaves_its_slot(model: EdgeModel) -> None:
@@ -334,11 +311,9 @@ def test_the_server_answers_at_once_what_it_answers_alone(folder: Path) -> None:
     code = f"""
 import json, sys, threading, urllib.request
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from offramp.engine.decoding.pace import DraftPace
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.server import EdgeServer
 from offramp.runtimes.llama_cpp.segment import EngineOptions
-DraftPace.drafts = lambda self, turn: True  # whatever a model this small takes
 model = EdgeModel({str(folder)!r}, engine=EngineOptions(context=128, sequences={SLOTS}))
 with model, EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"") as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()

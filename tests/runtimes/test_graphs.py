@@ -25,7 +25,6 @@ from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shortlist import Gate
 from offramp.runtimes.graphs import GraphRuntime
 from offramp.runtimes.graphs.recording import Mailbox, Recorder
 
@@ -113,9 +112,7 @@ def test_more_tokens_than_states_may_wait_and_more_than_the_narrowest_columns(
         same(runtime.generate(inputs, policy=policy, **options), expected)
 
 
-def test_several_exits_drafts_and_guesses_are_generates_own(
-    backbone: Any, exits: Any, batch: Any
-) -> None:
+def test_several_exits_and_drafts_are_generates_own(backbone: Any, exits: Any, batch: Any) -> None:
     whole, parts = backbone("blip2-llama"), exits("blip2-llama")
     first, second = parts.depths[:2]
     inputs = one_row("blip2-llama", batch("blip2-llama", 2), 0)
@@ -125,7 +122,7 @@ def test_several_exits_drafts_and_guesses_are_generates_own(
     options = {**GREEDY, "max_new_tokens": 40}
     seen = set()
     for more in (
-        {}, {"guesses": {first: 0.0}}, {"lossless": True, "max_draft": 3}, {"max_draft": 30},
+        {}, {"lossless": True, "max_draft": 3}, {"max_draft": 30},
         {"lossless": True, "max_draft": 30}, {"thresholds": dict.fromkeys(at, 0.0)},
     ):  # fmt: skip
         policy = replace(adapter.policy, **more)
@@ -135,7 +132,7 @@ def test_several_exits_drafts_and_guesses_are_generates_own(
     assert seen == {first, second, whole.depth}
 
 
-@pytest.mark.parametrize("score", ["idle", "agreement", "margin"])
+@pytest.mark.parametrize("score", ["idle", "margin"])
 def test_scores_that_programs_do_not_compute_are_asked_behind_them(
     score: str, backbone: Any, exits: Any, batch: Any, idle: str
 ) -> None:
@@ -246,21 +243,6 @@ def test_a_shortlist_an_end_token_and_a_streamer(case: Any) -> None:
     lossless = replace(listed.policy, lossless=True)
     expected = listed.generate(inputs, policy=lossless, **ends)
     same(runtime.generate(inputs, policy=lossless, **ends), expected)
-
-
-def test_a_gate_is_asked_before_the_exit(case: Any) -> None:
-    adapter, inputs = case("blip2-opt")
-    depth = adapter.exits.depths[0]
-    draw = torch.randn(adapter.backbone.width, generator=torch.Generator().manual_seed(1))
-    parts = replace(ExitSet.of(adapter.exits), gates={depth: Gate(draw, torch.tensor(0.0))})
-    gated = Adapter(adapter.backbone, parts, ExitPolicy({depth: 0.001}, gates={depth: 0.5}))
-    runtime = GraphRuntime(gated, context=64)
-    for policy in (gated.policy, replace(gated.policy, gates={depth: 1.0}), adapter.policy):
-        same(
-            runtime.generate(inputs, policy=policy, **GREEDY),
-            gated.generate(inputs, policy=policy, **GREEDY),
-        )
-    assert len(gated.generate(inputs, **GREEDY).depths.unique()) == 2
 
 
 def test_what_cannot_be_recorded_is_refused(

@@ -18,8 +18,6 @@ from offramp.calibration.calibrate import calibrate
 from offramp.calibration.draft_thresholds import (
     draft_policies,
     draft_speeds,
-    guess_policies,
-    guess_speeds,
 )
 from offramp.cli.commands.runtime import load_runtime
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
@@ -100,15 +98,14 @@ def test_a_promise_is_of_the_runtimes_answers() -> None:
     assert plain.runtime is None
 
 
-@pytest.mark.parametrize("speeds", [draft_speeds, guess_speeds])
-def test_drafts_and_guesses_are_timed_in_the_runtime(speeds: Any) -> None:
+def test_drafts_are_timed_in_the_runtime() -> None:
     ours = adapter().with_policy(ExitPolicy({2: 0.5}))
-    runtime, policies = Recorder(ours), draft_policies if speeds is draft_speeds else guess_policies
-    found = speeds(
+    runtime = Recorder(ours)
+    found = draft_speeds(
         ours, [inputs_of(NAME)], thresholds=(0.1, 0.3), rounds=1, runtime=runtime,
         do_sample=False, **LONGEST,
     )  # fmt: skip
-    asked = [FULL, *policies(ours, (0.1, 0.3))]
+    asked = [FULL, *draft_policies(ours, (0.1, 0.3))]
     assert all(policy in runtime.asked for policy in asked) and len(found) >= len(asked) - 1
 
 

@@ -26,7 +26,6 @@ from offramp.errors import AdapterError, DataError, OfframpError, TrainingError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.shortlist import Gate
 from offramp.save_and_load import ATTEMPTS, CARD, CHECKS, CONFIG, DISCRIMINATORS, EXITS, SEEN
 from offramp.save_and_load.config import sealed
 from offramp.storage import JsonlLog, digest_file
@@ -55,13 +54,12 @@ def whole(opt: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter with every file that one can have, and the checkpoint of its training."""
     folder = tmp_path_factory.mktemp("whole") / "exits"
     depths = (2,)
-    gate = Gate(torch.randn(opt.width), torch.randn(()))
-    found = {"shortlist": {"size": 4, "miss_rate": 0.01}, "gates": {"2": {"saved": 0.3}}}
+    found = {"shortlist": {"size": 4, "miss_rate": 0.01}}
     exits, ids = Exits(opt, depths), torch.tensor([9, 12, 20, 33])
     Adapter(
         opt,
-        ExitSet(exits, ids, {2: gate}, build_discriminators(opt.width, depths), found),
-        ExitPolicy({2: 0.5}, shortlist=True, gates={2: 0.25}, drafts={2: 0.125}),
+        ExitSet(exits, ids, build_discriminators(opt.width, depths), found),
+        ExitPolicy({2: 0.5}, shortlist=True, drafts={2: 0.125}),
         provenance={"seed": 7, "command": "offramp train"},
         metrics={"agreement": {"2": 0.75}, "step": 10},
         calibration={"risk": "disagreement", "target": 0.01, "measured": None},
@@ -130,7 +128,7 @@ def adapter_parts(folder: Path, backbone: Backbone) -> list[Any]:
     exits = loaded.exits
     assert exits.discriminators is not None and exits.shortlist is not None
     tensors = [exits.modules.state_dict(), exits.discriminators.state_dict()]
-    tensors.append({"shortlist": exits.shortlist, **vars(exits.gates[2])})
+    tensors.append({"shortlist": exits.shortlist})
     plain = [loaded.policy, loaded.metrics, loaded.provenance, loaded.calibration, loaded.seen]
     return [*map(numbers, tensors), *plain, exits.measured, loaded.attempts]
 
@@ -242,9 +240,7 @@ def odd_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> None:
         case "remove":
             del tensors[name]
         case "add":
-            tensors[draw.choice(("gates.2.x", "gates.x.weight", "gates", "3.x", "shortlist.1"))] = (
-                torch.ones(2)
-            )
+            tensors[draw.choice(("gates.2.x", "gates", "3.x", "shortlist.1"))] = torch.ones(2)
         case "double":
             tensors[name] = tensor.double()
         case _:

@@ -133,7 +133,7 @@ def test_an_adapter_without_digests_is_said_to_be_unchecked(
 @pytest.mark.parametrize("depth", ["02", "+2", " 2", "2 ", "2.0", "٢", "0x2", "002", "2_0"])
 def test_a_depth_has_one_spelling(depth: str, folder: Path) -> None:
     config = entries(folder)
-    for name in ("thresholds", "drafts", "guesses"):
+    for name in ("thresholds", "drafts", "first"):
         changed = copy.deepcopy(config)
         changed["policy"].setdefault(name, {})[depth] = 0.5
         write(folder, changed)

@@ -13,15 +13,12 @@ from families import one_row
 
 from offramp.adapter import Adapter
 from offramp.engine.decoding.prompt import PromptReader
-from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.executors.slots.cache import SlotCache
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import BusyError, InputError, UnsupportedBackboneError
-from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shortlist import Gate
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineCore
@@ -397,39 +394,6 @@ def test_a_first_token_has_its_own_threshold_in_company_too(own, backbone, exits
     assert strict.result().output.depths[0, 0] == whole.depth
 
 
-@pytest.mark.parametrize("mode", ["early_exit", "lossless"])
-def test_gates_are_of_a_mode_as_they_are_alone(mode, backbone, exits, batch):
-    """A shut gate keeps tokens from exiting; drafts by thresholds of their own know no gate."""
-    whole = backbone(NAME)
-    shut = Gate(torch.zeros(whole.width), torch.tensor(-5.0))
-    some = replace(ExitSet.of(exits(NAME)), gates={2: shut})
-    policy = ExitPolicy({2: 0.0}, drafts={2: 0.0}, gates={2: 0.5})
-    inputs = one_row(NAME, batch(NAME, 1), 0)
-    engine = EngineCore(whole, some, policy, SMALL)
-    handle = engine.add(request(inputs, mode))
-    engine.run()
-    options = {"max_new_tokens": 8, "do_sample": False}
-    alone = generate(whole, inputs, exits=some, policy=policy.in_mode(mode), **options)
-    ours = handle.result().output
-    assert torch.equal(ours.sequences, alone.sequences)
-    assert torch.equal(ours.depths, alone.depths)
-    assert any(drafted for drafted, _ in ours.rounds) == (mode == "lossless")
-
-
-def test_a_score_that_follows_a_token_knows_no_guesses(backbone, exits, batch, monkeypatch):
-    """It wants each token settled before the next, in the engine as alone."""
-    whole, some = backbone(NAME), Exits(backbone(NAME), (1, 2))
-    policy = ExitPolicy({1: 1.0, 2: 1.0}, score="agreement", guesses={1: 0.0, 2: 0.0})
-    engine = EngineCore(whole, some, policy, SMALL)
-    asked = []
-    monkeypatch.setattr(ExitRule, "guesses_at", lambda rule, *_: asked.append(rule.guesses))
-    inputs = one_row(NAME, batch(NAME, 1), 0)
-    handle = engine.add(request(inputs))
-    engine.run()
-    generate(whole, inputs, exits=some, policy=policy, max_new_tokens=8, do_sample=False)
-    assert handle.result() and all(guesses is None for guesses in asked)
-
-
 @pytest.mark.parametrize("ids", [[[5, 6]], torch.tensor([5, 6]), torch.tensor([[0.5]])], ids=str)
 def test_what_is_no_tensor_of_ids_is_refused(ids, adapter):
     with (
@@ -451,20 +415,6 @@ def test_a_batch_of_rows_is_not_a_request(adapter, batch):
 def test_keys_that_are_not_exact_are_refused(backbone, exits, approximate):
     with pytest.raises(InputError):
         EngineCore(backbone(NAME), exits(NAME), ExitPolicy({2: 0.5}, kv=approximate), SMALL)
-
-
-def test_a_score_that_follows_a_token_from_exit_to_exit_is_each_requests_own(backbone, exits, rows):
-    policy = ExitPolicy({2: 0.02, 4: 0.1}, score="agreement")
-    whole, some = backbone(NAME), exits(NAME)
-    engine = EngineCore(whole, some, policy, SMALL)
-    handles = [engine.add(request(row)) for row in rows]
-    engine.run()
-    for row, handle in zip(rows, handles, strict=True):
-        options = {"max_new_tokens": 8, "do_sample": False}
-        expected = generate(whole, row, exits=some, policy=policy, **options)
-        output = handle.result().output
-        assert torch.equal(output.sequences, expected.sequences)
-        assert torch.equal(output.depths, expected.depths)
 
 
 def test_an_engine_is_driven_by_one_thread(adapter, rows):
@@ -544,3 +494,49 @@ def test_rows_are_written_on_while_another_image_is_seen(adapter, rows):
         hook.remove()
     assert waited[1:] == [True]
     assert torch.equal(other.result().output.sequences, alone(adapter, rows[1], max_new_tokens=6))
+
+
+@pytest.mark.parametrize("mode", ["early_exit", "full", "lossless"])
+def test_an_answer_that_is_over_gets_no_token_while_a_prompt_is_read_beside_it(mode, adapter, rows):
+    """An answer of one token, and a prompt that is read in chunks."""
+    longer = {name: value for name, value in rows[1].items()}
+    ids = torch.cat([rows[1]["input_ids"], torch.randint(8, 90, (1, 30))], 1)
+    longer |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    heard = []
+    core = EngineCore(
+        adapter.backbone, adapter.exits, adapter.policy, EngineConfig(slots=3, limit=64, budget=12)
+    )
+    one = core.add(request(rows[0], mode, 1, on_token=heard.append))
+    other = core.add(request(longer, mode))
+    core.run()
+    assert len(heard) == one.result().output.depths.numel() == 1
+    assert core.tokens == 1 + 8
+    assert torch.equal(
+        other.result().output.sequences, alone(adapter, longer, mode, max_new_tokens=8)
+    )
+
+
+def test_an_error_of_a_shared_call_is_not_that_of_the_prompt_that_is_read(
+    adapter, rows, monkeypatch
+):
+    ids = torch.cat([rows[1]["input_ids"], torch.randint(8, 90, (1, 30))], 1)
+    longer = {**rows[1], "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    core = EngineCore(
+        adapter.backbone, adapter.exits, adapter.policy, EngineConfig(slots=3, limit=64, budget=12)
+    )
+    shared = core.add(request(rows[0], new=20))
+    core.round()
+    late = core.add(request(longer))
+    make, failed = core.decoder.make, []
+
+    def fails_once(call):
+        if core._reading is not None and not failed:
+            failed.append(call)
+            raise RuntimeError("out of memory")
+        return make(call)
+
+    monkeypatch.setattr(core.decoder, "make", fails_once)
+    core.run()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        shared.result()
+    assert torch.equal(late.result().output.sequences, alone(adapter, longer, max_new_tokens=8))

@@ -12,7 +12,7 @@ import training_runs
 
 from offramp.adapter import Adapter
 from offramp.answers import full_model_answers
-from offramp.engine.drafter import Drafter
+from offramp.engine.drafter import DraftingExit
 from offramp.engine.generate import generate
 from offramp.engine.policy import AHEAD, ExitPolicy
 from offramp.engine.teacher_forcing import record
@@ -54,7 +54,7 @@ def test_a_rollout_is_what_decoding_drafts(name, backbone, monkeypatch):
         states.append(made.clone())
         return torch.tensor([row.ids[next(step) + 1]]), torch.ones(1)
 
-    monkeypatch.setattr(Drafter, "tokens", said)
+    monkeypatch.setattr(DraftingExit, "tokens", said)
     made = generate(
         whole, encoder.prompts([row.example]), exits=exits, policy=LOSSLESS,
         max_new_tokens=5, do_sample=False,

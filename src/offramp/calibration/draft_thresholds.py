@@ -41,7 +41,7 @@ class Drafting:
 
 
 def draft_policies(adapter: Adapter, thresholds: Sequence[float] | None = None) -> list[ExitPolicy]:
-    """Lossless policies that draft by each exit alone and by all, at every threshold.
+    """Lossless policies that draft by each exit, at every threshold.
 
     What else stands in the adapter's policy (score, shortlist, longest draft) is kept. Of exits
     that draft on the deepest writes. thresholds: None: `THRESHOLDS`, or `PRODUCTS` of such exits.
@@ -49,8 +49,8 @@ def draft_policies(adapter: Adapter, thresholds: Sequence[float] | None = None) 
     depths, ahead = adapter.exits.depths, adapter.exits.draft_on
     if thresholds is None:
         thresholds = PRODUCTS if ahead else THRESHOLDS
-    places = dict.fromkeys([depths[-1:]] if ahead else [*((depth,) for depth in depths), depths])
-    sweep = [Thresholds.shared(place, t) for place in places for t in thresholds]
+    places = depths[-1:] if ahead else depths
+    sweep = [Thresholds({depth: t}) for depth in places for t in thresholds]
     return [replace(adapter.policy, kv="recompute", lossless=True, drafts=d) for d in sweep]
 
 

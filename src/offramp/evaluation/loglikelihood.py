@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.data.example import Example
-from offramp.engine.confidence import check_thresholds
+from offramp.engine.confidence import HEADS, check_thresholds
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.exit_check import ExitCheck, ExitScorer
 from offramp.engine.kv_cache import add_exit_entries, repeat_rows
@@ -27,12 +27,12 @@ def follows_policy(policy: ExitPolicy) -> bool:
 
     With exact keys and values the logits at (token, depth) do not depend on where earlier tokens
     exited, so one pass over a candidate gives every token's exit and its probability there. With
-    propagated ones they do, and where visual tokens stay behind one pass does not show it;
-    candidates are then ranked by the full model. So they are where exits read a shortlist, as what
-    it lacks has no likelihood there, and in lossless mode, where what comes out is the full
-    model's.
+    propagated ones they do, and where visual tokens stay behind, or confidence needs more than one
+    exit, one pass does not show it; candidates are then ranked by the full model. So they are where
+    exits read a shortlist, as what it lacks has no likelihood there, and in lossless mode, where
+    what comes out is the full model's.
     """
-    exact = policy.kv == "recompute" and policy.pruning is None
+    exact = policy.kv == "recompute" and policy.pruning is None and policy.score not in HEADS
     return exact and not policy.lossless and not policy.shortlist
 
 

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.engine.policy import FULL, ExitPolicy, policy_from_json, policy_to_json
+from offramp.engine.policy import (
+    FULL,
+    RETIRED,
+    ExitPolicy,
+    policy_from_json,
+    policy_to_json,
+)
 from offramp.errors import AdapterError, DataError, InputError, StorageError
 from offramp.models import JUDGED
 from offramp.storage import digest_rows, read_json
@@ -283,7 +289,7 @@ def _discriminators(config: _Entries) -> dict[str, Any] | None:
 
 
 def _policy(policy: _Entries) -> ExitPolicy:
-    hints = typing.get_type_hints(ExitPolicy)
+    hints = {**dict.fromkeys(RETIRED, Mapping[int, float]), **typing.get_type_hints(ExitPolicy)}
     policy.check_known(hints)
     policy.get("thresholds", dict)
     for name in policy.values:

@@ -130,11 +130,11 @@ def test_what_is_decoded_by_other_options_on_one_backbone_is_not_touched(
     assert len(Counted.rows) == calls * len(asked.came)
 
 
-def test_guesses_samples_and_the_full_model_are_the_modules(backbone, exits, batch, both, codes):
+def test_exits_samples_and_the_full_model_are_the_modules(backbone, exits, batch, both, codes):
     whole, inputs, first = backbone("llava"), batch("llava", 1), exits("llava").depths[0]
     both(whole, inputs, policy=FULL, do_sample=True, temperature=0.7, top_k=5)
-    guesses = ExitPolicy({first: 0.6}, guesses={first: 0.1})
-    both(whole, inputs, exits=exits("llava"), policy=guesses, dice=5)
+    early = ExitPolicy({first: 0.6})
+    both(whole, inputs, exits=exits("llava"), policy=early, dice=5)
 
 
 def test_a_longer_text_is_no_other_code(backbone, batch, both, codes, monkeypatch):

@@ -18,7 +18,7 @@ from serving import NAME, messages, running, scene_examples, shipped
 def test_exits_without_thresholds_draft(alone: bool) -> None:
     adapter, processor = shipped()
     drafts = Thresholds.shared(adapter.exits.depths, DRAFT)
-    bare = adapter.with_policy(replace(adapter.policy, thresholds={}, guesses={}, drafts=drafts))
+    bare = adapter.with_policy(replace(adapter.policy, thresholds={}, drafts=drafts))
     settings, sizes = ServerConfig(name=NAME), EngineConfig(slots=2, limit=256)
     service = service_of_model(bare, processor, settings, sizes, serial=bare if alone else None)
     body = {"messages": messages(scene_examples()[0]), "max_tokens": 12, "temperature": 0}

@@ -105,7 +105,7 @@ class Decoder:
         if not getattr(self.executor, "prunes", False):
             raise InputError(
                 f"The policy lets {pruning.keep:g} of the visual tokens go on {pruning.where}, and "
-                "what runs the layers here cannot leave any out.",
+                "what runs the layers here cannot leave any behind.",
                 "Use a policy with visual_keep=1, or PyTorch, where layers run in slots.",
             )
         return pruning
@@ -167,9 +167,9 @@ class Decoder:
 
     def next_call(self) -> Call:
         """What the schedule asks for."""
-        rows = [row for row in self.sequences if row.active and not row.rule.drafts]
-        if not any([row.rule.exiting for row in rows]):
-            return "deep" if any([row.waits for row in rows]) else "full"
+        rows = [row for row in self.sequences if row.rule.exiting and row.active]
+        if not rows:
+            return "full"
         if len(rows) == 1 and self.schedule.patience == 0:
             return "feed" if rows[0].ready(self.longest) else "deep"
         return self.schedule.next_call(Load.of(rows, self.longest))
@@ -181,20 +181,21 @@ class Decoder:
 
     def _make(self, call: Call) -> int:
         active = [row for row in self.sequences if row.active]
+        exiting = [row for row in active if row.rule.exiting]
         if call == "deep":
-            return self._deep(active)
-        count, others = 0, active
-        if self.drafter is not None:
-            drafting = [row for row in active if row.rule.drafts]
-            if drafting:
-                others = [row for row in active if not row.rule.drafts]
-                count = self._round(self.drafter, drafting)
-        if not others:
+            return self._deep(exiting)
+        count = self._feed(exiting) if exiting else 0
+        if len(exiting) == len(active):
             return count
-        return count + (self._feed(others) if call == "feed" else self._full(others))
+        drafting = [row for row in active if row.rule.drafts]
+        if drafting:
+            assert self.drafter is not None
+            count += self._round(self.drafter, drafting)
+        plain = [row for row in active if not row.rule.uses_exits]
+        return count + self._full(plain) if plain else count
 
     def _feed(self, rows: list[Sequence]) -> int:
-        """Feed the next token of every sequence that is ready up to the first exit."""
+        """Feed the next token of sequences that are ready up to the first exit."""
         ready = [row.ready(self.longest) for row in rows]
         for row, on in zip(rows, ready, strict=True):
             row.waited += not on

@@ -15,9 +15,9 @@ from offramp.engine.decoding.sequence import Sequence
 from offramp.errors import InputError
 
 Call = Literal["feed", "deep", "full"]
-"""feed: the next token of every sequence, up to the first exit; a round of those that draft. deep:
-what is pending above the first exit, of those that wait. full: the next token of all through all
-layers; a round of those that draft."""
+"""feed: the next token of every sequence: up to the first exit, where it may exit; of the others as
+"full". deep: what is pending above the first exit, of those that wait. full: the next token through
+all layers, or a round of those that draft."""
 
 
 class Load(NamedTuple):

@@ -215,7 +215,7 @@ class EdgeModel:
     def _plan(self, policy: ExitPolicy) -> Plan:
         """The plan of a policy; where there are several slots, of the model's own in every mode."""
         shared = self._chain.slots > 1
-        if shared and self._shared is not None:
+        if shared and self._shared is not None and self._shared.policy == self.policy:
             return self._shared
 
         def embed(token: int, position: int) -> States:

@@ -1,0 +1,59 @@
+"""What `make quick` runs: the laws, and the test files that mirror what changed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from families import KINDS
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = frozenset({"blip2-opt", "blip2-t5", "llava"})
+"""Of the laws: learnt positions, an encoder, rotary positions."""
+
+
+def changed() -> list[str]:
+    """Files that differ from the last commit; where none does, those of the last commit."""
+
+    def git(*words: str) -> list[str]:
+        made = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        return made.stdout.splitlines()
+
+    now = [*git("diff", "--name-only", "HEAD"), *git("ls-files", "--others", "--exclude-standard")]
+    return now or git("diff", "--name-only", "HEAD~1", "HEAD")
+
+
+def mirrors(files: Iterable[str]) -> Iterator[str]:
+    """The test files of source files, and the test files among them.
+
+    `src/offramp/a/b/c.py` is mirrored by `tests/a/b/test_c.py` or, where there is none, by
+    `tests/a/test_c.py`, `tests/a/test_b.py` or `tests/test_c.py`.
+    """
+    for file in map(Path, files):
+        if file.parts[:1] == ("tests",) and file.name.startswith("test_"):
+            candidates = [file]
+        elif file.parts[:2] == ("src", "offramp") and file.suffix == ".py":
+            *rooms, _ = file.parts[2:]
+            names = [file.stem, *reversed(rooms)]
+            folders = [Path("tests", *rooms[:n]) for n in range(len(rooms), -1, -1)]
+            candidates = [folder / f"test_{name}.py" for folder in folders for name in names]
+        else:
+            continue
+        yield from [str(one) for one in candidates if (ROOT / one).is_file()][:1]
+
+
+def keeps(item: Any) -> bool:
+    """Whether a test belongs to a quick run: no law of another family, nothing marked slow."""
+    if item.get_closest_marker("slow"):
+        return False
+    if "laws" not in Path(item.path).parts:
+        return True
+    given = getattr(item, "callspec", None)
+    values = () if given is None else given.params.values()
+    return all(value in FAMILIES for value in values if value in KINDS)
+
+
+if __name__ == "__main__":
+    print(*dict.fromkeys(["tests/laws", *mirrors(changed())]), sep="\n")
