@@ -229,6 +229,14 @@ def test_no_command_loads_torch_for_its_help(commands: str) -> None:
     assert done.stdout.count("usage: ") == len(names)
 
 
+def test_neither_the_server_nor_a_sliced_model_needs_torch() -> None:
+    loaded = loaded_by("offramp.serving.server.app", "offramp.serving.server.run")
+    assert loaded & {"torch", "transformers", "huggingface_hub"} == set()
+    model = loaded_by("offramp.runtimes.edge.model")
+    assert model & {"torch", "transformers", "fastapi", "pydantic"} == set()
+    assert "torch" not in loaded_by("offramp.runtimes.edge.served")
+
+
 def test_the_decoder_needs_no_torch() -> None:
     modules = ["offramp.engine.decoding.decoder", "offramp.engine.policy"]
     loaded = loaded_by(*modules, "offramp.runtimes.llama_cpp.executor")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageOps
+from scans import scans
 
 from offramp.data.image import open_rgb
 from offramp.data.image_parts import CHUNKS, SCANS, SEGMENTS, orientation, pixel_parts
@@ -150,13 +151,6 @@ def test_damage_is_the_decoders_to_find(kind: str) -> None:
 def chunk(kind: bytes, data: bytes) -> bytes:
     check = zlib.crc32(kind + data).to_bytes(4, "big")
     return len(data).to_bytes(4, "big") + kind + data + check
-
-
-def scans(more: int, size: tuple[int, int] = (800, 800)) -> bytes:
-    """A progressive JPEG whose last scan comes so often again."""
-    whole = encoded(Image.new("L", size, 99), "JPEG", progressive=True, quality=50)
-    last = whole[whole.rindex(b"\xff\xda") : -2]
-    return whole[:-2] + last * more + b"\xff\xd9"
 
 
 def before_pixels(parts: bytes) -> bytes:

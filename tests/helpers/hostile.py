@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import socket
+import time
 from typing import Any
 
+import httpx
 from PIL import Image
 
+from offramp.serving.server.app import create_app
+from offramp.serving.server.service import Service
 from serving import data_uri, messages, scene_examples
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -167,3 +173,125 @@ def sent(body: Any) -> bytes:
     if body is None or isinstance(body, bytes):
         return body or b""
     return json.dumps(body).encode()
+
+
+WITHIN = 60.0
+"""Seconds; a machine that others use too."""
+
+
+def table() -> list[tuple[str, str, Any]]:
+    rows: list[tuple[str, str, Any]] = [
+        ("POST", CHAT, {"messages": GOOD, name: value})
+        for name, values in FIELDS.items()
+        for value in values
+    ]
+    rows += [("POST", CHAT, {"messages": found}) for found in CONVERSATIONS]
+    rows += [("POST", CHAT, {"messages": image(url)}) for url in URLS]
+    rows += [("POST", CHAT, {"messages": image(URI, detail=d)}) for d in ("huge", 5)]
+    rows += [("POST", CHAT, body) for body in BODIES]
+    rows += [("POST", TEXT, {"max_tokens": 5, **fields}) for fields in TEXTS]
+    return [*rows, *OTHERS]
+
+
+def check_hostile(service: Service, *, may_answer: bool = False) -> None:
+    """Every request of the table gets an error object, and the server lives on. may_answer: some of
+    them are none of its client's mistakes there."""
+    rows = table()
+    assert len(rows) >= 200
+
+    async def one(client: httpx.AsyncClient, row: tuple[str, str, Any]) -> tuple[float, Any]:
+        method, path, body = row
+        headers = {"Content-Type": "application/json"}
+        begun = time.monotonic()
+        found = await client.request(method, path, content=sent(body), headers=headers)
+        return time.monotonic() - begun, found
+
+    async def everything() -> tuple[list[tuple[float, Any]], Any]:
+        transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            found = [await one(client, row) for row in rows]
+            alive = await client.post(CHAT, json={"messages": GOOD, "max_tokens": 3})
+            return found, alive
+
+    found, alive = asyncio.run(everything())
+    wrong = []
+    for row, (seconds, response) in zip(rows, found, strict=True):
+        name = f"{row[1]} {sent(row[2])[-120:]!r}"
+        try:
+            error = response.json()["error"]
+            fine = set(error) == {"message", "type", "param", "code"} and error["message"]
+        except Exception:
+            fine = False
+        if may_answer and response.status_code == 200:
+            fine = True
+        elif not 400 <= response.status_code < 500:
+            fine = False
+        if not fine or seconds > WITHIN:
+            wrong.append((name, response.status_code, round(seconds, 2), response.text[:200]))
+    assert wrong == []
+    assert alive.status_code == 200
+    assert service.under_way == 0
+    assert service.engine.running == 0
+
+
+# -- below HTTP ------------------------------------------------------------------------------------
+
+
+def talk(address: tuple[str, int], *parts: bytes, wait: float = 0.0) -> bytes:
+    """What comes back for what is sent, with pauses between the parts."""
+    with socket.create_connection(address, timeout=WITHIN) as line:
+        for number, part in enumerate(parts):
+            if number:
+                time.sleep(wait)
+            try:
+                line.sendall(part)
+            except OSError:
+                break  # it was answered already
+        answer = b""
+        try:
+            while more := line.recv(65536):
+                answer += more
+        except ConnectionError:
+            pass
+        return answer
+
+
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    b"Content-Type: application/json\r\n"
+)
+
+LINES = {
+    "no HTTP": (b"\x00\x01\x02\r\n\r\n",),
+    "a TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200) + b"\r\n\r\n",),
+    "a header flood": (b"GET /health HTTP/1.1\r\n", b"X: " + b"a" * 200_000 + b"\r\n\r\n"),
+    "many headers": (
+        b"GET /health HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(9999)) + b"\r\n",
+    ),
+    "a long address": (
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ),
+    "a bad length": (HEAD + b"Content-Length: x\r\n\r\n{}",),
+    "a negative length": (HEAD + b"Content-Length: -5\r\n\r\n{}",),
+    "two lengths": (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",),
+    "a bad chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",),
+    "a body that is declared too large": (HEAD + b"Content-Length: 99999999999\r\n\r\n",),
+    "a body that is too large": (
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+        *[b"4000\r\n" + b" " * 0x4000 + b"\r\n"] * 10,
+    ),
+    "a body that does not come": (HEAD + b"Content-Length: 50\r\n\r\n", b"{"),
+    "a header that does not come": (HEAD,),
+    "nothing at all": (b"",),
+}
+
+
+def check_line(name: str, address: tuple[str, int]) -> None:
+    """What is hostile below HTTP is answered too."""
+    begun = time.monotonic()
+    answer = talk(address, *LINES[name], wait=0.1)
+    assert time.monotonic() - begun < WITHIN
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 4"), answer[:200]
+    assert json.loads(body)["error"]["message"]
+    assert httpx.get(f"http://{address[0]}:{address[1]}/health").status_code == 200

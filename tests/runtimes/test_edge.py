@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 import shlex
-import socket
 import subprocess
 import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,16 +21,19 @@ from hub_files import WORDS, image_adapter, sliced, text_adapter
 from PIL import Image
 from projector_files import write_projector
 
+from offramp.data.image import open_rgb
 from offramp.engine.policy import FULL
 from offramp.errors import AdapterError, DataError, InputError
-from offramp.runtimes.edge.images import _pixels
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.sampling import Sampler, Sampling
-from offramp.runtimes.edge.server import EdgeServer, read_request
-from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
+from offramp.runtimes.edge.served import Noted
+from offramp.runtimes.edge.vocabulary import Vocabulary
 from offramp.runtimes.llama_cpp import LlamaCppRuntime
 from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.runtimes.llama_cpp.segment import EngineOptions
+from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.server.api.text import TextStream
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -85,7 +82,7 @@ def test_it_writes_what_pytorch_does(mode: str, penalty: float, model: Any, fold
 
 @pytest.mark.parametrize("own", ["early_exit", "lossless", "drafts alone"])
 def test_who_names_no_mode_gets_the_policys_own(
-    own: str, model: EdgeModel, served: str, monkeypatch: pytest.MonkeyPatch
+    own: str, model: EdgeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(**how: Any) -> Any:
         return model.answer(PROMPT, max_new_tokens=NEW, **how)
@@ -97,13 +94,10 @@ def test_who_names_no_mode_gets_the_policys_own(
     elif own == "drafts alone":
         drafts = replace(exits, thresholds={}, drafts=exits.thresholds)
         monkeypatch.setattr(model, "policy", drafts)
+    monkeypatch.setattr(model, "_engine", None)  # another one, by the changed policy
     found = answer()
     assert found.text == (early if own == "early_exit" else full) and early != full
     assert found.mean_depth < model.layers
-    body = {"prompt": PROMPT, "max_tokens": NEW}
-    for more in ({}, {"offramp": {}}, {"offramp": {"mode": None}}):
-        _, said = asked(f"{served}/v1/completions", {**body, **more})
-        assert json.loads(said)["choices"][0]["text"] == found.text
     first, *others = answer(thresholds={2: 0.0}).steps
     assert first.depth == model.layers and {step.depth for step in others} == {2}
 
@@ -126,6 +120,34 @@ def test_a_first_token_has_its_own_threshold_here_too(own: float, tmp_path: Path
         assert answer.steps[0].depth == (earliest if own == 0.0 else adapter.backbone.depth)
         lossless = model.answer(PROMPT, mode="lossless", max_new_tokens=NEW)
         assert lossless.text == model.answer(PROMPT, mode="full", max_new_tokens=NEW).text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_seed_gives_the_sample_that_it_gives_in_pytorch(mode: str, model: EdgeModel) -> None:
+    """By `generate`, by a batch engine, and without PyTorch."""
+    adapter = text_adapter()
+    ids = torch.tensor([model.vocabulary.tokens(PROMPT)])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    how = {"temperature": 1.3, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
+    options = {
+        "max_new_tokens": NEW,
+        "do_sample": True,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **how,
+    }
+    found = set()
+    with BatchEngine(adapter, config=EngineConfig(slots=4, limit=64)) as engine:
+        asked = [engine.submit(inputs, mode=mode, seed=seed, **options) for seed in range(6)]
+        for seed, handle in enumerate(asked):
+            alone = adapter.generate(inputs, mode=mode, seed=seed, **options)
+            tokens = tuple(alone.new_tokens[0].tolist())
+            assert tuple(token.token for token in handle.result().tokens) == tokens
+            sampling = Sampling(**how, seed=seed)
+            ours = model.answer(PROMPT, mode=mode, max_new_tokens=NEW, sampling=sampling)
+            assert tuple(step.token for step in ours.steps) == tokens
+            found.add(tokens)
+    assert len(found) == 6
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 2.0])
@@ -168,7 +190,7 @@ def test_a_stop_string_ends_the_answer_wherever_tokens_end(model: EdgeModel) -> 
         found = model.answer(
             PROMPT, mode="full", max_new_tokens=NEW, stop=[stop], on_text=parts.append
         )
-        assert found.text == whole[: whole.find(stop)] == "".join(parts)
+        assert found.text == whole[: whole.find(stop)].rstrip() == "".join(parts)
         assert found.finish == "stop"
 
 
@@ -198,8 +220,8 @@ def test_a_template_of_parts_prints_what_is_asked(
         (SELECTED, "USER:\na ASSISTANT:", "USER:\n<__media__>a ASSISTANT:"),
     ):
         monkeypatch.setattr(model, "vocabulary", with_template(model, template))
-        assert model._text(chat, ()) == alone
-        assert model._text(chat, ("x.png",)) == seen
+        assert model._text(chat, 0) == alone
+        assert model._text(chat, 1) == seen
     nothing = with_template(model, "{% for message in messages %}{{ message['role'] }}{% endfor %}")
     refused(lambda: nothing.chat(chat), InputError, "prints nothing")
 
@@ -220,14 +242,11 @@ def test_templates_have_the_tags_that_transformers_gives_them(model: EdgeModel) 
     assert with_template(model, template).chat(chat) == "ab"
 
 
-def test_streams_give_whole_letters() -> None:
-    class Bytes:
-        def piece(self, token: int) -> bytes:
-            return bytes([token])
-
-    stream = TextStream(Bytes())  # type: ignore[arg-type]
-    given = [stream.add(byte) for byte in "hé€".encode()]
-    assert given == ["h", "", "é", "", "", "€"] and stream.close() == "" and stream.text == "hé€"
+def test_streams_give_whole_letters(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.vocabulary, "piece", lambda token, **_: bytes([token]))
+    stream = TextStream(model.vocabulary)
+    given = [stream.put(byte) for byte in "hé€".encode()]
+    assert given == ["h", "", "é", "", "", "€"] and stream.finish() == "" and stream.text == "hé€"
 
 
 def test_images_go_the_way_they_go_in_pytorch(tmp_path: Path) -> None:
@@ -246,7 +265,7 @@ def test_images_go_the_way_they_go_in_pytorch(tmp_path: Path) -> None:
             "attention_mask": torch.ones(1, len(ids) + 4, dtype=torch.long),
             "pixel_values": values,
         }
-        prompt, _ = each._prompt("<__media__>" + words, [tmp_path / "dog.png"])
+        prompt, _ = each.prompt_of("<__media__>" + words, [open_rgb(tmp_path / "dog.png", "")])
         features = adapter.backbone.model.get_image_features(pixel_values=values)
         features = getattr(features, "pooler_output", features)[0].detach().numpy()
         assert np.abs(prompt.states[1:5] - features).max() < 5e-3 * np.abs(features).max()
@@ -268,8 +287,8 @@ def test_mistakes_are_two_lines(model: EdgeModel, exported: Any) -> None:
     refused(lambda: ask(PROMPT, ["dog.png"]), InputError, "--mmproj")
     refused(lambda: ask(PROMPT, max_new_tokens=0), InputError, "0 tokens")
     refused(lambda: ask(PROMPT, max_new_tokens=500), InputError, "context of 128")
-    refused(lambda: ask(PROMPT, mode="quick"), InputError, "quick")
-    refused(lambda: ask(PROMPT, thresholds={3: 0.5}), InputError, "[3]")
+    refused(lambda: ask(PROMPT, mode="quick", max_new_tokens=9), InputError, "quick")
+    refused(lambda: ask(PROMPT, thresholds={3: 0.5}, max_new_tokens=9), InputError, "[3]")
     refused(lambda: ask([{"role": "user"}]), InputError, "content")
     refused(lambda: ask("half \ud83d"), InputError, "surrogate")
     refused(lambda: ask([{"role": "user", "content": "\ud800"}]), InputError, "surrogate")
@@ -277,7 +296,7 @@ def test_mistakes_are_two_lines(model: EdgeModel, exported: Any) -> None:
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"top_p": 0.0},
-        {"seed": -1},
+        {"seed": 0.5},
     ):
         refused(lambda wrong=wrong: Sampling(**wrong), InputError, next(iter(wrong)))
     refused(lambda: EdgeModel(exported("llava"), engine=ENGINE), AdapterError, "no tokenizer")
@@ -297,17 +316,6 @@ def test_a_header_is_read_as_gguf_reads_it_or_not_at_all(folder: Path, tmp_path:
         (tmp_path / "cut.gguf").write_bytes(data[:length])
         with pytest.raises(ValueError, match=r"its |it |cut off"):
             read_header(tmp_path / "cut.gguf")
-
-
-def test_a_damaged_image_is_two_lines(tmp_path: Path) -> None:
-    """Decoders of damaged files raise nearly every builtin; of this one, `SyntaxError`."""
-    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "whole.png")
-    data = bytearray((tmp_path / "whole.png").read_bytes())
-    second = data.find(b"IDAT", data.find(b"IDAT") + 4)
-    data[second : second + 4] = bytes(range(4))
-    (tmp_path / "damaged.png").write_bytes(data)
-    refused(lambda: _pixels(tmp_path / "damaged.png"), DataError, "damaged.png")
 
 
 def test_an_answer_of_no_given_length_is_as_long_as_there_is_room(model: EdgeModel) -> None:
@@ -356,79 +364,6 @@ def test_the_command_answers_in_the_policys_own_mode(tmp_path: Path, run: Any) -
     assert own == full != early
 
 
-@pytest.fixture
-def served(model: EdgeModel) -> Iterator[str]:
-    with EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"<p>page</p>") as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
-
-
-def asked(url: str, body: Any = None, host: str | None = None) -> tuple[int, Any]:
-    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())
-    if host is not None:
-        request.add_header("Host", host)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return reply.status, reply.read()
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())["error"]["message"]
-
-
-def test_openais_client_is_answered(served: str, model: EdgeModel) -> None:
-    from openai import OpenAI
-
-    client = OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0)
-    assert [each.id for each in client.models.list()] == ["tiny"]
-    messages: Any = [{"role": "user", "content": "hi"}]
-    expected = model.answer(messages, max_new_tokens=8)
-    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)
-    assert whole.choices[0].message.content == expected.text
-    assert whole.usage is not None and whole.usage.completion_tokens == 8
-    stream = client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=8, stream=True,
-        stream_options={"include_usage": True}, extra_body={"offramp": {"mode": "lossless"}},
-    )  # fmt: skip
-    parts = list(stream)
-    text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
-    assert text == model.answer(messages, max_new_tokens=8, mode="full").text
-    assert parts[-1].usage is not None and parts[-1].usage.total_tokens > 8
-    plain = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=5)
-    assert plain.choices[0].text == model.answer(PROMPT, max_new_tokens=5).text
-
-
-def test_bad_requests_are_refused(served: str) -> None:
-    chat = f"{served}/v1/chat/completions"
-    message = [{"role": "user", "content": "hi"}]
-    for body, word in (
-        ([1], "object"),
-        ({}, "messages"),
-        ({"messages": [{"role": "user", "content": 3}]}, "content"),
-        ({"messages": message, "temperature": "hot"}, "temperature"),
-        ({"messages": message, "n": 2}, "n is 1"),
-        ({"messages": message, "tools": []}, "tools"),
-        ({"messages": message, "max_tokens": 10**9}, "context"),
-        ({"messages": message, "offramp": {"mode": "x"}}, "Mode"),
-        ({"messages": [{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": "http://example.org/a.png"}}]}]}, "data:"),
-    ):  # fmt: skip
-        code, said = asked(chat, body)
-        assert code == 400 and word in said, said
-    picture = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(picture, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
-    part = {"type": "image_url", "image_url": {"url": url}}
-    code, said = asked(chat, {"messages": [{"role": "user", "content": [part]}]})
-    assert code == 400 and "projector" in said
-    assert asked(f"{served}/nothing")[0] == 404
-    assert asked(f"{served}/health", host="evil.example")[0] == 403
-    assert asked(f"{served}/")[1] == b"<p>page</p>"
-    assert asked(f"{served}/health") == (200, b'{"status": "ok"}')
-    assert asked(f"{served}/ready") == (200, b'{"status": "ready"}')
-
-
 def test_the_full_policy_is_the_full_model(model: EdgeModel) -> None:
     ids = torch.tensor([model.vocabulary.tokens(PROMPT)])
     stock = text_adapter().generate({"input_ids": ids}, policy=FULL, max_new_tokens=6)
@@ -436,142 +371,23 @@ def test_the_full_policy_is_the_full_model(model: EdgeModel) -> None:
     assert [step.token for step in answer.steps] == stock.new_tokens[0].tolist()
 
 
-# -- the server ------------------------------------------------------------------------------------
-
-
-def sent(url: str, *parts: bytes) -> bytes:
-    """What comes back until the server ends the connection, or says nothing for a second."""
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 1) as peer:
-        for part in parts:
-            peer.sendall(part)
-        said = b""
-        try:
-            while more := peer.recv(65536):
-                said += more
-        except TimeoutError:
-            said += b"(and waits)"
-    return said
-
-
-def request(path: str, body: bytes, *, verb: str = "POST", length: bytes | None = None) -> bytes:
-    count = str(len(body)).encode() if length is None else length
-    head = f"{verb} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
-    return head.encode() + count + b"\r\n\r\n" + body
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        rb'{"prompt": "a\ud800", "max_tokens": 3}',
-        b'{"prompt": "a", "temperature": 1%s}' % (b"0" * 400),
-        b'{"prompt": "a", "top_p": 1%s}' % (b"0" * 400),
-        b'{"prompt": "a", "max_tokens": 1%s}' % (b"0" * 400),
-        b'{"prompt": "a", "offramp": {"mode": [1]}}',
-    ],
-)
-def test_odd_requests_are_refused(body: bytes, served: str) -> None:
-    said = sent(served, request("/v1/completions", body))
-    assert said.startswith(b"HTTP/1.1 400 ") and b"invalid_request_error" in said
-
-
-@pytest.mark.parametrize("length", [b"\xb2", b"-1", b"9" * 5000, b"1e1", b""])
-def test_odd_lengths_are_refused(length: bytes, served: str) -> None:
-    said = sent(served, request("/v1/completions", b"", length=length))
-    assert said.startswith(b"HTTP/1.1 400 ") and b"no length" in said
-
-
-def test_a_body_that_was_not_read_is_no_request(served: str) -> None:
-    hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    for asked_for in (
-        request("/v1/nothing", hidden),
-        request("/nothing", hidden, verb="GET"),
-        request("/health", hidden, verb="GET"),
-    ):
-        said = sent(served, asked_for)
-        assert said.count(b"HTTP/1.1 ") == 1 and b"and waits" not in said
-    kept = sent(served, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
-    assert kept.count(b"HTTP/1.1 200") == 2
-
-
-def test_a_request_whose_body_does_not_come_takes_no_place(model: EdgeModel) -> None:
-    with EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"") as server:
-        server.places = threading.BoundedSemaphore(1)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        port = server.server_address[1]
-        with socket.create_connection(("127.0.0.1", port)) as slow:
-            slow.sendall(request("/v1/completions", b"{", length=b"100"))
-            url = f"http://127.0.0.1:{port}/v1/completions"
-            for _ in range(3):
-                assert asked(url, {"prompt": "a", "max_tokens": 2})[0] == 200
-        server.shutdown()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_error_that_nobody_foresaw_is_said_and_logged(
-    stream: bool, model: EdgeModel, served: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    url, body = f"{served}/v1/completions", {"prompt": "a", "max_tokens": 3, "stream": stream}
-
-    def broken(*_: Any, on_text: Any = None, **__: Any) -> Any:
-        raise ZeroDivisionError("secret")
-
-    def begins(*_: Any, on_text: Any = None, **__: Any) -> Any:
-        on_text("begun")
-        raise ZeroDivisionError("secret")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "answer", broken)
-        code, said = asked(url, body)
-        assert code == 500 and "secret" not in said
-        if stream:
-            patch.setattr(model, "answer", begins)
-            code, data = asked(url, body)
-            assert code == 200 and b"begun" in data and b"server_error" in data
-            assert b"secret" not in data
-    assert "ZeroDivisionError: secret" in caplog.text
-    assert asked(url, body)[0] == 200
-
-
-def test_who_gives_no_seed_gets_one_of_its_own() -> None:
-    def seed(**more: Any) -> int:
-        asked = read_request({"prompt": "a", **more}, chat=False)
-        return int(asked.how["sampling"].seed)
-
-    assert seed(seed=7) == seed(seed=7) == 7 and seed(seed=0) == 0
-    assert len({seed(), seed(), seed(seed=None), seed(seed=None)}) == 4
-
-
-def test_a_request_of_no_given_length_gets_what_room_there_is(served: str) -> None:
-    url = f"{served}/v1/completions"
-    for words, written in (("a" * 100, 28), ("a", 127)):
-        code, said = asked(url, {"prompt": words, "offramp": {"mode": "full"}})
-        assert code == 200
-        assert json.loads(said)["usage"]["completion_tokens"] == written
-    code, said = asked(url, {"prompt": "a" * 100, "max_tokens": 100})
-    assert code == 400 and "lower max_tokens" in said
-    code, said = asked(url, {"prompt": "a" * 100, "max_new_tokens": 100})
-    assert code == 400 and "max_new_tokens" in said
-
-
-def test_addresses_of_version_6_are_listened_at(model: EdgeModel) -> None:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        pytest.skip("this machine has no ::1")
-    with EdgeServer(model, "::1", 0, name="tiny", page=b"") as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert asked(f"http://[::1]:{server.server_address[1]}/health")[0] == 200
-        assert server.knows("[::1]") and not server.knows("evil.example:80")
-        server.shutdown()
-
-
-def test_addresses_that_nobody_can_listen_at_are_two_lines(
-    model: EdgeModel, folder: Path, run: Any
-) -> None:
-    for host, port in (("127.0.0.1", 99999), ("a" * 70, 0)):
-        refused(
-            lambda h=host, p=port: EdgeServer(model, h, p, name="tiny", page=b""), InputError, host
-        )
-    code, _, err = run("serve", folder, "--port", "99999")
-    assert code != 0 and len(err.strip().splitlines()) == 2 and "65535" in err
+def test_penalties_bans_and_log_probabilities_are_of_every_vocabulary() -> None:
+    """Of all tokens and of a shortlist, whose logits stand in its own order."""
+    logits, before = np.array([3.0, 1.0, -2.0, 0.5], dtype=np.float32), [0, 2, 2]
+    ids = np.array([7, 3, 5, 9])
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    plain = Sampler(sampling, 4).allowed(logits, None, before)
+    assert plain.tolist() == [2.25, 1.0, -3.0, 0.5] and logits[0] == 3.0
+    listed = Sampler(sampling, 10).allowed(logits, ids, [7, 5, 5, 1])
+    assert listed.tolist() == plain.tolist()
+    repeated = Sampler(Sampling(repetition_penalty=2.0), 10, [5]).allowed(logits, ids, [7])
+    assert repeated.tolist() == [1.5, 1.0, -4.0, 0.5]
+    noted = Noted(2)
+    sampler = Sampler(Sampling(), 10, banned=[7, 8], noted=noted)
+    assert not sampler.plain
+    assert sampler.choose(sampler.allowed(logits, ids, []), ids, []) == 3
+    noted.settle(3)
+    [place] = noted.places
+    shares = np.exp([1.0, -2.0, 0.5])
+    assert [*place.top] == [3, 9]
+    assert place.value == pytest.approx(np.log(shares[0] / shares.sum()))

@@ -16,6 +16,7 @@ from PIL import Image
 from projector_files import inputs_of, pictures, words_of, write_projector
 
 from offramp.adapter import Adapter
+from offramp.data.image import open_rgb
 from offramp.errors import AdapterError
 from offramp.models.intercept import InterceptedModel
 from offramp.runtimes.edge.model import EdgeModel
@@ -56,7 +57,8 @@ def case(
 
 def asked(case: Case, count: int) -> tuple[Any, dict[str, torch.Tensor]]:
     """The prompt of so many pictures, by libmtmd and by the model's processor."""
-    prompt, ids = case.model._prompt(PROMPTS[count], case.files[:count])
+    seen = [open_rgb(file, file.name) for file in case.files[:count]]
+    prompt, ids = case.model.prompt_of(PROMPTS[count], seen)
     return prompt, inputs_of(case.name, ids, pictures(case.name)[:count])
 
 

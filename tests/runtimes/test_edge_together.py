@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,9 @@ from projector_files import write_projector
 
 from offramp.errors import InputError
 from offramp.runtimes.edge.model import Answer, EdgeModel
-from offramp.runtimes.edge.rounds import Job
 from offramp.runtimes.edge.sampling import Sampling
-from offramp.runtimes.edge.server import EdgeServer
 from offramp.runtimes.llama_cpp.segment import EngineOptions
+from offramp.serving.core import Core
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -122,6 +118,28 @@ def test_images_keep_company_with_text(tmp_path: Path) -> None:
         assert [told(answer) for answer in together(model, asked)] == alone
 
 
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@contextmanager
+def held(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The engine's core, which makes no call before its `go_on` is set."""
+    core: Any = model.start(64, lambda: None).core
+    core.go_on, advance = threading.Event(), core._advance
+
+    def waiting() -> Any:
+        assert core.go_on.wait(60)
+        return advance()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "_advance", waiting)
+        yield core
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_calls_are_shared(mode: str, model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = calls_of(model, monkeypatch)
@@ -132,13 +150,12 @@ def test_calls_are_shared(mode: str, model: EdgeModel, monkeypatch: pytest.Monke
     alone = ask(model)
     once = len(calls)
     calls.clear()
-    held = threading.Event()
-    model._rounds._thread.submit(held.wait)  # until all have come
-    with ThreadPoolExecutor(SLOTS) as pool:
-        answers = [pool.submit(ask, model) for _ in range(SLOTS)]
-        while len(model._rounds._queue) < SLOTS:
-            time.sleep(0.001)
-        held.set()
+    with held(model, monkeypatch) as core, ThreadPoolExecutor(SLOTS) as pool:
+        first = pool.submit(ask, model)  # which is held before its first call
+        until(lambda: core.running == 1)
+        answers = [first, *(pool.submit(ask, model) for _ in range(SLOTS - 1))]
+        until(lambda: len(model._engine._open) == SLOTS)  # type: ignore[union-attr]
+        core.go_on.set()
         assert [told(each.result()) for each in answers] == [told(alone)] * SLOTS
     assert len(calls) < 2 * once
 
@@ -161,72 +178,7 @@ def test_who_gives_up_leaves_its_slot(model: EdgeModel) -> None:
         assert [told(each.result()) for each in found] == alone
         assert all(isinstance(each.exception(), Gone) for each in gone)
     assert told(asked[0](model)) == alone[0]
-    assert not model._rounds._sequences
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("seated", [False, True])
-def test_a_client_that_hangs_up_is_written_for_no_more(
-    seated: bool, stream: bool, model: EdgeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whether or not it would have been told anything on the way."""
-    rounds, held, made = model._rounds, threading.Event(), list[Any]()
-    job_of, call = model._job, rounds._call
-
-    def noted(*asked: Any) -> Any:
-        made.append(job_of(*asked))
-        return made[-1]
-
-    def waiting() -> None:
-        assert held.wait(60)
-        call()
-
-    def until(true: Callable[[], bool]) -> None:
-        end = time.monotonic() + 10
-        while not true():
-            assert time.monotonic() < end
-            time.sleep(0.005)
-
-    monkeypatch.setattr(model, "_job", noted)
-    if seated:
-        monkeypatch.setattr(rounds, "_call", waiting)
-    else:
-        rounds._thread.submit(held.wait)
-    body = json.dumps({"prompt": "a", "max_tokens": 100, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
-    with EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"") as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            with socket.create_connection(("127.0.0.1", server.server_address[1])) as peer:
-                peer.sendall(head.encode() + b"\r\n\r\n" + body)
-                until(lambda: bool(rounds._sequences if seated else rounds._queue))
-                time.sleep(0.4)
-                assert not made[0].unwanted  # it waits, silently
-            until(lambda: bool(made[0].unwanted))
-        finally:
-            held.set()
-        until(lambda: not rounds._at_work)
-        assert len(made[0].tokens) <= 3 * model.policy.max_draft
-        server.shutdown()
-
-
-def test_it_is_asked_whether_anybody_waits_while_tokens_come() -> None:
-    """A whole answer is told to nobody, and its parts come all the same."""
-    nothing: Any = None
-    job, over = Job(nothing, nothing, nothing, nothing), threading.Event()
-    threading.Timer(5, over.set).start()
-
-    def write() -> None:
-        while not over.wait(0.01):
-            job.tell("a")
-        job.end()
-
-    threading.Thread(target=write).start()
-    try:
-        with pytest.raises(CancelledError):
-            job.wait(None, lambda: True)
-    finally:
-        over.set()
+    until(lambda: model._engine.core.idle)  # type: ignore[union-attr]
 
 
 def test_a_slow_listener_holds_nobody_up(model: EdgeModel) -> None:
@@ -271,64 +223,26 @@ def test_a_call_that_fails_fails_who_shares_it_and_the_next_are_answered(
 ) -> None:
     expected = told(model.answer(PROMPTS[0], max_new_tokens=8))
     with monkeypatch.context() as patch:
-        patch.setattr(model._rounds, "_call", lambda: 1 / 0)
+        patch.setattr(Core, "_advance", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.answer(PROMPTS[0], max_new_tokens=8)
     assert told(model.answer(PROMPTS[0], max_new_tokens=8)) == expected
 
 
-def test_closing_finishes_what_is_written_and_refuses_the_rest(
+def test_closing_finishes_what_was_asked_and_refuses_the_rest(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = EdgeModel(folder, engine=replace(ENGINE, sequences=1))
-    expected = told(model.answer(PROMPTS[0], max_new_tokens=20))
-    begun, go_on, call = threading.Event(), threading.Event(), model._rounds._call
-
-    def held() -> None:
-        begun.set()
-        assert go_on.wait(60)
-        call()
-
-    monkeypatch.setattr(model._rounds, "_call", held)
-    with ThreadPoolExecutor(3) as pool:
+    expected = [told(model.answer(prompt, max_new_tokens=20)) for prompt in PROMPTS[:2]]
+    with held(model, monkeypatch) as core, ThreadPoolExecutor(3) as pool:
         first = pool.submit(model.answer, PROMPTS[0], max_new_tokens=20)
-        assert begun.wait(60)
+        until(lambda: core.running == 1)
         second = pool.submit(model.answer, PROMPTS[1], max_new_tokens=20)
-        while not model._rounds._queue:
-            time.sleep(0.001)
+        until(lambda: len(model._engine._open) == 2)  # type: ignore[union-attr]
         closing = pool.submit(model.close)
-        while not model._rounds._closed:
-            time.sleep(0.001)
-        go_on.set()
-        assert told(first.result()) == expected
-        refused(second.result, InputError, "closed")
+        until(lambda: model._closed)
+        refused(lambda: model.answer("hi"), InputError, "closed")
+        core.go_on.set()
+        assert [told(each.result()) for each in (first, second)] == expected
         closing.result()
     refused(lambda: model.answer("hi"), InputError, "closed")
-
-
-def test_the_server_answers_at_once_what_it_answers_alone(folder: Path) -> None:
-    """In a process that loads no PyTorch; every client's text is what a lone one's is."""
-    code = f"""
-import json, sys, threading, urllib.request
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.edge.server import EdgeServer
-from offramp.runtimes.llama_cpp.segment import EngineOptions
-model = EdgeModel({str(folder)!r}, engine=EngineOptions(context=128, sequences={SLOTS}))
-with model, EdgeServer(model, "127.0.0.1", 0, name="tiny", page=b"") as server:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{{server.server_address[1]}}/v1/completions"
-    def ask(i):
-        body = {{"prompt": "ab" * (i + 1), "max_tokens": 9 + i, "temperature": i % 2, "seed": i,
-                "offramp": {{"mode": ("full", "early_exit", "lossless")[i % 3]}}}}
-        request = urllib.request.Request(url, json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.loads(reply.read())["choices"]
-    alone = [*map(ask, range(12))]
-    with ThreadPoolExecutor(12) as pool:
-        print([*pool.map(ask, range(12))] == alone)
-    server.shutdown()
-print(sorted({{"torch", "transformers"}} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["True", "[]"], done.stderr

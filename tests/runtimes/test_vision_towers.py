@@ -20,6 +20,7 @@ from projector_files import LOOKS
 from smolvlm import save_smolvlm
 
 from offramp.adapter import Adapter
+from offramp.data.image import open_rgb
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
 from offramp.guarantee import Conditions
@@ -122,7 +123,8 @@ def test_without_pytorch_images_are_seen_by_our_products(tmp_path: Path) -> None
         engine = replace(ENGINE, kernels=kernels)
         with EdgeModel(where, mmproj=tmp_path / "tower", engine=engine) as model:
             assert model.answer("it is", [tmp_path / "dog.png"], max_new_tokens=4).steps
-            states.append(model._prompt("<__media__>it is", [tmp_path / "dog.png"])[0].states)
+            seen = open_rgb(tmp_path / "dog.png", "dog.png")
+            states.append(model.prompt_of("<__media__>it is", [seen])[0].states)
             packed = model._images.packed_bytes  # type: ignore[union-attr]
             assert (packed > 0) == (kernels and not reason_against(library()._lib))
     assert np.linalg.norm(states[0] - states[1]) < 0.02 * np.linalg.norm(states[1])

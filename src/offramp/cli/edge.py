@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from importlib.resources import files
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.options import field_options
 from offramp.cli.output import print_json, print_text
 from offramp.cli.parser import Parser, share, whole
 
@@ -51,6 +52,7 @@ def add(commands: Any) -> None:
         parser.add_argument("folder", type=Path, help="what `offramp slice` wrote")
         _model_options(parser)
         options(parser)
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
         parser.add_argument("--quiet", action="store_true", help="print results and errors only")
 
 
@@ -90,19 +92,20 @@ def _generate_options(parser: Parser) -> None:
     group.add_argument(
         "--threshold", type=share, metavar="X", help="of all exits, in place of the adapter's"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _serve_options(parser: Parser) -> None:
-    group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
-    group.add_argument(
-        "--port", type=whole(0, 65535), default=8000, metavar="N", help="(default: 8000)"
-    )
+    from offramp.cli.commands.serve import image_options, server_options
+    from offramp.serving.server.config import ServerConfig
+
+    group = parser.add_argument_group("engine")
+    field_options(group, ServerConfig, ("queue", "mode"))
     group.add_argument(
         "--slots", type=whole(1), default=SLOTS, metavar="N",
         help=f"answers written at once, with a context each (default: {SLOTS})",
     )  # fmt: skip
+    server_options(parser)
+    image_options(parser.add_argument_group("images"))
 
 
 def _load(arguments: argparse.Namespace, slots: int = 1) -> Any:
@@ -150,15 +153,16 @@ def _print_part(text: str) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from offramp.runtimes.edge.server import EdgeServer
+    from offramp.cli.commands.serve import serve_until_stopped, server_config
 
-    page = (files("offramp.serving.server") / "web" / "index.html").read_bytes()
-    with _load(arguments, arguments.slots) as model:
-        name = arguments.folder.resolve().name
-        with EdgeServer(model, arguments.host, arguments.port, name=name, page=page) as server:
-            if arguments.host not in ("127.0.0.1", "localhost", "::1"):
-                log.warning("There are no keys: whoever reaches %s can ask.", arguments.host)
-            host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-            log.info("http://%s:%d: OpenAI's API at /v1, a page at /", host,
-                     server.server_address[1])  # fmt: skip
-            server.serve_forever()
+    arguments.name = str(arguments.folder)
+    with ExitStack() as stack:
+
+        def start(arguments: argparse.Namespace, config: Any) -> Any:
+            from offramp.runtimes.edge.served import EdgeServed
+            from offramp.serving.server.service import Service
+
+            model = stack.enter_context(_load(arguments, arguments.slots))
+            return Service(EdgeServed(model), config)
+
+        serve_until_stopped(arguments, server_config(arguments), start)

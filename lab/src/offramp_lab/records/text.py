@@ -276,7 +276,7 @@ def _in_llama_cpp(file: Path, work: Path, held: Sequence[str]) -> list[dict[str,
 
             def prompt(text: str, model: EdgeModel = model) -> Prompt:
                 said = model.vocabulary.chat([{"role": "user", "content": text}])
-                return model._prompt(said, [])[0]
+                return model.prompt_of(said, [])[0]
 
             ways = edge_ways(segment, model, NEW)
             found += _speeds("llama.cpp", name, ways, [prompt(text) for text in held])

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     from offramp.serving.monitor.watch_config import WatchConfig
-    from offramp.serving.server.config import ImageLimits, ServerConfig
 
     parser.add_argument(
         "name",
@@ -70,6 +70,28 @@ def _options(parser: Parser) -> None:
         help="CPU threads for one call (default: PyTorch's own choice)",
     )
     _engine_options(parser)
+    group = server_options(parser)
+    group.add_argument(
+        "--share-kept",
+        action="store_true",
+        help="let prompts and images kept for one key answer other keys faster, whose times then "
+        "tell what was asked (default: each key has its own)",
+    )
+    settings_option(
+        parser.add_argument_group("watched guarantee"), "--watch", WatchConfig,
+        ("share", "level", "slack", "action", "keep", "deadline", "state"),
+        "how the guarantee is watched, as 0.05,action=warn, where a number alone is the share",
+        first="share",
+    )  # fmt: skip
+    images = parser.add_argument_group("images")
+    vision_options(images)
+    image_options(images)
+
+
+def server_options(parser: Parser) -> Any:
+    """Options of whoever serves, with PyTorch or without; the group of them."""
+    from offramp.serving.server.config import ServerConfig
+
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     group.add_argument(
@@ -92,23 +114,16 @@ def _options(parser: Parser) -> None:
         help="names that the server may be asked for under; .example.org: all below it too, '*': "
         "any (default: this machine's and --host; with keys any)",
     )
-    group.add_argument(
-        "--share-kept",
-        action="store_true",
-        help="let prompts and images kept for one key answer other keys faster, whose times then "
-        "tell what was asked (default: each key has its own)",
-    )
+    return group
+
+
+def image_options(group: Any) -> None:
+    """What images requests may bring."""
+    from offramp.serving.server.config import ImageLimits
+
+    field_options(group, ImageLimits, ("domains", "folder"))
     settings_option(
-        parser.add_argument_group("watched guarantee"), "--watch", WatchConfig,
-        ("share", "level", "slack", "action", "keep", "deadline", "state"),
-        "how the guarantee is watched, as 0.05,action=warn, where a number alone is the share",
-        first="share",
-    )  # fmt: skip
-    images = parser.add_argument_group("images")
-    vision_options(images)
-    field_options(images, ImageLimits, ("domains", "folder"))
-    settings_option(
-        images, "--image-limits", ImageLimits, ("count", "bytes", "pixels"),
+        group, "--image-limits", ImageLimits, ("count", "bytes", "pixels"),
         "what a request may bring, as count=2",
     )  # fmt: skip
 
@@ -144,14 +159,20 @@ def _number(group: Any, flag: str, default: int, help: str) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    config = _config(arguments)
+    serve_until_stopped(arguments, _config(arguments), _service)
+
+
+def serve_until_stopped(
+    arguments: argparse.Namespace, config: Any, start: Callable[[argparse.Namespace, Any], Any]
+) -> None:
+    """Serve what `start` makes of the arguments and the configuration."""
     from offramp.serving.server.app import create_app
     from offramp.serving.server.run import listen, serve
     from offramp.serving.server.tracing import provider_of
 
     traces = provider_of(os.environ)
     place = listen(arguments.host, arguments.port)
-    service = _service(arguments, config)
+    service = start(arguments, config)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
     def ready(address: str) -> None:
@@ -165,20 +186,26 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace) -> Any:
     """The server's configuration; mistakes in it are reported before a model is loaded."""
     from offramp.serving.monitor.watch_config import WatchConfig
-    from offramp.serving.server.config import ImageLimits, ServerConfig
 
-    if arguments.port > 65535:
-        raise InputError(f"There is no port {arguments.port}.", "Give a number up to 65535.")
     check_runtime(arguments)
     if arguments.watch.get("share") != 0:
         WatchConfig(**arguments.watch)
     arguments.slots = _slots(arguments)
+    return server_config(arguments, share_kept=arguments.share_kept)
+
+
+def server_config(arguments: argparse.Namespace, **more: Any) -> Any:
+    """What `server_options` and `image_options` say. more: fields beside them."""
+    from offramp.serving.server.config import ImageLimits, ServerConfig
+
+    if arguments.port > 65535:
+        raise InputError(f"There is no port {arguments.port}.", "Give a number up to 65535.")
     if not arguments.metrics_prefix.isidentifier():
         raise InputError(
             f"Metrics cannot be named {arguments.metrics_prefix!r}.",
             "Give a word of letters, digits and underscores.",
         )
-    name = arguments.served_name or Path(arguments.name).name or arguments.name
+    name = arguments.served_name or Path(arguments.name).resolve().name or arguments.name
     keys = tuple(_keys(arguments.api_keys))
     if not keys and not _is_local(arguments.host):
         log.warning(
@@ -193,11 +220,11 @@ def _config(arguments: argparse.Namespace) -> Any:
         | {
             "name": name,
             "keys": keys,
-            "share_kept": arguments.share_kept,
             "hosts": _hosts(arguments, keyed=bool(keys)),
             "images": images,
             "body": body,
             "bodies": max(2**30, 4 * body),
+            **more,
         }
     )
 

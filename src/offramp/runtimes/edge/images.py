@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from offramp.errors import DataError, InputError
+from offramp.errors import InputError
 from offramp.runtimes.llama_cpp.gguf_header import read_header
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.projector import (
     MARKER,
-    Pixels,
     Projector,
     tokenizer_of,
     unfit,
 )
 from offramp.runtimes.llama_cpp.prompt import Prompt, Span
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
-
-_MOST_PIXELS = 1 << 26
 
 
 class ImageReader(Projector):
@@ -50,16 +48,16 @@ class ImageReader(Projector):
     def prompt(
         self,
         text: str,
-        images: Sequence[str | Path],
+        images: Sequence[Image.Image],
         embed: Callable[[list[int]], States],
         axes: int,
     ) -> tuple[Prompt, list[int]]:
         """A prompt with an image at each `MARKER`, and the ids of its text.
 
-        embed: states [T, D] of tokens. axes: of positions, as a `Segment` has them.
+        images: in RGB. embed: states [T, D] of tokens. axes: of positions, as a `Segment` has them.
 
         Raises:
-            DataError: an image cannot be read.
+            DataError: llama.cpp does not encode an image.
             InputError: other images than markers.
         """
         if text.count(MARKER) != len(images):
@@ -67,7 +65,7 @@ class ImageReader(Projector):
                 f"The prompt has places for {text.count(MARKER)} images, and {len(images)} came.",
                 f"Write {MARKER} where each image stands, or leave it out: they then come first.",
             )
-        with self.chunks(text, [_pixels(image) for image in images]) as parts:
+        with self.chunks(text, [np.asarray(image, dtype=np.uint8) for image in images]) as parts:
             return self._read(parts, embed, axes)
 
     def _read(
@@ -101,21 +99,6 @@ class ImageReader(Projector):
             tuple(ahead),
         )
         return prompt, ids
-
-
-def _pixels(image: str | Path) -> Pixels:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(image) as opened:
-            if opened.width * opened.height > _MOST_PIXELS:
-                raise ValueError(f"it has {opened.width} x {opened.height} pixels")
-            upright = ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # decoders of damaged files raise nearly every builtin
-        raise DataError(
-            f"{image} cannot be read as an image: {error}.", "Give a PNG or JPEG file."
-        ) from error
-    return np.asarray(upright, dtype=np.uint8)
 
 
 def _check_features(file: Path, width: int, features: int) -> None:

@@ -4,42 +4,48 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from offramp.engine.confidence import check_thresholds
-from offramp.engine.decoding.decoder import Decoder
+from offramp.data.image import open_rgb
 from offramp.engine.decoding.executor import check_context
-from offramp.engine.decoding.plan import Plan
+from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import ExitPolicy, check_exact, policy_from_json
+from offramp.engine.policy import policy_from_json
 from offramp.errors import AdapterError, InputError
+from offramp.runtimes.edge.host import EdgeHost
 from offramp.runtimes.edge.images import ImageReader
-from offramp.runtimes.edge.rounds import Gone, Job, OnText, Rounds, closed
-from offramp.runtimes.edge.sampling import Sampler, Sampling
-from offramp.runtimes.edge.vocabulary import TextStream, Vocabulary
-from offramp.runtimes.llama_cpp.array_reader import ArrayHeads
+from offramp.runtimes.edge.sampling import Sampling
+from offramp.runtimes.edge.vocabulary import Vocabulary
 from offramp.runtimes.llama_cpp.chain import SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.gguf_files import read_segments
 from offramp.runtimes.llama_cpp.gguf_header import Header, read_header
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
-from offramp.runtimes.llama_cpp.plan import chain_plan
 from offramp.runtimes.llama_cpp.projector import MARKER
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import EMBEDDING_SCALE, EngineOptions, Segment
 from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes
 from offramp.runtimes.llama_cpp.trial import check_survives
+from offramp.serving.core import Core
+from offramp.serving.engine import Engine
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.server.api.text import StopStrings, TextStream
 
-Message = dict[str, str]
+Message = Mapping[str, str]
+OnText = Callable[[str], None]
 
 _LONGEST = 256
 """Tokens of an answer whose length nobody says."""
+_QUEUE = 64
+"""Answers that may wait for a slot; who asks for more waits for a place in the queue."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,7 @@ class EdgeModel:
         self._drafter: ChainDrafter | None = None
         self._images: ImageReader | None = None
         self._closed = False
-        self._shared: Plan | None = None
-        self._rounds = Rounds(self._decoder, self.engine.sequences)
+        self._engine: Engine | None = None
         try:
             check_survives(self.files, self.engine)
             for file, tap in self.files.taps:
@@ -136,7 +141,6 @@ class EdgeModel:
         stop: Sequence[str] = (),
         thresholds: dict[int, float] | None = None,
         on_text: OnText | None = None,
-        gone: Gone | None = None,
     ) -> Answer:
         """Answer a text, or a chat by the file's template.
 
@@ -145,51 +149,111 @@ class EdgeModel:
         max_new_tokens: None: 256, or as many as the context has room for.
         mode: None: the policy's own.
         thresholds: by depth, in place of the adapter's. stop: strings that end the answer, and are
-            left out of it. on_text: is told what is written, as soon as its letters are whole.
-        gone: whether nobody waits any more; it is asked now and then.
+            left out of it, as outer spaces are. on_text: is told what is written, as soon as its
+            letters are whole.
 
         Raises:
-            CancelledError: `gone` said so.
             InputError: a prompt with its answer longer than the context, images without a
                 projector, or a mode or option that does not run here.
             DataError: an image cannot be read.
         """
         if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"{max_new_tokens} tokens are no answer.", "Ask for 1 or more.")
-        policy = self._policy_of(mode, thresholds)
-        with self._lock:
-            if self._closed:
-                raise closed()
-            read, ids = self._prompt(self._text(prompt, images), images)
+        self._check_sees(len(images))
+        opened = [open_rgb(Path(image), str(image)) for image in images]
+        read, ids = self.prompt_of(self._text(prompt, len(images)), opened)
         rows = len(read.states)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(_LONGEST, self.engine.context + 1 - rows))
         check_context(rows, max_new_tokens, self.engine.context)
-        stream, ended = TextStream(self.vocabulary, stop), False
+        stops = tuple(text for text in stop if text)
+        stream = TextStream(self.vocabulary, stops)
 
-        def settled(token: int) -> bool:
-            nonlocal ended
-            ended = self.vocabulary.ends(token)
-            if not ended:
-                job.tell(stream.add(token))
-            return stream.ended
+        def told(token: Token) -> None:
+            piece = stream.put(token.token)
+            if piece and on_text is not None:
+                on_text(piece)
 
-        sampler = Sampler(
-            sampling or Sampling(), self.vocabulary.size, ids,
-            most=max_new_tokens, ends=self.vocabulary.ends, on_token=settled,
+        steps = self.write(
+            read, ids, max_new_tokens=max_new_tokens, mode=mode, thresholds=thresholds,
+            sampling=sampling, stop=StopStrings(self.vocabulary, stops).found if stops else None,
+            on_token=None if on_text is None else told,
         )  # fmt: skip
-        job = self._job(read, policy, sampler, mode, thresholds)
-        steps = tuple(self._rounds.write(job, on_text, gone))
-        if (rest := stream.close()) and on_text is not None:
+        for token in () if on_text is not None else steps:
+            told(token)
+        rest = stream.finish()
+        if rest and on_text is not None:
             on_text(rest)
-        finish = "stop" if stream.ended or ended else "length"
-        return Answer(stream.text, steps, self.layers, rows, finish)
+        ended = stream.stopped or self.vocabulary.ends(steps[-1].token)
+        return Answer(stream.text, steps, self.layers, rows, "stop" if ended else "length")
+
+    def write(
+        self,
+        prompt: Prompt,
+        ids: Sequence[int] = (),
+        *,
+        max_new_tokens: int,
+        mode: str | None = None,
+        thresholds: Mapping[int, float] | None = None,
+        sampling: Sampling | None = None,
+        stop: Callable[[Sequence[int]], bool] | None = None,
+        on_token: Callable[[Token], None] | None = None,
+    ) -> tuple[Token, ...]:
+        """Write the answer to a prompt whose states are known. ids: of its text. stop: whether the
+        answer's tokens end it. on_token: is told of each, in the thread that waits. The rest as of
+        `answer`."""
+        with self._lock:
+            if self._closed:
+                raise closed()
+            engine = self._engine
+            if engine is None or not engine.alive:
+                engine = self._start(_QUEUE, lambda: None)
+        news: SimpleQueue[Token | None] = SimpleQueue()
+        handle = engine.submit(
+            {"prompt": prompt, "ids": ids}, mode=mode, thresholds=thresholds,
+            on_token=None if on_token is None else news.put, wait=True,
+            max_new_tokens=max_new_tokens, sampling=sampling or Sampling(), stop=stop,
+        )  # fmt: skip
+        handle.add_done_callback(lambda _: news.put(None))
+        try:
+            while (token := news.get()) is not None:
+                assert on_token is not None
+                on_token(token)
+        finally:
+            engine.cancel(handle)
+        return handle.result().tokens
+
+    @property
+    def drafts_on(self) -> bool:
+        """Whether an exit drafts on from its own state."""
+        return self._drafter is not None
+
+    def start(self, queue: int, on_round: Callable[[], None]) -> Engine:
+        """Start an engine of this model, which ends the one before. queue, on_round: as of
+        `Engine`."""
+        with self._lock:
+            if self._closed:
+                raise closed()
+            if self._engine is not None:
+                self._engine.close()
+            return self._start(queue, on_round)
+
+    def _start(self, queue: int, on_round: Callable[[], None]) -> Engine:
+        # A column more than the context has: an answer's last token is never read.
+        slots = self.engine.sequences
+        sizes = EngineConfig(
+            slots, self.engine.context + 1, schedule=ASK_AT_ONCE if slots == 1 else None
+        )
+        core = Core(self._hosted(), self.policy, sizes)
+        self._engine = Engine(core, queue=queue, on_round=on_round)
+        return self._engine
 
     def close(self) -> None:
         """Give the memory back, once the answers that are being written are done."""
         with self._lock:
             self._closed = True
-        self._rounds.close()
+        if self._engine is not None:
+            self._engine.close()
         if self._images is not None:
             self._images.close()
         for segment in self._segments:
@@ -203,53 +267,18 @@ class EdgeModel:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    # -- one answer -----------------------------------------------------------------------------
-
-    def _policy_of(self, mode: str | None, thresholds: dict[int, float] | None) -> ExitPolicy:
-        policy = self.policy.asked(mode, thresholds, self.files.depths)
-        for at in (policy.thresholds, policy.first, policy.drafts):
-            check_thresholds(dict(at), self.files.depths)
-        check_exact(policy, "llama.cpp")
-        return policy
-
-    def _plan(self, policy: ExitPolicy) -> Plan:
-        """The plan of a policy; where there are several slots, of the model's own in every mode."""
-        shared = self._chain.slots > 1
-        if shared and self._shared is not None and self._shared.policy == self.policy:
-            return self._shared
-
-        def embed(token: int, position: int) -> States:
-            return self._embeddings.of([token])
-
-        plan = chain_plan(
-            self.layers, self.policy if shared else policy,
-            lambda depths: ArrayHeads(self.policy, self._shortlist),
-            self._chain, self.files.depths, embed, drafter=self._drafter,
-            first_may_exit=policy.exit_in_prefill and self._causal, every_mode=shared,
+    def _hosted(self) -> EdgeHost:
+        return EdgeHost(
+            self._chain, self._drafter, self.policy, self.vocabulary,
+            lambda token, position: self._embeddings.of([token]),
+            layers=self.layers, depths=self.files.depths,
+            shortlist=self._shortlist, causal=self._causal, context=self.engine.context,
         )  # fmt: skip
-        if shared:
-            self._shared = plan
-        return plan
 
-    def _job(
-        self,
-        prompt: Prompt,
-        policy: ExitPolicy,
-        sampler: Sampler,
-        mode: str | None,
-        thresholds: dict[int, float] | None,
-    ) -> Job:
-        plan = self._plan(policy)
-        rule = plan.rule(mode, thresholds) if plan is self._shared else plan.rule()
-        return Job(prompt, sampler, policy, rule)
+    # -- prompts ---------------------------------------------------------------------------------
 
-    def _decoder(self, policy: ExitPolicy) -> Decoder:
-        """For an answer under a policy; where there are several slots, for any that may join."""
-        plan = self._plan(policy)
-        return plan.decoder(plan.executor())
-
-    def _text(self, prompt: str | Sequence[Message], images: Sequence[Any]) -> str:
-        markers = MARKER * len(images)
+    def _text(self, prompt: str | Sequence[Message], images: int) -> str:
+        markers = MARKER * images
         if isinstance(prompt, str):
             return prompt if MARKER in prompt else markers + prompt
         messages = [dict(message) for message in prompt]
@@ -262,20 +291,37 @@ class EdgeModel:
             messages[-1]["content"] = markers + messages[-1]["content"]
         return self.vocabulary.chat(messages)
 
-    def _prompt(self, text: str, images: Sequence[str | Path]) -> tuple[Prompt, list[int]]:
-        if not images:
-            ids = self.vocabulary.tokens(text)
-            read = Prompt(self._embeddings.of(ids)), ids
-        elif self._images is None:
+    def prompt_of(self, text: str, images: Sequence[Image.Image]) -> tuple[Prompt, list[int]]:
+        """A text with an image at each `MARKER` as the decoder gets it, and the text's ids. Any
+        thread may ask.
+
+        Raises:
+            InputError: an empty prompt, other images than markers, images without a projector.
+        """
+        self._check_sees(len(images))
+        with self._lock:
+            if self._closed:
+                raise closed()
+            if self._images is not None and images:
+                axes = self._segments[0].axes
+                return self._images.prompt(text, images, self._embeddings.of, axes)
+            return self.of_ids(self.vocabulary.tokens(text))
+
+    def _check_sees(self, images: int) -> None:
+        if images and self._images is None:
             raise InputError(
                 "Images were given, and no projector reads them.", "Name its file: --mmproj FILE."
             )
-        else:
-            axes = self._segments[0].axes
-            read = self._images.prompt(text, images, self._embeddings.of, axes)
-        if not len(read[0].states):
+
+    def of_ids(self, ids: list[int]) -> tuple[Prompt, list[int]]:
+        """Token ids as the decoder gets them."""
+        if not ids:
             raise InputError("The prompt is empty.", "Give a text.")
-        return read
+        return Prompt(self._embeddings.of(ids)), ids
+
+
+def closed() -> InputError:
+    return InputError("The model is closed.", "Load it again.")
 
 
 class _Embeddings:

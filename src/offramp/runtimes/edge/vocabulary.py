@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -81,6 +80,24 @@ class Vocabulary:
                 room = -count
             self._pieces[key] = text.raw[:count]
         return self._pieces[key]
+
+    # As Hugging Face's tokenizers are asked (`offramp.serving.server.served.Tokenizer`).
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": self.tokens(text, special=add_special_tokens)}
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False, **_: Any) -> str:
+        """The text of tokens; half a letter is shown as U+FFFD."""
+        pieces = (self.piece(token, special=not skip_special_tokens) for token in token_ids)
+        return b"".join(pieces).decode(errors="replace")
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+        return tuple(token for token in range(self.size) if self.ends(token))
 
     def ends(self, token: int) -> bool:
         """Whether a token ends an answer."""
@@ -170,46 +187,3 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
-
-
-class TextStream:
-    """Turns tokens into text as they come, and ends it where a stop string begins.
-
-    ended: by a stop string.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()) -> None:
-        self._vocabulary = vocabulary
-        self._stop = [text for text in stop if text]
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
-        self.text = ""
-        self.ended = False
-
-    def add(self, token: int) -> str:
-        """What may be given out now: nothing that a stop string could still begin with."""
-        self._held += self._decoder.decode(self._vocabulary.piece(token))
-        return self._give(final=False)
-
-    def close(self) -> str:
-        """What is left."""
-        self._held += self._decoder.decode(b"", final=True)
-        return self._give(final=True)
-
-    def _give(self, *, final: bool) -> str:
-        if self.ended:
-            return ""
-        begins = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
-        if begins:
-            given, self._held, self.ended = self._held[: min(begins)], "", True
-        else:
-            kept = 0 if final else max((self._overlap(text) for text in self._stop), default=0)
-            cut = len(self._held) - kept
-            given, self._held = self._held[:cut], self._held[cut:]
-        self.text += given
-        return given
-
-    def _overlap(self, text: str) -> int:
-        """Letters at the end with which `text` could begin."""
-        longest = min(len(text) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(text[:n])), 0)

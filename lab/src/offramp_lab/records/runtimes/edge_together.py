@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp.engine.decoding.pace import drafting
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, slice_gguf
 from offramp.runtimes.llama_cpp.prompt import Prompt
@@ -47,7 +46,7 @@ def main() -> None:
         groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         for formats in FORMATS:
             engine = EngineOptions(CONTEXT, sequences=size)
-            with EdgeModel(folder / formats, engine=engine) as model, drafting(model):
+            with EdgeModel(folder / formats, engine=engine) as model:
                 entries += in_modes(formats, groups, partial(_ways, model, size))
     RECORD.write({"sequences": size, "photographs": len(prompts), "entries": entries})
 

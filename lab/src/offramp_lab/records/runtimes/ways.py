@@ -12,7 +12,6 @@ import numpy as np
 from offramp.engine.decoding.sequence import Token
 from offramp.engine.policy import MODES
 from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.llama_cpp import EngineOptions
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
@@ -73,9 +72,7 @@ def _agreement(ours: Sequence[list[int]], full: Sequence[list[int]]) -> float:
 
 def written(model: EdgeModel, mode: str, prompt: Prompt, new: int = NEW) -> list[Token]:
     """The greedy answer to a prompt whose states are known."""
-    vocabulary = model.vocabulary
-    sampler = Sampler(Sampling(), vocabulary.size, most=new, ends=vocabulary.ends)
-    return model._rounds.write(model._job(prompt, model._policy_of(mode, None), sampler))
+    return [*model.write(prompt, max_new_tokens=new, mode=mode)]
 
 
 def greedy(
