@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test test-research lint check records calibrated compare ablation analysis bench loads fuzz soak pages clean docs docs-version notes
+.PHONY: demo test test-research lint check records calibrated compare ablation analysis peers loads fuzz soak pages clean docs docs-version notes
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -57,14 +57,12 @@ ablation: $(READY)  ## the adversary against none, on two cores; rewrites lab/re
 analysis: $(READY)  ## quality at every depth, overthinking; rewrites lab/records/analysis.json
 	$(BIN)/python -m offramp_lab.records.analysis
 
-bench: $(READY)  ## predicted and measured speed, and peers; 12 GB, a quiet machine; after `make records`
-	$(BIN)/python -m offramp_lab.records.bench
+peers: $(READY)  ## exits beside what transformers offers; a quiet machine; after `make records`
+	$(BIN)/python -m offramp_lab.records.peers
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-loads: $(READY)  ## the batch engine under loads like those of use; rewrites lab/records/loads.json and a part of engine.json
-	$(BIN)/python -m offramp_lab.records.loads.guesses --t5 runs/demo/t5
+loads: $(READY)  ## what the batch engine holds of thousands of requests; rewrites a part of lab/records/loads.json
 	$(BIN)/python -m offramp_lab.records.loads.memory
-	$(BIN)/python -m offramp_lab.records.loads.arrivals
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
 fuzz: $(READY)  ## requests drawn by a seed, for FUZZ seconds (60): over a thousand a minute

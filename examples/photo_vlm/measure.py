@@ -94,10 +94,10 @@ def shipped(adapter: Adapter, figures: dict[str, Any], examples: Sequence[Exampl
     if not chosen:
         raise InputError("These exits have no thresholds that keep what was asked.", "Train on.")
     row = next((row for row in chosen if row["chosen_by"] == PROMISE), chosen[0])
-    thresholds, first, gates = (
-        {int(d): t for d, t in row[name].items()} for name in ("thresholds", "first", "gates")
+    thresholds, first = (
+        {int(d): t for d, t in row[name].items()} for name in ("thresholds", "first")
     )
-    policy = replace(adapter.policy, thresholds=thresholds, first=first, gates=gates)
+    policy = replace(adapter.policy, thresholds=thresholds, first=first)
     seen = adapter.seen
     if "calibration" in row:
         seen = {**seen, "calibration": sorted(picture_digests(examples))}

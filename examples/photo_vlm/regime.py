@@ -44,10 +44,7 @@ from offramp.training.trainer import Trainer
 
 
 def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
-    """The exits of a regime, with a shortlist; those in the folder, if they are whole.
-
-    No gates: they predict where a score reaches 0.9, and most captions' tokens exit below that.
-    """
+    """The exits of a regime, with a shortlist; those in the folder, if they are whole."""
     if (folder / "adapter.json").is_file():
         adapter = Adapter.load(folder, photos.backbone)
         if "seconds" in adapter.metrics:
@@ -218,7 +215,6 @@ def _row(
     return {
         "thresholds": {str(d): t for d, t in policy.thresholds.items()},
         "first": {str(d): t for d, t in policy.first.items()},
-        "gates": {str(d): g for d, g in policy.gates.items() if d in policy.thresholds},
         **speedups(timings, name),
         "cider_full": full.value,
         "cider": scores["CIDEr"].value,

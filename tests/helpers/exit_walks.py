@@ -13,27 +13,18 @@ from offramp.models.exits import ExitSet
 
 NEW = 12
 DEPTHS = (1, 2, 3, 5)
-WEIGHTS = {1: 0.2, 2: 0.5, 3: 0.0, 5: 0.9}
 KINDS = ("llava", "blip2-t5")
 
 
-def decoded(whole, parts, inputs, policy, discriminators=None, **options):
-    """What `generate` writes with exits at `DEPTHS`."""
+def decoded(whole, parts, inputs, policy, **options):
+    """What `generate` writes with exits at `DEPTHS`. parts: an `ExitSet`, or its modules."""
     return generate(
         whole,
         inputs,
-        exits=ExitSet(parts, discriminators=discriminators),
+        exits=ExitSet.of(parts),
         policy=policy,
         **{"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS, **options},
     )
-
-
-def agreeing(said):
-    """The places of the last exit and of those just before it that say the same."""
-    places = [len(said) - 1]
-    while places[-1] > 0 and said[places[-1] - 1] == said[-1]:
-        places.append(places[-1] - 1)
-    return places
 
 
 class Seen:
@@ -76,26 +67,13 @@ def check_walks(slow, score, threshold, whole, parts, inputs):
     """Assert that depths and scores of an answer are those of the slow walk."""
     policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score)
     made = decoded(whole, parts, inputs, policy)
-    recorded = record(whole, inputs, made, parts)
+    recorded = record(whole, inputs, made, ExitSet.of(parts).modules)
     rows = len(made.depths)
     walks = [[walk(slow, threshold, recorded, r, step) for step in range(NEW)] for r in range(rows)]
     assert made.depths.tolist() == [[depth for depth, _ in steps] for steps in walks]
     expected = torch.tensor([[found for _, found in steps] for steps in walks])
     assert torch.allclose(made.scores, expected, atol=1e-4)
     assert len(made.depths.unique()) >= 3
-
-
-def check_rows_alone(fresh):
-    """Assert that rows scored together, and token after token, score as each would alone. fresh:
-    makes a score that follows exits."""
-    logits = 3 * torch.randn(5, len(DEPTHS), 4, 3)  # tokens, exits, rows, words
-    one = fresh()
-    together = [[one(d, x) for d, x in zip(DEPTHS, token, strict=True)] for token in logits]
-    for token, found in zip(logits, together, strict=True):
-        for row in range(4):
-            alone = fresh()
-            for depth, x, scores in zip(DEPTHS, token, found, strict=True):
-                assert torch.equal(alone(depth, x[row : row + 1])[0], scores[row])
 
 
 def check_finished_rows(score, threshold, whole, parts, inputs):

@@ -24,7 +24,6 @@ from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError, InputError
 from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shortlist import Gate
 from offramp.report import plots
 from offramp_lab import cli
 from offramp_lab.experiments.analysis import analyse as module
@@ -328,22 +327,20 @@ def test_ten_lines_tell_what_was_found(analysed: Any, backbone: Build, exits: Bu
 
 
 def learnt(backbone: Build, exits: Build, name: str) -> Adapter:
-    """An adapter whose policy reads a shortlist, behind gates that are open half of the time."""
+    """An adapter whose policy reads a shortlist."""
     wide, trained = backbone(name, wide=4.0), exits(name, wide=4.0)
     encoder = InputProcessor(wide, fakes.Blip2FakeProcessor(name))
     written = full_model_answers(encoder, fakes.examples(6), batch_size=6, max_new_tokens=6)
     said = torch.tensor(sorted({token for row in written for token in row.ids}))
-    gates = {d: Gate(5 * torch.randn(wide.width), torch.zeros(())) for d in trained.depths}
     policy = ExitPolicy(
         dict.fromkeys(trained.depths, 0.145),
         exit_in_prefill=True,
         shortlist=True,
-        gates=dict.fromkeys(trained.depths, 0.5),
     )
-    return Adapter(wide, ExitSet(trained, said, gates), policy)
+    return Adapter(wide, ExitSet(trained, said), policy)
 
 
-@pytest.mark.parametrize("kind", ["shortlist and gates", "a prompt that is not causal"])
+@pytest.mark.parametrize("kind", ["shortlist", "a prompt that is not causal"])
 def test_the_policy_is_replayed_as_it_decodes(
     kind: str, backbone: Build, exits: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,34 +3,25 @@ the first exit stays exact."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import families
-import made_up_costs
-import numpy as np
 import pytest
 import torch
 from decoding import CALM, EXACT, NEW, errors_by_depth, greedy, never, tokens_by_layer
 from families import WORDLESS
-from made_up_costs import EXIT, LAYERS
 from reference import Dice
 
-from offramp.calibration.cost_model import Costs
-from offramp.calibration.cost_model import token_seconds as exact_seconds
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
+from offramp.models.exits import Exits
 from offramp_lab.inputs import zoo
-from offramp_lab.inputs.shapes import shape
-from offramp_lab.methods.propagate import measure_store, token_seconds
 
 NAMES = ("blip2-opt", "blip2-t5", "llava", "gemma3", "qwen2.5-vl")
 OPTIONS = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
-COSTS = replace(made_up_costs.COSTS, store=0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,37 +126,3 @@ def test_it_is_refused_where_it_would_save_nothing(name: str):
 def test_lossless_decoding_refuses_it():
     with pytest.raises(InputError, match="exact"):
         ExitPolicy({2: 0.5}, lossless=True, kv="propagate")
-
-
-# -- what it costs -------------------------------------------------------------------------------
-
-
-def test_without_exits_the_prediction_is_the_full_model():
-    assert token_seconds(COSTS, 0.2, [LAYERS] * 5, []) == pytest.approx(5 * COSTS.full)
-
-
-def test_an_exit_that_never_fires_costs_what_it_costs_where_keys_are_exact():
-    found = token_seconds(COSTS, 0.2, [LAYERS] * 4, [EXIT]) / 4
-    assert found == pytest.approx(exact_seconds(COSTS, [LAYERS], [EXIT]))
-
-
-def test_a_token_that_exits_pays_for_the_keys_of_each_layer_that_it_skips():
-    found = token_seconds(COSTS, 0.2, [EXIT], [EXIT, 6])
-    assert found == pytest.approx(exact_seconds(COSTS, [EXIT], [EXIT]) + (LAYERS - EXIT) * 0.2)
-
-
-def test_nobody_runs_deeper_for_others():
-    mixed = token_seconds(COSTS, 0.2, [EXIT, LAYERS, EXIT], [EXIT])
-    alone = [token_seconds(COSTS, 0.2, [d], [EXIT]) for d in (EXIT, LAYERS, EXIT)]
-    assert mixed == pytest.approx(np.sum(alone))
-
-
-def test_filling_a_layer_is_measured():
-    whole = shape("mini-opt").build()
-    exits = Exits(whole, (2,)).requires_grad_(False)
-    nothing = Costs(
-        layers=whole.depth, batch=1, context=1, layer=(0.0,) * 4, head=(0.0,) * 4,
-        exit=0.0, check=0.0, score=0.0, store=0.0, token=0.0, reenter=0.0,
-    )  # fmt: skip
-    inputs = shape("mini-opt").inputs(whole)
-    assert measure_store(whole, inputs, ExitSet.of(exits), nothing, rounds=1, tokens=2) > 0.0

@@ -17,12 +17,9 @@ from exit_walks import (
     DEPTHS,
     KINDS,
     NEW,
-    agreeing,
     check_finished_rows,
-    check_rows_alone,
     check_walks,
     counted,
-    decoded,
 )
 from families import WORDLESS
 
@@ -37,9 +34,9 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.plugins import GROUP, LAB
 from offramp.save_and_load import DISCRIMINATORS
 from offramp_lab import methods
-from offramp_lab.methods.scores import Patience, saturation
+from offramp_lab.methods.scores import saturation
 
-PATIENCE, SATURATION = 0.3, 0.94
+SATURATION = 0.94
 """At which the tokens of these tiny models leave here and there."""
 
 
@@ -58,10 +55,6 @@ def test_the_plugin_brings_what_offramp_says_it_brings() -> None:
 # -- each equals its slow reference -----------------------------------------------------------
 
 
-def slow_patience(seen: Any) -> float:
-    return (len(agreeing([row.argmax().item() for row in seen.logits])) - 1) / (len(DEPTHS) - 1)
-
-
 def slow_saturation(seen: Any) -> float:
     before, state = (row.double() for row in seen.states[-1])
     return float((1 + (before @ state / (before.norm() * state.norm())).item()) / 2)
@@ -73,21 +66,7 @@ def test_depths_and_scores_are_those_of_a_slow_walk_over_the_exits(
     name: str, rows: int, backbone: Any, exits: Any, batch: Any
 ) -> None:
     parts = backbone(name), exits(name, depths=DEPTHS), batch(name, rows)
-    check_walks(slow_patience, "patience", PATIENCE, *parts)
     check_walks(slow_saturation, "saturation", SATURATION, *parts)
-
-
-def test_a_patience_belongs_to_its_row_and_its_token() -> None:
-    check_rows_alone(lambda: Patience(DEPTHS, {}))
-
-
-@pytest.mark.parametrize("exits", range(2, 40))
-def test_a_patience_has_its_threshold(exits: int) -> None:
-    """After n agreeing pairs in a row the score reaches n / (E - 1), and not n + 1 of them."""
-    rule, logits = Patience(range(1, exits + 1), {}), torch.tensor([[0.0, 1.0]])
-    for pairs in range(exits):
-        score = rule(pairs + 1, logits)
-        assert score >= pairs / (exits - 1) and not score >= (pairs + 1) / (exits - 1)
 
 
 def saturated(entry: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
@@ -115,16 +94,8 @@ def test_saturation_sees_the_direction_of_a_state_and_not_its_length(
 # -- what the decoder promises of any score ------------------------------------------------------
 
 
-def test_one_exit_alone_never_has_patience(backbone: Any, exits: Any, batch: Any) -> None:
-    name = "blip2-t5"
-    policy = ExitPolicy({3: 0.001}, score="patience")
-    made = decoded(backbone(name), exits(name, depths=DEPTHS), batch(name, 1), policy)
-    assert (made.depths == families.LAYERS).all() and (made.scores == 0).all()
-
-
 def test_a_finished_row_keeps_no_score(backbone: Any, exits: Any, batch: Any) -> None:
     parts = backbone("llava"), exits("llava", depths=DEPTHS), batch("llava", 4)
-    check_finished_rows("patience", PATIENCE, *parts)
     check_finished_rows("saturation", SATURATION, *parts)
 
 
@@ -150,9 +121,7 @@ def test_a_score_of_features_runs_the_head_only_where_a_row_leaves(
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2-t5"])
-@pytest.mark.parametrize(
-    ("score", "threshold"), [("patience", 0.15), ("saturation", 0.47), ("discriminator", 0.5)]
-)
+@pytest.mark.parametrize(("score", "threshold"), [("saturation", 0.47), ("discriminator", 0.5)])
 def test_lossless_output_is_greedy_whatever_the_score_of_the_drafts(
     score: str, threshold: float, name: str, backbone: Any, exits: Any, batch: Any
 ) -> None:
@@ -167,11 +136,10 @@ def test_lossless_output_is_greedy_whatever_the_score_of_the_drafts(
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2-t5"])
-@pytest.mark.parametrize(("score", "depths"), [("patience", (3,)), ("saturation", DEPTHS)])
 def test_a_score_that_no_token_reaches_leaves_the_full_model(
-    score: str, depths: tuple[int, ...], name: str, backbone: Any, exits: Any, batch: Any
+    name: str, backbone: Any, exits: Any, batch: Any
 ) -> None:
-    policy = ExitPolicy(dict.fromkeys(depths, 1.0), score=score)
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, 1.0), score="saturation")
     whole, parts, inputs = backbone(name), exits(name, depths=DEPTHS), batch(name, 4)
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
     made = generate(whole, inputs, exits=parts, policy=policy, **options)
@@ -180,7 +148,9 @@ def test_a_score_that_no_token_reaches_leaves_the_full_model(
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llava"])
-@pytest.mark.parametrize(("score", "threshold"), [("patience", 0.2), ("saturation", 0.93)])
+@pytest.mark.parametrize(
+    ("score", "threshold"), [("agreement", 0.02), ("patience", 0.2), ("saturation", 0.93)]
+)
 def test_keys_are_exact_whatever_the_score(
     score: str, threshold: float, name: str, backbone: Any, exits: Any, batch: Any
 ) -> None:

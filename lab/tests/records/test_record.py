@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from offramp.data.example import Example
-from offramp_lab.records import bench, suitability
+from offramp_lab.records import suitability
 from offramp_lab.records.record import Kept, Record, Some, asked
 
 
@@ -43,23 +43,17 @@ def test_only_what_there_is_can_be_asked_for(
 
 
 def test_a_record_of_parts_makes_all_of_them_unless_some_are_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[str] = []
-    monkeypatch.setattr(bench, "OUT", tmp_path)
-    monkeypatch.setattr(bench, "RECORDS", tmp_path)
-    parts = {name: lambda name=name: made.append(name) or [] for name in bench.PARTS}
-    monkeypatch.setattr(bench, "PARTS", parts)
     monkeypatch.setattr(Record, "parts", lambda self, of, asked, **_: made.extend(asked))
-    for main in (bench.main, suitability.main):
-        made.clear()
-        monkeypatch.setattr(sys, "argv", ["record"])
-        main()
-        every = [*made]
-        assert len(every) > 1
-        monkeypatch.setattr(sys, "argv", ["record", "--parts", every[-1]])
-        main()
-        assert made == [*every, every[-1]]
+    monkeypatch.setattr(sys, "argv", ["record"])
+    suitability.main()
+    every = [*made]
+    assert len(every) > 1
+    monkeypatch.setattr(sys, "argv", ["record", "--parts", every[-1]])
+    suitability.main()
+    assert made == [*every, every[-1]]
 
 
 def test_what_every_way_made_of_an_example_is_not_made_again(tmp_path: Path) -> None:

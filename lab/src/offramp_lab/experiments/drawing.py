@@ -186,26 +186,3 @@ def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
     size = (SIZE[0], 1.1 + 0.22 * len(names) * (1 + len(ran)))
     return _listed(names, "decoding speed (full depth = 1)", draw, size, "decoding speed")
-
-
-def throughput(series: Mapping[str, Mapping[int, float]], reference: str) -> str:
-    """Tokens a second by rows at once, a line for each name of `series`; `reference` is dotted."""
-    rows = sorted({count for by_rows in series.values() for count in by_rows})
-
-    def draw(axes: Any) -> None:
-        colors = iter(COLORS)
-        for (name, by_rows), marker in zip(series.items(), MARKERS, strict=False):
-            dotted = name == reference
-            color, line = (INK, ":") if dotted else (next(colors), "-")
-            at, speed = zip(*sorted(by_rows.items()), strict=True)
-            axes.plot(at, speed, color=color, linestyle=line, marker=marker, ms=4.5, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(rows, [str(count) for count in rows])
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("rows at once")
-        axes.set_ylabel("tokens a second")
-        legend(axes)
-
-    height = SIZE[1] + 0.1 * len(series)
-    title = f"tokens a second by rows at once: {', '.join(series)}"
-    return drawn(title, draw, (SIZE[0], height))

@@ -18,8 +18,8 @@ from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.executor import DraftRoom
-from offramp.engine.decoding.exit_reader import ExitReader
+from offramp.engine.decoding.drafting import DraftBudget, ExitDrafts
+from offramp.engine.decoding.exit_reader import ExitHeads
 from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.executors.slots.executor import SlotExecutor
@@ -86,12 +86,12 @@ class TableExecutor(SlotExecutor):
         handles: Sequence[Any],
         ids: Sequence[int],
         columns: Sequence[int],
-        rooms: Sequence[DraftRoom],
+        budgets: Sequence[DraftBudget],
     ) -> list[list[int]]:
         if self._first < 0:
             self._first = columns[0]
         answer = [*self._answer[: columns[0] - self._first], ids[0]]
-        return [self._table.draft(answer, rooms[0].most)]
+        return [self._table.draft(answer, budgets[0].max_drafts)]
 
     def verify(
         self, handles: Sequence[Any], ids: Sequence[Sequence[int]], columns: Sequence[int]
@@ -110,14 +110,16 @@ def table_generate(
     **options: Any,
 ) -> GenerationOutput:
     """The full model's answer to a prompt of one row, by the one decoder, drafted by a table."""
-    reader, asker = PromptReader(backbone, None, ()), ExitReader(backbone, None, FULL, ())
+    reader, heads = PromptReader(backbone, None, ()), ExitHeads(backbone, None, FULL, ())
     given = {} if stop is None else {"stopping_criteria": stop}
     prepared = reader.prepare(inputs, {**options, **given})
     executor = TableExecutor(backbone, table)
     # No layer stands at the depth of the whole model, so no exit is asked.
-    rule = ExitRule({}, lossless=True, most=most, ahead=backbone.depth)
+    rule = ExitRule({backbone.depth: SURE}, lossless=True, max_drafts=most)
+    drafter = ExitDrafts(executor, backbone.depth)
+    decoder = Decoder(backbone.depth, executor, heads, drafter=drafter)
     try:
-        return write_answers(Decoder(backbone.depth, executor, asker), reader, prepared, rule)
+        return write_answers(decoder, reader, prepared, rule)
     finally:
         executor.close()
 
@@ -134,8 +136,8 @@ class TableDrafter(ChainDrafter):
         self._answer, self._fed = [], []
         self._columns = 0 if prompt is None else len(prompt.states)
 
-    def draft(self, slot: int, token: int, room: DraftRoom) -> list[int]:
-        drafts = self._table.draft([*self._answer, token], room.most)
+    def draft(self, slot: int, token: int, budget: DraftBudget) -> list[int]:
+        drafts = self._table.draft([*self._answer, token], budget.max_drafts)
         self._fed = [token, *drafts]
         return drafts
 
@@ -150,9 +152,6 @@ class TableDrafter(ChainDrafter):
 class TableRuntime(LlamaCppRuntime):
     """Inside llama.cpp, lossless by a table."""
 
-    _drafts = True
-
     def __init__(self, adapter: Adapter, folder: Path, table: DraftTable, **how: Any) -> None:
         super().__init__(adapter, folder, **how)
         self._drafter = TableDrafter(table, adapter.backbone.depth)
-        self.pace = None  # what was not drafted would be missing in its answer

@@ -6,19 +6,31 @@ loads no PyTorch, for the help of commands names them too.
 
 from typing import Any
 
-from offramp.engine.confidence import register_score
+from offramp.engine.confidence import register_heads, register_score
 from offramp.engine.policy import KV_POLICIES
-from offramp_lab.methods.scores import Patience, discriminator, saturation
+from offramp_lab.methods.scores import discriminator, saturation
+
+
+def _agreement(*given: Any) -> Any:
+    from offramp_lab.methods.streaks import Agreement
+
+    return Agreement(*given)
+
+
+def _patience(*given: Any) -> Any:
+    from offramp_lab.methods.streaks import Patience
+
+    return Patience(*given)
 
 
 def _propagated(*given: Any) -> Any:
-    """A call of `generate` whose skipped keys and values are projected."""
-    from offramp_lab.methods.propagate import Propagated
+    from offramp_lab.methods.propagate import propagated
 
-    return Propagated(*given)
+    return propagated(*given)
 
 
-register_score("patience", Patience, reads="exits")
+register_heads("agreement", _agreement)
+register_heads("patience", _patience)
 register_score("saturation", saturation, reads="check")
 register_score("discriminator", discriminator, reads="check")
 KV_POLICIES["propagate"] = _propagated

@@ -1,41 +1,29 @@
 """Propagated keys and values (CALM, Schuster et al. 2022), as a policy of keys and values.
 
-What a token skips is filled at once, by projecting its state at the exit to the keys and values of
-every layer above: approximate, and nothing ever waits. One sequence a call, through the model's own
-stack.
+What a token skips is filled before the next one is fed, by projecting its state at the exit to the
+keys and values of every layer above: approximate, and nothing is computed later. One sequence a
+call, through the model's own stack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
-import numpy as np
-import torch
-from numpy.typing import ArrayLike
-from torch import Tensor
-from transformers import StoppingCriteriaList
-
-from offramp.calibration.cost_model import Costs
-from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.executor import Executor
+from offramp.engine.decoding.executor import Span
+from offramp.engine.decoding.exit_reader import ExitHeads
+from offramp.engine.decoding.plan import Plan
 from offramp.engine.decoding.prompt import Prompt, PromptReader
-from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.decoding.sequence import Sequence as Row
 from offramp.engine.executors.stack import StackExecutor
-from offramp.engine.generate import Generation
+from offramp.engine.exit_check import ExitOutput, Output
 from offramp.engine.kv_cache import self_attention, store_exit_keys, store_keys
-from offramp.engine.policy import first_token_may_exit
 from offramp.engine.prefill import Prepared
 from offramp.errors import InputError
-from offramp.evaluation.scripted_exits import Script, generate_forced
-from offramp.evaluation.timing import time_interleaved
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.opened import LayerCall
-from offramp.models.vision_cache import VisionCache
 
 
 class PropagatingReader(PromptReader):
@@ -59,11 +47,16 @@ class PropagatingReader(PromptReader):
 
 
 class PropagatingExecutor(StackExecutor):
-    """Runs the model's own stack, and fills what a token skips."""
+    """Runs the model's own stack, and fills what a token skipped before the next one is fed."""
 
     _skips = False
 
-    def skip(self, row: Any, segment: int) -> None:
+    def _feed(self, row: Any, token: int) -> ExitOutput:
+        for segment in [*row.waits]:  # one at most
+            self._fill(row, segment)
+        return super()._feed(row, token)
+
+    def _fill(self, row: Any, segment: int) -> None:
         """Fill what the newest token of a sequence skips from a segment on."""
         depth = self._segments[segment].start
         part = row.waits.pop(segment)
@@ -77,6 +70,13 @@ class PropagatingExecutor(StackExecutor):
             self._chunk, self._skips = None, False
         row.ran = [row.ran[0]] * len(row.ran)
 
+    def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> Output:
+        """Run the newest column of each sequence: what the decoder has pending before it is
+        filled."""
+        ends = [*accumulate(span.end - span.first for span in spans)]
+        newest = [Span(span.handle, span.end - 1, span.end) for span in spans]
+        return super().run(segment, newest, [ends.index(place + 1) for place in asked])
+
     def layer(self, call: LayerCall) -> Any:
         start = self._running.start
         if not self._skips or call.index < start:
@@ -89,37 +89,20 @@ class PropagatingExecutor(StackExecutor):
         return self.backbone.skipped_layer_output(call)
 
 
-class PropagatingDecoder(Decoder):
-    """Has what a token skips filled as soon as it exits."""
+def propagated(plan: Plan, backbone: Backbone, exits: ExitSet | None) -> Plan:
+    """The plan whose skipped keys and values are projected."""
+    if not plan.depths:
+        return plan
 
-    executor: PropagatingExecutor
+    def reader(*, prefix_cache: Any = None, **more: Any) -> PropagatingReader:
+        kept = None if plan.first_may_exit else prefix_cache  # an approximate prompt is not kept
+        return PropagatingReader(backbone, exits, plan.depths, prefix_cache=kept, **more)
 
-    def _settle(self, row: Row) -> None:
-        waits = [k for k in range(1, len(row.ran)) if row.pending(k) and not row.asked]
-        if waits and row.error is None:
-            self.executor.skip(row.handle, waits[0])
-            row.ran = [row.ran[0]] * len(row.ran)
-        super()._settle(row)
+    def executor(**_: Any) -> PropagatingExecutor:
+        reads = cast(ExitHeads, plan.heads).needs_previous_state
+        return PropagatingExecutor(backbone, exits, plan.depths, needs_previous_state=reads)
 
-
-class Propagated(Generation):
-    """A call of `generate` whose skipped keys and values are projected."""
-
-    reads, decodes = PropagatingReader, PropagatingDecoder
-
-    def prompt_reader(self, vision_cache: VisionCache | None, prefix_cache: Any) -> PromptReader:
-        approximate = self.depths and first_token_may_exit(self.backbone, self.policy)
-        return super().prompt_reader(vision_cache, None if approximate else prefix_cache)
-
-    def executor(self, rows: int, longest: int) -> Executor:
-        if not self.depths:
-            return super().executor(rows, longest)
-        return PropagatingExecutor(
-            self.backbone, self.exits, self.depths, watches=self.asker.watches
-        )
-
-    def exit_rule(self) -> ExitRule:
-        return replace(super().exit_rule(), guesses=None)  # guesses are taken back
+    return replace(plan, reader=reader, executor=executor)
 
 
 def check_projects(cache: Any) -> None:
@@ -133,47 +116,3 @@ def check_projects(cache: Any) -> None:
             "states instead, for which they run whole: nothing would be saved.",
             "Use kv='recompute'.",
         )
-
-
-def token_seconds(costs: Costs, store: float, depths: ArrayLike, exits: Sequence[int]) -> float:
-    """Seconds of decoding one sequence whose depths [N] are known; no token waits for another.
-
-    store: seconds of filling one skipped layer. exits: depths of those that are on.
-    """
-    ran = np.asarray(depths)
-    looks = sum((ran >= depth).sum() for depth in exits)
-    passed = sum((ran > depth).sum() for depth in exits)
-    return float(
-        len(ran) * costs.token
-        + ran.sum() * costs.layer[0]
-        + looks * (costs.exit + costs.check)
-        + passed * costs.reenter
-        + (costs.layers - ran).sum() * store
-        + (ran == costs.layers).sum() * costs.head[0]
-    )
-
-
-def measure_store(
-    backbone: Backbone,
-    inputs: Mapping[str, Any],
-    exits: ExitSet,
-    costs: Costs,
-    *,
-    rounds: int = 5,
-    tokens: int = 6,
-) -> float:
-    """Seconds of filling one skipped layer: all that a token takes longer which exits at the first
-    exit, by the layers above it. Rows run one by one, and are counted together."""
-    rows, depth = len(inputs["input_ids"]), exits.depths[0]
-    leave = torch.tensor([False, *[True] * tokens])[:, None].expand(-1, rows)
-
-    def run(prompt: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
-        made = generate_forced(
-            backbone, prompt, exits, Script(leave), 1 + tokens, criteria=list(stop),
-            kv="propagate", shortlist=exits.shortlist is not None,
-        )  # fmt: skip
-        return made.new_tokens.flatten()
-
-    timing = time_interleaved({"propagate": run}, [inputs], rounds=rounds)["propagate"]
-    known = costs.token + depth * costs.layer[0] + costs.exit + costs.check
-    return max(0.0, (median(timing.decode) / tokens - known) / (costs.layers - depth))

@@ -1,6 +1,5 @@
 """Draw the records: `python -m offramp_lab.pages.plots` writes docs/plots."""
 
-import re
 from typing import Any
 
 from offramp.storage import write_atomic
@@ -12,7 +11,6 @@ from offramp_lab.experiments.drawing import (
     speeds,
     standalone,
     strips,
-    throughput,
     tradeoff,
 )
 from offramp_lab.places import DOCS
@@ -42,7 +40,6 @@ def plots() -> dict[str, tuple[str, str]]:
         "guarantees": ("Risk kept, of what was promised", guarantees()),
         "models": ("How near decoding is to the model itself", models()),
         "decoding": ("Depth of each token, tiny OPT", decoding()),
-        "engine": ("Batch engine, SmolLM2-135M shape", engine("smollm2-135m, bfloat16")),
     }
 
 
@@ -139,30 +136,6 @@ def kept(point: dict[str, Any]) -> tuple[float, ...]:
     """Speed, and the share of CIDEr that is kept, with its interval."""
     low, high = point["cider_drop_interval"]
     return point["speedup_decode"], 1 - point["cider_drop"], 1 - high, 1 - low
-
-
-ENGINE = {
-    "90% exit": ("early_exit", 0.9),
-    "75% exit": ("early_exit", 0.75),
-    "lossless, 90% accepted": ("lossless", 0.0),
-    "full": ("full", 0.0),
-}
-STATIC = "static batch, full"
-
-
-def engine(shape: str) -> str:
-    """Tokens a second of the batch engine by slots, beside static batches of as many rows."""
-    series: dict[str, dict[int, float]] = {name: {} for name in (*ENGINE, STATIC)}
-    for key, figures in record("engine").items():
-        if not re.fullmatch(rf"{shape}, \d+ slots", key):
-            continue
-        for entry in figures["entries"]:
-            kind, speed = (entry["mode"], entry["exit_rate"]), entry["tokens_per_second"]
-            for name, wanted in ENGINE.items():
-                if kind == wanted and (entry["guess"] or entry["mode"] != "early_exit"):
-                    series[name][entry["slots"]] = speed
-            series[STATIC][entry["slots"]] = speed / entry["against_static"]
-    return throughput(series, STATIC)
 
 
 def main() -> None:

@@ -30,7 +30,6 @@ from examples.photo_vlm.rows import read_photographs
 from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
-from offramp.engine.decoding.pace import drafting as always_drafting
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError
@@ -95,7 +94,6 @@ def ways_in_llama_cpp(
     drafts = stack.enter_context(LlamaCppRuntime(adapter, folder / "drafting"))
     exits = stack.enter_context(LlamaCppRuntime(plain, folder / "plain"))
     words = stack.enter_context(TableRuntime(plain, folder / "plain", table))
-    stack.enter_context(always_drafting(drafts, exits, words))
     by_exit, drafting = lossless_policies(adapter)
     return {
         **_by(exits.generate, {"full": FULL, **by_exit}),
@@ -201,7 +199,6 @@ def main() -> None:
             if not (folder / part).is_dir():
                 export_gguf(adapter, folder / part, arguments.gguf)
             runtime = stack.enter_context(LlamaCppRuntime(adapter, folder / part))
-            stack.enter_context(always_drafting(runtime))
             ways = _by(runtime.generate, {"full": FULL, **lossless_policies(adapter)[1]})
         elif arguments.gguf:
             ways = ways_in_llama_cpp(adapter, table, arguments.gguf, folder / part, stack)

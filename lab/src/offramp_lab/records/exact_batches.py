@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from offramp.adapter import Adapter
-from offramp.engine.decoding.pace import drafting as always_drafting
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.policy import MODES
 from offramp.models.vision_cache import VisionCache
@@ -54,12 +53,11 @@ def main() -> None:
 
 def _measured(adapter: Adapter, prompts: Sequence[Any], slots: int) -> dict[str, Any]:
     cache = VisionCache()
-    with always_drafting(adapter):  # by what calls take, answers at full depth have other depths
-        alone = {
-            (n, mode): adapter.generate(prompt, mode=mode, vision_cache=cache, **OPTIONS)
-            for n, prompt in enumerate(progress(prompts, "alone"))
-            for mode in MODES
-        }
+    alone = {
+        (n, mode): adapter.generate(prompt, mode=mode, vision_cache=cache, **OPTIONS)
+        for n, prompt in enumerate(progress(prompts, "alone"))
+        for mode in MODES
+    }
     config = EngineConfig(slots, 256, schedule=Schedule.of(slots))
     begin = time.process_time()
     with BatchEngine(adapter, config=config, vision_cache=cache, queue=len(alone)) as engine:

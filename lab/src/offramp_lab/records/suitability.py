@@ -31,7 +31,6 @@ from offramp.calibration.suitability import LEVELS, settled, suitability
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.demo import OPTIONS, DemoSizes
-from offramp.engine.decoding.pace import clock_on
 from offramp.engine.policy import ExitPolicy
 from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import exit_generate_fn, timed
@@ -129,7 +128,7 @@ def speeds(case: Case, trained: Sequence[dict[str, Any]], rounds: int) -> dict[s
         policy = ExitPolicy({row["depth"]: row["threshold"]}, shortlist=case.narrow)
         policies[f"{row['depth']}"] = policy
     options: dict[str, Any] = {"max_new_tokens": case.longest, "do_sample": False}
-    backbone, exits, clock = case.encoder.backbone, case.adapter.exits, clock_on("cpu")
+    backbone, exits, clock = case.encoder.backbone, case.adapter.exits, time.thread_time
 
     def seconds(prompt: Any, run: Any) -> float:
         """Of a decoded token, the first, which the prompt's pass gives, left out."""

@@ -1,46 +1,11 @@
-"""Tables of serving: the batch engine against a static batch, the watched guarantee's simulation,
-and what HTTP leaves of the engine."""
+"""Tables of serving: the watched guarantee's simulation, and what HTTP leaves of the engine."""
 
-from offramp.report.html import times
 from offramp.report.table import Table, Told
-from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, record
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 
 
 def milliseconds(of: Value, *percentiles: str, digits: int = 0) -> str:
     return ", ".join(f"{1000 * of[p]:.{digits}f}" for p in percentiles) + " ms"
-
-
-def engine() -> Table:
-    """Throughput with scripted exits on random weights, and the gaps between a row's tokens; fewer
-    slots than 8 are drawn (`offramp_lab.pages.plots`)."""
-    cases = [
-        {**entry, "shape": name}
-        for name, figures in record("engine").items()
-        if name != "provenance"
-        for entry in figures["entries"]
-        if entry["slots"] >= 8
-    ]
-    return Table.of(
-        cases,
-        {
-            "shape": "{shape}",
-            "case": lambda of: of["name"].partition(": ")[2],
-            "over a static batch (a prepacked one)": lambda of: (
-                bold(times(of["against_static"])) + _of_prepacked(of)
-            ),
-            "exits: predicted": "{predicted:.2f}x",
-            "exits: measured": lambda of: (
-                times(of["measured"]) + ("" if of["within"] else " (off by more than 10%)")
-            ),
-            "gaps p50, p95, p99": lambda of: milliseconds(of, "p50", "p95", "p99"),
-        },
-    )
-
-
-def _of_prepacked(entry: Value) -> str:
-    """Against a static batch of the same prepacked weights."""
-    against = entry.get("against_static_prepacked")
-    return "" if against is None else f" ({times(against)})"
 
 
 def watched() -> Table:
@@ -145,7 +110,6 @@ def _exact_batches_cost() -> str:
 
 
 TABLES: dict[str, MakeTable] = {
-    "engine": engine,
     "watched": watched,
     "watch-delays": watch_delays,
     "watch-average": watch_average,

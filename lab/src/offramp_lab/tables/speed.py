@@ -1,55 +1,10 @@
-"""Exits forced on real shapes, what else `transformers` offers, and dialogues."""
+"""What else `transformers` offers, and what somebody might take instead of exits."""
 
 from collections.abc import Mapping
-from statistics import mean, median
-from typing import Any
 
 from offramp.report.html import times
 from offramp.report.table import Table, Told, told
-from offramp_lab.tables.markdown import KINDS, Make, MakeTable, Value, by, record, tiny
-
-CASES = {
-    "50% exit": ("recompute", 0.5),
-    "75%": ("recompute", 0.75),
-    "90%": ("recompute", 0.9),
-    "90%, `propagate`": ("propagate", 0.9),
-    "lossless, 80% accepted": ("lossless", 0.8),
-    "none exits": ("recompute", 0.0),
-}
-
-
-def shapes() -> Table:
-    """Decoding speed on random weights, and in brackets what the cost model said before; in a batch
-    that of rows which exit independently."""
-    forced = [e for e in record("bench") if e["exit_depth"] is not None]
-    alone = [e for e in forced if e.get("rows", "independent") == "independent"]
-    found = by(alone, "shape", "batch", "exit_depth", "policy", "exit_rate")
-    columns: dict[str, Any] = {
-        "decoder": lambda of: f"{of[0]}, {of[1]} rows" if of[1] > 1 else of[0],
-        "exit at": lambda of: str(of[2]),
-        **{t: lambda of, case=case: _case(found.get((*of, *case))) for t, case in CASES.items()},
-    }
-    return Table.of(by(forced, "shape", "batch", "exit_depth"), columns)
-
-
-def _case(entry: Value | None) -> str:
-    if entry is None:
-        return ""
-    text = f"{times(entry['measured'])} ({entry['predicted']:.2f})"
-    if entry["policy"] != "lossless":
-        return text
-    # A draft counts up to the first wrong one of its round.
-    planned = mean(entry["exit_rate"] ** n for n in range(1, entry["max_draft"] + 1))
-    accepted = entry["accepted"] / entry["drafted"]
-    return text if accepted > planned - 0.2 else f"{text}, {accepted:.0%} accepted"
-
-
-def _whole_loop() -> list[float]:
-    """Our loop without exits against `generate`, over all backbones that were measured."""
-    return sorted(e["measured"] for e in record("bench") if e["policy"] == "full")
-
-
-# -- on the tiny models ---------------------------------------------------------------------------
+from offramp_lab.tables.markdown import KINDS, MakeTable, record, tiny
 
 
 def _both(name: str, titles: Mapping[str, str], lines: Mapping[str, Told]) -> Table:
@@ -98,7 +53,7 @@ def _peer(name: str) -> str:
     return f"{title} ({' / '.join(settings)})" if settings else title
 
 
-BENCH = "here: `make bench`"
+BENCH = "here: `python -m offramp_lab.records.peers`"
 
 
 def instead() -> Table:
@@ -158,30 +113,4 @@ def instead() -> Table:
     return Table(("", "what it is", "decoding", "answers", "from where"), rows)
 
 
-DIALOGUES = {
-    "full": "full depth",
-    "full, kept": "full depth, caches kept",
-    "early_exit": "early exit",
-    "early_exit, kept": "early exit, caches kept",
-}
-
-
-def dialogues() -> Table:
-    """Turns of dialogues, end to end, with and without caches between calls."""
-    lines: dict[str, Told] = {
-        "end to end": "{speedup_end_to_end:.2f}x",
-        "prefill": "{prefill_share:.0%}",
-        "same answers": lambda turns: "yes" if turns["same_answers"] else "NO",
-    }
-    return _both("dialogues", DIALOGUES, lines)
-
-
-TABLES: dict[str, MakeTable] = {
-    "shapes": shapes, "peers": peers, "instead": instead, "dialogues": dialogues
-}  # fmt: skip
-FIGURES: dict[str, Make] = {
-    "loop-backbones": lambda: str(len(_whole_loop())),
-    "loop-slowest": lambda: f"{_whole_loop()[0]:.2f}",
-    "loop-fastest": lambda: f"{_whole_loop()[-1]:.2f}",
-    "loop-median": lambda: f"{median(_whole_loop()):.2f}",
-}
+TABLES: dict[str, MakeTable] = {"peers": peers, "instead": instead}

@@ -13,7 +13,7 @@ import numpy as np
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
-from offramp.engine.confidence import STREAKS
+from offramp.engine.confidence import HEADS
 from offramp.engine.policy import ExitPolicy, Thresholds
 from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.report.tradeoff import FREE
@@ -55,7 +55,7 @@ class Grid:
             if policy == "truncation":
                 entries += curve("logit_lens", policy, cut)
                 continue
-            if policy not in (*STREAKS, *FIXED):
+            if policy not in (*HEADS, *FIXED):
                 entries += curve(FREE, policy, depths)
             entries += curve(FREE, policy, several)
         there = {(entry.objective, entry.policy) for entry in entries}
@@ -82,9 +82,7 @@ class Grid:
             rules = [replace(rule, thresholds=Thresholds({d: 0.0})) for d in depths]
         else:
             if rule.score == "agreement":
-                right = adapter.metrics["agreement"].items()
-                weights = {int(d): max(share, 1e-3) for d, share in right}  # not all may be 0
-                rule = replace(rule, weights=Thresholds(weights))
+                adapter = _weighed(adapter)
             levels = self._levels(adapter, rule)
             rules = [replace(rule, thresholds=Thresholds.shared(depths, t)) for t in levels]
         return [Entry(seed, objective, policy, adapter, r) for r in rules]
@@ -96,7 +94,7 @@ class Grid:
         if rule.score == "patience":
             return [n / (len(depths) - 1) for n in range(1, len(depths))]
         if rule.score == "agreement":
-            weights = np.array([rule.weights[d] for d in depths])
+            weights = np.array([adapter.exits.measured["weights"][d] for d in depths])
             steps = weights.cumsum() / weights.sum()
             return sorted({float(s * p) for s in steps for p in (0.8, 0.95, 0.99)})
         measurer = self.measurer
@@ -121,6 +119,14 @@ class Grid:
         trainer = Trainer(backbone, encoder.processor, self.train, config, folder)
         log.info(f"seed {seed}: {objective} exits at {list(depths)}")
         return trainer.run(resume=True, recorded=self._stores)
+
+
+def _weighed(adapter: Adapter) -> Adapter:
+    """The adapter whose exits weigh as much as they are right."""
+    right = adapter.metrics["agreement"].items()
+    weights = {int(d): max(share, 1e-3) for d, share in right}  # not all may be 0
+    measured = {**adapter.exits.measured, "weights": weights}
+    return replace(adapter, exits=replace(adapter.exits, measured=measured))
 
 
 def exits_folder(out: Path, seed: int, objective: str, depths: Sequence[int]) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import offramp_lab.methods  # noqa: F401  it registers the baselines that are compared
-from offramp.engine.confidence import FEATURE_SCORES, SCORES, STREAKS
+from offramp.engine.confidence import FEATURE_SCORES, HEADS, SCORES
 from offramp.errors import InputError, check_known
 from offramp.options import option
 from offramp.report.tradeoff import FREE
@@ -53,7 +53,7 @@ either way; distillation as in CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap
 cosine as in FastVLM. All but cross-entropy on the data's answers and `SUPERVISED` read no label."""
 
 POLICIES: dict[str, str] = {
-    **{name: name for name in (*SCORES, "patience", *STREAKS, *FEATURE_SCORES)},
+    **{name: name for name in (*SCORES, *HEADS, *FEATURE_SCORES)},
     **dict.fromkeys(FIXED, "max_probability"),
 }
 """The score that decides. "fixed_depth": every token exits at one FREE exit; "truncation": every
