@@ -35,6 +35,7 @@ PLAN = Plan(
     several=(4, 8, 16),
     quantiles=(0.0, 0.15, 0.35, 0.55, 0.75),
     training=TrainConfig(
+        exit_kind="layer",
         regime="pseudo", min_confidence=0.35, shortlist=2048, steps=1500,
         learning_rate=5e-4, evaluate_every=300, patience=None, max_new_tokens=LONGEST["captions"],
         **FREE,

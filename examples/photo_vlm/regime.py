@@ -51,6 +51,7 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
             return adapter
     sizes = photos.sizes
     config = TrainConfig(
+        exit_kind="layer",
         depths=photos.depths, steps=sizes.steps, patience=None, learning_rate=5e-4,
         evaluate_every=max(1, sizes.steps // 12), max_new_tokens=LONGEST["captions"],
         shortlist=min(SHORTLIST, photos.backbone.vocabulary), **{**FREE, **REGIMES[regime]},

@@ -82,7 +82,9 @@ def demo(
     adapter = Adapter(backbone, ExitSet(Exits(backbone, DEPTHS[kind])))
     answers(adapter, encoder, [captions("train", 32)], FULL)
     inference_bytes = _peak_bytes()
-    config = TrainConfig(depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, **FREE)
+    config = TrainConfig(
+        depths=DEPTHS[kind], steps=sizes.steps, batch_size=32, exit_kind="layer", **FREE
+    )
     began = time.perf_counter()
     adapter = train(
         backbone, processor, captions_and_questions("train", sizes.train), config, out / kind,

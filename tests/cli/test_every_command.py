@@ -74,7 +74,7 @@ def test_help_names_every_choice() -> None:
             assert str(choice) in help, (command, action.dest, choice)
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "bench", "export", "analyse"])
+@pytest.mark.parametrize("command", ["train", "compare", "export", "analyse"])
 @pytest.mark.parametrize("spelling", [["3,6"], ["3", "6"], ["3", "6,8"]])
 def test_a_list_of_depths_is_spelt_one_way_and_taken_in_two(
     command: str, spelling: list[str]

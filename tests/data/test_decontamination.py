@@ -59,7 +59,7 @@ def test_only_the_steps_that_are_asked_about_are_refused(step: str) -> None:
 
 def test_training_stores_all_its_pictures(encoder: InputProcessor, tmp_path: Path) -> None:
     some = fakes.examples(8)
-    config = TrainConfig(depths=(2,), steps=1, batch_size=4, max_new_tokens=3)
+    config = TrainConfig(exit_kind="layer", depths=(2,), steps=1, batch_size=4, max_new_tokens=3)
     adapter = train(encoder.backbone, encoder.processor, some, config, tmp_path / "exits")
     loaded = Adapter.load(tmp_path / "exits", encoder.backbone)
     assert set(adapter.seen["train"]) == set(loaded.seen["train"]) == set(picture_digests(some))

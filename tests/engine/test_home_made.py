@@ -87,7 +87,13 @@ def test_the_models_own_answer_or_none(kind, door, loaded, batch):
 @pytest.mark.parametrize("kind", [home_made.Skips, *home_made.LAYERS], ids=named)
 def test_what_would_be_wrong_at_its_exits_is_not_trained(kind, loaded, batch, tmp_path):
     config = TrainConfig(
-        depths=(3,), steps=1, batch_size=2, evaluate_every=1, max_new_tokens=3, adversarial=0.0
+        exit_kind="layer",
+        depths=(3,),
+        steps=1,
+        batch_size=2,
+        evaluate_every=1,
+        max_new_tokens=3,
+        adversarial=0.0,
     )
     inputs = batch("llava", 1)
     try:

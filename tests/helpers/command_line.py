@@ -19,7 +19,10 @@ from offramp_lab import cli as lab
 RunCommand = Any
 EVERY = (*COMMANDS, *lab.COMMANDS)
 """Every command, the lab's included."""
-TRAIN = ("--backbone", "tiny-opt", "--steps", 4, "--evaluate-every", 2, "--batch-size", 4)
+TRAIN = (
+    "--backbone", "tiny-opt", "--steps", 4, "--evaluate-every", 2, "--batch-size", 4,
+    "--exit-kind", "layer",
+)  # fmt: skip
 
 
 def program_of(command: str) -> Any:

@@ -18,7 +18,13 @@ from offramp.training.trainer import train
 from offramp_lab.inputs import zoo
 
 CONFIG = TrainConfig(
-    depths=(2,), steps=2, batch_size=4, evaluate_every=2, max_new_tokens=3, adversarial=0.0
+    exit_kind="layer",
+    depths=(2,),
+    steps=2,
+    batch_size=4,
+    evaluate_every=2,
+    max_new_tokens=3,
+    adversarial=0.0,
 )
 
 

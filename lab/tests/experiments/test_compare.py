@@ -38,7 +38,9 @@ from offramp_lab.experiments.comparison.points import PointMeasurer
 from offramp_lab.experiments.experiment import Experiment
 
 NAMES = ("blip2-opt", "blip2-t5")
-TRAINING = TrainConfig(steps=2, batch_size=4, evaluate_every=2, patience=None, max_new_tokens=5)
+TRAINING = TrainConfig(
+    exit_kind="layer", steps=2, batch_size=4, evaluate_every=2, patience=None, max_new_tokens=5
+)
 PLAN = Plan(
     depths=(2,), several=(2, 4), quantiles=(0.3, 0.8), training=TRAINING, timed=1, rounds=1,
     max_new_tokens=5,

@@ -62,10 +62,10 @@ class TrainConfig:
         choices=INITIAL,
     )
     exit_kind: str = option(
-        "layer",
-        "what an exit is: a copied decoder layer; drafting: one that also learns to draft on, for "
-        "lossless decoding; dense: a layer with one MLP in place of its experts; or a kind "
-        "registered by a plug-in",
+        "drafting",
+        "what an exit is: drafting: a copied decoder layer that then learns to draft on, for "
+        "lossless decoding; layer: without that second stage; dense: with one MLP in place of its "
+        "experts; or a kind registered by a plug-in",
     )
     steps: int = option(600, "training steps")
     batch_size: int = option(16, "examples in a step")

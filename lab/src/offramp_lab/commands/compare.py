@@ -107,7 +107,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     names = ("objectives", "policies", "pairs")
     named = {n: tuple(v) for n in names if (v := getattr(arguments, n)) is not None}
     chosen = {"max_new_tokens": arguments.max_new_tokens, **filled(arguments, Plan), **named}
-    training = TrainConfig(**{n: getattr(arguments, n) for n in TRAINING}, **FREE, patience=None)
+    training = TrainConfig(
+        **{n: getattr(arguments, n) for n in TRAINING}, **FREE, exit_kind="layer", patience=None
+    )
     plan = Plan(training=training, **chosen)  # a mistake should not wait for the data
     check_writable(arguments.out, folder=True)
     items = read_data(arguments, require_answers=arguments.quality != "agreement")

@@ -212,7 +212,8 @@ class Bench:
         for cell in group:
             began = time.perf_counter()
             config = TrainConfig(
-                depths=(DEPTH,), steps=steps, batch_size=BATCH, seed=seed, patience=None,
+                exit_kind="layer", depths=(DEPTH,), steps=steps, batch_size=BATCH, seed=seed,
+                patience=None,
                 evaluate_every=steps,  # judged as the last step leaves them
                 **setting.regime, **setting.games(cell.kind)[cell.game],
             )  # fmt: skip

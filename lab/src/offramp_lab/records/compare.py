@@ -79,7 +79,12 @@ def _run(kind: str, out: Path) -> None:
         pairs=PUBLISHED,
         quantiles=QUANTILES,
         training=TrainConfig(
-            steps=STEPS[kind], batch_size=32, patience=None, initial_layer="closest", **TERMS
+            exit_kind="layer",
+            steps=STEPS[kind],
+            batch_size=32,
+            patience=None,
+            initial_layer="closest",
+            **TERMS,
         ),
         seeds=3,
         timed=TIMED,

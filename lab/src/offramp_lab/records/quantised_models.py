@@ -49,7 +49,13 @@ PACKAGES = (
     "gptqmodel", "hqq",
 )  # fmt: skip
 TRAIN = TrainConfig(
-    steps=40, batch_size=4, evaluate_every=20, max_new_tokens=12, validation_fraction=0.25, **FREE
+    exit_kind="layer",
+    steps=40,
+    batch_size=4,
+    evaluate_every=20,
+    max_new_tokens=12,
+    validation_fraction=0.25,
+    **FREE,
 )
 """Few steps: that every tensor learns is asked here, not how well."""
 MODES = {"full": "plain", "early_exit": "exits", "lossless": "lossless"}

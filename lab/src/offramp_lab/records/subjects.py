@@ -58,7 +58,7 @@ def trained(
     """A tiny model with exits that learn from these examples without labels, and its encoder.
     config: of the training, in batches of 32."""
     backbone, processor = load_tiny(kind)
-    options = TrainConfig(batch_size=32, **config, **FREE)
+    options = TrainConfig(**{"exit_kind": "layer", "batch_size": 32, **config, **FREE})
     with TemporaryDirectory() as folder:
         adapter = train(backbone, processor, examples, options, folder)
     return adapter, InputProcessor(backbone, processor)

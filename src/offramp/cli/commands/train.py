@@ -83,8 +83,8 @@ def _options(parser: Parser) -> None:
     )
     group.add_argument(
         "--drafting", nargs="?", const=True, metavar="ADAPTER",
-        help="the exits also learn to draft on, for lossless decoding; with an adapter's folder, "
-        "its exits do, and nothing else of them changes without --of-format",
+        help="teach the exits of an adapter that is there to draft on, and change nothing else of "
+        "them without --of-format. Without a folder: as --exit-kind drafting",
     )  # fmt: skip
     name_option(
         group, "--of-format", FORMATS,

@@ -90,7 +90,9 @@ class Plan:
         shown="a quarter, a half and three quarters of the layers",
     )
     quantiles: tuple[float, ...] = (0.0, 0.005, 0.02, 0.1, 0.3, 0.6)
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(patience=None, **ADDED))
+    training: TrainConfig = field(
+        default_factory=lambda: TrainConfig(exit_kind="layer", patience=None, **ADDED)
+    )
     seeds: int = option(1, "train and time all of it this often; figures are means")
     exit_in_prefill: bool = option(
         True, "let first tokens exit early too, where the prompt is causal", shown="they do"
