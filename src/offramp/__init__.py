@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from offramp.engine.constraint import JsonConstraint
     from offramp.engine.generate import generate
     from offramp.engine.policy import ExitPolicy, GenerationOutput
+    from offramp.loading import load
     from offramp.models.backbone import Backbone
     from offramp.models.exit_kinds import register_exit
     from offramp.models.exits import Exits
@@ -44,6 +45,7 @@ __all__ = [
     "attach",
     "calibrate",
     "generate",
+    "load",
     "register_backbone",
     "register_exit",
     "register_loss",
@@ -66,6 +68,7 @@ _HOMES = {
     "attach": "adapter",
     "calibrate": "calibration.calibrate",
     "generate": "engine.generate",
+    "load": "loading",
     "register_backbone": "models.registry",
     "register_exit": "models.exit_kinds",
     "register_loss": "training.losses",

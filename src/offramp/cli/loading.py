@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import MTMD, TORCH, VISION
+from offramp.cli.options import TORCH
 from offramp.cli.outputs import check_out_adapter
 from offramp.errors import DataError, InputError
 
@@ -40,6 +40,7 @@ def load_model(
     arguments: argparse.Namespace, name: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
     """The backbone and its processor. revision: where --revision does not give another."""
+    from offramp.loading import own_vision
     from offramp.models.shipped import load_named, tiny_kind
     from offramp.models.shrink_on_load import with_shrink_on_load
 
@@ -55,8 +56,7 @@ def load_model(
             arguments.device, is_tiny=tiny_kind(name) is not None, quantize=quantize
         ),
         quantize=quantize,
-        compile=_engine(arguments) == "compiled",
-        vision=own_vision(arguments),
+        vision=own_vision(getattr(arguments, "vision", TORCH), _engine(arguments)),
     )
     if getattr(arguments, "shrink_on_load", False):
         processor = with_shrink_on_load(processor)
@@ -107,81 +107,50 @@ def choose_device(asked: str, *, is_tiny: bool = False, quantize: str | None = N
 
 
 def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The adapter on its own backbone, or on the one that --backbone names; and the processor.
+    """The adapter on its own backbone, or on the one that --backbone names, in the engine that
+    --engine names where that is PyTorch's; and the processor."""
+    from offramp.loading import with_exits
 
-    Of a shipped model without exits, one that never exits."""
+    model, processor = open_named(arguments, arguments.adapter)
+    return with_exits(model), processor
+
+
+def open_named(arguments: argparse.Namespace, name: str, **more: Any) -> tuple[Any, Any]:
+    """An adapter, or the backbone of a model that ships without exits, and the processor. more: as
+    of `offramp.loading.open_model`."""
     from offramp.adapter import Adapter
-    from offramp.models.exits import Exits, ExitSet
-    from offramp.models.shipped import shipped_exits
-    from offramp.save_and_load import read_config
+    from offramp.loading import open_model, own_vision, seeing
+    from offramp.models.shipped import tiny_kind
 
-    try:
-        folder = shipped_exits(arguments.adapter) or arguments.adapter
-    except InputError:
-        backbone, processor = load_model(arguments, arguments.adapter)
-        log.info("%s ships without exits: every token runs at full depth", arguments.adapter)
-        return Adapter(backbone, ExitSet(Exits(backbone, (1,), kind="lens"))), processor
-    if not os.path.isdir(folder):
-        if arguments.backbone is None:
-            raise InputError(
-                f"{arguments.adapter} is not an adapter folder on this machine.",
-                "Correct --adapter, or name the --backbone of an adapter on the hub.",
-            )
-        backbone, processor = load_model(arguments)
-        adapter = seeing(arguments, Adapter.from_pretrained(backbone, arguments.adapter))
-        return laid_out(arguments, adapter), processor
-    config = read_config(folder)
-    named = arguments.backbone
-    own = named is None
-    backbone, processor = load_model(
-        arguments, config.backbone if own else named, config.revision if own else None
+    quantize, vision = getattr(arguments, "quantize", None), getattr(arguments, "vision", TORCH)
+    engine = _engine(arguments)
+    model, processor = open_model(
+        name,
+        backbone=arguments.backbone,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        device=choose_device(
+            arguments.device,
+            is_tiny=tiny_kind(arguments.backbone or name) is not None,
+            quantize=quantize,
+        ),
+        quantize=quantize,
+        vision=own_vision(vision, engine),
+        shrink_on_load=getattr(arguments, "shrink_on_load", False),
+        **more,
     )
-    adapter = seeing(arguments, Adapter.load(config, backbone))
-    return laid_out(arguments, adapter), processor
-
-
-def own_vision(arguments: argparse.Namespace) -> str:
-    """What runs the vision tower of the model as it is loaded.
-
-    Raises:
-        InputError: what `offramp export` wrote is to run it, and PyTorch the decoder.
-    """
-    name: str = getattr(arguments, "vision", TORCH)
-    if name == MTMD and arguments.engine != "llama.cpp":
-        raise InputError(
-            f"--vision {MTMD} sees for --engine llama.cpp alone.",
-            "Give --engine llama.cpp and --gguf FOLDER, or another of "
-            f"{', '.join(name for name in VISION if name != MTMD)}.",
-        )
-    return TORCH if name == MTMD else name
-
-
-def seeing(arguments: argparse.Namespace, adapter: Any) -> Any:
-    """The adapter, for which llama.cpp sees images where --vision asks for it."""
-    if getattr(arguments, "vision", TORCH) != MTMD:
-        return adapter
-    import torch
-
-    from offramp.runtimes.llama_cpp.vision_tower import with_mtmd
-
-    threads = arguments.threads or torch.get_num_threads()  # as the decoder has them
-    return with_mtmd(adapter, arguments.gguf, threads=threads)
+    if isinstance(model, Adapter):
+        gguf, threads = (getattr(arguments, n, None) for n in ("gguf", "threads"))
+        model = seeing(model, vision, gguf, threads)
+    return laid_out(arguments, model), processor
 
 
 def laid_out(arguments: argparse.Namespace, model: Any) -> Any:
-    """A backbone or an adapter, its weights laid out where --engine says so."""
-    from offramp.models.prepack import prepack
+    """A backbone or an adapter in the engine that --engine names, where that is PyTorch's."""
+    from offramp.engines import engine_named
 
-    exits = getattr(model, "exits", None)
-    engine = _engine(arguments)
-    if engine == "exact-batches":
-        if exits is not None:
-            return model.with_exact_batches()
-        prepack(model, every=True)
-        return model.with_decoding(exact_batches=True)
-    if engine == "packed":
-        prepack(getattr(model, "backbone", model), exits)
-    return model
+    engine = engine_named(_engine(arguments))
+    return model if engine.replaces else engine.open(model)
 
 
 def _engine(arguments: argparse.Namespace) -> str:

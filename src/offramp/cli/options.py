@@ -23,25 +23,16 @@ from offramp.cli.parser import (
     whole,
     whole_numbers,
 )
+from offramp.engines import ENGINES
 from offramp.plugins import load_plugins
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("int8", "int4")
 Options = Callable[[Parser], None]
 _SAME: Any = object()
-ENGINES = {
-    "torch": "",
-    "compiled": "for single answers on a CPU: slow first, then faster",
-    "packed": "weights laid out for a CPU's products, for batches",
-    "exact-batches": "packed, and a token is the same to the last bit whatever is decoded beside "
-    "it, in half precision too; prompts are read one at a time",
-    "llama.cpp": "needs --gguf",
-    "cuda-graphs": "needs a GPU",
-}
-"""What can run a decoder, and what there is to know of it."""
-PLAIN = ("torch", "packed", "exact-batches")
+PLAIN = tuple(name for name, one in ENGINES.items() if not one.replaces and name != "compiled")
 """Those that run an adapter's decoder in PyTorch, many answers at once."""
-RUNTIMES = ("llama.cpp", "cuda-graphs")
+RUNTIMES = tuple(name for name, one in ENGINES.items() if one.replaces)
 """Those that run it in an adapter's place."""
 NAMED_EXITS = (
     "folder or hub name of trained exits; or photo or tiny-opt, which ship with theirs, or "
@@ -303,7 +294,7 @@ def model_options(
 
 def engine_option(group: Any, engines: Collection[str] = tuple(ENGINES)) -> None:
     """What runs the decoder, of these."""
-    known = ", ".join(f"{n} ({said})" if (said := ENGINES[n]) else n for n in engines)
+    known = ", ".join(f"{n} ({said})" if (said := ENGINES[n].said) else n for n in engines)
     group.add_argument(
         "--engine", metavar="NAME", default="torch", choices=engines,
         help=f"what runs the decoder: {known} (default: torch)",

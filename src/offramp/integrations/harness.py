@@ -18,10 +18,10 @@ from PIL import Image
 from offramp.adapter import Adapter
 from offramp.data.image import open_rgb
 from offramp.errors import InputError, OfframpError
+from offramp.loading import open_model
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.loading import load_served
 
 LONGEST = 256
 """Tokens of an answer, where the task says nothing."""
@@ -65,7 +65,7 @@ class HarnessModel:
         limit: int | str = 2048,
         **more: Any,
     ) -> None:
-        model, processor = load_served(adapter, **more)
+        model, processor = open_model(adapter, **more)
         self.backbone = model.backbone if isinstance(model, Adapter) else model
         self.encoder = InputProcessor(self.backbone, processor)
         self._mode = mode

@@ -27,11 +27,11 @@ from PIL import Image
 from offramp.adapter import Adapter
 from offramp.data.image import open_rgb
 from offramp.errors import InputError, OfframpError, check_known
+from offramp.loading import adapter_folder, open_model
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.loading import adapter_folder, load_served
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -47,7 +47,7 @@ class RayConfig:
     adapter: as `offramp serve` takes it; every machine must have it, or reach the hub. others:
     adapters of the same backbone by the name that a request's `model` gives; a replica holds the
     `held` that were asked for last, each with slots of its own. server: fields of `ServerConfig`
-    beside the name. loading: as of `load_served`. cpus, gpus: of a replica. threads: of the
+    beside the name. loading: as of `open_model`. cpus, gpus: of a replica. threads: of the
     processor, for one call. watch: whether the guarantee is watched; each replica watches its own
     requests, and all that there may be share the level. scaling: more fields of Ray's autoscaling,
     such as upscale_delay_s.
@@ -103,7 +103,7 @@ def replica_app(config: RayConfig) -> FastAPI:
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model, processor = load_served(config.adapter, **config.loading)
+    model, processor = open_model(config.adapter, **config.loading)
     sizes = EngineConfig(config.slots, config.limit)
 
     def start(name: str, model: Adapter | Backbone) -> Service:
@@ -235,7 +235,7 @@ class Captioner:
         loading: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        model, processor = load_served(adapter, **(loading or {}))
+        model, processor = open_model(adapter, **(loading or {}))
         backbone = model.backbone if isinstance(model, Adapter) else model
         self._encoder = InputProcessor(backbone, processor)
         self._engine = BatchEngine(model, self._encoder, EngineConfig(slots, limit), queue=1024)

@@ -10,7 +10,6 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_items
 from offramp.cli.options import (
-    ENGINES,
     RUNTIMES,
     add_command,
     batch_option,
@@ -23,6 +22,7 @@ from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, named, one_of, share, some, whole
 from offramp.engine.policy import RANKINGS
+from offramp.engines import ENGINES
 from offramp.errors import StorageError
 from offramp.plugins import load_plugins
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import adapter_folder, load_adapter, read_data
-from offramp.cli.options import ENGINES, add_command, data_options, model_options
+from offramp.cli.options import add_command, data_options, model_options
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
+from offramp.engines import ENGINES
 
 log = logging.getLogger(__name__)
 ROUNDS, CONTEXT = 3, 2048

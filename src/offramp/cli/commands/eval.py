@@ -10,7 +10,6 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import load_adapter, load_model, policy_of, read_data, unseen_items
 from offramp.cli.options import (
-    ENGINES,
     RUNTIMES,
     add_command,
     batch_option,
@@ -22,6 +21,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser, one_of
+from offramp.engines import ENGINES
 from offramp.errors import InputError
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import load_adapter, policy_of
 from offramp.cli.options import (
-    ENGINES,
     LONGEST,
     add_command,
     length_option,
@@ -24,6 +23,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import print_json, print_text, tell
 from offramp.cli.parser import Parser, number, seed, share, whole
+from offramp.engines import ENGINES
 from offramp.errors import InputError, printable
 
 log = logging.getLogger(__name__)

@@ -7,10 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.loading import own_vision
-from offramp.cli.options import RUNTIMES
+from offramp.cli.options import MTMD, TORCH
 from offramp.cli.parser import Parser, threads, whole
-from offramp.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +35,13 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
 
 def check_runtime(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for a mistake that should not wait for the model."""
-    if (arguments.engine == "llama.cpp") != (arguments.gguf is not None):
-        raise InputError(
-            "--engine llama.cpp and --gguf FOLDER go together.",
-            "Write the folder: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER.",
-        )
-    own_vision(arguments)
-    if arguments.gguf is not None and arguments.quantize is not None:
-        raise InputError(
-            f"--quantize {arguments.quantize} is for PyTorch; llama.cpp's files hold the weights.",
-            "Leave it out, and choose their format: offramp export --gguf q4_1.",
-        )
+    from offramp.engines import check_asked
+
+    check_asked(arguments.engine, arguments.gguf, arguments.quantize)
+    if getattr(arguments, "vision", TORCH) == MTMD:
+        from offramp.loading import own_vision
+
+        own_vision(arguments.vision, arguments.engine)
 
 
 def load_runtime(
@@ -58,34 +52,19 @@ def load_runtime(
     alone: nothing else decodes by the adapter, or saves it: what is held twice is freed. sizes:
     threads and context, where the command has other options for them; sequences, at a time.
     """
+    from offramp.engines import engine_named
+
     check_runtime(arguments)
     if arguments.engine != "llama.cpp" and (kind := getattr(adapter, "of_format", None)):
         log.warning(
             "These exits learnt from the backbone in %s, and agree less with it as it is here: "
             "export them (--gguf %s) and use --engine llama.cpp.", kind, kind,
         )  # fmt: skip
-    if arguments.engine not in RUNTIMES:
+    engine = engine_named(arguments.engine)
+    if not engine.replaces:
         return None
-    context, threads = (
-        sizes.get(name) or getattr(arguments, name) for name in ("context", "threads")
-    )
-    if arguments.engine == "cuda-graphs":
-        return _graphs(adapter, context)
-    from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime
-
-    engine = EngineOptions(context, threads, sequences=sizes.get("sequences", 1))
-    runtime = LlamaCppRuntime(adapter, arguments.gguf, engine=engine)
-    if alone:
+    own = {name: sizes.get(name) or getattr(arguments, name) for name in ("context", "threads")}
+    runtime = engine.open(adapter, gguf=arguments.gguf, **own, sequences=sizes.get("sequences", 1))
+    if alone and hasattr(runtime, "release_decoder"):
         runtime.release_decoder()
     return runtime
-
-
-def _graphs(adapter: Any, context: int) -> Any:
-    from offramp.runtimes.graphs import GraphRuntime
-
-    if adapter.backbone.device.type != "cuda":
-        raise InputError(
-            f"CUDA graphs need an NVIDIA GPU, and the model is on {adapter.backbone.device}.",
-            "Leave --engine out, or name the GPU with --device cuda.",
-        )
-    return GraphRuntime(adapter, context=context)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import choose_device, laid_out, own_vision, seeing
+from offramp.cli.loading import open_named
 from offramp.cli.options import (
     NAMED_EXITS,
     PLAIN,
@@ -380,24 +380,4 @@ def _state_file(model: Any) -> Path:
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """An adapter and its processor; of a tiny model without exits, the backbone."""
-    from offramp.adapter import Adapter
-    from offramp.models.shipped import tiny_kind
-    from offramp.serving.loading import load_served
-
-    is_tiny = tiny_kind(arguments.name) is not None
-    device = choose_device(arguments.device, is_tiny=is_tiny, quantize=arguments.quantize)
-    model, processor = load_served(
-        arguments.name,
-        backbone=arguments.backbone,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        device=device,
-        quantize=arguments.quantize,
-        compile=arguments.engine == "compiled",
-        vision=own_vision(arguments),
-        shrink_on_load=arguments.shrink_on_load,
-        chat_template=arguments.chat_template,
-    )
-    if isinstance(model, Adapter):
-        model = seeing(arguments, model)
-    return laid_out(arguments, model), processor
+    return open_named(arguments, arguments.name, chat_template=arguments.chat_template)

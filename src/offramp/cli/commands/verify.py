@@ -12,7 +12,6 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import load_adapter, read_data
 from offramp.cli.options import (
-    ENGINES,
     NAMED_EXITS,
     add_command,
     data_options,
@@ -24,6 +23,7 @@ from offramp.cli.options import (
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Flattened, Parser, whole, whole_numbers
+from offramp.engines import ENGINES
 from offramp.errors import InexactError
 
 log = logging.getLogger(__name__)
@@ -141,9 +141,9 @@ def _is_certificate(begin: bytes) -> bool:
 def _digest(arguments: argparse.Namespace) -> str:
     """SHA-256 of the exits' file; "" of a model that ships without."""
     from offramp.errors import InputError
+    from offramp.loading import adapter_folder
     from offramp.models.shipped import shipped_exits
     from offramp.save_and_load import exits_digest, read_config
-    from offramp.serving.loading import adapter_folder
 
     try:
         shipped = shipped_exits(arguments.adapter)

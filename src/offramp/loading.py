@@ -1,17 +1,21 @@
-"""What is served, by name: an adapter finds its backbone."""
+"""How a model is loaded: the one owner of names, engines, vision towers and number formats."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
+from offramp.engines import TORCH, check_asked, engine_named
 from offramp.errors import AdapterError, InputError, StorageError
 from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.hub import grey_picture
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_named, shipped_exits
@@ -20,11 +24,120 @@ from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
 
+MTMD = "mtmd"
+"""Of vision engines: what runs a tower that `offramp export --vision` wrote."""
+LONGEST = 64
+"""Tokens of an answer whose length neither the caller nor a calibration says."""
 TRIAL = Example(grey_picture(), "What is shown?", (), "trial")
 """What a served model is tried on, before anybody asks."""
 
 
-def load_served(
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that is ready to answer.
+
+    model: generates: the adapter, or a runtime in its place. adapter: the exits on their backbone,
+    and the policy. processor: Hugging Face's.
+    """
+
+    model: Any
+    adapter: Adapter
+    processor: Any
+
+    @cached_property
+    def encoder(self) -> InputProcessor:
+        """Turns images and prompts into what the model takes."""
+        return InputProcessor(self.adapter.backbone, self.processor)
+
+    def answer(
+        self, image: Any = None, prompt: str = "", *, mode: str | None = None, **options: Any
+    ) -> str:
+        """Return the answer to a prompt about an image, as text.
+
+        image: a PIL image or a file; None: of a language model. mode: as of `Adapter.generate`.
+        options: of generation, such as max_new_tokens (default: as calibrated, or 64).
+
+        Raises:
+            DataError: the image cannot be read. InputError: an option that is not supported.
+        """
+        if image is None:
+            inputs = self.encoder.text_prompt(prompt)
+        else:
+            inputs = self.encoder.prompts([Example(image, prompt, (), key="image")])
+        calibrated = (self.adapter.calibration or {}).get("conditions") or {}
+        usual = {"max_new_tokens": calibrated.get("longest") or LONGEST, "do_sample": False}
+        made = self.model.generate(
+            inputs, policy=self.adapter.policy.in_mode(mode), **{**usual, **options}
+        )
+        return self.encoder.texts(made.new_tokens)[0]
+
+
+def load(
+    name: str,
+    *,
+    engine: str = TORCH,
+    vision: str = TORCH,
+    quantize: str | None = None,
+    gguf: str | Path | None = None,
+    context: int = 2048,
+    threads: int = 1,
+    **how: Any,
+) -> Loaded:
+    """Load a model with its processor and exits by the name of the exits.
+
+    name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. engine: what runs the
+    decoder, of `offramp.engines.ENGINES` or registered. vision: what runs the vision tower:
+    "torch", "onnxruntime", "openvino", "openvino-bf16", or "mtmd" in llama.cpp. quantize: "int8" or
+    "int4": weights of the layers in PyTorch. gguf: folder of `offramp export --gguf`, for
+    llama.cpp. context, threads: of llama.cpp and CUDA graphs. how: backbone, revision, dtype,
+    device, shrink_on_load and chat_template, as of `open_model`.
+
+    Raises:
+        InputError: an unknown engine, or what does not go with it. AdapterError: there is no such
+        adapter, or it does not fit. StorageError: it cannot be read.
+    """
+    check_asked(engine, gguf, quantize)
+    model, processor = open_model(name, vision=own_vision(vision, engine), quantize=quantize, **how)
+    adapter = seeing(with_exits(model), vision, gguf, threads)
+    opened = engine_named(engine).open(adapter, gguf=gguf, context=context, threads=threads)
+    own = opened if isinstance(opened, Adapter) else adapter
+    return Loaded(opened, own, processor)
+
+
+def with_exits(model: Adapter | Backbone) -> Adapter:
+    """An adapter itself; of a backbone alone, one that never exits."""
+    if isinstance(model, Adapter):
+        return model
+    return Adapter(model, ExitSet(Exits(model, (1,), kind="lens")))
+
+
+def own_vision(vision: str, engine: str) -> str:
+    """What runs the vision tower of the model as it is loaded.
+
+    Raises:
+        InputError: what `offramp export` wrote is to run it, and PyTorch the decoder.
+    """
+    if vision == MTMD and engine != "llama.cpp":
+        raise InputError(
+            f"--vision {MTMD} sees for --engine llama.cpp alone.",
+            "Give --engine llama.cpp and --gguf FOLDER, or another of torch, onnxruntime, "
+            "openvino, openvino-bf16.",
+        )
+    return TORCH if vision == MTMD else vision
+
+
+def seeing(adapter: Adapter, vision: str, gguf: Any, threads: int | None) -> Adapter:
+    """The adapter, for which llama.cpp sees images where `vision` asks for that."""
+    if vision != MTMD:
+        return adapter
+    import torch
+
+    from offramp.runtimes.llama_cpp.vision_tower import with_mtmd
+
+    return with_mtmd(adapter, gguf, threads=threads or torch.get_num_threads())
+
+
+def open_model(
     name: str,
     *,
     backbone: str | None = None,
@@ -37,7 +150,8 @@ def load_served(
     shrink_on_load: bool = False,
     chat_template: Path | None = None,
 ) -> tuple[Adapter | Backbone, Any]:
-    """An adapter on its backbone, and the processor; of a tiny model without exits, the backbone.
+    """Open an adapter on its backbone, and the processor; of a model that ships without exits, the
+    backbone.
 
     name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. backbone: instead of the
     adapter's own, with revision: of it. dtype, device, quantize, compile, vision: of the backbone,

@@ -1,0 +1,15 @@
+"""Layers, exits and head as code that is compiled for single answers on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from offramp.adapter import Adapter
+
+
+def open(model: Any, **_: Any) -> Any:
+    """The model, whose single answers compiled code writes."""
+    if isinstance(model, Adapter):
+        return replace(model, backbone=model.backbone.with_decoding(compiled=True))
+    return model.with_decoding(compiled=True)
