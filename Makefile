@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test test-research lint check records calibrated compare ablation analysis peers loads fuzz soak pages clean docs docs-version notes
+.PHONY: demo test quick test-research lint check records calibrated compare ablation analysis peers loads fuzz soak pages clean docs docs-version notes
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -25,6 +25,9 @@ LAB_TESTS := lab/tests tests/examples
 
 test: $(READY)  ## the tests of what is installed, without a network
 	$(PYTEST) tests --ignore=tests/examples
+
+quick: $(READY)  ## the laws of three families and the tests that mirror what changed: a minute on one core
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -q -n 0 --quick $$($(PYTHON) tests/helpers/quick.py)
 
 test-research: $(READY)  ## the tests of the lab and the photo example
 	$(PYTEST) $(LAB_TESTS)

@@ -297,7 +297,8 @@ def test_drafts_end_with_the_slot(limit, backbone, batch, knows):
     late = core.add(
         Request(rows[0], "lossless", options={"max_new_tokens": room, "do_sample": False})
     )
-    while len(core.decoder.sequences) < 1 or len(core.decoder.sequences[0].ids) < room - 6:
+    core.round()
+    while core.decoder.sequences and len(core.decoder.sequences[0].ids) < room - 12:
         core.round()
     other = core.add(
         Request(rows[1], "lossless", options={"max_new_tokens": room // 2, "do_sample": False})

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.confidence import FEATURE_SCORES, SCORES
+from offramp.engine.confidence import FEATURE_SCORES, SCORES, max_probability
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -193,7 +193,12 @@ def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | N
 
 
 def _score_of(policy: ExitPolicy) -> Callable[[ExitCheck], Tensor]:
-    if policy.score in FEATURE_SCORES:
-        return FEATURE_SCORES[policy.score]
-    of_logits = SCORES.get(policy.score, SCORES["max_probability"])
-    return lambda check: of_logits(check.allowed)
+    """The score of a name, looked up at each call: it may be registered anew."""
+    name = policy.score
+
+    def score(check: ExitCheck) -> Tensor:
+        if name in FEATURE_SCORES:
+            return FEATURE_SCORES[name](check)
+        return SCORES.get(name, max_probability)(check.allowed)  # else heads score by themselves
+
+    return score

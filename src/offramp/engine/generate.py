@@ -77,12 +77,13 @@ def generate(
     backbone = Backbone.of(backbone)
     planned = planned or partial(plan_of, backbone, exits, policy)
     plan = planned()
-    reader = plan.reader(vision_cache=vision_cache, prefix_cache=prefix_cache)
-    prepared = reader.prepare(inputs, options)
-    if not backbone.is_proven(plan.depths):
-        prove(backbone, inputs, plan.depths)
-        plan = planned()
-    return _write(plan, reader, prepared, streamer, seed, observer)
+    caches = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
+    with plan.reading(**caches) as reader:
+        prepared = reader.prepare(inputs, options)
+        if not backbone.is_proven(plan.depths):
+            prove(backbone, inputs, plan.depths)
+            plan = planned()
+        return _write(plan, reader, prepared, streamer, seed, observer)
 
 
 def generate_prepared(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from offramp.engine.confidence import HEADS
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 
@@ -24,13 +25,14 @@ class Stamp:
 
     def __init__(self, backbone: Backbone, exits: ExitSet | None) -> None:
         self._backbone, self._exits = backbone, exits
-        self._modules = [*_modules(backbone, exits)]
-        self._tensors = [
-            tensor
-            for module in self._modules
-            for table in (module._parameters, module._buffers)
-            for tensor in table.values()
-        ]  # kept, so that no other can come to their addresses
+        modules = [*_modules(backbone, exits)]
+        own = self._own = [module.__dict__ for module in modules]
+        self._children = [each["_modules"] for each in own]
+        self._tensors = [each[name] for each in own for name in ("_parameters", "_buffers")]
+        self._hooks = [each[name] for each in own for name in _HOOKS]
+        self._adapted = [m for m in modules if hasattr(m, "merged_adapters")]  # layers of PEFT's
+        # Kept, so that no other can come to their addresses.
+        self._held = [[*table.values()] for table in (*self._children, *self._tensors)]
         self._seen = self._look()
 
     def holds(self, backbone: Backbone, exits: ExitSet | None) -> bool:
@@ -40,24 +42,16 @@ class Stamp:
 
     def _look(self) -> list[Any]:
         backbone = self._backbone
-        found = [
+        found: list[Any] = [
             backbone.decoding, backbone.engine, backbone.lossless, backbone.family, backbone.tower,
-            getattr(backbone.text_config, "_attn_implementation", None),
+            getattr(backbone.text_config, "_attn_implementation", None), *HEADS.items(),
         ]  # fmt: skip
-        for module in self._modules:
-            own = module.__dict__
-            found.append(own["training"])
-            found += map(id, own["_modules"].values())
-            for table in ("_parameters", "_buffers"):
-                for tensor in own[table].values():
-                    found.append(_written(tensor))
-            for name in _HOOKS:
-                if own[name]:
-                    found.append((name, *own[name]))
-            if "forward" in own:
-                found.append(id(own["forward"]))
-            if hasattr(module, "merged_adapters"):  # a layer of PEFT's
-                found.append(_switches(module))
+        found += [each["training"] for each in self._own]
+        found += [id(each["forward"]) for each in self._own if "forward" in each]
+        found += [id(child) for table in self._children for child in table.values()]
+        found += [key for table in self._hooks for key in table]
+        found += [_written(tensor) for table in self._tensors for tensor in table.values()]
+        found += [_switches(layer) for layer in self._adapted]
         return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -36,6 +37,22 @@ class Plan:
     drafter: Callable[[Executor, Heads], Drafter] | None = None
     levels: Mapping[int, float] = field(default_factory=dict)
     first_may_exit: bool = True
+    _idle: list[Any] = field(default_factory=list, repr=False)
+
+    @contextmanager
+    def reading(self, **caches: Any) -> Iterator[Any]:
+        """What reads prompts, for one answer; it is kept for the next where no caches are given.
+
+        caches: as of `reader`.
+        """
+        own = all(cache is None for cache in caches.values())
+        try:
+            reader = self._idle.pop() if own else self.reader(**caches)
+        except IndexError:  # none is idle: other threads answer too
+            reader = self.reader()
+        yield reader
+        if own:
+            self._idle.append(reader)
 
     def rule(
         self, mode: str | None = None, thresholds: Mapping[int, float] | None = None

@@ -32,7 +32,7 @@ class TensorHeads(ExitHeads):
         super().__init__(adapter.backbone, exits, policy, depths)
         self._arrays: ArrayHeads | None = None
         own = exits is not None and exits.score is not None
-        if SCORES.get(policy.score) is max_probability and not own:
+        if policy.score == "max_probability" and not own:
             shortlist = None if self._scorer is None else self._scorer.shortlist
             self._arrays = ArrayHeads(
                 policy,
@@ -42,8 +42,9 @@ class TensorHeads(ExitHeads):
     def verdicts(
         self, depth: int, output: Any, queries: Sequence[Query | None]
     ) -> list[Verdict | Exception | None]:
-        if self._arrays is not None and all(q is None or q.sampler.plain for q in queries):
-            return self._arrays.verdicts(depth, output, queries)
+        arrays = self._arrays if SCORES["max_probability"] is max_probability else None
+        if arrays is not None and all(q is None or q.sampler.plain for q in queries):
+            return arrays.verdicts(depth, output, queries)
         return super().verdicts(depth, _tensors(output), queries)
 
     def words(self, final: Any) -> Word:
