@@ -15,9 +15,9 @@ from adapters import DEPTHS, POLICY, trained
 from huggingface_hub import ModelCard
 
 from offramp.adapter import Adapter
+from offramp.conditions import Conditions
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, InputError
-from offramp.guarantee import Conditions
 from offramp.model_card import model_card as card_of
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits

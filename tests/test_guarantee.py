@@ -10,23 +10,20 @@ import families
 import pytest
 import torch
 
+from offramp import conditions
 from offramp.adapter import Adapter
 from offramp.answers import generate_answers
 from offramp.calibration.risk_functions import RISKS
+from offramp.conditions import Conditions, as_loaded, differences, note_loaded, of_processor
+from offramp.conditions import _tokens_digest as tokens_digest
 from offramp.engine.policy import ExitPolicy
-from offramp.guarantee import (
-    NEEDED,
-    Conditions,
-    fits,
-    prompt_frames,
-    risk_words,
-    shown_conditions,
-    standing,
-)
+from offramp.guarantee import NEEDED, risk_words, shown_conditions, standing
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import load_tiny
+from offramp.prompt_kinds import fits, kind_of, prompt_frames
 
 POLICY = ExitPolicy({2: 0.9})
 KNOWN: dict[str, Any] = {
@@ -52,7 +49,18 @@ def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Cond
     found = calibration(here)
     del found["conditions"]["first"]
     assert standing(found, here).promise is not None
-    assert standing(found, replace(here, first={"2": 0.5})).promise is None
+    assert standing(found, here.under(first={"2": 0.5})).promise is None
+
+
+@pytest.mark.parametrize("name", ["gates", "weights"])
+def test_what_was_calibrated_by_a_field_that_policies_no_longer_have_guarantees_nothing(
+    here: Conditions, name: str
+) -> None:
+    found = calibration(here)
+    found["conditions"][name] = {}
+    assert standing(found, here).promise is not None
+    found["conditions"][name] = {"2": 0.5}
+    assert f"{name} " in standing(found, here).why and "2: 0.5" in standing(found, here).why
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Cond
 def test_another_condition_is_named_and_nothing_is_guaranteed(
     here: Conditions, change: dict[str, Any], words: str
 ) -> None:
-    found = standing(calibration(here), replace(here, **change))
+    found = standing(calibration(here), here.under(**change))
     assert found.promise is None and words in found.why
     assert found.sentence.startswith("not guaranteed here: ")
 
@@ -93,7 +101,7 @@ def test_another_condition_is_named_and_nothing_is_guaranteed(
     [{"longest": 20}, {"kernels": "prepacked"}, {"kernels": "compiled"}, {"vision": "openvino"}],
 )
 def test_what_keeps_every_answer_keeps_the_guarantee(here: Conditions, change: Any) -> None:
-    found = standing(calibration(here), replace(here, **change))
+    found = standing(calibration(here), here.under(**change))
     assert found.promise is not None and found.promise.target == 0.01
     assert "mean over images" in found.sentence and "95%" in found.sentence
 
@@ -102,36 +110,36 @@ def test_a_calibration_from_before_jpegs_were_shrunk_was_of_whole_ones(here: Con
     found = calibration(here)
     del found["conditions"]["shrink_on_load"]
     assert standing(found, here).promise is not None
-    assert standing(found, replace(here, shrink_on_load=True)).promise is None
+    assert standing(found, here.under(shrink_on_load=True)).promise is None
 
 
 def test_a_calibration_from_before_visual_tokens_stayed_behind_stands(here: Conditions) -> None:
     found = calibration(here)
     del found["conditions"]["visual_keep"]
     assert standing(found, here).promise is not None
-    assert standing(found, replace(here, visual_keep=0.5)).promise is None
+    assert standing(found, here.under(visual_keep=0.5)).promise is None
 
 
 def test_a_runtimes_tower_is_part_of_what_was_calibrated(here: Conditions) -> None:
     """States that are rounded to 8 bits let a last bit of the tower grow."""
-    inside = replace(here, engine="llama.cpp q8_0", kernels=None)
+    inside = here.under(engine="llama.cpp q8_0", kernels=None)
     found = calibration(inside)
     assert standing(found, inside).promise is not None
-    other = standing(found, replace(inside, vision="onnxruntime"))
+    other = standing(found, inside.under(vision="onnxruntime"))
     assert other.why == "a vision tower in onnxruntime where one in torch was calibrated"
     del found["conditions"]["vision"]  # of before there was a choice
     assert standing(found, inside).promise is not None
-    assert standing(found, replace(inside, vision="openvino")).promise is None
+    assert standing(found, inside.under(vision="openvino")).promise is None
 
 
 def test_a_shorter_answer_keeps_no_other_risk(here: Conditions) -> None:
     then = calibration(here, risk="consistency")
-    assert "up to 20 tokens" in standing(then, replace(here, longest=20)).why
+    assert "up to 20 tokens" in standing(then, here.under(longest=20)).why
 
 
 def test_each_unit_has_its_words(here: Conditions) -> None:
     by_answer = standing(calibration(here, unit="answer"), here).sentence
-    assert "the share of answers that differ" in by_answer and "images" not in by_answer
+    assert "the share of answers that differ" in by_answer and "mean over images" not in by_answer
 
 
 @pytest.mark.parametrize("target", [-1, 0, 1, 5, "0.01", None])
@@ -169,6 +177,15 @@ def test_prompts_are_known_by_what_they_have_in_common() -> None:
         assert not fits(other, frames)
 
 
+def test_a_prompt_is_of_the_kind_whose_frame_it_fits() -> None:
+    asked = [f"Question: what is {thing}? Answer:" for thing in ("it", "this")]
+    frames = prompt_frames([*asked, "Caption:"])
+    kinds = [kind_of(p, frames) for p in ("Caption:", "Question: what is red? Answer:", "Go on.")]
+    assert kinds == ["Caption:", "Question: what is ... ? Answer:", ""]
+    free = [f"{word} {word}?" for word in "abcdefghijklm"]
+    assert {kind_of(prompt, prompt_frames(free)) for prompt in free} == {""}
+
+
 def test_many_kinds_with_a_template_are_of_one_kind() -> None:
     words = ["what", "who", "where", "when", "why", "how", "is", "are", "does", "can", "which"]
     frames = prompt_frames([f"{word} {thing}? Answer:" for word in words for thing in ("a", "b")])
@@ -182,11 +199,11 @@ def test_of_prompts_that_share_no_word_only_they_themselves_are_guaranteed(
 ) -> None:
     words = ["what", "who", "where", "when", "why", "how", "is", "are", "does"]
     asked = [f"{word} {thing}{end}" for word in words for thing in ("a", "b")]
-    then = calibration(replace(here, prompts=prompt_frames([*asked, asked[0]])))
+    then = calibration(here.under(prompts=prompt_frames([*asked, asked[0]])))
     assert then["conditions"]["prompts"] == [[prompt] for prompt in sorted(asked)]
-    assert standing(then, replace(here, prompts=[[asked[3]]])).promise is not None
+    assert standing(then, here.under(prompts=[[asked[3]]])).promise is not None
     for other in (f"Write a poem{end}", end, f"what c{end}"):
-        found = standing(then, replace(here, prompts=[[other]]))
+        found = standing(then, here.under(prompts=[[other]]))
         assert found.why == "a prompt unlike the calibrated ones"
 
 
@@ -197,7 +214,7 @@ def test_prompts_of_which_one_begins_another_share_no_word() -> None:
 @pytest.mark.parametrize("frame", [["", ""], ["", "?"]])
 def test_a_stored_frame_without_a_word_fits_nothing(here: Conditions, frame: list[str]) -> None:
     """As calibrations of before prompts were kept have them."""
-    found = standing(calibration(replace(here, prompts=[frame])), here)
+    found = standing(calibration(here.under(prompts=[frame])), here)
     assert found.why == "a prompt unlike the calibrated ones"
 
 
@@ -232,6 +249,136 @@ def test_thresholds_beside_the_calibrated_ones_are_not_guaranteed() -> None:
     found = replace(adapter(), policy=ExitPolicy({2: 0.1}))
     words = "thresholds 2: 0.1 where 2: 0.9 were calibrated"
     assert words in repr(found) and words in model_card(found.backbone, found)
+
+
+# -- what may change answers and is not a policy's -------------------------------------------------
+
+
+def test_what_a_part_says_and_no_rule_knows_has_to_be_equal(here: Conditions) -> None:
+    then = calibration(here.under(cooling="air"))
+    assert standing(then, here.under(cooling="air")).promise is not None
+    found = standing(then, here.under(cooling="water"))
+    assert found.why == "cooling water where air was calibrated"
+    assert standing(calibration(here), here.under(cooling="water")).promise is not None  # unsaid
+
+
+@pytest.mark.parametrize("name", ["pixels", "tokens", "exits", "autocast", "matmul", "parameters"])
+def test_calibrations_that_do_not_say_a_later_condition_stand(here: Conditions, name: str) -> None:
+    now = here.under(pixels={"size": 1}, tokens="a", exits="b")
+    then = calibration(now)
+    assert standing(then, now).promise is not None
+    del then["conditions"][name]
+    assert standing(then, now).promise is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"do_normalize": False}, "another image processor"),
+        ({"do_rescale": False}, "another image processor"),
+        ({"image_mean": [0.1, 0.2, 0.3]}, "another image processor"),
+        ({"size": {"height": 8, "width": 8}}, "another image processor"),
+        ({"later": None}, None),
+    ],
+)
+def test_another_image_processor_is_named(change: dict[str, Any], words: str | None) -> None:
+    _, processor = load_tiny("opt")
+    then = of_processor(processor)["pixels"]
+    found = differences(Conditions(pixels=then), Conditions(pixels={**then, **change}))
+    assert found == ([] if words is None else ["another image processor than the calibrated one"])
+
+
+def test_a_tokenizer_that_puts_no_token_first_is_another() -> None:
+    _, processor = load_tiny("opt")
+    _, other = load_tiny("opt")
+    assert of_processor(processor) == of_processor(other)
+    _, bare = load_tiny("opt")
+    bare.tokenizer.backend_tokenizer.post_processor = None
+    before = [list(p.tokenizer("What is it? 12 ")["input_ids"]) for p in (processor, bare)]
+    same = before[0] == before[1]
+    assert (of_processor(bare)["tokens"] == of_processor(processor)["tokens"]) == same
+    bare.tokenizer.add_tokens(["offramp"])
+    assert tokens_digest(bare.tokenizer) != of_processor(processor)["tokens"]
+
+
+def test_weights_that_were_written_to_after_loading_are_named(monkeypatch: Any) -> None:
+    monkeypatch.setattr(conditions, "_EVERY", 0.0)
+    found = adapter()
+    assert found.standing().promise is not None
+    with torch.no_grad():
+        next(found.backbone.layers[1].parameters()).add_(0.1)
+    assert found.standing().why == "weights of the backbone changed after they were loaded"
+
+
+class _Adapted(torch.nn.Module):
+    """As a layer of PEFT."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base, self.disable_adapters = base, False
+        self.active_adapters, self.merged_adapters = ["default"], list[str]()
+
+
+def test_an_adapter_of_peft_that_is_put_in_or_switched_is_named(monkeypatch: Any) -> None:
+    monkeypatch.setattr(conditions, "_EVERY", 0.0)
+    found = adapter()
+    found.backbone.layers[1].lora = _Adapted(torch.nn.Linear(2, 2))
+    assert "changed after they were loaded" in found.standing().why
+    del found.backbone.layers[1].lora
+    assert found.standing().promise is not None
+    other = Adapter(Backbone(families.build("blip2-opt")), found.exits)
+    other.backbone.layers[1].lora = layer = _Adapted(torch.nn.Linear(2, 2))
+    loaded = Backbone(other.backbone.model)
+    note_loaded(loaded)
+    assert not as_loaded(loaded)
+    conditions._LOADED[loaded.model] = conditions._state(loaded.model)
+    assert as_loaded(loaded)
+    layer.disable_adapters = True
+    assert not as_loaded(loaded)
+
+
+def test_exits_that_were_changed_and_saved_have_no_guarantee(tmp_path: Any) -> None:
+    backbone = Backbone(families.build("blip2-opt"))
+    exits = ExitSet.of(Exits(backbone, (2,)).requires_grad_(False))
+    then = Conditions.of(backbone, POLICY, exits=exits, **KNOWN)
+    found = Adapter(backbone, exits, POLICY, calibration=calibration(then))
+    assert found.standing().promise is not None
+    found.save(tmp_path / "same")
+    assert Adapter.load(tmp_path / "same", backbone).standing().promise is not None
+    with torch.no_grad():
+        next(exits.modules.parameters()).mul_(1.5)
+    words = "other weights of the exits than the calibrated ones"
+    assert found.standing().why == words
+    found.save(tmp_path / "changed")
+    assert words in (tmp_path / "changed" / "README.md").read_text()
+    assert Adapter.load(tmp_path / "changed", backbone).standing().why == words
+
+
+def test_a_generation_config_that_samples_is_named(monkeypatch: Any) -> None:
+    found = adapter()
+    monkeypatch.setattr(found.backbone.model.generation_config, "do_sample", True)
+    assert found.standing().why == "sampled where greedy decoding was calibrated"
+    assert found.standing(sampling="greedy").promise is not None
+
+
+def test_autocast_and_the_precision_of_products_are_named() -> None:
+    found = adapter()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert found.standing().why == "autocast to bfloat16 where none was calibrated"
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert "products in float32 of precision medium" in found.standing().why
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found.standing().promise is not None
+
+
+def test_how_long_drafts_are_withdraws_nothing() -> None:
+    found = adapter()
+    kept = found.with_policy(replace(POLICY, max_draft=3, drafts={2: 0.5}))
+    assert kept.standing().promise is not None
+    assert found.with_policy(replace(POLICY, thresholds={2: 0.8})).calibration is None
 
 
 # -- the table of what keeps every number ----------------------------------------------------------

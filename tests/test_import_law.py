@@ -28,9 +28,19 @@ GROUND = {
     "plugins",
     "certificate",
     "depth_color",
+    "prompt_kinds",
 }
 MODELS = {*GROUND, "data", "models"}
-ADAPTER = {*MODELS, "engine", "guarantee", "save_and_load", "model_card", "adapter"}
+ADAPTER = {
+    *MODELS,
+    "engine",
+    "conditions",
+    "guarantee",
+    "likeness",
+    "save_and_load",
+    "model_card",
+    "adapter",
+}
 ANSWERS = {*ADAPTER, "answers"}
 MAY_IMPORT = {
     "errors": set(),
@@ -46,9 +56,12 @@ MAY_IMPORT = {
     "data": GROUND,
     "models": {*GROUND, "data"},
     "engine": MODELS,
-    "guarantee": {*MODELS, "engine"},
+    "prompt_kinds": set(),
+    "likeness": {"betting"},
+    "conditions": {*MODELS, "engine"},
+    "guarantee": {*MODELS, "engine", "conditions", "likeness"},
     "save_and_load": {*MODELS, "engine"},
-    "model_card": {*MODELS, "engine", "guarantee", "save_and_load"},
+    "model_card": {*MODELS, "engine", "conditions", "guarantee", "likeness", "save_and_load"},
     "adapter": ADAPTER,
     "answers": ADAPTER,
     "training": ANSWERS,

@@ -14,6 +14,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from offramp.certificate import Certificate
+from offramp.conditions import Conditions, exits_digest, note_loaded, of_policy
 from offramp.engine.decoding.plan import Plan
 from offramp.engine.generate import generate, generate_prepared
 from offramp.engine.plan import plan_of
@@ -22,11 +23,13 @@ from offramp.engine.prefill import IMAGES, Prepared
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.stamp import Stamp
 from offramp.errors import AdapterError, InputError
-from offramp.guarantee import Conditions, Standing, standing
+from offramp.guarantee import Standing, standing
+from offramp.likeness import Likeness
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.prepack import prepack
+from offramp.prompt_kinds import kind_of
 from offramp.save_and_load import (
     AdapterConfig,
     AdapterParts,
@@ -181,6 +184,9 @@ class Adapter(CalledAsModel):
         self.exits = ExitSet.of(self.exits)
         self._plans: tuple[tuple[ExitPolicy, Plan], ...] = ()
         self._stamp: Stamp | None = None
+        note_loaded(self.backbone)
+        if self.calibration is not None:  # before weights are laid out for a processor
+            exits_digest(self.exits.modules)
 
     def __repr__(self) -> str:
         depths = ", ".join(map(str, self.exits.depths))
@@ -206,8 +212,18 @@ class Adapter(CalledAsModel):
         engine: the name of a runtime that answers in its place. known: of requests: see
             `offramp.guarantee.Conditions`.
         """
-        here = Conditions.of(self.backbone, self.policy, engine=engine, **known)
+        here = Conditions.of(self.backbone, self.policy, engine=engine, exits=self.exits, **known)
         return standing(self.calibration, here)
+
+    @property
+    def likeness(self) -> Likeness:
+        """What is known of its calibrated answers, to tell requests that are unlike them."""
+        return Likeness.from_json((self.calibration or {}).get("likeness"))
+
+    def kind_of(self, prompt: str) -> str:
+        """The kind of a prompt among the calibrated ones; see `offramp.prompt_kinds.kind_of`."""
+        then = (self.calibration or {}).get("conditions") or {}
+        return kind_of(prompt, then.get("prompts") or ())
 
     def prepack(self) -> None:
         """Lay the weights of layers, exits and LM head out for a processor: the same numbers, read
@@ -318,11 +334,11 @@ class Adapter(CalledAsModel):
         """The same exits with another policy. Raise `InputError` if it names other depths.
 
         calibration: what is guaranteed of it. A guarantee about another policy does not stay; a
-            policy that drafts otherwise is the same, for that changes no output.
+            policy that only drafts otherwise is the same, for that changes no output.
         """
         check_policy_depths(policy, self.exits.depths)
-        alike = replace(policy, drafts=self.policy.drafts)
-        if calibration is None and alike == self.policy:
+        alike = of_policy(policy) == of_policy(self.policy)
+        if calibration is None and alike and policy.lossless == self.policy.lossless:
             calibration = self.calibration
         return replace(self, policy=policy, calibration=calibration)
 

@@ -8,6 +8,7 @@ for the mean of each draw given those before.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,16 @@ EVERY = 50
 """Draws after which the bets against a promise start anew beside those that run. What was gained or
 lost before does not delay them: a risk that rises late is noticed about as soon as one that was
 high from the start."""
+CUED = 0.5
+"""Share of the fortune that is kept for starts on a cue: a risk that seems to rise. While the
+promise holds with room to spare hardly any comes, so that nearly all of this is there when it is
+needed. What is staked may depend on all that was seen before."""
+CUE_RATIO, CUE = 3.0, 3.0
+"""A cue: a cumulative sum (Page 1954) of the logarithm of how much likelier losses are at so many
+times the claimed mean reaches `CUE`."""
+PLANNED_FOR, BEFORE, MOST = 0.03, 3, 0.95
+"""Of `planned_p_value`: the level that its stakes are chosen for, draws that count as seen, and the
+largest part of a bet that cannot ruin."""
 CLAIMS = np.geomspace(2e-5, 0.98, 160)
 """Means among which a confidence interval is looked for."""
 
@@ -51,6 +62,27 @@ def betting_p_value(losses: Array, target: float, high: float = 1.0) -> float:
     return float(betting_p_values(losses, target, high))
 
 
+def planned_p_value(losses: Array, target: float) -> float:
+    """P-value of "the true risk is above `target`" for losses [n] of at most 1, of a number n that
+    was known before any was looked at.
+
+    One bet, whose stakes are those that gain most over n draws of the variance seen so far:
+    sqrt(2 log(1 / `PLANNED_FOR`) / (n variance)), after Waudby-Smith and Ramdas (2024, section
+    3.3). At first, losses as scattered as those of 0 and 1 at the target count like `BEFORE` draws.
+    """
+    n = len(losses)
+    if n == 0 or target >= 1:
+        return float(n == 0)
+    sums, draws = losses.cumsum(), np.arange(1, n + 1)
+    squares = ((losses - (target + sums) / (draws + 1)) ** 2).cumsum()
+    seen = np.concatenate([[0.0], squares[:-1]])  # a stake is made before its draw
+    variance = (BEFORE * target * (1 - target) + seen) / (BEFORE + draws - 1)
+    stakes = np.sqrt(2 * np.log(1 / PLANNED_FOR) / (n * variance))
+    stakes = np.minimum(stakes, MOST / (1 - target))
+    fortune = np.log1p(stakes * (target - losses)).cumsum()
+    return float(np.exp(-max(fortune.max(), 0.0)))
+
+
 def stakes_above(claims: Array) -> Array:
     """Stakes [..., K] of bets that losses in [0, 1] have a mean above each of `claims` [...].
 
@@ -63,40 +95,66 @@ def stakes_above(claims: Array) -> Array:
 
 
 def stake_of(start: int) -> float:
-    """The share of the fortune that bets of start number j, from 1, are made with: 1 / (j (j + 1)),
-    which sums to 1."""
-    return 1 / (start * (start + 1))
+    """The share of the fortune that bets of start number j, from 1, are made with:
+    0.47 / ((j + 1) log(j + 1)^2), which sums to less than 1 and falls about as slowly as it can."""
+    return float(0.47 / ((start + 1) * np.log(start + 1) ** 2))
 
 
 class Restarts:
-    """Bets that the risk is above `promised`, started anew every `EVERY` draws.
+    """Bets that the risk is above `promised`, started anew every `EVERY` draws and on a cue.
 
     A mixture over starts, as for changes of unknown time (Shin, Ramdas and Rinaldo 2023), but with
     shares that sum to 1: it cannot expect to gain while the promise holds, so an alarm at a
     fortune of 1 / level is false with probability at most `level`, over unlimited time. What waits
     to be bet is kept. Takes constant time and memory a draw.
 
-    shape: of streams that are watched beside each other.
+    shape: of streams that are watched beside each other. starts: how often bets have started, of
+    the first stream.
     """
 
     def __init__(self, promised: float, shape: tuple[int, ...] = ()) -> None:
         self.promised, self.n = promised, 0
         self.stakes = stakes_above(np.array(promised))
         self.fortune = np.zeros((*shape, len(RATIOS)))
-        self.kept = 1.0
+        self.kept: float = 1 - CUED
+        self.for_cues = np.full(shape, CUED)
+        self.cues = np.zeros(shape)
+        self.sum = np.zeros(shape)
         self.most = np.ones(shape)
+        likelier = min(promised * CUE_RATIO, (1 + promised) / 2)
+        self._steps = np.log([(1 - likelier) / (1 - promised), likelier / promised])
 
-    def add(self, losses: Any) -> None:
-        """One more draw of each stream."""
+    def start(self) -> bool:
+        """Before a draw: bets that start now, if it is time. Whether some did."""
+        started = False
         if self.n % EVERY == 0:
-            share = stake_of(self.n // EVERY + 1)
-            self.fortune = self.fortune + share / len(RATIOS)
-            self.kept -= share
+            by_clock = (1 - CUED) * stake_of(self.n // EVERY + 1)
+            self.fortune = self.fortune + by_clock / len(RATIOS)
+            self.kept -= by_clock
+            started = True
+        cued = self.sum >= CUE
+        if np.any(cued):
+            self.cues = self.cues + cued
+            at = np.maximum(self.cues, 1)
+            share = np.where(cued, CUED / (at * (at + 1)), 0.0)
+            self.fortune = self.fortune + share[..., None] / len(RATIOS)
+            self.for_cues, self.sum = self.for_cues - share, np.where(cued, 0.0, self.sum)
+            started = True
+        return started
+
+    def add(self, losses: Any, gains: Array | None = None) -> None:
+        """One more draw of each stream. gains: what each bet's fortune is multiplied by; None: what
+        a draw of its own gains."""
+        losses = np.asarray(losses, dtype=float)
+        if gains is None:
+            self.start()
+            gains = 1 + self.stakes * (losses[..., None] - self.promised)
         self.n += 1
-        gains = 1 + self.stakes * (np.asarray(losses)[..., None] - self.promised)
         # A fortune of 1e300 has long raised the alarm.
         self.fortune = np.minimum(self.fortune * gains, 1e300)
-        self.most = np.maximum(self.most, self.fortune.sum(-1) + max(self.kept, 0.0))
+        self.sum = np.maximum(0.0, self.sum + self._steps[0] + losses * np.ptp(self._steps))
+        kept = max(self.kept, 0.0) + np.maximum(self.for_cues, 0.0)
+        self.most = np.maximum(self.most, self.fortune.sum(-1) + kept)
 
 
 @dataclass
@@ -106,15 +164,19 @@ class RunningRisk:
     promised: the claim "the risk is at most this" that is tested; None: none. It is true where the
     risk of each draw, given those before, is at most that. level: how often, at most, a true claim
     is ever called broken, over unlimited time. confidence: of the interval for a risk that stays
-    the same, at all times together. Takes constant memory and time.
+    the same, at all times together. of_one: draws that may be of one image, whose losses are one
+    bet together: what the second loses is no news after the first. Takes constant time.
     """
 
     promised: float | None
     level: float = 0.01
     confidence: float = 0.95
+    of_one: int = 1
 
     def __post_init__(self) -> None:
         self.n, self.total = 0, 0.0
+        self._open: dict[str, tuple[int, float]] = {}
+        self._shut: OrderedDict[str, None] = OrderedDict()
         self._bets = None if self.promised is None else Restarts(self.promised)
         self._claims = CLAIMS
         self._above = stakes_above(self._claims)
@@ -124,23 +186,48 @@ class RunningRisk:
         self._most_up = np.zeros(len(self._claims))
         self._most_down = np.zeros(len(self._claims))
 
-    def add(self, loss: float) -> None:
-        """Note what one more draw lost.
+    def add(self, loss: float, image: str = "") -> bool:
+        """Note what one more draw lost; whether it counts.
+
+        image: what names its image among others; "": an image of its own. An image counts
+        `of_one` times, and no more once bets have started anew since it first did.
 
         Raises:
             ValueError: the loss is not in [0, 1].
         """
         if not 0.0 <= loss <= 1.0:
             raise ValueError(f"a loss of {loss} is not in [0, 1]")
+        if self._bets is not None and self._bets.start():
+            self._shut.update(dict.fromkeys(self._open))
+            self._open = {}
+            while len(self._shut) > REMEMBERED:
+                self._shut.popitem(last=False)
+        draws, lost = self._open.get(image, (0, 0.0)) if image else (0, 0.0)
+        if image and (image in self._shut or draws >= self.of_one):
+            return False
+        before, after = (draws, lost), (draws + 1, lost + loss)
+        if image:
+            self._open[image] = after
         self.n += 1
         self.total += loss
         if self._bets is not None:
-            self._bets.add(loss)
-        distance = loss - self._claims[:, None]
-        self._up += np.log1p(self._above * distance)
-        self._down += np.log1p(-self._below * distance)
+            self._bets.add(
+                loss, self._gained(self._bets.stakes, self._bets.promised, before, after)
+            )
+        claims = self._claims[:, None]
+        self._up += np.log(self._gained(self._above, claims, before, after))
+        self._down += np.log(self._gained(-self._below, claims, before, after))
         np.maximum(self._most_up, np.logaddexp.reduce(self._up, -1), out=self._most_up)
         np.maximum(self._most_down, np.logaddexp.reduce(self._down, -1), out=self._most_down)
+        return True
+
+    def _gained(
+        self, stakes: Array, claim: Any, before: tuple[int, float], after: tuple[int, float]
+    ) -> Array:
+        """What bets on an image gain by one more of its draws; (draws, losses) of it before and
+        after."""
+        then, now = (1 + stakes * (lost - n * claim) / self.of_one for n, lost in (before, after))
+        return np.asarray(now / then)
 
     def extend(self, losses: Sequence[float]) -> None:
         """Note several."""
@@ -175,30 +262,45 @@ class RunningRisk:
     def to_json(self) -> dict[str, Any]:
         """All that was learnt."""
         bets = self._bets
-        kept = (
-            None if bets is None else [bets.n, bets.kept, bets.fortune.tolist(), float(bets.most)]
-        )
+        kept = None if bets is None else {name: _plain(getattr(bets, name)) for name in KEPT}
         sides = (self._up, self._down, self._most_up, self._most_down)
         return {
             "promised": self.promised, "level": self.level, "confidence": self.confidence,
-            "n": self.n, "total": self.total, "bets": kept, "sides": [s.tolist() for s in sides],
+            "of_one": self.of_one, "n": self.n, "total": self.total, "bets": kept,
+            "sides": [side.tolist() for side in sides],
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunningRisk:
         """What `to_json` gave. Raise KeyError, TypeError or ValueError for anything else."""
-        found = cls(value["promised"], value["level"], value["confidence"])
-        found.n, found.total = int(value["n"]), float(value["total"])
-        sides = [np.asarray(side, dtype=float) for side in value["sides"]]
+        names = ("promised", "level", "confidence", "of_one")
+        found = cls(**{name: value[name] for name in names})
+        found.n, found.total = int(value["n"]), _finite(value["total"], ()).item()
         now = (found._up, found._down, found._most_up, found._most_down)
-        if [side.shape for side in sides] != [side.shape for side in now]:
-            raise ValueError("bets of another shape")
+        sides = [_finite(s, a.shape) for s, a in zip(value["sides"], now, strict=True)]
         found._up, found._down, found._most_up, found._most_down = sides
-        if found._bets is not None:
-            n, kept, fortune, most = value["bets"]
-            if len(fortune) != len(RATIOS):
-                raise ValueError("bets of another shape")
-            found._bets.n, found._bets.kept = int(n), float(kept)
-            found._bets.fortune = np.array(fortune, dtype=float)
-            found._bets.most = np.array(most, dtype=float)
+        bets = found._bets
+        if (bets is None) != (value["bets"] is None):
+            raise ValueError("bets without a promise")
+        for name in KEPT if bets is not None else ():
+            kept = _finite(value["bets"][name], np.shape(getattr(bets, name)))
+            setattr(bets, name, int(kept) if name == "n" else kept)
         return found
+
+
+KEPT = ("n", "kept", "for_cues", "cues", "sum", "fortune", "most")
+"""What is kept of `Restarts`."""
+REMEMBERED = 100_000
+"""Images that are known to have counted before bets started anew."""
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _finite(value: Any, shape: tuple[int, ...]) -> Array:
+    """Raise ValueError or TypeError for anything but finite numbers, of a shape."""
+    found = np.array(value, dtype=float)
+    if found.shape != shape or not np.isfinite(found).all():
+        raise ValueError("numbers of another shape, or none")
+    return found

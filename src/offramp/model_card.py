@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from offramp.certificate import Certificate
-from offramp.engine.policy import ExitPolicy
-from offramp.guarantee import Conditions, shown_conditions, standing
+from offramp.conditions import Conditions, of_exits, of_policy
+from offramp.engine.policy import resolved
+from offramp.guarantee import shown_conditions, standing
 from offramp.models.backbone import Backbone
 from offramp.models.hub import is_hub_name
 from offramp.save_and_load import AdapterParts
 
 _UNSAID = {
     "measured": None, "risk": "?", "target": None, "answers": "?", "level": None, "method": "?",
-    "data_digest": "?",
+    "data_digest": "?", "kinds": (), "each_kind": False,
 }  # fmt: skip
 """Of a calibration by an earlier version, which said less."""
 
@@ -46,7 +46,7 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
         drafting=adapter.metrics.get("drafting", {}),
         calibration=adapter.calibration,
         said={**_UNSAID, **(adapter.calibration or {})},
-        standing=standing(adapter.calibration, _wherever_it_runs(backbone, adapter.policy)),
+        standing=standing(adapter.calibration, _wherever_it_runs(backbone, adapter)),
         conditions=shown_conditions(adapter.calibration),
         verified=verified_section(adapter.certificate),
         provenance=json.dumps(dict(adapter.provenance), indent=2, ensure_ascii=False),
@@ -55,10 +55,13 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
     return f"---\n{card_data(backbone.name).to_yaml()}\n---\n{text}"
 
 
-def _wherever_it_runs(backbone: Backbone, policy: ExitPolicy) -> Conditions:
-    """A card's readers may run the exits otherwise than who wrote it; it names the conditions."""
-    unknown = ("dtype", "quantized", "engine", "kernels", "vision", "device")
-    return replace(Conditions.of(backbone, policy), **dict.fromkeys(unknown))
+def _wherever_it_runs(backbone: Backbone, adapter: AdapterParts) -> Conditions:
+    """A card's readers may run the exits otherwise than who wrote it, and it names the conditions;
+    of these, those that are the adapter's own."""
+    dtype = ((adapter.calibration or {}).get("conditions") or {}).get("dtype")
+    same = dtype == str(backbone.dtype).removeprefix("torch.")  # else exits differ by rounding
+    own = of_policy(resolved(adapter.policy, backbone))
+    return Conditions({**own, **(of_exits(adapter.exits) if same else {}), "dtype": dtype})
 
 
 def verified_section(certificate: Certificate | None) -> str:

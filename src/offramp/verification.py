@@ -40,7 +40,6 @@ from offramp.engine.policy import (
 from offramp.engine.prefill import Prefill, prepare
 from offramp.engine.teacher_forcing import StateRecorder
 from offramp.errors import InputError, OfframpError
-from offramp.guarantee import Conditions
 from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import fingerprint
 from offramp.models.input_processor import InputProcessor
@@ -393,7 +392,7 @@ def own_examples(adapter: Adapter, n: int) -> list[Example]:
     that the adapter was calibrated on, or else some of several lengths. Of a language model texts.
     """
     conditions = (adapter.calibration or {}).get("conditions") or {}
-    frames = Conditions.from_json(conditions).prompts or ()
+    frames = (conditions or {}).get("prompts") or ()
     prompts = [" what is there ".join(frame) if len(frame) > 1 else frame[0] for frame in frames]
     prompts = [prompt for prompt in prompts if prompt.strip()] or list(_PROMPTS)
     if adapter.backbone.text_only:

@@ -95,6 +95,41 @@ def test_many_copies_are_refused() -> None:
     assert len(images_of([*together, *some[1:9]])) == 9
 
 
+def test_images_of_one_source_are_one_draw_of_several_images() -> None:
+    some = fakes.examples(6)
+    films = [replace(e, source=name) for e, name in zip(some, "aab", strict=False)]
+    again = replace(some[3], key="other", prompt="w9")
+    images = images_of([*films, *some[3:], again])
+    drawn = {image.rows: image.by_image for image in images}
+    assert drawn == {(0, 1): ((0,), (1,)), (2,): ((2,),), (3, 6): ((3, 6),), (4,): ((4,),),
+                     (5,): ((5,),)}  # fmt: skip
+    losses = np.array([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    draws = Draws.by("image", losses, images, whole=True)
+    assert (draws.n, draws.largest, draws.whole) == (5, 2.0, False)
+    assert draws.risk == pytest.approx((1 + 0.5) / 6)  # a mean over images
+    named = [image for image in images if image.parts]
+    assert named[0].name != images_of(films[:1])[0].name  # another draw with more images
+    assert turn_of([attempt("1%", named)], "2%", images_of(films[:1]), any_time=True).number == 2
+
+
+def test_an_image_that_two_sources_share_makes_them_one_draw() -> None:
+    some = fakes.examples(3)
+    shared = [replace(some[0], source="a"), replace(some[0], key="again", source="b")]
+    others = [replace(some[1], source="a"), replace(some[2], source="b")]
+    (image,) = images_of([*shared, *others])
+    assert image.rows == (0, 1, 2, 3) and len(image.by_image) == 3
+
+
+def test_look_alikes_that_name_their_source_count_each() -> None:
+    scene = world.render(world.scene("test", 0))
+    near = [scene, *(scene.resize((s, s)) for s in (60, 64, 68))]
+    some = [Example(image, "What is it?", (), f"e{i}") for i, image in enumerate(near)]
+    with pytest.raises(DataError, match="copies of others"):
+        images_of(some)
+    assert len(images_of([replace(e, source=e.key) for e in some])) == 4
+    assert merged(images_of([replace(e, source=e.key) for e in some])) == 0
+
+
 def test_questions_about_one_image_are_one_image_by_name_or_content() -> None:
     some = fakes.examples(4)
     named = [replace(e, group="a" if i < 2 else "") for i, e in enumerate(some)]

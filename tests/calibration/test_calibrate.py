@@ -136,6 +136,43 @@ def test_what_is_promised_was_measured_and_its_bound_is_below_the_target(
     ]
 
 
+def of_two_kinds(n: int = 40) -> list[Example]:
+    """One in three asks for a caption, the others ask a question each."""
+    return [
+        replace(e, prompt="Caption:" if i % 3 == 0 else f"Question: {e.prompt} Answer:")
+        for i, e in enumerate(fakes.examples(n))
+    ]
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_what_was_measured_is_told_by_kind_of_prompt_and_may_be_promised_of_each(
+    each: bool,
+) -> None:
+    some = of_two_kinds()
+    result = found(4, examples=some, each_kind=each)
+    assert [kind.kind for kind in result.kinds] == ["Caption:", "Question: ... Answer:"]
+    losses = lost("disagreement", result.policy, some, 4)
+    caption = np.array([example.prompt == "Caption:" for example in some])
+    risks = [losses[caption].mean(), losses[~caption].mean()]
+    assert [kind.risk for kind in result.kinds] == pytest.approx(risks)
+    assert [kind.answers for kind in result.kinds] == [caption.sum(), (~caption).sum()]
+    assert result.measured == pytest.approx(max(risks) if each else losses.mean())
+    card = model_card(encoder().backbone, calibrated(adapter_at(4), result, some))
+    assert "| Caption: |" in card and ("not of each" in card) != each
+    promise = calibrated(adapter_at(4), result, some).standing().promise
+    assert promise is not None and ("for each kind of prompt" in promise.claim) == each
+
+
+def test_of_each_kind_fewer_thresholds_pass_than_of_all_together() -> None:
+    some = of_two_kinds()
+    together, each = (
+        found(4, examples=some, each_kind=each, target=0.35).path for each in (False, True)
+    )
+    for point, other in zip(together, each, strict=False):
+        assert point.bound <= other.bound
+    assert any(p.bound < q.bound for p, q in zip(together, each, strict=False))
+
+
 def test_an_exit_that_is_seldom_sure_may_exit_where_that_is_harmless() -> None:
     """As on photographs, where few words are said with half of the probability."""
     assert found(4, thresholds=module.GRID).path[-1].thresholds[4] == 0.1
@@ -159,7 +196,8 @@ def test_the_full_model_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
     result = found(4)
     assert sum(policy == FULL for policy in asked) == len(examples())
     early = sum(policy != FULL for policy in asked)
-    assert early == round(sum(point.risk for point in result.path) * result.n)
+    changed = round(sum(point.risk for point in result.path) * result.n)
+    assert early == changed + len(examples())  # once more at what was chosen: for their scores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -407,7 +445,7 @@ def test_scores_that_tell_nothing_apart_are_refused(
         ({"confidence": 0}, "between 0 and 1"),
         ({"confidence": math.nan}, "between 0 and 1"),
         ({"risk": "disagrement"}, "Did you mean 'disagreement'"),
-        ({"method": "learn"}, "Allowed: auto, upper_bound, learn_then_test"),
+        ({"method": "learn"}, "Allowed: auto, sharp, upper_bound, learn_then_test"),
         ({"policy": ExitPolicy(lossless=True)}, "Lossless"),
     ],
 )
@@ -515,7 +553,7 @@ def test_what_is_promised_covers_first_tokens_at_their_own_threshold(
     first: Any, depths: tuple[int, ...]
 ) -> None:
     result = found(*depths, first=first)
-    assert result.policy.first and result.conditions.first == result.policy.first.to_json()
+    assert result.policy.first and result.conditions["first"] == result.policy.first.to_json()
     assert {*result.policy.first} == {*result.policy.thresholds}
     searched = [i for i in images_of(examples()) if i.rank < SEARCH]
     at_all = first == "auto" or len(depths) > 1  # what is searched on is not tested on
@@ -591,7 +629,7 @@ def test_what_is_promised_covers_visual_tokens_that_stay_behind(
 ) -> None:
     result = found(*depths, visual_keep=shares, target=0.95)
     assert result.policy.visual_keep in shares and result.policy.visual_keep < 1
-    assert result.conditions.visual_keep == result.policy.visual_keep
+    assert result.conditions["visual_keep"] == result.policy.visual_keep
     searched = [i for i in images_of(examples()) if i.rank < SEARCH]
     at_all = len(shares) > 1  # one was chosen before, and with it no path is searched
     assert result.n == len(examples()) - (len(searched) if at_all else 0)

@@ -11,17 +11,21 @@ from risks import CONFIDENCE, TARGET, N, allowed, drawn
 from scipy.stats import binom
 
 from offramp.betting import betting_p_value
-from offramp.calibration.attempts import ImageRows, by_image
+from offramp.calibration.attempts import Draws, ImageRows, by_image
 from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
     control,
     hoeffding_bentkus,
+    images_for,
     learn_then_test,
     monotone,
+    more_needed,
+    p_value,
     samples_needed,
     upper_bound,
     upper_bound_control,
+    walk,
 )
 from offramp.errors import InputError
 
@@ -31,7 +35,8 @@ from offramp.errors import InputError
 def test_a_promise_that_can_be_given_mostly_is() -> None:
     draw = np.random.default_rng(0)
     for method in METHODS:
-        found = [control(drawn(draw, "monotone"), TARGET, CONFIDENCE, method) for _ in range(50)]
+        losses = (Draws.of(drawn(draw, "monotone"), whole=True) for _ in range(50))
+        found = [control(some, TARGET, CONFIDENCE, method) for some in losses]
         assert np.mean([f.index is not None and f.index >= 1 for f in found]) > 0.9
 
 
@@ -82,17 +87,17 @@ def test_where_monotonicity_fails_the_safer_of_both_choices_is_taken() -> None:
     losses[:, 0] = 0.0
     losses[:1900, 2] = -0.5  # gains, which only the betting bound counts
     found = control(losses, 0.15, CONFIDENCE, low=-1.0)
-    both = learn_then_test(losses, 0.15, CONFIDENCE), upper_bound_control(losses, 0.15, CONFIDENCE)
+    both = [walk(losses, 0.15, CONFIDENCE, test) for test in ("learn_then_test", "sharp")]
     assert (found.method, found.monotone) == ("learn_then_test", False)
     assert both[0] is not None and both[1] is not None
     assert found.index == min(both[0], both[1])
 
 
-def test_where_nothing_speaks_against_it_the_upper_bound_decides() -> None:
+def test_where_nothing_speaks_against_it_the_sharp_test_decides() -> None:
     losses = drawn(np.random.default_rng(0), "gains", 3000)
     found = control(losses, TARGET, CONFIDENCE, low=-1.0)
-    assert (found.method, found.monotone) == ("upper_bound", True)
-    assert found.index == upper_bound_control(losses, TARGET, CONFIDENCE)
+    assert (found.method, found.monotone) == ("sharp", True)
+    assert found.index == walk(losses, TARGET, CONFIDENCE, "sharp")
 
 
 # -- p-values and bounds ----------------------------------------------------------------------
@@ -131,7 +136,8 @@ def test_a_count_of_losses_is_not_rounded_up_by_floating_point() -> None:
 def test_the_stated_need_is_exact_when_nothing_is_lost(method: str) -> None:
     needed = samples_needed(0.01, 0.95, method)
     assert needed is not None
-    assert TESTS[method](np.zeros(needed), 0.01) <= 0.05 < TESTS[method](np.zeros(needed - 1), 0.01)
+    enough, short = (Draws.of(np.zeros(n), whole=True) for n in (needed, needed - 1))
+    assert TESTS[method](enough, 0.01) <= 0.05 < TESTS[method](short, 0.01)
 
 
 def test_learn_then_test_needs_what_the_rule_of_three_says() -> None:
@@ -142,6 +148,34 @@ def test_learn_then_test_needs_what_the_rule_of_three_says() -> None:
 def test_a_measured_risk_needs_more_and_one_above_the_target_has_no_number(method: str) -> None:
     few, more = (samples_needed(0.02, 0.95, method, risk) for risk in (0.0, 0.01))
     assert few is not None and more is not None and few < more
-    losses = np.resize(np.eye(1, 100)[0], more)  # one in a hundred
+    losses = Draws.of(np.resize(np.eye(1, 100)[0], more), whole=True)  # one in a hundred
     assert TESTS[method](losses, 0.02) <= 0.07
     assert samples_needed(0.02, 0.95, method, 0.02) is None
+
+
+@pytest.mark.parametrize("risk", [0, 0.001, 0.003, 0.005])
+def test_a_first_look_needs_a_tenth_more_images_than_an_exact_test_at_most(risk: float) -> None:
+    ours, exact = (images_for(0.01, 0.96, risk, **more) for more in ({}, {"share": 1.0}))
+    assert ours is not None and exact is not None and exact <= ours <= 1.1 * exact
+
+
+def test_images_that_are_added_are_bet_on_and_no_second_exact_test_is_made() -> None:
+    alike = np.zeros(1000)
+    first = p_value(Draws.of(alike[:300], whole=True), 0.01, "sharp")
+    assert p_value(Draws.of(alike[:330], whole=True, looked=300), 0.01, "sharp") == first
+    assert p_value(Draws.of(alike, whole=True, looked=300), 0.01, "sharp") < first
+    part = p_value(Draws.of(alike[:300], whole=True, looked=0), 0.01, "sharp")
+    assert part == pytest.approx(TESTS["upper_bound"](alike[:300], 0.01) / 0.15)
+    needed = more_needed(0.01, 0.96, 0.0)
+    assert needed is not None
+    assert p_value(Draws.of(np.zeros(needed), looked=0), 0.01, "sharp") <= 0.04
+
+
+def test_losses_between_0_and_1_need_fewer_images_at_a_first_look_than_by_bets() -> None:
+    draw = np.random.default_rng(3)
+    losses = draw.binomial(5, 0.015, (400, 220)) / 5
+    by = {
+        method: np.mean([p_value(row, 0.05, method) <= 0.04 for row in losses[:, :140]])
+        for method in ("sharp", "upper_bound")
+    }
+    assert by["sharp"] > by["upper_bound"] + 0.02

@@ -277,18 +277,15 @@ def test_a_copy_is_no_first_attempt_on_the_same_images(
         assert (tmp_path / f"copy {number}").is_dir() == (not found["reason"])
 
 
-def test_calibrate_takes_a_declared_number_a_choice_and_a_unit(
+def test_calibrate_takes_a_choice_and_a_unit(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
     asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json", "--target", 0.9)
-    code, out, _ = run(*asked, "--of", 4, "--unit", "answer", "--declared", 2)
+    code, out, _ = run(*asked, "--of", 4, "--unit", "answer")
     found = json.loads(out)
     assert code == 0
-    assert (found["unit"], found["candidates"], found["n"]) == ("answer", 4, 2)
-    assert found["method"] == "binomial"
+    assert (found["unit"], found["candidates"]) == ("answer", 4)
     assert found["level"] == pytest.approx(1 - 0.05 * 0.8 / 4)
-    code, _, err = run(*asked, "--declared", 5000)
-    assert code == 1 and "5000 images were declared" in err
 
 
 def test_generate_says_whether_its_answer_is_guaranteed(

@@ -78,6 +78,7 @@ def test_suitability_is_ten_lines_and_names_training_at_its_best_depth(
     assert "2 of 12" in out and "settled, 95%" in out
     (after,) = next_of(caplog)
     assert after.startswith(f"offramp train --backbone tiny-opt --data {tmp_path} --depths ")
+    assert "--max-new-tokens 8" in after  # what was asked is asked again
     code, out, _ = run(*asked, "--depths", "3", "--json")
     found = json.loads(out)
     assert found["best"] == 3 and found["depths"][0]["settled"].keys() == {"0.9", "0.95", "0.98"}

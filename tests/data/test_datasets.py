@@ -159,6 +159,35 @@ def test_a_limit_is_a_sample_whatever_order_the_file_has(write: Write) -> None:
     assert set(found) < {e.group for e in read_examples(write(*rows), limit=80)}
 
 
+def test_a_group_names_what_an_image_came_in_and_no_sample_splits_it(write: Write) -> None:
+    rows = [{"image": f"{name}.png", "group": group} for name, group in (("a", 7), ("b", 7))]
+    assert {e.source for e in read_examples(write(*rows))} == {"7"}
+    assert len(read_examples(write(*rows), limit=1)) == 2
+    assert [e.source for e in read_examples(write({"image": "a.png"}))] == [""]
+    named = write({"image": "a.png", "patient": "p 1", "group": "x"})
+    assert [e.source for e in read_examples(named, group_by="patient")] == ["p 1"]
+    with pytest.raises(DataError, match="line 1 has no 'film' to group by"):
+        read_examples(named, group_by="film")
+    with pytest.raises(DataError, match=r"\['a'\] as 'group'"):
+        read_examples(write({"image": "a.png", "group": ["a"]}))
+
+
+def test_images_in_one_folder_are_a_group_where_that_is_asked_for(tmp_path: Path) -> None:
+    for name in ("one/a.png", "one/b.png", "two/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 3), "red").save(tmp_path / name)
+    rows = "".join(f'{{"image": "{n}"}}\n' for n in ("one/a.png", "one/b.png", "two/c.png"))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    sources = [
+        Path(e.source).name for e in read_examples(tmp_path / "rows.jsonl", group_by="folder")
+    ]
+    assert sources == ["one", "one", "two"]
+    splits = split_examples(
+        read_examples(tmp_path / "rows.jsonl", group_by="folder"), {"a": 0.5, "b": 0.5}, seed=0
+    )
+    assert sorted(map(len, splits.values())) == [1, 2]
+
+
 def test_spellings_of_one_path_are_one_picture(write: Write) -> None:
     path = write({"image": "a.png"}, {"image": "./a.png"}, {"image": "x/../a.png"})
     (path.parent / "x").mkdir()

@@ -30,7 +30,7 @@ from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
     control,
-    declared_needed,
+    images_for,
     p_value,
     upper_bound,
 )
@@ -110,6 +110,44 @@ def test_a_guarantee_holds_where_answers_share_images(rows: int, correlation: fl
         assert (each <= STATED).mean() > 2 * STATED
 
 
+@pytest.mark.parametrize("largest", [10, 20])
+def test_a_guarantee_holds_where_images_come_in_groups(largest: int) -> None:
+    """Of a film or a user: images at a correlation of a half in their group. Each counted
+    alone, the promise would be broken."""
+    draw, trials, target, images = np.random.default_rng(largest), 300, 0.01, 1200
+    level, broken = STATED * error_share(1), {"as they are": 0, "alone": 0}
+    for _ in range(trials):
+        sizes = np.full(images // largest, largest)
+        together = np.repeat(draw.random(len(sizes)) < 1.001 * target, sizes)
+        repeats, alone = draw.random((2, sizes.sum()))
+        wrong = np.where(repeats < 0.5**0.5, together, alone < 1.001 * target).astype(float)
+        ends = sizes.cumsum().tolist()
+        groups = [
+            ImageRows(f"{end}", "", tuple(range(end - n, end)),
+                      parts=tuple((row,) for row in range(end - n, end)))
+            for n, end in zip(sizes.tolist(), ends, strict=True)
+        ]  # fmt: skip
+        draws = Draws.by("image", wrong, groups, whole=True)
+        broken["as they are"] += p_value(draws, target, "sharp") <= level
+        broken["alone"] += p_value(Draws.of(wrong, whole=True), target, "sharp") <= level
+    assert broken["as they are"] / trials <= allowed(STATED, trials)
+    assert broken["alone"] / trials > 2 * STATED
+
+
+def test_a_guarantee_of_each_kind_of_prompt_holds_of_each() -> None:
+    """Of captions 0.2% differ and of questions 2.1%; 0.96% of all would be said of both."""
+    draw, trials, target, n = np.random.default_rng(8), 300, 0.02, 2000
+    level, passed = STATED * error_share(1), {"together": 0, "each": 0}
+    for _ in range(trials):
+        caption = draw.random(n) < 0.6
+        wrong = (draw.random(n) < np.where(caption, 0.002, 0.021)).astype(float)
+        kinds = [Draws.of(wrong[part], whole=True) for part in (caption, ~caption)]
+        passed["together"] += p_value(Draws.of(wrong, whole=True), target, "sharp") <= level
+        passed["each"] += p_value(kinds, target, "sharp") <= level
+    assert passed["together"] > 0.9 * trials
+    assert passed["each"] / trials <= allowed(STATED, trials)
+
+
 def test_a_guarantee_holds_where_answers_are_unequally_many() -> None:
     """Images with 1 or 40 answers: 0.24% of an image's are wrong, and 1.64% of all."""
     draw, trials = np.random.default_rng(4), 200
@@ -140,7 +178,7 @@ def test_a_guarantee_holds_where_images_of_one_kind_look_alike(method: str) -> N
         wrong = draw.random(n) < np.where(chart, 0.1, 0.0015)  # 1.04% of all
         clusters = np.where(chart, 0, np.arange(1, n + 1)).tolist()
         images = [ImageRows(f"{i}", "", (i,), cluster=f"{c}") for i, c in enumerate(clusters)]
-        draws = Draws.by("image", wrong.astype(float), images)
+        draws = Draws.by("image", wrong.astype(float), images, whole=True)
         level = STATED * error_share(1)
         broken += p_value(draws, 0.01, method) <= level
         if method == "upper_bound":
@@ -150,20 +188,19 @@ def test_a_guarantee_holds_where_images_of_one_kind_look_alike(method: str) -> N
     assert method != "upper_bound" or forgotten > trials / 2
 
 
-def test_a_declared_number_of_images_passes_more_often_and_is_broken_no_more() -> None:
+@pytest.mark.parametrize("kind", ["whole", "parts"])
+def test_a_file_as_it_is_passes_as_often_as_was_told_and_is_broken_no_more(kind: str) -> None:
     draw, trials, level = np.random.default_rng(6), 1000, STATED * error_share(1)
-    n = declared_needed(0.05, 1 - level, 0.025)
+    n = images_for(0.05, 1 - level, 0.025)
     assert n is not None
-    for kind in ("whole", "parts"):
-        shares = {}
-        for risk in (0.025, 0.05):
-            losses = draw.random((trials, n)) < risk
-            if kind == "parts":
-                losses = 0.25 * (draw.random((trials, n)) < 4 * risk)
-            p = [p_value(row.astype(float), 0.05, "binomial") for row in losses]
-            shares[risk] = np.mean(np.array(p) <= level)
-        assert shares[0.025] >= 0.8 - 3 * math.sqrt(0.8 * 0.2 / trials)
-        assert shares[0.05] <= allowed(level, trials)
+    passed = {}
+    for risk in (0.025, 0.05):
+        wrong = draw.random((trials, n)) < (risk if kind == "whole" else 4 * risk)
+        losses = wrong * (1.0 if kind == "whole" else 0.25)
+        found = [Draws.of(row, whole=kind == "whole") for row in losses]
+        passed[risk] = np.mean([p_value(draws, 0.05, "sharp") <= level for draws in found])
+    assert passed[0.025] >= 0.8 - 3 * math.sqrt(0.8 * 0.2 / trials)
+    assert passed[0.05] <= allowed(level, trials)
 
 
 def test_a_choice_among_many_shares_the_errors() -> None:
@@ -176,12 +213,15 @@ def test_a_choice_among_many_shares_the_errors() -> None:
     assert (p <= STATED * error_share(1)).any(0).mean() > 2 * STATED  # each as if it were alone
 
 
-def test_a_guarantee_holds_where_the_list_grows_until_it_passes() -> None:
-    draw = np.random.default_rng(0)
-    losses = (draw.random((400, TRIALS)) < JUST_ABOVE).astype(float)
-    level = STATED * error_share(1)
-    passed = [betting_p_values(losses[:n], TARGET) <= level for n in range(50, 401, 50)]
-    assert np.any(passed, 0).mean() <= allowed(STATED, TRIALS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_guarantee_holds_where_the_list_grows_until_it_passes(whole: bool) -> None:
+    draw, trials = np.random.default_rng(0), 400
+    losses = (draw.random((trials, 400)) < JUST_ABOVE).astype(float)
+    level, passed = STATED * error_share(1), 0
+    for row in losses:
+        looks = (Draws.of(row[:n], whole=whole, looked=100) for n in range(100, 401, 50))
+        passed += any(p_value(draws, TARGET, "sharp") <= level for draws in looks)
+    assert passed / trials <= allowed(STATED, trials)
 
 
 @pytest.mark.parametrize("method", TESTS)

@@ -20,10 +20,10 @@ from projector_files import LOOKS
 from smolvlm import save_smolvlm
 
 from offramp.adapter import Adapter
+from offramp.conditions import Conditions
 from offramp.data.image import open_rgb
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
-from offramp.guarantee import Conditions
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.models.vision_cache import VisionCache
@@ -207,8 +207,8 @@ def test_the_engine_reads_images_ahead_by_it(tmp_path: Path) -> None:
 def test_it_is_a_condition_of_the_guarantee(tmp_path: Path) -> None:
     adapter, folder = exported("siglip", tmp_path, "q8_0")
     own = with_mtmd(adapter, folder)
-    assert Conditions.of(own.backbone, own.policy).vision == "mtmd q8_0"
-    assert Conditions.of(adapter.backbone, adapter.policy).vision == "torch"
+    assert Conditions.of(own.backbone, own.policy)["vision"] == "mtmd q8_0"
+    assert Conditions.of(adapter.backbone, adapter.policy)["vision"] == "torch"
 
 
 def test_pixels_are_the_bytes_that_they_were() -> None:

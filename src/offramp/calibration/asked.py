@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from offramp.calibration.attempts import UNITS, error_share
-from offramp.calibration.risk_control import METHODS, samples_needed
+from offramp.calibration.risk_control import METHODS, images_for, samples_needed
 from offramp.calibration.risk_functions import RISKS
 from offramp.errors import InputError, check_known
 
@@ -16,9 +16,10 @@ class Guarantee:
 
     unit: of `UNITS`: what the risk is a mean over. "image": an image counts once, by the mean of
     what its answers lose; "answer": all answers count alike, and an image with many counts more.
-    declared: images that are tested, declared before any was looked at; the method is then
-    "binomial". candidates: adapters, training seeds or sets of images among which the best is
-    taken, each with this guarantee asked of it; they share the errors.
+    each_kind: whether the risk of each kind of prompt, by what prompts have in common, is to keep
+    the target, and not that of all together alone. candidates: adapters, training seeds or sets of
+    images among which the best is taken, each with this guarantee asked of it; they share the
+    errors.
     """
 
     target: float = 0.01
@@ -26,8 +27,8 @@ class Guarantee:
     risk: str = "disagreement"
     method: str = "auto"
     unit: str = "image"
-    declared: int | None = None
     candidates: int = 1
+    each_kind: bool = False
 
     def __post_init__(self) -> None:
         if not (0 < self.target < 1 and 0 < self.confidence < 1):
@@ -38,26 +39,10 @@ class Guarantee:
         check_known("Risk", [self.risk], tuple(RISKS))
         check_known("Method", [self.method], METHODS)
         check_known("Unit", [self.unit], UNITS)
-        if (self.declared is not None and self.declared < 1) or self.candidates < 1:
+        if self.candidates < 1:
             raise InputError(
-                f"{self.declared} images declared and a choice of {self.candidates} say nothing.",
-                "Give whole numbers from 1.",
+                f"A choice of {self.candidates} says nothing.", "Give a whole number from 1."
             )
-        if self.declared is not None and self.method not in ("auto", "binomial"):
-            raise InputError(
-                f"A declared number of images is for the binomial test, not for {self.method!r}.",
-                "Leave method out, or leave declared out.",
-            )
-        if self.declared is None and self.method == "binomial":
-            raise InputError(
-                "The binomial test needs the number of images that was declared before.",
-                "Declare it, or leave method out.",
-            )
-
-    @property
-    def test(self) -> str:
-        """The method that decides."""
-        return self.method if self.declared is None else "binomial"
 
     def level(self, attempt: int) -> float:
         """The confidence at which the test of attempt `attempt`, from 1, is made."""
@@ -65,4 +50,9 @@ class Guarantee:
 
     def images_needed(self, risk: float = 0.0, attempt: int = 1) -> int | None:
         """The fewest images that keep the target at a measured `risk`; None: no number would."""
-        return samples_needed(self.target, self.level(attempt), self.test, risk)
+        return samples_needed(self.target, self.level(attempt), self.method, risk)
+
+    def images_for(self, risk: float) -> int | None:
+        """The images of which four of five first attempts pass where `risk` is the truth; None: no
+        number would."""
+        return images_for(self.target, self.level(1), risk)

@@ -2,7 +2,9 @@
 
 What is drawn is images, each with all its answers, and answers about one image are not independent.
 An image is what is seen: its upright pixels, whatever file holds them, or the name that examples
-share (`Example.group`). Images that are copies of each other, encoded again or resized, are no
+share (`Example.group`). Images that come together, as pages of a document, frames of a film or
+photographs of a user, are one draw (`Example.source`): the whole group is drawn, and the risk stays
+a mean over images. Images that are copies of each other, encoded again or resized, are no
 independent draws, and images that only look alike are: a test must pass both with the copies as one
 draw and with each as its own (`Draws`), so that merging lowers the count that is claimed and never
 the weight of a kind of image. Where more than `MANY` of the images would be merged, they are
@@ -18,13 +20,14 @@ own: betting is valid whenever one stops (Ville's inequality; Waudby-Smith and R
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from offramp.data.decontamination import source_digest
 from offramp.data.example import Example
 from offramp.data.image import content_digest, pixel_digest
 from offramp.data.near_copies import Look, near_copies
@@ -53,13 +56,13 @@ def error_share(number: int) -> float:
 
 @dataclass(frozen=True)
 class ImageRows:
-    """An image and its answers.
+    """An image, or a group of images that are drawn together, and its answers.
 
     image: digest of its pixels, the first of several. asked: digest of what is asked about it and
     about its copies. rows: places of its examples in a list. members: all that it is known by, as
-    digests: pixels, and the name that examples share. files: digests of its files, by which
+    digests: pixels, and the names that examples share. files: digests of its files, by which
     attempts of earlier versions know it. cluster: image of the first of its copies; its own where
-    it has none.
+    it has none. parts: of a group, the rows of each image; (): one image.
     """
 
     image: str
@@ -68,6 +71,26 @@ class ImageRows:
     members: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     cluster: str = ""
+    parts: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def by_image(self) -> tuple[tuple[int, ...], ...]:
+        """The rows of each of its images."""
+        return self.parts or (self.rows,)
+
+    def of_rows(self, wanted: Collection[int]) -> ImageRows | None:
+        """What of it is in some rows; None: nothing."""
+        parts = [tuple(row for row in part if row in wanted) for part in self.by_image]
+        parts = [part for part in parts if part]
+        rows = tuple(row for row in self.rows if row in wanted)
+        kept = tuple(parts) if len(parts) > 1 else ()
+        return replace(self, rows=rows, parts=kept) if rows else None
+
+    def at(self, start: int) -> ImageRows:
+        """The same with rows that follow each other from `start` on."""
+        place = {row: start + i for i, row in enumerate(self.rows)}
+        parts = tuple(tuple(place[row] for row in part) for part in self.parts)
+        return replace(self, rows=tuple(place.values()), parts=parts)
 
     @property
     def name(self) -> str:
@@ -116,7 +139,7 @@ def images_of(examples: Sequence[Example]) -> list[ImageRows]:
     """
     opened: dict[Any, _Seen] = {}
     seen = [_opened(example, opened) for example in examples]
-    names = _Names()
+    names, together = _Names(), _Names()
     for example, image in zip(examples, seen, strict=True):
         names.root(f"pixels {image.pixels}")
         if example.group:
@@ -124,25 +147,44 @@ def images_of(examples: Sequence[Example]) -> list[ImageRows]:
     parts: dict[str, list[int]] = {}
     for row, image in enumerate(seen):
         parts.setdefault(names.root(f"pixels {image.pixels}"), []).append(row)
-    copies = _copies(examples, seen, names)
-    together: dict[str, list[int]] = {}
     for name, rows in parts.items():
-        together.setdefault(copies.root(name), []).extend(rows)
-    first = {root: min(seen[row].pixels for row in rows) for root, rows in together.items()}
-    asked = {root: _asked(examples, seen, rows) for root, rows in together.items()}
+        for source in {examples[row].source for row in rows} - {""}:
+            together.join(name, f"source {source}")
+    drawn: dict[str, list[list[int]]] = {}
+    for name, rows in parts.items():
+        drawn.setdefault(together.root(name), []).append(rows)
+    draw_of = {row: root for root, some in drawn.items() for rows in some for row in rows}
+    copies = _copies(examples, seen, draw_of)
+    alike: dict[str, list[int]] = {}
+    for root, some in drawn.items():
+        alike.setdefault(copies.root(root), []).extend(row for rows in some for row in rows)
+    first = {root: min(seen[row].pixels for row in rows) for root, rows in alike.items()}
+    asked = {root: _asked(examples, seen, rows) for root, rows in alike.items()}
     images = [
-        ImageRows(
-            image=min(seen[row].pixels for row in rows),
-            asked=asked[copies.root(name)],
-            rows=tuple(rows),
-            members=_members(examples, seen, rows),
-            files=tuple(sorted({seen[row].file for row in rows})),
-            cluster=first[copies.root(name)],
-        )
-        for name, rows in parts.items()
+        _image(examples, seen, some, asked[copies.root(root)], first[copies.root(root)])
+        for root, some in drawn.items()
     ]
     _check_copies(examples, images)
     return sorted(images, key=lambda image: (image.rank, image.image))
+
+
+def _image(
+    examples: Sequence[Example],
+    seen: Sequence[_Seen],
+    parts: Sequence[Sequence[int]],
+    asked: str,
+    cluster: str,
+) -> ImageRows:
+    rows = tuple(sorted(row for part in parts for row in part))
+    return ImageRows(
+        image=min(seen[row].pixels for row in rows),
+        asked=asked,
+        rows=rows,
+        members=_members(examples, seen, rows),
+        files=tuple(sorted({seen[row].file for row in rows})),
+        cluster=cluster,
+        parts=tuple(tuple(part) for part in parts) if len(parts) > 1 else (),
+    )
 
 
 def _opened(example: Example, known: dict[Any, _Seen]) -> _Seen:
@@ -158,17 +200,22 @@ def _opened(example: Example, known: dict[Any, _Seen]) -> _Seen:
     return known[key]
 
 
-def _copies(examples: Sequence[Example], seen: Sequence[_Seen], names: _Names) -> _Names:
-    """Images, by the first of their names, that are copies of others."""
+def _copies(
+    examples: Sequence[Example], seen: Sequence[_Seen], draw_of: Mapping[int, str]
+) -> _Names:
+    """Draws that are copies of others. Images that both name where they came from count by that:
+    a thousand meters of one kind differ in a number alone."""
     shown: dict[str, int] = {}  # a row of each content
     for row, image in enumerate(seen):
         shown.setdefault(image.pixels, row)
     rows = [shown[pixels] for pixels in sorted(shown)]
-    pairs = near_copies([examples[row] for row in rows], [seen[row].look for row in rows])
     copies = _Names()
-    for one, other in pairs:
-        first, second = (names.root(f"pixels {seen[rows[i]].pixels}") for i in (one, other))
-        copies.join(first, second)
+    if all(examples[row].source for row in rows):
+        return copies
+    for pair in near_copies([examples[row] for row in rows], [seen[row].look for row in rows]):
+        one, other = (rows[i] for i in pair)
+        if not (examples[one].source and examples[other].source):
+            copies.join(draw_of[one], draw_of[other])
     return copies
 
 
@@ -177,6 +224,7 @@ def _members(
 ) -> tuple[str, ...]:
     groups = {examples[row].group for row in rows} - {""}
     named = {hashlib.sha256(f"group {group}".encode()).hexdigest()[:DIGITS] for group in groups}
+    named |= {source_digest(examples[row].source) for row in rows if examples[row].source}
     return tuple(sorted({seen[row].pixels for row in rows} | named))
 
 
@@ -202,7 +250,8 @@ def _check_copies(examples: Sequence[Example], images: Sequence[ImageRows]) -> N
     raise DataError(
         f"{copies} of {len(images)} images are copies of others, such as {shown}: they are no "
         "independent draws.",
-        "Keep one of each, or give the images that are one and the same a shared group.",
+        "Keep one of each. Where they are draws of their own, or come together in documents, "
+        "films, patients or users, say so: a 'group' in each row, or --group-by folder.",
     )
 
 
@@ -210,36 +259,56 @@ def _check_copies(examples: Sequence[Example], images: Sequence[ImageRows]) -> N
 class Draws:
     """Losses as independent draws, of which a test needs a mean that is at most the target.
 
-    sums: what all answers to an image lose together [n, ...] or, where the unit is an image, their
-    mean. counts: answers of each image [n], or 1. clusters: which images are copies of each
-    other [n]. largest: the largest count.
+    sums: what all answers to an image, or a group of images, lose together [n, ...] or, where the
+    unit is an image, the sum of the images' means. counts: answers, or images, of each [n].
+    clusters: which are copies of each other [n]. largest: the largest count. whole: whether a loss
+    is 0 or 1 (or a gain), which is known before any is looked at. looked: how many of the first
+    were there at the first look; None: all.
     """
 
     sums: Array
     counts: Array
     clusters: Array
     largest: float
+    whole: bool = False
+    looked: int | None = None
 
     @classmethod
-    def of(cls, losses: Array) -> Draws:
+    def of(cls, losses: Array, *, whole: bool = False, looked: int | None = None) -> Draws:
         """Losses [n, ...], each a draw of its own."""
         n = len(losses)
-        return cls(losses, np.ones(n), np.arange(n), 1.0)
+        return cls(losses, np.ones(n), np.arange(n), 1.0, whole, looked)
 
     @classmethod
-    def by(cls, unit: str, losses: Array, images: Sequence[ImageRows]) -> Draws:
-        """Losses of answers [rows, ...] to images, in the order given. unit: of `UNITS`."""
-        counts = np.array([float(len(image.rows)) for image in images])
-        sums = np.array([losses[list(image.rows)].sum(0) for image in images])
+    def by(
+        cls,
+        unit: str,
+        losses: Array,
+        images: Sequence[ImageRows],
+        *,
+        whole: bool = False,
+        looked: int | None = None,
+    ) -> Draws:
+        """Losses of answers [rows, ...] to images, in the order given.
+
+        unit: of `UNITS`. whole: whether what one answer loses is 0 or 1; of images with several
+        answers it is not. looked: see `Draws`.
+        """
+        whole = whole and all(len(image.rows) == 1 for image in images)
         if unit == "image":
-            sums, counts = (sums.T / counts).T, np.ones(len(images))
+            parts = [image.by_image for image in images]
+            sums = np.array([sum(losses[list(rows)].mean(0) for rows in some) for some in parts])
+            counts = np.array([float(len(some)) for some in parts])
+        else:
+            sums = np.array([losses[list(image.rows)].sum(0) for image in images])
+            counts = np.array([float(len(image.rows)) for image in images])
         numbers = {name: i for i, name in enumerate(dict.fromkeys(map(cluster_of, images)))}
         clusters = np.array([numbers[cluster_of(image)] for image in images])
-        return cls(sums, counts, clusters, float(counts.max(initial=1.0)))
+        return cls(sums, counts, clusters, float(counts.max(initial=1.0)), whole, looked)
 
     @property
     def n(self) -> int:
-        """Images, copies left out."""
+        """Images, or groups of them, copies left out."""
         return len(np.unique(self.clusters))
 
     @property
@@ -263,11 +332,11 @@ class Draws:
 
     def column(self, index: int) -> Draws:
         """One column of losses [n, K], as [n]."""
-        return Draws(self.sums[:, index], self.counts, self.clusters, self.largest)
+        return replace(self, sums=self.sums[:, index])
 
-    def first(self, n: int) -> Draws:
-        """The first n images."""
-        return Draws(self.sums[:n], self.counts[:n], self.clusters[:n], self.largest)
+    def first(self, n: int | None) -> Draws:
+        """The first n images; None: all."""
+        return replace(self, sums=self.sums[:n], counts=self.counts[:n], clusters=self.clusters[:n])
 
     def _both(self, values: Array) -> list[Array]:
         sizes = np.bincount(self.clusters)
@@ -282,6 +351,11 @@ class Draws:
 
 UNITS = ("image", "answer")
 """What a risk is a mean over: images, each by the mean of its answers, or all answers."""
+
+
+def grouped(images: Sequence[ImageRows]) -> bool:
+    """Whether some images are drawn together."""
+    return any(image.parts for image in images)
 
 
 def cluster_of(image: ImageRows) -> str:
@@ -303,8 +377,9 @@ class Attempt:
 
     asked: digest of all that the losses and the tests depend on, but for the images.
     settings: some of that, for people. number: of this attempt among those on the same images.
-    images: names in the order in which they were bet on. members: all that these images are known
-    by; see `ImageRows`. path: thresholds that were tested. outcome: what was found.
+    images: names in the order in which they were bet on. looked: how many of them there were at the
+    first look. members: all that these images are known by; see `ImageRows`. path: thresholds that
+    were tested. outcome: what was found.
     """
 
     asked: str
@@ -314,6 +389,7 @@ class Attempt:
     path: tuple[Thresholds, ...]
     outcome: Mapping[str, Any]
     members: tuple[str, ...] = ()
+    looked: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "path": [point.to_json() for point in self.path]}
@@ -328,6 +404,7 @@ class Attempt:
             number=int(value["number"]),
             images=tuple(map(str, value["images"])),
             members=tuple(map(str, value.get("members", ()))),
+            looked=int(value.get("looked", 0)),
             path=path,
         )
 
@@ -342,11 +419,14 @@ class Turn:
     """How an attempt is made.
 
     number: among the attempts on the same images. images: in the order in which they are bet on.
-    path: of the attempt that is continued; None: a new one. continues: that attempt.
+    looked: how many of them were there at the first look; 0: a part of those, which a test of a
+    known number says nothing of. path: of the attempt that is continued; None: a new one.
+    continues: that attempt.
     """
 
     number: int
     images: tuple[ImageRows, ...]
+    looked: int
     path: tuple[Thresholds, ...] | None = None
     continues: Attempt | None = None
 
@@ -372,18 +452,20 @@ def turn_of(
         ):
             bet_on = set(before.images)
             more = [image for image in images if image.name not in bet_on]
-            return Turn(before.number, (*old, *more), before.path, before)
-    return Turn(1 + max((attempt.number for attempt in sharing), default=0), tuple(images))
+            looked = before.looked if goes_on else 0
+            return Turn(before.number, (*old, *more), looked, before.path, before)
+    number = 1 + max((attempt.number for attempt in sharing), default=0)
+    return Turn(number, tuple(images), len(images))
 
 
 def recorded(
     attempts: Sequence[Attempt], attempt: Attempt, continues: Attempt | None = None
 ) -> tuple[Attempt, ...]:
     """The attempts with another one, in place of the one that it continues. The longer list of
-    images stays, and all that they were ever known by."""
+    images stays, how many the first look had, and all that they were ever known by."""
     others = [a for a in attempts if a != continues]
     parts = [attempt] if continues is None else [continues, attempt]
     longest = max(parts, key=lambda a: len(a.images))
     members = tuple(sorted({member for part in parts for member in part.members}))
-    kept = {"images": longest.images, "members": members}
+    kept = {"images": longest.images, "members": members, "looked": parts[0].looked}
     return (*others, Attempt(**{**vars(attempt), **kept}))

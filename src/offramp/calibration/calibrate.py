@@ -25,6 +25,7 @@ from offramp.calibration.attempts import (
     Draws,
     ImageRows,
     Turn,
+    grouped,
     images_of,
     merged,
     recorded,
@@ -35,6 +36,7 @@ from offramp.calibration.risk_control import (
     TESTS,
     control,
     first_test,
+    more_needed,
     p_value,
     samples_needed,
     upper_bound,
@@ -47,6 +49,7 @@ from offramp.calibration.threshold_evaluator import (
     split_images,
 )
 from offramp.calibration.threshold_search import Array
+from offramp.conditions import TORCH, Conditions, differences, of_processor, samples
 from offramp.data.decontamination import check_no_overlap, picture_digests
 from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
@@ -62,13 +65,17 @@ from offramp.engine.policy import (
 from offramp.engine.pruning import Pruner
 from offramp.errors import DataError, InputError
 from offramp.evaluation.evaluate import tensor_digest
-from offramp.guarantee import TORCH, Conditions, differences, of_processor, prompt_frames
+from offramp.likeness import ANSWERS, Likeness
 from offramp.models.input_processor import InputProcessor
+from offramp.prompt_kinds import kind_of, prompt_frames
 from offramp.storage import digest_rows
 
 AUTO = "auto"
 """Of first tokens: a threshold is searched."""
-GRID = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.9, 0.85, *(n / 10 for n in range(8, 0, -1)))
+GRID = (0.999, 0.995, 0.99, *(n / 100 for n in range(98, 8, -2)))
+"""Thresholds that are tested. A step of 0.1 was 18 to 26% of the speed."""
+COARSE = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, *(n / 20 for n in range(18, 1, -1)))
+"""Those of a runtime, which answers everything again at each."""
 
 
 # -- what is asked, and what is found --------------------------------------------------------------
@@ -89,6 +96,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Prompts of a kind: what was measured of them at the thresholds that were chosen, or at the
+    safest ones where none were. kind: see `offramp.prompt_kinds.kind_of`."""
+
+    kind: str
+    images: int
+    answers: int
+    risk: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What is guaranteed, and on what evidence.
 
@@ -97,7 +115,8 @@ class Calibration:
     method: that decided; see `offramp.calibration.risk_control.control`, as for `monotone`.
     unit: what the risk is a mean over; see `Guarantee`.
     measured, bound: the risk on the n tested images, and its upper bound.
-    n, answers: images tested, copies left out, and answers to them. copies: images that were found
+    n, answers: images tested, copies left out, and answers to them. groups: that these images came
+        in, which are what was drawn; None: each came alone. copies: images that were found
         to be copies of others.
     attempt: number of this attempt among those on the same images. level: the confidence at which
         its tests were made, so that all attempts together keep `confidence`. candidates: among
@@ -107,8 +126,11 @@ class Calibration:
     speedup: of decoding, predicted from measured costs.
     path: what was tested, up to the first failure.
     attempts: all that were made with these exits, this one included.
+    likeness: of the early answers at these thresholds, to know others that are like them by.
+    largest: answers of the image that had most. each_kind: whether the target holds of each of
+        `kinds`, by what was measured of each.
     runtime: whose answers the guarantee is about, by name; None: PyTorch's.
-    conditions: what else it holds under; see `offramp.guarantee.Conditions`.
+    conditions: what else it holds under; see `offramp.conditions`.
     """
 
     policy: ExitPolicy
@@ -131,14 +153,21 @@ class Calibration:
     attempts: tuple[Attempt, ...] = ()
     runtime: str | None = None
     unit: str = "image"
+    groups: int | None = None
     copies: int = 0
     candidates: int = 1
+    largest: int = 1
+    likeness: Likeness = field(default_factory=lambda: Likeness({}))
+    each_kind: bool = False
+    kinds: tuple[Kind, ...] = ()
     conditions: Conditions = field(default_factory=Conditions)
 
     def to_json(self) -> dict[str, Any]:
         """As it is stored in an adapter, without the attempts; thresholds are keyed by depth."""
         path = [{**asdict(point), "thresholds": point.thresholds.to_json()} for point in self.path]
         entries = {**asdict(self), "policy": policy_to_json(self.policy), "path": path}
+        entries |= {"kinds": list(entries["kinds"]), "conditions": self.conditions.to_json()}
+        entries["likeness"] = self.likeness.to_json()
         del entries["attempts"]
         return entries
 
@@ -170,9 +199,9 @@ def calibrate(
     risk: str = "disagreement",
     method: str = "auto",
     unit: str = "image",
-    declared: int | None = None,
     candidates: int = 1,
-    thresholds: Sequence[float] = GRID,
+    each_kind: bool = False,
+    thresholds: Sequence[float] | None = None,
     first: float | str | None = None,
     visual_keep: Sequence[float] | None = None,
     batch_size: int = 64,
@@ -183,9 +212,10 @@ def calibrate(
 ) -> Calibration:
     """The fastest thresholds found that keep P(risk <= target) >= confidence.
 
-    One exit is tested along the grid `thresholds`. Several are, each with its own threshold or
-    off, along a path found on a part of the images, if costs are given and the policy can be
-    replayed (greedy, kv "recompute", a score of `SCORES`); otherwise all share one threshold.
+    One exit is tested along the grid `thresholds` (None: `GRID`, of a runtime `COARSE`). Several
+    are, each with its own threshold or off, along a path found on a part of the images, if costs
+    are given and the policy can be replayed (greedy, kv "recompute", a score of `SCORES`);
+    otherwise all share one threshold.
 
     Args:
         examples: of images drawn like those to come, each on its own, and never trained on; of an
@@ -197,8 +227,8 @@ def calibrate(
         visual_keep: share of a prompt's visual tokens that goes on by the policy's ranking: one, as
             chosen before any of these images was looked at; or several, down to the smallest of
             which is searched, on images that are then not tested on. None: the policy's own.
-        risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`. unit, declared,
-            candidates: see `Guarantee`.
+        risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`. unit,
+            candidates, each_kind: see `Guarantee`.
         costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
             no speed is predicted, and the fastest thresholds are the last that keep the risk.
         runtime: answers in the adapter's place, e.g. with quantised weights: the guarantee is then
@@ -207,11 +237,12 @@ def calibrate(
 
     Raises:
         InputError: an argument cannot be used.
-        DataError: no examples, images that training used or of which many are copies, fewer than
-            were declared, no references that the risk can be measured against, a full model that
+        DataError: no examples, images that training used or of which many are copies, no
+            references that the risk can be measured against, a full model that
             is wrong everywhere, or scores that are constant or NaN.
     """
-    asked = Guarantee(target, confidence, risk, method, unit, declared, candidates)
+    asked = Guarantee(target, confidence, risk, method, unit, candidates, each_kind)
+    thresholds = thresholds or (GRID if runtime is None else COARSE)
     judged = list(map(Judged.of, examples))
     policy = _policy_of(policy, first, adapter, encoder)
     shares = _shares_of(visual_keep, policy.visual_ranking, adapter, runtime)
@@ -241,29 +272,38 @@ def calibrate(
         if policy.visual_ranking != ExitPolicy.visual_ranking:
             settings["visual_ranking"] = policy.visual_ranking
     here = {"engine": name, **of_processor(encoder.processor)}
+    here["exits"] = adapter.exits
     if unlike := _unlike_usual(Conditions.of(encoder.backbone, policy, **here), policy, adapter):
         settings["conditions"] = unlike
-    if unit == "answer":  # by which bets are scaled
-        settings["largest"] = max(len(image.rows) for image in images)
+    if each_kind:
+        frames = prompt_frames([example.prompt for example in judged])
+        settings["kinds"] = sorted({kind_of(example.prompt, frames) for example in judged})
+    if unit == "answer" or grouped(images):  # by which bets are scaled
+        by = [image.rows if unit == "answer" else image.by_image for image in images]
+        settings["largest"] = max(map(len, by))
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
     trial = _trial(
         whole, images, thresholds, attempts, digest, asked,
         search_first=first == AUTO, shares=shares,
     )  # fmt: skip
-    draws, points = _walk(trial, progress(trial.turn.path or ()), asked)
-    calibration = _decide(trial, draws, points, asked, examples_digest(judged))
+    losses, points = _walk(trial, progress(trial.turn.path or ()), asked)
+    calibration = _decide(trial, losses, points, asked, examples_digest(judged))
+    likeness = _likeness(trial, calibration.policy)
     if points:  # else nothing was tested, and no errors were risked
         attempt = _attempt(trial, calibration, digest, settings)
         attempts = recorded(attempts, attempt, trial.turn.continues)
     conditions = Conditions.of(
         encoder.backbone,
         calibration.policy,
-        sampling="sampled" if options.get("do_sample") else "greedy",
+        sampling="sampled" if samples(encoder.backbone, options) else "greedy",
         longest=options.get("max_new_tokens"),
         prompts=prompt_frames([example.prompt for example in judged]),
+        any_prompt="" in likeness.kinds or None,
         **here,
     )
-    return replace(calibration, attempts=attempts, runtime=name, conditions=conditions)
+    return replace(
+        calibration, attempts=attempts, runtime=name, conditions=conditions, likeness=likeness
+    )
 
 
 def _policy_of(
@@ -323,6 +363,7 @@ def _attempt(
         images=tuple(image.name for image in trial.turn.images),
         members=tuple(sorted({m for image in trial.turn.images for m in image.members})),
         path=trial.turn.path or (),
+        looked=trial.turn.looked,
         outcome={
             **outcome,
             **share,
@@ -370,7 +411,7 @@ def _settings(
 
 USUAL = Conditions(
     dtype="float32", quantized="", kernels="plain", vision=TORCH, shrink_on_load=False,
-    device="cpu", template="",
+    device="cpu", template="", autocast="", matmul="highest",
 )  # fmt: skip
 """What an attempt is made under that says nothing else."""
 
@@ -378,11 +419,10 @@ USUAL = Conditions(
 def _unlike_usual(here: Conditions, policy: ExitPolicy, adapter: Adapter) -> dict[str, Any]:
     """The conditions that are not the usual ones, where no guarantee of those would hold; and
     digests of the checks that the policy uses."""
-    usual = {name: value for name, value in asdict(USUAL).items() if value is not None}
     unlike = {
-        name: getattr(here, name)
-        for name, value in usual.items()
-        if differences(replace(here, **{name: value}), here)
+        name: here[name]
+        for name, value in USUAL.items()
+        if differences(here.under(**{name: value}), here)
     }
     ids = adapter.exits.shortlist
     if policy.shortlist and ids is not None:
@@ -397,24 +437,52 @@ def _unlike_usual(here: Conditions, policy: ExitPolicy, adapter: Adapter) -> dic
 class _Trial:
     """What is tested: examples, their images in the order of the bets, and the turn's path.
 
-    images: their rows are places in `tested.examples`. level: confidence of each test.
+    images: their rows are places in `tested.examples`. level: confidence of each test. kinds: names
+    of the kinds of prompts [rows].
     """
 
     tested: ThresholdEvaluator
     images: tuple[ImageRows, ...]
     turn: Turn
     level: float
+    kinds: tuple[str, ...]
 
-    def draws(self, losses: Array, unit: str) -> Draws:
-        """Losses [answers, ...] as those of the images."""
-        return Draws.by(unit, losses, self.images)
+    def draws(self, losses: Array, asked: Guarantee) -> list[Draws]:
+        """Losses [answers, ...] as those of the images: of all or, where the target is to hold of
+        each kind of prompt, of each."""
+        if not asked.each_kind:
+            return [self._of(losses, asked.unit, self.images, self.turn.looked)]
+        return list(self.by_kind(losses, asked.unit).values())
+
+    @property
+    def images_tested(self) -> int:
+        """Images, those that are copies of others left out."""
+        return sum(len(image.by_image) for image in self.images) - merged(self.images)
+
+    def number_of(self, asked: Guarantee) -> int:
+        """Images, or groups of them, that were tested, copies left out; of kinds, the fewest."""
+        nothing = np.zeros(len(self.tested.examples))
+        return min(part.n for part in self.draws(nothing, asked))
+
+    def by_kind(self, losses: Array, unit: str) -> dict[str, Draws]:
+        """The same by kind of prompt."""
+        found = {}
+        for kind in sorted(set(self.kinds)):
+            rows = {row for row, name in enumerate(self.kinds) if name == kind}
+            parts = [image.of_rows(rows) for image in self.images]
+            looked = sum(part is not None for part in parts[: self.turn.looked])
+            found[kind] = self._of(losses, unit, [part for part in parts if part], looked)
+        return found
+
+    def _of(self, losses: Array, unit: str, images: Sequence[ImageRows], looked: int) -> Draws:
+        return Draws.by(unit, losses, images, whole=self.tested.risk.whole, looked=looked)
 
 
 def _spare(asked: Guarantee, turn: Turn) -> float:
     """What answers may lose so that a test still passes: what it leaves below the target where
     none of them loses anything."""
     nothing = np.zeros(len(turn.images))
-    return max(0.0, asked.target - upper_bound(nothing, asked.level(turn.number), asked.test))
+    return max(0.0, asked.target - upper_bound(nothing, asked.level(turn.number), asked.method))
 
 
 def _trial(
@@ -429,9 +497,7 @@ def _trial(
     shares: Sequence[float],
 ) -> _Trial:
     search, tested = split_images(whole, images, also=search_first or bool(shares))
-    any_time = TESTS[first_test(asked.test)].any_time
-    if asked.declared is not None:
-        tested = _declared(tested, asked.declared)
+    any_time = TESTS[first_test(asked.method)].any_time
     turn = turn_of(attempts, digest, tested, any_time=any_time)
     if shares and turn.continues is not None:
         whole = whole.with_visual_keep(turn.continues.outcome["visual_keep"])
@@ -447,59 +513,55 @@ def _trial(
         turn = replace(turn, path=tuple(path_of(whole, search, grid)))
     rows = [row for image in turn.images for row in image.rows]
     starts = np.cumsum([0, *(len(image.rows) for image in turn.images)]).tolist()
-    moved = tuple(
-        replace(image, rows=tuple(range(start, start + len(image.rows))))
-        for image, start in zip(turn.images, starts, strict=False)
-    )
-    return _Trial(whole.part(np.array(rows)), moved, turn, asked.level(turn.number))
+    moved = tuple(image.at(start) for image, start in zip(turn.images, starts, strict=False))
+    part = whole.part(np.array(rows))
+    frames = prompt_frames([example.prompt for example in whole.examples])
+    kinds = tuple(kind_of(example.prompt, frames) for example in part.examples)
+    return _Trial(part, moved, turn, asked.level(turn.number), kinds)
 
 
-def _declared(images: Sequence[ImageRows], n: int) -> list[ImageRows]:
-    """The first n images. Raise `DataError` where there are fewer."""
-    if len(images) < n:
-        raise DataError(
-            f"{n} images were declared, and {len(images)} are there to be tested.",
-            "Give as many, or declare fewer, before you look at an outcome.",
-        )
-    return list(images[:n])
-
-
-def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[Draws, list[Point]]:
-    """What is lost at each point of the path [n, K], and the points, up to the first that fails."""
-    method = first_test(asked.test)
+def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[Array, list[Point]]:
+    """What answers lose at each point of the path [rows, K], and the points, up to the first that
+    fails."""
+    method = first_test(asked.method)
     columns = [np.zeros((len(trial.tested.examples), 0))]
     points: list[Point] = []
     for thresholds in path:
         losses = trial.tested.losses(thresholds)
         columns.append(losses[:, None])
-        draws = trial.draws(losses, asked.unit)
+        draws = trial.draws(losses, asked)
         bound = upper_bound(draws, trial.level, method)
         seconds = trial.tested.seconds(thresholds)
-        points.append(Point(thresholds, float(draws.risk), bound, seconds))
+        risk = max(float(part.risk) for part in draws)
+        points.append(Point(thresholds, risk, bound, seconds))
         if p_value(draws, asked.target, method) > 1 - trial.level:
             break
-    return trial.draws(np.concatenate(columns, 1), asked.unit), points
+    return np.concatenate(columns, 1), points
 
 
 def _decide(
-    trial: _Trial, draws: Draws, points: Sequence[Point], asked: Guarantee, digest: str
+    trial: _Trial, losses: Array, points: Sequence[Point], asked: Guarantee, digest: str
 ) -> Calibration:
     """The fastest point that passed, if it beats the full model; else none, and why."""
-    tested = trial.tested
-    decision = control(draws, asked.target, trial.level, asked.test, tested.risk.low)
+    tested, n = trial.tested, trial.number_of(asked)
+    decision = control(
+        trial.draws(losses, asked), asked.target, trial.level, asked.method, tested.risk.low
+    )
     passed = [] if decision.index is None else points[: decision.index + 1]
     # All that passed keep the risk, so any may be taken: the last where no times are known.
     chosen = min(reversed(passed), key=lambda point: point.seconds or 0.0, default=None)
     measured = (chosen or points[0]).risk if points else 0.0
     needed = samples_needed(asked.target, trial.level, decision.method, measured)
+    if not passed and first_test(asked.method) == "sharp":  # there was a look at these
+        needed = more_needed(asked.target, trial.level, measured)
     full = tested.seconds({})
     speedup = full / chosen.seconds if chosen and full and chosen.seconds else None
-    reason = ""
+    reason, groups = "", n if grouped(trial.images) else None
     if not points or (speedup is not None and speedup <= 1):
         chosen = speedup = None
         reason = "No exit is predicted to pay: its checks cost more than they save."
     elif chosen is None:
-        reason = _too_little(points[0], draws.n, asked, needed)
+        reason = _too_little(points[0], n, asked, needed, "groups" if groups else "images")
     return Calibration(
         policy=_chosen(tested.policy, chosen),
         risk=asked.risk,
@@ -509,7 +571,8 @@ def _decide(
         monotone=decision.monotone,
         measured=chosen.risk if chosen else None,
         bound=chosen.bound if chosen else None,
-        n=draws.n,
+        n=trial.images_tested,
+        groups=groups,
         answers=len(tested.examples),
         attempt=trial.turn.number,
         level=trial.level,
@@ -521,6 +584,30 @@ def _decide(
         unit=asked.unit,
         copies=merged(trial.images),
         candidates=asked.candidates,
+        largest=max((len(part) for image in trial.images for part in image.by_image), default=1),
+        each_kind=asked.each_kind,
+        kinds=_kinds(trial, losses, points.index(chosen) if chosen else 0, asked.unit),
+    )
+
+
+def _likeness(trial: _Trial, policy: ExitPolicy) -> Likeness:
+    """Of early answers to what was tested; of nothing where nothing is guaranteed, or where what
+    answers tells no scores."""
+    if not policy.thresholds:
+        return Likeness({})
+    rows = np.arange(min(len(trial.kinds), ANSWERS))
+    early = trial.tested.answer(trial.tested.part(rows).examples, policy)
+    return Likeness.of([answer.scores for answer in early], trial.kinds[: len(rows)])
+
+
+def _kinds(trial: _Trial, losses: Array, point: int, unit: str) -> tuple[Kind, ...]:
+    """What was measured by kind of prompt at a point of the path."""
+    if losses.shape[1] == 0:
+        return ()
+    found = trial.by_kind(losses[:, point], unit)
+    return tuple(
+        Kind(kind, draws.n, trial.kinds.count(kind), float(draws.risk))
+        for kind, draws in found.items()
     )
 
 
@@ -532,13 +619,17 @@ def _chosen(policy: ExitPolicy, point: Point | None) -> ExitPolicy:
     return replace(policy, thresholds=point.thresholds, first=first)
 
 
-def _too_little(safest: Point, n: int, asked: Guarantee, needed: int | None) -> str:
+def _too_little(
+    safest: Point, n: int, asked: Guarantee, needed: int | None, drawn: str = "images"
+) -> str:
+    """drawn: what the n are that were tested."""
     measured = (
-        f"At the safest thresholds the risk by {asked.unit} is {safest.risk:.4f} on {n} images"
+        f"At the safest thresholds the risk by {asked.unit} is {safest.risk:.4f} on {n} {drawn}"
     )
     if needed is None:
-        return f"{measured}, which is above the target: no number of images would do."
-    about = f"about {needed} images are needed"
-    if asked.unit == "answer":
-        about += ", and more where images have unequal numbers of answers"
+        return f"{measured}, which is above the target: no number of {drawn} would do."
+    about = f"about {needed} {drawn} are needed"
+    if asked.unit == "answer" or drawn == "groups":
+        uneven = "answers" if asked.unit == "answer" else "images"
+        about += f", and more where {drawn} have unequal numbers of {uneven}"
     return f"{measured}; to guarantee {asked.target:g} at that risk, {about}."

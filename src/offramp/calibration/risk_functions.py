@@ -34,12 +34,13 @@ Quality = Callable[[Sequence["Answer"], Sequence[Example]], Array]
 class Risk:
     """A loss of early answers against the full model's, in [low, 1].
 
-    quality: of a risk with labels, what drops.
+    quality: of a risk with labels, what drops. whole: whether a loss is -1, 0 or 1, never between.
     """
 
     losses: Losses
     low: float = 0.0
     quality: Quality | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,22 +87,24 @@ QUALITIES: dict[str, Quality] = {name: _quality(name) for name in ANSWER_QUALITI
 """Qualities of whole answers against the data's."""
 
 
-def _drop(quality: Quality) -> Risk:
+def _drop(name: str) -> Risk:
+    quality = QUALITIES[name]
+
     def losses(
         early: Sequence[Answer], full: Sequence[Answer], examples: Sequence[Example]
     ) -> Array:
         return quality(full, examples) - quality(early, examples)
 
-    return Risk(losses, -1.0, quality)
+    return Risk(losses, -1.0, quality, whole=name == "exact_match")
 
 
 BOUNDED = ("exact_match", "vqa_accuracy", "rouge_l")
 """Qualities whose drop is a risk: what one answer can lose is at most 1."""
 
 RISKS: dict[str, Risk] = {
-    "disagreement": Risk(_differs),
+    "disagreement": Risk(_differs, whole=True),
     "consistency": Risk(_inconsistency),
-    **{f"{name}_drop": _drop(QUALITIES[name]) for name in BOUNDED},
+    **{f"{name}_drop": _drop(name) for name in BOUNDED},
 }
 """Risks by name. "disagreement": the share of answers that differ from the full model's;
 "consistency": 1 - ROUGE-L F against the full model's answer; both need no labels. Drops: the

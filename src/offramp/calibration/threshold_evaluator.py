@@ -19,6 +19,7 @@ from offramp.calibration.cost_model import Costs, token_seconds
 from offramp.calibration.replay import PolicyReplay, can_replay
 from offramp.calibration.risk_functions import Risk
 from offramp.calibration.threshold_search import Array, candidates, pareto_path
+from offramp.conditions import samples
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy, Thresholds
 from offramp.engine.teacher_forcing import Answered
@@ -79,7 +80,7 @@ class ThresholdEvaluator:
 
         full = answer(examples, FULL)
         replayed, doubtful = None, np.ones(len(examples), dtype=bool)
-        if runtime is None and can_replay(policy) and _is_greedy(options):
+        if runtime is None and can_replay(policy) and _is_greedy(adapter, options):
             rows = [Answered(e, a.ids, False) for e, a in zip(examples, full, strict=True)]
             replayed = PolicyReplay.of(encoder, adapter.exits, rows, policy, batch_size=batch_size)
             tokens = replayed.replay
@@ -219,9 +220,10 @@ def path_of(
     return pareto_path(part.replay, candidates(whole.depths, grid), part.time, grid)
 
 
-def _is_greedy(options: Mapping[str, Any]) -> bool:
+def _is_greedy(adapter: Adapter, options: Mapping[str, Any]) -> bool:
     """Whether what is generated is the arg-max of what a replay reads."""
-    return set(options) <= {"max_new_tokens", "do_sample"} and not options.get("do_sample", False)
+    plain = set(options) <= {"max_new_tokens", "do_sample"}
+    return plain and not samples(adapter.backbone, options)
 
 
 def check_scores(scores: Sequence[Array]) -> None:

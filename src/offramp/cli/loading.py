@@ -24,7 +24,7 @@ def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) ->
     try:
         return read_items(
             arguments.data, arguments.images, split=arguments.split, prompt=arguments.prompt,
-            limit=arguments.limit, require_answers=require_answers,
+            limit=arguments.limit, require_answers=require_answers, group_by=arguments.group_by,
         )  # fmt: skip
     except NoAnswerError as error:
         without = [

@@ -4,6 +4,7 @@ that they fill."""
 from __future__ import annotations
 
 import argparse
+import shlex
 import typing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, Field, fields
@@ -354,6 +355,11 @@ def data_options(
         "--images", metavar="FOLDER", help="folder of the images (default: that of the data)"
     )
     group.add_argument("--split", help="only this split (Karpathy's files; default there: test)")
+    group.add_argument(
+        "--group-by", default="group", metavar="FIELD",
+        help="field of the rows that names the document, film, patient or user an image came in, "
+        "or 'folder'; whole groups are drawn (default: group, where rows have it)",
+    )  # fmt: skip
     group.add_argument("--prompt", help="prompt for captions, or a template with {question}")
     ending = "" if limit is None else f" (default: {limit})"
     group.add_argument(
@@ -417,6 +423,18 @@ def length_option(group: Any, default: int | None = LONGEST, shown: str | None =
         "--max-new-tokens", type=whole(1), default=default, metavar="N",
         help=f"longest answer (default: {shown or default})",
     )  # fmt: skip
+
+
+def asked_again(arguments: argparse.Namespace) -> str:
+    """Options of the next command without which it would ask of other prompts, or for longer
+    answers, than this one did: an attempt at a guarantee is spent on what is asked."""
+    usual = {"prompt": None, "max_new_tokens": LONGEST, "group_by": "group"}
+    given = {name: getattr(arguments, name, usual[name]) for name in usual}
+    return "".join(
+        f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in given.items()
+        if value not in (None, usual[name])
+    )
 
 
 def batch_option(group: Any, default: int, help: str = "examples at once") -> None:

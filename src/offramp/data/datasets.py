@@ -10,8 +10,9 @@ A row of a JSONL file (or of a Hugging Face data set) is one of
 
 A .txt file holds prompts for a language model, one a line, without images.
 
-Paths are relative to the JSONL file. A null counts as absent. Other fields are ignored, except
-"split", which `split=` reads.
+Paths are relative to the JSONL file. A null counts as absent. "group" names what the image came in,
+such as a document, a film, a patient or a user: whole groups are drawn and split. Other fields are
+ignored, except "split", which `split=` reads, and the one that `group_by=` names.
 """
 
 import os
@@ -24,7 +25,7 @@ from PIL import Image
 
 from offramp.data.example import Example, examples_digest, rank_of, split_examples
 from offramp.data.image import EncodedImage
-from offramp.data.rows import ANSWERS, CAPTIONS, Cell, Row, read_rows
+from offramp.data.rows import ANSWERS, CAPTIONS, GROUP, Cell, Row, read_rows
 from offramp.errors import DataError, InputError, StorageError
 
 __all__ = [
@@ -56,6 +57,7 @@ def read_examples(
     prompt_template: str | None = None,
     limit: int | None = None,
     require_answers: bool = False,
+    group_by: str = GROUP,
 ) -> list[Example]:
     """Read examples; images are looked for, but not decoded.
 
@@ -65,11 +67,13 @@ def read_examples(
         split: only the rows of this split; None means all of them.
         prompt_template: for questions and dialogues, a text with `{question}`; for captions, the
             prompt itself, which may be empty. Defaults: QUESTION_PROMPT and CAPTION_PROMPT.
-        limit: a sample of this many examples, and all else that is asked about their images, so
-            that no image is split: images as if at random, whatever order the file has, and the
-            same ones every time. Rows about others are not even checked. Of images inside the rows
-            of a data set, rows beside each other belong together.
+        limit: a sample of this many examples, and all else that is asked about their images, or
+            those of their groups, so that none is split: images as if at random, whatever order
+            the file has, and the same ones every time. Rows about others are not even checked. Of
+            images inside the rows of a data set, rows beside each other belong together.
         require_answers: refuse rows without an answer.
+        group_by: field of the rows that names what an image came in (`Example.source`); "folder":
+            the folder that the image is in.
 
     Raises:
         InputError: an argument cannot be used.
@@ -82,28 +86,35 @@ def read_examples(
         return _text_prompts(Path(source), limit, require_answers=require_answers)
     prompts = _Prompts(prompt_template)
     examples: list[tuple[int, Example]] = []
-    images: set[str] | None = None  # once the limit is reached: those that are read to their end
+    drawn: set[str] | None = None  # once the limit is reached: what is read to its end
     rows = read_rows(source, split)
-    for row in rows if limit is None else _sampled(list(rows)):
-        if images is not None and row.image_name() not in images:
+    for row in rows if limit is None else _sampled(list(rows), group_by):
+        if drawn is not None and _drawn_with(row, group_by) not in drawn:
             if isinstance(row.fields.get("image"), Cell | Image.Image):
                 break  # to know the others, all images would have to be read
             continue
-        for example in _row_examples(row, prompts):
+        for example in _row_examples(row, prompts, group_by):
             if require_answers and not example.answers:
                 row.fail_without_answer()
             examples.append((row.number, example))
-        if images is None and limit is not None and len(examples) >= limit:
-            images = {example.group for _, example in examples}
+        if drawn is None and limit is not None and len(examples) >= limit:
+            drawn = {example.source or example.group for _, example in examples}
     if not examples:
         raise DataError(f"{source} holds no examples.", 'Add a row, such as {"image": "dog.jpg"}.')
     return [example for _, example in sorted(examples, key=lambda pair: pair[0])]
 
 
-def _sampled(rows: Sequence[Row]) -> Iterator[Row]:
-    """Rows by image, images as if at random."""
-    if not any(isinstance(row.fields.get("image"), Cell | Image.Image) for row in rows):
-        yield from sorted(rows, key=lambda row: rank_of(SEED, row.image_name() or str(row.number)))
+def _drawn_with(row: Row, group_by: str) -> str | None:
+    """The group of a row's image, or the image's name."""
+    return row.image_name() if row.error is not None else row.source(group_by) or row.image_name()
+
+
+def _sampled(rows: Sequence[Row], group_by: str) -> Iterator[Row]:
+    """Rows by image, or by group, as if at random."""
+    inside = any(isinstance(row.fields.get("image"), Cell | Image.Image) for row in rows)
+    if not inside or all(row.error is None and row.source(group_by) for row in rows):
+        names = ((_drawn_with(row, group_by) or str(row.number), row) for row in rows)
+        yield from (row for _, row in sorted(names, key=lambda pair: rank_of(SEED, pair[0])))
         return
     # Their images are not read before they are wanted.
     taken: set[int] = set()
@@ -176,14 +187,14 @@ class _Prompts:
         return template.replace("{question}", row.text("question"))
 
 
-def _row_examples(row: Row, prompts: _Prompts) -> Iterator[Example]:
+def _row_examples(row: Row, prompts: _Prompts, group_by: str) -> Iterator[Example]:
     if row.error is not None:
         raise row.error
     image, group = _image(row)
-    turns = _turns(row, prompts)
+    turns, source = _turns(row, prompts), row.source(group_by)
     for turn, (prompt, answers) in enumerate(turns, 1):
         suffix = f".{turn}" if row.has(_FORMS["dialogue"]) else ""
-        yield Example(image, prompt, answers, f"{group}#{row.number}{suffix}", group)
+        yield Example(image, prompt, answers, f"{group}#{row.number}{suffix}", group, source)
 
 
 def _turns(row: Row, prompts: _Prompts) -> list[Turn]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,14 @@ DIGITS = 16
 """Hex digits kept of a digest: a million images hold two of the same less than once in 10^7."""
 
 
-def _digests(examples: Sequence[Example]) -> list[tuple[str, str]]:
-    """Digests of each example's pixels and of its file; an image is read once, however many
-    questions are asked about it."""
+def source_digest(source: str) -> str:
+    """Of what images come in: `Example.source`."""
+    return hashlib.sha256(f"source {source}".encode()).hexdigest()[:DIGITS]
+
+
+def _digests(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    """Digests of each example's pixels, of its file and, where it names one, of its source; an
+    image is read once, however many questions are asked about it."""
     read: dict[Any, tuple[str, str]] = {}
     digests = []
     for example in examples:
@@ -34,19 +40,22 @@ def _digests(examples: Sequence[Example]) -> list[tuple[str, str]]:
             # A prompt without an image is known by its text.
             pixels = file if example.is_text else pixel_digest(example.open_image())[:DIGITS]
             read[name] = pixels, file
-        digests.append(read[name])
+        source = (source_digest(example.source),) if example.source else ()
+        digests.append((*read[name], *source))
     return digests
 
 
 def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
-    """The key of the first example of each distinct image, by the digest of its pixels.
+    """The key of the first example of each distinct image, by the digest of its pixels, and of each
+    source of images, by its own.
 
     Raises:
         StorageError: an image file cannot be read. DataError: it is no image.
     """
     keys: dict[str, str] = {}
-    for (pixels, _), example in zip(_digests(examples), examples, strict=True):
-        keys.setdefault(pixels, example.key)
+    for (pixels, _, *source), example in zip(_digests(examples), examples, strict=True):
+        for digest in (pixels, *source):
+            keys.setdefault(digest, example.key)
     return keys
 
 
@@ -83,7 +92,7 @@ def check_no_overlap(
                 shared.setdefault(known[0], example.key)
         if shared:
             purpose = {"train": "training", "calibration": "calibration"}[step]
-            pictures = {pixels for pixels, _ in digests}
+            pictures = {pixels for pixels, *_ in digests}
             raise DataError(
                 f"{len(shared)} of {len(pictures)} images were used in {purpose}, for instance "
                 f"that of example {next(iter(shared.values()))!r}.",

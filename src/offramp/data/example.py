@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,8 @@ class Example:
         key: names the example in digests; the same on every machine.
         group: names the image; examples that share it never land in different splits. Empty
             means that `split_examples` tells images apart by path or, in memory, by pixels.
+        source: names what the image came in, such as a document, a film, a patient or a user, of
+            which images are alike. Whole sources are drawn and split. Empty: the image came alone.
     """
 
     image: Path | Image.Image | EncodedImage | TextAlone
@@ -44,6 +46,7 @@ class Example:
     answers: tuple[str, ...]
     key: str
     group: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         wrong = []
@@ -98,7 +101,8 @@ class Example:
 def split_examples(
     examples: Sequence[Example], fractions: Mapping[str, float], seed: int
 ) -> dict[str, list[Example]]:
-    """Split by image: all examples of one image land in the same split.
+    """Split by image: all examples of one image, or of one source of images, land in the same
+    split.
 
     Args:
         fractions: share of the *images* for each split, in (0, 1], summing to at most 1; what is
@@ -119,7 +123,7 @@ def split_examples(
             f"These fractions cannot be used: {dict(fractions)}.",
             "Give each split a share above 0, with a sum of at most 1.",
         )
-    group_of = [picture_of(example) for example in examples]
+    group_of = list(map(drawn_with(examples), examples))
     # Ranks from a hash, not from a generator: no version of Python or numpy changes them.
     groups = sorted(set(group_of), key=lambda group: rank_of(seed, group))
     home: dict[str, str] = {}
@@ -162,6 +166,18 @@ def picture_of(example: Example) -> str:
     if not example.group and isinstance(example.image, Path):
         return str(example.image.resolve())
     return example.group or content_digest(example.image)
+
+
+def drawn_with(examples: Iterable[Example]) -> Callable[[Example], str]:
+    """Names what each example's image is drawn with: its source or, where none of the examples of
+    its image names one, the image."""
+    sources = {picture_of(e): f"source {e.source}" for e in examples if e.source}
+
+    def named(example: Example) -> str:
+        picture = picture_of(example)
+        return sources.get(picture, picture)
+
+    return named
 
 
 def rank_of(seed: int, group: str) -> str:

@@ -13,6 +13,7 @@ from offramp.data import format_readers as readers
 from offramp.data.annotation_file import Source, has, sampled
 from offramp.data.datasets import read_examples
 from offramp.data.item import Item
+from offramp.data.rows import GROUP
 from offramp.errors import InputError
 
 
@@ -79,6 +80,7 @@ def read_items(
     prompt: str | None = None,
     limit: int | None = None,
     require_answers: bool = True,
+    group_by: str = GROUP,
 ) -> list[Item]:
     """Read a JSON file in one of `LAYOUTS`, or what else `offramp.data.read_examples` reads.
 
@@ -91,7 +93,7 @@ def read_items(
         prompt: the captions' prompt, or a template with `{question}`; see `read_examples`.
         limit: a sample of this many examples, and all else that is asked about their images; see
             `read_examples`.
-        require_answers: of JSONL and `datasets`; False: images alone are enough.
+        require_answers, group_by: of JSONL, folders and `datasets`; see `read_examples`.
 
     Raises:
         InputError: an argument cannot be used.
@@ -111,9 +113,14 @@ def read_items(
             )
         examples = read_examples(
             files[0], split=split, prompt_template=prompt, limit=limit,
-            require_answers=require_answers,
+            require_answers=require_answers, group_by=group_by,
         )  # fmt: skip
         return [Item(example) for example in examples]
+    if group_by != GROUP:
+        raise InputError(
+            f"Official files such as {files[0]} name no {group_by!r} to group by.",
+            "Leave --group-by out, or give a JSONL file.",
+        )
     known = "; ".join(f"{name}: {layout.shape}" for name, layout in LAYOUTS.items())
     source = Source.open(files, images, prompt, split, f"Known layouts are {known}.")
     name = next((name for name, layout in LAYOUTS.items() if layout.fits(source)), None)

@@ -18,7 +18,9 @@ from offramp.missing import how_to_install
 
 CAPTIONS = ("captions", "caption")
 ANSWERS = ("answers", "answer")
-FIELDS = ("image", *CAPTIONS, "question", *ANSWERS, "dialogue", "prompt", "split")
+GROUP, FOLDER = "group", "folder"
+"""Field of a row that names what its image came in; and what stands for the image's folder."""
+FIELDS = ("image", *CAPTIONS, "question", *ANSWERS, "dialogue", "prompt", "split", GROUP)
 
 
 class NoAnswerError(DataError):
@@ -43,6 +45,21 @@ class Row:
         if not isinstance(value, str) or not value.strip():
             return None
         return Path(os.path.relpath(self.base / value, self.base)).as_posix()
+
+    def source(self, group_by: str = GROUP) -> str:
+        """What its image came in, by a field of the row or by the image's folder; "" where the row
+        does not say."""
+        if group_by == FOLDER:
+            image = self.fields.get("image")
+            if not isinstance(image, str):
+                self.fail("has its image in no folder", "Name a field to group by.")
+            return str((self.base / image).resolve().parent)
+        value = self.fields.get(group_by)
+        if value is None and group_by != GROUP:
+            self.fail(f"has no {group_by!r} to group by", "Add it, or group by another field.")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        return "" if value is None else self._checked(group_by, value)
 
     def has(self, names: Sequence[str]) -> bool:
         return any(self.fields.get(name) is not None for name in names)

@@ -21,6 +21,7 @@ from torch import nn
 
 from offramp.adapter import Adapter
 from offramp.answers import GREEDY, Runtime, answers_of
+from offramp.conditions import kernels
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
@@ -31,7 +32,6 @@ from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import Settings, as_items
-from offramp.guarantee import kernels
 from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor

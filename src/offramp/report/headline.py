@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from offramp.likeness import LIKE
 from offramp.report.html import between, fine, metric, percent, render, times
 
 Value = Mapping[str, Any]
@@ -92,7 +93,7 @@ def adapter(value: Value) -> Headline:
         return NOTHING, []
     cards: Cards = [
         ("guaranteed risk, at most", fine(guarantee["target"]),
-         f"{guarantee['risk']}, at {percent(guarantee['confidence'], 0)} confidence"),
+         f"{guarantee['risk']}, at {percent(guarantee['confidence'], 0)} confidence, {LIKE}"),
         ("measured risk", fine(guarantee["measured"]),
          f"at most {fine(guarantee['bound'])}, n = {guarantee['n']}"),
     ]  # fmt: skip

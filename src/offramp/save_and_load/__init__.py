@@ -345,7 +345,8 @@ def _load_attempts(config: AdapterConfig) -> list[dict[str, Any]]:
         raise AdapterError(error.problem, RESTORE) from error
     kinds = {"asked": str, "settings": dict, "number": int, "images": list, "path": list,
              "outcome": dict}  # fmt: skip
-    later = {"members": list}  # since images are known by more than their names
+    # Since images are known by more than their names, and first looks have a test of their own.
+    later = {"members": list, "looked": int}
     if not isinstance(attempts, list) or not all(
         isinstance(attempt, dict)
         and kinds.keys() <= attempt.keys() <= kinds.keys() | later.keys()

@@ -44,12 +44,17 @@ _CALIBRATION: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("risk", "method", "unit", "data_digest"), (str,)),
     **dict.fromkeys(("target", "confidence", "measured", "bound", "level"), _NUMBER),
     **dict.fromkeys(("n", "answers", "attempt"), (int,)),
-    "conditions": (dict,),
+    **dict.fromkeys(("conditions", "likeness"), (dict,)),
+    "kinds": (list,),
+    "largest": (int,),
 }
 """What is said of a guarantee, and is more than shown to people as it stands."""
 _CONDITIONS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("dtype", "quantized", "engine", "kernels", "device"), (str,)),
     **dict.fromkeys(("sampling", "template", "score", "kv"), (str,)),
+    **dict.fromkeys(("tokens", "exits", "parameters", "autocast", "matmul"), (str,)),
+    "pixels": (dict,),
+    "any_prompt": (bool,),
     **dict.fromkeys(("exit_in_prefill", "shortlist"), (bool,)),
     **dict.fromkeys(("thresholds", "first", "gates", "weights"), (dict,)),
     "visual_keep": _NUMBER,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -30,7 +33,7 @@ from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.serving.monitor.watcher import Watcher
+from offramp.serving.monitor.watcher import Watcher, draws_of_one
 from offramp_lab.inputs import lookalikes
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 from serving import asking, messages, running, scene_examples, service_of, shipped
@@ -189,7 +192,7 @@ PROMISE = Promise("disagreement", 0.0075, 0.95)
 def idle_watcher(engine: Any, config: WatchConfig, **more: Any) -> Watcher:
     _, processor = shipped()
     encoder = InputProcessor(shipped()[0].backbone, processor)
-    return Watcher(engine, encoder, PROMISE, config, **more)
+    return Watcher(engine, encoder, more.pop("promise", PROMISE), config, **more)
 
 
 @pytest.mark.parametrize(("running", "waiting"), [(4, 0), (7, 0), (8, 20)])
@@ -203,6 +206,99 @@ def test_a_busy_server_is_watched(running: int, waiting: int) -> None:
         assert watcher.settle(60)
         assert engine.asked == watcher.risk.n == 60
         assert watcher.coverage == 1.0 and not watcher.blind and watcher.let_go == 0
+    finally:
+        watcher.close()
+
+
+class _Queue(_BusyEngine):
+    """An engine whose requests wait for others: each is answered after so many seconds."""
+
+    def __init__(self, running: int, waiting: int, seconds: float) -> None:
+        super().__init__(running, waiting)
+        self.seconds, self.canceled = seconds, 0
+
+    def submit(self, inputs: Any, *, mode: str, **options: Any) -> Future[Any]:
+        self.asked += 1
+        later: Future[Any] = Future()
+        answer = SimpleNamespace(output=inputs["full"])
+        timer = threading.Timer(self.seconds, later.set_result, [answer])
+        timer.daemon = True
+        timer.start()
+        return later
+
+    def cancel(self, handle: Any) -> None:
+        self.canceled += 1
+
+
+def test_samples_wait_for_their_deadlines_together() -> None:
+    """One after the other, 40 of them would take 12 seconds."""
+    engine = _Queue(8, 40, 0.2)
+    watcher = idle_watcher(engine, replace(ALL, deadline=0.3))
+    begin = time.monotonic()
+    try:
+        for number, image in enumerate(map(fakes.picture, range(40))):
+            watcher.offer(samples([image], client=str(number % 4))[0])
+        assert watcher.settle(60) and time.monotonic() - begin < 6
+        assert watcher.risk.n == 40 and watcher.coverage is None and watcher.let_go == 0
+    finally:
+        watcher.close()
+
+
+def test_what_is_on_its_way_when_a_watch_ends_is_cancelled() -> None:
+    engine = _Queue(0, 0, 60.0)
+    watcher = idle_watcher(engine, ALL)
+    watcher.offer(samples([fakes.picture(1)])[0])
+    while not engine.asked:
+        time.sleep(0.01)
+    watcher.close()
+    assert engine.canceled == 1
+
+
+@pytest.mark.parametrize("unit", ["image", "answer"])
+def test_the_unit_that_was_promised_is_what_is_drawn(unit: str) -> None:
+    """By image: as often however often it is asked about; by answer: every request alike."""
+    promise = Promise("disagreement", 0.01, 0.95, unit, largest=40)
+    watcher = idle_watcher(_BusyEngine(0), WatchConfig(share=0.1), promise=promise, seed=5)
+    try:
+        seldom = [fakes.picture(i) for i in range(200)]
+        often = [fakes.picture(1000 + i) for i in range(100)]
+        drawn = {
+            "seldom": [watcher.draws("a", image) for image in seldom],
+            "often": [watcher.draws("a", image) for image in often for _ in range(40)],
+        }
+        expected = {"image": (20, 10), "answer": (20, 400)}[unit]
+        per_image = {"image": 40, "answer": 1}[unit]  # drawn again until it is compared
+        found = [sum(drawn["seldom"]), sum(drawn["often"]) / per_image]
+        for some, wanted in zip(found, expected, strict=True):
+            assert abs(some - wanted) <= 4 * wanted**0.5
+        compared = next(im for im, was in zip(seldom, drawn["seldom"], strict=True) if was)
+        watcher.offer(samples([compared])[0])
+        assert unit == "answer" or not watcher.draws("a", compared)
+    finally:
+        watcher.close()
+
+
+def test_of_a_promise_by_answer_each_drawn_answer_counts() -> None:
+    promise = Promise("disagreement", 0.01, 0.95, "answer", largest=3)
+    watcher = idle_watcher(_BusyEngine(0), ALL, promise=promise)
+    try:
+        for _ in range(5):
+            watcher.offer(samples([fakes.picture(1)])[0])
+        assert watcher.settle(60) and watcher.risk.n == 3  # no more than were calibrated
+    finally:
+        watcher.close()
+    assert [draws_of_one(40, share) for share in (0.01, 0.1, 1.0)] == [3, 11, 40]
+
+
+def test_the_watch_is_not_blind_and_seeing_in_turns(caplog: pytest.LogCaptureFixture) -> None:
+    watcher = idle_watcher(_BusyEngine(0), ALL)
+    try:
+        draw = np.random.default_rng(0)
+        for seen in draw.random(3000) < 0.5:
+            with watcher._lock:
+                watcher._note(bool(seen))
+        said = [record.getMessage() for record in caplog.records if "watch_" in record.getMessage()]
+        assert len(said) <= 1
     finally:
         watcher.close()
 
@@ -285,6 +381,54 @@ def test_an_alarm_outlives_a_restart_until_it_is_reset(tmp_path: Path) -> None:
     torn = idle_watcher(_BusyEngine(0), config, about="exits")
     assert torn.risk.n == 0
     torn.close()
+
+
+@pytest.mark.parametrize("change", [{"level": 0.001}, {"slack": 2.0}, {"watchers": 3}])
+def test_an_alarm_outlives_a_restart_with_another_watch(
+    tmp_path: Path, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(ALL, state=tmp_path / "watch.json")
+    watcher = idle_watcher(_BusyEngine(0), config)
+    watcher.offer(samples([fakes.picture(50)])[0])
+    assert watcher.settle(60)
+    watcher.close()
+    idle_watcher(_BusyEngine(0), replace(config, **change)).close()
+    assert "starts anew" in caplog.text and next(iter(change)) in caplog.text
+    watcher = idle_watcher(_BusyEngine(0), config)
+    for sample in samples([fakes.picture(i) for i in range(12)], wrong=True):
+        watcher.offer(sample)
+    assert watcher.settle(60) and watcher.broken
+    watcher.close()
+    again = idle_watcher(_BusyEngine(0), replace(config, **change))
+    assert again.broken and "POST /v1/watch/reset" in caplog.text
+    again.reset()
+    assert not again.broken
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"promised": None}, {"promised": 0.5}, {"level": 1e-9}, {"total": None}, {"bets": None}],
+)
+def test_a_damaged_state_switches_no_watch_off(
+    tmp_path: Path, damage: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(ALL, state=tmp_path / "watch.json")
+    watcher = idle_watcher(_BusyEngine(0), config)
+    watcher.offer(samples([fakes.picture(50)])[0])
+    assert watcher.settle(60)
+    watcher.close()
+    kept = json.loads((tmp_path / "watch.json").read_text())
+    kept["risk"] |= damage
+    (tmp_path / "watch.json").write_text(json.dumps(kept))
+    again = idle_watcher(_BusyEngine(0), config)
+    try:
+        assert "says nothing of the watch; it starts anew" in caplog.text
+        for sample in samples([fakes.picture(i) for i in range(12)], wrong=True):
+            again.offer(sample)
+        assert again.settle(60) and again.broken
+    finally:
+        again.close()
 
 
 def test_a_state_file_is_of_one_watcher_at_a_time(tmp_path: Path) -> None:
@@ -382,7 +526,7 @@ def test_a_client_of_the_watch_is_its_key_or_its_address_however_it_is_written(
     service = service_of(slots=1, keys=keys, more={"watch": WatchConfig(share=1.0)})
     assert service.watcher is not None
     asked: list[str] = []
-    monkeypatch.setattr(service.watcher, "draws", asked.append)
+    monkeypatch.setattr(service.watcher, "draws", lambda client, image: asked.append(client))
     client = asking(service)
     basic = base64.b64encode(b"anybody:one").decode()
     ways = ("Bearer one", "bearer  one", f"Basic {basic}", "Bearer two")
@@ -446,6 +590,24 @@ def test_only_answers_that_were_promised_are_compared() -> None:
         httpx.post(chat, json=base, timeout=300).raise_for_status()
         assert watcher.settle(60) and watcher.risk.n == 1
         assert watcher.risk.mean == 0.0
+
+
+def test_a_drawn_request_whose_answer_is_cut_off_is_counted_as_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    service = service_of(slots=1, more={"watch": WatchConfig(share=1.0)}, seconds=1.0)
+    watcher = service.watcher
+    assert watcher is not None
+    monkeypatch.setattr(service.engine, "submit", lambda *_, **__: Future())  # it never ends
+    monkeypatch.setattr(service.engine, "cancel", lambda handle: None)
+    client = asking(service)
+    try:
+        for more, lost in (({}, 1), ({"temperature": 1.0}, 1)):  # the second was not promised
+            body = {"messages": messages(scene_examples()[lost]), "max_tokens": 40, **more}
+            assert client.post("/v1/chat/completions", json=body).status_code == 504
+            assert watcher.let_go == watcher.report()["lost"] == lost
+    finally:
+        service.close()
 
 
 def test_kinds_of_damage_are_known() -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from offramp.betting import FRACTIONS, SHARES, betting_p_values
 from offramp.calibration.attempts import UNITS, Draws, error_share, images_of, merged
-from offramp.calibration.risk_control import TESTS, declared_needed, p_value, samples_needed
+from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value
 from offramp.data.example import Example
 from offramp.data.near_copies import NEAR, Look
 from offramp_lab.inputs import lookalikes
@@ -44,7 +44,8 @@ def simulate(trials: int, images: int) -> dict[str, Any]:
         "boundary": boundary(trials),
         "unequal_rows": unequal_rows(trials),
         "choices": choices(trials),
-        "needed": [needed(target) for target in (0.01, 0.05)],
+        "needed": [row for target in (0.01, 0.05) for row in needed(target)],
+        "fractions": [r for target in (0.01, 0.05) for r in fractions(target, min(trials, 300))],
         "adaptive": adaptive(min(trials, 200)),
     }
 
@@ -112,15 +113,9 @@ def boundary(trials: int) -> list[dict[str, Any]]:
     draw, rows = np.random.default_rng(2), []
     for target, n in ((0.01, 1500), (0.05, 400)):
         losses = (draw.random((n, trials)) < 1.001 * target).astype(float)
-        counts = losses.sum(0).astype(int)
-        for method, test in TESTS.items():
-            if method == "upper_bound":
-                p = betting_p_values(losses, target)
-            else:  # these depend on the count alone
-                by_count = {
-                    k: test(np.repeat([1.0, 0.0], [k, n - k]), target) for k in set(counts.tolist())
-                }
-                p = np.array([by_count[k] for k in counts.tolist()])
+        for method in TESTS:
+            found = [Draws.of(row, whole=True) for row in losses.T]
+            p = np.array([p_value(draws, target, method) for draws in found])
             rows.append({"method": method, "target": target, "images": n, "broken": share_of(p)})
     return rows
 
@@ -165,22 +160,21 @@ def choices(trials: int) -> dict[str, Any]:
 # -- how many images -------------------------------------------------------------------------------
 
 
-def needed(target: float, trials: int = 400) -> dict[str, Any]:
-    """Images for a pass in four of five trials where half the target is the truth, and how often
-    the number for a measured half passes."""
-    measured = samples_needed(target, 1 - LEVEL, risk=target / 2)
-    assert measured is not None
-    draw = np.random.default_rng(5)
-    losses = (draw.random((round(2.2 * measured), trials)) < target / 2).astype(float)
-    at = first_pass(losses, target, today)
-    return {
-        "target": target,
-        "at_no_loss": samples_needed(target, 1 - LEVEL),
-        "at_measured_half": measured,
-        "passes_at_measured_half": float(((at > 0) & (at <= measured)).mean()),
-        "four_of_five": quantile(at),
-        "declared": declared_needed(target, 1 - LEVEL, target / 2),
-    }
+def needed(target: float, trials: int = 400) -> list[dict[str, Any]]:
+    """Images for a pass in four of five trials, by the true risk: of an exact test that has all of
+    the level, as we test a file at the first look, and by bets alone."""
+    draw, rows = np.random.default_rng(5), []
+    for share in (0, 0.1, 0.3, 0.5):
+        exact, ours = (images_for(target, 1 - LEVEL, share * target, share=s) for s in (1, PLANNED))
+        assert exact is not None and ours is not None
+        losses = (draw.random((round(2.5 * exact), trials)) < share * target).astype(float)
+        rows.append(
+            {
+                "target": target, "risk": share * target, "exact": exact, "sharp": ours,
+                "more": ours / exact - 1, "bets": quantile(first_pass(losses, target, today)),
+            }
+        )  # fmt: skip
+    return rows
 
 
 def today(losses: Array, target: float) -> Array:
@@ -216,6 +210,29 @@ def adaptive(trials: int) -> list[dict[str, Any]]:
         for name, losses in spread(draw, target / 2, (n, trials)).items():
             found = {way: quantile(first_pass(losses, target, bet)) for way, bet in ways.items()}
             rows.append({"target": target, "losses": name, **found})
+    return rows
+
+
+def fractions(target: float, trials: int) -> list[dict[str, Any]]:
+    """The same for losses between 0 and 1, whose first look has stakes planned for so many."""
+    draw, rows = np.random.default_rng(10), []
+    for share in (0.1, 0.3, 0.5):
+        n = round(70 / target)
+        for name, losses in spread(draw, share * target, (n, trials)).items():
+            if name == "0 or 1":
+                continue
+
+            def passes(k: int, losses: Array = losses) -> bool:
+                p = [p_value(row, target, "sharp") for row in losses[:k].T]
+                return float((np.array(p) <= LEVEL).mean()) >= 0.8
+
+            least, most = 1, n
+            while most - least > max(1, most // 100):
+                middle = (least + most) // 2
+                least, most = (least, middle) if passes(middle) else (middle, most)
+            bets = quantile(first_pass(losses, target, today))
+            row = {"target": target, "risk": share * target, "losses": name, "sharp": most}
+            rows.append({**row, "bets": bets})
     return rows
 
 

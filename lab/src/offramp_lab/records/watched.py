@@ -2,12 +2,15 @@
 
 How often a promise that just holds is ever called broken, and where it holds on average alone;
 after how many watched images one that does not hold is, from the start and after many good images,
-with and without new starts of the bets; and what share of the watched requests is compared under
-load, by the watcher itself before an engine that says it is busy. A few minutes of one core.
+with and without new starts of the bets; where images are asked about unequally often; and what
+share of the watched requests is compared under load, by the watcher itself before an engine that
+says it is busy. Some ten minutes of one core.
 """
 
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +19,14 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from offramp.betting import RATIOS, Restarts, stakes_above
+from offramp.betting import RATIOS, Restarts
 from offramp.engine.policy import GenerationOutput
 from offramp.guarantee import Promise
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.serving.monitor.watcher import Watcher
+from offramp.serving.monitor.watcher import Watcher, draws_of_one
 from offramp_lab.records.record import Record, asked
 
 Array = npt.NDArray[Any]
@@ -36,7 +39,7 @@ GOOD = 0.3
 """The risk of good images, as a share of what was promised."""
 AFTER = (0, 1_000, 5_000, 20_000)
 TIMES = (1.5, 2.0, 5.0, 50.0)
-SLOTS, BACKLOG = 8, 32
+SLOTS = 8
 
 
 def main() -> None:
@@ -47,8 +50,13 @@ def main() -> None:
     RECORD.write(record, arguments.out)
 
 
-def simulate(streams: int, images: int, requests: int = 500) -> dict[str, Any]:
+def simulate(streams: int, images: int, requests: int = 200) -> dict[str, Any]:
     few = max(20, streams // 5)
+    with ThreadPoolExecutor(len(LOADS)) as threads:  # which wait, mostly
+        encoder = InputProcessor(*load_tiny("opt"))
+        covered = list(
+            threads.map(lambda load: coverage(encoder, load[0], load[1], requests), LOADS)
+        )
     return {
         "level": LEVEL,
         "entries": [entry(target, streams, images) for target in TARGETS],
@@ -59,7 +67,8 @@ def simulate(streams: int, images: int, requests: int = 500) -> dict[str, Any]:
             for starts in (True, False)
         ],
         "on_average": [on_average(kind, slack, few) for kind in UNEVEN for slack in (1, 2, 3)],
-        "coverage": [coverage(busy, waiting, requests) for busy, waiting in LOADS],
+        "unequal": [unequal(unit, few, images) for unit in ("image", "answer")],
+        "coverage": covered,
     }
 
 
@@ -67,15 +76,13 @@ def simulate(streams: int, images: int, requests: int = 500) -> dict[str, Any]:
 
 
 class Once(Restarts):
-    """The same bets without new starts, as they were before."""
+    """The same bets without new starts, as they were at first."""
 
-    def add(self, losses: Any) -> None:
+    def start(self) -> bool:
         if self.n == 0:
             self.fortune, self.kept = self.fortune + 1 / len(RATIOS), 0.0
-        self.n += 1
-        gains = 1 + stakes_above(np.array(self.promised)) * (losses[..., None] - self.promised)
-        self.fortune = self.fortune * gains
-        self.most = np.maximum(self.most, self.fortune.sum(-1))
+            self.for_cues = np.zeros_like(self.for_cues)
+        return self.n == 0
 
 
 def alarms(
@@ -107,6 +114,57 @@ def entry(target: float, streams: int, images: int) -> dict[str, Any]:
 
 def steady(risk: float) -> Rate:
     return lambda image: risk
+
+
+def unequal(unit: str, streams: int, images: int) -> dict[str, Any]:
+    """One image in fifty is asked about 40 times and is wrong more often; a share of 1% is watched.
+
+    False alarms of a promise at its true risk, as images were drawn before, each request alike and
+    each image once, and as they are now; and draws until 5 times the risk is noticed.
+    """
+    random, share, often, many = np.random.default_rng(7), 0.01, 0.02, 40
+    seldom_risk, often_risk = 0.002, 0.03
+    counts = {"image": (1 - often, often), "answer": (1 - often, often * many)}[unit]
+    promised = float(np.dot(counts, (seldom_risk, often_risk)) / sum(counts))
+    before = (1 - often) * share, often * (1 - (1 - share) ** many)  # how often each kind counted
+    mixed = float(np.dot(before, (seldom_risk, often_risk)) / sum(before))
+    of_one = draws_of_one(many, share) if unit == "answer" else 1
+    found = {times: np.zeros(streams, dtype=int) for times in (1, 5)}
+    for times, alarmed in found.items():
+        for stream in range(streams):
+            alarmed[stream] = _first(
+                random, images if times == 1 else 5_000, promised, of_one, share, often, many,
+                (times * seldom_risk, times * often_risk), by_answer=unit == "answer",
+            )  # fmt: skip
+    false = alarms(promised, steady(mixed), streams, images, seed=8) > 0
+    return {
+        "unit": unit, "promised": promised, "risk_as_drawn_before": mixed, "images": images,
+        "alarms_before": float(false.mean()),
+        "streams": streams, "false_alarms": float((found[1] > 0).mean()), **told(found[5]),
+    }  # fmt: skip
+
+
+def _first(
+    random: np.random.Generator, most: int, promised: float, of_one: int, share: float,
+    often: float, many: int, risks: tuple[float, float], *, by_answer: bool,
+) -> int:  # fmt: skip
+    """The draw at which the alarm is raised, of so many; 0: none. Each image is wrong on all of its
+    answers or on none, the hardest case."""
+    bets, draws = Restarts(promised), 0
+    while draws < most:
+        asked = random.random() < often
+        lost = float(random.random() < risks[asked])
+        drawn = random.binomial(many if asked else 1, share) if by_answer else 1
+        for place in range(min(drawn, of_one)):
+            bets.start()
+            then, now = (
+                1 + bets.stakes * n * (lost - promised) / of_one for n in (place, place + 1)
+            )
+            bets.add(lost, now / then)
+            draws += 1
+            if bets.most >= 1 / LEVEL:
+                return draws
+    return 0
 
 
 def told(alarmed: Array) -> dict[str, Any]:
@@ -163,42 +221,43 @@ LOADS = ((0, 0), (2, 0), (4, 0), (6, 0), (8, 0), (8, 40))
 
 
 class _Busy:
-    """An engine whose slots are in use by others; it answers as the full model at once."""
+    """An engine whose slots are in use by others, each answer for a second. A request of the full
+    model takes as long, after those that wait."""
 
     def __init__(self, running: int, waiting: int) -> None:
         self.running, self.waiting = running, waiting
         self.core = SimpleNamespace(config=SimpleNamespace(slots=SLOTS))
 
     def submit(self, inputs: Any, **_: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(SimpleNamespace(output=inputs["full"]))
-        return done
+        later: Future[Any] = Future()
+        answer = SimpleNamespace(output=inputs["full"])
+        timer = threading.Timer(1 + self.waiting / SLOTS, later.set_result, [answer])
+        timer.daemon = True
+        timer.start()
+        return later
 
 
-def coverage(busy: int, waiting: int, requests: int) -> dict[str, Any]:
-    """Of watched requests of four clients that come as fast as half a backlog waits, with a
-    deadline of 10 ms; before, they waited for an engine with half its slots idle."""
-    backbone, processor = load_tiny("opt")
+def coverage(encoder: InputProcessor, busy: int, waiting: int, requests: int) -> dict[str, Any]:
+    """Of watched requests of four clients, one a second, at the default deadline. Takes as many
+    seconds."""
     promise = Promise("disagreement", 0.01, 0.95)
-    config = WatchConfig(share=1.0, backlog=BACKLOG, deadline=0.01)
     engine: Any = _Busy(busy, waiting)
-    watcher = Watcher(engine, InputProcessor(backbone, processor), promise, config)
+    config = WatchConfig(share=1.0)
+    watcher = Watcher(engine, encoder, promise, config)
     draw = np.random.default_rng(5)
     answer = GenerationOutput(
-        torch.tensor([[5]]), torch.tensor([[2]]), torch.zeros(1, 1), backbone.depth
+        torch.tensor([[5]]), torch.tensor([[2]]), torch.zeros(1, 1), encoder.backbone.depth
     )
     for number in range(requests):
         pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
         watcher.offer(Sample({"full": answer}, {}, answer, image, "Caption:", f"{number % 4}"))
-        while sum(watcher._waiting.values()) > BACKLOG // 2:
-            watcher.settle(0.02)
-    watcher.settle(60)
+        time.sleep(1)
+    watcher.settle(2 * config.deadline)
     watcher.close()
-    before = requests if not waiting and busy < max(1, SLOTS // 2) else 0
     return {
         "busy": busy, "slots": SLOTS, "waiting": waiting, "requests": requests,
-        "compared_before": before, "compared": watcher.risk.n, "let_go": watcher.let_go,
+        "deadline": config.deadline, "compared": watcher.risk.n, "let_go": watcher.let_go,
     }  # fmt: skip
 
 

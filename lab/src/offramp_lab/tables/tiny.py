@@ -67,8 +67,9 @@ def needed_images() -> Table:
         {
             "target": "{target:.0%}",
             "nothing lost": "{at_no_loss:,}",
-            "half the target measured": "{at_half_the_target:,}",
-            "declared, half is the truth": "{declared_at_half_the_target:,}",
+            "a tenth of the target lost": "{at_a_tenth:,}",
+            "three tenths": "{at_three_tenths:,}",
+            "half": "{at_half_the_target:,}",
         },
     )
 

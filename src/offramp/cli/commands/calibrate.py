@@ -12,6 +12,7 @@ from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_
 from offramp.cli.options import (
     RUNTIMES,
     add_command,
+    asked_again,
     batch_option,
     field_option,
     length_option,
@@ -66,8 +67,8 @@ def _options(parser: Parser) -> None:
         choices=UNITS,
     )
     field_option(
-        group, Guarantee, "declared", "test this many images, declared before any was looked at: "
-        "fewer are needed, and more cannot be added later",
+        group, Guarantee, "each_kind", "keep the target for each kind of prompt, as captions and "
+        "questions, and not for all together alone",
     )  # fmt: skip
     group.add_argument(
         "--of", type=whole(1), default=1, metavar="N",
@@ -119,17 +120,17 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from offramp.calibration.asked import Guarantee
     from offramp.training.checkpoint import held
 
-    names = ("target", "confidence", "risk", "unit", "declared")
+    names = ("target", "confidence", "risk", "unit", "each_kind")
     asked = {**{n: getattr(arguments, n) for n in names}, "candidates": arguments.of}
     guarantee = Guarantee(**asked)  # a mistake should not wait for data and model
     log.info(
-        "A guarantee of %g by %s needs %d images where no answer loses anything, and about %d "
-        "where half the target is measured%s; where several exits are searched, 30%% of the images "
-        "go to that.",
+        "A guarantee of %g by %s needs %d images, or groups of them, where no answer loses "
+        "anything, and about %d where half the target is the truth%s; where several exits are "
+        "searched, 30%% of the images go to that.",
         guarantee.target,
         guarantee.unit,
         guarantee.images_needed(),
-        guarantee.images_needed(guarantee.target / 2),
+        guarantee.images_for(guarantee.target / 2),
         ", more where images have unequal numbers of answers" if arguments.unit == "answer" else "",
     )
     check_runtime(arguments)
@@ -190,7 +191,8 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
         raise
     show_result(found, _table(calibration), as_json=arguments.json)
     if calibration.reason and not arguments.write:
-        say_next(f"offramp draft --adapter {arguments.adapter} --data {arguments.data[0]}")
+        of = f"--adapter {arguments.adapter} --data {arguments.data[0]}{asked_again(arguments)}"
+        say_next(f"offramp draft {of}")
     else:
         say_next(f"offramp generate --adapter {out} --image dog.jpg", f"offramp serve {out}")
 
@@ -203,7 +205,7 @@ def _say_how_long(
     import time
 
     from offramp.answers import generate_answers
-    from offramp.calibration.calibrate import GRID
+    from offramp.calibration.calibrate import COARSE, GRID
     from offramp.calibration.replay import can_replay
     from offramp.engine.policy import FULL
     from offramp.progress import duration
@@ -216,7 +218,8 @@ def _say_how_long(
     )  # fmt: skip
     once = (time.perf_counter() - begin) * len(examples) / rows
     replayed = arguments.engine not in RUNTIMES and can_replay(policy) and not arguments.visual_keep
-    passes = 2 if replayed else 1 + len(GRID)
+    grid = COARSE if arguments.engine in RUNTIMES else GRID
+    passes = 2 if replayed else 1 + len(grid)
     log.info("Calibrating on %d examples takes about %s.", len(examples), duration(once * passes))
 
 
@@ -245,6 +248,7 @@ def _store(
 def _table(calibration: Any) -> str:
     """The end of the path, and the guarantee, as a person reads them on a terminal."""
     from offramp.guarantee import risk_words
+    from offramp.likeness import LIKE
 
     points = []
     for point in reversed(calibration.path):  # the boldest first: what decides
@@ -263,12 +267,20 @@ def _table(calibration: Any) -> str:
             f"The best of {calibration.candidates} may be taken: each is tested at "
             f"{calibration.level:.2%}."
         )
+    if len(calibration.kinds) > 1:
+        named = [
+            f"{kind.kind or 'other prompts'}: {kind.risk:.4f} on {kind.images} images"
+            for kind in calibration.kinds
+        ]
+        lines.append(f"By kind of prompt: {'; '.join(named)}.")
     if calibration.copies:
         lines.append(f"{calibration.copies} images are copies of others and count once.")
     if calibration.reason:
         lines.append(f"Nothing is guaranteed. {calibration.reason}")
     else:
         speed = calibration.speedup
+        each = "for each kind of prompt " if calibration.each_kind else ""
+        groups = f" in {calibration.groups} groups" if calibration.groups else ""
         own = calibration.policy.first
         first = f"; of first tokens {own}" if own else ""
         if calibration.policy.pruning is not None:
@@ -276,9 +288,9 @@ def _table(calibration: Any) -> str:
         faster = f"; decoding is predicted to be {speed:.2f}x" if speed else ""
         lines.append(
             f"Guaranteed with {calibration.confidence:.0%} confidence: "
-            f"{risk_words(calibration.risk, calibration.unit)} is at most "
-            f"{calibration.target:g} (measured {calibration.measured:.4f} on "
-            f"{calibration.n} images, {calibration.answers} answers){faster}. Thresholds: "
+            f"{each}{risk_words(calibration.risk, calibration.unit)} is at most "
+            f"{calibration.target:g} {LIKE} (measured {calibration.measured:.4f} on "
+            f"{calibration.n} images{groups}, {calibration.answers} answers){faster}. Thresholds: "
             f"{calibration.policy.thresholds}{first}."
         )
     return "\n".join(lines)

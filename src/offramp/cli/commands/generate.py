@@ -120,6 +120,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     for image, inputs in _questions(arguments, encoder):
         result = _answer(runtime, inputs, policy, arguments.seed, options)
         _show(image, result, encoder, arguments)
+        if policy is adapter.policy and not policy.lossless:
+            _say_likeness(adapter, arguments.prompt, result)
 
 
 def _say_standing(
@@ -127,13 +129,15 @@ def _say_standing(
     arguments: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Whether the adapter's guarantee holds of these answers and, if not, why."""
-    from offramp.guarantee import Conditions, of_processor, standing
+    from offramp.conditions import Conditions, of_processor
+    from offramp.guarantee import standing
 
     single = len(arguments.image) <= 1  # none of a language model
     here = Conditions.of(
         adapter.backbone,
         policy,
         engine=None if runtime is adapter else runtime.name,
+        exits=adapter.exits,
         sampling="sampled" if options["do_sample"] else "greedy",
         longest=options["max_new_tokens"],
         prompts=[[arguments.prompt]] if single and not arguments.interactive else None,
@@ -141,6 +145,18 @@ def _say_standing(
     )
     if said := standing(adapter.calibration, here).sentence:
         log.info("%s", said)
+
+
+def _say_likeness(adapter: Any, prompt: str, result: Any) -> None:
+    """Whether an answer looks as if its image and prompt were unlike the calibrated ones."""
+    from offramp.likeness import UNLIKE
+
+    found = adapter.likeness.p_value(adapter.kind_of(prompt or ""), result.scores[0].tolist())
+    if found is not None and found <= UNLIKE:
+        log.warning(
+            "The image or the prompt is unlike those calibrated (p = %.2g): nothing is guaranteed "
+            "of this answer.", found,
+        )  # fmt: skip
 
 
 def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from offramp.cli.loading import check_exits, load_model, read_data
 from offramp.cli.options import (
     LONGEST,
     add_command,
+    asked_again,
     batch_option,
     data_options,
     depths_option,
@@ -24,8 +25,8 @@ from offramp.errors import InputError
 log = logging.getLogger(__name__)
 
 FORECAST: dict[str, Any] = {
-    "images": None, "split": None, "prompt": None, "limit": 200, "level": 0.95, "depths": None,
-    "planned": 2000, "max_new_tokens": LONGEST, "batch_size": 16,
+    "images": None, "split": None, "prompt": None, "group_by": "group", "limit": 200,
+    "level": 0.95, "depths": None, "planned": 2000, "max_new_tokens": LONGEST, "batch_size": 16,
 }  # fmt: skip
 """Options that are of --data alone, and their defaults."""
 
@@ -116,18 +117,21 @@ def _adapter(name: str) -> dict[str, Any]:
 
 def _told(entries: dict[str, Any]) -> str:
     """The same in ten lines, as a person reads it on a terminal."""
-    from offramp.guarantee import Conditions, standing
+    from offramp.conditions import Conditions, of_policy
+    from offramp.engine.policy import policy_from_json
+    from offramp.guarantee import standing
 
     policy, metrics, calibration = (
         entries.get(n) or {} for n in ("policy", "metrics", "calibration")
     )
+    here = Conditions(of_policy(policy_from_json(entries["policy"])))  # as is known of the folder
     told = {
         "backbone": entries["backbone"].get("name"),
         "exits": f"{entries.get('exit_kind')} at {inline(entries.get('depths'))}",
         "thresholds": inline(policy.get("thresholds")),
         "score": policy.get("score"),
         "lossless drafts": f"from {inline(policy.get('drafts'))}",
-        "guarantee": standing(calibration, Conditions()).sentence.removeprefix("guaranteed "),
+        "guarantee": standing(calibration, here).sentence.removeprefix("guaranteed "),
         "agreement": inline(metrics.get("agreement")),
         "made by": (entries.get("provenance") or {}).get("command"),
         "verified": entries["verified"],
@@ -197,7 +201,7 @@ def _suitability(arguments: argparse.Namespace) -> None:
     narrow = " --shortlist 2048" if found.shortlist else ""
     say_next(
         f"offramp train --backbone {arguments.name} --data {arguments.data[0]} "
-        f"--depths {best.depth}{narrow} --out exits"
+        f"--depths {best.depth}{narrow}{asked_again(arguments)} --out exits"
     )
 
 

@@ -132,7 +132,7 @@ def _engine_options(parser: Parser) -> None:
     from offramp.serving.server.config import ServerConfig
 
     engine = parser.add_argument_group("engine")
-    field_options(engine, ServerConfig, ("queue", "mode"))
+    field_options(engine, ServerConfig, ("queue", "mode", "unlike"))
     engine.add_argument(
         "--slots",
         type=whole(1),

@@ -10,6 +10,7 @@ from typing import Any
 from offramp.cli.loading import check_exits, load_model, read_data
 from offramp.cli.options import (
     add_command,
+    asked_again,
     data_options,
     field_options,
     model_options,
@@ -132,7 +133,7 @@ def _train(arguments: argparse.Namespace) -> None:
     needed = images_needed((0.01,))[0]
     log.info(
         "To calibrate these exits to 1%% later needs %d images that training does not see, where "
-        "no answer loses anything, and about %d where half of that is lost.",
+        "no answer loses anything, and about %d where half of that is lost in truth.",
         needed["at_no_loss"],
         needed["at_half_the_target"],
     )
@@ -165,8 +166,8 @@ def _train(arguments: argparse.Namespace) -> None:
         learnt = {"checks": adapter.exits.measured} if adapter.exits.measured else {}
         result = {"adapter": str(arguments.out), **adapter.metrics, **learnt}
         show_result(result, as_json=arguments.json)
-        out = arguments.out
+        of = f"--adapter {arguments.out} --data held_out{asked_again(arguments)}"
         say_next(
-            f"offramp calibrate --adapter {out} --data held_out --target 0.01   (thresholds)",
-            f"offramp draft --adapter {out} --data held_out   (the full model's tokens, faster)",
+            f"offramp calibrate {of} --target 0.01   (thresholds)",
+            f"offramp draft {of}   (the full model's tokens, faster)",
         )

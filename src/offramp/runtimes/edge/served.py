@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from offramp.errors import InputError
+from offramp.likeness import Likeness
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.sampling import Sampling
 from offramp.runtimes.edge.vocabulary import Vocabulary
@@ -36,6 +37,7 @@ class EdgeServed:
 
     smallest: int | None = None
     calibrated: int | None = None
+    likeness = Likeness({})
 
     def __init__(self, model: EdgeModel) -> None:
         self._model = model
@@ -101,6 +103,9 @@ class EdgeServed:
 
     def stands(self, **_: Any) -> NoPromise:
         return NoPromise()
+
+    def how_like(self, asked: str, scores: Sequence[float]) -> None:
+        return None
 
     def promised(self) -> None:
         return None

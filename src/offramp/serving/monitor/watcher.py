@@ -1,26 +1,28 @@
 """Watches a guarantee: a share of what was asked is answered by the full model too.
 
 Calibration says what early answers lose on images like those it saw, and nothing of others. Which
-requests are watched is drawn before they are answered. The full model answers them in slots that no
-request needs or, where none is free for long, in one slot like a request of its own, so that a busy
-server is watched as well as an idle one; each image counts once. What the answers lose is a bet
+requests are watched is drawn before they are answered, so that the unit of the promise is what is
+estimated: of a promise by image, images are drawn, by a secret digest of what they show, however
+often they are asked about, and each counts once; of one by answer, requests are, and each counts.
+The full model answers them in slots that no request needs or, after the deadline, like a request of
+its own, so that a busy server is watched as well as an idle one. What the answers lose is a bet
 against the promise (`offramp.betting`): where the risk is at most what was promised at each time,
 it is ever called broken with probability at most `level`, however long the server runs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-import queue
 import random
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,14 @@ ROWS = "rows.jsonl"
 LATELY = 200
 """Watched requests of which the coverage is told; fewer than `ENOUGH` tell nothing."""
 ENOUGH = 50
-COVERAGE = 0.5
-"""Share of these that must be compared, or the watch says that it is blind."""
+COVERAGE, SEES = 0.5, 0.7
+"""Share of these that must be compared, or the watch says that it is blind; and that must be for it
+to say that it sees again."""
+SHOWN = 64
+"""Pixels a side of what an image is drawn by."""
+SELDOM = 0.001
+"""How seldom an image that is asked about as often as any that was calibrated is drawn more often
+than its draws count, of a promise by answer."""
 REMEMBERED = 1_000_000
 """Images that are known to have counted."""
 COMPARED_WITH = 128
@@ -58,9 +66,28 @@ ones who would have been drawn, which tell whether several do."""
 _PAUSE = 0.02
 
 
+def draws_of_one(largest: int, share: float) -> int:
+    """How many draws of one image count, of a promise by answer: as many as an image with `largest`
+    answers has but `SELDOM`."""
+    from scipy.stats import binom
+
+    return max(1, min(largest, int(binom.ppf(1 - SELDOM, largest, share))))
+
+
 def differs(early: Answer, full: Answer) -> float:
     """The risk "disagreement"."""
     return float(early.ids != full.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A sample that waits for a slot, and until when; or for its answer. name: of its image, once
+    it was looked at."""
+
+    sample: Sample
+    until: float
+    name: str = ""
+    handle: Any = None
 
 
 class _Known:
@@ -93,8 +120,8 @@ class Watcher:
     promise is of, such as a digest of the adapter; what was learnt of another is not gone on with.
     seed: of the draw.
 
-    blind: whether too few of the watched requests are compared to trust the silence. let_go: how
-    many were not.
+    blind: whether too few of the drawn requests are compared to trust the silence. let_go: how many
+    were not, those whose clients went or that took too long among them.
 
     Raises:
         StorageError: another watcher has the state file.
@@ -117,15 +144,18 @@ class Watcher:
             "slack": self.config.slack,
             "level": self.config.level,
             "watchers": self.config.watchers,
+            "share": self.config.share if self._by_answer else None,
             "promise": None if promise is None else asdict(promise),
         }
         self._held = _held(self.config.state)
         self.risk = self._kept_risk() or self._new_risk()
         self._engine, self._encoder, self._loss = engine, encoder, loss
         self._draw = random.Random(seed)
+        self._secret = self._draw.randbytes(16)
+        self._images: OrderedDict[bytes, None] = OrderedDict()
         self._known = _Known()
-        self._samples: queue.Queue[Sample] = queue.Queue(self.config.backlog)
         self._lock = threading.Lock()
+        self._offered: list[_Waiting] = []
         self._waiting: Counter[str] = Counter()
         self._asked: deque[str] = deque(maxlen=DRAWN)
         self._drawn: deque[str] = deque(maxlen=DRAWN)
@@ -139,21 +169,37 @@ class Watcher:
 
     def _new_risk(self) -> RunningRisk:
         """At the level that all watchers share."""
-        target = None if self.promise is None else min(1.0, self.promise.target * self.config.slack)
-        confidence = 0.95 if self.promise is None else self.promise.confidence
-        return RunningRisk(target, self.config.level / self.config.watchers, confidence)
+        level = self.config.level / self.config.watchers
+        if self.promise is None:
+            return RunningRisk(None, level)
+        target = min(1.0, self.promise.target * self.config.slack)
+        most = draws_of_one(self.promise.largest, self.config.share) if self._by_answer else 1
+        return RunningRisk(target, level, self.promise.confidence, most)
+
+    @property
+    def _by_answer(self) -> bool:
+        return self.promise is not None and self.promise.unit == "answer"
 
     # -- what the server asks ----------------------------------------------------------------------
 
-    def draws(self, client: str = "") -> bool:
+    def draws(self, client: str = "", image: Image.Image | None = None) -> bool:
         """Whether the next request is watched; asked before it is answered.
 
         A client has no more than its share of the last draws, unless it asks alone: what it is
-        held back by is known before the answer is, so the bets stay fair.
+        held back by is known before the answer is, so the bets stay fair. image: that it is about,
+        which is drawn itself unless the promise is by answer; None: the request is.
         """
-        if self._draw.random() >= self.config.share:
-            return False
+        if image is None or self._by_answer:
+            if self._draw.random() >= self.config.share:
+                return False
+            name = None
+        else:
+            name = self._name_of(image)
+            if int.from_bytes(name[:7], "big") >= self.config.share * 2**56:
+                return False
         with self._lock:
+            if name is not None and name in self._images:
+                return False
             self._asked.append(client)
             clients, drawn = len(set(self._asked)), len(self._drawn)
             most = max(self.config.a_client * drawn, drawn / clients)  # what each of few needs
@@ -162,18 +208,31 @@ class Watcher:
                 self._drawn.append(client)
         return taken
 
+    def _name_of(self, image: Image.Image) -> bytes:
+        """What an image is drawn by, as if at random."""
+        pixels = image.resize((SHOWN, SHOWN), Image.Resampling.NEAREST).tobytes()
+        return hashlib.blake2b(pixels, digest_size=16, key=self._secret).digest()
+
     def offer(self, sample: Sample) -> None:
         """Compare an answer when there is time; let it go where too many wait."""
         most = max(1, int(self.config.a_client * self.config.backlog))
+        until = time.monotonic() + self.config.deadline
+        name = self._name_of(sample.image)
         with self._lock:
-            if self._waiting[sample.client] >= most:
+            if self._waiting[sample.client] >= most or len(self._offered) >= self.config.backlog:
                 self._lost()
                 return
-            try:
-                self._samples.put_nowait(sample)
-                self._waiting[sample.client] += 1
-            except queue.Full:
-                self._lost()
+            self._offered.append(_Waiting(sample, until))
+            self._waiting[sample.client] += 1
+            self._images[name] = None
+            while len(self._images) > REMEMBERED:
+                self._images.popitem(last=False)
+
+    def lost(self) -> None:
+        """A drawn request was not answered to its end: its client has gone, or it took too long.
+        What it would have lost is not known, and such requests may differ from others."""
+        with self._lock:
+            self._lost()
 
     @property
     def broken(self) -> bool:
@@ -204,6 +263,7 @@ class Watcher:
             "p_value": self.risk.p_value,
             "broken": self.broken,
             "coverage": self.coverage,
+            "lost": self.let_go,
             "blind": self.blind,
             "action": self.config.action,
         }
@@ -213,6 +273,7 @@ class Watcher:
         what caused the alarm is over. What is promised from now on starts anew."""
         with self._lock:
             self.risk = self._new_risk()
+            self._images.clear()
             self._save()
         log.warning(json.dumps({"event": "watch_reset"}))
 
@@ -236,65 +297,90 @@ class Watcher:
     # -- the comparison ----------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while not self._closed.is_set():
+        asked: list[_Waiting] = []  # whose answers are on their way
+        while not self._closed.wait(_PAUSE):
             try:
-                sample = self._samples.get(timeout=_PAUSE)
-            except queue.Empty:
+                asked = self._finish(asked) + self._start()
+            except Exception:  # of the watch itself; the next ones may be compared
+                log.warning("A watched request could not be compared.", exc_info=True)
+        for one in asked:
+            self._engine.cancel(one.handle)
+
+    def _start(self) -> list[_Waiting]:
+        """Have the full model answer what waits: one in each slot that no request needs, and
+        whatever is past its deadline like a request of its own."""
+        started = []
+        while not self._closed.is_set():
+            with self._lock:
+                due = bool(self._offered) and time.monotonic() >= self._offered[0].until
+                if not self._offered or not (due or self._free):
+                    break
+                one = self._offered.pop(0)
+            one = replace(one, name=one.name or pixel_digest(one.sample.image)[:32])
+            if not self._counts(one):
+                self._over(one, True)
                 continue
             try:
-                self._compare(sample)
-            except OfframpError as error:
-                log.warning("A watched request could not be compared: %s", error.problem)
-            except Exception:
-                log.warning("A watched request could not be compared.", exc_info=True)
-            finally:
+                handle = self._engine.submit(one.sample.inputs, mode="full", **one.sample.options)
+                started.append(replace(one, handle=handle))
+            except BusyError:
+                if time.monotonic() > one.until + max(1.0, self.config.deadline):
+                    self._over(one, False)
+                    continue
                 with self._lock:
-                    self._waiting[sample.client] -= 1
-                    self._waiting += Counter()  # drops those at 0
+                    self._offered.insert(0, one)
+                break
+            except Exception as error:
+                self._failed(one, error)
+        return started
 
-    def _compare(self, sample: Sample) -> None:
-        name = pixel_digest(sample.image)[:32]
-        if not self._known.is_new(sample.image, name):
-            self._note(True)
-            return
-        handle = self._submit(sample)
-        if handle is None:
-            if not self._closed.is_set():
-                with self._lock:
-                    self._lost()
-            return
-        while not handle.done():
-            if self._closed.wait(_PAUSE):
-                self._engine.cancel(handle)
-                return
+    def _counts(self, one: _Waiting) -> bool:
+        """Whether a sample tells anything: of a promise by image, one about a new image."""
+        return self._by_answer or self._known.is_new(one.sample.image, one.name)
+
+    def _finish(self, asked: list[_Waiting]) -> list[_Waiting]:
+        """Compare what is answered, in the order in which it was asked, as what takes long may
+        differ more often; what is not answered yet."""
+        for place, one in enumerate(asked):
+            if not one.handle.done():
+                return asked[place:]
+            try:
+                if self._counts(one):  # a copy of it may have been on its way too
+                    self._compare(one)
+                self._over(one, True)
+            except Exception as error:
+                self._failed(one, error)
+        return []
+
+    def _failed(self, one: _Waiting, error: Exception) -> None:
+        said = error.problem if isinstance(error, OfframpError) else repr(error)
+        log.warning("A watched request could not be compared: %s", said)
+        self._over(one, False)
+
+    def _over(self, one: _Waiting, compared: bool) -> None:
+        """A sample is done with."""
+        with self._lock:
+            self._waiting[one.sample.client] -= 1
+            self._waiting += Counter()  # drops those at 0
+            if compared:
+                self._note(True)
+            elif not self._closed.is_set():
+                self._lost()
+
+    def _compare(self, one: _Waiting) -> None:
+        sample = one.sample
         [early] = answers_of(sample.output, self._encoder)
-        [full] = answers_of(handle.result().output, self._encoder)
-        self._known.add(sample.image, name)
+        [full] = answers_of(one.handle.result().output, self._encoder)
         loss = self._loss(early, full)
+        if not self._by_answer:
+            self._known.add(sample.image, one.name)
         with self._lock:
             before = self.broken
-            self.risk.add(loss)
+            self.risk.add(loss, one.name if self._by_answer else "")
             self._save()
-        self._note(True)
-        self._keep(name, sample, early, full, loss)
+        self._keep(one.name, sample, early, full, loss)
         if self.broken and not before:
             self._warn()
-
-    def _submit(self, sample: Sample) -> Any:
-        """The full model's answer on its way: at once where a slot is free that no request waits
-        for, and after the deadline whatever else is under way; None: the engine took it not."""
-        end = time.monotonic() + self.config.deadline
-        while not self._free and time.monotonic() < end:
-            if self._closed.wait(_PAUSE):
-                return None
-        end = time.monotonic() + max(1.0, self.config.deadline)
-        while not self._closed.wait(0):
-            try:
-                return self._engine.submit(sample.inputs, mode="full", **sample.options)
-            except BusyError:
-                if time.monotonic() > end or self._closed.wait(_PAUSE):
-                    return None
-        return None
 
     @property
     def _free(self) -> bool:
@@ -313,7 +399,7 @@ class Watcher:
         coverage = self.coverage
         if coverage is None:
             return
-        blind = coverage < COVERAGE
+        blind = coverage < (SEES if self.blind else COVERAGE)
         if blind != self.blind:
             self.blind = blind
             event = "watch_blind" if blind else "watch_sees_again"
@@ -322,17 +408,35 @@ class Watcher:
     # -- what is kept ------------------------------------------------------------------------------
 
     def _kept_risk(self) -> RunningRisk | None:
-        """What was learnt of the same promise before a restart."""
+        """What was learnt of the same promise before a restart. Where the watch was another one, an
+        alarm stays, and what else was learnt is not gone on with; either is said."""
         if self.config.state is None or not self.config.state.is_file():
             return None
         try:
             kept = read_json(self.config.state)
-            if kept["of"] != json.loads(json.dumps(self._about)):
+            of, about = kept["of"], json.loads(json.dumps(self._about))
+            if any(of[name] != about[name] for name in ("about", "promise")):
+                log.warning("The watch starts anew: %s is of another promise.", self.config.state)
                 return None
-            return RunningRisk.from_json(kept["risk"])
-        except (OfframpError, KeyError, TypeError, ValueError):
+            risk = RunningRisk.from_json(kept["risk"])
+            if of == about:
+                new = self._new_risk()
+                if (risk.promised, risk.level) != (new.promised, new.level):
+                    raise ValueError("its numbers do not fit each other")
+                return risk
+        except (OfframpError, KeyError, TypeError, ValueError, AttributeError):
             log.warning("%s says nothing of the watch; it starts anew.", self.config.state)
             return None
+        said = ", ".join(name for name in about if of.get(name) != about[name])
+        if risk.broken:
+            log.warning(
+                "The guarantee was called broken by a watch with another %s; that stays so until "
+                "POST /v1/watch/reset.",
+                said,
+            )
+            return risk
+        log.warning("The watch starts anew: %s was made with another %s.", self.config.state, said)
+        return None
 
     def _save(self) -> None:
         """With the lock."""

@@ -11,9 +11,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from offramp.engine.decoding.sequence import Token
+from offramp.likeness import UNLIKE
 from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import ChatRequest, Sampling, single_question
@@ -29,7 +31,8 @@ Event = tuple[int, Token | None]
 """Number of a choice, and its next token; None: it is over."""
 _LATE: Event = (-1, None)
 """Stands for the end of the time that an answer may take."""
-OnAnswer = Callable[[Inputs, Generation, Completion], None]
+OnAnswer = Callable[[Inputs, Generation, Completion | None], None]
+"""Is told of an answer; None: its client has gone, or it took too long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,7 @@ class Answering:
     """The answers to one request. Made, and used, in the event loop's thread.
 
     prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
-    has taken too long, by the loop's clock. on_answer: called with every answer that is over.
+    has taken too long, by the loop's clock. on_answer: is told of every answer, or of its loss.
     salt: as of `offramp.serving.request.Request`. constraint: of every answer's tokens.
     trace: is told of every answer that is over.
     """
@@ -107,7 +110,10 @@ class Answering:
             self.leave()
             raise
 
-    def _submit(self, index: int, inputs: Inputs, how: Generation, use: Use) -> _Choice:
+    def _submit(
+        self, index: int, inputs: Inputs, how: Generation, use: Use, *, again: bool = False
+    ) -> _Choice:
+        """again: in the place of an answer that was over."""
         noted = how.logprobs
 
         def settled(choice: Token) -> None:
@@ -119,7 +125,8 @@ class Answering:
         handle = self._service.submit(
             inputs, use, seed=how.seed, salt=self._salt, on_token=settled, **how.options
         )
-        handle.add_done_callback(lambda _: self._over(index))
+        over = partial(self._tell, (index, None)) if again else partial(self._over, index)
+        handle.add_done_callback(lambda _: over())
         if handle.done():  # before the callback was there: no round comes that would hand it over
             self._service.outbox.flush()
         stream = TextStream(self._service.tokenizer, self._request.stops, exact=self._exact)
@@ -138,6 +145,8 @@ class Answering:
         self._timer.cancel()
         left, self._left = self._left, True
         for choice in () if left else self.choices:
+            if self._on_answer is not None and choice.written.reason is None:
+                self._on_answer(choice.inputs, choice.how, None)
             if not choice.handle.done():
                 self._service.metrics.ended("abort")
             self._service.over(choice.handle)
@@ -153,14 +162,35 @@ class Answering:
         """
         try:
             await unless_gone(self._all(), receive)
+            await unless_gone(self._again(), receive)
             written = [choice.written for choice in self.choices]
             return self._named().whole(written, [choice.how.logprobs for choice in self.choices])
         finally:
             self.leave()
 
-    async def _all(self) -> None:
-        """Wait until all answers are over."""
-        left = len(self.choices)
+    async def _again(self) -> None:
+        """Have the answers to requests unlike the calibrated ones written again, losslessly, where
+        that is asked for."""
+        unlike = [
+            index
+            for index, choice in enumerate(self.choices)
+            if choice.written.likeness is not None and choice.written.likeness <= UNLIKE
+        ]
+        if not (unlike and self._service.answers_unlike):
+            return
+        use = Use("lossless", None, "lossless")
+        for index in unlike:
+            before = self.choices[index]
+            self._service.over(before.handle)
+            again = self._submit(index, before.inputs, before.how, use, again=True)
+            again.written.likeness = before.written.likeness
+            self.choices[index] = again
+        self.reply = replace(self.reply, mode="lossless")
+        await self._all(len(unlike))
+
+    async def _all(self, left: int | None = None) -> None:
+        """Wait until all answers are over, or so many."""
+        left = len(self.choices) if left is None else left
         while left:
             for index, _ in await self._news():  # tokens are not told of without a stream
                 self._finish(self.choices[index])
@@ -199,6 +229,9 @@ class Answering:
         full = len(written.tokens) >= choice.how.longest
         stopped = choice.stream.stopped or ended or not full
         written.reason = "stop" if stopped else "length"
+        if written.likeness is None and done.early_exit and self.standing.promise is not None:
+            scores = [token.score for token in done.tokens]
+            written.likeness = self._service.how_like(single_question(self._request), scores)
         mode = self._mode(done)
         first = choice.written.index % self._request.n == 0
         tokens = choice.prompt if first else 0

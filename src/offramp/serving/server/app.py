@@ -152,7 +152,7 @@ async def _answer(
         if trace is not None:
             trace.part("image", begun, time.time_ns(), offramp__images=len(images))
         client = client_of(request)
-        watched = service.watches(body, use, len(images), client)
+        watched = service.watches(body, use, images, client)
         watch = _watch(service, body, images, client) if watched else None
         del images  # they are large, and answers take long
         salt = request.scope.get("offramp_salt")
@@ -202,13 +202,17 @@ def client_of(request: Request) -> str:
 
 def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str) -> OnAnswer:
     """Has an answer compared with the full model's, where it is one of those promised; where
-    nothing is promised, any greedy one."""
+    nothing is promised, any greedy one. Of those that are not answered to their end it is counted
+    that they are lost."""
 
-    def compare(inputs: Inputs, how: Generation, done: Completion) -> None:
-        if not (how.plain and done.early_exit) or service.watcher is None:
+    def compare(inputs: Inputs, how: Generation, done: Completion | None) -> None:
+        if not (how.plain and (done is None or done.early_exit)) or service.watcher is None:
             return
         found = service.served.stands(asked=single_question(body), longest=how.longest)
         if service.standing.promise is None or found.promise is not None:
+            if done is None:
+                service.watcher.lost()
+                return
             text = asked_text(body)
             sample = Sample(inputs, how.options, done.output, images[0], text, client)
             service.watcher.offer(sample)

@@ -98,6 +98,12 @@ class ServerConfig:
     mode: str | None = option(
         None, "mode of requests that name none", choices=MODES, shown="the adapter's policy"
     )
+    unlike: str = option(
+        "early_exit",
+        "answers to requests unlike the calibrated ones: lossless answers those again that came "
+        "whole, and all once the alarm is raised",
+        choices=("early_exit", "lossless"),
+    )
     metrics: str = option(
         "offramp", "before the metrics' names, such as vllm", flag="--metrics-prefix"
     )

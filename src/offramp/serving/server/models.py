@@ -87,7 +87,16 @@ def model_card(service: Service) -> dict[str, Any]:
             "thresholds": Thresholds(served.policy.thresholds).to_json(),
             "guarantee": served.promised(),
             "not_guaranteed": service.standing.why or None,
+            "likeness": _likeness(service),
             "watch": None if service.watcher is None else service.watcher.report(),
             "chat_template": served.prompts.has_template,
         },
     }
+
+
+def _likeness(service: Service) -> dict[str, Any] | None:
+    """How many requests were unlike those that were calibrated; None: that is not known."""
+    if not service.served.likeness.kinds:
+        return None
+    alarm = service.alarm
+    return {"compared": alarm.compared, "unlike": alarm.unlike, "alarm": alarm.raised}

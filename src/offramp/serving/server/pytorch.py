@@ -9,14 +9,17 @@ from typing import Any, cast
 
 from offramp.adapter import Adapter
 from offramp.answers import Model
+from offramp.conditions import Conditions, of_processor
 from offramp.engine.constraint import JsonConstraint
 from offramp.engine.policy import FULL
 from offramp.engine.prefill import check_inputs
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.guarantee import FRAMES, Conditions, Standing, of_processor, risk_words, standing
+from offramp.guarantee import Standing, risk_words, standing
+from offramp.likeness import LIKE, Likeness
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
+from offramp.prompt_kinds import FRAMES
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine import Engine
 from offramp.serving.engine_config import EngineConfig
@@ -78,6 +81,7 @@ class TorchServed:
         self.tokenizer = copy.deepcopy(self.prompts.tokenizer)
         self._ends = end_tokens(self.backbone.model, self.prompts.eos)
         self._runtime = runtime_name(serial)
+        self.likeness = Likeness({}) if self.adapter is None else self.adapter.likeness
         self._watch, self._loss = watch, loss
 
     @property
@@ -157,12 +161,18 @@ class TorchServed:
             self.backbone,
             policy,
             engine=self._runtime,
+            exits=self.adapter.exits,
             sampling={None: None, True: "greedy", False: "sampled or ruled by the request"}[plain],
             longest=longest,
             prompts=None if asked is None else [[asked]],
             **of_processor(self.prompts.processor),
         )
         return standing(self.adapter.calibration, here)
+
+    def how_like(self, asked: str, scores: Sequence[float]) -> float | None:
+        if self.adapter is None:
+            return None
+        return self.likeness.p_value(self.adapter.kind_of(asked), scores)
 
     def promised(self) -> dict[str, Any] | None:
         """What was calibrated, in a few fields, and of which prompts and answers how long."""
@@ -173,6 +183,7 @@ class TorchServed:
         return {
             **asdict(promise),
             "words": risk_words(promise.risk, promise.unit),
+            "where": LIKE,
             "max_tokens": about["longest"],
             "prompts": (about.get("prompts") or [])[:FRAMES],
         }

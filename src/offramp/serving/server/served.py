@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from offramp.engine.policy import ExitPolicy
+from offramp.likeness import Likeness
 from offramp.serving.engine import Engine
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import Sampling
@@ -88,7 +89,8 @@ class Served(Protocol):
     answer. places: answers under way beside those that wait. policy: of requests that name no mode.
     drafts: whether lossless answers are drafted at all. sees: whether prompts may have images.
     smallest: pixels that each side of a JPEG keeps where it is decoded smaller; None: none is.
-    calibrated: tokens of the longest answers that were calibrated; None: of no length.
+    calibrated: tokens of the longest answers that were calibrated; None: of no length. likeness:
+    what is kept of the calibrated answers.
     """
 
     @property
@@ -109,6 +111,8 @@ class Served(Protocol):
     def smallest(self) -> int | None: ...
     @property
     def calibrated(self) -> int | None: ...
+    @property
+    def likeness(self) -> Likeness: ...
     @property
     def prompts(self) -> Prompts: ...
     @property
@@ -170,6 +174,13 @@ class Served(Protocol):
         asked: the text of a request with one image and one turn, `OTHER` of one with more. longest:
         tokens its answer may have. plain: whether it is decoded greedily, with no rule of its own.
         thresholds: instead of the adapter's.
+        """
+        ...
+
+    def how_like(self, asked: str, scores: Sequence[float]) -> float | None:
+        """Return the p-value of "drawn as the calibrated answers were"; None: it is not known.
+
+        asked: the question about one image. scores: of the tokens of an early answer to it.
         """
         ...
 

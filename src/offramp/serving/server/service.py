@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from offramp.errors import OfframpError
+from offramp.likeness import Alarm
 from offramp.serving.request import Handle
 from offramp.serving.server.api.protocol import Sampling
 from offramp.serving.server.config import ServerConfig
@@ -55,6 +57,7 @@ class Place:
         self.put_nowait(self._answers)
 
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -84,6 +87,7 @@ class Service:
         self.tokenizer = served.tokenizer
         self.metrics = Metrics(config.metrics, config.name)
         self.standing = served.stands()
+        self.alarm = Alarm(served.likeness)
         self.watcher = served.watcher(self.engine)
         self._add_gauges()
         self.under_way = 0
@@ -200,6 +204,8 @@ class Service:
         thresholds = asked.thresholds if asked else None
         if thresholds is not None:
             return Use("early_exit", thresholds, "early_exit")
+        if self.answers_unlike and self.alarm.raised and self._own(mode):
+            return Use("lossless", None, "lossless")
         replaced = None if self.watcher is None else self.watcher.replaces
         if replaced is not None and self._own(mode):
             return Use(replaced, None, replaced, fell_back=True)
@@ -209,16 +215,37 @@ class Service:
             return Use(None, None, "full" if plain else own)
         return Use(mode, None, mode)
 
+    @property
+    def answers_unlike(self) -> bool:
+        """Whether requests unlike the calibrated ones are answered losslessly."""
+        return self.config.unlike == "lossless"
+
+    def how_like(self, asked: str, scores: Sequence[float]) -> float | None:
+        """The p-value of an early answer to a question about one image, where something is
+        guaranteed of it: of "drawn as the calibrated ones were"."""
+        found = self.served.how_like(asked, scores)
+        if found is not None and self._noted(found):
+            log.warning(json.dumps({"event": "unlike_calibrated", "unlike": self.alarm.unlike,
+                                    "compared": self.alarm.compared}))  # fmt: skip
+        return found
+
+    def _noted(self, p_value: float) -> bool:
+        """Note a request; whether the alarm is raised by it."""
+        before = self.alarm.raised
+        self.alarm.add(p_value)
+        return self.alarm.raised and not before
+
     def _own(self, mode: str | None) -> bool:
         """Whether a request that names `mode` gets the thresholds that were calibrated."""
         exits = bool(self.policy.thresholds) and not self.policy.lossless
         return exits and mode in (None, "early_exit")
 
-    def watches(self, request: Sampling, use: Use, images: int, client: str = "") -> bool:
+    def watches(self, request: Sampling, use: Use, images: Sequence[Any], client: str = "") -> bool:
         """Whether the answer to a request is to be compared with the full model's."""
         own = use.named == "early_exit" and use.thresholds is None
-        watched = own and request.n == 1 and images == 1
-        return self.watcher is not None and watched and self.watcher.draws(client)
+        if self.watcher is None or not own or request.n != 1 or len(images) != 1:
+            return False
+        return bool(self.watcher.draws(client, images[0]))
 
     def submit(self, inputs: Inputs, use: Use, **more: Any) -> Handle:
         """Hand a prompt to the engine. more: as of `BatchEngine.submit`."""
@@ -275,6 +302,13 @@ class Service:
             "Share of lossless drafts that were right.",
             lambda: _share(tally.accepted, tally.drafted),
         )
+        if self.served.likeness.kinds:
+            gauge("likeness_compared", "Answers held to the calibrated ones.",
+                  lambda: self.alarm.compared)  # fmt: skip
+            gauge("unlike_requests", "Of these, requests unlike the calibrated ones.",
+                  lambda: self.alarm.unlike)  # fmt: skip
+            gauge("likeness_alarm", "1 where more are unlike than by chance.",
+                  lambda: self.alarm.raised)  # fmt: skip
         if self.watcher is not None:
             self._add_risk(self.watcher)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from offramp.engine.policy import Mode
+from offramp.prompt_kinds import OTHER
 
 
 class Strict(BaseModel):
@@ -298,10 +299,6 @@ def asked_text(request: Sampling) -> str:
         return "\n".join(p.text for p in request.messages[-1].parts if p.type == "text")
     assert isinstance(request, CompletionRequest)
     return str(request.prompts[0])
-
-
-OTHER = "\0"
-"""Stands for a prompt that is no single question about one image."""
 
 
 def single_question(request: Sampling) -> str:

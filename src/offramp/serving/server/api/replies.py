@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from offramp.likeness import UNLIKE
 from offramp.serving.server.api.options import NotedLogprobs
 
 
@@ -18,7 +19,8 @@ class Written:
     """One choice, while and after it is written.
 
     depths: of its tokens. reason: why it ended; None: it has not. sent: tokens whose depths and
-    log-probabilities were given out.
+    log-probabilities were given out. likeness: p-value of "drawn as the calibrated ones were";
+    None: not known.
     """
 
     index: int
@@ -27,6 +29,7 @@ class Written:
     text: str = ""
     reason: str | None = None
     sent: int = 0
+    likeness: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Reply:
             offramp["guarantee"] = "broken"
         elif self.not_guaranteed:
             offramp["guarantee"] = f"not guaranteed here: {self.not_guaranteed}"
+        known = [choice.likeness for choice in choices if choice.likeness is not None]
+        if known:
+            offramp["likeness"] = {"p_value": min(known), "like": min(known) > UNLIKE}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": written,

@@ -1,0 +1,74 @@
+"""Kinds of prompts: what those that were calibrated have in common, and of which another is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+FRAMES = 8
+"""Kinds of prompts that are told apart by their first word; of more, all are one kind. No more are
+shown."""
+OTHER = "\0"
+"""Stands for what is asked in more turns than one, or about another number of images than one."""
+
+
+def prompt_frames(prompts: Sequence[str]) -> list[list[str]]:
+    """What prompts have in common: [prompt] of one that stays the same, [before, behind] of a
+    template, for each first word or, where these are many, for all. Prompts that share no word are
+    kept themselves."""
+    kinds: dict[str, set[str]] = {}
+    for prompt in prompts:
+        kinds.setdefault(re.split(r"[\s:]", prompt, maxsplit=1)[0], set()).add(prompt)
+    if len(kinds) > FRAMES:
+        kinds = {"": set(prompts)}
+    return [frame for word in sorted(kinds) for frame in _frames(sorted(kinds[word]))]
+
+
+def _frames(prompts: Sequence[str]) -> list[list[str]]:
+    first, last = prompts[0], prompts[-1]  # sorted: these two share the least from the start
+    before = _common(first, last)
+    backwards = sorted(prompt[::-1] for prompt in prompts)
+    behind = _common(backwards[0], backwards[-1])[::-1]
+    # Whole words alone: questions that happen to begin with one letter have no template.
+    before = before[: max((m.end() for m in re.finditer(r"\W", before)), default=0)]
+    starts = [m.start() for m in re.finditer(r"\W", behind)]
+    behind = behind[starts[0] :] if starts else ""
+    if len(prompts) == 1 or not _has_word(before + behind):
+        return [[prompt] for prompt in prompts]
+    return [[before, behind]]
+
+
+def kind_of(prompt: str, frames: Sequence[Sequence[str]]) -> str:
+    """Names the kind of a prompt by the frame that it fits: the prompt, or "before ... after" of a
+    template. "" where it fits none, or where too many prompts stand for themselves to be kinds."""
+    alone = [frame for frame in frames if len(frame) == 1]
+    for frame in frames:
+        if fits(prompt, [frame]):
+            return (
+                ""
+                if len(frame) == 1 and len(alone) > FRAMES
+                else " ... ".join(map(str.strip, frame))
+            )
+    return ""
+
+
+def _has_word(text: str) -> bool:
+    """Else any text would fit what is left of a template."""
+    return re.search(r"\w", text) is not None
+
+
+def _common(one: str, other: str) -> str:
+    n = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    return one[: min(len(one), len(other)) if n is None else n]
+
+
+def fits(prompt: str, frames: Sequence[Sequence[str]]) -> bool:
+    """Whether a prompt is like those that `prompt_frames` saw."""
+    for before, *behind in frames:
+        if not behind and prompt == before:
+            return True
+        # Calibrations of earlier versions hold templates without a word.
+        template = behind and _has_word(before + behind[0])
+        if template and prompt.startswith(before) and prompt.endswith(behind[0]):
+            return True
+    return False
