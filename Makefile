@@ -4,8 +4,6 @@ BACKBONE ?= opt
 PIP_FLAGS ?=
 FUZZ ?= 60
 SEED ?= 0
-SOAK ?= 28800
-CLIENTS ?= 32
 # Where a wheel of llama-cpp-python may lie, which takes eight minutes to compile: where one does, or pip
 # kept one, it is installed too; else the tests that need it are named at the end of a run.
 OFFRAMP_WHEELS ?= wheels
@@ -14,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.offramp-ready
 
-.PHONY: demo test quick test-research lint check records calibrated compare ablation analysis peers loads fuzz soak pages clean docs docs-version notes
+.PHONY: demo test quick test-research lint check records calibrated compare peers fuzz pages clean docs docs-version notes
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -53,26 +51,12 @@ compare: $(READY)  ## objectives and policies at equal quality; rewrites lab/rec
 	$(BIN)/python -m offramp_lab.records.compare
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-ablation: $(READY)  ## the adversary against none, on two cores; rewrites lab/records/ablation.json and its pages
-	$(BIN)/python -m offramp_lab.records.ablation --shard 0/2 & $(BIN)/python -m offramp_lab.records.ablation --shard 1/2; wait
-	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
-
-analysis: $(READY)  ## quality at every depth, overthinking; rewrites lab/records/analysis.json
-	$(BIN)/python -m offramp_lab.records.analysis
-
 peers: $(READY)  ## exits beside what transformers offers; a quiet machine; after `make records`
 	$(BIN)/python -m offramp_lab.records.peers
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-loads: $(READY)  ## what the batch engine holds of thousands of requests; rewrites a part of lab/records/loads.json
-	$(BIN)/python -m offramp_lab.records.loads.memory
-	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
-
 fuzz: $(READY)  ## requests drawn by a seed, for FUZZ seconds (60): over a thousand a minute
 	OFFRAMP_FUZZ=$(FUZZ) OFFRAMP_FUZZ_SEED=$(SEED) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/serving/server/test_fuzz.py
-
-soak: $(READY)  ## CLIENTS (32) for SOAK seconds (a night), some rude; rewrites lab/records/soak.json
-	$(BIN)/python -m offramp_lab.records.soak --seconds $(SOAK) --clients $(CLIENTS)
 
 pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
 	$(BIN)/python -m offramp_lab.pages.reports

@@ -177,7 +177,6 @@ BEFORE = {
     "records": {"places", "methods", "inputs", "experiments"},
     "tables": {"places", "experiments"},
     "pages": {"places", "inputs", "experiments", "records", "tables"},
-    "recipes": set(),
 }
 """The same of the lab's rooms."""
 

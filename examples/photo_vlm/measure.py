@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from examples.photo_vlm.command import command, parser_of
-from examples.photo_vlm.evaluate import LONGEST, load
+from examples.photo_vlm.evaluate import load
 from examples.photo_vlm.held_out import (
     DRAFTS,
     REGIMES,
@@ -39,8 +38,6 @@ from offramp.evaluation.timing import speedups
 from offramp.models.exits import Exits
 from offramp.provenance import provenance
 from offramp.storage import read_json, write_json
-from offramp_lab.experiments.analysis.analyse import RESULT, analyse
-from offramp_lab.experiments.analysis.config import AnalysisConfig
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 
 # -- what is asked of the first regime alone --------------------------------------------------
@@ -116,20 +113,6 @@ def shipped(adapter: Adapter, figures: dict[str, Any], examples: Sequence[Exampl
     )
 
 
-def curves(photos: Photos, adapter: Adapter, out: Path) -> dict[str, Any]:
-    """Every depth with and without trained exits, and overthinking, on the measuring half."""
-    path = out / RESULT
-    if not path.is_file():
-        config = AnalysisConfig(
-            decode_depths=photos.depths, max_new_tokens=LONGEST["captions"], resamples=200
-        )
-        photographs = photos.part("captions", 1)[: photos.sizes.damaged]
-        bar = partial(tqdm, desc="depths", disable=None, leave=False)
-        analyse(adapter, photos.encoder, photographs, config, out=out, progress=bar)
-    result = read_json(path)
-    return {name: result[name] for name in ("teacher_forced", "free_running", "overthinking")}
-
-
 # -- all of it --------------------------------------------------------------------------------
 
 
@@ -152,7 +135,6 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
 
     parts: dict[str, Callable[[], Any]] = {"lossless": lossless_exactly}
     if photos.sizes.curves:
-        parts["analysis"] = lambda: curves(photos, adapter, out / "analysis")
         held = photos.held["captions"][:300]
         parts["lossless_bfloat16"] = lambda: lossless(photos, adapter, held)
     for name, measure in parts.items():
@@ -169,7 +151,7 @@ def assemble(place: Path, size: str, depths: Sequence[int]) -> dict[str, Any]:
     for kind, prefix in (("regimes", ""), ("damaged", "damaged-")):
         files = {r: place / f"{prefix}{_slug(r)}.json" for r in REGIMES}
         parts[kind] = {r: read_json(file) for r, file in files.items() if file.is_file()}
-    for name in ("first", "lossless", "lossless_bfloat16", "analysis"):
+    for name in ("first", "lossless", "lossless_bfloat16"):
         file = place / f"{name}.json"
         parts[name] = read_json(file) if file.is_file() else None
     return {

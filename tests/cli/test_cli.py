@@ -148,12 +148,6 @@ def test_thresholds_need_no_labels_where_the_risk_reads_none(
     assert_two_lines(run(*asked, "--risk", "rouge_l_drop"), "answer")
 
 
-def test_an_analysis_needs_no_labels(run: RunCommand, unlabelled: Path, tmp_path: Path) -> None:
-    code, out, _ = run("analyse", "--backbone", "tiny-opt", "--data", unlabelled, "--decode-depths",
-                       "2", "--out", tmp_path, "--json")  # fmt: skip
-    assert code == 0 and "accuracy" not in json.loads(out)["teacher_forced"]["lens"]
-
-
 def test_calibrate_stores_its_promise_in_the_adapter(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:

@@ -74,17 +74,16 @@ def test_help_names_every_choice() -> None:
             assert str(choice) in help, (command, action.dest, choice)
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "export", "analyse"])
+@pytest.mark.parametrize("command", ["train", "compare", "export"])
 @pytest.mark.parametrize("spelling", [["3,6"], ["3", "6"], ["3", "6,8"]])
 def test_a_list_of_depths_is_spelt_one_way_and_taken_in_two(
     command: str, spelling: list[str]
 ) -> None:
-    flag = "--decode-depths" if command == "analyse" else "--depths"
-    action = parser_of(command)._option_string_actions[flag]
+    action = parser_of(command)._option_string_actions["--depths"]
     assert action.metavar == "N,N"
     alone = Parser()
     alone._add_action(action)
-    depths = getattr(alone.parse_args([flag, *spelling]), action.dest)
+    depths = getattr(alone.parse_args(["--depths", *spelling]), action.dest)
     assert depths == tuple(int(n) for word in spelling for n in word.split(","))
 
 

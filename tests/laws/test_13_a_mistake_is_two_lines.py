@@ -77,7 +77,7 @@ def test_a_race_of_no_rounds_is_refused(run: RunCommand, adapter: Path, photos: 
     assert_two_lines(run(*arguments), "--limit", "from 1")
 
 
-@pytest.mark.parametrize("command", ["train", "analyse", "calibrate"])
+@pytest.mark.parametrize("command", ["train", "calibrate"])
 def test_two_jsonl_files_are_refused_rather_than_one_left_out(
     run: RunCommand, command: str, adapter: Path, held_out: Path, unlabelled: Path, tmp_path: Path
 ) -> None:

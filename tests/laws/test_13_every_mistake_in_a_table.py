@@ -107,8 +107,6 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "export": {"--adapter": adapter, "--gguf": ["q8_0"]},
         "slice": {"": [str(tree / "good.jsonl")], "--adapter": adapter},
         "compare": {**model, "--data": data},
-        "analyse": {"--adapter": adapter, "--data": data},
-        "bench": {"--shape": ["mini-opt"]},
         "report": {"--run": adapter},
         "demo": {},
         "inspect": {"": adapter},
@@ -201,7 +199,7 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
         tables |= {"--temperature": ["0", "-1", "nan"], "--top-p": ["0"], "--prompt": [SURROGATE]}
     if command == "train":
         tables["--data"] += files_of(tree, ("endless.jsonl", "surrogate.jsonl"))
-    outs = (*OUTS, "folder" if command in ("bench", "report", "verify") else "good.png")
+    outs = (*OUTS, "folder" if command in ("report", "verify") else "good.png")
     tables["--out"] = files_of(tree, outs)
     tables["--revision"] = ["main"] if "--backbone" in named or command == "inspect" else []
     if command == "calibrate":
@@ -210,8 +208,6 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
         tables |= {n: list(v) for n, v in TRAINING.items()}
         if command == "compare":
             tables["--depths"] = ["0", "12", "x"]
-    if command == "bench":
-        named -= {"--backbone", "--adapter", "--revision", "--data"}
     if command == "compare":
         tables["--data"] = [v for v in tables["--data"] if not v.endswith(".json")]
     for option, values in tables.items():

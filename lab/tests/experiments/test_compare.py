@@ -15,12 +15,9 @@ import families
 import numpy as np
 import pytest
 
-from offramp.answers import Answer
 from offramp.calibration.risk_functions import QUALITIES
-from offramp.data.example import Example
 from offramp.data.scenes import language, world
 from offramp.errors import DataError, InputError
-from offramp.evaluation.caption_metrics import caption_scores
 from offramp.models.backbone import Backbone
 from offramp.report import tradeoff
 from offramp.report.tradeoff import speed_at
@@ -371,23 +368,6 @@ def test_a_pair_has_a_line_of_its_own() -> None:
     assert len(crowded) == tradeoff.MOST and {"free", "distillation"} <= crowded.keys()
 
 
-def test_cider_of_single_captions_has_the_corpus_score_as_its_mean() -> None:
-    said = ["a dog runs on grass", "two men ride a red bus", "a dog"]
-    references = [
-        ("a dog runs", "the dog is on the grass"),
-        ("two men on a bus", "men ride a bus"),
-        ("a cat sleeps", "a cat on a bed"),
-    ]
-    picture = fakes.examples(1)[0].image
-    examples = [Example(picture, "", some, key=str(i)) for i, some in enumerate(references)]
-    each = QUALITIES["cider"]([Answer((), text) for text in said], examples)
-    keyed = {str(i): text for i, text in enumerate(said)}
-    right = {str(i): some for i, some in enumerate(references)}
-    whole = caption_scores(keyed, right, metrics=("CIDEr",), tokenizer="simple")
-    assert each.mean() == pytest.approx(whole.measures["CIDEr"].value)
-    assert each[0] > each[2]
-
-
 def test_nothing_to_test_on_is_refused(run: RunComparison, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no examples"):
         run(tmp_path, test=[])
@@ -428,28 +408,6 @@ def point(
         "seed": seed, "objective": objective, "policy": policy, "depths": list(depths),
         "quality_drop": drop, "speedup_decode": speed,
     }  # fmt: skip
-
-
-def test_speed_at_a_quality_is_that_of_the_best_mixture() -> None:
-    curve = [point(0.0, 1.25), point(0.04, 2.5)]
-    assert speed_at(curve, 0.0) == pytest.approx(1.25)
-    assert speed_at(curve, 0.04) == speed_at(curve, 1.0) == pytest.approx(2.5)
-    assert speed_at(curve, 0.02) == pytest.approx(1 / (0.5 / 1.25 + 0.5 / 2.5))
-    # a slower and worse point is no help, and the full model is always there
-    assert speed_at([*curve, point(0.03, 1.1)], 0.02) == speed_at(curve, 0.02)
-    assert speed_at([point(0.5, 0.8)], 0.1) == speed_at([], 0.1) == 1
-    assert speed_at([point(0.1, 2.0)], 0.05) == pytest.approx(1 / 0.75)
-
-
-def test_a_better_answer_than_the_full_models_is_no_drop() -> None:
-    assert speed_at([point(-0.01, 2.0)], 0.0) == pytest.approx(2.0)
-
-
-def test_more_drop_is_never_slower() -> None:
-    draw = random.Random(0)
-    curve = [point(draw.uniform(-0.02, 0.2), draw.uniform(0.5, 3)) for _ in range(12)]
-    speeds = [speed_at(curve, level / 200) for level in range(40)]
-    assert speeds == sorted(speeds)
 
 
 HAND = [
@@ -580,22 +538,6 @@ def test_the_order_of_points_does_not_count() -> None:
     for seed in range(5):
         mixed = random.Random(seed).sample(points, len(points))
         assert equal_quality(mixed) == expected
-
-
-def test_a_plotted_curve_is_the_speed_at_each_drop_and_ends_at_the_fastest() -> None:
-    points = [point(1 - q, s) for s, q in ((2, 0.95), (1.5, 0.94), (1.2, 1), (3, 0.1))]
-    rows = tradeoff.band(points)
-    assert rows[0] == (1.0, 1.2, 1.2, 1.2)
-    for row in rows:
-        assert row.speed == pytest.approx(speed_at(points, 1 - row.quality))
-    fast = tradeoff.band([point(0.02, 2.0)])
-    assert fast[-1].speed == 2.0 and fast[-1].quality == pytest.approx(0.98, abs=0.003)
-
-
-def test_a_band_spans_the_seeds_around_their_mean() -> None:
-    seeds = [{**point(0.0, speed), "seed": seed} for seed, speed in enumerate((2.0, 4.0))]
-    (row,) = tradeoff.band(seeds)
-    assert row == (1.0, pytest.approx(8 / 3), 2.0, 4.0)
 
 
 # -- the command line ----------------------------------------------------------------------------

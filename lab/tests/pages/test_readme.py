@@ -65,8 +65,8 @@ def test_a_table_is_filled_and_what_is_around_it_stays() -> None:
 
 
 def test_a_figure_may_name_a_place_in_a_record() -> None:
-    found = fill("is <!-- figure: recipe/opt/scenes:, -->?<!-- /figure -->", {}, {})
-    assert found == "is <!-- figure: recipe/opt/scenes:, -->500<!-- /figure -->"
+    found = fill("is <!-- figure: calibrated/opt/0/n_test:, -->?<!-- /figure -->", {}, {})
+    assert found == "is <!-- figure: calibrated/opt/0/n_test:, -->3,000<!-- /figure -->"
     place = "suitability/opt/foretold/depths/depth=2/depth"
     at = f"at <!-- figure: {place} -->2<!-- /figure -->"
     assert fill(at, {}, {}) == at
@@ -75,7 +75,7 @@ def test_a_figure_may_name_a_place_in_a_record() -> None:
 def test_a_table_or_figure_that_nobody_knows_is_an_error() -> None:
     for text in (
         "<!-- table: no -->\n<!-- /table -->",
-        "<!-- figure: recipe/no -->1<!-- /figure -->",
+        "<!-- figure: calibrated/no -->1<!-- /figure -->",
     ):
         with pytest.raises(KeyError):
             fill(text, {}, {})

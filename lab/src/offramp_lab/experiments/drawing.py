@@ -9,7 +9,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from offramp.depth_color import depth_color
-from offramp.report.plots import COLORS, INK, MARKERS, SHORT, SIZE, drawn, legend, percent
+from offramp.report.plots import COLORS, INK, MARKERS, SIZE, drawn, legend
 
 _PRINTED = "#1b2027"  # the ink on white ground
 _TITLE = 22  # points above a plot for its title
@@ -34,31 +34,6 @@ def standalone(svg: str, title: str) -> str:
     whole = svg.replace(head[0], size, 1)
     opening = whole.index(">") + 1
     return whole[:opening] + ground + whole[opening:]
-
-
-def tradeoff(series: Mapping[str, Sequence[tuple[float, ...]]], what: str) -> str:
-    """Quality against decoding speed: points by series, joined by speed.
-
-    series: points (speedup, quality, low, high), with the interval of the quality.
-    """
-
-    def draw(axes: Any) -> None:
-        for slot, (name, points) in enumerate(series.items()):
-            color, marker = COLORS[slot % len(COLORS)], MARKERS[slot % len(MARKERS)]
-            line = ("-", "--", ":")[slot // len(COLORS) % 3]
-            speed, quality, low, high = zip(*sorted(points), strict=True)
-            axes.plot(
-                speed, quality, marker=marker, markersize=5, label=name, color=color,
-                linestyle=line, linewidth=1.2,
-            )  # fmt: skip
-            axes.vlines(speed, low, high, color=color, lw=1.2, alpha=0.5)
-        axes.set_xlabel("decoding speed (full depth = 1)")
-        axes.set_ylabel(what)
-        percent(axes.yaxis)
-        legend(axes)
-
-    height = SIZE[1] + 0.2 * len(series) / (2 if max(map(len, series)) <= SHORT else 1)
-    return drawn(f"{what} against decoding speed: {', '.join(series)}", draw, (SIZE[0], height))
 
 
 def _listed(

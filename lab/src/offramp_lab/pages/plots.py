@@ -1,7 +1,5 @@
 """Draw the records: `python -m offramp_lab.pages.plots` writes docs/plots."""
 
-from typing import Any
-
 from offramp.storage import write_atomic
 from offramp_lab.experiments.comparison.equal_quality import drawn
 from offramp_lab.experiments.drawing import (
@@ -11,11 +9,10 @@ from offramp_lab.experiments.drawing import (
     speeds,
     standalone,
     strips,
-    tradeoff,
 )
 from offramp_lab.places import DOCS
 from offramp_lab.tables.markdown import KINDS, by, record, tiny
-from offramp_lab.tables.photographs import EXITS, METHODS, REGIMES, curves
+from offramp_lab.tables.photographs import METHODS, curves
 from offramp_lab.tables.speed import PEERS
 
 AT = "0.01"
@@ -33,7 +30,6 @@ def plots() -> dict[str, tuple[str, str]]:
             for kind in KINDS
         },
         "compare-photo": ("FREE beside each method, photographs", methods()),
-        "photo": ("CIDEr at measured speeds, photographs", regimes()),
         "peers": ("Decoding speed, tiny models", speeds(peers)),
         "runtimes": ("Inside llama.cpp, 50 photographs", runtimes()),
         "quantisation": ("Weights of the photo model in memory", quantisation()),
@@ -116,26 +112,6 @@ def methods() -> str:
         if name != ("free", "max_probability")
     }
     return intervals(rows, "FREE faster by, CIDEr drop 1%")
-
-
-def regimes() -> str:
-    """CIDEr kept, with its interval, against measured speed at the thresholds of each regime."""
-    named = {name: ", briefly" for name in REGIMES} | {EXITS: ", ships"}
-    series = {
-        f"{name} at {found['depths'][0]}{how}": [
-            (1.0, 1.0, 1.0, 1.0), *(kept(p) for p in regime["points"] if p["thresholds"])
-        ]
-        for file, how in named.items()
-        for found in [record(file)]
-        for name, regime in found["regimes"].items()
-    }  # fmt: skip
-    return tradeoff(series, "CIDEr, of the full model's")
-
-
-def kept(point: dict[str, Any]) -> tuple[float, ...]:
-    """Speed, and the share of CIDEr that is kept, with its interval."""
-    low, high = point["cider_drop_interval"]
-    return point["speedup_decode"], 1 - point["cider_drop"], 1 - high, 1 - low
 
 
 def main() -> None:

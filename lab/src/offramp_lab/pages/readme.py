@@ -12,7 +12,6 @@ from offramp_lab.tables.markdown import fill
 PAGES = (
     "README.md",
     *sorted(f"docs/{page.name}" for page in DOCS.glob("*.md")),
-    "lab/src/offramp_lab/recipes/tiny_vlm/README.md",
 )
 
 

@@ -2,9 +2,9 @@
 model in PyTorch; rewrites quantised.json in lab/records.
 
 One thread. `python -m offramp_lab.records.quantised` needs the photographs. Parts, each kept in
-runs/quantised for the others: kernels (a minute), timings (ten minutes, on a quiet machine),
-answers (a quarter of an hour) and calibrated (half an hour); what was answered already is not asked
-again. `--parts timings` measures only these.
+runs/quantised for the others: kernels (a minute), timings (ten minutes, on a quiet machine) and
+answers (a quarter of an hour); what was answered already is not asked again. `--parts timings`
+measures only these.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked
 from offramp_lab.records.runtimes.answers import KeptRuntime, cider, worth
-from offramp_lab.records.runtimes.calibrated import by_format
 from offramp_lab.records.runtimes.methods import (
     OPTIONS,
     WAY,
@@ -56,7 +55,7 @@ HOW: dict[str, tuple[str, str | None]] = {
 PREPACKED = ", prepacked"
 """Behind a format whose weights, as far as they are not rounded, are laid out for the processor."""
 FORMATS = (*HOW, *(f"{layers}{PREPACKED}" for layers in ("float32", "bfloat16", "int4")))
-PARTS = ("kernels", "timings", "answers", "calibrated")
+PARTS = ("kernels", "timings", "answers")
 STOCK, OURS = "generate", "offramp, torch"
 ASKED = {
     "float32": ("full", "early_exit"),
@@ -145,14 +144,6 @@ def answers(bench: Bench) -> dict[str, Any]:
     return {"photographs": len(photographs), "entries": [entry(name) for name in said]}
 
 
-def calibrated(bench: Bench, chosen_on: Sequence[Example]) -> dict[str, Any]:
-    """Thresholds for int4: chosen on photographs of the other half, measured on the bench's."""
-    kept = Kept(RUNS / RECORD.name / "calibrated.jsonl")
-    runtimes = {layers: bench.kept(layers, kept) for layers in bench.adapters}
-    both = (chosen_on, bench.photographs)
-    return by_format(bench.adapters["int4"], bench.encoder, both, runtimes)
-
-
 # -- timings ---------------------------------------------------------------------------------------
 
 
@@ -232,10 +223,8 @@ def _microseconds(linears: Sequence[Any], states: torch.Tensor, _: None) -> floa
 
 
 def main() -> None:
-    arguments = asked(
-        __doc__, photo=True, photographs=100, calibrated=200, timed=50, rounds=1, parts=Some(PARTS)
-    )
-    choosing, measuring = halves(arguments.data)
+    arguments = asked(__doc__, photo=True, photographs=100, timed=50, rounds=1, parts=Some(PARTS))
+    _, measuring = halves(arguments.data)
 
     def bench(count: int, formats: Iterable[str]) -> Bench:
         return Bench.of(arguments.adapter, measuring[:count], formats)
@@ -244,9 +233,6 @@ def main() -> None:
         "kernels": kernels,
         "timings": lambda: timings(bench(arguments.timed, FORMATS), arguments.rounds),
         "answers": lambda: answers(bench(arguments.photographs, ASKED)),
-        "calibrated": lambda: calibrated(
-            bench(arguments.calibrated, ("int4", "float32")), choosing[: arguments.calibrated]
-        ),
     }
     RECORD.parts(made, arguments.parts)
 

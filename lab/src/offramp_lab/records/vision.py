@@ -1,26 +1,18 @@
 """Vision towers in PyTorch and in inference engines; rewrites vision.json in lab/records.
 
 One thread, float32. The photo model's tower alone on photographs, by each engine in turn; how far
-its tokens are from PyTorch's own; and captions with the shipped exits, as many as are the same. The
-same tower in PyTorch with norms folded, channels last and linears in oneDNN's layout. A
+its tokens are from PyTorch's own; and captions with the shipped exits, as many as are the same. A
 tower of SigLIP-base's shape with a projector, random weights, also by llama.cpp in q8_0, with its
-products and with ours. Then from a
-photograph's file to the tower's inputs, decoded whole and shrunk on load; and from these to what
-enters llama.cpp, of a prompt text that is new and of one that is kept.
-`python -m offramp_lab.records.vision` takes ten minutes; engines that are not installed are left
-out.
+products and with ours. `python -m offramp_lab.records.vision` takes ten minutes; engines that are
+not installed are left out.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,8 +20,7 @@ import numpy as np
 import torch
 from examples.photo_vlm.rows import read_photographs
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch import Tensor
 
 from offramp.adapter import Adapter
 from offramp.answers import generate_answers
@@ -38,18 +29,13 @@ from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
-from offramp.models.quantized.prepacked import prepacked
-from offramp.models.shrink_on_load import with_shrink_on_load
-from offramp.models.vision_cache import VisionCache
-from offramp.models.vision_engine import ENGINES, StandIn, check_vision_engine
-from offramp.runtimes.llama_cpp.entry import DecoderEntry, PromptEntry
-from offramp.runtimes.llama_cpp.graphs import Architecture
+from offramp.models.vision_engine import ENGINES, check_vision_engine
+from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.segment import EngineOptions
 from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision
 from offramp.runtimes.llama_cpp.vision_tower import mtmd_tower
 from offramp_lab.experiments.experiment import (
     Experiment,
-    each,
     in_cpu_milliseconds,
     milliseconds,
     same,
@@ -59,9 +45,6 @@ from offramp_lab.records.subjects import load_photo
 
 RECORD = Record("vision")
 TOKENS = 30
-LARGE = (4000, 3000)
-STANDARD = 128
-"""Of the photo model's processor, in 255ths of a pixel's range."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -128,54 +111,6 @@ def compared(
         far = [(got - want).norm() / want.norm() for got, want in zip(made, wanted, strict=True)]
         entry["distance"] = float(max(far))
     return entries
-
-
-class Rewritten(StandIn):
-    """The same tower in PyTorch, written otherwise."""
-
-    def __init__(self, name: str, own: nn.Module, instead: nn.Module) -> None:
-        super().__init__(name, own)
-        self._instead = instead
-
-    def forward(self, *args: Any, **kw: Any) -> Any:
-        return self._instead(*args, **kw)
-
-
-def rewritten() -> Models:
-    """The photo model's tower in PyTorch, step by step as compilers write it."""
-    adapter, encoder = load_photo()
-    own = adapter.backbone.vision
-    folded = with_norms_folded(copy.deepcopy(own))
-    channels_last = copy.deepcopy(folded)
-    channels_last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    laid_out = copy.deepcopy(channels_last)
-    for parent in laid_out.modules():
-        for name, part in parent.named_children():
-            if type(part) is nn.Linear:
-                setattr(parent, name, prepacked(part))
-        if isinstance(parent, nn.TransformerEncoderLayer):  # else it reads plain weights
-            parent.register_forward_pre_hook(lambda *_: None)
-    towers = {"folded": folded, "channels last": channels_last, "oneDNN linears": laid_out}
-    models = {"torch": (adapter, encoder)}
-    for name, tower in towers.items():
-        seeing = adapter.backbone.with_tower(Rewritten(name, own, tower))
-        models[name] = (replace(adapter, backbone=seeing), encoder)
-    return models
-
-
-def with_norms_folded(root: nn.Module) -> nn.Module:
-    """Convolutions that do what the batch norms behind them did; in place."""
-    for parent in root.modules():
-        parts = [*parent.named_children()]
-        for (_, conv), (name, norm) in pairwise(parts):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                assert norm.running_mean is not None and norm.running_var is not None
-                conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
-                    norm.weight, norm.bias,
-                )  # fmt: skip
-                setattr(parent, name, nn.Identity())
-    return root
 
 
 SHAPE: dict[str, Any] = {
@@ -250,70 +185,6 @@ def _seen(
     return entries
 
 
-def decode(photographs: Sequence[Example], rounds: int) -> dict[str, Any]:
-    """Milliseconds from a file of 12 megapixels to the model's inputs, and how far the pixels that
-    the tower gets are from those of the whole photograph."""
-    _, encoder = load_photo()
-    shrunk = InputProcessor(encoder.backbone, with_shrink_on_load(encoder.processor))
-    encoders = {"whole": encoder, "shrunk": shrunk}
-    with TemporaryDirectory() as folder:
-        examples = list[Example]()
-        for example in photographs:
-            file = Path(folder) / f"{len(examples)}.jpg"
-            example.open_image().resize(LARGE, Image.Resampling.BICUBIC).save(file, quality=90)
-            examples.append(replace(example, image=file))
-
-        def opened(example: Example, name: str) -> Any:
-            return encoders[name].prompts([example])
-
-        methods = {name: milliseconds(partial(opened, name=name)) for name in encoders}
-        taken = Experiment(methods, examples, rounds, warm=2).run()
-        far = []
-        for example in examples:
-            whole, shrunk = (e.prompts([example])["pixel_values"] for e in encoders.values())
-            far.append((whole - shrunk).abs() * STANDARD)
-        size = median(example.image.stat().st_size for example in examples)  # type: ignore[union-attr]
-    ways = {name: median(each(rows)) for name, rows in taken.items()}
-    return {
-        "pictures": len(examples), "rounds": rounds, "size": LARGE, "bytes": size,
-        "cpu_milliseconds": ways, "mean": float(torch.stack(far).mean()),
-        "largest": float(torch.stack(far).max()),
-    }  # fmt: skip
-
-
-@torch.inference_mode()
-def prompts(examples: Sequence[Example], rounds: int) -> dict[str, Any]:
-    """Milliseconds from a processor's output to what enters llama.cpp, the tower left out: as
-    Hugging Face prepares it, and of a prompt text that is kept."""
-    adapter, encoder = load_photo()
-    inputs = [encoder.prompts([example]) for example in examples]
-    options = {"max_new_tokens": TOKENS, "do_sample": False}
-
-    def entry() -> PromptEntry:  # the cache takes the tower's part
-        return PromptEntry(
-            adapter.backbone, Architecture("llama", {}), EngineOptions(context=512), cache
-        )
-
-    def whole(one: dict[str, Any]) -> Any:
-        fresh = entry()  # as for every answer, before texts were kept
-        return fresh.prompts(fresh.prepare(one, options))[0]
-
-    def lean(one: dict[str, Any]) -> Any:
-        return kept.read(one, options)[1][0]
-
-    cache = VisionCache()
-    kept = entry()
-    same = [np.array_equal(whole(one).states, lean(one).states) for one in inputs]
-
-    methods = {"whole": milliseconds(whole), "kept": milliseconds(lean)}
-    taken = Experiment(methods, inputs, rounds).run()
-    ways = {name: median(each(rows)) for name, rows in taken.items()}
-    return {
-        "pictures": len(inputs), "rounds": rounds, "cpu_milliseconds": ways,
-        "same_states": sum(same), "from_what_was_kept": kept.kept.hits,
-    }  # fmt: skip
-
-
 Measure = Callable[[Sequence[Example], int], list[dict[str, Any]]]
 """Entries of towers, from photographs and rounds."""
 
@@ -332,16 +203,9 @@ def engines(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]
     return measure(models, photographs, rounds)
 
 
-def own(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
-    return measure(rewritten(), photographs, rounds)
-
-
 PARTS: dict[str, Callable[[Sequence[Example], int], Any]] = {
     "towers": partial(towers, engines),
-    "own": partial(towers, own),
     "vit": partial(towers, vit, shape=SHAPE),
-    "decoding": decode,
-    "prompts": prompts,
 }
 
 

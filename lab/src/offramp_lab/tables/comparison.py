@@ -1,11 +1,11 @@
-"""Objectives and policies at equal quality, and what the adversary does, on the tiny models."""
+"""Objectives and policies at equal quality on the tiny models."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import mean
 
 from offramp.report.html import times
-from offramp.report.table import Table, Told, told
+from offramp.report.table import Table, told
 from offramp_lab.experiments.comparison.equal_quality import ahead
 from offramp_lab.experiments.statistics import t_interval
 from offramp_lab.tables.markdown import (
@@ -13,7 +13,6 @@ from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
     Value,
-    bold,
     by,
     level,
     record,
@@ -78,55 +77,12 @@ def _over_seeds(by_seed: list[float]) -> str:
     return with_range(f"{mean(by_seed):.3f}", ends, ".3f")
 
 
-# -- the adversary --------------------------------------------------------------------------------
-
-MEASURES = {
-    "identical_in": "identical",
-    "identical_out": "identical, corrupted",
-    "may_leave_in": "may exit",
-    "may_leave_out": "may exit, corrupted",
-}
-
-
-def adversary(kind: str) -> Table:
-    """FREE and its variants against distillation alone."""
-    columns: dict[str, Told] = {"setting": "{setting}", "adversary": "{game}"}
-    columns |= {title: partial(_difference, name) for name, title in MEASURES.items()}
-    return Table.of((c for c in record("ablation")["cells"] if c["backbone"] == kind), columns)
-
-
-def _difference(name: str, cell: Value) -> str:
-    figure = cell[name]
-    if cell["game"] == "distillation":
-        return f"{figure['mean']:.1%}"
-    low, high = (100 * figure[end] for end in ("low", "high"))
-    text = with_range(f"{100 * figure['difference']:+.2f}", (low, high), "+.2f")
-    return bold(text) if low > 0 or high < 0 else text
-
-
-def _variants() -> Iterator[Value]:
-    """All differences from distillation alone, of both models."""
-    for cell in record("ablation")["cells"]:
-        if cell["game"] != "distillation":
-            yield from (cell[name] for name in MEASURES)
-
-
-def _count(keep: Callable[[Value], bool]) -> str:
-    return str(sum(map(keep, _variants())))
-
-
 TABLES: dict[str, MakeTable] = {
     "equal-quality": partial(_of_tiny, speed),
     "free-ahead": partial(_of_tiny, partial(ahead, spread="free_over_by_seed")),
     "keys-and-values": keys_and_values,
     "adversary-seeds": seeds,
-    "adversary-opt": partial(adversary, "opt"),
-    "adversary-t5": partial(adversary, "t5"),
 }
 FIGURES: dict[str, Make] = {
     "adversary-opt-seeds": lambda: _over_seeds(_by_seed("opt")["0.005"]),
-    "adversary-figures": partial(_count, lambda figure: True),
-    "adversary-worse": partial(_count, lambda figure: figure["high"] < 0),
-    "adversary-chance": lambda: f"{0.025 * int(_count(lambda figure: True)):.1f}",
-    "adversary-better": partial(_count, lambda figure: figure["low"] > 0),
 }

@@ -13,20 +13,18 @@ WAYS = {
     "drafting, 5": "5 drafts",
     "drafting, 4, sure or not": "4, sure or not",
 }
-SHIPS, ZEN5 = "drafting, 5", "drafts-zen5"
+SHIPS = "drafting, 5"
 
 
 def drafts() -> Table:
-    """Multiples of full depth by the same products, with their intervals; of each engine. Last what
-    an earlier version had on another processor."""
-    rows, before = [], dict(_parts(ZEN5))
+    """Multiples of full depth by the same products, with their intervals; of each engine."""
+    rows = []
     for part, found in _parts():
         times = [times_with_range(found[way]) if way in found else "" for way in WAYS]
-        times.append(times_with_range(before[part][SHIPS]) if part in before else "")
         photographs = found["full"]["photographs"]
         same = min(one["identical"] for one in found.values())
         rows.append((part, f"{found['full']['speed']:.0f}", *times, f"{same} of {photographs}"))
-    titles = ("full depth, tokens/CPU s", *WAYS.values(), "5 drafts, exit at 8, Zen 5", "identical")
+    titles = ("full depth, tokens/CPU s", *WAYS.values(), "identical")
     return Table(("", *titles), rows)
 
 
@@ -43,9 +41,9 @@ def right() -> Table:
     return Table(("", *places, "first of an answer", "tokens a round", "of the table"), rows)
 
 
-def _parts(name: str = "drafts") -> Iterator[tuple[str, dict[str, Value]]]:
+def _parts() -> Iterator[tuple[str, dict[str, Value]]]:
     """Each engine, and what the record has of it by way."""
-    for part, entries in record(name).items():
+    for part, entries in record("drafts").items():
         if part != "provenance":
             yield part.replace("pytorch", "PyTorch"), by(entries, "way")
 

@@ -16,8 +16,6 @@ from offramp_lab.tables.markdown import (
 STOCK, ALONE = "generate", "llama.cpp alone"
 EARLY, CAREFUL = "early exit", "early exit, careful"
 TORCH, ENGINE, ROUNDED = "torch", "onnxruntime", "openvino-bf16"
-ZEN5 = "end_to_end-zen5"
-"""The record of an earlier version on another processor."""
 NAMES = {STOCK: "Hugging Face's `generate`", ALONE: "llama.cpp alone", "PyTorch": "PyTorch"}
 
 
@@ -98,15 +96,13 @@ def together() -> Table:
     )
 
 
-def _captioned(*way: str, name: str = "end_to_end") -> Value:
-    """way: engine, mode and tower. name: of the record."""
-    return by(record(name)["captioned"], "engine", "mode", "tower")[way]
+def _captioned(*way: str) -> Value:
+    """way: engine, mode and tower."""
+    return by(record("end_to_end")["captioned"], "engine", "mode", "tower")[way]
 
 
-def _whole(
-    engine: str, mode: str, over: str, tower: str = ENGINE, name: str = "end_to_end"
-) -> Make:
-    return lambda: times_with_range(_captioned(engine, mode, tower, name=name)[over])
+def _whole(engine: str, mode: str, over: str, tower: str = ENGINE) -> Make:
+    return lambda: times_with_range(_captioned(engine, mode, tower)[over])
 
 
 TABLES: dict[str, MakeTable] = {
@@ -128,6 +124,4 @@ FIGURES: dict[str, Make] = {
     "end-to-end-q8_0-tower": _whole("q8_0", EARLY, "over_alone_same_tower"),
     "end-to-end-bf16": _whole("q8_0", EARLY, "over_alone", ROUNDED),
     "end-to-end-bf16-tower": _whole("q8_0", EARLY, "over_alone_same_tower", ROUNDED),
-    "end-to-end-zen5": _whole("q8_0", EARLY, "over_alone", name=ZEN5),
-    "end-to-end-zen5-bf16": _whole("q8_0", EARLY, "over_alone", ROUNDED, ZEN5),
 }

@@ -1,15 +1,10 @@
 """Tables of the batch engine under loads like those of use."""
 
 from functools import partial
-from typing import Any
 
 from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
-
-
-def _figures(part: str) -> Any:
-    return record("loads")[part]["figures"]
+from offramp_lab.tables.markdown import MakeTable, Value, by, record
 
 
 def photographs() -> Table:
@@ -26,7 +21,7 @@ def photographs() -> Table:
         full = by(way["ways"], "way")[f"{where}, full"]
         return times(way["captions_per_second_decode"] / full["captions_per_second_decode"])
 
-    runs = _figures("photographs").items()
+    runs = ((name, run) for name, run in record("loads").items() if name != "provenance")
     return Table.of(
         [{**run, **way, "run": name} for name, run in runs for way in run["ways"]],
         {
@@ -40,22 +35,4 @@ def photographs() -> Table:
     )
 
 
-def _memory() -> list[Value]:
-    """What was held after the first looks, in which memory still settles."""
-    looks = _figures("memory")["looks"]
-    return list(looks[len(looks) // 4 :])
-
-
-def _range(name: str) -> str:
-    counts = [look[name] for look in _memory()]
-    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
-
-
 TABLES: dict[str, MakeTable] = {"photographs-at-once": photographs}
-FIGURES: dict[str, Make] = {
-    "memory-requests": lambda: f"{sum(_figures('memory')[n] for n in ('answered', 'cancelled')):,}",
-    "memory-first": lambda: f"{_memory()[0]['memory_mib']:.0f}",
-    "memory-last": lambda: f"{_memory()[-1]['memory_mib']:.0f}",
-    "memory-tensors": lambda: _range("tensors"),
-    "memory-objects": lambda: _range("objects"),
-}

@@ -12,10 +12,9 @@ from typing import Any
 
 from offramp.report.table import Table
 from offramp.storage import read_json
-from offramp_lab.places import LAB, RECORDS, ROOT
+from offramp_lab.places import RECORDS, ROOT
 
 ELSEWHERE = {
-    "recipe": LAB / "src" / "offramp_lab" / "recipes" / "tiny_vlm" / "record.json",
     "photo-card": ROOT / "photo-model" / "offramp_photo" / "card.json",
 }
 """Records that lie beside what they are about."""

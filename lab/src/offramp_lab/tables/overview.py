@@ -169,7 +169,5 @@ TABLES: dict[str, MakeTable] = {"overview": overview}
 FIGURES: dict[str, Make] = {
     "photo-promise": lambda: _speed(_promise()),
     "photo-promise-cider": lambda: told(_CIDER, _promise()),
-    "photo-8-promise": lambda: _speed(_promise("photo-exits-8")),
-    "photo-8-cider": lambda: told(_CIDER, _promise("photo-exits-8")),
     "photo-lossless": lambda: _speed(record("photo-exits")["lossless"]),
 }

@@ -1,6 +1,5 @@
-"""The model of photographs: quality, thresholds, lossless mode, corruptions, depth, methods."""
+"""The model of photographs: quality, thresholds, lossless mode, corruptions, methods."""
 
-from functools import partial
 from typing import Any
 
 from offramp.report.html import times
@@ -11,8 +10,6 @@ from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, level,
 
 EXITS = "photo-exits"
 """The record of the exits that ship."""
-EARLIER = "photo"
-"""That of a model which shipped before; what made it is in this repository's history."""
 
 
 def _first(found: Value) -> Any:
@@ -44,29 +41,23 @@ def stages() -> Table:
 
 
 def photo_model() -> Table:
-    """The photo model, what it was before reinforcement, and the earlier one, on the half of the
-    photographs that chose nothing."""
-    ours, before = record("photo-model"), record("photo-model-before")
-    earliest = record(EARLIER)["regimes"]["unsupervised"]["points"][0]
+    """The photo model's, on the half of the photographs that chose nothing."""
+    ours = record("photo-model")
 
-    def count(record: Value, decoding: str = "greedy") -> str:
-        return f"{record['captions'][decoding]['count']:,}"
+    def count(decoding: str) -> str:
+        return f"{ours['captions'][decoding]['count']:,}"
 
     columns = {
-        f"greedy ({count(ours)})": ours["captions"]["greedy"]["figures"],
-        f"beam of 3 ({count(ours, 'beam')})": ours["captions"]["beam"]["figures"],
-        f"before reinforcement, greedy ({count(before)})": before["captions"]["greedy"]["figures"],
+        f"greedy ({count('greedy')})": ours["captions"]["greedy"]["figures"],
+        f"beam of 3 ({count('beam')})": ours["captions"]["beam"]["figures"],
     }
-    rows = []
-    for name, earlier in {"CIDEr": "cider_full", "Bleu_4": "", "METEOR": "", "ROUGE_L": ""}.items():
-        cells = [_ranged(figures[name], ".3f") for figures in columns.values()]
-        last = f"{earliest[earlier]:.3f}" if earlier else ""
-        rows.append((name.replace("_", "-"), *cells, last))
-    right, was = (
-        _ranged(one["questions"]["greedy"]["figures"]["accuracy"], ".1%") for one in (ours, before)
-    )
-    rows.append(("DAQUAR accuracy", right, "", was, f"{earliest['daquar_accuracy_full']:.1%}"))
-    return Table(("metric", *columns, f"earlier model, greedy ({earliest['n_test']:,})"), rows)
+    rows = [
+        (name.replace("_", "-"), *(_ranged(figures[name], ".3f") for figures in columns.values()))
+        for name in ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
+    ]
+    right = _ranged(ours["questions"]["greedy"]["figures"]["accuracy"], ".1%")
+    rows.append(("DAQUAR accuracy", right, ""))
+    return Table(("metric", *columns), rows)
 
 
 def _ranged(figure: Value, form: str) -> str:
@@ -120,59 +111,6 @@ def _first_token(row: Value, depth: str) -> str:
     return "" if own is None else f" (first token {own:g})"
 
 
-def three_models() -> Table:
-    """What an exit at depth 8 is worth on the earlier model, on the photo model before
-    reinforcement, trained briefly and for long, and on the photo model; and the one at depth 4,
-    which ships."""
-    models = {
-        "earlier model": EARLIER,
-        "before reinforcement, exit trained briefly": "photo-exits-short",
-        "before reinforcement": "photo-exits-before",
-        "photo model, exit at 8": "photo-exits-8",
-        "photo model, exit at 4": EXITS,
-    }
-
-    def agreement(one: Value) -> str:
-        (share,) = _first(one)["agreement"].values()
-        return f"{share:.1%}"
-
-    def chosen(name: str) -> Told:
-        """Speed and loss at the thresholds that were chosen so."""
-
-        def of(one: Value) -> str:
-            point = by(_first(one)["points"], "chosen_by").get(name)
-            if point is None or not point["thresholds"]:
-                return "" if point is None else "off"
-            (threshold,) = point["thresholds"].values()
-            return f"{_decoding(point)} at {threshold:g}, {_drop(point)}"
-
-        return of
-
-    def analysed(form: str) -> Told:
-        return lambda one: told(form, one["analysis"]) if one["analysis"] else ""
-
-    lines: dict[str, Told] = {
-        "CIDEr of the full model": "{full[cider]:.3f}",
-        "agreement of the exit": agreement,
-        "every token at the exit: decoding, CIDEr lost": chosen("every token at the exit"),
-        "CIDEr drop 1%, as chosen on the other half": chosen("CIDEr drop 1%"),
-        "guaranteed, risk 1%": chosen("risk 1%"),
-        "guaranteed, risk 5%": chosen("risk 5%"),
-        "guaranteed, ROUGE-L down by 3%": chosen("ROUGE-L drop 3%"),
-        "lossless, float32": lambda one: _decoding(one["lossless"]),
-        "drafts accepted": "{lossless[acceptance]:.0%}",
-        "identical captions": lambda one: told(_IDENTICAL, one["lossless"]),
-        "mid-crisis: the logit lens falls by": analysed(
-            "{teacher_forced[lens][accuracy][dip][fall]:.1%}, "
-            "{teacher_forced[lens][accuracy][dip][from_depth]} to "
-            "{teacher_forced[lens][accuracy][dip][to_depth]}"
-        ),
-        "overthinking: tokens": analysed("{overthinking[exits][overthought][share][value]:.1%}"),
-        "photographs and steps of the exits' training": "{sizes[captions]:,}, {sizes[steps]:,}",
-    }
-    return Table.grid(lines, {title: record(name) for title, name in models.items()}, told)
-
-
 def lossless() -> Table:
     """Drafts that the full model verifies, in both precisions."""
     return Table.of(
@@ -201,53 +139,6 @@ def corrupted() -> Table:
             "early": "{cider:.3f}",
             "drop": "{cider_drop:+.1%}",
         },
-    )
-
-
-REGIMES = ("photo-regimes", "photo-depth-4")
-"""The records of regimes that were trained briefly and alike."""
-
-
-def regimes() -> Table:
-    """Regimes of equal training, side by side."""
-
-    def point(place: int, regime: Value) -> str:
-        row = regime["points"][place]
-        return f"{times(row['speedup_decode'])}, {_drop(row)}"
-
-    rows = [
-        {"depths": record(name)["depths"], **regime}
-        for name in REGIMES
-        for regime in record(name)["regimes"].values()
-    ]
-    return Table.of(
-        rows,
-        {
-            "regime": "{regime}",
-            "exit at": lambda regime: ", ".join(map(str, regime["depths"])),
-            "training, s": "{training_seconds:,.0f}",
-            "agreement": lambda regime: ", ".join(f"{a:.1%}" for a in regime["agreement"].values()),
-            **{r["chosen_by"]: partial(point, n) for n, r in enumerate(rows[0]["points"])},
-        },
-    )
-
-
-def by_depth(every: int = 4) -> Table:
-    """Agreement and accuracy at every few depths, teacher-forced, of the photo model and the
-    earlier one."""
-    columns = {
-        f"{measure}, {title}{whose}": dict(zip(found["depths"], found["values"], strict=True))
-        for measure in ("agreement", "accuracy")
-        for kind, title in {"lens": "logit lens", "exits": "exit"}.items()
-        for name, whose in {EXITS: "", EARLIER: ", earlier model"}.items()
-        for found in [record(name)["analysis"]["teacher_forced"][kind][measure]]
-    }
-    depths = sorted({depth for column in columns.values() for depth in column})
-    return Table.grid(
-        {str(depth): depth for depth in depths if depth % every == 0 or depth == depths[-1]},
-        columns,
-        lambda depth, column: f"{column[depth]['value']:.1%}" if depth in column else "",
-        "depth",
     )
 
 
@@ -302,11 +193,8 @@ TABLES: dict[str, MakeTable] = {
     "photo-model": photo_model,
     "photo-curve": stages,
     "photo-exits": thresholds,
-    "photo-both": three_models,
     "photo-exits-lossless": lossless,
     "photo-exits-corrupted": corrupted,
-    "photo-regimes": regimes,
-    "photo-exits-depths": by_depth,
     "photo-methods": methods,
     "photo-equal-quality": at_equal_quality,
 }

@@ -1,11 +1,10 @@
-"""Weights in 8 and 4 bits, and prepacked ones: speed, memory and answers by format and mode; and
-exits beside quantised backbones, scheme by scheme."""
+"""Weights in 8 and 4 bits, and prepacked ones: speed, memory and answers by format and mode."""
 
 from functools import partial
 
-from offramp.report.table import Table, Told, told
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
-from offramp_lab.tables.runtimes import CHOSEN, WAY, by_format, cider_of, speed_over, threshold_of
+from offramp.report.table import Table, Told
+from offramp_lab.tables.markdown import MakeTable, Value, by, record
+from offramp_lab.tables.runtimes import WAY, by_format, cider_of, speed_over
 
 FORMATS = (
     "float32", "float32, prepacked", "bfloat16", "bfloat16, prepacked", "int8", "int4",
@@ -63,26 +62,6 @@ def memory() -> Table:
     )
 
 
-def calibrated() -> Table:
-    """Thresholds that were chosen with int4, and what they lose on photographs that chose none."""
-    chosen = [
-        {**ways[way], "format": layers, "by": title}
-        for layers, ways in record("quantised")["calibrated"]["formats"].items()
-        for way, title in CHOSEN.items()
-    ]
-    return Table.of(
-        chosen,
-        {
-            "": "{format}",
-            "chosen by": "{by}",
-            "threshold": threshold_of,
-            "CIDEr [difference]": cider_of,
-            "drop": "{drop:+.1%}",
-            "ROUGE-L lost": "{risk:+.3f}",
-        },
-    )
-
-
 def kernels() -> Table:
     """Microseconds of a linear, by format and tokens in a call."""
     titles = {"layer": "a layer's, 576 to 1,536", "head": "the head, 576 to 49,152"}
@@ -91,60 +70,10 @@ def kernels() -> Table:
     return Table.of(record("quantised")["kernels"], columns)
 
 
-# -- schemes --------------------------------------------------------------------------------------
-
-ROUNDING = 2e-3
-"""The largest difference of logits, relative to the largest, that is float32's."""
-
-
-def _mode(mode: str, row: Value) -> str:
-    """exact, where logits and answers are; else how far they are."""
-    off, answers = row["logits"][mode], row["answers"]
-    if not isinstance(off, float):
-        return str(off)
-    logits = "exact" if off <= ROUNDING else f"to {off:.0e}"
-    if mode == "early_exit" or answers[mode] == answers["of"]:
-        return logits
-    return f"{logits}, {answers[mode]} of {answers['of']} answers"
-
-
-def schemes(model: str) -> Table:
-    """Which schemes exits can be trained, saved and run beside."""
-    columns: dict[str, Told] = {
-        "exits' tensors trained": lambda row: (
-            f"{row['tensors'] - row['unmoved']} of {row['tensors']}"
-        ),
-        "saved and loaded": lambda row: (
-            "yes" if row["kept"] == row["tensors"] else f"{row['kept']} of {row['tensors']} tensors"
-        ),
-        "full": partial(_mode, "full"),
-        "early exit": partial(_mode, "early_exit"),
-        "lossless": partial(_mode, "lossless"),
-        "the float model's exits load": lambda row: "with a warning" if row["beside"] else "no",
-        "writes the float model's tokens": "{agreement:.1%}",
-    }
-
-    def cells(row: Value) -> list[str]:
-        if "refused" in row:
-            return [f"not here: {row['refused'].rstrip('.')}", *[""] * (len(columns) - 1)]
-        return [told(what, row) for what in columns.values()]
-
-    rows = record("quantised-models")[model].items()
-    return Table(("scheme", *columns), [(name, *cells(row)) for name, row in rows])
-
-
-def versions() -> str:
-    return ", ".join(f"{name} {v}" for name, v in record("quantised-models")["versions"].items())
-
-
 TABLES: dict[str, MakeTable] = {
-    "quantised-calibrated": calibrated,
     "quantised-kernels": kernels,
     "quantised-speeds": partial(_by_mode, _speed),
     "quantised-seconds": partial(_by_mode, "{end_to_end_seconds:.2f}"),
     "quantised-answers": answers,
     "quantised-memory": memory,
-    "quantised-tiny": partial(schemes, "tiny"),
-    "quantised-photo": partial(schemes, "photo"),
 }
-FIGURES: dict[str, Make] = {"quantised-versions": versions}

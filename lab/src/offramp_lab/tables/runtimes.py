@@ -1,7 +1,6 @@
 """Exits inside llama.cpp: speeds by format and mode, and which answers are the same."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from offramp.report.table import Table, Told, told
@@ -31,10 +30,6 @@ IDENTICAL = {
     "early_as_float32_early": "early exit as PyTorch's in float32",
     "full_as_float32_full": "full depth as PyTorch's in float32",
 }
-CHOSEN = {
-    "calibrated": "CIDEr down by at most 3% on the choosing half",
-    "guaranteed": "ROUGE-L down by at most 0.03, guaranteed at 95%",
-}
 
 
 Entries = Mapping[tuple[str, str, str], Value]
@@ -43,13 +38,6 @@ Entries = Mapping[tuple[str, str, str], Value]
 
 def timed_entries() -> Entries:
     return by(record("runtimes")["timings"]["entries"], *WAY)
-
-
-def entry_at(layers: str, thresholds: Mapping[str, float]) -> Value:
-    """Ours at thresholds that were chosen, of which the shipped ones have no name of their own."""
-    chosen, entries = list(thresholds.values()), timed_entries()
-    mode = f"early_exit at {chosen[0]:g}" if chosen else "full"
-    return entries.get((OURS, layers, mode), entries[OURS, layers, "early_exit"])
 
 
 def speed_over(name: str, unit: str = "tokens_per_second", digits: int = 0) -> Callable[[Any], str]:
@@ -83,10 +71,7 @@ def by_format(
 
 def speeds() -> Table:
     """Tokens a CPU second, and multiples of llama.cpp's own full depth."""
-    alone = {
-        "OpenVINO GenAI": ("OpenVINO GenAI", "full"),
-        "llama.cpp alone, one file": ("llama.cpp", "full"),
-    }
+    alone = {"llama.cpp alone, one file": ("llama.cpp", "full")}
     ways = alone | {title: (OURS, mode) for mode, title in MODES.items()}
     return by_format(timed_entries(), ways, FORMATS, _speed)
 
@@ -147,22 +132,6 @@ def identical() -> Table:
     return Table.grid(lines, formats, told)
 
 
-def calibrated() -> Table:
-    """Thresholds by format, and what they lose on the other half of the photographs."""
-    formats = record("runtimes")["calibrated"]["formats"]
-    kept: dict[str, Told] = {
-        "... tokens a CPU second": lambda of: _speed(entry_at(of["format"], of["thresholds"])),
-        "... CIDEr": cider_of,
-        "... drop of CIDEr": "{drop:+.1%}",
-    }
-    rows = []
-    for way, title in CHOSEN.items():
-        found = [{**ways[way], "format": layers} for layers, ways in formats.items()]
-        lines = {title: threshold_of} | (kept if any(of["thresholds"] for of in found) else {})
-        rows += [(line, *(told(what, of) for of in found)) for line, what in lines.items()]
-    return Table(("", *formats), rows)
-
-
 def rows_in_a_call() -> Table:
     """Milliseconds of the layers above the exit by tokens in a call."""
     costs = record("runtimes")["timings"]["row_milliseconds"]
@@ -177,63 +146,8 @@ def rows_in_a_call() -> Table:
     return Table.grid(ways, calls, lambda of, call: f"{of[call[0]][call[1]]:.1f}", "ms")
 
 
-def shapes() -> Table:
-    """A 7B decoder with random weights: tokens a CPU second by share of tokens that exit."""
-    entries = by(record("runtimes-shapes")["entries"], *WAY)
-    formats = sorted({layers for _, layers, _ in entries})
-    modes = dict.fromkeys(mode for runtime, _, mode in entries if runtime == OURS)
-    ways = {"llama.cpp alone, one file": ("llama.cpp", "full")}
-    for runtime, by_whose in ((OURS, "ours"), (ITS_KERNELS, "by llama.cpp's kernels")):
-        ways |= {f"{by_whose}, {mode}": (runtime, mode) for mode in modes}
-    return by_format(entries, ways, formats, speed_over("over_llama_cpp", digits=2))
-
-
-def kquants() -> Table:
-    """Milliseconds of a call by rows: by ours, by llama.cpp's kernels, and the multiple."""
-    entries = record("runtimes-kquants")["entries"]
-    rows = dict.fromkeys(entry["rows"] for entry in entries)
-
-    def cell(layers: str, count: int) -> str:
-        ours, theirs = _kquant(layers, count)
-        return f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f}x)"
-
-    cells = [
-        (layers, f"{entry['bytes'] / 1e6:.0f}", *(cell(layers, count) for count in rows))
-        for layers, entry in by(entries, "format").items()
-    ]
-    return Table(("ours / llama.cpp's, ms", "MB", *map(_tokens, rows)), cells)
-
-
-def _kquant(layers: str, rows: int) -> list[float]:
-    """Milliseconds of a call: by ours, by llama.cpp's kernels."""
-    entries = by(record("runtimes-kquants")["entries"], "format", "kernels", "rows")
-    return [entries[layers, way, rows]["milliseconds"] for way in ("ours", "llama.cpp")]
-
-
 def _tokens(count: int) -> str:
     return f"{count} token{'s' if count > 1 else ''}"
-
-
-def kquant_gain() -> str:
-    """How many times as fast as llama.cpp's kernels a token is multiplied in q4_k."""
-    ours, theirs = _kquant("q4_k", 1)
-    return f"{theirs / ours:.1f}"
-
-
-def edge() -> Table:
-    """CPU seconds and peak memory of a process, with PyTorch and without."""
-    found = record("runtimes-edge")
-
-    def way(entry: Value) -> str:
-        return str(entry["way"]) + (f", {entry['mode'].replace('_', ' ')}" if entry["mode"] else "")
-
-    def cell(step: str) -> Told:
-        form = f"{{{step}_seconds:.2f}} s, {{{step}_megabytes:.0f}} MB"
-        return lambda entry: told(form, entry) if f"{step}_seconds" in entry else ""
-
-    steps = {"import": "import", "load": "load", f"{found['tokens']} tokens": "answer"}
-    columns = {"CPU and peak memory": way} | {title: cell(step) for title, step in steps.items()}
-    return Table.of(found["entries"], columns)
 
 
 def beside_alone(one: Value) -> tuple[str, ...]:
@@ -289,29 +203,9 @@ def families() -> Table:
     )
 
 
-def threshold_of(row: Value) -> str:
-    """What was chosen."""
-    return ", ".join(f"{t:g}" for t in row["thresholds"].values()) or "none"
-
-
 def cider_of(score: Value) -> str:
     """CIDEr and the interval of its difference."""
     return with_range(f"{score['CIDEr']:.3f}", score["difference_interval"], "+.3f")
-
-
-def together(name: str) -> Table:
-    """Four captions at once against one by one, by format and mode."""
-    found = record(name)
-    return Table.of(
-        found["entries"],
-        {
-            "tokens/CPU s": lambda one: f"{one['format']}, {one['mode'].replace('_', ' ')}",
-            "one by one": "{one_by_one:.0f}",
-            "four at once": "{at_once:.0f}",
-            "times": times_with_range,
-            "same answers": f"{{same}} of {found['photographs']}",
-        },
-    )
 
 
 TABLES: dict[str, MakeTable] = {
@@ -320,17 +214,10 @@ TABLES: dict[str, MakeTable] = {
     "runtimes-torch": in_torch,
     "runtimes-end-to-end": end_to_end,
     "runtimes-identical": identical,
-    "runtimes-calibrated": calibrated,
     "runtimes-rows": rows_in_a_call,
-    "runtimes-shapes": shapes,
     "runtimes-families": families,
-    "runtimes-edge": edge,
     "runtimes-photo-edge": photo_edge,
-    "runtimes-kquants": kquants,
-    "runtimes-together": partial(together, "runtimes-together"),
-    "runtimes-edge-together": partial(together, "runtimes-edge-together"),
 }
 FIGURES: dict[str, Make] = {
-    "runtimes-q4_k": kquant_gain,
     "runtimes-photo-lossless": photo_edge_lossless,
 }

@@ -1,7 +1,7 @@
 """Tables of serving: the watched guarantee's simulation, and what HTTP leaves of the engine."""
 
 from offramp.report.table import Table, Told
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
+from offramp_lab.tables.markdown import MakeTable, Value, by, record
 
 
 def milliseconds(of: Value, *percentiles: str, digits: int = 0) -> str:
@@ -93,31 +93,10 @@ def http() -> Table:
     )
 
 
-def _exact_batches(way: str) -> str:
-    """Tokens that are not what they are alone, of all, in both precisions."""
-    rows = [row for row in record("exact_batches")["entries"] if row["way"] == way]
-    return f"{sum(r['tokens_differ'] for r in rows):,} of {sum(r['tokens'] for r in rows):,}"
-
-
-def _exact_batches_cost() -> str:
-    """How many times the CPU time of packed weights alone, least and most."""
-    rates = by(record("exact_batches")["entries"], "precision", "way")
-    costs = sorted(
-        rates[p, "packed"]["tokens_per_cpu_second"] / rates[p, "exact"]["tokens_per_cpu_second"]
-        for p in ("float32", "bfloat16")
-    )
-    return " to ".join(f"{cost:.2f}" for cost in costs)
-
-
 TABLES: dict[str, MakeTable] = {
     "watched": watched,
     "watch-delays": watch_delays,
     "watch-average": watch_average,
     "watch-coverage": watch_coverage,
     "serving": http,
-}
-FIGURES: dict[str, Make] = {
-    "exact-batches-exact": lambda: _exact_batches("exact"),
-    "exact-batches-packed": lambda: _exact_batches("packed"),
-    "exact-batches-cost": _exact_batches_cost,
 }

@@ -1,4 +1,4 @@
-"""The tiny models that ship: the demo, calibrated thresholds, what labels are worth, the recipe."""
+"""The tiny models that ship: the demo, calibrated thresholds, what labels are worth."""
 
 from itertools import product
 
@@ -184,32 +184,6 @@ def _speeds(model: Value, objective: str, policy: str) -> list[float]:
     return list(equal_quality(points)["curves"][0]["speedup_decode"].values())
 
 
-# -- the recipe -----------------------------------------------------------------------------------
-
-
-def recipe() -> Table:
-    """What the tiny models themselves reach on the test split."""
-    made = record("recipe")
-
-    kinds = "question_accuracy_by_kind"
-    return Table.grid(
-        {
-            "questions right": "{question_accuracy:.3f}",
-            "captions fully right": "{captions_right:.3f}",
-            "captions of four objects": "{four_object_captions_right:.3f}",
-            "dialogue turns right (own history)": "{dialogue_accuracy:.3f}",
-            **{f"questions: {of}": f"{{{kinds}[{of}]:.3f}}" for of in made[KINDS[0]][kinds]},
-            "parameters, million": lambda model: f"{model['parameters'] / 1e6:.2f}",
-            "folder, MB": lambda model: f"{model['folder_bytes'] / 1e6:.1f}",
-            "steps, stage 1 (shared)": "{training[see_steps]:,}",
-            "steps, stage 2": "{training[speak_steps]:,}",
-            "seconds, stage 2": "{training[speak_seconds]:,}",
-        },
-        {kind.upper(): made[kind] for kind in KINDS},
-        told,
-    )
-
-
 TABLES: dict[str, MakeTable] = {
     "demo": demo,
     "calibrated": calibrated,
@@ -218,7 +192,6 @@ TABLES: dict[str, MakeTable] = {
     "look-alikes": alike,
     "guarantee-boundary": at_boundary,
     "labels": labels,
-    "recipe": recipe,
 }
 FIGURES: dict[str, Make] = {
     "guarantee-violations": lambda: str(_worst()["violations"]),

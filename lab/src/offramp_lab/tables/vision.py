@@ -12,8 +12,6 @@ NAMES = {
     "openvino": "OpenVINO",
     "openvino-bf16": "OpenVINO, bfloat16",
 }
-STEPS = {"torch": "as it is", "folded": "norms folded", "channels last": "channels last",
-         "oneDNN linears": "oneDNN linears"}  # fmt: skip
 
 
 def engines(part: str, of: str, names: Mapping[str, str], digits: int = 1) -> Table:
@@ -37,19 +35,12 @@ def _of(part: str, engine: str) -> Value:
     return by(record("vision")[part]["engines"], "engine")[engine]
 
 
-def _saved() -> str:
-    own, last = (_of("own", name)["cpu_milliseconds"] for name in ("torch", "oneDNN linears"))
-    return f"{own - last:.0f}"
-
-
 FIGURES: dict[str, Make] = {
     "vit-alone": lambda: f"{_of('vit', 'mtmd q8_0')['cpu_milliseconds']:.0f}",
     "vit-ours": lambda: f"{_of('vit', 'mtmd q8_0, our products')['cpu_milliseconds']:.0f}",
     "vit-packed": lambda: f"{_of('vit', 'mtmd q8_0, our products')['packed_bytes'] / 1e6:.0f}",
-    "own-saved": _saved,
 }
 TABLES: dict[str, MakeTable] = {
     "vision-engines": partial(engines, "towers", "tower in", NAMES),
     "vision-vit": partial(engines, "vit", "tower and projector in", NAMES, digits=0),
-    "vision-own": partial(engines, "own", "PyTorch's tower", STEPS),
 }

@@ -1,30 +1,28 @@
 """What runtimes make of the photo model; rewrites runtimes.json in lab/records.
 
-One thread. `python -m offramp_lab.records.runtimes` needs the photographs, and the packages
-llama-cpp-python and openvino-genai; without the latter its rows are left out. Parts, each kept in
-runs/runtimes for the others: answers (200 photographs, a quarter of an hour), calibrated (as long
-again; both go on where they were cut off), timings (of 50, half an hour, on a quiet machine) and
-callback. `--parts timings` measures only these; --compiled times compiled code too, `generate`'s
-and ours, which takes minutes to compile.
+One thread. `python -m offramp_lab.records.runtimes` needs the photographs and the package
+llama-cpp-python. Parts, each kept in runs/runtimes for the others: answers (200 photographs, a
+quarter of an hour; it goes on where it was cut off), timings (of 50, half an hour, on a quiet
+machine) and callback. `--parts timings` measures only these; --compiled times compiled code too,
+`generate`'s and ours, which takes minutes to compile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from offramp.data.example import Example
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.runtimes import answers, calibrated, openvino, timings
+from offramp_lab.records.runtimes import answers, timings
 from offramp_lab.records.runtimes.methods import Bench
 from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("runtimes")
-PARTS = ("answers", "calibrated", "timings", "callback")
+PARTS = ("answers", "timings", "callback")
 
 
 def main() -> None:
@@ -37,25 +35,22 @@ def main() -> None:
     )  # fmt: skip
 
     @cache
-    def loaded() -> tuple[Bench, Bench, Sequence[Example]]:
-        """All photographs of the measuring half that are asked for, a few, and the other half."""
+    def loaded() -> tuple[Bench, Bench]:
+        """All photographs of the measuring half that are asked for, and a few."""
         adapter, encoder = load_photo(arguments.adapter)
-        choosing, measuring = halves(arguments.data)
+        _, measuring = halves(arguments.data)
         some = measuring[: arguments.photographs]
         bench = Bench(adapter, encoder, some, RUNS / RECORD.name)
         few = replace(bench, photographs=measuring[: arguments.timed])
-        return bench, few, choosing[: arguments.photographs]
+        return bench, few
 
     def timed() -> dict[str, Any]:
-        _, few, _ = loaded()
-        more = openvino.methods(few)
-        if arguments.compiled:
-            more |= few.compiled_methods()
+        _, few = loaded()
+        more = few.compiled_methods() if arguments.compiled else {}
         return timings.timings(few, arguments.rounds, more)
 
     made: dict[str, Callable[[], Any]] = {
         "answers": lambda: answers.answers(loaded()[0]),
-        "calibrated": lambda: calibrated.calibrated(loaded()[0], loaded()[2]),
         "timings": timed,
         "callback": lambda: timings.callback(loaded()[1]),
     }

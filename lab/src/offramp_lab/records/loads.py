@@ -1,12 +1,12 @@
 """Captions of photographs through the batch engine, against single requests one after the other.
 
-    python -m offramp_lab.records.loads.photographs --dtype bfloat16
+    python -m offramp_lab.records.loads --dtype bfloat16
 
 The photo model with its shipped exits and thresholds, held-out photographs, greedy. Captions a
 second are counted twice: end to end, photographs opened and seen by the model included, and of
 decoding alone, from the first token of each to its last (in the engine: its decoding calls).
 Counted too is how many captions are the very tokens that a single request gets; in bfloat16 two
-tokens may tie, and the company in the batch then decides. Rewrites "photographs" in
+tokens may tie, and the company in the batch then decides. Rewrites
 lab/records/loads.json, of its number format alone; five minutes each, a quiet machine.
 
 --cpu-time: seconds of the thread, not of the clock, for a machine that others use too. --modes:
@@ -29,10 +29,10 @@ from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import Experiment, same
-from offramp_lab.records.loads import keep
-from offramp_lab.records.record import Some, asked, named
+from offramp_lab.records.record import Record, Some, asked, named
 from offramp_lab.records.subjects import Subject, photo
 
+RECORD = Record("loads")
 Clock = Callable[[], float]
 Ids = tuple[int, ...]
 
@@ -67,7 +67,7 @@ def main() -> None:
         "ways": compared(subject, {name: [run for [run] in found] for name, found in runs.items()}),
     }  # fmt: skip
     print(*figures["ways"], sep="\n")
-    keep("photographs", {arguments.dtype: figures}, subject.examples)
+    RECORD.add({arguments.dtype: figures})
 
 
 Way = Callable[[Subject], Run]

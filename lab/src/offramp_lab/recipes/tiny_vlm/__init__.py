@@ -1,1 +1,0 @@
-"""The two tiny models that ship with offramp: how they were made."""
