@@ -48,7 +48,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Iterator[EdgeModel]:
     with EdgeModel(folder, engine=ENGINE) as each:
-        assert each._chain.sizes.shared
+        assert each._opened.chain.sizes.shared
         yield each
 
 

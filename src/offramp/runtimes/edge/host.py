@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
+
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.executor import Executor, check_context
 from offramp.engine.decoding.plan import Plan
@@ -13,11 +15,9 @@ from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.policy import ExitPolicy, check_exact
 from offramp.runtimes.edge.sampling import Sampler
 from offramp.runtimes.edge.vocabulary import Vocabulary
-from offramp.runtimes.llama_cpp.array_reader import ArrayHeads, Ids
-from offramp.runtimes.llama_cpp.chain import SegmentChain
-from offramp.runtimes.llama_cpp.drafter import ChainDrafter
+from offramp.runtimes.llama_cpp.array_reader import ArrayHeads
 from offramp.runtimes.llama_cpp.native.tap import States
-from offramp.runtimes.llama_cpp.plan import chain_plan
+from offramp.runtimes.llama_cpp.opened import OpenedFiles
 from offramp.serving.host import OnSettled, Opened
 from offramp.serving.request import Request
 
@@ -28,40 +28,33 @@ class EdgeHost:
 
     def __init__(
         self,
-        chain: SegmentChain,
-        drafter: ChainDrafter | None,
+        opened: OpenedFiles,
         policy: ExitPolicy,
         vocabulary: Vocabulary,
         embed: Callable[[int, int], States],
-        *,
-        layers: int,
-        depths: tuple[int, ...],
-        shortlist: Ids | None,
-        causal: bool,
-        context: int,
     ) -> None:
-        """depths: of the chain's exits. causal: whether prompts may wait at an exit. context:
-        tokens that get a place.
+        """opened: joined. embed: the states [1, D] that a token enters as, by its id and position.
 
         Raises:
             InputError: a policy that does not run here.
         """
+        depths, ids, first = opened.files.depths, opened.files.shortlist, opened.segments[0]
         for at in (policy.thresholds, policy.first, policy.drafts):
             check_thresholds(dict(at), depths)
         check_exact(policy, "llama.cpp")
-        self._policy, self._depths, self._layers = policy, depths, layers
-        self._chain, self._drafter, self._embed = chain, drafter, embed
-        self._vocabulary, self._causal, self._context = vocabulary, causal, context
-        self._shortlist = shortlist
-        self._alone = chain.slots == 1
+        self._opened, self._policy, self._vocabulary = opened, policy, vocabulary
+        self._embed, self._depths, self._context = embed, depths, opened.engine.context
+        self._heads = ArrayHeads(policy, None if ids is None else np.asarray(ids, dtype=np.int64))
+        self._causal = not first.looks_ahead and first.features == 0
+        self._alone = opened.chain.slots == 1
         self._planned = policy
-        self.plan = self._plan(policy, every_mode=not self._alone)
+        self.plan = self._plan(policy)
 
-    def _plan(self, policy: ExitPolicy, *, every_mode: bool) -> Plan:
-        return chain_plan(
-            self._layers, policy, lambda depths: ArrayHeads(self._policy, self._shortlist),
-            self._chain, self._depths, self._embed, drafter=self._drafter,
-            first_may_exit=policy.exit_in_prefill and self._causal, every_mode=every_mode,
+    def _plan(self, policy: ExitPolicy) -> Plan:
+        may_exit = policy.exit_in_prefill and self._causal  # where a prompt may wait at an exit
+        return self._opened.plan(
+            policy, lambda depths: self._heads, self._embed, first_may_exit=may_exit,
+            every_mode=not self._alone,
         )  # fmt: skip
 
     def executor(self) -> Executor:
@@ -78,7 +71,7 @@ class EdgeHost:
         asked = self._policy.asked(request.mode, request.thresholds, self._depths)
         if asked == self._planned:
             return False
-        self._planned, self.plan = asked, self._plan(asked, every_mode=False)
+        self._planned, self.plan = asked, self._plan(asked)
         return True
 
     def tokens(self, request: Request) -> int:

@@ -23,17 +23,15 @@ from offramp.runtimes.edge.host import EdgeHost
 from offramp.runtimes.edge.images import ImageReader
 from offramp.runtimes.edge.sampling import Sampling
 from offramp.runtimes.edge.vocabulary import Vocabulary
-from offramp.runtimes.llama_cpp.chain import SegmentChain
-from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.gguf_files import read_segments
 from offramp.runtimes.llama_cpp.gguf_header import Header, read_header
 from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.opened import OpenedFiles
 from offramp.runtimes.llama_cpp.packages import import_gguf, import_llama_cpp
 from offramp.runtimes.llama_cpp.projector import MARKER
 from offramp.runtimes.llama_cpp.prompt import Prompt
-from offramp.runtimes.llama_cpp.segment import EMBEDDING_SCALE, EngineOptions, Segment
-from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes
-from offramp.runtimes.llama_cpp.trial import check_survives
+from offramp.runtimes.llama_cpp.segment import EMBEDDING_SCALE, EngineOptions
+from offramp.runtimes.llama_cpp.self_check import AT_ONCE
 from offramp.serving.core import Core
 from offramp.serving.engine import Engine
 from offramp.serving.engine_config import EngineConfig
@@ -95,20 +93,14 @@ class EdgeModel:
         self.name = str(self.files.said["offramp.backbone"])
         self.layers, self.reads_images = self.files.cuts[-1], mmproj is not None
         self.policy = policy_from_json(json.loads(self.files.said["offramp.policy"]))
-        ids = self.files.shortlist
-        self._shortlist = None if ids is None else np.asarray(ids, dtype=np.int64)
         self._lock = threading.Lock()  # of what reads prompts
-        self._segments: list[Segment] = []
-        self._drafter: ChainDrafter | None = None
         self._images: ImageReader | None = None
         self._closed = False
         self._engine: Engine | None = None
+        self._opened = OpenedFiles(self.files, self.engine)
+        self._segments = self._opened.segments
         try:
-            check_survives(self.files, self.engine)
-            for file, tap in self.files.taps:
-                self._segments.append(Segment(file, self.engine, tap_layer=tap))
-            first, last = self._segments[0], self._segments[-1]
-            self._causal = not first.looks_ahead and first.features == 0
+            last = self._segments[-1]
             header = read_header(self.files.files[-1])
             lib = import_llama_cpp().llama_cpp
             self.vocabulary = Vocabulary(
@@ -121,11 +113,7 @@ class EdgeModel:
                     mmproj, last, self.files.files[-1], features, self.engine
                 )
             draw = np.random.default_rng(0).integers(self.vocabulary.size, size=AT_ONCE)
-            probe = self._embeddings.of(draw.tolist())
-            drafts = self.files.drafter is not None
-            sizes = call_sizes(self._segments, probe, drafts=drafts)
-            self._chain = SegmentChain(self._segments, sizes)
-            self._drafter = ChainDrafter.load(self.files, self.engine, self._embeddings.of)
+            self._opened.join(self._embeddings.of(draw.tolist()), self._embeddings.of)
         except BaseException:
             self.close()
             raise
@@ -226,7 +214,7 @@ class EdgeModel:
     @property
     def drafts_on(self) -> bool:
         """Whether an exit drafts on from its own state."""
-        return self._drafter is not None
+        return self._opened.drafter is not None
 
     def start(self, queue: int, on_round: Callable[[], None]) -> Engine:
         """Start an engine of this model, which ends the one before. queue, on_round: as of
@@ -244,7 +232,11 @@ class EdgeModel:
         sizes = EngineConfig(
             slots, self.engine.context + 1, schedule=ASK_AT_ONCE if slots == 1 else None
         )
-        core = Core(self._hosted(), self.policy, sizes)
+        host = EdgeHost(
+            self._opened, self.policy, self.vocabulary,
+            lambda token, position: self._embeddings.of([token]),
+        )  # fmt: skip
+        core = Core(host, self.policy, sizes)
         self._engine = Engine(core, queue=queue, on_round=on_round)
         return self._engine
 
@@ -256,24 +248,13 @@ class EdgeModel:
             self._engine.close()
         if self._images is not None:
             self._images.close()
-        for segment in self._segments:
-            segment.close()
-        if self._drafter is not None:
-            self._drafter.close()
+        self._opened.close()
 
     def __enter__(self) -> EdgeModel:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    def _hosted(self) -> EdgeHost:
-        return EdgeHost(
-            self._chain, self._drafter, self.policy, self.vocabulary,
-            lambda token, position: self._embeddings.of([token]),
-            layers=self.layers, depths=self.files.depths,
-            shortlist=self._shortlist, causal=self._causal, context=self.engine.context,
-        )  # fmt: skip
 
     # -- prompts ---------------------------------------------------------------------------------
 

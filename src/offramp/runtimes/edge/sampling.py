@@ -165,8 +165,8 @@ class Sampler:
 
 
 def _places(tokens: Ids, ids: Ids | None, size: int) -> tuple[Ids, npt.NDArray[np.bool_]]:
-    """Where tokens stand among logits [size]; and which of them do. ids: of the logits' tokens,
-    ascending; None: all."""
+    """Where tokens stand among logits [size]; and which of them do. ids: the logits' tokens, in any
+    order; None: all of the vocabulary."""
     if ids is None:
         known = tokens < size
         return tokens[known], known

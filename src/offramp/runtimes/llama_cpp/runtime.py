@@ -32,15 +32,14 @@ from offramp.models.backbone import Backbone
 from offramp.models.intercept import InterceptedModel
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp.architectures import architecture_of
-from offramp.runtimes.llama_cpp.chain import CallSizes, SegmentChain
-from offramp.runtimes.llama_cpp.drafter import ChainDrafter
+from offramp.runtimes.llama_cpp.chain import CallSizes
 from offramp.runtimes.llama_cpp.entry import DecoderEntry, Embeddings, PromptEntry
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
-from offramp.runtimes.llama_cpp.plan import chain_plan
-from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
-from offramp.runtimes.llama_cpp.self_check import AT_ONCE, call_sizes, check_logits
+from offramp.runtimes.llama_cpp.native.tap import States
+from offramp.runtimes.llama_cpp.opened import OpenedFiles
+from offramp.runtimes.llama_cpp.segment import EngineOptions
+from offramp.runtimes.llama_cpp.self_check import AT_ONCE, check_logits
 from offramp.runtimes.llama_cpp.tensor_reader import TensorHeads
-from offramp.runtimes.llama_cpp.trial import check_survives
 from offramp.serving.torch_host import PreparedHost
 
 
@@ -81,21 +80,16 @@ class LlamaCppRuntime(CalledAsModel):
         self._lock = threading.RLock()
         self._closed = self._lent = self._busy = False
         self._entry: PromptEntry | None = None  # with what is kept of prompts
-        self._segments: list[Segment] = []
-        self._drafter: ChainDrafter | None = None
         self._plans: tuple[tuple[ExitPolicy, Plan], ...] = ()
+        self._opened = opened = OpenedFiles(self.files, self.engine)
+        self._segments = opened.segments
         try:
-            check_survives(self.files, self.engine)
-            for file, tap in self.files.taps:
-                self._segments.append(Segment(file, self.engine, tap_layer=tap))
-            self.likeness, sizes = self._check()
-            self._drafter = ChainDrafter.load(
-                self.files, self.engine, lambda tokens: self._embeddings.of(tokens, None)
-            )
+            probe, self.likeness = self._check()
+            opened.join(probe, lambda tokens: self._embeddings.of(tokens, None))
         except BaseException:
             self.close()
             raise
-        self._chain = SegmentChain(self._segments, sizes)
+        self._chain = opened.chain
 
     @property
     def name(self) -> str:
@@ -161,10 +155,9 @@ class LlamaCppRuntime(CalledAsModel):
                 return plan
         for mode in ("early_exit", "lossless") if every_mode else (policy.own_mode,):
             self._check_policy(policy.in_mode(mode).effective)
-        plan = chain_plan(
-            self.backbone.depth, policy, partial(TensorHeads, self.adapter, policy),
-            *self._settings, drafter=self._drafter, every_mode=every_mode,
-            first_may_exit=first_token_may_exit(self.backbone, policy),
+        plan = self._opened.plan(
+            policy, partial(TensorHeads, self.adapter, policy), self._embeddings.of_token,
+            first_may_exit=first_token_may_exit(self.backbone, policy), every_mode=every_mode,
         )  # fmt: skip
         if not every_mode:
             self._plans = ((policy, plan), *self._plans[: PLANS - 1])
@@ -229,10 +222,7 @@ class LlamaCppRuntime(CalledAsModel):
             InputError: a callback of that answer asked for it.
         """
         with self._held(open=False):
-            for segment in self._segments:
-                segment.close()
-            if self._drafter is not None:
-                self._drafter.close()
+            self._opened.close()
             self._closed = True
 
     def __enter__(self) -> LlamaCppRuntime:
@@ -241,15 +231,11 @@ class LlamaCppRuntime(CalledAsModel):
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    @property
-    def _settings(self) -> tuple[SegmentChain, tuple[int, ...], Any]:
-        """Of every executor: the chain, where its exits stand, and what a token enters it as."""
-        return self._chain, self.files.depths, self._embeddings.of_token
-
     # -- checks -------------------------------------------------------------------------------
 
-    def _check(self) -> tuple[float, CallSizes]:
-        """Try everything out; the correlation with the backbone's logits, and sizes of calls."""
+    def _check(self) -> tuple[States, float]:
+        """Try everything out; states that enter the decoder, and the correlation of the logits of
+        some with the backbone's."""
         with torch.inference_mode():
             draw = torch.Generator().manual_seed(0)
             ids = torch.randint(self.backbone.vocabulary, (1, AT_ONCE), generator=draw)
@@ -266,7 +252,6 @@ class LlamaCppRuntime(CalledAsModel):
             few = AT_ONCE // 4
             hidden = self.backbone.stack(input_ids=ids[:, :few], use_cache=False).last_hidden_state
             expected = self.backbone.logits(hidden[0]).float().cpu().numpy()
-        sizes = call_sizes(self._segments, probe, drafts=self.files.drafter is not None)
         # PaliGemma's wrapper makes the mask; without one its text model may see all of the text.
         causal = getattr(self.backbone.layers[0].self_attn, "is_causal", True)
         ahead = not causal and call.kw.get("attention_mask") is None
@@ -274,7 +259,7 @@ class LlamaCppRuntime(CalledAsModel):
             self._segments, self.backbone.name, probe[:few], expected, self.files.formats["layers"],
             ahead=ahead,
         )  # fmt: skip
-        return likeness, sizes
+        return probe, likeness
 
     def _check_open(self) -> None:
         if self._closed:
