@@ -1,4 +1,4 @@
-"""Law 10: same seed, same tokens, in every engine; requests that run at the same time do not disturb
+"""Law 10: same seed, same tokens, in every engine; requests at the same time do not disturb
 each other."""
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""`offramp export`: the decoder and its exits as GGUF files for llama.cpp, or a drafter for engines
-that speak of speculators."""
+"""`offramp export`: the decoder and its exits as GGUF files for llama.cpp, exits for vLLM, an exit
+as a draft model, or a drafter for engines that speak of speculators."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from offramp.errors import InputError, OfframpError
 
 log = logging.getLogger(__name__)
 
-TO = GGUF, SPECULATORS = ("gguf", "speculators")
+TO = GGUF, VLLM, DRAFT_MODEL, SPECULATORS = ("gguf", "vllm", "draft-model", "speculators")
 TIMED = 8
 """Examples that lossless decoding is timed on, where --limit names no other number."""
 SHORTLIST = 8192
@@ -36,12 +37,14 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "export",
-        "Write a backbone's decoder and its exits as GGUF files, for --engine llama.cpp; or train "
-        "an EAGLE-3 drafter for it and write that as vLLM, SGLang and llama.cpp's own programs "
-        "read it.",
+        "Write a backbone's decoder and its exits as GGUF files, for --engine llama.cpp; or exits "
+        "for vLLM's plug-in; or an exit as a draft model for any engine that takes one; or train "
+        "an EAGLE-3 drafter and write that as vLLM, SGLang and llama.cpp's own programs read it.",
         "offramp export --adapter exits --gguf q8_0 --out exits-q8_0\n"
         "  offramp generate --adapter exits --engine llama.cpp --gguf exits-q8_0 "
         "--image dog.jpg\n"
+        "  offramp export --to vllm --adapter exits --out exits-vllm\n"
+        "  offramp export --to draft-model --adapter exits --out draft\n"
         "  offramp export --to speculators --backbone NAME --data prompts.txt --out drafter",
         _export,
         _options,
@@ -88,10 +91,70 @@ def _options(parser: Parser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    if arguments.to == SPECULATORS:
-        _export_drafter(arguments)
-    else:
-        _export_gguf(arguments)
+    ways = {
+        GGUF: _export_gguf, VLLM: _export_vllm, DRAFT_MODEL: _export_draft_model,
+        SPECULATORS: _export_drafter,
+    }  # fmt: skip
+    ways[arguments.to](arguments)
+
+
+def _export_vllm(arguments: argparse.Namespace) -> None:
+    from offramp.models.input_processor import InputProcessor
+    from offramp.runtimes.vllm import PROMPTS, check_out, export_vllm
+
+    _check_adapter_alone(arguments, ("gguf", "exit_format", "vision_format", "depths"))
+    if not arguments.overwrite:
+        check_out(arguments.out)
+    texts = list(PROMPTS)
+    if arguments.data:
+        items = read_data(arguments, require_answers=False)
+        texts = [item.example.prompt for item in items][: arguments.limit or TIMED]
+    adapter, processor = load_adapter(arguments)
+    tokenizer = InputProcessor(adapter.backbone, processor).tokenizer
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    checked = export_vllm(
+        adapter, arguments.out, prompts, max_new_tokens=min(arguments.max_new_tokens, 16)
+    )  # fmt: skip
+    show_result(
+        {"exits": str(arguments.out), "checked": checked},
+        f"{arguments.out}: exits for vLLM, with {checked} answers for the check at start",
+        as_json=arguments.json,
+    )
+    added = json.dumps({"offramp": {"exits": str(arguments.out)}})
+    say_next(f"vllm serve {adapter.backbone.name} --additional-config '{added}'")
+
+
+def _export_draft_model(arguments: argparse.Namespace) -> None:
+    from offramp.runtimes.draft_model import check_out, save_draft_model
+
+    _check_adapter_alone(arguments, ("gguf", "exit_format", "vision_format", "data"))
+    if len(arguments.depths or ()) > 1:
+        raise InputError("A draft model is of one exit.", "Give one depth with --depths.")
+    if not arguments.overwrite:
+        check_out(arguments.out)
+    adapter, processor = load_adapter(arguments)
+    depth = arguments.depths[0] if arguments.depths else None
+    layers = save_draft_model(adapter, processor, arguments.out, depth)
+    show_result(
+        {"draft_model": str(arguments.out), "layers": layers},
+        f"{arguments.out}: a model of {layers} layers, for {adapter.backbone.depth}",
+        as_json=arguments.json,
+    )
+    told = {"method": "draft_model", "model": str(arguments.out), "num_speculative_tokens": 4}
+    say_next(f"vllm serve {adapter.backbone.name} --speculative-config '{json.dumps(told)}'")
+
+
+def _check_adapter_alone(arguments: argparse.Namespace, others: tuple[str, ...]) -> None:
+    """Raise `InputError` without an adapter, or with what does not go with --to."""
+    from offramp.storage import check_writable
+
+    if arguments.adapter is None:
+        raise InputError(f"--to {arguments.to} writes an adapter's exits.", "Give --adapter exits.")
+    for name in others:
+        if getattr(arguments, name):
+            shown = name.removesuffix("_format").replace("_", "-")
+            raise InputError(f"--{shown} does not go with --to {arguments.to}.", "Leave it out.")
+    check_writable(arguments.out, folder=True)
 
 
 def _export_drafter(arguments: argparse.Namespace) -> None:
@@ -140,7 +203,7 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
     if arguments.gguf is None or arguments.adapter is None:
         raise InputError(
             "Files for llama.cpp are of an adapter, in a number format.",
-            f"Give --adapter exits --gguf q8_0; or --to {SPECULATORS}.",
+            f"Give --adapter exits --gguf q8_0; or --to {VLLM}, {DRAFT_MODEL} or {SPECULATORS}.",
         )
     arguments.limit = arguments.limit or TIMED
     from offramp.runtimes.llama_cpp import ExportFormats, export_gguf

@@ -1,0 +1,183 @@
+"""What `offramp export --to vllm` writes is what the plug-in reads, without vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import RunCommand
+
+from offramp.engine.policy import ExitPolicy, policy_to_json
+from offramp_vllm.adapter import Checked, Exported, read_exported
+from offramp_vllm.attach import MoreLayers, with_exits
+from offramp_vllm.policy import EARLY, FULL, LOSSLESS, Rule, asked
+from offramp_vllm.refuse import Refused
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import offramp
+    from offramp.models.shipped import load_tiny, shipped_exits
+    from offramp.runtimes.vllm import PROMPTS, export_vllm
+
+    backbone, processor = load_tiny("opt")
+    adapter = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
+    out = tmp_path_factory.mktemp("vllm") / "exits"
+    ids = [processor.tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
+    assert export_vllm(adapter, out, ids, max_new_tokens=6) == 3
+    return out
+
+
+def test_the_folder_says_what_the_adapter_is(exported: Path) -> None:
+    read = read_exported(exported)
+    assert (read.layers, read.depths, read.copied, read.all_layers) == (12, (2,), (2,), 13)
+    assert read.rule.thresholds == (0.8,) and read.rule.first == (0.8,)
+    assert len(read.checked) == 3 and all(len(c.tokens) == len(c.depths) for c in read.checked)
+    assert {place for place, _, _ in read.tensors()} == {0}
+
+
+def test_answers_that_are_kept_are_the_same_whatever_was_answered_before(exported: Path) -> None:
+    """An engine's first answer, on which it is tried, runs its first token to full depth."""
+    kept = read_exported(exported).checked
+    import offramp
+    from offramp.models.shipped import load_tiny, shipped_exits
+    from offramp.runtimes.vllm import _answers
+
+    backbone, _ = load_tiny("opt")
+    adapter = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
+    other = _answers(adapter, [list(c.prompt) for c in reversed(kept)], 6)
+    assert [Checked(**one) for one in reversed(other)] == list(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "word"),
+    [
+        ("adapter.json", {"format": 2}, "format 1"),
+        ("vllm.json", {"format": 2}, "format 1"),
+        ("vllm.json", {"exits": "0" * 64}, "other exits"),
+        ("adapter.json", {"exit_kind": "dense"}, "kind 'dense'"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_two_lines(
+    exported: Path, tmp_path: Path, name: str, change: dict[str, Any], word: str
+) -> None:
+    for file in exported.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    said = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps({**said, **change}))
+    with pytest.raises(Refused, match=word) as refused:
+        read_exported(tmp_path)
+    assert len(str(refused.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"score": "agreement"}, {"gates": {"2": 0.5}}, {"kv": "other"}, {"visual_keep": 0.5},
+    ],
+)  # fmt: skip
+def test_a_policy_that_is_not_followed_is_refused(
+    exported: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    for file in exported.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    said = json.loads((tmp_path / "adapter.json").read_text())
+    said["policy"] |= change
+    (tmp_path / "adapter.json").write_text(json.dumps(said))
+    with pytest.raises(Refused):
+        read_exported(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ExitPolicy({2: 0.8}),
+        ExitPolicy({2: 0.8}, exit_in_prefill=False),
+        ExitPolicy({2: 0.8, 4: 0.5}, first={4: 0.9}),
+    ],
+)
+def test_thresholds_are_the_policys(policy: ExitPolicy) -> None:
+    rule = Rule.of(policy_to_json(policy), (2, 4))
+    opening = policy.opening if policy.exit_in_prefill else {}
+    for place, depth in enumerate((2, 4)):
+        for ours, theirs in ((rule.thresholds, policy.thresholds), (rule.first, opening)):
+            want = theirs.get(depth)
+            assert ours[place] == want if want is not None else ours[place] != ours[place]
+    assert rule.waits == bool(opening)
+
+
+def test_another_threshold_is_what_the_policy_makes_of_it() -> None:
+    policy = ExitPolicy({2: 0.8}, first={2: 0.9})
+    for threshold in (0.5, 0.95):
+        ours = Rule.of(policy_to_json(policy), (2,)).at(threshold)
+        theirs = Rule.of(policy_to_json(policy.at({2: threshold})), (2,))
+        assert ours == theirs
+
+
+def test_requests_are_served_as_they_ask() -> None:
+    rule = Rule((0.8,), (0.8,))
+    assert asked(rule, None, drafts=False).mode == EARLY
+    assert asked(rule, None, drafts=True).mode == LOSSLESS
+    assert asked(rule, {"offramp_mode": "full"}, drafts=False).mode == FULL
+    assert not asked(rule, {"offramp_mode": "full"}, drafts=False).rule.is_on
+    assert asked(rule, {"offramp_threshold": 0.5}, drafts=True).rule.thresholds == (0.5,)
+    wrong = [{"offramp_mode": "fast"}, {"offramp_threshold": 2}, {"offramp_threshold": "much"},
+             {"offramp_mode": "lossless"}]  # fmt: skip
+    for extra in wrong:
+        with pytest.raises(Refused):
+            asked(rule, extra, drafts=False)
+
+
+def checkpoint(layers: int, prefix: str, like: Exported) -> list[tuple[str, torch.Tensor]]:
+    inner = {name: tensor for _, name, tensor in like.tensors()}
+    return [(f"{prefix}{i}.{n}", t) for i in range(layers) for n, t in inner.items()]
+
+
+def test_exits_come_after_the_checkpoint_as_more_layers(exported: Path) -> None:
+    read = read_exported(exported)
+    tower = [(n, t[..., :1]) for n, t in checkpoint(12, "vision.layers.", read)]
+    weights = tower + checkpoint(12, "model.decoder.layers.", read)
+    made = dict(with_exits(iter(weights), read))
+    added = {name for name in made if name.startswith("model.decoder.layers.12.")}
+    assert len(made) == len(weights) + len(added) and len(added) == len(list(read.tensors()))
+
+
+@pytest.mark.parametrize("layers", [11, 13])
+def test_a_checkpoint_of_another_depth_is_refused(exported: Path, layers: int) -> None:
+    read = read_exported(exported)
+    with pytest.raises(Refused, match="0 decoders of 12 layers"):
+        list(with_exits(iter(checkpoint(layers, "model.layers.", read)), read))
+
+
+def test_a_configuration_gets_layers_of_the_kinds_that_exits_copy() -> None:
+    from transformers import Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(num_hidden_layers=3, layer_types=kinds)
+    made = MoreLayers(3, (2, 1))(config)
+    assert made.num_hidden_layers == 5 and made.layer_types == [*kinds, kinds[2], kinds[1]]
+    assert MoreLayers(4, (2,))(Gemma3TextConfig(num_hidden_layers=3)).num_hidden_layers == 3
+
+
+def test_the_command_writes_the_folder(run: RunCommand, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, said, err = run(
+        "export", "--to", "vllm", "--adapter", "tiny-opt", "--out", out, "--max-new-tokens", 4,
+        "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(said) == {"exits": str(out), "checked": 6}
+    assert read_exported(out).depths == (2,)
+
+
+def test_what_does_not_go_with_it_is_said(run: RunCommand, tmp_path: Path) -> None:
+    code, _, err = run("export", "--to", "vllm", "--out", tmp_path / "out")
+    assert code != 0 and "Give --adapter" in err
+    code, _, err = run("export", "--to", "vllm", "--adapter", "tiny-opt", "--gguf", "q8_0",
+                       "--out", tmp_path / "out")  # fmt: skip
+    assert code != 0 and "--gguf does not go with --to vllm" in err

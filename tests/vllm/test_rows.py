@@ -1,0 +1,73 @@
+"""Rows of the vLLM plug-in: who leaves, which slots wait, and what a ragged call holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offramp.engine.confidence import SCORES as OURS
+from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, rounds, slots_of
+
+BLOCK = 4
+
+
+def test_scores_are_offramps_own() -> None:
+    logits = 3 * torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    logits[0, 1:] = float("-inf")
+    for name, score in SCORES.items():
+        torch.testing.assert_close(score(logits), OURS[name](logits), rtol=0, atol=0)
+
+
+def test_a_token_leaves_at_its_threshold_at_zero_always_and_at_nan_never() -> None:
+    nan = float("nan")
+    scores = torch.tensor([0.5, 0.4999, nan, 1.0])
+    thresholds = torch.tensor([0.5, 0.5, 0.0, nan])
+    assert leaves(scores, thresholds).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_waiting_place_is_what_a_loop_finds(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    level = torch.randint(0, 3, (10 * BLOCK,), generator=draw).to(torch.uint8)
+    table = torch.stack([torch.randperm(10, generator=draw)[:5] for _ in range(6)]).int()
+    lengths = torch.randint(1, 5 * BLOCK + 1, (6,), generator=draw)
+    for below in (1, 2):
+        found = first_waiting(level, table, lengths, BLOCK, below)
+        for row in range(6):
+            length = int(lengths[row])
+            places = [
+                place
+                for place in range(length)
+                if level[int(table[row, place // BLOCK]) * BLOCK + place % BLOCK] < below
+            ]
+            assert int(found[row]) == (places[0] if places else length)
+
+
+def test_slots_are_the_blocks_of_the_table() -> None:
+    table = torch.tensor([[7, 2], [0, 5]])
+    slots = slots_of(table, torch.tensor([0, 0, 1]), torch.tensor([1, 4, 7]), BLOCK)
+    assert slots.tolist() == [29, 8, 23]
+
+
+def call(*parts: tuple[int, int, int]) -> Ragged:
+    return Ragged(*(torch.tensor(column) for column in zip(*parts, strict=True)))
+
+
+def test_tokens_of_a_ragged_call_stand_request_after_request() -> None:
+    rows, places = call((3, 5, 7), (0, 0, 3)).tokens()
+    assert rows.tolist() == [3, 3, 0, 0, 0] and places.tolist() == [5, 6, 0, 1, 2]
+    assert call((3, 5, 7), (0, 0, 3)).offsets.tolist() == [0, 2, 5]
+
+
+@pytest.mark.parametrize("most", range(1, 12))
+def test_rounds_hold_every_token_once_in_order_and_no_more_than_they_may(most: int) -> None:
+    whole = call((3, 5, 7), (0, 0, 3), (4, 2, 8))
+    parts = list(rounds(whole, most))
+
+    def pairs(one: Ragged) -> list[tuple[int, int]]:
+        rows, places = one.tokens()
+        return [*zip(rows.tolist(), places.tolist(), strict=True)]
+
+    assert [pair for part in parts for pair in pairs(part)] == pairs(whole)
+    assert all(1 <= int(part.offsets[-1]) <= most for part in parts)
+    assert all(int(part.offsets[-1]) == most for part in parts[:-1])

@@ -1,0 +1,281 @@
+"""A decoder's step with early exits: all rows run to the first exit, and those that are not certain
+go on, with what waits of their requests, in one ragged call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp_vllm.adapter import Exported
+from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, rounds, slots_of
+from offramp_vllm.stages import Stages, decoder_of
+from offramp_vllm.store import Store
+
+
+@dataclass
+class Step:
+    """What a step needs to know of its R requests, and what it decided.
+
+    starts: where each request's tokens begin in the call, and their number [R + 1]. seq_lens: all
+    tokens of each request [R], those of the call included. slots: of the call's tokens [T]. table:
+    block table [R, N] of blocks of `block_size`. asks: whether a token is to be chosen after the
+    request's last one [R]. waits: whether the request's rows stay where they are [R]: a prompt that
+    is not whole yet. thresholds: of each exit [E][R]; NaN: none leaves. allowed: takes rows [A] and
+    the logits [A, V] to those that may be said; None: nothing changes them. deeper: a context in
+    which attention is that of a ragged call. sampled: the call's rows whose logits vLLM asks for
+    [N]; None: the last of each request.
+
+    depths: layers run for each request's next token [R]. said: rows [A] that left, with what they
+    may say: ids' logits. read: whether vLLM has asked for the logits.
+    """
+
+    starts: Tensor
+    seq_lens: Tensor
+    slots: Tensor
+    table: Tensor
+    block_size: int
+    asks: Tensor
+    waits: Tensor
+    thresholds: Sequence[Tensor]
+    allowed: Callable[[Tensor, Tensor], Tensor] | None
+    deeper: Callable[[Ragged], AbstractContextManager[None]]
+    sampled: Tensor | None
+    layers: int
+    depths: Tensor = field(init=False)
+    said: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    read: bool = False
+
+    def __post_init__(self) -> None:
+        self.depths = torch.full_like(self.seq_lens, self.layers)
+
+    @property
+    def last(self) -> Tensor:
+        """The call's row of each request's last token [R]."""
+        return (self.starts[1:] - 1).long()
+
+
+class Head:
+    """What exits say: logits of the shortlist's tokens, or of all.
+
+    ids: token ids [S]; None: all.
+    """
+
+    def __init__(self, model: Any, ids: Tensor | None) -> None:
+        """model: vLLM's, whose `compute_logits` is still its own."""
+        self._whole, self.ids, self._weight = model.compute_logits, ids, None
+        parent = _head_parent(model)
+        lm_head = None if parent is None else parent.lm_head
+        example = _zeros_like_states(model, lm_head)
+        self.vocabulary = int(self._whole(example).shape[-1])
+        if ids is None:
+            return
+        self.ids = ids.to(example.device)
+        if lm_head is not None:
+            self._take(lm_head, parent.logits_processor, example)
+
+    def _take(self, lm_head: Any, processor: Any, example: Tensor) -> None:
+        """Rows of the head alone, where they give what the whole head gives."""
+        rows = _rows_of(lm_head, self.ids, self.vocabulary)
+        if rows is None:
+            return
+        self._weight, self._bias = rows
+        self._cap, self._scale = processor.soft_cap, processor.scale
+        noise = torch.randn(
+            (4, example.shape[1]), generator=torch.Generator().manual_seed(0), dtype=torch.float32
+        )
+        states = noise.to(example)
+        apart = (self(states).float() - self._whole(states)[:, self.ids].float()).abs().max()
+        if float(apart) > 0.05 * float(self._whole(states).float().abs().max()):
+            self._weight = None  # a head that does more than a product
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits [A, S] of final states [A, D]."""
+        if self.ids is None:
+            return self._whole(states)  # type: ignore[no-any-return]
+        if self._weight is None:
+            return self._whole(states)[:, self.ids]  # type: ignore[no-any-return]
+        logits = nn.functional.linear(states, self._weight, self._bias)
+        if self._cap is not None:
+            logits = torch.tanh(logits / self._cap) * self._cap
+        return logits * self._scale if self._scale != 1.0 else logits
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """Logits [A, V] of what exits say [A, S]; those of other tokens are -inf."""
+        wide = logits.new_full((len(logits), self.vocabulary), float("-inf"))
+        self.put(wide, torch.arange(len(logits), device=logits.device), logits)
+        return wide
+
+    def put(self, wide: Tensor, rows: Tensor, logits: Tensor) -> None:
+        """Write what exits say [A, S] into rows [A] of logits [N, V]."""
+        if self.ids is None:
+            wide.index_copy_(0, rows, logits)
+        else:
+            wide[rows[:, None], self.ids] = logits
+
+
+class Early:
+    """Takes the place of a decoder's forward and of the model's `compute_logits`.
+
+    step: of the call to come; None: a call that writes nothing, such as vLLM's memory profile.
+    store: of the cache's slots, once there is a cache. on: whether tokens leave at all.
+    """
+
+    def __init__(self, model: Any, exported: Exported, most: int) -> None:
+        """most: tokens of a call, at most (vLLM's max_num_batched_tokens)."""
+        decoder = decoder_of(model, exported.all_layers)
+        self.exported, self.most = exported, most
+        self.stages, self.decoder = Stages(decoder), decoder
+        self.ends = (*exported.depths[1:], exported.layers)
+        self.step: Step | None = None
+        self.store: Store | None = None
+        self.on = True
+        self._score = SCORES[exported.rule.score]
+        self._logits = model.compute_logits
+        self.head = Head(model, exported.shortlist_ids())
+        decoder.forward = self.forward
+        model.compute_logits = self.compute_logits
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kw: Any) -> Tensor:
+        """Final states [T, D]: of rows that left, as their exit estimates them."""
+        given, positions = self.stages.arguments(*args, **kw)
+        first = self.exported.depths[0]
+        state = self.stages.begin(given, first)
+        step, store = self.step, self.store
+        if step is None or store is None:
+            return self._unwritten(state, positions)
+        count = len(step.slots)
+        store.put(0, step.slots, {name: part[:count] for name, part in state.items()})
+        axes = positions.reshape(-1, positions.shape[-1])[:, :count]
+        store.positions.index_copy_(1, step.slots, axes)
+        store.level.index_fill_(0, step.slots, 0)
+        hidden = self._exit(0, state, positions)
+        stay = ~step.waits
+        for place in range(len(self.exported.depths)):
+            stay = self._decide(step, place, hidden, stay)
+            rows = stay.nonzero().flatten()
+            if not len(rows):
+                break
+            self._deeper(step, store, place, rows, hidden)
+        return hidden
+
+    def _unwritten(self, state: dict[str, Tensor], positions: Tensor) -> Tensor:
+        """All rows at full depth, without a cache."""
+        kept = {name: part.clone() for name, part in state.items()}
+        self._exit(0, state, positions)
+        for place, depth in enumerate(self.exported.depths[1:], 1):
+            kept = self.stages.between(kept, positions, self.exported.depths[place - 1], depth)
+        return self.stages.finish(
+            kept, positions, self.exported.depths[-1], self.exported.layers
+        )
+
+    def _exit(self, place: int, state: dict[str, Tensor], positions: Tensor) -> Tensor:
+        at = self.exported.layers + place
+        return self.stages.finish(state, positions, at, at + 1)
+
+    def _decide(self, step: Step, place: int, hidden: Tensor, stay: Tensor) -> Tensor:
+        """Which requests go on [R]; those that leave have said what they say."""
+        thresholds = step.thresholds[place]
+        rows = (stay & step.asks & ~thresholds.isnan()).nonzero().flatten()
+        if not len(rows) or not self.on:
+            return stay
+        logits = self.head(hidden.index_select(0, step.last[rows]))
+        leaving = _agreed(leaves(self._score(self._allowed(step, rows, logits)), thresholds[rows]))
+        out = rows[leaving]
+        step.said.append((out, logits[leaving]))
+        step.depths.index_fill_(0, out, self.exported.depths[place])
+        return stay.index_fill(0, out, False)
+
+    def _allowed(self, step: Step, rows: Tensor, logits: Tensor) -> Tensor:
+        if step.allowed is None:
+            return logits
+        whole = step.allowed(rows, self.head.whole(logits))
+        return whole if self.head.ids is None else whole[:, self.head.ids]
+
+    def _deeper(self, step: Step, store: Store, place: int, rows: Tensor, hidden: Tensor) -> None:
+        """Run the part above an exit for requests [G], with what waits of them there; `hidden` has
+        the states of the call's own rows put in."""
+        table, lengths = step.table[rows], step.seq_lens[rows].long()
+        begin = first_waiting(store.level, table, lengths, step.block_size, place + 1)
+        start, end = self.exported.depths[place], self.ends[place]
+        for part in rounds(Ragged(rows, begin, lengths), self.most):
+            which, places = part.tokens()
+            slots = slots_of(step.table, which, places, step.block_size)
+            positions = store.positions[:, slots]
+            positions = positions[0] if len(positions) == 1 else positions
+            with step.deeper(part):
+                state = store.at(place, slots)
+                if end == self.exported.layers:
+                    final = self.stages.finish(state, positions, start, end)
+                else:
+                    state = self.stages.between(state, positions, start, end)
+                    store.put(place + 1, slots, state)
+                    final = self._exit(place + 1, state, positions)
+            store.level.index_fill_(0, slots, place + 1)
+            # The rows of this call among them, and where they stand in it.
+            at = step.starts[1:][which] - (step.seq_lens[which] - places)
+            own = at >= step.starts[:-1][which]
+            hidden.index_copy_(0, at[own].long(), final[own])
+
+    # -- logits -------------------------------------------------------------------------------
+
+    def compute_logits(self, states: Tensor) -> Tensor | None:
+        """Logits [N, V] of the rows that vLLM samples from [N, D]: no head runs twice."""
+        step = self.step
+        if step is None or step.read:
+            return self._logits(states)  # type: ignore[no-any-return]
+        step.read = True
+        if not step.said:
+            return self._logits(states)  # type: ignore[no-any-return]
+        request = torch.arange(len(step.seq_lens), device=states.device)
+        if step.sampled is not None:
+            request = torch.searchsorted(step.starts.long(), step.sampled.long(), right=True) - 1
+        place = torch.zeros_like(step.seq_lens, dtype=torch.long)
+        place[request] = torch.arange(len(request), device=states.device)
+        first = step.said[0][1]
+        logits = first.new_full((len(request), self.head.vocabulary), float("-inf"))
+        for rows, said in step.said:
+            self.head.put(logits, place[rows], said)
+        deep = (step.depths[request] == step.layers).nonzero().flatten()
+        if len(deep):
+            logits.index_copy_(0, deep, self._logits(states.index_select(0, deep)).to(logits))
+        return logits
+
+
+def _agreed(leaving: Tensor) -> Tensor:
+    """What the first rank of tensor parallel decides; all ranks do the same."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return leaving
+    return group.broadcast(leaving.to(torch.uint8), src=0).bool()
+
+
+def _head_parent(model: nn.Module) -> Any:
+    """The module that has the head and what processes its logits; None where there is none."""
+    for module in model.modules():
+        if hasattr(module, "lm_head") and hasattr(module, "logits_processor"):
+            return module
+    return None
+
+
+def _zeros_like_states(model: Any, lm_head: Any) -> Tensor:
+    weight = next(model.parameters()) if lm_head is None else lm_head.weight
+    return torch.zeros((1, weight.shape[-1]), dtype=weight.dtype, device=weight.device)
+
+
+def _rows_of(lm_head: Any, ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [S, D] and bias [S] of the head's rows; None where they cannot be taken."""
+    from vllm.distributed import get_tp_group
+
+    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+    if not weight.is_floating_point() or get_tp_group().world_size > 1 or len(weight) < vocabulary:
+        return None
+    return weight[ids].clone(), None if bias is None else bias[ids].clone()

@@ -1,0 +1,106 @@
+"""When tokens leave early: the adapter's rule, and what a request asks for in its place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from offramp_vllm.refuse import Refused
+
+MODE, THRESHOLD = "offramp_mode", "offramp_threshold"
+"""Names in a request's `vllm_xargs` (over HTTP) or `SamplingParams.extra_args`."""
+MODES = FULL, EARLY, LOSSLESS = "full", "early_exit", "lossless"
+OFF = math.nan
+"""Threshold of an exit where nothing leaves."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Thresholds of each exit, ascending by depth; NaN: off. A token leaves where its score is at
+    least the threshold, and at 0 in any case.
+
+    thresholds: of all tokens but an answer's first. first: of that. score: name of the score.
+    """
+
+    thresholds: tuple[float, ...]
+    first: tuple[float, ...]
+    score: str = "max_probability"
+
+    @classmethod
+    def of(cls, policy: Mapping[str, Any], depths: Sequence[int]) -> Rule:
+        """The rule of a policy as adapter.json has it. First tokens are at the policy's thresholds
+        of first tokens, at those of all where it has none, or off where prompts may not wait."""
+        at = {int(d): float(t) for d, t in policy["thresholds"].items()}
+        first = {int(d): float(t) for d, t in policy.get("first", {}).items() if int(d) in at}
+        if not policy.get("first"):
+            first = at
+        if not policy.get("exit_in_prefill", False):
+            first = {}
+        return cls(
+            tuple(at.get(d, OFF) for d in depths),
+            tuple(first.get(d, OFF) for d in depths),
+            policy.get("score", "max_probability"),
+        )
+
+    @property
+    def off(self) -> Rule:
+        """Every token at full depth."""
+        none = (OFF,) * len(self.thresholds)
+        return replace(self, thresholds=none, first=none)
+
+    @property
+    def is_on(self) -> bool:
+        return not all(map(math.isnan, self.thresholds))
+
+    @property
+    def waits(self) -> bool:
+        """Whether a prompt may stay at its exit until a later token needs it deeper."""
+        return not all(map(math.isnan, self.first))
+
+    def at(self, threshold: float) -> Rule:
+        """The rule at another threshold for every exit that is on. First tokens keep theirs where
+        these are stricter."""
+        now = tuple(OFF if math.isnan(t) else threshold for t in self.thresholds)
+        first = tuple(OFF if math.isnan(t) else max(t, threshold) for t in self.first)
+        return replace(self, thresholds=now, first=first)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request is served by. mode: of `MODES`. rule: when its tokens leave."""
+
+    mode: str
+    rule: Rule
+
+
+def asked(rule: Rule, extra: Mapping[str, Any] | None, *, drafts: bool) -> Asked:
+    """What a request asks for.
+
+    rule: the adapter's. extra: the request's extra arguments. drafts: whether the server drafts;
+    requests that name no mode are then lossless.
+
+    Raises:
+        Refused: an unknown mode, or a threshold that is no number in [0, 1].
+    """
+    extra = extra or {}
+    threshold = extra.get(THRESHOLD)
+    own = EARLY if threshold is not None or not drafts else LOSSLESS
+    mode = extra.get(MODE, own)
+    if mode not in MODES:
+        raise Refused(f"{MODE} is {mode!r}.", f"Give one of {', '.join(MODES)}.")
+    if mode == LOSSLESS and not drafts:
+        raise Refused(
+            "The server has no drafts, so no answer can be drafted and verified.",
+            "Start it with --speculative-config, or ask for early_exit or full.",
+        )
+    if mode != EARLY:
+        return Asked(mode, rule.off)
+    if threshold is None:
+        return Asked(mode, rule)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise Refused(f"{THRESHOLD} is {threshold!r}.", "Give a number from 0 to 1.")
+    if not 0.0 <= threshold <= 1.0:
+        raise Refused(f"{THRESHOLD} is {threshold}.", "Give a number from 0 to 1.")
+    return Asked(mode, rule.at(float(threshold)))

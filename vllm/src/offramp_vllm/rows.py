@@ -1,0 +1,116 @@
+"""Which rows leave, which cache slots wait, and the ragged call that goes deeper: pure functions of
+tensors, without vLLM.
+
+R requests in a step, each with a block table of N blocks. A slot is a place in the paged cache:
+block number times block size, plus the place in the block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def max_probability(logits: Tensor) -> Tensor:
+    """The largest probability [A] of logits [A, V]."""
+    return logits.float().softmax(-1).amax(-1)
+
+
+def margin(logits: Tensor) -> Tensor:
+    """The largest minus the second largest probability [A] of logits [A, V]."""
+    top = logits.float().softmax(-1).topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """1 - H(p) / log V [A] of logits [A, V]: 1 where certain, 0 where uniform."""
+    log_p = logits.float().log_softmax(-1)
+    terms = (log_p.exp() * log_p).masked_fill(log_p.isneginf(), 0.0)
+    return (1.0 + terms.sum(-1) / math.log(logits.shape[-1])).clamp(0.0, 1.0)
+
+
+SCORES = {"max_probability": max_probability, "margin": margin, "entropy": entropy}
+
+
+def leaves(scores: Tensor, thresholds: Tensor) -> Tensor:
+    """Whether each token leaves [A]; at a threshold of 0 in any case, at NaN never."""
+    return (thresholds == 0.0) | (scores >= thresholds)
+
+
+def slots_of(block_table: Tensor, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """The slots [T] of tokens.
+
+    block_table: [R, N]. rows: the request [T] of each token. positions: its place [T].
+    """
+    blocks = block_table[rows, positions // block_size].long()
+    return blocks * block_size + positions % block_size
+
+
+def first_waiting(
+    level: Tensor, block_table: Tensor, seq_lens: Tensor, block_size: int, below: int
+) -> Tensor:
+    """The first place [R] of each request whose slot is at a level less than `below`; the request's
+    length where none is.
+
+    level: of every slot [S]. seq_lens: tokens [R] of each request, those of this step included.
+    """
+    longest = int(seq_lens.max())
+    table = block_table[:, : -(-longest // block_size)].long()
+    waiting = (level.view(-1, block_size)[table] < below).flatten(1)
+    places = torch.arange(waiting.shape[1], device=level.device)
+    waiting &= places < seq_lens[:, None]
+    found = waiting.to(torch.uint8).argmax(1)
+    return torch.where(waiting.any(1), found, seq_lens.long())
+
+
+class Ragged(NamedTuple):
+    """Tokens of several requests, one request after the other.
+
+    rows: the requests [G], of R. starts, ends: their first place, and that after their last [G].
+    """
+
+    rows: Tensor
+    starts: Tensor
+    ends: Tensor
+
+    @property
+    def offsets(self) -> Tensor:
+        """Where each request's tokens begin in the call, and the number of all [G + 1]."""
+        lengths = self.ends - self.starts
+        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """The request of each token [T], of R, and its place [T]."""
+        lengths, offsets = self.ends - self.starts, self.offsets
+        which = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        places = torch.arange(len(which), device=lengths.device) - offsets[which]
+        return self.rows[which], places + self.starts[which]
+
+
+def rounds(call: Ragged, most: int) -> Iterator[Ragged]:
+    """The call in parts of at most so many tokens, in order: a request's later tokens attend to its
+    earlier ones, whose keys are then there."""
+    if int(call.offsets[-1]) <= most:
+        yield call
+        return
+    parts: list[tuple[int, int, int]] = []
+    room = most
+    for row, start, end in zip(*(t.tolist() for t in call), strict=True):
+        at = start
+        while at < end:
+            taken = min(room, end - at)
+            parts.append((row, at, at + taken))
+            at, room = at + taken, room - taken
+            if room == 0:
+                yield _ragged(parts, call.rows)
+                parts, room = [], most
+    if parts:
+        yield _ragged(parts, call.rows)
+
+
+def _ragged(parts: Sequence[tuple[int, int, int]], like: Tensor) -> Ragged:
+    return Ragged(*(like.new_tensor(column) for column in zip(*parts, strict=True)))

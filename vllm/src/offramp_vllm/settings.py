@@ -1,0 +1,97 @@
+"""`--additional-config '{"offramp": {"exits": FOLDER}}'`, and what it sets of vLLM's arguments."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from offramp_vllm import tell
+from offramp_vllm.adapter import read_exported
+from offramp_vllm.attach import MoreLayers
+from offramp_vllm.refuse import Refused, check_config
+
+log = logging.getLogger("vllm.offramp")
+KEY, EXITS = "offramp", "exits"
+_V2 = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+def wanted(additional: Any) -> Mapping[str, Any] | None:
+    """The entry of an additional configuration; None where exits are not asked for.
+
+    Raises:
+        Refused: it is not {"exits": FOLDER}.
+    """
+    if not isinstance(additional, Mapping) or KEY not in additional:
+        return None
+    entry = additional[KEY]
+    if not isinstance(entry, Mapping) or set(entry) != {EXITS} or not isinstance(entry[EXITS], str):
+        raise Refused(
+            f"{entry!r} under {KEY!r} of --additional-config.", 'Give {"exits": "FOLDER"} there.'
+        )
+    return entry
+
+
+def folder_of(config: Any) -> str:
+    """The adapter's folder, of vLLM's whole configuration."""
+    entry = wanted(config.additional_config)
+    assert entry is not None
+    return str(entry[EXITS])
+
+
+def prepare(arguments: Any) -> None:
+    """Set vLLM's arguments for exits, before its configuration is made of them.
+
+    Raises:
+        Refused: the folder cannot be read, or an argument does not go with exits.
+    """
+    entry = wanted(arguments.additional_config)
+    assert entry is not None
+    if arguments.hf_overrides and not isinstance(arguments.hf_overrides, MoreLayers):
+        raise Refused("--hf-overrides beside exits were not tried.", "Leave them out.")
+    if os.environ.get(_V2) == "1":
+        raise Refused(f"Exits run in vLLM's first model runner, and {_V2} is 1.", "Unset it.")
+    for name in ("worker_cls", "scheduler_cls"):
+        if getattr(arguments, name) not in (None, "auto") and KEY not in getattr(arguments, name):
+            raise Refused(f"--{name.replace('_', '-')} beside exits.", "Leave it out.")
+    os.environ[_V2] = "0"
+    exported = read_exported(entry[EXITS])
+    arguments.hf_overrides = MoreLayers(exported.layers, exported.copied)
+    arguments.worker_cls = "offramp_vllm.v1.ExitWorker"
+    arguments.scheduler_cls = "offramp_vllm.v1.ExitScheduler"
+    # Which rows go deeper is known only as they run: no graph holds that, and the step's answer is
+    # needed before the next one is planned.
+    if not arguments.enforce_eager:
+        log.info("Exits run eagerly: torch.compile and CUDA graphs are off.")
+    arguments.enforce_eager = True
+    arguments.async_scheduling = False
+    # Places that wait must not be freed when a window has moved past them.
+    arguments.disable_hybrid_kv_cache_manager = True
+    log.info("Exits at %s: %s.", exported.depths, tell.in_words(exported.guarantee))
+    tell.show(exported.guarantee)
+
+
+def check_made(config: Any) -> None:
+    """Raise `Refused` where the configuration that vLLM made does not go with exits."""
+    from vllm.config import CompilationMode
+
+    check_config(config)
+    exported = read_exported(folder_of(config))
+    layers = config.model_config.hf_text_config.num_hidden_layers
+    if layers != exported.all_layers:
+        raise Refused(
+            f"{config.model_config.model} has {layers} decoder layers, and the exits in "
+            f"{exported.folder} are of a model with {exported.layers}.",
+            "Serve the model that they were trained for.",
+        )
+    if config.compilation_config.mode not in (None, CompilationMode.NONE):
+        raise Refused(
+            "torch.compile would run the decoder's own forward, and exits as more layers of it.",
+            "Leave --compilation-config out.",
+        )
+    if config.model_config.is_mm_prefix_lm:
+        raise Refused(
+            "Tokens of an image that see each other forwards were not tried.",
+            "Serve it without exits.",
+        )

@@ -1,0 +1,49 @@
+"""What a token needs to go deeper later, by cache slot: its state at each exit and its position.
+
+Slots carry prefix caching, preemption and chunked prefill: what is known of a cached block is known
+to every request that finds the block, and a slot that is written anew waits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Parts = Mapping[str, Tensor]
+"""A state between two layers by the names that the model's own pipeline stages hand on."""
+
+
+class Store:
+    """States of S slots at E exits.
+
+    level: for each slot [S] how many of the parts above the exits have run, 0 to E.
+    """
+
+    def __init__(self, slots: int, exits: int, like: Parts, axes: int) -> None:
+        """slots: S. exits: E. like: a state of any number of tokens. axes: of a position; more than
+        1 where positions are of time, height and width."""
+        device = next(iter(like.values())).device
+        self.states: Sequence[dict[str, Tensor]] = [
+            {n: torch.zeros((slots, *t.shape[1:]), dtype=t.dtype, device=device)
+             for n, t in like.items()}
+            for _ in range(exits)
+        ]  # fmt: skip
+        self.positions = torch.zeros((axes, slots), dtype=torch.int64, device=device)
+        self.level = torch.full((slots,), exits, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def bytes_a_slot(exits: int, like: Parts, axes: int) -> int:
+        """Bytes that a slot takes."""
+        states = sum(t[0].numel() * t.element_size() for t in like.values())
+        return exits * states + 8 * axes + 1
+
+    def put(self, exit: int, slots: Tensor, state: Parts) -> None:
+        """Keep the states of tokens at an exit. exit: from 0. slots: [T]. state: [T, ...]."""
+        for name, kept in self.states[exit].items():
+            kept.index_copy_(0, slots, state[name])
+
+    def at(self, exit: int, slots: Tensor) -> dict[str, Tensor]:
+        """Copies of the states at an exit."""
+        return {name: kept.index_select(0, slots) for name, kept in self.states[exit].items()}

@@ -1,0 +1,340 @@
+"""Bindings to vLLM's first model runner, the one for processors: worker, runner, scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
+
+from offramp_vllm import tell
+from offramp_vllm.adapter import Exported, read_exported
+from offramp_vllm.attach import exits_loaded
+from offramp_vllm.early import Early, Step
+from offramp_vllm.policy import LOSSLESS, Asked, asked
+from offramp_vllm.refuse import WITHOUT, Refused
+from offramp_vllm.rows import Ragged, slots_of
+from offramp_vllm.settings import folder_of
+from offramp_vllm.stages import layers_of, states_like
+from offramp_vllm.store import Store
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """asked: mode and rule. changed: whether something changes its logits before a token is
+    chosen. whole: whether its prompt's states are read too."""
+
+    asked: Asked
+    changed: bool
+    whole: bool
+
+
+class ExitRunner:
+    """Goes in front of vLLM's model runner: exits are loaded, kept states live beside the cache,
+    and each step knows its requests' rules."""
+
+    exported: Exported
+    early: Early
+    _requests_known: dict[str, _Request]
+    _stepping = False
+    _sampled: Tensor | None = None
+
+    def load_model(self, *args: Any, **kw: Any) -> None:
+        with exits_loaded(self.exported):
+            super().load_model(*args, **kw)  # type: ignore[misc]
+        me: Any = self
+        self._requests_known = {}
+        self.early = Early(me.model, self.exported, me.max_num_tokens)
+        _check_alike(self.early, self.exported)
+
+    @property
+    def _like(self) -> dict[str, Tensor]:
+        me: Any = self
+        return states_like(me.model, me.dtype, me.device)
+
+    @property
+    def _axes(self) -> int:
+        me: Any = self
+        return 3 if me.uses_mrope else 1
+
+    def state_share(self) -> float:
+        """Share of the memory for a token's keys and values that is left where its states and flags
+        are kept too."""
+        me: Any = self
+        keys = sum(s.page_size_bytes / s.block_size for s in me.get_kv_cache_spec().values())
+        states = Store.bytes_a_slot(len(self.exported.depths), self._like, self._axes)
+        return float(keys / (keys + states))
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kw: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kw)  # type: ignore[misc]
+        me: Any = self
+        _check_cache(me)
+        self._group = _group_of(me, self.early)
+        size = me.input_batch.block_table[self._group].block_size
+        spec = kv_cache_config.kv_cache_groups[self._group].kv_cache_spec
+        slots = kv_cache_config.num_blocks * spec.block_size
+        assert slots % size == 0
+        self.early.store = Store(slots, len(self.exported.depths), self._like, self._axes)
+
+    def execute_model(self, *args: Any, **kw: Any) -> Any:
+        self._stepping = True
+        try:
+            return super().execute_model(*args, **kw)  # type: ignore[misc]
+        finally:
+            self._stepping = False
+
+    def _prepare_inputs(self, *args: Any, **kw: Any) -> Any:
+        prepared = super()._prepare_inputs(*args, **kw)  # type: ignore[misc]
+        self._sampled = None if prepared[1] is None else prepared[0]
+        return prepared
+
+    def _model_forward(self, *args: Any, **kw: Any) -> Any:
+        self.early.step = self._step() if self._stepping else None
+        return super()._model_forward(*args, **kw)  # type: ignore[misc]
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        me: Any = self
+        step, ids = self.early.step, list(me.input_batch.req_ids)
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        self.early.step = None
+        if step is not None and hasattr(output, "req_ids"):
+            output.offramp_depths = dict(zip(ids, step.depths.tolist(), strict=True))
+        return output
+
+    def _step(self) -> Step:
+        me: Any = self
+        count, batch = me.input_batch.num_reqs, me.input_batch
+        ids = batch.req_ids
+        known = [self._request(one) for one in ids]
+        if len(self._requests_known) > 2 * count + 64:
+            self._requests_known = dict(zip(ids, known, strict=True))
+        partial = torch.from_numpy(me.discard_request_mask.np[:count].copy()).to(me.device)
+        rules = [
+            r.asked.rule.thresholds if me.requests[one].output_token_ids else r.asked.rule.first
+            for one, r in zip(ids, known, strict=True)
+        ]
+        waits = [r.asked.rule.waits and not r.whole for r in known]
+        device = me.device
+        starts = me.query_start_loc.gpu[: count + 1]
+        blocks = batch.block_table[self._group]
+        name = me.attn_groups[self._group][0].layer_names[0]
+        slots = get_forward_context().slot_mapping[name][: int(starts[-1])]
+        changed = any(r.changed for r in known)
+        return Step(
+            starts=starts,
+            seq_lens=me.seq_lens[:count],
+            slots=slots.long(),
+            table=blocks.get_device_tensor(count),
+            block_size=blocks.block_size,
+            asks=~partial,
+            waits=partial & torch.tensor(waits, device=device),
+            thresholds=torch.tensor(rules, dtype=torch.float32, device=device).unbind(1),
+            allowed=self._allowed if changed else None,
+            deeper=self._attending,
+            sampled=self._sampled,
+            layers=self.exported.layers,
+        )
+
+    def _request(self, one: str) -> _Request:
+        found = self._requests_known.get(one)
+        if found is None:
+            me: Any = self
+            found = _known(self.exported, me.requests[one].sampling_params, _drafts(me.vllm_config))
+            self._requests_known[one] = found
+        return found
+
+    def _allowed(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """Logits [A, V] as vLLM's own processors leave them, before noise is added."""
+        me: Any = self
+        batch = me.input_batch
+        batch.update_async_output_token_ids()
+        whole = logits.new_zeros((batch.num_reqs, logits.shape[1]), dtype=torch.float32)
+        whole.index_copy_(0, rows, logits.float())
+        made = me.sampler.apply_logits_processors(whole, batch.sampling_metadata, False)
+        return made.index_select(0, rows)
+
+    @contextmanager
+    def _attending(self, call: Ragged) -> Iterator[None]:
+        """Attention of a ragged call in place of the step's: query starts, lengths, block tables
+        and slots of its own."""
+        me: Any = self
+        which, places = call.tokens()
+        offsets, ends = call.offsets.int(), call.ends.int()
+        attention: dict[str, Any] = {}
+        slots: dict[str, Tensor] = {}
+        for number, groups in enumerate(me.attn_groups):
+            blocks = me.input_batch.block_table[number]
+            table = blocks.get_device_tensor(me.input_batch.num_reqs)
+            mapped = slots_of(table, which, places, blocks.block_size)
+            common = CommonAttentionMetadata(
+                query_start_loc=offsets,
+                query_start_loc_cpu=offsets.cpu(),
+                seq_lens=ends,
+                num_reqs=len(call.rows),
+                num_actual_tokens=len(which),
+                max_query_len=int((call.ends - call.starts).max()),
+                max_seq_len=int(ends.max()),
+                block_table_tensor=table[call.rows].contiguous(),
+                slot_mapping=mapped,
+                causal=True,
+                positions=places,
+                is_prefilling=torch.zeros(len(call.rows), dtype=torch.bool),
+                seq_lens_cpu_upper_bound=ends.cpu(),
+            )
+            for group in groups:
+                made = group.build_metadata(common)
+                attention |= dict.fromkeys(group.layer_names, made)
+                slots |= dict.fromkeys(group.layer_names, mapped)
+        context = get_forward_context()
+        before = context.attn_metadata, context.slot_mapping
+        context.attn_metadata, context.slot_mapping = attention, slots
+        try:
+            yield
+        finally:
+            context.attn_metadata, context.slot_mapping = before
+
+
+def _drafts(config: VllmConfig) -> bool:
+    return config.speculative_config is not None
+
+
+def _known(exported: Exported, params: Any, drafts: bool) -> _Request:
+    wanted = asked(exported.rule, params.extra_args, drafts=drafts)
+    if not _scored(params):
+        wanted = Asked(wanted.mode, wanted.rule.off)
+    changed = bool(
+        params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or params.min_tokens
+        or params.allowed_token_ids
+        or params.bad_words
+    )
+    return _Request(wanted, changed, params.prompt_logprobs is not None)
+
+
+def _scored(params: Any) -> bool:
+    """Whether an exit's score is of what may be said. A grammar's mask comes after the decoder has
+    run, and a thinking budget is counted as it is applied: their rows run at full depth."""
+    return (
+        params.structured_outputs is None
+        and getattr(params, "thinking_token_budget", None) is None
+    )
+
+
+def _check_cache(runner: Any) -> None:
+    """Raise `Refused` where the cache may forget places that still wait."""
+    longest = runner.model_config.max_model_len
+    for group in runner.kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            specs = list(spec.kv_cache_specs.values())
+        else:
+            specs = [spec]
+        for one in specs:
+            short = isinstance(one, SlidingWindowSpec) and one.sliding_window < longest
+            if short or not isinstance(one, FullAttentionSpec | SlidingWindowSpec):
+                raise Refused(
+                    f"Keys of kind {type(one).__name__} are not kept for all of an answer, and "
+                    "tokens that left early need them later.",
+                    "Give --max-model-len of the window, or serve it without exits.",
+                )
+
+
+def _group_of(runner: Any, early: Early) -> int:
+    """The cache group of the decoder's first layer, by whose slots states are kept."""
+    first = layers_of(early.decoder)[0]
+    names = {m.layer_name for m in first.modules() if hasattr(m, "layer_name")}
+    for number, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        if names & set(group.layer_names):
+            return number
+    raise Refused("The decoder's first layer has no attention with a cache.", WITHOUT)
+
+
+def _check_alike(early: Early, exported: Exported) -> None:
+    """Raise `Refused` where vLLM built an exit otherwise than the layer that it is a copy of."""
+    layers = layers_of(early.decoder)
+    for place, copied in enumerate(exported.copied):
+        ours, theirs = _kind_of(layers[exported.layers + place]), _kind_of(layers[copied])
+        if ours != theirs:
+            raise Refused(
+                f"vLLM builds the exit at depth {exported.depths[place]} unlike layer {copied}, of "
+                "which it is a copy.",
+                "Serve it without exits: its class tells layers apart by their number.",
+            )
+
+
+def _kind_of(layer: Any) -> list[Any]:
+    found: list[Any] = [type(layer)]
+    for module in layer.modules():
+        found.append(type(module))
+        window = getattr(getattr(module, "impl", None), "sliding_window", None)
+        found.append(window)
+    return found
+
+
+def become(runner: Any, exported: Exported) -> None:
+    """Make a runner of vLLM's, just built, one with exits."""
+    kind = type(runner)
+    runner.__class__ = type(f"Exit{kind.__name__}", (ExitRunner, kind), {})
+    runner.exported = exported
+
+
+class ExitWorker(PlatformWorker):  # type: ignore[misc, valid-type]
+    """vLLM's worker, whose runner has exits."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        become(self.model_runner, read_exported(folder_of(self.vllm_config)))
+
+    def determine_available_memory(self) -> int:
+        return int(super().determine_available_memory() * self.model_runner.state_share())
+
+    def offramp_switch(self, on: bool) -> None:
+        """Have tokens leave, or all run to full depth; what is cached serves either."""
+        self.model_runner.early.on = on
+
+
+class ExitScheduler(Scheduler):
+    """vLLM's scheduler, which hands depths on and keeps drafts from answers with early exits."""
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self._exported = read_exported(folder_of(self.vllm_config))
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        tell.attach(outputs, getattr(model_runner_output, "offramp_depths", {}))
+        return outputs
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        lossless: Callable[[str], bool] = self._is_lossless
+        draft_token_ids.draft_token_ids = [
+            drafts if lossless(one) else []
+            for one, drafts in zip(
+                draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+            )
+        ]
+        super().update_draft_token_ids(draft_token_ids)
+
+    def _is_lossless(self, one: str) -> bool:
+        request = self.requests.get(one)
+        if request is None or request.sampling_params is None:
+            return False
+        wanted = asked(self._exported.rule, request.sampling_params.extra_args, drafts=True)
+        return wanted.mode == LOSSLESS

@@ -1,0 +1,179 @@
+"""Tiny models of random weights with exits, and the answers that offramp gives: written by the
+environment that has offramp, read by the one that has vLLM.
+
+    python make_models.py FOLDER [NAME ...]
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import offramp
+from offramp.adapter import Adapter
+from offramp.engine.policy import ExitPolicy
+from offramp.models.exits import Exits, ExitSet
+from offramp.runtimes.draft_model import save_draft_model
+from offramp.runtimes.vllm import export_vllm
+
+LAYERS, WORDS = 6, 512
+ROPE = {
+    "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+    "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+MIXED = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": ROPE,
+    "mistral": {**ROPE, "sliding_window": None},
+    "qwen2": ROPE,
+    "qwen3": ROPE,
+    "phi3": ROPE,
+    "granite": {**ROPE, "logits_scaling": 2.0},
+    "stablelm": ROPE,
+    "cohere": ROPE,
+    "glm4": {**ROPE, "partial_rotary_factor": 0.5},
+    "gemma2": {**ROPE, "sliding_window": 32, "layer_types": MIXED},
+    "gemma3_text": {**ROPE, "sliding_window": 32, "layer_types": MIXED},
+    "short": {**ROPE, "model_type": "llama", "num_hidden_layers": 4},
+    "opt": {
+        "vocab_size": WORDS, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2, "max_position_embeddings": 1024, "word_embed_proj_dim": 64,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    },
+    "gpt2": {
+        "vocab_size": WORDS, "n_embd": 64, "n_layer": LAYERS, "n_head": 2, "n_positions": 1024,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "bloom": {
+        "vocab_size": WORDS, "hidden_size": 64, "n_layer": LAYERS, "n_head": 2,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+}  # fmt: skip
+NEW = 20
+PROMPTS = 24
+
+
+def main(folder: Path, names: list[str]) -> None:
+    for name in names or CONFIGS:
+        make(folder / name, name)
+
+
+def scenes(folder: Path) -> None:
+    """The tiny OPT that ships, behind Blip2, and pictures: the folders `model`, `export` and
+    `images`, and answers.json, whose prompts are texts."""
+    from offramp.data.scenes import tasks
+    from offramp.models.input_processor import InputProcessor
+    from offramp.models.shipped import load_tiny, shipped_exits, tiny_folder
+
+    shutil.copytree(tiny_folder("opt"), folder / "model", dirs_exist_ok=True)
+    backbone, processor = load_tiny("opt")
+    adapter = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
+    texts = [processor.tokenizer(t)["input_ids"] for t in ("Caption:", "Question: what? Answer:")]
+    export_vllm(adapter, folder / "export", texts, max_new_tokens=8)
+    examples = [*tasks.captions("test", 20).examples, *tasks.questions("test", 20).examples][:40]
+    encoder = InputProcessor(backbone, processor)
+    (folder / "images").mkdir(exist_ok=True)
+    answers: dict[str, list[Any]] = {"early_exit": [], "full": []}
+    for place, example in enumerate(examples):
+        example.image.save(folder / "images" / f"{place}.png")
+        inputs = encoder.prompts([example])
+        for mode, rows in answers.items():
+            for _ in range(2 if place == 0 else 1):  # an engine is tried on its first answer
+                made = adapter.generate(inputs, mode=mode, do_sample=False, max_new_tokens=30)
+            tokens, depths = made.new_tokens[0].tolist(), made.depths[0].tolist()
+            rows.append({"prompt": example.prompt, "tokens": tokens, "depths": depths})
+    (folder / "answers.json").write_text(json.dumps(answers))
+    print("tiny-opt", len(examples), flush=True)
+
+
+def make(folder: Path, name: str) -> None:
+    """The folders `model`, `exits` and `export`, and answers.json."""
+    if name == "tiny-opt":
+        scenes(folder)
+        return
+    torch.manual_seed(0)
+    options = dict(CONFIGS[name])
+    config = AutoConfig.for_model(options.pop("model_type", name), **options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    _sharpen(model)
+    model.save_pretrained(folder / "model")
+    backbone = offramp.Backbone.from_pretrained(folder / "model", dtype="float32")
+    prompts = _prompts()
+    depths = (2,) if name != "llama" else (2, 4)
+    exits = Exits(backbone, depths)
+    for weight in exits.parameters():
+        weight.data += 0.1 * weight.data.std() * torch.randn_like(weight)
+    shortlist = torch.arange(3, WORDS, 3) if name in ("qwen3", "opt") else None
+    attached = ExitSet(exits.requires_grad_(False), shortlist, measured={"size": 1})
+    if shortlist is None:
+        attached = ExitSet(exits)
+    policy = _half_leaves(backbone, attached, depths, prompts, shortlist is not None)
+    adapter = Adapter(backbone, attached, policy)
+    adapter.save(folder / "exits")
+    adapter = Adapter.load(folder / "exits", backbone)
+    export_vllm(adapter, folder / "export", prompts[:4], max_new_tokens=8)
+    if name == "llama":
+        save_draft_model(adapter, None, folder / "draft")
+    answers = {}
+    for mode in ("early_exit", "full"):
+        made = [_answer(adapter, p, mode) for p in prompts]
+        answers[mode] = [
+            {"prompt": p, "tokens": t, "depths": d} for p, (t, d) in zip(prompts, made, strict=True)
+        ]
+    (folder / "answers.json").write_text(json.dumps(answers))
+    depths_seen = [d for one in answers["early_exit"] for d in one["depths"]]
+    shares = {d: depths_seen.count(d) / len(depths_seen) for d in sorted(set(depths_seen))}
+    print(name, dict(policy.thresholds), dict(policy.first), shares, flush=True)
+
+
+def _sharpen(model: Any) -> None:
+    """Random weights whose answers do not repeat one token, and are sure of some."""
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            wide = "embed" in name or "wte" in name
+            weight.data = torch.randn_like(weight) * (0.5 if wide else 0.1)
+    head = model.get_output_embeddings()
+    head.weight.data = torch.randn_like(head.weight) * 0.35
+
+
+def _prompts() -> list[list[int]]:
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 70, (PROMPTS,), generator=draw).tolist()
+    return [torch.randint(3, WORDS, (n,), generator=draw).tolist() for n in lengths]
+
+
+def _half_leaves(backbone: Any, exits: Any, depths: Any, prompts: Any, short: bool) -> ExitPolicy:
+    """Thresholds at which about half of the tokens leave."""
+    policy = ExitPolicy(dict.fromkeys(depths, 1.0), shortlist=short)
+    scores = []
+    for prompt in prompts[:8]:
+        scores += _run(backbone, exits, prompt, policy).scores[0].tolist()
+    at = float(torch.tensor(scores).nanmedian())
+    return ExitPolicy(
+        {d: round(at, 4) for d in depths}, shortlist=short, first={depths[0]: round(at * 0.9, 4)}
+    )
+
+
+def _run(backbone: Any, exits: Any, prompt: list[int], policy: ExitPolicy) -> Any:
+    ids = torch.tensor([prompt])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return offramp.generate(
+        backbone, inputs, exits=exits, policy=policy, do_sample=False, max_new_tokens=NEW
+    )
+
+
+def _answer(adapter: Adapter, prompt: list[int], mode: str) -> tuple[list[int], list[int]]:
+    policy = adapter.chosen_policy(mode, None, None)
+    made = _run(adapter.backbone, adapter.exits, prompt, policy)
+    return made.new_tokens[0].tolist(), made.depths[0].tolist()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

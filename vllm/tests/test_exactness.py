@@ -1,0 +1,180 @@
+"""Answers inside vLLM are offramp's own early answers, token for token and depth for depth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import answers, stored
+
+FAMILIES = (
+    "llama", "opt", "mistral", "qwen2", "qwen3", "phi3", "granite", "stablelm", "cohere", "glm4",
+    "gemma2", "gemma3_text", "gpt2", "bloom",
+)  # fmt: skip
+FULL = {"offramp_mode": "full"}
+
+
+def prompts(rows: list[dict[str, list[int]]]) -> list[list[int]]:
+    return [row["prompt"] for row in rows]
+
+
+def expect(got: list[tuple[list[int], list[int]]], rows: list[dict[str, list[int]]]) -> None:
+    assert [one[0] for one in got] == [row["tokens"] for row in rows]
+    assert [one[1] for one in got] == [row["depths"] for row in rows]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_answers_as_offramp_alone_and_together(
+    name: str, made: Any, serve: Any
+) -> None:
+    folder = made(name)
+    early, full = stored(folder), stored(folder, "full")
+    llm = serve(folder / "model", folder / "export")
+    for at_once in (1, 8, 24):
+        expect(answers(llm, prompts(early), at_once=at_once), early)
+    expect(answers(llm, prompts(full), extra_args=FULL), full)
+
+
+@pytest.mark.parametrize("chunk", [16, 40, 64])
+def test_chunks_of_a_prompt_change_nothing(chunk: int, made: Any, serve: Any) -> None:
+    folder = made("llama")
+    early, full = stored(folder), stored(folder, "full")
+    llm = serve(folder / "model", folder / "export", max_num_batched_tokens=chunk, max_num_seqs=8)
+    expect(answers(llm, prompts(early)), early)
+    expect(answers(llm, prompts(full), extra_args=FULL), full)
+
+
+def test_requests_that_are_preempted_go_on_as_they_were(made: Any, serve: Any) -> None:
+    folder = made("llama")
+    early = stored(folder)
+    llm = serve(
+        folder / "model", folder / "export", num_gpu_blocks_override=14, max_model_len=256,
+        disable_log_stats=False,
+    )  # fmt: skip
+    expect(answers(llm, prompts(early)), early)
+    counts = {m.name: m for m in llm.get_metrics()}
+    assert counts["vllm:num_preemptions"].value > 0
+
+
+def test_cached_prefixes_serve_every_mode(made: Any, serve: Any) -> None:
+    folder = made("llama")
+    early, full = stored(folder), stored(folder, "full")
+    llm = serve(folder / "model", folder / "export", enable_prefix_caching=True)
+    for _ in range(2):
+        expect(answers(llm, prompts(early)), early)
+        expect(answers(llm, prompts(full), extra_args=FULL), full)
+    # Answers are continued over blocks whose upper keys wait.
+    longer = [row["prompt"] + row["tokens"][:10] for row in early]
+    warm = answers(llm, longer, new=8)
+    assert llm.reset_prefix_cache()
+    assert answers(llm, longer, new=8) == warm
+
+
+def test_modes_and_thresholds_of_one_batch_do_not_disturb_each_other(
+    made: Any, serve: Any
+) -> None:
+    from vllm import SamplingParams
+
+    folder = made("llama")
+    early, full = stored(folder), stored(folder, "full")
+    llm = serve(folder / "model", folder / "export")
+    kinds: list[dict[str, Any]] = [{}, FULL, {"offramp_threshold": 1.0}, {"offramp_threshold": 0.0}]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=20, detokenize=False, extra_args=kind)
+        for _ in early
+        for kind in kinds
+    ]
+    asked = [{"prompt_token_ids": row["prompt"]} for row in early for _ in kinds]
+    got = [list(m.outputs[0].token_ids) for m in llm.generate(asked, params, use_tqdm=False)]
+    assert got[0::4] == [row["tokens"] for row in early]
+    assert got[1::4] == got[2::4] == [row["tokens"] for row in full]
+    alone = answers(llm, prompts(early), at_once=1, extra_args=kinds[3])
+    assert got[3::4] == [tokens for tokens, _ in alone]
+    assert all(set(depths) == {2} for _, depths in alone)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.8, "seed": 7, "top_p": 0.9},
+        {"repetition_penalty": 1.3},
+        {"logit_bias": {5: 4.0, 9: -2.0}},
+        {"min_tokens": 12},
+        {"allowed_token_ids": list(range(3, 200))},
+    ],
+    ids=lambda p: next(reversed(p)),
+)
+def test_what_changes_logits_is_the_same_alone_and_together(
+    params: dict[str, Any], made: Any, serve: Any
+) -> None:
+    folder = made("llama")
+    rows = prompts(stored(folder))[:12]
+    llm = serve(folder / "model", folder / "export")
+    together = answers(llm, rows, **params)
+    assert answers(llm, rows, at_once=1, **params) == together
+    assert len({depth for _, depths in together for depth in depths}) > 1
+
+
+def test_prompts_logprobs_are_the_full_models(made: Any, serve: Any) -> None:
+    folder = made("llama")
+    rows = prompts(stored(folder))[:4]
+    found = []
+    for exits in (folder / "export", None):
+        from vllm import SamplingParams
+
+        llm = serve(folder / "model", exits)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False
+        )
+        made_ = llm.generate([{"prompt_token_ids": r} for r in rows], params, use_tqdm=False)
+        found.append([
+            one.logprob for m in made_ for at in m.prompt_logprobs[1:] for one in at.values()
+        ])  # fmt: skip
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_cancelled_requests_leave_the_others_alone(made: Any, serve: Any) -> None:
+    from vllm import SamplingParams
+
+    folder = made("llama")
+    early = stored(folder)
+    llm = serve(folder / "model", folder / "export")
+    engine = llm.llm_engine
+    params = SamplingParams(temperature=0.0, max_tokens=20, detokenize=False)
+    ids = [
+        engine.add_request(str(place), {"prompt_token_ids": row["prompt"]}, params)
+        for place, row in enumerate(early)
+    ]
+    got, step = {}, 0
+    while engine.has_unfinished_requests():
+        for one in engine.step():
+            if one.finished:
+                got[one.request_id] = list(one.outputs[0].token_ids)
+        step += 1
+        if step == 5:
+            engine.abort_request(ids[::3], internal=True)
+    kept = [place for place in range(len(early)) if place % 3]
+    assert [got[str(place)] for place in kept] == [early[place]["tokens"] for place in kept]
+    expect(answers(llm, prompts(early)), early)
+
+
+def test_exits_of_another_model_are_found_out_at_start(
+    made: Any, serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, other = made("llama"), tmp_path / "export"
+    other.mkdir()
+    for file in (folder / "export").iterdir():
+        if file.is_file():
+            (other / file.name).write_bytes(file.read_bytes())
+    said = json.loads((other / "vllm.json").read_text())
+    for one in said["checked"]:
+        one["tokens"] = [token + 1 for token in one["tokens"]]
+    (other / "vllm.json").write_text(json.dumps(said))
+    llm = serve(folder / "model", other)
+    full = stored(folder, "full")
+    got = answers(llm, prompts(full))
+    assert [one[0] for one in got] == [row["tokens"] for row in full]
+    assert {depth for _, depths in got for depth in depths} == {6}
