@@ -67,6 +67,28 @@ def test_every_field_of_a_training_run_is_in_one_group() -> None:
     assert sorted(grouped) == sorted(field.name for field in fields(TrainConfig))
 
 
+@pytest.mark.parametrize("command", EVERY)
+def test_help_shows_what_is_usual_and_the_rest_where_it_is_asked_for(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = parser_of(command)
+    options = [action for action in parser.loaded() if action.option_strings]
+    every, needed = (
+        {next(o for o in action.option_strings if o.startswith("--")) for action in some}
+        for some in (options, [action for action in options if action.required])
+    )
+
+    def shown(*words: str) -> set[str]:
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        return set(re.findall(r"^  (?:-\w, )*(--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+
+    usual = shown("--help")
+    assert len(usual) <= 12 and needed <= usual <= every
+    if usual != every:
+        assert "--help-all" in usual and every == shown("--help-all")
+
+
 def test_help_names_every_choice() -> None:
     for command, action in actions():
         help = getattr(action, "shown", None) or action.help or ""
@@ -172,7 +194,8 @@ def test_a_package_that_is_not_installed_comes_with_its_extra(
     assert optional_packages() == expected
 
 
-OTHERS = {"--force-reinstall", "--no-deps", "--dest", "--porcelain", "--error-unmatch", "--no",
+OTHERS = {"--additional-config", "--force-reinstall", "--no-deps",
+          "--dest", "--porcelain", "--error-unmatch", "--no",
           "--untracked-files", "--model", "--gen", "--merge", "--model-draft", "--outfile",
           "--spec-type", "--speculative-config", "--target-model-dir"}  # fmt: skip
 """Options of pip, git, harnesses, llama.cpp and vLLM; and how a flag that is off begins."""

@@ -50,18 +50,22 @@ def add_command(
     run: Any,
     options: Options,
     *,
+    usual: str = "",
     result: bool = True,
     plugins: bool = True,
 ) -> None:
     """Add a command. options: adds its options, once the command is asked for.
 
-    result: whether it prints one, which --json then prints as JSON. plugins: whether it runs what
-    plug-ins may add; these may need PyTorch.
+    usual: names of the options that `--help` shows, with spaces between; "": it shows all. result:
+    whether it prints one, which --json then prints as JSON. plugins: whether it runs what plug-ins
+    may add; these may need PyTorch.
     """
 
     def late(parser: Parser) -> None:
         options(parser)
         _common_options(parser, result=result)
+        if usual:
+            parser.show_usual([f"--{name}" for name in usual.split()])
 
     def with_plugins(arguments: argparse.Namespace) -> None:
         if plugins:  # not before: they may import what takes seconds, and help needs no torch

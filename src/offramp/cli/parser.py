@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from offramp.cli.config_file import of_config
@@ -21,12 +21,14 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UsageError` where argparse prints its usage and exits.
 
     late: adds the options, on the first use, for they may need modules that take seconds to load.
+    usual: options that `--help` shows; None: all. `--help-all` always shows all.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         # An abbreviated option means another one as soon as there is a further option.
         super().__init__(*args, **{"allow_abbrev": False, **options})
         self.late: Callable[[Parser], None] | None = None
+        self.usual: Collection[str] | None = None
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -66,6 +68,29 @@ class Parser(argparse.ArgumentParser):
             late, self.late = self.late, None
             late(self)
 
+    def show_usual(self, usual: Collection[str]) -> None:
+        """Show only these options in `--help`, and the others in `--help-all`."""
+        count = sum(bool(action.option_strings) for action in self._actions) + 1
+        text = f"show all {count} options and exit"
+        self.add_argument("--help-all", action=HelpAll, nargs=0, help=text)
+        self.usual = {"--help", "--help-all", *usual}
+
+    def format_help(self) -> str:
+        if self.usual is None:
+            return super().format_help()
+        unusual = [
+            (action, action.help)
+            for action in self._actions
+            if action.option_strings and not set(action.option_strings) & set(self.usual)
+        ]
+        for action, _ in unusual:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in unusual:
+                action.help = text
+
     def _print_message(self, message: str, file: Any = None) -> None:
         """Help and version: argparse's own says nothing where they cannot be written."""
         print_text(message.rstrip("\n"))
@@ -92,6 +117,15 @@ class Parser(argparse.ArgumentParser):
 
     def _remedy(self) -> str:
         return f"See {self.prog} --help."
+
+
+class HelpAll(argparse.Action):
+    """Prints the help of all options of a command, and ends it."""
+
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        parser.usual = None
+        parser.print_help()
+        parser.exit()
 
 
 MOST = 2**31 - 1

@@ -127,7 +127,7 @@ class TrainConfig:
         if wrong:
             raise InputError(
                 f"This training run cannot start: {'; '.join(wrong)}.",
-                "Correct the options named; `offramp train --help` lists them all.",
+                "Correct the options named; `offramp train --help-all` lists them.",
             )
 
     @property

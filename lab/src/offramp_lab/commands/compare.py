@@ -37,6 +37,7 @@ def add(commands: Any) -> None:
         "--policies max_probability --out runs/compare",
         _compare,
         _options,
+        usual="backbone data limit objectives policies depths steps quality seeds out",
     )
 
 

@@ -40,6 +40,7 @@ def add(commands: Any) -> None:
         "--target 0.02",
         _calibrate,
         _options,
+        usual="adapter data limit target confidence risk max-new-tokens engine gguf out",
     )
 
 

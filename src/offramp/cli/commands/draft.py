@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
         "--data held_out.jsonl --out exits-q4",
         _draft,
         _options,
+        usual="adapter data limit max-new-tokens engine gguf out json",
     )
 
 

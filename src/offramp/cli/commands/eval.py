@@ -38,6 +38,7 @@ def add(commands: Any) -> None:
         "--out runs/gqa",
         _eval,
         _options,
+        usual="adapter task data images limit mode batch-size max-new-tokens out resume",
     )
 
 

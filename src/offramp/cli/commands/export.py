@@ -48,6 +48,7 @@ def add(commands: Any) -> None:
         "  offramp export --to speculators --backbone NAME --data prompts.txt --out drafter",
         _export,
         _options,
+        usual="adapter to gguf vision depths data out overwrite",
     )
 
 

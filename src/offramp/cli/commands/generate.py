@@ -42,6 +42,7 @@ def add(commands: Any) -> None:
         "  offramp generate --adapter exits --image dog.jpg --temperature 0.7 --seed 1",
         _generate,
         _options,
+        usual="adapter image prompt interactive stream max-new-tokens mode engine gguf json",
     )
 
 

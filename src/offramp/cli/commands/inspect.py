@@ -39,6 +39,7 @@ def add(commands: Any) -> None:
         "offramp inspect tiny-opt\n  offramp inspect tiny-opt --data photos",
         _inspect,
         _options,
+        usual="data limit depths level planned max-new-tokens device json",
     )
 
 

@@ -42,6 +42,7 @@ def add(commands: Any) -> None:
         "offramp serve tiny-opt\n  offramp serve photo",
         _serve,
         _options,
+        usual="host port mode slots engine gguf quantize vision served-name api-keys",
     )
 
 

@@ -49,6 +49,7 @@ def add(commands: Any) -> None:
         "offramp train --backbone tiny-opt --data photos.jsonl --out exits --steps 400",
         _train,
         _options,
+        usual="backbone data prompt limit depths regime shortlist steps out resume",
     )
 
 

@@ -41,6 +41,7 @@ def add(commands: Any) -> None:
         "  offramp verify exits --engine llama.cpp --gguf exits-q8_0",
         _verify,
         _options,
+        usual="data limit engine gguf rows slots max-new-tokens out json",
     )
 
 
