@@ -14,7 +14,7 @@ READY := $(VENV)/.offramp-ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.offramp-ready
 
-.PHONY: demo test quick test-research test-vllm lint check records calibrated compare peers fuzz pages clean docs docs-version notes
+.PHONY: demo test quick test-research test-vllm lint check records calibrated compare fuzz pages clean docs docs-version notes
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo --backbone $(BACKBONE)
@@ -54,10 +54,6 @@ calibrated: $(READY)  ## what calibration promises and keeps; rewrites lab/recor
 
 compare: $(READY)  ## objectives and policies at equal quality; rewrites lab/records/compare.json and its pages
 	$(BIN)/python -m offramp_lab.records.compare
-	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
-
-peers: $(READY)  ## exits beside what transformers offers; a quiet machine; after `make records`
-	$(BIN)/python -m offramp_lab.records.peers
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
 fuzz: $(READY)  ## requests drawn by a seed, for FUZZ seconds (60): over a thousand a minute

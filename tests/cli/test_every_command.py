@@ -42,7 +42,7 @@ def actions() -> Iterator[tuple[str, argparse.Action]]:
 def test_the_server_tells_its_options_without_loading_pytorch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import atexit, sys; from offramp.cli import main; "
-         "atexit.register(lambda: print('torch' in sys.modules)); main(['serve', '--help'])"],
+         "atexit.register(lambda: print('torch' in sys.modules)); main(['serve', '--help-all'])"],
         check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert "--watch" in done.stdout and done.stdout.splitlines()[-1] == "False"

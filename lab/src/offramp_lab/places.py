@@ -3,8 +3,7 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-LAB = ROOT / "lab"
-RECORDS = LAB / "records"
+RECORDS = ROOT / "lab" / "records"
 RUNS = ROOT / "runs"
 DOCS = ROOT / "docs"
 PHOTOGRAPHS = ROOT.parent / "shared" / "data"

@@ -540,6 +540,12 @@ def test_the_order_of_points_does_not_count() -> None:
         assert equal_quality(mixed) == expected
 
 
+def test_the_t_interval_of_a_few_values_is_the_textbooks() -> None:
+    ends = merit.t_interval([1.0, 2.0, 3.0])  # t of 2 degrees is 4.303, the deviation 1
+    assert ends == (pytest.approx(2 - 2.4841, abs=1e-4), pytest.approx(2 + 2.4841, abs=1e-4))
+    assert merit.t_interval([1.0]) == (None, None)
+
+
 # -- the command line ----------------------------------------------------------------------------
 
 

@@ -31,7 +31,8 @@ class Step:
     [N]; None: the last of each request.
 
     depths: layers run for each request's next token [R]. said: rows [A] that left, with what they
-    may say: ids' logits. read: whether vLLM has asked for the logits.
+    may say: ids' logits. read: whether vLLM has asked for the logits. ran: whether the decoder ran
+    here, and not by code of vLLM's that was compiled before.
     """
 
     starts: Tensor
@@ -49,6 +50,7 @@ class Step:
     depths: Tensor = field(init=False)
     said: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     read: bool = False
+    ran: bool = False
 
     def __post_init__(self) -> None:
         self.depths = torch.full_like(self.seq_lens, self.layers)
@@ -150,7 +152,7 @@ class Early:
         step, store = self.step, self.store
         if step is None or store is None:
             return self._unwritten(state, positions)
-        count = len(step.slots)
+        count, step.ran = len(step.slots), True
         store.put(0, step.slots, {name: part[:count] for name, part in state.items()})
         axes = positions.reshape(-1, positions.shape[-1])[:, :count]
         store.positions.index_copy_(1, step.slots, axes)
@@ -231,6 +233,8 @@ class Early:
         if step is None or step.read:
             return self._logits(states)  # type: ignore[no-any-return]
         step.read = True
+        # Else exits would have run as the model's last layers, and all it says would be wrong.
+        assert step.ran, "the decoder did not run in parts"
         if not step.said:
             return self._logits(states)  # type: ignore[no-any-return]
         request = torch.arange(len(step.seq_lens), device=states.device)

@@ -90,6 +90,14 @@ def check_made(config: Any) -> None:
             "torch.compile would run the decoder's own forward, and exits as more layers of it.",
             "Leave --compilation-config out.",
         )
+    vision = getattr(config.model_config.hf_config, "vision_config", None)
+    features = getattr(vision, "deepstack_visual_indexes", None) or ()
+    if len(features) > exported.depths[0]:
+        raise Refused(
+            f"Features of images join the states after {len(features)} layers, and an exit stands "
+            f"at depth {exported.depths[0]}.",
+            f"Train exits from depth {len(features)} on.",
+        )
     if config.model_config.is_mm_prefix_lm:
         raise Refused(
             "Tokens of an image that see each other forwards were not tried.",

@@ -1,1 +1,1 @@
-"""What is measured: analysis by depth, comparison of methods, speed."""
+"""What is measured: comparison of methods, speed."""

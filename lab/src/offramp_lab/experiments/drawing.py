@@ -9,7 +9,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from offramp.depth_color import depth_color
-from offramp.report.plots import COLORS, INK, MARKERS, SIZE, drawn, legend
+from offramp.report.plots import COLORS, INK, MARKERS, drawn, legend
 
 _PRINTED = "#1b2027"  # the ink on white ground
 _TITLE = 22  # points above a plot for its title
@@ -132,32 +132,3 @@ def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
 
     return _listed([*rows], what, draw, (5.6, 1.0 + 0.5 * len(rows)))
-
-
-def speeds(peers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Decoding speed of every peer that ran, a bar for each backbone.
-
-    peers: by backbone what `offramp_lab.experiments.benchmark.peers.time_peers` found.
-    """
-    ran = {
-        backbone: {
-            name: p["speedup_decode"] for name, p in by_name.items() if "speedup_decode" in p
-        }
-        for backbone, by_name in peers.items()
-    }
-    names = list(dict.fromkeys(name for by_name in ran.values() for name in by_name))
-    height = 0.8 / len(ran)
-
-    def draw(axes: Any) -> None:
-        for slot, (backbone, speed_of) in enumerate(ran.items()):
-            at = [names.index(name) + (slot + 0.5) * height - 0.4 for name in speed_of]
-            bars = axes.barh(
-                at, list(speed_of.values()), height, color=COLORS[slot], label=backbone
-            )
-            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
-        axes.axvline(1.0, color=INK, lw=1, linestyle=":")
-        axes.margins(x=0.12)
-        legend(axes)
-
-    size = (SIZE[0], 1.1 + 0.22 * len(names) * (1 + len(ran)))
-    return _listed(names, "decoding speed (full depth = 1)", draw, size, "decoding speed")

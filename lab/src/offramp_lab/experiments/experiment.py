@@ -15,7 +15,6 @@ from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from offramp.evaluation.timing import in_turn
-from offramp.provenance import provenance
 
 Rounds = Sequence[Sequence[Any]]
 """What a method returned, by round and input."""
@@ -113,13 +112,6 @@ def times(own: Rates, base: Rates, resamples: int = 2000) -> dict[str, float]:
 def bar(title: str) -> Callable[[Any], Any]:
     """A progress bar around what is gone through, where there is a terminal."""
     return lambda iterable: tqdm(iterable, title, disable=None, leave=False)
-
-
-def machine() -> dict[str, Any]:
-    """On what something was measured, as entries have it that are kept for long."""
-    origin = provenance(None, "", None)
-    names = ("processor", "platform", "accelerator", "threads")
-    return {"machine": {name: origin[name] for name in names}, "versions": origin["versions"]}
 
 
 def identical(one: Sequence[Any], other: Sequence[Any]) -> NDArray[np.float64]:

@@ -6,31 +6,24 @@ from offramp_lab.experiments.drawing import (
     dots,
     intervals,
     parts,
-    speeds,
     standalone,
     strips,
 )
 from offramp_lab.places import DOCS
 from offramp_lab.tables.markdown import KINDS, by, record, tiny
 from offramp_lab.tables.photographs import METHODS, curves
-from offramp_lab.tables.speed import PEERS
 
 AT = "0.01"
 
 
 def plots() -> dict[str, tuple[str, str]]:
     """Title and SVG of each plot by the name of its file."""
-    peers = {
-        tiny(kind): {PEERS[name].replace("`", ""): p for name, p in record("peers")[kind].items()}
-        for kind in KINDS
-    }
     return {
         **{
             f"compare-{kind}": (f"Equal quality, {tiny(kind)}", drawn(record("compare")[kind]))
             for kind in KINDS
         },
         "compare-photo": ("FREE beside each method, photographs", methods()),
-        "peers": ("Decoding speed, tiny models", speeds(peers)),
         "runtimes": ("Inside llama.cpp, 50 photographs", runtimes()),
         "quantisation": ("Weights of the photo model in memory", quantisation()),
         "guarantees": ("Risk kept, of what was promised", guarantees()),

@@ -19,7 +19,6 @@ from offramp.adapter import Adapter
 from offramp.answers import Answer
 from offramp.data.example import Example
 from offramp.data.scenes import language, world
-from offramp.data.scenes.tasks import captions, questions
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, shipped_exits, tiny_exits
 from offramp.training.config import FREE, TrainConfig
@@ -89,13 +88,6 @@ class Subject:
     def prompts(self) -> list[dict[str, Any]]:
         """Each example's, alone."""
         return [self.encoder.prompts([example]) for example in self.examples]
-
-
-def tiny(kind: str, images: int, exits: Path | None = None) -> Subject:
-    """A tiny model, on captions and questions of the test split. exits: as of `tiny_with`."""
-    half = images // 2
-    examples = captions("test", half).examples + questions("test", half, half, 1).examples
-    return Subject(f"tiny-{kind}", *tiny_with(kind, exits), examples, 48)
 
 
 def photo(arguments: argparse.Namespace, count: int, dtype: str = "float32") -> Subject:

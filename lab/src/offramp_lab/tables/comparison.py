@@ -6,8 +6,7 @@ from statistics import mean
 
 from offramp.report.html import times
 from offramp.report.table import Table, told
-from offramp_lab.experiments.comparison.equal_quality import ahead
-from offramp_lab.experiments.statistics import t_interval
+from offramp_lab.experiments.comparison.equal_quality import ahead, t_interval
 from offramp_lab.tables.markdown import (
     KINDS,
     Make,

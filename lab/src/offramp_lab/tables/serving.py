@@ -71,8 +71,7 @@ def watch_coverage() -> Table:
         record("watched")["coverage"],
         {
             "slots in use": "{busy} of {slots}, {waiting} waiting",
-            "compared before": "{compared_before} of {requests}",
-            "compared now": "{compared} of {requests}",
+            "compared": "{compared} of {requests}",
         },
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import harmonic_mean
+from statistics import harmonic_mean, mean, stdev
 from typing import Any
 
 import numpy as np
@@ -132,9 +132,8 @@ def _curve(theirs: Points, free: Points, levels: Sequence[float] = LEVELS) -> di
     for level in levels:
         speeds = [speed_at(of_seed(seed, theirs), level) for seed in seeds]
         frees = [speed_at(of_seed(seed, free), level) for seed in seeds]
-        mean = harmonic_mean(speeds)
-        curve["speedup_decode"][str(level)] = mean
-        curve["free_over"][str(level)] = harmonic_mean(frees) / mean
+        faster = curve["speedup_decode"][str(level)] = harmonic_mean(speeds)
+        curve["free_over"][str(level)] = harmonic_mean(frees) / faster
         curve["free_over_by_seed"][str(level)] = [
             free / speed for free, speed in zip(frees, speeds, strict=True)
         ]
@@ -176,3 +175,15 @@ def drawn(comparison: Mapping[str, Any]) -> str:
     curves = by_name((_name(point), point) for point in comparison["points"])
     worded = {name.replace("_", " "): curve for name, curve in curves.items()}
     return speed_bands(worded, "quality kept", ours=FREE)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """Student's 95% interval of the mean of a few values, such as seeds'; (None, None) for a single
+    one."""
+    from scipy.stats import t as student
+
+    if len(values) < 2:
+        return None, None
+    tail = float(student.ppf(0.975, len(values) - 1))
+    half, middle = tail * stdev(values) / len(values) ** 0.5, mean(values)
+    return middle - half, middle + half

@@ -2,9 +2,9 @@
 
 One thread. `python -m offramp_lab.records.runtimes` needs the photographs and the package
 llama-cpp-python. Parts, each kept in runs/runtimes for the others: answers (200 photographs, a
-quarter of an hour; it goes on where it was cut off), timings (of 50, half an hour, on a quiet
-machine) and callback. `--parts timings` measures only these; --compiled times compiled code too,
-`generate`'s and ours, which takes minutes to compile.
+quarter of an hour; it goes on where it was cut off) and timings (of 50, half an hour, on a quiet
+machine). `--parts timings` measures only these; --compiled times compiled code too, `generate`'s
+and ours, which takes minutes to compile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from offramp_lab.records.runtimes.methods import Bench
 from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("runtimes")
-PARTS = ("answers", "timings", "callback")
+PARTS = ("answers", "timings")
 
 
 def main() -> None:
@@ -52,7 +52,6 @@ def main() -> None:
     made: dict[str, Callable[[], Any]] = {
         "answers": lambda: answers.answers(loaded()[0]),
         "timings": timed,
-        "callback": lambda: timings.callback(loaded()[1]),
     }
     RECORD.parts(made, arguments.parts, flags=_processor_flags())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -111,23 +110,6 @@ def row_costs(
             found[name][str(rows)] = 1e3 * median(seconds)
         segment.close()
     return found
-
-
-def callback(bench: Bench, repeats: int = 200) -> dict[str, float]:
-    """CPU milliseconds of a token in the layers below the exit, by what reads its state there."""
-    [depth] = bench.adapter.policy.thresholds
-    below = bench.files("q4_1") / "segment-0.gguf"
-    segments = {
-        "none": Segment(below, STOCK, tap_layer=None),
-        "compiled": Segment(below, STOCK, tap_layer=depth - 1),
-        "python": Segment(below, replace(STOCK, compiled_tap=False), tap_layer=depth - 1),
-    }
-    states = np.random.default_rng(0).normal(size=(40, segments["none"].width))
-    for segment in segments.values():
-        segment.feed(states.astype(np.float32), 1)
-    calls = {name: partial(_seconds, segment) for name, segment in segments.items()}
-    runs = Experiment(calls, [states[:1].astype(np.float32)], repeats).run()
-    return {name: 1e3 * median(s for [s] in found) for name, found in runs.items()}
 
 
 def _seconds(segment: Segment, states: States) -> float:
