@@ -10,7 +10,14 @@ import pytest
 
 from offramp.answers import full_model_answers
 from offramp.calibration import suitability as module
-from offramp.calibration.suitability import FEWEST, followed, looked_at, settled, suitability
+from offramp.calibration.suitability import (
+    FEWEST,
+    exiting,
+    followed,
+    looked_at,
+    settled,
+    suitability,
+)
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions
 from offramp.errors import DataError, InputError
@@ -42,6 +49,22 @@ def test_what_settles_is_what_a_search_over_all_thresholds_finds(level: float) -
     assert settled(scores, right, level) == max(shares)
 
 
+@pytest.mark.parametrize("risk", [0.0, 0.01, 0.1, 1.0])
+def test_what_exits_at_a_risk_of_answers_is_what_a_search_over_all_thresholds_finds(
+    risk: float,
+) -> None:
+    draw = np.random.default_rng(5)
+    answer = np.repeat(np.arange(50), 6)
+    scores = draw.integers(0, 40, 300) / 40
+    right = draw.random(300) < 0.5 + 0.5 * scores
+    shares = [0.0]
+    for threshold in np.unique(scores):
+        leaves = scores >= threshold
+        if len(np.unique(answer[leaves & ~right])) <= risk * 50 + 1e-9:
+            shares.append(leaves.mean())
+    assert exiting(scores, right, answer, risk) == pytest.approx(max(shares))
+
+
 def test_nothing_settles_where_the_surest_is_wrong() -> None:
     assert settled(np.array([0.9, 0.5]), np.array([False, True]), 0.99) == 0.0
 
@@ -62,6 +85,9 @@ def test_the_shipped_model_settles_early_and_fast(
     assert found.tokens > 10 * FEWEST and not found.shortlist
     assert first.depth == 2 and first.settled[0.95] > 0.9
     assert all(p.settled[0.9] >= p.settled[0.95] >= p.settled[0.98] for p in found.prospects)
+    for prospect in found.prospects:
+        for speed, low, high in prospect.calibrated.values():
+            assert 0.9 < low <= speed <= high + 1e-9
     assert found.best(0.95) is first and first.speedup[0.95] > last.speedup[0.95] > 1.0
 
 
@@ -69,7 +95,8 @@ def test_the_forecast_is_the_same_every_time_but_for_the_clock(
     encoder: InputProcessor, scenes: list[Example]
 ) -> None:
     one, two = (suitability(encoder, scenes, depths=(3,)).prospects for _ in range(2))
-    assert [replace(p, speedup={}) for p in one] == [replace(p, speedup={}) for p in two]
+    clock: dict[str, Any] = {"speedup": {}, "calibrated": {}}
+    assert [replace(p, **clock) for p in one] == [replace(p, **clock) for p in two]
 
 
 def test_speed_is_tried_with_exits_that_leave_as_often_as_foretold(

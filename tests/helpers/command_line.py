@@ -36,8 +36,14 @@ def parser_of(command: str) -> Parser:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> RunCommand:
-    """Run the command line; returns (exit code, stdout, stderr)."""
+def run(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunCommand:
+    """Run the command line; returns (exit code, stdout, stderr). What it keeps of attempts is of
+    one test."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
     def command(*arguments: Any) -> tuple[int, str, str]:
         code = program_of(str(arguments[0])).main([str(a) for a in arguments])

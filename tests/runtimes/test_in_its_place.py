@@ -90,9 +90,9 @@ def test_a_promise_is_of_the_runtimes_answers() -> None:
         **LONGEST,
     )  # fmt: skip
     assert found.runtime == runtime.name and found.to_json()["runtime"] == runtime.name
-    # Nothing of it is a replay of the adapter's own exits: the full model, each point, and the
-    # chosen one again for what its answers look like.
-    assert len(runtime.asked) == 12 * (1 + len(found.path) + 1)
+    # Nothing of it is a replay of the adapter's own exits.
+    once_more = 1  # by the thresholds that were chosen, to know their scores
+    assert len(runtime.asked) == 12 * (1 + len(found.path) + once_more)
     plain = calibrate(
         adapter(), encoder(), examples, ExitPolicy(shortlist=True), **asked, **LONGEST
     )
@@ -130,9 +130,7 @@ def test_a_mistake_on_the_command_line_is_two_lines(
 
 
 def test_graphs_without_a_gpu_are_refused_whatever_the_sizes_are_called() -> None:
-    asked = argparse.Namespace(
-        engine="cuda-graphs", gguf=None, quantize=None, context=64, threads=1
-    )
+    asked = argparse.Namespace(engine="cuda-graphs", gguf=None, context=64, threads=1)
     refused(lambda: load_runtime(asked, adapter()), InputError, "NVIDIA")
     del asked.context, asked.threads  # as a server's have other names
     refused(lambda: load_runtime(asked, adapter(), context=64, threads=1), InputError, "NVIDIA")

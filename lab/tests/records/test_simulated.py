@@ -17,12 +17,24 @@ def test_rules_keep_what_was_broken_without_them() -> None:
     )
     assert all(row["before"] < row["now"] and row["now"] >= 11 for row in found["counted"])
     assert all(row["broken"] <= 0.15 for row in found["boundary"])
+    for row in [*found["groups"], found["kinds"], found["two_steps"], found["grown"]]:
+        assert row["interval"][0] <= 0.05 and row["broken"] <= 0.15
+    assert all(row["more"] <= 0.1 for row in found["needed"])
+
+
+def test_streams_like_what_was_calibrated_raise_no_alarm_and_others_soon_do() -> None:
+    found = simulated.likeness_streams(400, streams=10)
+    assert found["false_alarms"] == 0 and found["alarm_after"] <= 5
 
 
 def test_a_watch_sees_what_comes_late_and_what_comes_under_load() -> None:
     late = [watched.delay(0.01, 1_000, 50.0, 20, starts) for starts in (True, False)]
     assert late[0]["median_images"] < late[1]["median_images"]
-    covered = watched.coverage(InputProcessor(*load_tiny("opt")), 4, 0, 3)
-    assert (covered["compared"], covered["let_go"]) == (3, 0)
+    encoder = InputProcessor(*load_tiny("opt"))
+    covered = watched.coverage(encoder, 4, 0, 40, seconds=0.01)
+    assert (covered["compared"], covered["let_go"]) == (40, 0)
+    for unit in ("image", "answer"):
+        found = watched.unequal(unit, 10, 500)
+        assert found["false_alarms"] <= 0.1 and found["noticed"] == 1
     alarms = [watched.on_average("bursts", slack, 20)["alarms"] for slack in (1, 3)]
     assert alarms[0] > alarms[1] + 0.2

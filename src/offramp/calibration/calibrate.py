@@ -286,8 +286,11 @@ def calibrate(
         whole, images, thresholds, attempts, digest, asked,
         search_first=first == AUTO, shares=shares,
     )  # fmt: skip
-    losses, points = _walk(trial, progress(trial.turn.path or ()), asked)
+    path = progress(trial.turn.path or ()) if (within := _within_reach(trial, asked)) else ()
+    losses, points = _walk(trial, path, asked)
     calibration = _decide(trial, losses, points, asked, examples_digest(judged))
+    if not within:
+        calibration = replace(calibration, **_out_of_reach(trial, asked))
     likeness = _likeness(trial, calibration.policy)
     if points:  # else nothing was tested, and no errors were risked
         attempt = _attempt(trial, calibration, digest, settings)
@@ -478,10 +481,10 @@ class _Trial:
         return Draws.by(unit, losses, images, whole=self.tested.risk.whole, looked=looked)
 
 
-def _spare(asked: Guarantee, turn: Turn) -> float:
+def _spare(asked: Guarantee, turn: Turn, *, whole: bool) -> float:
     """What answers may lose so that a test still passes: what it leaves below the target where
-    none of them loses anything."""
-    nothing = np.zeros(len(turn.images))
+    none of them loses anything. whole: whether what one loses is 0 or 1."""
+    nothing = Draws.of(np.zeros(len(turn.images)), whole=whole)
     return max(0.0, asked.target - upper_bound(nothing, asked.level(turn.number), asked.method))
 
 
@@ -503,12 +506,17 @@ def _trial(
         whole = whole.with_visual_keep(turn.continues.outcome["visual_keep"])
     elif shares:
         keeping = ThresholdEvaluator.with_visual_keep
-        whole = keeping(whole, lowest(whole, search, shares, _spare(asked, turn), keeping))
+        whole = keeping(
+            whole,
+            lowest(whole, search, shares, _spare(asked, turn, whole=whole.risk.whole), keeping),
+        )
     if search_first and turn.continues is not None:
         whole = whole.with_first(max(turn.continues.outcome["first"].values()))
     elif search_first:
         having = ThresholdEvaluator.with_first
-        whole = having(whole, lowest(whole, search, grid, _spare(asked, turn), having))
+        whole = having(
+            whole, lowest(whole, search, grid, _spare(asked, turn, whole=whole.risk.whole), having)
+        )
     if turn.path is None:
         turn = replace(turn, path=tuple(path_of(whole, search, grid)))
     rows = [row for image in turn.images for row in image.rows]
@@ -518,6 +526,26 @@ def _trial(
     frames = prompt_frames([example.prompt for example in whole.examples])
     kinds = tuple(kind_of(example.prompt, frames) for example in part.examples)
     return _Trial(part, moved, turn, asked.level(turn.number), kinds)
+
+
+def _within_reach(trial: _Trial, asked: Guarantee) -> bool:
+    """Whether the test passes where no answer loses anything; else none need be tested, and no
+    share of the errors is spent. Of a risk with gains it may pass with fewer images."""
+    if trial.tested.risk.low < 0 or trial.turn.continues is not None:
+        return True
+    draws = trial.draws(np.zeros(len(trial.tested.examples)), asked)
+    return p_value(draws, asked.target, first_test(asked.method)) <= 1 - trial.level
+
+
+def _out_of_reach(trial: _Trial, asked: Guarantee) -> dict[str, Any]:
+    """How many are needed, and the reason in words."""
+    drawn = "groups" if grouped(trial.images) else "images"
+    needed = samples_needed(asked.target, trial.level, asked.method)
+    reason = (
+        f"{trial.number_of(asked)} {drawn} are too few for {asked.target:g} even if no answer lost "
+        f"anything: {needed} are needed. None was tested, and no attempt is spent."
+    )
+    return {"needed": needed, "reason": reason}
 
 
 def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[Array, list[Point]]:

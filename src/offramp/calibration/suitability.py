@@ -8,6 +8,9 @@ the others, in turn, and on halves and quarters of what it is fitted on: the sha
 leaves to deeper layers falls as a power of how many answers it learns from (as errors do; Hestness
 et al. 2017), and the line through the three is followed to as many as an exit would be trained on.
 Then speed is tried, with exits that leave at random, as often as foretold.
+
+What calibration leaves is told of answers: the largest share of tokens that exit while so many
+answers hold none that is wrong, followed likewise, with an interval from drawing the answers again.
 """
 
 from __future__ import annotations
@@ -38,8 +41,13 @@ Array = npt.NDArray[Any]
 LEVELS = (0.9, 0.95, 0.98)
 """Shares of all tokens that stay the full model's, for which it is said how many settle. Beyond
 these, a few tokens would decide."""
+RISKS = (0.01, 0.02, 0.05)
+"""Targets of a calibration, of answers that differ, for which the speed is told. Half of each is
+what may be measured on some two thousand images at a target of 1%."""
+REDRAWN = 200
+"""How often the answers are drawn again, for the interval."""
 TOKENS = 3000
-"""Most tokens that are looked at; of more, a sample."""
+"""Most tokens that are looked at; of more, those of answers as if at random."""
 FOLDS = 4
 PIECES = (4, 2, 1)
 """Into which the answers to learn from are cut, to see how much more of them would help."""
@@ -62,12 +70,15 @@ class Prospect:
     settled: by level, the largest share of tokens that exit, surest first, while that share of all
         tokens stays the full model's.
     speedup: by level, of decoding one answer at a time on this machine, over full depth.
+    calibrated: by target of `RISKS`, of thresholds that are calibrated to it: the speed expected,
+        and what it lies in at 95%, as far as the answers looked at scatter.
     """
 
     depth: int
     agreement: float
     settled: Mapping[float, float]
     speedup: Mapping[float, float]
+    calibrated: Mapping[float, tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,9 @@ class Suitability:
                 "agreement": p.agreement,
                 "settled": by_level(p.settled),
                 "speedup": by_level(p.speedup),
+                "calibrated": {
+                    f"{target:g}": list(speed) for target, speed in p.calibrated.items()
+                },
             }
             for p in self.prospects
         ]
@@ -158,11 +172,30 @@ def suitability(
         tokens=len(seen.said),
         planned=planned,
         shortlist=shortlist is not None,
-        prospects=tuple(
-            Prospect(depth, agreement, settle, {n: speeds[depth, settle[n]] for n in settle})
-            for depth, (agreement, settle) in shares.items()
-        ),
+        prospects=tuple(_prospect(depth, *told, speeds=speeds) for depth, told in shares.items()),
     )
+
+
+def _prospect(
+    depth: int,
+    agreement: float,
+    settle: Mapping[float, float],
+    certain: Mapping[float, tuple[float, float, float]],
+    *,
+    speeds: Mapping[tuple[int, float], float],
+) -> Prospect:
+    """certain: shares of tokens that exit, by target, with their intervals. Seconds of a token are
+    taken as a line between the shares at which speed was tried, and none."""
+    tried = sorted({share: 1 / speeds[depth, share] for share in settle.values()}.items())
+    shares, seconds = zip((0.0, 1.0), *((s, t) for s, t in tried if s > 0), strict=True)
+
+    def speed(share: float) -> float:
+        return float(1 / np.interp(share, shares, seconds))
+
+    return Prospect(
+        depth, agreement, settle, {n: speeds[depth, settle[n]] for n in settle},
+        {target: (speed(a), speed(b), speed(c)) for target, (a, b, c) in certain.items()},
+    )  # fmt: skip
 
 
 def _is_wide(backbone: Backbone) -> bool:
@@ -215,10 +248,11 @@ class _Seen:
         parts: list[tuple[Tensor, ...]] = []
         for rows in progress(group(answers, batch_size)):
             batch = record(encoder, rows, sorted(set(entered.values())))
-            drawn = torch.rand(batch.mask.shape, generator=draw) < share
+            answer = torch.tensor([number[id(row)] for row in rows])[:, None]
+            drawn = (answer < share * len(answers)).repeat(1, batch.mask.shape[1])  # a random order
             drawn[:, 0] = False
             keep = batch.mask & drawn.to(batch.mask.device)
-            answer = torch.tensor([number[id(row)] for row in rows])[:, None].expand(keep.shape)
+            answer = answer.expand(keep.shape)
             count = torch.arange(1, keep.shape[1] + 1, device=keep.device)[:, None]
             features = list[Tensor]()
             for depth in depths:
@@ -242,20 +276,37 @@ class _Seen:
 
 def _shares(
     backbone: Backbone, seen: _Seen, depth: int, more: float
-) -> tuple[float, dict[float, float]]:
-    """The share of tokens for which an exit's likeliest is the full model's, and by level the share
-    that settles. more: how many times as many answers training would have as there are here."""
+) -> tuple[float, dict[float, float], dict[float, tuple[float, float, float]]]:
+    """The share of tokens for which an exit's likeliest is the full model's, by level the share
+    that settles, and by target of `RISKS` the share that exits, with its interval. more: how many
+    times as many answers training would have as there are here."""
     kernel = _kernel(*seen.untrained[depth])
     head = backbone.head_rows(seen.spoken.to(backbone.device))
-    left = [
-        np.mean([_left(backbone, seen, kernel, head, n, pieces) for n in range(pieces)], 0)
+    judged = {
+        pieces: [_judged(backbone, seen, kernel, head, n, pieces) for n in range(pieces)]
         for pieces in PIECES
-    ]
+    }
+    answer = seen.answer.numpy()
+    left = [np.mean([_left(*one, answer) for one in judged[n]], 0) for n in PIECES]
     learnt = (1 - 1 / FOLDS) / np.array(PIECES)
-    wrong, *rest = followed(learnt, np.maximum(left, 0.5 / len(seen.said)), more).tolist()
+    least = 0.5 / len(seen.said)
+    wrong, *rest = followed(learnt, np.maximum(left, least), more).tolist()
     # At a higher level no more settle; where it seems so, that is noise.
-    shares = np.minimum.accumulate([1.0 - share for share in rest]).tolist()
-    return 1.0 - wrong, dict(zip(LEVELS, shares, strict=True))
+    shares = np.minimum.accumulate([1.0 - share for share in rest[: len(LEVELS)]]).tolist()
+    told = np.array(rest[len(LEVELS) :])
+    again = _redrawn(*judged[PIECES[-1]][0], answer)
+    # By how much more or less is left where other answers are drawn.
+    times = np.maximum(again, least) / np.maximum(left[-1][1 + len(LEVELS) :], least)
+    spread = 1 - np.minimum(told * np.quantile(times, (0.975, 0.025), axis=0), 1.0)
+    certain = zip(1 - told, *spread, strict=True)
+    return (
+        1.0 - wrong,
+        dict(zip(LEVELS, shares, strict=True)),
+        {
+            target: (float(a), float(b), float(c))
+            for target, (a, b, c) in zip(RISKS, certain, strict=True)
+        },
+    )
 
 
 def _kernel(states: Tensor, before: Tensor) -> Tensor:
@@ -265,11 +316,11 @@ def _kernel(states: Tensor, before: Tensor) -> Tensor:
     return torch.exp(-own / own[own > 0].median() - BEFORE * past / past[past > 0].median())
 
 
-def _left(
+def _judged(
     backbone: Backbone, seen: _Seen, kernel: Tensor, head: Any, piece: int, pieces: int
-) -> Array:
-    """Share of tokens that the stand-in gets wrong, and then, by level, those that do not settle,
-    where it has learnt one of so many pieces of the other folds' answers."""
+) -> tuple[Array, Array]:
+    """The stand-in's scores [N] of the tokens, and which of them it gets right [N], where it has
+    learnt one of so many pieces of the other folds' answers."""
     scores, right = np.empty(len(seen.said)), np.empty(len(seen.said), dtype=bool)
     fold, turn = seen.answer % FOLDS, seen.answer // FOLDS
     for number in range(FOLDS):
@@ -282,7 +333,41 @@ def _left(
         best, place = backbone.logits(features.to(backbone.dtype), head).float().softmax(-1).max(-1)
         scores[judged] = best.cpu()
         right[judged] = seen.spoken[place.cpu()] == seen.said[judged]
-    return np.array([1 - right.mean(), *(1 - settled(scores, right, level) for level in LEVELS)])
+    return scores, right
+
+
+def _left(scores: Array, right: Array, answer: Array) -> Array:
+    """Share of tokens that are wrong; then, by level, those that do not settle, and, by target of
+    `RISKS`, those that do not exit."""
+    settle = [1 - settled(scores, right, level) for level in LEVELS]
+    stay = [1 - exiting(scores, right, answer, risk / 2) for risk in RISKS]
+    return np.array([1 - right.mean(), *settle, *stay])
+
+
+def _redrawn(scores: Array, right: Array, answer: Array) -> Array:
+    """The last of these [`REDRAWN`, `RISKS`] where as many answers are drawn again, with
+    replacement."""
+    draw = np.random.default_rng(0)
+    rows = [np.flatnonzero(answer == one) for one in np.unique(answer)]
+    found = []
+    for _ in range(REDRAWN):
+        some = [rows[i] for i in draw.integers(0, len(rows), len(rows))]
+        numbers = np.repeat(np.arange(len(some)), [len(row) for row in some])
+        taken = np.concatenate(some)
+        parts = scores[taken], right[taken], numbers
+        found.append([1 - exiting(*parts, risk / 2) for risk in RISKS])
+    return np.array(found)
+
+
+def exiting(scores: Array, right: Array, answer: Array, risk: float) -> float:
+    """The largest share of N tokens that exit at a threshold while no more than such a share of the
+    answers hold one that exits and is other than the full model's. answer: of each token [N]."""
+    _, place = np.unique(answer, return_inverse=True)
+    surest = np.full(place.max() + 1, -np.inf)  # of the wrong ones of each answer
+    np.maximum.at(surest, place[~right], scores[~right])
+    allowed = int(risk * len(surest) + 1e-9)
+    above = np.sort(surest)[::-1][allowed] if allowed < len(surest) else -np.inf
+    return float((scores > above).mean())
 
 
 def settled(scores: Array, right: Array, level: float) -> float:
@@ -309,7 +394,7 @@ def followed(learnt: Array, left: Array, more: float) -> Array:
 def _speeds(
     encoder: InputProcessor,
     answers: Sequence[Answered],
-    shares: Mapping[int, tuple[float, Mapping[float, float]]],
+    shares: Mapping[int, Sequence[Any]],
     shortlist: Tensor | None,
     seed: int,
     progress: Any,
@@ -339,7 +424,7 @@ def _speeds(
         inputs, rank = given
         return exit_generate_fn(backbone, max_new_tokens=len(rank), **OPTIONS)(inputs, stop)
 
-    ways = sorted({(d, share) for d, (_, settle) in shares.items() for share in settle.values()})
+    ways = sorted({(d, share) for d, told in shares.items() for share in told[1].values()})
     writes: dict[tuple[int, float] | None, Any] = {None: full}
     writes |= {way: partial(forced, way=way) for way in ways}
     runs = {way: partial(timed, write, clock=clock) for way, write in writes.items()}

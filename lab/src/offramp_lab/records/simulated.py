@@ -1,23 +1,34 @@
 """Simulate guarantees where the truth is known; rewrites lab/records/simulated.json.
 
 How often a promise is given though the risk is above the target, before the rules for copies,
-units and choices and with them; how many images look-alikes count as; and how many images a test
-needs. About three minutes of one core.
+units and choices and with them; in groups, by kind, after a search, in files that grow; how many
+images look-alikes count as, and a test needs; and which requests are called unlike the calibrated
+ones, by the exits that ship. About ten minutes of one core.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from offramp import demo
+from offramp.answers import generate_answers
 from offramp.betting import FRACTIONS, SHARES, betting_p_values
-from offramp.calibration.attempts import UNITS, Draws, error_share, images_of, merged
-from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value
+from offramp.calibration.attempts import UNITS, Draws, ImageRows, error_share, images_of, merged
+from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value, walk
 from offramp.data.example import Example
 from offramp.data.near_copies import NEAR, Look
+from offramp.data.scenes.tasks import captions_and_questions
+from offramp.likeness import UNLIKE, Alarm, Likeness
+from offramp.prompt_kinds import kind_of, prompt_frames
 from offramp_lab.inputs import lookalikes
+from offramp_lab.places import ROOT
 from offramp_lab.records.record import Record, asked
+from offramp_lab.records.subjects import tiny_with
 
 Array = npt.NDArray[Any]
 
@@ -29,6 +40,8 @@ LEVEL = STATED * error_share(1)
 def main() -> None:
     arguments = asked(__doc__, trials=1000, images=150, out=RECORD.path)
     record = simulate(arguments.trials, arguments.images)
+    record["likeness"] = likeness()
+    record["likeness_streams"] = [likeness_streams(n) for n in (200, 1000)]
     for name, rows in record.items():
         print(name, rows)
     RECORD.write(record, arguments.out)
@@ -44,6 +57,10 @@ def simulate(trials: int, images: int) -> dict[str, Any]:
         "boundary": boundary(trials),
         "unequal_rows": unequal_rows(trials),
         "choices": choices(trials),
+        "groups": [groups(size, trials) for size in (10, 20)],
+        "kinds": kinds(trials),
+        "two_steps": two_steps(min(trials, 600)),
+        "grown": grown(min(trials, 600)),
         "needed": [row for target in (0.01, 0.05) for row in needed(target)],
         "fractions": [r for target in (0.01, 0.05) for r in fractions(target, min(trials, 300))],
         "adaptive": adaptive(min(trials, 200)),
@@ -77,7 +94,8 @@ def charts(share: float, trials: int) -> dict[str, Any]:
     wrong = (draw.random((k, trials)) < 0.08).astype(float)
     before = betting_p_values(np.concatenate([photos, wrong.mean(0)[None]]), target)
     order = draw.permutation(n)
-    now = betting_p_values(np.concatenate([photos, wrong])[order], target)
+    losses = np.concatenate([photos, wrong])[order]
+    now = np.array([p_value(Draws.of(row, whole=True), target, "sharp") for row in losses.T])
     return {
         "photographs": n - k, "charts": k, "target": target,
         "risk": (1 - share) * 0.0005 + share * 0.08,
@@ -155,6 +173,169 @@ def choices(trials: int) -> dict[str, Any]:
         "broken_before": float((p <= LEVEL).any(0).mean()),
         "broken_now": float((p <= LEVEL / many).any(0).mean()),
     }
+
+
+# -- groups, kinds, and looks ----------------------------------------------------------------------
+
+
+def interval(broken: int, trials: int) -> list[float]:
+    """Of a share, at 95% (Clopper and Pearson 1934)."""
+    from scipy.stats import beta
+
+    low = beta.ppf(0.025, broken, trials - broken + 1) if broken else 0.0
+    return [float(low), float(beta.ppf(0.975, broken + 1, trials - broken))]
+
+
+def told(broken: Array) -> dict[str, Any]:
+    """Of trials: how many promises were broken."""
+    return {
+        "trials": len(broken), "broken": float(broken.mean()),
+        "interval": interval(int(broken.sum()), len(broken)),
+    }  # fmt: skip
+
+
+def groups(size: int, trials: int) -> dict[str, Any]:
+    """1,200 images in groups, at a correlation of a half, just above the target: each counted
+    alone, and by group."""
+    draw, n, target = np.random.default_rng(11), 1200, 0.01
+    images = [
+        ImageRows(f"{i}", "", rows := tuple(range(i, i + size)), parts=tuple((r,) for r in rows))
+        for i in range(0, n, size)
+    ]
+    alone, together = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=bool)
+    for trial in range(trials):
+        shared = np.repeat(draw.random(n // size) < 1.001 * target, size)
+        repeats = draw.random(n) < 0.5**0.5
+        wrong = np.where(repeats, shared, draw.random(n) < 1.001 * target).astype(float)
+        alone[trial] = p_value(Draws.of(wrong, whole=True), target, "sharp") <= LEVEL
+        draws = Draws.by("image", wrong, images, whole=True)
+        together[trial] = p_value(draws, target, "sharp") <= LEVEL
+    return {"size": size, "images": n, "target": target, "broken_before": float(alone.mean()),
+            **told(together)}  # fmt: skip
+
+
+def kinds(trials: int) -> dict[str, Any]:
+    """Of 60% captions 0.2% differ, of the questions a thousandth above the target."""
+    draw, n, target = np.random.default_rng(12), 3000, 0.02
+    together, each = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=bool)
+    for trial in range(trials):
+        caption = draw.random(n) < 0.6
+        wrong = (draw.random(n) < np.where(caption, 0.002, 1.001 * target)).astype(float)
+        parts = [Draws.of(wrong[part], whole=True) for part in (caption, ~caption)]
+        together[trial] = p_value(Draws.of(wrong, whole=True), target, "sharp") <= LEVEL
+        each[trial] = p_value(parts, target, "sharp") <= LEVEL
+    return {"images": n, "target": target, "broken_before": float(together.mean()), **told(each)}
+
+
+def two_steps(trials: int) -> dict[str, Any]:
+    """Thresholds of two exits, ordered on 300 images and tested on 700 others, where each pair has
+    a risk of its own: is the one that is chosen above the target?"""
+    draw, target = np.random.default_rng(13), 0.02
+    broken = np.zeros(trials, dtype=bool)
+    for trial in range(trials):
+        risks = draw.gamma(2, target / 2, 40)
+        speeds = risks + draw.normal(0, target / 2, 40)  # what is faster loses more, mostly
+        losses = draw.random((1000, 40)) < risks
+        order = np.lexsort((-speeds, losses[:300].mean(0)))
+        index = walk(
+            Draws.of(losses[300:][:, order].astype(float), whole=True), target, 1 - LEVEL, "sharp"
+        )
+        broken[trial] = index is not None and bool((risks[order][: index + 1] > target).any())
+    return {"images": 1000, "target": target, **told(broken)}
+
+
+def grown(trials: int) -> dict[str, Any]:
+    """A file that grows from 400 images on by 100, looked at each time, just above the target; as
+    if each look were the first, and as it is."""
+    draw, target = np.random.default_rng(14), 0.02
+    each, ours = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=bool)
+    for trial in range(trials):
+        losses = (draw.random(2000) < 1.001 * target).astype(float)
+        for n in range(400, 2001, 100):
+            each[trial] |= p_value(Draws.of(losses[:n], whole=True), target, "sharp") <= LEVEL
+            looked = Draws.of(losses[:n], whole=True, looked=400)
+            ours[trial] |= p_value(looked, target, "sharp") <= LEVEL
+    return {"images": 2000, "target": target, "broken_before": float(each.mean()), **told(ours)}
+
+
+# -- likeness --------------------------------------------------------------------------------------
+
+LIKE_CALIBRATED, LIKE_FRESH, LIKE_OTHER = 600, 400, 200
+PHOTOGRAPHS = Path("shared/data")
+"""Below a folder above this checkout, where there are some."""
+
+
+def likeness() -> list[dict[str, Any]]:
+    """Of the exits that ship: captions and questions called unlike those calibrated, of other
+    images of their world, of cuts of these, noise, plain colours, charts, and photographs."""
+    adapter, encoder = tiny_with("opt")
+
+    def scored(some: Sequence[Example]) -> list[tuple[float, ...]]:
+        made = generate_answers(adapter, encoder, some, adapter.policy, **demo.OPTIONS)
+        return [answer.scores for answer in made]
+
+    calibrated = list(captions_and_questions("test", LIKE_CALIBRATED, 300_000, 2))
+    frames = prompt_frames([example.prompt for example in calibrated])
+    of = [kind_of(example.prompt, frames) for example in calibrated]
+    known = Likeness.of(scored(calibrated), of)
+    fresh = list(captions_and_questions("test", LIKE_FRESH, 400_000, 2))
+    captions = [example for example in fresh if kind_of(example.prompt, frames) == of[0]]
+    rows = []
+    for words, some in {"images of its world": fresh, **_others(captions[:LIKE_OTHER])}.items():
+        found = [
+            known.p_value(kind_of(e.prompt, frames), s)
+            for e, s in zip(some, scored(some), strict=True)
+        ]
+        unlike = np.array([p is not None and p <= UNLIKE for p in found])
+        rows.append({"images": words, "answers": len(some), "unlike": float(unlike.mean()),
+                     "interval": interval(int(unlike.sum()), len(some))})  # fmt: skip
+    return rows
+
+
+def _others(captions: Sequence[Example]) -> dict[str, list[Example]]:
+    draw = np.random.default_rng(15)
+    images = [example.open_image() for example in captions]
+    width, height = images[0].size
+    quarter = (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
+    drawn = [image for kind in lookalikes.KINDS for image in lookalikes.images(kind, 40)]
+    made: dict[str, list[Any]] = {
+        "the middle of these, enlarged": [i.crop(quarter).resize(i.size) for i in images],
+        "noise": [
+            Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            for _ in images
+        ],
+        "plain colours": [
+            Image.new("RGB", (width, height), tuple(draw.integers(0, 256, 3).tolist()))
+            for _ in images
+        ],
+        "charts, pages and forms": drawn,
+    }
+    folders = [above / PHOTOGRAPHS for above in ROOT.parents]
+    photographs = [p for folder in folders for p in sorted(folder.rglob("*.jpg"))][: len(images)]
+    if photographs:
+        made["photographs"] = [Image.open(path).convert("RGB") for path in photographs]
+    return {
+        words: [replace(e, image=i, group="") for e, i in zip(captions, some, strict=False)]
+        for words, some in made.items()
+    }
+
+
+def likeness_streams(n: int, streams: int = 200) -> dict[str, Any]:
+    """Streams of 400 requests drawn as the n calibrated answers were, and requests until the alarm
+    where each is surer by less than any of these."""
+    draw, alarms = np.random.default_rng(16), 0
+    for _ in range(streams):
+        known = Likeness.of(np.exp(draw.normal(size=(n, 1))).tolist(), [""] * n)
+        alarm = Alarm(known)
+        for scores in np.exp(draw.normal(size=(400, 1))).tolist():
+            alarm.add(known.p_value("", scores) or 1.0)
+        alarms += alarm.raised
+    other, requests = Alarm(known), 0
+    while not other.raised:
+        other.add(known.p_value("", [1e-6]) or 1.0)
+        requests += 1
+    return {"calibrated": n, "streams": streams, "requests": 400, "false_alarms": alarms / streams,
+            "interval": interval(alarms, streams), "alarm_after": requests}  # fmt: skip
 
 
 # -- how many images -------------------------------------------------------------------------------

@@ -221,27 +221,30 @@ LOADS = ((0, 0), (2, 0), (4, 0), (6, 0), (8, 0), (8, 40))
 
 
 class _Busy:
-    """An engine whose slots are in use by others, each answer for a second. A request of the full
-    model takes as long, after those that wait."""
+    """An engine whose slots are in use by others, each answer for so many seconds. A request of the
+    full model takes as long, after those that wait."""
 
-    def __init__(self, running: int, waiting: int) -> None:
-        self.running, self.waiting = running, waiting
+    def __init__(self, running: int, waiting: int, seconds: float) -> None:
+        self.running, self.waiting, self.seconds = running, waiting, seconds
         self.core = SimpleNamespace(config=SimpleNamespace(slots=SLOTS))
 
     def submit(self, inputs: Any, **_: Any) -> Future[Any]:
         later: Future[Any] = Future()
         answer = SimpleNamespace(output=inputs["full"])
-        timer = threading.Timer(1 + self.waiting / SLOTS, later.set_result, [answer])
+        timer = threading.Timer(
+            self.seconds * (1 + self.waiting / SLOTS), later.set_result, [answer]
+        )
         timer.daemon = True
         timer.start()
         return later
 
 
-def coverage(encoder: InputProcessor, busy: int, waiting: int, requests: int) -> dict[str, Any]:
-    """Of watched requests of four clients, one a second, at the default deadline. Takes as many
-    seconds."""
+def coverage(
+    encoder: InputProcessor, busy: int, waiting: int, requests: int, seconds: float = 1.0
+) -> dict[str, Any]:
+    """Of watched requests of four clients, one in so many seconds, at the default deadline."""
     promise = Promise("disagreement", 0.01, 0.95)
-    engine: Any = _Busy(busy, waiting)
+    engine: Any = _Busy(busy, waiting, seconds)
     config = WatchConfig(share=1.0)
     watcher = Watcher(engine, encoder, promise, config)
     draw = np.random.default_rng(5)
@@ -252,7 +255,7 @@ def coverage(encoder: InputProcessor, busy: int, waiting: int, requests: int) ->
         pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
         watcher.offer(Sample({"full": answer}, {}, answer, image, "Caption:", f"{number % 4}"))
-        time.sleep(1)
+        time.sleep(seconds)
     watcher.settle(2 * config.deadline)
     watcher.close()
     return {

@@ -65,6 +65,20 @@ def watch_average() -> Table:
     )
 
 
+def watch_unequal() -> Table:
+    """Images that are asked about unequally often: alarms of a promise that holds, as images were
+    drawn before and as they are, and draws until 5 times the risk is noticed."""
+    return Table.of(
+        record("watched")["unequal"],
+        {
+            "promised, by": "at most {promised:.2%} by {unit}",
+            "alarms though it holds, before": "{alarms_before:.0%}",
+            "now": "{false_alarms:.1%} of {streams} over {images} draws",
+            "5 times the risk": "{median_images:.0f} (p95 {p95_images:.0f}) draws",
+        },
+    )
+
+
 def watch_coverage() -> Table:
     """Watched requests that are compared under load."""
     return Table.of(
@@ -97,5 +111,6 @@ TABLES: dict[str, MakeTable] = {
     "watch-delays": watch_delays,
     "watch-average": watch_average,
     "watch-coverage": watch_coverage,
+    "watch-unequal": watch_unequal,
     "serving": http,
 }

@@ -74,6 +74,82 @@ def needed_images() -> Table:
     )
 
 
+def tests_need() -> Table:
+    """Images for a pass in four of five trials, by test and true risk."""
+    return Table.of(
+        record("simulated")["needed"],
+        {
+            "target": "{target:.0%}",
+            "true risk": "{risk:.2%}",
+            "exact, no image added": "{exact:,}",
+            "as we test": "{sharp:,} (+{more:.0%})",
+            "bets alone": "{bets:,}",
+        },
+    )
+
+
+def fractions_need() -> Table:
+    """The same for losses between 0 and 1."""
+    return Table.of(
+        record("simulated")["fractions"],
+        {
+            "target": "{target:.0%}",
+            "true risk": "{risk:.2%}",
+            "losses": "{losses}",
+            "as we test": "{sharp:,}",
+            "bets alone": "{bets:,}",
+        },
+    )
+
+
+def kept() -> Table:
+    """Promises of what came later: groups, kinds, a search, a file that grows."""
+    found = record("simulated")
+    rows = [
+        {
+            "what": f"images in groups of {row['size']}, correlation 0.5",
+            "without": "each counted alone",
+        }
+        | row
+        for row in found["groups"]
+    ]
+    rows += [
+        {"what": "60% captions at 0.2%, questions above the target", "without": "all together"}
+        | found["kinds"],
+        {"what": "a file that grows, looked at 17 times", "without": "each look as the first"}
+        | found["grown"],
+        {"what": "40 pairs of thresholds, ordered on 300 images, tested on 700"}
+        | found["two_steps"],
+    ]
+    return Table.of(
+        rows,
+        {
+            "what": "{what}",
+            "broken without the rule": lambda row: (
+                f"{row['broken_before']:.1%} {row['without']}" if "without" in row else ""
+            ),
+            "broken": lambda row: f"{row['broken']:.1%} {_between(row)} of {row['trials']}",
+        },
+    )
+
+
+def _between(row: Value) -> str:
+    low, high = row["interval"]
+    return f"[{low:.1%}, {high:.1%}]"
+
+
+def unlike() -> Table:
+    """Answers called unlike the calibrated ones, by what their images are."""
+    return Table.of(
+        record("simulated")["likeness"],
+        {
+            "images": "{images}",
+            "answers": "{answers}",
+            "called unlike": lambda row: f"{row['unlike']:.1%} {_between(row)}",
+        },
+    )
+
+
 def broken() -> Table:
     """How often a promise was given at a risk above the target, without each rule and with it."""
     found = record("simulated")
@@ -188,6 +264,10 @@ TABLES: dict[str, MakeTable] = {
     "demo": demo,
     "calibrated": calibrated,
     "images-needed": needed_images,
+    "tests-need": tests_need,
+    "fractions-need": fractions_need,
+    "guarantee-kept": kept,
+    "likeness": unlike,
     "guarantee-broken": broken,
     "look-alikes": alike,
     "guarantee-boundary": at_boundary,

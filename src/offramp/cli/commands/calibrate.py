@@ -145,6 +145,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     from dataclasses import replace
 
     from offramp.calibration.calibrate import calibrate
+    from offramp.calibration.ledger import note_attempts, with_ledger
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS
@@ -170,26 +171,28 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
             score=policy.score, shortlist=policy.shortlist,
         )  # fmt: skip
     _say_how_long(runtime or adapter, encoder, examples, policy, arguments)
-    calibration = calibrate(
-        adapter,
-        encoder,
-        items,
-        policy,
-        costs=costs,
-        runtime=runtime,
-        first=arguments.first_threshold,
-        visual_keep=shares,
-        batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
-        progress=lambda path: progress(path, "calibrate"),
-        **asked,
-    )
-    found = calibration.to_json()
-    try:
-        _store(adapter, calibration, examples, arguments, out)
-    except StorageError as error:
-        error.result = found  # it took long to find
-        raise
+    with with_ledger(adapter) as adapter:
+        calibration = calibrate(
+            adapter,
+            encoder,
+            items,
+            policy,
+            costs=costs,
+            runtime=runtime,
+            first=arguments.first_threshold,
+            visual_keep=shares,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            progress=lambda path: progress(path, "calibrate"),
+            **asked,
+        )
+        found = calibration.to_json()
+        note_attempts(adapter.backbone, calibration.attempts)
+        try:
+            _store(adapter, calibration, examples, arguments, out)
+        except StorageError as error:
+            error.result = found  # it took long to find
+            raise
     show_result(found, _table(calibration), as_json=arguments.json)
     if calibration.reason and not arguments.write:
         of = f"--adapter {arguments.adapter} --data {arguments.data[0]}{asked_again(arguments)}"
@@ -239,6 +242,9 @@ def _store(
         if source is None or source.resolve() == out.resolve():
             return
     folder = source or out
+    if not written and not calibration.path:
+        log.info("The adapter in %s stays as it was.", folder)
+        return
     with_attempts(adapter, calibration).save(folder)
     if written:
         log.info("The attempt is recorded in %s too.", folder)
@@ -257,7 +263,7 @@ def _table(calibration: Any) -> str:
         took = "" if point.seconds is None else f"{point.seconds * 1e6:.0f}"
         points.append(f"{shown:<32}{point.risk:>10.4f}{point.bound:>10.4f}{took:>10}")
     lines = [f"{'thresholds':<32}{'risk':>10}{'at most':>10}{'us/token':>10}", *few(points, 5), ""]
-    if calibration.attempt > 1:
+    if calibration.attempt > 1 and calibration.path:
         lines.append(
             f"This is attempt {calibration.attempt} on these images, so it is tested at a "
             f"confidence of {calibration.level:.2%}: all attempts together keep "

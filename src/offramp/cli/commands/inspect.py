@@ -224,7 +224,7 @@ def _forecast(found: Any, level: float) -> str:
         shares = "".join(f"{share:>14.0%}" for share in p.settled.values())
         lines.append(
             f"{f'{p.depth} of {found.layers}':<10}{p.agreement:>8.0%}{shares}"
-            f"{p.speedup[level]:>11.2f}x"
+            f"{p.speedup[level]:>11.1f}x"
         )
     speed = best.speedup[level]
     if speed < WORTH:
@@ -233,6 +233,11 @@ def _forecast(found: Any, level: float) -> str:
         f"Best: depth {best.depth}, decoding {speed:.1f}x as fast on this machine, while "
         f"{level:.0%} of all tokens stay the full model's."
     )
+    told = [
+        f"{target:.0%}: {speed:.1f}x [{low:.1f}, {high:.1f}]"
+        for target, (speed, low, high) in best.calibrated.items()
+    ]
+    lines.append(f"Calibrated so that at most so many answers differ: {', '.join(told)}.")
     return "\n".join(lines)
 
 

@@ -1,0 +1,96 @@
+"""Attempts at a guarantee by images, beside those that an adapter keeps.
+
+Exits that are trained again and calibrated on the same images are one more attempt on these, though
+the new adapter knows of none. So attempts are also kept by model, in a file of the machine's user,
+and all that share an image share one error budget (`offramp.calibration.attempts`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from offramp.adapter import Adapter
+from offramp.calibration.attempts import Attempt
+from offramp.errors import DataError, StorageError
+from offramp.models.backbone import Backbone
+from offramp.storage import check_writable, digest_rows, locked_folder, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+_LARGEST = 2**30
+"""Bytes of the largest file that is read."""
+
+
+def ledger_of(backbone: Backbone) -> Path:
+    """The file of a model, by what does not change with its precision or its folder."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    kinds = [config.model_type for config in (backbone.model.config, backbone.text_config)]
+    sizes = [*kinds, backbone.depth, backbone.width, backbone.vocabulary]
+    return Path(base) / "offramp" / f"attempts-{digest_rows([sizes])[:16]}.json"
+
+
+@contextmanager
+def with_ledger(adapter: Adapter) -> Iterator[Adapter]:
+    """The adapter with the attempts of others of its model on this machine too. Nobody else adds
+    any meanwhile.
+
+    Raises:
+        DataError: the file is damaged. StorageError: another calibration of this model runs.
+    """
+    file = ledger_of(adapter.backbone)
+    try:
+        check_writable(file)
+    except StorageError as error:
+        log.warning("Attempts of other adapters are not known: %s", error.problem)
+        yield adapter
+        return
+    held = ExitStack()
+    try:
+        held.enter_context(locked_folder(file.parent, f"{file.name}.lock"))
+    except StorageError as error:
+        raise StorageError(
+            "Other exits of this model are calibrated at this moment, on images that may be the "
+            "same.",
+            "Wait until that has ended: of two at once it is not known which is the first.",
+        ) from error
+    with held:
+        yield replace(adapter, attempts=_merged(adapter.attempts, _read(file)))
+
+
+def note_attempts(backbone: Backbone, attempts: Sequence[Attempt]) -> None:
+    """Add the attempts that were made, inside `with_ledger`. What cannot be written is said."""
+    file = ledger_of(backbone)
+    try:
+        write_json(file, [attempt.to_json() for attempt in attempts])
+    except StorageError as error:
+        log.warning("The attempt is kept in the adapter alone: %s", error.problem)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    try:
+        found = read_json(file, largest=_LARGEST)
+        return [Attempt.from_json(value).to_json() for value in found]
+    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{file} does not list attempts, so it is not known which were made.",
+            "Restore the file; without it each adapter's attempts are counted alone.",
+        ) from error
+
+
+def _merged(own: Sequence[Any], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each attempt once: of what is asked the same of the same images, the longer list."""
+    known: dict[tuple[str, int], dict[str, Any]] = {}
+    for value in [*others, *own]:
+        attempt = Attempt.from_json(value).to_json()
+        key = (attempt["asked"], attempt["number"])
+        if key not in known or len(attempt["images"]) >= len(known[key]["images"]):
+            known[key] = attempt
+    return list(known.values())
