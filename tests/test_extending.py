@@ -9,9 +9,12 @@ from typing import Any
 import fakes
 import pytest
 import torch
+from PIL import Image
 
-from offramp import Adapter, ExitPolicy, Exits, TrainConfig, generate
+import offramp
+from offramp import Adapter, ExitPolicy, Exits, TrainConfig, cli, generate
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, register_score
+from offramp.engines import ENGINES
 from offramp.errors import AdapterError, InputError
 from offramp.models.exit_kinds import EXIT_KINDS, register_exit
 from offramp.models.input_processor import InputProcessor
@@ -20,23 +23,24 @@ from offramp.training.trainer import train
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+REGISTRIES: Any = (SCORES, FEATURE_SCORES, EXIT_KINDS, LOSSES, ENGINES)
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
 @pytest.fixture(autouse=True)
 def plugins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """All blocks run, one after the other, each in names of its own; their names by block."""
-    for registry in (SCORES, FEATURE_SCORES, EXIT_KINDS, LOSSES):
+    for registry in REGISTRIES:
         for name, value in list(registry.items()):
             monkeypatch.setitem(registry, name, value)
-    before = [dict(r) for r in (SCORES, FEATURE_SCORES, EXIT_KINDS, LOSSES)]
+    before = [dict(r) for r in REGISTRIES]
     scopes: dict[str, Any] = {}
     for block in BLOCKS:
         scope: dict[str, Any] = {}
         exec(compile(block, str(PAGE), "exec"), scope)
         scopes |= scope
     yield scopes
-    for registry, old in zip((SCORES, FEATURE_SCORES, EXIT_KINDS, LOSSES), before, strict=True):
+    for registry, old in zip(REGISTRIES, before, strict=True):
         registry.clear()
         registry.update(old)
 
@@ -101,3 +105,17 @@ def test_names_that_are_taken_are_refused(backbone):
         Exits(backbone("llava"), (2,), kind="laier")
     with pytest.raises(InputError, match="cannot read 'states'"):
         register_score("mine", lambda x: x, reads="states")
+
+
+def test_a_registered_engine_answers_by_name_in_python_and_on_the_command_line(
+    plugins: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = Image.new("RGB", (32, 32), "grey")
+    picture.save(tmp_path / "grey.png")
+    usual, loaded = offramp.load("tiny-opt"), offramp.load("tiny-opt", engine="timed")
+    assert loaded.answer(picture, "Caption:") == usual.answer(picture, "Caption:")
+    assert loaded.model.answers == 1
+    asked = ["generate", "--adapter", "tiny-opt", "--image", str(tmp_path / "grey.png"), "--engine"]
+    assert cli.main([*asked, "timed"]) == 0
+    assert cli.main([*asked, "timid"]) == 2
+    assert "'timed'" in capsys.readouterr().err

@@ -33,8 +33,6 @@ Options = Callable[[Parser], None]
 _SAME: Any = object()
 PLAIN = tuple(name for name, one in ENGINES.items() if not one.replaces and name != "compiled")
 """Those that run an adapter's decoder in PyTorch, many answers at once."""
-RUNTIMES = tuple(name for name, one in ENGINES.items() if one.replaces)
-"""Those that run it in an adapter's place."""
 NAMED_EXITS = (
     "folder or hub name of trained exits; or photo or tiny-opt, which ship with theirs, or "
     "tiny-t5, without"
@@ -301,9 +299,20 @@ def engine_option(group: Any, engines: Collection[str] = tuple(ENGINES)) -> None
     """What runs the decoder, of these."""
     known = ", ".join(f"{n} ({said})" if (said := ENGINES[n].said) else n for n in engines)
     group.add_argument(
-        "--engine", metavar="NAME", default="torch", choices=engines,
+        "--engine", metavar="NAME", default="torch", choices=_Engines(engines),
         help=f"what runs the decoder: {known} (default: torch)",
     )  # fmt: skip
+
+
+class _Engines(tuple[str, ...]):
+    """Names of engines that ship; a plug-in's is in it too, which is looked for once it is asked
+    for."""
+
+    def __contains__(self, name: object) -> bool:
+        if name in ENGINES:
+            return super().__contains__(name) or not ENGINES[str(name)].ships
+        load_plugins()
+        return name in ENGINES
 
 
 TORCH, MTMD = "torch", "mtmd"

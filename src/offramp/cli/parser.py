@@ -122,7 +122,7 @@ class Parser(argparse.ArgumentParser):
 class HelpAll(argparse.Action):
     """Prints the help of all options of a command, and ends it."""
 
-    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+    def __call__(self, parser: Any, *_: Any) -> None:
         parser.usual = None
         parser.print_help()
         parser.exit()

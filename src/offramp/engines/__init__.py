@@ -27,9 +27,14 @@ class Engine:
     said: str = ""
     replaces: bool = False
 
+    @property
+    def ships(self) -> bool:
+        """Whether it is of this package, and not of a plug-in."""
+        return isinstance(self.home, str)
+
     def open(self, model: Any, **sizes: Any) -> Any:
         """What generates by this engine."""
-        made = self.home if callable(self.home) else import_module(self.home).open
+        made = import_module(self.home).open if isinstance(self.home, str) else self.home
         return made(model, **sizes)
 
 
@@ -62,7 +67,7 @@ def register_engine(
     Raises:
         InputError: the name is that of an engine that ships.
     """
-    if name in ENGINES and not callable(ENGINES[name].home):
+    if name in ENGINES and ENGINES[name].ships:
         raise InputError(f"{name!r} is an engine that ships.", "Choose another name.")
     ENGINES[name] = Engine(open, said, replaces)
 

@@ -10,7 +10,6 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_items
 from offramp.cli.options import (
-    RUNTIMES,
     add_command,
     asked_again,
     batch_option,
@@ -23,7 +22,7 @@ from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, named, one_of, share, some, whole
 from offramp.engine.policy import RANKINGS
-from offramp.engines import ENGINES
+from offramp.engines import ENGINES, engine_named
 from offramp.errors import StorageError
 from offramp.plugins import load_plugins
 
@@ -221,8 +220,9 @@ def _say_how_long(
         batch_size=rows, max_new_tokens=arguments.max_new_tokens,
     )  # fmt: skip
     once = (time.perf_counter() - begin) * len(examples) / rows
-    replayed = arguments.engine not in RUNTIMES and can_replay(policy) and not arguments.visual_keep
-    grid = COARSE if arguments.engine in RUNTIMES else GRID
+    elsewhere = engine_named(arguments.engine).replaces
+    replayed = not elsewhere and can_replay(policy) and not arguments.visual_keep
+    grid = COARSE if elsewhere else GRID
     passes = 2 if replayed else 1 + len(grid)
     log.info("Calibrating on %d examples takes about %s.", len(examples), duration(once * passes))
 

@@ -10,7 +10,6 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import load_adapter, load_model, policy_of, read_data, unseen_items
 from offramp.cli.options import (
-    RUNTIMES,
     add_command,
     batch_option,
     field_option,
@@ -21,7 +20,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser, one_of
-from offramp.engines import ENGINES
+from offramp.engines import ENGINES, engine_named
 from offramp.errors import InputError
 
 
@@ -97,7 +96,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     settings["metrics"] = None if arguments.metrics is None else tuple(arguments.metrics)
     Settings(arguments.task, **settings)  # a mistake should not wait for data and model
     check_runtime(arguments)
-    if alone and arguments.engine in RUNTIMES:
+    if alone and engine_named(arguments.engine).replaces:
         raise InputError(f"--engine {arguments.engine} runs an adapter.", "Give --adapter.")
     if alone and arguments.backbone is None:
         raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")

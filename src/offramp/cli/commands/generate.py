@@ -119,7 +119,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
     for image, inputs in _questions(arguments, encoder):
-        result = _answer(runtime, inputs, policy, arguments.seed, options)
+        result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
         _show(image, result, encoder, arguments)
         if policy is adapter.policy and not policy.lossless:
             _say_likeness(adapter, arguments.prompt, result)
@@ -229,12 +229,12 @@ def _typed() -> Iterator[str]:
 
 
 def _answer(
-    runtime: Any, inputs: dict[str, Any], policy: Any, seed: int, options: dict[str, Any]
+    runtime: Any, backbone: Any, inputs: dict[str, Any], policy: Any, seed: int,
+    options: dict[str, Any],
 ) -> Any:
     """One answer; each starts from the seed anew."""
     from offramp.engine.prefill import check_inputs
 
-    backbone = runtime.backbone
     try:
         check_inputs(inputs, backbone.model)
     except InputError as error:

@@ -16,7 +16,6 @@ from offramp.cli.loading import open_named
 from offramp.cli.options import (
     NAMED_EXITS,
     PLAIN,
-    RUNTIMES,
     add_command,
     engine_option,
     field_options,
@@ -27,6 +26,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import print_json, tell
 from offramp.cli.parser import Parser, or_none, threads, whole
+from offramp.engines import engine_named
 from offramp.errors import InputError, StorageError
 
 SLOTS, LLAMA_CPP_SLOTS = 8, 4
@@ -329,7 +329,7 @@ def _serial(arguments: argparse.Namespace, model: Any) -> Any:
 
     from offramp.adapter import Adapter
 
-    if arguments.engine not in RUNTIMES:
+    if not engine_named(arguments.engine).replaces:
         return model if arguments.slots == 1 else None
     if not isinstance(model, Adapter):
         raise InputError(
