@@ -75,6 +75,20 @@ class Pruning(NamedTuple):
         """For people."""
         return f"behind depth {self.depth}" if self.depth else "to the decoder"
 
+    @property
+    def name(self) -> str:
+        """As a stage of a prompt (`offramp.engine.decoding.rule.PromptStage`)."""
+        return "pruning"
+
+    @property
+    def refusal(self) -> tuple[str, str]:
+        """Where an executor cannot leave any token out."""
+        return (
+            f"The policy lets {self.keep:g} of the visual tokens go on {self.where}, and what runs "
+            "the layers here cannot leave any behind.",
+            "Use a policy with visual_keep=1, or PyTorch, where layers run in slots.",
+        )
+
 
 _BY_DEPTH = ("thresholds", "first", "drafts")
 RETIRED = ("guesses", "weights", "gates")
@@ -161,6 +175,11 @@ class ExitPolicy:
             return None
         depth = 0 if RANKINGS[self.visual_ranking] else min(self.thresholds)
         return Pruning(depth, self.visual_keep, self.visual_ranking)
+
+    @property
+    def stages(self) -> tuple[Pruning, ...]:
+        """What is done to a prompt between layers."""
+        return () if self.pruning is None else (self.pruning,)
 
     @property
     def depths(self) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from offramp.engine.decoding.reader import Heads, Query, ReadsPrompts, TokenSamp
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
 from offramp.engine.decoding.sequence import Opening, Sequence, Token
-from offramp.engine.policy import Pruning
 from offramp.errors import InputError
 
 
@@ -82,16 +81,16 @@ class Decoder:
                     openings[row] = Opening(token, score)
             return all(said.token is not None for said in openings)
 
-        more: dict[str, Any] = {}
-        if rule.pruning is not None:
-            more["pruning"] = self._checked(rule.pruning)
+        for stage in rule.stages:
+            if stage.name not in getattr(self.executor, "stages", ()):
+                raise InputError(*stage.refusal)
         prompt = reader.read(
             prepared,
             use_exits=rule.uses_exits,
             decide=decide if opening.thresholds else None,
             asks=frozenset(opening.thresholds),
             keep=self.drafter.keeps if self.drafter is not None and rule.drafts else None,
-            **more,
+            **{stage.name: stage for stage in rule.stages},
         )
         if prompt.logits is not None:
             word = self.heads.of_logits(prompt.logits)
@@ -100,15 +99,6 @@ class Decoder:
                     said = Token(word(row, queries[row]), self.layers, score)
                     openings[row] = Opening(said, score)
         return prompt, openings
-
-    def _checked(self, pruning: Pruning) -> Pruning:
-        if not getattr(self.executor, "prunes", False):
-            raise InputError(
-                f"The policy lets {pruning.keep:g} of the visual tokens go on {pruning.where}, and "
-                "what runs the layers here cannot leave any behind.",
-                "Use a policy with visual_keep=1, or PyTorch, where layers run in slots.",
-            )
-        return pruning
 
     def join(
         self,

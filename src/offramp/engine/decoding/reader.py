@@ -68,8 +68,8 @@ class Heads(Protocol):
 class ReadsPrompts(Protocol):
     """Reads prompts for an executor. What `read` returns has `logits` [B, V] of the first token
     where not every row's first token exited, or None where the prompt waits at an exit and layers
-    above are to say it; the rest is the executor's affair. Where visual tokens are to stay at an
-    exit, `read` is given `pruning` too, an `offramp.engine.policy.Pruning`."""
+    above are to say it; the rest is the executor's affair. The stages of the answer's rule come
+    as further arguments, by their names."""
 
     def read(
         self,

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-
-from offramp.engine.policy import Pruning
 
 
 class Verdict(NamedTuple):
@@ -18,6 +16,18 @@ class Verdict(NamedTuple):
 
     token: int
     score: float
+
+
+class PromptStage(Protocol):
+    """What is done to a prompt between layers, such as leaving visual tokens out. The executor's
+    reader of prompts takes it as the argument `name`; executors that know it have that name in
+    `stages`, and for others `refusal` says what is the matter and what to do."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def refusal(self) -> tuple[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -29,14 +39,14 @@ class ExitRule:
     first: the same of an answer's first token; None: as every token.
     lossless: whether exits only draft, and the full model verifies.
     max_drafts: tokens that are drafted in a round, at most.
-    pruning: where visual tokens of the prompt stay; None: all go through all layers.
+    stages: what is done to a prompt between layers.
     """
 
     thresholds: Mapping[int, float]
     first: Mapping[int, float] | None = None
     lossless: bool = False
     max_drafts: int = 8
-    pruning: Pruning | None = None
+    stages: tuple[PromptStage, ...] = ()
 
     @cached_property
     def opening(self) -> ExitRule:

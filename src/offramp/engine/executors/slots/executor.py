@@ -99,7 +99,7 @@ class SlotExecutor(SegmentRunner):
     """
 
     rows: int | None = None
-    prunes = True
+    stages = frozenset({"pruning"})
     """Whether visual tokens of a prompt may stay behind at an exit."""
 
     def __init__(
