@@ -253,6 +253,43 @@ def test_neither_the_server_nor_a_sliced_model_needs_torch() -> None:
     assert "torch" not in loaded_by("offramp.runtimes.edge.served")
 
 
+OUTER = (
+    "adapter", "calibrat", "compiled", "constraint", "gguf", "guarantee", "image", "json",
+    "llama", "packed", "prefix", "prun", "quanti", "server", "shortlist", "stream", "torch",
+    "transformers", "vision", "watch",
+)  # fmt: skip
+"""Words of what is attached to the decoder from outside."""
+
+
+def test_the_innermost_ring_imports_and_names_nothing_of_the_others() -> None:
+    inner = [*SOURCE.glob("engine/decoding/*.py")]
+    own = ("offramp.engine.decoding", "offramp.engine.policy", "offramp.errors", "numpy")
+    for file in inner:
+        outside = {m for m in imports(file) if m.split(".")[0] not in sys.stdlib_module_names}
+        assert [m for m in outside if not m.startswith(own)] == [], file.name
+        code = ast.unparse(_without_docstrings(ast.parse(file.read_text(encoding="utf-8"))))
+        assert [w for w in OUTER if w in code.lower()] == [], file.name
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [n for n in body if not _is_text(n)] or [ast.Pass()]
+    return tree
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def test_the_page_of_the_core_tells_each_of_its_files() -> None:
+    page = (SOURCE.parents[1] / "docs" / "core.md").read_text(encoding="utf-8")
+    files = {f.name for f in SOURCE.glob("engine/decoding/*.py")} - {"__init__.py"}
+    inner = page.partition("## The ring without PyTorch")[2].partition("## Around it")[0]
+    assert {w for w in inner.split("`") if w.endswith(".py")} == files
+
+
 def test_the_decoder_needs_no_torch() -> None:
     modules = ["offramp.engine.decoding.decoder", "offramp.engine.policy"]
     loaded = loaded_by(*modules, "offramp.runtimes.llama_cpp.executor")

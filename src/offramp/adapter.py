@@ -23,7 +23,7 @@ from offramp.engine.prefill import IMAGES, Prepared
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.stamp import Stamp
 from offramp.errors import AdapterError, InputError
-from offramp.guarantee import Standing, standing
+from offramp.guarantee import GuaranteeStatus, standing
 from offramp.likeness import Likeness
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
@@ -206,7 +206,7 @@ class Adapter(CalledAsModel):
         said = self.provenance.get("of_format")
         return said if isinstance(said, str) else None
 
-    def standing(self, *, engine: str | None = None, **known: Any) -> Standing:
+    def standing(self, *, engine: str | None = None, **known: Any) -> GuaranteeStatus:
         """What is guaranteed of its answers on this backbone, or why nothing is.
 
         engine: the name of a runtime that answers in its place. known: of requests: see

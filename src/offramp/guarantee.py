@@ -62,7 +62,7 @@ def risk_words(risk: str, unit: str) -> str:
 
 
 @dataclass(frozen=True)
-class Standing:
+class GuaranteeStatus:
     """promise: what is guaranteed here; None: nothing. why: what stands against a calibration that
     there is; empty where there is none, or where it found nothing to guarantee."""
 
@@ -77,27 +77,29 @@ class Standing:
         return f"not guaranteed here: {self.why}" if self.why else ""
 
 
-def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> Standing:
+def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> GuaranteeStatus:
     """What a calibration guarantees under these conditions."""
     if not calibration or calibration.get("measured") is None:
-        return Standing()
+        return GuaranteeStatus()
     missing = [name for name in NEEDED if calibration.get(name) is None]
     if missing:
         said = ", ".join(missing)
-        return Standing(why=f"the calibration does not say {said}, so it needs to be made again")
+        why = f"the calibration does not say {said}, so it needs to be made again"
+        return GuaranteeStatus(why=why)
     target, confidence = calibration["target"], calibration["confidence"]
     if not (_is_share(target) and _is_share(confidence)):
-        return Standing(why=f"a target of {target} at a confidence of {confidence} says nothing")
+        why = f"a target of {target} at a confidence of {confidence} says nothing"
+        return GuaranteeStatus(why=why)
     bound = calibration.get("bound")
     if not isinstance(bound, int | float) or not bound <= target + 1e-6:
-        return Standing(why=f"the risk was bounded by {bound}, and {target} was to be shown")
+        return GuaranteeStatus(why=f"the risk was bounded by {bound}, and {target} was to be shown")
     then = Conditions(calibration["conditions"])
     found = differences(then, here, risk=calibration["risk"])
     if found:
-        return Standing(why="; ".join(found))
+        return GuaranteeStatus(why="; ".join(found))
     names = ("risk", "target", "confidence", "unit", "n")
     kinds = calibration.get("kinds") if calibration.get("each_kind") else None
-    return Standing(
+    return GuaranteeStatus(
         Promise(
             **{name: calibration[name] for name in names},
             largest=calibration.get("largest") or 1,

@@ -25,7 +25,6 @@ from offramp.data.example import Example, examples_digest
 from offramp.data.scenes import language, world
 from offramp.engine.decoding.reader import Query
 from offramp.engine.decoding.rule import Verdict
-from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import add_exit_entries
@@ -38,6 +37,7 @@ from offramp.engine.policy import (
     policy_to_json,
 )
 from offramp.engine.prefill import Prefill, prepare
+from offramp.engine.sampler import Sampler
 from offramp.engine.teacher_forcing import StateRecorder
 from offramp.errors import InputError, OfframpError
 from offramp.models.backbone import Backbone

@@ -12,10 +12,10 @@ import torch
 from decoding import NEW
 
 from offramp.engine.decoding.noise import gumbel
-from offramp.engine.decoding.sampler import PyTorchNoise, Sampler, SeededNoise
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import prepare
+from offramp.engine.sampler import PyTorchNoise, Sampler, SeededNoise
 from offramp.runtimes.edge.sampling import Sampler as ArraySampler
 from offramp.runtimes.edge.sampling import Sampling
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from families import NAMES, build, depths, one_row
 
-from offramp.engine.decoding.sampler import Sampler, SeededNoise
 from offramp.engine.executors.choice import EXECUTORS
 from offramp.engine.generate import generate
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import MODES, ExitPolicy, GenerationOutput
+from offramp.engine.sampler import Sampler, SeededNoise
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exit_kinds import EXIT_KINDS, ExitKind

@@ -12,11 +12,11 @@ from fakes import Blip2FakeProcessor, examples
 from families import one_row
 
 from offramp.adapter import Adapter
-from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.executors.slots.cache import SlotCache
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.prompt import PromptReader
 from offramp.errors import BusyError, InputError, UnsupportedBackboneError
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache

@@ -49,7 +49,7 @@ hidden states, position or previous token. Those that do not ask for logits run 
 
 HEADS: dict[str, Callable[..., Any]] = {}
 """Registered confidence that no score of one exit can express, by name: a factory that is called
-as `offramp.engine.decoding.exit_reader.ExitHeads` is, and returns a subclass of it."""
+as `offramp.engine.heads.ExitHeads` is, and returns a subclass of it."""
 
 ROUNDING = 1e-3
 """By which a score may miss [0, 1]: half precision's."""

@@ -17,23 +17,23 @@ from torch import Tensor, nn
 
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.plan import Plan
-from offramp.engine.decoding.prompt import PromptReader
-from offramp.engine.decoding.reader import ReadsPrompts
+from offramp.engine.decoding.reader import PrefillBackend
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.decoding.sampler import (
-    Noise,
-    Observer,
-    PyTorchNoise,
-    Sampler,
-    SeededNoise,
-    Together,
-)
 from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN, Token
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import Prepared, check_options, prompt_lengths
 from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.prompt import PromptReader
+from offramp.engine.sampler import (
+    Noise,
+    Observer,
+    PyTorchNoise,
+    Sampler,
+    SeededNoise,
+    StopTogether,
+)
 from offramp.engine.self_check import prove, prove_prepared
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -139,7 +139,7 @@ def _write(
 
 def write_answers(
     decoder: Decoder,
-    reader: ReadsPrompts,
+    reader: PrefillBackend,
     prepared: Prepared,
     rule: ExitRule,
     *,
@@ -159,7 +159,7 @@ def write_answers(
     pad = 0 if pad is None else int(pad.flatten()[0])
     told = None if streamer is None else _Streamed(prepared.ids, pad, streamer)
     noise = _noise(rows, seed, prepared)
-    together = Together.of(prepared)
+    together = StopTogether.of(prepared)
     samplers = [
         Sampler(
             prepared,
@@ -201,7 +201,7 @@ def write_answers(
     )
 
 
-def _cut(together: Together, row: int, answer: Sequence[Token]) -> list[Token]:
+def _cut(together: StopTogether, row: int, answer: Sequence[Token]) -> list[Token]:
     """A row's answer as long as the others; what came behind its own end counts at no depth."""
     length, end = min(len(answer), together.length), together.ended.get(row, len(answer))
     return [

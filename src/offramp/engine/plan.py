@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from offramp.engine.confidence import HEADS, check_thresholds
-from offramp.engine.decoding.exit_reader import ExitHeads
 from offramp.engine.decoding.plan import Plan, draft_levels, drafter_at
-from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.drafter import DraftingExit
 from offramp.engine.executors.choice import executor_for
+from offramp.engine.heads import ExitHeads
 from offramp.engine.policy import KV_POLICIES, ExitPolicy, first_token_may_exit
+from offramp.engine.prompt import PromptReader
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 

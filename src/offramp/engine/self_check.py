@@ -19,16 +19,16 @@ from torch import Tensor
 
 from offramp.data.example import Example
 from offramp.engine.decoding.executor import too_long
-from offramp.engine.decoding.exit_reader import ExitHeads
 from offramp.engine.decoding.reader import Query
 from offramp.engine.decoding.rule import Verdict
-from offramp.engine.decoding.sampler import Sampler
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.executors.choice import EXECUTORS
 from offramp.engine.exit_check import ExitOutput
+from offramp.engine.heads import ExitHeads
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prepared, prepare, room_of
+from offramp.engine.sampler import Sampler
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.probe import special_ids

@@ -254,7 +254,7 @@ class EngineCore(Core):
         **how: Any,
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
-        from offramp.engine.decoding.exit_reader import check_company
+        from offramp.engine.heads import check_company
         from offramp.serving.torch_host import TorchHost
 
         config = config or EngineConfig()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.plan import Plan
-from offramp.engine.decoding.reader import ReadsPrompts, TokenSampler
+from offramp.engine.decoding.reader import PrefillBackend, TokenSampler
 from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.policy import ExitPolicy
 from offramp.serving.request import Request
@@ -31,7 +31,7 @@ class Opened:
     answer. longest: tokens of the answer; 0: not known. ids: of the prompt.
     """
 
-    reader: ReadsPrompts
+    reader: PrefillBackend
     given: Any
     sampler: TokenSampler
     longest: int

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.exit_reader import ExitHeads
 from offramp.engine.decoding.plan import Plan
-from offramp.engine.decoding.reader import ReadsPrompts
-from offramp.engine.decoding.sampler import Sampler, SeededNoise
+from offramp.engine.decoding.reader import PrefillBackend
 from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.executors.slots.memory import check_room
+from offramp.engine.heads import ExitHeads
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import MODES, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import Prepared
 from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.sampler import Sampler, SeededNoise
 from offramp.engine.self_check import prove
 from offramp.engine.stamp import Stamp
 from offramp.errors import InputError
@@ -73,7 +73,7 @@ class PreparedHost:
 
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[Prepared, ReadsPrompts, Any]:
+    ) -> tuple[Prepared, PrefillBackend, Any]:
         """As `PromptReader.prepare`; what reads the prompt, and what that is given."""
         raise NotImplementedError
 
@@ -135,7 +135,7 @@ class TorchHost(PreparedHost):
 
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[Prepared, ReadsPrompts, Any]:
+    ) -> tuple[Prepared, PrefillBackend, Any]:
         prepared = self._prompts.prepare(inputs, options)
         return prepared, self._prompts, prepared
 

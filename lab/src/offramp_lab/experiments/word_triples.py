@@ -19,12 +19,12 @@ from transformers import StoppingCriteriaList
 from offramp.adapter import Adapter
 from offramp.engine.decoding.decoder import Decoder
 from offramp.engine.decoding.drafting import DraftBudget, ExitDrafts
-from offramp.engine.decoding.exit_reader import ExitHeads
-from offramp.engine.decoding.prompt import PromptReader
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.generate import write_answers
+from offramp.engine.heads import ExitHeads
 from offramp.engine.policy import FULL, GenerationOutput
+from offramp.engine.prompt import PromptReader
 from offramp.models.backbone import Backbone
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.prompt import Prompt

@@ -13,13 +13,13 @@ from itertools import accumulate
 from typing import Any, cast
 
 from offramp.engine.decoding.executor import Span
-from offramp.engine.decoding.exit_reader import ExitHeads
 from offramp.engine.decoding.plan import Plan
-from offramp.engine.decoding.prompt import Prompt, PromptReader
 from offramp.engine.executors.stack import StackExecutor
 from offramp.engine.exit_check import ExitOutput, Output
+from offramp.engine.heads import ExitHeads
 from offramp.engine.kv_cache import self_attention, store_exit_keys, store_keys
 from offramp.engine.prefill import Prepared
+from offramp.engine.prompt import Prompt, PromptReader
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet

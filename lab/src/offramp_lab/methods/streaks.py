@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from offramp.engine.confidence import max_probability
-from offramp.engine.decoding.exit_reader import ExitHeads
 from offramp.engine.decoding.reader import Query
 from offramp.engine.exit_check import ExitCheck
+from offramp.engine.heads import ExitHeads
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone

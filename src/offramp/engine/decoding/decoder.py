@@ -16,7 +16,7 @@ from typing import Any
 
 from offramp.engine.decoding.drafting import DraftBudget, Drafter
 from offramp.engine.decoding.executor import Executor, Span, too_long
-from offramp.engine.decoding.reader import Heads, Query, ReadsPrompts, TokenSampler
+from offramp.engine.decoding.reader import Heads, PrefillBackend, Query, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
 from offramp.engine.decoding.sequence import Opening, Sequence, Token
@@ -51,7 +51,7 @@ class Decoder:
 
     def read(
         self,
-        reader: ReadsPrompts,
+        reader: PrefillBackend,
         prepared: Any,
         samplers: Many[TokenSampler],
         rule: ExitRule,

@@ -65,7 +65,7 @@ class Heads(Protocol):
         ...
 
 
-class ReadsPrompts(Protocol):
+class PrefillBackend(Protocol):
     """Reads prompts for an executor. What `read` returns has `logits` [B, V] of the first token
     where not every row's first token exited, or None where the prompt waits at an exit and layers
     above are to say it; the rest is the executor's affair. The stages of the answer's rule come

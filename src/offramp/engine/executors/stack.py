@@ -17,7 +17,6 @@ from torch import Tensor
 
 from offramp.engine.decoding.drafting import DraftBudget, Drafts
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.executors.modules.in_place import cannot_compile
 from offramp.engine.executors.segments import SegmentRunner
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
@@ -29,6 +28,7 @@ from offramp.engine.kv_cache import (
     stand_in,
 )
 from offramp.engine.prefill import Prefill
+from offramp.engine.prompt import Prompt
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 

@@ -10,7 +10,7 @@ import numpy as np
 from offramp.engine.confidence import check_thresholds
 from offramp.engine.decoding.executor import Executor, check_context
 from offramp.engine.decoding.plan import Plan
-from offramp.engine.decoding.reader import ReadsPrompts
+from offramp.engine.decoding.reader import PrefillBackend
 from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.policy import ExitPolicy, check_exact
 from offramp.runtimes.edge.sampling import Sampler
@@ -84,7 +84,7 @@ class EdgeHost:
 
     def open(self, request: Request, on_token: OnSettled) -> Opened:
         prompt, options = request.inputs["prompt"], dict(request.options)
-        longest, reader = options.pop("max_new_tokens"), cast(ReadsPrompts, self._executor)
+        longest, reader = options.pop("max_new_tokens"), cast(PrefillBackend, self._executor)
         sampler = Sampler(
             options.pop("sampling"), self._vocabulary.size, request.inputs["ids"], most=longest,
             ends=self._vocabulary.ends, on_token=on_token, seed=request.seed, **options,

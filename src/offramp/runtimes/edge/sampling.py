@@ -1,4 +1,4 @@
-"""Which token comes next, in numpy: the sampler of PyTorch's engines (`engine.decoding.sampler`)
+"""Which token comes next, in numpy: the sampler of PyTorch's engines (`engine.sampler`)
 without Hugging Face's processors. Both draw by the same noise (`engine.decoding.noise`).
 """
 

@@ -16,7 +16,7 @@ from offramp.adapter import PLANS, Adapter, CalledAsModel
 from offramp.engine.confidence import SCORES
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.plan import Plan
-from offramp.engine.decoding.reader import ReadsPrompts
+from offramp.engine.decoding.reader import PrefillBackend
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.generate import write_answers
@@ -310,7 +310,7 @@ class LlamaCppHost(PreparedHost):
 
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[Prepared, ReadsPrompts, Any]:
+    ) -> tuple[Prepared, PrefillBackend, Any]:
         with torch.inference_mode():
             prepared, [prompt] = self.entry.read(inputs, options)
         reader: Any = self._executor

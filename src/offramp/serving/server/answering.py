@@ -22,7 +22,7 @@ from offramp.serving.server.api.protocol import ChatRequest, Sampling, single_qu
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
-from offramp.serving.server.served import Inputs, NoPromise, Standing
+from offramp.serving.server.served import GuaranteeStatus, Inputs, NoPromise
 from offramp.serving.server.service import Place, Service, Use
 from offramp.serving.server.tracing import Trace
 
@@ -342,7 +342,7 @@ async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
 
 def standing_of_request(
     service: Service, request: Sampling, use: Use, hows: Sequence[Generation]
-) -> Standing:
+) -> GuaranteeStatus:
     """What is guaranteed of the answers to a request, where they may exit early."""
     if use.named != "early_exit":
         return NoPromise()

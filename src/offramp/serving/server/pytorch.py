@@ -14,7 +14,7 @@ from offramp.engine.constraint import JsonConstraint
 from offramp.engine.policy import FULL
 from offramp.engine.prefill import check_inputs
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.guarantee import Standing, risk_words, standing
+from offramp.guarantee import GuaranteeStatus, risk_words, standing
 from offramp.likeness import LIKE, Likeness
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
@@ -152,9 +152,9 @@ class TorchServed:
         longest: int | None = None,
         plain: bool | None = None,
         thresholds: Mapping[int, float] | None = None,
-    ) -> Standing:
+    ) -> GuaranteeStatus:
         if self.adapter is None:
-            return Standing()
+            return GuaranteeStatus()
         own = self.adapter.policy
         policy = own if thresholds is None else own.at(thresholds)
         here = Conditions.of(

@@ -65,8 +65,8 @@ class Prompts(Protocol):
         ...
 
 
-class Standing(Protocol):
-    """What is guaranteed, as of `offramp.guarantee.Standing`."""
+class GuaranteeStatus(Protocol):
+    """What is guaranteed, as of `offramp.guarantee.GuaranteeStatus`."""
 
     @property
     def promise(self) -> Any: ...
@@ -168,7 +168,7 @@ class Served(Protocol):
         longest: int | None = None,
         plain: bool | None = None,
         thresholds: Mapping[int, float] | None = None,
-    ) -> Standing:
+    ) -> GuaranteeStatus:
         """Return what is guaranteed of early answers; what is not given is not compared.
 
         asked: the text of a request with one image and one turn, `OTHER` of one with more. longest:

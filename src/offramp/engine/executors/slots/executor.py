@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from offramp.engine.decoding.drafting import DraftBudget, Drafts
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.decoding.prompt import Prompt
 from offramp.engine.executors.modules.in_place import called_in_place, cannot_compile
 from offramp.engine.executors.segments import SegmentRunner
 from offramp.engine.executors.slots.attention import (
@@ -46,6 +45,7 @@ from offramp.engine.executors.slots.tables import (
 )
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
 from offramp.engine.kv_cache import cache_parameter
+from offramp.engine.prompt import Prompt
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet, first
 from offramp.models.opened import LayerCall

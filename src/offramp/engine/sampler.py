@@ -124,7 +124,7 @@ def _check_finite(number: Tensor) -> None:
         raise RuntimeError("The logits to sample from hold inf or nan.")
 
 
-class Together:
+class StopTogether:
     """Rows of a batch without an end token: as in Hugging Face's `generate` each is written on
     until a criterion has ended them all.
 
@@ -136,7 +136,7 @@ class Together:
         self.ended: dict[int, int] = {}
 
     @classmethod
-    def of(cls, prepared: Prepared) -> Together | None:
+    def of(cls, prepared: Prepared) -> StopTogether | None:
         """Of a request's rows; None where each ends by itself."""
         ends = any(hasattr(criterion, "eos_token_id") for criterion in prepared.criteria)
         return None if ends or len(prepared.ids) == 1 else cls(len(prepared.ids))
@@ -168,7 +168,7 @@ class Sampler:
         on_token: OnToken | None = None,
         on_end: Callable[[], None] | None = None,
         observer: Observer | None = None,
-        together: Together | None = None,
+        together: StopTogether | None = None,
     ) -> None:
         """row: of the prepared request. noise: where it samples; None: with a seed of its own.
         on_end: is told that the answer is over. observer: is told the logits that each token is
