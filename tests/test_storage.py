@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,52 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+# folders
+
+
+@pytest.mark.parametrize("value", ["", "cache", "./cache", "../cache"])
+def test_of_the_working_folder_nothing_kept_is_loaded(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled kernels were, where the variable held no absolute path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.cache_folder("native") == tmp_path / ".cache" / "offramp" / "native"
+    monkeypatch.setenv("HOME", "here")
+    with pytest.raises(RuntimeError):
+        storage.cache_folder("native")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert storage.cache_folder("native") == tmp_path / "own" / "offramp" / "native"
+
+
 # write_atomic
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_is_no_plain_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    """Such as /dev/null, of which every program of the machine would find a file."""
+    place = tmp_path / "place"
+    with socket.socket(socket.AF_UNIX) as line:
+        if kind == "pipe":
+            os.mkfifo(place)
+        else:
+            line.bind(str(place))
+        before = place.lstat()
+        for target in (place, tmp_path / "link"):
+            if target != place:
+                target.symlink_to(place)
+            with pytest.raises(StorageError, match="no plain file"):
+                storage.check_writable(target)
+            with pytest.raises(StorageError, match="no plain file"):
+                storage.write_atomic(target, "text")
+        assert place.lstat().st_mode == before.st_mode and names(tmp_path) == ["link", "place"]
+
+
+@pytest.mark.parametrize("name", ["a\x00b", "x" * 5000, "x/" * 3000])
+def test_names_that_no_file_can_have_are_refused(name: str, tmp_path: Path) -> None:
+    for call in (storage.check_writable, lambda path: storage.write_atomic(path, "text")):
+        with pytest.raises(StorageError, match="Cannot write"):
+            call(f"{tmp_path}/{name}")
 
 
 def test_text_is_written_as_utf_8_into_folders_that_are_made(tmp_path: Path) -> None:

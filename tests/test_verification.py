@@ -28,7 +28,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.prepack import prepack
 from offramp.models.shipped import load_tiny
 from offramp.save_and_load import CARD, read_config
-from offramp.verification import Verification, with_thresholds
+from offramp.verification import Verification, _compared, _Row, with_thresholds
 
 SIZES = Settings(rows=(2,), slots=3, longest=6)
 ALONE = ("full", "early exit", "lossless")
@@ -152,6 +152,19 @@ def test_an_error_of_a_model_is_a_broken_promise_and_a_refusal_is_none(
         refused = [path for path in paths if path.refused]
         assert len(refused) == 3 and not any(path.exact for path in refused)
         assert {path.broken for path in refused} == {told}
+        assert all(path.promised for path in refused)
+        run = run_of(paths)
+        held = len(paths) - 3
+        assert f"{held} of {len(paths)} promises hold" in run.words
+        assert ("3 refused" in run.words) is not told
+
+
+def test_of_two_answers_each_longer_than_the_other_every_token_more_differs() -> None:
+    short, long = _Row([1, 2], [3, 3]), _Row([1, 2, 7, 7], [3, 3, 6, 6])
+    found = _compared("a", "b", True, [long, short, short], [short, long, short])
+    assert (found.answers, found.answers_differ) == (3, 2)
+    assert (found.tokens, found.tokens_differ) == (4 + 4 + 2, 2 + 2)
+    assert found.broken and not found.exact
 
 
 # -- other numbers ---------------------------------------------------------------------------------
@@ -171,8 +184,8 @@ def test_in_company_half_precision_promises_where_batches_are_exact() -> None:
     some = Exits(whole, (2, 4)).requires_grad_(False)
     prepack(whole, ExitSet.of(some), every=True)
     paths = verified("blip2-opt", lambda *_: whole, lambda *_: some, torch.bfloat16)
-    promised = {path.path for path in paths if path.promised}
-    assert promised == {f"{mode}, among 3" for mode in ("full", "early exit", "lossless")}
+    kept = {path.path for path in paths if path.promised and not path.declined}
+    assert kept == {f"{mode}, among 3" for mode in ("full", "early exit", "lossless")}
     assert broken(paths) == set()
     rows = [str(path.refused) for path in paths if path.path.endswith("2 rows")]
     assert rows and all("one at a time" in why for why in rows)

@@ -57,7 +57,8 @@ class PathResult:
     another id, or a depth where both have one, stands at its place, and where one answer is longer.
     logits_apart: largest difference of logits, of the 32 largest ones of each token up to the first
     that differs, relative to the largest; None: not compared. scores_apart: of scores, in [0, 1].
-    refused: why nothing was compared; None: it was.
+    refused: why nothing was compared; None: it was. declined: whether that was said in words, so
+    that no wrong answer was given.
     """
 
     path: str
@@ -70,6 +71,7 @@ class PathResult:
     logits_apart: float | None = None
     scores_apart: float | None = None
     refused: str | None = None
+    declined: bool = False
 
     @property
     def exact(self) -> bool:
@@ -78,8 +80,8 @@ class PathResult:
 
     @property
     def broken(self) -> bool:
-        """Whether it was to be exact, and is not."""
-        return self.promised and not self.exact
+        """Whether it was to be exact, and answers otherwise."""
+        return self.promised and not self.exact and not self.declined
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,10 @@ class Run:
     def words(self) -> str:
         """In one line, for people."""
         promised = [path for path in self.paths if path.promised]
-        broken = sum(path.broken for path in promised)
-        found = [f"{len(promised) - broken} of {len(promised)} promises hold"] if promised else []
+        hold, declined = sum(p.exact for p in promised), sum(p.declined for p in promised)
+        found = [f"{hold} of {len(promised)} promises hold"] if promised else []
+        if declined:
+            found.append(f"{declined} refused")
         others = [path for path in self.paths if not path.promised and path.refused is None]
         if others:
             differ, tokens = (
@@ -183,6 +187,8 @@ def _filled(kind: type[Any], value: Mapping[str, Any]) -> Any:
     """An instance of a dataclass of these values, each of its field's type."""
     given = {}
     for name, hint in typing.get_type_hints(kind).items():
+        if name == "declined" and name not in value:  # of an earlier version
+            continue
         given[name] = value[name]
         odd = isinstance(given[name], bool) and hint is not bool
         if odd or not isinstance(given[name], _KINDS.get(typing.get_origin(hint), hint)):

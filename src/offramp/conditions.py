@@ -324,8 +324,8 @@ UNSAID = object()
 
 
 def _keeps_answers(compared: Compared) -> bool:
-    """Of what changes no answer of PyTorch in float32; docs/guarantees.md lists it, and tests try
-    it. A runtime that rounds states to 8 bits lets a last bit grow."""
+    """Of what changes no answer of PyTorch in float32; docs/guarantee-conditions.md lists it, and
+    tests try it. A runtime that rounds states to 8 bits lets a last bit grow."""
     if compared.equal:
         return True
     torch_here = compared.here.get("engine") == TORCH

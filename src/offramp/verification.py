@@ -474,7 +474,7 @@ def _compared(
     compared."""
     for side in (ours, theirs, apart):
         if isinstance(side, _Refused):
-            return PathResult(path, against, promised and not side.clean, refused=side.why)
+            return PathResult(path, against, promised, refused=side.why, declined=side.clean)
     pairs = list(zip(ours, theirs, strict=True))
     wrong = [_differing(*pair) for pair in pairs]
     logits, scores = list[float](), list[float]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import RunCommand, assert_two_lines
+from command_line import TRAIN, RunCommand, assert_two_lines
 from PIL import Image
 
 from offramp.adapter import NO_THRESHOLDS, Adapter
@@ -241,3 +242,40 @@ def test_quiet_is_quiet(image: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["calibrate", "draft", "eval", "train", "verify"])
+def test_a_folder_of_images_that_is_not_there_is_said(
+    command: str, adapter: Path, held_out: Path, run: RunCommand, tmp_path: Path
+) -> None:
+    """With rows that name their images too, for which it was not looked at."""
+    named = {"verify": (adapter,), "train": TRAIN}.get(command, ("--adapter", adapter))
+    more = ("--task", "captions") if command == "eval" else ()
+    found = run(
+        command, *named, *more, "--data", held_out, "--images", tmp_path / "no",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert_two_lines(found, "no folder of images")
+
+
+def test_names_that_are_no_utf_8_are_names(
+    adapter: Path, held_out: Path, photos: Path, run: RunCommand, tmp_path: Path
+) -> None:
+    odd = tmp_path / "\udcff"
+    odd.mkdir()
+    data = Path(shutil.copy(held_out, odd / "\udcff.jsonl"))
+    for image in held_out.parent.glob("*.png"):
+        shutil.copy(image, odd)
+    (odd / "0.png").rename(odd / "\udcff.png")
+    data.write_text(data.read_text().replace('"0.png"', '"\\udcff.png"'))
+    page = odd / "\udcff.html"
+    code, _, err = run("report", "--run", adapter, "--data", data, "--out", page, "--title", odd)
+    assert code == 0, err
+    assert b"</html>" in page.read_bytes()
+    image, prompt = odd / "\udcff.png", ("--prompt", "a", "--max-new-tokens", 2)
+    code, _, err = run("generate", "--adapter", adapter, "--image", image, *prompt)
+    assert code == 0, err
+    for limit in ((), ("--limit", 3)):
+        code, _, err = run("draft", "--adapter", adapter, "--data", data, *limit, "--json",
+                             "--max-new-tokens", 2)  # fmt: skip
+        assert code == 0 or len(err[err.index("error: ") :].splitlines()) == 2, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def test_a_report_replaces_no_part_of_an_adapter(name: str, adapter: Path, run: 
     before = contents(adapter)
     assert name in before
     found = run("report", "--run", adapter, "--out", adapter / name)
-    assert_two_lines(found, name, "--overwrite")
+    assert_two_lines(found, name, "Give another --out")
     assert contents(adapter) == before
 
 
@@ -46,6 +47,40 @@ def test_a_report_replaces_reports_alone(adapter: Path, run: RunCommand, tmp_pat
     assert page.read_bytes() == first
     page.write_bytes(b"")  # as mktemp makes it
     assert run(*asked, page)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "exits.safetensors", "README.md"])
+def test_no_word_has_a_report_replace_a_part_of_what_it_shows(
+    name: str, adapter: Path, run: RunCommand, tmp_path: Path
+) -> None:
+    before = contents(adapter)
+    (tmp_path / "link.html").symlink_to(adapter / name)
+    for out in (adapter / name, tmp_path / "link.html"):
+        found = run("report", "--run", adapter, "--out", out, "--overwrite")
+        assert_two_lines(found, "reads")
+        assert "--overwrite" not in found[2]
+    assert contents(adapter) == before
+    page = adapter / "report.html"
+    for more in ((), (), ("--overwrite",)):
+        assert run("report", "--run", adapter, "--out", page, *more)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["report", "verify"])
+def test_a_pipe_is_not_waited_for(
+    command: str, adapter: Path, run: RunCommand, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read = ("--run", adapter) if command == "report" else (adapter,)
+    found = run(command, *read, "--out", tmp_path / "pipe", "--overwrite")
+    assert_two_lines(found, "no plain file")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("command", ["train", "calibrate", "report", "slice", "export", "demo"])
+def test_an_empty_name_is_no_place(command: str, run: RunCommand, tmp_path: Path) -> None:
+    """Which would be the working folder."""
+    assert_two_lines(run(command, "--out", ""), "--out", "empty")
+    assert_two_lines(run(command, "--out=--"), "--out")
 
 
 def test_a_command_never_replaces_what_it_reads(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from decimal import Decimal
 from typing import Any
 
 import jsonschema
@@ -194,6 +196,38 @@ def test_a_schema_that_is_not_supported_is_refused_by_name(schema: Any, says: st
     with pytest.raises(InputError, match="JSON schema") as error:
         JsonConstraint(schema, random_model()[2])
     assert says in error.value.problem
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"multipleOf": 999_983},
+        {"multipleOf": 9.99983},
+        {"multipleOf": -999_983},
+        {"allOf": [{"multipleOf": 101}, {"multipleOf": 103}]},
+        {"properties": {f"{n}": {"multipleOf": n} for n in range(1, 700)}},
+        {"items": {"multipleOf": 1e300}},
+    ],
+)
+def test_divisors_that_take_seconds_to_follow_are_refused_at_once(schema: Schema) -> None:
+    processor = random_model()[2]
+    begun = time.thread_time()
+    with pytest.raises(InputError, match="multipleOf"):
+        JsonConstraint(schema, processor)
+    assert time.thread_time() - begun < 0.5
+
+
+@pytest.mark.parametrize("step", [5, 0.01, 60, 9973, 2.5])
+def test_usual_divisors_are_followed(step: float) -> None:
+    made = written({"type": "number", "multipleOf": step, "minimum": 1, "maximum": 99_999},
+                   MODES["first exit"])  # fmt: skip
+    text = random_model()[2].tokenizer.decode(made.new_tokens[0], skip_special_tokens=True)
+    assert Decimal(text) % Decimal(str(step)) == 0
+
+
+def test_properties_may_have_the_name_of_a_rule() -> None:
+    schema = {"type": "object", "properties": {"multipleOf": {"const": 999_983}}}
+    assert JsonConstraint(schema, random_model()[2])
 
 
 def test_what_may_come_goes_by_the_answer_asked_about_alone() -> None:

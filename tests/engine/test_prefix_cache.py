@@ -12,6 +12,9 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.errors import InputError
 from offramp.models.exits import Exits
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": families.WORDLESS}
 SERVED = [n for n in families.NAMES if families.KINDS[n].padding == "left"]
@@ -126,6 +129,33 @@ def test_a_prompt_waits_at_its_exit_the_first_time_and_is_kept_the_second(
         ran.append((cache.reused - before, run_by[0][0], sum(run_by[-1])))
     # It waits; runs whole and is kept; is found, and its last token waits; what is new waits.
     assert ran == [(0, read, 0), (0, read, read), (read - 1, 1, 0), (read, 3, 0)]
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_of_a_prompt_that_waits_behind_a_known_one_no_keys_are_kept(
+    engine, backbone, exits, batch
+):
+    """Layers above the exit have keys of what was known, and none of what waits."""
+    whole, parts = backbone("llava"), exits("llava")
+    inputs = batch("llava", 1)
+    policy, cache = ExitPolicy({parts.depths[0]: 0.0}), PrefixCache()
+    turns = [inputs, inputs, *(longer(inputs, n) for n in (3, 3, 6, 3, 6))]
+    deeper = ExitPolicy({parts.depths[0]: 1.0})
+    core = EngineCore(whole, parts, policy, EngineConfig(2, 128), prefix_cache=cache)
+    for turn in turns:
+        for rule in (policy, deeper, FULL):
+            alone = generate(whole, turn, exits=parts, policy=rule, **OPTIONS)
+            if not engine:
+                run = {"exits": parts, "policy": rule, "prefix_cache": cache, **OPTIONS}
+                ours = generate(whole, turn, **run)
+            else:
+                own = None if rule is FULL else rule.thresholds
+                mode = "full" if rule is FULL else "early_exit"
+                handle = core.add(Request(turn, mode, own, options=OPTIONS))
+                core.run()
+                ours = handle.result().output
+            assert torch.equal(ours.sequences, alone.sequences)
+            assert torch.equal(ours.depths, alone.depths)
 
 
 def test_a_prompt_that_is_mostly_new_waits_though_its_beginning_came_before(

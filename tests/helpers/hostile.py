@@ -81,7 +81,7 @@ FIELDS = {
                 [], {"type": 5}, {"not": {}}, {"$ref": "http://169.254.169.254/latest"},
                 {"$ref": "#/$defs/none"}, {"type": "string", "pattern": "("},
                 {"type": "string", "pattern": "(?=a)b"}, {"minItems": -1, "type": "array"},
-                {"allOf": [{"$ref": "#"}], "uniqueItems": True}, NESTED,
+                {"allOf": [{"$ref": "#"}], "uniqueItems": True}, NESTED, {"multipleOf": 999_983},
             )
         ),
     ],

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import families
 import pytest
 import torch
 from decoding import NEW, greedy
 from families import NAMES
+from transformers import (
+    CLIPVisionConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+)
 
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
@@ -39,6 +49,43 @@ def portrait(model):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def wrapped(text: Any) -> Any:
+    """A LLaVA around a decoder."""
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**tower), text_config=text, image_token_index=95
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+def test_a_wrapper_that_is_tested_vouches_for_no_decoder_that_is_not() -> None:
+    """Llama 4's layers see chunks of a prompt and have frequencies of their own: it was driven as a
+    LLaMA is, unchecked."""
+    torch.manual_seed(0)
+    plain = Backbone(wrapped(LlamaConfig(**SIZES)))
+    assert plain.tested
+    more = {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8}
+    for text in (Llama4TextConfig(**SIZES, **more), MistralConfig(**SIZES)):
+        backbone = Backbone(wrapped(text))
+        assert not backbone.tested and backbone.engine is None
+        ids = torch.randint(0, 90, (1, 20))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        how = {"max_new_tokens": 12, "do_sample": False}
+        own = backbone.model.generate(**inputs, **how)
+        try:
+            found = generate(backbone, inputs, **how).sequences
+        except UnsupportedBackboneError:  # in words, and before an answer
+            continue
+        assert torch.equal(found, own)
+
+
 def test_the_model_is_left_as_it_was_found(name, batch):
     model = families.build(name)
     inputs = batch(name, 4)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from projector_files import write_projector
 from offramp.data.image import open_rgb
 from offramp.engine.policy import FULL
 from offramp.errors import AdapterError, DataError, InputError
+from offramp.runtimes.edge import templates
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.edge.sampling import Sampler, Sampling
 from offramp.runtimes.edge.served import Noted
@@ -240,6 +243,75 @@ def test_templates_have_the_tags_that_transformers_gives_them(model: EdgeModel) 
     )
     chat = [{"role": "user", "content": text} for text in "abc"]
     assert with_template(model, template).chat(chat) == "ab"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"from_tomorrow": 1}, "newer version"),
+        ({"thresholds": [2]}, "policy"),
+        ({"thresholds": {"2": "x"}}, "policy"),
+        ({"thresholds": {"x": 0.5}}, "policy"),
+        ({"max_draft": "many"}, "policy"),
+        (None, "policy"),
+    ],
+)
+def test_a_policy_that_this_version_does_not_know_is_refused(
+    change: Any, says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offramp.runtimes.edge import model as edge
+
+    files = edge.read_segments(folder)
+    policy = json.loads(files.said["offramp.policy"])
+    changed = json.dumps(None if change is None else {**policy, **change})
+    said = {**files.said, "offramp.policy": changed}
+    monkeypatch.setattr(edge, "read_segments", lambda *_, **__: replace(files, said=said))
+    refused(lambda: EdgeModel(folder, engine=ENGINE), AdapterError, says)
+
+
+STRANGE = {
+    "no end": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "no end beside text": "{% for a in range(99999) %}{% for b in range(99999) %}a{% endfor %}"
+    "{% endfor %}",
+    "memory": "{{ ('a' * 3000000000) | length }}",
+    "text without end": "{{ 'a' * 100000000 }}",
+    "no number": "{{ 1 // 0 }}",
+    "itself": "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "no template": "{% for",
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_stranger_s_template_ends_and_its_file_still_answers(
+    kind: str, model: EdgeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 2.0)
+    chat = [{"role": "user", "content": "a"}]
+    strange = with_template(model, STRANGE[kind])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.monotonic()
+    for _ in range(2):
+        refused(lambda: strange.chat(chat), InputError, "template")
+    assert time.monotonic() - begun < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # kilobytes
+    assert model.vocabulary.chat(chat) == "u:a;a:"
+
+
+def test_a_template_that_ends_for_some_messages_alone_answers_these(
+    model: EdgeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 2.0)
+    loop = STRANGE["no end"]
+    some = with_template(
+        model, "{{ messages[0]['content'] }}{% if messages[0]['content'] == 'b' %}"
+        f"{loop}{{% endif %}}",
+    )  # fmt: skip
+    for text in "abac":
+        chat = [{"role": "user", "content": text}]
+        if text == "b":
+            refused(lambda chat=chat: some.chat(chat), InputError, "seconds")  # type: ignore[misc]
+        else:
+            assert some.chat(chat) == text
 
 
 def test_streams_give_whole_letters(model: EdgeModel, monkeypatch: pytest.MonkeyPatch) -> None:

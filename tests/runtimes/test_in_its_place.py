@@ -130,7 +130,9 @@ def test_a_mistake_on_the_command_line_is_two_lines(
 
 
 def test_graphs_without_a_gpu_are_refused_whatever_the_sizes_are_called() -> None:
-    asked = argparse.Namespace(engine="cuda-graphs", gguf=None, context=64, threads=1)
+    asked = argparse.Namespace(
+        engine="cuda-graphs", gguf=None, quantize=None, context=64, threads=1
+    )
     refused(lambda: load_runtime(asked, adapter()), InputError, "NVIDIA")
     del asked.context, asked.threads  # as a server's have other names
     refused(lambda: load_runtime(asked, adapter(), context=64, threads=1), InputError, "NVIDIA")

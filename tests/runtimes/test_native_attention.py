@@ -96,7 +96,9 @@ class Case:
 
 
 @pytest.mark.parametrize("widths", [(64, 64), (128, 128), (16, 16), (80, 80), (192, 128)])
-@pytest.mark.parametrize(("heads", "shared"), [(4, 1), (9, 3), (8, 8)])
+@pytest.mark.parametrize(
+    ("heads", "shared"), [(4, 1), (9, 3), (10, 5), (12, 6), (14, 7), (8, 8), (18, 9)]
+)
 @pytest.mark.parametrize("cells", [1, 63, 64, 200])
 def test_it_is_what_attention_is_defined_as(
     widths: tuple[int, int], heads: int, shared: int, cells: int

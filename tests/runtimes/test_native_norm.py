@@ -24,7 +24,10 @@ def normed(x: States, epsilon: float) -> States:
 
 
 @pytest.mark.parametrize("width", [16, 64, 96, 576, 4096])
-@pytest.mark.parametrize(("scale", "epsilon"), [(1.0, 1e-5), (1e-4, 1e-6), (300.0, 1e-6)])
+@pytest.mark.parametrize(
+    ("scale", "epsilon"),
+    [(1.0, 1e-5), (1e-4, 1e-6), (300.0, 1e-6), (1e18, 1e-6), (1e25, 1e-6), (1e37, 1e-6)],
+)
 def test_it_is_what_the_norm_is_defined_as(width: int, scale: float, epsilon: float) -> None:
     x = np.random.default_rng(width).normal(size=width).astype(np.float32) * np.float32(scale)
     exact = x.astype(np.float64)

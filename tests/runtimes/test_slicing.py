@@ -4,7 +4,9 @@ whole file's numbers."""
 from __future__ import annotations
 
 import json
+import struct
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,127 @@ def test_what_cannot_be_cut_is_refused(whole: Any, tmp_path: Path) -> None:
         lambda: slice_gguf(tmp_path / "other.gguf", folder, out), UnsupportedBackboneError, "mamba"
     )
     assert not out.exists()
+
+
+class Damaged:
+    """A file's bytes, of which some are written over."""
+
+    def __init__(self, file: Path) -> None:
+        self.data = bytearray(file.read_bytes())
+
+    def key(self, name: str, value: bytes, kind: int = 4) -> None:
+        """The number of a key, which has four bytes."""
+        at = self.data.index(name.encode()) + len(name)
+        self.data[at : at + 8] = struct.pack("<I", kind) + value
+
+    def tensor(self, name: str, *, shape: tuple[int, ...] = (), offset: int | None = None) -> None:
+        at = self.data.index(name.encode()) + len(name)
+        (axes,) = struct.unpack_from("<I", self.data, at)
+        for axis, size in enumerate(shape):
+            struct.pack_into("<Q", self.data, at + 4 + 8 * axis, size)
+        if offset is not None:
+            struct.pack_into("<Q", self.data, at + 8 + 8 * axes, offset)
+
+    def offset(self, name: str) -> int:
+        at = self.data.index(name.encode()) + len(name)
+        (axes,) = struct.unpack_from("<I", self.data, at)
+        return int(struct.unpack_from("<Q", self.data, at + 8 + 8 * axes)[0])
+
+
+def number(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+def moved(file: Damaged) -> None:
+    file.tensor("blk.1.ffn_up.weight", offset=file.offset("blk.1.ffn_up.weight") + 32)
+
+
+def swapped(file: Damaged) -> None:
+    one, other = "blk.1.ffn_up.weight", "blk.1.ffn_gate.weight"
+    first = file.offset(one)
+    file.tensor(one, offset=file.offset(other))
+    file.tensor(other, offset=first)
+
+
+def turned(file: Damaged) -> None:
+    name = b"blk.1.ffn_up.weight"
+    at = file.data.index(name) + len(name)
+    wide, high = struct.unpack_from("<QQ", file.data, at + 4)
+    assert wide != high
+    file.tensor(name.decode(), shape=(high, wide))
+
+
+def renamed(file: Damaged) -> None:
+    at = file.data.index(b"blk.1.ffn_up.weight")
+    file.data[at + 4 : at + 5] = b"0"
+
+
+DAMAGES: dict[str, Callable[[Damaged], None]] = {
+    "a tensor that begins later": moved,
+    "two tensors in each other's place": swapped,
+    "rows for columns": turned,
+    "a tensor twice": renamed,
+    "more tensors than bytes": lambda file: struct.pack_into("<Q", file.data, 8, 1 << 60),
+    "more keys than bytes": lambda file: struct.pack_into("<Q", file.data, 16, 1 << 60),
+    "a shape beyond 64 bits": lambda f: f.tensor("blk.1.ffn_up.weight", shape=(1 << 63, 2)),
+    "an empty shape": lambda file: file.tensor("blk.1.ffn_up.weight", shape=(0, 0)),
+    "no heads": lambda file: file.key("llama.attention.head_count", number(0)),
+    "three heads of keys": lambda file: file.key("llama.attention.head_count_kv", number(3)),
+    "heads in words": lambda file: file.key("llama.attention.head_count", number(1), kind=6),
+    "fewer layers": lambda file: file.key("llama.block_count", number(5)),
+    "more layers": lambda file: file.key("llama.block_count", number(1 << 30)),
+    "another width": lambda file: file.key("llama.embedding_length", number(48)),
+    "other rows of the feed-forward part": lambda f: f.key("llama.feed_forward_length", number(8)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_slice_is_made_of_a_damaged_file(damage: str, whole: Any, tmp_path: Path) -> None:
+    file, folder = whole("llava")
+    damaged = Damaged(file)
+    DAMAGES[damage](damaged)
+    assert damaged.data != file.read_bytes()
+    file.write_bytes(damaged.data)
+    refused(lambda: slice_gguf(file, folder, tmp_path / "out"), AdapterError, "no whole GGUF file")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("policy", {"thresholds": {"x": 0.5}}),
+        ("policy", {"thresholds": 7}),
+        ("policy", {"from_tomorrow": 1}),
+        ("backbone", {"fingerprint": {"layers": [6]}}),
+        ("backbone", {"fingerprint": 5}),
+    ],
+)
+def test_an_adapter_that_is_not_known_is_refused(
+    part: str, change: Any, whole: Any, tmp_path: Path
+) -> None:
+    file, folder = whole("llava")
+    data = json.loads((folder / "adapter.json").read_text())
+    del data["digest"]
+    data[part].update(change)
+    (folder / "adapter.json").write_text(json.dumps(data))
+    with pytest.raises(AdapterError):
+        slice_gguf(file, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_exits_of_other_sizes_than_the_file_s_layers_are_refused(
+    whole: Any, tmp_path: Path
+) -> None:
+    file, _ = whole("llava")
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    backbone = Backbone(LlamaForCausalLM(config), name="other")
+    made = Adapter(backbone, ExitSet(Exits(backbone, (2,))), ExitPolicy({2: 0.5}))
+    made.save(tmp_path / "other")
+    out = tmp_path / "out"
+    refused(lambda: slice_gguf(file, tmp_path / "other", out), AdapterError, "of the shape")
 
 
 def test_slicing_does_not_wait_for_torch(whole: Any, tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf_cases import adapter_of, refused
+from hub_files import image_adapter, sliced
+from projector_files import write_projector
 
 from offramp.errors import UnsupportedBackboneError
+from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, architectures, export_gguf
+from offramp.runtimes.llama_cpp.projector import Tower
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -31,6 +36,31 @@ def test_a_file_that_ends_llama_cpps_process_is_refused(
         UnsupportedBackboneError,
         "ends its process",
     )
+
+
+@pytest.mark.parametrize("where", ["edge", "tower"])
+@pytest.mark.parametrize("damage", ["v.patch_embd.weight", "mm.2.bias", "layer_norm_epsilon"])
+def test_a_projector_that_would_end_the_process_is_refused(
+    damage: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    adapter = image_adapter()
+    file = write_projector(adapter.backbone, tmp_path / "mmproj.gguf")
+    data = bytearray(file.read_bytes())
+    at = data.index(damage.encode()) + len(damage)
+    if "norm" in damage:
+        data[at + 4 : at + 8] = struct.pack("<f", -1.0)
+    else:
+        data[at - 1] ^= 1
+    file.write_bytes(data)
+    folder = sliced(adapter, tmp_path) if where == "edge" else None
+
+    def load() -> Any:
+        if folder is not None:
+            return EdgeModel(folder, mmproj=file, engine=ENGINE)
+        return Tower(file, ENGINE, width=adapter.backbone.width)
+
+    refused(load, UnsupportedBackboneError, "ends its process")
 
 
 def test_the_child_imports_nothing_of_the_working_folder(
@@ -67,6 +97,6 @@ def test_files_are_tried_out_once(
 def test_the_child_does_not_wait_for_torch() -> None:
     import sys
 
-    code = "import sys, offramp.runtimes.llama_cpp.trial; print(*sys.modules)"
+    code = "import sys, offramp.runtimes.llama_cpp.trial_process; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers"} & set(done.stdout.split())

@@ -224,6 +224,67 @@ def test_a_config_crafted_to_harm_loads_or_is_refused(
     assert 200 < refused < 400
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"measured": 5.0}, {"measured": 0.0076}, {"bound": 0.3}, {"confidence": 1.5},
+        {"confidence": -0.1}, {"target": 2}, {"level": 90}, {"n": -1}, {"attempt": -3},
+    ],
+)  # fmt: skip
+def test_a_guarantee_that_contradicts_itself_is_refused(
+    change: dict[str, Any], whole: Path, opt: Backbone, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    data = json.loads((folder / "adapter.json").read_text())
+    claim = {
+        "risk": "disagreement", "target": 0.0075, "confidence": 0.95, "measured": 0.002,
+        "bound": 0.007, "n": 1000, "level": 0.96, "reason": "",
+    }  # fmt: skip
+
+    def loaded(**more: Any) -> Adapter:
+        config = {**data, "calibration": {**claim, **more}}
+        del config["digest"]
+        (folder / "adapter.json").write_text(json.dumps(config))
+        return Adapter.from_pretrained(opt, folder)
+
+    assert loaded().calibration == claim
+    with pytest.raises(AdapterError) as error:
+        loaded(**change)
+    assert_two_lines(error.value)
+
+
+ATTEMPT: dict[str, Any] = {
+    "asked": "a", "settings": {}, "number": 1, "images": ["b:c"], "path": [{"2": 0.5}],
+    "outcome": {}, "members": ["b"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"number": 0}, {"number": -2}, {"number": True}, {"images": [1]}, {"images": [None]},
+        {"members": [{}]}, {"path": [3]}, {"path": [{"x": 0.5}]}, {"path": [{"2": "0.5"}]},
+        {"path": [{"2": None}]}, {"path": [[]]}, {"path": [{"2": -1}]}, {"number": 1.0},
+    ],
+)  # fmt: skip
+def test_attempts_of_odd_kinds_are_refused(
+    change: dict[str, Any], whole: Path, opt: Backbone, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    data = json.loads((folder / "adapter.json").read_text())
+    del data["digest"]
+
+    def loaded(attempt: dict[str, Any]) -> Adapter:
+        (folder / ATTEMPTS).write_text(json.dumps([attempt]))
+        data["files"][ATTEMPTS] = digest_file(folder / ATTEMPTS)
+        (folder / "adapter.json").write_text(json.dumps(data))
+        return Adapter.from_pretrained(opt, folder)
+
+    assert [*loaded(ATTEMPT).attempts] == [ATTEMPT]
+    with pytest.raises(AdapterError, match="attempts"):
+        loaded({**ATTEMPT, **change})
+
+
 def odd_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> None:
     """Change one of the tensors."""
     name = draw.choice(sorted(tensors))

@@ -14,7 +14,7 @@ from families import one_row
 from offramp.adapter import Adapter
 from offramp.engine.executors.slots.cache import SlotCache
 from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.prompt import PromptReader
 from offramp.errors import BusyError, InputError, UnsupportedBackboneError
@@ -355,6 +355,30 @@ def test_images_and_prompts_that_were_read_before_are_reused(backbone, exits, ba
     options = {"max_new_tokens": 8, "do_sample": False}
     alone = generate(backbone(name), inputs, exits=exits(name), policy=policy, **options)
     for handle in handles:
+        assert torch.equal(handle.result().output.sequences, alone.sequences)
+
+
+@pytest.mark.parametrize("mode", ["full", "early_exit", "lossless"])
+def test_a_row_that_moves_to_another_slot_takes_its_positions_along(
+    mode, backbone, exits, batch
+):
+    """Behind an image positions are fewer than tokens: how many fewer, each row has for itself."""
+    name = "qwen2.5-vl"
+    whole, some, policy = backbone(name), exits(name), ExitPolicy({2: 0.05})
+    shown = one_row(name, batch(name, 1), 0)
+    ids = torch.arange(10, 22)[None]
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in shown:
+        text["mm_token_type_ids"] = torch.zeros_like(ids).int()
+    asked = [(shown, 2), (text, 12), (shown, 9), (text, 3), (text, 14), (shown, 11)]
+    engine = EngineCore(whole, some, policy, SMALL)
+    handles = [engine.add(request(inputs, mode, new)) for inputs, new in asked]
+    engine.run()
+    rule = {"full": FULL, "early_exit": policy, "lossless": replace(policy, lossless=True)}[mode]
+    for (inputs, new), handle in zip(asked, handles, strict=True):
+        alone = generate(
+            whole, inputs, exits=some, policy=rule, max_new_tokens=new, do_sample=False
+        )
         assert torch.equal(handle.result().output.sequences, alone.sequences)
 
 

@@ -34,19 +34,18 @@ def check_out_file(
     check_writable(path)
     if not os.path.lexists(path):
         return
-    for read in _named(vars(arguments), besides=path):
-        if _same(path, read):
-            raise InputError(
-                f"--out {path} is a file that this command reads.", "Give another --out."
-            )
-    if arguments.overwrite:
-        return
     try:
         with open(path, "rb") as file:
             found = file.read(4096)
     except OSError:
         found = b"?"
-    if found and not ours(found):
+    for read in _named(vars(arguments)):
+        inside = os.path.isdir(read) and found and not ours(found) and _inside(path, read)
+        if inside or _same(path, read):
+            raise InputError(
+                f"--out {path} is a file that this command reads.", "Give another --out."
+            )
+    if found and not ours(found) and not arguments.overwrite:
         raise InputError(f"{path} is no {what}: it would be lost.", _TOLD)
 
 
@@ -95,9 +94,16 @@ def _same(one: Path, other: Path) -> bool:
         return os.path.realpath(one) == os.path.realpath(other)
 
 
-def _named(values: dict[str, Any], besides: Path) -> Iterable[Path]:
-    """Everything on the command line that may be a file which is read."""
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a file stands in a folder, or a link to it does."""
+    return Path(os.path.realpath(path)).parent == Path(os.path.realpath(folder))
+
+
+def _named(values: dict[str, Any]) -> Iterable[Path]:
+    """Everything on the command line that may be a file or a folder which is read; a folder of
+    images is not one of files that are replaced."""
     for name, value in values.items():
         for one in value if isinstance(value, list | tuple) else [value]:
-            if name not in ("out", "run") and isinstance(one, str | Path) and str(one):
+            named = name not in ("out", "run", "images") and isinstance(one, str | Path)
+            if named and str(one):
                 yield Path(one)

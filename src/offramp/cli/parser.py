@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from offramp.cli.config_file import of_config
@@ -27,6 +30,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         # An abbreviated option means another one as soon as there is a further option.
         super().__init__(*args, **{"allow_abbrev": False, **options})
+        self.register("type", Path, _path)
         self.late: Callable[[Parser], None] | None = None
         self.usual: Collection[str] | None = None
 
@@ -53,6 +57,14 @@ class Parser(argparse.ArgumentParser):
                 action(self, namespace, values, flag)
             except argparse.ArgumentError as error:
                 self.error(str(error))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # argparse would take "--option=--" for an option without a value, and store [].
+        if action.option_strings and arg_strings == ["--"] and action.nargs != 0:
+            self.error(f"argument {'/'.join(action.option_strings)}: '--' is no value")
+        if any("\0" in word for word in arg_strings if isinstance(word, str)):
+            self.error(f"argument {action.dest}: a value holds a zero byte")
+        return super()._get_values(action, arg_strings)
 
     def loaded(self) -> Iterator[argparse.Action]:
         """All options, those of commands included, which are made for it."""
@@ -126,6 +138,18 @@ class HelpAll(argparse.Action):
         parser.usual = None
         parser.print_help()
         parser.exit()
+
+
+def _path(text: str) -> Path:
+    """The type of options that name a file or a folder."""
+    if not text:  # which would be the working folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    try:
+        os.lstat(text)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise argparse.ArgumentTypeError(f"{_short(text)!r} is too long a name") from None
+    return Path(text)
 
 
 MOST = 2**31 - 1

@@ -182,4 +182,4 @@ def drawn_with(examples: Iterable[Example]) -> Callable[[Example], str]:
 
 def rank_of(seed: int, group: str) -> str:
     """Sorts images as if at random, the same on every machine."""
-    return hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()
+    return hashlib.sha256(f"{seed}:{group}".encode(errors="surrogatepass")).hexdigest()

@@ -5,6 +5,7 @@ Nothing is fetched: the annotation files and the folder of images are the user's
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,11 @@ def read_items(
         raise InputError(
             f"{len(files)} data files and a limit of {limit} leave nothing to read.",
             "Give at least one file, and a limit of 1 or more.",
+        )
+    if images is not None and not os.path.isdir(images):
+        raise InputError(
+            f"There is no folder of images {str(images)!r}.",
+            "Correct --images, or leave it out: images are then looked for beside the data.",
         )
     if not str(files[0]).lower().endswith(".json"):
         if len(files) > 1:

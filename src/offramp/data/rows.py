@@ -111,10 +111,18 @@ def read_rows(source: str | Path, split: str | None) -> Iterator[Row]:
         )
     path = Path(source).expanduser()
     if os.path.isdir(path):
-        files = sorted(path.glob("*.jsonl"))
-        if _is_saved_by_datasets(path) or (not files and any(path.rglob("*.parquet"))):
+        try:
+            files = sorted(path.glob("*.jsonl"))
+            tables = not files and any(path.rglob("*.parquet"))
+            names = [] if files or tables else image_names(path)
+        except OSError as error:  # a folder below it that goes while it is looked through
+            raise StorageError(
+                f"The folder {source} cannot be looked through: {error.strerror}.",
+                "Give the folder of the data itself.",
+            ) from error
+        if _is_saved_by_datasets(path) or tables:
             return _dataset_rows(str(path), split)
-        if not files and (names := image_names(path)):
+        if names:
             rows = (Row({"image": n}, f"{path}/{n}", i, path) for i, n in enumerate(names, 1))
             return _of_split(rows, split, str(path))
         if len(files) != 1:

@@ -7,8 +7,10 @@ a guess, a draft, the full model. Scores are confidence in what is allowed.
 from __future__ import annotations
 
 import json
+import math
 import threading
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from decimal import Decimal
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -19,6 +21,12 @@ from torch import Tensor
 from offramp.errors import InputError
 from offramp.missing import install_command
 
+_LARGEST_MULTIPLE = 10_000
+"""Of all divisors of a schema (`multipleOf`) in steps of their last decimal, the least common
+multiple: llguidance builds that many states before the first token. 10,000 of them take up to half
+a second of one core, a million five seconds, and nothing stops it once begun."""
+_NO_DIVISOR = 1e15
+"""llguidance refuses divisors of so many digits."""
 _SPACES = {"whitespace_pattern": r" |\n {0,20}"}
 """Between two marks of JSON: enough to indent, and no more, so that no answer is made of spaces."""
 
@@ -52,8 +60,9 @@ class JsonConstraint:
         or the processor that has it.
 
         Raises:
-            InputError: llguidance is not installed; a schema that it does not know, or that nothing
-                satisfies; a tokenizer that is not a fast one.
+            InputError: llguidance is not installed; a schema that it does not know, whose divisors
+                have a common multiple beyond 10,000 steps, or that nothing satisfies; a tokenizer
+                that is not a fast one.
         """
         guidance = _llguidance()
         self._tokenizer = _spelling(getattr(tokenizer, "tokenizer", tokenizer))
@@ -65,6 +74,7 @@ class JsonConstraint:
             )
         except (TypeError, ValueError, RecursionError) as error:
             raise _no_schema(_one_line(str(error))) from error
+        _check_divisors(schema)
         self._fresh = guidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if not self._fresh.is_error():
             self._fresh.compute_bitmask()  # tells whether there is a first token
@@ -164,6 +174,35 @@ def _llguidance() -> Any:
             f"Install it: {install_command('json')}",
         ) from error
     return llguidance
+
+
+def _check_divisors(schema: Mapping[str, Any]) -> None:
+    """Raise `InputError` where the `multipleOf` of a schema, taken together, cost too much."""
+    divisors = [
+        Decimal(repr(abs(value))).normalize()
+        for value in _values_of("multipleOf", schema)
+        if isinstance(value, int | float) and 0 < abs(value) < _NO_DIVISOR
+    ]
+    decimals = -min((int(divisor.as_tuple().exponent) for divisor in divisors), default=0)
+    scaled = [int(divisor.scaleb(max(0, decimals))) for divisor in divisors]
+    if math.lcm(*scaled) > _LARGEST_MULTIPLE:
+        raise _no_schema(
+            f"the least common multiple of its multipleOf is beyond {_LARGEST_MULTIPLE:,} steps of "
+            "their last decimal"
+        )
+
+
+def _values_of(name: str, schema: Any) -> Iterator[Any]:
+    """What stands under a name anywhere in a schema."""
+    left = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, Mapping):
+            if name in part:
+                yield part[name]
+            left += part.values()
+        elif isinstance(part, list | tuple):
+            left += part
 
 
 def _no_schema(said: str) -> InputError:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from offramp.models.discovery.twin import graft, twin
+from offramp.models.in_place_of import InPlaceOf
 from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.rope import LengthDependentRope, with_own_frequencies
 from offramp.models.vision_cache import RememberedTower, VisionCache
@@ -29,21 +30,17 @@ class LayerHandler(Protocol):
         ...
 
 
-class _LayerStandIn(nn.Module):
+class _LayerStandIn(InPlaceOf):
     """Stands where a decoder layer stood in the twin stack and hands its calls to the handler."""
 
     def __init__(self, index: int, layer: nn.Module, handler: LayerHandler) -> None:
-        super().__init__()
-        # Past nn.Module's registration: the stand-in owns neither the layer nor its parameters.
-        self.__dict__.update(_index=index, _layer=layer, _handler=handler)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)  # e.g. attention_type, read by some stacks
+        super().__init__(layer)
+        self.__dict__.update(_index=index, _handler=handler)
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         if not args:  # some stacks name everything
             args = (kw.pop("hidden_states"),)
-        return self._handler.layer(LayerCall(self._index, self._layer, args[0], args[1:], kw))
+        return self._handler.layer(LayerCall(self._index, self._own, args[0], args[1:], kw))
 
 
 def stand_ins(backbone: OpenedModel, handler: LayerHandler) -> nn.Module:
@@ -54,24 +51,17 @@ def stand_ins(backbone: OpenedModel, handler: LayerHandler) -> nn.Module:
     return nn.ModuleDict(dict(zip(backbone.layer_names, made, strict=True)))
 
 
-class _HeadStandIn(nn.Module):
+class _HeadStandIn(InPlaceOf):
     """The LM head, always applied to a 2-D row.
 
     A frozen half-precision head on a slice `h[:, -1:]` takes torch's batched path on CPU, which
     copies the whole weight: 14 to 40 times slower than the same rows as a matrix.
     """
 
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["_head"] = head
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_head"], name)
-
     def __call__(self, hidden: Tensor) -> Tensor:
         if hidden.dim() == 3 and hidden.shape[1] == 1:
-            return self._head(hidden[:, 0])[:, None]  # type: ignore[no-any-return]
-        return self._head(hidden)  # type: ignore[no-any-return]
+            return self._own(hidden[:, 0])[:, None]  # type: ignore[no-any-return]
+        return self._own(hidden)  # type: ignore[no-any-return]
 
 
 class InterceptedModel:

@@ -19,7 +19,7 @@ from offramp.models.quantized.weights import (
     float_parameters,
     unpack,
 )
-from offramp.models.registry import Family, is_tested, registered_family
+from offramp.models.registry import Family, is_ours, registered_family
 from offramp.models.rope import LengthDependentRope
 from offramp.models.sharding import check_hooks, device_of, loaded
 from offramp.models.vision_engine import StandIn
@@ -70,7 +70,7 @@ class OpenedModel:
         check_hooks(model)
         unpack(model)
         known = registered_family(model.config)
-        if known is not None and is_tested(model.config) and not _has_paths(model, known):
+        if known is not None and is_ours(model.config) and not _has_paths(model, known):
             known = None  # another text model in a wrapper that is known
         self.family: Family = known or discover(model, example)
         self.stack = self._find(self.family.stack)

@@ -79,6 +79,12 @@ FAMILIES: dict[str, Family | str] = {
 """Vision-language models by `config.model_type`."""
 
 _TESTED = dict(FAMILIES)
+_TESTED_TEXTS = {
+    "bart", "gemma", "gemma2", "gemma3_text", "granite", "llama", "opt", "qwen2", "qwen2_5_vl_text",
+    "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_vl_text", "t5",
+}  # fmt: skip
+"""The decoders that tests run inside these, by `model_type`: a wrapper such as LLaVA may hold any,
+with layers that are called otherwise."""
 
 
 def register_backbone(model_type: str, family: Family) -> None:
@@ -87,10 +93,15 @@ def register_backbone(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
-def is_tested(config: Any) -> bool:
-    """Whether the family of a model's configuration is one of ours, which has tests of its own."""
+def is_ours(config: Any) -> bool:
+    """Whether the family of a model's configuration is one that nobody else registered."""
     kind = getattr(config, "model_type", None)
     return kind in FAMILIES and FAMILIES[kind] == _TESTED.get(kind)
+
+
+def is_tested(config: Any) -> bool:
+    """Whether the family of a model's configuration, and the decoder inside, have tests here."""
+    return is_ours(config) and config.get_text_config(decoder=True).model_type in _TESTED_TEXTS
 
 
 def registered_family(config: Any) -> Family | None:

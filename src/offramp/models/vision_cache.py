@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError
 from offramp.models.cache_salt import current_salt
+from offramp.models.in_place_of import InPlaceOf
 from offramp.models.weights_version import weights_version
 
 
@@ -74,19 +75,15 @@ class VisionCache:
         return output
 
 
-class RememberedTower(nn.Module):
+class RememberedTower(InPlaceOf):
     """Stands where the vision tower stood in an intercepted model, and asks the cache first."""
 
     def __init__(self, tower: nn.Module, cache: VisionCache) -> None:
-        super().__init__()
-        # Past nn.Module's registration: this owns neither the tower nor its parameters.
-        self.__dict__.update(_tower=tower, _cache=cache)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_tower"], name)
+        super().__init__(tower)
+        self.__dict__["_cache"] = cache
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
-        return self._cache.call(self._tower, args, kw)
+        return self._cache.call(self._own, args, kw)
 
 
 def digest(value: Any) -> str:

@@ -351,10 +351,28 @@ def _load_attempts(config: AdapterConfig) -> list[dict[str, Any]]:
         isinstance(attempt, dict)
         and kinds.keys() <= attempt.keys() <= kinds.keys() | later.keys()
         and all(isinstance(value, {**kinds, **later}[name]) for name, value in attempt.items())
+        and _is_counted(attempt)
         for attempt in attempts
     ):
         raise AdapterError(f"{path} is damaged: it does not list attempts.", RESTORE)
     return attempts
+
+
+def _is_counted(attempt: Mapping[str, Any]) -> bool:
+    """Whether an attempt has a number, names of images, and a path of thresholds by depth: with
+    others it would use no share of the error budget."""
+    names = [*attempt["images"], *attempt.get("members", ())]
+    return (
+        type(attempt["number"]) is int
+        and attempt["number"] > 0
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(point, dict) and _are_thresholds(point) for point in attempt["path"])
+    )
+
+
+def _are_thresholds(point: Mapping[str, Any]) -> bool:
+    depths = all(depth.isascii() and depth.isdigit() and len(depth) < 10 for depth in point)
+    return depths and all(type(t) in (int, float) and 0 <= t <= 1 for t in point.values())
 
 
 def exits_digest(config: AdapterConfig) -> str:

@@ -245,6 +245,7 @@ def _calibration(config: _Entries) -> dict[str, Any] | None:
         return None
     said = config.part("calibration")
     said.check_kinds(_CALIBRATION)
+    _check_claim(said)
     if said.optional("conditions") is not None:
         then = said.part("conditions")
         then.check_kinds(_CONDITIONS)
@@ -257,6 +258,21 @@ def _calibration(config: _Entries) -> dict[str, Any] | None:
         ):
             then.fail(f"'{then.where}prompts' is {_shown(frames)}")
     return dict(said.values)
+
+
+def _check_claim(said: _Entries) -> None:
+    """A guarantee is of numbers that can be, and of a risk that was measured to be no larger."""
+    values = said.values
+    for name in ("target", "confidence", "level"):
+        if values.get(name) is not None and not 0 <= values[name] <= 1:
+            said.fail(f"{said.where + name!r} is {_shown(values[name])}")
+    for name in ("n", "answers", "attempt"):
+        if values.get(name) is not None and values[name] < 0:
+            said.fail(f"{said.where + name!r} is {_shown(values[name])}")
+    target = values.get("target")
+    for name in () if values.get("reason") or target is None else ("measured", "bound"):
+        if values.get(name) is not None and not values[name] <= target:
+            said.fail(f"{said.where + name!r} is {_shown(values[name])}, above the target {target}")
 
 
 def _metrics(config: _Entries) -> dict[str, Any]:

@@ -20,15 +20,18 @@ from offramp.storage.places import (
     locked_folder,
     reason,
     remove_dead,
+    replaceable,
     sync,
     sync_folder,
     temporary_name,
+    user_folder,
     usual_mode,
 )
 
 __all__ = [
     "JsonlLog", "atomic_folder", "cache_folder", "check_plain", "check_writable", "digest_file",
-    "digest_rows", "locked_folder", "read_json", "write_atomic", "write_json", "write_result",
+    "digest_rows", "locked_folder", "read_json", "user_folder", "write_atomic", "write_json",
+    "write_result",
 ]  # fmt: skip
 
 
@@ -40,11 +43,12 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     Raises:
         StorageError: nothing was written; what was there before is untouched.
     """
-    target = Path(os.path.realpath(path))
     payload = data.encode() if isinstance(data, str) else data
-    # In the same folder, because a rename is atomic only within one file system.
-    temporary = target.parent / temporary_name()
+    temporary: Path | None = None
     try:
+        target = replaceable(path)
+        # In the same folder, because a rename is atomic only within one file system.
+        temporary = target.parent / temporary_name()
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_dead(target.parent)
         with open(temporary, "xb") as file:
@@ -54,11 +58,12 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
         sync_folder(target.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise StorageError(f"Cannot write {path}: {reason(error)}.", ROOM) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

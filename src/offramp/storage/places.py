@@ -17,9 +17,42 @@ from offramp.errors import StorageError
 ROOM = "Check that the folder exists, may be written and has free space, then run it again."
 
 
+def user_folder(variable: str, usual: str) -> Path:
+    """The folder that an environment variable names or, where it names no absolute path, `usual` in
+    the home folder: of the working folder, whose files may be anybody's, nothing is loaded.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    named = Path(os.environ.get(variable, ""))
+    found = named if named.is_absolute() else Path.home() / usual
+    if not found.is_absolute():
+        raise RuntimeError("HOME is no absolute path")
+    return found
+
+
 def cache_folder(name: str) -> Path:
-    """Where what can be made again is kept: `offramp/NAME` in XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp" / name
+    """Where what can be made again is kept: `offramp/NAME` in XDG_CACHE_HOME, or in ~/.cache. Raise
+    `RuntimeError` where there is no home folder."""
+    return user_folder("XDG_CACHE_HOME", ".cache") / "offramp" / name
+
+
+def replaceable(path: str | Path, *, folder: bool = False) -> Path:
+    """Where a link leads, if a file may stand there. folder: it is to be a folder of files.
+
+    Raises:
+        OSError: a folder stands there and is to be a file, or the other way round; or a device, a
+            pipe or a socket, which every program of the machine would miss.
+        ValueError: no file can have the name.
+    """
+    target = Path(os.path.realpath(path))
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+        if stat.S_ISDIR(mode) is not folder:
+            raise FileExistsError(errno.EEXIST, f"it is {'not ' if folder else ''}a folder")
+        if not folder and not stat.S_ISREG(mode):
+            raise FileExistsError(errno.EEXIST, "it is no plain file")
+    return target
 
 
 def check_writable(path: str | Path, *, folder: bool = False) -> None:
@@ -27,10 +60,8 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
 
     folder: it is to be a folder of files.
     """
-    target = Path(os.path.realpath(path))
     try:
-        if target.exists() and target.is_dir() is not folder:
-            raise FileExistsError(errno.EEXIST, f"it is {'not ' if folder else ''}a folder")
+        target = replaceable(path, folder=folder)
         place = target if folder else target.parent
         while not os.path.lexists(place):
             with contextlib.suppress(FileNotFoundError):
@@ -42,7 +73,7 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
         probe = place / temporary_name()
         probe.touch(exist_ok=False)
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise StorageError(f"Cannot write {path}: {reason(error)}.", ROOM) from error
 
 

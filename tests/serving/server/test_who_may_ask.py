@@ -155,6 +155,18 @@ def test_keys_of_the_variable_stand_between_commas(monkeypatch: pytest.MonkeyPat
     assert served().keys == ("#one", "two", "three", "four")
 
 
+@pytest.mark.parametrize("value", ["", " ", ",", "\n , \n"])
+def test_a_variable_that_is_set_and_holds_no_key_leaves_no_server_open(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a secret which was not found."""
+    monkeypatch.setenv("OFFRAMP_API_KEYS", value)
+    with pytest.raises(OfframpError, match="OFFRAMP_API_KEYS"):
+        served()
+    monkeypatch.delenv("OFFRAMP_API_KEYS")
+    assert served().keys == ()
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\xef\xbb\xbf", b"# none\n", "one".encode("utf-16"),
                 "one".encode("utf-16-le"), b"\xff\xfe\xfd", b"o\x00ne", b"o\x1bne"],

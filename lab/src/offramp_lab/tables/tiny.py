@@ -107,7 +107,7 @@ def kept() -> Table:
     found = record("simulated")
     rows = [
         {
-            "what": f"images in groups of {row['size']}, correlation 0.5",
+            "what": f"{row['images']:,} images in groups of {row['size']}, correlation 0.5",
             "without": "each counted alone",
         }
         | row
@@ -146,6 +146,23 @@ def unlike() -> Table:
             "images": "{images}",
             "answers": "{answers}",
             "called unlike": lambda row: f"{row['unlike']:.1%} {_between(row)}",
+        },
+    )
+
+
+def condition_cells() -> Table:
+    """What a changed condition does to answers, and to the guarantee that is shown."""
+
+    def said(shown: bool) -> str:
+        return "shown" if shown else "withdrawn"
+
+    return Table.of(
+        record("conditions")["entries"],
+        {
+            "changed": "{change}",
+            "answers that differ": "{differ:.0%} of {answers}",
+            "the guarantee is": lambda row: said(row["shown"]),
+            "should be": lambda row: said(row["should"]),
         },
     )
 
@@ -268,6 +285,7 @@ TABLES: dict[str, MakeTable] = {
     "fractions-need": fractions_need,
     "guarantee-kept": kept,
     "likeness": unlike,
+    "conditions": condition_cells,
     "guarantee-broken": broken,
     "look-alikes": alike,
     "guarantee-boundary": at_boundary,

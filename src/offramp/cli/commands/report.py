@@ -65,8 +65,9 @@ def _report(arguments: argparse.Namespace) -> None:
         if arguments.data
         else []
     )
-    page = report(sources, items, title=arguments.title)
+    # Names of files may hold what is no letter.
+    page = report(sources, items, title=arguments.title).encode(errors="backslashreplace")
     write_atomic(arguments.out, page)
-    result = {"report": str(arguments.out), "bytes": len(page.encode())}
+    result = {"report": str(arguments.out), "bytes": len(page)}
     show_result(result, as_json=arguments.json)
     say_next(f"open {arguments.out}")

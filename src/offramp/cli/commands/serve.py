@@ -30,6 +30,7 @@ from offramp.engines import engine_named
 from offramp.errors import InputError, StorageError
 
 SLOTS, LLAMA_CPP_SLOTS = 8, 4
+PORT = 8000
 KEYS = "OFFRAMP_API_KEYS"
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,8 @@ def server_options(parser: Parser) -> Any:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     group.add_argument(
-        "--port", type=whole(0), default=8000, metavar="N",
-        help="port (default: 8000; 0: one that is free)",
+        "--port", type=whole(0), default=PORT, metavar="N",
+        help=f"port (default: {PORT}; 0: one that is free)",
     )  # fmt: skip
     group.add_argument("--served-name", metavar="TEXT", help="the model's name in requests")
     group.add_argument(
@@ -279,13 +280,22 @@ def _keys(file: Path | None) -> list[str]:
     """The keys of a file, or of the environment.
 
     Raises:
-        InputError: the file holds none. StorageError: it cannot be read.
+        InputError: the file holds none, nor does the variable, which is set. StorageError: the file
+            cannot be read.
     """
     from offramp.serving.server.middleware import keys_of
 
     if file is None:
-        given = os.environ.get(KEYS, "").replace(",", "\n").splitlines()
-        return [key.strip() for key in given if key.strip()]
+        given = os.environ.get(KEYS)
+        if given is None:
+            return []
+        found = [key.strip() for key in given.replace(",", "\n").splitlines() if key.strip()]
+        if not found:
+            raise InputError(
+                f"The variable {KEYS} is set, and holds no key.",
+                "Give keys with commas between, or unset it to serve without.",
+            )
+        return found
     try:
         keys = keys_of(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -355,7 +365,7 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
         log.warning("%s. See `offramp calibrate`.", standing.sentence.capitalize())
     if arguments.watch.get("share") == 0:
         return None, differs
-    own = {} if promise is None else {"state": _state_file(model)}
+    own = {} if promise is None else {"state": _state_file(model, arguments.port)}
     watch = WatchConfig(**own | arguments.watch)
     if promise is None:
         return watch, differs
@@ -370,13 +380,17 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
     return watch, lambda early, full: float(risk.losses([early], [full], [])[0])
 
 
-def _state_file(model: Any) -> Path:
-    """Of this guarantee of these exits, wherever they lie: made again, it starts anew."""
-    from offramp.storage import digest_rows
+def _state_file(model: Any, port: int) -> Path | None:
+    """Of this guarantee of these exits, wherever they lie: made again, it starts anew. A server at
+    another port has its own; one at any that is free is known again by nothing, and keeps none."""
+    from offramp.storage import digest_rows, user_folder
 
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    if not port:
+        return None
+    base = user_folder("XDG_STATE_HOME", ".local/state")
     name = digest_rows([model.backbone.name, dict(model.calibration or {})])[:16]
-    return Path(base) / "offramp" / f"watch-{name}.json"
+    place = "" if port == PORT else f"-{port}"
+    return base / "offramp" / f"watch-{name}{place}.json"
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from offramp.errors import UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts, text_prompt
 from offramp.models.discovery.twin import graft, twin
 from offramp.models.discovery.watch import Call, Watch, first_tensor, watch
+from offramp.models.in_place_of import InPlaceOf
 from offramp.models.registry import Family
 
 _TOWERS = (
@@ -261,15 +262,12 @@ def _tolerance(tensor: Tensor) -> float:
     return 1e-5 if tensor.dtype in (torch.float32, torch.float64) else 1.6e-2
 
 
-class _Says(nn.Module):
+class _Says(InPlaceOf):
     """Stands in a head's place and says what it is told, of every state."""
 
     def __init__(self, head: nn.Module, words: Tensor) -> None:
-        super().__init__()
-        self.__dict__.update(_head=head, _words=words)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_head"], name)
+        super().__init__(head)
+        self.__dict__["_words"] = words
 
     def __call__(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return self._words.expand(*hidden.shape[:-1], -1)  # type: ignore[no-any-return]

@@ -16,11 +16,13 @@ from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.projector import (
     MARKER,
     Projector,
+    check_whole,
     tokenizer_of,
     unfit,
 )
 from offramp.runtimes.llama_cpp.prompt import Prompt, Span
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
+from offramp.runtimes.llama_cpp.trial import check_projector_survives
 
 
 class ImageReader(Projector):
@@ -34,7 +36,12 @@ class ImageReader(Projector):
 
         Raises:
             AdapterError: the file is missing, or no projector for this model.
+            UnsupportedBackboneError: it is damaged so that it would end the process.
         """
+        check_whole(file)
+        check_projector_survives(
+            Path(file), options, width=segment.width, features=features, words=words
+        )
         model = segment.model
         if features:
             # Of a decoder libmtmd asks that it takes all features, which files share; of a

@@ -17,13 +17,14 @@ from offramp.data.image import open_rgb
 from offramp.engine.decoding.executor import check_context
 from offramp.engine.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import policy_from_json
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, InputError
 from offramp.runtimes.edge.host import EdgeHost
 from offramp.runtimes.edge.images import ImageReader
 from offramp.runtimes.edge.sampling import Sampling
 from offramp.runtimes.edge.vocabulary import Vocabulary
-from offramp.runtimes.llama_cpp.gguf_files import read_segments
+from offramp.runtimes.llama_cpp.exit_files import known_policy
+from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles, read_segments
 from offramp.runtimes.llama_cpp.gguf_header import Header, read_header
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.opened import OpenedFiles
@@ -92,7 +93,7 @@ class EdgeModel:
         self.files = read_segments(folder, check_digests=check_digests)
         self.name = str(self.files.said["offramp.backbone"])
         self.layers, self.reads_images = self.files.cuts[-1], mmproj is not None
-        self.policy = policy_from_json(json.loads(self.files.said["offramp.policy"]))
+        self.policy = _policy(self.files)
         self._lock = threading.Lock()  # of what reads prompts
         self._images: ImageReader | None = None
         self._closed = False
@@ -303,6 +304,15 @@ class EdgeModel:
 
 def closed() -> InputError:
     return InputError("The model is closed.", "Load it again.")
+
+
+def _policy(files: SegmentFiles) -> ExitPolicy:
+    """Raise `AdapterError` where it is of a newer version, or damaged."""
+    try:
+        values = json.loads(files.said["offramp.policy"])
+    except (TypeError, ValueError, RecursionError):
+        values = None
+    return known_policy(values, files.files[0])
 
 
 class _Embeddings:

@@ -7,17 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from offramp.errors import AdapterError, InputError
+from offramp.runtimes.edge.templates import Refused, Renderer
 
 _PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _NEEDLE = "needle"
-_REFUSALS = (TemplateError, TypeError, ValueError)
-"""What a template raises that refuses its messages."""
 
 
 class Vocabulary:
@@ -37,12 +31,9 @@ class Vocabulary:
                 "The files hold no tokenizer: they were exported from PyTorch.",
                 "Slice a file from the hub, which has one: offramp slice model.gguf --adapter A.",
             )
-        self._template = template
+        self.has_template = template is not None
+        self._template = Renderer(_PLAIN if template is None else template)
         self._pieces: dict[tuple[int, bool], bytes] = {}
-
-    @property
-    def has_template(self) -> bool:
-        return self._template is not None
 
     def tokens(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a text; special: what opens a text is put before it, where the model wants it.
@@ -107,7 +98,8 @@ class Vocabulary:
         """The text that a chat is written as for the model, up to where its answer begins.
 
         Raises:
-            InputError: the file's template refuses the messages, or prints nothing of any.
+            InputError: the file's template refuses the messages, prints nothing of any, or takes
+                too long.
         """
         if self._content is None:
             raise InputError(
@@ -116,7 +108,7 @@ class Vocabulary:
             )
         try:
             text = self._rendered(messages, self._content)
-        except _REFUSALS as error:
+        except Refused as error:
             raise InputError(
                 f"The model's chat template refuses these messages: {error}.",
                 "Give messages with a role (user, assistant, system) and text.",
@@ -139,23 +131,14 @@ class Vocabulary:
         """Whether the template prints a text that is given so; None: it refuses to."""
         try:
             return _NEEDLE in self._rendered([{"role": "user", "content": _NEEDLE}], content)
-        except _REFUSALS:
+        except Refused:
             return None
 
     def _rendered(self, messages: Sequence[dict[str, str]], content: Callable[[str], Any]) -> str:
         bos, eos = self._ends
-        return self._compiled.render(
-            messages=[{**message, "content": content(message["content"])} for message in messages],
-            add_generation_prompt=True, bos_token=bos, eos_token=eos,
-        )  # fmt: skip
-
-    @cached_property
-    def _compiled(self) -> Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.globals["raise_exception"] = _refuse
-        return environment.from_string(self._template or _PLAIN)
+        turns = [{**message, "content": content(message["content"])} for message in messages]
+        ends = {"bos_token": bos, "eos_token": eos}
+        return self._template.render({"messages": turns, "add_generation_prompt": True, **ends})
 
     @cached_property
     def _ends(self) -> tuple[str, str]:
@@ -172,18 +155,3 @@ class Vocabulary:
 
 def _parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
-
-
-class _Generation(Extension):
-    """`{% generation %}`: transformers notes what stands in it, which nobody asks for here."""
-
-    tags = {"generation"}  # noqa: RUF012 -- jinja2 declares it so
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)

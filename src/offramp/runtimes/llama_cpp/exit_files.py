@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.errors import AdapterError
+from offramp.engine.policy import FULL, RETIRED, ExitPolicy, policy_from_json
+from offramp.errors import AdapterError, OfframpError
 from offramp.runtimes.llama_cpp.graphs import DRAFTS, Array
 from offramp.storage import digest_file, read_json
 
@@ -57,6 +58,34 @@ class ExitFiles:
         return policy
 
 
+def known_policy(values: Any, where: Path) -> ExitPolicy:
+    """The policy that is written in a file.
+
+    Raises:
+        AdapterError: it is of a newer version, or damaged.
+    """
+    defaults = vars(FULL)
+    try:
+        entries = dict(values)
+        if new := sorted(map(str, {*entries} - {*defaults, *RETIRED})):
+            raise AdapterError(
+                f"The policy in {where} holds {new[0][:60]!r}, which this version does not know: a "
+                "newer version of offramp wrote it.",
+                "Install that version, or make the files again with this one.",
+            )
+        for name, default in defaults.items():
+            kind = (int, float) if isinstance(default, float) else type(default)
+            whole = isinstance(default, Mapping) or isinstance(entries.get(name, default), kind)
+            if not whole:
+                raise ValueError(f"{name} is {entries[name]!r:.60}")
+        return policy_from_json(entries)
+    except AdapterError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        said = error.problem if isinstance(error, OfframpError) else str(error)
+        raise AdapterError(f"The policy in {where} is damaged: {said}.", _RESTORE) from error
+
+
 def read_exits(folder: str | Path) -> ExitFiles:
     """Read an adapter's folder.
 
@@ -70,9 +99,10 @@ def read_exits(folder: str | Path) -> ExitFiles:
         config: dict[str, Any] = dict(read_json(folder / "adapter.json"))
         files = dict(config.get("files") or {})
         depths = [int(depth) for depth in config["depths"]]
-        dict(config["policy"]), dict(config["backbone"])
+        dict(dict(config["backbone"]).get("fingerprint") or {})
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder / 'adapter.json'} is damaged: {error}.", _RESTORE) from error
+    known_policy(config.get("policy"), folder / "adapter.json")
     for name, digest in files.items():
         if name.endswith(".safetensors") and digest_file(folder / name) != digest:
             raise AdapterError(f"{folder / name} is not the file that was saved.", _RESTORE)

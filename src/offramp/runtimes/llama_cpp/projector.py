@@ -22,6 +22,7 @@ from offramp.runtimes.llama_cpp.native.products import Products
 from offramp.runtimes.llama_cpp.native.tap import States, Tap
 from offramp.runtimes.llama_cpp.packages import import_gguf
 from offramp.runtimes.llama_cpp.segment import EngineOptions, library, products_of
+from offramp.runtimes.llama_cpp.trial import check_projector_survives
 
 Pixels = npt.NDArray[np.uint8]
 MARKER = "<__media__>"
@@ -65,7 +66,7 @@ class Projector:
             raise
 
     def _open(self, file: Path, model: Any, options: EngineOptions, as_it_is: bool) -> None:
-        self.said = _said(file)
+        self.said = check_whole(file)
         """The file's metadata by key."""
         self._lib = mtmd()
         ggml = library()._lib
@@ -182,10 +183,12 @@ class Tower:
     def __init__(
         self, file: str | Path, options: EngineOptions, *, width: int, features: int = 0
     ) -> None:
-        """As of `Projector`, and it raises what that does."""
+        """As of `Projector`, and it raises what that and `check_projector_survives` do."""
         self._lock = threading.Lock()
+        check_whole(file)
+        check_projector_survives(Path(file), options, width=width, features=features)
         self._projector = Projector(
-            file, _no_words(), options,
+            file, no_words(), options,
             width=width, features=features, as_it_is=True, owns_model=True,
         )  # fmt: skip
         self.said = self._projector.said
@@ -228,7 +231,9 @@ def unfit(file: str | Path) -> AdapterError:
     )
 
 
-def _said(file: Path) -> dict[str, Any]:
+def check_whole(file: str | Path) -> dict[str, Any]:
+    """What a projector's file says by key. Raise `AdapterError` where it is missing or damaged."""
+    file = Path(file)
     if not file.is_file():
         raise AdapterError(f"{file} is no file.", "Name the projector's file: mmproj-...gguf.")
     try:
@@ -245,7 +250,7 @@ def tokenizer_of(file: str | Path) -> Any:
     return lib.llama_model_load_from_file(str(file).encode(), parameters)
 
 
-def _no_words() -> Any:
+def no_words() -> Any:
     """llama.cpp's pointer to a tokenizer of bytes: libmtmd wants one for the words that it puts
     around images."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
+from offramp.errors import AdapterError, InputError, OfframpError, UnsupportedBackboneError
 from offramp.runtimes.llama_cpp.cuts import (
     Cut,
     about_export,
@@ -25,6 +26,7 @@ from offramp.runtimes.llama_cpp.cuts import (
     write_export,
 )
 from offramp.runtimes.llama_cpp.exit_files import ExitFiles, read_exits
+from offramp.runtimes.llama_cpp.gguf_header import Header, TensorPlace, read_header
 from offramp.runtimes.llama_cpp.gguf_writing import add_array, add_value, check_format, new_file
 from offramp.runtimes.llama_cpp.graphs import GRAPHS, Architecture, layer_arrays, window_settings
 from offramp.runtimes.llama_cpp.packages import import_gguf
@@ -37,34 +39,65 @@ _PATTERNS = {"gemma3": 6, "gemma2": 2}
 
 @dataclass(frozen=True)
 class _Source:
-    """A GGUF file: what is said of it by key, and its tensors by name."""
+    """A GGUF file, by its header."""
 
-    path: Path
-    said: Mapping[str, Any]
-    kinds: Mapping[str, Any]
-    tensors: Mapping[str, Any]
+    header: Header
+    name: str
     architecture: Architecture
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def tensors(self) -> Mapping[str, TensorPlace]:
+        return self.header.tensors
 
     def get(self, key: str, default: Any = None) -> Any:
         """A setting of the architecture's."""
-        return self.said.get(f"{self.said['general.architecture']}.{key}", default)
+        return self.header.said.get(f"{self.name}.{key}", default)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A setting that is a whole number above 0, the same in all layers. Raise `ValueError`
+        where it is not."""
+        value = self.get(key, default)
+        if isinstance(value, list) and len({*value}) == 1:
+            value = value[0]
+        if type(value) is not int or value < 1:
+            raise ValueError(f"its {key} is {str(value)[:60]}")
+        return value
 
     @property
     def layers(self) -> int:
-        return int(self.get("block_count"))
+        return self.count("block_count")
 
     @property
     def width(self) -> int:
-        return int(self.get("embedding_length"))
+        return self.count("embedding_length")
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Of queries, and of keys and values."""
+        heads = self.count("attention.head_count")
+        return heads, self.count("attention.head_count_kv", heads)
 
     @property
     def vocabulary(self) -> int:
-        return int(self.tensors["token_embd.weight"].shape[1])
+        return self.tensors["token_embd.weight"].shape[1]
 
     @property
-    def head(self) -> Any:
-        """The tensor; embeddings, where they are tied to it."""
-        return self.tensors.get("output.weight", self.tensors["token_embd.weight"])
+    def head(self) -> str:
+        """The tensor's name; embeddings', where they are tied to it."""
+        return "output.weight" if "output.weight" in self.tensors else "token_embd.weight"
+
+    @property
+    def sliding(self) -> list[bool]:
+        """Whether each layer looks back through a window, where the architecture has such."""
+        pattern = self.get("attention.sliding_window_pattern", _PATTERNS[self.name])
+        if isinstance(pattern, list):
+            return [bool(each) for each in pattern]
+        every = int(pattern)
+        return [n % every < every - 1 for n in range(self.layers)]
 
 
 def slice_gguf(
@@ -101,46 +134,116 @@ def slice_gguf(
 
 
 def _read(path: Path) -> _Source:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise AdapterError(f"{path} is no file.", "Name a GGUF file, e.g. model-q4_k_m.gguf.")
     try:
-        reader = import_gguf().GGUFReader(path)
-        said = {key: field.contents() for key, field in reader.fields.items()}
-        kinds = {key: field.types for key, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        name = str(said["general.architecture"])
-        int(said[f"{name}.block_count"]), int(said[f"{name}.embedding_length"])
-        tensors["token_embd.weight"], tensors["output_norm.weight"]
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, TypeError) as error:
+        header = read_header(path, whole=True)
+        name = str(header.said["general.architecture"])
+        architecture = GRAPHS.get(name)
+        if architecture is None or architecture.state_scale != 1.0:
+            raise UnsupportedBackboneError(
+                f"Exits do not run in the graph {name!r} of {path.name}.",
+                f"They run in {', '.join(sorted(GRAPHS))}.",
+            )
+        source = _Source(header, name, architecture)
+        if header.said.get("split.count", 1) not in (0, 1):
+            raise InputError(
+                f"{path.name} is a part of a file.",
+                "Put the parts together: llama-gguf-split --merge.",
+            )
+        _check_settings(source)
+        _check_shapes(source)
+    except OfframpError:
+        raise
+    except (ValueError, KeyError, OSError) as error:
         raise AdapterError(
             f"{path} is no whole GGUF file of a language model ({error}).", "Download it again."
         ) from error
-    architecture = GRAPHS.get(name)
-    if architecture is None or architecture.state_scale != 1.0:
-        raise UnsupportedBackboneError(
-            f"Exits do not run in the graph {name!r} of {path.name}.",
-            f"They run in {', '.join(sorted(GRAPHS))}.",
-        )
-    if int(said.get("split.count", 1)) > 1:
-        raise InputError(
-            f"{path.name} is a part of a file.", "Put the parts together: llama-gguf-split --merge."
-        )
-    if architecture.large == int(said[f"{name}.block_count"]):
+    if architecture.large == source.layers:
         raise UnsupportedBackboneError(
             f"{path.name} has {architecture.large} layers, by which llama.cpp takes it for a model "
             "with another scale of attention scores, and a part of it would not be one.",
             "Export it from PyTorch: offramp export, which folds the scale into the weights.",
         )
-    return _Source(path, said, kinds, tensors, architecture)
+    return source
+
+
+def _check_settings(source: _Source) -> None:
+    """Raise `ValueError` where what is read of the settings has no meaning."""
+    heads, groups = source.heads
+    if source.layers > len(source.tensors):
+        raise ValueError(f"it says that it has {source.layers} layers")
+    if heads % groups:
+        raise ValueError(f"it has {heads} heads of queries and {groups} of keys")
+    for key in ("n_deepstack_layers", "attention.sliding_window"):
+        if type(value := source.get(key, 0)) is not int or value < 0:
+            raise ValueError(f"its {key} is {str(value)[:60]}")
+    if type(source.get("embedding_scale", 1.0)) not in (int, float):
+        raise ValueError(f"its embedding_scale is {str(source.get('embedding_scale'))[:60]}")
+    if source.architecture.windows:
+        if not isinstance(source.get("attention.sliding_window_pattern", []), list):
+            source.count("attention.sliding_window_pattern")
+        if len(source.sliding) != source.layers:
+            raise ValueError(f"it says of {len(source.sliding)} layers whether they have windows")
+    words = source.header.said.get("tokenizer.ggml.tokens")
+    if words is not None and len(words) != source.vocabulary:
+        raise ValueError(f"it has {len(words)} words and {source.vocabulary} embeddings")
+
+
+def _check_shapes(source: _Source) -> None:
+    """Raise `ValueError` where tensors are not as large as the settings say, or not in every layer:
+    llama.cpp would end the process, or read one's bytes as another's."""
+    width, expected = source.width, _shapes_by(source)
+    layers: dict[str, dict[str, tuple[int, ...]]] = {str(n): {} for n in range(source.layers)}
+    for name, place in source.tensors.items():
+        if name.startswith("blk."):
+            number, _, rest = name.removeprefix("blk.").partition(".")
+            if number not in layers:
+                raise ValueError(f"the tensor {name[:60]!r} is of no layer")
+            layers[number][rest] = place.shape
+            stem, _, part = rest.rpartition(".")
+            wanted = expected.get(stem)
+            wanted = wanted[-1:] if wanted and part == "bias" else wanted
+        else:
+            table = (width, source.vocabulary)
+            known = {"token_embd.weight": table, "output.weight": table}
+            wanted = known.get(name, (width,) if name.startswith("output_norm.") else None)
+        if wanted is not None and place.shape != wanted:
+            raise ValueError(f"the tensor {name[:60]!r} has the shape {place.shape}, not {wanted}")
+    source.tensors["output_norm.weight"]
+    odd = [layer for layer, shapes in layers.items() if shapes != layers["0"] or not shapes]
+    if odd:
+        raise ValueError(f"layer {odd[0]} has other tensors than the first")
+
+
+def _shapes_by(source: _Source) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's weights, by the settings."""
+    width, (heads, groups) = source.width, source.heads
+    key = source.count("attention.key_length", width // heads)
+    value = source.count("attention.value_length", width // heads)
+    norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
+    found: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(norms, (width,)),
+        **dict.fromkeys(("attn_q_norm", "attn_k_norm"), (key,)),
+        "attn_q": (width, heads * key),
+        "attn_k": (width, groups * key),
+        "attn_v": (width, groups * value),
+        "attn_output": (heads * value, width),
+    }
+    if not source.architecture.experts:
+        inner = source.count("feed_forward_length")
+        found |= dict.fromkeys(("ffn_gate", "ffn_up"), (width, inner))
+        found["ffn_down"] = (inner, width)
+    return found
 
 
 def _check_kinship(source: _Source, made: ExitFiles, folder: Path) -> None:
     """Raise `AdapterError` where sizes say that the exits are of another model. That it is this
     one's weights cannot be seen: they are quantised."""
-    said = made.config["backbone"].get("fingerprint", {})
+    said = dict(made.config["backbone"].get("fingerprint") or {})
     here = {"layers": source.layers, "width": source.width, "vocabulary": source.vocabulary}
     for name, value in here.items():
-        if said.get(name) is not None and int(said[name]) != value:
+        if said.get(name) not in (None, value):
             raise AdapterError(
                 f"The exits in {folder} are of a model whose {name} is {said[name]}; that of "
                 f"{source.path.name} is {value}.",
@@ -149,16 +252,14 @@ def _check_kinship(source: _Source, made: ExitFiles, folder: Path) -> None:
 
 
 def _about(source: _Source, made: ExitFiles, depths: tuple[int, ...], exits: str) -> dict[str, Any]:
-    stored = sorted(
-        {t.tensor_type.name.lower() for t in source.tensors.values() if len(t.shape) > 1}
-    )
-    head = source.head.tensor_type.name.lower()
+    stored = sorted({_format(t) for t in source.tensors.values() if len(t.shape) > 1})
+    head = _format(source.tensors[source.head])
     formats = {"layers": "+".join(stored), "exits": exits, "head": head}
     about = about_export(
         depths,
         source.layers,
         exits=made.digest,
-        backbone=str(source.said.get("general.name", source.path.stem)),
+        backbone=str(source.header.said.get("general.name", source.path.stem)),
         policy=made.policy,
         formats=formats,
     )
@@ -166,10 +267,15 @@ def _about(source: _Source, made: ExitFiles, depths: tuple[int, ...], exits: str
     return about
 
 
+def _format(place: TensorPlace) -> str:
+    """A tensor's number format, in small letters."""
+    return str(import_gguf().GGMLQuantizationType(place.kind).name.lower())
+
+
 def _fingerprint(source: _Source) -> dict[str, Any]:
     """What identifies the file: its name, its SHA-256, and that of its tensors' names, shapes and
     number formats."""
-    rows = [[t.name, t.shape.tolist(), t.tensor_type.name] for t in source.tensors.values()]
+    rows = [[n, [*t.shape], _format(t).upper()] for n, t in source.tensors.items()]
     shapes = hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
     return {"file": source.path.name, "sha256": digest_file(source.path), "tensors": shapes}
 
@@ -184,10 +290,11 @@ class _Part:
     exits: str
 
     def write(self, file: Path, about: dict[str, Any]) -> None:
-        name, depth = str(self.source.said["general.architecture"]), self.cut.depth
+        name, depth = self.source.name, self.cut.depth
         with new_file(file, name) as out:
             shortlist = self.made.shortlist if self.made.policy.get("shortlist") else None
-            for key, value in self._settings(name):
+            self._keep_settings(out)
+            for key, value in self._settings():
                 add_value(out, f"{name}.{key}", value)
             if depth is None:
                 self._keep_tokenizer(out)
@@ -212,87 +319,82 @@ class _Part:
 
     # -- metadata -------------------------------------------------------------------------------
 
-    def _settings(self, name: str) -> Iterator[tuple[str, Any]]:
-        """The architecture's, for these layers."""
+    def _keep_settings(self, out: Any) -> None:
+        """The architecture's that are those of the whole file, or of each of its layers."""
         source = self.source
         own = ("block_count", "vocab_size", "n_deepstack_layers", "embedding_scale")
         window = ("attention.sliding_window", "attention.sliding_window_pattern")
-        for key, value in source.said.items():
-            setting = key.removeprefix(f"{name}.")
-            if (
-                key == setting
-                or setting in own
-                or (source.architecture.windows and setting in window)
-            ):
+        left = (*own, *(window if source.architecture.windows else ()))
+        for key, value in source.header.said.items():
+            setting = key.removeprefix(f"{source.name}.")
+            if key == setting or setting in left:
                 continue
-            if isinstance(value, list) and len(value) == source.layers:
-                yield setting, [value[layer] for layer in self.cut.layers]
-            else:
-                yield setting, value.item() if isinstance(value, np.generic) else value
+            by_layer = isinstance(value, list) and len(value) == source.layers
+            self._keep(out, key, [value[n] for n in self.cut.layers] if by_layer else value)
+
+    def _settings(self) -> Iterator[tuple[str, Any]]:
+        """The architecture's that are this part's own."""
+        source = self.source
         yield "block_count", len(self.cut.layers)
         if self.cut.depth is None and source.get("vocab_size") is not None:
             yield "vocab_size", source.vocabulary
         deepstack = source.get("n_deepstack_layers")
         if deepstack is not None:
-            yield "n_deepstack_layers", max(0, min(self.cut.stop, int(deepstack)) - self.cut.start)
-        yield from self._windows(name)
-
-    def _windows(self, name: str) -> Iterator[tuple[str, Any]]:
-        graph, window = self.source.architecture, self.source.get("attention.sliding_window")
-        if not graph.windows:
-            return
-        if window is None and graph.always_windows:
-            window = 4096
-        pattern = self.source.get("attention.sliding_window_pattern", _PATTERNS[name])
-        if not isinstance(pattern, list):
-            every = int(pattern)
-            pattern = [n % every < every - 1 for n in range(self.source.layers)]
-        sliding = [bool(pattern[layer]) for layer in self.cut.layers]
-        yield from window_settings(graph, sliding, window)
+            yield "n_deepstack_layers", max(0, min(self.cut.stop, deepstack) - self.cut.start)
+        graph, window = source.architecture, source.get("attention.sliding_window")
+        if graph.windows:
+            window = 4096 if window is None and graph.always_windows else window
+            sliding = [source.sliding[layer] for layer in self.cut.layers]
+            yield from window_settings(graph, sliding, window)
 
     def _keep_tokenizer(self, out: Any) -> None:
-        value_type = import_gguf().GGUFValueType
-        for key, value in self.source.said.items():
-            if not key.startswith(("tokenizer.", "general.")) or key in (
-                "general.architecture",
-                "general.alignment",
-            ):
-                continue
-            kinds = self.source.kinds[key]
-            inner = kinds[-1] if kinds[0] == value_type.ARRAY else None
-            out.add_key_value(key, value, kinds[0], inner)
+        for key, value in self.source.header.said.items():
+            own = ("general.architecture", "general.alignment")
+            if key.startswith(("tokenizer.", "general.")) and key not in own:
+                self._keep(out, key, value)
+
+    def _keep(self, out: Any, key: str, value: Any) -> None:
+        """A value by its key, in the type that the file has it in."""
+        kind, inner = self.source.header.kinds[key]
+        types = import_gguf().GGUFValueType
+        out.add_key_value(key, value, types(kind), None if inner is None else types(inner))
 
     # -- tensors --------------------------------------------------------------------------------
 
     def _add_tensors(self, out: Any, shortlist: Any) -> None:
-        tensors = self.source.tensors
-        for name, tensor in tensors.items():
+        for name in self.source.tensors:
             layer = name.split(".")[1] if name.startswith("blk.") else None
             if layer is None:
                 if name not in ("token_embd.weight", "output.weight") or self.cut.depth is None:
-                    _add(out, name, tensor)
+                    self._add(out, name, name)
             elif self.cut.start <= int(layer) < self.cut.stop:
                 rest = name.removeprefix(f"blk.{layer}.")
-                _add(out, f"blk.{int(layer) - self.cut.start}.{rest}", tensor)
+                self._add(out, f"blk.{int(layer) - self.cut.start}.{rest}", name)
         if self.cut.depth is not None:
-            _add(out, "token_embd.weight", self.source.head, shortlist)
+            self._add(out, "token_embd.weight", self.source.head, shortlist)
+
+    def _add(self, out: Any, name: str, of: str, rows: Any = None) -> None:
+        """A tensor as it is stored. of: its name in the source. rows: of it; None: all."""
+        place, data = self.source.tensors[of], self.source.header.rows(of)
+        data = data if rows is None else np.ascontiguousarray(data[rows])
+        shape = [*reversed(place.shape[1:])] if rows is None else [len(data)]
+        kind = import_gguf().GGMLQuantizationType(place.kind)
+        out.add_tensor(name, data.reshape(*shape, -1), raw_dtype=kind)
 
     def _add_exit(self, out: Any, state: Mapping[str, Any]) -> None:
         source, place = self.source, self.cut.stop - self.cut.start
-        heads = int(source.get("attention.head_count"))
-        groups = int(source.get("attention.head_count_kv", heads))
         try:
-            arrays = layer_arrays(state, source.architecture, (heads, groups))
-        except KeyError as error:
-            raise AdapterError(
-                f"An exit holds the tensor {error}, which the graph of {source.path.name} has not.",
-                "Use the model that the exits were trained for.",
-            ) from error
+            arrays = layer_arrays(state, source.architecture, source.heads)
+        except (KeyError, ValueError) as error:
+            raise self._other(str(error)) from error
         for name, array in arrays.items():
+            own = source.tensors.get(f"blk.0.{name}")
+            if own is None or array.shape != tuple(reversed(own.shape)):
+                raise self._other(f"{name!r} of the shape {array.shape}")
             add_array(out, f"blk.{place}.{name}", array, self.exits)
 
-
-def _add(out: Any, name: str, tensor: Any, rows: Any = None) -> None:
-    """A tensor as it is stored; rows: of it; None: all."""
-    data = np.asarray(tensor.data) if rows is None else np.ascontiguousarray(tensor.data[rows])
-    out.add_tensor(name, data, raw_dtype=tensor.tensor_type)
+    def _other(self, what: str) -> AdapterError:
+        return AdapterError(
+            f"An exit holds the tensor {what}, which no layer of {self.source.path.name} has.",
+            "Use the model that the exits were trained for.",
+        )

@@ -1,7 +1,8 @@
 """Whether llama.cpp lives through an export, tried out in a process of its own.
 
-A file that a graph does not fit ends the whole process by an assertion, and no error can be caught.
-So files that were not loaded on this machine before are loaded and fed in a child first.
+A file that a graph does not fit, or a damaged projector, ends the whole process by an assertion,
+and no error can be caught. So files that were not loaded on this machine before are loaded and fed
+in a child first (`trial_process`).
 """
 
 from __future__ import annotations
@@ -13,21 +14,19 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles
-from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
-from offramp.storage import cache_folder, write_atomic
+from offramp.runtimes.llama_cpp.segment import EngineOptions
+from offramp.storage import cache_folder, digest_file, write_atomic
 
 log = logging.getLogger(__name__)
 
-_CONTEXT, _ROWS = 64, 6
 _SECONDS = 600
 
 
@@ -37,19 +36,55 @@ def check_survives(files: SegmentFiles, options: EngineOptions) -> None:
     Raises:
         UnsupportedBackboneError: that ends the process.
     """
-    known, loaded = _known(files.digests, options), files.taps
+    loaded = files.taps
     if files.drafter is not None:
         loaded.append((files.drafter, 0))
+    asked = {"segments": [[str(file), tap] for file, tap in loaded]}
+    remedy = "Export again with the installed version of llama-cpp-python, or use --engine torch."
+    _check(asked, files.digests, options, files.files[0].parent, remedy)
+
+
+def check_projector_survives(
+    file: Path, options: EngineOptions, *, width: int, features: int, words: Path | None = None
+) -> None:
+    """Load a projector in a child process and show it a picture, unless it was here before.
+
+    width, features: as of `Projector`. words: the file whose words stand around images; None: none.
+
+    Raises:
+        UnsupportedBackboneError: that ends the process.
+        StorageError: the file cannot be read.
+    """
+    asked = {
+        "projector": str(file), "words": None if words is None else str(words),
+        "width": width, "features": features,
+    }  # fmt: skip
+    digests = (digest_file(file), str(width), str(features))
+    remedy = "Use the mmproj file that was made with the model's, downloaded again."
+    _check(asked, digests, options, file, remedy)
+
+
+def _check(
+    asked: Mapping[str, Any],
+    digests: Sequence[str],
+    options: EngineOptions,
+    what: Path,
+    remedy: str,
+) -> None:
+    """Try something out in a child process, unless files of these digests were here before."""
+    known = _known(digests, options)
     if not sys.executable or (known is not None and known.is_file()):
         return
-    asked = json.dumps([[[str(file), tap] for file, tap in loaded], asdict(options)])
+    line = json.dumps([asked, asdict(options)])
     source = str(Path(__file__).parents[3])
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # No backtrace: llama.cpp would start a debugger for it.
+    environment = {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
     try:
         done = subprocess.run(
             # -P: of the working folder nothing is imported.
-            [sys.executable, "-P", "-m", __name__, asked], check=False, capture_output=True,
-            text=True, errors="replace", timeout=_SECONDS, env={**os.environ, "PYTHONPATH": path},
+            [sys.executable, "-P", "-m", f"{__name__}_process", line], check=False,
+            capture_output=True, text=True, errors="replace", timeout=_SECONDS, env=environment,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         log.info("The files could not be tried out in a process of their own: %s", error)
@@ -60,9 +95,9 @@ def check_survives(files: SegmentFiles, options: EngineOptions) -> None:
     if done.returncode < 0:
         said = re.findall(r"GGML_ASSERT\(.*|.*GGML_ABORT.*|fatal error.*", done.stderr)
         raise UnsupportedBackboneError(
-            f"llama.cpp ends its process (signal {-done.returncode}) when it runs "
-            f"{files.files[0].parent}{': ' + said[0].strip()[:200] if said else ''}.",
-            "Export again with the installed version of llama-cpp-python, or use --engine torch.",
+            f"llama.cpp ends its process (signal {-done.returncode}) when it runs {what}"
+            f"{': ' + said[0].strip()[:200] if said else ''}.",
+            remedy,
         )
     if done.returncode == 0 and known is not None:
         try:
@@ -80,23 +115,3 @@ def _known(digests: Sequence[str], options: EngineOptions) -> Path | None:
     except RuntimeError:  # there is no home
         return None
     return folder / hashlib.sha256(what.encode()).hexdigest()[:32]
-
-
-def _try(loaded: Sequence[tuple[str, int | None]], options: EngineOptions) -> None:
-    options = replace(options, context=_CONTEXT, threads=1)
-    for file, tap in loaded:
-        segment = Segment(Path(file), options, tap_layer=tap)
-        rows = np.ones((_ROWS, segment.width), dtype=np.float32)
-        if segment.looks_ahead:
-            segment.feed(rows, 0, ahead=True)
-        segment.feed(rows, _ROWS)
-        segment.logits(_ROWS)
-        segment.crop(_ROWS // 2)
-        for row in rows[: _ROWS // 2]:
-            segment.feed(row[None], 1)
-        segment.close()
-
-
-if __name__ == "__main__":
-    _loaded, _options = json.loads(sys.argv[1])
-    _try(_loaded, EngineOptions(**_options))

@@ -16,13 +16,9 @@ from offramp.models.exits import ExitSet
 
 def check_room(backbone: Backbone, exits: ExitSet | None, slots: int, limit: int) -> None:
     """Raise `InputError` where so many slots of `limit` tokens would not fit."""
-    entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
     config: Any = backbone.text_config
-    heads = int(config.num_attention_heads)
-    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    width = int(width or config.hidden_size // heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    slot = 2 * entries * kv_heads * rounded(limit + 1) * width * backbone.dtype.itemsize
+    entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
+    slot = 2 * entries * _widest_row(config) * rounded(limit + 1) * backbone.dtype.itemsize
     needed, free = slots * slot, free_bytes(backbone.device)
     if free is not None and needed > free:
         raise InputError(
@@ -30,6 +26,20 @@ def check_room(backbone: Backbone, exits: ExitSet | None, slots: int, limit: int
             f"{free / 1e9:.2f} GB are free.",
             f"Ask for at most {max(0, int(slots * free / needed))} slots, or for shorter ones.",
         )
+
+
+def _widest_row(config: Any) -> int:
+    """Numbers in a layer's keys of a token; the most, where layers differ."""
+    # Where their heads differ, the whole model's configuration refuses to say how wide they are.
+    layers = getattr(config, "per_layer_config", None)
+    return max(_row(layers[n]) for n in range(len(layers))) if layers else _row(config)
+
+
+def _row(config: Any) -> int:
+    heads = int(config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    width = int(width or config.hidden_size // heads)
+    return width * int(getattr(config, "num_key_value_heads", None) or heads)
 
 
 def free_bytes(device: torch.device | None = None) -> int | None:

@@ -332,6 +332,13 @@ static void offer_attention(struct products * all, struct ggml_tensor * node) {
 
 // -- norms ----------------------------------------------------------------------------------------
 
+// The mean of squares in float64, for numbers whose squares float32 does not hold.
+static double mean_square(const float * x, size_t width) {
+    double squares = 0.0;
+    for (size_t i = 0; i < width; i++) squares += (double) x[i] * x[i];
+    return squares / width;
+}
+
 // By root mean square. llama.cpp adds squares one after the other, in float64.
 static void normalise(const float * x, size_t width, float epsilon, float * out) {
     enum { SUMS = 4 };
@@ -343,7 +350,9 @@ static void normalise(const float * x, size_t width, float epsilon, float * out)
         *into = product_plus(some, some, *into);
     }
     const float squares = sum_of(sum(sum(sums[0], sums[1]), sum(sums[2], sums[3])));
-    const floats times = all_floats(1.0f / sqrtf(squares / width + epsilon));
+    const bool fits = isfinite(squares);
+    const float root = fits ? sqrtf(squares / width + epsilon) : (float) sqrt(mean_square(x, width) + epsilon);
+    const floats times = all_floats(1.0f / root);
     for (size_t i = 0; i < width; i += LANES) store_some(out + i, product(load_any(x + i), times), LANES);
 }
 

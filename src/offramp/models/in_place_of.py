@@ -1,0 +1,53 @@
+"""What stands in a module's place in a twin of a model, and looks like the module."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+
+class InPlaceOf(nn.Module):
+    """Stands where a module stood and is called in its place; a subclass says what happens then.
+
+    Models ask a module for its signature, by which they choose what they pass, for its parameters,
+    whose precision and device they take, and for attributes of any name: all are the module's own.
+    Neither the module nor its parameters are owned by what stands in its place.
+    """
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_own"] = own  # past nn.Module's registration
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_own"], name)
+
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """The call, with the module's signature."""
+        return with_signature(self.__call__, self.__dict__["_own"])
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        return self._own.parameters(recurse)  # type: ignore[no-any-return]
+
+    def named_parameters(self, *args: Any, **kw: Any) -> Iterator[tuple[str, Parameter]]:
+        return self._own.named_parameters(*args, **kw)  # type: ignore[no-any-return]
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        return self._own.buffers(recurse)  # type: ignore[no-any-return]
+
+    def named_buffers(self, *args: Any, **kw: Any) -> Iterator[tuple[str, Tensor]]:
+        return self._own.named_buffers(*args, **kw)  # type: ignore[no-any-return]
+
+
+def with_signature(call: Callable[..., Any], own: nn.Module) -> Callable[..., Any]:
+    """A call that `inspect.signature` takes for the module's own `forward`."""
+
+    @functools.wraps(own.forward)
+    def forward(*args: Any, **kw: Any) -> Any:
+        return call(*args, **kw)
+
+    return forward
