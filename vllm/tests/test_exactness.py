@@ -93,7 +93,8 @@ def test_modes_and_thresholds_of_one_batch_do_not_disturb_each_other(
     assert got[1::4] == got[2::4] == [row["tokens"] for row in full]
     alone = answers(llm, prompts(early), at_once=1, extra_args=kinds[3])
     assert got[3::4] == [tokens for tokens, _ in alone]
-    assert all(set(depths) == {2} for _, depths in alone)
+    # First tokens keep their own threshold, which is stricter.
+    assert all(set(depths[1:]) == {2} for _, depths in alone)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,12 @@ class _Request:
     changed: bool
     whole: bool
 
+    @property
+    def first(self) -> tuple[float, ...]:
+        """Thresholds of the first token: none where the prompt runs to full depth anyway."""
+        rule = self.asked.rule
+        return rule.off.first if self.whole else rule.first
+
 
 class ExitRunner:
     """Goes in front of vLLM's model runner: exits are loaded, kept states live beside the cache,
@@ -124,7 +130,7 @@ class ExitRunner:
             self._requests_known = dict(zip(ids, known, strict=True))
         partial = torch.from_numpy(me.discard_request_mask.np[:count].copy()).to(me.device)
         rules = [
-            r.asked.rule.thresholds if me.requests[one].output_token_ids else r.asked.rule.first
+            r.asked.rule.thresholds if me.requests[one].output_token_ids else r.first
             for one, r in zip(ids, known, strict=True)
         ]
         waits = [r.asked.rule.waits and not r.whole for r in known]
