@@ -11,7 +11,7 @@ beside the guarantee (`offramp.guarantee`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -248,14 +248,7 @@ def calibrate(
     shares = _shares_of(visual_keep, policy.visual_ranking, adapter, runtime)
     if visual_keep is not None:
         policy = replace(policy, visual_keep=1.0 if shares else float(visual_keep[0]))
-    if policy.lossless:
-        raise InputError(
-            "Lossless answers are the full model's, so there is no risk to calibrate.",
-            "Calibrate a policy with lossless=False.",
-        )
-    _check_examples(adapter, judged, risk)
-    if (quality := RISKS[risk].quality) is not None:
-        quality([Answer((), "")] * len(judged), judged)  # refuses what it cannot judge
+    _check_examples(adapter, judged, risk, policy)
     images = images_of(judged)  # before the model runs: they may be refused
     whole = ThresholdEvaluator.of(
         adapter, encoder, judged, policy, RISKS[risk],
@@ -265,48 +258,77 @@ def calibrate(
     attempts = tuple(map(Attempt.from_json, adapter.attempts))
     name = None if runtime is None else runtime.name
     settings = {**_settings(asked, policy, thresholds, options), "runtime": name}
-    if first == AUTO:
-        settings["first"] = AUTO
-    if shares:
-        settings["visual_keep"] = list(shares)
-        if policy.visual_ranking != ExitPolicy.visual_ranking:
-            settings["visual_ranking"] = policy.visual_ranking
-    here = {"engine": name, **of_processor(encoder.processor)}
-    here["exits"] = adapter.exits
+    settings |= _searched(first, shares, policy)
+    here = {"engine": name, **of_processor(encoder.processor), "exits": adapter.exits}
     if unlike := _unlike_usual(Conditions.of(encoder.backbone, policy, **here), policy, adapter):
         settings["conditions"] = unlike
-    if each_kind:
-        frames = prompt_frames([example.prompt for example in judged])
-        settings["kinds"] = sorted({kind_of(example.prompt, frames) for example in judged})
-    if unit == "answer" or grouped(images):  # by which bets are scaled
-        by = [image.rows if unit == "answer" else image.by_image for image in images]
-        settings["largest"] = max(map(len, by))
+    settings |= _counted(asked, judged, images)
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
     trial = _trial(
         whole, images, thresholds, attempts, digest, asked,
         search_first=first == AUTO, shares=shares,
     )  # fmt: skip
-    path = progress(trial.turn.path or ()) if (within := _within_reach(trial, asked)) else ()
-    losses, points = _walk(trial, path, asked)
-    calibration = _decide(trial, losses, points, asked, examples_digest(judged))
-    if not within:
-        calibration = replace(calibration, **_out_of_reach(trial, asked))
+    calibration, tested = _test(trial, asked, judged, progress)
     likeness = _likeness(trial, calibration.policy)
-    if points:  # else nothing was tested, and no errors were risked
+    if tested:  # else no errors were risked
         attempt = _attempt(trial, calibration, digest, settings)
         attempts = recorded(attempts, attempt, trial.turn.continues)
-    conditions = Conditions.of(
+    conditions = _conditions_of(encoder, calibration.policy, judged, likeness, options, here)
+    return replace(
+        calibration, attempts=attempts, runtime=name, conditions=conditions, likeness=likeness
+    )
+
+
+def _test(
+    trial: _Trial, asked: Guarantee, judged: Sequence[Example], progress: Any
+) -> tuple[Calibration, bool]:
+    """What was found, and whether any thresholds were tested for it."""
+    within = _within_reach(trial, asked)
+    losses, points = _walk(trial, progress(trial.turn.path or ()) if within else (), asked)
+    found = _decide(trial, losses, points, asked, examples_digest(judged))
+    return found if within else replace(found, **_out_of_reach(trial, asked)), bool(points)
+
+
+def _conditions_of(
+    encoder: InputProcessor, policy: ExitPolicy, judged: Sequence[Example], likeness: Likeness,
+    options: Mapping[str, Any], here: Mapping[str, Any],
+) -> Conditions:  # fmt: skip
+    """Under which what was found holds. here: of engine, processor and exits."""
+    return Conditions.of(
         encoder.backbone,
-        calibration.policy,
+        policy,
         sampling="sampled" if samples(encoder.backbone, options) else "greedy",
         longest=options.get("max_new_tokens"),
         prompts=prompt_frames([example.prompt for example in judged]),
         any_prompt="" in likeness.kinds or None,
         **here,
     )
-    return replace(
-        calibration, attempts=attempts, runtime=name, conditions=conditions, likeness=likeness
-    )
+
+
+def _searched(
+    first: float | str | None, shares: Sequence[float], policy: ExitPolicy
+) -> dict[str, Any]:
+    """Settings of what is searched on images that are not tested on."""
+    settings: dict[str, Any] = {"first": AUTO} if first == AUTO else {}
+    if shares:
+        settings["visual_keep"] = list(shares)
+        if policy.visual_ranking != ExitPolicy.visual_ranking:
+            settings["visual_ranking"] = policy.visual_ranking
+    return settings
+
+
+def _counted(
+    asked: Guarantee, judged: Sequence[Example], images: Sequence[ImageRows]
+) -> dict[str, Any]:
+    """Settings of what the bounds count: kinds of prompt, and answers of one image or group."""
+    settings: dict[str, Any] = {}
+    if asked.each_kind:
+        frames = prompt_frames([example.prompt for example in judged])
+        settings["kinds"] = sorted({kind_of(example.prompt, frames) for example in judged})
+    if asked.unit == "answer" or grouped(images):  # by which bets are scaled
+        by = [image.rows if asked.unit == "answer" else image.by_image for image in images]
+        settings["largest"] = max(map(len, by))
+    return settings
 
 
 def _policy_of(
@@ -376,7 +398,14 @@ def _attempt(
     )
 
 
-def _check_examples(adapter: Adapter, examples: Sequence[Example], risk: str) -> None:
+def _check_examples(
+    adapter: Adapter, examples: Sequence[Example], risk: str, policy: ExitPolicy
+) -> None:
+    if policy.lossless:
+        raise InputError(
+            "Lossless answers are the full model's, so there is no risk to calibrate.",
+            "Calibrate a policy with lossless=False.",
+        )
     if not examples:
         raise DataError(
             "There are no examples to calibrate on.", "Check the data's path and split."
@@ -391,6 +420,8 @@ def _check_examples(adapter: Adapter, examples: Sequence[Example], risk: str) ->
     check_no_overlap(
         adapter.seen, examples, ("train",), "Calibrate on images that training has not seen."
     )
+    if (quality := RISKS[risk].quality) is not None:
+        quality([Answer((), "")] * len(examples), examples)  # refuses what it cannot judge
 
 
 def _check_quality(whole: ThresholdEvaluator) -> None:

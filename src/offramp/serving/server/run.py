@@ -31,108 +31,112 @@ HEADER_BYTES = 32 * 1024
 """Of a request's first line and header together."""
 
 
-def protocol(config: ServerConfig) -> type[H11Protocol]:
+class Protocol(H11Protocol):
     """HTTP/1.1 that refuses with error objects, and waits so long for a header, and for a client to
-    take what is sent to it."""
+    take what is sent to it. limits: of connections and of seconds."""
 
-    class Protocol(H11Protocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._timer: asyncio.TimerHandle | None = None
-            self._stuck_since: float | None = None
-            self._watch = self.loop.call_later(config.send_seconds, self._look)
+    limits: ServerConfig
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._stuck_since: float | None = None
+        self._watch = self.loop.call_later(self.limits.send_seconds, self._look)
+        self._await_header()
+        if len(self.connections) > self.limits.connections:
+            self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._watch.cancel()
+        self._header_came()
+        super().connection_lost(exc)
+
+    # -- requests that do not come -----------------------------------------------------------------
+
+    @property
+    def _asks_nothing(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._asks_nothing:
             self._await_header()
-            if len(self.connections) > config.connections:
-                self._make_room()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._watch.cancel()
+        else:
             self._header_came()
-            super().connection_lost(exc)
 
-        # -- requests that do not come -------------------------------------------------------------
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        begun = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
+        if self._asks_nothing and begun:  # the rest of this request, or half of the next one
+            self._await_header()
 
-        @property
-        def _asks_nothing(self) -> bool:
-            """Whether no request is under way."""
-            return self.cycle is None or self.cycle.response_complete
+    def _await_header(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.limits.body_seconds, self._no_header)
+            self._waits_since = self.loop.time()
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self._asks_nothing:
-                self._await_header()
-            else:
-                self._header_came()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            begun = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
-            if self._asks_nothing and begun:  # the rest of this request, or half of the next one
-                self._await_header()
-
-        def _await_header(self) -> None:
-            if self._timer is None:
-                self._timer = self.loop.call_later(config.body_seconds, self._no_header)
-                self._waits_since = self.loop.time()
-
-        def _header_came(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _no_header(self) -> None:
+    def _header_came(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
             self._timer = None
-            if self._asks_nothing:
-                self._refuse(408, "The request took too long to come.", "timeout")
 
-        def _make_room(self) -> None:
-            """Close the connection that has asked for nothing for the longest time: this one, where
-            all others are being answered."""
-            idle = [c for c in self.connections if isinstance(c, Protocol) and c._asks_nothing]
-            oldest = min(idle, key=lambda one: one._waits_since)
-            said = f"The server has {config.connections} connections already."
-            oldest._refuse(503, said, "too_many_connections")
+    def _no_header(self) -> None:
+        self._timer = None
+        if self._asks_nothing:
+            self._refuse(408, "The request took too long to come.", "timeout")
 
-        # -- clients that do not read --------------------------------------------------------------
+    def _make_room(self) -> None:
+        """Close the connection that has asked for nothing for the longest time: this one, where
+        all others are being answered."""
+        idle = [c for c in self.connections if isinstance(c, Protocol) and c._asks_nothing]
+        oldest = min(idle, key=lambda one: one._waits_since)
+        said = f"The server has {self.limits.connections} connections already."
+        oldest._refuse(503, said, "too_many_connections")
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._stuck_since = self.loop.time()
+    # -- clients that do not read ------------------------------------------------------------------
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._stuck_since = None
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck_since = self.loop.time()
 
-        def _look(self) -> None:
-            """Give the connection up where what was written, or its end, does not go out."""
-            now = self.loop.time()
-            if self._stuck_since is not None and now - self._stuck_since >= config.send_seconds:
-                self.transport.abort()
-                return
-            if self.transport.is_closing() and self._stuck_since is None:
-                self._stuck_since = now
-            self._watch = self.loop.call_later(config.send_seconds / 2, self._look)
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stuck_since = None
 
-        # -- errors --------------------------------------------------------------------------------
+    def _look(self) -> None:
+        """Give the connection up where what was written, or its end, does not go out."""
+        now = self.loop.time()
+        if self._stuck_since is not None and now - self._stuck_since >= self.limits.send_seconds:
+            self.transport.abort()
+            return
+        if self.transport.is_closing() and self._stuck_since is None:
+            self._stuck_since = now
+        self._watch = self.loop.call_later(self.limits.send_seconds / 2, self._look)
 
-        def send_400_response(self, msg: str) -> None:
-            self._refuse(400, f"{msg} A header may have {HEADER_BYTES} bytes.", "invalid_http")
+    # -- errors ------------------------------------------------------------------------------------
 
-        def _refuse(self, status: int, message: str, code: str) -> None:
-            self._unset_keepalive_if_required()
-            body = json.dumps(error_object(status, message, code=code)).encode()
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"connection", b"close"),
-            ]
-            with contextlib.suppress(h11.LocalProtocolError):  # an answer was begun already
-                response = h11.Response(status_code=status, headers=headers, reason=b"")
-                for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-                    self.transport.write(self.conn.send(event) or b"")
-            self.transport.close()
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, f"{msg} A header may have {HEADER_BYTES} bytes.", "invalid_http")
 
-    return Protocol
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        self._unset_keepalive_if_required()
+        body = json.dumps(error_object(status, message, code=code)).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer was begun already
+            response = h11.Response(status_code=status, headers=headers, reason=b"")
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def protocol(limits: ServerConfig) -> type[Protocol]:
+    """The protocol of a server with these limits."""
+    return type("Protocol", (Protocol,), {"limits": limits})
 
 
 class Server(uvicorn.Server):
