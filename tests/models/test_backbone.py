@@ -48,7 +48,6 @@ def portrait(model):
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
 def wrapped(text: Any) -> Any:
     """A LLaVA around a decoder."""
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -86,6 +85,7 @@ def test_a_wrapper_that_is_tested_vouches_for_no_decoder_that_is_not() -> None:
         assert torch.equal(found, own)
 
 
+@pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_left_as_it_was_found(name, batch):
     model = families.build(name)
     inputs = batch(name, 4)

@@ -19,7 +19,7 @@ import pytest
 
 from engine import stored
 
-MINUTES = 10
+MINUTES = 20
 
 
 @pytest.fixture(scope="module")

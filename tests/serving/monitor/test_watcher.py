@@ -175,6 +175,9 @@ class _BusyEngine:
         done.set_result(SimpleNamespace(output=inputs["full"]))
         return done
 
+    def cancel(self, handle: Any) -> None:
+        """Nothing is under way."""
+
 
 def output(token: int) -> GenerationOutput:
     return GenerationOutput(torch.tensor([[token]]), torch.tensor([[2]]), torch.zeros(1, 1), 12)
