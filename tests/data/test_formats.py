@@ -408,7 +408,7 @@ def test_other_mistakes_are_named(make: Make, tmp_path: Path) -> None:
     files, pictures = make("coco")
     with pytest.raises(InputError, match="limit of 0"):
         read_items(files, pictures, limit=0)
-    with pytest.raises(DataError, match="nowhere does not exist"):
+    with pytest.raises(InputError, match="no folder of images"):
         read_items(files, tmp_path / "nowhere")
     with pytest.raises(StorageError, match=r"none\.json"):
         read_items([tmp_path / "none.json"])

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   offramp-lab compare --backbone tiny-opt --data photos.jsonl --out runs/compare
+  offramp-lab analyse --adapter exits --data held_out.jsonl --out runs/analysis
 
 offramp report makes a page of what they write. python -m offramp_lab.records.NAME makes a record.
 """
-COMMANDS = {"compare": "offramp_lab.commands.compare"}
+COMMANDS = {name: f"offramp_lab.commands.{name}" for name in ("compare", "analyse")}
 """Modules by command, as in `offramp.cli.command_line`."""
 
 

@@ -38,7 +38,7 @@ examples:
   offramp slice model-q4_k_m.gguf --adapter exits --out sliced  the same of a file from the hub
   offramp report --run exits runs/captions --out report.html
 
-compare, analyse and bench are commands of offramp-lab, a package of its own.
+compare and analyse are commands of offramp-lab, a package of its own.
 """
 
 COMMANDS = {

@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(str(error))
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        # argparse would take "--option=--" for an option without a value, and store [].
+        # argparse would take an option whose value is "--" for one without, and store [].
         if action.option_strings and arg_strings == ["--"] and action.nargs != 0:
             self.error(f"argument {'/'.join(action.option_strings)}: '--' is no value")
         if any("\0" in word for word in arg_strings if isinstance(word, str)):

@@ -1,0 +1,1 @@
+"""Quality at every depth, and overthinking."""
