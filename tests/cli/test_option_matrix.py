@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -22,9 +21,11 @@ from option_matrix import FUZZED, Places, drawn, make_strange, options_of
 from offramp import cli
 from offramp.errors import InputError
 
-SECONDS = float(os.environ.get("OFFRAMP_FUZZ", "12"))
+SECONDS = float(os.environ.get("OFFRAMP_FUZZ", "0"))
+"""0: the first `FEW` alone, whatever time they take."""
+FEW = 20
 SEED = int(os.environ.get("OFFRAMP_FUZZ_SEED", "0"))
-LONGEST = 60
+LONGEST = 180
 """Seconds of a command, on a machine that others use too."""
 
 
@@ -80,25 +81,25 @@ def fault(words: list[str], places: Places, capsys: Any) -> str | None:
             return f"it said {err[-500:]!r}"
         if max(map(len, said)) > 2100:
             return f"it said {max(map(len, said))} letters"
-    if left := [*Path.cwd().iterdir()]:
-        shutil.rmtree(Path.cwd(), ignore_errors=True)
-        Path.cwd().mkdir(exist_ok=True)
-        return f"it wrote {left} into the working folder"
-    return None
+    left = [*Path.cwd().iterdir()]
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    named = any(word.partition("=")[0] == "--out" for word in words[-3:])
+    return f"it wrote {left} into the working folder" if left and not named else None
 
 
 def test_whatever_is_typed_works_or_is_refused_in_two_lines(
-    places: Places, trained: Path, capsys: pytest.CaptureFixture[str]
+    places: Places, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    end, number, begun = time.monotonic() + SECONDS, 0, resource.getrusage(resource.RUSAGE_SELF)
-    while time.monotonic() < end:
+    end, number = time.monotonic() + SECONDS, 0
+    while number < FEW if not SECONDS else time.monotonic() < end:
         words = drawn(random.Random(f"{SEED} {number}"), places)
         wrong = fault(words, places, capsys)
         assert wrong is None, f"seed {SEED}, command {number}: {words}: {wrong}"
         number += 1
         shutil.rmtree(places.empty, ignore_errors=True)
         places.empty.mkdir()
-    assert number > 0 and begun
+    print(f"{number} commands with seed {SEED}")
 
 
 @pytest.mark.parametrize("command", FUZZED)

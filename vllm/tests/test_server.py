@@ -1,4 +1,4 @@
-"""`vllm serve` with exits, over HTTP: answers, depths, metrics, and a request that is refused."""
+"""A server with exits, over HTTP: answers, depths, metrics, and a request that is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def server(made: Any) -> Iterator[str]:
         port = free.getsockname()[1]
     added = json.dumps({"offramp": {"exits": str(folder / "export")}})
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / "model"),
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(folder / "model"),
         "--port", str(port), "--dtype", "float32", "--max-model-len", "256",
         "--served-model-name", "tiny", "--additional-config", added,
         "--chat-template", str(Path(__file__).parent / "plain.jinja"),
