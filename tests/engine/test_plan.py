@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import families
@@ -13,9 +14,11 @@ import torch
 from families import WORDLESS
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from transformers import NemotronConfig, NemotronForCausalLM
 
 from offramp.adapter import PLANS, Adapter
 from offramp.engine.decoding import plan as plan_module
+from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -217,3 +220,27 @@ def test_threads_share_a_plan() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = [pool.submit(answers, adapter) for _ in range(16)]
         assert all(each.result() == expected for each in found)
+
+
+def test_the_answer_that_a_backbone_is_checked_on_is_that_of_later_ones() -> None:
+    """What watching finds makes no promise for first tokens; the check does, before it answers."""
+    torch.manual_seed(0)
+    config = NemotronConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    fresh = Backbone.of(NemotronForCausalLM(config).eval())
+    fresh.family = replace(fresh.family, discovered=True, causal_prompt=False)
+    assert not fresh.is_proven((2,))
+    ids = torch.tensor([[1, 5, 9, 3]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    policy, exits = ExitPolicy({2: 0.01}), Exits(fresh, (2,))
+    first, second = (
+        generate(
+            fresh, inputs, exits=exits, policy=policy, max_new_tokens=5, do_sample=False,
+            eos_token_id=None,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    assert fresh.is_proven((2,)) and first.depths.tolist() == second.depths.tolist() == [[2] * 5]
+    assert torch.equal(first.sequences, second.sequences)

@@ -107,6 +107,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "export": {"--adapter": adapter, "--gguf": ["q8_0"]},
         "slice": {"": [str(tree / "good.jsonl")], "--adapter": adapter},
         "compare": {**model, "--data": data},
+        "analyse": {"--adapter": adapter, "--data": data},
         "report": {"--run": adapter},
         "demo": {},
         "inspect": {"": adapter},

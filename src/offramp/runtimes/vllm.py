@@ -98,9 +98,7 @@ def _answers(
         return []
     kept = []
     policy = adapter.chosen_policy("early_exit", None, None)
-    # The first answer of a backbone may be the one that its engine is tried on, whose first token
-    # then runs to full depth; it is written twice.
-    for prompt in (*prompts[:1], *prompts):
+    for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=backbone.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         made = generate(
@@ -109,7 +107,7 @@ def _answers(
         )  # fmt: skip
         tokens, depths = made.new_tokens[0].tolist(), made.depths[0].tolist()
         kept.append({"prompt": list(prompt), "tokens": tokens, "depths": depths})
-    return kept[1:]
+    return kept
 
 
 def _of_text(adapter: Adapter) -> tuple[Backbone, ExitSet]:
