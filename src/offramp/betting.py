@@ -224,8 +224,10 @@ class RunningRisk:
     def _gained(
         self, stakes: Array, claim: Any, before: tuple[int, float], after: tuple[int, float]
     ) -> Array:
-        """What bets on an image gain by one more of its draws; (draws, losses) of it before and
-        after."""
+        """Return the factor by which one more draw of an image changes its bets.
+
+        before, after: number of draws of the image, and the sum of their losses.
+        """
         then, now = (1 + stakes * (lost - n * claim) / self.of_one for n, lost in (before, after))
         return np.asarray(now / then)
 

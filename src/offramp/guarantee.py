@@ -37,7 +37,7 @@ class Promise:
 
     @property
     def claim(self) -> str:
-        """As a sentence's end, with its unit, and where it is about."""
+        """Return the end of a sentence that states the promise, its unit and its population."""
         each = f"for each kind of prompt ({kinds_words(self.kinds)}) " if self.kinds else ""
         return f"{each}{risk_words(self.risk, self.unit)} is at most {self.target:g} {LIKE}"
 

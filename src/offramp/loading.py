@@ -64,8 +64,7 @@ class Loaded:
             inputs = self.encoder.text_prompt(prompt)
         else:
             inputs = self.encoder.prompts([Example(image, prompt, (), key="image")])
-        calibrated = (self.adapter.calibration or {}).get("conditions") or {}
-        usual = {"max_new_tokens": calibrated.get("longest") or LONGEST, "do_sample": False}
+        usual = {"max_new_tokens": usual_length(self.adapter, LONGEST), "do_sample": False}
         made = self.model.generate(
             inputs, policy=self.adapter.policy.in_mode(mode), **{**usual, **options}
         )
@@ -102,6 +101,13 @@ def load(
     opened = engine_named(engine).open(adapter, gguf=gguf, context=context, threads=threads)
     own = opened if isinstance(opened, Adapter) else adapter
     return Loaded(opened, own, processor)
+
+
+def usual_length(adapter: Adapter, otherwise: int) -> int:
+    """Return the most tokens of an answer as calibrated, or `otherwise` where nothing is."""
+    calibrated = (adapter.calibration or {}).get("conditions") or {}
+    longest: int | None = calibrated.get("longest")
+    return longest or otherwise
 
 
 def with_exits(model: Adapter | Backbone) -> Adapter:

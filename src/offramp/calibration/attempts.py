@@ -79,7 +79,7 @@ class ImageRows:
         return self.parts or (self.rows,)
 
     def of_rows(self, wanted: Collection[int]) -> ImageRows | None:
-        """What of it is in some rows; None: nothing."""
+        """Return the part that lies in the wanted rows; None where there is none."""
         parts = [tuple(row for row in part if row in wanted) for part in self.by_image]
         parts = [part for part in parts if part]
         rows = tuple(row for row in self.rows if row in wanted)

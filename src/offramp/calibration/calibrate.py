@@ -262,18 +262,19 @@ def calibrate(
     here = {"engine": name, **of_processor(encoder.processor), "exits": adapter.exits}
     if unlike := _unlike_usual(Conditions.of(encoder.backbone, policy, **here), policy, adapter):
         settings["conditions"] = unlike
-    settings |= _counted(asked, judged, images)
+    frames = prompt_frames([example.prompt for example in judged])
+    settings |= _counted(asked, judged, images, frames)
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
     trial = _trial(
         whole, images, thresholds, attempts, digest, asked,
-        search_first=first == AUTO, shares=shares,
+        search_first=first == AUTO, shares=shares, frames=frames,
     )  # fmt: skip
     calibration, tested = _test(trial, asked, judged, progress)
     likeness = _likeness(trial, calibration.policy)
     if tested:  # else no errors were risked
         attempt = _attempt(trial, calibration, digest, settings)
         attempts = recorded(attempts, attempt, trial.turn.continues)
-    conditions = _conditions_of(encoder, calibration.policy, judged, likeness, options, here)
+    conditions = _conditions_of(encoder, calibration.policy, frames, likeness, options, here)
     return replace(
         calibration, attempts=attempts, runtime=name, conditions=conditions, likeness=likeness
     )
@@ -290,16 +291,17 @@ def _test(
 
 
 def _conditions_of(
-    encoder: InputProcessor, policy: ExitPolicy, judged: Sequence[Example], likeness: Likeness,
-    options: Mapping[str, Any], here: Mapping[str, Any],
+    encoder: InputProcessor, policy: ExitPolicy, frames: Sequence[Sequence[str]],
+    likeness: Likeness, options: Mapping[str, Any], here: Mapping[str, Any],
 ) -> Conditions:  # fmt: skip
-    """Under which what was found holds. here: of engine, processor and exits."""
+    """Conditions under which what was found holds. frames: of `prompt_frames`. here: of engine,
+    processor and exits."""
     return Conditions.of(
         encoder.backbone,
         policy,
         sampling="sampled" if samples(encoder.backbone, options) else "greedy",
         longest=options.get("max_new_tokens"),
-        prompts=prompt_frames([example.prompt for example in judged]),
+        prompts=frames,
         any_prompt="" in likeness.kinds or None,
         **here,
     )
@@ -318,12 +320,14 @@ def _searched(
 
 
 def _counted(
-    asked: Guarantee, judged: Sequence[Example], images: Sequence[ImageRows]
+    asked: Guarantee,
+    judged: Sequence[Example],
+    images: Sequence[ImageRows],
+    frames: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     """Settings of what the bounds count: kinds of prompt, and answers of one image or group."""
     settings: dict[str, Any] = {}
     if asked.each_kind:
-        frames = prompt_frames([example.prompt for example in judged])
         settings["kinds"] = sorted({kind_of(example.prompt, frames) for example in judged})
     if asked.unit == "answer" or grouped(images):  # by which bets are scaled
         by = [image.rows if asked.unit == "answer" else image.by_image for image in images]
@@ -529,6 +533,7 @@ def _trial(
     *,
     search_first: bool,
     shares: Sequence[float],
+    frames: Sequence[Sequence[str]],
 ) -> _Trial:
     search, tested = split_images(whole, images, also=search_first or bool(shares))
     any_time = TESTS[first_test(asked.method)].any_time
@@ -554,7 +559,6 @@ def _trial(
     starts = np.cumsum([0, *(len(image.rows) for image in turn.images)]).tolist()
     moved = tuple(image.at(start) for image, start in zip(turn.images, starts, strict=False))
     part = whole.part(np.array(rows))
-    frames = prompt_frames([example.prompt for example in whole.examples])
     kinds = tuple(kind_of(example.prompt, frames) for example in part.examples)
     return _Trial(part, moved, turn, asked.level(turn.number), kinds)
 

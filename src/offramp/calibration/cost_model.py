@@ -91,11 +91,6 @@ def layer_seconds(costs: Costs, positions: ArrayLike) -> Array:
     return _over(costs.layer, positions)
 
 
-def head_seconds(costs: Costs, positions: ArrayLike) -> Array:
-    """The LM head over so many positions."""
-    return _over(costs.head, positions)
-
-
 def _over(table: Sequence[float], positions: ArrayLike) -> Array:
     n = np.asarray(positions, dtype=float)
     slope = max(0.0, (table[-1] - table[-2]) / (LENGTHS[-1] - LENGTHS[-2]))

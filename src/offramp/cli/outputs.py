@@ -95,7 +95,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    """Whether a file stands in a folder, or a link to it does."""
+    """Return True where a file lies directly in a folder, once links are followed."""
     return Path(os.path.realpath(path)).parent == Path(os.path.realpath(folder))
 
 

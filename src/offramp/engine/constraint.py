@@ -193,7 +193,7 @@ def _check_divisors(schema: Mapping[str, Any]) -> None:
 
 
 def _values_of(name: str, schema: Any) -> Iterator[Any]:
-    """What stands under a name anywhere in a schema."""
+    """Return every value of a keyword anywhere in a JSON schema."""
     left = [schema]
     while left:
         part = left.pop()

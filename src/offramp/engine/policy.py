@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from offramp.models.backbone import Backbone
 
 KV_POLICIES: dict[str, Any] = {"recompute": None}
-"""What fills the keys and values of layers that tokens skip, by name: the class of
-`offramp.engine.generate.Generation` that does; None: that itself, which is exact."""
+"""What fills the keys and values of layers that tokens skip, by name: a function of the plan,
+backbone and exits that returns the plan to decode by; None: the plan itself, which is exact."""
 RANKINGS = {"attention": False, "random": False, "divprune": True, "random-before": True}
 """What says which visual tokens go on, and whether it does before the decoder: else behind the
 first exit. How much the prompt's last token attends to each in the exit; how unlike each other they

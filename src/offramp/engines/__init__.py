@@ -29,11 +29,11 @@ class Engine:
 
     @property
     def ships(self) -> bool:
-        """Whether it is of this package, and not of a plug-in."""
+        """Return True for an engine of this package, False for one of a plug-in."""
         return isinstance(self.home, str)
 
     def open(self, model: Any, **sizes: Any) -> Any:
-        """What generates by this engine."""
+        """Open a model, and return what generates with it."""
         made = import_module(self.home).open if isinstance(self.home, str) else self.home
         return made(model, **sizes)
 

@@ -1,11 +1,10 @@
-"""Intervals that the lab alone asks for: of shares and means by image, of what was picked after
-looking, of a few seeds."""
+"""Intervals that the lab alone asks for: of shares and means by image, and of what was picked after
+looking."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -85,15 +84,3 @@ class Bootstrap:
         largest = (np.abs(errors[:, varies]) / deviation[varies]).max(1)
         reach = float(np.quantile(largest, self.confidence) * deviation[picked])
         return float(value[picked]) - reach, float(value[picked]) + reach
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """Student's 95% interval of the mean of a few values, such as seeds'; (None, None) for a single
-    one."""
-    from scipy.stats import t as student
-
-    if len(values) < 2:
-        return None, None
-    tail = float(student.ppf(0.975, len(values) - 1))
-    half, middle = tail * stdev(values) / len(values) ** 0.5, mean(values)
-    return middle - half, middle + half

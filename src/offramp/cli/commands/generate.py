@@ -91,6 +91,7 @@ def _options(parser: Parser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from offramp.loading import usual_length
     from offramp.models.input_processor import InputProcessor
 
     options = _generation_options(arguments)
@@ -99,8 +100,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     adapter, processor = load_adapter(arguments)
     runtime = load_runtime(arguments, adapter, alone=True) or adapter
     if options["max_new_tokens"] is None:
-        calibrated = (adapter.calibration or {}).get("conditions") or {}
-        options["max_new_tokens"] = calibrated.get("longest") or LONGEST
+        options["max_new_tokens"] = usual_length(adapter, LONGEST)
     policy = policy_of(arguments, adapter).in_mode(arguments.mode)
     is_trained = adapter.exits.modules.kind != "lens"
     drafts = policy.lossless and adapter.exits.draft_on

@@ -324,7 +324,7 @@ class Decoder:
         self.tally.accepted += min(kept, most)
 
     def _budget(self, row: Sequence, depth: int) -> DraftBudget:
-        """How far a sequence may be drafted before it is as long as it may be."""
+        """Return the most tokens that a round may draft before the answer reaches its longest."""
         most = row.rule.max_drafts
         if self.executor.positions is not None:
             most = min(most, self.executor.positions - row.ran[0] - 1)

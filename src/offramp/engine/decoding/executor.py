@@ -92,16 +92,6 @@ class Executor(Protocol):
         ...
 
 
-class TriedExecutor(Executor, Protocol):
-    """An executor by which full depth can be timed beside the exits, to find out whether exits
-    pay."""
-
-    def trial(self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]) -> Any:
-        """Run a `full` call to be timed, after which nothing has changed. Its output means nothing
-        where columns are pending."""
-        ...
-
-
 def too_long(positions: int) -> InputError:
     """The error of a prompt and its answer that want more columns."""
     return InputError(

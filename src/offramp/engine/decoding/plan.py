@@ -41,7 +41,7 @@ class Plan:
 
     @contextmanager
     def reading(self, **caches: Any) -> Iterator[Any]:
-        """What reads prompts, for one answer; it is kept for the next where no caches are given.
+        """Lend a reader of prompts for one answer. Without caches it is kept for the next answer.
 
         caches: as of `reader`.
         """

@@ -19,9 +19,11 @@ class Verdict(NamedTuple):
 
 
 class PromptStage(Protocol):
-    """What is done to a prompt between layers, such as leaving visual tokens out. The executor's
-    reader of prompts takes it as the argument `name`; executors that know it have that name in
-    `stages`, and for others `refusal` says what is the matter and what to do."""
+    """A change to a prompt between layers, such as leaving visual tokens out.
+
+    name: the argument by which the reader of prompts takes the stage; an executor that supports it
+    lists this name in `stages`. refusal: problem and remedy, told where an executor does not.
+    """
 
     @property
     def name(self) -> str: ...

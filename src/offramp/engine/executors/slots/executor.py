@@ -232,9 +232,6 @@ class SlotExecutor(SegmentRunner):
         for segment, base in handle.base.items():
             handle.base[segment] = min(base, column)
 
-    def trial(self, handles: Sequence[_Row], ids: Sequence[int], columns: Sequence[int]) -> Tensor:
-        return self._pass(handles, columns, self._ids(ids))  # what it writes is written again
-
     def close(self) -> None:
         """Drop keys, values and states now: handler and model hold each other."""
         self.cache.drop()
