@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import TORCH
 from offramp.cli.outputs import check_out_adapter
+from offramp.engines import TORCH
 from offramp.errors import DataError, InputError
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from offramp.cli.parser import (
     whole,
     whole_numbers,
 )
-from offramp.engines import ENGINES
+from offramp.engines import ENGINES, TORCH
 from offramp.plugins import load_plugins
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -315,8 +315,8 @@ class _Engines(tuple[str, ...]):
         return name in ENGINES
 
 
-TORCH, MTMD = "torch", "mtmd"
-"""PyTorch; and what runs a vision tower that `offramp export --vision` wrote."""
+MTMD = "mtmd"
+"""What runs a vision tower that `offramp export --vision` wrote."""
 VISION = (TORCH, "onnxruntime", "openvino", "openvino-bf16", MTMD)
 
 

@@ -1,7 +1,7 @@
 """Answers in JSON: what a schema lets come next, at any place of an answer.
 
 A constraint goes among Hugging Face's logits processors, so whoever says a token obeys it: an exit,
-a guess, a draft, the full model. Scores are confidence in what is allowed.
+a draft, the full model. Scores are confidence in what is allowed.
 """
 
 from __future__ import annotations

@@ -386,15 +386,20 @@ def test_an_alarm_outlives_a_restart_until_it_is_reset(tmp_path: Path) -> None:
     torn.close()
 
 
+def compare_one(config: WatchConfig) -> None:
+    """A watcher that compares one answer, keeps its state and ends."""
+    watcher = idle_watcher(_BusyEngine(0), config)
+    watcher.offer(samples([fakes.picture(50)])[0])
+    assert watcher.settle(60)
+    watcher.close()
+
+
 @pytest.mark.parametrize("change", [{"level": 0.001}, {"slack": 2.0}, {"watchers": 3}])
 def test_an_alarm_outlives_a_restart_with_another_watch(
     tmp_path: Path, change: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = replace(ALL, state=tmp_path / "watch.json")
-    watcher = idle_watcher(_BusyEngine(0), config)
-    watcher.offer(samples([fakes.picture(50)])[0])
-    assert watcher.settle(60)
-    watcher.close()
+    compare_one(config)
     idle_watcher(_BusyEngine(0), replace(config, **change)).close()
     assert "starts anew" in caplog.text and next(iter(change)) in caplog.text
     watcher = idle_watcher(_BusyEngine(0), config)
@@ -417,10 +422,7 @@ def test_a_damaged_state_switches_no_watch_off(
     tmp_path: Path, damage: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = replace(ALL, state=tmp_path / "watch.json")
-    watcher = idle_watcher(_BusyEngine(0), config)
-    watcher.offer(samples([fakes.picture(50)])[0])
-    assert watcher.settle(60)
-    watcher.close()
+    compare_one(config)
     kept = json.loads((tmp_path / "watch.json").read_text())
     kept["risk"] |= damage
     (tmp_path / "watch.json").write_text(json.dumps(kept))

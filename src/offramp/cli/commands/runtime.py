@@ -7,8 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import MTMD, TORCH
+from offramp.cli.options import MTMD
 from offramp.cli.parser import Parser, threads, whole
+from offramp.engines import TORCH
 
 log = logging.getLogger(__name__)
 

@@ -56,11 +56,11 @@ class Decoder:
         samplers: Many[TokenSampler],
         rule: ExitRule,
     ) -> tuple[Any, list[Opening]]:
-        """Read a prompt of one or more rows, and choose each row's first token. Where visual tokens
-        stay at an exit that does not say the token, layers above do once the row has joined.
+        """Read a prompt of one or more rows, and choose each row's first token. Where the prompt
+        waits at an exit that does not say the token, layers above do once the row has joined.
 
         Raises:
-            InputError: visual tokens are to stay at an exit, and the executor cannot.
+            InputError: the rule has a stage that the executor does not support.
         """
         opening = rule.opening
         openings = [Opening(None)] * len(samplers)

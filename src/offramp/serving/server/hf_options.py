@@ -43,7 +43,7 @@ class LogprobWarper(NotedLogprobs):
     """A processor that changes nothing and notes the log-probabilities at each place, as the model
     gave them: before temperature and top-p, after penalties.
 
-    A place that an exit filled with a guess is noted again when the full model fills it. Its name
+    A place at which an exit was asked and wrote nothing is noted again by the full model. Its name
     ends as those of processors that say nothing of what may come, so an exit's score is the same
     with it.
     """
