@@ -24,6 +24,7 @@ RIGHT = [
     home_made.ByName, home_made.Capped, home_made.Biased, home_made.CappedAndBiased,
     home_made.Sliced, home_made.Tempered, home_made.TemperedALittle, home_made.Window,
     home_made.Strided, home_made.EverySecond, home_made.PositionsEnter,
+    home_made.ScaledFrom24,
 ]  # fmt: skip
 """What must not be refused."""
 NEW = 16

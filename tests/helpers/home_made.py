@@ -139,6 +139,20 @@ class PositionsEnter(Stack):
         return h + 0.3 * torch.sin(positions.float())[..., None]
 
 
+class SeesThePrompt(Stack):
+    """Below the first layer each token of a prompt gets the mean of all, later ones too."""
+
+    def enter(self, h: Tensor, positions: Tensor) -> Tensor:
+        return h if h.shape[1] == 1 else h + h.mean(1, keepdim=True)
+
+
+class ScaledFrom24(Stack):
+    """States of later tokens are scaled, as attention is beyond a length in some models."""
+
+    def between(self, i, h, first, ids, positions):  # type: ignore[no-untyped-def]
+        return torch.where((positions >= 24)[..., None], h * (1 + 0.2 * i), h)
+
+
 class Window(Stack):
     def seen(self, keys: Tensor, queries: Tensor) -> Tensor:
         return queries - keys < 8

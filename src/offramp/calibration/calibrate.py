@@ -63,6 +63,7 @@ from offramp.engine.policy import (
     resolved,
 )
 from offramp.engine.pruning import Pruner
+from offramp.engine.self_check import check_untested
 from offramp.errors import DataError, InputError
 from offramp.evaluation.evaluate import tensor_digest
 from offramp.likeness import ANSWERS, Likeness
@@ -250,6 +251,7 @@ def calibrate(
         policy = replace(policy, visual_keep=1.0 if shares else float(visual_keep[0]))
     _check_examples(adapter, judged, risk, policy)
     images = images_of(judged)  # before the model runs: they may be refused
+    check_untested(encoder, judged[:1], adapter.exits.depths)
     whole = ThresholdEvaluator.of(
         adapter, encoder, judged, policy, RISKS[risk],
         costs=costs, batch_size=batch_size, runtime=runtime, **options,

@@ -111,8 +111,7 @@ class PrefixCache:
     @contextmanager
     def serving(self, run: Reader) -> Iterator[Served | None]:
         """Stand before the prompt that `run` reads meanwhile, and keep it once it was read."""
-        backbone = run.backbone
-        if backbone.is_encoder_decoder or not backbone.family.causal_prompt:
+        if not run.backbone.reads_in_parts:
             yield None
             return
         served = Served(self, run)

@@ -105,7 +105,7 @@ class PromptReader:
         if backbone.decoding.exact_batches:  # parts of a prompt are other sums than the whole
             chunk = prefix_cache = None
         self._chunk, self._between = chunk, between
-        if chunk is not None and backbone.family.causal_prompt and not backbone.is_encoder_decoder:
+        if chunk is not None and backbone.reads_in_parts:
             self._run_stack = self.intercepted.stack.forward
             self.intercepted.stack.forward = self._in_chunks
         if vision_cache is not None:

@@ -9,6 +9,7 @@ shows there. Slots are tried first, then the model's own stack.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,14 +32,19 @@ from offramp.engine.prefill import Prepared, prepare, room_of
 from offramp.engine.sampler import Sampler
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
-from offramp.models.discovery.probe import special_ids
+from offramp.models.discovery.probe import prompt_ids, special_ids
 from offramp.models.discovery.twin import twin
 from offramp.models.exits import Exits, propose_depths
 from offramp.models.input_processor import InputProcessor
+from offramp.models.modality import Modality, modality_of
 from offramp.models.quantized.weights import scheme
 from offramp.models.rope import LengthDependentRope, with_own_frequencies
 
 TOKENS = 10
+LONG = 320
+"""Tokens of the long text: beyond windows, and beyond lengths at which positions are scaled."""
+PART = 3
+"""Tokens of a prompt that are run at once, where prompts are read in parts."""
 _SCRIPT = (0, 1, 2, 0, 1, 0, 1, 1, 2, 0)
 """Which of one or two exits each token takes, from 1; 0: none. Later tokens catch up."""
 LATE = 2
@@ -59,18 +65,20 @@ Outcome = float | str
 class DecodeCheck:
     """What part 3 found.
 
-    engine: of `EXECUTORS`, the one that it is about. depths: of its exits. plain: without exits.
-    exits: tokens exit and catch up. first_token: as well, and the first token exits out of the
-    prompt. lossless: drafts are verified and taken back. allowed: the largest difference that is
-    rounding.
+    engine: of `EXECUTORS`, the one that it is about. depths: of its exits. prompt: what the prompts
+    consisted of. plain: without exits. exits: tokens exit and catch up. first_token: as well, and
+    the first token exits out of the prompt. lossless: drafts are verified and taken back. parts:
+    prompts are run a few tokens at a time. allowed: the largest difference that is rounding.
     """
 
     engine: str
     depths: tuple[int, ...]
+    prompt: Modality
     plain: Outcome
     exits: Outcome
     first_token: Outcome
     lossless: Outcome
+    parts: Outcome
     allowed: float
 
     def holds(self, outcome: Outcome) -> bool:
@@ -141,6 +149,7 @@ class _Case:
         self, backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int]
     ) -> None:
         self.backbone, self.depths = backbone, tuple(depths)
+        self.prompt = modality_of(backbone.model.config, inputs)
         self.model = backbone.model
         if backbone.rope != LengthDependentRope():  # it would write its frequencies
             self.model = twin(backbone.model)
@@ -194,6 +203,16 @@ class _Case:
                 break
         return min(_MOST, max(_LEAST, REPEAT * apart))
 
+    def alone(self) -> _Case:
+        """The first prompt by itself: only such are read in parts."""
+        made, rows = copy.copy(self), len(self.tokens)
+        made.inputs = {
+            name: value[:1] if isinstance(value, Tensor) and len(value) == rows else value
+            for name, value in self.inputs.items()
+        }
+        made.tokens, made.logits = made._own(made.inputs)
+        return made
+
     def worst(
         self,
         engine: str,
@@ -201,13 +220,18 @@ class _Case:
         *,
         first: bool = False,
         lossless: bool = False,
+        part: int | None = None,
     ) -> float:
         """The largest difference of logits at full depth.
 
         script: which exit tokens take; None: the full model. first: whether the first token may
-        exit out of the prompt. lossless: everything is drafted, every second draft wrongly.
+        exit out of the prompt. lossless: everything is drafted, every second draft wrongly. part:
+        tokens of the prompt that are run at once; None: all.
         """
         backbone, rows = self.backbone, len(self.tokens)
+        if part is not None:
+            backbone = copy.copy(backbone)
+            backbone.learn(causal_prompt=True, lossless=backbone.lossless)
         depths = () if script is None else self.depths[:1] if lossless else self.depths
         at = dict.fromkeys(depths, 0.5)
         heads = partial(_Scripted, script=script or (), lossless=lossless)
@@ -217,7 +241,7 @@ class _Case:
         rule = replace(plan.rule(), first=opening)
         executor = plan.executor(engine=engine, slots=rows)
         decoder = plan.decoder(executor, Schedule(2, rows))
-        prompts = plan.reader()
+        prompts = plan.reader(chunk=part)
         prepared = prepare(prompts.intercepted.model, self.inputs, **self.options)
         samplers = [_Forced(prepared, row, self.tokens[row].tolist()) for row in range(rows)]
         try:
@@ -276,15 +300,20 @@ def _found(case: _Case, engine: str) -> DecodeCheck:
     first = (1, *case.script[1:])
     plain = tried(lambda: case.worst(engine, None))
     exits = tried(lambda: case.worst(engine, case.script))
-    not_asked = "not asked: decoding is not exact"
-    found = DecodeCheck(engine, case.depths, plain, exits, not_asked, not_asked, case.allowed)
+    not_asked = ("not asked: decoding is not exact",) * 3
+    found = DecodeCheck(
+        engine, case.depths, case.prompt, plain, exits, *not_asked, case.allowed
+    )
     if not found.exact:
         return found
-    return replace(
+    found = replace(
         found,
         first_token=tried(lambda: case.worst(engine, first, first=True)),
         lossless=tried(lambda: case.worst(engine, (1,), lossless=True)),
     )
+    if not found.holds(found.first_token):
+        return replace(found, parts="not asked: the prompt is not causal")
+    return replace(found, parts=tried(lambda: case.alone().worst(engine, None, part=PART)))
 
 
 def _fitting(
@@ -367,21 +396,26 @@ def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:
             )
     backbone.learn(
         causal_prompt=check.holds(check.first_token),
+        in_parts=check.holds(check.parts),
         lossless=check.holds(check.lossless),
         engine=check.engine,
         depths=check.depths,
+        prompts=[check.prompt],
     )
 
 
 def prove(backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int] = ()) -> None:
-    """At the first use of a backbone, or of exits at these depths of it, that were not proven
-    before: find out which executor is exact, on the prompt that they are first used with.
+    """Find out which executor is exact, where prompts like this one, or exits at these depths, come
+    to a backbone for the first time. The example that the backbone was loaded with is checked as
+    well, so that what a text may do does not depend on whether an image came before it.
 
     Raises:
         UnsupportedBackboneError: none is.
     """
-    if not backbone.is_proven(depths):
-        adopt_findings(backbone, check_decoding(backbone, inputs, depths=depths))
+    config = backbone.model.config
+    for each in (inputs, backbone.example):
+        if each is not None and not backbone.is_proven(depths, modality_of(config, each)):
+            adopt_findings(backbone, check_decoding(backbone, each, depths=depths))
 
 
 def prove_prepared(backbone: Backbone, prepared: Prepared, depths: Sequence[int]) -> None:
@@ -391,28 +425,66 @@ def prove_prepared(backbone: Backbone, prepared: Prepared, depths: Sequence[int]
     Raises:
         UnsupportedBackboneError: there is neither, or none is exact.
     """
+    given = {"input_ids": prepared.ids, **prepared.arguments}
+    consists_of = modality_of(backbone.model.config, given)
     inputs: Mapping[str, Any] | None = backbone.example
     if inputs is None and backbone.text_only:
-        mask = prepared.arguments.get("attention_mask")
-        inputs = {"input_ids": prepared.ids}
-        inputs |= {} if mask is None else {"attention_mask": mask}
-    if not backbone.is_proven(depths) and inputs is None:
+        names = ("input_ids", "attention_mask")
+        inputs = {name: given[name] for name in names if given.get(name) is not None}
+    if inputs is not None:
+        prove(backbone, inputs, depths)
+        consists_of = modality_of(backbone.model.config, inputs)
+    if not backbone.is_proven(depths, consists_of):
         raise UnsupportedBackboneError(
             f"{backbone.name} was not checked yet, and custom_generate is handed no image that it "
             "could be checked with.",
             "Call adapter.generate(**inputs, max_new_tokens=1) once before, or load it by "
             "Backbone(model, example=inputs).",
         )
-    if inputs is not None:
-        prove(backbone, inputs, depths)
 
 
 def check_untested(
-    backbone: Backbone, processor: Any, examples: Sequence[Example], depths: Sequence[int] = ()
+    encoder: InputProcessor, examples: Sequence[Example], depths: Sequence[int] = ()
 ) -> None:
-    """Check a backbone without tests of its own on `examples`, and take over what holds; see
-    `adopt_findings`.
+    """Check a backbone without tests of its own on `examples` and on a long text, and take over
+    what holds; see `adopt_findings`.
+
+    Raises:
+        UnsupportedBackboneError: decoding is not the model's own, in short answers or after a text
+            of `LONG` tokens, where sliding windows and scaled positions show.
     """
+    backbone = encoder.backbone
     if not backbone.tested and examples:
-        prompts = InputProcessor(backbone, processor).prompts(examples)
-        adopt_findings(backbone, check_decoding(backbone, prompts, depths=depths))
+        prompts = encoder.prompts(examples)
+        for each in (prompts, _lengthened(backbone, prompts)):
+            if each is not None:
+                adopt_findings(backbone, check_decoding(backbone, each, depths=depths))
+
+
+def _lengthened(backbone: Backbone, inputs: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The first prompt of `inputs` with ordinary words after it, `LONG` tokens in all, or as many
+    as the model has positions for; None where the model does not take them."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or backbone.is_encoder_decoder:
+        return None
+    rows, length = ids.shape
+    most = LONG if backbone.positions is None else min(LONG, backbone.positions - 2 * TOKENS)
+    more = most - length
+    if rows > 1 or more <= 0:
+        return None
+    words = prompt_ids(backbone.model)
+    order = torch.arange(more, device=words.device)
+    words = words[:, (order * order + order // 3) % words.shape[1]]  # no period
+
+    def longer(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.shape != ids.shape:
+            return value
+        added = words if name == "input_ids" else value[:, -1:].expand(-1, more)
+        return torch.cat([value, added.to(value)], 1)
+
+    made = {name: longer(name, value) for name, value in inputs.items()}
+    try:
+        backbone.model.generate(**made, max_new_tokens=1, do_sample=False, num_beams=1)
+    except Exception:  # whatever the model raises on a prompt that does not end as its template
+        return None
+    return made

@@ -15,6 +15,7 @@ from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.hub import grey_example, load_model
+from offramp.models.modality import Modality
 from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.quantized.weights import scheme
@@ -82,7 +83,8 @@ class Backbone(OpenedModel):
         """Whether drafts can be taken back, as far as decoding has shown."""
         self.engine: str | None = self._proven()
         """The executor that was found to be exact (`offramp.engine.executors`); None: not yet."""
-        self._proven_at = frozenset(range(self.depth) if self.tested else ())
+        self._in_parts = True
+        self._proven_with: dict[Modality, frozenset[int]] = {}
         self.reads_ids = accepts(self.stack, "per_layer_inputs")
         """Whether layers read the tokens again, beside the states (Gemma 3n, Gemma 4)."""
         self._layout = found = self_check(self, example)
@@ -226,28 +228,53 @@ class Backbone(OpenedModel):
         kinds = {type(part) for part in self.model.modules() if part not in seen}
         return all(kind.__module__.partition(".")[0] in _STOCK for kind in kinds)
 
-    def is_proven(self, depths: Iterable[int]) -> bool:
-        """Whether decoding with exits at these depths was found to be exact."""
-        return self.engine is not None and self._proven_at.issuperset(depths)
+    def is_proven(self, depths: Iterable[int], prompt: Modality | None = None) -> bool:
+        """Whether decoding with exits at these depths was found to be exact.
+
+        prompt: what the prompt consists of, as of `modality_of`; None: whatever was tried.
+        """
+        if self.engine is None or self.tested:
+            return self.engine is not None
+        if prompt is None:
+            return any(proven.issuperset(depths) for proven in self._proven_with.values())
+        return prompt in self._proven_with and self._proven_with[prompt].issuperset(depths)
+
+    @property
+    def reads_in_parts(self) -> bool:
+        """Whether a prompt may be run in several parts, as chunks and kept beginnings are."""
+        return self._in_parts and self.family.causal_prompt and not self.is_encoder_decoder
+
+    @property
+    def proven(self) -> Mapping[Modality, frozenset[int]]:
+        """Depths of exits with which decoding was found to be exact, by what prompts consisted of;
+        empty where tests show it."""
+        return self._proven_with
 
     def learn(
         self,
         *,
         causal_prompt: bool,
         lossless: bool,
+        in_parts: bool = True,
         engine: str | None = None,
         depths: Iterable[int] = (),
+        prompts: Iterable[Modality] = (),
     ) -> None:
         """Take over what decoding showed: whether the first token may exit out of the prompt,
-        whether drafts can be taken back, and which executor is exact, with exits at which depths.
-        What is registered, or was found at other depths, as impossible stays so."""
-        again = bool(self._proven_at)
+        whether a prompt may be run in parts, whether drafts can be taken back, and which executor
+        is exact, with exits at which depths, for which prompts. What is registered as impossible,
+        or was found to be for other prompts or depths, stays so."""
+        again = bool(self._proven_with)
         able = self.family.causal_prompt if again or not self.family.discovered else True
         self.family = replace(self.family, causal_prompt=causal_prompt and able)
         self.lossless = lossless and (self.lossless or not again)
+        self._in_parts = in_parts and (self._in_parts or not again)
         self.engine = engine or self.engine
         if engine is not None:
-            self._proven_at |= frozenset(depths)
+            self._proven_with = dict(self._proven_with)  # copies of this backbone keep theirs
+            for prompt in prompts:
+                known = self._proven_with.get(prompt, frozenset())
+                self._proven_with[prompt] = known | frozenset(depths)
 
     def check_lossless(self) -> None:
         """Raise `UnsupportedBackboneError` where decoding showed that drafts stay in the cache."""

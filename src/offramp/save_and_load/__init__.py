@@ -42,6 +42,7 @@ from offramp.save_and_load.config import (
     EXITS,
     FORMAT,
     LEARNT,
+    PROVEN,
     RESTORE,
     AdapterConfig,
     read_config,
@@ -147,10 +148,12 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
 
 
 def _learnt(backbone: Backbone, depths: Sequence[int]) -> dict[str, Any]:
-    values = (backbone.family.causal_prompt, backbone.lossless)
+    values = (backbone.family.causal_prompt, backbone.reads_in_parts, backbone.lossless)
     found: dict[str, Any] = dict(zip(LEARNT, values, strict=True))
-    if backbone.is_proven(depths):
-        found |= {"engine": backbone.engine, "transformers": transformers.__version__}
+    proven = [list(p) for p, at in backbone.proven.items() if at.issuperset(depths)]
+    if proven:
+        how = (backbone.engine, transformers.__version__, proven)
+        found |= dict(zip(PROVEN, how, strict=True))
     return found
 
 
@@ -184,13 +187,14 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
     except InputError as error:
         raise AdapterError(f"{config.folder / CONFIG}: {error.problem}", RESTORE) from error
     if config.decoding is not None and not backbone.tested:
-        found = dict(config.decoding)
+        found = {"causal_prompt": False, "lossless": True, **config.decoding}
         version, engine = found.pop("transformers", None), found.pop("engine", None)
+        prompts = [tuple(prompt) for prompt in found.pop("prompts", ())]
         if version != transformers.__version__ or engine not in ("slots", "stack"):
             engine = None  # it is found out again
         if not backbone.stock:
             engine = None  # as well: code that no version is of may have changed since
-        backbone.learn(**found, engine=engine, depths=config.depths)
+        backbone.learn(**found, engine=engine, depths=config.depths, prompts=prompts)
     calibration = config.calibration
     was, held_in = config.fingerprint.get("quantized"), now.get("quantized")
     if was != held_in:

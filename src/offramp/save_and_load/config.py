@@ -35,10 +35,10 @@ _OPTIONAL = (
     "format", "exit_kind", "discriminators", "conditional_discriminators", "checks", "calibration",
     "files", "digest", "decoding",
 )  # fmt: skip
-LEARNT = ("causal_prompt", "lossless")
-"""What decoding shows of a backbone that was discovered."""
-PROVEN = ("engine", "transformers")
-"""Which executor was found to be exact, with which version of transformers."""
+LEARNT = ("causal_prompt", "in_parts", "lossless")
+"""What decoding shows of a backbone without tests of its own; see `Backbone.learn`."""
+PROVEN = ("engine", "transformers", "prompts")
+"""Which executor was found to be exact, with which version of transformers, for which prompts."""
 _NUMBER = (int, float)
 _CALIBRATION: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("risk", "method", "unit", "data_digest"), (str,)),
@@ -233,9 +233,14 @@ def _decoding(config: _Entries) -> dict[str, Any] | None:
         return None
     shown = config.part("decoding")
     shown.check_known((*LEARNT, *PROVEN))
-    found: dict[str, Any] = {name: shown.get(name, bool) for name in LEARNT}
-    if all(name in shown.values for name in PROVEN):
-        found |= {name: shown.get(name, str) for name in PROVEN}
+    found: dict[str, Any] = {
+        name: shown.get(name, bool) for name in LEARNT if name in shown.values
+    }
+    if all(name in shown.values for name in PROVEN):  # else it is found out again
+        found |= {name: shown.get(name, str) for name in ("engine", "transformers")}
+        prompts = found["prompts"] = shown.get("prompts", list)
+        if not all(isinstance(p, list) and all(isinstance(n, str) for n in p) for p in prompts):
+            shown.fail(f"'decoding.prompts' is {_shown(prompts)}")
     return found
 
 

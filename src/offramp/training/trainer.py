@@ -99,7 +99,7 @@ def train(
     """
     out, backbone = Path(out), Backbone.of(backbone)
     check_out(out, resume=resume, overwrite=overwrite)
-    check_untested(backbone, processor, examples[:1], config.depths or ())
+    check_untested(InputProcessor(backbone, processor), examples[:1], config.depths or ())
     drafts = config.exit_kind == "drafting"
     first = replace(config, exit_kind="layer") if drafts else config
     trainer = Trainer(backbone, processor, examples, first, out, command, teacher)
@@ -141,7 +141,8 @@ def train_drafting(
             f"Give --of-format {kind}.",
         )
     config = replace(config, exit_kind="layer", depths=adapter.exits.depths)
-    check_untested(adapter.backbone, processor, examples[:1], adapter.exits.depths)
+    encoder = InputProcessor(adapter.backbone, processor)
+    check_untested(encoder, examples[:1], adapter.exits.depths)
     trainer = Trainer(adapter.backbone, processor, examples, config, out, teacher=teacher)
     with locked_folder(out / FOLDER):
         stores = trainer.states.record()

@@ -651,10 +651,12 @@ class SlotExecutor(SegmentRunner):
         try:
             given = self._in_a_row(1 if self._relative is not None else positions)
             tables = Tables(self._stage, self._stack_arguments(given), positions)
-            # As by themselves: tables may depend on how many positions they are for.
-            for count in {1, max(1, tables.positions // 2)} if self._relative is None else {1}:
-                fewer = self._in_a_row(count)
-                tables.check(fewer, self._stage, self._stack_arguments(fewer))
+            # As by themselves: tables may depend on how many positions they are for. All positions,
+            # on states that are not zero: what a stack does to states may begin at a length.
+            counts = {1, max(1, tables.positions // 2), tables.positions}
+            for count in counts if self._relative is None else {1}:
+                again = self._in_a_row(count, filled=True)
+                tables.check(again, self._stage, self._stack_arguments(again))
         except CannotRehearseError as error:
             known[kind] = str(error)
             self._refuse(error)
@@ -664,11 +666,13 @@ class SlotExecutor(SegmentRunner):
         known[kind] = tables
         return tables
 
-    def _in_a_row(self, count: int) -> Given:
-        """A call on so many positions, the states zero."""
+    def _in_a_row(self, count: int, *, filled: bool = False) -> Given:
+        """A call on so many positions, the states zero, or filled with numbers between -1 and 1."""
         backbone = self.backbone
         call = self._current.call = OneSlot(0, 0, count, self._device)
         states = torch.zeros(1, count, backbone.width, dtype=backbone.dtype, device=backbone.device)
+        if filled:
+            states += torch.linspace(-1, 1, backbone.width, device=backbone.device)
         offsets = None if self._offsets is None else torch.zeros_like(self._offsets)
         encoder = (lambda: self._encoder_of(call)) if self.cache.cross else None
         return Given(call, states, offsets, 0, encoder)

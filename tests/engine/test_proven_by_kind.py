@@ -1,0 +1,92 @@
+"""What a check showed is used for prompts of the kind, the parts and the lengths that it saw."""
+
+from __future__ import annotations
+
+import fakes
+import home_made
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from offramp.engine.generate import generate
+from offramp.engine.policy import ExitPolicy
+from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.self_check import check_untested
+from offramp.errors import UnsupportedBackboneError
+from offramp.models.backbone import Backbone
+from offramp.models.discovery.probe import text_prompt
+from offramp.models.exits import Exits
+from offramp.models.input_processor import InputProcessor
+from offramp_lab.inputs import zoo
+
+TYPES = ["gemma4_unified", "granite4_vision", "molmo2", "qwen3_vl_moe"]
+"""Image prompts of these look ahead, or get features between layers; text does neither."""
+DEPTH = 1
+
+
+def answered(backbone, exits, inputs):
+    policy = ExitPolicy({DEPTH: 0.0}, first={DEPTH: 0.0})
+    return generate(backbone, inputs, exits=exits, policy=policy, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_an_image_after_a_text_gets_what_an_image_gets_alone(name):
+    model = zoo.build(name)
+    image = zoo.inputs(name, model, 1)
+    one, other = Backbone(model, example=image), Backbone(model, example=image)
+    exits = Exits(one, (DEPTH,))
+    alone = answered(one, exits, image)
+    answered(other, exits, text_prompt(model))
+    after = answered(other, exits, image)
+    assert torch.equal(alone.depths, after.depths)
+    assert torch.equal(alone.sequences, after.sequences)
+    assert not other.family.causal_prompt
+
+
+def test_a_prompt_whose_tokens_see_later_ones_is_not_continued_from_a_kept_one(batch):
+    """Nothing above the exit looks ahead, so the first token may exit; parts are another thing."""
+    inputs = batch("llava", 1)
+    more = torch.arange(10, 13)[None]
+    longer = {name: torch.cat([inputs[name], fill], 1)
+              for name, fill in (("input_ids", more), ("attention_mask", torch.ones_like(more)))}
+    longer = {**inputs, **longer}
+    backbone = Backbone(home_made.build(home_made.SeesThePrompt), example=inputs)
+    kept = PrefixCache()
+    for given in (inputs, inputs, longer):
+        ours = generate(backbone, given, prefix_cache=kept, max_new_tokens=6, do_sample=False)
+        theirs = backbone.model.generate(**given, max_new_tokens=6, do_sample=False)
+        assert torch.equal(ours.sequences, theirs)
+    assert kept.reused == 0
+
+
+class StateBesideFrom40(LlamaDecoderLayer):
+    """The mean of all states so far, kept beside the cache, is added from 40 tokens on."""
+
+    def forward(self, hidden_states, *args, cache=None, **kw):  # type: ignore[no-untyped-def]
+        kept = self.__dict__.setdefault("kept", {})
+        total, count = kept.get(id(cache), (0, 0))
+        total, count = total + hidden_states.sum(1, keepdim=True), count + hidden_states.shape[1]
+        kept[id(cache)] = total, count
+        if count >= 40:
+            hidden_states = hidden_states + 0.3 * total / count
+        return super().forward(hidden_states, *args, cache=cache, **kw)
+
+
+def test_what_only_a_long_text_shows_is_found_before_training(batch):
+    inputs = batch("llava", 1)
+    model = home_made.build(home_made.ByName)
+    for layer in model.model.language_model.layers.values():
+        layer.__class__ = StateBesideFrom40
+    backbone = Backbone(model, example=inputs)
+    generate(backbone, inputs, max_new_tokens=2)  # short texts are right
+    encoder = InputProcessor(backbone, fakes.Blip2FakeProcessor("llava"))
+    with pytest.raises(UnsupportedBackboneError, match="part 3"):
+        check_untested(encoder, fakes.examples(1))
+
+
+def test_a_copy_of_a_backbone_finds_out_for_itself(batch):
+    inputs = batch("llava", 1)
+    backbone = Backbone(home_made.build(home_made.Window), example=inputs)
+    copied = backbone.with_decoding(compiled=False)
+    generate(copied, inputs, max_new_tokens=2)
+    assert copied.proven and not backbone.proven
