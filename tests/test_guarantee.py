@@ -352,14 +352,14 @@ def test_a_generation_config_that_samples_is_named(monkeypatch: Any) -> None:
     assert found.standing(sampling="greedy").promise is not None
 
 
-def test_autocast_and_the_precision_of_products_are_named() -> None:
+def test_autocast_and_the_precision_of_matrix_multiplication_are_named() -> None:
     found = adapter()
     with torch.autocast("cpu", torch.bfloat16):
         assert found.standing().why == "autocast to bfloat16 where none was calibrated"
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        assert "products in float32 of precision medium" in found.standing().why
+        assert "float32 matrix multiplication of precision medium" in found.standing().why
     finally:
         torch.set_float32_matmul_precision(before)
     assert found.standing().promise is not None

@@ -153,8 +153,8 @@ def of_processor(processor: Any) -> dict[str, Any]:
 
 
 def of_arithmetic(backbone: Backbone) -> dict[str, Any]:
-    """autocast: the precision that PyTorch casts to, here and now; "" for none. matmul: what it
-    lets products in float32 lose."""
+    """autocast: the precision that PyTorch casts to, here and now; "" for none. matmul: what
+    precision it uses in float32 matrix multiplication."""
     kind = backbone.device.type
     cast = torch.is_autocast_enabled(kind)
     return {
@@ -395,7 +395,7 @@ RULES: dict[str, Rule] = {
         "autocast to {here} where {then} was calibrated", shown=lambda v: v or "none", before=""
     ),
     "matmul": Rule(
-        "products in float32 of precision {here} where {then} was calibrated",
+        "float32 matrix multiplication of precision {here} where {then} was calibrated",
         lambda c: c.equal or not c.in_float32, before="highest",
     ),
     "sampling": Rule("{here} where {then} decoding was calibrated"),

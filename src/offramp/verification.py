@@ -126,7 +126,7 @@ class Verification:
         self._exact = not held_in and self.backbone.dtype in (torch.float32, torch.float64)
         """Whether rounding is too small to change a token."""
         self._alone_exact = self._exact or held_in in SCHEMES
-        """Whether a token's products do not depend on the tokens beside it, at least."""
+        """Whether a token's result at least does not depend on the tokens beside it."""
 
     @property
     def answers(self) -> int:

@@ -44,7 +44,7 @@ ENGINES = {
         "offramp.engines.compiled", "for single answers on a CPU: slow first, then faster"
     ),
     "packed": Engine(
-        "offramp.engines.packed", "weights laid out for a CPU's products, for batches"
+        "offramp.engines.packed", "weights laid out for a CPU's kernels, for batches"
     ),
     "exact-batches": Engine(
         "offramp.engines.exact_batches",

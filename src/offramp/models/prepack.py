@@ -15,12 +15,12 @@ def prepack(backbone: Backbone, exits: ExitSet | None = None, *, every: bool = F
     In place, one after the other, so that no more than one weight is held twice; but the model's
     own head and its embeddings, which often share their weight, keep theirs. For inference alone.
 
-    every: also where a plain product is faster, as these products of a token do not depend on the
-    tokens beside it (`DecodeOptions.exact_batches`).
+    every: also where the plain layout is faster, because with this one a token's result does not
+    depend on the tokens beside it (`DecodeOptions.exact_batches`).
 
     Raises:
-        InputError: the model is not on a processor, or in a precision that this one has no products
-            for.
+        InputError: the model is not on a processor, or in a precision that this one cannot
+            multiply in.
     """
     if backbone.reader is backbone.head and type(backbone.head) is nn.Linear:
         backbone.reader = prepacked(backbone.head)

@@ -1,11 +1,11 @@
 """Vision towers that an inference engine runs in PyTorch's place: ONNX Runtime or OpenVINO.
 
-A tower is convolutions or products of one picture's patches, which PyTorch on a processor lays out
-anew at every call; engines lay the weights out once, with the norms folded into them. So the tower
-is exported once, by ONNX, and kept by what it is made of. It runs in float32, one picture at a time
-(a batch of several is no faster there), and is held to the model's own on two pictures when it is
-loaded: where they differ by more than rounding, PyTorch goes on. OpenVINO also computes in
-bfloat16, faster where the processor multiplies it; that is another tower.
+A tower is convolutions or matrix multiplications over one picture's patches. PyTorch on a processor
+lays out their weights at every call; engines do so once, with the norms folded into them. So the
+tower is exported once, as ONNX, and kept under a digest of its weights. It runs in float32, one
+picture at a time (a batch of several is no faster there). When it is loaded it is compared with the
+model's own on two pictures; where they differ by more than rounding, PyTorch is used. OpenVINO also
+computes in bfloat16, faster on processors that have it, with less precise features.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def test_small_weights_in_float32_stay_plain():
     assert not any(isinstance(part, PrepackedLinear) for part in whole.layers.modules())
 
 
-def test_what_a_processor_has_no_products_for_is_refused():
-    with pytest.raises(InputError, match="no products in float64"):
+def test_a_precision_that_a_processor_cannot_multiply_in_is_refused():
+    with pytest.raises(InputError, match="no matrix multiplication in float64"):
         prepacked(nn.Linear(8, 8).double())
     with pytest.raises(InputError, match="the model is on meta"):
         prepacked(nn.Linear(8, 8, device="meta"))

@@ -6,8 +6,8 @@ an order of its own; CPU seconds of the process from opening the file to the las
 parts: opening and preparing, vision and prompt up to the first token, decoding. Steps: exits at the
 shipped thresholds while prompts run whole; prompts that wait at their exit (`ExitPolicy.first`);
 the vision tower by ONNX Runtime; with `--careful FOLDER`, the thresholds of the same exits in that
-folder, calibrated to a smaller loss. Rivals: Hugging Face's `generate`, full depth by the same
-products, llama.cpp alone as it comes and behind the same tower. Then questions about photographs,
+folder, calibrated to a smaller loss. Rivals: Hugging Face's `generate`, exits off by the same
+kernels, llama.cpp alone with its own tower and with the same one. Then questions about photographs,
 and photographs eight at a time in the batch engine. What was answered is kept in runs/end_to_end,
 so that a run that was cut off goes on there.
 """

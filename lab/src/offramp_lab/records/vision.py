@@ -159,7 +159,7 @@ def vit(examples: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
             export_vision(own, file, number_format, LOOKS)
             for kernels in (False, True):
                 tower = mtmd_tower(own, file, EngineOptions(kernels=kernels))
-                name = f"mtmd {number_format}{', our products' if kernels else ''}"
+                name = f"mtmd {number_format}{', our kernels' if kernels else ''}"
                 ways[name] = own.with_tower(tower)
         return _seen(ways, examples, rounds)
 

@@ -17,7 +17,7 @@ SHIPS = "drafting, 5"
 
 
 def drafts() -> Table:
-    """Multiples of full depth by the same products, with their intervals; of each engine."""
+    """Speedups over the same model and kernels with exits off, with intervals, by engine."""
     rows = []
     for part, found in _parts():
         times = [times_with_range(found[way]) if way in found else "" for way in WAYS]

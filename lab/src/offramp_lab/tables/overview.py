@@ -17,7 +17,7 @@ from offramp_lab.tables.markdown import (
 
 COLUMNS = (
     "model",
-    "decoding, of full depth by the same products",
+    "decoding, over the same model and kernels with exits off",
     "all in all",
     "end to end (CPU ms an answer)",
     "timed on",

@@ -158,7 +158,7 @@ def summary(result: Mapping[str, Any], file: Path) -> str:
         speeds = {n: s for n, s in compared["speedup"].items() if s}
         if speeds:
             words = (f"{n.replace('_', ' ')} {_between(s)}x" for n, s in speeds.items())
-            lines.append(f"speed of full depth by the same products: {', '.join(words)}")
+            lines.append(f"speedup over exits off, same model and kernels: {', '.join(words)}")
     return "\n".join([*lines, f"all of it: {file}"])
 
 

@@ -76,8 +76,7 @@ def _options(parser: Parser) -> None:
     group.add_argument(
         "--share-kept",
         action="store_true",
-        help="let prompts and images kept for one key answer other keys faster, whose times then "
-        "tell what was asked (default: each key has its own)",
+        help="share the cache of prompts and images between API keys (timing can leak prompts)",
     )
     settings_option(
         parser.add_argument_group("watched guarantee"), "--watch", WatchConfig,
@@ -105,8 +104,8 @@ def server_options(parser: Parser) -> Any:
         "--api-keys",
         type=Path,
         metavar="FILE",
-        help="file of keys, one a line, where # begins a line that is none; or the variable "
-        f"{KEYS}, with commas between (default: no key is needed)",
+        help=f"file of keys, one a line; # starts a comment; or the variable {KEYS}, "
+        "separated by commas (default: no key is needed)",
     )
     field_options(group, ServerConfig, ("seconds", "drain_seconds", "metrics", "cors"))
     group.add_argument(

@@ -1,6 +1,6 @@
-"""Linears whose weights lie as a processor's products read them: the same numbers, read faster.
+"""Linears whose weights are laid out as a processor reads them: the same numbers, read faster.
 
-PyTorch's own product of a few tokens with a plain weight reaches half of what a processor's memory
+PyTorch multiplies a few tokens with a plain weight at half of what a processor's memory
 gives, and lays a weight in bfloat16 out anew at every call. oneDNN's layout, made once, is what
 compiled models freeze; here every loop has it.
 """
@@ -84,8 +84,8 @@ def prepacked(linear: nn.Linear) -> PrepackedLinear:
     """A linear in oneDNN's layout; the plain one is left as it is.
 
     Raises:
-        InputError: the linear is not on a processor, or in a precision that this one has no
-            products for.
+        InputError: the linear is not on a processor, or in a precision that this one cannot
+            multiply in.
     """
     weight = linear.weight
     precision = str(weight.dtype).removeprefix("torch.")
@@ -100,7 +100,7 @@ def prepacked(linear: nn.Linear) -> PrepackedLinear:
     here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if weight.dtype not in known or not here:
         raise InputError(
-            f"This processor's oneDNN has no products in {precision}.",
+            f"This processor's oneDNN has no matrix multiplication in {precision}.",
             "Load the model in float32 (--dtype float32), or leave prepacking out.",
         )
     return PrepackedLinear(linear)

@@ -251,10 +251,10 @@ def check_exact_batches(backbone: Backbone, exits: ExitSet | None, ours: bool) -
     found = next(_others(backbone, exits), None)
     if found is not None:
         raise UnsupportedBackboneError(
-            f"Exact batches need products whose rows do not depend on each other, and {found} has "
-            "others.",
+            "Exact batches need matrix multiplications in which no row depends on another, and "
+            f"{found} has others.",
             "Lay the weights out first: adapter.with_exact_batches(), or --engine exact-batches. "
-            "Experts and weights quantised by a library have no such products.",
+            "Experts and weights quantised by a library have none.",
         )
 
 
