@@ -1,4 +1,4 @@
-"""What was foretold of exits, beside what was trained."""
+"""The forecast of exits beside what trained exits gave."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ LEVEL = "0.95"
 
 
 def _found(kind: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Of the one exit of a model: what was foretold, what was trained, and its speed."""
+    """The forecast of a model's one exit, what the trained exit gave, and its speed."""
     part = record("suitability")[kind]
     [told], [trained] = part["foretold"]["depths"], part["trained"]
     return told, trained, record("suitability")[f"{kind}-speeds"][str(trained["depth"])]
 
 
 def beside() -> Table:
-    """Shares of tokens, foretold / trained, and the speed at one level with its interval."""
+    """Shares of tokens, forecast / measured, and the speed at one level with its interval."""
     rows = []
     for kind, model in MODELS.items():
         told, trained, speed = _found(kind)
@@ -39,8 +39,8 @@ def beside() -> Table:
                 f"{times(told['speedup'][LEVEL])} / {faster}",
             )
         )
-    levels = [f"settled at {float(level):.0%}" for level in _found("opt")[0]["settled"]]
-    return Table(("foretold / trained", "agrees", *levels, "speed at 95%"), rows)
+    levels = [f"exit while {float(level):.0%} stay" for level in _found("opt")[0]["settled"]]
+    return Table(("forecast / measured", "agree", *levels, "speed while 95% stay"), rows)
 
 
 TABLES: dict[str, MakeTable] = {"suitability": beside}

@@ -1,8 +1,8 @@
 """Linears whose weights are laid out as a processor reads them: the same numbers, read faster.
 
-PyTorch multiplies a few tokens with a plain weight at half of what a processor's memory
-gives, and lays a weight in bfloat16 out anew at every call. oneDNN's layout, made once, is what
-compiled models freeze; here every loop has it.
+PyTorch multiplies a few tokens with a plain weight at half the speed of the processor's memory, and
+rearranges a bfloat16 weight at every call. oneDNN's layout, made once, is what compiled models
+freeze; here every loop has it.
 """
 
 from __future__ import annotations
