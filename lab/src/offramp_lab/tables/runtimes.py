@@ -186,21 +186,21 @@ def photo_edge_lossless() -> str:
 
 
 def families() -> Table:
-    """By decoder family, on tiny random models: how near, and of how many prompts the same."""
+    """By decoder family, on tiny random models: how close, and how many answers are the same."""
     found = record("llama-families")
     of = found["prompts"]
     return Table.of(
         found["families"],
         {
             "decoder": "{family}",
-            "graph": "`{graph}`",
-            "logits from the model's": "{away:.1e}",
-            "from one file's": lambda row: "none" if row["cut"] == 0 else f"{row['cut']:.1e}",
-            "full": f"{{full}} of {of}",
-            "early exit": f"{{early_exit}} of {of}",
-            "lossless, q8_0": f"{{lossless}} of {of}",
+            "logits, from PyTorch's": "{away:.1e}",
+            "from an uncut file's": lambda row: "none" if not row["cut"] else f"{row['cut']:.1e}",
+            "answers the same": lambda row: f"{min(row[mode] for mode in _MODES)} of {of}",
         },
     )
+
+
+_MODES = ("full", "early_exit", "lossless")
 
 
 def cider_of(score: Value) -> str:
