@@ -1,4 +1,4 @@
-"""A guide is short and has a picture; what it is worth and what did not work stand beside it."""
+"""A guide is short and has a picture; its measurements are a page of their own."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from offramp_lab.pages.plots import plots
 from offramp_lab.places import RECORDS, ROOT
 
 DOCS = ROOT / "docs"
-RESULTS, LIMITS = "results", "limits"
-GUIDES = {
-    "serving": (RESULTS, LIMITS),
-    "runtimes": (RESULTS, LIMITS),
-    "quantisation": (RESULTS, LIMITS),
-    "decoding": (RESULTS,),
-    "models": (RESULTS,),
-    "guarantees": (RESULTS,),
-}
-"""Guides with what stands beside each."""
+GUIDES = ("serving", "runtimes", "quantisation", "decoding", "models", "guarantees")
+"""Guides with a page of measurements."""
+
+MOST_WORDS = 32_000
+"""Of all pages together."""
 
 EVIDENCE = re.compile(r"(results|limits|photographs)$")
 """Names of pages that are there for their tables."""
@@ -31,10 +26,25 @@ def text(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_a_guide_has_a_picture_and_leads_on(name: str) -> None:
+def test_a_guide_has_a_picture_and_leads_to_its_measurements(name: str) -> None:
     assert re.search(r"!\[[^\]]+\]\((plots/)?[\w-]+\.(svg|png)\)", text(name))
-    for other in (f"{name}-{part}" for part in GUIDES[name]):
-        assert f"({other}.md)" in text(name) and (DOCS / f"{other}.md").is_file()
+    assert f"({name}-results.md" in text(name) and (DOCS / f"{name}-results.md").is_file()
+
+
+def test_all_pages_together_are_read_in_two_hours() -> None:
+    assert sum(len(text(page.stem).split()) for page in DOCS.glob("*.md")) <= MOST_WORDS
+
+
+def test_a_table_follows_a_sentence_that_says_what_it_shows() -> None:
+    """A table that stands alone cannot be read alone."""
+    for page in DOCS.glob("*.md"):
+        for before in re.findall(r"(.*)\n+<!-- table: ", page.read_text(encoding="utf-8")):
+            assert before and not before.startswith(("#", "|", "<!--")), (page.name, before)
+
+
+@pytest.mark.parametrize("name", [p.stem for p in DOCS.glob("*.md")])
+def test_a_matrix_multiplication_is_called_so(name: str) -> None:
+    assert not re.findall(r"\bproducts\b", text(name))
 
 
 @pytest.mark.parametrize("name", [p.stem for p in DOCS.glob("*.md")])

@@ -10,6 +10,7 @@ from offramp_lab.experiments.drawing import (
     strips,
 )
 from offramp_lab.places import DOCS
+from offramp_lab.tables.drafts import SHIPS
 from offramp_lab.tables.markdown import KINDS, by, record, tiny
 from offramp_lab.tables.photographs import METHODS, curves
 
@@ -25,6 +26,7 @@ def plots() -> dict[str, tuple[str, str]]:
         },
         "compare-photo": ("FREE beside each method, photographs", methods()),
         "runtimes": ("Inside llama.cpp, 50 photographs", runtimes()),
+        "drafts": ("Lossless decoding, 5 drafts, 100 photographs", lossless()),
         "quantisation": ("Weights of the photo model in memory", quantisation()),
         "guarantees": ("Risk kept, of what was promised", guarantees()),
         "models": ("How near decoding is to the model itself", models()),
@@ -41,7 +43,19 @@ def runtimes() -> str:
         for way, title in names.items()
         for one in [entries["q4_1", way]]
     }
-    return parts(rows, "behind the vision tower, of llama.cpp alone", factors=True)
+    return parts(rows, "decoding, over llama.cpp alone", factors=True)
+
+
+def lossless() -> str:
+    """By engine, the speedup of lossless decoding with the exits that ship, as SVG."""
+    found = {part: of for part, of in record("drafts").items() if part != "provenance"}
+    rows = {}
+    for part, entries in found.items():
+        if "exits for it" not in part:
+            one = by(entries, "way")[SHIPS]
+            title = part.replace("pytorch", "PyTorch")
+            rows[title] = (one["times"], one["low"], one["high"])
+    return intervals(rows, "decoding, over the same model and kernels with exits off")
 
 
 def quantisation() -> str:

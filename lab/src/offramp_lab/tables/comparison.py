@@ -1,48 +1,18 @@
 """Objectives and policies at equal quality on the tiny models."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
 from statistics import mean
 
-from offramp.report.html import times
 from offramp.report.table import Table, told
-from offramp_lab.experiments.comparison.equal_quality import ahead, t_interval
+from offramp_lab.experiments.comparison.equal_quality import t_interval
 from offramp_lab.tables.markdown import (
     KINDS,
     Make,
     MakeTable,
-    Value,
-    by,
     level,
     record,
     tiny,
     with_range,
 )
-
-
-def equal_quality(curves: dict[str, Iterable[Value]], cell: Callable[[Value, str], str]) -> Table:
-    """A row for each objective and policy, the first model's fastest at 1% first. curves: by what
-    the model's columns are headed."""
-    all_of = [by(some, "objective", "policy") for some in curves.values()]
-    first = all_of[0]
-    levels = list(next(iter(first.values()))["speedup_decode"])
-    names = sorted(first, key=lambda name: -first[name]["speedup_decode"]["0.01"])
-    return Table(
-        ("objective", "policy", *(f"{head}{level(at)}" for head in curves for at in levels)),
-        [
-            [*(f"`{part}`" for part in n), *(cell(c[n], at) for c in all_of for at in levels)]
-            for n in names
-        ],
-    )
-
-
-def _of_tiny(cell: Callable[[Value, str], str]) -> Table:
-    compared = {f"{tiny(k)}, ": record("compare")[k]["equal_quality"]["curves"] for k in KINDS}
-    return equal_quality(compared, cell)
-
-
-def speed(curve: Value, at: str) -> str:
-    return times(curve["speedup_decode"][at])
 
 
 def keys_and_values() -> Table:
@@ -77,8 +47,6 @@ def _over_seeds(by_seed: list[float]) -> str:
 
 
 TABLES: dict[str, MakeTable] = {
-    "equal-quality": partial(_of_tiny, speed),
-    "free-ahead": partial(_of_tiny, partial(ahead, spread="free_over_by_seed")),
     "keys-and-values": keys_and_values,
     "adversary-seeds": seeds,
 }

@@ -14,7 +14,7 @@ from offramp_lab.tables.markdown import (
 )
 
 STOCK, ALONE = "generate", "llama.cpp alone"
-EARLY, CAREFUL = "early exit", "early exit, careful"
+EARLY, CAREFUL, WHOLE_PROMPT = "early exit", "early exit, careful", "early exit, prompt run whole"
 TORCH, ENGINE, ROUNDED = "torch", "onnxruntime", "openvino-bf16"
 NAMES = {STOCK: "Hugging Face's `generate`", ALONE: "llama.cpp alone", "PyTorch": "PyTorch"}
 
@@ -47,11 +47,15 @@ def captions_in_llama() -> Table:
 def _table(engines: Collection[str], ratios: dict[str, str]) -> Table:
     found = record("end_to_end")
     return Table.of(
-        (entry for entry in found["captioned"] if entry["engine"] in engines),
+        (
+            entry
+            for entry in found["captioned"]
+            if entry["engine"] in engines
+            and (entry["mode"] != WHOLE_PROMPT or entry["tower"] == TORCH)
+        ),
         {
             "": _way,
-            "opening": "{milliseconds[opened]:.0f}",
-            "vision, prompt": "{milliseconds[first_token]:.0f}",
+            "to the first token": lambda entry: f"{_until_first(entry):.0f}",
             "decoding": "{milliseconds[decoded]:.0f}",
             "whole, ms": "{whole_milliseconds:.0f}",
             **{title: _ratio(name) for title, name in ratios.items()},
@@ -63,6 +67,11 @@ def _table(engines: Collection[str], ratios: dict[str, str]) -> Table:
     )
 
 
+def _until_first(entry: Value) -> float:
+    """Milliseconds from the file to the first token."""
+    return float(entry["milliseconds"]["opened"] + entry["milliseconds"]["first_token"])
+
+
 def _ratio(name: str) -> Callable[[Value], str]:
     return lambda entry: times_with_range(entry[name])
 
@@ -71,7 +80,7 @@ def questions() -> Table:
     """Questions answered right."""
     found = record("end_to_end")
     return Table.of(
-        found["questioned"],
+        (entry for entry in found["questioned"] if entry["mode"] in ("full", EARLY)),
         {
             "": _way,
             "right": lambda entry: with_range(f"{entry['right']:.1%}", entry["difference"], "+.1%"),

@@ -23,7 +23,12 @@ def photographs() -> Table:
 
     runs = ((name, run) for name, run in record("loads").items() if name != "provenance")
     return Table.of(
-        [{**run, **way, "run": name} for name, run in runs for way in run["ways"]],
+        [
+            {**run, **way, "run": name}
+            for name, run in runs
+            for way in run["ways"]
+            if "generate" not in way["way"]
+        ],
         {
             "": lambda way: f"{way['run']}, {way['way'].replace('_', ' ')}",
             "captions a second, end to end": speed,

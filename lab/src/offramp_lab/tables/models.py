@@ -10,14 +10,8 @@ UNTRIED = {
     "": "a tiny model of it does not run in its own code",
 }
 """Why there is no tiny model of a type, by what its code raised."""
-COLUMNS = {
-    "plain": "without exits",
-    "exits": "exits",
-    "first_token": "first token early",
-    "lossless": "lossless",
-}
-ENGINES = {"slots": "slots", "stack": "its own forward", None: "refused"}
-"""What decodes a type, from its first prompt on: the engine that was found to write its tokens."""
+COLUMNS = ("plain", "exits", "first_token", "lossless")
+"""What was compared of each type."""
 
 
 def verdict(outcome: Value, column: str) -> str:
@@ -47,21 +41,36 @@ def why(outcome: Value) -> str:
 
 
 def models() -> Table:
-    """A row for each type; the record keeps what the code of those raised that are not tried."""
-    rows = []
-    for name, outcome in record("models")["types"].items():
-        stack = f"`{outcome['paths'][0]}`" if "paths" in outcome else ""
-        if reason := why(outcome):
-            rows.append((name, stack, reason, *[""] * 4))
-            continue
-        stack += " (registered)" if outcome["registered"] else ""
-        engine = ENGINES[outcome.get("engine")]
-        rows.append((name, stack, *(verdict(outcome, column) for column in COLUMNS), engine))
-    return Table(("type", "decoder stack", *COLUMNS.values(), "engine"), rows)
+    """The types that are not decoded with exits, and why; the record keeps what code raised."""
+    rows = [(name, reason) for name, outcome in _types() if (reason := why(outcome))]
+    return Table(("type", "why"), rows)
 
 
-TABLES: dict[str, MakeTable] = {"models": models}
+def _types() -> list[tuple[str, Value]]:
+    return list(record("models")["types"].items())
+
+
+def _exact(name: str = "exits", said: str = "exact", engine: str = "") -> Make:
+    """The types that are decoded with exits and of which a column says so, by the engine."""
+
+    def listed() -> str:
+        return ", ".join(
+            kind
+            for kind, outcome in _types()
+            if not why(outcome)
+            and verdict(outcome, name) == said
+            and engine in ("", outcome.get("engine"))
+        )
+
+    return listed
+
+
+TABLES: dict[str, MakeTable] = {"models-refused": models}
 FIGURES: dict[str, Make] = {
-    "models-types": lambda: str(len(record("models")["types"])),
-    "models-exact": lambda: str(sum(row[2] == row[3] == "exact" for row in models().rows)),
+    "models-types": lambda: str(len(_types())),
+    "models-exact": lambda: str(len(_exact()().split(", "))),
+    "models-slots": _exact(engine="slots"),
+    "models-forward": _exact(engine="stack"),
+    "models-whole-prompt": _exact("first_token", "never"),
+    "models-no-drafts": _exact("lossless", "refused"),
 }

@@ -4,9 +4,7 @@ from typing import Any
 
 from offramp.report.html import times
 from offramp.report.table import Table, Told, told
-from offramp_lab.experiments.comparison.equal_quality import LEVELS, ahead
-from offramp_lab.tables.comparison import equal_quality, speed
-from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, by, level, record, with_range
+from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, record, with_range
 
 EXITS = "photo-exits"
 """The record of the exits that ship."""
@@ -15,29 +13,6 @@ EXITS = "photo-exits"
 def _first(found: Value) -> Any:
     """Of a record of exits on photographs, the regime of which most was measured."""
     return found["regimes"][found["first"]]
-
-
-def stages() -> Table:
-    """The photo model's, in each of its trainings."""
-    rows = [
-        {
-            **row,
-            "learnt from": "its own, by CIDEr" if "sampled" in stage["settings"] else "people's",
-        }
-        for stage in record("photo-card")["stages"]
-        for row in stage["curve"]
-    ]
-    return Table.of(
-        rows,
-        {
-            "captions learnt from": "{learnt from}",
-            "step": "{step:,}",
-            "CPU minutes": lambda row: _minutes(row["cpu_seconds"]),
-            "CIDEr": "{CIDEr:.3f}",
-            "BLEU-4": "{Bleu_4:.3f}",
-            "DAQUAR accuracy": "{accuracy:.1%}",
-        },
-    )
 
 
 def photo_model() -> Table:
@@ -162,41 +137,15 @@ def curves() -> list[Value]:
     return list(record("compare-photo")["equal_quality"]["curves"])
 
 
-def methods() -> Table:
-    """The usual methods at equal CIDEr, and by how much FREE is faster."""
-    named = by(curves(), "objective", "policy")
-    return Table.grid(
-        {title: named[name] for name, title in METHODS.items()},
-        {f"{level(at)}, FREE faster by": str(at) for at in LEVELS},
-        lambda curve, at: speed(curve, at) + _ahead(curve, at),
-        "exits",
-    )
-
-
-def _ahead(curve: Value, at: str) -> str:
-    itself = curve["free_over_interval"][at] == [1, 1]
-    return "" if itself else f", {ahead(curve, at)}"
-
-
-def at_equal_quality() -> Table:
-    """All objectives and policies at equal CIDEr."""
-    return equal_quality(
-        {"": curves()}, lambda curve, at: f"{speed(curve, at)}, {ahead(curve, at)}"
-    )
-
-
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f}"
 
 
 TABLES: dict[str, MakeTable] = {
     "photo-model": photo_model,
-    "photo-curve": stages,
     "photo-exits": thresholds,
     "photo-exits-lossless": lossless,
     "photo-exits-corrupted": corrupted,
-    "photo-methods": methods,
-    "photo-equal-quality": at_equal_quality,
 }
 FIGURES: dict[str, Make] = {
     "photo-card-minutes": lambda: _minutes(

@@ -10,6 +10,7 @@ FORMATS = (
     "float32", "float32, prepacked", "bfloat16", "bfloat16, prepacked", "int8", "int4",
     "int4, prepacked",
 )  # fmt: skip
+SCORED = ("float32", "bfloat16, prepacked", "int8", "int4")
 STOCK, OURS = "generate", "offramp, torch"
 MODES = {
     "full": "exits off",
@@ -45,35 +46,14 @@ def answers() -> Table:
             cider_of(entry),
         )
         for entry in found["entries"]
-        if entry["format"] in FORMATS
+        if entry["format"] in SCORED and entry["mode"] != "lossless"
     ]
     titles = ("as its own full depth", "as float32's full depth", "CIDEr [difference]")
     return Table(("", "", *titles), rows)
 
 
-def memory() -> Table:
-    """Megabytes of weights."""
-    found = record("quantised")["timings"]["memory"]
-    return Table.grid(
-        {"decoder layers": "layers", "the whole model": "model"},
-        {layers: found[layers] for layers in ("float32", "bfloat16", "int8", "int4")},
-        lambda part, of: f"{of[part] / 1e6:.0f} MB",
-        "weights of",
-    )
-
-
-def kernels() -> Table:
-    """Microseconds of a linear, by format and tokens in a call."""
-    titles = {"layer": "a layer's, 576 to 1,536", "head": "the head, 576 to 49,152"}
-    columns: dict[str, Told] = {"linear": lambda k: titles[k["what"]], "tokens": "{tokens}"}
-    columns |= {layers: f"{{microseconds[{layers}]:,.0f}}" for layers in FORMATS[:-1]}
-    return Table.of(record("quantised")["kernels"], columns)
-
-
 TABLES: dict[str, MakeTable] = {
-    "quantised-kernels": kernels,
     "quantised-speeds": partial(_by_mode, _speed),
     "quantised-seconds": partial(_by_mode, "{end_to_end_seconds:.2f}"),
     "quantised-answers": answers,
-    "quantised-memory": memory,
 }

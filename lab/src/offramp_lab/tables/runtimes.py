@@ -77,9 +77,10 @@ def speeds() -> Table:
 
 
 def kernels() -> Table:
-    """The same by llama.cpp's own kernels, and what exits alone gain by ours."""
-    theirs = {f"{t}, by llama.cpp's kernels": (ITS_KERNELS, m) for m, t in MODES.items()}
-    gains = {f"{t}, by our kernels, of exits off": (OURS, m) for m, t in [*MODES.items()][1:]}
+    """What exits alone gain by each kernels, over exits off by the same."""
+    modes = ("early_exit", "lossless")
+    theirs = {f"{MODES[m][6:]}, llama.cpp's kernels": (ITS_KERNELS, m) for m in modes}
+    gains = {f"{MODES[m][6:]}, our kernels": (OURS, m) for m in modes}
 
     def said(entry: Value) -> str:
         ours = entry["runtime"] == OURS
@@ -98,56 +99,18 @@ def in_torch() -> Table:
     return by_format(timed_entries(), ways, ("float32",), cell)
 
 
-def end_to_end() -> Table:
-    """Seconds of a caption, vision tower and prompt included, and what the weights take."""
-    shown = (
-        e
-        for e in record("runtimes")["timings"]["entries"]
-        if e["mode"] in ("full", "early_exit")
-        and e["runtime"] != ITS_KERNELS
-        and not e["runtime"].startswith("OpenVINO")
-    )
-    return Table.of(
-        shown,
-        {
-            "": lambda e: f"{e['runtime']}, {e['format']}, {e['mode'].replace('_', ' ')}",
-            "CPU seconds a caption": "{end_to_end_cpu_seconds:.2f}",
-            "weights": lambda e: f"{e['weights_bytes'] / 1e6:.0f} MB",
-            "decoding, of `generate`": "{over_generate:.1f}x",
-        },
-    )
-
-
 def identical() -> Table:
     """Identical answers, and CIDEr against the float32 full model's."""
     answers = record("runtimes")["answers"]
     n, scores = answers["photographs"], by(answers["cider"], *WAY)
     modes = ("full", "early_exit", "lossless")
     lines = {title: f"{{{name}}} of {n}" for name, title in IDENTICAL.items()}
-    lines |= {f"CIDEr, {MODES[mode].removeprefix('ours, ')}": f"{{{mode}}}" for mode in modes}
+    lines |= {f"CIDEr, {MODES[mode].removeprefix('ours, ')}": f"{{{mode}}}" for mode in modes[:2]}
     formats = {
         layers: {**same, **{mode: cider_of(scores[OURS, layers, mode]) for mode in modes}}
         for layers, same in answers["identical"].items()
     }
     return Table.grid(lines, formats, told)
-
-
-def rows_in_a_call() -> Table:
-    """Milliseconds of the layers above the exit by tokens in a call."""
-    costs = record("runtimes")["timings"]["row_milliseconds"]
-    calls = {"below the exit: 1 token": ("below", "1")}
-    above = costs[OURS][FORMATS[0]]["above"]
-    calls |= {f"above: {_tokens(int(count))}": ("above", count) for count in above}
-    ways = {
-        f"{layers}, {by_whose}": costs[runtime][layers]
-        for layers in FORMATS
-        for runtime, by_whose in ((ITS_KERNELS, "llama.cpp's kernels"), (OURS, "ours"))
-    }
-    return Table.grid(ways, calls, lambda of, call: f"{of[call[0]][call[1]]:.1f}", "ms")
-
-
-def _tokens(count: int) -> str:
-    return f"{count} token{'s' if count > 1 else ''}"
 
 
 def beside_alone(one: Value) -> tuple[str, ...]:
@@ -159,30 +122,30 @@ def beside_alone(one: Value) -> tuple[str, ...]:
     return name, rate, *(times_with_range(one[part]) for part in ("all", "rest", "exits"))
 
 
-AS_IN_PYTORCH = ("as_in_pytorch", "as_with_its_embeddings")
 BESIDE_ALONE = ("tokens a CPU second", "of the engine alone", "by our kernels", "by exits")
 
 
 def photo_edge() -> Table:
-    """The sliced photo model: speeds without PyTorch, and which answers are the same."""
+    """The sliced photo model: speeds without PyTorch."""
     found = record("runtimes-photo-edge")
 
-    def same(one: Value, key: str) -> str:
-        return f"{one[key]} of {found['photographs']}" if key in one else ""
-
     rows = [
-        (f"{one['format']}, {way}", *cells, *(same(one, key) for key in AS_IN_PYTORCH))
+        (f"{one['format']}, {way}", *cells)
         for one in found["entries"]
         for way, *cells in [beside_alone(one)]
     ]
-    return Table(("", *BESIDE_ALONE, "as in PyTorch", "... with its embeddings"), rows)
+    return Table(("", *BESIDE_ALONE), rows)
 
 
-def photo_edge_lossless() -> str:
-    """Of how many photographs the lossless answer is the full model's, least of all formats."""
-    found = record("runtimes-photo-edge")
-    least = min(one["as_full"] for one in found["entries"] if one["mode"] == "lossless")
-    return f"{least} of {found['photographs']}"
+def _photo_edge_same(name: str, *modes: str) -> Make:
+    """Of how many photographs the answer is the same, the least of all formats and these modes."""
+
+    def least() -> str:
+        found = record("runtimes-photo-edge")
+        same = min(one[name] for one in found["entries"] if one["mode"] in modes)
+        return f"{same} of {found['photographs']}"
+
+    return least
 
 
 def families() -> Table:
@@ -212,12 +175,11 @@ TABLES: dict[str, MakeTable] = {
     "runtimes-speeds": speeds,
     "runtimes-kernels": kernels,
     "runtimes-torch": in_torch,
-    "runtimes-end-to-end": end_to_end,
     "runtimes-identical": identical,
-    "runtimes-rows": rows_in_a_call,
     "runtimes-families": families,
     "runtimes-photo-edge": photo_edge,
 }
 FIGURES: dict[str, Make] = {
-    "runtimes-photo-lossless": photo_edge_lossless,
+    "runtimes-photo-lossless": _photo_edge_same("as_full", "lossless"),
+    "runtimes-photo-pytorch": _photo_edge_same("as_with_its_embeddings", *_MODES),
 }

@@ -4,8 +4,8 @@ from offramp.report.table import Table, Told
 from offramp_lab.tables.markdown import MakeTable, Value, by, record
 
 
-def milliseconds(of: Value, *percentiles: str, digits: int = 0) -> str:
-    return ", ".join(f"{1000 * of[p]:.{digits}f}" for p in percentiles) + " ms"
+def milliseconds(of: Value, *percentiles: str) -> str:
+    return ", ".join(f"{1000 * of[p]:.0f}" for p in percentiles) + " ms"
 
 
 def watched() -> Table:
@@ -65,35 +65,15 @@ def watch_average() -> Table:
     )
 
 
-def watch_unequal() -> Table:
-    """Images that are asked about unequally often: alarms of a promise that holds, as images were
-    drawn before and as they are, and draws until 5 times the risk is noticed."""
-    return Table.of(
-        record("watched")["unequal"],
-        {
-            "promised, by": "at most {promised:.2%} by {unit}",
-            "alarms though it holds, before": "{alarms_before:.0%}",
-            "now": "{false_alarms:.1%} of {streams} over {images} draws",
-            "5 times the risk": "{median_images:.0f} (p95 {p95_images:.0f}) draws",
-        },
-    )
-
-
-def watch_coverage() -> Table:
-    """Watched requests that are compared under load."""
-    return Table.of(
-        record("watched")["coverage"],
-        {
-            "slots in use": "{busy} of {slots}, {waiting} waiting",
-            "compared": "{compared} of {requests}",
-        },
-    )
-
-
 def http() -> Table:
     measured = record("serving")["http"].items()
     return Table.of(
-        [{**entry, "model": name} for name, of in measured for entry in of["entries"]],
+        [
+            {**entry, "model": name}
+            for name, of in measured
+            for entry in of["entries"]
+            if entry["clients"] in (8, 32)
+        ],
         {
             "model": "{model}",
             "clients": "{clients}",
@@ -101,7 +81,6 @@ def http() -> Table:
             "tokens a second": "{tokens_per_second:.0f}",
             "of the engine's": "{share:.2f}",
             "first token p50, p95": lambda of: milliseconds(of["first"], "p50", "p95"),
-            "gap p50": lambda of: milliseconds(of["gap"], "p50", digits=1),
         },
     )
 
@@ -110,7 +89,5 @@ TABLES: dict[str, MakeTable] = {
     "watched": watched,
     "watch-delays": watch_delays,
     "watch-average": watch_average,
-    "watch-coverage": watch_coverage,
-    "watch-unequal": watch_unequal,
     "serving": http,
 }

@@ -21,14 +21,6 @@ def ways() -> Table:
     )
 
 
-def walk() -> Table:
-    """Each command as it is typed, and its CPU seconds."""
-    return Table.of(
-        record("speculators")["walk"],
-        {"command": "`{command}`", "CPU s": "{cpu_seconds:,.0f}"},
-    )
-
-
 def _trained(model: str = "model") -> Value:
     """The command that trained a model's drafter."""
     steps: list[Value] = record("speculators")["walk"]
@@ -39,7 +31,7 @@ def _acceptance(model: str = "model") -> str:
     return ", ".join(f"{share:.2f}" for share in _trained(model)["said"]["acceptance"][:4])
 
 
-TABLES: dict[str, MakeTable] = {"speculators": ways, "speculators-walk": walk}
+TABLES: dict[str, MakeTable] = {"speculators": ways}
 FIGURES: dict[str, Make] = {
     "speculators-tokens": lambda: _TOKENS.format_map(
         by(record("speculators")["ways"], "way")["EAGLE-3 drafter"]

@@ -35,12 +35,12 @@ def beside() -> Table:
             (
                 f"{model}, depth {told['depth']}",
                 " / ".join(f"{of['agreement']:.1%}" for of in both),
-                *(" / ".join(f"{of['settled'][n]:.1%}" for of in both) for n in told["settled"]),
+                " / ".join(f"{of['settled'][LEVEL]:.1%}" for of in both),
                 f"{times(told['speedup'][LEVEL])} / {faster}",
             )
         )
-    levels = [f"exit while {float(level):.0%} stay" for level in _found("opt")[0]["settled"]]
-    return Table(("forecast / measured", "agree", *levels, "speed while 95% stay"), rows)
+    titles = ("agree", "exit while 95% stay", "speed while 95% stay")
+    return Table(("forecast / measured", *titles), rows)
 
 
 TABLES: dict[str, MakeTable] = {"suitability": beside}

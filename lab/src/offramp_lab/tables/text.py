@@ -7,18 +7,6 @@ from offramp_lab.tables.markdown import Make, MakeTable, record
 from offramp_lab.tables.runtimes import BESIDE_ALONE, beside_alone
 
 
-def walk() -> Table:
-    """Each command as it is typed: its CPU seconds, and the largest memory of its process."""
-    return Table.of(
-        record("text")["walk"],
-        {
-            "command": "`{command}`",
-            "CPU s": "{cpu_seconds:.1f}",
-            "MB": "{peak_megabytes:,.0f}",
-        },
-    )
-
-
 def speeds() -> Table:
     """By engine and mode, and of how many prompts the answer is full depth's."""
     found = record("text")
@@ -27,12 +15,12 @@ def speeds() -> Table:
             f"{one['engine']} {one['format']}, {way}",
             *cells,
             f"{one['as_full']} of {found['timed']}",
-            f"{one['tokens_as_full']:.0%}",
         )
         for one in found["speeds"]
+        if one["format"] != "q4_1"
         for way, *cells in [beside_alone(one)]
     ]
-    return Table(("", *BESIDE_ALONE, "answers as full depth's", "tokens in place"), rows)
+    return Table(("", *BESIDE_ALONE, "answers as full depth's"), rows)
 
 
 def _trained(measure: str) -> Any:
@@ -46,7 +34,7 @@ def _acceptance() -> str:
     return ", ".join(f"{share:.2f}" for share in _trained("drafting")["acceptance"][:4])
 
 
-TABLES: dict[str, MakeTable] = {"text-walk": walk, "text-speeds": speeds}
+TABLES: dict[str, MakeTable] = {"text-speeds": speeds}
 FIGURES: dict[str, Make] = {
     "text-agreement": lambda: f"{_trained('agreement'):.0%}",
     "text-acceptance": _acceptance,
