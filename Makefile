@@ -17,7 +17,7 @@ VLLM_READY := $(VLLM_VENV)/.offramp-ready
 .PHONY: demo test quick test-research test-vllm lint check records calibrated compare fuzz pages clean docs docs-version notes
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
-	$(BIN)/offramp demo --backbone $(BACKBONE)
+	$(BIN)/offramp demo $(BACKBONE)
 
 # One worker a core; a worker takes tests from another that still has many.
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
@@ -42,8 +42,8 @@ lint: $(READY)  ## style and types
 check: lint test test-research
 
 records: $(READY)  ## run both demos, keep their reports in records/, refill the pages' tables
-	$(BIN)/offramp demo --backbone opt
-	$(BIN)/offramp demo --backbone t5
+	$(BIN)/offramp demo opt
+	$(BIN)/offramp demo t5
 	cp runs/demo/report-opt.json lab/records/demo-opt.json
 	cp runs/demo/report-t5.json lab/records/demo-t5.json
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots

@@ -88,7 +88,7 @@ def demo(
     began = time.perf_counter()
     adapter = train(
         backbone, processor, captions_and_questions("train", sizes.train), config, out / kind,
-        overwrite=True, command=["offramp", "demo", "--backbone", kind],
+        overwrite=True, command=["offramp", "demo", f"tiny-{kind}"],
     )  # fmt: skip
     training_seconds = time.perf_counter() - began
     memory = {"inference_bytes": inference_bytes, "training_bytes": _peak_bytes()}

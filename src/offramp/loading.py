@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.adapter import Adapter
+from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.example import Example
 from offramp.engines import TORCH, check_asked, engine_named
 from offramp.errors import AdapterError, InputError, StorageError
@@ -50,16 +51,24 @@ class Loaded:
         return InputProcessor(self.adapter.backbone, self.processor)
 
     def answer(
-        self, image: Any = None, prompt: str = "", *, mode: str | None = None, **options: Any
+        self,
+        image: Any = None,
+        prompt: str | None = None,
+        *,
+        mode: str | None = None,
+        **options: Any,
     ) -> str:
         """Return the answer to a prompt about an image, as text.
 
-        image: a PIL image or a file; None: of a language model. mode: as of `Adapter.generate`.
+        image: a PIL image or a file; None: of a language model. prompt: what is asked; None: the
+        caption's prompt that the exits know. mode: as of `Adapter.generate`.
         options: of generation, such as max_new_tokens (default: as calibrated, or 64).
 
         Raises:
             DataError: the image cannot be read. InputError: an option that is not supported.
         """
+        if prompt is None:
+            prompt = usual_prompt(self.adapter)
         if image is None:
             inputs = self.encoder.text_prompt(prompt)
         else:
@@ -108,6 +117,13 @@ def usual_length(adapter: Adapter, otherwise: int) -> int:
     calibrated = (adapter.calibration or {}).get("conditions") or {}
     longest: int | None = calibrated.get("longest")
     return longest or otherwise
+
+
+def usual_prompt(adapter: Adapter) -> str:
+    """Return the prompt of captions that the adapter was calibrated on, or "Caption:"."""
+    frames = ((adapter.calibration or {}).get("conditions") or {}).get("prompts") or ()
+    alone = [frame[0] for frame in frames if len(frame) == 1 and frame[0].strip()]
+    return next((p for p in alone if "caption" in p.lower()), CAPTION_PROMPT)
 
 
 def with_exits(model: Adapter | Backbone) -> Adapter:

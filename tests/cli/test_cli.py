@@ -101,15 +101,6 @@ def test_drafts_that_do_not_pay_are_not_stored(
     assert (adapter / "adapter.json").read_bytes() == before
 
 
-def test_generate_without_json_shows_each_word_with_its_depth(
-    run: RunCommand, trained: Path, photos: Path
-) -> None:
-    arguments = ("generate", "--adapter", trained, "--image", photos / "0.png")
-    _, out, _ = run(*arguments, "--threshold", 0)
-    words = out.split(": ", 1)[1].split()
-    assert all(word.rsplit("/", 1)[1].isdigit() for word in words)
-
-
 def test_inspecting_a_backbone_proposes_depths_it_has(run: RunCommand) -> None:
     code, out, _ = run("inspect", "tiny-t5", "--json")
     assert json.loads(out)["decoding"]["lossless"] == "exact"

@@ -72,7 +72,11 @@ def test_help_shows_what_is_usual_and_the_rest_where_it_is_asked_for(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = parser_of(command)
-    options = [action for action in parser.loaded() if action.option_strings]
+    options = [
+        action
+        for action in parser.loaded()
+        if action.option_strings and action.help != argparse.SUPPRESS
+    ]
     every, needed = (
         {next(o for o in action.option_strings if o.startswith("--")) for action in some}
         for some in (options, [action for action in options if action.required])

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from offramp.cli.command_line import EDGE as edge_program
 from offramp.cli.command_line import build_parser
 from offramp.cli.commands import generate
 from offramp.errors import StorageError
+from offramp.loading import usual_prompt
 from offramp.models.backbone import Backbone
 from offramp.models.shipped import example_picture, tiny_exits
 from offramp.storage import read_json
@@ -51,6 +53,37 @@ def test_streaming_prints_the_answer_as_text(run: RunCommand, trained: Path, pho
     code, out, _ = run(*asked(trained, photos, "--stream"))
     assert code == 0 and out.strip() == whole
     assert_two_lines(run(*asked(trained, photos, "--stream", "--json")), "--stream", "--json")
+
+
+def test_stdout_is_the_answer_alone_and_depths_are_told_on_stderr(
+    run: RunCommand, trained: Path, photos: Path
+) -> None:
+    row = json.loads(run(*asked(trained, photos, "--json"))[1])
+    code, out, err = run(*asked(trained, photos, "--depths"))
+    assert code == 0 and out == row["answer"] + "\n"
+    told = [f"{step['token'].strip()}/{step['depth']}" for step in row["steps"]]
+    assert " ".join(told) in err.splitlines()
+    assert "/" not in run(*asked(trained, photos, "--quiet"))[2]
+    two = ("--image", photos / "0.png", photos / "1.png", "--threshold", 0.5)
+    lines = run("generate", trained, *two, "--max-new-tokens", 8)[1].splitlines()
+    assert lines[0] == f"{photos / '0.png'}: {row['answer']}" and len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "asked_for"),
+    [
+        (None, "Caption:"),
+        ([["Question: ", "? Answer:"], ["What color?"]], "Caption:"),
+        (
+            [["Question: ", "? Answer:"], ["What color?"], ["A caption of this"]],
+            "A caption of this",
+        ),
+    ],
+)
+def test_without_a_prompt_the_calibrated_caption_is_asked_for(prompts: Any, asked_for: str) -> None:
+    calibration = prompts and {"conditions": {"prompts": prompts}}
+    adapter: Any = SimpleNamespace(calibration=calibration)
+    assert usual_prompt(adapter) == asked_for
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
@@ -110,7 +143,7 @@ def test_no_color_is_heeded(
     monkeypatch.delenv("NO_COLOR", raising=False)
     if variable is not None:
         monkeypatch.setenv("NO_COLOR", variable)
-    monkeypatch.setattr("sys.stdout", type("Terminal", (), {"isatty": lambda _: True})())
+    monkeypatch.setattr("sys.stderr", type("Terminal", (), {"isatty": lambda _: True})())
     assert generate._in_color() is painted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ from typing import Any
 import pytest
 from command_line import RunCommand, assert_two_lines, parser_of
 
+from offramp.calibration import draft_thresholds
+from offramp.calibration.asked import Guarantee
+from offramp.cli.commands import calibrate
 from offramp.cli.commands.eval import summary
+from offramp.cli.options import ASKED, LOADED, asked_again, one_again
 from offramp.cli.output import few
+from offramp.data.example import Example
 from offramp.data.scenes import world
 from offramp.engine.policy import DRAFT
 
@@ -66,6 +72,68 @@ def test_long_lists_end_with_how_many_more_there_are() -> None:
     assert few(["a", "b", "c", "d"], 3) == ["a", "b", "... and 2 more, with --json"]
 
 
+@pytest.mark.parametrize(
+    ("words", "names", "again"),
+    [
+        ("generate a --prompt 'is it?' --engine packed", (*LOADED, *ASKED),
+         " --engine packed --prompt 'is it?'"),
+        ("calibrate a --data b c --max-new-tokens 40 --device=cpu", ("data", *LOADED, *ASKED),
+         " --data b c --device cpu --max-new-tokens 40"),
+        ("calibrate a --data b --gguf f --shrink-on-load", LOADED, " --gguf f --shrink-on-load"),
+        ("train m --data b --out c", (*LOADED, *ASKED), ""),
+    ],
+)  # fmt: skip
+def test_options_that_were_given_are_given_again(
+    words: str, names: tuple[str, ...], again: str
+) -> None:
+    command, *more = shlex.split(words)
+    given = parser_of(command).parse_args([command, *more])
+    assert asked_again(given, *names) == again
+
+
+def test_a_template_is_not_asked_of_one_image() -> None:
+    words = ["calibrate", "a", "--data", "b", "--dtype", "float32", "--prompt"]
+    one = [one_again(parser_of("calibrate").parse_args([*words, p])) for p in ("{question}", "is")]
+    assert one == [f" --dtype float32 --image dog.jpg{more}" for more in ("", " --prompt is")]
+
+
+@pytest.mark.parametrize(("speed", "thresholds"), [(1.7, {}), (0.9, {5: 0.5}), (0.9, {})])
+def test_drafts_that_do_not_pay_are_not_advised(
+    speed: float, thresholds: dict[int, float], run: RunCommand, adapter: Path, photos: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    found = draft_thresholds.Drafting({5: 0.0}, speed)
+    monkeypatch.setattr(draft_thresholds, "draft_speeds", lambda *_, **__: [found])
+    config = json.loads((adapter / "adapter.json").read_text(encoding="utf-8"))
+    config["policy"]["thresholds"] = thresholds
+    config.pop("digest")
+    (adapter / "adapter.json").write_text(json.dumps(config), encoding="utf-8")
+    data = ("--data", photos / "rows.jsonl", "--max-new-tokens", 4)
+    with caplog.at_level(logging.INFO):
+        assert run("draft", adapter, *data)[0] == 0
+    (after,) = next_of(caplog)
+    assert ("--mode lossless" in after) is (speed > 1)
+    wanted = "calibrate" if speed < 1 and not thresholds else "generate"
+    assert after.startswith(f"offramp {wanted} {adapter} ") and "--max-new-tokens 4" in after
+
+
+def test_calibrate_says_what_an_attempt_is_worth_before_it_is_made(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    examples = [Example.of_text(str(n), key=str(n)) for n in range(500)]
+
+    def said(n: int, target: float) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            calibrate._say_worth(examples[:n], {"target": target})
+        return caplog.text
+
+    assert "60 images cannot guarantee 0.01" in said(60, 0.01)
+    few, many = (int(re.findall(r"(\d+)% of the target", said(n, 0.05))[0]) for n in (150, 500))
+    assert 0 < few < many < 100
+    assert "where nothing is lost" in said(Guarantee(0.05).images_needed() or 0, 0.05)
+
+
 def test_suitability_is_ten_lines_and_names_training_at_its_best_depth(
     run: RunCommand, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -77,7 +145,7 @@ def test_suitability_is_ten_lines_and_names_training_at_its_best_depth(
     assert code == 0 and len(out.rstrip("\n").splitlines()) <= 10
     assert "2 of 12" in out and "settled, 95%" in out
     (after,) = next_of(caplog)
-    assert after.startswith(f"offramp train --backbone tiny-opt --data {tmp_path} --depths ")
+    assert after.startswith(f"offramp train tiny-opt --data {tmp_path} ") and " --depths " in after
     assert "--max-new-tokens 8" in after  # what was asked is asked again
     code, out, _ = run(*asked, "--depths", "3", "--json")
     found = json.loads(out)

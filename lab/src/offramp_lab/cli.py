@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  offramp-lab compare --backbone tiny-opt --data photos.jsonl --out runs/compare
-  offramp-lab analyse --adapter exits --data held_out.jsonl --out runs/analysis
+  offramp-lab compare tiny-opt --data photos.jsonl --out runs/compare
+  offramp-lab analyse exits --data held_out.jsonl --out runs/analysis
 
 offramp report makes a page of what they write. python -m offramp_lab.records.NAME makes a record.
 """

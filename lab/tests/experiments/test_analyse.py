@@ -416,7 +416,7 @@ def test_the_command_needs_something_to_analyse(
 ) -> None:
     arguments = ["analyse", "--data", "none.jsonl", "--out", str(tmp_path)]
     assert cli.main(arguments) == 1
-    assert "Give --adapter, or --backbone." in capsys.readouterr().err
+    assert "Name exits first, or give --backbone." in capsys.readouterr().err
 
 
 def test_words_fall_into_classes() -> None:

@@ -25,16 +25,17 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
+  offramp caption dog.jpg                        a photograph in words, by a model that ships
   offramp demo                                   train, calibrate and time exits on a tiny model
   offramp inspect Salesforce/blip2-opt-2.7b      what exits could be attached to a model
-  offramp train --backbone Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
-  offramp calibrate --adapter exits --data held_out.jsonl --target 0.01
-  offramp draft --adapter exits --data held_out.jsonl
+  offramp train Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
+  offramp calibrate exits --data held_out.jsonl --target 0.01
+  offramp draft exits --data held_out.jsonl
   offramp verify exits                           whether every way to decode is exact here
-  offramp generate --adapter exits --image dog.jpg --prompt "Question: what is it? Answer:"
+  offramp generate exits --image dog.jpg --prompt "Question: what is it? Answer:"
   offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
-  offramp eval --adapter exits --task captions --data captions_val2014.json --images val2014
-  offramp export --adapter exits --gguf q8_0 --out exits-q8_0   for generate --engine llama.cpp
+  offramp eval exits --task captions --data captions_val2014.json --images val2014
+  offramp export exits --gguf q8_0 --out exits-q8_0   for generate --engine llama.cpp
   offramp slice model-q4_k_m.gguf --adapter exits --out sliced  the same of a file from the hub
   offramp report --run exits runs/captions --out report.html
 
@@ -44,8 +45,9 @@ compare and analyse are commands of offramp-lab, a package of its own.
 COMMANDS = {
     name: f"offramp.cli.commands.{name}"
     for name in (
-        "demo", "train", "calibrate", "draft", "verify", "generate", "serve", "eval", "export",
-        "slice", "report", "inspect", "env", "completion",
+        "demo", "train", "calibrate", "draft", "verify", "caption", "generate", "serve",
+        "eval", "export", "slice", "report", "inspect", "env",
+        "completion",
     )
 }  # fmt: skip
 """Modules by command; each has `add(commands)`, which imports nothing heavy."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from offramp.cli.parser import (
     Flattened,
+    Named,
     Parser,
     named,
     one_of,
@@ -38,6 +39,7 @@ NAMED_EXITS = (
     "tiny-t5, without"
 )
 """What a command that takes exits says of them."""
+BACKBONE = "hub name or folder of the VLM; or photo, or tiny-opt or tiny-t5, which ship"
 
 
 def add_command(
@@ -62,6 +64,7 @@ def add_command(
     def late(parser: Parser) -> None:
         options(parser)
         _common_options(parser, result=result)
+        parser.usage = _usage(parser)
         if usual:
             parser.show_usual([f"--{name}" for name in usual.split()])
 
@@ -79,6 +82,38 @@ def add_command(
     )
     parser.set_defaults(run=with_plugins)
     parser.late = late
+
+
+def name_first(
+    parser: Parser,
+    group: Any,
+    dest: str,
+    old: Iterable[str],
+    help: str,
+    *,
+    required: bool = True,
+    **more: Any,
+) -> None:
+    """The model's name as the first word. old: options that earlier versions took it by, which are
+    read and not shown. more: of `add_argument`."""
+    word = group.add_argument(dest, nargs="?", metavar="NAME", action=Named, help=help, **more)
+    for flag in old:
+        group.add_argument(flag, dest=dest, action=Named, help=argparse.SUPPRESS, **more)
+    parser.name = word if required else None
+
+
+def _usage(parser: Parser) -> str:
+    """The words that a command needs, in the order in which they are typed."""
+    words = []
+    for action in parser._actions:
+        name = str(action.metavar or action.dest)
+        if not action.option_strings:
+            several = f"{name} [{name} ...]" if action.nargs == "+" else name
+            optional = action.nargs in ("?", "*") and action is not parser.name
+            words.append(f"[{several}]" if optional else several)
+        elif action.required:
+            words.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
+    return " ".join(["%(prog)s", *words, "[options]"])
 
 
 def _common_options(parser: Parser, *, result: bool) -> None:
@@ -266,33 +301,29 @@ def _metavar(hint: Any) -> str:
 def model_options(
     parser: Parser,
     *,
-    required: bool,
     adapter: bool | None = None,
     engines: Collection[str] = PLAIN,
-) -> Any:
-    """Options of the backbone; adapter: whether --adapter is required, None: there is none.
+) -> None:
+    """The model's name and options of its backbone. adapter: whether exits must be named; None: the
+    command takes a backbone alone.
 
     engines: those of `ENGINES` that the command's adapter runs in.
     """
     group = parser.add_argument_group("model")
-    if adapter is not None:
-        group.add_argument(
-            "--adapter",
-            required=adapter,
-            metavar="NAME",
-            help=NAMED_EXITS,
-        )
-    group.add_argument(
-        "--backbone",
-        required=required,
-        metavar="NAME",
-        help="hub name or folder of the VLM; or photo, or tiny-opt or tiny-t5, which ship"
-        + ("" if adapter is None else " (default: the adapter's)"),
-    )
-    precision_options(group, quantize=adapter is None or bool(engines))
-    if adapter is not None and engines:
+    if adapter is None:
+        name_first(parser, group, "backbone", ("--backbone",), BACKBONE)
+        precision_options(group)
+    else:
+        name_first(parser, group, "adapter", ("--adapter",), NAMED_EXITS, required=adapter)
+        adapter_options(parser, group, engines)
+
+
+def adapter_options(parser: Parser, group: Any, engines: Collection[str]) -> None:
+    """How an adapter that was named is loaded. engines: as of `model_options`."""
+    group.add_argument("--backbone", metavar="NAME", help=f"{BACKBONE} (default: the adapter's)")
+    precision_options(group, quantize=bool(engines))
+    if engines:
         engine_option(parser.add_argument_group("decoder"), engines)
-    return group
 
 
 def engine_option(group: Any, engines: Collection[str] = tuple(ENGINES)) -> None:
@@ -394,11 +425,11 @@ def measured_options(
 ) -> None:
     """Model and data of a command that measures an adapter on images it should not have seen.
 
-    adapter: whether --adapter is required. allow_seen: whether images that it has seen may be
+    adapter: whether one must be named. allow_seen: whether images that it has seen may be
     taken. leave_out: by which steps, where --leave-out-seen leaves them out. engines: as of
     `model_options`.
     """
-    model_options(parser, required=False, adapter=adapter, engines=engines)
+    model_options(parser, adapter=adapter, engines=engines)
     vision_options(parser.add_argument_group("images"))
     data = data_options(parser, what)
     if allow_seen:
@@ -438,16 +469,27 @@ def length_option(group: Any, default: int | None = LONGEST, shown: str | None =
     )  # fmt: skip
 
 
-def asked_again(arguments: argparse.Namespace) -> str:
-    """Options of the next command without which it would ask of other prompts, or for longer
-    answers, than this one did: an attempt at a guarantee is spent on what is asked."""
-    usual = {"prompt": None, "max_new_tokens": LONGEST, "group_by": "group"}
-    given = {name: getattr(arguments, name, usual[name]) for name in usual}
-    return "".join(
-        f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
-        for name, value in given.items()
-        if value not in (None, usual[name])
-    )
+LOADED = (
+    "backbone", "revision", "dtype", "quantize", "device", "engine", "gguf", "vision",
+    "shrink_on_load",
+)  # fmt: skip
+"""Options that say how a model is loaded."""
+ASKED = ("prompt", "max_new_tokens")
+"""Options without which the next command would ask of other prompts, or for longer answers: an
+attempt at a guarantee is spent on what is asked."""
+DATA = ("images", "split", "group_by")
+
+
+def asked_again(arguments: argparse.Namespace, *names: str) -> str:
+    """Those of these options that were given, as the next command takes them."""
+    given: dict[str, list[str]] = getattr(arguments, "given", {})
+    return "".join(f" {shlex.join(given[name])}" for name in names if name in given)
+
+
+def one_again(arguments: argparse.Namespace) -> str:
+    """The same of one answer, which has no question to put into a template."""
+    names = ASKED[1:] if "{" in (arguments.prompt or "") else ASKED
+    return f"{asked_again(arguments, *LOADED)} --image dog.jpg{asked_again(arguments, *names)}"
 
 
 def batch_option(group: Any, default: int, help: str = "examples at once") -> None:

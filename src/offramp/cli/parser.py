@@ -33,6 +33,12 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, _path)
         self.late: Callable[[Parser], None] | None = None
         self.usual: Collection[str] | None = None
+        self.name: Named | None = None
+        """The model's name, where the command needs one."""
+        self.named: Any = None
+        """What the command line named."""
+        self.given: dict[str, list[str]] = {}
+        """Options that were given, by where they are kept, as they were typed."""
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -40,10 +46,18 @@ class Parser(argparse.ArgumentParser):
         self._load()
         typed = sys.argv[1:] if args is None else list(args)
         namespace = argparse.Namespace() if namespace is None else namespace
+        self.given = {}
         self._take_config(typed, namespace)
+        self.named = None
         parsed, unknown = super().parse_known_args(typed, namespace)
         if unknown:
             self._refuse(unknown[0])
+        if self.name is not None and getattr(parsed, self.name.dest, None) is None:
+            raise UsageError(
+                "No model was named.", f"Name it first: {self.prog} NAME. {self._remedy()}"
+            )
+        if self.given:
+            parsed.given = self.given
         return parsed, unknown
 
     def _take_config(self, typed: Sequence[str], namespace: argparse.Namespace) -> None:
@@ -64,6 +78,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {'/'.join(action.option_strings)}: '--' is no value")
         if any("\0" in word for word in arg_strings if isinstance(word, str)):
             self.error(f"argument {action.dest}: a value holds a zero byte")
+        if action.option_strings:
+            self.given[action.dest] = [action.option_strings[0], *arg_strings]
         return super()._get_values(action, arg_strings)
 
     def loaded(self) -> Iterator[argparse.Action]:
@@ -82,7 +98,7 @@ class Parser(argparse.ArgumentParser):
 
     def show_usual(self, usual: Collection[str]) -> None:
         """Show only these options in `--help`, and the others in `--help-all`."""
-        count = sum(bool(action.option_strings) for action in self._actions) + 1
+        count = sum(_is_shown(action) for action in self._actions) + 1
         text = f"show all {count} options and exit"
         self.add_argument("--help-all", action=HelpAll, nargs=0, help=text)
         self.usual = {"--help", "--help-all", *usual}
@@ -113,9 +129,13 @@ class Parser(argparse.ArgumentParser):
     def _refuse(self, word: str) -> NoReturn:
         """Raise for a word that no option takes."""
         flag = word.partition("=")[0]
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        hint = did_you_mean(flag, known).partition("?")
-        close = f"{hint[0]}? " if hint[1] and flag.startswith("-") else ""
+        known = [
+            name[2:]
+            for name, action in self._option_string_actions.items()
+            if name.startswith("--") and _is_shown(action)
+        ]
+        hint = did_you_mean(flag.lstrip("-"), known).partition("?")
+        close = f"{hint[0].replace(QUOTE, QUOTE + '--', 1)}? " if hint[1] and flag[0] == "-" else ""
         what = "The option" if flag.startswith("-") else "The argument"
         raise UsageError(f"{what} {flag!r} is not known.", f"{close}{self._remedy()}")
 
@@ -129,6 +149,33 @@ class Parser(argparse.ArgumentParser):
 
     def _remedy(self) -> str:
         return f"See {self.prog} --help."
+
+
+QUOTE = "'"
+
+
+def _is_shown(action: argparse.Action) -> bool:
+    """Whether help shows an option: an old spelling is read, and not shown."""
+    return bool(action.option_strings) and action.help != argparse.SUPPRESS
+
+
+class Named(argparse.Action):
+    """The model's name: the first word, or an option, as earlier versions had it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values is None:  # no word; an option may have named it
+            return
+        assert isinstance(parser, Parser)
+        if parser.named not in (None, values):
+            parser.error(f"two models were named, {parser.named!r} and {values!r}")
+        parser.named = values
+        setattr(namespace, self.dest, values)
 
 
 class HelpAll(argparse.Action):

@@ -84,7 +84,7 @@ def check_asked(engine: str, gguf: Any, quantize: str | None = None) -> None:
     if (engine == "llama.cpp") != (gguf is not None):
         raise InputError(
             "--engine llama.cpp and --gguf FOLDER go together.",
-            "Write the folder: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER.",
+            "Write the folder: offramp export FOLDER --gguf q8_0 --out FOLDER.",
         )
     if gguf is not None and quantize is not None:
         raise InputError(

@@ -148,7 +148,7 @@ def shipped_exits(name: str) -> Path | None:
         if not folder.is_dir():
             raise InputError(
                 "The photo model ships without exits.",
-                "Train some: offramp train --backbone photo --data photos --depths 8 --out exits.",
+                "Train some: offramp train photo --data photos --depths 8 --out exits.",
             )
         return folder
     kind = None if os.path.isdir(name) else tiny_kind(name)
@@ -173,6 +173,6 @@ def tiny_exits(kind: str) -> Path:
     if not folder.is_dir():
         raise InputError(
             f"No exits for the tiny model {kind!r} ship with offramp.",
-            f"Train them in a few minutes: offramp demo --backbone {kind}.",
+            f"Train them in a few minutes: offramp demo {kind}.",
         )
     return folder

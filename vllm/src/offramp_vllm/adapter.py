@@ -24,7 +24,7 @@ ADAPTER, VLLM, EXITS, CHECKS = (
 )  # fmt: skip
 FORMAT = 1
 """Of adapter.json and of vllm.json."""
-_AGAIN = "Write it again: offramp export --to vllm --adapter exits --out FOLDER."
+_AGAIN = "Write it again: offramp export exits --to vllm --out FOLDER."
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ def add(commands: Any) -> None:
         commands,
         "analyse",
         "Measure quality at every depth, with exits and without, and where tokens go wrong.",
-        "offramp-lab analyse --adapter exits --data held_out.jsonl --out runs/analysis\n"
+        "offramp-lab analyse exits --data held_out.jsonl --out runs/analysis\n"
         "  offramp-lab analyse --backbone Salesforce/blip2-opt-2.7b --data held_out.jsonl "
         "--out runs/lens",
         _analyse,
         _options,
-        usual="adapter data limit metric decode-depths max-new-tokens batch-size out json",
+        usual="data limit metric decode-depths max-new-tokens batch-size out json",
     )
 
 
@@ -51,7 +51,7 @@ def _analyse(arguments: argparse.Namespace) -> None:
 
     config = AnalysisConfig(**filled(arguments, AnalysisConfig))
     if arguments.adapter is None and arguments.backbone is None:
-        raise InputError("Nothing to analyse was named.", "Give --adapter, or --backbone.")
+        raise InputError("Nothing to analyse was named.", "Name exits first, or give --backbone.")
     check_writable(arguments.out, folder=True)
     items = read_data(arguments, require_answers=False)
     load = load_model if arguments.adapter is None else load_adapter

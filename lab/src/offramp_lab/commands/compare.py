@@ -31,13 +31,13 @@ def add(commands: Any) -> None:
         "compare",
         "Train exits by several objectives, decode by several policies, and show how fast each is "
         "at equal quality.",
-        "offramp-lab compare --backbone tiny-opt --data photos.jsonl --out runs/compare\n"
-        "  offramp-lab compare --backbone tiny-opt --data questions.jsonl \\\n"
+        "offramp-lab compare tiny-opt --data photos.jsonl --out runs/compare\n"
+        "  offramp-lab compare tiny-opt --data questions.jsonl \\\n"
         "      --quality exact_match --objectives free distillation "
         "--policies max_probability --out runs/compare",
         _compare,
         _options,
-        usual="backbone data limit objectives policies depths steps quality seeds out",
+        usual="data limit objectives policies depths steps quality seeds out",
     )
 
 
@@ -46,7 +46,7 @@ def _options(parser: Parser) -> None:
     from offramp.training.config import TrainConfig
     from offramp_lab.experiments.comparison.methods import Plan
 
-    model_options(parser, required=True)
+    model_options(parser)
     data_options(parser, "split by image").add_argument(
         "--test-fraction", type=float, default=0.3, metavar="X",
         help="share of the images to test on; the others train (default: 0.3)",

@@ -3,7 +3,7 @@
 `python -m offramp_lab.records.drafts` needs photographs, and exits that draft on, as those of the
 photo model do:
 
-    offramp train --backbone photo --drafting photo --data flickr8k_captions.jsonl --split train \
+    offramp train photo --drafting photo --data flickr8k_captions.jsonl --split train \
         --limit 2000 --steps 900 --max-new-tokens 30 --out runs/drafting
 
 Every photograph is answered by all ways in an order of its own, with CPU seconds of the thread from

@@ -2,7 +2,7 @@
 suitability.json in lab/records.
 
 On 200 prompts without labels: the exits that ship for the tiny OPT (scenes, float32) and for the
-photo model (photographs, bfloat16); those that `offramp demo --backbone t5` leaves in runs/demo;
+photo model (photographs, bfloat16); those that `offramp demo t5` leaves in runs/demo;
 and three others of the photo model, as `python -m examples.photo_vlm.measure --regimes unsupervised
 --work runs/photo-exits` leaves them with `--depths 8`, `--size small --depths 8` and `--size small
 --depths 4`. Trained exits are read along the full model's

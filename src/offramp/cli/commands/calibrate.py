@@ -10,6 +10,9 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_items
 from offramp.cli.options import (
+    ASKED,
+    DATA,
+    LOADED,
     add_command,
     asked_again,
     batch_option,
@@ -17,6 +20,7 @@ from offramp.cli.options import (
     length_option,
     measured_options,
     name_option,
+    one_again,
 )
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
@@ -34,12 +38,12 @@ def add(commands: Any) -> None:
         commands,
         "calibrate",
         "Choose thresholds that keep the risk below a target, and store them in the adapter.",
-        "offramp calibrate --adapter exits --data held_out.jsonl --target 0.01 --confidence 0.95\n"
-        "  offramp calibrate --adapter exits --data vqa.jsonl --risk exact_match_drop "
+        "offramp calibrate exits --data held_out.jsonl --target 0.01 --confidence 0.95\n"
+        "  offramp calibrate exits --data vqa.jsonl --risk exact_match_drop "
         "--target 0.02",
         _calibrate,
         _options,
-        usual="adapter data limit target confidence risk max-new-tokens engine gguf out",
+        usual="data limit target confidence risk max-new-tokens engine gguf out",
     )
 
 
@@ -157,6 +161,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     if arguments.leave_out_seen:
         items = unseen_items(items, adapter, ("train",))
     examples = [item.example for item in items]
+    _say_worth(examples, asked)
     score = arguments.score or adapter.policy.score
     policy = replace(adapter.policy, thresholds={}, lossless=False, score=score)
     ranking, shares = arguments.visual_keep or (None, None)
@@ -194,10 +199,36 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
             raise
     show_result(found, _table(calibration), as_json=arguments.json)
     if calibration.reason and not arguments.write:
-        of = f"--adapter {arguments.adapter} --data {arguments.data[0]}{asked_again(arguments)}"
-        say_next(f"offramp draft {of}")
-    else:
-        say_next(f"offramp generate --adapter {out} --image dog.jpg", f"offramp serve {out}")
+        how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
+        say_next(f"offramp draft {arguments.adapter}{how}")
+        return
+    how = asked_again(arguments, *LOADED)
+    say_next(f"offramp generate {out}{one_again(arguments)}", f"offramp serve {out}{how}")
+
+
+def _say_worth(examples: Any, asked: dict[str, Any]) -> None:
+    """What a first attempt with these images is worth, before it is spent."""
+    from offramp.calibration.asked import Guarantee
+
+    guarantee, n = Guarantee(**asked), len({e.source or e.group or e.key for e in examples})
+    if n < (guarantee.images_needed() or n):
+        log.warning(
+            "%d images cannot guarantee %g, however good the exits are: give more, or a larger "
+            "--target.", n, guarantee.target,
+        )  # fmt: skip
+        return
+    shares = [share for share in range(90, 0, -5) if n >= (_enough(guarantee, share) or n + 1)]
+    log.info(
+        "With these %d images a first attempt passes four times in five where %s; further attempts "
+        "on them share a fifth of the error budget.", n,
+        f"at most {shares[0]}% of the target is lost in truth" if shares else "nothing is lost",
+    )  # fmt: skip
+
+
+def _enough(guarantee: Any, share: int) -> int | None:
+    """Images for a first attempt where this share of the target, in %, is the truth."""
+    found: int | None = guarantee.images_for(guarantee.target * share / 100)
+    return found
 
 
 def _say_how_long(

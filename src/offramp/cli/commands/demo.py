@@ -7,10 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import add_command, name_option
+from offramp.cli.options import add_command, name_first
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_demo, overwrite_option
-from offramp.cli.parser import Parser
+from offramp.cli.parser import Parser, one_of
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         "Train exits on a tiny VLM, calibrate them, and time them against the full model.",
-        "offramp demo --backbone tiny-t5",
+        "offramp demo tiny-t5",
         _demo,
         _options,
     )
@@ -29,9 +29,10 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     from offramp.models.shipped import TINY, short_name
 
-    name_option(
-        parser, "--backbone", [f"tiny-{kind}" for kind in TINY], "which tiny model",
-        default="tiny-opt", type=lambda name: f"tiny-{short_name(name)}",
+    names = [f"tiny-{kind}" for kind in TINY]
+    name_first(
+        parser, parser, "backbone", ("--backbone",), f"{one_of(names)} (default: {names[0]})",
+        required=False, choices=names, type=lambda name: f"tiny-{short_name(name)}",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)"
@@ -45,7 +46,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from offramp.storage import check_writable
 
     check_writable(arguments.out, folder=True)
-    kind = short_name(arguments.backbone)
+    kind = short_name(arguments.backbone or "tiny-opt")
     check_out_demo(arguments.out, kind, arguments)
     report = demo(kind, arguments.out)
     show_result(report, table(report), as_json=arguments.json)

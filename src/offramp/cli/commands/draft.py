@@ -9,7 +9,16 @@ from typing import Any
 
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import adapter_folder, load_adapter, read_data
-from offramp.cli.options import add_command, data_options, model_options
+from offramp.cli.options import (
+    ASKED,
+    DATA,
+    LOADED,
+    add_command,
+    asked_again,
+    data_options,
+    model_options,
+    one_again,
+)
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
@@ -26,17 +35,17 @@ def add(commands: Any) -> None:
         "draft",
         "Find by which drafts lossless decoding is fastest on this machine, and store them in the "
         "adapter. No choice changes an answer.",
-        "offramp draft --adapter exits --data held_out.jsonl\n"
-        "  offramp draft --adapter exits --engine llama.cpp --gguf exits-q4_1 "
+        "offramp draft exits --data held_out.jsonl\n"
+        "  offramp draft exits --engine llama.cpp --gguf exits-q4_1 "
         "--data held_out.jsonl --out exits-q4",
         _draft,
         _options,
-        usual="adapter data limit max-new-tokens engine gguf out json",
+        usual="data limit max-new-tokens engine gguf out json",
     )
 
 
 def _options(parser: Parser) -> None:
-    model_options(parser, required=False, adapter=True, engines=ENGINES)
+    model_options(parser, adapter=True, engines=ENGINES)
     data_options(parser, "images that training has not seen, like those to come", limit=10)
     group = parser.add_argument_group("timing and output")
     group.add_argument(
@@ -91,9 +100,13 @@ def _find(arguments: argparse.Namespace, out: Path) -> None:
     if chosen.policy != adapter.policy:
         chosen.save(out)
         log.info("Written to %s.", out)
-    here = "" if runtime is None else f" --engine {arguments.engine}"
-    here += "" if arguments.gguf is None else f" --gguf {arguments.gguf}"
-    say_next(f"offramp generate --adapter {out}{here} --image dog.jpg --mode lossless")
+    if better:
+        say_next(f"offramp generate {out}{one_again(arguments)} --mode lossless")
+    elif adapter.policy.thresholds:
+        say_next(f"offramp generate {out}{one_again(arguments)}")
+    else:
+        of = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
+        say_next(f"offramp calibrate {arguments.adapter}{of} --target 0.01")
 
 
 def _say_how_long(adapter: Any, runtime: Any, inputs: Any, arguments: argparse.Namespace) -> None:

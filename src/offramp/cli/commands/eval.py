@@ -29,15 +29,15 @@ def add(commands: Any) -> None:
         commands,
         "eval",
         "Measure quality, depth and latency on a data set, with the full model and early exits.",
-        "offramp eval --adapter exits --task captions --data photos.jsonl --out runs/captions\n"
-        "  offramp eval --adapter exits --task vqa --images val2014 --out runs/vqa \\\n"
+        "offramp eval exits --task captions --data photos.jsonl --out runs/captions\n"
+        "  offramp eval exits --task vqa --images val2014 --out runs/vqa \\\n"
         "      --data v2_OpenEnded_mscoco_val2014_questions.json\n"
-        "  offramp eval --adapter exits --task vqa --data ... --out runs/vqa --resume\n"
+        "  offramp eval exits --task vqa --data ... --out runs/vqa --resume\n"
         "  offramp eval --backbone tiny-opt --mode full --task gqa --data questions.jsonl "
         "--out runs/gqa",
         _eval,
         _options,
-        usual="adapter task data images limit mode batch-size max-new-tokens out resume",
+        usual="task data images limit mode batch-size max-new-tokens out resume",
     )
 
 
@@ -71,7 +71,7 @@ def _evaluation_options(parser: Parser) -> None:
     name_option(group, "--task", TASK_METRICS, "task", required=True)
     field_option(
         group, Settings, "mode", "which models answer", choices=WHICH, default=None,
-        shown="both; without --adapter full",
+        shown="both; without exits full",
     )  # fmt: skip
     metrics = sorted({metric for metrics in TASK_METRICS.values() for metric in metrics})
     group.add_argument(
@@ -97,9 +97,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     Settings(arguments.task, **settings)  # a mistake should not wait for data and model
     check_runtime(arguments)
     if alone and engine_named(arguments.engine).replaces:
-        raise InputError(f"--engine {arguments.engine} runs an adapter.", "Give --adapter.")
+        raise InputError(f"--engine {arguments.engine} runs an adapter.", "Name one first.")
     if alone and arguments.backbone is None:
-        raise InputError("Nothing to evaluate was named.", "Give --adapter, or --backbone.")
+        raise InputError("Nothing to evaluate was named.", "Name exits first, or give --backbone.")
     check_writable(arguments.out, folder=True)
     if not (arguments.out / ROWS).exists() and (arguments.out / RESULT).exists():
         raise InputError(

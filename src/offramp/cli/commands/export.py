@@ -13,6 +13,7 @@ from offramp.cli.loading import load_adapter, load_model, read_data
 from offramp.cli.options import (
     MTMD,
     add_command,
+    asked_again,
     data_options,
     depths_option,
     field_option,
@@ -40,15 +41,15 @@ def add(commands: Any) -> None:
         "Write a backbone's decoder and its exits as GGUF files, for --engine llama.cpp; or exits "
         "for vLLM's plug-in; or an exit as a draft model for any engine that takes one; or train "
         "an EAGLE-3 drafter and write that as vLLM, SGLang and llama.cpp's own programs read it.",
-        "offramp export --adapter exits --gguf q8_0 --out exits-q8_0\n"
-        "  offramp generate --adapter exits --engine llama.cpp --gguf exits-q8_0 "
+        "offramp export exits --gguf q8_0 --out exits-q8_0\n"
+        "  offramp generate exits --engine llama.cpp --gguf exits-q8_0 "
         "--image dog.jpg\n"
-        "  offramp export --to vllm --adapter exits --out exits-vllm\n"
-        "  offramp export --to draft-model --adapter exits --out draft\n"
+        "  offramp export exits --to vllm --out exits-vllm\n"
+        "  offramp export exits --to draft-model --out draft\n"
         "  offramp export --to speculators --backbone NAME --data prompts.txt --out drafter",
         _export,
         _options,
-        usual="adapter to gguf vision depths data out overwrite",
+        usual="to gguf vision depths data out overwrite",
     )
 
 
@@ -56,7 +57,7 @@ def _options(parser: Parser) -> None:
     from offramp.runtimes.llama_cpp.gguf_writing import FORMATS, VISION_FORMATS
     from offramp.training.config import TrainConfig
 
-    model_options(parser, required=False, adapter=False, engines=())
+    model_options(parser, adapter=False, engines=())
     group = parser.add_argument_group("files")
     name_option(group, "--to", TO, "what is written", default=GGUF)
     name_option(group, "--gguf", FORMATS, "number format of the layers")
@@ -150,7 +151,7 @@ def _check_adapter_alone(arguments: argparse.Namespace, others: tuple[str, ...])
     from offramp.storage import check_writable
 
     if arguments.adapter is None:
-        raise InputError(f"--to {arguments.to} writes an adapter's exits.", "Give --adapter exits.")
+        raise InputError(f"--to {arguments.to} writes an adapter's exits.", "Name it first.")
     for name in others:
         if getattr(arguments, name):
             shown = name.removesuffix("_format").replace("_", "-")
@@ -204,7 +205,7 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
     if arguments.gguf is None or arguments.adapter is None:
         raise InputError(
             "Files for llama.cpp are of an adapter, in a number format.",
-            f"Give --adapter exits --gguf q8_0; or --to {VLLM}, {DRAFT_MODEL} or {SPECULATORS}.",
+            f"Name it first and give --gguf q8_0; or --to {VLLM}, {DRAFT_MODEL} or {SPECULATORS}.",
         )
     arguments.limit = arguments.limit or TIMED
     from offramp.runtimes.llama_cpp import ExportFormats, export_gguf
@@ -231,9 +232,11 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
     if items:
         _measure(adapter, processor, items, arguments)
     seen = "" if arguments.vision_format is None else f" --vision {MTMD}"
+    how = asked_again(arguments, "backbone", "revision", "dtype")
+    asked_for = "" if "{" in (arguments.prompt or "") else asked_again(arguments, "prompt")
     say_next(
-        f"offramp generate --adapter {arguments.adapter} --engine llama.cpp "
-        f"--gguf {arguments.out}{seen} --image dog.jpg"
+        f"offramp generate {arguments.adapter}{how} --engine llama.cpp "
+        f"--gguf {arguments.out}{seen} --image dog.jpg{asked_for}"
     )
 
 

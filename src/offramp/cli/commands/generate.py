@@ -1,4 +1,4 @@
-"""`offramp generate`: an answer, and how deep each token ran."""
+"""`offramp generate`: an answer as text; how deep each token ran, if asked."""
 
 from __future__ import annotations
 
@@ -35,34 +35,46 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "generate",
-        "Answer a prompt about an image, and show how deep each token ran.",
-        "offramp generate --adapter photo --image dog.jpg\n"
-        "  offramp generate --adapter exits --image dog.jpg --prompt 'Caption:'\n"
-        "  offramp generate --adapter exits --image dog.jpg --interactive --stream\n"
-        "  offramp generate --adapter exits --image dog.jpg --temperature 0.7 --seed 1",
-        _generate,
+        "Answer a prompt about an image: text on stdout, all else on stderr.",
+        "offramp generate photo --image dog.jpg\n"
+        "  offramp generate exits --image dog.jpg --prompt 'Caption:'\n"
+        "  offramp generate exits --image dog.jpg --interactive --stream\n"
+        "  offramp generate exits --image dog.jpg --temperature 0.7 --seed 1",
+        generate,
         _options,
-        usual="adapter image prompt interactive stream max-new-tokens mode engine gguf json",
+        usual="image prompt interactive stream max-new-tokens mode depths engine gguf json",
     )
 
 
 def _options(parser: Parser) -> None:
-    from offramp.engine.policy import MODES
-
-    model_options(parser, required=False, adapter=True, engines=ENGINES)
-    vision_options(parser.add_argument_group("images"))
+    model_options(parser, adapter=True, engines=ENGINES)
     group = parser.add_argument_group("question")
     group.add_argument(
         "--image", type=Path, nargs="+", default=[], metavar="FILE",
         help="one or several files; none, where the model also answers text alone",
     )  # fmt: skip
-    group.add_argument("--prompt", default="Caption:", help="what is asked (default: Caption:)")
+    group.add_argument(
+        "--prompt", help="what is asked (default: the caption's prompt that the exits know)"
+    )
     group.add_argument(
         "--interactive",
         action="store_true",
         help="ask for prompts, line by line, each about the same image; an empty line ends it",
     )
     group.add_argument("--stream", action="store_true", help="print the answer as it is written")
+    answer_options(parser)
+
+
+def answer_options(parser: Parser) -> None:
+    """How an answer is written and shown."""
+    from offramp.engine.policy import MODES
+
+    vision_options(parser.add_argument_group("images"))
+    group = parser.add_argument_group("answer")
+    group.add_argument(
+        "--depths", action="store_true",
+        help="show on stderr after how many layers each token was written",
+    )  # fmt: skip
     length_option(group, default=None, shown=f"{LONGEST}, or as calibrated")
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -90,8 +102,8 @@ def _options(parser: Parser) -> None:
     runtime_options(parser)
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    from offramp.loading import usual_length
+def generate(arguments: argparse.Namespace) -> None:
+    from offramp.loading import usual_length, usual_prompt
     from offramp.models.input_processor import InputProcessor
 
     options = _generation_options(arguments)
@@ -101,6 +113,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     runtime = load_runtime(arguments, adapter, alone=True) or adapter
     if options["max_new_tokens"] is None:
         options["max_new_tokens"] = usual_length(adapter, LONGEST)
+    if arguments.prompt is None:
+        arguments.prompt = usual_prompt(adapter)
     policy = policy_of(arguments, adapter).in_mode(arguments.mode)
     is_trained = adapter.exits.modules.kind != "lens"
     drafts = policy.lossless and adapter.exits.draft_on
@@ -229,7 +243,11 @@ def _typed() -> Iterator[str]:
 
 
 def _answer(
-    runtime: Any, backbone: Any, inputs: dict[str, Any], policy: Any, seed: int,
+    runtime: Any,
+    backbone: Any,
+    inputs: dict[str, Any],
+    policy: Any,
+    seed: int,
     options: dict[str, Any],
 ) -> Any:
     """One answer; each starts from the seed anew."""
@@ -257,29 +275,30 @@ def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Nam
     ids = result.new_tokens[0].tolist()
     depths, scores = result.depths[0].tolist(), result.scores[0].tolist()
     tokens = [encoder.tokenizer.decode([i]) for i in ids]
-    words = [printable(token) for token in tokens]  # as a terminal shows them
+    text = encoder.texts(result.new_tokens)[0]
     if arguments.json:
         steps = [
             {"token": t, "id": i, "depth": d, "score": None if s != s else round(s, 6)}
             for t, i, d, s in zip(tokens, ids, depths, scores, strict=True)
         ]
-        text = encoder.texts(result.new_tokens)[0]
         row = {"image": None if image is None else str(image), "answer": text,
                "layers": result.layers, "mean_depth": result.mean_depth,
                "steps": steps}  # fmt: skip
         print_json(row)
         return
     if not arguments.stream:
-        color = _in_color()
-        words = [_paint(t, d, result.layers, color) for t, d in zip(words, depths, strict=True)]
-        name = "" if image is None else f"{printable(str(image))}: "
-        print_text(f"{name}{' '.join(words)}")
+        name = f"{printable(str(image))}: " if len(arguments.image) > 1 else ""
+        print_text(f"{name}{printable(text)}")
+    if arguments.depths:
+        color, words = _in_color(), map(printable, tokens)  # as a terminal shows them
+        shown = (_paint(t, d, result.layers, color) for t, d in zip(words, depths, strict=True))
+        tell(" ".join(shown))
     log.info("mean depth %.1f of %d", result.mean_depth, result.layers)
 
 
 def _in_color() -> bool:
     """On a terminal, where NO_COLOR (no-color.org) is not set."""
-    return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _paint(token: str, depth: int, layers: int, color: bool) -> str:

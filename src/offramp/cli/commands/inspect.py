@@ -9,6 +9,9 @@ from typing import Any
 
 from offramp.cli.loading import check_exits, load_model, read_data
 from offramp.cli.options import (
+    ASKED,
+    DATA,
+    LOADED,
     LONGEST,
     add_command,
     asked_again,
@@ -16,6 +19,7 @@ from offramp.cli.options import (
     data_options,
     depths_option,
     length_option,
+    name_first,
     precision_options,
 )
 from offramp.cli.output import inline, plain, say_next, show_result
@@ -44,8 +48,10 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    parser.add_argument("name", help="adapter folder, or hub name or folder of a model")
-    precision_options(parser.add_argument_group("model"))
+    group = parser.add_argument_group("model")
+    what = "adapter folder, or hub name or folder of a model"
+    name_first(parser, group, "name", ("--adapter", "--backbone"), what)
+    precision_options(group)
     data_options(
         parser,
         "prompts, without answers, from which to tell, before any training, how many tokens exits "
@@ -92,12 +98,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     text = _told(description) if is_adapter else plain({n: inline(description[n]) for n in SHOWN})
     show_result(description, text, as_json=arguments.json)
     if is_adapter:
-        say_next(f"offramp generate --adapter {arguments.name} --image dog.jpg")
+        say_next(f"offramp generate {arguments.name} --image dog.jpg")
         return
     depth = next(iter(description["proposed_depths"].values()), [1])[0]
-    say_next(
-        f"offramp train --backbone {arguments.name} --data photos --depths {depth} --out exits"
-    )
+    say_next(f"offramp train {arguments.name} --data photos --depths {depth} --out exits")
 
 
 def _adapter(name: str) -> dict[str, Any]:
@@ -199,11 +203,11 @@ def _suitability(arguments: argparse.Namespace) -> None:
         _forecast(found, arguments.level),
         as_json=arguments.json,
     )
+    if best.speedup[arguments.level] < WORTH:
+        return
     narrow = " --shortlist 2048" if found.shortlist else ""
-    say_next(
-        f"offramp train --backbone {arguments.name} --data {arguments.data[0]} "
-        f"--depths {best.depth}{narrow}{asked_again(arguments)} --out exits"
-    )
+    how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
+    say_next(f"offramp train {arguments.name}{how} --depths {best.depth}{narrow} --out exits")
 
 
 STEPS = ("answers", "states", "speed")

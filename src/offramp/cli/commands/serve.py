@@ -20,6 +20,7 @@ from offramp.cli.options import (
     engine_option,
     field_options,
     filled,
+    name_first,
     precision_options,
     settings_option,
     vision_options,
@@ -50,11 +51,8 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     from offramp.serving.monitor.watch_config import WatchConfig
 
-    parser.add_argument(
-        "name",
-        help=NAMED_EXITS,
-    )
     model = parser.add_argument_group("model")
+    name_first(parser, model, "name", ("--adapter",), NAMED_EXITS)
     model.add_argument(
         "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
     )

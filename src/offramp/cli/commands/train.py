@@ -9,6 +9,9 @@ from typing import Any
 
 from offramp.cli.loading import check_exits, load_model, read_data
 from offramp.cli.options import (
+    ASKED,
+    DATA,
+    LOADED,
     add_command,
     asked_again,
     data_options,
@@ -46,10 +49,10 @@ def add(commands: Any) -> None:
         commands,
         "train",
         "Train exits on a frozen VLM from images with captions, questions, or nothing but prompts.",
-        "offramp train --backbone tiny-opt --data photos.jsonl --out exits --steps 400",
+        "offramp train tiny-opt --data photos.jsonl --out exits --steps 400",
         _train,
         _options,
-        usual="backbone data prompt limit depths regime shortlist steps out resume",
+        usual="data prompt limit depths regime shortlist steps out resume",
     )
 
 
@@ -60,7 +63,7 @@ def _options(parser: Parser) -> None:
 
     load_plugins()  # they may bring kinds of exits
     kinds = [kind for kind in kinds_of_exit() if kind != "lens"]  # which has nothing to train
-    model_options(parser, required=True)
+    model_options(parser)
     data_options(parser, "images with captions, question and answer, dialogue, or alone")
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -167,7 +170,8 @@ def _train(arguments: argparse.Namespace) -> None:
         learnt = {"checks": adapter.exits.measured} if adapter.exits.measured else {}
         result = {"adapter": str(arguments.out), **adapter.metrics, **learnt}
         show_result(result, as_json=arguments.json)
-        of = f"--adapter {arguments.out} --data held_out{asked_again(arguments)}"
+        how = [name for name in LOADED if name != "backbone"]
+        of = f"{arguments.out} --data held_out{asked_again(arguments, *how, *ASKED, *DATA[2:])}"
         say_next(
             f"offramp calibrate {of} --target 0.01   (thresholds)",
             f"offramp draft {of}   (the full model's tokens, faster)",

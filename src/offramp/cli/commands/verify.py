@@ -12,11 +12,14 @@ from typing import Any
 from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
 from offramp.cli.loading import load_adapter, read_data
 from offramp.cli.options import (
+    LOADED,
     NAMED_EXITS,
     add_command,
+    asked_again,
     data_options,
     engine_option,
     length_option,
+    name_first,
     precision_options,
     vision_options,
 )
@@ -29,6 +32,12 @@ from offramp.errors import InexactError
 log = logging.getLogger(__name__)
 
 
+QUICK: dict[str, tuple[Any, str]] = {
+    "limit": (4, "4"), "rows": ((2,), "2"), "slots": (2, "2"), "max_new_tokens": (16, "16"),
+}  # fmt: skip
+"""What --quick sets, and how it is typed."""
+
+
 def add(commands: Any) -> None:
     add_command(
         commands,
@@ -36,24 +45,20 @@ def add(commands: Any) -> None:
         "Decode in every way that an adapter has, alone, in batches and in company, hold the "
         "answers to the model's own, and keep what came out in the adapter. Ends with 1 where "
         "something that promises to be exact is not.",
-        "offramp verify exits\n"
+        "offramp verify exits --quick\n"
         "  offramp verify exits --data held_out.jsonl --limit 64 --engine packed\n"
         "  offramp verify exits --engine llama.cpp --gguf exits-q8_0",
         _verify,
         _options,
-        usual="data limit engine gguf rows slots max-new-tokens out json",
+        usual="quick data limit engine gguf slots max-new-tokens out json",
     )
 
 
 def _options(parser: Parser) -> None:
     from offramp.certificate import ROWS, SLOTS
 
-    parser.add_argument(
-        "adapter",
-        metavar="ADAPTER",
-        help=NAMED_EXITS,
-    )
     group = parser.add_argument_group("model")
+    name_first(parser, group, "adapter", ("--adapter",), NAMED_EXITS)
     group.add_argument(
         "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
     )
@@ -67,6 +72,8 @@ def _options(parser: Parser) -> None:
         required=False,
     )
     group = parser.add_argument_group("size and output")
+    few = " ".join(f"--{name.replace('_', '-')} {shown}" for name, (_, shown) in QUICK.items())
+    group.add_argument("--quick", action="store_true", help=f"a small test: {few}, if not given")
     group.add_argument(
         "--rows", metavar="N,N", type=whole_numbers(2), nargs="+", action=Flattened, default=ROWS,
         help=f"rows of batches (default: {','.join(map(str, ROWS))})",
@@ -91,6 +98,10 @@ def _verify(arguments: argparse.Namespace) -> None:
     from offramp.storage import check_writable
     from offramp.verification import Verification, own_examples, with_thresholds
 
+    if arguments.quick:
+        for name, (value, _) in QUICK.items():
+            if name not in getattr(arguments, "given", {}):
+                setattr(arguments, name, value)
     settings = Settings(arguments.rows, arguments.slots, arguments.max_new_tokens)
     check_runtime(arguments)
     kept = _folder(arguments)
@@ -111,6 +122,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     one = Verification(
         adapter, encoder, examples, policy=policy, runtime=runtime, settings=settings
     )
+    _say_how_long(one, policy, settings)
     with progress_bar("verify", total=one.answers) as bar:
         paths = one.run(told=bar.update)
     run = one.certified(paths, arguments.engine, digest, sys.argv)
@@ -124,7 +136,22 @@ def _verify(arguments: argparse.Namespace) -> None:
             f"Not exact, though promised: {names}.",
             "Do not decode so on this machine; please report it with --json's output.",
         )
-    say_next(f"offramp serve {arguments.adapter}")
+    say_next(f"offramp serve {arguments.adapter}{asked_again(arguments, *LOADED)}")
+
+
+def _say_how_long(one: Any, policy: Any, settings: Any) -> None:
+    """From one answer, which is written alone; those of batches are faster."""
+    import time
+
+    from offramp.answers import GREEDY
+    from offramp.progress import duration
+
+    inputs = one.encoder.prompts(one.examples[:1])
+    for longest in (1, settings.longest):  # the first call is slower
+        begin = time.perf_counter()
+        one.adapter.generate(inputs, policy=policy, max_new_tokens=longest, **GREEDY)
+    took = (time.perf_counter() - begin) * one.answers
+    log.info("Writing %d answers takes up to %s; --quick writes few.", one.answers, duration(took))
 
 
 def _folder(arguments: argparse.Namespace) -> Path | None:

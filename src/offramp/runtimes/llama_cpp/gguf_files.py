@@ -23,7 +23,7 @@ DRAFTER, DRAFT_INPUT = "drafter.gguf", "drafter.npz"
 """The layer of the exit that drafts on, and what enters it there."""
 PROJECTOR = "mmproj.gguf"
 """The vision tower and projector."""
-_AGAIN = "Export them again: offramp export --adapter FOLDER --gguf q8_0 --out FOLDER."
+_AGAIN = "Export them again: offramp export FOLDER --gguf q8_0 --out FOLDER."
 
 
 @dataclass(frozen=True)
