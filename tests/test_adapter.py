@@ -361,6 +361,28 @@ def test_a_folder_is_loaded_without_the_hub(hub: Hub, saved_adapter: Path, opt: 
     assert Adapter.from_pretrained(opt, saved_adapter).policy == POLICY
 
 
+def test_a_name_alone_loads_exits_with_their_own_backbone(
+    tmp_path: Path,
+) -> None:
+    shipped = Adapter.from_pretrained("tiny-opt")
+    assert shipped.backbone.name == "offramp/tiny-opt" and shipped.policy.thresholds
+    shipped.save(tmp_path / "exits")
+    assert Adapter.from_pretrained(tmp_path / "exits").policy == shipped.policy
+    with pytest.raises(InputError, match="No exits for the tiny model 't5' ship"):
+        Adapter.from_pretrained("tiny-t5")
+
+
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(
+    hub: Hub, saved_adapter: Path, opt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved_adapter.parent)
+    named = rf"There is no adapter folder .*\nDid you mean '{saved_adapter.name}'\?"
+    with pytest.raises(AdapterError, match=named):
+        Adapter.from_pretrained(opt, saved_adapter.name[:-1])
+    with pytest.raises(AdapterError, match="There is no adapter folder"):
+        Adapter.from_pretrained(opt, f"./{saved_adapter.name}x")
+
+
 def test_a_name_that_the_hub_does_not_give_is_an_adapter_error(hub: Hub, opt: Any) -> None:
     with pytest.raises(AdapterError, match=r"nobody/nothing.*offline"):
         Adapter.from_pretrained(opt, "nobody/nothing")

@@ -75,6 +75,7 @@ MAY_IMPORT = {
     "calibration": {*ANSWERS, "evaluation"},
     "report": {*ANSWERS, "evaluation"},
     "demo": {*ANSWERS, "training", "evaluation", "calibration", "report"},
+    "__main__": {"cli"},
     "cli": {
         *ANSWERS,
         "training",

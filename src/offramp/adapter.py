@@ -3,7 +3,6 @@ them in a folder."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -22,18 +21,20 @@ from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import IMAGES, Prepared
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.stamp import Stamp
-from offramp.errors import AdapterError, InputError
+from offramp.errors import InputError
 from offramp.guarantee import GuaranteeStatus, standing
 from offramp.likeness import Likeness
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.prepack import prepack
+from offramp.models.shipped import load_named, shipped_exits
 from offramp.prompt_kinds import kind_of
 from offramp.save_and_load import (
     AdapterConfig,
     AdapterParts,
     check_policy_depths,
+    fetched,
     load_parts,
     read_config,
     save_parts,
@@ -376,43 +377,39 @@ class Adapter(CalledAsModel):
     @classmethod
     def from_pretrained(
         cls,
-        model: Backbone | nn.Module,
-        pretrained_model_name_or_path: str | Path,
+        model: Backbone | nn.Module | str | Path,
+        pretrained_model_name_or_path: str | Path | None = None,
         *,
         revision: str | None = None,
         **hub: Any,
     ) -> Adapter:
-        """Load from a folder, or from the hub by name, in the order of PEFT's arguments.
+        """Load exits by name: of a model that is there, in the order of PEFT's arguments; or by the
+        name alone, on the backbone that they were trained for.
 
+        The name is a folder, a hub name, or photo or tiny-opt, which ship. revision: of the exits.
         hub: token, cache_dir, local_files_only, force_download; see `snapshot_download`.
 
         Raises:
             InputError: the arguments came in the other order, or name no folder.
-            AdapterError: as for `load`, or the hub gave none.
+            AdapterError: as for `load`, or there is no such adapter.
         """
-        if isinstance(model, str | Path):
+        name = pretrained_model_name_or_path
+        if isinstance(model, str | Path) and name is not None:
             raise InputError(
                 f"from_pretrained got {str(model)!r} where the model goes.",
                 "The model comes first: Adapter.from_pretrained(model, folder_or_name).",
             )
-        name = pretrained_model_name_or_path
+        name = model if isinstance(model, str | Path) else name
         if not isinstance(name, str | Path):
             raise InputError(
                 f"Exits cannot be {name!r}.",
                 "Give a folder or a hub name, such as offramp.attach(model, 'exits').",
             )
-        if os.path.isdir(name):
-            return cls.load(name, model)
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = snapshot_download(str(name), revision=revision, **hub)
-        except Exception as error:  # offline, missing, private: hub errors share no useful base
-            raise AdapterError(
-                f"No adapter folder {str(name)!r}, and the hub gave none: {error}",
-                "Correct the path or the name, or be online.",
-            ) from error
-        return cls.load(folder, model)
+        folder = shipped_exits(str(name)) or fetched(name, revision=revision, **hub)
+        if not isinstance(model, str | Path):
+            return cls.load(folder, model)
+        config = read_config(folder)
+        return cls.load(config, load_named(config.backbone, revision=config.revision)[0])
 
     def push_to_hub(
         self,

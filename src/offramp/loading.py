@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +13,14 @@ from offramp.adapter import Adapter
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.example import Example
 from offramp.engines import TORCH, check_asked, engine_named
-from offramp.errors import AdapterError, InputError, StorageError
+from offramp.errors import InputError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.hub import grey_picture
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_named, shipped_exits
 from offramp.models.shrink_on_load import with_shrink_on_load
-from offramp.save_and_load import read_config
+from offramp.save_and_load import fetched, read_config
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +193,7 @@ def open_model(
         model, processor = load_named(name, revision=revision, **how)  # which may be missing too
         log.info("%s ships without exits: every token runs at full depth", name)
     else:
-        config = read_config(adapter_folder(name) if shipped is None else shipped)
+        config = read_config(fetched(name) if shipped is None else shipped)
         if backbone is None:
             backbone, revision = config.backbone, revision or config.revision
         opened, processor = load_named(backbone, revision=revision, **how)
@@ -204,25 +203,6 @@ def open_model(
     if text is None:
         return model, processor
     return model, _with_template(model, processor, text, str(chat_template))
-
-
-def adapter_folder(name: str) -> str:
-    """The adapter's folder on this machine, fetched from the hub if it is not there.
-
-    Raises:
-        AdapterError: the hub gave none.
-    """
-    if os.path.isdir(name):
-        return name
-    from huggingface_hub import snapshot_download
-
-    try:
-        return str(snapshot_download(name))
-    except Exception as error:  # offline, missing, private: hub errors share no useful base
-        raise AdapterError(
-            f"No adapter folder {name!r}, and the hub gave none: {error}",
-            "Correct the path or the name, or be online; tiny-opt and tiny-t5 ship with offramp.",
-        ) from error
 
 
 # -- chat templates --------------------------------------------------------------------------------

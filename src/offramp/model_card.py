@@ -13,8 +13,8 @@ from offramp.conditions import Conditions, of_exits, of_policy
 from offramp.engine.policy import resolved
 from offramp.guarantee import shown_conditions, standing
 from offramp.models.backbone import Backbone
-from offramp.models.hub import is_hub_name
 from offramp.save_and_load import AdapterParts
+from offramp.storage.places import is_hub_name
 
 _UNSAID = {
     "measured": None, "risk": "?", "target": None, "answers": "?", "level": None, "method": "?",

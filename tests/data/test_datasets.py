@@ -314,14 +314,28 @@ def test_a_limit_below_one_is_refused(write: Write) -> None:
         read_examples(write({"image": "a.png"}), limit=0)
 
 
-@pytest.mark.parametrize("source", ["gone.jsonl", "./gone", "/gone/data", Path("gone")])
+@pytest.mark.parametrize(
+    "source", ["gone.jsonl", "./gone", "/gone/data", Path("gone"), "gone", "there/gone", "gone.txt"]
+)
 def test_a_missing_file_is_not_looked_for_on_the_hub(
     source: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="does not exist"):
         read_examples(source)
+
+
+@pytest.mark.parametrize("typed", ["held_ot", "./held_uot", "held_out/rows.json", "heldout/"])
+def test_a_misspelt_file_is_answered_with_the_one_that_is_there(
+    typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held_out").mkdir()
+    (tmp_path / "held_out" / "rows.jsonl").touch()
+    with pytest.raises(DataError, match=r"Did you mean '.*(held_out|rows\.jsonl)'\?"):
+        read_examples(typed)
 
 
 def test_an_empty_name_is_not_the_current_folder(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from offramp.data.image import content_digest, image_names
 from offramp.errors import DataError, StorageError, did_you_mean
 from offramp.missing import how_to_install
+from offramp.storage.places import close_name, is_hub_name
 
 CAPTIONS = ("captions", "caption")
 ANSWERS = ("answers", "answer")
@@ -132,19 +132,16 @@ def read_rows(source: str | Path, split: str | None) -> Iterator[Row]:
         path = files[0]
     if os.path.isfile(path):
         return _of_split(_jsonl_rows(path), split, str(path))
-    if _looks_like_path(source):
-        raise DataError(f"{source} does not exist.", "Correct the path.")
+    if isinstance(source, Path) or source.endswith(_ENDINGS) or not is_hub_name(source):
+        raise DataError(
+            f"{source} does not exist.",
+            f"{close_name(path)}Correct the path; a data set of the hub is named OWNER/NAME.",
+        )
     return _dataset_rows(str(source), split)
 
 
-def _looks_like_path(source: str | Path) -> bool:
-    # A data set on the hub is NAME or OWNER/NAME, and neither starts with a dot.
-    name = str(source)
-    return (
-        isinstance(source, Path)
-        or name.endswith((".jsonl", ".json", ".ndjson", ".csv", ".parquet"))
-        or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
-    )
+_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".txt")
+"""Of names that are files."""
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:

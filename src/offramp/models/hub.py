@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -86,14 +85,6 @@ def _is_language_model(name: str | Path, revision: str | None, options: dict[str
 def _is_on(device: torch.device, wanted: torch.device) -> bool:
     """Whether it is there already: some quantised models refuse to be moved."""
     return device.type == wanted.type and wanted.index in (None, device.index)
-
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether it names a model on the hub, and no folder of this machine."""
-    return _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def unwrap_peft(model: nn.Module) -> nn.Module:

@@ -50,10 +50,12 @@ from offramp.save_and_load.config import (
 )
 from offramp.save_and_load.tensors import check_shapes, read_shapes, read_tensors, write_tensors
 from offramp.storage import atomic_folder, digest_file, read_json, write_json
+from offramp.storage.places import close_name, is_hub_name
 
 __all__ = [
     "ATTEMPTS", "CARD", "CERTIFICATE", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT",
     "SEEN", "AdapterConfig", "AdapterParts", "check_policy_depths", "exits_digest",
+    "fetched",
     "load_certificate", "load_parts", "read_config", "save_parts",
 ]  # fmt: skip
 
@@ -163,6 +165,33 @@ def _checks_tensors(exits: ExitSet) -> dict[str, Tensor]:
 
 
 # -- loading ----------------------------------------------------------------------------------
+
+
+def fetched(name: str | Path, **hub: Any) -> Path:
+    """Return the adapter's folder: on this machine, or fetched from the hub by name.
+
+    hub: revision, token, cache_dir and others of `snapshot_download`.
+
+    Raises:
+        AdapterError: there is no such folder, or the hub gave none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_name(str(name)):
+        raise AdapterError(
+            f"There is no adapter folder {str(name)!r}.",
+            f"{close_name(name)}Give a folder of `offramp train`, a name of the hub as OWNER/NAME, "
+            "or photo or tiny-opt, which ship.",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), **hub))
+    except Exception as error:  # offline, missing, private: hub errors share no useful base
+        raise AdapterError(
+            f"No adapter folder {str(name)!r}, and the hub gave none: {error}",
+            "Correct the path or the name, or be online.",
+        ) from error
 
 
 def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:

@@ -19,9 +19,9 @@ from huggingface_hub import ModelCardData
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.eagle3 import Eagle3Drafter
-from offramp.models.hub import is_hub_name
 from offramp.save_and_load.tensors import write_tensors
 from offramp.storage import atomic_folder, read_json, write_json
+from offramp.storage.places import is_hub_name
 
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 LAYOUT = "0.9.0"

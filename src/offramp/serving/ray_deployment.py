@@ -27,9 +27,10 @@ from PIL import Image
 from offramp.adapter import Adapter
 from offramp.data.image import open_rgb
 from offramp.errors import InputError, OfframpError, check_known
-from offramp.loading import adapter_folder, open_model
+from offramp.loading import open_model
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
+from offramp.save_and_load import fetched
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 
@@ -129,7 +130,7 @@ def _multiplexed(
     from offramp.serving.server.models import Models
 
     def adapter(name: str) -> Adapter:
-        return Adapter.from_pretrained(backbone, adapter_folder(config.others[name]))
+        return Adapter.from_pretrained(backbone, fetched(config.others[name]))
 
     for name in config.others:  # one that does not fit is refused now, not when it is asked for
         adapter(name)

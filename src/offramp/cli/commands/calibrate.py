@@ -217,11 +217,11 @@ def _say_worth(examples: Any, asked: dict[str, Any]) -> None:
             "--target.", n, guarantee.target,
         )  # fmt: skip
         return
-    shares = [share for share in range(90, 0, -5) if n >= (_enough(guarantee, share) or n + 1)]
+    share = next(share for share in range(90, -1, -5) if n >= (_enough(guarantee, share) or n + 1))
     log.info(
-        "With these %d images a first attempt passes four times in five where %s; further attempts "
-        "on them share a fifth of the error budget.", n,
-        f"at most {shares[0]}% of the target is lost in truth" if shares else "nothing is lost",
+        "With these %d images a first attempt passes four times in five where at most %d%% of the "
+        "target is lost in truth; further attempts on them share a fifth of the error budget.",
+        n, share,
     )  # fmt: skip
 
 

@@ -169,15 +169,14 @@ def _is_certificate(begin: bytes) -> bool:
 def _digest(arguments: argparse.Namespace) -> str:
     """SHA-256 of the exits' file; "" of a model that ships without."""
     from offramp.errors import InputError
-    from offramp.loading import adapter_folder
     from offramp.models.shipped import shipped_exits
-    from offramp.save_and_load import exits_digest, read_config
+    from offramp.save_and_load import exits_digest, fetched, read_config
 
     try:
         shipped = shipped_exits(arguments.adapter)
     except InputError:
         return ""
-    return exits_digest(read_config(shipped or adapter_folder(arguments.adapter)))
+    return exits_digest(read_config(shipped or fetched(arguments.adapter)))
 
 
 def _keep(run: Any, folder: Path | None, arguments: argparse.Namespace) -> None:
