@@ -142,15 +142,6 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], No
 
 
 @pytest.fixture
-def approximate(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a registered policy of keys and values that says it is not exact."""
-    from offramp.engine.policy import KV_POLICIES
-
-    monkeypatch.setitem(KV_POLICIES, "approximate", None)
-    return "approximate"
-
-
-@pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a registered score of hidden states: how little the layer before an exit did."""
     from offramp.engine.confidence import FEATURE_SCORES

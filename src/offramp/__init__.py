@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offramp.engine.confidence import register_score
     from offramp.engine.constraint import JsonConstraint
     from offramp.engine.generate import generate
-    from offramp.engine.policy import ExitPolicy, GenerationOutput
+    from offramp.engine.policy import ExitPolicy, GenerationOutput, Pruning
     from offramp.loading import load
     from offramp.models.backbone import Backbone
     from offramp.models.exit_kinds import register_exit
@@ -41,6 +41,7 @@ __all__ = [
     "Family",
     "GenerationOutput",
     "JsonConstraint",
+    "Pruning",
     "TrainConfig",
     "attach",
     "calibrate",
@@ -64,6 +65,7 @@ _HOMES = {
     "Family": "models.registry",
     "GenerationOutput": "engine.policy",
     "JsonConstraint": "engine.constraint",
+    "Pruning": "engine.policy",
     "TrainConfig": "training.config",
     "attach": "adapter",
     "calibrate": "calibration.calibrate",

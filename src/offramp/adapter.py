@@ -17,7 +17,7 @@ from offramp.conditions import Conditions, exits_digest, note_loaded, of_policy
 from offramp.engine.decoding.plan import Plan
 from offramp.engine.generate import generate, generate_prepared
 from offramp.engine.plan import plan_of
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, check_policy_depths
 from offramp.engine.prefill import IMAGES, Prepared
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.stamp import Stamp
@@ -33,7 +33,6 @@ from offramp.prompt_kinds import kind_of
 from offramp.save_and_load import (
     AdapterConfig,
     AdapterParts,
-    check_policy_depths,
     fetched,
     load_parts,
     read_config,

@@ -12,14 +12,14 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from offramp.engine.policy import ExitPolicy, Thresholds, resolved
+from offramp.engine.policy import ExitPolicy, policy_entries, resolved
 from offramp.models.backbone import Backbone
 from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import scheme
@@ -29,8 +29,8 @@ from offramp.prompt_kinds import FRAMES, OTHER, fits
 
 TORCH = "torch"
 """The engine of an adapter that answers by itself, one by one or in slots."""
-SPEED = ("lossless", "drafts", "max_draft")
-"""Fields of a policy that change no early answer."""
+SPEED = ("lossless", "drafts", "max_draft", "guesses")
+"""Entries of a policy that change no early answer."""
 DIGITS = 16
 """Hex digits kept of a digest."""
 
@@ -111,21 +111,12 @@ def of_backbone(backbone: Backbone, engine: str | None = None) -> dict[str, Any]
 
 
 def of_policy(policy: ExitPolicy) -> dict[str, Any]:
-    """Its fields but those of speed alone; what is by depth with depths as text."""
-    told: dict[str, Any] = {name: {} for name in _GONE}
-    for field in fields(policy):
-        if field.name in SPEED:
-            continue
-        value = getattr(policy, field.name)
-        by_depth = isinstance(value, Mapping)
-        told[field.name] = Thresholds(value).to_json() if by_depth else value
-    if policy.visual_keep == 1:
+    """Return its entries but those of speed alone. Of earlier versions gates and weights decided
+    answers too: calibrations that name one guarantee nothing."""
+    told = policy_entries(policy)
+    if policy.pruning.keep == 1:
         told["visual_ranking"] = None
-    return told
-
-
-_GONE = ("gates", "weights")
-"""Fields of earlier policies that decided answers; calibrations that name one guarantee nothing."""
+    return {name: value for name, value in told.items() if name not in SPEED}
 
 
 def of_exits(exits: Any) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class Verification:
         against, theirs, promised = OWN, own, self._alone_exact
         if mode == "early exit":
             noted = self._notes()
-            against, promised = EVERY_LAYER, self._exact and policy.kv == "recompute"
+            against, promised = EVERY_LAYER, self._exact
             theirs = alone[mode]
             if isinstance(theirs, list):
                 theirs = self._each(partial(self._forced, policy, theirs, noted))
@@ -431,8 +431,7 @@ def _modes(policy: ExitPolicy) -> dict[str, ExitPolicy]:
     if not policy.thresholds:
         return modes
     modes["early exit"] = replace(policy, lossless=False)
-    if policy.kv == "recompute":
-        modes["lossless"] = replace(policy, lossless=True)
+    modes["lossless"] = replace(policy, lossless=True)
     return modes
 
 

@@ -35,7 +35,7 @@ from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example
 from offramp.data.item import Item
 from offramp.data.scenes import world
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Pruning
 from offramp.errors import DataError, InputError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
@@ -114,7 +114,7 @@ def lost(risk: str, policy: ExitPolicy, some: Sequence[Example | Item], *depths:
 def test_every_point_of_the_path_has_the_risk_of_answers_written_again(
     risk: str, prefill: bool
 ) -> None:
-    policy = ExitPolicy(exit_in_prefill=prefill)
+    policy = ExitPolicy(first=None if prefill else {})
     path = found(4, policy=policy, risk=risk).path
     assert len(path) > 1
     for point in (path[len(path) // 2], path[-1]):
@@ -227,9 +227,9 @@ def test_in_half_precision_no_answer_is_taken_for_unchanged(dtype: torch.dtype) 
     assert tried.doubtful.all() == (dtype != torch.float32)
 
 
-def test_a_policy_that_cannot_be_replayed_shares_one_threshold(approximate: str) -> None:
-    result = found(4, 5, policy=ExitPolicy(kv=approximate))
-    assert result.policy.kv == approximate and result.n == len(examples())
+def test_a_policy_that_cannot_be_replayed_shares_one_threshold(idle: str) -> None:
+    result = found(4, 5, policy=ExitPolicy(score=idle))
+    assert result.policy.score == idle and result.n == len(examples())
     assert all(len(set(point.thresholds.values())) == 1 for point in result.path)
     point = result.path[-1]
     losses = lost(
@@ -432,10 +432,9 @@ def test_a_model_that_is_wrong_everywhere_has_nothing_to_lose() -> None:
         found(4, risk="exact_match_drop", examples=some)
 
 
-@pytest.mark.parametrize("kv", ["recompute", "approximate"])
 @pytest.mark.parametrize(("value", "words"), [(0.5, "All scores are the same"), (math.nan, "NaN")])
 def test_scores_that_tell_nothing_apart_are_refused(
-    kv: str, value: float, words: str, monkeypatch: pytest.MonkeyPatch, approximate: str
+    value: float, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from offramp.engine.confidence import SCORES
 
@@ -444,7 +443,7 @@ def test_scores_that_tell_nothing_apart_are_refused(
 
     monkeypatch.setitem(SCORES, "max_probability", constant)
     with pytest.raises(DataError, match=words):
-        found(4, policy=ExitPolicy(kv=kv))
+        found(4)
 
 
 @pytest.mark.parametrize(
@@ -636,8 +635,8 @@ def test_what_is_promised_covers_visual_tokens_that_stay_behind(
     shares: tuple[float, ...], depths: tuple[int, ...]
 ) -> None:
     result = found(*depths, visual_keep=shares, target=0.95)
-    assert result.policy.visual_keep in shares and result.policy.visual_keep < 1
-    assert result.conditions["visual_keep"] == result.policy.visual_keep
+    assert result.policy.pruning.keep in shares and result.policy.pruning.keep < 1
+    assert result.conditions["visual_keep"] == result.policy.pruning.keep
     searched = [i for i in images_of(examples()) if i.rank < SEARCH]
     at_all = len(shares) > 1  # one was chosen before, and with it no path is searched
     assert result.n == len(examples()) - (len(searched) if at_all else 0)
@@ -655,7 +654,7 @@ def test_a_searched_share_of_visual_tokens_is_the_least_that_loses_little(target
 
     def alone(share: float) -> float:
         """What is lost where no token exits."""
-        policy = ExitPolicy({4: 1.0}, visual_keep=share)
+        policy = ExitPolicy({4: 1.0}, pruning=Pruning(share))
         return with_error(lost("disagreement", policy, searched, 4))
 
     assert kept == 1 or alone(kept) <= LOST_SHARE * spare(result)

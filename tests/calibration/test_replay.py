@@ -54,7 +54,7 @@ def test_it_tells_which_answers_change_and_where_their_tokens_leave(
         for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
             result = generate(
                 model, encoder.prompts([example]), exits=trained,
-                policy=ExitPolicy(thresholds, exit_in_prefill=first),
+                policy=ExitPolicy(thresholds, first=None if first else {}),
                 max_new_tokens=TOKENS, do_sample=False,
             )  # fmt: skip
             assert differs[i] == (tuple(result.new_tokens[0].tolist()) != row.ids)

@@ -57,7 +57,7 @@ def test_rows_that_end_change_no_other_row(name, way, backbone, exits, batch):
 
 def test_a_finished_row_is_padded_at_depth_zero_while_others_leave_early(backbone, exits, batch):
     whole, inputs = backbone("llava"), batch("llava", 4)
-    policy = ExitPolicy({2: 0.0}, exit_in_prefill=False)
+    policy = ExitPolicy({2: 0.0}, first={})
     free = generate(whole, inputs, exits=exits("llava"), policy=policy, max_new_tokens=NEW)
     end = int(free.new_tokens[0, 3])
     made = generate(
@@ -296,11 +296,6 @@ def test_a_missing_image_is_refused(name, backbone, batch):
             generate(backbone(name), {**without, **none}, max_new_tokens=2)
 
 
-def test_an_unknown_kv_policy_is_refused():
-    with pytest.raises(InputError, match="Allowed: recompute"):
-        ExitPolicy(kv="hole")
-
-
 def test_an_unknown_score_is_refused():
     with pytest.raises(InputError, match="Did you mean 'margin'"):
         ExitPolicy(score="margni")
@@ -369,7 +364,7 @@ def test_a_token_leaves_at_the_first_depth_whose_score_reaches_the_threshold(
         backbone("llava"),
         batch("llava", 1),
         exits=exits("llava"),
-        policy=ExitPolicy({2: 0.5, 4: 0.7}, exit_in_prefill=False),
+        policy=ExitPolicy({2: 0.5, 4: 0.7}, first={}),
         max_new_tokens=5,
     )
     assert made.depths.tolist() == [[6, 2, 4, 6, 2]]

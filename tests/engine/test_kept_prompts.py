@@ -164,7 +164,7 @@ def test_a_prompt_is_not_taken_after_a_lora_is_switched(
 def test_exits_that_were_trained_on_find_no_keys_of_before(batch: Callable[..., Any]) -> None:
     inputs, whole = batch("llava", 1), Backbone(families.build("llava"))
     parts = Exits(whole, families.depths("llava"))
-    policy = ExitPolicy(dict.fromkeys(parts.depths, 0.05), exit_in_prefill=False)
+    policy = ExitPolicy(dict.fromkeys(parts.depths, 0.05), first={})
     asked = {"exits": parts, "policy": policy, **GREEDY}
     cache = PrefixCache()
     generate(whole, inputs, prefix_cache=cache, **asked)

@@ -3,6 +3,8 @@ what the decode loop guarantees."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import families
 import pytest
 import torch
@@ -30,13 +32,13 @@ from offramp.engine.confidence import (
 from offramp.engine.exit_check import ExitCheck, ExitScorer
 from offramp.engine.generate import generate
 from offramp.engine.policy import (
-    KV_POLICIES,
     RETIRED,
     ExitPolicy,
     policy_from_json,
     policy_to_json,
     resolved,
 )
+from offramp.engines import ENGINES, engine_named
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -148,7 +150,7 @@ def test_an_unknown_score_is_refused_with_the_closest(typed, meant):
 def without_plugins(monkeypatch):
     """No package brings a score, as where offramp stands alone."""
     monkeypatch.setattr(plugins, "_points", lambda: ())
-    for registry in (HEADS, FEATURE_SCORES, KV_POLICIES):
+    for registry in (HEADS, FEATURE_SCORES, ENGINES):
         for name in plugins.LAB:
             monkeypatch.delitem(registry, name, raising=False)
 
@@ -163,9 +165,23 @@ def test_without_the_lab_a_policy_by_one_of_its_scores_says_what_to_install(name
 
 
 def test_without_the_lab_propagated_keys_say_what_to_install(without_plugins):
-    told = {**policy_to_json(ExitPolicy({2: 0.5})), "kv": "propagate"}
     with pytest.raises(InputError, match=r"'propagate' is not known.*\n.*offramp-lab"):
-        policy_from_json(told)
+        engine_named("propagate")
+
+
+@pytest.mark.parametrize("field", ["thresholds", "drafts", "first"])
+@pytest.mark.parametrize("wrong", [5, -0.1, 1.5])
+def test_a_threshold_outside_0_to_1_is_refused(field, wrong):
+    with pytest.raises(InputError, match=r"outside \[0, 1\].*\n.*from 0"):
+        ExitPolicy(**{field: {2: wrong}})
+
+
+def test_an_exit_without_a_threshold_is_off():
+    assert ExitPolicy({2: None, 4: 0.5}) == ExitPolicy({4: 0.5})
+
+
+def test_a_policy_has_at_most_eight_fields():
+    assert len(fields(ExitPolicy)) <= 8
 
 
 def test_a_policy_finds_the_score_of_a_plugin_that_was_not_loaded(without_plugins, monkeypatch):
@@ -222,18 +238,18 @@ def test_a_first_token_exits_by_its_own_threshold_and_the_others_by_theirs(
     whole, parts = backbone(name), exits(name)
     (depth, other), rows = parts.depths, batch(name, 1)
 
-    def depths(first, **more):
+    def depths(first):
         scored(Script([0.5] * 4))
-        policy = ExitPolicy({depth: 0.4}, first=first, **more)
+        policy = ExitPolicy({depth: 0.4}, first=first)
         options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": WORDLESS}
         return generate(whole, rows, exits=parts, policy=policy, **options).depths[0].tolist()
 
-    assert depths({}) == depths({depth: 0.5}) == [depth] * 3
+    assert depths(None) == depths({depth: 0.5}) == [depth] * 3
     late = [whole.depth, depth, depth]
     assert depths({depth: 0.6}) == late
     assert depths({other: 0.1}) == late  # no threshold stands there
     if not whole.is_encoder_decoder:
-        assert depths({depth: 0.5}, exit_in_prefill=False) == late
+        assert depths({}) == late
 
 
 def test_thresholds_that_someone_asks_for_leave_first_tokens_the_stricter() -> None:
@@ -248,14 +264,11 @@ def test_thresholds_of_first_tokens_are_stored_where_there_are_any() -> None:
     own = ExitPolicy({2: 0.5}, first={2: 0.9})
     assert policy_from_json(policy_to_json(own)) == own
     without = policy_to_json(ExitPolicy({2: 0.5}))
-    assert "first" not in without and policy_from_json(without).first == {}
+    assert "first" not in without and policy_from_json(without).first is None
 
 
-@pytest.mark.parametrize("wrong", [{3: 0.5}, {2: 1.5}])
-def test_a_first_token_cannot_exit_where_no_exit_stands_or_beyond_a_score(
-    backbone, exits, batch, wrong
-) -> None:
-    policy = ExitPolicy({2: 0.5}, first=wrong)
+def test_a_first_token_cannot_exit_where_no_exit_stands(backbone, exits, batch) -> None:
+    policy = ExitPolicy({2: 0.5}, first={3: 0.5})
     some = exits("llava", depths=(2,))
     with pytest.raises(InputError):
         generate(backbone("llava"), batch("llava", 1), exits=some, policy=policy)
@@ -264,7 +277,7 @@ def test_a_first_token_cannot_exit_where_no_exit_stands_or_beyond_a_score(
 
 
 def test_a_stored_policy_keeps_what_it_said_of_the_first_token() -> None:
-    told = policy_to_json(ExitPolicy({2: 0.5}, exit_in_prefill=False))
+    told = policy_to_json(ExitPolicy({2: 0.5}, first={}))
     assert not policy_from_json(told).exit_in_prefill
     del told["exit_in_prefill"]  # as adapters were written before there was a choice
     assert not policy_from_json(told).exit_in_prefill
@@ -275,4 +288,12 @@ def test_what_earlier_versions_stored_is_read_with_one_warning(name) -> None:
     plain = policy_to_json(ExitPolicy({2: 0.5}))
     with pytest.warns(UserWarning, match=name) as said:
         assert policy_from_json({**plain, name: {"2": 0.25}}) == ExitPolicy({2: 0.5})
+    assert len(said) == 1
+
+
+def test_approximate_keys_that_earlier_versions_stored_are_read_as_exact_with_a_warning() -> None:
+    plain = policy_to_json(ExitPolicy({2: 0.5}))
+    assert plain["kv"] == "recompute"
+    with pytest.warns(UserWarning, match="approximate keys") as said:
+        assert policy_from_json({**plain, "kv": "propagate"}) == ExitPolicy({2: 0.5})
     assert len(said) == 1

@@ -20,7 +20,7 @@ OPTIONS = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": families.
 SERVED = [n for n in families.NAMES if families.KINDS[n].padding == "left"]
 POLICIES = {
     "full": lambda depths: FULL,
-    "early": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05), exit_in_prefill=False),
+    "early": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05), first={}),
     "early, the first too": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05)),
     "lossless": lambda depths: ExitPolicy(dict.fromkeys(depths, 0.05), lossless=True),
 }

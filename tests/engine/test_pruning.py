@@ -22,6 +22,7 @@ from offramp.engine.policy import (
     RANKINGS,
     ExitPolicy,
     Pruning,
+    PruningStage,
     check_all_go_on,
     policy_from_json,
     policy_to_json,
@@ -137,8 +138,8 @@ def test_what_stays_behind_is_hidden_from_the_layers_above(
         if thresholds:
             scored(Dice(5))
         policy = ExitPolicy(
-            thresholds or never(name).thresholds, exit_in_prefill=opens,
-            visual_keep=0.5, visual_ranking=ranking,
+            thresholds or never(name).thresholds, first=None if opens else {},
+            pruning=Pruning(0.5, ranking),
         )  # fmt: skip
         inputs = batch(name, rows)
         made, logits = written(whole, parts, inputs, policy)
@@ -146,7 +147,7 @@ def test_what_stays_behind_is_hidden_from_the_layers_above(
         images = (inputs["input_ids"] == IMAGE).sum(1)
         left = (inputs["attention_mask"].bool() & ~on).sum(1)
         assert torch.equal(left, images - (images / 2).round().long())
-        true = hidden_logits(whole, parts, inputs, made.sequences, on, policy.pruning.depth)
+        true = hidden_logits(whole, parts, inputs, made.sequences, on, policy.stages[0].depth)
         for depth in set(made.depths.flatten().tolist()):
             theirs = of_steps(true[depth], NEW)
             off = (logits - theirs)[..., FIRST_WORD:][made.depths == depth]
@@ -157,7 +158,7 @@ def test_before_the_decoder_no_layer_runs_over_what_stays(backbone, exits, batch
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
     prompt = inputs["input_ids"].shape[1]
     for threshold, deep in ((1.0, prompt + NEW - 1), (0.0, 2)):
-        policy = ExitPolicy({2: threshold}, visual_keep=0.5, visual_ranking="divprune")
+        policy = ExitPolicy({2: threshold}, pruning=Pruning(0.5, "divprune"))
         _, counts = tokens_by_layer(
             whole,
             lambda policy=policy: generate(
@@ -190,7 +191,7 @@ def test_the_layers_above_run_over_what_goes_on_and_no_more(backbone, exits, bat
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
     prompt = inputs["input_ids"].shape[1]
     for keep, left in ((1.0, 0), (0.5, 2), (0.25, 3), (0.01, 3)):
-        policy = ExitPolicy({2: 1.0}, visual_keep=keep)
+        policy = ExitPolicy({2: 1.0}, pruning=Pruning(keep))
         _, counts = tokens_by_layer(
             whole,
             lambda policy=policy: generate(
@@ -202,7 +203,7 @@ def test_the_layers_above_run_over_what_goes_on_and_no_more(backbone, exits, bat
     _, counts = tokens_by_layer(
         whole,
         lambda: generate(
-            whole, inputs, exits=parts, policy=ExitPolicy({2: 0.0}, visual_keep=0.5),
+            whole, inputs, exits=parts, policy=ExitPolicy({2: 0.0}, pruning=Pruning(0.5)),
             max_new_tokens=NEW,
         ),
     )  # fmt: skip
@@ -216,7 +217,7 @@ def test_those_go_on_that_the_last_token_attends_to_most(backbone, exits, batch,
         InterceptedModel(whole, seen).model(
             **inputs, position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         )
-    generate(whole, inputs, exits=parts, policy=ExitPolicy({2: 0.5}, visual_keep=0.5))
+    generate(whole, inputs, exits=parts, policy=ExitPolicy({2: 0.5}, pruning=Pruning(0.5)))
     [on] = kept
     module = parts.at(2)
     attention = module.self_attn
@@ -248,10 +249,10 @@ def test_those_go_on_that_the_last_token_attends_to_most(backbone, exits, batch,
 
 def test_lossless_answers_are_the_full_models_whatever_stays_behind(backbone, exits, batch):
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 4)
-    policy = ExitPolicy({2: 0.02}, lossless=True, visual_keep=0.25, visual_ranking="divprune")
+    policy = ExitPolicy({2: 0.02}, lossless=True, pruning=Pruning(0.25, "divprune"))
     made = generate(whole, inputs, exits=parts, policy=policy, max_new_tokens=NEW)
     assert torch.equal(made.sequences, greedy(whole.model, inputs))
-    assert policy.in_mode("lossless").pruning is policy.in_mode("full").pruning is None
+    assert policy.in_mode("lossless").stages == policy.in_mode("full").stages == ()
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
@@ -263,7 +264,7 @@ def test_a_row_beside_others_keeps_and_says_what_it_does_alone(
     """Of which some leave visual tokens behind, some do not, and places change hands."""
     whole, parts, rows = backbone(name), exits(name), batch(name, 4)
     policy = ExitPolicy(
-        {2: 0.02, 4: 0.03}, first={2: 0.05, 4: 0.04}, visual_keep=0.5, visual_ranking=ranking
+        {2: 0.02, 4: 0.03}, first={2: 0.05, 4: 0.04}, pruning=Pruning(0.5, ranking)
     )
     core = EngineCore(whole, parts, policy, EngineConfig(slots=3, limit=64, **config))
     wanted = []
@@ -286,7 +287,7 @@ def test_a_prompt_that_leaves_tokens_behind_takes_no_keys_and_gives_none(
     whole, parts, inputs = backbone("llava"), exits("llava"), batch("llava", 1)
     cache = PrefixCache()
     plain = ExitPolicy({2: 0.02})
-    pruned = replace(plain, visual_keep=0.25, visual_ranking=ranking)
+    pruned = replace(plain, pruning=Pruning(0.25, ranking))
     for policy in (plain, pruned, plain, pruned):
         ours, alone = (
             generate(whole, inputs, exits=parts, policy=policy, prefix_cache=kept, max_new_tokens=9)
@@ -300,7 +301,7 @@ def test_a_prompt_that_leaves_tokens_behind_takes_no_keys_and_gives_none(
     [("paligemma", "read as a whole"), ("blip2-t5", "read as a whole"), ("gemma3", "as a whole")],
 )
 def test_where_it_would_not_be_exact_it_is_refused(name, why, backbone, exits, batch):
-    policy = replace(never(name), visual_keep=0.5)
+    policy = replace(never(name), pruning=Pruning(0.5))
     with pytest.raises(InputError, match=why):
         generate(backbone(name), batch(name, 1), exits=exits(name), policy=policy)
 
@@ -320,13 +321,13 @@ def test_layers_that_attend_by_distance_leave_nothing_behind(what, backbone, exi
     for name, value in what.items():
         setattr(whole.text_config, name, value)
     with pytest.raises(InputError, match="by distance"):
-        Pruner(whole, ExitSet.of(exits("llava")), Pruning(2, 0.5, "attention"))
+        Pruner(whole, ExitSet.of(exits("llava")), PruningStage(2, 0.5, "attention"))
 
 
 def test_a_decoder_that_is_given_more_than_states_leaves_nothing_behind(backbone, exits):
     whole = backbone("llava")
     ids, embeds = torch.tensor([[IMAGE, 3]]), torch.randn(1, 2, whole.width)
-    pruner = Pruner(whole, ExitSet.of(exits("llava")), Pruning(0, 0.5, "divprune"))
+    pruner = Pruner(whole, ExitSet.of(exits("llava")), PruningStage(0, 0.5, "divprune"))
     for more in ({"attention_mask": torch.zeros(1, 1, 2, 2)}, {"deep_features": embeds}):
         with pytest.raises(InputError, match="given more than their states"):
             pruner.shorter(ids, {"inputs_embeds": embeds, **more})
@@ -336,15 +337,17 @@ def test_an_exit_that_attends_to_nothing_cannot_say_what_stays(backbone, batch):
     whole = backbone("llava")
     lens = Exits(whole, (2,), kind="lens")
     with pytest.raises(InputError, match="attends to nothing"):
-        generate(whole, batch("llava", 1), exits=lens, policy=ExitPolicy({2: 0.1}, visual_keep=0.5))
-    policy = ExitPolicy({2: 0.1}, visual_keep=0.5, visual_ranking="divprune")
+        generate(
+            whole, batch("llava", 1), exits=lens, policy=ExitPolicy({2: 0.1}, pruning=Pruning(0.5))
+        )
+    policy = ExitPolicy({2: 0.1}, pruning=Pruning(0.5, "divprune"))
     generate(whole, batch("llava", 1), exits=lens, policy=policy, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("ranking", ["attention", "divprune"])
 def test_what_cannot_leave_tokens_behind_refuses_to(ranking, backbone, exits, batch):
     whole, parts = backbone("llava"), exits("llava")
-    policy = ExitPolicy({2: 0.1}, visual_keep=0.5, visual_ranking=ranking)
+    policy = ExitPolicy({2: 0.1}, pruning=Pruning(0.5, ranking))
     stack = copy.copy(whole)
     stack.engine = "stack"
     with pytest.raises(InputError, match="cannot leave any behind"):
@@ -355,7 +358,7 @@ def test_what_cannot_leave_tokens_behind_refuses_to(ranking, backbone, exits, ba
 
 
 def test_what_follows_answers_in_one_pass_refuses_what_a_pass_does_not_show():
-    policy: Any = ExitPolicy({2: 0.1}, visual_keep=0.5)
+    policy: Any = ExitPolicy({2: 0.1}, pruning=Pruning(0.5))
     assert not follows_policy(policy) and not can_replay(policy)
     nothing: Any = None
     with pytest.raises(InputError, match="runs all visual tokens"):
@@ -367,18 +370,19 @@ def test_what_follows_answers_in_one_pass_refuses_what_a_pass_does_not_show():
 @pytest.mark.parametrize("share", [0, 0.0, -1, 1.5, "half", True])
 def test_a_share_is_above_0_and_up_to_1(share):
     with pytest.raises(InputError, match="share of"):
-        ExitPolicy(visual_keep=share)
+        ExitPolicy(pruning=Pruning(share))
 
 
-def test_approximate_keys_leave_nothing_behind():
-    with pytest.raises(InputError, match="Visual tokens stay behind"):
-        ExitPolicy(kv="propagate", visual_keep=0.5)
+@pytest.mark.parametrize("wrong", [0.5, ("divprune", 0.5), None])
+def test_what_is_no_pruning_says_what_is(wrong):
+    with pytest.raises(InputError, match=r"cannot be pruned by.*\n.*Pruning\(0\.5"):
+        ExitPolicy(pruning=wrong)
 
 
 def test_a_policy_says_what_stays_behind_where_something_does(opt, tmp_path):
-    policy = ExitPolicy({2: 0.1}, visual_keep=0.5, visual_ranking="random")
+    policy = ExitPolicy({2: 0.1}, pruning=Pruning(0.5, "random"))
     assert policy_from_json(policy_to_json(policy)) == policy
-    told = policy_to_json(replace(policy, visual_keep=1))
+    told = policy_to_json(replace(policy, pruning=Pruning(1)))
     assert not {"visual_keep", "visual_ranking"} & told.keys()
     trained(opt, policy=policy).save(tmp_path / "adapter")
     assert Adapter.load(tmp_path / "adapter", opt).policy == policy

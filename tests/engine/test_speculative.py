@@ -62,8 +62,3 @@ def test_a_streamer_gets_confirmed_tokens_only_one_by_one(backbone, exits, batch
 def test_a_draft_length_out_of_range_is_refused(longest):
     with pytest.raises(InputError, match="draft"):
         ExitPolicy({2: 0.5}, lossless=True, max_draft=longest)
-
-
-def test_lossless_refuses_approximate_keys(approximate):
-    with pytest.raises(InputError, match="exact"):
-        ExitPolicy({2: 0.5}, lossless=True, kv=approximate)

@@ -148,7 +148,7 @@ def test_an_exit_computes_in_training_what_it_computes_in_decoding(
             encoder.backbone,
             encoder.prompts([example]),
             exits=exits,
-            policy=ExitPolicy({d: 1.0 for d in DEPTHS}, score="margin", exit_in_prefill=True),
+            policy=ExitPolicy({d: 1.0 for d in DEPTHS}, score="margin"),
             max_new_tokens=5,
             do_sample=False,
         )

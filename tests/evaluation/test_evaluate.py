@@ -180,7 +180,6 @@ def dialogue_items() -> list[Item]:
     ("policy", "by"),
     [
         ({}, "policy"),
-        ({"kv": "approximate"}, "full"),
         ({"lossless": True}, "full"),
         ({"shortlist": True}, "full"),
     ],
@@ -190,7 +189,6 @@ def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
     caplog: pytest.LogCaptureFixture,
     policy: dict[str, Any],
     by: str,
-    approximate: str,
 ) -> None:
     model = adapter_of(OPT, 0.0, **policy)
     if "shortlist" in policy:  # which lacks tokens of the candidates
@@ -198,7 +196,7 @@ def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
     result = run(tmp_path, model=model, task="dialogue", items=dialogue_items())
     assert follows_policy(model.policy) is (by == "policy")
     assert ("the full model ranks in both modes" in caplog.text) is bool(
-        policy.keys() & {"kv", "shortlist"}
+        policy.keys() & {"shortlist"}
     )
     assert result["modes"]["full"]["ranked_by"] == ["full"]
     early = result["modes"]["early_exit"]

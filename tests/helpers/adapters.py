@@ -13,7 +13,7 @@ from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits, ExitSet
 
 DEPTHS = (2, 4)
-POLICY = ExitPolicy({2: 0.02, 4: 0.5}, score="margin", exit_in_prefill=True)
+POLICY = ExitPolicy({2: 0.02, 4: 0.5}, score="margin")
 
 
 def trained(

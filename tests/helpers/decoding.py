@@ -68,15 +68,22 @@ def tokens_by_layer(whole: Backbone, call: Callable[[], Any]) -> tuple[Any, list
 
 
 def errors_by_depth(
-    whole: Backbone, exits: Exits, inputs: dict[str, Tensor], policy: ExitPolicy
+    whole: Backbone,
+    exits: Exits,
+    inputs: dict[str, Tensor],
+    policy: ExitPolicy,
+    answer: Callable[..., GenerationOutput] | None = None,
 ) -> tuple[GenerationOutput, dict[int, float]]:
-    """A generation, and by depth the largest error of its logits against an uncached forward."""
+    """A generation, and by depth the largest error of its logits against an uncached forward.
+
+    answer: what generates, by backbone, exits, inputs and policy; None: `generate`."""
     noted = Noted()
-    made = generate(
+    answer = answer or (lambda *a, **kw: generate(a[0], a[2], exits=a[1], policy=a[3], **kw))
+    made = answer(
         whole,
+        exits,
         inputs,
-        exits=exits,
-        policy=policy,
+        policy,
         max_new_tokens=NEW,
         do_sample=False,
         suppress_tokens=WORDLESS,

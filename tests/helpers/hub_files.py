@@ -46,7 +46,7 @@ def text_adapter() -> Adapter:
             parameter.add_(0.03 * torch.randn(parameter.shape))
     torch.random.set_rng_state(state)
     exits.requires_grad_(False)
-    policy = ExitPolicy({2: 0.3, 4: 0.3}, shortlist=True, exit_in_prefill=False)
+    policy = ExitPolicy({2: 0.3, 4: 0.3}, shortlist=True, first={})
     return Adapter(backbone, ExitSet(exits, SHORT), policy)
 
 
@@ -129,5 +129,5 @@ def image_adapter() -> Adapter:
     exits = Exits(backbone, (2, 4))
     torch.random.set_rng_state(state)
     exits.requires_grad_(False)
-    policy = ExitPolicy({2: 0.3, 4: 0.3}, shortlist=True, exit_in_prefill=False)
+    policy = ExitPolicy({2: 0.3, 4: 0.3}, shortlist=True, first={})
     return Adapter(backbone, ExitSet(exits, SHORT), policy)

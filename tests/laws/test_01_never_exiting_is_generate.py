@@ -27,7 +27,7 @@ def test_without_exits_or_with_exits_that_never_fire_it_is_greedy_generate(
     for rows in ROWS if dtype == "float32" else (4,):
         inputs = batch(name, rows, DTYPES[dtype])
         theirs = greedy(whole.model, inputs, max_new_tokens=8)
-        with_exits = {"exits": parts, "policy": never(name, exit_in_prefill=True)}
+        with_exits = {"exits": parts, "policy": never(name)}
         for given in ({}, with_exits):
             ours = generate(whole, inputs, max_new_tokens=8, do_sample=False, **given)
             assert torch.equal(ours.sequences, theirs), (rows, bool(given))

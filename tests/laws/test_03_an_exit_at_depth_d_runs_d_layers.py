@@ -53,7 +53,7 @@ def test_if_every_token_exits_the_deeper_layers_see_the_prompt_only(lens, batch)
     whole = Backbone(families.build("llava"))
     inputs = batch("llava", 1)
     exits = Exits(whole, (2,), kind="lens" if lens else "layer")
-    policy = ExitPolicy({2: 0.0}, exit_in_prefill=False)
+    policy = ExitPolicy({2: 0.0}, first={})
     made, counts = tokens_by_layer(
         whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=9)
     )
@@ -65,7 +65,7 @@ def test_if_every_token_exits_the_deeper_layers_see_the_prompt_only(lens, batch)
 @pytest.mark.parametrize("name", CAUSAL_PROMPT)
 def test_if_the_prompt_exits_too_the_deeper_layers_see_nothing(name, batch):
     whole = Backbone(families.build(name))
-    exits, policy = Exits(whole, (2,)), ExitPolicy({2: 0.0}, exit_in_prefill=True)
+    exits, policy = Exits(whole, (2,)), ExitPolicy({2: 0.0})
     inputs = batch(name, 1)
     made, counts = tokens_by_layer(
         whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=5)
@@ -97,7 +97,7 @@ def test_visual_tokens_reach_deep_layers_only_where_a_token_needs_them(name, dee
 
 @pytest.mark.parametrize("name", LOOKS_AHEAD)
 def test_a_prompt_that_looks_ahead_runs_at_full_depth(name, backbone, exits, batch):
-    policy = ExitPolicy(always(name).thresholds, exit_in_prefill=True)
+    policy = ExitPolicy(always(name).thresholds)
     made = generate(
         backbone(name), batch(name, 1), exits=exits(name), policy=policy, max_new_tokens=3
     )

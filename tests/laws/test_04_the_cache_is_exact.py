@@ -21,7 +21,7 @@ def test_recompute_keeps_every_step_exact(name, backbone, exits, batch, scored):
     first, second = parts.depths
     for rows, prefill in ((1, False), (1, True), (4, False), (4, True)):
         scored(Dice(5))
-        policy = ExitPolicy({first: 0.4, second: 0.5}, exit_in_prefill=prefill)
+        policy = ExitPolicy({first: 0.4, second: 0.5}, first=None if prefill else {})
         made, errors = errors_by_depth(whole, parts, batch(name, rows), policy)
         assert set(errors) == {first, second, whole.depth}
         assert rows == 1 or any(len(set(step)) > 1 for step in made.depths.T.tolist())
@@ -52,7 +52,7 @@ def test_recompute_is_exact_with_an_exit_at_every_depth(name, lens, backbone, ex
     for rows, prefill in ((1, False), (4, False), *([(1, True), (4, True)] if lens else [])):
         scored(Dice(8))
         threshold = 0.75 if rows == 1 and not lens else 0.6
-        policy = ExitPolicy(dict.fromkeys(depths, threshold), exit_in_prefill=prefill)
+        policy = ExitPolicy(dict.fromkeys(depths, threshold), first=None if prefill else {})
         _, errors = errors_by_depth(whole, parts, batch(name, rows), policy)
         assert len(errors) >= 3
         assert max(errors.values()) <= EXACT, (rows, prefill, errors)
@@ -65,7 +65,7 @@ def test_recompute_is_exact_whatever_the_score(
 ):
     whole = backbone(name, wide=CALM)
     parts = exits(name, wide=CALM, depths=tuple(range(1, whole.depth)))
-    policy = ExitPolicy(dict.fromkeys(parts.depths, threshold), score=score, exit_in_prefill=True)
+    policy = ExitPolicy(dict.fromkeys(parts.depths, threshold), score=score)
     for rows in (1, 4):
         _, errors = errors_by_depth(whole, parts, batch(name, rows), policy)
         assert len(errors) >= 2 or rows == 1
@@ -86,7 +86,7 @@ def test_half_precision_runs(name, backbone, exits, batch, scored):
     half = torch.bfloat16
     whole, parts, inputs = backbone(name, half), exits(name, half), batch(name, 4, half)
     scored(Dice(5))
-    policy = ExitPolicy(dict.fromkeys(parts.depths, 0.5), exit_in_prefill=True)
+    policy = ExitPolicy(dict.fromkeys(parts.depths, 0.5))
     made = generate(whole, inputs, exits=parts, policy=policy, max_new_tokens=NEW)
     assert made.depths.shape == (4, NEW) and len(set(made.depths.flatten().tolist())) == 3
 

@@ -207,7 +207,7 @@ def test_rows_of_one_padded_call_get_what_each_gets_alone(
     monkeypatch.setattr(whole, "engine", engine)
     at = thresholds(whole, some, one_row(name, inputs, 0))
     for lossless in (False, True):
-        policy = ExitPolicy(at, lossless=lossless, exit_in_prefill=False)
+        policy = ExitPolicy(at, lossless=lossless, first={})
         options = {"exits": some, "policy": policy, "max_new_tokens": 8, "do_sample": False}
         together = generate(whole, inputs, **options)
         for row in range(4):

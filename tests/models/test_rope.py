@@ -133,7 +133,7 @@ def test_early_exits_are_alike_in_slots_and_in_the_stack() -> None:
         whole = Backbone(phi3())
         parts = Exits(whole, (2,))
         whole.engine = engine
-        policy = ExitPolicy({2: 0.0143}, exit_in_prefill=False)
+        policy = ExitPolicy({2: 0.0143}, first={})
         made = generate(whole, prompt(14), exits=parts, policy=policy, max_new_tokens=10, **GREEDY)
         found.append(made)
     assert torch.equal(found[0].sequences, found[1].sequences)

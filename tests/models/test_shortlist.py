@@ -63,7 +63,7 @@ def test_a_shortlist_of_everything_changes_nothing(name, scene):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exit_says_the_likeliest_token_of_its_shortlist(name, rows, scene):
     whole, exits, depth, inputs = scene(name, rows)
-    policy = ExitPolicy({depth: 0.0}, shortlist=True, exit_in_prefill=True)
+    policy = ExitPolicy({depth: 0.0}, shortlist=True)
     made = generate(whole, inputs, exits=exits, policy=policy, eos_token_id=None, **GREEDY)
     logits = of_steps(probe(whole, inputs, made.sequences, exits).logits[depth], NEW)
     expected = exits.shortlist[logits[..., exits.shortlist].argmax(-1)]
@@ -184,7 +184,7 @@ def test_a_replay_sees_the_shortlist_as_decoding_does(name, backbone, exits):
     thresholds = {depth: float(np.nanmedian(seen.scores[depth])) + 1e-4}
     depths = seen.depths(thresholds)
     differs = seen.differs(depths)
-    policy = ExitPolicy(thresholds, shortlist=True, exit_in_prefill=True)
+    policy = ExitPolicy(thresholds, shortlist=True)
     for i, example in enumerate(examples):
         made = ours.generate(
             encoder.prompts([example]), policy=policy, max_new_tokens=8, do_sample=False

@@ -109,7 +109,7 @@ def test_who_names_no_mode_gets_the_policys_own(
 def test_a_first_token_has_its_own_threshold_here_too(own: float, tmp_path: Path) -> None:
     adapter = text_adapter()
     first = dict.fromkeys(adapter.policy.thresholds, own)
-    adapter = adapter.with_policy(replace(adapter.policy, exit_in_prefill=True, first=first))
+    adapter = adapter.with_policy(replace(adapter.policy, first=first))
     some = torch.tensor([[5, 6, 7]])
     adapter.generate({"input_ids": some}, max_new_tokens=1)  # shows that the prompt is causal
     with EdgeModel(sliced(adapter, tmp_path), engine=ENGINE) as model:

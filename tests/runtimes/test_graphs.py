@@ -21,7 +21,7 @@ from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.constraint import JsonConstraint
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Pruning
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
@@ -246,7 +246,7 @@ def test_a_shortlist_an_end_token_and_a_streamer(case: Any) -> None:
 
 
 def test_what_cannot_be_recorded_is_refused(
-    case: Any, backbone: Any, exits: Any, batch: Any, approximate: str
+    case: Any, backbone: Any, exits: Any, batch: Any
 ) -> None:
     adapter, inputs = case("blip2-opt")
     runtime = GraphRuntime(adapter, context=64)
@@ -262,8 +262,8 @@ def test_what_cannot_be_recorded_is_refused(
     wants("GraphRuntime with that policy", policy=several)
     two = batch("blip2-opt", 2)
     refused(lambda: runtime.generate(two, **GREEDY), InputError, "one answer at a time")
-    inexact = ExitPolicy({depth: 0.5}, kv=approximate)
-    refused(lambda: GraphRuntime(adapter, policy=inexact), InputError, "recompute")
+    pruned = ExitPolicy({depth: 0.5}, pruning=Pruning(0.5))
+    refused(lambda: GraphRuntime(adapter, policy=pruned), InputError, "all visual tokens")
     other = Adapter(backbone("blip2-t5"), exits("blip2-t5"), ExitPolicy())
     refused(lambda: GraphRuntime(other), UnsupportedBackboneError, "encoder-decoder")
     refused(lambda: GraphRuntime(adapter, context=10**12), InputError, "slots")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.calibration.attempts import Attempt
-from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json
+from offramp.engine.policy import RANKINGS, ExitPolicy, Pruning, Thresholds, policy_to_json
 from offramp.errors import AdapterError
 from offramp.runtimes.llama_cpp.exit_files import known_policy
 from offramp.save_and_load import _is_counted
@@ -23,12 +23,12 @@ BY_DEPTH = st.dictionaries(st.integers(1, 40), SHARES, max_size=4)
 POLICIES = st.builds(
     ExitPolicy,
     thresholds=BY_DEPTH,
-    exit_in_prefill=st.booleans(),
     lossless=st.booleans(),
     max_draft=st.integers(1, 64),
     drafts=BY_DEPTH,
     shortlist=st.booleans(),
-    first=BY_DEPTH,
+    first=st.none() | BY_DEPTH,
+    pruning=st.builds(Pruning, st.floats(0.01, 0.99), st.sampled_from([*RANKINGS])),
 )
 JSON = st.recursive(
     st.none()

@@ -386,7 +386,7 @@ def test_a_row_that_moves_to_another_slot_takes_its_positions_along(
 def test_a_first_token_may_exit_where_it_may_alone(name, backbone, exits, batch):
     """Not where the prompt looks ahead."""
     whole, some = backbone(name), exits(name)
-    policy = ExitPolicy({2: 0.0}, exit_in_prefill=True)
+    policy = ExitPolicy({2: 0.0})
     engine = EngineCore(whole, some, policy, SMALL)
     inputs = one_row(name, batch(name, 1), 0)
     handle = engine.add(request(inputs))
@@ -434,11 +434,6 @@ def test_a_batch_of_rows_is_not_a_request(adapter, batch):
     engine.run()
     with pytest.raises(InputError, match="2 rows"):
         handle.result(timeout=0)
-
-
-def test_keys_that_are_not_exact_are_refused(backbone, exits, approximate):
-    with pytest.raises(InputError):
-        EngineCore(backbone(NAME), exits(NAME), ExitPolicy({2: 0.5}, kv=approximate), SMALL)
 
 
 def test_an_engine_is_driven_by_one_thread(adapter, rows):

@@ -97,7 +97,7 @@ def test_a_policy_that_is_not_followed_is_refused(
     "policy",
     [
         ExitPolicy({2: 0.8}),
-        ExitPolicy({2: 0.8}, exit_in_prefill=False),
+        ExitPolicy({2: 0.8}, first={}),
         ExitPolicy({2: 0.8, 4: 0.5}, first={4: 0.9}),
     ],
 )

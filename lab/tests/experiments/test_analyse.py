@@ -201,7 +201,7 @@ def test_agreement_of_the_final_layer_with_itself_is_one() -> None:
 def model(backbone: Build, exits: Build, name: str) -> tuple[Adapter, InputProcessor]:
     wide = backbone(name, wide=4.0)
     trained = exits(name, wide=4.0)
-    policy = ExitPolicy({d: 0.3 for d in trained.depths}, exit_in_prefill=True)
+    policy = ExitPolicy({d: 0.3 for d in trained.depths})
     return Adapter(wide, trained, policy), InputProcessor(wide, fakes.Blip2FakeProcessor(name))
 
 
@@ -243,7 +243,7 @@ def test_free_running_is_what_generation_at_that_depth_writes(analysed: Any) -> 
         same = []
         for example in fakes.examples(6):
             ids = []
-            for policy in (ExitPolicy(thresholds, exit_in_prefill=True), ExitPolicy()):
+            for policy in (ExitPolicy(thresholds), ExitPolicy()):
                 result = generate(
                     adapter.backbone, encoder.prompts([example]), exits=adapter.exits,
                     policy=policy, max_new_tokens=6, do_sample=False,
@@ -334,7 +334,6 @@ def learnt(backbone: Build, exits: Build, name: str) -> Adapter:
     said = torch.tensor(sorted({token for row in written for token in row.ids}))
     policy = ExitPolicy(
         dict.fromkeys(trained.depths, 0.145),
-        exit_in_prefill=True,
         shortlist=True,
     )
     return Adapter(wide, ExitSet(trained, said), policy)
@@ -351,7 +350,7 @@ def test_the_policy_is_replayed_as_it_decodes(
         adapter = learnt(backbone, exits, name)
     else:
         adapter = adapter.with_policy(
-            ExitPolicy({adapter.exits.depths[0]: 0.01}, exit_in_prefill=True)
+            ExitPolicy({adapter.exits.depths[0]: 0.01})
         )
     written = full_model_answers(encoder, fakes.examples(6), batch_size=6, max_new_tokens=6)
     texts = encoder.tokenizer.batch_decode([row.ids for row in written], skip_special_tokens=True)

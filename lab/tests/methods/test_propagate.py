@@ -12,25 +12,33 @@ from decoding import CALM, EXACT, NEW, errors_by_depth, greedy, never, tokens_by
 from families import WORDLESS
 from reference import Dice
 
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
+from offramp.adapter import Adapter
+from offramp.engine.policy import ExitPolicy, GenerationOutput, Pruning
 from offramp.engine.prefix_cache import PrefixCache
+from offramp.engines import engine_named
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp_lab.inputs import zoo
+from offramp_lab.methods.propagate import Propagating
 
 NAMES = ("blip2-opt", "blip2-t5", "llava", "gemma3", "qwen2.5-vl")
 OPTIONS = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
 
 
+def propagating(
+    whole: Backbone, parts: Any, inputs: Any, policy: ExitPolicy, **options: Any
+) -> GenerationOutput:
+    return Propagating(whole, parts, policy).generate(inputs, **options)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_never_exiting_equals_stock_generate(name: str, backbone: Any, exits: Any, batch: Any):
-    whole, policy = backbone(name), never(name, kv="propagate")
+    whole, policy = backbone(name), never(name)
     for rows in (1, 4):
         inputs = batch(name, rows)
-        made = generate(
-            whole, inputs, exits=exits(name), policy=policy, max_new_tokens=NEW, do_sample=False
+        made = propagating(
+            whole, exits(name), inputs, policy, max_new_tokens=NEW, do_sample=False
         )
         assert torch.equal(made.sequences, greedy(whole.model, inputs))
         assert (made.depths == whole.depth).all()
@@ -43,12 +51,12 @@ def test_a_token_runs_as_many_layers_as_its_depth(name: str, batch: Any, scored:
     first, second = families.depths(name)
     exits, policy = (
         Exits(whole, (first, second)),
-        ExitPolicy({first: 0.5, second: 0.5}, kv="propagate", exit_in_prefill=False),
+        ExitPolicy({first: 0.5, second: 0.5}, first={}),
     )
     made, counts = tokens_by_layer(
         whole,
-        lambda: generate(
-            whole, inputs, exits=exits, policy=policy, max_new_tokens=16, do_sample=False
+        lambda: propagating(
+            whole, exits, inputs, policy, max_new_tokens=16, do_sample=False
         ),
     )
     depths = made.depths[0].tolist()
@@ -64,9 +72,9 @@ def test_it_is_exact_at_the_first_exit_and_bounded_past_it(
 ):
     whole, parts = backbone(name, wide=CALM), exits(name, wide=CALM)
     first, second = parts.depths
-    policy = ExitPolicy({first: 0.4, second: 0.5}, kv="propagate")
+    policy = ExitPolicy({first: 0.4, second: 0.5})
     scored(Dice(5))
-    _, errors = errors_by_depth(whole, parts, batch(name, 4), policy)
+    _, errors = errors_by_depth(whole, parts, batch(name, 4), policy, propagating)
     assert errors[first] <= EXACT
     assert EXACT < errors[whole.depth] < 1.0
 
@@ -78,9 +86,9 @@ def test_if_every_token_exits_the_deeper_layers_see_at_most_the_prompt(
 ):
     whole, inputs = Backbone(families.build("llava")), batch("llava", 1)
     exits = Exits(whole, (2,), kind="lens" if lens else "layer")
-    policy = ExitPolicy({2: 0.0}, kv="propagate", exit_in_prefill=early)
+    policy = ExitPolicy({2: 0.0}, first=None if early else {})
     made, counts = tokens_by_layer(
-        whole, lambda: generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=9)
+        whole, lambda: propagating(whole, exits, inputs, policy, max_new_tokens=9)
     )
     prompt = inputs["input_ids"].shape[1]
     assert made.depths.tolist() == [[2 if early else 6] + [2] * 8]
@@ -90,10 +98,10 @@ def test_if_every_token_exits_the_deeper_layers_see_at_most_the_prompt(
 @pytest.mark.parametrize("name", ["blip2-opt", "llava"])
 def test_rows_that_end_change_no_other_row(name: str, backbone: Any, exits: Any, batch: Any):
     whole, inputs = backbone(name), batch(name, 4)
-    policy = ExitPolicy(dict.fromkeys(families.depths(name), 0.03), kv="propagate")
-    free = generate(whole, inputs, exits=exits(name), policy=policy, **OPTIONS)
+    policy = ExitPolicy(dict.fromkeys(families.depths(name), 0.03))
+    free = propagating(whole, exits(name), inputs, policy, **OPTIONS)
     end = int(free.new_tokens[0, 3])
-    made = generate(whole, inputs, exits=exits(name), policy=policy, eos_token_id=end,
+    made = propagating(whole, exits(name), inputs, policy, eos_token_id=end,
                     pad_token_id=families.PAD, **OPTIONS)  # fmt: skip
     for row in range(4):
         tokens = free.new_tokens[row].tolist()
@@ -105,9 +113,9 @@ def test_rows_that_end_change_no_other_row(name: str, backbone: Any, exits: Any,
 
 def test_a_prefix_cache_keeps_no_approximate_prompt(backbone: Any, exits: Any, batch: Any):
     whole, inputs, cache = backbone("llava"), batch("llava", 1), PrefixCache()
-    policy = ExitPolicy(dict.fromkeys(families.depths("llava"), 0.05), kv="propagate")
+    policy = ExitPolicy(dict.fromkeys(families.depths("llava"), 0.05))
     first, second = (
-        generate(whole, inputs, exits=exits("llava"), policy=policy, prefix_cache=cache, **OPTIONS)
+        propagating(whole, exits("llava"), inputs, policy, prefix_cache=cache, **OPTIONS)
         for _ in range(2)
     )
     assert cache.reused == 0 and torch.equal(first.sequences, second.sequences)
@@ -117,12 +125,23 @@ def test_a_prefix_cache_keeps_no_approximate_prompt(backbone: Any, exits: Any, b
 def test_it_is_refused_where_it_would_save_nothing(name: str):
     model = zoo.build(name)
     whole, inputs = Backbone(model), zoo.inputs(name, model, 1)
-    policy = ExitPolicy({2: 0.5}, kv="propagate")
+    policy = ExitPolicy({2: 0.5})
     with pytest.raises(InputError, match="nothing would be saved") as caught:
-        generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=3)
+        propagating(whole, Exits(whole, (2,)), inputs, policy, max_new_tokens=3)
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_lossless_decoding_refuses_it():
-    with pytest.raises(InputError, match="exact"):
-        ExitPolicy({2: 0.5}, lossless=True, kv="propagate")
+@pytest.mark.parametrize("more", [{"lossless": True}, {"pruning": Pruning(0.5)}], ids=str)
+def test_what_needs_exact_keys_refuses_it(more: Any, backbone: Any, exits: Any, batch: Any):
+    policy = ExitPolicy({2: 0.5}, **more)
+    with pytest.raises(InputError, match="need exact ones"):
+        propagating(backbone("llava"), exits("llava"), batch("llava", 1), policy)
+
+
+def test_commands_know_it_as_an_engine(backbone: Any, exits: Any, batch: Any):
+    adapter = Adapter(backbone("llava"), exits("llava"), ExitPolicy({2: 0.02}))
+    ours = engine_named("propagate").open(adapter, threads=1)
+    told = {"max_new_tokens": NEW, **OPTIONS}
+    made = ours.generate(batch("llava", 1), **told)
+    theirs = propagating(adapter.backbone, adapter.exits, batch("llava", 1), adapter.policy, **told)
+    assert torch.equal(made.sequences, theirs.sequences)

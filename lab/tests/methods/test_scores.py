@@ -26,7 +26,8 @@ from families import WORDLESS
 from offramp.adapter import Adapter
 from offramp.engine.confidence import check_score
 from offramp.engine.generate import generate
-from offramp.engine.policy import KV_POLICIES, ExitPolicy
+from offramp.engine.policy import ExitPolicy
+from offramp.engines import ENGINES
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
@@ -49,7 +50,7 @@ def test_the_plugin_brings_what_offramp_says_it_brings() -> None:
     project = Path(methods.__file__).parents[3] / "pyproject.toml"
     points = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
     assert points[GROUP] == {"baselines": methods.__name__}
-    assert all(name in KV_POLICIES or check_score(name) == name for name in LAB)
+    assert all(name in ENGINES or check_score(name) == name for name in LAB)
 
 
 # -- each equals its slow reference -----------------------------------------------------------
@@ -156,7 +157,7 @@ def test_keys_are_exact_whatever_the_score(
 ) -> None:
     whole = backbone(name, wide=CALM)
     parts = exits(name, wide=CALM, depths=tuple(range(1, whole.depth)))
-    policy = ExitPolicy(dict.fromkeys(parts.depths, threshold), score=score, exit_in_prefill=True)
+    policy = ExitPolicy(dict.fromkeys(parts.depths, threshold), score=score)
     _, errors = errors_by_depth(whole, parts, batch(name, 4), policy)
     assert len(errors) >= 2 and max(errors.values()) <= EXACT, errors
 

@@ -55,6 +55,7 @@ from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
 from offramp.engine.policy import (
     ExitPolicy,
+    Pruning,
     Thresholds,
     check_all_go_on,
     check_visual_keep,
@@ -246,9 +247,10 @@ def calibrate(
     thresholds = thresholds or (GRID if runtime is None else COARSE)
     judged = list(map(Judged.of, examples))
     policy = _policy_of(policy, first, adapter, encoder)
-    shares = _shares_of(visual_keep, policy.visual_ranking, adapter, runtime)
+    shares = _shares_of(visual_keep, policy.pruning.ranking, adapter, runtime)
     if visual_keep is not None:
-        policy = replace(policy, visual_keep=1.0 if shares else float(visual_keep[0]))
+        share = 1.0 if shares else float(visual_keep[0])
+        policy = replace(policy, pruning=replace(policy.pruning, keep=share))
     _check_examples(adapter, judged, risk, policy)
     images = images_of(judged)  # before the model runs: they may be refused
     check_untested(encoder, judged[:1], adapter.exits.depths)
@@ -316,8 +318,8 @@ def _searched(
     settings: dict[str, Any] = {"first": AUTO} if first == AUTO else {}
     if shares:
         settings["visual_keep"] = list(shares)
-        if policy.visual_ranking != ExitPolicy.visual_ranking:
-            settings["visual_ranking"] = policy.visual_ranking
+        if policy.pruning.ranking != Pruning.ranking:
+            settings["visual_ranking"] = policy.pruning.ranking
     return settings
 
 
@@ -349,8 +351,8 @@ def _policy_of(
             f"A threshold of {first!r} for first tokens is not known.",
             f"Give a number from 0 to 1, or {AUTO!r} to have it searched.",
         )
-    own = Thresholds() if isinstance(first, str) else Thresholds.shared(adapter.exits.depths, first)
-    policy = resolved(replace(policy, exit_in_prefill=True, first=own), encoder.backbone)
+    own = None if isinstance(first, str) else Thresholds.shared(adapter.exits.depths, first)
+    policy = resolved(replace(policy, first=own), encoder.backbone)
     if not first_token_may_exit(encoder.backbone, policy):
         raise InputError(
             f"First tokens of {encoder.backbone.name} never exit: its prompts are read whole.",
@@ -370,9 +372,9 @@ def _shares_of(
     for share in shares:
         check_visual_keep(share)
     every = Thresholds.shared(adapter.exits.depths, 1.0)
-    asked = ExitPolicy(every, visual_keep=min(shares or [1]), visual_ranking=ranking)
-    if asked.pruning is not None:
-        Pruner(adapter.backbone, adapter.exits, asked.pruning)
+    asked = ExitPolicy(every, pruning=Pruning(min(shares or [1.0]), ranking))
+    for stage in asked.stages:
+        Pruner(adapter.backbone, adapter.exits, stage)
         if runtime is not None:
             check_all_go_on(asked, runtime.name)
     return shares if len(shares) > 1 else ()
@@ -383,7 +385,8 @@ def _attempt(
 ) -> Attempt:
     """What is kept of an attempt."""
     searched = settings.get("first") == AUTO
-    share = {"visual_keep": trial.tested.policy.visual_keep} if "visual_keep" in settings else {}
+    share = {"visual_keep": trial.tested.policy.pruning.keep} if "visual_keep" in settings else {}
+    own = {"first": Thresholds(trial.tested.policy.first or {}).to_json()} if searched else {}
     outcome: dict[str, Any] = {
         n: getattr(calibration, n) for n in ("n", "measured", "bound", "reason")
     }
@@ -399,7 +402,7 @@ def _attempt(
             **outcome,
             **share,
             "thresholds": Thresholds(calibration.policy.thresholds).to_json(),
-            **({"first": Thresholds(trial.tested.policy.first).to_json()} if searched else {}),
+            **own,
         },
     )
 
@@ -679,8 +682,10 @@ def _kinds(trial: _Trial, losses: Array, point: int, unit: str) -> tuple[Kind, .
 def _chosen(policy: ExitPolicy, point: Point | None) -> ExitPolicy:
     """The policy at a point of the path; None: without thresholds."""
     if point is None:
-        return replace(policy, thresholds={}, first={}, visual_keep=1.0)
-    first = {d: t for d, t in policy.first.items() if d in point.thresholds}
+        pruning = replace(policy.pruning, keep=1.0)
+        first = None if policy.first else policy.first
+        return replace(policy, thresholds={}, first=first, pruning=pruning)
+    first = policy.first and {d: t for d, t in policy.first.items() if d in point.thresholds}
     return replace(policy, thresholds=point.thresholds, first=first)
 
 

@@ -51,7 +51,7 @@ def draft_policies(adapter: Adapter, thresholds: Sequence[float] | None = None) 
         thresholds = PRODUCTS if ahead else THRESHOLDS
     places = depths[-1:] if ahead else depths
     sweep = [Thresholds({depth: t}) for depth in places for t in thresholds]
-    return [replace(adapter.policy, kv="recompute", lossless=True, drafts=d) for d in sweep]
+    return [replace(adapter.policy, lossless=True, drafts=d) for d in sweep]
 
 
 def draft_speeds(

@@ -95,10 +95,9 @@ class Replay:
 
 
 def can_replay(policy: ExitPolicy) -> bool:
-    """Whether a replay shows what `policy` does: exact keys and values, a score of `SCORES`, and no
-    visual tokens that stay behind, which changes tokens at full depth too."""
-    exact = policy.kv == "recompute" and policy.visual_keep == 1
-    return exact and policy.score in SCORES and not policy.lossless
+    """Whether a replay shows what `policy` does: a score of `SCORES`, and no visual tokens
+    that stay behind, which changes tokens at full depth too."""
+    return policy.pruning.keep == 1 and policy.score in SCORES and not policy.lossless
 
 
 @dataclass(frozen=True)

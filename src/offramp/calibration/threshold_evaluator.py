@@ -118,7 +118,7 @@ class ThresholdEvaluator:
 
     def with_visual_keep(self, share: float) -> ThresholdEvaluator:
         """Such a share of the visual tokens goes on; below 1 a replay shows nothing."""
-        policy = replace(self.policy, visual_keep=share)
+        policy = replace(self.policy, pruning=replace(self.policy.pruning, keep=share))
         if share == 1:
             return replace(self, policy=policy)
         doubtful = np.ones(len(self.examples), dtype=bool)

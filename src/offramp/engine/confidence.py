@@ -154,14 +154,20 @@ def check_thresholds(thresholds: dict[int, float], depths: tuple[int, ...]) -> d
             f"Thresholds name depths {wrong}, where no exit stands.",
             f"Exits stand at {list(depths)}.",
         )
-    on = {d: _number(t) for d, t in sorted(thresholds.items()) if t is not None}
+    return check_levels(thresholds)
+
+
+def check_levels(thresholds: dict[int, float]) -> dict[int, float]:
+    """`thresholds` by depth, without those that are None; raise `InputError` for a value that is no
+    number in [0, 1]."""
+    on = {d: _number(t) for d, t in check_numbers(thresholds).items() if t is not None}
     off = {d: thresholds[d] for d, t in on.items() if not 0.0 <= t <= 1.0}
     if off:
         raise InputError(
             f"Thresholds {off} are outside [0, 1].",
             "Give numbers from 0 (always exit) to 1, or None to switch an exit off.",
         )
-    return on
+    return dict(sorted(on.items()))
 
 
 def _number(value: object) -> float:

@@ -15,18 +15,8 @@ from offramp.engine.decoding.rule import Verdict
 from offramp.engine.executors.modules.in_place import head_code
 from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer
 from offramp.engine.policy import ExitPolicy
-from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
-
-
-def check_company(policy: ExitPolicy) -> None:
-    """Raise `InputError` for what sequences of several requests cannot share."""
-    if policy.kv != "recompute":
-        raise InputError(
-            f"KV policy {policy.kv!r} is approximate, and a batch shares exact keys and values.",
-            "Use kv='recompute'.",
-        )
 
 
 class ExitHeads:

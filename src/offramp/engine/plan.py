@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
-from offramp.engine.confidence import HEADS, check_thresholds
+from offramp.engine.confidence import HEADS
 from offramp.engine.decoding.plan import Plan, draft_levels, drafter_at
 from offramp.engine.drafter import DraftingExit
 from offramp.engine.executors.choice import executor_for
 from offramp.engine.heads import ExitHeads
-from offramp.engine.policy import KV_POLICIES, ExitPolicy, first_token_may_exit
+from offramp.engine.policy import ExitPolicy, check_policy_depths, first_token_may_exit
 from offramp.engine.prompt import PromptReader
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -37,8 +37,7 @@ def plan_of(
     """
     attached = None if exits is None else ExitSet.of(exits)
     stand = () if attached is None else attached.depths
-    for by_depth in (policy.thresholds, policy.first, policy.drafts):
-        check_thresholds(dict(by_depth), stand)
+    check_policy_depths(policy, stand)
     asked = {policy.own_mode} if modes is None else set(modes)
     drafting, levels = None, dict[int, float]()
     if "lossless" in asked and attached is not None:
@@ -51,7 +50,7 @@ def plan_of(
     in_use = attached if depths else None
     made = heads or HEADS.get(policy.score, ExitHeads)
     asking = made(backbone, in_use, policy, depths)
-    plan = Plan(
+    return Plan(
         backbone.depth,
         depths,
         policy,
@@ -65,5 +64,3 @@ def plan_of(
         levels=levels if backbone.lossless else {},
         first_may_exit=first_token_may_exit(backbone, policy),
     )  # fmt: skip
-    another = KV_POLICIES[policy.kv]
-    return plan if another is None else another(plan, backbone, attached)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from offramp.engine.confidence import check_numbers, check_score, check_thresholds
+from offramp.engine.confidence import (
+    check_levels,
+    check_numbers,
+    check_score,
+    check_thresholds,
+)
 from offramp.errors import InputError, check_known
-from offramp.plugins import check_registered
 
 if TYPE_CHECKING:
     from torch import Tensor  # policies are read where there is no PyTorch
 
     from offramp.models.backbone import Backbone
 
-KV_POLICIES: dict[str, Any] = {"recompute": None}
-"""What fills the keys and values of layers that tokens skip, by name: a function of the plan,
-backbone and exits that returns the plan to decode by; None: the plan itself, which is exact."""
 RANKINGS = {"attention": False, "random": False, "divprune": True, "random-before": True}
 """What says which visual tokens go on, and whether it does before the decoder: else behind the
 first exit. How much the prompt's last token attends to each in the exit; how unlike each other they
@@ -62,7 +63,26 @@ class Thresholds(dict[int, float]):
         return ", ".join(f"{number:g} at depth {depth}" for depth, number in self.items())
 
 
-class Pruning(NamedTuple):
+@dataclass(frozen=True)
+class Pruning:
+    """How many of a prompt's visual tokens go on, and which (`offramp.engine.pruning`).
+
+    keep: share of them, above 0 and up to 1: all. ranking: of `RANKINGS`. Where fewer go on,
+    answers change, at full depth too, so thresholds are calibrated with it.
+
+    Raises:
+        InputError: a share that is none, or an unknown ranking.
+    """
+
+    keep: float = 1.0
+    ranking: str = "attention"
+
+    def __post_init__(self) -> None:
+        check_visual_keep(self.keep)
+        check_known("Ranking of visual tokens", [self.ranking], [*RANKINGS])
+
+
+class PruningStage(NamedTuple):
     """Visual tokens stay behind at `depth`: of each prompt's, the share `keep` goes on to the
     layers above, the first by a ranking of `RANKINGS`. At depth 0 no layer reads the others."""
 
@@ -86,72 +106,63 @@ class Pruning(NamedTuple):
         return (
             f"The policy lets {self.keep:g} of the visual tokens go on {self.where}, and what runs "
             "the layers here cannot leave any behind.",
-            "Use a policy with visual_keep=1, or PyTorch, where layers run in slots.",
+            "Use a policy without pruning, or PyTorch, where layers run in slots.",
         )
 
 
-_BY_DEPTH = ("thresholds", "first", "drafts")
+_BY_DEPTH = ("thresholds", "drafts", "first")
 RETIRED = ("guesses", "weights", "gates")
 """Fields of earlier versions, which gained nothing: guesses between early exits were slower in 14
 of 18 loads, gates paid at no exit that shipped, and weights belonged to a score that was never
 faster than the largest probability."""
+EXACT = "recompute"
+"""Keys and values of the layers that a token skipped, as files name them: exact, and the only ones
+since approximate ones gained nothing."""
 
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """When tokens exit early, and what fills the cache behind them.
+    """When tokens exit early.
 
-    thresholds: by depth; a token exits at the first depth where score >= threshold. A depth that
-        is missing is off and costs nothing; at one with 0 every token exits, and no score is
-        computed there. Empty: the full model.
+    thresholds: by depth, in [0, 1]; a token exits at the first depth where score >= threshold. A
+        depth that is missing, or None, is off and costs nothing; at one with 0 every token exits,
+        and no score is computed there. Empty: the full model.
     score: a key of `SCORES` (one exit's logits), or a registered one (`register_score`).
-    kv: a key of `KV_POLICIES`: "recompute" (exact), or a registered one.
     lossless: exits only draft, and the full model verifies (`offramp.engine.decoding`): the
         output is the full model's. Thresholds then decide speed, not quality.
     max_draft: longest draft before the full model is asked.
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds`, which
         are about final exits; of an exit that drafts on, of the product of a round's drafts.
         `offramp draft` finds the fastest.
-    exit_in_prefill: also let the first token exit early, the prompt pending at its exit until a
-        later token needs it deeper. Exact too. True means where the prompt is causal, which the
-        backbone's family says: see `resolved`.
-    first: by depth; thresholds of an answer's first token, where it may exit. A depth that is
-        missing, or that `thresholds` miss, is off. Empty: those of every token.
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
         are over these (`offramp.models.shortlist`).
-    visual_keep: share of a prompt's visual tokens, above 0 and up to 1, that go on: to the layers
-        above the first exit, or to the decoder at all (`offramp.engine.pruning`). Below 1 it
-        changes answers, at full depth too, so thresholds are calibrated with it. Lossless answers
-        are the full model's: there all go on.
-    visual_ranking: of `RANKINGS`: which of them, and where the others stay.
+    first: by depth; thresholds of an answer's first token, with which the prompt may wait at its
+        exit until a later token needs it deeper: exact too. A depth that is missing, or that
+        `thresholds` miss, is off. None: those of every token, where the prompt is causal, which the
+        backbone's family says (see `resolved`). Empty: prompts run to full depth.
+    pruning: which visual tokens go on to the layers above the first exit, or to the decoder at all.
+        Lossless answers are the full model's: there all go on.
+
+    Raises:
+        InputError: an unknown score, thresholds that are no numbers or outside [0, 1], or drafts of
+            no token.
     """
 
     thresholds: Mapping[int, float] = field(default_factory=dict)
     score: str = "max_probability"
-    kv: str = "recompute"
-    exit_in_prefill: bool = True
     lossless: bool = False
     max_draft: int = 8
     drafts: Mapping[int, float] = field(default_factory=dict)
     shortlist: bool = False
-    first: Mapping[int, float] = field(default_factory=dict)
-    visual_keep: float = 1.0
-    visual_ranking: str = "attention"
+    first: Mapping[int, float] | None = None
+    pruning: Pruning = field(default_factory=Pruning)
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        check_known("Ranking of visual tokens", [self.visual_ranking], [*RANKINGS])
-        check_visual_keep(self.visual_keep)
-        if self.visual_keep < 1 and self.kv != "recompute":
+        if not isinstance(self.pruning, Pruning):
             raise InputError(
-                f"Visual tokens stay behind with exact keys and values, not KV policy {self.kv!r}.",
-                "Use kv='recompute', or visual_keep=1.",
-            )
-        check_registered("KV policy", self.kv, lambda: KV_POLICIES)
-        if self.lossless and self.kv != "recompute":
-            raise InputError(
-                f"Lossless decoding needs exact keys and values, not KV policy {self.kv!r}.",
-                "Use kv='recompute'.",
+                f"Visual tokens cannot be pruned by {self.pruning!r}.",
+                'Give a share and a ranking, such as pruning=Pruning(0.5, "divprune").',
             )
         if type(self.max_draft) is not int or self.max_draft < 1:
             raise InputError(
@@ -159,7 +170,14 @@ class ExitPolicy:
                 "Give a whole number from 1; 4 to 16 are usual.",
             )
         for name in _BY_DEPTH:
-            object.__setattr__(self, name, Thresholds(getattr(self, name)))
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, Thresholds(check_levels(dict(given))))
+
+    @property
+    def exit_in_prefill(self) -> bool:
+        """Whether an answer's first token may exit in a causal prompt, which then waits there."""
+        return self.first is None or bool(self.first)
 
     @property
     def effective(self) -> ExitPolicy:
@@ -169,17 +187,12 @@ class ExitPolicy:
         return replace(self, thresholds=self.drafts)
 
     @property
-    def pruning(self) -> Pruning | None:
-        """Which visual tokens stay behind, and where; None: none does."""
-        if self.lossless or self.visual_keep == 1 or not self.thresholds:
-            return None
-        depth = 0 if RANKINGS[self.visual_ranking] else min(self.thresholds)
-        return Pruning(depth, self.visual_keep, self.visual_ranking)
-
-    @property
-    def stages(self) -> tuple[Pruning, ...]:
+    def stages(self) -> tuple[PruningStage, ...]:
         """What is done to a prompt between layers."""
-        return () if self.pruning is None else (self.pruning,)
+        keep, ranking = self.pruning.keep, self.pruning.ranking
+        if self.lossless or keep == 1 or not self.thresholds:
+            return ()
+        return (PruningStage(0 if RANKINGS[ranking] else min(self.thresholds), keep, ranking),)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -196,8 +209,10 @@ class ExitPolicy:
     def at(self, thresholds: Mapping[int, float]) -> ExitPolicy:
         """The policy at thresholds that someone asks for in place of its own. First tokens keep
         theirs where these are stricter."""
+        if not self.first:
+            return replace(self, thresholds=thresholds)
         first = {d: max(t, thresholds[d]) for d, t in self.first.items() if d in thresholds}
-        if self.first and not first:  # none of its depths is left
+        if not first:  # none of its depths is left
             first = Thresholds.shared([*thresholds], max(self.first.values()))
         return replace(self, thresholds=thresholds, first=first)
 
@@ -265,22 +280,20 @@ def check_visual_keep(share: Any) -> None:
         )
 
 
+def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
+    """Raise `InputError` where the policy names a depth at which no exit stands."""
+    for thresholds in (policy.thresholds, policy.first or {}, policy.drafts):
+        check_thresholds(dict(thresholds), depths)
+
+
 def check_all_go_on(policy: ExitPolicy, who: str) -> None:
     """Raise `InputError` where visual tokens are to stay behind, and `who` runs all of them."""
-    if policy.pruning is not None:
+    for stage in policy.stages:
         raise InputError(
             f"{who} runs all visual tokens through all layers, and the policy lets "
-            f"{policy.visual_keep:g} of them go on {policy.pruning.where}.",
-            "Use a policy with visual_keep=1; others need PyTorch, where layers run in slots.",
+            f"{stage.keep:g} of them go on {stage.where}.",
+            "Use a policy without pruning; others need PyTorch, where layers run in slots.",
         )
-
-
-def check_exact(policy: ExitPolicy, who: str) -> None:
-    """Raise `InputError` where a policy asks for other keys and values than the exact ones of all
-    tokens, which `who` has."""
-    if policy.kv != "recompute":
-        raise InputError(f"{who} does not know the KV policy {policy.kv!r}.", "Use kv='recompute'.")
-    check_all_go_on(policy, who)
 
 
 FULL = ExitPolicy()
@@ -290,9 +303,10 @@ FULL = ExitPolicy()
 def resolved(policy: ExitPolicy, backbone: Backbone) -> ExitPolicy:
     """The policy as it runs on this backbone: first tokens exit early only where the prompt is
     causal. What adapters store, so that they say what was measured."""
-    may = policy.exit_in_prefill and backbone.family.causal_prompt
-    first = policy.first if may or backbone.is_encoder_decoder else {}
-    return replace(policy, exit_in_prefill=may, first=first)
+    if policy.exit_in_prefill and backbone.family.causal_prompt:
+        return policy
+    own = policy.first if backbone.is_encoder_decoder else None
+    return replace(policy, first=own or {})
 
 
 def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
@@ -382,26 +396,61 @@ class GenerationOutput:
         return float(ran.float().mean()) if ran.numel() else 0.0
 
 
+ENTRIES: Mapping[str, type] = {
+    "thresholds": dict, "score": str, "kv": str, "exit_in_prefill": bool, "lossless": bool,
+    "max_draft": int, "drafts": dict, "shortlist": bool, "first": dict, "visual_keep": float,
+    "visual_ranking": str, **dict.fromkeys(RETIRED, dict),
+}  # fmt: skip
+"""What a policy in a file may hold, by type; dict: numbers by depth, as text."""
+
+
+def policy_entries(policy: ExitPolicy) -> dict[str, Any]:
+    """All `ENTRIES` of a policy, as JSON."""
+    return {
+        "thresholds": Thresholds(policy.thresholds).to_json(),
+        "score": policy.score,
+        "kv": EXACT,
+        "exit_in_prefill": policy.exit_in_prefill,
+        "lossless": policy.lossless,
+        "max_draft": policy.max_draft,
+        "drafts": Thresholds(policy.drafts).to_json(),
+        "shortlist": policy.shortlist,
+        "first": Thresholds(policy.first or {}).to_json(),
+        "visual_keep": policy.pruning.keep,
+        "visual_ranking": policy.pruning.ranking,
+        **{name: {} for name in RETIRED},
+    }
+
+
 def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
-    """A policy as JSON, whose keys are text. Where no newer field is used it is what earlier
-    versions wrote, by which attempts and certificates are known."""
-    told = {**asdict(policy), **{name: getattr(policy, name).to_json() for name in _BY_DEPTH}}
-    told |= {name: {} for name in RETIRED}
+    """A policy as JSON. Where no newer field is used it is what earlier versions wrote, by which
+    attempts and certificates are known."""
     later = {"first": bool(policy.first)}
-    later |= dict.fromkeys(("visual_keep", "visual_ranking"), policy.visual_keep < 1)
+    later |= dict.fromkeys(("visual_keep", "visual_ranking"), policy.pruning.keep < 1)
+    told = policy_entries(policy)
     return {name: value for name, value in told.items() if later.get(name, True)}
 
 
 def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
     """The policy that `policy_to_json` wrote, in this version or before; what does not say whether
-    first tokens may exit is from before they could. Warn of fields that are no longer read."""
-    if said := [name for name in RETIRED if value.get(name)]:
+    first tokens may exit is from before they could. Warn of what is no longer read."""
+    said = [name for name in RETIRED if value.get(name)]
+    said += ["kv"] if value.get("kv", EXACT) != EXACT else []
+    if said:
         warnings.warn(
             f"The policy has {' and '.join(said)}, which this version leaves out: they gained "
-            "nothing. Its thresholds decide as before; calibrate again where gates or weights did.",
+            "nothing. Its thresholds decide as before; calibrate again where gates, weights or "
+            "approximate keys and values did.",
             stacklevel=2,
         )
-    read = {name: it for name, it in value.items() if name not in RETIRED}
-    by_depth = {"thresholds": value["thresholds"], **{n: value.get(n, {}) for n in _BY_DEPTH[1:]}}
-    numbers = {name: Thresholds.from_json(values) for name, values in by_depth.items()}
-    return ExitPolicy(**{"exit_in_prefill": False, **read, **numbers})
+    first = Thresholds.from_json(value.get("first", {}))
+    plain = ("score", "lossless", "max_draft", "shortlist")
+    return ExitPolicy(
+        thresholds=Thresholds.from_json(value["thresholds"]),
+        drafts=Thresholds.from_json(value.get("drafts", {})),
+        first=first or (None if value.get("exit_in_prefill", False) else {}),
+        pruning=Pruning(
+            value.get("visual_keep", 1.0), value.get("visual_ranking", Pruning.ranking)
+        ),
+        **{name: value[name] for name in plain if name in value},
+    )

@@ -25,7 +25,7 @@ from offramp.engine.kv_cache import (
     self_attention,
     store_exit_keys,
 )
-from offramp.engine.policy import Pruning
+from offramp.engine.policy import PruningStage
 from offramp.engine.prefill import Prefill, Prepared, prepare_checked
 from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten, part_of
 from offramp.engine.pruning import Pruner
@@ -137,7 +137,7 @@ class PromptReader:
         decide: Decide | None = None,
         asks: frozenset[int] = frozenset(),
         keep: int | None = None,
-        pruning: Pruning | None = None,
+        pruning: PruningStage | None = None,
     ) -> Prompt:
         """Run a prompt of one or more rows.
 

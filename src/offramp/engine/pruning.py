@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from offramp.engine.executors.slots.attention import attentions, with_attention
-from offramp.engine.policy import Pruning
+from offramp.engine.policy import PruningStage
 from offramp.engine.prefill import image_tokens
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
@@ -120,7 +120,7 @@ class Pruner:
 
     backbone: Backbone
     exits: ExitSet
-    pruning: Pruning
+    pruning: PruningStage
 
     def __post_init__(self) -> None:
         """Raise `InputError` where it cannot be exact, or nobody knows which tokens are visual."""
@@ -128,7 +128,7 @@ class Pruner:
         if why is not None:
             raise InputError(
                 f"Visual tokens of {self.backbone.name} cannot stay behind: {why}.",
-                "Use a policy with visual_keep=1.",
+                "Use a policy without pruning.",
             )
 
     @property
@@ -169,7 +169,7 @@ class Pruner:
             raise InputError(
                 f"Visual tokens of {self.backbone.name} cannot stay behind before its decoder, "
                 f"which is given more than their states ({', '.join(more) or 'a mask'}).",
-                "Use a policy with visual_keep=1, or visual_ranking='attention'.",
+                "Use a policy without pruning, or with Pruning(ranking='attention').",
             )
         real = None if mask is None else mask.bool()
         on = self.goes_on(ids, embeds, real)

@@ -171,13 +171,7 @@ class _Answerer:
         self.policies = {"full": FULL, "early_exit": early}
         if plan.mode != "full" and not early.effective.thresholds:
             log.warning("The policy has no thresholds, so no token exits early.")
-        if plan.task == "dialogue" and early.kv != "recompute":
-            log.warning(
-                "Under KV policy %s a candidate's likelihood depends on where earlier tokens "
-                "exited; the full model ranks in both modes.",
-                early.kv,
-            )
-        elif plan.task == "dialogue" and early.shortlist:
+        if plan.task == "dialogue" and early.shortlist:
             log.warning(
                 "An exit gives what its shortlist lacks no likelihood; the full model ranks in "
                 "both modes."

@@ -25,15 +25,14 @@ from offramp.models.intercept import InterceptedModel
 def follows_policy(policy: ExitPolicy) -> bool:
     """Whether the likelihood of a given text is well defined under this policy.
 
-    With exact keys and values the logits at (token, depth) do not depend on where earlier tokens
-    exited, so one pass over a candidate gives every token's exit and its probability there. With
-    propagated ones they do, and where visual tokens stay behind, or confidence needs more than one
-    exit, one pass does not show it; candidates are then ranked by the full model. So they are where
-    exits read a shortlist, as what it lacks has no likelihood there, and in lossless mode, where
-    what comes out is the full model's.
+    The logits at (token, depth) do not depend on where earlier tokens exited, so one pass over a
+    candidate gives every token's exit and its probability there. Where visual tokens stay behind,
+    or confidence needs more than one exit, one pass does not show it; candidates are then ranked by
+    the full model. So they are where exits read a shortlist, as what it lacks has no likelihood
+    there, and in lossless mode, where what comes out is the full model's.
     """
-    exact = policy.kv == "recompute" and policy.pruning is None and policy.score not in HEADS
-    return exact and not policy.lossless and not policy.shortlist
+    in_one_pass = not policy.stages and policy.score not in HEADS
+    return in_one_pass and not policy.lossless and not policy.shortlist
 
 
 @torch.inference_mode()

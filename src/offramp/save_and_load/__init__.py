@@ -27,8 +27,7 @@ import transformers
 from torch import Tensor, nn
 
 from offramp.certificate import CERTIFICATE, Certificate
-from offramp.engine.confidence import check_thresholds
-from offramp.engine.policy import FULL, ExitPolicy, policy_to_json
+from offramp.engine.policy import FULL, ExitPolicy, check_policy_depths, policy_to_json
 from offramp.errors import AdapterError, DataError, InputError, OfframpError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.discriminator import build_discriminators
@@ -54,7 +53,7 @@ from offramp.storage.places import close_name, is_hub_name
 
 __all__ = [
     "ATTEMPTS", "CARD", "CERTIFICATE", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT",
-    "SEEN", "AdapterConfig", "AdapterParts", "check_policy_depths", "exits_digest",
+    "SEEN", "AdapterConfig", "AdapterParts", "exits_digest",
     "fetched",
     "load_certificate", "load_parts", "read_config", "save_parts",
 ]  # fmt: skip
@@ -248,12 +247,6 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         attempts=_load_attempts(config),
         certificate=load_certificate(config),
     )
-
-
-def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
-    """Raise `InputError` where the policy names a depth at which no exit stands."""
-    for thresholds in (policy.thresholds, policy.first, policy.drafts):
-        check_thresholds(dict(thresholds), depths)
 
 
 def _check_digests(config: AdapterConfig) -> None:

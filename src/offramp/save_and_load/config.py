@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from offramp.engine.policy import (
+    ENTRIES,
     FULL,
-    RETIRED,
     ExitPolicy,
     policy_from_json,
     policy_to_json,
@@ -315,13 +315,12 @@ def _discriminators(config: _Entries) -> dict[str, Any] | None:
 
 
 def _policy(policy: _Entries) -> ExitPolicy:
-    hints = {**dict.fromkeys(RETIRED, Mapping[int, float]), **typing.get_type_hints(ExitPolicy)}
-    policy.check_known(hints)
+    policy.check_known(ENTRIES)
     policy.get("thresholds", dict)
     for name in policy.values:
-        kind = hints[name]
-        if typing.get_origin(kind) is None:
-            policy.get(name, kind)
+        kind = ENTRIES[name]
+        if kind is not dict:
+            policy.get(name, *((int, float) if kind is float else (kind,)))
             continue
         for depth, number in policy.get(name, dict).items():
             # Ten digits, because a number of thousands takes Python seconds to read, or is refused.

@@ -254,11 +254,9 @@ class EngineCore(Core):
         **how: Any,
     ) -> None:
         """Raise `InputError` where the slots would not fit into memory, before any is allocated."""
-        from offramp.engine.heads import check_company
         from offramp.serving.torch_host import TorchHost
 
         config = config or EngineConfig()
-        check_company(policy)
         own: Host = host or TorchHost(
             backbone, exits, policy, config, between=self._meanwhile, **how
         )

@@ -67,7 +67,7 @@ def test_tokens_depths_and_scores_are_the_stacks(name, backbone, exits, batch, b
     assert same(*both(whole, inputs, policy=drafts, dice=5, **given)).rounds
     early = ExitPolicy({first: 0.6})
     same(*both(whole, inputs, policy=early, dice=5, **given))
-    rule = ExitPolicy({first: 0.4, second: 0.5}, exit_in_prefill=True)
+    rule = ExitPolicy({first: 0.4, second: 0.5})
     mixed = same(*both(whole, inputs, policy=rule, dice=5, **given))
     assert len(mixed.depths.unique()) == 3
 

@@ -7,7 +7,7 @@ loads no PyTorch, for the help of commands names them too.
 from typing import Any
 
 from offramp.engine.confidence import register_heads, register_score
-from offramp.engine.policy import KV_POLICIES
+from offramp.engines import register_engine
 from offramp_lab.methods.scores import discriminator, saturation
 
 
@@ -23,14 +23,14 @@ def _patience(*given: Any) -> Any:
     return Patience(*given)
 
 
-def _propagated(*given: Any) -> Any:
-    from offramp_lab.methods.propagate import propagated
+def _propagating(*given: Any, **sizes: Any) -> Any:
+    from offramp_lab.methods.propagate import Propagating
 
-    return propagated(*given)
+    return Propagating.of(*given, **sizes)
 
 
 register_heads("agreement", _agreement)
 register_heads("patience", _patience)
 register_score("saturation", saturation, reads="check")
 register_score("discriminator", discriminator, reads="check")
-KV_POLICIES["propagate"] = _propagated
+register_engine("propagate", _propagating, "keys and values of skipped layers projected (CALM)")

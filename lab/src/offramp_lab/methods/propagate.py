@@ -1,4 +1,4 @@
-"""Propagated keys and values (CALM, Schuster et al. 2022), as a policy of keys and values.
+"""Propagated keys and values (CALM, Schuster et al. 2022), as an engine.
 
 What a token skips is filled before the next one is fed, by projecting its state at the exit to the
 keys and values of every layer above: approximate, and nothing is computed later. One sequence a
@@ -8,16 +8,18 @@ call, through the model's own stack.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Any, cast
 
+from offramp.adapter import Adapter
 from offramp.engine.decoding.executor import Span
 from offramp.engine.decoding.plan import Plan
 from offramp.engine.executors.stack import StackExecutor
 from offramp.engine.exit_check import ExitOutput, Output
 from offramp.engine.heads import ExitHeads
 from offramp.engine.kv_cache import self_attention, store_exit_keys, store_keys
+from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prepared
 from offramp.engine.prompt import Prompt, PromptReader
 from offramp.errors import InputError
@@ -89,10 +91,33 @@ class PropagatingExecutor(StackExecutor):
         return self.backbone.skipped_layer_output(call)
 
 
+class Propagating(Adapter):
+    """An adapter whose early answers fill what tokens skip by projection."""
+
+    @classmethod
+    def of(cls, adapter: Adapter, **_: Any) -> Propagating:
+        """The same exits and policy."""
+        return cls(**{field.name: getattr(adapter, field.name) for field in fields(adapter)})
+
+    def plan(self, policy: ExitPolicy | None = None) -> Plan:
+        """The adapter's plan, whose skipped keys and values are projected."""
+        return propagated(super().plan(policy), self.backbone, self.exits)
+
+
 def propagated(plan: Plan, backbone: Backbone, exits: ExitSet | None) -> Plan:
-    """The plan whose skipped keys and values are projected."""
+    """The plan whose skipped keys and values are projected.
+
+    Raises:
+        InputError: a lossless plan, or visual tokens that stay behind.
+    """
     if not plan.depths:
         return plan
+    if plan.policy.lossless or plan.policy.stages:
+        raise InputError(
+            "Propagated keys and values are approximate, and lossless answers and pruning need "
+            "exact ones.",
+            "Leave the engine 'propagate' out.",
+        )
 
     def reader(*, prefix_cache: Any = None, **more: Any) -> PropagatingReader:
         kept = None if plan.first_may_exit else prefix_cache  # an approximate prompt is not kept
@@ -112,7 +137,7 @@ def check_projects(cache: Any) -> None:
     """
     if any(hasattr(entry, "is_conv_states_initialized") for entry in self_attention(cache).layers):
         raise InputError(
-            "Policy kv='propagate' stores keys of skipped layers, and layers of this model keep "
+            "The engine 'propagate' stores keys of skipped layers, and layers of this model keep "
             "states instead, for which they run whole: nothing would be saved.",
-            "Use kv='recompute'.",
+            "Leave it out.",
         )

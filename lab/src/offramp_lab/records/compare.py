@@ -19,7 +19,7 @@ from offramp import demo
 from offramp.adapter import Adapter
 from offramp.data.scenes.tasks import captions, captions_and_questions, questions
 from offramp.engine.policy import FULL, ExitPolicy
-from offramp.evaluation.timing import speedup, time_interleaved
+from offramp.evaluation.timing import generate_fn, speedup, time_interleaved
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
 from offramp.report.tradeoff import FREE
@@ -30,6 +30,7 @@ from offramp_lab.experiments.comparison.compare import compare
 from offramp_lab.experiments.comparison.grid import exits_folder
 from offramp_lab.experiments.comparison.methods import FEW, Plan
 from offramp_lab.experiments.experiment import same
+from offramp_lab.methods.propagate import Propagating
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import right
@@ -122,15 +123,18 @@ def _finer(against: Callable[..., Any], out: Path, plan: Plan, seeds: int) -> di
 def _kv(adapter: Adapter, encoder: InputProcessor) -> dict[str, Any]:
     """What fills the cache behind tokens that exited: speed, and answers that stay the same."""
     thresholds = dict.fromkeys(adapter.exits.depths, THRESHOLD)
-    policies = {kv: ExitPolicy(thresholds, kv=kv) for kv in ("recompute", "propagate")}
+    early = ExitPolicy(thresholds)
+    filling = {"recompute": adapter, "propagate": Propagating.of(adapter)}
     timed = [encoder.prompts([e]) for e in captions("test", CAPTIONS).examples]
-    methods = {name: demo.generate_fn(adapter, p) for name, p in {"full": FULL, **policies}.items()}
+    methods = {"full": demo.generate_fn(adapter, FULL)}
+    for name, each in filling.items():
+        methods[name] = generate_fn(partial(each.generate, policy=early), **demo.OPTIONS)
     timings = time_interleaved(methods, timed, rounds=ROUNDS)
     tasks = [captions("test", TEST), questions("test", TEST)]
     full = demo.answers(adapter, encoder, tasks, FULL)
     figures: dict[str, Any] = {"threshold": THRESHOLD}
-    for name, policy in policies.items():
-        ours = demo.answers(adapter, encoder, tasks, policy)
+    for name, each in filling.items():
+        ours = demo.answers(each, encoder, tasks, early)
         alike = sum(same(full[task], ours[task]) for task in full)
         figures[name] = {
             "speedup_decode": speedup(timings["full"].decode, timings[name].decode),

@@ -64,7 +64,7 @@ def plain_exits(adapter: Adapter) -> ExitSet:
 
 def lossless_policies(adapter: Adapter) -> tuple[dict[str, ExitPolicy], dict[str, ExitPolicy]]:
     """Of the exit that says what follows fed tokens, and of the one that drafts on; by name."""
-    lossless = replace(adapter.policy, lossless=True, kv="recompute")
+    lossless = replace(adapter.policy, lossless=True)
     tuned = dict.fromkeys(adapter.exits.depths[:1], 0.2)
     by_exit = {"exit, 5 at .2": replace(lossless, drafts=tuned, max_draft=5)}
     if lossless.effective.thresholds:

@@ -62,7 +62,7 @@ def modes(shipped: Adapter, careful: Adapter | None) -> Modes:
     policy = shipped.policy
     found = {
         "full": FULL,
-        "early exit, prompt run whole": replace(policy, exit_in_prefill=False, first={}),
+        "early exit, prompt run whole": replace(policy, first={}),
         "early exit": policy,
         "lossless": replace(policy, lossless=True),
     }
@@ -283,7 +283,7 @@ def main() -> None:
             "questions": len(questions),
             "format": FORMAT,
             "thresholds": {str(d): t for d, t in shipped.policy.thresholds.items()},
-            "first": {str(d): t for d, t in shipped.policy.first.items()},
+            "first": {str(d): t for d, t in (shipped.policy.first or {}).items()},
             "careful": _promised(careful) if careful else None,
             "captioned": captioned(found, captions, texts, Kept(work / "captions.jsonl")),
             "questioned": questioned(found, questions, texts, Kept(work / "questions.jsonl")),

@@ -166,7 +166,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     policy = replace(adapter.policy, thresholds={}, lossless=False, score=score)
     ranking, shares = arguments.visual_keep or (None, None)
     if ranking:
-        policy = replace(policy, visual_ranking=ranking)
+        policy = replace(policy, pruning=replace(policy.pruning, ranking=ranking))
     encoder = InputProcessor(adapter.backbone, processor)
     costs, runtime = None, load_runtime(arguments, adapter)
     if runtime is None and can_replay(policy):  # with an answer at a time, as where speed counts
@@ -321,8 +321,8 @@ def _table(calibration: Any) -> str:
         groups = f" in {calibration.groups} groups" if calibration.groups else ""
         own = calibration.policy.first
         first = f"; of first tokens {own}" if own else ""
-        if calibration.policy.pruning is not None:
-            first += f". Visual tokens that go on: {calibration.policy.visual_keep:.0%}"
+        if calibration.policy.stages:
+            first += f". Visual tokens that go on: {calibration.policy.pruning.keep:.0%}"
         faster = f"; decoding is predicted to be {speed:.2f}x" if speed else ""
         lines.append(
             f"Guaranteed with {calibration.confidence:.0%} confidence: "

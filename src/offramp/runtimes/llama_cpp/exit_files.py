@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.engine.policy import FULL, RETIRED, ExitPolicy, policy_from_json
+from offramp.engine.policy import ENTRIES, ExitPolicy, policy_from_json
 from offramp.errors import AdapterError, OfframpError
 from offramp.runtimes.llama_cpp.graphs import DRAFTS, Array
 from offramp.storage import digest_file, read_json
@@ -54,7 +54,7 @@ class ExitFiles:
         """As it runs: a first token exits only where decoding showed that it may."""
         policy, decoding = dict(self.config["policy"]), dict(self.config.get("decoding") or {})
         if not decoding.get("causal_prompt", True):
-            policy["exit_in_prefill"] = False
+            policy |= {"exit_in_prefill": False, "first": {}}
         return policy
 
 
@@ -64,20 +64,18 @@ def known_policy(values: Any, where: Path) -> ExitPolicy:
     Raises:
         AdapterError: it is of a newer version, or damaged.
     """
-    defaults = vars(FULL)
     try:
         entries = dict(values)
-        if new := sorted(map(str, {*entries} - {*defaults, *RETIRED})):
+        if new := sorted(map(str, {*entries} - {*ENTRIES})):
             raise AdapterError(
                 f"The policy in {where} holds {new[0][:60]!r}, which this version does not know: a "
                 "newer version of offramp wrote it.",
                 "Install that version, or make the files again with this one.",
             )
-        for name, default in defaults.items():
-            kind = (int, float) if isinstance(default, float) else type(default)
-            whole = isinstance(default, Mapping) or isinstance(entries.get(name, default), kind)
-            if not whole:
-                raise ValueError(f"{name} is {entries[name]!r:.60}")
+        for name, value in entries.items():
+            kind = ENTRIES[name]
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"{name} is {value!r:.60}")
         return policy_from_json(entries)
     except AdapterError:
         raise

@@ -70,7 +70,7 @@ def observe(
         if e.answers
     ]
     # A threshold of 0: every token exits, the first one too where the prompt allows it.
-    rule = ExitPolicy(exit_in_prefill=config.exit_in_prefill is not False)
+    rule = ExitPolicy(first={} if config.exit_in_prefill is False else None)
 
     def seen(exits: ExitSet, depths: Sequence[int]) -> Seen:
         at_one = Adapter(backbone, exits)
@@ -90,8 +90,8 @@ def observe(
         return Observed(kinds, full, None, None)
     kinds["exits"] = seen(adapter.exits, adapter.exits.depths)
     policy, answers, replayed = adapter.policy, None, None
-    if (first := config.exit_in_prefill) is not None:
-        policy = replace(policy, exit_in_prefill=first)
+    if config.exit_in_prefill is not None:
+        policy = replace(policy, first=(policy.first or None) if config.exit_in_prefill else {})
     if policy.thresholds:
         answers = generate_answers(adapter, encoder, examples, policy, **asked)
         if people and can_replay(policy):

@@ -75,7 +75,7 @@ class Grid:
         adapter = self._adapters[key]
         rule = ExitPolicy(
             score=POLICIES[policy],
-            exit_in_prefill=self.plan.exit_in_prefill,
+            first=None if self.plan.exit_in_prefill else {},
             shortlist=adapter.policy.shortlist,
         )
         if policy in FIXED:
