@@ -142,6 +142,19 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], No
 
 
 @pytest.fixture
+def ngram() -> Iterator[str]:
+    """The name of the drafter, and of the engine, of the example package."""
+    import runpy
+
+    from offramp.engine.decoding.drafting import DRAFTERS
+    from offramp.engines import ENGINES
+
+    runpy.run_path(str(Path(__file__).parent / "examples" / "ngram_plugin" / "offramp_ngram.py"))
+    yield "ngram"
+    del DRAFTERS["ngram"], ENGINES["ngram"]
+
+
+@pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a registered score of hidden states: how little the layer before an exit did."""
     from offramp.engine.confidence import FEATURE_SCORES

@@ -13,7 +13,9 @@ from PIL import Image
 
 import offramp
 from offramp import Adapter, ExitPolicy, Exits, TrainConfig, cli, generate
+from offramp.conditions import PARTS, RULES, Conditions, differences, register_condition
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, register_score
+from offramp.engine.decoding.drafting import DRAFTERS
 from offramp.engines import ENGINES
 from offramp.errors import AdapterError, InputError
 from offramp.models.exit_kinds import EXIT_KINDS, register_exit
@@ -23,7 +25,7 @@ from offramp.training.trainer import train
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-REGISTRIES: Any = (SCORES, FEATURE_SCORES, EXIT_KINDS, LOSSES, ENGINES)
+REGISTRIES: Any = (SCORES, FEATURE_SCORES, EXIT_KINDS, LOSSES, ENGINES, DRAFTERS, RULES, PARTS)
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
@@ -105,6 +107,26 @@ def test_names_that_are_taken_are_refused(backbone):
         Exits(backbone("llava"), (2,), kind="laier")
     with pytest.raises(InputError, match="cannot read 'states'"):
         register_score("mine", lambda x: x, reads="states")
+
+
+def test_a_registered_condition_is_part_of_what_a_guarantee_is_of(plugins, backbone):
+    policy = ExitPolicy({2: 0.9})
+    here = Conditions.of(backbone("llava"), policy)
+    assert here["my_kernels"] == "1.2"
+    known = Conditions.of(backbone("llava"), policy).to_json()
+    del known["my_kernels"]  # as one that was calibrated before
+    assert differences(Conditions(known), here) == []
+    plugins["KERNELS"]["version"] = "1.3"
+    now = Conditions.of(backbone("llava"), policy)
+    assert differences(here, now) == ["kernels 1.3 for 1.2"]
+    with pytest.raises(InputError, match="ships"):
+        register_condition("dtype", lambda backbone: "")
+
+
+def test_a_registered_drafter_drafts(plugins, backbone, batch):
+    made = generate(backbone("llava"), batch("llava", 2), policy=plugins["policy"], **GREEDY)
+    full = generate(backbone("llava"), batch("llava", 2), **GREEDY)
+    assert torch.equal(made.sequences, full.sequences) and made.rounds
 
 
 def test_a_registered_engine_answers_by_name_in_python_and_on_the_command_line(

@@ -215,7 +215,7 @@ def _row(
              for answers in (photos.full["questions", 1], asked)]  # fmt: skip
     return {
         "thresholds": {str(d): t for d, t in policy.thresholds.items()},
-        "first": {str(d): t for d, t in policy.first.items()},
+        "first": {str(d): t for d, t in (policy.first or {}).items()},
         **speedups(timings, name),
         "cider_full": full.value,
         "cider": scores["CIDEr"].value,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offramp.engine.confidence import register_score
     from offramp.engine.constraint import JsonConstraint
     from offramp.engine.generate import generate
-    from offramp.engine.policy import ExitPolicy, GenerationOutput, Pruning
+    from offramp.engine.policy import ExitPolicy, GenerationOutput
     from offramp.loading import load
     from offramp.models.backbone import Backbone
     from offramp.models.exit_kinds import register_exit
@@ -41,7 +41,6 @@ __all__ = [
     "Family",
     "GenerationOutput",
     "JsonConstraint",
-    "Pruning",
     "TrainConfig",
     "attach",
     "calibrate",
@@ -65,7 +64,6 @@ _HOMES = {
     "Family": "models.registry",
     "GenerationOutput": "engine.policy",
     "JsonConstraint": "engine.constraint",
-    "Pruning": "engine.policy",
     "TrainConfig": "training.config",
     "attach": "adapter",
     "calibrate": "calibration.calibrate",

@@ -324,7 +324,7 @@ class Adapter(CalledAsModel):
             )
         chosen = (self.policy if given is None else given).in_mode(mode)
         drafts = chosen.lossless and self.exits.draft_on
-        if given is None and mode != "full" and not (chosen.effective.thresholds or drafts):
+        if given is None and mode != "full" and chosen.is_full and not drafts:
             warnings.warn(NO_THRESHOLDS % self.exits.depths[0], stacklevel=3)
         return chosen
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from offramp.engine.policy import ExitPolicy, policy_entries, resolved
+from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import scheme
@@ -66,6 +67,7 @@ class Conditions(Mapping[str, Any]):
             of_policy(resolved(policy, backbone)),
             {} if engine else of_arithmetic(backbone),
             {} if exits is None or engine else of_exits(exits),
+            {name: value(backbone) for name, value in PARTS.items()},
             {"sampling": "sampled" if sampled else "greedy"},
             {name: value for name, value in known.items() if value is not None},
         )
@@ -420,6 +422,25 @@ RULES: dict[str, Rule] = {
     ),
 }  # fmt: skip
 """By name."""
+
+
+PARTS: dict[str, Callable[[Backbone], Any]] = {}
+"""What plug-ins say of a backbone that may change an answer, by name."""
+
+
+def register_condition(name: str, value: Callable[[Backbone], Any], words: str = "") -> None:
+    """Let guarantees hold only where `value` of the backbone is what it was when calibrated.
+
+    value: as JSON, such as the version of kernels; None: not known, and then it is not compared.
+    words: what is said where it differs, with {here} and {then}.
+
+    Raises:
+        InputError: the name is that of a condition that ships.
+    """
+    if name in RULES and name not in PARTS:
+        raise InputError(f"{name!r} is a condition that ships.", "Choose another name.")
+    PARTS[name] = value
+    RULES[name] = Rule(words or rule_of(name).words, before=UNSAID)
 
 
 def rule_of(name: str) -> Rule:

@@ -428,10 +428,10 @@ def with_thresholds(
 def _modes(policy: ExitPolicy) -> dict[str, ExitPolicy]:
     """The policy of each mode that an adapter has."""
     modes = {"full": FULL}
-    if not policy.thresholds:
-        return modes
-    modes["early exit"] = replace(policy, lossless=False)
-    modes["lossless"] = replace(policy, lossless=True)
+    if policy.thresholds:
+        modes["early exit"] = replace(policy, lossless=False)
+    if policy.thresholds or policy.drafter:
+        modes["lossless"] = replace(policy, lossless=True)
     return modes
 
 

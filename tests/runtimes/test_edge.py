@@ -105,6 +105,22 @@ def test_who_names_no_mode_gets_the_policys_own(
     assert first.depth == model.layers and {step.depth for step in others} == {2}
 
 
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_registered_drafter_drafts_here_too(sequences: int, tmp_path: Path, ngram: str) -> None:
+    adapter = text_adapter()
+    adapter = adapter.with_policy(replace(adapter.policy, drafts={ngram: 0.0}))
+    engine = replace(ENGINE, sequences=sequences)
+    with EdgeModel(sliced(adapter, tmp_path), engine=engine) as model:
+        assert model.policy.drafter == ngram
+        full, lossless, early = (
+            model.answer(PROMPT, mode=mode, max_new_tokens=NEW)
+            for mode in ("full", "lossless", "early_exit")
+        )
+    assert [s.token for s in lossless.steps] == [s.token for s in full.steps]
+    assert {s.depth for s in lossless.steps} == {adapter.backbone.depth}
+    assert 2 in {s.depth for s in early.steps}
+
+
 @pytest.mark.parametrize("own", [0.0, 1.0])
 def test_a_first_token_has_its_own_threshold_here_too(own: float, tmp_path: Path) -> None:
     adapter = text_adapter()

@@ -558,6 +558,15 @@ def test_policies_that_cannot_be_followed_are_refused(
     refused(lambda: loaded("llava").generate(inputs_of("llava"), policy=policy), InputError, word)
 
 
+@pytest.mark.parametrize("name", ["llava", "blip2-opt"])
+def test_a_registered_drafter_drafts_lossless_answers(name: str, loaded: Any, ngram: str) -> None:
+    ours, inputs = loaded(name), inputs_of(name)
+    policy = ExitPolicy(lossless=True, drafts={ngram: 0.0})
+    made = ours.generate(inputs, policy=policy, **GREEDY)
+    assert torch.equal(made.sequences, ours.generate(inputs, policy=FULL, **GREEDY).sequences)
+    assert made.rounds and {*made.depths.flatten().tolist()} == {ours.backbone.depth}
+
+
 def test_a_score_that_reads_more_than_logits_is_refused(loaded: Any, idle: str) -> None:
     policy, asked = ExitPolicy({2: 0.5}, shortlist=True, score=idle), loaded("llava").generate
     refused(lambda: asked(inputs_of("llava"), policy=policy), InputError, idle)

@@ -40,6 +40,8 @@ class DraftingExit:
         The deepest of those that `policy.drafts` names, or of all: it reads the most, and drafting
         costs the same at any depth.
         """
+        if policy.drafter is not None:
+            return None
         named = tuple(policy.drafts) or exits.depths
         for depth in sorted(set(named) & set(exits.depths), reverse=True):
             made = exits.modules.draft_input(depth)

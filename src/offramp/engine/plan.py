@@ -40,13 +40,16 @@ def plan_of(
     check_policy_depths(policy, stand)
     asked = {policy.own_mode} if modes is None else set(modes)
     drafting, levels = None, dict[int, float]()
-    if "lossless" in asked and attached is not None:
-        drafting = DraftingExit.of(backbone, attached, policy) if drafts_on else None
-        levels = draft_levels(policy, None if drafting is None else drafting.depth)
+    if "lossless" in asked and (attached is not None or policy.drafter is not None):
+        if drafts_on and attached is not None:
+            drafting = DraftingExit.of(backbone, attached, policy)
+        levels = draft_levels(
+            policy, None if drafting is None else drafting.depth, backbone.depth
+        )
     if levels and modes is None:
         backbone.check_lossless()
     early = policy.thresholds if "early_exit" in asked and attached is not None else {}
-    depths = tuple(sorted({*early, *levels}))
+    depths = tuple(sorted({*early, *levels} - {backbone.depth}))
     in_use = attached if depths else None
     made = heads or HEADS.get(policy.score, ExitHeads)
     asking = made(backbone, in_use, policy, depths)
@@ -60,7 +63,7 @@ def plan_of(
             needs_previous_state=asking.needs_previous_state, drafter=drafting,
         ),
         reader=partial(PromptReader, backbone, attached, depths),
-        drafter=drafter_at(levels, draws_on=drafting is not None),
+        drafter=drafter_at(levels, named=policy.drafter, draws_on=drafting is not None),
         levels=levels if backbone.lossless else {},
         first_may_exit=first_token_may_exit(backbone, policy),
     )  # fmt: skip

@@ -13,7 +13,9 @@ from offramp.engine.confidence import (
     check_score,
     check_thresholds,
 )
+from offramp.engine.decoding.drafting import DRAFTERS
 from offramp.errors import InputError, check_known
+from offramp.plugins import check_registered
 
 if TYPE_CHECKING:
     from torch import Tensor  # policies are read where there is no PyTorch
@@ -133,7 +135,8 @@ class ExitPolicy:
     max_draft: longest draft before the full model is asked.
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds`, which
         are about final exits; of an exit that drafts on, of the product of a round's drafts.
-        `offramp draft` finds the fastest.
+        `offramp draft` finds the fastest. Or a registered drafter by its name, and the level that
+        it takes: {"ngram": 0.0} (`offramp.engine.decoding.drafting.register_drafter`).
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
         are over these (`offramp.models.shortlist`).
     first: by depth; thresholds of an answer's first token, with which the prompt may wait at its
@@ -152,7 +155,7 @@ class ExitPolicy:
     score: str = "max_probability"
     lossless: bool = False
     max_draft: int = 8
-    drafts: Mapping[int, float] = field(default_factory=dict)
+    drafts: Mapping[Any, float] = field(default_factory=dict)
     shortlist: bool = False
     first: Mapping[int, float] | None = None
     pruning: Pruning = field(default_factory=Pruning)
@@ -169,10 +172,22 @@ class ExitPolicy:
                 f"A draft of at most {self.max_draft!r} tokens is no draft.",
                 "Give a whole number from 1; 4 to 16 are usual.",
             )
+        if self.drafter is not None:
+            check_registered("Drafter", self.drafter, lambda: DRAFTERS)
         for name in _BY_DEPTH:
             given = getattr(self, name)
             if given is not None:
                 object.__setattr__(self, name, Thresholds(check_levels(dict(given))))
+
+    @property
+    def drafter(self) -> str | None:
+        """Name of the registered drafter that lossless drafts by; None: exits draft."""
+        return next((name for name in self.drafts if isinstance(name, str)), None)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every token is written at full depth, with no drafts but an exit's own."""
+        return not self.effective.thresholds and not (self.lossless and self.drafter)
 
     @property
     def exit_in_prefill(self) -> bool:
@@ -184,7 +199,7 @@ class ExitPolicy:
         """What runs: lossless by `drafts`, where there are any."""
         if not (self.lossless and self.drafts):
             return self
-        return replace(self, thresholds=self.drafts)
+        return replace(self, thresholds={} if self.drafter else self.drafts)
 
     @property
     def stages(self) -> tuple[PruningStage, ...]:
@@ -197,7 +212,8 @@ class ExitPolicy:
     @property
     def depths(self) -> tuple[int, ...]:
         """Where tokens exit or are drafted, ascending."""
-        return tuple(sorted({*self.thresholds, *self.drafts}))
+        drafting = () if self.drafter else self.drafts
+        return tuple(sorted({*self.thresholds, *drafting}))
 
     @property
     def opening(self) -> Thresholds:
@@ -282,7 +298,8 @@ def check_visual_keep(share: Any) -> None:
 
 def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
     """Raise `InputError` where the policy names a depth at which no exit stands."""
-    for thresholds in (policy.thresholds, policy.first or {}, policy.drafts):
+    drafts = {} if policy.drafter else policy.drafts
+    for thresholds in (policy.thresholds, policy.first or {}, drafts):
         check_thresholds(dict(thresholds), depths)
 
 
@@ -447,7 +464,10 @@ def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
     plain = ("score", "lossless", "max_draft", "shortlist")
     return ExitPolicy(
         thresholds=Thresholds.from_json(value["thresholds"]),
-        drafts=Thresholds.from_json(value.get("drafts", {})),
+        drafts={
+            name if name.isidentifier() else int(name): level
+            for name, level in value.get("drafts", {}).items()
+        },
         first=first or (None if value.get("exit_in_prefill", False) else {}),
         pruning=Pruning(
             value.get("visual_keep", 1.0), value.get("visual_ranking", Pruning.ranking)

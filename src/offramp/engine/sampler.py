@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -198,6 +199,11 @@ class Sampler:
         self._noise: Noise | None = noise
         if self.samples and noise is None:
             self._noise = SeededNoise()
+
+    @cached_property
+    def prompt(self) -> list[int]:
+        """Token ids of the row's prompt."""
+        return self.ids[0].tolist()
 
     def choose(self, logits: Tensor, before: Sequence[int]) -> int:
         """The token behind the answer's tokens `before`, out of raw logits [1, V]."""

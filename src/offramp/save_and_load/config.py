@@ -327,7 +327,9 @@ def _policy(policy: _Entries) -> ExitPolicy:
             plain = isinstance(number, int | float) and not isinstance(number, bool)
             # "2" and "02" are one depth, of which only one threshold would count.
             number_of = depth.isascii() and depth.isdigit() and len(depth) < 10
-            if not (number_of and str(int(depth)) == depth and plain):
+            known = number_of and str(int(depth)) == depth
+            known = known or (name == "drafts" and depth.isidentifier())  # a drafter
+            if not (known and plain):
                 policy.fail(f"'{policy.where}{name}' holds {depth[:60]!r}: {_shown(number)}")
     defaults = policy_to_json(FULL)  # of fields that older adapters do not have
     try:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from offramp.engine.decoding.executor import Executor, Handle, Span
 from offramp.engine.decoding.reader import Heads, Query
 from offramp.engine.decoding.sequence import Sequence
+from offramp.errors import InputError
 
 Ends = Callable[[int], bool]
 """Whether an answer is over with a token."""
@@ -89,11 +90,6 @@ class DraftingExecutor(Executor, Protocol):
         state that it made of the column before; nothing where that state is not known."""
         ...
 
-    def verify(self, handles: Many[Handle], ids: Many[Many[int]], columns: Many[int]) -> Any:
-        """Run tokens side by side of each sequence, from its column on, through all layers and the
-        drafting exit; of all tokens what `full` returns of one."""
-        ...
-
 
 class ExitDrafts:
     """Drafts by an exit that goes on from its own state, and never runs a layer of the backbone."""
@@ -105,10 +101,7 @@ class ExitDrafts:
     def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
         newest = [row.ids[-1] for row in rows]
         said = self._executor.draft(*_places(rows, newest), budgets)
-        return [
-            Draft([token, *(ids[:-1] if ids and row.ends_with(ids[-1]) else ids)], ids)
-            for row, token, ids in zip(rows, newest, said, strict=True)
-        ]
+        return [*map(_side_by_side, rows, said)]
 
     def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
         return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
@@ -167,6 +160,62 @@ class PlainDrafts:
         for segment in range(self._segment + 1, last):
             self._run(segment, rows, ())
         return self._run(last, rows, range(sum([len(draft.fed) for draft in drafts])))
+
+
+Proposes = Callable[[Many[int], int], Many[int]]
+"""Returns ids, at most so many, that may follow the tokens of a prompt and its answer so far."""
+
+
+class TextDrafts:
+    """Drafts by the text alone, such as n-grams that came before. Drafts that the full model
+    confirms count at full depth, where they were verified."""
+
+    keeps: int | None = None
+
+    def __init__(self, executor: Executor, depth: int, propose: Proposes) -> None:
+        """depth: L of the full model. propose: an error that it raises fails its request alone."""
+        self._executor, self.depth, self._propose = executor, depth, propose
+
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
+        return [*map(self._draft, rows, budgets)]
+
+    def _draft(self, row: Sequence, budget: DraftBudget) -> Draft:
+        drafts = Drafts(budget)
+        if budget.max_drafts:
+            try:
+                for token in self._propose([*row.sampler.prompt, *row.ids], budget.max_drafts):
+                    if not drafts.add(int(token), 1.0):
+                        break
+            except Exception as error:
+                row.error = error
+        return _side_by_side(row, drafts.ids)
+
+    def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
+        return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
+
+
+DRAFTERS: dict[str, Callable[[Executor, int], Drafter]] = {}
+"""What makes a drafter for an executor of a model of depth L, by name."""
+
+
+def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> None:
+    """Give a drafter a name that a policy's `drafts` knows: `ExitPolicy(drafts={name: 0.0})`.
+
+    make: gets an executor and the depth L of its model; see `Drafter`, and `TextDrafts` for one
+    that needs the text alone.
+
+    Raises:
+        InputError: the name is not a word.
+    """
+    if not name.isidentifier():
+        raise InputError(f"A drafter cannot be called {name!r}.", "Give a word: my_drafter.")
+    DRAFTERS[name] = make
+
+
+def _side_by_side(row: Sequence, said: list[int]) -> Draft:
+    """The newest token and drafts after it; nothing follows one that ends the answer."""
+    ended = bool(said) and row.ends_with(said[-1])
+    return Draft([row.ids[-1], *(said[:-1] if ended else said)], said)
 
 
 def _places(rows: Many[Sequence], ids: Any) -> tuple[list[Handle], Any, list[int]]:

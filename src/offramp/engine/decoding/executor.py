@@ -75,6 +75,13 @@ class Executor(Protocol):
         """Run one token of each sequence through all layers; exits store nothing."""
         ...
 
+    def verify(
+        self, handles: Sequence[Handle], ids: Sequence[Sequence[int]], columns: Sequence[int]
+    ) -> Any:
+        """Run tokens side by side of each sequence, from its column on, through all layers and the
+        exit that drafts on, if one does; of all tokens what `full` returns of one."""
+        ...
+
     def allow_crops(self, handle: Handle) -> bool:
         """Keep what taking tokens back may need; False where they cannot be taken back."""
         ...

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.drafting import Drafter, DraftingExecutor, ExitDrafts, PlainDrafts
+from offramp.engine.decoding.drafting import (
+    DRAFTERS,
+    Drafter,
+    DraftingExecutor,
+    ExitDrafts,
+    PlainDrafts,
+)
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.reader import Heads
 from offramp.engine.decoding.rule import NO_EXITS, ExitRule
@@ -61,7 +67,7 @@ class Plan:
 
         mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
         """
-        policy = self.policy.asked(mode, thresholds, self.depths)
+        policy = self.policy.asked(mode, thresholds, self.depths or tuple(self.levels))
         if policy.lossless and self.levels:
             return ExitRule(self.levels, lossless=True, max_drafts=policy.max_draft)
         if policy.lossless or not policy.thresholds:
@@ -79,13 +85,16 @@ class Plan:
         )
 
 
-def draft_levels(policy: ExitPolicy, drafting: int | None) -> dict[int, float]:
-    """By the depth of the exit that drafts, the score or probability down to which it drafts on;
-    empty where none does.
+def draft_levels(policy: ExitPolicy, drafting: int | None, layers: int) -> dict[int, float]:
+    """By the depth at which drafts count, the score or probability down to which they go on; empty
+    where nothing drafts.
 
     drafting: depth of the exit that drafts on from its own state; None: there is none, and the
-    lowest exit drafts by what it says of tokens that are fed.
+    lowest exit drafts by what it says of tokens that are fed. layers: depth L of the full model, at
+    which the drafts of a registered drafter count.
     """
+    if policy.drafter is not None:
+        return {layers: policy.drafts[policy.drafter]}
     if drafting is not None:
         return {drafting: policy.drafts.get(drafting, AHEAD)}
     at = policy.drafts or policy.thresholds
@@ -93,13 +102,17 @@ def draft_levels(policy: ExitPolicy, drafting: int | None) -> dict[int, float]:
 
 
 def drafter_at(
-    levels: Mapping[int, float], *, draws_on: bool
+    levels: Mapping[int, float], *, named: str | None, draws_on: bool
 ) -> Callable[[Executor, Heads], Drafter] | None:
-    """What makes the drafter of the exit that `levels` names; None where they name none.
+    """What makes the drafter whose drafts count at the depth of `levels`; None where there is none.
 
-    draws_on: whether that exit drafts on from its own state.
+    named: a registered drafter; None: the exit at that depth. draws_on: whether that exit drafts on
+    from its own state.
     """
     for depth in levels:
+        if named is not None:
+            make = DRAFTERS[named]
+            return lambda executor, heads: make(executor, depth)
         if draws_on:
             return lambda executor, heads: ExitDrafts(cast(DraftingExecutor, executor), depth)
         return lambda executor, heads: PlainDrafts(executor, heads, depth)

@@ -16,7 +16,13 @@ returns True once every row has exited."""
 
 class TokenSampler(Protocol):
     """What may come next in one row is between the sampler and the heads; the decoder asks when the
-    answer ends."""
+    answer ends.
+
+    prompt: token ids of the row's prompt.
+    """
+
+    @property
+    def prompt(self) -> Sequence[int]: ...
 
     def would_end(self, tokens: int, last: int) -> bool:
         """Whether an answer of so many tokens, the last of them `last`, is over by length or by

@@ -260,10 +260,11 @@ class StackExecutor(SegmentRunner):
     ) -> Tensor:
         made = []
         for row, tokens, column in zip(handles, ids, columns, strict=True):
-            made.append(self._full(row, tokens, verifies=True))
-            state = self._taken().state
-            assert state is not None
-            row.verified, row.entered = (column, state), None
+            made.append(self._full(row, tokens, verifies=self._drafter is not None))
+            if self._drafter is not None:
+                state = self._taken().state
+                assert state is not None
+                row.verified, row.entered = (column, state), None
         return torch.cat(made)
 
     def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> Output:

@@ -92,7 +92,7 @@ class Sampler:
         is told the log-probabilities that a token is chosen from. on_token: is told of each that is
         settled. seed: instead of that of `sampling`."""
         self._sampling, self._vocabulary = sampling, vocabulary
-        self._prompt, self._most = set(prompt), most
+        self.prompt, self._most = tuple(prompt), most
         self._ends, self._stop, self._on_token = ends, stop, on_token
         self._banned, self._noted = np.asarray(banned, dtype=np.int64), noted
         self._counted = bool(sampling.presence_penalty or sampling.frequency_penalty)
@@ -107,7 +107,7 @@ class Sampler:
         sampling = self._sampling
         logits = logits.copy()
         if sampling.repetition_penalty != 1.0:
-            seen = np.fromiter(self._prompt | set(before), dtype=np.int64)
+            seen = np.fromiter({*self.prompt, *before}, dtype=np.int64)
             places, _ = _places(seen, ids, len(logits))
             chosen = logits[places]
             penalty = np.float32(sampling.repetition_penalty)

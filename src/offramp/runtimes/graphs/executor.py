@@ -104,6 +104,13 @@ class GraphExecutor:
     ) -> GraphOutput:
         return self._step(FULL, ids[0], columns[0])
 
+    def verify(
+        self, handles: Sequence[Handle], ids: Sequence[Sequence[int]], columns: Sequence[int]
+    ) -> GraphOutput:
+        """Run as many tokens as came, for which no program is made."""
+        self._ahead = self._aim = None
+        return GraphOutput(Said([], []), self._programs.slots.verify(handles, ids, columns))
+
     def _step(self, segment: int, token: int, column: int) -> GraphOutput:
         """Feed a token, unless it was begun, and begin the one that it says."""
         programs, ahead, self._ahead = self._programs, self._ahead, None

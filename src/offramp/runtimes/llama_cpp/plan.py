@@ -34,10 +34,10 @@ def chain_plan(
     ask for other modes than the policy's own.
     """
     lossless = every_mode or policy.own_mode == "lossless"
-    own = drafter if lossless else None
-    levels = draft_levels(policy, None if own is None else own.depth) if lossless else {}
+    own = drafter if lossless and policy.drafter is None else None
+    levels = draft_levels(policy, None if own is None else own.depth, layers) if lossless else {}
     early = policy.thresholds if every_mode or not lossless else {}
-    depths = tuple(sorted({*early, *(levels if own is None else {})}))
+    depths = tuple(sorted({*early, *(levels if own is None else {})} - {layers}))
     # Alone and early, a few products may be computed otherwise together than one by one.
     exact = chain.slots > 1 or lossless or not depths
 
@@ -45,6 +45,6 @@ def chain_plan(
         return ChainExecutor(chain, stand, embed, depths, exact=exact, drafter=own)
 
     return Plan(
-        layers, depths or tuple(levels), policy, heads(depths), executor, lambda **_: None,
-        drafter_at(levels, draws_on=own is not None), levels, first_may_exit,
+        layers, depths, policy, heads(depths), executor, lambda **_: None,
+        drafter_at(levels, named=policy.drafter, draws_on=own is not None), levels, first_may_exit,
     )  # fmt: skip

@@ -120,7 +120,8 @@ def slice_gguf(
     """
     check_format(exits)
     source, made = _read(Path(file)), read_exits(adapter)
-    named = [int(d) for part in ("thresholds", "drafts") for d in made.policy.get(part, {})]
+    by = [made.policy.get(part, {}) for part in ("thresholds", "drafts")]
+    named = [int(depth) for levels in by for depth in levels if depth.isdigit()]
     kind = str(made.config.get("exit_kind", "layer"))
     remedy = "Train exits of kind 'layer' or 'drafting'."
     chosen = depths_to_write(named if depths is None else depths, [*made.states], kind, remedy)
