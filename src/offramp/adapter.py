@@ -207,7 +207,7 @@ class Adapter(CalledAsModel):
         return said if isinstance(said, str) else None
 
     def standing(self, *, engine: str | None = None, **known: Any) -> GuaranteeStatus:
-        """What is guaranteed of its answers on this backbone, or why nothing is.
+        """Return what is guaranteed of its answers on this backbone, or why nothing is.
 
         engine: the name of a runtime that answers in its place. known: of requests: see
             `offramp.guarantee.Conditions`.
@@ -217,7 +217,7 @@ class Adapter(CalledAsModel):
 
     @property
     def likeness(self) -> Likeness:
-        """What is known of its calibrated answers, to tell requests that are unlike them."""
+        """Return what is known of its calibrated answers, to tell requests that are unlike them."""
         return Likeness.from_json((self.calibration or {}).get("likeness"))
 
     def kind_of(self, prompt: str) -> str:
@@ -254,7 +254,7 @@ class Adapter(CalledAsModel):
         return generate(self.backbone, inputs, planned=partial(self.plan, policy), **options)
 
     def plan(self, policy: ExitPolicy | None = None) -> Plan:
-        """What answers by a policy, or its own, are written by.
+        """Return what answers by a policy, or its own, are written by.
 
         The newest `PLANS` are kept, as long as backbone and exits are what they were
         (`offramp.engine.stamp`).
@@ -312,7 +312,8 @@ class Adapter(CalledAsModel):
     def chosen_policy(
         self, mode: str | None, policy: ExitPolicy | None, exit_policy: ExitPolicy | None
     ) -> ExitPolicy:
-        """What `generate` goes by. Raise `InputError` where both policies are given, or none is."""
+        """Return what `generate` goes by. Raise `InputError` where both policies are given, or none
+        is."""
         if policy is not None and exit_policy is not None:
             raise InputError("policy and exit_policy were both given.", "Give one of them.")
         given = exit_policy if policy is None else policy

@@ -160,7 +160,7 @@ def _tokens(result: GenerationOutput) -> Iterator[tuple[tuple[int, ...], tuple[i
 def generate_by(
     model: Model, inputs: Mapping[str, Any], policy: ExitPolicy | None, options: Mapping[str, Any]
 ) -> GenerationOutput:
-    """What the model generates. policy: of an adapter, instead of its own."""
+    """Return what the model generates. policy: of an adapter, instead of its own."""
     if isinstance(model, Backbone):
         return generate(model, inputs, policy=FULL if policy is None else policy, **options)
     return model.generate(inputs, policy=policy, **options)
@@ -219,7 +219,8 @@ def full_model_answers(
     progress: Any = iter,
     kept: KeptAnswers | None = None,
 ) -> list[Answered]:
-    """What the full model answers, as rows for teacher forcing; below `min_confidence` dropped.
+    """Return what the full model answers, as rows for teacher forcing; below `min_confidence`
+    dropped.
 
     kept: answers that need not be written again, where what is written is added.
 

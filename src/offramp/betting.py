@@ -247,13 +247,13 @@ class RunningRisk:
 
     @property
     def broken(self) -> bool:
-        """Whether the promise is shown to be broken; once it is, for good."""
+        """Return True if the promise is shown to be broken; once it is, for good."""
         return self.promised is not None and self.p_value <= self.level
 
     @property
     def interval(self) -> tuple[float, float]:
-        """What the risk lies in, with the confidence, at all times together; each side has half of
-        what may go wrong."""
+        """Return what the risk lies in, with the confidence, at all times together; each side has
+        half of what may go wrong."""
         enough = -np.log((1 - self.confidence) / 2)
         low = self._claims[self._most_up >= enough]
         high = self._claims[self._most_down >= enough]
@@ -274,7 +274,7 @@ class RunningRisk:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunningRisk:
-        """What `to_json` gave. Raise KeyError, TypeError or ValueError for anything else."""
+        """Return what `to_json` gave. Raise KeyError, TypeError or ValueError for anything else."""
         names = ("promised", "level", "confidence", "of_one")
         found = cls(**{name: value[name] for name in names})
         found.n, found.total = int(value["n"]), _finite(value["total"], ()).item()

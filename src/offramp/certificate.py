@@ -75,12 +75,12 @@ class PathResult:
 
     @property
     def exact(self) -> bool:
-        """Whether all was compared, and nothing differs."""
+        """Return True if all was compared, and nothing differs."""
         return self.refused is None and self.tokens_differ == 0
 
     @property
     def broken(self) -> bool:
-        """Whether it was to be exact, and answers otherwise."""
+        """Return True if it was to be exact, and answers otherwise."""
         return self.promised and not self.exact and not self.declined
 
 
@@ -109,7 +109,7 @@ class Run:
 
     @property
     def where(self) -> tuple[str, str, str, str]:
-        """What a later run has in common that replaces this one."""
+        """Return what a later run has in common that replaces this one."""
         return self.engine, self.quantized, self.dtype, self.device
 
     def to_json(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Certificate:
 
     @classmethod
     def read(cls, path: str | Path) -> Certificate:
-        """What `write` wrote.
+        """Return what `write` wrote.
 
         Raises:
             DataError: the file is damaged, or was changed. StorageError: it cannot be read.

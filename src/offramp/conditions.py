@@ -59,8 +59,8 @@ class Conditions(Mapping[str, Any]):
         exits: Any = None,
         **known: Any,
     ) -> Conditions:
-        """Where a backbone answers by a policy. engine: a runtime's name; None: PyTorch. exits:
-        their modules. known: of a request, and `of_processor`."""
+        """Return where a backbone answers by a policy. engine: a runtime's name; None: PyTorch.
+        exits: their modules. known: of a request, and `of_processor`."""
         sampled = samples(backbone)
         parts: tuple[Mapping[str, Any], ...] = (
             of_backbone(backbone, engine),
@@ -157,8 +157,8 @@ def of_arithmetic(backbone: Backbone) -> dict[str, Any]:
 
 
 def samples(backbone: Backbone, options: Mapping[str, Any] | None = None) -> bool:
-    """Whether tokens are drawn: where the options of a call do not say, the model's generation
-    configuration does."""
+    """Return True if tokens are drawn: where the options of a call do not say, the model's
+    generation configuration does."""
     config = getattr(backbone.model, "generation_config", None)
     return bool({"do_sample": getattr(config, "do_sample", False), **(options or {})}["do_sample"])
 
@@ -170,7 +170,7 @@ def template_digest(processor: Any) -> str:
 
 
 def kernels(backbone: Backbone) -> str:
-    """What PyTorch multiplies a backbone's layers by: "plain", "prepacked", "exact-batch" or
+    """Return what PyTorch multiplies a backbone's layers by: "plain", "prepacked", "exact-batch" or
     "compiled"."""
     if backbone.decoding.compiled:
         return "compiled"
@@ -226,8 +226,8 @@ def note_loaded(backbone: Backbone) -> None:
 
 
 def as_loaded(backbone: Backbone) -> bool:
-    """Whether nothing was written into a model's weights since `note_loaded`, and no adapter of
-    PEFT put in, switched or taken out. Looked at once a second."""
+    """Return True if nothing was written into a model's weights since `note_loaded`, and no adapter
+    of PEFT put in, switched or taken out. Looked at once a second."""
     model, now = backbone.model, time.monotonic()
     if model not in _LOADED:
         return True
@@ -450,7 +450,7 @@ def rule_of(name: str) -> Rule:
 
 
 def differences(then: Conditions, here: Conditions, *, risk: str = "disagreement") -> list[str]:
-    """What differs from the calibration, a phrase each. What is not known `here` is not
+    """Return what differs from the calibration, a phrase each. What is not known `here` is not
     compared. risk: that was calibrated."""
     order = [*RULES, *(name for name in here if name not in RULES)]
     found = []

@@ -78,7 +78,7 @@ class GuaranteeStatus:
 
 
 def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> GuaranteeStatus:
-    """What a calibration guarantees under these conditions."""
+    """Return what a calibration guarantees under these conditions."""
     if not calibration or calibration.get("measured") is None:
         return GuaranteeStatus()
     missing = [name for name in NEEDED if calibration.get(name) is None]

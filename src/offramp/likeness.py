@@ -101,7 +101,7 @@ class Likeness:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any] | None) -> Likeness:
-        """What `to_json` gave; of anything else, one that knows no kind."""
+        """Return what `to_json` gave; of anything else, one that knows no kind."""
         kinds = {}
         with suppress(TypeError, ValueError, KeyError, AttributeError):
             for kind, kept in (value or {}).items():

@@ -133,7 +133,7 @@ def with_exits(model: Adapter | Backbone) -> Adapter:
 
 
 def own_vision(vision: str, engine: str) -> str:
-    """What runs the vision tower of the model as it is loaded.
+    """Return what runs the vision tower of the model as it is loaded.
 
     Raises:
         InputError: what `offramp export` wrote is to run it, and PyTorch the decoder.

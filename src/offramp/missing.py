@@ -85,8 +85,8 @@ def how_to_install(package: str | None) -> str:
 
 
 def install_command(extra: str) -> str:
-    """What to type for an extra, by how offramp was installed (PEP 610): from a checkout, a file,
-    an address or an index."""
+    """Return what to type for an extra, by how offramp was installed (PEP 610): from a checkout, a
+    file, an address or an index."""
     try:
         text = metadata.distribution("offramp").read_text("direct_url.json")
     except metadata.PackageNotFoundError:  # run from a source tree that was not installed

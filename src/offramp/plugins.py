@@ -62,7 +62,7 @@ def check_registered(what: str, name: str, known: Callable[[], Collection[str]])
 
 
 def not_registered(name: str, known: Collection[str]) -> str:
-    """What to do about a name that no registry knows."""
+    """Return what to do about a name that no registry knows."""
     if name in LAB:
         return (
             "It is a baseline of offramp-lab: install that (pip install -e lab, in a checkout of "

@@ -13,9 +13,9 @@ OTHER = "\0"
 
 
 def prompt_frames(prompts: Sequence[str]) -> list[list[str]]:
-    """What prompts have in common: [prompt] of one that stays the same, [before, behind] of a
-    template, for each first word or, where these are many, for all. Prompts that share no word are
-    kept themselves."""
+    """Return what prompts have in common: [prompt] of one that stays the same, [before, behind] of
+    a template, for each first word or, where these are many, for all. Prompts that share no word
+    are kept themselves."""
     kinds: dict[str, set[str]] = {}
     for prompt in prompts:
         kinds.setdefault(re.split(r"[\s:]", prompt, maxsplit=1)[0], set()).add(prompt)
@@ -63,7 +63,7 @@ def _common(one: str, other: str) -> str:
 
 
 def fits(prompt: str, frames: Sequence[Sequence[str]]) -> bool:
-    """Whether a prompt is like those that `prompt_frames` saw."""
+    """Return True if a prompt is like those that `prompt_frames` saw."""
     for before, *behind in frames:
         if not behind and prompt == before:
             return True

@@ -17,7 +17,7 @@ from typing import Any
 def provenance(
     seed: int | None, command: str | Sequence[str], data_digest: str | None
 ) -> dict[str, Any]:
-    """Where a result comes from: what ran, on what, with which versions, when (UTC).
+    """Return where a result comes from: what ran, on what, with which versions, when (UTC).
 
     Args:
         seed: the run's seed; None where nothing was drawn.

@@ -130,7 +130,7 @@ class Verification:
 
     @property
     def answers(self) -> int:
-        """How many answers are written in all."""
+        """Return how many answers are written in all."""
         modes, n = self._policies, len(self.examples)
         each = 1 + len(modes) + ("early exit" in modes)  # the model's own, and every layer's
         each += 0 if self.runtime is not None else len(modes)
@@ -148,7 +148,7 @@ class Verification:
         return self.runtime is None or is_runtime(self.runtime)
 
     def run(self, told: Callable[[int], object] = lambda _: None) -> list[PathResult]:
-        """What each path came to. told: is called with how many answers more there are."""
+        """Return what each path came to. told: is called with how many answers more there are."""
         self._told = told
         self._inputs = [self.encoder.prompts([example]) for example in self.examples]
         noted = self._notes()
@@ -216,7 +216,7 @@ class Verification:
     def certified(
         self, paths: Sequence[PathResult], engine: str, exits: str, command: Sequence[str]
     ) -> Run:
-        """What `run` returned, with what it was found of.
+        """Return what `run` returned, with what it was found of.
 
         engine: by the name of the command line. exits: SHA-256 of their file. command: the line.
         """

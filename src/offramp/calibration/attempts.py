@@ -234,7 +234,7 @@ def _asked(examples: Sequence[Example], seen: Sequence[_Seen], rows: Iterable[in
 
 
 def merged(images: Sequence[ImageRows]) -> int:
-    """How many images are copies of another one of them."""
+    """Return how many images are copies of another one of them."""
     return len(images) - len(set(map(cluster_of, images)))
 
 
@@ -354,7 +354,7 @@ UNITS = ("image", "answer")
 
 
 def grouped(images: Sequence[ImageRows]) -> bool:
-    """Whether some images are drawn together."""
+    """Return True if some images are drawn together."""
     return any(image.parts for image in images)
 
 
@@ -396,7 +396,7 @@ class Attempt:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Attempt:
-        """What `to_json` gave. Raise KeyError, TypeError or ValueError for anything else."""
+        """Return what `to_json` gave. Raise KeyError, TypeError or ValueError for anything else."""
         path = tuple(Thresholds.from_json(point) for point in value["path"])
         names = ("asked", "settings", "outcome")
         return cls(
@@ -409,7 +409,8 @@ class Attempt:
         )
 
     def shares(self, images: Sequence[ImageRows]) -> bool:
-        """Whether it was made on one of these images, or on another that goes by its name."""
+        """Return True if it was made on one of these images, or on another that goes by its
+        name."""
         known = {*self.members, *(name.partition(":")[0] for name in self.images)}
         return any(not known.isdisjoint((*image.members, *image.files)) for image in images)
 

@@ -45,7 +45,7 @@ class Replay:
 
     @property
     def mask(self) -> Array:
-        """Which entries [N, A] are tokens."""
+        """Return which entries [N, A] are tokens."""
         return self.targets >= 0
 
     def part(self, rows: Array) -> Replay:
@@ -90,12 +90,13 @@ class Replay:
         return tokens
 
     def differs(self, depths: Array) -> Array:
-        """Which answers [N] would not be the full model's, if the targets are its greedy ones."""
+        """Return which answers [N] would not be the full model's, if the targets are its greedy
+        ones."""
         return ((self.written(depths) != self.targets) & self.mask).any(1)  # type: ignore[no-any-return]
 
 
 def can_replay(policy: ExitPolicy) -> bool:
-    """Whether a replay shows what `policy` does: a score of `SCORES`, and no visual tokens
+    """Return True if a replay shows what `policy` does: a score of `SCORES`, and no visual tokens
     that stay behind, which changes tokens at full depth too."""
     return policy.pruning.keep == 1 and policy.score in SCORES and not policy.lossless
 
@@ -138,7 +139,7 @@ class PolicyReplay:
         return self.replay.depths(by.thresholds, first=first)
 
     def differs(self, thresholds: Mapping[int, float] | None = None) -> Array:
-        """Which answers [N] would not be the full model's, if they are its greedy ones."""
+        """Return which answers [N] would not be the full model's, if they are its greedy ones."""
         return self.replay.differs(self.depths(thresholds))
 
     def part(self, rows: Array) -> PolicyReplay:

@@ -163,7 +163,7 @@ def walk(losses: Losses, target: float, confidence: float, method: str) -> int |
 
 
 def monotone(losses: Losses, level: float = 0.05, low: float = 0.0) -> bool:
-    """Whether nothing speaks against a risk that never falls along the path.
+    """Return True if nothing speaks against a risk that never falls along the path.
 
     Betting tests of "no lower than before" on the paired differences of all pairs of points,
     Bonferroni-corrected: a path that is monotone is called otherwise with probability <= `level`.
@@ -303,9 +303,9 @@ def first_test(method: str) -> str:
 def images_needed(
     targets: Sequence[float] = (0.01, 0.02, 0.05), confidence: float = 0.95
 ) -> list[dict[str, Any]]:
-    """What a first attempt needs: for each target the images where no answer loses anything, and
-    those of which four of five attempts pass where a tenth, three tenths or half of the target is
-    the true risk."""
+    """Return what a first attempt needs: for each target the images where no answer loses anything,
+    and those of which four of five attempts pass where a tenth, three tenths or half of the target
+    is the true risk."""
     level = 1 - (1 - confidence) * error_share(1)
     return [
         {

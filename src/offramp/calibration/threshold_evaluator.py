@@ -125,7 +125,7 @@ class ThresholdEvaluator:
         return replace(self, policy=policy, replay=None, doubtful=doubtful)
 
     def losses(self, thresholds: Mapping[int, float]) -> Array:
-        """What each answer loses [n]; those that stay the full model's lose nothing."""
+        """Return what each answer loses [n]; those that stay the full model's lose nothing."""
         policy = replace(self.policy, thresholds=Thresholds(thresholds))
         differs = self.doubtful
         if self.replay is not None:
@@ -183,7 +183,7 @@ def split_images(
 
 
 def searches(whole: ThresholdEvaluator) -> bool:
-    """Whether each exit may have a threshold of its own."""
+    """Return True if each exit may have a threshold of its own."""
     return len(whole.depths) > 1 and whole.replay is not None and whole.costs is not None
 
 

@@ -58,7 +58,7 @@ class Source:
         return read_json(path) if path != self.path and path.is_file() else None
 
     def leaves_out(self, row: Any, name: str) -> bool:
-        """Whether a row, which names its image as `name`, is about one that is not read."""
+        """Return True if a row, which names its image as `name`, is about one that is not read."""
         return self.only is not None and not (has(row, name) and str(row[name]) in self.only)
 
     def fail(self, problem: str) -> NoReturn:
@@ -132,12 +132,12 @@ def _rank(row: Any) -> str:
 
 
 def has(value: Any, *names: str) -> bool:
-    """Whether it is an object with these fields."""
+    """Return True if it is an object with these fields."""
     return isinstance(value, dict) and all(name in value for name in names)
 
 
 def shown(value: Any) -> str:
-    """What something is, in a few words."""
+    """Return what something is, in a few words."""
     if isinstance(value, dict):
         names = ", ".join(map(str, list(value)[:6])) or "nothing"
         return f"the fields {names}{', ...' if len(value) > 6 else ''}"

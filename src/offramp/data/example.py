@@ -77,7 +77,7 @@ class Example:
 
     @property
     def is_text(self) -> bool:
-        """Whether there is no image."""
+        """Return True if there is no image."""
         return isinstance(self.image, TextAlone)
 
     def open_image(self, smallest: int | None = None) -> Image.Image:

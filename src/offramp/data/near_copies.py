@@ -111,13 +111,13 @@ class Look:
         )
 
     def alike(self, other: Look) -> bool:
-        """Whether both may be copies, as far as thumbnails show."""
+        """Return True if both may be copies, as far as thumbnails show."""
         distance = np.sqrt(np.mean((self.thumbnail - other.thumbnail) ** 2))
         return bool(distance <= NEAR) and bool(self.small.differ(other.small)[1] <= SMALL_ALIKE)
 
 
 def copied(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two upright 8-bit images, in colour or grey, that may be copies are."""
+    """Return True if two upright 8-bit images, in colour or grey, that may be copies are."""
     size = _common(one.size, other.size)
     return _same(Grey.of(one, size, SHARP_CELL), Grey.of(other, size, SHARP_CELL))
 

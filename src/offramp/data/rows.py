@@ -47,8 +47,8 @@ class Row:
         return Path(os.path.relpath(self.base / value, self.base)).as_posix()
 
     def source(self, group_by: str = GROUP) -> str:
-        """What its image came in, by a field of the row or by the image's folder; "" where the row
-        does not say."""
+        """Return what its image came in, by a field of the row or by the image's folder; "" where
+        the row does not say."""
         if group_by == FOLDER:
             image = self.fields.get("image")
             if not isinstance(image, str):

@@ -136,7 +136,7 @@ def check_score(name: str) -> str:
 
 
 def check_numbers(by_depth: dict[int, float]) -> dict[int, float]:
-    """What is given by depth; raise `InputError` for what is neither a number nor None."""
+    """Return what is given by depth; raise `InputError` for what is neither a number nor None."""
     wrong = {d: n for d, n in by_depth.items() if n is not None and math.isnan(_number(n))}
     if wrong:
         raise InputError(f"{wrong} holds what is no number.", "Give numbers, such as {2: 0.95}.")

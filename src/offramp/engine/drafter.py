@@ -52,7 +52,8 @@ class DraftingExit:
         return None
 
     def inputs(self, ids: Tensor, states: Tensor) -> Tensor:
-        """What enters the layer [n, D], for tokens [n] that follow states [n, D] of the exit."""
+        """Return what enters the layer [n, D], for tokens [n] that follow states [n, D] of the
+        exit."""
         embedded = self.backbone.stack.get_input_embeddings()(ids)
         device = self.input.state.weight.device
         made: Tensor = self.input(embedded.to(device), states.to(device))

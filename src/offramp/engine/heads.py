@@ -50,8 +50,8 @@ class ExitHeads:
     def verdicts(
         self, depth: int, output: ExitOutput, queries: Sequence[Query | None]
     ) -> list[Verdict | Exception | None]:
-        """What the exit at `depth` says of each token; None where nothing is asked, or nothing that
-        the exit can say is allowed; an error where the row's own rules raised one."""
+        """Return what the exit at `depth` says of each token; None where nothing is asked, or
+        nothing that the exit can say is allowed; an error where the row's own rules raised one."""
         if output.state is None and output.logits is None:
             return [None] * len(queries)
         look, errors = self._look(depth, output, queries)
@@ -101,7 +101,7 @@ class ExitHeads:
         return look, constraints.errors
 
     def scores(self, look: ExitCheck, queries: Sequence[Query | None]) -> Sequence[float]:
-        """What thresholds are compared with, of each token; void where nothing is asked."""
+        """Return what thresholds are compared with, of each token; void where nothing is asked."""
         return look.score.tolist()
 
     def _said(self, look: ExitCheck, queries: Sequence[Query | None]) -> list[int | Exception]:
@@ -118,11 +118,11 @@ class ExitHeads:
         return chosen
 
     def words(self, final: Tensor) -> Word:
-        """What the full model says after final-normed states [n, D]."""
+        """Return what the full model says after final-normed states [n, D]."""
         return self.of_logits(self.logits(final))
 
     def of_logits(self, logits: Tensor) -> Word:
-        """What raw logits [n, V] say."""
+        """Return what raw logits [n, V] say."""
         largest: list[int] = logits.argmax(-1).tolist()
 
         def word(place: int, query: Query) -> int:

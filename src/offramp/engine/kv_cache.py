@@ -30,7 +30,7 @@ def cache_name(arguments: Mapping[str, Any]) -> str:
 
 
 def cache_parameter(stack: Any) -> str:
-    """Which of `CACHE_NAMES` a stack's `forward` takes."""
+    """Return which of `CACHE_NAMES` a stack's `forward` takes."""
     known = inspect.signature(type(stack).forward).parameters
     return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[1])
 
@@ -165,7 +165,7 @@ def _is_written(entry: Any) -> bool:
 
 
 def croppable(cache: Any) -> bool:
-    """Whether tokens can be taken back out of a cache that the prompt has been read into."""
+    """Return True if tokens can be taken back out of a cache that the prompt has been read into."""
     return not any(
         any(getattr(entry, "is_recurrent_states_initialized", {}).values())
         for entry in self_attention(cache).layers

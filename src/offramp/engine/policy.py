@@ -54,7 +54,7 @@ class Thresholds(dict[int, float]):
 
     @classmethod
     def from_json(cls, value: Mapping[str, float]) -> Thresholds:
-        """What `to_json` gave."""
+        """Return what `to_json` gave."""
         return cls({int(depth): number for depth, number in value.items()})
 
     def to_json(self) -> dict[str, float]:
@@ -104,7 +104,7 @@ class PruningStage(NamedTuple):
 
     @property
     def refusal(self) -> tuple[str, str]:
-        """Where an executor cannot leave any token out."""
+        """Return where an executor cannot leave any token out."""
         return (
             f"The policy lets {self.keep:g} of the visual tokens go on {self.where}, and what runs "
             "the layers here cannot leave any behind.",
@@ -186,24 +186,25 @@ class ExitPolicy:
 
     @property
     def is_full(self) -> bool:
-        """Whether every token is written at full depth, with no drafts but an exit's own."""
+        """Return True if every token is written at full depth, with no drafts but an exit's own."""
         return not self.effective.thresholds and not (self.lossless and self.drafter)
 
     @property
     def exit_in_prefill(self) -> bool:
-        """Whether an answer's first token may exit in a causal prompt, which then waits there."""
+        """Return True if an answer's first token may exit in a causal prompt, which then waits
+        there."""
         return self.first is None or bool(self.first)
 
     @property
     def effective(self) -> ExitPolicy:
-        """What runs: lossless by `drafts`, where there are any."""
+        """Return what runs: lossless by `drafts`, where there are any."""
         if not (self.lossless and self.drafts):
             return self
         return replace(self, thresholds={} if self.drafter else self.drafts)
 
     @property
     def stages(self) -> tuple[PruningStage, ...]:
-        """What is done to a prompt between layers."""
+        """Return what is done to a prompt between layers."""
         keep, ranking = self.pruning.keep, self.pruning.ranking
         if self.lossless or keep == 1 or not self.thresholds:
             return ()
@@ -211,7 +212,7 @@ class ExitPolicy:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Where tokens exit or are drafted, ascending."""
+        """Return where tokens exit or are drafted, ascending."""
         drafting = () if self.drafter else self.drafts
         return tuple(sorted({*self.thresholds, *drafting}))
 
@@ -234,7 +235,8 @@ class ExitPolicy:
 
     @property
     def own_mode(self) -> str:
-        """What a request that names no mode gets: lossless drafts where nothing else is known."""
+        """Return what a request that names no mode gets: lossless drafts where nothing else is
+        known."""
         if self.lossless:
             return "lossless"
         if self.thresholds:
@@ -244,7 +246,7 @@ class ExitPolicy:
     def asked(
         self, mode: str | None, thresholds: Mapping[int, float] | None, depths: tuple[int, ...]
     ) -> ExitPolicy:
-        """What a request is answered by: the one place where modes meet the policy.
+        """Return what a request is answered by: the one place where modes meet the policy.
 
         mode: of `MODES`; None: the policy's own, or early exit where thresholds are given.
         thresholds: by depth, in place of the policy's. depths: of the exits that run.
@@ -327,7 +329,7 @@ def resolved(policy: ExitPolicy, backbone: Backbone) -> ExitPolicy:
 
 
 def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
-    """Whether an answer's first token may exit early.
+    """Return True if an answer's first token may exit early.
 
     A decoder-only model reads it off the prompt, which may stay pending at an exit only where the
     policy says so and the prompt is causal; an encoder-decoder reads it off its first step.

@@ -63,7 +63,7 @@ class Prepared:
 
 
 def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
-    """What `model.generate(**inputs, **options)` would begin with; nothing is decoded.
+    """Return what `model.generate(**inputs, **options)` would begin with; nothing is decoded.
 
     The vision tower runs here where the family's `generate` embeds the prompt itself (BLIP-2), and
     so does the encoder of an encoder-decoder. `stop_strings` become a stopping criterion.

@@ -126,7 +126,7 @@ class PromptReader:
         self._shares: Tensor | None = None  # what the newest tokens attend to where it prunes
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-        """What the model's own `generate` would begin with; as `prepare_checked`."""
+        """Return what the model's own `generate` would begin with; as `prepare_checked`."""
         return prepare_checked(self.intercepted.model, inputs, options)
 
     def read(

@@ -133,7 +133,7 @@ class Pruner:
 
     @property
     def before(self) -> bool:
-        """Whether they stay before the decoder."""
+        """Return True if they stay before the decoder."""
         return self.pruning.depth == 0
 
     def run(self, call: LayerCall) -> tuple[Tensor, Tensor]:
@@ -143,8 +143,8 @@ class Pruner:
         return first(call.run(looking)), look.shares
 
     def goes_on(self, ids: Tensor, seen: Tensor, real: Tensor | None) -> Tensor:
-        """Which columns [B, T] of prompts of token ids [B, T] go on. seen: of each column, as
-        `CHOOSERS` take it, [B, T] or [B, T, D]. real: no padding [B, T]."""
+        """Return which columns [B, T] of prompts of token ids [B, T] go on. seen: of each column,
+        as `CHOOSERS` take it, [B, T] or [B, T, D]. real: no padding [B, T]."""
         marks = torch.tensor(image_tokens(self.backbone.model.config), device=ids.device)
         visual = torch.isin(ids, marks)
         on = ~visual if real is None else ~visual & real

@@ -238,8 +238,8 @@ class Sampler:
         return made[self.row : self.row + 1]
 
     def would_end(self, tokens: int, last: int) -> bool:
-        """Whether an answer of so many tokens, the last of them `last`, is over by length or by
-        its end token. Other criteria are only asked about what is settled."""
+        """Return True if an answer of so many tokens, the last of them `last`, is over by length or
+        by its end token. Other criteria are only asked about what is settled."""
         if self.most is not None and tokens >= self.most:
             return True
         return last in self._ends

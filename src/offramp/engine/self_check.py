@@ -82,12 +82,12 @@ class DecodeCheck:
     allowed: float
 
     def holds(self, outcome: Outcome) -> bool:
-        """Whether the model's own logits came out, up to rounding."""
+        """Return True if the model's own logits came out, up to rounding."""
         return isinstance(outcome, float) and outcome <= self.allowed
 
     @property
     def exact(self) -> bool:
-        """Whether decoding is the model's own, without exits and with them."""
+        """Return True if decoding is the model's own, without exits and with them."""
         return self.holds(self.plain) and self.holds(self.exits)
 
 

@@ -36,7 +36,7 @@ class Stamp:
         self._seen = self._look()
 
     def holds(self, backbone: Backbone, exits: ExitSet | None) -> bool:
-        """Whether these are the same, and nothing about them has changed."""
+        """Return True if these are the same, and nothing about them has changed."""
         same = backbone is self._backbone and exits is self._exits
         return same and self._look() == self._seen
 

@@ -23,7 +23,7 @@ from offramp.models.intercept import InterceptedModel
 
 
 def follows_policy(policy: ExitPolicy) -> bool:
-    """Whether the likelihood of a given text is well defined under this policy.
+    """Return True if the likelihood of a given text is well defined under this policy.
 
     The logits at (token, depth) do not depend on where earlier tokens exited, so one pass over a
     candidate gives every token's exit and its probability there. Where visual tokens stay behind,

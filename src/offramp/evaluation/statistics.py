@@ -114,12 +114,12 @@ def interval(
 
 
 def drawn_times(draw: np.random.Generator, groups: int, resamples: int) -> NDArray[np.int64]:
-    """How often each group is drawn in each resample [R, G]."""
+    """Return how often each group is drawn in each resample [R, G]."""
     return draw.multinomial(groups, np.full(groups, 1 / groups), size=resamples)
 
 
 def by_group(rows: Array, groups: Sequence[str] | None) -> Array:
-    """What each group adds [G, C], from what each example adds [N, C]."""
+    """Return what each group adds [G, C], from what each example adds [N, C]."""
     if groups is None:
         return rows
     if len(groups) != len(rows):

@@ -134,7 +134,8 @@ def in_turn(
     warm: int = 0,
     progress: Any = iter,
 ) -> dict[Name, list[list[Result]]]:
-    """What every method returns of every input, by round: all answer an input before the next one.
+    """Return what every method returns of every input, by round: all answer an input before the
+    next one.
 
     warm: inputs that every method is tried on before, which is not counted.
     """
@@ -154,7 +155,7 @@ def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
 
 
 def speedups(timings: Mapping[str, Timing], name: str) -> dict[str, Any]:
-    """What method `name` gains over "full" and, where it was timed, over stock "generate".
+    """Return what method `name` gains over "full" and, where it was timed, over stock "generate".
 
     Returns `speedup_decode` and its interval, `speedup_end_to_end`, `speedup_vs_generate` and
     `speedup_vs_generate_end_to_end`; and seconds of a whole answer, of both.

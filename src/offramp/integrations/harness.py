@@ -137,7 +137,7 @@ def _number(name: str, value: int | str) -> int:
 
 
 def no_loglikelihood() -> InputError:
-    """What a harness is told that asks for log-likelihoods."""
+    """Return what a harness is told that asks for log-likelihoods."""
     return InputError(
         "Log-likelihoods are not defined where tokens exit at depths of their own.",
         "Choose generation tasks; `offramp eval` ranks candidate answers.",

@@ -12,7 +12,7 @@ from offramp.integrations.harness import Ask, HarnessModel, no_loglikelihood
 
 
 def manifest() -> Any:
-    """What the entry point says of the model."""
+    """Return what the entry point says of the model."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

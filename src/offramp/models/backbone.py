@@ -229,7 +229,7 @@ class Backbone(OpenedModel):
         return all(kind.__module__.partition(".")[0] in _STOCK for kind in kinds)
 
     def is_proven(self, depths: Iterable[int], prompt: Modality | None = None) -> bool:
-        """Whether decoding with exits at these depths was found to be exact.
+        """Return True if decoding with exits at these depths was found to be exact.
 
         prompt: what the prompt consists of, as of `modality_of`; None: whatever was tried.
         """
@@ -305,20 +305,20 @@ class Backbone(OpenedModel):
 
     @property
     def vision_engine(self) -> str:
-        """What runs the vision tower: "torch" or an engine's name; for llama.cpp, "mtmd"
+        """Return what runs the vision tower: "torch" or an engine's name; for llama.cpp, "mtmd"
         with a number format."""
         return TORCH if self.tower is None else self.tower.name
 
     @property
     def text_only(self) -> bool:
-        """Whether it is a language model, which sees no images."""
+        """Return True if it is a language model, which sees no images."""
         config = self.model.config
         return not self.is_encoder_decoder and config.get_text_config() is config
 
     # -- driving ----------------------------------------------------------------------------
 
     def skipped_layer_output(self, call: LayerCall) -> Any:
-        """What the layer would return if it left the state as it is."""
+        """Return what the layer would return if it left the state as it is."""
         return self.handed_through(call, self._layout.returns[call.index])
 
 

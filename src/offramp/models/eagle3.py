@@ -167,12 +167,12 @@ class Eagle3Drafter(nn.Module):
                 own.get_parameter(f"{name}.weight").copy_(_scale_of(norm, width))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file of it holds, by the names that other engines read."""
+        """Return what a file of it holds, by the names that other engines read."""
         state = self.state_dict()
         return {f"layers.0.{n[6:]}" if n.startswith("layer.") else n: t for n, t in state.items()}
 
     def fuse(self, states: Sequence[Tensor]) -> Tensor:
-        """What a slot is given of the backbone's states [..., D] at `depths`: [..., D]."""
+        """Return what a slot is given of the backbone's states [..., D] at `depths`: [..., D]."""
         return self.fc(torch.cat(list(states), -1))  # type: ignore[no-any-return]
 
     def forward(

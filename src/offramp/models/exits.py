@@ -127,7 +127,7 @@ def _drafting(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
 
 
 def dense_exit(width: int | None = None) -> Callable[[Backbone, int, Sequence[int]], nn.Module]:
-    """How exits are built that are copied layers with a dense MLP in place of their experts.
+    """Return how exits are built that are copied layers with a dense MLP in place of their experts.
 
     width: of the MLP; None: so that it has as many weights as one token uses of the experts.
     """
@@ -198,7 +198,8 @@ class Exits(nn.ModuleDict):
         return self[str(depth)]
 
     def draft_input(self, depth: int) -> DraftInput | None:
-        """What makes the input of the exit's layer where it drafts on; None where it cannot."""
+        """Return what makes the input of the exit's layer where it drafts on; None where it
+        cannot."""
         found = getattr(self.at(depth), "drafts", None)
         return found if isinstance(found, DraftInput) else None
 
@@ -235,7 +236,7 @@ class ExitSet:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Where exits stand, ascending."""
+        """Return where exits stand, ascending."""
         return self.modules.depths
 
     @property
@@ -245,7 +246,7 @@ class ExitSet:
 
     @property
     def draft_on(self) -> bool:
-        """Whether any of them drafts on from its own state."""
+        """Return True if any of them drafts on from its own state."""
         return any(self.modules.draft_input(depth) is not None for depth in self.depths)
 
     def at(self, depth: int) -> nn.Module:

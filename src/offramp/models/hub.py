@@ -125,13 +125,13 @@ def load_processor(
 
 
 def grey_picture() -> Image.Image:
-    """What a model is tried on."""
+    """Return what a model is tried on."""
     return Image.new("RGB", (64, 64), "gray")
 
 
 def grey_example(name: str | Path, revision: str | None, model: Any) -> dict[str, Any] | None:
-    """What the processor saved beside a model makes of a grey picture and a few words, as the model
-    takes it; None where there is none."""
+    """Return what the processor saved beside a model makes of a grey picture and a few words, as
+    the model takes it; None where there is none."""
     words = "Describe the picture."
     try:
         processor = load_processor(name, revision=revision)
@@ -165,8 +165,8 @@ def _behind_mark(processor: Any, words: str) -> str:
 
 
 def not_loaded(what: str, error: Exception, remedy: str) -> InputError:
-    """What is raised where transformers could not load `what`; remedy: where all packages are
-    there."""
+    """Return what is raised where transformers could not load `what`; remedy: where all packages
+    are there."""
     if "trust_remote_code" in str(error):
         return InputError(
             f"{what}: it comes with code of its own, which was not run.",

@@ -51,7 +51,8 @@ class InputProcessor:
         """Pixels that a side of an image has at least, where JPEGs are shrunk on load."""
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """What `generate` takes for these examples: one padded batch, on the backbone's device."""
+        """Return what `generate` takes for these examples: one padded batch, on the backbone's
+        device."""
         texts = [self.prompt_text(example.prompt) for example in examples]
         if self._is_text:
             return self._of_texts(texts)
@@ -88,7 +89,8 @@ class InputProcessor:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
     def text_prompt(self, prompt: str) -> dict[str, Any]:
-        """What `generate` takes for a prompt without an image, where the model answers those."""
+        """Return what `generate` takes for a prompt without an image, where the model answers
+        those."""
         text = prompt
         if self._is_text:
             return self._of_texts([self.prompt_text(prompt)])
@@ -113,8 +115,8 @@ class InputProcessor:
         return self._on_device({n: batch[n] for n in ("input_ids", "attention_mask")})
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Whether the tokenizer adds special tokens to a text: not where a chat template wrote the
-        first one already."""
+        """Return True if the tokenizer adds special tokens to a text: not where a chat template
+        wrote the first one already."""
         first = getattr(self.tokenizer, "bos_token", None)
         return not (first and text.startswith(first))
 
@@ -153,7 +155,7 @@ class InputProcessor:
 
     @property
     def has_template(self) -> bool:
-        """Whether the processor knows how a conversation is written."""
+        """Return True if the processor knows how a conversation is written."""
         return bool(getattr(self.processor, "chat_template", None))
 
     def template_text(
@@ -196,7 +198,7 @@ class InputProcessor:
 
     @property
     def image_mark(self) -> str | None:
-        """What stands for an image in a text; None: nothing does."""
+        """Return what stands for an image in a text; None: nothing does."""
         mark = getattr(self.processor, "image_token", None)
         return None if mark is None else str(mark)
 

@@ -26,7 +26,7 @@ class LayerHandler(Protocol):
     """Decides, call by call, what happens at a decoder layer."""
 
     def layer(self, call: LayerCall) -> Any:
-        """What the stack gets for the call: the layer's output, or what stands for it."""
+        """Return what the stack gets for the call: the layer's output, or what stands for it."""
         ...
 
 
@@ -44,7 +44,7 @@ class _LayerStandIn(InPlaceOf):
 
 
 def stand_ins(backbone: OpenedModel, handler: LayerHandler) -> nn.Module:
-    """What stands in place of the layers in a stack that asks `handler`."""
+    """Return what stands in place of the layers in a stack that asks `handler`."""
     made = [_LayerStandIn(i, layer, handler) for i, layer in enumerate(backbone.layers)]
     if backbone.layer_names is None:
         return nn.ModuleList(made)

@@ -45,7 +45,7 @@ class KeptTexts:
         """How often the image alone was processed."""
 
     def batch(self, key: Any, image: Any, whole: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """What `whole()` returns, of a text known by `key` and an image."""
+        """Return what `whole()` returns, of a text known by `key` and an image."""
         if self._look is None:
             return dict(whole())
         kept = self._kept.get(key)

@@ -55,7 +55,7 @@ def _experts(block: nn.Module) -> Any:
 
 
 def dense_block(block: nn.Module, states: int, config: Any, width: int | None) -> DenseBlock:
-    """What stands in for a block of experts.
+    """Return what stands in for a block of experts.
 
     states: their width D. config: of the text model. width: of the MLP; None: so that it has as
         many weights as one token uses of the block.

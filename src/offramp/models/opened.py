@@ -41,7 +41,7 @@ class LayerCall:
     instead: Mapping[Any, Any] | None = None
 
     def run(self, module: Callable[..., Any]) -> Any:
-        """What `module`, called as the stack called the layer, returns."""
+        """Return what `module`, called as the stack called the layer, returns."""
         called = module if self.instead is None else self.instead[module]
         return called(self.hidden, *self.args, **self.kw)
 
@@ -141,7 +141,7 @@ class OpenedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go, and where normed states and logits come."""
+        """Return where inputs go, and where normed states and logits come."""
         return device_of(self.model)
 
     @property

@@ -94,13 +94,14 @@ def register_backbone(model_type: str, family: Family) -> None:
 
 
 def is_ours(config: Any) -> bool:
-    """Whether the family of a model's configuration is one that nobody else registered."""
+    """Return True if the family of a model's configuration is one that nobody else registered."""
     kind = getattr(config, "model_type", None)
     return kind in FAMILIES and FAMILIES[kind] == _TESTED.get(kind)
 
 
 def is_tested(config: Any) -> bool:
-    """Whether the family of a model's configuration, and the decoder inside, have tests here."""
+    """Return True if the family of a model's configuration, and the decoder inside, have tests
+    here."""
     return is_ours(config) and config.get_text_config(decoder=True).model_type in _TESTED_TEXTS
 
 

@@ -24,7 +24,7 @@ _HOOKED = ("_hf_hook", "_old_forward", "forward")
 
 
 def has_hook(module: nn.Module) -> bool:
-    """Whether accelerate hung a hook around this module."""
+    """Return True if accelerate hung a hook around this module."""
     return "_hf_hook" in vars(module)
 
 
@@ -55,7 +55,7 @@ def hook_twin(made: Any) -> None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module runs: as its hook says, or where its parameters are."""
+    """Return where a module runs: as its hook says, or where its parameters are."""
     for part in module.modules():
         device = getattr(vars(part).get("_hf_hook"), "execution_device", None)
         if device is not None:

@@ -32,13 +32,13 @@ def short_name(name: str) -> str:
 
 
 def tiny_kind(name: str) -> str | None:
-    """Which tiny model is meant, as "tiny-opt" is; None: none."""
+    """Return which tiny model is meant, as "tiny-opt" is; None: none."""
     kind = short_name(name)
     return kind if kind in TINY and kind != name else None
 
 
 def is_photo(name: str) -> bool:
-    """Whether the photo model is meant; a folder of that name is itself."""
+    """Return True if the photo model is meant; a folder of that name is itself."""
     return name in (PHOTO, short_name(PHOTO)) and not os.path.isdir(name)
 
 

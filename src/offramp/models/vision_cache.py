@@ -54,7 +54,7 @@ class VisionCache:
         return int(self._held.currsize)
 
     def call(self, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
-        """What `tower(*args, **kw)` returns; its tensors are shared between calls."""
+        """Return what `tower(*args, **kw)` returns; its tensors are shared between calls."""
         key = (weakref.ref(tower), digest([*args, kw]), current_salt())
         version = weights_version(tower)
         with self._lock:

@@ -109,9 +109,9 @@ class VisionEngine(StandIn):
 
 
 def vision_engine(name: str, model: nn.Module, path: str, example: Any) -> VisionEngine | None:
-    """What has an engine of `ENGINES` but "torch" run the tower at `path` of a model; None, with a
-    warning that says why, where it cannot be exported, or what the engine makes of two pictures is
-    not the tower's own.
+    """Return what has an engine of `ENGINES` but "torch" run the tower at `path` of a model; None,
+    with a warning that says why, where it cannot be exported, or what the engine makes of two
+    pictures is not the tower's own.
 
     example: what the model's processor made of a prompt with an image; None: there is none.
     """

@@ -53,7 +53,7 @@ Curve = Mapping[str, Any]
 
 
 def drawn(title: str, draw: Callable[[Any], None], size: tuple[float, float] = SIZE) -> str:
-    """What `draw` puts on a pair of axes, as SVG text with `title` for who cannot see it."""
+    """Return what `draw` puts on a pair of axes, as SVG text with `title` for who cannot see it."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -303,7 +303,7 @@ def measured_demo(value: Value) -> Markup:
 
 
 def origins(named: Sequence[tuple[str, Value]]) -> Markup:
-    """Where each result comes from: command, machine, versions, data."""
+    """Return where each result comes from: command, machine, versions, data."""
     where = [{**v["provenance"], "result": name} for name, v in named if v.get("provenance")]
     columns: dict[str, Any] = {
         "result": "{result}",

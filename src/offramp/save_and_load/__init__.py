@@ -407,8 +407,8 @@ def exits_digest(config: AdapterConfig) -> str:
 
 
 def load_certificate(config: AdapterConfig) -> Certificate | None:
-    """What `offramp verify` found of these exits; None where nothing is known of them. One that is
-    damaged says so in the log: it changes no answer."""
+    """Return what `offramp verify` found of these exits; None where nothing is known of them. One
+    that is damaged says so in the log: it changes no answer."""
     path = config.folder / CERTIFICATE
     if not path.exists():
         return None

@@ -94,7 +94,8 @@ def drafter_json(drafter: Eagle3Drafter, backbone: Backbone, drafts: int) -> dic
 
 
 def vllm_config(folder: str, drafts: int) -> str:
-    """What vLLM is told of a drafter in a folder, which is to make so many drafts in a row."""
+    """Return what vLLM is told of a drafter in a folder, which is to make so many drafts in a
+    row."""
     return json.dumps({"model": folder, "method": "eagle3", "num_speculative_tokens": drafts})
 
 

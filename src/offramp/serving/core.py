@@ -66,7 +66,7 @@ class Core(Jobs):
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Where the exits in use stand, ascending."""
+        """Return where the exits in use stand, ascending."""
         return self._host.plan.depths
 
     @property

@@ -153,7 +153,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs."""
+        """Return True if its thread runs."""
         return self._failed is None and self._thread.is_alive()
 
     def drain(self, timeout: float | None = None) -> bool:

@@ -88,7 +88,7 @@ class Runtime(Protocol):
 
     @property
     def rows(self) -> int:
-        """How many, at most."""
+        """Return how many, at most."""
         ...
 
     @property
@@ -102,5 +102,5 @@ class Runtime(Protocol):
 
 
 def is_runtime(model: Any) -> TypeGuard[Runtime]:
-    """Whether a model is one, several at a time."""
+    """Return True if a model is one, several at a time."""
     return hasattr(model, "host") and model.rows > 1

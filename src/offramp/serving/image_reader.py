@@ -51,7 +51,7 @@ class ImageReader:
 
     @staticmethod
     def wanted(inputs: Mapping[str, Any]) -> bool:
-        """Whether a prompt brings an image."""
+        """Return True if a prompt brings an image."""
         return any(name.startswith("pixel_values") for name in inputs)
 
     def read(self, inputs: Mapping[str, Any]) -> None:

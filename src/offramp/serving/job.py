@@ -98,7 +98,7 @@ class Jobs:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return True if nothing is left to do."""
         return not self._queue and not self.running
 
     def cancel_all(self) -> None:

@@ -274,7 +274,8 @@ class Captioner:
 
 
 def as_image(value: Any) -> Any:
-    """What `open_rgb` opens, of a cell: a path, encoded bytes, or an array [H, W] or [H, W, 3]."""
+    """Return what `open_rgb` opens, of a cell: a path, encoded bytes, or an array [H, W] or [H, W,
+    3]."""
     if isinstance(value, str):
         return Path(value)
     if isinstance(value, bytes):

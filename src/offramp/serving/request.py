@@ -95,7 +95,7 @@ class Handle(Future[Completion]):
 
     @property
     def unwanted(self) -> bool:
-        """Whether its end was asked for."""
+        """Return True if its end was asked for."""
         return self._stop.is_set()
 
     def drop(self) -> None:

@@ -33,8 +33,8 @@ def user_folder(variable: str, usual: str) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """Where what can be made again is kept: `offramp/NAME` in XDG_CACHE_HOME, or in ~/.cache. Raise
-    `RuntimeError` where there is no home folder."""
+    """Return where what can be made again is kept: `offramp/NAME` in XDG_CACHE_HOME, or in
+    ~/.cache. Raise `RuntimeError` where there is no home folder."""
     return user_folder("XDG_CACHE_HOME", ".cache") / "offramp" / name
 
 
@@ -61,7 +61,7 @@ def close_name(path: str | Path) -> str:
 
 
 def replaceable(path: str | Path, *, folder: bool = False) -> Path:
-    """Where a link leads, if a file may stand there. folder: it is to be a folder of files.
+    """Return where a link leads, if a file may stand there. folder: it is to be a folder of files.
 
     Raises:
         OSError: a folder stands there and is to be a file, or the other way round; or a device, a

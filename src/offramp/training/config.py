@@ -132,7 +132,7 @@ class TrainConfig:
 
     @property
     def has_discriminator(self) -> bool:
-        """Whether a term of the exits' loss asks a discriminator."""
+        """Return True if a term of the exits' loss asks a discriminator."""
         return any(getattr(self, name) > 0 for name in GAMES)
 
     def weights(self, step: int) -> dict[str, float]:
@@ -143,7 +143,7 @@ class TrainConfig:
 
     @property
     def learns_without_labels(self) -> bool:
-        """Whether a term of the exits' loss reads no labels."""
+        """Return True if a term of the exits' loss reads no labels."""
         return bool(self.weights(self.steps).keys() - {"cross_entropy"})
 
     def _rules(self) -> list[tuple[str, bool]]:

@@ -147,9 +147,9 @@ class _Unrolled:
 
 
 def seen_by_drafts(step: int, new: int, columns: int, device: torch.device) -> Tensor:
-    """Which keys the `step`-th drafts from `new` places see [new, columns + step * new]: of the
-    true ones, whose last `new` are those places', those up to `step` columns before the query; of
-    draft m the one that stands `step` - m before it."""
+    """Return which keys the `step`-th drafts from `new` places see [new, columns + step * new]: of
+    the true ones, whose last `new` are those places', those up to `step` columns before the query;
+    of draft m the one that stands `step` - m before it."""
     query = torch.arange(new, device=device)[:, None]
     behind = query - torch.arange(new, device=device)  # columns before the query
     past = torch.ones(new, columns - new, dtype=torch.bool, device=device)

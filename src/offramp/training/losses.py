@@ -81,7 +81,7 @@ def cosine(t: LossInputs) -> Tensor:
 
 
 def adversarial(t: LossInputs) -> Tensor:
-    """What an exit loses to its discriminator: the generator's side of `ADVERSARIES`."""
+    """Return what an exit loses to its discriminator: the generator's side of `ADVERSARIES`."""
     return ADVERSARIES[t.adversary].generator(t)
 
 

@@ -59,7 +59,8 @@ def scene_facts(scene: Scene) -> set[Fact]:
 
 
 def caption_attributes(text: str) -> set[Fact]:
-    """What a caption claims, true or not, as (place, attribute) pairs; noise claims nothing."""
+    """Return what a caption claims, true or not, as (place, attribute) pairs; noise claims
+    nothing."""
     text = _normal(text)
     facts: set[Fact] = set()
     opening = _OPENING.match(text)
@@ -71,7 +72,7 @@ def caption_attributes(text: str) -> set[Fact]:
 
 
 def caption_correct(text: str, scene: Scene) -> bool:
-    """Whether a caption states exactly this scene: nothing wrong, missing or unreadable."""
+    """Return True if a caption states exactly this scene: nothing wrong, missing or unreadable."""
     leftover, objects = _OBJECT.subn("", _OPENING.sub("", _normal(text)))
     readable = re.fullmatch(r"(?:\s|,|\band\b|\.)*", leftover) is not None
     return (
@@ -106,7 +107,8 @@ def dialogue_prompt(history: Sequence[QA], question: str) -> str:
 
 
 def answer_correct(text: str, answer: str) -> bool:
-    """Whether a generated answer is the reference, up to case, spaces and a final full stop."""
+    """Return True if a generated answer is the reference, up to case, spaces and a final full
+    stop."""
     return _normal(text).rstrip(" .") == _normal(answer)
 
 

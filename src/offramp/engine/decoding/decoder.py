@@ -156,7 +156,7 @@ class Decoder:
         return bool(self.sequences)
 
     def next_call(self) -> Call:
-        """What the schedule asks for."""
+        """Return what the schedule asks for."""
         rows = [row for row in self.sequences if row.rule.exiting and row.active]
         if not rows:
             return "full"

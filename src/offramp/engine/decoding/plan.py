@@ -63,7 +63,7 @@ class Plan:
     def rule(
         self, mode: str | None = None, thresholds: Mapping[int, float] | None = None
     ) -> ExitRule:
-        """How an answer uses the exits: the one place where a policy becomes a rule.
+        """Return how an answer uses the exits: the one place where a policy becomes a rule.
 
         mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
         """
@@ -104,7 +104,8 @@ def draft_levels(policy: ExitPolicy, drafting: int | None, layers: int) -> dict[
 def drafter_at(
     levels: Mapping[int, float], *, named: str | None, draws_on: bool
 ) -> Callable[[Executor, Heads], Drafter] | None:
-    """What makes the drafter whose drafts count at the depth of `levels`; None where there is none.
+    """Return what makes the drafter whose drafts count at the depth of `levels`; None where there
+    is none.
 
     named: a registered drafter; None: the exit at that depth. draws_on: whether that exit drafts on
     from its own state.

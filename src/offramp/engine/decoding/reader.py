@@ -25,8 +25,8 @@ class TokenSampler(Protocol):
     def prompt(self) -> Sequence[int]: ...
 
     def would_end(self, tokens: int, last: int) -> bool:
-        """Whether an answer of so many tokens, the last of them `last`, is over by length or by
-        its end token."""
+        """Return True if an answer of so many tokens, the last of them `last`, is over by length or
+        by its end token."""
         ...
 
     def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
@@ -58,16 +58,16 @@ class Heads(Protocol):
     def verdicts(
         self, depth: int, output: Any, queries: Sequence[Query | None]
     ) -> list[Verdict | Exception | None]:
-        """What the exit at `depth` says of each token; None where nothing is asked, or nothing that
-        the exit can say is allowed; an error where the row's own rules raised one."""
+        """Return what the exit at `depth` says of each token; None where nothing is asked, or
+        nothing that the exit can say is allowed; an error where the row's own rules raised one."""
         ...
 
     def of_logits(self, logits: Any) -> Word:
-        """What raw logits [n, V] say."""
+        """Return what raw logits [n, V] say."""
         ...
 
     def words(self, final: Any) -> Word:
-        """What the full model says after each of what its executor ended with."""
+        """Return what the full model says after each of what its executor ended with."""
         ...
 
 

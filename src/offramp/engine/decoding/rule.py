@@ -67,21 +67,22 @@ class ExitRule:
 
     @cached_property
     def exiting(self) -> bool:
-        """Whether tokens may be other than the full model's."""
+        """Return True if tokens may be other than the full model's."""
         return bool(self.thresholds) and not self.lossless
 
     @cached_property
     def drafts(self) -> bool:
-        """Whether tokens are drafted, and verified by the full model."""
+        """Return True if tokens are drafted, and verified by the full model."""
         return bool(self.thresholds) and self.lossless
 
     def exits(self, depth: int, verdict: Verdict) -> bool:
-        """Whether the token exits, or is drafted, at `depth` with what the exit there says."""
+        """Return True if the token exits, or is drafted, at `depth` with what the exit there
+        says."""
         return bool(self.reaches(depth, verdict.score))
 
     def reaches(self, depth: int, score: Any) -> Any:
-        """Whether a score, or each of an array of them, is enough at `depth`. At a threshold of 0
-        every token exits, and its score is NaN."""
+        """Return True if a score, or each of an array of them, is enough at `depth`. At a threshold
+        of 0 every token exits, and its score is NaN."""
         threshold = self.single.get(depth)
         if threshold is None:
             return False

@@ -66,22 +66,22 @@ class Sequence:
 
     @property
     def active(self) -> bool:
-        """Whether the answer goes on."""
+        """Return True if the answer goes on."""
         return not self.over and self.error is None
 
     @property
     def waits(self) -> bool:
-        """Whether deeper layers are to write the next token: all of the answer was fed."""
+        """Return True if deeper layers are to write the next token: all of the answer was fed."""
         return self.ran[0] - self.start == len(self.ids)
 
     @property
     def next_rule(self) -> ExitRule:
-        """How the exits are used for the next token."""
+        """Return how the exits are used for the next token."""
         return self.rule if self.ids else self.rule.opening
 
     @property
     def query(self) -> Query:
-        """What is asked of exits and LM head: the next token of this answer."""
+        """Return what is asked of exits and LM head: the next token of this answer."""
         return Query(self.sampler, self.next_rule, self.ids)
 
     @property
@@ -94,8 +94,8 @@ class Sequence:
         return self.ran[segment - 1] - self.ran[segment]
 
     def ready(self, longest: int | None) -> bool:
-        """Whether the next token can be fed: the sequence does not wait, and fewer than `longest`
-        columns are pending."""
+        """Return True if the next token can be fed: the sequence does not wait, and fewer than
+        `longest` columns are pending."""
         ran = self.ran
         if ran[0] - self.start == len(self.ids):
             return False
@@ -108,5 +108,5 @@ class Sequence:
         self.score, self.waited = NAN, 0
 
     def ends_with(self, token: int) -> bool:
-        """Whether `token` ends the answer as its end token."""
+        """Return True if `token` ends the answer as its end token."""
         return self.sampler.would_end(0, token)

@@ -66,7 +66,7 @@ class SegmentRunner:
         return [*running, *after]
 
     def layer(self, call: LayerCall) -> Any:
-        """What the stack gets for a layer: its output, or the state handed through."""
+        """Return what the stack gets for a layer: its output, or the state handed through."""
         index, running = call.index, self._running
         if index < running.start or index > running.stop:
             return self.backbone.skipped_layer_output(call)

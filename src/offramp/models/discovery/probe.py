@@ -52,7 +52,8 @@ def text_prompt(model: Any) -> dict[str, Any]:
 
 
 def encoder_states(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """What an encoder might have returned [1, 4, D], for a decoder whose encoder reads images."""
+    """Return what an encoder might have returned [1, 4, D], for a decoder whose encoder reads
+    images."""
     from transformers.modeling_outputs import BaseModelOutput
 
     encoder = getattr(config, "encoder", config)
@@ -63,5 +64,5 @@ def encoder_states(config: Any, device: torch.device, dtype: torch.dtype) -> Any
 
 
 def accepts(module: Any, name: str) -> bool:
-    """Whether the module's `forward` names this argument."""
+    """Return True if the module's `forward` names this argument."""
     return name in inspect.signature(type(module).forward).parameters

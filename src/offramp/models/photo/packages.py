@@ -59,7 +59,8 @@ VISION = BaseWeights(
 
 
 def data_folder() -> Path:
-    """Where the trained weights are. Raise `InputError` where their package is not installed."""
+    """Return where the trained weights are. Raise `InputError` where their package is not
+    installed."""
     folder = _installed(DATA)
     if folder is None:
         raise InputError(

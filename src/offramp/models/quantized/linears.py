@@ -42,7 +42,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def fits(cls, linear: nn.Linear) -> bool:
-        """Whether a linear of its sizes can be held so."""
+        """Return True if a linear of its sizes can be held so."""
         return linear.in_features % _GROUP == 0 and linear.out_features % cls.rows_together == 0
 
     def forward(self, states: Tensor) -> Tensor:

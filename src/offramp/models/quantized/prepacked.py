@@ -26,7 +26,7 @@ _LAID_OUT_FOR = 16
 
 
 def filled_up(states: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a product of rows [N, in] makes of states [..., in]; it gets at least `ROWS`."""
+    """Return what a product of rows [N, in] makes of states [..., in]; it gets at least `ROWS`."""
     rows = states.reshape(-1, states.shape[-1])
     tokens = len(rows)
     if tokens < ROWS:
@@ -76,7 +76,7 @@ class PrepackedLinear(nn.Module):
 
 
 def is_worth_it(weight: Tensor) -> bool:
-    """Whether one token's product is faster in the layout."""
+    """Return True if one token's product is faster in the layout."""
     return weight.dtype != torch.float32 or weight.numel() >= LEAST
 
 

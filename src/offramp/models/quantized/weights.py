@@ -52,8 +52,8 @@ def unpack(model: Any) -> None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this module is a linear, a leaf, whose weight is no plain float tensor; one that is
-    laid out for a processor is none."""
+    """Return True if this module is a linear, a leaf, whose weight is no plain float tensor; one
+    that is laid out for a processor is none."""
     if not hasattr(module, "in_features") or any(True for _ in module.children()):
         return False
     weight = getattr(module, "weight", None)
@@ -69,8 +69,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def scheme(module: nn.Module) -> str | None:
-    """What holds the weights, in words: our own scheme, or the class of the first quantised linear,
-    or of its weight, and the bits that it names; None: nothing is quantised."""
+    """Return what holds the weights, in words: our own scheme, or the class of the first quantised
+    linear, or of its weight, and the bits that it names; None: nothing is quantised."""
     for part in module.modules():
         if isinstance(part, QuantizedLinear):
             return part.word
@@ -194,7 +194,7 @@ def float_parameters(
 
 
 def float_values(module: nn.Module) -> int:
-    """How many numbers its float copy holds, shared ones counted once."""
+    """Return how many numbers its float copy holds, shared ones counted once."""
     values: dict[int, int] = {}
     for part in module.modules():
         if is_quantized(part):

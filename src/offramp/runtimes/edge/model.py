@@ -214,7 +214,7 @@ class EdgeModel:
 
     @property
     def drafts_on(self) -> bool:
-        """Whether an exit drafts on from its own state."""
+        """Return True if an exit drafts on from its own state."""
         return self._opened.drafter is not None
 
     def start(self, queue: int, on_round: Callable[[], None]) -> Engine:

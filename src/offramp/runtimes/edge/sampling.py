@@ -138,7 +138,7 @@ class Sampler:
         return best if ids is None else int(ids[best])
 
     def would_end(self, tokens: int, last: int) -> bool:
-        """Whether an answer of so many tokens, the last of them `last`, is over."""
+        """Return True if an answer of so many tokens, the last of them `last`, is over."""
         return tokens >= self._most or self._ends(last)
 
     def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:

@@ -91,7 +91,7 @@ class Vocabulary:
         return tuple(token for token in range(self.size) if self.ends(token))
 
     def ends(self, token: int) -> bool:
-        """Whether a token ends an answer."""
+        """Return True if a token ends an answer."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:

@@ -103,8 +103,8 @@ class RowPrograms:
         return self._read(end - first)
 
     def states(self, segment: int, first: int, end: int) -> ExitOutput | Tensor:
-        """What the last call made of these columns, until the next: of the exit behind a segment,
-        or final-normed states [n, D]."""
+        """Return what the last call made of these columns, until the next: of the exit behind a
+        segment, or final-normed states [n, D]."""
         out = self._out[: end - first]
         if segment in (FULL, len(self.depths)):
             return out

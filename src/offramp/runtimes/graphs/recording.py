@@ -26,7 +26,7 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle() if self.records else None
 
     def record(self, program: Program) -> Program:
-        """What does the same as `program`, which is run a few times.
+        """Return what does the same as `program`, which is run a few times.
 
         Raises:
             UnsupportedBackboneError: it asks the GPU for something in between.

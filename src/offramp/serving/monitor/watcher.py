@@ -67,8 +67,8 @@ _PAUSE = 0.02
 
 
 def draws_of_one(largest: int, share: float) -> int:
-    """How many draws of one image count, of a promise by answer: as many as an image with `largest`
-    answers has but `SELDOM`."""
+    """Return how many draws of one image count, of a promise by answer: as many as an image with
+    `largest` answers has but `SELDOM`."""
     from scipy.stats import binom
 
     return max(1, min(largest, int(binom.ppf(1 - SELDOM, largest, share))))
@@ -183,7 +183,7 @@ class Watcher:
     # -- what the server asks ----------------------------------------------------------------------
 
     def draws(self, client: str = "", image: Image.Image | None = None) -> bool:
-        """Whether the next request is watched; asked before it is answered.
+        """Return True if the next request is watched; asked before it is answered.
 
         A client has no more than its share of the last draws, unless it asks alone: what it is
         held back by is known before the answer is, so the bets stay fair. image: that it is about,
@@ -236,7 +236,7 @@ class Watcher:
 
     @property
     def broken(self) -> bool:
-        """Whether the promise was shown to be broken."""
+        """Return True if the promise was shown to be broken."""
         return self.risk.broken
 
     @property
@@ -252,7 +252,7 @@ class Watcher:
         return self.config.action if self.broken and self.config.action != "warn" else None
 
     def report(self) -> dict[str, Any]:
-        """What is known of the risk now, as JSON for the page and for programs."""
+        """Return what is known of the risk now, as JSON for the page and for programs."""
         low, high = self.risk.interval
         return {
             "images": self.risk.n,

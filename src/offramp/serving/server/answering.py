@@ -323,7 +323,7 @@ class Answering:
 
 
 async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
-    """What `work` returns; it is cancelled where the client goes away before.
+    """Return what `work` returns; it is cancelled where the client goes away before.
 
     Raises:
         ApiError: the client has gone (499).
@@ -343,7 +343,7 @@ async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
 def standing_of_request(
     service: Service, request: Sampling, use: Use, hows: Sequence[Generation]
 ) -> GuaranteeStatus:
-    """What is guaranteed of the answers to a request, where they may exit early."""
+    """Return what is guaranteed of the answers to a request, where they may exit early."""
     if use.named != "early_exit":
         return NoPromise()
     return service.served.stands(

@@ -193,7 +193,7 @@ async def _in_time(service: Service, work: Awaitable[T], request: Request, until
 
 
 def client_of(request: Request) -> str:
-    """Who asks, for the watch: which key's number or, without keys, which address."""
+    """Return who asks, for the watch: which key's number or, without keys, which address."""
     key = request.scope.get("offramp_key")
     if key is not None:
         return str(key)
@@ -351,7 +351,8 @@ def _page() -> str:
 
 
 def page_policy(page: str) -> str:
-    """What the page may do: run its own script and style, show images and ask this server."""
+    """Return what the page may do: run its own script and style, show images and ask this
+    server."""
 
     def own(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

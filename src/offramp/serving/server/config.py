@@ -128,7 +128,8 @@ class ServerConfig:
 
 
 def is_among(host: str, names: Sequence[str]) -> bool:
-    """Whether a host, in lower case, is one of `names`, or below one that begins with a dot."""
+    """Return True if a host, in lower case, is one of `names`, or below one that begins with a
+    dot."""
     lower = [name.lower() for name in names]
     return any(host == name or (name.startswith(".") and host.endswith(name)) for name in lower)
 

@@ -54,7 +54,7 @@ def error_object(
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is sent of an error: its own mistakes in full, ours by name alone."""
+    """Return what a client is sent of an error: its own mistakes in full, ours by name alone."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):

@@ -50,7 +50,7 @@ class Models:
         return [self.first, *self._held.values()]
 
     def cards(self) -> list[dict[str, Any]]:
-        """What `/v1/models` lists, the first model first."""
+        """Return what `/v1/models` lists, the first model first."""
         held, first = self._held, model_card(self.first)
         rest = [
             model_card(held[name]) if name in held else {**first, "id": name, "offramp": None}
@@ -68,7 +68,7 @@ class Models:
 
 
 def model_card(service: Service) -> dict[str, Any]:
-    """What is served, as `/v1/models` lists it."""
+    """Return what is served, as `/v1/models` lists it."""
     served = service.served
     return {
         "id": service.config.name,

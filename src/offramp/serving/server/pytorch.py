@@ -175,7 +175,8 @@ class TorchServed:
         return self.likeness.p_value(self.adapter.kind_of(asked), scores)
 
     def promised(self) -> dict[str, Any] | None:
-        """What was calibrated, in a few fields, and of which prompts and answers how long."""
+        """Return what was calibrated, in a few fields, and of which prompts and answers how
+        long."""
         promise = self.stands().promise
         if promise is None or self.adapter is None:
             return None

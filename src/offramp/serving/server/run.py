@@ -208,7 +208,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def http(app: FastAPI, service: Service) -> uvicorn.Config:
-    """How HTTP is spoken for a service."""
+    """Return how HTTP is spoken for a service."""
     return uvicorn.Config(
         app,
         http=protocol(service.config),

@@ -194,11 +194,11 @@ class Service:
             raise ApiError(400, said, param="response_format", code="invalid_value") from error
 
     async def of_text(self, work: Callable[[], T]) -> T:
-        """What `work` makes of a text, in a thread that no prompt waits for."""
+        """Return what `work` makes of a text, in a thread that no prompt waits for."""
         return await asyncio.get_running_loop().run_in_executor(self._texts, work)
 
     def use_of(self, request: Sampling) -> Use:
-        """How the answers to a request use the exits."""
+        """Return how the answers to a request use the exits."""
         asked = request.offramp
         mode = (asked and asked.mode) or self.config.mode
         thresholds = asked.thresholds if asked else None
@@ -217,7 +217,7 @@ class Service:
 
     @property
     def answers_unlike(self) -> bool:
-        """Whether requests unlike the calibrated ones are answered losslessly."""
+        """Return True if requests unlike the calibrated ones are answered losslessly."""
         return self.config.unlike == "lossless"
 
     def how_like(self, asked: str, scores: Sequence[float]) -> float | None:
@@ -241,7 +241,7 @@ class Service:
         return exits and mode in (None, "early_exit")
 
     def watches(self, request: Sampling, use: Use, images: Sequence[Any], client: str = "") -> bool:
-        """Whether the answer to a request is to be compared with the full model's."""
+        """Return True if the answer to a request is to be compared with the full model's."""
         own = use.named == "early_exit" and use.thresholds is None
         if self.watcher is None or not own or request.n != 1 or len(images) != 1:
             return False

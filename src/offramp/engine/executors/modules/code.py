@@ -56,7 +56,8 @@ class Code:
         self._fits: dict[Any, bool] = {}
 
     def fits(self, lengths: tuple[int, ...], inputs: Sequence[Tensor]) -> bool:
-        """Whether the code was made for such inputs too; asked once for each tuple of lengths."""
+        """Return True if the code was made for such inputs too; asked once for each tuple of
+        lengths."""
         known = self._fits.get(lengths)
         if known is None:
             known = self._fits[lengths] = bool(

@@ -319,7 +319,7 @@ def called_in_place(backbone: Backbone) -> BareModules:
 
 
 def head_code(backbone: Backbone) -> HeadCode | None:
-    """What decoding calls in the LM head's place; None: the head itself."""
+    """Return what decoding calls in the LM head's place; None: the head itself."""
     codes, head = _codes(backbone), backbone.head
     twin = bare(head, type(backbone.stack).forward.__module__)
     if _share_parts(head, twin):

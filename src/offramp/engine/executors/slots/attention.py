@@ -52,7 +52,7 @@ class MaskRule:
 
     @property
     def causal(self) -> bool:
-        """Whether nothing but later tokens is hidden."""
+        """Return True if nothing but later tokens is hidden."""
         return self.allowed is causal_mask_function
 
     def mask(self, queries: Tensor, width: int, encoder: Tensor | None = None) -> Tensor:

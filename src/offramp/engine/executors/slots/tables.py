@@ -116,7 +116,7 @@ class Stage:
 
 
 def named(call: LayerCall) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Which of a call's arguments came by position, and all of them by name."""
+    """Return which of a call's arguments came by position, and all of them by name."""
     names = [*inspect.signature(type(call.layer).forward).parameters][2 : 2 + len(call.args)]
     return tuple(names), {**dict(zip(names, call.args, strict=True)), **call.kw}
 
@@ -188,14 +188,14 @@ class Given:
 
     @property
     def row(self) -> int:
-        """Where a call of one slot begins in the tables."""
+        """Return where a call of one slot begins in the tables."""
         call = self.call
         assert call.beside is not None
         return call.beside[1] + (self.offset or 0)
 
     @cached_property
     def rows(self) -> Tensor:
-        """Where each token of a call stands in the tables [N]."""
+        """Return where each token of a call stands in the tables [N]."""
         own = self.positions
         columns = self.call.columns
         return columns if own is None else own.reshape(-1, len(columns))[-1]

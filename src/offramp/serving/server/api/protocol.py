@@ -242,7 +242,8 @@ class Sampling(Strict):
 
     @property
     def top_logprobs_wanted(self) -> int | None:
-        """How many of the likeliest tokens to report at each place; None: no probabilities."""
+        """Return how many of the likeliest tokens to report at each place; None: no
+        probabilities."""
         raise NotImplementedError
 
 
@@ -294,7 +295,8 @@ class CompletionRequest(Sampling):
 
 
 def asked_text(request: Sampling) -> str:
-    """What a request with one image asks: its only prompt, or the texts of its last message."""
+    """Return what a request with one image asks: its only prompt, or the texts of its last
+    message."""
     if isinstance(request, ChatRequest):
         return "\n".join(p.text for p in request.messages[-1].parts if p.type == "text")
     assert isinstance(request, CompletionRequest)
@@ -302,7 +304,7 @@ def asked_text(request: Sampling) -> str:
 
 
 def single_question(request: Sampling) -> str:
-    """What is asked about one image in one turn; `OTHER` of any other request."""
+    """Return what is asked about one image in one turn; `OTHER` of any other request."""
     if isinstance(request, ChatRequest):
         parts = [part for message in request.messages for part in message.parts]
         images = sum(part.type == "image_url" for part in parts)

@@ -31,7 +31,8 @@ _LOOK = 0.25
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet; IPv4 inside IPv6 is looked at itself."""
+    """Return True if an IP address is one of the open internet; IPv4 inside IPv6 is looked at
+    itself."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
         return _public(ip) and not any(ip in network for network in _SPECIAL)

@@ -30,7 +30,7 @@ def _scheme(url: str) -> str:
 
 
 def is_far(url: str) -> bool:
-    """Whether an image is fetched from another machine, which may be slow to answer."""
+    """Return True if an image is fetched from another machine, which may be slow to answer."""
     return _scheme(url) in ("http", "https")
 
 

@@ -1,0 +1,120 @@
+"""The sequences of an executor, each in a slot, and the positions of their columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from offramp.engine.executors.slots.layout import Call
+from offramp.engine.prompt import Prompt
+
+
+@dataclass(eq=False)
+class SlotRow:
+    """A sequence and the slot that it is in.
+
+    base: by segment, the column of the first state that is kept before it. offset, first: position
+    of column 0, and that on the first of several axes. places: positions [..., T] of a prompt that
+    waits and does not go up one by one. behind: the depth at which columns stay, and how many do.
+    encoder: states [1, S, D] of an encoder that layers have yet to read; unread: which. verified: a
+    column, and the drafting exit's states [n, D] from it on. entered: a column of which that exit
+    has only stored the keys, and the states [1, D] that enter it.
+    """
+
+    slot: int
+    base: dict[int, int]
+    offset: int = 0
+    first: int = 0
+    places: Tensor | None = None
+    behind: tuple[int, int] = (0, 0)
+    encoder: Tensor | None = None
+    unread: set[int] = field(default_factory=set)
+    verified: tuple[int, Tensor] | None = None
+    entered: tuple[int, Tensor] | None = None
+
+    def gap(self, depth: int) -> int:
+        """Return how much nearer to the front columns stand in the layers from `depth` on: by those
+        that stayed behind before."""
+        at, count = self.behind
+        return count if depth >= at else 0
+
+
+class SlotRows:
+    """The sequences by slot, those in use at the front.
+
+    offsets: position of column 0 [..., slots]; None: the stack takes none. ahead: positions before
+    the first column, at most. uneven: whether a sequence counts otherwise on each axis, so that
+    tables by one number a token do not do.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.by_slot: list[SlotRow] = []
+        self.offsets: Tensor | None = None
+        self.ahead, self.uneven, self._slots = 0, False, slots
+
+    def place(self, held: SlotRow, prompt: Prompt, row: int, columns: int) -> None:
+        """Note the positions of a prompt, where the stack takes any."""
+        positions = prompt.positions
+        if positions is None:
+            return
+        every = own = positions[..., row if positions.shape[-2] > 1 else 0, :]  # [..., T]
+        if prompt.real is not None and own.shape[-1] == prompt.real.shape[1]:
+            own = own[..., prompt.real[row]]
+        offset = own[..., -1] + 1 - columns
+        if self.offsets is None:
+            self.offsets = offset.new_zeros(*offset.shape, self._slots)
+        self.offsets[..., held.slot] = offset
+        axes = offset.flatten()[-3:].tolist()
+        self.uneven = self.uneven or len({*axes}) > 1
+        held.offset, held.first = axes[-1], int(offset.flatten()[0])
+        self.ahead = max(self.ahead, axes[-1])
+        if prompt.goes_on is not None:
+            held.places = every[..., prompt.goes_on[row]]
+        elif prompt.waits is not None:
+            plain = torch.arange(columns, device=own.device) + offset[..., None]
+            before = columns - own.shape[-1]  # of an earlier prompt; they wait nowhere
+            if not torch.equal(plain[..., before:].expand_as(own), own):
+                held.places = torch.cat([plain[..., :before], own], -1)
+
+    def remove(self, handle: SlotRow) -> tuple[int, int] | None:
+        """Free a slot. Returns the slot whose sequence moved, and where to: the last one moves
+        there."""
+        last = self.by_slot.pop()
+        if last is handle:
+            return None
+        source, slot = last.slot, handle.slot
+        self.by_slot[slot], last.slot = last, slot
+        if self.offsets is not None:
+            self.offsets[..., slot] = self.offsets[..., source]
+        return source, slot
+
+    def at_front(self, call: Call, depth: int) -> tuple[int | None, int]:
+        """Position of column 0 of a call on one slot, in the layers from `depth` on, and that on
+        the first axis; 0 of other calls. None: the prompt's positions are its own."""
+        if call.beside is None:
+            return 0, 0
+        row, start = self.by_slot[call.beside[0]], call.beside[1]
+        gap = row.gap(depth)
+        if row.places is not None and start < row.places.shape[-1]:
+            return None, row.first + gap
+        return row.offset + gap if self.offsets is not None else 0, row.first + gap
+
+    def offsets_at(self, depth: int) -> Tensor | None:
+        """Positions of column 0 [..., slots] in the layers from `depth` on."""
+        if self.offsets is None or not any(row.behind[1] for row in self.by_slot):
+            return self.offsets
+        gaps = [row.gap(depth) for row in self.by_slot]
+        gaps += [0] * (self._slots - len(gaps))  # of slots that are free
+        return self.offsets + torch.tensor(gaps, device=self.offsets.device)
+
+    def with_own(self, positions: Tensor, call: Call) -> Tensor:
+        """Positions [..., T] of a call on one slot, of a prompt whose positions are its own."""
+        assert call.beside is not None
+        row, start = self.by_slot[call.beside[0]], call.beside[1]
+        assert row.places is not None
+        own = row.places[..., start : start + call.shape[1]]
+        positions = positions.clone()
+        positions[..., 0, : own.shape[-1]] = own
+        return positions
