@@ -13,7 +13,7 @@
 #include "ggml.h"
 #include "vectors.h"
 
-enum { HALVES = 2, ROWS = HALVES * LANES, BLOCK = 32, VECTOR = 4 * LANES };  // the last in bytes
+enum { HALVES = 2, ROWS = HALVES * LANES, BLOCK = 32, VECTOR = 4 * LANES, LINE = 64 };  // the last two in bytes
 
 // -- formats ---------------------------------------------------------------------------------
 
@@ -343,9 +343,14 @@ INLINE void some_tokens(enum ggml_type type, const struct product * p, const str
 }
 
 INLINE void all_tokens(enum ggml_type type, const struct product * p, const struct activations * a) {
+    const size_t bytes = group_bytes(type, p->columns), passes = (a->tokens + MOST - 1) / MOST;
+    const size_t share = passes > 1 ? bytes / passes / LINE + 1 : 0;  // alone, a pass keeps up with memory
     for (size_t group = p->from; group < p->to; group++)
         for (size_t first = 0; first < a->tokens; first += MOST) {
             const size_t left = a->tokens - first;
+            // Each pass over a group fetches its share of the next group's lines.
+            const uint8_t * next = p->packed + (group + 1) * bytes + first / MOST * share * LINE;
+            for (size_t i = 0; i < share; i++) _mm_prefetch((const void *) (next + i * LINE), _MM_HINT_T0);
             switch (left < MOST ? left : MOST) {
                 case 1: some_tokens(type, p, a, group, first, 1); break;
                 case 2: some_tokens(type, p, a, group, first, 2); break;

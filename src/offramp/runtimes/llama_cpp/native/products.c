@@ -19,7 +19,7 @@
 #include "ggml-backend.h"
 #include "kernels.h"
 
-enum { LINE = 64, HUGE_PAGE = 1 << 21, ARENA = 1 << 25 };  // bytes
+enum { HUGE_PAGE = 1 << 21, ARENA = 1 << 25 };  // bytes
 
 // -- ggml's nodes ------------------------------------------------------------------------------
 
