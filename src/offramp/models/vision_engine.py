@@ -35,7 +35,7 @@ from offramp.missing import how_to_install, missing_package
 from offramp.models.discovery.twin import graft, twin
 from offramp.models.quantized.weights import float_copy, float_dtype, scheme
 from offramp.models.vision_cache import digest
-from offramp.models.weights_version import weights_version
+from offramp.models.weights_version import Unchanged
 from offramp.storage import atomic_folder, cache_folder
 
 log = logging.getLogger(__name__)
@@ -91,13 +91,13 @@ class VisionEngine(StandIn):
     def __init__(self, name: str, tower: nn.Module, call: _Call, outputs: _Outputs, run: Run):
         super().__init__(name, tower)
         self._call, self._outputs, self._run = call, outputs, run
-        self._exported, self._said = weights_version(tower), set[str]()
+        self._as_exported, self._said = Unchanged(tower), set[str]()
 
     def forward(self, *args: Any, **kw: Any) -> Any:
         call = _Call.of(args, kw)
         if call.way != self._call.way:
             return self._own("it is called in another way than it was exported for", args, kw)
-        if weights_version(self.tower) != self._exported:
+        if not self._as_exported():
             return self._own("its weights or modules are no longer those exported", args, kw)
         return self._outputs.joined([self._run(one) for one in call.pictures()])
 

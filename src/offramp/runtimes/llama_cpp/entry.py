@@ -246,8 +246,13 @@ class Embeddings:
 
     def of(self, tokens: Sequence[int], position: int | None = 0) -> States:
         """The states [T, D] of tokens that stand from `position` on; None: the embeddings alone."""
-        ids = torch.tensor([tokens], device=self._backbone.device)
-        states = array_of(self._embedding(ids)[0]) * self._scale
+        if self._rows is None:
+            ids = torch.tensor([tokens], device=self._backbone.device)
+            states = array_of(self._embedding(ids)[0])
+        else:  # as they are now
+            states = self._embedding.weight.detach().numpy()[tokens]  # type: ignore[union-attr]
+        if self._scale != 1.0:
+            states = states * self._scale
         if self._places is None or position is None:
             return states
         return states + self._places[position : position + len(tokens)]
