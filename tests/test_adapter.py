@@ -322,6 +322,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.HfApi", hub)
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
+    code = str(tmp_path / "code")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", code)
     return hub
 
 
@@ -329,10 +331,40 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Hub, saved_adapter: Path
     saved = Adapter.load(saved_adapter, opt)
     assert saved.push_to_hub("me/exits", token="t") == "https://hub/me/exits/commit/1"
     assert hub.created == {"me/exits": {"private": True, "exist_ok": True}} and hub.token == "t"
-    assert {p.name for p in hub.place.iterdir()} == {CONFIG, EXITS, DISCRIMINATORS, CARD}
+    assert {p.name for p in hub.place.iterdir()} == {
+        CONFIG, EXITS, DISCRIMINATORS, CARD, "custom_generate",
+    }  # fmt: skip
     loaded = Adapter.from_pretrained(opt, "me/exits")
     state = loaded.exits.modules.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in saved.exits.modules.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", [None, "lossless", "full"])
+def test_what_is_pushed_generates_by_the_models_own_call(
+    hub: Hub, backbone: Any, batch: Any, mode: str | None
+) -> None:
+    """transformers reads the uploaded `generate.py`, of a hub or a folder, once it is trusted."""
+    llava, inputs = backbone("llava"), batch("llava", 1)
+    model, adapter = llava.model, Adapter(llava, Exits(llava, (2,)), ExitPolicy({2: 0.0}))
+    adapter.push_to_hub("me/exits")
+    options = {"max_new_tokens": 5, "do_sample": False} | ({} if mode is None else {"mode": mode})
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        model.generate(**inputs, custom_generate=str(hub.place), trust_remote_code=False)
+    ids = model.generate(
+        **inputs, **options, custom_generate=str(hub.place), trust_remote_code=True
+    )
+    assert torch.equal(ids, adapter.generate(**inputs, **options))
+
+
+def test_a_model_whose_generate_is_another_models_says_what_to_do(
+    hub: Hub, saved_adapter: Path, opt: Any, batch: Any
+) -> None:
+    """BLIP-2 hands `custom_generate` to the language model in it, which the exits are not for."""
+    Adapter.load(saved_adapter, opt).push_to_hub("me/exits")
+    with pytest.raises(AdapterError, match=r"offramp\.attach"):
+        opt.model.generate(
+            **batch("blip2-opt", 1), custom_generate=str(hub.place), trust_remote_code=True
+        )
 
 
 def test_the_hubs_usual_arguments_reach_it(hub: Hub, saved_adapter: Path, opt: Any) -> None:

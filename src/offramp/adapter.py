@@ -38,6 +38,7 @@ from offramp.save_and_load import (
     read_config,
     save_parts,
 )
+from offramp.save_and_load.custom_generate import write_custom_generate
 
 PLANS = 4
 """Plans that an adapter keeps, one for each policy that was asked for last."""
@@ -424,6 +425,9 @@ class Adapter(CalledAsModel):
     ) -> str:
         """Upload the folder's files (no training state) and return the commit's address.
 
+        `model.generate(..., custom_generate=repo_id, trust_remote_code=True)` then decodes with
+        these exits wherever offramp is installed.
+
         private: of a repository that is created; unlike with transformers it is, unless you say
             otherwise. revision: a branch, created if need be.
         """
@@ -437,6 +441,7 @@ class Adapter(CalledAsModel):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            write_custom_generate(folder, repo_id)
             return str(
                 api.upload_folder(
                     repo_id=repo_id,
