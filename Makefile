@@ -14,7 +14,7 @@ READY := $(VENV)/.offramp-ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.offramp-ready
 
-.PHONY: demo test quick test-research test-vllm lint check records calibrated compare fuzz pages clean docs docs-version notes
+.PHONY: demo test quick test-research test-vllm lint check records calibrated compare fuzz pages clean docs docs-version dist check-dist notes
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo $(BACKBONE)
@@ -69,6 +69,16 @@ docs: $(READY)  ## the documentation as a site in site/; a warning is an error
 docs-version: $(READY)  ## the documentation of VERSION (X.Y), and as "latest", on the branch gh-pages; pushes nothing
 	NO_MKDOCS_2_WARNING=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/mike deploy --update-aliases $(VERSION) latest
 	$(BIN)/mike set-default latest
+
+dist: $(READY)  ## wheels and source archives of all five packages in dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'build>=1.2'
+	rm -rf dist
+	for package in . lab photo-model vllm; do \
+		OFFRAMP_PHOTO_AT= $(BIN)/python -m build --outdir dist $$package || exit 1; done
+	$(BIN)/python -m build --wheel --outdir dist edge  # its sources are the first package's
+
+check-dist: dist  ## install them into fresh environments, and answer with them
+	.ci/check-dist dist $(PYTHON) $(PIP_FLAGS) --find-links $(abspath $(OFFRAMP_WHEELS))
 
 notes:  ## what the changelog says of VERSION (X.Y.Z)
 	@awk -v v='$(VERSION)' '/^## \[/ {on = index($$0, "[" v "]")} on {print; n++} END {exit !n}' CHANGELOG.md
