@@ -22,6 +22,7 @@ from torch import nn
 from offramp.engine.policy import ExitPolicy, policy_entries, resolved
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
+from offramp.models.input_processor import ONE_TURN
 from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import scheme
 from offramp.models.shrink_on_load import smallest_side
@@ -164,9 +165,9 @@ def samples(backbone: Backbone, options: Mapping[str, Any] | None = None) -> boo
 
 
 def template_digest(processor: Any) -> str:
-    """Of a processor's chat template; "" where it has none."""
+    """Of a processor's chat template; "" where it has none, or one that writes the same."""
     template = getattr(processor, "chat_template", None)
-    return _digest(str(template)) if template else ""
+    return _digest(str(template)) if template and template != ONE_TURN else ""
 
 
 def kernels(backbone: Backbone) -> str:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from offramp.conditions import template_digest
 from offramp.data.example import Example
 from offramp.errors import InputError
-from offramp.models.input_processor import InputProcessor
+from offramp.models.input_processor import ONE_TURN, InputProcessor
 
 Build = Callable[..., Any]
 TEXT = "the cat sat on the red mat a dog Question: what is it? Answer: a red cat\n" * 3
@@ -298,3 +299,29 @@ def test_a_text_that_a_template_began_is_not_begun_again(opt: Any) -> None:
     encoder = InputProcessor(opt, BeginsItself(tokenizer, "<s>{}"))
     for text in (encoder.prompt_text("a dog"), "a dog"):
         assert encoder.of_text(text, [])["input_ids"][0].tolist().count(begin) == 1
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("texts", [["Caption:"], ["What is", "it?"]])
+def test_the_template_of_one_turn_writes_what_is_read_without_one(
+    images: int, texts: list[str], opt: Any
+) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    processor = PlaceholderProcessor(fakes.word_level())
+    parts = [*[{"type": "image"}] * images, *({"type": "text", "text": text} for text in texts)]
+    encoder = InputProcessor(opt, processor)
+    monkeyed = type("Chats", (PlaceholderProcessor,), {"chat_template": ONE_TURN})
+    own = InputProcessor(opt, monkeyed(processor.tokenizer))
+    turns = [{"role": "user", "content": parts}]
+    ((written,), _) = render_jinja_template([turns], chat_template=ONE_TURN)
+    expected = "\n".join(texts)
+    expected = f"{'<image>' * images}\n{expected}" if images else expected
+    assert written == expected and not own.has_template
+    assert own.conversation_text(turns) == encoder.conversation_text(turns)
+    assert template_digest(own.processor) == template_digest(processor) == ""
+    for more in ([{"role": "system", "content": "Be brief."}], turns):
+        with pytest.raises(Exception, match="answers one message"):
+            render_jinja_template([[*more, *turns]], chat_template=ONE_TURN)
+        with pytest.raises(InputError, match=r"one message.*user\.\n.*tuned"):
+            own.conversation_text([*more, *turns])

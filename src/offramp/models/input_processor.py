@@ -22,6 +22,22 @@ _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")
 _ADDS_BEHIND = {"PaliGemma": "\n"}
 
 
+ONE_TURN = """\
+{%- if messages | length != 1 or messages[0].role != 'user' -%}
+{{ raise_exception("This model answers one message, of the role 'user'.") }}
+{%- endif -%}
+{%- set content = messages[0].content -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- set images = content | selectattr('type', 'equalto', 'image') | list -%}
+{%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}
+{%- for _ in images -%}<image>{%- endfor -%}
+{{ '\\n' if images }}{{ texts | join('\\n') }}
+{%- endif -%}"""
+"""Chat template of a model that was tuned without one: writes what `InputProcessor` makes of one
+turn, and refuses several."""
+
+
 class InputProcessor:
     """A backbone's processor, asked for batches. Thread-safe."""
 
@@ -155,8 +171,8 @@ class InputProcessor:
 
     @property
     def has_template(self) -> bool:
-        """Return True if the processor knows how a conversation is written."""
-        return bool(getattr(self.processor, "chat_template", None))
+        """Return True if the processor writes conversations of several turns."""
+        return getattr(self.processor, "chat_template", None) not in (None, "", ONE_TURN)
 
     def template_text(
         self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
@@ -182,15 +198,16 @@ class InputProcessor:
         add_generation_prompt: as of `template_text`.
 
         Raises:
-            InputError: several turns without a chat template.
+            InputError: several turns, or a system message, without a chat template.
         """
         if self.has_template:
             return self.template_text(turns, add_generation_prompt=add_generation_prompt)
         if len(turns) > 1 or turns[0]["role"] != "user":
+            roles = ", ".join(str(turn["role"]) for turn in turns)
             raise InputError(
-                "This model has no chat template, and a conversation of several turns came.",
-                "Send one turn of the role 'user', whose text is the prompt as the model was tuned "
-                "on it.",
+                f"This model answers one message, of the role 'user', and these came: {roles}.",
+                "Send one, whose text is the prompt as the model was tuned on it, such as "
+                "'Caption:'; it knows no system message and no turns before.",
             )
         parts = turns[0]["content"]
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")

@@ -126,12 +126,15 @@ def _load_photo(**how: Any) -> tuple[Backbone, Any]:
     import offramp.models.photo.tower  # noqa: F401  registers the tower
     from offramp.models.backbone import Backbone
     from offramp.models.hub import load_processor
+    from offramp.models.input_processor import ONE_TURN
     from offramp.models.photo.build import built_folder
 
     folder = built_folder()
     backbone = Backbone.from_pretrained(folder, **how)
     backbone.name = PHOTO
-    return backbone, load_processor(folder)
+    processor = load_processor(folder)
+    processor.chat_template = ONE_TURN
+    return backbone, processor
 
 
 def shipped_exits(name: str) -> Path | None:

@@ -229,9 +229,50 @@ def test_nulls_and_what_asks_for_nothing_count_as_left_out(client: Any) -> None:
     nothing = {
         "stop": None, "seed": None, "tools": [], "tool_choice": "none", "logit_bias": {},
         "response_format": {"type": "text"}, "user": "u", "metadata": {"a": "b"}, "top_k": -1,
-        "store": False, "offramp": None, "stream_options": None, "functions": None,
+        "store": True, "offramp": None, "stream_options": None, "functions": None,
+        "reasoning_effort": "high", "parallel_tool_calls": True, "verbosity": "medium",
+        "function_call": "none", "service_tier": "flex", "prompt_cache_retention": "24h",
     }  # fmt: skip
     assert ask(client, example, extra_body=nothing).choices[0].message.content == alone(example)[1]
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+
+
+def test_tools_that_are_not_to_be_called_are_taken(client: Any) -> None:
+    example = scene_examples()[0]
+    found = ask(client, example, extra_body={"tools": TOOLS, "tool_choice": "none"})
+    assert found.choices[0].message.content == alone(example)[1]
+
+
+@pytest.mark.parametrize(
+    "asked_for",
+    [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "auto"}, {"tool_choice": "required"},
+     {"functions": [{"name": "look"}]}],
+)  # fmt: skip
+def test_tools_that_may_be_called_are_refused_with_what_there_is(
+    client: Any, asked_for: Any
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"calls no tools.*response_format") as caught:
+        ask(client, scene_examples()[0], extra_body=asked_for)
+    assert caught.value.param in asked_for
+
+
+def test_an_answer_that_comes_back_is_a_message_like_others(client: Any) -> None:
+    answer = ask(client, scene_examples()[0]).choices[0].message.model_dump()
+    turns = [*messages(scene_examples()[0]), {**answer, "tool_calls": [], "annotations": []}]
+    turns[0]["name"] = "ann"
+    with pytest.raises(openai.BadRequestError, match=r"one message.*these came: user, assistant"):
+        client.chat.completions.create(model=NAME, messages=turns)
+    found = client.chat.completions.create(model=NAME, messages=turns[:1], temperature=0)
+    assert found.choices[0].message.content == answer["content"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/chat/completions"])
+def test_what_is_not_there_is_answered_with_what_is(address: str, path: str) -> None:
+    found = httpx.post(f"{address}{path}", json={})
+    assert found.status_code == 404
+    assert f"There is no {path}. There are POST /v1/chat/completions" in found.text
 
 
 def test_a_text_may_mark_where_its_images_stand(client: Any) -> None:

@@ -26,6 +26,17 @@ TYPES = {
 """By status; all others are `invalid_request_error`."""
 
 
+CALLS = ("tools", "tool_choice", "tool_calls", "functions", "function_call")
+NO_CALLS = (
+    "This server calls no tools: leave it out, or send an empty list. For answers as JSON there is "
+    'response_format with {"type": "json_schema", ...}.'
+)
+ROUTES = (
+    "There are POST /v1/chat/completions and /v1/completions, GET /v1/models, and /docs, which "
+    "tells of all."
+)
+
+
 class ApiError(Exception):
     """An answer that is an error object. param: the field it is about. code: for programs."""
 
@@ -76,6 +87,7 @@ def validation_error(
     if kind == "extra_forbidden":
         top = len(field) == 1
         remedy = did_you_mean(str(field[-1]), known) if top and known else "Leave it out."
+        remedy = NO_CALLS if field[-1] in CALLS else remedy
         return ApiError(
             400,
             f"The field {where!r} is not supported. {remedy}",
@@ -170,7 +182,7 @@ def add_handlers(app: FastAPI) -> None:
     def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         said = {
-            404: f"There is no {request.url.path[:200]}.",
+            404: f"There is no {request.url.path[:200]}. {ROUTES}",
             405: f"{request.method} is not for it.",
         }
         message = said.get(error.status_code, str(error.detail))

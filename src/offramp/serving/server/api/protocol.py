@@ -92,6 +92,17 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(min_length=1)]
+    name: str | None = None  # of who speaks: no template writes it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_lists(cls, value: Any) -> Any:
+        """An answer that a client sends back holds lists of what there was none of."""
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            n: v for n, v in value.items() if not (n in ("tool_calls", "annotations") and v == [])
+        }
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
@@ -145,6 +156,7 @@ ResponseFormat = Annotated[AnyText | AnyJson | JsonBySchema, Field(discriminator
 _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
+    "function_call": ("none", "auto"),
     "functions": ([],),
     "length_penalty": (1, 1.0),
     "logit_bias": ({},),
@@ -152,16 +164,22 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "service_tier": ("auto", "default"),
+    "prompt_cache_retention": ("in-memory", "in_memory", "24h"),
+    "reasoning_effort": ("none", "minimal", "low", "medium", "high", "xhigh"),
+    "service_tier": ("auto", "default", "flex", "priority"),
     "skip_special_tokens": (True,),
-    "store": (False,),
+    "store": (False, True),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "use_beam_search": (False,),
+    "verbosity": ("medium",),
 }
 """Fields that are not supported, and the values with which they ask for nothing: these are taken,
-every other value is refused."""
+every other value is refused. A model that does not reason does so at any effort, and nothing is
+stored."""
+_CALLS = {"tool_choice": "tools", "function_call": "functions"}
+"""Fields of which "none" says that none of the others is to be called."""
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
@@ -205,7 +223,12 @@ class Sampling(Strict):
             return any(type(field) is type(value) and field == value for value in nothing)
 
         fields = cls.model_fields
-        return {n: field for n, field in value.items() if n in fields or not empty(n, field)}
+        uncalled = {what for name, what in _CALLS.items() if value.get(name) == "none"}
+        return {
+            n: field
+            for n, field in value.items()
+            if n not in uncalled and (n in fields or not empty(n, field))
+        }
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Sampling:
