@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -85,8 +86,23 @@ def test_the_image_gets_all_that_the_package_is_built_from() -> None:
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
     assert ignored[0] == "*"
     kept = {line.removeprefix("!") for line in ignored if line.startswith("!")}
-    assert kept >= {"src", "pyproject.toml", "README.md", "LICENSE"}
+    assert kept >= {"src", "photo-model", "pyproject.toml", "README.md", "LICENSE"}
     assert all((ROOT / name).exists() for name in kept)
+
+
+def test_the_image_serves_the_photo_model_and_has_onnx_runtime() -> None:
+    [extras] = [
+        rest.partition("=")[2] for word, rest in instructions() if rest.startswith("EXTRAS")
+    ]
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    known = tomllib.loads(text)["project"]["optional-dependencies"]
+    needed = [need for extra in extras.split(",") for need in known[extra]]
+    names = {re.split(r"[^\w-]", need, maxsplit=1)[0] for need in needed}
+    assert {"fastapi", "onnxruntime", "offramp-photo", "gguf"} <= names
+    # What is built of it is kept where the volume of models is.
+    [env] = [rest for word, rest in instructions() if word == "ENV" and "HF_HOME" in rest]
+    folders = dict(pair.split("=", 1) for pair in env.split())
+    assert folders["XDG_CACHE_HOME"] == folders["HF_HOME"]
 
 
 def test_compose_is_valid_and_locks_down() -> None:
@@ -135,6 +151,12 @@ def test_rays_file_names_fields_that_there_are() -> None:
     assert set(config.server) <= {field.name for field in fields(ServerConfig)}
     with pytest.raises(InputError, match="slotz"):
         application({**app["args"], "slotz": 1})
+
+
+def test_rays_file_listens_to_this_machine_as_it_gives_no_keys() -> None:
+    asked = read("ray-serve.yaml")
+    assert asked["http_options"]["host"] == "127.0.0.1"
+    assert "keys" not in asked["applications"][0]["args"]["server"]
 
 
 def test_rays_file_is_valid() -> None:

@@ -45,7 +45,7 @@ ANSWERS = {*ADAPTER, "answers"}
 MAY_IMPORT = {
     "errors": set(),
     "options": set(),
-    "missing": set(),
+    "missing": {"errors"},
     "betting": set(),
     "depth_color": set(),
     "storage": {"errors"},

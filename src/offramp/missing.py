@@ -3,15 +3,19 @@ type for it."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
+
+from offramp.errors import InputError
 
 EXTRAS = {
     "accelerate": "train",
@@ -76,32 +80,65 @@ def missing_package(error: BaseException) -> str | None:
     return None
 
 
+def has_pytorch() -> bool:
+    """Return True if PyTorch is installed, without importing it."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"] is not None
+    return importlib.util.find_spec("torch") is not None
+
+
+def needs_pytorch(what: str) -> InputError:
+    """Return the error where something needs PyTorch, which is not installed."""
+    apart = ", in an environment of its own" if _installed()[0] == EDGE else ""
+    return InputError(
+        f"{what} needs PyTorch, which is not installed.",
+        "Without it `offramp generate` and `offramp serve` take what `offramp slice` wrote. "
+        f"For the rest{apart}: {install_command('')}",
+    )
+
+
 def how_to_install(package: str | None) -> str:
     """A remedy, of one line."""
     if package is None:
         return "Install the package that it names, with pip install."
-    extra = EXTRAS.get(package)
+    extra = None if _installed()[0] == EDGE else EXTRAS.get(package)
     return f"Install it: {f'pip install {package}' if extra is None else install_command(extra)}"
 
 
+EDGE = "offramp-edge"
+"""The distribution without PyTorch, which has no extras."""
+
+
+def _installed() -> tuple[str, metadata.Distribution | None]:
+    """Return name and metadata of the distribution that this is of; None: a source tree, not installed."""
+    for name in ("offramp", EDGE):
+        try:
+            return name, metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "offramp", None
+
+
 def install_command(extra: str) -> str:
-    """Return what to type for an extra, by how offramp was installed (PEP 610): from a checkout, a
-    file, an address or an index."""
-    try:
-        text = metadata.distribution("offramp").read_text("direct_url.json")
-    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+    """Return what to type for an extra, or for offramp itself (""), by how it was installed (PEP 610):
+    from a checkout, a file, an address or an index."""
+    name, distribution = _installed()
+    if distribution is None:
         text = json.dumps({"url": Path(__file__).resolve().parents[2].as_uri(), "dir_info": {}})
+    else:
+        text = distribution.read_text("direct_url.json") or ""
     found: dict[str, Any] = json.loads(text) if text else {}
     url, source = str(found.get("url", "")), found.get("vcs_info")
     editable = "-e " if found.get("dir_info", {}).get("editable") else ""
-    what = f"offramp[{extra}]"
+    chosen = f"[{extra}]" if extra else ""
+    what = f"offramp{chosen}"
     if url.startswith("file:"):
         path = Path(url2pathname(urlsplit(url).path))
-        if path.is_dir():
-            what = f"{path}[{extra}]"
-        elif path.exists():  # a wheel that was removed leaves the index
+        if path.is_dir():  # a checkout, or its folder edge/
+            what = f"{path.parent if name == EDGE else path}{chosen}"
+        elif path.exists() and name != EDGE:  # a wheel that was removed leaves the index
             what = f"{what} @ {url}"
-    elif url:
+    elif url and name != EDGE:
         what += f" @ {source['vcs']}+{url}@{source['commit_id']}" if source else f" @ {url}"
     return f"pip install {editable}{_quoted(what)}"
 

@@ -15,11 +15,12 @@ from importlib import import_module
 from typing import Any
 
 from offramp import __version__
+from offramp.cli.edge import NAMES as EDGE_NAMES
 from offramp.cli.edge import is_edge
 from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
 from offramp.cli.parser import Parser, UsageError
 from offramp.errors import OfframpError, StorageError, printable
-from offramp.missing import how_to_install, missing_package
+from offramp.missing import has_pytorch, how_to_install, missing_package, needs_pytorch
 
 log = logging.getLogger(__name__)
 
@@ -129,13 +130,32 @@ def _run(argv: Sequence[str] | None, program: Program) -> int:
     return 0
 
 
-EDGE = Program("offramp", "offramp", OFFRAMP.description, EXAMPLES, {"edge": "offramp.cli.edge"})
-"""The commands as they are for what `offramp slice` wrote, which need no PyTorch."""
+EDGE = Program(
+    "offramp",
+    "offramp",
+    "Early exits inside llama.cpp, without PyTorch.",
+    """\
+examples:
+  offramp slice model-q4_k_m.gguf --adapter exits --out sliced
+  offramp generate sliced --prompt "Who are you?"
+  offramp serve sliced                           OpenAI's API and a page, at localhost:8000
+
+With PyTorch there are more commands: train, calibrate, verify and others.
+""",
+    {"edge": "offramp.cli.edge"}
+    | {name: COMMANDS[name] for name in ("slice", "env", "completion")},
+)
+"""The commands that need no PyTorch: generate and serve of what `offramp slice` wrote."""
 
 
 def _program_for(argv: Sequence[str] | None, program: Program) -> Program:
-    edge = program is OFFRAMP and is_edge(sys.argv[1:] if argv is None else argv)
-    return EDGE if edge else program
+    """The commands that there are. Raise `InputError` for one that needs PyTorch, without it."""
+    words = sys.argv[1:] if argv is None else argv
+    if program is not OFFRAMP or (has_pytorch() and not is_edge(words)):
+        return program
+    if words and words[0] in {*COMMANDS} - {*EDGE.commands, *EDGE_NAMES}:
+        raise needs_pytorch(f"offramp {words[0]}")
+    return EDGE
 
 
 def build_parser(program: Program = OFFRAMP) -> Parser:

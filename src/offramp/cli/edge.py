@@ -13,6 +13,9 @@ from typing import Any
 from offramp.cli.options import field_options
 from offramp.cli.output import print_json, print_text
 from offramp.cli.parser import Parser, share, whole
+from offramp.errors import AdapterError
+from offramp.missing import needs_pytorch
+from offramp.storage.places import close_name
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +74,16 @@ def _model_options(parser: Parser) -> None:
 def _generate_options(parser: Parser) -> None:
     group = parser.add_argument_group("question")
     group.add_argument("--prompt", default="Describe this image.", help="what is asked")
-    group.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE")
+    group.add_argument(
+        "--image", type=Path, nargs="+", default=[], metavar="FILE", help="images, with --mmproj"
+    )
     group.add_argument(
         "--plain", action="store_true", help="go on with the prompt; without the chat template"
     )
-    group.add_argument("--max-new-tokens", type=whole(1), default=128, metavar="N")
+    group.add_argument(
+        "--max-new-tokens", type=whole(1), default=128, metavar="N",
+        help="longest answer (default: 128)",
+    )  # fmt: skip
     group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="ends the answer")
     group.add_argument("--stream", action="store_true", help="print the answer as it is written")
     group = parser.add_argument_group("sampling")
@@ -108,7 +116,17 @@ def _serve_options(parser: Parser) -> None:
     image_options(parser.add_argument_group("images"))
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise `AdapterError` or `InputError` where it is not there, or is of another model."""
+    if _is_sliced(str(folder)):
+        return
+    if (close := close_name(folder)) and not folder.exists():
+        raise AdapterError(f"There is no folder {str(folder)!r}.", f"{close}")
+    raise needs_pytorch(f"{str(folder)!r}, which is no folder of `offramp slice`,")
+
+
 def _load(arguments: argparse.Namespace, slots: int = 1) -> Any:
+    _check_folder(arguments.folder)
     from offramp.runtimes.edge.model import EdgeModel
     from offramp.runtimes.llama_cpp.segment import EngineOptions
 

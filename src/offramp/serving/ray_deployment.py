@@ -48,10 +48,11 @@ class RayConfig:
     adapter: as `offramp serve` takes it; every machine must have it, or reach the hub. others:
     adapters of the same backbone by the name that a request's `model` gives; a replica holds the
     `held` that were asked for last, each with slots of its own. server: fields of `ServerConfig`
-    beside the name. loading: as of `open_model`. cpus, gpus: of a replica. threads: of the
-    processor, for one call. watch: whether the guarantee is watched; each replica watches its own
-    requests, and all that there may be share the level. scaling: more fields of Ray's autoscaling,
-    such as upscale_delay_s.
+    beside the name; keys of requests are those of the variable OFFRAMP_API_KEYS, where it is set.
+    loading: as of `open_model`. cpus, gpus: of a replica. threads: of the processor, for one call.
+    watch: whether the guarantee is watched; each replica watches its own requests, and all that
+    there may be share the level. scaling: more fields of Ray's autoscaling, such as
+    upscale_delay_s.
 
     Raises:
         InputError: no replicas, or fewer at most than at least; two adapters of one name.
@@ -98,7 +99,7 @@ def replica_app(config: RayConfig) -> FastAPI:
 
     from offramp.serving.monitor.watch_config import WatchConfig
     from offramp.serving.server.app import create_app
-    from offramp.serving.server.config import ServerConfig
+    from offramp.serving.server.config import ServerConfig, keys_of_environment
     from offramp.serving.server.pytorch import service_of
     from offramp.serving.server.tracing import provider_of
 
@@ -108,7 +109,8 @@ def replica_app(config: RayConfig) -> FastAPI:
     sizes = EngineConfig(config.slots, config.limit)
 
     def start(name: str, model: Adapter | Backbone) -> Service:
-        server = ServerConfig(name=name, queue=config.queue, **config.server)
+        named = {"name": name, "queue": config.queue}
+        server = ServerConfig(**{"keys": keys_of_environment(), **config.server}, **named)
         watch = WatchConfig(watchers=config.max_replicas) if config.watch else None
         return service_of(model, processor, server, sizes, watch=watch)
 

@@ -7,11 +7,12 @@ import os
 from importlib import metadata
 from typing import Any
 
+from offramp import __version__
 from offramp.cli.options import add_command
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.errors import InputError
-from offramp.missing import install_command
+from offramp.missing import has_pytorch, install_command
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
@@ -33,18 +34,23 @@ def _options(parser: Parser) -> None:
 
 
 def _env(arguments: argparse.Namespace) -> None:
-    import torch
-
     from offramp.provenance import provenance
 
-    here = provenance(None, "", None)
-    gpus = {f"cuda:{n}": torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())}
+    gpus: dict[str, str] = {}
+    torch_version = "not installed: what `offramp slice` wrote runs without it"
+    if has_pytorch():
+        import torch
+
+        count = torch.cuda.device_count()
+        gpus = {f"cuda:{n}": torch.cuda.get_device_name(n) for n in range(count)}
+        torch_version = torch.__version__
+    here = provenance(None, "", None)  # which asks PyTorch how many threads there are
     environment = {
-        "offramp": here["versions"]["offramp"],
+        "offramp": __version__,
         "commit": here["versions"]["commit"],
         "python": here["versions"]["python"],
         "platform": here["platform"],
-        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch_version},
         "optional": optional_packages(),
         "llama.cpp": _llama_cpp(),
         "devices": {"cpu": here["processor"], **gpus},

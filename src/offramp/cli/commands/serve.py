@@ -32,7 +32,6 @@ from offramp.errors import InputError, StorageError
 
 SLOTS, LLAMA_CPP_SLOTS = 8, 4
 PORT = 8000
-KEYS = "OFFRAMP_API_KEYS"
 log = logging.getLogger(__name__)
 
 
@@ -89,7 +88,7 @@ def _options(parser: Parser) -> None:
 
 def server_options(parser: Parser) -> Any:
     """Options of whoever serves, with PyTorch or without; the group of them."""
-    from offramp.serving.server.config import ServerConfig
+    from offramp.serving.server.config import KEYS, ServerConfig
 
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
@@ -280,19 +279,11 @@ def _keys(file: Path | None) -> list[str]:
         InputError: the file holds none, nor does the variable, which is set. StorageError: the file
             cannot be read.
     """
+    from offramp.serving.server.config import keys_of_environment
     from offramp.serving.server.middleware import keys_of
 
     if file is None:
-        given = os.environ.get(KEYS)
-        if given is None:
-            return []
-        found = [key.strip() for key in given.replace(",", "\n").splitlines() if key.strip()]
-        if not found:
-            raise InputError(
-                f"The variable {KEYS} is set, and holds no key.",
-                "Give keys with commas between, or unset it to serve without.",
-            )
-        return found
+        return list(keys_of_environment())
     try:
         keys = keys_of(file.read_text("utf-8"))
     except (OSError, ValueError) as error:

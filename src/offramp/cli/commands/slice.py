@@ -61,7 +61,8 @@ def _slice(arguments: argparse.Namespace) -> None:
         log.info("%s: %.1f MB", Path(name).name, size / 1e6)
     log.info(
         "The exits were trained on other weights than these: choose thresholds on them, "
-        "offramp calibrate --engine llama.cpp --gguf %s.",
+        "offramp calibrate %s --engine llama.cpp --gguf %s --data held_out.",
+        arguments.adapter,
         arguments.out,
     )
     say_next(f"offramp generate {arguments.out} --prompt 'A dog'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from offramp.errors import InputError
 from offramp.options import option
 
 MIB = 2**20
+KEYS = "OFFRAMP_API_KEYS"
+"""Variable of the keys that requests give."""
 _ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+/?")
 
 
@@ -142,3 +145,21 @@ def _check_positive(config: object, names: Sequence[str]) -> None:
             f"The server cannot run with {', '.join(f'{n}={v!r}' for n, v in wrong.items())}.",
             "Give finite numbers above 0.",
         )
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """Keys in the variable `KEYS`, with commas between; none where it is not set.
+
+    Raises:
+        InputError: it is set, and holds none.
+    """
+    given = os.environ.get(KEYS)
+    if given is None:
+        return ()
+    found = tuple(key.strip() for key in given.replace(",", "\n").splitlines() if key.strip())
+    if not found:
+        raise InputError(
+            f"The variable {KEYS} is set, and holds no key.",
+            "Give keys with commas between, or unset it to serve without.",
+        )
+    return found

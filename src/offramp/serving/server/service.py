@@ -294,7 +294,7 @@ class Service:
 
         gauge(
             "exit_rate",
-            "Share of early exit's tokens that exited.",
+            "Share of early exit's tokens that the first exit wrote.",
             lambda: _share(tally.exited, tally.exited + tally.waited),
         )
         gauge(
