@@ -25,10 +25,10 @@ def plots() -> dict[str, tuple[str, str]]:
             for kind in KINDS
         },
         "compare-photo": ("FREE beside each method, photographs", methods()),
-        "runtimes": ("Inside llama.cpp, 50 photographs", runtimes()),
+        "runtimes": ("Inside llama.cpp, q4_1, 50 photographs", runtimes()),
         "drafts": ("Lossless decoding, 5 drafts, 100 photographs", lossless()),
         "quantisation": ("Weights of the photo model in memory", quantisation()),
-        "guarantees": ("Risk kept, of what was promised", guarantees()),
+        "guarantees": ("Risk on fresh images, over the promised risk", guarantees()),
         "models": ("How near decoding is to the model itself", models()),
         "decoding": ("Depth of each token, tiny OPT", decoding()),
     }
@@ -43,7 +43,7 @@ def runtimes() -> str:
         for way, title in names.items()
         for one in [entries["q4_1", way]]
     }
-    return parts(rows, "decoding, over llama.cpp alone", factors=True)
+    return parts(rows, "answers after the vision tower, over llama.cpp alone", factors=True)
 
 
 def lossless() -> str:

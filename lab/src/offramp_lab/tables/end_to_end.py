@@ -94,7 +94,7 @@ def together() -> Table:
     """Several photographs at once."""
     found = record("end_to_end")
     return Table.of(
-        found["together"],
+        (entry for entry in found["together"] if entry["mode"] != "lossless"),
         {
             "": lambda entry: entry["mode"] + _tower(entry),
             "ms a caption": "{milliseconds:.0f}",

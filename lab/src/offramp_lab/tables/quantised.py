@@ -16,7 +16,6 @@ MODES = {
     "full": "exits off",
     "lossless": "lossless",
     "early_exit": "early exit as shipped",
-    "every_token": "every token at the exit",
 }
 
 
@@ -54,6 +53,5 @@ def answers() -> Table:
 
 TABLES: dict[str, MakeTable] = {
     "quantised-speeds": partial(_by_mode, _speed),
-    "quantised-seconds": partial(_by_mode, "{end_to_end_seconds:.2f}"),
     "quantised-answers": answers,
 }

@@ -21,7 +21,6 @@ WAY = ("runtime", "format", "mode")
 MODES = {
     "full": "ours, exits off",
     "early_exit": "ours, early exit at the shipped threshold",
-    "every_token": "ours, every token at the exit",
     "lossless": "ours, lossless",
 }
 IDENTICAL = {

@@ -12,7 +12,7 @@ def watched() -> Table:
     """False alarms, and images until a broken promise is noticed, by how much it is exceeded."""
 
     def delay(ratio: str) -> Told:
-        return lambda entry: "{median_images:.0f} (p95 {p95_images:.0f}) images".format_map(
+        return lambda entry: "{median_images:,.0f} ({p95_images:,.0f})".format_map(
             entry["delays"][ratio]
         )
 
@@ -20,37 +20,12 @@ def watched() -> Table:
         record("watched")["entries"],
         {
             "promised": "at most {target:.2%}",
-            "called broken though it holds": "{false_alarms:.2%} of {streams} over {images} images",
-            "twice the risk": delay("2"),
+            "called broken though it holds": "{false_alarms:.2%}",
+            "2 times the risk": delay("2"),
             "3 times": delay("3"),
             "10 times": delay("10"),
         },
     )
-
-
-def watch_delays() -> Table:
-    """Images until a risk that rises is noticed, by how many good ones came before; in brackets
-    without new starts."""
-    found = record("watched")["delays"]
-    rows = by(found, "after", "times", "new_starts")
-
-    def cell(after: int, times: float) -> str:
-        with_starts, without = (_median(rows[after, times, starts]) for starts in (True, False))
-        return f"{with_starts} ({without})"
-
-    return Table.grid(
-        {f"{row['after']:,}": row["after"] for row in found},
-        {f"{row['times']:g} times the risk": row["times"] for row in found},
-        cell,
-        "good images before",
-    )
-
-
-def _median(row: Value) -> str:
-    if row["noticed"] < 0.5:
-        return f"noticed in {row['noticed']:.0%} within {row['within']:,}"
-    missed = "" if row["noticed"] > 0.995 else f", in {row['noticed']:.0%}"
-    return f"{row['median_images']:,.0f}{missed}"
 
 
 def watch_average() -> Table:
@@ -87,7 +62,6 @@ def http() -> Table:
 
 TABLES: dict[str, MakeTable] = {
     "watched": watched,
-    "watch-delays": watch_delays,
     "watch-average": watch_average,
     "serving": http,
 }
