@@ -39,7 +39,7 @@ def right() -> Table:
 def _parts() -> Iterator[tuple[str, dict[str, Value]]]:
     """Each engine, and what the record has of it by way."""
     for part, entries in record("drafts").items():
-        if part != "provenance":
+        if part != "provenance" and "iq4_nl" not in part:
             yield part.replace("pytorch", "PyTorch"), by(entries, "way")
 
 

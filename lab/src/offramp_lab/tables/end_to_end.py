@@ -14,15 +14,20 @@ from offramp_lab.tables.markdown import (
 )
 
 STOCK, ALONE = "generate", "llama.cpp alone"
-EARLY, CAREFUL, WHOLE_PROMPT = "early exit", "early exit, careful", "early exit, prompt run whole"
+EARLY, CAREFUL = "early exit", "early exit, careful"
+WHOLE_PROMPT, LOSSLESS = "early exit, prompt run whole", "lossless"
 TORCH, ENGINE, ROUNDED = "torch", "onnxruntime", "openvino-bf16"
 NAMES = {STOCK: "Hugging Face's `generate`", ALONE: "llama.cpp alone", "PyTorch": "PyTorch"}
 
 
 def _way(entry: Value) -> str:
-    name = NAMES.get(entry["engine"], f"ours, {entry['engine']}")
-    mode = "" if entry["engine"] in (STOCK, ALONE) else f", {entry['mode']}"
+    name = NAMES.get(entry["engine"], f"offramp, {entry['engine']}")
+    mode = "" if entry["engine"] in (STOCK, ALONE) else f", {_mode(entry)}"
     return name + mode + _tower(entry)
+
+
+def _mode(entry: Value) -> str:
+    return "exits off" if entry["mode"] == "full" else str(entry["mode"])
 
 
 def _tower(entry: Value) -> str:
@@ -31,15 +36,15 @@ def _tower(entry: Value) -> str:
 
 def captions() -> Table:
     """Milliseconds of a caption by parts, and multiples of full depth."""
-    return _table((STOCK, "PyTorch"), {"of full depth": "over_full"})
+    return _table((STOCK, "PyTorch"), {"over exits off": "over_full"})
 
 
 def captions_in_llama() -> Table:
     """The same inside llama.cpp, beside llama.cpp alone."""
     columns = {
-        "of llama.cpp alone": "over_alone",
-        "of it behind the same tower": "over_alone_same_tower",
-        "of full depth": "over_full",
+        "over llama.cpp alone": "over_alone",
+        "over it with the same tower": "over_alone_same_tower",
+        "over exits off": "over_full",
     }
     return _table((ALONE, record("end_to_end")["format"]), columns)
 
@@ -47,23 +52,26 @@ def captions_in_llama() -> Table:
 def _table(engines: Collection[str], ratios: dict[str, str]) -> Table:
     found = record("end_to_end")
     return Table.of(
-        (
-            entry
-            for entry in found["captioned"]
-            if entry["engine"] in engines
-            and (entry["mode"] != WHOLE_PROMPT or entry["tower"] == TORCH)
-        ),
+        (entry for entry in found["captioned"] if entry["engine"] in engines and _shown(entry)),
         {
             "": _way,
             "to the first token": lambda entry: f"{_until_first(entry):.0f}",
             "decoding": "{milliseconds[decoded]:.0f}",
             "whole, ms": "{whole_milliseconds:.0f}",
             **{title: _ratio(name) for title, name in ratios.items()},
-            "as full depth": f"{{as_full}} of {found['photographs']}",
+            "same as exits off": f"{{as_full}} of {found['photographs']}",
             "ROUGE-L, difference": lambda entry: with_range(
                 f"{entry['ROUGE_L']['value']:.3f}", entry["ROUGE_L"]["difference"], "+.3f"
             ),
         },
+    )
+
+
+def _shown(entry: Value) -> bool:
+    """Whether a table has the entry: each mode once, and with faster towers what gains most."""
+    always = ("full", EARLY)
+    return entry["mode"] in (
+        always if entry["tower"] != TORCH else (*always, WHOLE_PROMPT, LOSSLESS)
     )
 
 
@@ -84,8 +92,8 @@ def questions() -> Table:
         {
             "": _way,
             "right": lambda entry: with_range(f"{entry['right']:.1%}", entry["difference"], "+.1%"),
-            "as full depth": f"{{as_full}} of {found['questions']}",
-            "of full depth, end to end": _ratio("over_full"),
+            "same as exits off": f"{{as_full}} of {found['questions']}",
+            "over exits off, end to end": _ratio("over_full"),
         },
     )
 
@@ -94,13 +102,13 @@ def together() -> Table:
     """Several photographs at once."""
     found = record("end_to_end")
     return Table.of(
-        (entry for entry in found["together"] if entry["mode"] != "lossless"),
+        filter(_shown, found["together"]),
         {
-            "": lambda entry: entry["mode"] + _tower(entry),
+            "": lambda entry: _mode(entry) + _tower(entry),
             "ms a caption": "{milliseconds:.0f}",
-            "of full depth": _ratio("over_full"),
-            "of early exit as it was": _ratio("over_before"),
-            "as early exit as it was": f"{{as_before}} of {found['photographs']}",
+            "over exits off": _ratio("over_full"),
+            "over early exit, prompt run whole": _ratio("over_before"),
+            "same captions as that": f"{{as_before}} of {found['photographs']}",
         },
     )
 

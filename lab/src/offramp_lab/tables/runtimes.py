@@ -19,15 +19,14 @@ OURS, ITS_KERNELS = "offramp, llama.cpp", "offramp, llama.cpp, its own kernels"
 WAY = ("runtime", "format", "mode")
 """What an entry is of."""
 MODES = {
-    "full": "ours, exits off",
-    "early_exit": "ours, early exit at the shipped threshold",
-    "lossless": "ours, lossless",
+    "full": "offramp, exits off",
+    "early_exit": "offramp, early exit",
+    "lossless": "offramp, lossless",
 }
 IDENTICAL = {
-    "lossless_as_full": "lossless as full depth",
-    "early_as_full": "early exit as full depth",
+    "lossless_as_full": "lossless as exits off",
     "early_as_float32_early": "early exit as PyTorch's in float32",
-    "full_as_float32_full": "full depth as PyTorch's in float32",
+    "full_as_float32_full": "exits off as PyTorch's in float32",
 }
 
 
@@ -78,8 +77,8 @@ def speeds() -> Table:
 def kernels() -> Table:
     """What exits alone gain by each kernels, over exits off by the same."""
     modes = ("early_exit", "lossless")
-    theirs = {f"{MODES[m][6:]}, llama.cpp's kernels": (ITS_KERNELS, m) for m in modes}
-    gains = {f"{MODES[m][6:]}, our kernels": (OURS, m) for m in modes}
+    theirs = {f"{MODES[m][9:]}, llama.cpp's kernels": (ITS_KERNELS, m) for m in modes}
+    gains = {f"{MODES[m][9:]}, our kernels": (OURS, m) for m in modes}
 
     def said(entry: Value) -> str:
         ours = entry["runtime"] == OURS
@@ -104,7 +103,7 @@ def identical() -> Table:
     n, scores = answers["photographs"], by(answers["cider"], *WAY)
     modes = ("full", "early_exit", "lossless")
     lines = {title: f"{{{name}}} of {n}" for name, title in IDENTICAL.items()}
-    lines |= {f"CIDEr, {MODES[mode].removeprefix('ours, ')}": f"{{{mode}}}" for mode in modes[:2]}
+    lines |= {f"CIDEr, {MODES[mode][9:]}": f"{{{mode}}}" for mode in modes[:2]}
     formats = {
         layers: {**same, **{mode: cider_of(scores[OURS, layers, mode]) for mode in modes}}
         for layers, same in answers["identical"].items()
