@@ -113,14 +113,15 @@ def identical() -> Table:
 
 def beside_alone(one: Value) -> tuple[str, ...]:
     """Of an entry of `offramp_lab.records.runtimes.ways`: its speed, and that in two parts."""
-    name = "the engine alone" if one["mode"] == "alone" else one["mode"].replace("_", " ")
+    names = {"alone": "the engine alone", "full": "exits off"}
+    name = names.get(one["mode"], one["mode"].replace("_", " "))
     rate = f"{one['tokens_per_cpu_second']:.0f}"
     if one["mode"] == "alone":
         return name, rate, "1", "", ""
     return name, rate, *(times_with_range(one[part]) for part in ("all", "rest", "exits"))
 
 
-BESIDE_ALONE = ("tokens a CPU second", "of the engine alone", "by our kernels", "by exits")
+BESIDE_ALONE = ("tokens a CPU second", "over the engine alone", "by our kernels", "by exits")
 
 
 def photo_edge() -> Table:

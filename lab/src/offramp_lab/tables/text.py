@@ -20,7 +20,7 @@ def speeds() -> Table:
         if one["format"] != "q4_1"
         for way, *cells in [beside_alone(one)]
     ]
-    return Table(("", *BESIDE_ALONE, "answers as full depth's"), rows)
+    return Table(("", *BESIDE_ALONE, "same as exits off"), rows)
 
 
 def _trained(measure: str) -> Any:
