@@ -76,8 +76,8 @@ def attach(
 
 
 class CalledAsModel:
-    """What is called as a Hugging Face model's `generate` is, and exits early by a policy: an
-    adapter, or a runtime in PyTorch's place."""
+    """The base of what is called as a Hugging Face model's `generate` is, and exits early by a
+    policy: an adapter, or a runtime in PyTorch's place."""
 
     backbone: Backbone
 
@@ -236,9 +236,9 @@ class Adapter(CalledAsModel):
         prepack(self.backbone, self.exits)
 
     def with_exact_batches(self) -> Adapter:
-        """This adapter, whose tokens are the same to the last bit whatever is decoded beside them:
-        alone, or in a `BatchEngine` with any requests. Lays out weights as `prepack` does, all of
-        them; prompts are read one at a time.
+        """Return this adapter, whose tokens are the same to the last bit whatever is decoded beside
+        them: alone, or in a `BatchEngine` with any requests. Lays out weights as `prepack` does,
+        all of them; prompts are read one at a time.
 
         Raises:
             InputError: as of `prepack`. UnsupportedBackboneError: once it decodes, where the model

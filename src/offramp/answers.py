@@ -44,7 +44,7 @@ class Runtime(Protocol):
     def generate(
         self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any
     ) -> GenerationOutput:
-        """As `Adapter.generate`."""
+        """Generate as `Adapter.generate` does."""
         ...
 
 

@@ -242,7 +242,8 @@ class RunningRisk:
 
     @property
     def p_value(self) -> float:
-        """Of the claim that the risk is at most what was promised, at any time."""
+        """Return the p-value of the claim that the risk is at most what was promised, at any
+        time."""
         return 1.0 if self._bets is None else float(1 / self._bets.most)
 
     @property
@@ -262,7 +263,7 @@ class RunningRisk:
     # -- kept over a restart -----------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """All that was learnt."""
+        """Return all that was learnt."""
         bets = self._bets
         kept = None if bets is None else {name: _plain(getattr(bets, name)) for name in KEPT}
         sides = (self._up, self._down, self._most_up, self._most_down)

@@ -86,7 +86,7 @@ class PathResult:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of `offramp verify` found.
+    """The findings of one run of `offramp verify`.
 
     engine: of the command line, with what of it ran: "torch (slots)". quantized: how the layers
     are held; "" as `dtype`. exits, backbone, policy: digests of what was verified. thresholds:
@@ -117,7 +117,7 @@ class Run:
 
     @property
     def words(self) -> str:
-        """In one line, for people."""
+        """Return the run in one line, for people."""
         promised = [path for path in self.paths if path.promised]
         hold, declined = sum(p.exact for p in promised), sum(p.declined for p in promised)
         found = [f"{hold} of {len(promised)} promises hold"] if promised else []
@@ -139,12 +139,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Certificate:
-    """All runs on an adapter's exits."""
+    """The runs of `offramp verify` on an adapter's exits."""
 
     runs: Sequence[Run] = ()
 
     def with_run(self, run: Run) -> Certificate:
-        """With a run in place of the earlier one of the same engine, precision and device."""
+        """Return the certificate with a run in place of the earlier one of the same engine,
+        precision and device."""
         return Certificate([*(r for r in self.runs if r.where != run.where), run])
 
     def of_exits(self, digest: str | None) -> Certificate | None:

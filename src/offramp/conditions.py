@@ -38,7 +38,7 @@ DIGITS = 16
 
 
 class Conditions(Mapping[str, Any]):
-    """What may change an answer, by name, as JSON; None, or left out: not known.
+    """The circumstances that may change an answer, by name, as JSON; None, or left out: not known.
 
     The names of the parts here: see `of_backbone`, `of_policy`, `of_exits`, `of_processor` and
     `of_arithmetic`; of a request: sampling ("greedy", or how else tokens are chosen), longest
@@ -60,8 +60,8 @@ class Conditions(Mapping[str, Any]):
         exits: Any = None,
         **known: Any,
     ) -> Conditions:
-        """Return where a backbone answers by a policy. engine: a runtime's name; None: PyTorch.
-        exits: their modules. known: of a request, and `of_processor`."""
+        """Return the conditions of a backbone that answers by a policy. engine: a runtime's name;
+        None: PyTorch. exits: their modules. known: of a request, and `of_processor`."""
         sampled = samples(backbone)
         parts: tuple[Mapping[str, Any], ...] = (
             of_backbone(backbone, engine),
@@ -165,7 +165,7 @@ def samples(backbone: Backbone, options: Mapping[str, Any] | None = None) -> boo
 
 
 def template_digest(processor: Any) -> str:
-    """Of a processor's chat template; "" where it has none, or one that writes the same."""
+    """Return the digest of a processor's chat template; "" without one, or if it writes the same."""
     template = getattr(processor, "chat_template", None)
     return _digest(str(template)) if template and template != ONE_TURN else ""
 
@@ -240,7 +240,7 @@ def as_loaded(backbone: Backbone) -> bool:
 
 
 def exits_digest(modules: nn.Module) -> str | None:
-    """Of the tensors of exits, made again where they were written to."""
+    """Return the digest of the tensors of exits, made again where they were written to."""
     now = _state(modules)
     before, digest = _EXITS.get(modules, (None, None))
     if before is None or not _is_same(before, now):
@@ -301,7 +301,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a condition is compared and told.
+    """The rule by which a condition is compared and told.
 
     words: what is said where it differs, with {here} and {then}. alike: whether it keeps every
     answer. shown: its value for people. before: what calibrations that do not say it were of;

@@ -71,7 +71,7 @@ class GuaranteeStatus:
 
     @property
     def sentence(self) -> str:
-        """For people; empty where there is nothing to say."""
+        """Return the guarantee for people; empty where there is nothing to say."""
         if self.promise is not None:
             return f"guaranteed with {self.promise.confidence:.0%} confidence: {self.promise.claim}"
         return f"not guaranteed here: {self.why}" if self.why else ""

@@ -39,15 +39,16 @@ _LEAST = 1e-6
 
 
 def mean_log_score(scores: Sequence[float]) -> float | None:
-    """Of the tokens of an answer that an exit looked at; None where none did."""
+    """Return the mean log score of the tokens of an answer that an exit looked at; None where none
+    did."""
     seen = [math.log(max(score, _LEAST)) for score in scores if score == score]  # NaN: not looked
     return sum(seen) / len(seen) if seen else None
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Of the answers to one kind of prompt. n: answers. low: the least of their mean log scores,
-    ascending, up to `KEPT` of them."""
+    """Scores of the answers to one kind of prompt. n: answers. low: the least of their mean log
+    scores, ascending, up to `KEPT` of them."""
 
     n: int
     low: tuple[float, ...]
@@ -58,7 +59,8 @@ class Kept:
         return cls(len(means), tuple(round(mean, 5) for mean in least))
 
     def p_value(self, mean: float) -> float:
-        """Of "drawn as the calibrated answers were"; 1 where it is none of the least."""
+        """Return the p-value of "drawn as the calibrated answers were"; 1 where it is none of the
+        least."""
         place = bisect_right(self.low, mean)
         return 1.0 if place == len(self.low) else (1 + place) / (1 + self.n)
 
@@ -74,13 +76,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Likeness:
-    """What is kept of calibrated answers, by kind of prompt (`offramp.prompt_kinds`)."""
+    """Scores of calibrated answers, by kind of prompt (`offramp.prompt_kinds`)."""
 
     kinds: Mapping[str, Kept]
 
     @classmethod
     def of(cls, scores: Sequence[Sequence[float]], kinds: Sequence[str]) -> Likeness:
-        """Of the scores of answers' tokens, and the kinds of their prompts."""
+        """Make the likeness of the scores of answers' tokens, and the kinds of their prompts."""
         means: dict[str, list[float]] = {}
         for kind, row in zip(kinds, scores, strict=True):
             mean = mean_log_score(row)
@@ -89,8 +91,8 @@ class Likeness:
         return cls({kind: Kept.of(some) for kind, some in sorted(means.items())})
 
     def p_value(self, kind: str, scores: Sequence[float]) -> float | None:
-        """Of an answer to a prompt of that kind; None: nothing is known of the kind, or no exit
-        looked at the answer, or too few were calibrated to call any unlike."""
+        """Return the p-value of an answer to a prompt of that kind; None: nothing is known of the
+        kind, or no exit looked at the answer, or too few were calibrated to call any unlike."""
         kept, mean = self.kinds.get(kind), mean_log_score(scores)
         if kept is None or mean is None or (kept.n + 1) * UNLIKE < 1:
             return None

@@ -54,7 +54,7 @@ def progress_bar(
 
 
 def duration(seconds: float) -> str:
-    """For people: "40 seconds", "3 minutes", "2 hours"."""
+    """Return a duration for people: "40 seconds", "3 minutes", "2 hours"."""
     for unit, size in (("hour", 3600), ("minute", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}s"

@@ -12,7 +12,8 @@ from offramp.errors import InputError, check_known
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What is asked for: P(risk <= target) >= confidence, and the method to find it by.
+    """A guarantee as it is asked for: P(risk <= target) >= confidence, and the method to find it
+    by.
 
     unit: of `UNITS`: what the risk is a mean over. "image": an image counts once, by the mean of
     what its answers lose; "answer": all answers count alike, and an image with many counts more.

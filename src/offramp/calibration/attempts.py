@@ -327,7 +327,7 @@ class Draws:
         return self._both(target + excess)
 
     def differences(self, after: int, before: int) -> list[Array]:
-        """By how much more is lost at one column than at another [n], scaled alike."""
+        """Return how much more is lost at one column than at another [n], scaled alike."""
         return self._both((self.sums[:, after] - self.sums[:, before]) / self.largest)
 
     def column(self, index: int) -> Draws:
@@ -373,7 +373,7 @@ def by_image(losses: Array, images: Sequence[ImageRows]) -> Array:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What was asked, and what came of it.
+    """An attempt at a guarantee: what was asked, and what came of it.
 
     asked: digest of all that the losses and the tests depend on, but for the images.
     settings: some of that, for people. number: of this attempt among those on the same images.
@@ -417,7 +417,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Turn:
-    """How an attempt is made.
+    """The images, path and errors that an attempt may use.
 
     number: among the attempts on the same images. images: in the order in which they are bet on.
     looked: how many of them were there at the first look; 0: a part of those, which a test of a

@@ -110,7 +110,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is guaranteed, and on what evidence.
+    """A guarantee and its evidence.
 
     policy: thresholds that passed, exits that none uses left out; without thresholds if nothing
         can be guaranteed, and then `reason` says why.
@@ -165,7 +165,8 @@ class Calibration:
     conditions: Conditions = field(default_factory=Conditions)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored in an adapter, without the attempts; thresholds are keyed by depth."""
+        """Return the calibration as an adapter stores it, without the attempts; thresholds are
+        keyed by depth."""
         path = [{**asdict(point), "thresholds": point.thresholds.to_json()} for point in self.path]
         entries = {**asdict(self), "policy": policy_to_json(self.policy), "path": path}
         entries |= {"kinds": list(entries["kinds"]), "conditions": self.conditions.to_json()}

@@ -49,7 +49,7 @@ class Replay:
         return self.targets >= 0
 
     def part(self, rows: Array) -> Replay:
-        """Only these answers."""
+        """Return the replay of these answers alone."""
 
         def some(arrays: Mapping[int, Array]) -> dict[int, Array]:
             return {depth: array[rows] for depth, array in arrays.items()}
@@ -143,7 +143,7 @@ class PolicyReplay:
         return self.replay.differs(self.depths(thresholds))
 
     def part(self, rows: Array) -> PolicyReplay:
-        """Only these answers."""
+        """Return the replay of these answers alone."""
         return replace(self, replay=self.replay.part(rows))
 
 

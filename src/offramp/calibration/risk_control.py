@@ -108,7 +108,7 @@ METHODS = ("auto", *TESTS)
 
 
 def p_value(losses: Losses, target: float, method: str) -> float:
-    """Of "the true risk is above `target`", for losses [n]."""
+    """Return the p-value of "the true risk is above `target`", for losses [n]."""
     return max(TESTS[method](part, target) for part in _parts(losses))
 
 

@@ -83,7 +83,7 @@ class Prospect:
 
 @dataclass(frozen=True)
 class Suitability:
-    """What exits promise on a model of L `layers`.
+    """The speed that exits promise on a model of L `layers`.
 
     prompts, tokens: that were answered, and looked at. planned: prompts that training would have.
     shortlist: whether exits read a shortlist of the vocabulary.

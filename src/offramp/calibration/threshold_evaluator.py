@@ -101,7 +101,7 @@ class ThresholdEvaluator:
         )
 
     def part(self, rows: Array) -> ThresholdEvaluator:
-        """Only these examples."""
+        """Return the evaluator of these examples alone."""
         return replace(
             self,
             examples=[self.examples[i] for i in rows.tolist()],

@@ -29,7 +29,7 @@ STEP = 0.005
 
 
 def candidates(depths: Sequence[int], grid: Sequence[float]) -> list[Thresholds]:
-    """All sets of exits, with all their combinations of thresholds of the grid.
+    """Return all sets of exits, with all their combinations of thresholds of the grid.
 
     Where these are more than `LIMIT`, the grid is thinned evenly, down to `FEWEST` points; where
     that is not enough, the sets hold fewer exits: many checks a token cost more than they save.

@@ -26,8 +26,8 @@ SLOTS = 4
 
 
 def is_edge(argv: Sequence[str]) -> bool:
-    """Whether a command names a folder of segments in the place of a model: in a word that is no
-    option's value, for what `offramp export` wrote and --gguf names has segments too."""
+    """Return True if a command names a folder of segments in the place of a model: in a word that
+    is no option's value, for what `offramp export` wrote and --gguf names has segments too."""
     if not argv or argv[0] not in NAMES:
         return False
     return any(_is_sliced(word) for before, word in pairwise(argv) if not _takes_a_value(before))

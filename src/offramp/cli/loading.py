@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) -> list[Any]:
-    """What `data_options` name, as `offramp.data.formats.read_items` reads it."""
+    """Return what `data_options` name, as `offramp.data.formats.read_items` reads it."""
     from offramp.data.formats import read_items
     from offramp.data.rows import NoAnswerError
 
@@ -82,7 +82,7 @@ def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
 
 
 def choose_device(asked: str, *, is_tiny: bool = False, quantize: str | None = None) -> str:
-    """Where the backbone runs; says which and why, where the machine has a GPU.
+    """Return where the backbone runs; says which and why, where the machine has a GPU.
 
     Raises:
         InputError: there is no such device.
@@ -159,7 +159,8 @@ def _engine(arguments: argparse.Namespace) -> str:
 
 
 def adapter_folder(arguments: argparse.Namespace) -> Path:
-    """Where a changed adapter is written: --out or, if it is on this machine, its own folder.
+    """Return where a changed adapter is written: --out or, if it is on this machine, its own
+    folder.
 
     Raises:
         InputError: neither is given, --out holds another adapter, or there are no exits to save.

@@ -319,7 +319,8 @@ def model_options(
 
 
 def adapter_options(parser: Parser, group: Any, engines: Collection[str]) -> None:
-    """How an adapter that was named is loaded. engines: as of `model_options`."""
+    """Add the options of how an adapter that was named is loaded. engines: as of
+    `model_options`."""
     group.add_argument("--backbone", metavar="NAME", help=f"{BACKBONE} (default: the adapter's)")
     precision_options(group, quantize=bool(engines))
     if engines:
@@ -327,7 +328,7 @@ def adapter_options(parser: Parser, group: Any, engines: Collection[str]) -> Non
 
 
 def engine_option(group: Any, engines: Collection[str] = tuple(ENGINES)) -> None:
-    """What runs the decoder, of these."""
+    """Add the option that says which of these engines runs the decoder."""
     known = ", ".join(f"{n} ({said})" if (said := ENGINES[n].said) else n for n in engines)
     group.add_argument(
         "--engine", metavar="NAME", default="torch", choices=_Engines(engines),
@@ -352,7 +353,7 @@ VISION = (TORCH, "onnxruntime", "openvino", "openvino-bf16", MTMD)
 
 
 def vision_options(group: Any) -> None:
-    """How images are seen."""
+    """Add the options of how images are seen."""
     name_option(
         group, "--vision", VISION, "what runs the vision tower on a CPU: in float32, or, with "
         f"--engine llama.cpp, {MTMD}, which needs a folder of `offramp export --vision`",
@@ -366,8 +367,8 @@ def vision_options(group: Any) -> None:
 
 
 def precision_options(group: Any, *, quantize: bool = True) -> None:
-    """Which revision of the backbone, in which precision and where. quantize: whether its weights
-    may be rounded."""
+    """Add the options of which revision of the backbone, in which precision and where. quantize:
+    whether its weights may be rounded."""
     group.add_argument("--revision", help="hub revision of the backbone")
     name_option(
         group, "--dtype", DTYPES, "precision of the backbone", default="auto", shown="as saved"
@@ -481,7 +482,7 @@ DATA = ("images", "split", "group_by")
 
 
 def asked_again(arguments: argparse.Namespace, *names: str) -> str:
-    """Those of these options that were given, as the next command takes them."""
+    """Return those of these options that were given, as the next command takes them."""
     given: dict[str, list[str]] = getattr(arguments, "given", {})
     return "".join(f" {shlex.join(given[name])}" for name in names if name in given)
 

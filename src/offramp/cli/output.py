@@ -125,7 +125,8 @@ def end_output(code: int) -> int:
 
 
 def say_next(*commands: str) -> None:
-    """What comes after a command, for a person: on stderr, and not where it is told to be quiet."""
+    """Say what comes after a command, for a person: on stderr, and not where it is told to be
+    quiet."""
     log.info("next: %s", "\n  or: ".join(commands))
 
 

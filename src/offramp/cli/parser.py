@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def loaded(self) -> Iterator[argparse.Action]:
-        """All options, those of commands included, which are made for it."""
+        """Return all options, those of commands included, which are made for it."""
         self._load()
         for action in self._actions:
             yield action

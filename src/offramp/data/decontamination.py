@@ -24,7 +24,7 @@ DIGITS = 16
 
 
 def source_digest(source: str) -> str:
-    """Of what images come in: `Example.source`."""
+    """Return the digest of what images come in: `Example.source`."""
     return hashlib.sha256(f"source {source}".encode()).hexdigest()[:DIGITS]
 
 
@@ -60,7 +60,7 @@ def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
 
 
 def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> list[bool]:
-    """For each example, whether its image was used in none of the `steps`.
+    """Return for each example whether its image was used in none of the `steps`.
 
     Raises:
         StorageError: an image file cannot be read. DataError: it is no image.

@@ -20,7 +20,7 @@ from offramp.errors import InputError
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layout is read, how it is recognised, and how its shape is explained to a user.
+    """A layout of a data file: its reader, what it is recognised by, and its shape in words.
 
     files: how many are read together, at most.
     """

@@ -76,14 +76,15 @@ class Grey:
         return cls(levels, NOISE + BLUR * levels.std(1))
 
     def differ(self, other: Grey) -> Array:
-        """By how many allowances the second worst cell differs from that of another image, and the
-        worst [2]."""
+        """Return by how many allowances the second worst cell differs from that of another image,
+        and the worst [2]."""
         ratios = _differ(self.levels, other.levels, self.allowed, other.allowed)
         return np.asarray(np.partition(ratios, -2)[-2:])
 
 
 def _differ(one: Array, other: Array, allowed: Array, others_allowed: Array) -> Array:
-    """By how many allowances each cell of images [..., cells, pixels] differs [..., cells]."""
+    """Return by how many allowances each cell of images [..., cells, pixels] differs [...,
+    cells]."""
     apart = one - other
     squares = np.einsum("...cp,...cp->...c", apart, apart) / apart.shape[-1]
     return np.asarray(np.sqrt(squares) / np.maximum(allowed, others_allowed))
@@ -91,7 +92,7 @@ def _differ(one: Array, other: Array, allowed: Array, others_allowed: Array) -> 
 
 @dataclass(frozen=True)
 class Look:
-    """What is kept of an image to find its copies.
+    """The part of an image that is kept to find its copies.
 
     thumbnail: [3 * SIDE * SIDE]. small: its grey levels. size: in pixels.
     """

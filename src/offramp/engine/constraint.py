@@ -82,7 +82,7 @@ class JsonConstraint:
             raise _no_schema(_said(self._fresh) or "nothing that the model can write satisfies it")
 
     def of_row(self, prompt: int, ends: Set[int]) -> _Answer:
-        """As of `Constraint`. ends: none: the tokenizer's own."""
+        """Return the constraint of a row; see `Constraint`. ends: none: the tokenizer's own."""
         own = frozenset(self._tokenizer.eos_tokens)
         return _Answer(self._fresh, prompt, frozenset(ends) or own, own)
 

@@ -26,7 +26,7 @@ Constrain = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ExitOutput:
-    """What an exit made of n tokens.
+    """An exit's output for n tokens.
 
     entry: the states that entered it [n, D]. state: what it made of them [n, D], before the final
     norm; None where nobody asked. previous: the states one decoder layer before [n, D], where
@@ -40,7 +40,7 @@ class ExitOutput:
     logits: Tensor | None = None
 
     def picked(self, index: Tensor | slice) -> ExitOutput:
-        """Of the tokens `index` alone."""
+        """Return the check of the tokens `index` alone."""
         entry, state, previous, logits = (
             None if part is None else _picked(part, index)
             for part in (self.entry, self.state, self.previous, self.logits)
@@ -70,7 +70,7 @@ Output = ExitOutput | Tensor
 
 
 def picked(output: Output, index: Tensor | slice) -> Output:
-    """Of the tokens `index` alone."""
+    """Return the output of the tokens `index` alone."""
     return output.picked(index) if isinstance(output, ExitOutput) else _picked(output, index)
 
 
@@ -142,7 +142,7 @@ class ExitCheck:
 
     @property
     def exits(self) -> ExitSet | None:
-        """Those it is of, with their discriminators; None: there are none."""
+        """Return the exits that are asked, with their discriminators; None: there are none."""
         return self.scorer.exits
 
     @cached_property
@@ -173,7 +173,7 @@ class ExitScorer:
 
     @cached_property
     def head(self) -> nn.Module | None:
-        """Of the shortlist; None: the model's own."""
+        """Return the LM head of the shortlist; None: the model's own."""
         if self.exits is None or self.shortlist is None:
             return None
         with torch.inference_mode(False):  # it is kept, and may be asked for in training

@@ -61,13 +61,14 @@ class Thresholds(dict[int, float]):
         return {str(depth): number for depth, number in self.items()}
 
     def __str__(self) -> str:
-        """For people: "0.9 at depth 2, 0.6 at depth 4"."""
+        """Return the thresholds for people: "0.9 at depth 2, 0.6 at depth 4"."""
         return ", ".join(f"{number:g} at depth {depth}" for depth, number in self.items())
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """How many of a prompt's visual tokens go on, and which (`offramp.engine.pruning`).
+    """The share of a prompt's visual tokens that goes on, and the ranking that says which
+    (`offramp.engine.pruning`).
 
     keep: share of them, above 0 and up to 1: all. ranking: of `RANKINGS`. Where fewer go on,
     answers change, at full depth too, so thresholds are calibrated with it.
@@ -94,17 +95,17 @@ class PruningStage(NamedTuple):
 
     @property
     def where(self) -> str:
-        """For people."""
+        """Return the place in words."""
         return f"behind depth {self.depth}" if self.depth else "to the decoder"
 
     @property
     def name(self) -> str:
-        """As a stage of a prompt (`offramp.engine.decoding.rule.PromptStage`)."""
+        """Return the name of the stage (`offramp.engine.decoding.rule.PromptStage`)."""
         return "pruning"
 
     @property
     def refusal(self) -> tuple[str, str]:
-        """Return where an executor cannot leave any token out."""
+        """Return problem and remedy where an executor cannot leave any token out."""
         return (
             f"The policy lets {self.keep:g} of the visual tokens go on {self.where}, and what runs "
             "the layers here cannot leave any behind.",
@@ -124,7 +125,7 @@ since approximate ones gained nothing."""
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """When tokens exit early.
+    """The policy by which tokens exit early.
 
     thresholds: by depth, in [0, 1]; a token exits at the first depth where score >= threshold. A
         depth that is missing, or None, is off and costs nothing; at one with 0 every token exits,
@@ -339,13 +340,14 @@ def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
 
 
 def first_thresholds(backbone: Backbone, policy: ExitPolicy) -> Thresholds:
-    """At which thresholds an answer's first token exits, by depth; none where it may not."""
+    """Return the thresholds at which an answer's first token exits, by depth; none where it may
+    not."""
     return policy.opening if first_token_may_exit(backbone, policy) else Thresholds()
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """What `generate` returns.
+    """The answers of `generate`, with the depth and score of each token.
 
     sequences: token ids [B, T], prompt included where HF's `generate` includes it.
     depths: decoder layers run for each new token [B, N]; 0 where a finished row is padded.
@@ -371,7 +373,7 @@ class GenerationOutput:
         rounds: Sequence[Sequence[tuple[int, int]]] = (),
         pad: int = 0,
     ) -> GenerationOutput:
-        """Of answers as tokens with their depths and scores, one list a row.
+        """Make the output of answers as tokens with their depths and scores, one list a row.
 
         ids: the prompt's [B, T]. pad: the id that fills up shorter rows.
         """
@@ -424,7 +426,7 @@ ENTRIES: Mapping[str, type] = {
 
 
 def policy_entries(policy: ExitPolicy) -> dict[str, Any]:
-    """All `ENTRIES` of a policy, as JSON."""
+    """Return all `ENTRIES` of a policy, as JSON."""
     return {
         "thresholds": Thresholds(policy.thresholds).to_json(),
         "score": policy.score,

@@ -38,7 +38,8 @@ _KNOWN = frozenset(
 
 
 class Reader(Protocol):
-    """Who reads a prompt. cache: it is read into. exits_on: depths of the exits that store keys."""
+    """The reader of a prompt. cache: it is read into. exits_on: depths of the exits that store
+    keys."""
 
     backbone: Backbone
     exits: ExitSet | None

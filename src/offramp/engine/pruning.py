@@ -37,7 +37,7 @@ LOOKING = "offramp_looking"
 
 
 class Look:
-    """What the newest token of each row attends to: shares [B, K] of the columns, the mean over
+    """The attention of the newest token of each row: shares [B, K] of the columns, the mean over
     heads."""
 
     shares: Tensor
@@ -78,13 +78,14 @@ ALL_ATTENTION_FUNCTIONS.register(LOOKING, looking_attention)
 
 
 def by_attention(shares: Tensor, count: int) -> Tensor:
-    """Those that are attended to most. shares: what each gets [n]."""
+    """Return the places of those that are attended to most. shares: what each gets [n]."""
     return shares.argsort(descending=True, stable=True)[:count]
 
 
 def by_diversity(states: Tensor, count: int) -> Tensor:
-    """Those that are least like each other: begin with the one farthest from its nearest, then take
-    the one that is farthest from all taken, by cosine. states: [n, D], as they enter the decoder.
+    """Return the places of those that are least like each other: begin with the one farthest from
+    its nearest, then take the one that is farthest from all taken, by cosine. states: [n, D], as
+    they enter the decoder.
     """
     unit = nn.functional.normalize(states.float(), dim=-1)
     far = 1 - unit @ unit.T
@@ -116,7 +117,7 @@ of each: its share of attention in the exit, or its state before the decoder."""
 
 @dataclass(frozen=True, eq=False)
 class Pruner:
-    """What stays behind of the prompts of a backbone."""
+    """Chooses which visual tokens of a backbone's prompts stay behind."""
 
     backbone: Backbone
     exits: ExitSet

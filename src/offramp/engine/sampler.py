@@ -138,7 +138,7 @@ class StopTogether:
 
     @classmethod
     def of(cls, prepared: Prepared) -> StopTogether | None:
-        """Of a request's rows; None where each ends by itself."""
+        """Return that of a request's rows; None where each ends by itself."""
         ends = any(hasattr(criterion, "eos_token_id") for criterion in prepared.criteria)
         return None if ends or len(prepared.ids) == 1 else cls(len(prepared.ids))
 
@@ -153,7 +153,7 @@ class StopTogether:
 
 
 class Sampler:
-    """What may come next in one row, and when it ends.
+    """The rules of one row: what may come next, and when it ends.
 
     ids: the prompt's token ids [1, T]. row: of the prepared request. plain: the largest logit is
     the next token, so many rows can be asked at once. scored: whether processors change what an

@@ -63,7 +63,7 @@ Outcome = float | str
 
 @dataclass(frozen=True)
 class DecodeCheck:
-    """What part 3 found.
+    """The findings of part 3.
 
     engine: of `EXECUTORS`, the one that it is about. depths: of its exits. prompt: what the prompts
     consisted of. plain: without exits. exits: tokens exit and catch up. first_token: as well, and

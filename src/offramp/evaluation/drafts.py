@@ -19,7 +19,7 @@ Rounds = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Drafted:
-    """How often drafts were right, in all rounds of some answers.
+    """The share of drafts that were right, in all rounds of some answers.
 
     acceptance: by place in a round, of those before which all were right. first: of an answer's
     first draft; None: there was none. tokens: written in a round.
@@ -31,7 +31,7 @@ class Drafted:
 
     @classmethod
     def of(cls, answers: Sequence[Rounds]) -> Drafted | None:
-        """None where no round was made."""
+        """Return the shares of some rounds; None where no round was made."""
         every = [(one[0], one[1]) for answer in answers for one in answer]
         if not every:
             return None

@@ -53,7 +53,8 @@ def mean_of_some(values: Sequence[float | None]) -> Measure:
 
 
 def finite(values: Sequence[float] | Array, problem: str) -> Array:
-    """At least one number, and no NaN, else a `DataError` that names the problem with so many."""
+    """Return the numbers where there is at least one, and no NaN, else a `DataError` that names the
+    problem with so many."""
     numbers = np.asarray(values, dtype=np.float64)
     if not numbers.size or not np.isfinite(numbers).all():
         raise DataError(

@@ -81,7 +81,7 @@ class Timing:
 
     @property
     def seconds_an_answer(self) -> float:
-        """From processor output to the last token, in the mean over examples."""
+        """Return the seconds from processor output to the last token, in the mean over examples."""
         return median(self.seconds) / len(self.answers)
 
 
@@ -175,8 +175,8 @@ def speedups(timings: Mapping[str, Timing], name: str) -> dict[str, Any]:
 
 
 def speedup_interval(slow: Timing, fast: Timing) -> tuple[float, float] | None:
-    """Of decoding: the 95% interval of a bootstrap over examples, drawn in pairs; each example's
-    seconds are the median of its rounds. None: fewer than two examples."""
+    """Return the speedup of decoding: the 95% interval of a bootstrap over examples, drawn in
+    pairs; each example's seconds are the median of its rounds. None: fewer than two examples."""
     both = np.stack([np.median(timing.by_example, 0) for timing in (slow, fast)], 1)
     return interval(Measure(float("nan"), both))
 

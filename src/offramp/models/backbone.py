@@ -25,7 +25,7 @@ from offramp.models.vision_engine import TORCH, StandIn, check_vision_engine, vi
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How the layers are called where tokens are decoded; answers are the same.
+    """Options of how the layers are called where tokens are decoded; answers are the same.
 
     lean: whether the stack's own code around them is left out, where that is exact. compiled:
     whether layers, exits and head are code that is compiled for single answers on a CPU.
@@ -241,7 +241,8 @@ class Backbone(OpenedModel):
 
     @property
     def reads_in_parts(self) -> bool:
-        """Whether a prompt may be run in several parts, as chunks and kept beginnings are."""
+        """Return True if a prompt may be run in several parts, as chunks and kept beginnings
+        are."""
         return self._in_parts and self.family.causal_prompt and not self.is_encoder_decoder
 
     @property

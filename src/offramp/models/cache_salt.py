@@ -14,7 +14,7 @@ _salt: ContextVar[str | None] = ContextVar("salt", default=None)
 
 
 def current_salt() -> str | None:
-    """Of the work being done in this thread; None: what is kept for everybody."""
+    """Return the salt of the work being done in this thread; None: what is kept for everybody."""
     return _salt.get()
 
 

@@ -15,7 +15,7 @@ from offramp.models import JUDGED
 
 
 class Verdict(NamedTuple):
-    """What a discriminator makes of N states.
+    """A discriminator's opinion of N states.
 
     logits: [N], high for the final layer's own. hidden: [N, H], what they are read from.
     """

@@ -204,7 +204,8 @@ def _scale_of(norm: nn.Module, width: int) -> Tensor:
 
 
 def drafter_config(backbone: Backbone) -> LlamaConfig:
-    """Of the drafter's layer: Llama's, with the sizes of the backbone's own."""
+    """Return the configuration of the drafter's layer: Llama's, with the sizes of the backbone's
+    own."""
     text = backbone.text_config
     width, heads = backbone.width, int(text.num_attention_heads)
     parameters = getattr(text, "rope_parameters", None) or {}

@@ -19,7 +19,7 @@ BUILT_IN = ("layer", "dense", "drafting", "lens")
 
 @dataclass(frozen=True)
 class ExitKind:
-    """How exits of a kind are built.
+    """A kind of exit, and how it is built.
 
     build: from the backbone, the depth and the indices of the exit's own cache entries, a module
         that is called as a decoder layer is: `module(hidden, *args, **kw)`, hidden [B, T, D], with
@@ -37,7 +37,7 @@ EXIT_KINDS: dict[str, ExitKind] = {}
 
 
 def kinds_of_exit() -> tuple[str, ...]:
-    """All names, the built-in ones first."""
+    """Return all names, the built-in ones first."""
     return tuple(dict.fromkeys((*BUILT_IN, *EXIT_KINDS)))
 
 

@@ -85,7 +85,7 @@ def copy_layer(
 
 
 class DraftInput(nn.Module):
-    """What enters an exit's layer where it drafts on: W_e norm(embedding) + W_o norm(state).
+    """The input of an exit's layer where it drafts on: W_e norm(embedding) + W_o norm(state).
 
     The embedding is of the token just written, the state what the same layer made of the one before
     it, so no layer below runs. Two inputs joined for the next draft are EAGLE's (Li et al. 2024);
@@ -213,7 +213,7 @@ class Exits(nn.ModuleDict):
 
 @dataclass(frozen=True, eq=False)
 class ExitSet:
-    """All that an adapter attaches to a backbone: the exits, and what reads or guards them.
+    """The modules that an adapter attaches to a backbone: the exits, and what reads or guards them.
 
     modules: the exits by depth.
     shortlist: token ids [S], ascending, that exits can say; None: the whole vocabulary.

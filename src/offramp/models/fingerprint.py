@@ -62,7 +62,7 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
 
 
 def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """None where two fingerprints are of one backbone, else the difference in words.
+    """Return the difference of two fingerprints in words; None where they are of one backbone.
 
     Parts that `saved` does not name, as in adapters written before there were parts, are not
     compared.

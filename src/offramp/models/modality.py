@@ -17,7 +17,7 @@ _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
 def modality_of(config: Any, inputs: Mapping[str, Any]) -> Modality:
-    """What the prompts of `inputs` consist of.
+    """Return what the prompts of `inputs` consist of.
 
     config: of the model, which names the token that stands for an image. inputs: tensors by name,
     as a processor returns them. Prompts whose modality is the same are run by the same code.

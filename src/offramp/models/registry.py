@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model family keeps its language decoder. Paths are dotted, from the VLM.
+    """The places where a model family keeps its language decoder. Paths are dotted, from the VLM.
 
     stack: the module whose `forward` loops over the decoder layers.
     layers, norm: attributes of the stack; `norm=None` where the stack ends without one.
@@ -44,7 +44,8 @@ class Family:
     discovered: bool = False
 
     def inside(self, prefix: str, vision: str | None) -> Family:
-        """This text family, held under `prefix` by a model with the vision tower `vision`."""
+        """Return this text family, held under `prefix` by a model with the vision tower
+        `vision`."""
         stack, head = f"{prefix}.{self.stack}", f"{prefix}.{self.head}"
         return replace(self, stack=stack, head=head, vision=vision)
 

@@ -13,7 +13,7 @@ from offramp.models.discovery.twin import graft, twin
 
 @dataclass(frozen=True)
 class LengthDependentRope:
-    """Where the frequencies of a model change, in tokens; None: nowhere.
+    """The length at which the frequencies of a model change, in tokens; None: none.
 
     grows: beyond so many tokens they change with every token ("dynamic"). switches: a text of more
     tokens has others, from its first token on ("longrope").
@@ -24,7 +24,7 @@ class LengthDependentRope:
 
     @classmethod
     def of(cls, config: Any) -> LengthDependentRope:
-        """By a text model's configuration; the smallest where kinds of layers have their own."""
+        """Read a text model's configuration; the smallest where kinds of layers have their own."""
         found: dict[str, int] = {}
         for rope in _settings(config):
             kind = str(rope.get("rope_type") or rope.get("type") or "")

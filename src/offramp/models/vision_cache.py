@@ -87,7 +87,7 @@ class RememberedTower(InPlaceOf):
 
 
 def digest(value: Any) -> str:
-    """Of nested arguments, their tensors bit for bit."""
+    """Return the digest of nested arguments, their tensors bit for bit."""
     made = hashlib.blake2b(digest_size=16)
     for part in _parts(value):
         if isinstance(part, Tensor):

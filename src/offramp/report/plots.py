@@ -134,7 +134,7 @@ def depth_histogram(shares: Mapping[str, float], layers: int) -> str:
 
 
 def depths_by_kind(kinds: Mapping[str, Mapping[str, Any]], layers: int) -> str:
-    """For each kind of token a bar of shares by depth, shallow to deep, and the mean depth.
+    """Draw for each kind of token a bar of shares by depth, shallow to deep, and the mean depth.
 
     kinds: by name `n`, `mean_depth` and `depth_shares`.
     """

@@ -144,7 +144,7 @@ def _dips(value: Value) -> list[dict[str, Any]]:
 
 
 def histogram(value: Value) -> Markup:
-    """At which depths tokens of a run exited."""
+    """Return the section on the depths at which tokens of a run exited."""
     early = value["modes"].get("early_exit")
     if not early:
         return NOTHING

@@ -52,12 +52,12 @@ class Table:
         )
 
     def markdown(self) -> str:
-        """As GitHub's Markdown has it."""
+        """Return the table as GitHub's Markdown has it."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
     def plain(self) -> str:
-        """For a terminal: the first column to the left, numbers to the right."""
+        """Return the table for a terminal: the first column to the left, numbers to the right."""
         lines = [self.columns, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = (

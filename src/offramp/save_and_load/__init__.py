@@ -73,7 +73,7 @@ _LARGEST_SEEN = 2**30
 
 @dataclass(frozen=True)
 class AdapterParts:
-    """What a folder holds besides the name of its backbone; see `offramp.adapter.Adapter`."""
+    """The content of a folder besides the name of its backbone; see `offramp.adapter.Adapter`."""
 
     exits: ExitSet
     policy: ExitPolicy = FULL

@@ -27,7 +27,8 @@ Prepare = Callable[[Request], Mapping[str, Any]]
 
 
 class Rounds(Protocol):
-    """What an engine's thread drives: `offramp.serving.core.Core`, or one that answers one by one.
+    """The rounds that an engine's thread drives: `offramp.serving.core.Core`, or one that answers
+    one by one.
 
     depths: of the exits in use. tally: what they did.
     """

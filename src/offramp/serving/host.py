@@ -82,7 +82,7 @@ class Host(Protocol):
 
 
 class Runtime(Protocol):
-    """What decodes several answers at a time in PyTorch's place."""
+    """A model that decodes several answers at a time in PyTorch's place."""
 
     adapter: Adapter
 
@@ -97,7 +97,7 @@ class Runtime(Protocol):
         ...
 
     def host(self, policy: ExitPolicy, vision_cache: VisionCache | None = None) -> Host:
-        """For the one engine that it decodes for from here on."""
+        """Return the host of the one engine that it decodes for from here on."""
         ...
 
 

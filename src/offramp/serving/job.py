@@ -88,7 +88,7 @@ class Jobs:
 
     @property
     def queued(self) -> set[Handle]:
-        """Those in the queue; for the thread that makes the rounds."""
+        """Return the jobs in the queue; for the thread that makes the rounds."""
         return {job.handle for job in self._queue}
 
     @property

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RayConfig:
-    """What every replica serves, and how many there are.
+    """Settings of what every replica serves, and how many there are.
 
     adapter: as `offramp serve` takes it; every machine must have it, or reach the hub. others:
     adapters of the same backbone by the name that a request's `model` gives; a replica holds the
@@ -167,7 +167,7 @@ class _Held:
 
 
 class Replica:
-    """What Ray builds the application around."""
+    """The model that Ray builds the application around."""
 
 
 def deployment(config: RayConfig) -> Any:

@@ -31,7 +31,7 @@ from offramp.serving.request import Request
 
 
 class PreparedHost:
-    """What hosts share whose prompts Hugging Face prepares: requests are inputs of a processor and
+    """The base of hosts whose prompts Hugging Face prepares: requests are inputs of a processor and
     options of `generate`."""
 
     plan: Plan
@@ -74,7 +74,7 @@ class PreparedHost:
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]
     ) -> tuple[Prepared, PrefillBackend, Any]:
-        """As `PromptReader.prepare`; what reads the prompt, and what that is given."""
+        """Prepare as `PromptReader.prepare` does; what reads the prompt, and what that is given."""
         raise NotImplementedError
 
     def output(self, ids: Tensor, sequence: Sequence) -> GenerationOutput:

@@ -76,7 +76,7 @@ class JsonlLog:
 
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:
-        """All whole rows, oldest first; a torn last line (no newline, no JSON) is left out.
+        """Return all whole rows, oldest first; a torn last line (no newline, no JSON) is left out.
 
         Raises:
             DataError: any other line is not a JSON object.

@@ -42,8 +42,8 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it may name something on the hub, as OWNER/NAME, and nothing on this machine: no
-    file or folder, nor what was to be one in a folder that is there."""
+    """Return True if it may name something on the hub, as OWNER/NAME, and nothing on this machine:
+    no file or folder, nor what was to be one in a folder that is there."""
     if _HUB_NAME.fullmatch(name) is None or os.path.exists(name):
         return False
     return not os.path.isdir(name.partition("/")[0])

@@ -35,7 +35,7 @@ class AdversarialObjective:
         self._places: Tensor | None = None
 
     def narrow(self, ids: Tensor) -> None:
-        """From now on logits are of the tokens `ids` [S] alone: a shortlist.
+        """Let logits be of the tokens `ids` [S] alone from now on: a shortlist.
 
         Both sides' probabilities are then among these, and a label that is not counts for nothing.
         """
@@ -133,7 +133,8 @@ class AdversarialObjective:
 
     @torch.no_grad()
     def agreeing(self, batch: Batch) -> list[int]:
-        """On how many answer tokens each exit's argmax is the final layer's; last, of how many.
+        """Return on how many answer tokens each exit's argmax is the final layer's; last, of how
+        many.
 
         The final layer's is over the whole vocabulary, also where the exits have a shortlist.
         """

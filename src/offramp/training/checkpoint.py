@@ -32,7 +32,7 @@ STATE, DIGEST, HISTORY = f"{FOLDER}/state.pt", f"{FOLDER}/state.sha256", f"{FOLD
 
 @dataclass
 class Progress:
-    """How far a run is: everything that resuming needs besides tensors.
+    """The state of a run: everything that resuming needs besides tensors.
 
     step: steps done. validated: the step of the last validation, -1 before the first. best: the
     best mean agreement, found at best_step. stale: validations since then.

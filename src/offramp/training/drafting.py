@@ -52,7 +52,7 @@ MASK, BIAS = "attention_mask", "position_bias"
 
 @dataclass
 class Rollout:
-    """What an exit made of B answers of A tokens, whose first A-1 are fed.
+    """The states that an exit made of B answers of A tokens, whose first A-1 are fed.
 
     before: its states at the columns before these [B, A-1, D], the prompt's last the first.
     drafts: of the k-th draft from every place, states [B, A-1, D] at the columns of the tokens that
@@ -226,7 +226,7 @@ def roll_out(backbone: Backbone, exits: Exits, batch: Batch, steps: int) -> dict
 
 @dataclass
 class Acceptance:
-    """How often drafts are right, those before them being right.
+    """The share of drafts that are right, those before them being right.
 
     tried, right: by place in the draft. first_tried, first_right: of an answer's first draft.
     """

@@ -33,8 +33,8 @@ Stores = tuple[FeatureStore, FeatureStore]  # of the answers to train and to val
 
 
 class Teacher(Protocol):
-    """What exits learn from in the backbone's place, while it is entered: the same backbone with
-    the weights of a number format, which `name` names."""
+    """The model that exits learn from in the backbone's place, while it is entered: the same
+    backbone with the weights of a number format, which `name` names."""
 
     @property
     def name(self) -> str: ...
@@ -46,8 +46,8 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class TrainingStates:
-    """Of examples, by a configuration, for exits at `depths`. out: the run's folder. teacher: is
-    entered while answers are written and states are recorded.
+    """The training states of examples, by a configuration, for exits at `depths`. out: the run's
+    folder. teacher: is entered while answers are written and states are recorded.
 
     Raises:
         DataError: no examples.
@@ -69,7 +69,7 @@ class TrainingStates:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that the states depend on, beside the examples and the backbone."""
+        """Return all that the states depend on, beside the examples and the backbone."""
         config = self.config
         answers = {
             "mixed": (config.labelled_fraction, config.learns_without_labels),

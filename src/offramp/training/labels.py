@@ -65,8 +65,8 @@ def answers_of(
 
 
 def most_given(answers: Sequence[str]) -> list[str]:
-    """Those that were given most often: of captions, which all differ, each; of annotators' answers
-    to a question, what most of them say."""
+    """Return the answers that were given most often: of captions, which all differ, each; of
+    annotators' answers to a question, what most of them say."""
     counts = Counter(answers)
     return [answer for answer, count in counts.items() if count == max(counts.values())]
 

@@ -41,13 +41,14 @@ class LossInputs:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """On the exit's features."""
+        """Return the verdict on the exit's features."""
         assert self.judge is not None
         return self.judge(self.features)
 
     @cached_property
     def teacher_verdict(self) -> Verdict:
-        """On the final layer's features, where nothing is to learn for an exit."""
+        """Return the verdict on the final layer's features, where nothing is to learn for an
+        exit."""
         assert self.judge is not None
         with torch.no_grad():
             return self.judge(self.teacher_features)
@@ -122,7 +123,7 @@ def register_loss(name: str, loss: Callable[[LossInputs], Tensor]) -> None:
 
 
 class Adversary(NamedTuple):
-    """What the two players lose, per token [N].
+    """The losses of the two players, per token [N].
 
     generator: of `LossInputs`, whose verdicts it may read. discriminator: of the logits [N] of the
     final layer's features and of the exit's.

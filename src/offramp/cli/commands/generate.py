@@ -66,7 +66,7 @@ def _options(parser: Parser) -> None:
 
 
 def answer_options(parser: Parser) -> None:
-    """How an answer is written and shown."""
+    """Add the options of how an answer is written and shown."""
     from offramp.engine.policy import MODES
 
     vision_options(parser.add_argument_group("images"))

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
-    """What goes with --engine. sized: threads and context too; returns the group."""
+    """Add what goes with --engine. sized: threads and context too; returns the group."""
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--gguf", type=Path, metavar="FOLDER", help="what `offramp export --out` wrote"
@@ -48,7 +48,7 @@ def check_runtime(arguments: argparse.Namespace) -> None:
 def load_runtime(
     arguments: argparse.Namespace, adapter: Any, *, alone: bool = False, **sizes: int
 ) -> Any:
-    """What generates in the adapter's place; None: it does that itself.
+    """Return what generates in the adapter's place; None: it does that itself.
 
     alone: nothing else decodes by the adapter, or saves it: what is held twice is freed. sizes:
     threads and context, where the command has other options for them; sequences, at a time.

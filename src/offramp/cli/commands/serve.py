@@ -116,7 +116,7 @@ def server_options(parser: Parser) -> Any:
 
 
 def image_options(group: Any) -> None:
-    """What images requests may bring."""
+    """Add the options of what images requests may bring."""
     from offramp.serving.server.config import ImageLimits
 
     field_options(group, ImageLimits, ("domains", "folder"))
@@ -193,7 +193,7 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 
 def server_config(arguments: argparse.Namespace, **more: Any) -> Any:
-    """What `server_options` and `image_options` say. more: fields beside them."""
+    """Return what `server_options` and `image_options` say. more: fields beside them."""
     from offramp.serving.server.config import ImageLimits, ServerConfig
 
     if arguments.port > 65535:

@@ -77,7 +77,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: objects in reading order, a background, and the seed of the rest."""
+    """The content of a picture: objects in reading order, a background, and the seed of the
+    rest."""
 
     objects: tuple[Thing, ...]
     background: str

@@ -21,9 +21,9 @@ Ends = Callable[[int], bool]
 
 
 class DraftBudget(NamedTuple):
-    """How far a round may draft. max_drafts: tokens. min_probability: an exit that drafts on stops
-    once the product of its drafts' probabilities is lower. ends: whether a token ends the answer;
-    nothing is drafted after it."""
+    """The limits of a round's drafts. max_drafts: tokens. min_probability: an exit that drafts on
+    stops once the product of its drafts' probabilities is lower. ends: whether a token ends the
+    answer; nothing is drafted after it."""
 
     max_drafts: int
     min_probability: float

@@ -63,7 +63,8 @@ class Plan:
     def rule(
         self, mode: str | None = None, thresholds: Mapping[int, float] | None = None
     ) -> ExitRule:
-        """Return how an answer uses the exits: the one place where a policy becomes a rule.
+        """Return the rule by which an answer uses the exits: the one place where a policy becomes a
+        rule.
 
         mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
         """
@@ -86,8 +87,8 @@ class Plan:
 
 
 def draft_levels(policy: ExitPolicy, drafting: int | None, layers: int) -> dict[int, float]:
-    """By the depth at which drafts count, the score or probability down to which they go on; empty
-    where nothing drafts.
+    """Return by the depth at which drafts count the score or probability down to which they go on;
+    empty where nothing drafts.
 
     drafting: depth of the exit that drafts on from its own state; None: there is none, and the
     lowest exit drafts by what it says of tokens that are fed. layers: depth L of the full model, at

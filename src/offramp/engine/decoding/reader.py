@@ -15,8 +15,8 @@ returns True once every row has exited."""
 
 
 class TokenSampler(Protocol):
-    """What may come next in one row is between the sampler and the heads; the decoder asks when the
-    answer ends.
+    """The rules of one row as the decoder sees them: when its answer ends. What may come next is
+    between the sampler and the heads.
 
     prompt: token ids of the row's prompt.
     """
@@ -35,8 +35,8 @@ class TokenSampler(Protocol):
 
 
 class Query(NamedTuple):
-    """Who asks what follows the tokens `before` of an answer. sampler: a `TokenSampler` of the
-    heads' own kind, one for each sequence."""
+    """A question of a sequence: which token follows the tokens `before` of its answer. sampler: a
+    `TokenSampler` of the heads' own kind, one for each sequence."""
 
     sampler: Any
     rule: ExitRule

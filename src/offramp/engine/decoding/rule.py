@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Verdict(NamedTuple):
-    """What an exit says of a sequence's next token. score: in [0, 1], NaN where none was
+    """An exit's opinion of a sequence's next token. score: in [0, 1], NaN where none was
     computed."""
 
     token: int
@@ -34,7 +34,7 @@ class PromptStage(Protocol):
 
 @dataclass(frozen=True)
 class ExitRule:
-    """How one request uses the exits.
+    """The thresholds and mode by which one request uses the exits.
 
     thresholds: by depth; a token exits at the first depth where score >= threshold. Lossless: from
         which score the drafter drafts on.

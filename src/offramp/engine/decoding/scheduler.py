@@ -43,8 +43,8 @@ class Load(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the deep layers run: once a sequence has waited `patience` calls (0: at once), once
-    `idle` sequences cannot be fed, or once none can.
+    """The rule for when the deep layers run: once a sequence has waited `patience` calls (0: at
+    once), once `idle` sequences cannot be fed, or once none can.
 
     Over long runs a deadline alone is within 5% of the best.
 
@@ -89,8 +89,8 @@ def due(rows: Many[Sequence], longest: int | None) -> list[Sequence]:
 
 @dataclass
 class Tally:
-    """What the exits did. exited, waited: tokens that the first exit let exit, and did not.
-    drafted, accepted: of lossless rounds."""
+    """Counts of what the exits did. exited, waited: tokens that the first exit let exit, and did
+    not. drafted, accepted: of lossless rounds."""
 
     exited: int = 0
     waited: int = 0

@@ -31,7 +31,7 @@ class Token(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """What a prompt was followed by.
+    """The token that follows a prompt.
 
     token: the answer's first token; None where layers above the exit at which the prompt waits are
     to say it. score: of the last exit that looked.

@@ -38,7 +38,7 @@ _ROWS = 1000
 
 @dataclass(frozen=True)
 class Layout:
-    """What the probe measured of a decoder.
+    """Measurements of a decoder by the probe.
 
     width: of its states. vocabulary: of its logits. returns: for each layer, how many values it
     returns; 0 where it returns the state alone. softcap, words: as of `OpenedModel`, where its

@@ -184,7 +184,8 @@ class Projector(nn.Module):
 
 
 class WordDetector(nn.Module):
-    """Which of `vocabulary` words people would say of a photograph, from its pooled features."""
+    """Scores the `vocabulary` words that people would say of a photograph, from its pooled
+    features."""
 
     def __init__(self, config: PhotoTowerConfig, dropout: float = 0.4) -> None:
         super().__init__()
@@ -250,7 +251,8 @@ class Bridge(nn.Module):
 
 
 class PhotoTower(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """What LLaVA calls: one entry of `hidden_states`, with every token meant (strategy "full")."""
+    """The tower that LLaVA calls: one entry of `hidden_states`, with every token meant (strategy
+    "full")."""
 
     config_class = PhotoTowerConfig
     main_input_name = "pixel_values"

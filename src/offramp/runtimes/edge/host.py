@@ -22,8 +22,8 @@ from offramp.serving.request import Request
 
 
 class EdgeHost:
-    """As of `Host`. A request's inputs are a `Prompt` and the ids of its text (`prompt`, `ids`),
-    its options those of `Sampler`."""
+    """The `Host` of a model without PyTorch. A request's inputs are a `Prompt` and the ids of its
+    text (`prompt`, `ids`), its options those of `Sampler`."""
 
     def __init__(
         self,

@@ -66,7 +66,7 @@ class Answer:
 
 
 class EdgeModel:
-    """What `offramp slice` wrote, without PyTorch.
+    """A model that `offramp slice` wrote, without PyTorch.
 
     Any thread may ask: `EngineOptions.sequences` answers are written at once, in calls that they
     share, each as it is written alone; others wait.

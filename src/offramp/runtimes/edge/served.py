@@ -33,7 +33,7 @@ from offramp.serving.server.served import Inputs, NoPromise
 
 
 class EdgeServed:
-    """As of `Served`."""
+    """The `Served` of a model without PyTorch."""
 
     smallest: int | None = None
     calibrated: int | None = None
@@ -118,7 +118,8 @@ class EdgeServed:
 
 
 class EdgePrompts:
-    """As of `Prompts`: texts by the file's template and tokenizer, images by libmtmd."""
+    """The `Prompts` of a model without PyTorch: texts by the file's template and tokenizer, images
+    by libmtmd."""
 
     image_mark = MARKER
 
@@ -166,12 +167,12 @@ def _content(parts: Sequence[Mapping[str, str]]) -> str:
 
 @dataclass
 class Noted(NotedLogprobs):
-    """As of `NotedLogprobs`, in numpy."""
+    """The `NotedLogprobs` in numpy."""
 
     _open: dict[int, tuple[Array, Ids | None]] = field(default_factory=dict)
 
     def note(self, place: int, logits: Array, ids: Ids | None) -> None:
-        """As of `Notes`."""
+        """Note log-probabilities; see `Notes`."""
         self._open[place] = logits, ids
 
     def settle(self, token: int) -> None:

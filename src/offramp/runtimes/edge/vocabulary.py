@@ -15,7 +15,7 @@ _NEEDLE = "needle"
 
 
 class Vocabulary:
-    """Of a model that llama.cpp has loaded."""
+    """The vocabulary of a model that llama.cpp has loaded."""
 
     def __init__(self, lib: Any, model: Any, template: str | None) -> None:
         """template: of chats, as the file says it; None: there is none.
@@ -87,7 +87,7 @@ class Vocabulary:
 
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:
-        """All tokens that end an answer."""
+        """Return all tokens that end an answer."""
         return tuple(token for token in range(self.size) if self.ends(token))
 
     def ends(self, token: int) -> bool:

@@ -22,7 +22,8 @@ from offramp.runtimes.graphs.programs import FULL, MOST, Read, RowPrograms, Said
 
 
 class GraphOutput(NamedTuple):
-    """What programs say of n tokens; and what they made of them, where somebody reads it."""
+    """The tokens that programs say after n tokens; and what they made of them, where somebody reads
+    it."""
 
     said: Said
     states: Any

@@ -33,7 +33,8 @@ FULL = -1
 
 
 class Said(NamedTuple):
-    """What a program says of n tokens. tokens: the largest logits'. scores: of an exit."""
+    """The tokens that a program says after n tokens. tokens: the largest logits'. scores: of an
+    exit."""
 
     tokens: list[int]
     scores: list[float]

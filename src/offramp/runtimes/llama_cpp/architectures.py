@@ -133,7 +133,7 @@ def _unfit_attention(backbone: Backbone, architecture: Architecture) -> Iterator
 
 
 def activation_of(config: Any) -> str | None:
-    """What the feed-forward part of a decoder's layers has between its products."""
+    """Return what the feed-forward part of a decoder's layers has between its products."""
     names = ("hidden_activation", "hidden_act", "activation_function")
     return next((getattr(config, n) for n in names if getattr(config, n, None)), None)
 
@@ -144,7 +144,7 @@ def array_of(tensor: Tensor) -> Array:
 
 
 def layer_kinds(backbone: Backbone) -> list[str]:
-    """Of each layer: whether it sees all, or through a window."""
+    """Return for each layer whether it sees all, or through a window."""
     kinds = getattr(backbone.text_config, "layer_types", None)
     return list(kinds or [FULL] * backbone.depth)
 
@@ -172,7 +172,7 @@ def _of_rotary(backbone: Backbone, kind: str, name: str) -> Any:
 
 
 def inverse_frequencies(backbone: Backbone, kind: str = FULL) -> Tensor:
-    """By what each rotary pair [head width / 2] turns from one position to the next."""
+    """Return by what each rotary pair [head width / 2] turns from one position to the next."""
     frequencies: Tensor = _of_rotary(backbone, kind, "inv_freq")
     return frequencies.float().cpu()
 
@@ -190,13 +190,14 @@ def _factors(backbone: Backbone, kind: str) -> Tensor:
 
 
 def rope_factors(backbone: Backbone) -> Tensor | None:
-    """By how much each rotary frequency [head width / 2] is divided; None where all by one."""
+    """Return by how much each rotary frequency [head width / 2] is divided; None where all by
+    one."""
     factors = _factors(backbone, FULL)
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
 
 
 def linear_factor(backbone: Backbone, kind: str = FULL) -> float | None:
-    """By how much all rotary frequencies are divided; None where not all by the same."""
+    """Return by how much all rotary frequencies are divided; None where not all by the same."""
     factors = _factors(backbone, kind)
     if not torch.allclose(factors, factors[:1].expand_as(factors), rtol=1e-5):
         return None

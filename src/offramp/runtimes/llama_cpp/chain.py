@@ -22,7 +22,8 @@ from offramp.runtimes.llama_cpp.segment import Part, Segment
 
 @dataclass(frozen=True)
 class CallSizes:
-    """How many tokens a call may hold, from `least` to `most`, and come out bit by bit the same.
+    """The number of tokens that a call may hold, from `least` to `most`, and come out bit by bit
+    the same.
 
     Some matrix kernels sum in another order for one row than for several: `least` is then 2, and a
     single token is fed twice, the second time to be forgotten.
@@ -39,7 +40,7 @@ class CallSizes:
     first: int = 1
 
     def cut(self, tokens: int) -> list[int]:
-        """How many each of the calls holds that take the least time together."""
+        """Return how many each of the calls holds that take the least time together."""
         whole, rest = divmod(tokens, self.most)
         return [self.most] * whole + self._cuts[rest]
 
@@ -119,7 +120,7 @@ class SegmentChain:
         self._waiting[slot] = [[] for _ in self.segments]
 
     def waits(self, slot: int = 0) -> bool:
-        """Whether any token is pending at an exit."""
+        """Return True if any token is pending at an exit."""
         return any(self._waiting[slot])
 
     def run(self, states: States, decide: Decide | None = None, slot: int = 0) -> int:
@@ -244,7 +245,7 @@ class SegmentChain:
         }
 
     def tokens(self, slot: int = 0) -> int:
-        """How many ran through the first segment, the prompt's among them."""
+        """Return how many ran through the first segment, the prompt's among them."""
         return self.segments[0].length_of(slot)
 
     def crop(self, rows: int, slot: int = 0) -> None:

@@ -30,7 +30,8 @@ class Cut:
 
     @property
     def layers(self) -> list[int]:
-        """Which of the decoder's layers the file's are; an exit's, that which it stands before."""
+        """Return which of the decoder's layers the file's are; an exit's, that which it stands
+        before."""
         return [*range(self.start, self.stop), *([] if self.depth is None else [self.stop])]
 
 

@@ -163,7 +163,7 @@ def write_draft_input(file: Path, state: Mapping[str, Array]) -> None:
 
 
 def read_draft_input(file: Path, width: int) -> dict[str, Array]:
-    """What was kept. width: D of states.
+    """Return what was kept. width: D of states.
 
     Raises:
         AdapterError: the file holds something else.

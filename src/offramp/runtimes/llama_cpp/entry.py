@@ -176,11 +176,11 @@ class PromptEntry:
         return self.kept.read(inputs, options, whole)
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-        """As `PromptReader.prepare`."""
+        """Prepare as `PromptReader.prepare` does."""
         return prepare_checked(self._intercepted.model, inputs, options)
 
     def prompts(self, prepared: Prepared) -> list[Prompt]:
-        """What enters the decoder for each row.
+        """Return what enters the decoder for each row.
 
         Raises:
             InputError: more rows than the runtime writes at a time, or too long ones.

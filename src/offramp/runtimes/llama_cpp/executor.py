@@ -22,8 +22,8 @@ from offramp.runtimes.llama_cpp.prompt import Prompt
 
 
 class ChainOutput(NamedTuple):
-    """What an exit of the chain made of n tokens, until its segment runs again. entry: the states
-    that entered it [n, D]. logits: of what it can say [n, S]."""
+    """The output of an exit of the chain for n tokens, until its segment runs again. entry: the
+    states that entered it [n, D]. logits: of what it can say [n, S]."""
 
     entry: States
     logits: Array

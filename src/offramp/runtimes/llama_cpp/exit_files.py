@@ -30,7 +30,7 @@ _LONGEST_HEADER = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class ExitFiles:
-    """What `Adapter.save` wrote.
+    """The files that `Adapter.save` wrote.
 
     config: of adapter.json. states: each exit's tensors, by depth. shortlist: token ids [S]; None:
     there is none. digest: as `digest_of` has it.
@@ -42,7 +42,8 @@ class ExitFiles:
     digest: str
 
     def draft_input(self, depth: int) -> dict[str, Array]:
-        """What enters the exit at a depth where it drafts on, by name; empty where it does not."""
+        """Return what enters the exit at a depth where it drafts on, by name; empty where it does
+        not."""
         return {
             name.removeprefix(DRAFTS): array
             for name, array in self.states[depth].items()
@@ -51,7 +52,8 @@ class ExitFiles:
 
     @property
     def policy(self) -> dict[str, Any]:
-        """As it runs: a first token exits only where decoding showed that it may."""
+        """Return the policy as it runs: a first token exits only where decoding showed that it
+        may."""
         policy, decoding = dict(self.config["policy"]), dict(self.config.get("decoding") or {})
         if not decoding.get("causal_prompt", True):
             policy |= {"exit_in_prefill": False, "first": {}}
@@ -122,8 +124,8 @@ def read_exits(folder: str | Path) -> ExitFiles:
 
 
 def digest_of(adapter: Any) -> str:
-    """Which exits an `Adapter` has: SHA-256 over their tensors and the shortlist, the same in
-    float32 and bfloat16."""
+    """Return which exits an `Adapter` has: SHA-256 over their tensors and the shortlist, the same
+    in float32 and bfloat16."""
     state, shortlist = adapter.exits.modules.state_dict(), adapter.exits.shortlist
     raw = {name: ("F32", tensor.detach().float().cpu().numpy()) for name, tensor in state.items()}
     return _digest(raw, None if shortlist is None else shortlist.cpu().numpy())

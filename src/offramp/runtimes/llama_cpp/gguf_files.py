@@ -47,7 +47,8 @@ class SegmentFiles:
 
     @property
     def taps(self) -> list[tuple[Path, int | None]]:
-        """Each file, and the layer in it whose output the next one is fed with; None: no one's."""
+        """Return each file, and the layer in it whose output the next one is fed with; None: no
+        one's."""
         layers = [stop - start - 1 for start, stop in pairwise(self.cuts)]
         return [*zip(self.files, [*layers[:-1], None], strict=True)]
 
@@ -55,7 +56,7 @@ class SegmentFiles:
 def read_segments(
     folder: str | Path, adapter: Adapter | None = None, *, check_digests: bool = True
 ) -> SegmentFiles:
-    """What `export_gguf` or `slice_gguf` wrote into `folder`.
+    """Return what `export_gguf` or `slice_gguf` wrote into `folder`.
 
     adapter: that it was written of; None: it is not compared. check_digests: read the files
     through and compare their SHA-256.

@@ -39,7 +39,7 @@ def check_format(kind: str) -> None:
 
 @contextmanager
 def new_file(file: Path, architecture: str) -> Iterator[Any]:
-    """What takes the metadata and tensors of a file, which is written at the end."""
+    """Yield what takes the metadata and tensors of a file, which is written at the end."""
     out = import_gguf().GGUFWriter(file, architecture)
     try:
         yield out
@@ -67,7 +67,7 @@ def add_array(out: Any, name: str, array: Array, kind: str) -> None:
 
 
 def rounded(array: Array, kind: str) -> Array:
-    """What a tensor [..., N] is behind `add_array`, as floats."""
+    """Return what a tensor [..., N] is behind `add_array`, as floats."""
     data, number = _quantised(array, kind)
     return np.asarray(import_gguf().quants.dequantize(data, number), np.float32)
 

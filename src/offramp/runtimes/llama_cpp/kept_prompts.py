@@ -63,7 +63,7 @@ class KeptPrompts:
     def read(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any], whole: Whole
     ) -> tuple[Prepared, list[Prompt]]:
-        """What `whole` returns: a request as it is prepared, and what enters the decoder."""
+        """Return what `whole` returns: a request as it is prepared, and what enters the decoder."""
         asked = list(options.get(CRITERIA) or ())
         key = self._key(inputs, {n: value for n, value in options.items() if n != CRITERIA})
         if key is None or any(isinstance(it, _OWN) for it in asked):

@@ -65,7 +65,7 @@ class OpenedFiles:
         first_may_exit: bool,
         every_mode: bool,
     ) -> Plan:
-        """As of `chain_plan`."""
+        """Return the plan of the chain; see `chain_plan`."""
         return chain_plan(
             self.files.cuts[-1], policy, heads, self.chain, self.files.depths, embed,
             drafter=self.drafter, first_may_exit=first_may_exit, every_mode=every_mode,

@@ -92,7 +92,7 @@ class Projector:
 
     @property
     def packed_bytes(self) -> int:
-        """Of the weights that our own kernels multiply."""
+        """Return the bytes of the weights that our own kernels multiply."""
         return 0 if self.products is None else self.products.bytes
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class Projector:
         return int(self._lib.mtmd_input_chunk_get_n_tokens(chunk))
 
     def length(self, chunk: Any) -> int:
-        """By how much positions behind a part are larger than those before it."""
+        """Return by how much positions behind a part are larger than those before it."""
         return int(self._lib.mtmd_input_chunk_get_n_pos(chunk))
 
     def words(self, chunk: Any) -> list[int]:
@@ -157,7 +157,7 @@ class Projector:
         return [int(tokens[place]) for place in range(length.value)]
 
     def looks_ahead(self, chunk: Any) -> bool:
-        """Whether an image's rows see each other."""
+        """Return True if an image's rows see each other."""
         return bool(self._lib.mtmd_decode_use_non_causal(self._context, chunk))
 
     def places(self, chunk: Any, at: int) -> Any:
@@ -177,8 +177,8 @@ class Projector:
 
 
 class Tower:
-    """What a projector makes of pictures in the size in which its tower sees them, beside no text
-    model. Any thread may ask."""
+    """The tokens that a projector makes of pictures in the size in which its tower sees them,
+    beside no text model. Any thread may ask."""
 
     def __init__(
         self, file: str | Path, options: EngineOptions, *, width: int, features: int = 0
@@ -215,7 +215,7 @@ class Tower:
 
     @property
     def packed_bytes(self) -> int:
-        """Of the weights that our own kernels multiply."""
+        """Return the bytes of the weights that our own kernels multiply."""
         return self._projector.packed_bytes
 
     def close(self) -> None:
@@ -232,7 +232,8 @@ def unfit(file: str | Path) -> AdapterError:
 
 
 def check_whole(file: str | Path) -> dict[str, Any]:
-    """What a projector's file says by key. Raise `AdapterError` where it is missing or damaged."""
+    """Return what a projector's file says by key. Raise `AdapterError` where it is missing or
+    damaged."""
     file = Path(file)
     if not file.is_file():
         raise AdapterError(f"{file} is no file.", "Name the projector's file: mmproj-...gguf.")

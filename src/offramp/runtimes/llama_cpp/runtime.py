@@ -103,12 +103,13 @@ class LlamaCppRuntime(CalledAsModel):
 
     @property
     def call_sizes(self) -> CallSizes:
-        """How many tokens share a call above the first exit, and come out as they would alone."""
+        """Return how many tokens share a call above the first exit, and come out as they would
+        alone."""
         return self._chain.sizes
 
     @property
     def packed_bytes(self) -> int:
-        """Of the weights that our own kernels multiply; 0 where llama.cpp's do."""
+        """Return the bytes of the weights that our own kernels multiply; 0 where llama.cpp's do."""
         return sum(s.products.bytes for s in self._segments if s.products is not None)
 
     @property
@@ -144,7 +145,7 @@ class LlamaCppRuntime(CalledAsModel):
             )
 
     def plan(self, policy: ExitPolicy | None = None, *, every_mode: bool = False) -> Plan:
-        """What answers by a policy, or the adapter's, are written by; the newest are kept.
+        """Return what answers by a policy, or the adapter's, are written by; the newest are kept.
 
         Raises:
             InputError: the files cannot follow the policy.
@@ -198,8 +199,8 @@ class LlamaCppRuntime(CalledAsModel):
         return freed
 
     def host(self, policy: ExitPolicy, vision_cache: VisionCache | None = None) -> LlamaCppHost:
-        """What a batch engine writes with, a slot for each sequence. Nothing else decodes from
-        here on.
+        """Return what a batch engine writes with, a slot for each sequence. Nothing else decodes
+        from here on.
 
         Raises:
             InputError: the files cannot follow the policy, in any mode; the runtime is closed.
@@ -210,7 +211,7 @@ class LlamaCppRuntime(CalledAsModel):
         return LlamaCppHost(self.backbone, plan, self.entry(vision_cache))
 
     def entry(self, vision_cache: VisionCache | None = None) -> PromptEntry:
-        """What takes prompts as far as llama.cpp."""
+        """Return what takes prompts as far as llama.cpp."""
         return PromptEntry(self.backbone, self._architecture, self.engine, vision_cache)
 
     def close(self) -> None:
@@ -297,8 +298,8 @@ class LlamaCppRuntime(CalledAsModel):
 
 
 class LlamaCppHost(PreparedHost):
-    """What one batch engine writes with: a sequence of llama.cpp's for each slot; meanwhile the
-    runtime itself answers nothing."""
+    """The host of one batch engine: a sequence of llama.cpp's for each slot; meanwhile the runtime
+    itself answers nothing."""
 
     def __init__(self, backbone: Backbone, plan: Plan, entry: PromptEntry) -> None:
         super().__init__(backbone)

@@ -37,7 +37,7 @@ _CACHES = {"f32": 0, "f16": 1}
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How llama.cpp runs.
+    """Settings by which llama.cpp runs.
 
     context: longest prompt with its answer, in tokens. threads: for a token and for a prompt.
     flash_attention: its fused attention; without it several rows in a call may round otherwise than
@@ -257,7 +257,7 @@ class Segment:
         sure: float,
         slot: int = 0,
     ) -> list[int]:
-        """What the loop says behind a sequence, by number; its rows are forgotten again.
+        """Return what the loop says behind a sequence, by number; its rows are forgotten again.
 
         word, state: what enters the layer first [D], and the tapped state before it. ends: whether
         a word ends an answer [S]. most, sure: as of `DraftRoom`.
@@ -316,7 +316,7 @@ class Segment:
         return f"deepstack_out-{layer}" if layer < self.features else f"l_out-{layer}"
 
     def said(self, key: str) -> str:
-        """What the file's metadata holds under `key`, as text; empty where it has none."""
+        """Return what the file's metadata holds under `key`, as text; empty where it has none."""
         text = ctypes.create_string_buffer(64)
         found = self._lib.llama_model_meta_val_str(self.model, key.encode(), text, len(text))
         return text.value.decode() if found >= 0 else ""
@@ -416,7 +416,7 @@ class _Batch:
 
 
 def kernels() -> str:
-    """Whose kernels multiply on this machine, in words.
+    """Return whose kernels multiply on this machine, in words.
 
     Raises:
         InputError: the extra `llama-cpp` is not installed.

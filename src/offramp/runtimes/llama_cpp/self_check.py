@@ -42,7 +42,7 @@ class _Seen:
 
 
 def call_sizes(segments: Sequence[Segment], probe: States, *, drafts: bool = False) -> CallSizes:
-    """How many tokens may share a call above the first exit, as `CallSizes` has it.
+    """Return how many tokens may share a call above the first exit, as `CallSizes` has it.
 
     probe: states [`AT_ONCE`, D] that enter the first segment. drafts: whether several tokens of a
     sequence enter it at once, to be verified. Leaves the segments empty.

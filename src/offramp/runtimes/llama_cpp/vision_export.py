@@ -47,7 +47,7 @@ Named = Iterator[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Kind:
-    """Of towers that libmtmd knows.
+    """A kind of towers that libmtmd knows.
 
     config: what its file says besides what all say, of the model's configuration and the image
     processor's longest side, or why it cannot be such a file. tensors: of the model's state, by the
@@ -270,7 +270,7 @@ def _unknown(backbone: Backbone, why: str) -> UnsupportedBackboneError:
 
 
 def features_of(backbone: Backbone) -> int:
-    """Behind how many of its first layers a decoder adds visual features."""
+    """Return after how many of its first layers a decoder adds visual features."""
     vision = getattr(backbone.model.config, "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
@@ -280,8 +280,8 @@ def features_of(backbone: Backbone) -> int:
 
 @dataclass(frozen=True)
 class Looks:
-    """What an image processor does to pixels: their mean and standard deviation, of 0 to 1, and the
-    longest side of an image that is cut into tiles, where there is one."""
+    """The changes that an image processor makes to pixels: their mean and standard deviation, of 0
+    to 1, and the longest side of an image that is cut into tiles, where there is one."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -289,7 +289,7 @@ class Looks:
 
     @classmethod
     def of(cls, processor: Any) -> Looks:
-        """Of a model's processor. Raise `InputError` where it looks at no images."""
+        """Read a model's processor. Raise `InputError` where it looks at no images."""
         look: Any = getattr(processor, "image_processor", processor)
         mean, std = (getattr(look, f"image_{name}", None) for name in ("mean", "std"))
         if mean is None or std is None:
@@ -399,8 +399,8 @@ def _format_of(name: str, array: Any, number_format: str) -> str:
 
 
 def check_tower(backbone: Backbone, tower: Tower, looks: Looks) -> float:
-    """How far a tower's tokens of two pictures are from the model's own in float32, as a share of
-    their length.
+    """Return how far a tower's tokens of two pictures are from the model's own in float32, as a
+    share of their length.
 
     Raises:
         UnsupportedBackboneError: farther than rounding to its format takes them.

@@ -46,7 +46,7 @@ class MtmdTower(StandIn):
 
     @property
     def packed_bytes(self) -> int:
-        """Of the weights that our own kernels multiply."""
+        """Return the bytes of the weights that our own kernels multiply."""
         return self._tower.packed_bytes
 
     def forward(self, *args: Any, **kw: Any) -> Any:
@@ -72,7 +72,7 @@ def with_mtmd(adapter: Adapter, folder: str | Path, *, threads: int = 1) -> Adap
 
 
 def mtmd_tower(backbone: Backbone, file: Path, options: EngineOptions) -> MtmdTower:
-    """What stands in the place of a backbone's tower and projector.
+    """Return what stands in the place of a backbone's tower and projector.
 
     Raises:
         AdapterError: the file is missing, or `export_vision` did not write it.

@@ -15,7 +15,7 @@ ACTIONS = ("lossless", "full", "warn")
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """How closely to look.
+    """Settings of how closely to look.
 
     share: of requests that are answered by the full model too. level: how often, at most, a promise
     that holds is ever called broken. slack: the alarm is raised at so many times the promised risk:

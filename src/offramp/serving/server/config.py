@@ -21,7 +21,8 @@ _ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+/?")
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What images a request may bring; bytes and pixels are checked before anything is decoded.
+    """Limits of the images that a request may bring; bytes and pixels are checked before anything
+    is decoded.
 
     seconds: a fetch may take. redirects: that are followed, each checked as the first address was.
 
@@ -55,7 +56,7 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How a server behaves.
+    """Settings of a server.
 
     name: of the model, in requests and answers. keys: any of them opens everything but `/health`
     and `/ready`; none: everything is open. share_kept: whether prompts and images that are kept

@@ -13,7 +13,7 @@ from offramp.serving.server.service import Service
 
 
 class Models:
-    """Which service answers, by the `model` that a request names; none named: the first's.
+    """The services that answer, by the `model` that a request names; none named: the first's.
 
     others: names of models beside the first. load: the service of one of them, ready; called for
     every request, so it keeps what it has loaded. held: the services that are loaded now.
@@ -59,7 +59,7 @@ class Models:
         return [first, *rest]
 
     def metrics(self) -> bytes:
-        """Of all that are loaded, in Prometheus's format."""
+        """Return the metrics of all models that are loaded, in Prometheus's format."""
         return text_of([service.metrics for service in self.loaded])
 
     def close(self) -> None:

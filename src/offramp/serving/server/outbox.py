@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class Sink(Protocol):
-    """What takes something in the event loop's thread, such as a queue of asyncio's."""
+    """A receiver of something in the event loop's thread, such as a queue of asyncio's."""
 
     def put_nowait(self, item: Any, /) -> None: ...
 

@@ -38,7 +38,7 @@ from offramp.storage import digest_rows
 
 
 class TorchServed:
-    """As of `Served`.
+    """The `Served` of a model in PyTorch.
 
     adapter: None: the backbone is served without exits.
     """

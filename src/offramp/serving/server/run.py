@@ -140,7 +140,8 @@ def protocol(limits: ServerConfig) -> type[Protocol]:
 
 
 class Server(uvicorn.Server):
-    """On a signal to stop it finishes answers under way, and ends as a command that worked."""
+    """A server that, on a signal to stop, finishes answers under way and ends as a command that
+    worked."""
 
     def __init__(
         self, config: uvicorn.Config, service: Service, ready: Callable[[], None] | None = None

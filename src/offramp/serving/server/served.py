@@ -66,7 +66,7 @@ class Prompts(Protocol):
 
 
 class GuaranteeStatus(Protocol):
-    """What is guaranteed, as of `offramp.guarantee.GuaranteeStatus`."""
+    """A guarantee's status, as of `offramp.guarantee.GuaranteeStatus`."""
 
     @property
     def promise(self) -> Any: ...

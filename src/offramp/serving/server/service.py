@@ -28,7 +28,8 @@ from offramp.serving.server.served import Inputs, Served
 
 @dataclass(frozen=True)
 class Use:
-    """How an answer uses the exits: as of `BatchEngine.submit`. named: the mode in words.
+    """The use that an answer makes of the exits: as of `BatchEngine.submit`. named: the mode in
+    words.
 
     fell_back: the adapter's own thresholds would have been used, were its guarantee not broken.
     """
@@ -168,7 +169,8 @@ class Service:
             unwanted.set()
 
     async def constraint(self, request: Sampling) -> Any:
-        """Of the answers to a request. Made in a thread: a large schema takes long.
+        """Return the constraint of the answers to a request. Made in a thread: a large schema takes
+        long.
 
         Raises:
             ApiError: a schema that is not supported, or too long, a tokenizer that cannot write it.

@@ -27,11 +27,12 @@ _OPTIONS = {"size_asserts": False, "alignment_asserts": False}
 
 
 class CannotCompileError(Exception):
-    """There is no code for this call; the module itself must run."""
+    """Raised where there is no code for a call: the module itself must run."""
 
 
 class Code:
-    """What `run` computes. Called with inputs and weights; what it writes into inputs stays."""
+    """Compiled code of what `run` computes. Called with inputs and weights; what it writes into
+    inputs stays."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class Kind:
 
 
 class Codes:
-    """All code of one backbone and of the exits on it."""
+    """The compiled code of one backbone and of the exits on it."""
 
     def __init__(self) -> None:
         self._kinds: list[Kind] = []

@@ -86,7 +86,8 @@ def _gains_by_filling(module: nn.Module) -> bool:
 
 
 class BareModules(dict[Any, Any]):
-    """By module, what is called in its place; made when first asked for, for one generation."""
+    """Bare twins by the module in whose place they are called; made when first asked for, for one
+    generation."""
 
     def __init__(self, caller: str) -> None:
         """caller: the Python module of the code that calls them."""
@@ -290,7 +291,7 @@ class CompiledHead(_Compiled):
 
 
 class CompiledModules(BareModules):
-    """By module, what is called in its place, for one generation: code, or a bare twin."""
+    """Code or bare twins by the module in whose place they are called, for one generation."""
 
     def __init__(self, codes: Codes, caller: str) -> None:
         super().__init__(caller)
@@ -313,7 +314,7 @@ _CODES: WeakKeyDictionary[nn.Module, Codes] = WeakKeyDictionary()
 
 
 def called_in_place(backbone: Backbone) -> BareModules:
-    """By module, what decoding calls in its place."""
+    """Return by module what decoding calls in its place."""
     caller, codes = type(backbone.stack).forward.__module__, _codes(backbone)
     return BareModules(caller) if codes is None else CompiledModules(codes, caller)
 

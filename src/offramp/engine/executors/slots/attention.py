@@ -44,8 +44,8 @@ MASKED, PACKED, EACH = "offramp_slots", "offramp_packed", "offramp_each"
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What a mask was made by. allowed: Hugging Face's function of (row, head, query, key), or None
-    in cross-attention, where an encoder's tokens alone are hidden."""
+    """The rule that a mask was made by. allowed: Hugging Face's function of (row, head, query,
+    key), or None in cross-attention, where an encoder's tokens alone are hidden."""
 
     allowed: Callable[..., Any] | None
     dtype: torch.dtype

@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class SlotCall:
-    """Where the tokens of one call of the stack stand.
+    """The slots and columns of the tokens of one call of the stack.
 
     shape: (B, T) of its hidden states [B, T, D].
     slots, columns: of each of its B * T tokens, in order.
@@ -40,7 +40,7 @@ class SlotCall:
 
     @cached_property
     def places(self) -> list[tuple[int, int, int]]:
-        """Of each token the row of queries and the place in it, and its column."""
+        """Return of each token the row of queries and the place in it, and its column."""
         wide = self.queries.shape[1]
         picked = range(len(self.columns)) if self.pick is None else self.pick.tolist()
         columns = self.columns.tolist()

@@ -10,8 +10,8 @@ from offramp.engine.executors.slots.rows import SlotRow
 
 
 class PendingStates:
-    """What layers below an exit made of columns that the layers above have yet to run, by segment
-    and slot; a sequence's first one is of its column `base`."""
+    """States that layers below an exit made of columns that the layers above have yet to run, by
+    segment and slot; a sequence's first one is of its column `base`."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots

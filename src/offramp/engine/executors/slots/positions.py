@@ -20,7 +20,7 @@ class RelativeBias:
         self._backwards: Tensor | None = None  # [1, heads, 1, columns], the farthest first
 
     def of(self, call: Call, columns: int) -> Tensor:
-        """Of each query of a call [R, heads, W, K]. columns: of the cache."""
+        """Return the bias of each query of a call [R, heads, W, K]. columns: of the cache."""
         device = self._attention.relative_attention_bias.weight.device
         if self._by_distance is None or len(self._by_distance) < columns:
             self._by_distance = self._table(torch.arange(columns, device=device))

@@ -151,7 +151,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 @dataclass(eq=False)
 class Given:
-    """What one call is made on.
+    """The inputs and positions of one call.
 
     inputs: token ids [n] or [B, T], or states [B, T, D] that enter a deeper layer. offsets:
     position of column 0 [..., slots], where the stack takes positions; offset: that of the one slot
@@ -311,7 +311,8 @@ class Tables:
         return states if self._norm is None else self._norm(states)
 
     def arguments(self, given: Given, instead: Mapping[str, Any]) -> list[Arguments]:
-        """Those of each kind of layer; see `kind_of`. instead: of the executor's own."""
+        """Return the arguments of each kind of layer; see `kind_of`. instead: of the executor's
+        own."""
         return [kind.at(given, instead) for kind in self._kinds]
 
     def check(self, given: Given, stage: Stage, stack_arguments: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ class Products:
 
     @property
     def bytes(self) -> int:
-        """Of the weights that are packed."""
+        """Return the bytes of the weights that are packed."""
         return int(self._native.offramp_products_bytes(self.handle)) if self.handle else 0
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Products:
 
 
 def reason_against(library: Any) -> str:
-    """Why the kernels cannot be used here, in words; empty where they can."""
+    """Return why the kernels cannot be used here, in words; empty where they can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "they are for Linux on x86-64"
     if library.ggml_backend_dev_count() != 1:
@@ -67,7 +67,7 @@ def reason_against(library: Any) -> str:
 
 
 def instructions() -> str:
-    """What the kernels were compiled for; only where there is no reason against them."""
+    """Return what the kernels were compiled for; only where there is no reason against them."""
     return str(_native().offramp_products_instructions().decode())
 
 

@@ -37,8 +37,9 @@ class NotedLogprobs:
 
 @dataclass(frozen=True)
 class Generation:
-    """How one answer is generated. logprobs: what notes them, if they are wanted. plain: greedy
-    and with no rule of its own, so that what is guaranteed of the adapter's answers holds of it."""
+    """Settings by which one answer is generated. logprobs: what notes them, if they are wanted.
+    plain: greedy and with no rule of its own, so that what is guaranteed of the adapter's answers
+    holds of it."""
 
     options: Mapping[str, Any]
     seed: int | None
@@ -49,7 +50,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Drawn:
-    """How tokens are sampled; at temperature 0 the likeliest is taken. top_k: 0: of all."""
+    """Settings by which tokens are sampled; at temperature 0 the likeliest is taken. top_k: 0: of
+    all."""
 
     temperature: float
     top_p: float

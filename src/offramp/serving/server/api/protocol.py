@@ -43,8 +43,8 @@ def _depths(value: Any) -> Any:
 
 
 class OfframpOptions(Strict):
-    """How the answer uses the exits. mode: one of those; left out: the server's. thresholds: by
-    depth, instead of the adapter's."""
+    """Options of how the answer uses the exits. mode: one of those; left out: the server's.
+    thresholds: by depth, instead of the adapter's."""
 
     mode: Mode | None = None
     thresholds: (
@@ -186,8 +186,8 @@ Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Sampling(Strict):
-    """What both kinds of completion share. temperature: left out: as the model's own generation
-    configuration says. top_k: 0 or -1: off. ignore_eos: write on to the longest answer.
+    """Fields that both kinds of completion share. temperature: left out: as the model's own
+    generation configuration says. top_k: 0 or -1: off. ignore_eos: write on to the longest answer.
     response_format: an answer that ends by itself parses."""
 
     model: str | None = None
@@ -271,7 +271,7 @@ class Sampling(Strict):
 
 
 class ChatRequest(Sampling):
-    """Of `/v1/chat/completions`."""
+    """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -297,8 +297,8 @@ Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)
 
 
 class CompletionRequest(Sampling):
-    """Of `/v1/completions`. prompt: text or token ids, one or several. images: of every prompt, as
-    `image_url` of a chat has them; an extension."""
+    """The body of `/v1/completions`. prompt: text or token ids, one or several. images: of every
+    prompt, as `image_url` of a chat has them; an extension."""
 
     prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1)]
     images: list[str] = Field(default_factory=list)
@@ -339,7 +339,8 @@ def single_question(request: Sampling) -> str:
 
 
 class TokenizeRequest(Strict):
-    """Of `/tokenize`: a text, or a conversation as the model would read it, images left out."""
+    """The body of `/tokenize`: a text, or a conversation as the model would read it, images left
+    out."""
 
     model: str | None = None
     prompt: str | None = None
@@ -354,13 +355,13 @@ class TokenizeRequest(Strict):
 
 
 class ResetRequest(Strict):
-    """Of `/v1/watch/reset`."""
+    """The body of `/v1/watch/reset`."""
 
     model: str | None = None
 
 
 class DetokenizeRequest(Strict):
-    """Of `/detokenize`."""
+    """The body of `/detokenize`."""
 
     model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=100_000)]

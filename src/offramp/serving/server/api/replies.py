@@ -34,7 +34,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Reply:
-    """What all parts of one reply say alike.
+    """The fields that all parts of one reply share.
 
     mode: how the exits were used. layers: of the full model. fell_back: whether the adapter's own
     thresholds were not used because the watched guarantee is broken. not_guaranteed: what stands
@@ -138,7 +138,8 @@ class Reply:
     def logprobs(
         self, choice: Written, noted: NotedLogprobs | None, begin: int, offset: int
     ) -> dict[str, Any] | None:
-        """Those of a choice's tokens from number `begin` on. offset: of their first letter."""
+        """Return the log-probabilities of a choice's tokens from number `begin` on. offset: of
+        their first letter."""
         if noted is None:
             return None
         if self.chat:

@@ -55,7 +55,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All that was given out."""
+        """Return all that was given out."""
         return self._shown()[: self._sent]
 
     def _shown(self) -> str:
@@ -87,7 +87,7 @@ class TextStream:
 
 
 class StopStrings:
-    """Whether an answer holds one of some strings; to Hugging Face's `generate` a stopping
+    """Looks for one of some strings in an answer; to Hugging Face's `generate` a stopping
     criterion."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
