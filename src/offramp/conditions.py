@@ -165,7 +165,7 @@ def samples(backbone: Backbone, options: Mapping[str, Any] | None = None) -> boo
 
 
 def template_digest(processor: Any) -> str:
-    """Return the digest of a processor's chat template; "" without one, or if it writes the same."""
+    """Return the digest of a processor's chat template; "" for none, or one that adds nothing."""
     template = getattr(processor, "chat_template", None)
     return _digest(str(template)) if template and template != ONE_TURN else ""
 

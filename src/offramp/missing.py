@@ -110,7 +110,7 @@ EDGE = "offramp-edge"
 
 
 def _installed() -> tuple[str, metadata.Distribution | None]:
-    """Return name and metadata of the distribution that this is of; None: a source tree, not installed."""
+    """Return name and metadata of the installed distribution; None: a source tree."""
     for name in ("offramp", EDGE):
         try:
             return name, metadata.distribution(name)
@@ -120,8 +120,8 @@ def _installed() -> tuple[str, metadata.Distribution | None]:
 
 
 def install_command(extra: str) -> str:
-    """Return what to type for an extra, or for offramp itself (""), by how it was installed (PEP 610):
-    from a checkout, a file, an address or an index."""
+    """Return what to type for an extra, or for offramp itself (""), by how it was installed
+    (PEP 610): from a checkout, a file, an address or an index."""
     name, distribution = _installed()
     if distribution is None:
         text = json.dumps({"url": Path(__file__).resolve().parents[2].as_uri(), "dir_info": {}})

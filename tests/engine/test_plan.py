@@ -121,6 +121,38 @@ def lora_scaled(adapter: Adapter) -> None:
         module.set_scale("default", 6.0)
 
 
+def lora_switched(adapter: Adapter) -> None:
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj"], init_lora_weights=False)
+    torch.default_generator.manual_seed(4)
+    inner = adapter.backbone.model.model.language_model
+    inject_adapter_in_model(config, inner, adapter_name="other")
+    for module in lora_layers(adapter):
+        module.set_adapter("other")
+
+
+def lora_deleted(adapter: Adapter) -> None:
+    for module in lora_layers(adapter):
+        module.delete_adapter("default")
+
+
+def unhooked(adapter: Adapter) -> None:
+    layer(adapter).mlp._forward_hooks.popitem()
+
+
+def buffer_written(adapter: Adapter) -> None:
+    adapter.backbone.stack.rotary_emb.inv_freq.mul_(0.5)
+
+
+def embeddings_written(adapter: Adapter) -> None:
+    with torch.no_grad():
+        table = adapter.backbone.stack.get_input_embeddings().weight
+        table.copy_(table.roll(3, 0))
+
+
+def training(adapter: Adapter) -> None:
+    layer(adapter).train()
+
+
 CHANGES: dict[str, tuple[Callable[[Adapter], None], ...]] = {
     "a parameter replaced": (replaced,),
     "a parameter written in place": (written,),
@@ -135,7 +167,19 @@ CHANGES: dict[str, tuple[Callable[[Adapter], None], ...]] = {
     "LoRA switched off": (with_lora, lora_off),
     "LoRA merged": (with_lora, lora_merged),
     "LoRA scaled": (with_lora, lora_scaled),
+    "LoRA switched to another": (with_lora, lora_switched),
+    "LoRA deleted": (with_lora, lora_deleted),
+    "a hook taken off": (hooked, unhooked),
+    "a buffer written in place": (buffer_written,),
+    "embeddings written in place": (embeddings_written,),
+    "a layer set to train": (training,),
 }
+
+
+NO_OTHER_ANSWERS = (
+    "another attention", "another precision", "LoRA switched off", "LoRA deleted",
+    "a hook taken off", "a layer set to train",
+)  # fmt: skip
 
 
 def inputs_of(dtype: torch.dtype) -> dict[str, Any]:
@@ -163,7 +207,7 @@ def twice(changes: tuple[Callable[[Adapter], None], ...], *, warm: bool) -> list
 def test_answers_after_a_change_are_those_of_a_model_that_always_was_so(name: str) -> None:
     changed = twice(CHANGES[name], warm=True)
     assert changed == twice(CHANGES[name], warm=False)
-    if name not in ("another attention", "another precision", "LoRA switched off"):
+    if name not in NO_OTHER_ANSWERS:
         assert changed != answers(fresh())
 
 
@@ -184,6 +228,16 @@ def test_a_live_engine_seats_no_prompt_by_a_stale_plan(name: str) -> None:
     assert before.done() and late.exception() is None
     expected = twice(CHANGES[name], warm=False)[1]
     assert late.result().output.sequences.tolist() == expected
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_change_ends_the_plan(name: str) -> None:
+    adapter = fresh()
+    answers(adapter)
+    for change in CHANGES[name]:
+        plan = adapter.plan()
+        change(adapter)
+        assert adapter.plan() is not plan
 
 
 def test_a_plan_is_kept_while_nothing_changes() -> None:

@@ -50,7 +50,7 @@ class Stamp:
         found += [id(each["forward"]) for each in self._own if "forward" in each]
         found += [id(child) for table in self._children for child in table.values()]
         found += [key for table in self._hooks for key in table]
-        found += [_written(tensor) for table in self._tensors for tensor in table.values()]
+        found += [written(tensor) for table in self._tensors for tensor in table.values()]
         found += [_switches(layer) for layer in self._adapted]
         return found
 
@@ -67,8 +67,8 @@ def _modules(backbone: Backbone, exits: ExitSet | None) -> Iterator[nn.Module]:
         yield from exits.modules.modules()
 
 
-def _written(tensor: Tensor | None) -> Any:
-    """Which tensor it is, where its values are, and how often they were written in place."""
+def written(tensor: Tensor | None) -> Any:
+    """Return which tensor it is, where its values are, and how often they were written in place."""
     if tensor is None:
         return None
     try:

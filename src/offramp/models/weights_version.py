@@ -45,7 +45,7 @@ def weights_version(root: nn.Module) -> list[Any]:
 
 
 class Unchanged:
-    """Whether a module still computes what it did when this was made, for callers that ask often.
+    """Tells if a module still computes what it did when this was made, for callers that ask often.
 
     As long as all that its modules hold are the very objects of the time before, and no tensor was
     written, nothing else is looked at; else `weights_version` decides. That takes a sixth of the

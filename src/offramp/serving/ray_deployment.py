@@ -109,7 +109,7 @@ def replica_app(config: RayConfig) -> FastAPI:
     sizes = EngineConfig(config.slots, config.limit)
 
     def start(name: str, model: Adapter | Backbone) -> Service:
-        named = {"name": name, "queue": config.queue}
+        named: dict[str, Any] = {"name": name, "queue": config.queue}
         server = ServerConfig(**{"keys": keys_of_environment(), **config.server}, **named)
         watch = WatchConfig(watchers=config.max_replicas) if config.watch else None
         return service_of(model, processor, server, sizes, watch=watch)

@@ -250,7 +250,8 @@ class Embeddings:
             ids = torch.tensor([tokens], device=self._backbone.device)
             states = array_of(self._embedding(ids)[0])
         else:  # as they are now
-            states = self._embedding.weight.detach().numpy()[tokens]  # type: ignore[union-attr]
+            weight: Any = self._embedding.weight
+            states = weight.detach().numpy()[tokens]
         if self._scale != 1.0:
             states = states * self._scale
         if self._places is None or position is None:

@@ -37,14 +37,16 @@ from offramp.engine.executors.slots.tables import (
 )
 from offramp.engine.exit_check import Output
 from offramp.engine.kv_cache import cache_parameter
+from offramp.engine.stamp import written
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet, first
 from offramp.models.opened import LayerCall
 
 log = logging.getLogger(__name__)
 
-_TABLES: WeakKeyDictionary[nn.Module, dict[Any, Tables | str]] = WeakKeyDictionary()
-"""What was rehearsed of a model, by kind of attention; or why a stack must run itself."""
+_TABLES: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Tables | str]]] = WeakKeyDictionary()
+"""By kind of attention, what was rehearsed of a model, or why a stack must run itself; and the
+tensors that it was made of."""
 
 
 class SlotRunner(SegmentRunner):
@@ -253,7 +255,10 @@ class SlotRunner(SegmentRunner):
         attention = backbone.text_config._attn_implementation
         kind = attention, self.held.offsets is None, backbone.dtype, backbone.device
         known = _TABLES.setdefault(backbone.model, {})
-        made = known.get(kind)
+        now = _written(backbone)
+        before, made = known.get(kind, (now, None))
+        if before != now:
+            made = None
         if isinstance(made, str):
             self._refused = True
             return None
@@ -273,12 +278,12 @@ class SlotRunner(SegmentRunner):
                 again = self._in_a_row(count, filled=True)
                 tables.check(again, self._stage, self._stack_arguments(again))
         except CannotRehearseError as error:
-            known[kind] = str(error)
+            known[kind] = now, str(error)
             self._refuse(error)
             return None
         finally:
             self._current.call = current
-        known[kind] = tables
+        known[kind] = now, tables
         return tables
 
     def _in_a_row(self, count: int, *, filled: bool = False) -> Given:
@@ -348,3 +353,10 @@ class SlotRunner(SegmentRunner):
             own = self._relative.of(self._current.call, self.cache.columns)
             self._bias = own, own.new_zeros(1, 1, 1, 1)
         return self._bias
+
+
+def _written(backbone: Backbone) -> list[Any]:
+    """Which tensors the stack has beside its layers, such as rotary frequencies, and how often they
+    were written."""
+    beside = [m for n, m in backbone.stack.named_children() if n != backbone.family.layers]
+    return [written(t) for m in beside for t in (*m.parameters(), *m.buffers())]
