@@ -125,7 +125,7 @@ def _common_options(parser: Parser, *, result: bool) -> None:
     group.add_argument(
         "--config",
         metavar="FILE",
-        help="options as lines of a YAML file, such as steps: 400; what is typed here wins",
+        help="YAML file with one option a line, such as steps: 400; the command line wins",
     )
 
 
@@ -409,8 +409,7 @@ def data_options(
     ending = "" if limit is None else f" (default: {limit})"
     group.add_argument(
         "--limit", type=whole(1), default=limit, metavar="N",
-        help="a sample of this many examples, and all else that is asked about their images"
-        f"{ending}",
+        help=f"sample of this many examples, with all questions about their images{ending}",
     )  # fmt: skip
     return group
 

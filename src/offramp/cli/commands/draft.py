@@ -33,8 +33,8 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "draft",
-        "Find by which drafts lossless decoding is fastest on this machine, and store them in the "
-        "adapter. No choice changes an answer.",
+        "Find the drafts with which lossless decoding is fastest on this machine, and store the "
+        "setting in the adapter. Answers do not change.",
         "offramp draft exits --data held_out.jsonl\n"
         "  offramp draft exits --engine llama.cpp --gguf exits-q4_1 "
         "--data held_out.jsonl --out exits-q4",

@@ -38,9 +38,9 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "export",
-        "Write a backbone's decoder and its exits as GGUF files, for --engine llama.cpp; or exits "
-        "for vLLM's plug-in; or an exit as a draft model for any engine that takes one; or train "
-        "an EAGLE-3 drafter and write that as vLLM, SGLang and llama.cpp's own programs read it.",
+        "Write a decoder and its exits as GGUF files for --engine llama.cpp, exits for vLLM's "
+        "plug-in, or an exit as a draft model for any engine; or train an EAGLE-3 drafter for "
+        "vLLM, SGLang and llama.cpp's own programs.",
         "offramp export exits --gguf q8_0 --out exits-q8_0\n"
         "  offramp generate exits --engine llama.cpp --gguf exits-q8_0 "
         "--image dog.jpg\n"

@@ -42,9 +42,9 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "verify",
-        "Decode in every way that an adapter has, alone, in batches and in company, hold the "
-        "answers to the model's own, and keep what came out in the adapter. Ends with 1 where "
-        "something that promises to be exact is not.",
+        "Check that every decoding mode of an adapter, alone, in batches and in the batch engine, "
+        "gives the model's own answers, and store the result in the adapter. Exit status 1: "
+        "something that must be exact is not.",
         "offramp verify exits --quick\n"
         "  offramp verify exits --data held_out.jsonl --limit 64 --engine packed\n"
         "  offramp verify exits --engine llama.cpp --gguf exits-q8_0",
