@@ -36,8 +36,6 @@ def read(tmp_path: Path, text: str | bytes, command: str = "train", *words: str)
         ("depths: 2,5", "depths", (2, 5)), ("depths: [2, 5]", "depths", (2, 5)),
         ("depths:\n- 2\n- 5\n", "depths", (2, 5)), ("depths: 3", "depths", (3,)),
         ("losses: {l1: 0.5}", "losses", {"l1": 0.5}),
-        ("adversary: {conditional: False, judged: token}", "adversary",
-         {"conditional": False, "judged": "token"}),
         ("overwrite: True", "overwrite", True), ("overwrite: false", "overwrite", False),
         ("", "steps", 1000), ("# nothing\n", "steps", 1000), ("---\n", "steps", 1000),
         ("\ufeffsteps: 7", "steps", 7), ("data: [a, b]", "data", ["a", "b"]),
@@ -116,11 +114,11 @@ def test_settings_of_one_thing_are_one_option(
 
 
 def test_what_is_typed_wins_over_every_kind(tmp_path: Path) -> None:
-    text = "overwrite: true\nadversary: {judged: token}\ndepths: [2]\nprompt: x\npatience: 3"
-    words = (*NEEDED, "--adversary", "judged=sequence", "--depths", "5", "--prompt", "y",
+    text = "overwrite: true\nlosses: {l2: 1}\ndepths: [2]\nprompt: x\npatience: 3"
+    words = (*NEEDED, "--losses", "cosine=2", "--depths", "5", "--prompt", "y",
              "--patience", "none")  # fmt: skip
     found = read(tmp_path, text, "train", *words)
-    assert (found.overwrite, found.adversary, found.depths) == (True, {"judged": "sequence"}, (5,))
+    assert (found.overwrite, found.losses, found.depths) == (True, {"cosine": 2.0}, (5,))
     assert (found.prompt, found.patience) == ("y", None)
 
 

@@ -22,7 +22,7 @@ from offramp.cli.commands.env import optional_packages
 from offramp.cli.commands.train import GROUPS, NOT_SAID
 from offramp.cli.parser import Parser
 from offramp.missing import install_command
-from offramp.training.config import ADVERSARY, OBJECTIVES, TrainConfig
+from offramp.training.config import OBJECTIVES, TrainConfig
 
 
 @cache
@@ -62,7 +62,7 @@ def test_no_list_of_options_is_long(command: str) -> None:
 
 
 def test_every_field_of_a_training_run_is_in_one_group() -> None:
-    groups = (*GROUPS.values(), OBJECTIVES, ADVERSARY, NOT_SAID)
+    groups = (*GROUPS.values(), OBJECTIVES, NOT_SAID)
     grouped = [name for names in groups for name in names]
     assert sorted(grouped) == sorted(field.name for field in fields(TrainConfig))
 
@@ -130,12 +130,12 @@ def parsed(tmp_path: Path, text: str, *words: str) -> argparse.Namespace:
 
 def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
     text = (
-        "steps: 7\nbatch_size: 4\ndepths: [2, 5]\nadversary: hinge\noverwrite: true\n"
+        "steps: 7\nbatch_size: 4\ndepths: [2, 5]\noverwrite: true\n"
         "resume: false\npatience: null\nlosses: {l1: 0.5}\nlimit: 3\nlearning-rate: 1.0e-4\n"
     )
     found = parsed(tmp_path, text, "--steps", "9")
     assert (found.steps, found.batch_size, found.depths) == (9, 4, (2, 5))
-    assert (found.adversary, found.overwrite, found.resume) == ({"adversary": "hinge"}, True, False)
+    assert (found.overwrite, found.resume) == (True, False)
     assert (found.patience, found.losses, found.learning_rate) == (None, {"l1": 0.5}, 1e-4)
 
 

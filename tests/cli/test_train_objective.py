@@ -1,4 +1,4 @@
-"""Exits learn by distillation; FREE's adversary is asked for, and one option says what it is."""
+"""Exits learn by distillation; FREE's adversary is asked for."""
 
 from __future__ import annotations
 
@@ -23,13 +23,10 @@ def test_the_command_trains_what_the_library_does() -> None:
     assert config("--objective", "free").has_discriminator
 
 
-def test_free_takes_what_is_said_of_its_adversary() -> None:
-    free = ("--objective", "free")
-    asked = config(*free, "--losses", "adversarial=0.1", "--adversary", "conditional=false")
-    assert asked == TrainConfig(adversarial=0.1, conditional=False)
-    asked = config("--adversary", "hinge,spectral-norm=true,gradient_penalty=0.5", *free)
-    assert asked == TrainConfig(**FREE, adversary="hinge", spectral_norm=True, gradient_penalty=0.5)
-    assert config("--losses", "feature_matching=1", "--adversary", "hinge").has_discriminator
+def test_free_takes_the_weight_of_its_adversary() -> None:
+    asked = config("--objective", "free", "--losses", "adversarial=0.1")
+    assert asked == TrainConfig(adversarial=0.1)
+    assert config("--losses", "feature_matching=1").has_discriminator
 
 
 def test_a_weight_is_of_the_loss_that_it_names() -> None:
@@ -40,14 +37,13 @@ def test_a_weight_is_of_the_loss_that_it_names() -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (("--adversary", "judged=sequence"), ("--adversary", "--objective free")),
-        (("--objective", "free", "--adversary", "judged=all"), ("judged: 'all' is not", "token")),
-        (("--objective", "free", "--adversary", "judge=token"), ("'judge=token'", "judged")),
-        (("--objective", "free", "--adversary", "conditional=2"), ("conditional: '2'", "false")),
+        (("--adversary", "hinge"), ("'--adversary' is not known", "--help")),
+        (("--initial-layer", "closest"), ("'--initial-layer' is not known", "--help")),
+        (("--objective", "fre"), ("--objective 'fre' is not known", "'free'")),
         (("--losses", "cross_entropy=-1"), ("cross_entropy must not be negative", "options")),
     ],
 )
-def test_what_is_not_an_adversary_is_said_in_two_lines(
+def test_what_is_no_objective_is_said_in_two_lines(
     asked: tuple[str, ...], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*ASKED, *asked]) in (1, 2)

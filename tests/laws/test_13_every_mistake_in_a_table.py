@@ -102,6 +102,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "calibrate": {"--adapter": adapter, "--data": data},
         "draft": {"--adapter": adapter, "--data": data},
         "generate": {"--adapter": adapter, "--image": [str(tree / "good.png")]},
+        "caption": {"": [str(tree / "good.png")], "--model": adapter},
         "serve": {"": adapter},
         "eval": {"--adapter": adapter, "--task": ["captions"], "--data": data},
         "export": {"--adapter": adapter, "--gguf": ["q8_0"]},
@@ -115,7 +116,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "env": {},
         "completion": {"": ["bash"]},
     }[command]
-    silent = ("generate", "serve", "inspect", "env", "completion")
+    silent = ("caption", "generate", "serve", "inspect", "env", "completion")
     return given if command in silent else {**given, "--out": [str(out)]}
 
 
@@ -147,7 +148,6 @@ FLOATS = {"--target": ("0", "1", "-1", "nan", "inf"), "--confidence": ("0", "1",
 TRAINING = {
     "--learning-rate": ("0", "-1", "nan"), "--validation-fraction": ("0", "1", "nan"),
     "--labelled-fraction": ("0", "nan"), "--min-confidence": ("-1", "2", "nan"),
-    "--adversary": ("hinge", "judged=x", "conditional=2"),
     "--depths": ("0", "12", "99", "3,3", "1,x"), "--shortlist": ("1", "999999"),
     "--losses": ("nothing=1", "l1", "l1=x", "l1=-1", "distillation=-1", "cross_entropy=nan"),
 }  # fmt: skip

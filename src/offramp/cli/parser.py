@@ -35,8 +35,8 @@ class Parser(argparse.ArgumentParser):
         self.usual: Collection[str] | None = None
         self.name: Named | None = None
         """The model's name, where the command needs one."""
-        self.named: Any = None
-        """What the command line named."""
+        self.named: list[Any] = []
+        """What the command line named: a model, or by mistake several."""
         self.given: dict[str, list[str]] = {}
         """Options that were given, by where they are kept, as they were typed."""
 
@@ -48,10 +48,12 @@ class Parser(argparse.ArgumentParser):
         namespace = argparse.Namespace() if namespace is None else namespace
         self.given = {}
         self._take_config(typed, namespace)
-        self.named = None
+        self.named = []
         parsed, unknown = super().parse_known_args(typed, namespace)
         if unknown:
             self._refuse(unknown[0])
+        if len({*self.named}) > 1:
+            self.error(f"two models were named, {self.named[0]!r} and {self.named[1]!r}")
         if self.name is not None and getattr(parsed, self.name.dest, None) is None:
             raise UsageError(
                 "No model was named.", f"Name it first: {self.prog} NAME. {self._remedy()}"
@@ -172,10 +174,8 @@ class Named(argparse.Action):
         if values is None:  # no word; an option may have named it
             return
         assert isinstance(parser, Parser)
-        if parser.named not in (None, values):
-            parser.error(f"two models were named, {parser.named!r} and {values!r}")
-        parser.named = values
-        setattr(namespace, self.dest, values)
+        parser.named.append(values)
+        setattr(namespace, self.dest, parser.named[0])
 
 
 class HelpAll(argparse.Action):

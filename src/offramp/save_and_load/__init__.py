@@ -16,6 +16,7 @@ training/                   log, answers that were learnt from, the state that r
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,7 @@ def fetched(name: str | Path, **hub: Any) -> Path:
     Raises:
         AdapterError: there is no such folder, or the hub gave none.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     if not is_hub_name(str(name)):
         raise AdapterError(

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
         "--out runs/gqa",
         _eval,
         _options,
-        usual="task data images limit mode batch-size max-new-tokens out resume",
+        usual="task data limit mode batch-size max-new-tokens out resume",
     )
 
 

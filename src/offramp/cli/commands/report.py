@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
         "--out report.html",
         _report,
         _options,
+        usual="run data title out overwrite json",
     )
 
 

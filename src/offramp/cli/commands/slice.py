@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
         "  offramp generate sliced --prompt 'Caption:'",
         _slice,
         _options,
+        usual="adapter depths out json",
         plugins=False,
     )
 

@@ -18,18 +18,17 @@ from offramp.cli.options import (
     field_options,
     model_options,
     name_option,
-    settings_option,
 )
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
-from offramp.errors import InputError
 from offramp.plugins import load_plugins
+from offramp.training.config import ADVERSARY
 
 log = logging.getLogger(__name__)
 
 
 GROUPS = {
-    "exits": ("depths", "exit_kind", "initial_layer", "shortlist"),
+    "exits": ("depths", "exit_kind", "shortlist"),
     "labels and answers": (
         "regime", "labelled_fraction", "min_confidence", "max_new_tokens", "validation_fraction",
     ),
@@ -38,9 +37,9 @@ GROUPS = {
         "steps", "batch_size", "learning_rate", "evaluate_every", "patience", "cache", "seed",
     ),
 }  # fmt: skip
-"""Fields of `TrainConfig` as the help groups them; --losses and --adversary hold the others."""
-NOT_SAID = ("temperature",)
-"""Fields that are no options, for no measurement speaks for them."""
+"""Fields of `TrainConfig` as the help groups them; --losses holds the weights."""
+NOT_SAID = ("temperature", "initial_layer", *ADVERSARY)
+"""Fields that are no options, for no measurement speaks for them; in Python they are there."""
 OBJECTIVES = ("distillation", "free")
 
 
@@ -52,14 +51,14 @@ def add(commands: Any) -> None:
         "offramp train tiny-opt --data photos.jsonl --out exits --steps 400",
         _train,
         _options,
-        usual="data prompt limit depths regime shortlist steps out resume",
+        usual="data prompt limit depths shortlist steps out resume",
     )
 
 
 def _options(parser: Parser) -> None:
     from offramp.models.exit_kinds import kinds_of_exit
     from offramp.runtimes.llama_cpp import FORMATS
-    from offramp.training.config import ADVERSARY, TrainConfig
+    from offramp.training.config import TrainConfig
 
     load_plugins()  # they may bring kinds of exits
     kinds = [kind for kind in kinds_of_exit() if kind != "lens"]  # which has nothing to train
@@ -72,10 +71,6 @@ def _options(parser: Parser) -> None:
                 group, "--objective", OBJECTIVES,
                 "what exits learn by: distillation from the final layer, or FREE, which adds an "
                 "adversary", default=OBJECTIVES[0],
-            )  # fmt: skip
-            settings_option(
-                group, "--adversary", TrainConfig, ADVERSARY,
-                "what FREE's is, as hinge,judged=sequence", first="adversary",
             )  # fmt: skip
         field_options(group, TrainConfig, names, exit_kind=kinds)
     group = parser.add_argument_group("output")
@@ -114,13 +109,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     weights = {name: losses[name] for name in TERMS if name in losses}
     asked["losses"] = {name: losses[name] for name in losses if name not in weights}
     free = FREE if arguments.objective == "free" else {}
-    config = TrainConfig(**asked | free | weights | arguments.adversary)
-    if arguments.adversary and not config.has_discriminator:
-        raise InputError(
-            "--adversary is of FREE's, and these exits learn by distillation alone.",
-            "Add --objective free, or leave --adversary out.",
-        )
-    return config
+    return TrainConfig(**asked | free | weights)
 
 
 def _train(arguments: argparse.Namespace) -> None:
