@@ -262,27 +262,37 @@ def calibrate(
     _check_quality(whole)
     attempts = tuple(map(Attempt.from_json, adapter.attempts))
     name = None if runtime is None else runtime.name
-    settings = {**_settings(asked, policy, thresholds, options), "runtime": name}
-    settings |= _searched(first, shares, policy)
     here = {"engine": name, **of_processor(encoder.processor), "exits": adapter.exits}
-    if unlike := _unlike_usual(Conditions.of(encoder.backbone, policy, **here), policy, adapter):
-        settings["conditions"] = unlike
     frames = prompt_frames([example.prompt for example in judged])
-    settings |= _counted(asked, judged, images, frames)
+    unlike = _unlike_usual(Conditions.of(encoder.backbone, policy, **here), policy, adapter)
+    settings = {
+        **_settings(asked, policy, thresholds, options),
+        "runtime": name,
+        **_searched(first, shares, policy),
+        **({"conditions": unlike} if unlike else {}),
+        **_counted(asked, judged, images, frames),
+    }
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
     trial = _trial(
         whole, images, thresholds, attempts, digest, asked,
         search_first=first == AUTO, shares=shares, frames=frames,
     )  # fmt: skip
     calibration, tested = _test(trial, asked, judged, progress)
-    likeness = _likeness(trial, calibration.policy)
     if tested:  # else no errors were risked
         attempt = _attempt(trial, calibration, digest, settings)
         attempts = recorded(attempts, attempt, trial.turn.continues)
-    conditions = _conditions_of(encoder, calibration.policy, frames, likeness, options, here)
-    return replace(
-        calibration, attempts=attempts, runtime=name, conditions=conditions, likeness=likeness
-    )
+    found = replace(calibration, attempts=attempts, runtime=name)
+    return _with_conditions(found, trial, encoder, frames, options, here)
+
+
+def _with_conditions(
+    found: Calibration, trial: _Trial, encoder: InputProcessor, frames: Sequence[Sequence[str]],
+    options: Mapping[str, Any], here: Mapping[str, Any],
+) -> Calibration:  # fmt: skip
+    """What was found, with the conditions under which it holds and the answers that it is of."""
+    likeness = _likeness(trial, found.policy)
+    conditions = _conditions_of(encoder, found.policy, frames, likeness, options, here)
+    return replace(found, conditions=conditions, likeness=likeness)
 
 
 def _test(
