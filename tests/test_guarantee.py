@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import fakes
@@ -370,6 +371,28 @@ def test_how_long_drafts_are_withdraws_nothing() -> None:
     kept = found.with_policy(replace(POLICY, max_draft=3, drafts={2: 0.5}))
     assert kept.standing().promise is not None
     assert found.with_policy(replace(POLICY, thresholds={2: 0.8})).calibration is None
+
+
+def test_the_same_policy_may_be_calibrated_in_several_engines(tmp_path: Path) -> None:
+    found, name = adapter(), "llama.cpp f16"
+    there = Conditions.of(found.backbone, POLICY, engine=name, **KNOWN)
+    both = found.with_policy(POLICY, calibration(there, n=777))
+    for one in (both, Adapter.load(saved(both, tmp_path), found.backbone)):
+        for engine, n in ((None, 1000), (name, 777)):
+            promise = one.standing(engine=engine).promise
+            assert promise is not None and promise.n == n
+        assert one.standing(engine="another").promise is None
+        here = one.of_engine("torch")
+        assert here.calibration is not None and here.calibration["n"] == 1000
+        assert here.of_engine(name) == one.of_engine(name) and here.of_engine("another") is here
+    again = both.with_policy(POLICY, calibration(there, n=888))
+    assert [*again.elsewhere] == ["torch"] and again.calibration["n"] == 888  # type: ignore[index]
+    assert not both.with_policy(replace(POLICY, thresholds={2: 0.8})).elsewhere
+
+
+def saved(adapter: Adapter, folder: Path) -> Path:
+    adapter.save(folder)
+    return folder
 
 
 # -- the table of what keeps every number ----------------------------------------------------------

@@ -89,7 +89,7 @@ def test_a_model_that_ships_without_exits_answers_at_full_depth() -> None:
     [
         ({"engine": "lama.cpp"}, "Did you mean 'llama.cpp'"),
         ({"engine": "llama.cpp"}, "go together"),
-        ({"gguf": "folder"}, "go together"),
+        ({"engine": "torch", "gguf": "folder"}, "go together"),
         ({"engine": "llama.cpp", "gguf": "folder", "quantize": "int8"}, "is for PyTorch"),
         ({"vision": "mtmd"}, "alone"),
         ({"engine": "cuda-graphs", "device": "cpu"}, "NVIDIA"),

@@ -13,7 +13,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from offramp.certificate import Certificate
-from offramp.conditions import Conditions, exits_digest, note_loaded, of_policy
+from offramp.conditions import TORCH, Conditions, exits_digest, note_loaded, of_policy
 from offramp.engine.decoding.plan import Plan
 from offramp.engine.generate import generate, generate_prepared
 from offramp.engine.plan import plan_of
@@ -48,6 +48,12 @@ NO_THRESHOLDS = (
     "none where they were trained."
 )
 """With the depth of an exit that there is."""
+
+
+def _by_engine(calibration: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """A calibration by the name of its engine; nothing of one that does not say it."""
+    engine = ((calibration or {}).get("conditions") or {}).get("engine")
+    return {} if calibration is None or engine is None else {engine: calibration}
 
 
 def attach(
@@ -165,6 +171,7 @@ class Adapter(CalledAsModel):
     provenance: versions, seed, data digest and command of the training run; `metrics`: agreement
     by depth on validation data.
     calibration: the guarantee that `offramp.calibration.calibrate` gives of the policy, if any.
+    elsewhere: the same of the same policy in other engines, by their names.
     seen: see `offramp.data.decontamination`; empty where it is not known.
     attempts: at a guarantee, as JSON; see `offramp.calibration.attempts`.
     certificate: what `offramp verify` found of its exits; None: nothing yet.
@@ -176,6 +183,7 @@ class Adapter(CalledAsModel):
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
+    elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attempts: Sequence[Mapping[str, Any]] = ()
     certificate: Certificate | None = None
@@ -214,7 +222,15 @@ class Adapter(CalledAsModel):
             `offramp.guarantee.Conditions`.
         """
         here = Conditions.of(self.backbone, self.policy, engine=engine, exits=self.exits, **known)
-        return standing(self.calibration, here)
+        return standing(self.of_engine(engine or TORCH).calibration, here)
+
+    def of_engine(self, name: str) -> Adapter:
+        """This adapter with the calibration that was made in an engine of this name, or, where none
+        was, as it is."""
+        if name not in self.elsewhere:
+            return self
+        others = {**self.elsewhere, **_by_engine(self.calibration)}
+        return replace(self, calibration=others.pop(name), elsewhere=others)
 
     @property
     def likeness(self) -> Likeness:
@@ -336,13 +352,19 @@ class Adapter(CalledAsModel):
         """The same exits with another policy. Raise `InputError` if it names other depths.
 
         calibration: what is guaranteed of it. A guarantee about another policy does not stay; a
-            policy that only drafts otherwise is the same, for that changes no output.
+            policy that only drafts otherwise is the same, for that changes no output. Of the same
+            policy those in other engines stay.
         """
         check_policy_depths(policy, self.exits.depths)
         alike = of_policy(policy) == of_policy(self.policy)
-        if calibration is None and alike and policy.lossless == self.policy.lossless:
-            calibration = self.calibration
-        return replace(self, policy=policy, calibration=calibration)
+        if not (alike and policy.lossless == self.policy.lossless):
+            return replace(self, policy=policy, calibration=calibration, elsewhere={})
+        if calibration is None:
+            return replace(self, policy=policy)
+        others = {**self.elsewhere, **_by_engine(self.calibration)}
+        for name in _by_engine(calibration):
+            others.pop(name, None)
+        return replace(self, policy=policy, calibration=calibration, elsewhere=others)
 
     # -- disk ---------------------------------------------------------------------------------
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from offramp.adapter import Adapter
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.example import Example
-from offramp.engines import TORCH, check_asked, engine_named
+from offramp.engines import AUTO, MTMD, TORCH, check_asked, engine_named
+from offramp.engines.auto import Way, settled
 from offramp.errors import InputError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -24,8 +28,6 @@ from offramp.save_and_load import fetched, read_config
 
 log = logging.getLogger(__name__)
 
-MTMD = "mtmd"
-"""Of vision engines: what runs a tower that `offramp export --vision` wrote."""
 LONGEST = 64
 """Tokens of an answer whose length neither the caller nor a calibration says."""
 TRIAL = Example(grey_picture(), "What is shown?", (), "trial")
@@ -48,6 +50,11 @@ class Loaded:
     def encoder(self) -> InputProcessor:
         """Turns images and prompts into what the model takes."""
         return InputProcessor(self.adapter.backbone, self.processor)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of an answer, at most, where a caller says nothing."""
+        return usual_length(self.adapter, LONGEST)
 
     def answer(
         self,
@@ -72,7 +79,7 @@ class Loaded:
             inputs = self.encoder.text_prompt(prompt)
         else:
             inputs = self.encoder.prompts([Example(image, prompt, (), key="image")])
-        usual = {"max_new_tokens": usual_length(self.adapter, LONGEST), "do_sample": False}
+        usual = {"max_new_tokens": self.longest, "do_sample": False}
         made = self.model.generate(
             inputs, policy=self.adapter.policy.in_mode(mode), **{**usual, **options}
         )
@@ -82,33 +89,60 @@ class Loaded:
 def load(
     name: str,
     *,
-    engine: str = TORCH,
-    vision: str = TORCH,
+    engine: str = AUTO,
+    vision: str = AUTO,
     quantize: str | None = None,
     gguf: str | Path | None = None,
     context: int = 2048,
-    threads: int = 1,
+    threads: int | None = None,
     **how: Any,
 ) -> Loaded:
     """Load a model with its processor and exits by the name of the exits.
 
     name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. engine: what runs the
-    decoder, of `offramp.engines.ENGINES` or registered. vision: what runs the vision tower:
-    "torch", "onnxruntime", "openvino", "openvino-bf16", or "mtmd" in llama.cpp. quantize: "int8" or
-    "int4": weights of the layers in PyTorch. gguf: folder of `offramp export --gguf`, for
-    llama.cpp. context, threads: of llama.cpp and CUDA graphs. how: backbone, revision, dtype,
-    device, shrink_on_load and chat_template, as of `open_model`.
+    decoder, of `offramp.engines.ENGINES` or registered; "auto": the fastest here that keeps the
+    answers, which is measured once (`offramp.engines.auto`). vision: what runs the vision tower:
+    "torch", "onnxruntime", "openvino", "openvino-bf16", or "mtmd" in llama.cpp; "auto": as the
+    engine is found, else PyTorch. quantize: "int8" or "int4": weights of the layers in PyTorch.
+    gguf: folder of `offramp export --gguf`, for llama.cpp. context, threads: of llama.cpp and CUDA
+    graphs (None: as many as PyTorch has). how: backbone, revision, dtype, device, shrink_on_load
+    and chat_template, as of `open_model`.
 
     Raises:
         InputError: an unknown engine, or what does not go with it. AdapterError: there is no such
         adapter, or it does not fit. StorageError: it cannot be read.
     """
     check_asked(engine, gguf, quantize)
+    engine, vision, gguf = settle(name, engine, vision, gguf, quantize=quantize, **how)
     model, processor = open_model(name, vision=own_vision(vision, engine), quantize=quantize, **how)
+    threads = threads or torch.get_num_threads()
     adapter = seeing(with_exits(model), vision, gguf, threads)
     opened = engine_named(engine).open(adapter, gguf=gguf, context=context, threads=threads)
-    own = opened if isinstance(opened, Adapter) else adapter
+    own = opened if isinstance(opened, Adapter) else getattr(opened, "adapter", adapter)
     return Loaded(opened, own, processor)
+
+
+def settle(
+    name: str,
+    engine: str = AUTO,
+    vision: str = AUTO,
+    gguf: str | Path | None = None,
+    *,
+    answers: int | None = None,
+    together: bool = False,
+    **how: Any,
+) -> Way:
+    """What answers by a name, as asked, or the fastest way: see `offramp.engines.auto.settled`.
+    how: as of `load`."""
+    config = None
+    if engine == AUTO:
+        with suppress(InputError):  # a model that ships without exits
+            folder = shipped_exits(name)
+            config = read_config(fetched(name) if folder is None else folder)
+    ready = partial(load, name)
+    return settled(
+        ready, config, engine, vision, gguf, answers=answers, together=together, **how
+    )  # fmt: skip
 
 
 def usual_length(adapter: Adapter, otherwise: int) -> int:
@@ -144,15 +178,13 @@ def own_vision(vision: str, engine: str) -> str:
             "Give --engine llama.cpp and --gguf FOLDER, or another of torch, onnxruntime, "
             "openvino, openvino-bf16.",
         )
-    return TORCH if vision == MTMD else vision
+    return TORCH if vision in (MTMD, AUTO) else vision
 
 
 def seeing(adapter: Adapter, vision: str, gguf: Any, threads: int | None) -> Adapter:
     """The adapter, for which llama.cpp sees images where `vision` asks for that."""
     if vision != MTMD:
         return adapter
-    import torch
-
     from offramp.runtimes.llama_cpp.vision_tower import with_mtmd
 
     return with_mtmd(adapter, gguf, threads=threads or torch.get_num_threads())

@@ -40,7 +40,7 @@ def provenance(
             "python": platform.python_version(),
         },
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "accelerator": torch.cuda.get_device_name() if torch is not None and has_gpu else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads() if torch is not None else os.cpu_count(),
@@ -88,7 +88,7 @@ def _commit() -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's marketing name where the system reports it, with its family and model, which
     tell generations apart (AMD's 25 is Zen 3 and 4, 26 Zen 5); else its architecture."""
     with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.outputs import check_out_adapter
-from offramp.engines import TORCH
+from offramp.engines import AUTO, TORCH
 from offramp.errors import DataError, InputError
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ def open_named(arguments: argparse.Namespace, name: str, **more: Any) -> tuple[A
     of `offramp.loading.open_model`."""
     from offramp.adapter import Adapter
     from offramp.loading import open_model, own_vision, seeing
+
+    _settle(arguments, name, **more)
     from offramp.models.shipped import tiny_kind
 
     quantize, vision = getattr(arguments, "quantize", None), getattr(arguments, "vision", TORCH)
@@ -143,6 +145,26 @@ def open_named(arguments: argparse.Namespace, name: str, **more: Any) -> tuple[A
         gguf, threads = (getattr(arguments, n, None) for n in ("gguf", "threads"))
         model = seeing(model, vision, gguf, threads)
     return laid_out(arguments, model), processor
+
+
+def _settle(arguments: argparse.Namespace, name: str, **more: Any) -> None:
+    """Where --engine is auto, put what was found in its place, and in that of --vision."""
+    if _engine(arguments) != AUTO:
+        return
+    import torch
+
+    from offramp.loading import settle
+
+    names = ("backbone", "revision", "dtype", "device", "quantize", "shrink_on_load")
+    how = {name: getattr(arguments, name, None) for name in names}
+    how = {name: value for name, value in how.items() if value}
+    arguments.engine, arguments.vision, arguments.gguf = settle(
+        name, AUTO, arguments.vision, arguments.gguf,
+        answers=getattr(arguments, "answers", None), together=hasattr(arguments, "slots"),
+        **how, **more,
+    )  # fmt: skip
+    if hasattr(arguments, "context"):  # llama.cpp's own number of threads
+        arguments.threads = torch.get_num_threads()
 
 
 def laid_out(arguments: argparse.Namespace, model: Any) -> Any:

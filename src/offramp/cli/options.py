@@ -25,7 +25,7 @@ from offramp.cli.parser import (
     whole,
     whole_numbers,
 )
-from offramp.engines import ENGINES, TORCH
+from offramp.engines import AUTO, ENGINES, MTMD, TORCH
 from offramp.plugins import load_plugins
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -303,11 +303,12 @@ def model_options(
     *,
     adapter: bool | None = None,
     engines: Collection[str] = PLAIN,
+    auto: bool = False,
 ) -> None:
     """The model's name and options of its backbone. adapter: whether exits must be named; None: the
     command takes a backbone alone.
 
-    engines: those of `ENGINES` that the command's adapter runs in.
+    engines: those of `ENGINES` that the command's adapter runs in. auto: as of `engine_option`.
     """
     group = parser.add_argument_group("model")
     if adapter is None:
@@ -315,24 +316,32 @@ def model_options(
         precision_options(group)
     else:
         name_first(parser, group, "adapter", ("--adapter",), NAMED_EXITS, required=adapter)
-        adapter_options(parser, group, engines)
+        adapter_options(parser, group, engines, auto=auto)
 
 
-def adapter_options(parser: Parser, group: Any, engines: Collection[str]) -> None:
-    """Add the options of how an adapter that was named is loaded. engines: as of
+def adapter_options(
+    parser: Parser, group: Any, engines: Collection[str], *, auto: bool = False
+) -> None:
+    """Add the options of how an adapter that was named is loaded. engines, auto: as of
     `model_options`."""
     group.add_argument("--backbone", metavar="NAME", help=f"{BACKBONE} (default: the adapter's)")
     precision_options(group, quantize=bool(engines))
     if engines:
-        engine_option(parser.add_argument_group("decoder"), engines)
+        engine_option(parser.add_argument_group("decoder"), engines, auto=auto)
 
 
-def engine_option(group: Any, engines: Collection[str] = tuple(ENGINES)) -> None:
-    """Add the option that says which of these engines runs the decoder."""
+def engine_option(
+    group: Any, engines: Collection[str] = tuple(ENGINES), *, auto: bool = False
+) -> None:
+    """Add the option that says which of these engines runs the decoder. auto: or the fastest, which
+    is the default then."""
     known = ", ".join(f"{n} ({said})" if (said := ENGINES[n].said) else n for n in engines)
+    fastest = f"{AUTO} (the fastest here that keeps the answers, measured once), " if auto else ""
+    default = AUTO if auto else TORCH
     group.add_argument(
-        "--engine", metavar="NAME", default="torch", choices=_Engines(engines),
-        help=f"what runs the decoder: {known} (default: torch)",
+        "--engine", metavar="NAME", default=default,
+        choices=_Engines([*([AUTO] if auto else []), *engines]),
+        help=f"what runs the decoder: {fastest}{known} (default: {default})",
     )  # fmt: skip
 
 
@@ -347,9 +356,7 @@ class _Engines(tuple[str, ...]):
         return name in ENGINES
 
 
-MTMD = "mtmd"
-"""What runs a vision tower that `offramp export --vision` wrote."""
-VISION = (TORCH, "onnxruntime", "openvino", "openvino-bf16", MTMD)
+VISION = (AUTO, TORCH, "onnxruntime", "openvino", "openvino-bf16", MTMD)
 
 
 def vision_options(group: Any) -> None:
@@ -357,7 +364,7 @@ def vision_options(group: Any) -> None:
     name_option(
         group, "--vision", VISION, "what runs the vision tower on a CPU: in float32, or, with "
         f"--engine llama.cpp, {MTMD}, which needs a folder of `offramp export --vision`",
-        default=TORCH,
+        default=AUTO, shown=f"as --engine {AUTO} finds it, else {TORCH}",
     )  # fmt: skip
     group.add_argument(
         "--shrink-on-load", action="store_true",
@@ -422,14 +429,15 @@ def measured_options(
     allow_seen: bool,
     leave_out: str | None = None,
     engines: Collection[str] = PLAIN,
+    auto: bool = False,
 ) -> None:
     """Model and data of a command that measures an adapter on images it should not have seen.
 
     adapter: whether one must be named. allow_seen: whether images that it has seen may be
-    taken. leave_out: by which steps, where --leave-out-seen leaves them out. engines: as of
-    `model_options`.
+    taken. leave_out: by which steps, where --leave-out-seen leaves them out. engines, auto: as
+    of `model_options`.
     """
-    model_options(parser, adapter=adapter, engines=engines)
+    model_options(parser, adapter=adapter, engines=engines, auto=auto)
     vision_options(parser.add_argument_group("images"))
     data = data_options(parser, what)
     if allow_seen:

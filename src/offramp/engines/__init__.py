@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from offramp.errors import InputError
 from offramp.plugins import check_registered
 
 TORCH = "torch"
+AUTO = "auto"
+"""In an engine's place: the fastest one here that keeps the answers (`offramp.engines.auto`)."""
+MTMD = "mtmd"
+"""Of vision engines: what runs a tower that `offramp export --vision` wrote."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class Engine:
         """Open a model, and return what generates with it."""
         made = import_module(self.home).open if isinstance(self.home, str) else self.home
         return made(model, **sizes)
+
+    def prepare(self, model: Any, folder: Path, numbers: str) -> None:
+        """Write the files that the engine reads, in a number format, where it reads some."""
+        assert isinstance(self.home, str)
+        import_module(self.home).prepare(model, folder, numbers)
 
 
 ENGINES = {
@@ -80,8 +90,9 @@ def engine_named(name: str) -> Engine:
 
 def check_asked(engine: str, gguf: Any, quantize: str | None = None) -> None:
     """Raise `InputError` where an engine and what goes with it do not fit, before a model loads."""
-    engine_named(engine)
-    if (engine == "llama.cpp") != (gguf is not None):
+    if engine != AUTO:
+        engine_named(engine)
+    if engine != AUTO and (engine == "llama.cpp") != (gguf is not None):
         raise InputError(
             "--engine llama.cpp and --gguf FOLDER go together.",
             "Write the folder: offramp export FOLDER --gguf q8_0 --out FOLDER.",

@@ -81,6 +81,7 @@ class AdapterParts:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
+    elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attempts: Sequence[Mapping[str, Any]] = ()
     certificate: Certificate | None = None
@@ -143,6 +144,7 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
         "checks": dict(parts.exits.measured) or None,
         "policy": policy_to_json(parts.policy),
         "calibration": None if parts.calibration is None else dict(parts.calibration),
+        **({"elsewhere": dict(parts.elsewhere)} if parts.elsewhere else {}),
         "metrics": dict(parts.metrics),
         "provenance": dict(parts.provenance),
         **({"decoding": _learnt(backbone, parts.exits.depths)} if not backbone.tested else {}),
@@ -224,10 +226,10 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         if not backbone.stock:
             engine = None  # as well: code that no version is of may have changed since
         backbone.learn(**found, engine=engine, depths=config.depths, prompts=prompts)
-    calibration = config.calibration
+    calibration, elsewhere = config.calibration, config.elsewhere
     was, held_in = config.fingerprint.get("quantized"), now.get("quantized")
     if was != held_in:
-        calibration = None  # what was guaranteed was measured on other logits
+        calibration, elsewhere = None, {}  # what was guaranteed was measured on other logits
         warnings.warn(
             f"{config.folder} was trained beside a backbone in {was or 'float'}, this one is in "
             f"{held_in or 'float'}: calibrate again, its guarantees do not hold here.",
@@ -244,6 +246,7 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         provenance=dict(config.provenance),
         metrics=dict(config.metrics),
         calibration=None if calibration is None else dict(calibration),
+        elsewhere=dict(elsewhere),
         seen=_load_seen(config),
         attempts=_load_attempts(config),
         certificate=load_certificate(config),

@@ -33,7 +33,7 @@ _LARGEST = 64 * 2**20
 _REQUIRED = ("backbone", "depths", "policy", "metrics", "provenance")
 _OPTIONAL = (
     "format", "exit_kind", "discriminators", "conditional_discriminators", "checks", "calibration",
-    "files", "digest", "decoding",
+    "files", "digest", "decoding", "elsewhere",
 )  # fmt: skip
 LEARNT = ("causal_prompt", "in_parts", "lossless")
 """What decoding shows of a backbone without tests of its own; see `Backbone.learn`."""
@@ -71,6 +71,7 @@ class AdapterConfig:
 
     fingerprint: of the backbone; see `offramp.models.fingerprint`. exit_kind: of
     `offramp.models.exit_kinds.EXIT_KINDS`; "layer" in adapters written before there were others.
+    elsewhere: calibrations in other engines; see `Adapter`.
     discriminators: how they are built; None: there are none. checks: what was measured of shortlist
     and gates; None: there are none. files: SHA-256 of the other files by name; None in adapters
     written before there were.
@@ -86,11 +87,18 @@ class AdapterConfig:
     checks: Mapping[str, Any] | None
     policy: ExitPolicy
     calibration: Mapping[str, Any] | None
+    elsewhere: Mapping[str, Mapping[str, Any]]
     decoding: Mapping[str, Any] | None
     metrics: Mapping[str, Any]
     provenance: Mapping[str, Any]
     files: Mapping[str, str] | None
     raw: Mapping[str, Any]
+
+    @property
+    def calibrations(self) -> list[Mapping[str, Any]]:
+        """In all engines."""
+        own = [] if self.calibration is None else [self.calibration]
+        return [*own, *self.elsewhere.values()]
 
 
 def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +129,8 @@ def read_config(folder: str | Path) -> AdapterConfig:
         discriminators=_discriminators(config),
         checks=config.optional("checks"),
         policy=_policy(config.part("policy")),
-        calibration=_calibration(config),
+        calibration=_calibration(config, "calibration"),
+        elsewhere=_elsewhere(config),
         decoding=_decoding(config),
         metrics=_metrics(config),
         provenance=config.get("provenance", dict),
@@ -244,11 +253,20 @@ def _decoding(config: _Entries) -> dict[str, Any] | None:
     return found
 
 
-def _calibration(config: _Entries) -> dict[str, Any] | None:
+def _elsewhere(config: _Entries) -> dict[str, dict[str, Any]]:
+    """What is guaranteed in other engines, by their names."""
+    if config.optional("elsewhere") is None:
+        return {}
+    told = config.part("elsewhere")
+    found = {name: _calibration(told, name) for name in told.values}
+    return {name: calibration for name, calibration in found.items() if calibration is not None}
+
+
+def _calibration(config: _Entries, name: str) -> dict[str, Any] | None:
     """What is guaranteed; an adapter of an earlier version may say less, or null."""
-    if config.optional("calibration") is None:
+    if config.optional(name) is None:
         return None
-    said = config.part("calibration")
+    said = config.part(name)
     said.check_kinds(_CALIBRATION)
     _check_claim(said)
     if said.optional("conditions") is not None:

@@ -54,8 +54,9 @@ def _options(parser: Parser) -> None:
 
     what = "images that training has not seen, like those to come"
     measured_options(
-        parser, what, adapter=True, allow_seen=False, leave_out="trained", engines=ENGINES
-    )
+        parser, what, adapter=True, allow_seen=False, leave_out="trained", engines=ENGINES,
+        auto=True,
+    )  # fmt: skip
     group = parser.add_argument_group("guarantee")
     field_option(
         group, Guarantee, "risk", "what an early answer may lose; only a drop needs labels",

@@ -30,6 +30,6 @@ def _options(parser: Parser) -> None:
         "--model", dest="adapter", default="photo", metavar="NAME",
         help=f"{NAMED_EXITS} (default: photo)",
     )  # fmt: skip
-    adapter_options(parser, group, ENGINES)
+    adapter_options(parser, group, ENGINES, auto=True)
     answer_options(parser)
     parser.set_defaults(prompt=None, interactive=False, stream=False)

@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    model_options(parser, adapter=True, engines=ENGINES)
+    model_options(parser, adapter=True, engines=ENGINES, auto=True)
     group = parser.add_argument_group("question")
     group.add_argument(
         "--image", type=Path, nargs="+", default=[], metavar="FILE",
@@ -109,8 +109,10 @@ def generate(arguments: argparse.Namespace) -> None:
     options = _generation_options(arguments)
     check_runtime(arguments)
     _check_images(arguments)
+    arguments.answers = max(1, len(arguments.image))
     adapter, processor = load_adapter(arguments)
     runtime = load_runtime(arguments, adapter, alone=True) or adapter
+    adapter = getattr(runtime, "adapter", adapter)  # with what is promised there
     if options["max_new_tokens"] is None:
         options["max_new_tokens"] = usual_length(adapter, LONGEST)
     if arguments.prompt is None:

@@ -27,7 +27,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import print_json, tell
 from offramp.cli.parser import Parser, or_none, threads, whole
-from offramp.engines import engine_named
+from offramp.engines import AUTO, engine_named
 from offramp.errors import InputError, StorageError
 
 SLOTS, LLAMA_CPP_SLOTS = 8, 4
@@ -146,7 +146,7 @@ def _engine_options(parser: Parser) -> None:
         help="prompts whose keys and values are kept for the next turn of a chat; 0: none "
         "(default: 4)",
     )  # fmt: skip
-    engine_option(parser.add_argument_group("decoder"))
+    engine_option(parser.add_argument_group("decoder"), auto=True)
     runtime_options(parser, sized=False)
 
 
@@ -188,7 +188,8 @@ def _config(arguments: argparse.Namespace) -> Any:
     check_runtime(arguments)
     if arguments.watch.get("share") != 0:
         WatchConfig(**arguments.watch)
-    arguments.slots = _slots(arguments)
+    if arguments.engine != AUTO:
+        _slots(arguments)
     return server_config(arguments, share_kept=arguments.share_kept)
 
 
@@ -309,8 +310,10 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     model, processor = _model(arguments)
+    arguments.slots = _slots(arguments)
     sizes = EngineConfig(slots=arguments.slots, limit=arguments.limit)
     serial = _serial(arguments, model)
+    model = getattr(serial, "adapter", model)  # with what is promised there
     watch, loss = _watched(arguments, model, runtime_name(serial))
     kept: dict[str, Any] = {
         "vision_cache": VisionCache(arguments.image_cache * 2**20),

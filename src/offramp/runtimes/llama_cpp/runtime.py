@@ -72,10 +72,11 @@ class LlamaCppRuntime(CalledAsModel):
             UnsupportedBackboneError: this build of llama.cpp does not do what exits need.
         """
         self._architecture = architecture_of(adapter.backbone)
-        self.adapter, self.backbone = adapter, adapter.backbone
+        self.backbone = adapter.backbone
         self.engine = engine or EngineOptions()
         self.rows, self.context = self.engine.sequences, self.engine.context
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
+        self.adapter = adapter.of_engine(self.name)  # with what is promised here
         self._embeddings = Embeddings(adapter.backbone)
         self._lock = threading.RLock()
         self._closed = self._lent = self._busy = False

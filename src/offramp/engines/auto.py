@@ -1,0 +1,294 @@
+"""`engine="auto"`: the fastest way to decode a model on this machine that keeps its answers.
+
+A way is an engine with what runs the vision tower. Each is loaded as it would be to answer, writes
+the answers of a few pictures, and is let go. Only ways count whose answers are PyTorch's own, token
+by token, and, where the adapter's guarantee holds in some way, under whose conditions it does. What
+was found is kept with its figures in the cache folder, by the exits, the backbone, versions and the
+machine; the least seconds then decide, of loading and of the answers that are asked for.
+
+Nothing is measured where that cannot pay: for a model that is tiny (PyTorch's own time is Python's)
+or large (its weights would be written and loaded several times), on a GPU, for quantised weights,
+and for few answers at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from offramp.conditions import Conditions, differences, of_backbone
+from offramp.data.example import Example
+from offramp.engines import AUTO, ENGINES, MTMD, TORCH
+from offramp.errors import InputError, OfframpError
+from offramp.models.shipped import example_picture
+from offramp.models.vision_engine import check_vision_engine
+from offramp.progress import progress_bar
+from offramp.provenance import processor
+from offramp.save_and_load import AdapterConfig, exits_digest
+from offramp.storage import cache_folder, digest_rows, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+LLAMA_CPP, COMPILED = "llama.cpp", "compiled"
+FEW, MANY = 50, 1000
+"""Answers: for fewer nothing is measured; what is expected where nobody says how many."""
+SMALLEST, LARGEST = 2 * 10**7, 2 * 10**9
+"""Parameters of a decoder of which it is measured."""
+FORMAT = "f16"
+"""Of the files for llama.cpp: numbers that are hardly rounded."""
+ROUNDS = 2
+PROMPT = "What is shown?"
+"""Where no kind of prompt was calibrated."""
+Load = Callable[..., Any]
+
+
+class Way(NamedTuple):
+    """What runs the decoder, what runs the vision tower, and llama.cpp's files."""
+
+    engine: str
+    vision: str = TORCH
+    gguf: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A way as it was measured.
+
+    load, answer: seconds on the wall. conditions: of the backbone, as of
+    `offramp.conditions.of_backbone`. why: what stands against it; "" where nothing does.
+    """
+
+    engine: str
+    vision: str
+    load: float = 0.0
+    answer: float = 0.0
+    conditions: Mapping[str, Any] | None = None
+    why: str = ""
+
+    @property
+    def words(self) -> str:
+        tower = "" if self.vision == TORCH else f", vision tower in {self.vision}"
+        return f"{self.engine}{f' in {FORMAT}' if self.engine == LLAMA_CPP else ''}{tower}"
+
+
+def settled(
+    load: Load,
+    config: AdapterConfig | None,
+    engine: str = AUTO,
+    vision: str = AUTO,
+    gguf: str | Path | None = None,
+    *,
+    answers: int | None = None,
+    together: bool = False,
+    **how: Any,
+) -> Way:
+    """What answers: as asked, or, of what is left to "auto", the fastest way.
+
+    load: loads the model, with engine, vision, gguf and `how`, as `offramp.load` does by a name.
+    config: of its exits; None: it has none. answers: how many will be asked for; None: many.
+    together: several at a time, which compiled code does not write.
+    """
+    tower = TORCH if vision == AUTO else vision
+    if engine != AUTO or gguf is not None:
+        return Way(LLAMA_CPP if engine == AUTO else engine, tower, gguf)
+    if config is None or vision == MTMD or not _may_pay(config, how):
+        return Way(TORCH, tower)
+    ready = partial(load, **how)
+    model = digest_rows([exits_digest(config), dict(config.fingerprint), config.checks])
+    file = _place(model, vision, together, how)
+    found = None if file is None else _read(file)
+    if found is None and answers is not None and answers < FEW:
+        return Way(TORCH, tower)
+    if found is None:
+        found = [*_measured(ready, config, model, vision, together)]
+        if file is not None:
+            _keep(file, found)
+    best, plain = fastest(found, config.calibrations, answers), found[0]
+    if best is not plain:
+        log.info(
+            "engine: %s, %.0f ms an answer, where PyTorch takes %.0f (--engine NAME for another)",
+            best.words, 1e3 * best.answer, 1e3 * plain.answer,
+        )  # fmt: skip
+    files = _files(ready, model) if best.engine == LLAMA_CPP else None
+    return Way(best.engine, best.vision, files)
+
+
+def fastest(
+    ways: Sequence[Timed], calibrations: Sequence[Mapping[str, Any]], answers: int | None = None
+) -> Timed:
+    """The way of the least seconds, of those that keep the answers; if a calibration holds in some,
+    of these."""
+    able = [way for way in ways if not way.why]
+    promised = [way for way in able if _is_promised(way, calibrations)]
+    most = MANY if answers is None else answers
+    return min(promised or able, key=lambda way: way.load + most * way.answer)
+
+
+def _is_promised(way: Timed, calibrations: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a way is under the conditions of a calibration."""
+    then = [Conditions(each["conditions"]) for each in calibrations if each.get("conditions")]
+    return any(not differences(each, Conditions(way.conditions)) for each in then)
+
+
+# -- whether it is measured, and what was found ----------------------------------------------------
+
+
+def _may_pay(config: AdapterConfig, how: Mapping[str, Any]) -> bool:
+    """Whether anything but PyTorch may be the fastest by far, and is prepared soon."""
+    said = config.fingerprint
+    size = 12 * said["layers"] * said["width"] ** 2 + said["vocabulary"] * said["width"]
+    return SMALLEST <= size <= LARGEST and not how.get("quantize") and _on_cpu(how.get("device"))
+
+
+def _on_cpu(device: Any) -> bool:
+    if device in (None, AUTO):
+        return not torch.cuda.is_available()
+    return str(device) == "cpu"
+
+
+_PACKAGES = ("offramp", "torch", "transformers", "llama-cpp-python", "onnxruntime")
+
+
+def _place(model: str, vision: str, together: bool, how: Mapping[str, Any]) -> Path | None:
+    """Where what was found is kept; None: there is no home. model: its digest."""
+    versions = dict.fromkeys(_PACKAGES, "")
+    for package in versions:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    machine = [processor(), os.cpu_count(), torch.get_num_threads()]
+    asked = sorted((key, str(value)) for key, value in how.items() if value is not None)
+    key = digest_rows([model, versions, machine, vision, together, asked])[:32]
+    with suppress(RuntimeError):
+        return cache_folder("engines") / f"{key}.json"
+    return None
+
+
+def _read(file: Path) -> list[Timed] | None:
+    """What was found before; None: nothing that can be read."""
+    try:
+        found = [Timed(**each) for each in read_json(file)["ways"]]
+        able = [way for way in found if not way.why]
+        return found if able and all(way.answer > 0 and way.conditions for way in able) else None
+    except (OfframpError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _keep(file: Path, found: Sequence[Timed]) -> None:
+    try:
+        write_json(file, {"ways": [asdict(way) for way in found]})
+    except OfframpError as error:
+        log.info("%s It is measured again the next time.", error.problem)
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def _measured(
+    load: Load, config: AdapterConfig, model: str, vision: str, together: bool
+) -> Iterator[Timed]:
+    """PyTorch first; then each way, with what stands against it."""
+    tower = _tower(vision)
+    engines = [TORCH, "packed", LLAMA_CPP, *([] if together else [COMPILED])]
+    others = [engine for engine in engines if engine != TORCH or tower not in (TORCH, vision)]
+    expected: Any = None
+    with progress_bar("preparing the fastest way", total=1 + len(others)) as bar:
+        plain = TORCH if vision == AUTO else vision
+        made, expected = _timed(load, Way(TORCH, plain), None)
+        yield made
+        bar.update()
+        faster = False
+        for engine in others:
+            if engine != COMPILED or not faster:  # it compiles for long
+                try:
+                    files = _files(load, model) if engine == LLAMA_CPP else None
+                    made, _ = _timed(load, Way(engine, tower, files), expected)
+                except OfframpError as error:
+                    made = Timed(engine, tower, why=error.problem)
+                if made.why:
+                    log.debug("Not by %s: %s", made.words, made.why)
+                if engine == LLAMA_CPP and not made.why:
+                    then = config.calibrations
+                    faster = not then or _is_promised(made, then)
+                yield made
+            bar.update()
+
+
+def _tower(vision: str) -> str:
+    """What runs the vision tower where that is left open: ONNX Runtime, if it is installed."""
+    if vision != AUTO:
+        return vision
+    with suppress(InputError):
+        check_vision_engine("onnxruntime")
+        return "onnxruntime"
+    return TORCH
+
+
+def _timed(load: Load, way: Way, expected: Any) -> tuple[Timed, list[list[int]]]:
+    """Load a way, and time its answers; and these answers, to be expected of others."""
+    gc.collect()  # the way before
+    begin = time.perf_counter()
+    loaded = load(engine=way.engine, vision=way.vision, gguf=way.gguf)
+    took = time.perf_counter() - begin
+    try:
+        return _tried(loaded, way.engine, took, expected)
+    finally:
+        if hasattr(loaded.model, "close"):
+            loaded.model.close()
+
+
+def _tried(loaded: Any, engine: str, took: float, expected: Any) -> tuple[Timed, list[list[int]]]:
+    adapter = loaded.adapter
+    options = {"max_new_tokens": loaded.longest, "do_sample": False}
+    probes = _probes(adapter)
+
+    def answered(probe: Any, mode: str | None = None) -> tuple[list[int], float]:
+        begin = time.perf_counter()
+        inputs, policy = loaded.encoder.prompts([probe]), adapter.policy.in_mode(mode)
+        made = loaded.model.generate(inputs, policy=policy, **options)
+        return made.new_tokens[0].tolist(), time.perf_counter() - begin
+
+    told = [answered(probe)[0] for probe in probes]
+    told += [answered(probe, "full")[0] for probe in probes[:2]]
+    rounds = [[answered(probe)[1] for probe in probes] for _ in range(ROUNDS)]
+    answer = sum(min(each) for each in zip(*rounds, strict=True)) / len(probes)
+    runtime = None if loaded.model is adapter else loaded.model.name
+    here = of_backbone(adapter.backbone, runtime)
+    why = "" if expected in (None, told) else "some of its answers are others than PyTorch's"
+    return Timed(engine, adapter.backbone.vision_engine, took, answer, here, why), told
+
+
+def _probes(adapter: Any) -> list[Any]:
+    """Parts of a picture, with a prompt of a kind that was calibrated, if any was."""
+    then = (adapter.calibration or {}).get("conditions") or {}
+    prompt = next((" ".join(frame) for frame in then.get("prompts") or ()), PROMPT)
+    with Image.open(example_picture(adapter.backbone.name)) as file:
+        picture = file.convert("RGB")
+    wide, high = picture.size
+    boxes = [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.7, 0.7), (0.3, 0.3, 1.0, 1.0), (0.2, 0.1, 0.8, 0.9),
+             (0.0, 0.3, 0.7, 1.0), (0.3, 0.0, 1.0, 0.7)]  # fmt: skip
+    parts = [
+        picture.crop((int(a * wide), int(b * high), int(c * wide), int(d * high)))
+        for a, b, c, d in boxes
+    ]
+    return [Example(part, prompt, (), key=f"probe {n}") for n, part in enumerate(parts)]
+
+
+def _files(load: Load, model: str) -> Path:
+    """The folder of llama.cpp's files, which are written where they are not."""
+    folder = cache_folder("gguf") / digest_rows([model, FORMAT])[:32]
+    if not folder.is_dir():  # which appears whole
+        made = load(engine=TORCH, vision=TORCH, gguf=None)
+        ENGINES[LLAMA_CPP].prepare(made.adapter, folder, FORMAT)
+    return folder
