@@ -175,7 +175,7 @@ def main() -> None:
         help="large: one regime in two hours; middle: in one; modest: in ten minutes; small: to "
         "hold regimes against each other; quick: only to try it out",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("lab/records/photo-exits.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/photo-exits.json"))
     parser.add_argument(
         "--ship", type=Path, metavar="FOLDER", help="save the first regime's exits there"
     )

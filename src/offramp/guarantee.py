@@ -8,7 +8,7 @@ What differs is named, and nothing is guaranteed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from offramp.conditions import Conditions, differences, shown
@@ -34,17 +34,24 @@ class Promise:
     n: int = 0
     largest: int = 1
     kinds: Sequence[str] = ()
+    own_targets: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def claim(self) -> str:
         """Return the end of a sentence that states the promise, its unit and its population."""
         each = f"for each kind of prompt ({kinds_words(self.kinds)}) " if self.kinds else ""
-        return f"{each}{risk_words(self.risk, self.unit)} is at most {self.target:g} {LIKE}"
+        most = f"{self.target:g}{own_words(self.own_targets)}"
+        return f"{each}{risk_words(self.risk, self.unit)} is at most {most} {LIKE}"
 
 
 def kinds_words(kinds: Sequence[str]) -> str:
     """Names of kinds for people."""
     return " and ".join(repr(kind) if kind else "any other" for kind in kinds)
+
+
+def own_words(targets: Mapping[str, float]) -> str:
+    """Targets of kinds of prompts that have their own, for people."""
+    return "".join(f" ({target:g} of {kind!r})" for kind, target in targets.items())
 
 
 def risk_words(risk: str, unit: str) -> str:
@@ -54,6 +61,7 @@ def risk_words(risk: str, unit: str) -> str:
         "consistency": "1 - ROUGE-L against the full model's answer",
         "exact_match_drop": "drop of exact match with people's answers",
         "rouge_l_drop": "drop of ROUGE-L against people's answers",
+        "cider_drop": "drop of CIDEr-D against people's answers, as a share of 2.5,",
         "vqa_accuracy_drop": "drop of VQA accuracy",
     }.get(risk, risk.replace("_", " "))
     if unit == "image":
@@ -104,6 +112,11 @@ def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> Guarant
             **{name: calibration[name] for name in names},
             largest=calibration.get("largest") or 1,
             kinds=tuple(str(kind.get("kind")) for kind in kinds or () if isinstance(kind, Mapping)),
+            own_targets={
+                str(kind.get("kind")): kind["target"]
+                for kind in kinds or ()
+                if isinstance(kind, Mapping) and kind.get("target") is not None
+            },
         )
     )
 

@@ -163,6 +163,41 @@ def test_what_was_measured_is_told_by_kind_of_prompt_and_may_be_promised_of_each
     assert promise is not None and ("for each kind of prompt" in promise.claim) == each
 
 
+def test_a_kind_of_prompt_may_have_a_target_of_its_own() -> None:
+    some, own = of_two_kinds(), {"Question": 0.55}
+    result = found(4, examples=some, kind_targets=own, target=0.5)
+    caption, question = result.kinds
+    assert (caption.target, question.target) == (None, 0.55)
+    assert result.each_kind and question.risk <= 0.55
+    assert result.measured == pytest.approx(max(caption.risk, question.risk / 1.1))
+    promise = calibrated(adapter_at(4), result, some).standing().promise
+    assert promise is not None and "0.5 (0.55 of 'Question: ... Answer:')" in promise.claim
+    strict = found(4, examples=some, each_kind=True, target=0.5)
+    for point, other in zip(result.path, strict.path, strict=False):
+        assert point.bound <= other.bound
+
+
+@pytest.mark.parametrize("own", [{"Question": 0.0}, {"Question": 1.0}, {" ": 0.1}])
+def test_a_target_of_its_own_needs_a_kind_and_a_share(own: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="says nothing"):
+        found(4, examples=of_two_kinds(), kind_targets=own)
+
+
+def test_words_of_cider_are_weighed_by_images_that_are_not_tested_on() -> None:
+    some = examples()
+    part = found(4, risk="cider_drop")
+    assert 0 < part.n < len(some)
+    others = [replace(e, answers=("a red ball", "a cube")) for e in fakes.examples(60)[40:]]
+    whole = found(4, risk="cider_drop", frequencies=[*others, *some[:5]])
+    assert whole.n == len(some)
+    same = found(4, risk="cider_drop", frequencies=others)
+    assert same.attempts[-1].asked == whole.attempts[-1].asked
+    fewer = found(4, risk="cider_drop", frequencies=others[:9])
+    assert len({a.attempts[-1].asked for a in (part, whole, fewer)}) == 3
+    with pytest.raises(DataError, match="references of 0 images"):
+        found(4, risk="cider_drop", frequencies=some)
+
+
 def test_of_each_kind_fewer_thresholds_pass_than_of_all_together() -> None:
     some = of_two_kinds()
     together, each = (

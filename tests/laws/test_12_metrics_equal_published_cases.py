@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.evaluation.caption_metrics import BLEU, caption_scores
+from offramp.evaluation.caption_metrics import BLEU, Frequencies, caption_scores
 from offramp.evaluation.metrics import (
     Measured,
     gold_rank,
@@ -50,6 +50,14 @@ def test_captions_equal_the_published_cases_without_java(name: str) -> None:
         published = case["published"][metric]
         assert value == pytest.approx(published, abs=1e-4)
         assert found.by_example[metric] == pytest.approx(case["per_item"][metric], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["clipscore_readme_good", "nlg_eval_readme"])
+def test_cider_by_the_corpus_s_own_frequencies_is_the_corpus_s(name: str) -> None:
+    case = golden("caption")[name]
+    references = [case["refs"][key] for key in case["cands"]]
+    scores = Frequencies.of(references).cider([*case["cands"].values()], references)
+    assert scores == pytest.approx(case["per_item"]["CIDEr"], abs=1e-12)
 
 
 @java

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from offramp.calibration.attempts import UNITS, error_share
 from offramp.calibration.risk_control import METHODS, images_for, samples_needed
@@ -18,9 +19,10 @@ class Guarantee:
     unit: of `UNITS`: what the risk is a mean over. "image": an image counts once, by the mean of
     what its answers lose; "answer": all answers count alike, and an image with many counts more.
     each_kind: whether the risk of each kind of prompt, by what prompts have in common, is to keep
-    the target, and not that of all together alone. candidates: adapters, training seeds or sets of
-    images among which the best is taken, each with this guarantee asked of it; they share the
-    errors.
+    the target, and not that of all together alone. kind_targets: targets of their own, by how
+    prompts of the kind begin; with any, each kind is tested. candidates: adapters, training seeds
+    or sets of images among which the best is taken, each with this guarantee asked of it; they
+    share the errors.
     """
 
     target: float = 0.01
@@ -30,6 +32,7 @@ class Guarantee:
     unit: str = "image"
     candidates: int = 1
     each_kind: bool = False
+    kind_targets: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (0 < self.target < 1 and 0 < self.confidence < 1):
@@ -37,6 +40,12 @@ class Guarantee:
                 f"Target {self.target} and confidence {self.confidence} must lie between 0 and 1.",
                 "For example target 0.01 (1% of answers may differ) and confidence 0.95.",
             )
+        for kind, target in self.kind_targets.items():
+            if not (kind.strip() and 0 < target < 1):
+                raise InputError(
+                    f"A target of {target} for prompts that begin with {kind!r} says nothing.",
+                    "Name the kind by how its prompts begin, and give a number between 0 and 1.",
+                )
         check_known("Risk", [self.risk], tuple(RISKS))
         check_known("Method", [self.method], METHODS)
         check_known("Unit", [self.unit], UNITS)
@@ -44,6 +53,16 @@ class Guarantee:
             raise InputError(
                 f"A choice of {self.candidates} says nothing.", "Give a whole number from 1."
             )
+
+    @property
+    def by_kind(self) -> bool:
+        """Whether each kind of prompt is tested."""
+        return self.each_kind or bool(self.kind_targets)
+
+    def target_of(self, kind: str) -> float:
+        """Of a kind of prompt, by its name."""
+        own = (t for begin, t in self.kind_targets.items() if kind.startswith(begin))
+        return next(own, self.target)
 
     def level(self, attempt: int) -> float:
         """The confidence at which the test of attempt `attempt`, from 1, is made."""

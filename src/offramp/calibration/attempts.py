@@ -263,7 +263,8 @@ class Draws:
     unit is an image, the sum of the images' means. counts: answers, or images, of each [n].
     clusters: which are copies of each other [n]. largest: the largest count. whole: whether a loss
     is 0 or 1 (or a gain), which is known before any is looked at. looked: how many of the first
-    were there at the first look; None: all.
+    were there at the first look; None: all. times: the target that is tested is so many times the
+    one that is asked of all.
     """
 
     sums: Array
@@ -272,6 +273,7 @@ class Draws:
     largest: float
     whole: bool = False
     looked: int | None = None
+    times: float = 1.0
 
     @classmethod
     def of(cls, losses: Array, *, whole: bool = False, looked: int | None = None) -> Draws:

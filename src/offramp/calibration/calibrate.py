@@ -36,6 +36,7 @@ from offramp.calibration.risk_control import (
     TESTS,
     control,
     first_test,
+    highest_risk,
     more_needed,
     p_value,
     samples_needed,
@@ -50,7 +51,7 @@ from offramp.calibration.threshold_evaluator import (
 )
 from offramp.calibration.threshold_search import Array
 from offramp.conditions import TORCH, Conditions, differences, of_processor, samples
-from offramp.data.decontamination import check_no_overlap, picture_digests
+from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
 from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
 from offramp.engine.policy import (
@@ -87,7 +88,8 @@ COARSE = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, *(n / 20 for n in range(18
 class Point:
     """A point of the path.
 
-    risk, bound: measured on the tested images, and what the method bounds it by.
+    risk, bound: measured on the tested images, and what the method bounds it by; where kinds of
+        prompts are tested, of the worst, with a target of its own in units of that of all.
     seconds: predicted, of a decoded token; None without a replay or costs.
     """
 
@@ -100,12 +102,14 @@ class Point:
 @dataclass(frozen=True)
 class Kind:
     """Prompts of a kind: what was measured of them at the thresholds that were chosen, or at the
-    safest ones where none were. kind: see `offramp.prompt_kinds.kind_of`."""
+    safest ones where none were. kind: see `offramp.prompt_kinds.kind_of`. target: its own; None:
+    that of all."""
 
     kind: str
     images: int
     answers: int
     risk: float
+    target: float | None = None
 
 
 @dataclass(frozen=True)
@@ -204,9 +208,11 @@ def calibrate(
     unit: str = "image",
     candidates: int = 1,
     each_kind: bool = False,
+    kind_targets: Mapping[str, float] | None = None,
     thresholds: Sequence[float] | None = None,
     first: float | str | None = None,
     visual_keep: Sequence[float] | None = None,
+    frequencies: Sequence[Example] | None = None,
     batch_size: int = 64,
     costs: Costs | None = None,
     runtime: Runtime | None = None,
@@ -230,8 +236,11 @@ def calibrate(
         visual_keep: share of a prompt's visual tokens that goes on by the policy's ranking: one, as
             chosen before any of these images was looked at; or several, down to the smallest of
             which is searched, on images that are then not tested on. None: the policy's own.
+        frequencies: with the risk "cider_drop", examples of other images, whose references weigh
+            words; those of images that are calibrated on are left out. None: a part of the images,
+            which is then not tested on, weighs them.
         risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`. unit,
-            candidates, each_kind: see `Guarantee`.
+            candidates, each_kind, kind_targets: see `Guarantee`.
         costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
             no speed is predicted, and the fastest thresholds are the last that keep the risk.
         runtime: answers in the adapter's place, e.g. with quantised weights: the guarantee is then
@@ -244,7 +253,9 @@ def calibrate(
             references that the risk can be measured against, a full model that
             is wrong everywhere, or scores that are constant or NaN.
     """
-    asked = Guarantee(target, confidence, risk, method, unit, candidates, each_kind)
+    asked = Guarantee(
+        target, confidence, risk, method, unit, candidates, each_kind, dict(kind_targets or {})
+    )
     thresholds = thresholds or (GRID if runtime is None else COARSE)
     judged = list(map(Judged.of, examples))
     policy = _policy_of(policy, first, adapter, encoder)
@@ -260,6 +271,9 @@ def calibrate(
         costs=costs, batch_size=batch_size, runtime=runtime, **options,
     )  # fmt: skip
     _check_quality(whole)
+    also = first == AUTO or bool(shares) or (bool(whole.risk.weighed) and frequencies is None)
+    search, tested = split_images(whole, images, also=also)
+    whole, weighed = _weighed(whole, frequencies, [row for image in search for row in image.rows])
     attempts = tuple(map(Attempt.from_json, adapter.attempts))
     name = None if runtime is None else runtime.name
     here = {"engine": name, **of_processor(encoder.processor), "exits": adapter.exits}
@@ -269,16 +283,17 @@ def calibrate(
         **_settings(asked, policy, thresholds, options),
         "runtime": name,
         **_searched(first, shares, policy),
+        **weighed,
         **({"conditions": unlike} if unlike else {}),
         **_counted(asked, judged, images, frames),
     }
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
     trial = _trial(
-        whole, images, thresholds, attempts, digest, asked,
+        whole, search, tested, thresholds, attempts, digest, asked,
         search_first=first == AUTO, shares=shares, frames=frames,
     )  # fmt: skip
-    calibration, tested = _test(trial, asked, judged, progress)
-    if tested:  # else no errors were risked
+    calibration, was_tested = _test(trial, asked, judged, progress)
+    if was_tested:  # else no errors were risked
         attempt = _attempt(trial, calibration, digest, settings)
         attempts = recorded(attempts, attempt, trial.turn.continues)
     found = replace(calibration, attempts=attempts, runtime=name)
@@ -334,6 +349,22 @@ def _searched(
     return settings
 
 
+def _weighed(
+    whole: ThresholdEvaluator, others: Sequence[Example] | None, searched_on: Sequence[int]
+) -> tuple[ThresholdEvaluator, dict[str, Any]]:
+    """The evaluator whose risk weighs words by the references of images that are not tested on,
+    and the setting that tells which: with others it is another attempt."""
+    if whole.risk.weighed is None:
+        return whole, {}
+    if others is None:
+        others = [whole.examples[row] for row in searched_on]
+    else:
+        kept = unseen({"own": [*picture_digests(whole.examples)]}, others, ("own",))
+        others = [example for example, keep in zip(others, kept, strict=True) if keep]
+    words = digest_rows(sorted([*example.answers] for example in others))
+    return replace(whole, risk=whole.risk.weighed(others)), {"frequencies": words}
+
+
 def _counted(
     asked: Guarantee,
     judged: Sequence[Example],
@@ -342,7 +373,7 @@ def _counted(
 ) -> dict[str, Any]:
     """Settings of what the bounds count: kinds of prompt, and answers of one image or group."""
     settings: dict[str, Any] = {}
-    if asked.each_kind:
+    if asked.by_kind:
         settings["kinds"] = sorted({kind_of(example.prompt, frames) for example in judged})
     if asked.unit == "answer" or grouped(images):  # by which bets are scaled
         by = [image.rows if asked.unit == "answer" else image.by_image for image in images]
@@ -460,7 +491,8 @@ def _settings(
     """What an attempt depends on besides exits and images."""
     plain = replace(policy, thresholds={}, drafts={})
     shown = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
-    return {**asdict(asked), "policy": policy_to_json(plain), "grid": list(grid), "options": shown}
+    how = {name: value for name, value in asdict(asked).items() if value != {}}
+    return {**how, "policy": policy_to_json(plain), "grid": list(grid), "options": shown}
 
 
 USUAL = Conditions(
@@ -504,9 +536,9 @@ class _Trial:
     def draws(self, losses: Array, asked: Guarantee) -> list[Draws]:
         """Losses [answers, ...] as those of the images: of all or, where the target is to hold of
         each kind of prompt, of each."""
-        if not asked.each_kind:
+        if not asked.by_kind:
             return [self._of(losses, asked.unit, self.images, self.turn.looked)]
-        return list(self.by_kind(losses, asked.unit).values())
+        return list(self.by_kind(losses, asked).values())
 
     @property
     def images_tested(self) -> int:
@@ -518,14 +550,15 @@ class _Trial:
         nothing = np.zeros(len(self.tested.examples))
         return min(part.n for part in self.draws(nothing, asked))
 
-    def by_kind(self, losses: Array, unit: str) -> dict[str, Draws]:
+    def by_kind(self, losses: Array, asked: Guarantee) -> dict[str, Draws]:
         """The same by kind of prompt."""
         found = {}
         for kind in sorted(set(self.kinds)):
             rows = {row for row, name in enumerate(self.kinds) if name == kind}
             parts = [image.of_rows(rows) for image in self.images]
             looked = sum(part is not None for part in parts[: self.turn.looked])
-            found[kind] = self._of(losses, unit, [part for part in parts if part], looked)
+            draws = self._of(losses, asked.unit, [part for part in parts if part], looked)
+            found[kind] = replace(draws, times=asked.target_of(kind) / asked.target)
         return found
 
     def _of(self, losses: Array, unit: str, images: Sequence[ImageRows], looked: int) -> Draws:
@@ -541,7 +574,8 @@ def _spare(asked: Guarantee, turn: Turn, *, whole: bool) -> float:
 
 def _trial(
     whole: ThresholdEvaluator,
-    images: Sequence[ImageRows],
+    search: Sequence[ImageRows],
+    tested: Sequence[ImageRows],
     grid: Sequence[float],
     attempts: Sequence[Attempt],
     digest: str,
@@ -551,7 +585,6 @@ def _trial(
     shares: Sequence[float],
     frames: Sequence[Sequence[str]],
 ) -> _Trial:
-    search, tested = split_images(whole, images, also=search_first or bool(shares))
     any_time = TESTS[first_test(asked.method)].any_time
     turn = turn_of(attempts, digest, tested, any_time=any_time)
     if shares and turn.continues is not None:
@@ -611,8 +644,7 @@ def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[
         draws = trial.draws(losses, asked)
         bound = upper_bound(draws, trial.level, method)
         seconds = trial.tested.seconds(thresholds)
-        risk = max(float(part.risk) for part in draws)
-        points.append(Point(thresholds, risk, bound, seconds))
+        points.append(Point(thresholds, highest_risk(draws), bound, seconds))
         if p_value(draws, asked.target, method) > 1 - trial.level:
             break
     return np.concatenate(columns, 1), points
@@ -664,8 +696,8 @@ def _decide(
         copies=merged(trial.images),
         candidates=asked.candidates,
         largest=max((len(part) for image in trial.images for part in image.by_image), default=1),
-        each_kind=asked.each_kind,
-        kinds=_kinds(trial, losses, points.index(chosen) if chosen else 0, asked.unit),
+        each_kind=asked.by_kind,
+        kinds=_kinds(trial, losses, points.index(chosen) if chosen else 0, asked),
     )
 
 
@@ -679,13 +711,19 @@ def _likeness(trial: _Trial, policy: ExitPolicy) -> Likeness:
     return Likeness.of([answer.scores for answer in early], trial.kinds[: len(rows)])
 
 
-def _kinds(trial: _Trial, losses: Array, point: int, unit: str) -> tuple[Kind, ...]:
+def _kinds(trial: _Trial, losses: Array, point: int, asked: Guarantee) -> tuple[Kind, ...]:
     """What was measured by kind of prompt at a point of the path."""
     if losses.shape[1] == 0:
         return ()
-    found = trial.by_kind(losses[:, point], unit)
+    found = trial.by_kind(losses[:, point], asked)
     return tuple(
-        Kind(kind, draws.n, trial.kinds.count(kind), float(draws.risk))
+        Kind(
+            kind,
+            draws.n,
+            trial.kinds.count(kind),
+            float(draws.risk),
+            None if draws.times == 1 else asked.target_of(kind),
+        )
         for kind, draws in found.items()
     )
 

@@ -108,8 +108,10 @@ METHODS = ("auto", *TESTS)
 
 
 def p_value(losses: Losses, target: float, method: str) -> float:
-    """Return the p-value of "the true risk is above `target`", for losses [n]."""
-    return max(TESTS[method](part, target) for part in _parts(losses))
+    """Return the p-value of "the true risk is above `target`", for losses [n]; of `Draws` with a
+    target of their own, of "above so many `times` the target"."""
+    parts = [(part, part.times * target) for part in _parts(losses)]
+    return max(TESTS[method](part, own) if own < 1 else 0.0 for part, own in parts)
 
 
 def _parts(losses: Losses) -> list[Draws]:
@@ -124,7 +126,7 @@ def _draws(losses: Array | Draws) -> Draws:
 def upper_bound(losses: Losses, confidence: float, method: str = "upper_bound") -> float:
     """The least target in [mean, 1] that losses [n] pass at `confidence`: a bound on the risk."""
     draws, test = _parts(losses), first_test(method)
-    low, high = max(float(part.risk) for part in draws), 1.0
+    low, high = highest_risk(draws), 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
         if p_value(draws, middle, test) <= 1 - confidence:
@@ -132,6 +134,12 @@ def upper_bound(losses: Losses, confidence: float, method: str = "upper_bound") 
         else:
             low = middle
     return high
+
+
+def highest_risk(draws: Sequence[Draws]) -> float:
+    """The largest mean loss, of `Draws` with a target of their own by the part of it that is lost:
+    that over `times`."""
+    return max(float(part.risk) / part.times for part in draws)
 
 
 def learn_then_test(losses: Losses, target: float, confidence: float) -> int | None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from offramp.data.example import Example
 from offramp.data.item import Item
 from offramp.evaluation.answer_quality import ANSWER_QUALITIES
-from offramp.evaluation.caption_metrics import simple_words
+from offramp.evaluation.caption_metrics import Frequencies, simple_words
 
 if TYPE_CHECKING:
     from offramp.answers import Answer  # which loads PyTorch; the names of risks need none
@@ -35,12 +35,15 @@ class Risk:
     """A loss of early answers against the full model's, in [low, 1].
 
     quality: of a risk with labels, what drops. whole: whether a loss is -1, 0 or 1, never between.
+    weighed: the same risk, with words weighed by the references of other images, which every loss
+        needs that is to be of its own image alone; None: no words are weighed.
     """
 
     losses: Losses
     low: float = 0.0
     quality: Quality | None = None
     whole: bool = False
+    weighed: Callable[[Sequence[Example]], Risk] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,30 @@ QUALITIES: dict[str, Quality] = {name: _quality(name) for name in ANSWER_QUALITI
 """Qualities of whole answers against the data's."""
 
 
-def _drop(name: str) -> Risk:
-    quality = QUALITIES[name]
-
+def _drop(quality: Quality, **more: Any) -> Risk:
     def losses(
         early: Sequence[Answer], full: Sequence[Answer], examples: Sequence[Example]
     ) -> Array:
         return quality(full, examples) - quality(early, examples)
 
-    return Risk(losses, -1.0, quality, whole=name == "exact_match")
+    return Risk(losses, -1.0, quality, **more)
+
+
+CIDER_CAP = 2.5
+"""What a right answer of one word scores; a caption that scores more counts no higher."""
+
+
+def _capped(scores: Array) -> Array:
+    return np.minimum(scores, CIDER_CAP) / CIDER_CAP
+
+
+def _cider_weighed(others: Sequence[Example]) -> Risk:
+    frequencies = Frequencies.of(list(map(_references, others)))
+    return _drop(
+        lambda answers, examples: _capped(
+            frequencies.cider([a.text for a in answers], list(map(_references, examples)))
+        )
+    )
 
 
 BOUNDED = ("exact_match", "vqa_accuracy", "rouge_l")
@@ -104,8 +122,13 @@ BOUNDED = ("exact_match", "vqa_accuracy", "rouge_l")
 RISKS: dict[str, Risk] = {
     "disagreement": Risk(_differs, whole=True),
     "consistency": Risk(_inconsistency),
-    **{f"{name}_drop": _drop(name) for name in BOUNDED},
+    **{f"{name}_drop": _drop(QUALITIES[name], whole=name == "exact_match") for name in BOUNDED},
+    "cider_drop": _drop(
+        lambda answers, examples: _capped(QUALITIES["cider"](answers, examples)),
+        weighed=_cider_weighed,
+    ),
 }
 """Risks by name. "disagreement": the share of answers that differ from the full model's;
 "consistency": 1 - ROUGE-L F against the full model's answer; both need no labels. Drops: the
-quality against the example's answers that is lost, below 0 where an early answer is the better."""
+quality against the example's answers that is lost, below 0 where an early answer is the better.
+"cider_drop": of CIDEr-D up to `CIDER_CAP`, as a share of it."""

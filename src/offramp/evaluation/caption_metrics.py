@@ -13,7 +13,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,47 @@ def _cider(references: Texts, answers: Texts) -> list[Scored]:
     if len(answers) == 1:
         note = "0 by definition: with one example every word is in all references"
     return [(mean_of(by_example, note), list(map(float, by_example)))]
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """In how many of so many `documents`, the references of an image each, every n-gram stands."""
+
+    documents: int
+    counts: Mapping[tuple[str, ...], float]
+
+    @classmethod
+    def of(cls, references: Sequence[Sequence[str]]) -> Frequencies:
+        """References of each image, by the simple tokenizer. Raise `DataError` below two images."""
+        need_pycocoevalcap()
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+        if len(references) < 2:
+            raise DataError(
+                f"Words cannot be weighed by the references of {len(references)} images.",
+                "Give those of at least two other images than the ones that are scored.",
+            )
+        scorer = CiderScorer()
+        for texts in references:
+            scorer.cook_append(None, [" ".join(simple_words(text)) for text in texts])
+        scorer.compute_doc_freq()
+        return cls(len(references), dict(scorer.document_frequency))
+
+    def cider(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Array:
+        """CIDEr-D [n] (Vedantam et al. 2015), in [0, 10], of answers [n] against the references of
+        each: what one answer scores does not depend on the others."""
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+        scorer = CiderScorer()
+        scorer.document_frequency = defaultdict(float, self.counts)
+        scores = []
+        for answer, right in zip(answers, references, strict=True):
+            scorer.ctest, scorer.crefs = [], []
+            words = [" ".join(simple_words(text)) for text in (answer, *right)]
+            scorer.cook_append(words[0], words[1:])
+            scorer.crefs += [[]] * (self.documents - 1)  # it counts these as the documents
+            scores += scorer.compute_cider()
+        return np.array(scores)
 
 
 def _meteor(references: Texts, answers: Texts) -> list[Scored]:

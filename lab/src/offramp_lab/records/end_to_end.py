@@ -1,21 +1,21 @@
-"""Whole captions of photographs, from the file to the text, step by step; in end_to_end.json.
+"""Captions and answers about photographs, from file to text, by stage; in end_to_end.json.
 
 `python -m offramp_lab.records.end_to_end` needs photographs and the packages onnxruntime and
 llama-cpp-python (a quarter of an hour of one core). Every photograph is captioned in all ways, in
-an order of its own; CPU seconds of the process from opening the file to the last token, and of its
-parts: opening and preparing, vision and prompt up to the first token, decoding. Steps: exits at the
-shipped thresholds while prompts run whole; prompts that wait at their exit (`ExitPolicy.first`);
-the vision tower by ONNX Runtime; with `--careful FOLDER`, the thresholds of the same exits in that
-folder, calibrated to a smaller loss. Rivals: Hugging Face's `generate`, exits off by the same
-kernels, llama.cpp alone with its own tower and with the same one. Then questions about photographs,
-and photographs eight at a time in the batch engine. What was answered is kept in runs/end_to_end,
-so that a run that was cut off goes on there.
+an order of its own, and so are questions about photographs in some. CPU milliseconds of the
+process: picture (the file and the processor), tower, entry (all else before the decoder), prompt
+(up to the first token), decoding. Towers run in ONNX Runtime; what another tower, number format or
+head is worth has ways of its own, so that each multiple comes in its factors
+(`offramp_lab.experiments.factors`). Rivals: Hugging Face's `generate`, and llama.cpp alone in three
+formats, fed as we feed it. Last, captions eight at a time in the batch engine. What was answered is
+kept in runs/end_to_end, so that a run that was cut off goes on there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,198 +23,345 @@ from typing import Any
 
 import numpy as np
 import torch
-from examples.photo_vlm.evaluate import LONGEST, accuracy, caption_measures
+from examples.photo_vlm.evaluate import LONGEST, accuracy
+from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
-from offramp.engine.policy import FULL, ExitPolicy
-from offramp.evaluation.statistics import interval, mean_of
-from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn, timed
+from offramp.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.evaluation.caption_metrics import caption_scores
+from offramp.evaluation.timing import FirstToken, GenerateFn, generate_fn, stock_generate_fn
+from offramp.models.exits import Exits
 from offramp.runtimes.llama_cpp import ExportFormats, LlamaCppRuntime, export_gguf
+from offramp.runtimes.llama_cpp.architectures import architecture_of
+from offramp.runtimes.llama_cpp.entry import Embeddings, PromptEntry
 from offramp.runtimes.llama_cpp.gguf_export import export_whole
+from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.experiments.experiment import Experiment, Rates, same, times
+from offramp_lab.experiments.factors import STAGES, Measured, Name, entries_of
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.runtimes.methods import ENGINE, OneFile
+from offramp_lab.records.runtimes.methods import ENGINE, STOCK
+from offramp_lab.records.runtimes.ways import greedy
 from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("end_to_end")
-FORMAT = "q8_0"
-OURS = ("PyTorch", FORMAT)
-TOWERS = ("torch", "onnxruntime", "openvino-bf16")
-"""The last one rounds: inside llama.cpp alone."""
-CAREFUL = "early exit, careful"
+PLAIN, PACKED, STOCK_GENERATE = "PyTorch", "PyTorch, packed", "generate"
+OURS = ("q8_0", "f16")
+RIVALS = ("q8_0", "iq4_nl", "q4_0")
+TORCH, TOWER = "torch", "onnxruntime"
+ROUGE = {"thresholds": 0.1, "first": 0.5}
+"""The fastest thresholds whose loss of ROUGE-L is at most 0.03, at 95% confidence."""
 SLOTS = 8
-Name = tuple[str, str, str]
-"""What decodes, mode, what runs the vision tower."""
-Answered = tuple[list[int], float, float, float]
-"""Ids, and CPU seconds: opening and preparing, up to the first token, decoding."""
-Way = Callable[..., Answered]
-"""Answers an example; `most`: tokens."""
-Modes = Mapping[str, ExitPolicy]
+Way = Callable[..., list[Any]]
+"""Ids of an answer to an example of `most` tokens, and CPU seconds of each of `STAGES`."""
 
 
-def modes(shipped: Adapter, careful: Adapter | None) -> Modes:
-    """careful: the same exits, calibrated to a smaller loss."""
-    policy = shipped.policy
-    found = {
+def last_exit(adapter: Adapter) -> Adapter:
+    """Full depth by way of the shortlist: an exit before the last layer, which is that layer."""
+    depth = adapter.backbone.depth - 1
+    exits = Exits(adapter.backbone, [depth]).requires_grad_(False)
+    only = replace(adapter.exits, modules=exits, discriminators=None, measured={})
+    return replace(adapter, exits=only, policy=always(adapter.policy, depth), calibration=None)
+
+
+def whole_head(adapter: Adapter) -> Adapter:
+    """Exits that can say every word."""
+    policy = replace(adapter.policy, shortlist=False)
+    return replace(
+        adapter, exits=replace(adapter.exits, shortlist=None), policy=policy, calibration=None
+    )
+
+
+def always(policy: ExitPolicy, depth: int) -> ExitPolicy:
+    """Every token at the exit there."""
+    return at(policy, depth, 0.0, 0.0)
+
+
+def at(policy: ExitPolicy, depth: int, thresholds: float, first: float) -> ExitPolicy:
+    """Exits at these thresholds. Drafts are of no use, and left out."""
+    return replace(
+        policy, drafts={},
+        thresholds=Thresholds({depth: thresholds}), first=Thresholds({depth: first}),
+    )  # fmt: skip
+
+
+def modes(policy: ExitPolicy) -> dict[str, ExitPolicy]:
+    """By name, of the exit that ships."""
+    [depth] = policy.thresholds
+    return {
         "full": FULL,
-        "early exit, prompt run whole": replace(policy, first={}),
+        "static": always(policy, depth),
         "early exit": policy,
+        "early exit, ROUGE-L": at(policy, depth, **ROUGE),
+        "early exit, prompt run whole": replace(policy, first={}),
         "lossless": replace(policy, lossless=True),
     }
-    return found if careful is None else {**found, CAREFUL: careful.policy}
 
 
-def ways(
-    adapters: Mapping[str, tuple[Adapter, Any]], policies: Modes, work: Path
-) -> dict[Name, Way]:
-    """By name. adapters: by what runs the vision tower, with the encoder. work: for exported
-    files."""
-    found: dict[Name, Way] = {}
-    chain, whole = work / FORMAT, work / f"whole-{FORMAT}.gguf"
-    for tower, (adapter, encoder) in adapters.items():
-        if not chain.is_dir():
-            export_gguf(adapter, chain, FORMAT)
-            export_whole(adapter.backbone, whole, ExportFormats(FORMAT))
-        runtime = LlamaCppRuntime(adapter, chain, engine=ENGINE)
-        alone = OneFile(adapter, whole, encoder.eos)
-        rounds = tower == TOWERS[-1]
-        if not rounds:
-            stock = partial(stock_generate_fn, adapter.backbone, do_sample=False)
-            found["generate", "full", tower] = partial(_answer, encoder, stock)
-        found["llama.cpp alone", "full", tower] = partial(_answer, encoder, partial(partial, alone))
-        for mode, policy in policies.items():
-            by: Any
-            for engine, by in zip(OURS, (adapter, runtime), strict=True):
-                if rounds and engine == OURS[0]:
-                    continue
-                ours = partial(generate_fn, by.generate, policy=policy, do_sample=False)
-                found[engine, mode, tower] = partial(_answer, encoder, ours)
-    return found
+# -- ways -----------------------------------------------------------------------------------------
 
 
-def _answer(
-    encoder: Any, writing: Callable[..., GenerateFn], example: Example, most: int
-) -> Answered:
-    """writing: what writes `max_new_tokens` at most."""
-    begin = time.process_time()
-    inputs = encoder.prompts([example])
-    opened = time.process_time() - begin
-    write = writing(max_new_tokens=most)
-    whole, decode, ids = timed(write, inputs, time.process_time)
-    return [*ids], opened, whole - decode, decode
+class Stages:
+    """When an answer came to each stage, by the CPU seconds of the process.
+
+    The tower notes its own part; the decoder, that it begins.
+    """
+
+    def __init__(self) -> None:
+        self.tower = 0.0
+        self.entered: float | None = None
+
+    def watch(self, backbone: Any) -> None:
+        """Note when its tower and its decoder run."""
+
+        def begin(*_: Any) -> None:
+            self._begun = time.process_time()
+
+        def end(*_: Any) -> None:
+            self.tower += time.process_time() - self._begun
+
+        tower = backbone.tower or backbone.vision
+        tower.register_forward_pre_hook(begin)
+        tower.register_forward_hook(end)
+        backbone.layers[0].register_forward_pre_hook(self.enter)
+
+    def enter(self, *_: Any) -> None:
+        """The decoder begins, where it had not."""
+        if self.entered is None:
+            self.entered = time.process_time()
+
+    def take(self, encoder: Any, example: Example, write: GenerateFn) -> list[Any]:
+        self.tower, self.entered, first = 0.0, None, FirstToken(time.process_time)
+        begin = time.process_time()
+        inputs = encoder.prompts([example])
+        opened = time.process_time()
+        ids = write(inputs, StoppingCriteriaList([first])).tolist()
+        end = time.process_time()
+        assert first.seconds is not None and self.entered is not None
+        entry = self.entered - opened - self.tower
+        prompt, decoding = first.seconds - self.entered, end - first.seconds
+        return [ids, [opened - begin, self.tower, entry, prompt, decoding]]
+
+
+class Alone:
+    """llama.cpp without exits or kernels of ours: the decoder in one file, greedy, and fed with the
+    rows that we feed ours."""
+
+    def __init__(self, adapter: Adapter, file: Path, end: int) -> None:
+        backbone = adapter.backbone
+        self.entry = PromptEntry(backbone, architecture_of(backbone), STOCK)
+        self.segment, self.end = Segment(file, STOCK, tap_layer=None), end
+        self.embeddings = Embeddings(backbone)
+
+    def __call__(
+        self, inputs: Mapping[str, Any], stop: StoppingCriteriaList, max_new_tokens: int
+    ) -> Tensor:
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        with torch.inference_mode():
+            _, [prompt] = self.entry.read(inputs, options)
+        none = torch.zeros(1, 1, dtype=torch.long)
+        answer = greedy(
+            self.segment, prompt.states, lambda ids: self.embeddings.of_token(ids[0], 0),
+            lambda token: token == self.end, max_new_tokens, lambda: stop(none, None),
+        )  # fmt: skip
+        return torch.tensor(answer)
+
+
+@contextmanager
+def entries_noted(stages: Stages) -> Iterator[None]:
+    """llama.cpp's prompts note when they are ready."""
+    read = PromptEntry.read
+
+    def noted(self: PromptEntry, *given: Any) -> Any:
+        found = read(self, *given)
+        stages.enter()
+        return found
+
+    PromptEntry.read = noted  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        PromptEntry.read = read  # type: ignore[method-assign]
+
+
+def in_torch(adapter: Adapter, policy: ExitPolicy, most: int) -> GenerateFn:
+    return generate_fn(adapter.generate, policy=policy, max_new_tokens=most, do_sample=False)
+
+
+def torch_way(stages: Stages, encoder: Any, model: Any, policy: ExitPolicy) -> Way:
+    """model: an adapter, or what answers in its place."""
+    return _way(stages, encoder, partial(in_torch, model, policy))
+
+
+def _way(stages: Stages, encoder: Any, writing: Callable[[int], GenerateFn]) -> Way:
+    return lambda example, most: stages.take(encoder, example, writing(most))
+
+
+class Ways:
+    """All ways by name, made as they are asked for. work: for exported files."""
+
+    def __init__(self, exits: Path | None, work: Path) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.work, self.stages = work, Stages()
+        self.adapters = {
+            (PLAIN, TORCH): load_photo(exits),
+            (PLAIN, TOWER): load_photo(exits, vision=TOWER),
+            (PACKED, TOWER): load_photo(exits, vision=TOWER),
+        }
+        self.encoder = self.adapters[PLAIN, TORCH][1]
+        for adapter, _ in self.adapters.values():
+            self.stages.watch(adapter.backbone)
+        self.adapters[PACKED, TOWER][0].prepack()
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.adapters[PLAIN, TOWER][0]
+
+    def all(self) -> dict[Name, Way]:
+        """For captions."""
+        found: dict[Name, Way] = {}
+        for tower in (TORCH, TOWER):
+            adapter, _ = self.adapters[PLAIN, tower]
+            found |= self._torch(PLAIN, tower, {"full": FULL})
+            found |= self._alone(adapter, "iq4_nl", tower)
+        for formats in ("q8_0", "q4_0"):
+            found |= self._alone(self.adapter, formats, TOWER)
+        policies = modes(self.adapter.policy)
+        for engine in (PLAIN, PACKED):
+            adapter, encoder = self.adapters[engine, TOWER]
+            short, every = last_exit(adapter), whole_head(adapter)
+            found |= self._torch(engine, TOWER, policies)
+            for mode, made in (("full, shortlist", short), ("early exit, whole head", every)):
+                found[engine, mode, TOWER] = torch_way(self.stages, encoder, made, made.policy)
+        adapter, encoder = self.adapters[PLAIN, TORCH]
+        stock = partial(stock_generate_fn, adapter.backbone, do_sample=False)
+        found[STOCK_GENERATE, "full", TORCH] = _way(
+            self.stages, encoder, lambda most: stock(max_new_tokens=most)
+        )
+        for formats in OURS:
+            found |= self._llama(self.adapter, formats, TOWER, policies)
+            short = last_exit(self.adapter)
+            found |= self._llama(
+                short, formats, TOWER, {"full, shortlist": short.policy}, "shortlist"
+            )
+        found |= self._llama(self.adapters[PLAIN, TORCH][0], "q8_0", TORCH, {"full": FULL})
+        return found
+
+    def _torch(
+        self, engine: str, tower: str, policies: Mapping[str, ExitPolicy]
+    ) -> dict[Name, Way]:
+        adapter, encoder = self.adapters[engine, tower]
+        return {
+            (engine, mode, tower): torch_way(self.stages, encoder, adapter, policy)
+            for mode, policy in policies.items()
+        }
+
+    def _llama(
+        self, adapter: Adapter, formats: str, tower: str, policies: Mapping[str, ExitPolicy],
+        kind: str = "exits",
+    ) -> dict[Name, Way]:  # fmt: skip
+        folder = self.work / f"{formats}-{kind}"
+        if not folder.is_dir():
+            export_gguf(adapter, folder, formats)
+        runtime: Any = LlamaCppRuntime(adapter, folder, engine=ENGINE)
+        return {
+            (formats, mode, tower): torch_way(self.stages, self.encoder, runtime, policy)
+            for mode, policy in policies.items()
+        }
+
+    def _alone(self, adapter: Adapter, formats: str, tower: str) -> dict[Name, Way]:
+        file = self.work / f"whole-{formats}.gguf"
+        if not file.is_file():
+            export_whole(adapter.backbone, file, ExportFormats(formats))
+        alone = Alone(adapter, file, self.encoder.eos)
+
+        def writing(most: int) -> GenerateFn:
+            return partial(alone, max_new_tokens=most)
+
+        return {(f"llama.cpp {formats}", "full", tower): _way(self.stages, self.encoder, writing)}
 
 
 # -- figures --------------------------------------------------------------------------------------
 
 
-def captioned(
-    found: Mapping[Name, Way], examples: Sequence[Example], texts: Any, kept: Kept
-) -> list[dict[str, Any]]:
-    """An entry for each way: milliseconds of a caption by parts; how many times as fast it is as
-    full depth of what decodes it, as llama.cpp alone, as it comes and behind the same tower; and
-    what its captions are worth beside full depth's."""
-    told = _answers(found, examples, LONGEST["captions"], kept)
-    rates = {name: _rates(answers) for name, answers in told.items()}
-    decoding = {name: _rates(answers, since=2) for name, answers in told.items()}
-    scores = {
-        name: caption_measures([texts(ids) for ids, *_ in answers], examples, ("CIDEr", "ROUGE_L"))
-        for name, answers in told.items()
-    }
-    entries = []
-    for name, answers in told.items():
-        engine, _, tower = name
-        bases = {
-            "full": (engine, "full", TOWERS[0]),
-            "same_full": (engine, "full", tower),
-            "alone": ("llama.cpp alone", "full", TOWERS[0]),
-            "alone_same_tower": ("llama.cpp alone", "full", tower),
-        }
-        full = bases["full"]
-        parts = 1e3 * np.array([row[1:] for row in answers]).mean(0)
-        entries.append(
-            {
-                **_named(name),
-                "milliseconds": dict(zip(("opened", "first_token", "decoded"), parts, strict=True)),
-                "whole_milliseconds": float(parts.sum()),
-                **{f"over_{base}": times(rates[name], rates[of]) for base, of in bases.items()},
-                "decoding_over_full": times(decoding[name], decoding[full]),
-                "as_full": _same(answers, told[full]),
-                **{
-                    metric: {
-                        "value": scores[name][metric].value,
-                        "difference": interval(scores[name][metric], minus=scores[full][metric]),
-                    }
-                    for metric in ("CIDEr", "ROUGE_L")
-                },
-            }
-        )
-    return entries
-
-
-def questioned(
-    found: Mapping[Name, Way], examples: Sequence[Example], texts: Any, kept: Kept
-) -> list[dict[str, Any]]:
-    """Of each way, how many answers are right, beside full depth's, and how fast it is."""
-    ours = {name: way for name, way in found.items() if name[0] in OURS}
-    told = _answers(ours, examples, LONGEST["questions"], kept)
-    groups = [example.group for example in examples]
-    right = {
-        name: mean_of(
-            [accuracy([texts(row[0])], [e]) for row, e in zip(rows, examples, strict=True)]
+def measured(
+    found: Mapping[Name, Way], examples: Sequence[Example], kind: str, encoder: Any, work: Path
+) -> dict[Name, Measured]:
+    """What all ways took and scored on examples of a kind, captions or questions."""
+    asked_of = {name: partial(way, most=LONGEST[kind]) for name, way in found.items()}
+    kept = Kept(work / f"{kind}.jsonl")
+    told = kept.answers(asked_of, examples, lambda example: example, f"{len(examples)} {kind}")
+    return {
+        name: Measured(
+            tokens=[len(ids) for ids, _ in rows],
+            milliseconds=1e3 * np.array([stages for _, stages in rows]),
+            scores=scores(kind, [str(encoder.texts(torch.tensor([ids]))[0]) for ids, _ in rows],
+                          examples),
+            answers=[ids for ids, _ in rows],
         )
         for name, rows in told.items()
-    }
-    entries = []
-    for name, answers in told.items():
-        full = (name[0], "full", TOWERS[0])
-        entries.append(
-            {
-                **_named(name),
-                "right": right[name].value,
-                "difference": interval(right[name], groups, minus=right[full]),
-                "as_full": _same(answers, told[full]),
-                "over_full": times(_rates(answers), _rates(told[full])),
-            }
-        )
-    return entries
+    }  # fmt: skip
 
 
-def together(
-    adapters: Mapping[str, tuple[Adapter, Any]], policies: Modes, examples: Sequence[Example]
-) -> list[dict[str, Any]]:
-    """Photographs in the batch engine, in PyTorch: CPU milliseconds a caption, in groups of
-    `SLOTS`, of each mode and tower in turn."""
-    found = {
-        (mode, tower): partial(_engine, adapter, encoder, policy)
-        for tower, (adapter, encoder) in adapters.items()
-        for mode, policy in policies.items()
-        if tower != TOWERS[-1]
-    }
+def scores(
+    kind: str, texts: Sequence[str], examples: Sequence[Example]
+) -> dict[str, Sequence[float]]:
+    """Each answer's, by metric: CIDEr and ROUGE-L of captions, right or not of questions."""
+    if kind == "questions":
+        pairs = zip(texts, examples, strict=True)
+        return {"right": [accuracy([text], [example]) for text, example in pairs]}
+    keyed = {example.key: text for example, text in zip(examples, texts, strict=True)}
+    references = {example.key: example.answers for example in examples}
+    found = caption_scores(keyed, references, metrics=("CIDEr", "ROUGE_L"), tokenizer="ptb")
+    return dict(found.by_example)
+
+
+def bases(name: Name) -> dict[str, Name]:
+    """What a way is compared with: full depth of what decodes it, also with the same shortlist, and
+    llama.cpp alone, in its own format and in the fastest of equal CIDEr."""
+    engine, _, tower = name
+    own = engine if engine in (PLAIN, PACKED, *OURS) else PLAIN
+    found = {"full": (own, "full", tower), "full_shortlist": (own, "full, shortlist", TOWER)}
+    if engine in RIVALS:
+        found["alone_same_tower"] = (f"llama.cpp {engine}", "full", TOWER)
+    return found | {"fastest": ("llama.cpp iq4_nl", "full", TOWER)}
+
+
+def together(ways: Ways, examples: Sequence[Example], work: Path) -> dict[Name, Measured]:
+    """Captions in the batch engine, in PyTorch, in groups of `SLOTS`: by mode, in turn."""
+    adapter, encoder = ways.adapters[PLAIN, TOWER]
+    policies = modes(adapter.policy)
+    names = ("full", "static", "early exit", "early exit, ROUGE-L", "lossless")
+    kept, rows = Kept(work / "together.jsonl"), dict[Name, list[Any]]()
     groups = [examples[i : i + SLOTS] for i in range(0, len(examples), SLOTS)]
-    taken = {
-        name: rows
-        for name, [rows] in Experiment(found, groups, warm=1, title="together").run().items()
-    }
-    sizes = [len(group) for group in groups]
-    rates = {n: np.array([sizes, [s for _, s in rows]], float) for n, rows in taken.items()}
-    before = ("early exit, prompt run whole", TOWERS[0])
-    said = {name: [ids for group, _ in rows for ids in group] for name, rows in taken.items()}
-    return [
-        {
-            "mode": mode,
-            "tower": tower,
-            "milliseconds": 1e3 * float(own[1].sum() / own[0].sum()),
-            "over_before": times(own, rates[before]),
-            "over_full": times(own, rates["full", TOWERS[0]]),
-            "as_before": same(said[mode, tower], said[before]),
-        }
-        for (mode, tower), own in rates.items()
-    ]
+    for group in groups:
+        for n in np.random.default_rng(len(rows)).permutation(len(names)):
+            key = f"{names[n]} {group[0].key}"
+            if key not in kept:
+                kept.keep(key, _engine(adapter, encoder, policies[names[n]], group))
+    for name in names:
+        rows[f"batch of {SLOTS}", name, TOWER] = [
+            [ids, [0, 0, 0, 0, seconds / len(group)]]
+            for group in groups
+            for many, seconds in [kept.found[f"{name} {group[0].key}"]]
+            for ids in many
+        ]
+    return {
+        name: Measured(
+            tokens=[len(ids) for ids, _ in told],
+            milliseconds=1e3 * np.array([stages for _, stages in told]),
+            scores=scores(
+                "captions",
+                [str(encoder.texts(torch.tensor([ids]))[0]) for ids, _ in told], examples,
+            ),
+            answers=[ids for ids, _ in told],
+        )
+        for name, told in rows.items()
+    }  # fmt: skip
 
 
 def _engine(
@@ -224,8 +371,7 @@ def _engine(
     options = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
     exits = None if policy is FULL else adapter.exits
     begin = time.process_time()
-    config = EngineConfig(slots=SLOTS, limit=128)
-    core = EngineCore(adapter.backbone, exits, policy, config)
+    core = EngineCore(adapter.backbone, exits, policy, EngineConfig(slots=SLOTS, limit=128))
     mode = "lossless" if policy.lossless else "early_exit" if exits else "full"
     requests = [Request(encoder.prompts([e]), mode, options=options) for e in group]
     handles = [core.add(request) for request in requests]
@@ -234,63 +380,38 @@ def _engine(
     return ids, time.process_time() - begin
 
 
-def _answers(
-    found: Mapping[Name, Way], examples: Sequence[Example], most: int, kept: Kept
-) -> dict[Name, list[Answered]]:
-    ways = {name: partial(way, most=most) for name, way in found.items()}
-    return kept.answers(ways, examples, lambda example: example, f"{len(examples)} examples")
-
-
-def _same(one: Sequence[Answered], other: Sequence[Answered]) -> int:
-    """How many have the same ids."""
-    return same([ids for ids, *_ in one], [ids for ids, *_ in other])
-
-
-def _rates(answers: Sequence[Answered], since: int = 0) -> Rates:
-    """Answers, each of them one, and their seconds from a part of them on."""
-    seconds = np.array([row[1:] for row in answers], float)[:, since:].sum(1)
-    return np.stack([np.ones(len(answers)), seconds])
-
-
-def _named(name: Name) -> dict[str, str]:
-    return dict(zip(("engine", "mode", "tower"), name, strict=True))
-
-
-def _promised(careful: Adapter) -> dict[str, Any]:
-    """What was calibrated, but for the path of thresholds that led there."""
-    assert careful.calibration is not None, "its thresholds have a guarantee"
-    return {name: of for name, of in careful.calibration.items() if name != "path"}
-
-
 def main() -> None:
-    arguments = asked(__doc__, photo=True, photographs=100, questions=100, careful=Path)
+    arguments = asked(__doc__, photo=True, photographs=100, questions=100)
     work = RUNS / RECORD.name
-    adapters = {tower: load_photo(arguments.adapter, vision=tower) for tower in TOWERS}
-    encoder = adapters[TOWERS[0]][1]
+    ways = Ways(arguments.adapter, work)
     captions = halves(arguments.data)[1][: arguments.photographs]
     questions = halves(arguments.data, "questions_val")[1][: arguments.questions]
-
-    def texts(ids: list[int]) -> str:
-        return str(encoder.texts(torch.tensor([ids]))[0])
-
-    shipped = adapters[TOWERS[0]][0]
-    careful = arguments.careful and Adapter.load(arguments.careful, shipped.backbone)
-    policies = modes(shipped, careful)
-    found = ways(adapters, policies, work)
+    found, encoder = ways.all(), ways.encoder
+    some = {name: way for name, way in found.items() if name[2] == TOWER}
+    with entries_noted(ways.stages):
+        told = measured(found, captions, "captions", encoder, work)
+        answered = measured(some, questions, "questions", encoder, work)
+    slots, policy = together(ways, captions, work), ways.adapter.policy
+    first = policy.first or {}
     RECORD.write(
         {
             "photographs": len(captions),
             "questions": len(questions),
-            "format": FORMAT,
-            "thresholds": {str(d): t for d, t in shipped.policy.thresholds.items()},
-            "first": {str(d): t for d, t in (shipped.policy.first or {}).items()},
-            "careful": _promised(careful) if careful else None,
-            "captioned": captioned(found, captions, texts, Kept(work / "captions.jsonl")),
-            "questioned": questioned(found, questions, texts, Kept(work / "questions.jsonl")),
+            "stages": list(STAGES),
+            "policies": {
+                "early exit": [[*policy.thresholds.values()], [*first.values()]],
+                "early exit, ROUGE-L": [[ROUGE["thresholds"]], [ROUGE["first"]]],
+            },
+            "captioned": entries_of(told, bases),
+            "questioned": entries_of(answered, bases),
             "slots": SLOTS,
-            "together": together(adapters, policies, captions),
+            "together": entries_of(slots | told, _slot_bases, [*slots]),
         }
     )
+
+
+def _slot_bases(name: Name) -> dict[str, Name]:
+    return {"full": (f"batch of {SLOTS}", "full", TOWER), "single": (PLAIN, name[1], TOWER)}
 
 
 if __name__ == "__main__":

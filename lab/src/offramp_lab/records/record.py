@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Record:
     def origin(self, examples: Sequence[Example] = ()) -> dict[str, Any]:
         """What ran, on what, when."""
         digest = examples_digest(examples) if examples else None
-        return provenance(0, [f"offramp_lab.records.{self.command or self.name}"], digest)
+        found = provenance(0, [f"offramp_lab.records.{self.command or self.name}"], digest)
+        return {**found, "generation": generation(found["processor"])}
 
     def write(self, figures: Mapping[str, Any], file: Path | None = None, **more: Any) -> None:
         """All of it, with its origin. more: of the origin."""
@@ -60,6 +62,15 @@ class Record:
         for name in asked:
             write_json(files[name], made[name]())
         self.write({n: read_json(f) for n, f in files.items() if f.is_file()}, **more)
+
+
+def generation(processor: str) -> str:
+    """AMD's name of a processor's generation, by what its provenance says; else that."""
+    told = re.search(r"family (\d+), model (\d+)", processor)
+    family, model = map(int, told.groups()) if told else (0, 0)
+    if family == 25:
+        return "Zen 4" if 16 <= model < 32 or model >= 96 else "Zen 3"
+    return {23: "Zen 2", 26: "Zen 5"}.get(family, processor)
 
 
 class Some(tuple[Any, ...]):

@@ -1,144 +1,316 @@
-"""Whole captions, from the file to the text: where the time goes, and what each step brings."""
+"""Captions and answers about photographs: decoding and end to end, each multiple in its factors."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 
 from offramp.report.table import Table
+from offramp_lab.experiments.factors import NAMED, factors
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
     Value,
+    bold,
     by,
     record,
     times_with_range,
     with_range,
 )
 
-STOCK, ALONE = "generate", "llama.cpp alone"
-EARLY, CAREFUL = "early exit", "early exit, careful"
-WHOLE_PROMPT, LOSSLESS = "early exit, prompt run whole", "lossless"
-TORCH, ENGINE, ROUNDED = "torch", "onnxruntime", "openvino-bf16"
-NAMES = {STOCK: "Hugging Face's `generate`", ALONE: "llama.cpp alone", "PyTorch": "PyTorch"}
+PLAIN, PACKED, F16, Q8 = "PyTorch", "PyTorch, packed", "f16", "q8_0"
+FASTEST = "llama.cpp iq4_nl"
+"""llama.cpp's fastest format whose captions are as good as those of q8_0."""
+TOWER, TORCH = "onnxruntime", "torch"
+FULL, SHORT, STATIC = "full", "full, shortlist", "static"
+EARLY, ROUGE, LOSSLESS = "early exit", "early exit, ROUGE-L", "lossless"
+WHOLE = "early exit, prompt run whole"
+MODES = {
+    FULL: "full depth",
+    SHORT: "full depth, the same shortlist",
+    STATIC: "every token at the exit",
+    EARLY: "early exit, as it ships",
+    ROUGE: "early exit, ROUGE-L thresholds",
+    LOSSLESS: "lossless",
+    WHOLE: "early exit, prompt run whole",
+    "early exit, whole head": "early exit, whole head",
+    "student": "student of five layers",
+}
+ENGINES = {"generate": "Hugging Face's `generate`", PLAIN: "PyTorch, float32", F16: "f16"}
+THINGS = ("tower", "format", "kernels", "head", "layers skipped", "prompt", "batch")
+Chain = Sequence[tuple[str, tuple[str, str, str]]]
 
 
-def _way(entry: Value) -> str:
-    name = NAMES.get(entry["engine"], f"offramp, {entry['engine']}")
-    mode = "" if entry["engine"] in (STOCK, ALONE) else f", {_mode(entry)}"
-    return name + mode + _tower(entry)
+def captioned(name: str = "end_to_end") -> dict[tuple[str, ...], Value]:
+    """Entries by engine, mode and tower."""
+    return by(record(name)["captioned"], *NAMED)
+
+
+def _entry(engine: str, mode: str, tower: str = TOWER) -> Value:
+    return captioned()[engine, mode, tower]
+
+
+def _engine(entry: Value) -> str:
+    name = ENGINES.get(entry["engine"], entry["engine"])
+    if entry["engine"].startswith("llama.cpp"):
+        name = f"llama.cpp alone, {entry['engine'].removeprefix('llama.cpp ')}"
+    return name + (", PyTorch's tower" if entry["tower"] == TORCH else "")
 
 
 def _mode(entry: Value) -> str:
-    return "exits off" if entry["mode"] == "full" else str(entry["mode"])
+    return MODES[entry["mode"]]
 
 
-def _tower(entry: Value) -> str:
-    return f", {entry['tower']} tower" if entry["tower"] != TORCH else ""
+def _score(metric: str, form: str = ".3f") -> Callable[[Value], str]:
+    return lambda entry: with_range(
+        format(entry[metric]["value"], form), entry[metric]["interval"], form
+    )
 
 
-def captions() -> Table:
-    """Milliseconds of a caption by parts, and multiples of full depth."""
-    return _table((STOCK, "PyTorch"), {"over exits off": "over_full"})
+def _drop(metric: str, form: str = "+.3f") -> Callable[[Value], str]:
+    """How far a score is from full depth's of the same engine."""
+    return lambda entry: with_range(
+        format(entry[metric]["minus_full"], form), entry[metric]["difference"], form
+    )
 
 
-def captions_in_llama() -> Table:
-    """The same inside llama.cpp, beside llama.cpp alone."""
-    columns = {
-        "over llama.cpp alone": "over_alone",
-        "over it with the same tower": "over_alone_same_tower",
-        "over exits off": "over_full",
-    }
-    return _table((ALONE, record("end_to_end")["format"]), columns)
+def _ratio(name: str) -> Callable[[Value], str]:
+    return lambda entry: times_with_range(entry[name]) if name in entry else ""
 
 
-def _table(engines: Collection[str], ratios: dict[str, str]) -> Table:
-    found = record("end_to_end")
+def _as_full(entry: Value) -> str:
+    return f"{entry['as_full']} of {len(entry['each']['tokens'].split())}"
+
+
+def decoding() -> Table:
+    """What follows the first token, by engine and mode."""
+    rows = [
+        entry
+        for engine in (PLAIN, PACKED, F16, Q8)
+        for mode in (FULL, SHORT, STATIC, EARLY, ROUGE, LOSSLESS)
+        for entry in [_entry(engine, mode)]
+    ]
     return Table.of(
-        (entry for entry in found["captioned"] if entry["engine"] in engines and _shown(entry)),
+        rows,
         {
-            "": _way,
-            "to the first token": lambda entry: f"{_until_first(entry):.0f}",
-            "decoding": "{milliseconds[decoded]:.0f}",
-            "whole, ms": "{whole_milliseconds:.0f}",
-            **{title: _ratio(name) for title, name in ratios.items()},
-            "same as exits off": f"{{as_full}} of {found['photographs']}",
-            "ROUGE-L, difference": lambda entry: with_range(
-                f"{entry['ROUGE_L']['value']:.3f}", entry["ROUGE_L"]["difference"], "+.3f"
-            ),
+            "engine": _engine,
+            "mode": _mode,
+            "decoding, of full depth": _ratio("decoding_over_full"),
+            "of full depth with the shortlist": _ratio("decoding_over_full_shortlist"),
+            "as full depth": _as_full,
+            "CIDEr, of full depth": _drop("CIDEr"),
+            "ROUGE-L, of full depth": _drop("ROUGE_L"),
         },
     )
 
 
-def _shown(entry: Value) -> bool:
-    """Whether a table has the entry: each mode once, and with faster towers what gains most."""
-    always = ("full", EARLY)
-    return entry["mode"] in (
-        always if entry["tower"] != TORCH else (*always, WHOLE_PROMPT, LOSSLESS)
+def whole() -> Table:
+    """From the file to the text, by stage."""
+    return Table.of(
+        record("end_to_end")["captioned"],
+        {
+            "engine": _engine,
+            "mode": _mode,
+            **{stage: f"{{milliseconds[{stage}]:.1f}}" for stage in record("end_to_end")["stages"]},
+            "ms": "{whole_milliseconds:.1f}",
+            "of llama.cpp's fastest": _ratio("over_fastest"),
+            "of full depth": _ratio("over_full"),
+            "of full depth with the shortlist": _ratio("over_full_shortlist"),
+            "CIDEr": _score("CIDEr"),
+        },
     )
 
 
-def _until_first(entry: Value) -> float:
-    """Milliseconds from the file to the first token."""
-    return float(entry["milliseconds"]["opened"] + entry["milliseconds"]["first_token"])
-
-
-def _ratio(name: str) -> Callable[[Value], str]:
-    return lambda entry: times_with_range(entry[name])
+def rivals() -> Table:
+    """llama.cpp alone by number format."""
+    rows = [_entry(f"llama.cpp {formats}", FULL) for formats in ("q8_0", "iq4_nl", "q4_0")]
+    return Table.of(
+        rows,
+        {
+            "llama.cpp alone": _engine,
+            "prompt, ms": "{milliseconds[prompt]:.0f}",
+            "decoding, ms": "{milliseconds[decoding]:.0f}",
+            "whole, ms": "{whole_milliseconds:.0f}",
+            "CIDEr": _score("CIDEr"),
+            "CIDEr, of PyTorch at full depth": _drop("CIDEr"),
+        },
+    )
 
 
 def questions() -> Table:
     """Questions answered right."""
-    found = record("end_to_end")
+    rows = by(record("end_to_end")["questioned"], *NAMED)
     return Table.of(
-        (entry for entry in found["questioned"] if entry["mode"] in ("full", EARLY)),
+        [
+            rows[engine, mode, TOWER]
+            for engine in (PLAIN, F16, Q8)
+            for mode in (FULL, STATIC, EARLY, ROUGE, LOSSLESS)
+        ],
         {
-            "": _way,
-            "right": lambda entry: with_range(f"{entry['right']:.1%}", entry["difference"], "+.1%"),
-            "same as exits off": f"{{as_full}} of {found['questions']}",
-            "over exits off, end to end": _ratio("over_full"),
+            "engine": _engine,
+            "mode": _mode,
+            "right": _score("right", ".1%"),
+            "of full depth": _drop("right", "+.1%"),
+            "same answer": _as_full,
+            "faster, end to end": _ratio("over_full"),
         },
     )
 
 
 def together() -> Table:
     """Several photographs at once."""
-    found = record("end_to_end")
     return Table.of(
-        filter(_shown, found["together"]),
+        record("end_to_end")["together"],
         {
-            "": lambda entry: _mode(entry) + _tower(entry),
-            "ms a caption": "{milliseconds:.0f}",
-            "over exits off": _ratio("over_full"),
-            "over early exit, prompt run whole": _ratio("over_before"),
-            "same captions as that": f"{{as_before}} of {found['photographs']}",
+            "mode": _mode,
+            "ms a caption": "{whole_milliseconds:.0f}",
+            "of full depth at once": _ratio("over_full"),
+            "of one at a time, same mode": _ratio("over_single"),
+            "CIDEr, of full depth": _drop("CIDEr"),
         },
     )
 
 
-def _captioned(*way: str) -> Value:
-    """way: engine, mode and tower."""
-    return by(record("end_to_end")["captioned"], "engine", "mode", "tower")[way]
+def five_layers() -> Table:
+    """What confidence adds to a static model of five layers."""
+    found = record("five_layers")
+    asked = by(found["questioned"], *NAMED)
+    rows = [
+        {**entry, "questions": asked[tuple(entry[key] for key in NAMED)]}
+        for entry in found["captioned"]
+    ]
+    return Table.of(
+        rows,
+        {
+            "": _mode,
+            "CIDEr": _score("CIDEr"),
+            "of full depth": _drop("CIDEr"),
+            "ms a caption": "{whole_milliseconds:.0f}",
+            "faster, end to end": _ratio("over_full"),
+            "faster, decoding": _ratio("decoding_over_full"),
+            "questions right": lambda row: _score("right", ".1%")(row["questions"]),
+            "right, of full depth": lambda row: _drop("right", "+.1%")(row["questions"]),
+            "ms an answer": "{questions[whole_milliseconds]:.0f}",
+        },
+    )
 
 
-def _whole(engine: str, mode: str, over: str, tower: str = ENGINE) -> Make:
-    return lambda: times_with_range(_captioned(engine, mode, tower)[over])
+# -- factors --------------------------------------------------------------------------------------
+
+
+def chain_of_decoding(engine: str, mode: str = EARLY) -> Chain:
+    if mode == LOSSLESS:
+        return ("", (engine, FULL, TOWER)), ("layers skipped", (engine, mode, TOWER))
+    return (
+        ("", (engine, FULL, TOWER)),
+        ("head", (engine, SHORT, TOWER)),
+        ("layers skipped", (engine, mode, TOWER)),
+    )
+
+
+def chain_of_llama(mode: str = EARLY, tower: str = TOWER) -> Chain:
+    """From llama.cpp's fastest format to ours in q8_0; with PyTorch's tower: as it comes."""
+    begin: list[tuple[str, tuple[str, str, str]]] = [("", (FASTEST, FULL, TOWER))]
+    if tower == TORCH:
+        begin = [("", (FASTEST, FULL, TORCH)), ("tower", (FASTEST, FULL, TOWER))]
+    begin += [("format", ("llama.cpp q8_0", FULL, TOWER)), ("kernels", (Q8, FULL, TOWER))]
+    if mode == LOSSLESS:
+        return [*begin, ("layers skipped", (Q8, mode, TOWER))]
+    begin.append(("head", (Q8, SHORT, TOWER)))
+    if mode == EARLY:
+        begin.append(("layers skipped", (Q8, WHOLE, TOWER)))
+        return [*begin, ("prompt", (Q8, mode, TOWER))]
+    return [*begin, ("layers skipped", (Q8, mode, TOWER))]
+
+
+def chain_of_batch() -> Chain:
+    slots = f"batch of {record('end_to_end')['slots']}"
+    return (
+        ("", (PLAIN, FULL, TOWER)),
+        ("head", (PLAIN, SHORT, TOWER)),
+        ("layers skipped", (PLAIN, WHOLE, TOWER)),
+        ("prompt", (PLAIN, EARLY, TOWER)),
+        ("batch", (slots, EARLY, TOWER)),
+    )
+
+
+def _rows() -> dict[str, tuple[Chain, bool]]:
+    """Chains by what their multiple is of, and whether decoding alone counts."""
+    decoded = {
+        f"decoding, {ENGINES.get(engine, engine)}, {MODES[mode]}": (
+            chain_of_decoding(engine, mode),
+            True,
+        )
+        for mode in (EARLY, ROUGE, LOSSLESS)
+        for engine in (PLAIN, PACKED, F16, Q8)
+    }
+    ended = {
+        f"end to end in q8_0 over llama.cpp's fastest, {MODES[mode]}": (chain_of_llama(mode), False)
+        for mode in (EARLY, ROUGE, LOSSLESS)
+    }
+    as_it_comes = "end to end in q8_0 over llama.cpp's fastest behind PyTorch's tower"
+    return {
+        **decoded,
+        **ended,
+        f"{as_it_comes}, {MODES[EARLY]}": (chain_of_llama(EARLY, TORCH), False),
+        "eight at once over one at full depth, PyTorch": (chain_of_batch(), False),
+    }
+
+
+def in_factors() -> Table:
+    """Every multiple in what it is made of."""
+    found = record("end_to_end")
+    entries = [*found["captioned"], *found["together"]]
+    rows = []
+    for what, (chain, alone) in _rows().items():
+        told = factors(entries, chain, decoding=alone)
+        rows.append(
+            (
+                what,
+                bold(times_with_range(told["all"])),
+                *(f"{told[thing]['times']:.2f}" if thing in told else "" for thing in THINGS),
+            )
+        )
+    return Table(("multiple", "all", *THINGS), rows)
+
+
+def told(over: str, engine: str, mode: str, tower: str = TOWER) -> Make:
+    """A multiple with its interval."""
+    return lambda: times_with_range(_entry(engine, mode, tower)[over])
+
+
+def cider_of(engine: str, mode: str) -> Make:
+    """From full depth's CIDEr to a mode's, with the interval of the difference."""
+
+    def make() -> str:
+        found = _entry(engine, mode)["CIDEr"]
+        low, high = found["difference"]
+        full = found["value"] - found["minus_full"]
+        return f"{full:.3f} to {found['value']:.3f} [{low:+.3f}, {high:+.3f}]"
+
+    return make
 
 
 TABLES: dict[str, MakeTable] = {
-    "end-to-end": captions,
-    "end-to-end-llama": captions_in_llama,
+    "photo-decoding": decoding,
+    "photo-factors": in_factors,
+    "end-to-end": whole,
+    "end-to-end-rivals": rivals,
     "end-to-end-questions": questions,
     "end-to-end-together": together,
+    "five-layers": five_layers,
 }
 FIGURES: dict[str, Make] = {
-    "end-to-end-torch-ms": lambda: (
-        f"{_captioned('PyTorch', EARLY, TORCH)['whole_milliseconds']:.0f}"
-    ),
-    "end-to-end-torch": _whole("PyTorch", EARLY, "over_full"),
-    "end-to-end-careful": _whole("PyTorch", CAREFUL, "over_full"),
-    "end-to-end-careful-q8_0": _whole("q8_0", CAREFUL, "over_alone"),
-    "end-to-end-careful-bf16": _whole("q8_0", CAREFUL, "over_alone", ROUNDED),
-    "end-to-end-careful-decoding": _whole("PyTorch", CAREFUL, "decoding_over_full", TORCH),
-    "end-to-end-q8_0": _whole("q8_0", EARLY, "over_alone"),
-    "end-to-end-q8_0-tower": _whole("q8_0", EARLY, "over_alone_same_tower"),
-    "end-to-end-bf16": _whole("q8_0", EARLY, "over_alone", ROUNDED),
-    "end-to-end-bf16-tower": _whole("q8_0", EARLY, "over_alone_same_tower", ROUNDED),
+    "end-to-end-torch-ms": lambda: f"{_entry(PLAIN, EARLY)['whole_milliseconds']:.0f}",
+    "end-to-end-torch": told("over_full", PLAIN, EARLY),
+    "end-to-end-q8_0": told("over_fastest", Q8, EARLY),
+    "end-to-end-q8_0-rouge": told("over_fastest", Q8, ROUGE),
+    "end-to-end-q8_0-lossless": told("over_fastest", Q8, LOSSLESS),
+    "photo-decoding": told("decoding_over_full", PLAIN, EARLY),
+    "photo-decoding-shortlist": told("decoding_over_full_shortlist", PLAIN, EARLY),
+    "photo-decoding-rouge": told("decoding_over_full", PLAIN, ROUGE),
+    "photo-decoding-static": told("decoding_over_full", PLAIN, STATIC),
+    "photo-lossless": told("decoding_over_full", PLAIN, LOSSLESS),
+    "photo-lossless-packed": told("decoding_over_full", PACKED, LOSSLESS),
+    "photo-lossless-f16": told("decoding_over_full", F16, LOSSLESS),
+    "photo-lossless-q8_0": told("decoding_over_full", Q8, LOSSLESS),
+    "photo-cider": cider_of(PLAIN, EARLY),
+    "photo-cider-rouge": cider_of(PLAIN, ROUGE),
 }

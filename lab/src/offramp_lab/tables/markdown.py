@@ -16,6 +16,7 @@ from offramp_lab.places import RECORDS, ROOT
 
 ELSEWHERE = {
     "photo-card": ROOT / "photo-model" / "offramp_photo" / "card.json",
+    "photo-adapter": ROOT / "photo-model" / "offramp_photo" / "exits" / "adapter.json",
 }
 """Records that lie beside what they are about."""
 

@@ -1,18 +1,7 @@
 """The model of photographs: quality, thresholds, lossless mode, corruptions, methods."""
 
-from typing import Any
-
-from offramp.report.html import times
-from offramp.report.table import Table, Told, told
-from offramp_lab.tables.markdown import Make, MakeTable, Value, bold, record, with_range
-
-EXITS = "photo-exits"
-"""The record of the exits that ship."""
-
-
-def _first(found: Value) -> Any:
-    """Of a record of exits on photographs, the regime of which most was measured."""
-    return found["regimes"][found["first"]]
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import Make, MakeTable, Value, record, with_range
 
 
 def photo_model() -> Table:
@@ -41,82 +30,6 @@ def _ranged(figure: Value, form: str) -> str:
     return with_range(value, figure["interval"], form)
 
 
-def thresholds() -> Table:
-    """What was chosen on one half of the photographs, measured on the other."""
-
-    def on(form: Told, off: str = "") -> Told:
-        return lambda row: told(form, row) if row["thresholds"] else off
-
-    return Table.of(
-        _first(record(EXITS))["points"],
-        {
-            "chosen by": "{chosen_by}",
-            "thresholds": on(
-                lambda row: ", ".join(
-                    f"{t:g} at {d}{_first_token(row, d)}" for d, t in row["thresholds"].items()
-                ),
-                "off",
-            ),
-            "decoding": on(_decoding, "1.00x"),
-            "end to end": on("{speedup_end_to_end:.2f}x", "1.00x"),
-            "CIDEr, full / early": on("{cider_full:.3f} / {cider:.3f}"),
-            "CIDEr drop [95% interval]": on(_drop),
-            "DAQUAR, full / early": on("{daquar_accuracy_full:.1%} / {daquar_accuracy:.1%}"),
-        },
-    )
-
-
-def _decoding(row: Value) -> str:
-    """How many times as fast decoding is, with its interval where photographs were timed singly."""
-    faster, ends = bold(times(row["speedup_decode"])), row.get("speedup_decode_interval")
-    return with_range(faster, ends, ".2f")
-
-
-def _drop(row: Value) -> str:
-    """Of CIDEr, with its interval where there is one."""
-    drop, ends = f"{row['cider_drop']:+.1%}", row.get("cider_drop_interval")
-    return with_range(drop, ends, "+.1%")
-
-
-_IDENTICAL = "{identical_captions:,} of {captions:,}"
-
-
-def _first_token(row: Value, depth: str) -> str:
-    own = row.get("first", {}).get(depth)
-    return "" if own is None else f" (first token {own:g})"
-
-
-def lossless() -> Table:
-    """Drafts that the full model verifies, in both precisions."""
-    return Table.of(
-        [record(EXITS)[name] for name in ("lossless", "lossless_bfloat16")],
-        {
-            "precision": "{dtype}",
-            "decoding": _decoding,
-            "end to end": "{speedup_end_to_end:.2f}x",
-            "against `generate`": "{speedup_vs_generate:.2f}x",
-            "identical captions": _IDENTICAL,
-            "drafts accepted": "{acceptance:.0%}",
-            "tokens/s, full": "{tokens_per_second[full]:.1f}",
-            "tokens/s, lossless": "{tokens_per_second[lossless]:.1f}",
-        },
-    )
-
-
-def corrupted() -> Table:
-    """CIDEr under each corruption."""
-    (found,) = record(EXITS)["damaged"].values()
-    return Table.of(
-        [{"corruption": name, **figures} for name, figures in found.items()],
-        {
-            "corruption": "{corruption}",
-            "CIDEr, full": "{cider_full:.3f}",
-            "early": "{cider:.3f}",
-            "drop": "{cider_drop:+.1%}",
-        },
-    )
-
-
 # -- methods --------------------------------------------------------------------------------------
 
 METHODS = {
@@ -143,9 +56,6 @@ def _minutes(seconds: float) -> str:
 
 TABLES: dict[str, MakeTable] = {
     "photo-model": photo_model,
-    "photo-exits": thresholds,
-    "photo-exits-lossless": lossless,
-    "photo-exits-corrupted": corrupted,
 }
 FIGURES: dict[str, Make] = {
     "photo-card-minutes": lambda: _minutes(

@@ -15,7 +15,7 @@ STOCK, OURS = "generate", "offramp, torch"
 MODES = {
     "full": "exits off",
     "lossless": "lossless",
-    "early_exit": "early exit as shipped",
+    "early_exit": "early exit, ROUGE-L thresholds",
 }
 
 

@@ -76,6 +76,17 @@ def _options(parser: Parser) -> None:
         "questions, and not for all together alone",
     )  # fmt: skip
     group.add_argument(
+        "--target-of", action="append", type=_kind_target, default=[], metavar="KIND=X",
+        help="target of its own for prompts that begin with KIND, such as Question=0.05; may be "
+        "given several times, and each kind is then tested",
+    )  # fmt: skip
+    group.add_argument(
+        "--frequencies", type=Path, metavar="FILE",
+        help="with --risk cider_drop, captions of other images, by which words are weighed; those "
+        "of images in --data are left out (default: those of 30%% of the images, which are not "
+        "tested on)",
+    )  # fmt: skip
+    group.add_argument(
         "--of", type=whole(1), default=1, metavar="N",
         help="the best of this many adapters, training seeds or sets of images will be taken, each "
         "calibrated with this option (default: 1)",
@@ -115,6 +126,12 @@ def _policy_options(group: Any) -> None:
     )  # fmt: skip
 
 
+def _kind_target(text: str) -> tuple[str, float]:
+    """How prompts of a kind begin, and their target."""
+    kind, _, target = text.rpartition("=")
+    return kind, some(target)
+
+
 def _keep(text: str) -> tuple[str, tuple[float, ...]]:
     """A ranking of visual tokens, "" for the adapter's, and shares of them."""
     ranking, told, shares = text.rpartition(":")
@@ -127,6 +144,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     names = ("target", "confidence", "risk", "unit", "each_kind")
     asked = {**{n: getattr(arguments, n) for n in names}, "candidates": arguments.of}
+    asked["kind_targets"] = dict(arguments.target_of)
     guarantee = Guarantee(**asked)  # a mistake should not wait for data and model
     log.info(
         "A guarantee of %g by %s needs %d images, or groups of them, where no answer loses "
@@ -153,11 +171,15 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS
+    from offramp.data.datasets import read_examples
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
 
     labelled = RISKS[arguments.risk].quality is not None
     items = read_data(arguments, require_answers=labelled)
+    others = None
+    if arguments.frequencies is not None:
+        others = read_examples(arguments.frequencies, require_answers=True)
     adapter, processor = load_adapter(arguments)
     if arguments.leave_out_seen:
         items = unseen_items(items, adapter, ("train",))
@@ -186,6 +208,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
             runtime=runtime,
             first=arguments.first_threshold,
             visual_keep=shares,
+            frequencies=others,
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
             progress=lambda path: progress(path, "calibrate"),
@@ -286,7 +309,7 @@ def _store(
 
 def _table(calibration: Any) -> str:
     """The end of the path, and the guarantee, as a person reads them on a terminal."""
-    from offramp.guarantee import risk_words
+    from offramp.guarantee import own_words, risk_words
     from offramp.likeness import LIKE
 
     points = []
@@ -319,6 +342,7 @@ def _table(calibration: Any) -> str:
     else:
         speed = calibration.speedup
         each = "for each kind of prompt " if calibration.each_kind else ""
+        own_targets = {k.kind: k.target for k in calibration.kinds if k.target is not None}
         groups = f" in {calibration.groups} groups" if calibration.groups else ""
         own = calibration.policy.first
         first = f"; of first tokens {own}" if own else ""
@@ -328,8 +352,9 @@ def _table(calibration: Any) -> str:
         lines.append(
             f"Guaranteed with {calibration.confidence:.0%} confidence: "
             f"{each}{risk_words(calibration.risk, calibration.unit)} is at most "
-            f"{calibration.target:g} {LIKE} (measured {calibration.measured:.4f} on "
-            f"{calibration.n} images{groups}, {calibration.answers} answers){faster}. Thresholds: "
+            f"{calibration.target:g}{own_words(own_targets)} {LIKE} (measured "
+            f"{calibration.measured:.4f} on {calibration.n} images{groups}, "
+            f"{calibration.answers} answers){faster}. Thresholds: "
             f"{calibration.policy.thresholds}{first}."
         )
     return "\n".join(lines)

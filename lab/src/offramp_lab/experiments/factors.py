@@ -1,0 +1,128 @@
+"""Multiples in their factors, all from one record that keeps what every answer took and scored.
+
+A multiple is of two ways to write the same answers. Between them stand ways that differ from the
+one before in a single thing: head, layers skipped, kernels, number format, tower, prompt or batch.
+What each is faster than the one before is that thing's factor, and their product is the multiple;
+in another order the factors would be others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from offramp.evaluation.statistics import Array, interval, mean_of
+from offramp_lab.experiments.experiment import Rates, same, times
+
+STAGES = ("picture", "tower", "entry", "prompt", "decoding")
+DECODING = len(STAGES) - 1
+Entry = Mapping[str, Any]
+Name = tuple[str, str, str]
+NAMED = ("engine", "mode", "tower")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """tokens: of each of n answers. milliseconds: of each, by stage [n, 5]. scores: of each, by
+    metric. answers: ids."""
+
+    tokens: Sequence[int]
+    milliseconds: Array
+    scores: Mapping[str, Sequence[float] | Array]
+    answers: Sequence[Sequence[int]]
+
+    def rates(self, decoding: bool = False) -> Rates:
+        """Answers and their seconds or, of decoding, the tokens after the first and theirs."""
+        if decoding:
+            tokens = np.array([max(0, n - 1) for n in self.tokens], float)
+            return np.stack([tokens, self.milliseconds[:, DECODING] / 1e3])
+        return np.stack([np.ones(len(self.tokens)), self.milliseconds.sum(1) / 1e3])
+
+
+def entries_of(
+    told: Mapping[Name, Measured],
+    bases: Callable[[Any], Mapping[str, Name]],
+    names: Collection[Name] | None = None,
+) -> list[dict[str, Any]]:
+    """An entry of a record for each way, or of some: its milliseconds by stage; how many times as
+    fast it is as others (`bases`), all in all and in decoding; scores, and their differences from
+    full depth's; and `each`: what every answer took and scored, to make all that again."""
+    entries = []
+    for name in told if names is None else names:
+        own, to = told[name], {key: other for key, other in bases(name).items() if other in told}
+        full = told[to["full"]]
+        means = own.milliseconds.mean(0).tolist()
+        entries.append(
+            {
+                **dict(zip(NAMED, name, strict=True)),
+                "milliseconds": {s: round(m, 2) for s, m in zip(STAGES, means, strict=True)},
+                "whole_milliseconds": round(sum(means), 2),
+                **{f"over_{key}": _times(own, told[other]) for key, other in to.items()},
+                **{
+                    f"decoding_over_{key}": _times(own, told[other], decoding=True)
+                    for key, other in to.items()
+                },
+                "as_full": same(own.answers, full.answers),
+                **{metric: _score(metric, own, full) for metric in own.scores},
+                "each": {
+                    "tokens": _packed(own.tokens, 0),
+                    "milliseconds": [_packed(row, 2) for row in own.milliseconds.T],
+                    **{metric: _packed(values, 3) for metric, values in own.scores.items()},
+                },
+            }
+        )
+    return entries
+
+
+def read(entry: Entry) -> Measured:
+    """What an entry keeps of each answer; ids are not kept."""
+    each = {key: value for key, value in entry["each"].items()}
+    tokens = [int(n) for n in each.pop("tokens").split()]
+    stages = np.array([_unpacked(row) for row in each.pop("milliseconds")]).T
+    scores: dict[str, Sequence[float] | Array] = {m: _unpacked(v) for m, v in each.items()}
+    return Measured(tokens, stages, scores, [])
+
+
+def factors(
+    entries: Sequence[Entry], chain: Sequence[tuple[str, Name]], *, decoding: bool = False
+) -> dict[str, dict[str, float]]:
+    """By thing, how many times as fast each way is as the one before it (times, low, high), and
+    under "all" the last as the first.
+
+    chain: ways by engine, mode and tower, each with what sets it apart from the one before; the
+    first is what all are compared with. decoding: alone.
+    """
+    by_name: dict[Any, Entry] = {tuple(entry[key] for key in NAMED): entry for entry in entries}
+    told = [(thing, read(by_name[name])) for thing, name in chain]
+    steps = zip(told[1:], told, strict=False)
+    found = {thing: _times(own, before, decoding) for (thing, own), (_, before) in steps}
+    return {**found, "all": _times(told[-1][1], told[0][1], decoding)}
+
+
+def _times(own: Measured, base: Measured, decoding: bool = False) -> dict[str, float]:
+    found = times(own.rates(decoding), base.rates(decoding))
+    return {key: round(value, 4) for key, value in found.items()}
+
+
+def _score(metric: str, own: Measured, full: Measured) -> dict[str, Any]:
+    """The mean, and its difference from full depth's, each with its interval."""
+    mine, theirs = mean_of(own.scores[metric]), mean_of(full.scores[metric])
+    found: dict[str, Any] = {
+        "value": mine.value,
+        "interval": interval(mine),
+        "minus_full": mine.value - theirs.value,
+        "difference": interval(mine, minus=theirs),
+    }
+    return {key: np.round(value, 5).tolist() for key, value in found.items()}
+
+
+def _packed(values: Sequence[float] | Array, digits: int) -> str:
+    """Numbers in one line of text: a record holds thousands."""
+    return " ".join(f"{value:.{digits}f}" for value in values)
+
+
+def _unpacked(text: str) -> Array:
+    return np.array(text.split(), float)

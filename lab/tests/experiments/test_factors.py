@@ -1,0 +1,68 @@
+"""Laws of multiples and their factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offramp_lab.experiments.factors import (
+    DECODING,
+    STAGES,
+    Measured,
+    entries_of,
+    factors,
+    read,
+)
+
+FULL, SHORT, EARLY = (("PyTorch", mode, "torch") for mode in ("full", "short", "early"))
+CHAIN = (("", FULL), ("head", SHORT), ("layers skipped", EARLY))
+
+
+def measured(seed: int, n: int = 20) -> Measured:
+    draw = np.random.default_rng(seed)
+    return Measured(
+        draw.integers(2, 20, n).tolist(),
+        draw.uniform(1, 9, (n, len(STAGES))).round(2),
+        {"CIDEr": draw.uniform(0, 3, n).round(3).tolist()},
+        draw.integers(0, 2, (n, 1)).tolist(),
+    )
+
+
+def entries(told: dict[Any, Measured]) -> list[dict[str, Any]]:
+    return entries_of(told, lambda name: {"full": FULL})
+
+
+@pytest.fixture
+def told() -> dict[Any, Measured]:
+    return {name: measured(seed) for seed, name in enumerate((FULL, SHORT, EARLY))}
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_the_product_of_all_factors_is_the_multiple(
+    told: dict[Any, Measured], decoding: bool
+) -> None:
+    found = factors(entries(told), CHAIN, decoding=decoding)
+    product = found["head"]["times"] * found["layers skipped"]["times"]
+    assert product == pytest.approx(found["all"]["times"], rel=1e-3)
+    direct = entries(told)[2]["decoding_over_full" if decoding else "over_full"]
+    assert found["all"] == direct
+
+
+def test_of_decoding_no_other_stage_counts(told: dict[Any, Measured]) -> None:
+    before = factors(entries(told), CHAIN, decoding=True)
+    for own in told.values():
+        own.milliseconds[:, :DECODING] *= 7
+    assert factors(entries(told), CHAIN, decoding=True) == before
+
+
+def test_an_entry_keeps_what_every_answer_took_and_scored(told: dict[Any, Measured]) -> None:
+    for entry, own in zip(entries(told), told.values(), strict=True):
+        kept = read(entry)
+        assert kept.tokens == own.tokens and (kept.milliseconds == own.milliseconds).all()
+        assert kept.scores["CIDEr"] == pytest.approx(own.scores["CIDEr"])
+        assert entry["whole_milliseconds"] == pytest.approx(own.milliseconds.sum(1).mean(), 0.01)
+        low, high = entry["CIDEr"]["difference"]
+        assert low <= entry["CIDEr"]["minus_full"] <= high
+    assert entries(told)[0]["CIDEr"]["difference"] == [0, 0]
