@@ -113,14 +113,15 @@ class Restarts:
     """
 
     def __init__(self, promised: float, shape: tuple[int, ...] = ()) -> None:
-        self.promised, self.n = promised, 0
-        self.stakes = stakes_above(np.array(promised))
-        self.fortune = np.zeros((*shape, len(RATIOS)))
+        self.promised: float = promised
+        self.n: int = 0
+        self.stakes: Array = stakes_above(np.array(promised))
+        self.fortune: Array = np.zeros((*shape, len(RATIOS)))
         self.kept: float = 1 - CUED
-        self.for_cues = np.full(shape, CUED)
-        self.cues = np.zeros(shape)
-        self.sum = np.zeros(shape)
-        self.most = np.ones(shape)
+        self.for_cues: Array = np.full(shape, CUED)
+        self.cues: Array = np.zeros(shape)
+        self.sum: Array = np.zeros(shape)
+        self.most: Array = np.ones(shape)
         likelier = min(promised * CUE_RATIO, (1 + promised) / 2)
         self._steps = np.log([(1 - likelier) / (1 - promised), likelier / promised])
 

@@ -13,8 +13,8 @@ class OfframpError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
-        self.problem = _one_line(problem)
-        self.remedy = _one_line(remedy)
+        self.problem: str = _one_line(problem)
+        self.remedy: str = _one_line(remedy)
         super().__init__(f"{self.problem}\n{self.remedy}")
 
     def __str__(self) -> str:

@@ -119,7 +119,8 @@ class Alarm:
     """
 
     def __init__(self, likeness: Likeness) -> None:
-        self.compared = self.unlike = 0
+        self.compared: int = 0
+        self.unlike: int = 0
         rates = [kept.rate for kept in likeness.kinds.values()]
         self._bets = Restarts(min(0.5, max(rates, default=0.5)))
 

@@ -113,12 +113,14 @@ class Verification:
         """Raise `InputError` where there are no examples, or visual tokens stay behind."""
         if not examples:
             raise InputError("There are no prompts to verify by.", "Give examples.")
-        self.settings = settings or Settings()
-        self.policy = adapter.policy if policy is None else policy
+        self.settings: Settings = settings or Settings()
+        self.policy: ExitPolicy = adapter.policy if policy is None else policy
         check_all_go_on(self.policy, "What answers are verified by")
-        self.adapter, self.encoder, self.runtime = adapter, encoder, runtime
+        self.adapter: Adapter = adapter
+        self.encoder: InputProcessor = encoder
+        self.runtime: Runtime | None = runtime
         self.backbone: Backbone = adapter.backbone
-        self.examples = list(examples)
+        self.examples: list[Example] = list(examples)
         self._told: Callable[[int], object] = lambda _: None
         self._options = {**GREEDY, "max_new_tokens": self.settings.longest}
         self._policies = _modes(self.policy)

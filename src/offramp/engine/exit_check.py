@@ -166,10 +166,12 @@ class ExitScorer:
         Raises:
             InputError: the policy needs a shortlist, and there is none.
         """
-        self.backbone, self.exits, self.code = backbone, exits, code
-        self.shortlist = shortlist_of_policy(policy, exits)
+        self.backbone: Backbone = backbone
+        self.exits: ExitSet | None = exits
+        self.code: HeadCode | None = code
+        self.shortlist: Tensor | None = shortlist_of_policy(policy, exits)
         own = None if exits is None else exits.score
-        self.score = _score_of(policy) if own is None else own
+        self.score: Callable[..., Tensor] = _score_of(policy) if own is None else own
 
     @cached_property
     def head(self) -> nn.Module | None:

@@ -36,10 +36,10 @@ class ExitHeads:
         """Raise `InputError` where what the policy needs is missing."""
         self._backbone, self._depths = backbone, tuple(depths)
         code = head_code(backbone)
-        self.logits = partial(backbone.logits, code=code)
+        self.logits: partial[Tensor] = partial(backbone.logits, code=code)
         """The full model's [n, V], of final-normed states [n, D]."""
         self._scorer = ExitScorer(backbone, policy, exits, code) if depths else None
-        self.needs_previous_state = policy.score in FEATURE_SCORES
+        self.needs_previous_state: bool = policy.score in FEATURE_SCORES
         """Whether the score reads more than logits."""
         self._scripted = exits is not None and exits.score is not None
 

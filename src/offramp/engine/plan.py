@@ -43,9 +43,7 @@ def plan_of(
     if "lossless" in asked and (attached is not None or policy.drafter is not None):
         if drafts_on and attached is not None:
             drafting = DraftingExit.of(backbone, attached, policy)
-        levels = draft_levels(
-            policy, None if drafting is None else drafting.depth, backbone.depth
-        )
+        levels = draft_levels(policy, None if drafting is None else drafting.depth, backbone.depth)
     if levels and modes is None:
         backbone.check_lossless()
     early = policy.thresholds if "early_exit" in asked and attached is not None else {}

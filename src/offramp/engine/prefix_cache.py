@@ -103,7 +103,8 @@ class PrefixCache:
                 f"A cache of {prompts} prompts holds nothing.", "Give 1 or more, or use no cache."
             )
         self.prompts = prompts
-        self.reused = self.run = 0
+        self.reused: int = 0
+        self.run: int = 0
         self._held: LRUCache[int, _Kept] = LRUCache(prompts)
         self._glimpsed: LRUCache[int, _Kept] = LRUCache(prompts)  # they waited: without keys
         self._count = 0
@@ -178,7 +179,7 @@ class Served:
     keeps: whether the prompt is worth running whole, known once the stack is called.
     """
 
-    keeps = False
+    keeps: bool = False
 
     def __init__(self, cache: PrefixCache, run: Reader) -> None:
         self._cache, self._run = cache, run

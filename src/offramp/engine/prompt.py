@@ -100,8 +100,9 @@ class PromptReader:
         chunk: int | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:
-        self.backbone, self.exits = backbone, exits
-        self.intercepted = InterceptedModel(backbone, self)
+        self.backbone: Backbone = backbone
+        self.exits: ExitSet | None = exits
+        self.intercepted: InterceptedModel = InterceptedModel(backbone, self)
         if backbone.decoding.exact_batches:  # parts of a prompt are other sums than the whole
             chunk = prefix_cache = None
         self._chunk, self._between = chunk, between

@@ -87,7 +87,8 @@ class PyTorchNoise:
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self._generator, self.rows = torch.Generator(device), rows
+        self.rows: int = rows
+        self._generator = torch.Generator(device)
         if device.type == "cpu":
             self._generator.set_state(torch.get_rng_state())
         else:
@@ -175,7 +176,8 @@ class Sampler:
         on_end: is told that the answer is over. observer: is told the logits that each token is
         chosen from. together: of rows that end at once."""
         self.ids: Tensor = prepared.ids[row : row + 1]
-        self.row, self._rows = row, len(prepared.ids)
+        self.row: int = row
+        self._rows = len(prepared.ids)
         self._lane = 0 if noise is None else min(row, noise.rows - 1)
         self._criteria = prepared.criteria
         self._on_token, self._on_end = on_token, on_end
@@ -189,13 +191,13 @@ class Sampler:
                 self._custom.append(criterion)
         self._own: list[Any] = []  # of this row alone
         self._processors = LogitsProcessorList(map(self._of_row, prepared.processors))
-        self.samples = bool(prepared.config.do_sample)
-        self.plain = not self.samples and not len(self._processors) and observer is None
+        self.samples: bool = bool(prepared.config.do_sample)
+        self.plain: bool = not self.samples and not len(self._processors) and observer is None
         hard = [p for p in self._processors if not type(p).__name__.endswith("Warper")]
         self._hard = LogitsProcessorList(hard)
-        self.scored = bool(self._hard)
+        self.scored: bool = bool(self._hard)
         longest = self._criteria.max_length
-        self.most = None if longest is None else int(longest) - self.ids.shape[1]
+        self.most: int | None = None if longest is None else int(longest) - self.ids.shape[1]
         self._noise: Noise | None = noise
         if self.samples and noise is None:
             self._noise = SeededNoise()

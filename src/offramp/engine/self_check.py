@@ -301,9 +301,7 @@ def _found(case: _Case, engine: str) -> DecodeCheck:
     plain = tried(lambda: case.worst(engine, None))
     exits = tried(lambda: case.worst(engine, case.script))
     not_asked = ("not asked: decoding is not exact",) * 3
-    found = DecodeCheck(
-        engine, case.depths, case.prompt, plain, exits, *not_asked, case.allowed
-    )
+    found = DecodeCheck(engine, case.depths, case.prompt, plain, exits, *not_asked, case.allowed)
     if not found.exact:
         return found
     found = replace(

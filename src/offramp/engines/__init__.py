@@ -53,9 +53,7 @@ ENGINES = {
     "compiled": Engine(
         "offramp.engines.compiled", "for single answers on a CPU: slow first, then faster"
     ),
-    "packed": Engine(
-        "offramp.engines.packed", "weights laid out for a CPU's kernels, for batches"
-    ),
+    "packed": Engine("offramp.engines.packed", "weights laid out for a CPU's kernels, for batches"),
     "exact-batches": Engine(
         "offramp.engines.exact_batches",
         "packed, and a token is the same to the last bit whatever is decoded beside it, in half "

@@ -19,6 +19,7 @@ from offramp.adapter import Adapter
 from offramp.data.image import open_rgb
 from offramp.errors import InputError, OfframpError
 from offramp.loading import open_model
+from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
@@ -66,8 +67,8 @@ class HarnessModel:
         **more: Any,
     ) -> None:
         model, processor = open_model(adapter, **more)
-        self.backbone = model.backbone if isinstance(model, Adapter) else model
-        self.encoder = InputProcessor(self.backbone, processor)
+        self.backbone: Backbone = model.backbone if isinstance(model, Adapter) else model
+        self.encoder: InputProcessor = InputProcessor(self.backbone, processor)
         self._mode = mode
         if slots is None:
             slots = batch_size if str(batch_size).isdecimal() else 8

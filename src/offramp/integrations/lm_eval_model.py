@@ -29,7 +29,7 @@ class OfframpLM(LM):
     ) -> None:
         super().__init__()
         self.name = adapter
-        self.harness = HarnessModel(adapter, batch_size, device=device, **arguments)
+        self.harness: HarnessModel = HarnessModel(adapter, batch_size, device=device, **arguments)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The answers to requests whose args are a context, options and, with images, a dict of

@@ -36,7 +36,7 @@ class OfframpLmms(lmms):
         **arguments: Any,
     ) -> None:
         super().__init__()
-        self.harness = HarnessModel(adapter, batch_size, device=device, **arguments)
+        self.harness: HarnessModel = HarnessModel(adapter, batch_size, device=device, **arguments)
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         """The answers to requests whose args are a context, a function to messages, options, and

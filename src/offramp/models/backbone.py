@@ -19,7 +19,7 @@ from offramp.models.modality import Modality
 from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.quantized.weights import scheme
-from offramp.models.registry import is_tested
+from offramp.models.registry import Family, is_tested
 from offramp.models.vision_engine import TORCH, StandIn, check_vision_engine, vision_engine
 
 
@@ -46,7 +46,7 @@ class Backbone(OpenedModel):
     (0-based), and the state at full depth is what the final norm reads.
     """
 
-    decoding = DecodeOptions()
+    decoding: DecodeOptions = DecodeOptions()
     """Of all that decodes on it; for others see `with_decoding`."""
 
     def __init__(
@@ -68,27 +68,33 @@ class Backbone(OpenedModel):
         """
         super().__init__(model, example)
         config = self.model.config
-        self.name = name or getattr(config, "_name_or_path", "") or type(self.model).__name__
-        self.revision, self.example = revision, example
+        self.name: str = str(
+            name or getattr(config, "_name_or_path", "") or type(self.model).__name__
+        )
+        self.revision: str | None = revision
+        self.example: Mapping[str, Any] | None = example
         kinds = [type(layer) for layer in self.layers]
         common = max(kinds, key=kinds.count)
-        self.rare_layers = frozenset(i for i, kind in enumerate(kinds) if kind is not common)
+        self.rare_layers: frozenset[int] = frozenset(
+            i for i, kind in enumerate(kinds) if kind is not common
+        )
         """Layers of another kind than most: Mllama's cross-attention, with the image's keys."""
-        self.stock = self._is_stock()
+        self.stock: bool = self._is_stock()
         """Whether all of its code but the vision tower's is of libraries that tests ran it with: a
         class of somebody's own may bear the name of a family and compute otherwise."""
-        self.tested = not self.family.discovered and is_tested(config) and self.stock
+        self.tested: bool = not self.family.discovered and is_tested(config) and self.stock
         """Whether its family has tests here; what is found or registered by others is checked."""
-        self.lossless = True
+        self.lossless: bool = True
         """Whether drafts can be taken back, as far as decoding has shown."""
         self.engine: str | None = self._proven()
         """The executor that was found to be exact (`offramp.engine.executors`); None: not yet."""
         self._in_parts = True
         self._proven_with: dict[Modality, frozenset[int]] = {}
-        self.reads_ids = accepts(self.stack, "per_layer_inputs")
+        self.reads_ids: bool = accepts(self.stack, "per_layer_inputs")
         """Whether layers read the tokens again, beside the states (Gemma 3n, Gemma 4)."""
         self._layout = found = self_check(self, example)
-        self.softcap, self.words = found.softcap, found.words
+        self.softcap: float | None = found.softcap
+        self.words: int | None = found.words
 
     @classmethod
     def of(cls, model: Backbone | nn.Module) -> Backbone:
@@ -267,7 +273,7 @@ class Backbone(OpenedModel):
         or was found to be for other prompts or depths, stays so."""
         again = bool(self._proven_with)
         able = self.family.causal_prompt if again or not self.family.discovered else True
-        self.family = replace(self.family, causal_prompt=causal_prompt and able)
+        self.family: Family = replace(self.family, causal_prompt=causal_prompt and able)
         self.lossless = lossless and (self.lossless or not again)
         self._in_parts = in_parts and (self._in_parts or not again)
         self.engine = engine or self.engine

@@ -57,9 +57,9 @@ class Discriminator(nn.Module):
             "judged": judged,
         }
         linear = _spectral_linear if spectral_norm else nn.Linear
-        self.feature_norm = nn.LayerNorm(width)
-        self.entry_norm = nn.LayerNorm(width) if conditional else None
-        self.net = nn.Sequential(
+        self.feature_norm: nn.LayerNorm = nn.LayerNorm(width)
+        self.entry_norm: nn.LayerNorm | None = nn.LayerNorm(width) if conditional else None
+        self.net: nn.Sequential = nn.Sequential(
             linear(width * (2 if conditional else 1), hidden),
             nn.LeakyReLU(0.2),
             linear(hidden, hidden),

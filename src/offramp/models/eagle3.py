@@ -67,12 +67,13 @@ class _Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         assert config.head_dim is not None and config.num_key_value_heads is not None
-        self.size, width = config.head_dim, config.hidden_size
+        self.size: int = config.head_dim
+        width = config.hidden_size
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         self.q_proj, self.k_proj, self.v_proj = (
             nn.Linear(2 * width, n * self.size, bias=False) for n in (heads, shared, shared)
         )
-        self.o_proj = nn.Linear(heads * self.size, width, bias=False)
+        self.o_proj: nn.Linear = nn.Linear(heads * self.size, width, bias=False)
 
     def forward(
         self, given: Tensor, rotary: Any, held: list[tuple[Tensor, Tensor]], seen: Tensor
@@ -91,8 +92,8 @@ class _Attention(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.self_attn = _Attention(config)
-        self.mlp = LlamaMLP(config)  # type: ignore[no-untyped-call]
+        self.self_attn: _Attention = _Attention(config)
+        self.mlp: LlamaMLP = LlamaMLP(config)  # type: ignore[no-untyped-call]
         self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = (
             LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(3)
         )
@@ -120,20 +121,20 @@ class Eagle3Drafter(nn.Module):
     def __init__(self, backbone: Backbone, words: Tensor) -> None:
         super().__init__()
         check_drafter(backbone)
-        self.depths = read_depths(backbone.depth)
+        self.depths: tuple[int, int, int] = read_depths(backbone.depth)
         self.config = config = drafter_config(backbone)
         width = config.hidden_size
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.manual_seed(0)
-            self.fc = nn.Linear(len(self.depths) * width, width, bias=False)
-            self.layer = _Layer(config)
-        self.norm = LlamaRMSNorm(width, config.rms_norm_eps)
-        self.lm_head = nn.Linear(width, len(words), bias=False)
+            self.fc: nn.Linear = nn.Linear(len(self.depths) * width, width, bias=False)
+            self.layer: _Layer = _Layer(config)
+        self.norm: LlamaRMSNorm = LlamaRMSNorm(width, config.rms_norm_eps)
+        self.lm_head: nn.Linear = nn.Linear(width, len(words), bias=False)
         self.register_buffer("d2t", words - torch.arange(len(words), device=words.device))
         said = torch.zeros(config.vocab_size, dtype=torch.bool)
         said[words.cpu()] = True
         self.register_buffer("t2d", said)
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary: LlamaRotaryEmbedding = LlamaRotaryEmbedding(config)
         self._begin(backbone, words)
         self.to(backbone.device)
         self.lm_head.requires_grad_(False)

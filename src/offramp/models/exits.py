@@ -95,9 +95,10 @@ class DraftInput(nn.Module):
     def __init__(self, embedded: int, width: int) -> None:
         """embedded: width of embeddings. width: D of states."""
         super().__init__()
-        self.embedding_norm, self.state_norm = nn.RMSNorm(embedded), nn.RMSNorm(width)
-        self.embedding = nn.Linear(embedded, width, bias=False)
-        self.state = nn.Linear(width, width, bias=False)
+        self.embedding_norm: nn.RMSNorm = nn.RMSNorm(embedded)
+        self.state_norm: nn.RMSNorm = nn.RMSNorm(width)
+        self.embedding: nn.Linear = nn.Linear(embedded, width, bias=False)
+        self.state: nn.Linear = nn.Linear(width, width, bias=False)
         draw = torch.Generator().manual_seed(0)
         with torch.no_grad():
             start = 0.02 * torch.randn(width, embedded, generator=draw)
@@ -170,11 +171,13 @@ class Exits(nn.ModuleDict):
             InputError: depths that do not fit the backbone, or an unknown kind.
         """
         backbone = Backbone.of(backbone)
-        self.depths = check_depths(depths, backbone.depth)
+        self.depths: tuple[int, ...] = check_depths(depths, backbone.depth)
         check_known("Kind of exit", [kind], tuple(EXIT_KINDS))
         self.kind = kind
         build, entries = EXIT_KINDS[kind].build, EXIT_KINDS[kind].entries
-        self.entries = tuple(depth for depth in self.depths for _ in range(entries))
+        self.entries: tuple[int, ...] = tuple(
+            depth for depth in self.depths for _ in range(entries)
+        )
         first = backbone.depth
         super().__init__(
             {

@@ -59,11 +59,11 @@ class InputProcessor:
             tokenizer.pad_token = tokenizer.eos_token
         if not backbone.is_encoder_decoder:
             tokenizer.padding_side = "left"
-        self.eos = _end_token(backbone, tokenizer)
+        self.eos: int = _end_token(backbone, tokenizer)
         # Fast tokenizers keep padding as a state, and refuse a second thread that changes it.
         self._lock = threading.Lock()
-        self.kept_texts = KeptTexts(processor)
-        self.smallest_side = smallest_side(processor)
+        self.kept_texts: KeptTexts = KeptTexts(processor)
+        self.smallest_side: int | None = smallest_side(processor)
         """Pixels that a side of an image has at least, where JPEGs are shrunk on load."""
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class KeptTexts:
     def __init__(self, processor: Any) -> None:
         self._look = getattr(processor, "image_processor", None)
         self._kept: LRUCache[Any, _Kept] = LRUCache(MOST)
-        self.hits = 0
+        self.hits: int = 0
         """How often the image alone was processed."""
 
     def batch(self, key: Any, image: Any, whole: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

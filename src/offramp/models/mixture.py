@@ -27,9 +27,9 @@ class DenseBlock(nn.Module):
 
     def __init__(self, states: int, width: int, values: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(states, width, bias=False)
-        self.up = nn.Linear(states, width, bias=False)
-        self.down = nn.Linear(width, states, bias=False)
+        self.gate: nn.Linear = nn.Linear(states, width, bias=False)
+        self.up: nn.Linear = nn.Linear(states, width, bias=False)
+        self.down: nn.Linear = nn.Linear(width, states, bias=False)
         nn.init.zeros_(self.down.weight)
         self.values = values
 

@@ -73,22 +73,25 @@ class OpenedModel:
         if known is not None and is_ours(model.config) and not _has_paths(model, known):
             known = None  # another text model in a wrapper that is known
         self.family: Family = known or discover(model, example)
-        self.stack = self._find(self.family.stack)
+        self.stack: Any = self._find(self.family.stack)
         layers = self._find(f"{self.family.stack}.{self.family.layers}")
-        self.layer_names = tuple(layers) if isinstance(layers, nn.ModuleDict) else None
+        self.layer_names: tuple[str, ...] | None = (
+            tuple(layers) if isinstance(layers, nn.ModuleDict) else None
+        )
         """What a stack calls its layers that holds them by name; None: by number."""
         self.layers: Any = layers if self.layer_names is None else nn.ModuleList(layers.values())
-        self.norm = (
+        self.norm: Any | None = (
             self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
         )
-        self.head = self.reader = self._find(self.family.head)  # its weight may be laid out anew
+        self.head: Any = self._find(self.family.head)
+        self.reader: Any = self.head  # its weight may be laid out anew
         if self.family.vision is not None:
             self._find(self.family.vision)
         self.text_config: Any = self.stack.config
-        self.rope = LengthDependentRope.of(self.text_config)
+        self.rope: LengthDependentRope = LengthDependentRope.of(self.text_config)
         self._check_drivable()
         parts = (model, *self.layers, *([] if self.norm is None else [self.norm]), self.head)
-        self.sharded = len({device_of(part) for part in parts}) > 1
+        self.sharded: bool = len({device_of(part) for part in parts}) > 1
         """Whether parts of the decoder run on several devices."""
         scale = self.family.hidden_scale
         self._scale = scale(self.text_config) if callable(scale) else scale or 1.0

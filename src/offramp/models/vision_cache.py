@@ -42,7 +42,8 @@ class VisionCache:
                 "Give a size above 0, or use no cache.",
             )
         self.max_bytes = max_bytes
-        self.hits = self.misses = 0
+        self.hits: int = 0
+        self.misses: int = 0
         # By a reference that does not keep the tower: another one is never taken for it.
         self._held: LRUCache[tuple[Any, ...], Any] = LRUCache(
             max_bytes, getsizeof=lambda kept: _nbytes(kept[1])

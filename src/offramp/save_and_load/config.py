@@ -242,9 +242,7 @@ def _decoding(config: _Entries) -> dict[str, Any] | None:
         return None
     shown = config.part("decoding")
     shown.check_known((*LEARNT, *PROVEN))
-    found: dict[str, Any] = {
-        name: shown.get(name, bool) for name in LEARNT if name in shown.values
-    }
+    found: dict[str, Any] = {name: shown.get(name, bool) for name in LEARNT if name in shown.values}
     if all(name in shown.values for name in PROVEN):  # else it is found out again
         found |= {name: shown.get(name, str) for name in ("engine", "transformers")}
         prompts = found["prompts"] = shown.get("prompts", list)

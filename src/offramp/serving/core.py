@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.scheduler import Call, Schedule
+from offramp.engine.decoding.scheduler import Call, Schedule, Tally
 from offramp.engine.decoding.sequence import Sequence
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
@@ -48,14 +48,16 @@ class Core(Jobs):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         super().__init__(clock)
-        self._host, self.policy, self.config = host, policy, config
-        self.decoder = self._new_decoder()
-        self.tally = self.decoder.tally
+        self.policy: ExitPolicy = policy
+        self.config: EngineConfig = config
+        self._host = host
+        self.decoder: Decoder = self._new_decoder()
+        self.tally: Tally = self.decoder.tally
         self._reading: Job | None = None
         self._thread: int | None = None
-        self.calls = dict.fromkeys(CALLS, 0)
-        self.seconds = dict.fromkeys(CALLS, 0.0)
-        self.tokens = 0
+        self.calls: dict[str, int] = dict.fromkeys(CALLS, 0)
+        self.seconds: dict[str, float] = dict.fromkeys(CALLS, 0.0)
+        self.tokens: int = 0
 
     def _new_decoder(self) -> Decoder:
         host, config = self._host, self.config

@@ -74,7 +74,8 @@ class Engine:
         """Raise `InputError` for a queue, or workers, that are none."""
         check_sizes(queue, workers)
         self.core = core
-        self.queue, self._on_round = queue, on_round
+        self.queue: int = queue
+        self._on_round = on_round
         self._most_ahead = self.core.config.slots
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")
         self._changed = threading.Condition()

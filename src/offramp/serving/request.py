@@ -83,7 +83,7 @@ class Handle(Future[Completion]):
     def __init__(self, request: Request) -> None:
         super().__init__()
         self.request = request
-        self.arrival = next(_arrivals)
+        self.arrival: int = next(_arrivals)
         self._stop = threading.Event()
 
     def cancel(self) -> bool:

@@ -49,13 +49,13 @@ class SerialCore(Jobs):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         own = model.policy if isinstance(model, Adapter) else FULL
-        self.policy = own if policy is None else policy
-        self.config = EngineConfig(slots=1, limit=limit)
+        self.policy: ExitPolicy = own if policy is None else policy
+        self.config: EngineConfig = EngineConfig(slots=1, limit=limit)
         super().__init__(clock)
         self.between: Callable[[], None] = lambda: None
-        self.depths = self.policy.depths
-        self.tally = Tally()
-        self.tokens = 0
+        self.depths: tuple[int, ...] = self.policy.depths
+        self.tally: Tally = Tally()
+        self.tokens: int = 0
         self._model = model
         self._shared: dict[str, Any] = {}
         if vision_cache is not None:

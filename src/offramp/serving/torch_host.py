@@ -112,7 +112,9 @@ class TorchHost(PreparedHost):
     def _make(self) -> None:
         backbone, exits = self.backbone, self._attached
         self._stamp = Stamp(backbone, exits)
-        self.plan = plan_of(backbone, exits, self._policy, modes=MODES, heads=self._make_heads)
+        self.plan: Plan = plan_of(
+            backbone, exits, self._policy, modes=MODES, heads=self._make_heads
+        )
         self._prompts = self.plan.reader(**self._how)
 
     def executor(self) -> Executor:

@@ -23,7 +23,8 @@ class JsonlLog:
     """
 
     def __init__(self, path: str | Path, *, synced: bool = True) -> None:
-        self.path, self._synced = Path(path), synced
+        self.path: Path = Path(path)
+        self._synced = synced
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _mend_tail(self.path)

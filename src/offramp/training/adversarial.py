@@ -27,10 +27,11 @@ class AdversarialObjective:
 
     def __init__(self, backbone: Backbone, depths: Sequence[int], config: TrainConfig) -> None:
         check_known("Loss", tuple(config.losses), tuple(LOSSES))
-        self.backbone, self.config = backbone, config
-        self.exits = Exits(backbone, depths, kind=config.exit_kind)
+        self.backbone: Backbone = backbone
+        self.config: TrainConfig = config
+        self.exits: Exits = Exits(backbone, depths, kind=config.exit_kind)
         self.exits.to(torch.float32)
-        self.discriminators = self.new_discriminators()
+        self.discriminators: nn.ModuleDict = self.new_discriminators()
         self._head: nn.Module | None = None
         self._places: Tensor | None = None
 

@@ -266,7 +266,9 @@ class DraftTraining(ABC):
     depths: tuple[int, ...]
 
     def __init__(self, backbone: Backbone, config: TrainConfig, accelerator: Any) -> None:
-        self.backbone, self.config, self.accelerator = backbone, config, accelerator
+        self.backbone: Backbone = backbone
+        self.config: TrainConfig = config
+        self.accelerator: Any = accelerator
 
     @abstractmethod
     def rollouts(self, batch: Batch, steps: int) -> Mapping[int, Rollout]:
@@ -408,13 +410,16 @@ class DraftingStage(DraftTraining):
         check_kind(adapter.exits)
         config = replace(config, exit_kind="drafting", adversarial=0.0, feature_matching=0.0)
         super().__init__(adapter.backbone, config, accelerator)
-        self.adapter, self.depths = adapter, adapter.exits.depths
-        self.objective = AdversarialObjective(self.backbone, self.depths, self.config)
-        self.exits = self.objective.exits
+        self.adapter: Adapter = adapter
+        self.depths: tuple[int, ...] = adapter.exits.depths
+        self.objective: AdversarialObjective = AdversarialObjective(
+            self.backbone, self.depths, self.config
+        )
+        self.exits: Exits = self.objective.exits
         state = adapter.exits.modules.state_dict()
         self.exits.load_state_dict({n: t.float() for n, t in state.items()}, strict=False)
         self.exits.requires_grad_(False)
-        self.learning = nn.ModuleDict({str(d): self._input(d) for d in self.depths})
+        self.learning: nn.ModuleDict = nn.ModuleDict({str(d): self._input(d) for d in self.depths})
         self.learning.requires_grad_(True)
         if (ids := adapter.exits.shortlist) is not None:
             self.objective.narrow(ids)

@@ -51,8 +51,8 @@ class FeatureStore:
         self._place: Path | None = None
         probe = len(self._groups) // 2
         share = len(self._groups[probe]) / len(rows)
-        self.nbytes = int(self._record(probe).nbytes / share)
-        self.kind = self._choose(cache, memory_bytes)
+        self.nbytes: int = int(self._record(probe).nbytes / share)
+        self.kind: str = self._choose(cache, memory_bytes)
         if self.kind == "disk":
             assert folder is not None
             self._place = folder / self._digest()[:16]

@@ -168,19 +168,22 @@ class Trainer:
         teacher: Teacher | None = None,
     ) -> None:
         backbone = Backbone.of(backbone)
-        self.examples = list(examples)
+        self.examples: list[Example] = list(examples)
         if config.shortlist is not None and config.shortlist > backbone.vocabulary:
             raise InputError(
                 f"A shortlist of {config.shortlist} out of {backbone.vocabulary} tokens cannot be.",
                 f"Give a number from 2 to {backbone.vocabulary}.",
             )
-        self.accelerator = Accelerator(cpu=backbone.device.type == "cpu")
-        self.backbone, self.config, self.out = backbone, config, out
-        self.objective = AdversarialObjective(
+        self.accelerator: Any = Accelerator(cpu=backbone.device.type == "cpu")
+        self.backbone: Backbone = backbone
+        self.config: TrainConfig = config
+        self.out: Path = out
+        self.objective: AdversarialObjective = AdversarialObjective(
             backbone, config.depths or propose_depths(backbone.depth), config
         )
-        self.exits, self.discriminators = self.objective.exits, self.objective.discriminators
-        self.states = TrainingStates(
+        self.exits: Exits = self.objective.exits
+        self.discriminators: nn.ModuleDict = self.objective.discriminators
+        self.states: TrainingStates = TrainingStates(
             InputProcessor(backbone, processor),
             self.examples,
             config,
@@ -193,12 +196,12 @@ class Trainer:
             self.exits, self.discriminators, config
         )
         digest = examples_digest(self.examples)
-        self.seen = {"train": sorted(picture_digests(self.examples))}
-        self.provenance = provenance(config.seed, list(command) or sys.argv, digest)
+        self.seen: dict[str, list[str]] = {"train": sorted(picture_digests(self.examples))}
+        self.provenance: dict[str, Any] = provenance(config.seed, list(command) or sys.argv, digest)
         of_format = None if teacher is None else teacher.name
         if of_format is not None:
             self.provenance["of_format"] = of_format
-        self.made_of = {
+        self.made_of: dict[str, Any] = {
             **asdict(config),
             "of_format": of_format,
             "examples": digest,

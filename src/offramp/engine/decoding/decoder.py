@@ -41,11 +41,15 @@ class Decoder:
         schedule: Schedule = AT_ONCE,
         longest: int | None = None,
     ) -> None:
-        self.executor, self.heads, self.drafter = executor, heads, drafter
-        self.schedule, self.longest = schedule, longest
-        self.depths, self.layers = executor.depths, layers
+        self.executor: Executor = executor
+        self.heads: Heads = heads
+        self.drafter: Drafter | None = drafter
+        self.schedule: Schedule = schedule
+        self.longest: int | None = longest
+        self.depths: tuple[int, ...] = executor.depths
+        self.layers: int = layers
         self.sequences: list[Sequence] = []
-        self.tally = Tally()
+        self.tally: Tally = Tally()
 
     # -- sequences ---------------------------------------------------------------------------
 

@@ -95,7 +95,8 @@ class ExitDrafts:
     """Drafts by an exit that goes on from its own state, and never runs a layer of the backbone."""
 
     def __init__(self, executor: DraftingExecutor, depth: int) -> None:
-        self._executor, self.depth = executor, depth
+        self.depth: int = depth
+        self._executor = executor
         self.keeps: int | None = depth
 
     def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
@@ -115,7 +116,8 @@ class PlainDrafts:
 
     def __init__(self, executor: Executor, heads: Heads, depth: int) -> None:
         """depth: of the exit, one of the executor's."""
-        self._executor, self._heads, self.depth = executor, heads, depth
+        self.depth: int = depth
+        self._executor, self._heads = executor, heads
         self._segment = executor.depths.index(depth)  # whose end the exit stands at
 
     def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
@@ -174,7 +176,8 @@ class TextDrafts:
 
     def __init__(self, executor: Executor, depth: int, propose: Proposes) -> None:
         """depth: L of the full model. propose: an error that it raises fails its request alone."""
-        self._executor, self.depth, self._propose = executor, depth, propose
+        self.depth: int = depth
+        self._executor, self._propose = executor, propose
 
     def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
         return [*map(self._draft, rows, budgets)]

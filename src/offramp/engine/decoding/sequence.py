@@ -55,11 +55,16 @@ class Sequence:
     def __init__(
         self, sampler: TokenSampler, rule: ExitRule, loaded: Loaded, owner: Any = None
     ) -> None:
-        self.sampler, self.rule, self.owner = sampler, rule, owner
-        self.handle, self.start, self.ran = loaded.handle, loaded.columns, list(loaded.ran)
+        self.sampler: TokenSampler = sampler
+        self.rule: ExitRule = rule
+        self.owner: Any = owner
+        self.handle: Any = loaded.handle
+        self.start: int = loaded.columns
+        self.ran: list[int] = list(loaded.ran)
         self.ids: list[int] = []
         self.tokens: list[Token] = []
-        self.score, self.waited = NAN, 0
+        self.score: float = NAN
+        self.waited: int = 0
         self.rounds: list[tuple[int, int]] = []
         self.over = False
         self.error: Exception | None = None

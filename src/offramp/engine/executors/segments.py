@@ -38,11 +38,13 @@ class SegmentRunner:
         needs_previous_state: bool = False,
         drafter: DraftingExit | None = None,
     ) -> None:
-        self.backbone, self.exits, self.depths = backbone, exits, tuple(sorted(depths))
+        self.backbone: Backbone = backbone
+        self.exits: ExitSet | None = exits
+        self.depths: tuple[int, ...] = tuple(sorted(depths))
         bounds = (0, *self.depths, backbone.depth)
         self._segments = [range(start, end) for start, end in pairwise(bounds)]
         self._needs_previous, self._drafter = needs_previous_state, drafter
-        self.intercepted = InterceptedModel(backbone, self)
+        self.intercepted: InterceptedModel = InterceptedModel(backbone, self)
         # of the current call
         self._seen: Any = None  # the cache as its layers see it
         self._running = range(0)

@@ -37,8 +37,9 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
+        self.bias: nn.Parameter = linear.bias
 
     @classmethod
     def fits(cls, linear: nn.Linear) -> bool:

@@ -42,8 +42,9 @@ class PrepackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
+        self.bias: nn.Parameter = linear.bias
         weight = linear.weight.detach().contiguous()
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _LAID_OUT_FOR)
         self.register_buffer("weight", packed, persistent=False)

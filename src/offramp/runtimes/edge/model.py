@@ -89,11 +89,12 @@ class EdgeModel:
             InputError: the packages gguf and llama-cpp-python are not installed.
             UnsupportedBackboneError: this build of llama.cpp does not do what exits need.
         """
-        self.engine = engine or EngineOptions()
-        self.files = read_segments(folder, check_digests=check_digests)
-        self.name = str(self.files.said["offramp.backbone"])
-        self.layers, self.reads_images = self.files.cuts[-1], mmproj is not None
-        self.policy = _policy(self.files)
+        self.engine: EngineOptions = engine or EngineOptions()
+        self.files: SegmentFiles = read_segments(folder, check_digests=check_digests)
+        self.name: str = str(self.files.said["offramp.backbone"])
+        self.layers: int = self.files.cuts[-1]
+        self.reads_images: bool = mmproj is not None
+        self.policy: ExitPolicy = _policy(self.files)
         self._lock = threading.Lock()  # of what reads prompts
         self._images: ImageReader | None = None
         self._closed = False
@@ -104,7 +105,7 @@ class EdgeModel:
             last = self._segments[-1]
             header = read_header(self.files.files[-1])
             lib = import_llama_cpp().llama_cpp
-            self.vocabulary = Vocabulary(
+            self.vocabulary: Vocabulary = Vocabulary(
                 lib, last.model, header.said.get("tokenizer.chat_template")
             )
             self._embeddings = _Embeddings(header, last.width)

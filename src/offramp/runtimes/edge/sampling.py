@@ -92,14 +92,15 @@ class Sampler:
         is told the log-probabilities that a token is chosen from. on_token: is told of each that is
         settled. seed: instead of that of `sampling`."""
         self._sampling, self._vocabulary = sampling, vocabulary
-        self.prompt, self._most = tuple(prompt), most
+        self.prompt: tuple[int, ...] = tuple(prompt)
+        self._most = most
         self._ends, self._stop, self._on_token = ends, stop, on_token
         self._banned, self._noted = np.asarray(banned, dtype=np.int64), noted
         self._counted = bool(sampling.presence_penalty or sampling.frequency_penalty)
         known = sampling.seed if seed is None else seed
         self._seed = secrets.randbits(63) if known is None else known
         rules = sampling.repetition_penalty != 1.0 or self._counted or len(self._banned)
-        self.plain = sampling.temperature == 0.0 and not rules and noted is None
+        self.plain: bool = sampling.temperature == 0.0 and not rules and noted is None
 
     def allowed(self, logits: Array, ids: Ids | None, before: Sequence[int]) -> Array:
         """Logits [S] after penalties. ids: of their tokens; None: all. before: the answer's tokens

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.likeness import Likeness
 from offramp.runtimes.edge.model import EdgeModel
@@ -37,16 +38,19 @@ class EdgeServed:
 
     smallest: int | None = None
     calibrated: int | None = None
-    likeness = Likeness({})
+    likeness: Likeness = Likeness({})
 
     def __init__(self, model: EdgeModel) -> None:
         self._model = model
-        self.name, self.layers, self.policy = model.name, model.layers, model.policy
-        self.limit, self.places = model.engine.context, model.engine.sequences
-        self.sees = model.reads_images
-        self.drafts = bool(model.policy.drafts or model.policy.thresholds or model.drafts_on)
+        self.name: str = model.name
+        self.layers: int = model.layers
+        self.policy: ExitPolicy = model.policy
+        self.limit: int = model.engine.context
+        self.places: int = model.engine.sequences
+        self.sees: bool = model.reads_images
+        self.drafts: bool = bool(model.policy.drafts or model.policy.thresholds or model.drafts_on)
         self.tokenizer: Vocabulary = model.vocabulary
-        self.prompts = EdgePrompts(model)
+        self.prompts: EdgePrompts = EdgePrompts(model)
 
     def ends(self, token: int) -> bool:
         return self._model.vocabulary.ends(token)

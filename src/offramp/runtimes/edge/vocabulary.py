@@ -25,13 +25,13 @@ class Vocabulary:
         """
         self._lib = lib
         self._vocab = lib.llama_model_get_vocab(model)
-        self.size = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.size: int = int(lib.llama_vocab_n_tokens(self._vocab))
         if int(lib.llama_vocab_type(self._vocab)) == 0:
             raise AdapterError(
                 "The files hold no tokenizer: they were exported from PyTorch.",
                 "Slice a file from the hub, which has one: offramp slice model.gguf --adapter A.",
             )
-        self.has_template = template is not None
+        self.has_template: bool = template is not None
         self._template = Renderer(_PLAIN if template is None else template)
         self._pieces: dict[tuple[int, bool], bytes] = {}
 

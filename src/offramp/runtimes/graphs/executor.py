@@ -49,7 +49,7 @@ class GraphExecutor:
     positions: int | None = None
 
     def __init__(self, programs: RowPrograms) -> None:
-        self.depths = programs.depths
+        self.depths: tuple[int, ...] = programs.depths
         self._programs = programs
         self._handle: Handle = None
         self._prompt = 0  # columns

@@ -53,10 +53,12 @@ class RowPrograms:
     """
 
     def __init__(self, backbone: Backbone, exits: ExitSet, policy: ExitPolicy, limit: int) -> None:
-        self.backbone, self.depths, self.limit = backbone, policy.depths, limit
+        self.backbone: Backbone = backbone
+        self.depths: tuple[int, ...] = policy.depths
+        self.limit: int = limit
         self._columns = limit + WARM_UPS + 1
         self._watches = policy.score in FEATURE_SCORES
-        self.slots = SlotExecutor(
+        self.slots: SlotExecutor = SlotExecutor(
             backbone,
             exits,
             self.depths,
@@ -64,7 +66,7 @@ class RowPrograms:
             needs_previous_state=self._watches,
         )
         self.slots.cache.reserve(self._columns + 1)
-        self.reads = policy.score in SCORES
+        self.reads: bool = policy.score in SCORES
         self._bounds = (0, *self.depths, backbone.depth)
         self._scorer = ExitScorer(backbone, policy, exits) if self.depths else None
         device = backbone.device

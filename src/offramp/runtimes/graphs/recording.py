@@ -22,7 +22,7 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.records = device.type == "cuda"
+        self.records: bool = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self.records else None
 
     def record(self, program: Program) -> Program:

@@ -44,7 +44,8 @@ class GraphRuntime:
             InputError: a policy whose keys and values are not exact; more tokens than memory holds.
             UnsupportedBackboneError: an encoder-decoder, or one that is spread over devices.
         """
-        self.adapter, self.policy = adapter, policy or adapter.policy
+        self.adapter: Adapter = adapter
+        self.policy: ExitPolicy = policy or adapter.policy
         self.context = context
         self.backbone = backbone = adapter.backbone
         if backbone.is_encoder_decoder or backbone.sharded:
@@ -59,7 +60,7 @@ class GraphRuntime:
         self._executor = GraphExecutor(programs)
         self._programs = programs
         self._lock = threading.Lock()
-        self.name = f"CUDA graphs on {backbone.device}"
+        self.name: str = f"CUDA graphs on {backbone.device}"
 
     def generate(
         self,

@@ -91,7 +91,7 @@ class SegmentChain:
         self.segments = segments
         self.sizes = sizes
         self.exact = True
-        self.slots = segments[0].sequences
+        self.slots: int = segments[0].sequences
         self._prompts: list[Prompt | None] = [None] * self.slots
         self._waiting: list[list[list[States]]] = [[] for _ in range(self.slots)]
         for slot in range(self.slots):

@@ -48,7 +48,8 @@ class Dequantised(AbstractContextManager["Dequantised"]):
                 f"Weights in {held} are not rounded once more, to {formats.layers}.",
                 "Load the model without quantisation.",
             )
-        self.name, self._head = formats.layers, backbone.head
+        self.name: str = formats.layers
+        self._head = backbone.head
         self._layers = {weight: _rounded(weight, formats.layers) for weight in _matrices(backbone)}
         weight = _rounded(backbone.head.weight, formats.head)
         # Of its own: embeddings that are tied to the head stay as they are.

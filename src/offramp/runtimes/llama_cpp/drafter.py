@@ -44,7 +44,8 @@ class ChainDrafter:
     ) -> None:
         """weights: of `DraftInput`, by name. shortlist: ids of what the exit says; None: all.
         embedded: embeddings [n, E] of tokens, without positions."""
-        self.depth, self._segment = depth, segment
+        self.depth: int = depth
+        self._segment = segment
         self._chain = SegmentChain([segment], CallSizes(most=_AT_ONCE, first=_AT_ONCE))
         self._states: dict[int, States] = {}
         self._wanted: set[int] = set()

@@ -59,7 +59,8 @@ class ChainExecutor:
         exact: bool,
         drafter: ChainDrafter | None = None,
     ) -> None:
-        self.depths, self.drafter = tuple(depths), drafter
+        self.depths: tuple[int, ...] = tuple(depths)
+        self.drafter: ChainDrafter | None = drafter
         self._chain, self._stand, self._embed, self._exact = chain, tuple(stand), embed, exact
         self._last = len(chain.segments) - 1
         self._places = [self._stand.index(depth) for depth in depths]

@@ -57,7 +57,7 @@ class KeptPrompts:
         self._model: Any = intercepted.model
         self._dtype, self._embedded = intercepted.backbone.dtype, embedded
         self._kept: LRUCache[Any, _Kept] = LRUCache(MOST)
-        self.hits = 0
+        self.hits: int = 0
         """How often the image alone was looked at."""
 
     def read(

@@ -33,7 +33,8 @@ class OpenedFiles:
         Raises:
             AdapterError: a file that does not load, or that ends its process.
         """
-        self.files, self.engine = files, engine
+        self.files: SegmentFiles = files
+        self.engine: EngineOptions = engine
         self.segments: list[Segment] = []
         try:
             check_survives(files, engine)

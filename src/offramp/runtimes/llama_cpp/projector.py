@@ -191,7 +191,7 @@ class Tower:
             file, no_words(), options,
             width=width, features=features, as_it_is=True, owns_model=True,
         )  # fmt: skip
-        self.said = self._projector.said
+        self.said: dict[str, Any] = self._projector.said
         # libmtmd resizes what it cuts into tiles, but a row of tiles as long as it wants it. What
         # comes first is the row in small.
         self._tiled = self.said.get("clip.projector_type") == "idefics3"

@@ -72,11 +72,12 @@ class LlamaCppRuntime(CalledAsModel):
             UnsupportedBackboneError: this build of llama.cpp does not do what exits need.
         """
         self._architecture = architecture_of(adapter.backbone)
-        self.backbone = adapter.backbone
-        self.engine = engine or EngineOptions()
-        self.rows, self.context = self.engine.sequences, self.engine.context
+        self.backbone: Backbone = adapter.backbone
+        self.engine: EngineOptions = engine or EngineOptions()
+        self.rows: int = self.engine.sequences
+        self.context: int = self.engine.context
         self.files: SegmentFiles = read_segments(folder, adapter, check_digests=check_digests)
-        self.adapter = adapter.of_engine(self.name)  # with what is promised here
+        self.adapter: Adapter = adapter.of_engine(self.name)  # with what is promised here
         self._embeddings = Embeddings(adapter.backbone)
         self._lock = threading.RLock()
         self._closed = self._lent = self._busy = False
@@ -304,7 +305,8 @@ class LlamaCppHost(PreparedHost):
 
     def __init__(self, backbone: Backbone, plan: Plan, entry: PromptEntry) -> None:
         super().__init__(backbone)
-        self.plan, self.entry = plan, entry
+        self.entry: PromptEntry = entry
+        self.plan = plan
         self._executor = plan.executor()
 
     def executor(self) -> Executor:

@@ -122,7 +122,7 @@ class Segment:
         self._lib = lib = library()
         self.model: Any = None
         self._context: Any = None
-        self.products = products_of(lib._lib, options)
+        self.products: Products | None = products_of(lib._lib, options)
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.use_extra_bufts = self.products is None  # rearranged for llama.cpp's own
@@ -133,24 +133,24 @@ class Segment:
                 f"llama.cpp does not load {file}.",
                 "Export it again, with the version of llama-cpp-python that is installed now.",
             )
-        self.width = int(lib.llama_model_n_embd(self.model))
-        self.layers = int(lib.llama_model_n_layer(self.model))
-        self.vocabulary = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model)))
+        self.width: int = int(lib.llama_model_n_embd(self.model))
+        self.layers: int = int(lib.llama_model_n_layer(self.model))
+        self.vocabulary: int = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model)))
         self.axes = 4 if lib.llama_model_rope_type(self.model) in _SEVERAL_AXES else 1
-        self.features = int(lib.llama_model_n_embd_inp(self.model)) // self.width - 1
+        self.features: int = int(lib.llama_model_n_embd_inp(self.model)) // self.width - 1
         self._input_scale = np.float32(self.said(INPUT_SCALE) or 1.0)
         self._state_scale = np.float32(self.said(STATE_SCALE) or 1.0)
         self._first_layer = int(self.said(FIRST_LAYER) or 0)
         # What looks ahead must fit into a call, or llama.cpp ends the process.
-        self.looks_ahead = self.said(AHEAD) == "true"
-        self.at_once = max(READ_AT_ONCE, options.context) if self.looks_ahead else READ_AT_ONCE
+        self.looks_ahead: bool = self.said(AHEAD) == "true"
+        self.at_once: int = max(READ_AT_ONCE, options.context) if self.looks_ahead else READ_AT_ONCE
         self._callback: Tap | None = None
         if tap_layer is not None or self.products is not None:
             self._callback = Tap(
                 lib._lib, self._tapped_tensor(tap_layer), self.width, self.at_once,
                 compiled=options.compiled_tap, products=self.products,
             )  # fmt: skip
-        self.tap = None if tap_layer is None else self._callback
+        self.tap: Tap | None = None if tap_layer is None else self._callback
         self._context = lib.llama_init_from_model(self.model, self._parameters(options))
         if not self._context:
             self.close()
@@ -159,7 +159,7 @@ class Segment:
                 "Ask for a shorter one: context=1024.",
             )
         self._memory = lib.llama_get_memory(self._context)
-        self.sequences = options.sequences
+        self.sequences: int = options.sequences
         self._most = options.context + _SPARE + self.at_once
         table = _PLAIN.table(self.axes, self._most)
         self._rows = [_Row(table) for _ in range(self.sequences)]

@@ -138,7 +138,8 @@ class Watcher:
         about: str = "",
         seed: int | None = None,
     ) -> None:
-        self.config, self.promise = config or WatchConfig(), promise
+        self.config: WatchConfig = config or WatchConfig()
+        self.promise: Promise | None = promise
         self._about = {
             "about": about,
             "slack": self.config.slack,

@@ -89,7 +89,7 @@ class Answering:
             for tokens in sizes
             for choice in range(request.n)
         ]  # fmt: skip
-        self.standing = standing_of_request(service, request, use, hows)
+        self.standing: GuaranteeStatus = standing_of_request(service, request, use, hows)
         self.reply = Reply(
             service.config.name,
             isinstance(request, ChatRequest),

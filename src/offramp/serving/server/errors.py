@@ -50,8 +50,9 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
-        self.body = error_object(status, message, param=param, code=code)
+        self.status: int = status
+        self.headers: dict[str, str] = dict(headers or {})
+        self.body: dict[str, Any] = error_object(status, message, param=param, code=code)
 
 
 def error_object(

@@ -26,7 +26,7 @@ class Metrics:
     """The metrics of one server, in a registry of its own. prefix: before their names."""
 
     def __init__(self, prefix: str, model: str) -> None:
-        self.registry = CollectorRegistry()
+        self.registry: CollectorRegistry = CollectorRegistry()
         self._prefix, self._model = prefix, model
         histogram = {
             name: Histogram(

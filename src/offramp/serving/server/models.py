@@ -26,7 +26,8 @@ class Models:
         load: Callable[[str], Awaitable[Service]] | None = None,
         held: Mapping[str, Service] | None = None,
     ) -> None:
-        self.first, self.others = first, tuple(others)
+        self.first: Service = first
+        self.others: tuple[str, ...] = tuple(others)
         self._load, self._held = load, held if held is not None else {}
 
     async def of(self, name: str | None) -> Service:

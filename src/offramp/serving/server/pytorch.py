@@ -11,7 +11,7 @@ from offramp.adapter import Adapter
 from offramp.answers import Model
 from offramp.conditions import Conditions, of_processor
 from offramp.engine.constraint import JsonConstraint
-from offramp.engine.policy import FULL
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.prefill import check_inputs
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.guarantee import GuaranteeStatus, risk_words, standing
@@ -62,26 +62,26 @@ class TorchServed:
         either engine; the former is left out where it is not known where the vision tower is.
         more: as of `BatchEngine`.
         """
-        self.adapter = model if isinstance(model, Adapter) else None
-        self.backbone = model.backbone if isinstance(model, Adapter) else model
-        self.policy = FULL if self.adapter is None else self.adapter.policy
-        self.layers = self.backbone.depth
-        self.sees = not self.backbone.text_only
+        self.adapter: Adapter | None = model if isinstance(model, Adapter) else None
+        self.backbone: Backbone = model.backbone if isinstance(model, Adapter) else model
+        self.policy: ExitPolicy = FULL if self.adapter is None else self.adapter.policy
+        self.layers: int = self.backbone.depth
+        self.sees: bool = not self.backbone.text_only
         self._sizes = _within_positions(engine or EngineConfig(), self.backbone)
-        self.limit = self._sizes.limit
+        self.limit: int = self._sizes.limit
         self._model, self._serial, self._more = model, serial, more
         self._one_by_one = serial is not None and not is_runtime(serial)
-        self.places = 1 if self._one_by_one else self._sizes.slots
+        self.places: int = 1 if self._one_by_one else self._sizes.slots
         if self.backbone.family.vision is None:
             vision_cache = None
         self._kept: dict[str, Any] = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
-        self.prompts = InputProcessor(self.backbone, processor)
-        self.smallest = self.prompts.smallest_side
+        self.prompts: InputProcessor = InputProcessor(self.backbone, processor)
+        self.smallest: int | None = self.prompts.smallest_side
         # Decodes while another thread encodes, which a fast tokenizer does not like.
-        self.tokenizer = copy.deepcopy(self.prompts.tokenizer)
+        self.tokenizer: Any = copy.deepcopy(self.prompts.tokenizer)
         self._ends = end_tokens(self.backbone.model, self.prompts.eos)
         self._runtime = runtime_name(serial)
-        self.likeness = Likeness({}) if self.adapter is None else self.adapter.likeness
+        self.likeness: Likeness = Likeness({}) if self.adapter is None else self.adapter.likeness
         self._watch, self._loss = watch, loss
 
     @property

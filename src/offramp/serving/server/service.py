@@ -13,8 +13,10 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from offramp.engine.policy import ExitPolicy
 from offramp.errors import OfframpError
 from offramp.likeness import Alarm
+from offramp.serving.engine import Engine
 from offramp.serving.request import Handle
 from offramp.serving.server.api.protocol import Sampling
 from offramp.serving.server.config import ServerConfig
@@ -23,7 +25,7 @@ from offramp.serving.server.inputs.images import ImageSource, is_far
 from offramp.serving.server.inputs.prompts import Prompter
 from offramp.serving.server.metrics import Metrics
 from offramp.serving.server.outbox import Outbox
-from offramp.serving.server.served import Inputs, Served
+from offramp.serving.server.served import GuaranteeStatus, Inputs, Served
 
 
 @dataclass(frozen=True)
@@ -78,22 +80,24 @@ class Service:
     ) -> None:
         """Start the engine. workers: threads that open images and make prompts of them. images:
         instead of those that `config` allows."""
-        self.served, self.policy = served, served.policy
-        self.room = config.queue + served.places
-        self.outbox = Outbox()
-        self.engine = served.start(self.room + 64, self.outbox.flush)
-        self.prompter = Prompter(served, config)
-        self.config = config = _with_calibrated_length(config, served.calibrated)
-        self.images = images or ImageSource.of(config.images, served.smallest)
-        self.tokenizer = served.tokenizer
-        self.metrics = Metrics(config.metrics, config.name)
-        self.standing = served.stands()
-        self.alarm = Alarm(served.likeness)
-        self.watcher = served.watcher(self.engine)
+        self.served: Served = served
+        self.policy: ExitPolicy = served.policy
+        self.room: int = config.queue + served.places
+        self.outbox: Outbox = Outbox()
+        self.engine: Engine = served.start(self.room + 64, self.outbox.flush)
+        self.prompter: Prompter = Prompter(served, config)
+        config = _with_calibrated_length(config, served.calibrated)
+        self.config: ServerConfig = config
+        self.images: ImageSource = images or ImageSource.of(config.images, served.smallest)
+        self.tokenizer: Any = served.tokenizer
+        self.metrics: Metrics = Metrics(config.metrics, config.name)
+        self.standing: GuaranteeStatus = served.stands()
+        self.alarm: Alarm = Alarm(served.likeness)
+        self.watcher: Any = served.watcher(self.engine)
         self._add_gauges()
-        self.under_way = 0
-        self.draining = False
-        self.started = int(time.time())
+        self.under_way: int = 0
+        self.draining: bool = False
+        self.started: int = int(time.time())
         self._typical = 1.0  # seconds of an answer, lately
         self._handles: set[Handle] = set()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="offramp-input")

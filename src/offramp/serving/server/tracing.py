@@ -69,7 +69,8 @@ class Trace:
     def __init__(self, tracer: Any, span: Any) -> None:
         from opentelemetry.trace import set_span_in_context
 
-        self._tracer, self.span = tracer, span
+        self.span: Any = span
+        self._tracer = tracer
         self._context = set_span_in_context(span)
 
     def part(self, name: str, begun: int, end: int, **attributes: Any) -> None:

@@ -152,7 +152,8 @@ class Kind:
     """Modules that are built alike. codes: by kind of call; None where there is none."""
 
     def __init__(self, parts: list[Any], weights: list[Any]) -> None:
-        self.parts, self.weights = parts, weights
+        self.parts: list[Any] = parts
+        self.weights: list[Any] = weights
         self.codes: dict[Any, Code | None] = {}
 
 

@@ -154,9 +154,11 @@ class _Compiled:
     """A module that is called as code. plain: its twin without code."""
 
     def __init__(self, codes: Codes, module: nn.Module, plain: Any) -> None:
-        self.codes, self.module, self.plain = codes, module, plain
+        self.codes: Codes = codes
+        self.module: nn.Module = module
+        self.plain: Any = plain
         self.kind, self.held = codes.known(module)
-        self.weights = [tensor for _, _, tensor in tensors_of(module)]
+        self.weights: list[Tensor] = [tensor for _, _, tensor in tensors_of(module)]
 
     def compute(
         self,

@@ -37,9 +37,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def __init__(self, slots: int, columns: int, current: CurrentCall) -> None:
         # Not the base's, whose two attributes a layer of cross-attention computes.
-        self.slots, self.columns, self.current = slots, columns, current
+        self.slots: int = slots
+        self.current: CurrentCall = current
+        self.columns: int = columns
         self.held: tuple[Tensor, ...] = ()
-        self.is_initialized = False
+        self.is_initialized: bool = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Zeros, not empty memory: a NaN in a masked column would poison its row."""
@@ -156,14 +158,20 @@ class SlotCache:
     """
 
     def __init__(self, slots: int, entries: int, limit: int | None, encoder: bool = False) -> None:
-        self.slots, self.limit = slots, limit
+        self.slots: int = slots
+        self.limit: int | None = limit
         columns = BUCKET if limit is None else min(BUCKET, rounded(limit + 1))
-        self.current, self._across = CurrentCall(), CurrentCall()
-        self.own = [SlotLayer(slots, columns, self.current) for _ in range(entries)]
-        self.cross = [_CrossLayer(slots, 0, self._across) for _ in range(entries if encoder else 0)]
+        self.current: CurrentCall = CurrentCall()
+        self._across = CurrentCall()
+        self.own: list[SlotLayer] = [
+            SlotLayer(slots, columns, self.current) for _ in range(entries)
+        ]
+        self.cross: list[_CrossLayer] = [
+            _CrossLayer(slots, 0, self._across) for _ in range(entries if encoder else 0)
+        ]
         self.columns = columns
         self.encoder_columns = 0
-        self.encoder_lengths = [0] * slots
+        self.encoder_lengths: list[int] = [0] * slots
         self._seen: Any = _SlotView(self.own)
         if encoder:
             self._seen = EncoderDecoderCache(self._seen, _SlotView(self.cross))

@@ -29,7 +29,7 @@ class SlotExecutor(SlotRunner):
     """Runs a backbone with exits on the rows of a slot cache; arguments as of `SlotRunner`."""
 
     rows: int | None = None
-    stages = frozenset({"pruning"})
+    stages: frozenset[str] = frozenset({"pruning"})
     """Whether visual tokens of a prompt may stay behind at an exit."""
 
     def __init__(

@@ -63,9 +63,9 @@ class OneSlot:
     def __init__(
         self, slot: int, first: int, end: int, device: torch.device, width: int | None = None
     ) -> None:
-        self.beside = slot, first
-        self.shape = 1, end - first
-        self.width = end if width is None else width
+        self.beside: tuple[int, int] = slot, first
+        self.shape: tuple[int, int] = (1, end - first)
+        self.width: int = end if width is None else width
         self._device = device
 
     @cached_property

@@ -74,11 +74,11 @@ class SlotRunner(SegmentRunner):
         super().__init__(backbone, exits, depths, **more)
         entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
         encoded = backbone.is_encoder_decoder
-        self.cache = SlotCache(slots, entries, limit, encoded)
-        self.held = SlotRows(slots)
+        self.cache: SlotCache = SlotCache(slots, entries, limit, encoded)
+        self.held: SlotRows = SlotRows(slots)
         self._device = backbone.device
-        self.positions = backbone.room(0)
-        self.packs = self.intercepted.stack.config._attn_implementation == "sdpa"
+        self.positions: int | None = backbone.room(0)
+        self.packs: Any = self.intercepted.stack.config._attn_implementation == "sdpa"
         with_slot_masks(self.intercepted.stack)
         self._current = self.cache.current
         self._instead = called_in_place(backbone)

@@ -81,15 +81,16 @@ class Stage:
     """
 
     def __init__(self, backbone: Backbone, stack: Any = None) -> None:
-        self.backbone, self._stack = backbone, backbone.stack if stack is None else stack
-        self.layers = range(backbone.depth)
+        self.backbone: Backbone = backbone
+        self._stack = backbone.stack if stack is None else stack
+        self.layers: range = range(backbone.depth)
         self.embed: Any = backbone.stack.get_input_embeddings()
         norms = [n for n, m in backbone.stack.named_children() if "norm" in n]
         norms = [n for n in norms if backbone.stack.get_submodule(n) is not backbone.norm]
         if len(norms) > 1 or not isinstance(self.embed, nn.Embedding):
             raise CannotRehearseError("how embeddings enter the layers")
         self._norm_name = norms[0] if norms else None
-        self.norm = backbone.stack.get_submodule(norms[0]) if norms else None
+        self.norm: Any | None = backbone.stack.get_submodule(norms[0]) if norms else None
 
     def run(self, kw: Mapping[str, Any]) -> _Run:
         """Raise `CannotRehearseError` where the stack does more than call its layers and a norm, or

@@ -43,7 +43,9 @@ class Products:
         self.handle: int = self._native.offramp_products_new(*addresses) or 0
         if not self.handle:
             raise MemoryError
-        self.offer = ctypes.cast(self._native.offramp_products_offer, ctypes.c_void_p).value
+        self.offer: int | None = ctypes.cast(
+            self._native.offramp_products_offer, ctypes.c_void_p
+        ).value
 
     @property
     def bytes(self) -> int:

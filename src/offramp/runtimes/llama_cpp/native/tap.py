@@ -66,10 +66,10 @@ class Tap:
             products and products.offer, products and products.handle,
             self._into.ctypes.data, self._into.nbytes, 0, False,
         )  # fmt: skip
-        self.user_data = ctypes.addressof(self._tap)
+        self.user_data: int = ctypes.addressof(self._tap)
         self._answer = _python_callback(library, self._tap)
         native = compiled_library("tap") if compiled else None
-        self.compiled = native is not None
+        self.compiled: bool = native is not None
         callback = self._answer if native is None else native.offramp_tap
         self.callback = ctypes.cast(callback, ctypes.c_void_p)
 

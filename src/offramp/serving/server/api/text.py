@@ -26,7 +26,7 @@ class TextStream:
         self._before = ""
         self._text = ""
         self._sent = 0
-        self.stopped = False
+        self.stopped: bool = False
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, **self._more))

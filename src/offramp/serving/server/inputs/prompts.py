@@ -12,7 +12,7 @@ from offramp.errors import InputError, OfframpError
 from offramp.serving.server.api.protocol import Message
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
-from offramp.serving.server.served import Served
+from offramp.serving.server.served import Prompts, Served
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -21,7 +21,9 @@ class Prompter:
     """Makes prompts. Thread-safe."""
 
     def __init__(self, served: Served, config: ServerConfig) -> None:
-        self._served, self.processor, self.config = served, served.prompts, config
+        self._served = served
+        self.processor: Prompts = served.prompts
+        self.config: ServerConfig = config
 
     # -- checks, before any image is opened --------------------------------------------------------
 
