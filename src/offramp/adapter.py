@@ -225,8 +225,8 @@ class Adapter(CalledAsModel):
         return standing(self.of_engine(engine or TORCH).calibration, here)
 
     def of_engine(self, name: str) -> Adapter:
-        """This adapter with the calibration that was made in an engine of this name, or, where none
-        was, as it is."""
+        """Return this adapter with the calibration that was made in an engine of this name, or,
+        where none was, as it is."""
         if name not in self.elsewhere:
             return self
         others = {**self.elsewhere, **_by_engine(self.calibration)}

@@ -132,8 +132,8 @@ def settle(
     together: bool = False,
     **how: Any,
 ) -> Way:
-    """What answers by a name, as asked, or the fastest way: see `offramp.engines.auto.settled`.
-    how: as of `load`."""
+    """Return what answers by a name, as asked, or the fastest way: see
+    `offramp.engines.auto.settled`. how: as of `load`."""
     config = None
     if engine == AUTO:
         with suppress(InputError):  # a model that ships without exits

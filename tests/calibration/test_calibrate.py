@@ -639,7 +639,7 @@ def test_a_searched_threshold_of_first_tokens_is_the_lowest_at_which_these_lose_
 def test_what_too_few_images_could_not_promise_is_not_spent_on_first_tokens() -> None:
     result = found(4, first="auto", target=0.05)
     assert spare(result) == 0 and result.attempts == ()
-    assert result.policy.first == {} and "too few" in result.reason
+    assert not result.policy.first and "too few" in result.reason
 
 
 def test_more_images_keep_the_threshold_of_first_tokens_that_was_searched() -> None:

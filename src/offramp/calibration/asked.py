@@ -56,11 +56,11 @@ class Guarantee:
 
     @property
     def by_kind(self) -> bool:
-        """Whether each kind of prompt is tested."""
+        """Return True if each kind of prompt is tested."""
         return self.each_kind or bool(self.kind_targets)
 
     def target_of(self, kind: str) -> float:
-        """Of a kind of prompt, by its name."""
+        """Return the target of a kind of prompt, by its name."""
         own = (t for begin, t in self.kind_targets.items() if kind.startswith(begin))
         return next(own, self.target)
 

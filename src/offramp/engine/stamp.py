@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from offramp.engine.confidence import HEADS
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from offramp.models.weights_version import Unchanged
 
 
 class Stamp:
@@ -25,34 +25,20 @@ class Stamp:
 
     def __init__(self, backbone: Backbone, exits: ExitSet | None) -> None:
         self._backbone, self._exits = backbone, exits
-        modules = [*_modules(backbone, exits)]
-        own = self._own = [module.__dict__ for module in modules]
-        self._children = [each["_modules"] for each in own]
-        self._tensors = [each[name] for each in own for name in ("_parameters", "_buffers")]
-        self._hooks = [each[name] for each in own for name in _HOOKS]
-        self._adapted = [m for m in modules if hasattr(m, "merged_adapters")]  # layers of PEFT's
-        # Kept, so that no other can come to their addresses.
-        self._held = [[*table.values()] for table in (*self._children, *self._tensors)]
-        self._seen = self._look()
+        self._unchanged = Unchanged(partial(_modules, backbone, exits))
+        self._settings = self._look()
 
     def holds(self, backbone: Backbone, exits: ExitSet | None) -> bool:
         """Return True if these are the same, and nothing about them has changed."""
         same = backbone is self._backbone and exits is self._exits
-        return same and self._look() == self._seen
+        return same and self._look() == self._settings and self._unchanged()
 
     def _look(self) -> list[Any]:
         backbone = self._backbone
-        found: list[Any] = [
+        return [
             backbone.decoding, backbone.engine, backbone.lossless, backbone.family, backbone.tower,
             getattr(backbone.text_config, "_attn_implementation", None), *HEADS.items(),
         ]  # fmt: skip
-        found += [each["training"] for each in self._own]
-        found += [id(each["forward"]) for each in self._own if "forward" in each]
-        found += [id(child) for table in self._children for child in table.values()]
-        found += [key for table in self._hooks for key in table]
-        found += [written(tensor) for table in self._tensors for tensor in table.values()]
-        found += [_switches(layer) for layer in self._adapted]
-        return found
 
 
 def _modules(backbone: Backbone, exits: ExitSet | None) -> Iterator[nn.Module]:
@@ -65,21 +51,3 @@ def _modules(backbone: Backbone, exits: ExitSet | None) -> Iterator[nn.Module]:
     yield from backbone.head.modules()
     if exits is not None:
         yield from exits.modules.modules()
-
-
-def written(tensor: Tensor | None) -> Any:
-    """Return which tensor it is, where its values are, and how often they were written in place."""
-    if tensor is None:
-        return None
-    try:
-        address = tensor.data_ptr()
-    except RuntimeError:  # a subclass that holds several
-        address = 0
-    return id(tensor), address, 0 if tensor.is_inference() else tensor._version
-
-
-def _switches(layer: Any) -> Any:
-    return (
-        tuple(layer.merged_adapters), layer.disable_adapters, tuple(layer.active_adapters),
-        tuple(getattr(layer, "scaling", {}).items()),
-    )  # fmt: skip

@@ -55,7 +55,7 @@ Load = Callable[..., Any]
 
 
 class Way(NamedTuple):
-    """What runs the decoder, what runs the vision tower, and llama.cpp's files."""
+    """A way to answer: what runs the decoder, what runs the vision tower, and llama.cpp's files."""
 
     engine: str
     vision: str = TORCH
@@ -94,7 +94,7 @@ def settled(
     together: bool = False,
     **how: Any,
 ) -> Way:
-    """What answers: as asked, or, of what is left to "auto", the fastest way.
+    """Return what answers: as asked, or, of what is left to "auto", the fastest way.
 
     load: loads the model, with engine, vision, gguf and `how`, as `offramp.load` does by a name.
     config: of its exits; None: it has none. answers: how many will be asked for; None: many.

@@ -219,7 +219,8 @@ def _cider(references: Texts, answers: Texts) -> list[Scored]:
 
 @dataclass(frozen=True)
 class Frequencies:
-    """In how many of so many `documents`, the references of an image each, every n-gram stands."""
+    """Counts of in how many of so many `documents`, the references of an image each, every n-gram
+    stands."""
 
     documents: int
     counts: Mapping[tuple[str, ...], float]

@@ -91,7 +91,7 @@ class VisionEngine(StandIn):
     def __init__(self, name: str, tower: nn.Module, call: _Call, outputs: _Outputs, run: Run):
         super().__init__(name, tower)
         self._call, self._outputs, self._run = call, outputs, run
-        self._as_exported, self._said = Unchanged(tower), set[str]()
+        self._as_exported, self._said = Unchanged(tower.modules), set[str]()
 
     def forward(self, *args: Any, **kw: Any) -> Any:
         call = _Call.of(args, kw)

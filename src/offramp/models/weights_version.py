@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from operator import is_, itemgetter
@@ -41,32 +41,38 @@ def weights_version(root: nn.Module) -> list[Any]:
     loaded, merged, scaled, turned off. What is written through `tensor.data` in place goes unseen:
     PyTorch does not count it.
     """
-    return [part for module in root.modules() for part in _parts(module)]
+    return _version(root.modules())
+
+
+def _version(modules: Iterable[nn.Module]) -> list[Any]:
+    return [part for module in modules for part in _parts(module)]
 
 
 class Unchanged:
-    """Tells if a module still computes what it did when this was made, for callers that ask often.
+    """Tells whether modules still compute what they did when this was made, for callers that ask
+    often.
 
-    As long as all that its modules hold are the very objects of the time before, and no tensor was
+    As long as all that they hold are the very objects of the time before, and no tensor was
     written, nothing else is looked at; else `weights_version` decides. That takes a sixth of the
     time on a tower of 158 modules.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self._root, self._version = root, weights_version(root)
+    def __init__(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
+        """modules: returns them, such as `tower.modules`."""
+        self._modules, self._version = modules, _version(modules())
         self._note()
 
     def __call__(self) -> bool:
         with suppress(KeyError):  # a name that is gone
             if self._seen() == self._shape and all(map(is_, self._objects(), self._held)):
                 return True
-        if weights_version(self._root) != self._version:
+        if _version(self._modules()) != self._version:
             return False
         self._note()
         return True
 
     def _note(self) -> None:
-        own = [vars(module) for module in self._root.modules()]
+        own = [vars(module) for module in self._modules()]
         read = [[name for name in each if name not in _UNREAD] for each in own]
         values = [each[name] for each, names in zip(own, read, strict=True) for name in names]
         self._own = [(itemgetter(*names), each) for names, each in zip(read, own, strict=True)]
@@ -83,7 +89,7 @@ class Unchanged:
         return chain.from_iterable((*own, *full))
 
     def _seen(self) -> list[Any]:
-        return [*map(len, self._tables), *map(_written, self._tensors)]
+        return [*map(len, self._tables), *map(written, self._tensors)]
 
 
 def _parts(module: nn.Module) -> Iterator[Any]:
@@ -95,7 +101,7 @@ def _parts(module: nn.Module) -> Iterator[Any]:
             for tensor in value.values():
                 if tensor is not None:
                     yield _Same(tensor)
-                    yield _written(tensor)
+                    yield written(tensor)
         elif name in ("_forward_hooks", "_forward_pre_hooks"):
             yield tuple(key for key, hook in value.items() if not _records(hook))
         elif name == "forward":
@@ -110,8 +116,8 @@ def _records(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).endswith(_RECORDERS)
 
 
-def _written(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor's values are, and how often they were written in place."""
+def written(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's values are, and how often they were written in place."""
     counted = not tensor.is_inference()  # those cannot be written outside of inference mode
     try:
         address = tensor.data_ptr()

@@ -96,7 +96,7 @@ class AdapterConfig:
 
     @property
     def calibrations(self) -> list[Mapping[str, Any]]:
-        """In all engines."""
+        """Return the calibrations in all engines."""
         own = [] if self.calibration is None else [self.calibration]
         return [*own, *self.elsewhere.values()]
 

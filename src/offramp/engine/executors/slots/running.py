@@ -37,10 +37,10 @@ from offramp.engine.executors.slots.tables import (
 )
 from offramp.engine.exit_check import Output
 from offramp.engine.kv_cache import cache_parameter
-from offramp.engine.stamp import written
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet, first
 from offramp.models.opened import LayerCall
+from offramp.models.weights_version import written
 
 log = logging.getLogger(__name__)
 
@@ -356,7 +356,7 @@ class SlotRunner(SegmentRunner):
 
 
 def _written(backbone: Backbone) -> list[Any]:
-    """Which tensors the stack has beside its layers, such as rotary frequencies, and how often they
-    were written."""
+    """Where the tensors are that the stack has beside its layers, such as rotary frequencies, and
+    how often they were written."""
     beside = [m for n, m in backbone.stack.named_children() if n != backbone.family.layers]
-    return [written(t) for m in beside for t in (*m.parameters(), *m.buffers())]
+    return [(id(t), written(t)) for m in beside for t in (*m.parameters(), *m.buffers())]
