@@ -48,7 +48,7 @@ def _entry(engine: str, mode: str, tower: str = TOWER) -> Value:
 
 
 def _engine(entry: Value) -> str:
-    name = ENGINES.get(entry["engine"], entry["engine"])
+    name = str(ENGINES.get(entry["engine"], entry["engine"]))
     if entry["engine"].startswith("llama.cpp"):
         name = f"llama.cpp alone, {entry['engine'].removeprefix('llama.cpp ')}"
     return name + (", PyTorch's tower" if entry["tower"] == TORCH else "")
