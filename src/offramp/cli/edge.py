@@ -20,7 +20,7 @@ from offramp.storage.places import close_name
 log = logging.getLogger(__name__)
 
 NAMES = ("generate", "serve")
-ALONE = ("--", "-h", "--help", "--json", "--plain", "--quiet", "--stream")
+ALONE = ("--", "-h", "--help-all", "--help", "--json", "--plain", "--quiet", "--stream")
 """What stands on their command lines without a value behind it."""
 SLOTS = 4
 

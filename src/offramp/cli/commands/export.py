@@ -11,7 +11,6 @@ from typing import Any
 
 from offramp.cli.loading import load_adapter, load_model, read_data
 from offramp.cli.options import (
-    MTMD,
     add_command,
     asked_again,
     data_options,
@@ -24,6 +23,7 @@ from offramp.cli.options import (
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser
+from offramp.engines import MTMD
 from offramp.errors import InputError, OfframpError
 
 log = logging.getLogger(__name__)

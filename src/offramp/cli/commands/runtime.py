@@ -7,9 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import MTMD
 from offramp.cli.parser import Parser, threads, whole
-from offramp.engines import TORCH
+from offramp.engines import MTMD, TORCH
 
 log = logging.getLogger(__name__)
 
