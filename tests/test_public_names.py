@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import pkgutil
 import re
 import subprocess
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_completion_and_star_import_offer_the_public_names() -> None:
     assert set(offramp.__all__) <= set(dir(offramp))
-    assert 10 <= len(offramp.__all__) <= 20
+    assert 10 <= len(offramp.__all__) <= 30
     scope: dict[str, object] = {}
     exec("from offramp import *", scope)
     assert set(offramp.__all__) <= set(scope)
@@ -54,3 +56,21 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_page_of_what_is_stable_names_them_all() -> None:
     page = (ROOT / "docs" / "stable.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == set(offramp.__all__)
+
+
+def test_what_documented_code_imports_is_stable() -> None:
+    page = (ROOT / "docs" / "stable.md").read_text(encoding="utf-8")
+    stable = {f"offramp.{name}" for name in offramp.__all__} | {"offramp"}
+    for module, names in re.findall(r"^\* `(offramp\.[\w.]+)`: (.*)$", page, re.MULTILINE):
+        stable |= {f"{module}.{name}" for name in re.findall(r"`(\w+)`", names)}
+    for name in sorted(stable - {"offramp"}):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = file.read_text(encoding="utf-8")
+        for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("offramp"):
+                    found = {f"{node.module}.{alias.name}" for alias in node.names}
+                    ours = {n for n in found if not n.startswith(("offramp_", "offramp-"))}
+                    assert ours <= stable, (file.name, ours - stable)

@@ -13,16 +13,21 @@ for _name in ("offramp", "offramp-edge"):
 
 if TYPE_CHECKING:
     from offramp.adapter import Adapter, attach
-    from offramp.calibration.calibrate import calibrate
+    from offramp.calibration.calibrate import calibrate, calibrated
+    from offramp.conditions import register_condition
     from offramp.data.example import Example
     from offramp.engine.confidence import register_score
     from offramp.engine.constraint import JsonConstraint
+    from offramp.engine.decoding.drafting import register_drafter
     from offramp.engine.generate import generate
     from offramp.engine.policy import ExitPolicy, GenerationOutput
-    from offramp.loading import load
+    from offramp.engines import register_engine
+    from offramp.errors import OfframpError
+    from offramp.loading import Loaded, load
     from offramp.models.backbone import Backbone
     from offramp.models.exit_kinds import register_exit
     from offramp.models.exits import Exits
+    from offramp.models.input_processor import InputProcessor
     from offramp.models.registry import Family, register_backbone
     from offramp.serving.batch_engine import BatchEngine
     from offramp.serving.engine_config import EngineConfig
@@ -40,13 +45,20 @@ __all__ = [
     "Exits",
     "Family",
     "GenerationOutput",
+    "InputProcessor",
     "JsonConstraint",
+    "Loaded",
+    "OfframpError",
     "TrainConfig",
     "attach",
     "calibrate",
+    "calibrated",
     "generate",
     "load",
     "register_backbone",
+    "register_condition",
+    "register_drafter",
+    "register_engine",
     "register_exit",
     "register_loss",
     "register_score",
@@ -63,13 +75,20 @@ _HOMES = {
     "Exits": "models.exits",
     "Family": "models.registry",
     "GenerationOutput": "engine.policy",
+    "InputProcessor": "models.input_processor",
     "JsonConstraint": "engine.constraint",
+    "Loaded": "loading",
+    "OfframpError": "errors",
     "TrainConfig": "training.config",
     "attach": "adapter",
     "calibrate": "calibration.calibrate",
+    "calibrated": "calibration.calibrate",
     "generate": "engine.generate",
     "load": "loading",
     "register_backbone": "models.registry",
+    "register_condition": "conditions",
+    "register_drafter": "engine.decoding.drafting",
+    "register_engine": "engines",
     "register_exit": "models.exit_kinds",
     "register_loss": "training.losses",
     "register_score": "engine.confidence",
