@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import re
 import subprocess
 import sys
@@ -178,6 +180,22 @@ def test_quiet_leaves_results_and_errors() -> None:
     assert "A guarantee of 0.01 by image needs" in stderr(*missing)
     quiet = stderr(*missing, "--quiet")
     assert quiet.startswith("error: ") and len(quiet.splitlines()) == 2
+
+
+def test_other_packages_tell_of_warnings_alone_and_draw_no_bars_into_a_file(
+    run: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    root = logging.getLogger().level
+    try:
+        assert run("env")[0] == 0
+        names = ("onnxscript.optimizer", "onnx_ir.passes", "offramp.engine", "offramp_lab")
+        told = [logging.getLogger(name).isEnabledFor(logging.INFO) for name in names]
+        assert told == [False, False, True, False]
+        assert logging.getLogger("onnxscript").isEnabledFor(logging.WARNING)
+        assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+    finally:
+        logging.getLogger().setLevel(root)
 
 
 def test_env_tells_versions_devices_and_what_is_missing(run: RunCommand) -> None:

@@ -188,8 +188,13 @@ def _be_quiet(program: Program) -> None:
     for name in ("", "offramp", program.package):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # for what is imported later
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    _hide_bars()
+
+
+def _hide_bars() -> None:
+    """Hide the progress bars of Hugging Face, which in a file are a line a step."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # for what is imported later
     for module, name in _BARS:  # and for what is imported already
         silence = getattr(sys.modules.get(module), name, None)
         if silence is not None:
@@ -207,9 +212,11 @@ def _prepare_logging(program: Program) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(handlers=[handler])
-    logging.getLogger().setLevel(logging.INFO)
-    for package in ("offramp", program.package):  # as before an earlier --quiet
-        logging.getLogger(package).setLevel(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)  # of others, such as optimisers
+    for package in ("offramp", program.package):
+        logging.getLogger(package).setLevel(logging.INFO)
+    if sys.stderr is not None and not sys.stderr.isatty():
+        _hide_bars()
     logging.raiseExceptions = False  # a closed stderr is no reason to stop
     for noisy in ("httpx", "huggingface_hub", "accelerate", "torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
