@@ -41,6 +41,7 @@ from offramp.engine.sampler import Sampler
 from offramp.engine.teacher_forcing import StateRecorder
 from offramp.errors import InputError, OfframpError
 from offramp.models.backbone import Backbone
+from offramp.models.discovery.comparison import relative_difference
 from offramp.models.fingerprint import fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
@@ -87,10 +88,7 @@ class _Apart:
     def __call__(self, row: int, place: int, logits: Tensor) -> None:
         if place in self._of:
             theirs, ids = self._of[place]
-            ours = logits[0].float()[ids]
-            said = theirs.isfinite() & (theirs > -1e30)  # tokens that are never said are far below
-            off = (ours - theirs)[said].abs().max() / theirs[said].abs().max().clamp(min=1e-30)
-            self.at[place] = math.inf if off.isnan() else float(off)
+            self.at[place] = relative_difference(logits[0].float()[ids], theirs)
 
 
 class Verification:

@@ -177,7 +177,7 @@ def test_the_command_writes_the_folder(run: RunCommand, tmp_path: Path) -> None:
 
 def test_what_does_not_go_with_it_is_said(run: RunCommand, tmp_path: Path) -> None:
     code, _, err = run("export", "--to", "vllm", "--out", tmp_path / "out")
-    assert code != 0 and "Give --adapter" in err
+    assert code != 0 and "Name it first" in err
     code, _, err = run("export", "--to", "vllm", "--adapter", "tiny-opt", "--gguf", "q8_0",
                        "--out", tmp_path / "out")  # fmt: skip
     assert code != 0 and "--gguf does not go with --to vllm" in err

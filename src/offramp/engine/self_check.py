@@ -32,6 +32,7 @@ from offramp.engine.prefill import Prepared, prepare, room_of
 from offramp.engine.sampler import Sampler
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
+from offramp.models.discovery.comparison import relative_difference
 from offramp.models.discovery.probe import prompt_ids, special_ids
 from offramp.models.discovery.twin import twin
 from offramp.models.exits import Exits, propose_depths
@@ -198,7 +199,7 @@ class _Case:
             return _LEAST
         apart = 0.0
         for one, other in zip(alone, beside, strict=False):
-            apart = max(apart, _apart(one, other[: len(one)]))
+            apart = max(apart, relative_difference(one, other[: len(one)]))
             if not torch.equal(one.argmax(-1), other[: len(one)].argmax(-1)):
                 break
         return min(_MOST, max(_LEAST, REPEAT * apart))
@@ -264,7 +265,7 @@ class _Case:
             for place, token in enumerate(sequence.tokens):
                 if lossless or token.depth == backbone.depth:
                     theirs = self.logits[place][row]
-                    worst = max(worst, _apart(sampler.seen[place], theirs))
+                    worst = max(worst, relative_difference(sampler.seen[place], theirs))
         return worst
 
 
@@ -365,16 +366,6 @@ def _several(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     except Exception:  # whatever the model raises on images laid out otherwise
         return inputs
     return made
-
-
-def _apart(ours: Tensor, theirs: Tensor) -> float:
-    a, b = ours.double(), theirs.to(ours.device).double()
-    sayable = (b > -1e30) & b.isfinite()  # tokens that are never said stand at the lowest number
-    if not bool(sayable.any()):
-        return 0.0
-    largest = float(b[sayable].abs().max())
-    difference = float((a - b)[sayable].abs().max())
-    return float("inf") if difference != difference else difference / max(largest, 1e-30)
 
 
 def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:

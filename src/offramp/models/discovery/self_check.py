@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
+from offramp.models.discovery.comparison import relative_difference
 from offramp.models.discovery.probe import accepts, encoder_states, prompt_ids, text_prompt
 from offramp.models.discovery.watch import first_tensor
 from offramp.models.intercept import InterceptedModel
@@ -255,18 +256,8 @@ def _check_logits(backbone: OpenedModel, normed: Tensor, out: Any) -> int:
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float | None:
-    """The largest difference over the largest value; None where shapes differ."""
-    if ours.shape != theirs.shape:
-        return None
-    a, b = ours.to(theirs.device).double(), theirs.double()
-    low = b <= torch.finfo(theirs.dtype).min / 2  # tokens that are never said
-    if not torch.equal(low, a <= torch.finfo(theirs.dtype).min / 2):
-        return float("inf")
-    largest = float(b[~low].abs().max())
-    difference = (a - b)[~low].abs().max()
-    if torch.isnan(difference):
-        return 0.0 if torch.equal(a.isnan(), b.isnan()) else float("inf")
-    return float(difference) / max(largest, 1e-30)
+    """How far the results are apart; None where shapes differ."""
+    return relative_difference(ours, theirs) if ours.shape == theirs.shape else None
 
 
 def _allowed(tensor: Tensor) -> float:
