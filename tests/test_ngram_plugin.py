@@ -14,18 +14,22 @@ import pytest
 import torch
 from command_line import RunCommand
 from decoding import NEW, greedy
+from fakes import Blip2FakeProcessor, examples
 from families import one_row
 
 from offramp import Adapter, ExitPolicy, generate, plugins
+from offramp.certificate import Settings
 from offramp.engine.decoding.drafting import DRAFTERS, TextDrafts, register_drafter
 from offramp.engine.policy import policy_from_json, policy_to_json
 from offramp.engines import ENGINES, engine_named
 from offramp.errors import InputError
+from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import example_picture
 from offramp.runtimes.graphs import GraphRuntime
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
+from offramp.verification import Verification
 
 PACKAGE = Path(__file__).resolve().parents[1] / "examples" / "ngram_plugin"
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
@@ -131,6 +135,16 @@ def test_the_engine_answers_losslessly(ngram: str, backbone: Any, exits: Any, ba
     inputs = batch("llava", 1)
     made = ours.generate(inputs, **GREEDY)
     assert torch.equal(made.sequences, adapter.generate(inputs, mode="full", **GREEDY).sequences)
+
+
+def test_its_answers_are_verified(ngram: str, backbone: Any, exits: Any) -> None:
+    policy = ExitPolicy(lossless=True, drafts={ngram: 0.0})
+    adapter = Adapter(backbone("blip2-opt"), exits("blip2-opt"), policy)
+    encoder = InputProcessor(adapter.backbone, Blip2FakeProcessor("blip2-opt"))
+    sizes = Settings(rows=(2,), slots=3, longest=12)
+    paths = Verification(adapter, encoder, examples(3), settings=sizes).run()
+    assert {"full", "lossless", "lossless, 2 rows", "lossless, among 3"} <= {p.path for p in paths}
+    assert all(path.promised and path.exact for path in paths)
 
 
 def test_a_policy_with_a_drafter_comes_back(ngram: str) -> None:

@@ -306,7 +306,7 @@ class Verification:
             limit = self.runtime.context
         config = EngineConfig(slots, limit, schedule=Schedule.of(slots))
         modes = self._policies
-        policy = modes.get("early exit", FULL)
+        policy = modes.get("early exit", modes.get("lossless", FULL))
         adapter = replace(self.adapter, policy=policy, calibration=None)
         names = {"full": "full", "early exit": "early_exit", "lossless": "lossless"}
         model: Any = adapter
