@@ -62,6 +62,7 @@ def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Cond
         ({"dtype": "bfloat16", "kernels": "compiled"}, "compiled kernels where plain"),
         ({"dtype": "bfloat16", "vision": "openvino"}, "tower in openvino where one in torch"),
         ({"vision": "openvino-bf16"}, "tower in openvino-bf16 where one in torch"),
+        ({"vision": "onnxruntime-int8"}, "tower in onnxruntime-int8 where one in torch"),
         ({"shrink_on_load": True}, "JPEGs decoded smaller where whole when calibrated"),
         ({"device": "cuda"}, "on cuda where cpu"),
         ({"sampling": "sampled"}, "sampled where greedy decoding"),

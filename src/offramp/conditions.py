@@ -26,7 +26,7 @@ from offramp.models.input_processor import ONE_TURN
 from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.quantized.weights import scheme
 from offramp.models.shrink_on_load import smallest_side
-from offramp.models.vision_engine import IN_BF16
+from offramp.models.vision_engine import ROUNDED
 from offramp.prompt_kinds import FRAMES, OTHER, fits
 
 TORCH = "torch"
@@ -323,7 +323,7 @@ def _keeps_answers(compared: Compared) -> bool:
     if compared.equal:
         return True
     torch_here = compared.here.get("engine") == TORCH
-    rounded = IN_BF16 in (compared.before, compared.now)
+    rounded = not ROUNDED.keys().isdisjoint((compared.before, compared.now))
     quantized = compared.then.get("quantized") or compared.here.get("quantized")
     return torch_here and compared.in_float32 and not (rounded or quantized)
 

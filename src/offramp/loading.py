@@ -102,11 +102,11 @@ def load(
     name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. engine: what runs the
     decoder, of `offramp.engines.ENGINES` or registered; "auto": the fastest here that keeps the
     answers, which is measured once (`offramp.engines.auto`). vision: what runs the vision tower:
-    "torch", "onnxruntime", "openvino", "openvino-bf16", or "mtmd" in llama.cpp; "auto": as the
-    engine is found, else PyTorch. quantize: "int8" or "int4": weights of the layers in PyTorch.
-    gguf: folder of `offramp export --gguf`, for llama.cpp. context, threads: of llama.cpp and CUDA
-    graphs (None: as many as PyTorch has). how: backbone, revision, dtype, device, shrink_on_load
-    and chat_template, as of `open_model`.
+    "torch", "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8", or "mtmd" in llama.cpp;
+    "auto": as the engine is found, else PyTorch. quantize: "int8" or "int4": weights of the layers
+    in PyTorch. gguf: folder of `offramp export --gguf`, for llama.cpp. context, threads: of
+    llama.cpp and CUDA graphs (None: as many as PyTorch has). how: backbone, revision, dtype,
+    device, shrink_on_load and chat_template, as of `open_model`.
 
     Raises:
         InputError: an unknown engine, or what does not go with it. AdapterError: there is no such
@@ -176,7 +176,7 @@ def own_vision(vision: str, engine: str) -> str:
         raise InputError(
             f"--vision {MTMD} sees for --engine llama.cpp alone.",
             "Give --engine llama.cpp and --gguf FOLDER, or another of torch, onnxruntime, "
-            "openvino, openvino-bf16.",
+            "openvino, openvino-bf16, onnxruntime-int8.",
         )
     return TORCH if vision in (MTMD, AUTO) else vision
 

@@ -15,7 +15,7 @@ from offramp.engine.generate import generate
 from offramp.errors import InputError
 from offramp.models import vision_engine
 from offramp.models.vision_cache import VisionCache
-from offramp.models.vision_engine import IN_BF16, TOLERANCE
+from offramp.models.vision_engine import IN_BF16, IN_INT8, TOLERANCE
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 NAMES = ("onnxruntime", "openvino")
@@ -88,13 +88,23 @@ def test_a_tower_in_bfloat16_is_near_but_another_one() -> None:
     assert made.new_tokens.shape[1] == 4 and not calls
 
 
+def test_products_in_int8_are_near_but_those_of_another_tower(ort: str) -> None:
+    backbone, calls = exported("llava", IN_INT8)
+    assert backbone.vision_engine == IN_INT8
+    pixels = inputs_of("llava")["pixel_values"]
+    made, want = (
+        each.vision(pixels, output_hidden_states=True).last_hidden_state
+        for each in (backbone, exported("llava", ort)[0])
+    )
+    assert TOLERANCE < ((made - want).norm() / want.norm()).item() < 0.1
+    assert not calls and not logging.getLogger().disabled
+
+
 def test_a_tower_that_is_farther_off_than_rounding_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ort: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for package in ("openvino", "onnxscript"):
-        pytest.importorskip(package)
-    monkeypatch.setattr(vision_engine, "TOLERANCE_BF16", 1e-9)
-    backbone, _ = exported("llava", IN_BF16)
+    monkeypatch.setattr(vision_engine, "TOLERANCE_ROUNDED", 1e-9)
+    backbone, _ = exported("llava", IN_INT8)
     assert backbone.vision_engine == "torch" and "away from the tower's own" in caplog.text
 
 

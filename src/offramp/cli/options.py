@@ -356,7 +356,7 @@ class _Engines(tuple[str, ...]):
         return name in ENGINES
 
 
-VISION = (AUTO, TORCH, "onnxruntime", "openvino", "openvino-bf16", MTMD)
+VISION = (AUTO, TORCH, "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8", MTMD)
 
 
 def vision_options(group: Any) -> None:

@@ -132,8 +132,8 @@ class Backbone(OpenedModel):
         quantize: "int8" or "int4": the decoder layers' weights are rounded to that, and read by a
             processor's kernels, with states in bfloat16 (docs/quantisation.md).
         compile: whether single answers are decoded by compiled code (docs/torch-engines.md).
-        vision: what runs the vision tower: "torch", "onnxruntime", "openvino" or "openvino-bf16"
-            (docs/vision-towers.md).
+        vision: what runs the vision tower: "torch", "onnxruntime", "openvino", or, rounded,
+            "openvino-bf16" or "onnxruntime-int8" (docs/vision-towers.md).
         device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
         example: as of `Backbone`; None: where it is needed, one is made of a grey picture by the
             processor that was saved beside the model.
@@ -184,9 +184,9 @@ class Backbone(OpenedModel):
     def with_vision(self, name: str, example: Mapping[str, Any] | None = None) -> Backbone:
         """The same model with a vision tower that an inference engine runs, on a CPU in float32.
 
-        name: "onnxruntime", "openvino", "openvino-bf16", which computes in that, or, for the
-            model's own tower, "torch". example: what the model's processor made of a prompt with an
-            image; by it the tower is exported.
+        name: "onnxruntime", "openvino", "openvino-bf16" or "onnxruntime-int8", which round, or, for
+            the model's own tower, "torch". example: what the model's processor made of a prompt
+            with an image; by it the tower is exported.
 
         Where that cannot be, or the engine does not see what the tower sees, PyTorch goes on, and a
         warning says why.

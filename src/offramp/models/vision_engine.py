@@ -41,12 +41,13 @@ from offramp.storage import atomic_folder, cache_folder
 log = logging.getLogger(__name__)
 
 TORCH = "torch"
-TOLERANCE, TOLERANCE_BF16 = 1e-4, 0.4
+TOLERANCE, TOLERANCE_ROUNDED = 1e-4, 0.4
 """How far an engine's output may be from the tower's own in float32, as a share of its length. What
-computes in bfloat16 is held to the first in float32; noise, which it is tried on, is rounded worst.
-"""
-IN_BF16 = "openvino-bf16"
-"""The engine that rounds to bfloat16: answers are other ones, and a guarantee is of it alone."""
+rounds is held to the first in float32; noise, which it is tried on, is rounded worst."""
+IN_BF16, IN_INT8 = "openvino-bf16", "onnxruntime-int8"
+ROUNDED = {IN_BF16: "openvino", IN_INT8: "onnxruntime"}
+"""Engines that round, and what they are without: answers are other ones, and a guarantee is of such
+an engine alone."""
 FILE = "tower.onnx"
 LAYOUT = 1
 """Raised where the same tower would be exported otherwise."""
@@ -131,7 +132,7 @@ def check_vision_engine(name: str) -> None:
     if name not in ENGINES:
         raise InputError(f"There is no vision engine {name!r}.", did_you_mean(name, ENGINES))
     try:
-        for package in () if name == TORCH else (name.removesuffix("-bf16"), *_EXPORTER):
+        for package in () if name == TORCH else (ROUNDED.get(name, name), *_EXPORTER):
             import_module(package)
     except ImportError as error:
         package = missing_package(error) or name
@@ -302,10 +303,11 @@ def _checked(name: str, tower: nn.Module, call: _Call, outputs: _Outputs) -> Run
     folder = cache_folder("vision") / _digest_of(tower, call)
 
     def loaded(file: Path) -> Run:
-        if name != IN_BF16:
-            return _near(ENGINES[name](file), call, expected, TOLERANCE)
-        _near(ENGINES["openvino"](file), call, expected, TOLERANCE)  # the export is the tower
-        return _near(ENGINES[name](file), call, expected, TOLERANCE_BF16)
+        plain = ROUNDED.get(name, name)
+        run = _near(ENGINES[plain](file), call, expected, TOLERANCE)  # the export is the tower
+        if name == plain:
+            return run
+        return _near(ENGINES[name](file), call, expected, TOLERANCE_ROUNDED)
 
     with suppress(Exception):  # nothing is kept, or it is damaged
         return loaded(folder / FILE)
@@ -407,6 +409,25 @@ def _onnxruntime(file: Path) -> Run:
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
+def _in_int8(file: Path) -> Run:
+    """Weights of products are 8 bits a row, and states are rounded to 8 as they come. Convolutions
+    stay: in int8 they lose the layout that makes them fast."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    root = logging.getLogger()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        rounded, heard = Path(folder) / FILE, root.disabled
+        root.disabled = True  # it advises, on the root logger, what the exporter has done
+        try:
+            quantize_dynamic(
+                file, rounded, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8,
+                per_channel=True,
+            )  # fmt: skip
+        finally:
+            root.disabled = heard
+        return _onnxruntime(rounded)
+
+
 def _openvino(file: Path, precision: str = "f32") -> Run:
     import openvino
 
@@ -431,5 +452,6 @@ ENGINES: dict[str, Any] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     IN_BF16: partial(_openvino, precision="bf16"),
+    IN_INT8: _in_int8,
 }
 """What can run a tower, and how a file of it is loaded."""
