@@ -109,6 +109,16 @@ def test_where_nothing_can_be_kept_it_is_measured_each_time(
     assert settle("tiny-opt") == first and measured.count("packed") == 2
 
 
+def test_without_a_home_pytorch_answers(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless(name: str) -> Path:
+        raise RuntimeError("HOME is no absolute path")
+
+    monkeypatch.setattr(auto, "cache_folder", homeless)
+    assert settle("tiny-opt") == Way("torch") and not measured
+
+
 def test_another_machine_version_or_model_is_measured_by_itself(
     measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,18 +103,21 @@ def settled(
     tower = TORCH if vision == AUTO else vision
     if engine != AUTO or gguf is not None:
         return Way(LLAMA_CPP if engine == AUTO else engine, tower, gguf)
+    few = answers is not None and answers < FEW
+    try:
+        cache = cache_folder("engines")
+    except RuntimeError:  # there is no home, so it would be measured each time
+        return Way(TORCH, tower)
     if config is None or vision == MTMD or not _may_pay(config, how):
         return Way(TORCH, tower)
-    ready = partial(load, **how)
-    model = digest_rows([exits_digest(config), dict(config.fingerprint), config.checks])
-    file = _place(model, vision, together, how)
-    found = None if file is None else _read(file)
-    if found is None and answers is not None and answers < FEW:
+    ready, model = partial(load, **how), _digest(config, how)
+    file = cache / f"{digest_rows([model, _here(), vision, together])[:32]}.json"
+    found = _read(file)
+    if found is None and few:
         return Way(TORCH, tower)
     if found is None:
         found = [*_measured(ready, config, model, vision, together)]
-        if file is not None:
-            _keep(file, found)
+        _keep(file, found)
     best, plain = fastest(found, config.calibrations, answers), found[0]
     if best is not plain:
         log.info(
@@ -158,21 +161,23 @@ def _on_cpu(device: Any) -> bool:
     return str(device) == "cpu"
 
 
+def _digest(config: AdapterConfig, how: Mapping[str, Any]) -> str:
+    """Return the digest of what is loaded, and of the exits that run."""
+    asked = sorted((key, str(value)) for key, value in how.items() if value is not None)
+    exits = [exits_digest(config), config.checks, config.policy.depths, config.policy.shortlist]
+    return digest_rows([*exits, dict(config.fingerprint), asked])
+
+
 _PACKAGES = ("offramp", "torch", "transformers", "llama-cpp-python", "onnxruntime")
 
 
-def _place(model: str, vision: str, together: bool, how: Mapping[str, Any]) -> Path | None:
-    """Where what was found is kept; None: there is no home. model: its digest."""
+def _here() -> list[Any]:
+    """Return versions and machine."""
     versions = dict.fromkeys(_PACKAGES, "")
     for package in versions:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    machine = [processor(), os.cpu_count(), torch.get_num_threads()]
-    asked = sorted((key, str(value)) for key, value in how.items() if value is not None)
-    key = digest_rows([model, versions, machine, vision, together, asked])[:32]
-    with suppress(RuntimeError):
-        return cache_folder("engines") / f"{key}.json"
-    return None
+    return [versions, processor(), os.cpu_count(), torch.get_num_threads()]
 
 
 def _read(file: Path) -> list[Timed] | None:
@@ -214,8 +219,8 @@ def _measured(
                 try:
                     files = _files(load, model) if engine == LLAMA_CPP else None
                     made, _ = _timed(load, Way(engine, tower, files), expected)
-                except OfframpError as error:
-                    made = Timed(engine, tower, why=error.problem)
+                except Exception as error:  # compilers and packages raise nearly anything
+                    made = Timed(engine, tower, why=str(error).strip() or type(error).__name__)
                 if made.why:
                     log.debug("Not by %s: %s", made.words, made.why)
                 if engine == LLAMA_CPP and not made.why:

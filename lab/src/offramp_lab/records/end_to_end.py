@@ -55,6 +55,8 @@ RIVALS = ("q8_0", "iq4_nl", "q4_0")
 TORCH, TOWER = "torch", "onnxruntime"
 ROUGE = {"thresholds": 0.1, "first": 0.5}
 """The fastest thresholds whose loss of ROUGE-L is at most 0.03, at 95% confidence."""
+ASKED = ("full", "static", "early exit", "early exit, ROUGE-L", "lossless")
+"""Modes in which questions are answered, and captions written at once."""
 SLOTS = 8
 Way = Callable[..., list[Any]]
 """Ids of an answer to an example of `most` tokens, and CPU seconds of each of `STAGES`."""
@@ -225,18 +227,22 @@ class Ways:
         """For captions."""
         found: dict[Name, Way] = {}
         for tower in (TORCH, TOWER):
-            adapter, _ = self.adapters[PLAIN, tower]
-            found |= self._torch(PLAIN, tower, {"full": FULL})
-            found |= self._alone(adapter, "iq4_nl", tower)
+            found |= self._alone(self.adapters[PLAIN, tower][0], "iq4_nl", tower)
         for formats in ("q8_0", "q4_0"):
             found |= self._alone(self.adapter, formats, TOWER)
         policies = modes(self.adapter.policy)
         for engine in (PLAIN, PACKED):
             adapter, encoder = self.adapters[engine, TOWER]
-            short, every = last_exit(adapter), whole_head(adapter)
+            short = last_exit(adapter)
             found |= self._torch(engine, TOWER, policies)
-            for mode, made in (("full, shortlist", short), ("early exit, whole head", every)):
-                found[engine, mode, TOWER] = torch_way(self.stages, encoder, made, made.policy)
+            found[engine, "full, shortlist", TOWER] = torch_way(
+                self.stages, encoder, short, short.policy
+            )
+        adapter, encoder = self.adapters[PLAIN, TOWER]
+        every = whole_head(adapter)
+        found[PLAIN, "early exit, whole head", TOWER] = torch_way(
+            self.stages, encoder, every, every.policy
+        )
         adapter, encoder = self.adapters[PLAIN, TORCH]
         stock = partial(stock_generate_fn, adapter.backbone, do_sample=False)
         found[STOCK_GENERATE, "full", TORCH] = _way(
@@ -321,29 +327,30 @@ def scores(
 
 
 def bases(name: Name) -> dict[str, Name]:
-    """What a way is compared with: full depth of what decodes it, also with the same shortlist, and
-    llama.cpp alone, in its own format and in the fastest of equal CIDEr."""
+    """What a way is compared with: full depth of what decodes it, also with the same shortlist;
+    llama.cpp alone behind the same tower, in its own format and in the fastest of equal CIDEr; and
+    that one as it comes, behind PyTorch's tower."""
     engine, _, tower = name
     own = engine if engine in (PLAIN, PACKED, *OURS) else PLAIN
     found = {"full": (own, "full", tower), "full_shortlist": (own, "full, shortlist", TOWER)}
     if engine in RIVALS:
         found["alone_same_tower"] = (f"llama.cpp {engine}", "full", TOWER)
-    return found | {"fastest": ("llama.cpp iq4_nl", "full", TOWER)}
+    fastest = "llama.cpp iq4_nl"
+    return found | {"alone": (fastest, "full", TORCH), "fastest": (fastest, "full", TOWER)}
 
 
 def together(ways: Ways, examples: Sequence[Example], work: Path) -> dict[Name, Measured]:
     """Captions in the batch engine, in PyTorch, in groups of `SLOTS`: by mode, in turn."""
     adapter, encoder = ways.adapters[PLAIN, TOWER]
     policies = modes(adapter.policy)
-    names = ("full", "static", "early exit", "early exit, ROUGE-L", "lossless")
     kept, rows = Kept(work / "together.jsonl"), dict[Name, list[Any]]()
     groups = [examples[i : i + SLOTS] for i in range(0, len(examples), SLOTS)]
     for group in groups:
-        for n in np.random.default_rng(len(rows)).permutation(len(names)):
-            key = f"{names[n]} {group[0].key}"
+        for n in np.random.default_rng(len(rows)).permutation(len(ASKED)):
+            key = f"{ASKED[n]} {group[0].key}"
             if key not in kept:
-                kept.keep(key, _engine(adapter, encoder, policies[names[n]], group))
-    for name in names:
+                kept.keep(key, _engine(adapter, encoder, policies[ASKED[n]], group))
+    for name in ASKED:
         rows[f"batch of {SLOTS}", name, TOWER] = [
             [ids, [0, 0, 0, 0, seconds / len(group)]]
             for group in groups
@@ -387,7 +394,11 @@ def main() -> None:
     captions = halves(arguments.data)[1][: arguments.photographs]
     questions = halves(arguments.data, "questions_val")[1][: arguments.questions]
     found, encoder = ways.all(), ways.encoder
-    some = {name: way for name, way in found.items() if name[2] == TOWER}
+    some = {
+        name: way
+        for name, way in found.items()
+        if name[2] == TOWER and name[0] in (PLAIN, *OURS) and name[1] in ASKED
+    }
     with entries_noted(ways.stages):
         told = measured(found, captions, "captions", encoder, work)
         answered = measured(some, questions, "questions", encoder, work)
