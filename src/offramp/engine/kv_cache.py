@@ -19,6 +19,7 @@ from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.opened import LayerCall
+from offramp.models.sharding import free
 
 CACHE_NAMES = ("cache", "past_key_values")
 """A stack's argument for the cache: transformers 5.24 renamed the second to the first."""
@@ -192,6 +193,7 @@ def store_keys(cache: Any, module: nn.Module, call: LayerCall) -> None:
         pass
     finally:
         del own.update  # the instance attribute; the method shows again
+        free(module)
 
 
 def store_exit_keys(cache: Any, exits: ExitSet | Exits, call: LayerCall) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
+from offramp.models.fingerprint import fingerprint
 from offramp.models.hub import grey_example, load_model
 from offramp.models.modality import Modality
 from offramp.models.opened import LayerCall, OpenedModel
@@ -48,6 +49,8 @@ class Backbone(OpenedModel):
 
     decoding: DecodeOptions = DecodeOptions()
     """Of all that decodes on it; for others see `with_decoding`."""
+    identity: Mapping[str, Any] | None = None
+    """Its fingerprint, of weights that all processes gathered together; None: read when asked."""
 
     def __init__(
         self,
@@ -95,6 +98,8 @@ class Backbone(OpenedModel):
         self._layout = found = self_check(self, example)
         self.softcap: float | None = found.softcap
         self.words: int | None = found.words
+        if self.split:
+            self.identity = fingerprint(self)
 
     @classmethod
     def of(cls, model: Backbone | nn.Module) -> Backbone:
@@ -155,6 +160,7 @@ class Backbone(OpenedModel):
                     f"{name} is quantised already, in {held_in}, and was to be in {quantize}.",
                     "Leave the quantisation out, or name the model that it was made of.",
                 )
+            backbone.check_whole(f"quantize={quantize!r}")
             quantize_layers(backbone.layers, quantize)
             backbone = cls._of_loaded(model, str(name), revision, example)
         if vision != TORCH and example is None:
@@ -179,6 +185,8 @@ class Backbone(OpenedModel):
         stays as it is: what is found out by decoding each finds out for itself."""
         made = copy.copy(self)
         made.decoding = replace(self.decoding, **options)
+        if made.decoding.compiled or made.decoding.exact_batches:
+            self.check_whole("This way of decoding")
         return made
 
     def with_vision(self, name: str, example: Mapping[str, Any] | None = None) -> Backbone:
@@ -196,6 +204,8 @@ class Backbone(OpenedModel):
                 CPU.
         """
         check_vision_engine(name)
+        if name != TORCH:
+            self.check_whole(f"A vision tower in {name}")
         made = copy.copy(self)
         made.tower = None
         if name == TORCH:

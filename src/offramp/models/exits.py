@@ -21,7 +21,7 @@ from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
 from offramp.models.mixture import dense_block, expert_blocks
 from offramp.models.opened import LayerCall
 from offramp.models.quantized.weights import float_copy, float_dtype
-from offramp.models.sharding import run_like
+from offramp.models.sharding import gathered, run_like
 
 
 def propose_depths(layers: int, exits: int = 1) -> tuple[int, ...]:
@@ -134,7 +134,8 @@ def dense_exit(width: int | None = None) -> Callable[[Backbone, int, Sequence[in
     """
 
     def build(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
-        layer, config = backbone.layers[copied_index(backbone, depth)], backbone.text_config
+        layer = gathered(backbone.layers[copied_index(backbone, depth)])
+        config = backbone.text_config
         instead = {
             block: dense_block(block, backbone.width, config, width)
             for block in expert_blocks(layer)

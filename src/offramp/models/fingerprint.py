@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from offramp.models.backbone import Backbone
 from offramp.models.quantized.weights import (
     float_parameters,
     float_values,
     scheme,
     weight_bytes,
 )
+
+if TYPE_CHECKING:
+    from offramp.models.backbone import Backbone
 
 Make = Callable[[], Tensor]
 """Makes a tensor when it is called: of a quantised backbone, few at a time have room as floats."""
@@ -45,6 +47,8 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
     The sample is read through bfloat16, so that the same checkpoint in another precision has
     (nearly) the same one; `same_backbone` allows for the rounding.
     """
+    if backbone.identity is not None:
+        return dict(backbone.identity)
     decoder = float_parameters(backbone.layers)
     if backbone.norm is not None:
         decoder += float_parameters(backbone.norm)

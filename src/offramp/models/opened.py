@@ -21,7 +21,14 @@ from offramp.models.quantized.weights import (
 )
 from offramp.models.registry import Family, is_ours, registered_family
 from offramp.models.rope import LengthDependentRope
-from offramp.models.sharding import check_hooks, device_of, loaded
+from offramp.models.sharding import (
+    check_hooks,
+    device_of,
+    full,
+    is_split,
+    keep_layers_alone_split,
+    loaded,
+)
 from offramp.models.vision_engine import StandIn
 
 
@@ -93,6 +100,9 @@ class OpenedModel:
         parts = (model, *self.layers, *([] if self.norm is None else [self.norm]), self.head)
         self.sharded: bool = len({device_of(part) for part in parts}) > 1
         """Whether parts of the decoder run on several devices."""
+        self.split = is_split(model)
+        """Whether processes hold parts of its weights: tensor parallel, or FSDP2."""
+        keep_layers_alone_split(model, [*self.layers])
         scale = self.family.hidden_scale
         self._scale = scale(self.text_config) if callable(scale) else scale or 1.0
         self.softcap = self.family.softcap
@@ -151,6 +161,15 @@ class OpenedModel:
     def dtype(self) -> torch.dtype:
         return float_dtype(self.layers)
 
+    def check_whole(self, what: str) -> None:
+        """Raise `UnsupportedBackboneError` where `what` needs the weights that others hold."""
+        if self.split:
+            raise UnsupportedBackboneError(
+                f"{what} needs whole weights, and those of {type(self.model).__name__} are split "
+                "between processes.",
+                "Leave it out, or load the model whole, in one process.",
+            )
+
     # -- reading states ---------------------------------------------------------------------
 
     def logits(
@@ -186,7 +205,7 @@ class OpenedModel:
             rows = nn.Linear(weight.shape[1], len(ids), bias=bias is not None, device="meta")
             rows.weight = nn.Parameter(weight[ids].to(self.device), requires_grad=False)
             if bias is not None:
-                rows.bias = nn.Parameter(bias.detach()[ids].to(self.device), requires_grad=False)
+                rows.bias = nn.Parameter(full(bias.detach())[ids].to(self.device), requires_grad=False)
         made: nn.Module = rows if self.reader is self.head else prepacked(rows)
         added = self._logit_bias()
         made.__dict__["added"] = None if added is None else added[ids.to(added.device)]

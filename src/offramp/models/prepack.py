@@ -22,6 +22,7 @@ def prepack(backbone: Backbone, exits: ExitSet | None = None, *, every: bool = F
         InputError: the model is not on a processor, or in a precision that this one cannot
             multiply in.
     """
+    backbone.check_whole("A layout for a processor")
     if backbone.reader is backbone.head and type(backbone.head) is nn.Linear:
         backbone.reader = prepacked(backbone.head)
     for module in (backbone.layers, *([] if exits is None else [exits.modules])):

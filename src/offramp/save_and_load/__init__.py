@@ -36,6 +36,7 @@ from offramp.models.exit_kinds import EXIT_KINDS
 from offramp.models.exits import Exits, ExitSet, check_depths, copied_index
 from offramp.models.fingerprint import fingerprint, same_backbone
 from offramp.models.quantized.weights import scheme
+from offramp.models.sharding import unread
 from offramp.save_and_load.config import (
     CHECKS,
     CONFIG,
@@ -295,7 +296,8 @@ def _load_exits(config: AdapterConfig, backbone: Backbone) -> Exits:
             f"{d}.{n}": tuple(t.shape) for d, state in layers.items() for n, t in state.items()
         }
         check_shapes(path, shapes)
-    exits = Exits(backbone, config.depths, kind=config.exit_kind)
+    with unread():
+        exits = Exits(backbone, config.depths, kind=config.exit_kind)
     check_shapes(path, {n: tuple(t.shape) for n, t in exits.state_dict().items()})
     _fill(exits, path, backbone.dtype)
     exits.place(backbone)

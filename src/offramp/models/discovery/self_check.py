@@ -229,6 +229,7 @@ def _check_logits(backbone: OpenedModel, normed: Tensor, out: Any) -> int:
     low = torch.finfo(theirs.dtype).min / 2  # what tokens have that are never said
     head: nn.Module | None = None
     plain = type(backbone.head) is nn.Linear and len(backbone.head.weight) == words
+    plain = plain and not backbone.split  # whose rows all processes would gather
     if plain and not backbone.family.suppressed and bool((theirs > low).all()):
         ids = torch.arange(0, words, max(1, words // _ROWS), device=theirs.device)
         head, theirs = backbone.head_rows(ids), theirs[..., ids]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.quantized.linears import QuantizedLinear
 from offramp.models.quantized.prepacked import PrepackedLinear
-from offramp.models.sharding import hooks_of, loaded, unhook
+from offramp.models.sharding import full, gathered, hooks_of, loaded, local, unhook
 
 _BITS = ("bits", "num_bits", "qtype", "target_dtype", "quant_type")
 """Where linears and their weights say how many bits they are held in."""
@@ -64,8 +64,9 @@ def is_quantized(module: nn.Module) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it holds what it means: floats in 8 bits are meant times a scale."""
+    tensor = local(tensor.data)
     known = tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_mkldnn
-    return known and type(tensor.data) is Tensor
+    return known and type(tensor) is Tensor
 
 
 def scheme(module: nn.Module) -> str | None:
@@ -133,6 +134,7 @@ def _unreadable(module: nn.Module, why: str) -> UnsupportedBackboneError:
 
 def float_state(layer: nn.Module) -> dict[str, Tensor]:
     """The state of `layer`, as its float copy has it."""
+    layer = gathered(layer)
     plain = layer if scheme(layer) is None else float_copy(layer, float_dtype(layer))
     return plain.state_dict()
 
@@ -140,13 +142,15 @@ def float_state(layer: nn.Module) -> dict[str, Tensor]:
 def float_copy(
     layer: nn.Module, dtype: torch.dtype, instead: Mapping[nn.Module, nn.Module] | None = None
 ) -> nn.Module:
-    """A deep copy whose quantised linears are plain ones of the same values, in `dtype`.
+    """A deep copy whose quantised linears are plain ones of the same values, in `dtype`; of a layer
+    that processes split, of its full tensors.
 
-    instead: what the copy has in place of modules of the layer.
+    instead: what the copy has in place of modules of the layer, once it is gathered.
 
     Raises:
         UnsupportedBackboneError: weights that are quantised elsewhere than in linears.
     """
+    layer = gathered(layer)
     with loaded(layer):
         memo: dict[int, Any] = {id(part): other for part, other in (instead or {}).items()}
         left_out = {id(part) for block in instead or {} for part in block.modules()}
@@ -174,8 +178,8 @@ def _plain(linear: Any, dtype: torch.dtype) -> nn.Linear:
 def float_parameters(
     module: nn.Module, besides: Collection[int] = ()
 ) -> list[Callable[[], Tensor]]:
-    """Parameters in the order of `module.parameters()`, quantised ones as the floats they mean, to
-    be made one by one: all at once may have no room.
+    """Parameters in the order of `module.parameters()`, quantised ones as the floats they mean and
+    split ones whole, to be made one by one: all at once may have no room.
 
     besides: ids of parameters and modules that are left out.
     """
@@ -217,7 +221,7 @@ def _held_plainly(part: nn.Module) -> Mapping[str, Tensor | None]:
 
 def _made(part: nn.Module, make: Callable[[], Tensor]) -> Tensor:
     with loaded(part):
-        return make().detach()
+        return full(make().detach())
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:

@@ -54,6 +54,7 @@ class GraphRuntime:
                 f"CUDA graphs run a decoder alone on one device, and {backbone.name} is {what}.",
                 "Use --engine torch.",
             )
+        backbone.check_whole("A CUDA graph")
         check_all_go_on(self.policy, "A CUDA graph")
         check_room(backbone, adapter.exits, 1, context)
         programs = RowPrograms(backbone, adapter.exits, self.policy, context)

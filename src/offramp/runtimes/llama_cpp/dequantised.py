@@ -43,6 +43,7 @@ class Dequantised(AbstractContextManager["Dequantised"]):
             UnsupportedBackboneError: llama.cpp does not run this decoder.
         """
         formats = ExportFormats(formats) if isinstance(formats, str) else formats
+        backbone.check_whole("Rounding")
         if (held := scheme(backbone.model)) is not None:
             raise InputError(
                 f"Weights in {held} are not rounded once more, to {formats.layers}.",

@@ -97,6 +97,7 @@ def export_gguf(
     import_gguf()
     formats = ExportFormats(formats) if isinstance(formats, str) else formats
     backbone, exits, policy = adapter.backbone, adapter.exits, adapter.policy
+    backbone.check_whole("A GGUF file")
     graph = architecture_of(backbone)
     named = policy.depths if depths is None else depths
     remedy = "Export exits of kind 'layer' or 'drafting'."
