@@ -184,14 +184,19 @@ class KeptAnswers:
     """The full model's answers in a file, by what was asked: a run that is interrupted, or made
     again with other settings, does not write them again.
 
-    asked: what else they depend on than prompts and options: the backbone, and its precision.
+    file: None: they are kept in memory alone. asked: what else they depend on than prompts and
+        options: the backbone, and its precision.
     """
 
-    def __init__(self, file: Path, *asked: Any) -> None:
-        self._asked, self._found = asked, {}
+    def __init__(self, file: Path | None, *asked: Any) -> None:
+        self.found: dict[str, Any] = {}
+        """By digest of what was asked."""
+        self._asked, self._log = asked, None
+        if file is None:
+            return
         if file.is_file():
             try:
-                self._found = {row["key"]: row["answers"] for row in JsonlLog.read(file)}
+                self.found = {row["key"]: row["answers"] for row in JsonlLog.read(file)}
             except (DataError, KeyError) as error:
                 log.warning("%s cannot be read, so its answers are written again: %s", file, error)
                 file.unlink()
@@ -203,10 +208,11 @@ class KeptAnswers:
         """The answers to processor output; `write` writes those that are not kept. Their depths and
         scores are left out."""
         key = digest_rows([[digest(dict(inputs)), dict(options), self._asked]])
-        if key not in self._found:
-            self._found[key] = [[a.ids, a.text, a.confidence] for a in write()]
-            self._log.append({"key": key, "answers": self._found[key]})
-        return [Answer(tuple(ids), text, confidence=c) for ids, text, c in self._found[key]]
+        if key not in self.found:
+            self.found[key] = [[a.ids, a.text, a.confidence] for a in write()]
+            if self._log is not None:
+                self._log.append({"key": key, "answers": self.found[key]})
+        return [Answer(tuple(ids), text, confidence=c) for ids, text, c in self.found[key]]
 
 
 def full_model_answers(

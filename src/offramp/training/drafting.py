@@ -29,6 +29,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import DraftInput, Exits, ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.opened import LayerCall
+from offramp.models.sharding import unread
 from offramp.progress import progress_bar
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.config import TrainConfig
@@ -480,7 +481,8 @@ class DraftingStage(DraftTraining):
                 made.state.weight.copy_(found[:, width:])
 
     def _adapter(self, found: Mapping[int, Acceptance]) -> Adapter:
-        exits = Exits(self.backbone, self.exits.depths, kind="drafting")
+        with unread():
+            exits = Exits(self.backbone, self.exits.depths, kind="drafting")
         exits.load_state_dict(self.exits.state_dict())
         exits.to(self.backbone.dtype).requires_grad_(False)
         adapter = self.adapter

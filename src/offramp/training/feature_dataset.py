@@ -1,6 +1,7 @@
 """What a training run learns from: the frozen model's states at the answers, recorded once.
 
-Each process records its own share, as many answers as every other.
+Each process records its own share, as many answers as every other; processes that compute each
+layer together (tensor parallel) record the same one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
+from offramp.models.sharding import Share, in_step
 from offramp.progress import progress
 from offramp.training.config import TrainConfig
 from offramp.training.feature_store import FeatureStore
@@ -66,6 +69,12 @@ class TrainingStates:
             raise DataError(
                 "There are no examples to train on.", "Check the data's path and split."
             )
+
+    @cached_property
+    def share(self) -> Share:
+        """Which answers this process records."""
+        whole = self.accelerator.num_processes, self.accelerator.process_index
+        return Share.of(self.encoder.backbone.model, *whole)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -121,7 +130,8 @@ class TrainingStates:
             batch_size=self.config.batch_size,
             cache=self.config.cache,
             teacher=self.teacher,
-            folder=self.out / FOLDER / f"{name}-{self.accelerator.process_index}",
+            folder=self.out / FOLDER / f"{name}-{self.share.index}",
+            share=self.share,
         )
         if self.accelerator.is_main_process:
             size = f"{store.nbytes / 1e6:.0f} MB ({store.kind})"
@@ -131,24 +141,27 @@ class TrainingStates:
 
     def _rows(self, examples: Sequence[Example], config: TrainConfig) -> list[Answered]:
         """This process's answers; all have as many, so that no process hangs."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if len(examples) < world:
+        share, backbone = self.share, self.encoder.backbone
+        if len(examples) < share.count:
             raise DataError(
-                f"{len(examples)} examples are fewer than the {world} processes.",
+                f"{len(examples)} examples are fewer than the {share.count} processes.",
                 "Give more examples, a larger --validation-fraction, or fewer processes.",
             )
         with self.teacher:
-            backbone = self.encoder.backbone
             ran = dump_fingerprint(fingerprint(backbone))
-            kept = KeptAnswers(self.out / f"{ANSWERS}-{rank}.jsonl", ran, str(backbone.dtype))
-            rows = answers_of(
-                self.encoder,
-                examples,
-                config,
-                share=slice(rank, None, world),
-                progress=progress_bar(self.accelerator, "writing answers"),
-                kept=kept,
-            )
+            asked = ran, str(backbone.dtype)
+            file = self.out / f"{ANSWERS}-{share.index}.jsonl"
+            kept = KeptAnswers(file if share.leads else None, *asked)
+            kept.found = share.of_group(kept.found)[0]  # or one would write what another has
+            with in_step(backbone.layers):
+                rows = answers_of(
+                    self.encoder,
+                    examples,
+                    config,
+                    share=slice(share.index, None, share.count),
+                    progress=progress_bar(self.accelerator, "writing answers"),
+                    kept=kept,
+                )
         count = torch.tensor([len(rows)], device=self.encoder.backbone.device)
         fewest = int(self.accelerator.gather(count).min())
         if not fewest:

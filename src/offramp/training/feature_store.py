@@ -17,6 +17,7 @@ from offramp.engine.teacher_forcing import Answered, Batch, group, record
 from offramp.errors import InputError
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
+from offramp.models.sharding import Share, in_step, of_all
 from offramp.storage import digest_rows, write_atomic
 from offramp.training.config import CACHES
 
@@ -35,10 +36,12 @@ class FeatureStore:
         folder: Path | None = None,
         memory_bytes: int = 4 << 30,
         teacher: AbstractContextManager[Any] | None = None,
+        share: Share | None = None,
     ) -> None:
         """Record the first batch, from which `nbytes` is estimated; `fill` records the others.
 
         teacher: is entered while the backbone runs; None: it runs as it is.
+        share: of which `rows` are; a group's processes record together, and one of them writes.
         """
         if cache not in CACHES:
             raise InputError(
@@ -46,13 +49,16 @@ class FeatureStore:
             )
         self._encoder, self._depths, self._folder = encoder, tuple(depths), folder
         self._teacher = nullcontext() if teacher is None else teacher
+        self._share = share or Share()
         self._groups = group(rows, batch_size)
         self._batches: list[Batch] = []
         self._place: Path | None = None
         probe = len(self._groups) // 2
-        share = len(self._groups[probe]) / len(rows)
-        self.nbytes: int = int(self._record(probe).nbytes / share)
-        self.kind: str = self._choose(cache, memory_bytes)
+        part = len(self._groups[probe]) / len(rows)
+        with in_step(encoder.backbone.layers):
+            self.nbytes: int = int(self._record(probe).nbytes / part)
+        kinds = of_all(encoder.backbone.model, self._choose(cache, memory_bytes))
+        self.kind: str = max(kinds, key=CACHES.index)
         if self.kind == "disk":
             assert folder is not None
             self._place = folder / self._digest()[:16]
@@ -90,18 +96,30 @@ class FeatureStore:
 
     def fill(self, progress: Any = iter) -> None:
         """Record all batches, unless they are streamed. `progress` wraps the iterable."""
-        for index in progress(range(len(self))) if self.kind != "stream" else ():
-            if self.kind == "memory":
-                self._batches.append(self._record(index))
-            elif not self._file(index).exists():
-                _save(self._record(index), self._file(index))
+        if self.kind == "stream":
+            return
+        with in_step(self._encoder.backbone.layers):
+            for index in progress(range(len(self))):
+                if self.kind == "memory":
+                    self._batches.append(self._record(index))
+                elif not all(self._share.of_group(self._file(index).exists())):
+                    self._write(self._record(index), self._file(index))
+
+    def _write(self, batch: Batch, file: Path) -> None:
+        """Write it once: where the group's processes share no disk, each on its own."""
+        if self._share.leads:
+            _save(batch, file)
+        self._share.of_group(None)  # when the first has written
+        if not file.exists():
+            _save(batch, file)
 
     def __getitem__(self, index: int) -> Batch:
         if self.kind == "memory":
             return self._batches[index]
         if self.kind == "disk":
             return _load(self._file(index), self._encoder.backbone.device)
-        return self._record(index)
+        with in_step(self._encoder.backbone.layers):
+            return self._record(index)
 
     def _record(self, index: int) -> Batch:
         with self._teacher:

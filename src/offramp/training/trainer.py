@@ -2,7 +2,8 @@
 
 Each step runs the exits over one recorded batch, asks the discriminators, and updates first the
 exits (generator) and then the discriminators. Runs on several processes under `accelerate launch`:
-each reads its own share of the batches and gradients are averaged.
+each reads its own share of the batches (those that compute each layer together read the same) and
+gradients are averaged.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, propose_depths
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
+from offramp.models.sharding import unread
 from offramp.models.shortlist import shortlist_of
 from offramp.progress import progress_bar as steps_bar
 from offramp.provenance import provenance
@@ -82,7 +84,7 @@ def train(
     """Train exits and return the best adapter by validation agreement; it is also saved in `out`.
 
     Ctrl-C leaves a checkpoint; `resume` continues from the last one, to the same result as if the
-    run had not been interrupted. `overwrite` replaces an adapter or checkpoint that is there.
+    run had not been interrupted, or on another number of processes, which make other batches. `overwrite` replaces an adapter or checkpoint that is there.
 
     teacher: what the exits are to agree with, where it is not the backbone as it is, such as
     `offramp.runtimes.llama_cpp.Dequantised`; the adapter says its name.
@@ -206,7 +208,6 @@ class Trainer:
             "of_format": of_format,
             "examples": digest,
             "backbone": dump_fingerprint(fingerprint(backbone)),
-            "number of processes": self.accelerator.num_processes,
         }
         self.progress = Progress()
         self._log: JsonlLog | None = None
@@ -382,7 +383,8 @@ class Trainer:
         size = self.config.shortlist
         if size is None:
             return
-        learn, held_out = (gather_object(s.answers) for s in (train_store, validation))
+        stores, leads = (train_store, validation), self.states.share.leads
+        learn, held_out = (gather_object(s.answers if leads else []) for s in stores)
         ids, misses = shortlist_of(learn, held_out, size)
         ids = ids.to(self.backbone.device)
         self.shortlist, self.measured = ids, {"shortlist": misses}
@@ -441,7 +443,8 @@ class Trainer:
         }
 
     def _best_adapter(self) -> Adapter:
-        exits = Exits(self.backbone, self.exits.depths, kind=self.config.exit_kind)
+        with unread():
+            exits = Exits(self.backbone, self.exits.depths, kind=self.config.exit_kind)
         exits.load_state_dict(self.best["exits"])
         exits.to(self.backbone.dtype).requires_grad_(False)
         discriminators = None
