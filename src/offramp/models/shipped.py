@@ -3,6 +3,7 @@ package, and one of photographs, which is built once."""
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,13 @@ def tiny_kind(name: str) -> str | None:
 def is_photo(name: str) -> bool:
     """Return True if the photo model is meant; a folder of that name is itself."""
     return name in (PHOTO, short_name(PHOTO)) and not os.path.isdir(name)
+
+
+def close_shipped(name: str) -> str:
+    """Return a question that names the model which a misspelt name may be of, or ""."""
+    known = (short_name(PHOTO), *(f"tiny-{kind}" for kind in TINY))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"Did you mean {close[0]!r}? " if close and not os.path.exists(name) else ""
 
 
 def tiny_folder(kind: str) -> Path:
@@ -105,6 +113,8 @@ def load_named(
     kind = tiny_kind(name)
     how: dict[str, Any] = {"quantize": quantize, "compile": compile, "vision": vision}
     if kind is None and not is_photo(name):
+        if close := close_shipped(name):
+            raise InputError(f"No model {name!r} ships with offramp.", close)
         backbone = Backbone.from_pretrained(
             name, revision=revision, dtype=exact, device=device, **how
         )

@@ -37,6 +37,7 @@ from offramp.models.exits import Exits, ExitSet, check_depths, copied_index
 from offramp.models.fingerprint import fingerprint, same_backbone
 from offramp.models.quantized.weights import scheme
 from offramp.models.sharding import unread
+from offramp.models.shipped import close_shipped
 from offramp.save_and_load.config import (
     CHECKS,
     CONFIG,
@@ -183,8 +184,8 @@ def fetched(name: str | Path, **hub: Any) -> Path:
     if not is_hub_name(str(name)):
         raise AdapterError(
             f"There is no adapter folder {str(name)!r}.",
-            f"{close_name(name)}Give a folder of `offramp train`, a name of the hub as OWNER/NAME, "
-            "or photo or tiny-opt, which ship.",
+            f"{close_name(name) or close_shipped(str(name))}Give a folder of `offramp train`, a "
+            "name of the hub as OWNER/NAME, or photo or tiny-opt, which ship.",
         )
     from huggingface_hub import snapshot_download
 

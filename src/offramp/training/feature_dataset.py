@@ -72,7 +72,7 @@ class TrainingStates:
 
     @cached_property
     def share(self) -> Share:
-        """Which answers this process records."""
+        """Return which answers this process records."""
         whole = self.accelerator.num_processes, self.accelerator.process_index
         return Share.of(self.encoder.backbone.model, *whole)
 
