@@ -125,7 +125,8 @@ def test_with_fsdp2_each_process_learns_from_its_own_batches(out: Path, whole: B
         for found in both(out, f"fsdp2-{name}"):
             close(found, wanted)
     Adapter.load(out / "fsdp2-labelled", whole)
-    for streamed, kept in zip(both(out, "fsdp2-streams"), both(out, "fsdp2-unlabelled")):
+    pairs = zip(both(out, "fsdp2-streams"), both(out, "fsdp2-unlabelled"), strict=True)
+    for streamed, kept in pairs:
         close(streamed, kept)
 
 

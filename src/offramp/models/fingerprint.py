@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from offramp.models.quantized.weights import (
     weight_bytes,
 )
 
-if TYPE_CHECKING:
-    from offramp.models.backbone import Backbone
-
+Backbone = Any
+"""Of `offramp.models.backbone`, which takes its own fingerprint."""
 Make = Callable[[], Tensor]
 """Makes a tensor when it is called: of a quantised backbone, few at a time have room as floats."""
 

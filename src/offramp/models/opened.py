@@ -205,7 +205,8 @@ class OpenedModel:
             rows = nn.Linear(weight.shape[1], len(ids), bias=bias is not None, device="meta")
             rows.weight = nn.Parameter(weight[ids].to(self.device), requires_grad=False)
             if bias is not None:
-                rows.bias = nn.Parameter(full(bias.detach())[ids].to(self.device), requires_grad=False)
+                own = full(bias.detach())[ids].to(self.device)
+                rows.bias = nn.Parameter(own, requires_grad=False)
         made: nn.Module = rows if self.reader is self.head else prepacked(rows)
         added = self._logit_bias()
         made.__dict__["added"] = None if added is None else added[ids.to(added.device)]

@@ -198,7 +198,7 @@ def _whole(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     if module in made:
         return made[module]
     kind: Any = type(module)
-    own = kind.__mro__[kind._orig_cls_mro_index] if _is_fsdp(module) else kind
+    own = kind.__mro__[2] if _is_fsdp(module) else kind  # after FSDP2's own two
     whole: Any = object.__new__(own)
     made[module] = whole
     inside = dict(module.__dict__)
@@ -234,6 +234,9 @@ def keep_layers_alone_split(model: Any, layers: Sequence[nn.Module]) -> None:
             f"FSDP2 splits {type(model).__name__}, and its decoder layers are no units of it.",
             "Call fully_shard(layer) for each decoder layer, before any module around them.",
         )
+    for part in model.modules():
+        if _is_fsdp(part):  # the outermost first, which may not be the first to run here
+            part._get_fsdp_state()._lazy_init()
     for unit in units:
         unit.set_reshard_after_forward(True, recurse=False)
         unit.unshard()  # memory that is first taken in inference mode would be of no use beside it

@@ -39,6 +39,7 @@ class BatchEngine(Engine):
 
     Raises:
         InputError: slots that memory does not hold; a policy that cannot be batched.
+        UnsupportedBackboneError: a model that is split between processes.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class BatchEngine(Engine):
                 more.pop("prefix_cache", None)  # it keeps no prompts
                 more["host"] = model.host(policy, vision_cache)
             else:
+                backbone.check_whole("The batch engine")
                 more["vision_cache"] = vision_cache
             core = EngineCore(backbone, exits, policy, config, **more)
         self.processor = processor
