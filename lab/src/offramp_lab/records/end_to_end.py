@@ -330,9 +330,9 @@ def bases(name: Name) -> dict[str, Name]:
     """What a way is compared with: full depth of what decodes it, also with the same shortlist;
     llama.cpp alone behind the same tower, in its own format and in the fastest of equal CIDEr; and
     that one as it comes, behind PyTorch's tower."""
-    engine, _, tower = name
+    engine, *_ = name
     own = engine if engine in (PLAIN, PACKED, *OURS) else PLAIN
-    found = {"full": (own, "full", tower), "full_shortlist": (own, "full, shortlist", TOWER)}
+    found = {"full": (own, "full", TOWER), "full_shortlist": (own, "full, shortlist", TOWER)}
     if engine in RIVALS:
         found["alone_same_tower"] = (f"llama.cpp {engine}", "full", TOWER)
     fastest = "llama.cpp iq4_nl"
