@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import families
 import pytest
 import torch
+from PIL import Image
 from sharded_runs import DEPTHS, POLICIES, TRAINED, UNLABELLED, decoded
+from smolvlm import save_smolvlm
 from training_runs import rows, steps, trainer
 
 from offramp.adapter import Adapter
@@ -22,6 +25,7 @@ from offramp.models.exits import Exits
 from offramp.models.fingerprint import fingerprint
 
 HELPERS = Path(__file__).parents[1] / "helpers"
+PAGE = (HELPERS.parents[1] / "docs" / "sharded-models.md").read_text(encoding="utf-8")
 HOW = ("layers-alone", "fsdp2", "tensor-parallel")
 
 
@@ -42,6 +46,7 @@ def out(whole: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(whole, folder / "one")
     for name in ("tensor-goes-on", "fsdp2-goes-on"):
         stop(whole, folder / name)
+    write_page(folder)
     paths = os.pathsep.join([str(HELPERS), *sys.path])
     done = subprocess.run(
         [
@@ -56,7 +61,24 @@ def out(whole: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
     return folder
+
+
+def write_page(folder: Path) -> None:
+    """The page's programs as one, `split.py`, and a tiny model and data for it."""
+    save_smolvlm(folder / "MODEL")
+    rows = []
+    for number in range(6):
+        rows.append(json.dumps({"image": f"{number}.png", "caption": "a red dog"}))
+        Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    program, by_hand = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    program, end = program.replace("steps=2000", "steps=2").rsplit("distributed.", 1)
+    by_hand = by_hand.replace("language_model", "text_model")  # where this family has its layers
+    loaded = "from transformers import AutoModelForImageTextToText\n"
+    loaded += "model = AutoModelForImageTextToText.from_pretrained(name)\n"
+    (folder / "split.py").write_text(f"{program}{loaded}{by_hand}distributed.{end}")
 
 
 def stop(whole: Backbone, folder: Path) -> None:
@@ -125,9 +147,8 @@ def test_with_fsdp2_each_process_learns_from_its_own_batches(out: Path, whole: B
         for found in both(out, f"fsdp2-{name}"):
             close(found, wanted)
     Adapter.load(out / "fsdp2-labelled", whole)
-    pairs = zip(both(out, "fsdp2-streams"), both(out, "fsdp2-unlabelled"), strict=True)
-    for streamed, kept in pairs:
-        close(streamed, kept)
+    for rank, streamed in enumerate(both(out, "fsdp2-streams")):
+        close(streamed, both(out, "fsdp2-unlabelled")[rank])
 
 
 def test_with_tensor_parallel_both_learn_from_one_process_batches(
@@ -162,3 +183,9 @@ def test_what_cannot_be_is_refused_in_two_lines(out: Path) -> None:
         assert "fully_shard(layer)" in told["no units"].splitlines()[1]
         assert "split between processes" in told["compiled"]
         assert all(len(text.splitlines()) == 2 for text in told.values())
+
+
+def test_the_pages_program_trains_and_answers(out: Path) -> None:
+    assert len((out / "said").read_text().split()) > 3  # one process's answer
+    assert (out / "exits" / "adapter.json").is_file()
+    assert "torchrun --nproc_per_node 8 split.py MODEL train.jsonl" in PAGE

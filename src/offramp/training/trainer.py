@@ -84,8 +84,8 @@ def train(
     """Train exits and return the best adapter by validation agreement; it is also saved in `out`.
 
     Ctrl-C leaves a checkpoint; `resume` continues from the last one, to the same result as if the
-    run had not been interrupted, or on another number of processes, which make other batches.
-    `overwrite` replaces an adapter or checkpoint that is there.
+    run had not been interrupted; on another number of processes the batches are others. `overwrite`
+    replaces an adapter or checkpoint that is there.
 
     teacher: what the exits are to agree with, where it is not the backbone as it is, such as
     `offramp.runtimes.llama_cpp.Dequantised`; the adapter says its name.
