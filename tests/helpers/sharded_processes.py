@@ -156,5 +156,5 @@ told = {
 
 # The page's program, which ends what the processes share.
 os.chdir(OUT)
-sys.argv[1:] = ["MODEL", "train.jsonl"]
+sys.argv[1:] = ["MODEL", "photos"]
 exec(compile((OUT / "split.py").read_text(), "split.py", "exec"))

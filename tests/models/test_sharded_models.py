@@ -66,13 +66,11 @@ def out(whole: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_page(folder: Path) -> None:
-    """The page's programs as one, `split.py`, and a tiny model and data for it."""
+    """The page's programs as one, `split.py`, and a tiny model and photographs for it."""
     save_smolvlm(folder / "MODEL")
-    rows = []
+    (folder / "photos").mkdir()
     for number in range(6):
-        rows.append(json.dumps({"image": f"{number}.png", "caption": "a red dog"}))
-        Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(folder / f"{number}.png")
-    (folder / "train.jsonl").write_text("\n".join(rows))
+        Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(folder / f"photos/{number}.jpg")
     program, by_hand = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
     program, end = program.replace("steps=2000", "steps=2").rsplit("distributed.", 1)
     by_hand = by_hand.replace("language_model", "text_model")  # where this family has its layers
@@ -122,9 +120,7 @@ def test_tokens_and_depths_are_the_unsplit_models_in_each_process(
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_exits_are_whole_copies_and_layers_stay_split(
-    out: Path, how: str, whole: Backbone
-) -> None:
+def test_exits_are_whole_copies_and_layers_stay_split(out: Path, how: str, whole: Backbone) -> None:
     wanted = Exits(whole, DEPTHS).state_dict()
     weights = sum(p.numel() for p in whole.layers.parameters())
     for found in both(out, how):
@@ -188,4 +184,4 @@ def test_what_cannot_be_is_refused_in_two_lines(out: Path) -> None:
 def test_the_pages_program_trains_and_answers(out: Path) -> None:
     assert len((out / "said").read_text().split()) > 3  # one process's answer
     assert (out / "exits" / "adapter.json").is_file()
-    assert "torchrun --nproc_per_node 8 split.py MODEL train.jsonl" in PAGE
+    assert "torchrun --nproc_per_node 8 split.py MODEL photos" in PAGE

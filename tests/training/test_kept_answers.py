@@ -87,7 +87,7 @@ def test_a_damaged_file_is_begun_anew(
     file.write_text("no JSON\n")
     assert written(encoder, KeptAnswers(file, "it")) == written(encoder, None)
     assert "written again" in caplog.text
-    assert KeptAnswers(file, "it")._found
+    assert KeptAnswers(file, "it").found
 
 
 def test_a_run_with_other_settings_finds_them(

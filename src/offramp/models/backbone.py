@@ -14,7 +14,6 @@ from torch import nn
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
-from offramp.models.fingerprint import fingerprint
 from offramp.models.hub import grey_example, load_model
 from offramp.models.modality import Modality
 from offramp.models.opened import LayerCall, OpenedModel
@@ -50,7 +49,7 @@ class Backbone(OpenedModel):
     decoding: DecodeOptions = DecodeOptions()
     """Of all that decodes on it; for others see `with_decoding`."""
     identity: Mapping[str, Any] | None = None
-    """Its fingerprint, of weights that all processes gathered together; None: read when asked."""
+    """Its fingerprint, once all processes have gathered split weights for it together."""
 
     def __init__(
         self,
@@ -98,8 +97,6 @@ class Backbone(OpenedModel):
         self._layout = found = self_check(self, example)
         self.softcap: float | None = found.softcap
         self.words: int | None = found.words
-        if self.split:
-            self.identity = fingerprint(self)
 
     @classmethod
     def of(cls, model: Backbone | nn.Module) -> Backbone:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from offramp.errors import InputError, check_known
 from offramp.models.backbone import Backbone
 from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
+from offramp.models.fingerprint import fingerprint
 from offramp.models.mixture import dense_block, expert_blocks
 from offramp.models.opened import LayerCall
 from offramp.models.quantized.weights import float_copy, float_dtype
@@ -172,6 +173,8 @@ class Exits(nn.ModuleDict):
             InputError: depths that do not fit the backbone, or an unknown kind.
         """
         backbone = Backbone.of(backbone)
+        if backbone.split:
+            fingerprint(backbone)  # while all processes are here: the one that saves is alone
         self.depths: tuple[int, ...] = check_depths(depths, backbone.depth)
         check_known("Kind of exit", [kind], tuple(EXIT_KINDS))
         self.kind = kind

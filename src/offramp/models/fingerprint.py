@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.models.backbone import Backbone
 from offramp.models.quantized.weights import (
     float_parameters,
     float_values,
@@ -16,8 +17,6 @@ from offramp.models.quantized.weights import (
     weight_bytes,
 )
 
-Backbone = Any
-"""Of `offramp.models.backbone`, which takes its own fingerprint."""
 Make = Callable[[], Tensor]
 """Makes a tensor when it is called: of a quantised backbone, few at a time have room as floats."""
 
@@ -52,7 +51,7 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
     if backbone.norm is not None:
         decoder += float_parameters(backbone.norm)
     held_in = scheme(backbone.layers)
-    return {
+    found: dict[str, Any] = {
         **({} if held_in is None else {"quantized": held_in}),
         "model_type": backbone.model.config.model_type,
         "layers": backbone.depth,
@@ -62,6 +61,9 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
         "weights": [value for values in _sample(decoder) for value in values],
         "parts": {name: _sample(tensors) for name, tensors in _parts(backbone).items()},
     }
+    if backbone.split:
+        backbone.identity = found
+    return found
 
 
 def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
