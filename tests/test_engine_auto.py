@@ -35,6 +35,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def timed(load: Any, way: Way, expected: Any) -> tuple[Timed, Any]:
         names.append(way.engine)
+        assert AUTO not in load.keywords.values()  # which no device and no engine is called
         found = {"torch": PLAIN, "packed": PACKED, "llama.cpp": LLAMA}
         if way.engine not in found:
             raise InputError("It cannot be compiled.", "Wait.")
@@ -82,6 +83,17 @@ def test_it_is_measured_once_and_remembered(
     assert settle("tiny-opt") == first
     assert settle("tiny-opt", answers=1) == Way("torch")  # what is known is used at once
     assert len(measured) == count
+
+
+def test_a_command_measures_what_it_would_load(
+    measured: list[str], run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "FEW", 0)
+    monkeypatch.setattr(auto, "fastest", lambda ways, *_: ways[0])
+    picture = example_picture("tiny-opt")
+    code, out, err = run("generate", "tiny-opt", "--image", picture, "--prompt", "Caption:")
+    assert (code, bool(out)) == (0, True), err
+    assert measured[0] == "torch" and "packed" in measured
 
 
 def test_few_answers_are_written_by_pytorch_and_nothing_is_measured(measured: list[str]) -> None:
