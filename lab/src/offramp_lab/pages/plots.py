@@ -11,6 +11,7 @@ from offramp_lab.experiments.drawing import (
 )
 from offramp_lab.places import DOCS
 from offramp_lab.tables.drafts import SHIPS
+from offramp_lab.tables.end_to_end import by_stage
 from offramp_lab.tables.markdown import KINDS, by, record, tiny
 from offramp_lab.tables.photographs import METHODS, curves
 
@@ -25,6 +26,10 @@ def plots() -> dict[str, tuple[str, str]]:
             for kind in KINDS
         },
         "compare-photo": ("FREE beside each method, photographs", methods()),
+        "end-to-end": (
+            "A caption from the file to the text",
+            parts(by_stage(), "CPU milliseconds a caption, 100 photographs"),
+        ),
         "runtimes": ("Inside llama.cpp, q4_1, 50 photographs", runtimes()),
         "drafts": ("Lossless decoding, 5 drafts, 100 photographs", lossless()),
         "quantisation": ("Weights of the photo model in memory", quantisation()),

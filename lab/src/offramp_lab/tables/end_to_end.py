@@ -271,6 +271,26 @@ def in_factors() -> Table:
     return Table(("multiple", "all", *THINGS), rows)
 
 
+def by_stage() -> dict[str, dict[str, float]]:
+    """Milliseconds of a caption by stage: llama.cpp alone, and ours in q8_0, exits off and on."""
+    ways = {
+        "llama.cpp alone": (FASTEST, FULL),
+        "exits off": (Q8, FULL),
+        "lossless": (Q8, LOSSLESS),
+        "promise of CIDEr": (Q8, EARLY),
+        "promise of ROUGE-L": (Q8, ROUGE),
+    }
+    rows = {}
+    for title, (engine, mode) in ways.items():
+        took = _entry(engine, mode)["milliseconds"]
+        rows[title] = {
+            "picture and vision tower": took["picture"] + took["tower"] + took["entry"],
+            "prompt": took["prompt"],
+            "answer": took["decoding"],
+        }
+    return rows
+
+
 def told(over: str, engine: str, mode: str, tower: str = TOWER) -> Make:
     """A multiple with its interval."""
     return lambda: times_with_range(_entry(engine, mode, tower)[over])
@@ -298,6 +318,7 @@ TABLES: dict[str, MakeTable] = {
     "five-layers": five_layers,
 }
 FIGURES: dict[str, Make] = {
+    "end-to-end-fastest-ms": lambda: f"{_entry(FASTEST, FULL)['whole_milliseconds']:.0f}",
     "end-to-end-torch-ms": lambda: f"{_entry(PLAIN, EARLY)['whole_milliseconds']:.0f}",
     "end-to-end-torch": told("over_full", PLAIN, EARLY),
     "end-to-end-q8_0": told("over_fastest", Q8, EARLY),
@@ -312,5 +333,6 @@ FIGURES: dict[str, Make] = {
     "photo-lossless-f16": told("decoding_over_full", F16, LOSSLESS),
     "photo-lossless-q8_0": told("decoding_over_full", Q8, LOSSLESS),
     "photo-cider": cider_of(PLAIN, EARLY),
+    "photo-cider-q8_0": cider_of(Q8, EARLY),
     "photo-cider-rouge": cider_of(PLAIN, ROUGE),
 }
