@@ -321,6 +321,7 @@ FIGURES: dict[str, Make] = {
     "end-to-end-fastest-ms": lambda: f"{_entry(FASTEST, FULL)['whole_milliseconds']:.0f}",
     "end-to-end-torch-ms": lambda: f"{_entry(PLAIN, EARLY)['whole_milliseconds']:.0f}",
     "end-to-end-torch": told("over_full", PLAIN, EARLY),
+    "end-to-end-q8_0-off": told("over_fastest", Q8, FULL),
     "end-to-end-q8_0": told("over_fastest", Q8, EARLY),
     "end-to-end-q8_0-rouge": told("over_fastest", Q8, ROUGE),
     "end-to-end-q8_0-lossless": told("over_fastest", Q8, LOSSLESS),
