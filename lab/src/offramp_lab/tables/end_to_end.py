@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from offramp.evaluation.statistics import interval, mean_of
 from offramp.report.table import Table
-from offramp_lab.experiments.factors import NAMED, factors
+from offramp_lab.experiments.factors import NAMED, factors, read
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
@@ -308,6 +309,18 @@ def cider_of(engine: str, mode: str) -> Make:
     return make
 
 
+def confidence() -> str:
+    """How far CIDEr at the thresholds that ship is from that of every token at the exit."""
+    found = by(record("five_layers")["captioned"], "mode")
+    ours, static = (mean_of(read(found[mode]).scores["CIDEr"]) for mode in (EARLY, STATIC))
+    return with_range(f"{ours.value - static.value:+.3f}", interval(ours, minus=static), "+.3f")
+
+
+def same_answers(mode: str) -> Make:
+    """Answers to questions that are full depth's."""
+    return lambda: str(by(record("five_layers")["questioned"], "mode")[mode]["as_full"])
+
+
 TABLES: dict[str, MakeTable] = {
     "photo-decoding": decoding,
     "photo-factors": in_factors,
@@ -323,16 +336,16 @@ FIGURES: dict[str, Make] = {
     "end-to-end-torch": told("over_full", PLAIN, EARLY),
     "end-to-end-q8_0-off": told("over_fastest", Q8, FULL),
     "end-to-end-q8_0": told("over_fastest", Q8, EARLY),
-    "end-to-end-q8_0-rouge": told("over_fastest", Q8, ROUGE),
     "end-to-end-q8_0-lossless": told("over_fastest", Q8, LOSSLESS),
     "photo-decoding": told("decoding_over_full", PLAIN, EARLY),
     "photo-decoding-shortlist": told("decoding_over_full_shortlist", PLAIN, EARLY),
-    "photo-decoding-rouge": told("decoding_over_full", PLAIN, ROUGE),
-    "photo-decoding-static": told("decoding_over_full", PLAIN, STATIC),
-    "photo-lossless": told("decoding_over_full", PLAIN, LOSSLESS),
     "photo-lossless-packed": told("decoding_over_full", PACKED, LOSSLESS),
     "photo-lossless-f16": told("decoding_over_full", F16, LOSSLESS),
     "photo-lossless-q8_0": told("decoding_over_full", Q8, LOSSLESS),
+    "five-confidence": confidence,
+    "five-same-early": same_answers(EARLY),
+    "five-same-static": same_answers(STATIC),
+    "five-same-student": same_answers("student"),
     "photo-cider": cider_of(PLAIN, EARLY),
     "photo-cider-q8_0": cider_of(Q8, EARLY),
     "photo-cider-rouge": cider_of(PLAIN, ROUGE),

@@ -2,7 +2,7 @@
 
 from offramp.report.html import times
 from offramp.report.table import Table, told
-from offramp_lab.tables.end_to_end import EARLY, FULL, LOSSLESS, PACKED, PLAIN, Q8, captioned
+from offramp_lab.tables.end_to_end import EARLY, LOSSLESS, PACKED, PLAIN, Q8, captioned
 from offramp_lab.tables.markdown import (
     KINDS,
     Make,
@@ -125,7 +125,6 @@ def _at_once() -> tuple[str, ...]:
 TABLES: dict[str, MakeTable] = {"overview": overview}
 FIGURES: dict[str, Make] = {
     "photo-promised-cider": lambda: f"{promise():g}",
-    "photo-full-ms": lambda: f"{captioned()[PLAIN, FULL, 'onnxruntime']['whole_milliseconds']:.0f}",
     "photo-exit-minutes": lambda: f"{record('photo-adapter')['metrics']['seconds'] / 60:.0f}",
     "student-minutes": lambda: f"{record('five_layers')['student']['seconds'] / 60:.0f}",
 }
