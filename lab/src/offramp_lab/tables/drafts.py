@@ -54,9 +54,6 @@ def _times(part: str, name: str = SHIPS) -> Callable[[], str]:
 
 TABLES: dict[str, MakeTable] = {"drafts": drafts, "drafts-right": right}
 FIGURES: dict[str, Make] = {
-    "drafts-packed": _times("pytorch float32, packed"),
-    "drafts-f16": _times("llama.cpp f16"),
-    "drafts-q8_0": _times("llama.cpp q8_0"),
     "drafts-q4_1": _times("llama.cpp q4_1", "drafting, 4"),
     "drafts-iq4_nl": _times("llama.cpp iq4_nl", "drafting, 4"),
     "drafts-for-q4_1": _times("llama.cpp q4_1, exits for it", "drafting, 4"),
