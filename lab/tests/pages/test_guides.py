@@ -32,7 +32,8 @@ def test_a_guide_has_a_picture_and_leads_to_its_measurements(name: str) -> None:
 
 
 def test_all_pages_together_are_read_in_two_hours() -> None:
-    assert sum(len(text(page.stem).split()) for page in DOCS.glob("*.md")) <= MOST_WORDS
+    written = (re.sub(r"<!--.*?-->", "", text(page.stem)) for page in DOCS.glob("*.md"))
+    assert sum(len(page.split()) for page in written) <= MOST_WORDS
 
 
 def test_a_table_follows_a_sentence_that_says_what_it_shows() -> None:

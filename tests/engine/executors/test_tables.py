@@ -119,7 +119,7 @@ def test_the_stacks_own_code_runs_for_the_prompt_and_for_rehearsals_alone(batch)
     whole.stack.rotary_emb.register_forward_hook(lambda *_: calls.append(1))
     generate(whole, batch("llava", 1), max_new_tokens=40, do_sample=False)
     first = len(calls)
-    assert first <= 5  # the prompt, a rehearsal, and what it is held to, once for a backbone
+    assert first <= 6  # the prompt, a rehearsal, and what it is held to, once for a backbone
     generate(whole, batch("llava", 1), max_new_tokens=40, do_sample=False)
     assert len(calls) == first + 1
 
