@@ -70,7 +70,8 @@ def about(folder: Path, place: int, row: dict[str, Any], **more: Any) -> dict[st
     ]
     return {
         "model": "tiny", "messages": [{"role": "user", "content": content}], "temperature": 0,
-        "max_tokens": 30, "return_token_ids": True, **more,
+        "max_tokens": 30, "return_token_ids": True,
+        "add_special_tokens": True, **more,  # the prompts of exits begin as the tokenizer begins them
     }  # fmt: skip
 
 

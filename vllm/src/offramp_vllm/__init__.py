@@ -61,8 +61,11 @@ def _started(theirs: Any, core: Any, vllm_config: Any, *args: Any, **kw: Any) ->
 def _taken(theirs: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any,
            **kw: Any) -> Any:  # fmt: skip
     """A request that asks for what there is not is told so, before it reaches the engine."""
+    from vllm.exceptions import VLLMValidationError
+
     from offramp_vllm.adapter import read_exported
     from offramp_vllm.policy import asked
+    from offramp_vllm.refuse import Refused
     from offramp_vllm.settings import folder_of, wanted
 
     config = processor.vllm_config
@@ -71,7 +74,10 @@ def _taken(theirs: Any, processor: Any, request_id: str, prompt: Any, params: An
         rule = processor.__dict__.get("offramp_rule")
         if rule is None:
             rule = processor.__dict__["offramp_rule"] = read_exported(folder_of(config)).rule
-        asked(rule, extra, drafts=config.speculative_config is not None)
+        try:
+            asked(rule, extra, drafts=config.speculative_config is not None)
+        except Refused as error:  # a server makes a bad request of this class alone
+            raise VLLMValidationError(str(error)) from error
     return theirs(processor, request_id, prompt, params, *args, **kw)
 
 
