@@ -22,8 +22,8 @@ from engine import stored
 MINUTES = 20
 
 
-@pytest.fixture(scope="module")
-def server(made: Any) -> Iterator[str]:
+@pytest.fixture(scope="module", params=["1", "2"], ids=["alone", "tensor parallel"])
+def server(made: Any, request: pytest.FixtureRequest) -> Iterator[str]:
     folder = made("tiny-opt")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -33,6 +33,7 @@ def server(made: Any) -> Iterator[str]:
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(folder / "model"),
         "--port", str(port), "--dtype", "float32", "--max-model-len", "256",
+        "--tensor-parallel-size", request.param,
         "--served-model-name", "tiny", "--additional-config", added,
         "--chat-template", str(Path(__file__).parent / "plain.jinja"),
     ]  # fmt: skip
@@ -71,7 +72,7 @@ def about(folder: Path, place: int, row: dict[str, Any], **more: Any) -> dict[st
     return {
         "model": "tiny", "messages": [{"role": "user", "content": content}], "temperature": 0,
         "max_tokens": 30, "return_token_ids": True,
-        "add_special_tokens": True, **more,  # the prompts of exits begin as the tokenizer begins them
+        "add_special_tokens": True, **more,  # as the exits' prompts begin
     }  # fmt: skip
 
 
