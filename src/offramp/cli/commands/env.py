@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +17,8 @@ from offramp.missing import has_pytorch, install_command
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
+# Not by `packaging`, which the distribution without PyTorch does not bring.
+_NAME, _EXTRA = re.compile(r"[\w.-]+"), re.compile(r"""extra == ["']([\w-]+)["']""")
 
 
 def add(commands: Any) -> None:
@@ -63,18 +66,16 @@ def _env(arguments: argparse.Namespace) -> None:
 
 def optional_packages() -> dict[str, str]:
     """Packages of the extras by name: the version, or what to install."""
-    from packaging.requirements import Requirement
-
     try:
-        named = [Requirement(text) for text in metadata.requires("offramp") or ()]
+        named = metadata.requires("offramp") or ()
     except metadata.PackageNotFoundError:  # run from a source tree that was not installed
         return {}
     packages = {}
-    for package in named:
-        extra = str(package.marker or "").partition("extra == ")[2].strip("\"'")
-        if extra and extra not in ("all", "dev", "docs"):
-            version = _version(package.name)
-            packages[package.name] = version or f"not installed: {install_command(extra)}"
+    for requirement in named:
+        name, extra = _NAME.match(requirement), _EXTRA.search(requirement)
+        if name and extra and extra[1] not in ("all", "dev", "docs"):
+            version = _version(name[0])
+            packages[name[0]] = version or f"not installed: {install_command(extra[1])}"
     return packages
 
 
