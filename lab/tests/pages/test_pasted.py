@@ -27,6 +27,8 @@ from command_line import parser_of
 from offramp.cli.command_line import COMMANDS
 from offramp_lab.places import ROOT
 
+INSTALLED = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+"""PATH where offramp is installed, as these tests are run by."""
 PAGES = ("README.md", "docs/getting-started.md")
 NEEDS = {"index", "minutes"}
 PRINTS = {
@@ -87,8 +89,7 @@ def test_a_page_runs_as_pasted(page: str, tmp_path: Path) -> None:
     check_port(found)
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path),
-        "XDG_STATE_HOME": str(tmp_path / "state"),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "XDG_STATE_HOME": str(tmp_path / "state"), "PATH": INSTALLED,
     }  # fmt: skip
     folder = tmp_path / "fresh"
     folder.mkdir()
@@ -124,7 +125,7 @@ def test_a_block_with_a_need_runs_where_that_is_met(page: str, place: int, tmp_p
         else:
             start += f"cd {tmp_path}\n"
     text = f"set -e\n{start}{session([block])}"
-    environment = {**os.environ, "REPOSITORY": str(ROOT)}
+    environment = {**os.environ, "REPOSITORY": str(ROOT), "PATH": INSTALLED}
     subprocess.run(["bash", "-c", text], cwd=folder, env=environment, check=True, timeout=3600)
 
 
