@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from offramp.adapter import Adapter
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
@@ -17,6 +18,8 @@ from offramp.models.backbone import Backbone
 from offramp.models.discovery.probe import text_prompt
 from offramp.models.exits import Exits
 from offramp.models.input_processor import InputProcessor
+from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.engine_config import EngineConfig
 from offramp_lab.inputs import zoo
 
 TYPES = ["gemma4_unified", "granite4_vision", "molmo2", "qwen3_vl_moe"]
@@ -41,6 +44,38 @@ def test_an_image_after_a_text_gets_what_an_image_gets_alone(name):
     assert torch.equal(alone.depths, after.depths)
     assert torch.equal(alone.sequences, after.sequences)
     assert not other.family.causal_prompt
+
+
+def test_a_kind_that_was_not_seen_is_checked_when_it_first_comes():
+    """No example shows the image beforehand here."""
+    name = "qwen3_vl_moe"
+    model = zoo.build(name)
+    image = zoo.inputs(name, model, 1)
+    one, other = Backbone(model), Backbone(model)
+    exits = Exits(one, (DEPTH,))
+    alone = answered(one, exits, image)
+    answered(other, exits, text_prompt(model))
+    assert other.family.causal_prompt  # of a text
+    after = answered(other, exits, image)
+    assert torch.equal(alone.sequences, after.sequences)
+    assert torch.equal(alone.depths, after.depths)
+    assert len(other.proven) == 2
+
+
+def test_a_live_engine_checks_a_kind_when_it_first_comes():
+    name = "qwen3_vl_moe"
+    model = zoo.build(name)
+    image, greedy = zoo.inputs(name, model, 1), {"max_new_tokens": 4, "do_sample": False}
+    one, other = Backbone(model), Backbone(model)
+    policy = ExitPolicy({DEPTH: 0.0}, first={DEPTH: 0.0})
+    exits = Exits(one, (DEPTH,))
+    alone = generate(one, image, exits=exits, policy=policy, **greedy)
+    adapter = Adapter(other, exits, policy)
+    with BatchEngine(adapter, config=EngineConfig(slots=2, limit=64)) as engine:
+        engine.submit(text_prompt(model), **greedy).result(timeout=60)
+        after = engine.submit(image, **greedy).result(timeout=60).output
+    assert torch.equal(alone.sequences, after.sequences)
+    assert torch.equal(alone.depths, after.depths)
 
 
 def test_a_prompt_whose_tokens_see_later_ones_is_not_continued_from_a_kept_one(batch):

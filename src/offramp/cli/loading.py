@@ -120,10 +120,9 @@ def open_named(arguments: argparse.Namespace, name: str, **more: Any) -> tuple[A
     of `offramp.loading.open_model`."""
     from offramp.adapter import Adapter
     from offramp.loading import open_model, own_vision, seeing
-
-    _settle(arguments, name, **more)
     from offramp.models.shipped import tiny_kind
 
+    _settle(arguments, name, **more)
     quantize, vision = getattr(arguments, "quantize", None), getattr(arguments, "vision", TORCH)
     engine = _engine(arguments)
     model, processor = open_model(

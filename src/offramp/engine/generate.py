@@ -80,8 +80,7 @@ def generate(
     caches = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
     with plan.reading(**caches) as reader:
         prepared = reader.prepare(inputs, options)
-        if not backbone.is_proven(plan.depths):
-            prove(backbone, inputs, plan.depths)
+        if prove(backbone, inputs, plan.depths):
             plan = planned()
         return _write(plan, reader, prepared, streamer, seed, observer)
 
@@ -109,8 +108,7 @@ def generate_prepared(
             "Attach them to that model: offramp.attach(model, exits).",
         )
     plan = planned()
-    if not backbone.is_proven(plan.depths):
-        prove_prepared(backbone, prepared, plan.depths)
+    if prove_prepared(backbone, prepared, plan.depths):
         plan = planned()
     reader = plan.reader(prefix_cache=prefix_cache)
     twin = reader.intercepted.model.get_submodule(path)

@@ -393,43 +393,51 @@ def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:
     )
 
 
-def prove(backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int] = ()) -> None:
+def prove(backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int] = ()) -> bool:
     """Find out which executor is exact, where prompts like this one, or exits at these depths, come
-    to a backbone for the first time. The example that the backbone was loaded with is checked as
-    well, so that what a text may do does not depend on whether an image came before it.
+    to a backbone for the first time; return whether anything was found out. The example that the
+    backbone was loaded with is checked as well, so that what a text may do does not depend on
+    whether an image came before it.
 
     Raises:
         UnsupportedBackboneError: none is.
     """
-    config = backbone.model.config
+    new = False
     for each in (inputs, backbone.example):
-        if each is not None and not backbone.is_proven(depths, modality_of(config, each)):
+        if each is not None and not backbone.is_proven(depths, each):
             adopt_findings(backbone, check_decoding(backbone, each, depths=depths))
+            new = True
+    return new
 
 
-def prove_prepared(backbone: Backbone, prepared: Prepared, depths: Sequence[int]) -> None:
-    """The same, where only what Hugging Face's `generate` made of a prompt is left: on the example
-    that the backbone was loaded with, or on the ids of a text.
+def prove_prepared(backbone: Backbone, prepared: Prepared, depths: Sequence[int]) -> bool:
+    """Do the same where only what Hugging Face's `generate` made of a prompt is left: on the
+    example that the backbone was loaded with, or on the ids of a text.
 
     Raises:
         UnsupportedBackboneError: there is neither, or none is exact.
     """
     given = {"input_ids": prepared.ids, **prepared.arguments}
-    consists_of = modality_of(backbone.model.config, given)
+    if prepared.arguments.get("mm_encoder_outputs"):  # images, without what they were made of
+        with_images = (at for shown, at in backbone.proven.items() if shown)
+        proven = backbone.tested or any(at.issuperset(depths) for at in with_images)
+    else:
+        inside = prepared.model is not backbone.model  # images are embedded outside, and not told
+        proven = backbone.is_proven(depths, None if inside else given)
+    if proven and backbone.engine is not None:
+        return False
     inputs: Mapping[str, Any] | None = backbone.example
     if inputs is None and backbone.text_only:
         names = ("input_ids", "attention_mask")
         inputs = {name: given[name] for name in names if given.get(name) is not None}
-    if inputs is not None:
-        prove(backbone, inputs, depths)
-        consists_of = modality_of(backbone.model.config, inputs)
-    if not backbone.is_proven(depths, consists_of):
+    if inputs is None:
         raise UnsupportedBackboneError(
             f"{backbone.name} was not checked yet, and custom_generate is handed no image that it "
             "could be checked with.",
             "Call adapter.generate(**inputs, max_new_tokens=1) once before, or load it by "
             "Backbone(model, example=inputs).",
         )
+    return prove(backbone, inputs, depths)
 
 
 def check_untested(

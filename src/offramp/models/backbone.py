@@ -15,7 +15,7 @@ from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.hub import grey_example, load_model
-from offramp.models.modality import Modality
+from offramp.models.modality import Modality, modality_of
 from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.quantized.weights import scheme
@@ -241,16 +241,17 @@ class Backbone(OpenedModel):
         kinds = {type(part) for part in self.model.modules() if part not in seen}
         return all(kind.__module__.partition(".")[0] in _STOCK for kind in kinds)
 
-    def is_proven(self, depths: Iterable[int], prompt: Modality | None = None) -> bool:
+    def is_proven(self, depths: Iterable[int], inputs: Mapping[str, Any] | None = None) -> bool:
         """Return True if decoding with exits at these depths was found to be exact.
 
-        prompt: what the prompt consists of, as of `modality_of`; None: whatever was tried.
+        inputs: of prompts; those that consist of the same were tried. None: any were.
         """
         if self.engine is None or self.tested:
             return self.engine is not None
-        if prompt is None:
+        if inputs is None:
             return any(proven.issuperset(depths) for proven in self._proven_with.values())
-        return prompt in self._proven_with and self._proven_with[prompt].issuperset(depths)
+        proven = self._proven_with.get(modality_of(self.model.config, inputs))
+        return proven is not None and proven.issuperset(depths)
 
     @property
     def reads_in_parts(self) -> bool:

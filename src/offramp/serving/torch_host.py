@@ -126,7 +126,7 @@ class TorchHost(PreparedHost):
 
     def renew(self, request: Request) -> bool:
         backbone, depths = self.backbone, self.plan.depths
-        if backbone.is_proven(depths) and not self.stale():
+        if backbone.is_proven(depths, request.inputs) and not self.stale():
             return False
         self._prompts.prepare(request.inputs, request.options)  # or it says what is wrong with them
         prove(backbone, request.inputs, depths)
