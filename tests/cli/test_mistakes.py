@@ -268,7 +268,7 @@ def test_names_that_are_no_utf_8_are_names(
     (odd / "0.png").rename(odd / "\udcff.png")
     data.write_text(data.read_text().replace('"0.png"', '"\\udcff.png"'))
     page = odd / "\udcff.html"
-    code, _, err = run("report", "--run", adapter, "--data", data, "--out", page, "--title", odd)
+    code, _, err = run("report", adapter, "--data", data, "--out", page, "--title", odd)
     assert code == 0, err
     assert b"</html>" in page.read_bytes()
     image, prompt = odd / "\udcff.png", ("--prompt", "a", "--max-new-tokens", 2)

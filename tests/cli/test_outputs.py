@@ -25,13 +25,13 @@ def contents(folder: Path) -> Contents:
 def test_a_report_replaces_no_part_of_an_adapter(name: str, adapter: Path, run: RunCommand) -> None:
     before = contents(adapter)
     assert name in before
-    found = run("report", "--run", adapter, "--out", adapter / name)
+    found = run("report", adapter, "--out", adapter / name)
     assert_two_lines(found, name, "Give another --out")
     assert contents(adapter) == before
 
 
 def test_a_report_replaces_reports_alone(adapter: Path, run: RunCommand, tmp_path: Path) -> None:
-    asked = ("report", "--run", adapter, "--out")
+    asked = ("report", adapter, "--out")
     page = tmp_path / "page.html"
     assert run(*asked, page)[0] == 0
     assert run(*asked, page)[0] == 0
@@ -56,13 +56,13 @@ def test_no_word_has_a_report_replace_a_part_of_what_it_shows(
     before = contents(adapter)
     (tmp_path / "link.html").symlink_to(adapter / name)
     for out in (adapter / name, tmp_path / "link.html"):
-        found = run("report", "--run", adapter, "--out", out, "--overwrite")
+        found = run("report", adapter, "--out", out, "--overwrite")
         assert_two_lines(found, "reads")
         assert "--overwrite" not in found[2]
     assert contents(adapter) == before
     page = adapter / "report.html"
     for more in ((), (), ("--overwrite",)):
-        assert run("report", "--run", adapter, "--out", page, *more)[0] == 0
+        assert run("report", adapter, "--out", page, *more)[0] == 0
 
 
 @pytest.mark.parametrize("command", ["report", "verify"])
@@ -90,11 +90,11 @@ def test_a_command_never_replaces_what_it_reads(
     before = data.read_bytes()
     for out in (data, tmp_path / "photos" / "." / "rows.jsonl"):
         for more in ((), ("--overwrite",)):
-            found = run("report", "--run", adapter, "--data", data, "--out", out, *more)
+            found = run("report", adapter, "--data", data, "--out", out, *more)
             assert_two_lines(found, "rows.jsonl")
     hard = tmp_path / "hard.html"
     hard.hardlink_to(data)
-    found = run("report", "--run", adapter, "--data", data, "--out", hard, "--overwrite")
+    found = run("report", adapter, "--data", data, "--out", hard, "--overwrite")
     assert_two_lines(found, "reads")
     assert data.read_bytes() == before
 
@@ -155,3 +155,19 @@ def test_a_demo_replaces_demos_alone(adapter: Path, run: RunCommand, tmp_path: P
         before = contents(tmp_path / name)
         assert_two_lines(run("demo", "--out", tmp_path / name), "--overwrite")
         assert contents(tmp_path / name) == before
+
+
+def test_slice_and_report_read_their_old_spellings(
+    run: RunCommand, adapter: Path, tmp_path: Path
+) -> None:
+    pages = [tmp_path / "new.html", tmp_path / "old.html"]
+    assert run("report", adapter, "--out", pages[0])[0] == 0
+    assert run("report", "--run", adapter, "--out", pages[1])[0] == 0
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+    file = tmp_path / "no.gguf"
+    file.write_bytes(b"nothing")
+    said = [
+        run("slice", *words, "--out", tmp_path / "cut")
+        for words in ((adapter, file), (file, "--adapter", adapter))
+    ]
+    assert said[0] == said[1] and said[0][0] == 1 and "no.gguf" in said[0][2]

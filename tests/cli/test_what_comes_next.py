@@ -175,7 +175,7 @@ def test_eval_is_ten_lines_and_the_rest_is_json(
     assert "captions: 3 examples" in lines[0] and "mean depth" in out
     assert "same answers as the full model: " in out and "[" in out
     assert lines[-1].endswith("result.json") and "{" not in out
-    assert next_of(caplog) == [f"offramp report --run {tmp_path / 'run'} --out report.html"]
+    assert next_of(caplog) == [f"offramp report {tmp_path / 'run'} --out report.html"]
 
 
 def test_a_figure_without_an_interval_and_an_answer_without_tokens_are_said() -> None:

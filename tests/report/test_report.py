@@ -441,7 +441,7 @@ def test_the_command_shows_images_without_answers_under_the_runs_prompt(
     lines = [json.dumps(line) for line in ({"settings": {"layers": 12}}, row)]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     out = folder / "report.html"
-    how = ["report", "--run", str(folder), "--data", str(runs / "data.jsonl"), "--out", str(out)]
+    how = ["report", str(folder), "--data", str(runs / "data.jsonl"), "--out", str(out)]
     assert cli.main([*how, "--prompt", "Say:"]) == 0
     assert "data:image" in out.read_text() and "Say:" in out.read_text()
     assert "something else" not in caplog.text
@@ -452,7 +452,7 @@ def test_the_command_shows_images_without_answers_under_the_runs_prompt(
 
 def test_the_command_writes_the_page(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = runs / "deep" / "report.html"
-    assert cli.main(["report", "--run", str(runs / "run"), "--out", str(out), "--json"]) == 0
+    assert cli.main(["report", str(runs / "run"), "--out", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told == {"report": str(out), "bytes": len(out.read_bytes())}
     assert Page(out.read_text()).all("h1")
@@ -461,5 +461,5 @@ def test_the_command_writes_the_page(runs: Path, capsys: pytest.CaptureFixture[s
 def test_the_commands_mistake_is_two_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["report", "--run", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 1
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 1
     assert len(capsys.readouterr().err.strip().split("\n")) == 2

@@ -180,7 +180,7 @@ def test_what_a_strangers_json_holds_is_shown_and_not_obeyed(
             (folder / CONFIG).write_text(json.dumps(changed))
             shown = [run("inspect", folder)]
             if (number + turn) % 5 == 0:  # which takes longer
-                shown.append(run("report", "--run", folder, "--out", tmp_path / "r.html"))
+                shown.append(run("report", folder, "--out", tmp_path / "r.html"))
             for code, out, err in shown:
                 assert code in (0, 1), (at, err)
                 assert "Traceback" not in err and len(err) < 10_000, (at, err[:500])

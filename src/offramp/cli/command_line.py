@@ -37,8 +37,8 @@ examples:
   offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
   offramp eval exits --task captions --data captions_val2014.json --images val2014
   offramp export exits --gguf q8_0 --out exits-q8_0   for generate --engine llama.cpp
-  offramp slice model-q4_k_m.gguf --adapter exits --out sliced  the same of a file from the hub
-  offramp report --run exits runs/captions --out report.html
+  offramp slice exits model-q4_k_m.gguf --out sliced  the same of a file from the hub
+  offramp report exits runs/captions --out report.html
 
 compare and analyse are commands of offramp-lab, a package of its own.
 """
@@ -136,7 +136,7 @@ EDGE = Program(
     "Early exits inside llama.cpp, without PyTorch.",
     """\
 examples:
-  offramp slice model-q4_k_m.gguf --adapter exits --out sliced
+  offramp slice exits model-q4_k_m.gguf --out sliced
   offramp generate sliced --prompt "Who are you?"
   offramp serve sliced                           OpenAI's API and a page, at localhost:8000
 

@@ -108,7 +108,7 @@ def _usage(parser: Parser) -> str:
     for action in parser._actions:
         name = str(action.metavar or action.dest)
         if not action.option_strings:
-            several = f"{name} [{name} ...]" if action.nargs == "+" else name
+            several = f"{name} [{name} ...]" if action.nargs in ("+", "*") else name
             optional = action.nargs in ("?", "*") and action is not parser.name
             words.append(f"[{several}]" if optional else several)
         elif action.required:

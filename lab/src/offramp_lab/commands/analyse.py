@@ -67,4 +67,4 @@ def _analyse(arguments: argparse.Namespace) -> None:
         progress=lambda iterable: progress(iterable, "analyse"),
     )
     show_result(result, summary(result), as_json=arguments.json)
-    say_next(f"offramp report --run {arguments.out} --out report.html")
+    say_next(f"offramp report {arguments.out} --out report.html")

@@ -121,7 +121,7 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
     if converter is None and not q8_0.exists():
         in_q8_0(file, q8_0)
     length = ["--max-new-tokens", str(NEW)]
-    with_exits = ["--adapter", str(exits)]
+    with_exits = [str(exits)]
     in_float32 = ["--dtype", "float32"]  # else rounding alone changes a quarter of the answers
     commands = {
         "inspect": [str(model), "--json"],
@@ -137,8 +137,8 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
         "draft": [
             *with_exits, "--data", str(work / "choose.txt"), *in_float32, *length, "--json",
         ],
-        "slice q4_1": [str(file), *with_exits, "--out", str(work / "q4_1"), "--json"],
-        "slice": [str(q8_0), *with_exits, "--out", str(work / "q8_0"), "--json"],
+        "slice q4_1": [*with_exits, str(file), "--out", str(work / "q4_1"), "--json"],
+        "slice": [*with_exits, str(q8_0), "--out", str(work / "q8_0"), "--json"],
         "generate": [str(work / "q8_0"), "--prompt", QUESTION, "--mode", "lossless", *length],
     }  # fmt: skip
     convert = [] if converter is None else [converted("convert", work, converter, model, q8_0)]

@@ -131,7 +131,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         )
     file = arguments.out / RESULT
     show_result(result, summary(result, file), as_json=arguments.json)
-    say_next(f"offramp report --run {arguments.out} --out report.html")
+    say_next(f"offramp report {arguments.out} --out report.html")
 
 
 def summary(result: Mapping[str, Any], file: Path) -> str:

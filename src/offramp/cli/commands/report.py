@@ -10,6 +10,7 @@ from offramp.cli.options import add_command
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Parser
+from offramp.errors import InputError
 
 MARK = b'name="generator" content="offramp report"'
 """By which a page is known as one of this command."""
@@ -20,23 +21,20 @@ def add(commands: Any) -> None:
         commands,
         "report",
         "Write one self-contained HTML page of what the other commands measured.",
-        "offramp report --run exits runs/captions runs/analysis --data photos.jsonl "
-        "--out report.html",
+        "offramp report exits runs/captions --data photos.jsonl --out report.html",
         _report,
         _options,
-        usual="run data title out overwrite json",
+        usual="data title out overwrite json",
     )
 
 
 def _options(parser: Parser) -> None:
     parser.add_argument(
-        "--run",
-        dest="sources",
-        required=True,
-        nargs="+",
-        metavar="PATH",
+        "sources", nargs="*", default=[], metavar="PATH",
         help="folders (of an adapter, or what eval, analyse, compare or demo wrote), or JSON files",
-    )
+    )  # fmt: skip
+    # Earlier versions took them by this option.
+    parser.add_argument("--run", dest="more", nargs="+", default=[], help=argparse.SUPPRESS)
     parser.add_argument(
         "--data", nargs="+", metavar="FILE", help="the data of the runs, to show their images"
     )
@@ -53,8 +51,11 @@ def _report(arguments: argparse.Namespace) -> None:
     from offramp.report.report import read_sources, report
     from offramp.storage import write_atomic
 
+    named = [*arguments.sources, *arguments.more]
+    if not named:
+        raise InputError("Nothing to report was named.", "Name a folder of exits, or of results.")
     check_out_file(arguments.out, arguments, lambda begin: MARK in begin, "page of this command")
-    sources = read_sources(arguments.sources)
+    sources = read_sources(named)
     items = (
         read_items(
             arguments.data,

@@ -10,6 +10,7 @@ from typing import Any
 from offramp.cli.options import add_command, depths_option, name_option
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
+from offramp.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +20,11 @@ def add(commands: Any) -> None:
         commands,
         "slice",
         "Cut a GGUF file from the hub at an adapter's exits: tensors as they are stored.",
-        "offramp slice model-q4_k_m.gguf --adapter exits --out sliced\n"
+        "offramp slice exits model-q4_k_m.gguf --out sliced\n"
         "  offramp generate sliced --prompt 'Caption:'",
         _slice,
         _options,
-        usual="adapter depths out json",
+        usual="depths out json",
         plugins=False,
     )
 
@@ -31,11 +32,19 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     from offramp.runtimes.llama_cpp.gguf_writing import FORMATS
 
-    parser.add_argument("file", type=Path, help="GGUF file of the exits' backbone, in one piece")
     group = parser.add_argument_group("files")
     group.add_argument(
-        "--adapter", type=Path, required=True, help="folder of the exits, as `offramp train` wrote"
+        "adapter", type=Path, metavar="NAME", help="folder of the exits, as `offramp train` wrote"
     )
+    group.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        metavar="FILE",
+        help="GGUF file of their backbone, in one piece",
+    )
+    # Earlier versions took the file first, and the exits by this option.
+    group.add_argument("--adapter", dest="exits", type=Path, help=argparse.SUPPRESS)
     depths_option(
         group,
         "--depths",
@@ -51,9 +60,14 @@ def _slice(arguments: argparse.Namespace) -> None:
     from offramp.runtimes.llama_cpp.slicing import slice_gguf
     from offramp.storage import check_writable
 
+    adapter, file = arguments.adapter, arguments.file
+    if arguments.exits is not None and file is None:
+        adapter, file = arguments.exits, arguments.adapter
+    if file is None:
+        raise InputError("No GGUF file was named.", "Name it after the exits: slice NAME FILE.")
     check_writable(arguments.out, folder=True)
     files = slice_gguf(
-        arguments.file, arguments.adapter, arguments.out,
+        file, adapter, arguments.out,
         depths=arguments.depths, exits=arguments.exit_format,
     )  # fmt: skip
     sizes = {str(file): file.stat().st_size for file in files}
@@ -63,7 +77,7 @@ def _slice(arguments: argparse.Namespace) -> None:
     log.info(
         "The exits were trained on other weights than these: choose thresholds on them, "
         "offramp calibrate %s --engine llama.cpp --gguf %s --data held_out.",
-        arguments.adapter,
+        adapter,
         arguments.out,
     )
     say_next(f"offramp generate {arguments.out} --prompt 'A dog'")
