@@ -104,7 +104,7 @@ def test_reading_the_image_is_counted_for_neither_side(page: Page) -> None:
                 first = page.ask(f"document.querySelector('#{side} .first').textContent")
                 assert float(first.split()[0]) < 1
             said = page.ask("document.getElementById('state').textContent")
-            read = re.search(r"prompt took ([0-9.]+) s, counted for neither", said)
+            read = re.search(r"first word took ([0-9.]+) s with reading the image", said)
             assert read is not None and float(read[1]) >= 1
     finally:
         slow.remove()
@@ -122,12 +122,32 @@ def test_the_prompt_is_one_that_the_exits_were_calibrated_with(page: Page, addre
         assert page.ask(f"usual({{guarantee: {{prompts: {frames}}}}})") == prompt
 
 
+def test_both_sides_are_written_at_once_and_losslessly_unless_asked_otherwise(
+    page: Page, address: str
+) -> None:
+    page.show(address + "/", 1280, 900)
+    page.until("document.getElementById('prompt').value === 'Caption:'")
+    begun = (
+        "window.modes = []; const of = request; request = (m) => { modes.push(m); return of(m); };"
+    )
+    page.ask(f"{begun} void example().then(both)")
+    page.until(DONE)
+    modes = page.ask("modes")
+    assert set(modes[:2]) == {"lossless", "full"} and modes[2:4] == ["lossless", "full"]
+    early, full = (
+        page.ask(f"document.querySelector('#{side} .text').textContent")
+        for side in ("early", "full")
+    )
+    assert early and early == full
+
+
 def test_the_answers_are_the_models(page: Page, address: str) -> None:
     from serving import data_uri
 
     example = scene_examples()[0]
     page.show(address + "/", 1280, 900)
     page.until("document.getElementById('prompt').value === 'Caption:'")
+    page.ask("document.getElementById('mode').value = 'early_exit'")
     page.ask(f"show({data_uri(example.image)!r})")
     page.ask("document.getElementById('go').click()")
     page.until(DONE)
