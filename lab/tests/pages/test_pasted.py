@@ -3,8 +3,7 @@ order, in a fresh folder.
 
 A block is labelled with its language. One that needs more than this machine offline says so in a
 comment before it, `<!-- needs: WORD -->`, and runs where `OFFRAMP_PASTED` names the word, with
-commas between: index (a package index, in an environment of its own), minutes, photo (the photo
-model, with llama.cpp and ONNX Runtime).
+commas between: index (a package index, in an environment of its own), minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from offramp_lab.places import ROOT
 INSTALLED = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 """PATH where offramp is installed, as these tests are run by."""
 PAGES = ("README.md", "docs/getting-started.md")
-NEEDS = {"index", "minutes", "photo"}
+NEEDS = {"index", "minutes"}
 PRINTS = {
     "README.md": ("one object on white", "of 12 layers", '"status":"ready"', "chat.completion",
                   "Guaranteed with 95% confidence", "report.html"),
