@@ -105,6 +105,25 @@ def test_the_image_serves_the_photo_model_and_has_onnx_runtime() -> None:
     assert folders["XDG_CACHE_HOME"] == folders["HF_HOME"]
 
 
+def test_a_space_serves_the_photo_model_as_its_host_expects(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no clone")
+    checked(str(DEPLOY / "space"), str(tmp_path))
+    card = yaml.safe_load((tmp_path / "README.md").read_text("utf-8").split("---")[1])
+    text = (tmp_path / "Dockerfile").read_text("utf-8")
+    assert card["sdk"] == "docker" and f"EXPOSE {card['app_port']}" in text
+    assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["1000"] and "10001" not in text
+    [start, words] = [
+        json.loads(found) for found in re.findall(r"^(?:ENTRYPOINT|CMD) (.*)$", text, re.MULTILINE)
+    ]
+    asked = serve_options([*start[2:], *words])
+    assert asked.name == "photo" and asked.allowed_hosts == ["*"]
+    assert asked.port == card["app_port"]
+    assert {"src", "photo-model", "pyproject.toml", "LICENSE"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+
+
 def test_compose_is_valid_and_locks_down() -> None:
     schema_check("vendor.compose-spec", DEPLOY / "compose.yaml")
     service = read("compose.yaml")["services"]["offramp"]
