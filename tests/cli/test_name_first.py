@@ -23,7 +23,6 @@ WORDS = {
     "demo": ("backbone", "--backbone", ""),
     "inspect": ("name", "--adapter", ""),
     "compare": ("backbone", "--backbone", "--data a --out b"),
-    "analyse": ("adapter", "--adapter", "--data a --out b"),
 }
 """By command, where the name is kept, its old option, and what else the command needs."""
 
@@ -59,7 +58,7 @@ def test_every_command_with_a_name_is_in_the_table_and_shows_one_spelling() -> N
 @pytest.mark.parametrize("command", [name for name in WORDS if name not in ("eval", "export")])
 def test_a_name_that_is_missing_or_given_twice_is_said(command: str, run: RunCommand) -> None:
     _, flag, more = WORDS[command]
-    if command not in ("demo", "analyse"):
+    if command != "demo":
         assert_two_lines(run(command, *more.split()), "No model was named", f"{command} NAME")
     twice = run(command, "tiny-opt", flag, "tiny-t5", *more.split())
     assert_two_lines(twice, "Two models were named, 'tiny-opt' and 'tiny-t5'")

@@ -108,7 +108,6 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "export": {"--adapter": adapter, "--gguf": ["q8_0"]},
         "slice": {"": [*adapter, str(tree / "good.jsonl")]},
         "compare": {**model, "--data": data},
-        "analyse": {"--adapter": adapter, "--data": data},
         "report": {"": adapter},
         "demo": {},
         "inspect": {"": adapter},

@@ -124,45 +124,12 @@ def adapter(promised: bool = True) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def comparison() -> dict[str, Any]:
-    ways = [("free", "max_probability"), ("distillation", "max_probability"), ("free", "patience")]
-    points = [
-        {"seed": seed, "objective": o, "policy": p, "thresholds": {"2": 0.5}, "quality": 0.9,
-         "agreement": 0.9, "quality_drop": 0.01 * k, "speedup_decode": 1.5 + k, "mean_depth": 4.0}
-        for seed in (0, 1) for o, p in ways for k in range(2)
-    ]  # fmt: skip
-    speeds = {"0.005": 1.55, "0.01": 1.77}
-    curves = [{"objective": o, "policy": p, "speedup_decode": speeds} for o, p in ways]
-    return {"points": points, "equal_quality": {"curves": curves}, "provenance": PROVENANCE}
-
-
-def analysis() -> dict[str, Any]:
-    none = {"found": False}
-    dipped = {"found": True, "fall": 0.3, "low": 0.2, "high": 0.4, "from_depth": 2, "to_depth": 6}
-
-    def curve(*values: float, dip: Any = none) -> dict[str, Any]:
-        depths = [2, 6, 12][: len(values)]
-        return {"depths": depths, "values": [estimate(v) for v in values], "dip": dip}
-
-    kind = {"n": 3, "mean_depth": 4.0, "depth_shares": {"2": 0.5, "12": 0.5}}
-    needed = {"all": kind, "position": {"first": kind, "end": kind}, "class": {HOSTILE: kind}}
-    return {
-        "backbone": "offramp/tiny-opt", "layers": 12,
-        "teacher_forced": {"lens": {"agreement": curve(0.6, 0.3, 1.0, dip=dipped)},
-                           "exits": {"agreement": curve(0.8, 0.9, 1.0)}},
-        "free_running": {"lens": {"identical": curve(0.1, 0.2, 1.0)}},
-        "needed_depth": {"lens": needed},
-        "provenance": PROVENANCE,
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each kind of result, as the commands write them."""
     folder = tmp_path_factory.mktemp("runs")
     written = {
         "exits/adapter.json": adapter(), "run/result.json": evaluation(),
-        "analysis/analysis.json": analysis(), "compare/compare.json": comparison(),
     }  # fmt: skip
     for name, value in written.items():
         (folder / name).parent.mkdir()
@@ -173,7 +140,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(runs: Path) -> list[Source]:
-    return read_sources([runs / name for name in ("exits", "run", "analysis", "compare")])
+    return read_sources([runs / name for name in ("exits", "run")])
 
 
 class Words:
@@ -213,7 +180,6 @@ def test_nothing_is_fetched_and_nothing_runs(whole: str) -> None:
 def test_hostile_answers_are_text(whole: str) -> None:
     page = Page(whole)
     assert page.text.count("alert(1)") == 4  # token, full answer, prompt, reference
-    assert '<img src=x onerror="ale\u2026' in page.text  # a kind of token
     assert all(attributes.get("src") != "x" for attributes in page.all("img"))
     assert "b" not in {tag for tag, _ in page.tags}
 
@@ -247,8 +213,6 @@ def test_the_same_results_give_the_same_page(sources: list[Source], whole: str) 
     [
         ("exits", ["key", "calibration", "origin"]),
         ("run", ["answers", "key", "exits", "figures", "origin"]),
-        ("analysis", ["depth", "overthinking", "origin"]),
-        ("compare", ["tradeoff", "origin"]),
     ],
 )
 def test_a_section_appears_when_its_result_was_given(
@@ -262,28 +226,9 @@ def test_a_section_appears_when_its_result_was_given(
 def test_all_sections_in_order(whole: str) -> None:
     page = Page(whole)
     assert page.sections == [
-        "answers", "key", "tradeoff", "depth", "overthinking", "exits", "calibration", "figures",
-        "origin",
+        "answers", "key", "exits", "calibration", "figures", "origin",
     ]  # fmt: skip
     assert "Not shown" not in page.text
-
-
-def test_objectives_and_policies_have_a_plot_each() -> None:
-    page = Page(written([Source("compare", "m", comparison())]))
-    plots = [svg["aria-label"] for svg in page.all("svg")]
-    assert plots == [
-        "quality kept against decoding speed: free, distillation",
-        "quality kept against decoding speed: max probability, patience",
-    ]
-    for drop in ("0.5% drop", "1% drop"):
-        assert drop in page.text
-
-
-def test_a_comparison_whose_points_all_lose_much_still_has_its_table() -> None:
-    value = comparison()
-    value["points"] = [{**p, "quality_drop": 0.5} for p in value["points"]]
-    page = Page(written([Source("compare", "m", value)]))
-    assert f"All {len(value['points'])} points" in page.text
 
 
 def test_figures_come_with_their_intervals(runs: Path) -> None:
@@ -295,7 +240,7 @@ def test_figures_come_with_their_intervals(runs: Path) -> None:
     assert "Test CPU" in text
 
 
-@pytest.mark.parametrize("names", [["run"], ["exits", "analysis", "run", "compare"]])
+@pytest.mark.parametrize("names", [["run"], ["exits", "run"]])
 def test_the_page_opens_with_one_sentence_and_the_answers(runs: Path, names: list[str]) -> None:
     html = written(read_sources([runs / name for name in names]))
     (opening,) = re.findall("<h1>(.*)</h1>", html)
@@ -346,18 +291,6 @@ def test_a_calibration_that_failed_says_so() -> None:
     assert "Nothing could be guaranteed. Too few." in text
 
 
-def test_a_dip_is_told_and_its_absence_too(runs: Path) -> None:
-    text = Page(written(read_sources([runs / "analysis"]))).text
-    assert "agreement falls by 30.00% (20.0% to 40.0%) from depth 2 to 6" in text
-    assert "Trained exits: no mid-crisis" in text
-
-
-def test_speed_at_equal_quality_is_shown(runs: Path) -> None:
-    text = Page(written(read_sources([runs / "compare"]))).text
-    assert "1% drop" in text
-    assert "1.77x" in text
-
-
 # -- colours -------------------------------------------------------------------------------------
 
 
@@ -387,10 +320,10 @@ def test_deeper_is_darker() -> None:
 
 def test_a_file_may_hold_several_results_by_name(tmp_path: Path) -> None:
     file = tmp_path / "record.json"
-    file.write_text(json.dumps({"opt": analysis(), "t5": comparison(), "provenance": PROVENANCE}))
+    file.write_text(json.dumps({"opt": adapter(), "t5": evaluation(), "provenance": PROVENANCE}))
     found = read_sources([file])
     assert [(s.kind, s.name) for s in found] == [
-        ("analysis", "tiny-opt, analysis"), ("compare", "tiny-t5, compare")
+        ("adapter", "tiny-opt, adapter"), ("eval", "tiny-opt, gqa")
     ]  # fmt: skip
 
 
@@ -401,7 +334,7 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
             read_sources([path])
 
 
-@pytest.mark.parametrize("kind", ["eval", "analysis", "compare"])
+@pytest.mark.parametrize("kind", ["eval", "demo"])
 def test_a_result_of_another_form_is_named(kind: str) -> None:
     value: dict[str, Any] = {key: [3] for key in KINDS[kind]} | {"settings": {}}
     with pytest.raises(DataError, match=f"The {kind} result of some"):

@@ -11,11 +11,10 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   offramp-lab compare tiny-opt --data photos.jsonl --out runs/compare
-  offramp-lab analyse exits --data held_out.jsonl --out runs/analysis
 
-offramp report makes a page of what they write. python -m offramp_lab.records.NAME makes a record.
+python -m offramp_lab.records.NAME makes a record.
 """
-COMMANDS = {name: f"offramp_lab.commands.{name}" for name in ("compare", "analyse")}
+COMMANDS = {"compare": "offramp_lab.commands.compare"}
 """Modules by command, as in `offramp.cli.command_line`."""
 
 

@@ -19,19 +19,19 @@ from offramp.calibration.risk_functions import QUALITIES
 from offramp.data.scenes import language, world
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
-from offramp.report import tradeoff
-from offramp.report.tradeoff import speed_at
 from offramp.storage import read_json
 from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import TrainingStates
 from offramp.training.trainer import Trainer
 from offramp_lab import cli
 from offramp_lab.experiments.comparison import equal_quality as merit
+from offramp_lab.experiments.comparison import tradeoff
 from offramp_lab.experiments.comparison.compare import compare
 from offramp_lab.experiments.comparison.equal_quality import LEVELS, Samples, equal_quality
 from offramp_lab.experiments.comparison.grid import Grid, exits_folder
 from offramp_lab.experiments.comparison.methods import OBJECTIVES, POLICIES, Plan
 from offramp_lab.experiments.comparison.points import PointMeasurer
+from offramp_lab.experiments.comparison.tradeoff import speed_at
 from offramp_lab.experiments.experiment import Experiment
 
 NAMES = ("blip2-opt", "blip2-t5")

@@ -40,7 +40,7 @@ examples:
   offramp slice exits model-q4_k_m.gguf --out sliced  the same of a file from the hub
   offramp report exits runs/captions --out report.html
 
-compare and analyse are commands of offramp-lab, a package of its own.
+compare is a command of offramp-lab, a package of its own.
 """
 
 COMMANDS = {

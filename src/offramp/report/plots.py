@@ -9,14 +9,11 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from xml.sax.saxutils import quoteattr
-
-from offramp.depth_color import depth_color
 
 COLORS = ("#2b83c6", "#e07b00", "#1b9e77", "#c95a9b", "#8a78e8", "#a98a12")
 """Distinguishable with any colour vision, on light and on dark ground."""
-MARKERS = "osD^vPX*"
 INK = "#0a0b0c"  # replaced by the colour of the text around the plot
 SIZE = (4.4, 3.1)  # inches
 SHORT = 24  # letters of a name that leaves room for another beside it
@@ -37,19 +34,6 @@ _STYLE: dict[str, Any] = {
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
     ),
 }
-
-
-class Band(NamedTuple):
-    """Speeds at one level of quality: the mean over seeds, and their range."""
-
-    quality: float
-    speed: float
-    low: float
-    high: float
-
-
-Curve = Mapping[str, Any]
-"""`depths`, and as many `values`, each with `value`, `low` and `high`; perhaps its `dip`."""
 
 
 def drawn(title: str, draw: Callable[[Any], None], size: tuple[float, float] = SIZE) -> str:
@@ -96,31 +80,6 @@ def percent(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
 
-def by_depth(curves: Mapping[str, Curve], layers: int, what: str) -> str:
-    """Curves over depth by name, with their intervals, and their dips where one was found."""
-
-    def draw(axes: Any) -> None:
-        for (name, curve), color, marker in zip(curves.items(), COLORS, MARKERS, strict=False):
-            depths, values = curve["depths"], [v["value"] for v in curve["values"]]
-            axes.plot(depths, values, color=color, marker=marker, markersize=4.5, label=name)
-            ends = [(v["low"], v["high"]) for v in curve["values"]]
-            if all(low is not None for low, _ in ends):
-                axes.fill_between(depths, *zip(*ends, strict=True), color=color, alpha=0.18, lw=0)
-            dip = curve.get("dip", {"found": False})
-            if dip["found"]:
-                start, stop = dip["from_depth"], dip["to_depth"]
-                axes.axvspan(start, stop, color=color, alpha=0.1, lw=0)
-                at = [values[depths.index(start)], values[depths.index(stop)]]
-                arrow = {"arrowstyle": "->", "color": color}
-                axes.annotate("", (stop, at[1]), (stop, at[0]), arrowprops=arrow)
-        _depth_axis(axes, layers)
-        axes.set_ylabel(what)
-        percent(axes.yaxis)
-        legend(axes)
-
-    return drawn(f"{what} by depth: {', '.join(curves)}", draw)
-
-
 def depth_histogram(shares: Mapping[str, float], layers: int) -> str:
     """Shares of tokens by depth, under early exit."""
 
@@ -131,58 +90,6 @@ def depth_histogram(shares: Mapping[str, float], layers: int) -> str:
         percent(axes.yaxis)
 
     return drawn("share of tokens by depth: early exit", draw)
-
-
-def depths_by_kind(kinds: Mapping[str, Mapping[str, Any]], layers: int) -> str:
-    """Draw for each kind of token a bar of shares by depth, shallow to deep, and the mean depth.
-
-    kinds: by name `n`, `mean_depth` and `depth_shares`.
-    """
-
-    def draw(axes: Any) -> None:
-        for row, kind in enumerate(kinds.values()):
-            left = 0.0
-            for depth, part in kind["depth_shares"].items():
-                color = depth_color(int(depth), layers)
-                axes.barh(row, part, 0.72, left, color=color, edgecolor=INK, lw=0.3)
-                left += part
-            axes.text(1.015, row, f"{kind['mean_depth']:.1f}", va="center")
-        names = [n if len(n) <= SHORT else f"{n[: SHORT - 1]}\u2026" for n in kinds]
-        labels = [f"{n} ({s['n']})" for n, s in zip(names, kinds.values(), strict=True)]
-        axes.set_yticks(range(len(kinds)), labels)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1)
-        axes.text(1.015, -0.75, "mean", va="center")
-        axes.set_xlabel("share of tokens (darker is deeper)")
-        axes.grid(axis="y", visible=False)
-        percent(axes.xaxis)
-
-    height = 0.9 + 0.27 * len(kinds)
-    return drawn(f"depth that tokens need: {', '.join(kinds)}", draw, (SIZE[0], height))
-
-
-def speed_bands(curves: Mapping[str, Sequence[Band]], what: str, ours: str | None = None) -> str:
-    """Quality against decoding speed: a line for each name through the means over seeds, and a band
-    over the seeds' range; `ours`, a name of `curves`, stands out."""
-
-    def draw(axes: Any) -> None:
-        colors = iter(COLORS)
-        for name, rows in curves.items():
-            mine = name == ours
-            color = INK if mine else next(colors)
-            quality, speed, low, high = zip(*rows, strict=True)
-            width, order = (2.6, 3) if mine else (1.6, 2)
-            axes.plot(speed, quality, color=color, linewidth=width, zorder=order, label=name)
-            axes.plot(speed[-1], quality[-1], "o", color=color, markersize=4, zorder=order)
-            axes.fill_betweenx(quality, low, high, color=color, alpha=0.15, lw=0)
-        axes.set_xlabel("decoding speed (full depth = 1)")
-        axes.set_ylabel(what)
-        percent(axes.yaxis)
-        legend(axes)
-
-    height = SIZE[1] + 0.2 * len(curves) / (2 if max(map(len, curves)) <= SHORT else 1)
-    title = f"{what} against decoding speed: {', '.join(curves)}"
-    return drawn(title, draw, (SIZE[0], height))
 
 
 def calibration_curve(
@@ -211,29 +118,3 @@ def calibration_curve(
         legend(axes)
 
     return drawn("risk along the path of thresholds", draw)
-
-
-# -- an analysis -----------------------------------------------------------------------------------
-
-NAMES = {"lens": "untrained (logit lens)", "exits": "trained exits"}
-
-
-def analysis_plots(result: Mapping[str, Any]) -> dict[str, str]:
-    """The plots of `offramp_lab.experiments.analysis.analyse.analyse`'s result by name."""
-    layers, plots = result["layers"], {}
-    parts = {"forced": result["teacher_forced"], "free": result["free_running"]}
-    titles = {
-        "agreement": "agreement with the final layer",
-        "accuracy": "token accuracy (teacher-forced)",
-        "identical": "answers as the full model's",
-        "quality": f"quality ({result['free_running'].get('metric', '')})",
-    }
-    for part in parts.values():
-        for measure, title in titles.items():
-            curves = {n: part[k][measure] for k, n in NAMES.items() if measure in part.get(k, {})}
-            if curves:
-                plots[measure] = by_depth(curves, layers, title)
-    for name, needed in result["needed_depth"].items():
-        kinds = {**{k: v for k, v in needed["position"].items() if k != "end"}, **needed["class"]}
-        plots[f"needed-{name}"] = depths_by_kind({"all": needed["all"], **kinds}, layers)
-    return plots

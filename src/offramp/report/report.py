@@ -1,8 +1,8 @@
 """The report: one HTML file of what the other commands measured.
 
-What it takes are their own files: an adapter's folder, a run of `offramp eval`, an analysis.json, a
-compare.json, a demo's report. A section appears when something was given that it can show, and the
-end of the page names what was not.
+What it takes are their own files: an adapter's folder, a run of `offramp eval`, a demo's report. A
+section appears when something was given that it can show, and the end of the page names what was
+not.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "adapter": ("depths", "policy", "backbone"),
     "demo": ("modes", "full_equals_generate"),
     "eval": ("modes", "task", "settings"),
-    "analysis": ("teacher_forced", "needed_depth"),
-    "compare": ("points",),
 }
 """What can be shown, and the keys that it is recognised by."""
 
@@ -42,14 +40,12 @@ MAKERS = {
     "adapter": "offramp train, then offramp calibrate",
     "demo": "offramp demo",
     "eval": "offramp eval",
-    "analysis": "offramp-lab analyse",
-    "compare": "offramp-lab compare",
 }
 
 HEADLINES = {"demo": headline.demo, "eval": headline.evaluated, "adapter": headline.adapter}
 """What a page opens with: the first of these that it holds."""
 
-FILES = ("adapter.json", "result.json", "analysis.json", "compare.json", "report.json")
+FILES = ("adapter.json", "result.json", "report.json")
 """What is looked for in a folder."""
 
 
@@ -170,8 +166,7 @@ def report(
             missing.append((heads, " or ".join(MAKERS[kind] for kind in shows)))
     if where := sections.origins([(s.name, s.value) for s in sources]):
         shown.append(("origin", "Machine and versions", where))
-    named = [s for s in sources if s.kind != "compare"] or sources  # that names no backbone
-    backbones = dict.fromkeys(s.name.split(", ")[0] for s in named)
+    backbones = dict.fromkeys(s.name.split(", ")[0] for s in sources)
     title = title or f"Early exits on {' and '.join(backbones)}"
     return document(title=title, sections=shown, missing=missing, sentence=_sentence(sources))
 
@@ -195,9 +190,6 @@ def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
     return [
         ("answers", "Answers, word by word", {"eval": answers, "demo": answers}),
         ("key", "Key figures", dict.fromkeys(HEADLINES, _figures)),
-        ("tradeoff", "Quality against speed", {"compare": of(sections.tradeoffs)}),
-        ("depth", "Quality by depth", {"analysis": of(sections.depths)}),
-        ("overthinking", "Overthinking", {"analysis": of(sections.overthinking)}),
         ("exits", "Where tokens exit", {"eval": of(sections.histogram)}),
         ("calibration", "Calibration", {"adapter": of(sections.calibration)}),
         ("figures", "All figures", {

@@ -5,14 +5,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 from offramp.depth_color import depth_color
-from offramp.report.plots import COLORS, INK, MARKERS, drawn, legend
+from offramp.report.plots import COLORS, INK, SHORT, SIZE, drawn, legend, percent
 
+MARKERS = "osD^vPX*"
 _PRINTED = "#1b2027"  # the ink on white ground
 _TITLE = 22  # points above a plot for its title
+
+
+class Band(NamedTuple):
+    """Speeds at one level of quality: the mean over seeds, and their range."""
+
+    quality: float
+    speed: float
+    low: float
+    high: float
 
 
 def standalone(svg: str, title: str) -> str:
@@ -132,3 +142,27 @@ def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
 
     return _listed([*rows], what, draw, (5.6, 1.0 + 0.5 * len(rows)))
+
+
+def speed_bands(curves: Mapping[str, Sequence[Band]], what: str, ours: str | None = None) -> str:
+    """Quality against decoding speed: a line for each name through the means over seeds, and a band
+    over the seeds' range; `ours`, a name of `curves`, stands out."""
+
+    def draw(axes: Any) -> None:
+        colors = iter(COLORS)
+        for name, rows in curves.items():
+            mine = name == ours
+            color = INK if mine else next(colors)
+            quality, speed, low, high = zip(*rows, strict=True)
+            width, order = (2.6, 3) if mine else (1.6, 2)
+            axes.plot(speed, quality, color=color, linewidth=width, zorder=order, label=name)
+            axes.plot(speed[-1], quality[-1], "o", color=color, markersize=4, zorder=order)
+            axes.fill_betweenx(quality, low, high, color=color, alpha=0.15, lw=0)
+        axes.set_xlabel("decoding speed (full depth = 1)")
+        axes.set_ylabel(what)
+        percent(axes.yaxis)
+        legend(axes)
+
+    height = SIZE[1] + 0.2 * len(curves) / (2 if max(map(len, curves)) <= SHORT else 1)
+    title = f"{what} against decoding speed: {', '.join(curves)}"
+    return drawn(title, draw, (SIZE[0], height))

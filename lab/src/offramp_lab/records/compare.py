@@ -22,13 +22,13 @@ from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import generate_fn, speedup, time_interleaved
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY, load_tiny
-from offramp.report.tradeoff import FREE
 from offramp.storage import read_json, write_json
 from offramp.training.config import FREE as TERMS
 from offramp.training.config import TrainConfig
 from offramp_lab.experiments.comparison.compare import compare
 from offramp_lab.experiments.comparison.grid import exits_folder
 from offramp_lab.experiments.comparison.methods import FEW, Plan
+from offramp_lab.experiments.comparison.tradeoff import FREE
 from offramp_lab.experiments.experiment import same
 from offramp_lab.methods.propagate import Propagating
 from offramp_lab.places import RUNS

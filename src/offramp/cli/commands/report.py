@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     parser.add_argument(
         "sources", nargs="*", default=[], metavar="PATH",
-        help="folders (of an adapter, or what eval, analyse, compare or demo wrote), or JSON files",
+        help="folders (of an adapter, or what eval or demo wrote), or JSON files",
     )  # fmt: skip
     # Earlier versions took them by this option.
     parser.add_argument("--run", dest="more", nargs="+", default=[], help=argparse.SUPPRESS)

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.evaluation.statistics import Measure, interval
-from offramp.report.plots import speed_bands
-from offramp.report.tradeoff import FREE, Points, by_name, of_seed, speed_at
 from offramp_lab.experiments.comparison.methods import FIXED, NEXT, SUPERVISED
+from offramp_lab.experiments.comparison.tradeoff import FREE, Points, by_name, of_seed, speed_at
+from offramp_lab.experiments.drawing import speed_bands
 
 OURS = (FREE, SUPERVISED, NEXT)
 """Objectives that are no baselines."""

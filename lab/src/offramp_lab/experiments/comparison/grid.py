@@ -16,11 +16,11 @@ from offramp.data.example import Example
 from offramp.engine.confidence import HEADS
 from offramp.engine.policy import ExitPolicy, Thresholds
 from offramp.models.exits import Exits, ExitSet, propose_depths
-from offramp.report.tradeoff import FREE
 from offramp.training.feature_dataset import Stores
 from offramp.training.trainer import Trainer
 from offramp_lab.experiments.comparison.methods import FIXED, POLICIES
 from offramp_lab.experiments.comparison.points import Entry, PointMeasurer
+from offramp_lab.experiments.comparison.tradeoff import FREE
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import offramp_lab.methods  # noqa: F401  it registers the baselines that are co
 from offramp.engine.confidence import FEATURE_SCORES, HEADS, SCORES
 from offramp.errors import InputError, check_known
 from offramp.options import option
-from offramp.report.tradeoff import FREE
 from offramp.training.config import FREE as ADDED
 from offramp.training.config import OBJECTIVES as TERMS
 from offramp.training.config import TrainConfig
+from offramp_lab.experiments.comparison.tradeoff import FREE
 
 SUPERVISED = "free_supervised"
 """FREE that reads the labels too: what cross_entropy, which reads them, is compared with."""

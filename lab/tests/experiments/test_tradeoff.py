@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from offramp.report import tradeoff
-from offramp.report.tradeoff import speed_at
+from offramp_lab.experiments.comparison import tradeoff
+from offramp_lab.experiments.comparison.tradeoff import speed_at
 
 
 def point(drop: float, speed: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.report.plots import Band
+from offramp_lab.experiments.drawing import Band
 
 Points = Sequence[Mapping[str, Any]]
 """Each with `seed`, `quality_drop` against the full model, and `speedup_decode`."""

@@ -1,1 +1,0 @@
-"""Quality at every depth, and overthinking."""
