@@ -77,7 +77,6 @@ def test_a_calibration_from_before_first_tokens_had_thresholds_stands(here: Cond
         ({"first": {"2": 0.5}}, "first tokens 2: 0.5 where none"),
         ({"gates": {"2": 0.5}}, "gates 2: 0.5 where none"),
         ({"visual_keep": 0.5}, "50% of the visual tokens where 100% were calibrated"),
-        ({"visual_ranking": "random"}, "visual tokens by random where by attention"),
         ({"weights": {"2": 0.5}}, "weights of exits 2: 0.5 where none"),
     ],
 )

@@ -43,8 +43,8 @@ REGIMES: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class Sizes:
     """Photographs with captions and questions to train exits on, steps, examples measured (`exact`:
-    captions decoded losslessly; `damaged`: photographs corrupted), whether lossless mode is measured
-    in bfloat16 too (`curves`), and the risks that are guaranteed."""
+    captions decoded losslessly; `damaged`: photographs corrupted), whether lossless mode is
+    measured in bfloat16 too (`curves`), and the risks that are guaranteed."""
 
     captions: int = 6000
     questions: int = 1000

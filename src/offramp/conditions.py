@@ -114,12 +114,9 @@ def of_backbone(backbone: Backbone, engine: str | None = None) -> dict[str, Any]
 
 
 def of_policy(policy: ExitPolicy) -> dict[str, Any]:
-    """Return its entries but those of speed alone. Of earlier versions gates and weights decided
-    answers too: calibrations that name one guarantee nothing."""
-    told = policy_entries(policy)
-    if policy.pruning.keep == 1:
-        told["visual_ranking"] = None
-    return {name: value for name, value in told.items() if name not in SPEED}
+    """Return its entries but those of speed alone. Of earlier versions gates, weights and
+    visual tokens that were left out decided answers too: calibrations by one guarantee nothing."""
+    return {name: told for name, told in policy_entries(policy).items() if name not in SPEED}
 
 
 def of_exits(exits: Any) -> dict[str, Any]:
@@ -405,9 +402,6 @@ RULES: dict[str, Rule] = {
     "visual_keep": Rule(
         "{here} of the visual tokens where {then} were calibrated",
         shown=lambda v: f"{v:.0%}", before=1.0,
-    ),
-    "visual_ranking": Rule(
-        "visual tokens by {here} where by {then} were calibrated", before="attention"
     ),
     "shortlist": Rule(
         "{here} where calibrated {then}",

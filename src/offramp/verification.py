@@ -33,7 +33,6 @@ from offramp.engine.policy import (
     ExitPolicy,
     GenerationOutput,
     Thresholds,
-    check_all_go_on,
     policy_to_json,
 )
 from offramp.engine.prefill import Prefill, prepare
@@ -113,7 +112,6 @@ class Verification:
             raise InputError("There are no prompts to verify by.", "Give examples.")
         self.settings: Settings = settings or Settings()
         self.policy: ExitPolicy = adapter.policy if policy is None else policy
-        check_all_go_on(self.policy, "What answers are verified by")
         self.adapter: Adapter = adapter
         self.encoder: InputProcessor = encoder
         self.runtime: Runtime | None = runtime

@@ -35,7 +35,7 @@ from offramp.data.decontamination import picture_digests
 from offramp.data.example import Example
 from offramp.data.item import Item
 from offramp.data.scenes import world
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Pruning
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import DataError, InputError
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
@@ -662,55 +662,6 @@ def test_first_tokens_that_never_exit_have_no_threshold(monkeypatch: pytest.Monk
     monkeypatch.setattr(backbone, "family", replace(backbone.family, causal_prompt=False))
     with pytest.raises(InputError, match="read whole"):
         found(4, first="auto")
-
-
-@pytest.mark.parametrize("shares", [(0.5,), (1, 0.9, 0.5, 0.25)])
-@pytest.mark.parametrize("depths", [(4,), (4, 5)])
-def test_what_is_promised_covers_visual_tokens_that_stay_behind(
-    shares: tuple[float, ...], depths: tuple[int, ...]
-) -> None:
-    result = found(*depths, visual_keep=shares, target=0.95)
-    assert result.policy.pruning.keep in shares and result.policy.pruning.keep < 1
-    assert result.conditions["visual_keep"] == result.policy.pruning.keep
-    searched = [i for i in images_of(examples()) if i.rank < SEARCH]
-    at_all = len(shares) > 1  # one was chosen before, and with it no path is searched
-    assert result.n == len(examples()) - (len(searched) if at_all else 0)
-    rows = [row for i in images_of(examples()) if not at_all or i not in searched for row in i.rows]
-    losses = lost("disagreement", result.policy, [examples()[row] for row in rows], *depths)
-    assert result.measured == pytest.approx(losses.mean())
-
-
-@pytest.mark.parametrize("target", [0.1, 0.25, 0.95])
-def test_a_searched_share_of_visual_tokens_is_the_least_that_loses_little(target: float) -> None:
-    shares = (1.0, 0.9, 0.8, 0.5)
-    result = found(4, visual_keep=shares, target=target)
-    kept = result.attempts[-1].outcome["visual_keep"]
-    searched = [examples()[row] for i in images_of(examples()) if i.rank < SEARCH for row in i.rows]
-
-    def alone(share: float) -> float:
-        """What is lost where no token exits."""
-        policy = ExitPolicy({4: 1.0}, pruning=Pruning(share))
-        return with_error(lost("disagreement", policy, searched, 4))
-
-    assert kept == 1 or alone(kept) <= LOST_SHARE * spare(result)
-    lower = [share for share in shares if share < kept]
-    assert not lower or alone(lower[0]) > LOST_SHARE * spare(result)
-
-
-def test_more_images_keep_the_share_of_visual_tokens_that_was_searched() -> None:
-    shares = (1.0, 0.5)
-    few = found(4, visual_keep=shares, examples=examples()[:24])
-    adapter = replace(adapter_at(4), attempts=[a.to_json() for a in few.attempts])
-    given = {"costs": costs(), **LAX, "visual_keep": shares}
-    more = calibrate(adapter, encoder(), examples(), ExitPolicy(), **given)
-    assert more.attempt == few.attempt == 1 and more.n > few.n
-    assert more.attempts[-1].outcome["visual_keep"] == few.attempts[-1].outcome["visual_keep"]
-
-
-@pytest.mark.parametrize("wrong", [(), (0.0, 1.0), (2.0,)])
-def test_shares_of_visual_tokens_are_above_0_and_up_to_1(wrong: Any) -> None:
-    with pytest.raises(InputError, match="visual tokens"):
-        found(4, visual_keep=wrong)
 
 
 def test_the_policy_says_whether_first_tokens_exited_on_this_backbone(

@@ -164,38 +164,6 @@ def test_calibrate_stores_a_threshold_of_first_tokens(
     assert code == 2 and "soon" in err
 
 
-def test_calibrate_stores_the_share_of_visual_tokens_that_goes_on(
-    run: RunCommand, adapter: Path, held_out: Path
-) -> None:
-    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
-    lax = ("--target", 0.9, "--confidence", 0.5)
-    code, out, _ = run(*asked, *lax, "--visual-keep", "0.5")
-    told, stored = json.loads(out), json.loads((adapter / CONFIG).read_text())
-    assert code == 0 and told["policy"]["visual_keep"] == told["conditions"]["visual_keep"] == 0.5
-    assert stored["policy"] == told["policy"]
-    code, out, _ = run(*asked, *lax, "--visual-keep", "1,0.5")
-    assert code == 0 and json.loads(out)["conditions"]["visual_keep"] in (1.0, 0.5)
-    for wrong in ("0", "some", "0.5,2", "best:0.5"):
-        code, _, err = run(*asked, "--visual-keep", wrong)
-        assert code == 2 and "--visual-keep" in err
-
-
-def test_calibrate_stores_what_says_which_visual_tokens_go_on(
-    run: RunCommand, adapter: Path, held_out: Path
-) -> None:
-    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
-    lax = ("--target", 0.9, "--confidence", 0.5)
-    code, out, _ = run(*asked, *lax, "--visual-keep", "divprune:0.95")
-    told, stored = json.loads(out), json.loads((adapter / CONFIG).read_text())
-    assert code == 0 and told["policy"].get("visual_ranking") == "divprune"
-    assert stored["policy"] == told["policy"]
-    assert told["conditions"]["visual_ranking"] == "divprune"
-    code, out, _ = run(*asked, *lax, "--visual-keep", "random-before:1,0.5")
-    assert code == 0 and json.loads(out)["attempt"] == 2  # another question, of the same images
-    [*_, last] = json.loads((adapter / "attempts.json").read_text())
-    assert last["settings"]["visual_ranking"] == "random-before"
-
-
 QUICK = ("--confidence", 0.5, "--limit", 4, "--max-new-tokens", 3)
 
 

@@ -4,6 +4,7 @@ what the decode loop guarantees."""
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import families
 import pytest
@@ -291,9 +292,10 @@ def test_what_earlier_versions_stored_is_read_with_one_warning(name) -> None:
     assert len(said) == 1
 
 
-def test_approximate_keys_that_earlier_versions_stored_are_read_as_exact_with_a_warning() -> None:
+@pytest.mark.parametrize("more", [{"kv": "propagate"}, {"visual_keep": 0.5}], ids=str)
+def test_what_earlier_versions_left_out_is_read_as_exact_with_a_warning(more: Any) -> None:
     plain = policy_to_json(ExitPolicy({2: 0.5}))
     assert plain["kv"] == "recompute"
-    with pytest.warns(UserWarning, match="approximate keys") as said:
-        assert policy_from_json({**plain, "kv": "propagate"}) == ExitPolicy({2: 0.5})
+    with pytest.warns(UserWarning, match=next(iter(more))) as said:
+        assert policy_from_json({**plain, **more}) == ExitPolicy({2: 0.5})
     assert len(said) == 1

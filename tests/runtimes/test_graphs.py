@@ -21,7 +21,7 @@ from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.constraint import JsonConstraint
 from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Pruning
+from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.exits import ExitSet
 from offramp.models.input_processor import InputProcessor
@@ -262,8 +262,6 @@ def test_what_cannot_be_recorded_is_refused(
     wants("GraphRuntime with that policy", policy=several)
     two = batch("blip2-opt", 2)
     refused(lambda: runtime.generate(two, **GREEDY), InputError, "one answer at a time")
-    pruned = ExitPolicy({depth: 0.5}, pruning=Pruning(0.5))
-    refused(lambda: GraphRuntime(adapter, policy=pruned), InputError, "all visual tokens")
     other = Adapter(backbone("blip2-t5"), exits("blip2-t5"), ExitPolicy())
     refused(lambda: GraphRuntime(other), UnsupportedBackboneError, "encoder-decoder")
     refused(lambda: GraphRuntime(adapter, context=10**12), InputError, "slots")

@@ -33,7 +33,7 @@ from reference import Dice
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.confidence import SCORES
-from offramp.engine.policy import FULL, ExitPolicy, Pruning
+from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
 from offramp.models.exits import Exits, ExitSet
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf, segment
@@ -130,17 +130,6 @@ def test_early_exits_are_those_of_pytorch(
     assert same(*found)
     assert len(set(found[0].depths[0].tolist())) > 1
     assert torch.equal(found[0].scores.isnan(), found[1].scores.isnan())
-
-
-def test_visual_tokens_that_are_to_stay_behind_are_refused(loaded: Any) -> None:
-    policy = replace(adapter_of("llava").policy, pruning=Pruning(0.5))
-    with pytest.raises(InputError, match=r"llama\.cpp runs all visual tokens"):
-        loaded("llava").generate(inputs_of("llava"), policy=policy, **GREEDY)
-    lossless = loaded("llava").generate(
-        inputs_of("llava"), policy=replace(policy, lossless=True), **GREEDY
-    )
-    full = loaded("llava").generate(inputs_of("llava"), policy=FULL, **GREEDY)
-    assert torch.equal(lossless.sequences, full.sequences)
 
 
 def test_scores_are_those_of_pytorch(loaded: Any) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.calibration.attempts import Attempt
-from offramp.engine.policy import RANKINGS, ExitPolicy, Pruning, Thresholds, policy_to_json
+from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json
 from offramp.errors import AdapterError
 from offramp.runtimes.llama_cpp.exit_files import known_policy
 from offramp.save_and_load import _is_counted
@@ -28,7 +28,6 @@ POLICIES = st.builds(
     drafts=BY_DEPTH,
     shortlist=st.booleans(),
     first=st.none() | BY_DEPTH,
-    pruning=st.builds(Pruning, st.floats(0.01, 0.99), st.sampled_from([*RANKINGS])),
 )
 JSON = st.recursive(
     st.none()

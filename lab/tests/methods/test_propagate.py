@@ -13,7 +13,7 @@ from families import WORDLESS
 from reference import Dice
 
 from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy, GenerationOutput, Pruning
+from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engines import engine_named
 from offramp.errors import InputError
@@ -131,9 +131,8 @@ def test_it_is_refused_where_it_would_save_nothing(name: str):
     assert len(str(caught.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize("more", [{"lossless": True}, {"pruning": Pruning(0.5)}], ids=str)
-def test_what_needs_exact_keys_refuses_it(more: Any, backbone: Any, exits: Any, batch: Any):
-    policy = ExitPolicy({2: 0.5}, **more)
+def test_lossless_decoding_refuses_it(backbone: Any, exits: Any, batch: Any):
+    policy = ExitPolicy({2: 0.5}, lossless=True)
     with pytest.raises(InputError, match="need exact ones"):
         propagating(backbone("llava"), exits("llava"), batch("llava", 1), policy)
 

@@ -4,7 +4,7 @@ One pass of the full model over the examples gives its answers, a replay of thes
 would have said; only answers that thresholds change are generated again. A path of
 thresholds, the safest first, is then tested until one fails (`risk_control`). With several exits
 the path is found on a part of the images that is not tested on (`threshold_search`), and so are a
-threshold of first tokens and a share of visual tokens. What is drawn is images, and all attempts
+threshold of first tokens. What is drawn is images, and all attempts
 on the same images share one error budget (`attempts`). What the answers were made by is noted
 beside the guarantee (`offramp.guarantee`).
 """
@@ -56,15 +56,11 @@ from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
 from offramp.engine.policy import (
     ExitPolicy,
-    Pruning,
     Thresholds,
-    check_all_go_on,
-    check_visual_keep,
     first_token_may_exit,
     policy_to_json,
     resolved,
 )
-from offramp.engine.pruning import Pruner
 from offramp.engine.self_check import check_untested
 from offramp.errors import DataError, InputError
 from offramp.evaluation.evaluate import tensor_digest
@@ -211,7 +207,6 @@ def calibrate(
     kind_targets: Mapping[str, float] | None = None,
     thresholds: Sequence[float] | None = None,
     first: float | str | None = None,
-    visual_keep: Sequence[float] | None = None,
     frequencies: Sequence[Example] | None = None,
     batch_size: int = 64,
     costs: Costs | None = None,
@@ -233,9 +228,6 @@ def calibrate(
         first: threshold of an answer's first token, with which the prompt may wait at its exit:
             a number that was chosen before any of these images was looked at; or "auto": it is
             searched, on images that are then not tested on. None: the policy's own.
-        visual_keep: share of a prompt's visual tokens that goes on by the policy's ranking: one, as
-            chosen before any of these images was looked at; or several, down to the smallest of
-            which is searched, on images that are then not tested on. None: the policy's own.
         frequencies: with the risk "cider_drop", examples of other images, whose references weigh
             words; those of images that are calibrated on are left out. None: a part of the images,
             which is then not tested on, weighs them.
@@ -259,22 +251,18 @@ def calibrate(
     thresholds = thresholds or (GRID if runtime is None else COARSE)
     judged = list(map(Judged.of, examples))
     policy = _policy_of(policy, first, adapter, encoder)
-    shares = _shares_of(visual_keep, policy.pruning.ranking, adapter, runtime)
-    if visual_keep is not None:
-        share = 1.0 if shares else float(visual_keep[0])
-        policy = replace(policy, pruning=replace(policy.pruning, keep=share))
     _check_examples(adapter, judged, risk, policy)
     return _calibrate(
-        adapter, encoder, judged, policy, asked, thresholds, shares, first, frequencies, options,
+        adapter, encoder, judged, policy, asked, thresholds, first, frequencies, options,
         costs=costs, batch_size=batch_size, runtime=runtime, progress=progress,
     )  # fmt: skip
 
 
 def _calibrate(
     adapter: Adapter, encoder: InputProcessor, judged: Sequence[Example], policy: ExitPolicy,
-    asked: Guarantee, thresholds: Sequence[float], shares: Sequence[float],
-    first: float | str | None, frequencies: Sequence[Example] | None, options: dict[str, Any],
-    *, runtime: Runtime | None, progress: Any, **how: Any,
+    asked: Guarantee, thresholds: Sequence[float], first: float | str | None,
+    frequencies: Sequence[Example] | None, options: dict[str, Any], *,
+    runtime: Runtime | None, progress: Any, **how: Any,
 ) -> Calibration:  # fmt: skip
     """Calibrate what was checked; arguments as of `calibrate`. how: costs and batch_size."""
     images = images_of(judged)  # before the model runs: they may be refused
@@ -283,7 +271,7 @@ def _calibrate(
         adapter, encoder, judged, policy, RISKS[asked.risk], runtime=runtime, **how, **options
     )
     _check_quality(whole)
-    also = first == AUTO or bool(shares) or (bool(whole.risk.weighed) and frequencies is None)
+    also = first == AUTO or (bool(whole.risk.weighed) and frequencies is None)
     search, tested = split_images(whole, images, also=also)
     whole, weighed = _weighed(whole, frequencies, [row for image in search for row in image.rows])
     attempts = tuple(map(Attempt.from_json, adapter.attempts))
@@ -294,7 +282,7 @@ def _calibrate(
     settings = {
         **_settings(asked, policy, thresholds, options),
         "runtime": name,
-        **_searched(first, shares, policy),
+        **({"first": AUTO} if first == AUTO else {}),
         **weighed,
         **({"conditions": unlike} if unlike else {}),
         **_counted(asked, judged, images, frames),
@@ -302,7 +290,7 @@ def _calibrate(
     digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
     trial = _trial(
         whole, search, tested, thresholds, attempts, digest, asked,
-        search_first=first == AUTO, shares=shares, frames=frames,
+        search_first=first == AUTO, frames=frames,
     )  # fmt: skip
     calibration, was_tested = _test(trial, asked, judged, progress)
     if was_tested:  # else no errors were risked
@@ -347,18 +335,6 @@ def _conditions_of(
         any_prompt="" in likeness.kinds or None,
         **here,
     )
-
-
-def _searched(
-    first: float | str | None, shares: Sequence[float], policy: ExitPolicy
-) -> dict[str, Any]:
-    """Settings of what is searched on images that are not tested on."""
-    settings: dict[str, Any] = {"first": AUTO} if first == AUTO else {}
-    if shares:
-        settings["visual_keep"] = list(shares)
-        if policy.pruning.ranking != Pruning.ranking:
-            settings["visual_ranking"] = policy.pruning.ranking
-    return settings
 
 
 def _weighed(
@@ -415,31 +391,11 @@ def _policy_of(
     return policy
 
 
-def _shares_of(
-    visual_keep: Sequence[float] | None, ranking: str, adapter: Adapter, runtime: Runtime | None
-) -> tuple[float, ...]:
-    """The shares of visual tokens that are searched; none where one is given, or none is. Raise
-    `InputError` before anything runs where none can stay behind."""
-    shares = tuple(visual_keep or ())
-    if visual_keep is not None and not shares:
-        raise InputError("No share of the visual tokens was given.", "Give some, such as (1, 0.5).")
-    for share in shares:
-        check_visual_keep(share)
-    every = Thresholds.shared(adapter.exits.depths, 1.0)
-    asked = ExitPolicy(every, pruning=Pruning(min(shares or [1.0]), ranking))
-    for stage in asked.stages:
-        Pruner(adapter.backbone, adapter.exits, stage)
-        if runtime is not None:
-            check_all_go_on(asked, runtime.name)
-    return shares if len(shares) > 1 else ()
-
-
 def _attempt(
     trial: _Trial, calibration: Calibration, asked: str, settings: dict[str, Any]
 ) -> Attempt:
     """What is kept of an attempt."""
     searched = settings.get("first") == AUTO
-    share = {"visual_keep": trial.tested.policy.pruning.keep} if "visual_keep" in settings else {}
     own = {"first": Thresholds(trial.tested.policy.first or {}).to_json()} if searched else {}
     outcome: dict[str, Any] = {
         n: getattr(calibration, n) for n in ("n", "measured", "bound", "reason")
@@ -454,7 +410,6 @@ def _attempt(
         looked=trial.turn.looked,
         outcome={
             **outcome,
-            **share,
             "thresholds": Thresholds(calibration.policy.thresholds).to_json(),
             **own,
         },
@@ -594,26 +549,15 @@ def _trial(
     asked: Guarantee,
     *,
     search_first: bool,
-    shares: Sequence[float],
     frames: Sequence[Sequence[str]],
 ) -> _Trial:
     any_time = TESTS[first_test(asked.method)].any_time
     turn = turn_of(attempts, digest, tested, any_time=any_time)
-    if shares and turn.continues is not None:
-        whole = whole.with_visual_keep(turn.continues.outcome["visual_keep"])
-    elif shares:
-        keeping = ThresholdEvaluator.with_visual_keep
-        whole = keeping(
-            whole,
-            lowest(whole, search, shares, _spare(asked, turn, whole=whole.risk.whole), keeping),
-        )
     if search_first and turn.continues is not None:
         whole = whole.with_first(max(turn.continues.outcome["first"].values()))
     elif search_first:
-        having = ThresholdEvaluator.with_first
-        whole = having(
-            whole, lowest(whole, search, grid, _spare(asked, turn, whole=whole.risk.whole), having)
-        )
+        spare = _spare(asked, turn, whole=whole.risk.whole)
+        whole = whole.with_first(lowest(whole, search, grid, spare))
     if turn.path is None:
         turn = replace(turn, path=tuple(path_of(whole, search, grid)))
     rows = [row for image in turn.images for row in image.rows]
@@ -743,9 +687,8 @@ def _kinds(trial: _Trial, losses: Array, point: int, asked: Guarantee) -> tuple[
 def _chosen(policy: ExitPolicy, point: Point | None) -> ExitPolicy:
     """The policy at a point of the path; None: without thresholds."""
     if point is None:
-        pruning = replace(policy.pruning, keep=1.0)
         first = None if policy.first else policy.first
-        return replace(policy, thresholds={}, first=first, pruning=pruning)
+        return replace(policy, thresholds={}, first=first)
     first = policy.first and {d: t for d, t in policy.first.items() if d in point.thresholds}
     return replace(policy, thresholds=point.thresholds, first=first)
 

@@ -98,7 +98,7 @@ class Replay:
 def can_replay(policy: ExitPolicy) -> bool:
     """Return True if a replay shows what `policy` does: a score of `SCORES`, and no visual tokens
     that stay behind, which changes tokens at full depth too."""
-    return policy.pruning.keep == 1 and policy.score in SCORES and not policy.lossless
+    return policy.score in SCORES and not policy.lossless
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ SEARCH = 0.3
 """Share of the images on which several exits' path, and a threshold of first tokens, are found."""
 LOST_SHARE = 0.5
 """Share of what may be lost that is spent, on the answers searched on, on first tokens that exit,
-or on visual tokens that stay behind, where no other token exits."""
+where no other token exits."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,6 @@ class ThresholdEvaluator:
         replayed = None if self.replay is None else replace(self.replay, policy=policy)
         return replace(self, policy=policy, replay=replayed)
 
-    def with_visual_keep(self, share: float) -> ThresholdEvaluator:
-        """Such a share of the visual tokens goes on; below 1 a replay shows nothing."""
-        policy = replace(self.policy, pruning=replace(self.policy.pruning, keep=share))
-        if share == 1:
-            return replace(self, policy=policy)
-        doubtful = np.ones(len(self.examples), dtype=bool)
-        return replace(self, policy=policy, replay=None, doubtful=doubtful)
-
     def losses(self, thresholds: Mapping[int, float]) -> Array:
         """Return what each answer loses [n]; those that stay the full model's lose nothing."""
         policy = replace(self.policy, thresholds=Thresholds(thresholds))
@@ -162,8 +154,7 @@ def split_images(
 ) -> tuple[list[ImageRows], list[ImageRows]]:
     """Images on which a path is searched, and those on which it is tested: by rank, so that more
     images bring none that was searched on into the test. Copies of one that is searched on are
-    searched on with it. also: whether a threshold of first tokens, or a share of visual tokens, is
-    searched too.
+    searched on with it. also: whether more is searched than a path.
 
     Raises:
         DataError: too few images for both.
@@ -176,8 +167,7 @@ def split_images(
     if not search or not tested:
         raise DataError(
             f"{len(images)} images are too few to search thresholds on some and test on others.",
-            "Give more images, or calibrate one exit, with no threshold searched for first tokens "
-            "and no share of visual tokens.",
+            "Give more images, or calibrate one exit, with no threshold searched for first tokens.",
         )
     return search, tested
 
@@ -192,17 +182,15 @@ def lowest(
     search: Sequence[ImageRows],
     values: Sequence[float],
     spare: float,
-    having: Callable[[ThresholdEvaluator, float], ThresholdEvaluator],
 ) -> float:
-    """The lowest threshold of first tokens, or share of visual tokens, down to which answers none
-    of whose other tokens exits, of those searched on, lose at most `LOST_SHARE` of what is spare,
-    with a standard error on top; 1 where there is none. having: the evaluator with such a
-    value."""
+    """The lowest threshold of first tokens down to which answers none of whose other tokens exits,
+    of those searched on, lose at most `LOST_SHARE` of what is spare, with a standard error on top;
+    1 where there is none."""
     part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
     never = Thresholds.shared(part.depths, 1.0)
     found = 1.0
     for value in sorted(set(values) - {1}, reverse=True):
-        losses = having(part, value).losses(never)
+        losses = part.with_first(value).losses(never)
         if losses.mean() + losses.std() / len(losses) ** 0.5 > LOST_SHARE * spare:
             break
         found = float(value)

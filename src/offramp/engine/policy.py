@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from offramp.engine.confidence import (
     check_levels,
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 
     from offramp.models.backbone import Backbone
 
-RANKINGS = {"attention": False, "random": False, "divprune": True, "random-before": True}
-"""What says which visual tokens go on, and whether it does before the decoder: else behind the
-first exit. How much the prompt's last token attends to each in the exit; how unlike each other they
-are; or chance, there and here the control that others are held to
-(`offramp.engine.pruning.CHOOSERS`)."""
 Mode = Literal["full", "early_exit", "lossless"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 """Exits are off; end a token; or only draft it, and the full model verifies."""
@@ -65,54 +60,6 @@ class Thresholds(dict[int, float]):
         return ", ".join(f"{number:g} at depth {depth}" for depth, number in self.items())
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """The share of a prompt's visual tokens that goes on, and the ranking that says which
-    (`offramp.engine.pruning`).
-
-    keep: share of them, above 0 and up to 1: all. ranking: of `RANKINGS`. Where fewer go on,
-    answers change, at full depth too, so thresholds are calibrated with it.
-
-    Raises:
-        InputError: a share that is none, or an unknown ranking.
-    """
-
-    keep: float = 1.0
-    ranking: str = "attention"
-
-    def __post_init__(self) -> None:
-        check_visual_keep(self.keep)
-        check_known("Ranking of visual tokens", [self.ranking], [*RANKINGS])
-
-
-class PruningStage(NamedTuple):
-    """Visual tokens stay behind at `depth`: of each prompt's, the share `keep` goes on to the
-    layers above, the first by a ranking of `RANKINGS`. At depth 0 no layer reads the others."""
-
-    depth: int
-    keep: float
-    ranking: str
-
-    @property
-    def where(self) -> str:
-        """Return the place in words."""
-        return f"behind depth {self.depth}" if self.depth else "to the decoder"
-
-    @property
-    def name(self) -> str:
-        """Return the name of the stage (`offramp.engine.decoding.rule.PromptStage`)."""
-        return "pruning"
-
-    @property
-    def refusal(self) -> tuple[str, str]:
-        """Return problem and remedy where an executor cannot leave any token out."""
-        return (
-            f"The policy lets {self.keep:g} of the visual tokens go on {self.where}, and what runs "
-            "the layers here cannot leave any behind.",
-            "Use a policy without pruning, or PyTorch, where layers run in slots.",
-        )
-
-
 _BY_DEPTH = ("thresholds", "drafts", "first")
 RETIRED = ("guesses", "weights", "gates")
 """Fields of earlier versions, which gained nothing: guesses between early exits were slower in 14
@@ -121,6 +68,9 @@ faster than the largest probability."""
 EXACT = "recompute"
 """Keys and values of the layers that a token skipped, as files name them: exact, and the only ones
 since approximate ones gained nothing."""
+ALL = 1.0
+"""Share of the visual tokens that the layers above an exit read, as files name it: all, since
+leaving some out lost more quality than it gained time."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +94,6 @@ class ExitPolicy:
         exit until a later token needs it deeper: exact too. A depth that is missing, or that
         `thresholds` miss, is off. None: those of every token, where the prompt is causal, which the
         backbone's family says (see `resolved`). Empty: prompts run to full depth.
-    pruning: which visual tokens go on to the layers above the first exit, or to the decoder at all.
-        Lossless answers are the full model's: there all go on.
-
     Raises:
         InputError: an unknown score, thresholds that are no numbers or outside [0, 1], or drafts of
             no token.
@@ -159,15 +106,9 @@ class ExitPolicy:
     drafts: Mapping[Any, float] = field(default_factory=dict)
     shortlist: bool = False
     first: Mapping[int, float] | None = None
-    pruning: Pruning = field(default_factory=Pruning)
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        if not isinstance(self.pruning, Pruning):
-            raise InputError(
-                f"Visual tokens cannot be pruned by {self.pruning!r}.",
-                'Give a share and a ranking, such as pruning=Pruning(0.5, "divprune").',
-            )
         if type(self.max_draft) is not int or self.max_draft < 1:
             raise InputError(
                 f"A draft of at most {self.max_draft!r} tokens is no draft.",
@@ -202,14 +143,6 @@ class ExitPolicy:
         if not (self.lossless and self.drafts):
             return self
         return replace(self, thresholds={} if self.drafter else self.drafts)
-
-    @property
-    def stages(self) -> tuple[PruningStage, ...]:
-        """Return what is done to a prompt between layers."""
-        keep, ranking = self.pruning.keep, self.pruning.ranking
-        if self.lossless or keep == 1 or not self.thresholds:
-            return ()
-        return (PruningStage(0 if RANKINGS[ranking] else min(self.thresholds), keep, ranking),)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -290,30 +223,11 @@ class ExitPolicy:
         return FULL if mode == "full" else replace(self, lossless=mode == "lossless")
 
 
-def check_visual_keep(share: Any) -> None:
-    """Raise `InputError` for what is no share of the visual tokens."""
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise InputError(
-            f"A share of {share!r} of the visual tokens cannot go on.",
-            "Give a number above 0 and up to 1, where all do.",
-        )
-
-
 def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:
     """Raise `InputError` where the policy names a depth at which no exit stands."""
     drafts = {} if policy.drafter else policy.drafts
     for thresholds in (policy.thresholds, policy.first or {}, drafts):
         check_thresholds(dict(thresholds), depths)
-
-
-def check_all_go_on(policy: ExitPolicy, who: str) -> None:
-    """Raise `InputError` where visual tokens are to stay behind, and `who` runs all of them."""
-    for stage in policy.stages:
-        raise InputError(
-            f"{who} runs all visual tokens through all layers, and the policy lets "
-            f"{stage.keep:g} of them go on {stage.where}.",
-            "Use a policy without pruning; others need PyTorch, where layers run in slots.",
-        )
 
 
 FULL = ExitPolicy()
@@ -437,8 +351,7 @@ def policy_entries(policy: ExitPolicy) -> dict[str, Any]:
         "drafts": Thresholds(policy.drafts).to_json(),
         "shortlist": policy.shortlist,
         "first": Thresholds(policy.first or {}).to_json(),
-        "visual_keep": policy.pruning.keep,
-        "visual_ranking": policy.pruning.ranking,
+        "visual_keep": ALL,
         **{name: {} for name in RETIRED},
     }
 
@@ -446,22 +359,22 @@ def policy_entries(policy: ExitPolicy) -> dict[str, Any]:
 def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
     """A policy as JSON. Where no newer field is used it is what earlier versions wrote, by which
     attempts and certificates are known."""
-    later = {"first": bool(policy.first)}
-    later |= dict.fromkeys(("visual_keep", "visual_ranking"), policy.pruning.keep < 1)
     told = policy_entries(policy)
-    return {name: value for name, value in told.items() if later.get(name, True)}
+    del told["visual_keep"]
+    return {name: value for name, value in told.items() if name != "first" or policy.first}
 
 
 def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
     """The policy that `policy_to_json` wrote, in this version or before; what does not say whether
     first tokens may exit is from before they could. Warn of what is no longer read."""
     said = [name for name in RETIRED if value.get(name)]
-    said += ["kv"] if value.get("kv", EXACT) != EXACT else []
+    exact = {"kv": EXACT, "visual_keep": ALL}
+    said += [name for name, only in exact.items() if value.get(name, only) != only]
     if said:
         warnings.warn(
             f"The policy has {' and '.join(said)}, which this version leaves out: they gained "
-            "nothing. Its thresholds decide as before; calibrate again where gates, weights or "
-            "approximate keys and values did.",
+            "nothing. Its thresholds decide as before; calibrate again where gates, weights, "
+            "approximate keys and values or fewer visual tokens did.",
             stacklevel=2,
         )
     first = Thresholds.from_json(value.get("first", {}))
@@ -473,8 +386,5 @@ def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
             for name, level in value.get("drafts", {}).items()
         },
         first=first or (None if value.get("exit_in_prefill", False) else {}),
-        pruning=Pruning(
-            value.get("visual_keep", 1.0), value.get("visual_ranking", Pruning.ranking)
-        ),
         **{name: value[name] for name in plain if name in value},
     )

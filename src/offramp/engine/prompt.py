@@ -3,16 +3,15 @@
 `generate` of the model itself checks the options and makes the logits processors, the stopping
 criteria and the cache. The prompt then runs through the model's own stack, the exits storing their
 keys along. Where every row's first token exits, it *waits* there: the layers above run over it when
-a later token needs them. Where visual tokens stay behind at an exit, it waits there too, whoever
-says the first token. A long prompt runs in chunks, the cache growing, so that others need not
-wait for all of it.
+a later token needs them. A long prompt runs in chunks, the cache growing, so that others
+need not wait for all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,10 +24,8 @@ from offramp.engine.kv_cache import (
     self_attention,
     store_exit_keys,
 )
-from offramp.engine.policy import PruningStage
 from offramp.engine.prefill import Prefill, Prepared, prepare_checked
 from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten, part_of
-from offramp.engine.pruning import Pruner
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
@@ -44,13 +41,11 @@ class Prompt:
     prepared: its token ids [B, T], processors, criteria and configuration. cache: keys and values
     of the layers, and of the exits after them. prefill: what later calls of the stack repeat.
     real: which of its columns [B, T] are no padding; None: all. encoder: the states of an encoder
-    [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth;
-    None where visual tokens stay behind, and it waits whether all first tokens exited or not.
+    [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth.
     waits: the depth at whose exit every row's first token exited, and the states [B, N, D] of its
     last columns that have yet to run the layers above; None where all ran. kept: the states
     [B, D] with which each row's newest token enters the drafting exit, where they were asked to be
-    kept. goes_on: which of
-    its columns [B, T] go on from where it waits; None: all.
+    kept.
     """
 
     prepared: Prepared
@@ -58,10 +53,9 @@ class Prompt:
     prefill: Prefill
     real: Tensor | None
     encoder: tuple[Tensor, Tensor | None] | None
-    logits: Tensor | None
+    logits: Tensor
     waits: tuple[int, Tensor] | None
     kept: Tensor | None = None
-    goes_on: Tensor | None = None
 
     @property
     def positions(self) -> Tensor | None:
@@ -123,8 +117,6 @@ class PromptReader:
         self._waits: tuple[int, Tensor] | None = None
         self._keep: int | None = None
         self._kept: Tensor | None = None
-        self._pruner: Pruner | None = None
-        self._shares: Tensor | None = None  # what the newest tokens attend to where it prunes
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
         """Return what the model's own `generate` would begin with; as `prepare_checked`."""
@@ -138,42 +130,36 @@ class PromptReader:
         decide: Decide | None = None,
         asks: frozenset[int] = frozenset(),
         keep: int | None = None,
-        pruning: PruningStage | None = None,
     ) -> Prompt:
         """Run a prompt of one or more rows.
 
         use_exits: whether the exits store their keys. decide: asked about each row's first token at
         the exits of the depths `asks`; None: it runs to full depth. keep: depth of the exit that
-        will draft on from the newest token. pruning: where visual tokens stay; such a prompt runs
-        in one piece, and its keys are not kept for others.
+        will draft on from the newest token.
 
         Raises:
-            InputError: longer than the backbone's positions; a cache that exits cannot share; a
-                prompt of which visual tokens cannot stay behind; several rows, where batches are
-                to be exact.
+            InputError: longer than the backbone's positions; a cache that exits cannot share;
+                several rows, where batches are to be exact.
         """
         if self.backbone.decoding.exact_batches and len(prepared.ids) > 1:
             raise InputError(
                 f"Exact batches read prompts one at a time, and {len(prepared.ids)} rows came.",
                 "Generate for each by itself, or submit each to a BatchEngine (offramp serve).",
             )
-        if pruning is not None:
-            assert self.exits is not None
-            self._pruner = Pruner(self.backbone, self.exits, pruning)
         self.exits_on = self._depths if use_exits else ()
         self._decide, self._asks, self._waits, self._last = decide, asks, None, True
         self.cache, self._keep = prepared.cache, keep
         try:
-            with torch.inference_mode(), self._shortening(prepared) as given:
-                return self._read(given)
+            with torch.inference_mode():
+                return self._read(prepared)
         finally:
             self.cache = self._decide = self._before = self._waits = None
-            self._keep = self._kept = self._served = self._pruner = self._shares = None
+            self._keep = self._kept = self._served = None
 
     def _read(self, prepared: Prepared) -> Prompt:
         entries = self.exits.entries if self.exits is not None and self.exits_on else ()
         add_exit_entries(self.cache, entries, self.backbone.depth)
-        kept = self._prefix_cache if self._pruner is None else None
+        kept = self._prefix_cache
         with nullcontext() if kept is None else kept.serving(self) as self._served:
             prefill = Prefill(self.intercepted, prepared)
         mask, encoder = prepared.arguments.get("attention_mask"), None
@@ -184,35 +170,9 @@ class PromptReader:
         if self.backbone.is_encoder_decoder:  # the other is the encoder's
             mask = prefill.prefill.get("attention_mask")
         real = mask.bool() if mask is not None and mask.dim() == 2 else None
-        logits: Tensor | None = prefill.logits
-        goes_on = None
-        if self._pruner is not None and not self._pruner.before:
-            assert self._shares is not None
-            logits, goes_on = None, self._pruner.goes_on(prepared.ids, self._shares, real)
         return Prompt(
-            prepared, self.cache, prefill, real, encoder, logits, self._waits, self._kept, goes_on
+            prepared, self.cache, prefill, real, encoder, prefill.logits, self._waits, self._kept
         )
-
-    @contextmanager
-    def _shortening(self, prepared: Prepared) -> Iterator[Prepared]:
-        """While the stack is called on what goes on to the decoder; the request, whose mask is then
-        of that."""
-        pruner = self._pruner
-        if pruner is None or not pruner.before:
-            yield prepared
-            return
-        given = replace(prepared, arguments=dict(prepared.arguments))
-
-        def shorten(_: Any, args: Any, kw: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            kw = pruner.shorter(prepared.ids, kw)
-            given.arguments["attention_mask"] = kw["attention_mask"]
-            return args, kw
-
-        handle = self.intercepted.stack.register_forward_pre_hook(shorten, with_kwargs=True)
-        try:
-            yield given
-        finally:
-            handle.remove()
 
     def _in_chunks(self, *args: Any, **kw: Any) -> Any:
         """The stack's forward pass; what it returns is of the last chunk."""
@@ -222,7 +182,6 @@ class PromptReader:
             args
             or embeds is None
             or embeds.shape[1] <= self._chunk
-            or self._pruner is not None
             or not can_shorten(kw, self.cache, self.backbone)
         ):
             return self._run_stack(*args, **kw)
@@ -242,9 +201,6 @@ class PromptReader:
         if self._waits is not None:
             return self.backbone.skipped_layer_output(call)
         here, newest = self.backbone.here, call.hidden[:, -1]
-        pruner = self._pruner
-        if pruner is not None and not pruner.before and call.index == pruner.pruning.depth:
-            return self._prune(pruner, call)
         if call.index == self._keep:
             self._kept = here(newest)
         if call.index in self.exits_on:
@@ -263,13 +219,3 @@ class PromptReader:
                     return self.backbone.skipped_layer_output(call)
         self._before = here(newest)
         return call.run(call.layer)
-
-    def _prune(self, pruner: Pruner, call: LayerCall) -> Any:
-        """The exit at which visual tokens stay behind: it says which, and the prompt waits."""
-        here, newest = self.backbone.here, call.hidden[:, -1]
-        states, self._shares = pruner.run(call)
-        if self._decide is not None and call.index in self._asks:
-            output = ExitOutput(here(newest), here(states[:, -1]), self._before)
-            self._decide(call.index, output)
-        self._waits = call.index, call.hidden
-        return self.backbone.skipped_layer_output(call)

@@ -13,7 +13,7 @@ from offramp.engine.confidence import HEADS, check_thresholds
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.exit_check import ExitCheck, ExitScorer
 from offramp.engine.kv_cache import add_exit_entries, repeat_rows
-from offramp.engine.policy import FULL, ExitPolicy, check_all_go_on, first_thresholds
+from offramp.engine.policy import FULL, ExitPolicy, first_thresholds
 from offramp.engine.prefill import Prefill, prepare
 from offramp.engine.teacher_forcing import StateRecorder
 from offramp.models.backbone import Backbone
@@ -26,13 +26,12 @@ def follows_policy(policy: ExitPolicy) -> bool:
     """Return True if the likelihood of a given text is well defined under this policy.
 
     The logits at (token, depth) do not depend on where earlier tokens exited, so one pass over a
-    candidate gives every token's exit and its probability there. Where visual tokens stay behind,
-    or confidence needs more than one exit, one pass does not show it; candidates are then ranked by
-    the full model. So they are where exits read a shortlist, as what it lacks has no likelihood
-    there, and in lossless mode, where what comes out is the full model's.
+    candidate gives every token's exit and its probability there. Where confidence
+    needs more than one exit, one pass does not show it; candidates are then ranked by the full
+    model. So they are where exits read a shortlist, as what it lacks has no likelihood there, and
+    in lossless mode, where what comes out is the full model's.
     """
-    in_one_pass = not policy.stages and policy.score not in HEADS
-    return in_one_pass and not policy.lossless and not policy.shortlist
+    return not (policy.score in HEADS or policy.lossless or policy.shortlist)
 
 
 @torch.inference_mode()
@@ -53,9 +52,7 @@ def candidate_scores(
 
     Raises:
         DataError: a candidate is longer than the backbone's positions.
-        InputError: a policy by which visual tokens stay behind.
     """
-    check_all_go_on(policy, "A pass over candidates")
     backbone = encoder.backbone
     ids = [encoder.answer_ids(example.prompt, text) for text in candidates]
     prompts = encoder.prompts([example])

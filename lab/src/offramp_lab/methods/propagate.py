@@ -108,14 +108,13 @@ def propagated(plan: Plan, backbone: Backbone, exits: ExitSet | None) -> Plan:
     """The plan whose skipped keys and values are projected.
 
     Raises:
-        InputError: a lossless plan, or visual tokens that stay behind.
+        InputError: a lossless plan.
     """
     if not plan.depths:
         return plan
-    if plan.policy.lossless or plan.policy.stages:
+    if plan.policy.lossless:
         raise InputError(
-            "Propagated keys and values are approximate, and lossless answers and pruning need "
-            "exact ones.",
+            "Propagated keys and values are approximate, and lossless answers need exact ones.",
             "Leave the engine 'propagate' out.",
         )
 

@@ -24,8 +24,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
-from offramp.cli.parser import Parser, named, one_of, share, some, whole
-from offramp.engine.policy import RANKINGS
+from offramp.cli.parser import Parser, share, some, whole
 from offramp.engines import ENGINES, engine_named
 from offramp.errors import StorageError
 from offramp.plugins import load_plugins
@@ -118,24 +117,12 @@ def _policy_options(group: Any) -> None:
         help="threshold of its own for an answer's first token, whose prompt then waits at its "
         "exit; auto: searched, on 30%% of the images (default: the adapter's)",
     )  # fmt: skip
-    group.add_argument(
-        "--visual-keep", type=_keep, metavar="[RANKING:]X",
-        help="share of a prompt's visual tokens that goes on behind the first exit, or, as in "
-        "divprune:0.5, to the decoder, for models with hundreds of them; several, as 1,0.5,0.25: "
-        f"searched, on 30%% of the images. RANKING is {one_of(RANKINGS)} (default: the adapter's)",
-    )  # fmt: skip
 
 
 def _kind_target(text: str) -> tuple[str, float]:
     """How prompts of a kind begin, and their target."""
     kind, _, target = text.rpartition("=")
     return kind, some(target)
-
-
-def _keep(text: str) -> tuple[str, tuple[float, ...]]:
-    """A ranking of visual tokens, "" for the adapter's, and shares of them."""
-    ranking, told, shares = text.rpartition(":")
-    return named(RANKINGS)(ranking) if told else "", tuple(map(some, shares.split(",")))
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
@@ -187,9 +174,6 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     _say_worth(examples, asked)
     score = arguments.score or adapter.policy.score
     policy = replace(adapter.policy, thresholds={}, lossless=False, score=score)
-    ranking, shares = arguments.visual_keep or (None, None)
-    if ranking:
-        policy = replace(policy, pruning=replace(policy.pruning, ranking=ranking))
     encoder = InputProcessor(adapter.backbone, processor)
     costs, runtime = None, load_runtime(arguments, adapter)
     if runtime is None and can_replay(policy):  # with an answer at a time, as where speed counts
@@ -207,7 +191,6 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
             costs=costs,
             runtime=runtime,
             first=arguments.first_threshold,
-            visual_keep=shares,
             frequencies=others,
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
@@ -276,7 +259,7 @@ def _say_how_long(
     )  # fmt: skip
     once = (time.perf_counter() - begin) * len(examples) / rows
     elsewhere = engine_named(arguments.engine).replaces
-    replayed = not elsewhere and can_replay(policy) and not arguments.visual_keep
+    replayed = not elsewhere and can_replay(policy)
     grid = COARSE if elsewhere else GRID
     passes = 2 if replayed else 1 + len(grid)
     log.info("Calibrating on %d examples takes about %s.", len(examples), duration(once * passes))
@@ -346,8 +329,6 @@ def _table(calibration: Any) -> str:
         groups = f" in {calibration.groups} groups" if calibration.groups else ""
         own = calibration.policy.first
         first = f"; of first tokens {own}" if own else ""
-        if calibration.policy.stages:
-            first += f". Visual tokens that go on: {calibration.policy.pruning.keep:.0%}"
         faster = f"; decoding is predicted to be {speed:.2f}x" if speed else ""
         lines.append(
             f"Guaranteed with {calibration.confidence:.0%} confidence: "

@@ -62,9 +62,6 @@ class Decoder:
     ) -> tuple[Any, list[Opening]]:
         """Read a prompt of one or more rows, and choose each row's first token. Where the prompt
         waits at an exit that does not say the token, layers above do once the row has joined.
-
-        Raises:
-            InputError: the rule has a stage that the executor does not support.
         """
         opening = rule.opening
         openings = [Opening(None)] * len(samplers)
@@ -85,16 +82,12 @@ class Decoder:
                     openings[row] = Opening(token, score)
             return all(said.token is not None for said in openings)
 
-        for stage in rule.stages:
-            if stage.name not in getattr(self.executor, "stages", ()):
-                raise InputError(*stage.refusal)
         prompt = reader.read(
             prepared,
             use_exits=rule.uses_exits,
             decide=decide if opening.thresholds else None,
             asks=frozenset(opening.thresholds),
             keep=self.drafter.keeps if self.drafter is not None and rule.drafts else None,
-            **{stage.name: stage for stage in rule.stages},
         )
         if prompt.logits is not None:
             word = self.heads.of_logits(prompt.logits)

@@ -74,7 +74,7 @@ class Plan:
         if policy.lossless or not policy.thresholds:
             return NO_EXITS
         first = policy.opening if self.first_may_exit else {}
-        return ExitRule(policy.thresholds, first, stages=policy.stages)
+        return ExitRule(policy.thresholds, first)
 
     def decoder(
         self, executor: Executor, schedule: Schedule = AT_ONCE, *, longest: int | None = None

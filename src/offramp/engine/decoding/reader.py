@@ -74,8 +74,7 @@ class Heads(Protocol):
 class PrefillBackend(Protocol):
     """Reads prompts for an executor. What `read` returns has `logits` [B, V] of the first token
     where not every row's first token exited, or None where the prompt waits at an exit and layers
-    above are to say it; the rest is the executor's affair. The stages of the answer's rule come
-    as further arguments, by their names."""
+    above are to say it; the rest is the executor's affair."""
 
     def read(
         self,

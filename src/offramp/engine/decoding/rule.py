@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,20 +18,6 @@ class Verdict(NamedTuple):
     score: float
 
 
-class PromptStage(Protocol):
-    """A change to a prompt between layers, such as leaving visual tokens out.
-
-    name: the argument by which the reader of prompts takes the stage; an executor that supports it
-    lists this name in `stages`. refusal: problem and remedy, told where an executor does not.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def refusal(self) -> tuple[str, str]: ...
-
-
 @dataclass(frozen=True)
 class ExitRule:
     """The thresholds and mode by which one request uses the exits.
@@ -41,14 +27,12 @@ class ExitRule:
     first: the same of an answer's first token; None: as every token.
     lossless: whether exits only draft, and the full model verifies.
     max_drafts: tokens that are drafted in a round, at most.
-    stages: what is done to a prompt between layers.
     """
 
     thresholds: Mapping[int, float]
     first: Mapping[int, float] | None = None
     lossless: bool = False
     max_drafts: int = 8
-    stages: tuple[PromptStage, ...] = ()
 
     @cached_property
     def opening(self) -> ExitRule:

@@ -11,7 +11,7 @@ from offramp.engine.decoding.executor import Executor, check_context
 from offramp.engine.decoding.plan import Plan
 from offramp.engine.decoding.reader import PrefillBackend
 from offramp.engine.decoding.sequence import Sequence
-from offramp.engine.policy import ExitPolicy, check_all_go_on, check_policy_depths
+from offramp.engine.policy import ExitPolicy, check_policy_depths
 from offramp.runtimes.edge.sampling import Sampler
 from offramp.runtimes.edge.vocabulary import Vocabulary
 from offramp.runtimes.llama_cpp.array_reader import ArrayHeads
@@ -39,7 +39,6 @@ class EdgeHost:
         """
         depths, ids, first = opened.files.depths, opened.files.shortlist, opened.segments[0]
         check_policy_depths(policy, depths)
-        check_all_go_on(policy, "llama.cpp")
         self._opened, self._policy, self._vocabulary = opened, policy, vocabulary
         self._embed, self._depths, self._context = embed, depths, opened.engine.context
         self._heads = ArrayHeads(policy, None if ids is None else np.asarray(ids, dtype=np.int64))

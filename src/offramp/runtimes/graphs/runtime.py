@@ -12,7 +12,7 @@ from offramp.adapter import Adapter
 from offramp.engine.executors.slots.memory import check_room
 from offramp.engine.generate import write_answers
 from offramp.engine.plan import plan_of
-from offramp.engine.policy import ExitPolicy, GenerationOutput, check_all_go_on
+from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.graphs.executor import GraphExecutor, GraphHeads
@@ -55,7 +55,6 @@ class GraphRuntime:
                 "Use --engine torch.",
             )
         backbone.check_whole("A CUDA graph")
-        check_all_go_on(self.policy, "A CUDA graph")
         check_room(backbone, adapter.exits, 1, context)
         programs = RowPrograms(backbone, adapter.exits, self.policy, context)
         self._executor = GraphExecutor(programs)
@@ -109,7 +108,6 @@ class GraphRuntime:
         """Raise `InputError` where the programs read the exits otherwise than `policy` does."""
         if not policy.thresholds:
             return
-        check_all_go_on(policy, "A CUDA graph")
         mine = (self.policy.depths, self.policy.score, self.policy.shortlist)
         theirs = (policy.depths, policy.score, policy.shortlist)
         if mine != theirs:

@@ -23,7 +23,6 @@ from offramp.engine.generate import write_answers
 from offramp.engine.policy import (
     ExitPolicy,
     GenerationOutput,
-    check_all_go_on,
     first_token_may_exit,
 )
 from offramp.engine.prefill import Prepared
@@ -284,7 +283,6 @@ class LlamaCppRuntime(CalledAsModel):
                 f"The llama.cpp runtime has no score {policy.score!r}: it sees no features.",
                 did_you_mean(policy.score, known),
             )
-        check_all_go_on(policy, "llama.cpp")
         missing = sorted(set(policy.thresholds) - set(self.files.depths))
         if missing:
             raise InputError(

@@ -29,8 +29,6 @@ class SlotExecutor(SlotRunner):
     """Runs a backbone with exits on the rows of a slot cache; arguments as of `SlotRunner`."""
 
     rows: int | None = None
-    stages: frozenset[str] = frozenset({"pruning"})
-    """Whether visual tokens of a prompt may stay behind at an exit."""
 
     def __init__(
         self,
@@ -66,11 +64,7 @@ class SlotExecutor(SlotRunner):
             depth, waiting = prompt.waits
             segment = self.depths.index(depth) + 1
             mine = waiting[row]
-            if prompt.goes_on is not None:
-                mine = mine[prompt.goes_on[row]]
-                if len(mine) < columns:
-                    held.behind = depth, columns - len(mine)
-            elif real is not None and not bool(real.all()):
+            if real is not None and not bool(real.all()):
                 mine = mine[real[-len(mine) :]]
             self._pending.keep(segment, held, columns - len(mine), mine)
             ran[segment:] = [columns - len(mine)] * (len(ran) - segment)
@@ -125,43 +119,26 @@ class SlotExecutor(SlotRunner):
     def full(
         self, handles: Sequence[SlotRow], ids: Sequence[int], columns: Sequence[int]
     ) -> Tensor:
-        final = self._pass(handles, columns, self._ids(ids))
+        call = self._one_each(handles, columns)
+        final = self._call(range(self.backbone.depth), call, self._ids(ids))
         for row, column in zip(handles, columns, strict=True):
             row.base = dict.fromkeys(row.base, column + 1)
         return final
 
-    def _pass(self, rows: Sequence[SlotRow], columns: Sequence[int], ids: Tensor) -> Tensor:
-        """Run one token of each slot through all layers; final-normed states [n, D]."""
-        if not any(row.behind[1] for row in rows):
-            return self._call(range(self.backbone.depth), self._one_each(rows, columns), ids)
-        states: Any = ids
-        for running in self._segments:  # each has columns of its own
-            gaps = [row.gap(running.start) for row in rows]
-            stood = [column - gap for column, gap in zip(columns, gaps, strict=True)]
-            call = self._one_each(rows, stood)
-            output = self.run_layers(running, call, states, needs_exit=False)
-            if isinstance(output, ExitOutput):
-                states = output.entry.view(*call.shape, -1)
-        assert isinstance(output, Tensor)
-        return output
-
     def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> Output:
         needs_exit = len(asked) > 0
-        states, stand, running = list[Tensor](), list[Span](), self._segments[segment]
-        for row, start, end in spans:
-            gap = row.gap(running.start)
-            states.append(self._pending.of(segment, row, start, end))
-            stand.append(Span(row, start - gap, end - gap))
+        running = self._segments[segment]
+        states = [self._pending.of(segment, row, start, end) for row, start, end in spans]
         alone = [row.places is not None or row.encoder is not None for row, _, _ in spans]
         if len(spans) == 1 or any(alone):
             made = [
                 self.run_layers(running, self._beside(span), state[None], needs_exit=needs_exit)
-                for span, state in zip(stand, states, strict=True)
+                for span, state in zip(spans, states, strict=True)
             ]
             output = joined(made)
         else:
             output = self._several(
-                stand,
+                spans,
                 states,
                 lambda call, laid: self.run_layers(running, call, laid, needs_exit=needs_exit),
             )

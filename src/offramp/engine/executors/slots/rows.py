@@ -17,7 +17,7 @@ class SlotRow:
 
     base: by segment, the column of the first state that is kept before it. offset, first: position
     of column 0, and that on the first of several axes. places: positions [..., T] of a prompt that
-    waits and does not go up one by one. behind: the depth at which columns stay, and how many do.
+    waits and does not go up one by one.
     encoder: states [1, S, D] of an encoder that layers have yet to read; unread: which. verified: a
     column, and the drafting exit's states [n, D] from it on. entered: a column of which that exit
     has only stored the keys, and the states [1, D] that enter it.
@@ -28,17 +28,10 @@ class SlotRow:
     offset: int = 0
     first: int = 0
     places: Tensor | None = None
-    behind: tuple[int, int] = (0, 0)
     encoder: Tensor | None = None
     unread: set[int] = field(default_factory=set)
     verified: tuple[int, Tensor] | None = None
     entered: tuple[int, Tensor] | None = None
-
-    def gap(self, depth: int) -> int:
-        """Return how much nearer to the front columns stand in the layers from `depth` on: by those
-        that stayed behind before."""
-        at, count = self.behind
-        return count if depth >= at else 0
 
 
 class SlotRows:
@@ -59,7 +52,7 @@ class SlotRows:
         positions = prompt.positions
         if positions is None:
             return
-        every = own = positions[..., row if positions.shape[-2] > 1 else 0, :]  # [..., T]
+        own = positions[..., row if positions.shape[-2] > 1 else 0, :]  # [..., T]
         if prompt.real is not None and own.shape[-1] == prompt.real.shape[1]:
             own = own[..., prompt.real[row]]
         offset = own[..., -1] + 1 - columns
@@ -70,9 +63,7 @@ class SlotRows:
         self.uneven = self.uneven or len({*axes}) > 1
         held.offset, held.first = axes[-1], int(offset.flatten()[0])
         self.ahead = max(self.ahead, axes[-1])
-        if prompt.goes_on is not None:
-            held.places = every[..., prompt.goes_on[row]]
-        elif prompt.waits is not None:
+        if prompt.waits is not None:
             plain = torch.arange(columns, device=own.device) + offset[..., None]
             before = columns - own.shape[-1]  # of an earlier prompt; they wait nowhere
             if not torch.equal(plain[..., before:].expand_as(own), own):
@@ -90,24 +81,15 @@ class SlotRows:
             self.offsets[..., slot] = self.offsets[..., source]
         return source, slot
 
-    def at_front(self, call: Call, depth: int) -> tuple[int | None, int]:
-        """Position of column 0 of a call on one slot, in the layers from `depth` on, and that on
-        the first axis; 0 of other calls. None: the prompt's positions are its own."""
+    def at_front(self, call: Call) -> tuple[int | None, int]:
+        """Position of column 0 of a call on one slot, and that on the first axis; 0 of other calls.
+        None: the prompt's positions are its own."""
         if call.beside is None:
             return 0, 0
         row, start = self.by_slot[call.beside[0]], call.beside[1]
-        gap = row.gap(depth)
         if row.places is not None and start < row.places.shape[-1]:
-            return None, row.first + gap
-        return row.offset + gap if self.offsets is not None else 0, row.first + gap
-
-    def offsets_at(self, depth: int) -> Tensor | None:
-        """Positions of column 0 [..., slots] in the layers from `depth` on."""
-        if self.offsets is None or not any(row.behind[1] for row in self.by_slot):
-            return self.offsets
-        gaps = [row.gap(depth) for row in self.by_slot]
-        gaps += [0] * (self._slots - len(gaps))  # of slots that are free
-        return self.offsets + torch.tensor(gaps, device=self.offsets.device)
+            return None, row.first
+        return row.offset if self.offsets is not None else 0, row.first
 
     def with_own(self, positions: Tensor, call: Call) -> Tensor:
         """Positions [..., T] of a call on one slot, of a prompt whose positions are its own."""

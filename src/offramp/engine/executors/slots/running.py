@@ -134,10 +134,9 @@ class SlotRunner(SegmentRunner):
         return out.flatten(0, 1)
 
     def _given(self, call: Call, inputs: Tensor) -> Given:
-        depth = self._running.start
-        offset, first = self.held.at_front(call, depth)
+        offset, first = self.held.at_front(call)
         encoder = (lambda: self._encoder_of(call)) if self.cache.cross else None
-        return Given(call, inputs, self.held.offsets_at(depth), offset, encoder, first)
+        return Given(call, inputs, self.held.offsets, offset, encoder, first)
 
     # -- by the stack ------------------------------------------------------------------------
 
