@@ -5,26 +5,25 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from offramp.cli.command_line import build_parser
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.errors import InputError
 from offramp.serving.monitor.watcher import WatchConfig
-from offramp.serving.ray_deployment import RayConfig, application
-from offramp.serving.server.config import ServerConfig
-from offramp.serving.server.metrics import text_of
-from serving import service_of
+from serving import scene_examples, service_of
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,27 +161,20 @@ def test_the_unit_is_valid_and_starts_the_server() -> None:
     assert all("is not executable" in line for line in said), done.stderr
 
 
-def test_rays_file_names_fields_that_there_are() -> None:
-    asked = read("ray-serve.yaml")
-    [app] = asked["applications"]
-    assert app["import_path"] == f"{application.__module__}:{application.__name__}"
-    config = RayConfig(**app["args"])
-    assert set(config.server) <= {field.name for field in fields(ServerConfig)}
-    with pytest.raises(InputError, match="slotz"):
-        application({**app["args"], "slotz": 1})
-
-
-def test_rays_file_listens_to_this_machine_as_it_gives_no_keys() -> None:
-    asked = read("ray-serve.yaml")
-    assert asked["http_options"]["host"] == "127.0.0.1"
-    assert "keys" not in asked["applications"][0]["args"]["server"]
-
-
-def test_rays_file_is_valid() -> None:
-    pytest.importorskip("ray")
-    from ray.serve.schema import ServeDeploySchema
-
-    ServeDeploySchema.parse_obj(read("ray-serve.yaml"))
+def test_rays_scripts_load_and_answer_as_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=None))
+    [example, *_] = scene_examples()
+    captioner = runpy.run_path(str(DEPLOY / "ray_caption.py"))["Captioner"]("tiny-opt")
+    try:
+        image = np.asarray(example.open_image())
+        [answer] = captioner({"path": ["a"], "image": [image]})["answer"]
+        assert answer.startswith("two objects on white")
+    finally:
+        captioner.engine.close()
+    app = runpy.run_path(str(DEPLOY / "ray_serve.py"))["replica_app"]("tiny-opt", 2)
+    with TestClient(app) as client:
+        [card] = client.get("/v1/models").json()["data"]
+    assert card["id"] == "tiny-opt" and card["offramp"]["exits"]
 
 
 # -- what is seen of it ----------------------------------------------------------------------------
@@ -195,7 +187,7 @@ def test_every_metric_of_the_dashboard_is_exported() -> None:
         slots=1, more={"watch": WatchConfig(share=1.0), "prefix_cache": PrefixCache(2)}
     )
     try:
-        text = text_of([service.metrics]).decode()
+        text = service.metrics.text().decode()
     finally:
         service.close()
     endings = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}

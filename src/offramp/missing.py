@@ -36,7 +36,6 @@ EXTRAS = {
     "peft": "peft",
     "prometheus-client": "serve",
     "pycocoevalcap": "eval",
-    "ray": "ray",
     "scipy": "calibrate",
     "shtab": "completion",
     "starlette": "serve",

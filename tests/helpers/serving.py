@@ -22,7 +22,6 @@ from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.app import create_app
 from offramp.serving.server.config import ServerConfig
-from offramp.serving.server.models import Models
 from offramp.serving.server.pytorch import service_of as service_of_model
 from offramp.serving.server.run import Server, http, listen
 from offramp.serving.server.service import Service
@@ -66,7 +65,7 @@ def messages(example: Any, *, image: str | None = None) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def asking(served: Service | Models) -> TestClient:
+def asking(served: Service) -> TestClient:
     """A client of the application itself: no socket, no thread of a server; replies come whole."""
     return TestClient(create_app(served), raise_server_exceptions=False)
 

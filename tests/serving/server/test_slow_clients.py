@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from offramp.serving.server.metrics import text_of
 from offramp.serving.server.service import Service
 from serving import messages, running, scene_examples, service_of
 
@@ -82,7 +81,7 @@ def line_to(address: tuple[str, int]) -> socket.socket:
 
 def over(service: Service) -> float:
     """Answers that have ended."""
-    lines = text_of([service.metrics]).decode().splitlines()
+    lines = service.metrics.text().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if "request_success_total{" in line)
 
 

@@ -36,7 +36,7 @@ from offramp.serving.server.api.protocol import (
 )
 from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
-from offramp.serving.server.models import Models, model_card
+from offramp.serving.server.models import check_model, model_card
 from offramp.serving.server.reference import reference
 from offramp.serving.server.served import Inputs
 from offramp.serving.server.service import Service
@@ -47,18 +47,16 @@ Prepared = tuple[list[Inputs], Sequence[Any]]
 """Inputs of each prompt, and the images that they share."""
 
 
-def create_app(served: Service | Models, traces: Any = None) -> FastAPI:
-    """The ASGI application of a service, or of several; when it shuts down, they are closed.
+def create_app(service: Service, traces: Any = None) -> FastAPI:
+    """The ASGI application of a service; when it shuts down, the service is closed.
 
     traces: of `tracing.provider_of`; None: requests are not traced.
     """
-    models = served if isinstance(served, Models) else Models(served)
-    service = models.first
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(models.close)
+        await asyncio.to_thread(service.close)
         if traces is not None:  # sends what is left
             await asyncio.to_thread(traces.shutdown)
 
@@ -77,20 +75,20 @@ def create_app(served: Service | Models, traces: Any = None) -> FastAPI:
     if traces is not None:
         app.add_middleware(Traced, provider=traces)
     add_handlers(app)
-    _add_openai(app, models)
-    _add_tokens(app, models)
-    _add_operations(app, models)
+    _add_openai(app, service)
+    _add_tokens(app, service)
+    _add_operations(app, service)
     return app
 
 
 # -- OpenAI's API ----------------------------------------------------------------------------------
 
 
-def _add_openai(app: FastAPI, models: Models) -> None:
+def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation with images; in pieces with `stream`."""
-        service = await models.of(body.model)
+        check_model(service, body.model)
         prompter = service.prompter
         urls = prompter.images_of(body.messages)
 
@@ -104,7 +102,7 @@ def _add_openai(app: FastAPI, models: Models) -> None:
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Write on behind texts as they are, or token ids; `images` is an extension."""
-        service = await models.of(body.model)
+        check_model(service, body.model)
         prompter, asked = service.prompter, body.prompts
         urls = prompter.check_images(body.images)
         prompter.check_text([text for text in asked if isinstance(text, str)], "prompt")
@@ -126,12 +124,13 @@ def _add_openai(app: FastAPI, models: Models) -> None:
     @app.get("/v1/models")
     async def cards() -> dict[str, Any]:
         """What is served: context, exits, guarantee."""
-        return {"object": "list", "data": models.cards()}
+        return {"object": "list", "data": [model_card(service)]}
 
     @app.get("/v1/models/{name:path}")
     async def card(name: str) -> dict[str, Any]:
-        """One of the models."""
-        return model_card(await models.of(name))
+        """The same of the model by its name."""
+        check_model(service, name)
+        return model_card(service)
 
 
 async def _answer(
@@ -235,11 +234,11 @@ async def _stream(
 # -- tokens, health, numbers -----------------------------------------------------------------------
 
 
-def _add_tokens(app: FastAPI, models: Models) -> None:
+def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """The tokens of a text, or of a conversation."""
-        service = await models.of(body.model)
+        check_model(service, body.model)
         prompter = service.prompter
         if body.messages is not None:
             prompter.images_of(body.messages)
@@ -260,7 +259,7 @@ def _add_tokens(app: FastAPI, models: Models) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """The text of tokens."""
-        service = await models.of(body.model)
+        check_model(service, body.model)
         known = len(service.tokenizer)
         if wrong := [token for token in body.tokens if token >= known]:
             said = f"There is no token {wrong[0]}: the vocabulary has {known}."
@@ -283,21 +282,21 @@ async def _of_text(service: Service, work: Callable[[], bytes], request: Request
         place.leave()
 
 
-def _add_operations(app: FastAPI, models: Models) -> None:
+def _add_operations(app: FastAPI, service: Service) -> None:
     page = _page()
     policy = {"Content-Security-Policy": page_policy(page)}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the engine lives. Needs no key."""
-        if not all(service.engine.alive for service in models.loaded):
+        if not service.engine.alive:
             raise ApiError(503, "The engine has stopped.", code="unavailable")
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
         """Whether requests are taken. Needs no key."""
-        if models.first.draining or not models.first.engine.alive:
+        if service.draining or not service.engine.alive:
             raise ApiError(503, "The server is stopping.", code="stopping")
         return {"status": "ready"}
 
@@ -309,12 +308,12 @@ def _add_operations(app: FastAPI, models: Models) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Numbers for Prometheus."""
-        return Response(models.metrics(), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.post("/v1/watch/reset")
     async def reset_watch(body: ResetRequest) -> dict[str, Any]:
         """Forget what was watched; only where keys say who may."""
-        service = await models.of(body.model)
+        check_model(service, body.model)
         if not service.config.keys:
             raise ApiError(
                 403,
@@ -329,8 +328,7 @@ def _add_operations(app: FastAPI, models: Models) -> None:
     @app.get("/example")
     async def example() -> Response:
         """A picture that the model knows."""
-        picture = example_picture(models.loaded[0].served.name)
-        return FileResponse(picture)
+        return FileResponse(example_picture(service.served.name))
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> Response:

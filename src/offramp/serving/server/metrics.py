@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter as Counted
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
 
 from offramp.serving.request import Completion
 
@@ -83,25 +82,6 @@ class Metrics:
         """A request was answered by an error."""
         self._refused.labels(self._model, str(status)).inc()
 
-
-def text_of(several: Sequence[Metrics]) -> bytes:
-    """The metrics of several models in Prometheus's format: each named once, with all their
-    lines."""
-    families: dict[str, Metric] = {}
-    for metrics in several:
-        for family in metrics.registry.collect():
-            known = families.setdefault(family.name, family)
-            if known is not family:
-                known.samples += family.samples
-    return generate_latest(_Collected(families.values()))
-
-
-class _Collected(CollectorRegistry):
-    """What was collected already, as a registry."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        super().__init__()
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
+    def text(self) -> bytes:
+        """Return all numbers in Prometheus's format."""
+        return generate_latest(self.registry)
