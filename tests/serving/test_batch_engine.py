@@ -332,6 +332,19 @@ def test_a_prompt_that_is_not_wanted_any_more_is_not_read_on(adapter, rows):
     assert asked[0].result(timeout=0) and engine.idle
 
 
+def test_an_answer_goes_on_after_its_pending_columns_ran_beside_another(adapter, rows):
+    """By the usual sizes: 64 columns of the first are pending while the second is written on."""
+    engine = core(adapter, EngineConfig(limit=100))
+    always = {"thresholds": {2: 0.0}, "mode": "early_exit", "new": 80}
+    handles = [engine.add(request(rows[0], **always))]
+    for _ in range(9):
+        engine.round()
+    handles.append(engine.add(request(rows[1], **always)))
+    for _ in range(200):
+        engine.round()
+    assert all(handle.done() for handle in handles)
+
+
 def length_of(adapter, inputs):
     """Tokens of a prompt, its image's included."""
     reader = PromptReader(adapter.backbone, None, ())

@@ -228,6 +228,8 @@ class Decoder:
         """Run what is pending above the first exit, of the sequences whose turn it is: as far as
         their next token is not said."""
         rows, count = due(rows, self.longest), 0
+        for row in rows:
+            row.waited = 0
         for segment in range(1, len(self.depths) + 1):
             here = [
                 row
