@@ -56,9 +56,9 @@ compare: $(READY)  ## objectives and policies at equal quality; rewrites lab/rec
 	$(BIN)/python -m offramp_lab.records.compare
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-fuzz: $(READY)  ## requests and command lines drawn by SEED, each for FUZZ seconds (60)
+fuzz: $(READY)  ## requests, engines and command lines drawn by SEED, each for FUZZ seconds (60)
 	OFFRAMP_FUZZ=$(FUZZ) OFFRAMP_FUZZ_SEED=$(SEED) HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -q -s \
-		tests/serving/server/test_fuzz.py tests/cli/test_option_matrix.py
+		tests/serving/server/test_fuzz.py tests/serving/test_soak.py tests/cli/test_option_matrix.py
 
 pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
 	$(BIN)/python -m offramp_lab.pages.reports
