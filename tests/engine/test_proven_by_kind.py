@@ -19,7 +19,9 @@ from offramp.models.discovery.probe import text_prompt
 from offramp.models.exits import Exits
 from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
+from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
 from offramp_lab.inputs import zoo
 
 TYPES = ["gemma4_unified", "granite4_vision", "molmo2", "qwen3_vl_moe"]
@@ -76,6 +78,28 @@ def test_a_live_engine_checks_a_kind_when_it_first_comes():
         after = engine.submit(image, **greedy).result(timeout=60).output
     assert torch.equal(alone.sequences, after.sequences)
     assert torch.equal(alone.depths, after.depths)
+
+
+def test_a_kind_that_was_not_seen_waits_for_the_answers_under_way():
+    """They were begun by a plan that the check of the new kind ends."""
+    name = "qwen3_vl_moe"
+    model = zoo.build(name)
+    image, text = zoo.inputs(name, model, 1), text_prompt(model)
+    one, other = Backbone(model), Backbone(model)
+    policy = ExitPolicy({DEPTH: 0.0}, first={DEPTH: 0.0})
+    exits = Exits(one, (DEPTH,))
+    alone = [answered(one, exits, inputs) for inputs in (image, text)]
+    core = EngineCore(other, exits, policy, EngineConfig(slots=3, limit=64))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    before = core.add(Request(text, options=options))
+    core.round()
+    late = [core.add(Request(inputs, options=options)) for inputs in (image, text)]
+    core.run()
+    for handle, theirs in zip(late, alone, strict=True):
+        ours = handle.result(timeout=0).output
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert torch.equal(ours.depths, theirs.depths)
+    assert before.result(timeout=0)
 
 
 def test_a_prompt_whose_tokens_see_later_ones_is_not_continued_from_a_kept_one(batch):

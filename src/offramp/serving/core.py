@@ -150,8 +150,8 @@ class Core(Jobs):
         """Read prompts into free slots, one after the other, within the budget of a round."""
         budget = self.config.budget
         while self._queue and len(self.decoder.sequences) < self.config.slots and budget > 0:
-            if self.decoder.sequences and self._host.stale():
-                break  # what is being written ends by the weights that it began with
+            if self.decoder.sequences and self._host.stale(self._queue[0].handle.request):
+                break  # what is being written ends by the plan that it began with
             job = self._queue.popleft()
             job.started = self.clock()
             try:

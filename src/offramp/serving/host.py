@@ -56,8 +56,9 @@ class Host(Protocol):
         """
         ...
 
-    def stale(self) -> bool:
-        """Return True where the model is not what the plan was made of."""
+    def stale(self, request: Request) -> bool:
+        """Return True where the model is not what the plan was made of, or was not checked for such
+        a request."""
         ...
 
     def tokens(self, request: Request) -> int:

@@ -59,7 +59,7 @@ class PreparedHost:
     def positions(self, prompt: int) -> int | None:
         return self.backbone.room(prompt)
 
-    def stale(self) -> bool:
+    def stale(self, request: Request) -> bool:
         return False
 
     def renew(self, request: Request) -> bool:
@@ -121,12 +121,13 @@ class TorchHost(PreparedHost):
         slots, limit = self._config.slots, self._config.limit
         return self.plan.executor(longest=limit, slots=slots, limit=limit)
 
-    def stale(self) -> bool:
-        return not self._stamp.holds(self.backbone, self._attached)
+    def stale(self, request: Request) -> bool:
+        holds = self._stamp.holds(self.backbone, self._attached)
+        return not (holds and self.backbone.is_proven(self.plan.depths, request.inputs))
 
     def renew(self, request: Request) -> bool:
         backbone, depths = self.backbone, self.plan.depths
-        if backbone.is_proven(depths, request.inputs) and not self.stale():
+        if not self.stale(request):
             return False
         self._prompts.prepare(request.inputs, request.options)  # or it says what is wrong with them
         prove(backbone, request.inputs, depths)

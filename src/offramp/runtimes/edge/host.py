@@ -58,7 +58,7 @@ class EdgeHost:
         self._executor = self.plan.executor()
         return self._executor
 
-    def stale(self) -> bool:
+    def stale(self, request: Request) -> bool:
         return False
 
     def renew(self, request: Request) -> bool:
