@@ -14,11 +14,11 @@ import torch
 from offramp import conditions
 from offramp.adapter import Adapter
 from offramp.answers import generate_answers
-from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.risk_functions import CIDER_CAP, RISKS
 from offramp.conditions import Conditions, as_loaded, differences, note_loaded, of_processor
 from offramp.conditions import _tokens_digest as tokens_digest
 from offramp.engine.policy import ExitPolicy
-from offramp.guarantee import NEEDED, risk_words, shown_conditions, standing
+from offramp.guarantee import NEEDED, SCALES, risk_words, shown_conditions, standing
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -412,6 +412,15 @@ def test_in_float32_prepacking_and_the_batch_change_no_answer() -> None:
         return [answer.ids for answer in found]
 
     assert answers(plain, 12) == answers(plain, 1) == answers(packed, 1) == answers(packed, 5)
+
+
+def test_a_drop_of_cider_is_told_in_its_points(here: Conditions) -> None:
+    assert SCALES == {"cider_drop": CIDER_CAP}
+    kinds = [{"kind": "Caption:", "target": None}, {"kind": "Question:", "target": 0.1}]
+    then = calibration(here, risk="cider_drop", target=0.025, each_kind=True, kinds=kinds)
+    assert "CIDEr-D (capped at 2.5) against people's answers is at most 0.0625 (0.25 of" in (
+        standing(then, here).sentence
+    )
 
 
 @pytest.mark.parametrize("risk", RISKS)

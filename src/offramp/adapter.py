@@ -52,7 +52,7 @@ NO_THRESHOLDS = (
 
 def _by_engine(calibration: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
     """A calibration by the name of its engine; nothing of one that does not say it."""
-    engine = ((calibration or {}).get("conditions") or {}).get("engine")
+    engine = Conditions.of_calibration(calibration).get("engine")
     return {} if calibration is None or engine is None else {engine: calibration}
 
 
@@ -239,8 +239,8 @@ class Adapter(CalledAsModel):
 
     def kind_of(self, prompt: str) -> str:
         """The kind of a prompt among the calibrated ones; see `offramp.prompt_kinds.kind_of`."""
-        then = (self.calibration or {}).get("conditions") or {}
-        return kind_of(prompt, then.get("prompts") or ())
+        frames = Conditions.of_calibration(self.calibration).get("prompts") or ()
+        return kind_of(prompt, frames)
 
     def prepack(self) -> None:
         """Lay the weights of layers, exits and LM head out for a processor: the same numbers, read

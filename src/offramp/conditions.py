@@ -74,6 +74,11 @@ class Conditions(Mapping[str, Any]):
         )
         return cls({name: value for part in parts for name, value in part.items()})
 
+    @classmethod
+    def of_calibration(cls, calibration: Mapping[str, Any] | None) -> Conditions:
+        """Return the conditions that an adapter's calibration notes; none where there is none."""
+        return cls((calibration or {}).get("conditions") or {})
+
     def under(self, **known: Any) -> Conditions:
         """The same with what a request adds, or with other values."""
         return Conditions({**self._values, **known})

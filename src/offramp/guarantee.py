@@ -16,6 +16,8 @@ from offramp.likeness import LIKE
 
 NEEDED = ("risk", "target", "confidence", "n", "attempt", "unit", "conditions")
 """What a calibration must say for its guarantee to count."""
+SCALES = {"cider_drop": 2.5}
+"""Points of a score that a loss of 1 stands for, by risk; of others 1."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Promise:
     def claim(self) -> str:
         """Return the end of a sentence that states the promise, its unit and its population."""
         each = f"for each kind of prompt ({kinds_words(self.kinds)}) " if self.kinds else ""
-        most = f"{self.target:g}{own_words(self.own_targets)}"
-        return f"{each}{risk_words(self.risk, self.unit)} is at most {most} {LIKE}"
+        words = risk_words(self.risk, self.unit)
+        most = target_words(self.risk, self.target, self.own_targets)
+        return f"{each}{words} is at most {most} {LIKE}"
 
 
 def kinds_words(kinds: Sequence[str]) -> str:
@@ -49,9 +52,12 @@ def kinds_words(kinds: Sequence[str]) -> str:
     return " and ".join(repr(kind) if kind else "any other" for kind in kinds)
 
 
-def own_words(targets: Mapping[str, float]) -> str:
-    """Targets of kinds of prompts that have their own, for people."""
-    return "".join(f" ({target:g} of {kind!r})" for kind, target in targets.items())
+def target_words(risk: str, target: float, own: Mapping[str, float]) -> str:
+    """A target for people, in units of the score, with those of kinds of prompts that have their
+    own."""
+    times = SCALES.get(risk, 1)
+    more = (f" ({times * share:g} of {kind!r})" for kind, share in own.items())
+    return f"{times * target:g}{''.join(more)}"
 
 
 def risk_words(risk: str, unit: str) -> str:
@@ -61,7 +67,7 @@ def risk_words(risk: str, unit: str) -> str:
         "consistency": "1 - ROUGE-L against the full model's answer",
         "exact_match_drop": "drop of exact match with people's answers",
         "rouge_l_drop": "drop of ROUGE-L against people's answers",
-        "cider_drop": "drop of CIDEr-D against people's answers, as a share of 2.5,",
+        "cider_drop": "drop of CIDEr-D (capped at 2.5) against people's answers",
         "vqa_accuracy_drop": "drop of VQA accuracy",
     }.get(risk, risk.replace("_", " "))
     if unit == "image":
@@ -101,7 +107,7 @@ def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> Guarant
     bound = calibration.get("bound")
     if not isinstance(bound, int | float) or not bound <= target + 1e-6:
         return GuaranteeStatus(why=f"the risk was bounded by {bound}, and {target} was to be shown")
-    then = Conditions(calibration["conditions"])
+    then = Conditions.of_calibration(calibration)
     found = differences(then, here, risk=calibration["risk"])
     if found:
         return GuaranteeStatus(why="; ".join(found))
@@ -123,7 +129,7 @@ def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> Guarant
 
 def shown_conditions(calibration: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """A calibration's conditions in words, by name."""
-    then = Conditions((calibration or {}).get("conditions") or {})
+    then = Conditions.of_calibration(calibration)
     known = ((name, value) for name, value in then.items() if value is not None)
     return [(name.replace("_", " "), shown(name, value)) for name, value in known]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from offramp.adapter import Adapter
+from offramp.conditions import Conditions
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.example import Example
 from offramp.engines import AUTO, MTMD, TORCH, check_asked, engine_named
@@ -147,14 +148,13 @@ def settle(
 
 def usual_length(adapter: Adapter, otherwise: int) -> int:
     """Return the most tokens of an answer as calibrated, or `otherwise` where nothing is."""
-    calibrated = (adapter.calibration or {}).get("conditions") or {}
-    longest: int | None = calibrated.get("longest")
+    longest: int | None = Conditions.of_calibration(adapter.calibration).get("longest")
     return longest or otherwise
 
 
 def usual_prompt(adapter: Adapter) -> str:
     """Return the prompt of captions that the adapter was calibrated on, or "Caption:"."""
-    frames = ((adapter.calibration or {}).get("conditions") or {}).get("prompts") or ()
+    frames = Conditions.of_calibration(adapter.calibration).get("prompts") or ()
     alone = [frame[0] for frame in frames if len(frame) == 1 and frame[0].strip()]
     return next((p for p in alone if "caption" in p.lower()), CAPTION_PROMPT)
 

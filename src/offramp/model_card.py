@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from offramp.certificate import Certificate
 from offramp.conditions import Conditions, of_exits, of_policy
 from offramp.engine.policy import resolved
-from offramp.guarantee import shown_conditions, standing
+from offramp.guarantee import SCALES, shown_conditions, standing
 from offramp.models.backbone import Backbone
 from offramp.save_and_load import AdapterParts
 from offramp.storage.places import is_hub_name
@@ -46,6 +46,7 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
         drafting=adapter.metrics.get("drafting", {}),
         calibration=adapter.calibration,
         said={**_UNSAID, **(adapter.calibration or {})},
+        scale=SCALES.get((adapter.calibration or {}).get("risk", ""), 1),
         standing=standing(adapter.calibration, _wherever_it_runs(backbone, adapter)),
         conditions=shown_conditions(adapter.calibration),
         verified=verified_section(adapter.certificate),
@@ -58,7 +59,7 @@ def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
 def _wherever_it_runs(backbone: Backbone, adapter: AdapterParts) -> Conditions:
     """A card's readers may run the exits otherwise than who wrote it, and it names the conditions;
     of these, those that are the adapter's own."""
-    dtype = ((adapter.calibration or {}).get("conditions") or {}).get("dtype")
+    dtype = Conditions.of_calibration(adapter.calibration).get("dtype")
     same = dtype == str(backbone.dtype).removeprefix("torch.")  # else exits differ by rounding
     own = of_policy(resolved(adapter.policy, backbone))
     return Conditions({**own, **(of_exits(adapter.exits) if same else {}), "dtype": dtype})

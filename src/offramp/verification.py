@@ -21,6 +21,7 @@ from torch import Tensor
 from offramp.adapter import Adapter
 from offramp.answers import GREEDY, Runtime
 from offramp.certificate import PathResult, Run, Settings, finite
+from offramp.conditions import Conditions
 from offramp.data.example import Example, examples_digest
 from offramp.data.scenes import language, world
 from offramp.engine.decoding.reader import Query
@@ -389,8 +390,7 @@ def own_examples(adapter: Adapter, n: int) -> list[Example]:
     """Examples to verify by where none are given: drawn pictures, each another, under the prompts
     that the adapter was calibrated on, or else some of several lengths. Of a language model texts.
     """
-    conditions = (adapter.calibration or {}).get("conditions") or {}
-    frames = (conditions or {}).get("prompts") or ()
+    frames = Conditions.of_calibration(adapter.calibration).get("prompts") or ()
     prompts = [" what is there ".join(frame) if len(frame) > 1 else frame[0] for frame in frames]
     prompts = [prompt for prompt in prompts if prompt.strip()] or list(_PROMPTS)
     if adapter.backbone.text_only:

@@ -13,16 +13,17 @@ from offramp.errors import InputError, check_known
 
 @dataclass(frozen=True)
 class Guarantee:
-    """A guarantee as it is asked for: P(risk <= target) >= confidence, and the method to find it
-    by.
+    """The guarantee that a user asks for, P(risk <= target) >= confidence, and how it is tested.
 
-    unit: of `UNITS`: what the risk is a mean over. "image": an image counts once, by the mean of
-    what its answers lose; "answer": all answers count alike, and an image with many counts more.
-    each_kind: whether the risk of each kind of prompt, by what prompts have in common, is to keep
-    the target, and not that of all together alone. kind_targets: targets of their own, by how
-    prompts of the kind begin; with any, each kind is tested. candidates: adapters, training seeds
-    or sets of images among which the best is taken, each with this guarantee asked of it; they
-    share the errors.
+    risk: a name of `RISKS`; method: of `METHODS`. unit: what the risk is a mean over. "image":
+    images, each by the mean loss of its answers; "answer": answers, so that an image with many
+    counts more. each_kind: True to test each kind of prompt, False to test all together.
+    kind_targets: targets by how prompts of a kind begin; with any, each kind is tested.
+    candidates: number of adapters, training seeds or image sets of which the best is taken; they
+    share the error budget.
+
+    Raises:
+        InputError: a value is outside its range, or a name is unknown.
     """
 
     target: float = 0.01

@@ -304,7 +304,7 @@ def _with_conditions(
     found: Calibration, trial: _Trial, encoder: InputProcessor, frames: Sequence[Sequence[str]],
     options: Mapping[str, Any], here: Mapping[str, Any],
 ) -> Calibration:  # fmt: skip
-    """What was found, with the conditions under which it holds and the answers that it is of."""
+    """Add the conditions of the guarantee, and the scores of its calibrated answers."""
     likeness = _likeness(trial, found.policy)
     conditions = _conditions_of(encoder, found.policy, frames, likeness, options, here)
     return replace(found, conditions=conditions, likeness=likeness)

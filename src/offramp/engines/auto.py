@@ -141,8 +141,8 @@ def fastest(
 
 def _is_promised(way: Timed, calibrations: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a way is under the conditions of a calibration."""
-    then = [Conditions(each["conditions"]) for each in calibrations if each.get("conditions")]
-    return any(not differences(each, Conditions(way.conditions)) for each in then)
+    then = map(Conditions.of_calibration, calibrations)
+    return any(each and not differences(each, Conditions(way.conditions)) for each in then)
 
 
 # -- whether it is measured, and what was found ----------------------------------------------------
@@ -276,8 +276,8 @@ def _tried(loaded: Any, engine: str, took: float, expected: Any) -> tuple[Timed,
 
 def _probes(adapter: Any) -> list[Any]:
     """Parts of a picture, with a prompt of a kind that was calibrated, if any was."""
-    then = (adapter.calibration or {}).get("conditions") or {}
-    prompt = next((" ".join(frame) for frame in then.get("prompts") or ()), PROMPT)
+    frames = Conditions.of_calibration(adapter.calibration).get("prompts") or ()
+    prompt = next((" ".join(frame) for frame in frames), PROMPT)
     with Image.open(example_picture(adapter.backbone.name)) as file:
         picture = file.convert("RGB")
     wide, high = picture.size

@@ -214,7 +214,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
 
 
 def _say_worth(examples: Any, asked: dict[str, Any]) -> None:
-    """What a first attempt with these images is worth, before it is spent."""
+    """Say which true risk a first attempt with these images can certify, before it is spent."""
     from offramp.calibration.asked import Guarantee
 
     guarantee, n = Guarantee(**asked), len({e.source or e.group or e.key for e in examples})
@@ -292,7 +292,7 @@ def _store(
 
 def _table(calibration: Any) -> str:
     """The end of the path, and the guarantee, as a person reads them on a terminal."""
-    from offramp.guarantee import own_words, risk_words
+    from offramp.guarantee import SCALES, risk_words, target_words
     from offramp.likeness import LIKE
 
     points = []
@@ -333,9 +333,9 @@ def _table(calibration: Any) -> str:
         lines.append(
             f"Guaranteed with {calibration.confidence:.0%} confidence: "
             f"{each}{risk_words(calibration.risk, calibration.unit)} is at most "
-            f"{calibration.target:g}{own_words(own_targets)} {LIKE} (measured "
-            f"{calibration.measured:.4f} on {calibration.n} images{groups}, "
-            f"{calibration.answers} answers){faster}. Thresholds: "
+            f"{target_words(calibration.risk, calibration.target, own_targets)} {LIKE} "
+            f"(measured {SCALES.get(calibration.risk, 1) * calibration.measured:.4f} on "
+            f"{calibration.n} images{groups}, {calibration.answers} answers){faster}. Thresholds: "
             f"{calibration.policy.thresholds}{first}."
         )
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from offramp.engine.constraint import JsonConstraint
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.prefill import check_inputs
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.guarantee import GuaranteeStatus, risk_words, standing
+from offramp.guarantee import SCALES, GuaranteeStatus, risk_words, standing
 from offramp.likeness import LIKE, Likeness
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
@@ -95,8 +95,8 @@ class TorchServed:
 
     @property
     def calibrated(self) -> int | None:
-        calibration = {} if self.adapter is None else self.adapter.calibration or {}
-        return (calibration.get("conditions") or {}).get("longest")
+        calibration = None if self.adapter is None else self.adapter.calibration
+        return Conditions.of_calibration(calibration).get("longest")
 
     def ends(self, token: int) -> bool:
         return token in self._ends
@@ -180,10 +180,11 @@ class TorchServed:
         promise = self.stands().promise
         if promise is None or self.adapter is None:
             return None
-        about = cast(Any, self.adapter.calibration)["conditions"]
+        about = Conditions.of_calibration(self.adapter.calibration)
         return {
             **asdict(promise),
             "words": risk_words(promise.risk, promise.unit),
+            "scale": SCALES.get(promise.risk, 1),
             "where": LIKE,
             "max_tokens": about["longest"],
             "prompts": (about.get("prompts") or [])[:FRAMES],
