@@ -64,7 +64,7 @@ from offramp.engine.policy import (
 from offramp.engine.self_check import check_untested
 from offramp.errors import DataError, InputError
 from offramp.evaluation.evaluate import tensor_digest
-from offramp.likeness import ANSWERS, Likeness
+from offramp.likeness import ANSWERS, Likeness, look_of
 from offramp.models.input_processor import InputProcessor
 from offramp.prompt_kinds import kind_of, prompt_frames
 from offramp.storage import digest_rows
@@ -305,7 +305,7 @@ def _with_conditions(
     options: Mapping[str, Any], here: Mapping[str, Any],
 ) -> Calibration:  # fmt: skip
     """Add the conditions of the guarantee, and the scores of its calibrated answers."""
-    likeness = _likeness(trial, found.policy)
+    likeness = _likeness(trial, found.policy, encoder.smallest_side)
     conditions = _conditions_of(encoder, found.policy, frames, likeness, options, here)
     return replace(found, conditions=conditions, likeness=likeness)
 
@@ -657,14 +657,26 @@ def _decide(
     )
 
 
-def _likeness(trial: _Trial, policy: ExitPolicy) -> Likeness:
-    """Of early answers to what was tested; of nothing where nothing is guaranteed, or where what
-    answers tells no scores."""
+def _likeness(trial: _Trial, policy: ExitPolicy, smallest: int | None) -> Likeness:
+    """Return the likeness of the tested images and of early answers about them; of nothing where
+    nothing is guaranteed, or where what answers tells no scores. smallest: as of
+    `Example.open_image`."""
     if not policy.thresholds:
         return Likeness({})
-    rows = np.arange(min(len(trial.kinds), ANSWERS))
-    early = trial.tested.answer(trial.tested.part(rows).examples, policy)
-    return Likeness.of([answer.scores for answer in early], trial.kinds[: len(rows)])
+    n = min(len(trial.kinds), ANSWERS)
+    examples = trial.tested.part(np.arange(n)).examples
+    early = trial.tested.answer(examples, policy)
+    looks: dict[str, list[Array]] = {}
+    for rows in (rows for image in trial.images for rows in image.by_image):
+        asked = [row for row in rows if row < n and not examples[row].is_text]
+        look = look_of(examples[asked[0]].open_image(smallest)) if asked else None
+        for kind in {trial.kinds[row] for row in asked}:
+            looks.setdefault(kind, []).append(look)
+    return Likeness.of(
+        [answer.scores for answer in early],
+        trial.kinds[:n],
+        {kind: np.array(some) for kind, some in looks.items()},
+    )
 
 
 def _kinds(trial: _Trial, losses: Array, point: int, asked: Guarantee) -> tuple[Kind, ...]:

@@ -134,11 +134,11 @@ def generate(arguments: argparse.Namespace) -> None:
         _say_standing(adapter, runtime, encoder, policy, options, arguments)
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
-    for image, inputs in _questions(arguments, encoder):
+    for image, prompt, inputs in _questions(arguments, encoder):
         result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
         _show(image, result, encoder, arguments)
         if policy is adapter.policy and not policy.lossless:
-            _say_likeness(adapter, arguments.prompt, result)
+            _say_likeness(adapter, image, prompt, encoder, result)
 
 
 def _say_standing(
@@ -164,11 +164,16 @@ def _say_standing(
         log.info("%s", said)
 
 
-def _say_likeness(adapter: Any, prompt: str, result: Any) -> None:
-    """Whether an answer looks as if its image and prompt were unlike the calibrated ones."""
-    from offramp.likeness import UNLIKE
+def _say_likeness(adapter: Any, image: Path | None, prompt: str, encoder: Any, result: Any) -> None:
+    """Say so where an image or its answer is unlike the calibrated ones."""
+    from offramp.data.image import open_rgb
+    from offramp.likeness import UNLIKE, look_of
 
-    found = adapter.likeness.p_value(adapter.kind_of(prompt or ""), result.scores[0].tolist())
+    likeness = adapter.likeness
+    seen = likeness.looks and image is not None
+    rgb = open_rgb(image, str(image), smallest=encoder.smallest_side) if seen else None
+    look = None if rgb is None else look_of(rgb)
+    found = likeness.p_value(adapter.kind_of(prompt), result.scores[0].tolist(), look)
     if found is not None and found <= UNLIKE:
         log.warning(
             "The image or the prompt is unlike those calibrated (p = %.2g): nothing is guaranteed "
@@ -212,15 +217,15 @@ def _check_images(arguments: argparse.Namespace) -> None:
 
 def _questions(
     arguments: argparse.Namespace, encoder: Any
-) -> Iterator[tuple[Path | None, dict[str, Any]]]:
-    """The images and, for each, what `generate` takes."""
+) -> Iterator[tuple[Path | None, str, dict[str, Any]]]:
+    """The images and prompts and, for each, what `generate` takes."""
     from offramp.data.example import Example
 
     for prompt in _typed() if arguments.interactive else [arguments.prompt]:
         for image in arguments.image:
-            yield image, encoder.prompts([Example(image, prompt, (), key=str(image))])
+            yield image, prompt, encoder.prompts([Example(image, prompt, (), key=str(image))])
         if not arguments.image:
-            yield None, encoder.text_prompt(prompt)
+            yield None, prompt, encoder.text_prompt(prompt)
 
 
 def _typed() -> Iterator[str]:

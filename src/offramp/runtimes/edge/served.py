@@ -108,7 +108,7 @@ class EdgeServed:
     def stands(self, **_: Any) -> NoPromise:
         return NoPromise()
 
-    def how_like(self, asked: str, scores: Sequence[float]) -> None:
+    def how_like(self, asked: str, scores: Sequence[float], look: Any) -> None:
         return None
 
     def promised(self) -> None:

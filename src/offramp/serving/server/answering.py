@@ -52,7 +52,8 @@ class Answering:
 
     prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
     has taken too long, by the loop's clock. on_answer: is told of every answer, or of its loss.
-    salt: as of `offramp.serving.request.Request`. constraint: of every answer's tokens.
+    salt: as of `offramp.serving.request.Request`. look: of `Service.look`. constraint: of every
+    answer's tokens.
     trace: is told of every answer that is over.
     """
 
@@ -67,12 +68,13 @@ class Answering:
         on_answer: OnAnswer | None = None,
         salt: str | None = None,
         *,
+        look: Any = None,
         constraint: Any = None,
         trace: Trace | None = None,
     ) -> None:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
-        self._on_answer, self._salt = on_answer, salt
+        self._on_answer, self._salt, self._look = on_answer, salt, look
         self._exact, self._trace, self._begun = constraint is not None, trace, time.time_ns()
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -231,7 +233,8 @@ class Answering:
         written.reason = "stop" if stopped else "length"
         if written.likeness is None and done.early_exit and self.standing.promise is not None:
             scores = [token.score for token in done.tokens]
-            written.likeness = self._service.how_like(single_question(self._request), scores)
+            asked = single_question(self._request)
+            written.likeness = self._service.how_like(asked, scores, self._look)
         mode = self._mode(done)
         first = choice.written.index % self._request.n == 0
         tokens = choice.prompt if first else 0

@@ -153,11 +153,12 @@ async def _answer(
         client = client_of(request)
         watched = service.watches(body, use, images, client)
         watch = _watch(service, body, images, client) if watched else None
+        look = await service.look(use, images)
         del images  # they are large, and answers take long
         salt = request.scope.get("offramp_salt")
         answering = Answering(
             service, body, inputs, use, place, until, watch, salt,
-            constraint=constraint, trace=trace,
+            look=look, constraint=constraint, trace=trace,
         )  # fmt: skip
     except BaseException:
         place.leave()

@@ -169,10 +169,10 @@ class TorchServed:
         )
         return standing(self.adapter.calibration, here)
 
-    def how_like(self, asked: str, scores: Sequence[float]) -> float | None:
+    def how_like(self, asked: str, scores: Sequence[float], look: Any) -> float | None:
         if self.adapter is None:
             return None
-        return self.likeness.p_value(self.adapter.kind_of(asked), scores)
+        return self.likeness.p_value(self.adapter.kind_of(asked), scores, look)
 
     def promised(self) -> dict[str, Any] | None:
         """Return what was calibrated, in a few fields, and of which prompts and answers how

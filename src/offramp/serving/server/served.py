@@ -177,10 +177,11 @@ class Served(Protocol):
         """
         ...
 
-    def how_like(self, asked: str, scores: Sequence[float]) -> float | None:
+    def how_like(self, asked: str, scores: Sequence[float], look: Any) -> float | None:
         """Return the p-value of "drawn as the calibrated answers were"; None: it is not known.
 
-        asked: the question about one image. scores: of the tokens of an early answer to it.
+        asked: the question about one image. scores: of the tokens of an early answer to it. look:
+        of the image, of `offramp.likeness.look_of`; None: not looked at.
         """
         ...
 

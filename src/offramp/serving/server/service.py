@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import OfframpError
-from offramp.likeness import Alarm
+from offramp.likeness import Alarm, look_of
 from offramp.serving.engine import Engine
 from offramp.serving.request import Handle
 from offramp.serving.server.api.protocol import Sampling
@@ -226,10 +227,16 @@ class Service:
         """Return True if requests unlike the calibrated ones are answered losslessly."""
         return self.config.unlike == "lossless"
 
-    def how_like(self, asked: str, scores: Sequence[float]) -> float | None:
+    async def look(self, use: Use, images: Sequence[Any]) -> Any:
+        """Return what the one image of an early answer looks like; None where that is not
+        compared. Made in a thread, as images may be large."""
+        compared = self.served.likeness.looks and use.named == "early_exit" and len(images) == 1
+        return await self.of_text(partial(look_of, images[0])) if compared else None
+
+    def how_like(self, asked: str, scores: Sequence[float], look: Any) -> float | None:
         """The p-value of an early answer to a question about one image, where something is
         guaranteed of it: of "drawn as the calibrated ones were"."""
-        found = self.served.how_like(asked, scores)
+        found = self.served.how_like(asked, scores, look)
         if found is not None and self._noted(found):
             log.warning(json.dumps({"event": "unlike_calibrated", "unlike": self.alarm.unlike,
                                     "compared": self.alarm.compared}))  # fmt: skip
