@@ -19,7 +19,7 @@ from offramp.engine.generate import generate, generate_prepared
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, check_policy_depths
 from offramp.engine.prefill import IMAGES, Prepared
-from offramp.engine.prefix_cache import PrefixCache
+from offramp.engine.prompt import PromptMemory
 from offramp.engine.stamp import Stamp
 from offramp.errors import InputError
 from offramp.guarantee import GuaranteeStatus, standing
@@ -305,7 +305,7 @@ class Adapter(CalledAsModel):
         mode: str | None = None,
         policy: ExitPolicy | None = None,
         exit_policy: ExitPolicy | None = None,
-        prefix_cache: PrefixCache | None = None,
+        prefix_cache: PromptMemory | None = None,
         **model_kwargs: Any,
     ) -> Any:
         """Decode in place of the model's own loop, as `custom_generate`; see `generate`.

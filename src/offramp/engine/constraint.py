@@ -11,13 +11,14 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Set
 from decimal import Decimal
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from offramp.engine.sampler import NothingAllowed
 from offramp.errors import InputError
 from offramp.missing import install_command
 
@@ -29,20 +30,6 @@ _NO_DIVISOR = 1e15
 """llguidance refuses divisors of so many digits."""
 _SPACES = {"whitespace_pattern": r" |\n {0,20}"}
 """Between two marks of JSON: enough to indent, and no more, so that no answer is made of spaces."""
-
-
-class NothingAllowed(InputError):
-    """No token that may come next can be said: of an exit that can say few, another must speak."""
-
-
-@runtime_checkable
-class Constraint(Protocol):
-    """Rules that follow each row's answer by themselves."""
-
-    def of_row(self, prompt: int, ends: Set[int]) -> Any:
-        """A logits processor of one row's answer, which stands behind `prompt` tokens and which any
-        of the tokens `ends` ends."""
-        ...
 
 
 class JsonConstraint:

@@ -24,8 +24,7 @@ from offramp.engine.decoding.sequence import NAN, Token
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.engine.prefill import Prepared, check_options, prompt_lengths
-from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.prompt import PromptReader
+from offramp.engine.prompt import PromptMemory, PromptReader
 from offramp.engine.sampler import (
     Noise,
     Observer,
@@ -38,7 +37,7 @@ from offramp.engine.self_check import prove, prove_prepared
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.vision_cache import VisionCache
+from offramp.models.intercept import ImageMemory
 
 Planned = Callable[[], Plan]
 """Returns the plan that answers are written by, made anew where what it was made of has changed."""
@@ -51,8 +50,8 @@ def generate(
     exits: ExitSet | Exits | None = None,
     policy: ExitPolicy = FULL,
     planned: Planned | None = None,
-    vision_cache: VisionCache | None = None,
-    prefix_cache: PrefixCache | None = None,
+    vision_cache: ImageMemory | None = None,
+    prefix_cache: PromptMemory | None = None,
     streamer: Any = None,
     seed: int | None = None,
     observer: Observer | None = None,
@@ -90,7 +89,7 @@ def generate_prepared(
     prepared: Prepared,
     planned: Planned,
     *,
-    prefix_cache: PrefixCache | None = None,
+    prefix_cache: PromptMemory | None = None,
 ) -> GenerationOutput:
     """Decode what Hugging Face's `generate` has prepared, as its `custom_generate` is asked to.
 

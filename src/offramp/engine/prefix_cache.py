@@ -22,19 +22,13 @@ import torch
 from cachetools import Cache, LRUCache
 from torch import Tensor, nn
 
-from offramp.engine.kv_cache import CACHE_NAMES
+from offramp.engine.prompt import can_shorten, part_of
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.cache_salt import current_salt
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.weights_version import weights_version
-
-_KNOWN = frozenset(
-    ("inputs_embeds", "position_ids", "attention_mask", *CACHE_NAMES, "use_cache",
-     "return_dict", "input_ids", "cache_position")
-)  # fmt: skip
-"""Arguments of a stack that can be shortened; with others, every prompt is run whole."""
 
 
 class Reader(Protocol):
@@ -256,33 +250,6 @@ class Served:
             )
 
 
-def part_of(kw: dict[str, Any], start: int, end: int) -> dict[str, Any]:
-    """A stack's call on the tokens from `start` up to, and without, `end`; the mask is of all."""
-    part = {**kw, "inputs_embeds": kw["inputs_embeds"][:, start:end]}
-    for name in ("position_ids", "cache_position"):
-        if kw.get(name) is not None:
-            part[name] = kw[name][..., start:end]
-    return part
-
-
-def can_shorten(kw: dict[str, Any], cache: Any, backbone: Backbone) -> bool:
-    """Return True if a stack's call on one row's embeddings can be made for a part of its
-    tokens."""
-    if backbone.room(kw["inputs_embeds"].shape[1]) != backbone.room(0):
-        return False  # a part would be read by other frequencies
-    present = {name for name, value in kw.items() if value is not None}
-    mask = kw.get("attention_mask")
-    flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-    return flat and len(kw["inputs_embeds"]) == 1 and not present - _KNOWN and _plain(cache)
-
-
 def _start(entry: Any, length: int) -> tuple[Tensor, Tensor]:
     """Copies of an entry's first keys and values: a slice would hold all of them."""
     return entry.keys[:, :, :length].clone(), entry.values[:, :, :length].clone()
-
-
-def _plain(cache: Any) -> bool:
-    """Whether every entry of the cache holds all tokens."""
-    from transformers.cache_utils import DynamicLayer
-
-    return all(type(entry) is DynamicLayer for entry in getattr(cache, "layers", [None]))

@@ -10,9 +10,9 @@ need not wait for all of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,18 +20,33 @@ from torch import Tensor
 from offramp.engine.decoding.reader import Decide
 from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import (
+    CACHE_NAMES,
     add_exit_entries,
     self_attention,
     store_exit_keys,
 )
 from offramp.engine.prefill import Prefill, Prepared, prepare_checked
-from offramp.engine.prefix_cache import PrefixCache, Served, can_shorten, part_of
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
-from offramp.models.intercept import InterceptedModel
+from offramp.models.intercept import ImageMemory, InterceptedModel
 from offramp.models.opened import LayerCall
-from offramp.models.vision_cache import VisionCache
+
+_KNOWN = frozenset(
+    ("inputs_embeds", "position_ids", "attention_mask", *CACHE_NAMES, "use_cache",
+     "return_dict", "input_ids", "cache_position")
+)  # fmt: skip
+"""Arguments of a stack that can be shortened; with others, every prompt is run whole."""
+
+
+class PromptMemory(Protocol):
+    """Keeps keys and values of prompts for later ones that begin alike."""
+
+    def serving(self, run: Any) -> AbstractContextManager[Any]:
+        """Stand before the prompt that the reader `run` reads meanwhile. What is entered says by
+        `keeps`, once the stack is called, whether the prompt is to run whole; None: it is not
+        served."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +104,8 @@ class PromptReader:
         exits: ExitSet | None,
         depths: Sequence[int],
         *,
-        vision_cache: VisionCache | None = None,
-        prefix_cache: PrefixCache | None = None,
+        vision_cache: ImageMemory | None = None,
+        prefix_cache: PromptMemory | None = None,
         chunk: int | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:
@@ -106,7 +121,7 @@ class PromptReader:
         if vision_cache is not None:
             self.intercepted.remember_images(backbone, vision_cache)
         self._prefix_cache = prefix_cache
-        self._served: Served | None = None
+        self._served: Any | None = None
         self._depths = tuple(depths)
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
@@ -219,3 +234,30 @@ class PromptReader:
                     return self.backbone.skipped_layer_output(call)
         self._before = here(newest)
         return call.run(call.layer)
+
+
+def part_of(kw: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+    """A stack's call on the tokens from `start` up to, and without, `end`; the mask is of all."""
+    part = {**kw, "inputs_embeds": kw["inputs_embeds"][:, start:end]}
+    for name in ("position_ids", "cache_position"):
+        if kw.get(name) is not None:
+            part[name] = kw[name][..., start:end]
+    return part
+
+
+def can_shorten(kw: dict[str, Any], cache: Any, backbone: Backbone) -> bool:
+    """Return True if a stack's call on one row's embeddings can be made for a part of its
+    tokens."""
+    if backbone.room(kw["inputs_embeds"].shape[1]) != backbone.room(0):
+        return False  # a part would be read by other frequencies
+    present = {name for name, value in kw.items() if value is not None}
+    mask = kw.get("attention_mask")
+    flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+    return flat and len(kw["inputs_embeds"]) == 1 and not present - _KNOWN and _plain(cache)
+
+
+def _plain(cache: Any) -> bool:
+    """Whether every entry of the cache holds all tokens."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(entry) is DynamicLayer for entry in getattr(cache, "layers", [None]))

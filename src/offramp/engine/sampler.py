@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria
 from transformers.generation import logits_process
 
-from offramp.engine.constraint import Constraint
 from offramp.engine.decoding.noise import gumbel
 from offramp.engine.prefill import Prepared
+from offramp.errors import InputError
 
 BY_ROW = frozenset(
     kind
@@ -29,6 +29,20 @@ BY_ROW = frozenset(
     and not name.startswith(("Encoder", "PrefixConstrained", "RepetitionPenalty", "Unbatched"))
 )
 """Hugging Face's processors that look at one row of ids and logits at a time."""
+
+
+class NothingAllowed(InputError):
+    """No token that may come next can be said: of an exit that can say few, another must speak."""
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """Rules that follow each row's answer by themselves."""
+
+    def of_row(self, prompt: int, ends: Set[int]) -> Any:
+        """A logits processor of one row's answer, which stands behind `prompt` tokens and which any
+        of the tokens `ends` ends."""
+        ...
 
 
 class OnToken(Protocol):

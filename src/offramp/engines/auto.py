@@ -33,7 +33,7 @@ from offramp.data.example import Example
 from offramp.engines import AUTO, ENGINES, MTMD, TORCH
 from offramp.errors import InputError, OfframpError
 from offramp.models.shipped import example_picture
-from offramp.models.vision_engine import check_vision_engine
+from offramp.models.towers import tower_engine
 from offramp.progress import progress_bar
 from offramp.provenance import processor
 from offramp.save_and_load import AdapterConfig, exits_digest
@@ -235,7 +235,7 @@ def _tower(vision: str) -> str:
     if vision != AUTO:
         return vision
     with suppress(InputError):
-        check_vision_engine("onnxruntime")
+        tower_engine("onnxruntime")
         return "onnxruntime"
     return TORCH
 

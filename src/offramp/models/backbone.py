@@ -20,7 +20,7 @@ from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.quantized.weights import scheme
 from offramp.models.registry import Family, is_tested
-from offramp.models.vision_engine import TORCH, StandIn, check_vision_engine, vision_engine
+from offramp.models.towers import TORCH, StandIn, tower_engine
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Backbone(OpenedModel):
             InputError: there is no such model or device, or a package that it needs is missing; or
                 it cannot be quantised so.
         """
-        check_vision_engine(vision)
+        tower_engine(vision)
         if quantize is not None:
             check_quantize(quantize, dtype, kwargs)
             dtype = torch.bfloat16
@@ -200,12 +200,12 @@ class Backbone(OpenedModel):
             InputError: there is no such engine, its package is missing, or there is no tower on a
                 CPU.
         """
-        check_vision_engine(name)
-        if name != TORCH:
+        engine = tower_engine(name)
+        if engine is not None:
             self.check_whole(f"A vision tower in {name}")
         made = copy.copy(self)
         made.tower = None
-        if name == TORCH:
+        if engine is None:
             return made
         if self.text_only:
             raise InputError(
@@ -218,7 +218,7 @@ class Backbone(OpenedModel):
                 "Leave the vision engine out, or load the model with device='cpu'.",
             )
         assert made.vision is not None  # or it says what to do
-        made.tower = vision_engine(name, self.model, str(self.family.vision), example)
+        made.tower = engine.vision_engine(name, self.model, str(self.family.vision), example)
         return made
 
     def with_tower(self, tower: StandIn) -> Backbone:

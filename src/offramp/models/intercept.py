@@ -19,7 +19,6 @@ from offramp.models.discovery.twin import graft, twin
 from offramp.models.in_place_of import InPlaceOf
 from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.rope import LengthDependentRope, with_own_frequencies
-from offramp.models.vision_cache import RememberedTower, VisionCache
 
 
 class LayerHandler(Protocol):
@@ -64,6 +63,14 @@ class _HeadStandIn(InPlaceOf):
         return self._own(hidden)  # type: ignore[no-any-return]
 
 
+class ImageMemory(Protocol):
+    """Keeps what a vision tower made of images."""
+
+    def before(self, tower: nn.Module) -> nn.Module:
+        """Return what stands in the tower's place, and calls it for images that are not kept."""
+        ...
+
+
 class InterceptedModel:
     """A VLM whose layers ask a handler: run it whole, or its decoder stack alone."""
 
@@ -82,10 +89,9 @@ class InterceptedModel:
         if backbone.rope != LengthDependentRope():
             with_own_frequencies(root, family.stack)
 
-    def remember_images(self, backbone: OpenedModel, cache: VisionCache) -> None:
-        """Ask `cache` before the vision tower. Raise `InputError` if the tower is not known."""
-        tower = RememberedTower(backbone.vision, cache)
-        graft(self.model, str(backbone.family.vision), tower)
+    def remember_images(self, backbone: OpenedModel, memory: ImageMemory) -> None:
+        """Ask `memory` before the vision tower. Raise `InputError` if the tower is not known."""
+        graft(self.model, str(backbone.family.vision), memory.before(backbone.vision))
 
     @contextmanager
     def recording(self) -> Iterator[list[dict[str, Any]]]:

@@ -29,7 +29,7 @@ from offramp.models.sharding import (
     keep_layers_alone_split,
     loaded,
 )
-from offramp.models.vision_engine import StandIn
+from offramp.models.towers import StandIn
 
 
 @dataclass(slots=True)

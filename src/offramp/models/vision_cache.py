@@ -54,6 +54,10 @@ class VisionCache:
     def nbytes(self) -> int:
         return int(self._held.currsize)
 
+    def before(self, tower: nn.Module) -> RememberedTower:
+        """Return what stands in the tower's place and asks this cache first."""
+        return RememberedTower(tower, self)
+
     def call(self, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
         """Return what `tower(*args, **kw)` returns; its tensors are shared between calls."""
         key = (weakref.ref(tower), digest([*args, kw]), current_salt())

@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,17 +30,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from offramp.errors import InputError, StorageError, did_you_mean
+from offramp.errors import InputError, StorageError
 from offramp.missing import how_to_install, missing_package
 from offramp.models.discovery.twin import graft, twin
 from offramp.models.quantized.weights import float_copy, float_dtype, scheme
+from offramp.models.towers import StandIn
 from offramp.models.vision_cache import digest
 from offramp.models.weights_version import Unchanged
 from offramp.storage import atomic_folder, cache_folder
 
 log = logging.getLogger(__name__)
 
-TORCH = "torch"
 TOLERANCE, TOLERANCE_ROUNDED = 1e-4, 0.4
 """How far an engine's output may be from the tower's own in float32, as a share of its length. What
 rounds is held to the first in float32; noise, which it is tried on, is rounded worst."""
@@ -55,31 +55,6 @@ LAYOUT = 1
 Array = npt.NDArray[Any]
 Run = Callable[[Sequence[Array]], Sequence[Array]]
 """Outputs of one picture's inputs."""
-
-
-class StandIn(nn.Module):
-    """Stands where a vision tower stood. Thread-safe.
-
-    name: of what runs the tower. tower: the model's own. beside: what stands in the places of other
-    modules then, by their paths from the model.
-    """
-
-    name: str
-    tower: nn.Module
-    beside: Mapping[str, nn.Module]
-
-    def __init__(
-        self, name: str, tower: nn.Module, beside: Mapping[str, nn.Module] | None = None
-    ) -> None:
-        super().__init__()
-        self.name, self.tower = name, tower
-        self.__dict__["beside"] = beside or {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("tower"), name)
 
 
 class VisionEngine(StandIn):
@@ -110,7 +85,7 @@ class VisionEngine(StandIn):
 
 
 def vision_engine(name: str, model: nn.Module, path: str, example: Any) -> VisionEngine | None:
-    """Return what has an engine of `ENGINES` but "torch" run the tower at `path` of a model; None,
+    """Return what has an engine of `ENGINES` run the tower at `path` of a model; None,
     with a warning that says why, where it cannot be exported, or what the engine makes of two
     pictures is not the tower's own.
 
@@ -128,11 +103,9 @@ def vision_engine(name: str, model: nn.Module, path: str, example: Any) -> Visio
 
 
 def check_vision_engine(name: str) -> None:
-    """Raise `InputError` where there is no such engine, or a package that it needs is missing."""
-    if name not in ENGINES:
-        raise InputError(f"There is no vision engine {name!r}.", did_you_mean(name, ENGINES))
+    """Raise `InputError` where a package that the engine needs is missing."""
     try:
-        for package in () if name == TORCH else (ROUNDED.get(name, name), *_EXPORTER):
+        for package in (ROUNDED.get(name, name), *_EXPORTER):
             import_module(package)
     except ImportError as error:
         package = missing_package(error) or name
@@ -448,7 +421,6 @@ def _openvino(file: Path, precision: str = "f32") -> Run:
 
 
 ENGINES: dict[str, Any] = {
-    TORCH: None,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     IN_BF16: partial(_openvino, precision="bf16"),

@@ -29,7 +29,7 @@ from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
-from offramp.models.vision_engine import ENGINES, check_vision_engine
+from offramp.models.towers import ENGINES, TORCH, tower_engine
 from offramp.runtimes.llama_cpp.entry import DecoderEntry
 from offramp.runtimes.llama_cpp.segment import EngineOptions
 from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision
@@ -51,9 +51,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def names() -> list[str]:
     """The engines that are installed."""
     found = []
-    for name in ENGINES:
+    for name in (TORCH, *ENGINES):
         try:
-            check_vision_engine(name)
+            tower_engine(name)
         except InputError as error:
             print(error)
             continue

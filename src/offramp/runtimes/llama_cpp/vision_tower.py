@@ -18,7 +18,7 @@ from torch import nn
 from offramp.adapter import Adapter
 from offramp.errors import AdapterError
 from offramp.models.backbone import Backbone
-from offramp.models.vision_engine import StandIn
+from offramp.models.towers import StandIn
 from offramp.runtimes.llama_cpp.gguf_files import whole_projector
 from offramp.runtimes.llama_cpp.projector import Tower
 from offramp.runtimes.llama_cpp.segment import EngineOptions
