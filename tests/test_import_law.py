@@ -121,6 +121,53 @@ def test_a_room_imports_only_what_stands_before_it(name: str) -> None:
     assert files and wrong == set()
 
 
+CORE = {"engine", "models", "data", "save_and_load", "storage", "adapter", *GROUND}
+ATTACHED = (
+    "betting", "certificate", "conditions", "guarantee", "likeness", "model_card", "progress",
+    "prompt_kinds", "data.annotation_file", "data.datasets", "data.decontamination",
+    "data.format_readers", "data.formats", "data.near_copies", "data.rows", "data.scenes",
+    "engine.constraint", "engine.drafter", "engine.executors.modules", "engine.prefix_cache",
+    "engine.self_check", "engine.teacher_forcing", "models.cache_salt", "models.discriminator",
+    "models.eagle3", "models.kept_texts", "models.mixture", "models.photo", "models.prepack",
+    "models.quantized", "models.shortlist", "models.shrink_on_load", "models.vision_cache",
+    "models.vision_engine", "save_and_load.custom_generate", "save_and_load.speculators",
+)  # fmt: skip
+"""What stands in the rooms of the core and attaches to it, by file or package."""
+MODULES = "engine.executors.modules.in_place"
+STILL = {
+    "adapter": {"certificate", "conditions", "guarantee", "likeness", "model_card", "prompt_kinds",
+                "models.prepack", "save_and_load.custom_generate"},
+    "engine.executors.segments": {"engine.drafter"},
+    "engine.executors.slots.running": {MODULES},
+    "engine.executors.stack": {MODULES},
+    "engine.generate": {"engine.self_check"},
+    "engine.heads": {MODULES},
+    "engine.plan": {"engine.drafter"},
+    "models.backbone": {"models.quantized.linears"},
+    "models.exits": {"models.mixture"},
+    "models.input_processor": {"models.kept_texts", "models.shrink_on_load"},
+    "models.shipped": {"models.photo.build", "models.photo.packages", "models.photo.tower"},
+    "save_and_load": {"certificate", "models.discriminator"},
+}  # fmt: skip
+"""What the core still imports of it. No line is added: what attaches imports the core."""
+
+
+def attaches(name: str) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in ATTACHED)
+
+
+def test_the_core_imports_nothing_more_of_what_attaches_to_it() -> None:
+    files = {n.removeprefix("offramp."): f for n, f in files_of(SOURCE).items() if "." in n}
+    core = {n: f for n, f in files.items() if n.partition(".")[0] in CORE and not attaches(n)}
+    names = {f"offramp.{name}" for name in files}
+    found = {
+        name: outer
+        for name, file in core.items()
+        if (outer := {n for e in edges(file, names) if attaches(n := e.removeprefix("offramp."))})
+    }
+    assert found == STILL
+
+
 def files_of(source: Path) -> dict[str, Path]:
     """Files by dotted name; a package is its `__init__`."""
     inside = {f: ".".join(f.relative_to(source.parent).with_suffix("").parts) for f in

@@ -24,9 +24,9 @@ from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import ONE_TURN
 from offramp.models.quantized.prepacked import PrepackedLinear
-from offramp.models.quantized.weights import scheme
 from offramp.models.shrink_on_load import smallest_side
 from offramp.models.vision_engine import ROUNDED
+from offramp.models.weights import scheme
 from offramp.prompt_kinds import FRAMES, OTHER, fits
 
 TORCH = "torch"

@@ -46,7 +46,7 @@ from offramp.models.fingerprint import fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 from offramp.models.quantized.linears import SCHEMES
-from offramp.models.quantized.weights import scheme
+from offramp.models.weights import scheme
 from offramp.provenance import provenance
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig

@@ -38,8 +38,8 @@ from offramp.models.discovery.twin import twin
 from offramp.models.exits import Exits, propose_depths
 from offramp.models.input_processor import InputProcessor
 from offramp.models.modality import Modality, modality_of
-from offramp.models.quantized.weights import scheme
 from offramp.models.rope import LengthDependentRope, with_own_frequencies
+from offramp.models.weights import scheme
 
 TOKENS = 10
 LONG = 320

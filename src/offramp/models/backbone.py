@@ -18,9 +18,9 @@ from offramp.models.hub import grey_example, load_model
 from offramp.models.modality import Modality, modality_of
 from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.quantized.linears import check_quantize, quantize_layers
-from offramp.models.quantized.weights import scheme
 from offramp.models.registry import Family, is_tested
 from offramp.models.towers import TORCH, StandIn, tower_engine
+from offramp.models.weights import scheme
 
 
 @dataclass(frozen=True)

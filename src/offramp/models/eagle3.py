@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
 
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
-from offramp.models.quantized.weights import float_parameters
+from offramp.models.weights import float_parameters
 
 LAYERS = 4
 """Fewest layers of a language model whose states are read at three depths."""

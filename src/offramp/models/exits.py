@@ -21,8 +21,8 @@ from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
 from offramp.models.fingerprint import fingerprint
 from offramp.models.mixture import dense_block, expert_blocks
 from offramp.models.opened import LayerCall
-from offramp.models.quantized.weights import float_copy, float_dtype
 from offramp.models.sharding import gathered, run_like
+from offramp.models.weights import float_copy, float_dtype
 
 
 def propose_depths(layers: int, exits: int = 1) -> tuple[int, ...]:

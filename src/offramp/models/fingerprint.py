@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.models.backbone import Backbone
-from offramp.models.quantized.weights import (
+from offramp.models.weights import (
     float_parameters,
     float_values,
     scheme,

@@ -12,13 +12,6 @@ from torch import Tensor, nn
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.discovery.paths import discover
 from offramp.models.hub import unwrap_peft
-from offramp.models.quantized.prepacked import prepacked
-from offramp.models.quantized.weights import (
-    check_scheme,
-    float_dtype,
-    float_parameters,
-    unpack,
-)
 from offramp.models.registry import Family, is_ours, registered_family
 from offramp.models.rope import LengthDependentRope
 from offramp.models.sharding import (
@@ -30,6 +23,12 @@ from offramp.models.sharding import (
     loaded,
 )
 from offramp.models.towers import StandIn
+from offramp.models.weights import (
+    check_scheme,
+    float_dtype,
+    float_parameters,
+    unpack,
+)
 
 
 @dataclass(slots=True)
@@ -207,7 +206,7 @@ class OpenedModel:
             if bias is not None:
                 own = full(bias.detach())[ids].to(self.device)
                 rows.bias = nn.Parameter(own, requires_grad=False)
-        made: nn.Module = rows if self.reader is self.head else prepacked(rows)
+        made: nn.Module = rows if self.reader is self.head else type(self.reader)(rows)
         added = self._logit_bias()
         made.__dict__["added"] = None if added is None else added[ids.to(added.device)]
         return made

@@ -33,9 +33,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from offramp.errors import InputError, StorageError
 from offramp.missing import how_to_install, missing_package
 from offramp.models.discovery.twin import graft, twin
-from offramp.models.quantized.weights import float_copy, float_dtype, scheme
 from offramp.models.towers import StandIn
 from offramp.models.vision_cache import digest
+from offramp.models.weights import float_copy, float_dtype, scheme
 from offramp.models.weights_version import Unchanged
 from offramp.storage import atomic_folder, cache_folder
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from offramp.adapter import Adapter
 from offramp.errors import InputError
 from offramp.models.exits import copied_index
-from offramp.models.quantized.weights import scheme
+from offramp.models.weights import scheme
 from offramp.storage import atomic_folder
 
 KINDS = ("layer", "drafting")

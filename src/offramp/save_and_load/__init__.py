@@ -35,9 +35,9 @@ from offramp.models.discriminator import build_discriminators
 from offramp.models.exit_kinds import EXIT_KINDS
 from offramp.models.exits import Exits, ExitSet, check_depths, copied_index
 from offramp.models.fingerprint import fingerprint, same_backbone
-from offramp.models.quantized.weights import scheme
 from offramp.models.sharding import unread
 from offramp.models.shipped import close_shipped
+from offramp.models.weights import scheme
 from offramp.save_and_load.config import (
     CHECKS,
     CONFIG,

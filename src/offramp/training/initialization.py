@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.teacher_forcing import Batch
-from offramp.models.quantized.weights import float_state
+from offramp.models.weights import float_state
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.losses import kl
 

@@ -17,8 +17,8 @@ from offramp.models.exits import Exits
 from offramp.models.fingerprint import describe
 from offramp.models.quantized.attention import attention_by_token
 from offramp.models.quantized.linears import SCHEMES, QuantizedLinear, quantize_layers
-from offramp.models.quantized.weights import float_copy, scheme
 from offramp.models.shipped import tiny_exits, tiny_folder
+from offramp.models.weights import float_copy, scheme
 
 ROUNDED = {"int8": 0.012, "int4": 0.11}
 """The largest relative error that a weight of random numbers may get."""

@@ -11,8 +11,8 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.models.hub import load_processor
 from offramp.models.input_processor import InputProcessor
-from offramp.models.quantized.weights import scheme
 from offramp.models.shipped import tiny_folder
+from offramp.models.weights import scheme
 
 
 def torchao(bits):

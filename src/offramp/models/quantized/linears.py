@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError, check_known
 from offramp.models.quantized.attention import attend_by_token
+from offramp.models.weights import OwnLinear
 
 _GROUP = 32
 """Columns that share a scale and a zero in 4 bits, and that kernels read at once: of other widths
@@ -24,13 +25,12 @@ _TOGETHER = 2**16
 """Numbers that are rounded at once: what a core's cache holds."""
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(OwnLinear):
     """A linear whose weight is codes and scales; states [..., in] in, states [..., out] out.
 
-    word: what the scheme is called. rows_together: how many rows its kernel reads at once.
+    rows_together: how many rows its kernel reads at once.
     """
 
-    word: str
     rows_together = 1
     weight: Tensor
     scales: Tensor

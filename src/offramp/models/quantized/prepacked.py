@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offramp.errors import InputError
+from offramp.models.weights import OwnLinear
 
 ROWS = 4
 """Fewer tokens than these take longer than these do, on the processors that were measured; by a
@@ -35,7 +36,7 @@ def filled_up(states: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     return made[:tokens].view(*states.shape[:-1], made.shape[-1])
 
 
-class PrepackedLinear(nn.Module):
+class PrepackedLinear(OwnLinear):
     """A linear in oneDNN's layout: states [..., in] in, states [..., out] out; for inference."""
 
     weight: Tensor

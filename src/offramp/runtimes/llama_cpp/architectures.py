@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
-from offramp.models.quantized.weights import float_state
+from offramp.models.weights import float_state
 from offramp.runtimes.llama_cpp.graphs import (
     ARCHITECTURES,
     FULL,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.quantized.weights import scheme
+from offramp.models.weights import scheme
 from offramp.runtimes.llama_cpp.architectures import architecture_of, array_of
 from offramp.runtimes.llama_cpp.gguf_export import ExportFormats
 from offramp.runtimes.llama_cpp.gguf_writing import rounded

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from offramp.errors import DataError, InputError, UnsupportedBackboneError, did_you_mean
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import graft, twin
-from offramp.models.quantized.weights import float_copy, float_dtype, scheme
+from offramp.models.weights import float_copy, float_dtype, scheme
 from offramp.runtimes.llama_cpp.architectures import array_of
 from offramp.runtimes.llama_cpp.gguf_writing import (
     VISION_FORMATS,

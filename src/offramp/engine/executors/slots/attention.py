@@ -33,8 +33,7 @@ from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import graft, twin
 from offramp.models.exits import ExitSet
-from offramp.models.quantized.linears import QuantizedLinear
-from offramp.models.quantized.prepacked import PrepackedLinear
+from offramp.models.weights import OwnLinear
 
 MASKED, PACKED, EACH = "offramp_slots", "offramp_packed", "offramp_each"
 
@@ -229,7 +228,7 @@ def with_attention(layer: nn.Module, name: str, **known: Any) -> Any:
 
 # -- exact batches --------------------------------------------------------------------------------
 
-ROW_BY_ROW = (PrepackedLinear, QuantizedLinear, nn.Embedding)
+ROW_BY_ROW = (OwnLinear, nn.Embedding)
 """Modules that make of a row what they make of it alone."""
 
 
@@ -260,7 +259,7 @@ def check_exact_batches(backbone: Backbone, exits: ExitSet | None, ours: bool) -
 
 def _others(backbone: Backbone, exits: ExitSet | None) -> Iterator[str]:
     """Modules with a weight that is multiplied otherwise."""
-    if not isinstance(backbone.reader, PrepackedLinear):
+    if not isinstance(backbone.reader, OwnLinear):
         yield "the LM head"
     parts: dict[str, nn.Module] = {"layers": backbone.layers}
     if exits is not None:

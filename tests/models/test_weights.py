@@ -18,7 +18,7 @@ from offramp.errors import AdapterError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.models.fingerprint import describe
-from offramp.models.quantized.weights import float_copy, is_quantized, scheme
+from offramp.models.weights import float_copy, is_quantized, scheme
 from offramp.storage import read_json, write_json
 
 

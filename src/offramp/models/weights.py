@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
-from offramp.models.quantized.linears import QuantizedLinear
-from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp.models.sharding import full, gathered, hooks_of, loaded, local, unhook
 
 _BITS = ("bits", "num_bits", "qtype", "target_dtype", "quant_type")
@@ -29,6 +27,19 @@ _NEAR = 0.05
 comes in as well are that close."""
 _COMPRESSED = "quantization_scheme"
 """What compressed-tensors leaves in a linear, which rounds its weight whenever it runs."""
+
+
+class OwnLinear(nn.Module):
+    """The base of linears that hold a weight in another form, each token by itself.
+
+    word: what the form is called; "" where its numbers are the plain linear's.
+    """
+
+    word: str = ""
+
+    def dense(self) -> Tensor:
+        """Return the weight [out, in], where the numbers are the plain linear's."""
+        raise NotImplementedError
 
 
 def check_scheme(model: Any) -> None:
@@ -73,9 +84,10 @@ def scheme(module: nn.Module) -> str | None:
     """Return what holds the weights, in words: our own scheme, or the class of the first quantised
     linear, or of its weight, and the bits that it names; None: nothing is quantised."""
     for part in module.modules():
-        if isinstance(part, QuantizedLinear):
-            return part.word
-        if is_quantized(part) and not isinstance(part, PrepackedLinear):
+        if isinstance(part, OwnLinear):
+            if part.word:
+                return part.word
+        elif is_quantized(part):
             weight = getattr(part, "weight", None)
             holder: Any = weight if type(part) is nn.Linear else part
             holder = getattr(part, _COMPRESSED, holder)
@@ -100,7 +112,7 @@ def dequantized(linear: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     Raises:
         UnsupportedBackboneError: it cannot be read.
     """
-    if isinstance(linear, PrepackedLinear):
+    if isinstance(linear, OwnLinear) and not linear.word:
         return linear.dense()
     weight = getattr(linear, "weight", None)
     if weight is not None and type(weight).dequantize is not Tensor.dequantize:
