@@ -178,7 +178,7 @@ def test_tiny_and_large_models_and_such_without_exits_stay_in_pytorch(
     ],
 )
 def test_what_is_named_is_taken(measured: list[str], asked: tuple[str, ...], way: Way) -> None:
-    assert settle("tiny-opt", *asked) == way
+    assert settle("tiny-opt", Way(*asked)) == way
     assert not measured
 
 

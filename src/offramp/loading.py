@@ -17,7 +17,7 @@ from offramp.conditions import Conditions
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.example import Example
 from offramp.engines import AUTO, MTMD, TORCH, check_asked, engine_named
-from offramp.engines.auto import Way, settled
+from offramp.engines.auto import OPEN, Way, settled
 from offramp.errors import InputError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -114,7 +114,9 @@ def load(
         adapter, or it does not fit. StorageError: it cannot be read.
     """
     check_asked(engine, gguf, quantize)
-    engine, vision, gguf = settle(name, engine, vision, gguf, quantize=quantize, **how)
+    engine, vision, gguf = settle(
+        name, Way(engine, vision, gguf), quantize=quantize, **how
+    )
     model, processor = open_model(name, vision=own_vision(vision, engine), quantize=quantize, **how)
     threads = threads or torch.get_num_threads()
     adapter = seeing(with_exits(model), vision, gguf, threads)
@@ -125,25 +127,20 @@ def load(
 
 def settle(
     name: str,
-    engine: str = AUTO,
-    vision: str = AUTO,
-    gguf: str | Path | None = None,
+    asked: Way = OPEN,
     *,
     answers: int | None = None,
     together: bool = False,
     **how: Any,
 ) -> Way:
-    """Return what answers by a name, as asked, or the fastest way: see
-    `offramp.engines.auto.settled`. how: as of `load`."""
+    """Return the way to answer by a name; arguments as of `offramp.engines.auto.settled`."""
     config = None
-    if engine == AUTO:
+    if asked.engine == AUTO:
         with suppress(InputError):  # a model that ships without exits
             folder = shipped_exits(name)
             config = read_config(fetched(name) if folder is None else folder)
     ready = partial(load, name)
-    return settled(
-        ready, config, engine, vision, gguf, answers=answers, together=together, **how
-    )  # fmt: skip
+    return settled(ready, config, asked, answers=answers, together=together, **how)
 
 
 def usual_length(adapter: Adapter, otherwise: int) -> int:

@@ -37,7 +37,6 @@ def test_all_pages_together_are_read_in_two_hours() -> None:
 
 
 def test_a_table_follows_a_sentence_that_says_what_it_shows() -> None:
-    """A table that stands alone cannot be read alone."""
     for page in DOCS.glob("*.md"):
         for before in re.findall(r"(.*)\n+<!-- table: ", page.read_text(encoding="utf-8")):
             assert before and not before.startswith(("#", "|", "<!--")), (page.name, before)

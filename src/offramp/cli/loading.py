@@ -152,13 +152,14 @@ def _settle(arguments: argparse.Namespace, name: str, **more: Any) -> None:
         return
     import torch
 
+    from offramp.engines.auto import Way
     from offramp.loading import settle
 
     names = ("backbone", "revision", "dtype", "device", "quantize", "shrink_on_load")
     how = {name: getattr(arguments, name, None) for name in names}
     how = {name: value for name, value in how.items() if value not in (None, False, AUTO)}
     arguments.engine, arguments.vision, arguments.gguf = settle(
-        name, AUTO, arguments.vision, arguments.gguf,
+        name, Way(AUTO, arguments.vision, arguments.gguf),
         answers=getattr(arguments, "answers", None), together=hasattr(arguments, "slots"),
         **how, **more,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from offramp.errors import InputError
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of a data file: its reader, what it is recognised by, and its shape in words.
+    """One format of data files: how it is recognised, how it is read, and its fields in words.
 
     files: how many are read together, at most.
     """

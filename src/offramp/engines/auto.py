@@ -62,6 +62,10 @@ class Way(NamedTuple):
     gguf: str | Path | None = None
 
 
+OPEN = Way(AUTO, AUTO)
+"""Nothing is asked for: the fastest way."""
+
+
 @dataclass(frozen=True)
 class Timed:
     """A way as it was measured.
@@ -86,20 +90,19 @@ class Timed:
 def settled(
     load: Load,
     config: AdapterConfig | None,
-    engine: str = AUTO,
-    vision: str = AUTO,
-    gguf: str | Path | None = None,
+    asked: Way,
     *,
     answers: int | None = None,
     together: bool = False,
     **how: Any,
 ) -> Way:
-    """Return what answers: as asked, or, of what is left to "auto", the fastest way.
+    """Return the way to answer: as asked, or, of what is left to "auto", the fastest.
 
     load: loads the model, with engine, vision, gguf and `how`, as `offramp.load` does by a name.
     config: of its exits; None: it has none. answers: how many will be asked for; None: many.
     together: several at a time, which compiled code does not write.
     """
+    engine, vision, gguf = asked
     tower = TORCH if vision == AUTO else vision
     if engine != AUTO or gguf is not None:
         return Way(LLAMA_CPP if engine == AUTO else engine, tower, gguf)
@@ -231,7 +234,7 @@ def _measured(
 
 
 def _tower(vision: str) -> str:
-    """What runs the vision tower where that is left open: ONNX Runtime, if it is installed."""
+    """Return the vision engine to use where none was asked for: ONNX Runtime, if installed."""
     if vision != AUTO:
         return vision
     with suppress(InputError):

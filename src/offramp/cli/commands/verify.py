@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 QUICK: dict[str, tuple[Any, str]] = {
     "limit": (4, "4"), "rows": ((2,), "2"), "slots": (2, "2"), "max_new_tokens": (16, "16"),
 }  # fmt: skip
-"""What --quick sets, and how it is typed."""
+"""The value of each option under --quick, and the words that a user would type for it."""
 
 
 def add(commands: Any) -> None:

@@ -13,7 +13,7 @@ from offramp.engine.prompt import Prompt
 
 @dataclass(eq=False)
 class SlotRow:
-    """A sequence and the slot that it is in.
+    """One sequence in a slot of the cache.
 
     base: by segment, the column of the first state that is kept before it. offset, first: position
     of column 0, and that on the first of several axes. places: positions [..., T] of a prompt that

@@ -171,8 +171,8 @@ class SlotRunner(SegmentRunner):
         return () if call.beside is None else sorted(self.held.by_slot[call.beside[0]].unread)
 
     def _encoder_of(self, call: Call) -> tuple[Tensor, Tensor]:
-        """What stands for the encoder: only the length of its states is looked at, and its mask.
-        Its states, where layers have yet to make keys of them."""
+        """Encoder states [n, S, D] and their mask [n, S] for a call: zeros of the right length,
+        except where layers have yet to make keys of the real ones."""
         lengths, device = self.cache.encoder_lengths, self._device
         if call.beside is not None:
             slot = call.beside[0]
