@@ -7,7 +7,6 @@ Keys of requests are those of the variable OFFRAMP_API_KEYS, where it is set.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.server.app import create_app
 from offramp.serving.server.config import ServerConfig, keys_of_environment
 from offramp.serving.server.pytorch import service_of
-from offramp.serving.server.tracing import provider_of
 
 SLOTS, QUEUE = 8, 64
 
@@ -31,7 +29,7 @@ def replica_app(adapter: str, replicas: int) -> Any:
     config = ServerConfig(Path(adapter).name, queue=QUEUE, keys=keys_of_environment())
     watch = WatchConfig(watchers=replicas)
     service = service_of(model, processor, config, EngineConfig(SLOTS), watch=watch)
-    return create_app(service, provider_of(os.environ))
+    return create_app(service)
 
 
 class Replica:

@@ -31,8 +31,6 @@ EXTRAS = {
     "onnxscript": "vision",
     "openvino": "vision-openvino",
     "offramp-photo": "photo",
-    "opentelemetry-exporter-otlp-proto-http": "trace",
-    "opentelemetry-sdk": "trace",
     "peft": "peft",
     "prometheus-client": "serve",
     "pycocoevalcap": "eval",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -166,9 +165,7 @@ def serve_until_stopped(
     """Serve what `start` makes of the arguments and the configuration."""
     from offramp.serving.server.app import create_app
     from offramp.serving.server.run import listen, serve
-    from offramp.serving.server.tracing import provider_of
 
-    traces = provider_of(os.environ)
     place = listen(arguments.host, arguments.port)
     service = start(arguments, config)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -178,7 +175,7 @@ def serve_until_stopped(
             print_json({"model": config.name, "url": address})
         tell(f"offramp serves {config.name}: {address} (a page), {address}/v1 (OpenAI's API)")
 
-    serve(create_app(service, traces), service, place, ready=ready)
+    serve(create_app(service), service, place, ready=ready)
 
 
 def _config(arguments: argparse.Namespace) -> Any:

@@ -7,7 +7,6 @@ client that goes away, and a request that takes too long, free their slots withi
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
 from offramp.serving.server.served import GuaranteeStatus, Inputs, NoPromise
 from offramp.serving.server.service import Place, Service, Use
-from offramp.serving.server.tracing import Trace
 
 T = TypeVar("T")
 Event = tuple[int, Token | None]
@@ -54,7 +52,6 @@ class Answering:
     has taken too long, by the loop's clock. on_answer: is told of every answer, or of its loss.
     salt: as of `offramp.serving.request.Request`. look: of `Service.look`. constraint: of every
     answer's tokens.
-    trace: is told of every answer that is over.
     """
 
     def __init__(
@@ -70,12 +67,11 @@ class Answering:
         *,
         look: Any = None,
         constraint: Any = None,
-        trace: Trace | None = None,
     ) -> None:
         """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
         self._on_answer, self._salt, self._look = on_answer, salt, look
-        self._exact, self._trace, self._begun = constraint is not None, trace, time.time_ns()
+        self._exact = constraint is not None
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         # One timer a request: one a token would cost as much as the token's JSON.
@@ -239,8 +235,6 @@ class Answering:
         first = choice.written.index % self._request.n == 0
         tokens = choice.prompt if first else 0
         self._service.metrics.answered(done, written.depths, tokens, written.reason, mode)
-        if self._trace is not None:
-            self._trace.answered(self._begun, done, written.depths, choice.prompt, written.reason)
         if self._on_answer is not None:
             self._on_answer(choice.inputs, choice.how, done)
         return last

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
@@ -37,28 +36,21 @@ from offramp.serving.server.api.protocol import (
 from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
 from offramp.serving.server.models import check_model, model_card
-from offramp.serving.server.reference import reference
 from offramp.serving.server.served import Inputs
 from offramp.serving.server.service import Service
-from offramp.serving.server.tracing import KEY, Traced
 
 T = TypeVar("T")
 Prepared = tuple[list[Inputs], Sequence[Any]]
 """Inputs of each prompt, and the images that they share."""
 
 
-def create_app(service: Service, traces: Any = None) -> FastAPI:
-    """The ASGI application of a service; when it shuts down, the service is closed.
-
-    traces: of `tracing.provider_of`; None: requests are not traced.
-    """
+def create_app(service: Service) -> FastAPI:
+    """The ASGI application of a service; when it shuts down, the service is closed."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.close)
-        if traces is not None:  # sends what is left
-            await asyncio.to_thread(traces.shutdown)
 
     app = FastAPI(
         title="offramp", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
@@ -72,8 +64,6 @@ def create_app(service: Service, traces: Any = None) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-Id"],
         )
-    if traces is not None:
-        app.add_middleware(Traced, provider=traces)
     add_handlers(app)
     _add_openai(app, service)
     _add_tokens(app, service)
@@ -146,10 +136,7 @@ async def _answer(
     try:
         use = service.use_of(body)
         constraint = await _in_time(service, service.constraint(body), request, until)
-        trace, begun = request.scope.get(KEY), time.time_ns()
         inputs, images = await _in_time(service, prompts(), request, until)
-        if trace is not None:
-            trace.part("image", begun, time.time_ns(), offramp__images=len(images))
         client = client_of(request)
         watched = service.watches(body, use, images, client)
         watch = _watch(service, body, images, client) if watched else None
@@ -158,7 +145,7 @@ async def _answer(
         salt = request.scope.get("offramp_salt")
         answering = Answering(
             service, body, inputs, use, place, until, watch, salt,
-            look=look, constraint=constraint, trace=trace,
+            look=look, constraint=constraint,
         )  # fmt: skip
     except BaseException:
         place.leave()
@@ -335,12 +322,6 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def index() -> Response:
         """A page to try it on."""
         return HTMLResponse(page, headers=policy)
-
-    @app.get("/docs", response_class=HTMLResponse)
-    async def docs() -> Response:
-        """This page."""
-        text = reference(app.openapi())
-        return HTMLResponse(text, headers={"Content-Security-Policy": page_policy(text)})
 
 
 def _page() -> str:

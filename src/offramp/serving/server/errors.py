@@ -32,8 +32,8 @@ NO_CALLS = (
     'response_format with {"type": "json_schema", ...}.'
 )
 ROUTES = (
-    "There are POST /v1/chat/completions and /v1/completions, GET /v1/models, and /docs, which "
-    "tells of all."
+    "There are POST /v1/chat/completions and /v1/completions, GET /v1/models, and "
+    "/openapi.json, which tells of all."
 )
 
 
