@@ -283,6 +283,7 @@ INLINE void multiply_block(enum ggml_type type, const uint8_t * w, const uint8_t
         dots[0][n] = dots[1][n] = all_ints(bias_of(type) ? x[n]->c : 0);
     }
     UNROLL for (int j = 0; j < steps; j++) {
+        IN_ORDER;
         const ints lower = load_integers(type, w, j, 0), upper = load_integers(type, w, j, 1);
         UNROLL for (int n = from; n < to; n++) {
             dots[0][n] = multiply_word(type, dots[0][n], lower, x[n]->q[j]);
@@ -308,7 +309,13 @@ INLINE void multiply_group(enum ggml_type type, const uint8_t * w, size_t column
     const uint8_t * blocks = a->blocks + first * (columns / BLOCK) * quantised_bytes(type);
     // The sums of more than six tokens leave too few registers for the products of all.
     const int some = type == GGML_TYPE_I16 && tokens > 6 ? 4 : tokens;
-    for (size_t k = 0; k < columns; k += BLOCK, w += packed_bytes(type), blocks += tokens * quantised_bytes(type)) {
+    // Of several passes, each fetches its share of the next group; one alone the block after the next, unless
+    // it has so little to multiply that it keeps up with memory.
+    const size_t bytes = packed_bytes(type), passes = (a->tokens + MOST - 1) / MOST;
+    const size_t share = passes > 1 ? bytes / LINE / passes + 1 : tokens > 2 ? bytes / LINE : 0;
+    const size_t ahead = passes > 1 ? group_bytes(type, columns) + first / MOST * share * LINE : 2 * bytes;
+    for (size_t k = 0; k < columns; k += BLOCK, w += bytes, blocks += tokens * quantised_bytes(type)) {
+        for (size_t i = 0; i < share; i++) _mm_prefetch((const void *) (w + ahead + i * LINE), _MM_HINT_T0);
         multiply_block(type, w, blocks, 0, some, sums);
         if (some < tokens) multiply_block(type, w, blocks, some, tokens, sums);
     }
@@ -343,14 +350,9 @@ INLINE void some_tokens(enum ggml_type type, const struct product * p, const str
 }
 
 INLINE void all_tokens(enum ggml_type type, const struct product * p, const struct activations * a) {
-    const size_t bytes = group_bytes(type, p->columns), passes = (a->tokens + MOST - 1) / MOST;
-    const size_t share = passes > 1 ? bytes / passes / LINE + 1 : 0;  // alone, a pass keeps up with memory
     for (size_t group = p->from; group < p->to; group++)
         for (size_t first = 0; first < a->tokens; first += MOST) {
             const size_t left = a->tokens - first;
-            // Each pass over a group fetches its share of the next group's lines.
-            const uint8_t * next = p->packed + (group + 1) * bytes + first / MOST * share * LINE;
-            for (size_t i = 0; i < share; i++) _mm_prefetch((const void *) (next + i * LINE), _MM_HINT_T0);
             switch (left < MOST ? left : MOST) {
                 case 1: some_tokens(type, p, a, group, first, 1); break;
                 case 2: some_tokens(type, p, a, group, first, 2); break;

@@ -9,7 +9,9 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
+// What is read after it is loaded after it: a processor fetches ahead of what is read from front to end.
+#define IN_ORDER __asm__ volatile("" ::: "memory")
 
 INLINE float float_of(uint32_t bits) {
     float x;
