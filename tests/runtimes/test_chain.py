@@ -81,11 +81,13 @@ def random_exits(seed: int) -> Any:
     return lambda exit, state, logits: bool(draw.random() < 0.6)
 
 
-@pytest.mark.parametrize("least", [1, 2])
+@pytest.mark.parametrize(("least", "most"), [(1, 4), (2, 4), (1, 9)])
 @pytest.mark.parametrize("segments", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_segments_get_every_token_in_order(segments: int, seed: int, least: int) -> None:
-    plain, ours = chain_of(segments), chain_of(segments, least)
+def test_segments_get_every_token_in_order(
+    segments: int, seed: int, least: int, most: int
+) -> None:
+    plain, ours = chain_of(segments), chain_of(segments, least, most)
     decide = random_exits(seed)
     for chain in (plain, ours):
         chain.run(PROMPT)
@@ -108,6 +110,19 @@ def test_calls_are_no_longer_than_is_exact() -> None:
         chain.run(token[None], lambda *_: True)
     chain.finish(1)
     assert chain.segments[1].calls == [5, 4, 4, 4, 3]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("most", "calls"), [(7, [5, 3]), (8, [8]), (20, [8])])
+def test_a_short_prompt_shares_a_call_with_what_waits_behind_it(
+    most: int, calls: list[int]
+) -> None:
+    chain = chain_of(2, most=most)
+    chain.run(PROMPT, lambda *_: True)
+    for token in TOKENS[:3]:
+        chain.run(token[None], lambda *_: True)
+    expected = np.cumsum(np.cumsum([*PROMPT, *TOKENS[:3]], 0), 0)[-2:]
+    assert np.array_equal(chain.finish(2), expected)
+    assert chain.segments[1].calls == calls  # type: ignore[attr-defined]
 
 
 def test_a_call_has_as_many_rows_as_it_takes_above_the_first_exit() -> None:

@@ -86,7 +86,8 @@ class SegmentChain:
     def __init__(self, segments: Sequence[Segment], sizes: CallSizes) -> None:
         """sizes: of calls where tokens share one: above the first exit, or with other sequences'.
 
-        A prompt goes in as many rows at a time as a segment reads, whatever follows it.
+        A prompt goes in as many rows at a time as a segment reads, unless it is short, and shares
+        a call with what waits behind it.
         """
         self.segments = segments
         self.sizes = sizes
@@ -290,20 +291,26 @@ class SegmentChain:
         and whether the rows of a call see each other."""
         pending, segment = self._waiting[slot], self.segments[place]
         waiting, pending[place] = pending[place], []
-        few = list[States]()
+        few, rows = list[States](), sum(map(len, waiting))
         for states in waiting:
             text = states
             if len(states) > 1 and not segment.length_of(slot) and not few:
                 prompt = self._prompts[slot] or Prompt(states)
+                if self._is_few(place, prompt, rows):
+                    few.append(states)
+                    continue
                 for start, stop, ahead in prompt.calls(segment.at_once):
                     yield states[start:stop], ahead
                 text = states[len(prompt.states) :]  # what waited with it below
             if len(text):
                 few.append(text)
         if few:
-            rows = np.concatenate(few) if len(few) > 1 else few[0]
+            text = np.concatenate(few) if len(few) > 1 else few[0]
             sizes = self.sizes
-            cuts = sizes.cut(len(rows)) if place else sizes.cut_first(len(rows))
-            for count in cuts:
-                yield rows[:count], False
-                rows = rows[count:]
+            for count in sizes.cut(len(text)) if place else sizes.cut_first(len(text)):
+                yield text[:count], False
+                text = text[count:]
+
+    def _is_few(self, place: int, prompt: Prompt, rows: int) -> bool:
+        """Whether a prompt shares calls with what waits behind it, `rows` in all."""
+        return bool(place) and not prompt.ahead and len(prompt.states) < rows <= self.sizes.most

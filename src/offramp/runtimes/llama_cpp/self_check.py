@@ -19,14 +19,14 @@ from offramp.runtimes.llama_cpp.graphs import Array
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.segment import Part, Segment
 
-AT_ONCE = 32
+AT_ONCE = 48
 """Most tokens that share a call."""
 
-_MOST = (AT_ONCE, 16, 8, 7, 4, 3)
+_MOST = (AT_ONCE, 32, 16, 8, 7, 4, 3)
 """Numbers of tokens that are tried. llama.cpp's kernels for K-quants take up to 7 as they take one,
 or 3 where it rearranged the weights."""
 
-_TIMED, _TIMES = (2, 3, 4, 8, 16), 3
+_TIMED, _TIMES = (2, 3, 4, 8, 16, 32), 3
 """Numbers of rows whose calls are timed, and how often each."""
 
 _LEAST_LIKE = {"f32": 0.99, "f16": 0.99, "bf16": 0.99, "q8_0": 0.98}
