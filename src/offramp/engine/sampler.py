@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence, Set
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -140,6 +140,12 @@ def _check_finite(number: Tensor) -> None:
         raise RuntimeError("The logits to sample from hold inf or nan.")
 
 
+@cache
+def _one_of(ends: frozenset[int]) -> Callable[[int], bool]:
+    """Return what tells end tokens: the same for the same ones."""
+    return ends.__contains__
+
+
 class StopTogether:
     """Rows of a batch without an end token: as in Hugging Face's `generate` each is written on
     until a criterion has ended them all.
@@ -215,6 +221,11 @@ class Sampler:
         self._noise: Noise | None = noise
         if self.samples and noise is None:
             self._noise = SeededNoise()
+
+    @property
+    def ends(self) -> Callable[[int], bool]:
+        """Whether a token ends the answer."""
+        return _one_of(self._ends)
 
     @cached_property
     def prompt(self) -> list[int]:

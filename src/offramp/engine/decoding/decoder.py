@@ -329,7 +329,7 @@ class Decoder:
             most = min(most, self.executor.positions - row.ran[0] - 1)
         while most > 0 and row.sampler.would_end(len(row.ids) + most, -1):
             most -= 1
-        return DraftBudget(max(0, most), row.rule.thresholds[depth], row.ends_with)
+        return DraftBudget(max(0, most), row.rule.thresholds[depth], row.sampler.ends)
 
     # -- tokens ----------------------------------------------------------------------------------
 

@@ -217,7 +217,7 @@ def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> Non
 
 def _side_by_side(row: Sequence, said: list[int]) -> Draft:
     """The newest token and drafts after it; nothing follows one that ends the answer."""
-    ended = bool(said) and row.ends_with(said[-1])
+    ended = bool(said) and row.sampler.ends(said[-1])
     return Draft([row.ids[-1], *(said[:-1] if ended else said)], said)
 
 

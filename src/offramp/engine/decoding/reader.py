@@ -18,11 +18,15 @@ class TokenSampler(Protocol):
     """The rules of one row as the decoder sees them: when its answer ends. What may come next is
     between the sampler and the heads.
 
-    prompt: token ids of the row's prompt.
+    prompt: token ids of the row's prompt. ends: whether a token ends the answer; the same object
+    for samplers of the same end tokens.
     """
 
     @property
     def prompt(self) -> Sequence[int]: ...
+
+    @property
+    def ends(self) -> Callable[[int], bool]: ...
 
     def would_end(self, tokens: int, last: int) -> bool:
         """Return True if an answer of so many tokens, the last of them `last`, is over by length or

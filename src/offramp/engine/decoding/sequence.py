@@ -111,7 +111,3 @@ class Sequence:
         self.ids.append(token.token)
         self.tokens.append(token)
         self.score, self.waited = NAN, 0
-
-    def ends_with(self, token: int) -> bool:
-        """Return True if `token` ends the answer as its end token."""
-        return self.sampler.would_end(0, token)

@@ -94,7 +94,8 @@ class Sampler:
         self._sampling, self._vocabulary = sampling, vocabulary
         self.prompt: tuple[int, ...] = tuple(prompt)
         self._most = most
-        self._ends, self._stop, self._on_token = ends, stop, on_token
+        self._stop, self._on_token = stop, on_token
+        self.ends: Callable[[int], bool] = ends
         self._banned, self._noted = np.asarray(banned, dtype=np.int64), noted
         self._counted = bool(sampling.presence_penalty or sampling.frequency_penalty)
         known = sampling.seed if seed is None else seed
@@ -140,7 +141,7 @@ class Sampler:
 
     def would_end(self, tokens: int, last: int) -> bool:
         """Return True if an answer of so many tokens, the last of them `last`, is over."""
-        return tokens >= self._most or self._ends(last)
+        return tokens >= self._most or self.ends(last)
 
     def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
         """Give out the token at `place` of the answer `ids`; True where the answer is over."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ class ChainDrafter:
         self._of_states = np.ascontiguousarray(state_norm * of_states)
         self._known: dict[int, States] = {}
         self._loop: DraftLoop | None = None
-        self._ends: dict[int, tuple[Ends, npt.NDArray[np.bool_]]] = {}
+        self._ending = lru_cache(maxsize=16)(self._asked_of_all)
         if self._ids is not None:  # what it says it is given next
             entering = self._entering(self._ids)
             self._known = {token: row for token, row in zip(self._ids, entering, strict=True)}
@@ -109,7 +110,7 @@ class ChainDrafter:
             return []
         if self._loop is None or self._ids is None:
             return self._one_by_one(slot, token, state, budget)
-        ending, word = self._ending(slot, budget.ends, self._ids), self._word(token)
+        ending, word = self._ending(budget.ends), self._word(token)
         most, least = budget.max_drafts, budget.min_probability
         said = segment.draft(self._loop, word, state[0], ending, most, least, slot)
         return [self._ids[place] for place in said]
@@ -133,13 +134,9 @@ class ChainDrafter:
         if slot in self._wanted:
             self._chain.crop(self._chain.tokens(slot) - columns, slot)
 
-    def _ending(self, slot: int, ends: Ends, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
-        """Which of what it can say ends the answer of a sequence; asked once of each."""
-        asked, found = self._ends.get(slot, (None, None))
-        if found is None or asked != ends:
-            found = np.array([ends(token) for token in ids])
-            self._ends[slot] = ends, found
-        return found
+    def _asked_of_all(self, ends: Ends) -> npt.NDArray[np.bool_]:
+        """Which of what it can say ends an answer."""
+        return np.array([ends(token) for token in self._ids or ()])
 
     def _word(self, token: int) -> States:
         """A token's part [D] of what enters the layer."""
