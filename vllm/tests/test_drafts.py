@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from engine import answers, stored
+from offramp_vllm.drafts import NAME
 
 
-def drafting(folder: Any, serve: Any, exits: bool = True) -> Any:
-    speculative = {
-        "method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 3,
-    }  # fmt: skip
+@pytest.fixture(params=["draft_model", "exit"])
+def drafting(request: pytest.FixtureRequest, made: Any, serve: Any) -> Any:
+    """A server of the tiny Llama with drafts, by another checkpoint or by its own exit."""
+    folder = made("llama")
+    speculative = {"method": "draft_model", "model": str(folder / "draft")}
+    if request.param == "exit":
+        speculative = {"model": NAME}
     return serve(
-        folder / "model", folder / "export" if exits else None, speculative_config=speculative,
-        disable_log_stats=False,
+        folder / "model", folder / "export", disable_log_stats=False,
+        speculative_config={**speculative, "num_speculative_tokens": 3},
     )  # fmt: skip
 
 
@@ -25,10 +31,8 @@ def accepted(llm: Any) -> tuple[int, int]:
     )  # fmt: skip
 
 
-def test_an_exit_drafts_and_the_answers_are_the_full_models(made: Any, serve: Any) -> None:
-    folder = made("llama")
-    full = stored(folder, "full")
-    llm = drafting(folder, serve)
+def test_an_exit_drafts_and_the_answers_are_the_full_models(made: Any, drafting: Any) -> None:
+    full, llm = stored(made("llama"), "full"), drafting
     for at_once in (1, 8, 24):
         got = answers(llm, [row["prompt"] for row in full], at_once=at_once)
         assert [one[0] for one in got] == [row["tokens"] for row in full]
@@ -36,12 +40,11 @@ def test_an_exit_drafts_and_the_answers_are_the_full_models(made: Any, serve: An
     assert drafted > 0 and kept > 0
 
 
-def test_early_answers_get_no_drafts_and_stay_offramps(made: Any, serve: Any) -> None:
+def test_early_answers_get_no_drafts_and_stay_offramps(made: Any, drafting: Any) -> None:
     from vllm import SamplingParams
 
-    folder = made("llama")
+    folder, llm = made("llama"), drafting
     early, full = stored(folder), stored(folder, "full")
-    llm = drafting(folder, serve)
     got = answers(llm, [row["prompt"] for row in early], extra_args={"offramp_mode": "early_exit"})
     assert [one[0] for one in got] == [row["tokens"] for row in early]
     assert [one[1] for one in got] == [row["depths"] for row in early]

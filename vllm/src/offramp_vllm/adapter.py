@@ -22,6 +22,8 @@ from offramp_vllm.refuse import Refused, check_policy
 ADAPTER, VLLM, EXITS, CHECKS = (
     "adapter.json", "vllm.json", "exits.safetensors", "checks.safetensors"
 )  # fmt: skip
+DRAFTS = "drafts."
+"""Names of what an exit of kind "drafting" drafts on with start so; early exit does not read it."""
 FORMAT = 1
 """Of adapter.json and of vllm.json."""
 _AGAIN = "Write it again: offramp export exits --to vllm --out FOLDER."
@@ -72,9 +74,17 @@ class Exported:
         with safe_open(self.folder / EXITS, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 depth, inner = name.split(".", 1)
-                # What an exit of kind "drafting" drafts on with; early exit does not read it.
-                if not inner.startswith("drafts."):
+                if not inner.startswith(DRAFTS):
                     yield self.depths.index(int(depth)), inner, file.get_tensor(name)
+
+    def draft_input(self) -> dict[str, Any]:
+        """What the first exit drafts on with, by name; empty where it is not of kind "drafting"."""
+        from safetensors import safe_open
+
+        start = f"{self.depths[0]}.{DRAFTS}"
+        with safe_open(self.folder / EXITS, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
+            return {name.removeprefix(start): file.get_tensor(name) for name in names}
 
     def shortlist_ids(self) -> Any:
         """Token ids [S], ascending, that exits can say; None: all."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp_vllm.adapter import Exported
+from offramp_vllm.drafts import Join
 from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, rounds, slots_of
 from offramp_vllm.stages import Stages, decoder_of
 from offramp_vllm.store import Store
@@ -123,6 +124,7 @@ class Head:
 class Early:
     """Takes the place of a decoder's forward and of the model's `compute_logits`.
 
+    drafted: what the first exit made of the last call's tokens [T, D], where it drafts on.
     step: of the call to come; None: a call that writes nothing, such as vLLM's memory profile.
     store: of the cache's slots, once there is a cache. on: whether tokens leave at all.
     """
@@ -136,6 +138,9 @@ class Early:
         self.step: Step | None = None
         self.store: Store | None = None
         self.on = True
+        self.drafted: Tensor | None = None
+        self._join: Join | None = None
+        self._like: dict[str, Tensor] = {}
         self._score = SCORES[exported.rule.score]
         self._logits = model.compute_logits
         self.head = Head(model, exported.shortlist_ids())
@@ -179,7 +184,11 @@ class Early:
 
     def _exit(self, place: int, state: dict[str, Tensor], positions: Tensor) -> Tensor:
         at = self.exported.layers + place
-        return self.stages.finish(state, positions, at, at + 1)
+        if place or self._join is None:
+            return self.stages.finish(state, positions, at, at + 1)
+        made = self.stages.between(state, positions, at, at + 1)
+        self._like, self.drafted = made, self._join.whole(made)
+        return self.stages.finish(made, positions, at + 1, at + 1)
 
     def _decide(self, step: Step, place: int, hidden: Tensor, stay: Tensor) -> Tensor:
         """Which requests go on [R]; those that leave have said what they say."""
@@ -224,6 +233,27 @@ class Early:
             at = step.starts[1:][which] - (step.seq_lens[which] - places)
             own = at >= step.starts[:-1][which]
             hidden.index_copy_(0, at[own].long(), final[own])
+
+    def draft_on(self) -> None:
+        """Have the first exit's own states kept of each call, if it drafts on from them."""
+        weights = self.exported.draft_input()
+        if weights:
+            self._join = Join(weights, next(self.decoder.parameters()))
+
+    def draft(self, ids: Tensor, positions: Tensor, before: Tensor | None) -> Tensor:
+        """Logits [N, S] of the first exit after tokens [N]; `drafted` has what it made of them.
+        before: what it made [N, D] of the tokens before; None: it does not draft on from that."""
+        if self._join is None or before is None:
+            state = self.stages.begin(self.stages.tokens(ids, positions), self.exported.depths[0])
+        else:
+            state = self._join.parted(
+                self._join(self.decoder.embed_input_ids(ids), before), self._like
+            )
+        return self.head(self._exit(0, state, positions))
+
+    def score(self, logits: Tensor) -> Tensor:
+        """How sure an exit is [N] of logits [N, S]."""
+        return self._score(logits)
 
     # -- logits -------------------------------------------------------------------------------
 

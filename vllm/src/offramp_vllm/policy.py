@@ -22,11 +22,13 @@ class Rule:
     least the threshold, and at 0 in any case.
 
     thresholds: of all tokens but an answer's first. first: of that. score: name of the score.
+    drafts: the least product of a round's scores at which the first exit drafts on.
     """
 
     thresholds: tuple[float, ...]
     first: tuple[float, ...]
     score: str = "max_probability"
+    drafts: float = 0.0
 
     @classmethod
     def of(cls, policy: Mapping[str, Any], depths: Sequence[int]) -> Rule:
@@ -42,6 +44,7 @@ class Rule:
             tuple(at.get(d, OFF) for d in depths),
             tuple(first.get(d, OFF) for d in depths),
             policy.get("score", "max_probability"),
+            float(policy.get("drafts", {}).get(str(min(depths)), 0.0)),
         )
 
     @property

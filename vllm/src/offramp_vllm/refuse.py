@@ -74,6 +74,10 @@ def _drafts(config: Any) -> str | None:
     speculative = config.speculative_config
     if speculative is None or speculative.method in SPECULATIVE:
         return None
+    if speculative.method == "custom_class":
+        if speculative.model == "offramp_vllm.drafts.ExitDrafts":
+            return None
+        return f"Drafts by {speculative.model} were not tried."
     return (
         f"Drafts by {speculative.method} read states of single layers, which early exits leave out."
     )

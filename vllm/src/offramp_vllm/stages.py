@@ -90,6 +90,10 @@ class Stages:
         given = self._signature.bind(*args, **kw).arguments
         return given, given[self._names[1]]
 
+    def tokens(self, ids: Tensor, positions: Tensor) -> dict[str, Any]:
+        """What a call over tokens [T] alone is given, by name."""
+        return dict(zip(self._names, (ids, positions, None, None), strict=True))
+
     def begin(self, given: Mapping[str, Any], end: int) -> dict[str, Tensor]:
         """Layers [0, end) from tokens or embeddings."""
         return dict(self._run(dict(given), 0, end, last=False).tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
+from vllm.distributed import get_tp_group
+from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -19,6 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, Uni
 from offramp_vllm import tell
 from offramp_vllm.adapter import Exported, read_exported
 from offramp_vllm.attach import exits_loaded
+from offramp_vllm.drafts import ExitDrafts, exits_draft
 from offramp_vllm.early import Early, Step
 from offramp_vllm.policy import LOSSLESS, Asked, asked
 from offramp_vllm.refuse import WITHOUT, Refused
@@ -58,6 +60,7 @@ class ExitRunner:
     _requests_known: dict[str, _Request]
     _stepping = False
     _sampled: Tensor | None = None
+    _drafts_at_most = 0
 
     def load_model(self, *args: Any, **kw: Any) -> None:
         with exits_loaded(self.exported):
@@ -66,6 +69,9 @@ class ExitRunner:
         self._requests_known = {}
         self.early = Early(me.model, self.exported, me.max_num_tokens)
         _check_alike(self.early, self.exported)
+        if isinstance(getattr(me, "drafter", None), ExitDrafts):
+            me.drafter.runner = self
+            self.early.draft_on()
 
     @property
     def _like(self) -> dict[str, Tensor]:
@@ -120,6 +126,68 @@ class ExitRunner:
         if step is not None and hasattr(output, "req_ids"):
             output.offramp_depths = dict(zip(ids, step.depths.tolist(), strict=True))
         return output
+
+    def propose_draft_token_ids(self, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
+        self._drafts_at_most = scheduler_output.num_spec_tokens_to_schedule
+        return super().propose_draft_token_ids(scheduler_output, *args, **kw)  # type: ignore[misc]
+
+    def drafts(self, sampled: Sequence[Sequence[int]], lengths: Any) -> list[list[int]]:
+        """What the first exit says after the new tokens of each lossless request, while it is sure
+        and the answer may go on. lengths: tokens of each request, the new ones included."""
+        me: Any = self
+        step, early = me.early.step, me.early
+        made, room = [list[int]() for _ in sampled], [self._room(*one) for one in enumerate(sampled)]
+        asking = [row for row, left in enumerate(room) if left]
+        if step is None or not asking:
+            return made
+        rows = torch.tensor(asking, dtype=torch.long, device=me.device)
+        token = rows.new_tensor([sampled[row][-1] for row in asking])
+        place = rows.new_tensor([int(lengths[row]) - 1 for row in asking])
+        before = early.drafted
+        if before is not None:
+            before = before[(step.starts[1:] - step.seq_lens)[rows] + place - 1]
+        sure = torch.ones(len(asking), device=me.device)
+        with set_forward_context(None, me.vllm_config, len(asking), slot_mapping={}):
+            while len(rows):
+                with self._attending(Ragged(rows, place, place + 1)):
+                    logits = early.draft(token, self._positions(rows, place), before)
+                sure, said = sure * early.score(logits), logits.argmax(-1)
+                token = _agreed(said if early.head.ids is None else early.head.ids[said])
+                on = _agreed((sure >= self.exported.rule.drafts).to(token)).bool().tolist()
+                for at, (row, one) in enumerate(zip(rows.tolist(), token.tolist(), strict=True)):
+                    if on[at]:
+                        made[row].append(one)
+                        on[at] = len(made[row]) < room[row] and one not in self._ends(row)
+                going = torch.tensor(on, device=me.device)
+                rows, token, place, sure = rows[going], token[going], place[going] + 1, sure[going]
+                before = None if before is None else early.drafted[going]
+        return made
+
+    def _room(self, row: int, new: Sequence[int]) -> int:
+        """How many drafts a request may get."""
+        me: Any = self
+        one = me.input_batch.req_ids[row]
+        if not new or new[-1] in self._ends(row) or self._request(one).asked.mode != LOSSLESS:
+            return 0
+        request = me.requests[one]
+        left = request.sampling_params.max_tokens - len(request.output_token_ids) - 1
+        return int(max(0, min(self._drafts_at_most, left)))
+
+    def _ends(self, row: int) -> set[int]:
+        """Tokens after which an answer is over."""
+        me: Any = self
+        params = me.requests[me.input_batch.req_ids[row]].sampling_params
+        return set() if params.ignore_eos else params.all_stop_token_ids
+
+    def _positions(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Positions [N] of tokens after the prompt; [3, N] where they are of time, height and
+        width."""
+        me: Any = self
+        if not me.uses_mrope:
+            return places
+        ids = me.input_batch.req_ids
+        more = [me.requests[ids[row]].mrope_position_delta or 0 for row in rows.tolist()]
+        return (places + places.new_tensor(more)).expand(3, -1).contiguous()
 
     def _step(self) -> Step:
         me: Any = self
@@ -212,6 +280,12 @@ class ExitRunner:
             yield
         finally:
             context.attn_metadata, context.slot_mapping = before
+
+
+def _agreed(tokens: Tensor) -> Tensor:
+    """What the first rank of tensor parallel has found."""
+    group = get_tp_group()
+    return tokens if group.world_size == 1 else group.broadcast(tokens, src=0)
 
 
 def _drafts(config: VllmConfig) -> bool:
@@ -322,6 +396,8 @@ class ExitScheduler(Scheduler):
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self._exported = read_exported(folder_of(self.vllm_config))
+        if exits_draft(self.vllm_config):  # their keys are written before they are verified
+            self.num_lookahead_tokens = self.num_spec_tokens
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
