@@ -224,7 +224,7 @@ class Sampler:
 
     @property
     def ends(self) -> Callable[[int], bool]:
-        """Whether a token ends the answer."""
+        """Return a function that tells whether a token ends the answer."""
         return _one_of(self._ends)
 
     @cached_property

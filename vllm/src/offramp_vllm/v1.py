@@ -136,7 +136,8 @@ class ExitRunner:
         and the answer may go on. lengths: tokens of each request, the new ones included."""
         me: Any = self
         step, early = me.early.step, me.early
-        made, room = [list[int]() for _ in sampled], [self._room(*one) for one in enumerate(sampled)]
+        made = [list[int]() for _ in sampled]
+        room = [self._room(*one) for one in enumerate(sampled)]
         asking = [row for row, left in enumerate(room) if left]
         if step is None or not asking:
             return made
