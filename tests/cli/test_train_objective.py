@@ -26,7 +26,6 @@ def test_the_command_trains_what_the_library_does() -> None:
 def test_free_takes_the_weight_of_its_adversary() -> None:
     asked = config("--objective", "free", "--losses", "adversarial=0.1")
     assert asked == TrainConfig(adversarial=0.1)
-    assert config("--losses", "feature_matching=1").has_discriminator
 
 
 def test_a_weight_is_of_the_loss_that_it_names() -> None:

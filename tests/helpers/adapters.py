@@ -17,13 +17,11 @@ POLICY = ExitPolicy({2: 0.02, 4: 0.5}, score="margin")
 
 
 def trained(
-    backbone: Any, judged: bool = True, options: dict[str, Any] | None = None, **more: Any
+    backbone: Any, judged: bool = True, **more: Any
 ) -> Adapter:
     """An adapter whose exits and discriminators are no longer what they were built as."""
     exits = Exits(backbone, DEPTHS)
-    judges = (
-        build_discriminators(backbone.width, DEPTHS, **options or {}).eval() if judged else None
-    )
+    judges = build_discriminators(backbone.width, DEPTHS).eval() if judged else None
     with torch.no_grad():
         for module in (exits, *([judges] if judges else [])):
             for parameter in module.parameters():

@@ -24,16 +24,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "free": {},
     "regression": {"distillation": 0.0, "adversarial": 0.0, "l2": 1.0, "cosine": 1.0},
     "adversary-alone": {"distillation": 0.0, "cross_entropy": 0.0, "adversarial": 1.0},
-    "matching": {"adversarial": 0.0, "feature_matching": 1.0, "conditional": False},
-    "hinge-of-answers": {"adversary": "hinge", "judged": "sequence"},
-    "relativistic-spectral": {"adversary": "relativistic", "spectral_norm": True},
-    "closest": {"initial_layer": "closest"},
-    "late-penalty": {"adversarial_start": 0.5, "gradient_penalty": 1.0},
 }
 """Objectives and adversaries, as changes to a configuration."""
 
 SHARED = replace(
-    SHORT, steps=3, evaluate_every=10, adversarial=0.0, regime="supervised", initial_layer="closest"
+    SHORT, steps=3, evaluate_every=10, adversarial=0.0, regime="supervised"
 )
 """What two processes train together."""
 
@@ -54,8 +49,8 @@ def steps(out: Path) -> list[dict[str, Any]]:
 
 
 def untrained(run: Trainer) -> dict[str, Tensor]:
-    """The exits' parameters before the first step: those of the layers that were chosen."""
-    layers = {str(d): run.backbone.layers[i].state_dict() for d, i in run.initial.items()}
+    """The exits' parameters before the first step: those of the next layers."""
+    layers = {str(d): run.backbone.layers[d].state_dict() for d in run.exits.depths}
     return {f"{d}.{name}": t for d, some in layers.items() for name, t in some.items()}
 
 

@@ -50,7 +50,7 @@ def test_the_saved_tensors_are_the_trainable_ones(
     exits = Exits(one, DEPTHS)
     wanted = {n: tuple(p.shape) for n, p in exits.named_parameters()}
     assert {n: tuple(t.shape) for n, t in load_file(tmp_path / EXITS).items()} == wanted
-    judges = build_discriminators(one.width, DEPTHS, conditional=True)
+    judges = build_discriminators(one.width, DEPTHS)
     assert set(load_file(tmp_path / DISCRIMINATORS)) == dict(judges.named_parameters()).keys()
     assert (tmp_path / EXITS).stat().st_size < 1.2 * sum(p.nbytes for p in exits.parameters()) + 5e3
 

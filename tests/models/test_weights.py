@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import families
 import pytest
 import torch
 import training_runs
 from torch import nn
-from training_runs import SHORT
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
@@ -186,12 +183,6 @@ def test_a_lora_beside_quantised_weights_stays_in_the_copy(quantized):
     copied, states = float_copy(layer, torch.float32), torch.randn(1, 3, families.WIDTH)
     assert scheme(copied) is None
     assert torch.allclose(copied.mlp(states), layer.mlp(states), atol=1e-5)
-
-
-def test_the_closest_layer_is_chosen_among_quantised_ones(quantized, tmp_path):
-    run = training_runs.trainer(quantized, tmp_path, replace(SHORT, initial_layer="closest"))
-    run.run()
-    assert set(run.initial) == {2, 4} and scheme(run.exits) is None
 
 
 def test_a_shortlist_reads_rows_of_a_quantised_head():

@@ -14,7 +14,7 @@ import families
 import pytest
 import torch
 from torch import Tensor
-from training_runs import SHORT, VARIANTS, rows, same, steps, trainer, untrained
+from training_runs import SHORT, rows, same, steps, trainer, untrained
 
 from offramp.adapter import Adapter
 from offramp.answers import full_model_answers
@@ -24,11 +24,9 @@ from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shortlist import shortlist_of
 from offramp.training.checkpoint import STATE
-from offramp.training.config import GAMES, OBJECTIVES, REGIMES, TrainConfig
+from offramp.training.config import OBJECTIVES, REGIMES, TrainConfig
 from offramp.training.feature_dataset import FOLDER
-from offramp.training.initialization import RIDGE, linear_probe, start_closest
 from offramp.training.labels import answers_of
-from offramp.training.losses import distillation
 from offramp.training.trainer import Trainer, train
 
 Build = Callable[..., Any]
@@ -56,88 +54,9 @@ def test_training_leaves_the_callers_random_numbers_alone(opt: Any, tmp_path: Pa
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-# -- where exits start ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "gemma3"])
-def test_an_exit_starts_as_the_layer_behind_it_that_is_closest_to_the_final_one(
-    name: str, backbone: Build, tmp_path: Path
-) -> None:
-    one = backbone(name)
-    run = trainer(one, tmp_path, name=name)
-    first, *others = (store[0] for store in run.states.record())
-    chosen = start_closest(run.objective, [first, *others])
-
-    @torch.no_grad()
-    def distance(depth: int, layer: int) -> float:
-        run.exits.at(depth).load_state_dict(one.layers[layer].state_dict())
-        judged, *learnt = (run.objective.loss_inputs(batch)[depth] for batch in (first, *others))
-        probe = linear_probe(
-            torch.cat([terms.features for terms in learnt]),
-            torch.cat([terms.teacher_features for terms in learnt]),
-        )
-        said = replace(judged, logits=one.logits(probe(judged.features)))
-        return float(distillation(said).mean())
-
-    for depth, layer in chosen.items():
-        assert same(run.exits.at(depth).state_dict(), one.layers[layer].state_dict())
-        distances = {i: distance(depth, i) for i in range(depth, one.depth)}
-        assert distances[layer] == pytest.approx(min(distances.values()))
-
-
-def test_a_probe_is_the_least_squares_map_with_a_ridge() -> None:
-    draw = torch.Generator().manual_seed(0)
-    states, final, others = (torch.randn(n, 5, generator=draw) for n in (40, 40, 7))
-    centred = (states - states.mean(0)).double()
-    ridge = RIDGE * centred.square().sum(0).mean() + 1e-6
-    rows = torch.cat([centred, ridge.sqrt() * torch.eye(5)])  # the ridge as five more equations
-    wanted = torch.cat([(final - final.mean(0)).double(), torch.zeros(5, 5)])
-    slope = torch.linalg.lstsq(rows, wanted).solution
-    expected = (others - states.mean(0)).double() @ slope + final.mean(0)
-    torch.testing.assert_close(linear_probe(states, final)(others), expected.float())
-
-
-def test_a_layer_that_makes_the_final_features_up_to_a_linear_map_is_chosen(
-    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = trainer(opt, tmp_path, n=60)
-    real, marked = run.objective.features, opt.layers[4].state_dict()
-    turn = torch.randn(opt.width, opt.width, generator=torch.Generator().manual_seed(0))
-
-    def features(batch: Any) -> dict[int, Tensor]:
-        found = real(batch)
-        if same(run.exits.at(2).state_dict(), marked):
-            found[2] = batch.teacher @ turn
-        return found
-
-    monkeypatch.setattr(run.objective, "features", features)
-    store = run.states.record()[0]
-    assert start_closest(run.objective, [store[i] for i in range(len(store))])[2] == 4
-
-
-def test_an_exit_starts_as_the_next_layer_where_that_is_asked_for_or_nothing_else_fits(
-    opt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = trainer(opt, tmp_path / "asked", replace(SHORT, initial_layer="next"))
-    start = {n: t.clone() for n, t in run.exits.state_dict().items()}
-    run._start(run.states.record()[0])
-    assert same(start, run.exits.state_dict()) and same(start, untrained(run))
-    other = trainer(opt, tmp_path / "alone")
-    for layer in (3, 5):
-        wider = {**opt.layers[layer].state_dict(), "adapter.weight": torch.ones(2, 2)}
-        monkeypatch.setattr(opt.layers[layer], "state_dict", lambda wider=wider: wider)
-    chosen = start_closest(other.objective, [other.states.record()[0][0]])
-    assert chosen[2] in (2, 4) and chosen[4] == 4
-
-
-def test_what_an_exit_started_as_is_kept_with_it(opt: Any, tmp_path: Path) -> None:
-    config = replace(SHORT, initial_layer="closest")
-    run = trainer(opt, tmp_path, config)
-    chosen = {str(d): i for d, i in run.run().metrics["initial_layer"].items()}
-    assert {int(d): i for d, i in chosen.items()} == run.initial
-    assert Adapter.load(tmp_path, opt).metrics["initial_layer"] == chosen
-    again = trainer(opt, tmp_path, config)
-    assert again.run(resume=True).metrics["initial_layer"] == chosen
+def test_an_exit_starts_as_the_next_layer(opt: Any, tmp_path: Path) -> None:
+    run = trainer(opt, tmp_path)
+    assert same(dict(run.exits.state_dict()), untrained(run))
 
 
 # -- it learns --------------------------------------------------------------------------------
@@ -239,11 +158,11 @@ def test_a_shortlist_of_everything_costs_what_no_shortlist_does(
     run = trainer(one, tmp_path, config, name=name)
     batch = run.states.record()[0][0]
     before, counted = (
-        run.objective.generator_loss(run.objective.loss_inputs(batch), 0),
+        run.objective.generator_loss(run.objective.loss_inputs(batch)),
         run.objective.agreeing(batch),
     )
     run.objective.narrow(torch.arange(one.vocabulary))
-    after = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)
+    after = run.objective.generator_loss(run.objective.loss_inputs(batch))
     torch.testing.assert_close(before, after)
     assert counted == run.objective.agreeing(batch)
 
@@ -256,7 +175,7 @@ def test_what_a_shortlist_lacks_is_no_label_and_no_agreement(opt: Any, tmp_path:
     run.objective.narrow(ids)
     known = torch.isin(targets, ids)
     assert known.any() and not known.all()
-    report = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)[1]
+    report = run.objective.generator_loss(run.objective.loss_inputs(batch))[1]
     teacher = opt.logits(batch.teacher[batch.mask])
     counts = run.objective.agreeing(batch)
     for place, (depth, states) in enumerate(run.objective.features(batch).items()):
@@ -301,7 +220,7 @@ def test_supervised_cross_entropy_alone_is_that_of_the_answers(opt: Any, tmp_pat
     config = replace(SHORT, regime="supervised", distillation=0.0, adversarial=0.0)
     run = trainer(opt, tmp_path, config)
     batch = run.states.record()[0][0]
-    loss, report = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)
+    loss, report = run.objective.generator_loss(run.objective.loss_inputs(batch))
     assert set(report) == {"cross_entropy/2", "cross_entropy/4"}
     words = [w for e in run.examples if e.key in batch.keys for w in e.answers[0].split()]
     assert int(batch.mask.sum()) == len(words) + len(batch.keys)  # and each answer's end
@@ -350,7 +269,7 @@ def test_cross_entropy_alone_trains_on_the_labelled_answers_alone(
 def test_a_label_weighs_the_same_however_few_there_are(opt: Any, tmp_path: Path) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised"))
     batch = run.states.record()[0][0]
-    whole = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)[1]
+    whole = run.objective.generator_loss(run.objective.loss_inputs(batch))[1]
     parts = []
     for row in range(len(batch.labelled)):
         one = replace(batch, labelled=torch.arange(len(batch.labelled)) == row)
@@ -367,46 +286,10 @@ def test_a_batch_without_labels_costs_and_moves_nothing_where_only_labels_teach(
     run = trainer(opt, tmp_path, config)
     batch = run.states.record()[0][0]
     batch = replace(batch, labelled=torch.zeros_like(batch.labelled))
-    loss, _ = run.objective.generator_loss(run.objective.loss_inputs(batch), 0)
+    loss, _ = run.objective.generator_loss(run.objective.loss_inputs(batch))
     loss.backward()
     assert loss == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in run.exits.parameters())
-
-
-def test_the_adversary_joins_at_its_start_and_learns_before(opt: Any, tmp_path: Path) -> None:
-    late = replace(SHORT, adversarial=1.0, feature_matching=1.0, adversarial_start=0.5)
-    run = trainer(opt, tmp_path / "late", late)
-    start = {n: t.clone() for n, t in run.discriminators.state_dict().items()}
-    run.run()
-    assert not same(start, dict(run.discriminators.state_dict()))
-    games = [sum(n.split("/")[0] in GAMES for n in row) for row in steps(tmp_path / "late")]
-    assert games == [0, 0, 0, 4, 4, 4]
-    assert all("discriminator/2" in row for row in steps(tmp_path / "late"))
-    alone = trainer(opt, tmp_path / "alone", replace(SHORT, adversarial=0.0))
-    alone.run()
-    distilled = [row["distillation/2"] for row in steps(tmp_path / "alone")]
-    played = [row["distillation/2"] for row in steps(tmp_path / "late")]
-    assert played[:4] == distilled[:4] and played[4:] != distilled[4:]
-
-
-def test_a_verdict_on_an_answer_does_not_depend_on_padding(opt: Any, tmp_path: Path) -> None:
-    run = trainer(opt, tmp_path, replace(SHORT, regime="supervised", judged="sequence"))
-    batch = run.states.record()[0][0]
-    rows = len(batch.mask)
-
-    def longer(states: Tensor) -> Tensor:
-        return torch.cat([states, torch.randn(rows, 3, *states.shape[2:]).to(states)], 1)
-
-    padded = replace(
-        batch,
-        teacher=longer(batch.teacher),
-        answer={d: longer(s) for d, s in batch.answer.items()},
-        mask=torch.cat([batch.mask, batch.mask.new_zeros(rows, 3)], 1),
-    )
-    assert len({int(n) for n in batch.mask.sum(1)}) > 1  # answers of different lengths
-    first, second = (run.objective._judge(2, b)(b.teacher[b.mask]).logits for b in (batch, padded))
-    assert torch.equal(first, second)
-    assert len(set(first.tolist())) == rows
 
 
 # -- data -------------------------------------------------------------------------------------
@@ -480,8 +363,6 @@ def uninterrupted(opt: Any, out: Path, config: TrainConfig) -> tuple[Trainer, li
         *((*moment, {"cache": "memory"}) for moment in
           [("fetch", 3), ("step", 3), ("validation", 0), ("validation", 4)]),
         *((*moment, {"cache": "disk"}) for moment in [("fetch", 3), ("step", 0)]),
-        *(("fetch", 3, VARIANTS[variant]) for variant in
-          ["relativistic-spectral", "closest", "late-penalty"]),
         ("fetch", 3, {"shortlist": 5}),
     ],
 )  # fmt: skip
@@ -780,12 +661,11 @@ def test_all_wrong_options_are_named_together() -> None:
 
 
 @pytest.mark.parametrize("regime", ["unsupervised", "mixed"])
-@pytest.mark.parametrize("late", [{}, {"adversarial": 1.0, "adversarial_start": 0.1}])
-def test_a_run_without_any_signal_is_refused(regime: str, late: dict[str, Any]) -> None:
+def test_a_run_without_any_signal_is_refused(regime: str) -> None:
     off = dict.fromkeys(OBJECTIVES, 0.0)
     with pytest.raises(InputError, match="no loss has a weight"):
-        TrainConfig(regime=regime, **{**off, **late})
-    labels_only = {**off, **late, "cross_entropy": 1.0}
+        TrainConfig(regime=regime, **off)
+    labels_only = {**off, "cross_entropy": 1.0}
     TrainConfig(regime="mixed", **labels_only)
     with pytest.raises(InputError, match="unsupervised regime needs a loss without labels"):
         TrainConfig(regime="unsupervised", **labels_only)
@@ -799,12 +679,11 @@ def test_any_loss_without_labels_is_enough(name: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"l2": -1.0}, {"cosine": float("nan")}, {"feature_matching": -0.1}, {"adversary": "wgan"},
-        {"gradient_penalty": -1.0}, {"judged": "batch"}, {"adversarial_start": 1.0},
+        {"l2": -1.0}, {"cosine": float("nan")}, {"adversarial": -0.1},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip
-def test_a_wrong_objective_or_adversary_is_named(wrong: dict[str, Any]) -> None:
+def test_a_wrong_objective_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         TrainConfig(**wrong)
 

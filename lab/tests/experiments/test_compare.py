@@ -91,8 +91,8 @@ def finished(done_once: Any, tmp_path: Path) -> dict[str, Any]:
 def test_every_objective_and_policy_has_its_points(
     run: RunComparison, tmp_path: Path, name: str, objectives: Any, policies: Any
 ) -> None:
-    # for what the next layer then is worth, and cross-entropy on the model's own answers
-    training = replace(TRAINING, initial_layer="closest", regime="pseudo", min_confidence=0.0)
+    # for cross-entropy on the model's own answers
+    training = replace(TRAINING, regime="pseudo", min_confidence=0.0)
     chosen = {"objectives": tuple(objectives), "policies": tuple(policies)}
     found = run(tmp_path, replace(PLAN, training=training, quantiles=(0.5,), **chosen), name)
     points = found["points"]
@@ -280,19 +280,6 @@ def test_few_labels_are_all_that_cross_entropy_then_reads(
     run(tmp_path, replace(SMALL, objectives=objectives, training=training))
     assert read["cross_entropy"] == read["distillation"] == 9  # and one validates
     assert read["cross_entropy_few"] == 4
-
-
-@pytest.mark.parametrize("start", ["next", "closest"])
-def test_exits_that_start_as_the_next_layer_are_compared_where_the_others_do_not(
-    start: str, run: RunComparison, tmp_path: Path
-) -> None:
-    training = replace(TRAINING, initial_layer=start)
-    found = run(tmp_path, replace(SMALL, objectives=("free_next_layer",), training=training))
-    assert ("free_next_layer" in {p["objective"] for p in found["points"]}) == (start == "closest")
-    for objective in {p["objective"] for p in found["points"]}:
-        config = read_json(exits_folder(tmp_path, 0, objective, (2,)) / "adapter.json")
-        expected = "next" if objective == "free_next_layer" else start
-        assert config["provenance"]["config"]["initial_layer"] == expected
 
 
 @pytest.mark.parametrize("regime", ["unsupervised", "pseudo"])

@@ -42,7 +42,7 @@ SATURATION = 0.94
 
 
 def judged(parts: Exits) -> ExitSet:
-    judges = build_discriminators(families.WIDTH, parts.depths, conditional=True)
+    judges = build_discriminators(families.WIDTH, parts.depths)
     return ExitSet(parts, discriminators=judges)
 
 
@@ -165,16 +165,9 @@ def test_keys_are_exact_whatever_the_score(
 # -- the discriminator ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"conditional": False}, {"judged": "sequence"}, {"spectral_norm": True}],
-    ids=str,
-)
-def test_the_discriminator_score_works_after_loading(
-    options: dict[str, Any], opt: Any, batch: Any, tmp_path: Path
-) -> None:
+def test_the_discriminator_score_works_after_loading(opt: Any, batch: Any, tmp_path: Path) -> None:
     policy = ExitPolicy({2: 0.5, 4: 0.5}, score="discriminator")
-    saved = trained(opt, options=options, policy=policy)
+    saved = trained(opt, policy=policy)
     saved.save(tmp_path)
     inputs = batch("blip2-opt", 2)
     loaded = Adapter.load(tmp_path, opt)

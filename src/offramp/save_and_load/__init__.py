@@ -31,7 +31,7 @@ from offramp.certificate import CERTIFICATE, Certificate
 from offramp.engine.policy import FULL, ExitPolicy, check_policy_depths, policy_to_json
 from offramp.errors import AdapterError, DataError, InputError, OfframpError, StorageError
 from offramp.models.backbone import Backbone
-from offramp.models.discriminator import build_discriminators
+from offramp.models.discriminator import OPTIONS, build_discriminators
 from offramp.models.exit_kinds import EXIT_KINDS
 from offramp.models.exits import Exits, ExitSet, check_depths, copied_index
 from offramp.models.fingerprint import fingerprint, same_backbone
@@ -129,10 +129,6 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
 
 def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
     """adapter.json without the digests."""
-    discriminators = None
-    if parts.exits.discriminators is not None:
-        discriminator: Any = next(iter(parts.exits.discriminators.values()))
-        discriminators = discriminator.options
     return {
         "format": FORMAT,
         "backbone": {
@@ -142,7 +138,7 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
         },
         "depths": list(parts.exits.depths),
         "exit_kind": parts.exits.modules.kind,
-        "discriminators": discriminators,
+        "discriminators": None if parts.exits.discriminators is None else OPTIONS,
         "checks": dict(parts.exits.measured) or None,
         "policy": policy_to_json(parts.policy),
         "calibration": None if parts.calibration is None else dict(parts.calibration),
@@ -308,9 +304,15 @@ def _load_exits(config: AdapterConfig, backbone: Backbone) -> Exits:
 def _load_discriminators(config: AdapterConfig, backbone: Backbone) -> nn.ModuleDict | None:
     if config.discriminators is None or not _is_there(config, DISCRIMINATORS):
         return None
+    if not config.discriminators.items() <= OPTIONS.items():
+        warnings.warn(
+            f"The discriminators in {config.folder} are of an earlier kind, and are left out.",
+            stacklevel=2,
+        )
+        return None
     path = config.folder / DISCRIMINATORS
     with torch.device("meta"):  # the file's header is compared before memory is taken
-        modules = build_discriminators(backbone.width, config.depths, **config.discriminators)
+        modules = build_discriminators(backbone.width, config.depths)
     check_shapes(path, {n: tuple(t.shape) for n, t in modules.state_dict().items()})
     _fill(modules, path, None)
     return modules.to(backbone.device).eval().requires_grad_(False)

@@ -19,7 +19,6 @@ from offramp.engine.policy import (
     policy_to_json,
 )
 from offramp.errors import AdapterError, DataError, InputError, StorageError
-from offramp.models import JUDGED
 from offramp.storage import digest_rows, read_json
 
 FORMAT = 1
@@ -325,7 +324,7 @@ def _discriminators(config: _Entries) -> dict[str, Any] | None:
     options = config.part("discriminators")
     options.check_known(_DISCRIMINATOR)
     values = {name: options.get(name, _DISCRIMINATOR[name]) for name in options.values}
-    if values.get("judged", JUDGED[0]) not in JUDGED:
+    if values.get("judged", "token") not in ("token", "sequence"):
         options.fail(f"'discriminators.judged' is {_shown(values['judged'])}")
     return values
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from offramp.engine.teacher_forcing import Batch, exit_features
 from offramp.errors import check_known
 from offramp.models.backbone import Backbone
-from offramp.models.discriminator import Verdict, build_discriminators
+from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits
 from offramp.models.shortlist import places_of
 from offramp.training.config import TrainConfig
-from offramp.training.losses import ADVERSARIES, LOSSES, LossInputs, gradient_penalty
+from offramp.training.losses import LOSSES, LossInputs, discriminator_loss
 
 
 class AdversarialObjective:
@@ -45,16 +45,9 @@ class AdversarialObjective:
 
     def new_discriminators(self) -> nn.ModuleDict:
         """Untrained ones, by depth."""
-        config = self.config
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-            torch.manual_seed(config.seed)
-            discriminators = build_discriminators(
-                self.backbone.width,
-                self.exits.depths,
-                conditional=config.conditional,
-                spectral_norm=config.spectral_norm,
-                judged=config.judged,
-            )
+            torch.manual_seed(self.config.seed)
+            discriminators = build_discriminators(self.backbone.width, self.exits.depths)
         return discriminators.to(self.backbone.device)
 
     def features(self, batch: Batch) -> dict[int, Tensor]:
@@ -88,24 +81,22 @@ class AdversarialObjective:
                 targets=targets,
                 labelled=labelled,
                 judge=self._judge(depth, batch) if self.config.has_discriminator else None,
-                adversary=self.config.adversary,
                 temperature=self.config.temperature,
             )
         return inputs
 
     def generator_loss(
-        self, inputs: Mapping[int, LossInputs], step: int
+        self, inputs: Mapping[int, LossInputs]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum over terms and depths at `step`, and each term by itself, unweighted.
+        """The weighted sum over terms and depths, and each term by itself, unweighted.
 
         Cross-entropy too is a mean over all tokens, 0 where there is no label: where few are
         labelled, each still weighs as one token does.
         """
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
-        weights = self.config.weights(step)
         for depth, terms in inputs.items():
-            for name, weight in weights.items():
+            for name, weight in self.config.weights.items():
                 value = LOSSES[name](terms).mean()
                 report[f"{name}/{depth}"] = value.item()
                 loss = loss + weight * value
@@ -117,19 +108,12 @@ class AdversarialObjective:
         """The sum over depths, and each depth's by itself; no gradient reaches the exits."""
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
-        penalised = self.config.gradient_penalty > 0
         for depth, terms in inputs.items():
             assert terms.judge is not None
-            teacher = terms.teacher_features.detach().float().requires_grad_(penalised)
-            final = terms.judge(teacher).logits
-            exit = terms.judge(terms.features.detach()).logits
-            value = ADVERSARIES[terms.adversary].discriminator(final, exit).mean()
+            final, exit = terms.judge(terms.teacher_features), terms.judge(terms.features.detach())
+            value = discriminator_loss(final, exit).mean()
             report[f"discriminator/{depth}"] = value.item()
             loss = loss + value
-            if penalised:
-                penalty = gradient_penalty(final, teacher).mean()
-                report[f"gradient_penalty/{depth}"] = penalty.item()
-                loss = loss + self.config.gradient_penalty * penalty
         return loss, report
 
     @torch.no_grad()
@@ -147,9 +131,8 @@ class AdversarialObjective:
         ]
         return [*(int((tokens == teacher).sum()) for tokens in said), len(teacher)]
 
-    def _judge(self, depth: int, batch: Batch) -> Callable[[Tensor], Verdict]:
+    def _judge(self, depth: int, batch: Batch) -> Callable[[Tensor], Tensor]:
         """What the discriminator at `depth` makes of states [N, D] at the batch's answer tokens."""
         entries = self.backbone.here(batch.entries(depth))[batch.mask].float()
-        rows = batch.mask.nonzero()[:, 0]
         discriminator: Any = self.discriminators[str(depth)]
-        return lambda features: discriminator.judge(features.float(), entries, rows)
+        return lambda features: discriminator(features.float(), entries)

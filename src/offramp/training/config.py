@@ -8,24 +8,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from offramp.errors import InputError
-from offramp.models import JUDGED
 from offramp.options import option
 
 REGIMES = ("supervised", "unsupervised", "pseudo", "mixed")
 CACHES = ("auto", "memory", "disk", "stream")
-GAMES = ("adversarial", "feature_matching")
-"""Losses of the exits that need a discriminator."""
 FREE: dict[str, Any] = {"adversarial": 0.003}
 """What FREE (Bajpai and Hanawal 2025) adds to the default, which is distillation alone: where both
 were measured, the adversary gains nothing (docs/defaults.md)."""
-ADVERSARY = (
-    "adversary", "adversarial_start", "conditional", "judged", "spectral_norm", "gradient_penalty",
-    "discriminator_learning_rate",
-)  # fmt: skip
-"""Fields of `TrainConfig` that say something only where one of `GAMES` has a weight."""
-OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", *GAMES)
-ADVERSARY_NAMES = ("logistic", "hinge", "relativistic")
-INITIAL = ("next", "closest")
+OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", "adversarial")
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -55,12 +45,6 @@ class TrainConfig:
         "pseudo: of those, as labels, the ones it is confident of; mixed: a fraction is labelled",
         choices=REGIMES,
     )
-    initial_layer: str = option(
-        "next",
-        "decoder layer that an exit starts as a copy of: the next one, or the later one whose "
-        "features a linear map brings closest to the final layer's",
-        choices=INITIAL,
-    )
     exit_kind: str = option(
         "drafting",
         "what an exit is: drafting: a copied decoder layer that then learns to draft on, for "
@@ -72,37 +56,22 @@ class TrainConfig:
     learning_rate: float = option(1e-3, "peak learning rate of the exits (AdamW, cosine)")
     discriminator_learning_rate: float = option(3e-4, "learning rate of the discriminators")
     distillation: float = option(1.0, "weight of distillation from the final layer")
-    adversarial: float = option(
-        0.0, "weight of the adversarial term; 0 here and in feature_matching: no discriminator"
-    )
+    adversarial: float = option(0.0, "weight of the adversarial term; 0: no discriminator")
     cross_entropy: float = option(1.0, "weight of cross-entropy on labelled answers")
     l2: float = option(0.0, "weight of the squared distance to the final layer's features")
     cosine: float = option(0.0, "weight of 1 - cosine similarity to the final layer's features")
-    feature_matching: float = option(
-        0.0, "weight of the squared distance in the discriminator's hidden features"
-    )
     losses: Mapping[str, float] = field(
         default_factory=dict,
         metadata={
             "help": "weights of losses, as cross_entropy=0.5,other=0.1: distillation, "
-            "cross_entropy (of labelled answers), adversarial and feature_matching (FREE's), l2, "
-            "cosine, and what plug-ins registered",
+            "cross_entropy (of labelled answers), adversarial (FREE's), l2, cosine, and what "
+            "plug-ins registered",
             "parse": parse_weights,
             "metavar": "NAME=X,...",
             "shown": "distillation=1,cross_entropy=1; with FREE adversarial=0.003 too",
         },
     )
     temperature: float = option(1.0, "distillation temperature")
-    adversary: str = option("logistic", "the adversarial pair of losses", choices=ADVERSARY_NAMES)
-    adversarial_start: float = option(
-        0.0, "share of the steps in which the discriminator trains and the exits do not see it yet"
-    )
-    conditional: bool = option(True, "the discriminator also sees the state that entered the exit")
-    judged: str = option(
-        "token", "a verdict for each token, or one for a whole answer", choices=JUDGED
-    )
-    spectral_norm: bool = option(False, "spectral norm on the discriminator's linear layers")
-    gradient_penalty: float = option(0.0, "weight of the discriminator's R1 gradient penalty")
     labelled_fraction: float = option(0.1, "mixed: share of the examples whose labels are used")
     min_confidence: float = option(
         0.7, "pseudo: drop answers whose mean token probability (geometric) is lower"
@@ -133,25 +102,24 @@ class TrainConfig:
     @property
     def has_discriminator(self) -> bool:
         """Return True if a term of the exits' loss asks a discriminator."""
-        return any(getattr(self, name) > 0 for name in GAMES)
+        return self.adversarial > 0
 
-    def weights(self, step: int) -> dict[str, float]:
-        """The terms of the exits' loss at `step` by weight; those that are off are left out."""
-        playing = step >= self.adversarial_start * self.steps
-        on = {n: getattr(self, n) for n in OBJECTIVES if playing or n not in GAMES}
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the terms of the exits' loss by weight; those that are off are left out."""
+        on = {name: getattr(self, name) for name in OBJECTIVES}
         return {n: w for n, w in {**on, **self.losses}.items() if w > 0}
 
     @property
     def learns_without_labels(self) -> bool:
         """Return True if a term of the exits' loss reads no labels."""
-        return bool(self.weights(self.steps).keys() - {"cross_entropy"})
+        return bool(self.weights.keys() - {"cross_entropy"})
 
     def _rules(self) -> list[tuple[str, bool]]:
         choices = {f.name: f.metadata["choices"] for f in fields(self) if "choices" in f.metadata}
-        at_first = self.weights(0).keys()
+        on = self.weights.keys()
         positive = ("steps", "batch_size", "evaluate_every", "max_new_tokens", "temperature")
         rates = ("learning_rate", "discriminator_learning_rate")
-        weights = (*OBJECTIVES, "gradient_penalty")
         registered = [n for n, w in self.losses.items() if not w >= 0]
         return [
             *(
@@ -160,19 +128,14 @@ class TrainConfig:
                 for value in [getattr(self, n)]
             ),
             *((f"{n} must be above 0", not getattr(self, n) > 0) for n in (*positive, *rates)),
-            *((f"{n} must not be negative", not getattr(self, n) >= 0) for n in weights),
+            *((f"{n} must not be negative", not getattr(self, n) >= 0) for n in OBJECTIVES),
             (f"weights of {', '.join(registered)} must not be negative", bool(registered)),
+            ("no loss has a weight", not on),
             (
-                "the closest initial layer is of exits that are decoder layers",
-                self.initial_layer == "closest" and self.exit_kind not in ("layer", "drafting"),
-            ),
-            ("no loss has a weight at the first step", not at_first),
-            (
-                "the unsupervised regime needs a loss without labels at the first step: "
+                "the unsupervised regime needs a loss without labels: "
                 f"{', '.join(n for n in OBJECTIVES if n != 'cross_entropy')}",
-                self.regime == "unsupervised" and at_first == {"cross_entropy"},
+                self.regime == "unsupervised" and on == {"cross_entropy"},
             ),
-            ("adversarial_start must be in [0, 1)", not 0 <= self.adversarial_start < 1),
             ("labelled_fraction must be in (0, 1)", not 0 < self.labelled_fraction < 1),
             ("min_confidence must be in [0, 1]", not 0 <= self.min_confidence <= 1),
             ("validation_fraction must be in (0, 1)", not 0 < self.validation_fraction < 1),

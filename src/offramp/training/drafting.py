@@ -409,7 +409,7 @@ class DraftingStage(DraftTraining):
 
     def __init__(self, adapter: Adapter, config: TrainConfig, accelerator: Any) -> None:
         check_kind(adapter.exits)
-        config = replace(config, exit_kind="drafting", adversarial=0.0, feature_matching=0.0)
+        config = replace(config, exit_kind="drafting", adversarial=0.0)
         super().__init__(adapter.backbone, config, accelerator)
         self.adapter: Adapter = adapter
         self.depths: tuple[int, ...] = adapter.exits.depths

@@ -55,16 +55,14 @@ from offramp.training.checkpoint import (
 )
 from offramp.training.config import TrainConfig
 from offramp.training.drafting import DraftingStage, check_kind
-from offramp.training.feature_dataset import Stores, Teacher, TrainingStates, progress_bar
+from offramp.training.feature_dataset import Stores, Teacher, TrainingStates
 from offramp.training.feature_store import FeatureStore
-from offramp.training.initialization import start_closest
 from offramp.training.losses import LossInputs
 from offramp.training.optimization import average_gradients, build_optimizers, set_learning_rate
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PROBED = 8  # batches by which initial layers are chosen
 LEARNS_ON = 0.2
 """Share of the rate with which exits that have learnt learn on: by all of it they first forget."""
 
@@ -216,7 +214,6 @@ class Trainer:
         self.agreement: dict[str, float] = {}
         self.shortlist: Tensor | None = None
         self.measured: dict[str, Any] = {}
-        self.initial = {depth: depth for depth in self.exits.depths}
 
     # -- the run ------------------------------------------------------------------------------
 
@@ -236,7 +233,6 @@ class Trainer:
             shared[key] = self.states.record()
         stores = shared[key]
         self._learn_shortlist(*stores)
-        self._start(stores[0])
         with self._history() as history:
             try:
                 self._follow(*stores, history)
@@ -339,7 +335,7 @@ class Trainer:
         """One generator and one discriminator step; the logged terms by depth."""
         set_learning_rate(self.generator_steps, self.config, step)
         inputs = self.objective.loss_inputs(batch)
-        loss, report = self.objective.generator_loss(inputs, step)
+        loss, report = self.objective.generator_loss(inputs)
         report["loss"] = self._agreed(loss)
         self._check_finite("loss", report["loss"], batch, step)
         self.generator_steps.zero_grad()
@@ -391,21 +387,6 @@ class Trainer:
         self.shortlist, self.measured = ids, {"shortlist": misses}
         self.objective.narrow(ids)
         self._say(f"shortlist: {len(ids)} tokens, {misses['miss_rate']:.2%} of others missed")
-
-    def _start(self, train_store: FeatureStore) -> None:
-        """Choose the layers that exits are copies of, unless the run is past that."""
-        if self.config.initial_layer == "next" or self.progress.step:
-            return
-        count = len(train_store)
-        spread = range(0, count, math.ceil(count / PROBED))
-        batches = [train_store[index] for index in spread]
-        self.initial = start_closest(
-            self.objective,
-            batches,
-            agreed=self._agreed,
-            progress=progress_bar(self.accelerator, "initial layers"),
-        )
-        self._say("exits start as decoder layers " + ", ".join(map(str, self.initial.values())))
 
     # -- validation, checkpoints ----------------------------------------------------------------
 
@@ -460,7 +441,6 @@ class Trainer:
             metrics={
                 "agreement": self.agreement,
                 "step": self.progress.best_step,
-                "initial_layer": {str(d): layer for d, layer in self.initial.items()},
             },
             seen=self.seen,
         )
@@ -477,7 +457,6 @@ class Trainer:
             "progress": asdict(self.progress),
             "agreement": self.agreement,
             "best": self.best,
-            "initial": self.initial,
             "checks": None
             if self.shortlist is None
             else {"ids": self.shortlist, "found": self.measured},
@@ -496,7 +475,6 @@ class Trainer:
         with restored(self.out):
             self.progress = Progress(**state["progress"])
             self.best, self.agreement = state["best"], state["agreement"]
-            self.initial = state["initial"]
             if (checks := state["checks"]) is not None:
                 self.shortlist, self.measured = checks["ids"], checks["found"]
             for name, part in self._moving().items():

@@ -19,7 +19,7 @@ from offramp.cli.output import show_result
 from offramp.cli.parser import Parser, one_of
 
 TRAINING = (
-    "regime", "initial_layer", "steps", "batch_size", "learning_rate", "labelled_fraction",
+    "regime", "steps", "batch_size", "learning_rate", "labelled_fraction",
     "min_confidence", "max_new_tokens", "shortlist", "seed",
 )  # fmt: skip
 """What the objectives share of a training's options; the seed also splits."""
@@ -77,8 +77,7 @@ def _method_options(parser: Parser) -> None:
     group.add_argument(
         "--objectives", nargs="+", metavar="NAME", choices=OBJECTIVES,
         help=f"{one_of(OBJECTIVES)}; free is always there (default: all). cross_entropy_few uses "
-        "--labelled-fraction of the answers, cross_entropy_own goes beside --regime pseudo, "
-        "free_next_layer beside --initial-layer closest",
+        "--labelled-fraction of the answers, cross_entropy_own goes beside --regime pseudo",
     )  # fmt: skip
     group.add_argument(
         "--policies", nargs="+", metavar="NAME", choices=POLICIES,

@@ -84,7 +84,6 @@ def _run(kind: str, out: Path) -> None:
             steps=STEPS[kind],
             batch_size=32,
             patience=None,
-            initial_layer="closest",
             **TERMS,
         ),
         seeds=3,

@@ -22,7 +22,6 @@ from offramp.cli.options import (
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 from offramp.plugins import load_plugins
-from offramp.training.config import ADVERSARY
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ GROUPS = {
     ),
 }  # fmt: skip
 """Fields of `TrainConfig` as the help groups them; --losses holds the weights."""
-NOT_SAID = ("temperature", "initial_layer", *ADVERSARY)
+NOT_SAID = ("temperature", "discriminator_learning_rate")
 """Fields that are no options, for no measurement speaks for them; in Python they are there."""
 OBJECTIVES = ("distillation", "free")
 

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.evaluation.statistics import Measure, interval
-from offramp_lab.experiments.comparison.methods import FIXED, NEXT, SUPERVISED
+from offramp_lab.experiments.comparison.methods import FIXED, SUPERVISED
 from offramp_lab.experiments.comparison.tradeoff import FREE, Points, by_name, of_seed, speed_at
 from offramp_lab.experiments.drawing import speed_bands
 
-OURS = (FREE, SUPERVISED, NEXT)
+OURS = (FREE, SUPERVISED)
 """Objectives that are no baselines."""
 Array = NDArray[np.float64]
 RESAMPLES = 200

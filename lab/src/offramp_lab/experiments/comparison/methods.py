@@ -17,8 +17,6 @@ from offramp_lab.experiments.comparison.tradeoff import FREE
 
 SUPERVISED = "free_supervised"
 """FREE that reads the labels too: what cross_entropy, which reads them, is compared with."""
-NEXT = "free_next_layer"
-"""FREE whose exits start as the next layer each, where the plan lets them start elsewhere."""
 FEW = "cross_entropy_few"
 """Cross-entropy where few answers are labelled: what labels alone are worth then."""
 OWN = "cross_entropy_own"
@@ -44,7 +42,6 @@ OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
     "adversarial": _only("adversarial"),
     FREE: {},
     SUPERVISED: {"regime": "supervised"},
-    NEXT: {"initial_layer": "next"},
 }
 """Changes to the `TrainConfig`; None: nothing is trained. Cross-entropy as in BranchyNet
 (Teerapittayanon et al. 2016) and DeeBERT (Xin et al. 2020), on the data's answers or, where there
@@ -65,8 +62,8 @@ class Plan:
     """What is compared, and how long it is looked at.
 
     objectives: keys of `OBJECTIVES`, compared by max_probability where they apply: `FEW` and
-        `SUPERVISED` where the data has answers, `NEXT` where `training` starts elsewhere, `OWN`
-        where it has pseudo-labels. FREE is always among them.
+        `SUPERVISED` where the data has answers, `OWN` where it has pseudo-labels. FREE
+        is always among them.
     policies: keys of `POLICIES`, compared on FREE's exits.
     pairs: more of (objective, policy), at the depths `several`: methods as they were published.
         ("logit_lens", "saturation") is what MuE (Tang et al. 2023) comes to on a frozen model,
@@ -121,7 +118,7 @@ class Plan:
     def changes(self, objective: str) -> Mapping[str, Any] | None:
         """To `training`, by an objective; FREE's exits play against an adversary in any case."""
         changes = OBJECTIVES[objective]
-        if objective in (FREE, SUPERVISED, NEXT) and not self.training.has_discriminator:
+        if objective in (FREE, SUPERVISED) and not self.training.has_discriminator:
             return {**ADDED, **(changes or {})}
         return changes
 
@@ -133,8 +130,6 @@ class Plan:
         alike = {FREE}
         if not labelled:
             alike |= {FEW, SUPERVISED}
-        if self.training.initial_layer == "next":
-            alike.add(NEXT)
         if self.training.regime != "pseudo":
             alike.add(OWN)
         return [o for o in OBJECTIVES if o in self.objectives and o not in alike]
