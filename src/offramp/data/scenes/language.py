@@ -1,4 +1,4 @@
-"""What is said of a scene: captions, questions with answers, dialogues, all exactly right."""
+"""What is said of a scene: captions and questions with answers, all exactly right."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,7 +8,6 @@ import numpy as np
 
 from offramp.data.scenes.world import (
     BACKGROUNDS,
-    CAPTION_PROMPT,
     COLORS,
     COLUMNS,
     COUNTS,
@@ -99,11 +98,6 @@ RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
 def question_prompt(question: str) -> str:
     """The prompt that asks one question."""
     return f"Question: {question} Answer:"
-
-
-def dialogue_prompt(history: Sequence[QA], question: str) -> str:
-    """The prompt that asks a question after earlier rounds (BLIP-2's convention)."""
-    return " ".join([*(f"{question_prompt(q)} {a}" for q, a in history), question_prompt(question)])
 
 
 def answer_correct(text: str, answer: str) -> bool:
@@ -268,30 +262,6 @@ QUESTIONS: dict[str, Maker] = {
 
 RARE = dict.fromkeys(("relation", "larger", "same", "more"), 0.25)  # against 1 for other kinds
 
-_KIND_PATTERNS = {
-    "follow_up": r"\bit\b",
-    "background": r"background",
-    "color": r"^what color",
-    "shape": r"^what shape",
-    "size": r"^what size",
-    "where": r"^where",
-    "what": r"^what is at",
-    "count": r"^how many",
-    "exists": r"^is there",
-    "relation": r"^is the",
-    "larger": r"^which is",
-    "same": r"^are the ",
-    "more": r"^are there more",
-}
-
-
-def question_kind(question: str) -> str:
-    """The kind of a question: a key of `QUESTIONS`, or "follow_up" if it says "it"."""
-    for kind, pattern in _KIND_PATTERNS.items():
-        if re.search(pattern, question):
-            return kind
-    raise ValueError(f"not a question of this world: {question!r}")
-
 
 def questions(scene: Scene, n: int) -> list[QA]:
     """Up to `n` different (question, answer) pairs, of kinds as varied as the scene allows.
@@ -309,82 +279,3 @@ def questions(scene: Scene, n: int) -> list[QA]:
             if made and len(pairs) < n:
                 pairs.setdefault(*made)
     return list(pairs.items())
-
-
-# ---------------------------------------------------------------- dialogues
-
-
-def _opening(rng: np.random.Generator, scene: Scene, thing: Thing) -> tuple[str, str, set[str]]:
-    """A first turn about `thing`: question, answer, and the attributes both give away."""
-    at = f"the object at the {place_name(thing.place)}"
-    options = [
-        (f"what {a} is {at}?", str(getattr(thing, a)), {a, "place"})
-        for a in ("color", "shape", "size")
-    ]
-    names = [n for n in _names(scene, thing) if thing.size not in n.split()]
-    if names:
-        name = pick(rng, names)
-        known = {a for a in ("color", "shape") if str(getattr(thing, a)) in name.split()}
-        options += [(f"where is the {name}?", place_name(thing.place), known | {"place"})]
-        options += [(f"what size is the {name}?", thing.size, known | {"size"})]
-    return pick(rng, options)
-
-
-def _follow_up(rng: np.random.Generator, scene: Scene, thing: Thing, known: set[str]) -> QA | None:
-    """A turn that says "it"; adds what it reveals to `known`."""
-    left = [a for a in ("color", "shape", "size", "place", "relation") if a not in known]
-    if not left:
-        return None
-    attribute = pick(rng, left)
-    known.add(attribute)
-    if attribute == "place":
-        return "where is it?", place_name(thing.place)
-    if attribute != "relation":
-        return f"what {attribute} is it?", str(getattr(thing, attribute))
-    others = [(t, _name(rng, scene, t)) for t in scene.objects if t != thing]
-    named = [(t, name) for t, name in others if name]
-    if not named:
-        return _follow_up(rng, scene, thing, known)
-    other, name = pick(rng, named)
-    word, truth = _relation(rng, thing, other)
-    return f"is it {word} {name}?", _yes(truth)
-
-
-def dialogue(scene: Scene, rounds: int) -> list[QA]:
-    """`rounds` turns about one picture; later turns may say "it" for the object spoken of last."""
-    rng = generator_of(scene.seed, "dialogue")
-    turns: list[QA] = []
-    thing, known = scene.objects[0], {"color", "shape", "size", "place", "relation"}
-    while len(turns) < rounds:
-        turn: QA | None
-        if turns and rng.random() < 0.2:  # an aside about no single object: "it" stays what it was
-            turn = pick(rng, (_ask_count, _ask_background))(rng, scene)
-        else:
-            turn = _follow_up(rng, scene, thing, known)
-        if turn is None:
-            thing = pick(rng, [t for t in scene.objects if t != thing] or scene.objects)
-            question, answer, known = _opening(rng, scene, thing)
-            turn = question, answer
-        if turn not in turns[-3:]:
-            turns.append(turn)
-    return turns
-
-
-def vocabulary() -> list[str]:
-    """Every word and mark that prompts, captions, questions and answers are made of, sorted."""
-    words = (
-        *SHAPES,
-        *map(_plural, SHAPES),
-        *SIZES,
-        *ROWS,
-        *COLUMNS,
-        *COUNTS,
-        *COLORS,
-        *BACKGROUNDS,
-    )
-    grammar = (
-        "what where which how many is are there a an the it of and or , . : ? object objects",
-        "shape color size background same larger smaller more than at on yes no nothing",
-    )
-    text = " ".join((CAPTION_PROMPT, question_prompt(""), *words, *RELATIONS, *grammar))
-    return sorted(set(re.findall(r"\w+|[^\w\s]", text)))

@@ -15,7 +15,7 @@ from math import cos, pi, sin
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 72  # pixels per side
 GRID = 3  # cells per side
@@ -46,8 +46,6 @@ BACKDROPS = {
 BACKGROUNDS = tuple(BACKDROPS)
 RADII = {"small": (4.2, 5.2), "large": (8.0, 9.6)}  # pixels
 COUNT_WEIGHTS = (0.2, 0.3, 0.3, 0.2)  # of one to four objects
-CORRUPTIONS = ("noise", "blur", "contrast")
-SEVERITIES = (1, 2, 3)
 
 SPLITS = ("train", "validation", "calibration", "test")
 SPLIT_SPAN = 10_000_000  # scenes a split may hold; keeps the seeds of two splits apart
@@ -184,22 +182,3 @@ def render(scene: Scene) -> Image.Image:
         else:
             draw.polygon(_outline(thing.shape, x, y, r), fill=fill)
     return image.reduce(_OVERSAMPLE)
-
-
-def corrupt(image: Image.Image, kind: str, severity: int, seed: int) -> Image.Image:
-    """A damaged copy of `image`, same size; severity 1 is mild and 3 is strong."""
-    if kind not in CORRUPTIONS or severity not in SEVERITIES:
-        raise ValueError(
-            f"no corruption {kind!r} of severity {severity!r}; "
-            f"kinds are {', '.join(CORRUPTIONS)}, severities 1 to 3"
-        )
-    level = severity - 1
-    if kind == "blur":
-        return image.filter(ImageFilter.GaussianBlur((0.7, 1.3, 2.2)[level]))
-    pixels = np.asarray(image, dtype=np.float64)
-    if kind == "noise":
-        pixels = pixels + generator_of(seed, "noise").normal(0, (12, 28, 50)[level], pixels.shape)
-    else:
-        mean = pixels.mean(axis=(0, 1), keepdims=True)
-        pixels = mean + (pixels - mean) * (0.6, 0.35, 0.18)[level]
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
