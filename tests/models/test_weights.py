@@ -9,6 +9,7 @@ import training_runs
 from torch import nn
 
 from offramp.adapter import Adapter
+from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check import check_decoding
 from offramp.errors import AdapterError, UnsupportedBackboneError
@@ -16,6 +17,9 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.models.fingerprint import describe
 from offramp.models.weights import float_copy, is_quantized, scheme
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
 from offramp.storage import read_json, write_json
 
 
@@ -173,6 +177,45 @@ def test_what_cannot_be_read_as_floats_is_refused_in_two_lines(layer):
     with pytest.raises(UnsupportedBackboneError, match="cannot be read as floats") as caught:
         float_copy(nn.Sequential(layer), torch.float32)
     assert len(str(caught.value).splitlines()) == 2
+
+
+class WithOutliers(Grid):
+    """States are rounded to 8 bits, but for the places where any state of the call is large."""
+
+    def forward(self, states):
+        rows = states.flatten(0, -2)
+        step = rows.abs().amax(1, keepdim=True).clamp_min(1e-6) / 127
+        kept = (rows.abs() >= 6).any(0)
+        rounded = torch.where(kept, rows, (rows / step).round() * step)
+        return super().forward(rounded.view_as(states))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Grid, WithOutliers])
+def test_lossless_is_refused_where_a_token_is_rounded_by_those_beside_it(kind, dtype, batch):
+    model = families.build("llava", dtype).requires_grad_(False)
+    for layer in model.model.language_model.layers:
+        for name, linear in [*layer.mlp.named_children()]:
+            if isinstance(linear, nn.Linear):
+                linear.bias = nn.Parameter(linear.weight[:, 0] * 0, requires_grad=False)
+                setattr(layer.mlp, name, kind(linear))
+    whole, inputs = Backbone(model), batch("llava", 1, dtype)
+    exits, policy = Exits(whole, (2,)), ExitPolicy({2: 0.0}, lossless=True)
+    asked = {"exits": exits, "max_new_tokens": 4, "do_sample": False}
+    if kind is Grid:
+        assert generate(whole, inputs, policy=policy, **asked).rounds
+        return
+    with pytest.raises(UnsupportedBackboneError, match="WithOutliers rounds") as caught:
+        generate(whole, inputs, policy=policy, **asked)
+    assert len(str(caught.value).splitlines()) == 2
+    whole.learn(causal_prompt=True, lossless=True)
+    assert not whole.lossless
+    core = EngineCore(whole, exits, policy, EngineConfig(slots=2, limit=64))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    handle = core.add(Request(inputs, "lossless", options=options))
+    core.run()
+    alone = generate(whole, inputs, **options)  # at full depth, token by token
+    assert torch.equal(handle.result(timeout=0).output.sequences, alone.sequences)
 
 
 def test_a_lora_beside_quantised_weights_stays_in_the_copy(quantized):

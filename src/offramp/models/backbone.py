@@ -20,7 +20,7 @@ from offramp.models.opened import LayerCall, OpenedModel
 from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.registry import Family, is_tested
 from offramp.models.towers import TORCH, StandIn, tower_engine
-from offramp.models.weights import scheme
+from offramp.models.weights import mixes_rows, scheme
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ class Backbone(OpenedModel):
         class of somebody's own may bear the name of a family and compute otherwise."""
         self.tested: bool = not self.family.discovered and is_tested(config) and self.stock
         """Whether its family has tests here; what is found or registered by others is checked."""
-        self.lossless: bool = True
-        """Whether drafts can be taken back, as far as decoding has shown."""
+        self.mixes_rows: str | None = mixes_rows(self.layers)
+        """What rounds a token of a call by the others (`offramp.models.weights`)."""
+        self.lossless: bool = self.mixes_rows is None
+        """Whether drafts can be verified and taken back, as far as decoding has shown."""
         self.engine: str | None = self._proven()
         """The executor that was found to be exact (`offramp.engine.executors`); None: not yet."""
         self._in_parts = True
@@ -282,7 +284,7 @@ class Backbone(OpenedModel):
         again = bool(self._proven_with)
         able = self.family.causal_prompt if again or not self.family.discovered else True
         self.family: Family = replace(self.family, causal_prompt=causal_prompt and able)
-        self.lossless = lossless and (self.lossless or not again)
+        self.lossless = lossless and (self.lossless or not (again or self.mixes_rows))
         self._in_parts = in_parts and (self._in_parts or not again)
         self.engine = engine or self.engine
         if engine is not None:
@@ -292,7 +294,14 @@ class Backbone(OpenedModel):
                 self._proven_with[prompt] = known | frozenset(depths)
 
     def check_lossless(self) -> None:
-        """Raise `UnsupportedBackboneError` where decoding showed that drafts stay in the cache."""
+        """Raise `UnsupportedBackboneError` where decoding showed that drafts stay in the cache, or
+        the tokens of one call are not what each is alone."""
+        if self.mixes_rows is not None:
+            raise UnsupportedBackboneError(
+                f"Lossless decoding verifies several tokens in one call, and {self.mixes_rows} "
+                "rounds each by the others.",
+                "Use a policy with lossless=False, or load the model in another format.",
+            )
         if not self.lossless:
             raise UnsupportedBackboneError(
                 f"Lossless decoding takes drafts back, and {type(self.model).__name__} was found "

@@ -25,6 +25,10 @@ _BITS = ("bits", "num_bits", "qtype", "target_dtype", "quant_type")
 _NEAR = 0.05
 """How far a linear may be from its weight, relative to the largest value: schemes that round what
 comes in as well are that close."""
+_LARGE = 2.0
+"""Of a state that is looked at: below the 6 from which bitsandbytes calls a value an outlier."""
+_MIXED = 0.01
+"""Of the norm; half precision rounds a product by a fifth of that."""
 _COMPRESSED = "quantization_scheme"
 """What compressed-tensors leaves in a linear, which rounds its weight whenever it runs."""
 
@@ -101,6 +105,32 @@ def scheme(module: nn.Module) -> str | None:
 
 def _word(bits: Any) -> str:
     return str(getattr(bits, "name", bits)).removeprefix("torch.")
+
+
+@torch.no_grad()
+def mixes_rows(module: nn.Module) -> str | None:
+    """Return the scheme in `module` that rounds a state by those that share its call, as 8 bits of
+    bitsandbytes do beside outliers; None where none does."""
+    dtype, first = float_dtype(module), dict[str | None, nn.Module]()
+    for part in module.modules():
+        if is_quantized(part) and not isinstance(part, OwnLinear):
+            first.setdefault(scheme(part), part)
+    return next((name for name, linear in first.items() if _mixes(linear, dtype)), None)
+
+
+def _mixes(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether values that a step of 8 bits over the largest takes away come back beside a state of
+    outliers."""
+    like = next(chain(linear.parameters(), linear.buffers()))
+    if like.device.type == "meta":
+        return False
+    states = torch.full((2, linear.in_features), 0.4 * _LARGE / 127, device=like.device)
+    states[0, 0], states[1] = _LARGE, 50 * _LARGE
+    try:
+        alone, beside = linear(states[:1].to(dtype)), linear(states.to(dtype))[:1]
+    except Exception:  # whatever its kernels raise: the model itself runs before it is used
+        return False
+    return bool(((alone - beside).norm() > _MIXED * alone.norm()).item())
 
 
 @torch.no_grad()

@@ -49,7 +49,9 @@ def test_an_exit_computes_what_the_quantised_layer_does(config, bits):
     whole = Backbone.from_pretrained(folder, dtype=torch.float32, **options)
     encoder = InputProcessor(whole, load_processor(folder))
     found = check_decoding(whole, encoder.prompts(captions("test", 2).examples), depths=(3,))
-    assert all(map(found.holds, (found.plain, found.exits, found.lossless))), found
+    assert all(map(found.holds, (found.plain, found.exits))), found
+    apart = (config, bits) != (bitsandbytes, 8)  # whose 8 bits round a token by its neighbours
+    assert whole.lossless == found.holds(found.lossless) == apart, found
     layer, exit = whole.layers[3], Exits(whole, (3,)).at(3)  # after it has run, as it then lies
     assert scheme(layer) is not None and scheme(exit) is None
     states = torch.randn(1, 5, whole.width)
