@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import families
 import pytest
+import torch
 
 from offramp.adapter import Adapter
 from offramp.engine.generate import generate
@@ -89,6 +90,27 @@ def test_a_model_whose_decoding_is_not_its_own_is_refused_in_two_lines(name):
     with pytest.raises(UnsupportedBackboneError, match="part 3") as caught:
         adopt_findings(whole, found)
     assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_router_with_noise_is_refused_in_every_precision(dtype):
+    """A token that goes to another expert is not rounding, however little its logits differ."""
+    model = zoo.build("qwen3_vl_moe")
+    routers = [part for name, part in model.named_modules() if name.endswith("mlp.gate")]
+
+    class Jitter(type(routers[0])):
+        def forward(self, states):
+            return super().forward(states * (1 + 0.01 * torch.randn_like(states)))
+
+    inputs = zoo.inputs("qwen3_vl_moe", model, 1)
+    inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+    for noisy in (False, True):
+        for router in routers if noisy else ():
+            router.__class__ = Jitter
+        whole = Backbone(model.to(dtype), example=inputs)
+        for seed in range(3 if noisy else 1):
+            torch.manual_seed(seed)
+            assert check_decoding(whole, inputs, depths=(2, 4)).exact != noisy
 
 
 def test_what_held_is_taken_over(batch):
