@@ -163,7 +163,7 @@ def _settle(arguments: argparse.Namespace, name: str, **more: Any) -> None:
         answers=getattr(arguments, "answers", None), together=hasattr(arguments, "slots"),
         **how, **more,
     )  # fmt: skip
-    if hasattr(arguments, "context"):  # llama.cpp's own number of threads
+    if hasattr(arguments, "context") and arguments.threads is None:  # llama.cpp's own number
         arguments.threads = torch.get_num_threads()
 
 

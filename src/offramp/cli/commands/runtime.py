@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.parser import Parser, threads, whole
-from offramp.engines import MTMD, TORCH
+from offramp.engines import AUTO, MTMD, TORCH
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
     if not sized:
         return group
     group.add_argument(
-        "--threads", type=threads, default=1, metavar="N",
-        help="threads of llama.cpp's decoder (default: 1)",
+        "--threads", type=threads, metavar="N",
+        help="threads of llama.cpp's decoder (default: 1, or PyTorch's number with --engine auto)",
     )  # fmt: skip
     group.add_argument(
         "--context", type=whole(1), default=2048, metavar="N",
@@ -41,7 +41,8 @@ def check_runtime(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "vision", TORCH) == MTMD:
         from offramp.loading import own_vision
 
-        own_vision(arguments.vision, arguments.engine)
+        named = arguments.engine == AUTO and arguments.gguf is not None
+        own_vision(arguments.vision, "llama.cpp" if named else arguments.engine)
 
 
 def load_runtime(
@@ -63,7 +64,8 @@ def load_runtime(
     engine = engine_named(arguments.engine)
     if not engine.replaces:
         return None
-    own = {name: sizes.get(name) or getattr(arguments, name) for name in ("context", "threads")}
+    asked = {name: sizes.get(name) or getattr(arguments, name) for name in ("context", "threads")}
+    own = {**asked, "threads": asked["threads"] or 1}
     runtime = engine.open(adapter, gguf=arguments.gguf, **own, sequences=sizes.get("sequences", 1))
     if alone and hasattr(runtime, "release_decoder"):
         runtime.release_decoder()
