@@ -112,14 +112,15 @@ def test_calls_are_no_longer_than_is_exact() -> None:
     assert chain.segments[1].calls == [5, 4, 4, 4, 3]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize(("most", "calls"), [(7, [5, 3]), (8, [8]), (20, [8])])
 def test_a_short_prompt_shares_a_call_with_what_waits_behind_it(
-    most: int, calls: list[int]
+    most: int, calls: list[int], together: bool
 ) -> None:
     chain = chain_of(2, most=most)
     chain.run(PROMPT, lambda *_: True)
-    for token in TOKENS[:3]:
-        chain.run(token[None], lambda *_: True)
+    for tokens in [TOKENS[:3]] if together else TOKENS[:3, None]:
+        chain.run(tokens, lambda *_: True)
     expected = np.cumsum(np.cumsum([*PROMPT, *TOKENS[:3]], 0), 0)[-2:]
     assert np.array_equal(chain.finish(2), expected)
     assert chain.segments[1].calls == calls  # type: ignore[attr-defined]

@@ -57,9 +57,11 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     """`knows(answer)`: drafts are what mostly follows in it."""
 
     def tell(answer: Sequence[int]) -> None:
-        following, draft = dict(pairwise(answer)), ChainDrafter.draft
+        following, draft = dict(pairwise([None, *answer])), ChainDrafter.draft
 
-        def told(self: ChainDrafter, slot: int, token: int, room: DraftBudget) -> list[int]:
+        def told(
+            self: ChainDrafter, slot: int, token: int | None, room: DraftBudget
+        ) -> list[int]:
             made = list[int]()
             for _ in draft(self, slot, token, room._replace(ends=lambda _: False)):
                 made.append(following.get([token, *made][-1], 0))
@@ -70,6 +72,19 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
         monkeypatch.setattr(ChainDrafter, "draft", told)
 
     return tell
+
+
+@pytest.fixture
+def prompts_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drafted before the first token is said, as in PyTorch."""
+    draft = ChainDrafter.draft
+
+    def later(
+        self: ChainDrafter, slot: int, token: int | None, room: DraftBudget
+    ) -> list[int]:
+        return [] if token is None else draft(self, slot, token, room)
+
+    monkeypatch.setattr(ChainDrafter, "draft", later)
 
 
 @pytest.mark.parametrize("formats", ["f32", "q8_0"])
@@ -89,6 +104,7 @@ def test_answers_are_full_depths(
     assert set(made.depths[0].tolist()) <= {depths_of(name)[-1], runtime.backbone.depth}
 
 
+@pytest.mark.usefixtures("prompts_run_alone")
 @pytest.mark.parametrize("compiled", [True, False])
 def test_drafts_go_on_as_far_as_pytorchs(
     compiled: bool, loaded: Callable[..., LlamaCppRuntime]
@@ -101,11 +117,47 @@ def test_drafts_go_on_as_far_as_pytorchs(
         policy = replace(runtime.adapter.policy, drafts=drafts)
         ours = runtime.generate(inputs, policy=policy, return_dict_in_generate=True, **GREEDY)
         theirs = runtime.adapter.generate(inputs, policy=policy, **GREEDY)
-        assert torch.equal(ours.sequences, theirs.sequences) and ours.rounds == theirs.rounds
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert ours.rounds == ((0, 0), *theirs.rounds)
         counts |= {max(count for count, _ in ours.rounds)}
     assert counts == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", [*KINDS, "qwen2-vl"])
+def test_a_prompt_is_verified_with_the_exits_first_drafts(
+    compiled: bool, name: str, loaded: Callable[..., LlamaCppRuntime],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The exit's own first token is drafted, and what it drafts after that."""
+    runtime, inputs, drafts = loaded(name, compiled=compiled), inputs_of(name), list[list[int]]()
+    draft = ChainDrafter.draft
+
+    def drafted(
+        self: ChainDrafter, slot: int, token: int | None, room: DraftBudget
+    ) -> list[int]:
+        made = draft(self, slot, token, room)
+        if token is None:
+            drafts.append(made)
+        return made
+
+    own = runtime.adapter.policy
+    policy = replace(own, drafts=dict.fromkeys(runtime.adapter.exits.depths, 0.0), max_draft=3)
+    [depth] = {max(own.thresholds)}
+    static = replace(own, lossless=False, drafts={}, thresholds={depth: 0.0})
+    exits = runtime.adapter.generate(inputs, policy=static, **{**GREEDY, "max_new_tokens": 1})
+    monkeypatch.setattr(ChainDrafter, "draft", drafted)
+    for tokens in (8, 1):
+        options = {**GREEDY, "max_new_tokens": tokens}
+        made = runtime.generate(inputs, policy=policy, return_dict_in_generate=True, **options)
+        full = runtime.adapter.generate(inputs, mode="full", **options)
+        assert torch.equal(made.sequences, full.sequences)
+        assert int(made.depths[0, 0]) == runtime.backbone.depth
+    assert len(drafts[0]) == 3 and drafts[0][0] == int(exits.new_tokens[0, 0])
+    assert drafts[1:] == [[]]
+
+
+@pytest.mark.usefixtures("prompts_run_alone")
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", [*KINDS, "qwen2-vl", "qwen3-vl", "gemma3", "paligemma"])
 def test_drafts_are_pytorchs(
@@ -135,11 +187,11 @@ def test_drafts_are_pytorchs(
         ours = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
         theirs = runtime.adapter.generate(inputs, **GREEDY)
         assert torch.equal(ours.sequences, theirs.sequences)
-        assert ours.rounds == theirs.rounds
+        assert ours.rounds == ((0, 0), *theirs.rounds)
         assert here == there and len(set(here)) > 1
         ending = {**GREEDY, "eos_token_id": int(theirs.new_tokens[0, 5])}
         ours = runtime.generate(inputs, return_dict_in_generate=True, **ending)
-        assert ours.rounds == runtime.adapter.generate(inputs, **ending).rounds
+        assert ours.rounds == ((0, 0), *runtime.adapter.generate(inputs, **ending).rounds)
         assert here == there
 
 

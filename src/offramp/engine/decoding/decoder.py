@@ -289,13 +289,14 @@ class Decoder:
 
     def _round(self, drafter: Drafter, rows: list[Sequence]) -> int:
         """Draft on from the newest token of each sequence, verify all drafts in one call, and keep
-        those that are the full model's own tokens."""
+        those that are the full model's own tokens. The deep layers of a prompt that waits for them
+        run in the same call."""
         drafts = drafter.draft(rows, [self._budget(row, drafter.depth) for row in rows])
         word = self.heads.words(drafter.verify(rows, drafts))
         count = 0
         for row, (fed, said) in zip(rows, drafts, strict=True):
-            kept = 0
-            for place in range(len(fed)):
+            kept, verified = 0, len(fed) + row.waits
+            for place in range(verified):
                 if not row.active:
                     break
                 try:
@@ -304,12 +305,13 @@ class Decoder:
                     row.error = error
                     break
                 right = place < len(said) and said[place] == token
-                self._write(row, Token(token, drafter.depth if right else self.layers))
+                drafted = right and row.ids  # a first token counts as the full model's
+                self._write(row, Token(token, drafter.depth if drafted else self.layers))
                 kept += right
                 if not right:
                     break
             self._accept(row, len(said), kept)
-            count += len(fed)
+            count += verified
         return count
 
     def _accept(self, row: Sequence, drafted: int, kept: int) -> None:

@@ -49,8 +49,9 @@ class Drafts:
 
 
 class Draft(NamedTuple):
-    """A round's draft of one sequence. fed: its newest token and the drafts that the full model is
-    asked to follow. said: what the exit says after each of them, as far as it is confident."""
+    """A round's draft of one sequence. fed: its newest token, if it has one, and the drafts that
+    the full model is asked to follow. said: what the exit says after the prompt, where that waits,
+    and after each of them, as far as it is confident."""
 
     fed: list[int]
     said: list[int]
@@ -72,7 +73,8 @@ class Drafter(Protocol):
 
     def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
         """Run what is fed of each sequence through all layers. Returns what `Heads.words` takes, of
-        all tokens, one sequence after the other."""
+        the prompt's last token where that waits, and of all that are fed, one sequence after the
+        other."""
         ...
 
 
@@ -82,12 +84,13 @@ class DraftingExecutor(Executor, Protocol):
     def draft(
         self,
         handles: Many[Handle],
-        ids: Many[int],
+        ids: Many[int | None],
         columns: Many[int],
         budgets: Many[DraftBudget],
     ) -> list[list[int]]:
         """Return what the drafting exit writes after the next token of each sequence, from the
-        state that it made of the column before; nothing where that state is not known."""
+        state that it made of the column before; nothing where that state is not known. ids: None:
+        after a prompt that waits."""
         ...
 
 
@@ -100,7 +103,7 @@ class ExitDrafts:
         self.keeps: int | None = depth
 
     def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
-        newest = [row.ids[-1] for row in rows]
+        newest = [row.ids[-1] if row.ids else None for row in rows]
         said = self._executor.draft(*_places(rows, newest), budgets)
         return [*map(_side_by_side, rows, said)]
 
@@ -218,7 +221,7 @@ def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> Non
 def _side_by_side(row: Sequence, said: list[int]) -> Draft:
     """The newest token and drafts after it; nothing follows one that ends the answer."""
     ended = bool(said) and row.sampler.ends(said[-1])
-    return Draft([row.ids[-1], *(said[:-1] if ended else said)], said)
+    return Draft([*row.ids[-1:], *(said[:-1] if ended else said)], said)
 
 
 def _places(rows: Many[Sequence], ids: Any) -> tuple[list[Handle], Any, list[int]]:

@@ -291,14 +291,11 @@ class SegmentChain:
         and whether the rows of a call see each other."""
         pending, segment = self._waiting[slot], self.segments[place]
         waiting, pending[place] = pending[place], []
-        few, rows = list[States](), sum(map(len, waiting))
+        few, rows, first = list[States](), sum(map(len, waiting)), not segment.length_of(slot)
         for states in waiting:
-            text = states
-            if len(states) > 1 and not segment.length_of(slot) and not few:
-                prompt = self._prompts[slot] or Prompt(states)
-                if self._is_few(place, prompt, rows):
-                    few.append(states)
-                    continue
+            text, is_prompt, first = states, first and len(states) > 1, False
+            prompt = self._prompts[slot] or Prompt(states)
+            if is_prompt and not self._is_few(place, prompt, rows):
                 for start, stop, ahead in prompt.calls(segment.at_once):
                     yield states[start:stop], ahead
                 text = states[len(prompt.states) :]  # what waited with it below

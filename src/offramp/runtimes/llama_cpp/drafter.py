@@ -99,14 +99,17 @@ class ChainDrafter:
         if slot in self._wanted:
             self._chain.run(states, None, slot)
 
-    def draft(self, slot: int, token: int, budget: DraftBudget) -> list[int]:
-        """Return ids that follow a token, within its budget, from the state of the one before."""
+    def draft(self, slot: int, token: int | None, budget: DraftBudget) -> list[int]:
+        """Return ids that follow a token, within its budget, from the state of the one before.
+        token: None: that is the exit's own, after what it took last."""
         chain, segment = self._chain, self._segment
         if chain.waits(slot):
-            chain.finish(1, slot)
+            logits = chain.finish(1, slot)[0]
             self._states[slot] = segment.tapped()[-1:]
+            if token is None and budget.max_drafts:
+                return self._from_its_own(slot, logits, budget)
         state = self._states.get(slot)
-        if state is None or not budget.max_drafts:
+        if state is None or token is None or not budget.max_drafts:
             return []
         if self._loop is None or self._ids is None:
             return self._one_by_one(slot, token, state, budget)
@@ -115,16 +118,31 @@ class ChainDrafter:
         said = segment.draft(self._loop, word, state[0], ending, most, least, slot)
         return [self._ids[place] for place in said]
 
+    def _from_its_own(self, slot: int, logits: Array, budget: DraftBudget) -> list[int]:
+        """Return what it says in logits [S], and the ids that follow that."""
+        token, probability = self._likeliest(logits)
+        drafts = Drafts(budget)
+        if not drafts.add(token, probability):
+            return drafts.ids
+        rest = DraftBudget(
+            budget.max_drafts - 1, budget.min_probability / probability, budget.ends
+        )
+        return [token, *self.draft(slot, token, rest)]
+
+    def _likeliest(self, logits: Array) -> tuple[int, float]:
+        """The token of the largest of logits [S], and its probability."""
+        said = int(logits.argmax())
+        probability = 1 / float(np.exp(logits - logits[said]).sum())
+        return said if self._ids is None else self._ids[said], probability
+
     def _one_by_one(self, slot: int, token: int, state: States, budget: DraftBudget) -> list[int]:
         """The same without the loop in C."""
         segment, drafts, fed, goes_on = self._segment, Drafts(budget), 0, True
         while goes_on:
             enters = self._word(token) + self._of_states @ _normed(state[0])
             segment.feed(np.asarray(enters[None], dtype=np.float32), 1, slot=slot)
-            logits, fed = segment.logits(1)[0], fed + 1
-            said = int(logits.argmax())
-            token = said if self._ids is None else self._ids[said]
-            goes_on = drafts.add(token, 1 / float(np.exp(logits - logits[said]).sum()))
+            token, probability = self._likeliest(segment.logits(1)[0])
+            goes_on, fed = drafts.add(token, probability), fed + 1
             state = segment.tapped()
         segment.crop(fed, slot)
         return drafts.ids

@@ -31,7 +31,7 @@ class ChainOutput(NamedTuple):
 
 class ChainPrompt(NamedTuple):
     """A prompt that was run. slot: its sequence's. columns: its tokens. logits: of the first token
-    [1, V]; None where it exited: then it waits. waits: the depth at whose exit."""
+    [1, V]; None where the prompt waits. waits: the depth at whose exit the first token exited."""
 
     slot: int
     columns: int
@@ -66,6 +66,7 @@ class ChainExecutor:
         self._places = [self._stand.index(depth) for depth in depths]
         self._unused = [place for place in range(self._last) if place not in self._places]
         self._free = set(range(chain.slots))
+        self._opening: set[int] = set()  # slots whose prompt is to be verified with first drafts
 
     def read(
         self,
@@ -86,11 +87,13 @@ class ChainExecutor:
 
         chain, columns, slot = self._chain, len(prepared.states), min(self._free)
         chain.reset(self._unused, exact=self._exact, prompt=prepared, slot=slot)
+        self._opening.discard(slot)
         if self.drafter is not None:
             self.drafter.begin(slot, None if keep is None else prepared)
         if keep is not None:
-            logits = self._whole({slot: prepared.states}, {slot: 1})
-            return ChainPrompt(slot, columns, logits, None)
+            self._below({slot: prepared.states})
+            self._opening.add(slot)
+            return ChainPrompt(slot, columns, None, None)
         place = chain.run(prepared.states, None if decide is None else at, slot)
         if place < self._last:
             return ChainPrompt(slot, columns, None, self._stand[place])
@@ -173,22 +176,27 @@ class ChainExecutor:
         return self._whole(new, dict.fromkeys(handles, 1))
 
     def _whole(self, new: Mapping[int, States], outputs: Mapping[int, int]) -> Array:
-        """Run new states of each slot through all segments; logits of the last ones of each. The
-        drafter gets what enters its exit."""
-        chain, last, drafter = self._chain, self._last, self.drafter
-        for place in range(last):
+        """Run new states of each slot through all segments, and what waits before the last one;
+        logits of the last ones of each."""
+        self._below(new)
+        made = self._chain.together(self._last, outputs)
+        parts = [made[slot][1] for slot in outputs]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _below(self, new: Mapping[int, States]) -> None:
+        """Run new states of each slot up to the last segment. The drafter gets what enters its
+        exit."""
+        chain, drafter = self._chain, self.drafter
+        for place in range(self._last if new else 0):
             made = chain.together(place, dict.fromkeys(new, 0), new if place == 0 else None)
             if drafter is not None and self._stand[place] == drafter.depth:
                 for slot in new:
                     drafter.take(slot, made[slot][0])
-        made = chain.together(last, outputs)
-        parts = [made[slot][1] for slot in new]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def draft(
         self,
         handles: Sequence[int],
-        ids: Sequence[int],
+        ids: Sequence[int | None],
         columns: Sequence[int],
         budgets: Sequence[DraftBudget],
     ) -> list[list[int]]:
@@ -201,8 +209,13 @@ class ChainExecutor:
         new = {
             slot: np.concatenate([self._embed(t, column + i) for i, t in enumerate(tokens)])
             for slot, tokens, column in zip(handles, ids, columns, strict=True)
+            if tokens
         }
-        return self._whole(new, {slot: len(states) for slot, states in new.items()})
+        opens, self._opening = self._opening, self._opening.difference(handles)
+        outputs = {
+            slot: len(tokens) + (slot in opens) for slot, tokens in zip(handles, ids, strict=True)
+        }
+        return self._whole(new, outputs)
 
     def allow_crops(self, handle: int) -> bool:
         return True
