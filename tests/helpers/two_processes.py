@@ -44,7 +44,6 @@ def finish(name: str, config: Any, *, resume: bool = False) -> None:
         "exits": run.exits.state_dict(),
         "discriminators": run.discriminators.state_dict(),
         "progress": asdict(run.progress),
-        "initial": run.initial,
         "checks": {} if run.shortlist is None else {"shortlist": run.shortlist},
     }
     torch.save(state, OUT / f"{name}-{RANK}.pt")

@@ -233,9 +233,8 @@ def test_supervised_cross_entropy_alone_is_that_of_the_answers(opt: Any, tmp_pat
 def test_a_term_is_in_the_loss_with_its_weight(opt: Any, tmp_path: Path) -> None:
     weights: dict[str, Any] = {name: 0.25 + i for i, name in enumerate(OBJECTIVES)}
     run = trainer(opt, tmp_path, replace(SHORT, regime="supervised", **weights))
-    loss, report = run.objective.generator_loss(
-        run.objective.loss_inputs(run.states.record()[0][0]), 0
-    )
+    batch = run.states.record()[0][0]
+    loss, report = run.objective.generator_loss(run.objective.loss_inputs(batch))
     assert set(report) == {f"{name}/{depth}" for name in OBJECTIVES for depth in (2, 4)}
     total = sum(weights[name.split("/")[0]] * value for name, value in report.items())
     assert loss.item() == pytest.approx(total)
@@ -273,7 +272,7 @@ def test_a_label_weighs_the_same_however_few_there_are(opt: Any, tmp_path: Path)
     parts = []
     for row in range(len(batch.labelled)):
         one = replace(batch, labelled=torch.arange(len(batch.labelled)) == row)
-        parts.append(run.objective.generator_loss(run.objective.loss_inputs(one), 0)[1])
+        parts.append(run.objective.generator_loss(run.objective.loss_inputs(one))[1])
     for depth in (2, 4):
         name = f"cross_entropy/{depth}"
         assert sum(part[name] for part in parts) == pytest.approx(whole[name], rel=1e-5)
