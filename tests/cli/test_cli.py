@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, parser_of, program_of
+from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, parser_of
 
+from offramp import cli
 from offramp.calibration import draft_thresholds as drafts
 from offramp.data.scenes import language, world
 from offramp.errors import StorageError
@@ -29,7 +30,7 @@ def test_every_command_is_there_and_its_help_shows_it_at_work(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        program_of(command).main([command, "--help"])
+        cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"example:\n  {parser_of(command).prog} {command}" in capsys.readouterr().out
 

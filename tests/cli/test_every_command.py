@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, lab
+from command_line import EVERY, TRAIN, RunCommand, assert_two_lines
 from command_line import parser_of as program_parser
 
 import offramp
@@ -102,7 +102,7 @@ def test_help_names_every_choice() -> None:
             assert str(choice) in help, (command, action.dest, choice)
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "export"])
+@pytest.mark.parametrize("command", ["train", "export"])
 @pytest.mark.parametrize("spelling", [["3,6"], ["3", "6"], ["3", "6,8"]])
 def test_a_list_of_depths_is_spelt_one_way_and_taken_in_two(
     command: str, spelling: list[str]
@@ -186,18 +186,16 @@ def test_other_packages_tell_of_warnings_alone_and_draw_no_bars_into_a_file(
     run: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
-    names = ("onnxscript.optimizer", "onnx_ir.passes", "offramp.engine", "offramp_lab")
-    root, lab = logging.getLogger().level, logging.getLogger("offramp_lab").level
+    names = ("onnxscript.optimizer", "onnx_ir.passes", "offramp.engine")
+    root = logging.getLogger().level
     try:
-        logging.getLogger("offramp_lab").setLevel(logging.NOTSET)  # its own commands set it
         assert run("env")[0] == 0
         told = [logging.getLogger(name).isEnabledFor(logging.INFO) for name in names]
-        assert told == [False, False, True, False]
+        assert told == [False, False, True]
         assert logging.getLogger("onnxscript").isEnabledFor(logging.WARNING)
         assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
     finally:
         logging.getLogger().setLevel(root)
-        logging.getLogger("offramp_lab").setLevel(lab)
 
 
 def test_env_tells_versions_devices_and_what_is_missing(run: RunCommand) -> None:
@@ -228,7 +226,7 @@ OTHERS = {"--additional-config", "--force-reinstall", "--no-deps",
 
 
 def test_every_option_that_the_source_names_is_one() -> None:
-    programs = (OFFRAMP, EDGE, lab.program())
+    programs = (OFFRAMP, EDGE)
     known = {o for one in programs for a in build_parser(one).loaded() for o in a.option_strings}
     named = {
         word

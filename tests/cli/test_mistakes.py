@@ -17,7 +17,7 @@ from command_line import TRAIN, RunCommand, assert_two_lines
 from PIL import Image
 
 from offramp.adapter import NO_THRESHOLDS, Adapter
-from offramp.cli.command_line import OFFRAMP, _plain_warnings
+from offramp.cli.command_line import _plain_warnings
 from offramp.models.exits import Exits
 from offramp.models.shipped import tiny_exits
 
@@ -224,7 +224,7 @@ def test_a_warning_of_ours_is_a_line_and_others_are_as_they_were(
     (said,) = [r.getMessage() for r in caplog.records if "calibrate again" in r.getMessage()]
     assert said.startswith(str(EXITS)) and "UserWarning" not in said and "\n" not in said
     assert warnings.showwarning is before
-    with pytest.warns(UserWarning, match="of theirs"), _plain_warnings(OFFRAMP):
+    with pytest.warns(UserWarning, match="of theirs"), _plain_warnings():
         warnings.warn_explicit("of theirs", UserWarning, "/site-packages/torch/__init__.py", 1)
     assert "of theirs" not in caplog.text
 

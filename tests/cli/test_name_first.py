@@ -22,7 +22,6 @@ WORDS = {
     "train": ("backbone", "--backbone", "--data a --out b"),
     "demo": ("backbone", "--backbone", ""),
     "inspect": ("name", "--adapter", ""),
-    "compare": ("backbone", "--backbone", "--data a --out b"),
 }
 """By command, where the name is kept, its old option, and what else the command needs."""
 
@@ -44,7 +43,7 @@ def test_a_name_is_read_first_last_or_as_the_option_it_was(command: str) -> None
 
 
 def test_every_command_with_a_name_is_in_the_table_and_shows_one_spelling() -> None:
-    for parser in (parser_of("generate"), parser_of("compare")):
+    for parser in (parser_of("generate"),):
         list(parser.loaded())
         (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
         for name, one in commands.choices.items():

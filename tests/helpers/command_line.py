@@ -11,28 +11,23 @@ from typing import Any
 import pytest
 
 from offramp import cli
-from offramp.cli.command_line import COMMANDS, OFFRAMP, build_parser
+from offramp.cli.command_line import COMMANDS, build_parser
 from offramp.cli.parser import Parser
 from offramp.data.scenes import language, world
-from offramp_lab import cli as lab
 
 RunCommand = Any
-EVERY = (*COMMANDS, *lab.COMMANDS)
-"""Every command, the lab's included."""
+EVERY = tuple(COMMANDS)
+"""Every command."""
 TRAIN = (
     "--backbone", "tiny-opt", "--steps", 4, "--evaluate-every", 2, "--batch-size", 4,
     "--exit-kind", "layer",
 )  # fmt: skip
 
 
-def program_of(command: str) -> Any:
-    """The command line that has a command: `offramp`'s, or the lab's."""
-    return lab if command in lab.COMMANDS else cli
-
-
 def parser_of(command: str) -> Parser:
-    """The parser of the program that has a command."""
-    return build_parser(lab.program() if command in lab.COMMANDS else OFFRAMP)
+    """The parser of a command."""
+    assert command in COMMANDS
+    return build_parser()
 
 
 @pytest.fixture
@@ -46,7 +41,7 @@ def run(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
     def command(*arguments: Any) -> tuple[int, str, str]:
-        code = program_of(str(arguments[0])).main([str(a) for a in arguments])
+        code = cli.main([str(a) for a in arguments])
         out, err = capsys.readouterr()
         return code, out, err
 

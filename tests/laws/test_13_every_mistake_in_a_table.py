@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import EVERY, parser_of, program_of
+from command_line import EVERY, parser_of
 
+from offramp import cli
 from offramp.data.scenes import world
 from offramp.models import shipped
 
@@ -107,7 +108,6 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "eval": {"--adapter": adapter, "--task": ["captions"], "--data": data},
         "export": {"--adapter": adapter, "--gguf": ["q8_0"]},
         "slice": {"": [*adapter, str(tree / "good.jsonl")]},
-        "compare": {**model, "--data": data},
         "report": {"": adapter},
         "demo": {},
         "inspect": {"": adapter},
@@ -204,12 +204,8 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
     tables["--revision"] = ["main"] if "--backbone" in named or command == "inspect" else []
     if command == "calibrate":
         tables |= {n: list(v) for n, v in FLOATS.items()}
-    if command in ("train", "compare"):
+    if command == "train":
         tables |= {n: list(v) for n, v in TRAINING.items()}
-        if command == "compare":
-            tables["--depths"] = ["0", "12", "x"]
-    if command == "compare":
-        tables["--data"] = [v for v in tables["--data"] if not v.endswith(".json")]
     for option, values in tables.items():
         yield from ((option, value) for value in values if option in named)
     if command == "inspect":
@@ -287,7 +283,7 @@ def test_every_mistake_is_two_lines(
     for number, words in enumerate(cases(command, tree, tmp_path / "out")):
         capsys.readouterr()
         try:
-            code: Any = program_of(command).main(words)
+            code: Any = cli.main(words)
         except BaseException as error:
             code = repr(error)
         out, err = capsys.readouterr()

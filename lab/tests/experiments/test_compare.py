@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 
 from offramp.calibration.risk_functions import QUALITIES
-from offramp.data.scenes import language, world
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
 from offramp.storage import read_json
 from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import TrainingStates
 from offramp.training.trainer import Trainer
-from offramp_lab import cli
 from offramp_lab.experiments.comparison import equal_quality as merit
 from offramp_lab.experiments.comparison import tradeoff
 from offramp_lab.experiments.comparison.compare import compare
@@ -531,36 +529,3 @@ def test_the_t_interval_of_a_few_values_is_the_textbooks() -> None:
     ends = merit.t_interval([1.0, 2.0, 3.0])  # t of 2 degrees is 4.303, the deviation 1
     assert ends == (pytest.approx(2 - 2.4841, abs=1e-4), pytest.approx(2 + 2.4841, abs=1e-4))
     assert merit.t_interval([1.0]) == (None, None)
-
-
-# -- the command line ----------------------------------------------------------------------------
-
-
-def test_the_command_compares_on_ones_own_pictures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = []
-    for index in range(10):
-        scene = world.scene("train", index)
-        world.render(scene).save(tmp_path / f"{index}.png")
-        rows.append(json.dumps({"image": f"{index}.png", "captions": [language.caption(scene)]}))
-    data = tmp_path / "photos.jsonl"
-    data.write_text("\n".join(rows))
-    arguments = ["compare", "--backbone", "tiny-opt", "--data", data, "--out", tmp_path / "run",
-                 "--objectives", "free", "--policies", "max_probability", "fixed_depth",
-                 "--pairs", "logit_lens:saturation",
-                 "--steps", 2, "--batch-size", 4, "--timed", 1, "--rounds", 1,
-                 "--max-new-tokens", 6, "--json"]  # fmt: skip
-    assert cli.main([str(a) for a in arguments]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["quality_full"] == 1
-    policies = {c["policy"] for c in told["curves"]}
-    assert policies == {"max_probability", "fixed_depth", "saturation"}
-
-
-def test_an_unknown_quality_is_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "compare --backbone tiny-opt --data x.jsonl --out x --quality exactmatch"
-    assert cli.main(arguments.split()) == 2
-    lines = capsys.readouterr().err.strip().split("\n")
-    assert len(lines) == 2
-    assert "Did you mean 'exact_match'" in lines[1]

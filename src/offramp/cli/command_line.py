@@ -39,8 +39,6 @@ examples:
   offramp export exits --gguf q8_0 --out exits-q8_0   for generate --engine llama.cpp
   offramp slice exits model-q4_k_m.gguf --out sliced  the same of a file from the hub
   offramp report exits runs/captions --out report.html
-
-compare is a command of offramp-lab, a package of its own.
 """
 
 COMMANDS = {
@@ -56,35 +54,31 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Program:
-    """A program of commands.
+    """The commands that there are, with PyTorch or without.
 
-    package: the one whose commands these are. description, examples: what its help says before and
-    after them. commands: modules by command, as in `COMMANDS`.
+    description, examples: what its help says before and after them. commands: modules by command,
+    as in `COMMANDS`.
     """
 
-    name: str
-    package: str
     description: str
     examples: str
     commands: Mapping[str, str]
 
 
 OFFRAMP = Program(
-    "offramp",
-    "offramp",
     "Early exits for frozen Hugging Face vision-language models that really skip layers.",
     EXAMPLES,
     COMMANDS,
 )
 
 
-def run(argv: Sequence[str] | None = None, program: Program = OFFRAMP) -> int:
+def run(argv: Sequence[str] | None = None) -> int:
     """Run a command; see `offramp.cli.main` for what is returned."""
     prepare_output()
-    _prepare_logging(program)
-    with _plain_warnings(program), _stoppable() as stopped:
+    _prepare_logging()
+    with _plain_warnings(), _stoppable() as stopped:
         try:
-            return end_output(_run(argv, program))
+            return end_output(_run(argv))
         except KeyboardInterrupt:
             return _stop(stopped)
         except BrokenPipeError:
@@ -95,12 +89,12 @@ def run(argv: Sequence[str] | None = None, program: Program = OFFRAMP) -> int:
             raise
 
 
-def _run(argv: Sequence[str] | None, program: Program) -> int:
+def _run(argv: Sequence[str] | None) -> int:
     try:
         _check_working_folder()
-        arguments = build_parser(_program_for(argv, program)).parse_args(argv)
+        arguments = build_parser(_program_for(argv)).parse_args(argv)
         if getattr(arguments, "quiet", False):
-            _be_quiet(program)
+            _be_quiet()
         command: Callable[[argparse.Namespace], None] = arguments.run
         command(arguments)
     except UsageError as error:
@@ -116,7 +110,7 @@ def _run(argv: Sequence[str] | None, program: Program) -> int:
         tell(f"error: {error}")
         return 1
     except ImportError as error:
-        if (error.name or "").partition(".")[0] in ("offramp", program.package):
+        if (error.name or "").partition(".")[0] == "offramp":
             raise  # a mistake of ours
         package, reason = missing_package(error), " ".join(str(error).split())[:300]
         what = "A package" if package is None else f"The package {package}"
@@ -131,8 +125,6 @@ def _run(argv: Sequence[str] | None, program: Program) -> int:
 
 
 EDGE = Program(
-    "offramp",
-    "offramp",
     "Early exits inside llama.cpp, without PyTorch.",
     """\
 examples:
@@ -148,11 +140,11 @@ With PyTorch there are more commands: train, calibrate, verify and others.
 """The commands that need no PyTorch: generate and serve of what `offramp slice` wrote."""
 
 
-def _program_for(argv: Sequence[str] | None, program: Program) -> Program:
+def _program_for(argv: Sequence[str] | None) -> Program:
     """The commands that there are. Raise `InputError` for one that needs PyTorch, without it."""
     words = sys.argv[1:] if argv is None else argv
-    if program is not OFFRAMP or (has_pytorch() and not is_edge(words)):
-        return program
+    if has_pytorch() and not is_edge(words):
+        return OFFRAMP
     if words and words[0] in {*COMMANDS} - {*EDGE.commands, *EDGE_NAMES}:
         raise needs_pytorch(f"offramp {words[0]}")
     return EDGE
@@ -161,12 +153,12 @@ def _program_for(argv: Sequence[str] | None, program: Program) -> Program:
 def build_parser(program: Program = OFFRAMP) -> Parser:
     """The parser of all commands; a command's own options are made when it is asked for."""
     parser = Parser(
-        prog=program.name,
+        prog="offramp",
         description=program.description,
         epilog=program.examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"{program.name} {__version__}")
+    parser.add_argument("--version", action="version", version=f"offramp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
     for module in program.commands.values():
         import_module(module).add(commands)
@@ -183,9 +175,9 @@ def _check_working_folder() -> None:
         ) from error
 
 
-def _be_quiet(program: Program) -> None:
+def _be_quiet() -> None:
     """Results and errors alone: no lines of ours, no bars of Hugging Face, no warnings."""
-    for name in ("", "offramp", program.package):
+    for name in ("", "offramp"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
@@ -208,13 +200,12 @@ _BARS = (
 )
 
 
-def _prepare_logging(program: Program) -> None:
+def _prepare_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger().setLevel(logging.WARNING)  # of others, such as optimisers
-    for package in ("offramp", program.package):
-        logging.getLogger(package).setLevel(logging.INFO)
+    logging.getLogger("offramp").setLevel(logging.INFO)
     if sys.stderr is not None and not sys.stderr.isatty():
         _hide_bars()
     logging.raiseExceptions = False  # a closed stderr is no reason to stop
@@ -224,11 +215,10 @@ def _prepare_logging(program: Program) -> None:
 
 
 @contextlib.contextmanager
-def _plain_warnings(program: Program) -> Iterator[None]:
+def _plain_warnings() -> Iterator[None]:
     """While it runs, a warning of ours is a line, without where in the source it came from."""
     others = warnings.showwarning
-    paths = [*import_module("offramp").__path__, *import_module(program.package).__path__]
-    folders = tuple(os.path.join(path, "") for path in paths)
+    folders = tuple(os.path.join(path, "") for path in import_module("offramp").__path__)
 
     def show(message: Any, category: Any, filename: str, *more: Any, **named: Any) -> None:
         if category is UserWarning and filename.startswith(folders):

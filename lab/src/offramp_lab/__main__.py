@@ -1,5 +1,0 @@
-import sys
-
-from offramp_lab.cli import main
-
-sys.exit(main())
