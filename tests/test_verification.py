@@ -117,9 +117,22 @@ def swapped_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlotExecutor, "full", full)
 
 
+def wrong_beyond_40(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of a text that is longer than any of the prompts."""
+    plain = SlotExecutor.feed
+
+    def feed(self: SlotExecutor, handles: Any, ids: Any, columns: Any, **more: Any) -> Any:
+        output = plain(self, handles, ids, columns, **more)
+        short = output.state is None or max(columns) < 40
+        return output if short else replace(output, state=-output.state)
+
+    monkeypatch.setattr(SlotExecutor, "feed", feed)
+
+
 @pytest.mark.parametrize(
     "damage, found, sound",
     [
+        (wrong_beyond_40, {"early exit"}, {"full", "early exit, 2 rows"}),
         (wrong_states, {"early exit"}, {"full"}),
         (swapped_rows, {"full, 2 rows"}, {"full", "lossless"}),
     ],

@@ -3,7 +3,8 @@
 Greedy answers are held to something that shares nothing with the decoder: full depth and lossless
 to the model's own `generate`, early exit to a pass in which every layer and every exit runs for
 every token, one by one. Rows of a batch, and requests in the company of others, are held to the
-same answers alone. A runtime in other numbers than the model's is held to its own full depth.
+same answers alone. One prompt is asked at length as well, beyond windows and lengths from which
+positions are scaled. A runtime in other numbers than the model's is held to its own full depth.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from offramp.engine.policy import (
 )
 from offramp.engine.prefill import Prefill, prepare
 from offramp.engine.sampler import Sampler
+from offramp.engine.self_check import lengthened
 from offramp.engine.teacher_forcing import StateRecorder
 from offramp.errors import InputError, OfframpError
 from offramp.models.backbone import Backbone
@@ -130,11 +132,12 @@ class Verification:
     @property
     def answers(self) -> int:
         """Return how many answers are written in all."""
-        modes, n = self._policies, len(self.examples)
+        modes, n = self._policies, len(self._inputs)
         each = 1 + len(modes) + ("early exit" in modes)  # the model's own, and every layer's
         each += 0 if self.runtime is not None else len(modes)
         each += len(modes) * self._keeps_company
-        return n * each + len(modes) * sum(-(-n // rows) * rows for rows in self._rows)
+        of_rows = sum(-(-len(self.examples) // rows) * rows for rows in self._rows)
+        return n * each + len(modes) * of_rows
 
     @property
     def _rows(self) -> list[int]:
@@ -149,7 +152,6 @@ class Verification:
     def run(self, told: Callable[[int], object] = lambda _: None) -> list[PathResult]:
         """Return what each path came to. told: is called with how many answers more there are."""
         self._told = told
-        self._inputs = [self.encoder.prompts([example]) for example in self.examples]
         noted = self._notes()
         own = self._each(partial(self._own, noted))
         alone = {m: self._each(partial(self._write, p)) for m, p in self._policies.items()}
@@ -165,7 +167,7 @@ class Verification:
                 made = _tried(partial(self._batched, rows, policy))
                 theirs = alone[mode]
                 if isinstance(made, list) and isinstance(theirs, list):
-                    theirs = [theirs[i % len(theirs)] for i in range(len(made))]
+                    theirs = [theirs[i % len(self.examples)] for i in range(len(made))]
                 results.append(_compared(f"{mode}, {rows} rows", ALONE, promised, made, theirs))
         if not self._keeps_company:
             return results
@@ -241,8 +243,17 @@ class Verification:
 
     # -- answers -------------------------------------------------------------------------------
 
+    @cached_property
+    def _inputs(self) -> list[Mapping[str, Any]]:
+        """What the model is given: each prompt, and in PyTorch the first lengthened."""
+        inputs = [self.encoder.prompts([example]) for example in self.examples]
+        if self.runtime is None:
+            long = lengthened(self.backbone, inputs[0], self.settings.longest)
+            inputs += [] if long is None else [long]
+        return inputs
+
     def _notes(self) -> list[_Largest]:
-        return [_Largest() for _ in self.examples]
+        return [_Largest() for _ in self._inputs]
 
     def _each(self, answer: Callable[[int], Any]) -> Any:
         """An answer to each prompt, or why there is none. answer: of the prompt at a place."""
@@ -252,7 +263,7 @@ class Verification:
             self._told(1)
             return made
 
-        return _tried(lambda: [one(place) for place in range(len(self.examples))])
+        return _tried(lambda: [one(place) for place in range(len(self._inputs))])
 
     def _own(self, noted: Sequence[_Largest], place: int) -> _Row:
         """The model's own answer."""

@@ -461,20 +461,22 @@ def check_untested(
     backbone = encoder.backbone
     if not backbone.tested and examples:
         prompts = encoder.prompts(examples)
-        for each in (prompts, _lengthened(backbone, prompts)):
+        for each in (prompts, lengthened(backbone, prompts)):
             if each is not None:
                 adopt_findings(backbone, check_decoding(backbone, each, depths=depths))
 
 
-def _lengthened(backbone: Backbone, inputs: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The first prompt of `inputs` with ordinary words after it, `LONG` tokens in all, or as many
-    as the model has positions for; None where the model does not take them."""
+def lengthened(
+    backbone: Backbone, inputs: Mapping[str, Any], answer: int = 2 * TOKENS
+) -> Mapping[str, Any] | None:
+    """Return a single prompt with ordinary words after it, `LONG` tokens in all, or as many as
+    leave an answer room; None where the model does not take them."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or backbone.is_encoder_decoder:
         return None
     rows, length = ids.shape
-    most = LONG if backbone.positions is None else min(LONG, backbone.positions - 2 * TOKENS)
-    more = most - length
+    room = backbone.room(LONG)
+    more = (LONG if room is None else min(LONG, room - answer)) - length
     if rows > 1 or more <= 0:
         return None
     words = prompt_ids(backbone.model)
