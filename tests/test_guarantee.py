@@ -18,7 +18,7 @@ from offramp.calibration.risk_functions import CIDER_CAP, RISKS
 from offramp.conditions import Conditions, as_loaded, differences, note_loaded, of_processor
 from offramp.conditions import _tokens_digest as tokens_digest
 from offramp.engine.policy import ExitPolicy
-from offramp.guarantee import NEEDED, SCALES, risk_words, shown_conditions, standing
+from offramp.guarantee import NEEDED, SCALES, risk_words, shown_conditions, standing, watched
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
@@ -412,6 +412,22 @@ def test_in_float32_prepacking_and_the_batch_change_no_answer() -> None:
         return [answer.ids for answer in found]
 
     assert answers(plain, 12) == answers(plain, 1) == answers(packed, 1) == answers(packed, 5)
+
+
+def test_where_right_answers_are_needed_what_differs_is_watched(here: Conditions) -> None:
+    own = calibration(here)
+    promise = standing(own, here).promise
+    assert promise is not None and watched(own, promise) == promise
+    drop = calibration(here, risk="cider_drop", target=0.025)
+    promise = standing(drop, here).promise
+    assert promise is not None and watched(drop, promise) is None
+    for odd in ({}, {"risk": "cider_drop", "targets": {"": 0.1}}, {"risk": "consistency"},
+                {"risk": "consistency", "targets": {"": 2}}):  # fmt: skip
+        assert watched({**drop, "watched": odd}, promise) is None
+    said = {"risk": "consistency", "targets": {"Caption:": 0.2, "Question:": 0.1}}
+    found = watched({**drop, "watched": said}, promise)
+    assert found is not None and found.risk == "consistency" and found.least == 0.1
+    assert found.target_of("Caption:") == 0.2
 
 
 def test_a_drop_of_cider_is_told_in_its_points(here: Conditions) -> None:

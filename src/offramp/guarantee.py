@@ -8,7 +8,7 @@ What differs is named, and nothing is guaranteed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offramp.conditions import Conditions, differences, shown
@@ -16,6 +16,8 @@ from offramp.likeness import LIKE
 
 NEEDED = ("risk", "target", "confidence", "n", "attempt", "unit", "conditions")
 """What a calibration must say for its guarantee to count."""
+WATCHED = ("disagreement", "consistency")
+"""Risks that requests show without right answers."""
 SCALES = {"cider_drop": 2.5}
 """Points of a score that a loss of 1 stands for, by risk; of others 1."""
 
@@ -38,6 +40,15 @@ class Promise:
     kinds: Sequence[str] = ()
     own_targets: Mapping[str, float] = field(default_factory=dict)
 
+    def target_of(self, kind: str) -> float:
+        """Return the target of a kind of prompt."""
+        return self.own_targets.get(kind, self.target)
+
+    @property
+    def least(self) -> float:
+        """Return the smallest target of any kind."""
+        return min([self.target, *self.own_targets.values()])
+
     @property
     def claim(self) -> str:
         """Return the end of a sentence that states the promise, its unit and its population."""
@@ -45,6 +56,21 @@ class Promise:
         words = risk_words(self.risk, self.unit)
         most = target_words(self.risk, self.target, self.own_targets)
         return f"{each}{words} is at most {most} {LIKE}"
+
+
+def watched(calibration: Mapping[str, Any] | None, promise: Promise) -> Promise | None:
+    """Return what requests can show of a promise: all of it or, where it is about right answers,
+    which requests do not bring, that early answers differ no more from the full model's than those
+    that were calibrated, by kind of prompt; None: the calibration does not say how much they did.
+    """
+    if promise.risk in WATCHED:
+        return promise
+    said = (calibration or {}).get("watched") or {}
+    targets = {str(kind): share for kind, share in (said.get("targets") or {}).items()}
+    if said.get("risk") not in WATCHED or not all(map(_is_share, targets.values())) or not targets:
+        return None
+    least = min(targets.values())
+    return replace(promise, risk=said["risk"], target=least, kinds=(), own_targets=targets)
 
 
 def kinds_words(kinds: Sequence[str]) -> str:

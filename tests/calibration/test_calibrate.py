@@ -123,6 +123,14 @@ def test_every_point_of_the_path_has_the_risk_of_answers_written_again(
     assert any(point.risk != 0 for point in path)
 
 
+def test_a_risk_that_needs_right_answers_says_what_is_watched_in_its_place() -> None:
+    assert found(4).watched is None
+    result = found(4, risk="rouge_l_drop")
+    assert result.watched is not None and result.watched["risk"] == "consistency"
+    differs = lost("consistency", result.policy, examples(), 4).mean()
+    assert all(differs <= bound < 1 for bound in result.watched["targets"].values())
+
+
 @pytest.mark.parametrize("depths", [(4,), (4, 5)])
 def test_what_is_promised_was_measured_and_its_bound_is_below_the_target(
     depths: tuple[int, ...],

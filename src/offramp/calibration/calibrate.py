@@ -69,6 +69,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.prompt_kinds import kind_of, prompt_frames
 from offramp.storage import digest_rows
 
+CONSISTENCY = "consistency"
 AUTO = "auto"
 """Of first tokens: a threshold is searched."""
 GRID = (0.999, 0.995, 0.99, *(n / 100 for n in range(98, 8, -2)))
@@ -129,6 +130,8 @@ class Calibration:
     path: what was tested, up to the first failure.
     attempts: all that were made with these exits, this one included.
     likeness: of the early answers at these thresholds, to know others that are like them by.
+    watched: of a risk that needs right answers, what is watched in its place, and how much of it
+        was calibrated; see `offramp.guarantee.watched`.
     largest: answers of the image that had most. each_kind: whether the target holds of each of
         `kinds`, by what was measured of each.
     runtime: whose answers the guarantee is about, by name; None: PyTorch's.
@@ -160,6 +163,7 @@ class Calibration:
     candidates: int = 1
     largest: int = 1
     likeness: Likeness = field(default_factory=lambda: Likeness({}))
+    watched: Mapping[str, Any] | None = None
     each_kind: bool = False
     kinds: tuple[Kind, ...] = ()
     conditions: Conditions = field(default_factory=Conditions)
@@ -305,9 +309,11 @@ def _with_conditions(
     options: Mapping[str, Any], here: Mapping[str, Any],
 ) -> Calibration:  # fmt: skip
     """Add the conditions of the guarantee, and the scores of its calibrated answers."""
-    likeness = _likeness(trial, found.policy, encoder.smallest_side)
+    early = _early(trial, found.policy)
+    likeness = _likeness(trial, early, encoder.smallest_side)
     conditions = _conditions_of(encoder, found.policy, frames, likeness, options, here)
-    return replace(found, conditions=conditions, likeness=likeness)
+    watched = _watched(trial, early, Guarantee(confidence=found.confidence, unit=found.unit))
+    return replace(found, conditions=conditions, likeness=likeness, watched=watched)
 
 
 def _test(
@@ -657,15 +663,33 @@ def _decide(
     )
 
 
-def _likeness(trial: _Trial, policy: ExitPolicy, smallest: int | None) -> Likeness:
+def _early(trial: _Trial, policy: ExitPolicy) -> list[Answer]:
+    """Return early answers to what was tested: to all of it where the risk needs right answers,
+    else to `ANSWERS`; none where nothing is guaranteed."""
+    if not policy.thresholds:
+        return []
+    n = len(trial.kinds) if trial.tested.risk.quality else min(len(trial.kinds), ANSWERS)
+    return trial.tested.answer(trial.tested.examples[:n], policy)
+
+
+def _watched(trial: _Trial, early: Sequence[Answer], asked: Guarantee) -> dict[str, Any] | None:
+    """Return what requests can show where the risk needs right answers: by kind of prompt, an upper
+    bound of how much early answers differ from the full model's; None of other risks."""
+    if not early or trial.tested.risk.quality is None:
+        return None
+    risk = RISKS[CONSISTENCY]
+    losses = risk.losses(early, trial.tested.full, trial.tested.examples)
+    draws = replace(trial, tested=replace(trial.tested, risk=risk)).by_kind(losses, asked)
+    bounds = {kind: upper_bound(part, asked.confidence) for kind, part in draws.items()}
+    return {"risk": CONSISTENCY, "targets": {k: min(b, 0.999) for k, b in bounds.items()}}
+
+
+def _likeness(trial: _Trial, early: Sequence[Answer], smallest: int | None) -> Likeness:
     """Return the likeness of the tested images and of early answers about them; of nothing where
     nothing is guaranteed, or where what answers tells no scores. smallest: as of
     `Example.open_image`."""
-    if not policy.thresholds:
-        return Likeness({})
-    n = min(len(trial.kinds), ANSWERS)
-    examples = trial.tested.part(np.arange(n)).examples
-    early = trial.tested.answer(examples, policy)
+    early = early[:ANSWERS]
+    n, examples = len(early), trial.tested.examples
     looks: dict[str, list[Array]] = {}
     for rows in (rows for image in trial.images for rows in image.by_image):
         asked = [row for row in rows if row < n and not examples[row].is_text]

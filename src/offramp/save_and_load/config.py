@@ -43,7 +43,7 @@ _CALIBRATION: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("risk", "method", "unit", "data_digest"), (str,)),
     **dict.fromkeys(("target", "confidence", "measured", "bound", "level"), _NUMBER),
     **dict.fromkeys(("n", "answers", "attempt"), (int,)),
-    **dict.fromkeys(("conditions", "likeness"), (dict,)),
+    **dict.fromkeys(("conditions", "likeness", "watched"), (dict,)),
     "kinds": (list,),
     "largest": (int,),
 }

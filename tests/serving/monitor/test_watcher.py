@@ -108,6 +108,25 @@ def test_each_image_counts_once_and_too_many_are_let_go(engine: BatchEngine) -> 
         watcher.close()
 
 
+def test_each_kind_of_prompt_may_lose_what_was_promised_of_it(engine: BatchEngine) -> None:
+    """In units of the smallest target, so that one bet watches all kinds."""
+    captions, questions = (of("test", 4).examples[:4] for of in (tasks.captions, tasks.questions))
+    own = Promise("consistency", 0.2, 0.95, own_targets={"Caption:": 0.8, "": 0.2})
+
+    def kind_of(prompt: str) -> str:
+        return prompt if prompt == "Caption:" else ""
+
+    for examples, each in ((captions, 0.25), (questions, 1.0)):
+        watcher = watcher_of(engine, promise=own, kind_of=kind_of, loss=lambda early, full: 1.0)
+        try:
+            watched(engine, examples, watcher)
+            assert watcher.risk.n > 0
+            assert watcher.risk.total == pytest.approx(each * watcher.risk.n)
+            assert watcher.report()["alarm_above"] == 0.2
+        finally:
+            watcher.close()
+
+
 def test_what_is_kept_is_an_example_to_calibrate_on(engine: BatchEngine, tmp_path: Path) -> None:
     watcher = watcher_of(engine, replace(ALL, keep=tmp_path / "kept"))
     try:

@@ -344,6 +344,8 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
     """How the guarantee is watched, and what an answer loses by its risk. runtime: its name."""
     from offramp.adapter import Adapter
     from offramp.calibration.risk_functions import RISKS
+    from offramp.conditions import TORCH
+    from offramp.guarantee import watched
     from offramp.serving.monitor.watch_config import WatchConfig
     from offramp.serving.monitor.watcher import differs
 
@@ -357,14 +359,15 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
     watch = WatchConfig(**own | arguments.watch)
     if promise is None:
         return watch, differs
-    risk = RISKS.get(promise.risk)
-    if risk is None or risk.quality is not None:
+    seen = watched(model.of_engine(runtime or TORCH).calibration, promise)
+    if seen is None:
         log.warning(
-            "The guarantee of %r needs right answers, which requests do not bring: it is not "
-            "watched.",
+            "The guarantee of %r needs right answers, which requests do not bring, and the "
+            "calibration does not say how much answers differ: it is not watched.",
             promise.risk,
         )
         return None, differs
+    risk = RISKS[seen.risk]
     return watch, lambda early, full: float(risk.losses([early], [full], [])[0])
 
 

@@ -116,7 +116,9 @@ class _Known:
 class Watcher:
     """Compares in a thread of its own; started at once, ended by `close`.
 
-    promise: None: the risk is reported, not judged. loss: of the promise's risk. about: what the
+    promise: None: the risk is reported, not judged. loss: of the promise's risk. kind_of: of a
+    prompt, where kinds have targets of their own: losses then count in units of the smallest, so
+    that each kind may lose what was promised of it. about: what the
     promise is of, such as a digest of the adapter; what was learnt of another is not gone on with.
     seed: of the draw.
 
@@ -135,6 +137,7 @@ class Watcher:
         config: WatchConfig | None = None,
         *,
         loss: Loss = differs,
+        kind_of: Callable[[str], str] = str,
         about: str = "",
         seed: int | None = None,
     ) -> None:
@@ -151,6 +154,7 @@ class Watcher:
         self._held = _held(self.config.state)
         self.risk = self._kept_risk() or self._new_risk()
         self._engine, self._encoder, self._loss = engine, encoder, loss
+        self._kind_of = kind_of
         self._draw = random.Random(seed)
         self._secret = self._draw.randbytes(16)
         self._images: OrderedDict[bytes, None] = OrderedDict()
@@ -173,7 +177,7 @@ class Watcher:
         level = self.config.level / self.config.watchers
         if self.promise is None:
             return RunningRisk(None, level)
-        target = min(1.0, self.promise.target * self.config.slack)
+        target = min(1.0, self.promise.least * self.config.slack)
         most = draws_of_one(self.promise.largest, self.config.share) if self._by_answer else 1
         return RunningRisk(target, level, self.promise.confidence, most)
 
@@ -256,6 +260,7 @@ class Watcher:
         """Return what is known of the risk now, as JSON for the page and for programs."""
         low, high = self.risk.interval
         return {
+            "of": None if self.promise is None else self.promise.risk,
             "images": self.risk.n,
             "risk": self.risk.mean,
             "lower": low,
@@ -373,6 +378,8 @@ class Watcher:
         [early] = answers_of(sample.output, self._encoder)
         [full] = answers_of(one.handle.result().output, self._encoder)
         loss = self._loss(early, full)
+        if self.promise is not None:
+            loss *= self.promise.least / self.promise.target_of(self._kind_of(sample.prompt))
         if not self._by_answer:
             self._known.add(sample.image, one.name)
         with self._lock:

@@ -14,7 +14,7 @@ from offramp.engine.constraint import JsonConstraint
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.prefill import check_inputs
 from offramp.engine.prefix_cache import PrefixCache
-from offramp.guarantee import SCALES, GuaranteeStatus, risk_words, standing
+from offramp.guarantee import SCALES, GuaranteeStatus, risk_words, standing, watched
 from offramp.likeness import LIKE, Likeness
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
@@ -194,8 +194,11 @@ class TorchServed:
         if self._watch is None or self.adapter is None:
             return None
         about, promise = digest_rows([dict(self.adapter.calibration or {})]), self.stands().promise
-        own = cast(BatchEngine, engine)
-        return Watcher(own, self.prompts, promise, self._watch, loss=self._loss, about=about)
+        return Watcher(
+            cast(BatchEngine, engine), self.prompts,
+            None if promise is None else watched(self.adapter.calibration, promise),
+            self._watch, loss=self._loss, kind_of=self.adapter.kind_of, about=about,
+        )  # fmt: skip
 
     def gauges(self) -> Sequence[tuple[str, str, Callable[[], float]]]:
         prefixes = self._kept["prefix_cache"]
