@@ -113,6 +113,11 @@ def _policy_options(group: Any) -> None:
     scores = (*SCORES, *FEATURE_SCORES, *HEADS)
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
     group.add_argument(
+        "--thresholds", type=share, nargs="+", metavar="X",
+        help="thresholds to test, the safest first, chosen before any of these images was looked "
+        "at (default: from 0.999 down to 0.1)",
+    )  # fmt: skip
+    group.add_argument(
         "--first-threshold", type=lambda text: text if text == "auto" else share(text), metavar="X",
         help="threshold of its own for an answer's first token, whose prompt then waits at its "
         "exit; auto: searched, on 30%% of the images (default: the adapter's)",
@@ -190,6 +195,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
             policy,
             costs=costs,
             runtime=runtime,
+            thresholds=arguments.thresholds,
             first=arguments.first_threshold,
             frequencies=others,
             batch_size=arguments.batch_size,
@@ -260,7 +266,7 @@ def _say_how_long(
     once = (time.perf_counter() - begin) * len(examples) / rows
     elsewhere = engine_named(arguments.engine).replaces
     replayed = not elsewhere and can_replay(policy)
-    grid = COARSE if elsewhere else GRID
+    grid = arguments.thresholds or (COARSE if elsewhere else GRID)
     passes = 2 if replayed else 1 + len(grid)
     log.info("Calibrating on %d examples takes about %s.", len(examples), duration(once * passes))
 
