@@ -135,16 +135,13 @@ def of_processor(processor: Any) -> dict[str, Any]:
     are decoded no larger than needed. pixels: what the image processor is set to. tokens: digest of
     the tokenizer's vocabulary, and of what it makes of a text. None of a processor that does not
     say it."""
-    known = _PROCESSORS.get(processor)
-    if known is None:
-        known = _PROCESSORS[processor] = {
-            "pixels": _pixels(getattr(processor, "image_processor", None)),
-            "tokens": _tokens_digest(getattr(processor, "tokenizer", processor)),
-        }
+    if processor not in _TOKENS:
+        _TOKENS[processor] = _tokens_digest(getattr(processor, "tokenizer", processor))
     return {
         "template": template_digest(processor),
         "shrink_on_load": smallest_side(processor) is not None,
-        **known,
+        "pixels": _pixels(getattr(processor, "image_processor", None)),  # may be set at any time
+        "tokens": _TOKENS[processor],
     }
 
 
@@ -186,7 +183,7 @@ def _is_prepacked(modules: nn.Module) -> bool:
     return any(isinstance(part, PrepackedLinear) for part in modules.modules())
 
 
-_PROCESSORS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+_TOKENS: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 _NAMES = ("_name_or_path", "name_or_path", "_processor_class", "processor_class")
 """Of a processor's settings, what says where it came from and changes nothing."""
 

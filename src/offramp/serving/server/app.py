@@ -196,7 +196,7 @@ def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str)
         if not (how.plain and (done is None or done.early_exit)) or service.watcher is None:
             return
         found = service.served.stands(asked=single_question(body), longest=how.longest)
-        if service.standing.promise is None or found.promise is not None:
+        if service.watcher.promise is None or found.promise is not None:
             if done is None:
                 service.watcher.lost()
                 return

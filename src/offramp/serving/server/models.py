@@ -41,7 +41,7 @@ def model_card(service: Service) -> dict[str, Any]:
             "exits": list(service.engine.core.depths),
             "thresholds": Thresholds(served.policy.thresholds).to_json(),
             "guarantee": served.promised(),
-            "not_guaranteed": service.standing.why or None,
+            "not_guaranteed": served.stands().why or None,
             "likeness": _likeness(service),
             "watch": None if service.watcher is None else service.watcher.report(),
             "chat_template": served.prompts.has_template,

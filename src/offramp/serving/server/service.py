@@ -26,7 +26,7 @@ from offramp.serving.server.inputs.images import ImageSource, is_far
 from offramp.serving.server.inputs.prompts import Prompter
 from offramp.serving.server.metrics import Metrics
 from offramp.serving.server.outbox import Outbox
-from offramp.serving.server.served import GuaranteeStatus, Inputs, Served
+from offramp.serving.server.served import Inputs, Served
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ class Service:
         self.images: ImageSource = images or ImageSource.of(config.images, served.smallest)
         self.tokenizer: Any = served.tokenizer
         self.metrics: Metrics = Metrics(config.metrics, config.name)
-        self.standing: GuaranteeStatus = served.stands()
         self.alarm: Alarm = Alarm(served.likeness)
         self.watcher: Any = served.watcher(self.engine)
         self._add_gauges()
