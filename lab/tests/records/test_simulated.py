@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
-from offramp_lab.records import simulated, watched
+from offramp_lab.records import likeness, simulated, watched
 
 
 def test_rules_keep_what_was_broken_without_them() -> None:
@@ -23,7 +23,7 @@ def test_rules_keep_what_was_broken_without_them() -> None:
 
 
 def test_streams_like_what_was_calibrated_raise_no_alarm_and_others_soon_do() -> None:
-    found = simulated.likeness_streams(400, streams=10)
+    found = likeness.streams(400, many=10)
     assert found["false_alarms"] == 0 and found["alarm_after"] <= 5
 
 

@@ -1,34 +1,23 @@
 """Simulate guarantees where the truth is known; rewrites lab/records/simulated.json.
 
 How often a promise is given though the risk is above the target, before the rules for copies,
-units and choices and with them; in groups, by kind, after a search, in files that grow; how many
-images look-alikes count as, and a test needs; and which requests are called unlike the calibrated
-ones, by the exits that ship. About five minutes of one core.
+units and choices and with them; in groups, by kind, after a search, in files that grow; and how
+many images look-alikes count as, and a test needs. About four minutes of one core.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from offramp import demo
-from offramp.answers import generate_answers
 from offramp.betting import FRACTIONS, SHARES, betting_p_values
 from offramp.calibration.attempts import UNITS, Draws, ImageRows, error_share, images_of, merged
 from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value, walk
 from offramp.data.example import Example
 from offramp.data.near_copies import NEAR, Look
-from offramp.data.scenes.tasks import captions_and_questions
-from offramp.likeness import UNLIKE, Alarm, Likeness
-from offramp.prompt_kinds import kind_of, prompt_frames
 from offramp_lab.inputs import lookalikes
-from offramp_lab.places import ROOT
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.subjects import tiny_with
 
 Array = npt.NDArray[Any]
 
@@ -40,8 +29,6 @@ LEVEL = STATED * error_share(1)
 def main() -> None:
     arguments = asked(__doc__, trials=1000, images=150, out=RECORD.path)
     record = simulate(arguments.trials, arguments.images)
-    record["likeness"] = likeness()
-    record["likeness_streams"] = [likeness_streams(n) for n in (200, 1000)]
     for name, rows in record.items():
         print(name, rows)
     RECORD.write(record, arguments.out)
@@ -257,86 +244,6 @@ def grown(trials: int) -> dict[str, Any]:
             looked = Draws.of(losses[:n], whole=True, looked=400)
             ours[trial] |= p_value(looked, target, "sharp") <= LEVEL
     return {"images": 2000, "target": target, "broken_before": float(each.mean()), **told(ours)}
-
-
-# -- likeness --------------------------------------------------------------------------------------
-
-LIKE_CALIBRATED, LIKE_FRESH, LIKE_OTHER = 600, 400, 200
-PHOTOGRAPHS = Path("shared/data")
-"""Below a folder above this checkout, where there are some."""
-
-
-def likeness() -> list[dict[str, Any]]:
-    """Of the exits that ship: captions and questions called unlike those calibrated, of other
-    images of their world, of cuts of these, noise, plain colours, charts, and photographs."""
-    adapter, encoder = tiny_with("opt")
-
-    def scored(some: Sequence[Example]) -> list[tuple[float, ...]]:
-        made = generate_answers(adapter, encoder, some, adapter.policy, **demo.OPTIONS)
-        return [answer.scores for answer in made]
-
-    calibrated = list(captions_and_questions("test", LIKE_CALIBRATED, 300_000, 2))
-    frames = prompt_frames([example.prompt for example in calibrated])
-    of = [kind_of(example.prompt, frames) for example in calibrated]
-    known = Likeness.of(scored(calibrated), of)
-    fresh = list(captions_and_questions("test", LIKE_FRESH, 400_000, 2))
-    captions = [example for example in fresh if kind_of(example.prompt, frames) == of[0]]
-    rows = []
-    for words, some in {"images of its world": fresh, **_others(captions[:LIKE_OTHER])}.items():
-        found = [
-            known.p_value(kind_of(e.prompt, frames), s)
-            for e, s in zip(some, scored(some), strict=True)
-        ]
-        unlike = np.array([p is not None and p <= UNLIKE for p in found])
-        rows.append({"images": words, "answers": len(some), "unlike": float(unlike.mean()),
-                     "interval": interval(int(unlike.sum()), len(some))})  # fmt: skip
-    return rows
-
-
-def _others(captions: Sequence[Example]) -> dict[str, list[Example]]:
-    draw = np.random.default_rng(15)
-    images = [example.open_image() for example in captions]
-    width, height = images[0].size
-    quarter = (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
-    drawn = [image for kind in lookalikes.KINDS for image in lookalikes.images(kind, 40)]
-    made: dict[str, list[Any]] = {
-        "the middle of these, enlarged": [i.crop(quarter).resize(i.size) for i in images],
-        "noise": [
-            Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
-            for _ in images
-        ],
-        "plain colours": [
-            Image.new("RGB", (width, height), tuple(draw.integers(0, 256, 3).tolist()))
-            for _ in images
-        ],
-        "charts, pages and forms": drawn,
-    }
-    folders = [above / PHOTOGRAPHS for above in ROOT.parents]
-    photographs = [p for folder in folders for p in sorted(folder.rglob("*.jpg"))][: len(images)]
-    if photographs:
-        made["photographs"] = [Image.open(path).convert("RGB") for path in photographs]
-    return {
-        words: [replace(e, image=i, group="") for e, i in zip(captions, some, strict=False)]
-        for words, some in made.items()
-    }
-
-
-def likeness_streams(n: int, streams: int = 200) -> dict[str, Any]:
-    """Streams of 400 requests drawn as the n calibrated answers were, and requests until the alarm
-    where each is surer by less than any of these."""
-    draw, alarms = np.random.default_rng(16), 0
-    for _ in range(streams):
-        known = Likeness.of(np.exp(draw.normal(size=(n, 1))).tolist(), [""] * n)
-        alarm = Alarm(known)
-        for scores in np.exp(draw.normal(size=(400, 1))).tolist():
-            alarm.add(known.p_value("", scores) or 1.0)
-        alarms += alarm.raised
-    other, requests = Alarm(known), 0
-    while not other.raised:
-        other.add(known.p_value("", [1e-6]) or 1.0)
-        requests += 1
-    return {"calibrated": n, "streams": streams, "requests": 400, "false_alarms": alarms / streams,
-            "interval": interval(alarms, streams), "alarm_after": requests}  # fmt: skip
 
 
 # -- how many images -------------------------------------------------------------------------------

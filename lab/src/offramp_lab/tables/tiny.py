@@ -124,7 +124,20 @@ def _between(row: Value) -> str:
 def unlike() -> Table:
     """Answers called unlike the calibrated ones, by what their images are."""
     return Table.of(
-        record("simulated")["likeness"],
+        record("likeness")["tiny"],
+        {
+            "images": "{images}",
+            "answers": "{answers}",
+            "by scores alone": "{scores_alone:.1%}",
+            "called unlike": lambda row: f"{row['unlike']:.1%} {_between(row)}",
+        },
+    )
+
+
+def unlike_photographs() -> Table:
+    """Images whose look is called unlike that of the photo model's calibrated ones."""
+    return Table.of(
+        record("likeness")["photo"],
         {
             "images": "{images}",
             "answers": "{answers}",
@@ -227,6 +240,7 @@ TABLES: dict[str, MakeTable] = {
     "tests-need": tests_need,
     "guarantee-kept": kept,
     "likeness": unlike,
+    "likeness-photo": unlike_photographs,
     "guarantee-broken": broken,
     "labels": labels,
 }

@@ -1,0 +1,153 @@
+"""Which requests are called unlike the calibrated ones, by the exits that ship; rewrites
+lab/records/likeness.json.
+
+Of the tiny OPT answers to images of its world and of others, by scores alone and with the look of
+images; of the photo model the looks of photographs and of others; and streams of requests, of
+which none should raise the alarm. Three minutes of one core.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from examples.photo_vlm.rows import half_of, read_photographs
+from PIL import Image
+
+from offramp import demo
+from offramp.answers import generate_answers
+from offramp.data.datasets import read_examples
+from offramp.data.example import Example
+from offramp.data.scenes.tasks import captions_and_questions
+from offramp.likeness import UNLIKE, Alarm, Likeness, look_of
+from offramp.models.shipped import shipped_exits
+from offramp.storage import read_json
+from offramp_lab.inputs import lookalikes
+from offramp_lab.records.record import Record, asked
+from offramp_lab.records.simulated import interval
+from offramp_lab.records.subjects import tiny_with
+
+Array = npt.NDArray[Any]
+
+RECORD = Record("likeness")
+FRESH, OTHER = 400, 200
+
+
+def main() -> None:
+    arguments = asked(__doc__, data=True, out=RECORD.path)
+    record = {
+        "tiny": likeness(arguments.data),
+        "photo": looks_of_photographs(arguments.data),
+        "streams": [streams(n) for n in (200, 1000)],
+    }
+    for name, rows in record.items():
+        print(name, rows)
+    RECORD.write(record, arguments.out)
+
+
+def likeness(data: Path) -> list[dict[str, Any]]:
+    """Of the exits that ship: captions and questions called unlike those calibrated, by scores
+    alone and with the look of the image, of other images of their world, of cuts of these, noise,
+    plain colours, charts, and photographs."""
+    adapter, encoder = tiny_with("opt")
+    fresh = list(captions_and_questions("test", FRESH, 400_000, 2))
+    rows = []
+    for words, some in {"images of its world": fresh, **_others(fresh[:OTHER], data)}.items():
+        made = generate_answers(adapter, encoder, some, adapter.policy, **demo.OPTIONS)
+        found = [
+            (adapter.kind_of(e.prompt), answer.scores, look_of(e.open_image()))
+            for e, answer in zip(some, made, strict=True)
+        ]
+        by_scores = [adapter.likeness.p_value(kind, scores) for kind, scores, _ in found]
+        rows.append({"images": words, "scores_alone": float(_unlike(by_scores).mean()),
+                     **unlike_of([adapter.likeness.p_value(*each) for each in found])})  # fmt: skip
+    return rows
+
+
+def _unlike(p_values: Sequence[float | None]) -> Array:
+    return np.array([p is not None and p <= UNLIKE for p in p_values])
+
+
+def unlike_of(p_values: Sequence[float | None]) -> dict[str, Any]:
+    """How many are called unlike."""
+    called = _unlike(p_values)
+    return {
+        "answers": len(called), "unlike": float(called.mean()),
+        "interval": interval(int(called.sum()), len(called)),
+    }  # fmt: skip
+
+
+def looks_of_photographs(data: Path) -> list[dict[str, Any]]:
+    """Of the photo model that ships: images called unlike the calibrated photographs by their look,
+    half the level that it has beside scores."""
+    [known] = [k.looks for k in shipped_likeness("photo").kinds.values() if k.looks is not None]
+    photographs = read_photographs(data)
+    fresh = [e for e in photographs["captions_val"] if half_of(e) == 1]
+    scenes = list(captions_and_questions("test", OTHER, 400_000, 0))
+    stamps = read_examples(data / "stamps_captions.jsonl", split="train")[:OTHER]
+    others = _others(fresh[:OTHER], data)
+    del others["photographs"]
+    sets = {
+        "photographs like them": fresh, **others, "drawn scenes": scenes, "cut-outs": stamps,
+        "photographs of rooms": photographs["questions_val"][::6],
+    }  # fmt: skip
+    return [
+        {"images": words, **unlike_of([2 * known.p_value(look_of(e.open_image())) for e in some])}
+        for words, some in sets.items()
+    ]
+
+
+def shipped_likeness(name: str) -> Likeness:
+    folder = shipped_exits(name)
+    assert folder is not None
+    return Likeness.from_json(read_json(folder / "adapter.json")["calibration"]["likeness"])
+
+
+def _others(captions: Sequence[Example], data: Path) -> dict[str, list[Example]]:
+    draw = np.random.default_rng(15)
+    images = [example.open_image() for example in captions]
+    width, height = images[0].size
+    quarter = (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
+    drawn = [image for kind in lookalikes.KINDS for image in lookalikes.images(kind, 40)]
+    made: dict[str, list[Any]] = {
+        "the middle of these, enlarged": [i.crop(quarter).resize(i.size) for i in images],
+        "noise": [
+            Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            for _ in images
+        ],
+        "plain colours": [
+            Image.new("RGB", (width, height), tuple(draw.integers(0, 256, 3).tolist()))
+            for _ in images
+        ],
+        "charts, pages and forms": drawn,
+    }
+    photographs = sorted(data.rglob("*.jpg"))[: len(images)]
+    made["photographs"] = [Image.open(path).convert("RGB") for path in photographs]
+    return {
+        words: [replace(e, image=i, group="") for e, i in zip(captions, some, strict=False)]
+        for words, some in made.items()
+    }
+
+
+def streams(n: int, many: int = 200) -> dict[str, Any]:
+    """Streams of 400 requests drawn as the n calibrated answers were, and requests until the alarm
+    where each is surer by less than any of these."""
+    draw, alarms = np.random.default_rng(16), 0
+    for _ in range(many):
+        known = Likeness.of(np.exp(draw.normal(size=(n, 1))).tolist(), [""] * n)
+        alarm = Alarm(known)
+        for scores in np.exp(draw.normal(size=(400, 1))).tolist():
+            alarm.add(known.p_value("", scores) or 1.0)
+        alarms += alarm.raised
+    other, requests = Alarm(known), 0
+    while not other.raised:
+        other.add(known.p_value("", [1e-6]) or 1.0)
+        requests += 1
+    return {"calibrated": n, "streams": many, "requests": 400, "false_alarms": alarms / many,
+            "interval": interval(alarms, many), "alarm_after": requests}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
