@@ -295,7 +295,7 @@ class Decoder:
         word = self.heads.words(drafter.verify(rows, drafts))
         count = 0
         for row, (fed, said) in zip(rows, drafts, strict=True):
-            kept, verified = 0, len(fed) + row.waits
+            kept, verified = 0, len(fed) + (not row.ids)
             for place in range(verified):
                 if not row.active:
                     break
