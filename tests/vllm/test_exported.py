@@ -52,6 +52,22 @@ def test_answers_that_are_kept_are_the_same_whatever_was_answered_before(exporte
     assert [Checked(**one) for one in reversed(other)] == list(kept)
 
 
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl", "llava"])
+def test_vision_language_models_are_checked_on_texts(family: str) -> None:
+    """Qwen-VL's decoder has no class of its own in transformers, and the whole model is asked."""
+    from families import build
+
+    from offramp.adapter import Adapter
+    from offramp.models.backbone import Backbone
+    from offramp.models.exits import Exits, ExitSet
+    from offramp.runtimes.vllm import _answers
+
+    backbone = Backbone.of(build(family))
+    exits = ExitSet(Exits(backbone, (3,)).requires_grad_(False))
+    kept = _answers(Adapter(backbone, exits, ExitPolicy({3: 0.2})), [[9, 10, 11], [12, 13]], 4)
+    assert [len(one["tokens"]) for one in kept] == [4, 4]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "word"),
     [

@@ -1,10 +1,10 @@
-"""CPU seconds of vLLM with exits and without, on what `photo_prompts.py` wrote; ways take turns, so
-that a busy machine is busy for all of them.
+"""CPU seconds of vLLM with exits and without, on prompts that `offramp_lab.records.vllm` wrote; ways
+take turns, so that a busy machine is busy for all of them.
 
-    python speed.py FOLDER [NUMBER] [TURNS]
+    python speed.py FOLDER AT_ONCE OUT
 
-Prints a row for each number of answers at once: CPU ms an answer, and in how many answers the
-tokens are offramp's own. The vision tower is left out: prompts are its embeddings.
+OUT gets, of every way, the seconds of each group of so many answers at once, and their tokens.
+Prompts are embeddings, so no vision tower runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,69 +22,64 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 
-AT_ONCE = (1, 8, 24)
-NEW = 30
+NEW, WARM = 30, 2
+DRAFTS = 7
+EXITS = {
+    "model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": DRAFTS,
+    # Further rows of a call cost little up to about 32 of them.
+    "num_speculative_tokens_per_batch_size": [(1, 4, DRAFTS), (5, 12, 5), (13, 256, 2)],
+}  # fmt: skip
+NGRAMS = {
+    "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4,
+}  # fmt: skip
 
 
-def main(folder: Path, number: int, turns: int, dtype: str) -> None:
+def main(folder: Path, at_once: int, out: Path) -> None:
     from safetensors.torch import load_file
 
     from vllm import SamplingParams
 
-    answers = json.loads((folder / "answers.json").read_text())[:number]
     embeds = load_file(folder / "prompts.safetensors")
     prompts = [{"prompt_embeds": embeds[name]} for name in sorted(embeds)]
-    engines = {
-        "vLLM, full depth": (make(folder, None, dtype), None, "full"),
-        "exits, shortlist": (make(folder, "export", dtype), {}, "early"),
+    exits = make(folder, "exits", EXITS)
+    ways = {
+        "full depth": (make(folder), "full"),
+        "lossless": (exits, "lossless"),
+        "early exit": (exits, "early_exit"),
+        "early exit, whole head": (make(folder, "whole"), "early_exit"),
+        "early exit, looser": (make(folder, "looser"), "early_exit"),
+        # Last: after it no other engine starts in this process.
+        "n-grams": (make(folder, drafts=NGRAMS), "full"),
     }
-    if (folder / "export-whole").exists():
-        engines["exits, whole head"] = (make(folder, "export-whole", dtype), {}, "whole")
-    spent: dict[Any, float] = defaultdict(float)
-    same: dict[Any, int] = {}
-    for at_once in AT_ONCE:
-        for turn in range(turns):
-            for way, (llm, extra, name) in engines.items():
-                params = SamplingParams(
-                    temperature=0.0, max_tokens=NEW, detokenize=False, extra_args=extra
-                )
-                got = []
-                for start in range(0, number, at_once):
-                    before = time.process_time()
-                    got += llm.generate(
-                        prompts[start : min(number, start + at_once)], params, use_tqdm=False
-                    )
-                    spent[way, at_once] += (time.process_time() - before) / turns
-                if turn == 0:
-                    same[way, at_once] = sum(
-                        list(one.outputs[0].token_ids) == stored[name]["tokens"]
-                        for one, stored in zip(got, answers, strict=True)
-                    )
-        base = spent["vLLM, full depth", at_once]
-        for way in engines:
-            took = spent[way, at_once]
-            print(
-                f"{dtype}, {at_once} at once, {way}: {1000 * took / number:.1f} CPU ms an answer, "
-                f"{base / took:.2f}x, {same[way, at_once]} of {number} offramp's own", flush=True,
+    found: dict[str, Any] = {name: {"seconds": [], "tokens": []} for name in ways}
+    groups = [prompts[s : s + at_once] for s in range(0, len(prompts), at_once)]
+    for place, group in enumerate([*groups[:1] * WARM, *groups]):
+        for name, (llm, mode) in ways.items():
+            params = SamplingParams(
+                temperature=0.0, max_tokens=NEW, detokenize=False,
+                extra_args={"offramp_mode": mode},
             )  # fmt: skip
+            begin = time.process_time()
+            made = llm.generate(group, params, use_tqdm=False)
+            seconds = time.process_time() - begin
+            if place >= WARM:
+                found[name]["seconds"].append(round(seconds, 4))
+                found[name]["tokens"] += [list(one.outputs[0].token_ids) for one in made]
+    out.write_text(json.dumps(found))
 
 
-def make(folder: Path, exits: str | None, dtype: str) -> Any:
+def make(folder: Path, exits: str | None = None, drafts: dict[str, Any] | None = None) -> Any:
     from vllm import LLM
 
     more: dict[str, Any] = {}
     if exits is not None:
         more = {"additional_config": {"offramp": {"exits": str(folder / exits)}}}
     return LLM(
-        model=str(folder / "decoder"), dtype=dtype, max_model_len=256, enable_prompt_embeds=True,
-        enforce_eager=True, enable_prefix_caching=False, disable_log_stats=True, seed=0, **more,
+        model=str(folder / "decoder"), dtype="float32", max_model_len=256, seed=0,
+        enable_prompt_embeds=True, enforce_eager=True, enable_prefix_caching=False,
+        disable_log_stats=True, kv_cache_memory_bytes=2**28, speculative_config=drafts, **more,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(
-        Path(sys.argv[1]),
-        int(sys.argv[2]) if len(sys.argv) > 2 else 24,
-        int(sys.argv[3]) if len(sys.argv) > 3 else 1,
-        sys.argv[4] if len(sys.argv) > 4 else "float32",
-    )
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

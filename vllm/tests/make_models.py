@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import make_vlms
 import offramp
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
@@ -61,7 +62,7 @@ PROMPTS = 24
 
 
 def main(folder: Path, names: list[str]) -> None:
-    for name in names or CONFIGS:
+    for name in names or [*CONFIGS, *make_vlms.KINDS]:
         make(folder / name, name)
 
 
@@ -99,13 +100,11 @@ def make(folder: Path, name: str) -> None:
         scenes(folder)
         return
     torch.manual_seed(0)
-    options = dict(CONFIGS[name])
-    config = AutoConfig.for_model(options.pop("model_type", name), **options)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    _sharpen(model)
-    model.save_pretrained(folder / "model")
+    if name in make_vlms.KINDS:
+        asked = make_vlms.build(name, ROPE, folder)
+    else:
+        asked = [(ids, _texts(ids)) for ids in _build(name, folder)]
     backbone = offramp.Backbone.from_pretrained(folder / "model", dtype="float32")
-    prompts = _prompts()
     depths = (2,) if name != "llama" else (2, 4)
     exits = Exits(backbone, depths)
     for weight in exits.parameters():
@@ -114,26 +113,35 @@ def make(folder: Path, name: str) -> None:
     attached = ExitSet(exits.requires_grad_(False), shortlist, measured={"size": 1})
     if shortlist is None:
         attached = ExitSet(exits)
-    policy = _half_leaves(backbone, attached, depths, prompts, shortlist is not None)
+    inputs = [one for _, one in asked]
+    policy = _half_leaves(backbone, attached, depths, inputs, shortlist is not None)
     adapter = Adapter(backbone, attached, policy)
     adapter.save(folder / "exits")
     adapter = Adapter.load(folder / "exits", backbone)
-    export_vllm(adapter, folder / "export", prompts[:4], max_new_tokens=8)
+    export_vllm(adapter, folder / "export", _prompts()[:4], max_new_tokens=8)
     if name == "llama":
         save_draft_model(adapter, None, folder / "draft")
     answers = {}
     for mode in ("early_exit", "full"):
-        made = [_answer(adapter, p, mode) for p in prompts]
-        answers[mode] = [
-            {"prompt": p, "tokens": t, "depths": d} for p, (t, d) in zip(prompts, made, strict=True)
-        ]
+        made = [(prompt, *_answer(adapter, one, mode)) for prompt, one in asked]
+        answers[mode] = [{"prompt": p, "tokens": t, "depths": d} for p, t, d in made]
     (folder / "answers.json").write_text(json.dumps(answers))
     depths_seen = [d for one in answers["early_exit"] for d in one["depths"]]
     shares = {d: depths_seen.count(d) / len(depths_seen) for d in sorted(set(depths_seen))}
     print(name, dict(policy.thresholds), dict(policy.first), shares, flush=True)
 
 
-def _sharpen(model: Any) -> None:
+def _build(name: str, folder: Path) -> list[list[int]]:
+    """Write a language model; return prompts."""
+    options = dict(CONFIGS[name])
+    config = AutoConfig.for_model(options.pop("model_type", name), **options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    sharpen(model)
+    model.save_pretrained(folder / "model")
+    return _prompts()
+
+
+def sharpen(model: Any) -> None:
     """Random weights whose answers do not repeat one token, and are sure of some."""
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
@@ -149,29 +157,32 @@ def _prompts() -> list[list[int]]:
     return [torch.randint(3, WORDS, (n,), generator=draw).tolist() for n in lengths]
 
 
-def _half_leaves(backbone: Any, exits: Any, depths: Any, prompts: Any, short: bool) -> ExitPolicy:
+def _half_leaves(backbone: Any, exits: Any, depths: Any, inputs: Any, short: bool) -> ExitPolicy:
     """Thresholds at which about half of the tokens leave."""
     policy = ExitPolicy(dict.fromkeys(depths, 1.0), shortlist=short)
     scores = []
-    for prompt in prompts[:8]:
-        scores += _run(backbone, exits, prompt, policy).scores[0].tolist()
+    for one in inputs[:8]:
+        scores += _run(backbone, exits, one, policy).scores[0].tolist()
     at = float(torch.tensor(scores).nanmedian())
     return ExitPolicy(
         {d: round(at, 4) for d in depths}, shortlist=short, first={depths[0]: round(at * 0.9, 4)}
     )
 
 
-def _run(backbone: Any, exits: Any, prompt: list[int], policy: ExitPolicy) -> Any:
-    ids = torch.tensor([prompt])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def _texts(ids: list[int]) -> dict[str, Any]:
+    prompt = torch.tensor([ids])
+    return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+
+
+def _run(backbone: Any, exits: Any, inputs: dict[str, Any], policy: ExitPolicy) -> Any:
     return offramp.generate(
-        backbone, inputs, exits=exits, policy=policy, do_sample=False, max_new_tokens=NEW
+        backbone, dict(inputs), exits=exits, policy=policy, do_sample=False, max_new_tokens=NEW
     )
 
 
-def _answer(adapter: Adapter, prompt: list[int], mode: str) -> tuple[list[int], list[int]]:
+def _answer(adapter: Adapter, inputs: dict[str, Any], mode: str) -> tuple[list[int], list[int]]:
     policy = adapter.chosen_policy(mode, None, None)
-    made = _run(adapter.backbone, adapter.exits, prompt, policy)
+    made = _run(adapter.backbone, adapter.exits, inputs, policy)
     return made.new_tokens[0].tolist(), made.depths[0].tolist()
 
 

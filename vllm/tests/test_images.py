@@ -1,20 +1,33 @@
-"""Pictures: the tiny OPT that ships, as vLLM's own Blip2 sees them."""
+"""Pictures: the tiny OPT that ships in Blip2, and random models of other families, as vLLM's own
+classes and processors see them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from engine import stored
+from offramp_vllm.drafts import NAME
+
+FAMILIES = (
+    "tiny-opt", "llava", "llava-mistral", "llava-next", "idefics3", "qwen2-vl", "qwen2.5-vl",
+    "qwen3-vl", "internvl", "internvl-qwen3",
+)  # fmt: skip
+NEW = {"tiny-opt": 30}
 
 
-def test_answers_about_pictures_are_offramps(made: Any, serve: Any) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_about_pictures_are_offramps(name: str, made: Any, serve: Any) -> None:
     from vllm import SamplingParams
 
-    folder = made("tiny-opt")
+    folder = made(name)
     early, full = stored(folder), stored(folder, "full")
-    llm = serve(folder / "model", folder / "export", skip_tokenizer_init=False, max_model_len=256)
+    llm = serve(
+        folder / "model", folder / "export", skip_tokenizer_init=False, max_model_len=256,
+        speculative_config={"model": NAME, "num_speculative_tokens": 3}, disable_log_stats=False,
+    )  # fmt: skip
     asked = [
         {
             "prompt": row["prompt"],
@@ -22,13 +35,17 @@ def test_answers_about_pictures_are_offramps(made: Any, serve: Any) -> None:
         }
         for place, row in enumerate(early)
     ]
-    for rows, extra in ((early, {}), (full, {"offramp_mode": "full"})):
+    for rows, mode in ((early, "early_exit"), (full, "full"), (full, "lossless")):
+        params = SamplingParams(
+            temperature=0.0, max_tokens=NEW.get(name, 20), extra_args={"offramp_mode": mode}
+        )
         for at_once in (1, 8, 40):
-            params = SamplingParams(temperature=0.0, max_tokens=30, extra_args=extra)
             got = []
             for start in range(0, len(asked), at_once):
                 got += llm.generate(asked[start : start + at_once], params, use_tqdm=False)
-            tokens = [list(one.outputs[0].token_ids) for one in got]
-            depths = [one.kv_transfer_params["offramp"]["depths"] for one in got]
-            assert tokens == [row["tokens"] for row in rows]
-            assert depths == [row["depths"] for row in rows]
+            assert [list(one.outputs[0].token_ids) for one in got] == [r["tokens"] for r in rows]
+            if mode != "lossless":
+                depths = [one.kv_transfer_params["offramp"]["depths"] for one in got]
+                assert depths == [row["depths"] for row in rows]
+    counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+    assert counts["vllm:spec_decode_num_accepted_tokens"] > 0

@@ -91,29 +91,33 @@ def check_out(out: Path) -> None:
 def _answers(
     adapter: Adapter, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[dict[str, list[int]]]:
+    failures = OfframpError, AttributeError, TypeError, ValueError, RuntimeError
+    policy = adapter.chosen_policy("early_exit", None, None)
+    kept = []
     try:
         backbone, exits = _of_text(adapter)
-    except (OfframpError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=backbone.device)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            made = generate(
+                backbone, inputs, exits=exits, policy=policy, do_sample=False,
+                max_new_tokens=max_new_tokens,
+            )  # fmt: skip
+            tokens, depths = made.new_tokens[0].tolist(), made.depths[0].tolist()
+            kept.append({"prompt": list(prompt), "tokens": tokens, "depths": depths})
+    except failures as error:
         log.warning("vLLM's answers will not be checked at start: %s", str(error).splitlines()[0])
         return []
-    kept = []
-    policy = adapter.chosen_policy("early_exit", None, None)
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=backbone.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        made = generate(
-            backbone, inputs, exits=exits, policy=policy, do_sample=False,
-            max_new_tokens=max_new_tokens,
-        )  # fmt: skip
-        tokens, depths = made.new_tokens[0].tolist(), made.depths[0].tolist()
-        kept.append({"prompt": list(prompt), "tokens": tokens, "depths": depths})
     return kept
 
 
 def _of_text(adapter: Adapter) -> tuple[Backbone, ExitSet]:
-    """The backbone's decoder as a language model, with the exits."""
+    """The backbone's decoder as a language model, with the exits; the whole backbone, to be asked
+    without images, where transformers has no such class for the decoder alone."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     backbone, exits = adapter.backbone, adapter.exits
-    if backbone.text_only:
+    if backbone.text_only or type(backbone.text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return backbone, exits
     text = Backbone.of(_language_model(backbone))
     attached = Exits(text, exits.depths, kind=exits.modules.kind)

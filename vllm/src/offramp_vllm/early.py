@@ -197,7 +197,11 @@ class Early:
         if not len(rows) or not self.on:
             return stay
         logits = self.head(hidden.index_select(0, step.last[rows]))
-        leaving = _agreed(leaves(self._score(self._allowed(step, rows, logits)), thresholds[rows]))
+        allowed = self._allowed(step, rows, logits)
+        leaving = leaves(self._score(allowed), thresholds[rows])
+        if step.allowed is not None:  # an exit that may say nothing leaves nothing
+            leaving &= ~allowed.isneginf().all(-1)
+        leaving = _agreed(leaving)
         out = rows[leaving]
         step.said.append((out, logits[leaving]))
         step.depths.index_fill_(0, out, self.exported.depths[place])

@@ -129,4 +129,6 @@ class Stages:
 
 def states_like(model: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """A state of one token between two layers, of zeros, as the model's own stages hand it on."""
-    return dict(model.make_empty_intermediate_tensors(1, dtype, device).tensors)
+    name = "make_empty_intermediate_tensors"
+    makes = next(getattr(module, name) for module in model.modules() if hasattr(module, name))
+    return dict(makes(1, dtype, device).tensors)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -35,6 +36,10 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker  # type: ignore[assignment]
 
 
+GRAMMAR = "offramp_grammar"
+"""Of a step's plan: what grammars allow in it."""
+
+
 @dataclass(frozen=True)
 class _Request:
     """asked: mode and rule. changed: whether something changes its logits before a token is
@@ -61,6 +66,7 @@ class ExitRunner:
     _stepping = False
     _sampled: Tensor | None = None
     _drafts_at_most = 0
+    _grammar: Any = None
 
     def load_model(self, *args: Any, **kw: Any) -> None:
         with exits_loaded(self.exported):
@@ -102,10 +108,12 @@ class ExitRunner:
         assert slots % size == 0
         self.early.store = Store(slots, len(self.exported.depths), self._like, self._axes)
 
-    def execute_model(self, *args: Any, **kw: Any) -> Any:
+    def execute_model(self, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
+        grammar = getattr(scheduler_output, GRAMMAR, None)
+        self._grammar = grammar and (grammar, scheduler_output.scheduled_spec_decode_tokens)
         self._stepping = True
         try:
-            return super().execute_model(*args, **kw)  # type: ignore[misc]
+            return super().execute_model(scheduler_output, *args, **kw)  # type: ignore[misc]
         finally:
             self._stepping = False
 
@@ -239,8 +247,23 @@ class ExitRunner:
         batch.update_async_output_token_ids()
         whole = logits.new_zeros((batch.num_reqs, logits.shape[1]), dtype=torch.float32)
         whole.index_copy_(0, rows, logits.float())
+        if self._grammar is not None:
+            self._forbid(whole)
         made = me.sampler.apply_logits_processors(whole, batch.sampling_metadata, False)
         return made.index_select(0, rows)
+
+    def _forbid(self, logits: Tensor) -> None:
+        """Set what the grammar of a request's answer does not allow to -inf [R, V]."""
+        me: Any = self
+        grammar, drafts = self._grammar
+        bits, place = grammar.grammar_bitmask, 0
+        for one in grammar.structured_output_request_ids:
+            row = me.input_batch.req_id_to_index.get(one)
+            if row is not None:
+                may = np.unpackbits(bits[place].view(np.uint8), bitorder="little")
+                allowed = torch.from_numpy(may[: logits.shape[1]].astype(bool)).to(logits.device)
+                logits[row].masked_fill_(~allowed, float("-inf"))
+            place += 1 + len(drafts.get(one, ()))
 
     @contextmanager
     def _attending(self, call: Ragged) -> Iterator[None]:
@@ -305,17 +328,15 @@ def _known(exported: Exported, params: Any, drafts: bool) -> _Request:
         or params.min_tokens
         or params.allowed_token_ids
         or params.bad_words
+        or params.structured_outputs is not None
     )
     return _Request(wanted, changed, params.prompt_logprobs is not None)
 
 
 def _scored(params: Any) -> bool:
-    """Whether an exit's score is of what may be said. A grammar's mask comes after the decoder has
-    run, and a thinking budget is counted as it is applied: their rows run at full depth."""
-    return (
-        params.structured_outputs is None
-        and getattr(params, "thinking_token_budget", None) is None
-    )
+    """Whether an exit's score is of what may be said: a thinking budget is counted as it is applied,
+    so its rows run at full depth."""
+    return getattr(params, "thinking_token_budget", None) is None
 
 
 def _check_cache(runner: Any) -> None:
@@ -399,6 +420,15 @@ class ExitScheduler(Scheduler):
         self._exported = read_exported(folder_of(self.vllm_config))
         if exits_draft(self.vllm_config):  # their keys are written before they are verified
             self.num_lookahead_tokens = self.num_spec_tokens
+
+    def schedule(self, *args: Any, **kw: Any) -> Any:
+        """What a grammar allows goes along: exits are scored by what may be said."""
+        output = super().schedule(*args, **kw)
+        setattr(output, GRAMMAR, super().get_grammar_bitmask(output))
+        return output
+
+    def get_grammar_bitmask(self, scheduler_output: Any) -> Any:
+        return getattr(scheduler_output, GRAMMAR)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)

@@ -1,0 +1,195 @@
+"""vLLM with exits and without, and offramp's own engines, on the same prompts; rewrites vllm.json.
+
+    python -m offramp_lab.records.vllm --vllm .venv-vllm/bin/python
+
+Captions of photographs by the photo model's decoder, 1, 8 and 24 at once, greedy, in one thread. Image features are given,
+so no vision tower is in the CPU seconds. --vllm: of the environment that `make test-vllm` makes.
+Parts, each kept in runs/vllm: prompts, and by load what vLLM and what offramp take (four minutes
+each for 100 photographs).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from offramp.adapter import Adapter
+from offramp.engine.policy import ExitPolicy
+from offramp.models.input_processor import InputProcessor
+from offramp.models.vision_cache import VisionCache
+from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
+from offramp.runtimes.vllm import PROMPTS, _language_model, export_vllm
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
+from offramp_lab.experiments.experiment import same
+from offramp_lab.places import ROOT, RUNS
+from offramp_lab.records.record import Record, Some, asked
+from offramp_lab.records.subjects import halves, load_photo
+
+RECORD = Record("vllm")
+LOADS = (1, 8, 24)
+OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+LOOSER = {"thresholds": {4: 0.1}, "first": {4: 0.5}}
+"""Thresholds without the shipped guarantee: what exits are worth where more tokens leave."""
+SPEED = ROOT / "vllm" / "benchmarks" / "speed.py"
+FORMAT = "q8_0"
+MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit"}
+
+
+def main() -> None:
+    parts = ("prompts", *(f"{who} {load}" for load in LOADS for who in ("vllm", "offramp")))
+    arguments = asked(
+        __doc__, photo=True, vllm=Path, photographs=100, parts=Some(parts)
+    )  # fmt: skip
+    made = {
+        "prompts": partial(prompts, arguments),
+        **{f"vllm {load}": partial(in_vllm, arguments, load) for load in LOADS},
+        **{f"offramp {load}": partial(in_offramp, arguments, load) for load in LOADS},
+    }
+    RECORD.parts(made, arguments.parts)
+
+
+def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, Any]]]:
+    """The photo model, its encoder, and the photographs' prompts, none of which chose a
+    threshold."""
+    adapter, encoder = load_photo(arguments.adapter)
+    measuring = halves(arguments.data)[1][: arguments.photographs]
+    return adapter, encoder, [encoder.prompts([example]) for example in measuring]
+
+
+def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
+    """By folder: as the exits ship; over all tokens; and looser ones."""
+    shipped = adapter.policy
+    return {
+        "exits": shipped,
+        "whole": replace(shipped, shortlist=False),
+        "looser": replace(shipped, **LOOSER),
+    }
+
+
+def prompts(arguments: Any) -> dict[str, Any]:
+    """Write what vLLM reads: the decoder as a plain Llama, exits by policy, and embeddings of each
+    prompt [T, D], the image's among them; and answer in PyTorch."""
+    adapter, encoder, inputs = loaded(arguments)
+    out = RUNS / RECORD.name
+    texts = [encoder.tokenizer(text)["input_ids"] for text in PROMPTS]
+    for name, policy in policies(adapter).items():
+        export_vllm(Adapter(adapter.backbone, adapter.exits, policy), out / name, texts)
+    decoder = _language_model(adapter.backbone)
+    decoder.config.tie_word_embeddings = True
+    decoder.save_pretrained(out / "decoder")
+    encoder.tokenizer.save_pretrained(out / "decoder")
+    embeds: dict[str, Tensor] = {}
+    said: dict[str, list[list[int]]] = {name: [] for name in ("full", *policies(adapter))}
+    for place, one in enumerate(inputs):
+        with entering(adapter.backbone) as seen:
+            for name, policy in policies(adapter).items():
+                made = adapter.generate(dict(one), policy=policy, mode="early_exit", **OPTIONS)
+                said[name].append(made.new_tokens[0].tolist())
+            made = adapter.generate(dict(one), mode="full", **OPTIONS)
+            said["full"].append(made.new_tokens[0].tolist())
+        embeds[f"{place:03}"] = seen[0][0].contiguous()
+    save_file(embeds, out / "prompts.safetensors")
+    (out / "said.json").write_text(json.dumps(said))
+    tokens = {name: sum(map(len, rows)) for name, rows in said.items()}
+    return {"photographs": len(inputs), "tokens": tokens, **OPTIONS, "looser": LOOSER}
+
+
+@contextmanager
+def entering(backbone: Any) -> Iterator[list[Tensor]]:
+    """The states [1, T, D] that enter the first layer over a prompt."""
+    seen: list[Tensor] = []
+
+    def hook(module: Any, args: Any, kw: Any) -> None:
+        if not seen:
+            seen.append((args[0] if args else kw["hidden_states"]).detach().clone())
+
+    handle = backbone.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
+    out = RUNS / RECORD.name
+    file = out / f"seconds-{load}.json"
+    command = [str(arguments.vllm.absolute()), str(SPEED), str(out), str(load), str(file)]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, check=True, env=env)
+    said = json.loads((out / "said.json").read_text())
+    of = {"early exit": "exits", "early exit, whole head": "whole", "early exit, looser": "looser"}
+    return [
+        way("vLLM", name, found["seconds"], found["tokens"], said, of.get(name, "full"))
+        for name, found in json.loads(file.read_text()).items()
+    ]
+
+
+def way(
+    engine: str, name: str, seconds: Sequence[float], tokens: Any, said: Any, of: str
+) -> dict[str, Any]:
+    """What was measured of a way. of: whose answers it should give, those of PyTorch alone."""
+    return {
+        "engine": engine, "way": name, "seconds": [round(s, 4) for s in seconds],
+        "same_answers": same(tokens, said[of]), "answers": len(tokens),
+    }  # fmt: skip
+
+
+def in_offramp(arguments: Any, load: int) -> list[dict[str, Any]]:
+    """The batch engine in PyTorch and inside llama.cpp; what the tower sees is kept from a first
+    pass."""
+    adapter, _, inputs = loaded(arguments)
+    out = RUNS / RECORD.name
+    if not (out / FORMAT).is_dir():
+        export_gguf(adapter, out / FORMAT, FORMAT)
+    runtime = LlamaCppRuntime(adapter, out / FORMAT, engine=EngineOptions(context=512))
+    config, cache = EngineConfig(slots=load, limit=128), VisionCache()
+    cores = {
+        "offramp, PyTorch": EngineCore(
+            adapter.backbone, adapter.exits, adapter.policy, config, vision_cache=cache
+        ),
+        "offramp, llama.cpp": EngineCore(
+            adapter.backbone, adapter.exits, adapter.policy, config,
+            host=runtime.host(adapter.policy, cache),
+        ),
+    }  # fmt: skip
+    groups = [inputs[start : start + load] for start in range(0, len(inputs), load)]
+    seconds: dict[tuple[str, str], list[float]] = {(e, m): [] for e in cores for m in MODES}
+    tokens: dict[tuple[str, str], list[list[int]]] = {key: [] for key in seconds}
+    for group in groups:
+        answer(cores["offramp, PyTorch"], group, "early_exit")
+        for name, mode in seconds:
+            begin = time.process_time()
+            said = answer(cores[name], group, MODES[mode])
+            seconds[name, mode].append(time.process_time() - begin)
+            tokens[name, mode] += said
+    alone = json.loads((out / "said.json").read_text())
+    return [
+        way(f"{name}{', ' + FORMAT if 'llama' in name else ''}", mode, spent, tokens[name, mode],
+            alone, "exits" if mode == "early exit" else "full")
+        for (name, mode), spent in seconds.items()
+    ]  # fmt: skip
+
+
+def answer(core: EngineCore, group: Sequence[Mapping[str, Any]], mode: str) -> list[list[int]]:
+    handles = [core.add(Request(dict(one), mode, options=OPTIONS)) for one in group]
+    core.run()
+    return [handle.result().output.new_tokens[0].tolist() for handle in handles]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
