@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import make_vlms
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import make_vlms
 import offramp
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy

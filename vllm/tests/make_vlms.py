@@ -171,9 +171,8 @@ KINDS: Mapping[str, tuple[Callable[[dict[str, Any]], tuple[Any, Any]], str, str,
 
 def build(name: str, text: Mapping[str, Any], folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """Write `model` and `images`; return prompts, and what the processor makes of each."""
-    from PIL import Image
-
     from make_models import sharpen
+    from PIL import Image
 
     maker, decoder, shown, side = KINDS[name]
     kind = {"model_type": decoder} if decoder else {}

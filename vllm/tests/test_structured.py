@@ -12,8 +12,9 @@ TEXTS = ("Say one.", "What is this?", "a red dog", "Then?")
 @pytest.fixture
 def choose(made: Any, serve: Any) -> Any:
     """Texts and depths of greedy answers that are one of some choices."""
-    from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
+
+    from vllm import SamplingParams
 
     folder = made("qwen2.5-vl")
     llm = serve(folder / "model", folder / "export", skip_tokenizer_init=False)
