@@ -22,9 +22,8 @@ from torch import nn
 from offramp.engine.policy import ExitPolicy, policy_entries, resolved
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.input_processor import ONE_TURN
+from offramp.models.input_processor import ONE_TURN, smallest_side
 from offramp.models.quantized.prepacked import PrepackedLinear
-from offramp.models.shrink_on_load import smallest_side
 from offramp.models.vision_engine import ROUNDED
 from offramp.models.weights import scheme
 from offramp.prompt_kinds import FRAMES, OTHER, fits

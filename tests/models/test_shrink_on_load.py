@@ -14,9 +14,9 @@ from PIL import Image
 from offramp import Example
 from offramp.data.image import open_rgb
 from offramp.errors import InputError
-from offramp.models.input_processor import InputProcessor
+from offramp.models.input_processor import InputProcessor, smallest_side
 from offramp.models.shipped import load_tiny
-from offramp.models.shrink_on_load import TIMES, smallest_side, with_shrink_on_load
+from offramp.models.shrink_on_load import TIMES, with_shrink_on_load
 
 SIDE = 224
 

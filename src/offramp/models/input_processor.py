@@ -14,7 +14,6 @@ from offramp.data.example import Example
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
 from offramp.models.kept_texts import KeptTexts
-from offramp.models.shrink_on_load import smallest_side
 
 # Processors that put the image tokens in themselves.
 _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")
@@ -36,6 +35,10 @@ ONE_TURN = """\
 {%- endif -%}"""
 """Chat template of a model that was tuned without one: writes what `InputProcessor` makes of one
 turn, and refuses several."""
+
+
+SMALLEST = "_offramp_smallest_side"
+"""Where a processor holds its `smallest_side`; see `offramp.models.shrink_on_load`."""
 
 
 class InputProcessor:
@@ -307,6 +310,12 @@ def _only(images: Any) -> Any:
     while isinstance(images, list) and len(images) == 1:
         images = images[0]
     return images if isinstance(images, Image.Image) else None
+
+
+def smallest_side(processor: Any) -> int | None:
+    """Return the pixels that a side has at least of an image decoded for a processor; None: all."""
+    found: int | None = getattr(processor, "__dict__", {}).get(SMALLEST)
+    return found
 
 
 def _text_of(content: Any) -> str:

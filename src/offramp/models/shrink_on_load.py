@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from offramp.errors import InputError
+from offramp.models.input_processor import SMALLEST
 
 TIMES = 2
 """How many times as large as the processor's own a side stays, at least."""
-_SMALLEST = "_offramp_smallest_side"
 _TRIED = ((512, 512), (2048, 768))
 
 
@@ -31,14 +31,8 @@ def with_shrink_on_load(processor: Any) -> Any:
     """
     smallest = TIMES * _side(processor)
     made = copy.copy(processor)
-    made.__dict__[_SMALLEST] = smallest
+    made.__dict__[SMALLEST] = smallest
     return made
-
-
-def smallest_side(processor: Any) -> int | None:
-    """Pixels that a side has at least of an image decoded for a processor; None: all it has."""
-    found: int | None = getattr(processor, "__dict__", {}).get(_SMALLEST)
-    return found
 
 
 def _side(processor: Any) -> int:
