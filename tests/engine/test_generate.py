@@ -435,6 +435,20 @@ def test_what_is_longer_than_the_positions_is_refused(mode, backbone, exits, bat
         generate(whole, {**inputs, **longer}, max_new_tokens=1, **run)
 
 
+def test_an_answer_that_ends_at_the_last_position_is_drafted_no_further(backbone, exits, batch):
+    """Nobody said how long it may be; a draft behind the last position would have none."""
+    whole, inputs = backbone("blip2-opt"), batch("blip2-opt", 1)
+    room = whole.positions - inputs["input_ids"].shape[1]
+    run = {"exits": exits("blip2-opt"), "do_sample": False}
+    full = generate(whole, inputs, max_new_tokens=room, eos_token_id=None, **run).new_tokens[0]
+    place = next(i for i in range(len(full) - 1, 0, -1) if full[i] not in full[:i])
+    ends = {"eos_token_id": int(full[place]), "max_new_tokens": 10 * room}
+    for most in (4, 9):  # as many may be drafted as positions are left, and more
+        early = ExitPolicy({2: 0.0}, lossless=True, max_draft=most)
+        made = generate(whole, inputs, policy=early, **ends, **run)
+        assert torch.equal(made.new_tokens[0], full[: place + 1])
+
+
 def test_a_criterion_that_has_heard_enough_is_not_asked_again(backbone, batch):
     class Ear(StoppingCriteria):
         heard = False

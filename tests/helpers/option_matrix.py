@@ -109,7 +109,8 @@ def drawn(draw: random.Random, places: Places) -> list[str]:
     """A command line, of which one or two options are odd."""
     command = draw.choice(FUZZED)
     words = [command, *places.working[command]]
-    for action in draw.sample(options_of(command), min(draw.choice((1, 1, 2)), 1)):
+    options = options_of(command)
+    for action in draw.sample(options, min(draw.choice((1, 1, 2)), len(options))):
         values = [] if action.nargs == 0 else [value_of(action, draw, places)]
         if action.nargs in ("+", "*") and draw.random() < 0.2:
             values.append(value_of(action, draw, places))

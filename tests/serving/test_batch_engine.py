@@ -17,7 +17,7 @@ from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.prompt import PromptReader
-from offramp.errors import BusyError, InputError, UnsupportedBackboneError
+from offramp.errors import BusyError, DataError, InputError, UnsupportedBackboneError
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
@@ -238,7 +238,8 @@ def test_examples_are_prepared_beside_the_model_and_a_broken_one_fails_alone(ada
     with BatchEngine(adapter, processor, SMALL) as engine:
         handles = [engine.submit(e, max_new_tokens=6) for e in (good, broken, other)]
         wait(handles, timeout=60)
-    assert handles[1].exception() is not None
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        handles[1].result()
     for handle, example in ((handles[0], good), (handles[2], other)):
         expected = alone(adapter, processor.prompts([example]), max_new_tokens=6)
         assert torch.equal(handle.result().output.sequences, expected)
