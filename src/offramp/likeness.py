@@ -42,7 +42,7 @@ UNLIKE = 0.005
 KEPT = 0.05
 """Share of the calibrated answers, the least sure, whose mean scores are kept."""
 ANSWERS = 2000
-"""Calibrated answers, at most, that are looked at."""
+"""Calibrated answers, and images, at most, that are looked at."""
 LUCK, LEVEL = 1e-3, 1e-3
 """How often the calibrated answers are so lucky that the bets are not fair, and how often, at most,
 the alarm is raised over requests like the calibrated ones, over unlimited time."""

@@ -688,17 +688,17 @@ def _likeness(trial: _Trial, early: Sequence[Answer], smallest: int | None) -> L
     """Return the likeness of the tested images and of early answers about them; of nothing where
     nothing is guaranteed, or where what answers tells no scores. smallest: as of
     `Example.open_image`."""
-    early = early[:ANSWERS]
-    n, examples = len(early), trial.tested.examples
+    early, examples = early[:ANSWERS], trial.tested.examples
     looks: dict[str, list[Array]] = {}
-    for rows in (rows for image in trial.images for rows in image.by_image):
-        asked = [row for row in rows if row < n and not examples[row].is_text]
+    images = [rows for image in trial.images for rows in image.by_image] if early else []
+    for rows in images[:ANSWERS]:
+        asked = [row for row in rows if not examples[row].is_text]
         look = look_of(examples[asked[0]].open_image(smallest)) if asked else None
         for kind in {trial.kinds[row] for row in asked}:
             looks.setdefault(kind, []).append(look)
     return Likeness.of(
         [answer.scores for answer in early],
-        trial.kinds[:n],
+        trial.kinds[: len(early)],
         {kind: np.array(some) for kind, some in looks.items()},
     )
 

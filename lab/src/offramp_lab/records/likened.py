@@ -7,7 +7,7 @@ is measured again first, and has to come out the same. Half an hour of one core.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,15 @@ from offramp.data.example import Example, examples_digest
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.likeness import ANSWERS, Likeness, look_of
 from offramp.loading import Loaded, load
+from offramp.model_card import model_card
 from offramp.models.shipped import shipped_exits
+from offramp.save_and_load import AdapterParts
+from offramp.save_and_load.config import sealed
+from offramp.storage import read_json, write_json
 from offramp_lab.records.record import asked
 from offramp_lab.records.subjects import tiny_with
 
+CONFIG = "adapter.json"
 IMAGES, ASKED = 2000, 2
 
 
@@ -38,7 +43,15 @@ def main() -> None:
     for name, noted in {"tiny-opt": _tiny(), "photo": _photo(arguments.data)}.items():
         folder = shipped_exits(name)
         assert folder is not None
-        noted.save(folder)
+        note(noted, folder)
+
+
+def note(noted: Adapter, folder: Path) -> None:
+    """Write a calibration into a folder whose tensors, and what was verified of them, stay."""
+    values = {n: v for n, v in read_json(folder / CONFIG).items() if n != "digest"}
+    write_json(folder / CONFIG, sealed({**values, "calibration": noted.calibration}))
+    parts = AdapterParts(**{f.name: getattr(noted, f.name) for f in fields(AdapterParts)})
+    (folder / "README.md").write_text(model_card(noted.backbone, parts), encoding="utf-8")
 
 
 def _looks(examples: list[Example]) -> np.ndarray:
@@ -61,7 +74,7 @@ def _tiny() -> Adapter:
     some = ANSWERS // (1 + ASKED)
     rows = [*range(some), *range(IMAGES, IMAGES + ASKED * some)]
     kinds = [adapter.kind_of(examples[row].prompt) for row in rows]
-    looks = _looks(examples[:some])
+    looks = _looks(examples[:IMAGES])
     of = Likeness.of([early[row].scores for row in rows], kinds, dict.fromkeys(kinds, looks))
     before = Conditions.of_calibration(then)
     here = Conditions.of(

@@ -136,14 +136,16 @@ def streams(n: int, many: int = 200) -> dict[str, Any]:
     where each is surer by less than any of these."""
     draw, alarms = np.random.default_rng(16), 0
     for _ in range(many):
-        known = Likeness.of(np.exp(draw.normal(size=(n, 1))).tolist(), [""] * n)
+        scores, looks = np.exp(draw.normal(size=(n, 1))).tolist(), draw.normal(size=(n, 20))
+        known = Likeness.of(scores, [""] * n, {"": looks})
         alarm = Alarm(known)
-        for scores in np.exp(draw.normal(size=(400, 1))).tolist():
-            alarm.add(known.p_value("", scores) or 1.0)
+        asked = np.exp(draw.normal(size=(400, 1))).tolist()
+        for scores, look in zip(asked, draw.normal(size=(400, 20)), strict=True):
+            alarm.add(known.p_value("", scores, look) or 1.0)
         alarms += alarm.raised
     other, requests = Alarm(known), 0
     while not other.raised:
-        other.add(known.p_value("", [1e-6]) or 1.0)
+        other.add(known.p_value("", [1e-6], np.full(20, 10.0)) or 1.0)
         requests += 1
     return {"calibrated": n, "streams": many, "requests": 400, "false_alarms": alarms / many,
             "interval": interval(alarms, many), "alarm_after": requests}  # fmt: skip
