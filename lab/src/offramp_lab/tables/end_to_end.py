@@ -348,7 +348,6 @@ FIGURES: dict[str, Make] = {
     "five-same-static": same_answers(STATIC),
     "five-same-student": same_answers("student"),
     "photo-cider": cider_of(PLAIN, EARLY),
-    "photo-cider-f16": cider_of(F16, EARLY),
     "photo-cider-q8_0": cider_of(Q8, EARLY),
     "photo-cider-rouge": cider_of(PLAIN, ROUGE),
 }
