@@ -152,6 +152,19 @@ def test_calibrate_stores_its_promise_in_the_adapter(
     assert stored["policy"]["exit_in_prefill"]
 
 
+def test_calibrate_tests_the_thresholds_that_are_named_and_no_others(
+    run: RunCommand, adapter: Path, held_out: Path
+) -> None:
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
+    lax = ("--target", 0.9, "--confidence", 0.5)
+    code, out, _ = run(*asked, *lax, "--thresholds", 0.9, 0.4)
+    told = json.loads(out)
+    path = [[*point["thresholds"].values()] for point in told["path"]]
+    assert code == 0 and path == [[0.9], [0.4]]
+    code, _, err = run(*asked, "--thresholds", 2)
+    assert code == 2 and "--thresholds" in err
+
+
 def test_calibrate_stores_a_threshold_of_first_tokens(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
