@@ -1,5 +1,5 @@
-"""CPU seconds of vLLM with exits and without, on prompts that `offramp_lab.records.vllm` wrote; ways
-take turns, so that a busy machine is busy for all of them.
+"""CPU seconds of vLLM with exits and without, on prompts that `offramp_lab.records.vllm` wrote;
+ways take turns, so that a busy machine is busy for all of them.
 
     python speed.py FOLDER AT_ONCE OUT
 
@@ -26,8 +26,8 @@ NEW, WARM = 30, 2
 DRAFTS = 7
 EXITS = {
     "model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": DRAFTS,
-    # Further rows of a call cost little up to about 32 of them.
-    "num_speculative_tokens_per_batch_size": [(1, 4, DRAFTS), (5, 12, 5), (13, 256, 2)],
+    # On a CPU further rows of a call cost little up to about 32 of them.
+    "num_speculative_tokens_per_batch_size": [(1, 4, DRAFTS), (5, 12, 5), (13, 256, 0)],
 }  # fmt: skip
 NGRAMS = {
     "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4,
@@ -68,15 +68,22 @@ def main(folder: Path, at_once: int, out: Path) -> None:
     out.write_text(json.dumps(found))
 
 
-def make(folder: Path, exits: str | None = None, drafts: dict[str, Any] | None = None) -> Any:
+def make(
+    folder: Path,
+    exits: str | None = None,
+    drafts: dict[str, Any] | None = None,
+    model: str = "decoder",
+    dtype: str = "float32",
+) -> Any:
     from vllm import LLM
 
     more: dict[str, Any] = {}
     if exits is not None:
         more = {"additional_config": {"offramp": {"exits": str(folder / exits)}}}
     return LLM(
-        model=str(folder / "decoder"), dtype="float32", max_model_len=256, seed=0,
-        enable_prompt_embeds=True, enforce_eager=True, enable_prefix_caching=False,
+        model=str(folder / model), dtype=dtype, skip_tokenizer_init=model != "decoder", 
+        max_model_len=256, seed=0,
+        enable_prompt_embeds=model == "decoder", enforce_eager=True, enable_prefix_caching=False,
         disable_log_stats=True, kv_cache_memory_bytes=2**28, speculative_config=drafts, **more,
     )  # fmt: skip
 

@@ -118,7 +118,8 @@ def make(folder: Path, name: str) -> None:
     adapter = Adapter(backbone, attached, policy)
     adapter.save(folder / "exits")
     adapter = Adapter.load(folder / "exits", backbone)
-    export_vllm(adapter, folder / "export", _prompts()[:4], max_new_tokens=8)
+    texts = _prompts(make_vlms.FIRST)[:4]  # without the token of an image
+    export_vllm(adapter, folder / "export", texts, max_new_tokens=8)
     if name == "llama":
         save_draft_model(adapter, None, folder / "draft")
     answers = {}
@@ -151,10 +152,11 @@ def sharpen(model: Any) -> None:
     head.weight.data = torch.randn_like(head.weight) * 0.35
 
 
-def _prompts() -> list[list[int]]:
+def _prompts(first: int = 3) -> list[list[int]]:
+    """Token ids of prompts, none below `first`."""
     draw = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 70, (PROMPTS,), generator=draw).tolist()
-    return [torch.randint(3, WORDS, (n,), generator=draw).tolist() for n in lengths]
+    return [torch.randint(first, WORDS, (n,), generator=draw).tolist() for n in lengths]
 
 
 def _half_leaves(backbone: Any, exits: Any, depths: Any, inputs: Any, short: bool) -> ExitPolicy:

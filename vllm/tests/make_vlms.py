@@ -15,6 +15,8 @@ WORDS = ("<pad>", "<s>", "</s>", "<image>", "<fake_token_around_image>", "<globa
          "<|video_pad|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>", "<start_of_image>",
          "<end_of_image>", "<image_soft_token>",
          *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)))  # fmt: skip
+FIRST = len(WORDS)
+"""Ids from here on are no special words."""
 VOCABULARY = 512
 PICTURES = 16
 TEXTS = ("Caption:", "What is this?", "a red dog", "Describe it. Then say what is on the left.")

@@ -72,6 +72,12 @@ def prepare(arguments: Any) -> None:
     tell.show(exported.guarantee)
 
 
+def features_joined(hf_config: Any) -> int:
+    """After how many decoder layers features of images join the states (Qwen3-VL); 0: none."""
+    vision = getattr(hf_config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
 def check_made(config: Any) -> None:
     """Raise `Refused` where the configuration that vLLM made does not go with exits."""
     from vllm.config import CompilationMode
@@ -90,13 +96,12 @@ def check_made(config: Any) -> None:
             "torch.compile would run the decoder's own forward, and exits as more layers of it.",
             "Leave --compilation-config out.",
         )
-    vision = getattr(config.model_config.hf_config, "vision_config", None)
-    features = getattr(vision, "deepstack_visual_indexes", None) or ()
-    if len(features) > exported.depths[0]:
+    features = features_joined(config.model_config.hf_config)
+    if features > exported.depths[0]:
         raise Refused(
-            f"Features of images join the states after {len(features)} layers, and an exit stands "
-            f"at depth {exported.depths[0]}.",
-            f"Train exits from depth {len(features)} on.",
+            f"Features of images join the states after {features} layers, and an exit stands at "
+            f"depth {exported.depths[0]}.",
+            f"Train exits from depth {features} on.",
         )
     if config.model_config.is_mm_prefix_lm:
         raise Refused(

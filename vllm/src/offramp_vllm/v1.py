@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from offramp_vllm.early import Early, Step
 from offramp_vllm.policy import LOSSLESS, Asked, asked
 from offramp_vllm.refuse import WITHOUT, Refused
 from offramp_vllm.rows import Ragged, slots_of
-from offramp_vllm.settings import folder_of
+from offramp_vllm.settings import features_joined, folder_of
 from offramp_vllm.stages import layers_of, states_like
 from offramp_vllm.store import Store
 
@@ -43,7 +43,7 @@ GRAMMAR = "offramp_grammar"
 @dataclass(frozen=True)
 class _Request:
     """asked: mode and rule. changed: whether something changes its logits before a token is
-    chosen. whole: whether its prompt's states are read too."""
+    chosen. whole: whether its prompt runs to full depth."""
 
     asked: Asked
     changed: bool
@@ -236,7 +236,11 @@ class ExitRunner:
         found = self._requests_known.get(one)
         if found is None:
             me: Any = self
-            found = _known(self.exported, me.requests[one].sampling_params, _drafts(me.vllm_config))
+            request, config = me.requests[one], me.vllm_config
+            found = _known(self.exported, request.sampling_params, _drafts(config))
+            # Where features of images join further states, offramp too reads the prompt whole.
+            if request.mm_features and features_joined(config.model_config.hf_config):
+                found = replace(found, whole=True)
             self._requests_known[one] = found
         return found
 
@@ -334,8 +338,8 @@ def _known(exported: Exported, params: Any, drafts: bool) -> _Request:
 
 
 def _scored(params: Any) -> bool:
-    """Whether an exit's score is of what may be said: a thinking budget is counted as it is applied,
-    so its rows run at full depth."""
+    """Whether an exit's score is of what may be said: a thinking budget is counted as it is
+    applied, so its rows run at full depth."""
     return getattr(params, "thinking_token_budget", None) is None
 
 

@@ -2,10 +2,11 @@
 
     python -m offramp_lab.records.vllm --vllm .venv-vllm/bin/python
 
-Captions of photographs by the photo model's decoder, 1, 8 and 24 at once, greedy, in one thread. Image features are given,
-so no vision tower is in the CPU seconds. --vllm: of the environment that `make test-vllm` makes.
-Parts, each kept in runs/vllm: prompts, and by load what vLLM and what offramp take (four minutes
-each for 100 photographs).
+Captions of photographs by the photo model's decoder, 1, 8 and 24 at once, greedy, in one thread.
+Image features are given, so no vision tower is in the CPU seconds. --vllm: of the environment that
+`make test-vllm` makes. Parts, each kept in runs/vllm: prompts; by load what vLLM and what offramp
+take (four minutes each for 100 photographs); and a random model of three billion weights, which
+takes 12 GB.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,9 +25,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.initialization import no_init_weights
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
@@ -42,24 +46,66 @@ from offramp_lab.records.subjects import halves, load_photo
 RECORD = Record("vllm")
 LOADS = (1, 8, 24)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
-LOOSER = {"thresholds": {4: 0.1}, "first": {4: 0.5}}
+LOOSER: dict[str, Any] = {"thresholds": {4: 0.1}, "first": {4: 0.5}}
 """Thresholds without the shipped guarantee: what exits are worth where more tokens leave."""
-SPEED = ROOT / "vllm" / "benchmarks" / "speed.py"
+SPEED, FORCED = (ROOT / "vllm" / "benchmarks" / f"{name}.py" for name in ("speed", "forced"))
+SHAPE: dict[str, Any] = {
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
+    "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+EXIT = 8
 FORMAT = "q8_0"
 MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit"}
 
 
 def main() -> None:
-    parts = ("prompts", *(f"{who} {load}" for load in LOADS for who in ("vllm", "offramp")))
-    arguments = asked(
-        __doc__, photo=True, vllm=Path, photographs=100, parts=Some(parts)
-    )  # fmt: skip
-    made = {
+    loads = (f"{who} {load}" for load in LOADS for who in ("vllm", "offramp"))
+    parts = Some(("shape", "prompts", *loads))
+    arguments = asked(__doc__, photo=True, vllm=Path, photographs=100, parts=parts)
+    made: dict[str, Callable[[], Any]] = {
+        "shape": partial(shape, arguments),
         "prompts": partial(prompts, arguments),
         **{f"vllm {load}": partial(in_vllm, arguments, load) for load in LOADS},
         **{f"offramp {load}": partial(in_offramp, arguments, load) for load in LOADS},
     }
     RECORD.parts(made, arguments.parts)
+
+
+def shape(arguments: Any) -> dict[str, Any]:
+    """A random model of Qwen2.5-3B's shape in bfloat16, every token of which leaves at an exit;
+    predicted: bytes of weights that a token reads."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = RUNS / RECORD.name / "shape"
+    if not (folder / "exits").is_dir():
+        torch.set_default_dtype(torch.bfloat16)
+        with no_init_weights():
+            model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
+        torch.set_default_dtype(torch.float32)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.uniform_(-0.02, 0.02)
+        model.save_pretrained(folder / "model")
+        backbone = Backbone.of(model.eval())
+        exits = ExitSet(Exits(backbone, [EXIT]).requires_grad_(False))
+        leaving = ExitPolicy({EXIT: 0.0})
+        export_vllm(Adapter(backbone, exits, leaving), folder / "exits", [])
+        del model, backbone, exits
+    out = folder / "seconds.json"
+    run(arguments.vllm, FORCED, folder, out)
+    wide, inner, words = (SHAPE[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads = SHAPE["num_key_value_heads"] / SHAPE["num_attention_heads"]
+    layer, head = wide * wide * (2 + 2 * heads) + 3 * wide * inner, wide * words
+    predicted = (SHAPE["num_hidden_layers"] * layer + head) / ((EXIT + 1) * layer + head)
+    return {**SHAPE, "exit": EXIT, "predicted": predicted, "ways": json.loads(out.read_text())}
+
+
+def run(python: Path, script: Path, *words: Any) -> None:
+    """Run a script of vllm/benchmarks, which imports nothing of offramp's own."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(python.absolute()), str(script), *map(str, words)]
+    subprocess.run(command, check=True, env=env)
 
 
 def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, Any]]]:
@@ -127,9 +173,7 @@ def entering(backbone: Any) -> Iterator[list[Tensor]]:
 def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
     out = RUNS / RECORD.name
     file = out / f"seconds-{load}.json"
-    command = [str(arguments.vllm.absolute()), str(SPEED), str(out), str(load), str(file)]
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run(command, check=True, env=env)
+    run(arguments.vllm, SPEED, out, load, file)
     said = json.loads((out / "said.json").read_text())
     of = {"early exit": "exits", "early exit, whole head": "whole", "early exit, looser": "looser"}
     return [
@@ -155,7 +199,7 @@ def in_offramp(arguments: Any, load: int) -> list[dict[str, Any]]:
     out = RUNS / RECORD.name
     if not (out / FORMAT).is_dir():
         export_gguf(adapter, out / FORMAT, FORMAT)
-    runtime = LlamaCppRuntime(adapter, out / FORMAT, engine=EngineOptions(context=512))
+    runtime = LlamaCppRuntime(adapter, out / FORMAT, engine=EngineOptions(context=128, sequences=load))
     config, cache = EngineConfig(slots=load, limit=128), VisionCache()
     cores = {
         "offramp, PyTorch": EngineCore(
@@ -171,10 +215,10 @@ def in_offramp(arguments: Any, load: int) -> list[dict[str, Any]]:
     tokens: dict[tuple[str, str], list[list[int]]] = {key: [] for key in seconds}
     for group in groups:
         answer(cores["offramp, PyTorch"], group, "early_exit")
-        for name, mode in seconds:
+        for (name, mode), spent in seconds.items():
             begin = time.process_time()
             said = answer(cores[name], group, MODES[mode])
-            seconds[name, mode].append(time.process_time() - begin)
+            spent.append(time.process_time() - begin)
             tokens[name, mode] += said
     alone = json.loads((out / "said.json").read_text())
     return [
