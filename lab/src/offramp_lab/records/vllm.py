@@ -199,7 +199,8 @@ def in_offramp(arguments: Any, load: int) -> list[dict[str, Any]]:
     out = RUNS / RECORD.name
     if not (out / FORMAT).is_dir():
         export_gguf(adapter, out / FORMAT, FORMAT)
-    runtime = LlamaCppRuntime(adapter, out / FORMAT, engine=EngineOptions(context=128, sequences=load))
+    sizes = EngineOptions(context=128, sequences=load)
+    runtime = LlamaCppRuntime(adapter, out / FORMAT, engine=sizes)
     config, cache = EngineConfig(slots=load, limit=128), VisionCache()
     cores = {
         "offramp, PyTorch": EngineCore(
