@@ -101,7 +101,7 @@ def open_rgb(
     except Image.DecompressionBombError as error:
         raise _too_large(name, most) from error
     except FileNotFoundError as error:
-        raise DataError(f"{name} does not exist.", "Correct the path in the data.") from error
+        raise DataError(f"{name} does not exist.", "Correct the path.") from error
     except Exception as error:  # decoders of damaged files raise nearly every builtin
         unknown = isinstance(error, UnidentifiedImageError)
         said = f"unknown format; known formats: {', '.join(formats)}" if unknown else error

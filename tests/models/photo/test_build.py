@@ -152,3 +152,13 @@ def test_a_folder_of_that_name_is_itself(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_revision_of_it_is_refused() -> None:
     with pytest.raises(InputError, match="photo ships with offramp and has no revision 'v2'"):
         shipped.load_named("photo", revision="v2")
+
+
+def test_its_file_is_read_without_bars_of_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    from hub_files import hub_file, text_adapter
+
+    build.load_language(hub_file(text_adapter().backbone, tmp_path / "tiny.gguf", "q8_0"))
+    assert capfd.readouterr().err == ""

@@ -7,6 +7,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,14 +237,18 @@ def image_processor(side: int = 224) -> Any:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without what transformers says while it reads a GGUF file: bars, and advice on precision."""
+    from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging as theirs
 
+    bar = reader.tqdm  # which no setting of theirs hides
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity_error()  # type: ignore[no-untyped-call]
     theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
+    vars(reader)["tqdm"] = partial(bar, disable=True)
     try:
         yield
     finally:
+        vars(reader)["tqdm"] = bar
         theirs.set_verbosity(level)
         if bars:
             theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
