@@ -134,15 +134,10 @@ ATTACHED = (
     "models.vision_engine", "save_and_load.custom_generate", "save_and_load.speculators",
 )  # fmt: skip
 """What stands in the rooms of the core and attaches to it, by file or package."""
-MODULES = "engine.executors.modules.in_place"
 STILL = {
     "adapter": {"certificate", "conditions", "guarantee", "likeness", "model_card", "prompt_kinds",
                 "models.prepack", "save_and_load.custom_generate"},
-    "engine.drafter": {MODULES},
-    "engine.executors.slots.running": {MODULES},
-    "engine.executors.stack": {MODULES},
     "engine.generate": {"engine.self_check"},
-    "engine.heads": {MODULES},
     "models.backbone": {"models.quantized.linears"},
     "models.exits": {"models.mixture"},
     "models.input_processor": {"models.kept_texts"},

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from offramp.engine.executors.modules.in_place import head_code
+from offramp.engine.executors.bare import head_code
 from offramp.engine.exit_check import shortlist_of_policy
 from offramp.engine.policy import ExitPolicy
 from offramp.models.backbone import Backbone

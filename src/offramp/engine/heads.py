@@ -11,7 +11,7 @@ from torch import Tensor
 from offramp.engine.confidence import FEATURE_SCORES
 from offramp.engine.decoding.reader import Query, Word
 from offramp.engine.decoding.rule import Verdict
-from offramp.engine.executors.modules.in_place import head_code
+from offramp.engine.executors.bare import head_code
 from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer
 from offramp.engine.policy import ExitPolicy
 from offramp.engine.sampler import NothingAllowed

@@ -16,7 +16,7 @@ import torch
 from reference import Dice
 from torch._inductor.cpp_builder import get_cpp_compiler
 
-from offramp.engine.executors.modules import in_place
+from offramp.engine.executors.modules import compiled
 from offramp.engine.executors.modules.code import CannotCompileError, Code
 from offramp.engine.executors.slots import cache, tables
 from offramp.engine.generate import generate
@@ -30,8 +30,8 @@ GREEDY = {"max_new_tokens": 10, "do_sample": False}
 def codes(monkeypatch):
     """Code made since, by model; of graphs as they were traced."""
     made = WeakKeyDictionary()
-    monkeypatch.setattr(in_place, "_CODES", made)
-    monkeypatch.setattr(in_place, "BACKEND", "eager")
+    monkeypatch.setattr(compiled, "_CODES", made)
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
     return lambda whole: [
         code
         for kind in made[whole.model]._kinds
@@ -79,7 +79,7 @@ def test_code_writes_the_modules_tokens(name, backbone, exits, batch, both, code
     assert 3 < len(codes(whole)) < 20 and not warned()
 
 
-class Counted(in_place.CompiledHead):
+class Counted(compiled.CompiledHead):
     """Heads by code; how many rows each call read."""
 
     rows: ClassVar[list[int]] = []
@@ -106,7 +106,7 @@ def test_what_is_decoded_by_other_options_on_one_backbone_is_not_touched(
     backbone, exits, batch, codes, scored, monkeypatch
 ):
     """One by code, one by modules and one by the stack, a token of each after the other."""
-    monkeypatch.setattr(in_place, "CompiledHead", Counted)
+    monkeypatch.setattr(compiled, "CompiledHead", Counted)
     whole, inputs, first = backbone("llava"), batch("llava", 1), exits("llava").depths[0]
     given = {**GREEDY, "exits": exits("llava"), "policy": ExitPolicy({first: 0.5})}
     scored(lambda logits: (logits.argmax(-1) % 2).float())
@@ -159,7 +159,7 @@ def test_where_there_is_no_code_modules_run_and_it_is_said_once(
         raise CannotCompileError("no compiler")
 
     with monkeypatch.context() as patched:
-        patched.setattr(in_place, "Code", none)
+        patched.setattr(compiled, "Code", none)
         both(backbone("llava"), batch("llava", 1))
     assert len(warned()) == 1 and "no compiler" in warned()[0]
 
@@ -197,7 +197,7 @@ def test_hooks_are_called_and_weights_of_another_precision_get_other_code(
 
 
 def test_code_by_inductor(backbone, exits, batch, both, codes, warned, monkeypatch):
-    monkeypatch.setattr(in_place, "BACKEND", "inductor")
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
     whole, inputs = backbone("llava"), batch("llava", 1)
     try:
         get_cpp_compiler()

@@ -13,7 +13,7 @@ from decoding import always
 from families import NAMES
 from reference import Dice
 
-from offramp.engine.executors.modules.in_place import bare
+from offramp.engine.executors.bare import bare
 from offramp.engine.executors.slots import cache, tables
 from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.generate import generate

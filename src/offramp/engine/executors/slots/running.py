@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.executors.modules.in_place import called_in_place, cannot_compile
+from offramp.engine.executors.bare import called_in_place, cannot_compile
 from offramp.engine.executors.segments import SegmentRunner
 from offramp.engine.executors.slots.attention import (
     EACH,

@@ -1,9 +1,4 @@
-"""What decoding calls in the place of layers, exits and the LM head: bare twins, or machine code.
-
-Bare: `nn.Module` looks for hooks at each call, and for parts by a detour through `__getattr__`. A
-decoder layer has a dozen modules, and for one token that is a quarter of its Python. Where there
-are no hooks, a twin that shares every parameter, whose call is its `forward` and whose parts are
-plain attributes, computes the same, bit for bit, without.
+"""Machine code that decoding calls in the place of layers, exits and the LM head.
 
 Code is for the few tokens that decoding reads at a time. It is compiled when a module is first
 called over so many tokens, once for all that are built alike, and for texts of any length. The
@@ -15,25 +10,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules import module as torch_module
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from offramp.engine.executors.bare import BareModules, bare, share_parts
 from offramp.engine.executors.modules.code import MOST_ROWS, Code, Codes, tensors_of
 from offramp.engine.executors.slots.cache import SlotLayer
 from offramp.engine.kv_cache import CACHE_NAMES, self_attention
 from offramp.models.backbone import Backbone
 from offramp.models.exits import first
-from offramp.models.opened import HeadCode
-from offramp.models.quantized.prepacked import ROWS, filled_up
 
 BACKEND = "inductor"
 LONG = {
@@ -48,106 +39,6 @@ _NEAR = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 Run = Callable[[nn.Module, Sequence[Tensor]], Tensor]
 """Calls a module with inputs."""
-
-
-# -- bare twins -----------------------------------------------------------------------------------
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_GLOBAL_HOOKS = [getattr(torch_module, f"_global{table}") for table in _HOOKS]
-"""Tables that stay the same objects."""
-_CALLS = (nn.Module.__call__, GradientCheckpointingLayer.__call__)
-
-
-_LEAST = 2**17
-"""Numbers of a weight from which on two or three rows take longer than four, by MKL's product."""
-
-
-class FilledLinear(nn.Linear):
-    """A linear that takes two or three rows as four."""
-
-    def forward(self, states: Tensor) -> Tensor:
-        tokens = states.numel() // self.in_features
-        if not 1 < tokens < ROWS or states.requires_grad:
-            return functional.linear(states, self.weight, self.bias)
-        return filled_up(states, lambda rows: functional.linear(rows, self.weight, self.bias))
-
-
-def _gains_by_filling(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear or not torch._C.has_mkl:
-        return False
-    weight = module.weight
-    here = weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return here and weight.numel() >= _LEAST
-
-
-class BareModules(dict[Any, Any]):
-    """Bare twins by the module in whose place they are called; made when first asked for, for one
-    generation."""
-
-    def __init__(self, caller: str) -> None:
-        """caller: the Python module of the code that calls them."""
-        super().__init__()
-        self._caller = caller
-
-    def __missing__(self, module: Any) -> Any:
-        if not isinstance(module, nn.Module):
-            return module  # a method
-        made = self[module] = bare(module, self._caller)
-        return made
-
-
-def bare(module: nn.Module, caller: str, *, fill: bool = True) -> nn.Module:
-    """The twin of a module; the module itself where something stands around its `forward`.
-
-    caller: the Python module of the code that calls it. fill: whether linears may be filled up.
-    """
-    if not _is_plain(module):
-        return module
-    kind: Any = FilledLinear if fill and _gains_by_filling(module) else type(module)
-    made: Any = object.__new__(_straight(kind, kind.forward.__module__ == caller))
-    made.__dict__.update(module.__dict__)
-    parts = {
-        name: None if part is None else bare(part, kind.forward.__module__, fill=fill)
-        for name, part in module._modules.items()
-    }
-    made.__dict__["_modules"] = parts
-    made.__dict__.update(parts)
-    made.__dict__.update(module._parameters)
-    made.__dict__.update(module._buffers)
-    return made  # type: ignore[no-any-return]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    own = module.__dict__
-    return (
-        type(module).__call__ in _CALLS
-        and not module.training
-        and "forward" not in own
-        and own.get("_compiled_call_impl") is None
-        and not any(own.get(table) for table in _HOOKS)
-        and not any(_GLOBAL_HOOKS)
-    )
-
-
-@cache
-def _straight(kind: Any, by_kin: bool) -> type[nn.Module]:
-    """A class of modules as `kind`, called without what `nn.Module` does around `forward`.
-
-    by_kin: whether code of the same file calls them; it uses no deprecated names, so that what
-    Hugging Face wraps around `forward` to translate these has nothing to do.
-    """
-    forward: Callable[..., Any] = kind.forward
-    while by_kin and forward.__code__.co_filename.endswith("deprecation.py"):
-        forward = forward.__wrapped__  # type: ignore[attr-defined]
-    return type(kind.__name__, (kind,), {"__call__": forward, "__module__": kind.__module__})
-
-
-# -- code -----------------------------------------------------------------------------------------
 
 
 class _Compiled:
@@ -304,7 +195,7 @@ class CompiledModules(BareModules):
         index = _entry(module) if isinstance(module, nn.Module) else None
         if index is None:
             return plain
-        if _share_parts(module, plain):
+        if share_parts(module, plain):
             self._codes.warn(f"there are hooks on parts of {type(module).__name__}")
             return plain
         made = self[module] = CompiledLayer(self._codes, module, plain, index)
@@ -315,35 +206,9 @@ _CODES: WeakKeyDictionary[nn.Module, Codes] = WeakKeyDictionary()
 """By model."""
 
 
-def called_in_place(backbone: Backbone) -> BareModules:
-    """Return by module what decoding calls in its place."""
-    caller, codes = type(backbone.stack).forward.__module__, _codes(backbone)
-    return BareModules(caller) if codes is None else CompiledModules(codes, caller)
-
-
-def head_code(backbone: Backbone) -> HeadCode | None:
-    """Return what decoding calls in the LM head's place; None: the head itself."""
-    codes, head = _codes(backbone), backbone.head
-    twin = bare(head, type(backbone.stack).forward.__module__)
-    if _share_parts(head, twin):
-        return None
-    if codes is not None:
-        return CompiledHead(codes, head, backbone.reader)
-    return twin if isinstance(twin, FilledLinear) and backbone.reader is head else None
-
-
-def cannot_compile(backbone: Backbone, reason: str) -> None:
-    """Warn that decoding runs as before, where it was to be compiled; once for a model."""
-    if backbone.decoding.compiled:
-        _CODES.setdefault(backbone.model, Codes()).warn(reason)
-
-
-def _codes(backbone: Backbone) -> Codes | None:
-    """All code of a backbone that is decoded by code."""
-    if backbone.device.type != "cpu":
-        cannot_compile(backbone, f"the model is on {backbone.device}, and code is for a CPU")
-        return None
-    return _CODES.setdefault(backbone.model, Codes()) if backbone.decoding.compiled else None
+def codes_of(backbone: Backbone) -> Codes:
+    """Return all code of a backbone's model."""
+    return _CODES.setdefault(backbone.model, Codes())
 
 
 class _Written:
@@ -387,12 +252,6 @@ def _run_layer(key: tuple[Any, ...], layer: nn.Module, inputs: Sequence[Tensor])
 
 def _run_head(head: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     return head(inputs[0])  # type: ignore[no-any-return]
-
-
-def _share_parts(module: nn.Module, twin: nn.Module) -> bool:
-    """Whether parts of a module are in its twin as they are: something stands around them."""
-    own = {id(part) for part in module.modules()}
-    return any(id(part) in own for part in twin.modules())
 
 
 def _entry(module: nn.Module) -> int | None:

@@ -1,0 +1,164 @@
+"""Bare twins, which decoding calls in the place of layers, exits and the LM head.
+
+`nn.Module` looks for hooks at each call, and for parts by a detour through `__getattr__`. A decoder
+layer has a dozen modules, and for one token that is a quarter of its Python. Where there are no
+hooks, a twin that shares every parameter, whose call is its `forward` and whose parts are plain
+attributes, computes the same, bit for bit, without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules import module as torch_module
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from offramp.models.backbone import Backbone
+from offramp.models.opened import HeadCode
+from offramp.models.weights import ROWS, filled_up
+
+CODE = "offramp.engine.executors.modules.compiled"
+"""The module of what compiles them, which is loaded where a backbone decodes by code."""
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_GLOBAL_HOOKS = [getattr(torch_module, f"_global{table}") for table in _HOOKS]
+"""Tables that stay the same objects."""
+_CALLS = (nn.Module.__call__, GradientCheckpointingLayer.__call__)
+
+
+_LEAST = 2**17
+"""Numbers of a weight from which on two or three rows take longer than four, by MKL's product."""
+
+
+class FilledLinear(nn.Linear):
+    """A linear that takes two or three rows as four."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        tokens = states.numel() // self.in_features
+        if not 1 < tokens < ROWS or states.requires_grad:
+            return functional.linear(states, self.weight, self.bias)
+        return filled_up(states, lambda rows: functional.linear(rows, self.weight, self.bias))
+
+
+def _gains_by_filling(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or not torch._C.has_mkl:
+        return False
+    weight = module.weight
+    here = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return here and weight.numel() >= _LEAST
+
+
+class BareModules(dict[Any, Any]):
+    """Bare twins by the module in whose place they are called; made when first asked for, for one
+    generation."""
+
+    def __init__(self, caller: str) -> None:
+        """caller: the Python module of the code that calls them."""
+        super().__init__()
+        self._caller = caller
+
+    def __missing__(self, module: Any) -> Any:
+        if not isinstance(module, nn.Module):
+            return module  # a method
+        made = self[module] = bare(module, self._caller)
+        return made
+
+
+def bare(module: nn.Module, caller: str, *, fill: bool = True) -> nn.Module:
+    """The twin of a module; the module itself where something stands around its `forward`.
+
+    caller: the Python module of the code that calls it. fill: whether linears may be filled up.
+    """
+    if not _is_plain(module):
+        return module
+    kind: Any = FilledLinear if fill and _gains_by_filling(module) else type(module)
+    made: Any = object.__new__(_straight(kind, kind.forward.__module__ == caller))
+    made.__dict__.update(module.__dict__)
+    parts = {
+        name: None if part is None else bare(part, kind.forward.__module__, fill=fill)
+        for name, part in module._modules.items()
+    }
+    made.__dict__["_modules"] = parts
+    made.__dict__.update(parts)
+    made.__dict__.update(module._parameters)
+    made.__dict__.update(module._buffers)
+    return made  # type: ignore[no-any-return]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    own = module.__dict__
+    return (
+        type(module).__call__ in _CALLS
+        and not module.training
+        and "forward" not in own
+        and own.get("_compiled_call_impl") is None
+        and not any(own.get(table) for table in _HOOKS)
+        and not any(_GLOBAL_HOOKS)
+    )
+
+
+@cache
+def _straight(kind: Any, by_kin: bool) -> type[nn.Module]:
+    """A class of modules as `kind`, called without what `nn.Module` does around `forward`.
+
+    by_kin: whether code of the same file calls them; it uses no deprecated names, so that what
+    Hugging Face wraps around `forward` to translate these has nothing to do.
+    """
+    forward: Callable[..., Any] = kind.forward
+    while by_kin and forward.__code__.co_filename.endswith("deprecation.py"):
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
+    return type(kind.__name__, (kind,), {"__call__": forward, "__module__": kind.__module__})
+
+
+def share_parts(module: nn.Module, twin: nn.Module) -> bool:
+    """Whether parts of a module are in its twin as they are: something stands around them."""
+    own = {id(part) for part in module.modules()}
+    return any(id(part) in own for part in twin.modules())
+
+
+# -- what is called --------------------------------------------------------------------------------
+
+
+def called_in_place(backbone: Backbone) -> BareModules:
+    """Return by module what decoding calls in its place."""
+    caller, code = type(backbone.stack).forward.__module__, _code(backbone)
+    if code is None:
+        return BareModules(caller)
+    made: BareModules = code.CompiledModules(code.codes_of(backbone), caller)
+    return made
+
+
+def head_code(backbone: Backbone) -> HeadCode | None:
+    """Return what decoding calls in the LM head's place; None: the head itself."""
+    code, head = _code(backbone), backbone.head
+    twin = bare(head, type(backbone.stack).forward.__module__)
+    if share_parts(head, twin):
+        return None
+    if code is not None:
+        made: HeadCode = code.CompiledHead(code.codes_of(backbone), head, backbone.reader)
+        return made
+    return twin if isinstance(twin, FilledLinear) and backbone.reader is head else None
+
+
+def cannot_compile(backbone: Backbone, reason: str) -> None:
+    """Warn that decoding runs as before, where it was to be compiled; once for a model."""
+    if backbone.decoding.compiled:
+        import_module(CODE).codes_of(backbone).warn(reason)
+
+
+def _code(backbone: Backbone) -> Any:
+    """The module `CODE`, where a backbone is decoded by code; else None."""
+    if backbone.device.type != "cpu":
+        cannot_compile(backbone, f"the model is on {backbone.device}, and code is for a CPU")
+        return None
+    return import_module(CODE) if backbone.decoding.compiled else None
