@@ -253,6 +253,20 @@ def test_a_first_token_exits_by_its_own_threshold_and_the_others_by_theirs(
         assert depths({}) == late
 
 
+@pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
+def test_a_first_token_that_waits_keeps_its_own_thresholds_at_the_exits_above(
+    backbone, exits, batch, scored, name
+) -> None:
+    whole, parts = backbone(name), exits(name)
+    scored(lambda logits: torch.full(logits.shape[:-1], 0.5))
+    (low, high), at = parts.depths, {parts.depths[0]: 0.9, parts.depths[1]: 0.4}
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": WORDLESS}
+    for first, depth in ((0.6, whole.depth), (0.4, high)):
+        policy = ExitPolicy(at, first={low: 0.9, high: first})
+        made = generate(whole, batch(name, 1), exits=parts, policy=policy, **options)
+        assert made.depths[0].tolist() == [depth, high, high]
+
+
 def test_thresholds_that_someone_asks_for_leave_first_tokens_the_stricter() -> None:
     policy = ExitPolicy({2: 0.3, 4: 0.3}, first={2: 0.5})
     assert policy.at({2: 0.1}).opening == {2: 0.5}

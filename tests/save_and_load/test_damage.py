@@ -334,6 +334,17 @@ def test_tensors_crafted_to_harm_are_refused_unless_they_only_are_more_precise(
     assert refused > 100
 
 
+@pytest.mark.parametrize("name", [EXITS, SEEN, ATTEMPTS])
+def test_a_hole_of_terabytes_is_refused_without_being_read(name: str, whole: Path, tmp_path: Path,
+                                                           opt: Backbone) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(whole, tmp_path / "exits"))
+    with open(folder / name, "r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(AdapterError) as caught:
+        Adapter.load(folder, opt)
+    assert len(str(caught.value).splitlines()) == 2 and name in str(caught.value)
+
+
 def test_a_discriminator_of_fourteen_gigabytes_is_refused_before_it_is_built(
     whole: Path, opt: Backbone, tmp_path: Path
 ) -> None:

@@ -262,6 +262,8 @@ def _check_digests(config: AdapterConfig) -> None:
         if name == DISCRIMINATORS and not path.is_file():
             continue  # only one score needs them
         try:
+            if path.is_file() and path.stat().st_size > _LARGEST_SEEN:
+                _check_size(path)
             actual = digest_file(path)
         except StorageError as error:
             raise AdapterError(error.problem, RESTORE) from error
@@ -271,6 +273,14 @@ def _check_digests(config: AdapterConfig) -> None:
                 "is damaged, or a save was interrupted.",
                 RESTORE,
             )
+
+
+def _check_size(path: Path) -> None:
+    """Raise `AdapterError` where a large file is larger than it says: a hole of terabytes costs
+    whoever made it nothing, and whoever reads it hours."""
+    if path.suffix == ".json":
+        raise AdapterError(f"{path} has more than {_LARGEST_SEEN} bytes.", RESTORE)
+    read_shapes(path, whole=("shortlist",))
 
 
 def _is_there(config: AdapterConfig, name: str) -> bool:
