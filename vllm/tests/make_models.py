@@ -19,9 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import offramp
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
+from offramp.models.eagle3 import Eagle3Drafter
 from offramp.models.exits import Exits, ExitSet
 from offramp.runtimes.draft_model import save_draft_model
 from offramp.runtimes.vllm import export_vllm
+from offramp.save_and_load.speculators import save_drafter
 
 LAYERS, WORDS = 6, 512
 ROPE = {
@@ -122,6 +124,10 @@ def make(folder: Path, name: str) -> None:
     export_vllm(adapter, folder / "export", texts, max_new_tokens=8)
     if name == "llama":
         save_draft_model(adapter, None, folder / "draft")
+    if name in ("llama", "llava"):  # as untrained: a copy of the last layer
+        drafter = Eagle3Drafter(backbone, torch.arange(0, WORDS, 2))
+        right = {"acceptance": [0.0] * 3}
+        save_drafter(drafter, backbone, folder / "eagle", drafts=3, measured=right)
     answers = {}
     for mode in ("early_exit", "full"):
         made = [(prompt, *_answer(adapter, one, mode)) for prompt, one in asked]

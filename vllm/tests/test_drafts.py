@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from engine import answers, stored
 from offramp_vllm.drafts import NAME
@@ -38,6 +39,33 @@ def test_an_exit_drafts_and_the_answers_are_the_full_models(made: Any, drafting:
         assert [one[0] for one in got] == [row["tokens"] for row in full]
     drafted, kept = accepted(llm)
     assert drafted > 0 and kept > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_drafters_of_eagle_3_run_in_vllm_with_images_too(name: str, made: Any, serve: Any) -> None:
+    """What `offramp export --to speculators` writes, untrained."""
+    from vllm import SamplingParams
+
+    folder = made(name)
+    full = stored(folder, "full")
+    llm = serve(
+        folder / "model", max_model_len=256, disable_log_stats=False,
+        skip_tokenizer_init=name == "llama",
+        speculative_config={
+            "method": "eagle3", "model": str(folder / "eagle"), "num_speculative_tokens": 3,
+        },
+    )  # fmt: skip
+    asked = [{"prompt_token_ids": row["prompt"]} for row in full]
+    if name == "llava":
+        pictures = [Image.open(folder / "images" / f"{at}.png") for at in range(len(full))]
+        asked = [
+            {"prompt": row["prompt"], "multi_modal_data": {"image": picture}}
+            for row, picture in zip(full, pictures, strict=True)
+        ]
+    params = SamplingParams(temperature=0.0, max_tokens=20, detokenize=False)
+    got = [list(m.outputs[0].token_ids) for m in llm.generate(asked, params, use_tqdm=False)]
+    assert got == [row["tokens"] for row in full]
+    assert accepted(llm)[0] > 0
 
 
 def test_early_answers_get_no_drafts_and_stay_offramps(made: Any, drafting: Any) -> None:

@@ -97,6 +97,28 @@ def test_modes_and_thresholds_of_one_batch_do_not_disturb_each_other(
     assert all(set(depths[1:]) == {2} for _, depths in alone)
 
 
+def test_full_depth_answers_of_low_priority_go_beside_early_ones(made: Any, serve: Any) -> None:
+    """As a watch asks for them."""
+    from vllm import SamplingParams
+
+    folder = made("llama")
+    early, full = stored(folder), stored(folder, "full")
+    llm = serve(
+        folder / "model", folder / "export", scheduling_policy="priority", max_num_seqs=4,
+        num_gpu_blocks_override=14, max_model_len=256,
+    )  # fmt: skip
+    kinds = [{}, FULL]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=20, detokenize=False, extra_args=kind)
+        for _ in early for kind in kinds
+    ]  # fmt: skip
+    asked = [{"prompt_token_ids": row["prompt"]} for row in early for _ in kinds]
+    made_ = llm.generate(asked, params, priority=[0, 1] * len(early), use_tqdm=False)
+    got = [list(one.outputs[0].token_ids) for one in made_]
+    assert got[0::2] == [row["tokens"] for row in early]
+    assert got[1::2] == [row["tokens"] for row in full]
+
+
 @pytest.mark.parametrize(
     "params",
     [
