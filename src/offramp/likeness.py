@@ -118,7 +118,7 @@ def look_of(image: Image.Image) -> Array:
         found += [math.sqrt((steps > step).sum() / max(1, len(steps))) for step in STEPS]
         high, wide = (max(1, side // 2) for side in pixels.shape[:2])
         parts = [pixels[i : i + 2 * high : 2, j : j + 2 * wide : 2] for i in (0, 1) for j in (0, 1)]
-        pixels = sum(part[:high, :wide] for part in parts if part.size) / 4
+        pixels = np.mean([part[:high, :wide] for part in parts if part.size], axis=0)
     return np.array(found, dtype=float)
 
 
@@ -200,7 +200,7 @@ class KindLikeness:
 
 @dataclass(frozen=True)
 class Likeness:
-    """What is known of calibrated answers, by kind of prompt (`offramp.prompt_kinds`)."""
+    """Calibrated answers and images, by kind of prompt (`offramp.prompt_kinds`)."""
 
     kinds: Mapping[str, KindLikeness]
 
