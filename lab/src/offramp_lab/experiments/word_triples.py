@@ -84,7 +84,7 @@ class TableExecutor(SlotExecutor):
     def draft(
         self,
         handles: Sequence[Any],
-        ids: Sequence[int],
+        ids: Sequence[Any],
         columns: Sequence[int],
         budgets: Sequence[DraftBudget],
     ) -> list[list[int]]:
@@ -136,7 +136,9 @@ class TableDrafter(ChainDrafter):
         self._answer, self._fed = [], []
         self._columns = 0 if prompt is None else len(prompt.states)
 
-    def draft(self, slot: int, token: int, budget: DraftBudget) -> list[int]:
+    def draft(self, slot: int, token: int | None, budget: DraftBudget) -> list[int]:
+        if token is None:  # the prompt's last, which no triple begins with
+            return []
         drafts = self._table.draft([*self._answer, token], budget.max_drafts)
         self._fed = [token, *drafts]
         return drafts
