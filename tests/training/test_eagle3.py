@@ -200,6 +200,7 @@ def folder(tmp_path) -> Path:
 
 def test_tensors_have_the_names_and_shapes_that_are_read(folder):
     config = json.loads((folder / "config.json").read_text())
+    assert "model_type" not in config  # as the library speculators writes it, and vLLM reads it
     layer, words = config["transformer_layer_config"], config["draft_vocab_size"]
     width, size = layer["hidden_size"], layer["head_dim"]
     query, key = (layer[f"num_{kind}_heads"] * size for kind in ("attention", "key_value"))

@@ -63,13 +63,12 @@ def save_drafter(
 
 
 def drafter_json(drafter: Eagle3Drafter, backbone: Backbone, drafts: int) -> dict[str, Any]:
-    """The folder's config.json."""
+    """The folder's config.json; without `model_type`, by which vLLM would take it for another."""
     layer = drafter.config.to_diff_dict()
     # By its older name too: not every reader knows `rope_parameters`.
     layer["rope_theta"] = (drafter.config.rope_parameters or {})["rope_theta"]
     return {
         "architectures": ["Eagle3DraftModel"],
-        "model_type": "speculator_model",
         "speculators_model_type": "eagle3",
         "speculators_version": LAYOUT,
         "dtype": str(backbone.dtype).removeprefix("torch."),

@@ -92,13 +92,15 @@ def shape(arguments: Any) -> dict[str, Any]:
         leaving = ExitPolicy({EXIT: 0.0})
         export_vllm(Adapter(backbone, exits, leaving), folder / "exits", [])
         del model, backbone, exits
-    out = folder / "seconds.json"
-    run(arguments.vllm, FORCED, folder, out)
+    out, ways = folder / "seconds.json", []
+    for exits in ((), ("exits",)):  # each in a process of its own: two would not fit
+        run(arguments.vllm, FORCED, folder, out, *exits)
+        ways += json.loads(out.read_text())
     wide, inner, words = (SHAPE[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
     heads = SHAPE["num_key_value_heads"] / SHAPE["num_attention_heads"]
     layer, head = wide * wide * (2 + 2 * heads) + 3 * wide * inner, wide * words
     predicted = (SHAPE["num_hidden_layers"] * layer + head) / ((EXIT + 1) * layer + head)
-    return {**SHAPE, "exit": EXIT, "predicted": predicted, "ways": json.loads(out.read_text())}
+    return {**SHAPE, "exit": EXIT, "predicted": predicted, "ways": ways}
 
 
 def run(python: Path, script: Path, *words: Any) -> None:
