@@ -140,6 +140,14 @@ def test_the_stated_need_is_exact_when_nothing_is_lost(method: str) -> None:
     assert TESTS[method](enough, 0.01) <= 0.05 < TESTS[method](short, 0.01)
 
 
+@pytest.mark.parametrize("method", ["upper_bound", "learn_then_test"])
+def test_a_walk_goes_on_at_the_level_itself_and_not_above(method: str) -> None:
+    needed = samples_needed(0.01, 0.95, method)
+    assert needed is not None
+    ways = [walk(np.zeros((n, 1)), 0.01, 0.95, method) for n in (needed - 1, needed)]
+    assert ways == [None, 0]
+
+
 def test_learn_then_test_needs_what_the_rule_of_three_says() -> None:
     assert samples_needed(0.01, 0.95, "learn_then_test") == 299
 
