@@ -140,7 +140,7 @@ def unlike_photographs() -> Table:
         record("likeness")["photo"],
         {
             "images": "{images}",
-            "answers": "{answers}",
+            "number": "{answers}",
             "called unlike": lambda row: f"{row['unlike']:.1%} {_between(row)}",
         },
     )
