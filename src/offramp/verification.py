@@ -246,10 +246,10 @@ class Verification:
     @cached_property
     def _inputs(self) -> list[Mapping[str, Any]]:
         """What the model is given: each prompt, and in PyTorch the first lengthened."""
-        inputs = [self.encoder.prompts([example]) for example in self.examples]
+        inputs: list[Mapping[str, Any]] = [self.encoder.prompts([each]) for each in self.examples]
         if self.runtime is None:
             long = lengthened(self.backbone, inputs[0], self.settings.longest)
-            inputs += [] if long is None else [long]
+            inputs += [long] if long is not None else []
         return inputs
 
     def _notes(self) -> list[_Largest]:

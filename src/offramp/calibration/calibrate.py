@@ -693,7 +693,9 @@ def _likeness(trial: _Trial, early: Sequence[Answer], smallest: int | None) -> L
     images = [rows for image in trial.images for rows in image.by_image] if early else []
     for rows in images[:ANSWERS]:
         asked = [row for row in rows if not examples[row].is_text]
-        look = look_of(examples[asked[0]].open_image(smallest)) if asked else None
+        if not asked:
+            continue
+        look = look_of(examples[asked[0]].open_image(smallest))
         for kind in {trial.kinds[row] for row in asked}:
             looks.setdefault(kind, []).append(look)
     return Likeness.of(

@@ -93,8 +93,8 @@ def shape(arguments: Any) -> dict[str, Any]:
         export_vllm(Adapter(backbone, exits, leaving), folder / "exits", [])
         del model, backbone, exits
     out, ways = folder / "seconds.json", []
-    for exits in ((), ("exits",)):  # each in a process of its own: two would not fit
-        run(arguments.vllm, FORCED, folder, out, *exits)
+    for more in ([], ["exits"]):  # each in a process of its own: two would not fit
+        run(arguments.vllm, FORCED, folder, out, *more)
         ways += json.loads(out.read_text())
     wide, inner, words = (SHAPE[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
     heads = SHAPE["num_key_value_heads"] / SHAPE["num_attention_heads"]

@@ -169,10 +169,9 @@ def _say_likeness(adapter: Any, image: Path | None, prompt: str, encoder: Any, r
     from offramp.data.image import open_rgb
     from offramp.likeness import UNLIKE, look_of
 
-    likeness = adapter.likeness
-    seen = likeness.looks and image is not None
-    rgb = open_rgb(image, str(image), smallest=encoder.smallest_side) if seen else None
-    look = None if rgb is None else look_of(rgb)
+    likeness, look = adapter.likeness, None
+    if likeness.looks and image is not None:
+        look = look_of(open_rgb(image, str(image), smallest=encoder.smallest_side))
     found = likeness.p_value(adapter.kind_of(prompt), result.scores[0].tolist(), look)
     if found is not None and found <= UNLIKE:
         log.warning(

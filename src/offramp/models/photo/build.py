@@ -240,7 +240,7 @@ def _silent() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging as theirs
 
-    bar = reader.tqdm  # which no setting of theirs hides
+    bar = vars(reader)["tqdm"]  # which no setting of theirs hides
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity_error()  # type: ignore[no-untyped-call]
     theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
