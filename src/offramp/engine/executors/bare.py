@@ -121,7 +121,7 @@ def _straight(kind: Any, by_kin: bool) -> type[nn.Module]:
 
 
 def share_parts(module: nn.Module, twin: nn.Module) -> bool:
-    """Whether parts of a module are in its twin as they are: something stands around them."""
+    """Return True if a module and its twin share parts, as where something stands around them."""
     own = {id(part) for part in module.modules()}
     return any(id(part) in own for part in twin.modules())
 
