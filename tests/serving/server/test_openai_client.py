@@ -341,6 +341,16 @@ def test_health_version_and_numbers(client: Any, address: str) -> None:
         assert f"offramp:{name}" in text, name
 
 
+def test_a_prompt_with_several_answers_counts_once(client: Any, address: str) -> None:
+    def counted() -> float:
+        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if "prompt_tokens_total{" in line)
+
+    before = counted()
+    said = ask(client, scene_examples()[0], n=3)
+    assert settled(lambda: counted() - before == said.usage.prompt_tokens > 0)
+
+
 def test_request_ids_are_the_clients_or_new(address: str) -> None:
     ours = httpx.get(f"{address}/health", headers={"X-Request-Id": "mine-1"})
     assert ours.headers["x-request-id"] == "mine-1"
