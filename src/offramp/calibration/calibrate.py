@@ -692,11 +692,10 @@ def _likeness(trial: _Trial, early: Sequence[Answer], smallest: int | None) -> L
     looks: dict[str, list[Array]] = {}
     images = [rows for image in trial.images for rows in image.by_image] if early else []
     for rows in images[:ANSWERS]:
-        asked = [row for row in rows if not examples[row].is_text]
-        if not asked:
+        if examples[rows[0]].is_text:
             continue
-        look = look_of(examples[asked[0]].open_image(smallest))
-        for kind in {trial.kinds[row] for row in asked}:
+        look = look_of(examples[rows[0]].open_image(smallest))
+        for kind in {trial.kinds[row] for row in rows}:
             looks.setdefault(kind, []).append(look)
     return Likeness.of(
         [answer.scores for answer in early],
