@@ -17,6 +17,8 @@ from offramp_vllm.refuse import Refused
         ({"hf_overrides": {"num_hidden_layers": 3}}, "--hf-overrides"),
         ({"enable_lora": True}, "LoRA"),
         ({"load_format": "bitsandbytes"}, "load format|Exits beside weights"),
+        ({"speculative_config": {"model": "a.module.Class", "num_speculative_tokens": 2}},
+         "a.module.Class"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
          "KV connector"),
         ({"additional_config": {"offramp": {"exit": "here"}}}, "--additional-config"),
@@ -37,11 +39,13 @@ def test_a_model_of_another_depth_is_refused(made: Any, serve: Any, tmp_path: An
 
 
 def test_requests_that_ask_for_what_there_is_not_are_refused(made: Any, serve: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
     folder = made("llama")
     llm = serve(folder / "model", folder / "export")
     early = stored(folder)
     for extra in ({"offramp_mode": "fast"}, {"offramp_threshold": 3}, {"offramp_mode": "lossless"}):
-        with pytest.raises(Refused):
+        with pytest.raises(VLLMValidationError):
             answers(llm, [early[0]["prompt"]], extra_args=extra)
     assert answers(llm, [early[0]["prompt"]])[0][0] == early[0]["tokens"]
 
