@@ -100,6 +100,7 @@ def test_a_kind_that_was_not_seen_waits_for_the_answers_under_way():
         assert torch.equal(ours.sequences, theirs.sequences)
         assert torch.equal(ours.depths, theirs.depths)
     assert before.result(timeout=0)
+    assert len(other.proven) == 2
 
 
 def test_a_prompt_whose_tokens_see_later_ones_is_not_continued_from_a_kept_one(batch):

@@ -131,6 +131,18 @@ def test_what_raises_fails_its_request_alone(where, mode, adapter, rows):
     assert torch.equal(healthy.result(timeout=0).output.sequences, expected)
 
 
+def test_a_streamer_that_cannot_end_fails_its_request(adapter, rows):
+    class Endless(Puts):
+        def end(self):
+            raise RuntimeError("the client went away")
+
+    engine = core(adapter)
+    handle = engine.add(request(rows[0], streamer=Endless()))
+    engine.run()
+    with pytest.raises(RuntimeError, match="went away"):
+        handle.result(timeout=0)
+
+
 class Puts:
     """A streamer that notes what it is given."""
 
