@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from torch import nn
 
 from offramp import conditions
+from offramp.cli import main
 from offramp.conditions import of_processor
+from offramp.engine.policy import ExitPolicy
 from offramp.loading import Loaded, load
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.config import ServerConfig
@@ -138,3 +142,17 @@ def test_a_server_says_so_of_its_answers_and_of_its_model(loaded: Loaded, name: 
         assert card["guarantee"] is None and words in card["not_guaranteed"]
     finally:
         service.close()
+
+
+def test_inspect_shows_no_guarantee_for_thresholds_that_were_not_calibrated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = load(NAME).adapter
+    adapter.save_pretrained(tmp_path / "calibrated")
+    replace(adapter, policy=ExitPolicy({2: 0.3})).save_pretrained(tmp_path / "other")
+    shown = {}
+    for folder in ("calibrated", "other"):
+        assert main(["inspect", str(tmp_path / folder)]) == 0
+        shown[folder] = capsys.readouterr().out
+    assert "2: 0.8 were calibrated" in shown["other"] and "0.0075" not in shown["other"]
+    assert "0.0075" in shown["calibrated"]
