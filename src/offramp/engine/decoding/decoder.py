@@ -19,7 +19,7 @@ from offramp.engine.decoding.executor import Executor, Span, too_long
 from offramp.engine.decoding.reader import Heads, PrefillBackend, Query, TokenSampler
 from offramp.engine.decoding.rule import ExitRule, Verdict
 from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
-from offramp.engine.decoding.sequence import Opening, Sequence, Token
+from offramp.engine.decoding.sequence import NAN, Sequence, Token
 from offramp.errors import InputError
 
 
@@ -59,28 +59,28 @@ class Decoder:
         prepared: Any,
         samplers: Many[TokenSampler],
         rule: ExitRule,
-    ) -> tuple[Any, list[Opening]]:
-        """Read a prompt of one or more rows, and choose each row's first token. Where the prompt
-        waits at an exit that does not say the token, layers above do once the row has joined.
+    ) -> tuple[Any, list[Token | None]]:
+        """Read a prompt of one or more rows, and choose each row's first token; None where it is to
+        be verified with the first drafts.
         """
         opening = rule.opening
-        openings = [Opening(None)] * len(samplers)
+        said: list[Token | None] = [None] * len(samplers)
+        scores = [NAN] * len(samplers)
         queries = [Query(sampler, opening, ()) for sampler in samplers]
 
         def decide(depth: int, output: Any) -> bool:
             asked = [
-                query if said.token is None else None
-                for query, said in zip(queries, openings, strict=True)
+                query if token is None else None
+                for query, token in zip(queries, said, strict=True)
             ]
             for row, verdict in enumerate(self.heads.verdicts(depth, output, asked)):
                 if isinstance(verdict, Exception):
                     raise verdict
                 if verdict is not None:
-                    score = opening.shown(depth, verdict)
-                    exits = opening.exits(depth, verdict)
-                    token = Token(verdict.token, depth, score) if exits else None
-                    openings[row] = Opening(token, score)
-            return all(said.token is not None for said in openings)
+                    scores[row] = opening.shown(depth, verdict)
+                    if opening.exits(depth, verdict):
+                        said[row] = Token(verdict.token, depth, scores[row])
+            return None not in said
 
         prompt = reader.read(
             prepared,
@@ -91,11 +91,10 @@ class Decoder:
         )
         if prompt.logits is not None:
             word = self.heads.of_logits(prompt.logits)
-            for row, (token, score) in enumerate(openings):
-                if token is None:
-                    said = Token(word(row, queries[row]), self.layers, score)
-                    openings[row] = Opening(said, score)
-        return prompt, openings
+            for row, query in enumerate(queries):
+                if said[row] is None:
+                    said[row] = Token(word(row, query), self.layers, scores[row])
+        return prompt, said
 
     def join(
         self,
@@ -103,7 +102,7 @@ class Decoder:
         row: int,
         sampler: TokenSampler,
         rule: ExitRule,
-        opening: Opening,
+        first: Token | None,
         owner: Any = None,
     ) -> Sequence:
         """Take a row of a prompt over; its first token, if it is said, is given out at once.
@@ -120,10 +119,8 @@ class Decoder:
             )
         sequence = Sequence(sampler, rule, loaded, owner)
         self.sequences.append(sequence)
-        if opening.token is None:
-            sequence.score = opening.score
-        else:
-            self._write(sequence, opening.token)
+        if first is not None:
+            self._write(sequence, first)
         return sequence
 
     def leave(self, sequence: Sequence) -> None:
@@ -216,9 +213,8 @@ class Decoder:
         if isinstance(verdict, Exception):
             row.error = verdict
         elif verdict is not None:
-            rule = row.next_rule
-            score = rule.shown(depth, verdict)
-            if rule.exits(depth, verdict):
+            score = row.rule.shown(depth, verdict)
+            if row.rule.exits(depth, verdict):
                 self._write(row, Token(verdict.token, depth, score))
                 return True
             row.score = score
@@ -250,7 +246,7 @@ class Decoder:
             span = Span(row.handle, row.ran[segment], row.ran[segment - 1])
             spans.append(span)
             count += span.end - span.first
-            if row.waits and (last or depth in row.next_rule.thresholds):
+            if row.waits and (last or depth in row.rule.thresholds):
                 asked.append(count - 1)  # of the column that was fed last
                 asking.append(row)
         output = self.executor.run(segment, spans, asked)

@@ -30,17 +30,6 @@ class Token(NamedTuple):
     score: float = NAN
 
 
-class Opening(NamedTuple):
-    """The token that follows a prompt.
-
-    token: the answer's first token; None where layers above the exit at which the prompt waits are
-    to say it. score: of the last exit that looked.
-    """
-
-    token: Token | None
-    score: float = NAN
-
-
 class Sequence:
     """One answer that is being written.
 
@@ -80,14 +69,9 @@ class Sequence:
         return self.ran[0] - self.start == len(self.ids)
 
     @property
-    def next_rule(self) -> ExitRule:
-        """Return how the exits are used for the next token."""
-        return self.rule if self.ids else self.rule.opening
-
-    @property
     def query(self) -> Query:
         """Return what is asked of exits and LM head: the next token of this answer."""
-        return Query(self.sampler, self.next_rule, self.ids)
+        return Query(self.sampler, self.rule, self.ids)
 
     @property
     def next_id(self) -> int:
