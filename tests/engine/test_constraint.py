@@ -170,6 +170,19 @@ def test_an_exit_that_can_say_nothing_that_is_allowed_leaves_it_to_the_layers_ab
     )
 
 
+def test_a_token_that_no_exit_could_say_has_no_score_of_one_that_waited() -> None:
+    backbone, modules, processor = random_model()
+    ids = processor.tokenizer.convert_tokens_to_ids(list("abcdefgh"))
+    exits = ExitSet(modules, shortlist=torch.tensor(sorted(ids)))
+    made = generate(
+        backbone, asked(0), exits=exits, policy=ExitPolicy({1: 1.0}, shortlist=True),
+        logits_processor=[JsonConstraint({"enum": ["ab", "cd"]}, processor)], max_new_tokens=NEW,
+    )  # fmt: skip
+    quote, chosen, alone, end = made.scores[0, :4].tolist()
+    assert chosen < 1 and alone == 1
+    assert quote != quote and end != end
+
+
 def test_an_answer_that_is_cut_is_a_beginning() -> None:
     made = written(BOTH, MODES["first exit"], max_new_tokens=5)
     text = random_model()[2].tokenizer.decode(made.new_tokens[0])
