@@ -77,8 +77,8 @@ class Heads(Protocol):
 
 class PrefillBackend(Protocol):
     """Reads prompts for an executor. What `read` returns has `logits` [B, V] of the first token
-    where not every row's first token exited, or None where the prompt waits at the exit that said it,
-    or is to be verified with the first drafts; the rest is the executor's affair."""
+    where not every row's first token exited, or None where the prompt waits at the exit that said
+    it, or for the first drafts; the rest is the executor's affair."""
 
     def read(
         self,

@@ -267,17 +267,10 @@ class SlotExecutor(SlotRunner):
     ) -> Output:
         """What `run` makes of columns of several slots in one call. inputs: each slot's, ids [n] or
         states [n, D]."""
-        order = sorted(range(len(spans)), key=lambda i: spans[i].handle.slot)
-        ordered = [spans[i] for i in order]
-        spelt = [(row.slot, c) for row, first, end in ordered for c in range(first, end)]
+        spelt = [(row.slot, c) for row, first, end in spans for c in range(first, end)]
         named, columns = [slot for slot, _ in spelt], [column for _, column in spelt]
         width = max(columns) + 1
         self.cache.reserve(width)
         call = (packed if self.packs else flat)(named, columns, width, self._device)
-        laid = torch.cat([inputs[i] for i in order])
-        output = run(call, laid.view(*call.shape, *laid.shape[1:]))
-        if order == [*range(len(spans))]:
-            return output
-        whose = [i for i in order for _ in range(spans[i].first, spans[i].end)]
-        index = sorted(range(len(whose)), key=whose.__getitem__)  # each span's stay in order
-        return picked(output, torch.tensor(index, device=self._device))
+        laid = torch.cat([*inputs])
+        return run(call, laid.view(*call.shape, *laid.shape[1:]))
