@@ -33,7 +33,7 @@ class Replay:
 
     layers: depth L of the full model.
     targets: the tokens of the answers; -1 after an answer's end.
-    final: the full model's arg-max at each of them.
+    final: the full model's arg-max at each of them; -1 there too.
     said, scores: each exit's arg-max, and its score, by depth.
     """
 
@@ -92,7 +92,7 @@ class Replay:
     def differs(self, depths: Array) -> Array:
         """Return which answers [N] would not be the full model's, if the targets are its greedy
         ones."""
-        return ((self.written(depths) != self.targets) & self.mask).any(1)  # type: ignore[no-any-return]
+        return (self.written(depths) != self.targets).any(1)  # type: ignore[no-any-return]
 
 
 def can_replay(policy: ExitPolicy) -> bool:
