@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 from offramp.engine.policy import ExitPolicy
@@ -228,9 +227,11 @@ class Service:
 
     async def look(self, use: Use, images: Sequence[Any]) -> Any:
         """Return what the one image of an early answer looks like; None where that is not
-        compared. Made in a thread, as images may be large."""
+        compared. Made by the threads that read images, which may be large."""
         compared = self.served.likeness.looks and use.named == "early_exit" and len(images) == 1
-        return await self.of_text(partial(look_of, images[0])) if compared else None
+        if not compared:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._pool, look_of, images[0])
 
     def how_like(self, asked: str, scores: Sequence[float], look: Any) -> float | None:
         """The p-value of an early answer to a question about one image, where something is
