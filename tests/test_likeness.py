@@ -10,7 +10,16 @@ import pytest
 from PIL import Image
 
 from offramp.data.scenes import tasks
-from offramp.likeness import UNLIKE, Alarm, Kept, Likeness, Looks, look_of, mean_log_score
+from offramp.likeness import (
+    UNLIKE,
+    Alarm,
+    Kept,
+    Likeness,
+    Looks,
+    is_unlike,
+    look_of,
+    mean_log_score,
+)
 
 
 def test_a_p_value_is_the_share_of_calibrated_answers_that_are_no_surer() -> None:
@@ -54,6 +63,12 @@ def test_an_alarm_is_raised_within_five_unlike_requests(n: int) -> None:
         assert found is not None and found <= UNLIKE
         alarm.add(found)
     assert alarm.raised and alarm.unlike == alarm.compared == 5
+
+
+def test_the_fewest_answers_that_are_held_to_call_the_least_sure_one_unlike() -> None:
+    kept = Kept.of([-0.01 * i for i in range(199)])
+    assert kept.can_call(UNLIKE) and is_unlike(kept.p_value(-9.0))
+    assert not Kept.of([-0.01 * i for i in range(198)]).can_call(UNLIKE)
 
 
 def test_a_distance_is_held_to_the_other_images() -> None:

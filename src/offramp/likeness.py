@@ -57,6 +57,11 @@ BLUR = 1 / 255
 """A difference between two looks, in any feature, that says nothing: a step of 8 bits."""
 
 
+def is_unlike(p_value: float | None) -> bool:
+    """Return True if a request of this p-value is called unlike; of None, nothing is known."""
+    return p_value is not None and p_value <= UNLIKE
+
+
 def mean_log_score(scores: Sequence[float]) -> float | None:
     """Return the mean log score of the tokens of an answer that an exit looked at; None where none
     did."""
@@ -274,7 +279,7 @@ class Alarm:
 
     def add(self, p_value: float) -> bool:
         """Note a request; whether it is called unlike."""
-        called = p_value <= UNLIKE
+        called = is_unlike(p_value)
         self.compared += 1
         self.unlike += called
         self._bets.add(float(called))

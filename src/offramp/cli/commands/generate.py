@@ -167,13 +167,13 @@ def _say_standing(
 def _say_likeness(adapter: Any, image: Path | None, prompt: str, encoder: Any, result: Any) -> None:
     """Say so where an image or its answer is unlike the calibrated ones."""
     from offramp.data.image import open_rgb
-    from offramp.likeness import UNLIKE, look_of
+    from offramp.likeness import is_unlike, look_of
 
     likeness, look = adapter.likeness, None
     if likeness.looks and image is not None:
         look = look_of(open_rgb(image, str(image), smallest=encoder.smallest_side))
     found = likeness.p_value(adapter.kind_of(prompt), result.scores[0].tolist(), look)
-    if found is not None and found <= UNLIKE:
+    if is_unlike(found):
         log.warning(
             "The image or the prompt is unlike those calibrated (p = %.2g): nothing is guaranteed "
             "of this answer.", found,

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from offramp.engine.decoding.sequence import Token
-from offramp.likeness import UNLIKE
+from offramp.likeness import is_unlike
 from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import ChatRequest, Sampling, single_question
@@ -172,7 +172,7 @@ class Answering:
         unlike = [
             index
             for index, choice in enumerate(self.choices)
-            if choice.written.likeness is not None and choice.written.likeness <= UNLIKE
+            if is_unlike(choice.written.likeness)
         ]
         if not (unlike and self._service.answers_unlike):
             return

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.likeness import UNLIKE
+from offramp.likeness import is_unlike
 from offramp.serving.server.api.options import NotedLogprobs
 
 
@@ -73,7 +73,7 @@ class Reply:
             offramp["guarantee"] = f"not guaranteed here: {self.not_guaranteed}"
         known = [choice.likeness for choice in choices if choice.likeness is not None]
         if known:
-            offramp["likeness"] = {"p_value": min(known), "like": min(known) > UNLIKE}
+            offramp["likeness"] = {"p_value": min(known), "like": not is_unlike(min(known))}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": written,
