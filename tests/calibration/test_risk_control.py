@@ -122,6 +122,11 @@ def test_a_bound_is_the_least_target_that_passes(method: str) -> None:
     assert TESTS[method](losses, bound + 1e-5) <= 0.05 < TESTS[method](losses, bound - 1e-4)
 
 
+@pytest.mark.parametrize("target", [0.0, 0.2, 1.0])
+def test_a_mean_that_is_the_target_says_nothing(target: float) -> None:
+    assert hoeffding_bentkus(target, 10, target) == 1.0
+
+
 def test_a_count_of_losses_is_not_rounded_up_by_floating_point() -> None:
     n, target = 1200, 0.01
     for lost in range(12):
