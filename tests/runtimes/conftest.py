@@ -11,6 +11,7 @@ import pytest
 from gguf_cases import adapter_of
 
 from offramp.runtimes.llama_cpp import export_gguf, kernels
+from offramp.runtimes.llama_cpp.gguf_export import ExportFormats
 from offramp.runtimes.llama_cpp.native import compiling, products
 from offramp.runtimes.llama_cpp.segment import library
 
@@ -20,7 +21,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`exported(name, formats)`: the folder of an export. Shared: never change it."""
 
     @cache
-    def write(name: str, formats: str = "f32") -> Path:
+    def write(name: str, formats: ExportFormats | str = "f32") -> Path:
         folder = tmp_path_factory.mktemp("gguf")
         export_gguf(adapter_of(name), folder, formats)
         return folder

@@ -19,6 +19,7 @@ from gguf_cases import GREEDY, adapter_of, inputs_of
 
 from offramp.engine.policy import FULL
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, kernels, segment
+from offramp.runtimes.llama_cpp.gguf_export import ExportFormats
 from offramp.runtimes.llama_cpp.native import compiling, products
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment, library
 
@@ -38,7 +39,7 @@ def opened(exported: Callable[..., Path]) -> Iterator[Callable[..., Segment]]:
     """`opened(formats, options)`: the tiny LLaVA's layers below its first exit."""
     made: list[Segment] = []
 
-    def load(formats: str, options: EngineOptions = OURS) -> Segment:
+    def load(formats: ExportFormats | str, options: EngineOptions = OURS) -> Segment:
         file = exported("llava", formats) / "segment-0.gguf"
         made.append(Segment(file, options, tap_layer=1))
         return made[-1]
@@ -284,6 +285,16 @@ def test_a_token_comes_out_the_same_whoever_shares_its_call(
     alone = given(one, [1] * 45)
     for sizes in ([45], [2] * 22 + [1], [3, 4, 5, 6, 7, 9, 11], [8, 16, 17, 4]):
         assert np.array_equal(alone, given(one, sizes))
+
+
+@needs_kernels
+def test_a_product_alone_in_its_graph_reads_the_activations_of_its_own_call(opened: Any) -> None:
+    """They stand at the address of those of the call before."""
+    one = opened(ExportFormats("f32", "f32", head="q8_0"))
+    assert one.products.bytes == 0
+    alone, together = (given(one, sizes) for sizes in ([1] * 6, [6]))
+    assert one.products.bytes > 0
+    np.testing.assert_allclose(alone, together, atol=0.02)
 
 
 @needs_kernels
