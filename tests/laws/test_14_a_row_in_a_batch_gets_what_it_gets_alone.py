@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import NAMES, build, depths, one_row
+from decoding import agreeing
+from families import NAMES, WORDLESS, build, depths, one_row
 
 from offramp.engine.executors.choice import EXECUTORS
 from offramp.engine.generate import generate
@@ -331,6 +332,20 @@ def test_to_the_last_bit_where_batches_are_to_be_exact(name, dtype, word, batch)
         for number, seen in notes.items():
             for length, logits in asked[number].logits.by_length.items():
                 assert torch.equal(seen.by_length[length], logits)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_exact_batches_write_the_models_own_answer_where_drafts_stand(name, batch):
+    """Several tokens of a slot in a call, each by the mask of its own place."""
+    whole, given = Backbone(build(name)), one_row(name, batch(name, 4), 0)
+    options = {"max_new_tokens": 16, "do_sample": False, "suppress_tokens": WORDLESS}
+    own = whole.model.generate(**given, **options)
+    exits = agreeing(whole)
+    prepack(whole, ExitSet.of(exits), every=True)
+    policy = ExitPolicy(dict.fromkeys(exits.depths, 0.0), lossless=True, max_draft=3)
+    exact = whole.with_decoding(exact_batches=True)
+    made = generate(exact, given, exits=exits, policy=policy, **options)
+    assert torch.equal(made.sequences, own) and made.rounds[0] == (3, 3)
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
