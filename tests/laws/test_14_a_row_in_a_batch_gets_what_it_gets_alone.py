@@ -362,3 +362,6 @@ def test_exact_batches_want_weights_that_are_laid_out_and_prompts_one_by_one(bat
     prepack(whole, every=True)
     with pytest.raises(InputError, match="one at a time, and 4 rows came"):
         generate(whole, batch("llava", 4), max_new_tokens=2)
+    compiled = whole.with_decoding(compiled=True)
+    with pytest.raises(UnsupportedBackboneError, match="other code than that of several"):
+        generate(compiled, one_row("llava", batch("llava", 4), 0), max_new_tokens=2)
