@@ -15,7 +15,8 @@ from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.serving.batch_engine import BatchEngine
-from offramp.serving.core import EngineConfig
+from offramp.serving.core import EngineConfig, EngineCore
+from offramp.serving.request import Request
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
 
@@ -83,6 +84,20 @@ def test_the_models_own_answer_or_none(kind, door, loaded, batch):
         theirs = torch.stack(own.logits, 1)
         off = (noted.of(1, NEW) - theirs).abs().max() / theirs.abs().max()
         assert off < ROUNDING
+
+
+@pytest.mark.parametrize("new", [40, 320])
+@pytest.mark.parametrize("kind", [home_made.ScaledFrom24, home_made.Window], ids=named)
+def test_a_long_answer_is_the_models_own_in_slots(kind, new, loaded, batch):
+    """Where a change comes late, or what came early is forgotten."""
+    whole, inputs = loaded(kind), batch("llava", 1)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    core = EngineCore(whole, Exits(whole, (3,)), DRAFTS, EngineConfig(slots=2, limit=512))
+    handles = [core.add(Request(inputs, "lossless", options=options)) for _ in range(2)]
+    core.run()
+    own = whole.model.generate(**inputs, **options)
+    for handle in handles:
+        assert torch.equal(handle.result(timeout=0).output.sequences, own)
 
 
 @pytest.mark.parametrize("kind", [home_made.Skips, *home_made.LAYERS], ids=named)
