@@ -68,6 +68,24 @@ def test_vision_language_models_are_checked_on_texts(family: str) -> None:
     assert [len(one["tokens"]) for one in kept] == [4, 4]
 
 
+@pytest.mark.parametrize(("family", "may"), [("qwen2.5-vl", True), ("qwen3-vl", False)])
+def test_first_tokens_exit_in_vllm_where_they_do_in_offramp(
+    family: str, may: bool, tmp_path: Path
+) -> None:
+    """Prompts of Qwen3-VL get features between layers, so that all of a prompt runs."""
+    from families import build
+
+    from offramp.adapter import Adapter
+    from offramp.models.backbone import Backbone
+    from offramp.models.exits import Exits, ExitSet
+    from offramp.runtimes.vllm import export_vllm
+
+    backbone = Backbone.of(build(family))
+    exits = ExitSet(Exits(backbone, (3,)).requires_grad_(False))
+    export_vllm(Adapter(backbone, exits, ExitPolicy({3: 0.2})), tmp_path / "exits", [])
+    assert read_exported(tmp_path / "exits").rule.waits == may
+
+
 @pytest.mark.parametrize(
     ("name", "change", "word"),
     [

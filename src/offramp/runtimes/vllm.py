@@ -17,6 +17,7 @@ import torch
 
 from offramp.adapter import Adapter
 from offramp.engine.generate import generate
+from offramp.engine.policy import first_token_may_exit
 from offramp.errors import InputError, OfframpError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, copied_index
@@ -72,6 +73,7 @@ def export_vllm(
             "exits": exits_digest(read_config(out)),
             "layers": backbone.depth,
             "copied": {str(d): copied_index(backbone, d) for d in adapter.exits.depths},
+            "first_may_exit": first_token_may_exit(backbone, adapter.policy),
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "checked": checked,
         },

@@ -119,7 +119,7 @@ def read_exported(folder: str | Path) -> Exported:
         layers=more["layers"],
         depths=depths,
         copied=tuple(more["copied"][str(depth)] for depth in depths),
-        rule=Rule.of(policy, depths),
+        rule=Rule.of(policy, depths, first=more.get("first_may_exit", True)),
         shortlist=bool(policy.get("shortlist")),
         guarantee=adapter.get("calibration"),
         checked=tuple(Checked(**one) for one in more["checked"]),

@@ -31,18 +31,21 @@ class Rule:
     drafts: float = 0.0
 
     @classmethod
-    def of(cls, policy: Mapping[str, Any], depths: Sequence[int]) -> Rule:
+    def of(cls, policy: Mapping[str, Any], depths: Sequence[int], *, first: bool = True) -> Rule:
         """The rule of a policy as adapter.json has it. First tokens are at the policy's thresholds
-        of first tokens, at those of all where it has none, or off where prompts may not wait."""
+        of first tokens, at those of all where it has none, or off where prompts may not wait.
+
+        first: whether offramp lets first tokens exit on the model; not on Qwen3-VL, whose prompts
+        get features between layers."""
         at = {int(d): float(t) for d, t in policy["thresholds"].items()}
-        first = {int(d): float(t) for d, t in policy.get("first", {}).items() if int(d) in at}
+        opening = {int(d): float(t) for d, t in policy.get("first", {}).items() if int(d) in at}
         if not policy.get("first"):
-            first = at
-        if not policy.get("exit_in_prefill", False):
-            first = {}
+            opening = at
+        if not first or not policy.get("exit_in_prefill", False):
+            opening = {}
         return cls(
             tuple(at.get(d, OFF) for d in depths),
-            tuple(first.get(d, OFF) for d in depths),
+            tuple(opening.get(d, OFF) for d in depths),
             policy.get("score", "max_probability"),
             float(policy.get("drafts", {}).get(str(min(depths)), 0.0)),
         )
