@@ -221,6 +221,18 @@ def test_a_real_processor_that_wants_a_placeholder_gets_one(backbone: Build) -> 
     assert one.model.generate(**batch, max_new_tokens=2).shape[0] == 3
 
 
+def test_a_template_that_leaves_the_image_out_is_an_error(backbone: Build) -> None:
+    tokenizer = fakes.word_level()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    processor = llava_processor(tokenizer)
+    processor.chat_template = "{{ messages[0]['content'][1]['text'] }}"
+    with pytest.raises(InputError, match="'w10' with its image") as raised:
+        InputProcessor(backbone("llava"), processor).prompts(
+            [Example(fakes.picture(1), "w10", ("w20",), "one")]
+        )
+    assert "in which the image has its place" in raised.value.remedy
+
+
 def test_a_real_processors_text_is_kept(backbone: Build) -> None:
     tokenizer = fakes.word_level()
     tokenizer.add_tokens(["<image>"], special_tokens=True)

@@ -145,9 +145,15 @@ class InputProcessor:
         more = {} if adds else {"add_special_tokens": False}
 
         def whole() -> Mapping[str, Any]:
-            made: Mapping[str, Any] = self.processor(
-                images=images, text=texts, padding=True, return_tensors="pt", **more
-            )
+            try:
+                made: Mapping[str, Any] = self.processor(
+                    images=images, text=texts, padding=True, return_tensors="pt", **more
+                )
+            except ValueError as error:  # such as a template that leaves the image out
+                raise InputError(
+                    f"The processor does not read {texts[0][:60]!r} with its image: {error}",
+                    "Give a chat template, or a prompt, in which the image has its place.",
+                ) from error
             return made
 
         one = _only(images) if len(texts) == 1 else None
