@@ -28,7 +28,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.prepack import prepack
 from offramp.models.shipped import load_tiny
 from offramp.save_and_load import CARD, read_config
-from offramp.verification import Verification, _compared, _Row, with_thresholds
+from offramp.verification import Verification, _between, _compared, _Row, with_thresholds
 
 SIZES = Settings(rows=(2,), slots=3, longest=6)
 ALONE = ("full", "early exit", "lossless")
@@ -405,6 +405,15 @@ def test_an_adapter_without_thresholds_is_verified_with_the_middle_of_its_scores
     assert len(set(made.depths.flatten().tolist())) > 1
     own = ExitPolicy({adapter.exits.depths[0]: 0.3})
     assert with_thresholds(own, adapter, encoder, examples(1)) is own
+
+
+def test_a_chosen_threshold_is_no_score_that_rounding_moves_over_it() -> None:
+    for seed in range(20):
+        scores = torch.rand(3 + seed, generator=torch.Generator().manual_seed(seed))
+        chosen = _between(scores)
+        reached = (scores >= chosen).sum().item()
+        assert 0 < reached < len(scores) and (scores - chosen).abs().min() > 1e-4
+    assert _between(torch.tensor([])) == 1.0
 
 
 def test_own_examples_are_as_many_as_asked_and_all_another(opt: Any, exits: Any) -> None:

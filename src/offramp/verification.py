@@ -418,20 +418,29 @@ def own_examples(adapter: Adapter, n: int) -> list[Example]:
 def with_thresholds(
     policy: ExitPolicy, adapter: Adapter, encoder: InputProcessor, examples: Sequence[Example]
 ) -> ExitPolicy:
-    """A policy that has thresholds: where it has none, the middle one of the scores at each exit on
-    a few prompts, so that tokens exit and others do not. Left as it is where exits have no tensors.
-    """
+    """A policy that has thresholds: where it has none, one between the middle scores on a few
+    prompts, so that tokens exit and others do not. Left as it is where exits have no tensors."""
     if policy.thresholds or not list(adapter.exits.modules.parameters()):
         return policy
     looked = replace(policy, thresholds=Thresholds.shared(adapter.exits.depths, 1.0))
-    seen = _NAN
-    for example in examples[:4]:  # the last one's counts
+    seen: list[Tensor] = []
+    for example in examples[:4]:
         inputs = encoder.prompts([example])
         made = adapter.generate(inputs, policy=looked, max_new_tokens=10, **GREEDY)
-        scores = made.scores[made.scores.isfinite()]
-        seen = float(scores.median()) if len(scores) else seen
-    middle = 1.0 if seen != seen else seen
-    return replace(policy, thresholds=Thresholds.shared(adapter.exits.depths, middle))
+        seen.append(made.scores[made.scores.isfinite()])
+    between = _between(torch.cat(seen))
+    return replace(policy, thresholds=Thresholds.shared(adapter.exits.depths, between))
+
+
+def _between(scores: Tensor) -> float:
+    """Return the middle of the widest gap in the middle half of scores [N]: a threshold that is a
+    score itself would be reached or not by rounding."""
+    if len(scores) < 2:
+        return 1.0
+    ordered, cut = scores.double().sort().values, len(scores) // 4
+    middle = ordered[cut : len(ordered) - cut]
+    at = int(middle.diff().argmax())
+    return float(middle[at : at + 2].mean())
 
 
 def _modes(policy: ExitPolicy) -> dict[str, ExitPolicy]:
