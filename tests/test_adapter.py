@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -435,3 +436,18 @@ def test_a_hugging_face_model_is_a_backbone(saved_adapter: Path, opt: Any, batch
 def test_what_is_no_backbone_is_not_called_a_damaged_adapter(saved_adapter: Path) -> None:
     with pytest.raises(InputError, match="str is no vision-language model"):
         Adapter.load(saved_adapter, "blip2-opt")  # type: ignore[arg-type]
+
+
+def test_exits_that_only_draft_do_not_warn_of_full_depth(opt: Any) -> None:
+    adapter = Adapter(opt, Exits(opt, (2,)))
+    depth = adapter.exits.depths[0]
+    for policy, spares in (
+        (ExitPolicy(), False),
+        (ExitPolicy({depth: 0.5}), True),
+        (ExitPolicy(drafts={depth: 0.5}), True),
+        (ExitPolicy(drafts={depth: 0.5}, lossless=True), True),
+    ):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            replace(adapter, policy=policy).chosen_policy(None, None, None)
+        assert bool(told) != spares

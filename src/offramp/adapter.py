@@ -341,10 +341,14 @@ class Adapter(CalledAsModel):
                 f"Give exit_policy=ExitPolicy({thresholds}), or a mode: mode='lossless'.",
             )
         chosen = (self.policy if given is None else given).in_mode(mode)
-        drafts = chosen.lossless and self.exits.draft_on
-        if given is None and mode != "full" and chosen.is_full and not drafts:
+        if given is None and mode != "full" and not self.spares_layers(chosen):
             warnings.warn(NO_THRESHOLDS % self.exits.depths[0], stacklevel=3)
         return chosen
+
+    def spares_layers(self, policy: ExitPolicy) -> bool:
+        """Return True if some token may leave early or be drafted by a policy."""
+        known = bool(policy.thresholds or policy.drafts)
+        return known or (policy.lossless and self.exits.draft_on)
 
     def with_policy(
         self, policy: ExitPolicy, calibration: Mapping[str, Any] | None = None

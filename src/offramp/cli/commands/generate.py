@@ -119,8 +119,7 @@ def generate(arguments: argparse.Namespace) -> None:
         arguments.prompt = usual_prompt(adapter)
     policy = policy_of(arguments, adapter).in_mode(arguments.mode)
     is_trained = adapter.exits.modules.kind != "lens"
-    drafts = policy.lossless and adapter.exits.draft_on
-    if is_trained and arguments.mode != "full" and policy.is_full and not drafts:
+    if is_trained and arguments.mode != "full" and not adapter.spares_layers(policy):
         log.warning(
             "The adapter has no thresholds, so every layer runs for every token; give --threshold, "
             "or find thresholds with `offramp calibrate`."
