@@ -99,7 +99,7 @@ class OpenedModel:
         parts = (model, *self.layers, *([] if self.norm is None else [self.norm]), self.head)
         self.sharded: bool = len({device_of(part) for part in parts}) > 1
         """Whether parts of the decoder run on several devices."""
-        self.split = is_split(model)
+        self.split: bool = is_split(model)
         """Whether processes hold parts of its weights: tensor parallel, or FSDP2."""
         keep_layers_alone_split(model, [*self.layers])
         scale = self.family.hidden_scale
