@@ -97,7 +97,8 @@ def test_the_image_serves_the_photo_model_and_has_onnx_runtime() -> None:
     known = tomllib.loads(text)["project"]["optional-dependencies"]
     needed = [need for extra in extras.split(",") for need in known[extra]]
     names = {re.split(r"[^\w-]", need, maxsplit=1)[0] for need in needed}
-    assert {"fastapi", "onnxruntime", "offramp-photo", "gguf"} <= names
+    # scipy: of the alarm that a guarantee with the likeness of its images needs.
+    assert {"fastapi", "onnxruntime", "offramp-photo", "gguf", "scipy"} <= names
     # What is built of it is kept where the volume of models is.
     [env] = [rest for word, rest in instructions() if word == "ENV" and "HF_HOME" in rest]
     folders = dict(pair.split("=", 1) for pair in env.split())
