@@ -85,7 +85,7 @@ def _entries(node: yaml.Node, path: str) -> dict[str, yaml.Node]:
 
 
 def _text(node: yaml.Node, path: str) -> str:
-    """A value as it is written."""
+    """Return a value as the command line spells it."""
     if not isinstance(node, yaml.ScalarNode) or node.tag.startswith("!"):
         raise InputError(f"{path} is nested deeper than any option is, or tagged.", f"{_REMEDY}.")
     return str(node.value)

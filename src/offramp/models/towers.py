@@ -1,4 +1,4 @@
-"""What stands in a vision tower's place, and who puts it there, by name."""
+"""Engines that run a vision tower in place of PyTorch, by name."""
 
 from __future__ import annotations
 

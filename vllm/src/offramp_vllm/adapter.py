@@ -78,7 +78,8 @@ class Exported:
                     yield self.depths.index(int(depth)), inner, file.get_tensor(name)
 
     def draft_input(self) -> dict[str, Any]:
-        """What the first exit drafts on with, by name; empty where it is not of kind "drafting"."""
+        """Return the tensors that the first exit drafts on with, by name; none unless it is of kind
+        "drafting"."""
         from safetensors import safe_open
 
         start = f"{self.depths[0]}.{DRAFTS}"

@@ -49,7 +49,7 @@ class Join:
 
     @staticmethod
     def parted(state: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state as such parts."""
+        """Return the parts of a state [N, D], by the names of `like`: the first holds all of it."""
         first, *others = like
         return {first: state, **{name: torch.zeros_like(state) for name in others}}
 

@@ -21,7 +21,7 @@ from offramp.answers import generate_answers
 from offramp.data.datasets import read_examples
 from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions_and_questions
-from offramp.likeness import UNLIKE, Alarm, Likeness, look_of
+from offramp.likeness import Alarm, Likeness, is_unlike, look_of
 from offramp.models.shipped import shipped_exits
 from offramp.storage import read_json
 from offramp_lab.inputs import lookalikes
@@ -67,7 +67,7 @@ def likeness(data: Path) -> list[dict[str, Any]]:
 
 
 def _unlike(p_values: Sequence[float | None]) -> Array:
-    return np.array([p is not None and p <= UNLIKE for p in p_values])
+    return np.array([is_unlike(p) for p in p_values])
 
 
 def unlike_of(p_values: Sequence[float | None]) -> dict[str, Any]:

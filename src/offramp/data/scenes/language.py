@@ -1,4 +1,4 @@
-"""What is said of a scene: captions and questions with answers, all exactly right."""
+"""Captions, and questions with answers, about a drawn scene; all exactly right."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -309,5 +309,5 @@ class SegmentChain:
                 text = text[count:]
 
     def _is_few(self, place: int, prompt: Prompt, rows: int) -> bool:
-        """Whether a prompt shares calls with what waits behind it, `rows` in all."""
+        """Return True if a prompt and the tokens that wait after it, `rows` in all, go as one."""
         return bool(place) and not prompt.ahead and len(prompt.states) < rows <= self.sizes.most
