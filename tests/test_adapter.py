@@ -14,6 +14,7 @@ import pytest
 import torch
 from adapters import DEPTHS, POLICY, trained
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from offramp.adapter import Adapter
 from offramp.conditions import Conditions
@@ -23,6 +24,7 @@ from offramp.model_card import model_card as card_of
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
 from offramp.save_and_load import CARD, CONFIG, DISCRIMINATORS, EXITS, FORMAT, SEEN
+from offramp.storage import digest_file
 
 Build = Callable[..., Any]
 
@@ -147,7 +149,6 @@ NOT_A_DICT = (None, "x", 3, [99])
         *((key, v) for key in ("backbone", "policy", "metrics", "provenance") for v in NOT_A_DICT),
         *(("depths", v) for v in (None, "x", 3, [], {}, [99], [2, 2], [2.5])),
         *(("backbone", v) for v in ([], {}, {"name": "x"}, {"name": "x", "fingerprint": 3})),
-        *(("discriminators", v) for v in ("x", 3, [99], {"judged": "x"}, {"layers": 2})),
         *(("policy", v) for v in ([], {}, {"thresholds": {"x": 1}}, {"thresholds": {"3": 0.5}})),
     ],
 )
@@ -160,9 +161,7 @@ def test_a_damaged_entry_of_the_config_is_refused(
         Adapter.load(saved_adapter, opt)
 
 
-@pytest.mark.parametrize(
-    "key", ["backbone", "depths", "discriminators", "policy", "metrics", "provenance"]
-)
+@pytest.mark.parametrize("key", ["backbone", "depths", "policy", "metrics", "provenance"])
 def test_a_missing_entry_of_the_config_is_refused(key: str, saved_adapter: Path, opt: Any) -> None:
     config = unsealed(saved_adapter)
     del config[key]
@@ -171,14 +170,11 @@ def test_a_missing_entry_of_the_config_is_refused(key: str, saved_adapter: Path,
         Adapter.load(saved_adapter, opt)
 
 
-@pytest.mark.parametrize("name", [EXITS, DISCRIMINATORS])
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_tensors_are_refused(
-    name: str, part: float, saved_adapter: Path, opt: Any
-) -> None:
-    whole = (saved_adapter / name).read_bytes()
-    (saved_adapter / name).write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(AdapterError, match=name):
+def test_truncated_tensors_are_refused(part: float, saved_adapter: Path, opt: Any) -> None:
+    whole = (saved_adapter / EXITS).read_bytes()
+    (saved_adapter / EXITS).write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(AdapterError, match=EXITS):
         Adapter.load(saved_adapter, opt)
 
 
@@ -206,10 +202,10 @@ def test_saving_again_replaces_the_adapter_and_keeps_the_training_state(
 ) -> None:
     (saved_adapter / "training").mkdir()
     (saved_adapter / "training" / "log.jsonl").write_text("{}\n")
-    trained(opt, judged=False).save(saved_adapter)
-    loaded = Adapter.load(saved_adapter, opt)
-    assert loaded.policy == ExitPolicy() and loaded.exits.discriminators is None
-    assert not (saved_adapter / DISCRIMINATORS).exists()  # those of the exits before
+    (saved_adapter / DISCRIMINATORS).write_bytes(b"of the exits before")
+    trained(opt).save(saved_adapter)
+    assert Adapter.load(saved_adapter, opt).policy == ExitPolicy()
+    assert not (saved_adapter / DISCRIMINATORS).exists()
     assert (saved_adapter / "training" / "log.jsonl").read_text() == "{}\n"
 
 
@@ -262,27 +258,23 @@ def test_the_saved_card_is_the_model_card(saved_adapter: Path) -> None:
     assert card.startswith("---\nlibrary_name: offramp\n") and "{{" not in card and "{%" not in card
 
 
-# -- discriminators -------------------------------------------------------------------------
+# -- earlier adapters -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conditional", [True, False])
-def test_discriminators_saved_when_they_had_one_option_load(
-    conditional: bool, opt: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    "said",
+    [{"discriminators": {"conditional": True, "judged": "token"}},
+     {"conditional_discriminators": False}],
+)  # fmt: skip
+def test_the_discriminators_of_earlier_adapters_are_left_out(
+    said: dict[str, Any], opt: Any, saved_adapter: Path
 ) -> None:
-    saved = trained(opt)
-    saved.save(tmp_path)
-    config = unsealed(tmp_path)
-    del config["discriminators"]
-    config["conditional_discriminators"] = conditional
-    (tmp_path / CONFIG).write_text(json.dumps(config))
-    if not conditional:
-        with pytest.warns(UserWarning, match="of an earlier kind"):
-            assert Adapter.load(tmp_path, opt).exits.discriminators is None
-        return
-    judges = Adapter.load(tmp_path, opt).exits.discriminators
-    assert judges is not None and saved.exits.discriminators is not None
-    state = saved.exits.discriminators.state_dict()
-    assert all(torch.equal(t, state[n]) for n, t in judges.state_dict().items())
+    config = unsealed(saved_adapter)
+    (saved_adapter / DISCRIMINATORS).write_bytes(b"as they were")
+    files = {**config["files"], DISCRIMINATORS: digest_file(saved_adapter / DISCRIMINATORS)}
+    (saved_adapter / CONFIG).write_text(json.dumps({**config, **said, "files": files}))
+    exits = Adapter.load(saved_adapter, opt).exits.modules.state_dict()
+    assert {*exits} == {*load_file(saved_adapter / EXITS)}
 
 
 def test_lens_exits_are_not_saved(opt: Any, tmp_path: Path) -> None:
@@ -337,7 +329,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Hub, saved_adapter: Path
     assert saved.push_to_hub("me/exits", token="t") == "https://hub/me/exits/commit/1"
     assert hub.created == {"me/exits": {"private": True, "exist_ok": True}} and hub.token == "t"
     assert {p.name for p in hub.place.iterdir()} == {
-        CONFIG, EXITS, DISCRIMINATORS, CARD, "custom_generate",
+        CONFIG, EXITS, CARD, "custom_generate",
     }  # fmt: skip
     loaded = Adapter.from_pretrained(opt, "me/exits")
     state = loaded.exits.modules.state_dict()

@@ -128,7 +128,7 @@ ATTACHED = (
     "prompt_kinds", "data.annotation_file", "data.datasets", "data.decontamination",
     "data.format_readers", "data.formats", "data.near_copies", "data.rows", "data.scenes",
     "engine.constraint", "engine.executors.modules", "engine.prefix_cache",
-    "engine.self_check", "engine.teacher_forcing", "models.cache_salt", "models.discriminator",
+    "engine.self_check", "engine.teacher_forcing", "models.cache_salt",
     "models.eagle3", "models.kept_texts", "models.mixture", "models.photo", "models.prepack",
     "models.quantized", "models.shortlist", "models.shrink_on_load", "models.vision_cache",
     "models.vision_engine", "save_and_load.custom_generate", "save_and_load.speculators",
@@ -142,7 +142,7 @@ STILL = {
     "models.exits": {"models.mixture"},
     "models.input_processor": {"models.kept_texts"},
     "models.shipped": {"models.photo.build", "models.photo.packages", "models.photo.tower"},
-    "save_and_load": {"certificate", "models.discriminator"},
+    "save_and_load": {"certificate"},
 }  # fmt: skip
 """What the core still imports of it. No line is added: what attaches imports the core."""
 

@@ -82,7 +82,7 @@ def damaged(photos: Photos, adapter: Adapter) -> dict[str, Any]:
 
 def shipped(adapter: Adapter, figures: dict[str, Any], examples: Sequence[Example]) -> Adapter:
     """What is needed to exit by the policy that is guaranteed, or else by the first that was found:
-    its exits, no discriminators. examples: what the guarantee stands on.
+    its exits. examples: what the guarantee stands on.
 
     Raises:
         InputError: none of the policies exits early.
@@ -104,7 +104,7 @@ def shipped(adapter: Adapter, figures: dict[str, Any], examples: Sequence[Exampl
     agreement = {str(d): adapter.metrics["agreement"][str(d)] for d in exits.depths}
     return replace(
         adapter,
-        exits=replace(adapter.exits, modules=exits, discriminators=None),
+        exits=replace(adapter.exits, modules=exits),
         policy=policy,
         metrics={**adapter.metrics, "agreement": agreement},
         calibration=row.get("calibration"),

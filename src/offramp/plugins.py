@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from offramp.errors import InputError, did_you_mean
 
 GROUP = "offramp.plugins"
-LAB = ("agreement", "patience", "saturation", "discriminator", "propagate")
+LAB = ("agreement", "patience", "saturation", "propagate")
 """Baselines that the plug-in of offramp-lab brings."""
 _loaded: set[str] = set()
 

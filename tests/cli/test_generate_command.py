@@ -128,7 +128,7 @@ def test_a_prompt_without_an_image_is_answered_where_the_model_does(
 ) -> None:
     save_smolvlm(tmp_path / "model")
     backbone = Backbone.from_pretrained(tmp_path / "model")
-    adapter_of(backbone, judged=False).save_pretrained(tmp_path / "exits")
+    adapter_of(backbone).save_pretrained(tmp_path / "exits")
     words = ("--prompt", "What is this?", "--max-new-tokens", 4, "--json")
     code, out, _ = run("generate", "--adapter", tmp_path / "exits", *words)
     row = json.loads(out)

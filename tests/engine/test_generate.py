@@ -317,12 +317,6 @@ def test_thresholds_without_exits_are_refused(backbone, batch):
         generate(backbone("llava"), batch("llava", 1), policy=ExitPolicy({2: 0.5}))
 
 
-def test_the_discriminator_score_needs_discriminators(backbone, exits, batch):
-    policy = ExitPolicy({2: 0.5}, score="discriminator")
-    with pytest.raises(InputError, match="discriminators"):
-        generate(backbone("llava"), batch("llava", 1), exits=exits("llava"), policy=policy)
-
-
 # -- what comes back --------------------------------------------------------------------------
 
 

@@ -156,7 +156,7 @@ def without_plugins(monkeypatch):
             monkeypatch.delitem(registry, name, raising=False)
 
 
-@pytest.mark.parametrize("name", ["agreement", "patience", "saturation", "discriminator"])
+@pytest.mark.parametrize("name", ["agreement", "patience", "saturation"])
 def test_without_the_lab_a_policy_by_one_of_its_scores_says_what_to_install(name, without_plugins):
     with pytest.raises(InputError, match=f"'{name}' is not known.*\n.*offramp-lab"):
         ExitPolicy({2: 0.5}, score=name)

@@ -9,27 +9,22 @@ import torch
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import ExitPolicy
-from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits, ExitSet
 
 DEPTHS = (2, 4)
 POLICY = ExitPolicy({2: 0.02, 4: 0.5}, score="margin")
 
 
-def trained(
-    backbone: Any, judged: bool = True, **more: Any
-) -> Adapter:
-    """An adapter whose exits and discriminators are no longer what they were built as."""
+def trained(backbone: Any, **more: Any) -> Adapter:
+    """An adapter whose exits are no longer what they were built as."""
     exits = Exits(backbone, DEPTHS)
-    judges = build_discriminators(backbone.width, DEPTHS).eval() if judged else None
     with torch.no_grad():
-        for module in (exits, *([judges] if judges else [])):
-            for parameter in module.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        for parameter in exits.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
     exits.requires_grad_(False)
     return Adapter(
         backbone,
-        ExitSet(exits, discriminators=judges),
+        ExitSet(exits),
         provenance={"command": "offramp train", "seed": 7, "data_digest": "abc"},
         metrics={"agreement": {"2": 0.75, "4": 0.875}, "step": 10},
         **more,

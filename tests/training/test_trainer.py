@@ -35,16 +35,14 @@ Build = Callable[..., Any]
 # -- what moves ------------------------------------------------------------------------------------
 
 
-def test_without_the_adversarial_term_no_discriminator_moves_or_is_saved(
+def test_without_the_adversarial_term_no_discriminator_moves(
     opt: Any, tmp_path: Path
 ) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, adversarial=0.0))
     start = {n: t.clone() for n, t in run.discriminators.state_dict().items()}
-    adapter = run.run()
+    run.run()
     assert same(start, run.discriminators.state_dict())
     assert all(p.grad is None for p in run.discriminators.parameters())
-    assert adapter.exits.discriminators is None
-    assert not (tmp_path / "discriminators.safetensors").exists()
     assert not any("adversarial" in name for row in steps(tmp_path) for name in row)
 
 
@@ -383,7 +381,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
     resumed.run(resume=True)
     for part in ("exits", "discriminators"):
         assert same(getattr(whole, part).state_dict(), getattr(resumed, part).state_dict())
-        assert same(whole.best[part], resumed.best[part])
+    assert same(whole.best["exits"], resumed.best["exits"])
     assert whole.progress == resumed.progress
     assert log == rows(tmp_path / "broken")
 
@@ -615,8 +613,6 @@ def test_the_adapter_is_the_best_one_not_the_last(
     loaded = Adapter.load(tmp_path, opt)
     for one in (adapter, loaded):
         assert same(seen[1]["exits"], one.exits.modules.state_dict())
-        assert one.exits.discriminators is not None
-        assert same(seen[1]["discriminators"], one.exits.discriminators.state_dict())
 
 
 def test_no_examples_is_a_data_error(opt: Any, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import families
 import pytest
 import torch
-from adapters import trained
 from decoding import CALM, EXACT, errors_by_depth
 from exit_walks import (
     DEPTHS,
@@ -23,27 +22,18 @@ from exit_walks import (
 )
 from families import WORDLESS
 
-from offramp.adapter import Adapter
 from offramp.engine.confidence import check_score
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.engines import ENGINES
-from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.discriminator import build_discriminators
-from offramp.models.exits import Exits, ExitSet
+from offramp.models.exits import Exits
 from offramp.plugins import GROUP, LAB
-from offramp.save_and_load import DISCRIMINATORS
 from offramp_lab import methods
 from offramp_lab.methods.scores import saturation
 
 SATURATION = 0.94
 """At which the tokens of these tiny models leave here and there."""
-
-
-def judged(parts: Exits) -> ExitSet:
-    judges = build_discriminators(families.WIDTH, parts.depths)
-    return ExitSet(parts, discriminators=judges)
 
 
 def test_the_plugin_brings_what_offramp_says_it_brings() -> None:
@@ -101,17 +91,13 @@ def test_a_finished_row_keeps_no_score(backbone: Any, exits: Any, batch: Any) ->
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(
-    ("score", "threshold"),
-    [("saturation", SATURATION), ("saturation", 1.0), ("discriminator", 0.51),
-     ("discriminator", 1.0)],
-)  # fmt: skip
+@pytest.mark.parametrize("threshold", [SATURATION, 1.0])
 def test_a_score_of_features_runs_the_head_only_where_a_row_leaves(
-    score: str, threshold: float, rows: int, batch: Any
+    threshold: float, rows: int, batch: Any
 ) -> None:
     whole, inputs = Backbone(families.build("llava")), batch("llava", rows)
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score)
-    parts = judged(Exits(whole, DEPTHS))
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score="saturation")
+    parts = Exits(whole, DEPTHS)
     made, heads = counted(
         whole, lambda: generate(whole, inputs, exits=parts, policy=policy, max_new_tokens=NEW)
     )
@@ -122,12 +108,11 @@ def test_a_score_of_features_runs_the_head_only_where_a_row_leaves(
 
 
 @pytest.mark.parametrize("name", ["llava", "blip2-t5"])
-@pytest.mark.parametrize(("score", "threshold"), [("saturation", 0.47), ("discriminator", 0.5)])
 def test_lossless_output_is_greedy_whatever_the_score_of_the_drafts(
-    score: str, threshold: float, name: str, backbone: Any, exits: Any, batch: Any
+    name: str, backbone: Any, exits: Any, batch: Any
 ) -> None:
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, threshold), score=score, lossless=True)
-    whole, parts = backbone(name), judged(exits(name, depths=DEPTHS))
+    policy = ExitPolicy(dict.fromkeys(DEPTHS, 0.47), score="saturation", lossless=True)
+    whole, parts = backbone(name), exits(name, depths=DEPTHS)
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
     for rows in (1, 4):
         inputs = batch(name, rows)
@@ -160,29 +145,3 @@ def test_keys_are_exact_whatever_the_score(
     policy = ExitPolicy(dict.fromkeys(parts.depths, threshold), score=score)
     _, errors = errors_by_depth(whole, parts, batch(name, 4), policy)
     assert len(errors) >= 2 and max(errors.values()) <= EXACT, errors
-
-
-# -- the discriminator ---------------------------------------------------------------------------
-
-
-def test_the_discriminator_score_works_after_loading(opt: Any, batch: Any, tmp_path: Path) -> None:
-    policy = ExitPolicy({2: 0.5, 4: 0.5}, score="discriminator")
-    saved = trained(opt, policy=policy)
-    saved.save(tmp_path)
-    inputs = batch("blip2-opt", 2)
-    loaded = Adapter.load(tmp_path, opt)
-    first, second = (a.generate(inputs, max_new_tokens=5) for a in (saved, loaded))
-    assert torch.equal(first.scores[:, 1:], second.scores[:, 1:])
-    assert ((first.scores[:, 1:] >= 0) & (first.scores[:, 1:] <= 1)).all()
-    again = loaded.generate(inputs, max_new_tokens=5)  # looking changes nothing
-    assert torch.equal(again.scores[:, 1:], second.scores[:, 1:])
-
-
-def test_the_discriminator_score_without_its_file_is_a_clear_error(
-    opt: Any, batch: Any, tmp_path: Path
-) -> None:
-    trained(opt, policy=ExitPolicy({2: 0.5}, score="discriminator")).save(tmp_path)
-    (tmp_path / DISCRIMINATORS).unlink()
-    loaded = Adapter.load(tmp_path, opt)
-    with pytest.raises(InputError, match=r"discriminators? "):
-        loaded.generate(batch("blip2-opt", 1), max_new_tokens=2)

@@ -142,7 +142,7 @@ class ExitCheck:
 
     @property
     def exits(self) -> ExitSet | None:
-        """Return the exits that are asked, with their discriminators; None: there are none."""
+        """Return the exits that are asked; None: there are none."""
         return self.scorer.exits
 
     @cached_property

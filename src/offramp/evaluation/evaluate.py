@@ -179,14 +179,13 @@ class _Answerer:
 
     def stored(self) -> dict[str, Any]:
         """What the answers depend on: a run with other values is not resumed."""
-        trained = [self.exits.modules, self.exits.discriminators] if self.exits else []
         policy = self.policies["early_exit"]
         return {
             "format": FORMAT,
             "task": self.plan.task,
             "backbone": self.backbone.name,
             "fingerprint": digest_rows([dump_fingerprint(fingerprint(self.backbone))]),
-            "exits": tensor_digest([m for m in trained if m]) if trained else None,
+            "exits": None if self.exits is None else tensor_digest([self.exits.modules]),
             # Every field, so that none can change unnoticed.
             "policy": policy_to_json(policy) if self.exits is not None else None,
             "layers": self.backbone.depth,

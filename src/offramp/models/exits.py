@@ -224,7 +224,6 @@ class ExitSet:
 
     modules: the exits by depth.
     shortlist: token ids [S], ascending, that exits can say; None: the whole vocabulary.
-    discriminators: by depth; asked by the adversary's training, and by scores that read them.
     measured: what was measured when the shortlist was learnt.
     score: of an `ExitCheck` [B], in place of the policy's; for exits that follow a script. It knows
         each token's position and row.
@@ -232,7 +231,6 @@ class ExitSet:
 
     modules: Exits
     shortlist: Tensor | None = None
-    discriminators: nn.ModuleDict | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
     score: Callable[[Any], Tensor] | None = None
 

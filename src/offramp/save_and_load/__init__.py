@@ -4,7 +4,6 @@ adapter.json                format version, backbone, depths, policy, calibratio
                             the SHA-256 of each of the other files that loading reads
 exits.safetensors           the exits' tensors, nothing of the backbone
 checks.safetensors          the shortlist, if there is one (`offramp.models.shortlist`)
-discriminators.safetensors  only needed for scores that read them and for resuming
 seen.json                   digests of the images that training and calibration used
 attempts.json               every attempt at a guarantee (`offramp.calibration.attempts`)
 certificate.json            what `offramp verify` found (`offramp.certificate`)
@@ -31,7 +30,6 @@ from offramp.certificate import CERTIFICATE, Certificate
 from offramp.engine.policy import FULL, ExitPolicy, check_policy_depths, policy_to_json
 from offramp.errors import AdapterError, DataError, InputError, OfframpError, StorageError
 from offramp.models.backbone import Backbone
-from offramp.models.discriminator import OPTIONS, build_discriminators
 from offramp.models.exit_kinds import EXIT_KINDS
 from offramp.models.exits import Exits, ExitSet, check_depths, copied_index
 from offramp.models.fingerprint import fingerprint, same_backbone
@@ -55,18 +53,15 @@ from offramp.storage import atomic_folder, digest_file, read_json, write_json
 from offramp.storage.places import close_name, is_hub_name
 
 __all__ = [
-    "ATTEMPTS", "CARD", "CERTIFICATE", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT",
+    "ATTEMPTS", "CARD", "CERTIFICATE", "CHECKS", "CONFIG", "EXITS", "FORMAT",
     "SEEN", "AdapterConfig", "AdapterParts", "exits_digest",
     "fetched",
     "load_certificate", "load_parts", "read_config", "save_parts",
 ]  # fmt: skip
 
-DISCRIMINATORS, SEEN, ATTEMPTS, CARD = (
-    "discriminators.safetensors",
-    "seen.json",
-    "attempts.json",
-    "README.md",
-)
+SEEN, ATTEMPTS, CARD = "seen.json", "attempts.json", "README.md"
+DISCRIMINATORS = "discriminators.safetensors"
+"""A file of earlier adapters that nothing reads."""
 UNCHECKED = "%s holds no digests: its files are unchecked, whoever changed them."
 log = logging.getLogger(__name__)
 _OWNED = (CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS, CERTIFICATE)
@@ -108,8 +103,6 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
     tensors = {EXITS: parts.exits.modules.state_dict()}
     if parts.exits.measured:
         tensors[CHECKS] = _checks_tensors(parts.exits)
-    if parts.exits.discriminators is not None:
-        tensors[DISCRIMINATORS] = parts.exits.discriminators.state_dict()
     # An earlier adapter's files that this one lacks go: they would not fit these exits.
     with atomic_folder(folder, owns=_OWNED) as staging:
         for name, state in tensors.items():
@@ -138,7 +131,6 @@ def _entries(backbone: Backbone, parts: AdapterParts) -> dict[str, Any]:
         },
         "depths": list(parts.exits.depths),
         "exit_kind": parts.exits.modules.kind,
-        "discriminators": None if parts.exits.discriminators is None else OPTIONS,
         "checks": dict(parts.exits.measured) or None,
         "policy": policy_to_json(parts.policy),
         "calibration": None if parts.calibration is None else dict(parts.calibration),
@@ -237,7 +229,6 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
         exits=ExitSet(
             _load_exits(config, backbone),
             _load_checks(config, backbone),
-            _load_discriminators(config, backbone),
             dict(config.checks or {}),
         ),
         policy=config.policy,
@@ -256,11 +247,11 @@ def _check_digests(config: AdapterConfig) -> None:
     if config.files is None:
         log.warning(UNCHECKED, config.folder)
     for name, digest in (config.files or {}).items():
-        if name not in (EXITS, CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS):
+        if name == DISCRIMINATORS:
+            continue
+        if name not in (EXITS, CHECKS, SEEN, ATTEMPTS):
             raise AdapterError(f"{config.folder / CONFIG} names a file {name[:60]!r}.", RESTORE)
         path = config.folder / name
-        if name == DISCRIMINATORS and not path.is_file():
-            continue  # only one score needs them
         try:
             if path.is_file() and path.stat().st_size > _LARGEST_SEEN:
                 _check_size(path)
@@ -309,23 +300,6 @@ def _load_exits(config: AdapterConfig, backbone: Backbone) -> Exits:
     _fill(exits, path, backbone.dtype)
     exits.place(backbone)
     return exits.requires_grad_(False)
-
-
-def _load_discriminators(config: AdapterConfig, backbone: Backbone) -> nn.ModuleDict | None:
-    if config.discriminators is None or not _is_there(config, DISCRIMINATORS):
-        return None
-    if not config.discriminators.items() <= OPTIONS.items():
-        warnings.warn(
-            f"The discriminators in {config.folder} are of an earlier kind, and are left out.",
-            stacklevel=2,
-        )
-        return None
-    path = config.folder / DISCRIMINATORS
-    with torch.device("meta"):  # the file's header is compared before memory is taken
-        modules = build_discriminators(backbone.width, config.depths)
-    check_shapes(path, {n: tuple(t.shape) for n, t in modules.state_dict().items()})
-    _fill(modules, path, None)
-    return modules.to(backbone.device).eval().requires_grad_(False)
 
 
 def _fill(module: nn.Module, path: Path, dtype: torch.dtype | None) -> None:

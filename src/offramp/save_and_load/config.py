@@ -61,7 +61,6 @@ _CONDITIONS: Mapping[str, tuple[type, ...]] = {
     "longest": (int,),
     "prompts": (list,),
 }
-_DISCRIMINATOR = {"conditional": bool, "spectral_norm": bool, "judged": str}
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,8 @@ class AdapterConfig:
     fingerprint: of the backbone; see `offramp.models.fingerprint`. exit_kind: of
     `offramp.models.exit_kinds.EXIT_KINDS`; "layer" in adapters written before there were others.
     elsewhere: calibrations in other engines; see `Adapter`.
-    discriminators: how they are built; None: there are none. checks: what was measured of shortlist
-    and gates; None: there are none. files: SHA-256 of the other files by name; None in adapters
-    written before there were.
+    checks: what was measured of the shortlist; None: there is none. files: SHA-256 of the other
+    files by name; None in adapters written before there were.
     """
 
     folder: Path
@@ -82,7 +80,6 @@ class AdapterConfig:
     fingerprint: Mapping[str, Any]
     depths: tuple[int, ...]
     exit_kind: str
-    discriminators: Mapping[str, Any] | None
     checks: Mapping[str, Any] | None
     policy: ExitPolicy
     calibration: Mapping[str, Any] | None
@@ -125,7 +122,6 @@ def read_config(folder: str | Path) -> AdapterConfig:
         fingerprint=_fingerprint(backbone.part("fingerprint")),
         depths=_depths(config),
         exit_kind=config.get("exit_kind", str) if "exit_kind" in config.values else "layer",
-        discriminators=_discriminators(config),
         checks=config.optional("checks"),
         policy=_policy(config.part("policy")),
         calibration=_calibration(config, "calibration"),
@@ -312,21 +308,6 @@ def _metrics(config: _Entries) -> dict[str, Any]:
             if not all(type(share) in _NUMBER for share in shares):
                 found.fail(f"'{found.where}acceptance' is {_shown(shares)}")
     return {name: value for name, value in said.values.items() if value is not None}
-
-
-def _discriminators(config: _Entries) -> dict[str, Any] | None:
-    """How the discriminators are built; None where there are none."""
-    if "conditional_discriminators" in config.values:  # written when there was one option
-        conditional = config.get("conditional_discriminators", bool, type(None))
-        return None if conditional is None else {"conditional": conditional}
-    if config.get("discriminators", dict, type(None)) is None:
-        return None
-    options = config.part("discriminators")
-    options.check_known(_DISCRIMINATOR)
-    values = {name: options.get(name, _DISCRIMINATOR[name]) for name in options.values}
-    if values.get("judged", "token") not in ("token", "sequence"):
-        options.fail(f"'discriminators.judged' is {_shown(values['judged'])}")
-    return values
 
 
 def _policy(policy: _Entries) -> ExitPolicy:

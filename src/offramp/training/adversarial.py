@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from offramp.engine.teacher_forcing import Batch, exit_features
 from offramp.errors import check_known
 from offramp.models.backbone import Backbone
-from offramp.models.discriminator import build_discriminators
 from offramp.models.exits import Exits
 from offramp.models.shortlist import places_of
 from offramp.training.config import TrainConfig
+from offramp.training.discriminator import build_discriminators
 from offramp.training.losses import LOSSES, LossInputs, discriminator_loss
 
 

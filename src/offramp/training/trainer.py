@@ -282,7 +282,7 @@ class Trainer:
         seen = {*adapter.seen.get("train", ()), *self.seen["train"]}
         return replace(
             made,
-            exits=replace(exits, modules=made.exits.modules, discriminators=None),
+            exits=replace(exits, modules=made.exits.modules),
             policy=adapter.policy,
             seen={**adapter.seen, "train": sorted(seen)},
         )
@@ -417,25 +417,18 @@ class Trainer:
         return {str(d): n / tokens for d, n in zip(self.exits.depths, same, strict=True)}
 
     def _copies(self) -> dict[str, dict[str, Tensor]]:
-        """The exits as they are, and the discriminators that belong to them."""
-        parts = {"exits": self.exits, "discriminators": self.discriminators}
-        return {
-            part: {n: t.detach().clone() for n, t in module.state_dict().items()}
-            for part, module in parts.items()
-        }
+        """The tensors of the exits as they are."""
+        state = self.exits.state_dict()
+        return {"exits": {n: t.detach().clone() for n, t in state.items()}}
 
     def _best_adapter(self) -> Adapter:
         with unread():
             exits = Exits(self.backbone, self.exits.depths, kind=self.config.exit_kind)
         exits.load_state_dict(self.best["exits"])
         exits.to(self.backbone.dtype).requires_grad_(False)
-        discriminators = None
-        if self.config.has_discriminator:
-            discriminators = self.objective.new_discriminators().eval().requires_grad_(False)
-            discriminators.load_state_dict(self.best["discriminators"])
         return Adapter(
             self.backbone,
-            ExitSet(exits, self.shortlist, discriminators=discriminators, measured=self.measured),
+            ExitSet(exits, self.shortlist, self.measured),
             resolved(self._policy(), self.backbone),
             provenance={**self.provenance, "config": asdict(self.config)},
             metrics={

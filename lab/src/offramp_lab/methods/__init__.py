@@ -8,7 +8,7 @@ from typing import Any
 
 from offramp.engine.confidence import register_heads, register_score
 from offramp.engines import register_engine
-from offramp_lab.methods.scores import discriminator, saturation
+from offramp_lab.methods.scores import saturation
 
 
 def _agreement(*given: Any) -> Any:
@@ -32,5 +32,4 @@ def _propagating(*given: Any, **sizes: Any) -> Any:
 register_heads("agreement", _agreement)
 register_heads("patience", _patience)
 register_score("saturation", saturation, reads="check")
-register_score("discriminator", discriminator, reads="check")
 register_engine("propagate", _propagating, "keys and values of skipped layers projected (CALM)")

@@ -66,7 +66,7 @@ def last_exit(adapter: Adapter) -> Adapter:
     """Full depth by way of the shortlist: an exit before the last layer, which is that layer."""
     depth = adapter.backbone.depth - 1
     exits = Exits(adapter.backbone, [depth]).requires_grad_(False)
-    only = replace(adapter.exits, modules=exits, discriminators=None, measured={})
+    only = replace(adapter.exits, modules=exits, measured={})
     return replace(adapter, exits=only, policy=always(adapter.policy, depth), calibration=None)
 
 

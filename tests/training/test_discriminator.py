@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offramp.models.discriminator import Discriminator, build_discriminators
+from offramp.training.discriminator import Discriminator, build_discriminators
 
 N, D = 7, 6
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-OPTIONS = {"conditional": True, "spectral_norm": False, "judged": "token"}
-"""What adapter.json says of a discriminator; others of earlier versions gained nothing."""
 HIDDEN = 256
 """Width of its two inner layers."""
 
