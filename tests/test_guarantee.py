@@ -18,6 +18,7 @@ from offramp.calibration.risk_functions import CIDER_CAP, RISKS
 from offramp.conditions import Conditions, as_loaded, differences, note_loaded, of_processor
 from offramp.conditions import _tokens_digest as tokens_digest
 from offramp.engine.policy import ExitPolicy
+from offramp.engines import ENGINES
 from offramp.guarantee import NEEDED, SCALES, risk_words, shown_conditions, standing, watched
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
@@ -400,7 +401,7 @@ def saved(adapter: Adapter, folder: Path) -> Path:
 
 def test_in_float32_prepacking_and_the_batch_change_no_answer() -> None:
     plain, packed = adapter(), adapter()
-    packed.prepack()
+    packed = ENGINES["packed"].open(packed)
     assert packed.standing().promise is not None
     some = fakes.examples(12)
     processor = fakes.Blip2FakeProcessor("blip2-opt")

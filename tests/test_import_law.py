@@ -129,14 +129,14 @@ ATTACHED = (
     "data.format_readers", "data.formats", "data.near_copies", "data.rows", "data.scenes",
     "engine.constraint", "engine.executors.modules", "engine.prefix_cache",
     "engine.self_check", "engine.teacher_forcing", "models.cache_salt",
-    "models.eagle3", "models.kept_texts", "models.mixture", "models.photo", "models.prepack",
+    "models.eagle3", "models.kept_texts", "models.mixture", "models.photo",
     "models.quantized", "models.shortlist", "models.shrink_on_load", "models.vision_cache",
     "models.vision_engine", "save_and_load.custom_generate", "save_and_load.speculators",
 )  # fmt: skip
 """What stands in the rooms of the core and attaches to it, by file or package."""
 STILL = {
-    "adapter": {"certificate", "conditions", "guarantee", "likeness", "model_card", "prompt_kinds",
-                "models.prepack", "save_and_load.custom_generate"},
+    "adapter": {"conditions", "guarantee", "likeness", "model_card", "prompt_kinds",
+                "save_and_load.custom_generate"},
     "engine.generate": {"engine.self_check"},
     "models.backbone": {"models.quantized.linears"},
     "models.exits": {"models.mixture"},

@@ -20,12 +20,12 @@ from offramp.adapter import Adapter
 from offramp.certificate import CERTIFICATE, Certificate, PathResult, Run, Settings
 from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.policy import ExitPolicy
+from offramp.engines.packed import prepack
 from offramp.errors import DataError, InputError
 from offramp.model_card import model_card, with_verified
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.prepack import prepack
 from offramp.models.shipped import load_tiny
 from offramp.save_and_load import CARD, read_config
 from offramp.verification import Verification, _between, _compared, _Row, with_thresholds

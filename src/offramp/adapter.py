@@ -4,15 +4,14 @@ them in a folder."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 from torch import Tensor, nn
 
-from offramp.certificate import Certificate
 from offramp.conditions import TORCH, Conditions, exits_digest, note_loaded, of_policy
 from offramp.engine.decoding.plan import Plan
 from offramp.engine.generate import generate, generate_prepared
@@ -27,12 +26,12 @@ from offramp.likeness import Likeness
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.prepack import prepack
 from offramp.models.shipped import load_named, shipped_exits
 from offramp.prompt_kinds import kind_of
 from offramp.save_and_load import (
     AdapterConfig,
     AdapterParts,
+    Records,
     fetched,
     load_parts,
     read_config,
@@ -162,31 +161,17 @@ class CalledAsModel:
 
 
 @dataclass(repr=False)
-class Adapter(CalledAsModel):
-    """Exits attached to a backbone, and the policy they exit early by.
+class Adapter(CalledAsModel, Records):
+    """Exits attached to a backbone, and the policy they exit early by; what is known of them is
+    named after those three (see `offramp.save_and_load.Records`).
 
     As `custom_generate` of the model's own `generate` it decodes in its place:
     `model.generate(**inputs, custom_generate=adapter)`.
-
-    provenance: versions, seed, data digest and command of the training run; `metrics`: agreement
-    by depth on validation data.
-    calibration: the guarantee that `offramp.calibration.calibrate` gives of the policy, if any.
-    elsewhere: the same of the same policy in other engines, by their names.
-    seen: see `offramp.data.decontamination`; empty where it is not known.
-    attempts: at a guarantee, as JSON; see `offramp.calibration.attempts`.
-    certificate: what `offramp verify` found of its exits; None: nothing yet.
     """
 
     backbone: Backbone
     exits: ExitSet
     policy: ExitPolicy = FULL
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Mapping[str, Any] | None = None
-    elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    attempts: Sequence[Mapping[str, Any]] = ()
-    certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
         self.backbone = Backbone.of(self.backbone)
@@ -241,27 +226,6 @@ class Adapter(CalledAsModel):
         """The kind of a prompt among the calibrated ones; see `offramp.prompt_kinds.kind_of`."""
         frames = Conditions.of_calibration(self.calibration).get("prompts") or ()
         return kind_of(prompt, frames)
-
-    def prepack(self) -> None:
-        """Lay the weights of layers, exits and LM head out for a processor: the same numbers, read
-        faster. In place, for inference alone; see `offramp.models.prepack`.
-
-        Raises:
-            InputError: the model is not on a processor, or in a precision that it does not have.
-        """
-        prepack(self.backbone, self.exits)
-
-    def with_exact_batches(self) -> Adapter:
-        """Return this adapter, whose tokens are the same to the last bit whatever is decoded beside
-        them: alone, or in a `BatchEngine` with any requests. Lays out weights as `prepack` does,
-        all of them; prompts are read one at a time.
-
-        Raises:
-            InputError: as of `prepack`. UnsupportedBackboneError: once it decodes, where the model
-                cannot be computed so.
-        """
-        prepack(self.backbone, self.exits, every=True)
-        return replace(self, backbone=self.backbone.with_decoding(exact_batches=True))
 
     # -- generating -----------------------------------------------------------------------------
 

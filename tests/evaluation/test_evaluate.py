@@ -24,6 +24,7 @@ from offramp.data.item import Item
 from offramp.engine.confidence import max_probability
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engines.packed import prepack
 from offramp.errors import DataError, InputError, StorageError
 from offramp.evaluation import caption_metrics as captions
 from offramp.evaluation import evaluate as module
@@ -34,7 +35,6 @@ from offramp.evaluation.tasks import TASK_METRICS, Settings
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.prepack import prepack
 from offramp.storage import JsonlLog, locked_folder
 
 DEPTHS = (2, 4)

@@ -20,11 +20,11 @@ from offramp.engine.generate import generate
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import MODES, ExitPolicy, GenerationOutput
 from offramp.engine.sampler import Sampler, SeededNoise
+from offramp.engines.packed import prepack
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
 from offramp.models.exits import Exits, ExitSet, copy_layer, first
-from offramp.models.prepack import prepack
 from offramp.models.quantized.linears import quantize_layers
 
 ROWS = 5

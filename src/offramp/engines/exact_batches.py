@@ -1,16 +1,20 @@
-"""Tokens that are the same to the last bit whatever is decoded beside them."""
+"""Tokens that are the same to the last bit whatever is decoded beside them: alone, or in a
+`BatchEngine` with any requests. Prompts are read one at a time."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from offramp.adapter import Adapter
-from offramp.models.prepack import prepack
+from offramp.engines.packed import prepack
 
 
 def open(model: Any, **_: Any) -> Any:
     """The model, exact in any company, its weights laid out in place."""
-    if isinstance(model, Adapter):
-        return model.with_exact_batches()
-    prepack(model, every=True)
-    return model.with_decoding(exact_batches=True)
+    backbone, exits = (
+        (model.backbone, model.exits) if isinstance(model, Adapter) else (model, None)
+    )
+    prepack(backbone, exits, every=True)
+    exact = backbone.with_decoding(exact_batches=True)
+    return exact if exits is None else replace(model, backbone=exact)

@@ -4,10 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-from offramp.models.prepack import prepack
+from torch import nn
+
+from offramp.models.backbone import Backbone
+from offramp.models.exits import ExitSet
+from offramp.models.quantized.prepacked import is_worth_it, prepacked
 
 
 def open(model: Any, **_: Any) -> Any:
     """The model, its weights laid out in place."""
     prepack(getattr(model, "backbone", model), getattr(model, "exits", None))
     return model
+
+
+def prepack(backbone: Backbone, exits: ExitSet | None = None, *, every: bool = False) -> None:
+    """Lay out the weights of decoder layers, exits and LM head; what is laid out stays so.
+
+    In place, one after the other, so that no more than one weight is held twice; but the model's
+    own head and its embeddings, which often share their weight, keep theirs. For inference alone.
+
+    every: also where the plain layout is faster, because with this one a token's result does not
+    depend on the tokens beside it (`DecodeOptions.exact_batches`).
+
+    Raises:
+        InputError: the model is not on a processor, or in a precision that this one cannot
+            multiply in.
+    """
+    backbone.check_whole("A layout for a processor")
+    if backbone.reader is backbone.head and type(backbone.head) is nn.Linear:
+        backbone.reader = prepacked(backbone.head)
+    for module in (backbone.layers, *([] if exits is None else [exits.modules])):
+        for parent in module.modules():
+            for name, part in parent.named_children():
+                if type(part) is nn.Linear and (every or is_worth_it(part.weight)):
+                    setattr(parent, name, prepacked(part))
+    if exits is not None:
+        exits.forget_head()

@@ -54,7 +54,7 @@ from offramp.storage.places import close_name, is_hub_name
 
 __all__ = [
     "ATTEMPTS", "CARD", "CERTIFICATE", "CHECKS", "CONFIG", "EXITS", "FORMAT",
-    "SEEN", "AdapterConfig", "AdapterParts", "exits_digest",
+    "SEEN", "AdapterConfig", "AdapterParts", "Records", "exits_digest",
     "fetched",
     "load_certificate", "load_parts", "read_config", "save_parts",
 ]  # fmt: skip
@@ -69,12 +69,19 @@ _LARGEST_SEEN = 2**30
 """Bytes of the largest seen.json that is read: 50 million images."""
 
 
-@dataclass(frozen=True)
-class AdapterParts:
-    """The content of a folder besides the name of its backbone; see `offramp.adapter.Adapter`."""
+@dataclass(kw_only=True)
+class Records:
+    """Records that are stored beside exits.
 
-    exits: ExitSet
-    policy: ExitPolicy = FULL
+    provenance: versions, seed, data digest and command of the training run. metrics: agreement by
+    depth on validation data.
+    calibration: the guarantee that `offramp.calibration.calibrate` gives of the policy, if any.
+    elsewhere: the same of the same policy in other engines, by their names.
+    seen: see `offramp.data.decontamination`; empty where it is not known.
+    attempts: at a guarantee, as JSON; see `offramp.calibration.attempts`.
+    certificate: what `offramp verify` found of the exits; None: nothing yet.
+    """
+
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
@@ -82,6 +89,14 @@ class AdapterParts:
     seen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attempts: Sequence[Mapping[str, Any]] = ()
     certificate: Certificate | None = None
+
+
+@dataclass
+class AdapterParts(Records):
+    """The content of a folder besides the name of its backbone; see `offramp.adapter.Adapter`."""
+
+    exits: ExitSet
+    policy: ExitPolicy = FULL
 
 
 # -- saving -----------------------------------------------------------------------------------

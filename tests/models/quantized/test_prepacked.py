@@ -9,11 +9,12 @@ from torch import nn
 
 from offramp.adapter import Adapter
 from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engines import packed as packed_engine
+from offramp.engines.packed import prepack
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.fingerprint import describe, fingerprint
-from offramp.models.prepack import prepack
 from offramp.models.quantized import prepacked as prepacking
 from offramp.models.quantized.prepacked import PrepackedLinear, prepacked
 from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_tensors
@@ -35,7 +36,7 @@ def packed(monkeypatch):
             torch.manual_seed(1)
             exits = ExitSet(Exits(whole, (DEPTH,)), torch.arange(4, 40))
             pair.append(Adapter(whole, exits, ExitPolicy({DEPTH: 0.03})))
-        pair[1].prepack()
+        packed_engine.open(pair[1])
         return pair
 
     return made
@@ -76,7 +77,7 @@ def test_answers_in_every_mode_are_those_of_plain_weights(name, packed, batch):
 
 def test_an_adapter_on_prepacked_weights_is_saved_as_it_was(packed, tmp_path):
     plain, laid_out = packed("blip2-opt")
-    laid_out.prepack()  # what is laid out stays so
+    packed_engine.open(laid_out)  # what is laid out stays so
     assert fingerprint(laid_out.backbone) == fingerprint(plain.backbone)
     assert describe(laid_out.backbone)["quantized"] is None
     for number, adapter in enumerate((plain, laid_out)):

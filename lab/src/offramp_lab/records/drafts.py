@@ -32,6 +32,7 @@ from transformers import StoppingCriteriaList
 from offramp.adapter import Adapter
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.engines import ENGINES
 from offramp.errors import InputError
 from offramp.evaluation.drafts import Drafted, Rounds
 from offramp.evaluation.timing import FirstToken
@@ -184,7 +185,7 @@ def main() -> None:
             "Teach them: offramp train --drafting ADAPTER.",
         )
     if arguments.packed:
-        adapter.prepack()
+        ENGINES["packed"].open(adapter)
     part = f"pytorch {arguments.dtype}{', packed' if arguments.packed else ''}"
     if arguments.gguf:
         part = f"llama.cpp {arguments.gguf}"

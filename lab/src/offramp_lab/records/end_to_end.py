@@ -30,6 +30,7 @@ from transformers import StoppingCriteriaList
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.engines import ENGINES
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.timing import FirstToken, GenerateFn, generate_fn, stock_generate_fn
 from offramp.models.exits import Exits
@@ -217,7 +218,7 @@ class Ways:
         self.encoder = self.adapters[PLAIN, TORCH][1]
         for adapter, _ in self.adapters.values():
             self.stages.watch(adapter.backbone)
-        self.adapters[PACKED, TOWER][0].prepack()
+        ENGINES["packed"].open(self.adapters[PACKED, TOWER][0])
 
     @property
     def adapter(self) -> Adapter:

@@ -23,6 +23,7 @@ import torch
 from offramp.adapter import Adapter
 from offramp.answers import Answer
 from offramp.data.example import Example
+from offramp.engines import ENGINES
 from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.linears import SCHEMES
@@ -89,7 +90,7 @@ class Bench:
             dtype, word = HOW[name.removesuffix(PREPACKED)]
             adapters[name], encoders[name] = load_photo(exits, dtype, word)
             if name.endswith(PREPACKED):
-                adapters[name].prepack()
+                ENGINES["packed"].open(adapters[name])
         return cls(adapters, encoders["float32"], photographs)
 
     def kept(self, layers: str, kept: Kept) -> KeptRuntime:

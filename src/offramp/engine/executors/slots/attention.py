@@ -252,7 +252,7 @@ def check_exact_batches(backbone: Backbone, exits: ExitSet | None, ours: bool) -
         raise UnsupportedBackboneError(
             "Exact batches need matrix multiplications in which no row depends on another, and "
             f"{found} has others.",
-            "Lay the weights out first: adapter.with_exact_batches(), or --engine exact-batches. "
+            "Lay the weights out first: offramp.load(name, engine='exact-batches'). "
             "Experts and weights quantised by a library have none.",
         )
 
