@@ -16,9 +16,9 @@ from torch import Tensor
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.learn import load_state, low_rank
 from examples.photo_vlm.rows import CAPTIONS, QUESTIONS
-from offramp.models.photo.build import CARD, WEIGHTS
-from offramp.models.photo.packages import LANGUAGE, VISION
-from offramp.models.photo.tower import PhotoTowerConfig
+from offramp.photo.build import CARD, WEIGHTS
+from offramp.photo.packages import LANGUAGE, VISION
+from offramp.photo.tower import PhotoTowerConfig
 from offramp.provenance import provenance
 from offramp.storage import atomic_folder, digest_file, read_json, write_json
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from offramp.data.example import Example
 from offramp.errors import DataError
-from offramp.models.photo.build import image_processor
-from offramp.models.photo.tower import FEATURES, GRID
+from offramp.photo.build import image_processor
+from offramp.photo.tower import FEATURES, GRID
 from offramp.storage import digest_rows, read_json, write_json
 
 

@@ -30,7 +30,7 @@ from examples.photo_vlm.train import (
 )
 from offramp.data.example import Example
 from offramp.evaluation.caption_metrics import simple_words
-from offramp.models.photo.build import add_updates
+from offramp.photo.build import add_updates
 
 ORDERS = 4
 END = "<end>"

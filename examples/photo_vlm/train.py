@@ -46,15 +46,15 @@ from examples.photo_vlm.rows import (
 from examples.photo_vlm.words import Detectors, embeddings_of, texts_by_photograph, vocabulary_of
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError
-from offramp.models.photo.build import (
+from offramp.photo.build import (
     CARD,
     WEIGHTS,
     add_updates,
     load_language,
     load_network,
 )
-from offramp.models.photo.packages import LANGUAGE, VISION, weights_file
-from offramp.models.photo.tower import Bridge, PhotoTowerConfig, WordDetector
+from offramp.photo.packages import LANGUAGE, VISION, weights_file
+from offramp.photo.tower import Bridge, PhotoTowerConfig, WordDetector
 from offramp.storage import JsonlLog, read_json, write_json
 
 T = TypeVar("T", bound="Trainer")

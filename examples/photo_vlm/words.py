@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from examples.photo_vlm.rows import Ids
 from offramp.data.example import Example
-from offramp.models.photo.tower import PhotoTowerConfig, WordDetector
+from offramp.photo.tower import PhotoTowerConfig, WordDetector
 
 EPOCHS, BATCH = 14, 64
 FEWEST = 20

@@ -15,7 +15,7 @@ from offramp.cli.command_line import build_parser
 from offramp.cli.commands.runtime import check_runtime
 from offramp.cli.loading import choose_device
 from offramp.errors import InputError
-from offramp.models.photo import packages
+from offramp.photo import packages
 
 
 @pytest.mark.parametrize(

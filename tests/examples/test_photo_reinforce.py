@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from examples.photo_vlm import reinforce, rows, train, words
-from photo import END, language, tokenizer
-from photo import TOWER as PHOTO
 from PIL import Image
 
 from offramp.data.example import Example
-from offramp.models.photo.tower import Bridge, EfficientNetLite0
+from offramp.photo.tower import Bridge, EfficientNetLite0
+from photo import END, language, tokenizer
+from photo import TOWER as PHOTO
 
 SETTINGS = reinforce.ReinforceSettings(
     steps=3, captioned=2, ask_every=2, length=64, asked_length=96, rank=2, sampled=3, longest=5

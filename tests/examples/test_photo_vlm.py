@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import photo as stand_ins
 import pytest
 import torch
 from examples.photo_vlm import evaluate, export, learn, photos, rows, train, words
 from examples.photo_vlm.photos import Features, cache_features
-from photo import END, language, tokenizer
-from photo import TOWER as PHOTO
 from PIL import Image
 from safetensors.torch import save_file
 
+import photo as stand_ins
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
 from offramp.models.hub import load_processor
 from offramp.models.input_processor import InputProcessor
-from offramp.models.photo import build as product
-from offramp.models.photo.build import add_updates, image_processor
-from offramp.models.photo.tower import Bridge, EfficientNetLite0
+from offramp.photo import build as product
+from offramp.photo.build import add_updates, image_processor
+from offramp.photo.tower import Bridge, EfficientNetLite0
+from photo import END, language, tokenizer
+from photo import TOWER as PHOTO
 
 SETTINGS = train.Settings(
     steps=3, captioned=2, ask_every=2, length=96, asked_length=96, rank=2, vary=0.5

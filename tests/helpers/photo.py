@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from offramp.models.photo import build
-from offramp.models.photo.tower import Bridge, EfficientNetLite0, PhotoTowerConfig, WordDetector
+from offramp.photo import build
+from offramp.photo.tower import Bridge, EfficientNetLite0, PhotoTowerConfig, WordDetector
 from offramp.storage import digest_file, write_json
 
 END, IMAGE = 256, 257

@@ -267,8 +267,7 @@ def test_a_shipped_model_is_loaded_with_it(ort: str) -> None:
 
 def test_the_photo_models_tower_is_exported(ort: str, tmp_path: Path) -> None:
     import photo
-
-    from offramp.models.photo.build import assembled
+    from offramp.photo.build import assembled
 
     model, _ = assembled(
         photo.language(), photo.tokenizer(), _network(), photo.trained(tmp_path / "data")
@@ -283,7 +282,7 @@ def test_the_photo_models_tower_is_exported(ort: str, tmp_path: Path) -> None:
 
 
 def _network() -> Any:
-    from offramp.models.photo.tower import EfficientNetLite0
+    from offramp.photo.tower import EfficientNetLite0
 
     return EfficientNetLite0().eval().requires_grad_(False)
 

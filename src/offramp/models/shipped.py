@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 TINY = ("opt", "t5")
 PHOTO = "offramp/photo"
 """The photo model's name in adapters; "photo" for short. Needs the extra photo."""
+HOME = "offramp.photo"
+"""Module of the photo model, which loads it and knows its files."""
 
 KNOWS = {
     "offramp/tiny-opt": "drawn shapes, and nothing else",
@@ -98,7 +101,7 @@ def load_named(
 
     Raises:
         InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`, or, of the
-            photo model, of `offramp.models.photo.build.built_folder`.
+            photo model, of `offramp.photo.build.built_folder`.
     """
     if not name.strip():
         raise InputError(
@@ -126,24 +129,10 @@ def load_named(
         )
     if dtype == "auto" and quantize is None:
         exact = torch.float32
-    if kind is None:
-        return _load_photo(dtype=exact, device=device, **how)
-    return load_tiny(kind, exact, device, **how)
-
-
-def _load_photo(**how: Any) -> tuple[Backbone, Any]:
-    """The photo model, built where it is not, and its processor."""
-    import offramp.models.photo.tower  # noqa: F401  registers the tower
-    from offramp.models.backbone import Backbone
-    from offramp.models.hub import load_processor
-    from offramp.models.input_processor import ONE_TURN
-    from offramp.models.photo.build import built_folder
-
-    folder = built_folder()
-    backbone = Backbone.from_pretrained(folder, **how)
+    if kind is not None:
+        return load_tiny(kind, exact, device, **how)
+    backbone, processor = import_module(HOME).load(dtype=exact, device=device, **how)
     backbone.name = PHOTO
-    processor = load_processor(folder)
-    processor.chat_template = ONE_TURN
     return backbone, processor
 
 
@@ -155,9 +144,7 @@ def shipped_exits(name: str) -> Path | None:
         InputError: the photo model's package is not installed, or the model ships without exits.
     """
     if is_photo(name):
-        from offramp.models.photo.packages import data_folder
-
-        folder = data_folder() / "exits"
+        folder: Path = import_module(HOME).exits_folder()
         if not folder.is_dir():
             raise InputError(
                 "The photo model ships without exits.",
@@ -173,9 +160,8 @@ def example_picture(name: str) -> Path:
     photograph."""
     if name != PHOTO:
         return Path(__file__).parent / "shipped_models" / "scene.png"
-    from offramp.models.photo.packages import data_folder
-
-    return data_folder() / "photographer.jpg"
+    picture: Path = import_module(HOME).example_picture()
+    return picture
 
 
 def tiny_exits(kind: str) -> Path:

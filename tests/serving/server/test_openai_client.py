@@ -18,8 +18,8 @@ import torch
 from offramp.engine.policy import FULL
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.models.input_processor import InputProcessor
-from offramp.models.photo import packages
 from offramp.models.shipped import PHOTO
+from offramp.photo import packages
 from offramp.serving.server.hf_options import CountPenalties
 from offramp.serving.server.service import Service
 from serving import NAME, asking, data_uri, messages, running, scene_examples, service_of, shipped

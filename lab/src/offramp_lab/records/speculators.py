@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from offramp.models.photo.packages import LANGUAGE, weights_file
+from offramp.photo.packages import LANGUAGE, weights_file
 from offramp.storage import cache_folder, write_atomic
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked

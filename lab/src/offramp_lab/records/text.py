@@ -34,8 +34,8 @@ from offramp.data.example import Example
 from offramp.engine.policy import MODES
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
-from offramp.models.photo.build import load_language
-from offramp.models.photo.packages import LANGUAGE, weights_file
+from offramp.photo.build import load_language
+from offramp.photo.packages import LANGUAGE, weights_file
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
 from offramp.runtimes.llama_cpp.prompt import Prompt

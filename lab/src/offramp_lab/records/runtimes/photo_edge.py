@@ -18,7 +18,7 @@ import torch
 
 from offramp.adapter import Adapter
 from offramp.models.backbone import Backbone
-from offramp.models.photo.packages import LANGUAGE, weights_file
+from offramp.photo.packages import LANGUAGE, weights_file
 from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp import ExportFormats, LlamaCppRuntime, slice_gguf
 from offramp.runtimes.llama_cpp.gguf_export import export_whole

@@ -7,12 +7,12 @@ from pathlib import Path
 from PIL import Image
 from safetensors import safe_open
 
-from offramp.models.photo.build import CARD, WEIGHTS
-from offramp.models.photo.packages import LANGUAGE, VISION
-from offramp.models.photo.tower import PhotoTowerConfig
+from offramp.photo.build import CARD, WEIGHTS
+from offramp.photo.packages import LANGUAGE, VISION
+from offramp.photo.tower import PhotoTowerConfig
 from offramp.storage import digest_file, read_json
 
-ROOT = Path(__file__).parents[3] / "photo-model"
+ROOT = Path(__file__).parents[2] / "photo-model"
 DATA = ROOT / "offramp_photo"
 
 

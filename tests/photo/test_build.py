@@ -7,16 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import photo
 import pytest
 import torch
 from PIL import Image
 
+import photo
 from offramp.errors import DataError, InputError
 from offramp.missing import install_command
 from offramp.models import shipped
-from offramp.models.photo import build, packages
-from offramp.models.photo.tower import WordDetector
+from offramp.photo import build, packages
+from offramp.photo.tower import WordDetector
 from offramp.storage import digest_file
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from offramp.errors import DataError, StorageError
-from offramp.models.photo import packages
+from offramp.photo import packages
 from offramp.storage import digest_file
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def wheel(folder: Path, content: bytes = b"weights") -> packages.BaseWeights:

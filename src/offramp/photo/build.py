@@ -16,8 +16,8 @@ from torch import Tensor
 
 from offramp.errors import DataError, InputError, OfframpError
 from offramp.missing import how_to_install
-from offramp.models.photo.packages import LANGUAGE, VISION, data_folder, weights_file
-from offramp.models.photo.tower import EfficientNetLite0, PhotoTowerConfig
+from offramp.photo.packages import LANGUAGE, VISION, data_folder, weights_file
+from offramp.photo.tower import EfficientNetLite0, PhotoTowerConfig
 from offramp.progress import progress_bar
 from offramp.storage import (
     atomic_folder,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import photo
 import pytest
 import torch
 
-from offramp.models.photo.tower import PhotoTower, WordDetector, WordTokens, _Conv
+import photo
+from offramp.photo.tower import PhotoTower, WordDetector, WordTokens, _Conv
 
 
 def test_padding_is_that_of_tensorflow() -> None:
