@@ -7,7 +7,7 @@ that works; a twin needs its hooks around itself, and an exit, which accelerate 
 like those of the layer that it stands before.
 
 *Tensor parallel* (transformers) and *FSDP2* (`torch.distributed.fsdp.fully_shard`) split each
-weight over processes: parameters are `DTensor`, which this file alone knows. Layers are called as
+weight over processes: parameters are `DTensor`. Layers are called as
 they are. What is copied from a layer is copied from its full tensors, which all processes must
 gather together.
 """
@@ -18,17 +18,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial, update_wrapper
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from offramp.errors import UnsupportedBackboneError
 
-T = TypeVar("T")
 _HOOKED = ("_hf_hook", "_old_forward", "forward")
 """What a hook leaves in a module, besides itself."""
 
@@ -139,7 +137,8 @@ def _together() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _is_fsdp(module: nn.Module) -> bool:
+def is_fsdp(module: nn.Module) -> bool:
+    """Return True if FSDP2 splits this module."""
     if not _together():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -147,7 +146,8 @@ def _is_fsdp(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def _is_split(tensor: Tensor | None) -> bool:
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Return True if this process holds a part of the tensor."""
     if not _together():
         return False
     from torch.distributed.tensor import DTensor
@@ -158,18 +158,18 @@ def _is_split(tensor: Tensor | None) -> bool:
 def is_split(module: nn.Module) -> bool:
     """Return True if processes hold parts of the module's weights."""
     return _together() and (
-        any(map(_is_split, module.parameters())) or any(map(_is_fsdp, module.modules()))
+        any(map(is_dtensor, module.parameters())) or any(map(is_fsdp, module.modules()))
     )
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor."""
-    return tensor.to_local() if _is_split(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered by all processes together; within `unread`, one to be filled."""
-    if not _is_split(tensor):
+    if not is_dtensor(tensor):
         return tensor
     if _unread.get():
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -198,7 +198,7 @@ def _whole(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     if module in made:
         return made[module]
     kind: Any = type(module)
-    own = kind.__mro__[2] if _is_fsdp(module) else kind  # after FSDP2's own two
+    own = kind.__mro__[2] if is_fsdp(module) else kind  # after FSDP2's own two
     whole: Any = object.__new__(own)
     made[module] = whole
     inside = dict(module.__dict__)
@@ -226,23 +226,23 @@ def keep_layers_alone_split(model: Any, layers: Sequence[nn.Module]) -> None:
     Raises:
         UnsupportedBackboneError: layers that are no units of FSDP2 of their own, beside others.
     """
-    if not any(map(_is_fsdp, model.modules())):
+    if not any(map(is_fsdp, model.modules())):
         return
-    units: list[Any] = [part for layer in layers for part in layer.modules() if _is_fsdp(part)]
-    if not all(map(_is_fsdp, layers)):
+    units: list[Any] = [part for layer in layers for part in layer.modules() if is_fsdp(part)]
+    if not all(map(is_fsdp, layers)):
         raise UnsupportedBackboneError(
             f"FSDP2 splits {type(model).__name__}, and its decoder layers are no units of it.",
             "Call fully_shard(layer) for each decoder layer, before any module around them.",
         )
     for part in model.modules():
-        if _is_fsdp(part):  # the outermost first, which may not be the first to run here
+        if is_fsdp(part):  # the outermost first, which may not be the first to run here
             part._get_fsdp_state()._lazy_init()
     for unit in units:
         unit.set_reshard_after_forward(True, recurse=False)
         unit.unshard()  # memory that is first taken in inference mode would be of no use beside it
         unit.reshard()
     for part in model.modules():
-        if _is_fsdp(part) and part not in units:
+        if is_fsdp(part) and part not in units:
             part.set_reshard_after_forward(False, recurse=False)
             part.set_reshard_after_backward(False, recurse=False)
             part.unshard()
@@ -250,86 +250,5 @@ def keep_layers_alone_split(model: Any, layers: Sequence[nn.Module]) -> None:
 
 def free(layer: Any) -> None:
     """Free what FSDP2 gathered for a call that was broken off."""
-    if _is_fsdp(layer):
+    if is_fsdp(layer):
         layer.reshard()
-
-
-@contextmanager
-def in_step(layers: Sequence[Any]) -> Iterator[None]:
-    """Around whole passes of the decoder, of which processes make different numbers: FSDP2 gathers
-    each layer with all of them, so those that are done gather on until every one is."""
-    units = [layer for layer in layers if _is_fsdp(layer)]
-    if not units:
-        yield
-        return
-
-    def working(count: int) -> int:
-        flag = torch.tensor(count, device=device_of(units[0]))
-        distributed.all_reduce(flag)
-        return int(flag)
-
-    hook = units[0].register_forward_pre_hook(lambda *_: working(1) and None, prepend=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-    while working(0):
-        for unit in units:
-            unit.unshard()
-            unit.reshard()
-
-
-@dataclass(frozen=True)
-class Share:
-    """A process's part of the data. Processes that split each layer's work read the same batches.
-
-    count, index: of how many parts it is which. group: the processes that have this part.
-    """
-
-    count: int = 1
-    index: int = 0
-    group: tuple[int, ...] = (0,)
-
-    @classmethod
-    def of(cls, model: nn.Module, processes: int, rank: int) -> Share:
-        """The share of process `rank` of `processes`."""
-        group = _tensor_group(model) or (rank,)
-        if len(group) == 1:
-            return cls(processes, rank, group)
-        groups = sorted(set(_all(group)))
-        return cls(len(groups), groups.index(group), group)
-
-    @property
-    def leads(self) -> bool:
-        """Return True if this process writes what the group's processes all have."""
-        return len(self.group) == 1 or distributed.get_rank() == self.group[0]
-
-    def of_group(self, value: T) -> list[T]:
-        """Return what each process of the group has."""
-        if len(self.group) == 1:
-            return [value]
-        everyone = _all(value)
-        return [everyone[rank] for rank in self.group]
-
-
-def of_all(model: nn.Module, value: T) -> list[T]:
-    """Return what each process has that holds a part of the model."""
-    return _all(value) if is_split(model) else [value]
-
-
-def _all(value: T) -> list[T]:
-    found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, value)
-    return found
-
-
-def _tensor_group(model: nn.Module) -> tuple[int, ...]:
-    """The processes that compute each layer together with this one; (): it computes alone."""
-    for parameter in model.parameters():
-        if _is_split(parameter):
-            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-            if mesh.ndim > 1 or any(map(_is_fsdp, model.modules())):  # those of FSDP2 hold weights
-                mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else None
-            if mesh is not None:
-                return tuple(mesh.mesh.flatten().tolist())
-    return ()

@@ -23,11 +23,11 @@ from offramp.engine.teacher_forcing import Answered
 from offramp.errors import DataError
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
-from offramp.models.sharding import Share, in_step
 from offramp.progress import progress
 from offramp.training.config import TrainConfig
 from offramp.training.feature_store import FeatureStore
 from offramp.training.labels import answers_of, labelled_examples
+from offramp.training.sharding import Share, in_step
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from offramp.engine.teacher_forcing import Answered, Batch, group, record
 from offramp.errors import InputError
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
-from offramp.models.sharding import Share, in_step, of_all
 from offramp.storage import digest_rows, write_atomic
 from offramp.training.config import CACHES
+from offramp.training.sharding import Share, in_step, of_all
 
 
 class FeatureStore:
