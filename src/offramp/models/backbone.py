@@ -99,6 +99,7 @@ class Backbone(OpenedModel):
         self._layout = found = self_check(self, example)
         self.softcap: float | None = found.softcap
         self.words: int | None = found.words
+        self.read_as: Mapping[int, int] = found.read_as
 
     @classmethod
     def of(cls, model: Backbone | nn.Module) -> Backbone:

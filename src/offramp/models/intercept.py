@@ -86,8 +86,17 @@ class InterceptedModel:
         self.backbone = backbone
         self.model: Any = root
         self.stack: Any = root.get_submodule(family.stack)
+        if backbone.read_as:
+            self.stack.register_forward_pre_hook(self._as_read, with_kwargs=True)
         if backbone.rope != LengthDependentRope():
             with_own_frequencies(root, family.stack)
+
+    def _as_read(
+        self, _: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Ids with which the stack is called, as the model would have read them."""
+        ids = kw.get("input_ids")
+        return args, kw if ids is None else {**kw, "input_ids": self.backbone.as_read(ids)}
 
     def remember_images(self, backbone: OpenedModel, memory: ImageMemory) -> None:
         """Ask `memory` before the vision tower. Raise `InputError` if the tower is not known."""

@@ -65,6 +65,8 @@ class OpenedModel:
 
     tower: StandIn | None = None
     """What stands in the vision tower's place; see `Backbone.with_vision` and `with_tower`."""
+    read_as: Mapping[int, int] = {}
+    """Ids that the model reads as others where an answer holds them, as those of images."""
 
     def __init__(self, model: nn.Module, example: Mapping[str, Any] | None = None) -> None:
         """Find the decoder, by the registry or by watching it run; see `Backbone`."""
@@ -222,6 +224,12 @@ class OpenedModel:
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The final norm, where the family has one."""
         return self.here(self.norm(hidden) if self.norm is not None else hidden)
+
+    def as_read(self, ids: Tensor) -> Tensor:
+        """Ids of an answer as the model's own forward pass reads them."""
+        for written, read in self.read_as.items():
+            ids = ids.masked_fill(ids == written, read)
+        return ids
 
     def here(self, tensor: Tensor) -> Tensor:
         """The tensor on `device`, from wherever its layer runs."""

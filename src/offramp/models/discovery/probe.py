@@ -15,14 +15,14 @@ LENGTH = 6
 
 def prompt_ids(model: Any) -> Tensor:
     """Ids [1, LENGTH] from the upper half of the vocabulary, none of them special."""
-    words, device = _words(model)
+    words, device = vocabulary(model)
     special = set(special_ids(model))
     spread = (i % words for i in range(words // 2, 4 * words, max(1, words // 2 // LENGTH)))
     free = [*islice((i for i in spread if i not in special), LENGTH)]
     return torch.tensor([free], device=device)
 
 
-def _words(model: Any) -> tuple[int, torch.device]:
+def vocabulary(model: Any) -> tuple[int, torch.device]:
     """How many ids the decoder knows, and where they go."""
     try:
         embedded = model.get_input_embeddings().weight

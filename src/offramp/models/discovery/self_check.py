@@ -12,8 +12,8 @@ What only decoding shows is left to `offramp.engine.self_check`, part 3.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.discovery.comparison import relative_difference
-from offramp.models.discovery.probe import accepts, encoder_states, prompt_ids, text_prompt
+from offramp.models.discovery.probe import (
+    accepts,
+    encoder_states,
+    prompt_ids,
+    special_ids,
+    text_prompt,
+    vocabulary,
+)
 from offramp.models.discovery.watch import first_tensor
 from offramp.models.intercept import InterceptedModel
 from offramp.models.opened import LayerCall, OpenedModel
@@ -42,8 +49,8 @@ class Layout:
     """Measurements of a decoder by the probe.
 
     width: of its states. vocabulary: of its logits. returns: for each layer, how many values it
-    returns; 0 where it returns the state alone. softcap, words: as of `OpenedModel`, where its
-    logits are the model's own.
+    returns; 0 where it returns the state alone. softcap, words, read_as: as of `OpenedModel`, where
+    its logits are the model's own.
     """
 
     width: int
@@ -51,6 +58,7 @@ class Layout:
     returns: tuple[int, ...]
     softcap: float | None
     words: int | None
+    read_as: Mapping[int, int] = field(default_factory=dict)
 
 
 class _Listener:
@@ -126,7 +134,68 @@ def _probed(backbone: OpenedModel, example: Mapping[str, Any] | None, *, whole: 
         for handle in handles:
             handle.remove()
     width, returns = int(listener.last.shape[-1]), tuple(listener.returns)
-    return Layout(width, words, returns, backbone.softcap, backbone.words)
+    read_as = _read_as(backbone, returns)
+    return Layout(width, words, returns, backbone.softcap, backbone.words, read_as)
+
+
+class _Entry:
+    """A handler that keeps what enters the first layer, and runs none."""
+
+    def __init__(self, backbone: OpenedModel, returns: Sequence[int]) -> None:
+        self._backbone, self._returns = backbone, returns
+        self.states: Tensor | None = None
+
+    def layer(self, call: LayerCall) -> Any:
+        if call.index == 0:
+            self.states = call.hidden
+        return self._backbone.handed_through(call, self._returns[call.index])
+
+
+def _read_as(backbone: OpenedModel, returns: Sequence[int]) -> dict[int, int]:
+    """Special ids that the model reads as others where they come alone, as in an answer.
+
+    Raises:
+        UnsupportedBackboneError: it reads one as no token's embedding.
+    """
+    if backbone.is_encoder_decoder:  # whose decoder is shown no image
+        return {}
+    words, device = vocabulary(backbone.model)
+    some = [i for i in special_ids(backbone.model) if 0 < i < words]
+    word = int(prompt_ids(backbone.model)[0, 0])
+    ids = torch.tensor([[word], [0], *([i] for i in some)], device=device)
+    ours, theirs = (_entered(backbone, returns, ids, whole=whole) for whole in (False, True))
+    if ours is None or theirs is None or not torch.equal(ours[0], theirs[0]):
+        return {}  # it enters otherwise in any case: part 3 judges
+    read_as = {}
+    for number, mine, its in zip(ids[:, 0].tolist(), ours, theirs, strict=True):
+        if torch.equal(mine, its):
+            continue
+        alike = next((i for i, row in enumerate(ours) if torch.equal(row, its)), None)
+        if alike is None:
+            raise UnsupportedBackboneError(
+                f"{type(backbone.model).__name__} reads token {number}, where an answer holds it, "
+                "as no token's embedding.",
+                "Its answers cannot be decoded with exits; please report its model_type.",
+            )
+        read_as[number] = int(ids[alike, 0])
+    return read_as
+
+
+def _entered(
+    backbone: OpenedModel, returns: Sequence[int], ids: Tensor, *, whole: bool
+) -> Tensor | None:
+    """What enters the first layer [n, 1, D] for ids [n, 1]; None where it is not reached. whole: by
+    the module that returns logits, else by the stack alone."""
+    entry = _Entry(backbone, returns)
+    intercepted = InterceptedModel(backbone, entry)
+    family = backbone.family
+    reader = intercepted.model.get_submodule(_around(family.stack, family.head))
+    try:
+        with torch.inference_mode():
+            (reader if whole else intercepted.stack)(input_ids=ids, use_cache=False)
+    except Exception:  # each model has its own way to refuse a prompt
+        pass
+    return entry.states
 
 
 def _around(stack: str, head: str) -> str:

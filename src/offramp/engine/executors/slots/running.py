@@ -136,7 +136,8 @@ class SlotRunner(SegmentRunner):
     def _given(self, call: Call, inputs: Tensor) -> Given:
         offset, first = self.held.at_front(call)
         encoder = (lambda: self._encoder_of(call)) if self.cache.cross else None
-        return Given(call, inputs, self.held.offsets, offset, encoder, first)
+        entering = inputs if self._running.start else self.backbone.as_read(inputs)
+        return Given(call, entering, self.held.offsets, offset, encoder, first)
 
     # -- by the stack ------------------------------------------------------------------------
 
