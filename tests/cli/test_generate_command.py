@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from adapters import trained as adapter_of
 from command_line import RunCommand, assert_two_lines
+from PIL import Image
 from smolvlm import save_smolvlm
 
 from offramp.cli import edge
 from offramp.cli.command_line import EDGE as edge_program
 from offramp.cli.command_line import build_parser
 from offramp.cli.commands import generate
+from offramp.data.image import open_rgb
 from offramp.errors import StorageError
 from offramp.loading import usual_prompt
 from offramp.models.backbone import Backbone
@@ -134,6 +136,32 @@ def test_a_prompt_without_an_image_is_answered_where_the_model_does(
     row = json.loads(out)
     assert code == 0 and row["image"] is None and len(row["steps"]) == 4
     assert_two_lines(run("generate", "--adapter", trained, *words), "without its image", "--image")
+
+
+def test_an_image_unlike_the_calibrated_ones_is_told_and_read_once_to_be_looked_at(
+    run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    noise, read = tmp_path / "noise.png", list[Path]()
+    Image.effect_noise((72, 72), 90).convert("RGB").save(noise)
+
+    def noted(image: Any, *more: Any, **how: Any) -> Any:
+        read.extend([image] if isinstance(image, Path) else [])
+        return open_rgb(image, *more, **how)
+
+    for module in ("image", "example"):
+        monkeypatch.setattr(f"offramp.data.{module}.open_rgb", noted)
+    assert run("generate", "tiny-opt", "--image", noise)[0] == 0
+    assert "is at most" in caplog.text and "unlike those calibrated" in caplog.text
+    assert len(read) == 2  # checked before the model is loaded, then answered
+
+
+def test_what_is_guaranteed_is_told_of_each_prompt(
+    run: RunCommand, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Caption:\nCaption:\nWrite a poem.\n\n"))
+    image = photos / "0.png"
+    assert run("generate", "tiny-opt", "--image", image, "--interactive")[0] == 0
+    assert caplog.text.count("is at most") == caplog.text.count("unlike the calibrated") == 1
 
 
 @pytest.mark.parametrize(("variable", "painted"), [(None, True), ("", True), ("1", False)])

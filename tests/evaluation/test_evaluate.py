@@ -263,6 +263,17 @@ def test_a_model_that_never_leaves_early_agrees_with_itself(tmp_path: Path) -> N
     assert compared["speedup"]["end_to_end"]["value"] > 0
 
 
+@pytest.mark.parametrize(
+    ("policy", "warned"),
+    [({}, True), ({"lossless": True}, True), ({"drafts": {2: 0.4}, "lossless": True}, False)],
+)
+def test_a_policy_by_which_every_layer_runs_is_warned_of(
+    policy: dict[str, Any], warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, model=adapter_of(OPT, None, **policy), items=items_of(1))
+    assert ("no token exits early" in caplog.text) == warned
+
+
 def test_lossless_answers_are_the_full_models(tmp_path: Path) -> None:
     result = run(tmp_path, model=adapter_of(OPT, 0.0, lossless=True))
     assert result["compared"]["agreement"]["value"] == 1

@@ -127,11 +127,6 @@ class ExitPolicy:
         return next((name for name in self.drafts if isinstance(name, str)), None)
 
     @property
-    def is_full(self) -> bool:
-        """Return True if every token is written at full depth, with no drafts but an exit's own."""
-        return not self.effective.thresholds and not (self.lossless and self.drafter)
-
-    @property
     def exit_in_prefill(self) -> bool:
         """Return True if an answer's first token may exit in a causal prompt, which then waits
         there."""

@@ -169,7 +169,7 @@ class _Answerer:
             )
         early = policy if policy is not None else adapter.policy if adapter else FULL
         self.policies = {"full": FULL, "early_exit": early}
-        if plan.mode != "full" and early.is_full:
+        if adapter and plan.mode != "full" and not adapter.spares_layers(early):
             log.warning("The policy has no thresholds, so no token exits early.")
         if plan.task == "dialogue" and early.shortlist:
             log.warning(

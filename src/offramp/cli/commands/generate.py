@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,26 +131,29 @@ def generate(arguments: argparse.Namespace) -> None:
 
         options["vision_cache"] = VisionCache()
     encoder = InputProcessor(adapter.backbone, processor)
-    if policy.thresholds and not policy.lossless:
-        _say_standing(adapter, runtime, encoder, policy, options, arguments)
+    early = bool(policy.thresholds) and not policy.lossless
+    stands = partial(_stands, adapter, runtime, encoder, policy, dict(options)) if early else None
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
-    for image, prompt, inputs in _questions(arguments, encoder):
+    said = ""
+    for name, image, prompt, inputs in _questions(arguments, encoder):
+        found = stands(prompt) if stands else None
+        if found and found.sentence != said:
+            said = found.sentence
+            log.info("%s", said)
         result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
-        _show(image, result, encoder, arguments)
-        if policy is adapter.policy and not policy.lossless:
-            _say_likeness(adapter, image, prompt, encoder, result)
+        _show(name, result, encoder, arguments)
+        if found and found.promise:
+            _say_likeness(adapter, image, prompt, result)
 
 
-def _say_standing(
-    adapter: Any, runtime: Any, encoder: Any, policy: Any, options: dict[str, Any],
-    arguments: argparse.Namespace,
-) -> None:  # fmt: skip
-    """Whether the adapter's guarantee holds of these answers and, if not, why."""
+def _stands(
+    adapter: Any, runtime: Any, encoder: Any, policy: Any, options: dict[str, Any], prompt: str
+) -> Any:
+    """What is guaranteed of the answer to a prompt about one image, or why nothing is."""
     from offramp.conditions import Conditions, of_processor
     from offramp.guarantee import standing
 
-    single = len(arguments.image) <= 1  # none of a language model
     here = Conditions.of(
         adapter.backbone,
         policy,
@@ -156,21 +161,18 @@ def _say_standing(
         exits=adapter.exits,
         sampling="sampled" if options["do_sample"] else "greedy",
         longest=options["max_new_tokens"],
-        prompts=[[arguments.prompt]] if single and not arguments.interactive else None,
+        prompts=[[prompt]],
         **of_processor(encoder.processor),
     )
-    if said := standing(adapter.calibration, here).sentence:
-        log.info("%s", said)
+    return standing(adapter.calibration, here)
 
 
-def _say_likeness(adapter: Any, image: Path | None, prompt: str, encoder: Any, result: Any) -> None:
-    """Say so where an image or its answer is unlike the calibrated ones."""
-    from offramp.data.image import open_rgb
+def _say_likeness(adapter: Any, image: Any, prompt: str, result: Any) -> None:
+    """Say so where an image, which is opened, or its answer is unlike the calibrated ones."""
     from offramp.likeness import is_unlike, look_of
 
-    likeness, look = adapter.likeness, None
-    if likeness.looks and image is not None:
-        look = look_of(open_rgb(image, str(image), smallest=encoder.smallest_side))
+    likeness = adapter.likeness
+    look = look_of(image) if likeness.looks and image is not None else None
     found = likeness.p_value(adapter.kind_of(prompt), result.scores[0].tolist(), look)
     if is_unlike(found):
         log.warning(
@@ -215,15 +217,17 @@ def _check_images(arguments: argparse.Namespace) -> None:
 
 def _questions(
     arguments: argparse.Namespace, encoder: Any
-) -> Iterator[tuple[Path | None, str, dict[str, Any]]]:
-    """The images and prompts and, for each, what `generate` takes."""
+) -> Iterator[tuple[Path | None, Any, str, dict[str, Any]]]:
+    """Files, their opened images, prompts and, for each, what `generate` takes."""
     from offramp.data.example import Example
 
     for prompt in _typed() if arguments.interactive else [arguments.prompt]:
-        for image in arguments.image:
-            yield image, prompt, encoder.prompts([Example(image, prompt, (), key=str(image))])
+        for name in arguments.image:
+            asked = Example(name, prompt, (), key=str(name))
+            asked = replace(asked, image=asked.open_image(encoder.smallest_side))
+            yield name, asked.image, prompt, encoder.prompts([asked])
         if not arguments.image:
-            yield None, prompt, encoder.text_prompt(prompt)
+            yield None, None, prompt, encoder.text_prompt(prompt)
 
 
 def _typed() -> Iterator[str]:
