@@ -25,7 +25,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
-from offramp.prompt_kinds import fits, kind_of, prompt_frames
+from offramp.prompt_kinds import FRAMES, OTHER, fits, kind_of, prompt_frames
 
 POLICY = ExitPolicy({2: 0.9})
 KNOWN: dict[str, Any] = {
@@ -198,6 +198,16 @@ def test_of_prompts_that_share_no_word_only_they_themselves_are_guaranteed(
     for other in (f"Write a poem{end}", end, f"what c{end}"):
         found = standing(then, here.under(prompts=[[other]]))
         assert found.why == "a prompt unlike the calibrated ones"
+
+
+def test_where_answers_tell_any_question_is_guaranteed_but_no_conversation(
+    here: Conditions,
+) -> None:
+    asked = [[f"word{number} of it"] for number in range(FRAMES + 1)]
+    then = calibration(here.under(prompts=asked, any_prompt=True))
+    assert standing(then, here.under(prompts=[["Who is that?"]])).promise is not None
+    found = standing(then, here.under(prompts=[[OTHER]]))
+    assert found.why == "a prompt unlike the calibrated ones"
 
 
 def test_prompts_of_which_one_begins_another_share_no_word() -> None:

@@ -229,6 +229,10 @@ class Likeness:
         kept = {kind: Kept.of(some) for kind, some in sorted(means.items())}
         return cls({kind: KindLikeness(some, enough.get(kind)) for kind, some in kept.items()})
 
+    def tells(self, kind: str) -> bool:
+        """Return True if enough answers to a kind of prompt were calibrated to call one unlike."""
+        return kind in self.kinds and self.kinds[kind].scores.can_call(UNLIKE)
+
     @property
     def looks(self) -> bool:
         """Return True if images are looked at."""

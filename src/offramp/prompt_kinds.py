@@ -9,7 +9,7 @@ FRAMES = 8
 """Kinds of prompts that are told apart by their first word; of more, all are one kind. No more are
 shown."""
 OTHER = "\0"
-"""Stands for what is asked in more turns than one, or about another number of images than one."""
+"""Stands for what no example asks: of several turns, images or none, or written otherwise."""
 
 
 def prompt_frames(prompts: Sequence[str]) -> list[list[str]]:

@@ -171,6 +171,19 @@ def test_what_was_measured_is_told_by_kind_of_prompt_and_may_be_promised_of_each
     assert promise is not None and ("for each kind of prompt" in promise.claim) == each
 
 
+def test_any_question_is_guaranteed_where_enough_answers_were_calibrated_to_call_one_unlike() -> (
+    None
+):
+    for n, told in ((40, None), (220, True)):
+        some = [
+            replace(example, prompt=f"word{number % 10} {number}")
+            for number, example in enumerate(fakes.examples(n))
+        ]
+        calibration = found(4, examples=some)
+        assert calibration.policy.thresholds
+        assert calibration.conditions.get("any_prompt") == told
+
+
 def test_a_kind_of_prompt_may_have_a_target_of_its_own() -> None:
     some, own = of_two_kinds(), {"Question": 0.55}
     result = found(4, examples=some, kind_targets=own, target=0.5)

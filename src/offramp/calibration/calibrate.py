@@ -338,7 +338,7 @@ def _conditions_of(
         sampling="sampled" if samples(encoder.backbone, options) else "greedy",
         longest=options.get("max_new_tokens"),
         prompts=frames,
-        any_prompt="" in likeness.kinds or None,
+        any_prompt=likeness.tells("") or None,
         **here,
     )
 

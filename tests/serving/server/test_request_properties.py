@@ -16,7 +16,6 @@ from offramp.serving.server.api.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
     asked_text,
-    single_question,
 )
 
 KINDS = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
@@ -56,6 +55,6 @@ def test_a_field_of_any_value_is_taken_or_refused_by_name(
         return
     assert name != "of tomorrow" or body[name] is None
     if isinstance(request, ChatRequest | CompletionRequest):
-        asked_text(request), single_question(request)
+        asked_text(request)
         assert request.n >= 1 and request.schema_of_answer is not False
     json.dumps(request.model_dump(), default=str)

@@ -17,7 +17,7 @@ from offramp.engine.decoding.sequence import Token
 from offramp.likeness import is_unlike
 from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.options import Generation
-from offramp.serving.server.api.protocol import ChatRequest, Sampling, single_question
+from offramp.serving.server.api.protocol import ChatRequest, Sampling
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
@@ -229,7 +229,7 @@ class Answering:
         written.reason = "stop" if stopped else "length"
         if written.likeness is None and done.early_exit and self.standing.promise is not None:
             scores = [token.score for token in done.tokens]
-            asked = single_question(self._request)
+            asked = self._service.prompter.question(self._request)
             written.likeness = self._service.how_like(asked, scores, self._look)
         mode = self._mode(done)
         first = choice.written.index % self._request.n == 0
@@ -344,7 +344,7 @@ def standing_of_request(
     if use.named != "early_exit":
         return NoPromise()
     return service.served.stands(
-        asked=single_question(request),
+        asked=service.prompter.question(request),
         longest=max(how.longest for how in hows),
         plain=all(how.plain for how in hows),
         thresholds=use.thresholds,

@@ -31,7 +31,6 @@ from offramp.serving.server.api.protocol import (
     Sampling,
     TokenizeRequest,
     asked_text,
-    single_question,
 )
 from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
@@ -195,7 +194,8 @@ def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str)
     def compare(inputs: Inputs, how: Generation, done: Completion | None) -> None:
         if not (how.plain and (done is None or done.early_exit)) or service.watcher is None:
             return
-        found = service.served.stands(asked=single_question(body), longest=how.longest)
+        asked = service.prompter.question(body)
+        found = service.served.stands(asked=asked, longest=how.longest)
         if service.watcher.promise is None or found.promise is not None:
             if done is None:
                 service.watcher.lost()

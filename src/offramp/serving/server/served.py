@@ -171,9 +171,8 @@ class Served(Protocol):
     ) -> GuaranteeStatus:
         """Return what is guaranteed of early answers; what is not given is not compared.
 
-        asked: the text of a request with one image and one turn, `OTHER` of one with more. longest:
-        tokens its answer may have. plain: whether it is decoded greedily, with no rule of its own.
-        thresholds: instead of the adapter's.
+        asked: of `Prompter.question`. longest: tokens its answer may have. plain: whether it is
+        decoded greedily, with no rule of its own. thresholds: instead of the adapter's.
         """
         ...
 

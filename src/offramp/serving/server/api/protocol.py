@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from offramp.engine.policy import Mode
-from offramp.prompt_kinds import OTHER
 
 
 class Strict(BaseModel):
@@ -326,18 +325,6 @@ def asked_text(request: Sampling) -> str:
         return "\n".join(p.text for p in request.messages[-1].parts if p.type == "text")
     assert isinstance(request, CompletionRequest)
     return str(request.prompts[0])
-
-
-def single_question(request: Sampling) -> str:
-    """Return what is asked about one image in one turn; `OTHER` of any other request."""
-    if isinstance(request, ChatRequest):
-        parts = [part for message in request.messages for part in message.parts]
-        images = sum(part.type == "image_url" for part in parts)
-        alone = len(request.messages) == 1 and request.messages[0].role == "user"
-        return asked_text(request) if alone and images == 1 else OTHER
-    assert isinstance(request, CompletionRequest)
-    one = len(request.prompts) == 1 and isinstance(request.prompts[0], str)
-    return asked_text(request) if one and len(request.images) == 1 else OTHER
 
 
 class TokenizeRequest(Strict):

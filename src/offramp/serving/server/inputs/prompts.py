@@ -9,7 +9,14 @@ from typing import Any
 from PIL import Image
 
 from offramp.errors import InputError, OfframpError
-from offramp.serving.server.api.protocol import Message
+from offramp.prompt_kinds import OTHER
+from offramp.serving.server.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    Sampling,
+    asked_text,
+)
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.served import Prompts, Served
@@ -111,6 +118,26 @@ class Prompter:
         except Exception as error:  # templates raise what they like for turns out of order
             said = f"The model's chat template refuses these messages: {error}"
             raise ApiError(400, said, param="messages", code="invalid_value") from error
+
+    def question(self, request: Sampling) -> str:
+        """Return what is asked about one image, where the model reads what it reads of an example
+        that asks it; `OTHER` of any other request: several turns or images, an image that does not
+        come first, or a text that no chat template wrote where there is one."""
+        images, written = 1, ""
+        if isinstance(request, ChatRequest):
+            images = sum(p.type == "image_url" for turn in request.messages for p in turn.parts)
+            if len(request.messages) == 1:
+                written = self.conversation_text(request.messages)
+        elif isinstance(request, CompletionRequest):
+            images = len(request.images)
+            if isinstance(request.prompts[0], str) and len(request.prompts) == 1:
+                written = self.processor.placed(request.prompts[0], images)
+        if images != 1 or not written:
+            return OTHER
+        asked = asked_text(request)
+        example = [{"type": "image"}, {"type": "text", "text": asked}]
+        alike = self.processor.conversation_text([{"role": "user", "content": example}])
+        return asked if written == alike else OTHER
 
     def _content(self, message: Message) -> list[dict[str, str]]:
         """A message's texts and images, in order. Where its text marks the place of each image, as
