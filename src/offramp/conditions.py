@@ -316,7 +316,7 @@ UNSAID = object()
 
 
 def _keeps_answers(compared: Compared) -> bool:
-    """Of what changes no answer of PyTorch in float32; docs/guarantee-conditions.md lists it, and
+    """Of what changes no answer of PyTorch in float32; docs/watch.md lists it, and
     tests try it. A runtime that rounds states to 8 bits lets a last bit grow."""
     if compared.equal:
         return True

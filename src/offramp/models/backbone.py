@@ -138,7 +138,7 @@ class Backbone(OpenedModel):
             processor's kernels, with states in bfloat16 (docs/quantisation.md).
         compile: whether single answers are decoded by compiled code (docs/torch-engines.md).
         vision: what runs the vision tower: "torch", "onnxruntime", "openvino", or, rounded,
-            "openvino-bf16" or "onnxruntime-int8" (docs/vision-towers.md).
+            "openvino-bf16" or "onnxruntime-int8" (docs/end-to-end.md).
         device: where the model is moved; None: it stays where it was loaded, as `device_map` says.
         example: as of `Backbone`; None: where it is needed, one is made of a grey picture by the
             processor that was saved beside the model.

@@ -19,21 +19,21 @@ def drafts() -> Table:
     rows = []
     for part, found in _parts():
         times = [times_with_range(found[way]) if way in found else "" for way in WAYS]
-        photographs = found["full"]["photographs"]
-        same = min(one["identical"] for one in found.values())
-        rows.append((part, f"{found['full']['speed']:.0f}", *times, f"{same} of {photographs}"))
-    titles = ("exits off, tokens/CPU s", *WAYS.values(), "answers the same")
+        tokens = f"{found[SHIPS]['tokens_a_round']:.2f}"
+        rows.append((part, f"{found['full']['speed']:.0f}", *times, tokens))
+    titles = ("exits off, tokens/CPU s", *WAYS.values(), "tokens a round, 5 drafts")
     return Table(("", *titles), rows)
 
 
-def right() -> Table:
+def same() -> str:
+    """The least number of answers that are the full model's, of all ways and engines."""
+    ways = [one for _, found in _parts() for one in found.values()]
+    return f"{min(one['identical'] for one in ways)} of {ways[0]['photographs']}"
+
+
+def acceptance(part: str) -> Callable[[], str]:
     """Acceptance of draft k, given that the drafts before it were accepted."""
-    rows = []
-    for part, found in _parts():
-        five = found[SHIPS]
-        told = (*five["acceptance"], five["tokens_a_round"])
-        rows.append((part, *(f"{figure:.2f}" for figure in told)))
-    return Table(("", *(f"draft {n}" for n in range(1, 6)), "tokens a round"), rows)
+    return lambda: ", ".join(f"{share:.2f}" for share in way(part)["acceptance"])
 
 
 def _parts() -> Iterator[tuple[str, dict[str, Value]]]:
@@ -52,8 +52,11 @@ def _times(part: str, name: str = SHIPS) -> Callable[[], str]:
     return lambda: f"{way(part, name)['times']:.2f}"
 
 
-TABLES: dict[str, MakeTable] = {"drafts": drafts, "drafts-right": right}
+TABLES: dict[str, MakeTable] = {"drafts": drafts}
 FIGURES: dict[str, Make] = {
+    "drafts-same": same,
+    "drafts-right": acceptance("pytorch float32"),
+    "drafts-right-q4_1": acceptance("llama.cpp q4_1"),
     "drafts-q4_1": _times("llama.cpp q4_1", "drafting, 4"),
     "drafts-iq4_nl": _times("llama.cpp iq4_nl", "drafting, 4"),
     "drafts-for-q4_1": _times("llama.cpp q4_1, exits for it", "drafting, 4"),

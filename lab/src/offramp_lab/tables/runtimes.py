@@ -147,21 +147,28 @@ def _photo_edge_same(name: str, *modes: str) -> Make:
     return least
 
 
-def families() -> Table:
-    """By decoder family, on tiny random models: how close, and how many answers are the same."""
+def _largest(measure: str, *prefixes: str, but: tuple[str, ...] = ()) -> Make:
+    """The largest difference of logits of decoder families, on tiny random models."""
+
+    def largest() -> str:
+        found = max(
+            row[measure]
+            for row in record("llama-families")["families"]
+            if row["family"].startswith(prefixes or "") and not row["family"].startswith(but)
+        )
+        return f"{found:.1e}" if found else "nothing"
+
+    return largest
+
+
+def _families_same() -> str:
+    """The least number of answers that are the same, of all families and modes."""
     found = record("llama-families")
-    of = found["prompts"]
-    return Table.of(
-        found["families"],
-        {
-            "decoder": "{family}",
-            "logits, from PyTorch's": "{away:.1e}",
-            "from an uncut file's": lambda row: "none" if not row["cut"] else f"{row['cut']:.1e}",
-            "answers the same": lambda row: f"{min(row[mode] for mode in _MODES)} of {of}",
-        },
-    )
+    least = min(row[mode] for row in found["families"] for mode in _MODES)
+    return f"{least} of {found['prompts']}"
 
 
+_GELU = ("Gemma", "PaliGemma")
 _MODES = ("full", "early_exit", "lossless")
 
 
@@ -175,10 +182,15 @@ TABLES: dict[str, MakeTable] = {
     "runtimes-kernels": kernels,
     "runtimes-torch": in_torch,
     "runtimes-identical": identical,
-    "runtimes-families": families,
     "runtimes-photo-edge": photo_edge,
 }
 FIGURES: dict[str, Make] = {
+    "families": lambda: str(len(record("llama-families")["families"])),
+    "families-away": _largest("away", but=_GELU),
+    "families-away-gelu": _largest("away", *_GELU),
+    "families-cut": _largest("cut", but=("PaliGemma",)),
+    "families-cut-paligemma": _largest("cut", "PaliGemma"),
+    "families-same": _families_same,
     "runtimes-photo-lossless": _photo_edge_same("as_full", "lossless"),
     "runtimes-photo-pytorch": _photo_edge_same("as_with_its_embeddings", *_MODES),
 }
