@@ -80,33 +80,20 @@ def _as_full(entry: Value) -> str:
     return f"{entry['as_full']} of {len(entry['each']['tokens'].split())}"
 
 
+def same_captions(engine: str, mode: str) -> Make:
+    """How many captions are full depth's."""
+    return lambda: _as_full(_entry(engine, mode))
+
+
+def rouge_of(engine: str, mode: str) -> Make:
+    """How far ROUGE-L is from full depth's, with the interval of the difference."""
+    return lambda: _drop("ROUGE_L")(_entry(engine, mode))
+
+
 def _decodes_apart(engine: str, mode: str) -> bool:
     """Whether prompt and decoding are calls of their own: losslessly llama.cpp verifies the first
     drafts in the prompt's."""
     return mode != LOSSLESS or engine not in (F16, Q8)
-
-
-def decoding() -> Table:
-    """What follows the first token, by engine and mode."""
-    rows = [
-        entry
-        for engine in (PLAIN, Q8)
-        for mode in (SHORT, STATIC, EARLY, ROUGE, LOSSLESS)
-        if _decodes_apart(engine, mode)
-        for entry in [_entry(engine, mode)]
-    ]
-    return Table.of(
-        rows,
-        {
-            "engine": _engine,
-            "mode": _mode,
-            "decoding, of full depth": _ratio("decoding_over_full"),
-            "of full depth with the shortlist": _ratio("decoding_over_full_shortlist"),
-            "as full depth": _as_full,
-            "CIDEr, of full depth": _drop("CIDEr"),
-            "ROUGE-L, of full depth": _drop("ROUGE_L"),
-        },
-    )
 
 
 def whole() -> Table:
@@ -116,7 +103,7 @@ def whole() -> Table:
         {
             "engine": _engine,
             "mode": _mode,
-            **{stage: f"{{milliseconds[{stage}]:.1f}}" for stage in record("end_to_end")["stages"]},
+            **_stages(),
             "ms": "{whole_milliseconds:.1f}",
             "of llama.cpp's fastest": _ratio("over_fastest"),
             "of full depth": _ratio("over_full"),
@@ -125,26 +112,20 @@ def whole() -> Table:
     )
 
 
+def _stages() -> dict[str, Callable[[Value], str]]:
+    """Milliseconds by column; what comes before the decoder is one."""
+    first, *others = ("picture", "tower", "entry"), ("prompt",), ("decoding",)
+    columns = {"before the decoder": first, **{name[0]: name for name in others}}
+    return {
+        title: lambda entry, names=names: f"{sum(entry['milliseconds'][n] for n in names):.1f}"
+        for title, names in columns.items()
+    }
+
+
 def _shown(entry: Value) -> bool:
     """Of q8_0 every mode, of others those that answer and what they are compared with."""
     few = (FULL, EARLY, LOSSLESS) if entry["engine"] == PLAIN else (EARLY, LOSSLESS)
     return entry["engine"] not in (PLAIN, PACKED, F16) or entry["mode"] in few
-
-
-def rivals() -> Table:
-    """llama.cpp alone by number format."""
-    rows = [_entry(f"llama.cpp {formats}", FULL) for formats in ("q8_0", "iq4_nl", "q4_0")]
-    return Table.of(
-        rows,
-        {
-            "llama.cpp alone": _engine,
-            "prompt, ms": "{milliseconds[prompt]:.0f}",
-            "decoding, ms": "{milliseconds[decoding]:.0f}",
-            "whole, ms": "{whole_milliseconds:.0f}",
-            "CIDEr": _score("CIDEr"),
-            "CIDEr, of PyTorch at full depth": _drop("CIDEr"),
-        },
-    )
 
 
 def questions() -> Table:
@@ -335,10 +316,8 @@ def same_answers(mode: str) -> Make:
 
 
 TABLES: dict[str, MakeTable] = {
-    "photo-decoding": decoding,
     "photo-factors": in_factors,
     "end-to-end": whole,
-    "end-to-end-rivals": rivals,
     "end-to-end-questions": questions,
     "end-to-end-together": together,
     "five-layers": five_layers,
@@ -355,6 +334,12 @@ FIGURES: dict[str, Make] = {
     "five-same-early": same_answers(EARLY),
     "five-same-static": same_answers(STATIC),
     "five-same-student": same_answers("student"),
+    "photo-same": same_captions(PLAIN, EARLY),
+    "photo-same-rouge": same_captions(PLAIN, ROUGE),
+    "photo-same-static": same_captions(PLAIN, STATIC),
+    "photo-rouge": rouge_of(PLAIN, EARLY),
+    "photo-rouge-rouge": rouge_of(PLAIN, ROUGE),
+    "photo-rouge-static": rouge_of(PLAIN, STATIC),
     "photo-cider": cider_of(PLAIN, EARLY),
     "photo-cider-q8_0": cider_of(Q8, EARLY),
     "photo-cider-rouge": cider_of(PLAIN, ROUGE),
