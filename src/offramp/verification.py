@@ -348,7 +348,7 @@ class Verification:
         noted: Sequence[_Largest],
         place: int,
     ) -> _Row:
-        """What exits and the full model say behind each prefix of an answer, where every layer and
+        """What exits and the full model say after each prefix of an answer, where every layer and
         every exit runs for every token, one by one."""
         backbone, exits, ids = self.backbone, self.adapter.exits, answers[place].ids
         depths = tuple(policy.thresholds)

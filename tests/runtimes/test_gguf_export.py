@@ -91,7 +91,7 @@ def test_other_decoders_are_refused(name: str, backbone: Any) -> None:
     [
         ("qwen2-vl", {"hidden_act": "gelu"}, "activation 'gelu'"),
         ("gemma3", {"use_bidirectional_attention": True}, "always looks ahead"),
-        ("blip2-opt", {"do_layer_norm_before": False}, "norms behind"),
+        ("blip2-opt", {"do_layer_norm_before": False}, "norms after"),
         ("internvl-experts", {"norm_topk_prob": False}, "add up to one"),
         ("qwen2.5-vl", {"layer_types": ["sliding_attention"] * 6}, "sliding windows"),
         ("gemma3", {"layer_types": ["chunked_attention"] * 8}, "chunked_attention"),

@@ -33,7 +33,7 @@ class Costs:
     check: the rest of a check: norm, head, score, and the transfer of its verdict.
     score: the score of given logits; part of `check`.
     token: everything that is neither layers nor head: embedding, masks, Python.
-    reenter: a call of the layers behind an exit, besides these: entering the decoder in the middle,
+    reenter: a call of the layers after an exit, besides these: entering the decoder in the middle,
         for a token that did not exit and those pending there.
     """
 
@@ -108,7 +108,7 @@ def token_seconds(
     """Seconds of decoding sequences whose depths are known, and so which states are pending when.
 
     depths: [A, N] (or [N]) depths of the decoded tokens of A sequences, each decoded on its own, 0
-        behind its end. The first token of an answer comes out of the prefill: leave it out.
+        after its end. The first token of an answer comes out of the prefill: leave it out.
     exits: depths of the exits that are on; a token meets every one up to where it exits.
 
     Returns [A] (or a scalar array).

@@ -1,6 +1,6 @@
 """Would exits pay on a model, before any is trained: from the model's own answers to some prompts.
 
-A stand-in takes the trained exit's place. An exit starts as a copy of the layer behind it, so what
+A stand-in takes the trained exit's place. An exit starts as a copy of the layer after it, so what
 an untrained one gives is the state one layer deeper; a kernel ridge regression maps that, and the
 mean of these states so far in the answer, to which an exit attends, to the final layer's features,
 in closed form. It is fitted on three quarters of the answers and judged on

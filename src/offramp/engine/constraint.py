@@ -85,7 +85,7 @@ class _Answer:
         self._fresh, self._matcher = fresh, fresh.deep_copy()
         self._prompt, self._ends, self._marks = prompt, ends, marks
         self._written: list[int] = []
-        self._allowed: Tensor | None = None  # [V of the tokenizer], behind what is written
+        self._allowed: Tensor | None = None  # [V of the tokenizer], after what is written
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [1, V] in which -inf is what may not come.
@@ -113,7 +113,7 @@ class _Answer:
         return made
 
     def _behind(self, answer: list[int]) -> Tensor:
-        """Which tokens may come behind an answer [V] that has not ended."""
+        """Which tokens may come after an answer [V] that has not ended."""
         same = 0
         for one, other in zip(self._written, answer, strict=False):
             if one != other:
@@ -201,7 +201,7 @@ def _no_schema(said: str) -> InputError:
 
 def _said(matcher: Any) -> str:
     """Why a matcher cannot go on; nothing where no token can come next."""
-    said = _one_line(matcher.get_error().partition("<state>")[0])  # behind it: for its developers
+    said = _one_line(matcher.get_error().partition("<state>")[0])  # after it: for its developers
     return "" if said == "NoExtensionBias" else said
 
 

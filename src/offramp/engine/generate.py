@@ -199,7 +199,7 @@ def write_answers(
 
 
 def _cut(together: StopTogether, row: int, answer: Sequence[Token]) -> list[Token]:
-    """A row's answer as long as the others; what came behind its own end counts at no depth."""
+    """A row's answer as long as the others; what came after its own end counts at no depth."""
     length, end = min(len(answer), together.length), together.ended.get(row, len(answer))
     return [
         token if place < end else Token(token.token, 0)

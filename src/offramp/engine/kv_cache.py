@@ -1,4 +1,4 @@
-"""Keys and values of one generation: Hugging Face's cache, with entries of the exits behind it.
+"""Keys and values of one generation: Hugging Face's cache, with entries of the exits after it.
 
 Every entry has a length of its own, so that layers which early exits skipped may lag behind. What
 Hugging Face asks of a cache as a whole (lengths, masks) it reads from the first entry of each kind:
@@ -42,7 +42,7 @@ def self_attention(cache: Any) -> Any:
 
 
 def add_exit_entries(cache: Any, depths: Sequence[int], layers: int = 0) -> None:
-    """Give the exits at `depths` entries of their own, behind those of the layers, kind for kind.
+    """Give the exits at `depths` entries of their own, after those of the layers, kind for kind.
 
     layers: L of the backbone.
 

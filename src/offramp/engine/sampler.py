@@ -40,7 +40,7 @@ class Constraint(Protocol):
     """Rules that follow each row's answer by themselves."""
 
     def of_row(self, prompt: int, ends: Set[int]) -> Any:
-        """A logits processor of one row's answer, which stands behind `prompt` tokens and which any
+        """A logits processor of one row's answer, which stands after `prompt` tokens and which any
         of the tokens `ends` ends."""
         ...
 
@@ -233,7 +233,7 @@ class Sampler:
         return self.ids[0].tolist()
 
     def choose(self, logits: Tensor, before: Sequence[int]) -> int:
-        """The token behind the answer's tokens `before`, out of raw logits [1, V]."""
+        """The token after the answer's tokens `before`, out of raw logits [1, V]."""
         # A copy: a processor may write into what it is given.
         scores = self._processed(self._processors, logits, before)
         if self._observer is not None:
@@ -244,7 +244,7 @@ class Sampler:
         return self._noise.choose(self._lane, len(before), scores)
 
     def constrain(self, logits: Tensor, before: Sequence[int]) -> Tensor:
-        """Logits [1, V] of what may come behind `before`, which an exit's score is about: by the
+        """Logits [1, V] of what may come after `before`, which an exit's score is about: by the
         processors that say what may come (minimum length, repetition penalty, the user's own),
         without the warpers that only shape sampling (temperature, top-k, top-p, ...)."""
         return self._processed(self._hard, logits, before) if self._hard else logits

@@ -140,7 +140,7 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
     final = final[:, -1:].clone()
     answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
-    # Pads marked: behind a short answer to a long prompt, positions may not reach that far.
+    # Pads marked: after a short answer to a long prompt, positions may not reach that far.
     answer_kw = prefill.extend(ids.shape[1] - 1, mask[:, :-1])
     if ids.shape[1] > 1:
         intercepted.stack(input_ids=ids[:, :-1], **answer_kw)

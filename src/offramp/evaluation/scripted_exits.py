@@ -30,7 +30,7 @@ class Script:
     looks at them.
 
     leave: [N, B]; whether the token at each position (0 is the one out of the prefill) exits;
-        behind the plan none does.
+        after the plan none does.
     says: [N] tokens that the exit is to say at these positions (batch 1), or None for its own;
         with a shortlist, their places in it.
     score: the real score, whose time is paid.

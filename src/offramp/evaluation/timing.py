@@ -182,7 +182,7 @@ def speedup_interval(slow: Timing, fast: Timing) -> tuple[float, float] | None:
 
 
 def stock_generate_fn(backbone: Backbone, **options: Any) -> GenerateFn:
-    """HF's own `generate`, untouched. Rows of a batch come one behind the other."""
+    """HF's own `generate`, untouched. Rows of a batch come one after the other."""
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
         with torch.inference_mode():

@@ -3,7 +3,7 @@
 An exit at depth d takes the state after d decoder layers and gives an estimate of the state after
 all of them. It is built like the layer that would have run next, so it takes that layer's mask,
 positions and cross-attention as they come, in any family, and its own keys and values live in the
-same cache, behind the backbone's (entries L, L+1, ...). Untrained it is a copy of that layer.
+same cache, after the backbone's (entries L, L+1, ...). Untrained it is a copy of that layer.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class DraftInput(nn.Module):
 
     The embedding is of the token just written, the state what the same layer made of the one before
     it, so no layer below runs. Two inputs joined for the next draft are EAGLE's (Li et al. 2024);
-    that the layer behind them is the exit's own, and stays as it is, is not.
+    that the layer after them is the exit's own, and stays as it is, is not.
     """
 
     def __init__(self, embedded: int, width: int) -> None:

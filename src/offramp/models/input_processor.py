@@ -17,7 +17,7 @@ from offramp.models.kept_texts import KeptTexts
 
 # Processors that put the image tokens in themselves.
 _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")
-# What a processor adds behind the text it is given, by the start of its class name.
+# What a processor adds after the text it is given, by the start of its class name.
 _ADDS_BEHIND = {"PaliGemma": "\n"}
 
 

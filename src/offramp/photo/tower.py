@@ -2,7 +2,7 @@
 
 The network is that of the published TensorFlow weights (EfficientNet, Tan and Le 2019; the lite
 variant has no squeeze-and-excite and ReLU6 for swish). What LLaVA reads as visual tokens are those
-of the neck and, behind them, the embeddings of the words that a detector on the same features is
+of the neck and, after them, the embeddings of the words that a detector on the same features is
 surest of (words as input to a caption model: Fang et al. 2015; You et al. 2016). So language model,
 serving and export see a LLaVA with so many visual tokens, and nothing else. Importing this module
 registers the tower with `AutoConfig` and `AutoModel`, which loading a built folder needs.

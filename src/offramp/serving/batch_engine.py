@@ -34,7 +34,7 @@ class BatchEngine(Engine):
     `SerialCore`, which answers one by one. processor: turns examples into inputs; not needed where
     inputs are submitted. queue: requests that may wait beside those in slots. workers: threads that
     open images, run the processor and, one at a time, the vision tower. on_round: called in the
-    engine's thread after every round, or token of a `SerialCore`, behind what it told its requests.
+    engine's thread after every round, or token of a `SerialCore`, after what it told its requests.
     vision_cache: instead of one of 256 MiB; a `SerialCore` has its own. more: as of `EngineCore`.
 
     Raises:

@@ -59,7 +59,7 @@ class Engine:
     """A running engine; close it, or use it as a context manager.
 
     core: makes the rounds. queue: requests that may wait beside those in slots. workers: threads
-    that prepare inputs. on_round: called in the engine's thread after every round, behind what it
+    that prepare inputs. on_round: called in the engine's thread after every round, after what it
     told its requests.
     """
 
@@ -196,7 +196,7 @@ class Engine:
 
     def _take_place(self, wait: bool) -> None:
         """Raise `BusyError` where the queue has none, unless one is waited for; a callback cannot,
-        for places come free behind it."""
+        for places come free after it."""
         if wait and not self._is_mine:
             self._changed.wait_for(lambda: self._closed or self.waiting < self.queue)
         if self._failed is not None:
@@ -224,7 +224,7 @@ class Engine:
             unwanted = self._dropped or handle.unwanted
             if not unwanted:
                 self._ahead.add(handle)
-                self._changed.notify_all()  # who came behind it is next
+                self._changed.notify_all()  # who came after it is next
         try:
             if not unwanted:
                 handle.request = replace(handle.request, inputs=prepare(handle.request))

@@ -28,7 +28,7 @@ class _Reached(Exception):
 
 
 class _LastTower(RememberedTower):
-    """A tower behind which nothing runs."""
+    """A tower after which nothing runs."""
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         super().__call__(*args, **kw)

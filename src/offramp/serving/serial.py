@@ -32,7 +32,7 @@ class SerialCore(Jobs):
 
     model: an adapter, a backbone, or a runtime. policy: of requests that name none; None: the
     adapter's. limit: tokens of a prompt and its answer. vision_cache, prefix_cache: as of
-    `generate`; runtimes know no prefixes. clock: returns seconds. between: called behind each token
+    `generate`; runtimes know no prefixes. clock: returns seconds. between: called after each token
     of an answer.
 
     tokens: how many were settled in answers that are over.

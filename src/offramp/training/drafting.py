@@ -113,7 +113,7 @@ class _Unrolled:
         return self.backbone.skipped_layer_output(call)
 
     def _unroll(self, call: LayerCall, keys: Tensor, values: Tensor) -> None:
-        """Every place drafts at once: the k-th draft from a place stands k columns behind it, so a
+        """Every place drafts at once: the k-th draft from a place stands k columns after it, so a
         query sees the true keys up to its place and its own drafts' alone."""
         rollout, made = self.made[call.index], self.exits.draft_input(call.index)
         assert made is not None

@@ -501,7 +501,7 @@ class Trainer:
             yield None
             return
         trim_history(self.out, self.progress)
-        # Steps behind the last checkpoint are done again, so that only those before it matter.
+        # Steps after the last checkpoint are done again, so that only those before it matter.
         with JsonlLog(self.out / HISTORY, synced=False) as self._log:
             yield self._log
 

@@ -93,7 +93,7 @@ def _watched(model: Any, example: Mapping[str, Any] | None) -> Watch:
 
 
 def _inside(stack: str, path: str) -> str:
-    """`path` from the stack on; from the model, behind a dot, where it lies elsewhere."""
+    """`path` from the stack on; from the model, after a dot, where it lies elsewhere."""
     return path[len(stack) + 1 :] if stack and path.startswith(f"{stack}.") else f".{path}"
 
 

@@ -211,7 +211,7 @@ def _around(stack: str, head: str) -> str:
 def _run(model: Any, reader: Any, example: Mapping[str, Any] | None) -> None:
     """Run the module that returns logits on a prompt without an image, else the model on `example`.
 
-    Ways to feed a decoder, likelier ones first: as text, as text behind states that an encoder
+    Ways to feed a decoder, likelier ones first: as text, as text after states that an encoder
     might have made, and by the whole model's `generate`.
     """
     failure: Exception | None = None

@@ -124,7 +124,7 @@ class Sampler:
         return logits
 
     def choose(self, logits: Array, ids: Ids | None, before: Sequence[int]) -> int:
-        """The token behind `before`, of `allowed` logits [S]."""
+        """The token after `before`, of `allowed` logits [S]."""
         if self._noted is not None:
             self._noted.note(len(before), logits, ids)
         sampling = self._sampling

@@ -106,7 +106,7 @@ class RowPrograms:
         return self._read(end - first)
 
     def states(self, segment: int, first: int, end: int) -> ExitOutput | Tensor:
-        """Return what the last call made of these columns, until the next: of the exit behind a
+        """Return what the last call made of these columns, until the next: of the exit after a
         segment, or final-normed states [n, D]."""
         out = self._out[: end - first]
         if segment in (FULL, len(self.depths)):

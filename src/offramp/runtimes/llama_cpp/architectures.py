@@ -75,7 +75,7 @@ def _misfits(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
         yield from _unfit_attention(backbone, architecture)
         yield from _unfit_positions(backbone, architecture)
     elif not config.do_layer_norm_before or not config.enable_bias:
-        yield "norms behind its layers, or no biases"
+        yield "norms after its layers, or no biases"
     elif not config.layer_norm_elementwise_affine:
         yield "norms without weights"
     if architecture.experts and not getattr(config, "norm_topk_prob", True):
@@ -214,7 +214,7 @@ def settings(
     """The architecture's metadata in a file, by key without its name.
 
     layers: of the decoder, those in the file; an exit's is the one that it stands before.
-    deepstack: behind how many of them visual features are added.
+    deepstack: after how many of them visual features are added.
     """
     config, scale = backbone.text_config, architecture.state_scale
     yield "context_length", int(config.max_position_embeddings)

@@ -87,7 +87,7 @@ class SegmentChain:
         """sizes: of calls where tokens share one: above the first exit, or with other sequences'.
 
         A prompt goes in as many rows at a time as a segment reads, unless it is short, and shares
-        a call with what waits behind it.
+        a call with what waits after it.
         """
         self.segments = segments
         self.sizes = sizes
@@ -154,7 +154,7 @@ class SegmentChain:
     ) -> tuple[States, Array]:
         """Run what is pending before the exit at `place` up to and through it, where it waits on.
 
-        new: states [m, D] behind what is pending. Returns the states [n, D] that entered the exit,
+        new: states [m, D] after what is pending. Returns the states [n, D] that entered the exit,
         and logits [outputs, S] of the last.
         """
         if new is not None:
@@ -169,7 +169,7 @@ class SegmentChain:
         """`advance` several sequences, in calls that they share as far as that changes no bit; at
         the last place, to the end.
 
-        outputs: by slot. new: the same. Returns states and logits by slot; behind the last segment
+        outputs: by slot. new: the same. Returns states and logits by slot; after the last segment
         there are no states.
         """
         for slot, states in (new or {}).items():

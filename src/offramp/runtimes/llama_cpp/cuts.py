@@ -21,7 +21,7 @@ from offramp.storage import atomic_folder, digest_file, write_json
 
 @dataclass(frozen=True)
 class Cut:
-    """One file: the decoder's layers [start, stop), and behind them the exit at `depth`; None: in
+    """One file: the decoder's layers [start, stop), and after them the exit at `depth`; None: in
     the whole model's last, no exit."""
 
     start: int

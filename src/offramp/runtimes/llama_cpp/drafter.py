@@ -32,7 +32,7 @@ _NAMES = ("embedding_norm.weight", "state_norm.weight", "embedding.weight", "sta
 class ChainDrafter:
     """Drafts for each slot of a chain.
 
-    depth: of the exit. segment: its layer and the head of what it can say, tapped behind the layer.
+    depth: of the exit. segment: its layer and the head of what it can say, tapped after the layer.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ChainDrafter:
             self._wanted.add(slot)
 
     def take(self, slot: int, states: States) -> None:
-        """States [n, D] of tokens behind those before, as they enter the exit."""
+        """States [n, D] of tokens after those before, as they enter the exit."""
         if slot in self._wanted:
             self._chain.run(states, None, slot)
 

@@ -96,7 +96,7 @@ def _features(
     if not architecture.deepstack or not added:
         return None
     masks = arguments["visual_pos_masks"].cpu()
-    where, first = masks[row], int(masks[:row].sum())  # they stand behind those of rows before
+    where, first = masks[row], int(masks[:row].sum())  # they stand after those of rows before
     own = slice(first, first + int(where.sum()))
     features = torch.zeros(len(states), len(added), states.shape[1])
     for layer, feature in enumerate(added):

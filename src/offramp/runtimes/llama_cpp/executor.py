@@ -137,7 +137,7 @@ class ChainExecutor:
     ) -> Mapping[int, ChainOutput]:
         """Run what is pending from the chain's exit at `start` through the one at `place`; by slot.
 
-        outputs: how many of the last tokens of each there will be logits of. new: states behind
+        outputs: how many of the last tokens of each there will be logits of. new: states after
         what is pending at `start`.
         """
         for between in range(start, place):

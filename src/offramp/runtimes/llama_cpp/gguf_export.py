@@ -142,7 +142,7 @@ def _write(
     exit: nn.Module | None = None,
     rows: Tensor | None = None,
 ) -> None:
-    """Write one segment. about: metadata by key. exit: behind the cut's layers; None: there is
+    """Write one segment. about: metadata by key. exit: after the cut's layers; None: there is
     none. rows: token ids [S] of the head's rows; None: all."""
     added = max(0, min(cut.stop, features_of(backbone)) - cut.start)
     with new_file(file, graph.name) as out:

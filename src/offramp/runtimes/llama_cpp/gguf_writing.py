@@ -67,7 +67,7 @@ def add_array(out: Any, name: str, array: Array, kind: str) -> None:
 
 
 def rounded(array: Array, kind: str) -> Array:
-    """Return what a tensor [..., N] is behind `add_array`, as floats."""
+    """Return what a tensor [..., N] is after `add_array`, as floats."""
     data, number = _quantised(array, kind)
     return np.asarray(import_gguf().quants.dequantize(data, number), np.float32)
 

@@ -67,7 +67,7 @@ class Architecture:
     rope_factors: the graph takes a table of frequency factors.
     sections: rotary positions have the axes time, height and width.
     experts: the feed-forward part is a mixture of experts.
-    deepstack: visual features are added behind the first layers.
+    deepstack: visual features are added after the first layers.
     ahead: prompts may hold parts whose tokens see each other, ahead too.
     windows: layers may look back through a window. always_windows: the graph asks for one.
     query: the tensor that makes up for the scale of attention scores, which llama.cpp computes by

@@ -31,7 +31,7 @@ PROOFS = 2
 _PLAIN = {"max_new_tokens", "do_sample", "num_beams"}
 CRITERIA = "stopping_criteria"
 _OWN = (MaxLengthCriteria, EosTokenCriteria)
-"""Those that Hugging Face makes; what a request brings stands behind them, or in their place."""
+"""Those that Hugging Face makes; what a request brings stands after them, or in their place."""
 
 
 @dataclass
@@ -123,7 +123,7 @@ class KeptPrompts:
 def _with_criteria(
     prepared: Prepared, more: Sequence[Any], *, without: Sequence[Any] = ()
 ) -> Prepared:
-    """What was prepared, with `more` stopping criteria behind its own, and `without` some."""
+    """What was prepared, with `more` stopping criteria after its own, and `without` some."""
     kept = [it for it in prepared.criteria if all(it is not other for other in without)]
     return replace(prepared, criteria=StoppingCriteriaList([*kept, *more]))
 

@@ -147,7 +147,7 @@ class Projector:
         return int(self._lib.mtmd_input_chunk_get_n_tokens(chunk))
 
     def length(self, chunk: Any) -> int:
-        """Return by how much positions behind a part are larger than those before it."""
+        """Return by how much positions after a part are larger than those before it."""
         return int(self._lib.mtmd_input_chunk_get_n_pos(chunk))
 
     def words(self, chunk: Any) -> list[int]:

@@ -19,7 +19,7 @@ class Prompt:
     """Rows that enter a decoder.
 
     states: [T, D]. positions: [4, T] (time, height, width, and time once more), where the decoder
-    has such; None: from 0 on. features: [T, layers, D], what is added to the states behind the
+    has such; None: from 0 on. features: [T, layers, D], what is added to the states after the
     first layers; None: nothing. ahead: spans [start, stop) whose rows see each other, in order;
     all other rows see what stands before them.
     """
@@ -32,7 +32,7 @@ class Prompt:
     def table(self, axes: int, rows: int) -> Positions:
         """Positions [axes, rows] of the prompt and of what follows it.
 
-        After an image text goes on behind its largest position.
+        After an image text goes on after its largest position.
         """
         table = np.empty((axes, rows), dtype=np.int32)
         length = 0 if self.positions is None else self.positions.shape[1]

@@ -191,7 +191,7 @@ class Segment:
     def feed(
         self, states: States, outputs: int, idle: int = 0, *, ahead: bool = False, slot: int = 0
     ) -> None:
-        """Run the layers over `states` [n, D], which stand behind what was fed before.
+        """Run the layers over `states` [n, D], which stand after what was fed before.
 
         n: at most `at_once`. idle: how many of the last rows only fill the call and are
         forgotten again. outputs: of how many of those before them there will be logits. ahead: the
@@ -202,7 +202,7 @@ class Segment:
     def feed_together(self, parts: Sequence[Part]) -> None:
         """The same over rows of text of several sequences in one call, as many of each.
 
-        parts: of slots one behind the other, ascending: llama.cpp takes no others at once. Taps and
+        parts: of slots one after the other, ascending: llama.cpp takes no others at once. Taps and
         logits come in that order, taps of idle rows too.
         """
         self._run(parts, False)
@@ -257,7 +257,7 @@ class Segment:
         sure: float,
         slot: int = 0,
     ) -> list[int]:
-        """Return what the loop says behind a sequence, by number; its rows are forgotten again.
+        """Return what the loop says after a sequence, by number; its rows are forgotten again.
 
         word, state: what enters the layer first [D], and the tapped state before it. ends: whether
         a word ends an answer [S]. most, sure: as of `DraftRoom`.
@@ -310,7 +310,7 @@ class Segment:
         self._context = self.model = None
 
     def _tapped_tensor(self, layer: int | None) -> str | None:
-        """Its name: of what the layer hands on, with the features that are added behind it."""
+        """Its name: of what the layer hands on, with the features that are added after it."""
         if layer is None:
             return None
         return f"deepstack_out-{layer}" if layer < self.features else f"l_out-{layer}"

@@ -54,7 +54,7 @@ class Kind:
     names that llama.cpp's converter reads or writes. inputs: what the model is given of a picture
     [3, H, W], and pictures: of which pictures a call of its tower is. standing: what the tower
     returns in whose place their rows [T, 1 + features, D] are known, so that the model hands them
-    on, through an empty projector where there is one. projector: the module behind the tower; None:
+    on, through an empty projector where there is one. projector: the module after the tower; None:
     it is part of it.
     """
 
@@ -96,7 +96,7 @@ def _activation(name: str) -> dict[str, Any]:
 def _llava_tensors(config: Any, key: str, tensor: Tensor) -> Named:
     if key.startswith("vision_tower."):
         for name, part in _of_vision(key, tensor):
-            if "post_layernorm" not in name:  # behind the layer that is read
+            if "post_layernorm" not in name:  # after the layer that is read
                 yield name, part
     elif key.startswith("multi_modal_projector."):
         _, linear, kind = key.split(".")

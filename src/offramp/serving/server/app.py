@@ -90,7 +90,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        """Write on behind texts as they are, or token ids; `images` is an extension."""
+        """Continue texts as they are, or token ids; `images` is an extension."""
         check_model(service, body.model)
         prompter, asked = service.prompter, body.prompts
         urls = prompter.check_images(body.images)

@@ -27,7 +27,7 @@ class CountPenalties:
 
     def __init__(self, presence: float, frequency: float) -> None:
         self._presence, self._frequency = presence, frequency
-        self._prompt: int | None = None  # the first call has nothing behind it
+        self._prompt: int | None = None  # the first call has nothing after it
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         if self._prompt is None:
@@ -78,7 +78,7 @@ def generation(
     """The options for the answer number `choice` to a prompt.
 
     model: whose generation configuration fills what the request leaves out. prompt: its
-    tokens. room: tokens left behind them. constraint: which tokens may come.
+    tokens. room: tokens left after them. constraint: which tokens may come.
     """
     defaults = model.generation_config
     usual = getattr(defaults, "max_new_tokens", None) or config.default_tokens

@@ -134,7 +134,7 @@ class Served(Protocol):
         ...
 
     def room(self, tokens: int) -> int:
-        """Return the tokens of the longest answer that fits behind a prompt of so many."""
+        """Return the tokens of the longest answer that fits after a prompt of so many."""
         ...
 
     def generation(
@@ -149,7 +149,7 @@ class Served(Protocol):
     ) -> Generation:
         """Return how the answer number `choice` to a prompt is generated.
 
-        prompt: its tokens. room: tokens left behind them. constraint: of `constraint`; None: none.
+        prompt: its tokens. room: tokens left after them. constraint: of `constraint`; None: none.
         """
         ...
 

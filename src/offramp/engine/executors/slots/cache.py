@@ -3,7 +3,7 @@
 A *slot* holds one row, a *column* one token of it. Every row writes at columns of its own, and
 all layers share them: the shallow ones, the deep ones that lag behind, and the exits' own entries.
 So rollback and eviction change integers that the caller keeps, and nothing is cropped or moved.
-What stands behind a row's last column is finite and masked.
+What stands after a row's last column is finite and masked.
 
 Hugging Face's attention modules write and read through the cache's `update`, so stacks run
 unmodified; what a call writes and reads is said by its `SlotCall`.

@@ -112,7 +112,7 @@ class Stage:
         if not all(c.hidden is entered or torch.equal(c.hidden, entered) for c in calls):
             raise CannotRehearseError("what the stack does between its layers")
         if not torch.equal(out, self.backbone.final_norm(entered)):
-            raise CannotRehearseError("what the stack does behind its layers")
+            raise CannotRehearseError("what the stack does after its layers")
         return _Run(calls, None if noted is None else noted.entered)
 
 
@@ -255,7 +255,7 @@ def _masked(rule: MaskRule) -> Callable[[Given], Any]:
     def made(given: Given) -> Any:
         call = given.call
         if rule.causal and call.beside is not None and call.shape[1] == 1:
-            return None  # one query, and no key behind it
+            return None  # one query, and no key after it
         return rule.mask(call.queries, call.width)
 
     return made

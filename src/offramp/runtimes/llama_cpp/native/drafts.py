@@ -46,7 +46,7 @@ class DraftLoop:
         of_states: States,
         state_scale: float,
     ) -> None:
-        """library: with llama.cpp's functions. context: of the layer, `tap` behind it. of_words:
+        """library: with llama.cpp's functions. context: of the layer, `tap` after it. of_words:
         what each word that it can say adds to what enters it [S, D]. of_states: what the numbers of
         a normed state do [D, D], a row for each. state_scale: how many times as large the tap's
         states are as the model's."""

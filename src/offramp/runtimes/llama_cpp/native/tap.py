@@ -40,7 +40,7 @@ class Tap:
     """The rows of one tensor, as the last call computed them.
 
     callback, user_data: what a llama.cpp context takes as `cb_eval`; the tap must outlive it.
-    stop: end the call once the rows are there: nothing behind them in the graph is computed.
+    stop: end the call once the rows are there: nothing after them in the graph is computed.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ def seed_of(request: Sampling, choice: int) -> int | None:
 
 
 def longest_answer(asked: int | None, room: int, prompt: int, usual: int) -> int:
-    """Tokens of the longest answer, where the slot has `room` left behind the prompt.
+    """Tokens of the longest answer, where the slot has `room` left after the prompt.
 
     Raises:
         ApiError: the prompt, or the prompt and what was asked for, does not fit.

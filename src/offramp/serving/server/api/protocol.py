@@ -239,7 +239,7 @@ class Sampling(Strict):
         if options and options.thresholds and options.mode not in (None, "early_exit"):
             raise ValueError("offramp.thresholds are for offramp.mode 'early_exit'")
         if self.ignore_eos and self.schema_of_answer is not None:
-            raise ValueError("ignore_eos writes on behind the end of a response_format's JSON")
+            raise ValueError("ignore_eos writes on after the end of a response_format's JSON")
         return self
 
     @property

@@ -13,7 +13,7 @@ _WINDOW = 16
 
 class TextStream:
     """One answer's text, token by token. Its pieces together are the decoded answer, without
-    special tokens, outer spaces, and what stands behind the first of the strings `stops`.
+    special tokens, outer spaces, and what stands after the first of the strings `stops`.
     exact: without the tokenizer's own clean-up, which moves spaces before marks."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, exact: bool = False) -> None:
@@ -93,7 +93,7 @@ class StopStrings:
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._longest = max(map(len, stops))
-        self._prompt: int | None = None  # the first call has one token behind it
+        self._prompt: int | None = None  # the first call has one token after it
 
     def found(self, answer: Sequence[int]) -> bool:
         """Return True if the end of the answer's tokens holds one of the strings."""
