@@ -50,7 +50,7 @@ NO_THRESHOLDS = (
 
 
 def _by_engine(calibration: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
-    """A calibration by the name of its engine; nothing of one that does not say it."""
+    """A calibration by the name of its engine; {} where it names none."""
     engine = Conditions.of_calibration(calibration).get("engine")
     return {} if calibration is None or engine is None else {engine: calibration}
 
@@ -156,7 +156,7 @@ class CalledAsModel:
     def _write(
         self, inputs: Mapping[str, Any], policy: ExitPolicy, **options: Any
     ) -> GenerationOutput:
-        """The answers to what a processor returned."""
+        """Write the answers to a processor's output."""
         raise NotImplementedError
 
 
@@ -235,7 +235,7 @@ class Adapter(CalledAsModel, Records):
         return generate(self.backbone, inputs, planned=partial(self.plan, policy), **options)
 
     def plan(self, policy: ExitPolicy | None = None) -> Plan:
-        """Return what answers by a policy, or its own, are written by.
+        """Return the plan by which answers under a policy, or the adapter's own, are written.
 
         The newest `PLANS` are kept, as long as backbone and exits are what they were
         (`offramp.engine.stamp`).
@@ -293,8 +293,8 @@ class Adapter(CalledAsModel, Records):
     def chosen_policy(
         self, mode: str | None, policy: ExitPolicy | None, exit_policy: ExitPolicy | None
     ) -> ExitPolicy:
-        """Return what `generate` goes by. Raise `InputError` where both policies are given, or none
-        is."""
+        """Return the policy of a call. Raise `InputError` where both policies are given, or neither
+        is one."""
         if policy is not None and exit_policy is not None:
             raise InputError("policy and exit_policy were both given.", "Give one of them.")
         given = exit_policy if policy is None else policy

@@ -125,7 +125,7 @@ def answers_to(
     confidence: bool = False,
     **options: Any,
 ) -> list[Answer]:
-    """The same for processor output in batches."""
+    """Return the answers to processor output, in batches."""
     answers: list[Answer] = []
     for inputs in batches:
         noted = _Confidence()
@@ -151,7 +151,7 @@ def answers_of(result: GenerationOutput, encoder: InputProcessor) -> list[Answer
 
 
 def _tokens(result: GenerationOutput) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Ids and depths of each row, padding left out; it stands after the tokens."""
+    """Ids and depths of each row, without the padding after them."""
     for ids, depths in zip(result.new_tokens, result.depths, strict=True):
         live = depths > 0
         yield tuple(ids[live].tolist()), tuple(depths[live].tolist())

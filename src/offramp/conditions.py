@@ -199,7 +199,7 @@ def _pixels(look: Any) -> dict[str, Any] | None:
 
 
 def _tokens_digest(tokenizer: Any) -> str | None:
-    """The text shows what a tokenizer puts before and after it, such as a first token."""
+    """The digest of a tokenizer: its vocabulary, and what it puts around a text."""
     if not hasattr(tokenizer, "get_vocab"):
         return None
     tried = None
@@ -256,7 +256,7 @@ def _tensors_digest(modules: nn.Module) -> str:
 
 
 def _state(modules: nn.Module) -> dict[str, Any]:
-    """Of each parameter how often it was written to, and of each layer of PEFT what is active."""
+    """The version of each parameter, and the active adapters of each PEFT layer."""
     state: dict[str, Any] = {}
     for name, parameter in modules.named_parameters():
         state[name] = None if parameter.is_inference() else parameter._version
@@ -268,7 +268,7 @@ def _state(modules: nn.Module) -> dict[str, Any]:
 
 
 def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Weights that are laid out otherwise have other names, and are the same numbers."""
+    """Whether weights are the same numbers: laid out otherwise, they have other names."""
     adapters = {name for name in {*before, *now} if name.startswith("adapters of ")}
     if any(before.get(name) != now.get(name) for name in adapters):
         return False
@@ -327,14 +327,15 @@ def _keeps_answers(compared: Compared) -> bool:
 
 
 def _longest(compared: Compared) -> bool:
-    """Of a shorter answer fewer differ from the full model's; of other risks that is not known."""
+    """Whether answers are no longer than calibrated: shorter ones differ less often. Other risks
+    may not fall with the length."""
     before, now = compared.before, compared.now
     shorter = before is not None and now < before and compared.risk == "disagreement"
     return bool(before == now or shorter)
 
 
 def _same_settings(compared: Compared) -> bool:
-    """Of those that both say: another version of a library may say more."""
+    """Whether the settings that both name are equal: another library version may name more."""
     before, now = compared.before, compared.now
     return all(before[name] == now[name] for name in before if name in now)
 

@@ -74,7 +74,7 @@ def watched(calibration: Mapping[str, Any] | None, promise: Promise) -> Promise 
 
 
 def kinds_words(kinds: Sequence[str]) -> str:
-    """Names of kinds for people."""
+    """Return the names of kinds of prompts, for people."""
     return " and ".join(repr(kind) if kind else "any other" for kind in kinds)
 
 
@@ -154,7 +154,7 @@ def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> Guarant
 
 
 def shown_conditions(calibration: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """A calibration's conditions in words, by name."""
+    """Return a calibration's conditions in words, by name."""
     then = Conditions.of_calibration(calibration)
     known = ((name, value) for name, value in then.items() if value is not None)
     return [(name.replace("_", " "), shown(name, value)) for name, value in known]

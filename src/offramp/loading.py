@@ -49,12 +49,12 @@ class Loaded:
 
     @cached_property
     def encoder(self) -> InputProcessor:
-        """Turns images and prompts into what the model takes."""
+        """Return the processor of images and prompts."""
         return InputProcessor(self.adapter.backbone, self.processor)
 
     @property
     def longest(self) -> int:
-        """Tokens of an answer, at most, where a caller says nothing."""
+        """The most tokens of an answer, where a caller names no limit."""
         return usual_length(self.adapter, LONGEST)
 
     def answer(
@@ -238,7 +238,7 @@ def open_model(
 
 
 def _template_of(file: Path) -> str:
-    """A template's text; read before a model is, which takes longer."""
+    """The text of a template file, read before the model, which takes longer."""
     try:
         return file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -298,7 +298,7 @@ class Verification:
         return _row(self.adapter.generate(self._inputs[place], policy=policy, **self._options))
 
     def _batched(self, rows: int, policy: ExitPolicy) -> list[_Row]:
-        """The answers again, so many rows at a time; the first prompts again where some lack."""
+        """Answers in batches of so many rows; the first prompts fill up the last batch."""
         n, made = len(self.examples), list[_Row]()
         for start in range(0, n, rows):
             chunk = [self.examples[(start + i) % n] for i in range(rows)]

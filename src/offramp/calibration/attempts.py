@@ -87,14 +87,14 @@ class ImageRows:
         return replace(self, rows=rows, parts=kept) if rows else None
 
     def at(self, start: int) -> ImageRows:
-        """The same with rows that follow each other from `start` on."""
+        """Return the same image with its rows from `start` on."""
         place = {row: start + i for i, row in enumerate(self.rows)}
         parts = tuple(tuple(place[row] for row in part) for part in self.parts)
         return replace(self, rows=tuple(place.values()), parts=parts)
 
     @property
     def name(self) -> str:
-        """The image with its questions: with others it is not the same draw."""
+        """The name of the image with its questions: with others it is another draw."""
         return f"{self.image}:{self.asked}"
 
     @property

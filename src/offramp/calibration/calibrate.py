@@ -378,7 +378,7 @@ def _counted(
 def _policy_of(
     policy: ExitPolicy, first: float | str | None, adapter: Adapter, encoder: InputProcessor
 ) -> ExitPolicy:
-    """What is calibrated. Raise `InputError` for a first token that cannot have a threshold."""
+    """The policy to calibrate. Raise `InputError` where first tokens cannot have a threshold."""
     if first is None:
         return resolved(policy, encoder.backbone)
     is_share = isinstance(first, int | float) and 0 <= first <= 1
@@ -400,7 +400,7 @@ def _policy_of(
 def _attempt(
     trial: _Trial, calibration: Calibration, asked: str, settings: dict[str, Any]
 ) -> Attempt:
-    """What is kept of an attempt."""
+    """The attempt as it is stored."""
     searched = settings.get("first") == AUTO
     own = {"first": Thresholds(trial.tested.policy.first or {}).to_json()} if searched else {}
     outcome: dict[str, Any] = {
@@ -584,7 +584,7 @@ def _within_reach(trial: _Trial, asked: Guarantee) -> bool:
 
 
 def _out_of_reach(trial: _Trial, asked: Guarantee) -> dict[str, Any]:
-    """How many are needed, and the reason in words."""
+    """The number of images needed, and the reason in words."""
     drawn = "groups" if grouped(trial.images) else "images"
     needed = samples_needed(asked.target, trial.level, asked.method)
     reason = (
@@ -733,7 +733,7 @@ def _chosen(policy: ExitPolicy, point: Point | None) -> ExitPolicy:
 def _too_little(
     safest: Point, n: int, asked: Guarantee, needed: int | None, drawn: str = "images"
 ) -> str:
-    """drawn: what the n are that were tested."""
+    """The reason in words: too few images. drawn: the name of the n units tested."""
     measured = (
         f"At the safest thresholds the risk by {asked.unit} is {safest.risk:.4f} on {n} {drawn}"
     )

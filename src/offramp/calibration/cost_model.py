@@ -69,7 +69,7 @@ class Costs:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Costs:
-        """The costs that `to_json` wrote."""
+        """Return the costs that `to_json` wrote."""
         names = {f.name for f in fields(cls)}
         older = ("leave", "gate", "store")  # parts that earlier versions timed
         value = {n: v for n, v in value.items() if n not in older}

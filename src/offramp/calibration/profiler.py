@@ -181,7 +181,7 @@ def _round(
     hook: float,
     shortlist: bool,
 ) -> Round:
-    """Tokens of one round, by kind."""
+    """The number of tokens of one round, by kind."""
 
     rows = len(inputs["input_ids"])
 

@@ -117,7 +117,7 @@ def _usage(parser: Parser) -> str:
 
 
 def _common_options(parser: Parser, *, result: bool) -> None:
-    """What every command takes."""
+    """Add the options of every command."""
     group = parser.add_argument_group("every command")
     if result:
         group.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -273,7 +273,7 @@ def filled(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 
 def _parser_of(cls: type, field: Field[Any]) -> Callable[[str], Any]:
-    """What reads a field's value from text."""
+    """The parser of a field's value."""
     said, hint = field.metadata, _hints(cls)[field.name]
     if (choices := said.get("choices")) is not None:
         return named(choices)
@@ -495,7 +495,7 @@ def asked_again(arguments: argparse.Namespace, *names: str) -> str:
 
 
 def one_again(arguments: argparse.Namespace) -> str:
-    """The same of one answer, which has no question to put into a template."""
+    """Return the options for one answer, which has no template."""
     names = ASKED[1:] if "{" in (arguments.prompt or "") else ASKED
     return f"{asked_again(arguments, *LOADED)} --image dog.jpg{asked_again(arguments, *names)}"
 

@@ -29,7 +29,7 @@ def prepare_output() -> None:
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """A line of the result, or, with another `end`, a part of one.
+    """Print a line of the result, or, with another `end`, a part of one.
 
     Raises:
         StorageError: stdout is closed or full. BrokenPipeError: its reader has gone.
@@ -46,7 +46,7 @@ def print_text(text: str, end: str = "\n") -> None:
 
 
 def print_json(value: Any) -> None:
-    """A result as one line of JSON; as ASCII where stdout is not Unicode."""
+    """Print a result as one line of JSON, in ASCII where stdout is not Unicode."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = json.dumps(value, ensure_ascii=not encoding.lower().startswith("utf"))
     # What is no letter, such as half of a surrogate pair or what a terminal obeys, is written as
@@ -105,7 +105,7 @@ def few(lines: Sequence[str], most: int) -> list[str]:
 
 
 def tell(text: str) -> None:
-    """A line for the user, on stderr; lost where that is closed or full."""
+    """Print a line for the user on stderr; it is lost where that is closed or full."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 

@@ -125,7 +125,7 @@ def sampled(content: Any, depth: int = 2) -> Any:
 
 
 def _rank(row: Any) -> str:
-    """Of a row, by the image that it names."""
+    """The rank of a row, by the image that it names."""
     names = ("image_id", "imageId", "id", "filename")
     image = next((str(row[name]) for name in names if has(row, name)), repr(row)[:200])
     return rank_of(SEED, image)

@@ -198,7 +198,7 @@ def _row_examples(row: Row, prompts: _Prompts, group_by: str) -> Iterator[Exampl
 
 
 def _turns(row: Row, prompts: _Prompts) -> list[Turn]:
-    """One turn, or one a round of a dialogue."""
+    """The turns of a row: one, or one for each round of a dialogue."""
     forms = [form for form, names in _FORMS.items() if row.has(names)]
     if len(forms) > 1:
         row.fail(f"has both {forms[0]!r} and {forms[1]!r}", "Keep one of them in each row.")
@@ -220,7 +220,7 @@ def _turns(row: Row, prompts: _Prompts) -> list[Turn]:
 
 
 def _rounds(row: Row, prompts: _Prompts) -> list[Turn]:
-    """Each round's prompt has the rounds before it, with their first answers."""
+    """The rounds of a dialogue; each prompt holds the rounds before, with their first answers."""
     dialogue = row.fields["dialogue"]
     if not isinstance(dialogue, list) or not dialogue:
         row.fail_as_wrong("dialogue", dialogue, "a list of rounds")

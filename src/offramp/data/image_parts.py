@@ -241,7 +241,7 @@ _POINTERS = (34665, 34853, 40965)
 
 
 def _check_tiff(content: bytes) -> None:
-    """Its tags declare no more than the file holds, as tags that do not overlap cannot."""
+    """Raise `TooCostly` where a TIFF's tags declare more bytes than the file has."""
     order = "<" if content.startswith(b"II") else ">"
     big = content[2:4] in (b"+\0", b"\0+")
     begin = _number(content, order, 8 if big else 4, 8 if big else 4)

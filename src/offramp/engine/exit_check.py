@@ -123,7 +123,7 @@ class ExitCheck:
 
     @cached_property
     def logits(self) -> Tensor:
-        """[B, V], without constraints: the loop puts them on once, whatever depth they are from."""
+        """Logits [B, V] of the whole vocabulary, before the constraints of the row."""
         ids = self.scorer.shortlist
         if ids is None:
             return self.own_logits
@@ -147,7 +147,7 @@ class ExitCheck:
 
     @cached_property
     def score(self) -> Tensor:
-        """[B], in [0, 1]."""
+        """The confidence score [B], in [0, 1]."""
         return self.scorer.score(self)
 
 
@@ -195,7 +195,7 @@ def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | N
 
 
 def _score_of(policy: ExitPolicy) -> Callable[[ExitCheck], Tensor]:
-    """The score of a name, looked up at each call: it may be registered anew."""
+    """Return the policy's score, looked up by name at each call: it may be registered anew."""
     name = policy.score
 
     def score(check: ExitCheck) -> Tensor:

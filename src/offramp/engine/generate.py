@@ -199,7 +199,7 @@ def write_answers(
 
 
 def _cut(together: StopTogether, row: int, answer: Sequence[Token]) -> list[Token]:
-    """A row's answer as long as the others; what came after its own end counts at no depth."""
+    """A row's answer, as long as the others; tokens after its own end get depth 0."""
     length, end = min(len(answer), together.length), together.ended.get(row, len(answer))
     return [
         token if place < end else Token(token.token, 0)
@@ -229,17 +229,17 @@ class _Streamed:
         streamer.put(ids.cpu())
 
     def take(self, row: int, place: int, token: int, depth: int, score: float) -> None:
-        """A row's next token."""
+        """Take a row's next token."""
         self._waiting[row].append((token, depth, score))
         self._hand_on()
 
     def over(self, row: int) -> None:
-        """A row has given out its last token."""
+        """Note that a row has given out its last token."""
         self._over.add(row)
         self._hand_on()
 
     def end(self) -> None:
-        """All rows are over."""
+        """Note that all rows are over."""
         self._over.update(range(self._rows))
         self._hand_on()
         self._streamer.end()

@@ -44,7 +44,7 @@ class ExitHeads:
         self._scripted = exits is not None and exits.score is not None
 
     def computing(self) -> torch.inference_mode:
-        """Without gradients."""
+        """Return a context without gradients."""
         return torch.inference_mode()
 
     def verdicts(
@@ -118,11 +118,11 @@ class ExitHeads:
         return chosen
 
     def words(self, final: Tensor) -> Word:
-        """Return what the full model says after final-normed states [n, D]."""
+        """Return the function that picks tokens from final-normed states [n, D]."""
         return self.of_logits(self.logits(final))
 
     def of_logits(self, logits: Tensor) -> Word:
-        """Return what raw logits [n, V] say."""
+        """Return the function that picks tokens from raw logits [n, V]."""
         largest: list[int] = logits.argmax(-1).tolist()
 
         def word(place: int, query: Query) -> int:

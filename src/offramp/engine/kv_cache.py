@@ -37,7 +37,7 @@ def cache_parameter(stack: Any) -> str:
 
 
 def self_attention(cache: Any) -> Any:
-    """The part of the decoder's own tokens; in an encoder-decoder, beside that of the encoder's."""
+    """Return the self-attention part of a cache: all of it, or an encoder-decoder's own part."""
     return getattr(cache, "self_attention_cache", cache)
 
 
@@ -209,7 +209,7 @@ def store_exit_keys(cache: Any, exits: ExitSet | Exits, call: LayerCall) -> None
 
 
 def repeat_rows(kw: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The stack's arguments for one row, for many; the cache is copied, not shared."""
+    """Return the stack's arguments for one row, repeated for many; the cache is copied."""
     many: dict[str, Any] = {}
     for name, value in kw.items():
         if name in CACHE_NAMES:

@@ -44,7 +44,7 @@ class Thresholds(dict[int, float]):
 
     @classmethod
     def shared(cls, depths: Sequence[int], value: float) -> Thresholds:
-        """The same number at each of `depths`."""
+        """Return the same number at each of `depths`."""
         return cls(dict.fromkeys(depths, value))
 
     @classmethod
@@ -134,7 +134,7 @@ class ExitPolicy:
 
     @property
     def effective(self) -> ExitPolicy:
-        """Return what runs: lossless by `drafts`, where there are any."""
+        """Return the thresholds in use: in lossless mode those of `drafts`, where there are any."""
         if not (self.lossless and self.drafts):
             return self
         return replace(self, thresholds={} if self.drafter else self.drafts)

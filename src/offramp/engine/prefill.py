@@ -57,7 +57,7 @@ class Prepared:
 
     @property
     def most(self) -> int:
-        """New tokens of its longest answer; 1 where no criterion says."""
+        """The most new tokens of an answer; 1 where no criterion says."""
         longest = self.criteria.max_length
         return 1 if longest is None else max(1, longest - self.ids.shape[1])
 
@@ -215,7 +215,7 @@ class Prefill:
         return kw
 
     def of_row(self, row: int) -> Prefill:
-        """The same for one of several rows."""
+        """Return the prefill of one of several rows."""
         made = copy.copy(self)
         rows = len(self.logits)
         made.logits = self.logits[row : row + 1]
@@ -327,7 +327,7 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
 
 
 def check_options(wanted: Callable[[str], Any], *, own: bool = False) -> None:
-    """Refuse what the loop does not do, rather than ignore it.
+    """Refuse options that early exits do not support, rather than ignore them.
 
     own: whether the model's own generation configuration says what is wanted, not the caller.
     """

@@ -76,7 +76,7 @@ class _Kept:
         return int(same.long().cumprod(0).sum())
 
     def outdated(self, weights: Weights) -> bool:
-        """Whether one of its modules computes other keys today."""
+        """Whether one of its modules has changed since, so that its keys are other ones."""
         return any(weights.get(it, version) != version for it, version in self.weights.items())
 
 
@@ -185,7 +185,7 @@ class Served:
         )
 
     def _shorten(self, _: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
-        """Before the stack's first call: the prompt."""
+        """Shorten the stack's first call, on the prompt, by what is kept."""
         self._hook.remove()
         embeds, mask = kw.get("inputs_embeds"), kw.get("attention_mask")
         if embeds is None or not can_shorten(kw, self._run.cache, self._run.backbone):
@@ -225,7 +225,7 @@ class Served:
         ]
 
     def leave(self) -> None:
-        """Stand there no longer, whether the stack was called or not."""
+        """Take the hook off the stack, whether it was called or not."""
         self._hook.remove()
 
     def end(self) -> None:

@@ -89,7 +89,7 @@ class SeededNoise:
         return int((scores[0] + noise.to(scores.device)).argmax())
 
     def settled(self, row: int, place: int) -> None:
-        """Nothing is kept of a place."""
+        """Do nothing: this noise keeps no state."""
 
 
 class PyTorchNoise:
@@ -142,7 +142,7 @@ def _check_finite(number: Tensor) -> None:
 
 @cache
 def _one_of(ends: frozenset[int]) -> Callable[[int], bool]:
-    """Return what tells end tokens: the same for the same ones."""
+    """Return a function that tells end tokens; the same object for the same tokens."""
     return ends.__contains__
 
 
@@ -164,12 +164,12 @@ class StopTogether:
         return None if ends or len(prepared.ids) == 1 else cls(len(prepared.ids))
 
     def end(self, row: int, tokens: int) -> None:
-        """A criterion ended a row when it had so many tokens."""
+        """Note that a criterion ended a row at so many tokens."""
         self.ended.setdefault(row, tokens)
 
     @property
     def length(self) -> float:
-        """Tokens of all of them; not known before the last has ended."""
+        """The number of tokens of all rows, known once the last has ended."""
         return max(self.ended.values()) if len(self.ended) == self._rows else math.inf
 
 
@@ -297,7 +297,7 @@ class Sampler:
         return over
 
     def _with(self, tokens: Sequence[int]) -> Tensor:
-        """Prompt and answer [1, T]."""
+        """The prompt and the answer as ids [1, T]."""
         if not len(tokens):
             return self.ids
         more = torch.tensor([list(tokens)], dtype=self.ids.dtype, device=self.ids.device)

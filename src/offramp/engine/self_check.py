@@ -120,7 +120,7 @@ class _Scripted(ExitHeads):
 
 
 class _Forced(Sampler):
-    """Every token is given; the logits that each place was to be chosen from are kept."""
+    """A sampler that is given every token, and keeps the logits of each place."""
 
     def __init__(self, prepared: Prepared, row: int, answer: Sequence[int]) -> None:
         super().__init__(prepared, row)
@@ -187,7 +187,7 @@ class _Case:
         return made.sequences[:, -len(made.logits) :], list(made.logits)
 
     def _allowed(self, inputs: Mapping[str, Any]) -> float:
-        """The largest difference that is rounding: as the model's own, alone and beside itself."""
+        """The largest difference that counts as rounding: the model's own, alone and in a batch."""
         exact = self.backbone.dtype in (torch.float32, torch.float64)
         exact = exact and torch.get_float32_matmul_precision() == "highest"
         if scheme(self.backbone.layers) or not exact:
@@ -203,7 +203,7 @@ class _Case:
         return min(_MOST, max(_LEAST, REPEAT * _apart(alone, beside)))
 
     def alone(self) -> _Case:
-        """The first prompt by itself: only such are read in parts."""
+        """The case of the first prompt alone: only single prompts are read in parts."""
         made, rows = copy.copy(self), len(self.tokens)
         made.inputs = {
             name: value[:1] if isinstance(value, Tensor) and len(value) == rows else value

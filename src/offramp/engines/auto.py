@@ -184,7 +184,7 @@ def _here() -> list[Any]:
 
 
 def _read(file: Path) -> list[Timed] | None:
-    """What was found before; None: nothing that can be read."""
+    """The earlier result; None: there is none that can be read."""
     try:
         found = [Timed(**each) for each in read_json(file)["ways"]]
         able = [way for way in found if not way.why]
@@ -206,7 +206,7 @@ def _keep(file: Path, found: Sequence[Timed]) -> None:
 def _measured(
     load: Load, config: AdapterConfig, model: str, vision: str, together: bool
 ) -> Iterator[Timed]:
-    """PyTorch first; then each way, with what stands against it."""
+    """Measure PyTorch first, then each other way; note what stands against a way."""
     tower = _tower(vision)
     engines = [TORCH, "packed", LLAMA_CPP, *([] if together else [COMPILED])]
     others = [engine for engine in engines if engine != TORCH or tower not in (TORCH, vision)]

@@ -225,7 +225,7 @@ class Backbone(OpenedModel):
         return made
 
     def with_tower(self, tower: StandIn) -> Backbone:
-        """The same model with something else in its vision tower's place."""
+        """Return the same model with another module in its vision tower's place."""
         made = copy.copy(self)
         made.tower = tower
         return made

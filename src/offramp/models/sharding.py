@@ -178,8 +178,8 @@ def full(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def unread() -> Iterator[None]:
-    """Within it nothing is gathered: values are loaded into the copies afterwards, and a process
-    may make them alone."""
+    """Gather nothing inside this context: values are loaded into the copies afterwards, and a
+    process may make them alone."""
     token = _unread.set(True)
     try:
         yield

@@ -138,7 +138,7 @@ class _Call:
 
     @property
     def way(self) -> Any:
-        """What an export depends on besides the pictures."""
+        """The inputs of an export besides the pictures."""
         shapes = [(tensor.shape[1:], tensor.dtype) for tensor in self.tensors]
         return str(self.spec), repr(self.leaves), str(shapes), self.has_rows
 
@@ -154,7 +154,7 @@ class _Call:
             yield [array[row : row + 1] for array in arrays]
 
     def run(self, tower: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """What a tower returns for other tensors."""
+        """Return the tower's outputs for other tensors."""
         rest = iter(tensors)
         args, kw = tree_unflatten(
             [next(rest) if leaf is None else leaf[0] for leaf in self.leaves], self.spec
@@ -185,7 +185,7 @@ class _Outputs:
         return cls(tuple(made), spec, tuple(firsts.values()))
 
     def chosen(self, returned: Any) -> tuple[Tensor, ...]:
-        """The tensors that an engine gives."""
+        """The output tensors that the engine returns."""
         leaves, _ = tree_flatten(returned)
         return tuple(leaves[place] for place in self.places)
 
@@ -317,7 +317,7 @@ def _distance(one: Array, other: Array) -> float:
 
 
 def _digest_of(tower: nn.Module, call: _Call) -> str:
-    """Of all that an export is made of, but for code: that is seen by what comes out."""
+    """The digest of all that an export is made of, except code, whose changes its outputs show."""
     import onnxscript
     import transformers
 
@@ -354,7 +354,7 @@ def _export(
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Without PyTorch's fused encoder layer, which no exporter knows."""
+    """Switch PyTorch's fused encoder layer off: no exporter knows it."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

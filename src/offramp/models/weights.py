@@ -92,7 +92,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it holds what it means: floats in 8 bits are meant times a scale."""
+    """Whether the tensor holds its values as they are: floats of 8 bits have a scale besides."""
     tensor = local(tensor.data)
     known = tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_mkldnn
     return known and type(tensor) is Tensor
@@ -165,7 +165,7 @@ def dequantized(linear: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _by_unit_vectors(linear: Any, dtype: torch.dtype) -> Tensor:
-    """What the linear makes of unit vectors, less its bias; held to what it makes of another."""
+    """The weight, read off by unit vectors and checked on another vector."""
     weight: Tensor
     device = next(chain(linear.parameters(), linear.buffers())).device
     units = torch.eye(linear.in_features, device=device).to(dtype)
@@ -254,7 +254,7 @@ def float_parameters(
 
 
 def float_values(module: nn.Module) -> int:
-    """Return how many numbers its float copy holds, shared ones counted once."""
+    """Return the number of values in a module's float copy, shared ones counted once."""
     values: dict[int, int] = {}
     for part in module.modules():
         if is_quantized(part):
@@ -265,7 +265,7 @@ def float_values(module: nn.Module) -> int:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes that its weights take, each counted once."""
+    """Return the bytes of a module's weights, shared ones counted once."""
     held = {id(t): t for t in chain(module.parameters(), module.buffers())}
     return sum(t.nbytes for t in held.values())
 

@@ -30,7 +30,7 @@ DRAFTED = "offramp_draft_of"
 
 
 def check_out(out: Path) -> None:
-    """Raise `InputError` where a folder holds a checkpoint that is none of these."""
+    """Raise `InputError` where a folder holds a checkpoint of another kind."""
     from offramp.storage import read_json
 
     config = out / CONFIG

@@ -168,13 +168,13 @@ class _Entries:
         return entry
 
     def check_kinds(self, kinds: Mapping[str, tuple[type, ...]]) -> None:
-        """Those of these entries that are there and say something."""
+        """Check the kinds of the entries that are present and not null."""
         for name, wanted in kinds.items():
             if self.values.get(name) is not None:
                 self.get(name, *wanted)
 
     def check_numbers(self) -> None:
-        """Every entry is a number."""
+        """Check that every entry is a number."""
         for name in self.values:
             self.get(name, *_NUMBER)
 
@@ -277,7 +277,7 @@ def _calibration(config: _Entries, name: str) -> dict[str, Any] | None:
 
 
 def _check_claim(said: _Entries) -> None:
-    """A guarantee is of numbers that can be, and of a risk that was measured to be no larger."""
+    """Check that a guarantee's numbers are possible, and its measured risk within its bound."""
     values = said.values
     for name in ("target", "confidence", "level"):
         if values.get(name) is not None and not 0 <= values[name] <= 1:

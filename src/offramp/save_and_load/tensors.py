@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Tensors as safetensors. Raise OSError where they do not fit."""
+    """Write tensors as safetensors. Raise OSError where the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -129,7 +129,7 @@ class BatchEngine(Engine):
 
 
 def _sizes(runtime: Runtime, config: EngineConfig | None) -> EngineConfig:
-    """A slot for each sequence of a runtime.
+    """The sizes of an engine with a slot for each sequence of a runtime.
 
     Raises:
         InputError: other sizes were asked for.

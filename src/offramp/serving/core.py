@@ -164,7 +164,7 @@ class Core(Jobs):
         self._collect()
 
     def _meanwhile(self) -> None:
-        """Between two chunks of a prompt: a call for the sequences under way."""
+        """Make a call for the sequences under way, between two chunks of a prompt."""
         if self._reading is not None and self._reading.handle.unwanted:
             raise CancelledError
         begin = self.clock()
@@ -179,7 +179,7 @@ class Core(Jobs):
         self.seconds["read"] -= self.clock() - begin
 
     def _seat(self, job: Job) -> int:
-        """Read the prompt of a request into a free slot; how many tokens, of the last chunk."""
+        """Read a request's prompt into a free slot; return the tokens of its last chunk."""
         request, host = job.handle.request, self._host
         tokens = host.tokens(request)
         self._check_room(tokens, 0)
@@ -237,7 +237,7 @@ class Core(Jobs):
 
 
 class EngineCore(Core):
-    """The same of a backbone in PyTorch and its exits.
+    """The core of a backbone in PyTorch and its exits.
 
     host: what reads prompts and runs the layers in PyTorch's place; None: PyTorch, how: as of
     `TorchHost`, whose vision_cache and prefix_cache are what requests with an image, or the

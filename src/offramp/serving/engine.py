@@ -71,7 +71,7 @@ class Engine:
         workers: int = 2,
         on_round: Callable[[], None] | None = None,
     ) -> None:
-        """Raise `InputError` for a queue, or workers, that are none."""
+        """Raise `InputError` for a queue or workers below 1."""
         check_sizes(queue, workers)
         self.core = core
         self.queue: int = queue
@@ -191,7 +191,7 @@ class Engine:
 
     @property
     def _idle(self) -> bool:
-        """For the engine's thread: to others a request on its way to a slot is in neither place."""
+        """Whether no request is queued or running; only the engine's thread sees those between."""
         return not self._preparing and not self._ready and self.core.idle
 
     def _take_place(self, wait: bool) -> None:
@@ -247,7 +247,7 @@ class Engine:
         return all(other.arrival >= handle.arrival or other.unwanted for other in waiting)
 
     def _serve(self) -> None:
-        """The engine's thread; where it ends by an error that is no request's, nothing waits on."""
+        """Run the engine's thread; where it ends by an error of its own, all requests fail."""
         try:
             self._rounds()
         except BaseException as error:
@@ -255,7 +255,7 @@ class Engine:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """All requests fail, and no more are taken."""
+        """Fail all requests, and take no more."""
         with self._changed:
             self._failed, self._closed, self._dropped = error, True, True
             self._preparing.clear()

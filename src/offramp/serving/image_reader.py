@@ -28,7 +28,7 @@ class _Reached(Exception):
 
 
 class _LastTower(RememberedTower):
-    """A tower after which nothing runs."""
+    """A tower that ends the forward pass once it has run."""
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         super().__call__(*args, **kw)
@@ -46,7 +46,7 @@ class ImageReader:
         self._turn = threading.Lock()
 
     def layer(self, call: LayerCall) -> Any:
-        """A decoder layer was reached: the prompt needs no tower."""
+        """Stop at the decoder's first layer: the prompt needs no tower."""
         raise _Reached
 
     @staticmethod

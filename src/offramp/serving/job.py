@@ -66,7 +66,7 @@ class Job:
 
 
 class Jobs:
-    """First come, first served, whoever's image took longer to open. clock: returns seconds."""
+    """A queue in order of arrival, however long an image takes to open. clock: returns seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
@@ -108,7 +108,7 @@ class Jobs:
 
     @property
     def _seated(self) -> list[Job]:
-        """Those that are being written."""
+        """The jobs that are being written."""
         raise NotImplementedError
 
     def _drop_unwanted(self) -> None:

@@ -87,7 +87,7 @@ class Handle(Future[Completion]):
         self._stop = threading.Event()
 
     def cancel(self) -> bool:
-        """Ask for its end; its slot is free within a round. False where it was over already."""
+        """Cancel the request; its slot is free within a round. False where it was over already."""
         if self.done():
             return self.cancelled()
         self._stop.set()
@@ -99,6 +99,6 @@ class Handle(Future[Completion]):
         return self._stop.is_set()
 
     def drop(self) -> None:
-        """End it without an answer: waiters get `concurrent.futures.CancelledError`."""
+        """End the request without an answer: waiters get `concurrent.futures.CancelledError`."""
         super().cancel()
         self.set_running_or_notify_cancel()

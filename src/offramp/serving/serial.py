@@ -94,7 +94,7 @@ class SerialCore(Jobs):
             self._job = None
 
     def fail_all(self, error: BaseException) -> None:
-        """End all that wait with `error`."""
+        """End all waiting requests with `error`."""
         while self._queue:
             self._queue.popleft().handle.set_exception(error)
 

@@ -44,7 +44,7 @@ class AdversarialObjective:
         self._places = places_of(ids, self.backbone.vocabulary)
 
     def new_discriminators(self) -> nn.ModuleDict:
-        """Untrained ones, by depth."""
+        """Return untrained discriminators, by depth."""
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.manual_seed(self.config.seed)
             discriminators = build_discriminators(self.backbone.width, self.exits.depths)

@@ -249,7 +249,7 @@ class Acceptance:
 
     @property
     def tokens(self) -> float:
-        """Drafts kept in a round, where as many are made as were trained."""
+        """Return the expected number of accepted drafts of a round."""
         kept, run = 0.0, 1.0
         for right, tried in [*zip(self.right, self.tried, strict=True)][:UNROLLED]:
             run *= right / max(1, tried)

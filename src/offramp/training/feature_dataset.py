@@ -140,7 +140,7 @@ class TrainingStates:
         return store
 
     def _rows(self, examples: Sequence[Example], config: TrainConfig) -> list[Answered]:
-        """This process's answers; all have as many, so that no process hangs."""
+        """The rows of this process: all processes get as many, or collectives would deadlock."""
         share, backbone = self.share, self.encoder.backbone
         if len(examples) < share.count:
             raise DataError(

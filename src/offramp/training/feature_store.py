@@ -106,7 +106,7 @@ class FeatureStore:
                     self._write(self._record(index), self._file(index))
 
     def _write(self, batch: Batch, file: Path) -> None:
-        """Write it once: where the group's processes share no disk, each on its own."""
+        """Write a batch: once, or, where processes share no disk, once by each."""
         if self._share.leads:
             _save(batch, file)
         self._share.of_group(None)  # when the first has written
@@ -136,7 +136,7 @@ class FeatureStore:
         return self._place / f"batch-{index:06d}.pt"
 
     def _digest(self) -> str:
-        """What the states depend on: files of another run in the same folder are not taken up."""
+        """The digest of what the states depend on, so that another run's files are not reused."""
         backbone = self._encoder.backbone
         rows = [row for group in self._groups for row in group]
         with self._teacher:

@@ -53,7 +53,7 @@ class Share:
 
     @classmethod
     def of(cls, model: nn.Module, processes: int, rank: int) -> Share:
-        """The share of process `rank` of `processes`."""
+        """Return the share of process `rank` of `processes`."""
         group = _tensor_group(model) or (rank,)
         if len(group) == 1:
             return cls(processes, rank, group)

@@ -106,7 +106,7 @@ def _options(parser: Parser) -> None:
 
 
 def _policy_options(group: Any) -> None:
-    """What of the policy is asked for, where thresholds are found."""
+    """Add the options of which thresholds are searched."""
     from offramp.engine.confidence import FEATURE_SCORES, HEADS, SCORES
 
     load_plugins()  # they may bring scores
@@ -125,7 +125,7 @@ def _policy_options(group: Any) -> None:
 
 
 def _kind_target(text: str) -> tuple[str, float]:
-    """How prompts of a kind begin, and their target."""
+    """Parse START=TARGET: how prompts of a kind begin, and their target."""
     kind, _, target = text.rpartition("=")
     return kind, some(target)
 

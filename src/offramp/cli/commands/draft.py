@@ -110,7 +110,7 @@ def _find(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def _say_how_long(adapter: Any, runtime: Any, inputs: Any, arguments: argparse.Namespace) -> None:
-    """From one answer of the full model, which is about as long as any way of drafting takes."""
+    """Say how long it takes, estimated from one full-depth answer."""
     import time
 
     from offramp.calibration.draft_thresholds import LONGEST, draft_policies

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    """None of its own."""
+    """Add no options: the command has none of its own."""
 
 
 def _env(arguments: argparse.Namespace) -> None:

@@ -182,7 +182,7 @@ def _say_likeness(adapter: Any, image: Any, prompt: str, result: Any) -> None:
 
 
 def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `generate` is asked for. Raise `InputError` for what cannot be sampled by."""
+    """The options of `generate`. Raise `InputError` for settings that cannot be sampled by."""
     drawn = {n: getattr(arguments, n) for n in ("temperature", "top_p", "top_k")}
     sampling = {name: value for name, value in drawn.items() if value is not None}
     wrong = [

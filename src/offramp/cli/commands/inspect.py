@@ -121,7 +121,7 @@ def _adapter(name: str) -> dict[str, Any]:
 
 
 def _told(entries: dict[str, Any]) -> str:
-    """The same in ten lines, as a person reads it on a terminal."""
+    """The contents of adapter.json in ten lines, for people."""
     from offramp.conditions import Conditions, of_policy
     from offramp.engine.policy import policy_from_json
     from offramp.guarantee import standing
@@ -214,7 +214,7 @@ STEPS = ("answers", "states", "speed")
 
 
 def _forecast(found: Any, level: float) -> str:
-    """As a person reads it on a terminal."""
+    """The forecast, for people."""
     best = found.best(level)
     levels = tuple(best.settled)
     lines = [

@@ -254,7 +254,7 @@ def _hosts(arguments: argparse.Namespace, *, keyed: bool) -> tuple[str, ...]:
 
 
 def _slots(arguments: argparse.Namespace) -> int:
-    """How many answers are written at once.
+    """The number of answers that are written at once.
 
     Raises:
         InputError: more are asked for than the engine writes.

@@ -93,7 +93,7 @@ def _options(parser: Parser) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> Any:
-    """What is asked for.
+    """The training configuration that was asked for.
 
     Raises:
         InputError: an option of the adversary without it, or values that do not fit.

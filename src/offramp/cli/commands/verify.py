@@ -140,7 +140,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _say_how_long(one: Any, policy: Any, settings: Any) -> None:
-    """From one answer, which is written alone; those of batches are faster."""
+    """Say how long it takes, estimated from one answer alone; batches are faster."""
     import time
 
     from offramp.answers import GREEDY

@@ -141,7 +141,7 @@ class Decoder:
                 self._make(self.next_call())
 
     def goes_on(self) -> bool:
-        """Release the sequences that are over; whether any is not. Raise the error of one."""
+        """Release finished sequences; return True if any goes on. Raise the error of one."""
         for sequence in [*self.sequences]:
             if not sequence.active:
                 self.leave(sequence)
@@ -150,7 +150,7 @@ class Decoder:
         return bool(self.sequences)
 
     def next_call(self) -> Call:
-        """Return what the schedule asks for."""
+        """Return the next call by the schedule."""
         rows = [row for row in self.sequences if row.rule.exiting and row.active]
         if not rows:
             return "full"
@@ -159,7 +159,7 @@ class Decoder:
         return self.schedule.next_call(Load.of(rows, self.longest))
 
     def make(self, call: Call) -> int:
-        """Make a call; how many tokens it was over."""
+        """Make a call, and return the number of tokens that it ran."""
         with self.heads.computing():
             return self._make(call)
 
@@ -209,7 +209,7 @@ class Decoder:
         return len(rows)
 
     def _exits(self, row: Sequence, depth: int, verdict: Verdict | Exception | None) -> bool:
-        """Write what an exit says where it is confident enough."""
+        """Write the exit's token where the exit is confident enough; return True if it was."""
         if isinstance(verdict, Exception):
             row.error = verdict
         elif verdict is not None:

@@ -219,7 +219,7 @@ def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> Non
 
 
 def _side_by_side(row: Sequence, said: list[int]) -> Draft:
-    """The newest token and drafts after it; nothing follows one that ends the answer."""
+    """The newest token and its drafts, up to the first that ends the answer."""
     ended = bool(said) and row.sampler.ends(said[-1])
     return Draft([*row.ids[-1:], *(said[:-1] if ended else said)], said)
 

@@ -87,7 +87,7 @@ class Executor(Protocol):
         ...
 
     def crop(self, handle: Handle, column: int) -> None:
-        """Forget what a sequence has from `column` on."""
+        """Forget a sequence's keys and states from `column` on."""
         ...
 
     def release(self, handle: Handle) -> None:
@@ -95,12 +95,12 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Release all that it holds."""
+        """Release all sequences and their memory."""
         ...
 
 
 def too_long(positions: int) -> InputError:
-    """The error of a prompt and its answer that want more columns."""
+    """Return the error for a prompt and answer that need more columns."""
     return InputError(
         f"Prompt and answer are longer than the backbone's {positions} positions.",
         "Shorten the prompt, or lower max_new_tokens.",

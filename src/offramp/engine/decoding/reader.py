@@ -67,7 +67,7 @@ class Heads(Protocol):
         ...
 
     def of_logits(self, logits: Any) -> Word:
-        """Return what raw logits [n, V] say."""
+        """Return the function that picks tokens from raw logits [n, V]."""
         ...
 
     def words(self, final: Any) -> Word:

@@ -44,7 +44,7 @@ class _Waiting:
     ids: Tensor | None
 
     def until(self, column: int) -> _Waiting:
-        """Those before a column alone."""
+        """The states before a column."""
         n = max(0, column - self.begin)
         positions = None if self.positions is None else self.positions[..., :n]
         ids = None if self.ids is None else self.ids[:, :n]
@@ -123,7 +123,7 @@ class StackExecutor(SegmentRunner):
         self._held = []
 
     def allow_crops(self, handle: _Row) -> bool:
-        """A recurrent state holds the whole text in one tensor: what a token did to it stays."""
+        """Return False for recurrent states, which hold the whole text: drafts cannot be undone."""
         cache = handle.cache
         if not croppable(cache):
             return False
@@ -141,7 +141,7 @@ class StackExecutor(SegmentRunner):
             row.ran = [min(ran, column) for ran in row.ran]
 
     def _surplus(self, row: _Row, column: int) -> dict[int, int]:
-        """How many columns from `column` on the entries have: of layers and of exits."""
+        """The number of columns from `column` on, by entry of layers and exits."""
         surplus: dict[int, int] = {}
         for running, ran in zip(self._segments, row.ran, strict=True):
             surplus |= dict.fromkeys(self._entries(running), max(0, ran - column))

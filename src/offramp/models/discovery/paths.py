@@ -263,7 +263,7 @@ def _tolerance(tensor: Tensor) -> float:
 
 
 class _Says(InPlaceOf):
-    """Stands in a head's place and says what it is told, of every state."""
+    """Stands in the LM head's place and returns given logits for every state."""
 
     def __init__(self, head: nn.Module, words: Tensor) -> None:
         super().__init__(head)
@@ -337,7 +337,7 @@ def _place_of(model: Any, bias: Tensor) -> str:
 
 
 def _named(config: Mapping[str, Any], measured: float, tolerance: float) -> float:
-    """The number that the configuration means by a measured one: a field, or one over it."""
+    """The configuration's exact number for a measured one: a field, or its reciprocal."""
     if abs(measured - 1.0) < tolerance:
         return 1.0
     for value in _numbers(config):

@@ -297,7 +297,7 @@ class EdgeModel:
             )
 
     def of_ids(self, ids: list[int]) -> tuple[Prompt, list[int]]:
-        """Token ids as the decoder gets them."""
+        """Return the prompt of token ids, as states for the decoder."""
         if not ids:
             raise InputError("The prompt is empty.", "Give a text.")
         return Prompt(self._embeddings.of(ids)), ids

@@ -61,7 +61,7 @@ class EdgeServed:
     # -- requests ----------------------------------------------------------------------------------
 
     def check(self, inputs: Inputs) -> None:
-        """A prompt needs no image here."""
+        """Do nothing: a prompt needs no image here."""
 
     def tokens(self, inputs: Inputs) -> int:
         return len(inputs["prompt"].states)

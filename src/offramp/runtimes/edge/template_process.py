@@ -63,7 +63,7 @@ def _rendered(template: str, values: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Render until nobody asks any more."""
+    """Render templates until stdin ends."""
     _limit(memory=True)
     for line in sys.stdin:
         _limit()
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _limit(*, memory: bool = False) -> None:
-    """Bound what comes, where the system does; memory, once."""
+    """Limit memory and the seconds of the next template, where the system can."""
     with suppress(ImportError, ValueError, OSError):
         import resource
 

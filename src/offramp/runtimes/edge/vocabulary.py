@@ -118,7 +118,7 @@ class Vocabulary:
 
     @cached_property
     def _content(self) -> Callable[[str], Any] | None:
-        """How the template takes a text; None: it prints nothing of one.
+        """How the template takes a message's text; None: it prints no text.
 
         Those of SmolVLM and LLaVA go through a list of parts, and find none in a string.
         """
@@ -142,7 +142,7 @@ class Vocabulary:
 
     @cached_property
     def _ends(self) -> tuple[str, str]:
-        """What opens and what ends a text; "" where nothing does."""
+        """The texts of the tokens that begin and end a prompt; "" for none."""
         bos, eos = (
             self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
             for token in (

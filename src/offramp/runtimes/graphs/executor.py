@@ -30,7 +30,7 @@ class GraphOutput(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """A token that was begun: as what, at which column, and what will be said after it."""
+    """A token whose program is running: its id, its column, and the coming result."""
 
     token: int | None
     segment: int
@@ -108,7 +108,7 @@ class GraphExecutor:
     def verify(
         self, handles: Sequence[Handle], ids: Sequence[Sequence[int]], columns: Sequence[int]
     ) -> GraphOutput:
-        """Run as many tokens as came, for which no program is made."""
+        """Run tokens side by side, without a program."""
         self._ahead = self._aim = None
         return GraphOutput(Said([], []), self._programs.slots.verify(handles, ids, columns))
 

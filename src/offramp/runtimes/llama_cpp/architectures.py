@@ -58,7 +58,7 @@ def _unfit(backbone: Backbone, what: str) -> UnsupportedBackboneError:
 
 
 def _misfits(backbone: Backbone, architecture: Architecture) -> Iterator[str]:
-    """What llama.cpp's graph would do otherwise than this decoder, in words."""
+    """The differences between llama.cpp's graph and this decoder, in words."""
     config = backbone.text_config
     width, heads = head_width(backbone), int(config.num_attention_heads)
     if activation_of(config) not in architecture.activations:
@@ -139,7 +139,7 @@ def activation_of(config: Any) -> str | None:
 
 
 def array_of(tensor: Tensor) -> Array:
-    """A tensor's numbers."""
+    """Return a tensor as an array."""
     return np.asarray(tensor.detach().float().cpu().contiguous().numpy())
 
 

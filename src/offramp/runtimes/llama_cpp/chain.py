@@ -51,7 +51,7 @@ class CallSizes:
 
     @cached_property
     def _cuts(self) -> list[list[int]]:
-        """By number of tokens, less than `most`."""
+        """The cuts of a number of tokens below `most`."""
         cuts, totals = [list[int]()], [0.0]
         for tokens in range(1, self.most):
             totals.append(math.inf)
@@ -246,7 +246,7 @@ class SegmentChain:
         }
 
     def tokens(self, slot: int = 0) -> int:
-        """Return how many ran through the first segment, the prompt's among them."""
+        """Return the number of tokens that ran through the first segment, the prompt's included."""
         return self.segments[0].length_of(slot)
 
     def crop(self, rows: int, slot: int = 0) -> None:

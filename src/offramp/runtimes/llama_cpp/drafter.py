@@ -66,7 +66,7 @@ class ChainDrafter:
     def load(
         cls, files: SegmentFiles, engine: EngineOptions, embedded: Callable[[Sequence[int]], States]
     ) -> ChainDrafter | None:
-        """The one of an export; None where no exit of it drafts on.
+        """Load the drafter of an export; None where no exit of it drafts on.
 
         Raises:
             AdapterError: a file that does not load.
@@ -136,7 +136,7 @@ class ChainDrafter:
         return said if self._ids is None else self._ids[said], probability
 
     def _one_by_one(self, slot: int, token: int, state: States, budget: DraftBudget) -> list[int]:
-        """The same without the loop in C."""
+        """Draft without the loop in C."""
         segment, drafts, fed, goes_on = self._segment, Drafts(budget), 0, True
         while goes_on:
             enters = self._word(token) + self._of_states @ _normed(state[0])
@@ -153,7 +153,7 @@ class ChainDrafter:
             self._chain.crop(self._chain.tokens(slot) - columns, slot)
 
     def _asked_of_all(self, ends: Ends) -> npt.NDArray[np.bool_]:
-        """Which of what it can say ends an answer."""
+        """Which of the drafter's tokens end an answer."""
         return np.array([ends(token) for token in self._ids or ()])
 
     def _word(self, token: int) -> States:
@@ -162,24 +162,24 @@ class ChainDrafter:
         return np.asarray(self._entering([token])[0]) if known is None else known
 
     def _entering(self, tokens: Sequence[int]) -> Array:
-        """The embeddings' part [n, D] of that."""
+        """The embeddings' part [n, D] of what enters the layer."""
         return np.asarray(_normed(self._embedded(tokens)) @ self._of_words, dtype=np.float32)
 
 
 def _normed(rows: Array) -> Array:
-    """By root mean square, as `torch.nn.RMSNorm` does."""
+    """Normalise by the root mean square, as `torch.nn.RMSNorm` does."""
     small = np.finfo(np.float32).eps
     mean = np.square(rows).mean(-1, keepdims=True) + small
     return np.asarray(rows / np.sqrt(mean), dtype=np.float32)
 
 
 def write_draft_input(file: Path, state: Mapping[str, Array]) -> None:
-    """Keep the weights of a `DraftInput`. state: by its names."""
+    """Write the weights of a `DraftInput`. state: by its names."""
     np.savez(file, allow_pickle=False, **{name: state[name] for name in _NAMES})
 
 
 def read_draft_input(file: Path, width: int) -> dict[str, Array]:
-    """Return what was kept. width: D of states.
+    """Read the weights that were written. width: D of states.
 
     Raises:
         AdapterError: the file holds something else.

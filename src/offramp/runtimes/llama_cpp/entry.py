@@ -232,11 +232,11 @@ class Embeddings:
 
     @property
     def kept(self) -> nn.Parameter:
-        """The weights that they are read from."""
+        """Return the weights that the embeddings are read from."""
         return self._embedding.weight  # type: ignore[return-value]
 
     def of_token(self, token: int, position: int) -> States:
-        """The states [1, D] of one."""
+        """The states [1, D] of one token."""
         if self._rows is None:
             return self.of([token], position)
         states = self._rows[token : token + 1]

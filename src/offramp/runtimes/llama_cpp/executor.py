@@ -226,11 +226,11 @@ class ChainExecutor:
             self.drafter.crop(handle, column)
 
     def release(self, handle: int) -> None:
-        """Free its slot; whoever takes it resets it."""
+        """Free the sequence's slot, which is reset when it is taken again."""
         self._free.add(handle)
 
     def close(self) -> None:
-        """The chain is its runtime's."""
+        """Do nothing: the runtime closes the chain."""
 
 
 def _stacked(parts: Sequence[ChainOutput]) -> ChainOutput:

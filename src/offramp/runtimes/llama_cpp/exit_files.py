@@ -142,7 +142,7 @@ def _digest(raw: Mapping[str, tuple[str, Any]], shortlist: Any) -> str:
 
 
 def _bfloat16(kind: str, data: Any) -> Any:
-    """The bits, rounded to the nearest even."""
+    """The bits of floats in bfloat16, rounded to the nearest even."""
     if kind == "BF16":
         return data
     bits = _numbers(kind, data).astype(np.float32).view(np.uint32).astype(np.uint64)

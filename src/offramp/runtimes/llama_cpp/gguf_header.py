@@ -100,7 +100,7 @@ class _Reader:
         return Header(self._path, said, kinds, self._tensors(tensors, said))
 
     def _tensors(self, count: int, said: Mapping[str, Any]) -> dict[str, TensorPlace]:
-        """Each where the ones before it end, which llama.cpp asks for too."""
+        """The tensors' places: each begins where the one before ends, as llama.cpp demands."""
         alignment = said.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {str(alignment)[:60]!r}")

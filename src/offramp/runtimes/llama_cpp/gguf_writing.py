@@ -32,7 +32,7 @@ _FITTED = ("iq4_nl", "q4_k", "q5_k", "q6_k")
 
 
 def check_format(kind: str) -> None:
-    """Raise `InputError` for none of `FORMATS`."""
+    """Raise `InputError` for a format that is not in `FORMATS`."""
     if kind not in FORMATS:
         raise InputError(f"GGUF format {kind!r} is not known.", did_you_mean(kind, FORMATS))
 
@@ -51,7 +51,7 @@ def new_file(file: Path, architecture: str) -> Iterator[Any]:
 
 
 def add_value(out: Any, key: str, value: Any) -> None:
-    """One key of the metadata."""
+    """Add one key of the metadata."""
     add = {
         bool: out.add_bool, int: out.add_uint32, float: out.add_float32, str: out.add_string,
         list: out.add_array,

@@ -205,7 +205,7 @@ def layer_arrays(
 
 
 def _experts(part: str, array: Array) -> Iterator[tuple[str, Array]]:
-    """Of all experts in one tensor [experts, rows, columns]."""
+    """The weights of all experts in one tensor [experts, rows, columns]."""
     if part == "gate_up_proj":
         gate, up = np.split(array, 2, axis=1)
         yield "ffn_gate_exps.weight", gate

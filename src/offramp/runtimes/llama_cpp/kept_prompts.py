@@ -84,7 +84,7 @@ class KeptPrompts:
         return prepared, prompts
 
     def _key(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-        """None of what may depend on more than its text."""
+        """The key of a prompt; None where its rows may depend on more than the text."""
         if {*inputs} != {*TEXT, PIXELS} or not {*options} <= _PLAIN or options.get("do_sample"):
             return None
         ids, mask, pixels = (inputs[name] for name in (*TEXT, PIXELS))

@@ -143,7 +143,7 @@ class Projector:
         return int(self._lib.mtmd_input_chunk_get_type(chunk)) == 1
 
     def count(self, chunk: Any) -> int:
-        """Rows of a part."""
+        """Return the number of rows of a part."""
         return int(self._lib.mtmd_input_chunk_get_n_tokens(chunk))
 
     def length(self, chunk: Any) -> int:
@@ -151,7 +151,7 @@ class Projector:
         return int(self._lib.mtmd_input_chunk_get_n_pos(chunk))
 
     def words(self, chunk: Any) -> list[int]:
-        """A text's token ids."""
+        """Return a text's token ids."""
         length = ctypes.c_size_t()
         tokens = self._lib.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(length))
         return [int(tokens[place]) for place in range(length.value)]
@@ -183,7 +183,7 @@ class Tower:
     def __init__(
         self, file: str | Path, options: EngineOptions, *, width: int, features: int = 0
     ) -> None:
-        """As of `Projector`, and it raises what that and `check_projector_survives` do."""
+        """Load a projector. Raises what `Projector` and `check_projector_survives` raise."""
         self._lock = threading.Lock()
         check_whole(file)
         check_projector_survives(Path(file), options, width=width, features=features)

@@ -171,7 +171,7 @@ class Segment:
         self._logits = np.empty((0, self.vocabulary), dtype=np.float32)
 
     def length_of(self, slot: int = 0) -> int:
-        """Rows that were fed to a sequence."""
+        """Return the number of rows that were fed to a sequence."""
         return self._rows[slot].length
 
     def begin(self, prompt: Prompt | None = None, slot: int = 0) -> None:
@@ -200,7 +200,7 @@ class Segment:
         self._run((Part(slot, states, outputs, idle),), ahead)
 
     def feed_together(self, parts: Sequence[Part]) -> None:
-        """The same over rows of text of several sequences in one call, as many of each.
+        """Run the layers over rows of several sequences in one call, as many of each.
 
         parts: of slots one after the other, ascending: llama.cpp takes no others at once. Taps and
         logits come in that order, taps of idle rows too.
@@ -310,7 +310,7 @@ class Segment:
         self._context = self.model = None
 
     def _tapped_tensor(self, layer: int | None) -> str | None:
-        """Its name: of what the layer hands on, with the features that are added after it."""
+        """The name of the tensor that the layer hands on, with the features added after it."""
         if layer is None:
             return None
         return f"deepstack_out-{layer}" if layer < self.features else f"l_out-{layer}"
@@ -438,7 +438,7 @@ def products_of(library: Any, options: EngineOptions) -> Products | None:
 
 @functools.cache
 def _warn_of_slower_kernels(reason: str) -> None:
-    """Once in a process."""
+    """Warn, once a process, that llama.cpp runs its own kernels here."""
     log.warning(
         "llama.cpp multiplies by its own kernels, which take several times as long for a few "
         "tokens: %s. EngineOptions(kernels=False) asks for that.",

@@ -77,7 +77,7 @@ class _Source:
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Of queries, and of keys and values."""
+        """Return the number of heads, of queries and of keys."""
         heads = self.count("attention.head_count")
         return heads, self.count("attention.head_count_kv", heads)
 
@@ -87,7 +87,7 @@ class _Source:
 
     @property
     def head(self) -> str:
-        """The tensor's name; embeddings', where they are tied to it."""
+        """Return the name of the LM head's tensor: the embeddings', where they are tied."""
         return "output.weight" if "output.weight" in self.tensors else "token_embd.weight"
 
     @property
@@ -321,7 +321,7 @@ class _Part:
     # -- metadata -------------------------------------------------------------------------------
 
     def _keep_settings(self, out: Any) -> None:
-        """The architecture's that are those of the whole file, or of each of its layers."""
+        """Copy the architecture's settings of the whole file, or of each of its layers."""
         source = self.source
         own = ("block_count", "vocab_size", "n_deepstack_layers", "embedding_scale")
         window = ("attention.sliding_window", "attention.sliding_window_pattern")
@@ -334,7 +334,7 @@ class _Part:
             self._keep(out, key, [value[n] for n in self.cut.layers] if by_layer else value)
 
     def _settings(self) -> Iterator[tuple[str, Any]]:
-        """The architecture's that are this part's own."""
+        """The architecture's settings of this part alone."""
         source = self.source
         yield "block_count", len(self.cut.layers)
         if self.cut.depth is None and source.get("vocab_size") is not None:
@@ -355,7 +355,7 @@ class _Part:
                 self._keep(out, key, value)
 
     def _keep(self, out: Any, key: str, value: Any) -> None:
-        """A value by its key, in the type that the file has it in."""
+        """Copy a value by its key, in the type that the file has it in."""
         kind, inner = self.source.header.kinds[key]
         types = import_gguf().GGUFValueType
         out.add_key_value(key, value, types(kind), None if inner is None else types(inner))
@@ -375,7 +375,7 @@ class _Part:
             self._add(out, "token_embd.weight", self.source.head, shortlist)
 
     def _add(self, out: Any, name: str, of: str, rows: Any = None) -> None:
-        """A tensor as it is stored. of: its name in the source. rows: of it; None: all."""
+        """Copy a tensor as it is stored. of: its name in the source. rows: of it; None: all."""
         place, data = self.source.tensors[of], self.source.header.rows(of)
         data = data if rows is None else np.ascontiguousarray(data[rows])
         shape = [*reversed(place.shape[1:])] if rows is None else [len(data)]

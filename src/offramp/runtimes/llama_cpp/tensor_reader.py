@@ -62,6 +62,6 @@ class TensorHeads(ExitHeads):
 
 
 def _tensors(output: ChainOutput) -> ExitOutput:
-    """Over the same memory."""
+    """The arrays as tensors over the same memory."""
     entry, logits = torch.from_numpy(output.entry), torch.from_numpy(output.logits)
     return ExitOutput(entry, None, logits=logits)

@@ -67,7 +67,7 @@ class Kind:
 
 
 def _of_vision(key: str, tensor: Tensor) -> Named:
-    """Of CLIP and SigLIP."""
+    """The tensors of a CLIP or SigLIP tower, by name."""
     inner = key.partition(".")[2].removeprefix("vision_model.")
     if not inner.startswith("head."):
         yield f"vision_tower.vision_model.{inner}", tensor
@@ -384,12 +384,12 @@ def _tensors(kind: Kind, config: Any, state: Mapping[str, Tensor]) -> Named:
 
 
 def _is_left_out(name: str, blocks: int) -> bool:
-    """Whether it is of a layer above the last that is read."""
+    """Whether a tensor belongs to a layer above the last that is read."""
     return name.startswith("v.blk.") and int(name.split(".")[2]) >= blocks
 
 
 def _format_of(name: str, array: Any, number_format: str) -> str:
-    """As llama.cpp's converter has it."""
+    """The number format that llama.cpp's converter gives a tensor."""
     if name == "mm.input_projection.weight" and number_format != "f32":
         return "f16"  # it is turned around, which blocks cannot be
     return number_format if array.ndim == 2 and "embd" not in name else "f32"

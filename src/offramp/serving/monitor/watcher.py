@@ -98,7 +98,7 @@ class _Known:
         self._last: deque[tuple[Look, Image.Image]] = deque(maxlen=COMPARED_WITH)
 
     def is_new(self, image: Image.Image, digest: str) -> bool:
-        """Whether neither it nor a copy of it has counted."""
+        """Return True if neither the image nor a copy of it has counted."""
         if digest in self._digests:
             return False
         look = Look.of(image)
@@ -173,7 +173,7 @@ class Watcher:
         self._thread.start()
 
     def _new_risk(self) -> RunningRisk:
-        """At the level that all watchers share."""
+        """A new test of the risk, at the level that all watchers share."""
         level = self.config.level / self.config.watchers
         if self.promise is None:
             return RunningRisk(None, level)
@@ -364,7 +364,7 @@ class Watcher:
         self._over(one, False)
 
     def _over(self, one: _Waiting, compared: bool) -> None:
-        """A sample is done with."""
+        """Finish a sample."""
         with self._lock:
             self._waiting[one.sample.client] -= 1
             self._waiting += Counter()  # drops those at 0
@@ -397,7 +397,7 @@ class Watcher:
         return not engine.waiting and engine.running < engine.core.config.slots
 
     def _lost(self) -> None:
-        """A watched request was not compared; with the lock."""
+        """Count a watched request that was not compared; call with the lock held."""
         self.let_go += 1
         self._note(False)
 
@@ -447,7 +447,7 @@ class Watcher:
         return None
 
     def _save(self) -> None:
-        """With the lock."""
+        """Write the state; call with the lock held."""
         if self.config.state is None:
             return
         try:

@@ -68,7 +68,7 @@ class Answering:
         look: Any = None,
         constraint: Any = None,
     ) -> None:
-        """Submit all. Raise `ApiError` where a prompt or its answer does not fit."""
+        """Submit all choices. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
         self._on_answer, self._salt, self._look = on_answer, salt, look
         self._exact = constraint is not None
@@ -139,7 +139,7 @@ class Answering:
         self._tell((index, None))
 
     def leave(self) -> None:
-        """Whatever is not over yet is not wanted; a second time changes nothing."""
+        """Cancel the answers that are not over yet; a second call changes nothing."""
         self._timer.cancel()
         left, self._left = self._left, True
         for choice in () if left else self.choices:
@@ -195,7 +195,7 @@ class Answering:
                 left -= 1
 
     async def _news(self) -> list[Event]:
-        """What has come since the last time, at least one thing."""
+        """Wait for at least one event, and return all since the last call."""
         news = [await self._events.get()]
         while not self._events.empty():
             news.append(self._events.get_nowait())
@@ -245,7 +245,7 @@ class Answering:
         return "full" if early and not done.early_exit else self.reply.mode
 
     def _named(self) -> Reply:
-        """The reply with what was done, now that it is."""
+        """The reply, with how its answers were written."""
         modes = {self._mode(c.handle.result()) for c in self.choices if c.written.reason}
         return replace(self.reply, mode=modes.pop()) if len(modes) == 1 else self.reply
 

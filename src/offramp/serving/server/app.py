@@ -112,12 +112,12 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def cards() -> dict[str, Any]:
-        """What is served: context, exits, guarantee."""
+        """List the model that is served: context, exits, guarantee."""
         return {"object": "list", "data": [model_card(service)]}
 
     @app.get("/v1/models/{name:path}")
     async def card(name: str) -> dict[str, Any]:
-        """The same of the model by its name."""
+        """Show the model of this name."""
         check_model(service, name)
         return model_card(service)
 
@@ -167,7 +167,7 @@ async def _answer(
 
 
 async def _in_time(service: Service, work: Awaitable[T], request: Request, until: float) -> T:
-    """What becomes of a prompt, unless it takes too long or its client goes away."""
+    """Wait for a prompt, unless it takes too long or its client goes away."""
     try:
         async with asyncio.timeout_at(until):
             return await unless_gone(work, request.receive)
@@ -225,7 +225,7 @@ async def _stream(
 def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """The tokens of a text, or of a conversation."""
+        """Return the tokens of a text, or of a conversation."""
         check_model(service, body.model)
         prompter = service.prompter
         if body.messages is not None:
@@ -246,7 +246,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        """The text of tokens."""
+        """Return the text of tokens."""
         check_model(service, body.model)
         known = len(service.tokenizer)
         if wrong := [token for token in body.tokens if token >= known]:
@@ -276,31 +276,31 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the engine lives. Needs no key."""
+        """Tell whether the engine runs. Needs no key."""
         if not service.engine.alive:
             raise ApiError(503, "The engine has stopped.", code="unavailable")
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        """Whether requests are taken. Needs no key."""
+        """Tell whether requests are taken. Needs no key."""
         if service.draining or not service.engine.alive:
             raise ApiError(503, "The server is stopping.", code="stopping")
         return {"status": "ready"}
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        """Of offramp."""
+        """Return the version of offramp."""
         return {"version": __version__}
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Numbers for Prometheus."""
+        """Return the metrics in Prometheus's format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.post("/v1/watch/reset")
     async def reset_watch(body: ResetRequest) -> dict[str, Any]:
-        """Forget what was watched; only where keys say who may."""
+        """Reset the watch; only where the server has keys."""
         check_model(service, body.model)
         if not service.config.keys:
             raise ApiError(
@@ -315,12 +315,12 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/example")
     async def example() -> Response:
-        """A picture that the model knows."""
+        """Return a picture of the kind that the model was trained on."""
         return FileResponse(example_picture(service.served.name))
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> Response:
-        """A page to try it on."""
+        """Return the page to try the model on."""
         return HTMLResponse(page, headers=policy)
 
 

@@ -158,7 +158,7 @@ def _said(problem: Mapping[str, Any]) -> str:
 
 
 def _written(field: Field) -> str:
-    """As JavaScript writes it: messages[0].content[1].text."""
+    """A path as JavaScript writes it: messages[0].content[1].text."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in field)
     return text.removeprefix(".")
 

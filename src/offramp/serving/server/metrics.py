@@ -51,14 +51,14 @@ class Metrics:
         return Counter(full, text, ["model_name", *labels], registry=self.registry)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A number that is asked for when the metrics are."""
+        """Add a number that is read whenever the metrics are."""
         gauge = Gauge(f"{self._prefix}:{name}", text, ["model_name"], registry=self.registry)
         gauge.labels(self._model).set_function(value)
 
     def answered(
         self, done: Completion, depths: Sequence[int], prompt: int, reason: str, mode: str
     ) -> None:
-        """An answer is over. prompt: tokens of its prompt, 0 where they were counted already."""
+        """Count an answer. prompt: tokens of its prompt, 0 where they were counted already."""
         seconds = self._seconds
         seconds["time_to_first_token_seconds"].observe(done.first)
         seconds["e2e_request_latency_seconds"].observe(done.total)
@@ -75,11 +75,11 @@ class Metrics:
         self._mode.labels(self._model, mode).inc()
 
     def ended(self, reason: str) -> None:
-        """An answer ended: stop, length or abort."""
+        """Count an answer's end: stop, length or abort."""
         self._over.labels(self._model, reason).inc()
 
     def refused(self, status: int) -> None:
-        """A request was answered by an error."""
+        """Count a request that was answered by an error."""
         self._refused.labels(self._model, str(status)).inc()
 
     def text(self) -> bytes:

@@ -133,7 +133,7 @@ class Gate:
             )
 
     def _known(self, headers: Headers) -> int | None:
-        """Which key was sent: as a bearer's or, by a browser, as a password; None: none."""
+        """The key that was sent, as a bearer token or a browser's password; None: none."""
         # A header's bytes as they came, which are UTF-8 as the keys are.
         header = headers.get("authorization", "").encode("latin-1", "replace")
         kind, _, sent = header.partition(b" ")

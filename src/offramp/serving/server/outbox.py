@@ -19,7 +19,7 @@ class Sink(Protocol):
 
 
 class Outbox:
-    """Any thread may `put` and `flush`."""
+    """A queue from any thread to sinks in the event loop's."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -30,11 +30,11 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
 
     def put(self, sink: Sink, what: Any) -> None:
-        """Something for a sink in the loop, at the next flush."""
+        """Queue an item for a sink, until the next flush."""
         self._news.append((sink, what))
 
     def flush(self) -> None:
-        """Hand over what was put since the last time."""
+        """Hand the queued items to their sinks."""
         news = []
         with suppress(IndexError):  # another thread may take the last one
             while self._news:

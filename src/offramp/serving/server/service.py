@@ -56,7 +56,7 @@ class Place:
         self._answers -= back
 
     def leave(self) -> None:
-        """Give all of it back; a second time changes nothing."""
+        """Give all room back; a second call changes nothing."""
         self.put_nowait(self._answers)
 
 
@@ -107,7 +107,7 @@ class Service:
     # -- who is let in -----------------------------------------------------------------------------
 
     def admit(self, answers: int) -> Place:
-        """Room for so many answers.
+        """Reserve room for so many answers.
 
         Raises:
             ApiError: there is none (429), too many at once (400), the server is stopping (503).
@@ -267,7 +267,7 @@ class Service:
         return handle
 
     def over(self, handle: Handle) -> None:
-        """A request is answered, or its client has gone."""
+        """Note that a request is answered, or its client gone."""
         self._handles.discard(handle)
         if not handle.done():
             self.engine.cancel(handle)

@@ -64,7 +64,7 @@ def _compiler() -> tuple[str, ...]:
 def _digest(
     compiler: tuple[str, ...], command: tuple[str, ...], source: Path, headers: Path | None
 ) -> str:
-    """Of all that the library is made of."""
+    """The digest of all that the library is made of."""
     asked = [*compiler, "--version"]
     version = subprocess.run(asked, check=True, capture_output=True, timeout=60).stdout
     digest = hashlib.sha256(repr(command).encode() + version)
@@ -107,7 +107,7 @@ def _beside(kept: Path) -> Path:
 
 
 def _own_folder(folder: Path) -> None:
-    """Make it, for its owner alone. Raise `OSError` where it is another's, or a link."""
+    """Make the folder, for its owner alone. Raise `OSError` where it is another's, or a link."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_own(folder, os.lstat(folder), stat.S_ISDIR, tight=False)
     folder.chmod(0o700)

@@ -82,7 +82,7 @@ class Tap:
         self._tap.stop = value
 
     def clear(self) -> None:
-        """Before a call."""
+        """Forget the rows of the call before."""
         self._tap.held = 0
 
     def rows(self) -> States:
@@ -99,7 +99,7 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctyp
 
 
 def _python_callback(library: Any, tap: _Tap) -> Any:
-    """What the C source does, for machines without a compiler."""
+    """The callback of the C source in Python, for machines without a compiler."""
     name: Callable[[int], bytes] = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(tap.name)
     size: Callable[[int], int] = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)(tap.bytes)
     get = ctypes.CFUNCTYPE(

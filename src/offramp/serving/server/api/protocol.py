@@ -34,7 +34,7 @@ _DEPTH = re.compile("[1-9][0-9]{0,4}")
 
 
 def _depths(value: Any) -> Any:
-    """JSON's keys are text; depths are numbers, each in one spelling."""
+    """Depths from JSON's text keys: numbers, each in one spelling."""
     if isinstance(value, Mapping):
         return {
             int(key) if isinstance(key, str) and _DEPTH.fullmatch(key) else key: field
@@ -89,7 +89,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(Strict):
-    """One turn. Images stand in the user's."""
+    """One turn. Only the user's turns hold images."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(min_length=1)]
@@ -130,7 +130,7 @@ class AnyText(Strict):
 
 
 class AnyJson(Strict):
-    """An object of JSON, whatever is in it."""
+    """A JSON object without a schema."""
 
     type: Literal["json_object"]
 

@@ -181,7 +181,7 @@ class Reply:
 
 
 def _finite(value: float) -> float:
-    """JSON has no infinity; OpenAI's least is -9999."""
+    """A log-probability for JSON, which has no infinity: OpenAI's least is -9999."""
     return max(value, -9999.0)
 
 

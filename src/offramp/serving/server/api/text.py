@@ -32,7 +32,7 @@ class TextStream:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, **self._more))
 
     def put(self, token: int) -> str:
-        """The piece that is certain now; often empty."""
+        """Take a token, and return the text that is certain now; often empty."""
         self._ids.append(token)
         # Decoded with some tokens before it, as spaces depend on the neighbour.
         both = self._decode(self._ids[self._from :])
@@ -46,7 +46,7 @@ class TextStream:
         return self._give(self._certain())
 
     def finish(self) -> str:
-        """The last piece."""
+        """Return the rest of the text."""
         whole = self._decode(self._ids).strip()
         sent = self._shown()[: self._sent]
         # A tokenizer whose text of a whole is not that of its parts: what was sent stands.

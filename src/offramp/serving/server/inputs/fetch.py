@@ -96,7 +96,7 @@ class Fetcher:
         raise _refused(f"The image's address redirects more than {self.limits.redirects} times.")
 
     def _get(self, url: str, until: _Until) -> bytes | str:
-        """The body, or where it was moved to."""
+        """Return the body, or the address that it was moved to."""
         parts, host, port = self._checked(url)
         try:
             addresses = self.resolve(host, port)
@@ -162,7 +162,7 @@ class _Until:
 
     @property
     def left(self) -> float:
-        """Seconds. Raise `TimeoutError` where it is over."""
+        """Return the seconds left. Raise `TimeoutError` where none are."""
         left = self.end - time.monotonic()
         if left <= 0 or self.unwanted.is_set():
             raise TimeoutError("the image took too long to come")
