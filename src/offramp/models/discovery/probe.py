@@ -23,7 +23,7 @@ def prompt_ids(model: Any) -> Tensor:
 
 
 def vocabulary(model: Any) -> tuple[int, torch.device]:
-    """How many ids the decoder knows, and where they go."""
+    """Return the number of ids that the decoder knows, and their device."""
     try:
         embedded = model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):  # a wrapper that does not say
