@@ -230,7 +230,7 @@ def test_a_runtime_in_other_numbers_is_held_to_its_own_full_depth(
     paths = verified("blip2-opt", backbone, exits, runtime=Elsewhere(adapter, damaged))
     assert [path.path for path in paths] == [*ALONE]
     assert [path.promised for path in paths] == [False, False, True]
-    assert paths[0].tokens_differ == paths[0].answers_differ == 3
+    assert paths[0].tokens_differ == paths[0].answers_differ == paths[0].answers
     assert broken(paths) == ({"lossless"} if damaged else set())
 
 

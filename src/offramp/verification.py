@@ -245,12 +245,11 @@ class Verification:
 
     @cached_property
     def _inputs(self) -> list[Mapping[str, Any]]:
-        """What the model is given: each prompt, and in PyTorch the first lengthened."""
+        """What the model is given: each prompt, and the first lengthened."""
         inputs: list[Mapping[str, Any]] = [self.encoder.prompts([each]) for each in self.examples]
-        if self.runtime is None:
-            long = lengthened(self.backbone, inputs[0], self.settings.longest)
-            inputs += [long] if long is not None else []
-        return inputs
+        context = getattr(self.runtime, "context", None)
+        long = lengthened(self.backbone, inputs[0], self.settings.longest, context)
+        return inputs if long is None else [*inputs, long]
 
     def _notes(self) -> list[_Largest]:
         return [_Largest() for _ in self._inputs]

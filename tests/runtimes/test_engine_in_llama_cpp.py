@@ -129,6 +129,7 @@ def test_the_runtime_is_verified_alone_in_batches_and_in_company(made: Any) -> N
     sizes = Settings(rows=(2, 4), slots=SLOTS, longest=6)
     with LlamaCppRuntime(adapter, folder, engine=ENGINE) as runtime:
         one = Verification(adapter, encoder, examples(4), runtime=runtime, settings=sizes)
+        assert one._inputs[-1]["input_ids"].shape[1] == CONTEXT - sizes.longest
         told: list[int] = []
         paths = one.run(told.append)
     names = [path.path for path in paths]

@@ -467,16 +467,19 @@ def check_untested(
 
 
 def lengthened(
-    backbone: Backbone, inputs: Mapping[str, Any], answer: int = 2 * TOKENS
+    backbone: Backbone,
+    inputs: Mapping[str, Any],
+    answer: int = 2 * TOKENS,
+    context: int | None = None,
 ) -> Mapping[str, Any] | None:
     """Return a single prompt with ordinary words after it, `LONG` tokens in all, or as many as
-    leave an answer room; None where the model does not take them."""
+    leave an answer room in the context; None where the model does not take them."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or backbone.is_encoder_decoder:
         return None
     rows, length = ids.shape
-    room = backbone.room(LONG)
-    more = (LONG if room is None else min(LONG, room - answer)) - length
+    rooms = [room for room in (backbone.room(LONG), context) if room is not None]
+    more = min([LONG, *(room - answer for room in rooms)]) - length
     if rows > 1 or more <= 0:
         return None
     words = prompt_ids(backbone.model)
