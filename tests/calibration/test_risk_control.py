@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 from risks import CONFIDENCE, TARGET, N, allowed, drawn
 from scipy.stats import binom
 
-from offramp.betting import betting_p_value
+from offramp.betting import FRACTIONS, SHARES, betting_p_value
 from offramp.calibration.attempts import Draws, ImageRows, by_image
 from offramp.calibration.risk_control import (
     METHODS,
     TESTS,
     control,
+    draws_needed,
     hoeffding_bentkus,
     images_for,
     learn_then_test,
@@ -143,6 +145,35 @@ def test_the_stated_need_is_exact_when_nothing_is_lost(method: str) -> None:
     assert needed is not None
     enough, short = (Draws.of(np.zeros(n), whole=True) for n in (needed, needed - 1))
     assert TESTS[method](enough, 0.01) <= 0.05 < TESTS[method](short, 0.01)
+
+
+@pytest.mark.parametrize("method", TESTS)
+@pytest.mark.parametrize("sizes", [(1,), (1, 1, 1, 5), (3, 4)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_draws_of_unequal_size_need_as_many_as_the_test_of_no_loss_does(
+    method: str, sizes: tuple[int, ...], whole: bool
+) -> None:
+    def nothing(n: int) -> Draws:
+        counts = np.resize(np.array(sizes, float), n)
+        none = Draws.of(np.zeros(n), whole=whole and max(sizes) == 1)
+        return replace(none, counts=counts, largest=float(max(sizes)))
+
+    few = len(sizes) * 5
+    needed = draws_needed(nothing(few), 0.02, 0.95, method)
+    assert needed is not None
+    enough, short = (p_value(nothing(n), 0.02, method) for n in (needed, needed - 1))
+    assert enough <= 0.05 < short
+    equal = samples_needed(0.02, 0.95, method)
+    assert equal is not None and needed >= 0.9 * equal * max(sizes) / np.mean(sizes)
+
+
+@pytest.mark.parametrize("n", [66, 337, 2115])
+def test_the_least_target_of_no_loss_is_the_closed_form(n: int) -> None:
+    exact = Draws.of(np.zeros(n), whole=True)
+    assert upper_bound(exact, 0.96, "sharp") == pytest.approx(1 - 0.034 ** (1 / n), abs=2e-6)
+    bets = upper_bound(exact, 0.96, "upper_bound")  # each stake gains as much at every draw
+    gained = np.exp(SHARES) @ (1 + FRACTIONS * bets / (1 - bets)) ** n
+    assert gained == pytest.approx(1 / 0.04, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["upper_bound", "learn_then_test"])

@@ -129,7 +129,8 @@ def test_calibrate_says_what_an_attempt_is_worth_before_it_is_made(
         return caplog.text
 
     least = Guarantee(0.05).images_needed() or 0
-    assert "60 images cannot guarantee 0.01" in said(60, 0.01)
+    assert "60 images, or groups of them, cannot guarantee 0.01, however" in said(60, 0.01)
+    assert f"at best {1 - (0.85 * 0.04) ** (1 / 60):.3g}" in caplog.text
     none, few, many = (
         int(re.findall(r"(\d+)% of the target", said(n, 0.05))[0]) for n in (least, 150, 500)
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from offramp.calibration.attempts import UNITS, error_share
-from offramp.calibration.risk_control import METHODS, images_for, samples_needed
+import numpy as np
+
+from offramp.calibration.attempts import UNITS, Draws, error_share
+from offramp.calibration.risk_control import METHODS, images_for, samples_needed, upper_bound
 from offramp.calibration.risk_functions import RISKS
+from offramp.data.example import Example
 from offramp.errors import InputError, check_known
+from offramp.prompt_kinds import kind_of, prompt_frames
 
 
 @dataclass(frozen=True)
@@ -77,3 +82,26 @@ class Guarantee:
         """The images of which four of five first attempts pass where `risk` is the truth; None: no
         number would."""
         return images_for(self.target, self.level(1), risk)
+
+    def least_target(self, examples: Sequence[Example]) -> float:
+        """The least target that a first attempt on these examples can guarantee, which is where no
+        answer loses anything; of kinds with targets of their own, in units of `target`.
+
+        Of n images, one answer each, that lose 0 or 1: 1 - ((1 - level) * 0.85) ** (1 / n).
+        """
+        frames = prompt_frames([e.prompt for e in examples]) if self.by_kind else []
+        kinds: dict[str, dict[str, Counter[str]]] = {}  # answers, by draw and image
+        for example in examples:
+            image = example.group or example.key
+            drawn = kinds.setdefault(kind_of(example.prompt, frames), {})
+            drawn.setdefault(example.source or image, Counter())[image] += 1
+        nothing = [self._nothing(kind, list(drawn.values())) for kind, drawn in kinds.items()]
+        return upper_bound(nothing, self.level(1), self.method)
+
+    def _nothing(self, kind: str, drawn: Sequence[Counter[str]]) -> Draws:
+        """Draws of answers to a kind of prompt that lose nothing."""
+        sizes = [len(images) if self.unit == "image" else images.total() for images in drawn]
+        whole = RISKS[self.risk].whole and all(images.total() == 1 for images in drawn)
+        none = Draws.of(np.zeros(len(drawn)), whole=whole)
+        times = self.target_of(kind) / self.target
+        return replace(none, counts=np.array(sizes, float), largest=float(max(sizes)), times=times)

@@ -35,6 +35,7 @@ from offramp.calibration.cost_model import Costs
 from offramp.calibration.risk_control import (
     TESTS,
     control,
+    draws_needed,
     first_test,
     highest_risk,
     more_needed,
@@ -586,7 +587,8 @@ def _within_reach(trial: _Trial, asked: Guarantee) -> bool:
 def _out_of_reach(trial: _Trial, asked: Guarantee) -> dict[str, Any]:
     """The number of images needed, and the reason in words."""
     drawn = "groups" if grouped(trial.images) else "images"
-    needed = samples_needed(asked.target, trial.level, asked.method)
+    nothing = trial.draws(np.zeros(len(trial.tested.examples)), asked)
+    needed = draws_needed(nothing, asked.target, trial.level, asked.method)
     reason = (
         f"{trial.number_of(asked)} {drawn} are too few for {asked.target:g} even if no answer lost "
         f"anything: {needed} are needed. None was tested, and no attempt is spent."

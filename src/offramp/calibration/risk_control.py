@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -257,6 +257,11 @@ def samples_needed(
         def passes(n: int) -> bool:
             return bool(np.logaddexp.reduce(n * growth + SHARES) >= -math.log(1 - confidence))
 
+    return _least(passes)
+
+
+def _least(passes: Callable[[int], bool]) -> int | None:
+    """The least number from 1 that passes, as all beyond it do; None: none does."""
     most = 1
     while not passes(most):
         most *= 2
@@ -267,6 +272,27 @@ def samples_needed(
         middle = (least + most) // 2
         least, most = (least, middle) if passes(middle) else (middle, most)
     return most
+
+
+def draws_needed(losses: Losses, target: float, confidence: float, method: str) -> int | None:
+    """The fewest draws of answers and images in numbers as of these, of which none loses anything,
+    that guarantee `target` at a first look; of several kinds, of the one with fewest draws.
+
+    n of 0/1 losses have (1 - target)^n as their exact p-value; a bet of stake s on draws of c of at
+    most L images gains log(1 + s target c / L) each, so where these are unequal about L / mean(c)
+    times as many are needed.
+    """
+    parts, test = _parts(losses), first_test(method)
+    fewest = min(len(part.counts) for part in parts)
+
+    def nothing(part: Draws, n: int) -> Draws:
+        counts = np.resize(part.counts, math.ceil(n * len(part.counts) / fewest))
+        lost = {"sums": np.zeros(len(counts)), "clusters": np.arange(len(counts))}
+        return replace(part, counts=counts, looked=None, **lost)
+
+    return _least(
+        lambda n: p_value([nothing(part, n) for part in parts], target, test) <= 1 - confidence
+    )
 
 
 def more_needed(target: float, confidence: float, risk: float) -> int | None:

@@ -222,19 +222,23 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
 def _say_worth(examples: Any, asked: dict[str, Any]) -> None:
     """Say which true risk a first attempt with these images can certify, before it is spent."""
     from offramp.calibration.asked import Guarantee
+    from offramp.calibration.risk_functions import RISKS
 
     guarantee, n = Guarantee(**asked), len({e.source or e.group or e.key for e in examples})
-    if n < (guarantee.images_needed() or n):
+    least, gains = guarantee.least_target(examples), RISKS[guarantee.risk].low < 0
+    if least > guarantee.target:
         log.warning(
-            "%d images cannot guarantee %g, however good the exits are: give more, or a larger "
-            "--target.", n, guarantee.target,
+            "%d images, or groups of them, cannot guarantee %g%s, but at best %.3g: give more, or "
+            "a larger --target.", n, guarantee.target,
+            " unless early answers are better than the full model's" if gains
+            else ", however good the exits are", least,
         )  # fmt: skip
         return
-    share = next(share for share in range(90, -1, -5) if n >= (_enough(guarantee, share) or n + 1))
+    shares = (share for share in range(90, -1, -5) if n >= (_enough(guarantee, share) or n + 1))
     log.info(
         "With these %d images a first attempt passes four times in five where at most %d%% of the "
         "target is lost in truth; further attempts on them share a fifth of the error budget.",
-        n, share,
+        n, next(shares, 0),
     )  # fmt: skip
 
 
