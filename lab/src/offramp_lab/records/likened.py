@@ -1,14 +1,19 @@
 """Note in the exits that ship what calibrations of their time did not keep: how calibrated images
 look; of the tiny OPT the scores of answers and the conditions that are compared today; of the photo
-model how much early answers differ from the full model's, which is watched.
+model, in each engine of its calibrations, how much early answers differ from the full model's,
+which is watched.
 
-The images are those of the calibration, by its digest or number. Of the tiny OPT the measured risk
-is measured again first, and has to come out the same. Half an hour of one core.
+The images are those of the calibration, by its digest or number, and its thresholds stay, so no
+attempt is spent. Measured again first, and the same or nothing is noted: the risk of the tiny OPT,
+and the scores of the photo model's answers. Half an hour of one core.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,35 +26,43 @@ from offramp.calibration.attempts import Draws, images_of
 from offramp.calibration.calibrate import CONSISTENCY
 from offramp.calibration.risk_control import upper_bound
 from offramp.calibration.risk_functions import RISKS
-from offramp.conditions import Conditions, of_processor
+from offramp.conditions import TORCH, Conditions, of_processor
 from offramp.data.example import Example, examples_digest
 from offramp.data.scenes.tasks import captions_and_questions
+from offramp.engines import engine_named
 from offramp.likeness import ANSWERS, Likeness, look_of
 from offramp.loading import Loaded, load
 from offramp.model_card import model_card
 from offramp.models.shipped import shipped_exits
+from offramp.progress import progress
 from offramp.save_and_load import AdapterParts
 from offramp.save_and_load.config import sealed
 from offramp.storage import read_json, write_json
-from offramp_lab.records.record import asked
+from offramp_lab.records.record import Some, asked
 from offramp_lab.records.subjects import tiny_with
 
 CONFIG = "adapter.json"
+TINY, PHOTO = "tiny-opt", "photo"
 IMAGES, ASKED = 2000, 2
+SAME = 1e-3
+"""Largest difference of a mean log score from the one of the calibration."""
 
 
 def main() -> None:
-    arguments = asked(__doc__, data=True)
-    for name, noted in {"tiny-opt": _tiny(), "photo": _photo(arguments.data)}.items():
+    arguments = asked(__doc__, data=True, models=Some((TINY, PHOTO)))
+    for name in arguments.models:
         folder = shipped_exits(name)
         assert folder is not None
-        note(noted, folder)
+        note(_tiny() if name == TINY else _photo(arguments.data), folder)
 
 
 def note(noted: Adapter, folder: Path) -> None:
-    """Write a calibration into a folder whose tensors, and what was verified of them, stay."""
+    """Write calibrations into a folder whose tensors, and what was verified of them, stay."""
     values = {n: v for n, v in read_json(folder / CONFIG).items() if n != "digest"}
-    write_json(folder / CONFIG, sealed({**values, "calibration": noted.calibration}))
+    values["calibration"] = noted.calibration
+    if noted.elsewhere:
+        values["elsewhere"] = noted.elsewhere
+    write_json(folder / CONFIG, sealed(values))
     parts = AdapterParts(**{f.name: getattr(noted, f.name) for f in fields(AdapterParts)})
     (folder / "README.md").write_text(model_card(noted.backbone, parts), encoding="utf-8")
 
@@ -86,45 +99,62 @@ def _tiny() -> Adapter:
 
 
 def _photo(data: Path) -> Adapter:
-    loaded = load("photo", engine="torch", vision="torch")
-    adapter, then = loaded.adapter, dict(loaded.adapter.calibration or {})
+    loaded = load(PHOTO, engine=TORCH, vision=TORCH)
+    adapter = loaded.adapter
     photographs = read_photographs(data)
     by_kind = {
         adapter.kind_of(some[0].prompt): [e for e in some if half_of(e) == 0]
         for some in (photographs["captions_val"], photographs["questions_val"])
     }
-    assert {kind: len(some) for kind, some in by_kind.items()} == {
-        found["kind"]: found["answers"] for found in then["kinds"]
-    }
     caption = next(iter(by_kind))
-    looks = (
-        Likeness.of([[1.0]], [caption], {caption: _looks(by_kind[caption])}).kinds[caption].looks
-    )
-    kinds = {**adapter.likeness.kinds}
-    kinds[caption] = replace(kinds[caption], looks=looks)
-    bounds = {kind: _differs(loaded, some, then) for kind, some in by_kind.items()}
-    noted = {
-        "likeness": Likeness(kinds).to_json(),
-        "watched": {"risk": CONSISTENCY, "targets": bounds},
-    }
-    return replace(adapter, calibration={**then, **noted})
+    looks = {caption: _looks(by_kind[caption])}
+    elsewhere = {}
+    for name, then in adapter.elsewhere.items():
+        runs, numbers = name.partition(",")[0].split()
+        with TemporaryDirectory() as folder:
+            engine_named(runs).prepare(adapter, Path(folder) / numbers, numbers)
+            seen = Conditions.of_calibration(then)["vision"]
+            other = load(PHOTO, engine=runs, vision=seen, gguf=Path(folder) / numbers)
+            elsewhere[name] = _noted(other, by_kind, looks)
+            other.model.close()
+    return replace(adapter, calibration=_noted(loaded, by_kind, looks), elsewhere=elsewhere)
 
 
-def _differs(loaded: Loaded, examples: Sequence[Example], then: Mapping[str, Any]) -> float:
-    """An upper bound of how much early answers differ from the full model's, by image."""
-    adapter, options = loaded.adapter, {**demo.OPTIONS, "max_new_tokens": loaded.longest}
+def _noted(
+    loaded: Loaded, by_kind: Mapping[str, Sequence[Example]], looks: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """A calibration with its images' looks, and with an upper bound of how much early answers
+    differ from the full model's, by image and kind of prompt."""
+    adapter, then = loaded.adapter, dict(loaded.adapter.calibration or {})
+    examples = list(chain(*by_kind.values()))
+    kinds = [kind for kind, some in by_kind.items() for _ in some]
+    options = {**demo.OPTIONS, "max_new_tokens": loaded.longest}
+    size = getattr(loaded.model, "rows", 64)
     early, full = (
-        generate_answers(adapter, loaded.encoder, examples, policy, batch_size=64, **options)
-        for policy in (adapter.policy, adapter.policy.in_mode("full"))
-    )
-    risk = RISKS[CONSISTENCY]
+        generate_answers(
+            loaded.model, loaded.encoder, examples, policy, batch_size=size,
+            progress=partial(progress, title=mode), **options,
+        )
+        for mode, policy in (("early", adapter.policy), ("full", adapter.policy.in_mode("full")))
+    )  # fmt: skip
+    of = Likeness.of([answer.scores for answer in early], kinds, looks)
+    for kind, before in adapter.likeness.kinds.items():
+        again = of.kinds[kind].scores
+        apart = np.abs(np.subtract(again.low, before.scores.low)).max()
+        assert again.n == before.scores.n and apart < SAME, (kind, again.n, apart)
+
+    risk, bounds = RISKS[CONSISTENCY], {}
     losses = risk.losses(early, full, examples)
-    draws = Draws.by(then["unit"], losses, images_of(examples), whole=risk.whole)
-    bound = upper_bound(draws, then["confidence"])
-    print(
-        f"{losses.mean():.4f} by answer, {draws.risk.item():.4f}, at most {bound:.4f}", flush=True
-    )
-    return bound
+    for kind, some in by_kind.items():
+        own = losses[[row for row, name in enumerate(kinds) if name == kind]]
+        draws = Draws.by(then["unit"], own, images_of(some), whole=risk.whole)
+        bounds[kind] = upper_bound(draws, then["confidence"])
+        print(
+            f"{then['conditions']['engine']}, {kind}: {own.mean():.4f} by answer, "
+            f"{draws.risk.item():.4f}, at most {bounds[kind]:.4f}", flush=True,
+        )  # fmt: skip
+    watched = {"risk": CONSISTENCY, "targets": bounds}
+    return {**then, "likeness": of.to_json(), "watched": watched}
 
 
 if __name__ == "__main__":
