@@ -5,7 +5,7 @@ which is watched.
 
 The images are those of the calibration, by its digest or number, and its thresholds stay, so no
 attempt is spent. Measured again first, and the same or nothing is noted: the risk of the tiny OPT,
-and the scores of the photo model's answers. Half an hour of one core.
+and the scores of the photo model's answers. Half an hour of one core; --calibrations: some of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,6 +30,7 @@ from offramp.conditions import TORCH, Conditions, of_processor
 from offramp.data.example import Example, examples_digest
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engines import engine_named
+from offramp.engines.auto import LLAMA_CPP
 from offramp.likeness import ANSWERS, Likeness, look_of
 from offramp.loading import Loaded, load
 from offramp.model_card import model_card
@@ -43,17 +44,19 @@ from offramp_lab.records.subjects import tiny_with
 
 CONFIG = "adapter.json"
 TINY, PHOTO = "tiny-opt", "photo"
+PHOTO_IN = (TORCH, "f16", "q8_0")
+"""Calibrations of the photo model: in PyTorch, and in llama.cpp by its number format."""
 IMAGES, ASKED = 2000, 2
 SAME = 1e-3
 """Largest difference of a mean log score from the one of the calibration."""
 
 
 def main() -> None:
-    arguments = asked(__doc__, data=True, models=Some((TINY, PHOTO)))
-    for name in arguments.models:
-        folder = shipped_exits(name)
+    arguments = asked(__doc__, data=True, calibrations=Some((TINY, *PHOTO_IN)))
+    for name in arguments.calibrations:
+        folder = shipped_exits(TINY if name == TINY else PHOTO)
         assert folder is not None
-        note(_tiny() if name == TINY else _photo(arguments.data), folder)
+        note(_tiny() if name == TINY else _photo(arguments.data, name), folder)
 
 
 def note(noted: Adapter, folder: Path) -> None:
@@ -98,7 +101,8 @@ def _tiny() -> Adapter:
     return replace(adapter, calibration=noted)
 
 
-def _photo(data: Path) -> Adapter:
+def _photo(data: Path, numbers: str) -> Adapter:
+    """With what is kept of its calibration in PyTorch or, in a number format, in llama.cpp."""
     loaded = load(PHOTO, engine=TORCH, vision=TORCH)
     adapter = loaded.adapter
     photographs = read_photographs(data)
@@ -108,16 +112,17 @@ def _photo(data: Path) -> Adapter:
     }
     caption = next(iter(by_kind))
     looks = {caption: _looks(by_kind[caption])}
-    elsewhere = {}
-    for name, then in adapter.elsewhere.items():
-        runs, numbers = name.partition(",")[0].split()
-        with TemporaryDirectory() as folder:
-            engine_named(runs).prepare(adapter, Path(folder) / numbers, numbers)
-            seen = Conditions.of_calibration(then)["vision"]
-            other = load(PHOTO, engine=runs, vision=seen, gguf=Path(folder) / numbers)
-            elsewhere[name] = _noted(other, by_kind, looks)
-            other.model.close()
-    return replace(adapter, calibration=_noted(loaded, by_kind, looks), elsewhere=elsewhere)
+    if numbers == TORCH:
+        return replace(adapter, calibration=_noted(loaded, by_kind, looks))
+    [name] = [name for name in adapter.elsewhere if name.startswith(f"{LLAMA_CPP} {numbers},")]
+    with TemporaryDirectory() as folder:
+        files = Path(folder) / numbers
+        engine_named(LLAMA_CPP).prepare(adapter, files, numbers)
+        seen = Conditions.of_calibration(adapter.elsewhere[name])["vision"]
+        loaded = load(PHOTO, engine=LLAMA_CPP, vision=seen, gguf=files)
+        noted = _noted(loaded, by_kind, looks)
+        loaded.model.close()
+    return replace(adapter, elsewhere={**adapter.elsewhere, name: noted})
 
 
 def _noted(
