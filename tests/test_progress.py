@@ -27,6 +27,15 @@ def test_a_long_job_tells_every_tenth(
     assert all("of 40 after" in m and "left" in m for m in told)
 
 
+def test_a_job_within_a_job_tells_lines_alone(
+    lines: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "LONG", 0.0)
+    for _ in progress(range(2), "outer"):
+        list(progress(range(3), "inner"))
+    assert all("after" in m and "\x1b" not in m for m in caplog.messages)
+
+
 def test_steps_that_the_caller_counts_are_told_too(
     lines: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,6 +44,7 @@ def progress_bar(
     return tqdm(
         iterable,
         file=_Lines(),
+        position=0,  # else tqdm moves the cursor for a bar within a bar
         delay=LONG,
         mininterval=0,
         maxinterval=math.inf,
