@@ -35,7 +35,7 @@ MODES = {
     "student": "student of five layers",
 }
 ENGINES = {"generate": "Hugging Face's `generate`", PLAIN: "PyTorch, float32", F16: "f16"}
-THINGS = ("tower", "format", "kernels", "head", "layers skipped", "prompt", "batch")
+THINGS = ("format", "kernels", "head", "layers skipped", "prompt", "batch")
 Chain = Sequence[tuple[str, tuple[str, str, str]]]
 
 
@@ -124,6 +124,8 @@ def _stages() -> dict[str, Callable[[Value], str]]:
 
 def _shown(entry: Value) -> bool:
     """Of q8_0 every mode, of others those that answer and what they are compared with."""
+    if (entry["engine"], entry["tower"]) == (Q8, TORCH):
+        return False
     few = (FULL, EARLY, LOSSLESS) if entry["engine"] == PLAIN else (EARLY, LOSSLESS)
     return entry["engine"] not in (PLAIN, PACKED, F16) or entry["mode"] in few
 
@@ -199,12 +201,13 @@ def chain_of_decoding(engine: str, mode: str = EARLY) -> Chain:
     )
 
 
-def chain_of_llama(mode: str = EARLY, tower: str = TOWER) -> Chain:
-    """From llama.cpp's fastest format to ours in q8_0; with PyTorch's tower: as it comes."""
-    begin: list[tuple[str, tuple[str, str, str]]] = [("", (FASTEST, FULL, TOWER))]
-    if tower == TORCH:
-        begin = [("", (FASTEST, FULL, TORCH)), ("tower", (FASTEST, FULL, TOWER))]
-    begin += [("format", ("llama.cpp q8_0", FULL, TOWER)), ("kernels", (Q8, FULL, TOWER))]
+def chain_of_llama(mode: str = EARLY) -> Chain:
+    """From llama.cpp's fastest format to ours in q8_0."""
+    begin: list[tuple[str, tuple[str, str, str]]] = [
+        ("", (FASTEST, FULL, TOWER)),
+        ("format", ("llama.cpp q8_0", FULL, TOWER)),
+        ("kernels", (Q8, FULL, TOWER)),
+    ]
     if mode == LOSSLESS:
         return [*begin, ("layers skipped", (Q8, mode, TOWER))]
     begin.append(("head", (Q8, SHORT, TOWER)))
@@ -233,18 +236,16 @@ def _rows() -> dict[str, tuple[Chain, bool]]:
             True,
         )
         for mode in (EARLY, ROUGE, LOSSLESS)
-        for engine in (PLAIN, PACKED, F16, Q8)
+        for engine in (PLAIN, Q8)
         if _decodes_apart(engine, mode)
     }
     ended = {
         f"end to end in q8_0 over llama.cpp's fastest, {MODES[mode]}": (chain_of_llama(mode), False)
         for mode in (EARLY, ROUGE, LOSSLESS)
     }
-    as_it_comes = "end to end in q8_0 over llama.cpp's fastest behind PyTorch's tower"
     return {
         **decoded,
         **ended,
-        f"{as_it_comes}, {MODES[EARLY]}": (chain_of_llama(EARLY, TORCH), False),
         "eight at once over one at full depth, PyTorch": (chain_of_batch(), False),
     }
 

@@ -131,6 +131,7 @@ def photo_edge() -> Table:
     rows = [
         (f"{one['format']}, {way}", *cells)
         for one in found["entries"]
+        if one["mode"] != "full"
         for way, *cells in [beside_alone(one)]
     ]
     return Table(("", *BESIDE_ALONE), rows)

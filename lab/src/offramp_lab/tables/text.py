@@ -17,7 +17,7 @@ def speeds() -> Table:
             f"{one['as_full']} of {found['timed']}",
         )
         for one in found["speeds"]
-        if one["format"] != "q4_1"
+        if one["format"] != "q4_1" and one["mode"] != "full"
         for way, *cells in [beside_alone(one)]
     ]
     return Table(("", *BESIDE_ALONE, "same as exits off"), rows)
