@@ -31,9 +31,20 @@ def test_a_guide_has_a_picture_and_leads_to_its_measurements(name: str) -> None:
     assert f"({name}-results.md" in text(name) and (DOCS / f"{name}-results.md").is_file()
 
 
+def words(name: str) -> int:
+    return len(re.sub(r"<!--.*?-->", "", text(name)).split())
+
+
 def test_all_pages_together_are_read_in_two_hours() -> None:
-    written = (re.sub(r"<!--.*?-->", "", text(page.stem)) for page in DOCS.glob("*.md"))
-    assert sum(len(page.split()) for page in written) <= MOST_WORDS
+    assert sum(words(page.stem) for page in DOCS.glob("*.md")) <= MOST_WORDS
+
+
+def test_guides_are_eighteen_pages_in_three_paths() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    guides, _, _ = navigation.partition("  - Results:")
+    assert re.findall(r"^  - ([\w ]+):$", guides, re.M) == ["Serve", "Train", "On a CPU"]
+    pages = re.findall(r"([\w-]+)\.md$", guides, re.M)
+    assert len(pages) <= 18 and sum(map(words, pages)) <= 15_000
 
 
 def test_a_table_follows_a_sentence_that_says_what_it_shows() -> None:
@@ -49,8 +60,7 @@ def test_a_matrix_multiplication_is_called_so(name: str) -> None:
 
 @pytest.mark.parametrize("name", [p.stem for p in DOCS.glob("*.md")])
 def test_a_page_that_is_no_evidence_is_at_most_1200_words(name: str) -> None:
-    words = re.sub(r"<!--.*?-->", "", text(name)).split()
-    assert EVIDENCE.search(name) or len(words) <= 1200
+    assert EVIDENCE.search(name) or words(name) <= 1200
 
 
 def test_the_first_two_pages_name_a_path_for_each_kind_of_reader() -> None:
