@@ -30,11 +30,11 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     parser.add_argument(
-        "sources", nargs="*", default=[], metavar="PATH",
+        "sources", nargs="*", default=[], action="extend", metavar="PATH",
         help="folders (of an adapter, or what eval or demo wrote), or JSON files",
     )  # fmt: skip
     # Earlier versions took them by this option.
-    parser.add_argument("--run", dest="more", nargs="+", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--run", dest="sources", nargs="+", action="extend", help=argparse.SUPPRESS)
     parser.add_argument(
         "--data", nargs="+", metavar="FILE", help="the data of the runs, to show their images"
     )
@@ -51,11 +51,10 @@ def _report(arguments: argparse.Namespace) -> None:
     from offramp.report.report import read_sources, report
     from offramp.storage import write_atomic
 
-    named = [*arguments.sources, *arguments.more]
-    if not named:
+    if not arguments.sources:
         raise InputError("Nothing to report was named.", "Name a folder of exits, or of results.")
     check_out_file(arguments.out, arguments, lambda begin: MARK in begin, "page of this command")
-    sources = read_sources(named)
+    sources = read_sources(arguments.sources)
     items = (
         read_items(
             arguments.data,
