@@ -79,28 +79,20 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], what: str) -> str:
     return _listed([*rows], what, draw, (5.6, 1.0 + 0.27 * len(rows)))
 
 
-def parts(rows: Mapping[str, Mapping[str, float]], what: str, *, factors: bool = False) -> str:
-    """What each row is made of, as a bar. factors: its parts multiply, on a logarithmic axis from
-    1; else they add up."""
+def parts(rows: Mapping[str, Mapping[str, float]], what: str) -> str:
+    """What each row is made of, as a bar whose parts add up."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
 
     def draw(axes: Any) -> None:
         for at, row in enumerate(rows.values()):
-            start = 1.0 if factors else 0.0
+            start = 0.0
             for color, name in zip(COLORS, names, strict=False):
                 if name in row:
-                    end = start * row[name] if factors else start + row[name]
-                    axes.barh(at, end - start, left=start, height=0.6, color=color)
-                    start = end
-            shown = f"{start:.2f}x" if factors else f"{start:,.0f}"
-            axes.text(start, at, f" {shown}", va="center")
+                    axes.barh(at, row[name], left=start, height=0.6, color=color)
+                    start += row[name]
+            axes.text(start, at, f" {start:,.0f}", va="center")
         for color, name in zip(COLORS, names, strict=False):
             axes.barh(0, 0, color=color, label=name)
-        if factors:
-            axes.set_xscale("log")
-            ticks = [1, 2, 4, 8, 16]
-            axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
-            axes.minorticks_off()
         axes.margins(x=0.18)
         legend(axes)
 

@@ -30,25 +30,12 @@ def plots() -> dict[str, tuple[str, str]]:
             "A caption from the file to the text",
             parts(by_stage(), "CPU milliseconds a caption, 100 photographs"),
         ),
-        "runtimes": ("Inside llama.cpp, q4_1, 50 photographs", runtimes()),
         "drafts": ("Lossless decoding, 5 drafts, 100 photographs", lossless()),
         "quantisation": ("Weights of the photo model in memory", quantisation()),
         "guarantees": ("Risk on fresh images, over the promised risk", guarantees()),
         "models": ("How near decoding is to the model itself", models()),
         "decoding": ("Depth of each token, tiny OPT", decoding()),
     }
-
-
-def runtimes() -> str:
-    """Speed over llama.cpp alone, in two parts: our kernels, and the exits, as SVG."""
-    entries = by(record("runtimes-photo-edge")["entries"], "format", "mode")
-    names = {"full": "exits off", "lossless": "lossless", "early_exit": "early exit"}
-    rows = {
-        title: {part: one[key]["times"] for part, key in (("kernels", "rest"), ("exits", "exits"))}
-        for way, title in names.items()
-        for one in [entries["q4_1", way]]
-    }
-    return parts(rows, "answers after the vision tower, over llama.cpp alone", factors=True)
 
 
 def lossless() -> str:

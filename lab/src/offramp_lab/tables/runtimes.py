@@ -124,30 +124,6 @@ def beside_alone(one: Value) -> tuple[str, ...]:
 BESIDE_ALONE = ("tokens a CPU second", "over the engine alone", "by our kernels", "by exits")
 
 
-def photo_edge() -> Table:
-    """The sliced photo model: speeds without PyTorch."""
-    found = record("runtimes-photo-edge")
-
-    rows = [
-        (f"{one['format']}, {way}", *cells)
-        for one in found["entries"]
-        if one["mode"] != "full"
-        for way, *cells in [beside_alone(one)]
-    ]
-    return Table(("", *BESIDE_ALONE), rows)
-
-
-def _photo_edge_same(name: str, *modes: str) -> Make:
-    """Of how many photographs the answer is the same, the least of all formats and these modes."""
-
-    def least() -> str:
-        found = record("runtimes-photo-edge")
-        same = min(one[name] for one in found["entries"] if one["mode"] in modes)
-        return f"{same} of {found['photographs']}"
-
-    return least
-
-
 def _largest(measure: str, *prefixes: str, but: tuple[str, ...] = ()) -> Make:
     """The largest difference of logits of decoder families, on tiny random models."""
 
@@ -183,7 +159,6 @@ TABLES: dict[str, MakeTable] = {
     "runtimes-kernels": kernels,
     "runtimes-torch": in_torch,
     "runtimes-identical": identical,
-    "runtimes-photo-edge": photo_edge,
 }
 FIGURES: dict[str, Make] = {
     "families": lambda: str(len(record("llama-families")["families"])),
@@ -192,6 +167,4 @@ FIGURES: dict[str, Make] = {
     "families-cut": _largest("cut", but=("PaliGemma",)),
     "families-cut-paligemma": _largest("cut", "PaliGemma"),
     "families-same": _families_same,
-    "runtimes-photo-lossless": _photo_edge_same("as_full", "lossless"),
-    "runtimes-photo-pytorch": _photo_edge_same("as_with_its_embeddings", *_MODES),
 }
