@@ -160,6 +160,15 @@ def test_a_longer_list_goes_on_with_the_bets_of_a_shorter_one() -> None:
     assert {i.name for i in turn.images} == {i.name for i in more}
 
 
+def test_a_part_of_the_images_was_looked_at_first_by_nobody() -> None:
+    """A test of as many images as there were at the first look says nothing of some of them."""
+    images, more = images_of(fakes.examples(12)), images_of(fakes.examples(16))
+    before = [replace(attempt("1%", images), looked=12)]
+    for some, looked in ((images, 12), (more, 12), (images[:8], 0)):
+        turn = turn_of(before, "1%", some, any_time=True)
+        assert (turn.number, turn.looked) == (1, looked)
+
+
 def test_other_settings_on_the_same_images_take_the_next_share() -> None:
     images = images_of(fakes.examples(8))
     attempts: tuple[Attempt, ...] = ()

@@ -93,6 +93,11 @@ def test_where_monotonicity_fails_the_safer_of_both_choices_is_taken() -> None:
     assert (found.method, found.monotone) == ("learn_then_test", False)
     assert both[0] is not None and both[1] is not None
     assert found.index == min(both[0], both[1])
+    few = samples_needed(TARGET, CONFIDENCE, "learn_then_test")  # the sharp test needs more
+    assert few is not None
+    dip = np.repeat([[0.0, 1.0, 0.0]], few, 0)
+    assert learn_then_test(dip, TARGET, CONFIDENCE) == 0
+    assert control(dip, TARGET, CONFIDENCE).index is None
 
 
 def test_where_nothing_speaks_against_it_the_sharp_test_decides() -> None:

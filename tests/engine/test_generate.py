@@ -462,3 +462,25 @@ def test_a_criterion_that_has_heard_enough_is_not_asked_again(backbone, batch):
     start, count = inputs["input_ids"].shape[1] + 1, made.new_tokens.shape[1]
     for ear in ears:
         assert ear.lengths == [*range(start, start + min(ear.enough, count))]
+
+
+def test_a_processor_that_raised_is_not_asked_again(backbone, exits, batch):
+    """Not by the exits above the one at which it did, nor by the full model."""
+    options = {"policy": ExitPolicy({2: 1.0, 4: 1.0}), "max_new_tokens": 3, "do_sample": False}
+    for last in range(1, 8):
+        asked = []
+
+        class Broken:
+            def __call__(self, ids, scores):
+                asked.append(ids)  # noqa: B023
+                if len(asked) == last:  # noqa: B023
+                    raise RuntimeError("enough")
+                return scores
+
+        some = exits("llava", depths=(2, 4))
+        with pytest.raises(RuntimeError, match="enough"):
+            generate(
+                backbone("llava"), batch("llava", 1), exits=some, logits_processor=[Broken()],
+                **options,
+            )  # fmt: skip
+        assert len(asked) == last

@@ -78,16 +78,18 @@ def test_requests_from_many_threads_get_what_they_get_alone(adapter, rows):
         assert engine.core.tokens == sum(new for _, _, new in wanted)
 
 
-def test_a_cancelled_request_frees_its_slot_within_one_round(adapter, rows):
+def test_a_cancelled_request_frees_its_slot_or_its_place_within_one_round(adapter, rows):
     engine = core(adapter)
-    handles = [engine.add(request(rows[i], new=40)) for i in range(4)]
+    handles = [engine.add(request(rows[i % 4], new=40)) for i in range(6)]
     engine.round()
-    assert (engine.running, engine.waiting) == (3, 1)
-    handles[1].cancel()
+    assert (engine.running, engine.waiting) == (3, 3)
+    for gone in (1, 4, 5):
+        handles[gone].cancel()
     engine.round()
     assert (engine.running, engine.waiting) == (3, 0)
-    with pytest.raises(CancelledError):
-        handles[1].result(timeout=0)
+    for gone in (1, 4, 5):
+        with pytest.raises(CancelledError):
+            handles[gone].result(timeout=0)
     engine.run()
     for i in (0, 2, 3):
         expected = alone(adapter, rows[i], max_new_tokens=40)
@@ -408,12 +410,13 @@ def test_a_row_that_moves_to_another_slot_takes_its_positions_along(
         assert torch.equal(handle.result().output.sequences, alone.sequences)
 
 
+@pytest.mark.parametrize("budget", [3, 256])
 @pytest.mark.parametrize("name", [NAME, "paligemma"])
-def test_a_first_token_may_exit_where_it_may_alone(name, backbone, exits, batch):
-    """Not where the prompt looks ahead."""
+def test_a_first_token_may_exit_where_it_may_alone(name, budget, backbone, exits, batch):
+    """Not where the prompt looks ahead; where it is read in chunks, out of the last."""
     whole, some = backbone(name), exits(name)
     policy = ExitPolicy({2: 0.0})
-    engine = EngineCore(whole, some, policy, SMALL)
+    engine = EngineCore(whole, some, policy, replace(SMALL, budget=budget))
     inputs = one_row(name, batch(name, 1), 0)
     handle = engine.add(request(inputs))
     engine.run()
@@ -442,6 +445,26 @@ def test_a_first_token_has_its_own_threshold_in_company_too(own, backbone, exits
         assert torch.equal(ours.depths, alone.depths)
         assert ours.depths[0, 0] == (2 if own == 0.0 else whole.depth)
     assert strict.result().output.depths[0, 0] == whole.depth
+
+
+def test_a_token_that_leaves_unseen_has_no_score_in_company_either(adapter, rows):
+    engine = core(adapter)
+    unseen, seen = (
+        engine.add(replace(request(rows[0]), thresholds={2: at})) for at in (0.0, 0.5)
+    )
+    engine.run()
+    assert unseen.result().output.scores[0, 1:].isnan().all()
+    assert not seen.result().output.scores.isnan().any()
+
+
+def test_no_more_columns_wait_for_the_deep_layers_than_may(adapter, rows):
+    engine, most = core(adapter, replace(SMALL, longest=3)), 0
+    handles = [engine.add(replace(request(each), thresholds={2: 0.0})) for each in rows]
+    while not engine.idle:
+        engine.round()
+        most = max(most, *(row.pending(1) for row in engine.decoder.sequences), 0)
+    assert most == 3
+    assert all((handle.result().output.depths[0, 1:] == 2).all() for handle in handles)
 
 
 @pytest.mark.parametrize("ids", [[[5, 6]], torch.tensor([5, 6]), torch.tensor([[0.5]])], ids=str)

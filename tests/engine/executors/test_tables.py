@@ -19,6 +19,9 @@ from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.models.backbone import Backbone
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 
@@ -103,6 +106,21 @@ def test_tables_serve_every_executor_of_a_backbone(batch, both):
     whole = Backbone(families.build("florence2"))
     for rows in (1, 4):
         same(*both(whole, batch("florence2", rows)))
+
+
+def test_tables_reach_to_the_row_whose_positions_are_the_largest(batch):
+    """An image takes fewer positions than columns here, and comes last."""
+    name = "qwen2.5-vl"
+    whole, image = Backbone(families.build(name)), families.one_row(name, batch(name, 1), 0)
+    ids = torch.arange(312)[None] % 50 + families.FIRST_WORD
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    engine = EngineCore(whole, config=EngineConfig(slots=2, limit=400, budget=1000))
+    options = {**GREEDY, "suppress_tokens": families.WORDLESS}
+    handles = [engine.add(Request(each, options=options)) for each in (text, image)]
+    engine.run()
+    for handle, inputs in zip(handles, (text, image), strict=True):
+        alone = generate(Backbone(families.build(name)), inputs, **options)
+        assert torch.equal(handle.result(timeout=0).output.sequences, alone.sequences)
 
 
 def test_tables_keep_no_backbone_in_memory(batch):

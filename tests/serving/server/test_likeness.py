@@ -12,6 +12,7 @@ from PIL import Image
 from offramp.data.scenes import tasks
 from offramp.likeness import Likeness
 from offramp.serving.engine_config import EngineConfig
+from offramp.serving.server.api.replies import Reply, Written
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.pytorch import service_of
 from offramp.serving.server.service import Service
@@ -64,3 +65,9 @@ def test_a_request_unlike_the_calibrated_ones_is_named_and_may_be_answered_lossl
         assert "likeness_alarm" in text and "unlike_requests" in text
     finally:
         service.close()
+
+
+def test_of_several_answers_the_one_least_like_counts() -> None:
+    written = [Written(0, likeness=0.5), Written(1), Written(2, likeness=0.001)]
+    told = Reply("m", True, "early_exit", 6, 3, None).usage(written)["offramp"]["likeness"]
+    assert told == {"p_value": 0.001, "like": False}

@@ -68,8 +68,6 @@ class SlotExecutor(SlotRunner):
                 mine = mine[real[-len(mine) :]]
             self._pending.keep(segment, held, columns - len(mine), mine)
             ran[segment:] = [columns - len(mine)] * (len(ran) - segment)
-            for later in range(segment + 1, len(ran)):
-                held.base[later] = columns - len(mine)
             if states is not None:
                 mine = states[row : row + 1]
                 held.encoder = mine if encoder is None else mine[:, encoder]
