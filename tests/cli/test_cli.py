@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, parser_of
 
 from offramp import cli
+from offramp.adapter import Adapter
 from offramp.calibration import draft_thresholds as drafts
+from offramp.calibration.asked import Guarantee
 from offramp.data.scenes import language, world
 from offramp.errors import StorageError
-from offramp.models.shipped import tiny_exits
+from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.save_and_load import CONFIG
 from offramp.storage import locked_folder
 
@@ -242,6 +245,22 @@ def test_a_copy_is_no_first_attempt_on_the_same_images(
         found = json.loads(out)
         assert code == 0 and found["attempt"] == number and found["unit"] == "image"
         assert (tmp_path / f"copy {number}").is_dir() == (not found["reason"])
+
+
+def test_exits_that_are_trained_again_share_the_errors_of_those_before(
+    run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path
+) -> None:
+    """Attempts are of images: other weights in another folder, which know of none, make the next
+    one."""
+    other = Adapter.from_pretrained(load_tiny("opt")[0], adapter)
+    with torch.no_grad():
+        for parameter in other.exits.modules.parameters():
+            parameter.mul_(1.01)
+    other.save(tmp_path / "again")
+    for number, folder in enumerate((adapter, tmp_path / "again"), 1):
+        asked = ("calibrate", folder, "--data", held_out, "--target", 0.9, "--json")
+        found = json.loads(run(*asked)[1])
+        assert found["attempt"] == number and found["level"] == Guarantee(0.9).level(number)
 
 
 def test_calibrate_takes_a_choice_and_a_unit(

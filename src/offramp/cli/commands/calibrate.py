@@ -236,9 +236,9 @@ def _say_worth(examples: Any, asked: dict[str, Any]) -> None:
         return
     shares = (share for share in range(90, -1, -5) if n >= (_enough(guarantee, share) or n + 1))
     log.info(
-        "With these %d images a first attempt passes four times in five where at most %d%% of the "
-        "target is lost in truth; further attempts on them share a fifth of the error budget.",
-        n, next(shares, 0),
+        "With these %d images, which can guarantee %.3g at best, a first attempt passes four times "
+        "in five where at most %d%% of the target is lost in truth; further attempts on them share "
+        "a fifth of the error budget.", n, least, next(shares, 0),
     )  # fmt: skip
 
 
