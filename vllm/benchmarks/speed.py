@@ -23,12 +23,7 @@ os.environ |= {
 }  # fmt: skip
 
 NEW, WARM = 30, 2
-DRAFTS = 7
-EXITS = {
-    "model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": DRAFTS,
-    # On a CPU further rows of a call cost little up to about 32 of them.
-    "num_speculative_tokens_per_batch_size": [(1, 4, DRAFTS), (5, 12, 5), (13, 256, 0)],
-}  # fmt: skip
+EXITS = {"model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": 7}
 NGRAMS = {
     "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4,
 }  # fmt: skip

@@ -87,3 +87,24 @@ def test_early_answers_get_no_drafts_and_stay_offramps(made: Any, drafting: Any)
     mixed = [list(m.outputs[0].token_ids) for m in llm.generate(asked, params, use_tqdm=False)]
     assert mixed[0::3] == [row["tokens"] for row in early]
     assert mixed[1::3] == mixed[2::3] == [row["tokens"] for row in full]
+
+
+def test_drafts_begin_in_the_middle_of_answers_when_few_are_left(made: Any, serve: Any) -> None:
+    """Until then no exit has run, and the keys that it lacks are made up for."""
+    from vllm import SamplingParams
+
+    folder = made("llama")
+    full = stored(folder, "full")[:8]
+    llm = serve(
+        folder / "model", folder / "export", disable_log_stats=False,
+        speculative_config={
+            "model": NAME, "num_speculative_tokens": 3,
+            "num_speculative_tokens_per_batch_size": [(1, 3, 3), (4, 256, 0)],
+        },
+    )  # fmt: skip
+    lengths = [20 if place < 3 else 5 for place in range(len(full))]
+    params = [SamplingParams(temperature=0.0, max_tokens=n, detokenize=False) for n in lengths]
+    asked = [{"prompt_token_ids": row["prompt"]} for row in full]
+    got = [list(m.outputs[0].token_ids) for m in llm.generate(asked, params, use_tqdm=False)]
+    assert got == [row["tokens"][:n] for row, n in zip(full, lengths, strict=True)]
+    assert accepted(llm)[1] > 0

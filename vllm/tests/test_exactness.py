@@ -66,11 +66,25 @@ def test_cached_prefixes_serve_every_mode(made: Any, serve: Any) -> None:
     for _ in range(2):
         expect(answers(llm, prompts(early)), early)
         expect(answers(llm, prompts(full), extra_args=FULL), full)
+    # No exit has run over these: its keys are made up for.
+    assert llm.reset_prefix_cache()
+    expect(answers(llm, prompts(full), extra_args=FULL), full)
+    expect(answers(llm, prompts(early)), early)
     # Answers are continued over blocks whose upper keys wait.
     longer = [row["prompt"] + row["tokens"][:10] for row in early]
     warm = answers(llm, longer, new=8)
     assert llm.reset_prefix_cache()
     assert answers(llm, longer, new=8) == warm
+
+
+def test_full_depth_runs_no_exit(made: Any, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offramp_vllm.early import Early
+
+    folder = made("llama")
+    full = stored(folder, "full")
+    llm = serve(folder / "model", folder / "export")
+    monkeypatch.delattr(Early, "_exit")
+    expect(answers(llm, prompts(full), extra_args=FULL), full)
 
 
 def test_modes_and_thresholds_of_one_batch_do_not_disturb_each_other(

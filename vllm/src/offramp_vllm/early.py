@@ -29,7 +29,8 @@ class Step:
     is not whole yet. thresholds: of each exit [E][R]; NaN: none leaves. allowed: takes rows [A] and
     the logits [A, V] to those that may be said; None: nothing changes them. deeper: a context in
     which attention is that of a ragged call. sampled: the call's rows whose logits vLLM asks for
-    [N]; None: the last of each request.
+    [N]; None: the last of each request. exits: whether an exit is asked or drafts in this step; if
+    not, none runs.
 
     depths: layers run for each request's next token [R]. said: rows [A] that left, with what they
     may say: ids' logits. read: whether vLLM has asked for the logits. ran: whether the decoder ran
@@ -48,6 +49,7 @@ class Step:
     deeper: Callable[[Ragged], AbstractContextManager[None]]
     sampled: Tensor | None
     layers: int
+    exits: bool
     depths: Tensor = field(init=False)
     said: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     read: bool = False
@@ -61,11 +63,16 @@ class Step:
         """The call's row of each request's last token [R]."""
         return (self.starts[1:] - 1).long()
 
+    @property
+    def begins(self) -> Tensor:
+        """The place of each request's first token in the call [R]."""
+        return (self.seq_lens - self.starts[1:] + self.starts[:-1]).long()
+
 
 class Head:
     """What exits say: logits of the shortlist's tokens, or of all.
 
-    ids: token ids [S]; None: all.
+    ids: token ids [S]; None: all. width: D of the states that it reads.
     """
 
     def __init__(self, model: Any, ids: Tensor | None) -> None:
@@ -74,7 +81,7 @@ class Head:
         parent = _head_parent(model)
         lm_head = None if parent is None else parent.lm_head
         example = _zeros_like_states(model, lm_head)
-        self.vocabulary = int(self._whole(example).shape[-1])
+        self.vocabulary, self.width = int(self._whole(example).shape[-1]), example.shape[-1]
         if ids is None:
             return
         self.ids = ids.to(example.device)
@@ -158,18 +165,22 @@ class Early:
         if step is None or store is None:
             return self._unwritten(state, positions)
         count, step.ran = len(step.slots), True
+        store.begin(step.slots, positions.reshape(-1, positions.shape[-1])[:, :count])
         store.put(0, step.slots, {name: part[:count] for name, part in state.items()})
-        axes = positions.reshape(-1, positions.shape[-1])[:, :count]
-        store.positions.index_copy_(1, step.slots, axes)
-        store.level.index_fill_(0, step.slots, 0)
-        hidden = self._exit(0, state, positions)
         stay = ~step.waits
+        if step.exits:
+            self._fill(step, store, 0, torch.arange(len(stay), device=stay.device), step.begins)
+            hidden = self._exit(0, state, positions)
+            store.heard[0].index_fill_(0, step.slots, 1)
+        else:
+            first_part, store.gaps = next(iter(state.values())), True
+            hidden = first_part.new_zeros((len(first_part), self.head.width))
         for place in range(len(self.exported.depths)):
             stay = self._decide(step, place, hidden, stay)
             rows = stay.nonzero().flatten()
             if not len(rows):
                 break
-            self._deeper(step, store, place, rows, hidden)
+            hidden = self._deeper(step, store, place, rows, positions, hidden)
         return hidden
 
     def _unwritten(self, state: dict[str, Tensor], positions: Tensor) -> Tensor:
@@ -213,30 +224,60 @@ class Early:
         whole = step.allowed(rows, self.head.whole(logits))
         return whole if self.head.ids is None else whole[:, self.head.ids]
 
-    def _deeper(self, step: Step, store: Store, place: int, rows: Tensor, hidden: Tensor) -> None:
-        """Run the part above an exit for requests [G], with what waits of them there; `hidden` has
-        the states of the call's own rows put in."""
+    def _deeper(
+        self, step: Step, store: Store, place: int, rows: Tensor, given: Tensor, hidden: Tensor
+    ) -> Tensor:
+        """Final states [T, D] after the part above an exit has run for requests [G], with what
+        waits of them there. given: positions of the call. hidden: final states before."""
         table, lengths = step.table[rows], step.seq_lens[rows].long()
         begin = first_waiting(store.level, table, lengths, step.block_size, place + 1)
-        start, end = self.exported.depths[place], self.ends[place]
+        if step.exits and place + 1 < len(self.ends):
+            self._fill(step, store, place + 1, rows, begin)
+        whole = len(rows) == len(step.seq_lens) and given.shape[-1] == len(step.slots)
+        if whole and torch.equal(begin, step.begins):  # the call itself, as it came
+            return self._part(step, store, place, step.slots, given)
         for part in rounds(Ragged(rows, begin, lengths), self.most):
             which, places = part.tokens()
             slots = slots_of(step.table, which, places, step.block_size)
-            positions = store.positions[:, slots]
-            positions = positions[0] if len(positions) == 1 else positions
             with step.deeper(part):
-                state = store.at(place, slots)
-                if end == self.exported.layers:
-                    final = self.stages.finish(state, positions, start, end)
-                else:
-                    state = self.stages.between(state, positions, start, end)
-                    store.put(place + 1, slots, state)
-                    final = self._exit(place + 1, state, positions)
-            store.level.index_fill_(0, slots, place + 1)
+                final = self._part(step, store, place, slots, store.places(slots))
             # The rows of this call among them, and where they stand in it.
             at = step.starts[1:][which] - (step.seq_lens[which] - places)
             own = at >= step.starts[:-1][which]
             hidden.index_copy_(0, at[own].long(), final[own])
+        return hidden
+
+    def _part(
+        self, step: Step, store: Store, place: int, slots: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Final states [T, D] of slots [T] after the part above an exit, by the next exit."""
+        state, end = store.at(place, slots), self.ends[place]
+        start = self.exported.depths[place]
+        store.level.index_fill_(0, slots, place + 1)
+        if end == self.exported.layers:
+            return self.stages.finish(state, positions, start, end)
+        state = self.stages.between(state, positions, start, end)
+        store.put(place + 1, slots, state)
+        if not step.exits:
+            return next(iter(state.values()))
+        store.heard[place + 1].index_fill_(0, slots, 1)
+        return self._exit(place + 1, state, positions)
+
+    def _fill(self, step: Step, store: Store, place: int, rows: Tensor, until: Tensor) -> None:
+        """Write an exit's keys where calls have left the exit out, for requests [G] up to a place
+        [G] of each."""
+        if not store.gaps or not int(until.max()):
+            return
+        begin = first_waiting(store.heard[place], step.table[rows], until, step.block_size, 1)
+        some = begin < until
+        if not bool(some.any()):
+            return
+        at = self.exported.layers + place
+        for part in rounds(Ragged(rows[some], begin[some], until[some]), self.most):
+            slots = slots_of(step.table, *part.tokens(), step.block_size)
+            with step.deeper(part):
+                self.stages.between(store.at(place, slots), store.places(slots), at, at + 1)
+            store.heard[place].index_fill_(0, slots, 1)
 
     def draft_on(self) -> None:
         """Have the first exit's own states kept of each call, if it drafts on from them."""

@@ -10,6 +10,7 @@ from typing import Any
 from offramp_vllm import tell
 from offramp_vllm.adapter import read_exported
 from offramp_vllm.attach import MoreLayers
+from offramp_vllm.drafts import NAME, ON_A_CPU
 from offramp_vllm.refuse import Refused, check_config
 
 log = logging.getLogger("vllm.offramp")
@@ -46,6 +47,8 @@ def prepare(arguments: Any) -> None:
     Raises:
         Refused: the folder cannot be read, or an argument does not go with exits.
     """
+    from vllm.platforms import current_platform
+
     entry = wanted(arguments.additional_config)
     assert entry is not None
     if arguments.hf_overrides and not isinstance(arguments.hf_overrides, MoreLayers):
@@ -66,6 +69,11 @@ def prepare(arguments: Any) -> None:
         log.info("Exits run eagerly: torch.compile and CUDA graphs are off.")
     arguments.enforce_eager = True
     arguments.async_scheduling = False
+    speculative = arguments.speculative_config
+    if speculative and speculative.get("model") == NAME and current_platform.is_cpu():
+        arguments.speculative_config = {
+            "num_speculative_tokens_per_batch_size": [*ON_A_CPU], **speculative
+        }  # fmt: skip
     # Places that wait must not be freed when a window has moved past them.
     arguments.disable_hybrid_kv_cache_manager = True
     log.info("Exits at %s: %s.", exported.depths, tell.in_words(exported.guarantee))

@@ -19,7 +19,11 @@ class Store:
     """States of S slots at E exits.
 
     level: for each slot [S] how many of the parts above the exits have run, 0 to E.
+    heard: for each exit and slot [E, S] 1 where the exit has run, so that its keys are there.
+    gaps: whether a call has left an exit out, so that a slot may lack its keys.
     """
+
+    gaps = False
 
     def __init__(self, slots: int, exits: int, like: Parts, axes: int) -> None:
         """slots: S. exits: E. like: a state of any number of tokens. axes: of a position; more than
@@ -32,12 +36,19 @@ class Store:
         ]  # fmt: skip
         self.positions = torch.zeros((axes, slots), dtype=torch.int64, device=device)
         self.level = torch.full((slots,), exits, dtype=torch.uint8, device=device)
+        self.heard = torch.ones((exits, slots), dtype=torch.uint8, device=device)
 
     @staticmethod
     def bytes_a_slot(exits: int, like: Parts, axes: int) -> int:
         """Bytes that a slot takes."""
         states = sum(t[0].numel() * t.element_size() for t in like.values())
-        return exits * states + 8 * axes + 1
+        return exits * (states + 1) + 8 * axes + 1
+
+    def begin(self, slots: Tensor, positions: Tensor) -> None:
+        """Have slots [T] wait at the first exit. positions: [axes, T]."""
+        self.positions.index_copy_(1, slots, positions)
+        self.level.index_fill_(0, slots, 0)
+        self.heard.index_fill_(1, slots, 0)
 
     def put(self, exit: int, slots: Tensor, state: Parts) -> None:
         """Keep the states of tokens at an exit. exit: from 0. slots: [T]. state: [T, ...]."""
@@ -47,3 +58,8 @@ class Store:
     def at(self, exit: int, slots: Tensor) -> dict[str, Tensor]:
         """Copies of the states at an exit."""
         return {name: kept.index_select(0, slots) for name, kept in self.states[exit].items()}
+
+    def places(self, slots: Tensor) -> Tensor:
+        """Positions of slots [T], or [3, T] where they are of time, height and width."""
+        found = self.positions[:, slots]
+        return found[0] if len(found) == 1 else found

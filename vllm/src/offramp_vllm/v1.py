@@ -111,6 +111,7 @@ class ExitRunner:
     def execute_model(self, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
         grammar = getattr(scheduler_output, GRAMMAR, None)
         self._grammar = grammar and (grammar, scheduler_output.scheduled_spec_decode_tokens)
+        self._drafts_at_most = scheduler_output.num_spec_tokens_to_schedule
         self._stepping = True
         try:
             return super().execute_model(scheduler_output, *args, **kw)  # type: ignore[misc]
@@ -135,9 +136,11 @@ class ExitRunner:
             output.offramp_depths = dict(zip(ids, step.depths.tolist(), strict=True))
         return output
 
-    def propose_draft_token_ids(self, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
-        self._drafts_at_most = scheduler_output.num_spec_tokens_to_schedule
-        return super().propose_draft_token_ids(scheduler_output, *args, **kw)  # type: ignore[misc]
+    def _sample(self, logits: Any, drafted: Any) -> Any:
+        """Without drafts, vLLM's plain sampler is asked: the one that verifies copies logits."""
+        if drafted is not None and not drafted.max_spec_len:
+            drafted = None
+        return super()._sample(logits, drafted)  # type: ignore[misc]
 
     def drafts(self, sampled: Sequence[Sequence[int]], lengths: Any) -> list[list[int]]:
         """What the first exit says after the new tokens of each lossless request, while it is sure
@@ -217,6 +220,9 @@ class ExitRunner:
         name = me.attn_groups[self._group][0].layer_names[0]
         slots = get_forward_context().slot_mapping[name][: int(starts[-1])]
         changed = any(r.changed for r in known)
+        modes = [r.asked.mode for r in known]
+        drafting = LOSSLESS in modes and self._drafts_at_most > 0 and exits_draft(me.vllm_config)
+        leaving = self.early.on and any(r.asked.rule.is_on for r in known)
         return Step(
             starts=starts,
             seq_lens=me.seq_lens[:count],
@@ -230,6 +236,7 @@ class ExitRunner:
             deeper=self._attending,
             sampled=self._sampled,
             layers=self.exported.layers,
+            exits=drafting or leaving,
         )
 
     def _request(self, one: str) -> _Request:
