@@ -287,8 +287,10 @@ def draws_needed(losses: Losses, target: float, confidence: float, method: str) 
 
     def nothing(part: Draws, n: int) -> Draws:
         counts = np.resize(part.counts, math.ceil(n * len(part.counts) / fewest))
-        lost = {"sums": np.zeros(len(counts)), "clusters": np.arange(len(counts))}
-        return replace(part, counts=counts, looked=None, **lost)
+        clusters = np.arange(len(counts))
+        return replace(
+            part, sums=np.zeros(len(counts)), counts=counts, clusters=clusters, looked=None
+        )
 
     return _least(
         lambda n: p_value([nothing(part, n) for part in parts], target, test) <= 1 - confidence
