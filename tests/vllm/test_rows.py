@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offramp.engine.confidence import SCORES as OURS
-from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, rounds, slots_of
+from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, put_off, rounds, slots_of
 
 BLOCK = 4
 
@@ -23,6 +23,23 @@ def test_a_token_leaves_at_its_threshold_at_zero_always_and_at_nan_never() -> No
     scores = torch.tensor([0.5, 0.4999, nan, 1.0])
     thresholds = torch.tensor([0.5, 0.5, 0.0, nan])
     assert leaves(scores, thresholds).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("deeper", "again", "off"),
+    [
+        ([1, 0, 0, 0], [0, 0, 0, 0], True),
+        ([1, 1, 0, 0], [0, 0, 0, 0], False),  # enough of them
+        ([1, 0, 0, 0], [2, 0, 0, 0], False),  # long enough
+        ([0, 1, 0, 0], [0, -1, 0, 0], False),  # at full depth, say
+        ([0, 1, 0, 0], [-1, 1, -1, -1], True),
+    ],
+)
+def test_few_tokens_that_go_deeper_are_put_off_but_not_for_long(
+    deeper: list[int], again: list[int], off: bool
+) -> None:
+    asks = torch.ones(4, dtype=torch.bool)
+    assert put_off(torch.tensor(deeper).bool(), asks, torch.tensor(again)) is off
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from offramp_vllm.adapter import Exported
 from offramp_vllm.drafts import Join
-from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, rounds, slots_of
+from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, put_off, rounds, slots_of
 from offramp_vllm.stages import Stages, decoder_of
 from offramp_vllm.store import Store
 
@@ -30,11 +30,13 @@ class Step:
     the logits [A, V] to those that may be said; None: nothing changes them. deeper: a context in
     which attention is that of a ragged call. sampled: the call's rows whose logits vLLM asks for
     [N]; None: the last of each request. exits: whether an exit is asked or drafts in this step; if
-    not, none runs.
+    not, none runs. again: for each request [R] how often its token has been put off; -1: its token
+    may not be.
 
-    depths: layers run for each request's next token [R]. said: rows [A] that left, with what they
-    may say: ids' logits. read: whether vLLM has asked for the logits. ran: whether the decoder ran
-    here, and not by code of vLLM's that was compiled before.
+    depths: layers run for each request's next token [R]. off: requests whose token is put off [O].
+    said: rows [A] that left, with what they may say: ids' logits. read: whether vLLM has asked for
+    the logits. ran: whether the decoder ran here, and not by code of vLLM's that was compiled
+    before.
     """
 
     starts: Tensor
@@ -50,13 +52,16 @@ class Step:
     sampled: Tensor | None
     layers: int
     exits: bool
+    again: Tensor
     depths: Tensor = field(init=False)
+    off: Tensor = field(init=False)
     said: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     read: bool = False
     ran: bool = False
 
     def __post_init__(self) -> None:
         self.depths = torch.full_like(self.seq_lens, self.layers)
+        self.off = self.seq_lens.new_empty(0)
 
     @property
     def last(self) -> Tensor:
@@ -178,6 +183,8 @@ class Early:
         for place in range(len(self.exported.depths)):
             stay = self._decide(step, place, hidden, stay)
             rows = stay.nonzero().flatten()
+            if place == 0 and put_off(stay, step.asks, step.again):
+                step.off, rows = rows, rows[:0]
             if not len(rows):
                 break
             hidden = self._deeper(step, store, place, rows, positions, hidden)
@@ -212,7 +219,7 @@ class Early:
         leaving = leaves(self._score(allowed), thresholds[rows])
         if step.allowed is not None:  # an exit that may say nothing leaves nothing
             leaving &= ~allowed.isneginf().all(-1)
-        leaving = _agreed(leaving)
+        leaving = _agreed(leaving & (step.again[rows] < 1))
         out = rows[leaving]
         step.said.append((out, logits[leaving]))
         step.depths.index_fill_(0, out, self.exported.depths[place])
@@ -321,7 +328,10 @@ class Early:
         logits = first.new_full((len(request), self.head.vocabulary), float("-inf"))
         for rows, said in step.said:
             self.head.put(logits, place[rows], said)
-        deep = (step.depths[request] == step.layers).nonzero().flatten()
+        logits[place[step.off]] = 0.0
+        deep = step.depths[request] == step.layers
+        deep[place[step.off]] = False
+        deep = deep.nonzero().flatten()
         if len(deep):
             logits.index_copy_(0, deep, self._logits(states.index_select(0, deep)).to(logits))
         return logits

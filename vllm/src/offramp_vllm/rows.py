@@ -41,6 +41,24 @@ def leaves(scores: Tensor, thresholds: Tensor) -> Tensor:
     return (thresholds == 0.0) | (scores >= thresholds)
 
 
+PUT_OFF = 2
+"""How often a token may be put off."""
+TOGETHER = 1 / 2
+"""The share of a step's tokens that goes deeper at once."""
+
+
+def put_off(deeper: Tensor, asks: Tensor, again: Tensor) -> bool:
+    """Whether tokens that go deeper are put off to a later step, so that the layers above the exit
+    read their weights once for several: where they are few, and none of them has waited long.
+
+    deeper: which of the requests go deeper [R]. asks: of which a token is chosen [R]. again: how
+    often each has been put off [R]; -1: it may not be.
+    """
+    some = again[deeper]
+    few = len(some) < TOGETHER * int(asks.sum())
+    return few and bool(((some >= 0) & (some < PUT_OFF)).all())
+
+
 def slots_of(block_table: Tensor, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """The slots [T] of tokens.
 

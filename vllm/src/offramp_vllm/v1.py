@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingType
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
@@ -43,11 +44,13 @@ GRAMMAR = "offramp_grammar"
 @dataclass(frozen=True)
 class _Request:
     """asked: mode and rule. changed: whether something changes its logits before a token is
-    chosen. whole: whether its prompt runs to full depth."""
+    chosen. whole: whether its prompt runs to full depth. greedy: whether no random number is drawn
+    for its tokens."""
 
     asked: Asked
     changed: bool
     whole: bool
+    greedy: bool
 
     @property
     def first(self) -> tuple[float, ...]:
@@ -66,6 +69,7 @@ class ExitRunner:
     _stepping = False
     _sampled: Tensor | None = None
     _drafts_at_most = 0
+    _put_off: Mapping[str, int] = {}
     _grammar: Any = None
 
     def load_model(self, *args: Any, **kw: Any) -> None:
@@ -130,9 +134,15 @@ class ExitRunner:
     def sample_tokens(self, grammar_output: Any) -> Any:
         me: Any = self
         step, ids = self.early.step, list(me.input_batch.req_ids)
+        off = [] if step is None else [ids[row] for row in step.off.tolist()]
+        self._put_off = {one: self._put_off.get(one, 0) + 1 for one in off}
+        # As vLLM drops what it samples for a prompt that is not whole yet.
+        if step is not None:
+            me.discard_request_mask.np[step.off.cpu().numpy()] = True
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         self.early.step = None
         if step is not None and hasattr(output, "req_ids"):
+            output.offramp_put_off = off
             output.offramp_depths = dict(zip(ids, step.depths.tolist(), strict=True))
         return output
 
@@ -223,6 +233,11 @@ class ExitRunner:
         modes = [r.asked.mode for r in known]
         drafting = LOSSLESS in modes and self._drafts_at_most > 0 and exits_draft(me.vllm_config)
         leaving = self.early.on and any(r.asked.rule.is_on for r in known)
+        may = me.speculative_config is None or exits_draft(me.vllm_config)
+        again = [
+            self._put_off.get(one, 0) if may and r.asked.rule.is_on and r.greedy else -1
+            for one, r in zip(ids, known, strict=True)
+        ]
         return Step(
             starts=starts,
             seq_lens=me.seq_lens[:count],
@@ -237,6 +252,7 @@ class ExitRunner:
             sampled=self._sampled,
             layers=self.exported.layers,
             exits=drafting or leaving,
+            again=torch.tensor(again, device=device).masked_fill(partial, -1),
         )
 
     def _request(self, one: str) -> _Request:
@@ -341,7 +357,8 @@ def _known(exported: Exported, params: Any, drafts: bool) -> _Request:
         or params.bad_words
         or params.structured_outputs is not None
     )
-    return _Request(wanted, changed, params.prompt_logprobs is not None)
+    greedy = params.sampling_type == SamplingType.GREEDY
+    return _Request(wanted, changed, params.prompt_logprobs is not None, greedy)
 
 
 def _scored(params: Any) -> bool:
@@ -424,7 +441,8 @@ class ExitWorker(PlatformWorker):  # type: ignore[misc, valid-type]
 
 
 class ExitScheduler(Scheduler):
-    """vLLM's scheduler, which hands depths on and keeps drafts from answers with early exits."""
+    """vLLM's scheduler, which hands depths on, asks again for tokens that were put off, and keeps
+    drafts from answers with early exits."""
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
@@ -444,6 +462,10 @@ class ExitScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         tell.attach(outputs, getattr(model_runner_output, "offramp_depths", {}))
+        for one in getattr(model_runner_output, "offramp_put_off", ()):
+            request = self.requests.get(one)
+            if request is not None and request.num_computed_tokens:  # not preempted meanwhile
+                request.num_computed_tokens -= 1
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
