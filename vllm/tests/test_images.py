@@ -12,8 +12,8 @@ from engine import stored
 from offramp_vllm.drafts import NAME
 
 FAMILIES = (
-    "tiny-opt", "llava", "llava-mistral", "llava-next", "idefics3", "qwen2-vl", "qwen2.5-vl",
-    "qwen3-vl", "internvl", "internvl-qwen3",
+    "tiny-opt", "llava", "llava-mistral", "llava-next", "idefics3", "smolvlm", "qwen2-vl",
+    "qwen2.5-vl", "qwen3-vl", "internvl", "internvl-qwen3",
 )  # fmt: skip
 NEW = {"tiny-opt": 30}
 
