@@ -325,7 +325,6 @@ TABLES: dict[str, MakeTable] = {
 }
 FIGURES: dict[str, Make] = {
     "end-to-end-fastest-ms": lambda: f"{_entry(FASTEST, FULL)['whole_milliseconds']:.0f}",
-    "end-to-end-torch-ms": lambda: f"{_entry(PLAIN, EARLY)['whole_milliseconds']:.0f}",
     "end-to-end-torch": told("over_full", PLAIN, EARLY),
     "end-to-end-f16": told("over_fastest", F16, EARLY),
     "end-to-end-q8_0-off": told("over_fastest", Q8, FULL),
