@@ -217,6 +217,16 @@ def test_another_way_of_calling_is_answered_by_the_tower(
     assert calls and "in another way" in caplog.text
 
 
+def test_a_picture_by_its_name_is_the_call_that_was_exported(ort: str) -> None:
+    backbone, calls = exported("blip2-opt", ort)
+    pixels, tower = inputs_of("blip2-opt")["pixel_values"], backbone.tower
+    assert tower is not None
+    options = {"interpolate_pos_encoding": False, "return_dict": True}
+    by_place, by_name = tower(pixels, **options), tower(pixel_values=pixels, **options)
+    assert torch.equal(by_place.last_hidden_state, by_name.last_hidden_state)
+    assert not calls
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ computes in bfloat16, faster on processors that have it, with less precise featu
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import tempfile
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class VisionEngine(StandIn):
         self._as_exported, self._said = Unchanged(tower.modules), set[str]()
 
     def forward(self, *args: Any, **kw: Any) -> Any:
-        call = _Call.of(args, kw)
+        call = _Call.of(self.tower, args, kw)
         if call.way != self._call.way:
             return self._own("it is called in another way than it was exported for", args, kw)
         if not self._as_exported():
@@ -118,6 +119,13 @@ def check_vision_engine(name: str) -> None:
 _EXPORTER = ("onnx", "onnxscript")
 
 
+@cache
+def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Arguments of a tower that may be given by place."""
+    _, *given = inspect.signature(kind.forward).parameters.values()
+    return tuple(each.name for each in given if each.kind is each.POSITIONAL_OR_KEYWORD)
+
+
 # -- calls of a tower ------------------------------------------------------------------------------
 
 
@@ -131,7 +139,11 @@ class _Call:
     tensors: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kw: dict[str, Any]) -> _Call:
+    def of(cls, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> _Call:
+        """The call with its arguments by name, however they were given."""
+        names = _names(type(tower))
+        if len(args) <= len(names):
+            args, kw = (), {**dict(zip(names, args, strict=False)), **kw}
         leaves, spec = tree_flatten((args, dict(sorted(kw.items()))))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         return cls(tuple(None if isinstance(x, Tensor) else (x,) for x in leaves), spec, tensors)
@@ -220,7 +232,7 @@ class _Stops(nn.Module):
         return getattr(self.__dict__["_tower"], name)
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
-        raise _Called(_Call.of(args, kw))
+        raise _Called(_Call.of(self._tower, args, kw))
 
 
 def _watched(model: nn.Module, path: str, tower: nn.Module, example: Any) -> tuple[_Call, _Outputs]:
