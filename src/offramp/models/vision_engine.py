@@ -120,7 +120,7 @@ _EXPORTER = ("onnx", "onnxscript")
 
 
 @cache
-def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+def _names(kind: Any) -> tuple[str, ...]:
     """Arguments of a tower that may be given by place."""
     _, *given = inspect.signature(kind.forward).parameters.values()
     return tuple(each.name for each in given if each.kind is each.POSITIONAL_OR_KEYWORD)
@@ -141,7 +141,8 @@ class _Call:
     @classmethod
     def of(cls, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> _Call:
         """The call with its arguments by name, however they were given."""
-        names = _names(type(tower))
+        kind: Any = type(tower)
+        names = _names(kind)
         if len(args) <= len(names):
             args, kw = (), {**dict(zip(names, args, strict=False)), **kw}
         leaves, spec = tree_flatten((args, dict(sorted(kw.items()))))

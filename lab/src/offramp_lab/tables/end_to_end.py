@@ -114,12 +114,15 @@ def whole() -> Table:
 
 def _stages() -> dict[str, Callable[[Value], str]]:
     """Milliseconds by column; what comes before the decoder is one."""
-    first, *others = ("picture", "tower", "entry"), ("prompt",), ("decoding",)
-    columns = {"before the decoder": first, **{name[0]: name for name in others}}
     return {
-        title: lambda entry, names=names: f"{sum(entry['milliseconds'][n] for n in names):.1f}"
-        for title, names in columns.items()
+        "before the decoder": _milliseconds("picture", "tower", "entry"),
+        "prompt": _milliseconds("prompt"),
+        "decoding": _milliseconds("decoding"),
     }
+
+
+def _milliseconds(*stages: str) -> Callable[[Value], str]:
+    return lambda entry: f"{sum(entry['milliseconds'][name] for name in stages):.1f}"
 
 
 def _shown(entry: Value) -> bool:
