@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from offramp.answers import full_model_answers
-from offramp.calibration.replay import Replay, replay
+from offramp.calibration.replay import PolicyReplay, Replay, replay
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.models.input_processor import InputProcessor
@@ -88,6 +88,9 @@ def test_a_token_leaves_at_the_first_exit_that_is_sure_enough() -> None:
     assert found.depths({2: 0.5, 4: 0.5}).tolist() == [[2, 4, 0]]
     assert found.depths({2: 0.5, 4: 0.5}, first={}).tolist() == [[12, 4, 0]]
     assert found.depths({}).tolist() == [[12, 12, 0]]
+    policy = ExitPolicy({2: 0.5, 4: 0.5})
+    assert PolicyReplay(found, policy, first=True).depths().tolist() == [[2, 4, 0]]
+    assert PolicyReplay(found, policy, first=False).depths().tolist() == [[12, 4, 0]]
     assert found.differs(found.depths({2: 0.5})).tolist() == [True]
     assert found.differs(found.depths({4: 0.5})).tolist() == [False]
     assert found.written(found.depths({2: 0.5}))[0, :2].tolist() == [7, 6]

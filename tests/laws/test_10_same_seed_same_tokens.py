@@ -42,6 +42,25 @@ def test_the_same_seed_gives_the_same_tokens(backbone, exits, batch):
     assert len(set(one.depths.flatten().tolist())) > 1
 
 
+@pytest.mark.parametrize("lossless", [False, True])
+def test_pytorchs_own_noise_goes_on_where_the_models_generate_leaves_it(
+    lossless, backbone, exits, batch
+):
+    """Though drafts drew noise of places that the answer does not have."""
+    whole, inputs, options = backbone("llava"), batch("llava", 1), {"do_sample": True}
+    torch.manual_seed(11)
+    long = whole.model.generate(**inputs, **options, max_new_tokens=NEW)
+    length = inputs["input_ids"].shape[1]
+    options |= {"max_new_tokens": NEW, "eos_token_id": int(long[0, length + 3])}
+    torch.manual_seed(11)
+    theirs, after = whole.model.generate(**inputs, **options), torch.rand(3)
+    torch.manual_seed(11)
+    policy = ExitPolicy({2: 0.0}, lossless=True) if lossless else ExitPolicy()
+    ours = generate(whole, inputs, exits=exits("llava"), policy=policy, **options)
+    assert torch.equal(ours.sequences, theirs) and theirs.shape[1] < long.shape[1]
+    assert torch.equal(torch.rand(3), after)
+
+
 def test_greedy_depends_on_neither_seed_nor_temperature(backbone, exits, batch):
     def decode(seed, temperature):
         torch.manual_seed(seed)

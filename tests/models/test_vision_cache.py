@@ -52,6 +52,16 @@ def test_another_image_gets_its_own_features(backbone: Build, batch: Build) -> N
     assert (found.sequences == generate(model, other, **OPTIONS).sequences).all()
 
 
+def test_features_are_of_the_weights_as_they_are(batch: Build) -> None:
+    model, cache, inputs = Backbone(families.build("llava")), VisionCache(), batch("llava", 1)
+    generate(model, inputs, vision_cache=cache, **OPTIONS)
+    with torch.no_grad():
+        for parameter in model.vision.parameters():
+            parameter.mul_(3.0)
+    generate(model, inputs, vision_cache=cache, **OPTIONS)
+    assert (cache.hits, cache.misses) == (0, 2)
+
+
 def test_early_exits_and_lossless_drafts_share_it(
     backbone: Build, exits: Build, batch: Build
 ) -> None:

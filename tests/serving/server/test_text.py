@@ -67,6 +67,11 @@ def test_a_stop_string_ends_generation_with_the_token_that_completes_it() -> Non
     assert prompt == 3 and over.index(True) + 1 == len(b"xx one two")
 
 
+def test_a_stop_string_of_letters_that_take_several_tokens_is_found() -> None:
+    asked, text = StopStrings(Letters(), ("日本語",)), "xx 日本語".encode()
+    assert [asked.found(text[:n]) for n in range(1, len(text) + 1)].index(True) + 1 == len(text)
+
+
 def test_penalties_count_the_answer_alone() -> None:
     rules = CountPenalties(0.5, 0.25)
     scores, prompt, answer = torch.zeros(1, 8), [1, 1, 2], [3, 4, 3, 3]
