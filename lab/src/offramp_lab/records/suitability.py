@@ -1,22 +1,27 @@
 """What `offramp inspect --data` foretells of exits, beside exits that were trained; rewrites
-suitability.json in lab/records.
+suitability.json and suitability-calibrated.json in lab/records.
 
 On 200 prompts without labels: the exits that ship for the tiny OPT (scenes, float32) and for the
 photo model (photographs, bfloat16); those that `offramp demo t5` leaves in runs/demo;
 and three others of the photo model, as `python -m examples.photo_vlm.measure --regimes unsupervised
 --work runs/photo-exits` leaves them with `--depths 8`, `--size small --depths 8` and `--size small
 --depths 4`. Trained exits are read along the full model's
-answers to other prompts, and decode 50 of these, beside full depth, for their speed. One thread.
-`python -m offramp_lab.records.suitability` takes half an hour; `--parts opt photo-speeds` makes
-some of its parts again.
+answers to other prompts, and decode 50 of these, beside full depth, for their speed.
+
+Of exits that learn captions of the tiny models' world for a short while, on which no setting of the
+forecast was chosen: what is foretold of thresholds that are calibrated to risks of changed answers,
+and their speed once they are calibrated on 2,000 images of their own.
+
+One thread. `python -m offramp_lab.records.suitability` takes half an hour; `--parts opt
+photo-speeds` makes some of its parts again.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,25 +31,37 @@ from examples.photo_vlm.held_out import SIZES
 
 from offramp.adapter import Adapter
 from offramp.answers import full_model_answers
+from offramp.calibration.asked import Guarantee
+from offramp.calibration.attempts import Draws
+from offramp.calibration.calibrate import GRID
 from offramp.calibration.replay import replay
+from offramp.calibration.risk_control import control
+from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.suitability import LEVELS, settled, suitability
+from offramp.calibration.suitability import RISKS as RISKS_TOLD
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.data.example import Example
-from offramp.data.scenes.tasks import captions_and_questions
+from offramp.data.scenes.tasks import captions, captions_and_questions
 from offramp.demo import OPTIONS, DemoSizes
 from offramp.engine.policy import ExitPolicy
 from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import exit_generate_fn, timed
 from offramp.models.input_processor import InputProcessor
+from offramp.models.shipped import TINY
 from offramp.storage import read_json
 from offramp_lab.experiments.experiment import Experiment, bar
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked
-from offramp_lab.records.subjects import halves, load_photo, tiny_with
+from offramp_lab.records.subjects import halves, load_photo, tiny_with, trained
 
 RECORD = Record("suitability")
+RECORD_CALIBRATED = Record("suitability-calibrated", RECORD.name)
 PROMPTS, TIMED = 200, 50
 LEVEL = 0.95
 """At which speeds are measured."""
+BRIEFLY = {f"{kind}-{depth}": (kind, depth) for kind in TINY for depth in (1, 2)}
+LEARNT, STEPS, CALIBRATED = 300, 300, 2000
+"""Captions that exits learn, and for how long; images that thresholds are calibrated on."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +136,10 @@ def foretold(case: Case) -> dict[str, Any]:
     }
 
 
-def speeds(case: Case, trained: Sequence[dict[str, Any]], rounds: int) -> dict[str, Any]:
-    """Decoding over full depth, by depth, at the threshold of `LEVEL`, in CPU seconds as the
-    forecast has them: the ratio of sums over prompts, each one's median of rounds, with a 95%
-    interval over prompts."""
-    policies = {"full": ExitPolicy()}
-    for row in trained:
-        policy = ExitPolicy({row["depth"]: row["threshold"]}, shortlist=case.narrow)
-        policies[f"{row['depth']}"] = policy
+def speeds(case: Case, policies: Mapping[str, ExitPolicy], rounds: int) -> dict[str, Any]:
+    """Decoding over full depth, by policy, in CPU seconds as the forecast has them: the ratio of
+    sums over prompts, each one's median of rounds, with a 95% interval over prompts."""
+    policies = {"full": ExitPolicy(), **policies}
     options: dict[str, Any] = {"max_new_tokens": case.longest, "do_sample": False}
     backbone, exits, clock = case.encoder.backbone, case.adapter.exits, time.thread_time
 
@@ -150,6 +163,54 @@ def speeds(case: Case, trained: Sequence[dict[str, Any]], rounds: int) -> dict[s
     return ratios
 
 
+def at_level(case: Case, found: Sequence[dict[str, Any]]) -> dict[str, ExitPolicy]:
+    """By depth, what exits at the threshold of `LEVEL`."""
+    return {
+        f"{row['depth']}": ExitPolicy({row["depth"]: row["threshold"]}, shortlist=case.narrow)
+        for row in found
+    }
+
+
+def calibrated(kind: str, depth: int, rounds: int) -> dict[str, Any]:
+    """By risk of changed answers: the speed of calibrated thresholds as it is foretold, with its
+    interval, and as it is measured."""
+    learnt = captions("train", LEARNT).examples
+    model = trained(kind, learnt, depths=(depth,), steps=STEPS)
+    asked = captions("calibration", PROMPTS, 5000).examples
+    held_out = captions("test", TIMED).examples
+    case = Case(*model, asked, held_out, planned=LEARNT, longest=OPTIONS["max_new_tokens"])
+    [told] = suitability(
+        case.encoder, case.asked, depths=(depth,), planned=case.planned,
+        max_new_tokens=case.longest, progress=bar("forecast"),
+    ).prospects  # fmt: skip
+    tested = captions("calibration", CALIBRATED, 10_000).examples
+    evaluator = ThresholdEvaluator.of(
+        *model, tested, ExitPolicy(shortlist=case.narrow), RISKS["disagreement"], **OPTIONS
+    )
+    columns: list[Any] = []
+    for threshold in GRID:
+        columns.append(evaluator.losses({depth: threshold}))
+        if columns[-1].mean() > max(RISKS_TOLD):
+            break
+    losses = np.stack(columns, 1)
+    rows, policies = [], {}
+    for target in RISKS_TOLD:
+        draws = Draws.of(losses, whole=True)
+        index = control(draws, target, Guarantee(target).level(1)).index
+        row: dict[str, Any] = {"target": target, "foretold": list(told.calibrated[target])}
+        if index is not None:
+            row |= {"threshold": GRID[index], "risk": float(losses[:, index].mean())}
+            policies[f"{target:g}"] = replace(evaluator.policy, thresholds={depth: GRID[index]})
+        rows.append(row)
+    took = speeds(case, policies, rounds)
+    for row in rows:
+        row["measured"] = took.get(f"{row['target']:g}", took["full"])
+    return {
+        "depth": depth, "agreement": told.agreement, "images": len(tested), "learnt": LEARNT,
+        "steps": STEPS, "cells": rows, "timed": took["timed"], "rounds": rounds,
+    }  # fmt: skip
+
+
 def main() -> None:
     cases: dict[str, Callable[[Path], Case]] = {
         "opt": lambda _: tiny("opt"),
@@ -160,22 +221,25 @@ def main() -> None:
         "photo-small-4": partial(photo_at, depth=4, size="small"),
     }
     names = [part for name in cases for part in (name, f"{name}-speeds")]
-    arguments = asked(__doc__, data=True, rounds=3, parts=Some(names))
+    arguments = asked(__doc__, data=True, rounds=3, parts=Some([*names, *BRIEFLY]))
     load = os.getloadavg()[0]
 
     def made(part: str) -> dict[str, Any]:
+        if part in BRIEFLY:
+            return calibrated(*BRIEFLY[part], arguments.rounds)
         name = part.removesuffix("-speeds")
         case = cases[name](arguments.data)
         if part == name:
             return foretold(case)
-        trained = read_json(RUNS / RECORD.name / f"{name}.json")["trained"]
-        return speeds(case, trained, arguments.rounds)
+        found = read_json(RUNS / RECORD.name / f"{name}.json")["trained"]
+        return speeds(case, at_level(case, found), arguments.rounds)
 
-    RECORD.parts(
-        {part: partial(made, part) for part in names},
-        arguments.parts,
-        load=[round(load, 1), round(os.getloadavg()[0], 1)],
-    )
+    for of, all_parts in ((RECORD, names), (RECORD_CALIBRATED, [*BRIEFLY])):
+        if some := [part for part in all_parts if part in arguments.parts]:
+            of.parts(
+                {part: partial(made, part) for part in all_parts}, some,
+                load=[round(load, 1), round(os.getloadavg()[0], 1)],
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The forecast of exits beside what trained exits gave."""
 
+from statistics import median
 from typing import Any
 
 from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import MakeTable, record, tiny, with_range
+from offramp_lab.tables.markdown import Make, MakeTable, record, tiny, with_range
 
 MODELS = {
     "opt": tiny("opt"),
@@ -43,4 +44,43 @@ def beside() -> Table:
     return Table(("forecast / measured", *titles), rows)
 
 
-TABLES: dict[str, MakeTable] = {"suitability": beside}
+def _calibrated() -> dict[str, Any]:
+    found = record("suitability-calibrated")
+    return {name: part for name, part in found.items() if name != "provenance"}
+
+
+def calibrated() -> Table:
+    """Speeds of calibrated thresholds, forecast / measured, each with its interval."""
+    rows, titles = [], []
+    for name, part in _calibrated().items():
+        titles = [f"{cell['target']:.0%} of answers" for cell in part["cells"]]
+        cells = []
+        for cell in part["cells"]:
+            (value, *ends), measured = cell["foretold"], cell["measured"]
+            told = with_range(times(value), ends, ".2f")
+            found = with_range(times(measured["value"]), measured["interval"], ".2f")
+            cells.append(f"{told} / {found}")
+        rows.append((f"{tiny(name.partition('-')[0])}, depth {part['depth']}", *cells))
+    return Table(("forecast / measured", *titles), rows)
+
+
+def _ratios() -> list[float]:
+    """Measured speeds of calibrated thresholds over those foretold, ascending."""
+    cells = [cell for part in _calibrated().values() for cell in part["cells"]]
+    return sorted(cell["measured"]["value"] / cell["foretold"][0] for cell in cells)
+
+
+def _inside() -> str:
+    """How many measured speeds lie in the forecast's interval."""
+    cells = [cell for part in _calibrated().values() for cell in part["cells"]]
+    inside = [c for c in cells if c["foretold"][1] <= c["measured"]["value"] <= c["foretold"][2]]
+    return f"{len(inside)} of {len(cells)}"
+
+
+TABLES: dict[str, MakeTable] = {"suitability": beside, "suitability-calibrated": calibrated}
+FIGURES: dict[str, Make] = {
+    "calibrated-least": lambda: f"{_ratios()[0]:.2f}",
+    "calibrated-median": lambda: f"{median(_ratios()):.2f}",
+    "calibrated-most": lambda: f"{_ratios()[-1]:.2f}",
+    "calibrated-inside": _inside,
+}
