@@ -341,12 +341,15 @@ def test_a_card_keeps_what_was_edited() -> None:
 SMALL = ("--limit", 2, "--rows", "2", "--max-new-tokens", 5, "--slots", 2)
 
 
-def test_the_command_prints_a_table_and_keeps_a_certificate(run: RunCommand, adapter: Path) -> None:
+def test_the_command_prints_a_table_and_keeps_a_certificate(
+    run: RunCommand, adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     own = b"caf\xe9\n"  # not UTF-8
     (adapter / CARD).write_bytes((adapter / CARD).read_bytes() + own)
     code, out, err = run("verify", adapter, *SMALL)
     assert code == 0, err
     assert "held to" in out and "lossless, 2 rows" in out and "NO" not in out
+    assert "; --quick writes few." in caplog.text
     [kept] = Certificate.read(adapter / CERTIFICATE).runs
     assert (
         kept.engine == "torch (slots)"
@@ -358,6 +361,13 @@ def test_the_command_prints_a_table_and_keeps_a_certificate(run: RunCommand, ada
     assert kept.words.encode() in card and own.strip() in card
     assert kept.words in run("inspect", adapter)[1]
     assert kept.words in run("inspect", adapter, "--json")[1]
+
+
+def test_a_quick_run_does_not_advise_itself(
+    run: RunCommand, adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run("verify", adapter, "--quick", *SMALL)[0] == 0
+    assert "answers takes up to" in caplog.text and "writes few" not in caplog.text
 
 
 def test_given_prompts_and_json(

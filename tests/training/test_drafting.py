@@ -102,7 +102,8 @@ def test_only_the_inputs_of_drafts_learn(opt, tmp_path):
     assert loaded.metrics["drafting"].keys() == {"2", "4"}
 
 
-def test_training_raises_acceptance(backbone, tmp_path):
+def test_training_raises_acceptance(backbone, tmp_path, caplog):
+    caplog.set_level("INFO")
     whole = backbone("blip2-opt")
     encoder = InputProcessor(whole, processor("blip2-opt"))
     store = FeatureStore(encoder, answered(encoder, 8), (4,), batch_size=4)
@@ -115,6 +116,7 @@ def test_training_raises_acceptance(backbone, tmp_path):
         before = stage.loss(store[0]).item()
     made = stage.run((store, store))
     shown = made.metrics["drafting"]["4"]
+    assert f"right ones: {shown['acceptance'][0]:.0%}" in caplog.text
     with torch.no_grad():
         assert stage.loss(store[0]).item() < 0.8 * before
     assert shown["drafts"] > 20 and 0 < shown["acceptance"][0] <= 1

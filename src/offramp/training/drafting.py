@@ -488,7 +488,8 @@ class DraftingStage(DraftTraining):
         adapter = self.adapter
         measured = {str(depth): one.to_json for depth, one in found.items()}
         for depth, one in measured.items():
-            log.info("Drafts at depth %s are right: %s.", depth, one)
+            shares = ", ".join(f"{share:.0%}" for share in one["acceptance"])
+            log.info("At depth %s drafts in turn are right, after right ones: %s.", depth, shares)
         drafts = dict.fromkeys(adapter.policy.drafts or adapter.exits.depths, AHEAD)
         policy = replace(adapter.policy, drafts=drafts, max_draft=UNROLLED)
         ran = {**dict(adapter.provenance.get("config") or {}), "exit_kind": "drafting"}

@@ -122,7 +122,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     one = Verification(
         adapter, encoder, examples, policy=policy, runtime=runtime, settings=settings
     )
-    _say_how_long(one, policy, settings)
+    _say_how_long(one, policy, settings, "" if arguments.quick else "; --quick writes few")
     with progress_bar("verify", total=one.answers) as bar:
         paths = one.run(told=bar.update)
     run = one.certified(paths, arguments.engine, digest, sys.argv)
@@ -139,7 +139,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     say_next(f"offramp serve {arguments.adapter}{asked_again(arguments, *LOADED)}")
 
 
-def _say_how_long(one: Any, policy: Any, settings: Any) -> None:
+def _say_how_long(one: Any, policy: Any, settings: Any, advice: str) -> None:
     """Say how long it takes, estimated from one answer alone; batches are faster."""
     import time
 
@@ -151,7 +151,7 @@ def _say_how_long(one: Any, policy: Any, settings: Any) -> None:
         begin = time.perf_counter()
         one.adapter.generate(inputs, policy=policy, max_new_tokens=longest, **GREEDY)
     took = (time.perf_counter() - begin) * one.answers
-    log.info("Writing %d answers takes up to %s; --quick writes few.", one.answers, duration(took))
+    log.info("Writing %d answers takes up to %s%s.", one.answers, duration(took), advice)
 
 
 def _folder(arguments: argparse.Namespace) -> Path | None:
