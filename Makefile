@@ -44,8 +44,7 @@ check: lint test test-research
 records: $(READY)  ## run both demos, keep their reports in records/, refill the pages' tables
 	$(BIN)/offramp demo opt
 	$(BIN)/offramp demo t5
-	cp runs/demo/report-opt.json lab/records/demo-opt.json
-	cp runs/demo/report-t5.json lab/records/demo-t5.json
+	echo "{\"opt\": $$(cat runs/demo/report-opt.json), \"t5\": $$(cat runs/demo/report-t5.json)}" > lab/records/demo.json
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
 calibrated: $(READY)  ## what calibration promises and keeps; rewrites lab/records/calibrated.json and violations.json

@@ -14,7 +14,7 @@ from offramp_lab.places import DOCS, RECORDS
 
 
 def record(kind: str) -> Any:
-    return json.loads((RECORDS / f"demo-{kind}.json").read_text("utf-8"))
+    return json.loads((RECORDS / "demo.json").read_text("utf-8"))[kind]
 
 
 @pytest.mark.parametrize("kind", ["opt", "t5"])

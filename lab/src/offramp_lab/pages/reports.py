@@ -41,12 +41,12 @@ def page(kind: str) -> str:
     Raises:
         DataError: the adapter in runs/demo is of another run than the record.
     """
-    record = read_json(RECORDS / f"demo-{kind}.json")
+    record = read_json(RECORDS / "demo.json")[kind]
     backbone, processor = load_tiny(kind)
     adapter = Adapter.load(DEMO / kind, backbone)
     if decided(dict(adapter.calibration or {})) != decided(record["calibration"]):
         raise DataError(
-            f"{DEMO / kind} and lab/records/demo-{kind}.json are of two runs.", "Run make records."
+            f"{DEMO / kind} and lab/records/demo.json are of two runs.", "Run make records."
         )
     encoder = InputProcessor(backbone, processor)
     tasks = [captions("test", SHOWN), questions("test", SHOWN)]

@@ -27,7 +27,7 @@ def demo() -> Table:
             "questions right, full / early exit": right("questions"),
             "lossless: decoding, over exits off": "{lossless[speedup_decode]:.2f}x",
         },
-        {tiny(kind): {**of, **of["modes"]} for kind in KINDS for of in [record(f"demo-{kind}")]},
+        {tiny(kind): {**of, **of["modes"]} for kind in KINDS for of in [record("demo")[kind]]},
         told,
     )
 
