@@ -10,7 +10,6 @@ from offramp_lab.experiments.drawing import (
     strips,
 )
 from offramp_lab.places import DOCS
-from offramp_lab.tables.drafts import SHIPS
 from offramp_lab.tables.end_to_end import by_stage
 from offramp_lab.tables.markdown import KINDS, by, record, tiny
 from offramp_lab.tables.photographs import METHODS, curves
@@ -30,24 +29,11 @@ def plots() -> dict[str, tuple[str, str]]:
             "A caption from the file to the text",
             parts(by_stage(), "CPU milliseconds a caption, 100 photographs"),
         ),
-        "drafts": ("Lossless decoding, 5 drafts, 100 photographs", lossless()),
         "quantisation": ("Weights of the photo model in memory", quantisation()),
         "guarantees": ("Risk on fresh images, over the promised risk", guarantees()),
         "models": ("How near decoding is to the model itself", models()),
         "decoding": ("Depth of each token, tiny OPT", decoding()),
     }
-
-
-def lossless() -> str:
-    """By engine, the speedup of lossless decoding with the exits that ship, as SVG."""
-    found = {part: of for part, of in record("drafts").items() if part != "provenance"}
-    rows = {}
-    for part, entries in found.items():
-        if "exits for it" not in part:
-            one = by(entries, "way")[SHIPS]
-            title = part.replace("pytorch", "PyTorch")
-            rows[title] = (one["times"], one["low"], one["high"])
-    return intervals(rows, "decoding, over the same model and kernels with exits off")
 
 
 def quantisation() -> str:

@@ -3,7 +3,6 @@ thresholds on; and what answers about the tiny models' world are right."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from examples.photo_vlm.evaluate import LONGEST, load
+from examples.photo_vlm.evaluate import load
 from examples.photo_vlm.rows import half_of, read_photographs
 from numpy.typing import NDArray
 
@@ -79,23 +78,6 @@ class Subject:
     encoder: InputProcessor
     examples: Sequence[Example]
     longest: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of generation: greedy."""
-        return {"max_new_tokens": self.longest, "do_sample": False}
-
-    def prompts(self) -> list[dict[str, Any]]:
-        """Each example's, alone."""
-        return [self.encoder.prompts([example]) for example in self.examples]
-
-
-def photo(arguments: argparse.Namespace, count: int, dtype: str = "float32") -> Subject:
-    """The photo model, by what a command was `asked`, on so many held-out photographs of the half
-    on which figures are measured."""
-    examples = halves(arguments.data)[1][:count]
-    model = load_photo(arguments.adapter, dtype)
-    return Subject("photo model", *model, examples, LONGEST["captions"])
 
 
 # -- the tiny models' world ------------------------------------------------------------------------

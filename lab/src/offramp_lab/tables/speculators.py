@@ -39,7 +39,4 @@ FIGURES: dict[str, Make] = {
     "speculators-prompts": lambda: str(record("speculators")["prompts"]),
     "speculators-acceptance": _acceptance,
     "speculators-validation": lambda: _TOKENS.format_map(_trained()["said"]),
-    "speculators-photo": lambda: _acceptance("photo"),
-    "speculators-photo-tokens": lambda: _TOKENS.format_map(_trained("photo")["said"]),
-    "speculators-photo-seconds": lambda: f"{_trained('photo')['cpu_seconds']:.0f}",
 }

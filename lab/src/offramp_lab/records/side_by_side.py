@@ -1,0 +1,220 @@
+"""Exits beside other ways to spare full depth: one model, engine and set of photographs.
+
+`python -m offramp_lab.records.side_by_side` needs photographs and onnxruntime, and first trains an
+EAGLE-3 drafter on the full model's captions of the training split. All ways caption the same
+photographs in the batch engine (PyTorch, float32, one thread), one at a time and several at once,
+in turns. They are early exit, untrained exits at the same thresholds, and every token at the exit;
+losslessly exits that draft on, four drafts sure or not, untrained exits, EAGLE-3, trained and not,
+and n-grams of the text. CPU milliseconds to the first token (picture and vision tower included, and
+the prompts before it where several come at once), and for each that follows. What was answered is
+kept in runs/side_by_side, so that a run that was cut off goes on there.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from examples.ngram_plugin import offramp_ngram
+from examples.photo_vlm.evaluate import LONGEST
+from examples.photo_vlm.rows import CAPTIONS
+
+from offramp.adapter import Adapter
+from offramp.data.example import Example
+from offramp.engine.policy import FULL, ExitPolicy
+from offramp.evaluation.drafts import Drafted
+from offramp.evaluation.statistics import interval, mean_of
+from offramp.models.eagle3 import Eagle3Drafter
+from offramp.models.exits import Exits, ExitSet
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
+from offramp_lab.experiments.experiment import bar, same, times
+from offramp_lab.methods.eagle import NAME, attached, load_drafter
+from offramp_lab.places import RUNS
+from offramp_lab.records.end_to_end import TOWER, always, scores
+from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.subjects import halves, load_photo
+from offramp_lab.records.text import step
+
+RECORD = Record("side_by_side")
+AT_ONCE = (1, 8, 32)
+LIMIT = 128
+EARLY, LOSSLESS = "early_exit", "lossless"
+OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
+
+
+@dataclass(frozen=True)
+class Way:
+    """mode: of its requests. drafter: that is attached meanwhile."""
+
+    policy: ExitPolicy
+    mode: str
+    exits: ExitSet | None = None
+    drafter: Eagle3Drafter | None = None
+
+
+def ways_of(adapter: Adapter, drafter: Eagle3Drafter) -> dict[str, Way]:
+    """All ways by name."""
+    backbone, exits, policy = adapter.backbone, adapter.exits, adapter.policy
+    [depth] = policy.thresholds
+    fresh = replace(exits, modules=_untrained(adapter, "layer"))
+    lossless = replace(policy, lossless=True)
+    by_name: dict[str, Any] = {"lossless": True, "thresholds": {}, "first": {}}
+    eagle = replace(policy, drafts={NAME: 0.1}, max_draft=policy.max_draft, **by_name)
+    ngram = replace(policy, drafts={"ngram": 0.0}, max_draft=3, **by_name)
+    copied = Eagle3Drafter(backbone, drafter.words)
+    fixed = replace(lossless, drafts={depth: 0.0}, max_draft=4)
+    return {
+        "full": Way(FULL, "full"),
+        "early exit": Way(policy, EARLY, exits),
+        "early exit, untrained": Way(policy, EARLY, fresh),
+        "static": Way(always(policy, depth), EARLY, exits),
+        "exit drafts": Way(lossless, LOSSLESS, exits),
+        "exit drafts, always 4": Way(fixed, LOSSLESS, exits),
+        "exit drafts, untrained": Way(
+            lossless, LOSSLESS, replace(exits, modules=_untrained(adapter, exits.modules.kind))
+        ),
+        "EAGLE-3": Way(eagle, LOSSLESS, None, drafter),
+        "EAGLE-3, untrained": Way(eagle, LOSSLESS, None, copied),
+        "n-grams": Way(ngram, LOSSLESS),
+    }
+
+
+def _untrained(adapter: Adapter, kind: str) -> Exits:
+    """Exits at the same depths, as training begins with them."""
+    return Exits(adapter.backbone, adapter.exits.depths, kind=kind).requires_grad_(False)
+
+
+def answered(
+    adapter: Adapter, encoder: Any, way: Way, group: Sequence[Example], at_once: int
+) -> list[dict[str, Any]]:
+    """Of each photograph its caption's ids, CPU seconds to the first token and behind it, and
+    rounds; all come at the same moment."""
+    backbone = adapter.backbone
+    attaching: AbstractContextManager[None] = nullcontext()
+    if way.drafter is not None:
+        attaching = attached(backbone, way.drafter, at_once, LIMIT)
+    config = EngineConfig(slots=at_once, limit=LIMIT)
+    with attaching:
+        core = EngineCore(backbone, way.exits, way.policy, config, clock=time.process_time)
+        begin = time.process_time()
+        handles = [
+            core.add(Request(encoder.prompts([example]), way.mode, options=OPTIONS))
+            for example in group
+        ]
+        opened = time.process_time() - begin
+        core.run()
+    done = [handle.result() for handle in handles]
+    return [
+        {
+            "ids": one.output.new_tokens[0].tolist(),
+            "first": opened / len(group) + one.first,
+            "rest": sum(one.gaps),
+            "rounds": [*one.output.rounds],
+        }
+        for one in done
+    ]
+
+
+def measured(
+    adapter: Adapter, encoder: Any, ways: Mapping[str, Way], examples: Sequence[Example],
+    at_once: int, work: Path,
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """What each way answered to each photograph, so many at once."""
+    kept = Kept(work / f"{at_once}.jsonl")
+    groups = [examples[at : at + at_once] for at in range(0, len(examples), at_once)]
+    for name, way in ways.items():
+        if f"{name} {groups[-1][0].key}" not in kept:  # code and tables are made once
+            answered(adapter, encoder, way, groups[0][:2], at_once)
+    for group in bar(f"{at_once} at once")(groups):
+        for name in random.Random(group[0].key).sample([*ways], len(ways)):
+            if (key := f"{name} {group[0].key}") not in kept:
+                kept.keep(key, answered(adapter, encoder, ways[name], group, at_once))
+    return {
+        name: [one for group in groups for one in kept.found[f"{name} {group[0].key}"]]
+        for name in ways
+    }
+
+
+def entries_of(
+    told: Mapping[str, Sequence[Mapping[str, Any]]], at_once: int, examples: Sequence[Example],
+    encoder: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """An entry for each way. over_full: how many times as fast tokens after the first are."""
+    entries = []
+    rates = {
+        name: np.array(
+            [[len(one["ids"]) - 1 for one in rows], [one["rest"] for one in rows]], float
+        )
+        for name, rows in told.items()
+    }
+    full = [one["ids"] for one in told["full"]]
+    base = _cider(full, examples, encoder)
+    for name, rows in told.items():
+        ids = [one["ids"] for one in rows]
+        own = mean_of(_cider(ids, examples, encoder))
+        drafted = Drafted.of([one["rounds"] for one in rows])
+        entries.append(
+            {
+                "way": name,
+                "at_once": at_once,
+                "identical": same(ids, full),
+                "CIDEr": own.value,
+                "minus_full": own.value - mean_of(base).value,
+                "difference": interval(own, minus=mean_of(base)),
+                "first_milliseconds": 1e3 * float(np.mean([one["first"] for one in rows])),
+                "token_milliseconds": 1e3 * float(rates[name][1].sum() / rates[name][0].sum()),
+                "over_full": times(rates[name], rates["full"]),
+                "tokens_a_round": drafted.tokens if drafted else None,
+            }
+        )
+    return entries
+
+
+def _cider(ids: Sequence[Any], examples: Sequence[Example], encoder: Any) -> Sequence[float]:
+    texts = [str(encoder.texts(torch.tensor([row]))[0]) for row in ids]
+    return scores("captions", texts, examples)["CIDEr"]
+
+
+def export_words(work: Path, arguments: Any) -> list[str]:
+    """What trains the drafter: captions of the training split, as much as the exits saw of them."""
+    return [
+        "--to", "speculators", "--adapter", "photo", "--dtype", "bfloat16", "--data",
+        str(arguments.data / CAPTIONS), "--split", "train", "--limit", str(arguments.learn),
+        "--prompt", "Caption:", "--steps", str(arguments.steps), "--shortlist", "1024",
+        "--max-new-tokens", str(LONGEST["captions"]), "--out", str(work / "drafter"), "--json",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    arguments = asked(__doc__, photo=True, photographs=96, steps=1500, learn=3000)
+    work, entries = RUNS / RECORD.name, list[dict[str, Any]]()
+    trained = step("export", export_words(work, arguments), work, arguments.data)
+    assert offramp_ngram is not None  # importing it registers its drafter
+    adapter, encoder = load_photo(arguments.adapter, vision=TOWER)
+    drafter = load_drafter(adapter.backbone, work / "drafter")
+    ways = ways_of(adapter, drafter)
+    examples = halves(arguments.data)[1][: arguments.photographs]
+    for at_once in AT_ONCE:
+        told = measured(adapter, encoder, ways, examples, at_once, work)
+        entries += entries_of(told, at_once, examples, encoder)
+    RECORD.write(
+        {
+            "photographs": len(examples),
+            "drafter": trained,
+            "exit_seconds": adapter.metrics["seconds"],
+            "entries": entries,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
