@@ -1,0 +1,112 @@
+"""What `engine="auto"` chooses, and why, for four kinds of model; rewrites auto.json.
+
+`python -m offramp_lab.records.auto` needs photographs, onnxruntime and llama-cpp-python (minutes of
+one core). The photo model and the tiny OPT are measured as they ship; photographs are then
+captioned in turns by what the default loads, by the same way named, and with prepacked weights. The
+others are tiny random models. For tiny ones `auto` takes PyTorch unmeasured: this is what it would
+find if they were not too small.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from offramp.adapter import Adapter
+from offramp.data.example import Example
+from offramp.engine.policy import ExitPolicy
+from offramp.engines import AUTO, TORCH, auto, engine_named
+from offramp.loading import load
+from offramp.models.backbone import Backbone
+from offramp.models.exits import Exits, ExitSet
+from offramp.models.shipped import shipped_exits
+from offramp.save_and_load import read_config
+from offramp_lab.experiments.experiment import Experiment, same, spent, times
+from offramp_lab.inputs import tiny_families
+from offramp_lab.records.record import Record, asked
+from offramp_lab.records.subjects import halves
+
+RECORD = Record("auto")
+PHOTO, OPT = "photo", "tiny-opt"
+KINDS = {
+    "InstructBLIP, T5": "instructblip-t5",
+    "Qwen2-VL": "qwen2-vl",
+    "Idefics3": "idefics3",
+}
+LONGEST = 16
+
+
+def load_tiny(name: str, *, engine: str, vision: str, gguf: Path | None) -> Any:
+    """A tiny random model of a family with exits that nobody trained, in the place of
+    `offramp.load`."""
+    kind = tiny_families.kind_of(name)
+    backbone = Backbone(tiny_families.build(name))
+    if vision != TORCH:
+        backbone = backbone.with_vision(vision, kind.inputs(1))
+    depth = tiny_families.depths(name)[0]
+    exits = Exits(backbone, [depth]).requires_grad_(False)
+    adapter = Adapter(backbone, ExitSet(exits), ExitPolicy({depth: 0.1}))
+    model = engine_named(engine).open(adapter, gguf=gguf, context=256, threads=1)
+    own = model if isinstance(model, Adapter) else adapter
+    prompts = SimpleNamespace(prompts=lambda examples: kind.inputs(1, int(examples[0].key[-1])))
+    return SimpleNamespace(model=model, adapter=own, encoder=prompts, longest=LONGEST)
+
+
+def found(model: str, ready: Callable[..., Any], config: Any) -> dict[str, Any]:
+    """All ways with what stands against them, and the one that would be taken."""
+    ways = [*auto._measured(ready, config, model, AUTO, False)]
+    best = auto.fastest(ways, config.calibrations)
+    return {"chosen": best.words, "ways": [asdict(way) for way in ways]}
+
+
+def paired(best: auto.Way, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """CPU milliseconds of a caption by the default and by name, what share of the latter's time the
+    default takes, and how many captions are the same."""
+    loaded = {
+        "default": load(PHOTO),
+        "named": load(PHOTO, engine=best.engine, vision=best.vision, gguf=best.gguf),
+        "packed": load(PHOTO, engine="packed", vision=best.vision),
+    }
+
+    def answer(of: Any, example: Example) -> str:
+        return str(of.answer(example.image, example.prompt))
+
+    methods = {name: spent(partial(answer, of)) for name, of in loaded.items()}
+    [*runs] = Experiment(methods, examples, 1, 2, "captions").run().items()
+    rates = {n: np.array([(1.0, seconds) for _, seconds in told]).T for n, [told] in runs}
+    texts = {name: [text for text, _ in told] for name, [told] in runs}
+    return [
+        {"way": name, "milliseconds": 1e3 * float(own[1].mean()),
+         "same": same(texts[name], texts["default"]), "default_takes": times(own, rates["default"])}
+        for name, own in rates.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    arguments = asked(__doc__, data=True, photographs=60)
+    none = SimpleNamespace(calibrations=())
+    configs = {name: read_config(shipped_exits(name) or name) for name in (PHOTO, OPT)}
+    examples = halves(arguments.data)[1][: arguments.photographs]
+    told = paired(auto.settled(partial(load, PHOTO), configs[PHOTO], auto.OPEN), examples)
+    with tempfile.TemporaryDirectory() as folder:
+        auto.__dict__["cache_folder"] = lambda name: Path(folder) / name  # files of this run alone
+        rows = [
+            {"model": name, **found(name, partial(load, name), config)}
+            for name, config in configs.items()
+        ]
+        rows += [
+            {"model": title, **found(name, partial(load_tiny, name), none)}
+            for title, name in KINDS.items()
+        ]
+    RECORD.write({"models": rows, "photographs": len(examples), "paired": told})
+
+
+if __name__ == "__main__":
+    main()

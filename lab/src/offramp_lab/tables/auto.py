@@ -1,0 +1,41 @@
+"""What `engine="auto"` chooses."""
+
+from offramp.report.table import Table
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
+
+ENGINES = {"torch": "PyTorch", "packed": "prepacked", "llama.cpp": "llama.cpp, f16",
+           "compiled": "compiled"}  # fmt: skip
+
+
+def _cell(row: Value, engine: str) -> str:
+    """Milliseconds of an answer by an engine, with the tower as it would be, or why it is out."""
+    for way in reversed(row["ways"]):
+        if way["engine"] == engine:
+            said = way["why"].replace("\n", " ").partition(". ")[0].rstrip(".")
+            return said or f"{1e3 * way['answer']:.0f}"
+    return ""
+
+
+def auto() -> Table:
+    """By model, milliseconds an answer by each way, and the one that is taken."""
+    rows = [
+        (row["model"], *(_cell(row, engine) for engine in ENGINES), row["chosen"])
+        for row in record("auto")["models"]
+    ]
+    return Table(("", *ENGINES.values(), "chosen"), rows)
+
+
+def _paired(name: str) -> Value:
+    found: Value = by(record("auto")["paired"], "way")[name]
+    return found
+
+
+TABLES: dict[str, MakeTable] = {"auto": auto}
+FIGURES: dict[str, Make] = {
+    "auto-ms": lambda: f"{_paired('default')['milliseconds']:.1f}",
+    "auto-packed-ms": lambda: f"{_paired('packed')['milliseconds']:.1f}",
+    "auto-named": lambda: "{times:.3f} [{low:.3f}, {high:.3f}]".format_map(
+        _paired("named")["default_takes"]
+    ),
+    "auto-same": lambda: str(_paired("packed")["same"]),
+}
