@@ -219,7 +219,9 @@ class Early:
         leaving = leaves(self._score(allowed), thresholds[rows])
         if step.allowed is not None:  # an exit that may say nothing leaves nothing
             leaving &= ~allowed.isneginf().all(-1)
-        leaving = _agreed(leaving & (step.again[rows] < 1))
+        if place == 0:  # a token that was put off has been asked there
+            leaving &= step.again[rows] < 1
+        leaving = _agreed(leaving)
         out = rows[leaving]
         step.said.append((out, logits[leaving]))
         step.depths.index_fill_(0, out, self.exported.depths[place])
