@@ -133,6 +133,29 @@ def test_full_depth_answers_of_low_priority_go_beside_early_ones(made: Any, serv
     assert got[1::2] == [row["tokens"] for row in full]
 
 
+def test_a_watch_counts_early_answers_that_the_full_model_gives_too(
+    made: Any, serve: Any
+) -> None:
+    from prometheus_client import REGISTRY
+
+    def count(same: str) -> float:
+        name = "offramp:watched_answers_total"
+        return REGISTRY.get_sample_value(name, {"same": same}) or 0.0
+
+    folder = made("llama")
+    early, full = stored(folder), stored(folder, "full")
+    config = {"offramp": {"exits": str(folder / "export"), "watch": 1.0}}
+    llm = serve(folder / "model", additional_config=config, scheduling_policy="priority")
+    before = count("true"), count("false")
+    for row in early:  # one after the other: not more are watched at once than may be
+        expect(answers(llm, [row["prompt"]]), [row])
+        while llm.llm_engine.engine_core.engine_core.scheduler.has_unfinished_requests():
+            llm.llm_engine.step()
+    assert answers(llm, prompts(full), extra_args=FULL)  # not early
+    same = sum(one["tokens"] == other["tokens"] for one, other in zip(early, full, strict=True))
+    assert (count("true") - before[0], count("false") - before[1]) == (same, len(early) - same)
+
+
 @pytest.mark.parametrize(
     "params",
     [

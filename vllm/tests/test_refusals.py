@@ -23,6 +23,7 @@ from offramp_vllm.refuse import Refused
          "KV connector"),
         ({"additional_config": {"offramp": {"exit": "here"}}}, "--additional-config"),
         ({"additional_config": {"offramp": {"exits": "nowhere"}}}, "adapter.json is missing"),
+        ({"additional_config": {"offramp": {"exits": "here", "watch": 2}}}, "a share of answers"),
     ],
 )  # fmt: skip
 def test_settings_are_refused(options: dict[str, Any], word: str, made: Any) -> None:

@@ -14,7 +14,7 @@ from offramp_vllm.drafts import NAME, ON_A_CPU
 from offramp_vllm.refuse import Refused, check_config
 
 log = logging.getLogger("vllm.offramp")
-KEY, EXITS = "offramp", "exits"
+KEY, EXITS, WATCH = "offramp", "exits", "watch"
 _V2 = "VLLM_USE_V2_MODEL_RUNNER"
 
 
@@ -22,14 +22,17 @@ def wanted(additional: Any) -> Mapping[str, Any] | None:
     """The entry of an additional configuration; None where exits are not asked for.
 
     Raises:
-        Refused: it is not {"exits": FOLDER}.
+        Refused: it is not {"exits": FOLDER}, with a share from 0 to 1 as "watch" or without.
     """
     if not isinstance(additional, Mapping) or KEY not in additional:
         return None
     entry = additional[KEY]
-    if not isinstance(entry, Mapping) or set(entry) != {EXITS} or not isinstance(entry[EXITS], str):
+    share = entry.get(WATCH, 0.0) if isinstance(entry, Mapping) else None
+    good = isinstance(share, int | float) and 0 <= share <= 1 and isinstance(entry.get(EXITS), str)
+    if not good or not {EXITS, WATCH} >= set(entry):
         raise Refused(
-            f"{entry!r} under {KEY!r} of --additional-config.", 'Give {"exits": "FOLDER"} there.'
+            f"{entry!r} under {KEY!r} of --additional-config.",
+            'Give {"exits": "FOLDER"} there, and as "watch" a share of answers, from 0 to 1.',
         )
     return entry
 
@@ -39,6 +42,13 @@ def folder_of(config: Any) -> str:
     entry = wanted(config.additional_config)
     assert entry is not None
     return str(entry[EXITS])
+
+
+def watched_share(config: Any) -> float:
+    """The share of early answers that is watched, of vLLM's whole configuration."""
+    entry = wanted(config.additional_config)
+    assert entry is not None
+    return float(entry.get(WATCH, 0.0))
 
 
 def prepare(arguments: Any) -> None:

@@ -6,8 +6,12 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from offramp_vllm.watch import COPY
+
 KEY = "offramp"
 """Of an answer's `kv_transfer_params`, the one free field that vLLM hands on: {"depths": [...]}."""
+WATCHED = "offramp_watched"
+"""There too, of the copy of a watched answer: whether it is the same."""
 
 
 def attach(outputs: Mapping[int, Any], depths: Mapping[str, int]) -> None:
@@ -21,6 +25,15 @@ def attach(outputs: Mapping[int, Any], depths: Mapping[str, int]) -> None:
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: told}
 
 
+def watched(outputs: Mapping[int, Any], same: Mapping[str, bool | None]) -> None:
+    """Put beside the last output of a watched answer's copy whether the two are the same. same: by
+    request."""
+    for client in outputs.values():
+        for output in client.outputs:
+            if same.get(output.request_id) is not None:
+                output.kv_transfer_params = {WATCHED: same[output.request_id]}
+
+
 class Depths:
     """Depths of the answers that are being written, in the process that hands them out."""
 
@@ -30,8 +43,11 @@ class Depths:
     def gather(self, outputs: Iterable[Any]) -> None:
         """Have each output tell the depths of its whole answer so far."""
         for output in outputs:
-            told = (output.kv_transfer_params or {}).get(KEY)
-            if told is None:
+            given = output.kv_transfer_params or {}
+            if WATCHED in given:
+                _watched().labels(same=str(given[WATCHED]).lower()).inc()
+            told = given.get(KEY)
+            if told is None or output.request_id.startswith(COPY):
                 continue
             new = told["depths"]
             for depth in new:
@@ -51,6 +67,14 @@ def _tokens() -> Any:
     from prometheus_client import Counter
 
     return Counter("offramp:tokens", "Tokens written, by decoder layers run.", ["depth"])
+
+
+@functools.cache
+def _watched() -> Any:
+    from prometheus_client import Counter
+
+    text = "Early answers that were written again at full depth, by whether they are the same."
+    return Counter("offramp:watched_answers", text, ["same"])
 
 
 @functools.cache

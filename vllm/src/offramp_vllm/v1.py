@@ -16,6 +16,7 @@ from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingType
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
@@ -27,9 +28,10 @@ from offramp_vllm.early import Early, Step
 from offramp_vllm.policy import LOSSLESS, Asked, asked
 from offramp_vllm.refuse import WITHOUT, Refused
 from offramp_vllm.rows import Ragged, slots_of
-from offramp_vllm.settings import features_joined, folder_of
+from offramp_vllm.settings import features_joined, folder_of, watched_share
 from offramp_vllm.stages import layers_of, states_like
 from offramp_vllm.store import Store
+from offramp_vllm.watch import Watch
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -449,6 +451,10 @@ class ExitScheduler(Scheduler):
         self._exported = read_exported(folder_of(self.vllm_config))
         if exits_draft(self.vllm_config):  # their keys are written before they are verified
             self.num_lookahead_tokens = self.num_spec_tokens
+        self._watch = Watch(
+            self._exported, watched_share(self.vllm_config), drafts=_drafts(self.vllm_config),
+            priority=self.policy == SchedulingPolicy.PRIORITY,
+        )  # fmt: skip
 
     def schedule(self, *args: Any, **kw: Any) -> Any:
         """What a grammar allows goes along: exits are scored by what may be said."""
@@ -460,7 +466,12 @@ class ExitScheduler(Scheduler):
         return getattr(scheduler_output, GRAMMAR)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        ran = [self.requests.get(one) for one in scheduler_output.num_scheduled_tokens]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        over = [one for one in ran if one is not None and one.is_finished()]
+        tell.watched(outputs, {one.request_id: self._watch.same(one) for one in over})
+        for again in self._watch.over(over):
+            self.add_request(again)
         tell.attach(outputs, getattr(model_runner_output, "offramp_depths", {}))
         for one in getattr(model_runner_output, "offramp_put_off", ()):
             request = self.requests.get(one)
