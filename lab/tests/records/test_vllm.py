@@ -1,0 +1,23 @@
+"""vllm.json has what the page's table shows of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from offramp_lab.records.vllm import FORMAT, LOADS
+from offramp_lab.tables.markdown import record
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_every_load_has_all_ways_and_they_answer_all_photographs(load: int) -> None:
+    found = record("vllm")
+    count = found["prompts"]["photographs"]
+    ways = {name: found[f"vllm {name}"] + found[f"offramp {name}"] for name in (1, load)}
+    names = {name: [(one["engine"], one["way"]) for one in all_] for name, all_ in ways.items()}
+    assert names[load] == names[1] and ("vLLM", "full depth") in names[1]
+    for one in ways[load]:
+        assert len(one["seconds"]) == math.ceil(count / load) and min(one["seconds"]) > 0
+        assert one["answers"] == count
+        assert one["same_answers"] == count or FORMAT in one["engine"]
