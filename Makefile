@@ -47,7 +47,7 @@ records: $(READY)  ## run both demos, keep their reports in records/, refill the
 	echo "{\"opt\": $$(cat runs/demo/report-opt.json), \"t5\": $$(cat runs/demo/report-t5.json)}" > lab/records/demo.json
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
-calibrated: $(READY)  ## what calibration promises and keeps; rewrites lab/records/calibrated.json and violations.json
+calibrated: $(READY)  ## what calibration promises and keeps; rewrites lab/records/calibrated.json
 	$(BIN)/python -m offramp_lab.records.calibrated --cpu-time
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 

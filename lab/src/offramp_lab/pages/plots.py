@@ -54,7 +54,7 @@ def guarantees() -> str:
     """Of fifty calibrations each, the mean and the largest risk on fresh images, as SVG."""
     rows = {}
     for kind in KINDS:
-        for entry in record("violations")[kind]:
+        for entry in record("calibrated")["violations"][kind]:
             if entry["method"] == "auto" and entry["promised"]:
                 at = entry["risk_target"]
                 mean, most = entry["mean_risk_test"] / at, entry["largest_risk_test"] / at

@@ -1,8 +1,8 @@
 """Calibrate exits for both shipped models and keep what came of it.
 
-records/calibrated.json: thresholds for each target and risk, found on one set of images and
+calibrated.json, by model: thresholds for each target and risk, found on one set of images and
     measured on another: risk, quality, and decoding time, interleaved.
-records/violations.json: how often a guarantee fails over random splits of a pool of images, each
+"violations" in it: how often a guarantee fails over random splits of a pool of images, each
     split calibrated on one half, from the search for a path on, and measured on the other half.
     The pool's own risk stands for the true one; that of a half scatters around it. At the
     boundary: how often each half of a pool certifies the safest threshold of the exits that ship
@@ -48,7 +48,6 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import TINY
 from offramp.storage import write_json
 from offramp_lab.experiments.experiment import bar
-from offramp_lab.places import RECORDS
 from offramp_lab.records.record import Record, Some, asked, named
 from offramp_lab.records.subjects import right, tiny_with, trained
 
@@ -75,9 +74,9 @@ TIMED, ROUNDS = 40, 7
 
 
 def main() -> None:
-    arguments = asked(__doc__, out=RECORDS, clock=True, models=Some(TINY), boundary=False)
-    files = [arguments.out / f"{name}.json" for name in ("calibrated", "violations")]
-    calibrated, violations = map(RECORD.read, files)  # of other models too
+    arguments = asked(__doc__, out=RECORD.path, clock=True, models=Some(TINY), boundary=False)
+    calibrated = RECORD.read(arguments.out)  # of other models too
+    violations = calibrated.setdefault("violations", {})
     violations |= {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
     violations["shipped"] = _shipped_boundary()
     print(json.dumps(violations["shipped"]), file=sys.stderr)
@@ -90,10 +89,9 @@ def main() -> None:
     origin = RECORD.origin(_examples("test", TEST))
     if arguments.boundary:  # the rest is as it was made before
         violations["shipped"]["provenance"] = origin
-        write_json(files[1], violations)
+        write_json(arguments.out, calibrated)
         return
-    for file, found in zip(files, (calibrated, violations), strict=True):
-        RECORD.write(found, file, **origin)
+    RECORD.write(calibrated, arguments.out, **origin)
 
 
 @cache
@@ -179,7 +177,7 @@ def _row(
     }
 
 
-# -- violations.json ------------------------------------------------------------------------------
+# -- violations -----------------------------------------------------------------------------------
 
 
 def _violations(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any]]:

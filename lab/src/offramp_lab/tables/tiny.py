@@ -167,7 +167,7 @@ def _at_target(case: Value) -> str:
 
 
 def _splits() -> list[Value]:
-    return [row for kind in KINDS for row in record("violations")[kind]]
+    return [row for kind in KINDS for row in record("calibrated")["violations"][kind]]
 
 
 def _worst() -> Value:
@@ -175,7 +175,7 @@ def _worst() -> Value:
 
 
 def _expected() -> str:
-    return f"{_worst()['splits'] * record('violations')['stated_share']:.1f}"
+    return f"{_worst()['splits'] * record('calibrated')['violations']['stated_share']:.1f}"
 
 
 # -- what labels are worth ------------------------------------------------------------------------
