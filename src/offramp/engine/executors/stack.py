@@ -280,8 +280,6 @@ class StackExecutor(SegmentRunner):
         kw = {n: v for n, v in row.last.items() if n not in ("input_ids", "inputs_embeds")}
         if positions is not None:
             kw["position_ids"] = positions
-        if row.prefill.mask is not None:  # shorter, where tokens were taken back since
-            kw["attention_mask"] = row.prefill.mask
         if self.backbone.reads_ids and ids is not None:
             kw["input_ids"] = ids
         else:
