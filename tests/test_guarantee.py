@@ -20,12 +20,14 @@ from offramp.conditions import _tokens_digest as tokens_digest
 from offramp.engine.policy import ExitPolicy
 from offramp.engines import ENGINES
 from offramp.guarantee import NEEDED, SCALES, risk_words, shown_conditions, standing, watched
+from offramp.likeness import Likeness
 from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny
+from offramp.models.shipped import load_tiny, shipped_exits
 from offramp.prompt_kinds import FRAMES, OTHER, fits, kind_of, prompt_frames
+from offramp.save_and_load import read_config
 
 POLICY = ExitPolicy({2: 0.9})
 KNOWN: dict[str, Any] = {
@@ -439,6 +441,18 @@ def test_where_right_answers_are_needed_what_differs_is_watched(here: Conditions
     found = watched({**drop, "watched": said}, promise)
     assert found is not None and found.risk == "consistency" and found.least == 0.1
     assert found.target_of("Caption:") == 0.2
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "photo"])
+def test_each_calibration_that_ships_is_watched_and_knows_its_images(name: str) -> None:
+    folder = shipped_exits(name)
+    assert folder is not None
+    for calibration in read_config(folder).calibrations:
+        here = Conditions.of_calibration(calibration).under(prompts=None)
+        promised = standing(calibration, here).promise
+        assert promised is not None and watched(calibration, promised) is not None
+        known = Likeness.from_json(calibration["likeness"])
+        assert known.looks and all(map(known.tells, known.kinds))
 
 
 def test_a_drop_of_cider_is_told_in_its_points(here: Conditions) -> None:
