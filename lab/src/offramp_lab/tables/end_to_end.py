@@ -153,20 +153,6 @@ def questions() -> Table:
     )
 
 
-def together() -> Table:
-    """Several photographs at once."""
-    return Table.of(
-        record("end_to_end")["together"],
-        {
-            "mode": _mode,
-            "ms a caption": "{whole_milliseconds:.0f}",
-            "of full depth at once": _ratio("over_full"),
-            "of one at a time, same mode": _ratio("over_single"),
-            "CIDEr, of full depth": _drop("CIDEr"),
-        },
-    )
-
-
 def five_layers() -> Table:
     """What confidence adds to a static model of five layers."""
     found = record("five_layers")
@@ -323,7 +309,6 @@ TABLES: dict[str, MakeTable] = {
     "photo-factors": in_factors,
     "end-to-end": whole,
     "end-to-end-questions": questions,
-    "end-to-end-together": together,
     "five-layers": five_layers,
 }
 FIGURES: dict[str, Make] = {
