@@ -68,23 +68,22 @@ def by_format(
 
 
 def speeds() -> Table:
-    """Tokens a CPU second, and multiples of llama.cpp's own full depth."""
-    alone = {"llama.cpp alone, one file": ("llama.cpp", "full")}
-    ways = alone | {title: (OURS, mode) for mode, title in MODES.items()}
-    return by_format(timed_entries(), ways, FORMATS, _speed)
+    """Tokens a CPU second, and multiples of llama.cpp's own full depth. Lossless decoding has no
+    row: its first drafts are verified in the prompt's call."""
+    entries = timed_entries()
+    rows: dict[str, tuple[str, str, Callable[[Value], str]]] = {
+        "llama.cpp alone, one file": ("llama.cpp", "full", _speed),
+        "exits off": (OURS, "full", _speed),
+        "early exit": (OURS, "early_exit", _speed),
+        "early exit, over exits off": (OURS, "early_exit", lambda one: _ratio(one, "over_full")),
+        "early exit, llama.cpp's kernels": (ITS_KERNELS, "early_exit", _speed),
+    }
 
+    def said(row: tuple[str, str, Callable[[Value], str]], layers: str) -> str:
+        runtime, mode, cell = row
+        return cell(entries[runtime, layers, mode])
 
-def kernels() -> Table:
-    """What exits alone gain by each kernels, over exits off by the same."""
-    modes = ("early_exit", "lossless")
-    theirs = {f"{MODES[m][9:]}, llama.cpp's kernels": (ITS_KERNELS, m) for m in modes}
-    gains = {f"{MODES[m][9:]}, our kernels": (OURS, m) for m in modes}
-
-    def said(entry: Value) -> str:
-        ours = entry["runtime"] == OURS
-        return _ratio(entry, "over_full") if ours else _speed(entry)
-
-    return by_format(timed_entries(), theirs | gains, FORMATS, said)
+    return Table.grid(rows, {layers: layers for layers in FORMATS}, said)
 
 
 def in_torch() -> Table:
@@ -156,7 +155,6 @@ def cider_of(score: Value) -> str:
 
 TABLES: dict[str, MakeTable] = {
     "runtimes-speeds": speeds,
-    "runtimes-kernels": kernels,
     "runtimes-torch": in_torch,
     "runtimes-identical": identical,
 }

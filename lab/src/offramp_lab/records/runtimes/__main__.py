@@ -1,8 +1,8 @@
 """What runtimes make of the photo model; rewrites runtimes.json in lab/records.
 
 One thread. `python -m offramp_lab.records.runtimes` needs the photographs and the package
-llama-cpp-python. Parts, each kept in runs/runtimes for the others: answers (200 photographs, a
-quarter of an hour; it goes on where it was cut off) and timings (of 50, half an hour, on a quiet
+llama-cpp-python. Parts, each kept in runs/runtimes for the others: answers (100 photographs,
+three minutes; it goes on where it was cut off) and timings (of 50, ten minutes, on a quiet
 machine). `--parts timings` measures only these; --compiled times compiled code too, `generate`'s
 and ours, which takes minutes to compile.
 """
@@ -27,7 +27,7 @@ PARTS = ("answers", "timings")
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, photographs=200, timed=50, rounds=2, compiled=False,
+        __doc__, photo=True, photographs=100, timed=50, rounds=1, compiled=False,
         more=lambda parser: parser.add_argument(
             "--parts", nargs="*", choices=PARTS, default=list(PARTS),
             help="to measure; none: put the record together from those that are kept",

@@ -30,8 +30,6 @@ from offramp_lab.experiments.experiment import TIMES, Rates, Rounds, each, times
 from offramp_lab.records.runtimes.ways import greedy
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
-THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
-"""Safest first."""
 ENGINE = EngineOptions(context=512)
 STOCK = replace(ENGINE, kernels=False)
 """As llama.cpp comes."""
@@ -128,12 +126,10 @@ def with_ratios(
 
 
 def policies(shipped: ExitPolicy) -> dict[str, ExitPolicy]:
-    """By mode: exits off, the shipped thresholds, every token at the exit (looked at), and
-    lossless."""
+    """By mode: exits off, the shipped thresholds, and lossless."""
     return {
         "full": FULL,
         "early_exit": shipped,
-        "every_token": replace(shipped, thresholds=dict.fromkeys(shipped.thresholds, 1e-6)),
         "lossless": replace(shipped, lossless=True),
     }
 
@@ -167,14 +163,6 @@ class Bench:
         """By mode."""
         return policies(self.adapter.policy)
 
-    @property
-    def other_thresholds(self) -> dict[str, ExitPolicy]:
-        """Early exit at the other thresholds that are tried, by mode."""
-        shipped = self.adapter.policy
-        [depth] = shipped.thresholds
-        policies = {t: replace(shipped, thresholds={depth: t}) for t in THRESHOLDS}
-        return {f"early_exit at {t:g}": p for t, p in policies.items() if p != shipped}
-
     def files(self, layers: str) -> Path:
         """The exported chain."""
         folder = self.out / layers
@@ -206,12 +194,9 @@ class Bench:
             methods["llama.cpp", layers, "full"] = OneFile(
                 adapter, self.whole(layers), self.encoder.eos
             )
-            for name, engine, policies in (
-                (IN_LLAMA, ENGINE, self.policies | self.other_thresholds),
-                (WITH_ITS_KERNELS, STOCK, self.policies),
-            ):
+            for name, engine in ((IN_LLAMA, ENGINE), (WITH_ITS_KERNELS, STOCK)):
                 runtime = self.runtime(layers, engine)
-                for mode, policy in policies.items():
+                for mode, policy in self.policies.items():
                     method = generate_fn(runtime.generate, policy=policy, **OPTIONS)
                     methods[name, layers, mode] = method
         return methods
@@ -228,20 +213,3 @@ class Bench:
                 by_code.generate, policy=policy, **OPTIONS
             )
         return methods
-
-    def weights_bytes(self, runtime: str, layers: str) -> int:
-        """Of the decoder with its head and exits, as it lies in memory while one token is written;
-        embeddings are looked up and not counted."""
-        if runtime == "llama.cpp" or runtime.startswith("OpenVINO"):
-            return self.whole(layers).stat().st_size if layers in FORMATS else 0
-        if runtime == IN_LLAMA:
-            with self.runtime(layers) as loaded:
-                if loaded.packed_bytes:
-                    return loaded.packed_bytes
-        if runtime in (IN_LLAMA, WITH_ITS_KERNELS):
-            return sum(file.stat().st_size for file in self.files(layers).glob("*.gguf"))
-        backbone = self.adapter.backbone
-        modules: list[Any] = [*backbone.layers, backbone.head]
-        if runtime in (IN_TORCH, COMPILED):
-            modules.append(self.adapter.exits.modules)
-        return sum(p.nbytes for module in modules for p in module.parameters())
