@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fakes
+import families
 import home_made
 import pytest
 import torch
@@ -150,3 +151,31 @@ def test_a_copy_of_a_backbone_finds_out_for_itself(batch):
     copied = backbone.with_decoding(compiled=False)
     generate(copied, inputs, max_new_tokens=2)
     assert copied.proven and not backbone.proven
+
+
+class SeesAnImage(home_made.Stack):
+    """As `SeesThePrompt`, where an image is shown."""
+
+    shown = False
+
+    def enter(self, h, positions):  # type: ignore[no-untyped-def]
+        return h + h.mean(1, keepdim=True) if self.shown and h.shape[1] > 1 else h
+
+
+def test_a_live_engine_reads_whole_what_others_found_not_to_be_read_in_parts(batch, monkeypatch):
+    """It read texts in chunks before somebody else's image came."""
+    image, greedy = batch("llava", 1), {"max_new_tokens": 6, "do_sample": False}
+    model = families.build("llava")
+    model.model.language_model.__class__ = SeesAnImage
+    backbone = Backbone(model)
+    core = EngineCore(backbone, config=EngineConfig(slots=2, limit=64, budget=3))
+    core.add(Request(text_prompt(model), options=greedy))
+    core.run()
+    assert backbone.reads_in_parts
+    monkeypatch.setattr(SeesAnImage, "shown", True)
+    generate(backbone, image, **greedy)
+    assert not backbone.reads_in_parts and backbone.family.causal_prompt
+    late = core.add(Request(image, options=greedy))
+    core.run()
+    own = model.generate(**image, **greedy)
+    assert torch.equal(late.result(timeout=0).output.sequences, own)
