@@ -2,8 +2,8 @@
 model in PyTorch; rewrites quantised.json in lab/records.
 
 One thread. `python -m offramp_lab.records.quantised` needs the photographs. Parts, each kept in
-runs/quantised for the others: kernels (a minute), timings (ten minutes, on a quiet machine) and
-answers (a quarter of an hour); what was answered already is not asked again. `--parts timings`
+runs/quantised for the others: kernels (a minute), timings (four minutes, on a quiet machine) and
+answers (seven minutes); what was answered already is not asked again. `--parts timings`
 measures only these.
 """
 
@@ -224,7 +224,7 @@ def _microseconds(linears: Sequence[Any], states: torch.Tensor, _: None) -> floa
 
 
 def main() -> None:
-    arguments = asked(__doc__, photo=True, photographs=100, timed=50, rounds=1, parts=Some(PARTS))
+    arguments = asked(__doc__, photo=True, photographs=100, timed=30, rounds=1, parts=Some(PARTS))
     _, measuring = halves(arguments.data)
 
     def bench(count: int, formats: Iterable[str]) -> Bench:

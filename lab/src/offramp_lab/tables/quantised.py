@@ -3,7 +3,7 @@
 from functools import partial
 
 from offramp.report.table import Table, Told
-from offramp_lab.tables.markdown import MakeTable, Value, by, record
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 from offramp_lab.tables.runtimes import WAY, by_format, cider_of, speed_over
 
 FORMATS = (
@@ -15,7 +15,7 @@ STOCK, OURS = "generate", "offramp, torch"
 MODES = {
     "full": "exits off",
     "lossless": "lossless",
-    "early_exit": "early exit, ROUGE-L thresholds",
+    "early_exit": "early exit",
 }
 
 
@@ -51,7 +51,31 @@ def answers() -> Table:
     return Table(("", "", *titles), rows)
 
 
+def _exact() -> str:
+    """Lossless answers that are full depth's, in bfloat16."""
+    found = record("quantised")["answers"]
+    one = by(found["entries"], *WAY)[OURS, "bfloat16, prepacked", "lossless"]
+    return f"{one['as_own_full']} of {found['photographs']}"
+
+
+def _whole(layers: str, mode: str) -> Make:
+    """Seconds of a whole photograph."""
+
+    def make() -> str:
+        entries = by(record("quantised")["timings"]["entries"], *WAY)
+        return f"{entries[OURS, layers, mode]['end_to_end_cpu_seconds']:.2f}"
+
+    return make
+
+
 TABLES: dict[str, MakeTable] = {
     "quantised-speeds": partial(_by_mode, _speed),
     "quantised-answers": answers,
+}
+FIGURES: dict[str, Make] = {
+    "quantised-exact": _exact,
+    "quantised-float32-full": _whole("float32", "full"),
+    "quantised-float32-early": _whole("float32", "early_exit"),
+    "quantised-int4-full": _whole("int4, prepacked", "full"),
+    "quantised-int4-early": _whole("int4, prepacked", "early_exit"),
 }
