@@ -189,6 +189,8 @@ def test_tokens_cards_and_numbers(served: httpx.Client, model: EdgeModel) -> Non
     assert served.post("/detokenize", json={"tokens": ids[1:]}).json() == {"prompt": PROMPT}
     chat = served.post("/tokenize", json={"messages": HI}).json()
     assert chat["tokens"] == model.vocabulary.tokens(model.vocabulary.chat(HI))
+    full = {"prompt": PROMPT, "max_tokens": 2, "offramp": {"mode": "full"}}
+    assert served.post(TEXT, json=full).status_code == 200  # changes nothing of what is told
     [card] = served.get("/v1/models").json()["data"]
     assert card["root"] == model.name and card["input_modalities"] == ["text"]
     assert card["offramp"]["exits"] == [*model.files.depths]

@@ -36,6 +36,8 @@ class Core(Jobs):
 
     host: what reads prompts and runs the layers. clock: returns seconds.
 
+    depths: of the exits that requests without a mode of their own use, ascending.
+
     calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
     tokens: how many there are in answers that are over. tally: what the exits did.
     """
@@ -51,6 +53,7 @@ class Core(Jobs):
         self.policy: ExitPolicy = policy
         self.config: EngineConfig = config
         self._host = host
+        self.depths: tuple[int, ...] = host.plan.depths
         self.decoder: Decoder = self._new_decoder()
         self.tally: Tally = self.decoder.tally
         self._reading: Job | None = None
@@ -65,11 +68,6 @@ class Core(Jobs):
         return host.plan.decoder(host.executor(), schedule, longest=config.longest)
 
     # -- requests ------------------------------------------------------------------------------
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Return where the exits in use stand, ascending."""
-        return self._host.plan.depths
 
     @property
     def running(self) -> int:
