@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+import httpx
 import jsonschema
 import pytest
 from schemas import drawn, random_model
@@ -14,7 +18,9 @@ from schemas import drawn, random_model
 from offramp import Adapter, EngineConfig, ExitPolicy
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.inputs import schemas
 from offramp.serving.server.pytorch import service_of as service_of_model
+from offramp.serving.server.service import Service
 from serving import NAME, asking, messages, running, scene_examples, service_of
 
 CHAT = "/v1/chat/completions"
@@ -162,3 +168,86 @@ def test_openais_client_parses_it() -> None:
             response_format=Scene,
         )  # fmt: skip
     assert isinstance(found.choices[0].message.parsed, Scene)
+
+
+# -- what a schema may cost ------------------------------------------------------------------------
+
+
+MEETING = {
+    "allOf": [{"type": "string", "pattern": f".*{chr(97 + n)}.{{{5 + n}}}"} for n in range(18)]
+}
+"""5 seconds of one core and 700 MB; each further pattern doubles both."""
+KEYS = {"type": "object", "patternProperties": {f"^k{n}_$": {} for n in range(900)}}
+"""Each pair is compared."""
+WITHIN = 60.0
+"""Seconds, on a machine that others use too."""
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    found = service_of(slots=2, queue=8)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Those that try schemas, as they begin."""
+    begun: list[subprocess.Popen[bytes]] = []
+    own = schemas.started
+
+    def started() -> subprocess.Popen[bytes]:
+        begun.append(own())
+        return begun[-1]
+
+    monkeypatch.setattr(schemas, "started", started)
+    monkeypatch.setattr(schemas, "passed", set())
+    return begun
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + WITHIN
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("costly", [MEETING, KEYS, {"multipleOf": 9973, "allOf": [MEETING]}])
+def test_a_costly_schema_is_refused_and_costs_the_server_nothing(
+    costly: Any, service: Service, children: list[Any]
+) -> None:
+    with running(service) as url:
+        begun = time.process_time()
+        found = httpx.post(url + CHAT, json=by(costly), timeout=WITHIN)
+        spent = time.process_time() - begun
+    error = found.json()["error"]
+    assert (found.status_code, error["param"]) == (400, "response_format")
+    assert "CPU" in error["message"] and spent < 1
+    assert len(children) == 1 and children[0].poll() is not None
+    assert service.under_way == 0
+
+
+def test_the_trial_of_a_schema_ends_with_its_client(
+    service: Service, children: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are answered meanwhile, and the next schema gets its turn."""
+    monkeypatch.setattr(schemas, "_CODE", "while True: pass")
+    plain = {"messages": by({})["messages"], "max_tokens": 1}
+    with running(service) as url:
+        with ThreadPoolExecutor(1) as pool:
+            leaves = pool.submit(httpx.post, url + CHAT, json=by(MEETING), timeout=2)
+            eventually(lambda: len(children) == 1)
+            assert httpx.post(url + CHAT, json=plain, timeout=WITHIN).status_code == 200
+            with pytest.raises(httpx.ReadTimeout):
+                leaves.result()
+        eventually(lambda: children[0].poll() is not None and service.under_way == 0)
+        monkeypatch.undo()
+        found = httpx.post(url + CHAT, json=by(SCHEMA), timeout=WITHIN)
+    assert json.loads(found.json()["choices"][0]["message"]["content"])["shape"]
+
+
+def test_a_schema_is_tried_once(service: Service, children: list[Any]) -> None:
+    with running(service) as url:
+        for _ in range(3):
+            assert httpx.post(url + CHAT, json=by(SCHEMA), timeout=WITHIN).status_code == 200
+    assert len(children) == 1

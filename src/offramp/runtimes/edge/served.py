@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ class EdgeServed:
             options["stop"] = StopStrings(self.tokenizer, request.stops).found
         return Generation(options, seed, longest, noted, plain=False)
 
-    def constraint(self, schema: Mapping[str, Any]) -> Any:
+    def constraint(self, schema: Mapping[str, Any], unwanted: Event) -> Any:
         raise InputError(
             "Answers in JSON are not written without PyTorch.",
             "Leave response_format out, or serve the adapter with PyTorch: offramp serve ADAPTER.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from threading import Event
 from typing import Any, cast
 
 from offramp.adapter import Adapter
@@ -31,6 +32,7 @@ from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import Sampling
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.hf_options import generation
+from offramp.serving.server.inputs import schemas
 from offramp.serving.server.inputs.images import ImageSource
 from offramp.serving.server.served import Inputs
 from offramp.serving.server.service import Service
@@ -140,7 +142,8 @@ class TorchServed:
             choice=choice, constraint=constraint,
         )  # fmt: skip
 
-    def constraint(self, schema: Mapping[str, Any]) -> JsonConstraint:
+    def constraint(self, schema: Mapping[str, Any], unwanted: Event) -> JsonConstraint:
+        schemas.check_cost(schema, unwanted)
         return JsonConstraint(schema, self.tokenizer)
 
     # -- what is guaranteed ------------------------------------------------------------------------

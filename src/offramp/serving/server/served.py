@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Protocol
 
 from PIL import Image
@@ -153,11 +154,12 @@ class Served(Protocol):
         """
         ...
 
-    def constraint(self, schema: Mapping[str, Any]) -> Any:
-        """Return what lets answers be JSON by a schema. Blocks.
+    def constraint(self, schema: Mapping[str, Any], unwanted: Event) -> Any:
+        """Return what lets answers be JSON by a schema. Blocks. unwanted: set once nobody waits.
 
         Raises:
-            InputError: the schema, or any, is not supported.
+            InputError: the schema, or any, is not supported, or costs too much.
+            CancelledError: `unwanted` was set.
         """
         ...
 

@@ -173,7 +173,7 @@ class Service:
 
     async def constraint(self, request: Sampling) -> Any:
         """Return the constraint of the answers to a request. Made in a thread: a large schema takes
-        long.
+        long. Where it is cancelled, the thread goes on with something else.
 
         Raises:
             ApiError: a schema that is not supported, or too long, a tokenizer that cannot write it.
@@ -192,11 +192,14 @@ class Service:
                 param="response_format",
                 code="schema_too_long",
             )
+        unwanted = threading.Event()
         try:
-            return await self.of_text(lambda: self.served.constraint(schema))
+            return await self.of_text(lambda: self.served.constraint(schema, unwanted))
         except OfframpError as error:
             said = f"{error.problem} {error.remedy}"
             raise ApiError(400, said, param="response_format", code="invalid_value") from error
+        finally:
+            unwanted.set()
 
     async def of_text(self, work: Callable[[], T]) -> T:
         """Return what `work` makes of a text, in a thread that no prompt waits for."""
