@@ -261,6 +261,8 @@ def test_an_attempt_comes_back_from_json_and_keeps_the_longest_list() -> None:
     whole = attempt("1%", more)
     assert Attempt.from_json(whole.to_json()) == whole
     assert recorded([whole], attempt("1%", few), whole) == (whole,)
+    looked = replace(whole, looked=3)  # what the first look saw stays, whatever goes on from it
+    assert recorded([looked], attempt("1%", more), looked)[0].looked == 3
 
 
 # -- draws ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import families
 import pytest
 
 from offramp.adapter import Adapter
-from offramp.data.decontamination import check_no_overlap, picture_digests
+from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
 from offramp.data.example import Example
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import DataError
@@ -44,6 +44,14 @@ def test_a_picture_is_known_by_content_not_by_name(tmp_path: Path) -> None:
     seen = {"train": list(picture_digests([Example(tmp_path / "a.png", "", (), "a")]))}
     with pytest.raises(DataError, match=r"1 of 1 images were used in training.*'b'"):
         check_no_overlap(seen, [Example(tmp_path / "b.png", "", (), "b")], ("train",), ADVICE)
+
+
+def test_what_comes_from_a_source_that_was_used_is_not_unseen() -> None:
+    """Another page of the same document."""
+    pages = [Example(fakes.picture(i), "", (), f"{i}", source=f"document {i // 2}") for i in range(4)]
+    seen = {"train": list(picture_digests(pages[:1]))}
+    assert unseen(seen, pages, ("train",)) == [False, False, True, True]
+    assert unseen(seen, pages, ("calibration",)) == [True] * 4
 
 
 @pytest.mark.parametrize("step", ["train", "calibration"])

@@ -40,6 +40,33 @@ def test_a_prompt_of_another_backbone_is_not_taken(backbone: Callable[..., Any])
     assert cache.best(weights(ours), embeds, None)[1] == 5
 
 
+def test_a_prompt_is_not_taken_once_an_exit_that_attended_has_changed(
+    backbone: Callable[..., Any],
+) -> None:
+    """The stack has not: the exit's keys alone are other ones."""
+    ours, attended = backbone("llava"), nn.Linear(2, 2)
+    cache, embeds, layer = PrefixCache(), torch.randn(6, ours.width), torch.zeros(1, 1, 6, 1)
+    pairs, first = [(layer, layer)], {**weights(ours), attended: weights_version(attended)}
+    cache.keep(_Kept(first, embeds, None, pairs, [(attended, pairs[0])], None))
+    assert cache.best(first, embeds, None)[1] == 5
+    in_place(attended)
+    now = {**weights(ours), attended: weights_version(attended)}
+    assert cache.best(now, embeds, None) == (None, 0, 0)
+
+
+def test_being_looked_at_keeps_no_prompt(backbone: Callable[..., Any]) -> None:
+    """The one that was not taken for longest goes, however many were compared with another."""
+    ours, cache = backbone("llava"), PrefixCache(2)
+    used, unused, other, last = torch.randn(4, 6, ours.width)
+    cache.keep(kept(ours, used))
+    cache.keep(kept(ours, unused))
+    assert cache.best(weights(ours), used, None)[1] == 5
+    assert cache.best(weights(ours), other, None)[1] == 0
+    cache.keep(kept(ours, last))
+    assert cache.best(weights(ours), used, None)[1] == 5
+    assert cache.best(weights(ours), unused, None)[0] is None
+
+
 def test_a_prompt_is_taken_as_far_as_its_positions_are_the_same(
     backbone: Callable[..., Any],
 ) -> None:

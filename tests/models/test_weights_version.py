@@ -16,6 +16,7 @@ class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(3, 3), nn.BatchNorm1d(3)])
+        self.hook = self.layers[0].register_forward_pre_hook(lambda *_: None)
         self.scale, self.merged, self.scaling = 2.0, ["a"], {"a": 1.0}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -27,6 +28,11 @@ class Tower(nn.Module):
 def write(tower: Any) -> None:
     with torch.no_grad():
         tower.layers[0].weight.mul_(2)
+
+
+def another_hook(tower: Any) -> None:
+    tower.hook.remove()
+    tower.layers[0].register_forward_pre_hook(lambda *_: None)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -42,6 +48,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a layer more": lambda tower: tower.layers.append(nn.Linear(3, 3)),
     "a layer less": lambda tower: tower.layers.__delitem__(1),
     "a hook comes": lambda tower: tower.layers[0].register_forward_hook(lambda *_: None),
+    "a hook takes another's place": another_hook,
     "it is set to train": lambda tower: tower.train(not tower.training),
     "its forward is another": lambda tower: setattr(tower, "forward", lambda x: x),
     "a number is another": lambda tower: setattr(tower, "scale", 3.0),

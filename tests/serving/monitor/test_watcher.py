@@ -405,6 +405,19 @@ def test_an_alarm_outlives_a_restart_until_it_is_reset(tmp_path: Path) -> None:
     torn.close()
 
 
+def test_after_a_reset_the_same_images_count_again() -> None:
+    watcher = idle_watcher(_BusyEngine(0), ALL)
+    try:
+        for _ in range(2):
+            for sample in samples([fakes.picture(i) for i in range(12)], wrong=True):
+                assert watcher.draws("a", sample.image)
+                watcher.offer(sample)
+            assert watcher.settle(60) and watcher.broken and watcher.risk.n == 12
+            watcher.reset()
+    finally:
+        watcher.close()
+
+
 def compare_one(config: WatchConfig) -> None:
     """A watcher that compares one answer, keeps its state and ends."""
     watcher = idle_watcher(_BusyEngine(0), config)

@@ -55,7 +55,8 @@ def test_bodies_of_all_requests_together_are_bounded(address: tuple[str, int]) -
             assert len(codes) < 100
         while first.recv(65536):  # it took too long
             pass
-    assert talk(address, head + b" " * 90_000).startswith(b"HTTP/1.1 400")
+    for _ in range(2):  # of one that was answered nothing is held
+        assert talk(address, head + b" " * 90_000).startswith(b"HTTP/1.1 400")
 
 
 def test_two_hundred_lines_that_say_nothing_keep_nobody_out(address: tuple[str, int]) -> None:

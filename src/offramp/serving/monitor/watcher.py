@@ -280,6 +280,7 @@ class Watcher:
         with self._lock:
             self.risk = self._new_risk()
             self._images.clear()
+            self._known = _Known()
             self._save()
         log.warning(json.dumps({"event": "watch_reset"}))
 
