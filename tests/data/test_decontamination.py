@@ -48,7 +48,9 @@ def test_a_picture_is_known_by_content_not_by_name(tmp_path: Path) -> None:
 
 def test_what_comes_from_a_source_that_was_used_is_not_unseen() -> None:
     """Another page of the same document."""
-    pages = [Example(fakes.picture(i), "", (), f"{i}", source=f"document {i // 2}") for i in range(4)]
+    pages = [
+        Example(fakes.picture(i), "", (), f"{i}", source=f"document {i // 2}") for i in range(4)
+    ]
     seen = {"train": list(picture_digests(pages[:1]))}
     assert unseen(seen, pages, ("train",)) == [False, False, True, True]
     assert unseen(seen, pages, ("calibration",)) == [True] * 4
