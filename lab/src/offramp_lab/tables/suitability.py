@@ -77,10 +77,18 @@ def _inside() -> str:
     return f"{len(inside)} of {len(cells)}"
 
 
+def _above() -> str:
+    """How many measured speeds are above the lower end of the forecast's interval."""
+    cells = [cell for part in _calibrated().values() for cell in part["cells"]]
+    above = [c for c in cells if c["measured"]["value"] >= c["foretold"][1]]
+    return f"{len(above)} of {len(cells)}"
+
+
 TABLES: dict[str, MakeTable] = {"suitability": beside, "suitability-calibrated": calibrated}
 FIGURES: dict[str, Make] = {
     "calibrated-least": lambda: f"{_ratios()[0]:.2f}",
     "calibrated-median": lambda: f"{median(_ratios()):.2f}",
     "calibrated-most": lambda: f"{_ratios()[-1]:.2f}",
     "calibrated-inside": _inside,
+    "calibrated-above": _above,
 }

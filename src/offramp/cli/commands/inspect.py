@@ -238,10 +238,10 @@ def _forecast(found: Any, level: float) -> str:
         f"{level:.0%} of all tokens stay the full model's."
     )
     told = [
-        f"{target:.0%}: {speed:.1f}x [{low:.1f}, {high:.1f}]"
-        for target, (speed, low, high) in best.calibrated.items()
+        f"{target:.0%}: {low:.1f}x (estimate {speed:.1f}x)"
+        for target, (speed, low, _) in best.calibrated.items()
     ]
-    lines.append(f"Calibrated so that at most so many answers differ: {', '.join(told)}.")
+    lines.append(f"Calibrated so that at most so many answers differ, at least {', '.join(told)}.")
     return "\n".join(lines)
 
 
