@@ -232,6 +232,7 @@ def test_the_trial_of_a_schema_ends_with_its_client(
 ) -> None:
     """Others are answered meanwhile, and the next schema gets its turn."""
     monkeypatch.setattr(schemas, "_CODE", "while True: pass")
+    monkeypatch.setattr(schemas, "SECONDS", 2 * WITHIN)  # it does not end by itself
     plain = {"messages": by({})["messages"], "max_tokens": 1}
     with running(service) as url:
         with ThreadPoolExecutor(1) as pool:

@@ -75,7 +75,7 @@ def check_cost(schema: Mapping[str, Any], unwanted: Event) -> None:
         raise InputError(
             f"The JSON schema takes more than {CPU_SECONDS} CPU second to prepare, or too much "
             "memory.",
-            "Use fewer patterns that apply to the same text (allOf, patternProperties).",
+            "Use a simpler one: fewer alternatives, fewer patterns that apply to the same text.",
         )
     if len(passed) >= 1000:
         passed.clear()
