@@ -25,7 +25,7 @@ from offramp.model_card import model_card
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny, shipped_exits
+from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.prompt_kinds import FRAMES, OTHER, fits, kind_of, prompt_frames
 from offramp.save_and_load import read_config
 
@@ -443,10 +443,11 @@ def test_where_right_answers_are_needed_what_differs_is_watched(here: Conditions
     assert found.target_of("Caption:") == 0.2
 
 
-@pytest.mark.parametrize("name", ["tiny-opt", "photo"])
-def test_each_calibration_that_ships_is_watched_and_knows_its_images(name: str) -> None:
-    folder = shipped_exits(name)
-    assert folder is not None
+PHOTO = Path(__file__).parents[1] / "photo-model" / "offramp_photo" / "exits"
+
+
+@pytest.mark.parametrize("folder", [tiny_exits("opt"), PHOTO], ids=["tiny-opt", "photo"])
+def test_each_calibration_that_ships_is_watched_and_knows_its_images(folder: Path) -> None:
     for calibration in read_config(folder).calibrations:
         here = Conditions.of_calibration(calibration).under(prompts=None)
         promised = standing(calibration, here).promise
