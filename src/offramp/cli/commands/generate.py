@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,9 @@ def generate(arguments: argparse.Namespace) -> None:
         options["vision_cache"] = VisionCache()
     encoder = InputProcessor(adapter.backbone, processor)
     early = bool(policy.thresholds) and not policy.lossless
-    stands = partial(_stands, adapter, runtime, encoder, policy, dict(options)) if early else None
+    stands = None
+    if early:  # of a prompt the same for all images
+        stands = cache(partial(_stands, adapter, runtime, encoder, policy, dict(options)))
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
     said = ""

@@ -65,12 +65,14 @@ class Answering:
         on_answer: OnAnswer | None = None,
         salt: str | None = None,
         *,
+        question: str,
         look: Any = None,
         constraint: Any = None,
     ) -> None:
         """Submit all choices. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
         self._on_answer, self._salt, self._look = on_answer, salt, look
+        self._question = question
         self._exact = constraint is not None
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -87,7 +89,7 @@ class Answering:
             for tokens in sizes
             for choice in range(request.n)
         ]  # fmt: skip
-        self.standing: GuaranteeStatus = standing_of_request(service, request, use, hows)
+        self.standing: GuaranteeStatus = standing_of_request(service, question, use, hows)
         self.reply = Reply(
             service.config.name,
             isinstance(request, ChatRequest),
@@ -229,8 +231,7 @@ class Answering:
         written.reason = "stop" if stopped else "length"
         if written.likeness is None and done.early_exit and self.standing.promise is not None:
             scores = [token.score for token in done.tokens]
-            asked = self._service.prompter.question(self._request)
-            written.likeness = self._service.how_like(asked, scores, self._look)
+            written.likeness = self._service.how_like(self._question, scores, self._look)
         mode = self._mode(done)
         first = choice.written.index % self._request.n == 0
         tokens = choice.prompt if first else 0
@@ -338,13 +339,13 @@ async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
 
 
 def standing_of_request(
-    service: Service, request: Sampling, use: Use, hows: Sequence[Generation]
+    service: Service, question: str, use: Use, hows: Sequence[Generation]
 ) -> GuaranteeStatus:
-    """Return what is guaranteed of the answers to a request, where they may exit early."""
+    """Return what is guaranteed of the answers to a question, where they may exit early."""
     if use.named != "early_exit":
         return NoPromise()
     return service.served.stands(
-        asked=service.prompter.question(request),
+        asked=question,
         longest=max(how.longest for how in hows),
         plain=all(how.plain for how in hows),
         thresholds=use.thresholds,

@@ -137,14 +137,15 @@ async def _answer(
         constraint = await _in_time(service, service.constraint(body), request, until)
         inputs, images = await _in_time(service, prompts(), request, until)
         client = client_of(request)
+        question = await _in_time(service, service.question(body, use), request, until)
         watched = service.watches(body, use, images, client)
-        watch = _watch(service, body, images, client) if watched else None
+        watch = _watch(service, body, question, images, client) if watched else None
         look = await service.look(use, images)
         del images  # they are large, and answers take long
         salt = request.scope.get("offramp_salt")
         answering = Answering(
             service, body, inputs, use, place, until, watch, salt,
-            look=look, constraint=constraint,
+            question=question, look=look, constraint=constraint,
         )  # fmt: skip
     except BaseException:
         place.leave()
@@ -186,7 +187,9 @@ def client_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str) -> OnAnswer:
+def _watch(
+    service: Service, body: Sampling, question: str, images: Sequence[Any], client: str
+) -> OnAnswer:
     """Has an answer compared with the full model's, where it is one of those promised; where
     nothing is promised, any greedy one. Of those that are not answered to their end it is counted
     that they are lost."""
@@ -194,8 +197,7 @@ def _watch(service: Service, body: Sampling, images: Sequence[Any], client: str)
     def compare(inputs: Inputs, how: Generation, done: Completion | None) -> None:
         if not (how.plain and (done is None or done.early_exit)) or service.watcher is None:
             return
-        asked = service.prompter.question(body)
-        found = service.served.stands(asked=asked, longest=how.longest)
+        found = service.served.stands(asked=question, longest=how.longest)
         if service.watcher.promise is None or found.promise is not None:
             if done is None:
                 service.watcher.lost()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import OfframpError
 from offramp.likeness import Alarm, look_of
+from offramp.prompt_kinds import OTHER
 from offramp.serving.engine import Engine
 from offramp.serving.request import Handle
 from offramp.serving.server.api.protocol import Sampling
@@ -204,6 +205,14 @@ class Service:
     async def of_text(self, work: Callable[[], T]) -> T:
         """Return what `work` makes of a text, in a thread that no prompt waits for."""
         return await asyncio.get_running_loop().run_in_executor(self._texts, work)
+
+    async def question(self, request: Sampling, use: Use) -> str:
+        """Return what an early answer is asked about one image; see `Prompter.question`. Made once
+        a request, by the threads that make prompts: templates may be slow."""
+        if use.named != "early_exit":
+            return OTHER
+        ask = self.prompter.question
+        return await asyncio.get_running_loop().run_in_executor(self._pool, ask, request)
 
     def use_of(self, request: Sampling) -> Use:
         """Return how the answers to a request use the exits."""
