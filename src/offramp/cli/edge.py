@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 NAMES = ("generate", "serve")
 ALONE = ("--", "-h", "--help-all", "--help", "--json", "--plain", "--quiet", "--stream")
-"""What stands on their command lines without a value after it."""
+"""Options of both commands that take no value."""
 SLOTS = 4
 
 

@@ -40,8 +40,8 @@ class Constraint(Protocol):
     """Rules that follow each row's answer by themselves."""
 
     def of_row(self, prompt: int, ends: Set[int]) -> Any:
-        """A logits processor of one row's answer, which stands after `prompt` tokens and which any
-        of the tokens `ends` ends."""
+        """Return the logits processor of one row's answer, which follows `prompt` tokens and
+        ends at any of the tokens `ends`."""
         ...
 
 

@@ -31,7 +31,7 @@ class AdversarialObjective:
         self.config: TrainConfig = config
         self.exits: Exits = Exits(backbone, depths, kind=config.exit_kind)
         self.exits.to(torch.float32)
-        self.discriminators: nn.ModuleDict = self.new_discriminators()
+        self.discriminators: nn.ModuleDict = self._new_discriminators()
         self._head: nn.Module | None = None
         self._places: Tensor | None = None
 
@@ -43,8 +43,8 @@ class AdversarialObjective:
         self._head = self.backbone.head_rows(ids)
         self._places = places_of(ids, self.backbone.vocabulary)
 
-    def new_discriminators(self) -> nn.ModuleDict:
-        """Return untrained discriminators, by depth."""
+    def _new_discriminators(self) -> nn.ModuleDict:
+        """Untrained discriminators, by depth."""
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.manual_seed(self.config.seed)
             discriminators = build_discriminators(self.backbone.width, self.exits.depths)

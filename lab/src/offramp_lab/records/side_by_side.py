@@ -96,8 +96,8 @@ def _untrained(adapter: Adapter, kind: str) -> Exits:
 def answered(
     adapter: Adapter, encoder: Any, way: Way, group: Sequence[Example], at_once: int
 ) -> list[dict[str, Any]]:
-    """Of each photograph its caption's ids, CPU seconds to the first token and behind it, and
-    rounds; all come at the same moment."""
+    """Caption the photographs, which come at the same moment. Returns for each the ids, the CPU
+    seconds to the first token and after it, and the rounds."""
     backbone = adapter.backbone
     attaching: AbstractContextManager[None] = nullcontext()
     if way.drafter is not None:

@@ -172,8 +172,8 @@ def at_level(case: Case, found: Sequence[dict[str, Any]]) -> dict[str, ExitPolic
 
 
 def calibrated(kind: str, depth: int, rounds: int) -> dict[str, Any]:
-    """By risk of changed answers: the speed of calibrated thresholds as it is foretold, with its
-    interval, and as it is measured."""
+    """The speed of calibrated thresholds, forecast with its interval and measured, by the share of
+    answers that may change."""
     learnt = captions("train", LEARNT).examples
     model = trained(kind, learnt, depths=(depth,), steps=STEPS)
     asked = captions("calibration", PROMPTS, 5000).examples

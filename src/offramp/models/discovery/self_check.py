@@ -184,8 +184,8 @@ def _read_as(backbone: OpenedModel, returns: Sequence[int]) -> dict[int, int]:
 def _entered(
     backbone: OpenedModel, returns: Sequence[int], ids: Tensor, *, whole: bool
 ) -> Tensor | None:
-    """What enters the first layer [n, 1, D] for ids [n, 1]; None where it is not reached. whole: by
-    the module that returns logits, else by the stack alone."""
+    """The states [n, 1, D] that enter the first layer for ids [n, 1]; None where it is not reached.
+    whole: run the module that returns logits, else the stack alone."""
     entry = _Entry(backbone, returns)
     intercepted = InterceptedModel(backbone, entry)
     family = backbone.family
