@@ -150,6 +150,19 @@ def test_train_of_that_kind_has_both_stages(opt, tmp_path):
     assert torch.equal(ours.sequences, whole.sequences) and ours.rounds
 
 
+def test_exits_that_draft_go_on_from_what_they_know(opt, tmp_path):
+    """Taught again for a step of a rate of next to nothing, they draft as they did."""
+    config = replace(CONFIG, exit_kind="drafting")
+    before = train(opt, processor("blip2-opt"), fakes.examples(12), config, tmp_path / "first")
+    still = replace(config, steps=1, learning_rate=1e-9)
+    after = train_drafting(
+        before, processor("blip2-opt"), fakes.examples(12, seed=1), still, tmp_path / "second"
+    )
+    was, now = (made.exits.modules.state_dict() for made in (before, after))
+    for name, tensor in was.items():
+        torch.testing.assert_close(now[name], tensor, atol=1e-6, rtol=0)
+
+
 def test_other_exits_are_refused(opt, tmp_path):
     lens = Adapter(opt, Exits(opt, (2,), kind="lens"))
     with pytest.raises(InputError, match="cannot learn to draft on"):
