@@ -251,6 +251,43 @@ def test_a_plan_is_kept_while_nothing_changes() -> None:
     assert adapter.plan() is not plan  # older ones are forgotten
 
 
+def test_a_kept_executor_answers_as_a_new_one_and_holds_no_memory() -> None:
+    """Whatever the answer before: longer, of several rows, or ended by an error."""
+    adapter = fresh()
+    expected, given = answers(adapter), inputs_of(adapter.backbone.dtype)
+    plan = adapter.plan(POLICY)
+    with plan.running(slots=1, own_frequencies=False) as kept:
+        pass
+    adapter.generate(given, max_new_tokens=200, do_sample=False, suppress_tokens=WORDLESS)
+    adapter.generate(families.KINDS[NAME].inputs(3), **GREEDY)
+    assert kept.cache.nbytes == 0 and kept.cache.columns < 200
+    assert answers(adapter) == expected
+
+    def stops(ids: Any, logits: Any) -> Any:
+        raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="stopped"):
+        adapter.generate(given, logits_processor=[stops], **GREEDY)
+    assert answers(adapter) == expected
+    with plan.running(slots=1, own_frequencies=False) as another:
+        assert another is not kept  # after an error none is kept
+
+
+def test_a_hook_on_all_modules_ends_the_plan() -> None:
+    adapter = fresh()
+    answers(adapter)
+    plan, seen = adapter.plan(POLICY), []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(module)
+    )
+    try:
+        assert adapter.plan(POLICY) is not plan
+        answers(adapter)
+    finally:
+        handle.remove()
+    assert projection(adapter) in seen
+
+
 def test_one_decoder_is_built_by_one_site(monkeypatch: pytest.MonkeyPatch) -> None:
     """Single answers, batches and the self-check go through `Plan.decoder`."""
     made = []

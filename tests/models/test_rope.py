@@ -186,7 +186,8 @@ def test_the_engine_writes_what_each_gets_alone() -> None:
 def test_slots_run_what_stays_below() -> None:
     whole = Backbone(phi3())
     for longest, kind in ((SWITCH, SlotExecutor), (SWITCH + 1, StackExecutor)):
-        made = executor_for(whole, None, (), longest=longest, slots=1)
+        own = whole.has_own_frequencies(longest)
+        made = executor_for(whole, None, (), own_frequencies=own, slots=1)
         assert type(made) is kind
         made.close()
 

@@ -123,15 +123,13 @@ def _write(
     observer: Observer | None = None,
 ) -> GenerationOutput:
     rows = len(prepared.ids)
-    executor = plan.executor(slots=rows, longest=max(prompt_lengths(prepared)))
-    decoder = plan.decoder(executor, AT_ONCE if rows == 1 else Schedule.of(rows))
-    try:
+    own = reader.backbone.has_own_frequencies(max(prompt_lengths(prepared)))
+    with plan.running(slots=rows, own_frequencies=own) as executor:
+        decoder = plan.decoder(executor, AT_ONCE if rows == 1 else Schedule.of(rows))
         return write_answers(
             decoder, reader, prepared, plan.rule(),
             streamer=streamer, seed=seed, observer=observer,
         )  # fmt: skip
-    finally:
-        executor.close()
 
 
 def write_answers(

@@ -195,16 +195,15 @@ class ExitPolicy:
                 "Give the engine an adapter whose policy has thresholds, or use mode='full'.",
             )
         if mode == "lossless":
-            return replace(self, lossless=True)
+            return self._drafting(True)
         if thresholds is not None:
-            policy = self.at(check_thresholds(dict(thresholds), depths))
-            return replace(policy, lossless=False)
+            return self.at(check_thresholds(dict(thresholds), depths))._drafting(False)
         if not self.thresholds:
             raise InputError(
                 "A request wants to exit early, and these exits have no thresholds.",
                 "Find some with `offramp calibrate`, give thresholds, or use mode='lossless'.",
             )
-        return replace(self, lossless=False)
+        return self._drafting(False)
 
     def in_mode(self, mode: str | None) -> ExitPolicy:
         """The same thresholds in one of `MODES`; None: the policy as it is.
@@ -215,7 +214,10 @@ class ExitPolicy:
         if mode is None:
             return self
         check_known("Mode", [mode], MODES)
-        return FULL if mode == "full" else replace(self, lossless=mode == "lossless")
+        return FULL if mode == "full" else self._drafting(mode == "lossless")
+
+    def _drafting(self, lossless: bool) -> ExitPolicy:
+        return self if self.lossless is lossless else replace(self, lossless=lossless)
 
 
 def check_policy_depths(policy: ExitPolicy, depths: tuple[int, ...]) -> None:

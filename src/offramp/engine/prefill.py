@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -176,17 +177,21 @@ class Prefill:
                 inputs = {**inputs, cache_name(prepared.arguments): prepared.cache}
             self.logits: Tensor = prepared.model(**inputs, return_dict=True).logits[:, -1]
         self.prefill: dict[str, Any] = calls[-1]
-        self._static = {n: self.prefill[n] for n in _REPEATED if self.prefill.get(n) is not None}
-        switches = {n: v for n, v in self.prefill.items() if isinstance(v, bool)}  # is_decoder
-        self._static |= {**switches, "use_cache": True, "return_dict": True}
-        rows = {n: self.prefill[n] for n in _BY_TOKEN if self.prefill.get(n) is not None}
-        self._static |= {name: value[..., -1:, :] for name, value in rows.items()}
         self.positions: Tensor | None = self.prefill.get("position_ids")
         # Some models hand their stack a mask made for the prompt; every stack takes the 2-D one,
         # from which it makes its own. In an encoder-decoder, `attention_mask` is the encoder's.
         encoded = prepared.model.config.is_encoder_decoder
         mask = (self.prefill if encoded else prepared.arguments).get("attention_mask")
         self.mask: Tensor | None = mask
+
+    @cached_property
+    def _static(self) -> dict[str, Any]:
+        """Arguments that are the same in all later calls."""
+        given = {name: value for name, value in self.prefill.items() if value is not None}
+        repeated = {name: given[name] for name in _REPEATED if name in given}
+        switches = {n: v for n, v in given.items() if isinstance(v, bool)}  # is_decoder
+        last = {name: given[name][..., -1:, :] for name in _BY_TOKEN if name in given}
+        return {**repeated, **switches, "use_cache": True, "return_dict": True, **last}
 
     def extend(self, tokens: int, real: Tensor | None = None) -> dict[str, Any]:
         """Arguments for the stack's next call, on `tokens` new tokens for each row.

@@ -248,7 +248,7 @@ def part_of(kw: dict[str, Any], start: int, end: int) -> dict[str, Any]:
 def can_shorten(kw: dict[str, Any], cache: Any, backbone: Backbone) -> bool:
     """Return True if a stack's call on one row's embeddings can be made for a part of its
     tokens."""
-    if backbone.room(kw["inputs_embeds"].shape[1]) != backbone.room(0):
+    if backbone.has_own_frequencies(kw["inputs_embeds"].shape[1]):
         return False  # a part would be read by other frequencies
     present = {name for name, value in kw.items() if value is not None}
     mask = kw.get("attention_mask")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from offramp.engine.confidence import HEADS
+from offramp.engine.executors.bare import GLOBAL_HOOKS
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.weights_version import Unchanged
@@ -18,9 +19,9 @@ class Stamp:
     """The decoder, LM head and exits of an adapter as they are now.
 
     It no longer holds once a module or a tensor is replaced or written in place, moved or converted
-    (`.to()`), once a hook comes or goes, LoRA is put in, switched or merged, a module is set to
-    train, or attention, decoding options or what the self-check found change. What is written
-    through `tensor.data` in place goes unseen: PyTorch does not count it.
+    (`.to()`), once a hook comes or goes, of a module or of all of them, LoRA is put in, switched or
+    merged, a module is set to train, or attention, decoding options or what the self-check found
+    change. What is written through `tensor.data` in place goes unseen: PyTorch does not count it.
     """
 
     def __init__(self, backbone: Backbone, exits: ExitSet | None) -> None:
@@ -39,6 +40,7 @@ class Stamp:
             backbone.decoding, backbone.engine, backbone.lossless, backbone.reads_in_parts,
             backbone.family, backbone.tower,
             getattr(backbone.text_config, "_attn_implementation", None), *HEADS.items(),
+            *map(tuple, GLOBAL_HOOKS),
         ]  # fmt: skip
 
 

@@ -153,6 +153,11 @@ class OpenedModel:
         switch = self.rope.switches
         return switch if switch is not None and prompt <= switch else self.positions
 
+    def has_own_frequencies(self, prompt: int) -> bool:
+        """Return True if a prompt of so many tokens has other rotary frequencies than a short
+        one."""
+        return self.room(prompt) != self.room(0)
+
     @property
     def device(self) -> torch.device:
         """Return where inputs go, and where normed states and logits come."""

@@ -119,7 +119,8 @@ class TorchHost(PreparedHost):
 
     def executor(self) -> Executor:
         slots, limit = self._config.slots, self._config.limit
-        return self.plan.executor(longest=limit, slots=slots, limit=limit)
+        own = self.backbone.has_own_frequencies(limit)
+        return self.plan.executor(own_frequencies=own, slots=slots, limit=limit)
 
     def stale(self, request: Request) -> bool:
         holds = self._stamp.holds(self.backbone, self._attached)

@@ -12,6 +12,7 @@ which ones wait together changes the order of work, not its outcome.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
 from typing import Any
 
 from offramp.engine.decoding.drafting import DraftBudget, Drafter
@@ -23,33 +24,29 @@ from offramp.engine.decoding.sequence import NAN, Sequence, Token
 from offramp.errors import InputError
 
 
+@dataclass(eq=False)
 class Decoder:
     """The sequences of one model, and the loop that writes their tokens. For one thread.
 
     layers: depth L of the full model. executor: runs the layers. heads: ask exits and the LM head.
     drafter: of lossless answers; None: there are none. schedule: when the deep layers run. longest:
-    columns of a sequence that may be pending; None: any number. tally: what the exits did.
+    columns of a sequence that may be pending; None: any number. sequences: those under way. tally:
+    what the exits did.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        executor: Executor,
-        heads: Heads,
-        *,
-        drafter: Drafter | None = None,
-        schedule: Schedule = AT_ONCE,
-        longest: int | None = None,
-    ) -> None:
-        self.executor: Executor = executor
-        self.heads: Heads = heads
-        self.drafter: Drafter | None = drafter
-        self.schedule: Schedule = schedule
-        self.longest: int | None = longest
-        self.depths: tuple[int, ...] = executor.depths
-        self.layers: int = layers
-        self.sequences: list[Sequence] = []
-        self.tally: Tally = Tally()
+    layers: int
+    executor: Executor
+    heads: Heads
+    drafter: Drafter | None = None
+    schedule: Schedule = AT_ONCE
+    longest: int | None = None
+    sequences: list[Sequence] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Return the depths of the exits in use, ascending."""
+        return self.executor.depths
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -117,7 +114,7 @@ class Decoder:
                 "Lossless decoding takes drafts back, and this model's recurrent states cannot be.",
                 "Use a policy with lossless=False.",
             )
-        sequence = Sequence(sampler, rule, loaded, owner)
+        sequence = Sequence.of(sampler, rule, loaded, owner)
         self.sequences.append(sequence)
         if first is not None:
             self._write(sequence, first)

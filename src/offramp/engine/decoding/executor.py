@@ -95,7 +95,7 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Release all sequences and their memory."""
+        """Release all sequences and their memory; the executor is then as it was made."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, cast
 
 from offramp.engine.decoding.decoder import Decoder
@@ -43,7 +44,8 @@ class Plan:
     drafter: Callable[[Executor, Heads], Drafter] | None = None
     levels: Mapping[int, float] = field(default_factory=dict)
     first_may_exit: bool = True
-    _idle: list[Any] = field(default_factory=list, repr=False)
+    _readers: list[Any] = field(default_factory=list, repr=False)
+    _executors: dict[Any, list[Executor]] = field(default_factory=dict, repr=False)
 
     @contextmanager
     def reading(self, **caches: Any) -> Iterator[Any]:
@@ -51,14 +53,25 @@ class Plan:
 
         caches: as of `reader`.
         """
-        own = all(cache is None for cache in caches.values())
-        try:
-            reader = self._idle.pop() if own else self.reader(**caches)
-        except IndexError:  # none is idle: other threads answer too
-            reader = self.reader()
-        yield reader
-        if own:
-            self._idle.append(reader)
+        if any(cache is not None for cache in caches.values()):
+            yield self.reader(**caches)
+        else:
+            with _lent(self._readers, self.reader) as reader:
+                yield reader
+
+    @contextmanager
+    def running(self, **sizes: Any) -> Iterator[Executor]:
+        """Lend an executor for one answer, without sequences before and after; it is kept for the
+        next answer of the same sizes.
+
+        sizes: as of `executor`.
+        """
+        kept = self._executors.setdefault(tuple(sizes.items()), [])
+        with _lent(kept, partial(self.executor, **sizes)) as executor:
+            try:
+                yield executor
+            finally:
+                executor.close()
 
     def rule(
         self, mode: str | None = None, thresholds: Mapping[int, float] | None = None
@@ -68,6 +81,14 @@ class Plan:
 
         mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
         """
+        return self.own_rule if mode is thresholds is None else self._rule(mode, thresholds)
+
+    @cached_property
+    def own_rule(self) -> ExitRule:
+        """The rule of answers that ask for nothing else than the policy."""
+        return self._rule(None, None)
+
+    def _rule(self, mode: str | None, thresholds: Mapping[int, float] | None) -> ExitRule:
         policy = self.policy.asked(mode, thresholds, self.depths or tuple(self.levels))
         if policy.lossless and self.levels:
             return ExitRule(self.levels, lossless=True, max_drafts=policy.max_draft)
@@ -84,6 +105,18 @@ class Plan:
         return Decoder(
             self.layers, executor, self.heads, drafter=drafter, schedule=schedule, longest=longest
         )
+
+
+@contextmanager
+def _lent(idle: list[Any], make: Callable[[], Any]) -> Iterator[Any]:
+    """Lend one of those that are idle, or a new one where other threads have them all. After an
+    error it does not come back."""
+    try:
+        one = idle.pop()
+    except IndexError:
+        one = make()
+    yield one
+    idle.append(one)
 
 
 def draft_levels(policy: ExitPolicy, drafting: int | None, layers: int) -> dict[int, float]:

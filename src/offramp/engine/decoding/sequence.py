@@ -8,6 +8,7 @@ depth. Columns that deeper segments have yet to run are *pending*.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from offramp.engine.decoding.executor import Loaded
@@ -30,6 +31,7 @@ class Token(NamedTuple):
     score: float = NAN
 
 
+@dataclass(eq=False)
 class Sequence:
     """One answer that is being written.
 
@@ -41,22 +43,26 @@ class Sequence:
     ended, and why it failed.
     """
 
-    def __init__(
-        self, sampler: TokenSampler, rule: ExitRule, loaded: Loaded, owner: Any = None
-    ) -> None:
-        self.sampler: TokenSampler = sampler
-        self.rule: ExitRule = rule
-        self.owner: Any = owner
-        self.handle: Any = loaded.handle
-        self.start: int = loaded.columns
-        self.ran: list[int] = list(loaded.ran)
-        self.ids: list[int] = []
-        self.tokens: list[Token] = []
-        self.score: float = NAN
-        self.waited: int = 0
-        self.rounds: list[tuple[int, int]] = []
-        self.over = False
-        self.error: Exception | None = None
+    sampler: TokenSampler
+    rule: ExitRule
+    handle: Any
+    start: int
+    ran: list[int]
+    owner: Any = None
+    ids: list[int] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    score: float = NAN
+    waited: int = 0
+    rounds: list[tuple[int, int]] = field(default_factory=list)
+    over: bool = False
+    error: Exception | None = None
+
+    @classmethod
+    def of(
+        cls, sampler: TokenSampler, rule: ExitRule, loaded: Loaded, owner: Any = None
+    ) -> Sequence:
+        """Return the answer that begins after a prompt that the executor has loaded."""
+        return cls(sampler, rule, loaded.handle, loaded.columns, [*loaded.ran], owner)
 
     @property
     def active(self) -> bool:

@@ -31,7 +31,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_GLOBAL_HOOKS = [getattr(torch_module, f"_global{table}") for table in _HOOKS]
+GLOBAL_HOOKS = [getattr(torch_module, f"_global{table}") for table in _HOOKS]
 """Tables that stay the same objects."""
 _CALLS = (nn.Module.__call__, GradientCheckpointingLayer.__call__)
 
@@ -103,7 +103,7 @@ def _is_plain(module: nn.Module) -> bool:
         and "forward" not in own
         and own.get("_compiled_call_impl") is None
         and not any(own.get(table) for table in _HOOKS)
-        and not any(_GLOBAL_HOOKS)
+        and not any(GLOBAL_HOOKS)
     )
 
 

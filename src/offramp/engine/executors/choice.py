@@ -22,15 +22,15 @@ def executor_for(
     depths: Sequence[int],
     *,
     engine: str | None = None,
-    longest: int = 0,
+    own_frequencies: bool = False,
     slots: int,
     limit: int | None = None,
     **more: Any,
 ) -> Executor:
     """An executor of one of `EXECUTORS`.
 
-    engine: None: the one that the backbone was found to be exact by; slots hold no prompt, the
-    longest of `longest` tokens, that is read by frequencies of its own (`Backbone.room`).
+    engine: None: the one that the backbone was found to be exact by. own_frequencies: of a prompt
+    (`Backbone.has_own_frequencies`); slots hold none that has.
     slots: sequences at a time. limit: as of `SlotExecutor`. more: as of `SegmentRunner`.
 
     Raises:
@@ -38,8 +38,7 @@ def executor_for(
             that slots do not run.
     """
     if engine is None:
-        own = backbone.room(longest) != backbone.room(0)
-        engine = "stack" if own else backbone.engine or "slots"
+        engine = "stack" if own_frequencies else backbone.engine or "slots"
     if engine == "stack":
         if backbone.decoding.exact_batches:
             raise UnsupportedBackboneError(

@@ -97,6 +97,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             larger[-1][:, :, : held.shape[2]] = held
         self.held, self.columns = tuple(larger), columns
 
+    def drop(self, columns: int) -> None:
+        """Release keys and values; the next are made for so many columns."""
+        self.held, self.columns, self.is_initialized = (), columns, False
+
     def move(self, source: int, target: int, columns: int) -> None:
         """Copy a row of `columns` columns to another slot."""
         for held in self.held:
@@ -160,7 +164,7 @@ class SlotCache:
     def __init__(self, slots: int, entries: int, limit: int | None, encoder: bool = False) -> None:
         self.slots: int = slots
         self.limit: int | None = limit
-        columns = BUCKET if limit is None else min(BUCKET, rounded(limit + 1))
+        columns = self._least = BUCKET if limit is None else min(BUCKET, rounded(limit + 1))
         self.current: CurrentCall = CurrentCall()
         self._across = CurrentCall()
         self.own: list[SlotLayer] = [
@@ -245,9 +249,13 @@ class SlotCache:
         self.encoder_lengths[target] = self.encoder_lengths[source]
 
     def drop(self) -> None:
-        """Release all keys and values."""
-        for mine in (*self.own, *self.cross):
-            mine.held, mine.is_initialized = (), False
+        """Release all keys and values, and the room for long ones."""
+        self.columns, self.encoder_columns = self._least, 0
+        self.encoder_lengths = [0] * self.slots
+        for mine in self.own:
+            mine.drop(self.columns)
+        for mine in self.cross:
+            mine.drop(0)
         self.release()
 
     def seen_by(self, call: Call, unread: Sequence[int] = ()) -> Any:

@@ -1,8 +1,8 @@
 """The executor of models that keep keys and values: many sequences in slots of one cache.
 
 Calls over one slot are calls on contiguous columns; calls over several write and read by index, the
-tokens of each slot at columns of their own. `running` makes a call, `rows` knows the sequences and
-their positions, `pending` the states that wait for deeper layers.
+tokens of each slot at columns of their own. `running` makes a call, `rows` knows the sequences,
+their positions and the states that wait for deeper layers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 from offramp.engine.decoding.drafting import DraftBudget, Drafts
 from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.executors.slots.layout import Call, OneSlot, flat, packed
-from offramp.engine.executors.slots.pending import PendingStates
-from offramp.engine.executors.slots.rows import SlotRow
+from offramp.engine.executors.slots.rows import PendingStates, SlotRow, SlotRows
 from offramp.engine.executors.slots.running import SlotRunner
 from offramp.engine.exit_check import ExitOutput, Output, joined, picked
 from offramp.engine.prompt import Prompt
@@ -96,7 +95,7 @@ class SlotExecutor(SlotRunner):
         """Drop keys, values and states now: handler and model hold each other."""
         self.cache.drop()
         self._pending.drop()
-        self._tables, self.held.by_slot = None, []
+        self.held = SlotRows(self.cache.slots)
 
     # -- calls -------------------------------------------------------------------------------
 

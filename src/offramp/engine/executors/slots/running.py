@@ -231,7 +231,8 @@ class SlotRunner(SegmentRunner):
         needed = self.cache.columns + self.held.ahead
         if self.positions is not None:
             needed = min(needed, self.positions)
-        if tables is None or tables.positions < needed:
+        counted = given.offsets is not None
+        if tables is None or tables.positions < needed or tables.counted != counted:
             tables = self._tables = self._rehearsed(needed)
         if tables is None:
             return None

@@ -251,10 +251,11 @@ class _Kind:
 def _masked(rule: MaskRule) -> Callable[[Given], Any]:
     if rule.allowed is None:
         return lambda given: rule.mask(given.call.queries, 0, given.encoder[1])
+    causal = rule.causal
 
     def made(given: Given) -> Any:
         call = given.call
-        if rule.causal and call.beside is not None and call.shape[1] == 1:
+        if causal and call.beside is not None and call.shape[1] == 1:
             return None  # one query, and no key after it
         return rule.mask(call.queries, call.width)
 
@@ -278,7 +279,10 @@ def _ids(handed: Tensor) -> Callable[[Given], Any]:
 
 
 class Tables:
-    """Makes the arguments of the layers of a stack. positions: how many the tables have."""
+    """Makes the arguments of the layers of a stack.
+
+    positions: how many the tables have. counted: whether the stack is handed position ids.
+    """
 
     def __init__(self, stage: Stage, stack_arguments: Mapping[str, Any], positions: int) -> None:
         """stack_arguments: what the stack is called with for all positions in a row, the states
@@ -288,7 +292,7 @@ class Tables:
             CannotRehearseError: something about the stack is not known here.
         """
         run = stage.run(stack_arguments)
-        self.positions = positions
+        self.positions, self.counted = positions, "position_ids" in stack_arguments
         self._embed, self._norm = stage.embed, stage.norm  # the stage is one executor's
         entered = run.calls[0].hidden if run.before_norm is None else run.before_norm
         self._added = entered if bool(entered.any()) else None
