@@ -23,7 +23,8 @@ from offramp.errors import AdapterError, InputError
 from offramp.model_card import model_card as card_of
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
-from offramp.save_and_load import CARD, CONFIG, DISCRIMINATORS, EXITS, FORMAT, SEEN
+from offramp.save_and_load import CONFIG, DISCRIMINATORS, EXITS, FORMAT, SEEN
+from offramp.save_and_load.records import CARD
 from offramp.storage import digest_file
 
 Build = Callable[..., Any]

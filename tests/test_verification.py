@@ -27,7 +27,8 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny
-from offramp.save_and_load import CARD, read_config
+from offramp.save_and_load import read_config
+from offramp.save_and_load.records import CARD
 from offramp.verification import Verification, _between, _compared, _Row, with_thresholds
 
 SIZES = Settings(rows=(2,), slots=3, longest=6)

@@ -23,9 +23,9 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.hub import grey_picture
 from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_named, shipped_exits
+from offramp.models.shipped import exits_folder, load_named
 from offramp.models.shrink_on_load import with_shrink_on_load
-from offramp.save_and_load import fetched, read_config
+from offramp.save_and_load import read_config
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +114,7 @@ def load(
         adapter, or it does not fit. StorageError: it cannot be read.
     """
     check_asked(engine, gguf, quantize)
-    engine, vision, gguf = settle(
-        name, Way(engine, vision, gguf), quantize=quantize, **how
-    )
+    engine, vision, gguf = settle(name, Way(engine, vision, gguf), quantize=quantize, **how)
     model, processor = open_model(name, vision=own_vision(vision, engine), quantize=quantize, **how)
     threads = threads or torch.get_num_threads()
     adapter = seeing(with_exits(model), vision, gguf, threads)
@@ -137,8 +135,7 @@ def settle(
     config = None
     if asked.engine == AUTO:
         with suppress(InputError):  # a model that ships without exits
-            folder = shipped_exits(name)
-            config = read_config(fetched(name) if folder is None else folder)
+            config = read_config(exits_folder(name))
     ready = partial(load, name)
     return settled(ready, config, asked, answers=answers, together=together, **how)
 
@@ -217,12 +214,12 @@ def open_model(
     how |= {"compile": compile, "vision": vision}
     model: Adapter | Backbone
     try:
-        shipped = shipped_exits(name)
+        folder = exits_folder(name)
     except InputError:
         model, processor = load_named(name, revision=revision, **how)  # which may be missing too
         log.info("%s ships without exits: every token runs at full depth", name)
     else:
-        config = read_config(fetched(name) if shipped is None else shipped)
+        config = read_config(folder)
         if backbone is None:
             backbone, revision = config.backbone, revision or config.revision
         opened, processor = load_named(backbone, revision=revision, **how)

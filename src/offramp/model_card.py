@@ -13,7 +13,7 @@ from offramp.conditions import Conditions, of_exits, of_policy
 from offramp.engine.policy import resolved
 from offramp.guarantee import SCALES, shown_conditions, standing
 from offramp.models.backbone import Backbone
-from offramp.save_and_load import AdapterParts
+from offramp.save_and_load.records import AdapterParts
 from offramp.storage.places import is_hub_name
 
 _UNSAID = {

@@ -16,7 +16,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from transformers import NemotronConfig, NemotronForCausalLM
 
-from offramp.adapter import PLANS, Adapter
+from offramp.adapter import Adapter
+from offramp.engine.attached import PLANS
 from offramp.engine.decoding import plan as plan_module
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy

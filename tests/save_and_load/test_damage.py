@@ -25,8 +25,9 @@ from offramp.engine.policy import ExitPolicy
 from offramp.errors import AdapterError, DataError, OfframpError, TrainingError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
-from offramp.save_and_load import ATTEMPTS, CARD, CHECKS, CONFIG, EXITS, SEEN
+from offramp.save_and_load import ATTEMPTS, CHECKS, CONFIG, EXITS, SEEN
 from offramp.save_and_load.config import sealed
+from offramp.save_and_load.records import CARD
 from offramp.storage import JsonlLog, digest_file
 from offramp.training.checkpoint import (
     DIGEST,

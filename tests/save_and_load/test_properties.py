@@ -14,8 +14,8 @@ from offramp.calibration.attempts import Attempt
 from offramp.engine.policy import ExitPolicy, Thresholds, policy_to_json
 from offramp.errors import AdapterError
 from offramp.runtimes.llama_cpp.exit_files import known_policy
-from offramp.save_and_load import _is_counted
-from offramp.save_and_load.config import _Entries, _policy
+from offramp.save_and_load.config import Entries, _policy
+from offramp.save_and_load.records import _is_counted
 
 MANY = settings(max_examples=60, deadline=None)
 SHARES = st.floats(0, 1, allow_nan=False)
@@ -43,7 +43,7 @@ FILE = Path("adapter.json")
 
 
 def readers(values: Any) -> list[ExitPolicy]:
-    return [_policy(_Entries(FILE, values, "policy.")), known_policy(values, FILE)]
+    return [_policy(Entries(FILE, values, "policy.")), known_policy(values, FILE)]
 
 
 @MANY
@@ -59,7 +59,7 @@ def test_a_policy_with_anything_in_it_is_read_or_refused_in_words(
     policy: ExitPolicy, name: str, value: Any
 ) -> None:
     values = {**policy_to_json(policy), name: value}
-    for read in (lambda: _policy(_Entries(FILE, values, "policy.")),
+    for read in (lambda: _policy(Entries(FILE, values, "policy.")),
                  lambda: known_policy(values, FILE)):  # fmt: skip
         try:
             found = read()
@@ -68,7 +68,7 @@ def test_a_policy_with_anything_in_it_is_read_or_refused_in_words(
             continue
         assert name != "of tomorrow"
         again = json.loads(json.dumps(policy_to_json(found)))
-        assert _policy(_Entries(FILE, again, "policy.")) == found
+        assert _policy(Entries(FILE, again, "policy.")) == found
 
 
 ATTEMPTS = st.builds(

@@ -37,6 +37,7 @@ from offramp.models.towers import tower_engine
 from offramp.progress import progress_bar
 from offramp.provenance import processor
 from offramp.save_and_load import AdapterConfig, exits_digest
+from offramp.save_and_load.records import calibrations
 from offramp.storage import cache_folder, digest_rows, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def settled(
     if found is None:
         found = [*_measured(ready, config, model, vision, together)]
         _keep(file, found)
-    best, plain = fastest(found, config.calibrations, answers), found[0]
+    best, plain = fastest(found, calibrations(config), answers), found[0]
     if best is not plain:
         log.info(
             "engine: %s, %.0f ms an answer, where PyTorch takes %.0f (--engine NAME for another)",
@@ -227,7 +228,7 @@ def _measured(
                 if made.why:
                     log.debug("Not by %s: %s", made.words, made.why)
                 if engine == LLAMA_CPP and not made.why:
-                    then = config.calibrations
+                    then = calibrations(config)
                     faster = not then or _is_promised(made, then)
                 yield made
             bar.update()

@@ -50,7 +50,7 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
     decoder = float_parameters(backbone.layers)
     if backbone.norm is not None:
         decoder += float_parameters(backbone.norm)
-    held_in = scheme(backbone.layers)
+    held_in = held_as(backbone)
     found: dict[str, Any] = {
         **({} if held_in is None else {"quantized": held_in}),
         "model_type": backbone.model.config.model_type,
@@ -64,6 +64,13 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
     if backbone.split:
         backbone.identity = found
     return found
+
+
+def held_as(backbone: Backbone) -> str | None:
+    """Return what holds the weights of the layers, in words; None: they are plain floats."""
+    if backbone.identity is not None:
+        return backbone.identity.get("quantized")
+    return scheme(backbone.layers)
 
 
 def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

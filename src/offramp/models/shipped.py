@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.errors import InputError, did_you_mean
+from offramp.errors import AdapterError, InputError, did_you_mean
+from offramp.storage.places import close_name, is_hub_name
 
 if TYPE_CHECKING:
     import torch
@@ -134,6 +135,37 @@ def load_named(
     backbone, processor = import_module(HOME).load(dtype=exact, device=device, **how)
     backbone.name = PHOTO
     return backbone, processor
+
+
+def exits_folder(name: str | Path, **hub: Any) -> Path:
+    """Return an adapter's folder: that of a model that ships, one on this machine, or one that is
+    fetched from the hub by name.
+
+    hub: revision, token, cache_dir and others of `snapshot_download`.
+
+    Raises:
+        InputError: as of `shipped_exits`.
+        AdapterError: there is no such folder, or the hub gave none.
+    """
+    if (shipped := shipped_exits(str(name))) is not None:
+        return shipped
+    if os.path.isdir(name):
+        return Path(name)
+    if not is_hub_name(str(name)):
+        raise AdapterError(
+            f"There is no adapter folder {str(name)!r}.",
+            f"{close_name(name) or close_shipped(str(name))}Give a folder of `offramp train`, a "
+            "name of the hub as OWNER/NAME, or photo or tiny-opt, which ship.",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), **hub))
+    except Exception as error:  # offline, missing, private: hub errors share no useful base
+        raise AdapterError(
+            f"No adapter folder {str(name)!r}, and the hub gave none: {error}",
+            "Correct the path or the name, or be online.",
+        ) from error
 
 
 def shipped_exits(name: str) -> Path | None:

@@ -38,29 +38,7 @@ LEARNT = ("causal_prompt", "in_parts", "lossless")
 """What decoding shows of a backbone without tests of its own; see `Backbone.learn`."""
 PROVEN = ("engine", "transformers", "prompts")
 """Which executor was found to be exact, with which version of transformers, for which prompts."""
-_NUMBER = (int, float)
-_CALIBRATION: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("risk", "method", "unit", "data_digest"), (str,)),
-    **dict.fromkeys(("target", "confidence", "measured", "bound", "level"), _NUMBER),
-    **dict.fromkeys(("n", "answers", "attempt"), (int,)),
-    **dict.fromkeys(("conditions", "likeness", "watched"), (dict,)),
-    "kinds": (list,),
-    "largest": (int,),
-}
-"""What is said of a guarantee, and is more than shown to people as it stands."""
-_CONDITIONS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("dtype", "quantized", "engine", "kernels", "device"), (str,)),
-    **dict.fromkeys(("sampling", "template", "score", "kv"), (str,)),
-    **dict.fromkeys(("tokens", "exits", "parameters", "autocast", "matmul"), (str,)),
-    "pixels": (dict,),
-    "any_prompt": (bool,),
-    **dict.fromkeys(("exit_in_prefill", "shortlist"), (bool,)),
-    **dict.fromkeys(("thresholds", "first", "gates", "weights"), (dict,)),
-    "visual_keep": _NUMBER,
-    "visual_ranking": (str,),
-    "longest": (int,),
-    "prompts": (list,),
-}
+NUMBER = (int, float)
 
 
 @dataclass(frozen=True)
@@ -69,7 +47,6 @@ class AdapterConfig:
 
     fingerprint: of the backbone; see `offramp.models.fingerprint`. exit_kind: of
     `offramp.models.exit_kinds.EXIT_KINDS`; "layer" in adapters written before there were others.
-    elsewhere: calibrations in other engines; see `Adapter`.
     checks: what was measured of the shortlist; None: there is none. files: SHA-256 of the other
     files by name; None in adapters written before there were.
     """
@@ -82,19 +59,10 @@ class AdapterConfig:
     exit_kind: str
     checks: Mapping[str, Any] | None
     policy: ExitPolicy
-    calibration: Mapping[str, Any] | None
-    elsewhere: Mapping[str, Mapping[str, Any]]
     decoding: Mapping[str, Any] | None
-    metrics: Mapping[str, Any]
     provenance: Mapping[str, Any]
     files: Mapping[str, str] | None
     raw: Mapping[str, Any]
-
-    @property
-    def calibrations(self) -> list[Mapping[str, Any]]:
-        """Return the calibrations in all engines."""
-        own = [] if self.calibration is None else [self.calibration]
-        return [*own, *self.elsewhere.values()]
 
 
 def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +78,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
         AdapterError: no adapter, another format version, or damaged.
     """
     folder = Path(folder)
-    config = _Entries(folder / CONFIG, _read(folder))
+    config = Entries(folder / CONFIG, _read(folder))
     config.check_format()
     config.check_known((*_REQUIRED, *_OPTIONAL))
     config.check_digest()
@@ -124,10 +92,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
         exit_kind=config.get("exit_kind", str) if "exit_kind" in config.values else "layer",
         checks=config.optional("checks"),
         policy=_policy(config.part("policy")),
-        calibration=_calibration(config, "calibration"),
-        elsewhere=_elsewhere(config),
         decoding=_decoding(config),
-        metrics=_metrics(config),
         provenance=config.get("provenance", dict),
         files=_files(config),
         raw=config.values,
@@ -135,7 +100,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
 
 
 @dataclass(frozen=True)
-class _Entries:
+class Entries:
     """An object in a JSON file, whose entries are checked as they are taken.
 
     where: its place in the file, such as "policy."; empty: the file itself.
@@ -154,11 +119,11 @@ class _Entries:
         value = self.values[name]
         # True is an int to Python, and would silently be depth 1.
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            self.fail(f"{self.where + name!r} is {_shown(value)}")
+            self.fail(f"{self.where + name!r} is {brief(value)}")
         return value
 
-    def part(self, name: str) -> _Entries:
-        return _Entries(self.path, self.get(name, dict), f"{self.where}{name}.")
+    def part(self, name: str) -> Entries:
+        return Entries(self.path, self.get(name, dict), f"{self.where}{name}.")
 
     def optional(self, name: str) -> dict[str, Any] | None:
         """An object, or None where it is null or missing."""
@@ -176,7 +141,7 @@ class _Entries:
     def check_numbers(self) -> None:
         """Check that every entry is a number."""
         for name in self.values:
-            self.get(name, *_NUMBER)
+            self.get(name, *NUMBER)
 
     def check_known(self, names: Iterable[str]) -> None:
         known = set(names)
@@ -187,7 +152,7 @@ class _Entries:
     def check_format(self) -> None:
         if (version := self.values.get("format")) != FORMAT:
             raise AdapterError(
-                f"{self.path.parent} has adapter format {_shown(version)}; this version reads "
+                f"{self.path.parent} has adapter format {brief(version)}; this version reads "
                 f"format {FORMAT}.",
                 "Train the exits again, or install the version of offramp that wrote it.",
             )
@@ -219,19 +184,19 @@ def _read(folder: Path) -> dict[str, Any]:
     except (DataError, StorageError) as error:
         raise AdapterError(error.problem, RESTORE) from error
     if not isinstance(config, dict):
-        raise AdapterError(f"{path} is damaged: it holds {_shown(config)}.", RESTORE)
+        raise AdapterError(f"{path} is damaged: it holds {brief(config)}.", RESTORE)
     return config
 
 
-def _depths(config: _Entries) -> tuple[int, ...]:
+def _depths(config: Entries) -> tuple[int, ...]:
     depths = config.get("depths", list)
     rising = all(type(d) is int and d > 0 for d in depths) and sorted(set(depths)) == depths
     if not depths or not rising:
-        config.fail(f"'depths' is {_shown(depths)}")
+        config.fail(f"'depths' is {brief(depths)}")
     return tuple(depths)
 
 
-def _decoding(config: _Entries) -> dict[str, Any] | None:
+def _decoding(config: Entries) -> dict[str, Any] | None:
     """What decoding showed of a discovered backbone; see `Backbone.learn`."""
     if config.values.get("decoding") is None:
         return None
@@ -242,75 +207,11 @@ def _decoding(config: _Entries) -> dict[str, Any] | None:
         found |= {name: shown.get(name, str) for name in ("engine", "transformers")}
         prompts = found["prompts"] = shown.get("prompts", list)
         if not all(isinstance(p, list) and all(isinstance(n, str) for n in p) for p in prompts):
-            shown.fail(f"'decoding.prompts' is {_shown(prompts)}")
+            shown.fail(f"'decoding.prompts' is {brief(prompts)}")
     return found
 
 
-def _elsewhere(config: _Entries) -> dict[str, dict[str, Any]]:
-    """What is guaranteed in other engines, by their names."""
-    if config.optional("elsewhere") is None:
-        return {}
-    told = config.part("elsewhere")
-    found = {name: _calibration(told, name) for name in told.values}
-    return {name: calibration for name, calibration in found.items() if calibration is not None}
-
-
-def _calibration(config: _Entries, name: str) -> dict[str, Any] | None:
-    """What is guaranteed; an adapter of an earlier version may say less, or null."""
-    if config.optional(name) is None:
-        return None
-    said = config.part(name)
-    said.check_kinds(_CALIBRATION)
-    _check_claim(said)
-    if said.optional("conditions") is not None:
-        then = said.part("conditions")
-        then.check_kinds(_CONDITIONS)
-        for name in ("thresholds", "first", "gates", "weights"):
-            if then.optional(name) is not None:
-                then.part(name).check_numbers()
-        frames = then.values.get("prompts") or []
-        if not all(
-            isinstance(f, list) and f and all(isinstance(t, str) for t in f) for f in frames
-        ):
-            then.fail(f"'{then.where}prompts' is {_shown(frames)}")
-    return dict(said.values)
-
-
-def _check_claim(said: _Entries) -> None:
-    """Check that a guarantee's numbers are possible, and its measured risk within its bound."""
-    values = said.values
-    for name in ("target", "confidence", "level"):
-        if values.get(name) is not None and not 0 <= values[name] <= 1:
-            said.fail(f"{said.where + name!r} is {_shown(values[name])}")
-    for name in ("n", "answers", "attempt"):
-        if values.get(name) is not None and values[name] < 0:
-            said.fail(f"{said.where + name!r} is {_shown(values[name])}")
-    target = values.get("target")
-    for name in () if values.get("reason") or target is None else ("measured", "bound"):
-        if values.get(name) is not None and not values[name] <= target:
-            said.fail(f"{said.where + name!r} is {_shown(values[name])}, above the target {target}")
-
-
-def _metrics(config: _Entries) -> dict[str, Any]:
-    """What training measured: agreement by depth, and how often drafts were right."""
-    said = config.part("metrics")
-    for name in ("agreement", "drafting"):
-        if said.optional(name) is None:
-            continue
-        rows = said.part(name)
-        if name == "agreement":
-            rows.check_numbers()
-            continue
-        for depth in rows.values:
-            found = rows.part(depth)
-            found.get("first_draft", *_NUMBER)
-            shares = found.get("acceptance", list)
-            if not all(type(share) in _NUMBER for share in shares):
-                found.fail(f"'{found.where}acceptance' is {_shown(shares)}")
-    return {name: value for name, value in said.values.items() if value is not None}
-
-
-def _policy(policy: _Entries) -> ExitPolicy:
+def _policy(policy: Entries) -> ExitPolicy:
     policy.check_known(ENTRIES)
     policy.get("thresholds", dict)
     for name in policy.values:
@@ -326,7 +227,7 @@ def _policy(policy: _Entries) -> ExitPolicy:
             known = number_of and str(int(depth)) == depth
             known = known or (name == "drafts" and depth.isidentifier())  # a drafter
             if not (known and plain):
-                policy.fail(f"'{policy.where}{name}' holds {depth[:60]!r}: {_shown(number)}")
+                policy.fail(f"'{policy.where}{name}' holds {depth[:60]!r}: {brief(number)}")
     defaults = policy_to_json(FULL)  # of fields that older adapters do not have
     try:
         return policy_from_json({**defaults, **policy.values})
@@ -334,7 +235,7 @@ def _policy(policy: _Entries) -> ExitPolicy:
         raise AdapterError(f"{policy.path}: {error.problem}", error.remedy) from error
 
 
-def _fingerprint(entries: _Entries) -> dict[str, Any]:
+def _fingerprint(entries: Entries) -> dict[str, Any]:
     names = ("model_type", "layers", "width", "vocabulary", "tensors", "weights")
     entries.check_known((*names, "parts", "quantized"))
     entries.get("model_type", str)
@@ -346,23 +247,23 @@ def _fingerprint(entries: _Entries) -> dict[str, Any]:
     samples = [("weights", entries.get("weights", list))]
     for name, rows in (entries.get("parts", dict) if parts else {}).items():
         if not isinstance(rows, list):
-            entries.fail(f"the sample {name[:60]!r} is {_shown(rows)}")
+            entries.fail(f"the sample {name[:60]!r} is {brief(rows)}")
         samples += [(name, row) for row in rows]
     for name, sample in samples:
         bits = isinstance(sample, list) and all(
             type(value) is int and -(2**15) <= value < 2**15 for value in sample
         )
         if not bits:
-            entries.fail(f"the sample {name[:60]!r} is {_shown(sample)}")
+            entries.fail(f"the sample {name[:60]!r} is {brief(sample)}")
     return dict(entries.values)
 
 
-def _files(config: _Entries) -> dict[str, str] | None:
+def _files(config: Entries) -> dict[str, str] | None:
     files = config.optional("files")
     if files is None:
         return None
     if not all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in files.values()):
-        config.fail(f"'files' is {_shown(files)}")
+        config.fail(f"'files' is {brief(files)}")
     needed = [EXITS] if config.values.get("checks") is None else [EXITS, CHECKS]
     for name in needed:
         if name not in files:
@@ -370,7 +271,7 @@ def _files(config: _Entries) -> dict[str, str] | None:
     return files
 
 
-def _shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value in a few words."""
     try:
         text = repr(value)

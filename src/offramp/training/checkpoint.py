@@ -17,6 +17,7 @@ import torch
 
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.save_and_load import ATTEMPTS, CONFIG, read_config
+from offramp.save_and_load.records import read_records
 from offramp.storage import (
     JsonlLog,
     check_plain,
@@ -79,8 +80,8 @@ def check_uncalibrated(folder: Path) -> None:
     Raises:
         InputError: it was calibrated, or that was attempted. AdapterError: it is damaged.
     """
-    there = os.path.lexists(folder / CONFIG)
-    if os.path.lexists(folder / ATTEMPTS) or (there and read_config(folder).calibration):
+    known = os.path.lexists(folder / CONFIG) and read_records(read_config(folder))
+    if os.path.lexists(folder / ATTEMPTS) or (known and known.calibration):
         raise InputError(
             f"{folder} holds a calibration or attempts at one, which would be lost.",
             f"Train into another --out, or copy the folder and remove {CONFIG} and {ATTEMPTS} "

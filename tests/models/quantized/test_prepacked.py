@@ -18,7 +18,8 @@ from offramp.models.fingerprint import describe, fingerprint
 from offramp.models.quantized import prepacked as prepacking
 from offramp.models.quantized.prepacked import PrepackedLinear, prepacked
 from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_tensors
-from offramp.save_and_load import load_parts, read_config
+from offramp.save_and_load import read_config
+from offramp.save_and_load.records import load_parts
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 DEPTH = 2

@@ -28,6 +28,7 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.shipped import shipped_exits
 from offramp.save_and_load import read_config
+from offramp.save_and_load.records import calibrations
 from offramp_lab.experiments.experiment import Experiment, same, spent, times
 from offramp_lab.inputs import tiny_families
 from offramp_lab.records.record import Record, asked
@@ -62,7 +63,7 @@ def load_tiny(name: str, *, engine: str, vision: str, gguf: Path | None) -> Any:
 def found(model: str, ready: Callable[..., Any], config: Any) -> dict[str, Any]:
     """All ways with what stands against them, and the one that would be taken."""
     ways = [*auto._measured(ready, config, model, AUTO, False)]
-    best = auto.fastest(ways, config.calibrations)
+    best = auto.fastest(ways, calibrations(config))
     return {"chosen": best.words, "ways": [asdict(way) for way in ways]}
 
 

@@ -36,8 +36,8 @@ from offramp.loading import Loaded, load
 from offramp.model_card import model_card
 from offramp.models.shipped import shipped_exits
 from offramp.progress import progress
-from offramp.save_and_load import AdapterParts
 from offramp.save_and_load.config import sealed
+from offramp.save_and_load.records import AdapterParts
 from offramp.storage import read_json, write_json
 from offramp_lab.records.record import Some, asked
 from offramp_lab.records.subjects import tiny_with

@@ -106,11 +106,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _adapter(name: str) -> dict[str, Any]:
     """What adapter.json holds, without the digests."""
-    from offramp.save_and_load import UNCHECKED, load_certificate, read_config
+    from offramp.save_and_load import UNCHECKED, read_config
+    from offramp.save_and_load.records import load_certificate, read_records
 
     config = read_config(name)
     if config.files is None:
         log.warning(UNCHECKED, name)
+    read_records(config)  # refuses entries that are damaged
     entries = dict(config.raw)
     for digest in ("digest", "files"):
         entries.pop(digest, None)

@@ -169,21 +169,22 @@ def _is_certificate(begin: bytes) -> bool:
 def _digest(arguments: argparse.Namespace) -> str:
     """SHA-256 of the exits' file; "" of a model that ships without."""
     from offramp.errors import InputError
-    from offramp.models.shipped import shipped_exits
-    from offramp.save_and_load import exits_digest, fetched, read_config
+    from offramp.models.shipped import exits_folder
+    from offramp.save_and_load import exits_digest, read_config
 
     try:
-        shipped = shipped_exits(arguments.adapter)
+        folder = exits_folder(arguments.adapter)
     except InputError:
         return ""
-    return exits_digest(read_config(shipped or fetched(arguments.adapter)))
+    return exits_digest(read_config(folder))
 
 
 def _keep(run: Any, folder: Path | None, arguments: argparse.Namespace) -> None:
     """Write the certificate into the adapter's folder and its card, and where --out says."""
     from offramp.certificate import CERTIFICATE, Certificate
     from offramp.model_card import with_verified
-    from offramp.save_and_load import CARD, load_certificate, read_config
+    from offramp.save_and_load import read_config
+    from offramp.save_and_load.records import CARD, load_certificate
     from offramp.storage import write_atomic
 
     if arguments.out is not None:

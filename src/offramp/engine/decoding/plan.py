@@ -81,7 +81,8 @@ class Plan:
 
         mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
         """
-        return self.own_rule if mode is thresholds is None else self._rule(mode, thresholds)
+        own = mode is None and thresholds is None
+        return self.own_rule if own else self._rule(mode, thresholds)
 
     @cached_property
     def own_rule(self) -> ExitRule:

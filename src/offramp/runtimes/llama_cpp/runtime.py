@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp.adapter import PLANS, Adapter, CalledAsModel
+from offramp.adapter import Adapter
+from offramp.engine.attached import PLANS, CalledAsModel
 from offramp.engine.confidence import SCORES
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.plan import Plan
