@@ -15,6 +15,8 @@ import pytest
 from offramp import storage
 from offramp.errors import DataError, InputError, StorageError
 from offramp.storage import places
+from offramp.storage.folders import cache_folder, check_writable, locked_folder
+from offramp.storage.jsonl_log import JsonlLog
 
 
 @contextlib.contextmanager
@@ -42,12 +44,12 @@ def test_of_the_working_folder_nothing_kept_is_loaded(
     """Compiled kernels were, where the variable held no absolute path."""
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert storage.cache_folder("native") == tmp_path / ".cache" / "offramp" / "native"
+    assert cache_folder("native") == tmp_path / ".cache" / "offramp" / "native"
     monkeypatch.setenv("HOME", "here")
     with pytest.raises(RuntimeError):
-        storage.cache_folder("native")
+        cache_folder("native")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
-    assert storage.cache_folder("native") == tmp_path / "own" / "offramp" / "native"
+    assert cache_folder("native") == tmp_path / "own" / "offramp" / "native"
 
 
 # write_atomic
@@ -67,7 +69,7 @@ def test_what_is_no_plain_file_is_not_replaced(kind: str, tmp_path: Path) -> Non
             if target != place:
                 target.symlink_to(place)
             with pytest.raises(StorageError, match="no plain file"):
-                storage.check_writable(target)
+                check_writable(target)
             with pytest.raises(StorageError, match="no plain file"):
                 storage.write_atomic(target, "text")
         assert place.lstat().st_mode == before.st_mode and names(tmp_path) == ["link", "place"]
@@ -75,7 +77,7 @@ def test_what_is_no_plain_file_is_not_replaced(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["a\x00b", "x" * 5000, "x/" * 3000])
 def test_names_that_no_file_can_have_are_refused(name: str, tmp_path: Path) -> None:
-    for call in (storage.check_writable, lambda path: storage.write_atomic(path, "text")):
+    for call in (check_writable, lambda path: storage.write_atomic(path, "text")):
         with pytest.raises(StorageError, match="Cannot write"):
             call(f"{tmp_path}/{name}")
 
@@ -214,55 +216,55 @@ def test_a_missing_file_is_a_storage_error_that_names_it(tmp_path: Path) -> None
 
 
 def test_a_row_can_be_read_as_soon_as_it_is_appended(tmp_path: Path) -> None:
-    with storage.JsonlLog(tmp_path / "log.jsonl") as log:
+    with JsonlLog(tmp_path / "log.jsonl") as log:
         for step in range(3):
             log.append({"step": step})
-            assert storage.JsonlLog.read(log.path)[-1] == {"step": step}
+            assert JsonlLog.read(log.path)[-1] == {"step": step}
 
 
 def test_a_log_that_is_opened_again_goes_on(tmp_path: Path) -> None:
     for step in range(3):
-        with storage.JsonlLog(tmp_path / "log.jsonl") as log:
+        with JsonlLog(tmp_path / "log.jsonl") as log:
             log.append({"step": step})
-    assert [row["step"] for row in storage.JsonlLog.read(log.path)] == [0, 1, 2]
+    assert [row["step"] for row in JsonlLog.read(log.path)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("tail", ['{"step": 1', '{"step": 1}x', "12"])
 def test_a_torn_last_line_costs_only_itself(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0}\n' + tail)
-    assert storage.JsonlLog.read(path) == [{"step": 0}]
-    with storage.JsonlLog(path) as log:
+    assert JsonlLog.read(path) == [{"step": 0}]
+    with JsonlLog(path) as log:
         log.append({"step": 2})
-    assert storage.JsonlLog.read(path) == [{"step": 0}, {"step": 2}]
+    assert JsonlLog.read(path) == [{"step": 0}, {"step": 2}]
 
 
 def test_a_whole_last_line_without_its_newline_counts(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}')
-    with storage.JsonlLog(path) as log:
+    with JsonlLog(path) as log:
         log.append({"step": 2})
-    assert [row["step"] for row in storage.JsonlLog.read(path)] == [0, 1, 2]
+    assert [row["step"] for row in JsonlLog.read(path)] == [0, 1, 2]
 
 
 def test_a_damaged_line_in_the_middle_is_reported_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(DataError, match="line 2"):
-        storage.JsonlLog.read(path)
+        JsonlLog.read(path)
 
 
 def test_a_full_disk_costs_only_the_row_that_did_not_fit(tmp_path: Path) -> None:
-    with storage.JsonlLog(tmp_path / "log.jsonl") as log:
+    with JsonlLog(tmp_path / "log.jsonl") as log:
         log.append({"step": 0})
         with disk_with_room_for(100), pytest.raises(StorageError):
             log.append({"text": "x" * 500})
         log.append({"step": 2})
-    assert storage.JsonlLog.read(log.path) == [{"step": 0}, {"step": 2}]
+    assert JsonlLog.read(log.path) == [{"step": 0}, {"step": 2}]
 
 
 def test_a_row_with_nan_is_refused_and_not_written(tmp_path: Path) -> None:
-    with storage.JsonlLog(tmp_path / "log.jsonl") as log:
+    with JsonlLog(tmp_path / "log.jsonl") as log:
         with pytest.raises(InputError):
             log.append({"loss": float("nan")})
         assert log.path.read_bytes() == b""
@@ -329,11 +331,12 @@ def test_what_a_dead_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_locked_for_one_run_until_that_has_ended(tmp_path: Path) -> None:
-    with storage.locked_folder(tmp_path):
-        other = f"from offramp import storage; storage.locked_folder({str(tmp_path)!r}).__enter__()"
+    with locked_folder(tmp_path):
+        lock = f"locked_folder({str(tmp_path)!r}).__enter__()"
+        other = f"from offramp.storage.folders import locked_folder; {lock}"
         done = subprocess.run([sys.executable, "-c", other], capture_output=True, check=False)
         assert done.returncode == 1 and b"Another run" in done.stderr
-    with storage.locked_folder(tmp_path):
+    with locked_folder(tmp_path):
         pass
 
 
@@ -351,9 +354,9 @@ def test_what_could_not_be_written_is_told_before(folder: bool, tmp_path: Path) 
     ]
     for path in wrong:
         with pytest.raises(StorageError, match="Cannot write"):
-            storage.check_writable(path, folder=folder)
+            check_writable(path, folder=folder)
     for path in (tmp_path / "new", tmp_path / "new" / "and" / "deeper"):
-        storage.check_writable(path, folder=folder)
+        check_writable(path, folder=folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
@@ -370,10 +373,3 @@ def test_json_that_is_too_deep_or_too_large_is_refused(tmp_path: Path) -> None:
     (tmp_path / "large.json").write_text("[1, 2, 3]")
     with pytest.raises(DataError, match="9 bytes; at most 8"):
         storage.read_json(tmp_path / "large.json", largest=8)
-
-
-def test_a_result_that_cannot_be_written_is_not_lost(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError) as caught:
-        storage.write_result(tmp_path / "file" / "result.json", {"n": 3})
-    assert caught.value.result == {"n": 3}

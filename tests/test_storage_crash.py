@@ -16,6 +16,7 @@ import pytest
 from offramp import storage
 from offramp.errors import StorageError
 from offramp.storage import exchange, places
+from offramp.storage.jsonl_log import JsonlLog
 
 FILES = {"a.bin": "a", "deep/b.bin": "b", "z.json": "z"}
 
@@ -212,14 +213,14 @@ def test_a_rename_is_on_disk_when_the_write_has_ended(tmp_path: Path, on_disk: l
 
 
 def test_a_row_is_on_disk_when_append_has_ended(tmp_path: Path, on_disk: list[str]) -> None:
-    with storage.JsonlLog(tmp_path / "log.jsonl") as log:
+    with JsonlLog(tmp_path / "log.jsonl") as log:
         assert on_disk == [f"sync {tmp_path.name}"]  # its name
         for _ in range(2):
             on_disk.clear()
             log.append({"a": 1})
             assert on_disk == ["sync log.jsonl"]
     on_disk.clear()
-    with storage.JsonlLog(tmp_path / "log.jsonl", synced=False) as log:
+    with JsonlLog(tmp_path / "log.jsonl", synced=False) as log:
         on_disk.clear()
         log.append({"a": 2})
         assert on_disk == []
@@ -233,14 +234,14 @@ def test_a_row_that_is_not_on_disk_is_not_in_the_log(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with storage.JsonlLog(tmp_path / "log.jsonl") as log:
+    with JsonlLog(tmp_path / "log.jsonl") as log:
         log.append({"a": 1})
         monkeypatch.setattr("offramp.storage.jsonl_log._sync_content", full)
         with pytest.raises(StorageError, match="No space left"):
             log.append({"a": 2})
         with pytest.raises(StorageError, match="No space left"):
             log.sync()
-    assert storage.JsonlLog.read(tmp_path / "log.jsonl") == [{"a": 1}]
+    assert JsonlLog.read(tmp_path / "log.jsonl") == [{"a": 1}]
 
 
 def test_a_checkpoint_is_never_unknown_to_its_digest(

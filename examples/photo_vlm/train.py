@@ -55,7 +55,8 @@ from offramp.photo.build import (
 )
 from offramp.photo.packages import LANGUAGE, VISION, weights_file
 from offramp.photo.tower import Bridge, PhotoTowerConfig, WordDetector
-from offramp.storage import JsonlLog, read_json, write_json
+from offramp.storage import read_json, write_json
+from offramp.storage.jsonl_log import JsonlLog
 
 T = TypeVar("T", bound="Trainer")
 

@@ -22,7 +22,8 @@ from offramp.errors import DataError
 from offramp.models.backbone import Backbone
 from offramp.models.input_processor import InputProcessor
 from offramp.models.vision_cache import digest
-from offramp.storage import JsonlLog, digest_rows
+from offramp.storage import digest_rows
+from offramp.storage.jsonl_log import JsonlLog
 
 log = logging.getLogger(__name__)
 

@@ -58,7 +58,7 @@ class BusyError(OfframpError, RuntimeError):
 class StorageError(OfframpError, OSError):
     """A file cannot be read or written; a file that was to be replaced is as it was.
 
-    result: what was to be written, where it took long to compute; see `storage.write_result`.
+    result: what was to be written, where it took long to compute: it is printed.
     """
 
     result: Any = None

@@ -16,7 +16,7 @@ from offramp.calibration.ledger import ledger_of, note_attempts, with_ledger
 from offramp.errors import DataError, StorageError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits
-from offramp.storage import locked_folder
+from offramp.storage.folders import locked_folder
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from offramp.data.scenes import language, world
 from offramp.errors import StorageError
 from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.save_and_load import CONFIG
-from offramp.storage import locked_folder
+from offramp.storage.folders import locked_folder
 
 
 def test_help_starts_with_what_to_type() -> None:

@@ -22,8 +22,15 @@ from torch import Tensor
 from offramp.answers import full_model_answers
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
-from offramp.engine.prefill import Prefill, prepare, without_inputs
-from offramp.engine.teacher_forcing import Answered, Batch, StateRecorder, exit_features, record
+from offramp.engine.prefill import Prefill, prepare
+from offramp.engine.teacher_forcing import (
+    Answered,
+    Batch,
+    StateRecorder,
+    exit_features,
+    record,
+    without_inputs,
+)
 from offramp.errors import DataError, InputError
 from offramp.models.exits import Exits
 from offramp.models.input_processor import InputProcessor

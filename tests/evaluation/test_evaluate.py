@@ -35,7 +35,8 @@ from offramp.evaluation.tasks import TASK_METRICS, Settings
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
-from offramp.storage import JsonlLog, locked_folder
+from offramp.storage.folders import locked_folder
+from offramp.storage.jsonl_log import JsonlLog
 
 DEPTHS = (2, 4)
 

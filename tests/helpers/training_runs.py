@@ -10,7 +10,7 @@ import fakes
 import torch
 from torch import Tensor
 
-from offramp.storage import JsonlLog
+from offramp.storage.jsonl_log import JsonlLog
 from offramp.training.checkpoint import HISTORY
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import Trainer
@@ -27,9 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Objectives and adversaries, as changes to a configuration."""
 
-SHARED = replace(
-    SHORT, steps=3, evaluate_every=10, adversarial=0.0, regime="supervised"
-)
+SHARED = replace(SHORT, steps=3, evaluate_every=10, adversarial=0.0, regime="supervised")
 """What two processes train together."""
 
 

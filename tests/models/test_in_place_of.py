@@ -67,7 +67,7 @@ def test_the_image_reaches_an_encoder_that_is_asked_what_it_takes(name: str) -> 
 
 
 def test_where_heads_differ_from_layer_to_layer_slots_are_counted_by_the_widest() -> None:
-    from offramp.engine.executors.slots.memory import _widest_row
+    from offramp.serving.slot_memory import _widest_row
 
     config = zoo.build("gemma4").config.get_text_config()
     rows = [config.per_layer_config[n] for n in range(config.num_hidden_layers)]

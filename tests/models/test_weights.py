@@ -14,8 +14,8 @@ from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check import check_decoding
 from offramp.errors import AdapterError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
+from offramp.models.description import describe
 from offramp.models.exits import Exits
-from offramp.models.fingerprint import describe
 from offramp.models.weights import float_copy, is_quantized, scheme
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig

@@ -28,7 +28,8 @@ from offramp.models.exits import Exits, ExitSet
 from offramp.save_and_load import ATTEMPTS, CHECKS, CONFIG, EXITS, SEEN
 from offramp.save_and_load.config import sealed
 from offramp.save_and_load.records import CARD
-from offramp.storage import JsonlLog, digest_file
+from offramp.storage import digest_file
+from offramp.storage.jsonl_log import JsonlLog
 from offramp.training.checkpoint import (
     DIGEST,
     HISTORY,

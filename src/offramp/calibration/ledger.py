@@ -19,7 +19,8 @@ from offramp.adapter import Adapter
 from offramp.calibration.attempts import Attempt
 from offramp.errors import DataError, StorageError
 from offramp.models.backbone import Backbone
-from offramp.storage import check_writable, digest_rows, locked_folder, read_json, write_json
+from offramp.storage import digest_rows, read_json, write_json
+from offramp.storage.folders import check_writable, locked_folder
 
 log = logging.getLogger(__name__)
 

@@ -189,7 +189,7 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
             StorageError: it cannot be written.
     """
     from offramp.models.shipped import shipped_exits
-    from offramp.storage import check_writable
+    from offramp.storage.folders import check_writable
 
     shipped_exits(arguments.adapter)  # raises for a model that ships without
     if arguments.out is None and not os.path.isdir(arguments.adapter):

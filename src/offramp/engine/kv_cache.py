@@ -13,10 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offramp.errors import InputError
-from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.opened import LayerCall
 from offramp.models.sharding import free
@@ -133,25 +132,6 @@ def _blank(entry: Any, tokens: int) -> Any:
     return made
 
 
-def exits_only(backbone: Backbone, depths: Sequence[int], *, cross: bool) -> Any:
-    """An empty cache for the exits alone; the layers' entries point at theirs for lengths.
-
-    cross: whether it has a part for an encoder's keys.
-    """
-    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-
-    def half() -> Any:
-        blank = DynamicCache(config=backbone.text_config).layers
-        own = [copy.deepcopy(blank[depth]) for depth in depths]
-
-        def entry_of(index: int) -> Any:
-            return next((e for e in own if type(e) is type(blank[index])), own[0])
-
-        return Cache(layers=[entry_of(index) for index in range(backbone.depth)] + own)
-
-    return EncoderDecoderCache(half(), half()) if cross else half()
-
-
 def crop(cache: Any, tokens: Mapping[int, int]) -> None:
     """Take the last tokens out of entries, by index; sliding windows shrink."""
     for index, entry in enumerate(self_attention(cache).layers):
@@ -206,19 +186,3 @@ def store_exit_keys(cache: Any, exits: ExitSet | Exits, call: LayerCall) -> None
         exits.run(depth, call)
     else:
         store_keys(cache, exits.at(depth), call)
-
-
-def repeat_rows(kw: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Return the stack's arguments for one row, repeated for many; the cache is copied."""
-    many: dict[str, Any] = {}
-    for name, value in kw.items():
-        if name in CACHE_NAMES:
-            many[name] = copy.deepcopy(value)
-            many[name].batch_repeat_interleave(rows)
-        elif name == "position_ids":  # [1, T], and in some families [3, 1, T]
-            many[name] = value.repeat_interleave(rows, -2)
-        elif isinstance(value, Tensor):
-            many[name] = value.repeat_interleave(rows, 0)
-        else:
-            many[name] = value
-    return many

@@ -250,12 +250,6 @@ def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
     return backbone.is_encoder_decoder or in_prompt
 
 
-def first_thresholds(backbone: Backbone, policy: ExitPolicy) -> Thresholds:
-    """Return the thresholds at which an answer's first token exits, by depth; none where it may
-    not."""
-    return policy.opening if first_token_may_exit(backbone, policy) else Thresholds()
-
-
 @dataclass(frozen=True)
 class GenerationOutput:
     """The answers of `generate`, with the depth and score of each token.

@@ -285,12 +285,6 @@ def room_of(backbone: OpenedModel, lengths: Sequence[int]) -> int | None:
     return room
 
 
-def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:
-    """Stack arguments less the tokens and the cache: what a call on other states can reuse."""
-    dropped = ("input_ids", "inputs_embeds", *CACHE_NAMES, "use_cache")
-    return {name: value for name, value in kw.items() if name not in dropped}
-
-
 # -- what is asked for ----------------------------------------------------------------------------
 
 

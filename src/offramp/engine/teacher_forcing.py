@@ -8,6 +8,7 @@ masks and positions hold in training too.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from offramp.data.example import Example
-from offramp.engine.kv_cache import cache_parameter, exits_only
-from offramp.engine.prefill import Prefill, image_tokens, prepare, without_inputs
+from offramp.engine.kv_cache import CACHE_NAMES, cache_parameter
+from offramp.engine.prefill import Prefill, image_tokens, prepare
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet, first
@@ -242,3 +243,28 @@ def group(rows: Sequence[Answered], batch_size: int) -> list[list[Answered]]:
     """Batches of rows of like length, so that little is padded. Deterministic."""
     ordered = sorted(rows, key=lambda r: (len(r.example.prompt.split()), len(r.ids), r.example.key))
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:
+    """Stack arguments less the tokens and the cache: what a call on other states can reuse."""
+    dropped = ("input_ids", "inputs_embeds", *CACHE_NAMES, "use_cache")
+    return {name: value for name, value in kw.items() if name not in dropped}
+
+
+def exits_only(backbone: Backbone, depths: Sequence[int], *, cross: bool) -> Any:
+    """An empty cache for the exits alone; the layers' entries point at theirs for lengths.
+
+    cross: whether it has a part for an encoder's keys.
+    """
+    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+    def half() -> Any:
+        blank = DynamicCache(config=backbone.text_config).layers
+        own = [copy.deepcopy(blank[depth]) for depth in depths]
+
+        def entry_of(index: int) -> Any:
+            return next((e for e in own if type(e) is type(blank[index])), own[0])
+
+        return Cache(layers=[entry_of(index) for index in range(backbone.depth)] + own)
+
+    return EncoderDecoderCache(half(), half()) if cross else half()

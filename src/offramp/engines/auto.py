@@ -38,7 +38,8 @@ from offramp.progress import progress_bar
 from offramp.provenance import processor
 from offramp.save_and_load import AdapterConfig, exits_digest
 from offramp.save_and_load.records import calibrations
-from offramp.storage import cache_folder, digest_rows, read_json, write_json
+from offramp.storage import digest_rows, read_json, write_json
+from offramp.storage.folders import cache_folder
 
 log = logging.getLogger(__name__)
 

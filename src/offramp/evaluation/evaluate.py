@@ -36,7 +36,8 @@ from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.models.input_processor import InputProcessor
 from offramp.provenance import provenance
-from offramp.storage import digest_rows, locked_folder, write_json
+from offramp.storage import digest_rows, write_json
+from offramp.storage.folders import locked_folder
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from offramp.data.example import Example
 from offramp.engine.confidence import HEADS, check_thresholds
 from offramp.engine.decoding.rule import ExitRule
 from offramp.engine.exit_check import ExitCheck, ExitScorer
-from offramp.engine.kv_cache import add_exit_entries, repeat_rows
-from offramp.engine.policy import FULL, ExitPolicy, first_thresholds
+from offramp.engine.kv_cache import CACHE_NAMES, add_exit_entries
+from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
 from offramp.engine.prefill import Prefill, prepare
 from offramp.engine.teacher_forcing import StateRecorder
 from offramp.models.backbone import Backbone
@@ -77,7 +78,7 @@ def candidate_scores(
         if rows.shape[1] > 1:
             again = copy.copy(prefill)  # `extend` moves its positions on
             kw = again.extend(rows.shape[1] - 1)
-            intercepted.stack(input_ids=rows[:, :-1], **repeat_rows(kw, len(rows)))
+            intercepted.stack(input_ids=rows[:, :-1], **_repeated(kw, len(rows)))
             more = _taken(handler)
             states = {name: torch.cat([state, more[name]], 1) for name, state in states.items()}
         log_p = torch.where(mask, pick(states, rows), 0.0).double().sum(1)
@@ -113,7 +114,8 @@ class _Pick:
     ) -> None:
         """before: the token that the answers follow."""
         self._backbone, self._before = backbone, before
-        self._rule = ExitRule(thresholds, first=first_thresholds(backbone, policy))
+        first = policy.opening if first_token_may_exit(backbone, policy) else {}
+        self._rule = ExitRule(thresholds, first=first)
         self._scorer = scorer
 
     def __call__(self, states: _States, ids: Tensor) -> Tensor:
@@ -143,3 +145,19 @@ class _Pick:
 
 def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def _repeated(kw: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return the stack's arguments for one row, repeated for many; the cache is copied."""
+    many: dict[str, Any] = {}
+    for name, value in kw.items():
+        if name in CACHE_NAMES:
+            many[name] = copy.deepcopy(value)
+            many[name].batch_repeat_interleave(rows)
+        elif name == "position_ids":  # [1, T], and in some families [3, 1, T]
+            many[name] = value.repeat_interleave(rows, -2)
+        elif isinstance(value, Tensor):
+            many[name] = value.repeat_interleave(rows, 0)
+        else:
+            many[name] = value
+    return many

@@ -13,7 +13,7 @@ from typing import Any
 
 from offramp.data.item import Item
 from offramp.errors import DataError, InputError
-from offramp.storage import JsonlLog
+from offramp.storage.jsonl_log import JsonlLog
 
 ROWS = "rows.jsonl"
 Row = dict[str, Any]

@@ -12,9 +12,7 @@ from torch import Tensor
 from offramp.models.backbone import Backbone
 from offramp.models.weights import (
     float_parameters,
-    float_values,
     scheme,
-    weight_bytes,
 )
 
 Make = Callable[[], Tensor]
@@ -141,22 +139,3 @@ def _sample(tensors: Sequence[Make]) -> list[list[int]]:
         values = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES].cpu()
         samples.append(values.to(torch.bfloat16).view(torch.int16).tolist())
     return samples
-
-
-def describe(backbone: Backbone) -> dict[str, Any]:
-    """Sizes a person wants to know before attaching exits; bytes in the backbone's dtype."""
-    layer = float_values(backbone.layers[-1]) * backbone.dtype.itemsize
-    return {
-        "name": backbone.name,
-        "model_type": backbone.model.config.model_type,
-        "text_model_type": backbone.text_config.model_type,
-        "encoder_decoder": backbone.is_encoder_decoder,
-        "layers": backbone.depth,
-        "width": backbone.width,
-        "vocabulary": backbone.vocabulary,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "quantized": scheme(backbone.layers),
-        "weight_bytes": weight_bytes(backbone.model),
-        "parameters": float_values(backbone.model),
-        "exit_bytes": layer,
-    }

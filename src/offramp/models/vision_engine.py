@@ -38,7 +38,8 @@ from offramp.models.towers import StandIn
 from offramp.models.vision_cache import digest
 from offramp.models.weights import float_copy, float_dtype, scheme
 from offramp.models.weights_version import Unchanged
-from offramp.storage import atomic_folder, cache_folder
+from offramp.storage import atomic_folder
+from offramp.storage.folders import cache_folder
 
 log = logging.getLogger(__name__)
 

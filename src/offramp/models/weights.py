@@ -188,13 +188,6 @@ def _unreadable(module: nn.Module, why: str) -> UnsupportedBackboneError:
     )
 
 
-def float_state(layer: nn.Module) -> dict[str, Tensor]:
-    """The state of `layer`, as its float copy has it."""
-    layer = gathered(layer)
-    plain = layer if scheme(layer) is None else float_copy(layer, float_dtype(layer))
-    return plain.state_dict()
-
-
 def float_copy(
     layer: nn.Module, dtype: torch.dtype, instead: Mapping[nn.Module, nn.Module] | None = None
 ) -> nn.Module:
@@ -262,12 +255,6 @@ def float_values(module: nn.Module) -> int:
             values[id(part)] = linear.in_features * linear.out_features
         values |= {id(t): t.numel() for t in _held_plainly(part).values() if t is not None}
     return sum(values.values())
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's weights, shared ones counted once."""
-    held = {id(t): t for t in chain(module.parameters(), module.buffers())}
-    return sum(t.nbytes for t in held.values())
 
 
 def _held_plainly(part: nn.Module) -> Mapping[str, Tensor | None]:

@@ -19,14 +19,8 @@ from offramp.missing import how_to_install
 from offramp.photo.packages import LANGUAGE, VISION, data_folder, weights_file
 from offramp.photo.tower import EfficientNetLite0, PhotoTowerConfig
 from offramp.progress import progress_bar
-from offramp.storage import (
-    atomic_folder,
-    cache_folder,
-    digest_file,
-    digest_rows,
-    read_json,
-    write_json,
-)
+from offramp.storage import atomic_folder, digest_file, digest_rows, read_json, write_json
+from offramp.storage.folders import cache_folder
 
 log = logging.getLogger(__name__)
 

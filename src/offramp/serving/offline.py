@@ -10,7 +10,7 @@ from typing import Any
 from offramp.data.example import Example
 from offramp.errors import DataError, InputError, OfframpError
 from offramp.serving.batch_engine import BatchEngine
-from offramp.storage import JsonlLog
+from offramp.storage.jsonl_log import JsonlLog
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.plan import Plan
 from offramp.engine.decoding.reader import PrefillBackend
 from offramp.engine.decoding.sequence import Sequence
-from offramp.engine.executors.slots.memory import check_room
 from offramp.engine.heads import ExitHeads
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import MODES, ExitPolicy, GenerationOutput
@@ -28,6 +27,7 @@ from offramp.models.vision_cache import VisionCache
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import OnSettled, Opened
 from offramp.serving.request import Request
+from offramp.serving.slot_memory import check_room
 
 
 class PreparedHost:

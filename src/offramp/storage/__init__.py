@@ -12,26 +12,20 @@ from typing import Any
 from offramp.errors import DataError, StorageError
 from offramp.storage.exchange import exchange_folder
 from offramp.storage.json_text import check_plain, dumps, read_bytes, unreadable
-from offramp.storage.jsonl_log import JsonlLog
 from offramp.storage.places import (
     ROOM,
-    cache_folder,
-    check_writable,
-    locked_folder,
     reason,
     remove_dead,
     replaceable,
     sync,
     sync_folder,
     temporary_name,
-    user_folder,
     usual_mode,
 )
 
 __all__ = [
-    "JsonlLog", "atomic_folder", "cache_folder", "check_plain", "check_writable", "digest_file",
-    "digest_rows", "locked_folder", "read_json", "user_folder", "write_atomic", "write_json",
-    "write_result",
+    "atomic_folder", "check_plain", "digest_file",
+    "digest_rows", "read_json", "write_atomic", "write_json",
 ]  # fmt: skip
 
 
@@ -124,16 +118,6 @@ def write_json(path: str | Path, value: Any) -> None:
         StorageError: see `write_atomic`.
     """
     write_atomic(path, dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_result(path: str | Path, value: Any) -> None:
-    """`write_json` for what took long to compute: where it cannot be written, the StorageError has
-    it as `result`, and the command line prints it."""
-    try:
-        write_json(path, value)
-    except StorageError as error:
-        error.result = value
-        raise
 
 
 def read_json(path: str | Path, *, largest: int | None = None, unique: bool = False) -> Any:

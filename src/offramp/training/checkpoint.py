@@ -18,14 +18,9 @@ import torch
 from offramp.errors import DataError, InputError, TrainingError
 from offramp.save_and_load import ATTEMPTS, CONFIG, read_config
 from offramp.save_and_load.records import read_records
-from offramp.storage import (
-    JsonlLog,
-    check_plain,
-    check_writable,
-    digest_file,
-    locked_folder,
-    write_atomic,
-)
+from offramp.storage import check_plain, digest_file, write_atomic
+from offramp.storage.folders import check_writable, locked_folder
+from offramp.storage.jsonl_log import JsonlLog
 
 FOLDER = "training"
 STATE, DIGEST, HISTORY = f"{FOLDER}/state.pt", f"{FOLDER}/state.sha256", f"{FOLDER}/log.jsonl"

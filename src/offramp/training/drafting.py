@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.adapter import Adapter
-from offramp.engine.kv_cache import cache_parameter, exits_only, self_attention
+from offramp.engine.kv_cache import cache_parameter, self_attention
 from offramp.engine.policy import AHEAD
-from offramp.engine.teacher_forcing import Batch
+from offramp.engine.teacher_forcing import Batch, exits_only
 from offramp.errors import InputError, TrainingError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import DraftInput, Exits, ExitSet

@@ -38,7 +38,8 @@ from offramp.models.shortlist import shortlist_of
 from offramp.progress import progress_bar as steps_bar
 from offramp.provenance import provenance
 from offramp.save_and_load import CONFIG, EXITS
-from offramp.storage import JsonlLog, locked_folder
+from offramp.storage.folders import locked_folder
+from offramp.storage.jsonl_log import JsonlLog
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.checkpoint import (
     FOLDER,

@@ -13,8 +13,8 @@ from offramp.engine.policy import ExitPolicy
 from offramp.engine.self_check import check_decoding
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
+from offramp.models.description import describe
 from offramp.models.exits import Exits
-from offramp.models.fingerprint import describe
 from offramp.models.quantized.attention import attention_by_token
 from offramp.models.quantized.linears import SCHEMES, QuantizedLinear, quantize_layers
 from offramp.models.shipped import tiny_exits, tiny_folder

@@ -13,8 +13,9 @@ from offramp.engines import packed as packed_engine
 from offramp.engines.packed import prepack
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
+from offramp.models.description import describe
 from offramp.models.exits import Exits, ExitSet
-from offramp.models.fingerprint import describe, fingerprint
+from offramp.models.fingerprint import fingerprint
 from offramp.models.quantized import prepacked as prepacking
 from offramp.models.quantized.prepacked import PrepackedLinear, prepacked
 from offramp.runtimes.llama_cpp.architectures import architecture_of, layer_tensors

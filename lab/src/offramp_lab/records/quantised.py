@@ -25,10 +25,10 @@ from offramp.answers import Answer
 from offramp.data.example import Example
 from offramp.engines import ENGINES
 from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn
+from offramp.models.description import weight_bytes
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.linears import SCHEMES
 from offramp.models.quantized.prepacked import PrepackedLinear
-from offramp.models.weights import weight_bytes
 from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked

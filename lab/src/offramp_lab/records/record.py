@@ -16,7 +16,8 @@ import torch
 
 from offramp.data.example import Example, examples_digest
 from offramp.provenance import provenance
-from offramp.storage import JsonlLog, read_json, write_json
+from offramp.storage import read_json, write_json
+from offramp.storage.jsonl_log import JsonlLog
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
 

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from offramp.photo.packages import LANGUAGE, weights_file
-from offramp.storage import cache_folder, write_atomic
+from offramp.storage import write_atomic
+from offramp.storage.folders import cache_folder
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.text import PARTS, converted, kept, prompts_of, step, write_model

@@ -40,7 +40,8 @@ from offramp.runtimes.edge.model import EdgeModel
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Segment
-from offramp.storage import cache_folder, write_atomic
+from offramp.storage import write_atomic
+from offramp.storage.folders import cache_folder
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.runtimes.ways import (

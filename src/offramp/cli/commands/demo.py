@@ -43,7 +43,7 @@ def _options(parser: Parser) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from offramp.demo import demo, table
     from offramp.models.shipped import short_name
-    from offramp.storage import check_writable
+    from offramp.storage.folders import check_writable
 
     check_writable(arguments.out, folder=True)
     kind = short_name(arguments.backbone or "tiny-opt")

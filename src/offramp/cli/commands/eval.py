@@ -88,7 +88,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from offramp.evaluation.tasks import Settings
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress
-    from offramp.storage import check_writable
+    from offramp.storage.folders import check_writable
 
     settings = {n: getattr(arguments, n) for n in ("batch_size", "max_new_tokens")}
     alone = arguments.adapter is None and not arguments.rescore

@@ -148,7 +148,7 @@ def _export_draft_model(arguments: argparse.Namespace) -> None:
 
 def _check_adapter_alone(arguments: argparse.Namespace, others: tuple[str, ...]) -> None:
     """Raise `InputError` without an adapter, or with what does not go with --to."""
-    from offramp.storage import check_writable
+    from offramp.storage.folders import check_writable
 
     if arguments.adapter is None:
         raise InputError(f"--to {arguments.to} writes an adapter's exits.", "Name it first.")
@@ -161,7 +161,7 @@ def _check_adapter_alone(arguments: argparse.Namespace, others: tuple[str, ...])
 
 def _export_drafter(arguments: argparse.Namespace) -> None:
     from offramp.save_and_load.speculators import check_out, save_drafter, vllm_config
-    from offramp.storage import check_writable
+    from offramp.storage.folders import check_writable
     from offramp.training.config import TrainConfig
     from offramp.training.drafting import UNROLLED
     from offramp.training.eagle3 import train_eagle3
@@ -209,7 +209,7 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
         )
     arguments.limit = arguments.limit or TIMED
     from offramp.runtimes.llama_cpp import ExportFormats, export_gguf
-    from offramp.storage import check_writable
+    from offramp.storage.folders import check_writable
 
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)
     check_writable(arguments.out, folder=True)

@@ -158,8 +158,8 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
 
     from offramp.data.example import Example
+    from offramp.models.description import describe
     from offramp.models.exits import propose_depths
-    from offramp.models.fingerprint import describe
 
     backbone, processor = load_model(arguments, arguments.name)
     description = describe(backbone)

@@ -374,7 +374,8 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
 def _state_file(model: Any, port: int) -> Path | None:
     """Of this guarantee of these exits, wherever they lie: made again, it starts anew. A server at
     another port has its own; one at any that is free is known again by nothing, and keeps none."""
-    from offramp.storage import digest_rows, user_folder
+    from offramp.storage import digest_rows
+    from offramp.storage.folders import user_folder
 
     if not port:
         return None

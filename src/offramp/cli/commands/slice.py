@@ -58,7 +58,7 @@ def _options(parser: Parser) -> None:
 
 def _slice(arguments: argparse.Namespace) -> None:
     from offramp.runtimes.llama_cpp.slicing import slice_gguf
-    from offramp.storage import check_writable
+    from offramp.storage.folders import check_writable
 
     adapter, file = arguments.adapter, arguments.file
     if arguments.exits is not None and file is None:

@@ -95,7 +95,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     from offramp.certificate import Settings
     from offramp.models.input_processor import InputProcessor
     from offramp.progress import progress_bar
-    from offramp.storage import check_writable
+    from offramp.storage.folders import check_writable
     from offramp.verification import Verification, own_examples, with_thresholds
 
     if arguments.quick:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from offramp.adapter import Adapter
-from offramp.engine.executors.slots.memory import check_room
 from offramp.engine.generate import write_answers
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import ExitPolicy, GenerationOutput
@@ -17,6 +16,7 @@ from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.vision_cache import VisionCache
 from offramp.runtimes.graphs.executor import GraphExecutor, GraphHeads
 from offramp.runtimes.graphs.programs import RowPrograms
+from offramp.serving.slot_memory import check_room
 
 
 class GraphRuntime:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
-from offramp.models.weights import float_state
+from offramp.models.sharding import gathered
+from offramp.models.weights import float_copy, float_dtype, scheme
 from offramp.runtimes.llama_cpp.graphs import (
     ARCHITECTURES,
     FULL,
@@ -274,7 +275,7 @@ def layer_tensors(
     config = backbone.text_config
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", heads))
-    state = {name: array_of(tensor) for name, tensor in float_state(layer).items()}
+    state = {name: array_of(tensor) for name, tensor in _float_state(layer).items()}
     try:
         found = layer_arrays(state, architecture, (heads, groups))
     except KeyError as error:
@@ -284,3 +285,10 @@ def layer_tensors(
         missing = np.float32(layer.self_attn.scaling / own)  # type: ignore[operator, union-attr]
         found[f"{architecture.query}.weight"] = found[f"{architecture.query}.weight"] * missing
     yield from found.items()
+
+
+def _float_state(layer: nn.Module) -> dict[str, Tensor]:
+    """The state of `layer`, as its float copy has it."""
+    layer = gathered(layer)
+    plain = layer if scheme(layer) is None else float_copy(layer, float_dtype(layer))
+    return plain.state_dict()

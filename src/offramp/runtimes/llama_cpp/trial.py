@@ -23,7 +23,8 @@ from typing import Any
 from offramp.errors import OfframpError, UnsupportedBackboneError
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles
 from offramp.runtimes.llama_cpp.segment import EngineOptions
-from offramp.storage import cache_folder, digest_file, write_atomic
+from offramp.storage import digest_file, write_atomic
+from offramp.storage.folders import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,9 @@ from offramp.models.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.storage import JsonlLog, check_writable, locked_folder, read_json, write_json
+from offramp.storage import read_json, write_json
+from offramp.storage.folders import check_writable, locked_folder
+from offramp.storage.jsonl_log import JsonlLog
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from offramp.errors import DataError, InputError
 from offramp.models.backbone import Backbone
 from offramp.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.provenance import provenance
-from offramp.storage import JsonlLog, digest_rows, write_atomic, write_json
+from offramp.storage import digest_rows, write_atomic, write_json
+from offramp.storage.jsonl_log import JsonlLog
 from offramp_lab.experiments.comparison.equal_quality import Samples, drawn, equal_quality
 from offramp_lab.experiments.comparison.grid import Grid
 from offramp_lab.experiments.comparison.methods import DEFAULT, Plan

@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offramp.errors import StorageError
-from offramp.storage import cache_folder, write_atomic
+from offramp.storage import write_atomic
+from offramp.storage.folders import cache_folder
 
 log = logging.getLogger(__name__)
 
