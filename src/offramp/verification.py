@@ -28,7 +28,7 @@ from offramp.data.scenes import language, world
 from offramp.engine.decoding.reader import Query
 from offramp.engine.decoding.rule import Verdict
 from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.exit_check import ExitOutput
+from offramp.engine.executors.segments import ExitOutput
 from offramp.engine.kv_cache import add_exit_entries
 from offramp.engine.policy import (
     FULL,

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from offramp.engine.confidence import SCORES
-from offramp.engine.exit_check import ExitCheck, ExitScorer
 from offramp.engine.generate import generate
+from offramp.engine.heads import ExitCheck, ExitScorer
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone

@@ -30,8 +30,8 @@ from offramp.engine.confidence import (
     max_probability,
     register_score,
 )
-from offramp.engine.exit_check import ExitCheck, ExitScorer
 from offramp.engine.generate import generate
+from offramp.engine.heads import ExitCheck, ExitScorer
 from offramp.engine.policy import (
     RETIRED,
     ExitPolicy,

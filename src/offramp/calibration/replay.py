@@ -18,8 +18,7 @@ import torch
 
 from offramp.engine.confidence import SCORES
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.exit_check import shortlist_of_policy
-from offramp.engine.policy import ExitPolicy, first_token_may_exit
+from offramp.engine.policy import ExitPolicy, first_token_may_exit, shortlist_of_policy
 from offramp.engine.teacher_forcing import Answered, exit_features, group, record
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor

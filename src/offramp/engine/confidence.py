@@ -44,7 +44,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 """Scores [B] of one exit's logits [B, V] by name."""
 
 FEATURE_SCORES: dict[str, Callable[[Any], Tensor]] = {}
-"""Registered scores [B] of a whole exit check (`offramp.engine.exit_check.ExitCheck`) by name: of
+"""Registered scores [B] of a whole exit check (`offramp.engine.heads.ExitCheck`) by name: of
 hidden states, position or previous token. Those that do not ask for logits run no LM head."""
 
 HEADS: dict[str, Callable[..., Any]] = {}

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from offramp.engine.executors.bare import head_code
-from offramp.engine.exit_check import shortlist_of_policy
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.policy import ExitPolicy, shortlist_of_policy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import DraftInput, ExitSet
 from offramp.models.opened import HeadCode

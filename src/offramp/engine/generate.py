@@ -76,10 +76,10 @@ def generate(
     backbone = Backbone.of(backbone)
     planned = planned or partial(plan_of, backbone, exits, policy)
     plan = planned()
-    caches = {"vision_cache": vision_cache, "prefix_cache": prefix_cache}
-    with plan.reading(**caches) as reader:
+    with plan.reading(vision_cache=vision_cache, prefix_cache=prefix_cache) as reader:
         prepared = reader.prepare(inputs, options)
-        if prove(backbone, inputs, plan.depths):
+        if backbone.needs_check(plan.depths, inputs):
+            prove(backbone, inputs, plan.depths)
             plan = planned()
         return _write(plan, reader, prepared, streamer, seed, observer)
 
@@ -127,7 +127,7 @@ def _write(
     with plan.running(slots=rows, own_frequencies=own) as executor:
         decoder = plan.decoder(executor, AT_ONCE if rows == 1 else Schedule.of(rows))
         return write_answers(
-            decoder, reader, prepared, plan.rule(),
+            decoder, reader, prepared, plan.own_rule,
             streamer=streamer, seed=seed, observer=observer,
         )  # fmt: skip
 

@@ -1,22 +1,31 @@
-"""What an exit or the full model says next in each sequence, by the sequence's own rules."""
+"""What an exit or the full model says next in each sequence, by the sequence's own rules.
+
+No more is computed than a decision needs. A score that reads no logits runs no LM head at an exit
+where no row exits; at a threshold of 0 no score is computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from offramp.engine.confidence import FEATURE_SCORES
+from offramp.engine.confidence import FEATURE_SCORES, SCORES, max_probability
 from offramp.engine.decoding.reader import Query, Word
 from offramp.engine.decoding.rule import Verdict
 from offramp.engine.executors.bare import head_code
-from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer
-from offramp.engine.policy import ExitPolicy
+from offramp.engine.executors.segments import ExitOutput
+from offramp.engine.policy import ExitPolicy, shortlist_of_policy
 from offramp.engine.sampler import NothingAllowed
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
+from offramp.models.opened import HeadCode
+
+Constrain = Callable[[Tensor], Tensor]
+"""Takes logits [B, V] to those of what may be said."""
 
 
 class ExitHeads:
@@ -58,26 +67,16 @@ class ExitHeads:
         scores: Sequence[float] = [float("nan")] * len(queries)
         if any(q is not None and q.rule.thresholds.get(depth) != 0.0 for q in queries):
             scores = self.scores(look, queries)
-        made: list[Verdict | Exception | None] = [
-            None if query is None else errors.get(row) or Verdict(-1, scores[row])
-            for row, query in enumerate(queries)
-        ]
+        made: list[Verdict | Exception | None] = [None] * len(queries)
+        exiting: dict[int, Query] = {}
+        for row, query in enumerate(queries):
+            if query is not None:
+                made[row] = verdict = errors.get(row) or Verdict(-1, scores[row])
+                if isinstance(verdict, Verdict) and query.rule.exits(depth, verdict):
+                    exiting[row] = query
         # Only what is to be written is chosen: processors are asked once for each token.
-        exiting = [
-            query
-            if query is not None
-            and isinstance(verdict, Verdict)
-            and query.rule.exits(depth, verdict)
-            else None
-            for query, verdict in zip(queries, made, strict=True)
-        ]
-        if any(query is not None for query in exiting):
-            for row, word in enumerate(self._said(look, exiting)):
-                verdict = made[row]
-                if exiting[row] is not None and isinstance(verdict, Verdict):
-                    made[row] = (
-                        word if isinstance(word, Exception) else verdict._replace(token=word)
-                    )
+        for row, word in self._said(look, exiting).items():
+            made[row] = Verdict(word, scores[row]) if isinstance(word, int) else word
         return [None if isinstance(said, NothingAllowed) else said for said in made]
 
     def _look(
@@ -104,17 +103,19 @@ class ExitHeads:
         """Return what thresholds are compared with, of each token; void where nothing is asked."""
         return look.score.tolist()
 
-    def _said(self, look: ExitCheck, queries: Sequence[Query | None]) -> list[int | Exception]:
-        places = look.own_logits.argmax(-1)
-        shortlist = look.scorer.shortlist
-        tokens = places if shortlist is None else shortlist[places]
-        chosen: list[int | Exception] = tokens.tolist()
-        for i, query in enumerate(queries):
-            if query is not None and not query.sampler.plain:
+    def _said(self, look: ExitCheck, exiting: dict[int, Query]) -> dict[int, int | Exception]:
+        """What the exit says in each row whose token exits, or the error of the row's own rules."""
+        if not exiting:
+            return {}
+        places, shortlist = look.own_logits.argmax(-1), look.scorer.shortlist
+        tokens: list[int] = (places if shortlist is None else shortlist[places]).tolist()
+        chosen: dict[int, int | Exception] = {row: tokens[row] for row in exiting}
+        for row, query in exiting.items():
+            if not query.sampler.plain:
                 try:
-                    chosen[i] = query.sampler.choose(look.logits[i : i + 1], query.before)
+                    chosen[row] = query.sampler.choose(look.logits[row : row + 1], query.before)
                 except Exception as error:  # a processor of the caller's: its request alone fails
-                    chosen[i] = error
+                    chosen[row] = error
         return chosen
 
     def words(self, final: Tensor) -> Word:
@@ -169,3 +170,111 @@ class _Constraints:
                 except Exception as error:  # as above
                     self.errors[i] = error
         return rows
+
+
+@dataclass(eq=False)
+class ExitCheck:
+    """A token of each row at one exit. Score and logits are computed when first asked for.
+
+    scorer: of the policy.
+    state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
+    decoder layer before `entry`, where the score reads it. position: of the token in the answer
+    [B], from 0. previous_token: the id [B] that the token follows. row: of the prompt's batch [B].
+    made: logits [B, S] that the exit computed itself; None: they are the LM head's of its state.
+    """
+
+    scorer: ExitScorer
+    depth: int
+    state: Tensor | None
+    entry: Tensor
+    previous: Tensor | None = None
+    constrain: Constrain | None = None
+    position: Tensor | None = None
+    previous_token: Tensor | None = None
+    row: Tensor | None = None
+    made: Tensor | None = None
+
+    @cached_property
+    def features(self) -> Tensor:
+        """The exit's state after the final norm [B, D]."""
+        assert self.state is not None
+        return self.scorer.backbone.final_norm(self.state)
+
+    @cached_property
+    def own_logits(self) -> Tensor:
+        """Logits [B, S] of the tokens that the exit can say: those of the shortlist, or all."""
+        if self.made is not None:
+            return self.made
+        return self.scorer.backbone.logits(self.features, self.scorer.head, code=self.scorer.code)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Logits [B, V] of the whole vocabulary, before the constraints of the row."""
+        ids = self.scorer.shortlist
+        if ids is None:
+            return self.own_logits
+        whole = self.own_logits.new_full(
+            (len(self.own_logits), self.scorer.backbone.vocabulary), float("-inf")
+        )
+        return whole.index_copy_(1, ids, self.own_logits)
+
+    @property
+    def allowed(self) -> Tensor:
+        """Logits [B, S] under the constraints: a score is confidence in what may be said."""
+        if self.constrain is None:
+            return self.own_logits
+        whole, ids = self.constrain(self.logits), self.scorer.shortlist
+        return whole if ids is None else whole[:, ids]
+
+    @property
+    def exits(self) -> ExitSet | None:
+        """Return the exits that are asked; None: there are none."""
+        return self.scorer.exits
+
+    @cached_property
+    def score(self) -> Tensor:
+        """The confidence score [B], in [0, 1]."""
+        return self.scorer.score(self)
+
+
+class ExitScorer:
+    """The score of a policy, and the LM head or the shortlist that it reads."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        policy: ExitPolicy,
+        exits: ExitSet | None = None,
+        code: HeadCode | None = None,
+    ) -> None:
+        """code: called in place of the LM head.
+
+        Raises:
+            InputError: the policy needs a shortlist, and there is none.
+        """
+        self.backbone: Backbone = backbone
+        self.exits: ExitSet | None = exits
+        self.code: HeadCode | None = code
+        self.shortlist: Tensor | None = shortlist_of_policy(policy, exits)
+        own = None if exits is None else exits.score
+        self.score: Callable[..., Tensor] = _score_of(policy) if own is None else own
+
+    @cached_property
+    def head(self) -> nn.Module | None:
+        """Return the LM head of the shortlist; None: the model's own."""
+        if self.exits is None or self.shortlist is None:
+            return None
+        with torch.inference_mode(False):  # it is kept, and may be asked for in training
+            return self.exits.shortlist_head(self.backbone)
+
+
+def _score_of(policy: ExitPolicy) -> Callable[[ExitCheck], Tensor]:
+    """Return the policy's score, looked up by name at each call: it may be registered anew."""
+    name = policy.score
+
+    def score(check: ExitCheck) -> Tensor:
+        if name in FEATURE_SCORES:
+            return FEATURE_SCORES[name](check)
+        return SCORES.get(name, max_probability)(check.allowed)  # else heads score by themselves
+
+    return score

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from offramp.errors import InputError
 from offramp.models.exits import Exits, ExitSet
@@ -48,24 +49,20 @@ def add_exit_entries(cache: Any, depths: Sequence[int], layers: int = 0) -> None
     Raises:
         InputError: the cache is no empty dynamic one.
     """
-    from transformers.cache_utils import DynamicLayer
-
     halves = [cache]
     if hasattr(cache, "cross_attention_cache"):
         halves = [cache.self_attention_cache, cache.cross_attention_cache]
     _check(halves)
     for half in halves:
         if depths:  # a cache made without a configuration grows when it is written to
-            entry: Any = DynamicLayer
-            half.layers.extend(entry() for _ in range(len(half.layers), layers))
+            missing = range(len(half.layers), layers)
+            half.layers.extend(DynamicLayer() for _ in missing)  # type: ignore[no-untyped-call]
         half.layers.extend(copy.deepcopy(half.layers[depth]) for depth in depths)
     if len(halves) == 2:
         cache.is_updated.update(dict.fromkeys(range(len(halves[0].layers)), False))
 
 
 def _check(halves: Sequence[Any]) -> None:
-    from transformers.cache_utils import DynamicCache
-
     for half in halves:
         if not isinstance(half, DynamicCache) or half.offloading:
             raise InputError(
@@ -100,8 +97,6 @@ def stand_in(
     rare: layers whose keys are not the text's. tokens: how many those that run have seen, where
     none of them keeps keys.
     """
-    from transformers.cache_utils import Cache, EncoderDecoderCache
-
     own = self_attention(cache)
     entries = [own.layers[index] for index in (*running, *also) if index not in rare]
     seen_by_them = max(map(_length, entries), default=0) or tokens

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor  # policies are read where there is no PyTorch
 
     from offramp.models.backbone import Backbone
+    from offramp.models.exits import ExitSet
 
 Mode = Literal["full", "early_exit", "lossless"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -248,6 +249,18 @@ def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
     """
     in_prompt = policy.exit_in_prefill and backbone.family.causal_prompt
     return backbone.is_encoder_decoder or in_prompt
+
+
+def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | None:
+    """Ids [S] that exits can say under `policy`; None: all. Raise `InputError` without them."""
+    if not policy.shortlist:
+        return None
+    if exits is None or exits.shortlist is None:
+        raise InputError(
+            "The policy asks for a shortlist, and the adapter has none.",
+            "Learn one: offramp train --shortlist 2048; or use a policy with shortlist=False.",
+        )
+    return exits.shortlist
 
 
 @dataclass(frozen=True)

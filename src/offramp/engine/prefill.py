@@ -181,8 +181,8 @@ class Prefill:
         # Some models hand their stack a mask made for the prompt; every stack takes the 2-D one,
         # from which it makes its own. In an encoder-decoder, `attention_mask` is the encoder's.
         encoded = prepared.model.config.is_encoder_decoder
-        mask = (self.prefill if encoded else prepared.arguments).get("attention_mask")
-        self.mask: Tensor | None = mask
+        given = self.prefill if encoded else prepared.arguments
+        self.mask: Tensor | None = given.get("attention_mask")
 
     @cached_property
     def _static(self) -> dict[str, Any]:

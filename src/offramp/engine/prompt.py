@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from offramp.engine.decoding.reader import Decide
-from offramp.engine.exit_check import ExitOutput
+from offramp.engine.executors.segments import ExitOutput
 from offramp.engine.kv_cache import (
     CACHE_NAMES,
     add_exit_entries,
@@ -120,7 +121,9 @@ class PromptReader:
             self.intercepted.stack.forward = self._in_chunks
         if vision_cache is not None:
             self.intercepted.remember_images(backbone, vision_cache)
-        self._prefix_cache = prefix_cache
+        self._serving: Callable[[], Any] = (
+            nullcontext if prefix_cache is None else partial(prefix_cache.serving, self)
+        )
         self._served: Any | None = None
         self._depths = tuple(depths)
         self.exits_on: tuple[int, ...] = ()
@@ -174,8 +177,7 @@ class PromptReader:
     def _read(self, prepared: Prepared) -> Prompt:
         entries = self.exits.entries if self.exits is not None and self.exits_on else ()
         add_exit_entries(self.cache, entries, self.backbone.depth)
-        kept = self._prefix_cache
-        with nullcontext() if kept is None else kept.serving(self) as self._served:
+        with self._serving() as self._served:
             prefill = Prefill(self.intercepted, prepared)
         mask, encoder = prepared.arguments.get("attention_mask"), None
         if self.backbone.is_encoder_decoder or "encoder_hidden_states" in prefill.prefill:

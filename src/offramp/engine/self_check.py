@@ -24,7 +24,7 @@ from offramp.engine.decoding.reader import Query
 from offramp.engine.decoding.rule import Verdict
 from offramp.engine.decoding.scheduler import Schedule
 from offramp.engine.executors.choice import EXECUTORS
-from offramp.engine.exit_check import ExitOutput
+from offramp.engine.executors.segments import ExitOutput
 from offramp.engine.heads import ExitHeads
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import ExitPolicy

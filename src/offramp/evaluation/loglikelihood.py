@@ -12,7 +12,7 @@ from torch import Tensor
 from offramp.data.example import Example
 from offramp.engine.confidence import HEADS, check_thresholds
 from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.exit_check import ExitCheck, ExitScorer
+from offramp.engine.heads import ExitCheck, ExitScorer
 from offramp.engine.kv_cache import CACHE_NAMES, add_exit_entries
 from offramp.engine.policy import FULL, ExitPolicy, first_token_may_exit
 from offramp.engine.prefill import Prefill, prepare

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.engine.confidence import SCORES
-from offramp.engine.exit_check import ExitCheck
 from offramp.engine.generate import generate
+from offramp.engine.heads import ExitCheck
 from offramp.engine.policy import ExitPolicy, GenerationOutput
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet

@@ -256,6 +256,12 @@ class Backbone(OpenedModel):
         proven = self._proven_with.get(modality_of(self.model.config, inputs))
         return proven is not None and proven.issuperset(depths)
 
+    def needs_check(self, depths: Iterable[int], inputs: Mapping[str, Any]) -> bool:
+        """Return True if prompts as these inputs, or as the backbone's example, were not tried with
+        exits at these depths."""
+        tried = (each for each in (inputs, self.example) if each is not None)
+        return not all(self.is_proven(depths, each) for each in tried)
+
     @property
     def reads_in_parts(self) -> bool:
         """Return True if a prompt may be run in several parts, as chunks and kept beginnings

@@ -96,6 +96,10 @@ class OpenedModel:
         if self.family.vision is not None:
             self._find(self.family.vision)
         self.text_config: Any = self.stack.config
+        self.is_encoder_decoder: bool = any(
+            getattr(config, "is_encoder_decoder", False)
+            for config in (model.config, self.text_config)
+        )
         self.rope: LengthDependentRope = LengthDependentRope.of(self.text_config)
         self._check_drivable()
         parts = (model, *self.layers, *([] if self.norm is None else [self.norm]), self.head)
@@ -118,11 +122,6 @@ class OpenedModel:
     def depth(self) -> int:
         """Number of decoder layers L."""
         return len(self.layers)
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        configs = (self.model.config, self.text_config)
-        return any(getattr(config, "is_encoder_decoder", False) for config in configs)
 
     @property
     def vision(self) -> Any:
@@ -156,7 +155,7 @@ class OpenedModel:
     def has_own_frequencies(self, prompt: int) -> bool:
         """Return True if a prompt of so many tokens has other rotary frequencies than a short
         one."""
-        return self.room(prompt) != self.room(0)
+        return self.rope.switches is not None and prompt > self.rope.switches
 
     @property
     def device(self) -> torch.device:

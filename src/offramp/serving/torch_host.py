@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.engine.attached import Stamp
 from offramp.engine.decoding.executor import Executor
 from offramp.engine.decoding.plan import Plan
 from offramp.engine.decoding.reader import PrefillBackend
@@ -19,7 +20,6 @@ from offramp.engine.prefill import Prepared
 from offramp.engine.prefix_cache import PrefixCache
 from offramp.engine.sampler import Sampler, SeededNoise
 from offramp.engine.self_check import prove
-from offramp.engine.stamp import Stamp
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet

@@ -15,8 +15,8 @@ from typing import Any, cast
 from offramp.adapter import Adapter
 from offramp.engine.decoding.executor import Span
 from offramp.engine.decoding.plan import Plan
+from offramp.engine.executors.segments import ExitOutput, Output
 from offramp.engine.executors.stack import StackExecutor
-from offramp.engine.exit_check import ExitOutput, Output
 from offramp.engine.heads import ExitHeads
 from offramp.engine.kv_cache import self_attention, store_exit_keys, store_keys
 from offramp.engine.policy import ExitPolicy

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from offramp.engine.exit_check import ExitCheck
+    from offramp.engine.heads import ExitCheck
 
 
 def saturation(check: ExitCheck) -> Tensor:

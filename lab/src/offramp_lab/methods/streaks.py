@@ -16,8 +16,7 @@ from torch import Tensor
 
 from offramp.engine.confidence import max_probability
 from offramp.engine.decoding.reader import Query
-from offramp.engine.exit_check import ExitCheck
-from offramp.engine.heads import ExitHeads
+from offramp.engine.heads import ExitCheck, ExitHeads
 from offramp.engine.policy import ExitPolicy
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone

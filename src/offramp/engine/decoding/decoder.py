@@ -43,11 +43,6 @@ class Decoder:
     sequences: list[Sequence] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
 
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Return the depths of the exits in use, ascending."""
-        return self.executor.depths
-
     # -- sequences ---------------------------------------------------------------------------
 
     def read(
@@ -67,8 +62,7 @@ class Decoder:
 
         def decide(depth: int, output: Any) -> bool:
             asked = [
-                query if token is None else None
-                for query, token in zip(queries, said, strict=True)
+                query if token is None else None for query, token in zip(queries, said, strict=True)
             ]
             for row, verdict in enumerate(self.heads.verdicts(depth, output, asked)):
                 if isinstance(verdict, Exception):
@@ -122,10 +116,9 @@ class Decoder:
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a sequence; the last one takes its place, as in the executor's slots."""
-        place = self.sequences.index(sequence)
         last = self.sequences.pop()
         if last is not sequence:
-            self.sequences[place] = last
+            self.sequences[self.sequences.index(sequence)] = last
         with self.heads.computing():
             self.executor.release(sequence.handle)
 
@@ -185,7 +178,7 @@ class Decoder:
             ready = [True] * len(rows)
         if not rows:
             return 0
-        depth = self.depths[0]
+        depth = self.executor.depths[0]
         queries = [
             row.query if on and depth in row.rule.thresholds else None
             for row, on in zip(rows, ready, strict=True)
@@ -223,7 +216,7 @@ class Decoder:
         rows, count = due(rows, self.longest), 0
         for row in rows:
             row.waited = 0
-        for segment in range(1, len(self.depths) + 1):
+        for segment in range(1, len(self.executor.depths) + 1):
             here = [
                 row
                 for row in rows
@@ -236,8 +229,8 @@ class Decoder:
     def _run(self, segment: int, rows: list[Sequence]) -> int:
         """Run a segment over what is pending before it of each sequence, and ask what stands at its
         end for the next token of those that wait."""
-        last = segment == len(self.depths)
-        depth = self.layers if last else self.depths[segment]
+        last = segment == len(self.executor.depths)
+        depth = self.layers if last else self.executor.depths[segment]
         spans, asked, asking, count = list[Span](), list[int](), list[Sequence](), 0
         for row in rows:
             span = Span(row.handle, row.ran[segment], row.ran[segment - 1])

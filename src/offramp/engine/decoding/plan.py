@@ -73,6 +73,11 @@ class Plan:
             finally:
                 executor.close()
 
+    @cached_property
+    def own_rule(self) -> ExitRule:
+        """The rule of answers that ask for nothing else than the policy."""
+        return self.rule()
+
     def rule(
         self, mode: str | None = None, thresholds: Mapping[int, float] | None = None
     ) -> ExitRule:
@@ -81,15 +86,6 @@ class Plan:
 
         mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
         """
-        own = mode is None and thresholds is None
-        return self.own_rule if own else self._rule(mode, thresholds)
-
-    @cached_property
-    def own_rule(self) -> ExitRule:
-        """The rule of answers that ask for nothing else than the policy."""
-        return self._rule(None, None)
-
-    def _rule(self, mode: str | None, thresholds: Mapping[int, float] | None) -> ExitRule:
         policy = self.policy.asked(mode, thresholds, self.depths or tuple(self.levels))
         if policy.lossless and self.levels:
             return ExitRule(self.levels, lossless=True, max_drafts=policy.max_draft)

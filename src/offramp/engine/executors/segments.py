@@ -7,19 +7,81 @@ verifies drafts through all layers, the exit that drafts on runs as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from offramp.engine.drafter import DraftingExit
-from offramp.engine.exit_check import ExitOutput
 from offramp.engine.kv_cache import store_exit_keys
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.intercept import InterceptedModel
 from offramp.models.opened import LayerCall
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ExitOutput:
+    """An exit's output for n tokens.
+
+    entry: the states that entered it [n, D]. state: what it made of them [n, D], before the final
+    norm; None where nobody asked. previous: the states one decoder layer before [n, D], where
+    they are known. logits: of what it can say [n, S], where it computed them itself; it then needs
+    no state.
+    """
+
+    entry: Tensor
+    state: Tensor | None
+    previous: Tensor | None = None
+    logits: Tensor | None = None
+
+    def picked(self, index: Tensor | slice) -> ExitOutput:
+        """Return the check of the tokens `index` alone."""
+        entry, state, previous, logits = (
+            None if part is None else _picked(part, index)
+            for part in (self.entry, self.state, self.previous, self.logits)
+        )
+        assert entry is not None
+        return ExitOutput(entry, state, previous, logits)
+
+    @staticmethod
+    def joined(parts: Sequence[ExitOutput]) -> ExitOutput:
+        """Tokens of several calls, one call after the other. A state is 0 where that call was not
+        asked and another was; `previous` is known only where every call knew it."""
+        if len(parts) == 1:
+            return parts[0]
+        state = previous = None
+        if any(part.state is not None for part in parts):
+            state = torch.cat(
+                [torch.zeros_like(p.entry) if p.state is None else p.state for p in parts]
+            )
+        known = [part.previous for part in parts if part.previous is not None]
+        if len(known) == len(parts):
+            previous = torch.cat(known)
+        return ExitOutput(torch.cat([part.entry for part in parts]), state, previous)
+
+
+Output = ExitOutput | Tensor
+"""Of an exit; or of the full model, final-normed states [n, D]."""
+
+
+def picked(output: Output, index: Tensor | slice) -> Output:
+    """Return the output of the tokens `index` alone."""
+    return output.picked(index) if isinstance(output, ExitOutput) else _picked(output, index)
+
+
+def _picked(part: Tensor, index: Tensor | slice) -> Tensor:
+    return part[index] if isinstance(index, slice) else part.index_select(0, index.to(part.device))
+
+
+def joined(parts: Sequence[Output]) -> Output:
+    """Outputs of several calls, one after the other; see `ExitOutput.joined`."""
+    outputs = [part for part in parts if isinstance(part, ExitOutput)]
+    if outputs:
+        return ExitOutput.joined(outputs)
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
 class SegmentRunner:

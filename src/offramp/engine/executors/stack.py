@@ -18,8 +18,7 @@ from torch import Tensor
 from offramp.engine.decoding.drafting import DraftBudget, Drafts
 from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.executors.bare import cannot_compile
-from offramp.engine.executors.segments import SegmentRunner
-from offramp.engine.exit_check import ExitOutput, Output, joined, picked
+from offramp.engine.executors.segments import ExitOutput, Output, SegmentRunner, joined, picked
 from offramp.engine.kv_cache import (
     cache_name,
     crop,

@@ -15,7 +15,7 @@ import torch
 from offramp.engine.decoding.executor import Handle, Loaded, Span, check_context
 from offramp.engine.decoding.reader import Query, Word
 from offramp.engine.decoding.rule import Verdict
-from offramp.engine.exit_check import Output, joined, picked
+from offramp.engine.executors.segments import Output, joined, picked
 from offramp.engine.heads import ExitHeads
 from offramp.engine.prompt import Prompt
 from offramp.runtimes.graphs.programs import FULL, MOST, Read, RowPrograms, Said

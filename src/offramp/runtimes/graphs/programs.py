@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from offramp.engine.confidence import FEATURE_SCORES, SCORES
+from offramp.engine.executors.segments import ExitOutput
+from offramp.engine.executors.slots.cache import SlotCall
 from offramp.engine.executors.slots.executor import SlotExecutor
-from offramp.engine.executors.slots.layout import SlotCall
-from offramp.engine.exit_check import ExitCheck, ExitOutput, ExitScorer
+from offramp.engine.heads import ExitCheck, ExitScorer
 from offramp.engine.policy import ExitPolicy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet

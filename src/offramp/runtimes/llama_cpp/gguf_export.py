@@ -25,8 +25,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from offramp.adapter import Adapter
-from offramp.engine.exit_check import shortlist_of_policy
-from offramp.engine.policy import policy_to_json
+from offramp.engine.policy import policy_to_json, shortlist_of_policy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import check_depths
 from offramp.models.fingerprint import dump_fingerprint, fingerprint

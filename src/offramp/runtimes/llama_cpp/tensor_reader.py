@@ -17,7 +17,7 @@ from offramp.adapter import Adapter
 from offramp.engine.confidence import SCORES, max_probability
 from offramp.engine.decoding.reader import Query, Word
 from offramp.engine.decoding.rule import Verdict
-from offramp.engine.exit_check import ExitOutput
+from offramp.engine.executors.segments import ExitOutput
 from offramp.engine.heads import ExitHeads
 from offramp.engine.policy import ExitPolicy
 from offramp.runtimes.llama_cpp.array_reader import ArrayHeads

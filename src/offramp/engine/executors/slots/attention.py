@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from offramp.engine.executors.slots.layout import Call, SlotCall
+from offramp.engine.executors.slots.cache import Call, SlotCall
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import graft, twin

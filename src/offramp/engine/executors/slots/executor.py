@@ -15,10 +15,10 @@ from torch import Tensor
 
 from offramp.engine.decoding.drafting import DraftBudget, Drafts
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.executors.slots.layout import Call, OneSlot, flat, packed
+from offramp.engine.executors.segments import ExitOutput, Output, joined, picked
+from offramp.engine.executors.slots.cache import Call, OneSlot, flat, packed
 from offramp.engine.executors.slots.rows import PendingStates, SlotRow, SlotRows
 from offramp.engine.executors.slots.running import SlotRunner
-from offramp.engine.exit_check import ExitOutput, Output, joined, picked
 from offramp.engine.prompt import Prompt
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet

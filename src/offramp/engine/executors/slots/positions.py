@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.executors.slots.layout import Call, CurrentCall
+from offramp.engine.executors.slots.cache import Call, CurrentCall
 from offramp.models.backbone import Backbone
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from offramp.engine.executors.slots.layout import Call
+from offramp.engine.executors.slots.cache import Call
 from offramp.engine.prompt import Prompt
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.executors.bare import called_in_place, cannot_compile
-from offramp.engine.executors.segments import SegmentRunner
+from offramp.engine.executors.segments import Output, SegmentRunner
 from offramp.engine.executors.slots.attention import (
     EACH,
     PACKED,
@@ -24,8 +24,7 @@ from offramp.engine.executors.slots.attention import (
     with_attention,
     with_slot_masks,
 )
-from offramp.engine.executors.slots.cache import SlotCache
-from offramp.engine.executors.slots.layout import Call, OneSlot
+from offramp.engine.executors.slots.cache import Call, OneSlot, SlotCache
 from offramp.engine.executors.slots.positions import ColumnPositions, RelativeBias
 from offramp.engine.executors.slots.rows import SlotRows
 from offramp.engine.executors.slots.tables import (
@@ -35,7 +34,6 @@ from offramp.engine.executors.slots.tables import (
     Stage,
     Tables,
 )
-from offramp.engine.exit_check import Output
 from offramp.engine.kv_cache import cache_parameter
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet, first
@@ -55,7 +53,7 @@ class SlotRunner(SegmentRunner):
     slots: sequences at a time. limit: columns of one, at most. The rest as of `SegmentRunner`.
 
     held: the sequences. packs: whether calls over several columns of several slots are packed
-    (`layout`), as they can be where attention is Hugging Face's "sdpa".
+    (`SlotCall`), as they can be where attention is Hugging Face's "sdpa".
 
     Raises:
         UnsupportedBackboneError: attention that cannot take masks of ours.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.engine.executors.slots.attention import MaskRule
-from offramp.engine.executors.slots.layout import Call
+from offramp.engine.executors.slots.cache import Call
 from offramp.engine.kv_cache import CACHE_NAMES
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import twin
