@@ -1,11 +1,11 @@
 """Five layers of thirty: what confidence adds to a small static model; rewrites five_layers.json.
 
 `python -m offramp_lab.records.five_layers --student FOLDER` needs photographs, onnxruntime and what
-`offramp_lab.records.student` left in the folder (ten minutes of one core). In PyTorch, float32,
-every photograph is captioned, and every question answered, in all ways in turn: full depth, also by
-way of the exit's shortlist; every token at the exit, which is a static model of five layers; a
-student of five layers; and exits by their confidence, at the thresholds that ship and at the
-fastest. What was answered is kept in runs/five_layers, so that a run that was cut off goes on.
+`offramp_lab.records.student` left in the folder as `student.pt`. In PyTorch, float32, every
+photograph is captioned, and every question answered, in all ways in turn: full depth, also by way
+of the exit's shortlist; every token at the exit, which is a static model of five layers; a student
+of five layers; and exits by their confidence, at the thresholds that ship and at the fastest. What
+was answered is kept in runs/five_layers, so that a run that was cut off goes on.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 `python -m offramp_lab.records.student --out FOLDER` trains it on photographs of the training split
 and goes on where it was cut off: the four layers below the exit and the exit's layer, from the
-photo model's own first five, all of them learning what the full model writes (sequence-level
-distillation, Kim and Rush 2016), by the head's rows of the exit's shortlist. It stands in a
-backbone as those layers do, so that it decodes with every token at the exit.
+photo model's own first five, all of them learning what the exit learnt (distillation on the full
+model's own answers, by the head's rows of the exit's shortlist) from as many captions and answers,
+a tenth of them held out to keep the best weights by. It stands in a backbone as those layers do, so
+that it decodes with every token at the exit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +20,57 @@ import torch
 from examples.photo_vlm.evaluate import LONGEST, load
 from examples.photo_vlm.rows import read_photographs
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from offramp.adapter import Adapter
 from offramp.answers import generate_answers
 from offramp.data.example import Example
 from offramp.engine.policy import FULL
 from offramp.models.exits import Exits
-from offramp.models.shortlist import places_of
 from offramp.progress import progress
+from offramp.training.losses import kl
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Kept, asked
+from offramp_lab.records.record import asked
 from offramp_lab.records.subjects import photo_exits
 
 BATCH, AT_ONCE = 16, 64
 RATE, WARM = 5e-4, 50
-Taught = tuple[Tensor, list[int], list[int]]
-"""Visual tokens [V, D], ids of the prompt, of the answer."""
+HELD, CHECKS = 10, 20
+"""One answer in so many is held out; the best weights are looked for so often."""
+Taught = tuple[Tensor, list[int], list[int], Tensor]
+"""Visual tokens [V, D], ids of the prompt, of the answer [N], its logits over the shortlist
+[N, S]."""
 
 
 def taught(
-    adapter: Adapter, encoder: Any, examples: Sequence[Example], most: int, kept: Kept
+    adapter: Adapter, encoder: Any, examples: Sequence[Example], most: int, file: Path
 ) -> list[Taught]:
-    """What the full model answers to each example."""
+    """What the full model answers to each example. file: of what was answered, in this order."""
     model, image = adapter.backbone.model, adapter.backbone.model.config.image_token_index
-    rows: list[Taught] = []
-    groups = [examples[at : at + AT_ONCE] for at in range(0, len(examples), AT_ONCE)]
-    answer = partial(
-        generate_answers, adapter, encoder, policy=FULL, batch_size=AT_ONCE, max_new_tokens=most
-    )
-    for group in progress(groups, "the full model's answers"):
-        if missing := [example for example in group if example.key not in kept]:
-            for example, said in zip(missing, answer(missing), strict=True):
-                kept.keep(example.key, list(said.ids))
+    short = adapter.exits.shortlist
+    rows: list[Taught] = torch.load(file) if file.is_file() else []
+    starts = range(len(rows), len(examples), AT_ONCE)
+    for at in progress(starts, "the full model's answers"):
+        group = examples[at : at + AT_ONCE]
+        said: dict[int, list[Tensor]] = {row: [] for row in range(len(group))}
+
+        def hear(row: int, place: int, logits: Tensor, said: Any = said) -> None:
+            said[row].append(logits[0, short].half())
+
+        answers = generate_answers(
+            adapter, encoder, group, FULL,
+            batch_size=AT_ONCE, max_new_tokens=most, observer=hear,
+        )  # fmt: skip
         prompts = [encoder.prompts([example]) for example in group]
         with torch.no_grad():
             pixels = torch.cat([prompt["pixel_values"] for prompt in prompts])
             seen = model.get_image_features(pixel_values=pixels.to(model.dtype))
         features = getattr(seen, "pooler_output", seen)
-        for prompt, tokens, example in zip(prompts, features, group, strict=True):
-            ids = prompt["input_ids"][0].tolist()
-            assert ids.count(image) == len(tokens)
-            rows.append((tokens, ids, kept.found[example.key]))
-    return rows
+        for row, (prompt, tokens) in enumerate(zip(prompts, features, strict=True)):
+            ids, answer = prompt["input_ids"][0].tolist(), list(answers[row].ids)
+            assert ids.count(image) == len(tokens) and len(said[row]) == len(answer)
+            rows.append((tokens.clone(), ids, answer, torch.stack(said[row])))
+        torch.save(rows, file)
+    return rows[: len(examples)]
 
 
 class Student(nn.Module):
@@ -77,11 +85,11 @@ class Student(nn.Module):
         self._frozen = [backbone.stack, adapter.exits.shortlist_head(backbone)]
         self.requires_grad_(True)
 
-    def forward(self, rows: Sequence[Taught], places: Tensor) -> Tensor:
-        """Mean cross-entropy of the answers' tokens that are of the shortlist."""
+    def forward(self, rows: Sequence[Taught]) -> Tensor:
+        """KL(full model || student) [N] of the answers' tokens, over the shortlist."""
         stack, head = self._frozen
         ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(prompt + answer) for _, prompt, answer in rows], batch_first=True
+            [torch.tensor(prompt + answer) for _, prompt, answer, _ in rows], batch_first=True
         )
         states = stack.embed_tokens(ids).clone()
         states[ids == self.image] = torch.cat([seen for seen, *_ in rows]).to(states.dtype)
@@ -89,48 +97,59 @@ class Student(nn.Module):
         for layer in self.layers:
             out = layer(states, position_embeddings=turns)
             states = out[0] if isinstance(out, tuple) else out
-        begun = [len(prompt) for _, prompt, _ in rows]
+        begun = [len(prompt) for _, prompt, *_ in rows]
         said = [
             states[i, n - 1 : n - 1 + len(row[2])]
             for i, (n, row) in enumerate(zip(begun, rows, strict=True))
         ]
-        right = places[torch.tensor([i for *_, answer in rows for i in answer])]
-        logits = head(stack.norm(torch.cat(said)))
-        return F.cross_entropy(logits.float(), right, ignore_index=-1)
+        right = torch.cat([logits.float() for *_, logits in rows])
+        return kl(right, head(stack.norm(torch.cat(said))).float())
 
 
 def train(
-    student: Student, rows: Sequence[Taught], places: Tensor, seconds: float, file: Path
+    student: Student, rows: Sequence[Taught], seconds: float, file: Path, **noted: Any
 ) -> None:
-    """seconds: of the CPU, in all. file: of the state, so that training goes on there."""
+    """seconds: of the CPU, in all. file: of the state, so that training goes on there. noted: kept
+    with it."""
     best = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.01)
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0}
+    state: dict[str, Any] = {**noted, "steps": 0, "seconds": 0.0, "checks": []}
     if file.is_file():
         state = torch.load(file, weights_only=True)
-        student.load_state_dict(state["student"])
+        student.load_state_dict(state["latest"])
         best.load_state_dict(state["optimizer"])
-    step, spent, saved = state["step"], state["seconds"], state["seconds"]
-    while spent < seconds:
+    held = rows[::HELD]
+    learnt = [row for n, row in enumerate(rows) if n % HELD]
+    while state["seconds"] < seconds:
         begin = time.process_time()
-        batch = random.Random(step).sample(rows, BATCH)
+        batch = random.Random(state["steps"]).sample(learnt, BATCH)
+        spent = state["seconds"] / seconds
         for group in best.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARM) * max(0.02, 1 - spent / seconds)
+            group["lr"] = RATE * min(1.0, (state["steps"] + 1) / WARM) * max(0.02, 1 - spent)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = student(batch, places)
+            loss = student(batch).mean()
         best.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         best.step()
-        step, spent = step + 1, spent + time.process_time() - begin
-        if step % 50 == 0:
-            print(f"step {step}, {spent:.0f} s: loss {loss.item():.3f}", flush=True)
-        if spent - saved > 60 or spent >= seconds:
-            saved = spent
-            torch.save(
-                {"step": step, "seconds": spent, "student": student.state_dict(),
-                 "optimizer": best.state_dict()},
-                file,
-            )  # fmt: skip
+        state["steps"] += 1
+        state["seconds"] += time.process_time() - begin
+        if state["seconds"] >= seconds * (len(state["checks"]) + 1) / CHECKS:
+            begin = time.process_time()
+            state["checks"].append(_loss(student, held))
+            state["seconds"] += time.process_time() - begin
+            print(state["steps"], f"{state['seconds']:.0f} s", state["checks"][-1], flush=True)
+            if state["checks"][-1] == min(state["checks"]):
+                state["student"] = {n: t.clone() for n, t in student.state_dict().items()}
+                state["best"] = state["steps"]
+            state |= {"latest": student.state_dict(), "optimizer": best.state_dict()}
+            torch.save(state, file)
+
+
+@torch.no_grad()
+def _loss(student: Student, rows: Sequence[Taught]) -> float:
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [student(rows[at : at + AT_ONCE]) for at in range(0, len(rows), AT_ONCE)]
+    return float(torch.cat(losses).mean())
 
 
 def wear(adapter: Adapter, file: Path) -> dict[str, Any]:
@@ -143,25 +162,25 @@ def wear(adapter: Adapter, file: Path) -> dict[str, Any]:
         start = f"layers.{index}."
         own = {n.removeprefix(start): t for n, t in student.items() if n.startswith(start)}
         layer.load_state_dict(own, strict=index < depth)
-    return {"steps": state["step"], "seconds": state["seconds"]}
+    return {name: state[name] for name in ("steps", "seconds", "best", *LONGEST)}
 
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, captions=3000, questions=600, minutes=20.0, out=RUNS / "student"
+        __doc__, photo=True, captions=6000, questions=1000, minutes=62.0, out=RUNS / "student"
     )
     splits = read_photographs(arguments.data)
     backbone, encoder = load("bfloat16")
     adapter = Adapter.load(photo_exits(arguments.adapter), backbone)
-    rows: list[Taught] = []
+    rows: dict[str, list[Taught]] = {}
     for name, longest in LONGEST.items():
         examples = splits[name][: getattr(arguments, name)]
-        rows += taught(adapter, encoder, examples, longest, Kept(arguments.out / f"{name}.jsonl"))
-    assert adapter.exits.shortlist is not None, "the photo model's exits have one"
-    places = places_of(adapter.exits.shortlist, backbone.vocabulary)
+        rows[name] = taught(adapter, encoder, examples, longest, arguments.out / f"{name}.pt")
     backbone, _ = load("float32")
     student = Student(Adapter.load(photo_exits(arguments.adapter), backbone))
-    train(student, rows, places, 60 * arguments.minutes, arguments.out / "student.pt")
+    counts = {name: len(found) for name, found in rows.items()}
+    seconds, file = 60 * arguments.minutes, arguments.out / "student.pt"
+    train(student, [*rows["captions"], *rows["questions"]], seconds, file, **counts)
 
 
 if __name__ == "__main__":
