@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 
 from offramp.engine.confidence import SCORES as OURS
-from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, put_off, rounds, slots_of
+from offramp_vllm.rows import (
+    SCORES,
+    Ragged,
+    first_waiting,
+    leaves,
+    put_off,
+    rounds,
+    slots_of,
+    verified,
+)
 
 BLOCK = 4
 
@@ -88,3 +99,21 @@ def test_rounds_hold_every_token_once_in_order_and_no_more_than_they_may(most: i
     assert [pair for part in parts for pair in pairs(part)] == pairs(whole)
     assert all(1 <= int(part.offsets[-1]) <= most for part in parts)
     assert all(int(part.offsets[-1]) == most for part in parts[:-1])
+
+
+def test_greedy_drafts_are_kept_up_to_the_first_that_the_model_does_not_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        counts = torch.randint(0, 5, (6,), generator=generator)
+        says, drafts = (
+            [torch.randint(0, 2, (n + more,), generator=generator).tolist() for n in counts]
+            for more in (1, 0)
+        )
+        said, proposed = (
+            torch.tensor([*chain(*rows)], dtype=torch.long) for rows in (says, drafts)
+        )
+        found = verified(said, proposed, counts)
+        for own, drafted, row in zip(says, drafts, found.tolist(), strict=True):
+            same = [a == b for a, b in zip(own, drafted, strict=False)]
+            kept = same.index(False) if False in same else len(drafted)
+            assert row == [*own[: kept + 1], *[-1] * (len(row) - kept - 1)]

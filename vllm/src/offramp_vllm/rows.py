@@ -41,6 +41,24 @@ def leaves(scores: Tensor, thresholds: Tensor) -> Tensor:
     return (thresholds == 0.0) | (scores >= thresholds)
 
 
+def verified(said: Tensor, drafts: Tensor, counts: Tensor) -> Tensor:
+    """The tokens of each request [R, K + 1] by what the model says greedily: its drafts as long as
+    they are the model's own tokens, and the token after them; then -1.
+
+    said: for each request its tokens in the drafts' places, then the one after all of them [D + R].
+    drafts: of all requests [D]. counts: drafts of each request [R], K at most.
+    """
+    requests, rows = len(counts), counts + 1
+    wide = int(rows.max())
+    places = torch.arange(wide, device=said.device).expand(requests, wide)
+    made = said.new_full((requests, wide), -1)
+    made[places < rows[:, None]] = said
+    proposed = torch.full_like(made, -1)
+    proposed[places < counts[:, None]] = drafts.to(said)
+    kept = ((made == proposed) & (proposed >= 0)).long().cumprod(1)
+    return made.masked_fill(places > kept.sum(1, keepdim=True), -1)
+
+
 PUT_OFF = 2
 """How often a token may be put off."""
 TOGETHER = 1 / 2

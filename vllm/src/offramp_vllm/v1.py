@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
+from vllm.v1.outputs import SamplerOutput
 
 from offramp_vllm import tell
 from offramp_vllm.adapter import Exported, read_exported
@@ -27,7 +28,7 @@ from offramp_vllm.drafts import ExitDrafts, exits_draft
 from offramp_vllm.early import Early, Step
 from offramp_vllm.policy import LOSSLESS, Asked, asked
 from offramp_vllm.refuse import WITHOUT, Refused
-from offramp_vllm.rows import Ragged, slots_of
+from offramp_vllm.rows import Ragged, slots_of, verified
 from offramp_vllm.settings import features_joined, folder_of, watched_share
 from offramp_vllm.stages import layers_of, states_like
 from offramp_vllm.store import Store
@@ -149,10 +150,29 @@ class ExitRunner:
         return output
 
     def _sample(self, logits: Any, drafted: Any) -> Any:
-        """Without drafts, vLLM's plain sampler is asked: the one that verifies copies logits."""
+        """What vLLM's sampler that verifies gives, without its copies of the logits: where nothing
+        is drafted by the plain sampler, and where all is greedy by comparison."""
+        me: Any = self
+        batch = me.input_batch.sampling_metadata
         if drafted is not None and not drafted.max_spec_len:
             drafted = None
-        return super()._sample(logits, drafted)  # type: ignore[misc]
+        if drafted is None or not self._plain(batch):
+            return super()._sample(logits, drafted)  # type: ignore[misc]
+        counts = torch.tensor(drafted.num_draft_tokens, device=logits.device)
+        tokens = verified(logits.argmax(-1), drafted.draft_token_ids, counts)
+        return SamplerOutput(sampled_token_ids=tokens.int(), logprobs_tensors=None)
+
+    def _plain(self, batch: Any) -> bool:
+        """Whether each request's next token is its largest logit, and no more is told of it."""
+        me: Any = self
+        budgets = batch.thinking_budget_state_holder
+        return bool(
+            batch.all_greedy
+            and batch.max_num_logprobs is None
+            and not batch.logprob_token_ids
+            and not any(self._request(one).changed for one in me.input_batch.req_ids)
+            and (budgets is None or not budgets.has_tracked_requests())
+        )
 
     def drafts(self, sampled: Sequence[Sequence[int]], lengths: Any) -> list[list[int]]:
         """What the first exit says after the new tokens of each lossless request, while it is sure
