@@ -1,10 +1,12 @@
 """CPU seconds of vLLM with exits and without, on prompts that `offramp_lab.records.vllm` wrote;
 ways take turns, so that a busy machine is busy for all of them.
 
-    python speed.py FOLDER AT_ONCE OUT
+    python speed.py FOLDER AT_ONCE OUT [WAY ...]
 
-OUT gets, of every way, the seconds of each group of so many answers at once, and their tokens.
-Prompts are embeddings, so no vision tower runs.
+OUT gets a line for each way and group of so many answers at once: seconds, tokens, and how often
+drafts were verified and how many of them were kept. A run that was cut off goes on there. WAY: of
+`WAYS`; all, if none is named. Prompts are embeddings, so no vision tower runs, and EAGLE-3 knows
+an image by the model's states alone.
 """
 
 from __future__ import annotations
@@ -24,43 +26,80 @@ os.environ |= {
 
 NEW, WARM = 30, 2
 EXITS = {"model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": 7}
+EAGLE = {"method": "eagle3", "num_speculative_tokens": 3}
 NGRAMS = {
     "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4,
 }  # fmt: skip
+WAYS: dict[str, tuple[str | None, dict[str, Any] | None, str]] = {
+    "full depth": (None, None, "full"),
+    "lossless": ("exits", EXITS, "lossless"),
+    "early exit": ("exits", EXITS, "early_exit"),
+    "early exit, whole head": ("whole", None, "early_exit"),
+    "early exit, looser": ("looser", None, "early_exit"),
+    "EAGLE-3": (None, EAGLE, "full"),
+    # Last: after it no other engine starts in this process.
+    "n-grams": (None, NGRAMS, "full"),
+}
+"""Folder of exits, drafts, and mode of a request."""
 
 
-def main(folder: Path, at_once: int, out: Path) -> None:
+def main(folder: Path, at_once: int, out: Path, *asked: str) -> None:
     from safetensors.torch import load_file
 
     from vllm import SamplingParams
 
     embeds = load_file(folder / "prompts.safetensors")
     prompts = [{"prompt_embeds": embeds[name]} for name in sorted(embeds)]
-    exits = make(folder, "exits", EXITS)
-    ways = {
-        "full depth": (make(folder), "full"),
-        "lossless": (exits, "lossless"),
-        "early exit": (exits, "early_exit"),
-        "early exit, whole head": (make(folder, "whole"), "early_exit"),
-        "early exit, looser": (make(folder, "looser"), "early_exit"),
-        # Last: after it no other engine starts in this process.
-        "n-grams": (make(folder, drafts=NGRAMS), "full"),
-    }
-    found: dict[str, Any] = {name: {"seconds": [], "tokens": []} for name in ways}
     groups = [prompts[s : s + at_once] for s in range(0, len(prompts), at_once)]
-    for place, group in enumerate([*groups[:1] * WARM, *groups]):
-        for name, (llm, mode) in ways.items():
+    lines = out.read_text().splitlines() if out.is_file() else []
+    done = {(row["way"], row["group"]) for row in map(json.loads, lines)}
+    ways = asked or tuple(WAYS)
+    missing = [way for way in ways if {(way, place) for place in range(len(groups))} - done]
+    engines: dict[str, Any] = {}
+    for name in missing:
+        exits, drafts, _ = WAYS[name]
+        if drafts is EAGLE:
+            drafts = {**EAGLE, "model": str(folder / "drafter")}
+        key = str(WAYS[name][:2])
+        engines[name] = engines[key] = engines.get(key) or make(folder, exits, drafts)
+    rounds = {name: counted(engine) for name, engine in engines.items()}
+    for place, group in enumerate([*groups[:1] * WARM, *groups], -WARM):
+        for name in missing:
+            if (name, place) in done:
+                continue
             params = SamplingParams(
                 temperature=0.0, max_tokens=NEW, detokenize=False,
-                extra_args={"offramp_mode": mode},
+                extra_args={"offramp_mode": WAYS[name][2]},
             )  # fmt: skip
+            rounds[name][:] = 0, 0
             begin = time.process_time()
-            made = llm.generate(group, params, use_tqdm=False)
+            made = engines[name].generate(group, params, use_tqdm=False)
             seconds = time.process_time() - begin
-            if place >= WARM:
-                found[name]["seconds"].append(round(seconds, 4))
-                found[name]["tokens"] += [list(one.outputs[0].token_ids) for one in made]
-    out.write_text(json.dumps(found))
+            if place >= 0:
+                tokens = [list(one.outputs[0].token_ids) for one in made]
+                row = {
+                    "way": name, "group": place, "seconds": round(seconds, 4), "tokens": tokens,
+                    "rounds": rounds[name],
+                }  # fmt: skip
+                with out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def counted(engine: Any) -> list[int]:
+    """How often the engine has verified drafts of an answer from here on, and how many of them
+    were kept."""
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    if not isinstance(getattr(scheduler, "offramp_rounds", None), list):
+        theirs, found = scheduler.make_spec_decoding_stats, [0, 0]
+
+        def ours(stats: Any, num_draft_tokens: int, num_accepted_tokens: int, **more: Any) -> Any:
+            found[0] += num_draft_tokens > 0
+            found[1] += num_accepted_tokens
+            return theirs(stats, num_draft_tokens, num_accepted_tokens, **more)
+
+        scheduler.make_spec_decoding_stats, scheduler.offramp_rounds = ours, found
+    rounds: list[int] = scheduler.offramp_rounds
+    return rounds
 
 
 def make(
@@ -84,4 +123,4 @@ def make(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])

@@ -92,6 +92,10 @@ def test_a_record_is_put_together_from_the_parts_that_are_there(
     assert asked == ["two", "one"] and list(found) == ["one", "two", "provenance"]
     assert found["provenance"]["command"] == "offramp_lab.records.some"
     assert found["provenance"]["flags"] == ["avx"]
+    for file in (tmp_path / "RUNS" / "some").iterdir():  # as in another checkout
+        file.unlink()
+    record.parts(parts, ["three"])
+    assert list(record.read()) == ["one", "two", "three", "provenance"]
 
 
 def test_what_others_found_is_there_too_and_a_first_finding_stays(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ def test_every_load_has_all_ways_and_they_answer_all_photographs(load: int) -> N
     ways = {name: found[f"vllm {name}"] + found[f"offramp {name}"] for name in (1, load)}
     names = {name: [(one["engine"], one["way"]) for one in all_] for name, all_ in ways.items()}
     assert names[load] == names[1] and ("vLLM", "full depth") in names[1]
+    digests = {one["exits"]["digest"] for one in ways[load] if one.get("exits")}
+    assert digests <= {found["prompts"]["exits"]["exits"]["digest"]}
     for one in ways[load]:
         assert len(one["seconds"]) == math.ceil(count / load) and min(one["seconds"]) > 0
         assert one["answers"] == count

@@ -58,11 +58,12 @@ class Record:
         self, made: Mapping[str, Callable[[], Any]], asked: Sequence[str], **more: Any
     ) -> None:
         """Measure the parts that are asked for, keep each in runs/, and put the record together
-        from those that are there."""
+        from those that are there and, of others, what it has."""
         files = {name: RUNS / self.name / f"{name}.json" for name in made}
         for name in asked:
             write_json(files[name], made[name]())
-        self.write({n: read_json(f) for n, f in files.items() if f.is_file()}, **more)
+        found = self.read() | {n: read_json(f) for n, f in files.items() if f.is_file()}
+        self.write({name: found[name] for name in made if name in found}, **more)
 
 
 def generation(processor: str) -> str:

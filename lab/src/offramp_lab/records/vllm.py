@@ -4,13 +4,16 @@
 
 Captions of photographs by the photo model's decoder, 1, 8 and 24 at once, greedy, in one thread.
 Image features are given, so no vision tower is in the CPU seconds. --vllm: of the environment that
-`make test-vllm` makes. Parts, each kept in runs/vllm: prompts; by load what vLLM and what offramp
-take (four minutes each for 100 photographs); and a random model of three billion weights, which
-takes 12 GB.
+`make test-vllm` makes. Parts: prompts; by load what vLLM and what offramp take; a random model of
+three billion weights, which takes 12 GB; and an EAGLE-3 drafter, which trains for half an hour and,
+once it is in runs/vllm, is measured too. Parts that are not asked for stay as the record has them.
+What vLLM took is kept in runs/vllm by the exits' digest, so that a run that was cut off goes on.
+--only: of vLLM's ways measure these again, beside its full depth.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -38,10 +41,13 @@ from offramp.runtimes.vllm import PROMPTS, _language_model, export_vllm
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
+from offramp.storage import read_json
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import ROOT, RUNS
 from offramp_lab.records.record import Record, Some, asked
+from offramp_lab.records.side_by_side import export_words
 from offramp_lab.records.subjects import halves, load_photo
+from offramp_lab.records.text import step
 
 RECORD = Record("vllm")
 LOADS = (1, 8, 24)
@@ -56,15 +62,24 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 EXIT = 8
 FORMAT = "q8_0"
+FULL = "full depth"
+WAYS = {
+    FULL: "", "lossless": "exits", "early exit": "exits", "early exit, whole head": "whole",
+    "early exit, looser": "looser", "EAGLE-3": "", "n-grams": "",
+}  # fmt: skip
+"""Of vLLM, with the folder of the exits."""
 MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit"}
 
 
 def main() -> None:
     loads = (f"{who} {load}" for load in LOADS for who in ("vllm", "offramp"))
-    parts = Some(("shape", "prompts", *loads))
-    arguments = asked(__doc__, photo=True, vllm=Path, photographs=100, parts=parts)
+    arguments = asked(
+        __doc__, photo=True, vllm=Path, photographs=100, learn=1000, steps=700, only=Some(WAYS),
+        parts=Some(("shape", "drafter", "prompts", *loads)),
+    )  # fmt: skip
     made: dict[str, Callable[[], Any]] = {
         "shape": partial(shape, arguments),
+        "drafter": partial(drafter, arguments),
         "prompts": partial(prompts, arguments),
         **{f"vllm {load}": partial(in_vllm, arguments, load) for load in LOADS},
         **{f"offramp {load}": partial(in_offramp, arguments, load) for load in LOADS},
@@ -110,6 +125,13 @@ def run(python: Path, script: Path, *words: Any) -> None:
     subprocess.run(command, check=True, env=env)
 
 
+def drafter(arguments: Any) -> dict[str, Any]:
+    """Train an EAGLE-3 drafter on the model's own captions of the training split."""
+    work = RUNS / RECORD.name
+    trained = step("export", export_words(work, arguments), work, arguments.data)
+    return {"learn": arguments.learn, "steps": arguments.steps, "trained": trained}
+
+
 def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, Any]]]:
     """The photo model, its encoder, and the photographs' prompts, none of which chose a
     threshold."""
@@ -118,14 +140,14 @@ def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, A
     return adapter, encoder, [encoder.prompts([example]) for example in measuring]
 
 
+POLICIES = ("exits", "whole", "looser")
+
+
 def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
-    """By folder: as the exits ship; over all tokens; and looser ones."""
+    """Return the policies by folder: as the exits ship; over all tokens; and looser ones."""
     shipped = adapter.policy
-    return {
-        "exits": shipped,
-        "whole": replace(shipped, shortlist=False),
-        "looser": replace(shipped, **LOOSER),
-    }
+    made = shipped, replace(shipped, shortlist=False), replace(shipped, **LOOSER)
+    return dict(zip(POLICIES, made, strict=True))
 
 
 def prompts(arguments: Any) -> dict[str, Any]:
@@ -153,7 +175,18 @@ def prompts(arguments: Any) -> dict[str, Any]:
     save_file(embeds, out / "prompts.safetensors")
     (out / "said.json").write_text(json.dumps(said))
     tokens = {name: sum(map(len, rows)) for name, rows in said.items()}
-    return {"photographs": len(inputs), "tokens": tokens, **OPTIONS, "looser": LOOSER}
+    exits = {
+        name: {
+            "digest": digest(out / name / "exits.safetensors"),
+            "thresholds": policy.thresholds, "first": policy.first, "drafts": policy.drafts,
+        }
+        for name, policy in policies(adapter).items()
+    }  # fmt: skip
+    return {"photographs": len(inputs), "tokens": tokens, **OPTIONS, "exits": exits}
+
+
+def digest(*files: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @contextmanager
@@ -173,21 +206,45 @@ def entering(backbone: Any) -> Iterator[list[Tensor]]:
 
 
 def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
+    """The ways that are asked for, anew unless exits, plug-in and ways are those of a run before;
+    the others as the record has them."""
     out = RUNS / RECORD.name
-    file = out / f"seconds-{load}.json"
-    run(arguments.vllm, SPEED, out, load, file)
-    said = json.loads((out / "said.json").read_text())
-    of = {"early exit": "exits", "early exit, whole head": "whole", "early exit, looser": "looser"}
-    return [
-        way("vLLM", name, found["seconds"], found["tokens"], said, of.get(name, "full"))
-        for name, found in json.loads(file.read_text()).items()
-    ]
+    ways = [way for way in WAYS if way == FULL or way in arguments.only]
+    if not (out / "drafter").is_dir():
+        ways = [way for way in ways if way != "EAGLE-3"]
+    code = [SPEED, *sorted((ROOT / "vllm" / "src").rglob("*.py"))]
+    key = digest(out / "said.json", *(out / name / "vllm.json" for name in POLICIES), *code)
+    file = out / f"seconds-{load}-{key[:12]}-{'-'.join(str([*WAYS].index(w)) for w in ways)}.jsonl"
+    run(arguments.vllm, SPEED, out, load, file, *ways)
+    said, exits = json.loads((out / "said.json").read_text()), exits_of(out)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows.sort(key=lambda row: row["group"])
+    by_way = {name: [row for row in rows if row["way"] == name] for name in ways}
+    beside = [row["seconds"] for row in by_way[FULL]]
+    made = {row["way"]: row for row in RECORD.read().get(f"vllm {load}", ())}
+    for name, found in by_way.items():
+        tokens = [one for row in found for one in row["tokens"]]
+        rounds, kept = (sum(row["rounds"][part] for row in found) for part in (0, 1))
+        made[name] = {
+            **way("vLLM", name, [row["seconds"] for row in found], tokens, said, WAYS[name]),
+            "exits": exits.get(WAYS[name]), "full_depth": beside,
+            "tokens_a_round": 1 + kept / rounds if rounds else None,
+        }  # fmt: skip
+    return [made[name] for name in WAYS if name in made]
+
+
+def exits_of(out: Path) -> dict[str, Any]:
+    """By folder: the digest of the exits, and their thresholds."""
+    found: dict[str, Any] = read_json(out / "prompts.json")["exits"]
+    return found
 
 
 def way(
     engine: str, name: str, seconds: Sequence[float], tokens: Any, said: Any, of: str
 ) -> dict[str, Any]:
-    """What was measured of a way. of: whose answers it should give, those of PyTorch alone."""
+    """What was measured of a way. of: the exits, whose answers it should give, as PyTorch alone
+    does; without exits, or where drafts are verified, the full model's."""
+    of = of if "early" in name else "full"
     return {
         "engine": engine, "way": name, "seconds": [round(s, 4) for s in seconds],
         "same_answers": same(tokens, said[of]), "answers": len(tokens),
@@ -223,10 +280,13 @@ def in_offramp(arguments: Any, load: int) -> list[dict[str, Any]]:
             said = answer(cores[name], group, MODES[mode])
             spent.append(time.process_time() - begin)
             tokens[name, mode] += said
-    alone = json.loads((out / "said.json").read_text())
+    alone, exits = json.loads((out / "said.json").read_text()), exits_of(out)["exits"]
     return [
-        way(f"{name}{', ' + FORMAT if 'llama' in name else ''}", mode, spent, tokens[name, mode],
-            alone, "exits" if mode == "early exit" else "full")
+        {
+            **way(f"{name}{', ' + FORMAT if 'llama' in name else ''}", mode, spent,
+                  tokens[name, mode], alone, "exits"),
+            "exits": None if mode == FULL else exits,
+        }
         for (name, mode), spent in seconds.items()
     ]  # fmt: skip
 

@@ -24,9 +24,9 @@ def measured(load: str) -> dict[tuple[str, str], Value]:
     return by(rows, "engine", "way")
 
 
-def rates(way: Value, load: str) -> Rates:
-    """Answers and seconds of each group that was asked at once [2, N]."""
-    whole, seconds = way["answers"], way["seconds"]
+def rates(way: Value, load: str, seconds: list[float]) -> Rates:
+    """Answers of a way, and seconds, of each group that was asked at once [2, N]."""
+    whole = way["answers"]
     sizes = [min(int(load), whole - start) for start in range(0, whole, int(load))]
     return np.array([sizes, seconds])
 
@@ -36,8 +36,9 @@ def milliseconds(way: Value) -> float:
 
 
 def ratio(way: Value, load: str) -> str:
-    """Over vLLM's full depth, with its interval over groups."""
-    of = times(rates(way, load), rates(measured(load)[FULL], load))
+    """Over vLLM's full depth, where it can be in the same run, with its interval over groups."""
+    full = way.get("full_depth") or measured(load)[FULL]["seconds"]
+    of = times(rates(way, load, way["seconds"]), rates(way, load, full))
     value, *ends = (of[part] for part in TIMES)
     return with_range(f"{value:.2f}x", ends, ".2f")
 
@@ -54,12 +55,18 @@ def loads() -> Table:
         counts = {str(measured(load)[key]["same_answers"]) for load in LOADS}
         return " to ".join(sorted(counts, key=int))
 
+    def drafted(key: tuple[str, str]) -> str:
+        value = measured("1")[key].get("tokens_a_round")
+        return f"{value:.1f}" if value else ""
+
     keys = list(measured("1"))
+    rounds = {"tokens a round at 1": drafted} if any(map(drafted, keys)) else {}
     return Table.of(
         keys,
         {
             "": lambda key: f"{key[0]}, {NAMES.get(key[1], key[1])}",
             **{f"{load} at once": partial(cell, load=load) for load in LOADS},
+            **rounds,
             "same answers, of 100": kept,
         },
     )
