@@ -139,7 +139,6 @@ ATTACHED = (
 """What stands in the rooms of the core and attaches to it, by file or package."""
 STILL = {
     "engine.generate": {"engine.self_check"},
-    "models.backbone": {"models.quantized.linears"},
     "models.exits": {"models.mixture"},
     "models.input_processor": {"models.kept_texts"},
 }  # fmt: skip

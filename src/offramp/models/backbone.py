@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from offramp.models.discovery.self_check import self_check
 from offramp.models.hub import grey_example, load_model
 from offramp.models.modality import Modality, modality_of
 from offramp.models.opened import LayerCall, OpenedModel
-from offramp.models.quantized.linears import check_quantize, quantize_layers
 from offramp.models.registry import Family, is_tested
 from offramp.models.towers import TORCH, StandIn, tower_engine
 from offramp.models.weights import mixes_rows, scheme
+
+QUANTIZER = "offramp.models.quantized.linears"
+"""The module of what rounds weights, which is loaded where a model is to be quantised."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Backbone(OpenedModel):
         """
         tower_engine(vision)
         if quantize is not None:
-            check_quantize(quantize, dtype, kwargs)
+            import_module(QUANTIZER).check_quantize(quantize, dtype, kwargs)
             dtype = torch.bfloat16
         model = load_model(name, revision=revision, dtype=dtype, device=device, **kwargs)
         backbone = cls._of_loaded(model, str(name), revision, example)
@@ -161,7 +164,7 @@ class Backbone(OpenedModel):
                     "Leave the quantisation out, or name the model that it was made of.",
                 )
             backbone.check_whole(f"quantize={quantize!r}")
-            quantize_layers(backbone.layers, quantize)
+            import_module(QUANTIZER).quantize_layers(backbone.layers, quantize)
             backbone = cls._of_loaded(model, str(name), revision, example)
         if vision != TORCH and example is None:
             example = grey_example(name, revision, model)
