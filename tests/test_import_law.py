@@ -73,7 +73,6 @@ MAY_IMPORT = {
     "serving": {*ANSWERS, "loading"},
     "verification": {*ANSWERS, "serving"},
     "runtimes": {*ANSWERS, "serving"},
-    "integrations": {*ANSWERS, "serving", "loading"},
     "calibration": {*ANSWERS, "evaluation"},
     "report": {*ANSWERS, "evaluation"},
     "demo": {*ANSWERS, "training", "evaluation", "calibration", "report"},
@@ -211,6 +210,7 @@ LAB = Path(__file__).parents[1] / "lab" / "src" / "offramp_lab"
 BEFORE = {
     "places": set(),
     "methods": set(),
+    "harnesses": set(),
     "inputs": {"places"},
     "experiments": {"methods", "inputs"},
     "records": {"places", "methods", "inputs", "experiments"},

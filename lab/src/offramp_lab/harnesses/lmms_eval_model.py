@@ -8,7 +8,7 @@ from typing import Any
 from lmms_eval.api.model import lmms
 
 from offramp.errors import InputError
-from offramp.integrations.harness import Ask, HarnessModel, no_loglikelihood
+from offramp_lab.harnesses.harness import Ask, HarnessModel, no_loglikelihood
 
 
 def manifest() -> Any:
@@ -17,7 +17,7 @@ def manifest() -> Any:
 
     return ModelManifest(
         model_id="offramp",
-        chat_class_path="offramp.integrations.lmms_eval_model.OfframpLmms",
+        chat_class_path="offramp_lab.harnesses.lmms_eval_model.OfframpLmms",
     )
 
 

@@ -11,11 +11,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from serving import scene_examples, shipped
 
 from offramp.errors import InputError
-from offramp.integrations.harness import Ask, HarnessModel, generation_options
 from offramp.models.input_processor import InputProcessor
-from serving import scene_examples, shipped
+from offramp_lab.harnesses.harness import Ask, HarnessModel, generation_options
 
 LONGEST = 12
 
@@ -62,10 +62,10 @@ def harnesses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "lmms_eval.api.instance", None)
     ours = ("lm_eval_model", "lmms_eval_model")
     for name in ours:
-        monkeypatch.delitem(sys.modules, f"offramp.integrations.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"offramp_lab.harnesses.{name}", raising=False)
     yield
     for name in ours:
-        sys.modules.pop(f"offramp.integrations.{name}", None)
+        sys.modules.pop(f"offramp_lab.harnesses.{name}", None)
 
 
 def entry_point(group: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from offramp.integrations.harness import Ask, HarnessModel, no_loglikelihood
+from offramp_lab.harnesses.harness import Ask, HarnessModel, no_loglikelihood
 
 
 class OfframpLM(LM):

@@ -1,6 +1,6 @@
 """What evaluation harnesses ask of a model, answered by the batch engine.
 
-The harness's own classes are thin (`offramp.integrations.lm_eval_model`, `lmms_eval_model`): they
+The harness's own classes are thin (`offramp_lab.harnesses.lm_eval_model`, `lmms_eval_model`): they
 only unpack their requests.
 """
 
