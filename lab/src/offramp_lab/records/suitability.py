@@ -1,5 +1,5 @@
 """What `offramp inspect --data` foretells of exits, beside exits that were trained; rewrites
-suitability.json and suitability-calibrated.json in lab/records.
+suitability.json in lab/records.
 
 On 200 prompts without labels: the exits that ship for the tiny OPT (scenes, float32) and for the
 photo model (photographs, bfloat16); those that `offramp demo t5` leaves in runs/demo;
@@ -55,7 +55,6 @@ from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import halves, load_photo, tiny_with, trained
 
 RECORD = Record("suitability")
-RECORD_CALIBRATED = Record("suitability-calibrated", RECORD.name)
 PROMPTS, TIMED = 200, 50
 LEVEL = 0.95
 """At which speeds are measured."""
@@ -226,7 +225,8 @@ def main() -> None:
 
     def made(part: str) -> dict[str, Any]:
         if part in BRIEFLY:
-            return calibrated(*BRIEFLY[part], arguments.rounds)
+            found = calibrated(*BRIEFLY[part], arguments.rounds)
+            return {**found, "provenance": RECORD.origin()}
         name = part.removesuffix("-speeds")
         case = cases[name](arguments.data)
         if part == name:
@@ -234,12 +234,10 @@ def main() -> None:
         found = read_json(RUNS / RECORD.name / f"{name}.json")["trained"]
         return speeds(case, at_level(case, found), arguments.rounds)
 
-    for of, all_parts in ((RECORD, names), (RECORD_CALIBRATED, [*BRIEFLY])):
-        if some := [part for part in all_parts if part in arguments.parts]:
-            of.parts(
-                {part: partial(made, part) for part in all_parts}, some,
-                load=[round(load, 1), round(os.getloadavg()[0], 1)],
-            )  # fmt: skip
+    RECORD.parts(
+        {part: partial(made, part) for part in [*names, *BRIEFLY]}, arguments.parts,
+        load=[round(load, 1), round(os.getloadavg()[0], 1)],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -45,8 +45,7 @@ def beside() -> Table:
 
 
 def _calibrated() -> dict[str, Any]:
-    found = record("suitability-calibrated")
-    return {name: part for name, part in found.items() if name != "provenance"}
+    return {name: part for name, part in record("suitability").items() if "cells" in part}
 
 
 def calibrated() -> Table:
