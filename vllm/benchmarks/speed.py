@@ -33,9 +33,9 @@ NGRAMS = {
 WAYS: dict[str, tuple[str | None, dict[str, Any] | None, str]] = {
     "full depth": (None, None, "full"),
     "lossless": ("exits", EXITS, "lossless"),
-    "early exit": ("exits", EXITS, "early_exit"),
+    "early exit": ("exits", None, "early_exit"),
     "early exit, whole head": ("whole", None, "early_exit"),
-    "early exit, looser": ("looser", None, "early_exit"),
+    "early exit, careful": ("careful", None, "early_exit"),
     "EAGLE-3": (None, EAGLE, "full"),
     # Last: after it no other engine starts in this process.
     "n-grams": (None, NGRAMS, "full"),

@@ -52,8 +52,8 @@ from offramp_lab.records.text import step
 RECORD = Record("vllm")
 LOADS = (1, 8, 24)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
-LOOSER: dict[str, Any] = {"thresholds": {4: 0.1}, "first": {4: 0.5}}
-"""Thresholds without the shipped guarantee: what exits are worth where more tokens leave."""
+CAREFUL: dict[str, Any] = {"thresholds": {4: 0.4}, "first": {4: 0.7}}
+"""Thresholds at which more answers are full depth's."""
 SPEED, FORCED = (ROOT / "vllm" / "benchmarks" / f"{name}.py" for name in ("speed", "forced"))
 SHAPE: dict[str, Any] = {
     "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
@@ -65,7 +65,7 @@ FORMAT = "q8_0"
 FULL = "full depth"
 WAYS = {
     FULL: "", "lossless": "exits", "early exit": "exits", "early exit, whole head": "whole",
-    "early exit, looser": "looser", "EAGLE-3": "", "n-grams": "",
+    "early exit, careful": "careful", "EAGLE-3": "", "n-grams": "",
 }  # fmt: skip
 """Of vLLM, with the folder of the exits."""
 MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit"}
@@ -140,13 +140,13 @@ def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, A
     return adapter, encoder, [encoder.prompts([example]) for example in measuring]
 
 
-POLICIES = ("exits", "whole", "looser")
+POLICIES = ("exits", "whole", "careful")
 
 
 def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
-    """Return the policies by folder: as the exits ship; over all tokens; and looser ones."""
+    """Return the policies by folder: as the exits ship; over all tokens; and careful ones."""
     shipped = adapter.policy
-    made = shipped, replace(shipped, shortlist=False), replace(shipped, **LOOSER)
+    made = shipped, replace(shipped, shortlist=False), replace(shipped, **CAREFUL)
     return dict(zip(POLICIES, made, strict=True))
 
 

@@ -13,7 +13,7 @@ FULL = "vLLM", "full depth"
 NAMES = {
     "early exit": "early exit, as it ships",
     "early exit, whole head": "the same over the whole vocabulary",
-    "early exit, looser": "early exit, looser thresholds",
+    "early exit, careful": "early exit, careful thresholds",
 }
 
 
