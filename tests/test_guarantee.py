@@ -28,6 +28,7 @@ from offramp.models.input_processor import InputProcessor
 from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.prompt_kinds import FRAMES, OTHER, fits, kind_of, prompt_frames
 from offramp.save_and_load import read_config
+from offramp.save_and_load.records import calibrations
 
 POLICY = ExitPolicy({2: 0.9})
 KNOWN: dict[str, Any] = {
@@ -448,7 +449,7 @@ PHOTO = Path(__file__).parents[1] / "photo-model" / "offramp_photo" / "exits"
 
 @pytest.mark.parametrize("folder", [tiny_exits("opt"), PHOTO], ids=["tiny-opt", "photo"])
 def test_each_calibration_that_ships_is_watched_and_knows_its_images(folder: Path) -> None:
-    for calibration in read_config(folder).calibrations:
+    for calibration in calibrations(read_config(folder)):
         here = Conditions.of_calibration(calibration).under(prompts=None)
         promised = standing(calibration, here).promise
         assert promised is not None and watched(calibration, promised) is not None

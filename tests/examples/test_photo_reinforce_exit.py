@@ -52,7 +52,10 @@ def reinforcer(backbone: Any) -> reinforce_exit.ExitReinforcer:
 
 def rows(reinforcer: Any, n: int = 2) -> list[Any]:
     width = reinforcer.adapter.backbone.width
-    return [(torch.randn(3, width), [reinforcer.image] * 3 + [7, 9], [8, 5, END]) for _ in range(n)]
+    prompt, answer = [reinforcer.image] * 3 + [7, 9], [8, 5, END]
+    return [
+        (torch.randn(3, width), prompt, answer, 3 * torch.randn(3, len(WORDS))) for _ in range(n)
+    ]
 
 
 def test_a_caption_is_drawn_from_the_exit_alone(reinforcer: Any) -> None:
@@ -87,7 +90,8 @@ def test_what_was_learnt_is_an_adapter_without_a_guarantee(reinforcer: Any) -> N
     reinforcer.adapter = dataclasses.replace(reinforcer.adapter, calibration={"target": 0.1})
     before = {n: t.clone() for n, t in reinforcer.adapter.exits.at(2).state_dict().items()}
     reinforcer.learn(reinforcer.divergence(rows(reinforcer)), 0)
-    made = reinforcer.made(1.0)
+    made = reinforcer.made(seconds=1)
+    assert made.metrics["reinforced"] == {"steps": 60, "seconds": 1}
     assert made.calibration is None and made.exits.shortlist is not None
     after = made.exits.at(2).state_dict()
     changed = {n for n in before if not torch.equal(before[n], after[n])}

@@ -431,8 +431,10 @@ class DraftingStage(DraftTraining):
         return made
 
     def run(self, stores: Stores) -> Adapter:
-        """Train on recorded states, the best by validation; the adapter with those exits. Exits that
-        draft already go on from what they have learnt."""
+        """Train on recorded states, the best by validation; the adapter with those exits.
+
+        Exits that draft already go on from what they have learnt.
+        """
         if not self.adapter.exits.draft_on:
             self.fit(stores[0])
         return self._adapter(self.follow(stores))

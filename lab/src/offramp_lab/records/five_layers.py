@@ -29,7 +29,7 @@ from offramp_lab.records.student import wear
 from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("five_layers")
-ASKED = ("full", "static", "early exit", "early exit, ROUGE-L")
+ASKED = ("full", "static", "early exit", "early exit, careful")
 
 
 def bases(name: Name) -> dict[str, Name]:

@@ -5,7 +5,7 @@ from offramp_lab.tables.markdown import Make, MakeTable, Value, record, times_wi
 
 WAYS = {
     "full": "full depth",
-    "early exit": "early exit, as it ships",
+    "early exit": "early exit, at 0.4 and 0.7",
     "early exit, untrained": "the same, untrained exit",
     "static": "every token at the exit",
     "exit drafts": "lossless: the exit drafts",
