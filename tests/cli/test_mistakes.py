@@ -16,8 +16,9 @@ import pytest
 from command_line import TRAIN, RunCommand, assert_two_lines
 from PIL import Image
 
-from offramp.adapter import NO_THRESHOLDS, Adapter
+from offramp.adapter import Adapter
 from offramp.cli.command_line import _plain_warnings
+from offramp.engine.attached import NO_THRESHOLDS
 from offramp.models.exits import Exits
 from offramp.models.shipped import tiny_exits
 
