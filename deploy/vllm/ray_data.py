@@ -22,7 +22,8 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 OFF: dict[str, Any] = {
     name: False for name in ("chat_template_stage", "tokenize_stage", "detokenize_stage")
 }
-"""What the engine does itself; Ray's own stage for images lags behind vLLM's releases."""
+"""Ray's stages that are not used: the engine does the same, and the stage for images fails with
+recent versions of vLLM."""
 
 
 def main(model: str, exits: str, images: str, out: str, prompt: str, engines: str = "1") -> None:

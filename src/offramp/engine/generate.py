@@ -78,7 +78,7 @@ def generate(
     plan = planned()
     with plan.reading(vision_cache=vision_cache, prefix_cache=prefix_cache) as reader:
         prepared = reader.prepare(inputs, options)
-        if backbone.needs_check(plan.depths, inputs):
+        if any(True for _ in backbone.untried(plan.depths, inputs)):
             prove(backbone, inputs, plan.depths)
             plan = planned()
         return _write(plan, reader, prepared, streamer, seed, observer)

@@ -411,10 +411,9 @@ def prove(backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int] =
         UnsupportedBackboneError: none is.
     """
     new = False
-    for each in (inputs, backbone.example):
-        if each is not None and not backbone.is_proven(depths, each):
-            adopt_findings(backbone, check_decoding(backbone, each, depths=depths))
-            new = True
+    for each in backbone.untried(depths, inputs):
+        adopt_findings(backbone, check_decoding(backbone, each, depths=depths))
+        new = True
     return new
 
 

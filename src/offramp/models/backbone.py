@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -259,11 +259,14 @@ class Backbone(OpenedModel):
         proven = self._proven_with.get(modality_of(self.model.config, inputs))
         return proven is not None and proven.issuperset(depths)
 
-    def needs_check(self, depths: Iterable[int], inputs: Mapping[str, Any]) -> bool:
-        """Return True if prompts as these inputs, or as the backbone's example, were not tried with
-        exits at these depths."""
-        tried = (each for each in (inputs, self.example) if each is not None)
-        return not all(self.is_proven(depths, each) for each in tried)
+    def untried(
+        self, depths: Iterable[int], inputs: Mapping[str, Any]
+    ) -> Iterator[Mapping[str, Any]]:
+        """Yield these inputs and the backbone's example, each if prompts like it were not tried
+        with exits at these depths by the time that it is asked for."""
+        for each in (inputs, self.example):
+            if each is not None and not self.is_proven(depths, each):
+                yield each
 
     @property
     def reads_in_parts(self) -> bool:

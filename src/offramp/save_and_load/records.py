@@ -43,7 +43,7 @@ _CALIBRATION: Mapping[str, tuple[type, ...]] = {
     "kinds": (list,),
     "largest": (int,),
 }
-"""What is said of a guarantee, and is more than shown to people as it stands."""
+"""Kinds of the entries of a guarantee that are read and not only shown."""
 _CONDITIONS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("dtype", "quantized", "engine", "kernels", "device"), (str,)),
     **dict.fromkeys(("sampling", "template", "score", "kv"), (str,)),

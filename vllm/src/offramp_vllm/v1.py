@@ -163,7 +163,8 @@ class ExitRunner:
         return SamplerOutput(sampled_token_ids=tokens.int(), logprobs_tensors=None)
 
     def _plain(self, batch: Any) -> bool:
-        """Whether each request's next token is its largest logit, and no more is told of it."""
+        """Return True if every request is greedy and none asks for probabilities, changed
+        logits or a budget of thoughts."""
         me: Any = self
         budgets = batch.thinking_budget_state_holder
         return bool(

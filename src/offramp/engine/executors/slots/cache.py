@@ -391,8 +391,8 @@ def rounded(columns: int) -> int:
 def flat(
     slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
 ) -> SlotCall:
-    """A call on one token of each slot, or on tokens that stand slot by slot, several of a slot in
-    ascending columns."""
+    """Return a call on tokens by slot and column. A slot's tokens stand together, in ascending
+    columns."""
     rows, at = torch.tensor([slots, columns], device=device)
     reads = None if [*slots] == [*range(len(slots))] else rows
     return SlotCall((len(rows), 1), rows, at, reads, at[:, None], width)
