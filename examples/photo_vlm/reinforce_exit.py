@@ -30,16 +30,19 @@ from examples.photo_vlm.rows import read_photographs
 from offramp.adapter import Adapter
 from offramp.answers import generate_answers
 from offramp.engine.kv_cache import cache_parameter
-from offramp.engine.policy import FULL, Thresholds
+from offramp.engine.policy import FULL
 from offramp.models.exits import Exits
 from offramp.models.shortlist import places_of
 from offramp.progress import progress
 from offramp.training.losses import kl
-from offramp_lab.records.student import Taught, taught
+from offramp_lab.records.end_to_end import always
+from offramp_lab.records.student import Taught, embedded, padded, taught, written
 from offramp_lab.records.subjects import halves, photo_exits
 
 TAUGHT = {"captions": 6000, "questions": 1000}
 """Examples that the full model answers."""
+USUAL = 12
+"""Tokens of a caption: the loss of a drawn one is a mean over so many."""
 MEASURED = 300
 """Of the photographs that exits are measured on the first; the others show what was learnt."""
 
@@ -99,9 +102,10 @@ class ExitReinforcer:
         made: Tensor = out[0] if isinstance(out, tuple) else out
         return made
 
-    def _embedded(self, ids: Tensor, rows: Sequence[Taught]) -> Tensor:
-        states: Tensor = self.stack.embed_tokens(ids).clone()
-        states[ids == self.image] = torch.cat([seen for seen, *_ in rows]).to(states.dtype)
+    def _lower(self, states: Tensor, at: int = 0, cache: Any = None) -> Tensor:
+        """What the exit reads: the output [B, T, D] of all layers below it."""
+        for layer in self.below:
+            states = self._run(layer, states, at, cache)
         return states
 
     @torch.no_grad()
@@ -115,29 +119,26 @@ class ExitReinforcer:
         """
         s = self.settings
         cache = DynamicCache()
-        states = self._embedded(torch.tensor([prompt for _, prompt, *_ in rows]), rows)
-        at = states.shape[1]
-        for layer in self.below:
-            states = self._run(layer, states, 0, cache)
+        prompts = torch.tensor([prompt for _, prompt, *_ in rows])
+        states = self._lower(embedded(self.stack, self.image, prompts, rows), 0, cache)
         last = self._run(self.layer, states, 0, cache)[:, -1].repeat_interleave(s.captions, 0)
         read = [states.repeat_interleave(s.captions, 0)]
         cache.batch_repeat_interleave(s.captions)
-        written: list[Tensor] = []
+        said: list[Tensor] = []
         ended = torch.zeros(len(last), dtype=torch.bool)
         while True:
             likely = (self.logits(last) / s.temperature).softmax(-1)
-            written.append(self.words[torch.multinomial(likely, 1, generator=chance)[:, 0]])
-            ended |= written[-1] == end
-            if ended.all() or len(written) == s.longest:
+            said.append(self.words[torch.multinomial(likely, 1, generator=chance)[:, 0]])
+            ended |= said[-1] == end
+            if ended.all() or len(said) == s.longest:
                 break
-            states = self.stack.embed_tokens(written[-1][:, None])
-            for layer in self.below:
-                states = self._run(layer, states, at + len(written) - 1, cache)
+            at = prompts.shape[1] + len(said) - 1
+            states = self._lower(self.stack.embed_tokens(said[-1][:, None]), at, cache)
             read.append(states)
-            last = self._run(self.layer, states, at + len(written) - 1, cache)[:, -1]
+            last = self._run(self.layer, states, at, cache)[:, -1]
         captions = [
             ids[: ids.index(end) + 1] if end in ids else ids
-            for ids in torch.stack(written, 1).tolist()
+            for ids in torch.stack(said, 1).tolist()
         ]
         return captions, torch.cat(read, 1)
 
@@ -165,23 +166,13 @@ class ExitReinforcer:
             [self.places[torch.tensor(ids)] for ids in captions], True, -1
         )
         own = F.cross_entropy(logits.mT, truth, ignore_index=-1, reduction="none").sum(1)
-        return (own * gains).sum() / (len(rows) * s.captions * 12), sum(rewards) / len(rewards)
+        return (own * gains).mean() / USUAL, sum(rewards) / len(rewards)
 
     def divergence(self, rows: Sequence[Taught]) -> Tensor:
         """Mean KL(full model || exit) over the tokens that the full model wrote."""
-        ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(prompt + answer) for _, prompt, answer, _ in rows], batch_first=True
-        )
         with torch.no_grad():
-            states = self._embedded(ids, rows)
-            for layer in self.below:
-                states = self._run(layer, states, 0)
-        read = self._run(self.layer, states, 0)
-        begun = [len(prompt) - 1 for _, prompt, *_ in rows]
-        said = torch.cat([
-            read[i, at : at + len(answer)]
-            for i, (at, (_, _, answer, _)) in enumerate(zip(begun, rows, strict=True))
-        ])  # fmt: skip
+            states = self._lower(embedded(self.stack, self.image, padded(rows), rows))
+        said = written(self._run(self.layer, states, 0), rows)
         return kl(torch.cat([logits.float() for *_, logits in rows]), self.logits(said)).mean()
 
     def learn(self, loss: Tensor, step: int) -> None:
@@ -244,8 +235,7 @@ def main() -> None:
     seconds = round(time.process_time() - begin)
     made = reinforcer.made()
     held = halves(arguments.data)[1][MEASURED:]
-    always = dict.fromkeys(adapter.exits.depths, 0.0)
-    alone = replace(adapter.policy, thresholds=Thresholds(always), first=Thresholds(always))
+    alone = always(adapter.policy, *adapter.exits.depths)
     ways = {"full": (adapter, FULL), "before": (adapter, alone), "after": (made, alone)}
     most = LONGEST["captions"]
     found = {

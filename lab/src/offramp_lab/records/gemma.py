@@ -13,8 +13,6 @@ PyTorch, float32, one thread; CPU seconds, all ways in turns; a quarter of an ho
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,7 +38,7 @@ from offramp_lab.experiments.factors import Measured, Name, entries_of
 from offramp_lab.places import RUNS
 from offramp_lab.records.end_to_end import Stages, always, last_exit, torch_way
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.text import THINGS, step, write_model
+from offramp_lab.records.text import THINGS, prompts_of, step, write_model
 
 RECORD = Record("gemma")
 NEW, RUN, KEPT = 24, 4, 0.95
@@ -61,7 +59,7 @@ PARTS = {"train": (THINGS[:76], 600), "choose": (THINGS[76:98], 48), "held": (TH
 def main() -> None:
     arguments = asked(__doc__, file=Path, steps=600, prompts=30, work=RUNS / RECORD.name)
     work: Path = arguments.work
-    prompts = {name: prompts_of(*part) for name, part in PARTS.items()}
+    prompts = {name: prompts_of(*part, STARTS) for name, part in PARTS.items()}
     for name, lines in prompts.items():
         write_atomic(work / f"{name}.txt", "\n".join(lines) + "\n")
     write_model(arguments.file, work / "model")
@@ -92,11 +90,6 @@ def main() -> None:
             "ways": entries_of(told, bases),
         }
     )
-
-
-def prompts_of(things: Sequence[str], count: int) -> list[str]:
-    made = [start.format(thing) for thing, start in itertools.product(things, STARTS)]
-    return random.Random(0).sample(made, count)
 
 
 def _walk(work: Path, steps: int) -> list[dict[str, Any]]:

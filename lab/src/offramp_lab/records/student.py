@@ -73,6 +73,28 @@ def taught(
     return rows[: len(examples)]
 
 
+def padded(rows: Sequence[Taught]) -> Tensor:
+    """Ids [B, T] of prompts and answers, padded after them."""
+    ids = [torch.tensor(prompt + answer) for _, prompt, answer, _ in rows]
+    return nn.utils.rnn.pad_sequence(ids, batch_first=True)
+
+
+def embedded(stack: Any, image: int, ids: Tensor, rows: Sequence[Taught]) -> Tensor:
+    """States [B, T, D] of ids [B, T], with the rows' visual tokens in the places of `image`."""
+    states: Tensor = stack.embed_tokens(ids).clone()
+    states[ids == image] = torch.cat([seen for seen, *_ in rows]).to(states.dtype)
+    return states
+
+
+def written(states: Tensor, rows: Sequence[Taught]) -> Tensor:
+    """The states [N, D] from which the answers' tokens follow, of states [B, T, D] of `padded`."""
+    ends = [len(prompt) - 1 for _, prompt, *_ in rows]
+    return torch.cat([
+        states[i, end : end + len(answer)]
+        for i, (end, (_, _, answer, _)) in enumerate(zip(ends, rows, strict=True))
+    ])  # fmt: skip
+
+
 class Student(nn.Module):
     """Layers below the exit, and the exit's."""
 
@@ -88,22 +110,13 @@ class Student(nn.Module):
     def forward(self, rows: Sequence[Taught]) -> Tensor:
         """KL(full model || student) [N] of the answers' tokens, over the shortlist."""
         stack, head = self._frozen
-        ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(prompt + answer) for _, prompt, answer, _ in rows], batch_first=True
-        )
-        states = stack.embed_tokens(ids).clone()
-        states[ids == self.image] = torch.cat([seen for seen, *_ in rows]).to(states.dtype)
-        turns = stack.rotary_emb(states, torch.arange(ids.shape[1])[None])
+        states = embedded(stack, self.image, padded(rows), rows)
+        turns = stack.rotary_emb(states, torch.arange(states.shape[1])[None])
         for layer in self.layers:
             out = layer(states, position_embeddings=turns)
             states = out[0] if isinstance(out, tuple) else out
-        begun = [len(prompt) for _, prompt, *_ in rows]
-        said = [
-            states[i, n - 1 : n - 1 + len(row[2])]
-            for i, (n, row) in enumerate(zip(begun, rows, strict=True))
-        ]
         right = torch.cat([logits.float() for *_, logits in rows])
-        return kl(right, head(stack.norm(torch.cat(said))).float())
+        return kl(right, head(stack.norm(written(states, rows))).float())
 
 
 def train(

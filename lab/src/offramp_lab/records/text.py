@@ -107,8 +107,11 @@ def main() -> None:
     )
 
 
-def prompts_of(things: Sequence[str], count: int) -> list[str]:
-    made = [pattern.format(thing) for thing, pattern in itertools.product(things, PATTERNS)]
+def prompts_of(
+    things: Sequence[str], count: int, patterns: Sequence[str] = PATTERNS
+) -> list[str]:
+    """Some of what the patterns make of the things, by chance."""
+    made = [pattern.format(thing) for thing, pattern in itertools.product(things, patterns)]
     return random.Random(0).sample(made, count)
 
 

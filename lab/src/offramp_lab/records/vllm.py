@@ -13,7 +13,6 @@ What vLLM took is kept in runs/vllm by the exits' digest, so that a run that was
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -41,7 +40,7 @@ from offramp.runtimes.vllm import PROMPTS, _language_model, export_vllm
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp.storage import read_json
+from offramp.storage import digest_file, digest_rows, read_json
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import ROOT, RUNS
 from offramp_lab.records.record import Record, Some, asked
@@ -140,14 +139,14 @@ def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, A
     return adapter, encoder, [encoder.prompts([example]) for example in measuring]
 
 
-POLICIES = ("exits", "whole", "careful")
-
-
 def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
     """Return the policies by folder: as the exits ship; over all tokens; and careful ones."""
     shipped = adapter.policy
-    made = shipped, replace(shipped, shortlist=False), replace(shipped, **CAREFUL)
-    return dict(zip(POLICIES, made, strict=True))
+    return {
+        "exits": shipped,
+        "whole": replace(shipped, shortlist=False),
+        "careful": replace(shipped, **CAREFUL),
+    }
 
 
 def prompts(arguments: Any) -> dict[str, Any]:
@@ -177,16 +176,12 @@ def prompts(arguments: Any) -> dict[str, Any]:
     tokens = {name: sum(map(len, rows)) for name, rows in said.items()}
     exits = {
         name: {
-            "digest": digest(out / name / "exits.safetensors"),
+            "digest": digest_file(out / name / "exits.safetensors"),
             "thresholds": policy.thresholds, "first": policy.first, "drafts": policy.drafts,
         }
         for name, policy in policies(adapter).items()
     }  # fmt: skip
     return {"photographs": len(inputs), "tokens": tokens, **OPTIONS, "exits": exits}
-
-
-def digest(*files: Path) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @contextmanager
@@ -213,10 +208,12 @@ def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
     if not (out / "drafter").is_dir():
         ways = [way for way in ways if way != "EAGLE-3"]
     code = [SPEED, *sorted((ROOT / "vllm" / "src").rglob("*.py"))]
-    key = digest(out / "said.json", *(out / name / "vllm.json" for name in POLICIES), *code)
+    exits = exits_of(out)
+    files = [out / "said.json", *(out / name / "vllm.json" for name in exits), *code]
+    key = digest_rows(map(digest_file, files))
     file = out / f"seconds-{load}-{key[:12]}-{'-'.join(str([*WAYS].index(w)) for w in ways)}.jsonl"
     run(arguments.vllm, SPEED, out, load, file, *ways)
-    said, exits = json.loads((out / "said.json").read_text()), exits_of(out)
+    said = json.loads((out / "said.json").read_text())
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows.sort(key=lambda row: row["group"])
     by_way = {name: [row for row in rows if row["way"] == name] for name in ways}

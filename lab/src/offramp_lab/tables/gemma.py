@@ -31,14 +31,10 @@ def ways() -> Table:
     return Table(("", *titles, "same as full depth"), rows)
 
 
-def _both(share: str) -> Make:
+def _agreement() -> str:
     """Of all tokens, and of those that repeat nothing."""
-
-    def made() -> str:
-        found: dict[str, Any] = record("gemma")["agreement"]
-        return " and ".join(f"{found[of][share]:.0%}" for of in ("all", "new"))
-
-    return made
+    found: dict[str, Any] = record("gemma")["agreement"]
+    return " and ".join(f"{found[of]['agree']:.0%}" for of in ("all", "new"))
 
 
 def _again() -> str:
@@ -54,9 +50,7 @@ def _forecast() -> str:
 
 TABLES: dict[str, MakeTable] = {"gemma-ways": ways}
 FIGURES: dict[str, Make] = {
-    "gemma-agreement": _both("agree"),
-    "gemma-exit": _both("exit"),
-    "gemma-kept": _both("kept"),
+    "gemma-agreement": _agreement,
     "gemma-again": _again,
     "gemma-forecast": _forecast,
 }
