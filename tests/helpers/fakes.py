@@ -61,12 +61,8 @@ class Blip2FakeProcessor:
         return {"input_ids": ids, "attention_mask": mask, **extra}
 
     def _extra(self, image: Image.Image, ids: Any, mask: Any) -> dict[str, torch.Tensor]:
-        before = torch.get_rng_state()
-        torch.default_generator.manual_seed(sum(image.getpixel((0, 0))))
-        try:
-            return self.kind.extra(ids, mask)
-        finally:
-            torch.set_rng_state(before)
+        draw = torch.Generator().manual_seed(sum(image.getpixel((0, 0))))
+        return self.kind.extra(ids, mask, draw)
 
 
 class ZooFakeProcessor:

@@ -42,14 +42,14 @@ PROMPTS = (7, 3, 5, 4)
 class Kind:
     """One family: how to build it, and what its processor returns besides ids and mask.
 
-    images: tokens an image takes in the prompt. extra: further inputs, from ids and mask.
-    wide, loud: standard deviation of the matrices and of the token embeddings. frame: tokens
-    around the image.
+    images: tokens an image takes in the prompt. extra: further inputs, from ids, mask and a
+    generator of random numbers. wide, loud: standard deviation of the matrices and of the token
+    embeddings. frame: tokens around the image.
     """
 
     build: Callable[[], Any]
     images: int
-    extra: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    extra: Callable[[Tensor, Tensor, torch.Generator], dict[str, Tensor]]
     padding: str = "left"
     wide: float = 0.25
     loud: float = 0.1
@@ -66,9 +66,8 @@ class Kind:
             )
             rows.append([*before, *[IMAGE] * self.images, *after, *words.tolist()])
         text = models.pad(rows, self.padding)
-        with torch.random.fork_rng():
-            torch.manual_seed(2000 + seed)
-            return {**text, **self.extra(text["input_ids"], text["attention_mask"])}
+        pixels = torch.Generator().manual_seed(2000 + seed)
+        return {**text, **self.extra(text["input_ids"], text["attention_mask"], pixels)}
 
 
 def kind_of(name: str) -> Kind:

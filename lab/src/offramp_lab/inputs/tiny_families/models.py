@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from offramp_lab.inputs.tiny_families.text import (
     EOS,
@@ -243,48 +243,54 @@ def florence2() -> Any:
 # -- what their processors return ------------------------------------------------------------------
 
 
-def sized(ids: Tensor, mask: Tensor, side: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(len(ids), 3, side, side)}
+def sized(ids: Tensor, mask: Tensor, draw: Generator, side: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(len(ids), 3, side, side, generator=draw)}
 
 
-def square(side: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+def square(side: int) -> Callable[[Tensor, Tensor, Generator], dict[str, Tensor]]:
     return partial(sized, side=side)
 
 
-def with_question(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def with_question(ids: Tensor, mask: Tensor, draw: Generator) -> dict[str, Tensor]:
     """InstructBLIP's Q-Former reads the question too, through a tokenizer of its own."""
     words = torch.where(ids > IMAGE, ids, PAD)
     asked = {"qformer_input_ids": words, "qformer_attention_mask": (words != PAD).long()}
-    return {**square(28)(ids, mask), **asked}
+    return {**square(28)(ids, mask, draw), **asked}
 
 
-def tiles(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def tiles(ids: Tensor, mask: Tensor, draw: Generator) -> dict[str, Tensor]:
     seen = torch.ones(len(ids), 1, 32, 32, dtype=torch.bool)
-    return {"pixel_values": torch.randn(len(ids), 1, 3, 32, 32), "pixel_attention_mask": seen}
+    return {
+        "pixel_values": torch.randn(len(ids), 1, 3, 32, 32, generator=draw),
+        "pixel_attention_mask": seen,
+    }
 
 
-def crops(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def crops(ids: Tensor, mask: Tensor, draw: Generator) -> dict[str, Tensor]:
     """LLaVA-NeXT sees each image whole and in crops; here one."""
     sizes = torch.tensor([[28, 28]] * len(ids))
-    return {"pixel_values": torch.randn(len(ids), 2, 3, 28, 28), "image_sizes": sizes}
+    return {
+        "pixel_values": torch.randn(len(ids), 2, 3, 28, 28, generator=draw),
+        "image_sizes": sizes,
+    }
 
 
-def patches(ids: Tensor, mask: Tensor, side: int = 4) -> dict[str, Tensor]:
+def patches(ids: Tensor, mask: Tensor, draw: Generator, side: int = 4) -> dict[str, Tensor]:
     """Qwen's processor flattens the patches of all images and tells their grids apart. side: of an
     image, in patches; four of them are a token."""
     return {
-        "pixel_values": torch.randn(len(ids) * side**2, 3 * 2 * 8 * 8),
+        "pixel_values": torch.randn(len(ids) * side**2, 3 * 2 * 8 * 8, generator=draw),
         "image_grid_thw": torch.tensor([[1, side, side]] * len(ids)),
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
 
 
-def prefix(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    return {**square(28)(ids, mask), "token_type_ids": torch.zeros_like(ids)}
+def prefix(ids: Tensor, mask: Tensor, draw: Generator) -> dict[str, Tensor]:
+    return {**square(28)(ids, mask, draw), "token_type_ids": torch.zeros_like(ids)}
 
 
-def blocks(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    return {**square(28)(ids, mask), "token_type_ids": (ids == IMAGE).long()}
+def blocks(ids: Tensor, mask: Tensor, draw: Generator) -> dict[str, Tensor]:
+    return {**square(28)(ids, mask, draw), "token_type_ids": (ids == IMAGE).long()}
 
 
 def pad(rows: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
