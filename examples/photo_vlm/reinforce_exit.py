@@ -36,7 +36,7 @@ from offramp.models.shortlist import places_of
 from offramp.progress import progress
 from offramp.training.losses import kl
 from offramp_lab.records.end_to_end import always
-from offramp_lab.records.student import Taught, embedded, padded, taught, written
+from offramp_lab.records.student import Taught, embedded, keep, padded, taught, wear, written
 from offramp_lab.records.subjects import halves, photo_exits
 
 TAUGHT = {"captions": 6000, "questions": 1000}
@@ -207,6 +207,10 @@ def main() -> None:
     parser.add_argument("--exits", type=Path, metavar="DIR", help="default: those that ship")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument(
+        "--student", type=Path, metavar="FILE",
+        help="reinforce the last layer of this student (`offramp_lab.records.student`), there",
+    )  # fmt: skip
     arguments = parser.parse_args()
     settings = Settings(arguments.steps)
     splits = read_photographs(arguments.data)
@@ -218,6 +222,8 @@ def main() -> None:
         )
         for name, longest in LONGEST.items()
     }
+    if arguments.student is not None:
+        wear(adapter, arguments.student)
     reinforcer = ExitReinforcer(adapter, settings, CiderReward(splits["captions"]))
     groups = [example.group for example in splits["captions"]]
     begin = time.process_time()
@@ -233,6 +239,9 @@ def main() -> None:
         if step % 50 == 0:
             print(f"step {step}: CIDEr-D {reward:.3f}, divergence {apart.item():.3f}", flush=True)
     seconds = round(time.process_time() - begin)
+    if arguments.student is not None:
+        keep(arguments.student, reinforcer.layer, steps=settings.steps, seconds=seconds)
+        return
     made = reinforcer.made()
     held = halves(arguments.data)[1][MEASURED:]
     alone = always(adapter.policy, *adapter.exits.depths)

@@ -132,9 +132,7 @@ def test_a_prompt_waits_at_its_exit_the_first_time_and_is_kept_the_second(
 
 
 @pytest.mark.parametrize("engine", [False, True])
-def test_of_a_prompt_that_waits_behind_a_known_one_no_keys_are_kept(
-    engine, backbone, exits, batch
-):
+def test_of_a_prompt_that_waits_behind_a_known_one_no_keys_are_kept(engine, backbone, exits, batch):
     """Layers above the exit have keys of what was known, and none of what waits."""
     whole, parts = backbone("llava"), exits("llava")
     inputs = batch("llava", 1)

@@ -108,8 +108,10 @@ def test_a_prompt_whose_tokens_see_later_ones_is_not_continued_from_a_kept_one(b
     """Nothing above the exit looks ahead, so the first token may exit; parts are another thing."""
     inputs = batch("llava", 1)
     more = torch.arange(10, 13)[None]
-    longer = {name: torch.cat([inputs[name], fill], 1)
-              for name, fill in (("input_ids", more), ("attention_mask", torch.ones_like(more)))}
+    longer = {
+        name: torch.cat([inputs[name], fill], 1)
+        for name, fill in (("input_ids", more), ("attention_mask", torch.ones_like(more)))
+    }
     longer = {**inputs, **longer}
     backbone = Backbone(home_made.build(home_made.SeesThePrompt), example=inputs)
     kept = PrefixCache()

@@ -84,9 +84,7 @@ def random_exits(seed: int) -> Any:
 @pytest.mark.parametrize(("least", "most"), [(1, 4), (2, 4), (1, 9)])
 @pytest.mark.parametrize("segments", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_segments_get_every_token_in_order(
-    segments: int, seed: int, least: int, most: int
-) -> None:
+def test_segments_get_every_token_in_order(segments: int, seed: int, least: int, most: int) -> None:
     plain, ours = chain_of(segments), chain_of(segments, least, most)
     decide = random_exits(seed)
     for chain in (plain, ours):

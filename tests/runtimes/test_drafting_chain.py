@@ -59,9 +59,7 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     def tell(answer: Sequence[int]) -> None:
         following, draft = dict(pairwise([None, *answer])), ChainDrafter.draft
 
-        def told(
-            self: ChainDrafter, slot: int, token: int | None, room: DraftBudget
-        ) -> list[int]:
+        def told(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> list[int]:
             made = list[int]()
             for _ in draft(self, slot, token, room._replace(ends=lambda _: False)):
                 made.append(following.get([token, *made][-1], 0))
@@ -79,9 +77,7 @@ def prompts_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is drafted before the first token is said, as in PyTorch."""
     draft = ChainDrafter.draft
 
-    def later(
-        self: ChainDrafter, slot: int, token: int | None, room: DraftBudget
-    ) -> list[int]:
+    def later(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> list[int]:
         return [] if token is None else draft(self, slot, token, room)
 
     monkeypatch.setattr(ChainDrafter, "draft", later)
@@ -133,9 +129,7 @@ def test_a_prompt_is_verified_with_the_exits_first_drafts(
     runtime, inputs, drafts = loaded(name, compiled=compiled), inputs_of(name), list[list[int]]()
     draft = ChainDrafter.draft
 
-    def drafted(
-        self: ChainDrafter, slot: int, token: int | None, room: DraftBudget
-    ) -> list[int]:
+    def drafted(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> list[int]:
         made = draft(self, slot, token, room)
         if token is None:
             drafts.append(made)

@@ -92,9 +92,7 @@ def test_an_attempt_comes_back(attempt: Attempt) -> None:
 
 @MANY
 @given(ATTEMPTS, st.sampled_from(["number", "images", "path", "members"]), JSON)
-def test_whatever_counts_as_an_attempt_can_be_read(
-    attempt: Attempt, name: str, value: Any
-) -> None:
+def test_whatever_counts_as_an_attempt_can_be_read(attempt: Attempt, name: str, value: Any) -> None:
     values = json.loads(json.dumps(attempt.to_json()))
     if not isinstance(value, type(values[name])):
         value = [value] if name != "number" else 0

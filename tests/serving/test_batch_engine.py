@@ -387,9 +387,7 @@ def test_images_and_prompts_that_were_read_before_are_reused(backbone, exits, ba
 
 
 @pytest.mark.parametrize("mode", ["full", "early_exit", "lossless"])
-def test_a_row_that_moves_to_another_slot_takes_its_positions_along(
-    mode, backbone, exits, batch
-):
+def test_a_row_that_moves_to_another_slot_takes_its_positions_along(mode, backbone, exits, batch):
     """Behind an image positions are fewer than tokens: how many fewer, each row has for itself."""
     name = "qwen2.5-vl"
     whole, some, policy = backbone(name), exits(name), ExitPolicy({2: 0.05})
@@ -449,9 +447,7 @@ def test_a_first_token_has_its_own_threshold_in_company_too(own, backbone, exits
 
 def test_a_token_that_leaves_unseen_has_no_score_in_company_either(adapter, rows):
     engine = core(adapter)
-    unseen, seen = (
-        engine.add(replace(request(rows[0]), thresholds={2: at})) for at in (0.0, 0.5)
-    )
+    unseen, seen = (engine.add(replace(request(rows[0]), thresholds={2: at})) for at in (0.0, 0.5))
     engine.run()
     assert unseen.result().output.scores[0, 1:].isnan().all()
     assert not seen.result().output.scores.isnan().any()

@@ -35,9 +35,7 @@ Build = Callable[..., Any]
 # -- what moves ------------------------------------------------------------------------------------
 
 
-def test_without_the_adversarial_term_no_discriminator_moves(
-    opt: Any, tmp_path: Path
-) -> None:
+def test_without_the_adversarial_term_no_discriminator_moves(opt: Any, tmp_path: Path) -> None:
     run = trainer(opt, tmp_path, replace(SHORT, adversarial=0.0))
     start = {n: t.clone() for n, t in run.discriminators.state_dict().items()}
     run.run()

@@ -37,9 +37,7 @@ def test_never_exiting_equals_stock_generate(name: str, backbone: Any, exits: An
     whole, policy = backbone(name), never(name)
     for rows in (1, 4):
         inputs = batch(name, rows)
-        made = propagating(
-            whole, exits(name), inputs, policy, max_new_tokens=NEW, do_sample=False
-        )
+        made = propagating(whole, exits(name), inputs, policy, max_new_tokens=NEW, do_sample=False)
         assert torch.equal(made.sequences, greedy(whole.model, inputs))
         assert (made.depths == whole.depth).all()
 
@@ -55,9 +53,7 @@ def test_a_token_runs_as_many_layers_as_its_depth(name: str, batch: Any, scored:
     )
     made, counts = tokens_by_layer(
         whole,
-        lambda: propagating(
-            whole, exits, inputs, policy, max_new_tokens=16, do_sample=False
-        ),
+        lambda: propagating(whole, exits, inputs, policy, max_new_tokens=16, do_sample=False),
     )
     depths = made.depths[0].tolist()
     assert set(depths) == {first, second, whole.depth}

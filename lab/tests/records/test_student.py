@@ -1,4 +1,5 @@
-"""Laws of the student's training: the best weights are kept, and what was cut off goes on."""
+"""Laws of the student's training: the best weights are kept, what was cut off goes on, and
+reinforcement writes the last layer alone."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp_lab.records import student
-from offramp_lab.records.student import train
+from offramp_lab.records.student import keep, train
 
 ROWS: list[Any] = [(torch.zeros(1), [n], [n], torch.zeros(1)) for n in range(40)]
 
@@ -69,3 +70,16 @@ def test_training_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     again = told(100, file)
     assert again["steps"] == whole["steps"] and again["seconds"] >= 100
     torch.testing.assert_close(again["latest"]["weight"], whole["latest"]["weight"])
+
+
+def test_reinforcement_writes_the_last_layer_alone(tmp_path: Path) -> None:
+    weights = {f"layers.{n}.weight": torch.full((1, 1), float(n)) for n in range(11)}
+    file = tmp_path / "student.pt"
+    torch.save({"student": weights, "steps": 7}, file)
+    layer = nn.Linear(1, 1)  # its bias stands for the drafts, which a student has not
+    keep(file, layer, steps=700)
+    found = torch.load(file, weights_only=True)
+    assert found["steps"] == 7 and found["reinforced"] == {"steps": 700}
+    assert found["student"].keys() == weights.keys()
+    for name, weight in found["student"].items():
+        assert torch.equal(weight, layer.weight if name == "layers.10.weight" else weights[name])

@@ -175,7 +175,20 @@ def wear(adapter: Adapter, file: Path) -> dict[str, Any]:
         start = f"layers.{index}."
         own = {n.removeprefix(start): t for n, t in student.items() if n.startswith(start)}
         layer.load_state_dict(own, strict=index < depth)
-    return {name: state[name] for name in ("steps", "seconds", "best", *LONGEST)}
+    told = ("steps", "seconds", "best", "reinforced", *LONGEST)
+    return {name: state[name] for name in told if name in state}
+
+
+def keep(file: Path, layer: nn.Module, **reinforced: Any) -> None:
+    """Write the last layer, after reinforcement, into the student's file. reinforced: what that
+    took."""
+    state = torch.load(file, weights_only=True)
+    student: dict[str, Tensor] = state["student"]
+    last = max(int(name.split(".")[1]) for name in student)
+    for name, weight in layer.state_dict().items():
+        if (place := f"layers.{last}.{name}") in student:  # drafts are the exit's alone
+            student[place] = weight
+    torch.save(state | {"reinforced": reinforced}, file)
 
 
 def main() -> None:

@@ -107,9 +107,7 @@ def main() -> None:
     )
 
 
-def prompts_of(
-    things: Sequence[str], count: int, patterns: Sequence[str] = PATTERNS
-) -> list[str]:
+def prompts_of(things: Sequence[str], count: int, patterns: Sequence[str] = PATTERNS) -> list[str]:
     """Some of what the patterns make of the things, by chance."""
     made = [pattern.format(thing) for thing, pattern in itertools.product(things, patterns)]
     return random.Random(0).sample(made, count)
