@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from offramp.engine.executors.bare import head_code
+from offramp.engine.executors.bare import head_code, shortlist_head
 from offramp.engine.policy import ExitPolicy, shortlist_of_policy
 from offramp.models.backbone import Backbone
 from offramp.models.exits import DraftInput, ExitSet
@@ -46,7 +46,7 @@ class DraftingExit:
             made = exits.modules.draft_input(depth)
             if made is not None:
                 shortlist = shortlist_of_policy(policy, exits)
-                head = None if shortlist is None else exits.shortlist_head(backbone)
+                head = None if shortlist is None else shortlist_head(backbone, exits)
                 return cls(backbone, depth, made, head, shortlist, head_code(backbone))
         return None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offramp.engine.confidence import FEATURE_SCORES, SCORES, max_probability
 from offramp.engine.decoding.reader import Query, Word
 from offramp.engine.decoding.rule import Verdict
-from offramp.engine.executors.bare import head_code
+from offramp.engine.executors.bare import head_code, shortlist_head
 from offramp.engine.executors.segments import ExitOutput
 from offramp.engine.policy import ExitPolicy, shortlist_of_policy
 from offramp.engine.sampler import NothingAllowed
@@ -265,7 +265,7 @@ class ExitScorer:
         if self.exits is None or self.shortlist is None:
             return None
         with torch.inference_mode(False):  # it is kept, and may be asked for in training
-            return self.exits.shortlist_head(self.backbone)
+            return shortlist_head(self.backbone, self.exits)
 
 
 def _score_of(policy: ExitPolicy) -> Callable[[ExitCheck], Tensor]:

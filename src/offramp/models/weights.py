@@ -33,8 +33,7 @@ _MIXED = 0.01
 _COMPRESSED = "quantization_scheme"
 """What compressed-tensors leaves in a linear, which rounds its weight whenever it runs."""
 ROWS = 4
-"""Fewer tokens than these take longer than these do, on the processors that were measured; by a
-plain product but for a single one."""
+"""Fewer tokens than these take longer than these do, on the processors that were measured."""
 
 
 class OwnLinear(nn.Module):

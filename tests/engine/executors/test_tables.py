@@ -171,22 +171,23 @@ def test_a_module_with_hooks_is_called_as_it_is(backbone):
 
 
 @pytest.mark.skipif(not torch._C.has_mkl, reason="another library multiplies here")
-@pytest.mark.parametrize("shape", [(1, 3), (2,), (3, 1)])
-def test_two_or_three_rows_are_multiplied_as_four(shape, monkeypatch):
+@pytest.mark.parametrize("shape", [(1, 2), (3,), (2, 4)])
+def test_several_tokens_have_a_product_of_ours_and_one_has_its_own(shape, monkeypatch):
     made, linear = [], torch.nn.functional.linear
     monkeypatch.setattr(
         torch.nn.functional, "linear", lambda x, *by: (made.append(x.shape), linear(x, *by))[1]
     )
+    states, one = torch.randn(*shape, 256), torch.randn(1, 1, 256)
     for module in (torch.nn.Linear(256, 512), torch.nn.Linear(256, 512, bias=False)):
-        states = torch.randn(*shape, 256)
+        ours = bare(module.eval(), "")
         with torch.inference_mode():
-            torch.testing.assert_close(bare(module.eval(), "")(states), module(states))
-        assert made[-2:] == [(4, 256), states.shape]
-    small, one = torch.nn.Linear(64, 64).eval(), torch.randn(1, 256)
+            torch.testing.assert_close(ours(states), module(states))
+            assert made == [states.shape]  # the module's own
+            assert torch.equal(ours(one), module(one))
+            bare(module, "", own=False)(states)
+        ours(states).sum().backward()  # ours cannot be differentiated
+        assert module.weight.grad is not None
+        assert made[1:] == [one.shape, one.shape, states.shape, states.shape]
+        made.clear()
+    small = torch.nn.Linear(64, 64).eval()
     assert type(bare(small, "")).forward is torch.nn.Linear.forward
-    bare(module, "")(one)
-    assert made[-1] == one.shape
-    plain = bare(module, "", fill=False)
-    with torch.inference_mode():
-        plain(states)
-    assert made[-1] == states.shape

@@ -78,7 +78,7 @@ class _Compiled:
         return code(*inputs, *self.weights)
 
     def _compile(self, inputs: Sequence[Tensor], run: Run, lengths: dict[int, int]) -> Code:
-        twin = bare(self.module, type(self.module).__module__, fill=False)
+        twin = bare(self.module, type(self.module).__module__, own=False)
         places = tensors_of(twin)
 
         def traced(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
