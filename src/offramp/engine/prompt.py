@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from offramp.engine.decoding.reader import Decide
+from offramp.engine.executors.bare import BareModules
 from offramp.engine.executors.segments import ExitOutput
 from offramp.engine.kv_cache import (
     CACHE_NAMES,
@@ -128,11 +129,14 @@ class PromptReader:
         self._depths = tuple(depths)
         self.exits_on: tuple[int, ...] = ()
         self.cache: Any = None
+        caller = type(self.intercepted.stack).forward.__module__
+        self._instead = BareModules(caller) if backbone.decoding.lean else None
         self._decide: Decide | None = None
         self._asks: frozenset[int] = frozenset()
         self._last = True  # whether the newest token is in the current chunk
         self._before: Tensor | None = None
-        self._waits: tuple[int, Tensor] | None = None
+        self.waits: tuple[int, Tensor] | None = None
+        """As of the `Prompt` that is being read."""
         self._keep: int | None = None
         self._kept: Tensor | None = None
 
@@ -165,13 +169,13 @@ class PromptReader:
                 "Generate for each by itself, or submit each to a BatchEngine (offramp serve).",
             )
         self.exits_on = self._depths if use_exits else ()
-        self._decide, self._asks, self._waits, self._last = decide, asks, None, True
+        self._decide, self._asks, self.waits, self._last = decide, asks, None, True
         self.cache, self._keep = prepared.cache, keep
         try:
             with torch.inference_mode():
                 return self._read(prepared)
         finally:
-            self.cache = self._decide = self._before = self._waits = None
+            self.cache = self._decide = self._before = self.waits = None
             self._keep = self._kept = self._served = None
 
     def _read(self, prepared: Prepared) -> Prompt:
@@ -188,7 +192,7 @@ class PromptReader:
             mask = prefill.prefill.get("attention_mask")
         real = mask.bool() if mask is not None and mask.dim() == 2 else None
         return Prompt(
-            prepared, self.cache, prefill, real, encoder, prefill.logits, self._waits, self._kept
+            prepared, self.cache, prefill, real, encoder, prefill.logits, self.waits, self._kept
         )
 
     def _in_chunks(self, *args: Any, **kw: Any) -> Any:
@@ -215,9 +219,9 @@ class PromptReader:
 
     def layer(self, call: LayerCall) -> Any:
         """The layer's own output; before it, the exit that stands there."""
-        if self._waits is not None:
+        if self.waits is not None:
             return self.backbone.skipped_layer_output(call)
-        here, newest = self.backbone.here, call.hidden[:, -1]
+        here, newest, call.instead = self.backbone.here, call.hidden[:, -1], self._instead
         if call.index == self._keep:
             self._kept = here(newest)
         if call.index in self.exits_on:
@@ -232,7 +236,7 @@ class PromptReader:
                 output = ExitOutput(here(newest), state, self._before)
                 keeps = self._served is not None and self._served.keeps
                 if self._decide(call.index, output) and not keeps:
-                    self._waits = call.index, call.hidden
+                    self.waits = call.index, call.hidden
                     return self.backbone.skipped_layer_output(call)
         self._before = here(newest)
         return call.run(call.layer)

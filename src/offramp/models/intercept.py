@@ -54,10 +54,18 @@ class _HeadStandIn(InPlaceOf):
     """The LM head, always applied to a 2-D row.
 
     A frozen half-precision head on a slice `h[:, -1:]` takes torch's batched path on CPU, which
-    copies the whole weight: 14 to 40 times slower than the same rows as a matrix.
+    copies the whole weight: 14 to 40 times slower than the same rows as a matrix. Where the handler
+    has a prompt wait at an exit (`waits`), nobody reads the logits: they are zeros.
     """
 
+    def __init__(self, head: nn.Module, handler: LayerHandler) -> None:
+        super().__init__(head)
+        self.__dict__["_handler"] = handler
+
     def __call__(self, hidden: Tensor) -> Tensor:
+        words = getattr(self._own, "out_features", None)
+        if words is not None and getattr(self._handler, "waits", None) is not None:
+            return hidden.new_zeros(1).expand(*hidden.shape[:-1], words)
         if hidden.dim() == 3 and hidden.shape[1] == 1:
             return self._own(hidden[:, 0])[:, None]  # type: ignore[no-any-return]
         return self._own(hidden)  # type: ignore[no-any-return]
@@ -78,7 +86,7 @@ class InterceptedModel:
         family = backbone.family
         root = twin(backbone.model)
         graft(root, f"{family.stack}.{family.layers}", stand_ins(backbone, handler))
-        graft(root, family.head, _HeadStandIn(backbone.reader))
+        graft(root, family.head, _HeadStandIn(backbone.reader, handler))
         if backbone.tower is not None:
             graft(root, str(family.vision), backbone.tower)
             for path, part in backbone.tower.beside.items():

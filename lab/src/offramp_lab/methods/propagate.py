@@ -38,9 +38,9 @@ class PropagatingReader(PromptReader):
         return replace(super()._read(prepared), waits=None)
 
     def layer(self, call: LayerCall) -> Any:
-        exited_before = self._waits is not None
+        exited_before = self.waits is not None
         out = super().layer(call)
-        if self._waits is not None:
+        if self.waits is not None:
             store_keys(self.cache, call.layer, call)
             assert self.exits is not None
             if exited_before and call.index in self.exits_on:
