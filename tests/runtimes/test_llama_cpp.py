@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from offramp.errors import AdapterError, InputError, UnsupportedBackboneError
 from offramp.models.exits import Exits, ExitSet
 from offramp.runtimes.llama_cpp import LlamaCppRuntime, export_gguf, segment
 from offramp.runtimes.llama_cpp.gguf_files import DIGESTS
+from offramp.runtimes.llama_cpp.native.drafts import FeedLoop
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -339,6 +341,41 @@ def test_a_callback_in_python_reads_the_same_states(exported: Any, loaded: Any) 
     assert same(ours, theirs)
     # No nodes are taken over there, and norms add in another order.
     torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("sure", [None, 0.0, 2.0], ids=["as asked", "never stops", "always stops"])
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_a_loop_feeds_what_is_fed_one_by_one(
+    name: str, sure: float | None, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, wherever the loop stops; the exit's verdicts decide."""
+    each, runs, run = loaded(name), list[int](), FeedLoop.run
+
+    def counted(self: FeedLoop, *given: Any) -> Any:
+        *rest, asked = given
+        made = run(self, *rest, asked if sure is None else sure)
+        assert made is not None
+        runs.append(len(made[0]))
+        return made
+
+    monkeypatch.setattr(FeedLoop, "run", counted)
+    for new, threshold, seed in product((1, 2, 40), (0.0, 0.3), (0, 1)):
+        policy = replace(adapter_of(name).policy, thresholds=dict.fromkeys(DEPTHS, threshold))
+        options = {**GREEDY, "max_new_tokens": new}
+        ours = each.generate(inputs_of(name, seed), policy=policy, **options)
+        criteria = StoppingCriteriaList([_Never()])  # it is asked about each token
+        theirs = each.generate(
+            inputs_of(name, seed), policy=policy, stopping_criteria=criteria, **options
+        )
+        assert same(ours, theirs)
+        assert torch.equal(ours.scores.nan_to_num(-1), theirs.scores.nan_to_num(-1))
+        assert (max(runs, default=0) > 1) is (new > 2 and sure != 2.0)
+        runs.clear()
+
+
+class _Never(StoppingCriteria):
+    def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
+        return torch.zeros(len(ids), dtype=torch.bool)
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm"])  # the latter's head is its embeddings

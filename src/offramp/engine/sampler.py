@@ -227,6 +227,11 @@ class Sampler:
         """Return a function that tells whether a token ends the answer."""
         return _one_of(self._ends)
 
+    @property
+    def foreseen(self) -> bool:
+        told = self._on_token or self._on_end or self._together
+        return self.plain and not self._custom and told is None
+
     @cached_property
     def prompt(self) -> list[int]:
         """Token ids of the row's prompt."""

@@ -23,6 +23,9 @@ from offramp.engine.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tal
 from offramp.engine.decoding.sequence import NAN, Sequence, Token
 from offramp.errors import InputError
 
+AHEAD = 32
+"""Tokens that an executor feeds by itself, at most."""
+
 
 @dataclass(eq=False)
 class Decoder:
@@ -179,6 +182,8 @@ class Decoder:
         if not rows:
             return 0
         depth = self.executor.depths[0]
+        if self._goes_on_by_itself(depth):
+            return self._feed_on(depth, rows[0])
         queries = [
             row.query if on and depth in row.rule.thresholds else None
             for row, on in zip(rows, ready, strict=True)
@@ -197,6 +202,36 @@ class Decoder:
                 self.tally.exited += exited
                 self.tally.waited += verdict is not None and not exited
         return len(rows)
+
+    def _goes_on_by_itself(self, depth: int) -> bool:
+        """Return True if the executor can feed what the exit at `depth` says: to one sequence, of
+        which nobody is told before it ends, and which no criterion of its own ends."""
+        if getattr(self.executor, "feed_on", None) is None or self.longest is not None:
+            return False
+        row, *others = self.sequences
+        return not others and row.sampler.foreseen and depth in row.rule.thresholds
+
+    def _feed_on(self, depth: int, row: Sequence) -> int:
+        """Feed the next token of a sequence and all that the exit is confident of, in one call; the
+        exit's verdicts are looked at afterwards."""
+        most = AHEAD
+        while most > 1 and row.sampler.would_end(len(row.ids) + most - 1, -1):
+            most -= 1
+        budget = DraftBudget(most, row.rule.single[depth], row.sampler.ends)
+        executor: Any = self.executor
+        made: list[tuple[int, Any]] = executor.feed_on(row.handle, row.next_id, budget)
+        fed = row.ran[0] + len(made)
+        for token, output in made:
+            [verdict] = self.heads.verdicts(depth, output, [row.query])
+            row.ran[0] += 1
+            exited = self._exits(row, depth, verdict)
+            self.tally.exited += exited
+            self.tally.waited += verdict is not None and not exited
+            if not exited or not row.active or row.next_id != token:
+                break
+        if row.ran[0] < fed:  # to rounding it was not confident
+            self.executor.crop(row.handle, row.ran[0])
+        return len(made)
 
     def _exits(self, row: Sequence, depth: int, verdict: Verdict | Exception | None) -> bool:
         """Write the exit's token where the exit is confident enough; return True if it was."""

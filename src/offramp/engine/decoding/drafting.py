@@ -30,6 +30,12 @@ class DraftBudget(NamedTuple):
     ends: Ends
 
 
+FeedOn = Callable[[Handle, int, DraftBudget], list[tuple[int, Any]]]
+"""Feeds the next token of a sequence as `Executor.feed` does, and then what the first exit says, as
+long as each is as likely as the budget wants. Returns of each token fed what the exit says after
+it, and its output. An executor that can has it as `feed_on`."""
+
+
 class Drafts:
     """The drafts of one sequence in one round; none is added beyond its budget."""
 

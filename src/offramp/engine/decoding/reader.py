@@ -19,7 +19,8 @@ class TokenSampler(Protocol):
     between the sampler and the heads.
 
     prompt: token ids of the row's prompt. ends: whether a token ends the answer; the same object
-    for samplers of the same end tokens.
+    for samplers of the same end tokens. foreseen: whether the largest logit is the next token, and
+    nothing but its length and its end tokens ends the answer, of which nobody is told before.
     """
 
     @property
@@ -27,6 +28,9 @@ class TokenSampler(Protocol):
 
     @property
     def ends(self) -> Callable[[int], bool]: ...
+
+    @property
+    def foreseen(self) -> bool: ...
 
     def would_end(self, tokens: int, last: int) -> bool:
         """Return True if an answer of so many tokens, the last of them `last`, is over by length or

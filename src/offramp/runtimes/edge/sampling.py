@@ -103,6 +103,10 @@ class Sampler:
         rules = sampling.repetition_penalty != 1.0 or self._counted or len(self._banned)
         self.plain: bool = sampling.temperature == 0.0 and not rules and noted is None
 
+    @property
+    def foreseen(self) -> bool:
+        return self.plain and self._stop is None and self._on_token is None
+
     def allowed(self, logits: Array, ids: Ids | None, before: Sequence[int]) -> Array:
         """Logits [S] after penalties. ids: of their tokens; None: all. before: the answer's tokens
         that stand before it."""

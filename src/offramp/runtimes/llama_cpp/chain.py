@@ -14,7 +14,9 @@ from functools import cached_property
 
 import numpy as np
 
+from offramp.engine.decoding.drafting import DraftBudget
 from offramp.runtimes.llama_cpp.graphs import Array
+from offramp.runtimes.llama_cpp.native.drafts import FeedLoop
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
 from offramp.runtimes.llama_cpp.segment import Part, Segment
@@ -162,6 +164,16 @@ class SegmentChain:
         states, logits = self._through(place, outputs, slot)
         self._waiting[slot][place + 1].append(states)
         return states, logits
+
+    def go_on(
+        self, loop: FeedLoop, token: int, budget: DraftBudget, slot: int = 0
+    ) -> tuple[list[int], States, Array]:
+        """`advance` a token through the first exit, and then each that the exit says, within a
+        budget: what it says, the states that entered it and its logits, of each token fed."""
+        said, logits = self.segments[0].feed_on(loop, token, *budget, slot)
+        states = self.segments[0].tapped()
+        self._waiting[slot][1].append(states)
+        return said, states, logits
 
     def together(
         self, place: int, outputs: Mapping[int, int], new: Mapping[int, States] | None = None

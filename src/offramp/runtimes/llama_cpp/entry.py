@@ -235,6 +235,11 @@ class Embeddings:
         """Return the weights that the embeddings are read from."""
         return self._embedding.weight  # type: ignore[return-value]
 
+    @property
+    def table(self) -> States | None:
+        """Return the weights [V, D], where a token's row is all that enters; else None."""
+        return self._rows if self._places is None and self._scale == 1.0 else None
+
     def of_token(self, token: int, position: int) -> States:
         """The states [1, D] of one token."""
         if self._rows is None:

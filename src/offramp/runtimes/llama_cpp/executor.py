@@ -7,16 +7,18 @@ Where several go on, their tokens share calls: the weights are read once for all
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from offramp.engine.decoding.drafting import DraftBudget
+from offramp.engine.decoding.drafting import DraftBudget, FeedOn
 from offramp.engine.decoding.executor import Loaded, Span
 from offramp.engine.decoding.reader import Decide
 from offramp.runtimes.llama_cpp.chain import SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.graphs import Array
+from offramp.runtimes.llama_cpp.native.drafts import FeedLoop
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.prompt import Prompt
 
@@ -44,6 +46,7 @@ class ChainExecutor:
 
     stand: depths of the chain's exits. depths: of those in use. embed: the states [1, D] of a token
     at a position. exact: as of `SegmentChain.reset`. drafter: of answers whose drafts it writes.
+    loop: feeds what the first exit says, where that is the chain's first; None: the decoder does.
     """
 
     rows: int | None = 1  # rows that have nothing to say do not go along
@@ -58,6 +61,7 @@ class ChainExecutor:
         *,
         exact: bool,
         drafter: ChainDrafter | None = None,
+        loop: FeedLoop | None = None,
     ) -> None:
         self.depths: tuple[int, ...] = tuple(depths)
         self.drafter: ChainDrafter | None = drafter
@@ -66,6 +70,7 @@ class ChainExecutor:
         self._places = [self._stand.index(depth) for depth in depths]
         self._unused = [place for place in range(self._last) if place not in self._places]
         self._free = set(range(chain.slots))
+        self.feed_on: FeedOn | None = None if loop is None else partial(self._feed_on, loop)
         self._opening: set[int] = set()  # slots whose prompt is to be verified with first drafts
 
     def read(
@@ -120,6 +125,13 @@ class ChainExecutor:
             return ChainOutput(*self._chain.advance(0, 1, new[handles[0]], handles[0]))
         made = self._through(0, place, dict.fromkeys(handles, 1), new)
         return _stacked([made[slot] for slot in handles])
+
+    def _feed_on(
+        self, loop: FeedLoop, handle: int, token: int, budget: DraftBudget
+    ) -> list[tuple[int, ChainOutput]]:
+        said, states, logits = self._chain.go_on(loop, token, budget, handle)
+        outputs = (ChainOutput(states[i : i + 1], logits[i : i + 1]) for i in range(len(said)))
+        return [*zip(said, outputs, strict=True)]
 
     def _entering(self, handles: Sequence[int], ids: Sequence[int]) -> dict[int, States]:
         """The states [1, D] of the next token of each."""

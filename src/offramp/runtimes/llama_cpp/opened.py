@@ -11,6 +11,7 @@ from offramp.engine.policy import ExitPolicy
 from offramp.runtimes.llama_cpp.chain import SegmentChain
 from offramp.runtimes.llama_cpp.drafter import ChainDrafter
 from offramp.runtimes.llama_cpp.gguf_files import SegmentFiles
+from offramp.runtimes.llama_cpp.native.drafts import FeedLoop
 from offramp.runtimes.llama_cpp.native.tap import States
 from offramp.runtimes.llama_cpp.plan import chain_plan
 from offramp.runtimes.llama_cpp.segment import EngineOptions, Segment
@@ -65,11 +66,20 @@ class OpenedFiles:
         *,
         first_may_exit: bool,
         every_mode: bool,
+        table: States | None = None,
     ) -> Plan:
-        """Return the plan of the chain; see `chain_plan`."""
+        """Return the plan of the chain; see `chain_plan`. table: [V, D], what tokens enter the
+        chain as, where that depends on nothing else; None: `embed` alone knows."""
+
+        def loop() -> FeedLoop | None:
+            if table is None:
+                return None
+            return self.segments[0].feed_loop(table, self.files.shortlist)
+
         return chain_plan(
             self.files.cuts[-1], policy, heads, self.chain, self.files.depths, embed,
             drafter=self.drafter, first_may_exit=first_may_exit, every_mode=every_mode,
+            loop=loop,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -161,6 +161,7 @@ class LlamaCppRuntime(CalledAsModel):
         plan = self._opened.plan(
             policy, partial(TensorHeads, self.adapter, policy), self._embeddings.of_token,
             first_may_exit=first_token_may_exit(self.backbone, policy), every_mode=every_mode,
+            table=self._embeddings.table,
         )  # fmt: skip
         if not every_mode:
             self._plans = ((policy, plan), *self._plans[: PLANS - 1])

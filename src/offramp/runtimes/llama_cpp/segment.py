@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.errors import AdapterError, InputError, check_known
-from offramp.runtimes.llama_cpp.native.drafts import DraftLoop, native_drafts
+from offramp.runtimes.llama_cpp.native.drafts import DraftLoop, FeedLoop, native_drafts
 from offramp.runtimes.llama_cpp.native.products import Products, instructions, reason_against
 from offramp.runtimes.llama_cpp.native.tap import States, Tap
 from offramp.runtimes.llama_cpp.packages import import_llama_cpp
@@ -168,6 +168,7 @@ class Segment:
         address_function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
         self._logits_address = address_function(("llama_get_logits", lib._lib))
         self._address = 0
+        self._blank = np.zeros((1, self.width), dtype=np.float32)
         self._logits = np.empty((0, self.vocabulary), dtype=np.float32)
 
     def length_of(self, slot: int = 0) -> int:
@@ -273,6 +274,39 @@ class Segment:
         if said is None:
             raise _refused(1, row, -1)
         return said
+
+    def feed_loop(self, table: States, ids: Sequence[int] | None) -> FeedLoop | None:
+        """A loop that feeds the layers with what the exit after them says; None where none can be
+        compiled, or states are scaled on their way in. table, ids: as of `FeedLoop`."""
+        native = native_drafts() if self.tap is not None and self.tap.compiled else None
+        if native is None or self.tap is None or self._input_scale != 1.0:
+            return None
+        return FeedLoop(
+            native, self._lib._lib, self._context, self.tap, self.vocabulary, table, ids
+        )
+
+    def feed_on(
+        self,
+        loop: FeedLoop,
+        token: int,
+        most: int,
+        sure: float,
+        ends: Callable[[int], bool],
+        slot: int = 0,
+    ) -> tuple[list[int], States]:
+        """Feed a token, and then what the exit says, `most` at most; what it says after each, and
+        its logits. Their states are at the tap. sure, ends: as of `FeedLoop.run`."""
+        row = self._rows[slot]
+        self._look_ahead(False)
+        positions = row.positions[:, row.length : row.length + most]
+        positions = np.ascontiguousarray(positions, dtype=np.int32)
+        blank = self._blank
+        batch = self._batch.fill(blank, None, positions[:, :1], [Part(slot, blank, 1, 0)])
+        made = loop.run(batch, positions, token, ends, sure)
+        if made is None:
+            raise _refused(1, row, -1)
+        row.length += len(made[0])
+        return made
 
     def tapped(self) -> States:
         """The states [n, D] that the last call took at the tap; a copy."""

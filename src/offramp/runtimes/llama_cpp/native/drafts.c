@@ -1,5 +1,5 @@
-// The drafts of an exit that drafts on, in one loop: between two of Python's calls a small layer has
-// long been computed.
+// What an exit says by itself, in one loop: between two of Python's calls a few small layers have long
+// been computed. It drafts on from its own state, or its tokens are fed to the layers below it.
 
 #include <float.h>
 #include <math.h>
@@ -15,19 +15,20 @@
 #define WIDEST
 #endif
 
-struct drafts {
+struct loop {
     int32_t (*decode)(struct llama_context *, struct llama_batch);
     float * (*logits)(struct llama_context *);
     struct llama_context * context;
-    struct tap * tap;         // behind the layer
+    struct tap * tap;         // before the exit; of one that drafts on after its layer
     size_t width, words;      // of states, and how many words there are to say
-    const float * of_words;   // [words, width]: what a word adds to what enters the layer
+    const float * of_words;   // [.., width]: what a word adds to what enters the first layer
+    const int32_t * rows;     // whose row of these is a word's; none: that of its number
     const float * of_states;  // [width, width]: row i is what number i of a normed state adds
     float state_scale;        // how many times as large the tap's states are
 };
 
 // word [width], and what a state [width] adds, normed by its root mean square.
-WIDEST static void enter(const struct drafts * d, const float * word, const float * state, float * into) {
+WIDEST static void enter(const struct loop * d, const float * word, const float * state, float * into) {
     const size_t width = d->width;
     double squares = 0;
     for (size_t i = 0; i < width; i++) squares += (double) state[i] * state[i];
@@ -75,7 +76,7 @@ WIDEST static float share(const float * numbers, size_t count, size_t at) {
 // product of their probabilities is `sure`; how many, or -1 where llama.cpp refused a row. batch: of
 // one row, whose logits are asked for. positions: [axes, most] of the rows. word, state: [width], of
 // the first row.
-int32_t offramp_drafts(const struct drafts * d, const struct llama_batch * batch, const int32_t * positions,
+int32_t offramp_drafts(const struct loop * d, const struct llama_batch * batch, const int32_t * positions,
                        size_t axes, const float * word, const float * state, const bool * ends, float sure,
                        size_t most, int32_t * said) {
     float product = 1;
@@ -91,6 +92,27 @@ int32_t offramp_drafts(const struct drafts * d, const struct llama_batch * batch
         if (ends[said[n]]) return n + 1;
         word = d->of_words + said[n] * d->width;
         state = (const float *) d->tap->into;
+    }
+    return most;
+}
+
+// Feed a token, given by its row, and after it each that the exit says, as long as its probability is
+// `sure` and it ends nothing: `most` rows at most. How many, or -1 where llama.cpp refused one. Their
+// states gather at the tap. said [most], kept [most, words]: what the exit says after each, and its
+// logits. batch, positions, ends: as above.
+int32_t offramp_feeds(const struct loop * d, const struct llama_batch * batch, const int32_t * positions,
+                      size_t axes, int32_t row, const bool * ends, float sure, size_t most, int32_t * said,
+                      float * kept) {
+    d->tap->held = 0;
+    for (size_t n = 0; n < most; n++) {
+        memcpy(batch->embd, d->of_words + row * d->width, d->width * sizeof *batch->embd);
+        for (size_t axis = 0; axis < axes; axis++) batch->pos[axis] = positions[axis * most + n];
+        if (d->decode(d->context, *batch) != 0) return -1;
+        const float * logits = d->logits(d->context);
+        memcpy(kept + n * d->words, logits, d->words * sizeof *kept);
+        said[n] = largest(logits, d->words);
+        if (ends[said[n]] || share(logits, d->words, said[n]) < sure) return n + 1;
+        row = d->rows ? d->rows[said[n]] : said[n];
     }
     return most;
 }
