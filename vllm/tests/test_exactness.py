@@ -196,6 +196,23 @@ def test_prompts_logprobs_are_the_full_models(made: Any, serve: Any) -> None:
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
+@pytest.mark.parametrize(("quick", "steps"), [(0.0, 20), (1e9, 4)])
+def test_tokens_are_the_same_however_many_are_handed_over_at_once(
+    quick: float, steps: int, made: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp_vllm.v1.QUICK", quick)
+    folder = made("llama")
+    early = stored(folder)
+    llm = serve(folder / "model", folder / "export", enable_prefix_caching=True)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    theirs, taken = scheduler.update_from_output, list[int]()
+    scheduler.update_from_output = lambda *args: (taken.append(1), theirs(*args))[1]
+    expect(answers(llm, prompts(early)[:1]), early[:1])
+    assert len(taken) == steps
+    expect(answers(llm, prompts(early), at_once=8), early)
+    expect(answers(llm, prompts(early)), early)  # over blocks of these answers
+
+
 def test_cancelled_requests_leave_the_others_alone(made: Any, serve: Any) -> None:
     from vllm import SamplingParams
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from offramp_vllm.adapter import Exported
 from offramp_vllm.drafts import Join
+from offramp_vllm.kernels import Keys, product_of
 from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, put_off, rounds, slots_of
-from offramp_vllm.stages import Stages, decoder_of
+from offramp_vllm.stages import Stages, decoder_of, layers_of
 from offramp_vllm.store import Store
 
 
@@ -31,12 +32,12 @@ class Step:
     which attention is that of a ragged call. sampled: the call's rows whose logits vLLM asks for
     [N]; None: the last of each request. exits: whether an exit is asked or drafts in this step; if
     not, none runs. again: for each request [R] how often its token has been put off; -1: its token
-    may not be.
+    may not be. greedy: whether of the logits nothing but the likeliest tokens is wanted.
 
-    depths: layers run for each request's next token [R]. off: requests whose token is put off [O].
-    said: rows [A] that left, with what they may say: ids' logits. read: whether vLLM has asked for
-    the logits. ran: whether the decoder ran here, and not by code of vLLM's that was compiled
-    before.
+    tokens: the likeliest [R], -1 where put off; None: vLLM gets logits. depths: layers run for each
+    request's next token [R]. off: requests whose token is put off [O]. said: rows [A] that left,
+    with what they may say: ids' logits. read: whether vLLM has asked for the logits. ran: whether
+    the decoder ran here, and not by code of vLLM's that was compiled before.
     """
 
     starts: Tensor
@@ -48,11 +49,13 @@ class Step:
     waits: Tensor
     thresholds: Sequence[Tensor]
     allowed: Callable[[Tensor, Tensor], Tensor] | None
-    deeper: Callable[[Ragged], AbstractContextManager[None]]
+    deeper: Callable[[Ragged], AbstractContextManager[Any]]
     sampled: Tensor | None
     layers: int
     exits: bool
     again: Tensor
+    greedy: bool
+    tokens: Tensor | None = None
     depths: Tensor = field(init=False)
     off: Tensor = field(init=False)
     said: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -61,12 +64,16 @@ class Step:
 
     def __post_init__(self) -> None:
         self.depths = torch.full_like(self.seq_lens, self.layers)
-        self.off = self.seq_lens.new_empty(0)
+        self.off = self.seq_lens.new_empty(0, dtype=torch.long)
 
     @property
     def last(self) -> Tensor:
         """The call's row of each request's last token [R]."""
         return (self.starts[1:] - 1).long()
+
+    def asked(self, place: int) -> Tensor:
+        """The requests whose token an exit may write [A]."""
+        return (self.asks & ~self.thresholds[place].isnan()).nonzero().flatten()
 
     @property
     def begins(self) -> Tensor:
@@ -82,7 +89,7 @@ class Head:
 
     def __init__(self, model: Any, ids: Tensor | None) -> None:
         """model: vLLM's, whose `compute_logits` is still its own."""
-        self._whole, self.ids, self._weight = model.compute_logits, ids, None
+        self._whole, self.ids, self._product = model.compute_logits, ids, None
         parent = _head_parent(model)
         lm_head = None if parent is None else parent.lm_head
         example = _zeros_like_states(model, lm_head)
@@ -95,10 +102,9 @@ class Head:
 
     def _take(self, lm_head: Any, processor: Any, example: Tensor) -> None:
         """Rows of the head alone, where they give what the whole head gives."""
-        rows = _rows_of(lm_head, self.ids, self.vocabulary)
-        if rows is None:
+        self._product = product_of(lm_head, self.ids, self.vocabulary)
+        if self._product is None:
             return
-        self._weight, self._bias = rows
         self._cap, self._scale = processor.soft_cap, processor.scale
         noise = torch.randn(
             (4, example.shape[1]), generator=torch.Generator().manual_seed(0), dtype=torch.float32
@@ -106,18 +112,23 @@ class Head:
         states = noise.to(example)
         apart = (self(states).float() - self._whole(states)[:, self.ids].float()).abs().max()
         if float(apart) > 0.05 * float(self._whole(states).float().abs().max()):
-            self._weight = None  # a head that does more than a product
+            self._product = None  # a head that does more than a product
 
     def __call__(self, states: Tensor) -> Tensor:
         """Logits [A, S] of final states [A, D]."""
         if self.ids is None:
             return self._whole(states)  # type: ignore[no-any-return]
-        if self._weight is None:
+        if self._product is None:
             return self._whole(states)[:, self.ids]  # type: ignore[no-any-return]
-        logits = nn.functional.linear(states, self._weight, self._bias)
+        logits = self._product(states)
         if self._cap is not None:
             logits = torch.tanh(logits / self._cap) * self._cap
         return logits * self._scale if self._scale != 1.0 else logits
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Tokens [A] of what exits say [A, S]."""
+        best = logits.argmax(-1)
+        return best if self.ids is None else self.ids[best]
 
     def whole(self, logits: Tensor) -> Tensor:
         """Logits [A, V] of what exits say [A, S]; those of other tokens are -inf."""
@@ -152,6 +163,7 @@ class Early:
         self.on = True
         self.drafted: Tensor | None = None
         self._join: Join | None = None
+        self._keys = Keys.of(layers_of(decoder)[exported.layers])
         self._like: dict[str, Tensor] = {}
         self._score = SCORES[exported.rule.score]
         self._logits = model.compute_logits
@@ -174,8 +186,10 @@ class Early:
         store.put(0, step.slots, {name: part[:count] for name, part in state.items()})
         stay = ~step.waits
         if step.exits:
-            self._fill(step, store, 0, torch.arange(len(stay), device=stay.device), step.begins)
-            hidden = self._exit(0, state, positions)
+            if store.gaps:
+                every = torch.arange(len(stay), device=stay.device)
+                self._fill(step, store, 0, every, step.begins)
+            hidden = self._first(step, state, positions)
             store.heard[0].index_fill_(0, step.slots, 1)
         else:
             first_part, store.gaps = next(iter(state.values())), True
@@ -200,6 +214,23 @@ class Early:
             kept, positions, self.exported.depths[-1], self.exported.layers
         )
 
+    def _first(self, step: Step, state: dict[str, Tensor], positions: Tensor) -> Tensor:
+        """Final states [T, D] by the first exit; of the other tokens of a prompt than the one that
+        is asked it only writes keys and values."""
+        if self._keys is None or self._join is not None or len(step.slots) == len(step.seq_lens):
+            return self._exit(0, state, positions)
+        asked = step.asked(0)
+        at, last = self.exported.layers, step.last[asked]
+        few = {name: part[last] for name, part in state.items()}  # before norms write into it
+        self._keys.write(lambda: self.stages.between(state, positions, at, at + 1))
+        example = next(iter(state.values()))
+        hidden = example.new_zeros((len(example), self.head.width))
+        if len(asked):
+            place = step.seq_lens[asked].long()
+            with step.deeper(Ragged(asked, place - 1, place)):
+                hidden[last] = self._exit(0, few, positions[..., last])
+        return hidden
+
     def _exit(self, place: int, state: dict[str, Tensor], positions: Tensor) -> Tensor:
         at = self.exported.layers + place
         if place or self._join is None:
@@ -210,13 +241,13 @@ class Early:
 
     def _decide(self, step: Step, place: int, hidden: Tensor, stay: Tensor) -> Tensor:
         """Which requests go on [R]; those that leave have said what they say."""
-        thresholds = step.thresholds[place]
-        rows = (stay & step.asks & ~thresholds.isnan()).nonzero().flatten()
+        rows = step.asked(place)
+        rows = rows[stay[rows]]
         if not len(rows) or not self.on:
             return stay
         logits = self.head(hidden.index_select(0, step.last[rows]))
         allowed = self._allowed(step, rows, logits)
-        leaving = leaves(self._score(allowed), thresholds[rows])
+        leaving = leaves(self._score(allowed), step.thresholds[place][rows])
         if step.allowed is not None:  # an exit that may say nothing leaves nothing
             leaving &= ~allowed.isneginf().all(-1)
         if place == 0:  # a token that was put off has been asked there
@@ -319,6 +350,9 @@ class Early:
         step.read = True
         # Else exits would have run as the model's last layers, and all it says would be wrong.
         assert step.ran, "the decoder did not run in parts"
+        if step.greedy:
+            step.tokens = self._tokens(step, states)
+            return step.tokens
         if not step.said:
             return self._logits(states)  # type: ignore[no-any-return]
         request = torch.arange(len(step.seq_lens), device=states.device)
@@ -337,6 +371,17 @@ class Early:
         if len(deep):
             logits.index_copy_(0, deep, self._logits(states.index_select(0, deep)).to(logits))
         return logits
+
+    def _tokens(self, step: Step, states: Tensor) -> Tensor:
+        """The likeliest token of each request [R], of its last row's final state [R, D]."""
+        tokens = torch.full_like(step.depths, -1, dtype=torch.long)
+        for rows, said in step.said:
+            tokens.index_copy_(0, rows, self.head.likeliest(said))
+        deep = ((tokens < 0) & step.asks).index_fill_(0, step.off, False).nonzero().flatten()
+        if len(deep):
+            said = self._logits(states.index_select(0, deep))
+            tokens.index_copy_(0, deep, said.argmax(-1))
+        return tokens
 
 
 def _agreed(leaving: Tensor) -> Tensor:
@@ -360,13 +405,3 @@ def _head_parent(model: nn.Module) -> Any:
 def _zeros_like_states(model: Any, lm_head: Any) -> Tensor:
     weight = next(model.parameters()) if lm_head is None else lm_head.weight
     return torch.zeros((1, weight.shape[-1]), dtype=weight.dtype, device=weight.device)
-
-
-def _rows_of(lm_head: Any, ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor | None] | None:
-    """Weight [S, D] and bias [S] of the head's rows; None where they cannot be taken."""
-    from vllm.distributed import get_tp_group
-
-    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
-    if not weight.is_floating_point() or get_tp_group().world_size > 1 or len(weight) < vocabulary:
-        return None
-    return weight[ids].clone(), None if bias is None else bias[ids].clone()

@@ -82,12 +82,11 @@ class Stages:
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder, self._forward = decoder, decoder.forward
         self._whole = (decoder.start_layer, decoder.end_layer)
-        self._signature = inspect.signature(decoder.forward)
-        self._names = tuple(self._signature.parameters)[:4]
+        self._names = tuple(inspect.signature(decoder.forward).parameters)[:4]
 
     def arguments(self, *args: Any, **kw: Any) -> tuple[dict[str, Any], Tensor]:
         """What a call of the decoder was given, by name, and its positions [T] or [3, T]."""
-        given = self._signature.bind(*args, **kw).arguments
+        given = {**dict(zip(self._names, args, strict=False)), **kw}
         return given, given[self._names[1]]
 
     def tokens(self, ids: Tensor, positions: Tensor) -> dict[str, Any]:
@@ -117,14 +116,13 @@ class Stages:
         return dict(zip(self._names, values, strict=True))
 
     def _run(self, given: dict[str, Any], start: int, end: int, *, last: bool) -> Any:
-        decoder = self._decoder
-        decoder.start_layer, decoder.end_layer = start, end
-        extra = given.pop("kwargs", {}) if "kwargs" not in self._names else {}
+        numbers = self._decoder.__dict__  # setting attributes of a module is slow
+        numbers["start_layer"], numbers["end_layer"] = start, end
         try:
-            with _rank(start == 0 and given[self._names[2]] is None, last):
-                return self._forward(**given, **extra)
+            with _rank(start == 0 and given.get(self._names[2]) is None, last):
+                return self._forward(**given)
         finally:
-            decoder.start_layer, decoder.end_layer = self._whole
+            numbers["start_layer"], numbers["end_layer"] = self._whole
 
 
 def states_like(model: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

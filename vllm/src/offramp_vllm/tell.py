@@ -14,14 +14,14 @@ WATCHED = "offramp_watched"
 """There too, of the copy of a watched answer: whether it is the same."""
 
 
-def attach(outputs: Mapping[int, Any], depths: Mapping[str, int]) -> None:
+def attach(outputs: Mapping[int, Any], depths: Mapping[str, Sequence[int]]) -> None:
     """Put the depth of each request's new tokens beside them. outputs: EngineCoreOutputs by client.
-    depths: by request."""
+    depths: by request; the last one is that of all tokens after it."""
     for client in outputs.values():
         for output in client.outputs:
-            depth = depths.get(output.request_id)
-            if depth is not None and output.new_token_ids:
-                told = {"depths": [depth] * len(output.new_token_ids)}
+            found, new = depths.get(output.request_id), len(output.new_token_ids)
+            if found is not None and new:
+                told = {"depths": [*found[:new], *found[-1:] * (new - len(found))]}
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: told}
 
 

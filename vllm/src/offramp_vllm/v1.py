@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,12 +21,14 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
 from offramp_vllm import tell
 from offramp_vllm.adapter import Exported, read_exported
 from offramp_vllm.attach import exits_loaded
 from offramp_vllm.drafts import ExitDrafts, exits_draft
 from offramp_vllm.early import Early, Step
+from offramp_vllm.kernels import take_kernels
 from offramp_vllm.policy import LOSSLESS, Asked, asked
 from offramp_vllm.refuse import WITHOUT, Refused
 from offramp_vllm.rows import Ragged, slots_of, verified
@@ -42,18 +45,27 @@ else:
 
 GRAMMAR = "offramp_grammar"
 """Of a step's plan: what grammars allow in it."""
+_KNOWN = {MinTokensLogitsProcessor, LogitBiasLogitsProcessor}
+"""Processors that do nothing to requests that do not ask for it."""
+AHEAD, QUICK = 7, 0.05
+"""How many tokens more the runner may write on its own before it hands them over, and in how many
+seconds: what vLLM does between two steps takes longer than a small model's layers below an exit."""
 
 
 @dataclass(frozen=True)
 class _Request:
     """asked: mode and rule. changed: whether something changes its logits before a token is
     chosen. whole: whether its prompt runs to full depth. greedy: whether no random number is drawn
-    for its tokens."""
+    for its tokens. ends: tokens after which its answer is over. most: tokens of its answer at most.
+    ahead: whether nothing but these ends it."""
 
     asked: Asked
     changed: bool
     whole: bool
     greedy: bool
+    ends: Set[int]
+    most: int
+    ahead: bool
 
     @property
     def first(self) -> tuple[float, ...]:
@@ -71,6 +83,8 @@ class ExitRunner:
     _requests_known: dict[str, _Request]
     _stepping = False
     _sampled: Tensor | None = None
+    _begun = 0.0
+    _ahead: list[Step]
     _drafts_at_most = 0
     _put_off: Mapping[str, int] = {}
     _grammar: Any = None
@@ -80,6 +94,7 @@ class ExitRunner:
             super().load_model(*args, **kw)  # type: ignore[misc]
         me: Any = self
         self._requests_known = {}
+        take_kernels(me.model)
         self.early = Early(me.model, self.exported, me.max_num_tokens)
         _check_alike(self.early, self.exported)
         if isinstance(getattr(me, "drafter", None), ExitDrafts):
@@ -119,7 +134,7 @@ class ExitRunner:
         grammar = getattr(scheduler_output, GRAMMAR, None)
         self._grammar = grammar and (grammar, scheduler_output.scheduled_spec_decode_tokens)
         self._drafts_at_most = scheduler_output.num_spec_tokens_to_schedule
-        self._stepping = True
+        self._stepping, self._begun = True, time.perf_counter()
         try:
             return super().execute_model(scheduler_output, *args, **kw)  # type: ignore[misc]
         finally:
@@ -142,18 +157,29 @@ class ExitRunner:
         # As vLLM drops what it samples for a prompt that is not whole yet.
         if step is not None:
             me.discard_request_mask.np[step.off.cpu().numpy()] = True
+        self._ahead = []
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         self.early.step = None
         if step is not None and hasattr(output, "req_ids"):
-            output.offramp_put_off = off
-            output.offramp_depths = dict(zip(ids, step.depths.tolist(), strict=True))
+            moved = dict.fromkeys(off, -1)
+            depths = [step.depths.tolist(), *(one.depths.tolist() for one in self._ahead)]
+            if self._ahead:
+                last = self._ahead[-1].off.tolist()
+                self._put_off = {ids[row]: 1 for row in last}
+                moved = {one: len(self._ahead) - (row in last) for row, one in enumerate(ids)}
+            output.offramp_moved = moved
+            output.offramp_depths = dict(zip(ids, zip(*depths, strict=True), strict=True))
         return output
 
     def _sample(self, logits: Any, drafted: Any) -> Any:
         """What vLLM's sampler that verifies gives, without its copies of the logits: where nothing
         is drafted by the plain sampler, and where all is greedy by comparison."""
         me: Any = self
-        batch = me.input_batch.sampling_metadata
+        step, batch = me.early.step, me.input_batch.sampling_metadata
+        if step is not None and step.tokens is not None:
+            columns = [step.tokens, *self._go_ahead(step)]
+            tokens = torch.stack(columns, 1).int()
+            return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
         if drafted is not None and not drafted.max_spec_len:
             drafted = None
         if drafted is None or not self._plain(batch):
@@ -169,11 +195,54 @@ class ExitRunner:
         budgets = batch.thinking_budget_state_holder
         return bool(
             batch.all_greedy
+            and all(type(one) in _KNOWN for one in batch.logitsprocs.non_argmax_invariant)
             and batch.max_num_logprobs is None
             and not batch.logprob_token_ids
             and not any(self._request(one).changed for one in me.input_batch.req_ids)
             and (budgets is None or not budgets.has_tracked_requests())
         )
+
+    def _go_ahead(self, step: Step) -> Iterator[Tensor]:
+        """The tokens [R] of further steps of the same requests, while none is over or put off and
+        all of it is quick: without vLLM's own work between two steps."""
+        me: Any = self
+        count, ids = len(step.seq_lens), me.input_batch.req_ids
+        known = [self._request(one) for one in ids]
+        if len(step.slots) > count or not all(one.ahead for one in known):
+            return  # the first tokens of prompts are handed over at once
+        lengths = [len(me.requests[one].output_token_ids) + 1 for one in ids]
+        room = min(one.most - length for one, length in zip(known, lengths, strict=True))
+        room = min(room, AHEAD, me.max_model_len - int(step.seq_lens.max()) - 1)
+        if not bool(step.asks.all()):
+            return
+        rows = torch.arange(count, device=me.device)
+        rules = torch.tensor(
+            [one.asked.rule.thresholds for one in known], dtype=torch.float32, device=me.device
+        )
+        again = step.again.clamp(max=0)
+        with set_forward_context(None, me.vllm_config, count, slot_mapping={}):
+            while len(self._ahead) < room and not len(step.off) and self._is_quick(step):
+                token = step.tokens
+                assert token is not None
+                if any(t in one.ends for t, one in zip(token.tolist(), known, strict=True)):
+                    break
+                place = step.seq_lens.long()
+                with self._attending(Ragged(rows, place, place + 1)) as slots:
+                    step = replace(
+                        step, starts=torch.arange(count + 1, device=me.device),
+                        seq_lens=step.seq_lens + 1, slots=slots, thresholds=rules.unbind(1),
+                        sampled=None, again=again, tokens=None, said=[], read=False, ran=False,
+                    )  # fmt: skip
+                    me.early.step = step
+                    states = me.early.forward(token, self._positions(rows, place), None, None)
+                    me.early.compute_logits(states)
+                self._ahead.append(step)
+                assert step.tokens is not None
+                yield step.tokens
+
+    def _is_quick(self, step: Step) -> bool:
+        quick = time.perf_counter() - self._begun < QUICK
+        return bool(_agreed(step.asks.new_full((), quick).to(torch.uint8)))
 
     def drafts(self, sampled: Sequence[Sequence[int]], lengths: Any) -> list[list[int]]:
         """What the first exit says after the new tokens of each lossless request, while it is sure
@@ -181,6 +250,7 @@ class ExitRunner:
         me: Any = self
         step, early = me.early.step, me.early
         made = [list[int]() for _ in sampled]
+        known = [self._request(one) for one in me.input_batch.req_ids]
         room = [self._room(*one) for one in enumerate(sampled)]
         asking = [row for row, left in enumerate(room) if left]
         if step is None or not asking:
@@ -202,7 +272,7 @@ class ExitRunner:
                 for at, (row, one) in enumerate(zip(rows.tolist(), token.tolist(), strict=True)):
                     if on[at]:
                         made[row].append(one)
-                        on[at] = len(made[row]) < room[row] and one not in self._ends(row)
+                        on[at] = len(made[row]) < room[row] and one not in known[row].ends
                 going = torch.tensor(on, device=me.device)
                 rows, token, place, sure = rows[going], token[going], place[going] + 1, sure[going]
                 before = None if before is None else early.drafted[going]
@@ -212,17 +282,11 @@ class ExitRunner:
         """How many drafts a request may get."""
         me: Any = self
         one = me.input_batch.req_ids[row]
-        if not new or new[-1] in self._ends(row) or self._request(one).asked.mode != LOSSLESS:
+        known = self._request(one)
+        if not new or new[-1] in known.ends or known.asked.mode != LOSSLESS:
             return 0
-        request = me.requests[one]
-        left = request.sampling_params.max_tokens - len(request.output_token_ids) - 1
-        return int(max(0, min(self._drafts_at_most, left)))
-
-    def _ends(self, row: int) -> set[int]:
-        """Tokens after which an answer is over."""
-        me: Any = self
-        params = me.requests[me.input_batch.req_ids[row]].sampling_params
-        return set() if params.ignore_eos else params.all_stop_token_ids
+        left = known.most - len(me.requests[one].output_token_ids) - 1
+        return max(0, min(self._drafts_at_most, left))
 
     def _positions(self, rows: Tensor, places: Tensor) -> Tensor:
         """Positions [N] of tokens after the prompt; [3, N] where they are of time, height and
@@ -256,6 +320,7 @@ class ExitRunner:
         modes = [r.asked.mode for r in known]
         drafting = LOSSLESS in modes and self._drafts_at_most > 0 and exits_draft(me.vllm_config)
         leaving = self.early.on and any(r.asked.rule.is_on for r in known)
+        greedy = leaving and not _drafts(me.vllm_config) and self._plain(batch.sampling_metadata)
         may = me.speculative_config is None or exits_draft(me.vllm_config)
         again = [
             self._put_off.get(one, 0) if may and r.asked.rule.is_on and r.greedy else -1
@@ -276,6 +341,7 @@ class ExitRunner:
             layers=self.exported.layers,
             exits=drafting or leaving,
             again=torch.tensor(again, device=device).masked_fill(partial, -1),
+            greedy=greedy,
         )
 
     def _request(self, one: str) -> _Request:
@@ -316,14 +382,15 @@ class ExitRunner:
             place += 1 + len(drafts.get(one, ()))
 
     @contextmanager
-    def _attending(self, call: Ragged) -> Iterator[None]:
+    def _attending(self, call: Ragged) -> Iterator[Tensor]:
         """Attention of a ragged call in place of the step's: query starts, lengths, block tables
-        and slots of its own."""
+        and slots of its own, of which those that states are kept by are given."""
         me: Any = self
         which, places = call.tokens()
         offsets, ends = call.offsets.int(), call.ends.int()
         attention: dict[str, Any] = {}
         slots: dict[str, Tensor] = {}
+        own = places
         for number, groups in enumerate(me.attn_groups):
             blocks = me.input_batch.block_table[number]
             table = blocks.get_device_tensor(me.input_batch.num_reqs)
@@ -343,6 +410,7 @@ class ExitRunner:
                 is_prefilling=torch.zeros(len(call.rows), dtype=torch.bool),
                 seq_lens_cpu_upper_bound=ends.cpu(),
             )
+            own = mapped if number == self._group else own
             for group in groups:
                 made = group.build_metadata(common)
                 attention |= dict.fromkeys(group.layer_names, made)
@@ -351,7 +419,7 @@ class ExitRunner:
         before = context.attn_metadata, context.slot_mapping
         context.attn_metadata, context.slot_mapping = attention, slots
         try:
-            yield
+            yield own
         finally:
             context.attn_metadata, context.slot_mapping = before
 
@@ -380,8 +448,12 @@ def _known(exported: Exported, params: Any, drafts: bool) -> _Request:
         or params.bad_words
         or params.structured_outputs is not None
     )
-    greedy = params.sampling_type == SamplingType.GREEDY
-    return _Request(wanted, changed, params.prompt_logprobs is not None, greedy)
+    return _Request(
+        wanted, changed, params.prompt_logprobs is not None,
+        greedy=params.sampling_type == SamplingType.GREEDY,
+        ends=set() if params.ignore_eos else params.all_stop_token_ids,
+        most=params.max_tokens, ahead=not params.stop and not params.repetition_detection,
+    )  # fmt: skip
 
 
 def _scored(params: Any) -> bool:
@@ -470,8 +542,11 @@ class ExitScheduler(Scheduler):
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self._exported = read_exported(folder_of(self.vllm_config))
-        if exits_draft(self.vllm_config):  # their keys are written before they are verified
+        # Of drafts and of tokens that the runner writes on its own keys are written first.
+        if exits_draft(self.vllm_config):
             self.num_lookahead_tokens = self.num_spec_tokens
+        elif not _drafts(self.vllm_config):
+            self.num_lookahead_tokens = AHEAD
         self._watch = Watch(
             self._exported, watched_share(self.vllm_config), drafts=_drafts(self.vllm_config),
             priority=self.policy == SchedulingPolicy.PRIORITY,
@@ -494,10 +569,10 @@ class ExitScheduler(Scheduler):
         for again in self._watch.over(over):
             self.add_request(again)
         tell.attach(outputs, getattr(model_runner_output, "offramp_depths", {}))
-        for one in getattr(model_runner_output, "offramp_put_off", ()):
+        for one, tokens in getattr(model_runner_output, "offramp_moved", {}).items():
             request = self.requests.get(one)
             if request is not None and request.num_computed_tokens:  # not preempted meanwhile
-                request.num_computed_tokens -= 1
+                request.num_computed_tokens += tokens
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
