@@ -50,20 +50,25 @@ def main(folder: Path, at_once: int, out: Path, *asked: str) -> None:
 
     embeds = load_file(folder / "prompts.safetensors")
     prompts = [{"prompt_embeds": embeds[name]} for name in sorted(embeds)]
-    groups = [prompts[s : s + at_once] for s in range(0, len(prompts), at_once)]
+    starts = range(0, len(prompts), at_once)
+    ids = json.loads((folder / "ids.json").read_text())
+    read = [  # by EAGLE-3, which embeds tokens itself
+        {**one, "prompt_token_ids": row, "prompt_is_token_ids": [False] * len(row)}
+        for one, row in zip(prompts, ids, strict=True)
+    ]
     lines = out.read_text().splitlines() if out.is_file() else []
     done = {(row["way"], row["group"]) for row in map(json.loads, lines)}
     ways = asked or tuple(WAYS)
-    missing = [way for way in ways if {(way, place) for place in range(len(groups))} - done]
+    missing = [way for way in ways if {(way, place) for place in range(len(starts))} - done]
     engines: dict[str, Any] = {}
     for name in missing:
         exits, drafts, _ = WAYS[name]
         if drafts is EAGLE:
-            drafts = {**EAGLE, "model": str(folder / "drafter")}
+            drafts = {**EAGLE, "model": str(folder.parent / "side_by_side" / "drafter")}
         key = str(WAYS[name][:2])
         engines[name] = engines[key] = engines.get(key) or make(folder, exits, drafts)
     rounds = {name: counted(engine) for name, engine in engines.items()}
-    for place, group in enumerate([*groups[:1] * WARM, *groups], -WARM):
+    for place, start in enumerate([*starts[:1]] * WARM + [*starts], -WARM):
         for name in missing:
             if (name, place) in done:
                 continue
@@ -72,6 +77,7 @@ def main(folder: Path, at_once: int, out: Path, *asked: str) -> None:
                 extra_args={"offramp_mode": WAYS[name][2]},
             )  # fmt: skip
             rounds[name][:] = 0, 0
+            group = (read if WAYS[name][1] is EAGLE else prompts)[start : start + at_once]
             begin = time.process_time()
             made = engines[name].generate(group, params, use_tqdm=False)
             seconds = time.process_time() - begin

@@ -4,9 +4,9 @@
 
 Captions of photographs by the photo model's decoder, 1, 8 and 24 at once, greedy, in one thread.
 Image features are given, so no vision tower is in the CPU seconds. --vllm: of the environment that
-`make test-vllm` makes. Parts: prompts; by load what vLLM and what offramp take; a random model of
-three billion weights, which takes 12 GB; and an EAGLE-3 drafter, which trains for half an hour and,
-once it is in runs/vllm, is measured too. Parts that are not asked for stay as the record has them.
+`make test-vllm` makes. Parts: prompts; by load what vLLM and what offramp take; and a random model
+of three billion weights, which takes 12 GB. EAGLE-3 is measured too where side_by_side has trained
+its drafter. Parts that are not asked for stay as the record has them.
 What vLLM took is kept in runs/vllm by the exits' digest, so that a run that was cut off goes on.
 --only: of vLLM's ways measure these again, beside its full depth.
 """
@@ -44,11 +44,10 @@ from offramp.storage import digest_file, digest_rows, read_json
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import ROOT, RUNS
 from offramp_lab.records.record import Record, Some, asked
-from offramp_lab.records.side_by_side import export_words
 from offramp_lab.records.subjects import halves, load_photo
-from offramp_lab.records.text import step
 
 RECORD = Record("vllm")
+DRAFTER = RUNS / "side_by_side" / "drafter"
 LOADS = (1, 8, 24)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
 CAREFUL: dict[str, Any] = {"thresholds": {4: 0.4}, "first": {4: 0.7}}
@@ -73,12 +72,11 @@ MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit
 def main() -> None:
     loads = (f"{who} {load}" for load in LOADS for who in ("vllm", "offramp"))
     arguments = asked(
-        __doc__, photo=True, vllm=Path, photographs=100, learn=1000, steps=700, only=Some(WAYS),
-        parts=Some(("shape", "drafter", "prompts", *loads)),
+        __doc__, photo=True, vllm=Path, photographs=100, only=Some(WAYS),
+        parts=Some(("shape", "prompts", *loads)),
     )  # fmt: skip
     made: dict[str, Callable[[], Any]] = {
         "shape": partial(shape, arguments),
-        "drafter": partial(drafter, arguments),
         "prompts": partial(prompts, arguments),
         **{f"vllm {load}": partial(in_vllm, arguments, load) for load in LOADS},
         **{f"offramp {load}": partial(in_offramp, arguments, load) for load in LOADS},
@@ -124,13 +122,6 @@ def run(python: Path, script: Path, *words: Any) -> None:
     subprocess.run(command, check=True, env=env)
 
 
-def drafter(arguments: Any) -> dict[str, Any]:
-    """Train an EAGLE-3 drafter on the model's own captions of the training split."""
-    work = RUNS / RECORD.name
-    trained = step("export", export_words(work, arguments), work, arguments.data)
-    return {"learn": arguments.learn, "steps": arguments.steps, "trained": trained}
-
-
 def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, Any]]]:
     """The photo model, its encoder, and the photographs' prompts, none of which chose a
     threshold."""
@@ -151,7 +142,7 @@ def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
 
 def prompts(arguments: Any) -> dict[str, Any]:
     """Write what vLLM reads: the decoder as a plain Llama, exits by policy, and embeddings of each
-    prompt [T, D], the image's among them; and answer in PyTorch."""
+    prompt [T, D], the image's among them, with its ids; and answer in PyTorch."""
     adapter, encoder, inputs = loaded(arguments)
     out = RUNS / RECORD.name
     texts = [encoder.tokenizer(text)["input_ids"] for text in PROMPTS]
@@ -173,6 +164,8 @@ def prompts(arguments: Any) -> dict[str, Any]:
         embeds[f"{place:03}"] = seen[0][0].contiguous()
     save_file(embeds, out / "prompts.safetensors")
     (out / "said.json").write_text(json.dumps(said))
+    ids = [one["input_ids"][0].tolist() for one in inputs]
+    (out / "ids.json").write_text(json.dumps(ids))
     tokens = {name: sum(map(len, rows)) for name, rows in said.items()}
     exits = {
         name: {
@@ -205,7 +198,8 @@ def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
     the others as the record has them."""
     out = RUNS / RECORD.name
     ways = [way for way in WAYS if way == FULL or way in arguments.only]
-    if not (out / "drafter").is_dir():
+    drafter = DRAFTER / "model.safetensors"
+    if not drafter.is_file():
         ways = [way for way in ways if way != "EAGLE-3"]
     code = [SPEED, *sorted((ROOT / "vllm" / "src").rglob("*.py"))]
     exits = exits_of(out)
@@ -225,6 +219,7 @@ def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
         made[name] = {
             **way("vLLM", name, [row["seconds"] for row in found], tokens, said, WAYS[name]),
             "exits": exits.get(WAYS[name]), "full_depth": beside,
+            "drafter": digest_file(drafter) if name == "EAGLE-3" else None,
             "tokens_a_round": 1 + kept / rounds if rounds else None,
         }  # fmt: skip
     return [made[name] for name in WAYS if name in made]
