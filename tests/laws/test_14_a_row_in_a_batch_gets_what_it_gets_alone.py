@@ -107,7 +107,8 @@ def serve(
 ) -> tuple[dict[int, Any], dict[int, LogitsWarper]]:
     """Answer all in one decoder, in an order drawn from `seed`; one of them is taken out once.
 
-    noted: every other request notes its logits, from this one on. Odd seeds read prompts in chunks.
+    noted: every other request notes its logits, from this one on. Odd seeds read prompts in chunks,
+    even ones let prompts that come together run together.
     """
     draw = random.Random(seed)
     plan = plan_of(whole, exits, asked[0].policy, modes=MODES)
@@ -115,7 +116,7 @@ def serve(
     if packs is not None:
         executor.packs = packs
     decoder = plan.decoder(executor, longest=longest)
-    prompts = plan.reader(chunk=3 if seed % 2 else None)
+    prompts = plan.reader(chunk=3 if seed % 2 else 64)
     queue, done, notes = list(range(len(asked))), {}, {}
     draw.shuffle(queue)
     cancelled = False
@@ -130,14 +131,16 @@ def serve(
         sampler = Sampler(prepared, noise=SeededNoise(number))
         rule = plan.rule(request.mode)
         with torch.inference_mode():
-            prompt, [token] = decoder.read(prompts, prepared, [sampler], rule)
+            prompt, [token] = decoder.read(prompts, prepared, [sampler], rule, later=True)
             decoder.join(prompt, 0, sampler, rule, token, number)
 
     while queue or decoder.sequences:
         rows = decoder.sequences
         if queue and len(rows) < slots and draw.random() < 0.5:
             join(queue.pop())
-        elif any(row.ready(longest) for row in rows) and draw.random() < 0.7:
+            continue
+        decoder.begin()
+        if any(row.ready(longest) for row in rows) and draw.random() < 0.7:
             plain = decoder.next_call() == "full"
             decoder.make("full" if plain else "feed")
         elif rows:

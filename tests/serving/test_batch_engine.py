@@ -13,6 +13,7 @@ from families import one_row
 
 from offramp.adapter import Adapter
 from offramp.engine.executors.slots.cache import SlotCache
+from offramp.engine.executors.slots.executor import SlotExecutor
 from offramp.engine.generate import generate
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engine.prefix_cache import PrefixCache
@@ -76,6 +77,31 @@ def test_requests_from_many_threads_get_what_they_get_alone(adapter, rows):
             got = handle.result().output.sequences
             assert torch.equal(got, alone(adapter, rows[i], mode, max_new_tokens=new))
         assert engine.core.tokens == sum(new for _, _, new in wanted)
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_prompts_that_come_together_run_together(first, adapter, rows, monkeypatch):
+    """In one call below the exit, and in one above it where it says no first token."""
+    runs, run = [], SlotExecutor.run
+
+    def noted(self, segment, spans, asked):
+        runs.append((segment, len(spans), sum(end - start for _, start, end in spans)))
+        return run(self, segment, spans, asked)
+
+    policy = replace(adapter.policy, first={2: first})
+    unsure = replace(adapter, policy=policy)
+    expected = [alone(unsure, inputs, max_new_tokens=3) for inputs in rows[:3]]
+    engine = core(unsure)
+    engine.add(request(rows[0], new=2))
+    engine.run()  # the model is checked
+    monkeypatch.setattr(SlotExecutor, "run", noted)
+    handles = [engine.add(request(inputs, new=3)) for inputs in rows[:3]]
+    engine.run()
+    columns = runs[0][2]
+    assert runs[0] == (0, 3, columns) and columns > 3
+    assert ((1, 3, columns) in runs) == bool(first)
+    for handle, sequences in zip(handles, expected, strict=True):
+        assert torch.equal(handle.result().output.sequences, sequences)
 
 
 def test_a_cancelled_request_frees_its_slot_or_its_place_within_one_round(adapter, rows):

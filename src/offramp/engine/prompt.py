@@ -58,11 +58,11 @@ class Prompt:
     prepared: its token ids [B, T], processors, criteria and configuration. cache: keys and values
     of the layers, and of the exits after them. prefill: what later calls of the stack repeat.
     real: which of its columns [B, T] are no padding; None: all. encoder: the states of an encoder
-    [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth.
-    waits: the depth at whose exit every row's first token exited, and the states [B, N, D] of its
-    last columns that have yet to run the layers above; None where all ran. kept: the states
-    [B, D] with which each row's newest token enters the drafting exit, where they were asked to be
-    kept.
+    [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth;
+    None where the prompt waits. waits: the depth at whose exit every row's first token exited, or
+    is drafted, 0 before the first layer, and the states [B, N, D] of its last columns that have yet
+    to run the layers above; None where all ran. kept: the drafting exit's states [B, D] of each
+    row's newest token, where they were asked to be kept.
     """
 
     prepared: Prepared
@@ -70,7 +70,7 @@ class Prompt:
     prefill: Prefill
     real: Tensor | None
     encoder: tuple[Tensor, Tensor | None] | None
-    logits: Tensor
+    logits: Tensor | None
     waits: tuple[int, Tensor] | None
     kept: Tensor | None = None
 
@@ -138,6 +138,7 @@ class PromptReader:
         self.waits: tuple[int, Tensor] | None = None
         """As of the `Prompt` that is being read."""
         self._keep: int | None = None
+        self._opens = self._may_enter = self._enters = False
         self._kept: Tensor | None = None
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
@@ -152,12 +153,15 @@ class PromptReader:
         decide: Decide | None = None,
         asks: frozenset[int] = frozenset(),
         keep: int | None = None,
+        waits: bool = False,
+        enters: bool = False,
     ) -> Prompt:
         """Run a prompt of one or more rows.
 
         use_exits: whether the exits store their keys. decide: asked about each row's first token at
         the exits of the depths `asks`; None: it runs to full depth. keep: depth of the exit that
-        will draft on from the newest token.
+        will draft on from the newest token. waits: whether it may wait there for the first drafts.
+        enters: whether it may wait before the first layer, where it could run in parts.
 
         Raises:
             InputError: longer than the backbone's positions; a cache that exits cannot share;
@@ -170,7 +174,8 @@ class PromptReader:
             )
         self.exits_on = self._depths if use_exits else ()
         self._decide, self._asks, self.waits, self._last = decide, asks, None, True
-        self.cache, self._keep = prepared.cache, keep
+        self.cache, self._keep, self._opens = prepared.cache, keep, waits
+        self._may_enter, self._enters = enters, False
         try:
             with torch.inference_mode():
                 return self._read(prepared)
@@ -191,21 +196,18 @@ class PromptReader:
         if self.backbone.is_encoder_decoder:  # the other is the encoder's
             mask = prefill.prefill.get("attention_mask")
         real = mask.bool() if mask is not None and mask.dim() == 2 else None
-        return Prompt(
-            prepared, self.cache, prefill, real, encoder, prefill.logits, self.waits, self._kept
-        )
+        logits = prefill.logits if self.waits is None else None
+        return Prompt(prepared, self.cache, prefill, real, encoder, logits, self.waits, self._kept)
 
     def _in_chunks(self, *args: Any, **kw: Any) -> Any:
         """The stack's forward pass; what it returns is of the last chunk."""
         embeds, mask = kw.get("inputs_embeds"), kw.get("attention_mask")
         assert self._chunk is not None
-        if (
-            args
-            or embeds is None
-            or embeds.shape[1] <= self._chunk
-            or not can_shorten(kw, self.cache, self.backbone)
-        ):
+        if args or embeds is None or not can_shorten(kw, self.cache, self.backbone):
             return self._run_stack(*args, **kw)
+        if embeds.shape[1] <= self._chunk:
+            self._enters = self._may_enter and self._served is None
+            return self._run_stack(**kw)
         past, total = int(self.cache.get_seq_length()), embeds.shape[1]
         for start in range(0, total, self._chunk):
             self._between()
@@ -221,21 +223,27 @@ class PromptReader:
         """The layer's own output; before it, the exit that stands there."""
         if self.waits is not None:
             return self.backbone.skipped_layer_output(call)
+        if self._enters:
+            self.waits = 0, call.hidden
+            return self.backbone.skipped_layer_output(call)
         here, newest, call.instead = self.backbone.here, call.hidden[:, -1], self._instead
-        if call.index == self._keep:
-            self._kept = here(newest)
         if call.index in self.exits_on:
             assert self.exits is not None
-            if self._decide is None or not self._last or call.index not in self._asks:
+            keeps = call.index == self._keep
+            asks = self._decide is not None and call.index in self._asks
+            if not self._last or not (keeps or asks):
                 if self.backbone.is_encoder_decoder:  # an encoder's keys are made after its own
                     self.exits.run(call.index, call)
                 else:
                     store_exit_keys(self.cache, self.exits, call)
             else:
                 state = here(self.exits.run(call.index, call)[:, -1])
-                output = ExitOutput(here(newest), state, self._before)
-                keeps = self._served is not None and self._served.keeps
-                if self._decide(call.index, output) and not keeps:
+                if keeps:
+                    self._kept, ends = state, self._opens
+                else:
+                    assert self._decide is not None
+                    ends = self._decide(call.index, ExitOutput(here(newest), state, self._before))
+                if ends and not (self._served is not None and self._served.keeps):
                     self.waits = call.index, call.hidden
                     return self.backbone.skipped_layer_output(call)
         self._before = here(newest)

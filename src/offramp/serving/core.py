@@ -100,7 +100,10 @@ class Core(Jobs):
         return self._advance() if self.decoder.sequences else None
 
     def _advance(self) -> Call:
-        """Make one call for the sequences under way."""
+        """Make one call for the sequences under way, those whose prompts wait having begun."""
+        begin = self.clock()
+        self.decoder.begin()
+        self.seconds["read"] += self.clock() - begin
         call = self.decoder.next_call()
         with self._timed(call):
             self.decoder.make(call)
@@ -192,7 +195,9 @@ class Core(Jobs):
                 opened = host.open(request, job.settled)
                 job.put(opened.ids)
                 sampler = opened.sampler
-                prompt, [said] = self.decoder.read(opened.reader, opened.given, [sampler], rule)
+                prompt, [said] = self.decoder.read(
+                    opened.reader, opened.given, [sampler], rule, later=True
+                )
         finally:
             self._reading = None
         length = int(prompt.columns)

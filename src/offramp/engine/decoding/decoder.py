@@ -54,9 +54,13 @@ class Decoder:
         prepared: Any,
         samplers: Many[TokenSampler],
         rule: ExitRule,
+        *,
+        later: bool = False,
     ) -> tuple[Any, list[Token | None]]:
         """Read a prompt of one or more rows, and choose each row's first token; None where it is to
-        be verified with the first drafts.
+        be verified with the first drafts, or `begin` runs the prompt.
+
+        later: whether that may be.
         """
         opening = rule.opening
         said: list[Token | None] = [None] * len(samplers)
@@ -76,12 +80,15 @@ class Decoder:
                         said[row] = Token(verdict.token, depth, scores[row])
             return None not in said
 
+        drafter = self.drafter if rule.drafts else None
         prompt = reader.read(
             prepared,
             use_exits=rule.uses_exits,
             decide=decide if opening.thresholds else None,
             asks=frozenset(opening.thresholds),
-            keep=self.drafter.keeps if self.drafter is not None and rule.drafts else None,
+            keep=None if drafter is None else drafter.keeps,
+            waits=self.executor.opens,
+            enters=later and rule.exiting and self.executor.opens,
         )
         if prompt.logits is not None:
             word = self.heads.of_logits(prompt.logits)
@@ -126,6 +133,13 @@ class Decoder:
             self.executor.release(sequence.handle)
 
     # -- the loop ----------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Run the prompts that wait before the first layer together, as far as the first exit."""
+        rows = [row for row in self.sequences if row.ran[0] < row.start and row.active]
+        if rows:
+            with self.heads.computing():
+                self._run(0, rows)
 
     def finish(self) -> None:
         """Write until every sequence is over. Raise the error of the first that has one."""
@@ -238,8 +252,8 @@ class Decoder:
         if isinstance(verdict, Exception):
             row.error = verdict
         elif verdict is not None:
-            score = row.rule.shown(depth, verdict)
-            if row.rule.exits(depth, verdict):
+            score = row.now.shown(depth, verdict)
+            if row.now.exits(depth, verdict):
                 self._write(row, Token(verdict.token, depth, score))
                 return True
             row.score = score
@@ -268,10 +282,11 @@ class Decoder:
         depth = self.layers if last else self.executor.depths[segment]
         spans, asked, asking, count = list[Span](), list[int](), list[Sequence](), 0
         for row in rows:
-            span = Span(row.handle, row.ran[segment], row.ran[segment - 1])
+            end = row.ran[segment - 1] if segment else row.start
+            span = Span(row.handle, row.ran[segment], end)
             spans.append(span)
             count += span.end - span.first
-            if row.waits and (last or depth in row.rule.thresholds):
+            if (row.waits or not segment) and (last or depth in row.now.thresholds):
                 asked.append(count - 1)  # of the column that was fed last
                 asking.append(row)
         output = self.executor.run(segment, spans, asked)

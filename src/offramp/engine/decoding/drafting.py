@@ -67,7 +67,7 @@ class Drafter(Protocol):
     """Writes drafts for an executor's sequences.
 
     depth: of the exit that drafts; accepted drafts count at it. keeps: depth of the exit whose
-    entering state `read` is to keep of a prompt; None: the drafter needs none.
+    state `read` is to keep of a prompt; None: the drafter needs none.
     """
 
     depth: int

@@ -38,12 +38,14 @@ class Executor(Protocol):
     """Runs segments for sequences, each by a handle of its own.
 
     depths: of the exits in use, ascending. rows: sequences that one call is over, at most;
-    positions: columns of a sequence, at most; None: any number.
+    positions: columns of a sequence, at most; None: any number. opens: whether prompts may wait
+    that have yet to run, or to be verified with their first drafts.
     """
 
     depths: tuple[int, ...]
     rows: int | None
     positions: int | None
+    opens: bool
 
     def load(self, prompt: Any, row: int) -> Loaded:
         """Take over a row of a prompt that was read: by a `PromptReader`, or by one of its own."""
@@ -64,7 +66,8 @@ class Executor(Protocol):
         ...
 
     def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> Any:
-        """Run a segment over columns that are pending before it, all of each sequence.
+        """Run a segment over columns that are pending before it, all of each sequence: before
+        segment 0 those of prompts that only entered.
 
         asked: which of the spans' columns, counted through, are asked about: outputs are of these.
         Returns what the next exit makes of them, or the full model after the last segment.

@@ -92,12 +92,15 @@ class PrefillBackend(Protocol):
         decide: Decide | None = None,
         asks: frozenset[int] = frozenset(),
         keep: int | None = None,
+        waits: bool = False,
+        enters: bool = False,
     ) -> Any:
         """Run a prompt of one or more rows.
 
         prepared: the prompt, as this reader takes it. use_exits: whether the exits store their
         keys. decide: asked about each row's first token at the exits of the depths `asks`; None:
-        the prompt runs to full depth. keep: depth of the exit whose entering state of each row's
-        newest token a drafter goes on from.
+        the prompt runs to full depth. keep: depth of the exit whose state of each row's newest
+        token a drafter goes on from. waits: whether the prompt may wait there for the first drafts.
+        enters: whether it may wait before the first layer, to run together with others.
         """
         ...

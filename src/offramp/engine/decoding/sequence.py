@@ -77,7 +77,12 @@ class Sequence:
     @property
     def query(self) -> Query:
         """Return what is asked of exits and LM head: the next token of this answer."""
-        return Query(self.sampler, self.rule, self.ids)
+        return Query(self.sampler, self.now, self.ids)
+
+    @property
+    def now(self) -> ExitRule:
+        """Return the rule of the next token."""
+        return self.rule if self.ids else self.rule.opening
 
     @property
     def next_id(self) -> int:

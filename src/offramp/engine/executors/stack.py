@@ -70,13 +70,13 @@ class _Row:
     ran: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)  # arguments of the newest call
     verified: tuple[int, Tensor] | None = None  # a column, and the drafting exit's [n, D] from it
-    entered: tuple[int, Tensor] | None = None  # a column of which it has keys, and its entry [1, D]
 
 
 class StackExecutor(SegmentRunner):
     """Runs a backbone with exits through its own stack; all as of `SegmentRunner`."""
 
     rows: int | None = 1
+    opens = False
     positions: int | None = None  # counted where its arguments are made
 
     def __init__(
@@ -108,7 +108,7 @@ class StackExecutor(SegmentRunner):
             held.waits[segment] = _Waiting(tokens - mine.shape[1], mine, places, None)
             ran[segment:] = [tokens - mine.shape[1]] * (len(ran) - segment)
         if prompt.kept is not None:
-            held.entered = tokens - 1, prompt.kept[row : row + 1]
+            held.verified = tokens - 1, prompt.kept[row : row + 1]
         held.ran = [*ran]
         self._held.append(held)
         return Loaded(held, tokens, ran)
@@ -201,8 +201,6 @@ class StackExecutor(SegmentRunner):
         drafter = self._drafter
         if drafter is None or not budget.max_drafts:
             return []
-        if row.entered is not None and row.entered[0] == column - 1:
-            self._enter(row, row.entered[1])
         first, states = row.verified or (column, torch.empty(0))
         if not 0 <= column - 1 - first < len(states):
             return []
@@ -218,17 +216,6 @@ class StackExecutor(SegmentRunner):
         finally:
             self._undo(row, row.tokens - begin)
         return drafts.ids
-
-    def _enter(self, row: _Row, entry: Tensor) -> None:
-        """Let the drafting exit run the newest column, of which it has only stored the keys; where
-        they can be taken back."""
-        assert self._drafter is not None
-        depth, row.entered = self._drafter.depth, None
-        own = self_attention(row.cache).layers
-        slides = [getattr(own[i], "is_sliding", False) for i in self._entries(range(depth, depth))]
-        if not any(slides) and not self.backbone.reads_ids:
-            self._undo(row, 1)
-            row.verified = row.tokens, self._drafted(row, entry[None])
 
     def _drafted(self, row: _Row, states: Tensor, ids: Tensor | None = None) -> Tensor:
         """What the drafting exit makes [1, D] of states [1, 1, D] at the next column."""
@@ -263,7 +250,7 @@ class StackExecutor(SegmentRunner):
             if self._drafter is not None:
                 state = self._taken().state
                 assert state is not None
-                row.verified, row.entered = (column, state), None
+                row.verified = column, state
         return torch.cat(made)
 
     def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> Output:

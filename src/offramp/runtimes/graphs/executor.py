@@ -47,6 +47,7 @@ class GraphExecutor:
 
     rows: int | None = 1
     positions: int | None = None
+    opens = False
 
     def __init__(self, programs: RowPrograms) -> None:
         self.depths: tuple[int, ...] = programs.depths

@@ -51,6 +51,7 @@ class ChainExecutor:
 
     rows: int | None = 1  # rows that have nothing to say do not go along
     positions: int | None = None
+    opens = True
 
     def __init__(
         self,
@@ -81,8 +82,11 @@ class ChainExecutor:
         decide: Decide | None = None,
         asks: frozenset[int] = frozenset(),
         keep: int | None = None,
+        waits: bool = False,
+        enters: bool = False,
     ) -> ChainPrompt:
-        """Run a prompt in a free slot, to full depth or as far as `decide` lets it."""
+        """Run a prompt in a free slot, to full depth or as far as `decide` lets it; before the
+        first drafts it always waits."""
 
         def at(exit: int, state: Array, logits: Array) -> bool:
             assert decide is not None

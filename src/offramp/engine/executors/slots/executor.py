@@ -28,6 +28,7 @@ class SlotExecutor(SlotRunner):
     """Runs a backbone with exits on the rows of a slot cache; arguments as of `SlotRunner`."""
 
     rows: int | None = None
+    opens = True
 
     def __init__(
         self,
@@ -56,12 +57,14 @@ class SlotExecutor(SlotRunner):
         if encoder is not None and bool(encoder.all()):
             encoder = None
         columns = self.cache.load(slot, prompt.cache, row, real, encoder)
-        held = SlotRow(slot, dict.fromkeys(range(1, len(self._segments)), columns))
+        if prompt.waits is not None and not prompt.waits[0]:
+            columns = prompt.columns if real is None else int(real.sum())
+        held = SlotRow(slot, dict.fromkeys(range(len(self._segments)), columns))
         self.held.place(held, prompt, row, columns)
         ran = [columns] * len(self._segments)
         if prompt.waits is not None:
             depth, waiting = prompt.waits
-            segment = self.depths.index(depth) + 1
+            segment = self.depths.index(depth) + 1 if depth else 0
             mine = waiting[row]
             if real is not None and not bool(real.all()):
                 mine = mine[real[-len(mine) :]]
@@ -73,7 +76,7 @@ class SlotExecutor(SlotRunner):
                 above = self._segments[segment:]
                 held.unread = {entry for running in above for entry in self._entries(running)}
         if prompt.kept is not None:
-            held.entered = columns - 1, prompt.kept[row : row + 1]
+            held.verified = columns - 1, prompt.kept[row : row + 1]
         self.held.by_slot.append(held)
         return Loaded(held, columns, ran)
 
@@ -167,7 +170,7 @@ class SlotExecutor(SlotRunner):
     def draft(
         self,
         handles: Sequence[SlotRow],
-        ids: Sequence[int],
+        ids: Sequence[int | None],
         columns: Sequence[int],
         budgets: Sequence[DraftBudget],
     ) -> list[list[int]]:
@@ -175,7 +178,6 @@ class SlotExecutor(SlotRunner):
         written = [made.ids for made in drafts]
         if self._drafter is None:
             return written
-        self._enter([row for row, own in zip(handles, budgets, strict=True) if own.max_drafts])
         places, begin = [], []
         for place, (row, column) in enumerate(zip(handles, columns, strict=True)):
             first, made = row.verified or (column, ())
@@ -188,7 +190,14 @@ class SlotExecutor(SlotRunner):
         # written over what no draft has reached yet.
         last = (self.cache.limit or max(columns) + max(b.max_drafts for b in budgets)) - 1
         going, step, rows = set(places), 0, [handles[place] for place in places]
-        tokens, states = self._ids([ids[place] for place in places]), torch.stack(begin)
+        newest, states = [ids[place] for place in places], torch.stack(begin)
+        if None in newest:  # what follows a prompt that waits is said by its last state
+            said, shares = (made.tolist() for made in self._drafter.tokens(states))
+            for place, token, share in zip(places, said, shares, strict=True):
+                if ids[place] is None and not drafts[place].add(token, share):
+                    going.remove(place)
+            newest = [n if own is None else own for n, own in zip(said, newest, strict=True)]
+        tokens = self._ids(newest)
         while going:
             ahead = [min(columns[place] + step, last) for place in places]
             states = self._drafted(rows, ahead, self._drafter.inputs(tokens, states))
@@ -197,15 +206,6 @@ class SlotExecutor(SlotRunner):
                 if place in going and not drafts[place].add(token, share):
                     going.remove(place)
         return written
-
-    def _enter(self, rows: Sequence[SlotRow]) -> None:
-        """Let the drafting exit run the columns of which it has only stored the keys."""
-        late = [(row, *row.entered) for row in rows if row.entered is not None]
-        if late:
-            named, columns, entries = zip(*late, strict=True)
-            states = self._drafted(named, columns, torch.cat(entries))
-            for i, (row, column) in enumerate(zip(named, columns, strict=True)):
-                row.verified, row.entered = (column, states[i : i + 1]), None
 
     def _drafted(self, rows: Sequence[SlotRow], columns: Sequence[int], inputs: Tensor) -> Tensor:
         """What the drafting exit makes [n, D] of a column of each slot."""
@@ -218,26 +218,39 @@ class SlotExecutor(SlotRunner):
     def verify(
         self, handles: Sequence[SlotRow], ids: Sequence[Sequence[int]], columns: Sequence[int]
     ) -> Tensor:
-        spans = [
-            Span(handle, column, column + len(tokens))
-            for handle, tokens, column in zip(handles, ids, columns, strict=True)
+        new = [
+            (Span(row, column, column + len(own)), self._ids(own))
+            for row, own, column in zip(handles, ids, columns, strict=True)
+            if own
         ]
-        if len(spans) == 1:
-            made: Any = self._through_all(self._beside(spans[0]), self._ids(ids[0])[None])
-        else:
-            made = self._several(spans, [*map(self._ids, ids)], self._through_all)
         if self._drafter is None:  # whoever drafts reads no states of an exit
-            return made  # type: ignore[no-any-return]
-        states = torch.split(made.state, [len(tokens) for tokens in ids])
-        for (row, start, end), own in zip(spans, states, strict=True):
-            row.verified, row.entered = (start, own), None
-            row.base = dict.fromkeys(row.base, end)
-        return made.entry  # type: ignore[no-any-return]
+            return self._together(range(self.backbone.depth), new)  # type: ignore[return-value]
+        depth = self._drafter.depth
+        segment, last = self.depths.index(depth) + 1, len(self.depths)
+        if new:
+            made: Any = self._together(range(depth), new)
+            sizes = [len(own) for _, own in new]
+            parts = zip(torch.split(made.entry, sizes), torch.split(made.state, sizes), strict=True)
+            for ((row, first, _), _), (entry, state) in zip(new, parts, strict=True):
+                self._pending.keep(segment, row, first, entry)
+                row.verified = first, state
+        spans, asked, count = list[Span](), list[int](), 0
+        for row, own, column in zip(handles, ids, columns, strict=True):
+            first, end = row.base[segment], column + len(own)  # with a prompt that waits
+            spans.append(Span(row, first, end))
+            count += end - first
+            asked.extend(range(count - len(own) - (first < column), count))
+        for running in range(segment, last):
+            self.run(running, spans, ())
+        return self.run(last, spans, asked)  # type: ignore[return-value]
 
-    def _through_all(self, call: Call, ids: Tensor) -> Output:
-        """Final-normed states of ids [B, T], and what the drafting exit makes of them, if any."""
-        final = self._call(range(self.backbone.depth), call, ids, verifies=True)
-        return final if self._drafter is None else ExitOutput(final, self._taken().state)
+    def _together(self, running: range, new: Sequence[tuple[Span, Tensor]]) -> Output:
+        """What layers and the exit after them make of ids [n] at columns of each slot."""
+        if len(new) == 1:
+            [(span, own)] = new
+            return self.run_layers(running, self._beside(span), own[None])
+        spans, ids = zip(*new, strict=True)
+        return self._several(spans, ids, lambda call, laid: self.run_layers(running, call, laid))
 
     # -- layouts -----------------------------------------------------------------------------
 

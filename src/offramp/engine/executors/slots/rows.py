@@ -21,8 +21,7 @@ class SlotRow:
     of column 0, and that on the first of several axes. places: positions [..., T] of a prompt that
     waits and does not go up one by one.
     encoder: states [1, S, D] of an encoder that layers have yet to read; unread: which. verified: a
-    column, and the drafting exit's states [n, D] from it on. entered: a column of which that exit
-    has only stored the keys, and the states [1, D] that enter it.
+    column, and the drafting exit's states [n, D] from it on.
     """
 
     slot: int
@@ -33,7 +32,6 @@ class SlotRow:
     encoder: Tensor | None = None
     unread: set[int] = field(default_factory=set)
     verified: tuple[int, Tensor] | None = None
-    entered: tuple[int, Tensor] | None = None
 
 
 class SlotRows:

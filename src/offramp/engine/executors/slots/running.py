@@ -111,14 +111,11 @@ class SlotRunner(SegmentRunner):
         final = self._call(running, call, inputs)
         return final if running.stop == self.backbone.depth else self._taken()
 
-    def _call(
-        self, running: range, call: Call, inputs: Tensor, *, verifies: bool = False
-    ) -> Tensor:
+    def _call(self, running: range, call: Call, inputs: Tensor) -> Tensor:
         """One call on token ids [n] or [B, T], or states [B, T, D]; final-normed states [n, D],
         which mean nothing where the last layer did not run."""
-        self._current.call, self._bias, self._verifies = call, None, verifies
-        self._needs_exit = self._needs_exit or verifies
-        self._running, self._chunk = running, inputs if running.start else None
+        self._current.call, self._bias = call, None
+        self._running, self._chunk = running, inputs if inputs.is_floating_point() else None
         self._output = self._previous = None
         given = self._given(call, inputs)
         try:
@@ -134,7 +131,7 @@ class SlotRunner(SegmentRunner):
     def _given(self, call: Call, inputs: Tensor) -> Given:
         offset, first = self.held.at_front(call)
         encoder = (lambda: self._encoder_of(call)) if self.cache.cross else None
-        entering = inputs if self._running.start else self.backbone.as_read(inputs)
+        entering = inputs if self._chunk is not None else self.backbone.as_read(inputs)
         return Given(call, entering, self.held.offsets, offset, encoder, first)
 
     # -- by the stack ------------------------------------------------------------------------
@@ -200,16 +197,11 @@ class SlotRunner(SegmentRunner):
             own |= zip(BIASES, self._biases(), strict=True)
         arguments, kind_of = tables.arguments(given, own), tables.kind_of
         layers, instead, ours = self._layers, self._instead, self._ours
-        hidden = given.inputs if running.start else tables.enter(given)
+        hidden = given.inputs if given.ids is None else tables.enter(given)
         end, before = running.stop, running.stop - 1 if self._needs_previous else -1
-        drafting = -1
-        if self._verifies and self._drafter is not None:
-            drafting = self._drafter.depth
         for index in running:
             args, kw = arguments[kind_of[index]]
             module = layers[index]
-            if index == drafting:
-                self._at_exit(LayerCall(index, module, hidden, args, kw, instead))
             if index == before:
                 self._previous = hidden.flatten(0, -2)
             out = instead[self._called(module) if ours else module](hidden, *args, **kw)
