@@ -14,8 +14,9 @@ from PIL import Image
 import offramp
 from offramp import Adapter, ExitPolicy, Exits, TrainConfig, cli, generate
 from offramp.conditions import PARTS, RULES, Conditions, differences, register_condition
-from offramp.engine.confidence import FEATURE_SCORES, SCORES, register_score
+from offramp.engine.confidence import FEATURE_SCORES, SCORES
 from offramp.engine.decoding.drafting import DRAFTERS
+from offramp.engine.registration import register_score
 from offramp.engines import ENGINES
 from offramp.errors import AdapterError, InputError
 from offramp.models.exit_kinds import EXIT_KINDS, register_exit

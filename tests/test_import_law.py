@@ -128,12 +128,12 @@ ATTACHED = (
     "progress", "prompt_kinds", "provenance", "data.annotation_file", "data.datasets",
     "data.decontamination", "data.format_readers", "data.formats", "data.item",
     "data.near_copies", "data.rows", "data.scenes", "engine.constraint",
-    "engine.executors.modules", "engine.prefix_cache", "engine.self_check",
-    "engine.teacher_forcing", "models.cache_salt", "models.description", "models.eagle3",
-    "models.kept_texts", "models.mixture", "models.quantized", "models.shipped", "models.shortlist",
-    "models.shrink_on_load", "models.vision_cache", "models.vision_engine", "options",
-    "save_and_load.custom_generate", "save_and_load.records", "save_and_load.speculators",
-    "storage.folders", "storage.jsonl_log",
+    "engine.executors.modules", "engine.prefix_cache", "engine.registration",
+    "engine.self_check", "engine.teacher_forcing", "models.cache_salt", "models.description",
+    "models.eagle3", "models.kept_texts", "models.mixture", "models.quantized", "models.shipped",
+    "models.shortlist", "models.shrink_on_load", "models.vision_cache", "models.vision_engine",
+    "options", "save_and_load.custom_generate", "save_and_load.records",
+    "save_and_load.speculators", "storage.folders", "storage.jsonl_log",
 )  # fmt: skip
 """What stands in the rooms of the core and attaches to it, by file or package."""
 STILL = {

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from offramp.calibration.calibrate import calibrate, calibrated
     from offramp.conditions import register_condition
     from offramp.data.example import Example
-    from offramp.engine.confidence import register_score
     from offramp.engine.constraint import JsonConstraint
     from offramp.engine.decoding.drafting import register_drafter
     from offramp.engine.generate import generate
     from offramp.engine.policy import ExitPolicy, GenerationOutput
+    from offramp.engine.registration import register_score
     from offramp.engines import register_engine
     from offramp.errors import OfframpError
     from offramp.loading import Loaded, load
@@ -91,7 +91,7 @@ _HOMES = {
     "register_engine": "engines",
     "register_exit": "models.exit_kinds",
     "register_loss": "training.losses",
-    "register_score": "engine.confidence",
+    "register_score": "engine.registration",
     "train": "training.trainer",
 }
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from offramp.engine import confidence as module
+from offramp.engine import confidence, registration
 from offramp.engine.confidence import (
     SCORES,
     check_score,
     check_thresholds,
-    register_score,
 )
 from offramp.engine.policy import ExitPolicy
+from offramp.engine.registration import register_score
 from offramp.errors import InputError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -98,7 +98,7 @@ def test_the_known_scores_are_accepted(name):
 
 
 def test_a_score_added_to_the_table_is_known(monkeypatch):
-    monkeypatch.setitem(module.SCORES, "mine", module.margin)
+    monkeypatch.setitem(confidence.SCORES, "mine", confidence.margin)
     assert check_score("mine") == "mine"
 
 
@@ -114,7 +114,7 @@ def test_a_score_added_to_the_table_is_known(monkeypatch):
     ],
 )
 def test_a_registered_score_that_gives_no_scores_is_refused_by_its_name(gives, said, monkeypatch):
-    for reads, registry in module._REGISTRIES.items():
+    for reads, registry in registration._REGISTRIES.items():
         monkeypatch.setitem(registry, "mine", None)
         register_score("mine", gives if reads == "logits" else READING[reads](gives), reads=reads)
         with pytest.raises(InputError, match=f"'mine' gave.*{said}"):

@@ -28,7 +28,6 @@ from offramp.engine.confidence import (
     HEADS,
     SCORES,
     max_probability,
-    register_score,
 )
 from offramp.engine.generate import generate
 from offramp.engine.heads import ExitCheck, ExitScorer
@@ -39,6 +38,7 @@ from offramp.engine.policy import (
     policy_to_json,
     resolved,
 )
+from offramp.engine.registration import register_score
 from offramp.engines import ENGINES, engine_named
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone

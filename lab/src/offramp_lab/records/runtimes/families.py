@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from offramp.adapter import Adapter
-from offramp.engine.confidence import register_score
 from offramp.engine.policy import FULL, ExitPolicy
+from offramp.engine.registration import register_score
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
