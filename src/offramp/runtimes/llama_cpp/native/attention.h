@@ -31,9 +31,12 @@ struct attention {
 
 // Which of the cells from `first` on, `SOME_CELLS` at most, a token sees.
 INLINE size_t seen(const uint16_t * mask, size_t first, size_t cells, uint32_t * which) {
-    size_t count = 0;
+    size_t count = 0, cell = first;
     const size_t end = cells - first < SOME_CELLS ? cells : first + SOME_CELLS;
-    for (size_t cell = first; cell < end; cell++) {
+    for (; end - cell >= 32; cell += 32)
+        for (uint32_t some = unlike(mask + cell, 0xfc00); some; some &= some - 1)
+            which[count++] = cell + __builtin_ctz(some);
+    for (; cell < end; cell++) {
         which[count] = cell;
         count += mask[cell] != 0xfc00;
     }
@@ -49,30 +52,43 @@ struct heads {
 
 INLINE void logits_of(struct heads * h, const int heads, const struct attention * a, const uint8_t * k,
                       const uint16_t * mask, const uint32_t * cells, size_t count, const size_t wide) {
-    for (size_t n = 0; n < count; n++) {
-        floats sums[BESIDE];
-        UNROLL for (int i = 0; i < heads; i++) sums[i] = all_floats(0.0f);
-        for (size_t w = 0; w < wide; w++) {
-            const floats key = load_halves(k + cells[n] * a->k_cell + 2 * LANES * w);
-            UNROLL for (int i = 0; i < heads; i++) sums[i] = product_plus(key, load_any(h->q[i] + LANES * w), sums[i]);
+    floats rows[BESIDE][LANES];
+    float masked[LANES] = {0};
+    for (size_t first = 0; first < count; first += LANES) {
+        const size_t here = count - first < LANES ? count - first : LANES;
+        for (size_t n = 0; n < here; n++) {
+            floats sums[BESIDE];
+            UNROLL for (int i = 0; i < heads; i++) sums[i] = all_floats(0.0f);
+            for (size_t w = 0; w < wide; w++) {
+                const floats key = load_halves(k + cells[first + n] * a->k_cell + 2 * LANES * w);
+                UNROLL for (int i = 0; i < heads; i++)
+                    sums[i] = product_plus(key, load_any(h->q[i] + LANES * w), sums[i]);
+            }
+            masked[n] = half_at(mask + cells[first + n]);
+            UNROLL for (int i = 0; i < heads; i++) rows[i][n] = sums[i];
         }
-        const float masked = half_at(mask + cells[n]);
-        UNROLL for (int i = 0; i < heads; i++) h->weights[i][n] = a->scale * sum_of(sums[i]) + masked;
+        for (size_t n = here; n < LANES; n++)
+            UNROLL for (int i = 0; i < heads; i++) rows[i][n] = all_floats(0.0f);
+        UNROLL for (int i = 0; i < heads; i++)
+            store_some(h->weights[i] + first, product_plus(all_floats(a->scale), sums_of(rows[i]), load_any(masked)),
+                       LANES);
     }
 }
 
 // Logits into weights; what was summed before fades where one is larger (Milakov and Gimelshein 2018). By how much.
 INLINE float weigh(struct heads * h, int head, size_t count) {
-    float * weights = h->weights[head], largest = h->most[head];
-    for (size_t n = 0; n < count; n++) largest = weights[n] > largest ? weights[n] : largest;
+    float * weights = h->weights[head];
     for (size_t n = count; n % LANES; n++) weights[n] = -INFINITY;
-    floats sums = all_floats(0.0f);
+    floats sums = all_floats(0.0f), most = all_floats(h->most[head]);
+    for (size_t n = 0; n < count; n += LANES) most = larger(load_any(weights + n), most);
+    const float largest = largest_of_lanes(most);
     for (size_t n = 0; n < count; n += LANES) {
         const floats made = exp_of(sum(load_any(weights + n), all_floats(-largest)));
         store_some(weights + n, made, LANES);
         sums = sum(sums, made);
     }
-    const float fading = expf(h->most[head] - largest);
+    const bool is_first = h->most[head] == -INFINITY && largest > -INFINITY;
+    const float fading = is_first ? 0.0f : expf(h->most[head] - largest);
     h->most[head] = largest;
     h->total[head] = h->total[head] * fading + sum_of(sums);
     return fading;

@@ -43,6 +43,28 @@ INLINE floats to_floats(ints a) { return _mm512_cvtepi32_ps(a); }
 INLINE floats load_any(const float * p) { return _mm512_loadu_ps(p); }  // wherever it lies
 INLINE floats sum(floats a, floats b) { return _mm512_add_ps(a, b); }
 INLINE float sum_of(floats a) { return _mm512_reduce_add_ps(a); }
+INLINE float largest_of_lanes(floats a) { return _mm512_reduce_max_ps(a); }
+// The sum of each row, as `sum_of` adds it.
+INLINE floats sums_of(const floats rows[LANES]) {
+    floats halves[8], quarters[4], pairs[2];
+    UNROLL for (int i = 0; i < 8; i++) {  // rows in an order in which the sums come in theirs
+        const floats a = rows[2 * i % 4 * 4 + i / 2], b = rows[(2 * i + 1) % 4 * 4 + i / 2];
+        halves[i] = sum(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        const floats a = halves[2 * i], b = halves[2 * i + 1];
+        quarters[i] = sum(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    UNROLL for (int i = 0; i < 2; i++) {
+        const floats a = quarters[2 * i], b = quarters[2 * i + 1];
+        pairs[i] = sum(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    return sum(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd));
+}
+// Which of 32 halves have other bits than these.
+INLINE uint32_t unlike(const uint16_t * p, uint16_t bits) {
+    return _mm512_cmpneq_epi16_mask(_mm512_loadu_si512(p), _mm512_set1_epi16(bits));
+}
 INLINE floats rounded_to_integers(floats a) { return _mm512_roundscale_ps(a, 0); }
 INLINE floats times_two_to(floats a, floats n) { return _mm512_scalef_ps(a, n); }
 INLINE floats larger(floats a, floats b) { return _mm512_max_ps(a, b); }
@@ -114,6 +136,32 @@ INLINE float sum_of(floats a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+INLINE float largest_of_lanes(floats a) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+// The sum of each row, as `sum_of` adds it.
+INLINE floats sums_of(const floats rows[LANES]) {
+    floats halves[4], pairs[2];
+    UNROLL for (int i = 0; i < 4; i++) {  // rows in an order in which the sums come in theirs
+        const floats a = rows[i], b = rows[i + 4];
+        halves[i] = sum(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    UNROLL for (int i = 0; i < 2; i++) {
+        const floats a = halves[2 * i], b = halves[2 * i + 1];
+        pairs[i] = sum(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    }
+    return sum(_mm256_shuffle_ps(pairs[0], pairs[1], 0x88), _mm256_shuffle_ps(pairs[0], pairs[1], 0xdd));
+}
+// Which of 32 halves have other bits than these.
+INLINE uint32_t unlike(const uint16_t * p, uint16_t bits) {
+    const ints other = _mm256_set1_epi16(bits);
+    const ints low = _mm256_cmpeq_epi16(_mm256_loadu_si256((const void *) p), other);
+    const ints high = _mm256_cmpeq_epi16(_mm256_loadu_si256((const void *) (p + 16)), other);
+    const ints order = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);  // both halves by themselves
+    return ~(uint32_t) _mm256_movemask_epi8(order);
 }
 INLINE floats rounded_to_integers(floats a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
