@@ -31,7 +31,7 @@ class _Norm:
         self._theirs = theirs
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        if x.dtype != self._weight.dtype or not x.is_contiguous():
+        if x.dim() != 2 or x.dtype != self._weight.dtype or not x.is_contiguous():
             return self._theirs(x, residual)
         if residual is None:
             out = torch.empty_like(x)
@@ -75,7 +75,7 @@ class Keys:
         raise _Written
 
 
-class _Written(Exception): 
+class _Written(Exception):
     pass
 
 
