@@ -30,8 +30,11 @@ EAGLE = {"method": "eagle3", "num_speculative_tokens": 3}
 NGRAMS = {
     "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4,
 }  # fmt: skip
+COMPILED = "full depth, compiled"
+"""As vLLM runs by itself; the other ways run eagerly, as exits do."""
 WAYS: dict[str, tuple[str | None, dict[str, Any] | None, str]] = {
     "full depth": (None, None, "full"),
+    COMPILED: (None, None, "full"),
     "lossless": ("exits", EXITS, "lossless"),
     "early exit": ("exits", None, "early_exit"),
     "early exit, whole head": ("whole", None, "early_exit"),
@@ -65,8 +68,9 @@ def main(folder: Path, at_once: int, out: Path, *asked: str) -> None:
         exits, drafts, _ = WAYS[name]
         if drafts is EAGLE:
             drafts = {**EAGLE, "model": str(folder.parent / "side_by_side" / "drafter")}
-        key = str(WAYS[name][:2])
-        engines[name] = engines[key] = engines.get(key) or make(folder, exits, drafts)
+        eager = name != COMPILED
+        key = str((*WAYS[name][:2], eager))
+        engines[name] = engines[key] = engines.get(key) or make(folder, exits, drafts, eager=eager)
     rounds = {name: counted(engine) for name, engine in engines.items()}
     for place, start in enumerate([*starts[:1]] * WARM + [*starts], -WARM):
         for name in missing:
@@ -114,6 +118,7 @@ def make(
     drafts: dict[str, Any] | None = None,
     model: str = "decoder",
     dtype: str = "float32",
+    eager: bool = True,
 ) -> Any:
     from vllm import LLM
 
@@ -123,7 +128,7 @@ def make(
     return LLM(
         model=str(folder / model), dtype=dtype, skip_tokenizer_init=model != "decoder", 
         max_model_len=256, seed=0,
-        enable_prompt_embeds=model == "decoder", enforce_eager=True, enable_prefix_caching=False,
+        enable_prompt_embeds=model == "decoder", enforce_eager=eager, enable_prefix_caching=False,
         disable_log_stats=True, kv_cache_memory_bytes=2**28, speculative_config=drafts, **more,
     )  # fmt: skip
 

@@ -62,8 +62,9 @@ EXIT = 8
 FORMAT = "q8_0"
 FULL = "full depth"
 WAYS = {
-    FULL: "", "lossless": "exits", "early exit": "exits", "early exit, whole head": "whole",
-    "early exit, careful": "careful", "EAGLE-3": "", "n-grams": "",
+    FULL: "", "full depth, compiled": "", "lossless": "exits", "early exit": "exits",
+    "early exit, whole head": "whole", "early exit, careful": "careful", "EAGLE-3": "",
+    "n-grams": "",
 }  # fmt: skip
 """Of vLLM, with the folder of the exits."""
 MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit"}

@@ -11,6 +11,7 @@ from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, with
 LOADS = ("1", "8", "24")
 FULL = "vLLM", "full depth"
 NAMES = {
+    "full depth, compiled": "full depth, by torch.compile",
     "early exit": "early exit, as it ships",
     "early exit, whole head": "the same over the whole vocabulary",
     "early exit, careful": "early exit, careful thresholds",
