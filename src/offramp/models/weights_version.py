@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ _RECORDERS = "output_capturing"
 and a mark that they are there."""
 _SKIPPED = frozenset(vars(nn.Module())) - _READ | {f"_{_RECORDERS}_hooks_installed"}
 _UNREAD = _SKIPPED - {"_modules"}
+_VERSION = attrgetter("_version")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -63,7 +64,7 @@ class Unchanged:
         self._note()
 
     def __call__(self) -> bool:
-        with suppress(KeyError):  # a name that is gone
+        with suppress(KeyError, RuntimeError):  # a name is gone, or no version is counted any more
             if self._seen() == self._shape and all(map(is_, self._objects(), self._held)):
                 return True
         if _version(self._modules()) != self._version:
@@ -80,7 +81,11 @@ class Unchanged:
         self._full = [value for value in inner if value]
         self._tables = [*own, *inner]
         self._held = [*self._objects()]  # kept, so that no other comes to their addresses
-        self._tensors = [it for it in self._held if isinstance(it, Tensor)]
+        tensors = [it for it in self._held if isinstance(it, Tensor)]
+        plain = [it for it in tensors if type(it) in (Tensor, nn.Parameter)]
+        self._plain = [it for it in plain if not it.is_inference()]  # `written`, without its calls
+        known = {*map(id, self._plain)}
+        self._others = [it for it in tensors if id(it) not in known]
         self._shape = self._seen()
 
     def _objects(self) -> Iterator[Any]:
@@ -89,7 +94,8 @@ class Unchanged:
         return chain.from_iterable((*own, *full))
 
     def _seen(self) -> list[Any]:
-        return [*map(len, self._tables), *map(written, self._tensors)]
+        versions, places = map(_VERSION, self._plain), map(Tensor.data_ptr, self._plain)
+        return [*map(len, self._tables), *versions, *places, *map(written, self._others)]
 
 
 def _parts(module: nn.Module) -> Iterator[Any]:
