@@ -24,9 +24,9 @@ from offramp.evaluation.timing import (
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95)
 PRODUCTS = (0.0, 0.05, 0.1, 0.2, 0.3)
 """Of a round's drafts, by an exit that drafts on."""
-LONGEST = (2, 3, 5, 7, 15)
+LONGEST = (2, 3, 5, 7, 11, 15)
 """Drafts in a round, at most: 7 and 15 with the newest token are the 8 and 16 rows that one and two
-passes over the weights take."""
+passes over the weights take. An answer's first drafts share a call with its prompt."""
 
 
 @dataclass(frozen=True)
