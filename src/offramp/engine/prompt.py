@@ -174,7 +174,9 @@ class PromptReader:
             )
         self.exits_on = self._depths if use_exits else ()
         self._decide, self._asks, self.waits, self._last = decide, asks, None, True
-        self.cache, self._keep, self._opens = prepared.cache, keep, waits
+        whole = self.backbone
+        causal = whole.is_encoder_decoder or whole.family.causal_prompt
+        self.cache, self._keep, self._opens = prepared.cache, keep, waits and causal
         self._may_enter, self._enters = enters, False
         try:
             with torch.inference_mode():
@@ -239,7 +241,7 @@ class PromptReader:
             else:
                 state = here(self.exits.run(call.index, call)[:, -1])
                 if keeps:
-                    self._kept, ends = state, self._opens
+                    self._kept, ends = state, self._opens and self._served is None
                 else:
                     assert self._decide is not None
                     ends = self._decide(call.index, ExitOutput(here(newest), state, self._before))

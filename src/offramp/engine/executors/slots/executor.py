@@ -190,14 +190,15 @@ class SlotExecutor(SlotRunner):
         # written over what no draft has reached yet.
         last = (self.cache.limit or max(columns) + max(b.max_drafts for b in budgets)) - 1
         going, step, rows = set(places), 0, [handles[place] for place in places]
-        newest, states = [ids[place] for place in places], torch.stack(begin)
-        if None in newest:  # what follows a prompt that waits is said by its last state
-            said, shares = (made.tolist() for made in self._drafter.tokens(states))
-            for place, token, share in zip(places, said, shares, strict=True):
+        states, said = torch.stack(begin), [0] * len(places)
+        if any(ids[place] is None for place in places):  # a prompt that waits: its state says more
+            tokens, shares = self._drafter.tokens(states)
+            said = tokens.tolist()
+            for place, token, share in zip(places, said, shares.tolist(), strict=True):
                 if ids[place] is None and not drafts[place].add(token, share):
                     going.remove(place)
-            newest = [n if own is None else own for n, own in zip(said, newest, strict=True)]
-        tokens = self._ids(newest)
+        newest = (ids[place] for place in places)
+        tokens = self._ids([n if own is None else own for n, own in zip(said, newest, strict=True)])
         while going:
             ahead = [min(columns[place] + step, last) for place in places]
             states = self._drafted(rows, ahead, self._drafter.inputs(tokens, states))
@@ -233,7 +234,10 @@ class SlotExecutor(SlotRunner):
             parts = zip(torch.split(made.entry, sizes), torch.split(made.state, sizes), strict=True)
             for ((row, first, _), _), (entry, state) in zip(new, parts, strict=True):
                 self._pending.keep(segment, row, first, entry)
+                before = row.verified if row.base[segment] < first else None
                 row.verified = first, state
+                if before is not None:  # of the prompt, which waits
+                    row.verified = first - 1, torch.cat([before[1], state])
         spans, asked, count = list[Span](), list[int](), 0
         for row, own, column in zip(handles, ids, columns, strict=True):
             first, end = row.base[segment], column + len(own)  # with a prompt that waits
