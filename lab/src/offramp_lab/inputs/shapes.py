@@ -55,9 +55,8 @@ class Shape:
         text = torch.randint(FIRST_WORD, backbone.vocabulary, (batch, words), generator=draw)
         ids = torch.cat([torch.full((batch, IMAGES), IMAGE), text], 1)
         mask = torch.ones_like(ids)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            extra = models.sized(ids, mask, SIDE)
+        pixels = torch.Generator().manual_seed(seed)
+        extra = models.sized(ids, mask, pixels, SIDE)
         return {"input_ids": ids, "attention_mask": mask, **extra}
 
 
