@@ -78,3 +78,13 @@ def test_what_changes_no_result_is_none() -> None:
     tower.scale = float("2.0")  # another object, and equal
     tower.layers[0].register_state_dict_pre_hook(lambda *_: None)
     assert same() and same()
+
+
+@pytest.mark.parametrize("laid_out", ["to_mkldnn", "to_sparse"])
+def test_a_tensor_without_an_address_is_watched_too(laid_out: str) -> None:
+    module = nn.Module()
+    module.register_buffer("packed", getattr(torch.ones(4, 4), laid_out)())
+    unchanged = Unchanged(module.modules)
+    assert unchanged()
+    module.packed = getattr(torch.zeros(4, 4), laid_out)()
+    assert not unchanged()

@@ -9,7 +9,7 @@ from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 
 _READ = {"_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "training"}
 _RECORDERS = "output_capturing"
@@ -83,7 +83,8 @@ class Unchanged:
         self._held = [*self._objects()]  # kept, so that no other comes to their addresses
         tensors = [it for it in self._held if isinstance(it, Tensor)]
         plain = [it for it in tensors if type(it) in (Tensor, nn.Parameter)]
-        self._plain = [it for it in plain if not it.is_inference()]  # `written`, without its calls
+        # `written`, without its calls. oneDNN's tensors and sparse ones have no address.
+        self._plain = [it for it in plain if it.layout is strided and not it.is_inference()]
         known = {*map(id, self._plain)}
         self._others = [it for it in tensors if id(it) not in known]
         self._shape = self._seen()
