@@ -12,7 +12,7 @@ MANIFEST = Path(__file__).parents[2] / "deploy" / "vllm" / "kserve.yaml"
 
 
 def test_kserve_starts_and_probes_a_server_with_exits() -> None:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     [container] = yaml.safe_load(MANIFEST.read_text())["spec"]["predictor"]["containers"]
