@@ -130,7 +130,7 @@ class Stages:
         tower = backbone.tower or backbone.vision
         tower.register_forward_pre_hook(begin)
         tower.register_forward_hook(end)
-        backbone.layers[0].register_forward_pre_hook(self.enter)
+        backbone.stack.register_forward_pre_hook(self.enter)
 
     def enter(self, *_: Any) -> None:
         """The decoder begins, where it had not."""

@@ -151,7 +151,7 @@ def _measured(
 ) -> dict[Name, Measured]:
     """What all ways took, and whether their answers are full depth's."""
     stages, short = Stages(), last_exit(adapter)
-    adapter.backbone.layers[0].register_forward_pre_hook(stages.enter)
+    adapter.backbone.stack.register_forward_pre_hook(stages.enter)
     policies: dict[str, tuple[Adapter, ExitPolicy]] = {
         "full": (adapter, FULL),
         "full, shortlist": (short, short.policy),
