@@ -72,9 +72,9 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     return tell
 
 
-@pytest.fixture
 def prompts_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is drafted before the first token is said, as in PyTorch."""
+    """Nothing is drafted before the first token is said, as in PyTorch where the tokens of a prompt
+    see each other."""
     draft = ChainDrafter.draft
 
     def later(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> list[int]:
@@ -100,7 +100,6 @@ def test_answers_are_full_depths(
     assert set(made.depths[0].tolist()) <= {depths_of(name)[-1], runtime.backbone.depth}
 
 
-@pytest.mark.usefixtures("prompts_run_alone")
 @pytest.mark.parametrize("compiled", [True, False])
 def test_drafts_go_on_as_far_as_pytorchs(
     compiled: bool, loaded: Callable[..., LlamaCppRuntime]
@@ -114,7 +113,7 @@ def test_drafts_go_on_as_far_as_pytorchs(
         ours = runtime.generate(inputs, policy=policy, return_dict_in_generate=True, **GREEDY)
         theirs = runtime.adapter.generate(inputs, policy=policy, **GREEDY)
         assert torch.equal(ours.sequences, theirs.sequences)
-        assert ours.rounds == ((0, 0), *theirs.rounds)
+        assert ours.rounds == theirs.rounds
         counts |= {max(count for count, _ in ours.rounds)}
     assert counts == {0, 1, 2, 3}
 
@@ -151,7 +150,6 @@ def test_a_prompt_is_verified_with_the_exits_first_drafts(
     assert drafts[1:] == [[]]
 
 
-@pytest.mark.usefixtures("prompts_run_alone")
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", [*KINDS, "qwen2-vl", "qwen3-vl", "gemma3", "paligemma"])
 def test_drafts_are_pytorchs(
@@ -160,12 +158,18 @@ def test_drafts_are_pytorchs(
     loaded: Callable[..., LlamaCppRuntime],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    runtime = loaded(name, compiled=compiled)
+    alone: tuple[tuple[int, int], ...] = ()
+    if not runtime.backbone.family.causal_prompt:
+        prompts_run_alone(monkeypatch)
+        alone = ((0, 0),)
     here, there = list[int](), list[int]()
     draft, tokens = ChainDrafter.draft, DraftingExit.tokens
 
-    def drafted(self: ChainDrafter, slot: int, token: int, room: DraftBudget) -> list[int]:
+    def drafted(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> list[int]:
+        before = len(here)
         made = draft(self, slot, token, room)
-        here.extend(made)
+        here[before:] = made  # those after an exit's own first token are drafted by a call inside
         return made
 
     def said(self: DraftingExit, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,17 +179,16 @@ def test_drafts_are_pytorchs(
 
     monkeypatch.setattr(ChainDrafter, "draft", drafted)
     monkeypatch.setattr(DraftingExit, "tokens", said)
-    runtime = loaded(name, compiled=compiled)
     for seed in range(3):
         inputs = inputs_of(name, seed)
         ours = runtime.generate(inputs, return_dict_in_generate=True, **GREEDY)
         theirs = runtime.adapter.generate(inputs, **GREEDY)
         assert torch.equal(ours.sequences, theirs.sequences)
-        assert ours.rounds == ((0, 0), *theirs.rounds)
+        assert ours.rounds == (*alone, *theirs.rounds)
         assert here == there and len(set(here)) > 1
         ending = {**GREEDY, "eos_token_id": int(theirs.new_tokens[0, 5])}
         ours = runtime.generate(inputs, return_dict_in_generate=True, **ending)
-        assert ours.rounds == ((0, 0), *runtime.adapter.generate(inputs, **ending).rounds)
+        assert ours.rounds == (*alone, *runtime.adapter.generate(inputs, **ending).rounds)
         assert here == there
 
 

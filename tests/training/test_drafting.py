@@ -42,7 +42,8 @@ def processor(name):
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-llama", "blip2-t5"])
 def test_a_rollout_is_what_decoding_drafts(name, backbone, monkeypatch):
-    """From the prompt's last token on: states of drafts in training equal those in decoding."""
+    """From the prompt's last token on, which the exit says too: states of drafts in training equal
+    those in decoding."""
     whole = backbone(name)
     encoder = InputProcessor(whole, processor(name))
     [row] = answered(encoder, 1)
@@ -52,16 +53,16 @@ def test_a_rollout_is_what_decoding_drafts(name, backbone, monkeypatch):
 
     def said(self, made):
         states.append(made.clone())
-        return torch.tensor([row.ids[next(step) + 1]]), torch.ones(1)
+        return torch.tensor([row.ids[next(step)]]), torch.ones(1)
 
     monkeypatch.setattr(DraftingExit, "tokens", said)
     made = generate(
-        whole, encoder.prompts([row.example]), exits=exits, policy=LOSSLESS,
+        whole, encoder.prompts([row.example]), exits=exits, policy=replace(LOSSLESS, max_draft=4),
         max_new_tokens=5, do_sample=False,
     )  # fmt: skip
-    assert made.new_tokens[0].tolist() == list(row.ids[:5]) and made.rounds[0] == (3, 3)
+    assert made.new_tokens[0].tolist() == list(row.ids[:5]) and made.rounds[0] == (4, 4)
     for k in range(3):
-        torch.testing.assert_close(rollout.drafts[k][0, k], states[k][0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(rollout.drafts[k][0, k], states[k + 1][0], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5"])
