@@ -39,22 +39,23 @@ def told() -> dict[Any, Measured]:
     return {name: measured(seed) for seed, name in enumerate((FULL, SHORT, EARLY))}
 
 
-@pytest.mark.parametrize("decoding", [False, True])
+@pytest.mark.parametrize("stages", [STAGES, DECODING])
 def test_the_product_of_all_factors_is_the_multiple(
-    told: dict[Any, Measured], decoding: bool
+    told: dict[Any, Measured], stages: tuple[str, ...]
 ) -> None:
-    found = factors(entries(told), CHAIN, decoding=decoding)
+    found = factors(entries(told), CHAIN, stages)
     product = found["head"]["times"] * found["layers skipped"]["times"]
     assert product == pytest.approx(found["all"]["times"], rel=1e-3)
-    direct = entries(told)[2]["decoding_over_full" if decoding else "over_full"]
+    direct = entries(told)[2]["over_full" if stages == STAGES else "decoding_over_full"]
     assert found["all"] == direct
 
 
-def test_of_decoding_no_other_stage_counts(told: dict[Any, Measured]) -> None:
-    before = factors(entries(told), CHAIN, decoding=True)
+@pytest.mark.parametrize("stages", [DECODING, ("prompt", "decoding")])
+def test_no_other_stage_counts(told: dict[Any, Measured], stages: tuple[str, ...]) -> None:
+    before = factors(entries(told), CHAIN, stages)
     for own in told.values():
-        own.milliseconds[:, :DECODING] *= 7
-    assert factors(entries(told), CHAIN, decoding=True) == before
+        own.milliseconds[:, : -len(stages)] *= 7
+    assert factors(entries(told), CHAIN, stages) == before
 
 
 def test_an_entry_keeps_what_every_answer_took_and_scored(told: dict[Any, Measured]) -> None:

@@ -18,7 +18,7 @@ from offramp.evaluation.statistics import Array, interval, mean_of
 from offramp_lab.experiments.experiment import Rates, same, times
 
 STAGES = ("picture", "tower", "entry", "prompt", "decoding")
-DECODING = len(STAGES) - 1
+DECODING = ("decoding",)
 Entry = Mapping[str, Any]
 Name = tuple[str, str, str]
 NAMED = ("engine", "mode", "tower")
@@ -34,12 +34,14 @@ class Measured:
     scores: Mapping[str, Sequence[float] | Array]
     answers: Sequence[Sequence[int]]
 
-    def rates(self, decoding: bool = False) -> Rates:
-        """Answers and their seconds or, of decoding, the tokens after the first and theirs."""
-        if decoding:
-            tokens = np.array([max(0, n - 1) for n in self.tokens], float)
-            return np.stack([tokens, self.milliseconds[:, DECODING] / 1e3])
-        return np.stack([np.ones(len(self.tokens)), self.milliseconds.sum(1) / 1e3])
+    def rates(self, stages: Sequence[str] = STAGES) -> Rates:
+        """Answers and their seconds in these stages; of decoding alone the tokens after the first
+        and their seconds."""
+        columns = [STAGES.index(stage) for stage in stages]
+        seconds = self.milliseconds[:, columns].sum(1) / 1e3
+        if stages == DECODING:
+            return np.stack([np.array([max(0, n - 1) for n in self.tokens], float), seconds])
+        return np.stack([np.ones(len(self.tokens)), seconds])
 
 
 def entries_of(
@@ -62,7 +64,7 @@ def entries_of(
                 "whole_milliseconds": round(sum(means), 2),
                 **{f"over_{key}": _times(own, told[other]) for key, other in to.items()},
                 **{
-                    f"decoding_over_{key}": _times(own, told[other], decoding=True)
+                    f"decoding_over_{key}": _times(own, told[other], DECODING)
                     for key, other in to.items()
                 },
                 "as_full": same(own.answers, full.answers),
@@ -87,23 +89,23 @@ def read(entry: Entry) -> Measured:
 
 
 def factors(
-    entries: Sequence[Entry], chain: Sequence[tuple[str, Name]], *, decoding: bool = False
+    entries: Sequence[Entry], chain: Sequence[tuple[str, Name]], stages: Sequence[str] = STAGES
 ) -> dict[str, dict[str, float]]:
     """By thing, how many times as fast each way is as the one before it (times, low, high), and
     under "all" the last as the first.
 
     chain: ways by engine, mode and tower, each with what sets it apart from the one before; the
-    first is what all are compared with. decoding: alone.
+    first is what all are compared with. stages: that count.
     """
     by_name: dict[Any, Entry] = {tuple(entry[key] for key in NAMED): entry for entry in entries}
     told = [(thing, read(by_name[name])) for thing, name in chain]
     steps = zip(told[1:], told, strict=False)
-    found = {thing: _times(own, before, decoding) for (thing, own), (_, before) in steps}
-    return {**found, "all": _times(told[-1][1], told[0][1], decoding)}
+    found = {thing: _times(own, before, stages) for (thing, own), (_, before) in steps}
+    return {**found, "all": _times(told[-1][1], told[0][1], stages)}
 
 
-def _times(own: Measured, base: Measured, decoding: bool = False) -> dict[str, float]:
-    found = times(own.rates(decoding), base.rates(decoding))
+def _times(own: Measured, base: Measured, stages: Sequence[str] = STAGES) -> dict[str, float]:
+    found = times(own.rates(stages), base.rates(stages))
     return {key: round(value, 4) for key, value in found.items()}
 
 

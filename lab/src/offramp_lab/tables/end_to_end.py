@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.report.table import Table
-from offramp_lab.experiments.factors import NAMED, factors, read
+from offramp_lab.experiments.factors import DECODING, NAMED, STAGES, factors, read
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
@@ -83,12 +83,6 @@ def _as_full(entry: Value) -> str:
 def same_captions(engine: str, mode: str) -> Make:
     """How many captions are full depth's."""
     return lambda: _as_full(_entry(engine, mode))
-
-
-def _decodes_apart(engine: str, mode: str) -> bool:
-    """Whether prompt and decoding are calls of their own: losslessly llama.cpp verifies the first
-    drafts in the prompt's."""
-    return mode != LOSSLESS or engine not in (F16, Q8)
 
 
 def whole() -> Table:
@@ -212,25 +206,36 @@ def chain_of_batch() -> Chain:
     )
 
 
-def _rows() -> dict[str, tuple[Chain, bool]]:
-    """Chains by what their multiple is of, and whether decoding alone counts."""
+def _rows() -> dict[str, tuple[Chain, Sequence[str]]]:
+    """Chains by what their multiple is of, and the stages that count."""
     decoded = {
         f"decoding, {ENGINES.get(engine, engine)}, {MODES[mode]}": (
             chain_of_decoding(engine, mode),
-            True,
+            DECODING,
         )
-        for mode in (EARLY, CAREFUL, LOSSLESS)
+        for mode in (EARLY, CAREFUL)
         for engine in (PLAIN, Q8)
-        if _decodes_apart(engine, mode)
+    }
+    # The first drafts are verified in the prompt's call.
+    verified = {
+        f"prompt and decoding, {ENGINES.get(engine, engine)}, {MODES[LOSSLESS]}": (
+            chain_of_decoding(engine, LOSSLESS),
+            ("prompt", *DECODING),
+        )
+        for engine in (PLAIN, PACKED, F16, Q8)
     }
     ended = {
-        f"end to end in q8_0 over llama.cpp's fastest, {MODES[mode]}": (chain_of_llama(mode), False)
+        f"end to end in q8_0 over llama.cpp's fastest, {MODES[mode]}": (
+            chain_of_llama(mode),
+            STAGES,
+        )
         for mode in (EARLY, CAREFUL, LOSSLESS)
     }
     return {
         **decoded,
+        **verified,
         **ended,
-        "eight at once over one at full depth, PyTorch": (chain_of_batch(), False),
+        "eight at once over one at full depth, PyTorch": (chain_of_batch(), STAGES),
     }
 
 
@@ -239,8 +244,8 @@ def in_factors() -> Table:
     found = record("end_to_end")
     entries = [*found["captioned"], *found["together"]]
     rows = []
-    for what, (chain, alone) in _rows().items():
-        told = factors(entries, chain, decoding=alone)
+    for what, (chain, stages) in _rows().items():
+        told = factors(entries, chain, stages)
         rows.append(
             (
                 what,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from offramp.report.table import Table
-from offramp_lab.experiments.factors import factors
+from offramp_lab.experiments.factors import DECODING, factors
 from offramp_lab.tables.end_to_end import EARLY, FULL, LOSSLESS, MODES, PLAIN, SHORT
 from offramp_lab.tables.markdown import Make, MakeTable, by, record, times_with_range
 
@@ -19,7 +19,7 @@ def ways() -> Table:
         if mode != LOSSLESS:
             things = [("", FULL), ("head", SHORT), *([] if mode == SHORT else [("layers", mode)])]
         chain = [(thing, (PLAIN, one, "")) for thing, one in things]
-        found = factors(entries, chain, decoding=True)
+        found = factors(entries, chain, DECODING)
         entry = by(entries, "mode")[mode]
         parts = [f"{found[p]['times']:.2f}" if p in found else "" for p in ("head", "layers")]
         same = f"{entry['as_full']} of {len(entry['each']['tokens'].split())}"
