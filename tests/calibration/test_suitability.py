@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,21 @@ def encoder() -> InputProcessor:
 @pytest.fixture(scope="module")
 def scenes() -> list[Example]:
     return captions("test", FEWEST).examples
+
+
+@pytest.fixture
+def counted_layers(encoder: InputProcessor, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The clock counts layers, since seconds of a busy machine say little."""
+    run = [0]
+
+    def count(*_: object) -> None:
+        run[0] += 1
+
+    hooks = [layer.register_forward_pre_hook(count) for layer in encoder.backbone.layers]
+    monkeypatch.setattr(module, "clock_on", lambda _: lambda: float(run[0]))
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 1.0])
@@ -77,6 +93,7 @@ def test_a_power_law_is_followed_to_where_it_leads_and_never_upwards() -> None:
     assert found[1] <= rising.max()
 
 
+@pytest.mark.usefixtures("counted_layers")
 def test_the_shipped_model_settles_early_and_fast(
     encoder: InputProcessor, scenes: list[Example]
 ) -> None:
@@ -99,6 +116,7 @@ def test_the_forecast_is_the_same_every_time_but_for_the_clock(
     assert [replace(p, **clock) for p in one] == [replace(p, **clock) for p in two]
 
 
+@pytest.mark.usefixtures("counted_layers")
 def test_speed_is_tried_with_exits_that_leave_as_often_as_foretold(
     encoder: InputProcessor, scenes: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
