@@ -152,8 +152,9 @@ def _measure(
         "lossless": generate_fn(adapter, lossless),
     }
     timed = captions_and_questions("test", sizes.timed)
+    inputs = [encoder.prompts([e]) for e in timed]
     timings = time_interleaved(
-        methods, [encoder.prompts([e]) for e in timed], rounds=sizes.rounds, progress=_bar("timing")
+        methods, inputs, rounds=sizes.rounds, progress=_bar("timing"), drafting={"lossless"}
     )
     quality_full = {t.name: _share_right(t, full[t.name]) for t in tasks}
     quality_early = {t.name: _share_right(t, early[t.name]) for t in tasks}

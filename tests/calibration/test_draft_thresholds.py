@@ -39,7 +39,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds of each way instead of a clock; "full" takes 1."""
     seconds: dict[str, float] = {}
 
-    def time_interleaved(ways: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Timing]:
+    def time_interleaved(
+        ways: Mapping[str, Any], *_: Any, drafting: Any, **__: Any
+    ) -> dict[str, Timing]:
+        assert {"full", *drafting} == {*ways}
         return {name: Timing([1.0], [seconds.get(name, 2.0)]) for name in ways}
 
     monkeypatch.setattr(module, "time_interleaved", time_interleaved)

@@ -28,6 +28,7 @@ from offramp.engines.packed import prepack
 from offramp.errors import DataError, InputError, StorageError
 from offramp.evaluation import caption_metrics as captions
 from offramp.evaluation import evaluate as module
+from offramp.evaluation import results
 from offramp.evaluation.evaluate import evaluate, rescore
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.run_log import RunLog
@@ -282,6 +283,25 @@ def test_lossless_answers_are_the_full_models(tmp_path: Path) -> None:
     assert 0 <= early["accepted"] <= early["drafted"] > 0
     with pytest.raises(InputError, match="other settings: policy"):
         run(tmp_path, model=adapter_of(OPT, 0.0), resume=True)
+
+
+def test_drafts_that_share_the_prompts_call_count_as_decoding(tmp_path: Path) -> None:
+    """An answer that lossless has whole with its first token took what it took beyond full
+    depth's."""
+    run(tmp_path, model=adapter_of(OPT, 0.0, lossless=True))
+    rows = JsonlLog.read(tmp_path / "rows.jsonl")
+    took = {"full": (9.0, 6.0), "early_exit": (5.0, 0.0)}
+    done = {
+        (row["mode"], row["key"]): {
+            **row, "seconds": took[row["mode"]][0], "decode_seconds": took[row["mode"]][1]
+        }
+        for row in rows
+        if "settings" not in row
+    }  # fmt: skip
+    stored = next(row["settings"] for row in rows if "settings" in row)
+    result = results.score(done, items_of(), Settings("gqa", **QUICK), stored)
+    assert result["compared"]["speedup"]["decode"]["value"] == 3.0  # 6 over 5 - 3
+    assert result["compared"]["speedup"]["end_to_end"]["value"] == 9 / 5
 
 
 def test_latency_has_a_median_and_a_tail(tmp_path: Path) -> None:

@@ -51,6 +51,31 @@ def test_decode_time_is_what_follows_the_first_token() -> None:
     assert speedup(timings["slow"].decode, timings["fast"].decode) == 2.0
 
 
+def test_drafts_that_share_the_prompts_call_count_as_decoding() -> None:
+    """A first call that writes three tokens and takes 4 more than full depth's is no speedup of
+    decoding without bounds."""
+    clock = Clock()
+
+    def drafting(_: object, stop: StoppingCriteriaList) -> torch.Tensor:
+        clock.now += 9.0
+        ids = torch.ones(1, 3, dtype=torch.long)
+        if len(stop):
+            stop(ids, None)
+        clock.now += 1.0
+        return torch.ones(4, dtype=torch.long)
+
+    full = way(clock, [], "full", 5.0, 2.0, 4)
+    sooner = way(clock, [], "sooner", 3.0, 2.0, 4)
+    ways = {"drafting": drafting, "sooner": sooner, "full": full}
+    drafts = ("drafting", "sooner")
+    timings = time_interleaved(ways, [{}, {}], rounds=3, clock=clock, drafting=drafts)
+    assert timings["full"].decode == [12.0] * 3
+    assert timings["drafting"].decode == [10.0] * 3  # 5 an answer, after full depth's first token
+    assert timings["drafting"].by_example == [[5.0, 5.0]] * 3
+    assert timings["drafting"].seconds == [20.0] * 3
+    assert timings["sooner"].decode == [12.0] * 3  # a prompt that is read faster is no decoding
+
+
 def test_tokens_per_second_counts_decoded_tokens_only() -> None:
     clock = Clock()
     timing = time_interleaved(

@@ -121,7 +121,9 @@ def _timed(
     ways = {
         "full": early(FULL), **{str(n): early(policy) for n, (_, policy) in enumerate(sweep)}
     }  # fmt: skip
-    timings = time_interleaved(ways, inputs, rounds=rounds, progress=progress)
+    timings = time_interleaved(
+        ways, inputs, rounds=rounds, progress=progress, drafting=ways.keys() - {"full"}
+    )
     full = timings["full"].decode
     found = [
         Drafting(chosen, speedup(full, timings[str(n)].decode), policy.max_draft)

@@ -70,6 +70,8 @@ def lossless_worth(
             policy=policy.in_mode("lossless"), **options,
         ),
     }  # fmt: skip
-    timings = time_interleaved(ways, inputs, rounds=3, progress=progress, clock=time.process_time)
+    timings = time_interleaved(
+        ways, inputs, rounds=3, progress=progress, clock=time.process_time, drafting={"lossless"}
+    )
     full, lossless = timings["full"].decode, timings["lossless"].decode
     return speedup(full, lossless) if min(lossless) > 0 else 1.0, Drafted.of(made)

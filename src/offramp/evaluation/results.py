@@ -17,6 +17,7 @@ from offramp.evaluation.metrics import Measured, gold_rank, ndcg, rank_measures
 from offramp.evaluation.run_log import Done, Row
 from offramp.evaluation.statistics import Measure, interval, mean_of, mean_of_some
 from offramp.evaluation.tasks import Settings
+from offramp.evaluation.timing import decoding
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def score(
     missing = len(items) - len(answered)
     if missing:
         log.warning("%d of %d examples have no answer and are left out.", missing, len(items))
-    pairs = {m: [(i, done[m, i.key]) for i in answered] for m in plan.modes}
+    pairs = {m: [(i, _beside_full(done, m, i.key)) for i in answered] for m in plan.modes}
     measured = {m: _MEASURERS[plan.task](pairs[m], plan) for m in plan.modes}
     for metric, why in measured[plan.modes[0]].unavailable.items():
         log.warning("%s is unavailable: %s.", metric, why)
@@ -56,6 +57,16 @@ def score(
     if len(plan.modes) == 2:
         result["compared"] = _compared(answered, pairs, measured, plan)
     return result
+
+
+def _beside_full(done: Done, mode: str, key: str) -> Row:
+    """A row; where drafts wrote it and full depth answered too, its decoding is counted as
+    `decoding` says."""
+    row, full = done[mode, key], done.get(("full", key))
+    if not row.get("rounds") or full is None or full["seconds"] is None:
+        return row
+    own, other = ((each["seconds"], each["decode_seconds"]) for each in (row, full))
+    return {**row, "decode_seconds": decoding(own, other)}
 
 
 # -- quality -------------------------------------------------------------------------------------

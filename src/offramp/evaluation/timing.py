@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -61,8 +61,8 @@ class FirstToken(StoppingCriteria):
 class Timing:
     """Seconds of each round, summed over examples, and the tokens written in one round.
 
-    seconds: from processor output to the last token. decode: from the first token to the last.
-    answers: new token ids of each example. by_example: `decode` of each example, by round.
+    seconds: from processor output to the last token. decode: see `decoding`. answers:
+    new token ids of each example. by_example: `decode` of each example, by round.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -92,25 +92,40 @@ def time_interleaved(
     rounds: int = 5,
     progress: Any = iter,
     clock: Callable[[], float] = time.perf_counter,
+    drafting: Collection[Name] = (),
 ) -> dict[Name, Timing]:
     """Time every method on every input, after one untimed pass over a few.
 
-    clock: returns seconds; `time.thread_time` on a machine that others use too.
+    clock: returns seconds; `time.thread_time` on a machine that others use too. drafting: methods
+    that draft, whose decoding is counted as `decoding` says beside the one named "full".
     """
 
     runs = in_turn(
         {name: partial(timed, run, clock=clock) for name, run in methods.items()}, inputs,
         rounds=rounds, warm=3, progress=progress,
     )  # fmt: skip
-    return {
-        name: Timing(
+    full = next((found for name, found in runs.items() if name == "full"), None)
+    timings = {}
+    for name, by_round in runs.items():
+        beside = full if full and name in drafting else by_round
+        decode = [[*map(decoding, *pair)] for pair in zip(by_round, beside, strict=True)]
+        timings[name] = Timing(
             [sum(whole for whole, _, _ in taken) for taken in by_round],
-            [sum(decode for _, decode, _ in taken) for taken in by_round],
+            [sum(taken) for taken in decode],
             [answer for _, _, answer in by_round[0]] if by_round else [],
-            [[decode for _, decode, _ in taken] for taken in by_round],
+            decode,
         )
-        for name, by_round in runs.items()
-    }
+    return timings
+
+
+def decoding(own: Sequence[Any], full: Sequence[Any]) -> Any:
+    """Return the seconds of decoding an answer by drafts: those after full depth's first token. An
+    own first token comes later, together with others, where drafts share the prompt's call.
+
+    own, full: seconds of an answer and of the same after its first token, as `timed` returns them;
+    full: of full depth to the same prompt.
+    """
+    return max(own[1], own[0] - (full[0] - full[1]))
 
 
 def timed(

@@ -38,6 +38,7 @@ from offramp_lab.records.runtimes.methods import (
     WAY,
     Name,
     Taken,
+    beside_full,
     policies,
     speeds,
     taken,
@@ -161,7 +162,7 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
     methods = {n: partial(taking, name=n, method=m) for n, m in bench.methods().items()}
     inputs = [bench.inputs(example) for example in bench.photographs]
     load_before = os.getloadavg()[0]
-    runs = Experiment(methods, inputs, rounds, warm=1, title="timings").run()
+    runs = beside_full(Experiment(methods, inputs, rounds, warm=1, title="timings").run())
     entries = [{**dict(zip(WAY, name, strict=True)), **speeds(runs[name])} for name in runs]
     return {
         "photographs": len(inputs),

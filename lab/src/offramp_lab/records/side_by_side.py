@@ -31,6 +31,7 @@ from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.drafts import Drafted
 from offramp.evaluation.statistics import interval, mean_of
+from offramp.evaluation.timing import decoding
 from offramp.models.eagle3 import Eagle3Drafter
 from offramp.models.exits import Exits, ExitSet
 from offramp.serving.core import EngineCore
@@ -148,11 +149,20 @@ def entries_of(
     told: Mapping[str, Sequence[Mapping[str, Any]]], at_once: int, examples: Sequence[Example],
     encoder: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """An entry for each way. over_full: how many times as fast tokens after the first are."""
+    """An entry for each way. over_full: how many times as fast decoding is; of drafts as `decoding`
+    says."""
     entries = []
+    taken = {
+        name: [(one["first"] + one["rest"], one["rest"]) for one in rows]
+        for name, rows in told.items()
+    }
     rates = {
         name: np.array(
-            [[len(one["ids"]) - 1 for one in rows], [one["rest"] for one in rows]], float
+            [
+                [len(one["ids"]) - 1 for one in rows],
+                [*map(decoding, taken[name], taken["full" if rows[0]["rounds"] else name])],
+            ],
+            float,
         )
         for name, rows in told.items()
     }

@@ -19,7 +19,7 @@ from transformers import StoppingCriteriaList
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy
-from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn, timed
+from offramp.evaluation.timing import GenerateFn, decoding, generate_fn, stock_generate_fn, timed
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
@@ -84,6 +84,24 @@ def taken(method: GenerateFn, inputs: Mapping[str, Any]) -> Taken:
 
     whole, decode, ids = timed(method, inputs, clock)
     return whole, decode, ids  # type: ignore[return-value]  # numbers of both kinds
+
+
+def beside_full(runs: Mapping[Name, Rounds]) -> dict[Name, Rounds]:
+    """What was taken, with lossless decoding counted as `decoding` says beside full depth of the
+    same runtime and format, by the clock and by the CPU."""
+
+    def counted(own: Taken, full: Taken) -> Taken:
+        both = zip(*own[:2], *full[:2], strict=True)
+        return own[0], np.array([decoding(each[:2], each[2:]) for each in both]), own[2]
+
+    return {
+        name: [
+            [counted(*pair) for pair in zip(*both, strict=True)]
+            for both in zip(found, beside, strict=True)
+        ]
+        for name, found in runs.items()
+        for beside in (runs[(*name[:2], "full")] if name[2] == "lossless" else found,)
+    }
 
 
 def speeds(rounds: Rounds) -> dict[str, float]:

@@ -13,6 +13,7 @@ from offramp_lab.records.runtimes.methods import (
     WAY,
     Bench,
     Name,
+    beside_full,
     speeds,
     taken,
     with_ratios,
@@ -28,7 +29,7 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, GenerateFn]) -> dict[
     inputs = [bench.encoder.prompts([example]) for example in bench.photographs]
     load_before = os.getloadavg()[0]
     taking = {name: partial(taken, method) for name, method in methods.items()}
-    runs = Experiment(taking, inputs, rounds, warm=WARM, title="timings").run()
+    runs = beside_full(Experiment(taking, inputs, rounds, warm=WARM, title="timings").run())
     entries = [{**dict(zip(WAY, name, strict=True)), **speeds(runs[name])} for name in runs]
     return {
         "photographs": len(inputs),
