@@ -3,11 +3,12 @@
 `python -m offramp_lab.records.side_by_side` needs photographs and onnxruntime, and first trains an
 EAGLE-3 drafter on the full model's captions of the training split. All ways caption the same
 photographs in the batch engine (PyTorch, float32, one thread), one at a time and several at once,
-in turns. They are early exit, untrained exits at the same thresholds, and every token at the exit;
-losslessly exits that draft on, four drafts sure or not, untrained exits, EAGLE-3, trained and not,
-and n-grams of the text. CPU milliseconds to the first token (picture and vision tower included, and
-the prompts before it where several come at once), and for each that follows. What was answered is
-kept in runs/side_by_side, so that a run that was cut off goes on there.
+in turns. They are early exit, by thresholds that ship and by careful ones, untrained exits at the
+same thresholds, and every token at the exit; losslessly exits that draft on, four drafts sure or
+not, untrained exits, EAGLE-3, trained and not, and n-grams of the text. CPU milliseconds to the
+first token (picture and vision tower included, and the prompts before it where several come at
+once), and for each that follows. What was answered is kept in runs/side_by_side, so that a run that
+was cut off goes on there.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import bar, same, times
 from offramp_lab.methods.eagle import NAME, attached, load_drafter
 from offramp_lab.places import RUNS
-from offramp_lab.records.end_to_end import TOWER, always, scores
+from offramp_lab.records.end_to_end import CAREFUL, TOWER, always, at, scores
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.subjects import halves, load_photo
 from offramp_lab.records.text import step
@@ -69,13 +70,14 @@ def ways_of(adapter: Adapter, drafter: Eagle3Drafter) -> dict[str, Way]:
     fresh = replace(exits, modules=_untrained(adapter, "layer"))
     lossless = replace(policy, lossless=True)
     by_name: dict[str, Any] = {"lossless": True, "thresholds": {}, "first": {}}
-    eagle = replace(policy, drafts={NAME: 0.1}, max_draft=policy.max_draft, **by_name)
+    eagle = replace(policy, drafts={NAME: 0.1}, max_draft=7, **by_name)
     ngram = replace(policy, drafts={"ngram": 0.0}, max_draft=3, **by_name)
     copied = Eagle3Drafter(backbone, drafter.words)
     fixed = replace(lossless, drafts={depth: 0.0}, max_draft=4)
     return {
         "full": Way(FULL, "full"),
         "early exit": Way(policy, EARLY, exits),
+        "early exit, careful": Way(at(policy, depth, **CAREFUL), EARLY, exits),
         "early exit, untrained": Way(policy, EARLY, fresh),
         "static": Way(always(policy, depth), EARLY, exits),
         "exit drafts": Way(lossless, LOSSLESS, exits),

@@ -5,8 +5,9 @@ from offramp_lab.tables.markdown import Make, MakeTable, Value, record, times_wi
 
 WAYS = {
     "full": "full depth",
-    "early exit": "early exit, at 0.4 and 0.7",
+    "early exit": "early exit, as it ships",
     "early exit, untrained": "the same, untrained exit",
+    "early exit, careful": "early exit, at 0.4 and 0.7",
     "static": "every token at the exit",
     "exit drafts": "lossless: the exit drafts",
     "exit drafts, untrained": "the same, untrained exit",
