@@ -80,7 +80,6 @@ class ExitRunner:
 
     exported: Exported
     early: Early
-    _requests_known: dict[str, _Request]
     _stepping = False
     _sampled: Tensor | None = None
     _begun = 0.0
@@ -93,7 +92,6 @@ class ExitRunner:
         with exits_loaded(self.exported):
             super().load_model(*args, **kw)  # type: ignore[misc]
         me: Any = self
-        self._requests_known = {}
         take_kernels(me.model)
         self.early = Early(me.model, self.exported, me.max_num_tokens)
         _check_alike(self.early, self.exported)
@@ -303,8 +301,6 @@ class ExitRunner:
         count, batch = me.input_batch.num_reqs, me.input_batch
         ids = batch.req_ids
         known = [self._request(one) for one in ids]
-        if len(self._requests_known) > 2 * count + 64:
-            self._requests_known = dict(zip(ids, known, strict=True))
         partial = torch.from_numpy(me.discard_request_mask.np[:count].copy()).to(me.device)
         rules = [
             r.asked.rule.thresholds if me.requests[one].output_token_ids else r.first
@@ -345,15 +341,16 @@ class ExitRunner:
         )
 
     def _request(self, one: str) -> _Request:
-        found = self._requests_known.get(one)
+        """What is known of a request, which keeps it."""
+        me: Any = self
+        request, config = me.requests[one], me.vllm_config
+        found: _Request | None = getattr(request, "offramp", None)
         if found is None:
-            me: Any = self
-            request, config = me.requests[one], me.vllm_config
             found = _known(self.exported, request.sampling_params, _drafts(config))
             # Where features of images join further states, offramp too reads the prompt whole.
             if request.mm_features and features_joined(config.model_config.hf_config):
                 found = replace(found, whole=True)
-            self._requests_known[one] = found
+            request.offramp = found
         return found
 
     def _allowed(self, rows: Tensor, logits: Tensor) -> Tensor:
