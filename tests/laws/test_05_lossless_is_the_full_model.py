@@ -13,6 +13,7 @@ from reference import Dice
 from offramp.engine.generate import generate
 from offramp.engine.policy import ExitPolicy
 from offramp.models.exits import Exits
+from offramp.models.opened import first
 
 NEW = 16
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -22,8 +23,10 @@ DEPTHS = (1, 2, 3, 5)
 class Contrary(Exits):
     """Exits that never agree: what they make of a state points the other way."""
 
-    def run(self, *args, **kw):
-        return -super().run(*args, **kw)
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        for exit in self.values():
+            exit.register_forward_hook(lambda exit, given, output: -first(output))
 
 
 def accepted(result):

@@ -24,7 +24,8 @@ from offramp.engines.packed import prepack
 from offramp.errors import InputError, UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
-from offramp.models.exits import Exits, ExitSet, copy_layer, first
+from offramp.models.exits import Exits, ExitSet, copy_layer
+from offramp.models.opened import first
 from offramp.models.quantized.linears import quantize_layers
 
 ROWS = 5

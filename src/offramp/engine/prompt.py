@@ -113,6 +113,8 @@ class PromptReader:
     ) -> None:
         self.backbone: Backbone = backbone
         self.exits: ExitSet | None = exits
+        self._exits = {} if exits is None else exits.by_depth()
+        self._entries = () if exits is None else exits.entries
         self.intercepted: InterceptedModel = InterceptedModel(backbone, self)
         if backbone.decoding.exact_batches:  # parts of a prompt are other sums than the whole
             chunk = prefix_cache = None
@@ -186,8 +188,7 @@ class PromptReader:
             self._keep = self._kept = self._served = None
 
     def _read(self, prepared: Prepared) -> Prompt:
-        entries = self.exits.entries if self.exits is not None and self.exits_on else ()
-        add_exit_entries(self.cache, entries, self.backbone.depth)
+        add_exit_entries(self.cache, self._entries if self.exits_on else (), self.backbone.depth)
         with self._serving() as self._served:
             prefill = Prefill(self.intercepted, prepared)
         mask, encoder = prepared.arguments.get("attention_mask"), None
@@ -230,16 +231,16 @@ class PromptReader:
             return self.backbone.skipped_layer_output(call)
         here, newest, call.instead = self.backbone.here, call.hidden[:, -1], self._instead
         if call.index in self.exits_on:
-            assert self.exits is not None
             keeps = call.index == self._keep
             asks = self._decide is not None and call.index in self._asks
             if not self._last or not (keeps or asks):
                 if self.backbone.is_encoder_decoder:  # an encoder's keys are made after its own
-                    self.exits.run(call.index, call)
+                    call.run(self._exits[call.index])
                 else:
+                    assert self.exits is not None
                     store_exit_keys(self.cache, self.exits, call)
             else:
-                state = here(self.exits.run(call.index, call)[:, -1])
+                state = here(call.state(self._exits[call.index])[:, -1])
                 if keeps:
                     self._kept, ends = state, self._opens and self._served is None
                 else:

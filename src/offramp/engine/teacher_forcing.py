@@ -21,10 +21,10 @@ from offramp.engine.kv_cache import CACHE_NAMES, cache_parameter
 from offramp.engine.prefill import Prefill, image_tokens, prepare
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet, first
+from offramp.models.exits import Exits, ExitSet
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
-from offramp.models.opened import LayerCall
+from offramp.models.opened import LayerCall, first
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ class Exits(nn.ModuleDict):
 
         call: of the layer that the exit stands before.
         """
-        return first(call.run(self[str(depth)]))
+        return call.state(self.at(depth))
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,6 +258,10 @@ class ExitSet:
         """The exit at `depth`."""
         return self.modules.at(depth)
 
+    def by_depth(self) -> dict[int, nn.Module]:
+        """Return all exits."""
+        return {depth: self.at(depth) for depth in self.depths}
+
     def run(self, depth: int, call: LayerCall) -> Tensor:
         """The estimate [B, T, D] of the final state; see `Exits.run`."""
         return self.modules.run(depth, call)
@@ -273,11 +277,6 @@ class ExitSet:
     def forget_head(self) -> None:
         """Have `shortlist_head` make it anew."""
         self.__dict__.pop("_head", None)
-
-
-def first(output: Any) -> Tensor:
-    """The hidden state of a layer's output, which in some families is a tuple."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def copied_index(backbone: Backbone, depth: int) -> int:

@@ -51,6 +51,15 @@ class LayerCall:
         called = module if self.instead is None else self.instead[module]
         return called(self.hidden, *self.args, **self.kw)
 
+    def state(self, module: Callable[..., Any]) -> Tensor:
+        """Return the hidden state [B, T, D] of what `run` returns."""
+        return first(self.run(module))
+
+
+def first(output: Any) -> Tensor:
+    """The hidden state of a layer's output, which in some families is a tuple."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
 
 HeadCode = Callable[[Tensor], Tensor]
 """Does what the LM head does: logits [N, V] of states [N, D]."""

@@ -31,7 +31,7 @@ from offramp.engine.decoding.sequence import Sequence as Row
 from offramp.engine.prefill import image_tokens
 from offramp.models.backbone import Backbone
 from offramp.models.eagle3 import Eagle3Drafter
-from offramp.models.exits import first
+from offramp.models.opened import first
 
 NAME = "eagle3"
 _attached: list[Callable[[Executor, int], Drafter]] = []

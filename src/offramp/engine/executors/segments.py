@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.engine.drafter import DraftingExit
 from offramp.engine.kv_cache import store_exit_keys
@@ -102,6 +102,7 @@ class SegmentRunner:
     ) -> None:
         self.backbone: Backbone = backbone
         self.exits: ExitSet | None = exits
+        self._exits = {} if exits is None else exits.by_depth()
         self.depths: tuple[int, ...] = tuple(sorted(depths))
         bounds = (0, *self.depths, backbone.depth)
         self._segments = [range(start, end) for start, end in pairwise(bounds)]
@@ -143,32 +144,23 @@ class SegmentRunner:
             self._at_exit(call)
         if self._needs_previous and index + 1 == running.stop:
             self._previous = self.backbone.here(call.hidden.flatten(0, -2))
-        return call.run(self._called(call.layer))
-
-    def _called(self, module: nn.Module) -> nn.Module:
-        """What runs in a layer's place."""
-        return module
+        return call.run(call.layer)
 
     def _at_exit(self, call: LayerCall) -> None:
         """Run the exit before this layer, or only store its keys where nobody asks it."""
         here, self._entry = self.backbone.here, call.hidden
         entry = here(call.hidden.flatten(0, -2))
-        if not self._runs_anyway and not self._needs_exit:
+        if not self._needs_exit and not self._runs_anyway:
             self._store_keys(call)
             self._output = ExitOutput(entry, None, self._previous)
             return
-        state = here(self._run_exit(call).flatten(0, -2))
+        state = here(call.state(self._exits[call.index]).flatten(0, -2))
         self._output = ExitOutput(entry, state, self._previous)
 
     @property
     def _runs_anyway(self) -> bool:
         """Whether an exit's keys cannot be had without the rest of it."""
         return False
-
-    def _run_exit(self, call: LayerCall) -> Tensor:
-        """The states [B, T, D] that the exit before a layer makes."""
-        assert self.exits is not None
-        return self.exits.run(call.index, call)
 
     def _store_keys(self, call: LayerCall) -> None:
         assert self.exits is not None

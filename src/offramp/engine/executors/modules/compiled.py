@@ -24,7 +24,7 @@ from offramp.engine.executors.modules.code import MOST_ROWS, Code, Codes, tensor
 from offramp.engine.executors.slots.cache import SlotLayer
 from offramp.engine.kv_cache import CACHE_NAMES, self_attention
 from offramp.models.backbone import Backbone
-from offramp.models.exits import first
+from offramp.models.opened import first
 
 BACKEND = "inductor"
 LONG = {

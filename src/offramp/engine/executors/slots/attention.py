@@ -19,7 +19,7 @@ beside it, to the last bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from offramp.engine.executors.slots.cache import Call, SlotCall
+from offramp.engine.executors.slots.cache import Call, CurrentCall, SlotCall
 from offramp.errors import UnsupportedBackboneError
 from offramp.models.backbone import Backbone
 from offramp.models.discovery.twin import graft, twin
@@ -224,6 +224,23 @@ def with_attention(layer: nn.Module, name: str, **known: Any) -> Any:
         attention.__dict__.update(known)
         graft(ours, path, attention)
     return ours
+
+
+class WithAttention(dict[Any, Any]):
+    """What is called in the place of layers and exits: their twins by `with_attention`, made when
+    first asked for."""
+
+    def __init__(self, name: str, current: CurrentCall, plain: Mapping[Any, Any] | None) -> None:
+        """plain: what is called in a twin's place; None: the twin."""
+        super().__init__()
+        self._name, self._current, self._plain = name, current, plain
+
+    def __missing__(self, module: Any) -> Any:
+        if not isinstance(module, nn.Module):
+            return module  # a method
+        ours = with_attention(module, self._name, _current=self._current)
+        made = self[module] = ours if self._plain is None else self._plain[ours]
+        return made
 
 
 # -- exact batches --------------------------------------------------------------------------------

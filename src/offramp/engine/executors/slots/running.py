@@ -20,8 +20,8 @@ from offramp.engine.executors.segments import Output, SegmentRunner
 from offramp.engine.executors.slots.attention import (
     EACH,
     PACKED,
+    WithAttention,
     check_exact_batches,
-    with_attention,
     with_slot_masks,
 )
 from offramp.engine.executors.slots.cache import Call, OneSlot, SlotCache
@@ -36,7 +36,7 @@ from offramp.engine.executors.slots.tables import (
 )
 from offramp.engine.kv_cache import cache_parameter
 from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet, first
+from offramp.models.exits import ExitSet
 from offramp.models.opened import LayerCall
 from offramp.models.weights_version import written
 
@@ -79,11 +79,13 @@ class SlotRunner(SegmentRunner):
         self.packs: Any = self.intercepted.stack.config._attn_implementation == "sdpa"
         with_slot_masks(self.intercepted.stack)
         self._current = self.cache.current
-        self._instead = called_in_place(backbone)
-        self._exact = backbone.decoding.exact_batches
-        if self._exact:
+        plain = called_in_place(backbone) if backbone.decoding.lean else None
+        exact = backbone.decoding.exact_batches
+        if exact:
             check_exact_batches(backbone, exits, self.packs)
-        self._twins: dict[nn.Module, nn.Module] = {}  # of layers and exits, with attention of ours
+        self._packed = WithAttention(EACH if exact else PACKED, self._current, plain)
+        self._plain: Any = self._packed if exact else plain
+        self._instead: Any = self._plain  # what the current call calls in a module's place
         stack = self.intercepted.stack
         embed = getattr(stack, "embed_positions", None)
         if embed is not None and encoded:
@@ -115,6 +117,7 @@ class SlotRunner(SegmentRunner):
         """One call on token ids [n] or [B, T], or states [B, T, D]; final-normed states [n, D],
         which mean nothing where the last layer did not run."""
         self._current.call, self._bias = call, None
+        self._instead = self._plain if call.gather is None else self._packed
         self._running, self._chunk = running, inputs if inputs.is_floating_point() else None
         self._output = self._previous = None
         given = self._given(call, inputs)
@@ -196,15 +199,14 @@ class SlotRunner(SegmentRunner):
         if self._relative is not None:
             own |= zip(BIASES, self._biases(), strict=True)
         arguments, kind_of = tables.arguments(given, own), tables.kind_of
-        layers, instead, ours = self._layers, self._instead, self._ours
+        layers, instead = self._layers, self._instead
         hidden = given.inputs if given.ids is None else tables.enter(given)
         end, before = running.stop, running.stop - 1 if self._needs_previous else -1
         for index in running:
             args, kw = arguments[kind_of[index]]
-            module = layers[index]
             if index == before:
                 self._previous = hidden.flatten(0, -2)
-            out = instead[self._called(module) if ours else module](hidden, *args, **kw)
+            out = instead[layers[index]](hidden, *args, **kw)
             hidden = out[0] if isinstance(out, tuple) else out
         if end == self.backbone.depth:
             return self.backbone.final_norm(hidden)
@@ -297,37 +299,13 @@ class SlotRunner(SegmentRunner):
     def layer(self, call: LayerCall) -> Any:
         """Return what the stack gets for a layer: its output, or the state handed through."""
         args = call.args if self._relative is None else self._with_bias(call.args)
-        instead = self._instead if self.backbone.decoding.lean else None
-        made = LayerCall(call.index, call.layer, call.hidden, args, call.kw, instead)
+        made = LayerCall(call.index, call.layer, call.hidden, args, call.kw, self._instead)
         return super().layer(made)
-
-    def _called(self, module: nn.Module) -> nn.Module:
-        """A layer or exit, or its twin where attention is ours."""
-        if not self._ours:
-            return module
-        if module not in self._twins:
-            kind = EACH if self._exact else PACKED
-            self._twins[module] = with_attention(module, kind, _current=self._current)
-        return self._twins[module]
 
     @property
     def _runs_anyway(self) -> bool:
-        return self._packs or bool(self._unread_in(self._current.call))
-
-    def _run_exit(self, call: LayerCall) -> Tensor:
-        if self.exits is None or not self._ours:
-            return super()._run_exit(call)
-        return first(call.run(self._called(self.exits.at(call.index))))
-
-    @property
-    def _ours(self) -> bool:
-        """Whether the attention of this call is ours."""
-        return self._exact or self._packs
-
-    @property
-    def _packs(self) -> bool:
         call = self._current.call
-        return call.beside is None and call.gather is not None
+        return call.gather is not None or bool(self._unread_in(call))
 
     # -- per family --------------------------------------------------------------------------
 
