@@ -12,9 +12,9 @@ from offramp.engine.policy import ExitPolicy
 from offramp.engine.prefill import Prefill, prepare
 from offramp.models.backbone import Backbone
 from offramp.models.exit_kinds import EXIT_KINDS, register_exit
-from offramp.models.exits import Exits, copied_index, dense_exit
+from offramp.models.exits import Exits, copied_index
 from offramp.models.intercept import InterceptedModel
-from offramp.models.mixture import DenseBlock, expert_blocks
+from offramp.models.mixture import DenseBlock, dense_exit, expert_blocks
 from offramp_lab.inputs import zoo
 
 DEPTH = 2

@@ -238,7 +238,7 @@ class Stamp:
     def _look(self) -> list[Any]:
         backbone = self._backbone
         return [
-            backbone.decoding, backbone.engine, backbone.lossless, backbone.reads_in_parts,
+            backbone.decoding, backbone.engine, backbone.lossless, backbone.in_parts,
             backbone.family, backbone.tower,
             getattr(backbone.text_config, "_attn_implementation", None), *HEADS.items(),
             *map(tuple, GLOBAL_HOOKS),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,12 +34,13 @@ from offramp.engine.sampler import (
     SeededNoise,
     StopTogether,
 )
-from offramp.engine.self_check import prove, prove_prepared
 from offramp.errors import InputError
 from offramp.models.backbone import Backbone
 from offramp.models.exits import Exits, ExitSet
 from offramp.models.intercept import ImageMemory
 
+SELF_CHECK = "offramp.engine.self_check"
+"""The module of what proves that decoding is exact, which is loaded where no test has shown it."""
 Planned = Callable[[], Plan]
 """Returns the plan that answers are written by, made anew where what it was made of has changed."""
 
@@ -73,13 +75,11 @@ def generate(
     `InputError` for those not supported: beam search, assisted and contrastive decoding, static or
     quantised caches.
     """
-    backbone = Backbone.of(backbone)
-    planned = planned or partial(plan_of, backbone, exits, policy)
+    planned = planned or partial(plan_of, Backbone.of(backbone), exits, policy)
     plan = planned()
     with plan.reading(vision_cache=vision_cache, prefix_cache=prefix_cache) as reader:
         prepared = reader.prepare(inputs, options)
-        if any(True for _ in backbone.untried(plan.depths, inputs)):
-            prove(backbone, inputs, plan.depths)
+        if not plan.tested and _self_check().prove(reader.backbone, inputs, plan.depths):
             plan = planned()
         return _write(plan, reader, prepared, streamer, seed, observer)
 
@@ -107,11 +107,15 @@ def generate_prepared(
             "Attach them to that model: offramp.attach(model, exits).",
         )
     plan = planned()
-    if prove_prepared(backbone, prepared, plan.depths):
+    if not plan.tested and _self_check().prove_prepared(backbone, prepared, plan.depths):
         plan = planned()
     reader = plan.reader(prefix_cache=prefix_cache)
     twin = reader.intercepted.model.get_submodule(path)
     return _write(plan, reader, replace(prepared, model=twin))
+
+
+def _self_check() -> Any:
+    return import_module(SELF_CHECK)
 
 
 def _write(

@@ -64,4 +64,5 @@ def plan_of(
         drafter=drafter_at(levels, named=policy.drafter, draws_on=drafting is not None),
         levels=levels if backbone.lossless else {},
         first_may_exit=first_token_may_exit(backbone, policy),
+        tested=backbone.tested and backbone.engine is not None,
     )  # fmt: skip

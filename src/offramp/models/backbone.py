@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.hub import grey_example, load_model
 from offramp.models.modality import Modality, modality_of
-from offramp.models.opened import LayerCall, OpenedModel
+from offramp.models.opened import OpenedModel
 from offramp.models.registry import Family, is_tested
 from offramp.models.towers import TORCH, StandIn, tower_engine
 from offramp.models.weights import mixes_rows, scheme
@@ -95,13 +95,15 @@ class Backbone(OpenedModel):
         """Whether drafts can be verified and taken back, as far as decoding has shown."""
         self.engine: str | None = self._proven()
         """The executor that was found to be exact (`offramp.engine.executors`); None: not yet."""
-        self._in_parts = True
+        self.in_parts: bool = True
+        """Whether prompts may be run in parts, as far as decoding has shown; `reads_in_parts`."""
         self._proven_with: dict[Modality, frozenset[int]] = {}
         self.reads_ids: bool = accepts(self.stack, "per_layer_inputs")
         """Whether layers read the tokens again, beside the states (Gemma 3n, Gemma 4)."""
         self._layout = found = self_check(self, example)
         self.softcap: float | None = found.softcap
         self.words: int | None = found.words
+        self.returns: Sequence[int] = found.returns
         self.read_as: Mapping[int, int] = found.read_as
 
     @classmethod
@@ -272,7 +274,7 @@ class Backbone(OpenedModel):
     def reads_in_parts(self) -> bool:
         """Return True if a prompt may be run in several parts, as chunks and kept beginnings
         are."""
-        return self._in_parts and self.family.causal_prompt and not self.is_encoder_decoder
+        return self.in_parts and self.family.causal_prompt and not self.is_encoder_decoder
 
     @property
     def proven(self) -> Mapping[Modality, frozenset[int]]:
@@ -298,7 +300,7 @@ class Backbone(OpenedModel):
         able = self.family.causal_prompt if again or not self.family.discovered else True
         self.family: Family = replace(self.family, causal_prompt=causal_prompt and able)
         self.lossless = lossless and (self.lossless or not (again or self.mixes_rows))
-        self._in_parts = in_parts and (self._in_parts or not again)
+        self.in_parts = in_parts and (self.in_parts or not again)
         self.engine = engine or self.engine
         if engine is not None:
             self._proven_with = dict(self._proven_with)  # copies of this backbone keep theirs
@@ -351,12 +353,6 @@ class Backbone(OpenedModel):
         """Return True if it is a language model, which sees no images."""
         config = self.model.config
         return not self.is_encoder_decoder and config.get_text_config() is config
-
-    # -- driving ----------------------------------------------------------------------------
-
-    def skipped_layer_output(self, call: LayerCall) -> Any:
-        """Return what the layer would return if it left the state as it is."""
-        return self.handed_through(call, self._layout.returns[call.index])
 
 
 _STOCK = frozenset(

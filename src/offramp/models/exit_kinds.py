@@ -1,20 +1,27 @@
-"""Kinds of exit by name. What builds those of `offramp.models.exits` is there; their names need no
-PyTorch."""
+"""Kinds of exit by name. Names need no PyTorch: a module that builds a kind is imported once the
+kind is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from offramp.errors import InputError
+from offramp.errors import InputError, check_known
 
 if TYPE_CHECKING:
     from torch import nn
 
     from offramp.models.backbone import Backbone
 
-BUILT_IN = ("layer", "dense", "drafting", "lens")
+BUILT_IN = {
+    "layer": "offramp.models.exits",
+    "dense": "offramp.models.mixture",
+    "drafting": "offramp.models.exits",
+    "lens": "offramp.models.exits",
+}
+"""Kinds that come with offramp, and the module of each, which registers it when it is imported."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,20 @@ class ExitKind:
 
 
 EXIT_KINDS: dict[str, ExitKind] = {}
-"""By name: those that are registered, and `BUILT_IN` once `offramp.models.exits` is imported."""
+"""By name, those that are registered; see `exit_kind`."""
 
 
 def kinds_of_exit() -> tuple[str, ...]:
     """Return all names, the built-in ones first."""
     return tuple(dict.fromkeys((*BUILT_IN, *EXIT_KINDS)))
+
+
+def exit_kind(name: str) -> ExitKind:
+    """Return the kind of a name. Raise `InputError` if there is none."""
+    check_known("Kind of exit", [name], kinds_of_exit())
+    if name not in EXIT_KINDS:
+        import_module(BUILT_IN[name])
+    return EXIT_KINDS[name]
 
 
 def register_exit(

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import InputError, check_known
+from offramp.errors import InputError
 from offramp.models.backbone import Backbone
-from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
+from offramp.models.exit_kinds import EXIT_KINDS, ExitKind, exit_kind
 from offramp.models.fingerprint import fingerprint
-from offramp.models.mixture import dense_block, expert_blocks
 from offramp.models.opened import LayerCall
-from offramp.models.sharding import gathered, run_like
+from offramp.models.opened import first as first  # noqa: PLC0414  # a stable name of this module
+from offramp.models.sharding import run_like
 from offramp.models.weights import float_copy, float_dtype
 
 
@@ -128,27 +128,8 @@ def _drafting(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
     return layer
 
 
-def dense_exit(width: int | None = None) -> Callable[[Backbone, int, Sequence[int]], nn.Module]:
-    """Return how exits are built that are copied layers with a dense MLP in place of their experts.
-
-    width: of the MLP; None: so that it has as many weights as one token uses of the experts.
-    """
-
-    def build(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
-        layer = gathered(backbone.layers[copied_index(backbone, depth)])
-        config = backbone.text_config
-        instead = {
-            block: dense_block(block, backbone.width, config, width)
-            for block in expert_blocks(layer)
-        }
-        return copy_layer(layer, own[0], instead)
-
-    return build
-
-
 EXIT_KINDS.update(
     layer=ExitKind(_copied),
-    dense=ExitKind(dense_exit()),
     drafting=ExitKind(_drafting),
     lens=ExitKind(lambda *_: LogitLens()),
 )
@@ -157,7 +138,7 @@ EXIT_KINDS.update(
 class Exits(nn.ModuleDict):
     """Exits by depth. `state_dict` keys start with the depth; nothing is shared.
 
-    kind: of `EXIT_KINDS`. entries: the depth of each cache entry that belongs to the exits.
+    kind: of `kinds_of_exit`. entries: the depth of each cache entry that belongs to the exits.
     """
 
     def __init__(
@@ -176,9 +157,8 @@ class Exits(nn.ModuleDict):
         if backbone.split:
             fingerprint(backbone)  # while all processes are here: the one that saves is alone
         self.depths: tuple[int, ...] = check_depths(depths, backbone.depth)
-        check_known("Kind of exit", [kind], tuple(EXIT_KINDS))
-        self.kind = kind
-        build, entries = EXIT_KINDS[kind].build, EXIT_KINDS[kind].entries
+        self.kind, made = kind, exit_kind(kind)
+        build, entries = made.build, made.entries
         self.entries: tuple[int, ...] = tuple(
             depth for depth in self.depths for _ in range(entries)
         )

@@ -6,6 +6,7 @@ through few of them. An exit may do with an MLP of the size that one token uses.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,34 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from offramp.errors import UnsupportedBackboneError
-from offramp.models.sharding import device_of
+from offramp.models.backbone import Backbone
+from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
+from offramp.models.exits import copied_index, copy_layer
+from offramp.models.sharding import device_of, gathered
 
 _CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 """How blocks and configurations call the number of experts that a token runs through."""
+
+
+def dense_exit(width: int | None = None) -> Callable[[Backbone, int, Sequence[int]], nn.Module]:
+    """Return how exits are built that are copied layers with a dense MLP in place of their experts.
+
+    width: of the MLP; None: so that it has as many weights as one token uses of the experts.
+    """
+
+    def build(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
+        layer = gathered(backbone.layers[copied_index(backbone, depth)])
+        config = backbone.text_config
+        instead = {
+            block: dense_block(block, backbone.width, config, width)
+            for block in expert_blocks(layer)
+        }
+        return copy_layer(layer, own[0], instead)
+
+    return build
+
+
+EXIT_KINDS["dense"] = ExitKind(dense_exit())
 
 
 class DenseBlock(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,8 @@ class OpenedModel:
         if self.softcap is None and not self.family.discovered:
             self.softcap = _softcap(self.text_config, model.config)
         self.words: int | None = None
+        self.returns: Sequence[int] = ()
+        """By layer, how many values it returns; 0: the state alone. Known once it ran."""
         self._suppressed = torch.tensor(self.family.suppressed, dtype=torch.long)
 
     # -- what it is -------------------------------------------------------------------------
@@ -249,6 +251,10 @@ class OpenedModel:
         return tensor.to(self.device) if self.sharded else tensor
 
     # -- driving ----------------------------------------------------------------------------
+
+    def skipped_layer_output(self, call: LayerCall) -> Any:
+        """Return what the layer would return if it left the state as it is."""
+        return self.handed_through(call, self.returns[call.index])
 
     def handed_through(self, call: LayerCall, values: int) -> Any:
         """The same, of a layer that returns this many values; 0: the state alone.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from offramp.engine.policy import ExitPolicy, check_policy_depths, policy_to_json
 from offramp.errors import AdapterError, InputError, StorageError
 from offramp.models.backbone import Backbone
-from offramp.models.exit_kinds import EXIT_KINDS
+from offramp.models.exit_kinds import kinds_of_exit
 from offramp.models.exits import Exits, ExitSet, check_depths, copied_index
 from offramp.models.fingerprint import fingerprint, same_backbone
 from offramp.models.sharding import unread
@@ -196,7 +196,7 @@ def is_there(config: AdapterConfig, name: str) -> bool:
 
 def _load_exits(config: AdapterConfig, backbone: Backbone) -> Exits:
     path = config.folder / EXITS
-    if config.exit_kind not in EXIT_KINDS:
+    if config.exit_kind not in kinds_of_exit():
         raise AdapterError(
             f"{config.folder} holds exits of kind {config.exit_kind!r}, which is not registered.",
             "Import the package that calls offramp.register_exit for it, then load again.",

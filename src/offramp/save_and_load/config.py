@@ -46,7 +46,7 @@ class AdapterConfig:
     """adapter.json, read and checked.
 
     fingerprint: of the backbone; see `offramp.models.fingerprint`. exit_kind: of
-    `offramp.models.exit_kinds.EXIT_KINDS`; "layer" in adapters written before there were others.
+    `offramp.models.exit_kinds.kinds_of_exit`; "layer" in adapters written before there were others.
     checks: what was measured of the shortlist; None: there is none. files: SHA-256 of the other
     files by name; None in adapters written before there were.
     """

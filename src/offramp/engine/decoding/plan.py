@@ -32,7 +32,8 @@ class Plan:
     layers; its arguments are sizes. reader: makes what reads prompts for that executor. drafter:
     makes the drafter of an executor; None: lossless answers run at full depth. levels: by the
     drafter's depth, from which score or probability it drafts on. first_may_exit: whether an
-    answer's first token may exit.
+    answer's first token may exit. tested: whether tests have shown that it decodes exactly; else
+    whoever writes an answer has that proven of its prompt.
     """
 
     layers: int
@@ -44,6 +45,7 @@ class Plan:
     drafter: Callable[[Executor, Heads], Drafter] | None = None
     levels: Mapping[int, float] = field(default_factory=dict)
     first_may_exit: bool = True
+    tested: bool = True
     _readers: list[Any] = field(default_factory=list, repr=False)
     _executors: dict[Any, list[Executor]] = field(default_factory=dict, repr=False)
 
