@@ -370,9 +370,8 @@ class Verification:
             query = Query(sampler, rule, list(ids[:at]))
             said, score = None, _NAN
             for depth in (depth for depth in depths if depth in rule.thresholds):
-                output = ExitOutput(
-                    *(part[0, -1:] for part in (entries[depth], states[depth], entries[depth - 1]))
-                )
+                parts = (entries[depth], states[depth], entries[depth - 1])
+                output = ExitOutput(*(backbone.here(part[0, -1:]) for part in parts))
                 [verdict] = heads.verdicts(depth, output, [query])
                 if not isinstance(verdict, Verdict):
                     assert verdict is not None

@@ -24,7 +24,7 @@ from offramp.engine.decoding.scheduler import AT_ONCE, Schedule
 from offramp.engine.decoding.sequence import NAN, Token
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
-from offramp.engine.prefill import Prepared, check_options, prompt_lengths
+from offramp.engine.prefill import Prepared, check_options
 from offramp.engine.prompt import PromptMemory, PromptReader
 from offramp.engine.sampler import (
     Noise,
@@ -127,7 +127,7 @@ def _write(
     observer: Observer | None = None,
 ) -> GenerationOutput:
     rows = len(prepared.ids)
-    own = reader.backbone.has_own_frequencies(max(prompt_lengths(prepared)))
+    own = reader.backbone.has_own_frequencies(max(prepared.lengths))
     with plan.running(slots=rows, own_frequencies=own) as executor:
         decoder = plan.decoder(executor, AT_ONCE if rows == 1 else Schedule.of(rows))
         return write_answers(

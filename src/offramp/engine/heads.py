@@ -43,14 +43,15 @@ class ExitHeads:
         depths: Sequence[int],
     ) -> None:
         """Raise `InputError` where what the policy needs is missing."""
-        self._backbone, self._depths = backbone, tuple(depths)
+        self._depths = tuple(depths)
         code = head_code(backbone)
         self.logits: partial[Tensor] = partial(backbone.logits, code=code)
         """The full model's [n, V], of final-normed states [n, D]."""
         self._scorer = ExitScorer(backbone, policy, exits, code) if depths else None
         self.needs_previous_state: bool = policy.score in FEATURE_SCORES
         """Whether the score reads more than logits."""
-        self._scripted = exits is not None and exits.score is not None
+        scripted = exits is not None and exits.score is not None
+        self._reads_tokens: bool = self.needs_previous_state or scripted
 
     def computing(self) -> torch.inference_mode:
         """Return a context without gradients."""
@@ -84,20 +85,19 @@ class ExitHeads:
     ) -> tuple[ExitCheck, dict[int, Exception]]:
         """The exit's output, to be scored; and the errors of constraints, by row."""
         assert self._scorer is not None
-        here = self._backbone.here
-        entry, constraints = here(output.entry), _Constraints(queries)
-        reads = self.needs_previous_state or self._scripted
+        scored = any(query is not None and query.sampler.scored for query in queries)
+        constraints = _Constraints(queries) if scored else None
         look = ExitCheck(
             self._scorer,
             depth,
-            None if output.state is None else here(output.state),
-            entry,
-            None if output.previous is None else here(output.previous),
-            constraints if constraints.any else None,
+            output.state,
+            output.entry,
+            output.previous,
+            constraints,
             made=output.logits,
-            **(_tokens(queries, entry.device) if reads else {}),
+            **(_tokens(queries, output.entry.device) if self._reads_tokens else {}),
         )
-        return look, constraints.errors
+        return look, {} if constraints is None else constraints.errors
 
     def scores(self, look: ExitCheck, queries: Sequence[Query | None]) -> Sequence[float]:
         """Return what thresholds are compared with, of each token; void where nothing is asked."""
@@ -157,7 +157,6 @@ class _Constraints:
 
     def __init__(self, queries: Sequence[Query | None]) -> None:
         self._queries = queries
-        self.any = any(query is not None and query.sampler.scored for query in queries)
         self.errors: dict[int, Exception] = {}
 
     def __call__(self, logits: Tensor) -> Tensor:

@@ -56,6 +56,15 @@ class Prepared:
         """The empty KV cache."""
         return self.arguments[cache_name(self.arguments)]
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt that the decoder is to read, its padding left out."""
+        embeds, mask = (self.arguments.get(n) for n in ("inputs_embeds", "attention_mask"))
+        read: int = (self.ids if embeds is None else embeds).shape[1]
+        if self.model.config.is_encoder_decoder or mask is None or mask.dim() != 2:
+            return [self.ids.shape[1] if self.model.config.is_encoder_decoder else read]
+        return [min(read, count) for count in mask.sum(1).tolist()]
+
     @property
     def most(self) -> int:
         """The most new tokens of an answer; 1 where no criterion says."""
@@ -163,8 +172,8 @@ class Prefill:
             InputError: it is longer than the backbone's positions, or its rows lie on both sides of
                 a length at which rotary frequencies change.
         """
-        lengths = prompt_lengths(prepared)
-        self._limit, self._read = room_of(intercepted.backbone, lengths), max(lengths)
+        self._limit = room_of(intercepted.backbone, prepared.lengths)
+        self._read = max(prepared.lengths)
         with intercepted.recording() as calls:
             inputs = prepared.model.prepare_inputs_for_generation(
                 prepared.ids,
@@ -249,15 +258,6 @@ def _of_row(kw: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
         elif isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows:
             picked[name] = value[row : row + 1]
     return picked
-
-
-def prompt_lengths(prepared: Prepared) -> list[int]:
-    """Tokens of each prompt that the decoder is to read, its padding left out."""
-    embeds, mask = (prepared.arguments.get(n) for n in ("inputs_embeds", "attention_mask"))
-    read: int = (prepared.ids if embeds is None else embeds).shape[1]
-    if prepared.model.config.is_encoder_decoder or mask is None or mask.dim() != 2:
-        return [prepared.ids.shape[1] if prepared.model.config.is_encoder_decoder else read]
-    return [min(read, count) for count in mask.sum(1).tolist()]
 
 
 def room_of(backbone: OpenedModel, lengths: Sequence[int]) -> int | None:

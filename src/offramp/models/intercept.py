@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -110,15 +111,18 @@ class InterceptedModel:
         """Ask `memory` before the vision tower. Raise `InputError` if the tower is not known."""
         graft(self.model, str(backbone.family.vision), memory.before(backbone.vision))
 
+    @cached_property
+    def _names(self) -> list[str]:
+        """Of the arguments that the stack takes."""
+        return [*inspect.signature(type(self.stack).forward).parameters][1:]
+
     @contextmanager
     def recording(self) -> Iterator[list[dict[str, Any]]]:
         """Collect the keyword arguments with which the stack is called."""
         calls: list[dict[str, Any]] = []
 
-        names = [*inspect.signature(type(self.stack).forward).parameters][1:]
-
         def note(_: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> None:
-            calls.append({**dict(zip(names, args, strict=False)), **kw})
+            calls.append({**dict(zip(self._names, args, strict=False)), **kw})
 
         handle = self.stack.register_forward_pre_hook(note, with_kwargs=True)
         try:

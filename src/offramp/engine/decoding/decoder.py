@@ -196,7 +196,7 @@ class Decoder:
         if not rows:
             return 0
         depth = self.executor.depths[0]
-        if self._goes_on_by_itself(depth):
+        if self.executor.feed_on is not None and self._foresees(depth):
             return self._feed_on(depth, rows[0])
         queries = [
             row.query if on and depth in row.rule.thresholds else None
@@ -217,13 +217,12 @@ class Decoder:
                 self.tally.waited += verdict is not None and not exited
         return len(rows)
 
-    def _goes_on_by_itself(self, depth: int) -> bool:
-        """Return True if the executor can feed what the exit at `depth` says: to one sequence, of
+    def _foresees(self, depth: int) -> bool:
+        """Return True if the executor may feed what the exit at `depth` says: to one sequence, of
         which nobody is told before it ends, and which no criterion of its own ends."""
-        if getattr(self.executor, "feed_on", None) is None or self.longest is not None:
-            return False
         row, *others = self.sequences
-        return not others and row.sampler.foreseen and depth in row.rule.thresholds
+        alone = not others and self.longest is None
+        return alone and row.sampler.foreseen and depth in row.rule.thresholds
 
     def _feed_on(self, depth: int, row: Sequence) -> int:
         """Feed the next token of a sequence and all that the exit is confident of, in one call; the
@@ -232,8 +231,8 @@ class Decoder:
         while most > 1 and row.sampler.would_end(len(row.ids) + most - 1, -1):
             most -= 1
         budget = DraftBudget(most, row.rule.single[depth], row.sampler.ends)
-        executor: Any = self.executor
-        made: list[tuple[int, Any]] = executor.feed_on(row.handle, row.next_id, budget)
+        assert self.executor.feed_on is not None
+        made = self.executor.feed_on(row.handle, row.next_id, budget)
         fed = row.ran[0] + len(made)
         for token, output in made:
             [verdict] = self.heads.verdicts(depth, output, [row.query])

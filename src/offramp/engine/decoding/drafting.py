@@ -33,7 +33,7 @@ class DraftBudget(NamedTuple):
 FeedOn = Callable[[Handle, int, DraftBudget], list[tuple[int, Any]]]
 """Feeds the next token of a sequence as `Executor.feed` does, and then what the first exit says, as
 long as each is as likely as the budget wants. Returns of each token fed what the exit says after
-it, and its output. An executor that can has it as `feed_on`."""
+it, and its output."""
 
 
 class Drafts:

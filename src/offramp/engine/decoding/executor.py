@@ -8,7 +8,7 @@ an exit an `ExitOutput`, of the full model final-normed states [n, D], where the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from offramp.errors import InputError
@@ -39,13 +39,17 @@ class Executor(Protocol):
 
     depths: of the exits in use, ascending. rows: sequences that one call is over, at most;
     positions: columns of a sequence, at most; None: any number. opens: whether prompts may wait
-    that have yet to run, or to be verified with their first drafts.
+    that have yet to run, or to be verified with their first drafts. feed_on: as of `FeedOn` in
+    `offramp.engine.decoding.drafting`; None: it feeds nothing by itself.
     """
 
     depths: tuple[int, ...]
     rows: int | None
     positions: int | None
     opens: bool
+
+    @property
+    def feed_on(self) -> Callable[..., list[tuple[int, Any]]] | None: ...
 
     def load(self, prompt: Any, row: int) -> Loaded:
         """Take over a row of a prompt that was read: by a `PromptReader`, or by one of its own."""

@@ -24,7 +24,7 @@ from offramp.models.opened import LayerCall
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ExitOutput:
-    """An exit's output for n tokens.
+    """An exit's output for n tokens, on the device of the LM head.
 
     entry: the states that entered it [n, D]. state: what it made of them [n, D], before the final
     norm; None where nobody asked. previous: the states one decoder layer before [n, D], where
@@ -90,6 +90,8 @@ class SegmentRunner:
     depths: of the exits in use. needs_previous_state: whether scores read the state before an
     exit's entry. drafter: of the exit that drafts on, one of `depths`.
     """
+
+    feed_on = None
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class GraphExecutor:
     rows: int | None = 1
     positions: int | None = None
     opens = False
+    feed_on = None
 
     def __init__(self, programs: RowPrograms) -> None:
         self.depths: tuple[int, ...] = programs.depths

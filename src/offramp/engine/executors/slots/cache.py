@@ -350,9 +350,8 @@ class SlotCache:
         self.release()
 
     def seen_by(self, call: Call, unread: Sequence[int] = ()) -> Any:
-        """The cache to hand to the stack for one call. unread: layers that the encoder's states
-        of the one slot in it have not gone through yet."""
-        self.current.call = call
+        """The cache to hand to the stack for the current call. unread: layers that the encoder's
+        states of the one slot in it have not gone through yet."""
         if self.cross:
             width = max(self.encoder_lengths)
             if call.beside is not None:
