@@ -1,7 +1,6 @@
 """A range of layers and the exit after them: what every executor in PyTorch does in one call.
 
-It is the layer handler of its twin of the stack, whose layers ask it what to do. In a call that
-verifies drafts through all layers, the exit that drafts on runs as well.
+It is the layer handler of its twin of the stack, whose layers ask it what to do.
 """
 
 from __future__ import annotations
@@ -113,7 +112,6 @@ class SegmentRunner:
         # of the current call
         self._seen: Any = None  # the cache as its layers see it
         self._running = range(0)
-        self._verifies = False  # whether the drafting exit runs on the way
         self._needs_exit = True  # whether somebody asks the exit at the end
         self._chunk: Tensor | None = None  # states [B, T, D] that enter in the stack's place
         self._entry: Tensor | None = None  # what entered the exit [B, T, D], where it lies
@@ -142,8 +140,6 @@ class SegmentRunner:
         if index == running.stop:
             self._at_exit(call)
             return self.backbone.skipped_layer_output(call)
-        if self._verifies and self._drafter is not None and index == self._drafter.depth:
-            self._at_exit(call)
         if self._needs_previous and index + 1 == running.stop:
             self._previous = self.backbone.here(call.hidden.flatten(0, -2))
         return call.run(call.layer)

@@ -30,6 +30,7 @@ from offramp.engine.prefill import Prefill
 from offramp.engine.prompt import Prompt
 from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
+from offramp.models.opened import LayerCall
 
 
 @dataclass(eq=False)
@@ -89,6 +90,7 @@ class StackExecutor(SegmentRunner):
         super().__init__(backbone, exits, depths, **more)
         cannot_compile(backbone, "this model or request needs its own stack")
         self._held: list[_Row] = []
+        self._verifies = False  # of the current call: whether the drafting exit runs on the way
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -304,6 +306,11 @@ class StackExecutor(SegmentRunner):
         finally:
             self._seen = None
         return self.backbone.here(out).flatten(0, 1)
+
+    def layer(self, call: LayerCall) -> Any:
+        if self._verifies and self._drafter is not None and call.index == self._drafter.depth:
+            self._at_exit(call)
+        return super().layer(call)
 
     def _cache(self, row: _Row) -> Any:
         """The cache as the layers that run see it, and the exit after them."""

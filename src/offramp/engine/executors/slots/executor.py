@@ -184,6 +184,7 @@ class SlotExecutor(SlotRunner):
             if budgets[place].max_drafts and 0 <= column - 1 - first < len(made):
                 places.append(place)
                 begin.append(made[column - 1 - first])
+                row.verified = column - 1, begin[-1][None]
         if not places:
             return written
         # All go as far as the one that goes farthest: what is too much is not looked at, and
@@ -234,10 +235,8 @@ class SlotExecutor(SlotRunner):
             parts = zip(torch.split(made.entry, sizes), torch.split(made.state, sizes), strict=True)
             for ((row, first, _), _), (entry, state) in zip(new, parts, strict=True):
                 self._pending.keep(segment, row, first, entry)
-                before = row.verified if row.base[segment] < first else None
-                row.verified = first, state
-                if before is not None:  # of the prompt, which waits
-                    row.verified = first - 1, torch.cat([before[1], state])
+                start, before = row.verified or (first, state[:0])
+                row.verified = start, torch.cat([before[: first - start], state])
         spans, asked, count = list[Span](), list[int](), 0
         for row, own, column in zip(handles, ids, columns, strict=True):
             first, end = row.base[segment], column + len(own)  # with a prompt that waits

@@ -21,7 +21,8 @@ class SlotRow:
     of column 0, and that on the first of several axes. places: positions [..., T] of a prompt that
     waits and does not go up one by one.
     encoder: states [1, S, D] of an encoder that layers have yet to read; unread: which. verified: a
-    column, and the drafting exit's states [n, D] from it on.
+    column, and the drafting exit's states [n, D] from it on: of the newest column that drafts went
+    on from, and of those that were verified since.
     """
 
     slot: int

@@ -58,6 +58,11 @@ def _loop(
     )  # fmt: skip
 
 
+def _with_room(held: Any, rows: int) -> Any:
+    """Return an array, or an empty one like it that has so many rows."""
+    return held if len(held) >= rows else np.empty((rows, *held.shape[1:]), dtype=held.dtype)
+
+
 class DraftLoop:
     """Feeds a layer with the words that it says, and its states, until one of them ends it."""
 
@@ -98,8 +103,7 @@ class DraftLoop:
         the layer first [D], and the tap's state before it.
         """
         axes, most = positions.shape
-        if len(self._said) < most:
-            self._said = np.empty(most, dtype=np.int32)
+        self._said = _with_room(self._said, most)
         count = self._run(
             ctypes.byref(self._loop), ctypes.byref(batch),
             positions.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(axes),
@@ -125,7 +129,7 @@ class FeedLoop:
     ) -> None:
         """context: of the layers and their exit, `tap` before it. words: S of what it can say, by
         their ids; None: the vocabulary. table: [V, D], what the tokens enter the layers as."""
-        self._run, self._words = native.offramp_feeds, words
+        self._run = native.offramp_feeds
         self.ids: Integers = np.arange(words, dtype=np.int32)
         if ids is not None:
             self.ids = np.array(ids, dtype=np.int32)
@@ -145,9 +149,8 @@ class FeedLoop:
         batch: of one row whose logits are asked for. positions: [axes, n].
         """
         axes, most = positions.shape
-        if len(self._said) < most:
-            self._said = np.empty(most, dtype=np.int32)
-            self._logits = np.empty((most, self._words), dtype=np.float32)
+        self._said = _with_room(self._said, most)
+        self._logits = _with_room(self._logits, most)
         count = self._run(
             ctypes.byref(self._loop), ctypes.byref(batch),
             positions.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(axes), ctypes.c_int32(token),
