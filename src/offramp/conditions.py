@@ -171,8 +171,8 @@ def template_digest(processor: Any) -> str:
 def kernels(backbone: Backbone) -> str:
     """Return what PyTorch multiplies a backbone's layers by: "plain", "prepacked", "exact-batch" or
     "compiled"."""
-    if backbone.decoding.compiled:
-        return "compiled"
+    if backbone.decoding.instead is not None:
+        return backbone.decoding.instead.name
     if backbone.decoding.exact_batches:
         return "exact-batch"
     return "prepacked" if _is_prepacked(backbone.layers) else "plain"

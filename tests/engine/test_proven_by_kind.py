@@ -150,7 +150,7 @@ def test_what_only_a_long_text_shows_is_found_before_training(batch):
 def test_a_copy_of_a_backbone_finds_out_for_itself(batch):
     inputs = batch("llava", 1)
     backbone = Backbone(home_made.build(home_made.Window), example=inputs)
-    copied = backbone.with_decoding(compiled=False)
+    copied = backbone.with_decoding(lean=True)
     generate(copied, inputs, max_new_tokens=2)
     assert copied.proven and not backbone.proven
 

@@ -26,6 +26,7 @@ from transformers.distributed import DistributedConfig
 
 from offramp import answers
 from offramp.adapter import Adapter
+from offramp.engine.executors.modules.compiled import COMPILED
 from offramp.engine.generate import generate
 from offramp.errors import OfframpError
 from offramp.models.backbone import Backbone
@@ -150,7 +151,7 @@ stop(tensor, "tensor-stopped")
 whole = fully_shard(families.build("llava"), mesh=init_device_mesh("cpu", (2,)))
 told = {
     "no units": refusal(lambda: Backbone(whole)),
-    "compiled": refusal(lambda: tensor.with_decoding(compiled=True)),
+    "compiled": refusal(lambda: tensor.with_decoding(instead=COMPILED)),
 }
 (OUT / f"refused-{RANK}.json").write_text(json.dumps(told))
 

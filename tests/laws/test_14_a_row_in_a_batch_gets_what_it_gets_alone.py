@@ -16,6 +16,7 @@ from decoding import agreeing
 from families import NAMES, WORDLESS, build, depths, one_row
 
 from offramp.engine.executors.choice import EXECUTORS
+from offramp.engine.executors.modules.compiled import COMPILED
 from offramp.engine.generate import generate
 from offramp.engine.plan import plan_of
 from offramp.engine.policy import MODES, ExitPolicy, GenerationOutput
@@ -366,6 +367,6 @@ def test_exact_batches_want_weights_that_are_laid_out_and_prompts_one_by_one(bat
     prepack(whole, every=True)
     with pytest.raises(InputError, match="one at a time, and 4 rows came"):
         generate(whole, batch("llava", 4), max_new_tokens=2)
-    compiled = whole.with_decoding(compiled=True)
+    compiled = whole.with_decoding(instead=COMPILED)
     with pytest.raises(UnsupportedBackboneError, match="other code than that of several"):
         generate(compiled, one_row("llava", batch("llava", 4), 0), max_new_tokens=2)

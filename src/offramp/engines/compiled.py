@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from offramp.adapter import Adapter
+from offramp.engine.executors.modules.compiled import COMPILED
 
 
 def open(model: Any, **_: Any) -> Any:
     """The model, whose single answers compiled code writes."""
     if isinstance(model, Adapter):
-        return replace(model, backbone=model.backbone.with_decoding(compiled=True))
-    return model.with_decoding(compiled=True)
+        return replace(model, backbone=model.backbone.with_decoding(instead=COMPILED))
+    return model.with_decoding(instead=COMPILED)

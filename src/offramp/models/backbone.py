@@ -17,28 +17,30 @@ from offramp.models.discovery.probe import accepts
 from offramp.models.discovery.self_check import self_check
 from offramp.models.hub import grey_example, load_model
 from offramp.models.modality import Modality, modality_of
-from offramp.models.opened import OpenedModel
+from offramp.models.opened import Instead, OpenedModel
 from offramp.models.registry import Family, is_tested
 from offramp.models.towers import TORCH, StandIn, tower_engine
 from offramp.models.weights import mixes_rows, scheme
 
 QUANTIZER = "offramp.models.quantized.linears"
 """The module of what rounds weights, which is loaded where a model is to be quantised."""
+COMPILER = "offramp.engine.executors.modules.compiled"
+"""The module of what compiles layers, exits and head, which is loaded where they are to be."""
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
     """Options of how the layers are called where tokens are decoded; answers are the same.
 
-    lean: whether the stack's own code around them is left out, where that is exact. compiled:
-    whether layers, exits and head are code that is compiled for single answers on a CPU.
+    lean: whether the stack's own code around them is left out, where that is exact. instead: makes
+    what is called in the place of layers, exits and head; None: they are called themselves.
     exact_batches: whether a token's numbers are the same to the last bit whatever tokens are
     computed beside it; prompts are read one at a time and whole, and every matrix product must be
     of weights that `prepack(..., every=True)` laid out.
     """
 
     lean: bool = True
-    compiled: bool = False
+    instead: Instead | None = None
     exact_batches: bool = False
 
 
@@ -170,7 +172,9 @@ class Backbone(OpenedModel):
             backbone = cls._of_loaded(model, str(name), revision, example)
         if vision != TORCH and example is None:
             example = grey_example(name, revision, model)
-        return backbone.with_decoding(compiled=compile).with_vision(vision, example)
+        if compile:
+            backbone = backbone.with_decoding(instead=import_module(COMPILER).COMPILED)
+        return backbone.with_vision(vision, example)
 
     @classmethod
     def _of_loaded(
@@ -185,12 +189,12 @@ class Backbone(OpenedModel):
                 raise
         return cls(model, name=name, revision=revision, example=made)
 
-    def with_decoding(self, **options: bool) -> Backbone:
+    def with_decoding(self, **options: Any) -> Backbone:
         """The same model, decoded by other options (`DecodeOptions`) than this backbone, which
         stays as it is: what is found out by decoding each finds out for itself."""
         made = copy.copy(self)
         made.decoding = replace(self.decoding, **options)
-        if made.decoding.compiled or made.decoding.exact_batches:
+        if made.decoding.instead is not None or made.decoding.exact_batches:
             self.check_whole("This way of decoding")
         return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,27 @@ def first(output: Any) -> Tensor:
 
 HeadCode = Callable[[Tensor], Tensor]
 """Does what the LM head does: logits [N, V] of states [N, D]."""
+
+
+class Instead(Protocol):
+    """Makes what decoding calls in the place of a backbone's layers, exits and LM head. name: of
+    such code, as conditions show it."""
+
+    name: str
+
+    def modules(self, backbone: Any, caller: str) -> Any:
+        """Return by module what is called, as `BareModules` has it; None: its bare twin.
+
+        caller: the Python module of the code that calls it."""
+        ...
+
+    def head(self, backbone: Any) -> HeadCode | None:
+        """Return what is called in the head's place; None: its bare twin, or itself."""
+        ...
+
+    def left_out(self, backbone: Any, reason: str) -> None:
+        """Take note that the modules themselves are called."""
+        ...
 
 
 class OpenedModel:

@@ -47,7 +47,7 @@ def both(scored):
     def run(whole, inputs, *, dice=None, **given):
         made: list[Any] = []
         for by_code in (False, True):
-            decoded = whole.with_decoding(compiled=by_code)
+            decoded = whole.with_decoding(instead=compiled.COMPILED if by_code else None)
             if dice is not None:
                 scored(Dice(dice))
             torch.manual_seed(3)
@@ -111,7 +111,8 @@ def test_what_is_decoded_by_other_options_on_one_backbone_is_not_touched(
     given = {**GREEDY, "exits": exits("llava"), "policy": ExitPolicy({first: 0.5})}
     scored(lambda logits: (logits.argmax(-1) % 2).float())
     plain = whole.with_decoding()
-    by_code, by_stack = whole.with_decoding(compiled=True), whole.with_decoding(lean=False)
+    by_code = whole.with_decoding(instead=compiled.COMPILED)
+    by_stack = whole.with_decoding(lean=False)
     assert plain.decoding == whole.decoding and plain.layers is whole.layers
     Counted.rows.clear()
     alone = generate(by_code, inputs, **given)

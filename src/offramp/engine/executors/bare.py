@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ from offramp.models.backbone import Backbone
 from offramp.models.exits import ExitSet
 from offramp.models.opened import HeadCode
 
-CODE = "offramp.engine.executors.modules.compiled"
-"""The module of what compiles them, which is loaded where a backbone decodes by code."""
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -134,21 +131,19 @@ def share_parts(module: nn.Module, twin: nn.Module) -> bool:
 
 def called_in_place(backbone: Backbone) -> BareModules:
     """Return by module what decoding calls in its place."""
-    caller, code = type(backbone.stack).forward.__module__, _code(backbone)
-    if code is None:
-        return BareModules(caller)
-    made: BareModules = code.CompiledModules(code.codes_of(backbone), caller)
-    return made
+    caller, instead = type(backbone.stack).forward.__module__, backbone.decoding.instead
+    made: BareModules | None = None if instead is None else instead.modules(backbone, caller)
+    return BareModules(caller) if made is None else made
 
 
 def head_code(backbone: Backbone) -> HeadCode | None:
     """Return what decoding calls in the LM head's place; None: the head itself."""
-    code, head = _code(backbone), backbone.head
+    head, instead = backbone.head, backbone.decoding.instead
     twin = bare(head, type(backbone.stack).forward.__module__)
     if share_parts(head, twin):
         return None
-    if code is not None:
-        made: HeadCode = code.CompiledHead(code.codes_of(backbone), head, backbone.reader)
+    made = None if instead is None else instead.head(backbone)
+    if made is not None:
         return made
     return twin if isinstance(twin, SeveralTokensLinear) and backbone.reader is head else None
 
@@ -159,15 +154,7 @@ def shortlist_head(backbone: Backbone, exits: ExitSet) -> nn.Module | None:
     return None if head is None else bare(head, "")
 
 
-def cannot_compile(backbone: Backbone, reason: str) -> None:
-    """Warn that decoding runs as before, where it was to be compiled; once for a model."""
-    if backbone.decoding.compiled:
-        import_module(CODE).codes_of(backbone).warn(reason)
-
-
-def _code(backbone: Backbone) -> Any:
-    """The module `CODE`, where a backbone is decoded by code; else None."""
-    if backbone.device.type != "cpu":
-        cannot_compile(backbone, f"the model is on {backbone.device}, and code is for a CPU")
-        return None
-    return import_module(CODE) if backbone.decoding.compiled else None
+def stack_runs(backbone: Backbone) -> None:
+    """Note that the model's own stack calls its layers, in whose place others were to be called."""
+    if backbone.decoding.instead is not None:
+        backbone.decoding.instead.left_out(backbone, "this model or request needs its own stack")

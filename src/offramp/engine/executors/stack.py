@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offramp.engine.decoding.drafting import DraftBudget, Drafts
 from offramp.engine.decoding.executor import Loaded, Span
-from offramp.engine.executors.bare import cannot_compile
+from offramp.engine.executors.bare import stack_runs
 from offramp.engine.executors.segments import ExitOutput, Output, SegmentRunner, joined, picked
 from offramp.engine.kv_cache import (
     cache_name,
@@ -88,7 +88,7 @@ class StackExecutor(SegmentRunner):
         **more: Any,
     ) -> None:
         super().__init__(backbone, exits, depths, **more)
-        cannot_compile(backbone, "this model or request needs its own stack")
+        stack_runs(backbone)
         self._held: list[_Row] = []
         self._verifies = False  # of the current call: whether the drafting exit runs on the way
 

@@ -18,6 +18,7 @@ from transformers import StoppingCriteriaList
 
 from offramp.adapter import Adapter
 from offramp.data.example import Example
+from offramp.engine.executors.modules.compiled import COMPILED as BY_CODE
 from offramp.engine.policy import FULL, ExitPolicy
 from offramp.evaluation.timing import GenerateFn, decoding, generate_fn, stock_generate_fn, timed
 from offramp.models.input_processor import InputProcessor
@@ -222,7 +223,7 @@ class Bench:
     def compiled_methods(self) -> dict[Name, GenerateFn]:
         """What inductor compiles at the first call, which takes minutes."""
         own = self.adapter
-        by_code = replace(own, backbone=own.backbone.with_decoding(compiled=True))
+        by_code = replace(own, backbone=own.backbone.with_decoding(instead=BY_CODE))
         methods: dict[Name, GenerateFn] = {
             ("generate, static cache, compiled", "float32", "full"): stock_compiled(self.adapter)
         }

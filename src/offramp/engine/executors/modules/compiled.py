@@ -211,6 +211,34 @@ def codes_of(backbone: Backbone) -> Codes:
     return _CODES.setdefault(backbone.model, Codes())
 
 
+class ByCode:
+    """Calls code in the place of layers, exits and head (`Instead`), on a CPU alone."""
+
+    name = "compiled"
+
+    def modules(self, backbone: Backbone, caller: str) -> CompiledModules | None:
+        return CompiledModules(codes_of(backbone), caller) if _on_cpu(backbone) else None
+
+    def head(self, backbone: Backbone) -> CompiledHead | None:
+        if not _on_cpu(backbone):
+            return None
+        return CompiledHead(codes_of(backbone), backbone.head, backbone.reader)
+
+    def left_out(self, backbone: Backbone, reason: str) -> None:
+        """Warn, once for a model."""
+        codes_of(backbone).warn(reason)
+
+
+COMPILED = ByCode()
+
+
+def _on_cpu(backbone: Backbone) -> bool:
+    on_cpu = backbone.device.type == "cpu"
+    if not on_cpu:
+        codes_of(backbone).warn(f"the model is on {backbone.device}, and code is for a CPU")
+    return on_cpu
+
+
 class _Written:
     """A cache of one layer, whose last columns are those of the tokens that it is called with."""
 

@@ -260,7 +260,7 @@ def check_exact_batches(backbone: Backbone, exits: ExitSet | None, ours: bool) -
         raise UnsupportedBackboneError(
             f"Exact batches are not known of models with {kind}, as {backbone.name} is.", remedy
         )
-    if backbone.decoding.compiled:
+    if backbone.decoding.instead is not None:
         raise UnsupportedBackboneError(
             "Compiled code of one token is other code than that of several.", remedy
         )

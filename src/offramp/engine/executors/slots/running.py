@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.executors.bare import called_in_place, cannot_compile
+from offramp.engine.executors.bare import called_in_place, stack_runs
 from offramp.engine.executors.segments import Output, SegmentRunner
 from offramp.engine.executors.slots.attention import (
     EACH,
@@ -124,7 +124,7 @@ class SlotRunner(SegmentRunner):
         try:
             tables = self._tables_for(given)
             if tables is None and given.offset is not None:
-                cannot_compile(self.backbone, "this model or request needs its own stack")
+                stack_runs(self.backbone)
             out = self._by_stack(given) if tables is None else self._by_layers(given, tables)
         finally:
             self._chunk = self._seen = None
