@@ -19,6 +19,7 @@ AT = "0.01"
 
 def plots() -> dict[str, tuple[str, str]]:
     """Title and SVG of each plot by the name of its file."""
+    photographs = record("end_to_end")["photographs"]
     return {
         **{
             f"compare-{kind}": (f"Equal quality, {tiny(kind)}", drawn(record("compare")[kind]))
@@ -27,7 +28,7 @@ def plots() -> dict[str, tuple[str, str]]:
         "compare-photo": ("FREE beside each method, photographs", methods()),
         "end-to-end": (
             "A caption from the file to the text",
-            parts(by_stage(), "CPU milliseconds a caption, 100 photographs"),
+            parts(by_stage(), f"CPU milliseconds a caption, {photographs} photographs"),
         ),
         "quantisation": ("Weights of the photo model in memory", quantisation()),
         "guarantees": ("Risk on fresh images, over the promised risk", guarantees()),
