@@ -242,17 +242,18 @@ def exits_digest(modules: nn.Module) -> str | None:
     now = _state(modules)
     before, digest = _EXITS.get(modules, (None, None))
     if before is None or not _is_same(before, now):
-        digest = None if _is_prepacked(modules) else _tensors_digest(modules)
+        digest = None if _is_prepacked(modules) else tensors_digest(modules)[:DIGITS]
         _EXITS[modules] = now, digest
     return digest
 
 
-def _tensors_digest(modules: nn.Module) -> str:
+def tensors_digest(modules: nn.Module) -> str:
+    """SHA-256 over the tensors of trained modules."""
     digest = hashlib.sha256()
     for name, tensor in sorted(modules.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:DIGITS]
+    return digest.hexdigest()
 
 
 def _state(modules: nn.Module) -> dict[str, Any]:

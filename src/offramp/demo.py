@@ -42,6 +42,7 @@ from offramp.progress import progress
 from offramp.provenance import provenance
 from offramp.report.report import Source
 from offramp.report.report import report as page
+from offramp.report.sections import demo_modes
 from offramp.storage import write_atomic, write_json
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
@@ -266,27 +267,11 @@ def _bar(title: str) -> Any:
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as a person reads it on a terminal."""
-    modes = report["modes"]
-    early = modes["early_exit"]
-    lines = [
-        f"{report['backbone']}: {report['layers']} layers, exits at {report['exits']}, "
-        f"mean depth {early['mean_depth']:.2f}, answers identical {early['agreement']:.1%}",
-        "",
-        f"{'':12}{'tokens/s':>10}{'seconds':>10}" + "".join(f"{n:>12}" for n in early["quality"]),
-    ]
-    for name, mode in modes.items():
-        quality = "".join(f"{q:>12.1%}" for q in mode["quality"].values())
-        lines.append(
-            f"{name:12}{mode['tokens_per_second']:>10.0f}{mode['seconds_end_to_end']:>10.2f}{quality}"
-        )
+    early, lossless = (report["modes"][name] for name in ("early_exit", "lossless"))
     drops = ", ".join(f"{name} {drop:+.2%}" for name, drop in early["quality_drop"].items())
-    lines += [
-        "",
-        f"early exit: decoding {early['speedup_decode']:.2f}x, end to end "
-        f"{early['speedup_end_to_end']:.2f}x, against HF generate "
-        f"{early['speedup_vs_generate']:.2f}x; quality drop {drops}",
-        f"lossless: decoding {modes['lossless']['speedup_decode']:.2f}x, end to end "
-        f"{modes['lossless']['speedup_end_to_end']:.2f}x, identical to the full model: "
-        f"{'yes' if modes['lossless']['identical'] else 'NO'}",
-    ]
-    return "\n".join(lines)
+    return (
+        f"{report['backbone']}: {report['layers']} layers, exits at {report['exits']}, mean depth "
+        f"{early['mean_depth']:.2f}, answers identical {early['agreement']:.1%}, quality drop "
+        f"{drops}; lossless answers identical: {'yes' if lossless['identical'] else 'NO'}\n\n"
+        f"{demo_modes(report).plain()}"
+    )

@@ -74,9 +74,10 @@ class Guarantee:
         """The confidence at which the test of attempt `attempt`, from 1, is made."""
         return 1 - (1 - self.confidence) * error_share(attempt) / self.candidates
 
-    def images_needed(self, risk: float = 0.0, attempt: int = 1) -> int | None:
-        """The fewest images that keep the target at a measured `risk`; None: no number would."""
-        return samples_needed(self.target, self.level(attempt), self.method, risk)
+    def images_needed(self) -> int | None:
+        """The fewest images of a first attempt that keep the target where no answer loses
+        anything."""
+        return samples_needed(self.target, self.level(1), self.method)
 
     def images_for(self, risk: float) -> int | None:
         """The images of which four of five first attempts pass where `risk` is the truth; None: no

@@ -33,7 +33,7 @@ from offramp.calibration.attempts import (
 )
 from offramp.calibration.cost_model import Costs
 from offramp.calibration.risk_control import (
-    TESTS,
+    ANY_TIME,
     control,
     draws_needed,
     first_test,
@@ -51,7 +51,14 @@ from offramp.calibration.threshold_evaluator import (
     split_images,
 )
 from offramp.calibration.threshold_search import Array
-from offramp.conditions import TORCH, Conditions, differences, of_processor, samples
+from offramp.conditions import (
+    TORCH,
+    Conditions,
+    differences,
+    of_processor,
+    samples,
+    tensors_digest,
+)
 from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
 from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
@@ -64,7 +71,6 @@ from offramp.engine.policy import (
 )
 from offramp.engine.self_check import check_untested
 from offramp.errors import DataError, InputError
-from offramp.evaluation.evaluate import tensor_digest
 from offramp.likeness import ANSWERS, Likeness, look_of
 from offramp.models.input_processor import InputProcessor
 from offramp.prompt_kinds import kind_of, prompt_frames
@@ -292,7 +298,7 @@ def _calibrate(
         **({"conditions": unlike} if unlike else {}),
         **_counted(asked, judged, images, frames),
     }
-    digest = digest_rows([settings, tensor_digest([adapter.exits.modules])])
+    digest = digest_rows([settings, tensors_digest(adapter.exits.modules)])
     trial = _trial(
         whole, search, tested, thresholds, attempts, digest, asked,
         search_first=first == AUTO, frames=frames,
@@ -519,10 +525,13 @@ class _Trial:
         """Images, those that are copies of others left out."""
         return sum(len(image.by_image) for image in self.images) - merged(self.images)
 
+    def nothing(self, asked: Guarantee) -> list[Draws]:
+        """Draws of answers that lose nothing."""
+        return self.draws(np.zeros(len(self.tested.examples)), asked)
+
     def number_of(self, asked: Guarantee) -> int:
         """Images, or groups of them, that were tested, copies left out; of kinds, the fewest."""
-        nothing = np.zeros(len(self.tested.examples))
-        return min(part.n for part in self.draws(nothing, asked))
+        return min(part.n for part in self.nothing(asked))
 
     def by_kind(self, losses: Array, asked: Guarantee) -> dict[str, Draws]:
         """The same by kind of prompt."""
@@ -558,7 +567,7 @@ def _trial(
     search_first: bool,
     frames: Sequence[Sequence[str]],
 ) -> _Trial:
-    any_time = TESTS[first_test(asked.method)].any_time
+    any_time = first_test(asked.method) in ANY_TIME
     turn = turn_of(attempts, digest, tested, any_time=any_time)
     if search_first and turn.continues is not None:
         whole = whole.with_first(max(turn.continues.outcome["first"].values()))
@@ -580,15 +589,14 @@ def _within_reach(trial: _Trial, asked: Guarantee) -> bool:
     share of the errors is spent. Of a risk with gains it may pass with fewer images."""
     if trial.tested.risk.low < 0 or trial.turn.continues is not None:
         return True
-    draws = trial.draws(np.zeros(len(trial.tested.examples)), asked)
-    return p_value(draws, asked.target, first_test(asked.method)) <= 1 - trial.level
+    test = first_test(asked.method)
+    return p_value(trial.nothing(asked), asked.target, test) <= 1 - trial.level
 
 
 def _out_of_reach(trial: _Trial, asked: Guarantee) -> dict[str, Any]:
     """The number of images needed, and the reason in words."""
     drawn = "groups" if grouped(trial.images) else "images"
-    nothing = trial.draws(np.zeros(len(trial.tested.examples)), asked)
-    needed = draws_needed(nothing, asked.target, trial.level, asked.method)
+    needed = draws_needed(trial.nothing(asked), asked.target, trial.level, asked.method)
     reason = (
         f"{trial.number_of(asked)} {drawn} are too few for {asked.target:g} even if no answer lost "
         f"anything: {needed} are needed. None was tested, and no attempt is spent."

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.betting import FRACTIONS, SHARES, betting_p_value, planned_p_value
-from offramp.calibration.attempts import Draws, error_share
+from offramp.calibration.attempts import Draws
 from offramp.errors import InputError, did_you_mean
 
 Array = npt.NDArray[Any]
@@ -52,10 +52,6 @@ def hoeffding_bentkus(risk: float, n: int, target: float) -> float:
     return min(1.0, math.exp(-n * divergence), bentkus)
 
 
-def _hoeffding_bentkus(losses: Array, target: float) -> float:
-    return hoeffding_bentkus(float(np.maximum(losses, 0.0).mean()), len(losses), target)
-
-
 def binomial(losses: Array, target: float) -> float:
     """P-value of "the true risk is above `target`", exact for losses of 0 and 1.
 
@@ -70,40 +66,40 @@ def binomial(losses: Array, target: float) -> float:
     return float(binom.cdf(int((losses > reached).sum()), len(losses), target))
 
 
-def _sharp(draws: Draws, target: float) -> float:
-    """P-value of the planned test of the first look and of bets on all images, each at its share
-    of the level (Bonferroni)."""
+def _sharp(losses: Array | Draws, target: float) -> float:
+    """The planned test of the first look and bets on all images, each at its share of the level
+    (Bonferroni)."""
+    draws = _draws(losses)
     planned = binomial if draws.whole else planned_p_value
-    first = _largest(planned)(draws.first(draws.looked), target)
-    return min(1.0, first / PLANNED, _largest(betting_p_value)(draws, target) / (1 - PLANNED))
+    first = _largest(draws.first(draws.looked), target, planned)
+    return min(1.0, first / PLANNED, _bets(draws, target) / (1 - PLANNED))
 
 
-def _largest(test: Callable[[Array, float], float]) -> Callable[[Draws, float], float]:
-    """A test that passes where all lists of values pass; see `Draws.values`."""
-    return lambda draws, target: max(test(part, target) for part in draws.values(target))
+def _bets(losses: Array | Draws, target: float) -> float:
+    return _largest(_draws(losses), target, betting_p_value)
 
 
-@dataclass(frozen=True)
-class RiskTest:
-    """A p-value of draws and a target.
+def _counted(losses: Array | Draws, target: float) -> float:
+    """A test of the mean loss, gains taken as 0."""
 
-    any_time: whether the p-value stays valid when more images are drawn after a look at it.
-    """
+    def test(values: Array, target: float) -> float:
+        return hoeffding_bentkus(float(np.maximum(values, 0.0).mean()), len(values), target)
 
-    p_value: Callable[[Draws, float], float]
-    any_time: bool
-
-    def __call__(self, losses: Array | Draws, target: float) -> float:
-        return self.p_value(_draws(losses), target)
+    return _largest(_draws(losses), target, test)
 
 
-TESTS: dict[str, RiskTest] = {
-    "sharp": RiskTest(_sharp, any_time=True),
-    "upper_bound": RiskTest(_largest(betting_p_value), any_time=True),
-    "learn_then_test": RiskTest(_largest(_hoeffding_bentkus), any_time=False),
-}
-"""By method. The last one, and the binomial part of the first, take gains as 0."""
+def _largest(draws: Draws, target: float, test: Callable[[Array, float], float]) -> float:
+    """The p-value of a test that passes where all lists of values pass; see `Draws.values`."""
+    return max(test(part, target) for part in draws.values(target))
 
+
+TESTS: dict[str, Callable[[Array | Draws, float], float]] = {
+    "sharp": _sharp, "upper_bound": _bets, "learn_then_test": _counted,
+}  # fmt: skip
+"""P-values of losses and a target, by method. The last one, and the binomial part of the first,
+take gains as 0."""
+ANY_TIME = ("sharp", "upper_bound")
+"""Methods whose p-value stays valid when more images are drawn after a look at it."""
 METHODS = ("auto", *TESTS)
 
 
@@ -142,25 +138,13 @@ def highest_risk(draws: Sequence[Draws]) -> float:
     return max(float(part.risk) / part.times for part in draws)
 
 
-def learn_then_test(losses: Losses, target: float, confidence: float) -> int | None:
-    """The last point before the first whose Hoeffding-Bentkus test fails, or None.
-
-    Learn-then-Test (Angelopoulos et al. 2021) with fixed-sequence testing. Gains count as 0, which
-    makes the guarantee stricter than asked.
-    """
-    return walk(losses, target, confidence, "learn_then_test")
-
-
-def upper_bound_control(losses: Losses, target: float, confidence: float) -> int | None:
-    """The last point before the first whose betting bound is above the target, or None.
-
-    Jazbec et al. (2024). Gains count, so it can profit from overthinking.
-    """
-    return walk(losses, target, confidence, "upper_bound")
-
-
 def walk(losses: Losses, target: float, confidence: float, method: str) -> int | None:
-    """The last point before the first whose test fails, or None."""
+    """The last point before the first whose test fails, or None.
+
+    "learn_then_test": by Hoeffding-Bentkus (Angelopoulos et al. 2021); gains count as 0, which
+    makes the guarantee stricter than asked. "upper_bound": by bets (Jazbec et al. 2024); gains
+    count, so it can profit from overthinking.
+    """
     draws, passed = _parts(losses), None
     for point in range(draws[0].sums.shape[1]):
         columns = [part.column(point) for part in draws]
@@ -223,7 +207,7 @@ def control(
     index = walk(losses, target, confidence, "sharp")
     if steady:
         return Decision(index, "sharp", True)
-    other = learn_then_test(losses, target, confidence)
+    other = walk(losses, target, confidence, "learn_then_test")
     safer = None if index is None or other is None else min(index, other)
     return Decision(safer, "learn_then_test", False)
 
@@ -303,11 +287,9 @@ def more_needed(target: float, confidence: float, risk: float) -> int | None:
     return samples_needed(target, 1 - (1 - PLANNED) * (1 - confidence), "upper_bound", risk)
 
 
-def images_for(
-    target: float, confidence: float, risk: float, power: float = 0.8, share: float = PLANNED
-) -> int | None:
-    """The fewest images of which a first look passes with probability `power` where the true risk
-    is `risk`, for losses of 0 and 1; None: no number.
+def images_for(target: float, confidence: float, risk: float, share: float = PLANNED) -> int | None:
+    """The fewest images of which a first look passes four times in five where the true risk is
+    `risk`, for losses of 0 and 1; None: no number.
 
     share: of the level that the exact test has; 1: all, as where no image is ever added.
     """
@@ -320,7 +302,7 @@ def images_for(
     def passes(n: int) -> bool:
         allowed = int(binom.ppf(level, n, target))  # least count that may be too many
         allowed -= int(binom.cdf(allowed, n, target) > level)
-        return allowed >= 0 and bool(binom.cdf(allowed, n, risk) >= power)
+        return allowed >= 0 and bool(binom.cdf(allowed, n, risk) >= 0.8)
 
     n = max(1, math.ceil(math.log(level) / math.log1p(-target)) - 1)
     step = 1
@@ -334,23 +316,3 @@ def first_test(method: str) -> str:
     if method not in METHODS:
         raise InputError(f"Method {method!r} is not known.", did_you_mean(method, METHODS))
     return "sharp" if method == "auto" else method
-
-
-def images_needed(
-    targets: Sequence[float] = (0.01, 0.02, 0.05), confidence: float = 0.95
-) -> list[dict[str, Any]]:
-    """Return what a first attempt needs: for each target the images where no answer loses anything,
-    and those of which four of five attempts pass where a tenth, three tenths or half of the target
-    is the true risk."""
-    level = 1 - (1 - confidence) * error_share(1)
-    return [
-        {
-            "target": target,
-            "confidence": confidence,
-            "at_no_loss": samples_needed(target, level),
-            "at_a_tenth": images_for(target, level, 0.1 * target),
-            "at_three_tenths": images_for(target, level, 0.3 * target),
-            "at_half_the_target": images_for(target, level, 0.5 * target),
-        }
-        for target in targets
-    ]

@@ -67,24 +67,20 @@ def check_out_adapter(out: Path, source: Path, arguments: argparse.Namespace) ->
 def check_out_demo(out: Path, kind: str, arguments: argparse.Namespace) -> None:
     """Raise `InputError` where the demo would replace what it did not write."""
     from offramp.save_and_load import CONFIG, read_config
-    from offramp.storage import read_json
 
-    if arguments.overwrite:
+    for name in ("report.json", f"report-{kind}.json"):
+        check_out_file(
+            out / name, arguments, lambda begin: b'"full_equals_generate"' in begin,
+            "report of a demo",
+        )  # fmt: skip
+    if arguments.overwrite or not os.path.lexists(out / kind / CONFIG):
         return
     try:
-        if os.path.lexists(out / kind / CONFIG):
-            command = str(read_config(out / kind).provenance.get("command"))
-            if not command.startswith("offramp demo"):
-                raise InputError(f"{out / kind} already holds an adapter.", _TOLD)
-        for name in ("report.json", f"report-{kind}.json"):
-            if os.path.lexists(out / name):
-                report = read_json(out / name)
-                if not (isinstance(report, dict) and {"sizes", "provenance"} <= report.keys()):
-                    raise InputError(f"{out / name} is no report of a demo.", _TOLD)
-    except InputError:
-        raise
+        command = str(read_config(out / kind).provenance.get("command"))
     except OfframpError as error:
         raise InputError(f"{error.problem}", _TOLD) from error
+    if not command.startswith("offramp demo"):
+        raise InputError(f"{out / kind} already holds an adapter.", _TOLD)
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -8,7 +8,6 @@ without a model. A run's folder holds rows.jsonl, see `run_log`, and result.json
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
 import time
@@ -21,7 +20,7 @@ from torch import nn
 
 from offramp.adapter import Adapter
 from offramp.answers import GREEDY, Runtime, answers_of
-from offramp.conditions import kernels
+from offramp.conditions import kernels, tensors_digest
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
@@ -186,7 +185,7 @@ class _Answerer:
             "task": self.plan.task,
             "backbone": self.backbone.name,
             "fingerprint": digest_rows([dump_fingerprint(fingerprint(self.backbone))]),
-            "exits": None if self.exits is None else tensor_digest([self.exits.modules]),
+            "exits": None if self.exits is None else tensors_digest(self.exits.modules),
             # Every field, so that none can change unnoticed.
             "policy": policy_to_json(policy) if self.exits is not None else None,
             "layers": self.backbone.depth,
@@ -269,16 +268,6 @@ def _check_runtime(runtime: Runtime | None, plan: Settings) -> None:
             f"The runtime {runtime.name} answers {runtime.rows} at a time, not {plan.batch_size}.",
             f"Use --batch-size {runtime.rows}.",
         )
-
-
-def tensor_digest(modules: Sequence[nn.Module]) -> str:
-    """SHA-256 over the tensors of trained modules."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _fill(rows: RunLog, answerer: _Answerer, items: Sequence[Item], progress: Any) -> None:

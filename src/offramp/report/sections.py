@@ -111,7 +111,7 @@ def _latency(value: Value | None, name: str, part: str) -> str:
     return f"{1e3 * value[name][part]:.1f} ms" if value else "-"
 
 
-def measured_demo(value: Value) -> Markup:
+def demo_modes(value: Value) -> Table:
     """Every mode of a demo."""
     tasks = list(value["modes"]["full"]["quality"])
     columns: dict[str, Any] = {
@@ -124,7 +124,12 @@ def measured_demo(value: Value) -> Markup:
         **{f"{t} right": lambda mode, t=t: percent(mode["quality"][t]) for t in tasks},
     }
     modes = [{**mode, "mode": TITLES.get(name, name)} for name, mode in value["modes"].items()]
-    return render("figures", kind="demo", measured=Table.of(modes, columns))
+    return Table.of(modes, columns)
+
+
+def measured_demo(value: Value) -> Markup:
+    """The section on a demo's modes."""
+    return render("figures", kind="demo", measured=demo_modes(value))
 
 
 def origins(named: Sequence[tuple[str, Value]]) -> Markup:

@@ -1,8 +1,9 @@
 """The tiny models that ship: the demo, calibrated thresholds, what labels are worth."""
 
+from collections.abc import Callable
 from itertools import product
 
-from offramp.calibration.risk_control import images_needed
+from offramp.calibration.asked import Guarantee
 from offramp.report.html import times
 from offramp.report.table import Table, Told, told
 from offramp_lab.experiments.comparison.equal_quality import equal_quality
@@ -54,14 +55,18 @@ def calibrated() -> Table:
 
 def needed_images() -> Table:
     """Images that a first attempt at 95% confidence needs, by the target."""
+
+    def of(share: float) -> Callable[[Guarantee], str]:
+        return lambda asked: f"{asked.images_for(share * asked.target):,}"
+
     return Table.of(
-        images_needed(),
+        [Guarantee(target) for target in (0.01, 0.02, 0.05)],
         {
-            "target": "{target:.0%}",
-            "risk 0": "{at_no_loss:,}",
-            "a tenth of the target": "{at_a_tenth:,}",
-            "three tenths": "{at_three_tenths:,}",
-            "half": "{at_half_the_target:,}",
+            "target": lambda asked: f"{asked.target:.0%}",
+            "risk 0": lambda asked: f"{asked.images_needed():,}",
+            "a tenth of the target": of(0.1),
+            "three tenths": of(0.3),
+            "half": of(0.5),
         },
     )
 

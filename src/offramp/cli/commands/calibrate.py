@@ -234,18 +234,13 @@ def _say_worth(examples: Any, asked: dict[str, Any]) -> None:
             else ", however good the exits are", least,
         )  # fmt: skip
         return
-    shares = (share for share in range(90, -1, -5) if n >= (_enough(guarantee, share) or n + 1))
+    target, enough = guarantee.target, guarantee.images_for
+    shares = (share for share in range(90, -1, -5) if n >= (enough(target * share / 100) or n + 1))
     log.info(
         "With these %d images, which can guarantee %.3g at best, a first attempt passes four times "
         "in five where at most %d%% of the target is lost in truth; further attempts on them share "
         "a fifth of the error budget.", n, least, next(shares, 0),
     )  # fmt: skip
-
-
-def _enough(guarantee: Any, share: int) -> int | None:
-    """Images for a first attempt where this share of the target, in %, is the truth."""
-    found: int | None = guarantee.images_for(guarantee.target * share / 100)
-    return found
 
 
 def _say_how_long(

@@ -115,19 +115,19 @@ def _train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from offramp.adapter import Adapter
-    from offramp.calibration.risk_control import images_needed
+    from offramp.calibration.asked import Guarantee
     from offramp.models.shipped import shipped_exits
     from offramp.training.checkpoint import check_out
     from offramp.training.trainer import train, train_drafting
 
     config = _config(arguments)
     check_out(arguments.out, resume=arguments.resume, overwrite=arguments.overwrite)
-    needed = images_needed((0.01,))[0]
+    wanted = Guarantee(target=0.01)
     log.info(
         "To calibrate these exits to 1%% later needs %d images that training does not see, where "
         "no answer loses anything, and about %d where half of that is lost in truth.",
-        needed["at_no_loss"],
-        needed["at_half_the_target"],
+        wanted.images_needed(),
+        wanted.images_for(0.005),
     )
     items = read_data(arguments, require_answers=config.regime == "supervised")
     examples = [item.example for item in items]
