@@ -315,10 +315,19 @@ def _with_conditions(
     found: Calibration, trial: _Trial, encoder: InputProcessor, frames: Sequence[Sequence[str]],
     options: Mapping[str, Any], here: Mapping[str, Any],
 ) -> Calibration:  # fmt: skip
-    """Add the conditions of the guarantee, and the scores of its calibrated answers."""
+    """Add the conditions under which what was found holds, and the scores of its calibrated
+    answers. frames: of `prompt_frames`. here: of engine, processor and exits."""
     early = _early(trial, found.policy)
     likeness = _likeness(trial, early, encoder.smallest_side)
-    conditions = _conditions_of(encoder, found.policy, frames, likeness, options, here)
+    conditions = Conditions.of(
+        encoder.backbone,
+        found.policy,
+        sampling="sampled" if samples(encoder.backbone, options) else "greedy",
+        longest=options.get("max_new_tokens"),
+        prompts=frames,
+        any_prompt=likeness.tells("") or None,
+        **here,
+    )
     watched = _watched(trial, early, Guarantee(confidence=found.confidence, unit=found.unit))
     return replace(found, conditions=conditions, likeness=likeness, watched=watched)
 
@@ -331,23 +340,6 @@ def _test(
     losses, points = _walk(trial, progress(trial.turn.path or ()) if within else (), asked)
     found = _decide(trial, losses, points, asked, examples_digest(judged))
     return found if within else replace(found, **_out_of_reach(trial, asked)), bool(points)
-
-
-def _conditions_of(
-    encoder: InputProcessor, policy: ExitPolicy, frames: Sequence[Sequence[str]],
-    likeness: Likeness, options: Mapping[str, Any], here: Mapping[str, Any],
-) -> Conditions:  # fmt: skip
-    """Conditions under which what was found holds. frames: of `prompt_frames`. here: of engine,
-    processor and exits."""
-    return Conditions.of(
-        encoder.backbone,
-        policy,
-        sampling="sampled" if samples(encoder.backbone, options) else "greedy",
-        longest=options.get("max_new_tokens"),
-        prompts=frames,
-        any_prompt=likeness.tells("") or None,
-        **here,
-    )
 
 
 def _weighed(

@@ -16,7 +16,7 @@ answers hold none that is wrong, followed likewise, with an interval from drawin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -101,23 +101,14 @@ class Suitability:
         return max(self.prospects, key=lambda p: p.speedup[level])
 
     def to_json(self) -> dict[str, Any]:
-        def by_level(shares: Mapping[float, float]) -> dict[str, float]:
-            return {f"{level:g}": share for level, share in shares.items()}
+        def named(value: Any) -> Any:
+            if not isinstance(value, Mapping):
+                return value
+            return {f"{level:g}": told for level, told in value.items()}
 
-        rows = [
-            {
-                "depth": p.depth,
-                "agreement": p.agreement,
-                "settled": by_level(p.settled),
-                "speedup": by_level(p.speedup),
-                "calibrated": {
-                    f"{target:g}": list(speed) for target, speed in p.calibrated.items()
-                },
-            }
-            for p in self.prospects
-        ]
-        names = ("layers", "prompts", "tokens", "planned", "shortlist")
-        return {**{n: getattr(self, n) for n in names}, "depths": rows}
+        entries = asdict(self)
+        rows = [{n: named(v) for n, v in row.items()} for row in entries.pop("prospects")]
+        return {**entries, "depths": rows}
 
 
 def looked_at(layers: int) -> tuple[int, ...]:
