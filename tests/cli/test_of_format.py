@@ -37,12 +37,7 @@ def test_other_engines_and_formats_are_warned_of(
     assert code == 0 and "learnt from" not in caplog.text
 
 
-@pytest.mark.llama_cpp
-def test_an_export_times_lossless_decoding_where_it_has_images(
-    run: RunCommand, photos: Path, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = ("--data", photos / "rows.jsonl", "--limit", 2, "--max-new-tokens", 6)
-    files = ("--gguf", "q4_0", "--depths", "2,5", "--out", tmp_path / "q4_0")
-    code, _, _ = run("export", "--adapter", made, *files, *data)
-    assert code == 0 and "as fast as full depth" in caplog.text
-    assert "tokens a round (2 answers)" in caplog.text
+def test_an_export_of_files_takes_no_data(run: RunCommand, photos: Path, tmp_path: Path) -> None:
+    words = ("--gguf", "q4_0", "--out", tmp_path / "q4_0", "--data", photos / "rows.jsonl")
+    code, _, err = run("export", "tiny-opt", *words)
+    assert code == 1 and "offramp draft" in err and not (tmp_path / "q4_0").exists()

@@ -30,7 +30,6 @@ from examples.photo_vlm.rows import CAPTIONS
 from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.policy import FULL, ExitPolicy
-from offramp.evaluation.drafts import Drafted
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.evaluation.timing import decoding
 from offramp.models.eagle3 import Eagle3Drafter
@@ -173,7 +172,7 @@ def entries_of(
     for name, rows in told.items():
         ids = [one["ids"] for one in rows]
         own = mean_of(_cider(ids, examples, encoder))
-        drafted = Drafted.of([one["rounds"] for one in rows])
+        kept = [right for one in rows for _, right in one["rounds"]]
         entries.append(
             {
                 "way": name,
@@ -185,7 +184,7 @@ def entries_of(
                 "first_milliseconds": 1e3 * float(np.mean([one["first"] for one in rows])),
                 "token_milliseconds": 1e3 * float(rates[name][1].sum() / rates[name][0].sum()),
                 "over_full": times(rates[name], rates["full"]),
-                "tokens_a_round": drafted.tokens if drafted else None,
+                "tokens_a_round": 1 + float(np.mean(kept)) if kept else None,
             }
         )
     return entries

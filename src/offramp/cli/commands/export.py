@@ -29,8 +29,8 @@ from offramp.errors import InputError, OfframpError
 log = logging.getLogger(__name__)
 
 TO = GGUF, VLLM, DRAFT_MODEL, SPECULATORS = ("gguf", "vllm", "draft-model", "speculators")
-TIMED = 8
-"""Examples that lossless decoding is timed on, where --limit names no other number."""
+CHECKED = 8
+"""Prompts whose answers vLLM is checked by, where --limit names no other number."""
 SHORTLIST = 8192
 
 
@@ -78,9 +78,8 @@ def _options(parser: Parser) -> None:
     group.add_argument("--out", type=Path, required=True, help="folder for the files")
     overwrite_option(group)
     data = data_options(
-        parser, "a few images like those to come, to time lossless decoding in these files on "
-        f"({TIMED} where --limit names no other number); "
-        f"with --to {SPECULATORS} prompts by the hundred, from whose answers the drafter learns",
+        parser, f"with --to {VLLM} a few prompts like those to come, whose answers it is checked "
+        f"by; with --to {SPECULATORS} hundreds, from whose answers the drafter learns",
         required=False,
     )  # fmt: skip
     length_option(data)
@@ -110,7 +109,7 @@ def _export_vllm(arguments: argparse.Namespace) -> None:
     texts = list(PROMPTS)
     if arguments.data:
         items = read_data(arguments, require_answers=False)
-        texts = [item.example.prompt for item in items][: arguments.limit or TIMED]
+        texts = [item.example.prompt for item in items][: arguments.limit or CHECKED]
     adapter, processor = load_adapter(arguments)
     tokenizer = InputProcessor(adapter.backbone, processor).tokenizer
     prompts = [tokenizer(text)["input_ids"] for text in texts]
@@ -207,13 +206,16 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
             "Files for llama.cpp are of an adapter, in a number format.",
             f"Name it first and give --gguf q8_0; or --to {VLLM}, {DRAFT_MODEL} or {SPECULATORS}.",
         )
-    arguments.limit = arguments.limit or TIMED
+    if arguments.data:
+        raise InputError(
+            "Files for llama.cpp are made without data.",
+            "Leave --data out; `offramp draft --engine llama.cpp` times drafts in the files.",
+        )
     from offramp.runtimes.llama_cpp import ExportFormats, export_gguf
     from offramp.storage.folders import check_writable
 
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)
     check_writable(arguments.out, folder=True)
-    items = read_data(arguments, require_answers=False) if arguments.data else []
     adapter, processor = load_adapter(arguments)
     _check_out(adapter, arguments)
     if adapter.of_format not in (None, formats.layers):
@@ -229,45 +231,12 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
     show_result(sizes, "\n".join(sizes), as_json=arguments.json)
     for name, size in sizes.items():
         log.info("%s: %.1f MB", Path(name).name, size / 1e6)
-    if items:
-        _measure(adapter, processor, items, arguments)
     seen = "" if arguments.vision_format is None else f" --vision {MTMD}"
     how = asked_again(arguments, "backbone", "revision", "dtype")
-    asked_for = "" if "{" in (arguments.prompt or "") else asked_again(arguments, "prompt")
     say_next(
         f"offramp generate {arguments.adapter}{how} --engine llama.cpp "
-        f"--gguf {arguments.out}{seen} --image dog.jpg{asked_for}"
+        f"--gguf {arguments.out}{seen} --image dog.jpg"
     )
-
-
-def _measure(adapter: Any, processor: Any, items: Any, arguments: argparse.Namespace) -> None:
-    """Time lossless decoding in the files, and warn where full depth is faster."""
-    from offramp.evaluation.drafts import lossless_worth
-    from offramp.models.input_processor import InputProcessor
-    from offramp.progress import progress
-    from offramp.runtimes.llama_cpp import LlamaCppRuntime
-
-    encoder = InputProcessor(adapter.backbone, processor)
-    inputs = [encoder.prompts([item.example]) for item in items]
-    with LlamaCppRuntime(adapter, arguments.out) as runtime:
-        gained, made = lossless_worth(
-            runtime, adapter.policy, inputs, do_sample=False,
-            max_new_tokens=arguments.max_new_tokens,
-            progress=lambda rounds: progress(rounds, "timing lossless decoding"),
-        )  # fmt: skip
-    rate = "" if made is None else f", {made.tokens:.1f} tokens a round"
-    log.info(
-        "Lossless decoding in these files is %.2fx as fast as full depth%s (%d answers).",
-        gained, rate, len(items),
-    )  # fmt: skip
-    if gained < 1.0:
-        kind, name = arguments.gguf, arguments.adapter
-        log.warning(
-            "Lossless decoding does not pay in %s: drafts are right too seldom. %s", kind,
-            "Use full depth or early exit."
-            if adapter.of_format == kind
-            else f"Train for it: offramp train --drafting {name} --of-format {kind}.",
-        )  # fmt: skip
 
 
 def _check_out(adapter: Any, arguments: argparse.Namespace) -> None:
