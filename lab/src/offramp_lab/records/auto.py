@@ -92,7 +92,6 @@ def paired(best: auto.Way, examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 def main() -> None:
     arguments = asked(__doc__, data=True, photographs=60)
-    none = SimpleNamespace(calibrations=())
     configs = {name: read_config(shipped_exits(name) or name) for name in (PHOTO, OPT)}
     examples = halves(arguments.data)[1][: arguments.photographs]
     told = paired(auto.settled(partial(load, PHOTO), configs[PHOTO], auto.OPEN), examples)
@@ -102,10 +101,10 @@ def main() -> None:
             {"model": name, **found(name, partial(load, name), config)}
             for name, config in configs.items()
         ]
-        rows += [
-            {"model": title, **found(name, partial(load_tiny, name), none)}
-            for title, name in KINDS.items()
-        ]
+        for title, name in KINDS.items():
+            ready, exits = partial(load_tiny, name), Path(folder) / name
+            ready(engine=TORCH, vision=TORCH, gguf=None).adapter.save(exits)
+            rows.append({"model": title, **found(name, ready, read_config(exits))})
     RECORD.write({"models": rows, "photographs": len(examples), "paired": told})
 
 
