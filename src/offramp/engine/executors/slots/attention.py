@@ -227,7 +227,7 @@ def with_attention(layer: nn.Module, name: str, **known: Any) -> Any:
 
 
 class WithAttention(dict[Any, Any]):
-    """What is called in the place of layers and exits: their twins by `with_attention`, made when
+    """Twins by `with_attention` that are called in the place of layers and exits; each is made when
     first asked for."""
 
     def __init__(self, name: str, current: CurrentCall, plain: Mapping[Any, Any] | None) -> None:
