@@ -134,4 +134,17 @@ vllm serve {name} --speculative-config \\
 draft = AutoModelForCausalLM.from_pretrained("FOLDER")
 model.generate(**inputs, assistant_model=draft)
 ```
+
+For text, llama.cpp and OpenVINO GenAI take it once it is converted:
+
+```bash
+python convert_hf_to_gguf.py FOLDER --outfile draft.gguf
+llama-speculative-simple -m model.gguf -md draft.gguf --spec-type draft-simple -p "..."
+optimum-cli export openvino --model FOLDER --task text-generation-with-past draft_ov
+```
+
+```python
+draft = openvino_genai.draft_model("draft_ov", "CPU")
+openvino_genai.LLMPipeline("model_ov", "CPU", draft_model=draft)
+```
 """
