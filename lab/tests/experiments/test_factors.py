@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,19 @@ def test_no_other_stage_counts(told: dict[Any, Measured], stages: tuple[str, ...
     for own in told.values():
         own.milliseconds[:, : -len(stages)] *= 7
     assert factors(entries(told), CHAIN, stages) == before
+
+
+def test_drafts_that_share_the_prompts_call_count_as_decoding(told: dict[Any, Measured]) -> None:
+    """An answer that is there with its prompt took what that took beyond full depth's prompt."""
+    name, prompt = ("PyTorch", "lossless", "torch"), STAGES.index("prompt")
+    took = told[FULL].milliseconds.copy()
+    took[:, prompt] += took[:, -1] / 4
+    took[:, -1] = 0
+    told[name] = replace(told[FULL], milliseconds=took)
+    entry = entries(told)[-1]
+    assert entry["decoding_over_full"]["times"] == pytest.approx(4, rel=1e-3)
+    chain = (("", FULL), ("layers skipped", name))
+    assert factors(entries(told), chain, DECODING)["all"]["times"] == pytest.approx(4, rel=2e-3)
 
 
 def test_an_entry_keeps_what_every_answer_took_and_scored(told: dict[Any, Measured]) -> None:

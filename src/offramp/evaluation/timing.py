@@ -122,10 +122,10 @@ def decoding(own: Sequence[Any], full: Sequence[Any]) -> Any:
     """Return the seconds of decoding an answer by drafts: those after full depth's first token. An
     own first token comes later, together with others, where drafts share the prompt's call.
 
-    own, full: seconds of an answer and of the same after its first token, as `timed` returns them;
-    full: of full depth to the same prompt.
+    own, full: seconds of an answer and of the same after its first token, as `timed` returns them,
+    or arrays of them; full: of full depth to the same prompt.
     """
-    return max(own[1], own[0] - (full[0] - full[1]))
+    return np.maximum(own[1], own[0] - (full[0] - full[1]))
 
 
 def timed(

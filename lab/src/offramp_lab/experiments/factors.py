@@ -9,12 +9,13 @@ in another order the factors would be others.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from offramp.evaluation.statistics import Array, interval, mean_of
+from offramp.evaluation.timing import decoding
 from offramp_lab.experiments.experiment import Rates, same, times
 
 STAGES = ("picture", "tower", "entry", "prompt", "decoding")
@@ -22,6 +23,7 @@ DECODING = ("decoding",)
 Entry = Mapping[str, Any]
 Name = tuple[str, str, str]
 NAMED = ("engine", "mode", "tower")
+LOSSLESS = "lossless"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class Measured:
             return np.stack([np.array([max(0, n - 1) for n in self.tokens], float), seconds])
         return np.stack([np.ones(len(self.tokens)), seconds])
 
+    def drafted(self, full: Measured) -> Measured:
+        """The same of an answer by drafts, with decoding counted as `decoding` says: what the
+        prompt's call takes beyond full depth's is decoding."""
+        prompt, rest = (STAGES.index(stage) for stage in ("prompt", "decoding"))
+        took = self.milliseconds.copy()
+        both = took[:, prompt] + took[:, rest]
+        took[:, rest] = decoding((both, took[:, rest]), (full.milliseconds[:, prompt], 0.0))
+        took[:, prompt] = both - took[:, rest]
+        return replace(self, milliseconds=took)
+
 
 def entries_of(
     told: Mapping[Name, Measured],
@@ -56,6 +68,7 @@ def entries_of(
     for name in told if names is None else names:
         own, to = told[name], {key: other for key, other in bases(name).items() if other in told}
         full = told[to["full"]]
+        decoded = own.drafted(full) if name[1] == LOSSLESS else own
         means = own.milliseconds.mean(0).tolist()
         entries.append(
             {
@@ -64,7 +77,7 @@ def entries_of(
                 "whole_milliseconds": round(sum(means), 2),
                 **{f"over_{key}": _times(own, told[other]) for key, other in to.items()},
                 **{
-                    f"decoding_over_{key}": _times(own, told[other], DECODING)
+                    f"decoding_over_{key}": _times(decoded, told[other], DECODING)
                     for key, other in to.items()
                 },
                 "as_full": same(own.answers, full.answers),
@@ -99,6 +112,12 @@ def factors(
     """
     by_name: dict[Any, Entry] = {tuple(entry[key] for key in NAMED): entry for entry in entries}
     told = [(thing, read(by_name[name])) for thing, name in chain]
+    if stages == DECODING:
+        full = told[0][1]
+        told = [
+            (thing, own.drafted(full) if name[1] == LOSSLESS else own)
+            for (thing, own), (_, name) in zip(told, chain, strict=True)
+        ]
     steps = zip(told[1:], told, strict=False)
     found = {thing: _times(own, before, stages) for (thing, own), (_, before) in steps}
     return {**found, "all": _times(told[-1][1], told[0][1], stages)}

@@ -213,16 +213,12 @@ def _rows() -> dict[str, tuple[Chain, Sequence[str]]]:
             chain_of_decoding(engine, mode),
             DECODING,
         )
-        for mode in (EARLY, CAREFUL)
-        for engine in (PLAIN, Q8)
-    }
-    # The first drafts are verified in the prompt's call.
-    verified = {
-        f"prompt and decoding, {ENGINES.get(engine, engine)}, {MODES[LOSSLESS]}": (
-            chain_of_decoding(engine, LOSSLESS),
-            ("prompt", *DECODING),
+        for mode, engines in (
+            (EARLY, (PLAIN, Q8)),
+            (CAREFUL, (PLAIN, Q8)),
+            (LOSSLESS, (PLAIN, PACKED, F16, Q8)),
         )
-        for engine in (PLAIN, PACKED, F16, Q8)
+        for engine in engines
     }
     ended = {
         f"end to end in q8_0 over llama.cpp's fastest, {MODES[mode]}": (
@@ -233,7 +229,6 @@ def _rows() -> dict[str, tuple[Chain, Sequence[str]]]:
     }
     return {
         **decoded,
-        **verified,
         **ended,
         "eight at once over one at full depth, PyTorch": (chain_of_batch(), STAGES),
     }

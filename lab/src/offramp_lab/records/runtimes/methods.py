@@ -92,8 +92,7 @@ def beside_full(runs: Mapping[Name, Rounds]) -> dict[Name, Rounds]:
     same runtime and format, by the clock and by the CPU."""
 
     def counted(own: Taken, full: Taken) -> Taken:
-        both = zip(*own[:2], *full[:2], strict=True)
-        return own[0], np.array([decoding(each[:2], each[2:]) for each in both]), own[2]
+        return own[0], decoding(own, full), own[2]
 
     return {
         name: [
