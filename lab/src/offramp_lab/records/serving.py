@@ -76,7 +76,7 @@ def photo(arguments: argparse.Namespace) -> tuple[Subject, list[str]]:
         for n, row in enumerate(rows)
     ]
     words = ["offramp.cli", "serve", str(exits), "--backbone", "photo", "--dtype", "bfloat16"]
-    return Subject("photo model", adapter, encoder, asked, TOKENS), words
+    return Subject("photo model", adapter, encoder, asked, TOKENS), [*words, "--engine", "torch"]
 
 
 def measure(
