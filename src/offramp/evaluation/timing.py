@@ -97,25 +97,41 @@ def time_interleaved(
     """Time every method on every input, after one untimed pass over a few.
 
     clock: returns seconds; `time.thread_time` on a machine that others use too. drafting: methods
-    that draft, whose decoding is counted as `decoding` says beside the one named "full".
+    that draft; one of the others is then named "full" (see `beside_full`).
     """
 
     runs = in_turn(
         {name: partial(timed, run, clock=clock) for name, run in methods.items()}, inputs,
         rounds=rounds, warm=3, progress=progress,
     )  # fmt: skip
-    full = next((found for name, found in runs.items() if name == "full"), None)
-    timings = {}
-    for name, by_round in runs.items():
-        beside = full if full and name in drafting else by_round
-        decode = [[*map(decoding, *pair)] for pair in zip(by_round, beside, strict=True)]
-        timings[name] = Timing(
+    runs = beside_full(runs, dict.fromkeys(drafting, "full"))
+    return {
+        name: Timing(
             [sum(whole for whole, _, _ in taken) for taken in by_round],
-            [sum(taken) for taken in decode],
+            [sum(decode for _, decode, _ in taken) for taken in by_round],
             [answer for _, _, answer in by_round[0]] if by_round else [],
-            decode,
+            [[decode for _, decode, _ in taken] for taken in by_round],
         )
-    return timings
+        for name, by_round in runs.items()
+    }
+
+
+def beside_full(
+    runs: Mapping[Any, Sequence[Sequence[Any]]], full: Mapping[Any, Any]
+) -> dict[Any, Any]:
+    """Return what was taken, with decoding by drafts counted as `decoding` says.
+
+    runs: of each method by round and input, as `timed` returns it. full: by each method that
+    drafts, the name of its full depth.
+    """
+    counted = {
+        name: [
+            [(own[0], decoding(own, base), own[2]) for own, base in zip(*both, strict=True)]
+            for both in zip(runs[name], runs[of], strict=True)
+        ]
+        for name, of in full.items()
+    }
+    return {**runs, **counted}
 
 
 def decoding(own: Sequence[Any], full: Sequence[Any]) -> Any:

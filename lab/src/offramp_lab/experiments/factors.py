@@ -112,12 +112,11 @@ def factors(
     """
     by_name: dict[Any, Entry] = {tuple(entry[key] for key in NAMED): entry for entry in entries}
     told = [(thing, read(by_name[name])) for thing, name in chain]
-    if stages == DECODING:
-        full = told[0][1]
-        told = [
-            (thing, own.drafted(full) if name[1] == LOSSLESS else own)
-            for (thing, own), (_, name) in zip(told, chain, strict=True)
-        ]
+    full = told[0][1]
+    told = [
+        (thing, own.drafted(full) if name[1] == LOSSLESS else own)
+        for (thing, own), (_, name) in zip(told, chain, strict=True)
+    ]
     steps = zip(told[1:], told, strict=False)
     found = {thing: _times(own, before, stages) for (thing, own), (_, before) in steps}
     return {**found, "all": _times(told[-1][1], told[0][1], stages)}

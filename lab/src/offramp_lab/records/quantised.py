@@ -24,7 +24,7 @@ from offramp.adapter import Adapter
 from offramp.answers import Answer
 from offramp.data.example import Example
 from offramp.engines import ENGINES
-from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn
+from offramp.evaluation.timing import GenerateFn, beside_full, generate_fn, stock_generate_fn
 from offramp.models.description import weight_bytes
 from offramp.models.input_processor import InputProcessor
 from offramp.models.quantized.linears import SCHEMES
@@ -38,7 +38,7 @@ from offramp_lab.records.runtimes.methods import (
     WAY,
     Name,
     Taken,
-    beside_full,
+    drafted,
     policies,
     speeds,
     taken,
@@ -162,7 +162,8 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
     methods = {n: partial(taking, name=n, method=m) for n, m in bench.methods().items()}
     inputs = [bench.inputs(example) for example in bench.photographs]
     load_before = os.getloadavg()[0]
-    runs = beside_full(Experiment(methods, inputs, rounds, warm=1, title="timings").run())
+    runs = Experiment(methods, inputs, rounds, warm=1, title="timings").run()
+    runs = beside_full(runs, drafted(runs))
     entries = [{**dict(zip(WAY, name, strict=True)), **speeds(runs[name])} for name in runs]
     return {
         "photographs": len(inputs),

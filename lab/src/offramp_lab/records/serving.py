@@ -75,8 +75,9 @@ def photo(arguments: argparse.Namespace) -> tuple[Subject, list[str]]:
         Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))
         for n, row in enumerate(rows)
     ]
-    words = ["offramp.cli", "serve", str(exits), "--backbone", "photo", "--dtype", "bfloat16"]
-    return Subject("photo model", adapter, encoder, asked, TOKENS), [*words, "--engine", "torch"]
+    words = ["offramp.cli", "serve", str(exits), "--backbone", "photo"]
+    words += ["--dtype", "bfloat16", "--engine", "torch"]
+    return Subject("photo model", adapter, encoder, asked, TOKENS), words
 
 
 def measure(

@@ -153,20 +153,14 @@ def entries_of(
     """An entry for each way. over_full: how many times as fast decoding is; of drafts as `decoding`
     says."""
     entries = []
-    taken = {
-        name: [(one["first"] + one["rest"], one["rest"]) for one in rows]
-        for name, rows in told.items()
-    }
-    rates = {
-        name: np.array(
-            [
-                [len(one["ids"]) - 1 for one in rows],
-                [*map(decoding, taken[name], taken["full" if rows[0]["rounds"] else name])],
-            ],
-            float,
-        )
-        for name, rows in told.items()
-    }
+    took, rates = dict[str, Any](), dict[str, Any]()
+    for name, rows in told.items():
+        first, rest = (np.array([one[part] for one in rows]) for part in ("first", "rest"))
+        took[name] = first + rest, rest
+    for name, rows in told.items():
+        drafts = any(one["rounds"] for one in rows)
+        rest = decoding(took[name], took["full"]) if drafts else took[name][1]
+        rates[name] = np.stack([np.array([len(one["ids"]) - 1.0 for one in rows]), rest])
     full = [one["ids"] for one in told["full"]]
     base = _cider(full, examples, encoder)
     for name, rows in told.items():

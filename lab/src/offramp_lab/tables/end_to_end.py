@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.report.table import Table
-from offramp_lab.experiments.factors import DECODING, NAMED, STAGES, factors, read
+from offramp_lab.experiments.factors import DECODING, LOSSLESS, NAMED, STAGES, factors, read
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
@@ -21,7 +21,7 @@ FASTEST = "llama.cpp iq4_nl"
 """llama.cpp's fastest format whose captions are as good as those of q8_0."""
 TOWER, TORCH = "onnxruntime", "torch"
 FULL, SHORT, STATIC = "full", "full, shortlist", "static"
-EARLY, CAREFUL, LOSSLESS = "early exit", "early exit, careful", "lossless"
+EARLY, CAREFUL = "early exit", "early exit, careful"
 WHOLE = "early exit, prompt run whole"
 MODES = {
     FULL: "full depth",

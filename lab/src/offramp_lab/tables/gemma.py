@@ -3,8 +3,8 @@
 from typing import Any
 
 from offramp.report.table import Table
-from offramp_lab.experiments.factors import DECODING, factors
-from offramp_lab.tables.end_to_end import EARLY, FULL, LOSSLESS, MODES, PLAIN, SHORT
+from offramp_lab.experiments.factors import DECODING, LOSSLESS, factors
+from offramp_lab.tables.end_to_end import EARLY, FULL, MODES, PLAIN, SHORT
 from offramp_lab.tables.markdown import Make, MakeTable, by, record, times_with_range
 
 TITLES = {**MODES, EARLY: "early exit, 95% of tokens kept"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from offramp.adapter import Adapter
 from offramp.data.example import Example
 from offramp.engine.executors.modules.compiled import COMPILED as BY_CODE
 from offramp.engine.policy import FULL, ExitPolicy
-from offramp.evaluation.timing import GenerateFn, decoding, generate_fn, stock_generate_fn, timed
+from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn, timed
 from offramp.models.input_processor import InputProcessor
 from offramp.models.intercept import InterceptedModel
 from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
@@ -87,21 +87,9 @@ def taken(method: GenerateFn, inputs: Mapping[str, Any]) -> Taken:
     return whole, decode, ids  # type: ignore[return-value]  # numbers of both kinds
 
 
-def beside_full(runs: Mapping[Name, Rounds]) -> dict[Name, Rounds]:
-    """What was taken, with lossless decoding counted as `decoding` says beside full depth of the
-    same runtime and format, by the clock and by the CPU."""
-
-    def counted(own: Taken, full: Taken) -> Taken:
-        return own[0], decoding(own, full), own[2]
-
-    return {
-        name: [
-            [counted(*pair) for pair in zip(*both, strict=True)]
-            for both in zip(found, beside, strict=True)
-        ]
-        for name, found in runs.items()
-        for beside in (runs[(*name[:2], "full")] if name[2] == "lossless" else found,)
-    }
+def drafted(names: Iterable[Name]) -> dict[Name, Name]:
+    """Of each lossless method, the one at full depth of the same runtime and format."""
+    return {name: (*name[:2], "full") for name in names if name[2] == "lossless"}
 
 
 def speeds(rounds: Rounds) -> dict[str, float]:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from offramp.evaluation.timing import GenerateFn
+from offramp.evaluation.timing import GenerateFn, beside_full
 from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.records.runtimes.methods import (
     WAY,
     Bench,
     Name,
-    beside_full,
+    drafted,
     speeds,
     taken,
     with_ratios,
@@ -29,7 +29,8 @@ def timings(bench: Bench, rounds: int, more: Mapping[Name, GenerateFn]) -> dict[
     inputs = [bench.encoder.prompts([example]) for example in bench.photographs]
     load_before = os.getloadavg()[0]
     taking = {name: partial(taken, method) for name, method in methods.items()}
-    runs = beside_full(Experiment(taking, inputs, rounds, warm=WARM, title="timings").run())
+    runs = Experiment(taking, inputs, rounds, warm=WARM, title="timings").run()
+    runs = beside_full(runs, drafted(runs))
     entries = [{**dict(zip(WAY, name, strict=True)), **speeds(runs[name])} for name in runs]
     return {
         "photographs": len(inputs),
