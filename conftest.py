@@ -75,14 +75,14 @@ def seeded() -> None:
 
 @cache
 def _backbone(name: str, dtype: torch.dtype, wide: float | None) -> Any:
-    from offramp.models.backbone import Backbone
+    from offramp.core.models.backbone import Backbone
 
     return Backbone(families.build(name, dtype, wide=wide))
 
 
 @cache
 def _exits(name: str, dtype: torch.dtype, wide: float | None, depths: tuple[int, ...]) -> Any:
-    from offramp.models.exits import Exits
+    from offramp.core.models.exits import Exits
 
     exits = Exits(_backbone(name, dtype, wide), depths)
     draw = torch.Generator().manual_seed(7)
@@ -136,7 +136,7 @@ def batch() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
     """`scored(score)`: the confidence of every exit is this score, whatever the logits."""
-    from offramp.engine.confidence import SCORES
+    from offramp.core.engine.confidence import SCORES
 
     return lambda score: monkeypatch.setitem(SCORES, "max_probability", score)
 
@@ -146,7 +146,7 @@ def ngram() -> Iterator[str]:
     """The name of the drafter, and of the engine, of the example package."""
     import runpy
 
-    from offramp.engine.decoding.drafting import DRAFTERS
+    from offramp.core.decoding.drafting import DRAFTERS
     from offramp.engines import ENGINES
 
     runpy.run_path(str(Path(__file__).parent / "examples" / "ngram_plugin" / "offramp_ngram.py"))
@@ -157,7 +157,7 @@ def ngram() -> Iterator[str]:
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a registered score of hidden states: how little the layer before an exit did."""
-    from offramp.engine.confidence import FEATURE_SCORES
+    from offramp.core.engine.confidence import FEATURE_SCORES
 
     def score(check: Any) -> Any:
         entry, previous = check.entry.float(), check.previous.float()

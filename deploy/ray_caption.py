@@ -12,9 +12,9 @@ from typing import Any
 import ray
 from PIL import Image
 
-from offramp.data.example import Example
-from offramp.loading import open_model
-from offramp.models.input_processor import InputProcessor
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.inputs.example import Example
+from offramp.engines.loading import open_model
 from offramp.serving.batch_engine import BatchEngine
 
 

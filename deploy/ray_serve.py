@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import serve
 
-from offramp.loading import open_model
+from offramp.engines.loading import open_model
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.server.app import create_app

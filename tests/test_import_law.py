@@ -240,8 +240,8 @@ def loaded_by(*modules: str, then: str = "") -> set[str]:
 
 
 def test_serving_loads_neither_training_nor_what_draws_nor_data_sets() -> None:
-    loaded = loaded_by("offramp.serving", "offramp.engine.generate", "offramp.adapter")
-    assert "offramp.engine.generate" in loaded
+    loaded = loaded_by("offramp.serving", "offramp.core.engine.generate", "offramp.adapter.adapter")
+    assert "offramp.core.engine.generate" in loaded
     unwanted = {"offramp.training", "offramp.evaluation", "offramp.calibration", "offramp.report"}
     assert loaded & {*unwanted, "offramp.cli", "matplotlib", "datasets"} == set()
 
@@ -249,7 +249,7 @@ def test_serving_loads_neither_training_nor_what_draws_nor_data_sets() -> None:
 def test_data_and_help_do_not_wait_for_torch() -> None:
     files = [file.relative_to(SOURCE.parent) for file in (SOURCE / "data").rglob("[!_]*.py")]
     data = [".".join(file.with_suffix("").parts) for file in files]
-    modules = ["offramp.storage", "offramp.provenance", "offramp.cli.command_line", *data]
+    modules = ["offramp.core.storage", "offramp.common.provenance", "offramp.cli.command_line", *data]
     loaded = loaded_by(*modules, then="offramp.cli.command_line.build_parser()")
     assert {"offramp.data.datasets", "offramp.cli"} <= loaded
     assert loaded & {"torch", "transformers", "matplotlib"} == set()
@@ -281,9 +281,9 @@ def test_no_command_loads_torch_for_its_help() -> None:
 def test_neither_the_server_nor_a_sliced_model_needs_torch() -> None:
     loaded = loaded_by("offramp.serving.server.app", "offramp.serving.server.run")
     assert loaded & {"torch", "transformers", "huggingface_hub"} == set()
-    model = loaded_by("offramp.runtimes.edge.model")
+    model = loaded_by("offramp_llama_cpp.edge.model")
     assert model & {"torch", "transformers", "fastapi", "pydantic"} == set()
-    assert "torch" not in loaded_by("offramp.runtimes.edge.served")
+    assert "torch" not in loaded_by("offramp_llama_cpp.edge.served")
 
 
 OUTER = (
@@ -296,7 +296,7 @@ OUTER = (
 
 def test_the_innermost_ring_imports_and_names_nothing_of_the_others() -> None:
     inner = [*SOURCE.glob("engine/decoding/*.py")]
-    own = ("offramp.engine.decoding", "offramp.engine.policy", "offramp.errors", "numpy")
+    own = ("offramp.core.decoding", "offramp.core.engine.policy", "offramp.core.errors", "numpy")
     for file in inner:
         outside = {m for m in imports(file) if m.split(".")[0] not in sys.stdlib_module_names}
         assert [m for m in outside if not m.startswith(own)] == [], file.name
@@ -324,6 +324,6 @@ def test_the_page_of_the_core_tells_each_of_its_files() -> None:
 
 
 def test_the_decoder_needs_no_torch() -> None:
-    modules = ["offramp.engine.decoding.decoder", "offramp.engine.policy"]
-    loaded = loaded_by(*modules, "offramp.runtimes.llama_cpp.executor")
+    modules = ["offramp.core.decoding.decoder", "offramp.core.engine.policy"]
+    loaded = loaded_by(*modules, "offramp_llama_cpp.executor")
     assert loaded & {"torch", "transformers"} == set()

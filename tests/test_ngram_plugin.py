@@ -18,18 +18,18 @@ from fakes import Blip2FakeProcessor, examples
 from families import one_row
 
 from offramp import Adapter, ExitPolicy, generate, plugins
-from offramp.certificate import Settings
-from offramp.engine.decoding.drafting import DRAFTERS, TextDrafts, register_drafter
-from offramp.engine.policy import policy_from_json, policy_to_json
+from offramp.adapter.certificate import Settings
+from offramp.adapter.shipped import example_picture
+from offramp.attach.input_processor import InputProcessor
+from offramp.calibration.verification import Verification
+from offramp.core.decoding.drafting import DRAFTERS, TextDrafts, register_drafter
+from offramp.core.engine.policy import policy_from_json, policy_to_json
+from offramp.core.errors import InputError
 from offramp.engines import ENGINES, engine_named
-from offramp.errors import InputError
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import example_picture
-from offramp.runtimes.graphs import GraphRuntime
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp.verification import Verification
+from offramp_lab.graphs import GraphRuntime
 
 PACKAGE = Path(__file__).resolve().parents[1] / "examples" / "ngram_plugin"
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from offramp.engine.decoding.drafting import TextDrafts, register_drafter
+from offramp.core.decoding.drafting import TextDrafts, register_drafter
 from offramp.engines import register_engine
 
 LONGEST = 3

@@ -17,7 +17,7 @@ FOLDERS = {
 
 def command(run: Callable[[], None]) -> Callable[[], None]:
     """A command that ends with a user's mistake in two lines, and status 1."""
-    from offramp.errors import OfframpError
+    from offramp.core.errors import OfframpError
 
     @functools.wraps(run)
     def wrapped() -> None:

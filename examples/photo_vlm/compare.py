@@ -18,7 +18,7 @@ from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import LONGEST, load
 from examples.photo_vlm.rows import read_photographs
 from offramp.calibration.risk_functions import QUALITIES
-from offramp.storage import write_json
+from offramp.core.storage import write_json
 from offramp.training.config import FREE, TrainConfig
 from offramp_lab.experiments.comparison.compare import compare
 from offramp_lab.experiments.comparison.methods import Plan

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.rows import half_of, ids_of, read_photographs
-from offramp.data.example import Example
+from offramp.attach.input_processor import InputProcessor
+from offramp.common.progress import progress
+from offramp.common.provenance import provenance
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
+from offramp.core.storage import write_json
+from offramp.engines.loading import open_backbone
 from offramp.evaluation.statistics import Measure, interval, mean_of
-from offramp.models.backbone import Backbone
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_named
-from offramp.progress import progress
-from offramp.provenance import provenance
-from offramp.storage import write_json
 
 METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 LONGEST = {"captions": 30, "questions": 8}  # tokens of an answer
@@ -34,8 +34,8 @@ BATCH = 32  # examples; a beam sees each photograph as often as it is wide
 def load(
     dtype: str = "bfloat16", quantize: str | None = None, vision: str = "torch"
 ) -> tuple[Backbone, InputProcessor]:
-    """The photo model and its encoder. Arguments and errors: of `load_named`."""
-    backbone, processor = load_named("photo", dtype=dtype, quantize=quantize, vision=vision)
+    """The photo model and its encoder. Arguments and errors: of `open_backbone`."""
+    backbone, processor = open_backbone("photo", dtype=dtype, quantize=quantize, vision=vision)
     return backbone, InputProcessor(backbone, processor)
 
 

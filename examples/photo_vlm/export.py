@@ -16,11 +16,11 @@ from torch import Tensor
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.learn import load_state, low_rank
 from examples.photo_vlm.rows import CAPTIONS, QUESTIONS
-from offramp.photo.build import CARD, WEIGHTS
-from offramp.photo.packages import LANGUAGE, VISION
-from offramp.photo.tower import PhotoTowerConfig
-from offramp.provenance import provenance
-from offramp.storage import atomic_folder, digest_file, read_json, write_json
+from offramp.common.provenance import provenance
+from offramp.core.storage import atomic_folder, digest_file, read_json, write_json
+from offramp_photo.build import CARD, WEIGHTS
+from offramp_photo.packages import LANGUAGE, VISION
+from offramp_photo.tower import PhotoTowerConfig
 
 PACKAGE = Path("photo-model/offramp_photo")
 _TOWER = (

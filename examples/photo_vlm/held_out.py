@@ -10,11 +10,11 @@ from typing import Any
 
 from examples.photo_vlm.evaluate import LONGEST, METRICS, accuracy, caption_measures
 from examples.photo_vlm.rows import half_of, read_photographs
-from offramp.adapter import Adapter
-from offramp.answers import Answer, generate_answers
-from offramp.data.example import Example
-from offramp.models.exits import Exits, ExitSet
-from offramp.models.vision_cache import VisionCache
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Answer, generate_answers
+from offramp.attach.vision_cache import VisionCache
+from offramp.core.inputs.example import Example
+from offramp.core.models.exits import Exits, ExitSet
 from offramp.training.feature_dataset import Stores
 
 SHORTLIST = 2048

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from examples.photo_vlm.rows import Batch
-from offramp.errors import DataError, InputError
-from offramp.storage import write_atomic
+from offramp.core.errors import DataError, InputError
+from offramp.core.storage import write_atomic
 
 STATE = ("step", "seconds", "settings", "bridge", "lora", "optimizer", "best")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

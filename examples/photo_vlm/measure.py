@@ -28,16 +28,16 @@ from examples.photo_vlm.held_out import (
     full_figures,
 )
 from examples.photo_vlm.regime import ALWAYS, OPTIONS, PROMISE, measured, promised_of, timings_of
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
 from offramp.calibration.draft_thresholds import draft_speeds
+from offramp.common.provenance import provenance
+from offramp.core.engine.policy import FULL
+from offramp.core.errors import InputError
+from offramp.core.inputs.example import Example
+from offramp.core.models.exits import Exits
+from offramp.core.storage import read_json, write_json
 from offramp.data.decontamination import picture_digests
-from offramp.data.example import Example
-from offramp.engine.policy import FULL
-from offramp.errors import InputError
 from offramp.evaluation.timing import speedups
-from offramp.models.exits import Exits
-from offramp.provenance import provenance
-from offramp.storage import read_json, write_json
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 
 # -- what is asked of the first regime alone --------------------------------------------------

@@ -12,11 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from offramp.data.example import Example
-from offramp.errors import DataError
-from offramp.photo.build import image_processor
-from offramp.photo.tower import FEATURES, GRID
-from offramp.storage import digest_rows, read_json, write_json
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example
+from offramp.core.storage import digest_rows, read_json, write_json
+from offramp_photo.build import image_processor
+from offramp_photo.tower import FEATURES, GRID
 
 
 class Features:

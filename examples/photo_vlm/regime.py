@@ -21,14 +21,14 @@ from examples.photo_vlm.held_out import (
     Photos,
     cider,
 )
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
 from offramp.calibration.attempts import images_of
 from offramp.calibration.calibrate import calibrate
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
-from offramp.data.example import Example
-from offramp.engine.policy import ExitPolicy
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.inputs.example import Example
 from offramp.evaluation.statistics import interval
 from offramp.evaluation.timing import (
     GenerateFn,

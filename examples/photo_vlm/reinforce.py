@@ -28,9 +28,9 @@ from examples.photo_vlm.train import (
     options_of,
     prepared,
 )
-from offramp.data.example import Example
+from offramp.core.inputs.example import Example
 from offramp.evaluation.caption_metrics import simple_words
-from offramp.photo.build import add_updates
+from offramp_photo.build import add_updates
 
 ORDERS = 4
 END = "<end>"

@@ -27,13 +27,13 @@ from examples.photo_vlm.evaluate import LONGEST, load
 from examples.photo_vlm.held_out import cider
 from examples.photo_vlm.reinforce import CiderReward, advantages
 from examples.photo_vlm.rows import read_photographs
-from offramp.adapter import Adapter
-from offramp.answers import generate_answers
-from offramp.engine.kv_cache import cache_parameter
-from offramp.engine.policy import FULL
-from offramp.models.exits import Exits
-from offramp.models.shortlist import places_of
-from offramp.progress import progress
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import generate_answers
+from offramp.attach.shortlist import places_of
+from offramp.common.progress import progress
+from offramp.core.engine.kv_cache import cache_parameter
+from offramp.core.engine.policy import FULL
+from offramp.core.models.exits import Exits
 from offramp.training.losses import kl
 from offramp_lab.records.end_to_end import always
 from offramp_lab.records.student import Taught, embedded, keep, padded, taught, wear, written

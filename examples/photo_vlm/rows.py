@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example
 from offramp.data.datasets import read_examples
-from offramp.data.example import Example
-from offramp.errors import DataError
 
 CAPTIONS = "flickr8k_captions.jsonl"
 QUESTIONS = "daquar_vqa.jsonl"

@@ -44,19 +44,19 @@ from examples.photo_vlm.rows import (
     read_photographs,
 )
 from examples.photo_vlm.words import Detectors, embeddings_of, texts_by_photograph, vocabulary_of
-from offramp.data.example import Example
-from offramp.errors import DataError, InputError
-from offramp.photo.build import (
+from offramp.core.errors import DataError, InputError
+from offramp.core.inputs.example import Example
+from offramp.core.storage import read_json, write_json
+from offramp.core.storage.jsonl_log import JsonlLog
+from offramp_photo.build import (
     CARD,
     WEIGHTS,
     add_updates,
     load_language,
     load_network,
 )
-from offramp.photo.packages import LANGUAGE, VISION, weights_file
-from offramp.photo.tower import Bridge, PhotoTowerConfig, WordDetector
-from offramp.storage import read_json, write_json
-from offramp.storage.jsonl_log import JsonlLog
+from offramp_photo.packages import LANGUAGE, VISION, weights_file
+from offramp_photo.tower import Bridge, PhotoTowerConfig, WordDetector
 
 T = TypeVar("T", bound="Trainer")
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.photo_vlm.rows import Ids
-from offramp.data.example import Example
-from offramp.photo.tower import PhotoTowerConfig, WordDetector
+from offramp.core.inputs.example import Example
+from offramp_photo.tower import PhotoTowerConfig, WordDetector
 
 EPOCHS, BATCH = 14, 64
 FEWEST = 20

@@ -1,1 +1,38 @@
-"""Weights and card of offramp's photo model, and a picture to try it on. Data, no code."""
+"""The photo model: a small VLM on real photographs, put together from two packages' weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from offramp_photo.packages import data_folder
+
+
+def load(**how: Any) -> tuple[Any, Any]:
+    """The backbone, built where it is not, and its processor.
+
+    how: dtype and device, as of `Backbone.from_pretrained`.
+
+    Raises:
+        InputError, StorageError, DataError: as of `offramp_photo.build.built_folder`.
+    """
+    import offramp_photo.tower  # noqa: F401  registers the tower
+    from offramp.attach.input_processor import ONE_TURN
+    from offramp.core.models.backbone import Backbone
+    from offramp.core.models.hub import load_processor
+    from offramp_photo.build import built_folder
+
+    folder = built_folder()
+    backbone, processor = Backbone.from_pretrained(folder, **how), load_processor(folder)
+    processor.chat_template = ONE_TURN
+    return backbone, processor
+
+
+def exits_folder() -> Path:
+    """Folder of its exits. Raise `InputError` where its package is not installed."""
+    return data_folder() / "exits"
+
+
+def example_picture() -> Path:
+    """A photograph to try it on. Raise `InputError` where its package is not installed."""
+    return data_folder() / "photographer.jpg"

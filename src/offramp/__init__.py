@@ -12,23 +12,23 @@ for _name in ("offramp", "offramp-edge"):
         continue
 
 if TYPE_CHECKING:
-    from offramp.adapter import Adapter, attach
+    from offramp.adapter.adapter import Adapter, attach
+    from offramp.attach.constraint import JsonConstraint
+    from offramp.attach.input_processor import InputProcessor
+    from offramp.attach.registration import register_score
     from offramp.calibration.calibrate import calibrate, calibrated
-    from offramp.conditions import register_condition
-    from offramp.data.example import Example
-    from offramp.engine.constraint import JsonConstraint
-    from offramp.engine.decoding.drafting import register_drafter
-    from offramp.engine.generate import generate
-    from offramp.engine.policy import ExitPolicy, GenerationOutput
-    from offramp.engine.registration import register_score
+    from offramp.core.decoding.drafting import register_drafter
+    from offramp.core.engine.generate import generate
+    from offramp.core.engine.policy import ExitPolicy, GenerationOutput
+    from offramp.core.errors import OfframpError
+    from offramp.core.inputs.example import Example
+    from offramp.core.models.backbone import Backbone
+    from offramp.core.models.exit_kinds import register_exit
+    from offramp.core.models.exits import Exits
+    from offramp.core.models.registry import Family, register_backbone
     from offramp.engines import register_engine
-    from offramp.errors import OfframpError
-    from offramp.loading import Loaded, load
-    from offramp.models.backbone import Backbone
-    from offramp.models.exit_kinds import register_exit
-    from offramp.models.exits import Exits
-    from offramp.models.input_processor import InputProcessor
-    from offramp.models.registry import Family, register_backbone
+    from offramp.engines.loading import Loaded, load
+    from offramp.promises.conditions import register_condition
     from offramp.serving.batch_engine import BatchEngine
     from offramp.serving.engine_config import EngineConfig
     from offramp.training.config import TrainConfig

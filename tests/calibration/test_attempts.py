@@ -23,11 +23,11 @@ from offramp.calibration.attempts import (
     recorded,
     turn_of,
 )
-from offramp.data.example import Example
-from offramp.data.image import content_digest
+from offramp.core.engine.policy import Thresholds
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example
+from offramp.core.inputs.image import content_digest
 from offramp.data.scenes import world
-from offramp.engine.policy import Thresholds
-from offramp.errors import DataError
 from offramp_lab.inputs import lookalikes
 
 PATH = (Thresholds({2: 0.9}), Thresholds({2: 0.5}))

@@ -11,11 +11,11 @@ from offramp.calibration.cost_model import (
     token_seconds,
 )
 from offramp.calibration.profiler import measure_costs
-from offramp.engine.confidence import SCORES
-from offramp.engine.generate import generate
-from offramp.errors import InputError
+from offramp.core.engine.confidence import SCORES
+from offramp.core.engine.generate import generate
+from offramp.core.errors import InputError
+from offramp.core.models.exits import Exits
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
-from offramp.models.exits import Exits
 from offramp_lab.inputs.shapes import shape
 
 

@@ -10,17 +10,17 @@ import families
 import pytest
 import torch
 
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
 from offramp.calibration import draft_thresholds as module
 from offramp.calibration.draft_thresholds import (
     draft_speeds,
     with_drafts,
 )
-from offramp.engine.policy import ExitPolicy
-from offramp.errors import DataError
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.errors import DataError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
 from offramp.evaluation.timing import Timing
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
 
 NAME = "blip2-opt"
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}

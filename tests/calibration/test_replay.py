@@ -10,11 +10,11 @@ import fakes
 import numpy as np
 import pytest
 
-from offramp.answers import full_model_answers
+from offramp.adapter.answers import full_model_answers
+from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.replay import PolicyReplay, Replay, replay
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.models.input_processor import InputProcessor
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
 
 NAMES = ("blip2-opt", "blip2-t5", "llava")
 TOKENS = 8

@@ -10,7 +10,6 @@ import pytest
 from risks import CONFIDENCE, TARGET, N, allowed, drawn
 from scipy.stats import binom
 
-from offramp.betting import FRACTIONS, SHARES, betting_p_value
 from offramp.calibration.attempts import Draws, ImageRows, by_image
 from offramp.calibration.risk_control import (
     METHODS,
@@ -26,7 +25,8 @@ from offramp.calibration.risk_control import (
     upper_bound,
     walk,
 )
-from offramp.errors import InputError
+from offramp.core.errors import InputError
+from offramp.promises.betting import FRACTIONS, SHARES, betting_p_value
 
 # -- guarantees ---------------------------------------------------------------------------------
 

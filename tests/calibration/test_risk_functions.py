@@ -5,10 +5,10 @@ from __future__ import annotations
 import fakes
 import pytest
 
-from offramp.answers import Answer
+from offramp.adapter.answers import Answer
 from offramp.calibration.risk_functions import CIDER_CAP, QUALITIES, RISKS, Risk
-from offramp.data.example import Example
-from offramp.errors import DataError
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example
 from offramp.evaluation.caption_metrics import Frequencies, caption_scores
 
 OTHERS = (

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.answers import full_model_answers
+from offramp.adapter.answers import full_model_answers
+from offramp.adapter.shipped import load_tiny
+from offramp.attach.input_processor import InputProcessor
 from offramp.calibration import suitability as module
 from offramp.calibration.suitability import (
     FEWEST,
@@ -19,12 +21,10 @@ from offramp.calibration.suitability import (
     settled,
     suitability,
 )
-from offramp.data.example import Example
+from offramp.core.errors import DataError, InputError
+from offramp.core.inputs.example import Example
 from offramp.data.scenes.tasks import captions
-from offramp.errors import DataError, InputError
 from offramp.evaluation.scripted_exits import generate_forced
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ import torch
 from command_line import EVERY, TRAIN, RunCommand, assert_two_lines, parser_of
 
 from offramp import cli
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.shipped import load_tiny, tiny_exits
 from offramp.calibration import draft_thresholds as drafts
 from offramp.calibration.asked import Guarantee
+from offramp.core.errors import StorageError
+from offramp.core.save_and_load import CONFIG
+from offramp.core.storage.folders import locked_folder
 from offramp.data.scenes import language, world
-from offramp.errors import StorageError
-from offramp.models.shipped import load_tiny, tiny_exits
-from offramp.save_and_load import CONFIG
-from offramp.storage.folders import locked_folder
 
 
 def test_help_starts_with_what_to_type() -> None:
@@ -197,7 +197,7 @@ def test_a_calibration_is_stored_before_it_is_shown_and_shown_where_it_cannot_be
         patch.setattr("offramp.cli.commands.calibrate.show_result", full)
         assert run(*asked, 0.9)[0] == 1
     assert json.loads((adapter / CONFIG).read_text())["calibration"]["target"] == 0.9
-    monkeypatch.setattr("offramp.adapter.Adapter.save", full)
+    monkeypatch.setattr("offramp.adapter.adapter.Adapter.save", full)
     code, out, err = run(*asked, 0.8, "--write")
     assert code == 1 and "no room" in err and json.loads(out)["target"] == 0.8
 

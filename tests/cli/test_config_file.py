@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from command_line import RunCommand, assert_two_lines, parser_of
 
-from offramp.errors import OfframpError
+from offramp.core.errors import OfframpError
 
 NEEDED = ("--backbone", "tiny-opt", "--data", "a", "--out", "b")
 

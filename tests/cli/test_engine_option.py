@@ -9,7 +9,7 @@ import pytest
 from command_line import RunCommand, assert_two_lines
 from PIL import Image
 
-from offramp.cli.options import ENGINES
+from offramp.engines import ENGINES
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ from command_line import EVERY, TRAIN, RunCommand, assert_two_lines
 from command_line import parser_of as program_parser
 
 import offramp
-from offramp.cli.command_line import EDGE, OFFRAMP, build_parser
+from offramp.cli.command_line import _without_pytorch, build_parser, offramp_program
 from offramp.cli.commands.env import optional_packages
 from offramp.cli.commands.train import GROUPS, NOT_SAID
 from offramp.cli.parser import Parser
-from offramp.missing import install_command
+from offramp.core.missing import install_command
 from offramp.training.config import OBJECTIVES, TrainConfig
+from offramp_llama_cpp.command_line import SLICED
 
 
 @cache
@@ -186,7 +187,7 @@ def test_other_packages_tell_of_warnings_alone_and_draw_no_bars_into_a_file(
     run: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
-    names = ("onnxscript.optimizer", "onnx_ir.passes", "offramp.engine")
+    names = ("onnxscript.optimizer", "onnx_ir.passes", "offramp.core.engine")
     root = logging.getLogger().level
     try:
         assert run("env")[0] == 0
@@ -226,7 +227,7 @@ OTHERS = {"--additional-config", "--force-reinstall", "--no-deps",
 
 
 def test_every_option_that_the_source_names_is_one() -> None:
-    programs = (OFFRAMP, EDGE)
+    programs = (offramp_program(), _without_pytorch(SLICED))
     known = {o for one in programs for a in build_parser(one).loaded() for o in a.option_strings}
     named = {
         word

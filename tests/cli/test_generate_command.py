@@ -16,16 +16,15 @@ from command_line import RunCommand, assert_two_lines
 from PIL import Image
 from smolvlm import save_smolvlm
 
-from offramp.cli import edge
-from offramp.cli.command_line import EDGE as edge_program
-from offramp.cli.command_line import build_parser
+from offramp.adapter.shipped import example_picture, tiny_exits
+from offramp.cli.command_line import _without_pytorch, build_parser
 from offramp.cli.commands import generate
-from offramp.data.image import open_rgb
-from offramp.errors import StorageError
-from offramp.loading import usual_prompt
-from offramp.models.backbone import Backbone
-from offramp.models.shipped import example_picture, tiny_exits
-from offramp.storage import read_json
+from offramp.core.errors import StorageError
+from offramp.core.inputs.image import open_rgb
+from offramp.core.models.backbone import Backbone
+from offramp.core.storage import read_json
+from offramp.engines.loading import usual_prompt
+from offramp_llama_cpp import command_line as edge
 
 NAMES = ("--temperature", 3.0)
 
@@ -222,6 +221,6 @@ def test_a_sliced_folder_is_found_wherever_it_stands_but_as_a_value(
 
 
 def test_what_stands_without_a_value_there_is_known() -> None:
-    actions = [action for action in build_parser(edge_program).loaded() if action.nargs == 0]
+    actions = [action for action in build_parser(_without_pytorch(edge.SLICED)).loaded() if action.nargs == 0]
     flags = {flag for action in actions for flag in action.option_strings}
     assert flags - {"--version"} == {*edge.ALONE} - {"--"}

@@ -14,8 +14,8 @@ from offramp.cli import loading
 from offramp.cli.command_line import build_parser
 from offramp.cli.commands.runtime import check_runtime
 from offramp.cli.loading import choose_device
-from offramp.errors import InputError
-from offramp.photo import packages
+from offramp.core.errors import InputError
+from offramp_photo import packages
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_threads_that_are_typed_are_those_of_the_engine_that_is_found(
     typed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = ("llama.cpp", "torch", "folder")
-    monkeypatch.setattr("offramp.loading.settle", lambda *_, **__: found)
+    monkeypatch.setattr("offramp.engines.loading.settle", lambda *_, **__: found)
     arguments = build_parser().parse_args(["generate", "photo", "--image", "a.png", *typed])
     loading._settle(arguments, "photo")
     assert arguments.threads == (2 if typed else torch.get_num_threads())

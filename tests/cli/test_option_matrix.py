@@ -19,7 +19,7 @@ import pytest
 from option_matrix import FUZZED, Places, drawn, make_strange, options_of
 
 from offramp import cli
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 
 SECONDS = float(os.environ.get("OFFRAMP_FUZZ", "0"))
 """0: the first `FEW` alone, whatever time they take."""

@@ -23,7 +23,7 @@ if os.environ.get("WAIT") == "import":
     print("ready", file=sys.stderr, flush=True); time.sleep(60)
 from offramp.cli.options import add_command
 from offramp.cli.output import print_json, print_text
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 
 def say(arguments):
     if os.environ.get("WAIT") == "command":

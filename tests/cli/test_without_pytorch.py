@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from command_line import RunCommand, assert_two_lines
 
-from offramp.cli.command_line import COMMANDS, EDGE
-from offramp.missing import how_to_install, install_command
+from offramp.cli.command_line import COMMANDS, LIGHT
+from offramp.core.missing import how_to_install, install_command
 
 
 class Distribution:
@@ -53,7 +53,7 @@ def test_help_is_of_the_commands_that_run(
     assert "--mmproj" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {*EDGE.commands, "generate", "serve"}))
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {*LIGHT, "generate", "serve"}))
 def test_other_commands_say_what_they_need(edge: Path, run: RunCommand, command: str) -> None:
     named = (f"offramp {command} needs PyTorch", "environment of its own", f"pip install {edge}")
     told = run(command, "tiny-opt")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from offramp.core.errors import DataError, InputError
 from offramp.data.datasets import (
     CAPTION_PROMPT,
     Example,
@@ -18,7 +19,6 @@ from offramp.data.datasets import (
     read_examples,
     split_examples,
 )
-from offramp.errors import DataError, InputError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -9,15 +9,15 @@ import fakes
 import families
 import pytest
 
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
 from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
-from offramp.data.example import Example
-from offramp.engine.policy import ExitPolicy
-from offramp.errors import DataError
 from offramp.evaluation.evaluate import evaluate
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
-from offramp.models.input_processor import InputProcessor
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from offramp.core.errors import DataError, InputError, StorageError
 from offramp.data.formats import LAYOUTS, read_items
 from offramp.data.item import Item
-from offramp.errors import DataError, InputError, StorageError
 
 COCO: dict[str, Any] = {
     "info": {},

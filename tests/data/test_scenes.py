@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
+from offramp.adapter.shipped import tiny_folder
 from offramp.data.scenes import language, world
-from offramp.models.shipped import tiny_folder
 
 SCENES = list(world.scenes("train", 150))
 KINDS = {

@@ -18,14 +18,19 @@ import torch
 from torch import Tensor
 
 from offramp import cli
-from offramp.adapter import Adapter
-from offramp.data.example import Example
+from offramp.adapter.adapter import Adapter
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.engine.confidence import max_probability
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.errors import DataError, InputError, StorageError
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
+from offramp.core.storage.folders import locked_folder
+from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.item import Item
-from offramp.engine.confidence import max_probability
-from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy
 from offramp.engines.packed import prepack
-from offramp.errors import DataError, InputError, StorageError
 from offramp.evaluation import caption_metrics as captions
 from offramp.evaluation import evaluate as module
 from offramp.evaluation import results
@@ -33,11 +38,6 @@ from offramp.evaluation.evaluate import evaluate, rescore
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.run_log import RunLog
 from offramp.evaluation.tasks import TASK_METRICS, Settings
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
-from offramp.models.input_processor import InputProcessor
-from offramp.storage.folders import locked_folder
-from offramp.storage.jsonl_log import JsonlLog
 
 DEPTHS = (2, 4)
 

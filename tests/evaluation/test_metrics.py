@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.errors import DataError, InputError
+from offramp.core.errors import DataError, InputError
 from offramp.evaluation import caption_metrics as captions
 from offramp.evaluation.answer_quality import ANSWER_QUALITIES
 from offramp.evaluation.caption_metrics import BLEU, CAPTION_METRICS, caption_scores

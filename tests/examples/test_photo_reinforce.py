@@ -11,8 +11,8 @@ import torch
 from examples.photo_vlm import reinforce, rows, train, words
 from PIL import Image
 
-from offramp.data.example import Example
-from offramp.photo.tower import Bridge, EfficientNetLite0
+from offramp.core.inputs.example import Example
+from offramp_photo.tower import Bridge, EfficientNetLite0
 from photo import END, language, tokenizer
 from photo import TOWER as PHOTO
 

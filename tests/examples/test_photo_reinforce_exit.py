@@ -12,9 +12,9 @@ import torch
 from examples.photo_vlm import reinforce_exit
 from examples.photo_vlm.reinforce import CiderReward
 
-from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
-from offramp.models.exits import Exits, ExitSet
+from offramp.adapter.adapter import Adapter
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.exits import Exits, ExitSet
 
 SETTINGS = reinforce_exit.Settings(
     steps=60, rate=5e-3, warm=1, photographs=2, captions=8, longest=5, temperature=1.0

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
-from offramp.models.exits import Exits, ExitSet
+from offramp.adapter.adapter import Adapter
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.exits import Exits, ExitSet
 
 DEPTHS = (2, 4)
 POLICY = ExitPolicy({2: 0.02, 4: 0.5}, score="margin")

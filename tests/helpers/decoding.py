@@ -10,10 +10,10 @@ from families import FIRST_WORD, WORDLESS
 from reference import Noted, of_steps, probe
 from torch import Tensor
 
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy, GenerationOutput
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy, GenerationOutput
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
 
 NEW = 12
 CALM = 0.1

@@ -7,9 +7,9 @@ import torch
 from families import WORDLESS
 from reference import of_steps, probe
 
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.models.exits import ExitSet
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.exits import ExitSet
 
 NEW = 12
 DEPTHS = (1, 2, 3, 5)

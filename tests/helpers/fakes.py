@@ -11,7 +11,7 @@ import torch
 from families import BOS, EOS, FIRST_WORD, IMAGE, PAD, VOCABULARY
 from PIL import Image
 
-from offramp.data.example import Example
+from offramp.core.inputs.example import Example
 
 _SPECIAL = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", IMAGE: "<image>"}
 

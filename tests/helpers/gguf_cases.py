@@ -11,10 +11,10 @@ import families
 import pytest
 import torch
 
-from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
+from offramp.adapter.adapter import Adapter
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
 
 KINDS = ("llava", "blip2-llama", "smolvlm", "internvl", "internvl-qwen3")
 FURTHER = (

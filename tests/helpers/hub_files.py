@@ -12,12 +12,12 @@ import torch
 from gguf_cases import SHORT
 from transformers import LlamaForCausalLM
 
-from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
-from offramp.runtimes.llama_cpp import ExportFormats, slice_gguf
-from offramp.runtimes.llama_cpp.gguf_export import export_whole
+from offramp.adapter.adapter import Adapter
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
+from offramp_llama_cpp import ExportFormats, slice_gguf
+from offramp_llama_cpp.gguf_export import export_whole
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<vision>", "</vision>", "<video>", "<7>"]
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?-:;'()+*/=<>@#&"

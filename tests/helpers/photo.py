@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from offramp.photo import build
-from offramp.photo.tower import Bridge, EfficientNetLite0, PhotoTowerConfig, WordDetector
-from offramp.storage import digest_file, write_json
+from offramp.core.storage import digest_file, write_json
+from offramp_photo import build
+from offramp_photo.tower import Bridge, EfficientNetLite0, PhotoTowerConfig, WordDetector
 
 END, IMAGE = 256, 257
 FIELDS = {

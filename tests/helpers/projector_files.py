@@ -13,8 +13,8 @@ import torch
 from hub_files import WORDS
 from torch import Tensor
 
-from offramp.models.backbone import Backbone
-from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision
+from offramp.core.models.backbone import Backbone
+from offramp_llama_cpp.vision_export import Looks, export_vision
 
 FRAMES = {
     "qwen": {4: "<|vision_start|>", 5: "<|vision_end|>"},

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
-from offramp.models.intercept import InterceptedModel
-from offramp.models.opened import LayerCall
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
+from offramp.core.models.intercept import InterceptedModel
+from offramp.core.models.opened import LayerCall
 
 
 class Probe:

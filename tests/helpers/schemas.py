@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
-from offramp.models.shipped import load_tiny
+from offramp.adapter.shipped import load_tiny
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
 
 Schema = dict[str, Any]
 

@@ -15,10 +15,10 @@ from typing import Any
 from PIL import Image
 from starlette.testclient import TestClient
 
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.shipped import load_tiny, tiny_exits
+from offramp.core.decoding.scheduler import Schedule
 from offramp.data.scenes import tasks
-from offramp.engine.decoding.scheduler import Schedule
-from offramp.models.shipped import load_tiny, tiny_exits
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.app import create_app
 from offramp.serving.server.config import ServerConfig

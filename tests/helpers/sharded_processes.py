@@ -25,13 +25,13 @@ from transformers import AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
 
 from offramp import answers
-from offramp.adapter import Adapter
-from offramp.engine.executors.modules.compiled import COMPILED
-from offramp.engine.generate import generate
-from offramp.errors import OfframpError
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
-from offramp.models.fingerprint import fingerprint
+from offramp.adapter.adapter import Adapter
+from offramp.attach.compiled.compiled import COMPILED
+from offramp.core.engine.generate import generate
+from offramp.core.errors import OfframpError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
+from offramp.core.models.fingerprint import fingerprint
 from offramp.training import feature_store
 from offramp.training import trainer as module
 

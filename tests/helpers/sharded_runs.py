@@ -8,10 +8,10 @@ from typing import Any
 import families
 from training_runs import SHARED, SHORT
 
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
 
 DEPTHS = (2, 4)
 POLICIES = (ExitPolicy({2: 0.15, 4: 0.12}), ExitPolicy({2: 0.2}, lossless=True))

@@ -18,8 +18,8 @@ from command_line import TRAIN
 from training_runs import SHARED
 
 from offramp import cli
-from offramp.errors import TrainingError
-from offramp.models.backbone import Backbone
+from offramp.core.errors import TrainingError
+from offramp.core.models.backbone import Backbone
 from offramp.training import trainer as module
 
 torch.set_num_threads(1)

@@ -9,10 +9,10 @@ import torch
 from decoding import NEW, greedy, never
 from families import NAMES, PAD, WORDLESS
 
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS = (1, 4)

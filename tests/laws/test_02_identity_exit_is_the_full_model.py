@@ -7,7 +7,7 @@ import torch
 from families import NAMES
 from reference import probe
 
-from offramp.models.exits import Exits
+from offramp.core.models.exits import Exits
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,10 +8,10 @@ from decoding import NEW, always, tokens_by_layer
 from families import CAUSAL_PROMPT, LOOKS_AHEAD, NAMES
 from reference import Dice, Script
 
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
 
 
 def mixed(whole, name, inputs, scored):

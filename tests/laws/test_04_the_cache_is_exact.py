@@ -10,9 +10,9 @@ from decoding import CALM, EXACT, NEW, errors_by_depth
 from families import NAMES
 from reference import Dice
 
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.models.exits import Exits
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.exits import Exits
 
 
 @pytest.mark.parametrize("name", NAMES)

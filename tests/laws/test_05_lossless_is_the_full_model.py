@@ -10,10 +10,10 @@ from decoding import agreeing, lossless
 from families import NAMES, WORDLESS
 from reference import Dice
 
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.models.exits import Exits
-from offramp.models.opened import first
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.exits import Exits
+from offramp.core.models.opened import first
 
 NEW = 16
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}

@@ -13,12 +13,12 @@ import torch
 from adapters import DEPTHS, trained
 from safetensors.torch import load_file
 
-from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
-from offramp.errors import AdapterError
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
-from offramp.save_and_load import EXITS
+from offramp.adapter.adapter import Adapter
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.errors import AdapterError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
+from offramp.core.save_and_load import EXITS
 
 Build = Callable[..., Any]
 

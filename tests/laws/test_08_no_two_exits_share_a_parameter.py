@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import NAMES
 
-from offramp.models.exits import Exits
+from offramp.core.models.exits import Exits
 
 
 def storages(module):

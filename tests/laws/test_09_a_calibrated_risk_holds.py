@@ -23,7 +23,6 @@ from risks import (
     truth,
 )
 
-from offramp.betting import betting_p_values
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import UNITS, Draws, ImageRows, by_image, error_share
 from offramp.calibration.risk_control import (
@@ -35,6 +34,7 @@ from offramp.calibration.risk_control import (
     upper_bound,
 )
 from offramp.calibration.threshold_search import candidates, pareto_path
+from offramp.promises.betting import betting_p_values
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from decoding import NEW
 
-from offramp.engine.decoding.noise import gumbel
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.engine.prefill import prepare
-from offramp.engine.sampler import PyTorchNoise, Sampler, SeededNoise
-from offramp.runtimes.edge.sampling import Sampler as ArraySampler
-from offramp.runtimes.edge.sampling import Sampling
+from offramp.core.decoding.noise import gumbel
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.engine.prefill import prepare
+from offramp.core.engine.sampler import PyTorchNoise, Sampler, SeededNoise
+from offramp_llama_cpp.edge.sampling import Sampler as ArraySampler
+from offramp_llama_cpp.edge.sampling import Sampling
 
 
 def sometimes(name="llava", **more):

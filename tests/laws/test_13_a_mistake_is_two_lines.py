@@ -14,9 +14,9 @@ from adapters import trained as trained_adapter
 from command_line import TRAIN, RunCommand, assert_two_lines, write_rows
 from safetensors import SafetensorError
 
-from offramp.adapter import Adapter
-from offramp.errors import StorageError
-from offramp.save_and_load import CONFIG
+from offramp.adapter.adapter import Adapter
+from offramp.core.errors import StorageError
+from offramp.core.save_and_load import CONFIG
 
 # -- what stays whole ---------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def no_space_in_rust(*_: Any, **__: Any) -> None:
     [
         ("safetensors.torch.save_file", no_space),
         ("safetensors.torch.save_file", no_space_in_rust),
-        ("offramp.storage.os.fsync", no_space),
+        ("offramp.core.storage.os.fsync", no_space),
         ("pathlib.Path.write_text", no_space),
     ],
 )

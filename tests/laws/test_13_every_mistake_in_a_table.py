@@ -20,8 +20,8 @@ import pytest
 from command_line import EVERY, parser_of
 
 from offramp import cli
+from offramp.adapter import shipped
 from offramp.data.scenes import world
-from offramp.models import shipped
 
 LONG, SURROGATE = "x" * 300, os.fsdecode(b"\xff\xfe")
 VALUES = ("", "x", "-1", "nan", "1e999", "9" * 40, LONG, SURROGATE, "0.5.5", "1,,2")

@@ -15,19 +15,19 @@ import torch
 from decoding import agreeing
 from families import NAMES, WORDLESS, build, depths, one_row
 
-from offramp.engine.executors.choice import EXECUTORS
-from offramp.engine.executors.modules.compiled import COMPILED
-from offramp.engine.generate import generate
-from offramp.engine.plan import plan_of
-from offramp.engine.policy import MODES, ExitPolicy, GenerationOutput
-from offramp.engine.sampler import Sampler, SeededNoise
+from offramp.attach.compiled.compiled import COMPILED
+from offramp.attach.quantized.linears import quantize_layers
+from offramp.core.engine.generate import generate
+from offramp.core.engine.plan import plan_of
+from offramp.core.engine.policy import MODES, ExitPolicy, GenerationOutput
+from offramp.core.engine.sampler import Sampler, SeededNoise
+from offramp.core.errors import InputError, UnsupportedBackboneError
+from offramp.core.executors.choice import EXECUTORS
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exit_kinds import EXIT_KINDS, ExitKind
+from offramp.core.models.exits import Exits, ExitSet, copy_layer
+from offramp.core.models.opened import first
 from offramp.engines.packed import prepack
-from offramp.errors import InputError, UnsupportedBackboneError
-from offramp.models.backbone import Backbone
-from offramp.models.exit_kinds import EXIT_KINDS, ExitKind
-from offramp.models.exits import Exits, ExitSet, copy_layer
-from offramp.models.opened import first
-from offramp.models.quantized.linears import quantize_layers
 
 ROWS = 5
 NEW = (10, 6, 9, 11, 8)

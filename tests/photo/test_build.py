@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 import photo
-from offramp.errors import DataError, InputError
-from offramp.missing import install_command
-from offramp.models import shipped
-from offramp.photo import build, packages
-from offramp.photo.tower import WordDetector
-from offramp.storage import digest_file
+from offramp.adapter import shipped
+from offramp.core.errors import DataError, InputError
+from offramp.core.missing import install_command
+from offramp.core.storage import digest_file
+from offramp_photo import build, packages
+from offramp_photo.tower import WordDetector
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +129,8 @@ def test_what_was_built_answers_as_its_parts_do(folder: Path, data: Path) -> Non
 def test_it_loads_by_name_and_exits_stand_on_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offramp.models.exits import Exits
-    from offramp.models.input_processor import ONE_TURN, InputProcessor
+    from offramp.attach.input_processor import ONE_TURN, InputProcessor
+    from offramp.core.models.exits import Exits
 
     monkeypatch.setattr(build, "built_folder", lambda: folder)
     backbone, processor = shipped.load_named("photo")

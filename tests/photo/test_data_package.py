@@ -7,10 +7,10 @@ from pathlib import Path
 from PIL import Image
 from safetensors import safe_open
 
-from offramp.photo.build import CARD, WEIGHTS
-from offramp.photo.packages import LANGUAGE, VISION
-from offramp.photo.tower import PhotoTowerConfig
-from offramp.storage import digest_file, read_json
+from offramp.core.storage import digest_file, read_json
+from offramp_photo.build import CARD, WEIGHTS
+from offramp_photo.packages import LANGUAGE, VISION
+from offramp_photo.tower import PhotoTowerConfig
 
 ROOT = Path(__file__).parents[2] / "photo-model"
 DATA = ROOT / "offramp_photo"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from offramp.errors import DataError, StorageError
-from offramp.photo import packages
-from offramp.storage import digest_file
+from offramp.core.errors import DataError, StorageError
+from offramp.core.storage import digest_file
+from offramp_photo import packages
 
 ROOT = Path(__file__).parents[2]
 

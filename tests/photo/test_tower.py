@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import photo
-from offramp.photo.tower import PhotoTower, WordDetector, WordTokens, _Conv
+from offramp_photo.tower import PhotoTower, WordDetector, WordTokens, _Conv
 
 
 def test_padding_is_that_of_tensorflow() -> None:

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from offramp import cli
-from offramp.data.example import Example
+from offramp.common.depth_color import depth_color
+from offramp.core.errors import DataError, InputError
+from offramp.core.inputs.example import Example
 from offramp.data.formats import read_items
 from offramp.data.item import Item
-from offramp.depth_color import depth_color
-from offramp.errors import DataError, InputError
 from offramp.report.gallery import token
 from offramp.report.report import KINDS, Source, read_sources, report
 

@@ -11,16 +11,16 @@ import torch
 from fakes import Blip2FakeProcessor, examples
 from families import one_row
 
-from offramp.adapter import Adapter
-from offramp.engine.executors.slots.cache import SlotCache
-from offramp.engine.executors.slots.executor import SlotExecutor
-from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy
-from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.prompt import PromptReader
-from offramp.errors import BusyError, DataError, InputError, UnsupportedBackboneError
-from offramp.models.input_processor import InputProcessor
-from offramp.models.vision_cache import VisionCache
+from offramp.adapter.adapter import Adapter
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.prefix_cache import PrefixCache
+from offramp.attach.vision_cache import VisionCache
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.engine.prompt import PromptReader
+from offramp.core.errors import BusyError, DataError, InputError, UnsupportedBackboneError
+from offramp.core.executors.slots.cache import SlotCache
+from offramp.core.executors.slots.executor import SlotExecutor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig

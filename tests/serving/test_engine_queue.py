@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from families import one_row
 
-from offramp.errors import BusyError
+from offramp.core.errors import BusyError
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig

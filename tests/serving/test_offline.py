@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from fakes import Blip2FakeProcessor, examples
 
-from offramp.adapter import Adapter
-from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.policy import ExitPolicy
-from offramp.errors import DataError, InputError
-from offramp.models.input_processor import InputProcessor
+from offramp.adapter.adapter import Adapter
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.decoding.scheduler import Schedule
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.errors import DataError, InputError
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.offline import write_answers

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from offramp import cli
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
+from offramp.attach.vision_cache import VisionCache
 from offramp.cli.command_line import build_parser
 from offramp.cli.commands.serve import _slots
-from offramp.engine.policy import ExitPolicy
-from offramp.errors import InputError
-from offramp.models.backbone import Backbone
-from offramp.models.vision_cache import VisionCache
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.request import Request
 from offramp.serving.serial import SerialCore

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from families import EOS, FIRST_WORD, NAMES, VOCABULARY, one_row
 
-from offramp.engine.decoding.scheduler import Schedule
-from offramp.engine.decoding.sequence import Token
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy, GenerationOutput
-from offramp.engine.prefix_cache import PrefixCache
-from offramp.models.vision_cache import VisionCache
+from offramp.attach.prefix_cache import PrefixCache
+from offramp.attach.vision_cache import VisionCache
+from offramp.core.decoding.scheduler import Schedule
+from offramp.core.decoding.sequence import Token
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy, GenerationOutput
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Handle, Request

@@ -6,13 +6,13 @@ import fakes
 import pytest
 import torch
 
-from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
-from offramp.errors import UnsupportedBackboneError
-from offramp.models import registry
-from offramp.models.backbone import Backbone
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import tiny_folder
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.shipped import tiny_folder
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.errors import UnsupportedBackboneError
+from offramp.core.models import registry
+from offramp.core.models.backbone import Backbone
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.inputs import zoo

@@ -10,15 +10,15 @@ import pytest
 import torch
 import training_runs
 
-from offramp.adapter import Adapter
-from offramp.answers import full_model_answers
-from offramp.engine.drafter import DraftingExit
-from offramp.engine.generate import generate
-from offramp.engine.policy import AHEAD, ExitPolicy
-from offramp.engine.teacher_forcing import record
-from offramp.errors import InputError
-from offramp.models.exits import Exits
-from offramp.models.input_processor import InputProcessor
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import full_model_answers
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.teacher_forcing import record
+from offramp.core.engine.drafter import DraftingExit
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import AHEAD, ExitPolicy
+from offramp.core.errors import InputError
+from offramp.core.models.exits import Exits
 from offramp.training.config import TrainConfig
 from offramp.training.drafting import Acceptance, DraftingStage, roll_out
 from offramp.training.feature_store import FeatureStore

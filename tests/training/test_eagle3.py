@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offramp.answers import full_model_answers
-from offramp.engine.teacher_forcing import Answered, record
-from offramp.errors import DataError, UnsupportedBackboneError
-from offramp.models.eagle3 import Eagle3Drafter, check_drafter, read_depths
-from offramp.models.input_processor import InputProcessor
-from offramp.save_and_load.speculators import save_drafter
+from offramp.adapter.answers import full_model_answers
+from offramp.attach.eagle3 import Eagle3Drafter, check_drafter, read_depths
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.teacher_forcing import Answered, record
+from offramp.core.errors import DataError, UnsupportedBackboneError
 from offramp.training.config import TrainConfig
 from offramp.training.eagle3 import ONLY, _Training, train_eagle3
 from offramp.training.feature_store import FeatureStore
+from offramp_vllm.exports.speculators import save_drafter
 
 NAME = "blip2-llama"
 CONFIG = TrainConfig(

@@ -10,9 +10,9 @@ import fakes
 import pytest
 import training_runs
 
-import offramp.answers
-from offramp.answers import KeptAnswers, full_model_answers
-from offramp.models.input_processor import InputProcessor
+import offramp.adapter.answers
+from offramp.adapter.answers import KeptAnswers, full_model_answers
+from offramp.attach.input_processor import InputProcessor
 from offramp.training.trainer import train
 
 NAME = "blip2-opt"
@@ -27,13 +27,13 @@ def encoder(opt: Any) -> InputProcessor:
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each call that generates."""
     rows: list[int] = []
-    generate = offramp.answers.generate_by
+    generate = offramp.adapter.answers.generate_by
 
     def noted(model: Any, inputs: Any, *rest: Any) -> Any:
         rows.append(len(inputs["input_ids"]))
         return generate(model, inputs, *rest)
 
-    monkeypatch.setattr(offramp.answers, "generate_by", noted)
+    monkeypatch.setattr(offramp.adapter.answers, "generate_by", noted)
     return rows
 
 
@@ -55,7 +55,7 @@ def test_what_is_kept_is_what_was_written(
 def test_a_run_that_was_cut_off_writes_the_rest(
     encoder: InputProcessor, generated: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noted = offramp.answers.generate_by
+    noted = offramp.adapter.answers.generate_by
 
     def cut_off(*asked: Any) -> Any:
         if len(generated) == 2:
@@ -63,7 +63,7 @@ def test_a_run_that_was_cut_off_writes_the_rest(
         return noted(*asked)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(offramp.answers, "generate_by", cut_off)
+        patch.setattr(offramp.adapter.answers, "generate_by", cut_off)
         written(encoder, KeptAnswers(tmp_path / "kept.jsonl", "it"))
     whole = written(encoder, KeptAnswers(tmp_path / "kept.jsonl", "it"))
     assert generated == [2] * 3 and whole == written(encoder, None)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from training_runs import SHARED, same, steps, trainer
 
-from offramp.adapter import Adapter
-from offramp.models.backbone import Backbone
-from offramp.save_and_load import CONFIG
+from offramp.adapter.adapter import Adapter
+from offramp.core.models.backbone import Backbone
+from offramp.core.save_and_load import CONFIG
 from offramp.training.feature_store import FeatureStore
 from offramp.training.labels import answers_of
 from offramp.training.optimization import set_learning_rate

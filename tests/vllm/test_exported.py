@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import RunCommand
 
-from offramp.engine.policy import ExitPolicy, policy_to_json
+from offramp.core.engine.policy import ExitPolicy, policy_to_json
 from offramp_vllm.adapter import Checked, Exported, read_exported
 from offramp_vllm.attach import MoreLayers, with_exits
 from offramp_vllm.policy import EARLY, FULL, LOSSLESS, Rule, asked
@@ -20,8 +20,8 @@ from offramp_vllm.refuse import Refused
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import offramp
-    from offramp.models.shipped import load_tiny, shipped_exits
-    from offramp.runtimes.vllm import PROMPTS, export_vllm
+    from offramp.adapter.shipped import load_tiny, shipped_exits
+    from offramp_vllm.exports.vllm import PROMPTS, export_vllm
 
     backbone, processor = load_tiny("opt")
     adapter = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
@@ -43,8 +43,8 @@ def test_answers_that_are_kept_are_the_same_whatever_was_answered_before(exporte
     """An engine's first answer, on which it is tried, runs its first token to full depth."""
     kept = read_exported(exported).checked
     import offramp
-    from offramp.models.shipped import load_tiny, shipped_exits
-    from offramp.runtimes.vllm import _answers
+    from offramp.adapter.shipped import load_tiny, shipped_exits
+    from offramp_vllm.exports.vllm import _answers
 
     backbone, _ = load_tiny("opt")
     adapter = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
@@ -57,10 +57,10 @@ def test_vision_language_models_are_checked_on_texts(family: str) -> None:
     """Qwen-VL's decoder has no class of its own in transformers, and the whole model is asked."""
     from families import build
 
-    from offramp.adapter import Adapter
-    from offramp.models.backbone import Backbone
-    from offramp.models.exits import Exits, ExitSet
-    from offramp.runtimes.vllm import _answers
+    from offramp.adapter.adapter import Adapter
+    from offramp.core.models.backbone import Backbone
+    from offramp.core.models.exits import Exits, ExitSet
+    from offramp_vllm.exports.vllm import _answers
 
     backbone = Backbone.of(build(family))
     exits = ExitSet(Exits(backbone, (3,)).requires_grad_(False))
@@ -75,10 +75,10 @@ def test_first_tokens_exit_in_vllm_where_they_do_in_offramp(
     """Prompts of Qwen3-VL get features between layers, so that all of a prompt runs."""
     from families import build
 
-    from offramp.adapter import Adapter
-    from offramp.models.backbone import Backbone
-    from offramp.models.exits import Exits, ExitSet
-    from offramp.runtimes.vllm import export_vllm
+    from offramp.adapter.adapter import Adapter
+    from offramp.core.models.backbone import Backbone
+    from offramp.core.models.exits import Exits, ExitSet
+    from offramp_vllm.exports.vllm import export_vllm
 
     backbone = Backbone.of(build(family))
     exits = ExitSet(Exits(backbone, (3,)).requires_grad_(False))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from engine import close, engine
 
 HERE = Path(__file__).parent

@@ -17,13 +17,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import offramp
-from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
-from offramp.models.eagle3 import Eagle3Drafter
-from offramp.models.exits import Exits, ExitSet
-from offramp.runtimes.draft_model import save_draft_model
-from offramp.runtimes.vllm import export_vllm
-from offramp.save_and_load.speculators import save_drafter
+from offramp.adapter.adapter import Adapter
+from offramp.attach.eagle3 import Eagle3Drafter
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.exits import Exits, ExitSet
+from offramp_vllm.exports.draft_model import save_draft_model
+from offramp_vllm.exports.speculators import save_drafter
+from offramp_vllm.exports.vllm import export_vllm
 
 LAYERS, WORDS = 6, 512
 ROPE = {
@@ -71,9 +71,9 @@ def main(folder: Path, names: list[str]) -> None:
 def scenes(folder: Path) -> None:
     """The tiny OPT that ships, behind Blip2, and pictures: the folders `model`, `export` and
     `images`, and answers.json, whose prompts are texts."""
+    from offramp.adapter.shipped import load_tiny, shipped_exits, tiny_folder
+    from offramp.attach.input_processor import InputProcessor
     from offramp.data.scenes import tasks
-    from offramp.models.input_processor import InputProcessor
-    from offramp.models.shipped import load_tiny, shipped_exits, tiny_folder
 
     shutil.copytree(tiny_folder("opt"), folder / "model", dirs_exist_ok=True)
     backbone, processor = load_tiny("opt")

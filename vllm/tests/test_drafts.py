@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from engine import answers, stored
 from PIL import Image
 
-from engine import answers, stored
 from offramp_vllm.drafts import NAME
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from engine import stored
 from PIL import Image
 
-from engine import stored
 from offramp_vllm.drafts import NAME
 
 FAMILIES = (

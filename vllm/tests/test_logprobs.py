@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import pytest
-
 from engine import stored
+
 from offramp_vllm.drafts import NAME
 
 TOP = 5

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_server import about, ask
-
 from engine import stored
+from test_server import about, ask
 
 ray = pytest.importorskip("ray")
 HERE = Path(__file__).parent

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from engine import answers, engine, stored
+
 from offramp_vllm.refuse import Refused
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from offramp.calibration.risk_functions import QUALITIES
-from offramp.errors import DataError, InputError
-from offramp.models.backbone import Backbone
-from offramp.storage import read_json
+from offramp.core.errors import DataError, InputError
+from offramp.core.models.backbone import Backbone
+from offramp.core.storage import read_json
 from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import TrainingStates
 from offramp.training.trainer import Trainer

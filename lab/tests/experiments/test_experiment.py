@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from offramp.core.storage import read_json
 from offramp.evaluation.timing import in_turn
-from offramp.storage import read_json
 from offramp_lab.experiments.experiment import (
     Experiment,
     Rounds,

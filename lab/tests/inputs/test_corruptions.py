@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offramp.data.example import Example, split_examples
+from offramp.core.errors import InputError
+from offramp.core.inputs.example import Example, split_examples
 from offramp.data.scenes import world
-from offramp.errors import InputError
 from offramp_lab.inputs.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupted
 
 NAMES = tuple(CORRUPTIONS)

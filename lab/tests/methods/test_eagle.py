@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offramp.engine.policy import FULL, ExitPolicy
-from offramp.models.eagle3 import Eagle3Drafter
+from offramp.attach.eagle3 import Eagle3Drafter
+from offramp.core.engine.policy import FULL, ExitPolicy
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

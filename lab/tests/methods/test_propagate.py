@@ -12,13 +12,13 @@ from decoding import CALM, EXACT, NEW, errors_by_depth, greedy, never, tokens_by
 from families import WORDLESS
 from reference import Dice
 
-from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy, GenerationOutput
-from offramp.engine.prefix_cache import PrefixCache
+from offramp.adapter.adapter import Adapter
+from offramp.attach.prefix_cache import PrefixCache
+from offramp.core.engine.policy import ExitPolicy, GenerationOutput
+from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
 from offramp.engines import engine_named
-from offramp.errors import InputError
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
 from offramp_lab.inputs import zoo
 from offramp_lab.methods.propagate import Propagating
 

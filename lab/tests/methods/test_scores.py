@@ -22,13 +22,13 @@ from exit_walks import (
 )
 from families import WORDLESS
 
-from offramp.engine.confidence import check_score
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.engines import ENGINES
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
-from offramp.plugins import GROUP, LAB
+from offramp.core.engine.confidence import check_score
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
+from offramp.core.plugins import PACKAGES
+from offramp.engines import engine_named
 from offramp_lab import methods
 from offramp_lab.methods.scores import saturation
 
@@ -39,8 +39,11 @@ SATURATION = 0.94
 def test_the_plugin_brings_what_offramp_says_it_brings() -> None:
     project = Path(methods.__file__).parents[3] / "pyproject.toml"
     points = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
-    assert points[GROUP] == {"baselines": methods.__name__}
-    assert all(name in ENGINES or check_score(name) == name for name in LAB)
+    scores, engines = points["offramp.scores"], points["offramp.engines"]
+    told = {name for name, package in PACKAGES.items() if package == "offramp-lab"}
+    assert {*scores, *engines} - {"cuda-graphs"} == told
+    assert all(check_score(name) == name for name in scores)
+    assert all(engine_named(name) for name in engines)
 
 
 # -- each equals its slow reference -----------------------------------------------------------

@@ -12,13 +12,13 @@ import torch
 from exit_walks import DEPTHS, KINDS, NEW, check_finished_rows, check_walks, decoded
 from families import WORDLESS
 
-from offramp.engine.decoding.reader import Query
-from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.generate import generate
-from offramp.engine.policy import ExitPolicy
-from offramp.errors import InputError
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
+from offramp.core.decoding.reader import Query
+from offramp.core.decoding.rule import ExitRule
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
 from offramp_lab.methods.streaks import Agreement, Patience, StreakHeads
 
 WEIGHTS = {1: 0.2, 2: 0.5, 3: 0.0, 5: 0.9}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny
+from offramp.adapter.shipped import load_tiny
+from offramp.attach.input_processor import InputProcessor
 from offramp_lab.records import likeness, simulated, watched
 
 

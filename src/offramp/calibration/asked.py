@@ -11,9 +11,9 @@ import numpy as np
 from offramp.calibration.attempts import UNITS, Draws, error_share
 from offramp.calibration.risk_control import METHODS, images_for, samples_needed, upper_bound
 from offramp.calibration.risk_functions import RISKS
-from offramp.data.example import Example
-from offramp.errors import InputError, check_known
-from offramp.prompt_kinds import kind_of, prompt_frames
+from offramp.core.errors import InputError, check_known
+from offramp.core.inputs.example import Example
+from offramp.promises.prompt_kinds import kind_of, prompt_frames
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from offramp.core.engine.policy import Thresholds
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example
+from offramp.core.inputs.image import content_digest, pixel_digest
+from offramp.core.storage import digest_rows
 from offramp.data.decontamination import source_digest
-from offramp.data.example import Example
-from offramp.data.image import content_digest, pixel_digest
 from offramp.data.near_copies import Look, near_copies
-from offramp.engine.policy import Thresholds
-from offramp.errors import DataError
-from offramp.storage import digest_rows
 
 Array = npt.NDArray[Any]
 

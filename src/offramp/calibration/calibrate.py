@@ -6,7 +6,7 @@ thresholds, the safest first, is then tested until one fails (`risk_control`). W
 the path is found on a part of the images that is not tested on (`threshold_search`), and so are a
 threshold of first tokens. What is drawn is images, and all attempts
 on the same images share one error budget (`attempts`). What the answers were made by is noted
-beside the guarantee (`offramp.guarantee`).
+beside the guarantee (`offramp.promises.guarantee`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from offramp.adapter import Adapter
-from offramp.answers import Answer, Runtime
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Answer, Runtime
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.self_check import check_untested
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import (
     Attempt,
@@ -51,7 +53,19 @@ from offramp.calibration.threshold_evaluator import (
     split_images,
 )
 from offramp.calibration.threshold_search import Array
-from offramp.conditions import (
+from offramp.core.engine.policy import (
+    ExitPolicy,
+    Thresholds,
+    first_token_may_exit,
+    policy_to_json,
+    resolved,
+)
+from offramp.core.errors import DataError, InputError
+from offramp.core.inputs.example import Example, examples_digest
+from offramp.core.storage import digest_rows
+from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
+from offramp.data.item import Item
+from offramp.promises.conditions import (
     TORCH,
     Conditions,
     differences,
@@ -59,22 +73,8 @@ from offramp.conditions import (
     samples,
     tensors_digest,
 )
-from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
-from offramp.data.example import Example, examples_digest
-from offramp.data.item import Item
-from offramp.engine.policy import (
-    ExitPolicy,
-    Thresholds,
-    first_token_may_exit,
-    policy_to_json,
-    resolved,
-)
-from offramp.engine.self_check import check_untested
-from offramp.errors import DataError, InputError
-from offramp.likeness import ANSWERS, Likeness, look_of
-from offramp.models.input_processor import InputProcessor
-from offramp.prompt_kinds import kind_of, prompt_frames
-from offramp.storage import digest_rows
+from offramp.promises.likeness import ANSWERS, Likeness, look_of
+from offramp.promises.prompt_kinds import kind_of, prompt_frames
 
 CONSISTENCY = "consistency"
 AUTO = "auto"
@@ -106,8 +106,8 @@ class Point:
 @dataclass(frozen=True)
 class Kind:
     """Prompts of a kind: what was measured of them at the thresholds that were chosen, or at the
-    safest ones where none were. kind: see `offramp.prompt_kinds.kind_of`. target: its own; None:
-    that of all."""
+    safest ones where none were. kind: see `offramp.promises.prompt_kinds.kind_of`. target: its own;
+    None: that of all."""
 
     kind: str
     images: int
@@ -138,11 +138,11 @@ class Calibration:
     attempts: all that were made with these exits, this one included.
     likeness: of the early answers at these thresholds, to know others that are like them by.
     watched: of a risk that needs right answers, what is watched in its place, and how much of it
-        was calibrated; see `offramp.guarantee.watched`.
+        was calibrated; see `offramp.promises.guarantee.watched`.
     largest: answers of the image that had most. each_kind: whether the target holds of each of
         `kinds`, by what was measured of each.
     runtime: whose answers the guarantee is about, by name; None: PyTorch's.
-    conditions: what else it holds under; see `offramp.conditions`.
+    conditions: what else it holds under; see `offramp.promises.conditions`.
     """
 
     policy: ExitPolicy

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 
 LENGTHS = (1, 2, 4, 8)
 """Positions run at once for which layers and head are timed."""

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from offramp.adapter import Adapter
-from offramp.answers import Runtime
-from offramp.engine.policy import FULL, ExitPolicy, Thresholds
-from offramp.errors import DataError
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Runtime
+from offramp.core.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.core.errors import DataError
 from offramp.evaluation.timing import (
     GenerateFn,
     exit_generate_fn,

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
 from offramp.calibration.attempts import Attempt
-from offramp.errors import DataError, StorageError
-from offramp.models.backbone import Backbone
-from offramp.storage import digest_rows, read_json, write_json
-from offramp.storage.folders import check_writable, locked_folder
+from offramp.core.errors import DataError, StorageError
+from offramp.core.models.backbone import Backbone
+from offramp.core.storage import digest_rows, read_json, write_json
+from offramp.core.storage.folders import check_writable, locked_folder
 
 log = logging.getLogger(__name__)
 

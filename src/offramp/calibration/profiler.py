@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.calibration.cost_model import LENGTHS, Costs
-from offramp.engine.confidence import SCORES
-from offramp.engine.generate import generate
-from offramp.errors import InputError
+from offramp.core.engine.confidence import SCORES
+from offramp.core.engine.generate import generate
+from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet, propose_depths
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet, propose_depths
 
 FULL = 6  # tokens of a pass in which all are alike
 PLAN = ["stay"] * 4 + [k for n in LENGTHS[1:] for k in (*["leave"] * (n - 1), f"deep{n}")]

@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offramp.engine.confidence import SCORES
-from offramp.engine.decoding.rule import ExitRule
-from offramp.engine.policy import ExitPolicy, first_token_may_exit, shortlist_of_policy
-from offramp.engine.teacher_forcing import Answered, exit_features, group, record
-from offramp.models.exits import Exits, ExitSet
-from offramp.models.input_processor import InputProcessor
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.teacher_forcing import Answered, exit_features, group, record
+from offramp.core.decoding.rule import ExitRule
+from offramp.core.engine.confidence import SCORES
+from offramp.core.engine.policy import ExitPolicy, first_token_may_exit, shortlist_of_policy
+from offramp.core.models.exits import Exits, ExitSet
 
 Array = npt.NDArray[Any]
 
@@ -159,7 +159,8 @@ def replay(
 ) -> Replay:
     """Read every exit at every token of `rows`.
 
-    rows: `offramp.answers.full_model_answers` for the full model's own answers, or labelled ones.
+    rows: `offramp.adapter.answers.full_model_answers` for the full model's own answers, or
+    labelled ones.
     score: a key of `SCORES`. shortlist: exits read their shortlist alone.
 
     Raises:

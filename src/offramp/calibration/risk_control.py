@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.betting import FRACTIONS, SHARES, betting_p_value, planned_p_value
 from offramp.calibration.attempts import Draws
-from offramp.errors import InputError, did_you_mean
+from offramp.core.errors import InputError, did_you_mean
+from offramp.promises.betting import FRACTIONS, SHARES, betting_p_value, planned_p_value
 
 Array = npt.NDArray[Any]
 Losses = Array | Draws | Sequence[Draws]

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.data.example import Example
+from offramp.core.inputs.example import Example
 from offramp.data.item import Item
 from offramp.evaluation.answer_quality import ANSWER_QUALITIES
 from offramp.evaluation.caption_metrics import Frequencies, simple_words
 
 if TYPE_CHECKING:
-    from offramp.answers import Answer  # which loads PyTorch; the names of risks need none
+    from offramp.adapter.answers import Answer  # which loads PyTorch; the names of risks need none
 
 Array = npt.NDArray[Any]
 

@@ -15,12 +15,11 @@ from importlib import import_module
 from typing import Any
 
 from offramp import __version__
-from offramp.cli.edge import NAMES as EDGE_NAMES
-from offramp.cli.edge import is_edge
 from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
 from offramp.cli.parser import Parser, UsageError
-from offramp.errors import OfframpError, StorageError, printable
-from offramp.missing import has_pytorch, how_to_install, missing_package, needs_pytorch
+from offramp.core.errors import OfframpError, StorageError, printable
+from offramp.core.missing import has_pytorch, how_to_install, missing_package, needs_pytorch
+from offramp.core.plugins import brought
 
 log = logging.getLogger(__name__)
 
@@ -45,31 +44,50 @@ COMMANDS = {
     name: f"offramp.cli.commands.{name}"
     for name in (
         "demo", "train", "calibrate", "draft", "verify", "caption", "generate", "serve",
-        "eval", "export", "slice", "report", "inspect", "env",
-        "completion",
+        "eval", "export", "report", "inspect", "env", "completion",
     )
 }  # fmt: skip
-"""Modules by command; each has `add(commands)`, which imports nothing heavy."""
+"""Modules by command; each has `add(commands)`, which imports nothing heavy. Installed packages
+bring others, as entry points of "offramp.commands" that hold such a function."""
 
 
 @dataclass(frozen=True)
 class Program:
     """The commands that there are, with PyTorch or without.
 
-    description, examples: what its help says before and after them. commands: modules by command,
-    as in `COMMANDS`.
+    description, examples: what its help says before and after them. adds: by command, what adds it
+    to a parser's commands.
     """
 
     description: str
     examples: str
-    commands: Mapping[str, str]
+    adds: Mapping[str, Callable[[Any], None]]
 
 
-OFFRAMP = Program(
-    "Early exits for frozen Hugging Face vision-language models that really skip layers.",
-    EXAMPLES,
-    COMMANDS,
-)
+@dataclass(frozen=True)
+class WithoutPytorch:
+    """Commands of a package that run without PyTorch, held by an entry point of
+    "offramp.programs".
+
+    names: commands. takes: whether a command line is for them and not for those of `COMMANDS`.
+    add: adds them to a parser's commands. description, examples: as of `Program`.
+    """
+
+    names: tuple[str, ...]
+    takes: Callable[[Sequence[str]], bool]
+    add: Callable[[Any], None]
+    description: str
+    examples: str
+
+
+def offramp_program() -> Program:
+    """Return the commands of this package and of those installed beside it."""
+    return Program(
+        "Early exits for frozen Hugging Face vision-language models that really skip layers.",
+        EXAMPLES,
+        {name: import_module(module).add for name, module in COMMANDS.items()}
+        | brought("commands"),
+    )
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -124,34 +142,33 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-EDGE = Program(
-    "Early exits inside llama.cpp, without PyTorch.",
-    """\
-examples:
-  offramp slice exits model-q4_k_m.gguf --out sliced
-  offramp generate sliced --prompt "Who are you?"
-  offramp serve sliced                           OpenAI's API and a page, at localhost:8000
-
-With PyTorch there are more commands: train, calibrate, verify and others.
-""",
-    {"edge": "offramp.cli.edge"}
-    | {name: COMMANDS[name] for name in ("slice", "env", "completion")},
-)
-"""The commands that need no PyTorch: generate and serve of what `offramp slice` wrote."""
+LIGHT = ("env", "completion")
+"""Commands of this package that need no PyTorch."""
 
 
 def _program_for(argv: Sequence[str] | None) -> Program:
     """The commands that there are. Raise `InputError` for one that needs PyTorch, without it."""
     words = sys.argv[1:] if argv is None else argv
-    if has_pytorch() and not is_edge(words):
-        return OFFRAMP
-    if words and words[0] in {*COMMANDS} - {*EDGE.commands, *EDGE_NAMES}:
-        raise needs_pytorch(f"offramp {words[0]}")
-    return EDGE
+    light: list[WithoutPytorch] = [*brought("programs").values()]
+    if (asked := next((one for one in light if one.takes(words)), None)) is not None:
+        return _without_pytorch(asked)
+    if has_pytorch():
+        return offramp_program()
+    own = {*LIGHT, *brought("commands"), *(name for one in light for name in one.names)}
+    if not light or (words and words[0] in {*COMMANDS} - own):
+        raise needs_pytorch(f"offramp {' '.join(words[:1])}".rstrip())
+    return _without_pytorch(light[0])
 
 
-def build_parser(program: Program = OFFRAMP) -> Parser:
+def _without_pytorch(program: WithoutPytorch) -> Program:
+    own = {name: import_module(COMMANDS[name]).add for name in LIGHT}
+    adds = {"": program.add, **brought("commands"), **own}
+    return Program(program.description, program.examples, adds)
+
+
+def build_parser(program: Program | None = None) -> Parser:
     """The parser of all commands; a command's own options are made when it is asked for."""
+    program = program or offramp_program()
     parser = Parser(
         prog="offramp",
         description=program.description,
@@ -160,8 +177,8 @@ def build_parser(program: Program = OFFRAMP) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"offramp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
-    for module in program.commands.values():
-        import_module(module).add(commands)
+    for add in program.adds.values():
+        add(commands)
     return parser
 
 

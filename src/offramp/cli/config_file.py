@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
-from offramp.errors import DataError, InputError, StorageError, did_you_mean
+from offramp.core.errors import DataError, InputError, StorageError, did_you_mean
 
 LARGEST = 2**16
 """Bytes of the largest file that is read."""
@@ -58,7 +58,7 @@ def _path(args: Sequence[str]) -> str | None:
 
 
 def _read(path: str) -> dict[str, yaml.Node]:
-    from offramp.storage.json_text import read_bytes
+    from offramp.core.storage.json_text import read_bytes
 
     try:
         text = read_bytes(path, LARGEST).decode("utf-8-sig")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.outputs import check_out_adapter
+from offramp.core.errors import DataError, InputError
 from offramp.engines import AUTO, TORCH
-from offramp.errors import DataError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +40,15 @@ def load_model(
     arguments: argparse.Namespace, name: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
     """The backbone and its processor. revision: where --revision does not give another."""
-    from offramp.loading import own_vision
-    from offramp.models.shipped import load_named, tiny_kind
-    from offramp.models.shrink_on_load import with_shrink_on_load
+    from offramp.adapter.shipped import tiny_kind
+    from offramp.attach.shrink_on_load import with_shrink_on_load
+    from offramp.engines.loading import open_backbone, own_vision
 
     name = arguments.backbone if name is None else name
     if name is None:
         raise InputError("No backbone was named.", "Give --backbone NAME.")
     quantize = getattr(arguments, "quantize", None)
-    backbone, processor = load_named(
+    backbone, processor = open_backbone(
         name,
         revision=arguments.revision or revision,
         dtype=arguments.dtype,
@@ -69,8 +69,8 @@ def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
     Raises:
         UnsupportedBackboneError: decoding with exits would not be the model's own.
     """
-    from offramp.engine.self_check import adopt_findings, check_decoding
-    from offramp.models.input_processor import InputProcessor
+    from offramp.attach.input_processor import InputProcessor
+    from offramp.attach.self_check import adopt_findings, check_decoding
 
     check = check_decoding(backbone, InputProcessor(backbone, processor).prompts([example]))
     adopt_findings(backbone, check)
@@ -89,7 +89,7 @@ def choose_device(asked: str, *, is_tiny: bool = False, quantize: str | None = N
     """
     import torch
 
-    from offramp.models.hub import check_device
+    from offramp.core.models.hub import check_device
 
     gpu = torch.cuda.is_available()
     if asked != "auto":
@@ -109,7 +109,7 @@ def choose_device(asked: str, *, is_tiny: bool = False, quantize: str | None = N
 def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The adapter on its own backbone, or on the one that --backbone names, in the engine that
     --engine names where that is PyTorch's; and the processor."""
-    from offramp.loading import with_exits
+    from offramp.engines.loading import with_exits
 
     model, processor = open_named(arguments, arguments.adapter)
     return with_exits(model), processor
@@ -117,10 +117,10 @@ def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def open_named(arguments: argparse.Namespace, name: str, **more: Any) -> tuple[Any, Any]:
     """An adapter, or the backbone of a model that ships without exits, and the processor. more: as
-    of `offramp.loading.open_model`."""
-    from offramp.adapter import Adapter
-    from offramp.loading import open_model, own_vision, seeing
-    from offramp.models.shipped import tiny_kind
+    of `offramp.engines.loading.open_model`."""
+    from offramp.adapter.adapter import Adapter
+    from offramp.adapter.shipped import tiny_kind
+    from offramp.engines.loading import open_model, own_vision, seeing
 
     _settle(arguments, name, **more)
     quantize, vision = getattr(arguments, "quantize", None), getattr(arguments, "vision", TORCH)
@@ -153,7 +153,7 @@ def _settle(arguments: argparse.Namespace, name: str, **more: Any) -> None:
     import torch
 
     from offramp.engines.auto import Way
-    from offramp.loading import settle
+    from offramp.engines.loading import settle
 
     names = ("backbone", "revision", "dtype", "device", "quantize", "shrink_on_load")
     how = {name: getattr(arguments, name, None) for name in names}
@@ -188,8 +188,8 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
         InputError: neither is given, --out holds another adapter, or there are no exits to save.
             StorageError: it cannot be written.
     """
-    from offramp.models.shipped import shipped_exits
-    from offramp.storage.folders import check_writable
+    from offramp.adapter.shipped import shipped_exits
+    from offramp.core.storage.folders import check_writable
 
     shipped_exits(arguments.adapter)  # raises for a model that ships without
     if arguments.out is None and not os.path.isdir(arguments.adapter):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from offramp.cli.parser import (
     Flattened,
@@ -25,15 +25,14 @@ from offramp.cli.parser import (
     whole,
     whole_numbers,
 )
-from offramp.engines import AUTO, ENGINES, MTMD, TORCH
-from offramp.plugins import load_plugins
+from offramp.engines import AUTO, TORCH, DecoderEngine, all_engines
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("int8", "int4")
 Options = Callable[[Parser], None]
 _SAME: Any = object()
-PLAIN = tuple(name for name, one in ENGINES.items() if not one.replaces and name != "compiled")
-"""Those that run an adapter's decoder in PyTorch, many answers at once."""
+Engines = Literal["none", "plain", "all"]
+"""The engines that a command takes: none, those that write many answers at once in PyTorch, all."""
 NAMED_EXITS = (
     "folder or hub name of trained exits; or photo or tiny-opt, which ship with theirs, or "
     "tiny-t5, without"
@@ -52,13 +51,11 @@ def add_command(
     *,
     usual: str = "",
     result: bool = True,
-    plugins: bool = True,
 ) -> None:
     """Add a command. options: adds its options, once the command is asked for.
 
     usual: names of the options that `--help` shows, with spaces between; "": it shows all. result:
-    whether it prints one, which --json then prints as JSON. plugins: whether it runs what plug-ins
-    may add; these may need PyTorch.
+    whether it prints one, which --json then prints as JSON.
     """
 
     def late(parser: Parser) -> None:
@@ -68,11 +65,6 @@ def add_command(
         if usual:
             parser.show_usual([f"--{name}" for name in usual.split()])
 
-    def with_plugins(arguments: argparse.Namespace) -> None:
-        if plugins:  # not before: they may import what takes seconds, and help needs no torch
-            load_plugins()
-        run(arguments)
-
     parser: Parser = commands.add_parser(
         name,
         help=help,
@@ -80,7 +72,7 @@ def add_command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=with_plugins)
+    parser.set_defaults(run=run)
     parser.late = late
 
 
@@ -302,13 +294,13 @@ def model_options(
     parser: Parser,
     *,
     adapter: bool | None = None,
-    engines: Collection[str] = PLAIN,
+    engines: Engines = "plain",
     auto: bool = False,
 ) -> None:
     """The model's name and options of its backbone. adapter: whether exits must be named; None: the
     command takes a backbone alone.
 
-    engines: those of `ENGINES` that the command's adapter runs in. auto: as of `engine_option`.
+    engines: those that the command's adapter may run in. auto: as of `engine_option`.
     """
     group = parser.add_argument_group("model")
     if adapter is None:
@@ -320,50 +312,43 @@ def model_options(
 
 
 def adapter_options(
-    parser: Parser, group: Any, engines: Collection[str], *, auto: bool = False
+    parser: Parser, group: Any, engines: Engines, *, auto: bool = False
 ) -> None:
     """Add the options of how an adapter that was named is loaded. engines, auto: as of
     `model_options`."""
     group.add_argument("--backbone", metavar="NAME", help=f"{BACKBONE} (default: the adapter's)")
-    precision_options(group, quantize=bool(engines))
-    if engines:
+    precision_options(group, quantize=engines != "none")
+    if engines != "none":
         engine_option(parser.add_argument_group("decoder"), engines, auto=auto)
 
 
-def engine_option(
-    group: Any, engines: Collection[str] = tuple(ENGINES), *, auto: bool = False
-) -> None:
+def engine_option(group: Any, engines: Engines = "all", *, auto: bool = False) -> None:
     """Add the option that says which of these engines runs the decoder. auto: or the fastest, which
     is the default then."""
-    known = ", ".join(f"{n} ({said})" if (said := ENGINES[n].said) else n for n in engines)
+    named = {n: one for n, one in all_engines().items() if engines == "all" or writes_many(n, one)}
+    known = ", ".join(f"{n} ({one.said})" if one.said else n for n, one in named.items())
     fastest = f"{AUTO} (the fastest here that keeps the answers, measured once), " if auto else ""
     default = AUTO if auto else TORCH
     group.add_argument(
-        "--engine", metavar="NAME", default=default,
-        choices=_Engines([*([AUTO] if auto else []), *engines]),
+        "--engine", metavar="NAME", default=default, choices=[*([AUTO] if auto else []), *named],
         help=f"what runs the decoder: {fastest}{known} (default: {default})",
     )  # fmt: skip
 
 
-class _Engines(tuple[str, ...]):
-    """Names of engines that ship; a plug-in's is in it too, which is looked for once it is asked
-    for."""
-
-    def __contains__(self, name: object) -> bool:
-        if name in ENGINES:
-            return super().__contains__(name) or not ENGINES[str(name)].ships
-        load_plugins()
-        return name in ENGINES
+def writes_many(name: str, engine: DecoderEngine) -> bool:
+    """Return True for an engine that writes many answers at once in PyTorch."""
+    return not engine.replaces and name != "compiled"
 
 
-VISION = (AUTO, TORCH, "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8", MTMD)
+VISION = (AUTO, TORCH, "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8")
 
 
 def vision_options(group: Any) -> None:
     """Add the options of how images are seen."""
+    towers = [tower for engine in all_engines().values() for tower in engine.towers]
     name_option(
-        group, "--vision", VISION, "what runs the vision tower on a CPU: in float32, or, with "
-        f"--engine llama.cpp, {MTMD}, which needs a folder of `offramp export --vision`",
+        group, "--vision", (*VISION, *towers), "what runs the vision tower on a CPU: in float32; "
+        "mtmd: in llama.cpp, from a folder of `offramp export --vision`",
         default=AUTO, shown=f"as --engine {AUTO} finds it, else {TORCH}",
     )  # fmt: skip
     group.add_argument(
@@ -428,7 +413,7 @@ def measured_options(
     adapter: bool,
     allow_seen: bool,
     leave_out: str | None = None,
-    engines: Collection[str] = PLAIN,
+    engines: Engines = "plain",
     auto: bool = False,
 ) -> None:
     """Model and data of a command that measures an adapter on images it should not have seen.

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offramp.errors import StorageError, printable
+from offramp.core.errors import StorageError, printable
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import InputError, OfframpError
+from offramp.core.errors import InputError, OfframpError
 
 _TOLD = "Give another --out, or --overwrite to replace it."
 
@@ -29,7 +29,7 @@ def check_out_file(
 
     ours: whether a file that begins with these bytes was written by this command. what: its name.
     """
-    from offramp.storage.folders import check_writable
+    from offramp.core.storage.folders import check_writable
 
     check_writable(path)
     if not os.path.lexists(path):
@@ -51,7 +51,7 @@ def check_out_file(
 
 def check_out_adapter(out: Path, source: Path, arguments: argparse.Namespace) -> None:
     """Raise `InputError` where `out` holds an adapter of other exits than `source`."""
-    from offramp.save_and_load import CONFIG, EXITS, read_config
+    from offramp.core.save_and_load import CONFIG, EXITS, read_config
 
     if arguments.overwrite or _same(out, source) or not os.path.lexists(out / CONFIG):
         return
@@ -66,7 +66,7 @@ def check_out_adapter(out: Path, source: Path, arguments: argparse.Namespace) ->
 
 def check_out_demo(out: Path, kind: str, arguments: argparse.Namespace) -> None:
     """Raise `InputError` where the demo would replace what it did not write."""
-    from offramp.save_and_load import CONFIG, read_config
+    from offramp.core.save_and_load import CONFIG, read_config
 
     for name in ("report.json", f"report-{kind}.json"):
         check_out_file(

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from offramp.cli.config_file import of_config
 from offramp.cli.output import print_text
-from offramp.errors import InputError, did_you_mean
-from offramp.plugins import not_registered
+from offramp.core.errors import InputError, did_you_mean
+from offramp.core.plugins import remedy
 
 
 class UsageError(InputError):
@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
             name = "/".join(action.option_strings) or action.metavar or action.dest
             known = [str(choice) for choice in action.choices]
             raise UsageError(
-                f"{name} {_short(str(value))!r} is not known.", not_registered(str(value), known)
+                f"{name} {_short(str(value))!r} is not known.", remedy(str(value), known)
             )
 
     def _remedy(self) -> str:

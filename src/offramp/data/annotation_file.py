@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from offramp.core.errors import DataError, InputError
+from offramp.core.inputs.example import rank_of
+from offramp.core.storage import read_json
 from offramp.data.datasets import CAPTION_PROMPT, QUESTION_PROMPT, SEED
-from offramp.data.example import rank_of
-from offramp.errors import DataError, InputError
-from offramp.storage import read_json
 
 
 @dataclass

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from offramp.data.example import Example, examples_digest, rank_of, split_examples
-from offramp.data.image import EncodedImage
+from offramp.core.errors import DataError, InputError, StorageError
+from offramp.core.inputs.example import Example, examples_digest, rank_of, split_examples
+from offramp.core.inputs.image import EncodedImage
 from offramp.data.rows import ANSWERS, CAPTIONS, GROUP, Cell, Row, read_rows
-from offramp.errors import DataError, InputError, StorageError
 
 __all__ = [
     "CAPTION_PROMPT", "QUESTION_PROMPT", "EncodedImage", "Example", "examples_digest",

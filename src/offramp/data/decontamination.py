@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.data.example import Example
-from offramp.data.image import content_digest, pixel_digest
-from offramp.errors import DataError
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example
+from offramp.core.inputs.image import content_digest, pixel_digest
 
 log = logging.getLogger(__name__)
 

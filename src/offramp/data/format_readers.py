@@ -10,10 +10,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from offramp.core.errors import DataError, did_you_mean
+from offramp.core.inputs.example import Example
 from offramp.data.annotation_file import Source, shown
-from offramp.data.example import Example
 from offramp.data.item import Item
-from offramp.errors import DataError, did_you_mean
 
 
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from offramp.core.errors import InputError
 from offramp.data import format_readers as readers
 from offramp.data.annotation_file import Source, has, sampled
 from offramp.data.datasets import read_examples
 from offramp.data.item import Item
 from offramp.data.rows import GROUP
-from offramp.errors import InputError
 
 
 @dataclass(frozen=True)

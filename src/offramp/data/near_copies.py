@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from offramp.data.example import Example
-from offramp.progress import progress
+from offramp.common.progress import progress
+from offramp.core.inputs.example import Example
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]

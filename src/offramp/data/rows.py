@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from offramp.data.image import content_digest, image_names
-from offramp.errors import DataError, StorageError, did_you_mean
-from offramp.missing import how_to_install
-from offramp.storage.places import close_name, is_hub_name
+from offramp.core.errors import DataError, StorageError, did_you_mean
+from offramp.core.inputs.image import content_digest, image_names
+from offramp.core.missing import how_to_install
+from offramp.core.storage.places import close_name, is_hub_name
 
 CAPTIONS = ("captions", "caption")
 ANSWERS = ("answers", "answer")

@@ -7,14 +7,14 @@ context: tokens of a prompt and its answer. threads: of the decoder. sequences: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import InputError
-from offramp.plugins import check_registered
+from offramp.core.errors import InputError
+from offramp.core.plugins import brought, check_registered, offered
 
 TORCH = "torch"
 AUTO = "auto"
@@ -24,13 +24,28 @@ MTMD = "mtmd"
 
 
 @dataclass(frozen=True)
-class Engine:
-    """home: module of `open`; or `open` itself. said: what there is to know of the engine.
-    replaces: whether it decodes in the adapter's place, and not in PyTorch."""
+class DecoderEngine:
+    """What runs the decoder.
+
+    home: the module of `open`, or `open` itself. said: what a user should know, for help. replaces:
+    whether it decodes in the adapter's place, and not in PyTorch. reads_files: whether it needs a
+    folder of files, which `prepare(adapter, folder, format)` writes. together: how many answers it
+    writes at the same time by default. formats: number formats of its files. as_in_file: returns a
+    backbone with weights as files of a format hold them. towers: vision engines that it brings, by
+    name a function of adapter, folder and threads that returns an adapter which sees by it.
+    said_here: returns a line about this machine, for `offramp env`.
+    """
 
     home: str | Callable[..., Any]
     said: str = ""
     replaces: bool = False
+    reads_files: bool = False
+    prepare: Callable[[Any, Path, str], Any] | None = None
+    together: int = 1
+    towers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    said_here: Callable[[], str] | None = None
+    formats: tuple[str, ...] = ()
+    as_in_file: Callable[[Any, str], Any] | None = None
 
     @property
     def ships(self) -> bool:
@@ -42,47 +57,51 @@ class Engine:
         made = import_module(self.home).open if isinstance(self.home, str) else self.home
         return made(model, **sizes)
 
-    def prepare(self, model: Any, folder: Path, numbers: str) -> None:
-        """Write the files that the engine reads, in a number format, where it reads some."""
-        assert isinstance(self.home, str)
-        import_module(self.home).prepare(model, folder, numbers)
-
 
 ENGINES = {
-    TORCH: Engine("offramp.engines.plain"),
-    "compiled": Engine(
+    TORCH: DecoderEngine("offramp.engines.plain"),
+    "compiled": DecoderEngine(
         "offramp.engines.compiled", "for single answers on a CPU: slow first, then faster"
     ),
-    "packed": Engine("offramp.engines.packed", "weights laid out for a CPU's kernels, for batches"),
-    "exact-batches": Engine(
+    "packed": DecoderEngine(
+        "offramp.engines.packed", "weights laid out for a CPU's kernels, for batches"
+    ),
+    "exact-batches": DecoderEngine(
         "offramp.engines.exact_batches",
         "packed, and a token is the same to the last bit whatever is decoded beside it, in half "
         "precision too; prompts are read one at a time",
     ),
-    "llama.cpp": Engine("offramp.engines.llama_cpp", "needs --gguf", replaces=True),
-    "cuda-graphs": Engine("offramp.engines.cuda_graphs", "needs a GPU", replaces=True),
 }
-"""The engines that ship; others come by `register_engine`."""
+"""The engines of this package and those registered; installed packages offer others."""
 
 
-def register_engine(
-    name: str, open: Callable[..., Any], said: str = "", *, replaces: bool = False
-) -> None:
+def engine_names() -> tuple[str, ...]:
+    """Return the names of all engines, those that installed packages offer among them."""
+    return tuple(dict.fromkeys((*ENGINES, *offered("engines"))))
+
+
+def all_engines() -> dict[str, DecoderEngine]:
+    """Return all engines by name; of an installed package that fails a line of the log says why."""
+    brought("engines")
+    return dict(ENGINES)
+
+
+def register_engine(name: str, open: Callable[..., Any], said: str = "", **more: Any) -> None:
     """Give an engine a name that `offramp.load`, the command line and the server know.
 
-    open: as described above. said, replaces: as of `Engine`.
+    open: as described above. said and more: fields of `DecoderEngine`.
 
     Raises:
         InputError: the name is that of an engine that ships.
     """
     if name in ENGINES and ENGINES[name].ships:
         raise InputError(f"{name!r} is an engine that ships.", "Choose another name.")
-    ENGINES[name] = Engine(open, said, replaces)
+    ENGINES[name] = DecoderEngine(open, said, **more)
 
 
-def engine_named(name: str) -> Engine:
+def engine_named(name: str) -> DecoderEngine:
     """The engine of a name, those of plug-ins included. Raise `InputError` for an unknown one."""
-    check_registered("Engine", name, lambda: ENGINES)
+    check_registered("Engine", "engines", name, lambda: ENGINES)
     return ENGINES[name]
 
 
@@ -90,7 +109,7 @@ def check_asked(engine: str, gguf: Any, quantize: str | None = None) -> None:
     """Raise `InputError` where an engine and what goes with it do not fit, before a model loads."""
     if engine != AUTO:
         engine_named(engine)
-    if engine != AUTO and (engine == "llama.cpp") != (gguf is not None):
+    if engine != AUTO and engine_named(engine).reads_files != (gguf is not None):
         raise InputError(
             "--engine llama.cpp and --gguf FOLDER go together.",
             "Write the folder: offramp export FOLDER --gguf q8_0 --out FOLDER.",

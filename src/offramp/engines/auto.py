@@ -28,18 +28,18 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from offramp.conditions import Conditions, differences, of_backbone
-from offramp.data.example import Example
-from offramp.engines import AUTO, ENGINES, MTMD, TORCH
-from offramp.errors import InputError, OfframpError
-from offramp.models.shipped import example_picture
-from offramp.models.towers import tower_engine
-from offramp.progress import progress_bar
-from offramp.provenance import processor
-from offramp.save_and_load import AdapterConfig, exits_digest
-from offramp.save_and_load.records import calibrations
-from offramp.storage import digest_rows, read_json, write_json
-from offramp.storage.folders import cache_folder
+from offramp.adapter.records import calibrations
+from offramp.adapter.shipped import example_picture
+from offramp.attach.towers import tower_engine
+from offramp.common.progress import progress_bar
+from offramp.common.provenance import processor
+from offramp.core.errors import InputError, OfframpError
+from offramp.core.inputs.example import Example
+from offramp.core.save_and_load import AdapterConfig, exits_digest
+from offramp.core.storage import digest_rows, read_json, write_json
+from offramp.core.storage.folders import cache_folder
+from offramp.engines import AUTO, MTMD, TORCH, engine_named
+from offramp.promises.conditions import Conditions, differences, of_backbone
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Timed:
     """A way as it was measured.
 
     load, answer: seconds on the wall. conditions: of the backbone, as of
-    `offramp.conditions.of_backbone`. why: what stands against it; "" where nothing does.
+    `offramp.promises.conditions.of_backbone`. why: what stands against it; "" where nothing does.
     """
 
     engine: str
@@ -300,5 +300,7 @@ def _files(load: Load, model: str) -> Path:
     folder = cache_folder("gguf") / digest_rows([model, FORMAT])[:32]
     if not folder.is_dir():  # which appears whole
         made = load(engine=TORCH, vision=TORCH, gguf=None)
-        ENGINES[LLAMA_CPP].prepare(made.adapter, folder, FORMAT)
+        prepare = engine_named(LLAMA_CPP).prepare
+        assert prepare is not None
+        prepare(made.adapter, folder, FORMAT)
     return folder

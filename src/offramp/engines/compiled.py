@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from offramp.adapter import Adapter
-from offramp.engine.executors.modules.compiled import COMPILED
+from offramp.adapter.adapter import Adapter
+from offramp.attach.compiled.compiled import COMPILED
 
 
 def open(model: Any, **_: Any) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
 from offramp.engines.packed import prepack
 
 

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from offramp.errors import DataError, InputError, check_known
+from offramp.core.errors import DataError, InputError, check_known
+from offramp.core.missing import how_to_install
 from offramp.evaluation.metrics import Measured
 from offramp.evaluation.statistics import Array, Measure, mean_of
-from offramp.missing import how_to_install
 
 BLEU = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")
 CAPTION_METRICS = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")

@@ -18,25 +18,25 @@ from typing import Any
 
 from torch import nn
 
-from offramp.adapter import Adapter
-from offramp.answers import GREEDY, Runtime, answers_of
-from offramp.conditions import kernels, tensors_digest
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import GREEDY, Runtime, answers_of
+from offramp.attach.input_processor import InputProcessor
+from offramp.common.provenance import provenance
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput, policy_to_json
+from offramp.core.errors import DataError, InputError
+from offramp.core.inputs.example import Example, examples_digest
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
+from offramp.core.storage import digest_rows, write_json
+from offramp.core.storage.folders import locked_folder
 from offramp.data.decontamination import check_no_overlap
-from offramp.data.example import Example, examples_digest
 from offramp.data.item import Item
-from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, policy_to_json
-from offramp.errors import DataError, InputError
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import Settings, as_items
-from offramp.models.backbone import Backbone
-from offramp.models.fingerprint import dump_fingerprint, fingerprint
-from offramp.models.input_processor import InputProcessor
-from offramp.provenance import provenance
-from offramp.storage import digest_rows, write_json
-from offramp.storage.folders import locked_folder
+from offramp.promises.conditions import kernels, tensors_digest
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from offramp.errors import DataError
+from offramp.core.errors import DataError
 from offramp.evaluation.statistics import Measure, finite, mean_of
 
 RECALLS = (1, 5, 10)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from offramp.core.errors import DataError
 from offramp.data.item import Item
-from offramp.errors import DataError
 from offramp.evaluation.answer_quality import ANSWER_QUALITIES
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.metrics import Measured, gold_rank, ndcg, rank_measures

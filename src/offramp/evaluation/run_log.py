@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.core.errors import DataError, InputError
+from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.item import Item
-from offramp.errors import DataError, InputError
-from offramp.storage.jsonl_log import JsonlLog
 
 ROWS = "rows.jsonl"
 Row = dict[str, Any]

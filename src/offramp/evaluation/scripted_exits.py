@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from offramp.engine.confidence import SCORES
-from offramp.engine.generate import generate
-from offramp.engine.heads import ExitCheck
-from offramp.engine.policy import ExitPolicy, GenerationOutput
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
+from offramp.core.engine.confidence import SCORES
+from offramp.core.engine.generate import generate
+from offramp.core.engine.heads import ExitCheck
+from offramp.core.engine.policy import ExitPolicy, GenerationOutput
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": None}
 """Greedy, and to the last token asked for: random weights may end a sentence anywhere."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.errors import DataError, InputError
+from offramp.core.errors import DataError, InputError
 
 Array = NDArray[np.float64]
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offramp.data.example import Example
+from offramp.core.errors import DataError, InputError, check_known
+from offramp.core.inputs.example import Example
 from offramp.data.item import Item
-from offramp.errors import DataError, InputError, check_known
 from offramp.evaluation.caption_metrics import CAPTION_METRICS, TOKENIZERS, need_pycocoevalcap
 from offramp.evaluation.metrics import vqa_accuracy
 

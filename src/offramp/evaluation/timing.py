@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
 from offramp.evaluation.statistics import Measure, interval
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
 
 GenerateFn = Callable[[Mapping[str, Any], StoppingCriteriaList], Tensor]
 """Generates from processor output, batch 1, with these stopping criteria; returns new ids [N]."""

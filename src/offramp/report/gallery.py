@@ -10,8 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from offramp.data.example import Example
-from offramp.depth_color import depth_color, ink_on
+from offramp.common.depth_color import depth_color, ink_on
+from offramp.core.inputs.example import Example
 from offramp.evaluation.run_log import ROWS, Done, Row
 from offramp.report.html import render
 

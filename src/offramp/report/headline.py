@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from offramp.likeness import LIKE
+from offramp.promises.likeness import LIKE
 from offramp.report.html import between, fine, metric, percent, render, times
 
 Value = Mapping[str, Any]

@@ -18,14 +18,14 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from offramp.data.example import Example
+from offramp.core.errors import DataError, InputError, OfframpError
+from offramp.core.inputs.example import Example
+from offramp.core.storage import read_json
 from offramp.data.item import Item
-from offramp.errors import DataError, InputError, OfframpError
 from offramp.evaluation.run_log import ROWS, Done, read_rows
 from offramp.report import headline, sections
 from offramp.report.gallery import gallery
 from offramp.report.html import document, render
-from offramp.storage import read_json
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def local_tokenizer(name: str) -> Any:
     """A backbone's tokenizer, if it is on this machine; None if not."""
     from transformers import AutoTokenizer
 
-    from offramp.models.shipped import TINY, short_name, tiny_folder
+    from offramp.adapter.shipped import TINY, short_name, tiny_folder
 
     kind = short_name(name)
     place = str(tiny_folder(kind)) if kind in TINY else name

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any, cast
 
-from offramp.adapter import Adapter
-from offramp.data.example import Example
-from offramp.engine.policy import FULL
-from offramp.errors import InputError
-from offramp.models.backbone import Backbone
-from offramp.models.cache_salt import salted
-from offramp.models.input_processor import InputProcessor
-from offramp.models.vision_cache import VisionCache
+from offramp.adapter.adapter import Adapter
+from offramp.attach.cache_salt import salted
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.vision_cache import VisionCache
+from offramp.core.engine.policy import FULL
+from offramp.core.errors import InputError
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
 from offramp.serving.core import EngineCore
 from offramp.serving.engine import Engine, Prepare, check_sizes
 from offramp.serving.engine_config import EngineConfig

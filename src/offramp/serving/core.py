@@ -13,19 +13,19 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from offramp.engine.decoding.decoder import Decoder
-from offramp.engine.decoding.scheduler import Call, Schedule, Tally
-from offramp.engine.decoding.sequence import Sequence
-from offramp.engine.policy import FULL, ExitPolicy
-from offramp.errors import InputError
-from offramp.models.cache_salt import salted
+from offramp.attach.cache_salt import salted
+from offramp.core.decoding.decoder import Decoder
+from offramp.core.decoding.scheduler import Call, Schedule, Tally
+from offramp.core.decoding.sequence import Sequence
+from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.errors import InputError
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import Host
 from offramp.serving.job import Job, Jobs
 
 if TYPE_CHECKING:
-    from offramp.models.backbone import Backbone
-    from offramp.models.exits import Exits, ExitSet
+    from offramp.core.models.backbone import Backbone
+    from offramp.core.models.exits import Exits, ExitSet
 
 CALLS = ("read", "feed", "deep", "full")
 """Kinds of call that are counted: a prompt, and the decoder's."""

@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, Self
 
-from offramp.engine.decoding.scheduler import Tally
-from offramp.errors import BusyError, InputError
+from offramp.core.decoding.scheduler import Tally
+from offramp.core.errors import BusyError, InputError
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Handle, OnToken, Request
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offramp.engine.decoding.scheduler import Schedule
-from offramp.errors import InputError
+from offramp.core.decoding.scheduler import Schedule
+from offramp.core.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.plan import Plan
-from offramp.engine.decoding.reader import PrefillBackend, TokenSampler
-from offramp.engine.decoding.sequence import Sequence
-from offramp.engine.policy import ExitPolicy
+from offramp.core.decoding.executor import Executor
+from offramp.core.decoding.plan import Plan
+from offramp.core.decoding.reader import PrefillBackend, TokenSampler
+from offramp.core.decoding.sequence import Sequence
+from offramp.core.engine.policy import ExitPolicy
 from offramp.serving.request import Request
 
 if TYPE_CHECKING:
-    from offramp.adapter import Adapter
-    from offramp.models.vision_cache import VisionCache
+    from offramp.adapter.adapter import Adapter
+    from offramp.attach.vision_cache import VisionCache
 
 
 class OnSettled(Protocol):

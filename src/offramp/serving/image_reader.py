@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from offramp.engine.prefill import Prefill, prepare
-from offramp.models.backbone import Backbone
-from offramp.models.discovery.twin import graft
-from offramp.models.intercept import InterceptedModel
-from offramp.models.opened import LayerCall
-from offramp.models.vision_cache import RememberedTower, VisionCache
+from offramp.attach.vision_cache import RememberedTower, VisionCache
+from offramp.core.engine.prefill import Prefill, prepare
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.discovery.twin import graft
+from offramp.core.models.intercept import InterceptedModel
+from offramp.core.models.opened import LayerCall
 
 log = logging.getLogger(__name__)
 

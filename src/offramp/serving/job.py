@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from offramp.engine.decoding.sequence import Token
+from offramp.core.decoding.sequence import Token
 from offramp.serving.request import Completion, Handle, Request
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.data.example import Example
-from offramp.errors import DataError, InputError, OfframpError
+from offramp.core.errors import DataError, InputError, OfframpError
+from offramp.core.inputs.example import Example
+from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.serving.batch_engine import BatchEngine
-from offramp.storage.jsonl_log import JsonlLog
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import MODES
-from offramp.errors import InputError, check_known
+from offramp.core.decoding.sequence import Token
+from offramp.core.engine.policy import MODES
+from offramp.core.errors import InputError, check_known
 
 OnToken = Callable[[Token], None]
 

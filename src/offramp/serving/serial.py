@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from offramp.adapter import Adapter
-from offramp.answers import Model, generate_by
-from offramp.engine.decoding.scheduler import Tally
-from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput
-from offramp.engine.prefix_cache import PrefixCache
-from offramp.models.backbone import Backbone
-from offramp.models.cache_salt import salted
-from offramp.models.vision_cache import VisionCache
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Model, generate_by
+from offramp.attach.cache_salt import salted
+from offramp.attach.prefix_cache import PrefixCache
+from offramp.attach.vision_cache import VisionCache
+from offramp.core.decoding.scheduler import Tally
+from offramp.core.decoding.sequence import Token
+from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.core.models.backbone import Backbone
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.job import Job, Jobs
 

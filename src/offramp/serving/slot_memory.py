@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from offramp.engine.executors.slots.cache import rounded
-from offramp.errors import InputError
-from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet
+from offramp.core.errors import InputError
+from offramp.core.executors.slots.cache import rounded
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import ExitSet
 
 
 def check_room(backbone: Backbone, exits: ExitSet | None, slots: int, limit: int) -> None:

@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engine.attached import Stamp
-from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.plan import Plan
-from offramp.engine.decoding.reader import PrefillBackend
-from offramp.engine.decoding.sequence import Sequence
-from offramp.engine.heads import ExitHeads
-from offramp.engine.plan import plan_of
-from offramp.engine.policy import MODES, ExitPolicy, GenerationOutput
-from offramp.engine.prefill import Prepared
-from offramp.engine.prefix_cache import PrefixCache
-from offramp.engine.sampler import Sampler, SeededNoise
-from offramp.engine.self_check import prove
-from offramp.errors import InputError
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
-from offramp.models.vision_cache import VisionCache
+from offramp.attach.prefix_cache import PrefixCache
+from offramp.attach.self_check import prove
+from offramp.attach.vision_cache import VisionCache
+from offramp.core.decoding.executor import Executor
+from offramp.core.decoding.plan import Plan
+from offramp.core.decoding.reader import PrefillBackend
+from offramp.core.decoding.sequence import Sequence
+from offramp.core.engine.attached import Stamp
+from offramp.core.engine.heads import ExitHeads
+from offramp.core.engine.plan import plan_of
+from offramp.core.engine.policy import MODES, ExitPolicy, GenerationOutput
+from offramp.core.engine.prefill import Prepared
+from offramp.core.engine.sampler import Sampler, SeededNoise
+from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import OnSettled, Opened
 from offramp.serving.request import Request

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.engine.teacher_forcing import Batch, exit_features
-from offramp.errors import check_known
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits
-from offramp.models.shortlist import places_of
+from offramp.attach.shortlist import places_of
+from offramp.attach.teacher_forcing import Batch, exit_features
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
+from offramp.core.plugins import check_registered
 from offramp.training.config import TrainConfig
 from offramp.training.discriminator import build_discriminators
 from offramp.training.losses import LOSSES, LossInputs, discriminator_loss
@@ -26,7 +26,8 @@ class AdversarialObjective:
     """Exits and discriminators on a backbone, both trained in float32, beside any precision."""
 
     def __init__(self, backbone: Backbone, depths: Sequence[int], config: TrainConfig) -> None:
-        check_known("Loss", tuple(config.losses), tuple(LOSSES))
+        for name in config.losses:
+            check_registered("Loss", "losses", name, lambda: LOSSES)
         self.backbone: Backbone = backbone
         self.config: TrainConfig = config
         self.exits: Exits = Exits(backbone, depths, kind=config.exit_kind)

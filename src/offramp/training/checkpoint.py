@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from offramp.errors import DataError, InputError, TrainingError
-from offramp.save_and_load import ATTEMPTS, CONFIG, read_config
-from offramp.save_and_load.records import read_records
-from offramp.storage import check_plain, digest_file, write_atomic
-from offramp.storage.folders import check_writable, locked_folder
-from offramp.storage.jsonl_log import JsonlLog
+from offramp.adapter.records import read_records
+from offramp.core.errors import DataError, InputError, TrainingError
+from offramp.core.save_and_load import ATTEMPTS, CONFIG, read_config
+from offramp.core.storage import check_plain, digest_file, write_atomic
+from offramp.core.storage.folders import check_writable, locked_folder
+from offramp.core.storage.jsonl_log import JsonlLog
 
 FOLDER = "training"
 STATE, DIGEST, HISTORY = f"{FOLDER}/state.pt", f"{FOLDER}/state.sha256", f"{FOLDER}/log.jsonl"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from offramp.errors import InputError
-from offramp.options import option
+from offramp.common.options import option
+from offramp.core.errors import InputError
 
 REGIMES = ("supervised", "unsupervised", "pseudo", "mixed")
 CACHES = ("auto", "memory", "disk", "stream")

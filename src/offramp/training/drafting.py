@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.adapter import Adapter
-from offramp.engine.kv_cache import cache_parameter, self_attention
-from offramp.engine.policy import AHEAD
-from offramp.engine.teacher_forcing import Batch, exits_only
-from offramp.errors import InputError, TrainingError, UnsupportedBackboneError
-from offramp.models.backbone import Backbone
-from offramp.models.exits import DraftInput, Exits, ExitSet
-from offramp.models.intercept import InterceptedModel
-from offramp.models.opened import LayerCall
-from offramp.models.sharding import unread
-from offramp.progress import progress_bar
+from offramp.adapter.adapter import Adapter
+from offramp.attach.teacher_forcing import Batch, exits_only
+from offramp.common.progress import progress_bar
+from offramp.core.engine.kv_cache import cache_parameter, self_attention
+from offramp.core.engine.policy import AHEAD
+from offramp.core.errors import InputError, TrainingError, UnsupportedBackboneError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import DraftInput, Exits, ExitSet
+from offramp.core.models.intercept import InterceptedModel
+from offramp.core.models.opened import LayerCall
+from offramp.core.models.sharding import unread
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import Stores

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from offramp.data.example import Example
-from offramp.engine.teacher_forcing import Batch
-from offramp.models.backbone import Backbone
-from offramp.models.eagle3 import Eagle3Drafter, check_drafter, read_depths
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shortlist import places_of, shortlist_of
+from offramp.attach.eagle3 import Eagle3Drafter, check_drafter, read_depths
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.shortlist import places_of, shortlist_of
+from offramp.attach.teacher_forcing import Batch
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
 from offramp.training.config import TrainConfig
 from offramp.training.drafting import Acceptance, DraftTraining, Rollout, seen_by_drafts
 from offramp.training.feature_dataset import TrainingStates

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 
-from offramp.answers import KeptAnswers
-from offramp.data.example import Example, split_examples
-from offramp.engine.teacher_forcing import Answered
-from offramp.errors import DataError
-from offramp.models.fingerprint import dump_fingerprint, fingerprint
-from offramp.models.input_processor import InputProcessor
-from offramp.progress import progress
+from offramp.adapter.answers import KeptAnswers
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.teacher_forcing import Answered
+from offramp.common.progress import progress
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example, split_examples
+from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.training.config import TrainConfig
 from offramp.training.feature_store import FeatureStore
 from offramp.training.labels import answers_of, labelled_examples

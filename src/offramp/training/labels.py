@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from offramp.answers import KeptAnswers, full_model_answers
-from offramp.data.example import Example
-from offramp.engine.teacher_forcing import Answered
-from offramp.errors import DataError
-from offramp.models.input_processor import InputProcessor
+from offramp.adapter.answers import KeptAnswers, full_model_answers
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.teacher_forcing import Answered
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example
 from offramp.training.config import TrainConfig
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 
 
 @dataclass(frozen=True)

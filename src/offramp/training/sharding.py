@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed, nn
 
-from offramp.models.sharding import device_of, is_dtensor, is_fsdp, is_split
+from offramp.core.models.sharding import device_of, is_dtensor, is_fsdp, is_split
 
 T = TypeVar("T")
 

@@ -22,24 +22,24 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.self_check import check_untested
+from offramp.attach.shortlist import shortlist_of
+from offramp.attach.teacher_forcing import Batch
+from offramp.common.progress import progress_bar as steps_bar
+from offramp.common.provenance import provenance
+from offramp.core.engine.policy import DRAFT, ExitPolicy, Thresholds, resolved
+from offramp.core.errors import InputError, OfframpError, TrainingError
+from offramp.core.inputs.example import Example, examples_digest
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet, propose_depths
+from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
+from offramp.core.models.sharding import unread
+from offramp.core.save_and_load import CONFIG, EXITS
+from offramp.core.storage.folders import locked_folder
+from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.decontamination import picture_digests
-from offramp.data.example import Example, examples_digest
-from offramp.engine.policy import DRAFT, ExitPolicy, Thresholds, resolved
-from offramp.engine.self_check import check_untested
-from offramp.engine.teacher_forcing import Batch
-from offramp.errors import InputError, OfframpError, TrainingError
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet, propose_depths
-from offramp.models.fingerprint import dump_fingerprint, fingerprint
-from offramp.models.input_processor import InputProcessor
-from offramp.models.sharding import unread
-from offramp.models.shortlist import shortlist_of
-from offramp.progress import progress_bar as steps_bar
-from offramp.provenance import provenance
-from offramp.save_and_load import CONFIG, EXITS
-from offramp.storage.folders import locked_folder
-from offramp.storage.jsonl_log import JsonlLog
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.checkpoint import (
     FOLDER,
@@ -87,7 +87,7 @@ def train(
     replaces an adapter or checkpoint that is there.
 
     teacher: what the exits are to agree with, where it is not the backbone as it is, such as
-    `offramp.runtimes.llama_cpp.Dequantised`; the adapter says its name.
+    `offramp_llama_cpp.Dequantised`; the adapter says its name.
 
     Raises:
         InputError: `out` holds an adapter or a checkpoint, and neither was asked for.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 from offramp.serving.server.config import ServerConfig
 from serving import asking, messages, scene_examples, service_of
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from offramp.data.scenes import tasks
-from offramp.likeness import Likeness
+from offramp.promises.likeness import Likeness
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.api.replies import Reply, Written
 from offramp.serving.server.config import ServerConfig

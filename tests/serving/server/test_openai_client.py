@@ -15,10 +15,10 @@ import openai
 import pytest
 import torch
 
-from offramp.engine.policy import FULL
-from offramp.engine.prefix_cache import PrefixCache
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import PHOTO
+from offramp.adapter.shipped import PHOTO
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.prefix_cache import PrefixCache
+from offramp.core.engine.policy import FULL
 from offramp.serving.server.hf_options import CountPenalties
 from offramp.serving.server.service import Service
 from serving import NAME, asking, data_uri, messages, running, scene_examples, service_of, shipped
@@ -305,7 +305,7 @@ def test_the_page_tries_a_photograph_where_the_model_has_one(
 ) -> None:
     assert httpx.get(f"{address}/example").headers["content-type"] == "image/png"
     (tmp_path / "photographer.jpg").write_bytes(b"a photograph")
-    monkeypatch.setattr("offramp.photo.data_folder", lambda: tmp_path)
+    monkeypatch.setattr("offramp_photo.data_folder", lambda: tmp_path)
     monkeypatch.setattr(service.served.backbone, "name", PHOTO)
     found = httpx.get(f"{address}/example")
     assert found.content == b"a photograph" and found.headers["content-type"] == "image/jpeg"

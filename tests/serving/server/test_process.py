@@ -18,7 +18,7 @@ import httpx
 import pytest
 from command_line import RunCommand, assert_two_lines
 
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 from offramp.serving.server.config import ServerConfig
 from serving import NAME, messages, running, scene_examples, service_of
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from smolvlm import save_smolvlm
 
-from offramp.models.backbone import Backbone
-from offramp.models.input_processor import InputProcessor
-from offramp.prompt_kinds import OTHER
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.models.backbone import Backbone
+from offramp.promises.prompt_kinds import OTHER
 from offramp.serving.server.api.protocol import ChatRequest, CompletionRequest
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.inputs.prompts import Prompter

@@ -16,7 +16,7 @@ import pytest
 from schemas import drawn, random_model
 
 from offramp import Adapter, EngineConfig, ExitPolicy
-from offramp.engine.decoding.scheduler import Schedule
+from offramp.core.decoding.scheduler import Schedule
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.inputs import schemas
 from offramp.serving.server.pytorch import service_of as service_of_model

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
-from offramp.depth_color import depth_color
+from offramp.common.depth_color import depth_color
 from offramp.report.plots import COLORS, INK, SHORT, SIZE, drawn, legend, percent
 
 MARKERS = "osD^vPX*"

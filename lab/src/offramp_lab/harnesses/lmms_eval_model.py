@@ -7,7 +7,7 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 from offramp_lab.harnesses.harness import Ask, HarnessModel, no_loglikelihood
 
 

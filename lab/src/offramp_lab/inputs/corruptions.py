@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from offramp.data.example import Example, picture_of
-from offramp.errors import InputError, check_known
+from offramp.core.errors import InputError, check_known
+from offramp.core.inputs.example import Example, picture_of
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _REFERENCE_SIDE = 224  # pixels

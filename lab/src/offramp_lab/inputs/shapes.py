@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offramp.errors import check_known
+from offramp.core.errors import check_known
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from offramp.models.backbone import Backbone
+    from offramp.core.models.backbone import Backbone
 
 FIRST_WORD, IMAGES, SIDE = 8, 4, 28
 """The first id that is a word; tokens that an image takes in the prompt, and its side in pixels."""
@@ -34,7 +34,7 @@ class Shape:
         """The backbone in float32, its weights drawn from `seed`."""
         import torch
 
-        from offramp.models.backbone import Backbone
+        from offramp.core.models.backbone import Backbone
         from offramp_lab.inputs.tiny_families import models
 
         with torch.random.fork_rng(devices=[]):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from offramp.engine.decoding.drafting import (
+from offramp.attach.eagle3 import Eagle3Drafter
+from offramp.core.decoding.drafting import (
     Draft,
     DraftBudget,
     Drafter,
@@ -26,12 +27,11 @@ from offramp.engine.decoding.drafting import (
     TextDrafts,
     register_drafter,
 )
-from offramp.engine.decoding.executor import Executor
-from offramp.engine.decoding.sequence import Sequence as Row
-from offramp.engine.prefill import image_tokens
-from offramp.models.backbone import Backbone
-from offramp.models.eagle3 import Eagle3Drafter
-from offramp.models.opened import first
+from offramp.core.decoding.executor import Executor
+from offramp.core.decoding.sequence import Sequence as Row
+from offramp.core.engine.prefill import image_tokens
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.opened import first
 
 NAME = "eagle3"
 _attached: list[Callable[[Executor, int], Drafter]] = []

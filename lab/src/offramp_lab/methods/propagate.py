@@ -12,20 +12,20 @@ from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Any, cast
 
-from offramp.adapter import Adapter
-from offramp.engine.decoding.executor import Span
-from offramp.engine.decoding.plan import Plan
-from offramp.engine.executors.segments import ExitOutput, Output
-from offramp.engine.executors.stack import StackExecutor
-from offramp.engine.heads import ExitHeads
-from offramp.engine.kv_cache import self_attention, store_exit_keys, store_keys
-from offramp.engine.policy import ExitPolicy
-from offramp.engine.prefill import Prepared
-from offramp.engine.prompt import Prompt, PromptReader
-from offramp.errors import InputError
-from offramp.models.backbone import Backbone
-from offramp.models.exits import ExitSet
-from offramp.models.opened import LayerCall
+from offramp.adapter.adapter import Adapter
+from offramp.core.decoding.executor import Span
+from offramp.core.decoding.plan import Plan
+from offramp.core.engine.heads import ExitHeads
+from offramp.core.engine.kv_cache import self_attention, store_exit_keys, store_keys
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.engine.prefill import Prepared
+from offramp.core.engine.prompt import Prompt, PromptReader
+from offramp.core.errors import InputError
+from offramp.core.executors.segments import ExitOutput, Output
+from offramp.core.executors.stack import StackExecutor
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import ExitSet
+from offramp.core.models.opened import LayerCall
 
 
 class PropagatingReader(PromptReader):

@@ -1,5 +1,5 @@
 """A score that others exit by, and that no measurement here favours: saturation (MuE). As in
-`offramp.engine.confidence`, larger is safer."""
+`offramp.core.engine.confidence`, larger is safer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from offramp.engine.heads import ExitCheck
+    from offramp.core.engine.heads import ExitCheck
 
 
 def saturation(check: ExitCheck) -> Tensor:

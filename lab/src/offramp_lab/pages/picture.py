@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from offramp.data.example import Example
+from offramp.common.depth_color import depth_color, ink_on
+from offramp.common.provenance import provenance
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.inputs.example import Example
+from offramp.core.storage import write_atomic, write_json
 from offramp.data.scenes import world
-from offramp.depth_color import depth_color, ink_on
-from offramp.engine.policy import ExitPolicy
-from offramp.provenance import provenance
 from offramp.report.gallery import picture as embedded
 from offramp.report.gallery import words
-from offramp.storage import write_atomic, write_json
 from offramp_lab.experiments.experiment import Experiment, Ticks
 from offramp_lab.places import DOCS, RECORDS
 from offramp_lab.records.subjects import tiny_with

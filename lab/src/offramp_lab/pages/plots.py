@@ -1,6 +1,6 @@
 """Draw the records: `python -m offramp_lab.pages.plots` writes docs/plots."""
 
-from offramp.storage import write_atomic
+from offramp.core.storage import write_atomic
 from offramp_lab.experiments.comparison.equal_quality import drawn
 from offramp_lab.experiments.drawing import (
     dots,

@@ -4,7 +4,7 @@
 page says in comments what stands where: see `offramp_lab.tables.markdown`.
 """
 
-from offramp.storage import write_atomic
+from offramp.core.storage import write_atomic
 from offramp_lab.places import DOCS, ROOT
 from offramp_lab.tables import FIGURES, TABLES
 from offramp_lab.tables.markdown import fill

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from offramp.adapter import Adapter
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.shipped import TINY, load_tiny
+from offramp.attach.input_processor import InputProcessor
+from offramp.cli.demo import SHOWN, answers, demo_page, shown_rows
+from offramp.core.engine.policy import FULL
+from offramp.core.errors import DataError
+from offramp.core.storage import read_json, write_atomic
 from offramp.data.scenes.tasks import captions, questions
-from offramp.demo import SHOWN, answers, demo_page, shown_rows
-from offramp.engine.policy import FULL
-from offramp.errors import DataError
 from offramp.evaluation.run_log import Done
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import TINY, load_tiny
-from offramp.storage import read_json, write_atomic
 from offramp_lab.places import DOCS, RECORDS, RUNS
 
 DEMO = RUNS / "demo"

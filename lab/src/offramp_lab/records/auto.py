@@ -19,16 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from offramp.adapter import Adapter
-from offramp.data.example import Example
-from offramp.engine.policy import ExitPolicy
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.records import calibrations
+from offramp.adapter.shipped import shipped_exits
+from offramp.attach.towers import with_vision
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
+from offramp.core.save_and_load import read_config
 from offramp.engines import AUTO, TORCH, auto, engine_named
-from offramp.loading import load
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
-from offramp.models.shipped import shipped_exits
-from offramp.save_and_load import read_config
-from offramp.save_and_load.records import calibrations
+from offramp.engines.loading import load
 from offramp_lab.experiments.experiment import Experiment, same, spent, times
 from offramp_lab.inputs import tiny_families
 from offramp_lab.records.record import Record, asked
@@ -50,7 +51,7 @@ def load_tiny(name: str, *, engine: str, vision: str, gguf: Path | None) -> Any:
     kind = tiny_families.kind_of(name)
     backbone = Backbone(tiny_families.build(name))
     if vision != TORCH:
-        backbone = backbone.with_vision(vision, kind.inputs(1))
+        backbone = with_vision(backbone, vision, kind.inputs(1))
     depth = tiny_families.depths(name)[0]
     exits = Exits(backbone, [depth]).requires_grad_(False)
     adapter = Adapter(backbone, ExitSet(exits), ExitPolicy({depth: 0.1}))

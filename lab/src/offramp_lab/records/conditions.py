@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from offramp import conditions, demo
-from offramp.adapter import Adapter
-from offramp.answers import generate_answers
-from offramp.conditions import Conditions, of_processor
-from offramp.data.example import Example
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import generate_answers
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.inputs.example import Example
 from offramp.data.scenes.tasks import captions_and_questions
-from offramp.models.input_processor import InputProcessor
+from offramp.promises.conditions import Conditions, of_processor
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.subjects import tiny_with
 

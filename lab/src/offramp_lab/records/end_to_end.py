@@ -24,21 +24,21 @@ from typing import Any
 import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST, accuracy
+from offramp_llama_cpp import ExportFormats, LlamaCppRuntime, export_gguf
+from offramp_llama_cpp.architectures import architecture_of
+from offramp_llama_cpp.entry import Embeddings, PromptEntry
+from offramp_llama_cpp.gguf_export import export_whole
+from offramp_llama_cpp.segment import Segment
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from offramp.adapter import Adapter
-from offramp.data.example import Example
-from offramp.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.adapter.adapter import Adapter
+from offramp.core.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.core.inputs.example import Example
+from offramp.core.models.exits import Exits
 from offramp.engines import ENGINES
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.timing import FirstToken, GenerateFn, generate_fn, stock_generate_fn
-from offramp.models.exits import Exits
-from offramp.runtimes.llama_cpp import ExportFormats, LlamaCppRuntime, export_gguf
-from offramp.runtimes.llama_cpp.architectures import architecture_of
-from offramp.runtimes.llama_cpp.entry import Embeddings, PromptEntry
-from offramp.runtimes.llama_cpp.gguf_export import export_whole
-from offramp.runtimes.llama_cpp.segment import Segment
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

@@ -24,15 +24,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from offramp.adapter import Adapter
-from offramp.answers import generate_answers
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import generate_answers
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.teacher_forcing import Answered
 from offramp.calibration.replay import PolicyReplay
-from offramp.data.example import Example
-from offramp.engine.policy import FULL, ExitPolicy, Thresholds
-from offramp.engine.teacher_forcing import Answered
-from offramp.models.backbone import Backbone
-from offramp.models.input_processor import InputProcessor
-from offramp.storage import write_atomic
+from offramp.core.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
+from offramp.core.storage import write_atomic
 from offramp_lab.experiments.experiment import identical
 from offramp_lab.experiments.factors import Measured, Name, entries_of
 from offramp_lab.places import RUNS

@@ -20,25 +20,25 @@ import numpy as np
 from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp import demo
-from offramp.adapter import Adapter
-from offramp.answers import generate_answers
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import generate_answers
+from offramp.adapter.model_card import model_card
+from offramp.adapter.records import AdapterParts
+from offramp.adapter.shipped import shipped_exits
 from offramp.calibration.attempts import Draws, images_of
 from offramp.calibration.calibrate import CONSISTENCY
 from offramp.calibration.risk_control import upper_bound
 from offramp.calibration.risk_functions import RISKS
-from offramp.conditions import TORCH, Conditions, of_processor
-from offramp.data.example import Example, examples_digest
+from offramp.common.progress import progress
+from offramp.core.inputs.example import Example, examples_digest
+from offramp.core.save_and_load.config import sealed
+from offramp.core.storage import read_json, write_json
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engines import engine_named
 from offramp.engines.auto import LLAMA_CPP
-from offramp.likeness import ANSWERS, Likeness, look_of
-from offramp.loading import Loaded, load
-from offramp.model_card import model_card
-from offramp.models.shipped import shipped_exits
-from offramp.progress import progress
-from offramp.save_and_load.config import sealed
-from offramp.save_and_load.records import AdapterParts
-from offramp.storage import read_json, write_json
+from offramp.engines.loading import Loaded, load
+from offramp.promises.conditions import TORCH, Conditions, of_processor
+from offramp.promises.likeness import ANSWERS, Likeness, look_of
 from offramp_lab.records.record import Some, asked
 from offramp_lab.records.subjects import tiny_with
 

@@ -17,13 +17,13 @@ from examples.photo_vlm.rows import half_of, read_photographs
 from PIL import Image
 
 from offramp import demo
-from offramp.answers import generate_answers
+from offramp.adapter.answers import generate_answers
+from offramp.adapter.shipped import shipped_exits
+from offramp.core.inputs.example import Example
+from offramp.core.storage import read_json
 from offramp.data.datasets import read_examples
-from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions_and_questions
-from offramp.likeness import Alarm, Likeness, is_unlike, look_of
-from offramp.models.shipped import shipped_exits
-from offramp.storage import read_json
+from offramp.promises.likeness import Alarm, Likeness, is_unlike, look_of
 from offramp_lab.inputs import lookalikes
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.simulated import interval

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from offramp.adapter import Adapter
-from offramp.answers import Answer
-from offramp.data.example import Example
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Answer
+from offramp.attach.description import weight_bytes
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.quantized.linears import SCHEMES
+from offramp.attach.quantized.prepacked import PrepackedLinear
+from offramp.core.inputs.example import Example
 from offramp.engines import ENGINES
 from offramp.evaluation.timing import GenerateFn, beside_full, generate_fn, stock_generate_fn
-from offramp.models.description import weight_bytes
-from offramp.models.input_processor import InputProcessor
-from offramp.models.quantized.linears import SCHEMES
-from offramp.models.quantized.prepacked import PrepackedLinear
 from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from offramp.data.example import Example, examples_digest
-from offramp.provenance import provenance
-from offramp.storage import read_json, write_json
-from offramp.storage.jsonl_log import JsonlLog
+from offramp.common.provenance import provenance
+from offramp.core.inputs.example import Example, examples_digest
+from offramp.core.storage import read_json, write_json
+from offramp.core.storage.jsonl_log import JsonlLog
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
 

@@ -31,10 +31,10 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from offramp.core.engine.policy import MODES
+from offramp.core.inputs.example import Example
 from offramp.data.datasets import CAPTION_PROMPT
-from offramp.data.example import Example
 from offramp.data.scenes.tasks import captions
-from offramp.engine.policy import MODES
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.experiment import Experiment

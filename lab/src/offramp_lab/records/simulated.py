@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.betting import FRACTIONS, SHARES, betting_p_values
 from offramp.calibration.attempts import UNITS, Draws, ImageRows, error_share, images_of, merged
 from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value, walk
-from offramp.data.example import Example
+from offramp.core.inputs.example import Example
 from offramp.data.near_copies import NEAR, Look
+from offramp.promises.betting import FRACTIONS, SHARES, betting_p_values
 from offramp_lab.inputs import lookalikes
 from offramp_lab.records.record import Record, asked
 

@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp_photo.packages import LANGUAGE, weights_file
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from offramp.photo.packages import LANGUAGE, weights_file
-from offramp.storage import write_atomic
-from offramp.storage.folders import cache_folder
+from offramp.core.storage import write_atomic
+from offramp.core.storage.folders import cache_folder
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.text import PARTS, converted, kept, prompts_of, step, write_model

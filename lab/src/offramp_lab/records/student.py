@@ -21,12 +21,12 @@ from examples.photo_vlm.evaluate import LONGEST, load
 from examples.photo_vlm.rows import read_photographs
 from torch import Tensor, nn
 
-from offramp.adapter import Adapter
-from offramp.answers import generate_answers
-from offramp.data.example import Example
-from offramp.engine.policy import FULL
-from offramp.models.exits import Exits
-from offramp.progress import progress
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import generate_answers
+from offramp.common.progress import progress
+from offramp.core.engine.policy import FULL
+from offramp.core.inputs.example import Example
+from offramp.core.models.exits import Exits
 from offramp.training.losses import kl
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import asked

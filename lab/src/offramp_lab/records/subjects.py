@@ -14,12 +14,12 @@ from examples.photo_vlm.evaluate import load
 from examples.photo_vlm.rows import half_of, read_photographs
 from numpy.typing import NDArray
 
-from offramp.adapter import Adapter
-from offramp.answers import Answer
-from offramp.data.example import Example
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Answer
+from offramp.adapter.shipped import load_tiny, shipped_exits, tiny_exits
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.inputs.example import Example
 from offramp.data.scenes import language, world
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny, shipped_exits, tiny_exits
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 

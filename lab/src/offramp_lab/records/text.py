@@ -27,21 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from offramp_llama_cpp.edge.model import EdgeModel
+from offramp_llama_cpp.packages import import_llama_cpp
+from offramp_llama_cpp.prompt import Prompt
+from offramp_llama_cpp.segment import Segment
+from offramp_photo.build import load_language
+from offramp_photo.packages import LANGUAGE, weights_file
 from transformers import AutoTokenizer
 
-from offramp.adapter import Adapter
-from offramp.data.example import Example
-from offramp.engine.policy import MODES
-from offramp.models.backbone import Backbone
-from offramp.models.input_processor import InputProcessor
-from offramp.photo.build import load_language
-from offramp.photo.packages import LANGUAGE, weights_file
-from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.llama_cpp.packages import import_llama_cpp
-from offramp.runtimes.llama_cpp.prompt import Prompt
-from offramp.runtimes.llama_cpp.segment import Segment
-from offramp.storage import write_atomic
-from offramp.storage.folders import cache_folder
+from offramp.adapter.adapter import Adapter
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.engine.policy import MODES
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
+from offramp.core.storage import write_atomic
+from offramp.core.storage.folders import cache_folder
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.runtimes.ways import (

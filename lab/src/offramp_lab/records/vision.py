@@ -19,21 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 from examples.photo_vlm.rows import read_photographs
+from offramp_llama_cpp.entry import DecoderEntry
+from offramp_llama_cpp.segment import EngineOptions
+from offramp_llama_cpp.vision_export import Looks, export_vision
+from offramp_llama_cpp.vision_tower import mtmd_tower
 from PIL import Image
 from torch import Tensor
 
-from offramp.adapter import Adapter
-from offramp.answers import generate_answers
-from offramp.data.example import Example
-from offramp.errors import InputError
-from offramp.models.backbone import Backbone
-from offramp.models.input_processor import InputProcessor
-from offramp.models.intercept import InterceptedModel
-from offramp.models.towers import ENGINES, TORCH, tower_engine
-from offramp.runtimes.llama_cpp.entry import DecoderEntry
-from offramp.runtimes.llama_cpp.segment import EngineOptions
-from offramp.runtimes.llama_cpp.vision_export import Looks, export_vision
-from offramp.runtimes.llama_cpp.vision_tower import mtmd_tower
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import generate_answers
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.towers import ENGINES, TORCH, tower_engine, with_vision
+from offramp.core.errors import InputError
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.intercept import InterceptedModel
 from offramp_lab.experiments.experiment import (
     Experiment,
     in_cpu_milliseconds,
@@ -152,7 +152,7 @@ def vit_model() -> tuple[Backbone, dict[str, Any]]:
 def vit(examples: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
     """An entry for each way to run a tower of that shape."""
     own, example = vit_model()
-    ways = {name: own.with_vision(name, example) for name in names()}
+    ways = {name: with_vision(own, name, example) for name in names()}
     with TemporaryDirectory() as folder:
         for number_format in ("q8_0", "f16"):
             file = Path(folder) / number_format

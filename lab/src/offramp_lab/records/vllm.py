@@ -25,22 +25,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from offramp_llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
+from offramp_vllm.exports.vllm import PROMPTS, _language_model, export_vllm
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from offramp.adapter import Adapter
-from offramp.engine.policy import ExitPolicy
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
-from offramp.models.input_processor import InputProcessor
-from offramp.models.vision_cache import VisionCache
-from offramp.runtimes.llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
-from offramp.runtimes.vllm import PROMPTS, _language_model, export_vllm
+from offramp.adapter.adapter import Adapter
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.vision_cache import VisionCache
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
+from offramp.core.storage import digest_file, digest_rows, read_json
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp.storage import digest_file, digest_rows, read_json
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import ROOT, RUNS
 from offramp_lab.records.record import Record, Some, asked

@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from offramp.betting import RATIOS, Restarts
-from offramp.engine.policy import GenerationOutput
-from offramp.guarantee import Promise
-from offramp.models.input_processor import InputProcessor
-from offramp.models.shipped import load_tiny
+from offramp.adapter.shipped import load_tiny
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.engine.policy import GenerationOutput
+from offramp.promises.betting import RATIOS, Restarts
+from offramp.promises.guarantee import Promise
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.monitor.watcher import Watcher, draws_of_one

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from offramp.core.storage import read_json
 from offramp.report.table import Table
-from offramp.storage import read_json
 from offramp_lab.places import RECORDS, ROOT
 
 ELSEWHERE = {

@@ -25,9 +25,9 @@ from offramp.cli.options import (
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, share, some, whole
-from offramp.engines import ENGINES, engine_named
-from offramp.errors import StorageError
-from offramp.plugins import load_plugins
+from offramp.core.errors import StorageError
+from offramp.core.plugins import offered
+from offramp.engines import engine_named
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def _options(parser: Parser) -> None:
 
     what = "images that training has not seen, like those to come"
     measured_options(
-        parser, what, adapter=True, allow_seen=False, leave_out="trained", engines=ENGINES,
+        parser, what, adapter=True, allow_seen=False, leave_out="trained", engines="all",
         auto=True,
     )  # fmt: skip
     group = parser.add_argument_group("guarantee")
@@ -107,10 +107,9 @@ def _options(parser: Parser) -> None:
 
 def _policy_options(group: Any) -> None:
     """Add the options of which thresholds are searched."""
-    from offramp.engine.confidence import FEATURE_SCORES, HEADS, SCORES
+    from offramp.core.engine.confidence import FEATURE_SCORES, HEADS, SCORES
 
-    load_plugins()  # they may bring scores
-    scores = (*SCORES, *FEATURE_SCORES, *HEADS)
+    scores = (*SCORES, *FEATURE_SCORES, *HEADS, *offered("scores"))
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
     group.add_argument(
         "--thresholds", type=share, nargs="+", metavar="X",
@@ -158,14 +157,14 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     """Find thresholds as `asked`, store them in `out`, and show them."""
     from dataclasses import replace
 
+    from offramp.attach.input_processor import InputProcessor
     from offramp.calibration.calibrate import calibrate
     from offramp.calibration.ledger import note_attempts, with_ledger
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS
+    from offramp.common.progress import progress
     from offramp.data.datasets import read_examples
-    from offramp.models.input_processor import InputProcessor
-    from offramp.progress import progress
 
     labelled = RISKS[arguments.risk].quality is not None
     items = read_data(arguments, require_answers=labelled)
@@ -250,11 +249,11 @@ def _say_how_long(
     where that shows what exits would say, or else answered at each of the thresholds."""
     import time
 
-    from offramp.answers import generate_answers
+    from offramp.adapter.answers import generate_answers
     from offramp.calibration.calibrate import COARSE, GRID
     from offramp.calibration.replay import can_replay
-    from offramp.engine.policy import FULL
-    from offramp.progress import duration
+    from offramp.common.progress import duration
+    from offramp.core.engine.policy import FULL
 
     rows = min(arguments.batch_size, getattr(model, "rows", 8), len(examples))
     begin = time.perf_counter()
@@ -297,8 +296,8 @@ def _store(
 
 def _table(calibration: Any) -> str:
     """The end of the path, and the guarantee, as a person reads them on a terminal."""
-    from offramp.guarantee import SCALES, risk_words, target_words
-    from offramp.likeness import LIKE
+    from offramp.promises.guarantee import SCALES, risk_words, target_words
+    from offramp.promises.likeness import LIKE
 
     points = []
     for point in reversed(calibration.path):  # the boldest first: what decides

@@ -8,7 +8,6 @@ from typing import Any
 from offramp.cli.commands.generate import answer_options, generate
 from offramp.cli.options import NAMED_EXITS, adapter_options, add_command
 from offramp.cli.parser import Parser
-from offramp.engines import ENGINES
 
 
 def add(commands: Any) -> None:
@@ -30,6 +29,6 @@ def _options(parser: Parser) -> None:
         "--model", dest="adapter", default="photo", metavar="NAME",
         help=f"{NAMED_EXITS} (default: photo)",
     )  # fmt: skip
-    adapter_options(parser, group, ENGINES, auto=True)
+    adapter_options(parser, group, "all", auto=True)
     answer_options(parser)
     parser.set_defaults(prompt=None, interactive=False, stream=False)

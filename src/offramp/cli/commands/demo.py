@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.models.shipped import TINY, short_name
+    from offramp.adapter.shipped import TINY, short_name
 
     names = [f"tiny-{kind}" for kind in TINY]
     name_first(
@@ -41,9 +41,9 @@ def _options(parser: Parser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from offramp.demo import demo, table
-    from offramp.models.shipped import short_name
-    from offramp.storage.folders import check_writable
+    from offramp.adapter.shipped import short_name
+    from offramp.cli.demo import demo, table
+    from offramp.core.storage.folders import check_writable
 
     check_writable(arguments.out, folder=True)
     kind = short_name(arguments.backbone or "tiny-opt")

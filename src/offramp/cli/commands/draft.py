@@ -22,7 +22,6 @@ from offramp.cli.options import (
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
-from offramp.engines import ENGINES
 
 log = logging.getLogger(__name__)
 ROUNDS, CONTEXT = 3, 2048
@@ -45,7 +44,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    model_options(parser, adapter=True, engines=ENGINES)
+    model_options(parser, adapter=True, engines="all")
     data_options(parser, "images that training has not seen, like those to come", limit=10)
     group = parser.add_argument_group("timing and output")
     group.add_argument(
@@ -68,12 +67,12 @@ def _draft(arguments: argparse.Namespace) -> None:
 
 def _find(arguments: argparse.Namespace, out: Path) -> None:
     """Time what drafts there are, show that, and store the fastest in `out`."""
+    from offramp.attach.input_processor import InputProcessor
     from offramp.calibration.draft_thresholds import (
         draft_speeds,
         with_drafts,
     )
-    from offramp.models.input_processor import InputProcessor
-    from offramp.progress import progress
+    from offramp.common.progress import progress
 
     items = read_data(arguments, require_answers=False)
     adapter, processor = load_adapter(arguments)
@@ -114,8 +113,8 @@ def _say_how_long(adapter: Any, runtime: Any, inputs: Any, arguments: argparse.N
     import time
 
     from offramp.calibration.draft_thresholds import LONGEST, draft_policies
-    from offramp.engine.policy import FULL
-    from offramp.progress import duration
+    from offramp.common.progress import duration
+    from offramp.core.engine.policy import FULL
 
     ways = 1 + len(draft_policies(adapter)) + len(LONGEST)
     begin = time.perf_counter()

@@ -12,8 +12,8 @@ from offramp import __version__
 from offramp.cli.options import add_command
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
-from offramp.errors import InputError
-from offramp.missing import has_pytorch, install_command
+from offramp.core.missing import has_pytorch, install_command
+from offramp.engines import all_engines
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
@@ -37,7 +37,7 @@ def _options(parser: Parser) -> None:
 
 
 def _env(arguments: argparse.Namespace) -> None:
-    from offramp.provenance import provenance
+    from offramp.common.provenance import provenance
 
     gpus: dict[str, str] = {}
     torch_version = "not installed: what `offramp slice` wrote runs without it"
@@ -55,7 +55,7 @@ def _env(arguments: argparse.Namespace) -> None:
         "platform": here["platform"],
         "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch_version},
         "optional": optional_packages(),
-        "llama.cpp": _llama_cpp(),
+        **{name: one.said_here() for name, one in all_engines().items() if one.said_here},
         "devices": {"cpu": here["processor"], **gpus},
         "cores": here["cores"],
         "threads": here["threads"],
@@ -77,15 +77,6 @@ def optional_packages() -> dict[str, str]:
             version = _version(name[0])
             packages[name[0]] = version or f"not installed: {install_command(extra[1])}"
     return packages
-
-
-def _llama_cpp() -> str:
-    from offramp.runtimes.llama_cpp import kernels
-
-    try:
-        return f"multiplies by {kernels()}"
-    except InputError as error:
-        return str(error).splitlines()[0]
 
 
 def _version(name: str) -> str | None:

@@ -20,8 +20,8 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser, one_of
-from offramp.engines import ENGINES, engine_named
-from offramp.errors import InputError
+from offramp.core.errors import InputError
+from offramp.engines import engine_named
 
 
 def add(commands: Any) -> None:
@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     measured_options(
         parser, "what is evaluated",
-        adapter=False, allow_seen=True, leave_out="trained or calibrated", engines=ENGINES,
+        adapter=False, allow_seen=True, leave_out="trained or calibrated", engines="all",
     )  # fmt: skip
     threshold_option(parser)
     _evaluation_options(parser)
@@ -83,12 +83,12 @@ def _evaluation_options(parser: Parser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    from offramp.attach.input_processor import InputProcessor
+    from offramp.common.progress import progress
+    from offramp.core.storage.folders import check_writable
     from offramp.evaluation.evaluate import RESULT, evaluate, rescore
     from offramp.evaluation.run_log import ROWS
     from offramp.evaluation.tasks import Settings
-    from offramp.models.input_processor import InputProcessor
-    from offramp.progress import progress
-    from offramp.storage.folders import check_writable
 
     settings = {n: getattr(arguments, n) for n in ("batch_size", "max_new_tokens")}
     alone = arguments.adapter is None and not arguments.rescore

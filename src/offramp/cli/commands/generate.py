@@ -25,8 +25,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import print_json, print_text, tell
 from offramp.cli.parser import Parser, number, seed, share, whole
-from offramp.engines import ENGINES
-from offramp.errors import InputError, printable
+from offramp.core.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 COLDEST = 1e-4
@@ -49,7 +48,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    model_options(parser, adapter=True, engines=ENGINES, auto=True)
+    model_options(parser, adapter=True, engines="all", auto=True)
     group = parser.add_argument_group("question")
     group.add_argument(
         "--image", type=Path, nargs="+", default=[], metavar="FILE",
@@ -69,7 +68,7 @@ def _options(parser: Parser) -> None:
 
 def answer_options(parser: Parser) -> None:
     """Add the options of how an answer is written and shown."""
-    from offramp.engine.policy import MODES
+    from offramp.core.engine.policy import MODES
 
     vision_options(parser.add_argument_group("images"))
     group = parser.add_argument_group("answer")
@@ -105,8 +104,8 @@ def answer_options(parser: Parser) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from offramp.loading import usual_length, usual_prompt
-    from offramp.models.input_processor import InputProcessor
+    from offramp.attach.input_processor import InputProcessor
+    from offramp.engines.loading import usual_length, usual_prompt
 
     options = _generation_options(arguments)
     check_runtime(arguments)
@@ -127,7 +126,7 @@ def generate(arguments: argparse.Namespace) -> None:
             "or find thresholds with `offramp calibrate`."
         )
     if adapter.backbone.family.vision and (arguments.interactive or len(arguments.image) > 1):
-        from offramp.models.vision_cache import VisionCache
+        from offramp.attach.vision_cache import VisionCache
 
         options["vision_cache"] = VisionCache()
     encoder = InputProcessor(adapter.backbone, processor)
@@ -153,8 +152,8 @@ def _stands(
     adapter: Any, runtime: Any, encoder: Any, policy: Any, options: dict[str, Any], prompt: str
 ) -> Any:
     """What is guaranteed of the answer to a prompt about one image, or why nothing is."""
-    from offramp.conditions import Conditions, of_processor
-    from offramp.guarantee import standing
+    from offramp.promises.conditions import Conditions, of_processor
+    from offramp.promises.guarantee import standing
 
     here = Conditions.of(
         adapter.backbone,
@@ -171,7 +170,7 @@ def _stands(
 
 def _say_likeness(adapter: Any, image: Any, prompt: str, result: Any) -> None:
     """Say so where an image, which is opened, or its answer is unlike the calibrated ones."""
-    from offramp.likeness import is_unlike, look_of
+    from offramp.promises.likeness import is_unlike, look_of
 
     likeness = adapter.likeness
     look = look_of(image) if likeness.looks and image is not None else None
@@ -211,7 +210,7 @@ def _check_images(arguments: argparse.Namespace) -> None:
             f"--interactive asks about one image, and {len(arguments.image)} were given.",
             "Give one --image.",
         )
-    from offramp.data.example import Example
+    from offramp.core.inputs.example import Example
 
     for image in arguments.image:
         Example(image, "", (), key="image").open_image()
@@ -221,7 +220,7 @@ def _questions(
     arguments: argparse.Namespace, encoder: Any
 ) -> Iterator[tuple[Path | None, Any, str, dict[str, Any]]]:
     """Files, their opened images, prompts and, for each, what `generate` takes."""
-    from offramp.data.example import Example
+    from offramp.core.inputs.example import Example
 
     for prompt in _typed() if arguments.interactive else [arguments.prompt]:
         for name in arguments.image:
@@ -262,7 +261,7 @@ def _answer(
     options: dict[str, Any],
 ) -> Any:
     """One answer; each starts from the seed anew."""
-    from offramp.engine.prefill import check_inputs
+    from offramp.core.engine.prefill import check_inputs
 
     try:
         check_inputs(inputs, backbone.model)

@@ -24,7 +24,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import inline, plain, say_next, show_result
 from offramp.cli.parser import Parser, whole
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _options(parser: Parser) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from offramp.save_and_load import CONFIG
+    from offramp.core.save_and_load import CONFIG
 
     is_adapter = os.path.isfile(os.path.join(arguments.name, CONFIG))
     options = ("revision", "dtype", "device", "quantize", "data")
@@ -106,8 +106,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _adapter(name: str) -> dict[str, Any]:
     """What adapter.json holds, without the digests."""
-    from offramp.save_and_load import UNCHECKED, read_config
-    from offramp.save_and_load.records import load_certificate, read_records
+    from offramp.adapter.records import load_certificate, read_records
+    from offramp.core.save_and_load import UNCHECKED, read_config
 
     config = read_config(name)
     if config.files is None:
@@ -124,9 +124,9 @@ def _adapter(name: str) -> dict[str, Any]:
 
 def _told(entries: dict[str, Any]) -> str:
     """The contents of adapter.json in ten lines, for people."""
-    from offramp.conditions import Conditions, of_policy
-    from offramp.engine.policy import policy_from_json
-    from offramp.guarantee import standing
+    from offramp.core.engine.policy import policy_from_json
+    from offramp.promises.conditions import Conditions, of_policy
+    from offramp.promises.guarantee import standing
 
     policy, metrics, calibration = (
         entries.get(n) or {} for n in ("policy", "metrics", "calibration")
@@ -157,9 +157,9 @@ SHOWN = (
 def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
 
-    from offramp.data.example import Example
-    from offramp.models.description import describe
-    from offramp.models.exits import propose_depths
+    from offramp.attach.description import describe
+    from offramp.core.inputs.example import Example
+    from offramp.core.models.exits import propose_depths
 
     backbone, processor = load_model(arguments, arguments.name)
     description = describe(backbone)
@@ -179,9 +179,9 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _suitability(arguments: argparse.Namespace) -> None:
+    from offramp.attach.input_processor import InputProcessor
     from offramp.calibration.suitability import LEVELS, suitability
-    from offramp.models.input_processor import InputProcessor
-    from offramp.progress import progress
+    from offramp.common.progress import progress
 
     if arguments.level not in LEVELS:
         raise InputError(

@@ -10,7 +10,7 @@ from offramp.cli.options import add_command
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Parser
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 
 MARK = b'name="generator" content="offramp report"'
 """By which a page is known as one of this command."""
@@ -47,9 +47,9 @@ def _options(parser: Parser) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from offramp.core.storage import write_atomic
     from offramp.data.formats import read_items
     from offramp.report.report import read_sources, report
-    from offramp.storage import write_atomic
 
     if not arguments.sources:
         raise InputError("Nothing to report was named.", "Name a folder of exits, or of results.")

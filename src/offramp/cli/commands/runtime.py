@@ -39,7 +39,7 @@ def check_runtime(arguments: argparse.Namespace) -> None:
 
     check_asked(arguments.engine, arguments.gguf, arguments.quantize)
     if getattr(arguments, "vision", TORCH) == MTMD:
-        from offramp.loading import own_vision
+        from offramp.engines.loading import own_vision
 
         named = arguments.engine == AUTO and arguments.gguf is not None
         own_vision(arguments.vision, "llama.cpp" if named else arguments.engine)

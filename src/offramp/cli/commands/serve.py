@@ -14,7 +14,6 @@ from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_op
 from offramp.cli.loading import open_named
 from offramp.cli.options import (
     NAMED_EXITS,
-    PLAIN,
     add_command,
     engine_option,
     field_options,
@@ -23,13 +22,14 @@ from offramp.cli.options import (
     precision_options,
     settings_option,
     vision_options,
+    writes_many,
 )
 from offramp.cli.output import print_json, tell
 from offramp.cli.parser import Parser, or_none, threads, whole
+from offramp.core.errors import InputError, StorageError
 from offramp.engines import AUTO, engine_named
-from offramp.errors import InputError, StorageError
 
-SLOTS, LLAMA_CPP_SLOTS = 8, 4
+SLOTS = 8
 PORT = 8000
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _engine_options(parser: Parser) -> None:
         type=whole(1),
         metavar="N",
         help=f"answers written at once; 1: one after the other, as `offramp generate` does, for "
-        f"models that slots refuse (default: {SLOTS}; {LLAMA_CPP_SLOTS} in llama.cpp, 1 where "
+        f"models that slots refuse (default: {SLOTS}; 4 in llama.cpp, 1 where "
         "the engine has no more)",
     )
     _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
@@ -259,7 +259,8 @@ def _slots(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: more are asked for than the engine writes.
     """
-    usual = {"llama.cpp": LLAMA_CPP_SLOTS, **dict.fromkeys(PLAIN, SLOTS)}.get(arguments.engine, 1)
+    engine = engine_named(arguments.engine)
+    usual = SLOTS if writes_many(arguments.engine, engine) else engine.together
     asked: int = arguments.slots or usual
     if usual == 1 and asked > 1:
         raise InputError(
@@ -299,8 +300,8 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     """The model, loaded and running."""
     import torch
 
-    from offramp.engine.prefix_cache import PrefixCache
-    from offramp.models.vision_cache import VisionCache
+    from offramp.attach.prefix_cache import PrefixCache
+    from offramp.attach.vision_cache import VisionCache
     from offramp.serving.engine_config import EngineConfig
     from offramp.serving.server.pytorch import runtime_name, service_of
 
@@ -325,7 +326,7 @@ def _serial(arguments: argparse.Namespace, model: Any) -> Any:
     """What writes one answer at a time; None: slots write several."""
     import torch
 
-    from offramp.adapter import Adapter
+    from offramp.adapter.adapter import Adapter
 
     if not engine_named(arguments.engine).replaces:
         return model if arguments.slots == 1 else None
@@ -335,17 +336,17 @@ def _serial(arguments: argparse.Namespace, model: Any) -> Any:
             "Name an adapter, or leave --engine out.",
         )
     sizes = {"threads": torch.get_num_threads(), "context": arguments.limit}
-    if arguments.engine == "llama.cpp":
+    if engine_named(arguments.engine).together > 1:
         sizes["sequences"] = arguments.slots
     return load_runtime(arguments, model, alone=True, **sizes)
 
 
 def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> tuple[Any, Any]:
     """How the guarantee is watched, and what an answer loses by its risk. runtime: its name."""
-    from offramp.adapter import Adapter
+    from offramp.adapter.adapter import Adapter
     from offramp.calibration.risk_functions import RISKS
-    from offramp.conditions import TORCH
-    from offramp.guarantee import watched
+    from offramp.promises.conditions import TORCH
+    from offramp.promises.guarantee import watched
     from offramp.serving.monitor.watch_config import WatchConfig
     from offramp.serving.monitor.watcher import differs
 
@@ -374,8 +375,8 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
 def _state_file(model: Any, port: int) -> Path | None:
     """Of this guarantee of these exits, wherever they lie: made again, it starts anew. A server at
     another port has its own; one at any that is free is known again by nothing, and keeps none."""
-    from offramp.storage import digest_rows
-    from offramp.storage.folders import user_folder
+    from offramp.core.storage import digest_rows
+    from offramp.core.storage.folders import user_folder
 
     if not port:
         return None

@@ -21,7 +21,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
-from offramp.plugins import load_plugins
+from offramp.engines import all_engines
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,9 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.models.exit_kinds import kinds_of_exit
-    from offramp.runtimes.llama_cpp import FORMATS
+    from offramp.core.models.exit_kinds import kinds_of_exit
     from offramp.training.config import TrainConfig
 
-    load_plugins()  # they may bring kinds of exits
     kinds = [kind for kind in kinds_of_exit() if kind != "lens"]  # which has nothing to train
     model_options(parser)
     data_options(parser, "images with captions, question and answer, dialogue, or alone")
@@ -85,11 +83,17 @@ def _options(parser: Parser) -> None:
         help="teach the exits of an adapter that is there to draft on, and change nothing else of "
         "them without --of-format. Without a folder: as --exit-kind drafting",
     )  # fmt: skip
-    name_option(
-        group, "--of-format", FORMATS,
-        "the exits are for files of this GGUF format: they learn from the backbone with weights as "
-        "`offramp export --gguf` writes them", shown="from the backbone as it is",
-    )  # fmt: skip
+    if formats := [*_formats()]:
+        name_option(
+            group, "--of-format", formats,
+            "the exits are for files of this number format: they learn from the backbone with "
+            "weights as `offramp export` writes them", shown="from the backbone as it is",
+        )  # fmt: skip
+
+
+def _formats() -> dict[str, Any]:
+    """Number formats of files that engines read, and what makes a backbone as it is in one."""
+    return {f: one.as_in_file for one in all_engines().values() for f in one.formats}
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -114,9 +118,9 @@ def _config(arguments: argparse.Namespace) -> Any:
 def _train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from offramp.adapter import Adapter
+    from offramp.adapter.adapter import Adapter
+    from offramp.adapter.shipped import shipped_exits
     from offramp.calibration.asked import Guarantee
-    from offramp.models.shipped import shipped_exits
     from offramp.training.checkpoint import check_out
     from offramp.training.trainer import train, train_drafting
 
@@ -135,10 +139,8 @@ def _train(arguments: argparse.Namespace) -> None:
     if backbone.tested:  # those `train` checks itself
         check_exits(backbone, processor, examples[0])
     teacher = None
-    if arguments.of_format is not None:
-        from offramp.runtimes.llama_cpp import Dequantised
-
-        teacher = Dequantised(backbone, arguments.of_format)
+    if (kind := getattr(arguments, "of_format", None)) is not None:
+        teacher = _formats()[kind](backbone, kind)
     if isinstance(arguments.drafting, str):
         adapter = train_drafting(
             Adapter.from_pretrained(

@@ -26,8 +26,7 @@ from offramp.cli.options import (
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
 from offramp.cli.parser import Flattened, Parser, whole, whole_numbers
-from offramp.engines import ENGINES
-from offramp.errors import InexactError
+from offramp.core.errors import InexactError
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.certificate import ROWS, SLOTS
+    from offramp.adapter.certificate import ROWS, SLOTS
 
     group = parser.add_argument_group("model")
     name_first(parser, group, "adapter", ("--adapter",), NAMED_EXITS)
@@ -63,7 +62,7 @@ def _options(parser: Parser) -> None:
         "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
     )
     precision_options(group)
-    engine_option(parser.add_argument_group("decoder"), ENGINES)
+    engine_option(parser.add_argument_group("decoder"))
     vision_options(parser.add_argument_group("images"))
     data_options(
         parser,
@@ -92,11 +91,11 @@ def _options(parser: Parser) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from offramp.certificate import Settings
-    from offramp.models.input_processor import InputProcessor
-    from offramp.progress import progress_bar
-    from offramp.storage.folders import check_writable
-    from offramp.verification import Verification, own_examples, with_thresholds
+    from offramp.adapter.certificate import Settings
+    from offramp.attach.input_processor import InputProcessor
+    from offramp.calibration.verification import Verification, own_examples, with_thresholds
+    from offramp.common.progress import progress_bar
+    from offramp.core.storage.folders import check_writable
 
     if arguments.quick:
         for name, (value, _) in QUICK.items():
@@ -143,8 +142,8 @@ def _say_how_long(one: Any, policy: Any, settings: Any, advice: str) -> None:
     """Say how long it takes, estimated from one answer alone; batches are faster."""
     import time
 
-    from offramp.answers import GREEDY
-    from offramp.progress import duration
+    from offramp.adapter.answers import GREEDY
+    from offramp.common.progress import duration
 
     inputs = one.encoder.prompts(one.examples[:1])
     for longest in (1, settings.longest):  # the first call is slower
@@ -156,7 +155,7 @@ def _say_how_long(one: Any, policy: Any, settings: Any, advice: str) -> None:
 
 def _folder(arguments: argparse.Namespace) -> Path | None:
     """The adapter's own folder, if it is on this machine and none that ships."""
-    from offramp.save_and_load import CONFIG
+    from offramp.core.save_and_load import CONFIG
 
     folder = Path(arguments.adapter)
     return folder if (folder / CONFIG).is_file() else None
@@ -168,9 +167,9 @@ def _is_certificate(begin: bytes) -> bool:
 
 def _digest(arguments: argparse.Namespace) -> str:
     """SHA-256 of the exits' file; "" of a model that ships without."""
-    from offramp.errors import InputError
-    from offramp.models.shipped import exits_folder
-    from offramp.save_and_load import exits_digest, read_config
+    from offramp.adapter.shipped import exits_folder
+    from offramp.core.errors import InputError
+    from offramp.core.save_and_load import exits_digest, read_config
 
     try:
         folder = exits_folder(arguments.adapter)
@@ -181,11 +180,11 @@ def _digest(arguments: argparse.Namespace) -> str:
 
 def _keep(run: Any, folder: Path | None, arguments: argparse.Namespace) -> None:
     """Write the certificate into the adapter's folder and its card, and where --out says."""
-    from offramp.certificate import CERTIFICATE, Certificate
-    from offramp.model_card import with_verified
-    from offramp.save_and_load import read_config
-    from offramp.save_and_load.records import CARD, load_certificate
-    from offramp.storage import write_atomic
+    from offramp.adapter.certificate import CERTIFICATE, Certificate
+    from offramp.adapter.model_card import with_verified
+    from offramp.adapter.records import CARD, load_certificate
+    from offramp.core.save_and_load import read_config
+    from offramp.core.storage import write_atomic
 
     if arguments.out is not None:
         Certificate([run]).write(arguments.out)
@@ -206,7 +205,7 @@ def _keep(run: Any, folder: Path | None, arguments: argparse.Namespace) -> None:
 
 
 def _text(paths: Sequence[Any]) -> str:
-    from offramp.certificate import COLUMNS, rows
+    from offramp.adapter.certificate import COLUMNS, rows
     from offramp.report.table import Table
 
     return Table(COLUMNS, rows(paths)).plain()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from offramp.data.example import Example
+from offramp.core.inputs.example import Example
 from offramp.data.scenes import language, world
 
 

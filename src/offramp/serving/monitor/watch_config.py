@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from offramp.errors import InputError, check_known
-from offramp.options import option
+from offramp.common.options import option
+from offramp.core.errors import InputError, check_known
 
 ACTIONS = ("lossless", "full", "warn")
 """What answers are once the promise is broken: lossless, the full model's, or as before."""

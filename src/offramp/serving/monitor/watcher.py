@@ -6,8 +6,8 @@ estimated: of a promise by image, images are drawn, by a secret digest of what t
 often they are asked about, and each counts once; of one by answer, requests are, and each counts.
 The full model answers them in slots that no request needs or, after the deadline, like a request of
 its own, so that a busy server is watched as well as an idle one. What the answers lose is a bet
-against the promise (`offramp.betting`): where the risk is at most what was promised at each time,
-it is ever called broken with probability at most `level`, however long the server runs.
+against the promise (`offramp.promises.betting`): where the risk is at most what was promised at
+each time, it is ever called broken with probability at most `level`, however long the server runs.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from typing import Any
 
 from PIL import Image
 
-from offramp.answers import Answer, answers_of
-from offramp.betting import RunningRisk
-from offramp.data.image import pixel_digest
+from offramp.adapter.answers import Answer, answers_of
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.errors import BusyError, OfframpError, StorageError
+from offramp.core.inputs.image import pixel_digest
+from offramp.core.storage import read_json, write_json
+from offramp.core.storage.folders import check_writable, locked_folder
+from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.near_copies import SIDE_SHARP, Look, copied
-from offramp.errors import BusyError, OfframpError, StorageError
-from offramp.guarantee import Promise
-from offramp.models.input_processor import InputProcessor
+from offramp.promises.betting import RunningRisk
+from offramp.promises.guarantee import Promise
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.storage import read_json, write_json
-from offramp.storage.folders import check_writable, locked_folder
-from offramp.storage.jsonl_log import JsonlLog
 
 log = logging.getLogger(__name__)
 

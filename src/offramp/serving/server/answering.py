@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from offramp.engine.decoding.sequence import Token
-from offramp.likeness import is_unlike
+from offramp.core.decoding.sequence import Token
+from offramp.promises.likeness import is_unlike
 from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import ChatRequest, Sampling

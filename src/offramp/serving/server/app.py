@@ -17,8 +17,8 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from offramp import __version__
-from offramp.depth_color import STOPS
-from offramp.models.shipped import example_picture
+from offramp.adapter.shipped import example_picture
+from offramp.common.depth_color import STOPS
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.request import Completion
 from offramp.serving.server.answering import Answering, OnAnswer, unless_gone

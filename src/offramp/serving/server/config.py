@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offramp.engine.policy import MODES
-from offramp.errors import InputError
-from offramp.options import option
+from offramp.common.options import option
+from offramp.core.engine.policy import MODES
+from offramp.core.errors import InputError
 
 MIB = 2**20
 KEYS = "OFFRAMP_API_KEYS"

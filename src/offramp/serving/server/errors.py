@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from offramp.errors import BusyError, OfframpError, did_you_mean
+from offramp.core.errors import BusyError, OfframpError, did_you_mean
 
 log = logging.getLogger(__name__)
 

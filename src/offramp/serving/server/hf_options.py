@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.engine.sampler import Constraint
+from offramp.core.engine.sampler import Constraint
 from offramp.serving.server.api.options import (
     Generation,
     NotedLogprobs,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from offramp.engine.policy import Thresholds
-from offramp.models.shipped import KNOWS
+from offramp.adapter.shipped import KNOWS
+from offramp.core.engine.policy import Thresholds
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.service import Service
 

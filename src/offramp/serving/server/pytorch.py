@@ -8,19 +8,20 @@ from dataclasses import asdict, replace
 from threading import Event
 from typing import Any, cast
 
-from offramp.adapter import Adapter
-from offramp.answers import Model
-from offramp.conditions import Conditions, of_processor
-from offramp.engine.constraint import JsonConstraint
-from offramp.engine.policy import FULL, ExitPolicy
-from offramp.engine.prefill import check_inputs
-from offramp.engine.prefix_cache import PrefixCache
-from offramp.guarantee import SCALES, GuaranteeStatus, risk_words, standing, watched
-from offramp.likeness import LIKE, Likeness
-from offramp.models.backbone import Backbone
-from offramp.models.input_processor import InputProcessor
-from offramp.models.vision_cache import VisionCache
-from offramp.prompt_kinds import FRAMES
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Model
+from offramp.attach.constraint import JsonConstraint
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.prefix_cache import PrefixCache
+from offramp.attach.vision_cache import VisionCache
+from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.engine.prefill import check_inputs
+from offramp.core.models.backbone import Backbone
+from offramp.core.storage import digest_rows
+from offramp.promises.conditions import Conditions, of_processor
+from offramp.promises.guarantee import SCALES, GuaranteeStatus, risk_words, standing, watched
+from offramp.promises.likeness import LIKE, Likeness
+from offramp.promises.prompt_kinds import FRAMES
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine import Engine
 from offramp.serving.engine_config import EngineConfig
@@ -36,7 +37,6 @@ from offramp.serving.server.inputs import schemas
 from offramp.serving.server.inputs.images import ImageSource
 from offramp.serving.server.served import Inputs
 from offramp.serving.server.service import Service
-from offramp.storage import digest_rows
 
 
 class TorchServed:

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import error_object
 from offramp.serving.server.service import Service

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from offramp.engine.policy import ExitPolicy
-from offramp.likeness import Likeness
+from offramp.core.engine.policy import ExitPolicy
+from offramp.promises.likeness import Likeness
 from offramp.serving.engine import Engine
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import Sampling
@@ -67,7 +67,7 @@ class Prompts(Protocol):
 
 
 class GuaranteeStatus(Protocol):
-    """A guarantee's status, as of `offramp.guarantee.GuaranteeStatus`."""
+    """A guarantee's status, as of `offramp.promises.guarantee.GuaranteeStatus`."""
 
     @property
     def promise(self) -> Any: ...
@@ -182,7 +182,7 @@ class Served(Protocol):
         """Return the p-value of "drawn as the calibrated answers were"; None: it is not known.
 
         asked: the question about one image. scores: of the tokens of an early answer to it. look:
-        of the image, of `offramp.likeness.look_of`; None: not looked at.
+        of the image, of `offramp.promises.likeness.look_of`; None: not looked at.
         """
         ...
 

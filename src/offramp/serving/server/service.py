@@ -13,10 +13,10 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from offramp.engine.policy import ExitPolicy
-from offramp.errors import OfframpError
-from offramp.likeness import Alarm, look_of
-from offramp.prompt_kinds import OTHER
+from offramp.core.engine.policy import ExitPolicy
+from offramp.core.errors import OfframpError
+from offramp.promises.likeness import Alarm, look_of
+from offramp.promises.prompt_kinds import OTHER
 from offramp.serving.engine import Engine
 from offramp.serving.request import Handle
 from offramp.serving.server.api.protocol import Sampling

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from offramp.calibration.risk_functions import QUALITIES, Quality
+from offramp.common.provenance import provenance
+from offramp.core.errors import DataError, InputError
+from offramp.core.inputs.example import Example, examples_digest, picture_of
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
+from offramp.core.storage import digest_rows, write_atomic, write_json
+from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.decontamination import check_no_overlap, picture_digests
-from offramp.data.example import Example, examples_digest, picture_of
-from offramp.errors import DataError, InputError
-from offramp.models.backbone import Backbone
-from offramp.models.fingerprint import dump_fingerprint, fingerprint
-from offramp.provenance import provenance
-from offramp.storage import digest_rows, write_atomic, write_json
-from offramp.storage.jsonl_log import JsonlLog
 from offramp_lab.experiments.comparison.equal_quality import Samples, drawn, equal_quality
 from offramp_lab.experiments.comparison.grid import Grid
 from offramp_lab.experiments.comparison.methods import DEFAULT, Plan
@@ -75,7 +75,7 @@ def compare(
     if not train or not test:
         raise DataError("There are no examples to compare on.", "Give some to train and to test.")
     used = {"train": sorted(picture_digests(train))}
-    check_no_overlap(used, test, ("train",), "Split by image: offramp.data.example.split_examples.")
+    check_no_overlap(used, test, ("train",), "Split by image (split_examples).")
     log, settings = Path(out) / "points.jsonl", _settings(backbone, train, test, plan, quality)
     known = _rows_of(log, settings)
     measurer = PointMeasurer(backbone, processor, test, plan, quality)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from offramp.adapter import Adapter
-from offramp.data.example import Example
-from offramp.engine.confidence import HEADS
-from offramp.engine.policy import ExitPolicy, Thresholds
-from offramp.models.exits import Exits, ExitSet, propose_depths
+from offramp.adapter.adapter import Adapter
+from offramp.core.engine.confidence import HEADS
+from offramp.core.engine.policy import ExitPolicy, Thresholds
+from offramp.core.inputs.example import Example
+from offramp.core.models.exits import Exits, ExitSet, propose_depths
 from offramp.training.feature_dataset import Stores
 from offramp.training.trainer import Trainer
 from offramp_lab.experiments.comparison.methods import FIXED, POLICIES

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from offramp.adapter import Adapter
-from offramp.answers import Answer, answers_to
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Answer, answers_to
+from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.risk_functions import Quality
-from offramp.data.example import Example
-from offramp.engine.generate import generate
-from offramp.engine.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
+from offramp.core.engine.generate import generate
+from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
 from offramp.evaluation.timing import generate_fn, speedup, timed
-from offramp.models.backbone import Backbone
-from offramp.models.input_processor import InputProcessor
 from offramp_lab.experiments.comparison.methods import Plan
 from offramp_lab.experiments.experiment import Experiment, identical
 

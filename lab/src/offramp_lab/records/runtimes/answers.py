@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.answers import Answer, Model, generate_answers, generate_by
-from offramp.data.example import Example
-from offramp.engine.policy import FULL, MODES, ExitPolicy, GenerationOutput
+from offramp.adapter.answers import Answer, Model, generate_answers, generate_by
+from offramp.attach.input_processor import InputProcessor
+from offramp.attach.vision_cache import VisionCache
+from offramp.core.engine.policy import FULL, MODES, ExitPolicy, GenerationOutput
+from offramp.core.inputs.example import Example
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import Measure, interval
-from offramp.models.input_processor import InputProcessor
-from offramp.models.vision_cache import VisionCache
 from offramp_lab.experiments.experiment import bar, same
 from offramp_lab.records.record import Kept
 from offramp_lab.records.runtimes.methods import FORMATS, IN_LLAMA, IN_TORCH, OPTIONS, WAY, Bench
@@ -91,7 +91,7 @@ def worth(value: Measure, whole: Measure) -> dict[str, Any]:
 
 
 class KeptRuntime:
-    """A model whose answers are kept; a runtime as `offramp.answers` has it.
+    """A model whose answers are kept; a runtime as `offramp.adapter.answers` has it.
 
     rows: prompts that it answers at once. dtype: of the pixels that it reads.
     """

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from offramp_llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
+from offramp_llama_cpp.architectures import architecture_of
+from offramp_llama_cpp.gguf_export import export_whole
+from offramp_llama_cpp.segment import Segment
 
-from offramp.adapter import Adapter
-from offramp.engine.policy import FULL, ExitPolicy
-from offramp.engine.registration import register_score
-from offramp.models.backbone import Backbone
-from offramp.models.exits import Exits, ExitSet
-from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
-from offramp.runtimes.llama_cpp.architectures import architecture_of
-from offramp.runtimes.llama_cpp.gguf_export import export_whole
-from offramp.runtimes.llama_cpp.segment import Segment
+from offramp.adapter.adapter import Adapter
+from offramp.attach.registration import register_score
+from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
 from offramp_lab.inputs import tiny_families as families
 from offramp_lab.inputs.tiny_families.text import FIRST_WORD, PAD
 from offramp_lab.records.record import Record, asked

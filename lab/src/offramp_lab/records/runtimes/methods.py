@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST
 from numpy.typing import NDArray
+from offramp_llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
+from offramp_llama_cpp.entry import DecoderEntry
+from offramp_llama_cpp.gguf_export import export_whole
+from offramp_llama_cpp.segment import Segment
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from offramp.adapter import Adapter
-from offramp.data.example import Example
-from offramp.engine.executors.modules.compiled import COMPILED as BY_CODE
-from offramp.engine.policy import FULL, ExitPolicy
+from offramp.adapter.adapter import Adapter
+from offramp.attach.compiled.compiled import COMPILED as BY_CODE
+from offramp.attach.input_processor import InputProcessor
+from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.inputs.example import Example
+from offramp.core.models.intercept import InterceptedModel
 from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn, timed
-from offramp.models.input_processor import InputProcessor
-from offramp.models.intercept import InterceptedModel
-from offramp.runtimes.llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
-from offramp.runtimes.llama_cpp.entry import DecoderEntry
-from offramp.runtimes.llama_cpp.gguf_export import export_whole
-from offramp.runtimes.llama_cpp.segment import Segment
 from offramp_lab.experiments.experiment import TIMES, Rates, Rounds, each, times
 from offramp_lab.records.runtimes.ways import greedy
 

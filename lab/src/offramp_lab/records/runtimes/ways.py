@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from offramp_llama_cpp import EngineOptions
+from offramp_llama_cpp.edge.model import EdgeModel
+from offramp_llama_cpp.native.tap import States
+from offramp_llama_cpp.prompt import Prompt
+from offramp_llama_cpp.segment import Segment
 
-from offramp.engine.decoding.sequence import Token
-from offramp.engine.policy import MODES
-from offramp.runtimes.edge.model import EdgeModel
-from offramp.runtimes.llama_cpp import EngineOptions
-from offramp.runtimes.llama_cpp.native.tap import States
-from offramp.runtimes.llama_cpp.prompt import Prompt
-from offramp.runtimes.llama_cpp.segment import Segment
+from offramp.core.decoding.sequence import Token
+from offramp.core.engine.policy import MODES
 from offramp_lab.experiments.experiment import Experiment, same, spent, times
 
 ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=False)

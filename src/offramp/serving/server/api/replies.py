@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.likeness import is_unlike
+from offramp.promises.likeness import is_unlike
 from offramp.serving.server.api.options import NotedLogprobs
 
 

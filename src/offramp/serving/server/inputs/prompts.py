@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from offramp.errors import InputError, OfframpError
-from offramp.prompt_kinds import OTHER
+from offramp.core.errors import InputError, OfframpError
+from offramp.promises.prompt_kinds import OTHER
 from offramp.serving.server.api.protocol import (
     ChatRequest,
     CompletionRequest,

@@ -16,7 +16,7 @@ from hashlib import sha256
 from threading import Event
 from typing import Any
 
-from offramp.errors import InputError
+from offramp.core.errors import InputError
 
 CPU_SECONDS = 1
 """Of one core, to prepare a schema; the server then needs as many."""

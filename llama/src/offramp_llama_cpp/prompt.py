@@ -1,0 +1,56 @@
+"""A prompt as the decoder gets it: states, their positions, and what else belongs to its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from offramp_llama_cpp.native.tap import States
+
+Positions = npt.NDArray[np.int32]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Rows that enter a decoder.
+
+    states: [T, D]. positions: [4, T] (time, height, width, and time once more), where the decoder
+    has such; None: from 0 on. features: [T, layers, D], what is added to the states after the
+    first layers; None: nothing. ahead: spans [start, stop) whose rows see each other, in order;
+    all other rows see what stands before them.
+    """
+
+    states: States
+    positions: Positions | None = None
+    features: States | None = None
+    ahead: tuple[Span, ...] = ()
+
+    def table(self, axes: int, rows: int) -> Positions:
+        """Positions [axes, rows] of the prompt and of what follows it.
+
+        After an image text goes on after its largest position.
+        """
+        table = np.empty((axes, rows), dtype=np.int32)
+        length = 0 if self.positions is None else self.positions.shape[1]
+        first = 0
+        if self.positions is not None and length:
+            table[:, :length] = self.positions
+            first = int(self.positions.max()) + 1
+        table[:, length:] = np.arange(first, first + rows - length, dtype=np.int32)
+        return table
+
+    def calls(self, most: int) -> Iterator[tuple[int, int, bool]]:
+        """Rows [start, stop) of each call that reads the prompt, and whether they look ahead.
+
+        most: rows in a call. A span that looks ahead is one call, however long.
+        """
+        at = 0
+        for start, stop in (*self.ahead, (len(self.states), len(self.states))):
+            yield from ((i, min(i + most, start), False) for i in range(at, start, most))
+            if stop > start:
+                yield start, stop, True
+            at = stop

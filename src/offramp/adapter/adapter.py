@@ -1,0 +1,242 @@
+"""Adapters: attached exits and what is known of them, which `offramp.core.save_and_load` stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from offramp.adapter.custom_generate import write_custom_generate
+from offramp.adapter.model_card import model_card
+from offramp.adapter.records import AdapterParts, Records, load_parts, save_parts
+from offramp.adapter.shipped import exits_folder, load_named
+from offramp.core.engine.attached import AttachedExits
+from offramp.core.engine.policy import ExitPolicy, check_policy_depths
+from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
+from offramp.core.save_and_load import AdapterConfig, read_config
+from offramp.promises.conditions import TORCH, Conditions, exits_digest, note_loaded, of_policy
+from offramp.promises.guarantee import GuaranteeStatus, standing
+from offramp.promises.likeness import Likeness
+from offramp.promises.prompt_kinds import kind_of
+
+
+def _by_engine(calibration: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """A calibration by the name of its engine; {} where it names none."""
+    engine = Conditions.of_calibration(calibration).get("engine")
+    return {} if calibration is None or engine is None else {engine: calibration}
+
+
+def attach(
+    model: Backbone | nn.Module, exits: str | Path | Adapter | ExitSet | Exits, **hub: Any
+) -> Adapter:
+    """Attach exits to a Hugging Face model, which is not changed.
+
+    exits: a folder or a hub name; or exits made for this model, with no thresholds yet. hub: as of
+        `Adapter.from_pretrained`.
+
+    Raises:
+        AdapterError: no such exits, or they do not fit the model.
+        InputError: an adapter that is attached to another model, or what is no exits.
+    """
+    if isinstance(exits, ExitSet | Exits):
+        return Adapter(Backbone.of(model), ExitSet.of(exits))
+    if not isinstance(exits, Adapter):
+        return Adapter.from_pretrained(model, exits, **hub)
+    ours = exits.backbone
+    if model is not ours and Backbone.of(model).model is not ours.model:
+        raise InputError(
+            f"These exits are attached to another model, {ours.name}.",
+            "Save them, and attach the folder: offramp.attach(model, folder).",
+        )
+    return exits
+
+
+@dataclass(repr=False)
+class Adapter(AttachedExits, Records):
+    """Exits attached to a backbone, the policy they exit early by, and what is known of both, which
+    is named after these three (see `offramp.adapter.records`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        note_loaded(self.backbone)
+        if self.calibration is not None:  # before weights are laid out for a processor
+            exits_digest(self.exits.modules)
+
+    def __repr__(self) -> str:
+        depths = ", ".join(map(str, self.exits.depths))
+        ends = str(self.policy.thresholds) or "none"
+        found = self.standing()
+        bound = f"guarantee: {found.promise.claim}" if found.promise else found.sentence
+        runs = () if self.certificate is None else self.certificate.runs
+        verified = "".join(f"; verified: {run.words}" for run in runs)
+        return (
+            f"Adapter(exits at {depths} of {self.backbone.depth} layers of {self.backbone.name}; "
+            f"thresholds: {ends}; {bound or 'guarantee: none'}{verified})"
+        )
+
+    @property
+    def of_format(self) -> str | None:
+        """The GGUF format whose answers the exits learnt from; None: the backbone's own."""
+        said = self.provenance.get("of_format")
+        return said if isinstance(said, str) else None
+
+    def standing(self, *, engine: str | None = None, **known: Any) -> GuaranteeStatus:
+        """Return what is guaranteed of its answers on this backbone, or why nothing is.
+
+        engine: the name of a runtime that answers in its place. known: of requests: see
+            `offramp.promises.guarantee.Conditions`.
+        """
+        here = Conditions.of(self.backbone, self.policy, engine=engine, exits=self.exits, **known)
+        return standing(self.of_engine(engine or TORCH).calibration, here)
+
+    def of_engine(self, name: str) -> Adapter:
+        """Return this adapter with the calibration that was made in an engine of this name, or,
+        where none was, as it is."""
+        if name not in self.elsewhere:
+            return self
+        others = {**self.elsewhere, **_by_engine(self.calibration)}
+        return replace(self, calibration=others.pop(name), elsewhere=others)
+
+    @property
+    def likeness(self) -> Likeness:
+        """Return what is known of its calibrated answers, to tell requests that are unlike them."""
+        return Likeness.from_json((self.calibration or {}).get("likeness"))
+
+    def kind_of(self, prompt: str) -> str:
+        """Return the kind of a prompt among the calibrated ones; see `kind_of` there."""
+        frames = Conditions.of_calibration(self.calibration).get("prompts") or ()
+        return kind_of(prompt, frames)
+
+    def with_policy(
+        self, policy: ExitPolicy, calibration: Mapping[str, Any] | None = None
+    ) -> Adapter:
+        """The same exits with another policy. Raise `InputError` if it names other depths.
+
+        calibration: what is guaranteed of it. A guarantee about another policy does not stay; a
+            policy that only drafts otherwise is the same, for that changes no output. Of the same
+            policy those in other engines stay.
+        """
+        check_policy_depths(policy, self.exits.depths)
+        alike = of_policy(policy) == of_policy(self.policy)
+        if not (alike and policy.lossless == self.policy.lossless):
+            return replace(self, policy=policy, calibration=calibration, elsewhere={})
+        if calibration is None:
+            return replace(self, policy=policy)
+        others = {**self.elsewhere, **_by_engine(self.calibration)}
+        for name in _by_engine(calibration):
+            others.pop(name, None)
+        return replace(self, policy=policy, calibration=calibration, elsewhere=others)
+
+    # -- disk ---------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the folder; each file appears whole or not at all.
+
+        Raises:
+            InputError: the exits have no tensors.
+            StorageError: e.g. the disk is full; what was there before is untouched.
+        """
+        parts = AdapterParts(**{f.name: getattr(self, f.name) for f in fields(AdapterParts)})
+        save_parts(save_directory, self.backbone, parts, model_card(self.backbone, parts))
+
+    def save(self, folder: str | Path) -> None:
+        """`save_pretrained` by a shorter name."""
+        self.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path | AdapterConfig, backbone: Backbone | nn.Module) -> Adapter:
+        """Read a folder written by `save_pretrained`; or one whose adapter.json `read_config` has
+        read.
+
+        Raises:
+            AdapterError: no adapter, another format version, damaged, or trained for a backbone
+                that differs from this one (the text says in what).
+        """
+        config = folder if isinstance(folder, AdapterConfig) else read_config(folder)
+        backbone = Backbone.of(backbone)
+        return cls(backbone, **vars(load_parts(config, backbone)))
+
+    # -- hub ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: Backbone | nn.Module | str | Path,
+        pretrained_model_name_or_path: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        **hub: Any,
+    ) -> Adapter:
+        """Load exits by name: of a model that is there, in the order of PEFT's arguments; or by the
+        name alone, on the backbone that they were trained for.
+
+        The name is a folder, a hub name, or photo or tiny-opt, which ship. revision: of the exits.
+        hub: token, cache_dir, local_files_only, force_download; see `snapshot_download`.
+
+        Raises:
+            InputError: the arguments came in the other order, or name no folder.
+            AdapterError: as for `load`, or there is no such adapter.
+        """
+        name = pretrained_model_name_or_path
+        if isinstance(model, str | Path) and name is not None:
+            raise InputError(
+                f"from_pretrained got {str(model)!r} where the model goes.",
+                "The model comes first: Adapter.from_pretrained(model, folder_or_name).",
+            )
+        name = model if isinstance(model, str | Path) else name
+        if not isinstance(name, str | Path):
+            raise InputError(
+                f"Exits cannot be {name!r}.",
+                "Give a folder or a hub name, such as offramp.attach(model, 'exits').",
+            )
+        folder = exits_folder(name, revision=revision, **hub)
+        if not isinstance(model, str | Path):
+            return cls.load(folder, model)
+        config = read_config(folder)
+        return cls.load(config, load_named(config.backbone, revision=config.revision)[0])
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Add offramp exits",
+        commit_description: str | None = None,
+        private: bool | None = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Upload the folder's files (no training state) and return the commit's address.
+
+        `model.generate(..., custom_generate=repo_id, trust_remote_code=True)` then decodes with
+        these exits wherever offramp is installed.
+
+        private: of a repository that is created; unlike with transformers it is, unless you say
+            otherwise. revision: a branch, created if need be.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            write_custom_generate(folder, repo_id)
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=commit_message,
+                    commit_description=commit_description,
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            )

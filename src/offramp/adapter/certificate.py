@@ -1,0 +1,232 @@
+"""What `offramp verify` found of an adapter, kept beside it: which ways to decode were held to
+what, on which machine, and whether they came to the same.
+
+A run is of one engine in one precision on one kind of device; a later one of the same replaces it.
+It counts for the exits that it was made with, which it names by their file's SHA-256.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from offramp.core.errors import DataError, InputError, printable
+from offramp.core.storage import digest_rows, read_json, write_json
+
+CERTIFICATE = "certificate.json"
+ROWS = (2, 4, 8, 16, 32)
+SLOTS = 8
+_LARGEST = 2**24
+"""Bytes of the largest file that is read."""
+_AGAIN = "Delete it, and run `offramp verify` again."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a verification.
+
+    rows: of static batches. slots: requests in company. longest: tokens of the longest answer.
+
+    Raises:
+        InputError: a batch of fewer than 2 rows, or another number below 1.
+    """
+
+    rows: Sequence[int] = ROWS
+    slots: int = SLOTS
+    longest: int = 40
+
+    def __post_init__(self) -> None:
+        wrong = [r for r in self.rows if r < 2] + [n for n in (self.slots, self.longest) if n < 1]
+        if wrong:
+            raise InputError(
+                f"Nothing can be verified with {wrong[0]} rows, slots or tokens.",
+                "Give batches of 2 rows and more, and slots and lengths from 1.",
+            )
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """One way to decode, and what its answers were held to.
+
+    path, against: their names. promised: whether they are to be the same, token for token.
+    answers, tokens: how many were compared, and how many of them differ; a token differs where
+    another id, or a depth where both have one, stands at its place, and where one answer is longer.
+    logits_apart: largest difference of logits, of the 32 largest ones of each token up to the first
+    that differs, relative to the largest; None: not compared. scores_apart: of scores, in [0, 1].
+    refused: why nothing was compared; None: it was. declined: whether that was said in words, so
+    that no wrong answer was given.
+    """
+
+    path: str
+    against: str
+    promised: bool
+    answers: int = 0
+    answers_differ: int = 0
+    tokens: int = 0
+    tokens_differ: int = 0
+    logits_apart: float | None = None
+    scores_apart: float | None = None
+    refused: str | None = None
+    declined: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Return True if all was compared, and nothing differs."""
+        return self.refused is None and self.tokens_differ == 0
+
+    @property
+    def broken(self) -> bool:
+        """Return True if it was to be exact, and answers otherwise."""
+        return self.promised and not self.exact and not self.declined
+
+
+@dataclass(frozen=True)
+class Run:
+    """The findings of one run of `offramp verify`.
+
+    engine: of the command line, with what of it ran: "torch (slots)". quantized: how the layers
+    are held; "" as `dtype`. exits, backbone, policy: digests of what was verified. thresholds:
+    those that it ran with, in words. prompts, longest: how many there were, and tokens of the
+    longest answer. provenance: versions, machine and date; see `offramp.common.provenance`.
+    """
+
+    engine: str
+    quantized: str
+    dtype: str
+    device: str
+    exits: str
+    backbone: str
+    policy: str
+    thresholds: str
+    prompts: int
+    longest: int
+    paths: Sequence[PathResult]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> tuple[str, str, str, str]:
+        """Return what a later run has in common that replaces this one."""
+        return self.engine, self.quantized, self.dtype, self.device
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def words(self) -> str:
+        """Return the run in one line, for people."""
+        promised = [path for path in self.paths if path.promised]
+        hold, declined = sum(p.exact for p in promised), sum(p.declined for p in promised)
+        found = [f"{hold} of {len(promised)} promises hold"] if promised else []
+        if declined:
+            found.append(f"{declined} refused")
+        others = [path for path in self.paths if not path.promised and path.refused is None]
+        if others:
+            differ, tokens = (
+                sum(getattr(p, name) for p in others) for name in ("tokens_differ", "tokens")
+            )
+            found.append(f"{differ} of {tokens} tokens differ where rounding may")
+        precision = self.quantized or self.dtype
+        date = str(self.provenance.get("date", ""))[:10]
+        at = f"thresholds {self.thresholds}" if self.thresholds else "no thresholds"
+        where = f"{self.engine}, {precision} on {self.device}, {at}, {date}"
+        text = f"{'; '.join(found) or 'nothing was compared'} ({where})"
+        return printable(text)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The runs of `offramp verify` on an adapter's exits."""
+
+    runs: Sequence[Run] = ()
+
+    def with_run(self, run: Run) -> Certificate:
+        """Return the certificate with a run in place of the earlier one of the same engine,
+        precision and device."""
+        return Certificate([*(r for r in self.runs if r.where != run.where), run])
+
+    def of_exits(self, digest: str | None) -> Certificate | None:
+        """The runs on these exits, by their file's SHA-256; None where there is none."""
+        runs = [run for run in self.runs if run.exits == digest]
+        return Certificate(runs) if runs else None
+
+    def write(self, path: str | Path) -> None:
+        """Write a file, whole or not at all. Raise `StorageError` where that fails."""
+        runs = [run.to_json() for run in self.runs]
+        write_json(path, {"runs": runs, "digest": digest_rows(runs)})
+
+    @classmethod
+    def read(cls, path: str | Path) -> Certificate:
+        """Return what `write` wrote.
+
+        Raises:
+            DataError: the file is damaged, or was changed. StorageError: it cannot be read.
+        """
+        try:
+            content = read_json(path, largest=_LARGEST, unique=True)
+        except DataError as error:
+            raise DataError(error.problem, _AGAIN) from error
+        try:
+            if content["digest"] != digest_rows(content["runs"]):
+                raise ValueError("its digest does not fit")
+            return cls([_run(run) for run in content["runs"]])
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
+            said = str(error) if isinstance(error, ValueError) else "an entry is missing, or odd"
+            raise DataError(f"{path} is no certificate: {said.rstrip('.')}.", _AGAIN) from error
+
+
+def _run(value: Any) -> Run:
+    paths = [_filled(PathResult, path) for path in value["paths"]]
+    run: Run = _filled(Run, {**value, "paths": []})
+    return replace(run, paths=paths)
+
+
+def _filled(kind: type[Any], value: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass of these values, each of its field's type."""
+    given = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if name == "declined" and name not in value:  # of an earlier version
+            continue
+        given[name] = value[name]
+        odd = isinstance(given[name], bool) and hint is not bool
+        if odd or not isinstance(given[name], _KINDS.get(typing.get_origin(hint), hint)):
+            raise ValueError(f"{name!r} is a {type(given[name]).__name__}")
+    return kind(**given)
+
+
+_KINDS: dict[Any, Any] = {Sequence: list, Mapping: dict}
+"""What JSON has in place of a type."""
+
+
+# -- for people ------------------------------------------------------------------------------------
+
+COLUMNS = ("path", "held to", "tokens", "differ", "largest difference", "exact")
+
+
+def rows(paths: Iterable[PathResult]) -> list[tuple[str, ...]]:
+    """Cells of a table, by `COLUMNS`, of each path."""
+    return [(p.path, p.against, str(p.tokens), _differing(p), _apart(p), _exact(p)) for p in paths]
+
+
+def _differing(path: PathResult) -> str:
+    answers = f" in {path.answers_differ} of {path.answers} answers" if path.tokens_differ else ""
+    return f"{path.tokens_differ}{answers}"
+
+
+def _apart(path: PathResult) -> str:
+    parts = (("logits", path.logits_apart), ("scores", path.scores_apart))
+    return ", ".join(f"{name} {value:.1e}" for name, value in parts if value is not None) or "-"
+
+
+def _exact(path: PathResult) -> str:
+    if path.refused is not None:
+        return f"refused: {path.refused}"
+    return "yes" if path.exact else "NO" if path.promised else "no (rounding)"
+
+
+def finite(value: float) -> float:
+    """A number that JSON has: a difference that is none or no number is the largest there is."""
+    return value if math.isfinite(value) else 1e308

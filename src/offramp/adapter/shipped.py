@@ -1,0 +1,194 @@
+"""The VLMs that are known by a short name: two tiny ones of drawn shapes, which ship with the
+package, and one of photographs, which is built once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offramp.core.errors import AdapterError, InputError, did_you_mean
+from offramp.core.plugins import plugin
+from offramp.core.storage.places import close_name, is_hub_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from offramp.core.models.backbone import Backbone  # names of models need no PyTorch
+
+TINY = ("opt", "t5")
+PHOTO = "offramp/photo"
+"""The photo model's name in adapters; "photo" for short. Needs the extra photo."""
+KNOWS = {
+    "offramp/tiny-opt": "drawn shapes, and nothing else",
+    "offramp/tiny-t5": "drawn shapes, and nothing else",
+    PHOTO: "photographs of people and dogs outdoors, and rooms a little",
+}
+"""By a backbone's name, what it was trained on: what else it is shown it answers all the same."""
+
+
+def short_name(name: str) -> str:
+    """A tiny model's name without what stands before it: "opt" of "tiny-opt"."""
+    return name.removeprefix("offramp/").removeprefix("tiny-")
+
+
+def tiny_kind(name: str) -> str | None:
+    """Return which tiny model is meant, as "tiny-opt" is; None: none."""
+    kind = short_name(name)
+    return kind if kind in TINY and kind != name else None
+
+
+def is_photo(name: str) -> bool:
+    """Return True if the photo model is meant; a folder of that name is itself."""
+    return name in (PHOTO, short_name(PHOTO)) and not os.path.isdir(name)
+
+
+def _photo() -> Any:
+    """The module of the photo model, which loads it and knows its files."""
+    return plugin("models", short_name(PHOTO))
+
+
+def close_shipped(name: str) -> str:
+    """Return a question that names the model which a misspelt name may be of, or ""."""
+    known = (short_name(PHOTO), *(f"tiny-{kind}" for kind in TINY))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"Did you mean {close[0]!r}? " if close and not os.path.exists(name) else ""
+
+
+def tiny_folder(kind: str) -> Path:
+    """Folder of a shipped model, for plain `from_pretrained`. Raise `InputError` if unknown.
+
+    kind: "opt" or "t5", or "tiny-opt" or "tiny-t5" as on the command line.
+    """
+    kind = short_name(kind)
+    if kind not in TINY:
+        raise InputError(f"No tiny model {kind!r} ships with offramp.", did_you_mean(kind, TINY))
+    return Path(__file__).parent / "shipped_models" / kind
+
+
+def load_tiny(
+    kind: str, dtype: torch.dtype | str = "float32", device: str | None = None
+) -> tuple[Backbone, Any]:
+    """A shipped model, "opt" or "t5", and its processor."""
+    from offramp.core.models.backbone import Backbone
+    from offramp.core.models.hub import load_processor
+
+    kind, folder = short_name(kind), tiny_folder(kind)
+    backbone = Backbone.from_pretrained(folder, dtype=dtype, device=device)
+    backbone.name = f"offramp/tiny-{kind}"
+    return backbone, load_processor(folder)
+
+
+def load_named(
+    name: str, *, revision: str | None = None, dtype: str = "auto", device: str | None = None
+) -> tuple[Backbone, Any]:
+    """A shipped model by its long name, "photo", or a model of a hub name or a folder; and its
+    processor.
+
+    dtype: torch's name of one, or "auto": as saved, shipped ones and the photo model in float32.
+
+    Raises:
+        InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`, or, of the
+            photo model, of `offramp_photo.load`.
+    """
+    if not name.strip():
+        raise InputError(
+            "The backbone's name is empty.", "Give a hub name or a folder, or tiny-opt or tiny-t5."
+        )
+    import torch
+
+    from offramp.core.models.backbone import Backbone
+    from offramp.core.models.hub import load_processor
+
+    exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    kind = tiny_kind(name)
+    if kind is None and not is_photo(name):
+        if close := close_shipped(name):
+            raise InputError(f"No model {name!r} ships with offramp.", close)
+        backbone = Backbone.from_pretrained(name, revision=revision, dtype=exact, device=device)
+        return backbone, load_processor(name, revision=revision)
+    if revision is not None:
+        raise InputError(
+            f"{name} ships with offramp and has no revision {revision!r}.",
+            "Leave the revision out.",
+        )
+    if dtype == "auto":
+        exact = torch.float32
+    if kind is not None:
+        return load_tiny(kind, exact, device)
+    backbone, processor = _photo().load(dtype=exact, device=device)
+    backbone.name = PHOTO
+    return backbone, processor
+
+
+def exits_folder(name: str | Path, **hub: Any) -> Path:
+    """Return an adapter's folder: that of a model that ships, one on this machine, or one that is
+    fetched from the hub by name.
+
+    hub: revision, token, cache_dir and others of `snapshot_download`.
+
+    Raises:
+        InputError: as of `shipped_exits`.
+        AdapterError: there is no such folder, or the hub gave none.
+    """
+    if (shipped := shipped_exits(str(name))) is not None:
+        return shipped
+    if os.path.isdir(name):
+        return Path(name)
+    if not is_hub_name(str(name)):
+        raise AdapterError(
+            f"There is no adapter folder {str(name)!r}.",
+            f"{close_name(name) or close_shipped(str(name))}Give a folder of `offramp train`, a "
+            "name of the hub as OWNER/NAME, or photo or tiny-opt, which ship.",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), **hub))
+    except Exception as error:  # offline, missing, private: hub errors share no useful base
+        raise AdapterError(
+            f"No adapter folder {str(name)!r}, and the hub gave none: {error}",
+            "Correct the path or the name, or be online.",
+        ) from error
+
+
+def shipped_exits(name: str) -> Path | None:
+    """Folder of the exits of a model with a short name, as "photo" or "tiny-opt" is; None: of any
+    other name.
+
+    Raises:
+        InputError: the photo model's package is not installed, or the model ships without exits.
+    """
+    if is_photo(name):
+        folder: Path = _photo().exits_folder()
+        if not folder.is_dir():
+            raise InputError(
+                "The photo model ships without exits.",
+                "Train some: offramp train photo --data photos --depths 8 --out exits.",
+            )
+        return folder
+    kind = None if os.path.isdir(name) else tiny_kind(name)
+    return None if kind is None else tiny_exits(kind)
+
+
+def example_picture(name: str) -> Path:
+    """A picture to try the backbone of this name on: a drawn scene, or, of the photo model, a
+    photograph."""
+    if name != PHOTO:
+        return Path(__file__).parent / "shipped_models" / "scene.png"
+    picture: Path = _photo().example_picture()
+    return picture
+
+
+def tiny_exits(kind: str) -> Path:
+    """Folder of the exits that ship for a tiny model, for `Adapter.from_pretrained`: those of
+    `offramp demo`, calibrated. Raise `InputError` if none ship."""
+    kind = short_name(kind)
+    folder = tiny_folder(kind).with_name(f"{kind}_exits")
+    if not folder.is_dir():
+        raise InputError(
+            f"No exits for the tiny model {kind!r} ship with offramp.",
+            f"Train them in a few minutes: offramp demo {kind}.",
+        )
+    return folder

@@ -1,0 +1,1 @@
+"""What attaches to the core, one file a feature."""

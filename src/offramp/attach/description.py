@@ -1,0 +1,36 @@
+"""The sizes of a model that a person wants to know."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.weights import float_values, scheme
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """Sizes a person wants to know before attaching exits; bytes in the backbone's dtype."""
+    layer = float_values(backbone.layers[-1]) * backbone.dtype.itemsize
+    return {
+        "name": backbone.name,
+        "model_type": backbone.model.config.model_type,
+        "text_model_type": backbone.text_config.model_type,
+        "encoder_decoder": backbone.is_encoder_decoder,
+        "layers": backbone.depth,
+        "width": backbone.width,
+        "vocabulary": backbone.vocabulary,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "quantized": scheme(backbone.layers),
+        "weight_bytes": weight_bytes(backbone.model),
+        "parameters": float_values(backbone.model),
+        "exit_bytes": layer,
+    }
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's weights, shared ones counted once."""
+    held = {id(t): t for t in chain(module.parameters(), module.buffers())}
+    return sum(t.nbytes for t in held.values())

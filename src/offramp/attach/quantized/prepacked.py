@@ -1,0 +1,93 @@
+"""Linears whose weights are laid out as a processor reads them: the same numbers, read faster.
+
+PyTorch multiplies a few tokens with a plain weight at half the speed of the processor's memory, and
+rearranges a bfloat16 weight at every call. oneDNN's layout, made once, is what compiled models
+freeze; here every loop has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.core.errors import InputError
+from offramp.core.models.weights import OwnLinear, filled_up
+
+LEAST = 2**19
+"""Numbers of a weight in float32 below which a plain product of one token is faster."""
+_LAID_OUT_FOR = 16
+"""Tokens that the layout is chosen for: it is as good for 1 to 64."""
+
+
+class PrepackedLinear(OwnLinear):
+    """A linear in oneDNN's layout: states [..., in] in, states [..., out] out; for inference."""
+
+    weight: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
+        self.bias: nn.Parameter = linear.bias
+        weight = linear.weight.detach().contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _LAID_OUT_FOR)
+        self.register_buffer("weight", packed, persistent=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Raise `InputError` where the product is to be differentiated, as training would."""
+        if states.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                "Prepacked weights were to be trained through, and are for inference alone.",
+                "Train on the model as it was loaded, and prepack it afterwards.",
+            )
+        return filled_up(
+            states,
+            lambda rows: torch.ops.mkldnn._linear_pointwise(
+                rows, self.weight, self.bias, "none", [], ""
+            ),
+        )
+
+    def dense(self) -> Tensor:
+        """The weight [out, in], bit for bit."""
+        return self.weight.to_dense()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As the plain linear would."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.dense()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def is_worth_it(weight: Tensor) -> bool:
+    """Return True if one token's product is faster in the layout."""
+    return weight.dtype != torch.float32 or weight.numel() >= LEAST
+
+
+def prepacked(linear: nn.Linear) -> PrepackedLinear:
+    """A linear in oneDNN's layout; the plain one is left as it is.
+
+    Raises:
+        InputError: the linear is not on a processor, or in a precision that this one cannot
+            multiply in.
+    """
+    weight = linear.weight
+    precision = str(weight.dtype).removeprefix("torch.")
+    if weight.device.type != "cpu":
+        raise InputError(
+            f"Weights are laid out for a processor, and the model is on {weight.device}.",
+            "Load it with device='cpu' (--device cpu), or leave prepacking out.",
+        )
+    known = [torch.float32]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        known.append(torch.bfloat16)
+    here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if weight.dtype not in known or not here:
+        raise InputError(
+            f"This processor's oneDNN has no matrix multiplication in {precision}.",
+            "Load the model in float32 (--dtype float32), or leave prepacking out.",
+        )
+    return PrepackedLinear(linear)

@@ -1,0 +1,1 @@
+"""Small helpers of the rooms outside the core."""

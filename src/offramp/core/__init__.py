@@ -1,0 +1,1 @@
+"""What every answer runs: the decoding loop, and backbone, exits, prompts and caches around it."""

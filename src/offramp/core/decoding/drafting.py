@@ -1,0 +1,235 @@
+"""Drafters: what writes the drafts of a lossless round, and how the full model verifies them.
+
+A round drafts on from the newest token of each sequence, verifies all drafts in one call of the
+deep layers, and keeps those that the full model says too (`Decoder`). Nothing of a round outlives
+it: drafts change speed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from typing import Any, NamedTuple, Protocol
+
+from offramp.core.decoding.executor import Executor, Handle, Span
+from offramp.core.decoding.reader import Heads, Query
+from offramp.core.decoding.sequence import Sequence
+from offramp.core.errors import InputError
+
+Ends = Callable[[int], bool]
+"""Whether an answer is over with a token."""
+
+
+class DraftBudget(NamedTuple):
+    """The limits of a round's drafts. max_drafts: tokens. min_probability: an exit that drafts on
+    stops once the product of its drafts' probabilities is lower. ends: whether a token ends the
+    answer; nothing is drafted after it."""
+
+    max_drafts: int
+    min_probability: float
+    ends: Ends
+
+
+FeedOn = Callable[[Handle, int, DraftBudget], list[tuple[int, Any]]]
+"""Feeds the next token of a sequence as `Executor.feed` does, and then what the first exit says, as
+long as each is as likely as the budget wants. Returns of each token fed what the exit says after
+it, and its output."""
+
+
+class Drafts:
+    """The drafts of one sequence in one round; none is added beyond its budget."""
+
+    def __init__(self, budget: DraftBudget) -> None:
+        self.ids: list[int] = []
+        self._budget, self._product = budget, 1.0
+
+    def add(self, token: int, probability: float) -> bool:
+        """Keep the next draft, if it is likely enough to be right; return True where another may
+        follow."""
+        budget = self._budget
+        self._product *= probability
+        if self._product < budget.min_probability:
+            return False
+        self.ids.append(token)
+        return len(self.ids) < budget.max_drafts and not budget.ends(token)
+
+
+class Draft(NamedTuple):
+    """A round's draft of one sequence. fed: its newest token, if it has one, and the drafts that
+    the full model is asked to follow. said: what the exit says after the prompt, where that waits,
+    and after each of them, as far as it is confident."""
+
+    fed: list[int]
+    said: list[int]
+
+
+class Drafter(Protocol):
+    """Writes drafts for an executor's sequences.
+
+    depth: of the exit that drafts; accepted drafts count at it. keeps: depth of the exit whose
+    state `read` is to keep of a prompt; None: the drafter needs none.
+    """
+
+    depth: int
+    keeps: int | None
+
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
+        """Draft on from the newest token of each sequence."""
+        ...
+
+    def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
+        """Run what is fed of each sequence through all layers. Returns what `Heads.words` takes, of
+        the prompt's last token where that waits, and of all that are fed, one sequence after the
+        other."""
+        ...
+
+
+class DraftingExecutor(Executor, Protocol):
+    """An executor that was given an exit that drafts on from its own state."""
+
+    def draft(
+        self,
+        handles: Many[Handle],
+        ids: Many[int | None],
+        columns: Many[int],
+        budgets: Many[DraftBudget],
+    ) -> list[list[int]]:
+        """Return what the drafting exit writes after the next token of each sequence, from the
+        state that it made of the column before; nothing where that state is not known. ids: None:
+        after a prompt that waits."""
+        ...
+
+
+class ExitDrafts:
+    """Drafts by an exit that goes on from its own state, and never runs a layer of the backbone."""
+
+    def __init__(self, executor: DraftingExecutor, depth: int) -> None:
+        self.depth: int = depth
+        self._executor = executor
+        self.keeps: int | None = depth
+
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
+        newest = [row.ids[-1] if row.ids else None for row in rows]
+        said = self._executor.draft(*_places(rows, newest), budgets)
+        return [*map(_side_by_side, rows, said)]
+
+    def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
+        return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
+
+
+class PlainDrafts:
+    """Drafts by what an ordinary exit says of tokens that are fed to the layers below it, one after
+    the other. The layers above verify them in one call."""
+
+    keeps: int | None = None
+
+    def __init__(self, executor: Executor, heads: Heads, depth: int) -> None:
+        """depth: of the exit, one of the executor's."""
+        self.depth: int = depth
+        self._executor, self._heads = executor, heads
+        self._segment = executor.depths.index(depth)  # whose end the exit stands at
+
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
+        drafts = [Draft([], []) for _ in rows]
+        going = [*zip(rows, budgets, drafts, strict=True)]
+        while going:
+            drafting = [row for row, _, _ in going]
+            newest = [draft.said[-1] if draft.said else row.ids[-1] for row, _, draft in going]
+            queries = [Query(row.sampler, row.rule, [*row.ids, *d.said]) for row, _, d in going]
+            verdicts = self._heads.verdicts(self.depth, self._feed(drafting, newest), queries)
+            further = []
+            for one, token, verdict in zip(going, newest, verdicts, strict=True):
+                row, budget, draft = one
+                draft.fed.append(token)
+                if isinstance(verdict, Exception):
+                    row.error = verdict
+                elif verdict is not None and row.rule.exits(self.depth, verdict):
+                    draft.said.append(verdict.token)
+                    if len(draft.fed) <= budget.max_drafts and not budget.ends(verdict.token):
+                        further.append(one)
+            going = further
+        return drafts
+
+    def _feed(self, rows: Many[Sequence], ids: Many[int]) -> Any:
+        """Feed a token of each sequence as far as the exit."""
+        output = self._executor.feed(*_places(rows, ids), needs_exit=not self._segment)
+        for row in rows:
+            row.ran[0] += 1
+        for segment in range(1, self._segment + 1):
+            asked = range(len(rows)) if segment == self._segment else ()
+            output = self._run(segment, rows, asked)
+        return output
+
+    def _run(self, segment: int, rows: Many[Sequence], asked: Many[int]) -> Any:
+        spans = [Span(row.handle, row.ran[segment], row.ran[segment - 1]) for row in rows]
+        for row in rows:
+            row.ran[segment] = row.ran[segment - 1]
+        return self._executor.run(segment, spans, asked)
+
+    def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
+        last = len(self._executor.depths)
+        for segment in range(self._segment + 1, last):
+            self._run(segment, rows, ())
+        return self._run(last, rows, range(sum([len(draft.fed) for draft in drafts])))
+
+
+Proposes = Callable[[Many[int], int], Many[int]]
+"""Returns ids, at most so many, that may follow the tokens of a prompt and its answer so far."""
+
+
+class TextDrafts:
+    """Drafts by the text alone, such as n-grams that came before. Drafts that the full model
+    confirms count at full depth, where they were verified."""
+
+    keeps: int | None = None
+
+    def __init__(self, executor: Executor, depth: int, propose: Proposes) -> None:
+        """depth: L of the full model. propose: an error that it raises fails its request alone."""
+        self.depth: int = depth
+        self._executor, self._propose = executor, propose
+
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
+        return [*map(self._draft, rows, budgets)]
+
+    def _draft(self, row: Sequence, budget: DraftBudget) -> Draft:
+        drafts = Drafts(budget)
+        if budget.max_drafts:
+            try:
+                for token in self._propose([*row.sampler.prompt, *row.ids], budget.max_drafts):
+                    if not drafts.add(int(token), 1.0):
+                        break
+            except Exception as error:
+                row.error = error
+        return _side_by_side(row, drafts.ids)
+
+    def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
+        return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
+
+
+DRAFTERS: dict[str, Callable[[Executor, int], Drafter]] = {}
+"""What makes a drafter for an executor of a model of depth L, by name."""
+
+
+def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> None:
+    """Give a drafter a name that a policy's `drafts` knows: `ExitPolicy(drafts={name: 0.0})`.
+
+    make: gets an executor and the depth L of its model; see `Drafter`, and `TextDrafts` for one
+    that needs the text alone.
+
+    Raises:
+        InputError: the name is not a word.
+    """
+    if not name.isidentifier():
+        raise InputError(f"A drafter cannot be called {name!r}.", "Give a word: my_drafter.")
+    DRAFTERS[name] = make
+
+
+def _side_by_side(row: Sequence, said: list[int]) -> Draft:
+    """The newest token and its drafts, up to the first that ends the answer."""
+    ended = bool(said) and row.sampler.ends(said[-1])
+    return Draft([*row.ids[-1:], *(said[:-1] if ended else said)], said)
+
+
+def _places(rows: Many[Sequence], ids: Any) -> tuple[list[Handle], Any, list[int]]:
+    """Handles, ids and columns at which the next tokens of sequences are fed."""
+    return [row.handle for row in rows], ids, [row.ran[0] for row in rows]

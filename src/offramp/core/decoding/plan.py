@@ -1,0 +1,153 @@
+"""What one model decodes by: decided once, by whoever opens the model, and not by each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, cast
+
+from offramp.core.decoding.decoder import Decoder
+from offramp.core.decoding.drafting import (
+    DRAFTERS,
+    Drafter,
+    DraftingExecutor,
+    ExitDrafts,
+    PlainDrafts,
+)
+from offramp.core.decoding.executor import Executor
+from offramp.core.decoding.reader import Heads
+from offramp.core.decoding.rule import NO_EXITS, ExitRule
+from offramp.core.decoding.scheduler import AT_ONCE, Schedule
+from offramp.core.engine.policy import AHEAD, ExitPolicy
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Layers, exits, heads, drafter and policy of one model, put together.
+
+    layers: depth L of the full model. depths: of the exits in use, ascending. policy: of answers
+    that ask for nothing else. heads: ask exits and the LM head. executor: makes what runs the
+    layers; its arguments are sizes. reader: makes what reads prompts for that executor. drafter:
+    makes the drafter of an executor; None: lossless answers run at full depth. levels: by the
+    drafter's depth, from which score or probability it drafts on. first_may_exit: whether an
+    answer's first token may exit. tested: whether tests have shown that it decodes exactly; else
+    whoever writes an answer has that proven of its prompt.
+    """
+
+    layers: int
+    depths: tuple[int, ...]
+    policy: ExitPolicy
+    heads: Heads
+    executor: Callable[..., Executor]
+    reader: Callable[..., Any]
+    drafter: Callable[[Executor, Heads], Drafter] | None = None
+    levels: Mapping[int, float] = field(default_factory=dict)
+    first_may_exit: bool = True
+    tested: bool = True
+    _readers: list[Any] = field(default_factory=list, repr=False)
+    _executors: dict[Any, list[Executor]] = field(default_factory=dict, repr=False)
+
+    @contextmanager
+    def reading(self, **caches: Any) -> Iterator[Any]:
+        """Lend a reader of prompts for one answer. Without caches it is kept for the next answer.
+
+        caches: as of `reader`.
+        """
+        if any(cache is not None for cache in caches.values()):
+            yield self.reader(**caches)
+        else:
+            with _lent(self._readers, self.reader) as reader:
+                yield reader
+
+    @contextmanager
+    def running(self, **sizes: Any) -> Iterator[Executor]:
+        """Lend an executor for one answer, without sequences before and after; it is kept for the
+        next answer of the same sizes.
+
+        sizes: as of `executor`.
+        """
+        kept = self._executors.setdefault(tuple(sizes.items()), [])
+        with _lent(kept, partial(self.executor, **sizes)) as executor:
+            try:
+                yield executor
+            finally:
+                executor.close()
+
+    @cached_property
+    def own_rule(self) -> ExitRule:
+        """The rule of answers that ask for nothing else than the policy."""
+        return self.rule()
+
+    def rule(
+        self, mode: str | None = None, thresholds: Mapping[int, float] | None = None
+    ) -> ExitRule:
+        """Return the rule by which an answer uses the exits: the one place where a policy becomes a
+        rule.
+
+        mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
+        """
+        policy = self.policy.asked(mode, thresholds, self.depths or tuple(self.levels))
+        if policy.lossless and self.levels:
+            return ExitRule(self.levels, lossless=True, max_drafts=policy.max_draft)
+        if policy.lossless or not policy.thresholds:
+            return NO_EXITS
+        first = policy.opening if self.first_may_exit else {}
+        return ExitRule(policy.thresholds, first)
+
+    def decoder(
+        self, executor: Executor, schedule: Schedule = AT_ONCE, *, longest: int | None = None
+    ) -> Decoder:
+        """The decoder of an executor that this plan made. schedule, longest: as of `Decoder`."""
+        drafter = None if self.drafter is None else self.drafter(executor, self.heads)
+        return Decoder(
+            self.layers, executor, self.heads, drafter=drafter, schedule=schedule, longest=longest
+        )
+
+
+@contextmanager
+def _lent(idle: list[Any], make: Callable[[], Any]) -> Iterator[Any]:
+    """Lend one of those that are idle, or a new one where other threads have them all. After an
+    error it does not come back."""
+    try:
+        one = idle.pop()
+    except IndexError:
+        one = make()
+    yield one
+    idle.append(one)
+
+
+def draft_levels(policy: ExitPolicy, drafting: int | None, layers: int) -> dict[int, float]:
+    """Return by the depth at which drafts count the score or probability down to which they go on;
+    empty where nothing drafts.
+
+    drafting: depth of the exit that drafts on from its own state; None: there is none, and the
+    lowest exit drafts by what it says of tokens that are fed. layers: depth L of the full model, at
+    which the drafts of a registered drafter count.
+    """
+    if policy.drafter is not None:
+        return {layers: policy.drafts[policy.drafter]}
+    if drafting is not None:
+        return {drafting: policy.drafts.get(drafting, AHEAD)}
+    at = policy.drafts or policy.thresholds
+    return {min(at): at[min(at)]} if at else {}
+
+
+def drafter_at(
+    levels: Mapping[int, float], *, named: str | None, draws_on: bool
+) -> Callable[[Executor, Heads], Drafter] | None:
+    """Return what makes the drafter whose drafts count at the depth of `levels`; None where there
+    is none.
+
+    named: a registered drafter; None: the exit at that depth. draws_on: whether that exit drafts on
+    from its own state.
+    """
+    for depth in levels:
+        if named is not None:
+            make = DRAFTERS[named]
+            return lambda executor, heads: make(executor, depth)
+        if draws_on:
+            return lambda executor, heads: ExitDrafts(cast(DraftingExecutor, executor), depth)
+        return lambda executor, heads: PlainDrafts(executor, heads, depth)
+    return None

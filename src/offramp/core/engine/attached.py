@@ -1,0 +1,257 @@
+"""Exits attached to a backbone, called as a Hugging Face model's `generate` is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, overload
+
+from torch import Tensor, nn
+
+from offramp.core.decoding.plan import Plan
+from offramp.core.engine.confidence import HEADS
+from offramp.core.engine.generate import generate, generate_prepared
+from offramp.core.engine.plan import plan_of
+from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.core.engine.prefill import IMAGES, Prepared
+from offramp.core.engine.prompt import PromptMemory
+from offramp.core.errors import InputError
+from offramp.core.executors.bare import GLOBAL_HOOKS
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import ExitSet
+from offramp.core.models.weights_version import Unchanged
+
+PLANS = 4
+"""Plans that an adapter keeps, one for each policy that was asked for last."""
+NO_THRESHOLDS = (
+    "These exits have no thresholds, so every layer runs for every token. Find thresholds with "
+    "`offramp calibrate`, or give some: exit_policy=ExitPolicy({%d: 0.95}). mode='lossless' needs "
+    "none where they were trained."
+)
+"""With the depth of an exit that there is."""
+
+
+class CalledAsModel:
+    """The base of what is called as a Hugging Face model's `generate` is, and exits early by a
+    policy: an adapter, or a runtime in PyTorch's place."""
+
+    backbone: Backbone
+
+    @overload
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        **options: Any,
+    ) -> GenerationOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        **options: Any,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate with early exits, called as a Hugging Face model's `generate`.
+
+        `generate(**inputs, max_new_tokens=40)` returns the sequences [B, T], a LongTensor; with
+        `return_dict_in_generate=True` a `GenerationOutput`, which has depths and scores besides.
+        `generate(inputs, ...)`, with what the processor returned as one argument, always does.
+
+        inputs: what the processor returned; or ids [B, T]; or nothing, where all has a name.
+        mode: "early_exit", "lossless" or "full", by the same thresholds; None: as the policy says.
+        policy, exit_policy: two names of one thing; None: the adapter's policy.
+        options: see `offramp.generate`.
+
+        Raises:
+            InputError: an option that is not supported, a prompt without its image, or what cannot
+                be done by whatever writes the answer.
+        """
+        chosen = self._exits_of.chosen_policy(mode, policy, exit_policy)
+        if isinstance(inputs, Mapping):
+            return self._write(inputs, chosen, **options)
+        returns_dict = options.pop("return_dict_in_generate", None)
+        if returns_dict is None:
+            config = options.get("generation_config")
+            config = config or getattr(self.backbone.model, "generation_config", None)
+            returns_dict = getattr(config, "return_dict_in_generate", False)
+        # Recognised by type or name: a processor's output may have any names.
+        read = {n: v for n, v in options.items() if isinstance(v, Tensor) or n.startswith(IMAGES)}
+        if inputs is not None:
+            read["input_ids"] = inputs
+        settings = {name: value for name, value in options.items() if name not in read}
+        made = self._write(read, chosen, **settings)
+        return made if returns_dict else made.sequences.clone()
+
+    @property
+    def _exits_of(self) -> AttachedExits:
+        """Return the exits that are used."""
+        raise NotImplementedError
+
+    def _write(
+        self, inputs: Mapping[str, Any], policy: ExitPolicy, **options: Any
+    ) -> GenerationOutput:
+        """Write the answers to a processor's output."""
+        raise NotImplementedError
+
+
+@dataclass(repr=False)
+class AttachedExits(CalledAsModel):
+    """Exits attached to a backbone, and the policy they exit early by.
+
+    As `custom_generate` of the model's own `generate` they decode in its place:
+    `model.generate(**inputs, custom_generate=adapter)`.
+    """
+
+    backbone: Backbone
+    exits: ExitSet
+    policy: ExitPolicy = FULL
+
+    def __post_init__(self) -> None:
+        self.backbone = Backbone.of(self.backbone)
+        self.exits = ExitSet.of(self.exits)
+        self._plans: tuple[tuple[ExitPolicy, Plan], ...] = ()
+        self._stamp: Stamp | None = None
+
+    def _write(
+        self, inputs: Mapping[str, Any], policy: ExitPolicy, **options: Any
+    ) -> GenerationOutput:
+        return generate(self.backbone, inputs, planned=partial(self.plan, policy), **options)
+
+    def plan(self, policy: ExitPolicy | None = None) -> Plan:
+        """Return the plan by which answers under a policy, or the adapter's own, are written.
+
+        The newest `PLANS` are kept, as long as backbone and exits are what they were
+        (`Stamp`).
+
+        Raises:
+            InputError: the policy does not fit the exits.
+        """
+        policy = self.policy if policy is None else policy
+        if self._stamp is None or not self._stamp.holds(self.backbone, self.exits):
+            self.exits.forget_head()
+            self._plans, self._stamp = (), Stamp(self.backbone, self.exits)
+        for known, plan in self._plans:
+            if known == policy:
+                return plan
+        plan = plan_of(self.backbone, self.exits, policy)
+        self._plans = ((policy, plan), *self._plans[: PLANS - 1])
+        return plan
+
+    @property
+    def _exits_of(self) -> AttachedExits:
+        return self
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        *,
+        mode: str | None = None,
+        policy: ExitPolicy | None = None,
+        exit_policy: ExitPolicy | None = None,
+        prefix_cache: PromptMemory | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode in place of the model's own loop, as `custom_generate`; see `generate`.
+
+        `model.generate` hands neither a streamer nor the tokenizer of `stop_strings` to a
+        `custom_generate`: for these, call `generate` of the adapter.
+
+        Raises:
+            InputError: the exits are attached to another model, or an option is not supported.
+        """
+        rules = (logits_processor, stopping_criteria, generation_config)
+        made = generate_prepared(
+            self.backbone,
+            Prepared(model, input_ids, *rules, model_kwargs),
+            partial(self.plan, self.chosen_policy(mode, policy, exit_policy)),
+            prefix_cache=prefix_cache,
+        )
+        asked = getattr(generation_config, "return_dict_in_generate", False)
+        return made if asked else made.sequences.clone()
+
+    def chosen_policy(
+        self, mode: str | None, policy: ExitPolicy | None, exit_policy: ExitPolicy | None
+    ) -> ExitPolicy:
+        """Return the policy of a call. Raise `InputError` where both policies are given, or neither
+        is one."""
+        if policy is not None and exit_policy is not None:
+            raise InputError("policy and exit_policy were both given.", "Give one of them.")
+        given = exit_policy if policy is None else policy
+        if not isinstance(given, ExitPolicy | None):
+            thresholds = {self.exits.depths[0]: 0.95}
+            raise InputError(
+                f"An exit policy cannot be {given!r}.",
+                f"Give exit_policy=ExitPolicy({thresholds}), or a mode: mode='lossless'.",
+            )
+        chosen = (self.policy if given is None else given).in_mode(mode)
+        if given is None and mode != "full" and not self.spares_layers(chosen):
+            warnings.warn(NO_THRESHOLDS % self.exits.depths[0], stacklevel=3)
+        return chosen
+
+    def spares_layers(self, policy: ExitPolicy) -> bool:
+        """Return True if some token may leave early or be drafted by a policy."""
+        return bool(policy.thresholds or policy.drafts or (policy.lossless and self.exits.draft_on))
+
+
+class Stamp:
+    """The decoder, LM head and exits of an adapter as they are now.
+
+    It no longer holds once a module or a tensor is replaced or written in place, moved or converted
+    (`.to()`), once a hook comes or goes, of a module or of all of them, LoRA is put in, switched or
+    merged, a module is set to train, or attention, decoding options or what the self-check found
+    change. What is written through `tensor.data` in place goes unseen: PyTorch does not count it.
+    """
+
+    def __init__(self, backbone: Backbone, exits: ExitSet | None) -> None:
+        self._backbone, self._exits = backbone, exits
+        self._unchanged = Unchanged(partial(_modules, backbone, exits))
+        self._settings = self._look()
+
+    def holds(self, backbone: Backbone, exits: ExitSet | None) -> bool:
+        """Return True if these are the same, and nothing about them has changed."""
+        same = backbone is self._backbone and exits is self._exits
+        return same and self._look() == self._settings and self._unchanged()
+
+    def _look(self) -> list[Any]:
+        backbone = self._backbone
+        return [
+            backbone.decoding, backbone.engine, backbone.lossless, backbone.in_parts,
+            backbone.family, backbone.tower,
+            getattr(backbone.text_config, "_attn_implementation", None), *HEADS.items(),
+            *map(tuple, GLOBAL_HOOKS),
+        ]  # fmt: skip
+
+
+def _modules(backbone: Backbone, exits: ExitSet | None) -> Iterator[nn.Module]:
+    """The modules between the model and its decoder, those of the decoder, the head and exits."""
+    path, module = backbone.family.stack.split("."), backbone.model
+    for name in path:
+        yield module
+        module = getattr(module, name)
+    yield from backbone.stack.modules()
+    yield from backbone.head.modules()
+    if exits is not None:
+        yield from exits.modules.modules()

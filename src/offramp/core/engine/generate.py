@@ -1,0 +1,258 @@
+"""Generation: the full model, early exits and lossless drafts, one row or many.
+
+Hugging Face's own `generate` prepares everything (cache, logits processors, stopping criteria); the
+one decoder (`offramp.core.decoding`) decodes. Without exits it *is* the full model: the baseline
+runs through the same loop as the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.core.decoding.decoder import Decoder
+from offramp.core.decoding.plan import Plan
+from offramp.core.decoding.reader import PrefillBackend
+from offramp.core.decoding.rule import ExitRule
+from offramp.core.decoding.scheduler import AT_ONCE, Schedule
+from offramp.core.decoding.sequence import NAN, Token
+from offramp.core.engine.plan import plan_of
+from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.core.engine.prefill import Prepared, check_options
+from offramp.core.engine.prompt import PromptMemory, PromptReader
+from offramp.core.engine.sampler import (
+    Noise,
+    Observer,
+    PyTorchNoise,
+    Sampler,
+    SeededNoise,
+    StopTogether,
+)
+from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
+from offramp.core.models.intercept import ImageMemory
+
+SELF_CHECK = "offramp.attach.self_check"
+"""The module of what proves that decoding is exact, which is loaded where no test has shown it."""
+Planned = Callable[[], Plan]
+"""Returns the plan that answers are written by, made anew where what it was made of has changed."""
+
+
+def generate(
+    backbone: Backbone | nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    exits: ExitSet | Exits | None = None,
+    policy: ExitPolicy = FULL,
+    planned: Planned | None = None,
+    vision_cache: ImageMemory | None = None,
+    prefix_cache: PromptMemory | None = None,
+    streamer: Any = None,
+    seed: int | None = None,
+    observer: Observer | None = None,
+    **options: Any,
+) -> GenerationOutput:
+    """Generate with early exits; without `exits` or thresholds, with the full model.
+
+    backbone: a `Backbone`, or a Hugging Face model. inputs: what the HF processor returned.
+    planned: in place of `exits` and `policy`, the plan that an adapter keeps.
+    vision_cache: image features kept between calls, for several questions on an image.
+    prefix_cache: keys and values of prompts kept between calls, for the next turn of a dialogue.
+    streamer: HF's; where it has a method `step`, that gets each token with its depth and score.
+    seed: where tokens are sampled; row r draws by seed + r, the same tokens in every engine. None:
+    PyTorch's own generator goes on, as with HF.
+    observer: is told the row, the place in the answer and the processed logits [1, V] that each
+    token is chosen from.
+    options: HF's own (max_new_tokens, do_sample, temperature, top_k, top_p, logits_processor,
+    stopping_criteria, stop_strings with tokenizer or processor, generation_config, ...). Raise
+    `InputError` for those not supported: beam search, assisted and contrastive decoding, static or
+    quantised caches.
+    """
+    planned = planned or partial(plan_of, Backbone.of(backbone), exits, policy)
+    plan = planned()
+    with plan.reading(vision_cache=vision_cache, prefix_cache=prefix_cache) as reader:
+        prepared = reader.prepare(inputs, options)
+        if not plan.tested and _self_check().prove(reader.backbone, inputs, plan.depths):
+            plan = planned()
+        return _write(plan, reader, prepared, streamer, seed, observer)
+
+
+def generate_prepared(
+    backbone: Backbone,
+    prepared: Prepared,
+    planned: Planned,
+    *,
+    prefix_cache: PromptMemory | None = None,
+) -> GenerationOutput:
+    """Decode what Hugging Face's `generate` has prepared, as its `custom_generate` is asked to.
+
+    prepared: of the backbone's model or, as in BLIP-2, of the language model in it.
+
+    Raises:
+        InputError: it is of another model, or asks for what the loop does not do.
+        UnsupportedBackboneError: a backbone that was not proven, and cannot be on this prompt.
+    """
+    check_options(lambda name: getattr(prepared.config, name, None))
+    path = next((n for n, m in backbone.model.named_modules() if m is prepared.model), None)
+    if path is None:
+        raise InputError(
+            f"The exits are attached to {backbone.name}, and another model was asked to generate.",
+            "Attach them to that model: offramp.attach(model, exits).",
+        )
+    plan = planned()
+    if not plan.tested and _self_check().prove_prepared(backbone, prepared, plan.depths):
+        plan = planned()
+    reader = plan.reader(prefix_cache=prefix_cache)
+    twin = reader.intercepted.model.get_submodule(path)
+    return _write(plan, reader, replace(prepared, model=twin))
+
+
+def _self_check() -> Any:
+    return import_module(SELF_CHECK)
+
+
+def _write(
+    plan: Plan,
+    reader: PromptReader,
+    prepared: Prepared,
+    streamer: Any = None,
+    seed: int | None = None,
+    observer: Observer | None = None,
+) -> GenerationOutput:
+    rows = len(prepared.ids)
+    own = reader.backbone.has_own_frequencies(max(prepared.lengths))
+    with plan.running(slots=rows, own_frequencies=own) as executor:
+        decoder = plan.decoder(executor, AT_ONCE if rows == 1 else Schedule.of(rows))
+        return write_answers(
+            decoder, reader, prepared, plan.own_rule,
+            streamer=streamer, seed=seed, observer=observer,
+        )  # fmt: skip
+
+
+def write_answers(
+    decoder: Decoder,
+    reader: PrefillBackend,
+    prepared: Prepared,
+    rule: ExitRule,
+    *,
+    given: Sequence[Any] | None = None,
+    streamer: Any = None,
+    seed: int | None = None,
+    observer: Observer | None = None,
+) -> GenerationOutput:
+    """Read a prompt of one or more rows, and write the answer of each.
+
+    decoder: without sequences. reader: reads the prompts for its executor. rule: of all rows.
+    given: what the reader takes for each row by itself; None: what is prepared, for all.
+    streamer, seed, observer: as of `generate`.
+    """
+    rows = len(prepared.ids)
+    pad = getattr(prepared.config, "_pad_token_tensor", None)
+    pad = 0 if pad is None else int(pad.flatten()[0])
+    told = None if streamer is None else _Streamed(prepared.ids, pad, streamer)
+    noise = _noise(rows, seed, prepared)
+    together = StopTogether.of(prepared)
+    samplers = [
+        Sampler(
+            prepared,
+            row,
+            noise=noise[row],
+            on_token=None if told is None else partial(told.take, row),
+            on_end=None if told is None else partial(told.over, row),
+            observer=observer,
+            together=together,
+        )
+        for row in range(rows)
+    ]
+    groups: list[tuple[Any, list[Sampler]]] = [(prepared, samplers)]
+    if given is not None:
+        groups = [(one, [sampler]) for one, sampler in zip(given, samplers, strict=True)]
+    sequences = []
+    for what, group in groups:
+        prompt, firsts = decoder.read(reader, what, group, rule)
+        with torch.inference_mode():
+            sequences += [
+                decoder.join(prompt, row, sampler, rule, said)
+                for row, (sampler, said) in enumerate(zip(group, firsts, strict=True))
+            ]
+        del prompt
+    decoder.finish()
+    answers = [sequence.tokens for sequence in sequences]
+    if together is not None:
+        answers = [_cut(together, row, answer) for row, answer in enumerate(answers)]
+    if isinstance(noise[0], PyTorchNoise):
+        noise[0].hand_back(max(map(len, answers)))
+    if told is not None:
+        told.end()
+    return GenerationOutput.of_rows(
+        prepared.ids,
+        answers,
+        decoder.layers,
+        [s.rounds for s in sequences],
+        pad,
+    )
+
+
+def _cut(together: StopTogether, row: int, answer: Sequence[Token]) -> list[Token]:
+    """A row's answer, as long as the others; tokens after its own end get depth 0."""
+    length, end = min(len(answer), together.length), together.ended.get(row, len(answer))
+    return [
+        token if place < end else Token(token.token, 0)
+        for place, token in enumerate(answer)
+        if place < length
+    ]
+
+
+def _noise(rows: int, seed: int | None, prepared: Prepared) -> Sequence[Noise | None]:
+    """Return each row's noise: by `seed` plus its number; without a seed, PyTorch's for all."""
+    if not prepared.config.do_sample:
+        return [None] * rows
+    if seed is None:
+        return [PyTorchNoise(rows, prepared.ids.device)] * rows
+    return [SeededNoise(seed + row) for row in range(rows)]
+
+
+class _Streamed:
+    """Hands tokens to a streamer of Hugging Face's, a place at a time, once every row has it or is
+    over; those that are get pads."""
+
+    def __init__(self, ids: Tensor, pad: int, streamer: Any) -> None:
+        self._rows, self._pad, self._streamer = len(ids), pad, streamer
+        self._step = getattr(streamer, "step", None)
+        self._waiting: list[list[tuple[int, int, float]]] = [[] for _ in range(self._rows)]
+        self._over: set[int] = set()
+        streamer.put(ids.cpu())
+
+    def take(self, row: int, place: int, token: int, depth: int, score: float) -> None:
+        """Take a row's next token."""
+        self._waiting[row].append((token, depth, score))
+        self._hand_on()
+
+    def over(self, row: int) -> None:
+        """Note that a row has given out its last token."""
+        self._over.add(row)
+        self._hand_on()
+
+    def end(self) -> None:
+        """Note that all rows are over."""
+        self._over.update(range(self._rows))
+        self._hand_on()
+        self._streamer.end()
+
+    def _hand_on(self) -> None:
+        rows = [*enumerate(self._waiting)]
+        while any(self._waiting) and all(waiting or row in self._over for row, waiting in rows):
+            self._tell([w.pop(0) if w else (self._pad, 0, NAN) for w in self._waiting])
+
+    def _tell(self, step: Sequence[tuple[int, int, float]]) -> None:
+        tokens, depths, scores = (torch.tensor(column) for column in zip(*step, strict=True))
+        self._streamer.put(tokens)
+        if self._step is not None:
+            self._step(tokens, depths, scores)

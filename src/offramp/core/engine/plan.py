@@ -1,0 +1,69 @@
+"""The plan of a backbone in PyTorch: what `generate`, the batch engine and the checks decode by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+
+from offramp.core.decoding.plan import Plan, draft_levels, drafter_at
+from offramp.core.engine.confidence import HEADS
+from offramp.core.engine.drafter import DraftingExit
+from offramp.core.engine.heads import ExitHeads
+from offramp.core.engine.policy import ExitPolicy, check_policy_depths, first_token_may_exit
+from offramp.core.engine.prompt import PromptReader
+from offramp.core.executors.choice import executor_for
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits, ExitSet
+
+
+def plan_of(
+    backbone: Backbone,
+    exits: ExitSet | Exits | None,
+    policy: ExitPolicy,
+    *,
+    modes: Collection[str] | None = None,
+    heads: Callable[..., ExitHeads] | None = None,
+    drafts_on: bool = True,
+) -> Plan:
+    """Decide by which exits, heads and drafter answers are written.
+
+    modes: that answers may ask for, of `offramp.core.engine.policy.MODES`; None: the policy's own
+    alone.
+    heads: made in place of those that the policy's score names. drafts_on: whether what runs the
+    layers can let an exit draft on from its own state.
+
+    Raises:
+        InputError: thresholds where no exit stands, or what the policy needs is missing.
+        UnsupportedBackboneError: a lossless policy, of a backbone whose drafts stay in the cache.
+    """
+    attached = None if exits is None else ExitSet.of(exits)
+    stand = () if attached is None else attached.depths
+    check_policy_depths(policy, stand)
+    asked = {policy.own_mode} if modes is None else set(modes)
+    drafting, levels = None, dict[int, float]()
+    if "lossless" in asked and (attached is not None or policy.drafter is not None):
+        if drafts_on and attached is not None:
+            drafting = DraftingExit.of(backbone, attached, policy)
+        levels = draft_levels(policy, None if drafting is None else drafting.depth, backbone.depth)
+    if levels and modes is None:
+        backbone.check_lossless()
+    early = policy.thresholds if "early_exit" in asked and attached is not None else {}
+    depths = tuple(sorted({*early, *levels} - {backbone.depth}))
+    in_use = attached if depths else None
+    made = heads or HEADS.get(policy.score, ExitHeads)
+    asking = made(backbone, in_use, policy, depths)
+    return Plan(
+        backbone.depth,
+        depths,
+        policy,
+        asking,
+        executor=partial(
+            executor_for, backbone, attached, depths,
+            needs_previous_state=asking.needs_previous_state, drafter=drafting,
+        ),
+        reader=partial(PromptReader, backbone, attached, depths),
+        drafter=drafter_at(levels, named=policy.drafter, draws_on=drafting is not None),
+        levels=levels if backbone.lossless else {},
+        first_may_exit=first_token_may_exit(backbone, policy),
+        tested=backbone.tested and backbone.engine is not None,
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""Bare twins, which decoding calls in the place of layers, exits and the LM head.
+
+`nn.Module` looks for hooks at each call, and for parts by a detour through `__getattr__`. A decoder
+layer has a dozen modules, and for one token that is a quarter of its Python. Where there are no
+hooks, a twin that shares every parameter, whose call is its `forward` and whose parts are plain
+attributes, computes the same, bit for bit, without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules import module as torch_module
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import ExitSet
+from offramp.core.models.opened import HeadCode
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+GLOBAL_HOOKS = [getattr(torch_module, f"_global{table}") for table in _HOOKS]
+"""Tables that stay the same objects."""
+_CALLS = (nn.Module.__call__, GradientCheckpointingLayer.__call__)
+
+
+_LEAST = 2**16
+"""Numbers of a weight from which on oneDNN multiplies several tokens faster."""
+
+
+class SeveralTokensLinear(nn.Linear):
+    """A linear whose product of several tokens is oneDNN's, up to twice as fast as MKL's, which has
+    no AVX-512 on AMD's processors. A single token's is PyTorch's own, bit for bit."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        if states.numel() == self.in_features or torch.is_grad_enabled():
+            return functional.linear(states, self.weight, self.bias)
+        product = torch.ops.mkldnn._linear_pointwise
+        return product(states, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _gains(module: nn.Module) -> bool:
+    here = torch._C.has_mkl and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if type(module) is not nn.Linear or not here:
+        return False
+    weight = module.weight
+    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+    return plain and weight.numel() >= _LEAST
+
+
+class BareModules(dict[Any, Any]):
+    """Bare twins by the module in whose place they are called; made when first asked for, for one
+    generation."""
+
+    def __init__(self, caller: str) -> None:
+        """caller: the Python module of the code that calls them."""
+        super().__init__()
+        self._caller = caller
+
+    def __missing__(self, module: Any) -> Any:
+        if not isinstance(module, nn.Module):
+            return module  # a method
+        made = self[module] = bare(module, self._caller)
+        return made
+
+
+def bare(module: nn.Module, caller: str, *, own: bool = True) -> nn.Module:
+    """The twin of a module; the module itself where something stands around its `forward`.
+
+    caller: the Python module of the code that calls it. own: whether linears may have a product of
+    ours.
+    """
+    if not _is_plain(module):
+        return module
+    kind: Any = SeveralTokensLinear if own and _gains(module) else type(module)
+    made: Any = object.__new__(_straight(kind, kind.forward.__module__ == caller))
+    made.__dict__.update(module.__dict__)
+    parts = {
+        name: None if part is None else bare(part, kind.forward.__module__, own=own)
+        for name, part in module._modules.items()
+    }
+    made.__dict__["_modules"] = parts
+    made.__dict__.update(parts)
+    made.__dict__.update(module._parameters)
+    made.__dict__.update(module._buffers)
+    return made  # type: ignore[no-any-return]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    own = module.__dict__
+    return (
+        type(module).__call__ in _CALLS
+        and not module.training
+        and "forward" not in own
+        and own.get("_compiled_call_impl") is None
+        and not any(own.get(table) for table in _HOOKS)
+        and not any(GLOBAL_HOOKS)
+    )
+
+
+@cache
+def _straight(kind: Any, by_kin: bool) -> type[nn.Module]:
+    """A class of modules as `kind`, called without what `nn.Module` does around `forward`.
+
+    by_kin: whether code of the same file calls them; it uses no deprecated names, so that what
+    Hugging Face wraps around `forward` to translate these has nothing to do.
+    """
+    forward: Callable[..., Any] = kind.forward
+    while by_kin and forward.__code__.co_filename.endswith("deprecation.py"):
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
+    return type(kind.__name__, (kind,), {"__call__": forward, "__module__": kind.__module__})
+
+
+def share_parts(module: nn.Module, twin: nn.Module) -> bool:
+    """Return True if a module and its twin share parts, as where something stands around them."""
+    own = {id(part) for part in module.modules()}
+    return any(id(part) in own for part in twin.modules())
+
+
+# -- what is called --------------------------------------------------------------------------------
+
+
+def called_in_place(backbone: Backbone) -> BareModules:
+    """Return by module what decoding calls in its place."""
+    caller, instead = type(backbone.stack).forward.__module__, backbone.decoding.instead
+    made: BareModules | None = None if instead is None else instead.modules(backbone, caller)
+    return BareModules(caller) if made is None else made
+
+
+def head_code(backbone: Backbone) -> HeadCode | None:
+    """Return what decoding calls in the LM head's place; None: the head itself."""
+    head, instead = backbone.head, backbone.decoding.instead
+    twin = bare(head, type(backbone.stack).forward.__module__)
+    if share_parts(head, twin):
+        return None
+    made = None if instead is None else instead.head(backbone)
+    if made is not None:
+        return made
+    return twin if isinstance(twin, SeveralTokensLinear) and backbone.reader is head else None
+
+
+def shortlist_head(backbone: Backbone, exits: ExitSet) -> nn.Module | None:
+    """Return what decoding calls for the LM head's rows of the shortlist; None without one."""
+    head = exits.shortlist_head(backbone)
+    return None if head is None else bare(head, "")
+
+
+def stack_runs(backbone: Backbone) -> None:
+    """Note that the model's own stack calls its layers, in whose place others were to be called."""
+    if backbone.decoding.instead is not None:
+        backbone.decoding.instead.left_out(backbone, "this model or request needs its own stack")

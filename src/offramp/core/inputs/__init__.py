@@ -1,0 +1,1 @@
+"""Examples and images as prompts take them."""

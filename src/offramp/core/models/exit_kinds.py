@@ -1,0 +1,66 @@
+"""Kinds of exit by name. Names need no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offramp.core.errors import InputError
+from offramp.core.plugins import check_registered, offered
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from offramp.core.models.backbone import Backbone
+
+BUILT_IN = ("layer", "drafting", "lens")
+"""Kinds that `offramp.core.models.exits` registers."""
+
+
+@dataclass(frozen=True)
+class ExitKind:
+    """A kind of exit, and how it is built.
+
+    build: from the backbone, the depth and the indices of the exit's own cache entries, a module
+        that is called as a decoder layer is: `module(hidden, *args, **kw)`, hidden [B, T, D], with
+        that layer's mask, positions and cache; it returns the estimate [B, T, D] of the final
+        state, alone or first in a tuple.
+    entries: cache entries of its own, one for each layer in it that attends.
+    """
+
+    build: Callable[[Backbone, int, Sequence[int]], nn.Module]
+    entries: int = 1
+
+
+EXIT_KINDS: dict[str, ExitKind] = {}
+"""By name, those that are registered; see `exit_kind`."""
+
+
+def kinds_of_exit() -> tuple[str, ...]:
+    """Return all names, the built-in ones first."""
+    return tuple(dict.fromkeys((*BUILT_IN, *EXIT_KINDS, *offered("exits"))))
+
+
+def exit_kind(name: str) -> ExitKind:
+    """Return the kind of a name. Raise `InputError` if there is none."""
+    check_registered("Kind of exit", "exits", name, lambda: EXIT_KINDS)
+    return EXIT_KINDS[name]
+
+
+def register_exit(
+    name: str, build: Callable[[Backbone, int, Sequence[int]], nn.Module], *, entries: int = 1
+) -> None:
+    """Give another kind of exit a name that training, adapters and the command line know.
+
+    build, entries: see `ExitKind`.
+
+    Raises:
+        InputError: the name is a built-in kind's, or there are no entries.
+    """
+    if name in BUILT_IN or entries < 1:
+        raise InputError(
+            f"Exits of kind {name!r} with {entries} cache entries cannot be registered.",
+            f"Use another name than {', '.join(sorted(BUILT_IN))}, and at least one entry.",
+        )
+    EXIT_KINDS[name] = ExitKind(build, entries)

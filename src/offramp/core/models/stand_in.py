@@ -1,0 +1,35 @@
+"""What stands in a vision tower's place, where an inference engine runs the tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+TORCH = "torch"
+
+
+class StandIn(nn.Module):
+    """Stands where a vision tower stood. Thread-safe.
+
+    name: of what runs the tower. tower: the model's own. beside: what stands in the places of other
+    modules then, by their paths from the model.
+    """
+
+    name: str
+    tower: nn.Module
+    beside: Mapping[str, nn.Module]
+
+    def __init__(
+        self, name: str, tower: nn.Module, beside: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        self.name, self.tower = name, tower
+        self.__dict__["beside"] = beside or {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("tower"), name)

@@ -1,0 +1,276 @@
+"""Weights of quantised linears as floats: an exit beside them is a float copy, which can be trained
+and saved, and a fingerprint is taken of the values that the backbone computes with.
+
+The backbone stays as it is. A scheme need not be known here: what its linear makes of unit vectors
+is its weight. That is also the safer way: bitsandbytes lays 4-bit weights out anew when they first
+run on a processor, and its own function then reads them wrongly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offramp.core.errors import UnsupportedBackboneError
+from offramp.core.models.sharding import full, gathered, hooks_of, loaded, local, unhook
+
+_BITS = ("bits", "num_bits", "qtype", "target_dtype", "quant_type")
+"""Where linears and their weights say how many bits they are held in."""
+_NEAR = 0.05
+"""How far a linear may be from its weight, relative to the largest value: schemes that round what
+comes in as well are that close."""
+_LARGE = 2.0
+"""Of a state that is looked at: below the 6 from which bitsandbytes calls a value an outlier."""
+_MIXED = 0.01
+"""Of the norm; half precision rounds a product by a fifth of that."""
+_COMPRESSED = "quantization_scheme"
+"""What compressed-tensors leaves in a linear, which rounds its weight whenever it runs."""
+ROWS = 4
+"""Fewer tokens than these take longer than these do, on the processors that were measured."""
+
+
+class OwnLinear(nn.Module):
+    """The base of linears that hold a weight in another form, each token by itself.
+
+    word: what the form is called; "" where its numbers are the plain linear's.
+    """
+
+    word: str = ""
+
+    def dense(self) -> Tensor:
+        """Return the weight [out, in], where the numbers are the plain linear's."""
+        raise NotImplementedError
+
+
+def filled_up(states: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what a product of rows [N, in] makes of states [..., in]; it gets at least `ROWS`."""
+    rows = states.reshape(-1, states.shape[-1])
+    tokens = len(rows)
+    if tokens < ROWS:
+        rows = functional.pad(rows, (0, 0, 0, ROWS - tokens))
+    made = product(rows)
+    return made[:tokens].view(*states.shape[:-1], made.shape[-1])
+
+
+def check_scheme(model: Any) -> None:
+    """Raise `UnsupportedBackboneError` where transformers did not know the scheme that a model's
+    configuration names: it then warns, and leaves quantised weights as they were initialised."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None or getattr(model, "hf_quantizer", None) is not None or scheme(model):
+        return
+    known = getattr(config, "quant_method", None) or dict(config).get("quant_method")
+    raise UnsupportedBackboneError(
+        f"{type(model).__name__} is quantised by {str(known)[:60]!r}, which this transformers does "
+        "not know: its weights were not read.",
+        "Update transformers, or load the model in a scheme that docs/quantisation.md names.",
+    )
+
+
+def unpack(model: Any) -> None:
+    """Unpack what compressed-tensors would when the model first runs, which our twins run past."""
+    if hasattr(model, "ct_decompress_hook"):
+        model.hf_quantizer.compressor.decompress_model(model)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Return True if this module is a linear, a leaf, whose weight is no plain float tensor; one
+    that is laid out for a processor is none."""
+    if not hasattr(module, "in_features") or any(True for _ in module.children()):
+        return False
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return not _is_plain(weight) or hasattr(module, _COMPRESSED)
+    return any(True for _ in chain(module.parameters(), module.buffers()))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor holds its values as they are: floats of 8 bits have a scale besides."""
+    tensor = local(tensor.data)
+    known = tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_mkldnn
+    return known and type(tensor) is Tensor
+
+
+def scheme(module: nn.Module) -> str | None:
+    """Return what holds the weights, in words: our own scheme, or the class of the first quantised
+    linear, or of its weight, and the bits that it names; None: nothing is quantised."""
+    for part in module.modules():
+        if isinstance(part, OwnLinear):
+            if part.word:
+                return part.word
+        elif is_quantized(part):
+            weight = getattr(part, "weight", None)
+            holder: Any = weight if type(part) is nn.Linear else part
+            holder = getattr(part, _COMPRESSED, holder)
+            places = (part, weight, getattr(holder, "weights", None))
+            named = (getattr(at, name, None) for at in places for name in _BITS)
+            return " ".join(
+                [type(holder).__name__, *dict.fromkeys(map(_word, filter(None, named)))]
+            )
+    return None
+
+
+def _word(bits: Any) -> str:
+    return str(getattr(bits, "name", bits)).removeprefix("torch.")
+
+
+@torch.no_grad()
+def mixes_rows(module: nn.Module) -> str | None:
+    """Return the scheme in `module` that rounds a state by those that share its call, as 8 bits of
+    bitsandbytes do beside outliers; None where none does."""
+    dtype, first = float_dtype(module), dict[str | None, nn.Module]()
+    for part in module.modules():
+        if is_quantized(part) and not isinstance(part, OwnLinear):
+            first.setdefault(scheme(part), part)
+    return next((name for name, linear in first.items() if _mixes(linear, dtype)), None)
+
+
+def _mixes(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether values that a step of 8 bits over the largest takes away come back beside a state of
+    outliers."""
+    like = next(chain(linear.parameters(), linear.buffers()))
+    if like.device.type == "meta":
+        return False
+    states = torch.full((2, linear.in_features), 0.4 * _LARGE / 127, device=like.device)
+    states[0, 0], states[1] = _LARGE, 50 * _LARGE
+    try:
+        alone, beside = linear(states[:1].to(dtype)), linear(states.to(dtype))[:1]
+    except Exception:  # whatever its kernels raise: the model itself runs before it is used
+        return False
+    return bool(((alone - beside).norm() > _MIXED * alone.norm()).item())
+
+
+@torch.no_grad()
+def dequantized(linear: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [out, in] that a quantised linear computes with.
+
+    dtype: of the states that come in.
+
+    Raises:
+        UnsupportedBackboneError: it cannot be read.
+    """
+    if isinstance(linear, OwnLinear) and not linear.word:
+        return linear.dense()
+    weight = getattr(linear, "weight", None)
+    if weight is not None and type(weight).dequantize is not Tensor.dequantize:
+        return weight.dequantize()  # type: ignore[no-any-return]
+    return _by_unit_vectors(linear, dtype)
+
+
+def _by_unit_vectors(linear: Any, dtype: torch.dtype) -> Tensor:
+    """The weight, read off by unit vectors and checked on another vector."""
+    weight: Tensor
+    device = next(chain(linear.parameters(), linear.buffers())).device
+    units = torch.eye(linear.in_features, device=device).to(dtype)
+    other = torch.linspace(-1, 1, linear.in_features, device=device).to(dtype)[None]
+    try:
+        bias = linear(torch.zeros_like(other))
+        weight = (linear(units) - bias).T
+        ours, theirs = other @ weight.T + bias, linear(other)
+    except Exception as error:  # whatever its kernels raise
+        raise _unreadable(linear, f"{type(error).__name__}: {str(error)[:120]}") from error
+    if not bool(((ours - theirs).abs().max() <= _NEAR * theirs.abs().max()).item()):
+        raise _unreadable(linear, "what it makes of states is not linear in them")
+    return weight
+
+
+def _unreadable(module: nn.Module, why: str) -> UnsupportedBackboneError:
+    return UnsupportedBackboneError(
+        f"Weights of {type(module).__name__} cannot be read as floats ({why}).",
+        "Load the model in a scheme that docs/quantisation.md names, or in float.",
+    )
+
+
+def float_copy(
+    layer: nn.Module, dtype: torch.dtype, instead: Mapping[nn.Module, nn.Module] | None = None
+) -> nn.Module:
+    """A deep copy whose quantised linears are plain ones of the same values, in `dtype`; of a layer
+    that processes split, of its full tensors.
+
+    instead: what the copy has in place of modules of the layer, once it is gathered.
+
+    Raises:
+        UnsupportedBackboneError: weights that are quantised elsewhere than in linears.
+    """
+    layer = gathered(layer)
+    with loaded(layer):
+        memo: dict[int, Any] = {id(part): other for part, other in (instead or {}).items()}
+        left_out = {id(part) for block in instead or {} for part in block.modules()}
+        for part in layer.modules():
+            if id(part) not in left_out and is_quantized(part):
+                memo[id(part)] = _plain(part, dtype)
+        made = copy.deepcopy(layer, memo | hooks_of(layer))
+    unhook(made)
+    for part in made.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not _is_plain(parameter):
+                raise _unreadable(part, f"its {name} is {parameter.dtype}, and it is no linear")
+    return made
+
+
+def _plain(linear: Any, dtype: torch.dtype) -> nn.Linear:
+    bias = getattr(linear, "bias", None)
+    made = nn.Linear(linear.in_features, linear.out_features, bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(dequantized(linear, dtype).detach().to(dtype, copy=True))
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+    return made
+
+
+def float_parameters(
+    module: nn.Module, besides: Collection[int] = ()
+) -> list[Callable[[], Tensor]]:
+    """Parameters in the order of `module.parameters()`, quantised ones as the floats they mean and
+    split ones whole, to be made one by one: all at once may have no room.
+
+    besides: ids of parameters and modules that are left out.
+    """
+    seen, dtype = set(besides), float_dtype(module)
+    makes: list[Callable[[], Tensor]] = []
+    for part in module.modules():
+        if is_quantized(part):
+            if id(part) in seen:
+                continue
+            makes.append(partial(_made, part, partial(dequantized, part, dtype)))
+        for name, parameter in _held_plainly(part).items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                makes.append(partial(_made, part, partial(getattr, part, name)))
+    return makes
+
+
+def float_values(module: nn.Module) -> int:
+    """Return the number of values in a module's float copy, shared ones counted once."""
+    values: dict[int, int] = {}
+    for part in module.modules():
+        if is_quantized(part):
+            linear: Any = part
+            values[id(part)] = linear.in_features * linear.out_features
+        values |= {id(t): t.numel() for t in _held_plainly(part).values() if t is not None}
+    return sum(values.values())
+
+
+def _held_plainly(part: nn.Module) -> Mapping[str, Tensor | None]:
+    """A module's own parameters by name; of a quantised linear all but its weight."""
+    return {"bias": getattr(part, "bias", None)} if is_quantized(part) else part._parameters
+
+
+def _made(part: nn.Module, make: Callable[[], Tensor]) -> Tensor:
+    with loaded(part):
+        return full(make().detach())
+
+
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """The precision of the states: that of a norm, which no scheme quantises."""
+    first: torch.dtype | None = None
+    for parameter in filter(_is_plain, module.parameters()):
+        if parameter.dim() == 1:
+            return parameter.dtype
+        first = first or parameter.dtype
+    return first or torch.float32

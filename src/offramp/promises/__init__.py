@@ -1,0 +1,1 @@
+"""What is promised of an answer, under which conditions, and of which requests."""

@@ -1,0 +1,466 @@
+"""Conditions of a guarantee: what of a decoding may change an answer, and how two of them differ.
+
+They are composed of parts. Each part (backbone, policy, exits, processor, arithmetic, request) says
+in a mapping what of it may change an answer; whatever is in one is compared by name, and a name
+that no `Rule` knows has to be equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from offramp.attach.input_processor import ONE_TURN, smallest_side
+from offramp.attach.quantized.prepacked import PrepackedLinear
+from offramp.attach.vision_engine import ROUNDED
+from offramp.core.engine.policy import ExitPolicy, policy_entries, resolved
+from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.weights import scheme
+from offramp.promises.prompt_kinds import FRAMES, OTHER, fits
+
+TORCH = "torch"
+"""The engine of an adapter that answers by itself, one by one or in slots."""
+SPEED = ("lossless", "drafts", "max_draft", "guesses")
+"""Entries of a policy that change no early answer."""
+DIGITS = 16
+"""Hex digits kept of a digest."""
+
+
+class Conditions(Mapping[str, Any]):
+    """The circumstances that may change an answer, by name, as JSON; None, or left out: not known.
+
+    The names of the parts here: see `of_backbone`, `of_policy`, `of_exits`, `of_processor` and
+    `of_arithmetic`; of a request: sampling ("greedy", or how else tokens are chosen), longest
+    (tokens of the longest answer) and prompts (frames of `offramp.promises.prompt_kinds`; of a
+    request, its one prompt). any_prompt: of a calibration whose prompts share no words, where it is known by
+    their answers which others are like them (`offramp.promises.likeness`).
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        self._values = {**(values or {}), **more}
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        policy: ExitPolicy,
+        *,
+        engine: str | None = None,
+        exits: Any = None,
+        **known: Any,
+    ) -> Conditions:
+        """Return the conditions of a backbone that answers by a policy. engine: a runtime's name;
+        None: PyTorch. exits: their modules. known: of a request, and `of_processor`."""
+        sampled = samples(backbone)
+        parts: tuple[Mapping[str, Any], ...] = (
+            of_backbone(backbone, engine),
+            of_policy(resolved(policy, backbone)),
+            {} if engine else of_arithmetic(backbone),
+            {} if exits is None or engine else of_exits(exits),
+            {name: value(backbone) for name, value in PARTS.items()},
+            {"sampling": "sampled" if sampled else "greedy"},
+            {name: value for name, value in known.items() if value is not None},
+        )
+        return cls({name: value for part in parts for name, value in part.items()})
+
+    @classmethod
+    def of_calibration(cls, calibration: Mapping[str, Any] | None) -> Conditions:
+        """Return the conditions that an adapter's calibration notes; none where there is none."""
+        return cls((calibration or {}).get("conditions") or {})
+
+    def under(self, **known: Any) -> Conditions:
+        """The same with what a request adds, or with other values."""
+        return Conditions({**self._values, **known})
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self._values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Conditions({self._values})"
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def of_backbone(backbone: Backbone, engine: str | None = None) -> dict[str, Any]:
+    """dtype: of the backbone. quantized: how its layers are held; "" as `dtype`. engine: "torch",
+    or a runtime's name with its number format. kernels: see `kernels`. vision: what runs the vision
+    tower, in runtimes too. device: its kind. parameters: whether they are those that were
+    loaded."""
+    return {
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "quantized": scheme(backbone.layers) or "",
+        "engine": engine or TORCH,
+        "kernels": None if engine else kernels(backbone),
+        "vision": backbone.vision_engine,
+        "device": backbone.device.type,
+        "parameters": _AS_LOADED if as_loaded(backbone) else _CHANGED,
+    }
+
+
+def of_policy(policy: ExitPolicy) -> dict[str, Any]:
+    """Return its entries but those of speed alone. Of earlier versions gates, weights and
+    visual tokens that were left out decided answers too: calibrations by one guarantee nothing."""
+    return {name: told for name, told in policy_entries(policy).items() if name not in SPEED}
+
+
+def of_exits(exits: Any) -> dict[str, Any]:
+    """exits: digest of their tensors, wherever they were changed; None where their weights are laid
+    out for a processor and were not seen before."""
+    return {"exits": exits_digest(exits.modules)}
+
+
+def of_processor(processor: Any) -> dict[str, Any]:
+    """template: digest of the chat template, "" where there is none. shrink_on_load: whether JPEGs
+    are decoded no larger than needed. pixels: what the image processor is set to. tokens: digest of
+    the tokenizer's vocabulary, and of what it makes of a text. None of a processor that does not
+    say it."""
+    if processor not in _TOKENS:
+        _TOKENS[processor] = _tokens_digest(getattr(processor, "tokenizer", processor))
+    return {
+        "template": template_digest(processor),
+        "shrink_on_load": smallest_side(processor) is not None,
+        "pixels": _pixels(getattr(processor, "image_processor", None)),  # may be set at any time
+        "tokens": _TOKENS[processor],
+    }
+
+
+def of_arithmetic(backbone: Backbone) -> dict[str, Any]:
+    """autocast: the precision that PyTorch casts to, here and now; "" for none. matmul: what
+    precision it uses in float32 matrix multiplication."""
+    kind = backbone.device.type
+    cast = torch.is_autocast_enabled(kind)
+    return {
+        "autocast": str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if cast else "",
+        "matmul": torch.get_float32_matmul_precision(),
+    }
+
+
+def samples(backbone: Backbone, options: Mapping[str, Any] | None = None) -> bool:
+    """Return True if tokens are drawn: where the options of a call do not say, the model's
+    generation configuration does."""
+    config = getattr(backbone.model, "generation_config", None)
+    return bool({"do_sample": getattr(config, "do_sample", False), **(options or {})}["do_sample"])
+
+
+def template_digest(processor: Any) -> str:
+    """Return the digest of a processor's chat template; "" for none, or one that adds nothing."""
+    template = getattr(processor, "chat_template", None)
+    return _digest(str(template)) if template and template != ONE_TURN else ""
+
+
+def kernels(backbone: Backbone) -> str:
+    """Return what PyTorch multiplies a backbone's layers by: "plain", "prepacked", "exact-batch" or
+    "compiled"."""
+    if backbone.decoding.instead is not None:
+        return backbone.decoding.instead.name
+    if backbone.decoding.exact_batches:
+        return "exact-batch"
+    return "prepacked" if _is_prepacked(backbone.layers) else "plain"
+
+
+def _is_prepacked(modules: nn.Module) -> bool:
+    return any(isinstance(part, PrepackedLinear) for part in modules.modules())
+
+
+_TOKENS: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+_NAMES = ("_name_or_path", "name_or_path", "_processor_class", "processor_class")
+"""Of a processor's settings, what says where it came from and changes nothing."""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
+
+
+def _pixels(look: Any) -> dict[str, Any] | None:
+    if not hasattr(look, "to_dict"):
+        return None
+    said = json.loads(json.dumps(look.to_dict(), sort_keys=True, default=str))
+    return {name: value for name, value in said.items() if name not in _NAMES}
+
+
+def _tokens_digest(tokenizer: Any) -> str | None:
+    """The digest of a tokenizer: its vocabulary, and what it puts around a text."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    tried = None
+    with suppress(Exception):  # a made-up tokenizer may take no text alone
+        tried = list(tokenizer("What is it? 12 ")["input_ids"])
+    return _digest(json.dumps([sorted(tokenizer.get_vocab().items()), tried], default=str))
+
+
+# -- what was changed after it was loaded ----------------------------------------------------------
+
+_AS_LOADED, _CHANGED = "as loaded", "changed after they were loaded"
+_EVERY = 1.0
+"""Seconds after which a model is looked at again."""
+_LOADED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+_LOOKED: WeakKeyDictionary[nn.Module, tuple[float, bool]] = WeakKeyDictionary()
+_EXITS: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], str | None]] = WeakKeyDictionary()
+
+
+def note_loaded(backbone: Backbone) -> None:
+    """Keep how a model is now, for `as_loaded` to hold later states to; once for a model."""
+    if backbone.model not in _LOADED:
+        _LOADED[backbone.model] = _state(backbone.model)
+
+
+def as_loaded(backbone: Backbone) -> bool:
+    """Return True if nothing was written into a model's weights since `note_loaded`, and no adapter
+    of PEFT put in, switched or taken out. Looked at once a second."""
+    model, now = backbone.model, time.monotonic()
+    if model not in _LOADED:
+        return True
+    at, found = _LOOKED.get(model, (-_EVERY, True))
+    if now - at >= _EVERY:
+        found = _is_same(_LOADED[model], _state(model))
+        _LOOKED[model] = now, found
+    return found
+
+
+def exits_digest(modules: nn.Module) -> str | None:
+    """Return the digest of the tensors of exits, made again where they were written to."""
+    now = _state(modules)
+    before, digest = _EXITS.get(modules, (None, None))
+    if before is None or not _is_same(before, now):
+        digest = None if _is_prepacked(modules) else tensors_digest(modules)[:DIGITS]
+        _EXITS[modules] = now, digest
+    return digest
+
+
+def tensors_digest(modules: nn.Module) -> str:
+    """SHA-256 over the tensors of trained modules."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(modules.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _state(modules: nn.Module) -> dict[str, Any]:
+    """The version of each parameter, and the active adapters of each PEFT layer."""
+    state: dict[str, Any] = {}
+    for name, parameter in modules.named_parameters():
+        state[name] = None if parameter.is_inference() else parameter._version
+    for name, module in modules.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+            on = [] if module.disable_adapters else list(module.active_adapters)
+            state[f"adapters of {name}"] = [on, list(getattr(module, "merged_adapters", ()))]
+    return state
+
+
+def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether weights are the same numbers: laid out otherwise, they have other names."""
+    adapters = {name for name in {*before, *now} if name.startswith("adapters of ")}
+    if any(before.get(name) != now.get(name) for name in adapters):
+        return False
+    return all(before[name] == now[name] for name in before if name in now)
+
+
+# -- rules -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A condition then and here, beside all others. risk: that was calibrated."""
+
+    before: Any
+    now: Any
+    then: Conditions
+    here: Conditions
+    risk: str
+
+    @property
+    def equal(self) -> bool:
+        return bool(self.before == self.now)
+
+    @property
+    def in_float32(self) -> bool:
+        return {self.then.get("dtype"), self.here.get("dtype")} == {"float32"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The rule by which a condition is compared and told.
+
+    words: what is said where it differs, with {here} and {then}. alike: whether it keeps every
+    answer. shown: its value for people. before: what calibrations that do not say it were of;
+    `UNSAID`: not known, and then it is not compared.
+    """
+
+    words: str
+    alike: Callable[[Compared], bool] = lambda compared: compared.equal
+    shown: Callable[[Any], str] = str
+    before: Any = None
+
+
+UNSAID = object()
+
+
+def _keeps_answers(compared: Compared) -> bool:
+    """Of what changes no answer of PyTorch in float32; docs/watch.md lists it, and
+    tests try it. A runtime that rounds states to 8 bits lets a last bit grow."""
+    if compared.equal:
+        return True
+    torch_here = compared.here.get("engine") == TORCH
+    rounded = not ROUNDED.keys().isdisjoint((compared.before, compared.now))
+    quantized = compared.then.get("quantized") or compared.here.get("quantized")
+    return torch_here and compared.in_float32 and not (rounded or quantized)
+
+
+def _longest(compared: Compared) -> bool:
+    """Whether answers are no longer than calibrated: shorter ones differ less often. Other risks
+    may not fall with the length."""
+    before, now = compared.before, compared.now
+    shorter = before is not None and now < before and compared.risk == "disagreement"
+    return bool(before == now or shorter)
+
+
+def _same_settings(compared: Compared) -> bool:
+    """Whether the settings that both name are equal: another library version may name more."""
+    before, now = compared.before, compared.now
+    return all(before[name] == now[name] for name in before if name in now)
+
+
+def _prompts(compared: Compared) -> bool:
+    """Where prompts share no words, any may come; whether one is like them its answer tells."""
+    before, any_text = compared.before, compared.then.get("any_prompt")
+    return before is not None and all(
+        fits(prompt, before) or (any_text and prompt != OTHER) for [prompt] in compared.now
+    )
+
+
+def _shown_prompts(frames: Any) -> str:
+    kinds = [" ... ".join(map(repr, frame)) for frame in frames or ()]
+    more = [f"and {len(kinds) - FRAMES} more"] if len(kinds) > FRAMES else []
+    return ", ".join(kinds[:FRAMES] + more)
+
+
+def _by_depth(values: Any) -> str:
+    return ", ".join(f"{depth}: {number:g}" for depth, number in (values or {}).items()) or "none"
+
+
+RULES: dict[str, Rule] = {
+    "dtype": Rule("precision {here} where {then} was calibrated"),
+    "quantized": Rule(
+        "weights in {here} where {then} was calibrated", shown=lambda v: v or "float"
+    ),
+    "engine": Rule("answers of {here} where those of {then} were calibrated"),
+    "kernels": Rule("{here} kernels where {then} ones were calibrated", _keeps_answers),
+    "vision": Rule(
+        "a vision tower in {here} where one in {then} was calibrated", _keeps_answers, before=TORCH
+    ),
+    "device": Rule("on {here} where {then} was calibrated"),
+    "parameters": Rule("weights of the backbone {here}", before=_AS_LOADED),
+    "exits": Rule(
+        "other weights of the exits than the calibrated ones",
+        lambda c: c.equal or c.then.get("dtype") != c.here.get("dtype"), before=UNSAID,
+    ),
+    "template": Rule("another chat template than the calibrated one"),
+    "shrink_on_load": Rule(
+        "JPEGs decoded {here} where {then} when calibrated",
+        shown=lambda v: "smaller" if v else "whole", before=False,
+    ),
+    "pixels": Rule(
+        "another image processor than the calibrated one", _same_settings,
+        shown=lambda v: str(v.get("image_processor_type", "")), before=UNSAID,
+    ),
+    "tokens": Rule("another tokenizer than the calibrated one", before=UNSAID),
+    "autocast": Rule(
+        "autocast to {here} where {then} was calibrated", shown=lambda v: v or "none", before=""
+    ),
+    "matmul": Rule(
+        "float32 matrix multiplication of precision {here} where {then} was calibrated",
+        lambda c: c.equal or not c.in_float32, before="highest",
+    ),
+    "sampling": Rule("{here} where {then} decoding was calibrated"),
+    "longest": Rule("answers of up to {here} tokens where up to {then} were calibrated", _longest),
+    "any_prompt": Rule("", lambda compared: True, lambda v: "yes" if v else "no"),
+    "prompts": Rule("a prompt unlike the calibrated ones", _prompts, _shown_prompts),
+    "score": Rule("score {here} where {then} was calibrated"),
+    "kv": Rule("keys and values by {here} where {then} was calibrated"),
+    "exit_in_prefill": Rule(
+        "first tokens {here} where they {then} when calibrated",
+        shown=lambda v: "may exit" if v else "ran whole",
+    ),
+    "visual_keep": Rule(
+        "{here} of the visual tokens where {then} were calibrated",
+        shown=lambda v: f"{v:.0%}", before=1.0,
+    ),
+    "shortlist": Rule(
+        "{here} where calibrated {then}",
+        shown=lambda v: "with a shortlist" if v else "without a shortlist",
+    ),
+    "thresholds": Rule("thresholds {here} where {then} were calibrated", shown=_by_depth),
+    "first": Rule(
+        "thresholds of first tokens {here} where {then} were calibrated", shown=_by_depth, before={}
+    ),
+    "gates": Rule("gates {here} where {then} were calibrated", shown=_by_depth, before={}),
+    "weights": Rule(
+        "weights of exits {here} where {then} were calibrated", shown=_by_depth, before={}
+    ),
+}  # fmt: skip
+"""By name."""
+
+
+PARTS: dict[str, Callable[[Backbone], Any]] = {}
+"""What plug-ins say of a backbone that may change an answer, by name."""
+
+
+def register_condition(name: str, value: Callable[[Backbone], Any], words: str = "") -> None:
+    """Let guarantees hold only where `value` of the backbone is what it was when calibrated.
+
+    value: as JSON, such as the version of kernels; None: not known, and then it is not compared.
+    words: what is said where it differs, with {here} and {then}.
+
+    Raises:
+        InputError: the name is that of a condition that ships.
+    """
+    if name in RULES and name not in PARTS:
+        raise InputError(f"{name!r} is a condition that ships.", "Choose another name.")
+    PARTS[name] = value
+    RULES[name] = Rule(words or rule_of(name).words, before=UNSAID)
+
+
+def rule_of(name: str) -> Rule:
+    """The rule of a condition; of a part that has none of its own: it has to be equal."""
+    words = name.replace("_", " ")
+    return RULES.get(name) or Rule(f"{words} {{here}} where {{then}} was calibrated", before=UNSAID)
+
+
+def differences(then: Conditions, here: Conditions, *, risk: str = "disagreement") -> list[str]:
+    """Return what differs from the calibration, a phrase each. What is not known `here` is not
+    compared. risk: that was calibrated."""
+    order = [*RULES, *(name for name in here if name not in RULES)]
+    found = []
+    for name in (name for name in order if here.get(name) is not None):
+        rule, before, now = rule_of(name), then.get(name), here[name]
+        before = rule.before if before is None else before
+        if before is UNSAID or rule.alike(Compared(before, now, then, here, risk)):
+            continue
+        found.append(rule.words.format(here=shown(name, now), then=shown(name, before)))
+    return found
+
+
+def shown(name: str, value: Any) -> str:
+    """A condition's value for people."""
+    return "unknown" if value is None else rule_of(name).shown(value)

@@ -1,0 +1,165 @@
+"""What is guaranteed of an adapter's answers, and whether it is where they are given.
+
+A guarantee is about answers as they were calibrated. What may change them is noted beside it
+(`offramp.promises.conditions`), and compared where the adapter is loaded and at every request
+(`standing`).
+What differs is named, and nothing is guaranteed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from offramp.promises.conditions import Conditions, differences, shown
+from offramp.promises.likeness import LIKE
+
+NEEDED = ("risk", "target", "confidence", "n", "attempt", "unit", "conditions")
+"""What a calibration must say for its guarantee to count."""
+WATCHED = ("disagreement", "consistency")
+"""Risks that requests show without right answers."""
+SCALES = {"cider_drop": 2.5}
+"""Points of a score that a loss of 1 stands for, by risk; of others 1."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """P(risk <= target) >= confidence, over images like the n of the calibration.
+
+    unit: "image": the risk of an image is the mean of what its answers lose; "answer": all answers
+    count alike. largest: answers of the calibrated image that had most. kinds: of prompts, of each
+    of which it is promised; (): of all together.
+    """
+
+    risk: str
+    target: float
+    confidence: float
+    unit: str = "image"
+    n: int = 0
+    largest: int = 1
+    kinds: Sequence[str] = ()
+    own_targets: Mapping[str, float] = field(default_factory=dict)
+
+    def target_of(self, kind: str) -> float:
+        """Return the target of a kind of prompt."""
+        return self.own_targets.get(kind, self.target)
+
+    @property
+    def least(self) -> float:
+        """Return the smallest target of any kind."""
+        return min([self.target, *self.own_targets.values()])
+
+    @property
+    def claim(self) -> str:
+        """Return the end of a sentence that states the promise, its unit and its population."""
+        each = f"for each kind of prompt ({kinds_words(self.kinds)}) " if self.kinds else ""
+        words = risk_words(self.risk, self.unit)
+        most = target_words(self.risk, self.target, self.own_targets)
+        return f"{each}{words} is at most {most} {LIKE}"
+
+
+def watched(calibration: Mapping[str, Any] | None, promise: Promise) -> Promise | None:
+    """Return what requests can show of a promise: all of it or, where it is about right answers,
+    which requests do not bring, that early answers differ no more from the full model's than those
+    that were calibrated, by kind of prompt; None: the calibration does not say how much they did.
+    """
+    if promise.risk in WATCHED:
+        return promise
+    said = (calibration or {}).get("watched") or {}
+    targets = {str(kind): share for kind, share in (said.get("targets") or {}).items()}
+    if said.get("risk") not in WATCHED or not all(map(_is_share, targets.values())) or not targets:
+        return None
+    least = min(targets.values())
+    return replace(promise, risk=said["risk"], target=least, kinds=(), own_targets=targets)
+
+
+def kinds_words(kinds: Sequence[str]) -> str:
+    """Return the names of kinds of prompts, for people."""
+    return " and ".join(repr(kind) if kind else "any other" for kind in kinds)
+
+
+def target_words(risk: str, target: float, own: Mapping[str, float]) -> str:
+    """A target for people, in units of the score, with those of kinds of prompts that have their
+    own."""
+    times = SCALES.get(risk, 1)
+    more = (f" ({times * share:g} of {kind!r})" for kind, share in own.items())
+    return f"{times * target:g}{''.join(more)}"
+
+
+def risk_words(risk: str, unit: str) -> str:
+    """A risk with its unit, for the start of a sentence."""
+    what = {
+        "disagreement": "share of answers that differ from the full model's",
+        "consistency": "1 - ROUGE-L against the full model's answer",
+        "exact_match_drop": "drop of exact match with people's answers",
+        "rouge_l_drop": "drop of ROUGE-L against people's answers",
+        "cider_drop": "drop of CIDEr-D (capped at 2.5) against people's answers",
+        "vqa_accuracy_drop": "drop of VQA accuracy",
+    }.get(risk, risk.replace("_", " "))
+    if unit == "image":
+        return f"the mean over images of the {what}"
+    return f"the {what}" if risk == "disagreement" else f"the mean over answers of the {what}"
+
+
+@dataclass(frozen=True)
+class GuaranteeStatus:
+    """promise: what is guaranteed here; None: nothing. why: what stands against a calibration that
+    there is; empty where there is none, or where it found nothing to guarantee."""
+
+    promise: Promise | None = None
+    why: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """Return the guarantee for people; empty where there is nothing to say."""
+        if self.promise is not None:
+            return f"guaranteed with {self.promise.confidence:.0%} confidence: {self.promise.claim}"
+        return f"not guaranteed here: {self.why}" if self.why else ""
+
+
+def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> GuaranteeStatus:
+    """Return what a calibration guarantees under these conditions."""
+    if not calibration or calibration.get("measured") is None:
+        return GuaranteeStatus()
+    missing = [name for name in NEEDED if calibration.get(name) is None]
+    if missing:
+        said = ", ".join(missing)
+        why = f"the calibration does not say {said}, so it needs to be made again"
+        return GuaranteeStatus(why=why)
+    target, confidence = calibration["target"], calibration["confidence"]
+    if not (_is_share(target) and _is_share(confidence)):
+        why = f"a target of {target} at a confidence of {confidence} says nothing"
+        return GuaranteeStatus(why=why)
+    bound = calibration.get("bound")
+    if not isinstance(bound, int | float) or not bound <= target + 1e-6:
+        return GuaranteeStatus(why=f"the risk was bounded by {bound}, and {target} was to be shown")
+    then = Conditions.of_calibration(calibration)
+    found = differences(then, here, risk=calibration["risk"])
+    if found:
+        return GuaranteeStatus(why="; ".join(found))
+    names = ("risk", "target", "confidence", "unit", "n")
+    kinds = calibration.get("kinds") if calibration.get("each_kind") else None
+    return GuaranteeStatus(
+        Promise(
+            **{name: calibration[name] for name in names},
+            largest=calibration.get("largest") or 1,
+            kinds=tuple(str(kind.get("kind")) for kind in kinds or () if isinstance(kind, Mapping)),
+            own_targets={
+                str(kind.get("kind")): kind["target"]
+                for kind in kinds or ()
+                if isinstance(kind, Mapping) and kind.get("target") is not None
+            },
+        )
+    )
+
+
+def shown_conditions(calibration: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Return a calibration's conditions in words, by name."""
+    then = Conditions.of_calibration(calibration)
+    known = ((name, value) for name, value in then.items() if value is not None)
+    return [(name.replace("_", " "), shown(name, value)) for name, value in known]
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < 1

@@ -1,0 +1,294 @@
+"""Whether a request is like those that were calibrated: by how sure exits were of its answer, and
+by the look of its image.
+
+A guarantee is of images and prompts like the calibrated ones. Exits that know their images from
+training are unsure of others, so of each calibrated answer the mean logarithm of its tokens' scores
+is kept, by kind of prompt. Exits are sure of some images that they do not know, too, so the
+colours and contrasts of each image are kept as a distance from those of the others (Mahalanobis;
+each left out of the mean and covariance that it is held to).
+
+The share of the calibrated ones that are no surer, or no nearer, is a conformal p-value (Vovk,
+Gammerman and Shafer 2005): of requests drawn as the calibrated ones were, at most a share p has one
+of p or less. Of both, twice the smaller is one again (Bonferroni). Scores cost nothing, as they are
+there; a look costs about a millisecond.
+
+Over many requests, bets are made that more of them are called unlike than of requests drawn so
+(`offramp.promises.betting`). With one set of calibrated answers for all p-values share its luck
+(conditional conformal test martingales: arXiv 2602.13848), so the bets are against the largest rate
+that these answers leave possible.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from offramp.promises.betting import Restarts
+
+Array = npt.NDArray[Any]
+
+LIKE = "on images and prompts like those calibrated"
+"""What a promise is about; whatever shows one says it."""
+UNLIKE = 0.005
+"""P-value up to which a request is called unlike those that were calibrated."""
+KEPT = 0.05
+"""Share of the calibrated answers, the least sure, whose mean scores are kept."""
+ANSWERS = 2000
+"""Calibrated answers, and images, at most, that are looked at."""
+LUCK, LEVEL = 1e-3, 1e-3
+"""How often the calibrated answers are so lucky that the bets are not fair, and how often, at most,
+the alarm is raised over requests like the calibrated ones, over unlimited time."""
+_LEAST = 1e-6
+SIDE = 128
+"""Pixels of the longer side, at most, at which an image is looked at."""
+STEPS = (0.001, 0.03, 0.1, 0.3)
+"""Differences of neighbouring pixels, of 1, whose shares are looked at, at each of `SCALES`: the
+first tells any difference, which drawings seldom have and photographs nearly everywhere."""
+SCALES = 3
+BLUR = 1 / 255
+"""A difference between two looks, in any feature, that says nothing: a step of 8 bits."""
+
+
+def is_unlike(p_value: float | None) -> bool:
+    """Return True if a request of this p-value is called unlike; of None, nothing is known."""
+    return p_value is not None and p_value <= UNLIKE
+
+
+def mean_log_score(scores: Sequence[float]) -> float | None:
+    """Return the mean log score of the tokens of an answer that an exit looked at; None where none
+    did."""
+    seen = [math.log(max(score, _LEAST)) for score in scores if score == score]  # NaN: not looked
+    return sum(seen) / len(seen) if seen else None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Scores of the answers to one kind of prompt. n: answers. low: the least of their mean log
+    scores, ascending, up to `KEPT` of them."""
+
+    n: int
+    low: tuple[float, ...]
+
+    @classmethod
+    def of(cls, means: Sequence[float]) -> Kept:
+        least = sorted(means)[: math.ceil(KEPT * len(means))]
+        return cls(len(means), tuple(round(mean, 5) for mean in least))
+
+    def can_call(self, level: float) -> bool:
+        """Return True if there are enough answers for a p-value of `level`."""
+        return (self.n + 1) * level >= 1
+
+    def p_value(self, mean: float) -> float:
+        """Return the p-value of "drawn as the calibrated answers were"; 1 where it is none of the
+        least."""
+        place = bisect_right(self.low, round(mean, 5))  # as those are
+        return 1.0 if place == len(self.low) else (1 + place) / (1 + self.n)
+
+    def rate(self, level: float) -> float:
+        """Return the largest rate of p-values up to `level`, of requests drawn as these were, that
+        these leave possible but for `LUCK` (Clopper and Pearson 1934)."""
+        from scipy.stats import beta
+
+        called = max(0, math.floor(level * (self.n + 1)))  # as many are as sure as that, or less
+        return float(beta.ppf(1 - LUCK, max(1, called), max(1, self.n - called + 1)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"n": self.n, "low": list(self.low)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Kept:
+        return cls(int(value["n"]), tuple(sorted(float(mean) for mean in value["low"])))
+
+
+def look_of(image: Image.Image) -> Array:
+    """Return what an image looks like [8 + SCALES * len(STEPS)]: mean and deviation of its colours
+    and of their saturation, and how often neighbouring pixels differ how much, at each scale."""
+    small = image.convert("RGB")
+    if max(small.size) > SIDE:
+        small.thumbnail((SIDE, SIDE))
+    pixels = np.asarray(small, dtype=np.float32) / 255
+    saturation = pixels.max(2) - pixels.min(2)
+    found = [*pixels.mean((0, 1)), *pixels.std((0, 1)), saturation.mean(), saturation.std()]
+    for _ in range(SCALES):
+        across, down = (np.abs(np.diff(pixels, axis=axis)).max(2, initial=0) for axis in (1, 0))
+        steps = np.concatenate([across.ravel(), down.ravel()])
+        found += [math.sqrt((steps > step).sum() / max(1, len(steps))) for step in STEPS]
+        high, wide = (max(1, side // 2) for side in pixels.shape[:2])
+        parts = [pixels[i : i + 2 * high : 2, j : j + 2 * wide : 2] for i in (0, 1) for j in (0, 1)]
+        pixels = np.mean([part[:high, :wide] for part in parts if part.size], axis=0)
+    return np.array(found, dtype=float)
+
+
+@dataclass(frozen=True, eq=False)
+class Looks:
+    """Looks of images, and how far each is from the others.
+
+    center: their mean [F]. whitened: what makes their covariance one [F, F]. kept: of the
+    distances, below 0, the farthest.
+    """
+
+    center: Array
+    whitened: Array
+    kept: Kept
+
+    @classmethod
+    def of(cls, looks: Array) -> Looks:
+        """looks: of each image, [n, F] with n > F + 1."""
+        n, features = looks.shape
+        center = looks.mean(0)
+        spread = np.cov(looks.T) + BLUR**2 * np.eye(features)
+        whitened = np.linalg.inv(np.linalg.cholesky(spread))
+        squares = ((looks - center) @ whitened.T) ** 2
+        own = squares.sum(1) * n / (n - 1) ** 2  # what each adds to the covariance it is held to
+        out = squares.sum(1) * (n / (n - 1)) ** 2 * (n - 2) / (n - 1) / np.maximum(1e-9, 1 - own)
+        return cls(center.round(6), whitened.round(4), Kept.of((-np.sqrt(out)).tolist()))
+
+    def p_value(self, look: Array) -> float:
+        """Return the p-value of "drawn as these images were"."""
+        return self.kept.p_value(-float(np.linalg.norm(self.whitened @ (look - self.center))))
+
+    def to_json(self) -> dict[str, Any]:
+        lower = self.whitened[np.tril_indices(len(self.center))]
+        return {
+            **self.kept.to_json(), "center": self.center.tolist(), "whitened": lower.tolist()
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Looks:
+        center = np.array(value["center"], dtype=float)
+        whitened = np.zeros((len(center), len(center)))
+        whitened[np.tril_indices(len(center))] = value["whitened"]
+        return cls(center, whitened, Kept.from_json(value))
+
+
+@dataclass(frozen=True)
+class KindLikeness:
+    """Calibrated answers to one kind of prompt. scores: of `mean_log_score`. looks: of their
+    images; None: too few, or of a calibration before looks were kept."""
+
+    scores: Kept
+    looks: Looks | None = None
+
+    @property
+    def tests(self) -> int:
+        """Return how many p-values share the level."""
+        both = self.looks is not None and all(
+            kept.can_call(UNLIKE / 2) for kept in (self.scores, self.looks.kept)
+        )
+        return 2 if both else 1
+
+    def p_value(self, mean: float, look: Array | None) -> float | None:
+        """Return the p-value of an answer to such a prompt; None: too few were calibrated."""
+        if not self.scores.can_call(UNLIKE):
+            return None
+        found = self.scores.p_value(mean)
+        if self.tests == 1 or self.looks is None or look is None:
+            return found
+        return min(1.0, 2 * min(found, self.looks.p_value(look)))
+
+    @property
+    def rate(self) -> float:
+        """Return the largest rate of requests called unlike, drawn as the calibrated ones were."""
+        if self.tests == 1 or self.looks is None:
+            return self.scores.rate(UNLIKE)
+        both = (self.scores, self.looks.kept)
+        return max(self.scores.rate(UNLIKE), sum(kept.rate(UNLIKE / 2) for kept in both))
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Calibrated answers and images, by kind of prompt (`offramp.promises.prompt_kinds`)."""
+
+    kinds: Mapping[str, KindLikeness]
+
+    @classmethod
+    def of(
+        cls,
+        scores: Sequence[Sequence[float]],
+        kinds: Sequence[str],
+        looks: Mapping[str, Array] | None = None,
+    ) -> Likeness:
+        """Make the likeness of the scores of answers' tokens, and the kinds of their prompts.
+
+        looks: by kind, of the images that it was asked about, each once: [n, F].
+        """
+        means: dict[str, list[float]] = {}
+        for kind, row in zip(kinds, scores, strict=True):
+            mean = mean_log_score(row)
+            if mean is not None:
+                means.setdefault(kind, []).append(mean)
+        enough = {k: Looks.of(v) for k, v in (looks or {}).items() if (len(v) + 1) * UNLIKE >= 2}
+        kept = {kind: Kept.of(some) for kind, some in sorted(means.items())}
+        return cls({kind: KindLikeness(some, enough.get(kind)) for kind, some in kept.items()})
+
+    def tells(self, kind: str) -> bool:
+        """Return True if enough answers to a kind of prompt were calibrated to call one unlike."""
+        return kind in self.kinds and self.kinds[kind].scores.can_call(UNLIKE)
+
+    @property
+    def looks(self) -> bool:
+        """Return True if images are looked at."""
+        return any(kind.tests == 2 for kind in self.kinds.values())
+
+    def p_value(
+        self, kind: str, scores: Sequence[float], look: Array | None = None
+    ) -> float | None:
+        """Return the p-value of an answer to a prompt of that kind; None: nothing is known of the
+        kind, or no exit looked at the answer, or too few were calibrated to call any unlike.
+
+        look: of the image (`look_of`); None: the scores alone tell.
+        """
+        known, mean = self.kinds.get(kind), mean_log_score(scores)
+        return None if known is None or mean is None else known.p_value(mean, look)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            kind: {
+                **known.scores.to_json(),
+                **({} if known.looks is None else {"looks": known.looks.to_json()}),
+            }
+            for kind, known in self.kinds.items()
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any] | None) -> Likeness:
+        """Return what `to_json` gave; of anything else, one that knows no kind."""
+        kinds = {}
+        with suppress(TypeError, ValueError, KeyError, AttributeError):
+            for kind, kept in (value or {}).items():
+                looks = Looks.from_json(kept["looks"]) if kept.get("looks") else None
+                kinds[str(kind)] = KindLikeness(Kept.from_json(kept), looks)
+        return cls(kinds)
+
+
+class Alarm:
+    """Requests that come, and whether more of them are unlike the calibrated ones than by chance.
+
+    compared, unlike: requests so far. raised: for good, until a new one is made.
+    """
+
+    def __init__(self, likeness: Likeness) -> None:
+        self.compared: int = 0
+        self.unlike: int = 0
+        rates = [kept.rate for kept in likeness.kinds.values()]
+        self._bets = Restarts(min(0.5, max(rates, default=0.5)))
+
+    def add(self, p_value: float) -> bool:
+        """Note a request; whether it is called unlike."""
+        called = is_unlike(p_value)
+        self.compared += 1
+        self.unlike += called
+        self._bets.add(float(called))
+        return called
+
+    @property
+    def raised(self) -> bool:
+        return bool(self._bets.most >= 1 / LEVEL)

@@ -1,1 +1,0 @@
-"""Engines other than PyTorch that run a backbone with its exits."""

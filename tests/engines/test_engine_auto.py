@@ -1,0 +1,208 @@
+"""Laws of `engine="auto"`: the fastest way that keeps the answers, measured once where it pays."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offramp.adapter.shipped import example_picture
+from offramp.core.errors import InputError
+from offramp.engines import AUTO, auto
+from offramp.engines.auto import Timed, Way, fastest
+from offramp.engines.loading import load, settle
+
+HERE: dict[str, Any] = {
+    "dtype": "float32", "quantized": "", "engine": "torch", "kernels": "plain", "vision": "torch",
+    "device": "cpu", "parameters": "as loaded",
+}  # fmt: skip
+IN_LLAMA = {**HERE, "engine": "llama.cpp f16, exits f16, head f16", "kernels": None}
+PLAIN = Timed("torch", "torch", 1.0, 0.13, HERE)
+PACKED = Timed("packed", "onnxruntime", 1.5, 0.08, {**HERE, "kernels": "prepacked"})
+LLAMA = Timed("llama.cpp", "onnxruntime", 3.0, 0.03, IN_LLAMA)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """What was measured, of a cache folder of its own; tiny models are large enough."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(auto, "SMALLEST", 0)
+    monkeypatch.setattr(auto, "_files", lambda *_: tmp_path / "gguf")
+    names: list[str] = []
+
+    def timed(load: Any, way: Way, expected: Any) -> tuple[Timed, Any]:
+        names.append(way.engine)
+        assert AUTO not in load.keywords.values()  # which no device and no engine is called
+        found = {"torch": PLAIN, "packed": PACKED, "llama.cpp": LLAMA}
+        if way.engine not in found:
+            raise InputError("It cannot be compiled.", "Wait.")
+        return replace(found[way.engine], vision=way.vision), [[1]]
+
+    monkeypatch.setattr(auto, "_timed", timed)
+    return names
+
+
+# -- which way -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answers", "way"), [(1, PLAIN), (30, PACKED), (1000, LLAMA), (None, LLAMA)]
+)
+def test_the_least_seconds_of_loading_and_answering_decide(answers: int | None, way: Timed) -> None:
+    assert fastest([PLAIN, PACKED, LLAMA], (), answers) is way
+
+
+def test_a_way_whose_answers_are_others_is_never_taken() -> None:
+    assert fastest([PLAIN, replace(LLAMA, why="some are others")], ()) is PLAIN
+
+
+def test_a_promise_keeps_to_ways_under_its_conditions() -> None:
+    in_torch, in_llama = ({"conditions": way.conditions} for way in (PLAIN, LLAMA))
+    ways = [PLAIN, PACKED, LLAMA]
+    assert fastest(ways, [in_torch]) is PACKED
+    assert fastest(ways, [in_llama], 1) is LLAMA
+    assert fastest(ways, [in_torch, in_llama]) is LLAMA
+    assert fastest(ways, [{"conditions": {**HERE, "dtype": "bfloat16"}}]) is LLAMA  # none holds
+
+
+# -- when it is measured ---------------------------------------------------------------------------
+
+
+def test_it_is_measured_once_and_remembered(
+    measured: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "offramp"):
+        first = settle("tiny-opt")
+    assert measured[0] == "torch" and measured.count("packed") == 1
+    said = [record.message for record in caplog.records if record.message.startswith("engine: ")]
+    assert len(said) == 1 and "130" in said[0]
+    count = len(measured)
+    assert settle("tiny-opt") == first
+    assert settle("tiny-opt", answers=1) == Way("torch")  # what is known is used at once
+    assert len(measured) == count
+
+
+def test_a_command_measures_what_it_would_load(
+    measured: list[str], run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "FEW", 0)
+    monkeypatch.setattr(auto, "fastest", lambda ways, *_: ways[0])
+    picture = example_picture("tiny-opt")
+    code, out, err = run("generate", "tiny-opt", "--image", picture, "--prompt", "Caption:")
+    assert (code, bool(out)) == (0, True), err
+    assert measured[0] == "torch" and "packed" in measured
+
+
+def test_few_answers_are_written_by_pytorch_and_nothing_is_measured(measured: list[str]) -> None:
+    assert settle("tiny-opt", answers=auto.FEW - 1) == Way("torch")
+    assert not measured
+    settle("tiny-opt", answers=auto.FEW)
+    assert measured
+
+
+def test_a_damaged_record_is_measured_again(measured: list[str], tmp_path: Path) -> None:
+    first = settle("tiny-opt")
+    [file] = (tmp_path / "offramp" / "engines").iterdir()
+    for text in ("{", "[]", '{"ways": []}', '{"ways": [{"engine": "torch"}]}'):
+        file.write_text(text)
+        count = len(measured)
+        assert settle("tiny-opt") == first
+        assert len(measured) > count
+
+
+def test_where_nothing_can_be_kept_it_is_measured_each_time(
+    measured: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "offramp").write_text("no folder")
+    first = settle("tiny-opt")
+    assert settle("tiny-opt") == first and measured.count("packed") == 2
+
+
+def test_without_a_home_pytorch_answers(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless(name: str) -> Path:
+        raise RuntimeError("HOME is no absolute path")
+
+    monkeypatch.setattr(auto, "cache_folder", homeless)
+    assert settle("tiny-opt") == Way("torch") and not measured
+
+
+def test_another_machine_version_or_model_is_measured_by_itself(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle("tiny-opt")
+    for change in ("processor", "metadata.version"):
+        count = len(measured)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"offramp.engines.auto.{change}", lambda *_: "another")
+            settle("tiny-opt")
+        assert len(measured) > count
+    count = len(measured)
+    settle("tiny-opt", dtype="bfloat16")
+    assert len(measured) > count
+
+
+def test_several_at_a_time_are_not_compiled(measured: list[str]) -> None:
+    settle("tiny-opt", together=True)
+    assert "compiled" not in measured
+
+
+@pytest.mark.parametrize("how", [{"quantize": "int8"}, {"device": "cuda"}], ids=str)
+def test_elsewhere_pytorch_answers(measured: list[str], how: dict[str, str]) -> None:
+    assert settle("tiny-opt", **how) == Way("torch")
+    assert not measured
+
+
+def test_tiny_and_large_models_and_such_without_exits_stay_in_pytorch(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert settle("tiny-t5") == Way("torch")
+    monkeypatch.setattr(auto, "LARGEST", 1)
+    assert settle("tiny-opt") == Way("torch")
+    monkeypatch.undo()
+    assert settle("tiny-opt") == Way("torch")
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("asked", "way"),
+    [
+        (("packed",), Way("packed")),
+        (("packed", "onnxruntime"), Way("packed", "onnxruntime")),
+        ((AUTO, AUTO, "folder"), Way("llama.cpp", gguf="folder")),
+        ((AUTO, "mtmd"), Way("torch", "mtmd")),
+    ],
+)
+def test_what_is_named_is_taken(measured: list[str], asked: tuple[str, ...], way: Way) -> None:
+    assert settle("tiny-opt", Way(*asked)) == way
+    assert not measured
+
+
+# -- for once without fakes ------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(auto, "SMALLEST", 0)
+    monkeypatch.setattr(auto, "_tower", lambda vision: "torch")
+    picture = example_picture("tiny-opt")
+    plain = load("tiny-opt", engine="torch").answer(picture, "Caption:", max_new_tokens=8)
+    engine, vision, gguf = settle("tiny-opt", together=True)
+    chosen = load("tiny-opt", engine=engine, vision=vision, gguf=gguf)
+    assert chosen.answer(picture, "Caption:", max_new_tokens=8) == plain
+    [file] = (tmp_path / "offramp" / "engines").iterdir()
+    ways = auto._read(file)
+    assert ways is not None and [way.engine for way in ways] == ["torch", "packed", "llama.cpp"]
+    assert all(way.why or way.answer > 0 for way in ways)
+
+
+def test_a_way_with_another_answer_is_found_out() -> None:
+    loaded = load("tiny-opt", engine="torch")
+    found, told = auto._tried(loaded, "torch", 0.0, None)
+    assert not found.why and found.answer > 0
+    assert not auto._tried(loaded, "torch", 0.0, told)[0].why
+    assert "others than PyTorch's" in auto._tried(loaded, "torch", 0.0, [*told[:-1], [7]])[0].why

@@ -1,0 +1,1 @@
+"""Folders that vLLM and other servers read, written from an adapter."""

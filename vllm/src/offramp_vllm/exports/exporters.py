@@ -1,0 +1,125 @@
+"""`offramp export --to vllm`, `draft-model` and `speculators`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from offramp.cli.exporting import Exporter, check_adapter_alone
+from offramp.cli.loading import load_adapter, load_model, read_data
+from offramp.cli.options import field_option
+from offramp.cli.output import say_next, show_result
+from offramp.cli.parser import Parser
+from offramp.core.errors import InputError
+
+CHECKED = 8
+"""Prompts whose answers vLLM is checked by, where --limit names no other number."""
+SHORTLIST = 8192
+
+
+def _write_vllm(arguments: argparse.Namespace) -> None:
+    from offramp.attach.input_processor import InputProcessor
+    from offramp_vllm.exports.vllm import PROMPTS, check_out, export_vllm
+
+    check_adapter_alone(arguments)
+    if not arguments.overwrite:
+        check_out(arguments.out)
+    texts = list(PROMPTS)
+    if arguments.data:
+        items = read_data(arguments, require_answers=False)
+        texts = [item.example.prompt for item in items][: arguments.limit or CHECKED]
+    adapter, processor = load_adapter(arguments)
+    tokenizer = InputProcessor(adapter.backbone, processor).tokenizer
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    checked = export_vllm(
+        adapter, arguments.out, prompts, max_new_tokens=min(arguments.max_new_tokens, 16)
+    )  # fmt: skip
+    show_result(
+        {"exits": str(arguments.out), "checked": checked},
+        f"{arguments.out}: exits for vLLM, with {checked} answers for the check at start",
+        as_json=arguments.json,
+    )
+    added = json.dumps({"offramp": {"exits": str(arguments.out)}})
+    say_next(f"vllm serve {adapter.backbone.name} --additional-config '{added}'")
+
+
+def _write_draft_model(arguments: argparse.Namespace) -> None:
+    from offramp_vllm.exports.draft_model import check_out, save_draft_model
+
+    check_adapter_alone(arguments)
+    if len(arguments.depths or ()) > 1:
+        raise InputError("A draft model is of one exit.", "Give one depth with --depths.")
+    if not arguments.overwrite:
+        check_out(arguments.out)
+    adapter, processor = load_adapter(arguments)
+    depth = arguments.depths[0] if arguments.depths else None
+    layers = save_draft_model(adapter, processor, arguments.out, depth)
+    show_result(
+        {"draft_model": str(arguments.out), "layers": layers},
+        f"{arguments.out}: a model of {layers} layers, for {adapter.backbone.depth}",
+        as_json=arguments.json,
+    )
+    told = {"method": "draft_model", "model": str(arguments.out), "num_speculative_tokens": 4}
+    say_next(f"vllm serve {adapter.backbone.name} --speculative-config '{json.dumps(told)}'")
+
+
+def _drafter_options(parser: Parser) -> None:
+    from offramp.training.config import TrainConfig
+
+    drafter = parser.add_argument_group("with --to speculators")
+    field_option(drafter, TrainConfig, "steps", "training steps of the drafter")
+    field_option(
+        drafter, TrainConfig, "shortlist",
+        "tokens that the drafter can say, the most frequent of the answers", default=SHORTLIST,
+    )  # fmt: skip
+
+
+def _write_drafter(arguments: argparse.Namespace) -> None:
+    from offramp.core.storage.folders import check_writable
+    from offramp.training.config import TrainConfig
+    from offramp.training.drafting import UNROLLED
+    from offramp.training.eagle3 import train_eagle3
+    from offramp_vllm.exports.speculators import check_out, save_drafter, vllm_config
+
+    if not arguments.data:
+        raise InputError(
+            "A drafter learns from the model's answers to your prompts.",
+            "Give --data, and --steps and --shortlist if you like; or leave --to out.",
+        )
+    check_writable(arguments.out, folder=True)
+    if not arguments.overwrite:
+        check_out(arguments.out)
+    items = read_data(arguments, require_answers=False)
+    if arguments.adapter is None:
+        backbone, processor = load_model(arguments)
+    else:
+        adapter, processor = load_adapter(arguments)
+        backbone = adapter.backbone
+    config = TrainConfig(
+        steps=arguments.steps, shortlist=arguments.shortlist,
+        max_new_tokens=arguments.max_new_tokens,
+    )  # fmt: skip
+    examples = [item.example for item in items]
+    drafter, found = train_eagle3(backbone, processor, examples, config, arguments.out)
+    measured = found.to_json | {"tokens_a_round": round(1 + found.tokens, 3)}
+    save_drafter(drafter, backbone, arguments.out, drafts=UNROLLED, measured=measured)
+    shown = ", ".join(f"{share:.0%}" for share in measured["acceptance"][:UNROLLED])
+    show_result(
+        {"drafter": str(arguments.out), **measured},
+        f"{arguments.out}: drafts are right {shown}; {1 + found.tokens:.2f} tokens a round",
+        as_json=arguments.json,
+    )
+    told = vllm_config(str(arguments.out), UNROLLED)
+    say_next(f"vllm serve {backbone.name} --speculative-config '{told}'")
+
+
+VLLM = Exporter(
+    "exits for vLLM's plug-in, with answers that vLLM is checked by", _write_vllm, takes=("data",)
+)
+DRAFT_MODEL = Exporter(
+    "an exit as a model that drafts in any engine", _write_draft_model, takes=("depths",)
+)
+SPECULATORS = Exporter(
+    "an EAGLE-3 drafter, trained on the answers to --data", _write_drafter, _drafter_options,
+    takes=("data",),
+)  # fmt: skip
