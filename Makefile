@@ -69,10 +69,10 @@ docs-version: $(READY)  ## the documentation of VERSION (X.Y), and as "latest", 
 	NO_MKDOCS_2_WARNING=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/mike deploy --update-aliases $(VERSION) latest
 	$(BIN)/mike set-default latest
 
-dist: $(READY)  ## wheels and source archives of all five packages in dist/
+dist: $(READY)  ## wheels and source archives of all six packages in dist/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'build>=1.2'
 	rm -rf dist
-	for package in . lab photo-model vllm; do \
+	for package in . lab llama photo-model vllm; do \
 		OFFRAMP_PHOTO_AT= $(BIN)/python -m build --outdir dist $$package || exit 1; done
 	$(BIN)/python -m build --wheel --outdir dist edge  # its sources are the first package's
 
@@ -95,9 +95,10 @@ $(VLLM_READY): vllm/pyproject.toml
 	touch $@
 
 # A stamp instead of the folder: a venv whose install failed half-way is set up again.
-$(READY): pyproject.toml lab/pyproject.toml
+$(READY): pyproject.toml lab/pyproject.toml llama/pyproject.toml vllm/pyproject.toml photo-model/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]' -e lab
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) --no-deps -e llama -e vllm -e photo-model
 	-wheel=$$( (ls $(OFFRAMP_WHEELS)/llama_cpp_python-*.whl || $(BIN)/python -m pip cache list --format=abspath \
 		llama_cpp_python) 2>/dev/null | sort -V | tail -n 1); \
 		if [ -n "$$wheel" ]; then $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \

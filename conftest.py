@@ -136,7 +136,7 @@ def batch() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
     """`scored(score)`: the confidence of every exit is this score, whatever the logits."""
-    from offramp.core.engine.confidence import SCORES
+    from offramp.core.decoding.confidence import SCORES
 
     return lambda score: monkeypatch.setitem(SCORES, "max_probability", score)
 
@@ -157,7 +157,7 @@ def ngram() -> Iterator[str]:
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a registered score of hidden states: how little the layer before an exit did."""
-    from offramp.core.engine.confidence import FEATURE_SCORES
+    from offramp.core.decoding.confidence import FEATURE_SCORES
 
     def score(check: Any) -> Any:
         entry, previous = check.entry.float(), check.previous.float()

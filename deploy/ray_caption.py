@@ -12,9 +12,9 @@ from typing import Any
 import ray
 from PIL import Image
 
-from offramp.attach.input_processor import InputProcessor
 from offramp.core.inputs.example import Example
 from offramp.engines.loading import open_model
+from offramp.features.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 
 

@@ -20,8 +20,8 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from offramp.attach.prefix_cache import PrefixCache
 from offramp.cli.command_line import build_parser
+from offramp.features.prefix_cache import PrefixCache
 from offramp.serving.monitor.watcher import WatchConfig
 from serving import scene_examples, service_of
 

@@ -13,13 +13,13 @@ from PIL import Image
 
 import offramp
 from offramp import Adapter, ExitPolicy, Exits, TrainConfig, cli, generate
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.registration import register_score
+from offramp.core.decoding.confidence import FEATURE_SCORES, SCORES
 from offramp.core.decoding.drafting import DRAFTERS
-from offramp.core.engine.confidence import FEATURE_SCORES, SCORES
 from offramp.core.errors import AdapterError, InputError
 from offramp.core.models.exit_kinds import EXIT_KINDS, register_exit
 from offramp.engines import ENGINES
+from offramp.features.input_processor import InputProcessor
+from offramp.features.registration import register_score
 from offramp.promises.conditions import PARTS, RULES, Conditions, differences, register_condition
 from offramp.training.losses import LOSSES, register_loss
 from offramp.training.trainer import train

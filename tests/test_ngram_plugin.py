@@ -17,19 +17,20 @@ from decoding import NEW, greedy
 from fakes import Blip2FakeProcessor, examples
 from families import one_row
 
-from offramp import Adapter, ExitPolicy, generate, plugins
+from offramp import Adapter, ExitPolicy, generate
 from offramp.adapter.certificate import Settings
 from offramp.adapter.shipped import example_picture
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.verification import Verification
+from offramp.core import plugins
 from offramp.core.decoding.drafting import DRAFTERS, TextDrafts, register_drafter
-from offramp.core.engine.policy import policy_from_json, policy_to_json
+from offramp.core.decoding.policy import policy_from_json, policy_to_json
 from offramp.core.errors import InputError
 from offramp.engines import ENGINES, engine_named
+from offramp.features.input_processor import InputProcessor
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.graphs import GraphRuntime
+from offramp_lab.graphs.runtime import GraphRuntime
 
 PACKAGE = Path(__file__).resolve().parents[1] / "examples" / "ngram_plugin"
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from offramp.core.decoding.drafting import TextDrafts, register_drafter
-from offramp.engines import register_engine
+from offramp.extend import TextDrafts, register_drafter, register_engine
 
 LONGEST = 3
 """Tokens that are looked for."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.rows import half_of, ids_of, read_photographs
-from offramp.attach.input_processor import InputProcessor
 from offramp.common.progress import progress
 from offramp.common.provenance import provenance
 from offramp.core.inputs.example import Example
@@ -25,6 +24,7 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.storage import write_json
 from offramp.engines.loading import open_backbone
 from offramp.evaluation.statistics import Measure, interval, mean_of
+from offramp.features.input_processor import InputProcessor
 
 METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 LONGEST = {"captions": 30, "questions": 8}  # tokens of an answer

@@ -31,7 +31,7 @@ from examples.photo_vlm.regime import ALWAYS, OPTIONS, PROMISE, measured, promis
 from offramp.adapter.adapter import Adapter
 from offramp.calibration.draft_thresholds import draft_speeds
 from offramp.common.provenance import provenance
-from offramp.core.engine.policy import FULL
+from offramp.core.decoding.policy import FULL
 from offramp.core.errors import InputError
 from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits

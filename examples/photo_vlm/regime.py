@@ -27,7 +27,7 @@ from offramp.calibration.calibrate import calibrate
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.inputs.example import Example
 from offramp.evaluation.statistics import interval
 from offramp.evaluation.timing import (

@@ -29,11 +29,11 @@ from examples.photo_vlm.reinforce import CiderReward, advantages
 from examples.photo_vlm.rows import read_photographs
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
-from offramp.attach.shortlist import places_of
 from offramp.common.progress import progress
-from offramp.core.engine.kv_cache import cache_parameter
-from offramp.core.engine.policy import FULL
+from offramp.core.decoding.policy import FULL
+from offramp.core.executors.kv_cache import cache_parameter
 from offramp.core.models.exits import Exits
+from offramp.features.shortlist import places_of
 from offramp.training.losses import kl
 from offramp_lab.records.end_to_end import always
 from offramp_lab.records.student import Taught, embedded, keep, padded, taught, wear, written

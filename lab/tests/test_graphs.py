@@ -18,14 +18,14 @@ from gguf_cases import refused
 from schemas import random_model
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.constraint import JsonConstraint
-from offramp.attach.input_processor import InputProcessor
+from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.errors import InputError, UnsupportedBackboneError
 from offramp.core.inputs.example import Example
 from offramp.core.models.exits import ExitSet
-from offramp_lab.graphs import GraphRuntime
+from offramp.features.constraint import JsonConstraint
+from offramp.features.input_processor import InputProcessor
+from offramp_lab.graphs.runtime import GraphRuntime
 from offramp_lab.graphs.recording import Mailbox, Recorder
 
 ENCODERS = ("blip2-t5", "instructblip-t5", "florence2")

@@ -17,9 +17,9 @@ def load(**how: Any) -> tuple[Any, Any]:
         InputError, StorageError, DataError: as of `offramp_photo.build.built_folder`.
     """
     import offramp_photo.tower  # noqa: F401  registers the tower
-    from offramp.attach.input_processor import ONE_TURN
     from offramp.core.models.backbone import Backbone
     from offramp.core.models.hub import load_processor
+    from offramp.features.input_processor import ONE_TURN
     from offramp_photo.build import built_folder
 
     folder = built_folder()

@@ -13,13 +13,10 @@ for _name in ("offramp", "offramp-edge"):
 
 if TYPE_CHECKING:
     from offramp.adapter.adapter import Adapter, attach
-    from offramp.attach.constraint import JsonConstraint
-    from offramp.attach.input_processor import InputProcessor
-    from offramp.attach.registration import register_score
     from offramp.calibration.calibrate import calibrate, calibrated
     from offramp.core.decoding.drafting import register_drafter
+    from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
     from offramp.core.engine.generate import generate
-    from offramp.core.engine.policy import ExitPolicy, GenerationOutput
     from offramp.core.errors import OfframpError
     from offramp.core.inputs.example import Example
     from offramp.core.models.backbone import Backbone
@@ -28,6 +25,9 @@ if TYPE_CHECKING:
     from offramp.core.models.registry import Family, register_backbone
     from offramp.engines import register_engine
     from offramp.engines.loading import Loaded, load
+    from offramp.features.constraint import JsonConstraint
+    from offramp.features.input_processor import InputProcessor
+    from offramp.features.registration import register_score
     from offramp.promises.conditions import register_condition
     from offramp.serving.batch_engine import BatchEngine
     from offramp.serving.engine_config import EngineConfig
@@ -66,32 +66,32 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Adapter": "adapter",
-    "Backbone": "models.backbone",
+    "Adapter": "adapter.adapter",
+    "Backbone": "core.models.backbone",
     "BatchEngine": "serving.batch_engine",
     "EngineConfig": "serving.engine_config",
-    "Example": "data.example",
-    "ExitPolicy": "engine.policy",
-    "Exits": "models.exits",
-    "Family": "models.registry",
-    "GenerationOutput": "engine.policy",
-    "InputProcessor": "models.input_processor",
-    "JsonConstraint": "engine.constraint",
-    "Loaded": "loading",
-    "OfframpError": "errors",
+    "Example": "core.inputs.example",
+    "ExitPolicy": "core.decoding.policy",
+    "Exits": "core.models.exits",
+    "Family": "core.models.registry",
+    "GenerationOutput": "core.decoding.policy",
+    "InputProcessor": "features.input_processor",
+    "JsonConstraint": "features.constraint",
+    "Loaded": "engines.loading",
+    "OfframpError": "core.errors",
     "TrainConfig": "training.config",
-    "attach": "adapter",
+    "attach": "adapter.adapter",
     "calibrate": "calibration.calibrate",
     "calibrated": "calibration.calibrate",
-    "generate": "engine.generate",
-    "load": "loading",
-    "register_backbone": "models.registry",
-    "register_condition": "conditions",
-    "register_drafter": "engine.decoding.drafting",
+    "generate": "core.engine.generate",
+    "load": "engines.loading",
+    "register_backbone": "core.models.registry",
+    "register_condition": "promises.conditions",
+    "register_drafter": "core.decoding.drafting",
     "register_engine": "engines",
-    "register_exit": "models.exit_kinds",
+    "register_exit": "core.models.exit_kinds",
     "register_loss": "training.losses",
-    "register_score": "engine.registration",
+    "register_score": "features.registration",
     "train": "training.trainer",
 }
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.model_card import model_card as card_of
 from offramp.adapter.records import CARD
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import AdapterError, InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits

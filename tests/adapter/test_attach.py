@@ -18,11 +18,11 @@ from smolvlm import tokenizer as bytewise
 
 import offramp
 from offramp import Adapter, ExitPolicy, Exits, GenerationOutput
-from offramp.core.engine.policy import MODES
+from offramp.core.decoding.policy import MODES
 from offramp.core.errors import InputError
 
 Build = Callable[..., Any]
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "getting-started.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "getting-started.md"
 FAMILIES = ("blip2-opt", "blip2-t5", "llava", "idefics3", "qwen2.5-vl", "florence2")
 SOON = {"max_new_tokens": 6, "do_sample": False}
 

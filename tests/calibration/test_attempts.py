@@ -23,7 +23,7 @@ from offramp.calibration.attempts import (
     recorded,
     turn_of,
 )
-from offramp.core.engine.policy import Thresholds
+from offramp.core.decoding.policy import Thresholds
 from offramp.core.errors import DataError
 from offramp.core.inputs.example import Example
 from offramp.core.inputs.image import content_digest

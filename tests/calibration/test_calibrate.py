@@ -19,7 +19,6 @@ from risks import COARSE, DEPTHS, population, seconds
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, answers_of, generate_answers
 from offramp.adapter.model_card import model_card
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration import calibrate as module
 from offramp.calibration.attempts import Draws, images_of, merged
 from offramp.calibration.calibrate import Calibration, calibrate, calibrated
@@ -33,7 +32,7 @@ from offramp.calibration.threshold_evaluator import (
     split_images,
 )
 from offramp.calibration.threshold_search import LIMIT, candidates, pareto_path
-from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.errors import DataError, InputError
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
@@ -41,6 +40,7 @@ from offramp.core.models.exits import Exits, ExitSet
 from offramp.data.decontamination import picture_digests
 from offramp.data.item import Item
 from offramp.data.scenes import world
+from offramp.features.input_processor import InputProcessor
 
 LAYERS, TOKENS = 6, 6
 OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
@@ -492,7 +492,7 @@ def test_a_model_that_is_wrong_everywhere_has_nothing_to_lose() -> None:
 def test_scores_that_tell_nothing_apart_are_refused(
     value: float, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offramp.core.engine.confidence import SCORES
+    from offramp.core.decoding.confidence import SCORES
 
     def constant(logits: Any) -> Any:
         return torch.full(logits.shape[:-1], value)

@@ -16,7 +16,7 @@ from offramp.calibration.draft_thresholds import (
     draft_speeds,
     with_drafts,
 )
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import DataError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from offramp.adapter.answers import full_model_answers
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.replay import PolicyReplay, Replay, replay
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
+from offramp.features.input_processor import InputProcessor
 
 NAMES = ("blip2-opt", "blip2-t5", "llava")
 TOKENS = 8

@@ -11,7 +11,6 @@ import pytest
 
 from offramp.adapter.answers import full_model_answers
 from offramp.adapter.shipped import load_tiny
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration import suitability as module
 from offramp.calibration.suitability import (
     FEWEST,
@@ -25,6 +24,7 @@ from offramp.core.errors import DataError, InputError
 from offramp.core.inputs.example import Example
 from offramp.data.scenes.tasks import captions
 from offramp.evaluation.scripted_exits import generate_forced
+from offramp.features.input_processor import InputProcessor
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,12 @@ from command_line import RunCommand, assert_two_lines
 from fakes import Blip2FakeProcessor, examples
 from families import build
 
-from offramp import verification
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.certificate import CERTIFICATE, Certificate, PathResult, Run, Settings
 from offramp.adapter.model_card import model_card, with_verified
 from offramp.adapter.records import CARD
 from offramp.adapter.shipped import load_tiny
-from offramp.attach.input_processor import InputProcessor
+from offramp.calibration import verification
 from offramp.calibration.verification import (
     Verification,
     _between,
@@ -29,13 +28,14 @@ from offramp.calibration.verification import (
     _Row,
     with_thresholds,
 )
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import DataError, InputError
 from offramp.core.executors.slots.executor import SlotExecutor
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import read_config
 from offramp.engines.packed import prepack
+from offramp.features.input_processor import InputProcessor
 
 SIZES = Settings(rows=(2,), slots=3, longest=6)
 ALONE = ("full", "early exit", "lossless")
@@ -440,7 +440,7 @@ def test_own_examples_are_as_many_as_asked_and_all_another(opt: Any, exits: Any)
 
 
 def test_certificates_that_ship_are_whole_and_name_no_machine() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     files = [*root.glob(f"src/**/{CERTIFICATE}"), *root.glob(f"photo-model/**/{CERTIFICATE}")]
     assert files
     for file in files:

@@ -9,11 +9,11 @@ import pytest
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import load_tiny
-from offramp.attach.input_processor import InputProcessor
 from offramp.cli.demo import DemoSizes, demo, table
-from offramp.core.engine.policy import policy_to_json
+from offramp.core.decoding.policy import policy_to_json
 from offramp.data.scenes import world
 from offramp.data.scenes.tasks import captions
+from offramp.features.input_processor import InputProcessor
 from offramp.report.sections import TITLES
 
 SMALL = DemoSizes(train=24, calibration=8, drafts=1, quality=4, timed=1, rounds=1, steps=4)

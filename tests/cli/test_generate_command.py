@@ -221,6 +221,7 @@ def test_a_sliced_folder_is_found_wherever_it_stands_but_as_a_value(
 
 
 def test_what_stands_without_a_value_there_is_known() -> None:
-    actions = [action for action in build_parser(_without_pytorch(edge.SLICED)).loaded() if action.nargs == 0]
+    parser = build_parser(_without_pytorch(edge.SLICED))
+    actions = [action for action in parser.loaded() if action.nargs == 0]
     flags = {flag for action in actions for flag in action.option_strings}
     assert flags - {"--version"} == {*edge.ALONE} - {"--"}

@@ -18,7 +18,7 @@ from offramp.cli.commands import calibrate
 from offramp.cli.commands.eval import summary
 from offramp.cli.options import ASKED, LOADED, asked_again, one_again
 from offramp.cli.output import few
-from offramp.core.engine.policy import DRAFT
+from offramp.core.decoding.policy import DRAFT
 from offramp.core.inputs.example import Example
 from offramp.data.scenes import world
 

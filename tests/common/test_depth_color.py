@@ -13,7 +13,7 @@ from offramp.common.depth_color import STOPS, depth_color, ink_on
 from offramp.report.gallery import token
 from offramp.serving.server.app import _page
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 GREY = re.compile(r"#([0-9a-f])\1{2,5}\b")
 
 

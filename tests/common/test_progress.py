@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from offramp import progress as module
+from offramp.common import progress as module
 from offramp.common.progress import duration, progress, progress_bar
 
 

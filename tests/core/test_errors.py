@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from offramp import errors
+from offramp.core import errors
 
 CLASSES = [
     (errors.OfframpError, Exception),

@@ -24,7 +24,7 @@ from offramp.core.missing import EXTRAS, install_command, missing_package
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.hub import load_processor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def behind(error: Exception, cause: Exception) -> Exception:

@@ -10,10 +10,10 @@ from command_line import RunCommand, assert_two_lines
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import example_picture
-from offramp.attach.input_processor import InputProcessor
 from offramp.core.errors import InputError
 from offramp.engines import ENGINES, register_engine
 from offramp.engines.loading import TRIAL, load, open_model
+from offramp.features.input_processor import InputProcessor
 from serving import scene_examples, shipped
 
 TEMPLATE = (

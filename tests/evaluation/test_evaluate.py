@@ -19,10 +19,9 @@ from torch import Tensor
 
 from offramp import cli
 from offramp.adapter.adapter import Adapter
-from offramp.attach.input_processor import InputProcessor
-from offramp.core.engine.confidence import max_probability
+from offramp.core.decoding.confidence import max_probability
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import FULL, ExitPolicy
 from offramp.core.errors import DataError, InputError, StorageError
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
@@ -38,6 +37,7 @@ from offramp.evaluation.evaluate import evaluate, rescore
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.run_log import RunLog
 from offramp.evaluation.tasks import TASK_METRICS, Settings
+from offramp.features.input_processor import InputProcessor
 
 DEPTHS = (2, 4)
 

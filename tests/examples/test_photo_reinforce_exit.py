@@ -13,7 +13,7 @@ from examples.photo_vlm import reinforce_exit
 from examples.photo_vlm.reinforce import CiderReward
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.exits import Exits, ExitSet
 
 SETTINGS = reinforce_exit.Settings(

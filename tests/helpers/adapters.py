@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.exits import Exits, ExitSet
 
 DEPTHS = (2, 4)

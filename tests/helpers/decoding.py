@@ -10,8 +10,8 @@ from families import FIRST_WORD, WORDLESS
 from reference import Noted, of_steps, probe
 from torch import Tensor
 
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy, GenerationOutput
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 

@@ -7,8 +7,8 @@ import torch
 from families import WORDLESS
 from reference import of_steps, probe
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.models.exits import ExitSet
 
 NEW = 12

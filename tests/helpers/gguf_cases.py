@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 

@@ -13,7 +13,7 @@ from gguf_cases import SHORT
 from transformers import LlamaForCausalLM
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp_llama_cpp import ExportFormats, slice_gguf

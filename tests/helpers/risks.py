@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from offramp.calibration.replay import PolicyReplay, Replay
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 
 TARGET, CONFIDENCE, N = 0.05, 0.9, 300
 LAYERS, DEPTHS, COARSE = 6, (2, 4), (0.95, 0.85, 0.7, 0.5)

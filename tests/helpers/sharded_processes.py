@@ -24,14 +24,14 @@ from training_runs import trainer
 from transformers import AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
 
-from offramp import answers
+from offramp.adapter import answers
 from offramp.adapter.adapter import Adapter
-from offramp.attach.compiled.compiled import COMPILED
 from offramp.core.engine.generate import generate
 from offramp.core.errors import OfframpError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.core.models.fingerprint import fingerprint
+from offramp.features.compiled.compiled import COMPILED
 from offramp.training import feature_store
 from offramp.training import trainer as module
 

@@ -8,8 +8,8 @@ from typing import Any
 import families
 from training_runs import SHARED, SHORT
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 

@@ -9,8 +9,8 @@ import torch
 from decoding import NEW, greedy, never
 from families import NAMES, PAD, WORDLESS
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 

@@ -8,8 +8,8 @@ from decoding import NEW, always, tokens_by_layer
 from families import CAUSAL_PROMPT, LOOKS_AHEAD, NAMES
 from reference import Dice, Script
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 

@@ -10,8 +10,8 @@ from decoding import CALM, EXACT, NEW, errors_by_depth
 from families import NAMES
 from reference import Dice
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.models.exits import Exits
 
 

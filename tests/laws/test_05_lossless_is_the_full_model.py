@@ -10,8 +10,8 @@ from decoding import agreeing, lossless
 from families import NAMES, WORDLESS
 from reference import Dice
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.models.exits import Exits
 from offramp.core.models.opened import first
 

@@ -14,7 +14,7 @@ from adapters import DEPTHS, trained
 from safetensors.torch import load_file
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import AdapterError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits

@@ -15,11 +15,9 @@ import torch
 from decoding import agreeing
 from families import NAMES, WORDLESS, build, depths, one_row
 
-from offramp.attach.compiled.compiled import COMPILED
-from offramp.attach.quantized.linears import quantize_layers
+from offramp.core.decoding.policy import MODES, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
 from offramp.core.engine.plan import plan_of
-from offramp.core.engine.policy import MODES, ExitPolicy, GenerationOutput
 from offramp.core.engine.sampler import Sampler, SeededNoise
 from offramp.core.errors import InputError, UnsupportedBackboneError
 from offramp.core.executors.choice import EXECUTORS
@@ -28,6 +26,8 @@ from offramp.core.models.exit_kinds import EXIT_KINDS, ExitKind
 from offramp.core.models.exits import Exits, ExitSet, copy_layer
 from offramp.core.models.opened import first
 from offramp.engines.packed import prepack
+from offramp.features.compiled.compiled import COMPILED
+from offramp.features.quantized.linears import quantize_layers
 
 ROWS = 5
 NEW = (10, 6, 9, 11, 8)

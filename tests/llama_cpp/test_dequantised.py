@@ -15,7 +15,7 @@ import training_runs
 from gguf_cases import adapter_of, depths_of, refused
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.policy import AHEAD, ExitPolicy
+from offramp.core.decoding.policy import AHEAD, ExitPolicy
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.fingerprint import fingerprint

@@ -16,8 +16,8 @@ from gguf_cases import FURTHER, GREEDY, KINDS, adapter_of, depths_of, drafting, 
 from hub_files import sliced, text_adapter
 
 from offramp.core.decoding.drafting import DraftBudget
-from offramp.core.engine.drafter import DraftingExit
 from offramp.core.errors import AdapterError
+from offramp.core.executors.drafter import DraftingExit
 from offramp_llama_cpp import LlamaCppRuntime, export_gguf
 from offramp_llama_cpp.drafter import ChainDrafter
 from offramp_llama_cpp.edge.model import EdgeModel

@@ -23,7 +23,7 @@ from hub_files import WORDS, image_adapter, sliced, text_adapter
 from PIL import Image
 from projector_files import write_projector
 
-from offramp.core.engine.policy import FULL
+from offramp.core.decoding.policy import FULL
 from offramp.core.errors import AdapterError, DataError, InputError
 from offramp.core.inputs.image import open_rgb
 from offramp.serving.batch_engine import BatchEngine

@@ -16,11 +16,11 @@ from gguf_cases import adapter_of, drafting, refused
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.certificate import Settings
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.vision_cache import VisionCache
 from offramp.calibration.verification import Verification
-from offramp.core.engine.policy import GenerationOutput
+from offramp.core.decoding.policy import GenerationOutput
 from offramp.core.errors import InputError
+from offramp.features.input_processor import InputProcessor
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp_llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gguf_cases import DEPTHS, KINDS, SHORT, adapter_of, refused
 
-from offramp.core.engine.policy import FULL
+from offramp.core.decoding.policy import FULL
 from offramp.core.errors import InputError, StorageError, UnsupportedBackboneError
 from offramp_llama_cpp import cuts, export_gguf
 from offramp_llama_cpp.architectures import architecture_of, layer_tensors

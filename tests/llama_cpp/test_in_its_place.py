@@ -14,16 +14,16 @@ from gguf_cases import adapter_of, inputs_of, refused, same
 
 from offramp import cli
 from offramp.adapter.adapter import Adapter
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.calibrate import calibrate
 from offramp.calibration.draft_thresholds import (
     draft_policies,
     draft_speeds,
 )
 from offramp.cli.commands.runtime import load_runtime
-from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
+from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.errors import InputError
 from offramp.evaluation.evaluate import evaluate
+from offramp.features.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.serial import SerialCore
 

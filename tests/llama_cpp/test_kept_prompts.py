@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
-from offramp.attach.vision_cache import VisionCache
 from offramp.core.models.backbone import Backbone
+from offramp.features.vision_cache import VisionCache
 from offramp_llama_cpp.entry import PromptEntry
 from offramp_llama_cpp.graphs import Architecture
 from offramp_llama_cpp.segment import EngineOptions

@@ -17,7 +17,7 @@ import pytest
 import torch
 from gguf_cases import GREEDY, adapter_of, inputs_of
 
-from offramp.core.engine.policy import FULL
+from offramp.core.decoding.policy import FULL
 from offramp_llama_cpp import LlamaCppRuntime, kernels, segment
 from offramp_llama_cpp.gguf_export import ExportFormats
 from offramp_llama_cpp.native import compiling, products

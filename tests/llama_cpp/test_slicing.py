@@ -18,7 +18,7 @@ from gguf_cases import GREEDY, SHORT, adapter_of, depths_of, inputs_of, refused,
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.errors import AdapterError, InputError, UnsupportedBackboneError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet

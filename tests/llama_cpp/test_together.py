@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf_cases import adapter_of
 
-from offramp.core.engine.policy import GenerationOutput
+from offramp.core.decoding.policy import GenerationOutput
 from offramp.core.errors import InputError
 from offramp_llama_cpp import EngineOptions, LlamaCppRuntime
 

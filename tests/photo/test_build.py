@@ -129,8 +129,8 @@ def test_what_was_built_answers_as_its_parts_do(folder: Path, data: Path) -> Non
 def test_it_loads_by_name_and_exits_stand_on_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offramp.attach.input_processor import ONE_TURN, InputProcessor
     from offramp.core.models.exits import Exits
+    from offramp.features.input_processor import ONE_TURN, InputProcessor
 
     monkeypatch.setattr(build, "built_folder", lambda: folder)
     backbone, processor = shipped.load_named("photo")

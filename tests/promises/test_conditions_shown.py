@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from offramp import conditions
 from offramp.cli import main
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.engines.loading import Loaded, load
+from offramp.promises import conditions
 from offramp.promises.conditions import of_processor
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.config import ServerConfig

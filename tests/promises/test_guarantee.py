@@ -11,19 +11,19 @@ import families
 import pytest
 import torch
 
-from offramp import conditions
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
 from offramp.adapter.model_card import model_card
 from offramp.adapter.records import calibrations
 from offramp.adapter.shipped import load_tiny, tiny_exits
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.risk_functions import CIDER_CAP, RISKS
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import read_config
 from offramp.engines import ENGINES
+from offramp.features.input_processor import InputProcessor
+from offramp.promises import conditions
 from offramp.promises.conditions import (
     Conditions,
     as_loaded,
@@ -457,7 +457,7 @@ def test_where_right_answers_are_needed_what_differs_is_watched(here: Conditions
     assert found.target_of("Caption:") == 0.2
 
 
-PHOTO = Path(__file__).parents[1] / "photo-model" / "offramp_photo" / "exits"
+PHOTO = Path(__file__).parents[2] / "photo-model" / "offramp_photo" / "exits"
 
 
 @pytest.mark.parametrize("folder", [tiny_exits("opt"), PHOTO], ids=["tiny-opt", "photo"])

@@ -12,15 +12,15 @@ from fakes import Blip2FakeProcessor, examples
 from families import one_row
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.attach.vision_cache import VisionCache
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import FULL, ExitPolicy
-from offramp.core.engine.prompt import PromptReader
 from offramp.core.errors import BusyError, DataError, InputError, UnsupportedBackboneError
+from offramp.core.executors.prompt import PromptReader
 from offramp.core.executors.slots.cache import SlotCache
 from offramp.core.executors.slots.executor import SlotExecutor
+from offramp.features.input_processor import InputProcessor
+from offramp.features.prefix_cache import PrefixCache
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig

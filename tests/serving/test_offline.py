@@ -9,10 +9,10 @@ import pytest
 from fakes import Blip2FakeProcessor, examples
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.input_processor import InputProcessor
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.scheduler import Schedule
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import DataError, InputError
+from offramp.features.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.offline import write_answers

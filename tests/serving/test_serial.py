@@ -15,12 +15,12 @@ import torch
 
 from offramp import cli
 from offramp.adapter.adapter import Adapter
-from offramp.attach.vision_cache import VisionCache
 from offramp.cli.command_line import build_parser
 from offramp.cli.commands.serve import _slots
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.request import Request
 from offramp.serving.serial import SerialCore

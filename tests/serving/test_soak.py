@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from families import EOS, FIRST_WORD, NAMES, VOCABULARY, one_row
 
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.attach.vision_cache import VisionCache
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.decoding.scheduler import Schedule
 from offramp.core.decoding.sequence import Token
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy, GenerationOutput
+from offramp.features.prefix_cache import PrefixCache
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Handle, Request

@@ -8,11 +8,11 @@ import torch
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import tiny_folder
-from offramp.attach.input_processor import InputProcessor
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.models import registry
 from offramp.core.models.backbone import Backbone
+from offramp.features.input_processor import InputProcessor
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
 from offramp_lab.inputs import zoo

@@ -12,13 +12,13 @@ import training_runs
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import full_model_answers
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.teacher_forcing import record
-from offramp.core.engine.drafter import DraftingExit
+from offramp.core.decoding.policy import AHEAD, ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import AHEAD, ExitPolicy
 from offramp.core.errors import InputError
+from offramp.core.executors.drafter import DraftingExit
 from offramp.core.models.exits import Exits
+from offramp.features.input_processor import InputProcessor
+from offramp.features.teacher_forcing import record
 from offramp.training.config import TrainConfig
 from offramp.training.drafting import Acceptance, DraftingStage, roll_out
 from offramp.training.feature_store import FeatureStore

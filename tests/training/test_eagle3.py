@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from offramp.adapter.answers import full_model_answers
-from offramp.attach.eagle3 import Eagle3Drafter, check_drafter, read_depths
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.teacher_forcing import Answered, record
 from offramp.core.errors import DataError, UnsupportedBackboneError
+from offramp.features.eagle3 import Eagle3Drafter, check_drafter, read_depths
+from offramp.features.input_processor import InputProcessor
+from offramp.features.teacher_forcing import Answered, record
 from offramp.training.config import TrainConfig
 from offramp.training.eagle3 import ONLY, _Training, train_eagle3
 from offramp.training.feature_store import FeatureStore

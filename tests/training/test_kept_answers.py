@@ -12,7 +12,7 @@ import training_runs
 
 import offramp.adapter.answers
 from offramp.adapter.answers import KeptAnswers, full_model_answers
-from offramp.attach.input_processor import InputProcessor
+from offramp.features.input_processor import InputProcessor
 from offramp.training.trainer import train
 
 NAME = "blip2-opt"

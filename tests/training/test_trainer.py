@@ -18,11 +18,11 @@ from training_runs import SHORT, rows, same, steps, trainer, untrained
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import full_model_answers
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.shortlist import shortlist_of
-from offramp.core.engine.policy import DRAFT, ExitPolicy
+from offramp.core.decoding.policy import DRAFT, ExitPolicy
 from offramp.core.errors import DataError, InputError, TrainingError
 from offramp.core.models.backbone import Backbone
+from offramp.features.input_processor import InputProcessor
+from offramp.features.shortlist import shortlist_of
 from offramp.training.checkpoint import STATE
 from offramp.training.config import OBJECTIVES, REGIMES, TrainConfig
 from offramp.training.feature_dataset import FOLDER

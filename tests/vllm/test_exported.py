@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import RunCommand
 
-from offramp.core.engine.policy import ExitPolicy, policy_to_json
+from offramp.core.decoding.policy import ExitPolicy, policy_to_json
 from offramp_vllm.adapter import Checked, Exported, read_exported
 from offramp_vllm.attach import MoreLayers, with_exits
 from offramp_vllm.policy import EARLY, FULL, LOSSLESS, Rule, asked

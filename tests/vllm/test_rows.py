@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 import torch
 
-from offramp.core.engine.confidence import SCORES as OURS
+from offramp.core.decoding.confidence import SCORES as OURS
 from offramp_vllm.rows import (
     SCORES,
     Ragged,

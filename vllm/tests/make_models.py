@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import offramp
 from offramp.adapter.adapter import Adapter
-from offramp.attach.eagle3 import Eagle3Drafter
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.exits import Exits, ExitSet
+from offramp.features.eagle3 import Eagle3Drafter
 from offramp_vllm.exports.draft_model import save_draft_model
 from offramp_vllm.exports.speculators import save_drafter
 from offramp_vllm.exports.vllm import export_vllm
@@ -72,8 +72,8 @@ def scenes(folder: Path) -> None:
     """The tiny OPT that ships, behind Blip2, and pictures: the folders `model`, `export` and
     `images`, and answers.json, whose prompts are texts."""
     from offramp.adapter.shipped import load_tiny, shipped_exits, tiny_folder
-    from offramp.attach.input_processor import InputProcessor
     from offramp.data.scenes import tasks
+    from offramp.features.input_processor import InputProcessor
 
     shutil.copytree(tiny_folder("opt"), folder / "model", dirs_exist_ok=True)
     backbone, processor = load_tiny("opt")

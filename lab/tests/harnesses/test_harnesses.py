@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from serving import scene_examples, shipped
 
-from offramp.attach.input_processor import InputProcessor
 from offramp.core.errors import InputError
+from offramp.features.input_processor import InputProcessor
 from offramp_lab.harnesses.harness import Ask, HarnessModel, generation_options
 
 LONGEST = 12

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offramp.attach.eagle3 import Eagle3Drafter
-from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.features.eagle3 import Eagle3Drafter
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

@@ -13,12 +13,12 @@ from families import WORDLESS
 from reference import Dice
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.core.engine.policy import ExitPolicy, GenerationOutput
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.engines import engine_named
+from offramp.features.prefix_cache import PrefixCache
 from offramp_lab.inputs import zoo
 from offramp_lab.methods.propagate import Propagating
 

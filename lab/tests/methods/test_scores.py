@@ -22,9 +22,9 @@ from exit_walks import (
 )
 from families import WORDLESS
 
-from offramp.core.engine.confidence import check_score
+from offramp.core.decoding.confidence import check_score
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.core.plugins import PACKAGES

@@ -12,10 +12,10 @@ import torch
 from exit_walks import DEPTHS, KINDS, NEW, check_finished_rows, check_walks, decoded
 from families import WORDLESS
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Query
 from offramp.core.decoding.rule import ExitRule
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet

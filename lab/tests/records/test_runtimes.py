@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf_cases import GREEDY, adapter_of, inputs_of
 
-from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp_lab.experiments.experiment import Experiment, each
 from offramp_lab.records.record import Kept
 from offramp_lab.records.runtimes import methods

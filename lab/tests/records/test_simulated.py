@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from offramp.adapter.shipped import load_tiny
-from offramp.attach.input_processor import InputProcessor
+from offramp.features.input_processor import InputProcessor
 from offramp_lab.records import likeness, simulated, watched
 
 

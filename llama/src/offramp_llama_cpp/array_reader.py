@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Query, Word
 from offramp.core.decoding.rule import Verdict
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import InputError, did_you_mean
 from offramp_llama_cpp.executor import ChainOutput
 from offramp_llama_cpp.graphs import Array
@@ -45,7 +45,7 @@ SCORES: dict[str, Callable[[Array, Any], float]] = {
     "margin": _margin,
     "entropy": _entropy,
 }
-"""As `offramp.core.engine.confidence` has them, of logits [S] and the largest of them."""
+"""As `offramp.core.decoding.confidence` has them, of logits [S] and the largest of them."""
 
 
 class ArrayHeads:

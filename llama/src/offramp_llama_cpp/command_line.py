@@ -94,7 +94,7 @@ def _generate_options(parser: Parser) -> None:
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
     group.add_argument("--seed", type=whole(0), default=0, metavar="N")
     group = parser.add_argument_group("exits")
-    from offramp.core.engine.policy import MODES
+    from offramp.core.decoding.policy import MODES
 
     group.add_argument("--mode", choices=MODES, metavar="NAME",
                        help=f"{', '.join(MODES)} (default: the adapter's own)")  # fmt: skip

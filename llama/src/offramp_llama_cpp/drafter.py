@@ -1,7 +1,7 @@
 """An exit that drafts on from its own state inside llama.cpp, its layer in a file of its own.
 
-As in `offramp.core.engine.drafter`, in numpy. Nothing here need come out the same to the last bit:
-drafts change speed alone.
+As in `offramp.core.executors.drafter`, in numpy. Nothing here need come out the same to the last
+bit: drafts change speed alone.
 """
 
 from __future__ import annotations

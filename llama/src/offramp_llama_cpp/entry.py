@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offramp.attach.vision_cache import VisionCache
 from offramp.core.decoding.executor import check_context
-from offramp.core.engine.prefill import Prepared, prepare_checked
 from offramp.core.errors import InputError
+from offramp.core.executors.prefill import Prepared, prepare_checked
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.opened import LayerCall
+from offramp.features.vision_cache import VisionCache
 from offramp_llama_cpp.architectures import array_of, layer_kinds
 from offramp_llama_cpp.graphs import Architecture
 from offramp_llama_cpp.kept_prompts import KeptPrompts

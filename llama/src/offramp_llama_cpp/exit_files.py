@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.core.engine.policy import ENTRIES, ExitPolicy, policy_from_json
+from offramp.core.decoding.policy import ENTRIES, ExitPolicy, policy_from_json
 from offramp.core.errors import AdapterError, OfframpError
 from offramp.core.storage import digest_file, read_json
 from offramp_llama_cpp.graphs import DRAFTS, Array

@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.policy import policy_to_json, shortlist_of_policy
+from offramp.core.decoding.policy import policy_to_json, shortlist_of_policy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import check_depths
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint

@@ -17,9 +17,9 @@ import torch
 from cachetools import LRUCache
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from offramp.attach.kept_texts import MOST, PIXELS, TEXT
-from offramp.core.engine.prefill import Prepared, image_tokens
+from offramp.core.executors.prefill import Prepared, image_tokens
 from offramp.core.models.intercept import InterceptedModel
+from offramp.features.kept_texts import MOST, PIXELS, TEXT
 from offramp_llama_cpp.native.tap import States
 from offramp_llama_cpp.prompt import Prompt
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from offramp.core.decoding.plan import Plan
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Heads
-from offramp.core.engine.policy import ExitPolicy
 from offramp_llama_cpp.chain import SegmentChain
 from offramp_llama_cpp.drafter import ChainDrafter
 from offramp_llama_cpp.gguf_files import SegmentFiles

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from offramp.core.decoding.plan import Plan, draft_levels, drafter_at
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Heads
-from offramp.core.engine.policy import ExitPolicy
 from offramp_llama_cpp.chain import SegmentChain
 from offramp_llama_cpp.drafter import ChainDrafter
 from offramp_llama_cpp.executor import ChainExecutor

@@ -13,24 +13,24 @@ import numpy as np
 import torch
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.vision_cache import VisionCache
+from offramp.core.decoding.confidence import SCORES
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.plan import Plan
-from offramp.core.decoding.reader import PrefillBackend
-from offramp.core.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
-from offramp.core.decoding.scheduler import Schedule
-from offramp.core.engine.attached import PLANS, CalledAsModel
-from offramp.core.engine.confidence import SCORES
-from offramp.core.engine.generate import write_answers
-from offramp.core.engine.policy import (
+from offramp.core.decoding.policy import (
     ExitPolicy,
     GenerationOutput,
     first_token_may_exit,
 )
-from offramp.core.engine.prefill import Prepared
+from offramp.core.decoding.reader import PrefillBackend
+from offramp.core.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
+from offramp.core.decoding.scheduler import Schedule
+from offramp.core.engine.attached import PLANS, CalledAsModel
+from offramp.core.engine.generate import write_answers
 from offramp.core.errors import InputError, UnsupportedBackboneError, did_you_mean
+from offramp.core.executors.prefill import Prepared
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.intercept import InterceptedModel
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.torch_host import PreparedHost
 from offramp_llama_cpp.architectures import architecture_of
 from offramp_llama_cpp.chain import CallSizes

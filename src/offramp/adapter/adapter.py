@@ -13,8 +13,8 @@ from offramp.adapter.custom_generate import write_custom_generate
 from offramp.adapter.model_card import model_card
 from offramp.adapter.records import AdapterParts, Records, load_parts, save_parts
 from offramp.adapter.shipped import exits_folder, load_named
+from offramp.core.decoding.policy import ExitPolicy, check_policy_depths
 from offramp.core.engine.attached import AttachedExits
-from offramp.core.engine.policy import ExitPolicy, check_policy_depths
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet

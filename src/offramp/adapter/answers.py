@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.teacher_forcing import Answered
-from offramp.attach.vision_cache import digest
+from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.errors import DataError
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import digest_rows
 from offramp.core.storage.jsonl_log import JsonlLog
+from offramp.features.input_processor import InputProcessor
+from offramp.features.teacher_forcing import Answered
+from offramp.features.vision_cache import digest
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from offramp.adapter.certificate import Certificate
 from offramp.adapter.records import AdapterParts
-from offramp.core.engine.policy import resolved
+from offramp.core.decoding.policy import resolved
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage.places import is_hub_name
 from offramp.promises.conditions import Conditions, of_exits, of_policy
@@ -26,7 +26,7 @@ _UNSAID = {
 def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
     """The card: the hub's metadata as YAML, then depths, thresholds, guarantee and provenance."""
     environment = Environment(
-        loader=PackageLoader("offramp", ""),
+        loader=PackageLoader("offramp.adapter", ""),
         undefined=StrictUndefined,
         autoescape=False,  # Markdown, of our own values
         keep_trailing_newline=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.adapter.certificate import CERTIFICATE, Certificate
-from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.errors import AdapterError, DataError, OfframpError, StorageError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.core.engine.policy import Thresholds
+from offramp.core.decoding.policy import Thresholds
 from offramp.core.errors import DataError
 from offramp.core.inputs.example import Example
 from offramp.core.inputs.image import content_digest, pixel_digest

@@ -19,8 +19,6 @@ import numpy as np
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, Runtime
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.self_check import check_untested
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import (
     Attempt,
@@ -53,7 +51,7 @@ from offramp.calibration.threshold_evaluator import (
     split_images,
 )
 from offramp.calibration.threshold_search import Array
-from offramp.core.engine.policy import (
+from offramp.core.decoding.policy import (
     ExitPolicy,
     Thresholds,
     first_token_may_exit,
@@ -65,6 +63,8 @@ from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.storage import digest_rows
 from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
 from offramp.data.item import Item
+from offramp.features.input_processor import InputProcessor
+from offramp.features.self_check import check_untested
 from offramp.promises.conditions import (
     TORCH,
     Conditions,

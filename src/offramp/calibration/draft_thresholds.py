@@ -11,7 +11,7 @@ from typing import Any
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Runtime
-from offramp.core.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.core.errors import DataError
 from offramp.evaluation.timing import (
     GenerateFn,

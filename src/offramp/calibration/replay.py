@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.teacher_forcing import Answered, exit_features, group, record
+from offramp.core.decoding.confidence import SCORES
+from offramp.core.decoding.policy import ExitPolicy, first_token_may_exit, shortlist_of_policy
 from offramp.core.decoding.rule import ExitRule
-from offramp.core.engine.confidence import SCORES
-from offramp.core.engine.policy import ExitPolicy, first_token_may_exit, shortlist_of_policy
 from offramp.core.models.exits import Exits, ExitSet
+from offramp.features.input_processor import InputProcessor
+from offramp.features.teacher_forcing import Answered, exit_features, group, record
 
 Array = npt.NDArray[Any]
 

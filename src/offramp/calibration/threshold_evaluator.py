@@ -14,16 +14,16 @@ import torch
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, Runtime, generate_answers
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.teacher_forcing import Answered
 from offramp.calibration.attempts import ImageRows, cluster_of
 from offramp.calibration.cost_model import Costs, token_seconds
 from offramp.calibration.replay import PolicyReplay, can_replay
 from offramp.calibration.risk_functions import Risk
 from offramp.calibration.threshold_search import Array, candidates, pareto_path
-from offramp.core.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.core.errors import DataError
 from offramp.core.inputs.example import Example
+from offramp.features.input_processor import InputProcessor
+from offramp.features.teacher_forcing import Answered
 from offramp.promises.conditions import samples
 
 SEARCH = 0.3

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp.calibration.replay import PolicyReplay
-from offramp.core.engine.policy import Thresholds
+from offramp.core.decoding.policy import Thresholds
 
 Array = npt.NDArray[Any]
 

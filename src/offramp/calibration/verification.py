@@ -22,25 +22,21 @@ from torch import Tensor
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import GREEDY, Runtime
 from offramp.adapter.certificate import PathResult, Run, Settings, finite
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.quantized.linears import SCHEMES
-from offramp.attach.self_check import lengthened
-from offramp.attach.teacher_forcing import StateRecorder
 from offramp.common.provenance import provenance
-from offramp.core.decoding.reader import Query
-from offramp.core.decoding.rule import Verdict
-from offramp.core.decoding.scheduler import Schedule
-from offramp.core.engine.kv_cache import add_exit_entries
-from offramp.core.engine.policy import (
+from offramp.core.decoding.policy import (
     FULL,
     ExitPolicy,
     GenerationOutput,
     Thresholds,
     policy_to_json,
 )
-from offramp.core.engine.prefill import Prefill, prepare
+from offramp.core.decoding.reader import Query
+from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.scheduler import Schedule
 from offramp.core.engine.sampler import Sampler
 from offramp.core.errors import InputError, OfframpError
+from offramp.core.executors.kv_cache import add_exit_entries
+from offramp.core.executors.prefill import Prefill, prepare
 from offramp.core.executors.segments import ExitOutput
 from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.models.backbone import Backbone
@@ -50,6 +46,10 @@ from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.weights import scheme
 from offramp.core.storage import digest_rows
 from offramp.data.scenes import language, world
+from offramp.features.input_processor import InputProcessor
+from offramp.features.quantized.linears import SCHEMES
+from offramp.features.self_check import lengthened
+from offramp.features.teacher_forcing import StateRecorder
 from offramp.promises.conditions import Conditions
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig

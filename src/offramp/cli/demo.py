@@ -20,13 +20,12 @@ import torch
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, generate_answers
 from offramp.adapter.shipped import load_tiny
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.calibration.profiler import measure_costs
 from offramp.common.progress import progress
 from offramp.common.provenance import provenance
-from offramp.core.engine.policy import FULL, ExitPolicy, policy_to_json
+from offramp.core.decoding.policy import FULL, ExitPolicy, policy_to_json
 from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.storage import write_atomic, write_json
@@ -41,6 +40,7 @@ from offramp.evaluation.timing import (
     stock_generate_fn,
     time_interleaved,
 )
+from offramp.features.input_processor import InputProcessor
 from offramp.report.report import Source
 from offramp.report.report import report as page
 from offramp.report.sections import demo_modes

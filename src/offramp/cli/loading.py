@@ -41,8 +41,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """The backbone and its processor. revision: where --revision does not give another."""
     from offramp.adapter.shipped import tiny_kind
-    from offramp.attach.shrink_on_load import with_shrink_on_load
     from offramp.engines.loading import open_backbone, own_vision
+    from offramp.features.shrink_on_load import with_shrink_on_load
 
     name = arguments.backbone if name is None else name
     if name is None:
@@ -69,8 +69,8 @@ def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
     Raises:
         UnsupportedBackboneError: decoding with exits would not be the model's own.
     """
-    from offramp.attach.input_processor import InputProcessor
-    from offramp.attach.self_check import adopt_findings, check_decoding
+    from offramp.features.input_processor import InputProcessor
+    from offramp.features.self_check import adopt_findings, check_decoding
 
     check = check_decoding(backbone, InputProcessor(backbone, processor).prompts([example]))
     adopt_findings(backbone, check)

@@ -25,7 +25,7 @@ MTMD = "mtmd"
 
 @dataclass(frozen=True)
 class DecoderEngine:
-    """What runs the decoder.
+    """An engine: what runs the decoder.
 
     home: the module of `open`, or `open` itself. said: what a user should know, for help. replaces:
     whether it decodes in the adapter's place, and not in PyTorch. reads_files: whether it needs a

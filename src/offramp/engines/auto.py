@@ -30,7 +30,6 @@ from PIL import Image
 
 from offramp.adapter.records import calibrations
 from offramp.adapter.shipped import example_picture
-from offramp.attach.towers import tower_engine
 from offramp.common.progress import progress_bar
 from offramp.common.provenance import processor
 from offramp.core.errors import InputError, OfframpError
@@ -39,6 +38,7 @@ from offramp.core.save_and_load import AdapterConfig, exits_digest
 from offramp.core.storage import digest_rows, read_json, write_json
 from offramp.core.storage.folders import cache_folder
 from offramp.engines import AUTO, MTMD, TORCH, engine_named
+from offramp.features.towers import tower_engine
 from offramp.promises.conditions import Conditions, differences, of_backbone
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.compiled.compiled import COMPILED
+from offramp.features.compiled.compiled import COMPILED
 
 
 def open(model: Any, **_: Any) -> Any:

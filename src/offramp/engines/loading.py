@@ -14,9 +14,6 @@ import torch
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import exits_folder, load_named
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.shrink_on_load import with_shrink_on_load
-from offramp.attach.towers import tower_engine, with_vision
 from offramp.core.errors import InputError, StorageError
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
@@ -26,6 +23,9 @@ from offramp.core.save_and_load import read_config
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.engines import AUTO, MTMD, TORCH, check_asked, engine_named
 from offramp.engines.auto import OPEN, Way, settled
+from offramp.features.input_processor import InputProcessor
+from offramp.features.shrink_on_load import with_shrink_on_load
+from offramp.features.towers import tower_engine, with_vision
 from offramp.promises.conditions import Conditions
 
 log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ def open_backbone(
     """
     tower_engine(vision)  # a mistake should not wait for the model
     if quantize is not None:
-        from offramp.attach.quantized.linears import check_quantize, quantized
+        from offramp.features.quantized.linears import check_quantize, quantized
 
         check_quantize(quantize, dtype)
         dtype = "bfloat16"

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from offramp.attach.quantized.prepacked import is_worth_it, prepacked
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet
+from offramp.features.quantized.prepacked import is_worth_it, prepacked
 
 
 def open(model: Any, **_: Any) -> Any:

@@ -20,10 +20,9 @@ from torch import nn
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import GREEDY, Runtime, answers_of
-from offramp.attach.input_processor import InputProcessor
 from offramp.common.provenance import provenance
+from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput, policy_to_json
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput, policy_to_json
 from offramp.core.errors import DataError, InputError
 from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.models.backbone import Backbone
@@ -36,6 +35,7 @@ from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import Settings, as_items
+from offramp.features.input_processor import InputProcessor
 from offramp.promises.conditions import kernels, tensors_digest
 
 log = logging.getLogger(__name__)

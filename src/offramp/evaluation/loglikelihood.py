@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.teacher_forcing import StateRecorder
+from offramp.core.decoding.confidence import HEADS, check_thresholds
+from offramp.core.decoding.policy import FULL, ExitPolicy, first_token_may_exit
 from offramp.core.decoding.rule import ExitRule
-from offramp.core.engine.confidence import HEADS, check_thresholds
 from offramp.core.engine.heads import ExitCheck, ExitScorer
-from offramp.core.engine.kv_cache import CACHE_NAMES, add_exit_entries
-from offramp.core.engine.policy import FULL, ExitPolicy, first_token_may_exit
-from offramp.core.engine.prefill import Prefill, prepare
+from offramp.core.executors.kv_cache import CACHE_NAMES, add_exit_entries
+from offramp.core.executors.prefill import Prefill, prepare
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.models.intercept import InterceptedModel
+from offramp.features.input_processor import InputProcessor
+from offramp.features.teacher_forcing import StateRecorder
 
 
 def follows_policy(policy: ExitPolicy) -> bool:

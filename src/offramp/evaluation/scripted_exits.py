@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from offramp.core.engine.confidence import SCORES
+from offramp.core.decoding.confidence import SCORES
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
 from offramp.core.engine.heads import ExitCheck
-from offramp.core.engine.policy import ExitPolicy, GenerationOutput
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 

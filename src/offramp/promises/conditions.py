@@ -19,13 +19,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from offramp.attach.input_processor import ONE_TURN, smallest_side
-from offramp.attach.quantized.prepacked import PrepackedLinear
-from offramp.attach.vision_engine import ROUNDED
-from offramp.core.engine.policy import ExitPolicy, policy_entries, resolved
+from offramp.core.decoding.policy import ExitPolicy, policy_entries, resolved
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.weights import scheme
+from offramp.features.input_processor import ONE_TURN, smallest_side
+from offramp.features.quantized.prepacked import PrepackedLinear
+from offramp.features.vision_engine import ROUNDED
 from offramp.promises.prompt_kinds import FRAMES, OTHER, fits
 
 TORCH = "torch"
@@ -42,8 +42,8 @@ class Conditions(Mapping[str, Any]):
     The names of the parts here: see `of_backbone`, `of_policy`, `of_exits`, `of_processor` and
     `of_arithmetic`; of a request: sampling ("greedy", or how else tokens are chosen), longest
     (tokens of the longest answer) and prompts (frames of `offramp.promises.prompt_kinds`; of a
-    request, its one prompt). any_prompt: of a calibration whose prompts share no words, where it is known by
-    their answers which others are like them (`offramp.promises.likeness`).
+    request, its one prompt). any_prompt: of a calibration whose prompts share no words, where it
+    is known by their answers which others are like them (`offramp.promises.likeness`).
     """
 
     def __init__(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:

@@ -7,13 +7,13 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any, cast
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.cache_salt import salted
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.vision_cache import VisionCache
-from offramp.core.engine.policy import FULL
+from offramp.core.decoding.policy import FULL
 from offramp.core.errors import InputError
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
+from offramp.features.cache_salt import salted
+from offramp.features.input_processor import InputProcessor
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.core import EngineCore
 from offramp.serving.engine import Engine, Prepare, check_sizes
 from offramp.serving.engine_config import EngineConfig

@@ -13,12 +13,12 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from offramp.attach.cache_salt import salted
 from offramp.core.decoding.decoder import Decoder
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.decoding.scheduler import Call, Schedule, Tally
 from offramp.core.decoding.sequence import Sequence
-from offramp.core.engine.policy import FULL, ExitPolicy
 from offramp.core.errors import InputError
+from offramp.features.cache_salt import salted
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import Host
 from offramp.serving.job import Job, Jobs

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.plan import Plan
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import PrefillBackend, TokenSampler
 from offramp.core.decoding.sequence import Sequence
-from offramp.core.engine.policy import ExitPolicy
 from offramp.serving.request import Request
 
 if TYPE_CHECKING:
     from offramp.adapter.adapter import Adapter
-    from offramp.attach.vision_cache import VisionCache
+    from offramp.features.vision_cache import VisionCache
 
 
 class OnSettled(Protocol):

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from offramp.attach.vision_cache import RememberedTower, VisionCache
-from offramp.core.engine.prefill import Prefill, prepare
+from offramp.core.executors.prefill import Prefill, prepare
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.twin import graft
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.opened import LayerCall
+from offramp.features.vision_cache import RememberedTower, VisionCache
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from offramp.core.decoding.policy import MODES
 from offramp.core.decoding.sequence import Token
-from offramp.core.engine.policy import MODES
 from offramp.core.errors import InputError, check_known
 
 OnToken = Callable[[Token], None]

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Model, generate_by
-from offramp.attach.cache_salt import salted
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.attach.vision_cache import VisionCache
+from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.decoding.scheduler import Tally
 from offramp.core.decoding.sequence import Token
-from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.models.backbone import Backbone
+from offramp.features.cache_salt import salted
+from offramp.features.prefix_cache import PrefixCache
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.job import Job, Jobs
 

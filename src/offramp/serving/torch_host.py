@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.attach.self_check import prove
-from offramp.attach.vision_cache import VisionCache
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.plan import Plan
+from offramp.core.decoding.policy import MODES, ExitPolicy, GenerationOutput
 from offramp.core.decoding.reader import PrefillBackend
 from offramp.core.decoding.sequence import Sequence
 from offramp.core.engine.attached import Stamp
 from offramp.core.engine.heads import ExitHeads
 from offramp.core.engine.plan import plan_of
-from offramp.core.engine.policy import MODES, ExitPolicy, GenerationOutput
-from offramp.core.engine.prefill import Prepared
 from offramp.core.engine.sampler import Sampler, SeededNoise
 from offramp.core.errors import InputError
+from offramp.core.executors.prefill import Prepared
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
+from offramp.features.prefix_cache import PrefixCache
+from offramp.features.self_check import prove
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import OnSettled, Opened
 from offramp.serving.request import Request

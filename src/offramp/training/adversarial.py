@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.attach.shortlist import places_of
-from offramp.attach.teacher_forcing import Batch, exit_features
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.core.plugins import check_registered
+from offramp.features.shortlist import places_of
+from offramp.features.teacher_forcing import Batch, exit_features
 from offramp.training.config import TrainConfig
 from offramp.training.discriminator import build_discriminators
 from offramp.training.losses import LOSSES, LossInputs, discriminator_loss

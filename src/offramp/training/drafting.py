@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.teacher_forcing import Batch, exits_only
 from offramp.common.progress import progress_bar
-from offramp.core.engine.kv_cache import cache_parameter, self_attention
-from offramp.core.engine.policy import AHEAD
+from offramp.core.decoding.policy import AHEAD
 from offramp.core.errors import InputError, TrainingError, UnsupportedBackboneError
+from offramp.core.executors.kv_cache import cache_parameter, self_attention
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import DraftInput, Exits, ExitSet
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.opened import LayerCall
 from offramp.core.models.sharding import unread
+from offramp.features.teacher_forcing import Batch, exits_only
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import Stores

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from offramp.attach.eagle3 import Eagle3Drafter, check_drafter, read_depths
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.shortlist import places_of, shortlist_of
-from offramp.attach.teacher_forcing import Batch
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
+from offramp.features.eagle3 import Eagle3Drafter, check_drafter, read_depths
+from offramp.features.input_processor import InputProcessor
+from offramp.features.shortlist import places_of, shortlist_of
+from offramp.features.teacher_forcing import Batch
 from offramp.training.config import TrainConfig
 from offramp.training.drafting import Acceptance, DraftTraining, Rollout, seen_by_drafts
 from offramp.training.feature_dataset import TrainingStates

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from offramp.adapter.answers import KeptAnswers, full_model_answers
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.teacher_forcing import Answered
 from offramp.core.errors import DataError
 from offramp.core.inputs.example import Example
+from offramp.features.input_processor import InputProcessor
+from offramp.features.teacher_forcing import Answered
 from offramp.training.config import TrainConfig
 
 log = logging.getLogger(__name__)

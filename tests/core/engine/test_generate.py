@@ -18,10 +18,10 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
 )
 
-from offramp.core.engine.confidence import SCORES
+from offramp.core.decoding.confidence import SCORES
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.engine.generate import generate
 from offramp.core.engine.heads import ExitCheck, ExitScorer
-from offramp.core.engine.policy import FULL, ExitPolicy
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 
@@ -366,7 +366,7 @@ def test_a_token_leaves_at_the_first_depth_whose_score_reaches_the_threshold(
 
 
 def test_mean_depth_counts_full_depth_tokens_and_not_the_padding():
-    from offramp.core.engine.policy import GenerationOutput
+    from offramp.core.decoding.policy import GenerationOutput
 
     depths = torch.tensor([[6, 2, 2, 6], [6, 4, 0, 0]])
     made = GenerationOutput(torch.zeros(2, 9), depths, torch.zeros(2, 4), 6)

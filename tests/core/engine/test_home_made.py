@@ -9,8 +9,8 @@ import torch
 from reference import Noted
 
 from offramp import Adapter, attach
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits

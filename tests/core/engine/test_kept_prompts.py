@@ -11,13 +11,13 @@ import torch
 from families import one_row
 from torch import nn
 
-from offramp.attach.prefix_cache import PrefixCache, _Kept
-from offramp.attach.vision_cache import VisionCache
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.core.models.weights_version import weights_version
+from offramp.features.prefix_cache import PrefixCache, _Kept
+from offramp.features.vision_cache import VisionCache
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": families.WORDLESS}
 

@@ -10,8 +10,8 @@ import families
 import pytest
 import torch
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig

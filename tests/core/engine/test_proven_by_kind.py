@@ -10,15 +10,15 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.attach.self_check import check_untested
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.probe import text_prompt
 from offramp.core.models.exits import Exits
+from offramp.features.input_processor import InputProcessor
+from offramp.features.prefix_cache import PrefixCache
+from offramp.features.self_check import check_untested
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig

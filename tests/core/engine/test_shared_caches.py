@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.attach.vision_cache import VisionCache
 from offramp.core.engine.generate import generate
 from offramp.core.models.backbone import Backbone
+from offramp.features.prefix_cache import PrefixCache
+from offramp.features.vision_cache import VisionCache
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 THREADS = 8

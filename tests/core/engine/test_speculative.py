@@ -4,8 +4,8 @@ import pytest
 import torch
 from decoding import agreeing, lossless, tokens_by_layer
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import InputError
 
 NEW = 16

@@ -7,8 +7,8 @@ import home_made
 import pytest
 import torch
 
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.probe import text_prompt

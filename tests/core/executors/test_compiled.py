@@ -16,12 +16,12 @@ import torch
 from reference import Dice
 from torch._inductor.cpp_builder import get_cpp_compiler
 
-from offramp.attach.compiled import compiled
-from offramp.attach.compiled.code import CannotCompileError, Code
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import FULL, ExitPolicy
 from offramp.core.executors.slots import cache, tables
 from offramp.core.models.backbone import Backbone
+from offramp.features.compiled import compiled
+from offramp.features.compiled.code import CannotCompileError, Code
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 

@@ -13,8 +13,8 @@ from decoding import always
 from families import NAMES
 from reference import Dice
 
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import FULL, ExitPolicy
 from offramp.core.executors.bare import bare
 from offramp.core.executors.slots import cache, tables
 from offramp.core.executors.slots.executor import SlotExecutor

@@ -18,9 +18,8 @@ from transformers import (
     MistralConfig,
 )
 
-from offramp.attach.self_check import check_decoding
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import InputError, UnsupportedBackboneError
 from offramp.core.models import registry
 from offramp.core.models.backbone import Backbone
@@ -28,6 +27,7 @@ from offramp.core.models.exits import Exits
 from offramp.core.models.fingerprint import fingerprint, same_backbone
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.registry import Family, register_backbone
+from offramp.features.self_check import check_decoding
 
 # -- the model is left as it was found --------------------------------------------------------
 

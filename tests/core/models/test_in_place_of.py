@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from offramp import BatchEngine, EngineConfig, generate
-from offramp.attach.vision_cache import RememberedTower, VisionCache
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.in_place_of import InPlaceOf
+from offramp.features.vision_cache import RememberedTower, VisionCache
 from offramp_lab.inputs import zoo
 
 

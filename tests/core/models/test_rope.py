@@ -13,9 +13,8 @@ import torch
 from decoding import agreeing
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from offramp.attach.prefix_cache import PrefixCache
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import FULL, ExitPolicy
 from offramp.core.errors import InputError
 from offramp.core.executors.choice import executor_for
 from offramp.core.executors.slots.executor import SlotExecutor
@@ -23,6 +22,7 @@ from offramp.core.executors.stack import StackExecutor
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.core.models.rope import LengthDependentRope
+from offramp.features.prefix_cache import PrefixCache
 from offramp.serving.batch_engine import BatchEngine, EngineConfig
 from offramp.serving.server.pytorch import _within_positions
 

@@ -9,13 +9,13 @@ from accelerate import dispatch_model
 from accelerate.hooks import attach_align_device_hook_on_blocks
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.self_check import check_decoding
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.paths import discover
 from offramp.core.models.exits import Exits
 from offramp.core.models.fingerprint import fingerprint
 from offramp.core.models.sharding import device_of
+from offramp.features.self_check import check_decoding
 
 DEEP = families.LAYERS // 2
 """From here on the layers are elsewhere."""

@@ -14,11 +14,11 @@ from gguf_cases import refused
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from offramp.attach.input_processor import InputProcessor
 from offramp.core.errors import DataError, InputError
 from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.models.backbone import Backbone
 from offramp.data.formats import read_items
+from offramp.features.input_processor import InputProcessor
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "phi3", "olmo2", "gpt_oss")
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *[f"w{n}" for n in range(92)]]
@@ -78,7 +78,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_is_exact_in_every_mode(name: str) -> None:
     """By the check at load: exits, a first token that leaves early, drafts taken back."""
-    from offramp.attach.self_check import check_decoding
+    from offramp.features.self_check import check_decoding
 
     backbone = Backbone(model_of(name), name=name)
     assert backbone.text_only
@@ -162,7 +162,7 @@ def test_a_language_model_sees_no_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 def test_those_that_llama_cpp_has_a_graph_for_run_there(name: str, tmp_path: Path) -> None:
     from offramp.adapter.adapter import Adapter
-    from offramp.core.engine.policy import ExitPolicy
+    from offramp.core.decoding.policy import ExitPolicy
     from offramp.core.models.exits import Exits, ExitSet
     from offramp_llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
 

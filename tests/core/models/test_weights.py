@@ -9,15 +9,15 @@ import training_runs
 from torch import nn
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.description import describe
-from offramp.attach.self_check import check_decoding
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import AdapterError, UnsupportedBackboneError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.core.models.weights import float_copy, is_quantized, scheme
 from offramp.core.storage import read_json, write_json
+from offramp.features.description import describe
+from offramp.features.self_check import check_decoding
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.records import CARD
 from offramp.calibration.attempts import Attempt
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import AdapterError, DataError, OfframpError, TrainingError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from offramp.adapter.records import _is_counted
 from offramp.calibration.attempts import Attempt
-from offramp.core.engine.policy import ExitPolicy, Thresholds, policy_to_json
+from offramp.core.decoding.policy import ExitPolicy, Thresholds, policy_to_json
 from offramp.core.errors import AdapterError
 from offramp.core.save_and_load.config import Entries, _policy
 from offramp_llama_cpp.exit_files import known_policy

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from offramp import storage
+from offramp.core import storage
 from offramp.core.errors import DataError, InputError, StorageError
 from offramp.core.storage import places
 from offramp.core.storage.folders import cache_folder, check_writable, locked_folder
@@ -310,7 +310,7 @@ def test_files_have_the_modes_that_the_umask_allows(umask: int, tmp_path: Path) 
 
 KILLED = """
 import os, signal
-from offramp import storage
+from offramp.core import storage
 from offramp.core.storage import places
 with storage.atomic_folder({path!r}) as staging:
     (staging / "file").write_text("half")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from offramp import storage
+from offramp.core import storage
 from offramp.core.errors import StorageError
 from offramp.core.storage import exchange, places
 from offramp.core.storage.jsonl_log import JsonlLog

@@ -20,14 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.calibrate import calibrate
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.decoding.scheduler import Schedule
-from offramp.core.engine.policy import ExitPolicy, GenerationOutput
 from offramp.core.errors import InputError, StorageError
 from offramp.core.inputs.example import Example
 from offramp.data.formats import read_items
 from offramp.data.scenes import tasks
+from offramp.features.input_processor import InputProcessor
 from offramp.promises.guarantee import Promise
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from offramp.adapter.shipped import PHOTO
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.core.engine.policy import FULL
+from offramp.core.decoding.policy import FULL
+from offramp.features.input_processor import InputProcessor
+from offramp.features.prefix_cache import PrefixCache
 from offramp.serving.server.hf_options import CountPenalties
 from offramp.serving.server.service import Service
 from serving import NAME, asking, data_uri, messages, running, scene_examples, service_of, shipped

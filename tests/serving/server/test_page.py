@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from browser import Page, browser, open_page
 
-from offramp.attach.input_processor import InputProcessor
 from offramp.common.depth_color import depth_color, ink_on
+from offramp.features.input_processor import InputProcessor
 from serving import running, scene_examples, service_of, shipped
 
 pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")

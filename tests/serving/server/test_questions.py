@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from smolvlm import save_smolvlm
 
-from offramp.attach.input_processor import InputProcessor
 from offramp.core.models.backbone import Backbone
+from offramp.features.input_processor import InputProcessor
 from offramp.promises.prompt_kinds import OTHER
 from offramp.serving.server.api.protocol import ChatRequest, CompletionRequest
 from offramp.serving.server.config import ServerConfig

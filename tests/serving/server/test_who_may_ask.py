@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.attach.cache_salt import current_salt, salted
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.attach.vision_cache import VisionCache
 from offramp.cli.commands.serve import _config
 from offramp.core.errors import OfframpError
+from offramp.features.cache_salt import current_salt, salted
+from offramp.features.prefix_cache import PrefixCache
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.server.middleware import host_name
 from serving import asking, messages, scene_examples, service_of, shipped
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from offramp.core.engine.policy import DRAFT, Thresholds
+from offramp.core.decoding.policy import DRAFT, Thresholds
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.pytorch import service_of as service_of_model

@@ -3,7 +3,3 @@
 On a GPU a small model's token takes as long as the CPU needs to launch its kernels one by one.
 `GraphRuntime` records them over memory that stays where it is, and launches each recording at once.
 """
-
-from offramp_lab.graphs.runtime import GraphRuntime
-
-__all__ = ["GraphRuntime"]

@@ -6,7 +6,6 @@ from typing import Any
 
 from offramp.core.errors import InputError
 from offramp.engines import register_engine
-from offramp_lab.graphs import GraphRuntime
 
 
 def open(model: Any, *, context: int = 2048, **_: Any) -> Any:
@@ -20,6 +19,8 @@ def open(model: Any, *, context: int = 2048, **_: Any) -> Any:
             f"CUDA graphs need an NVIDIA GPU, and the model is on {model.backbone.device}.",
             "Leave --engine out, or name the GPU with --device cuda.",
         )
+    from offramp_lab.graphs.runtime import GraphRuntime
+
     return GraphRuntime(model, context=context)
 
 

@@ -16,7 +16,7 @@ from offramp.core.decoding.executor import Handle, Loaded, Span, check_context
 from offramp.core.decoding.reader import Query, Word
 from offramp.core.decoding.rule import Verdict
 from offramp.core.engine.heads import ExitHeads
-from offramp.core.engine.prompt import Prompt
+from offramp.core.executors.prompt import Prompt
 from offramp.core.executors.segments import Output, joined, picked
 from offramp_lab.graphs.programs import FULL, MOST, Read, RowPrograms, Said
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.vision_cache import VisionCache
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import write_answers
 from offramp.core.engine.plan import plan_of
-from offramp.core.engine.policy import ExitPolicy, GenerationOutput
 from offramp.core.errors import InputError, UnsupportedBackboneError
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.slot_memory import check_room
 from offramp_lab.graphs.executor import GraphExecutor, GraphHeads
 from offramp_lab.graphs.programs import RowPrograms

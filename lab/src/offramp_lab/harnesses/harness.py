@@ -16,11 +16,11 @@ from typing import Any
 from PIL import Image
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.input_processor import InputProcessor
 from offramp.core.errors import InputError, OfframpError
 from offramp.core.inputs.image import open_rgb
 from offramp.core.models.backbone import Backbone
 from offramp.engines.loading import open_model
+from offramp.features.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 

@@ -6,8 +6,8 @@ loads no PyTorch, for the help of commands names them too.
 
 from typing import Any
 
-from offramp.attach.registration import register_heads, register_score
 from offramp.engines import register_engine
+from offramp.features.registration import register_heads, register_score
 from offramp_lab.methods.scores import saturation
 
 

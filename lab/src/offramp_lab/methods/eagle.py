@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from offramp.attach.eagle3 import Eagle3Drafter
 from offramp.core.decoding.drafting import (
     Draft,
     DraftBudget,
@@ -29,9 +28,10 @@ from offramp.core.decoding.drafting import (
 )
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.sequence import Sequence as Row
-from offramp.core.engine.prefill import image_tokens
+from offramp.core.executors.prefill import image_tokens
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.opened import first
+from offramp.features.eagle3 import Eagle3Drafter
 
 NAME = "eagle3"
 _attached: list[Callable[[Executor, int], Drafter]] = []

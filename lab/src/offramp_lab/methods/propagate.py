@@ -15,12 +15,12 @@ from typing import Any, cast
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.executor import Span
 from offramp.core.decoding.plan import Plan
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.heads import ExitHeads
-from offramp.core.engine.kv_cache import self_attention, store_exit_keys, store_keys
-from offramp.core.engine.policy import ExitPolicy
-from offramp.core.engine.prefill import Prepared
-from offramp.core.engine.prompt import Prompt, PromptReader
 from offramp.core.errors import InputError
+from offramp.core.executors.kv_cache import self_attention, store_exit_keys, store_keys
+from offramp.core.executors.prefill import Prepared
+from offramp.core.executors.prompt import Prompt, PromptReader
 from offramp.core.executors.segments import ExitOutput, Output
 from offramp.core.executors.stack import StackExecutor
 from offramp.core.models.backbone import Backbone

@@ -1,5 +1,5 @@
 """A score that others exit by, and that no measurement here favours: saturation (MuE). As in
-`offramp.core.engine.confidence`, larger is safer."""
+`offramp.core.decoding.confidence`, larger is safer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Scores that follow a token from exit to exit: patience (PABEE) and agreement (BEEM).
 
 A streak is of one token of one sequence: an exit that chooses another token starts it over, and so
-does the next token. As in `offramp.core.engine.confidence`, larger is safer. No measurement here
+does the next token. As in `offramp.core.decoding.confidence`, larger is safer. No measurement here
 favours them over the largest probability.
 """
 
@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from offramp.core.decoding.confidence import max_probability
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Query
-from offramp.core.engine.confidence import max_probability
 from offramp.core.engine.heads import ExitCheck, ExitHeads
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet

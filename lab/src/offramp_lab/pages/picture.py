@@ -18,7 +18,7 @@ import torch
 
 from offramp.common.depth_color import depth_color, ink_on
 from offramp.common.provenance import provenance
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.inputs.example import Example
 from offramp.core.storage import write_atomic, write_json
 from offramp.data.scenes import world

@@ -18,13 +18,13 @@ from PIL import Image
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import TINY, load_tiny
-from offramp.attach.input_processor import InputProcessor
 from offramp.cli.demo import SHOWN, answers, demo_page, shown_rows
-from offramp.core.engine.policy import FULL
+from offramp.core.decoding.policy import FULL
 from offramp.core.errors import DataError
 from offramp.core.storage import read_json, write_atomic
 from offramp.data.scenes.tasks import captions, questions
 from offramp.evaluation.run_log import Done
+from offramp.features.input_processor import InputProcessor
 from offramp_lab.places import DOCS, RECORDS, RUNS
 
 DEMO = RUNS / "demo"

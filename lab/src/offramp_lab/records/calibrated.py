@@ -24,11 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from offramp import demo
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, generate_answers
 from offramp.adapter.shipped import TINY
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import UNITS, Draws, ImageRows, images_of
 from offramp.calibration.calibrate import GRID, Calibration, calibrate
@@ -36,7 +34,8 @@ from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import control, p_value
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
-from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.cli import demo
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.inputs.example import Example
 from offramp.core.storage import write_json
 from offramp.data.scenes.tasks import captions_and_questions
@@ -47,6 +46,7 @@ from offramp.evaluation.timing import (
     stock_generate_fn,
     time_interleaved,
 )
+from offramp.features.input_processor import InputProcessor
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.records.record import Record, Some, asked, named
 from offramp_lab.records.subjects import right, tiny_with, trained

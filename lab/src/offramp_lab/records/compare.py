@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offramp import demo
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import TINY, load_tiny
-from offramp.attach.input_processor import InputProcessor
-from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.cli import demo
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.storage import read_json, write_json
 from offramp.data.scenes.tasks import captions, captions_and_questions, questions
 from offramp.evaluation.timing import generate_fn, speedup, time_interleaved
+from offramp.features.input_processor import InputProcessor
 from offramp.training.config import FREE as TERMS
 from offramp.training.config import TrainConfig
 from offramp_lab.experiments.comparison.compare import compare

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from offramp import conditions, demo
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
-from offramp.attach.input_processor import InputProcessor
+from offramp.cli import demo
 from offramp.core.inputs.example import Example
 from offramp.data.scenes.tasks import captions_and_questions
+from offramp.features.input_processor import InputProcessor
+from offramp.promises import conditions
 from offramp.promises.conditions import Conditions, of_processor
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.subjects import tiny_with

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.policy import FULL, ExitPolicy, Thresholds
+from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits
 from offramp.engines import ENGINES

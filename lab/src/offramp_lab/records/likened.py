@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from examples.photo_vlm.rows import half_of, read_photographs
 
-from offramp import demo
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
 from offramp.adapter.model_card import model_card
@@ -29,6 +28,7 @@ from offramp.calibration.attempts import Draws, images_of
 from offramp.calibration.calibrate import CONSISTENCY
 from offramp.calibration.risk_control import upper_bound
 from offramp.calibration.risk_functions import RISKS
+from offramp.cli import demo
 from offramp.common.progress import progress
 from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.save_and_load.config import sealed

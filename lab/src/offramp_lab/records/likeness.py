@@ -16,9 +16,9 @@ import numpy.typing as npt
 from examples.photo_vlm.rows import half_of, read_photographs
 from PIL import Image
 
-from offramp import demo
 from offramp.adapter.answers import generate_answers
 from offramp.adapter.shipped import shipped_exits
+from offramp.cli import demo
 from offramp.core.inputs.example import Example
 from offramp.core.storage import read_json
 from offramp.data.datasets import read_examples

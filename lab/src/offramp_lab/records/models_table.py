@@ -5,7 +5,7 @@
 
 A type is built with random weights (`offramp_lab.inputs.zoo`), loaded with one prompt with an
 image, and decoded with exits at two depths beside its own `generate`, batch 1 and 3: part 3 of the
-self-check (`offramp.attach.self_check`), logits and tokens. Then its engine is found, as
+self-check (`offramp.features.self_check`), logits and tokens. Then its engine is found, as
 at the first prompt that anybody asks.
 """
 
@@ -41,10 +41,10 @@ def run(types: list[str]) -> Any:
     warnings.filterwarnings("ignore")
     import torch
 
-    from offramp.attach.self_check import check_decoding, prove
     from offramp.core.errors import OfframpError
     from offramp.core.models.backbone import Backbone
     from offramp.core.models.registry import registered_family
+    from offramp.features.self_check import check_decoding, prove
     from offramp_lab.inputs import zoo
 
     for name in types or zoo.names():

@@ -31,7 +31,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from offramp.core.engine.policy import MODES
+from offramp.core.decoding.policy import MODES
 from offramp.core.inputs.example import Example
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.scenes.tasks import captions

@@ -3,12 +3,12 @@
 The exits stay as they were trained. Target, risk and images are the demo's.
 """
 
-from offramp import demo
 from offramp.adapter.shipped import tiny_exits
 from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.calibration.profiler import measure_costs
-from offramp.core.engine.policy import ExitPolicy
+from offramp.cli import demo
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.records.record import asked

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
 from offramp.common.progress import progress
-from offramp.core.engine.policy import FULL
+from offramp.core.decoding.policy import FULL
 from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits
 from offramp.training.losses import kl

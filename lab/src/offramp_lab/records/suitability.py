@@ -32,7 +32,6 @@ from examples.photo_vlm.held_out import SIZES
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import full_model_answers
 from offramp.adapter.shipped import TINY
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import Draws
 from offramp.calibration.calibrate import GRID
@@ -43,12 +42,13 @@ from offramp.calibration.suitability import LEVELS, settled, suitability
 from offramp.calibration.suitability import RISKS as RISKS_TOLD
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.cli.demo import OPTIONS, DemoSizes
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.inputs.example import Example
 from offramp.core.storage import read_json
 from offramp.data.scenes.tasks import captions, captions_and_questions
 from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import exit_generate_fn, timed
+from offramp.features.input_processor import InputProcessor
 from offramp_lab.experiments.experiment import Experiment, bar
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked

@@ -36,12 +36,12 @@ from offramp_photo.packages import LANGUAGE, weights_file
 from transformers import AutoTokenizer
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.input_processor import InputProcessor
-from offramp.core.engine.policy import MODES
+from offramp.core.decoding.policy import MODES
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import write_atomic
 from offramp.core.storage.folders import cache_folder
+from offramp.features.input_processor import InputProcessor
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.runtimes.ways import (

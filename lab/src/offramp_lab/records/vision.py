@@ -28,12 +28,12 @@ from torch import Tensor
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.towers import ENGINES, TORCH, tower_engine, with_vision
 from offramp.core.errors import InputError
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.intercept import InterceptedModel
+from offramp.features.input_processor import InputProcessor
+from offramp.features.towers import ENGINES, TORCH, tower_engine, with_vision
 from offramp_lab.experiments.experiment import (
     Experiment,
     in_cpu_milliseconds,

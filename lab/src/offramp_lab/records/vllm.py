@@ -32,12 +32,12 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.vision_cache import VisionCache
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.storage import digest_file, digest_rows, read_json
+from offramp.features.input_processor import InputProcessor
+from offramp.features.vision_cache import VisionCache
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from offramp.adapter.shipped import load_tiny
-from offramp.attach.input_processor import InputProcessor
-from offramp.core.engine.policy import GenerationOutput
+from offramp.core.decoding.policy import GenerationOutput
+from offramp.features.input_processor import InputProcessor
 from offramp.promises.betting import RATIOS, Restarts
 from offramp.promises.guarantee import Promise
 from offramp.serving.monitor.sample import Sample

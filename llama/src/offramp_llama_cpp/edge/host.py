@@ -9,9 +9,9 @@ import numpy as np
 
 from offramp.core.decoding.executor import Executor, check_context
 from offramp.core.decoding.plan import Plan
+from offramp.core.decoding.policy import ExitPolicy, check_policy_depths
 from offramp.core.decoding.reader import PrefillBackend
 from offramp.core.decoding.sequence import Sequence
-from offramp.core.engine.policy import ExitPolicy, check_policy_depths
 from offramp.serving.host import OnSettled, Opened
 from offramp.serving.request import Request
 from offramp_llama_cpp.array_reader import ArrayHeads

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from offramp.core.decoding.executor import check_context
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.core.decoding.sequence import Token
-from offramp.core.engine.policy import ExitPolicy
 from offramp.core.errors import AdapterError, InputError
 from offramp.core.inputs.image import open_rgb
 from offramp.serving.core import Core

@@ -107,7 +107,7 @@ def _options(parser: Parser) -> None:
 
 def _policy_options(group: Any) -> None:
     """Add the options of which thresholds are searched."""
-    from offramp.core.engine.confidence import FEATURE_SCORES, HEADS, SCORES
+    from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS, SCORES
 
     scores = (*SCORES, *FEATURE_SCORES, *HEADS, *offered("scores"))
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
@@ -157,7 +157,6 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     """Find thresholds as `asked`, store them in `out`, and show them."""
     from dataclasses import replace
 
-    from offramp.attach.input_processor import InputProcessor
     from offramp.calibration.calibrate import calibrate
     from offramp.calibration.ledger import note_attempts, with_ledger
     from offramp.calibration.profiler import measure_costs
@@ -165,6 +164,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     from offramp.calibration.risk_functions import RISKS
     from offramp.common.progress import progress
     from offramp.data.datasets import read_examples
+    from offramp.features.input_processor import InputProcessor
 
     labelled = RISKS[arguments.risk].quality is not None
     items = read_data(arguments, require_answers=labelled)
@@ -253,7 +253,7 @@ def _say_how_long(
     from offramp.calibration.calibrate import COARSE, GRID
     from offramp.calibration.replay import can_replay
     from offramp.common.progress import duration
-    from offramp.core.engine.policy import FULL
+    from offramp.core.decoding.policy import FULL
 
     rows = min(arguments.batch_size, getattr(model, "rows", 8), len(examples))
     begin = time.perf_counter()

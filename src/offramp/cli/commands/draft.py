@@ -67,12 +67,12 @@ def _draft(arguments: argparse.Namespace) -> None:
 
 def _find(arguments: argparse.Namespace, out: Path) -> None:
     """Time what drafts there are, show that, and store the fastest in `out`."""
-    from offramp.attach.input_processor import InputProcessor
     from offramp.calibration.draft_thresholds import (
         draft_speeds,
         with_drafts,
     )
     from offramp.common.progress import progress
+    from offramp.features.input_processor import InputProcessor
 
     items = read_data(arguments, require_answers=False)
     adapter, processor = load_adapter(arguments)
@@ -114,7 +114,7 @@ def _say_how_long(adapter: Any, runtime: Any, inputs: Any, arguments: argparse.N
 
     from offramp.calibration.draft_thresholds import LONGEST, draft_policies
     from offramp.common.progress import duration
-    from offramp.core.engine.policy import FULL
+    from offramp.core.decoding.policy import FULL
 
     ways = 1 + len(draft_policies(adapter)) + len(LONGEST)
     begin = time.perf_counter()

@@ -83,12 +83,12 @@ def _evaluation_options(parser: Parser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from offramp.attach.input_processor import InputProcessor
     from offramp.common.progress import progress
     from offramp.core.storage.folders import check_writable
     from offramp.evaluation.evaluate import RESULT, evaluate, rescore
     from offramp.evaluation.run_log import ROWS
     from offramp.evaluation.tasks import Settings
+    from offramp.features.input_processor import InputProcessor
 
     settings = {n: getattr(arguments, n) for n in ("batch_size", "max_new_tokens")}
     alone = arguments.adapter is None and not arguments.rescore

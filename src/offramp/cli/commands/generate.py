@@ -68,7 +68,7 @@ def _options(parser: Parser) -> None:
 
 def answer_options(parser: Parser) -> None:
     """Add the options of how an answer is written and shown."""
-    from offramp.core.engine.policy import MODES
+    from offramp.core.decoding.policy import MODES
 
     vision_options(parser.add_argument_group("images"))
     group = parser.add_argument_group("answer")
@@ -104,8 +104,8 @@ def answer_options(parser: Parser) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from offramp.attach.input_processor import InputProcessor
     from offramp.engines.loading import usual_length, usual_prompt
+    from offramp.features.input_processor import InputProcessor
 
     options = _generation_options(arguments)
     check_runtime(arguments)
@@ -126,7 +126,7 @@ def generate(arguments: argparse.Namespace) -> None:
             "or find thresholds with `offramp calibrate`."
         )
     if adapter.backbone.family.vision and (arguments.interactive or len(arguments.image) > 1):
-        from offramp.attach.vision_cache import VisionCache
+        from offramp.features.vision_cache import VisionCache
 
         options["vision_cache"] = VisionCache()
     encoder = InputProcessor(adapter.backbone, processor)
@@ -261,7 +261,7 @@ def _answer(
     options: dict[str, Any],
 ) -> Any:
     """One answer; each starts from the seed anew."""
-    from offramp.core.engine.prefill import check_inputs
+    from offramp.core.executors.prefill import check_inputs
 
     try:
         check_inputs(inputs, backbone.model)

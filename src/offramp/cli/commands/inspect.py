@@ -124,7 +124,7 @@ def _adapter(name: str) -> dict[str, Any]:
 
 def _told(entries: dict[str, Any]) -> str:
     """The contents of adapter.json in ten lines, for people."""
-    from offramp.core.engine.policy import policy_from_json
+    from offramp.core.decoding.policy import policy_from_json
     from offramp.promises.conditions import Conditions, of_policy
     from offramp.promises.guarantee import standing
 
@@ -157,9 +157,9 @@ SHOWN = (
 def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
 
-    from offramp.attach.description import describe
     from offramp.core.inputs.example import Example
     from offramp.core.models.exits import propose_depths
+    from offramp.features.description import describe
 
     backbone, processor = load_model(arguments, arguments.name)
     description = describe(backbone)
@@ -179,9 +179,9 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _suitability(arguments: argparse.Namespace) -> None:
-    from offramp.attach.input_processor import InputProcessor
     from offramp.calibration.suitability import LEVELS, suitability
     from offramp.common.progress import progress
+    from offramp.features.input_processor import InputProcessor
 
     if arguments.level not in LEVELS:
         raise InputError(

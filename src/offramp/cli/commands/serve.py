@@ -300,8 +300,8 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     """The model, loaded and running."""
     import torch
 
-    from offramp.attach.prefix_cache import PrefixCache
-    from offramp.attach.vision_cache import VisionCache
+    from offramp.features.prefix_cache import PrefixCache
+    from offramp.features.vision_cache import VisionCache
     from offramp.serving.engine_config import EngineConfig
     from offramp.serving.server.pytorch import runtime_name, service_of
 

@@ -92,10 +92,10 @@ def _options(parser: Parser) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from offramp.adapter.certificate import Settings
-    from offramp.attach.input_processor import InputProcessor
     from offramp.calibration.verification import Verification, own_examples, with_thresholds
     from offramp.common.progress import progress_bar
     from offramp.core.storage.folders import check_writable
+    from offramp.features.input_processor import InputProcessor
 
     if arguments.quick:
         for name, (value, _) in QUICK.items():

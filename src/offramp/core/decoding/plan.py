@@ -17,10 +17,10 @@ from offramp.core.decoding.drafting import (
     PlainDrafts,
 )
 from offramp.core.decoding.executor import Executor
+from offramp.core.decoding.policy import AHEAD, ExitPolicy
 from offramp.core.decoding.reader import Heads
 from offramp.core.decoding.rule import NO_EXITS, ExitRule
 from offramp.core.decoding.scheduler import AT_ONCE, Schedule
-from offramp.core.engine.policy import AHEAD, ExitPolicy
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,15 +10,15 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from offramp.core.decoding.confidence import HEADS
 from offramp.core.decoding.plan import Plan
-from offramp.core.engine.confidence import HEADS
+from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate, generate_prepared
 from offramp.core.engine.plan import plan_of
-from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
-from offramp.core.engine.prefill import IMAGES, Prepared
-from offramp.core.engine.prompt import PromptMemory
 from offramp.core.errors import InputError
 from offramp.core.executors.bare import GLOBAL_HOOKS
+from offramp.core.executors.prefill import IMAGES, Prepared
+from offramp.core.executors.prompt import PromptMemory
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet
 from offramp.core.models.weights_version import Unchanged

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from offramp.core.decoding.decoder import Decoder
 from offramp.core.decoding.plan import Plan
+from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.decoding.reader import PrefillBackend
 from offramp.core.decoding.rule import ExitRule
 from offramp.core.decoding.scheduler import AT_ONCE, Schedule
 from offramp.core.decoding.sequence import NAN, Token
 from offramp.core.engine.plan import plan_of
-from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput
-from offramp.core.engine.prefill import Prepared, check_options
-from offramp.core.engine.prompt import PromptMemory, PromptReader
 from offramp.core.engine.sampler import (
     Noise,
     Observer,
@@ -35,11 +33,13 @@ from offramp.core.engine.sampler import (
     StopTogether,
 )
 from offramp.core.errors import InputError
+from offramp.core.executors.prefill import Prepared, check_options
+from offramp.core.executors.prompt import PromptMemory, PromptReader
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.models.intercept import ImageMemory
 
-SELF_CHECK = "offramp.attach.self_check"
+SELF_CHECK = "offramp.features.self_check"
 """The module of what proves that decoding is exact, which is loaded where no test has shown it."""
 Planned = Callable[[], Plan]
 """Returns the plan that answers are written by, made anew where what it was made of has changed."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
+from offramp.core.decoding.confidence import HEADS
 from offramp.core.decoding.plan import Plan, draft_levels, drafter_at
-from offramp.core.engine.confidence import HEADS
-from offramp.core.engine.drafter import DraftingExit
+from offramp.core.decoding.policy import ExitPolicy, check_policy_depths, first_token_may_exit
 from offramp.core.engine.heads import ExitHeads
-from offramp.core.engine.policy import ExitPolicy, check_policy_depths, first_token_may_exit
-from offramp.core.engine.prompt import PromptReader
 from offramp.core.executors.choice import executor_for
+from offramp.core.executors.drafter import DraftingExit
+from offramp.core.executors.prompt import PromptReader
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 
@@ -27,7 +27,7 @@ def plan_of(
 ) -> Plan:
     """Decide by which exits, heads and drafter answers are written.
 
-    modes: that answers may ask for, of `offramp.core.engine.policy.MODES`; None: the policy's own
+    modes: that answers may ask for, of `offramp.core.decoding.policy.MODES`; None: the policy's own
     alone.
     heads: made in place of those that the policy's score names. drafts_on: whether what runs the
     layers can let an exit draft on from its own state.

@@ -19,8 +19,8 @@ from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteri
 from transformers.generation import logits_process
 
 from offramp.core.decoding.noise import gumbel
-from offramp.core.engine.prefill import Prepared
 from offramp.core.errors import InputError
+from offramp.core.executors.prefill import Prepared
 
 BY_ROW = frozenset(
     kind

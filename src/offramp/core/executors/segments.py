@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.core.engine.drafter import DraftingExit
-from offramp.core.engine.kv_cache import store_exit_keys
+from offramp.core.executors.drafter import DraftingExit
+from offramp.core.executors.kv_cache import store_exit_keys
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet
 from offramp.core.models.intercept import InterceptedModel

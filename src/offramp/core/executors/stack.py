@@ -17,16 +17,16 @@ from torch import Tensor
 
 from offramp.core.decoding.drafting import DraftBudget, Drafts
 from offramp.core.decoding.executor import Loaded, Span
-from offramp.core.engine.kv_cache import (
+from offramp.core.executors.bare import stack_runs
+from offramp.core.executors.kv_cache import (
     cache_name,
     crop,
     croppable,
     self_attention,
     stand_in,
 )
-from offramp.core.engine.prefill import Prefill
-from offramp.core.engine.prompt import Prompt
-from offramp.core.executors.bare import stack_runs
+from offramp.core.executors.prefill import Prefill
+from offramp.core.executors.prompt import Prompt
 from offramp.core.executors.segments import ExitOutput, Output, SegmentRunner, joined, picked
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet

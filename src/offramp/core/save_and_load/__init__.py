@@ -3,7 +3,7 @@
 adapter.json                format version, backbone, depths, policy, calibration, provenance, and
                             the SHA-256 of each of the other files that loading reads
 exits.safetensors           the exits' tensors, nothing of the backbone
-checks.safetensors          the shortlist, if there is one (`offramp.attach.shortlist`)
+checks.safetensors          the shortlist, if there is one (`offramp.features.shortlist`)
 seen.json                   digests of the images that training and calibration used
 attempts.json               every attempt at a guarantee (`offramp.calibration.attempts`)
 certificate.json            what `offramp verify` found (`offramp.adapter.certificate`)
@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from offramp.core.engine.policy import ExitPolicy, check_policy_depths, policy_to_json
+from offramp.core.decoding.policy import ExitPolicy, check_policy_depths, policy_to_json
 from offramp.core.errors import AdapterError, InputError, StorageError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exit_kinds import kinds_of_exit

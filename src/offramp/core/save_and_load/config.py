@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.core.engine.policy import (
+from offramp.core.decoding.policy import (
     ENTRIES,
     FULL,
     ExitPolicy,

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from offramp.core.engine.policy import GenerationOutput
+from offramp.core.decoding.policy import GenerationOutput
 
 
 @dataclass(frozen=True, eq=False)

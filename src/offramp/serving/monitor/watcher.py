@@ -29,13 +29,13 @@ from typing import Any
 from PIL import Image
 
 from offramp.adapter.answers import Answer, answers_of
-from offramp.attach.input_processor import InputProcessor
 from offramp.core.errors import BusyError, OfframpError, StorageError
 from offramp.core.inputs.image import pixel_digest
 from offramp.core.storage import read_json, write_json
 from offramp.core.storage.folders import check_writable, locked_folder
 from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.near_copies import SIDE_SHARP, Look, copied
+from offramp.features.input_processor import InputProcessor
 from offramp.promises.betting import RunningRisk
 from offramp.promises.guarantee import Promise
 from offramp.serving.batch_engine import BatchEngine

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from offramp.common.options import option
-from offramp.core.engine.policy import MODES
+from offramp.core.decoding.policy import MODES
 from offramp.core.errors import InputError
 
 MIB = 2**20

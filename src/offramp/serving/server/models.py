@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from offramp.adapter.shipped import KNOWS
-from offramp.core.engine.policy import Thresholds
+from offramp.core.decoding.policy import Thresholds
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.service import Service
 

@@ -10,14 +10,14 @@ from typing import Any, cast
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Model
-from offramp.attach.constraint import JsonConstraint
-from offramp.attach.input_processor import InputProcessor
-from offramp.attach.prefix_cache import PrefixCache
-from offramp.attach.vision_cache import VisionCache
-from offramp.core.engine.policy import FULL, ExitPolicy
-from offramp.core.engine.prefill import check_inputs
+from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.core.executors.prefill import check_inputs
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import digest_rows
+from offramp.features.constraint import JsonConstraint
+from offramp.features.input_processor import InputProcessor
+from offramp.features.prefix_cache import PrefixCache
+from offramp.features.vision_cache import VisionCache
 from offramp.promises.conditions import Conditions, of_processor
 from offramp.promises.guarantee import SCALES, GuaranteeStatus, risk_words, standing, watched
 from offramp.promises.likeness import LIKE, Likeness

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.promises.likeness import Likeness
 from offramp.serving.engine import Engine
 from offramp.serving.server.api.options import Generation

@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from offramp.core.engine.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import OfframpError
 from offramp.promises.likeness import Alarm, look_of
 from offramp.promises.prompt_kinds import OTHER

@@ -18,7 +18,7 @@ SHORTLIST = 8192
 
 
 def _write_vllm(arguments: argparse.Namespace) -> None:
-    from offramp.attach.input_processor import InputProcessor
+    from offramp.features.input_processor import InputProcessor
     from offramp_vllm.exports.vllm import PROMPTS, check_out, export_vllm
 
     check_adapter_alone(arguments)

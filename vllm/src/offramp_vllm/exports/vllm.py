@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from offramp.adapter.adapter import Adapter
+from offramp.core.decoding.policy import first_token_may_exit
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import first_token_may_exit
 from offramp.core.errors import InputError, OfframpError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet, copied_index

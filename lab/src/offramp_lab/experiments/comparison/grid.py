@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.confidence import HEADS
-from offramp.core.engine.policy import ExitPolicy, Thresholds
+from offramp.core.decoding.confidence import HEADS
+from offramp.core.decoding.policy import ExitPolicy, Thresholds
 from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits, ExitSet, propose_depths
 from offramp.training.feature_dataset import Stores

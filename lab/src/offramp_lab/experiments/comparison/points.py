@@ -12,13 +12,13 @@ import numpy as np
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, answers_to
-from offramp.attach.input_processor import InputProcessor
 from offramp.calibration.risk_functions import Quality
+from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
 from offramp.core.engine.generate import generate
-from offramp.core.engine.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.evaluation.timing import generate_fn, speedup, timed
+from offramp.features.input_processor import InputProcessor
 from offramp_lab.experiments.comparison.methods import Plan
 from offramp_lab.experiments.experiment import Experiment, identical
 

@@ -21,10 +21,10 @@ from offramp_llama_cpp.gguf_export import export_whole
 from offramp_llama_cpp.segment import Segment
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.registration import register_score
-from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
+from offramp.features.registration import register_score
 from offramp_lab.inputs import tiny_families as families
 from offramp_lab.inputs.tiny_families.text import FIRST_WORD, PAD
 from offramp_lab.records.record import Record, asked

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from offramp.adapter.adapter import Adapter
-from offramp.attach.compiled.compiled import COMPILED as BY_CODE
-from offramp.attach.input_processor import InputProcessor
-from offramp.core.engine.policy import FULL, ExitPolicy
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.inputs.example import Example
 from offramp.core.models.intercept import InterceptedModel
 from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn, timed
+from offramp.features.compiled.compiled import COMPILED as BY_CODE
+from offramp.features.input_processor import InputProcessor
 from offramp_lab.experiments.experiment import TIMES, Rates, Rounds, each, times
 from offramp_lab.records.runtimes.ways import greedy
 

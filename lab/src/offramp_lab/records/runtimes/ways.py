@@ -14,8 +14,8 @@ from offramp_llama_cpp.native.tap import States
 from offramp_llama_cpp.prompt import Prompt
 from offramp_llama_cpp.segment import Segment
 
+from offramp.core.decoding.policy import MODES
 from offramp.core.decoding.sequence import Token
-from offramp.core.engine.policy import MODES
 from offramp_lab.experiments.experiment import Experiment, same, spent, times
 
 ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=False)

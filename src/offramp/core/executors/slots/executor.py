@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offramp.core.decoding.drafting import DraftBudget, Drafts
 from offramp.core.decoding.executor import Loaded, Span
-from offramp.core.engine.prompt import Prompt
+from offramp.core.executors.prompt import Prompt
 from offramp.core.executors.segments import ExitOutput, Output, joined, picked
 from offramp.core.executors.slots.cache import Call, OneSlot, flat, packed
 from offramp.core.executors.slots.rows import PendingStates, SlotRow, SlotRows

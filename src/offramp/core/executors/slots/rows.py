@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from offramp.core.engine.prompt import Prompt
+from offramp.core.executors.prompt import Prompt
 from offramp.core.executors.slots.cache import Call
 
 

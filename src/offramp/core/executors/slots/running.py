@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offramp.core.engine.kv_cache import cache_parameter
 from offramp.core.executors.bare import called_in_place, stack_runs
+from offramp.core.executors.kv_cache import cache_parameter
 from offramp.core.executors.segments import Output, SegmentRunner
 from offramp.core.executors.slots.attention import (
     EACH,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.core.engine.kv_cache import CACHE_NAMES
+from offramp.core.executors.kv_cache import CACHE_NAMES
 from offramp.core.executors.slots.attention import MaskRule
 from offramp.core.executors.slots.cache import Call
 from offramp.core.models.backbone import Backbone

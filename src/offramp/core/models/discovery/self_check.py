@@ -6,7 +6,7 @@ Part 2: logits read from that state are the model's own. It catches factors on s
 which leave every greedy token as it is and put every threshold and every sample at another
 temperature.
 
-What only decoding shows is left to `offramp.attach.self_check`, part 3.
+What only decoding shows is left to `offramp.features.self_check`, part 3.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from offramp.core.engine.policy import Mode
+from offramp.core.decoding.policy import Mode
 
 
 class Strict(BaseModel):

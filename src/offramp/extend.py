@@ -1,0 +1,37 @@
+"""All seams, in one place: what another package can register with offramp, and under which names.
+
+A package registers when its module is imported, and names the module as an entry point of the group
+"offramp.<seam>" under each name that it registers; see docs/extending.md.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+_HOMES = {
+    "DecoderEngine": "engines",
+    "Exporter": "cli.exporting",
+    "Family": "core.models.registry",
+    "TextDrafts": "core.decoding.drafting",
+    "WithoutPytorch": "cli.command_line",
+    "register_backbone": "core.models.registry",
+    "register_condition": "promises.conditions",
+    "register_drafter": "core.decoding.drafting",
+    "register_engine": "engines",
+    "register_exit": "core.models.exit_kinds",
+    "register_heads": "features.registration",
+    "register_loss": "training.losses",
+    "register_score": "features.registration",
+}
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that a plug-in's module loads no more than it registers with.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'offramp.extend' has no attribute {name!r}")
+    value = getattr(import_module(f"offramp.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

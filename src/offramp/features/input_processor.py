@@ -1,0 +1,346 @@
+"""Examples to model inputs: prompts as generation sees them, answers as token ids."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from offramp.core.errors import DataError, InputError
+from offramp.core.inputs.example import Example
+from offramp.core.models.backbone import Backbone
+from offramp.features.kept_texts import KeptTexts
+
+# Processors that put the image tokens in themselves.
+_PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")
+# What a processor adds after the text it is given, by the start of its class name.
+_ADDS_BEHIND = {"PaliGemma": "\n"}
+
+
+ONE_TURN = """\
+{%- if messages | length != 1 or messages[0].role != 'user' -%}
+{{ raise_exception("This model answers one message, of the role 'user'.") }}
+{%- endif -%}
+{%- set content = messages[0].content -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- set images = content | selectattr('type', 'equalto', 'image') | list -%}
+{%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}
+{%- for _ in images -%}<image>{%- endfor -%}
+{{ '\\n' if images }}{{ texts | join('\\n') }}
+{%- endif -%}"""
+"""Chat template of a model that was tuned without one: writes what `InputProcessor` makes of one
+turn, and refuses several."""
+
+
+SMALLEST = "_offramp_smallest_side"
+"""Where a processor holds its `smallest_side`; see `offramp.features.shrink_on_load`."""
+
+
+class InputProcessor:
+    """A backbone's processor, asked for batches. Thread-safe."""
+
+    def __init__(self, backbone: Backbone | nn.Module, processor: Any) -> None:
+        backbone = Backbone.of(backbone)
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None and backbone.text_only and hasattr(processor, "convert_ids_to_tokens"):
+            tokenizer = processor  # of a language model that is all there is
+        if tokenizer is None:
+            raise InputError(
+                f"{type(processor).__name__} has no tokenizer.",
+                "Give the backbone's own processor: AutoProcessor.from_pretrained(...).",
+            )
+        self.backbone = backbone
+        self.processor = processor
+        self.tokenizer = tokenizer
+        self._is_text = tokenizer is processor
+        if self._is_text and tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if not backbone.is_encoder_decoder:
+            tokenizer.padding_side = "left"
+        self.eos: int = _end_token(backbone, tokenizer)
+        # Fast tokenizers keep padding as a state, and refuse a second thread that changes it.
+        self._lock = threading.Lock()
+        self.kept_texts: KeptTexts = KeptTexts(processor)
+        self.smallest_side: int | None = smallest_side(processor)
+        """Pixels that a side of an image has at least, where JPEGs are shrunk on load."""
+
+    def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Return what `generate` takes for these examples: one padded batch, on the backbone's
+        device."""
+        texts = [self.prompt_text(example.prompt) for example in examples]
+        if self._is_text:
+            return self._of_texts(texts)
+        images: list[Any] = [example.open_image(self.smallest_side) for example in examples]
+        if not self._places_image:
+            images = [[image] for image in images]  # one image for each text
+        return self._processed(texts, images)
+
+    def of_text(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """The same of one text that has its placeholders already, with any number of images.
+
+        Raises:
+            InputError: several images where the processor takes one a text.
+        """
+        if self._is_text and images:
+            raise InputError("This model sees no images.", "Send text alone.")
+        if self._is_text:
+            return self._of_texts([text])
+        self.check_images(len(images))
+        batch: Any = list(images) if self._places_image else [list(images)]
+        return self._processed([text], batch if images else None)
+
+    def check_images(self, images: int) -> None:
+        """Raise `InputError` where a processor that takes one image with a text gets several."""
+        if images > 1 and self._places_image:
+            raise InputError(
+                f"This model takes one image with a prompt, and {images} came.",
+                "Ask about each image on its own.",
+            )
+
+    def of_ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        """The same of token ids."""
+        tokens = torch.tensor([list(ids)], device=self.backbone.device)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def text_prompt(self, prompt: str) -> dict[str, Any]:
+        """Return what `generate` takes for a prompt without an image, where the model answers
+        those."""
+        text = prompt
+        if self._is_text:
+            return self._of_texts([self.prompt_text(prompt)])
+        if self.has_template:
+            content = [{"type": "text", "text": prompt}]
+            text = self.template_text([{"role": "user", "content": content}])
+        check_letters([text])
+        with self._lock:
+            special = self.adds_special_tokens(text)
+            batch = self.tokenizer([text], return_tensors="pt", add_special_tokens=special)
+        return self._on_device(batch)
+
+    def _of_texts(self, texts: Sequence[str]) -> dict[str, Any]:
+        """The same of texts alone: one padded batch."""
+        check_letters(texts)
+        special = all(map(self.adds_special_tokens, texts))
+        with self._lock:
+            batch = self.tokenizer(
+                list(texts), padding=True, return_tensors="pt", add_special_tokens=special
+            )
+        # What else a tokenizer returns, such as token types, no decoder takes.
+        return self._on_device({n: batch[n] for n in ("input_ids", "attention_mask")})
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Return True if the tokenizer adds special tokens to a text: not where a chat template
+        wrote the first one already."""
+        first = getattr(self.tokenizer, "bos_token", None)
+        return not (first and text.startswith(first))
+
+    def _processed(self, texts: Sequence[str], images: Any) -> dict[str, Any]:
+        check_letters(texts)
+        adds = all(map(self.adds_special_tokens, texts))
+        more = {} if adds else {"add_special_tokens": False}
+
+        def whole() -> Mapping[str, Any]:
+            try:
+                made: Mapping[str, Any] = self.processor(
+                    images=images, text=texts, padding=True, return_tensors="pt", **more
+                )
+            except ValueError as error:  # such as a template that leaves the image out
+                raise InputError(
+                    f"The processor does not read {texts[0][:60]!r} with its image: {error}",
+                    "Give a chat template, or a prompt, in which the image has its place.",
+                ) from error
+            return made
+
+        one = _only(images) if len(texts) == 1 else None
+        with self._lock:
+            batch = whole() if one is None else self.kept_texts.batch(texts[0], one, whole)
+        return self._on_device(batch)
+
+    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        device, dtype = self.backbone.device, self.backbone.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
+            if isinstance(value, Tensor)
+        }
+
+    def prompt_text(self, prompt: str) -> str:
+        """The prompt in the form the backbone was tuned on: chat template or image placeholder."""
+        if self._is_text and not self.has_template:
+            return prompt
+        if self.has_template:
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            return self.template_text([{"role": "user", "content": content}])
+        return self.placed(prompt, 1)
+
+    @property
+    def has_template(self) -> bool:
+        """Return True if the processor writes conversations of several turns."""
+        return getattr(self.processor, "chat_template", None) not in (None, "", ONE_TURN)
+
+    def template_text(
+        self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as its chat template writes it, up to where the answer begins; without
+        add_generation_prompt the last turn is the answer's beginning."""
+        how = {"add_generation_prompt": add_generation_prompt}
+        if not add_generation_prompt:
+            how["continue_final_message"] = True
+        if self._is_text:
+            said = [{**turn, "content": _text_of(turn["content"])} for turn in turns]
+            return str(self.tokenizer.apply_chat_template(said, tokenize=False, **how))
+        return str(self.processor.apply_chat_template(list(turns), **how))
+
+    def conversation_text(
+        self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Turns as the model reads them; by its chat template or, without one, the text of the
+        only turn.
+
+        turns: role and content, which is a list of {"type": "text", "text": ...} and
+            {"type": "image"}.
+        add_generation_prompt: as of `template_text`.
+
+        Raises:
+            InputError: several turns, or a system message, without a chat template.
+        """
+        if self.has_template:
+            return self.template_text(turns, add_generation_prompt=add_generation_prompt)
+        if len(turns) > 1 or turns[0]["role"] != "user":
+            roles = ", ".join(str(turn["role"]) for turn in turns)
+            raise InputError(
+                f"This model answers one message, of the role 'user', and these came: {roles}.",
+                "Send one, whose text is the prompt as the model was tuned on it, such as "
+                "'Caption:'; it knows no system message and no turns before.",
+            )
+        parts = turns[0]["content"]
+        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        return self.placed(text, sum(part["type"] == "image" for part in parts))
+
+    @property
+    def image_mark(self) -> str | None:
+        """Return what stands for an image in a text; None: nothing does."""
+        mark = getattr(self.processor, "image_token", None)
+        return None if mark is None else str(mark)
+
+    def placed(self, prompt: str, images: int) -> str:
+        """A prompt with the placeholders of its images, where the processor wants any: those that
+        it has, or new ones before it."""
+        mark = self.image_mark
+        if mark is None or not images:
+            return prompt
+        if self._places_image:
+            return prompt.replace(mark, "")
+        return prompt if mark in prompt else f"{mark * images}\n{prompt}"
+
+    @property
+    def _places_image(self) -> bool:
+        return type(self.processor).__name__.startswith(_PLACES_IMAGE)
+
+    def answer_ids(self, prompt: str, answer: str) -> list[int]:
+        """The ids generation would have to write after `prompt`, end token included.
+
+        Tokenised together with the text that stands before it, where that leaves the ids of that
+        text as they were, so that a leading space lands as the tokenizer wants it.
+        """
+
+        def ids(text: str) -> list[int]:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        answer = answer.strip()
+        if self.backbone.is_encoder_decoder:
+            return [*ids(answer), self.eos]
+        text = self.prompt_text(prompt) + self._added_behind()
+        gap = "" if not text or text[-1].isspace() else " "
+        before, both = ids(text), ids(text + gap + answer)
+        tail = both[len(before) :] if both[: len(before)] == before else ids(gap + answer)
+        return [*tail, self.eos]
+
+    def check_room(self, prompts: Mapping[str, Any], answers: Sequence[tuple[str, int]]) -> None:
+        """Raise `DataError` where an answer would run past the backbone's learned positions.
+
+        prompts: a batch; answers: for each row its example's key and its answer's tokens. The last
+        token is never read, so it needs no position. Rotary and relative ones have no end.
+        """
+        limit = self.backbone.positions
+        if limit is None:
+            return
+        starts = [1] * len(answers)
+        if not self.backbone.is_encoder_decoder:
+            starts = prompts["attention_mask"].sum(1).tolist()
+        for start, (key, tokens) in zip(starts, answers, strict=True):
+            if start + tokens - 1 > limit:
+                raise DataError(
+                    f"A prompt of {start} tokens and an answer of {tokens} (example {key!r}) are "
+                    f"longer than the backbone's {limit} positions.",
+                    "Shorten the prompt or the answer, or lower --max-new-tokens.",
+                )
+
+    def _added_behind(self) -> str:
+        name = type(self.processor).__name__
+        return next((text for start, text in _ADDS_BEHIND.items() if name.startswith(start)), "")
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Right-padded ids [B, A] and their mask [B, A]."""
+        longest = max(len(row) for row in rows)
+        ids = torch.tensor([[*row, *[self.eos] * (longest - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return ids.to(self.backbone.device), mask.bool().to(self.backbone.device)
+
+    def texts(self, ids: Tensor) -> list[str]:
+        """Decoded rows [B, N] of generated ids, special tokens and outer spaces removed."""
+        decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
+
+
+def check_letters(texts: Sequence[str]) -> None:
+    """Raise `InputError` where a text holds what no tokenizer reads: bytes of a command line that
+    are not UTF-8, or half of a pair that JSON escapes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.end + 20]
+            raise InputError(
+                f"A text is not UTF-8: {around!r}.", "Write it in UTF-8, without halves of letters."
+            ) from error
+
+
+def _only(images: Any) -> Any:
+    """The image of a batch of one text with one image; None of any other."""
+    while isinstance(images, list) and len(images) == 1:
+        images = images[0]
+    return images if isinstance(images, Image.Image) else None
+
+
+def smallest_side(processor: Any) -> int | None:
+    """Return the pixels that a side has at least of an image decoded for a processor; None: all."""
+    found: int | None = getattr(processor, "__dict__", {}).get(SMALLEST)
+    return found
+
+
+def _text_of(content: Any) -> str:
+    """A turn's text, as templates of language models want it."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _end_token(backbone: Backbone, tokenizer: Any) -> int:
+    """The id that ends an answer: as generation is configured, else as the tokenizer says."""
+    model = backbone.model
+    configs = (model, getattr(model, "language_model", None))
+    settings = [getattr(m, "generation_config", None) for m in configs]
+    named = [getattr(c, "eos_token_id", None) for c in settings] + [tokenizer.eos_token_id]
+    eos = next((ids for ids in named if ids is not None), None)  # 0 is an id too
+    if eos is None:
+        raise InputError(
+            "Neither the backbone's generation config nor the tokenizer names an end token.",
+            "Set tokenizer.eos_token, so that answers can end.",
+        )
+    return int(eos[0] if isinstance(eos, list) else eos)

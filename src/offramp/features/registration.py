@@ -1,0 +1,88 @@
+"""Confidence scores and heads of others, registered by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS, SCORES
+from offramp.core.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROUNDING = 1e-3
+"""By which a score may miss [0, 1]: half precision's."""
+_BUILT_IN = frozenset(SCORES)
+_REGISTRIES: dict[str, dict[str, Any]] = {"logits": SCORES, "check": FEATURE_SCORES}
+
+
+def register_score(name: str, score: Callable[..., Any], *, reads: str = "logits") -> None:
+    """Give a confidence score a name that policies, calibration and the command line know.
+
+    score: to [B] in [0, 1], larger is safer. What it takes is said by `reads`:
+
+    - "logits": one exit's logits [B, V].
+    - "check": an `ExitCheck`: `state`, `entry`, `features` and, one decoder layer before the entry,
+      `previous`, all [B, D]; `logits` [B, V], `depth`, `position` [B] in the answer from 0,
+      `previous_token` [B]; `exits`. Calibration then decodes instead of replaying.
+
+    Raises:
+        InputError: the name is a built-in score's, or `reads` is none of these. Where the score is
+            first asked: what it gives is not [B] in [0, 1].
+    """
+    if name in _BUILT_IN:
+        raise InputError(f"{name!r} is a built-in score.", "Register yours under another name.")
+    if reads not in _REGISTRIES:
+        raise InputError(f"A score cannot read {reads!r}.", did_you_mean(str(reads), _REGISTRIES))
+    first = _FirstScores(name)
+
+    def of_logits(logits: Tensor) -> Tensor:
+        return first(score(logits), logits.shape[:-1])
+
+    def of_check(check: Any) -> Tensor:
+        return first(score(check), check.entry.shape[:1])
+
+    _REGISTRIES[reads][name] = of_logits if reads == "logits" else of_check
+
+
+def register_heads(name: str, heads: Callable[..., Any]) -> None:
+    """Give a subclass of `ExitHeads` a name that a policy's `score` knows: of confidence that needs
+    more than one exit of one token.
+
+    Calibration decodes with such heads instead of replaying scores.
+
+    Raises:
+        InputError: the name is a built-in score's.
+    """
+    if name in _BUILT_IN:
+        raise InputError(f"{name!r} is a built-in score.", "Register yours under another name.")
+    HEADS[name] = heads
+
+
+class _FirstScores:
+    """Looks at the first scores that a registered one gives: at each token's it would cost time."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._seen = name, False
+
+    def __call__(self, scores: Tensor, shape: Sequence[int]) -> Tensor:
+        """`scores`; raise `InputError` where they are not of this shape and in [0, 1], to
+        rounding."""
+        if self._seen:
+            return scores
+        found: Any = getattr(scores, "shape", None)
+        if found is None or tuple(found) != tuple(shape):
+            what = type(scores).__name__ if found is None else f"shape {list(found)}"
+            raise InputError(
+                f"The score {self._name!r} gave {what} for {list(shape)} tokens.",
+                f"Return a tensor of shape {list(shape)}, a number for each token.",
+            )
+        outside = scores[~((scores >= -ROUNDING) & (scores <= 1 + ROUNDING))]
+        if len(outside):
+            raise InputError(
+                f"The score {self._name!r} gave {float(outside[0]):g}, outside [0, 1].",
+                "Scale it: 0 where nothing is sure, 1 where all is.",
+            )
+        self._seen = True
+        return scores
