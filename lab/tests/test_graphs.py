@@ -25,8 +25,8 @@ from offramp.core.inputs.example import Example
 from offramp.core.models.exits import ExitSet
 from offramp.features.constraint import JsonConstraint
 from offramp.features.input_processor import InputProcessor
-from offramp_lab.graphs.runtime import GraphRuntime
 from offramp_lab.graphs.recording import Mailbox, Recorder
+from offramp_lab.graphs.runtime import GraphRuntime
 
 ENCODERS = ("blip2-t5", "instructblip-t5", "florence2")
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
