@@ -19,12 +19,12 @@ def load(**how: Any) -> tuple[Any, Any]:
     import offramp_photo.tower  # noqa: F401  registers the tower
     from offramp.core.models.backbone import Backbone
     from offramp.core.models.hub import load_processor
-    from offramp.features.input_processor import ONE_TURN
+    from offramp.features.input_processor import COMPLETES
     from offramp_photo.build import built_folder
 
     folder = built_folder()
     backbone, processor = Backbone.from_pretrained(folder, **how), load_processor(folder)
-    processor.chat_template = ONE_TURN
+    processor.chat_template = COMPLETES
     return backbone, processor
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from offramp.core.errors import InputError
 from offramp.core.inputs.example import Example
-from offramp.features.input_processor import ONE_TURN, InputProcessor
+from offramp.features.input_processor import COMPLETES, InputProcessor
 from offramp.promises.conditions import template_digest
 
 Build = Callable[..., Any]
@@ -313,27 +313,55 @@ def test_a_text_that_a_template_began_is_not_begun_again(opt: Any) -> None:
         assert encoder.of_text(text, [])["input_ids"][0].tolist().count(begin) == 1
 
 
-@pytest.mark.parametrize("images", [0, 1, 2])
-@pytest.mark.parametrize("texts", [["Caption:"], ["What is", "it?"]])
-def test_the_template_of_one_turn_writes_what_is_read_without_one(
-    images: int, texts: list[str], opt: Any
-) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
+class Chats(PlaceholderProcessor):
+    """LLaVA's processor with the photo model's chat template and mark of an image."""
 
-    processor = PlaceholderProcessor(fakes.word_level())
-    parts = [*[{"type": "image"}] * images, *({"type": "text", "text": text} for text in texts)]
-    encoder = InputProcessor(opt, processor)
-    monkeyed = type("Chats", (PlaceholderProcessor,), {"chat_template": ONE_TURN})
-    own = InputProcessor(opt, monkeyed(processor.tokenizer))
-    turns = [{"role": "user", "content": parts}]
-    ((written,), _) = render_jinja_template([turns], chat_template=ONE_TURN)
-    expected = "\n".join(texts)
-    expected = f"{'<image>' * images}\n{expected}" if images else expected
-    assert written == expected and not own.has_template
-    assert own.conversation_text(turns) == encoder.conversation_text(turns)
-    assert template_digest(own.processor) == template_digest(processor) == ""
-    for more in ([{"role": "system", "content": "Be brief."}], turns):
-        with pytest.raises(Exception, match="answers one message"):
-            render_jinja_template([[*more, *turns]], chat_template=ONE_TURN)
-        with pytest.raises(InputError, match=r"one message.*user\.\n.*tuned"):
-            own.conversation_text([*more, *turns])
+    chat_template = COMPLETES
+    image_token = "<file_sep>"
+
+    def apply_chat_template(self, turns: Any, **how: Any) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        ((written,), _) = render_jinja_template([turns], chat_template=COMPLETES, **how)
+        return str(written)
+
+
+def chats(opt: Any) -> InputProcessor:
+    return InputProcessor(opt, Chats(fakes.word_level()))
+
+
+def turn(text: str, images: int = 0, role: str = "user") -> dict[str, Any]:
+    parts = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
+    return {"role": role, "content": parts}
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize(
+    "text", ["Caption:", "Question: what is it ? Answer:", "<|im_start|>user\nWhy?<|im_end|>\n"]
+)
+def test_a_prompt_to_be_completed_is_read_as_it_is(images: int, text: str, opt: Any) -> None:
+    written = chats(opt).conversation_text([turn(text, images)])
+    assert written == (f"{'<file_sep>' * images}\n{text}" if images else text)
+    assert template_digest(Chats(fakes.word_level())) == ""
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_bare_question_is_a_turn_of_a_chat(images: int, opt: Any) -> None:
+    written = chats(opt).conversation_text([turn("What colour is the dog?", images)])
+    lead = "<file_sep>\n" if images else ""
+    asked = "<|im_start|>user\nWhat colour is the dog?<|im_end|>\n<|im_start|>assistant\n"
+    assert written == lead + asked
+    if images:
+        assert chats(opt).prompt_text("What colour is the dog?") == written
+    again = chats(opt).conversation_text([turn(asked, images)])
+    assert again == written  # what has the form already is not wrapped twice
+
+
+def test_turns_follow_each_other_behind_the_image(opt: Any) -> None:
+    turns = [turn("Who?", 1), turn("a dog", role="assistant"), turn("Caption:")]
+    said = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\na dog"
+    written = chats(opt).conversation_text(turns)
+    last = "<|im_end|>\n<|im_start|>user\nCaption:<|im_end|>\n<|im_start|>assistant\n"
+    assert written == f"<file_sep>\n{said}{last}"
+    begun = chats(opt).conversation_text(turns[:2], add_generation_prompt=False)
+    assert begun == f"<file_sep>\n{said}"

@@ -130,13 +130,13 @@ def test_it_loads_by_name_and_exits_stand_on_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from offramp.core.models.exits import Exits
-    from offramp.features.input_processor import ONE_TURN, InputProcessor
+    from offramp.features.input_processor import COMPLETES, InputProcessor
 
     monkeypatch.setattr(build, "built_folder", lambda: folder)
     backbone, processor = shipped.load_named("photo")
     assert (backbone.name, backbone.dtype) == (shipped.PHOTO, torch.float32)
     assert Exits(backbone, (1,)).depths == (1,)
-    assert processor.chat_template == ONE_TURN
+    assert processor.chat_template == COMPLETES
     assert InputProcessor(backbone, processor).tokenizer.convert_ids_to_tokens(256)
     backbone, _ = shipped.load_named(shipped.PHOTO, dtype="bfloat16")
     assert backbone.dtype == torch.bfloat16

@@ -21,20 +21,33 @@ _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")
 _ADDS_BEHIND = {"PaliGemma": "\n"}
 
 
-ONE_TURN = """\
-{%- if messages | length != 1 or messages[0].role != 'user' -%}
-{{ raise_exception("This model answers one message, of the role 'user'.") }}
-{%- endif -%}
-{%- set content = messages[0].content -%}
+COMPLETES = """\
+{%- macro said(content) -%}
 {%- if content is string -%}{{ content }}
 {%- else -%}
-{%- set images = content | selectattr('type', 'equalto', 'image') | list -%}
-{%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}
-{%- for _ in images -%}<image>{%- endfor -%}
-{{ '\\n' if images }}{{ texts | join('\\n') }}
+{{ content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') }}
+{%- endif -%}
+{%- endmacro -%}
+{%- set seen = namespace(images=0) -%}
+{%- for message in messages if message.content is not string -%}
+{%- set found = message.content | selectattr('type', 'equalto', 'image') | list | length -%}
+{%- set seen.images = seen.images + found -%}
+{%- endfor -%}
+{{ '<file_sep>' * seen.images }}{{ '\\n' if seen.images }}
+{%- set first = said(messages[0].content) -%}
+{%- if messages | length == 1 and messages[0].role == 'user'
+    and (first.rstrip().endswith(':') or first.startswith('<|im_start|>')) -%}
+{{ first }}
+{%- else -%}
+{%- for message in messages -%}
+{{ ('' if loop.first else '\\n') ~ '<|im_start|>' ~ message.role ~ '\\n' }}
+{{- said(message.content) ~ '<|im_end|>' }}
+{%- endfor -%}
+{{ '\\n<|im_start|>assistant\\n' if add_generation_prompt }}
 {%- endif -%}"""
-"""Chat template of a model that was tuned without one: writes what `InputProcessor` makes of one
-turn, and refuses several."""
+"""Chat template of the photo model: images come first, then the turns as its language model was
+tuned on them. A lone text that ends in a colon, such as "Caption:", or that has this form already
+is to be completed, and stays as it is; so calibrations of such prompts do not depend on it."""
 
 
 SMALLEST = "_offramp_smallest_side"
@@ -181,7 +194,7 @@ class InputProcessor:
     @property
     def has_template(self) -> bool:
         """Return True if the processor writes conversations of several turns."""
-        return getattr(self.processor, "chat_template", None) not in (None, "", ONE_TURN)
+        return getattr(self.processor, "chat_template", None) not in (None, "")
 
     def template_text(
         self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True

@@ -23,7 +23,7 @@ from offramp.core.decoding.policy import ExitPolicy, policy_entries, resolved
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.weights import scheme
-from offramp.features.input_processor import ONE_TURN, smallest_side
+from offramp.features.input_processor import COMPLETES, smallest_side
 from offramp.features.quantized.prepacked import PrepackedLinear
 from offramp.features.vision_engine import ROUNDED
 from offramp.promises.prompt_kinds import FRAMES, OTHER, fits
@@ -163,9 +163,10 @@ def samples(backbone: Backbone, options: Mapping[str, Any] | None = None) -> boo
 
 
 def template_digest(processor: Any) -> str:
-    """Return the digest of a processor's chat template; "" for none, or one that adds nothing."""
+    """Return the digest of a processor's chat template; "" for none, or one that
+    leaves prompts to be completed as they are."""
     template = getattr(processor, "chat_template", None)
-    return _digest(str(template)) if template and template != ONE_TURN else ""
+    return _digest(str(template)) if template and template != COMPLETES else ""
 
 
 def kernels(backbone: Backbone) -> str:
