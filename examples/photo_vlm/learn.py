@@ -49,6 +49,12 @@ class FrozenHead(torch.autograd.Function):
         return gradient * upstream.to(gradient.dtype), None, None, None
 
 
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it, else float32, which is then ten times as fast."""
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.bfloat16 if fast else torch.float32
+
+
 def add_lora(lm: Any, rank: int) -> dict[str, nn.Parameter]:
     """Low-rank updates (Hu et al. 2021) on all linear layers of a language model, in float32, by
     their names; nothing else of it is trained."""

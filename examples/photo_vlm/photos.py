@@ -18,6 +18,9 @@ from offramp.core.storage import digest_rows, read_json, write_json
 from offramp_photo.build import image_processor
 from offramp_photo.tower import FEATURES, GRID
 
+AT_ONCE = 8
+"""Photographs whose maps stay in the processor's cache."""
+
 
 class Features:
     """Feature maps [49, 1280] of many photographs, in one float16 file."""
@@ -54,11 +57,11 @@ def cache_features(net: nn.Module, examples: Sequence[Example], work: Path, say:
     maps = np.lib.format.open_memmap(work / "features.npy", "w+", np.float16, shape)
     net = net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     shown = list(photographs.values())
-    for start in range(0, len(shown), 32):
-        images = [example.open_image() for example in shown[start : start + 32]]
-        maps[start : start + 32] = features_of(net, images).half().numpy()
-        if (start + 32) % 1024 == 0:
-            say(f"  {start + 32} of {len(shown)}")
+    for start in range(0, len(shown), AT_ONCE):
+        images = [example.open_image() for example in shown[start : start + AT_ONCE]]
+        maps[start : start + AT_ONCE] = features_of(net, images).half().numpy()
+        if (start + AT_ONCE) % 1024 == 0:
+            say(f"  {start + AT_ONCE} of {len(shown)}")
     maps.flush()
     write_json(card, {"digest": wanted, "photographs": list(photographs)})
     return Features(work)

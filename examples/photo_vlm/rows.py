@@ -111,6 +111,18 @@ class Text:
                 learnt += [is_answer] * len(part)
         return cls((*tokens, end), (*learnt, True))
 
+    @classmethod
+    def chat(cls, rounds: Sequence[tuple[str, str]], ids: Ids, end: int) -> Text:
+        """The same in the form of the base's chat template, each answer ended."""
+        tokens: list[int] = []
+        learnt: list[bool] = []
+        for prompt, answer in rounds:
+            before = ids(f"\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
+            after = [*ids(answer.strip()), end]
+            tokens += before + after
+            learnt += [False] * len(before) + [True] * len(after)
+        return cls(tuple(tokens), tuple(learnt))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -200,18 +212,18 @@ class PackedRows:
         for example in splits["questions"]:
             asked[example.group].append(example)
         self.asked = list(asked.values())
-        self._ids, self.end = ids, end
+        self.ids, self.end = ids, end
 
     def captions(self, step: int, seed: int, count: int) -> list[Row]:
         """Photographs with their captions."""
         draw = random.Random(f"{seed}:{step}")
-        turn = _turn(self.captioned, step, count, seed)
+        turn = turn_of(self.captioned, step, count, seed)
         return [self._captions(example, draw, passed) for passed, example in turn]
 
     def questions(self, step: int, seed: int, count: int) -> list[Row]:
         """Photographs with questions about them."""
         draw = random.Random(f"{seed}:{step}:questions")
-        turn = _turn(self.asked, step, count, seed)
+        turn = turn_of(self.asked, step, count, seed)
         return [self._questions(examples, draw, passed) for passed, examples in turn]
 
     def _captions(self, example: Example, draw: random.Random, passed: int) -> Row:
@@ -234,12 +246,12 @@ class PackedRows:
         return Row(self.images[examples[0].group], texts, pass_=passed, sided=True)
 
     def _text(self, rounds: Sequence[tuple[str, str]]) -> Text:
-        return Text.of(rounds, self._ids, self.end)
+        return Text.of(rounds, self.ids, self.end)
 
 
-def _turn(items: Sequence[T], step: int, count: int, seed: int) -> list[tuple[int, T]]:
-    """The `count` items that are a step's, of an endless sequence that goes through all in a new
-    order each time; each with how often that was done before."""
+def turn_of(items: Sequence[T], step: int, count: int, seed: int) -> list[tuple[int, T]]:
+    """Return the `count` items that are a step's, of an endless sequence that goes through all in
+    a new order each time; each with how often that was done before."""
     size = len(items)
     places = (divmod(n, size) for n in range(count * step, count * (step + 1)))
     return [(passed, items[_order(size, passed, seed)[place]]) for passed, place in places]

@@ -25,6 +25,7 @@ from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import LONGEST, accuracy, answers_from_features, caption_measures
 from examples.photo_vlm.learn import (
     add_lora,
+    fast_dtype,
     load_state,
     low_rank,
     rate_at,
@@ -195,13 +196,18 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, (s.rate, s.bridge_rate), strict=True):
             group["lr"] = share * rate
         self.optimizer.zero_grad()
+        row = self._learn_step()
+        norm = torch.nn.utils.clip_grad_norm_([*self.lora.values(), *self._trained], 1.0)
+        self.optimizer.step()
+        return {**row, "gradient": norm.item(), "rate": share}
+
+    def _learn_step(self) -> dict[str, float]:
+        s = self.settings
         row = self._learn_captions()
         if self.step % s.ask_every == 0:
             rows = self.rows.questions(self.step // s.ask_every, s.seed, s.asked)
             row["question_loss"] = self._learn(rows, s.asked_length, s.question_weight)
-        norm = torch.nn.utils.clip_grad_norm_([*self.lora.values(), *self._trained], 1.0)
-        self.optimizer.step()
-        return {**row, "gradient": norm.item(), "rate": share}
+        return row
 
     def _learn_captions(self) -> dict[str, float]:
         s = self.settings
@@ -248,15 +254,10 @@ class Validation:
 
     @torch.inference_mode()
     def __call__(self, bridge: Bridge, detector: WordDetector, lora: Any) -> dict[str, Any]:
-        add_updates(self.lm, self.start, low_rank(lora))
-        bridge = copy.deepcopy(bridge).to(self.lm.dtype)
         row: dict[str, Any] = {}
         for split, examples in self.examples.items():
-            batches = (
-                (self._visual(bridge, detector, batch), [e.prompt for e in batch])
-                for batch in (examples[i : i + 50] for i in range(0, len(examples), 50))
-            )
-            answers = answers_from_features(self.lm, self.tokenizer, batches, LONGEST[split])
+            asked = [(e.group, e.prompt) for e in examples]
+            answers = self.answers(bridge, detector, lora, asked, LONGEST[split])
             if split == "captions":
                 measures = caption_measures(answers, examples, ("CIDEr", "Bleu_4"))
                 row |= {name: measure.value for name, measure in measures.items()}
@@ -265,8 +266,26 @@ class Validation:
             row[f"{split}_said"] = answers[:4]
         return row
 
-    def _visual(self, bridge: Bridge, detector: WordDetector, batch: list[Example]) -> Tensor:
-        features = self.features[[self.features.places[e.group] for e in batch]]
+    @torch.inference_mode()
+    def answers(
+        self,
+        bridge: Bridge,
+        detector: WordDetector,
+        lora: Any,
+        asked: Sequence[tuple[str, str]],
+        longest: int,
+    ) -> list[str]:
+        """Greedy answers. asked: photographs, by `Example.group`, each with a prompt."""
+        add_updates(self.lm, self.start, low_rank(lora))
+        bridge = copy.deepcopy(bridge).to(self.lm.dtype)
+        batches = (
+            (self._visual(bridge, detector, [g for g, _ in batch]), [p for _, p in batch])
+            for batch in (asked[i : i + 50] for i in range(0, len(asked), 50))
+        )
+        return answers_from_features(self.lm, self.tokenizer, batches, longest)
+
+    def _visual(self, bridge: Bridge, detector: WordDetector, groups: list[str]) -> Tensor:
+        features = self.features[[self.features.places[group] for group in groups]]
         logits = detector(WordDetector.pooled(features))
         visual: Tensor = bridge(features.to(self.lm.dtype), logits)
         return visual
@@ -293,8 +312,9 @@ def start_bridge(
     return bridge
 
 
-def learnt_before(start: Path) -> dict[str, dict[str, Tensor]]:
-    """Bridge and low-rank updates of a folder that `export` wrote.
+def learnt_before(start: Path, work: Path) -> dict[str, dict[str, Tensor]]:
+    """Bridge and low-rank updates of a folder that `export` wrote; its words, in the order learnt,
+    go into `work`.
 
     Raises:
         DataError: the folder holds none.
@@ -310,14 +330,21 @@ def learnt_before(start: Path) -> dict[str, dict[str, Tensor]]:
     for name, tensor in load_file(start / WEIGHTS).items():
         group, _, inner = name.partition(".")
         groups.setdefault(group, {})[inner] = tensor
+    if not (work / "words.json").is_file():
+        write_json(work / "words.json", read_json(start / CARD)["words"])
     return groups
 
 
 def learnt_words(
-    splits: Any, features: Any, embeddings: Tensor, ids: Ids, work: Path
+    splits: Any,
+    features: Any,
+    embeddings: Tensor,
+    ids: Ids,
+    work: Path,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> tuple[PhotoTowerConfig, Detectors, Tensor]:
     """The tower's configuration, the detectors and the words' embeddings; learnt where the folder
-    does not hold them yet."""
+    does not hold them yet. whole: as of `Detectors.learnt`."""
     spoken = texts_by_photograph(splits)
     # Kept with the detectors: what is trained later holds the words in this order.
     is_kept = (work / "detectors.pt").is_file()
@@ -339,7 +366,7 @@ def learnt_words(
         [WordDetector.pooled(features[places[i : i + 64]]) for i in range(0, len(places), 64)]
     )
     halves = [torch.tensor([p % 2 == half for p in places]) for half in range(2)]
-    detectors = Detectors.learnt(pooled, present, halves, config, _say)
+    detectors = Detectors.learnt(pooled, present, halves, config, _say, whole)
     write_json(named, words)
     save_state(work / "detectors.pt", detectors.state_dict())
     return config, detectors, table
@@ -364,12 +391,17 @@ def prepared(
     splits = read_photographs(arguments.data)
     examples = {e.group: e for some in splits.values() for e in some}
     weights = work / "weights"
-    net = load_network(weights_file(VISION, weights)).bfloat16()
+    dtype = fast_dtype()
+    net = load_network(weights_file(VISION, weights)).to(dtype)
     features = cache_features(net, list(examples.values()), work, _say)
-    lm, tokenizer = load_language(weights_file(LANGUAGE, weights), attn_implementation="eager")
+    plain, tokenizer = load_language(weights_file(LANGUAGE, weights))
+    lm = copy.deepcopy(plain.to(dtype))
+    lm.set_attn_implementation("eager")
     ids = ids_of(tokenizer)
     embeddings = lm.get_input_embeddings().weight
-    config, detectors, table = learnt_words(splits, features, embeddings, ids, work)
+    config, detectors, table = learnt_words(
+        splits, features, embeddings, ids, work, before.get("detector")
+    )
     torch.manual_seed(0)
     bridge = start_bridge(config, before.get("bridge"), table)
     rows = PackedRows(
@@ -377,7 +409,6 @@ def prepared(
         features.places, ids, tokenizer.eos_token_id,
     )  # fmt: skip
     views = Views(features, list(examples.values()), net)
-    plain, _ = load_language(weights_file(LANGUAGE, weights))
     validation = Validation(plain, tokenizer, splits, features, arguments.photographs)
     trainer = kind(bridge, detectors, lm, rows, views, settings)
     if "lora" in before:
@@ -388,7 +419,9 @@ def prepared(
     return trainer, validation, splits
 
 
-def go(trainer: Trainer, validation: Validation, name: str, arguments: Any) -> None:
+def go(
+    trainer: Trainer, validation: Callable[..., dict[str, Any]], name: str, arguments: Any
+) -> None:
     """Train to the last step, or until interrupted; state and log are NAME.pt and NAME.jsonl."""
     state: Path = arguments.work / f"{name}.pt"
     if state.exists():
@@ -434,10 +467,7 @@ def main() -> None:
         "that knows nothing)",
     )  # fmt: skip
     arguments = parser.parse_args()
-    named = arguments.work / "words.json"
-    before = {} if arguments.start is None else learnt_before(arguments.start)
-    if before and not named.is_file():
-        write_json(named, read_json(arguments.start / CARD)["words"])  # in the order learnt
+    before = {} if arguments.start is None else learnt_before(arguments.start, arguments.work)
     trainer, validation, _ = prepared(Trainer, Settings(arguments.steps), before, arguments)
     go(trainer, validation, "state", arguments)
 

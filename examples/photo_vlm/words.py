@@ -105,14 +105,19 @@ class Detectors(nn.Module):
         halves: Sequence[Tensor],
         config: PhotoTowerConfig,
         say: Callable[[str], Any],
+        whole: Mapping[str, Tensor] | None = None,
     ) -> Detectors:
-        """From all training photographs [N, ...]; halves: [N] each, which of them are in it."""
+        """From all training photographs [N, ...]; halves: [N] each, which of them are in it.
+        whole: the third one, where it was learnt before."""
         ours = cls(config)
         for half, other in enumerate(reversed(halves)):
             say(f"word detector {half + 1} of 3")
             ours.halves[half] = learnt(pooled[other], present[other], config, seed=half)
-        say("word detector 3 of 3")
-        ours.whole = learnt(pooled, present, config, seed=2)
+        if whole is None:
+            say("word detector 3 of 3")
+            ours.whole = learnt(pooled, present, config, seed=2)
+        else:
+            ours.whole.load_state_dict({name: t.float() for name, t in whole.items()})
         return ours
 
     @torch.no_grad()

