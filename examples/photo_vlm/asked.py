@@ -518,24 +518,25 @@ def _cannot_tell(
 
 def dialogue(
     questions: Sequence[Question], captions: Sequence[str], draw: random.Random
-) -> list[tuple[str, str]]:
+) -> list[tuple[str, Question]]:
     """Three to five turns about one photograph: who is there comes first, and is then he, she or
     it. Empty where there is too little to ask."""
     kinds: dict[str, list[Question]] = defaultdict(list)
     for question in draw.sample(list(questions), len(questions)):
         kinds[question.kind].append(question)
-    rounds: list[tuple[str, str]] = []
+    rounds: list[tuple[str, Question]] = []
     if draw.random() < 0.35 and captions:
-        rounds.append((draw.choice(DESCRIBE), draw.choice(list(captions))))
+        text = draw.choice(DESCRIBE)
+        rounds.append((text, Question("caption", text, draw.choice(list(captions)), ())))
     elif kinds["who"]:
         who = next((q for q in kinds["who"] if q.text.startswith("Who is in")), kinds["who"][0])
-        rounds.append((worded(who.text, draw), who.answer))
+        rounds.append((worded(who.text, draw), who))
     later = [some[0] for kind, some in kinds.items() if kind != "who" and some]
     later += [q for some in kinds.values() for q in some[1:2] if q.kind == "yes or no"]
     draw.shuffle(later)
     for question in later[: draw.randint(3, 5) - len(rounds)]:
         text = question.later if rounds and question.later else question.text
-        rounds.append((worded(text, draw), question.answer))
+        rounds.append((worded(text, draw), question))
     return rounds if len(rounds) > 2 else []
 
 

@@ -27,7 +27,9 @@ _TOWER = (
     "hidden_size", "neck_size", "layers", "heads", "grid", "queries", "words", "vocabulary",
     "detector_size", "image_size",
 )  # fmt: skip
-_CURVE = ("step", "cpu_seconds", "CIDEr", "Bleu_4", "accuracy")
+STAGES = {"state": ["state"], "reinforced": ["state", "reinforced"], "talk": ["talk"]}
+"""States of the trainings that one export tells of, by its name."""
+_CURVE = ("step", "cpu_seconds", "CIDEr", "Bleu_4", "accuracy", "right")
 
 
 def weights_of(learnt: dict[str, Any], detector: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +50,9 @@ def stage_of(state: dict[str, Any], step: int, log: Path) -> dict[str, Any]:
         "step": step,
         "trained": {"steps": state["step"], "cpu_seconds": round(state["seconds"])},
         "settings": state["settings"],
-        "curve": [{name: row[name] for name in _CURVE} for row in rows if "CIDEr" in row],
+        "curve": [
+            {name: row[name] for name in _CURVE if name in row} for row in rows if "CIDEr" in row
+        ],
     }
 
 
@@ -77,19 +81,22 @@ def main() -> None:
         "--last", action="store_true", help="the last weights, not those of the highest CIDEr"
     )
     parser.add_argument(
-        "--reinforced", action="store_true", help="what `reinforce` learnt after `train`"
-    )
+        "--of", choices=STAGES, default="state",
+        help="what `train` learnt (state), `reinforce` after it, or `talk` after what --before "
+        "tells of, whose last weights are taken (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--before", type=Path, metavar="CARD",
-        help="card of the weights that `train --start` began at: its stages come first",
+        help="card of the weights that --start began at: its stages come first",
     )  # fmt: skip
     arguments = parser.parse_args()
     work: Path = arguments.work
-    names = ["state", "reinforced"] if arguments.reinforced else ["state"]
+    names = STAGES[arguments.of]
     stages = read_json(arguments.before)["stages"] if arguments.before else []
     for name in names:
         state = load_state(work / f"{name}.pt")
-        learnt = state if arguments.last and name == names[-1] else state["best"]
+        last = name == names[-1] and (arguments.last or name == "talk")
+        learnt = state if last else state["best"]
         stages.append(stage_of(state, learnt["step"], work / f"{name}.jsonl"))
     detectors = torch.load(work / "detectors.pt", weights_only=True)
     whole = "whole."

@@ -35,6 +35,7 @@ from examples.photo_vlm.train import (
     Trainer,
     Validation,
     go,
+    keep_words,
     learnt_before,
     options_of,
     prepared,
@@ -136,7 +137,8 @@ class Talks:
             own = [self.captions[asked.image]] if asked.image in self.captions else []
             rounds = dialogue(asked.questions, own, draw)
             if rounds:
-                text = Text.chat(rounds, self.ids, self.end)
+                said = [(text, question.answer) for text, question in rounds]
+                text = Text.chat(said, self.ids, self.end)
                 rows.append(Row(self.images[asked.image], (text,), pass_=passed))
         return rows
 
@@ -256,7 +258,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     asked = read_asked(arguments.work / FILE)
-    before = learnt_before(arguments.start, arguments.work)
+    before = learnt_before(arguments.start)
+    keep_words(arguments.start, arguments.work)
     settings = TalkSettings(arguments.steps)
     trainer, validation, splits = prepared(Talker, settings, before, arguments)
     chosen = splits["captions"][: settings.own]

@@ -312,9 +312,8 @@ def start_bridge(
     return bridge
 
 
-def learnt_before(start: Path, work: Path) -> dict[str, dict[str, Tensor]]:
-    """Bridge and low-rank updates of a folder that `export` wrote; its words, in the order learnt,
-    go into `work`.
+def learnt_before(start: Path) -> dict[str, dict[str, Tensor]]:
+    """Bridge, detector and low-rank updates of a folder that `export` wrote.
 
     Raises:
         DataError: the folder holds none.
@@ -330,9 +329,13 @@ def learnt_before(start: Path, work: Path) -> dict[str, dict[str, Tensor]]:
     for name, tensor in load_file(start / WEIGHTS).items():
         group, _, inner = name.partition(".")
         groups.setdefault(group, {})[inner] = tensor
+    return groups
+
+
+def keep_words(start: Path, work: Path) -> None:
+    """Let a training have the words of such a folder, in the order learnt, if it has none yet."""
     if not (work / "words.json").is_file():
         write_json(work / "words.json", read_json(start / CARD)["words"])
-    return groups
 
 
 def learnt_words(
@@ -467,7 +470,10 @@ def main() -> None:
         "that knows nothing)",
     )  # fmt: skip
     arguments = parser.parse_args()
-    before = {} if arguments.start is None else learnt_before(arguments.start, arguments.work)
+    before = {}
+    if arguments.start is not None:
+        before = learnt_before(arguments.start)
+        keep_words(arguments.start, arguments.work)
     trainer, validation, _ = prepared(Trainer, Settings(arguments.steps), before, arguments)
     go(trainer, validation, "state", arguments)
 

@@ -1,0 +1,285 @@
+"""What the photo model answers when it is talked to, by task, and where its exits would leave.
+
+`python -m offramp_lab.records.talk` answers questions made of captions, dialogues, captions and
+questions as people type them about photographs of the measuring half of Flickr8k's validation
+split, of which nothing chose anything; `examples.photo_vlm.asked` makes the questions. Right
+answers are held against the constant answer that would be right most often. Of exits it replays
+each over the full model's own answers, which shows which would stay the same under any thresholds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from examples.photo_vlm.asked import FILE, Asked, Question, dialogue, is_right, read_asked, worded
+from examples.photo_vlm.evaluate import LONGEST, caption_measures, load
+from examples.photo_vlm.rows import half_of, read_photographs
+
+from offramp.adapter import Adapter
+from offramp.answers import Answer, generate_answers
+from offramp.calibration.replay import Replay, replay
+from offramp.data.example import Example
+from offramp.engine.policy import FULL
+from offramp.engine.teacher_forcing import Answered
+from offramp.evaluation.statistics import interval, mean_of
+from offramp.models.input_processor import InputProcessor
+from offramp.storage import read_json
+from offramp_lab.experiments.experiment import bar
+from offramp_lab.places import RUNS
+from offramp_lab.records.record import Record, asked
+
+RECORD = Record("talk")
+LONGEST_ANSWER = 12
+THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+PLAIN = (
+    "What colour is the dog?", "what is the man doing", "How many people are there?",
+    "Where is this?", "Is there a dog?", "what is she wearing?", "Is it outside?",
+    "who is in the picture", "What is he holding?", "Is it snowing?",
+)  # fmt: skip
+"""Asked of five photographs each, as people type."""
+
+
+@dataclass(frozen=True)
+class Put:
+    """One question about a photograph, as it was put."""
+
+    example: Example
+    question: Question
+
+
+def put_to(rows: Sequence[Asked], images: Mapping[str, Example], each: int) -> dict[str, list[Put]]:
+    """At most `each` questions of a kind, of as many photographs as can be."""
+    draw = random.Random(71)
+    found: dict[str, list[Put]] = {}
+    for row in draw.sample(list(rows), len(rows)):
+        for kind in {question.kind for question in row.questions}:
+            of_kind = [question for question in row.questions if question.kind == kind]
+            if len(found.setdefault(kind, [])) < each:
+                question = draw.choice(of_kind)
+                example = images[row.image]
+                key = f"{row.image}:{kind}"
+                prompt = worded(question.text, draw)
+                put = Example(example.image, prompt, (question.answer,), key, row.image)
+                found[kind].append(Put(put, question))
+    return dict(sorted(found.items()))
+
+
+def best_constant(questions: Sequence[Question]) -> tuple[str, list[bool]]:
+    """The answer that is right most often, and where it is."""
+    answers = sorted({question.answer for question in questions})
+    right = {answer: [is_right(q, answer) for q in questions] for answer in answers}
+    best = max(answers, key=lambda answer: sum(right[answer]))
+    return best, right[best]
+
+
+Write = Callable[[Sequence[Example], int], list[Answer]]
+
+
+def questions_by_kind(puts: Mapping[str, list[Put]], write: Write) -> dict[str, Any]:
+    """Right answers of each kind, and over the best constant answer, with 95% intervals."""
+    record: dict[str, Any] = {}
+    for kind, some in puts.items():
+        answers = write([put.example for put in some], LONGEST_ANSWER)
+        questions = [put.question for put in some]
+        groups = [put.example.group for put in some]
+        right = [is_right(q, a.text) for q, a in zip(questions, answers, strict=True)]
+        constant, would = best_constant(questions)
+        gain = [float(r) - float(w) for r, w in zip(right, would, strict=True)]
+        record[kind] = {
+            "count": len(some),
+            "right": sum(right) / len(right),
+            "constant": constant,
+            "constant_right": sum(would) / len(would),
+            "above": mean_of(gain).value,
+            "above_interval": interval(mean_of(gain), groups),
+            "empty": sum(not a.text.strip() for a in answers),
+            "refused": sum(a.text.startswith("I cannot see") for a in answers),
+            "said": [
+                {"image": p.example.group, "asked": p.example.prompt, "people": p.question.answer,
+                 "answer": a.text, "right": r}
+                for p, a, r in zip(some, answers, right, strict=True)
+            ][:30],
+        }  # fmt: skip
+        print(kind, {n: v for n, v in record[kind].items() if n != "said"}, flush=True)
+    return record
+
+
+def dialogues(
+    rows: Sequence[Asked], images: Mapping[str, Example], count: int, write: Write
+) -> Any:
+    """Right answers by turn, behind the model's own answers before; every turn's text is kept."""
+    talks: list[tuple[Example, list[tuple[str, Question]]]] = []
+    for row in rows:
+        turns = dialogue(row.questions, (), random.Random(f"talk:{row.image}"))
+        if turns and len(talks) < count:
+            talks.append((images[row.image], turns))
+    written = ["" for _ in talks]
+    right: dict[int, list[bool]] = {}
+    said: list[list[str]] = [[] for _ in talks]
+    for turn in range(max(len(turns) for _, turns in talks)):
+        live = [n for n, (_, turns) in enumerate(talks) if turn < len(turns)]
+        prompts = []
+        for n in live:
+            example, turns = talks[n]
+            written[n] += ("\n" if turn else "") + f"<|im_start|>user\n{turns[turn][0]}<|im_end|>\n"
+            written[n] += "<|im_start|>assistant\n"
+            key = f"{example.key}:{turn}"
+            prompts.append(Example(example.image, written[n], ("-",), key, example.group))
+        for n, answer in zip(live, write(prompts, LONGEST_ANSWER), strict=True):
+            written[n] += f"{answer.text}<|im_end|>"
+            text, question = talks[n][1][turn]
+            right.setdefault(turn + 1, []).append(is_right(question, answer.text))
+            said[n] += [f"{text} {answer.text} ({question.answer})"]
+    return {
+        "count": len(talks),
+        "right_by_turn": {str(turn): sum(r) / len(r) for turn, r in right.items()},
+        "answers_by_turn": {str(turn): len(r) for turn, r in right.items()},
+        "said": [
+            {"image": example.group, "turns": turns}
+            for (example, _), turns in zip(talks, said, strict=True)
+        ][:30],
+    }
+
+
+def captions(examples: Sequence[Example], write: Write, before: Path | None) -> dict[str, Any]:
+    """CIDEr, and against another model's captions of the same photographs.
+
+    before: file of these captions, by photograph.
+    """
+    answers = write(examples, LONGEST["captions"])
+    groups = [example.group for example in examples]
+    texts = [answer.text for answer in answers]
+    ours = caption_measures(texts, examples, ("CIDEr",))["CIDEr"]
+    record: dict[str, Any] = {
+        "count": len(examples),
+        "CIDEr": ours.value,
+        "interval": interval(ours, groups),
+        "said": [{"image": e.group, "answer": t} for e, t in zip(examples, texts, strict=True)],
+    }
+    if before is not None:
+        said = read_json(before)
+        theirs = caption_measures([said[g] for g in groups], examples, ("CIDEr",))["CIDEr"]
+        record["before"] = {"CIDEr": theirs.value, "difference": ours.value - theirs.value,
+                            "interval": interval(ours, groups, minus=theirs)}  # fmt: skip
+    return record
+
+
+def plain(images: Sequence[Example], write: Write) -> list[dict[str, str]]:
+    """Every plain question about five photographs of its own."""
+    asked_ = [
+        Example(image.image, text, ("-",), f"plain:{n}:{image.group}", image.group)
+        for n, text in enumerate(PLAIN)
+        for image in images[n * 5 : n * 5 + 5]
+    ]
+    answers = write(asked_, LONGEST["captions"])
+    return [
+        {"image": e.group, "asked": e.prompt, "answer": a.text}
+        for e, a in zip(asked_, answers, strict=True)
+    ]
+
+
+# -- exits ----------------------------------------------------------------------------------------
+
+
+def replayed(
+    adapter: Adapter, encoder: InputProcessor, tasks: Mapping[str, Sequence[tuple[Example, Answer]]]
+) -> dict[str, Any]:
+    """By task: the share of tokens that each exit says as full depth does, its confidence, and what
+    ways of leaving would change and save."""
+    record: dict[str, Any] = {}
+    for task, pairs in tasks.items():
+        rows = [Answered(example, answer.ids, False) for example, answer in pairs]
+        seen = replay(encoder, adapter.exits, rows, shortlist=adapter.policy.shortlist)
+        record[task] = {
+            "answers": len(rows),
+            "tokens": int(seen.mask.sum()),
+            "exits": {str(depth): _exit_of(seen, depth) for depth in adapter.exits.depths},
+            "ways": _ways(seen, adapter.exits.depths),
+        }
+        print(task, record[task]["exits"], flush=True)
+    return record
+
+
+def _exit_of(seen: Replay, depth: int) -> dict[str, float]:
+    mask = seen.mask
+    same = (seen.said[depth] == seen.targets)[mask]
+    scores = seen.scores[depth][mask]
+    return {
+        "same": float(same.mean()),
+        "confidence": float(scores.mean()),
+        "auc": _auc(scores, same),
+    }
+
+
+def _auc(scores: Any, same: Any) -> float:
+    """The probability that a token which stays is surer than one which changes."""
+    good, bad = scores[same], scores[~same]
+    if not len(good) or not len(bad):
+        return float("nan")
+    order = np.concatenate((good, bad)).argsort().argsort() + 1
+    ranks = float(order[: len(good)].sum()) - len(good) * (len(good) + 1) / 2
+    return ranks / (len(good) * len(bad))
+
+
+def _ways(seen: Replay, depths: Sequence[int]) -> list[dict[str, Any]]:
+    """Static exits and thresholds: the share of changed answers, and the mean depth of tokens."""
+    rows = []
+    each = {f"static {d}": {d: 0.0} for d in depths}
+    each |= {f"exit {d} at {t}": {d: t} for d in depths for t in THRESHOLDS if t}
+    each |= {f"all at {t}": dict.fromkeys(depths, t) for t in THRESHOLDS if t}
+    for name, thresholds in each.items():
+        reached = seen.depths(thresholds)
+        rows.append({
+            "way": name,
+            "changed": float(seen.differs(reached).mean()),
+            "mean_depth": float(reached[seen.mask].mean()),
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    arguments = asked(
+        __doc__, photo=True, asked=RUNS / "photo_vlm" / FILE, each=60, photographs=100, talks=60,
+        before=Path, out=Path,
+    )  # fmt: skip
+    splits = read_photographs(arguments.data)
+    held = [example for example in splits["captions_val"] if half_of(example) == 1]
+    images = {example.group: example for example in held}
+    rows = [row for row in read_asked(arguments.asked) if row.half == 1 and row.questions]
+    backbone, encoder = load("float32")
+    kept: dict[str, list[tuple[Example, Answer]]] = {}
+
+    def writer(task: str) -> Write:
+        def write(examples: Sequence[Example], longest: int) -> list[Answer]:
+            answers = generate_answers(
+                backbone, encoder, examples, FULL,
+                batch_size=32, max_new_tokens=longest, progress=bar(task),
+            )  # fmt: skip
+            kept.setdefault(task, []).extend(zip(examples, answers, strict=True))
+            return answers
+
+        return write
+
+    def of_kinds(examples: Sequence[Example], longest: int) -> list[Answer]:
+        return writer(examples[0].key.rpartition(":")[2])(examples, longest)
+
+    figures: dict[str, Any] = {
+        "questions": questions_by_kind(put_to(rows, images, arguments.each), of_kinds),
+        "dialogues": dialogues(rows, images, arguments.talks, writer("dialogues")),
+        "captions": captions(held[: arguments.photographs], writer("captions"), arguments.before),
+        "plain": plain(held[-50:], writer("plain")),
+    }
+    RECORD.write(figures, arguments.out)
+    if arguments.adapter is not None:
+        adapter = Adapter.load(arguments.adapter, backbone)
+        figures["exits"] = replayed(adapter, encoder, kept)
+        RECORD.write(figures, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
