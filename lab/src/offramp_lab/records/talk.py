@@ -20,15 +20,15 @@ from examples.photo_vlm.asked import FILE, Asked, Question, dialogue, is_right, 
 from examples.photo_vlm.evaluate import LONGEST, caption_measures, load
 from examples.photo_vlm.rows import half_of, read_photographs
 
-from offramp.adapter import Adapter
-from offramp.answers import Answer, generate_answers
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Answer, generate_answers
 from offramp.calibration.replay import Replay, replay
-from offramp.data.example import Example
-from offramp.engine.policy import FULL
-from offramp.engine.teacher_forcing import Answered
+from offramp.core.decoding.policy import FULL
+from offramp.core.inputs.example import Example
+from offramp.core.storage import read_json
 from offramp.evaluation.statistics import interval, mean_of
-from offramp.models.input_processor import InputProcessor
-from offramp.storage import read_json
+from offramp.features.input_processor import InputProcessor
+from offramp.features.teacher_forcing import Answered
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, asked
