@@ -407,6 +407,11 @@ def test_kernels_that_change_no_answer_ask_the_same() -> None:
     assert again(before, adapter_at(4), InputProcessor(exact, encoder().processor)) == 1
 
 
+def test_how_many_tokens_are_drafted_asks_nothing_else() -> None:
+    before = calibrate(adapter_at(4), encoder(), examples(), ExitPolicy(max_draft=4), **SHORT)
+    assert again(before, replace(adapter_at(4), policy=ExitPolicy(max_draft=12))) == 1
+
+
 def test_another_shortlist_asks_something_else() -> None:
     ids, policy = torch.arange(20), ExitPolicy(shortlist=True)
 

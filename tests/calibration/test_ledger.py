@@ -11,7 +11,7 @@ import families
 import pytest
 
 from offramp.adapter.adapter import Adapter
-from offramp.calibration.attempts import Attempt, images_of
+from offramp.calibration.attempts import Attempt, images_of, recorded, turn_of
 from offramp.calibration.ledger import ledger_of, note_attempts, with_ledger
 from offramp.core.errors import DataError, StorageError
 from offramp.core.models.backbone import Backbone
@@ -26,9 +26,10 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
     return Adapter(backbone, Exits(backbone, (2,)).requires_grad_(False))
 
 
-def attempt(asked: str, n: int) -> Attempt:
-    names = tuple(image.name for image in images_of(fakes.examples(n)))
-    return Attempt(asked, {}, 1, names, (), {})
+def attempt(asked: str, n: int, start: int = 0) -> Attempt:
+    images = images_of(fakes.examples(n)[start:])
+    members = tuple(sorted({member for image in images for member in image.members}))
+    return Attempt(asked, {}, 1, tuple(image.name for image in images), (), {}, members)
 
 
 def test_an_adapter_that_knows_of_none_has_the_attempts_of_others_of_its_model(
@@ -46,12 +47,31 @@ def test_an_adapter_that_knows_of_none_has_the_attempts_of_others_of_its_model(
         assert list(elsewhere.attempts) == []
 
 
+def test_the_same_asked_of_other_images_is_an_attempt_of_its_own(adapter: Adapter) -> None:
+    """Whatever order images are used in, none of the attempts on any of them is forgotten."""
+    sets = {"a": (0, 6), "b": (6, 12), "c": (12, 15)}
+    taken: list[tuple[str, int]] = []
+    for asked, of in (("20%", "a"), ("20%", "b"), ("21%", "a"), ("20%", "c"), ("22%", "a"),
+                      ("21%", "b")):  # fmt: skip
+        start, end = sets[of]
+        images = images_of(fakes.examples(end)[start:])
+        with with_ledger(replace(adapter, attempts=[])) as found:
+            known = [Attempt.from_json(value) for value in found.attempts]
+            turn = turn_of(known, asked, images, any_time=True)
+            made = replace(attempt(asked, end, start), number=turn.number)
+            note_attempts(adapter.backbone, recorded(known, made, turn.continues))
+        taken.append((of, turn.number))
+    assert taken == [("a", 1), ("b", 1), ("a", 2), ("c", 1), ("a", 3), ("b", 2)]
+
+
 def test_an_attempt_that_both_know_counts_once_and_as_the_longer_list(adapter: Adapter) -> None:
-    short, whole = attempt("a", 6), attempt("a", 9)
+    whole = attempt("a", 9)
+    short = replace(whole, images=whole.images[:6], members=("a name",))
     with with_ledger(adapter):
         note_attempts(adapter.backbone, [whole])
     with with_ledger(replace(adapter, attempts=[short.to_json()])) as found:
         assert [len(a["images"]) for a in found.attempts] == [9]
+        assert "a name" in found.attempts[0]["members"]
 
 
 def test_two_calibrations_of_one_model_are_not_made_at_once(adapter: Adapter) -> None:

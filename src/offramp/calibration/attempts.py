@@ -416,6 +416,20 @@ class Attempt:
         known = {*self.members, *(name.partition(":")[0] for name in self.images)}
         return any(not known.isdisjoint((*image.members, *image.files)) for image in images)
 
+    def is_part_of(self, other: Attempt) -> bool:
+        """Return True if both are one attempt: the same number and question, on lists of images of
+        which one begins the other."""
+        n = min(len(self.images), len(other.images))
+        same = (self.asked, self.number) == (other.asked, other.number)
+        return same and self.images[:n] == other.images[:n]
+
+    def joined(self, other: Attempt) -> Attempt:
+        """Return the longer of two records of one attempt, the other one's of equal length, with
+        all that its images were ever known by."""
+        longer = other if len(other.images) >= len(self.images) else self
+        members = tuple(sorted({*self.members, *other.members}))
+        return replace(longer, members=members, looked=min(self.looked, other.looked))
+
 
 @dataclass(frozen=True)
 class Turn:

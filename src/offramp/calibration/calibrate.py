@@ -460,8 +460,9 @@ def _check_quality(whole: ThresholdEvaluator) -> None:
 def _settings(
     asked: Guarantee, policy: ExitPolicy, grid: Sequence[float], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What an attempt depends on besides exits and images."""
-    plain = replace(policy, thresholds={}, drafts={})
+    """What an attempt depends on besides exits and images; how many tokens are drafted changes no
+    early answer."""
+    plain = replace(policy, thresholds={}, drafts={}, max_draft=ExitPolicy.max_draft)
     shown = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
     how = {name: value for name, value in asdict(asked).items() if value != {}}
     return {**how, "policy": policy_to_json(plain), "grid": list(grid), "options": shown}

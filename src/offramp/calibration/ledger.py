@@ -87,11 +87,14 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _merged(own: Sequence[Any], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each attempt once: of what is asked the same of the same images, the longer list."""
-    known: dict[tuple[str, int], dict[str, Any]] = {}
+    """Each attempt once: two are one where the same was asked and one list of images begins the
+    other. What was asked of other images is an attempt of its own."""
+    known: list[Attempt] = []
     for value in [*others, *own]:
-        attempt = Attempt.from_json(value).to_json()
-        key = (attempt["asked"], attempt["number"])
-        if key not in known or len(attempt["images"]) >= len(known[key]["images"]):
-            known[key] = attempt
-    return list(known.values())
+        attempt = Attempt.from_json(value)
+        same = next((before for before in known if before.is_part_of(attempt)), None)
+        if same is None:
+            known.append(attempt)
+        else:
+            known[known.index(same)] = same.joined(attempt)
+    return [attempt.to_json() for attempt in known]
