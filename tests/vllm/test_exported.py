@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from command_line import RunCommand
 
 from offramp.core.decoding.policy import ExitPolicy, policy_to_json
 from offramp_vllm.adapter import Checked, Exported, read_exported
-from offramp_vllm.attach import MoreLayers, with_exits
+from offramp_vllm.attach import MoreLayers, bits_of, with_exits
 from offramp_vllm.policy import EARLY, FULL, LOSSLESS, Rule, asked
 from offramp_vllm.refuse import Refused
 
@@ -20,6 +23,7 @@ from offramp_vllm.refuse import Refused
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import offramp
+    from offramp.features.input_processor import InputProcessor
     from offramp.adapter.shipped import load_tiny, shipped_exits
     from offramp_vllm.exports.vllm import PROMPTS, export_vllm
 
@@ -27,7 +31,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
     out = tmp_path_factory.mktemp("vllm") / "exits"
     ids = [processor.tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
-    assert export_vllm(adapter, out, ids, max_new_tokens=6) == 3
+    encoder = InputProcessor(backbone, processor)
+    assert export_vllm(adapter, out, ids, encoder=encoder, max_new_tokens=6) == 5
     return out
 
 
@@ -35,13 +40,15 @@ def test_the_folder_says_what_the_adapter_is(exported: Path) -> None:
     read = read_exported(exported)
     assert (read.layers, read.depths, read.copied, read.all_layers) == (12, (2,), (2,), 13)
     assert read.rule.thresholds == (0.8,) and read.rule.first == (0.8,)
-    assert len(read.checked) == 3 and all(len(c.tokens) == len(c.depths) for c in read.checked)
+    assert len(read.checked) == 5 and all(len(c.tokens) == len(c.depths) for c in read.checked)
+    assert [c.image for c in read.checked] == [None] * 3 + ["check.png"] * 2
+    assert (exported / "check.png").is_file()
     assert {place for place, _, _ in read.tensors()} == {0}
 
 
 def test_answers_that_are_kept_are_the_same_whatever_was_answered_before(exported: Path) -> None:
     """An engine's first answer, on which it is tried, runs its first token to full depth."""
-    kept = read_exported(exported).checked
+    kept = read_exported(exported).checked[:3]
     import offramp
     from offramp.adapter.shipped import load_tiny, shipped_exits
     from offramp_vllm.exports.vllm import _answers
@@ -90,7 +97,7 @@ def test_first_tokens_exit_in_vllm_where_they_do_in_offramp(
     ("name", "change", "word"),
     [
         ("adapter.json", {"format": 2}, "format 1"),
-        ("vllm.json", {"format": 2}, "format 1"),
+        ("vllm.json", {"format": 1}, "format 2"),
         ("vllm.json", {"exits": "0" * 64}, "other exits"),
         ("adapter.json", {"exit_kind": "dense"}, "kind 'dense'"),
     ],
@@ -106,6 +113,44 @@ def test_what_cannot_be_served_is_refused_in_two_lines(
     with pytest.raises(Refused, match=word) as refused:
         read_exported(tmp_path)
     assert len(str(refused.value).splitlines()) == 2
+
+
+def spoilt(value: Any) -> Iterator[Any]:
+    """A JSON value with each of its parts, one at a time, replaced or left out."""
+    yield from (None, -1, 10**9, "x", [], {}, [None], {"x": None}, True)
+    if isinstance(value, dict):
+        for key in value:
+            yield {name: part for name, part in value.items() if name != key}
+            for other in spoilt(value[key]):
+                yield {**value, key: other}
+    elif isinstance(value, list) and value:
+        yield value[:-1]
+        for other in spoilt(value[0]):
+            yield [other, *value[1:]]
+
+
+def test_a_damaged_folder_is_two_lines(exported: Path, tmp_path: Path) -> None:
+    whole, cases, refused = exported, 0, 0
+    for file in whole.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name in ("vllm.json", "adapter.json"):
+        text = (whole / name).read_text()
+        good = json.loads(text)
+        for bad in [*map(json.dumps, spoilt(copy.deepcopy(good))), text[: len(text) // 2], "", "{"]:
+            (tmp_path / name).write_text(bad)
+            cases += 1
+            try:
+                read_exported(tmp_path)
+            except Refused as error:
+                refused += 1
+                assert len(str(error).splitlines()) == 2
+        (tmp_path / name).write_text(text)
+    name = "exits.safetensors"
+    (tmp_path / name).write_bytes((whole / name).read_bytes()[:-1])
+    with pytest.raises(Refused):
+        read_exported(tmp_path)
+    assert cases > 1000 and refused > 500
 
 
 @pytest.mark.parametrize(
@@ -160,7 +205,7 @@ def test_requests_are_served_as_they_ask() -> None:
     assert asked(rule, {"offramp_mode": "full"}, drafts=False).mode == FULL
     assert not asked(rule, {"offramp_mode": "full"}, drafts=False).rule.is_on
     assert asked(rule, {"offramp_threshold": 0.5}, drafts=True).rule.thresholds == (0.5,)
-    wrong = [{"offramp_mode": "fast"}, {"offramp_threshold": 2}, {"offramp_threshold": "much"},
+    wrong = [{"offramp_mode": "fast"}, {"offramp_threshold": 2.0}, {"offramp_threshold": "much"},
              {"offramp_mode": "lossless"}]  # fmt: skip
     for extra in wrong:
         with pytest.raises(Refused):
@@ -172,13 +217,44 @@ def checkpoint(layers: int, prefix: str, like: Exported) -> list[tuple[str, torc
     return [(f"{prefix}{i}.{n}", t) for i in range(layers) for n, t in inner.items()]
 
 
+def sampled(read: Exported, weights: list[tuple[str, torch.Tensor]]) -> Exported:
+    """The same of a backbone of these weights."""
+    of = {".".join(n.split(".")[3:]): bits_of(t, 8) for n, t in weights if n.startswith("model.")}
+    return replace(read, sample=of)
+
+
 def test_exits_come_after_the_checkpoint_as_more_layers(exported: Path) -> None:
     read = read_exported(exported)
     tower = [(n, t[..., :1]) for n, t in checkpoint(12, "vision.layers.", read)]
     weights = tower + checkpoint(12, "model.decoder.layers.", read)
+    read = sampled(read, weights)
     made = dict(with_exits(iter(weights), read))
     added = {name for name in made if name.startswith("model.decoder.layers.12.")}
     assert len(made) == len(weights) + len(added) and len(added) == len(list(read.tensors()))
+
+
+@pytest.mark.parametrize("noise", [0.03, 1.0])
+def test_a_checkpoint_of_other_weights_is_refused(exported: Path, noise: float) -> None:
+    read = read_exported(exported)
+    weights = checkpoint(12, "model.decoder.layers.", read)
+    other = [(n, t + noise * t.std() * torch.randn_like(t)) for n, t in weights]
+    with pytest.raises(Refused, match="another backbone") as refused:
+        list(with_exits(iter(other), sampled(read, weights)))
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_the_sample_is_the_checkpoints_own_by_name(exported: Path) -> None:
+    from safetensors.torch import load_file
+
+    from offramp.adapter.shipped import tiny_folder
+
+    read = read_exported(exported)
+    held = load_file(tiny_folder("opt") / "model.safetensors")
+    names = {n.split(".layers.")[1]: n for n in held if ".decoder.layers." in n}
+    of_layers = [name for name in read.sample if not name.startswith("norm.")]
+    assert len(of_layers) > 20
+    for name in of_layers:
+        assert bits_of(held[names[name]], 8) == read.sample[name]
 
 
 @pytest.mark.parametrize("layers", [11, 13])
@@ -205,7 +281,7 @@ def test_the_command_writes_the_folder(run: RunCommand, tmp_path: Path) -> None:
         "--json",
     )  # fmt: skip
     assert code == 0, err
-    assert json.loads(said) == {"exits": str(out), "checked": 6}
+    assert json.loads(said) == {"exits": str(out), "checked": 8}
     assert read_exported(out).depths == (2,)
 
 

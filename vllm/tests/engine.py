@@ -52,9 +52,14 @@ def answers(
     for start in range(0, len(prompts), step):
         asked = [{"prompt_token_ids": list(p)} for p in prompts[start : start + step]]
         for made in llm.generate(asked, wanted, use_tqdm=False):
-            told = (made.kv_transfer_params or {}).get("offramp", {}).get("depths", [])
-            found.append((list(made.outputs[0].token_ids), told))
+            found.append((list(made.outputs[0].token_ids), depths(made)))
     return found
+
+
+def depths(made: Any, place: int = 0) -> list[int]:
+    """Depths of an answer's tokens. place: of its choices."""
+    assert made.kv_transfer_params is None
+    return getattr(made.outputs[place], "offramp_depths", [])
 
 
 def stored(folder: Path, mode: str = "early_exit") -> list[dict[str, list[int]]]:

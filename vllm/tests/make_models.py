@@ -44,6 +44,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4": {**ROPE, "partial_rotary_factor": 0.5},
     "gemma2": {**ROPE, "sliding_window": 32, "layer_types": MIXED},
     "gemma3_text": {**ROPE, "sliding_window": 32, "layer_types": MIXED},
+    "qwen3_moe": {**ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "mixtral": {**ROPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "short": {**ROPE, "model_type": "llama", "num_hidden_layers": 4},
     "opt": {
         "vocab_size": WORDS, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": LAYERS,
@@ -59,6 +62,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1, "eos_token_id": 2,
     },
 }  # fmt: skip
+ADAPTERS = "one", "two"
 NEW = 20
 PROMPTS = 24
 
@@ -79,9 +83,9 @@ def scenes(folder: Path) -> None:
     backbone, processor = load_tiny("opt")
     adapter = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
     texts = [processor.tokenizer(t)["input_ids"] for t in ("Caption:", "Question: what? Answer:")]
-    export_vllm(adapter, folder / "export", texts, max_new_tokens=8)
-    examples = [*tasks.captions("test", 20).examples, *tasks.questions("test", 20).examples][:40]
     encoder = InputProcessor(backbone, processor)
+    export_vllm(adapter, folder / "export", texts, encoder=encoder, max_new_tokens=8)
+    examples = [*tasks.captions("test", 20).examples, *tasks.questions("test", 20).examples][:40]
     (folder / "images").mkdir(exist_ok=True)
     answers: dict[str, list[Any]] = {"early_exit": [], "full": []}
     for place, example in enumerate(examples):
@@ -121,7 +125,8 @@ def make(folder: Path, name: str) -> None:
     adapter.save(folder / "exits")
     adapter = Adapter.load(folder / "exits", backbone)
     texts = _prompts(make_vlms.FIRST)[:4]  # without the token of an image
-    export_vllm(adapter, folder / "export", texts, max_new_tokens=8)
+    encoder = make_vlms.encoder(name, backbone, folder / "model")
+    export_vllm(adapter, folder / "export", texts, encoder=encoder, max_new_tokens=8)
     if name == "llama":
         save_draft_model(adapter, None, folder / "draft")
     if name in ("llama", "llava"):  # as untrained: a copy of the last layer
@@ -133,9 +138,38 @@ def make(folder: Path, name: str) -> None:
         made = [(prompt, *_answer(adapter, one, mode)) for prompt, one in asked]
         answers[mode] = [{"prompt": p, "tokens": t, "depths": d} for p, t, d in made]
     (folder / "answers.json").write_text(json.dumps(answers))
+    if name == "llama":
+        for seed, adapter_name in enumerate(ADAPTERS):
+            adapted(folder, adapter_name, seed, adapter, asked)
     depths_seen = [d for one in answers["early_exit"] for d in one["depths"]]
     shares = {d: depths_seen.count(d) / len(depths_seen) for d in sorted(set(depths_seen))}
     print(name, dict(policy.thresholds), dict(policy.first), shares, flush=True)
+
+
+def adapted(folder: Path, name: str, seed: int, exits: Adapter, asked: list[Any]) -> None:
+    """A random LoRA adapter in PEFT's layout, and the answers of the model it is merged into."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(10 + seed)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    tuned = get_peft_model(model, config)
+    for part, weight in tuned.named_parameters():
+        if "lora_" in part:
+            weight.data = 0.2 * torch.randn_like(weight)
+    tuned.save_pretrained(folder / name)
+    backbone = offramp.Backbone.of(tuned.merge_and_unload().eval())
+    beside = Exits(backbone, exits.exits.depths)
+    beside.load_state_dict(exits.exits.modules.state_dict())
+    answers: dict[str, list[Any]] = {"early_exit": [], "full": []}
+    for mode, rows in answers.items():
+        policy = exits.chosen_policy(mode, None, None)
+        for prompt, inputs in asked:
+            made = _run(backbone, ExitSet(beside.requires_grad_(False)), inputs, policy)
+            tokens, depths = made.new_tokens[0].tolist(), made.depths[0].tolist()
+            rows.append({"prompt": prompt, "tokens": tokens, "depths": depths})
+    (folder / name / "answers.json").write_text(json.dumps(answers))
 
 
 def _build(name: str, folder: Path) -> list[list[int]]:

@@ -206,6 +206,20 @@ def build(name: str, text: Mapping[str, Any], folder: Path) -> list[tuple[str, d
     return found
 
 
+def encoder(name: str, backbone: Any, folder: Path) -> Any:
+    """What makes inputs of a picture, of a model that sees them; None of a language model."""
+    if name not in KINDS:
+        return None
+    from transformers import AutoProcessor
+
+    from offramp.features.input_processor import InputProcessor
+
+    made = InputProcessor(backbone, AutoProcessor.from_pretrained(folder))
+    shown = KINDS[name][2]
+    made.prompt_text = lambda prompt: f"{shown}{prompt}"  # these have no chat template
+    return made
+
+
 def _as_on_the_hub(file: Path) -> None:
     """Give a CLIP tower's tensors the names that published checkpoints have, which vLLM reads."""
     from safetensors.torch import load_file, save_file

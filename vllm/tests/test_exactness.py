@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
 from engine import answers, stored
+from engine import depths as depths_of
+from offramp_vllm.refuse import Refused
 
 FAMILIES = (
     "llama", "opt", "mistral", "qwen2", "qwen3", "phi3", "granite", "stablelm", "cohere", "glm4",
-    "gemma2", "gemma3_text", "gpt2", "bloom",
+    "gemma2", "gemma3_text", "gpt2", "bloom", "qwen3_moe", "mixtral",
 )  # fmt: skip
 FULL = {"offramp_mode": "full"}
 
@@ -237,20 +242,141 @@ def test_cancelled_requests_leave_the_others_alone(made: Any, serve: Any) -> Non
     expect(answers(llm, prompts(early)), early)
 
 
-def test_exits_of_another_model_are_found_out_at_start(
-    made: Any, serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder, other = made("llama"), tmp_path / "export"
-    other.mkdir()
-    for file in (folder / "export").iterdir():
-        if file.is_file():
-            (other / file.name).write_bytes(file.read_bytes())
-    said = json.loads((other / "vllm.json").read_text())
+def tampered(folder: Path, change: Any, into: Path) -> Path:
+    """An export whose vllm.json is changed."""
+    shutil.copytree(folder, into)
+    said = json.loads((into / "vllm.json").read_text())
+    change(said)
+    (into / "vllm.json").write_text(json.dumps(said))
+    return into
+
+
+def other_tokens(said: dict[str, Any]) -> None:
     for one in said["checked"]:
         one["tokens"] = [token + 1 for token in one["tokens"]]
-    (other / "vllm.json").write_text(json.dumps(said))
-    llm = serve(folder / "model", other)
+
+
+def other_depths(said: dict[str, Any]) -> None:
+    for one in said["checked"]:
+        one["depths"] = [8 - depth for depth in one["depths"]]
+
+
+def no_prompts(said: dict[str, Any]) -> None:
+    said["checked"] = []
+
+
+@pytest.mark.parametrize("change", [other_tokens, other_depths, no_prompts])
+def test_answers_that_are_not_the_stored_ones_switch_exits_off(
+    change: Any, made: Any, serve: Any, tmp_path: Path
+) -> None:
+    folder = made("llama")
+    llm = serve(folder / "model", tampered(folder / "export", change, tmp_path / "export"))
     full = stored(folder, "full")
     got = answers(llm, prompts(full))
     assert [one[0] for one in got] == [row["tokens"] for row in full]
     assert {depth for _, depths in got for depth in depths} == {6}
+
+
+def test_a_model_that_is_not_itself_at_full_depth_is_refused(
+    made: Any, serve: Any, tmp_path: Path
+) -> None:
+    """As classes are that scale their layers by how many there are."""
+
+    def other_full(said: dict[str, Any]) -> None:
+        for one in said["checked"]:
+            one["full"] = [token + 1 for token in one["full"]]
+
+    folder = made("llama")
+    with pytest.raises(Refused, match="At full depth"):
+        serve(folder / "model", tampered(folder / "export", other_full, tmp_path / "export"))
+
+
+@pytest.mark.parametrize("noise", [0.03, 1.0])
+def test_exits_of_another_backbone_are_refused(
+    noise: float, made: Any, serve: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = made("llama")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    torch.manual_seed(1)
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if ".layers." in name:
+            weights[name] = weight + noise * weight.std() * torch.randn_like(weight)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(Refused, match="another backbone"):
+        serve(tmp_path / "model", folder / "export")
+
+
+def test_choices_of_one_request_tell_their_own_depths(made: Any, serve: Any) -> None:
+    from vllm import SamplingParams
+
+    folder = made("llama")
+    llm = serve(folder / "model", folder / "export")
+    prompt = {"prompt_token_ids": stored(folder)[0]["prompt"]}
+    params = SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=20, detokenize=False)
+    [answer] = llm.generate([prompt], params, use_tqdm=False)
+    told = [depths_of(answer, place) for place in range(4)]
+    assert [len(one) for one in told] == [len(one.token_ids) for one in answer.outputs]
+    assert len({tuple(one) for one in told}) > 1
+
+
+def test_in_half_precision_full_depth_is_vllms_own(made: Any, serve: Any) -> None:
+    folder = made("qwen3")
+    rows = prompts(stored(folder))
+    plain = answers(serve(folder / "model", dtype="bfloat16"), rows, at_once=8)
+    beside = serve(folder / "model", folder / "export", dtype="bfloat16")
+    got = answers(beside, rows, at_once=8, extra_args=FULL)
+    assert [one[0] for one in got] == [one[0] for one in plain]
+
+
+def test_a_stream_gets_each_token_as_it_is_there(
+    made: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    from vllm import SamplingParams
+
+    monkeypatch.setattr("offramp_vllm.v1.QUICK", 1e9)
+    folder = made("llama")
+    early = stored(folder)[0]
+    engine = serve(folder / "model", folder / "export").llm_engine
+    params = SamplingParams(
+        temperature=0.0, max_tokens=20, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )
+    engine.add_request("0", {"prompt_token_ids": early["prompt"]}, params)
+    parts, depths = [], []
+    while engine.has_unfinished_requests():
+        for one in engine.step():
+            parts.append(list(one.outputs[0].token_ids))
+            depths += depths_of(one)
+    assert [token for part in parts for token in part] == early["tokens"]
+    assert {len(part) for part in parts} == {1} and depths == early["depths"]
+
+
+def test_a_ragged_call_leaves_the_steps_attention_metadata_alone(
+    made: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some builders keep one plan, and the step's call goes on after a ragged one."""
+    folder = made("llama")
+    early = stored(folder)
+    llm = serve(folder / "model", folder / "export")
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.model_runner
+    built, steps, ragged = list[int](), list[int](), list[int]()
+    for asked, calls in ((runner.attn_groups, built), *((one, ragged) for one in runner._builders)):
+        for groups in asked:
+            for group in groups:
+                [builder] = group.metadata_builders
+                theirs = builder.build
+                builder.build = lambda *a, _t=theirs, _c=calls, **k: (_c.append(1), _t(*a, **k))[1]
+    forward = runner.execute_model
+    monkeypatch.setattr(
+        runner, "execute_model",
+        lambda plan, *a: (steps.append(1) if plan.total_num_scheduled_tokens else None,
+                          forward(plan, *a))[1],
+    )  # fmt: skip
+    expect(answers(llm, prompts(early), at_once=8), early)
+    assert len(built) == len(steps) and len(ragged) > len(steps) / 2

@@ -9,6 +9,8 @@ import pytest
 from engine import stored
 from PIL import Image
 
+from engine import depths as depths_of
+from engine import stored
 from offramp_vllm.drafts import NAME
 
 FAMILIES = (
@@ -45,7 +47,7 @@ def test_answers_about_pictures_are_offramps(name: str, made: Any, serve: Any) -
                 got += llm.generate(asked[start : start + at_once], params, use_tqdm=False)
             assert [list(one.outputs[0].token_ids) for one in got] == [r["tokens"] for r in rows]
             if mode != "lossless":
-                depths = [one.kv_transfer_params["offramp"]["depths"] for one in got]
+                depths = [depths_of(one) for one in got]
                 assert depths == [row["depths"] for row in rows]
     counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
     assert counts["vllm:spec_decode_num_accepted_tokens"] > 0

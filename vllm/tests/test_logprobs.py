@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+
+from engine import depths as depths_of
 from engine import stored
 
 from offramp_vllm.drafts import NAME
@@ -26,7 +28,7 @@ def ask(llm: Any, prompts: list[list[int]], new: int = 20, **params: Any) -> lis
     for made in llm.generate([{"prompt_token_ids": p} for p in prompts], wanted, use_tqdm=False):
         answer = made.outputs[0]
         told = [{at: one.logprob for at, one in all_.items()} for all_ in answer.logprobs]
-        depths = made.kv_transfer_params["offramp"]["depths"]
+        depths = depths_of(made)
         found.append([*zip(answer.token_ids, depths, told, strict=True)])
     return found
 

@@ -15,7 +15,6 @@ from offramp_vllm.refuse import Refused
     [
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "Pipeline parallel"),
         ({"hf_overrides": {"num_hidden_layers": 3}}, "--hf-overrides"),
-        ({"enable_lora": True}, "LoRA"),
         ({"load_format": "bitsandbytes"}, "load format|Exits beside weights"),
         ({"speculative_config": {"model": "a.module.Class", "num_speculative_tokens": 2}},
          "a.module.Class"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_exactness import other_tokens, tampered
+
 from engine import stored
 
 MINUTES = 20
@@ -24,17 +28,23 @@ MINUTES = 20
 @pytest.fixture(scope="module", params=["1", "2"], ids=["alone", "tensor parallel"])
 def server(made: Any, request: pytest.FixtureRequest) -> Iterator[str]:
     folder = made("tiny-opt")
+    with serving(folder, folder / "export", "--tensor-parallel-size", request.param) as base:
+        yield base
+
+
+@contextmanager
+def serving(folder: Path, exits: Path, *more: str) -> Iterator[str]:
+    """The address of a server of a folder's model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    added = json.dumps({"offramp": {"exits": str(folder / "export")}})
+    added = json.dumps({"offramp": {"exits": str(exits)}})
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(folder / "model"),
         "--port", str(port), "--dtype", "float32", "--max-model-len", "256",
-        "--tensor-parallel-size", request.param,
         "--served-model-name", "tiny", "--additional-config", added,
-        "--chat-template", str(Path(__file__).parent / "plain.jinja"),
+        "--chat-template", str(Path(__file__).parent / "plain.jinja"), *more,
     ]  # fmt: skip
     env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -81,11 +91,67 @@ def test_a_server_answers_as_offramp_and_tells_depths(server: str, made: Any) ->
         for place, row in enumerate(stored(folder, mode)[:6]):
             got = ask(server, "/v1/chat/completions", about(folder, place, row, **extra))
             assert got["choices"][0]["token_ids"] == row["tokens"]
-            assert got["kv_transfer_params"]["offramp"]["depths"] == row["depths"]
-    with urllib.request.urlopen(f"{server}/metrics") as metrics:
-        text = metrics.read().decode()
+            assert got["choices"][0]["offramp"]["depths"] == row["depths"]
+    text = metrics(server)
     assert 'offramp:tokens_total{depth="2"}' in text
     assert 'offramp:tokens_total{depth="12"}' in text
+    assert gauge(text, "checked") == [("", 1.0)]
+    [(reason, stands)] = gauge(text, "guarantee")
+    assert reason == "calibrated with engine torch, and here it is vllm" and stands == 0.0
+
+
+def metrics(base: str) -> str:
+    with urllib.request.urlopen(f"{base}/metrics") as answer:
+        return str(answer.read().decode())
+
+
+def gauge(text: str, name: str) -> list[tuple[str, float]]:
+    """Reason and value of each of a gauge's rows."""
+    rows = re.findall(rf'^offramp:{name}{{.*reason="([^"]*)".*}} (.*)$', text, re.MULTILINE)
+    return [(reason, float(value)) for reason, value in rows]
+
+
+def test_a_server_with_other_answers_than_the_stored_ones_runs_at_full_depth(
+    made: Any, tmp_path: Path
+) -> None:
+    folder = made("tiny-opt")
+    exits = tampered(folder / "export", other_tokens, tmp_path / "export")
+    with serving(folder, exits) as base:
+        row = stored(folder, "full")[0]
+        got = ask(base, "/v1/chat/completions", about(folder, 0, row))
+        assert got["choices"][0]["token_ids"] == row["tokens"]
+        assert {*got["choices"][0]["offramp"]["depths"]} == {12}
+        assert gauge(metrics(base), "checked") == [("answers differ from the stored ones", 0.0)]
+
+
+def test_each_choice_tells_its_depths(server: str, made: Any) -> None:
+    folder = made("tiny-opt")
+    row = stored(folder)[0]
+    more = {"n": 3, "temperature": 1.0, "seed": 1}
+    got = ask(server, "/v1/chat/completions", about(folder, 0, row, **more))
+    assert "kv_transfer_params" not in got or got["kv_transfer_params"] is None
+    told = [(len(one["token_ids"]), len(one["offramp"]["depths"])) for one in got["choices"]]
+    assert len(told) == 3 and all(tokens == depths for tokens, depths in told)
+    asked = {"model": "tiny", "prompt": "Caption:", "max_tokens": 5, "temperature": 0}
+    got = ask(server, "/v1/completions", asked)
+    assert len(got["choices"][0]["offramp"]["depths"]) == got["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"offramp_treshold": 0.9}, {"offramp_threshold": True},
+        {"offramp_mode": "full", "offramp_threshold": 0.9},
+    ],
+)  # fmt: skip
+def test_settings_that_say_nothing_are_bad_requests(
+    extra: dict[str, Any], server: str, made: Any
+) -> None:
+    folder = made("tiny-opt")
+    asked = about(folder, 0, stored(folder)[0], vllm_xargs=extra)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(server, "/v1/chat/completions", asked)
+    assert refused.value.code == 400
 
 
 def test_what_a_server_has_not_is_a_bad_request(server: str, made: Any) -> None:

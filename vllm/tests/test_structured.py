@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from engine import depths as depths_of
+
 TEXTS = ("Say one.", "What is this?", "a red dog", "Then?")
 
 
@@ -28,7 +30,7 @@ def choose(made: Any, serve: Any) -> Any:
         for start in range(0, len(TEXTS), at_once):
             found += llm.generate([*TEXTS[start : start + at_once]], params, use_tqdm=False)
         return [
-            (one.outputs[0].text, one.kv_transfer_params["offramp"]["depths"]) for one in found
+            (one.outputs[0].text, depths_of(one)) for one in found
         ]
 
     return ask

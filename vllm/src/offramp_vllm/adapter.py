@@ -3,8 +3,9 @@
 adapter.json         what `offramp` wrote (format 1): depths, policy, guarantee
 exits.safetensors    the exits' tensors
 checks.safetensors   the shortlist, where there is one
-vllm.json            layers of the backbone, the layer that each exit is a copy of, and prompts with
-                     the answers that `offramp.generate` gave, for the check at start
+vllm.json            layers of the backbone, the layer that each exit is a copy of, names of the
+                     weights that adapter.json has a sample of, and prompts with the answers that
+                     `offramp.generate` gave, for the check at start
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ ADAPTER, VLLM, EXITS, CHECKS = (
 )  # fmt: skip
 DRAFTS = "drafts."
 """Names of what an exit of kind "drafting" drafts on with start so; early exit does not read it."""
-FORMAT = 1
-"""Of adapter.json and of vllm.json."""
+FORMATS = {ADAPTER: 1, VLLM: 2}
 _AGAIN = "Write it again: offramp export exits --to vllm --out FOLDER."
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A prompt with the answer that offramp wrote, early exits on.
+    """A prompt with the answers that offramp wrote.
 
-    prompt, tokens: ids. depths: layers run for each token.
+    prompt: token ids, with a placeholder where an image stands. tokens: the early answer.
+    depths: layers run for each of these. full: the answer of all layers. image: name of the
+    picture's file; None: the prompt is of text alone.
     """
 
     prompt: Sequence[int]
     tokens: Sequence[int]
     depths: Sequence[int]
+    full: Sequence[int]
+    image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class Exported:
     """What the plug-in knows of an adapter.
 
     layers: L of the backbone. depths: where exits stand, ascending. copied: for each exit the index
-    of the backbone's layer that it is built like. rule: when tokens leave. guarantee: the entry
-    "calibration" of adapter.json, or None. dtype: in which the checked answers were written.
-    digest: SHA-256 of the exits' file.
+    of the backbone's layer that it is built like. rule: when tokens leave. policy: of what that was
+    made, as adapter.json has it. calibrations: what is guaranteed, one an engine. dtype: in which
+    the checked answers were written. sample: bits of some bfloat16 values of some of the backbone's
+    tensors, by their name within its layers. digest: SHA-256 of the exits' file.
     """
 
     folder: Path
@@ -56,10 +61,12 @@ class Exported:
     depths: tuple[int, ...]
     copied: tuple[int, ...]
     rule: Rule
+    policy: Mapping[str, Any]
     shortlist: bool
-    guarantee: Mapping[str, Any] | None
+    calibrations: tuple[Mapping[str, Any], ...]
     checked: tuple[Checked, ...]
     dtype: str
+    sample: Mapping[str, Sequence[int]]
     digest: str
 
     @property
@@ -106,7 +113,17 @@ def read_exported(folder: str | Path) -> Exported:
     """
     folder = Path(folder)
     adapter, more = _read(folder / ADAPTER), _read(folder / VLLM)
-    for name, digest in (adapter.get("files") or {}).items():
+    try:
+        return _exported(folder, adapter, more)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
+        what = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise Refused(f"{folder} is damaged ({what[:200]}).", _AGAIN) from error
+
+
+def _exported(folder: Path, adapter: Mapping[str, Any], more: Mapping[str, Any]) -> Exported:
+    for name, digest in adapter["files"].items():
         if name in (EXITS, CHECKS) and _sha256(folder / name) != digest:
             raise Refused(f"{folder / name} is not the file that {ADAPTER} is of.", _AGAIN)
     digest = _sha256(folder / EXITS)
@@ -114,19 +131,46 @@ def read_exported(folder: str | Path) -> Exported:
         raise Refused(f"{folder / VLLM} was written for other exits than {EXITS}.", _AGAIN)
     policy = adapter["policy"]
     check_policy(adapter.get("exit_kind", "layer"), policy)
-    depths = tuple(adapter["depths"])
+    depths = tuple(map(int, adapter["depths"]))
+    copied = tuple(int(more["copied"][str(depth)]) for depth in depths)
+    layers = int(more["layers"])
+    if not depths or sorted({*depths}) != [*depths] or not 0 < depths[0] <= depths[-1] < layers:
+        raise ValueError(f"depths {depths} of {layers} layers")
+    if not all(0 <= one < layers for one in copied):
+        raise ValueError(f"copies of layers {copied} of {layers}")
+    calibrations = [adapter.get("calibration"), *(adapter.get("elsewhere") or {}).values()]
     return Exported(
         folder=folder,
-        layers=more["layers"],
+        layers=layers,
         depths=depths,
-        copied=tuple(more["copied"][str(depth)] for depth in depths),
-        rule=Rule.of(policy, depths, first=more.get("first_may_exit", True)),
+        copied=copied,
+        rule=Rule.of(policy, depths, first=bool(more["first_may_exit"])),
+        policy=policy,
         shortlist=bool(policy.get("shortlist")),
-        guarantee=adapter.get("calibration"),
-        checked=tuple(Checked(**one) for one in more["checked"]),
-        dtype=more["dtype"],
+        calibrations=tuple(dict(one) for one in calibrations if one),
+        checked=tuple(map(_checked, more["checked"])),
+        dtype=str(more["dtype"]),
+        sample=_sample(more["sampled"], adapter["backbone"]["fingerprint"]["weights"]),
         digest=digest,
     )
+
+
+def _checked(one: Mapping[str, Any]) -> Checked:
+    ids = {name: [*map(int, one[name])] for name in ("prompt", "tokens", "depths", "full")}
+    image = one.get("image")
+    if not all(ids.values()) or len(ids["tokens"]) != len(ids["depths"]):
+        raise ValueError("an answer to check that is empty, or without depths")
+    return Checked(**ids, image=None if image is None else Path(image).name)
+
+
+def _sample(names: Mapping[str, int], values: Sequence[int]) -> dict[str, Sequence[int]]:
+    """The backbone's fingerprint by names of tensors; `names` has how many values each gave."""
+    found, at = {}, 0
+    for name, count in names.items():
+        found[name], at = [*map(int, values[at : at + count])], at + count
+    if at > len(values):
+        raise ValueError("a fingerprint that is too short")
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -136,8 +180,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise Refused(f"{path} is missing.", _AGAIN) from error
     except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read: {error}.", _AGAIN) from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise Refused(f"{path} is not of format {FORMAT}, which this version reads.", _AGAIN)
+    known = FORMATS[path.name]
+    if not isinstance(found, dict) or found.get("format") != known:
+        raise Refused(f"{path} is not of format {known}, which this version reads.", _AGAIN)
     return found
 
 

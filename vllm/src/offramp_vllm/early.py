@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from offramp_vllm.adapter import Exported
+from offramp_vllm.compiled import Compiled, compiles, leave_uncompiled, tried
 from offramp_vllm.drafts import Join
-from offramp_vllm.kernels import Keys, product_of
+from offramp_vllm.kernels import Keys, product_of, take_kernels
 from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, put_off, rounds, slots_of
 from offramp_vllm.stages import Stages, decoder_of, layers_of
 from offramp_vllm.store import Store
@@ -152,10 +153,10 @@ class Early:
     store: of the cache's slots, once there is a cache. on: whether tokens leave at all.
     """
 
-    def __init__(self, model: Any, exported: Exported, most: int) -> None:
-        """most: tokens of a call, at most (vLLM's max_num_batched_tokens)."""
+    def __init__(self, model: Any, exported: Exported, config: Any) -> None:
+        """config: vLLM's whole."""
         decoder = decoder_of(model, exported.all_layers)
-        self.exported, self.most = exported, most
+        self.exported, self.most = exported, config.scheduler_config.max_num_batched_tokens
         self.stages, self.decoder = Stages(decoder), decoder
         self.ends = (*exported.depths[1:], exported.layers)
         self.step: Step | None = None
@@ -168,19 +169,27 @@ class Early:
         self._score = SCORES[exported.rule.score]
         self._logits = model.compute_logits
         self.head = Head(model, exported.shortlist_ids())
+        self._model = model
         decoder.forward = self.forward
         model.compute_logits = self.compute_logits
+
+        self._quantised = config.model_config.quantization is not None
+        if compiles(config):  # in vLLM's profile call
+            leave_uncompiled(model, decoder)
+            self.stages.compiled = Compiled(decoder, config, self.stages.names)
+            self.stages.compiled.open = True
+        else:
+            take_kernels(model, quantised=self._quantised)
 
     # -- forward ------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kw: Any) -> Tensor:
         """Final states [T, D]: of rows that left, as their exit estimates them."""
         given, positions = self.stages.arguments(*args, **kw)
-        first = self.exported.depths[0]
-        state = self.stages.begin(given, first)
         step, store = self.step, self.store
         if step is None or store is None:
-            return self._unwritten(state, positions)
+            return self._unwritten(given, positions)
+        state = self.stages.begin(given, self.exported.depths[0])
         count, step.ran = len(step.slots), True
         store.begin(step.slots, positions.reshape(-1, positions.shape[-1])[:, :count])
         store.put(0, step.slots, {name: part[:count] for name, part in state.items()})
@@ -204,15 +213,37 @@ class Early:
             hidden = self._deeper(step, store, place, rows, positions, hidden)
         return hidden
 
-    def _unwritten(self, state: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """All rows at full depth, without a cache."""
-        kept = {name: part.clone() for name, part in state.items()}
-        self._exit(0, state, positions)
-        for place, depth in enumerate(self.exported.depths[1:], 1):
-            kept = self.stages.between(kept, positions, self.exported.depths[place - 1], depth)
-        return self.stages.finish(
-            kept, positions, self.exported.depths[-1], self.exported.layers
-        )
+    def _unwritten(self, given: dict[str, Any], positions: Tensor) -> Tensor:
+        """All rows at full depth, without a cache; what is to be compiled is compiled here."""
+        parts = self.stages.compiled
+        if parts is not None and self.is_to_compile and positions.shape[-1] > 1:
+            made = tried(lambda: self._everything(given, positions))
+            parts.open = False
+            if made is not None:
+                return made
+            self.stages.compiled = None
+            take_kernels(self._model, quantised=self._quantised)
+        return self._everything(given, positions)
+
+    def _everything(self, given: dict[str, Any], positions: Tensor) -> Tensor:
+        """Final states at full depth, after every part that any call may take has run."""
+        depths, count = self.exported.depths, positions.shape[-1]
+        state = self.stages.begin(given, depths[0])
+        if self.is_to_compile:
+            ids = torch.zeros(count, dtype=torch.int32, device=positions.device)
+            self.stages.begin(self.stages.tokens(ids, positions), depths[0])
+        for place, depth in enumerate(depths):
+            kept = {name: part.clone() for name, part in state.items()}
+            if not place or self.is_to_compile:
+                self._exit(place, state, positions)
+            if place + 1 < len(depths):
+                state = self.stages.between(kept, positions, depth, depths[place + 1])
+        return self.stages.finish(kept, positions, depths[-1], self.exported.layers)
+
+    @property
+    def is_to_compile(self) -> bool:
+        """Whether parts of the decoder wait to be compiled."""
+        return self.stages.compiled is not None and self.stages.compiled.open
 
     def _first(self, step: Step, state: dict[str, Tensor], positions: Tensor) -> Tensor:
         """Final states [T, D] by the first exit; of the other tokens of a prompt than the one that
@@ -222,7 +253,7 @@ class Early:
         asked = step.asked(0)
         at, last = self.exported.layers, step.last[asked]
         few = {name: part[last] for name, part in state.items()}  # before norms write into it
-        self._keys.write(lambda: self.stages.between(state, positions, at, at + 1))
+        self._keys.write(lambda: self.stages.between(state, positions, at, at + 1, eager=True))
         example = next(iter(state.values()))
         hidden = example.new_zeros((len(example), self.head.width))
         if len(asked):
@@ -403,5 +434,6 @@ def _head_parent(model: nn.Module) -> Any:
 
 
 def _zeros_like_states(model: Any, lm_head: Any) -> Tensor:
-    weight = next(model.parameters()) if lm_head is None else lm_head.weight
-    return torch.zeros((1, weight.shape[-1]), dtype=weight.dtype, device=weight.device)
+    plain = next(p for p in model.parameters() if p.is_floating_point() and p.itemsize > 1)
+    width = plain.shape[-1] if lm_head is None else lm_head.embedding_dim
+    return torch.zeros((1, width), dtype=plain.dtype, device=plain.device)

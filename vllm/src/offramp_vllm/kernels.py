@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 
-def take_kernels(model: nn.Module) -> None:
+def take_kernels(model: nn.Module, *, quantised: bool = False) -> None:
     """Have a model's attention called without PyTorch's dispatcher, which only a compiler needs,
-    and on a processor its norms by one kernel each."""
+    and on a processor its float32 norms by one kernel each. In half precision, and before states
+    are rounded for quantised weights, that kernel's last digits would make other answers than
+    vLLM's own."""
     from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.platforms import current_platform
 
@@ -19,6 +21,7 @@ def take_kernels(model: nn.Module) -> None:
         if getattr(module, "use_direct_call", None) is False:
             module.use_direct_call = True
         plain = type(module) is RMSNorm and module.has_weight
+        plain = plain and module.weight.dtype == torch.float32 and not quantised
         if plain and module.variance_size_override is None and current_platform.is_cpu():
             module._forward_method = _Norm(module, module._forward_method)
 
@@ -89,8 +92,10 @@ def product_of(lm_head: Any, ids: Tensor, vocabulary: int) -> Callable[[Tensor],
     )
     from vllm.platforms import current_platform
 
-    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
-    if not weight.is_floating_point() or get_tp_group().world_size > 1 or len(weight) < vocabulary:
+    weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
+    if weight is None or not weight.is_floating_point() or weight.itemsize == 1:
+        return None  # quantised
+    if get_tp_group().world_size > 1 or len(weight) < vocabulary:
         return None
     rows = nn.Linear(1, 1, bias=bias is not None, device="meta").requires_grad_(False)
     rows.weight = nn.Parameter(weight[ids].clone(), requires_grad=False)

@@ -9,7 +9,8 @@ from typing import Any
 
 from offramp_vllm.refuse import Refused
 
-MODE, THRESHOLD = "offramp_mode", "offramp_threshold"
+OURS = "offramp_"
+KNOWN = MODE, THRESHOLD = "offramp_mode", "offramp_threshold"
 """Names in a request's `vllm_xargs` (over HTTP) or `SamplingParams.extra_args`."""
 MODES = FULL, EARLY, LOSSLESS = "full", "early_exit", "lossless"
 OFF = math.nan
@@ -88,9 +89,13 @@ def asked(rule: Rule, extra: Mapping[str, Any] | None, *, drafts: bool) -> Asked
     requests that name no mode are then lossless.
 
     Raises:
-        Refused: an unknown mode, or a threshold that is no number in [0, 1].
+        Refused: a name that there is not, an unknown mode, a threshold that is no number in [0, 1],
+            or one beside a mode in which nothing leaves by it.
     """
     extra = extra or {}
+    unknown = sorted(name for name in extra if name.startswith(OURS) and name not in KNOWN)
+    if unknown:
+        raise Refused(f"{unknown[0]} is no setting of a request.", f"Give {' or '.join(KNOWN)}.")
     threshold = extra.get(THRESHOLD)
     own = EARLY if threshold is not None or not drafts else LOSSLESS
     mode = extra.get(MODE, own)
@@ -101,12 +106,15 @@ def asked(rule: Rule, extra: Mapping[str, Any] | None, *, drafts: bool) -> Asked
             "The server has no drafts, so no answer can be drafted and verified.",
             "Start it with --speculative-config, or ask for early_exit or full.",
         )
+    if mode != EARLY and threshold is not None:
+        raise Refused(f"{THRESHOLD} beside {MODE} {mode!r}.", "Give one of the two.")
     if mode != EARLY:
         return Asked(mode, rule.off)
     if threshold is None:
         return Asked(mode, rule)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise Refused(f"{THRESHOLD} is {threshold!r}.", "Give a number from 0 to 1.")
-    if not 0.0 <= threshold <= 1.0:
-        raise Refused(f"{THRESHOLD} is {threshold}.", "Give a number from 0 to 1.")
-    return Asked(mode, rule.at(float(threshold)))
+    if not isinstance(threshold, float) or not 0.0 <= threshold <= 1.0:
+        raise Refused(
+            f"{THRESHOLD} is {threshold!r}.",
+            "Give a number from 0.0 to 1.0, with its point: vLLM hands true on as 1.",
+        )
+    return Asked(mode, rule.at(threshold))

@@ -16,6 +16,9 @@ class Refused(ValueError):
 
 
 WITHOUT = "Serve without it, or without offramp in --additional-config."
+QUANTISED = (None, "compressed-tensors", "fp8", "awq", "auto_awq", "awq_marlin", "gptq",
+             "auto_gptq", "gptq_marlin")  # fmt: skip
+"""vLLM's names of forms of weights beside which exits of plain weights are built."""
 SPECULATIVE = ("draft_model", "ngram")
 """Methods whose drafts are verified by a full-depth call that needs no states of single layers."""
 
@@ -27,7 +30,9 @@ def _pipeline(config: Any) -> str | None:
 
 def _data_parallel(config: Any) -> str | None:
     size = config.parallel_config.data_parallel_size
-    return f"Data parallel of {size} in one server was not tried." if size > 1 else None
+    if size == 1 or not config.model_config.is_moe:
+        return None
+    return f"A mixture of experts over {size} servers: its experts run in step, and exits do not."
 
 
 def _context_parallel(config: Any) -> str | None:
@@ -45,18 +50,14 @@ def _connector(config: Any) -> str | None:
     return "A KV connector moves keys of upper layers that may not be written yet."
 
 
-def _lora(config: Any) -> str | None:
-    return None if config.lora_config is None else "Exits beside LoRA adapters were not tried."
-
-
 def _quantised(config: Any) -> str | None:
     method = config.model_config.quantization
-    return None if method is None else f"Exits beside weights in {method} were not tried."
+    return None if method in QUANTISED else f"Exits beside weights in {method} were not tried."
 
 
 def _loaded(config: Any) -> str | None:
     kind = str(getattr(config.load_config.load_format, "value", config.load_config.load_format))
-    if kind in ("auto", "hf", "safetensors", "pt", "dummy"):
+    if kind in ("auto", "hf", "safetensors", "pt"):
         return None
     return f"Exits cannot be put beside weights of load format {kind}."
 
@@ -89,7 +90,7 @@ def _ubatches(config: Any) -> str | None:
 
 
 REFUSALS = (
-    _pipeline, _data_parallel, _context_parallel, _connector, _lora, _quantised, _loaded,
+    _pipeline, _data_parallel, _context_parallel, _connector, _quantised, _loaded,
     _encoder_decoder, _pooling, _drafts, _ubatches,
 )  # fmt: skip
 """Each takes vLLM's whole configuration and says what is wrong, or nothing."""

@@ -57,6 +57,7 @@ def prepare(arguments: Any) -> None:
     Raises:
         Refused: the folder cannot be read, or an argument does not go with exits.
     """
+    from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
     entry = wanted(arguments.additional_config)
@@ -73,11 +74,9 @@ def prepare(arguments: Any) -> None:
     arguments.hf_overrides = MoreLayers(exported.layers, exported.copied)
     arguments.worker_cls = "offramp_vllm.v1.ExitWorker"
     arguments.scheduler_cls = "offramp_vllm.v1.ExitScheduler"
-    # Which rows go deeper is known only as they run: no graph holds that, and the step's answer is
-    # needed before the next one is planned.
-    if not arguments.enforce_eager:
-        log.info("Exits run eagerly: torch.compile and CUDA graphs are off.")
-    arguments.enforce_eager = True
+    # Parts of the decoder are compiled, but no CUDA graph is captured of them: which rows go deeper
+    # is known only as they run. And a step's answer is needed before the next one is planned.
+    arguments.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     arguments.async_scheduling = False
     speculative = arguments.speculative_config
     if speculative and speculative.get("model") == NAME and current_platform.is_cpu():
@@ -86,8 +85,6 @@ def prepare(arguments: Any) -> None:
         }  # fmt: skip
     # Places that wait must not be freed when a window has moved past them.
     arguments.disable_hybrid_kv_cache_manager = True
-    log.info("Exits at %s: %s.", exported.depths, tell.in_words(exported.guarantee))
-    tell.show(exported.guarantee)
 
 
 def features_joined(hf_config: Any) -> int:
@@ -109,10 +106,10 @@ def check_made(config: Any) -> None:
             f"{exported.folder} are of a model with {exported.layers}.",
             "Serve the model that they were trained for.",
         )
-    if config.compilation_config.mode not in (None, CompilationMode.NONE):
+    if config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
         raise Refused(
-            "torch.compile would run the decoder's own forward, and exits as more layers of it.",
-            "Leave --compilation-config out.",
+            "torch.compile of the whole model would run exits as more layers of it.",
+            "Leave the mode out of --compilation-config: parts of the decoder are compiled.",
         )
     features = features_joined(config.model_config.hf_config)
     if features > exported.depths[0]:
@@ -126,3 +123,15 @@ def check_made(config: Any) -> None:
             "Tokens of an image that see each other forwards were not tried.",
             "Serve it without exits.",
         )
+
+
+def tell_guarantees(config: Any) -> None:
+    """Say in the log, and show among the metrics, what is guaranteed of the exits here."""
+    exported, model = read_exported(folder_of(config)), config.model_config
+    here = {
+        "engine": tell.SERVED_BY, "dtype": str(model.dtype).removeprefix("torch."),
+        "quantized": model.quantization or "", "device": config.device_config.device_type,
+    }  # fmt: skip
+    found = [*tell.guarantees(exported.calibrations, exported.policy, here)]
+    log.info("Exits at %s: %s.", exported.depths, tell.in_words(found))
+    tell.show(found)

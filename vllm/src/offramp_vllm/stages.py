@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp_vllm.compiled import Compiled, Part
 from offramp_vllm.refuse import Refused
 
 
@@ -76,32 +77,42 @@ def layers_of(decoder: nn.Module) -> nn.ModuleList:
 class Stages:
     """Parts of a decoder.
 
-    L layers of the backbone come first, then the exits.
+    L layers of the backbone come first, then the exits. compiled: parts that are compiled; None:
+    all run eagerly.
     """
+
+    compiled: Compiled | None = None
 
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder, self._forward = decoder, decoder.forward
         self._whole = (decoder.start_layer, decoder.end_layer)
-        self._names = tuple(inspect.signature(decoder.forward).parameters)[:4]
+        self.names = tuple(inspect.signature(decoder.forward).parameters)[:4]
 
     def arguments(self, *args: Any, **kw: Any) -> tuple[dict[str, Any], Tensor]:
         """What a call of the decoder was given, by name, and its positions [T] or [3, T]."""
-        given = {**dict(zip(self._names, args, strict=False)), **kw}
-        return given, given[self._names[1]]
+        given = {**dict(zip(self.names, args, strict=False)), **kw}
+        return given, given[self.names[1]]
 
     def tokens(self, ids: Tensor, positions: Tensor) -> dict[str, Any]:
         """What a call over tokens [T] alone is given, by name."""
-        return dict(zip(self._names, (ids, positions, None, None), strict=True))
+        return dict(zip(self.names, (ids, positions, None, None), strict=True))
 
     def begin(self, given: Mapping[str, Any], end: int) -> dict[str, Tensor]:
         """Layers [0, end) from tokens or embeddings."""
         return dict(self._run(dict(given), 0, end, last=False).tensors)
 
     def between(
-        self, state: Mapping[str, Tensor], positions: Tensor, start: int, end: int
+        self,
+        state: Mapping[str, Tensor],
+        positions: Tensor,
+        start: int,
+        end: int,
+        *,
+        eager: bool = False,
     ) -> dict[str, Tensor]:
-        """Layers [start, end) from a state."""
-        return dict(self._run(self._given(state, positions), start, end, last=False).tensors)
+        """Layers [start, end) from a state. eager: not by compiled code."""
+        given = self._given(state, positions)
+        return dict(self._run(given, start, end, last=False, eager=eager).tensors)
 
     def finish(
         self, state: Mapping[str, Tensor], positions: Tensor, start: int, end: int
@@ -113,13 +124,21 @@ class Stages:
         from vllm.sequence import IntermediateTensors
 
         values = (None, positions, IntermediateTensors(dict(state)), None)
-        return dict(zip(self._names, values, strict=True))
+        return dict(zip(self.names, values, strict=True))
 
-    def _run(self, given: dict[str, Any], start: int, end: int, *, last: bool) -> Any:
+    def _run(
+        self, given: dict[str, Any], start: int, end: int, *, last: bool, eager: bool = False
+    ) -> Any:
+        state, embeds = self.names[2:]
+        first = start == 0 and given.get(state) is None
+        part = Part(start, end, first, last, given.get(embeds) is not None)
+        if not eager and self.compiled is not None and part in self.compiled:
+            with _rank(first, last):
+                return self.compiled.run(part, given)
         numbers = self._decoder.__dict__  # setting attributes of a module is slow
         numbers["start_layer"], numbers["end_layer"] = start, end
         try:
-            with _rank(start == 0 and given.get(self._names[2]) is None, last):
+            with _rank(first, last):
                 return self._forward(**given)
         finally:
             numbers["start_layer"], numbers["end_layer"] = self._whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingType
+from vllm.sampling_params import RequestOutputKind, SamplingType
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -25,10 +26,9 @@ from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensL
 
 from offramp_vllm import tell
 from offramp_vllm.adapter import Exported, read_exported
-from offramp_vllm.attach import exits_loaded
+from offramp_vllm.attach import exits_loaded, plain_exits
 from offramp_vllm.drafts import ExitDrafts, exits_draft
 from offramp_vllm.early import Early, Step
-from offramp_vllm.kernels import take_kernels
 from offramp_vllm.policy import LOSSLESS, Asked, asked
 from offramp_vllm.refuse import WITHOUT, Refused
 from offramp_vllm.rows import Ragged, slots_of, verified
@@ -50,6 +50,13 @@ _KNOWN = {MinTokensLogitsProcessor, LogitBiasLogitsProcessor}
 AHEAD, QUICK = 7, 0.05
 """How many tokens more the runner may write on its own before it hands them over, and in how many
 seconds: what vLLM does between two steps takes longer than a small model's layers below an exit."""
+
+
+NESTED = 2
+"""Calls of which one may be within the other: of tokens that are written ahead, and of those of
+them that go deeper."""
+WARM = 16
+"""Tokens of the call in which parts of the decoder are compiled, where vLLM makes none."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ class ExitRunner:
 
     exported: Exported
     early: Early
+    _builders: list[Any]
+    _within = 0
     _stepping = False
     _sampled: Tensor | None = None
     _begun = 0.0
@@ -89,11 +98,12 @@ class ExitRunner:
     _grammar: Any = None
 
     def load_model(self, *args: Any, **kw: Any) -> None:
-        with exits_loaded(self.exported):
-            super().load_model(*args, **kw)  # type: ignore[misc]
         me: Any = self
-        take_kernels(me.model)
-        self.early = Early(me.model, self.exported, me.max_num_tokens)
+        with exits_loaded(self.exported), plain_exits(me.vllm_config, self.exported):
+            super().load_model(*args, **kw)  # type: ignore[misc]
+        if me.lora_config:
+            _check_adapters(me)
+        self.early = Early(me.model, self.exported, me.vllm_config)
         _check_alike(self.early, self.exported)
         if isinstance(getattr(me, "drafter", None), ExitDrafts):
             me.drafter.runner = self
@@ -127,6 +137,21 @@ class ExitRunner:
         slots = kv_cache_config.num_blocks * spec.block_size
         assert slots % size == 0
         self.early.store = Store(slots, len(self.exported.depths), self._like, self._axes)
+
+    def initialize_metadata_builders(self, *args: Any, **kw: Any) -> None:
+        """Builders keep plans and buffers of the call that they were last asked about, and the
+        step's call goes on after a ragged one. So ragged calls have builders of their own, and so
+        have those within a call that is one itself."""
+        super().initialize_metadata_builders(*args, **kw)  # type: ignore[misc]
+        me: Any = self
+        theirs, self._builders = me.attn_groups, []
+        try:
+            for _ in range(NESTED):
+                me.attn_groups = [[copy.copy(one) for one in groups] for groups in theirs]
+                super().initialize_metadata_builders(*args, **kw)  # type: ignore[misc]
+                self._builders.append(me.attn_groups)
+        finally:
+            me.attn_groups = theirs
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
         grammar = getattr(scheduler_output, GRAMMAR, None)
@@ -388,7 +413,7 @@ class ExitRunner:
         attention: dict[str, Any] = {}
         slots: dict[str, Tensor] = {}
         own = places
-        for number, groups in enumerate(me.attn_groups):
+        for number, groups in enumerate(self._builders[self._within]):
             blocks = me.input_batch.block_table[number]
             table = blocks.get_device_tensor(me.input_batch.num_reqs)
             mapped = slots_of(table, which, places, blocks.block_size)
@@ -415,10 +440,31 @@ class ExitRunner:
         context = get_forward_context()
         before = context.attn_metadata, context.slot_mapping
         context.attn_metadata, context.slot_mapping = attention, slots
+        self._within += 1
         try:
-            yield own
+            with self._adapted(which):
+                yield own
         finally:
+            self._within -= 1
             context.attn_metadata, context.slot_mapping = before
+
+    @contextmanager
+    def _adapted(self, which: Tensor) -> Iterator[None]:
+        """LoRA adapters of tokens [T] by their requests, in place of the step's."""
+        me: Any = self
+        batch = me.input_batch
+        if not me.lora_config:
+            yield
+            return
+        before = me.lora_manager._adapter_manager._last_mapping
+        of_requests = batch.request_lora_mapping[: batch.num_reqs]
+        tokens = tuple(of_requests[which.cpu().numpy()].tolist())
+        asked = {*batch.lora_id_to_lora_request.values()}
+        me._set_active_loras(tuple(of_requests.tolist()), tokens, asked)
+        try:
+            yield
+        finally:
+            me.lora_manager.set_active_adapters(asked, before)
 
 
 def _agreed(tokens: Tensor) -> Tensor:
@@ -449,7 +495,10 @@ def _known(exported: Exported, params: Any, drafts: bool) -> _Request:
         wanted, changed, params.prompt_logprobs is not None,
         greedy=params.sampling_type == SamplingType.GREEDY,
         ends=set() if params.ignore_eos else params.all_stop_token_ids,
-        most=params.max_tokens, ahead=not params.stop and not params.repetition_detection,
+        most=params.max_tokens,
+        # A stream gets each token as it is there.
+        ahead=params.output_kind == RequestOutputKind.FINAL_ONLY
+        and not params.stop and not params.repetition_detection,
     )  # fmt: skip
 
 
@@ -457,6 +506,28 @@ def _scored(params: Any) -> bool:
     """Whether an exit's score is of what may be said: a thinking budget is counted as it is
     applied, so its rows run at full depth."""
     return getattr(params, "thinking_token_budget", None) is None
+
+
+def _check_adapters(runner: Any) -> None:
+    """Have exits and the model read one head: adapters of that are refused as they are loaded."""
+    for module in runner.model.modules():
+        processor = getattr(module, "logits_processor", None)
+        if hasattr(processor, "base_layer"):
+            module.logits_processor = processor.base_layer
+    manager = runner.lora_manager
+    theirs = manager._load_adapter
+
+    def load(request: Any) -> Any:
+        adapter = theirs(request)
+        heads = [name for name in adapter.loras if name.endswith("lm_head")]
+        if heads:
+            raise Refused(
+                f"The adapter {request.lora_name} changes {heads[0]}, which exits read too.",
+                "Train adapters of the decoder's layers, or serve it without exits.",
+            )
+        return adapter
+
+    manager._load_adapter = load
 
 
 def _check_cache(runner: Any) -> None:
@@ -525,7 +596,11 @@ class ExitWorker(PlatformWorker):  # type: ignore[misc, valid-type]
         become(self.model_runner, read_exported(folder_of(self.vllm_config)))
 
     def determine_available_memory(self) -> int:
-        return int(super().determine_available_memory() * self.model_runner.state_share())
+        room = super().determine_available_memory()
+        runner = self.model_runner
+        if runner.early.is_to_compile:  # vLLM leaves its warm-up out
+            runner._dummy_run(WARM)
+        return int(room * runner.state_share())
 
     def offramp_switch(self, on: bool) -> None:
         """Have tokens leave, or all run to full depth; what is cached serves either."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.weights import (
     float_parameters,
+    named_float_parameters,
     scheme,
 )
 
@@ -62,6 +63,17 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
     if backbone.split:
         backbone.identity = found
     return found
+
+
+def sampled_names(backbone: Backbone) -> dict[str, int]:
+    """Names of the tensors of the decoder in the sample "weights", in order, each with the number of
+    values that it gave."""
+    makes = named_float_parameters(backbone.layers)
+    if backbone.norm is not None:
+        makes += [(f"norm.{name}", make) for name, make in named_float_parameters(backbone.norm)]
+    names = [name for name, _ in makes][:: max(1, len(makes) // _TENSORS)]
+    rows = _sample([make for _, make in makes])
+    return {name: len(row) for name, row in zip(names, rows, strict=True)}
 
 
 def held_as(backbone: Backbone) -> str | None:

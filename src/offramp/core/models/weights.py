@@ -231,17 +231,26 @@ def float_parameters(
 
     besides: ids of parameters and modules that are left out.
     """
+    return [make for _, make in named_float_parameters(module, besides)]
+
+
+def named_float_parameters(
+    module: nn.Module, besides: Collection[int] = ()
+) -> list[tuple[str, Callable[[], Tensor]]]:
+    """The same with their names in the module."""
     seen, dtype = set(besides), float_dtype(module)
-    makes: list[Callable[[], Tensor]] = []
-    for part in module.modules():
+    makes: list[tuple[str, Callable[[], Tensor]]] = []
+    for at, part in module.named_modules():
+        start = f"{at}." if at else ""
         if is_quantized(part):
             if id(part) in seen:
                 continue
-            makes.append(partial(_made, part, partial(dequantized, part, dtype)))
+            read = partial(dequantized, part, dtype)
+            makes.append((f"{start}weight", partial(_made, part, read)))
         for name, parameter in _held_plainly(part).items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                makes.append(partial(_made, part, partial(getattr, part, name)))
+                makes.append((start + name, partial(_made, part, partial(getattr, part, name))))
     return makes
 
 

@@ -29,18 +29,29 @@ def _write_vllm(arguments: argparse.Namespace) -> None:
         items = read_data(arguments, require_answers=False)
         texts = [item.example.prompt for item in items][: arguments.limit or CHECKED]
     adapter, processor = load_adapter(arguments)
-    tokenizer = InputProcessor(adapter.backbone, processor).tokenizer
-    prompts = [tokenizer(text)["input_ids"] for text in texts]
-    checked = export_vllm(
-        adapter, arguments.out, prompts, max_new_tokens=min(arguments.max_new_tokens, 16)
-    )  # fmt: skip
+    encoder = InputProcessor(adapter.backbone, processor)
+    prompts = [encoder.tokenizer(text)["input_ids"] for text in texts]
+    new = min(arguments.max_new_tokens, 16)
+    checked = export_vllm(adapter, arguments.out, prompts, encoder=encoder, max_new_tokens=new)
     show_result(
         {"exits": str(arguments.out), "checked": checked},
         f"{arguments.out}: exits for vLLM, with {checked} answers for the check at start",
         as_json=arguments.json,
     )
-    added = json.dumps({"offramp": {"exits": str(arguments.out)}})
-    say_next(f"vllm serve {adapter.backbone.name} --additional-config '{added}'")
+    added = {"offramp": {"exits": str(arguments.out.absolute())}}
+    say_next(_serving(adapter.backbone.name, "additional", added))
+
+
+def _serving(name: str, option: str, value: object) -> str:
+    """The command that serves a backbone; one that ships is a folder to vLLM."""
+    from offramp.adapter.shipped import tiny_folder, tiny_kind
+
+    kind = tiny_kind(name)
+    model = name if kind is None else tiny_folder(kind)
+    return (
+        f"python -m vllm.entrypoints.openai.api_server --model {model} --{option}-config "
+        f"'{json.dumps(value)}'"
+    )
 
 
 def _write_draft_model(arguments: argparse.Namespace) -> None:
@@ -60,7 +71,7 @@ def _write_draft_model(arguments: argparse.Namespace) -> None:
         as_json=arguments.json,
     )
     told = {"method": "draft_model", "model": str(arguments.out), "num_speculative_tokens": 4}
-    say_next(f"vllm serve {adapter.backbone.name} --speculative-config '{json.dumps(told)}'")
+    say_next(_serving(adapter.backbone.name, "speculative", told))
 
 
 def _drafter_options(parser: Parser) -> None:

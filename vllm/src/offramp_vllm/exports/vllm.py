@@ -1,8 +1,8 @@
 """An adapter for vLLM: its own files, and what the plug-in `offramp-vllm` needs besides.
 
 The folder of an adapter, and in it vllm.json: the backbone's layers, the layer that each exit is a
-copy of, and prompts with the answers that early exits give here, which vLLM's are held to at every
-start.
+copy of, names for the fingerprint's sample of weights, and prompts with the answers that early
+exits and full depth give here, which vLLM's are held to at every start.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.decoding.policy import first_token_may_exit
 from offramp.core.engine.generate import generate
+from offramp.core.decoding.policy import first_token_may_exit
 from offramp.core.errors import InputError, OfframpError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet, copied_index
+from offramp.core.models.fingerprint import sampled_names
+from offramp.features.input_processor import InputProcessor
+from offramp.adapter.shipped import example_picture
 from offramp.core.save_and_load import CONFIG, exits_digest, read_config
-from offramp.core.storage import write_json
+from offramp.core.storage import write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
 VLLM = "vllm.json"
-FORMAT = 1
+PICTURE = "check.png"
+FORMAT = 2
 KINDS = ("layer", "drafting")
 PROMPTS = (
     "Caption:",
@@ -38,16 +43,24 @@ PROMPTS = (
     "1, 2, 3, 4,",
 )
 """Texts that the check at start asks where no others are given."""
+PICTURED = 2
+"""How many of them are asked about a picture."""
 
 
 def export_vllm(
-    adapter: Adapter, out: Path, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 16
+    adapter: Adapter,
+    out: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    encoder: InputProcessor | None = None,
+    max_new_tokens: int = 16,
 ) -> int:
     """Write an adapter's folder that vLLM serves beside the backbone's own checkpoint.
 
-    prompts: token ids of texts; the answers to them are kept.
+    prompts: token ids of texts; the answers to them are kept. encoder: of a backbone that sees
+    images; answers about a picture are kept too.
 
-    Returns how many answers are kept: 0 where the backbone's decoder does not answer texts alone.
+    Returns how many answers are kept: 0 where the backbone answers neither.
 
     Raises:
         InputError: exits of a kind that vLLM has no layer for, or without thresholds.
@@ -65,7 +78,11 @@ def export_vllm(
             "Find thresholds first: offramp calibrate.",
         )
     checked = _answers(adapter, prompts, max_new_tokens)
+    if encoder is not None and not backbone.text_only:
+        checked += _seen(adapter, encoder, max_new_tokens)
     adapter.save(out)
+    if any("image" in one for one in checked):
+        write_atomic(out / PICTURE, example_picture(backbone.name).read_bytes())
     write_json(
         out / VLLM,
         {
@@ -75,6 +92,7 @@ def export_vllm(
             "copied": {str(d): copied_index(backbone, d) for d in adapter.exits.depths},
             "first_may_exit": first_token_may_exit(backbone, adapter.policy),
             "dtype": str(backbone.dtype).removeprefix("torch."),
+            "sampled": sampled_names(backbone),
             "checked": checked,
         },
     )
@@ -90,27 +108,60 @@ def check_out(out: Path) -> None:
         )
 
 
+_FAILURES = OfframpError, AttributeError, TypeError, ValueError, RuntimeError
+
+
 def _answers(
     adapter: Adapter, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[dict[str, list[int]]]:
-    failures = OfframpError, AttributeError, TypeError, ValueError, RuntimeError
-    policy = adapter.chosen_policy("early_exit", None, None)
+) -> list[dict[str, Any]]:
     kept = []
     try:
         backbone, exits = _of_text(adapter)
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=backbone.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            made = generate(
-                backbone, inputs, exits=exits, policy=policy, do_sample=False,
-                max_new_tokens=max_new_tokens,
-            )  # fmt: skip
-            tokens, depths = made.new_tokens[0].tolist(), made.depths[0].tolist()
-            kept.append({"prompt": list(prompt), "tokens": tokens, "depths": depths})
-    except failures as error:
-        log.warning("vLLM's answers will not be checked at start: %s", str(error).splitlines()[0])
+            made = _answered(adapter, backbone, exits, inputs, max_new_tokens)
+            kept.append({"prompt": list(prompt), **made})
+    except _FAILURES as error:
+        log.warning("vLLM's answers to texts will not be checked: %s", str(error).splitlines()[0])
         return []
     return kept
+
+
+def _seen(adapter: Adapter, encoder: InputProcessor, max_new_tokens: int) -> list[dict[str, Any]]:
+    """Answers about a picture, to a prompt in the form that the backbone was tuned on."""
+    kept = []
+    with Image.open(example_picture(adapter.backbone.name)) as picture:
+        shown = picture.convert("RGB")
+    try:
+        for text in map(encoder.prompt_text, PROMPTS[:PICTURED]):
+            inputs = encoder.of_text(text, [shown])
+            # One placeholder stands for the picture: vLLM makes of it as many as the model wants.
+            special = encoder.adds_special_tokens(text)
+            ids = encoder.tokenizer(text, add_special_tokens=special)["input_ids"]
+            made = _answered(adapter, adapter.backbone, adapter.exits, inputs, max_new_tokens)
+            kept.append({"prompt": list(ids), "image": PICTURE, **made})
+    except _FAILURES as error:
+        log.warning("vLLM's answers to images will not be checked: %s", str(error).splitlines()[0])
+        return []
+    return kept
+
+
+def _answered(
+    adapter: Adapter, backbone: Backbone, exits: Any, inputs: dict[str, Any], max_new_tokens: int
+) -> dict[str, list[int]]:
+    """Return the early answer with its depths, and full depth's."""
+    early, full = (
+        generate(
+            backbone, dict(inputs), exits=exits, policy=adapter.chosen_policy(mode, None, None),
+            do_sample=False, max_new_tokens=max_new_tokens,
+        )
+        for mode in ("early_exit", "full")
+    )  # fmt: skip
+    return {
+        "tokens": early.new_tokens[0].tolist(), "depths": early.depths[0].tolist(),
+        "full": full.new_tokens[0].tolist(),
+    }  # fmt: skip
 
 
 def _of_text(adapter: Adapter) -> tuple[Backbone, ExitSet]:
