@@ -23,8 +23,8 @@ from offramp_vllm.refuse import Refused
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import offramp
-    from offramp.features.input_processor import InputProcessor
     from offramp.adapter.shipped import load_tiny, shipped_exits
+    from offramp.features.input_processor import InputProcessor
     from offramp_vllm.exports.vllm import PROMPTS, export_vllm
 
     backbone, processor = load_tiny("opt")

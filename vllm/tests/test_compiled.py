@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_exactness import FULL, expect, prompts
-
 from engine import answers, stored
+from test_exactness import FULL, expect, prompts
 
 FAMILIES = ("llama", "qwen3", "opt", "gemma2", "granite", "glm4", "cohere", "mistral")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from engine import answers, stored
 from engine import depths as depths_of
+
 from offramp_vllm.refuse import Refused
 
 FAMILIES = (

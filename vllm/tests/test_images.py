@@ -6,11 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from engine import depths as depths_of
 from engine import stored
 from PIL import Image
 
-from engine import depths as depths_of
-from engine import stored
 from offramp_vllm.drafts import NAME
 
 FAMILIES = (

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import pytest
-
 from engine import depths as depths_of
 from engine import stored
 

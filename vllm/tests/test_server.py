@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_exactness import other_tokens, tampered
-
 from engine import stored
+from test_exactness import other_tokens, tampered
 
 MINUTES = 20
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from engine import depths as depths_of
 
 TEXTS = ("Say one.", "What is this?", "a red dog", "Then?")

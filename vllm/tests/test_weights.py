@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from engine import answers, stored
 from quantise import FORMS, quantise
 from test_exactness import FULL, expect, prompts
-
-from engine import answers, stored
 
 IN_FLOAT32 = "int8", "fp8"
 

@@ -66,8 +66,8 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
 
 
 def sampled_names(backbone: Backbone) -> dict[str, int]:
-    """Names of the tensors of the decoder in the sample "weights", in order, each with the number of
-    values that it gave."""
+    """Names of the decoder's tensors in the sample "weights", in order, each with the number of its
+    values there."""
     makes = named_float_parameters(backbone.layers)
     if backbone.norm is not None:
         makes += [(f"norm.{name}", make) for name, make in named_float_parameters(backbone.norm)]

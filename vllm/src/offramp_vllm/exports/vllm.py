@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.engine.generate import generate
+from offramp.adapter.shipped import example_picture
 from offramp.core.decoding.policy import first_token_may_exit
+from offramp.core.engine.generate import generate
 from offramp.core.errors import InputError, OfframpError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet, copied_index
 from offramp.core.models.fingerprint import sampled_names
-from offramp.features.input_processor import InputProcessor
-from offramp.adapter.shipped import example_picture
 from offramp.core.save_and_load import CONFIG, exits_digest, read_config
 from offramp.core.storage import write_atomic, write_json
+from offramp.features.input_processor import InputProcessor
 
 log = logging.getLogger(__name__)
 
