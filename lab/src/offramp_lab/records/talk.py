@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from examples.photo_vlm.evaluate import LONGEST, caption_measures, load
 from examples.photo_vlm.rows import half_of, read_photographs
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import Answer, generate_answers
+from offramp.adapter.answers import Answer, KeptAnswers, answers_to, prompted
 from offramp.calibration.replay import Replay, replay
 from offramp.core.decoding.policy import FULL
 from offramp.core.inputs.example import Example
+from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.core.storage import read_json
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.features.input_processor import InputProcessor
@@ -35,6 +37,7 @@ from offramp_lab.records.record import Record, asked
 
 RECORD = Record("talk")
 LONGEST_ANSWER = 12
+AT_ONCE = 16
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PLAIN = (
     "What colour is the dog?", "what is the man doing", "How many people are there?",
@@ -244,7 +247,7 @@ def _ways(seen: Replay, depths: Sequence[int]) -> list[dict[str, Any]]:
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, asked=RUNS / "photo_vlm" / FILE, each=60, photographs=100, talks=60,
+        __doc__, photo=True, asked=RUNS / "photo_vlm" / FILE, each=40, photographs=100, talks=30,
         before=Path, out=Path,
     )  # fmt: skip
     splits = read_photographs(arguments.data)
@@ -254,12 +257,19 @@ def main() -> None:
     backbone, encoder = load("float32")
     kept: dict[str, list[tuple[Example, Answer]]] = {}
 
+    file = KeptAnswers(RUNS / "talk" / "answers.jsonl", dump_fingerprint(fingerprint(backbone)))
+
     def writer(task: str) -> Write:
         def write(examples: Sequence[Example], longest: int) -> list[Answer]:
-            answers = generate_answers(
-                backbone, encoder, examples, FULL,
-                batch_size=32, max_new_tokens=longest, progress=bar(task),
-            )  # fmt: skip
+            options = {"max_new_tokens": longest}
+            batches = prompted(encoder, examples, AT_ONCE, longest, bar(task))
+            answers = [
+                answer
+                for inputs in batches
+                for answer in file.of(inputs, options, partial(
+                    answers_to, backbone, encoder, [inputs], FULL, **options
+                ))
+            ]  # fmt: skip
             kept.setdefault(task, []).extend(zip(examples, answers, strict=True))
             return answers
 
