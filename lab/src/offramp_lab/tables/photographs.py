@@ -1,5 +1,7 @@
 """The model of photographs: quality, thresholds, lossless mode, corruptions, methods."""
 
+from collections.abc import Sequence
+
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import Make, MakeTable, Value, record, with_range
 
@@ -30,6 +32,53 @@ def _ranged(figure: Value, form: str) -> str:
     return with_range(value, figure["interval"], form)
 
 
+# -- talked to ------------------------------------------------------------------------------------
+
+
+def talk_questions() -> Table:
+    """Right answers by kind of question, beside the best constant answer's."""
+    rows = [
+        (
+            kind,
+            f"{of['count']}",
+            f"{of['right']:.0%}",
+            f"{of['constant_right']:.0%}, \"{of['constant']}\"",
+            with_range(f"{of['above']:+.0%}", of["above_interval"], "+.0%"),
+        )
+        for kind, of in record("talk")["questions"].items()
+    ]
+    return Table(("question", "asked", "right", "best constant answer", "above it"), rows)
+
+
+def talk_exits() -> Table:
+    """By task: what the exits say as full depth does, and how deep tokens are at two shares of
+    changed answers, by one threshold on one exit or on all."""
+    tasks = record("talk")["exits"]
+    depths = list(next(iter(tasks.values()))["exits"])
+    columns = ("task", "answers", *(f"tokens as full depth's at {d}" for d in depths),
+               *(f"confidence at {d}" for d in depths), "mean depth at 5% changed",
+               "at 20% changed", "changed, all at 4")  # fmt: skip
+    rows = []
+    for task, of in tasks.items():
+        exits = of["exits"].values()
+        rows.append((
+            task, f"{of['answers']}", *(f"{e['same']:.0%}" for e in exits),
+            *(f"{e['confidence']:.2f}" for e in exits),
+            _shallowest(of["ways"], 0.05), _shallowest(of["ways"], 0.2),
+            f"{next(w for w in of['ways'] if w['way'] == 'static 4')['changed']:.0%}",
+        ))  # fmt: skip
+    return Table(columns, rows)
+
+
+def _shallowest(ways: Sequence[Value], changed: float) -> str:
+    """The least mean depth of the ways that change at most this share of the answers."""
+    kept = [way for way in ways if way["changed"] <= changed]
+    if not kept:
+        return "none"
+    best = min(kept, key=lambda way: float(way["mean_depth"]))
+    return f"{best['mean_depth']:.1f} ({best['way']})"
+
+
 # -- methods --------------------------------------------------------------------------------------
 
 METHODS = {
@@ -56,6 +105,8 @@ def _minutes(seconds: float) -> str:
 
 TABLES: dict[str, MakeTable] = {
     "photo-model": photo_model,
+    "talk-questions": talk_questions,
+    "talk-exits": talk_exits,
 }
 FIGURES: dict[str, Make] = {
     "photo-card-minutes": lambda: _minutes(
