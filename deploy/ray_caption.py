@@ -12,9 +12,8 @@ from typing import Any
 import ray
 from PIL import Image
 
+from offramp import load
 from offramp.core.inputs.example import Example
-from offramp.engines.loading import open_model
-from offramp.features.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 
 
@@ -22,9 +21,9 @@ class Captioner:
     """Adds a column of answers to a batch with a column of images [H, W, 3]."""
 
     def __init__(self, adapter: str) -> None:
-        model, processor = open_model(adapter)
-        self.encoder = InputProcessor(getattr(model, "backbone", model), processor)
-        self.engine = BatchEngine(model, self.encoder, queue=1024)
+        opened = load(adapter, engine="torch", vision="torch")
+        self.encoder = opened.encoder
+        self.engine = BatchEngine(opened.adapter, self.encoder, queue=1024)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         pairs = zip(batch["image"], batch["path"], strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import serve
 
-from offramp.engines.loading import open_model
+from offramp import load
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.server.app import create_app
@@ -25,10 +25,10 @@ SLOTS, QUEUE = 8, 64
 def replica_app(adapter: str, replicas: int) -> Any:
     """The application of one replica; built in its process, as it holds the model. All replicas
     share the level of the watch."""
-    model, processor = open_model(adapter)
+    opened = load(adapter, engine="torch", vision="torch")
     config = ServerConfig(Path(adapter).name, queue=QUEUE, keys=keys_of_environment())
     watch = WatchConfig(watchers=replicas)
-    service = service_of(model, processor, config, EngineConfig(SLOTS), watch=watch)
+    service = service_of(opened.adapter, opened.processor, config, EngineConfig(SLOTS), watch=watch)
     return create_app(service)
 
 

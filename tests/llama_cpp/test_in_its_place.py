@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from offramp.calibration.draft_thresholds import (
     draft_policies,
     draft_speeds,
 )
-from offramp.cli.commands.runtime import load_runtime
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.errors import InputError
 from offramp.evaluation.evaluate import evaluate
@@ -128,15 +126,6 @@ def test_a_mistake_on_the_command_line_is_two_lines(
     assert cli.main(arguments) in (1, 2)
     _, said = capsys.readouterr()
     assert len(said.strip().splitlines()) == 2 and word in said
-
-
-def test_graphs_without_a_gpu_are_refused_whatever_the_sizes_are_called() -> None:
-    asked = argparse.Namespace(
-        engine="cuda-graphs", gguf=None, quantize=None, context=64, threads=1
-    )
-    refused(lambda: load_runtime(asked, adapter()), InputError, "NVIDIA")
-    del asked.context, asked.threads  # as a server's have other names
-    refused(lambda: load_runtime(asked, adapter(), context=64, threads=1), InputError, "NVIDIA")
 
 
 @pytest.mark.llama_cpp

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.exporting import Exporter
-from offramp.cli.loading import load_adapter
+from offramp.cli.loading import loaded
 from offramp.cli.options import asked_again, name_option
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
@@ -49,7 +49,8 @@ def _write(arguments: argparse.Namespace) -> None:
 
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)
     check_writable(arguments.out, folder=True)
-    adapter, processor = load_adapter(arguments)
+    opened = loaded(arguments)
+    adapter, processor = opened.adapter, opened.processor
     _check_out(adapter, arguments)
     if adapter.of_format not in (None, formats.layers):
         log.warning(

@@ -36,31 +36,53 @@ def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) ->
         raise DataError(error.problem, f"{error.remedy}{hint}") from error
 
 
+BACKBONE = ("revision", "dtype", "device", "quantize", "vision", "shrink_on_load")
+"""Options of how a backbone is opened."""
+ADAPTER = (*BACKBONE, "backbone", "engine", "gguf", "context", "threads", "chat_template")
+"""Options of how an adapter is opened, as `offramp.load` takes them."""
+
+
+def loaded(arguments: argparse.Namespace, **more: Any) -> Any:
+    """Return the adapter that the command names, opened as its options say: a `Loaded`.
+
+    more: of `offramp.load`, instead of options.
+    """
+    from offramp.engines.loading import load
+
+    asked = {"engine": TORCH, "vision": TORCH, **_given(arguments, ADAPTER), **more}
+    name = asked.pop("name", None) or arguments.adapter
+    return load(name, **asked)
+
+
 def load_model(
     arguments: argparse.Namespace, name: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
-    """The backbone and its processor. revision: where --revision does not give another."""
-    from offramp.adapter.shipped import tiny_kind
-    from offramp.engines.loading import open_backbone, own_vision
-    from offramp.features.shrink_on_load import with_shrink_on_load
+    """Return the backbone and its processor. revision: where --revision does not give another."""
+    from offramp.engines import engine_named
+    from offramp.engines.loading import open_backbone
 
     name = arguments.backbone if name is None else name
     if name is None:
         raise InputError("No backbone was named.", "Give --backbone NAME.")
-    quantize = getattr(arguments, "quantize", None)
-    backbone, processor = open_backbone(
-        name,
-        revision=arguments.revision or revision,
-        dtype=arguments.dtype,
-        device=choose_device(
-            arguments.device, is_tiny=tiny_kind(name) is not None, quantize=quantize
-        ),
-        quantize=quantize,
-        vision=own_vision(getattr(arguments, "vision", TORCH), _engine(arguments)),
-    )
-    if getattr(arguments, "shrink_on_load", False):
-        processor = with_shrink_on_load(processor)
-    return laid_out(arguments, backbone), processor
+    asked = {"revision": revision, **_given(arguments, BACKBONE)}
+    if asked.get("vision") == AUTO:
+        asked["vision"] = TORCH
+    backbone, processor = open_backbone(name, **asked)
+    return engine_named(getattr(arguments, "engine", TORCH)).open(backbone), processor
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The options of these names that the command has and that say something."""
+    found = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in found.items() if value not in (None, False)}
+
+
+def check_engine(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` for a mistake about engines, which should not wait for the model."""
+    from offramp.engines import check_asked
+
+    vision = getattr(arguments, "vision", TORCH)
+    check_asked(arguments.engine, arguments.gguf, arguments.quantize, vision)
 
 
 def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
@@ -79,105 +101,6 @@ def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
         "first_token": "may exit" if check.holds(check.first_token) else "runs whole",
         "lossless": "exact" if check.holds(check.lossless) else "refused",
     }
-
-
-def choose_device(asked: str, *, is_tiny: bool = False, quantize: str | None = None) -> str:
-    """Return where the backbone runs; says which and why, where the machine has a GPU.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    import torch
-
-    from offramp.core.models.hub import check_device
-
-    gpu = torch.cuda.is_available()
-    if asked != "auto":
-        check_device(asked)
-        device, why = asked, "as asked"
-    elif quantize is not None:
-        device, why = "cpu", "quantised weights are read by a processor's kernels"
-    elif gpu and not is_tiny:
-        device, why = "cuda", "this machine has a GPU; --device cpu runs on the processor"
-    else:
-        device, why = "cpu", "a tiny model is faster there; --device cuda runs on the GPU"
-    if gpu:
-        log.info("device: %s (%s)", device, why)
-    return device
-
-
-def load_adapter(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The adapter on its own backbone, or on the one that --backbone names, in the engine that
-    --engine names where that is PyTorch's; and the processor."""
-    from offramp.engines.loading import with_exits
-
-    model, processor = open_named(arguments, arguments.adapter)
-    return with_exits(model), processor
-
-
-def open_named(arguments: argparse.Namespace, name: str, **more: Any) -> tuple[Any, Any]:
-    """An adapter, or the backbone of a model that ships without exits, and the processor. more: as
-    of `offramp.engines.loading.open_model`."""
-    from offramp.adapter.adapter import Adapter
-    from offramp.adapter.shipped import tiny_kind
-    from offramp.engines.loading import open_model, own_vision, seeing
-
-    _settle(arguments, name, **more)
-    quantize, vision = getattr(arguments, "quantize", None), getattr(arguments, "vision", TORCH)
-    engine = _engine(arguments)
-    model, processor = open_model(
-        name,
-        backbone=arguments.backbone,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        device=choose_device(
-            arguments.device,
-            is_tiny=tiny_kind(arguments.backbone or name) is not None,
-            quantize=quantize,
-        ),
-        quantize=quantize,
-        vision=own_vision(vision, engine),
-        shrink_on_load=getattr(arguments, "shrink_on_load", False),
-        **more,
-    )
-    if isinstance(model, Adapter):
-        gguf, threads = (getattr(arguments, n, None) for n in ("gguf", "threads"))
-        model = seeing(model, vision, gguf, threads)
-    return laid_out(arguments, model), processor
-
-
-def _settle(arguments: argparse.Namespace, name: str, **more: Any) -> None:
-    """Where --engine is auto, put what was found in its place, and in that of --vision."""
-    if _engine(arguments) != AUTO:
-        return
-    import torch
-
-    from offramp.engines.auto import Way
-    from offramp.engines.loading import settle
-
-    names = ("backbone", "revision", "dtype", "device", "quantize", "shrink_on_load")
-    how = {name: getattr(arguments, name, None) for name in names}
-    how = {name: value for name, value in how.items() if value not in (None, False, AUTO)}
-    arguments.engine, arguments.vision, arguments.gguf = settle(
-        name, Way(AUTO, arguments.vision, arguments.gguf),
-        answers=getattr(arguments, "answers", None), together=hasattr(arguments, "slots"),
-        **how, **more,
-    )  # fmt: skip
-    if hasattr(arguments, "context") and arguments.threads is None:  # llama.cpp's own number
-        arguments.threads = torch.get_num_threads()
-
-
-def laid_out(arguments: argparse.Namespace, model: Any) -> Any:
-    """A backbone or an adapter in the engine that --engine names, where that is PyTorch's."""
-    from offramp.engines import engine_named
-
-    engine = engine_named(_engine(arguments))
-    return model if engine.replaces else engine.open(model)
-
-
-def _engine(arguments: argparse.Namespace) -> str:
-    """PyTorch, where a command has no --engine."""
-    return getattr(arguments, "engine", TORCH)
 
 
 def adapter_folder(arguments: argparse.Namespace) -> Path:

@@ -21,6 +21,7 @@ from offramp.cli.parser import (
     or_none,
     seed,
     share,
+    threads,
     truth,
     whole,
     whole_numbers,
@@ -338,6 +339,26 @@ def engine_option(group: Any, engines: Engines = "all", *, auto: bool = False) -
 def writes_many(name: str, engine: DecoderEngine) -> bool:
     """Return True for an engine that writes many answers at once in PyTorch."""
     return not engine.replaces and name != "compiled"
+
+
+def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
+    """Add what goes with --engine. sized: threads and context too; returns the group."""
+    group = parser.add_argument_group("runtime")
+    group.add_argument(
+        "--gguf", type=Path, metavar="FOLDER", help="what `offramp export --out` wrote"
+    )
+    if not sized:
+        return group
+    group.add_argument(
+        "--threads", type=threads, metavar="N",
+        help="threads of an engine other than torch (default: as many as PyTorch has)",
+    )  # fmt: skip
+    group.add_argument(
+        "--context", type=whole(1), default=2048, metavar="N",
+        help="longest prompt with its answer, in tokens, of an engine other than torch "
+        "(default: 2048)",
+    )  # fmt: skip
+    return group
 
 
 VISION = (AUTO, TORCH, "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8")

@@ -19,8 +19,8 @@ from offramp.core.plugins import brought, check_registered, offered
 TORCH = "torch"
 AUTO = "auto"
 """In an engine's place: the fastest one here that keeps the answers (`offramp.engines.auto`)."""
-MTMD = "mtmd"
-"""Of vision engines: what runs a tower that `offramp export --vision` wrote."""
+LLAMA_CPP = "llama.cpp"
+"""The engine that a folder of files alone names, and that `auto` tries."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,10 @@ def engine_named(name: str) -> DecoderEngine:
     return ENGINES[name]
 
 
-def check_asked(engine: str, gguf: Any, quantize: str | None = None) -> None:
+def check_asked(engine: str, gguf: Any, quantize: str | None = None, vision: str = TORCH) -> None:
     """Raise `InputError` where an engine and what goes with it do not fit, before a model loads."""
-    if engine != AUTO:
-        engine_named(engine)
-    if engine != AUTO and engine_named(engine).reads_files != (gguf is not None):
+    named = LLAMA_CPP if engine == AUTO and gguf is not None else engine
+    if named != AUTO and engine_named(named).reads_files != (gguf is not None):
         raise InputError(
             "--engine llama.cpp and --gguf FOLDER go together.",
             "Write the folder: offramp export FOLDER --gguf q8_0 --out FOLDER.",
@@ -118,4 +117,11 @@ def check_asked(engine: str, gguf: Any, quantize: str | None = None) -> None:
         raise InputError(
             f"--quantize {quantize} is for PyTorch; llama.cpp's files hold the weights.",
             "Leave it out, and choose their format: offramp export --gguf q4_1.",
+        )
+    brings = [name for name, one in all_engines().items() if vision in one.towers]
+    if brings and named not in brings:
+        raise InputError(
+            f"--vision {vision} sees for --engine {brings[0]} alone.",
+            f"Give --engine {brings[0]} and --gguf FOLDER, or another of torch, onnxruntime, "
+            "openvino, openvino-bf16, onnxruntime-int8.",
         )

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,13 +36,13 @@ from offramp.core.inputs.example import Example
 from offramp.core.save_and_load import AdapterConfig, exits_digest
 from offramp.core.storage import digest_rows, read_json, write_json
 from offramp.core.storage.folders import cache_folder
-from offramp.engines import AUTO, MTMD, TORCH, engine_named
+from offramp.engines import AUTO, LLAMA_CPP, TORCH, engine_named
 from offramp.features.towers import tower_engine
 from offramp.promises.conditions import Conditions, differences, of_backbone
 
 log = logging.getLogger(__name__)
 
-LLAMA_CPP, COMPILED = "llama.cpp", "compiled"
+COMPILED = "compiled"
 FEW, MANY = 50, 1000
 """Answers: for fewer nothing is measured; what is expected where nobody says how many."""
 SMALLEST, LARGEST = 2 * 10**7, 2 * 10**9
@@ -53,7 +52,6 @@ FORMAT = "f16"
 ROUNDS = 2
 PROMPT = "What is shown?"
 """Where no kind of prompt was calibrated."""
-Load = Callable[..., Any]
 
 
 class Way(NamedTuple):
@@ -66,6 +64,8 @@ class Way(NamedTuple):
 
 OPEN = Way(AUTO, AUTO)
 """Nothing is asked for: the fastest way."""
+Opens = Callable[[Way], Any]
+"""Opens the model by a way, for answers as for timing."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Timed:
 
 
 def settled(
-    load: Load,
+    opened: Opens,
     config: AdapterConfig | None,
     asked: Way,
     *,
@@ -100,9 +100,9 @@ def settled(
 ) -> Way:
     """Return the way to answer: as asked, or, of what is left to "auto", the fastest.
 
-    load: loads the model, with engine, vision, gguf and `how`, as `offramp.load` does by a name.
-    config: of its exits; None: it has none. answers: how many will be asked for; None: many.
-    together: several at a time, which compiled code does not write.
+    opened: opens the model by a way. config: of its exits; None: it has none. answers: how many
+    will be asked for; None: many. together: several at a time, which compiled code does not write.
+    how: of the backbone, as it is opened.
     """
     engine, vision, gguf = asked
     tower = TORCH if vision == AUTO else vision
@@ -113,15 +113,15 @@ def settled(
         cache = cache_folder("engines")
     except RuntimeError:  # there is no home, so it would be measured each time
         return Way(TORCH, tower)
-    if config is None or vision == MTMD or not _may_pay(config, how):
+    if config is None or not _may_pay(config, how):
         return Way(TORCH, tower)
-    ready, model = partial(load, **how), _digest(config, how)
+    model = _digest(config, how)
     file = cache / f"{digest_rows([model, _here(), vision, together])[:32]}.json"
     found = _read(file)
     if found is None and few:
         return Way(TORCH, tower)
     if found is None:
-        found = [*_measured(ready, config, model, vision, together)]
+        found = [*_measured(opened, config, model, vision, together)]
         _keep(file, found)
     best, plain = fastest(found, calibrations(config), answers), found[0]
     if best is not plain:
@@ -129,7 +129,7 @@ def settled(
             "engine: %s, %.0f ms an answer, where PyTorch takes %.0f (--engine NAME for another)",
             best.words, 1e3 * best.answer, 1e3 * plain.answer,
         )  # fmt: skip
-    files = _files(ready, model) if best.engine == LLAMA_CPP else None
+    files = _files(opened, model) if best.engine == LLAMA_CPP else None
     return Way(best.engine, best.vision, files)
 
 
@@ -206,7 +206,7 @@ def _keep(file: Path, found: Sequence[Timed]) -> None:
 
 
 def _measured(
-    load: Load, config: AdapterConfig, model: str, vision: str, together: bool
+    opened: Opens, config: AdapterConfig, model: str, vision: str, together: bool
 ) -> Iterator[Timed]:
     """Measure PyTorch first, then each other way; note what stands against a way."""
     tower = _tower(vision)
@@ -215,15 +215,15 @@ def _measured(
     expected: Any = None
     with progress_bar("preparing the fastest way", total=1 + len(others)) as bar:
         plain = TORCH if vision == AUTO else vision
-        made, expected = _timed(load, Way(TORCH, plain), None)
+        made, expected = _timed(opened, Way(TORCH, plain), None)
         yield made
         bar.update()
         faster = False
         for engine in others:
             if engine != COMPILED or not faster:  # it compiles for long
                 try:
-                    files = _files(load, model) if engine == LLAMA_CPP else None
-                    made, _ = _timed(load, Way(engine, tower, files), expected)
+                    files = _files(opened, model) if engine == LLAMA_CPP else None
+                    made, _ = _timed(opened, Way(engine, tower, files), expected)
                 except Exception as error:  # compilers and packages raise nearly anything
                     made = Timed(engine, tower, why=str(error).strip() or type(error).__name__)
                 if made.why:
@@ -245,11 +245,11 @@ def _tower(vision: str) -> str:
     return TORCH
 
 
-def _timed(load: Load, way: Way, expected: Any) -> tuple[Timed, list[list[int]]]:
-    """Load a way, and time its answers; and these answers, to be expected of others."""
+def _timed(opened: Opens, way: Way, expected: Any) -> tuple[Timed, list[list[int]]]:
+    """Open a way, and time its answers; and these answers, to be expected of others."""
     gc.collect()  # the way before
     begin = time.perf_counter()
-    loaded = load(engine=way.engine, vision=way.vision, gguf=way.gguf)
+    loaded = opened(way)
     took = time.perf_counter() - begin
     try:
         return _tried(loaded, way.engine, took, expected)
@@ -295,11 +295,11 @@ def _probes(adapter: Any) -> list[Any]:
     return [Example(part, prompt, (), key=f"probe {n}") for n, part in enumerate(parts)]
 
 
-def _files(load: Load, model: str) -> Path:
+def _files(opened: Opens, model: str) -> Path:
     """The folder of llama.cpp's files, which are written where they are not."""
     folder = cache_folder("gguf") / digest_rows([model, FORMAT])[:32]
     if not folder.is_dir():  # which appears whole
-        made = load(engine=TORCH, vision=TORCH, gguf=None)
+        made = opened(Way(TORCH))
         prepare = engine_named(LLAMA_CPP).prepare
         assert prepare is not None
         prepare(made.adapter, folder, FORMAT)

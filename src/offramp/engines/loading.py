@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.shipped import exits_folder, load_named
+from offramp.adapter.shipped import exits_folder, load_named, tiny_kind
 from offramp.core.errors import InputError, StorageError
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
-from offramp.core.models.hub import grey_example, grey_picture
-from offramp.core.save_and_load import read_config
+from offramp.core.models.hub import check_device, grey_example, grey_picture
+from offramp.core.save_and_load import AdapterConfig, read_config
 from offramp.data.datasets import CAPTION_PROMPT
-from offramp.engines import AUTO, MTMD, TORCH, check_asked, engine_named
+from offramp.engines import AUTO, TORCH, check_asked, engine_named
 from offramp.engines.auto import OPEN, Way, settled
 from offramp.features.input_processor import InputProcessor
 from offramp.features.shrink_on_load import with_shrink_on_load
@@ -41,12 +41,25 @@ class Loaded:
     """A model that is ready to answer.
 
     model: generates: the adapter, or a runtime in its place. adapter: the exits on their backbone,
-    and the policy. processor: Hugging Face's.
+    and the policy. processor: Hugging Face's. engine: the name of what runs the decoder. sequences:
+    answers that it writes at the same time.
     """
 
     model: Any
     adapter: Adapter
     processor: Any
+    engine: str = TORCH
+    sequences: int = 1
+
+    @property
+    def runtime(self) -> Any:
+        """What generates in the adapter's place; None: the adapter itself."""
+        return None if isinstance(self.model, Adapter) else self.model
+
+    @property
+    def has_exits(self) -> bool:
+        """Return False for a model that ships without exits, which never leaves early."""
+        return self.adapter.exits.modules.kind != "lens"
 
     @cached_property
     def encoder(self) -> InputProcessor:
@@ -97,48 +110,194 @@ def load(
     gguf: str | Path | None = None,
     context: int = 2048,
     threads: int | None = None,
+    sequences: int | None = 1,
+    answers: int | None = None,
+    keep_decoder: bool = False,
+    chat_template: Path | None = None,
     **how: Any,
 ) -> Loaded:
-    """Load a model with its processor and exits by the name of the exits.
+    """Load a model with its processor and exits by the name of the exits: the one road by which
+    commands, the server and Python open a model.
 
     name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. engine: what runs the
-    decoder, of `offramp.engines.ENGINES` or registered; "auto": the fastest here that keeps the
-    answers, which is measured once (`offramp.engines.auto`). vision: what runs the vision tower:
-    "torch", "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8", or "mtmd" in llama.cpp;
+    decoder, of `offramp.engines` or registered; "auto": the fastest here that keeps the answers,
+    which is measured once (`offramp.engines.auto`). vision: what runs the vision tower: "torch",
+    "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8", or one that an engine brings;
     "auto": as the engine is found, else PyTorch. quantize: "int8" or "int4": weights of the layers
-    in PyTorch. gguf: folder of `offramp export --gguf`, for llama.cpp. context, threads: of
-    llama.cpp and CUDA graphs (None: as many as PyTorch has). how: backbone, revision, dtype,
-    device, shrink_on_load and chat_template, as of `open_model`.
+    in PyTorch. gguf: folder of files for an engine that reads some. context: tokens of a prompt and
+    its answer, in an engine of its own. threads: of such an engine; None: as many as PyTorch has.
+    sequences: answers at the same time; None: as many as the engine writes by default. answers: how
+    many will be asked for; None: many. keep_decoder: whether PyTorch keeps the decoder's weights
+    beside an engine that reads its own. chat_template: file of the one that writes conversations,
+    instead of the processor's own. how: backbone, revision, dtype, device and shrink_on_load, as of
+    `open_backbone`; backbone instead of the adapter's own.
 
     Raises:
         InputError: an unknown engine, or what does not go with it. AdapterError: there is no such
         adapter, or it does not fit. StorageError: it cannot be read.
     """
-    check_asked(engine, gguf, quantize)
-    engine, vision, gguf = settle(name, Way(engine, vision, gguf), quantize=quantize, **how)
-    model, processor = open_model(name, vision=own_vision(vision, engine), quantize=quantize, **how)
-    threads = threads or torch.get_num_threads()
-    adapter = seeing(with_exits(model), vision, gguf, threads)
-    opened = engine_named(engine).open(adapter, gguf=gguf, context=context, threads=threads)
-    own = opened if isinstance(opened, Adapter) else getattr(opened, "adapter", adapter)
-    return Loaded(opened, own, processor)
+    check_asked(engine, gguf, quantize, vision)
+    text = None if chat_template is None else _template_of(chat_template)
+    found = _find(name, quantize=quantize, **how)
+
+    def opened(way: Way) -> Loaded:
+        return _open(found, way, context, threads, sequences, keep_decoder=keep_decoder)
+
+    way = _settled(found, opened, Way(engine, vision, gguf), answers, together=sequences != 1)
+    loaded = opened(way)
+    kind = loaded.adapter.of_format
+    if kind is not None and way.gguf is None:
+        log.warning(
+            "These exits learnt from the backbone in %s, and agree less with it as it is here: "
+            "export them (--gguf %s) and use --engine llama.cpp.", kind, kind,
+        )  # fmt: skip
+    if text is None:
+        return loaded
+    return replace(loaded, processor=_with_template(loaded, text, str(chat_template)))
 
 
 def settle(
-    name: str,
-    asked: Way = OPEN,
-    *,
-    answers: int | None = None,
-    together: bool = False,
-    **how: Any,
+    name: str, asked: Way = OPEN, *, answers: int | None = None, together: bool = False, **how: Any
 ) -> Way:
-    """Return the way to answer by a name; arguments as of `offramp.engines.auto.settled`."""
-    config = None
-    if asked.engine == AUTO:
-        with suppress(InputError):  # a model that ships without exits
-            config = read_config(exits_folder(name))
-    ready = partial(load, name)
-    return settled(ready, config, asked, answers=answers, together=together, **how)
+    """Return the way by which `load` answers; arguments as of `load`, and together: several answers
+    at the same time."""
+    found = _find(name, **how)
+    return _settled(found, partial(_open, found), asked, answers, together=together)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A model by its name, found once.
+
+    config: of its exits; None: it ships without. backbone: the name of its backbone. how: of the
+    backbone, as of `open_backbone`, without vision.
+    """
+
+    name: str
+    config: AdapterConfig | None
+    backbone: str
+    how: Mapping[str, Any]
+
+
+def _find(
+    name: str, *, backbone: str | None = None, revision: str | None = None, **how: Any
+) -> _Named:
+    try:
+        config = read_config(exits_folder(name))
+    except InputError:
+        return _Named(name, None, name, {**how, "revision": revision})
+    if backbone is None:
+        backbone, revision = config.backbone, revision or config.revision
+    return _Named(name, config, backbone, {**how, "revision": revision})
+
+
+def _settled(
+    found: _Named,
+    opened: Callable[[Way], Loaded],
+    asked: Way,
+    answers: int | None,
+    *,
+    together: bool,
+) -> Way:
+    how = {n: v for n, v in found.how.items() if v not in (None, False, AUTO)}
+    if found.config is not None and found.backbone != found.config.backbone:
+        how["backbone"] = found.backbone
+    return settled(opened, found.config, asked, answers=answers, together=together, **how)
+
+
+def _open(
+    found: _Named,
+    way: Way,
+    context: int = 2048,
+    threads: int | None = None,
+    sequences: int | None = 1,
+    *,
+    keep_decoder: bool = True,
+) -> Loaded:
+    """Open a model by a way, for one answer or to be timed: the same object."""
+    engine, threads = engine_named(way.engine), threads or torch.get_num_threads()
+    brought = engine.towers.get(way.vision)
+    own = TORCH if brought is not None or way.vision == AUTO else way.vision
+    backbone, processor = open_backbone(found.backbone, vision=own, **found.how)
+    if found.config is None:
+        log.info("%s ships without exits: every token runs at full depth", found.name)
+        if engine.replaces:
+            raise InputError(
+                f"{found.name} has no exits, and {way.engine} runs a model with some.",
+                "Name an adapter, or leave the engine out.",
+            )
+        adapter = Adapter(backbone, ExitSet(Exits(backbone, (1,), kind="lens")))
+    else:
+        adapter = Adapter.load(found.config, backbone)
+    if brought is not None:
+        adapter = brought(adapter, way.gguf, threads)
+    several = engine.together if sequences is None else sequences
+    model = engine.open(
+        adapter, gguf=way.gguf, context=context, threads=threads, sequences=several
+    )
+    if engine.replaces and not keep_decoder and hasattr(model, "release_decoder"):
+        model.release_decoder()
+    own_adapter = model if isinstance(model, Adapter) else getattr(model, "adapter", adapter)
+    return Loaded(model, own_adapter, processor, way.engine, several)
+
+
+def open_backbone(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantize: str | None = None,
+    vision: str = TORCH,
+    shrink_on_load: bool = False,
+) -> tuple[Backbone, Any]:
+    """Open a backbone by name, and its processor.
+
+    name: as of `load_named`, with revision. dtype: torch's name of a precision, or "auto". device:
+    where it runs; None or "auto": see `choose_device`. quantize: "int8" or "int4": the decoder
+    layers' weights are rounded to that, with states in bfloat16. vision: what runs the vision
+    tower, as of `with_vision`. shrink_on_load: as of `with_shrink_on_load`.
+
+    Raises:
+        InputError: as of `load_named`, `quantized` and `with_vision`.
+    """
+    tower_engine(vision)  # a mistake should not wait for the model
+    if quantize is not None:
+        from offramp.features.quantized.linears import check_quantize, quantized
+
+        check_quantize(quantize, dtype)
+        dtype = "bfloat16"
+    device = choose_device(device, is_tiny=tiny_kind(name) is not None, quantize=quantize)
+    backbone, processor = load_named(name, revision=revision, dtype=dtype, device=device)
+    if quantize is not None:
+        backbone = quantized(backbone, quantize)
+    if vision != TORCH:
+        example = backbone.example or grey_example(processor, backbone.model)
+        backbone = with_vision(backbone, vision, example)
+    return backbone, with_shrink_on_load(processor) if shrink_on_load else processor
+
+
+def choose_device(
+    asked: str | None, *, is_tiny: bool = False, quantize: str | None = None
+) -> str:
+    """Return where the backbone runs; says which and why, where the machine has a GPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    gpu = torch.cuda.is_available()
+    if asked not in (None, AUTO):
+        check_device(asked)
+        device, why = asked, "as asked"
+    elif quantize is not None:
+        device, why = "cpu", "quantised weights are read by a processor's kernels"
+    elif gpu and not is_tiny:
+        device, why = "cuda", "this machine has a GPU; device cpu runs on the processor"
+    else:
+        device, why = "cpu", "a tiny model is faster there; device cuda runs on the GPU"
+    if gpu:
+        log.info("device: %s (%s)", device, why)
+    return device
 
 
 def usual_length(adapter: Adapter, otherwise: int) -> int:
@@ -152,116 +311,6 @@ def usual_prompt(adapter: Adapter) -> str:
     frames = Conditions.of_calibration(adapter.calibration).get("prompts") or ()
     alone = [frame[0] for frame in frames if len(frame) == 1 and frame[0].strip()]
     return next((p for p in alone if "caption" in p.lower()), CAPTION_PROMPT)
-
-
-def with_exits(model: Adapter | Backbone) -> Adapter:
-    """An adapter itself; of a backbone alone, one that never exits."""
-    if isinstance(model, Adapter):
-        return model
-    return Adapter(model, ExitSet(Exits(model, (1,), kind="lens")))
-
-
-def own_vision(vision: str, engine: str) -> str:
-    """Return what runs the vision tower of the model as it is loaded.
-
-    Raises:
-        InputError: what `offramp export` wrote is to run it, and PyTorch the decoder.
-    """
-    if vision == MTMD and engine != "llama.cpp":
-        raise InputError(
-            f"--vision {MTMD} sees for --engine llama.cpp alone.",
-            "Give --engine llama.cpp and --gguf FOLDER, or another of torch, onnxruntime, "
-            "openvino, openvino-bf16, onnxruntime-int8.",
-        )
-    return TORCH if vision in (MTMD, AUTO) else vision
-
-
-def seeing(adapter: Adapter, vision: str, gguf: Any, threads: int | None) -> Adapter:
-    """The adapter, for which llama.cpp sees images where `vision` asks for that."""
-    if vision != MTMD:
-        return adapter
-    seen = engine_named("llama.cpp").towers[vision]
-    made: Adapter = seen(adapter, gguf, threads or torch.get_num_threads())
-    return made
-
-
-def open_model(
-    name: str,
-    *,
-    backbone: str | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    quantize: str | None = None,
-    vision: str = "torch",
-    shrink_on_load: bool = False,
-    chat_template: Path | None = None,
-) -> tuple[Adapter | Backbone, Any]:
-    """Open an adapter on its backbone, and the processor; of a model that ships without exits, the
-    backbone.
-
-    name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. backbone: instead of the
-    adapter's own, with revision: of it. dtype, device, quantize, vision: of the backbone,
-    as of `open_backbone`. shrink_on_load: as of `with_shrink_on_load`. chat_template: file of what
-    that writes conversations, instead of the processor's own.
-
-    Raises:
-        AdapterError: there is no such adapter, or it does not fit. InputError: a revision of a
-        model that ships, a template that does not work. StorageError: it cannot be read.
-    """
-    text = None if chat_template is None else _template_of(chat_template)
-    how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
-    how |= {"vision": vision}
-    model: Adapter | Backbone
-    try:
-        folder = exits_folder(name)
-    except InputError:
-        model, processor = open_backbone(name, revision=revision, **how)  # which may be missing too
-        log.info("%s ships without exits: every token runs at full depth", name)
-    else:
-        config = read_config(folder)
-        if backbone is None:
-            backbone, revision = config.backbone, revision or config.revision
-        opened, processor = open_backbone(backbone, revision=revision, **how)
-        model = Adapter.load(config, opened)
-    if shrink_on_load:
-        processor = with_shrink_on_load(processor)
-    if text is None:
-        return model, processor
-    return model, _with_template(model, processor, text, str(chat_template))
-
-
-def open_backbone(
-    name: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    quantize: str | None = None,
-    vision: str = TORCH,
-) -> tuple[Backbone, Any]:
-    """Open a backbone by name, and its processor.
-
-    name: as of `load_named`, with revision and device. dtype: torch's name of a precision, or
-    "auto". quantize: "int8" or "int4": the decoder layers' weights are rounded to that, with states
-    in bfloat16. vision: what runs the vision tower, as of `with_vision`.
-
-    Raises:
-        InputError: as of `load_named`, `quantized` and `with_vision`.
-    """
-    tower_engine(vision)  # a mistake should not wait for the model
-    if quantize is not None:
-        from offramp.features.quantized.linears import check_quantize, quantized
-
-        check_quantize(quantize, dtype)
-        dtype = "bfloat16"
-    backbone, processor = load_named(name, revision=revision, dtype=dtype, device=device)
-    if quantize is not None:
-        backbone = quantized(backbone, quantize)
-    if vision == TORCH:
-        return backbone, processor
-    example = backbone.example or grey_example(processor, backbone.model)
-    return with_vision(backbone, vision, example), processor
 
 
 # -- chat templates --------------------------------------------------------------------------------
@@ -279,12 +328,11 @@ def _template_of(file: Path) -> str:
         ) from error
 
 
-def _with_template(model: Adapter | Backbone, processor: Any, text: str, name: str) -> Any:
+def _with_template(loaded: Loaded, text: str, name: str) -> Any:
     """The processor with another chat template, which is tried on one turn with an image."""
-    changed = copy.copy(processor)
+    changed = copy.copy(loaded.processor)
     changed.chat_template = text
-    backbone = model.backbone if isinstance(model, Adapter) else model
-    encoder = InputProcessor(backbone, changed)
+    encoder = InputProcessor(loaded.adapter.backbone, changed)
     try:
         written = encoder.prompt_text(TRIAL.prompt)
         encoder.prompts([TRIAL])

@@ -15,11 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from offramp.adapter.adapter import Adapter
 from offramp.core.errors import InputError, OfframpError
 from offramp.core.inputs.image import open_rgb
 from offramp.core.models.backbone import Backbone
-from offramp.engines.loading import open_model
+from offramp.engines.loading import load
 from offramp.features.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
@@ -66,9 +65,10 @@ class HarnessModel:
         limit: int | str = 2048,
         **more: Any,
     ) -> None:
-        model, processor = open_model(adapter, **more)
-        self.backbone: Backbone = model.backbone if isinstance(model, Adapter) else model
-        self.encoder: InputProcessor = InputProcessor(self.backbone, processor)
+        opened = load(adapter, **{"engine": "torch", "vision": "torch", **more})
+        model = opened.adapter if opened.has_exits else opened.adapter.backbone
+        self.backbone: Backbone = opened.adapter.backbone
+        self.encoder: InputProcessor = opened.encoder
         self._mode = mode
         if slots is None:
             slots = batch_size if str(batch_size).isdecimal() else 8

@@ -7,8 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import adapter_folder, load_adapter, read_data, unseen_items
+from offramp.cli.loading import adapter_folder, check_engine, loaded, read_data, unseen_items
 from offramp.cli.options import (
     ASKED,
     DATA,
@@ -21,6 +20,7 @@ from offramp.cli.options import (
     measured_options,
     name_option,
     one_again,
+    runtime_options,
 )
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
@@ -147,7 +147,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         guarantee.images_for(guarantee.target / 2),
         ", more where images have unequal numbers of answers" if arguments.unit == "answer" else "",
     )
-    check_runtime(arguments)
+    check_engine(arguments)
     out = adapter_folder(arguments)
     with held(out):  # two at once would each be the first attempt
         _find(arguments, asked, out)
@@ -164,22 +164,21 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     from offramp.calibration.risk_functions import RISKS
     from offramp.common.progress import progress
     from offramp.data.datasets import read_examples
-    from offramp.features.input_processor import InputProcessor
 
     labelled = RISKS[arguments.risk].quality is not None
     items = read_data(arguments, require_answers=labelled)
     others = None
     if arguments.frequencies is not None:
         others = read_examples(arguments.frequencies, require_answers=True)
-    adapter, processor = load_adapter(arguments)
+    opened = loaded(arguments, keep_decoder=True)
+    adapter, encoder, runtime = opened.adapter, opened.encoder, opened.runtime
     if arguments.leave_out_seen:
         items = unseen_items(items, adapter, ("train",))
     examples = [item.example for item in items]
     _say_worth(examples, asked)
     score = arguments.score or adapter.policy.score
     policy = replace(adapter.policy, thresholds={}, lossless=False, score=score)
-    encoder = InputProcessor(adapter.backbone, processor)
-    costs, runtime = None, load_runtime(arguments, adapter)
+    costs = None
     if runtime is None and can_replay(policy):  # with an answer at a time, as where speed counts
         costs = measure_costs(
             adapter.backbone, encoder.prompts(examples[:1]), adapter.exits,

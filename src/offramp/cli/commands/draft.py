@@ -7,8 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import adapter_folder, load_adapter, read_data
+from offramp.cli.loading import adapter_folder, check_engine, loaded, read_data
 from offramp.cli.options import (
     ASKED,
     DATA,
@@ -18,6 +17,7 @@ from offramp.cli.options import (
     data_options,
     model_options,
     one_again,
+    runtime_options,
 )
 from offramp.cli.output import few, say_next, show_result
 from offramp.cli.outputs import overwrite_option
@@ -59,7 +59,7 @@ def _options(parser: Parser) -> None:
 def _draft(arguments: argparse.Namespace) -> None:
     from offramp.training.checkpoint import held
 
-    check_runtime(arguments)
+    check_engine(arguments)
     out = adapter_folder(arguments)
     with held(out):
         _find(arguments, out)
@@ -72,13 +72,11 @@ def _find(arguments: argparse.Namespace, out: Path) -> None:
         with_drafts,
     )
     from offramp.common.progress import progress
-    from offramp.features.input_processor import InputProcessor
 
     items = read_data(arguments, require_answers=False)
-    adapter, processor = load_adapter(arguments)
-    encoder = InputProcessor(adapter.backbone, processor)
+    opened = loaded(arguments, context=CONTEXT, threads=1, keep_decoder=True)
+    adapter, encoder, runtime = opened.adapter, opened.encoder, opened.runtime
     inputs = [encoder.prompts([item.example]) for item in items]
-    runtime = load_runtime(arguments, adapter, context=CONTEXT, threads=1)
     _say_how_long(adapter, runtime, inputs, arguments)
     options: dict[str, Any] = {
         "runtime": runtime,

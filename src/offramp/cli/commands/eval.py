@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import load_adapter, load_model, policy_of, read_data, unseen_items
+from offramp.cli.loading import (
+    check_engine,
+    load_model,
+    loaded,
+    policy_of,
+    read_data,
+    unseen_items,
+)
 from offramp.cli.options import (
     add_command,
     batch_option,
@@ -16,6 +22,7 @@ from offramp.cli.options import (
     length_option,
     measured_options,
     name_option,
+    runtime_options,
     threshold_option,
 )
 from offramp.cli.output import say_next, show_result
@@ -95,7 +102,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     settings["mode"] = arguments.mode or ("full" if alone else "both")
     settings["metrics"] = None if arguments.metrics is None else tuple(arguments.metrics)
     Settings(arguments.task, **settings)  # a mistake should not wait for data and model
-    check_runtime(arguments)
+    check_engine(arguments)
     if alone and engine_named(arguments.engine).replaces:
         raise InputError(f"--engine {arguments.engine} runs an adapter.", "Name one first.")
     if alone and arguments.backbone is None:
@@ -110,20 +117,23 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.rescore:
         result = rescore(arguments.out, items, arguments.task, **settings)
     else:
-        model, processor = load_model(arguments) if alone else load_adapter(arguments)
-        backbone = model if alone else model.backbone
+        runtime = None
+        if alone:
+            model, processor = load_model(arguments)
+            encoder = InputProcessor(model, processor)
+        else:
+            opened = loaded(arguments, sequences=arguments.batch_size, keep_decoder=True)
+            model, runtime, encoder = opened.adapter, opened.runtime, opened.encoder
         if arguments.leave_out_seen and not alone:
             items = unseen_items(items, model, ("train", "calibration"))
         result = evaluate(
             model,
-            InputProcessor(backbone, processor),
+            encoder,
             items,
             arguments.task,
             None if alone else policy_of(arguments, model),
             out=arguments.out,
-            runtime=None
-            if alone
-            else load_runtime(arguments, model, sequences=arguments.batch_size),
+            runtime=runtime,
             resume=arguments.resume,
             allow_seen=arguments.allow_seen,
             progress=lambda batches: progress(batches, "evaluate"),

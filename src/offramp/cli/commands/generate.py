@@ -12,14 +12,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import load_adapter, policy_of
+from offramp.cli.loading import check_engine, loaded, policy_of
 from offramp.cli.options import (
     LONGEST,
     add_command,
     length_option,
     model_options,
     name_option,
+    runtime_options,
     threshold_option,
     vision_options,
 )
@@ -104,23 +104,18 @@ def answer_options(parser: Parser) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from offramp.engines.loading import usual_length, usual_prompt
-    from offramp.features.input_processor import InputProcessor
+    from offramp.engines.loading import usual_prompt
 
     options = _generation_options(arguments)
-    check_runtime(arguments)
+    check_engine(arguments)
     _check_images(arguments)
-    arguments.answers = max(1, len(arguments.image))
-    adapter, processor = load_adapter(arguments)
-    runtime = load_runtime(arguments, adapter, alone=True) or adapter
-    adapter = getattr(runtime, "adapter", adapter)  # with what is promised there
+    opened = loaded(arguments, answers=max(1, len(arguments.image)))
+    adapter, runtime, encoder = opened.adapter, opened.model, opened.encoder
     if options["max_new_tokens"] is None:
-        options["max_new_tokens"] = usual_length(adapter, LONGEST)
-    if arguments.prompt is None:
-        arguments.prompt = usual_prompt(adapter)
+        options["max_new_tokens"] = opened.longest
+    asked = usual_prompt(adapter) if arguments.prompt is None else arguments.prompt
     policy = policy_of(arguments, adapter).in_mode(arguments.mode)
-    is_trained = adapter.exits.modules.kind != "lens"
-    if is_trained and arguments.mode != "full" and not adapter.spares_layers(policy):
+    if opened.has_exits and arguments.mode != "full" and not adapter.spares_layers(policy):
         log.warning(
             "The adapter has no thresholds, so every layer runs for every token; give --threshold, "
             "or find thresholds with `offramp calibrate`."
@@ -129,7 +124,6 @@ def generate(arguments: argparse.Namespace) -> None:
         from offramp.features.vision_cache import VisionCache
 
         options["vision_cache"] = VisionCache()
-    encoder = InputProcessor(adapter.backbone, processor)
     early = bool(policy.thresholds) and not policy.lossless
     stands = None
     if early:  # of a prompt the same for all images
@@ -137,7 +131,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
     said = ""
-    for name, image, prompt, inputs in _questions(arguments, encoder):
+    for name, image, prompt, inputs in _questions(arguments, asked, encoder):
         found = stands(prompt) if stands else None
         if found and found.sentence != said:
             said = found.sentence
@@ -217,16 +211,17 @@ def _check_images(arguments: argparse.Namespace) -> None:
 
 
 def _questions(
-    arguments: argparse.Namespace, encoder: Any
+    arguments: argparse.Namespace, asked: str, encoder: Any
 ) -> Iterator[tuple[Path | None, Any, str, dict[str, Any]]]:
-    """Files, their opened images, prompts and, for each, what `generate` takes."""
+    """Files, their opened images, prompts and, for each, what `generate` takes. asked: the prompt
+    of all images, where none are typed."""
     from offramp.core.inputs.example import Example
 
-    for prompt in _typed() if arguments.interactive else [arguments.prompt]:
+    for prompt in _typed() if arguments.interactive else [asked]:
         for name in arguments.image:
-            asked = Example(name, prompt, (), key=str(name))
-            asked = replace(asked, image=asked.open_image(encoder.smallest_side))
-            yield name, asked.image, prompt, encoder.prompts([asked])
+            example = Example(name, prompt, (), key=str(name))
+            example = replace(example, image=example.open_image(encoder.smallest_side))
+            yield name, example.image, prompt, encoder.prompts([example])
         if not arguments.image:
             yield None, None, prompt, encoder.text_prompt(prompt)
 

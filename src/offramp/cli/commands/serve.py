@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import open_named
+from offramp.cli.loading import check_engine, loaded
 from offramp.cli.options import (
     NAMED_EXITS,
     add_command,
@@ -20,6 +19,7 @@ from offramp.cli.options import (
     filled,
     name_first,
     precision_options,
+    runtime_options,
     settings_option,
     vision_options,
     writes_many,
@@ -182,11 +182,11 @@ def _config(arguments: argparse.Namespace) -> Any:
     """The server's configuration; mistakes in it are reported before a model is loaded."""
     from offramp.serving.monitor.watch_config import WatchConfig
 
-    check_runtime(arguments)
+    check_engine(arguments)
     if arguments.watch.get("share") != 0:
         WatchConfig(**arguments.watch)
     if arguments.engine != AUTO:
-        _slots(arguments)
+        _slots(arguments.engine, arguments.slots)
     return server_config(arguments, share_kept=arguments.share_kept)
 
 
@@ -253,22 +253,20 @@ def _hosts(arguments: argparse.Namespace, *, keyed: bool) -> tuple[str, ...]:
     return (*LOCAL, *arguments.allowed_hosts)
 
 
-def _slots(arguments: argparse.Namespace) -> int:
-    """The number of answers that are written at once.
+def _slots(engine: str, asked: int | None) -> int:
+    """Return how many answers an engine writes at once.
 
     Raises:
         InputError: more are asked for than the engine writes.
     """
-    engine = engine_named(arguments.engine)
-    usual = SLOTS if writes_many(arguments.engine, engine) else engine.together
-    asked: int = arguments.slots or usual
-    if usual == 1 and asked > 1:
+    one = engine_named(engine)
+    usual = SLOTS if writes_many(engine, one) else one.together
+    if usual == 1 and (asked or 1) > 1:
         raise InputError(
-            f"--engine {arguments.engine} writes one answer at a time, and --slots {asked} asks "
-            "for more.",
+            f"--engine {engine} writes one answer at a time, and --slots {asked} asks for more.",
             "Leave --slots out; others wait in the queue (--queue).",
         )
-    return asked
+    return asked or usual
 
 
 def _keys(file: Path | None) -> list[str]:
@@ -307,38 +305,21 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    model, processor = _model(arguments)
-    arguments.slots = _slots(arguments)
-    sizes = EngineConfig(slots=arguments.slots, limit=arguments.limit)
-    serial = _serial(arguments, model)
-    model = getattr(serial, "adapter", model)  # with what is promised there
+    opened = loaded(
+        arguments, name=arguments.name, context=arguments.limit, sequences=arguments.slots
+    )
+    slots = _slots(opened.engine, arguments.slots)
+    sizes = EngineConfig(slots=slots, limit=arguments.limit)
+    model = opened.adapter if opened.has_exits else opened.adapter.backbone
+    serial = opened.runtime or (model if slots == 1 else None)
     watch, loss = _watched(arguments, model, runtime_name(serial))
     kept: dict[str, Any] = {
         "vision_cache": VisionCache(arguments.image_cache * 2**20),
         "prefix_cache": PrefixCache(arguments.prefix_cache) if arguments.prefix_cache else None,
     }
     return service_of(
-        model, processor, config, sizes, watch=watch, loss=loss, serial=serial, **kept
+        model, opened.processor, config, sizes, watch=watch, loss=loss, serial=serial, **kept
     )
-
-
-def _serial(arguments: argparse.Namespace, model: Any) -> Any:
-    """What writes one answer at a time; None: slots write several."""
-    import torch
-
-    from offramp.adapter.adapter import Adapter
-
-    if not engine_named(arguments.engine).replaces:
-        return model if arguments.slots == 1 else None
-    if not isinstance(model, Adapter):
-        raise InputError(
-            f"{arguments.name} has no exits, and files for {arguments.engine} are made of some.",
-            "Name an adapter, or leave --engine out.",
-        )
-    sizes = {"threads": torch.get_num_threads(), "context": arguments.limit}
-    if engine_named(arguments.engine).together > 1:
-        sizes["sequences"] = arguments.slots
-    return load_runtime(arguments, model, alone=True, **sizes)
 
 
 def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> tuple[Any, Any]:
@@ -384,8 +365,3 @@ def _state_file(model: Any, port: int) -> Path | None:
     name = digest_rows([model.backbone.name, dict(model.calibration or {})])[:16]
     place = "" if port == PORT else f"-{port}"
     return base / "offramp" / f"watch-{name}{place}.json"
-
-
-def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """An adapter and its processor; of a tiny model without exits, the backbone."""
-    return open_named(arguments, arguments.name, chat_template=arguments.chat_template)

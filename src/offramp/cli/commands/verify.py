@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.commands.runtime import check_runtime, load_runtime, runtime_options
-from offramp.cli.loading import load_adapter, read_data
+from offramp.cli.loading import check_engine, loaded, read_data
 from offramp.cli.options import (
     LOADED,
     NAMED_EXITS,
@@ -21,6 +20,7 @@ from offramp.cli.options import (
     length_option,
     name_first,
     precision_options,
+    runtime_options,
     vision_options,
 )
 from offramp.cli.output import say_next, show_result
@@ -95,14 +95,13 @@ def _verify(arguments: argparse.Namespace) -> None:
     from offramp.calibration.verification import Verification, own_examples, with_thresholds
     from offramp.common.progress import progress_bar
     from offramp.core.storage.folders import check_writable
-    from offramp.features.input_processor import InputProcessor
 
     if arguments.quick:
         for name, (value, _) in QUICK.items():
             if name not in getattr(arguments, "given", {}):
                 setattr(arguments, name, value)
     settings = Settings(arguments.rows, arguments.slots, arguments.max_new_tokens)
-    check_runtime(arguments)
+    check_engine(arguments)
     kept = _folder(arguments)
     if kept is not None:
         check_writable(kept, folder=True)
@@ -110,16 +109,15 @@ def _verify(arguments: argparse.Namespace) -> None:
         check_out_file(arguments.out, arguments, _is_certificate, "certificate")
     digest = _digest(arguments)
     items = None if arguments.data is None else read_data(arguments, require_answers=False)
-    adapter, processor = load_adapter(arguments)
-    encoder = InputProcessor(adapter.backbone, processor)
+    opened = loaded(arguments, sequences=arguments.slots, keep_decoder=True)
+    adapter, encoder = opened.adapter, opened.encoder
     if items is None:
         examples = own_examples(adapter, arguments.limit)
     else:
         examples = [item.example for item in items]
     policy = with_thresholds(adapter.policy, adapter, encoder, examples)
-    runtime = load_runtime(arguments, adapter, sequences=arguments.slots)
     one = Verification(
-        adapter, encoder, examples, policy=policy, runtime=runtime, settings=settings
+        adapter, encoder, examples, policy=policy, runtime=opened.runtime, settings=settings
     )
     _say_how_long(one, policy, settings, "" if arguments.quick else "; --quick writes few")
     with progress_bar("verify", total=one.answers) as bar:

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from offramp.cli.exporting import Exporter, check_adapter_alone
-from offramp.cli.loading import load_adapter, load_model, read_data
+from offramp.cli.loading import load_model, loaded, read_data
 from offramp.cli.options import field_option
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
@@ -18,7 +18,6 @@ SHORTLIST = 8192
 
 
 def _write_vllm(arguments: argparse.Namespace) -> None:
-    from offramp.features.input_processor import InputProcessor
     from offramp_vllm.exports.vllm import PROMPTS, check_out, export_vllm
 
     check_adapter_alone(arguments)
@@ -28,8 +27,8 @@ def _write_vllm(arguments: argparse.Namespace) -> None:
     if arguments.data:
         items = read_data(arguments, require_answers=False)
         texts = [item.example.prompt for item in items][: arguments.limit or CHECKED]
-    adapter, processor = load_adapter(arguments)
-    encoder = InputProcessor(adapter.backbone, processor)
+    opened = loaded(arguments)
+    adapter, encoder = opened.adapter, opened.encoder
     prompts = [encoder.tokenizer(text)["input_ids"] for text in texts]
     new = min(arguments.max_new_tokens, 16)
     checked = export_vllm(adapter, arguments.out, prompts, encoder=encoder, max_new_tokens=new)
@@ -62,7 +61,8 @@ def _write_draft_model(arguments: argparse.Namespace) -> None:
         raise InputError("A draft model is of one exit.", "Give one depth with --depths.")
     if not arguments.overwrite:
         check_out(arguments.out)
-    adapter, processor = load_adapter(arguments)
+    opened = loaded(arguments)
+    adapter, processor = opened.adapter, opened.processor
     depth = arguments.depths[0] if arguments.depths else None
     layers = save_draft_model(adapter, processor, arguments.out, depth)
     show_result(
@@ -104,7 +104,8 @@ def _write_drafter(arguments: argparse.Namespace) -> None:
     if arguments.adapter is None:
         backbone, processor = load_model(arguments)
     else:
-        adapter, processor = load_adapter(arguments)
+        opened = loaded(arguments)
+        adapter, processor = opened.adapter, opened.processor
         backbone = adapter.backbone
     config = TrainConfig(
         steps=arguments.steps, shortlist=arguments.shortlist,
