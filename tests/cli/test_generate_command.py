@@ -148,7 +148,7 @@ def test_an_image_unlike_the_calibrated_ones_is_told_and_read_once_to_be_looked_
         return open_rgb(image, *more, **how)
 
     for module in ("image", "example"):
-        monkeypatch.setattr(f"offramp.data.{module}.open_rgb", noted)
+        monkeypatch.setattr(f"offramp.core.inputs.{module}.open_rgb", noted)
     assert run("generate", "tiny-opt", "--image", noise)[0] == 0
     assert "is at most" in caplog.text and "unlike those calibrated" in caplog.text
     assert len(read) == 2  # checked before the model is loaded, then answered

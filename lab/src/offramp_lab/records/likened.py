@@ -34,8 +34,7 @@ from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.save_and_load.config import sealed
 from offramp.core.storage import read_json, write_json
 from offramp.data.scenes.tasks import captions_and_questions
-from offramp.engines import engine_named
-from offramp.engines.auto import LLAMA_CPP
+from offramp.engines import LLAMA_CPP, engine_named
 from offramp.engines.loading import Loaded, load
 from offramp.promises.conditions import TORCH, Conditions, of_processor
 from offramp.promises.likeness import ANSWERS, Likeness, look_of
@@ -117,7 +116,9 @@ def _photo(data: Path, numbers: str) -> Adapter:
     [name] = [name for name in adapter.elsewhere if name.startswith(f"{LLAMA_CPP} {numbers},")]
     with TemporaryDirectory() as folder:
         files = Path(folder) / numbers
-        engine_named(LLAMA_CPP).prepare(adapter, files, numbers)
+        prepare = engine_named(LLAMA_CPP).prepare
+        assert prepare is not None
+        prepare(adapter, files, numbers)
         seen = Conditions.of_calibration(adapter.elsewhere[name])["vision"]
         loaded = load(PHOTO, engine=LLAMA_CPP, vision=seen, gguf=files)
         noted = _noted(loaded, by_kind, looks)

@@ -32,8 +32,9 @@ from offramp.core.errors import InputError
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.intercept import InterceptedModel
+from offramp.core.models.stand_in import TORCH
 from offramp.features.input_processor import InputProcessor
-from offramp.features.towers import ENGINES, TORCH, tower_engine, with_vision
+from offramp.features.towers import ENGINES, tower_engine, with_vision
 from offramp_lab.experiments.experiment import (
     Experiment,
     in_cpu_milliseconds,
