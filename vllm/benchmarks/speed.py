@@ -30,14 +30,14 @@ EAGLE = {"method": "eagle3", "num_speculative_tokens": 3}
 NGRAMS = {
     "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4,
 }  # fmt: skip
-COMPILED = "full depth, compiled"
-"""As vLLM runs by itself; the other ways run eagerly, as exits do."""
+EAGER = "full depth", "early exit, eager", "EAGLE-3", "n-grams"
+"""The other ways run as vLLM does by itself, compiled."""
 WAYS: dict[str, tuple[str | None, dict[str, Any] | None, str]] = {
     "full depth": (None, None, "full"),
-    COMPILED: (None, None, "full"),
+    "full depth, compiled": (None, None, "full"),
     "lossless": ("exits", EXITS, "lossless"),
     "early exit": ("exits", None, "early_exit"),
-    "early exit, whole head": ("whole", None, "early_exit"),
+    "early exit, eager": ("exits", None, "early_exit"),
     "early exit, careful": ("careful", None, "early_exit"),
     "EAGLE-3": (None, EAGLE, "full"),
     # Last: after it no other engine starts in this process.
@@ -68,7 +68,7 @@ def main(folder: Path, at_once: int, out: Path, *asked: str) -> None:
         exits, drafts, _ = WAYS[name]
         if drafts is EAGLE:
             drafts = {**EAGLE, "model": str(folder.parent / "side_by_side" / "drafter")}
-        eager = name != COMPILED
+        eager = name in EAGER
         key = str((*WAYS[name][:2], eager))
         engines[name] = engines[key] = engines.get(key) or make(folder, exits, drafts, eager=eager)
     rounds = {name: counted(engine) for name, engine in engines.items()}

@@ -55,3 +55,10 @@ def test_without_the_setting_vllm_is_as_it_was(made: Any, serve: Any) -> None:
     full = stored(folder, "full")
     got = answers(serve(folder / "model"), [row["prompt"] for row in full])
     assert got == [(row["tokens"], []) for row in full]
+
+
+def test_what_vllm_runs_by_transformers_is_refused_by_that_name(made: Any) -> None:
+    folder = made("llama")
+    with pytest.raises(Refused, match="llama and runs it by transformers") as refused:
+        engine(folder / "model", folder / "export", model_impl="transformers")
+    assert len(str(refused.value).splitlines()) == 2

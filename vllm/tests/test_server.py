@@ -123,6 +123,15 @@ def test_a_server_with_other_answers_than_the_stored_ones_runs_at_full_depth(
         assert gauge(metrics(base), "checked") == [("answers differ from the stored ones", 0.0)]
 
 
+def test_two_servers_behind_one_address_answer_as_one(made: Any) -> None:
+    folder = made("tiny-opt")
+    with serving(folder, folder / "export", "--data-parallel-size", "2") as base:
+        for place, row in enumerate(stored(folder)[:8]):
+            got = ask(base, "/v1/chat/completions", about(folder, place, row))
+            assert got["choices"][0]["token_ids"] == row["tokens"]
+            assert got["choices"][0]["offramp"]["depths"] == row["depths"]
+
+
 def test_each_choice_tells_its_depths(server: str, made: Any) -> None:
     folder = made("tiny-opt")
     row = stored(folder)[0]

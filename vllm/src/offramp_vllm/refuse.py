@@ -55,6 +55,13 @@ def _quantised(config: Any) -> str | None:
     return None if method in QUANTISED else f"Exits beside weights in {method} were not tried."
 
 
+def _backend(config: Any) -> str | None:
+    if not config.model_config.using_transformers_backend():
+        return None
+    kind = config.model_config.hf_text_config.model_type
+    return f"vLLM has no class of its own for {kind} and runs it by transformers, whole."
+
+
 def _loaded(config: Any) -> str | None:
     kind = str(getattr(config.load_config.load_format, "value", config.load_config.load_format))
     if kind in ("auto", "hf", "safetensors", "pt"):
@@ -90,7 +97,7 @@ def _ubatches(config: Any) -> str | None:
 
 
 REFUSALS = (
-    _pipeline, _data_parallel, _context_parallel, _connector, _quantised, _loaded,
+    _pipeline, _data_parallel, _context_parallel, _connector, _backend, _quantised, _loaded,
     _encoder_decoder, _pooling, _drafts, _ubatches,
 )  # fmt: skip
 """Each takes vLLM's whole configuration and says what is wrong, or nothing."""

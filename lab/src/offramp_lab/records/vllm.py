@@ -63,8 +63,7 @@ FORMAT = "q8_0"
 FULL = "full depth"
 WAYS = {
     FULL: "", "full depth, compiled": "", "lossless": "exits", "early exit": "exits",
-    "early exit, whole head": "whole", "early exit, careful": "careful", "EAGLE-3": "",
-    "n-grams": "",
+    "early exit, eager": "exits", "early exit, careful": "careful", "EAGLE-3": "", "n-grams": "",
 }  # fmt: skip
 """Of vLLM, with the folder of the exits."""
 MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit"}
@@ -132,13 +131,8 @@ def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, A
 
 
 def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
-    """Return the policies by folder: as the exits ship; over all tokens; and careful ones."""
-    shipped = adapter.policy
-    return {
-        "exits": shipped,
-        "whole": replace(shipped, shortlist=False),
-        "careful": replace(shipped, **CAREFUL),
-    }
+    """Return the policies by folder: as the exits ship, and careful ones."""
+    return {"exits": adapter.policy, "careful": replace(adapter.policy, **CAREFUL)}
 
 
 def prompts(arguments: Any) -> dict[str, Any]:
@@ -240,7 +234,8 @@ def way(
     of = of if "early" in name else "full"
     return {
         "engine": engine, "way": name, "seconds": [round(s, 4) for s in seconds],
-        "same_answers": same(tokens, said[of]), "answers": len(tokens),
+        "same_answers": same(tokens, said[of]), "full_answers": same(tokens, said["full"]),
+        "answers": len(tokens),
     }  # fmt: skip
 
 

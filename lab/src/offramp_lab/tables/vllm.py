@@ -13,7 +13,7 @@ FULL = "vLLM", "full depth"
 NAMES = {
     "full depth, compiled": "full depth, by torch.compile",
     "early exit": "early exit, as it ships",
-    "early exit, whole head": "the same over the whole vocabulary",
+    "early exit, eager": "the same, eagerly",
     "early exit, careful": "early exit, careful thresholds",
 }
 
@@ -52,8 +52,8 @@ def loads() -> Table:
         taken = f"{milliseconds(way):.0f}"
         return taken if key == FULL else f"{taken} ({ratio(way, load)})"
 
-    def kept(key: tuple[str, str]) -> str:
-        counts = {str(measured(load)[key]["same_answers"]) for load in LOADS}
+    def kept(key: tuple[str, str], which: str) -> str:
+        counts = {str(measured(load)[key][which]) for load in LOADS if which in measured(load)[key]}
         return " to ".join(sorted(counts, key=int))
 
     def drafted(key: tuple[str, str]) -> str:
@@ -68,7 +68,8 @@ def loads() -> Table:
             "": lambda key: f"{key[0]}, {NAMES.get(key[1], key[1])}",
             **{f"{load} at once": partial(cell, load=load) for load in LOADS},
             **rounds,
-            "same answers, of 100": kept,
+            "as offramp's, of 100": partial(kept, which="same_answers"),
+            "as full depth's, of 100": partial(kept, which="full_answers"),
         },
     )
 
