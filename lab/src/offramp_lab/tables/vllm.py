@@ -14,6 +14,7 @@ NAMES = {
     "full depth, compiled": "full depth, by torch.compile",
     "early exit": "early exit, as it ships",
     "early exit, eager": "the same, eagerly",
+    "early exit, whole head": "the same over the whole vocabulary",
     "early exit, careful": "early exit, careful thresholds",
 }
 
@@ -62,14 +63,16 @@ def loads() -> Table:
 
     keys = list(measured("1"))
     rounds = {"tokens a round at 1": drafted} if any(map(drafted, keys)) else {}
+    as_full = partial(kept, which="full_answers")
+    whole = {"full depth's answers, of 100": as_full} if any(map(as_full, keys)) else {}
     return Table.of(
         keys,
         {
             "": lambda key: f"{key[0]}, {NAMES.get(key[1], key[1])}",
             **{f"{load} at once": partial(cell, load=load) for load in LOADS},
             **rounds,
-            "as offramp's, of 100": partial(kept, which="same_answers"),
-            "as full depth's, of 100": partial(kept, which="full_answers"),
+            "same answers, of 100": partial(kept, which="same_answers"),
+            **whole,
         },
     )
 
