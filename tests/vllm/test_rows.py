@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,16 +50,16 @@ def test_a_token_leaves_at_its_threshold_at_zero_always_and_at_nan_never() -> No
 def test_few_tokens_that_go_deeper_are_put_off_but_not_for_long(
     deeper: list[int], again: list[int], off: bool
 ) -> None:
-    asks = torch.ones(4, dtype=torch.bool)
-    assert put_off(torch.tensor(deeper).bool(), asks, torch.tensor(again)) is off
+    asks = np.ones(4, dtype=bool)
+    assert put_off(np.array(deeper, dtype=bool), asks, np.array(again)) is off
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_first_waiting_place_is_what_a_loop_finds(seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    level = torch.randint(0, 3, (10 * BLOCK,), generator=draw).to(torch.uint8)
-    table = torch.stack([torch.randperm(10, generator=draw)[:5] for _ in range(6)]).int()
-    lengths = torch.randint(1, 5 * BLOCK + 1, (6,), generator=draw)
+    draw = np.random.default_rng(seed)
+    level = draw.integers(0, 3, 10 * BLOCK).astype(np.uint8)
+    table = np.stack([draw.permutation(10)[:5] for _ in range(6)]).astype(np.int32)
+    lengths = draw.integers(1, 5 * BLOCK + 1, 6)
     for below in (1, 2):
         found = first_waiting(level, table, lengths, BLOCK, below)
         for row in range(6):
@@ -72,13 +73,13 @@ def test_the_first_waiting_place_is_what_a_loop_finds(seed: int) -> None:
 
 
 def test_slots_are_the_blocks_of_the_table() -> None:
-    table = torch.tensor([[7, 2], [0, 5]])
-    slots = slots_of(table, torch.tensor([0, 0, 1]), torch.tensor([1, 4, 7]), BLOCK)
+    table = np.array([[7, 2], [0, 5]])
+    slots = slots_of(table, np.array([0, 0, 1]), np.array([1, 4, 7]), BLOCK)
     assert slots.tolist() == [29, 8, 23]
 
 
 def call(*parts: tuple[int, int, int]) -> Ragged:
-    return Ragged(*(torch.tensor(column) for column in zip(*parts, strict=True)))
+    return Ragged(*(np.array(column) for column in zip(*parts, strict=True)))
 
 
 def test_tokens_of_a_ragged_call_stand_request_after_request() -> None:

@@ -380,3 +380,48 @@ def test_a_ragged_call_leaves_the_steps_attention_metadata_alone(
     )  # fmt: skip
     expect(answers(llm, prompts(early), at_once=8), early)
     assert len(built) == len(steps) and len(ragged) > len(steps) / 2
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_a_step_waits_for_the_device_once_for_each_exit_that_is_asked(
+    at_once: int, made: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else a host waits for: a number of the device's, or a size that values decide."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from offramp_vllm import early as ours
+
+    aten = torch.ops.aten
+    waits = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select,
+             aten.repeat_interleave}  # fmt: skip
+    seen, told, steps = list[str](), list[int](), list[tuple[int, int]]()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kw: Any = None) -> Any:
+            flags = op.overloadpacket is aten.index and any(
+                one is not None and one.dtype == torch.bool for one in args[1]
+            )
+            if op.overloadpacket in waits or flags:
+                seen.append(str(op))
+            return op(*args, **(kw or {}))
+
+    monkeypatch.setattr(ours, "fetched", lambda one: (told.append(1), one.numpy())[1])
+    folder = made("llama")
+    early = stored(folder)
+    llm = serve(folder / "model", folder / "export")
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
+
+    def counted(theirs: Any) -> Any:
+        def run(*args: Any, **kw: Any) -> Any:
+            before = len(told)
+            with Counting():
+                made_ = theirs(*args, **kw)
+            steps.append((len(told) - before, len(runner.early.exported.depths)))
+            return made_
+
+        return run
+
+    runner.early.decoder.forward = counted(runner.early.forward)
+    runner.early.forward = runner.early.decoder.forward  # of tokens that are written ahead
+    expect(answers(llm, prompts(early), at_once=at_once), early)
+    assert not seen and told and all(waited <= exits for waited, exits in steps)

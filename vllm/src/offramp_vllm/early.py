@@ -8,14 +8,28 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from offramp_vllm.adapter import Exported
 from offramp_vllm.compiled import Compiled, compiles, leave_uncompiled, tried
 from offramp_vllm.drafts import Join
 from offramp_vllm.kernels import Keys, product_of, take_kernels
-from offramp_vllm.rows import SCORES, Ragged, first_waiting, leaves, put_off, rounds, slots_of
+from offramp_vllm.rows import (
+    SCORES,
+    Flags,
+    Ints,
+    Ragged,
+    fetched,
+    first_waiting,
+    leaves,
+    put_off,
+    rounds,
+    sent,
+    slots_of,
+)
 from offramp_vllm.stages import Stages, decoder_of, layers_of
 from offramp_vllm.store import Store
 
@@ -24,62 +38,69 @@ from offramp_vllm.store import Store
 class Step:
     """What a step needs to know of its R requests, and what it decided.
 
-    starts: where each request's tokens begin in the call, and their number [R + 1]. seq_lens: all
-    tokens of each request [R], those of the call included. slots: of the call's tokens [T]. table:
-    block table [R, N] of blocks of `block_size`. asks: whether a token is to be chosen after the
-    request's last one [R]. waits: whether the request's rows stay where they are [R]: a prompt that
-    is not whole yet. thresholds: of each exit [E][R]; NaN: none leaves. allowed: takes rows [A] and
-    the logits [A, V] to those that may be said; None: nothing changes them. deeper: a context in
-    which attention is that of a ragged call. sampled: the call's rows whose logits vLLM asks for
-    [N]; None: the last of each request. exits: whether an exit is asked or drafts in this step; if
-    not, none runs. again: for each request [R] how often its token has been put off; -1: its token
-    may not be. greedy: whether of the logits nothing but the likeliest tokens is wanted.
+    All of the host, but where a tensor is said. starts: where each request's tokens begin in the
+    call, and their number [R + 1]. seq_lens: all tokens of each request [R], those of the call
+    included. slots: of the call's tokens, a tensor [T]. table: block table [R, N] of blocks of
+    `block_size`. asks: whether a token is to be chosen after the request's last one [R]. waits:
+    whether the request's rows stay where they are [R]: a prompt that is not whole yet. thresholds:
+    of each exit [E][R]; NaN: none leaves. allowed: takes rows [A] and the logits [A, V] to those
+    that may be said; None: nothing changes them. deeper: a context in which attention is that of a
+    ragged call; gives its tokens' slots, as a tensor and on the host. sampled: the call's rows
+    whose logits vLLM asks for [N], a tensor; None: the last of each request. exits: whether an exit
+    is asked or drafts in this step; if not, none runs. again: for each request [R] how often its
+    token has been put off; -1: its token may not be. greedy: whether of the logits nothing but the
+    likeliest tokens is wanted.
 
-    tokens: the likeliest [R], -1 where put off; None: vLLM gets logits. depths: layers run for each
-    request's next token [R]. off: requests whose token is put off [O]. said: rows [A] that left,
-    with what they may say: ids' logits. read: whether vLLM has asked for the logits. ran: whether
-    the decoder ran here, and not by code of vLLM's that was compiled before.
+    tokens: the likeliest [R], a tensor, -1 where put off; None: vLLM gets logits. depths: layers
+    run for each request's next token [R]. off: requests whose token is put off [O]. said: rows [A]
+    that left, with what they may say: ids' logits. read: whether vLLM has asked for the logits.
+    ran: whether the decoder ran here, and not by code of vLLM's that was compiled before.
     """
 
-    starts: Tensor
-    seq_lens: Tensor
+    starts: Ints
+    seq_lens: Ints
     slots: Tensor
-    table: Tensor
+    table: Ints
     block_size: int
-    asks: Tensor
-    waits: Tensor
-    thresholds: Sequence[Tensor]
+    asks: Flags
+    waits: Flags
+    thresholds: Sequence[NDArray[np.float32]]
     allowed: Callable[[Tensor, Tensor], Tensor] | None
-    deeper: Callable[[Ragged], AbstractContextManager[Any]]
+    deeper: Callable[[Ragged], AbstractContextManager[tuple[Tensor, Ints]]]
     sampled: Tensor | None
     layers: int
     exits: bool
-    again: Tensor
+    again: Ints
     greedy: bool
     tokens: Tensor | None = None
-    depths: Tensor = field(init=False)
-    off: Tensor = field(init=False)
-    said: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    depths: Ints = field(init=False)
+    off: Ints = field(init=False)
+    said: list[tuple[Ints, Tensor]] = field(default_factory=list)
     read: bool = False
     ran: bool = False
 
     def __post_init__(self) -> None:
-        self.depths = torch.full_like(self.seq_lens, self.layers)
-        self.off = self.seq_lens.new_empty(0, dtype=torch.long)
+        self.depths = np.full_like(self.seq_lens, self.layers)
+        self.off = np.zeros(0, dtype=np.int64)
 
     @property
-    def last(self) -> Tensor:
+    def last(self) -> Ints:
         """The call's row of each request's last token [R]."""
-        return (self.starts[1:] - 1).long()
+        return self.starts[1:] - 1
 
-    def asked(self, place: int) -> Tensor:
+    def asked(self, place: int) -> Ints:
         """The requests whose token an exit may write [A]."""
-        return (self.asks & ~self.thresholds[place].isnan()).nonzero().flatten()
+        return np.flatnonzero(self.asks & ~np.isnan(self.thresholds[place]))
 
     @property
-    def begins(self) -> Tensor:
+    def begins(self) -> Ints:
         """The place of each request's first token in the call [R]."""
-        return (self.seq_lens - self.starts[1:] + self.starts[:-1]).long()
+        return self.seq_lens - self.starts[1:] + self.starts[:-1]
+
+    @property
+    def whole(self) -> Ragged:
+        """The call itself."""
+        return Ragged(np.arange(len(self.seq_lens)), self.begins, self.seq_lens)
 
 
 class Head:
@@ -191,26 +212,26 @@ class Early:
             return self._unwritten(given, positions)
         state = self.stages.begin(given, self.exported.depths[0])
         count, step.ran = len(step.slots), True
-        store.begin(step.slots, positions.reshape(-1, positions.shape[-1])[:, :count])
+        known = slots_of(step.table, *step.whole.tokens(), step.block_size)
+        store.begin(step.slots, known, positions.reshape(-1, positions.shape[-1])[:, :count])
         store.put(0, step.slots, {name: part[:count] for name, part in state.items()})
         stay = ~step.waits
         if step.exits:
             if store.gaps:
-                every = torch.arange(len(stay), device=stay.device)
-                self._fill(step, store, 0, every, step.begins)
+                self._fill(step, store, 0, np.arange(len(stay)), step.begins)
             hidden = self._first(step, state, positions)
-            store.heard[0].index_fill_(0, step.slots, 1)
+            store.heard[0, known] = 1
         else:
             first_part, store.gaps = next(iter(state.values())), True
             hidden = first_part.new_zeros((len(first_part), self.head.width))
         for place in range(len(self.exported.depths)):
             stay = self._decide(step, place, hidden, stay)
-            rows = stay.nonzero().flatten()
+            rows = np.flatnonzero(stay)
             if place == 0 and put_off(stay, step.asks, step.again):
                 step.off, rows = rows, rows[:0]
             if not len(rows):
                 break
-            hidden = self._deeper(step, store, place, rows, positions, hidden)
+            hidden = self._deeper(step, store, place, rows, positions, known, hidden)
         return hidden
 
     def _unwritten(self, given: dict[str, Any], positions: Tensor) -> Tensor:
@@ -250,16 +271,15 @@ class Early:
         is asked it only writes keys and values."""
         if self._keys is None or self._join is not None or len(step.slots) == len(step.seq_lens):
             return self._exit(0, state, positions)
-        asked = step.asked(0)
-        at, last = self.exported.layers, step.last[asked]
+        asked, like = step.asked(0), next(iter(state.values()))
+        at, last = self.exported.layers, sent(step.last[asked], like)
         few = {name: part[last] for name, part in state.items()}  # before norms write into it
         self._keys.write(lambda: self.stages.between(state, positions, at, at + 1, eager=True))
-        example = next(iter(state.values()))
-        hidden = example.new_zeros((len(example), self.head.width))
+        hidden = like.new_zeros((len(like), self.head.width))
         if len(asked):
-            place = step.seq_lens[asked].long()
+            place = step.seq_lens[asked]
             with step.deeper(Ragged(asked, place - 1, place)):
-                hidden[last] = self._exit(0, few, positions[..., last])
+                hidden.index_copy_(0, last, self._exit(0, few, positions[..., last]))
         return hidden
 
     def _exit(self, place: int, state: dict[str, Tensor], positions: Tensor) -> Tensor:
@@ -270,85 +290,91 @@ class Early:
         self._like, self.drafted = made, self._join.whole(made)
         return self.stages.finish(made, positions, at + 1, at + 1)
 
-    def _decide(self, step: Step, place: int, hidden: Tensor, stay: Tensor) -> Tensor:
-        """Which requests go on [R]; those that leave have said what they say."""
+    def _decide(self, step: Step, place: int, hidden: Tensor, stay: Flags) -> Flags:
+        """Which requests go on [R]; those that leave have said what they say. Here, and nowhere
+        else in a step, the host waits for what the device has found."""
         rows = step.asked(place)
         rows = rows[stay[rows]]
         if not len(rows) or not self.on:
             return stay
-        logits = self.head(hidden.index_select(0, step.last[rows]))
+        logits = self.head(hidden.index_select(0, sent(step.last[rows], hidden)))
         allowed = self._allowed(step, rows, logits)
-        leaving = leaves(self._score(allowed), step.thresholds[place][rows])
+        score = self._score(allowed)
+        may = leaves(score, sent(step.thresholds[place][rows], score))
         if step.allowed is not None:  # an exit that may say nothing leaves nothing
-            leaving &= ~allowed.isneginf().all(-1)
+            may &= ~allowed.isneginf().all(-1)
+        leaving = fetched(_agreed(may))
         if place == 0:  # a token that was put off has been asked there
-            leaving &= step.again[rows] < 1
-        leaving = _agreed(leaving)
+            leaving = leaving & (step.again[rows] < 1)
         out = rows[leaving]
-        step.said.append((out, logits[leaving]))
-        step.depths.index_fill_(0, out, self.exported.depths[place])
-        return stay.index_fill(0, out, False)
+        step.said.append((out, logits.index_select(0, sent(np.flatnonzero(leaving), logits))))
+        step.depths[out] = self.exported.depths[place]
+        stay = stay.copy()
+        stay[out] = False
+        return stay
 
-    def _allowed(self, step: Step, rows: Tensor, logits: Tensor) -> Tensor:
+    def _allowed(self, step: Step, rows: Ints, logits: Tensor) -> Tensor:
         if step.allowed is None:
             return logits
-        whole = step.allowed(rows, self.head.whole(logits))
+        whole = step.allowed(sent(rows, logits), self.head.whole(logits))
         return whole if self.head.ids is None else whole[:, self.head.ids]
 
     def _deeper(
-        self, step: Step, store: Store, place: int, rows: Tensor, given: Tensor, hidden: Tensor
-    ) -> Tensor:
+        self, step: Step, store: Store, place: int, rows: Ints, given: Tensor, known: Ints,
+        hidden: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Final states [T, D] after the part above an exit has run for requests [G], with what
-        waits of them there. given: positions of the call. hidden: final states before."""
-        table, lengths = step.table[rows], step.seq_lens[rows].long()
+        waits of them there. given, known: positions and slots of the call. hidden: final states
+        before."""
+        table, lengths = step.table[rows], step.seq_lens[rows]
         begin = first_waiting(store.level, table, lengths, step.block_size, place + 1)
         if step.exits and place + 1 < len(self.ends):
             self._fill(step, store, place + 1, rows, begin)
         whole = len(rows) == len(step.seq_lens) and given.shape[-1] == len(step.slots)
-        if whole and torch.equal(begin, step.begins):  # the call itself, as it came
-            return self._part(step, store, place, step.slots, given)
+        if whole and np.array_equal(begin, step.begins):  # the call itself, as it came
+            return self._part(step, store, place, step.slots, known, given)
         for part in rounds(Ragged(rows, begin, lengths), self.most):
-            which, places = part.tokens()
-            slots = slots_of(step.table, which, places, step.block_size)
-            with step.deeper(part):
-                final = self._part(step, store, place, slots, store.places(slots))
+            with step.deeper(part) as (slots, their):
+                final = self._part(step, store, place, slots, their, store.places(slots))
             # The rows of this call among them, and where they stand in it.
+            which, places = part.tokens()
             at = step.starts[1:][which] - (step.seq_lens[which] - places)
             own = at >= step.starts[:-1][which]
-            hidden.index_copy_(0, at[own].long(), final[own])
+            taken = final.index_select(0, sent(np.flatnonzero(own), final))
+            hidden.index_copy_(0, sent(at[own], hidden), taken)
         return hidden
 
     def _part(
-        self, step: Step, store: Store, place: int, slots: Tensor, positions: Tensor
+        self, step: Step, store: Store, place: int, slots: Tensor, known: Ints, positions: Tensor
     ) -> Tensor:
-        """Final states [T, D] of slots [T] after the part above an exit, by the next exit."""
+        """Final states [T, D] of slots [T] after the part above an exit, by the next exit. known:
+        the slots on the host."""
         state, end = store.at(place, slots), self.ends[place]
         start = self.exported.depths[place]
-        store.level.index_fill_(0, slots, place + 1)
+        store.level[known] = place + 1
         if end == self.exported.layers:
             return self.stages.finish(state, positions, start, end)
         state = self.stages.between(state, positions, start, end)
         store.put(place + 1, slots, state)
         if not step.exits:
             return next(iter(state.values()))
-        store.heard[place + 1].index_fill_(0, slots, 1)
+        store.heard[place + 1, known] = 1
         return self._exit(place + 1, state, positions)
 
-    def _fill(self, step: Step, store: Store, place: int, rows: Tensor, until: Tensor) -> None:
+    def _fill(self, step: Step, store: Store, place: int, rows: Ints, until: Ints) -> None:
         """Write an exit's keys where calls have left the exit out, for requests [G] up to a place
         [G] of each."""
-        if not store.gaps or not int(until.max()):
+        if not store.gaps or not until.max():
             return
         begin = first_waiting(store.heard[place], step.table[rows], until, step.block_size, 1)
         some = begin < until
-        if not bool(some.any()):
+        if not some.any():
             return
         at = self.exported.layers + place
         for part in rounds(Ragged(rows[some], begin[some], until[some]), self.most):
-            slots = slots_of(step.table, *part.tokens(), step.block_size)
-            with step.deeper(part):
+            with step.deeper(part) as (slots, known):
                 self.stages.between(store.at(place, slots), store.places(slots), at, at + 1)
-            store.heard[place].index_fill_(0, slots, 1)
+            store.heard[place, known] = 1
 
     def draft_on(self) -> None:
         """Have the first exit's own states kept of each call, if it drafts on from them."""
@@ -386,32 +412,35 @@ class Early:
             return step.tokens
         if not step.said:
             return self._logits(states)  # type: ignore[no-any-return]
-        request = torch.arange(len(step.seq_lens), device=states.device)
+        request = np.arange(len(step.seq_lens))
         if step.sampled is not None:
-            request = torch.searchsorted(step.starts.long(), step.sampled.long(), right=True) - 1
-        place = torch.zeros_like(step.seq_lens, dtype=torch.long)
-        place[request] = torch.arange(len(request), device=states.device)
+            request = np.searchsorted(step.starts, fetched(step.sampled), side="right") - 1
+        place = np.zeros_like(step.seq_lens)
+        place[request] = np.arange(len(request))
         first = step.said[0][1]
         logits = first.new_full((len(request), self.head.vocabulary), float("-inf"))
         for rows, said in step.said:
-            self.head.put(logits, place[rows], said)
-        logits[place[step.off]] = 0.0
+            self.head.put(logits, sent(place[rows], logits), said)
+        if len(step.off):
+            logits.index_fill_(0, sent(place[step.off], logits), 0.0)
         deep = step.depths[request] == step.layers
         deep[place[step.off]] = False
-        deep = deep.nonzero().flatten()
-        if len(deep):
-            logits.index_copy_(0, deep, self._logits(states.index_select(0, deep)).to(logits))
+        if deep.any():
+            at = sent(np.flatnonzero(deep), logits)
+            logits.index_copy_(0, at, self._logits(states.index_select(0, at)).to(logits))
         return logits
 
     def _tokens(self, step: Step, states: Tensor) -> Tensor:
         """The likeliest token of each request [R], of its last row's final state [R, D]."""
-        tokens = torch.full_like(step.depths, -1, dtype=torch.long)
+        tokens = torch.full((len(step.seq_lens),), -1, dtype=torch.long, device=states.device)
+        deep = step.asks.copy()
+        deep[step.off] = False
         for rows, said in step.said:
-            tokens.index_copy_(0, rows, self.head.likeliest(said))
-        deep = ((tokens < 0) & step.asks).index_fill_(0, step.off, False).nonzero().flatten()
-        if len(deep):
-            said = self._logits(states.index_select(0, deep))
-            tokens.index_copy_(0, deep, said.argmax(-1))
+            tokens.index_copy_(0, sent(rows, tokens), self.head.likeliest(said))
+            deep[rows] = False
+        if deep.any():
+            at = sent(np.flatnonzero(deep), tokens)
+            tokens.index_copy_(0, at, self._logits(states.index_select(0, at)).argmax(-1))
         return tokens
 
 

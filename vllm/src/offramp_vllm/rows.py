@@ -1,18 +1,34 @@
-"""Which rows leave, which cache slots wait, and the ragged call that goes deeper: pure functions of
-tensors, without vLLM.
+"""Which rows leave, which cache slots wait, and the ragged call that goes deeper: pure functions,
+without vLLM.
 
 R requests in a step, each with a block table of N blocks. A slot is a place in the paged cache:
-block number times block size, plus the place in the block.
+block number times block size, plus the place in the block. What is decided is decided on the host,
+in arrays of its own: the host waits for the device only where `fetched` is called.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+def fetched(values: Tensor) -> NDArray[Any]:
+    """What the device has found, on the host, which waits for it."""
+    return values.cpu().numpy()  # type: ignore[no-any-return]
+
+
+def sent(values: NDArray[Any], like: Tensor) -> Tensor:
+    """The host's values on the device of `like`, which nobody waits for."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, non_blocking=True)
 
 
 def max_probability(logits: Tensor) -> Tensor:
@@ -65,7 +81,7 @@ TOGETHER = 1 / 2
 """The share of a step's tokens that goes deeper at once."""
 
 
-def put_off(deeper: Tensor, asks: Tensor, again: Tensor) -> bool:
+def put_off(deeper: Flags, asks: Flags, again: Ints) -> bool:
     """Whether tokens that go deeper are put off to a later step, so that the layers above the exit
     read their weights once for several: where they are few, and none of them has waited long.
 
@@ -77,30 +93,28 @@ def put_off(deeper: Tensor, asks: Tensor, again: Tensor) -> bool:
     return few and bool(((some >= 0) & (some < PUT_OFF)).all())
 
 
-def slots_of(block_table: Tensor, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
+def slots_of(block_table: Ints, rows: Ints, positions: Ints, block_size: int) -> Ints:
     """The slots [T] of tokens.
 
     block_table: [R, N]. rows: the request [T] of each token. positions: its place [T].
     """
-    blocks = block_table[rows, positions // block_size].long()
-    return blocks * block_size + positions % block_size
+    blocks = block_table[rows, positions // block_size].astype(np.int64)
+    found: Ints = blocks * block_size + positions % block_size
+    return found
 
 
 def first_waiting(
-    level: Tensor, block_table: Tensor, seq_lens: Tensor, block_size: int, below: int
-) -> Tensor:
+    level: NDArray[np.uint8], block_table: Ints, seq_lens: Ints, block_size: int, below: int
+) -> Ints:
     """The first place [R] of each request whose slot is at a level less than `below`; the request's
     length where none is.
 
     level: of every slot [S]. seq_lens: tokens [R] of each request, those of this step included.
     """
-    longest = int(seq_lens.max())
-    table = block_table[:, : -(-longest // block_size)].long()
-    waiting = (level.view(-1, block_size)[table] < below).flatten(1)
-    places = torch.arange(waiting.shape[1], device=level.device)
-    waiting &= places < seq_lens[:, None]
-    found = waiting.to(torch.uint8).argmax(1)
-    return torch.where(waiting.any(1), found, seq_lens.long())
+    table = block_table[:, : -(-int(seq_lens.max()) // block_size)]
+    waiting = (level.reshape(-1, block_size)[table] < below).reshape(len(table), -1)
+    waiting &= np.arange(waiting.shape[1]) < seq_lens[:, None]
+    return np.where(waiting.any(1), waiting.argmax(1), seq_lens)
 
 
 class Ragged(NamedTuple):
@@ -109,21 +123,20 @@ class Ragged(NamedTuple):
     rows: the requests [G], of R. starts, ends: their first place, and that after their last [G].
     """
 
-    rows: Tensor
-    starts: Tensor
-    ends: Tensor
+    rows: Ints
+    starts: Ints
+    ends: Ints
 
     @property
-    def offsets(self) -> Tensor:
+    def offsets(self) -> Ints:
         """Where each request's tokens begin in the call, and the number of all [G + 1]."""
-        lengths = self.ends - self.starts
-        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return np.concatenate([[0], (self.ends - self.starts).cumsum()]).astype(np.int64)
 
-    def tokens(self) -> tuple[Tensor, Tensor]:
+    def tokens(self) -> tuple[Ints, Ints]:
         """The request of each token [T], of R, and its place [T]."""
         lengths, offsets = self.ends - self.starts, self.offsets
-        which = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        places = torch.arange(len(which), device=lengths.device) - offsets[which]
+        which = np.repeat(np.arange(len(lengths)), lengths)
+        places = np.arange(len(which)) - offsets[which]
         return self.rows[which], places + self.starts[which]
 
 
@@ -135,18 +148,18 @@ def rounds(call: Ragged, most: int) -> Iterator[Ragged]:
         return
     parts: list[tuple[int, int, int]] = []
     room = most
-    for row, start, end in zip(*(t.tolist() for t in call), strict=True):
+    for row, start, end in zip(*(column.tolist() for column in call), strict=True):
         at = start
         while at < end:
             taken = min(room, end - at)
             parts.append((row, at, at + taken))
             at, room = at + taken, room - taken
             if room == 0:
-                yield _ragged(parts, call.rows)
+                yield _ragged(parts)
                 parts, room = [], most
     if parts:
-        yield _ragged(parts, call.rows)
+        yield _ragged(parts)
 
 
-def _ragged(parts: Sequence[tuple[int, int, int]], like: Tensor) -> Ragged:
-    return Ragged(*(like.new_tensor(column) for column in zip(*parts, strict=True)))
+def _ragged(parts: Sequence[tuple[int, int, int]]) -> Ragged:
+    return Ragged(*(np.array(column, dtype=np.int64) for column in zip(*parts, strict=True)))

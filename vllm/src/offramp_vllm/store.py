@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from offramp_vllm.rows import Ints
 
 Parts = Mapping[str, Tensor]
 """A state between two layers by the names that the model's own pipeline stages hand on."""
 
 
 class Store:
-    """States of S slots at E exits.
+    """States of S slots at E exits. What is known of slots is known to the host.
 
     level: for each slot [S] how many of the parts above the exits have run, 0 to E.
     heard: for each exit and slot [E, S] 1 where the exit has run, so that its keys are there.
@@ -35,20 +38,21 @@ class Store:
             for _ in range(exits)
         ]  # fmt: skip
         self.positions = torch.zeros((axes, slots), dtype=torch.int64, device=device)
-        self.level = torch.full((slots,), exits, dtype=torch.uint8, device=device)
-        self.heard = torch.ones((exits, slots), dtype=torch.uint8, device=device)
+        self.level = np.full(slots, exits, dtype=np.uint8)
+        self.heard = np.ones((exits, slots), dtype=np.uint8)
 
     @staticmethod
     def bytes_a_slot(exits: int, like: Parts, axes: int) -> int:
-        """Bytes that a slot takes."""
+        """Bytes that a slot takes on the device."""
         states = sum(t[0].numel() * t.element_size() for t in like.values())
-        return exits * (states + 1) + 8 * axes + 1
+        return exits * states + 8 * axes
 
-    def begin(self, slots: Tensor, positions: Tensor) -> None:
-        """Have slots [T] wait at the first exit. positions: [axes, T]."""
+    def begin(self, slots: Tensor, known: Ints, positions: Tensor) -> None:
+        """Have slots [T] wait at the first exit. known: the same on the host. positions: [axes,
+        T]."""
         self.positions.index_copy_(1, slots, positions)
-        self.level.index_fill_(0, slots, 0)
-        self.heard.index_fill_(1, slots, 0)
+        self.level[known] = 0
+        self.heard[:, known] = 0
 
     def put(self, exit: int, slots: Tensor, state: Parts) -> None:
         """Keep the states of tokens at an exit. exit: from 0. slots: [T]. state: [T, ...]."""

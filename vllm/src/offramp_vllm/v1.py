@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
@@ -31,7 +32,7 @@ from offramp_vllm.drafts import ExitDrafts, exits_draft
 from offramp_vllm.early import Early, Step
 from offramp_vllm.policy import LOSSLESS, Asked, asked
 from offramp_vllm.refuse import WITHOUT, Refused
-from offramp_vllm.rows import Ragged, slots_of, verified
+from offramp_vllm.rows import Ints, Ragged, fetched, sent, slots_of, verified
 from offramp_vllm.settings import features_joined, folder_of, watched_share
 from offramp_vllm.stages import layers_of, states_like
 from offramp_vllm.store import Store
@@ -179,7 +180,7 @@ class ExitRunner:
         self._put_off = {one: self._put_off.get(one, 0) + 1 for one in off}
         # As vLLM drops what it samples for a prompt that is not whole yet.
         if step is not None:
-            me.discard_request_mask.np[step.off.cpu().numpy()] = True
+            me.discard_request_mask.np[step.off] = True
         self._ahead = []
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         self.early.step = None
@@ -236,25 +237,23 @@ class ExitRunner:
         lengths = [len(me.requests[one].output_token_ids) + 1 for one in ids]
         room = min(one.most - length for one, length in zip(known, lengths, strict=True))
         room = min(room, AHEAD, me.max_model_len - int(step.seq_lens.max()) - 1)
-        if not bool(step.asks.all()):
+        if not step.asks.all():
             return
-        rows = torch.arange(count, device=me.device)
-        rules = torch.tensor(
-            [one.asked.rule.thresholds for one in known], dtype=torch.float32, device=me.device
-        )
-        again = step.again.clamp(max=0)
+        rows, again = np.arange(count), step.again.clip(max=0)
+        rules = [one.asked.rule.thresholds for one in known]
         with set_forward_context(None, me.vllm_config, count, slot_mapping={}):
-            while len(self._ahead) < room and not len(step.off) and self._is_quick(step):
+            while len(self._ahead) < room and not len(step.off) and self._is_quick():
                 token = step.tokens
                 assert token is not None
-                if any(t in one.ends for t, one in zip(token.tolist(), known, strict=True)):
+                said = fetched(token).tolist()
+                if any(t in one.ends for t, one in zip(said, known, strict=True)):
                     break
-                place = step.seq_lens.long()
-                with self._attending(Ragged(rows, place, place + 1)) as slots:
+                place = step.seq_lens
+                with self._attending(Ragged(rows, place, place + 1)) as (slots, _):
                     step = replace(
-                        step, starts=torch.arange(count + 1, device=me.device),
-                        seq_lens=step.seq_lens + 1, slots=slots, thresholds=rules.unbind(1),
-                        sampled=None, again=again, tokens=None, said=[], read=False, ran=False,
+                        step, starts=np.arange(count + 1), seq_lens=place + 1, slots=slots,
+                        thresholds=_by_exit(rules), sampled=None, again=again, tokens=None,
+                        said=[], read=False, ran=False,
                     )  # fmt: skip
                     me.early.step = step
                     states = me.early.forward(token, self._positions(rows, place), None, None)
@@ -263,9 +262,12 @@ class ExitRunner:
                 assert step.tokens is not None
                 yield step.tokens
 
-    def _is_quick(self, step: Step) -> bool:
+    def _is_quick(self) -> bool:
+        me: Any = self
         quick = time.perf_counter() - self._begun < QUICK
-        return bool(_agreed(step.asks.new_full((), quick).to(torch.uint8)))
+        if get_tp_group().world_size == 1:
+            return quick
+        return bool(fetched(_agreed(torch.tensor([quick], device=me.device).to(torch.uint8)))[0])
 
     def drafts(self, sampled: Sequence[Sequence[int]], lengths: Any) -> list[list[int]]:
         """What the first exit says after the new tokens of each lossless request, while it is sure
@@ -278,27 +280,32 @@ class ExitRunner:
         asking = [row for row, left in enumerate(room) if left]
         if step is None or not asking:
             return made
-        rows = torch.tensor(asking, dtype=torch.long, device=me.device)
-        token = rows.new_tensor([sampled[row][-1] for row in asking])
-        place = rows.new_tensor([int(lengths[row]) - 1 for row in asking])
+        rows = np.array(asking, dtype=np.int64)
+        place = np.array([int(lengths[row]) - 1 for row in asking], dtype=np.int64)
+        token = torch.tensor([sampled[row][-1] for row in asking], device=me.device)
         before = early.drafted
         if before is not None:
-            before = before[(step.starts[1:] - step.seq_lens)[rows] + place - 1]
+            at = (step.starts[1:] - step.seq_lens)[rows] + place - 1
+            before = before.index_select(0, sent(at, before))
         sure = torch.ones(len(asking), device=me.device)
         with set_forward_context(None, me.vllm_config, len(asking), slot_mapping={}):
             while len(rows):
                 with self._attending(Ragged(rows, place, place + 1)):
                     logits = early.draft(token, self._positions(rows, place), before)
                 sure, said = sure * early.score(logits), logits.argmax(-1)
-                token = _agreed(said if early.head.ids is None else early.head.ids[said])
-                on = _agreed((sure >= self.exported.rule.drafts).to(token)).bool().tolist()
-                for at, (row, one) in enumerate(zip(rows.tolist(), token.tolist(), strict=True)):
+                token = said if early.head.ids is None else early.head.ids[said]
+                # In one tensor, so that the host waits once.
+                both = torch.stack([token, (sure >= self.exported.rule.drafts).to(token)])
+                words, on = fetched(_agreed(both)).tolist()
+                for at, (row, one) in enumerate(zip(rows.tolist(), words, strict=True)):
                     if on[at]:
                         made[row].append(one)
                         on[at] = len(made[row]) < room[row] and one not in known[row].ends
-                going = torch.tensor(on, device=me.device)
-                rows, token, place, sure = rows[going], token[going], place[going] + 1, sure[going]
-                before = None if before is None else early.drafted[going]
+                going = np.flatnonzero(on)
+                rows, place, kept = rows[going], place[going] + 1, sent(going, token)
+                token = torch.tensor([words[at] for at in going], device=me.device)
+                sure = sure.index_select(0, kept)
+                before = None if before is None else early.drafted.index_select(0, kept)
         return made
 
     def _room(self, row: int, new: Sequence[int]) -> int:
@@ -311,57 +318,56 @@ class ExitRunner:
         left = known.most - len(me.requests[one].output_token_ids) - 1
         return max(0, min(self._drafts_at_most, left))
 
-    def _positions(self, rows: Tensor, places: Tensor) -> Tensor:
+    def _positions(self, rows: Ints, places: Ints) -> Tensor:
         """Positions [N] of tokens after the prompt; [3, N] where they are of time, height and
         width."""
         me: Any = self
         if not me.uses_mrope:
-            return places
+            return torch.from_numpy(places).to(me.device)
         ids = me.input_batch.req_ids
         more = [me.requests[ids[row]].mrope_position_delta or 0 for row in rows.tolist()]
-        return (places + places.new_tensor(more)).expand(3, -1).contiguous()
+        return torch.from_numpy(places + np.array(more)).to(me.device).expand(3, -1).contiguous()
 
     def _step(self) -> Step:
         me: Any = self
         count, batch = me.input_batch.num_reqs, me.input_batch
         ids = batch.req_ids
         known = [self._request(one) for one in ids]
-        partial = torch.from_numpy(me.discard_request_mask.np[:count].copy()).to(me.device)
+        partial = me.discard_request_mask.np[:count].copy()
         rules = [
             r.asked.rule.thresholds if me.requests[one].output_token_ids else r.first
             for one, r in zip(ids, known, strict=True)
         ]
         waits = [r.asked.rule.waits and not r.whole for r in known]
-        device = me.device
-        starts = me.query_start_loc.gpu[: count + 1]
+        starts = me.query_start_loc.np[: count + 1].astype(np.int64)
         blocks = batch.block_table[self._group]
         name = me.attn_groups[self._group][0].layer_names[0]
-        slots = get_forward_context().slot_mapping[name][: int(starts[-1])]
+        slots = get_forward_context().slot_mapping[name][: starts[-1]]
         changed = any(r.changed for r in known)
         modes = [r.asked.mode for r in known]
         drafting = LOSSLESS in modes and self._drafts_at_most > 0 and exits_draft(me.vllm_config)
         leaving = self.early.on and any(r.asked.rule.is_on for r in known)
         greedy = leaving and not _drafts(me.vllm_config) and self._plain(batch.sampling_metadata)
         may = me.speculative_config is None or exits_draft(me.vllm_config)
-        again = [
+        again = np.array([
             self._put_off.get(one, 0) if may and r.asked.rule.is_on and r.greedy else -1
             for one, r in zip(ids, known, strict=True)
-        ]
+        ])  # fmt: skip
         return Step(
             starts=starts,
-            seq_lens=me.seq_lens[:count],
+            seq_lens=me.optimistic_seq_lens_cpu[:count].numpy().astype(np.int64),
             slots=slots.long(),
-            table=blocks.get_device_tensor(count),
+            table=blocks.get_numpy_array()[:count],
             block_size=blocks.block_size,
             asks=~partial,
-            waits=partial & torch.tensor(waits, device=device),
-            thresholds=torch.tensor(rules, dtype=torch.float32, device=device).unbind(1),
+            waits=partial & np.array(waits),
+            thresholds=_by_exit(rules),
             allowed=self._allowed if changed else None,
             deeper=self._attending,
             sampled=self._sampled,
             layers=self.exported.layers,
             exits=drafting or leaving,
-            again=torch.tensor(again, device=device).masked_fill(partial, -1),
+            again=np.where(partial, -1, again),
             greedy=greedy,
         )
 
@@ -404,35 +410,41 @@ class ExitRunner:
             place += 1 + len(drafts.get(one, ()))
 
     @contextmanager
-    def _attending(self, call: Ragged) -> Iterator[Tensor]:
+    def _attending(self, call: Ragged) -> Iterator[tuple[Tensor, Ints]]:
         """Attention of a ragged call in place of the step's: query starts, lengths, block tables
-        and slots of its own, of which those that states are kept by are given."""
+        and slots of its own, of which those that states are kept by are given, as a tensor and on
+        the host."""
         me: Any = self
         which, places = call.tokens()
-        offsets, ends = call.offsets.int(), call.ends.int()
+        device = me.device
+        offsets = torch.from_numpy(call.offsets.astype(np.int32))
+        ends = torch.from_numpy(call.ends.astype(np.int32))
+        at = torch.from_numpy(places).to(device)
+        rows = torch.from_numpy(call.rows).to(device)
         attention: dict[str, Any] = {}
         slots: dict[str, Tensor] = {}
-        own = places
+        own = at, places
         for number, groups in enumerate(self._builders[self._within]):
             blocks = me.input_batch.block_table[number]
             table = blocks.get_device_tensor(me.input_batch.num_reqs)
-            mapped = slots_of(table, which, places, blocks.block_size)
+            known = slots_of(blocks.get_numpy_array(), which, places, blocks.block_size)
+            mapped = torch.from_numpy(known).to(device)
             common = CommonAttentionMetadata(
-                query_start_loc=offsets,
-                query_start_loc_cpu=offsets.cpu(),
-                seq_lens=ends,
+                query_start_loc=offsets.to(device),
+                query_start_loc_cpu=offsets,
+                seq_lens=ends.to(device),
                 num_reqs=len(call.rows),
                 num_actual_tokens=len(which),
                 max_query_len=int((call.ends - call.starts).max()),
-                max_seq_len=int(ends.max()),
-                block_table_tensor=table[call.rows].contiguous(),
+                max_seq_len=int(call.ends.max()),
+                block_table_tensor=table.index_select(0, rows),
                 slot_mapping=mapped,
                 causal=True,
-                positions=places,
+                positions=at,
                 is_prefilling=torch.zeros(len(call.rows), dtype=torch.bool),
-                seq_lens_cpu_upper_bound=ends.cpu(),
+                seq_lens_cpu_upper_bound=ends,
             )
-            own = mapped if number == self._group else own
+            own = (mapped, known) if number == self._group else own
             for group in groups:
                 made = group.build_metadata(common)
                 attention |= dict.fromkeys(group.layer_names, made)
@@ -449,7 +461,7 @@ class ExitRunner:
             context.attn_metadata, context.slot_mapping = before
 
     @contextmanager
-    def _adapted(self, which: Tensor) -> Iterator[None]:
+    def _adapted(self, which: Ints) -> Iterator[None]:
         """LoRA adapters of tokens [T] by their requests, in place of the step's."""
         me: Any = self
         batch = me.input_batch
@@ -458,7 +470,7 @@ class ExitRunner:
             return
         before = me.lora_manager._adapter_manager._last_mapping
         of_requests = batch.request_lora_mapping[: batch.num_reqs]
-        tokens = tuple(of_requests[which.cpu().numpy()].tolist())
+        tokens = tuple(of_requests[which].tolist())
         asked = {*batch.lora_id_to_lora_request.values()}
         me._set_active_loras(tuple(of_requests.tolist()), tokens, asked)
         try:
@@ -471,6 +483,11 @@ def _agreed(tokens: Tensor) -> Tensor:
     """What the first rank of tensor parallel has found."""
     group = get_tp_group()
     return tokens if group.world_size == 1 else group.broadcast(tokens, src=0)
+
+
+def _by_exit(rules: Sequence[Sequence[float]]) -> list[NDArray[np.float32]]:
+    """Thresholds of each exit [E][R], of those of each request."""
+    return [*np.array(rules, dtype=np.float32).T]
 
 
 def _drafts(config: VllmConfig) -> bool:
