@@ -14,7 +14,7 @@ READY := $(VENV)/.offramp-ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.offramp-ready
 
-.PHONY: demo test quick test-research test-vllm lint check records calibrated compare fuzz pages clean docs docs-version dist check-dist notes
+.PHONY: demo test core quick test-research test-vllm lint check records calibrated compare fuzz pages clean docs docs-version dist check-dist notes
 
 demo: $(READY)  ## train and time exits on a tiny model; writes runs/demo/report.json (BACKBONE=opt or t5)
 	$(BIN)/offramp demo $(BACKBONE)
@@ -28,6 +28,9 @@ test: $(READY)  ## the tests of what is installed, without a network
 
 quick: $(READY)  ## the laws of three families and the tests that mirror what changed: a minute on one core
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -q -n 0 --quick $$($(PYTHON) tests/helpers/quick.py)
+
+core: $(READY)  ## the core's tests alone, of three families: what a newcomer changes first
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -q -n 0 --quick tests/core
 
 test-research: $(READY)  ## the tests of the lab and the photo example
 	$(PYTEST) $(LAB_TESTS)
@@ -73,7 +76,7 @@ dist: $(READY)  ## wheels and source archives of all six packages in dist/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'build>=1.2'
 	rm -rf dist
 	for package in . lab llama photo-model vllm; do \
-		OFFRAMP_PHOTO_AT= $(BIN)/python -m build --outdir dist $$package || exit 1; done
+		OFFRAMP_PHOTO_AT= OFFRAMP_LLAMA_AT= OFFRAMP_VLLM_AT= $(BIN)/python -m build --outdir dist $$package || exit 1; done
 	$(BIN)/python -m build --wheel --outdir dist edge  # its sources are the first package's
 
 check-dist: dist  ## install them into fresh environments, and answer with them

