@@ -75,6 +75,8 @@ def _requirement(text: str) -> Requirement:
 def test_every_package_of_an_extra_is_known_with_its_extra() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    text = (ROOT / "llama" / "pyproject.toml").read_text(encoding="utf-8")
+    extras["llama-cpp"] += tomllib.loads(text)["project"]["dependencies"]  # that package's own
     # Of quant's packages a model needs a single one.
     for extra in extras.keys() - {"all", "dev", "docs", "quant"}:
         for needed in map(_requirement, extras[extra]):
@@ -192,7 +194,7 @@ def test_no_remedy_writes_it_by_hand_and_pages_install_from_the_checkout() -> No
 
 def test_tests_that_need_llama_cpp_are_named_where_it_is_not_installed(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['llama_cpp'] = None\n")
-    file = "tests/runtimes/test_trial.py"
+    file = "tests/llama_cpp/test_trial.py"
     told = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import offramp
 from offramp.core.errors import OfframpError, UnsupportedBackboneError
 from offramp.core.storage import digest_file, write_atomic
 from offramp.core.storage.folders import cache_folder
@@ -77,8 +78,9 @@ def _check(
     if not sys.executable or (known is not None and known.is_file()):
         return
     line = json.dumps([asked, asdict(options)])
-    source = str(Path(__file__).parents[3])
-    path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # What this process imports from, the child does: source trees, and PYTHONPATH.
+    homes = [str(Path(f).parents[1]) for f in (__file__, offramp.__file__)]
+    path = os.pathsep.join([*homes, *filter(None, [os.environ.get("PYTHONPATH")])])
     # No backtrace: llama.cpp would start a debugger for it.
     environment = {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
     try:

@@ -123,7 +123,7 @@ def install_command(extra: str) -> str:
     (PEP 610): from a checkout, a file, an address or an index."""
     name, distribution = _installed()
     if distribution is None:
-        text = json.dumps({"url": Path(__file__).resolve().parents[2].as_uri(), "dir_info": {}})
+        text = json.dumps({"url": Path(__file__).resolve().parents[3].as_uri(), "dir_info": {}})
     else:
         text = distribution.read_text("direct_url.json") or ""
     found: dict[str, Any] = json.loads(text) if text else {}

@@ -53,7 +53,7 @@ class Loaded:
 
     @property
     def runtime(self) -> Any:
-        """What generates in the adapter's place; None: the adapter itself."""
+        """Return what generates in the adapter's place; None: the adapter itself."""
         return None if isinstance(self.model, Adapter) else self.model
 
     @property
