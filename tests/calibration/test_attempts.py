@@ -23,6 +23,7 @@ from offramp.calibration.attempts import (
     recorded,
     turn_of,
 )
+from offramp.calibration.risk_control import p_value
 from offramp.core.decoding.policy import Thresholds
 from offramp.core.errors import DataError
 from offramp.core.inputs.example import Example
@@ -105,8 +106,8 @@ def test_images_of_one_source_are_one_draw_of_several_images() -> None:
                      (5,): ((5,),)}  # fmt: skip
     losses = np.array([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
     draws = Draws.by("image", losses, images, whole=True)
-    assert (draws.n, draws.largest, draws.whole) == (5, 2.0, False)
-    assert draws.risk == pytest.approx((1 + 0.5) / 6)  # a mean over images
+    assert (draws.n, draws.largest, draws.whole) == (5, 1.0, False)
+    assert draws.risk == pytest.approx((0.5 + 0.5) / 5)  # a mean over groups
     named = [image for image in images if image.parts]
     assert named[0].name != images_of(films[:1])[0].name  # another draw with more images
     assert turn_of([attempt("1%", named)], "2%", images_of(films[:1]), any_time=True).number == 2
@@ -230,6 +231,24 @@ def test_no_set_of_images_is_forgotten() -> None:
         assert turn_of(known, "2%", images, any_time=True).number == 2
 
 
+def test_an_attempt_that_passed_to_its_end_hands_its_errors_on() -> None:
+    """What was true used none of them up."""
+    images = images_of(fakes.examples(8))
+    known: tuple[Attempt, ...] = ()
+    handed = []
+    for number, passed in enumerate((True, True, False, True, True), 1):
+        turn = turn_of(known, f"setting {number}", images, any_time=True)
+        handed.append(turn.handed)
+        outcome = {"thresholds": PATH[-1 if passed else 0].to_json()}  # as before it was said
+        made = replace(attempt(f"setting {number}", images, number), outcome=outcome)
+        known = recorded(known, made if number % 2 else replace(made, outcome={"passed": passed}))
+    shares = [error_share(number) for number in range(1, 5)]
+    assert handed == pytest.approx([0, shares[0], sum(shares[:2]), 0, shares[3]])
+    twice = replace(known[1], asked="another")  # of the same number: it used a share of its own
+    turn = turn_of((*known[:2], twice), "setting 6", images, any_time=True)
+    assert turn.handed == pytest.approx(sum(shares[:2]) - shares[1])
+
+
 def test_fresh_images_have_a_budget_of_their_own() -> None:
     first, other = images_of(fakes.examples(8)), images_of(fakes.examples(16)[8:])
     assert turn_of([attempt("1%", first)], "2%", other, any_time=True).number == 1
@@ -266,6 +285,23 @@ def test_an_attempt_comes_back_from_json_and_keeps_the_longest_list() -> None:
 
 
 # -- draws ----------------------------------------------------------------------------------------
+
+
+def test_a_rare_group_however_large_hides_no_risk() -> None:
+    """One of 2,000 groups has 400 images: a draw without it says nothing of it, and needs not."""
+    draw, passed, n = np.random.default_rng(8), 0, 500
+    for _ in range(200):
+        sizes = np.where(draw.random(n) < 1 / 2000, 400, 1)
+        starts = np.cumsum([0, *sizes])
+        groups = [
+            ImageRows(f"{i}", "", rows := tuple(range(*starts[i : i + 2])),
+                      parts=tuple((row,) for row in rows)) for i in range(n)
+        ]  # fmt: skip
+        risks = np.where(np.repeat(sizes, sizes) > 1, 0.3, 0.0105)
+        wrong = (draw.random(len(risks)) < risks).astype(float)
+        draws = Draws.by("image", wrong, groups, whole=True)
+        passed += p_value(draws, 0.01, "sharp") <= 0.05 * error_share(1)
+    assert passed / 200 < 0.08  # a twentieth, and three standard errors
 
 
 def test_what_is_merged_counts_less_and_weighs_as_much() -> None:

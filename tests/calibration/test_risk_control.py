@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from offramp.calibration.risk_control import (
     walk,
 )
 from offramp.core.errors import InputError
-from offramp.promises.betting import FRACTIONS, SHARES, betting_p_value
+from offramp.promises.betting import FRACTIONS, SHARES, betting_p_value, planned_p_value
 
 # -- guarantees ---------------------------------------------------------------------------------
 
@@ -124,7 +125,8 @@ def test_the_order_of_the_data_wins_no_bet() -> None:
 def test_a_bound_is_the_least_target_that_passes(method: str) -> None:
     losses = (np.random.default_rng(0).random(500) < 0.03) * 1.0
     bound = upper_bound(losses, 0.95, method)
-    assert TESTS[method](losses, bound + 1e-5) <= 0.05 < TESTS[method](losses, bound - 1e-4)
+    over, under = (p_value(losses, t, method, 0.05) for t in (bound + 1e-5, bound - 1e-4))
+    assert over <= 0.05 < under
 
 
 @pytest.mark.parametrize("target", [0.0, 0.2, 1.0])
@@ -216,6 +218,21 @@ def test_images_that_are_added_are_bet_on_and_no_second_exact_test_is_made() -> 
     needed = more_needed(0.01, 0.96, 0.0)
     assert needed is not None
     assert p_value(Draws.of(np.zeros(needed), looked=0), 0.01, "sharp") <= 0.04
+
+
+@pytest.mark.parametrize("target", [0.02, 0.2])
+def test_a_planned_test_of_a_risk_at_the_target_passes_at_its_level_at_most(target: float) -> None:
+    """Of gains and drops as of fractions; with a chance that was drawn before."""
+    draw, level, trials = np.random.default_rng(17), 0.034, 1500
+
+    def passes(losses: Any) -> bool:
+        return planned_p_value(losses, target, level, 1 - draw.random()) <= level
+
+    fractions = [passes(draw.binomial(5, target, 100) / 5) for _ in range(trials)]
+    gains = [passes(np.clip(draw.normal(target, 0.1, 100), -1, 1)) for _ in range(trials)]
+    spare = 3 * (level / trials) ** 0.5
+    assert np.mean(fractions) <= level + spare and np.mean(gains) <= level + spare
+    assert np.mean(gains) > level / 2  # and hardly below
 
 
 def test_losses_between_0_and_1_need_fewer_images_at_a_first_look_than_by_bets() -> None:

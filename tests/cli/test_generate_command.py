@@ -24,6 +24,7 @@ from offramp.core.inputs.image import open_rgb
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import read_json
 from offramp.engines.loading import usual_prompt
+from offramp.promises.verdict import EXACT, NONE
 from offramp_llama_cpp import command_line as edge
 
 NAMES = ("--temperature", 3.0)
@@ -150,7 +151,8 @@ def test_an_image_unlike_the_calibrated_ones_is_told_and_read_once_to_be_looked_
     for module in ("image", "example"):
         monkeypatch.setattr(f"offramp.core.inputs.{module}.open_rgb", noted)
     assert run("generate", "tiny-opt", "--image", noise)[0] == 0
-    assert "is at most" in caplog.text and "unlike those calibrated" in caplog.text
+    assert "Nothing is promised of it. (image or prompt is unlike those calibrated" in caplog.text
+    assert "Promised" not in caplog.text
     assert len(read) == 2  # checked before the model is loaded, then answered
 
 
@@ -160,7 +162,13 @@ def test_what_is_guaranteed_is_told_of_each_prompt(
     monkeypatch.setattr("sys.stdin", io.StringIO("Caption:\nCaption:\nWrite a poem.\n\n"))
     image = photos / "0.png"
     assert run("generate", "tiny-opt", "--image", image, "--interactive")[0] == 0
-    assert caplog.text.count("is at most") == caplog.text.count("unlike the calibrated") == 1
+    said = [r.message for r in caplog.records if r.message.startswith(("Promised", NONE))]
+    assert [one.partition(" (")[0] for one in said] == [
+        "Promised: at most 0.75% differ.", "Promised: at most 0.75% differ.", NONE
+    ]  # fmt: skip
+    caplog.clear()
+    assert run("generate", "tiny-opt", "--image", image, "--mode", "lossless")[0] == 0
+    assert EXACT in caplog.text and "Promised" not in caplog.text
 
 
 @pytest.mark.parametrize(("variable", "painted"), [(None, True), ("", True), ("1", False)])
@@ -187,7 +195,7 @@ def test_the_longest_answer_is_what_was_calibrated(
             assert run("generate", "--adapter", folder, "--image", picture, *more)[0] == 0
         return caplog.text
 
-    assert "guaranteed with" in (told := said()) and "not guaranteed" not in told
+    assert "Promised: at most 0.75% differ." in (told := said()) and NONE not in told
     assert f"up to {known + 1} tokens where up to {known}" in said("--max-new-tokens", known + 1)
 
 

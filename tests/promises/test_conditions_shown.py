@@ -16,6 +16,7 @@ from offramp.core.decoding.policy import ExitPolicy
 from offramp.engines.loading import Loaded, load
 from offramp.promises import conditions
 from offramp.promises.conditions import of_processor
+from offramp.promises.verdict import NONE
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.pytorch import service_of
@@ -131,13 +132,14 @@ def test_a_server_says_so_of_its_answers_and_of_its_model(loaded: Loaded, name: 
     def told() -> str:
         body = {"messages": messages(example), "max_tokens": 4}
         answer = client.post("/v1/chat/completions", json=body).raise_for_status().json()
-        return str(answer["usage"]["offramp"].get("guarantee"))
+        verdict = answer["usage"]["offramp"]["verdict"]
+        return f"{verdict['says']} {verdict['why']}"
 
     try:
         if name != "first token":
-            assert told() == "None"
+            assert told().startswith("Promised: at most 0.75% differ.")
             change(loaded)
-        assert told().startswith("not guaranteed here: ") and words in told()
+        assert told().startswith(NONE) and words in told()
         card = client.get("/v1/models").json()["data"][0]["offramp"]
         assert card["guarantee"] is None and words in card["not_guaranteed"]
     finally:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from offramp.data.scenes import tasks
 from offramp.promises.likeness import (
+    AGE,
     UNLIKE,
     Alarm,
     Kept,
@@ -87,8 +88,8 @@ def test_of_scores_and_looks_at_most_one_in_a_hundred_is_called_unlike() -> None
     draw, called = np.random.default_rng(3), []
     for _ in range(40):
         scores, looks = draw.uniform(size=(600, 1)), draw.standard_t(5, size=(600, 20))
-        known = Likeness.of(scores.tolist(), [""] * 600, {"": looks})
-        assert known.looks
+        known = Likeness.of(scores.tolist(), [""] * 600, looks)
+        assert known.looks_at_images
         fresh = zip(draw.uniform(size=(500, 1)), draw.standard_t(5, size=(500, 20)), strict=True)
         found = [known.p_value("", score.tolist(), look) for score, look in fresh]
         called.append(np.mean([p is not None and p <= UNLIKE for p in found]))
@@ -98,7 +99,7 @@ def test_of_scores_and_looks_at_most_one_in_a_hundred_is_called_unlike() -> None
 def test_an_image_of_another_world_is_called_unlike_however_sure_its_answer_is() -> None:
     scenes = [example.open_image() for example in tasks.captions("test", 420, 5).examples]
     looks = np.array([look_of(image) for image in scenes])
-    known = Likeness.of([[0.9]] * 400, ["Caption:"] * 400, {"Caption:": looks[:400]})
+    known = Likeness.of([[0.9]] * 400, ["Caption:"] * 400, looks[:400])
     stored = Likeness.from_json(json.loads(json.dumps(known.to_json())))
     assert stored.to_json() == known.to_json()
     noise = look_of(Image.effect_noise((72, 72), 90).convert("RGB"))
@@ -112,8 +113,74 @@ def test_an_image_of_another_world_is_called_unlike_however_sure_its_answer_is()
 
 def test_few_images_leave_the_scores_alone() -> None:
     looks = np.random.default_rng(4).normal(size=(300, 20))
-    known = Likeness.of([[0.9]] * 600, [""] * 600, {"": looks})
-    assert not known.looks and known.p_value("", [0.9], looks[0] + 100) == 1.0
+    known = Likeness.of([[0.9]] * 600, [""] * 600, looks)
+    found = known.test("", [0.9], looks[0] + 100)
+    assert (found.p_value, found.untested) == (1.0, "likeness of the image not tested")
+
+
+def test_the_looks_of_all_kinds_are_those_of_each_and_silence_is_said() -> None:
+    looks = np.random.default_rng(5).normal(size=(450, 20))
+    kinds = ["Caption:"] * 400 + ["Question:"] * 50
+    known = Likeness.of([[0.9]] * 450, kinds, looks)
+    assert known.p_value("Question:", [0.9], looks[0] + 100) == pytest.approx(1 / 451)
+    assert known.test("Question:", [0.9], looks[0]).untested == ""
+    few = Likeness.of([[0.9]] * 73, ["Question:"] * 73, looks[:73])
+    for kind in ("Question:", "Caption:"):
+        found = few.test(kind, [0.1], looks[0] + 100)
+        assert found.p_value is None and found.untested.startswith("likeness not tested (")
+    assert "(73 images)" in few.test("Question:", [0.1]).untested
+
+
+def test_looks_that_each_kind_had_of_its_own_are_read_as_those_of_all() -> None:
+    looks = np.random.default_rng(6).normal(size=(450, 20))
+    new = Likeness.of([[0.9]] * 450, ["a", "b"] * 225, looks)
+    stored = new.to_json()
+    old = {kind: kept for kind, kept in stored["kinds"].items()}
+    old["a"] = {**old["a"], "looks": stored["looks"]}
+    assert Likeness.from_json(old).to_json() == stored
+
+
+# -- the alarm -------------------------------------------------------------------------------------
+
+
+def known() -> Likeness:
+    return Likeness.of([[0.9 + i / 1e4] for i in range(400)], ["Caption:"] * 400)
+
+
+def test_one_client_does_not_raise_the_alarm_while_others_ask() -> None:
+    alarm = Alarm(known())
+    for number in range(200):
+        alarm.add(1.0, f"client {number % 9}")
+        alarm.add(0.001, "odd")
+    assert alarm.unlike == 200 and not alarm.raised
+    for number in range(10):
+        alarm.add(0.001, f"client {number % 9}")
+    assert alarm.raised
+
+
+def test_an_alarm_ends_with_its_cause_and_by_a_reset() -> None:
+    alarm = Alarm(known())
+    for end in ("age", "reset"):
+        for _ in range(5):
+            alarm.add(0.001)
+        assert alarm.raised
+        if end == "reset":
+            alarm.reset()
+            assert (alarm.compared, alarm.unlike) == (0, 0)
+        for number in range(AGE if end == "age" else 0):
+            assert alarm.raised or number > AGE - 5
+            alarm.add(1.0)
+        assert not alarm.raised
+
+
+def test_an_alarm_is_kept_over_a_restart() -> None:
+    alarm, again = Alarm(known()), Alarm(known())
+    for _ in range(5):
+        alarm.add(0.001)
+    again.restore(json.loads(json.dumps(alarm.to_json())))
+    assert again.raised and (again.compared, again.unlike) == (5, 5)
+    again.restore({"compared": "x"})
+    assert not again.raised and again.compared == 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 7), (3, 500), (4000, 3000)])

@@ -17,7 +17,8 @@ def test_rules_keep_what_was_broken_without_them() -> None:
     )
     assert all(row["before"] < row["now"] and row["now"] >= 11 for row in found["counted"])
     assert all(row["broken"] <= 0.15 for row in found["boundary"])
-    for row in [*found["groups"], found["kinds"], found["two_steps"], found["grown"]]:
+    names = ("rare_groups", "forgotten", "handed", "kinds", "two_steps", "grown")
+    for row in [*found["groups"], *map(found.get, names)]:
         assert row["interval"][0] <= 0.05 and row["broken"] <= 0.15
     assert all(row["more"] <= 0.1 for row in found["needed"])
 

@@ -136,6 +136,8 @@ def _load(arguments: argparse.Namespace, slots: int = 1) -> Any:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from offramp.promises.verdict import Verdict
+    from offramp_llama_cpp.edge.model import SLICED
     from offramp_llama_cpp.edge.sampling import Sampling
 
     sampling = Sampling(
@@ -153,7 +155,10 @@ def _generate(arguments: argparse.Namespace) -> None:
             thresholds=None if level is None else dict.fromkeys(model.files.depths, level),
             on_text=_print_part if streams else None,
         )  # fmt: skip
+        usual = model.policy.own_mode if level is None else "early_exit"
         pieces = [model.vocabulary.piece(s.token).decode(errors="replace") for s in answer.steps]
+    is_early = (arguments.mode or usual) == "early_exit"
+    verdict = Verdict(why=SLICED) if is_early else Verdict(exact=True)
     if arguments.json:
         steps = [
             {"token": piece, "id": s.token, "depth": s.depth,
@@ -161,10 +166,12 @@ def _generate(arguments: argparse.Namespace) -> None:
             for piece, s in zip(pieces, answer.steps, strict=True)
         ]  # fmt: skip
         print_json({"answer": answer.text, "layers": answer.layers, "finish": answer.finish,
-                    "mean_depth": answer.mean_depth, "steps": steps})  # fmt: skip
+                    "mean_depth": answer.mean_depth, "verdict": verdict.to_json(),
+                    "steps": steps})  # fmt: skip
     else:
         print_text("" if streams else answer.text)
     log.info("mean depth %.1f of %d", answer.mean_depth, answer.layers)
+    log.info("%s", verdict.sentence)
 
 
 def _print_part(text: str) -> None:

@@ -7,22 +7,31 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from torch import nn
 
 from offramp.adapter.custom_generate import write_custom_generate
 from offramp.adapter.model_card import model_card
 from offramp.adapter.records import AdapterParts, Records, load_parts, save_parts
 from offramp.adapter.shipped import exits_folder, load_named
-from offramp.core.decoding.policy import ExitPolicy, check_policy_depths
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput, check_policy_depths
 from offramp.core.engine.attached import AttachedExits
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import AdapterConfig, read_config
-from offramp.promises.conditions import TORCH, Conditions, exits_digest, note_loaded, of_policy
+from offramp.promises.conditions import (
+    TORCH,
+    Conditions,
+    exits_digest,
+    note_loaded,
+    of_policy,
+    of_processor,
+)
 from offramp.promises.guarantee import GuaranteeStatus, standing
-from offramp.promises.likeness import Likeness
-from offramp.promises.prompt_kinds import kind_of
+from offramp.promises.likeness import Likeness, look_of
+from offramp.promises.prompt_kinds import OTHER, kind_of
+from offramp.promises.verdict import Verdict, decide
 
 
 def _by_engine(calibration: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
@@ -93,6 +102,41 @@ class Adapter(AttachedExits, Records):
         """
         here = Conditions.of(self.backbone, self.policy, engine=engine, exits=self.exits, **known)
         return standing(self.of_engine(engine or TORCH).calibration, here)
+
+    def verdict(
+        self,
+        output: GenerationOutput,
+        processor: Any,
+        prompt: str,
+        image: Image | None = None,
+        *,
+        policy: ExitPolicy | None = None,
+        engine: str | None = None,
+        **known: Any,
+    ) -> Verdict:
+        """Return what is promised of an answer that was generated, by itself, to a prompt about one
+        image, or of a language model about none.
+
+        policy: that answered; None: its own. engine: as of `standing`. known: of the request, such
+        as sampling and longest.
+        """
+        policy = self.policy if policy is None else policy
+        about_one = self.backbone.text_only if image is None else True
+        here = Conditions.of(
+            self.backbone, policy, engine=engine, exits=self.exits,
+            prompts=[[prompt if about_one else OTHER]], **of_processor(processor), **known,
+        )  # fmt: skip
+        exact = policy.lossless or not policy.thresholds
+        likeness = self.likeness
+        looked = image is not None and likeness.looks_at_images and not exact
+        return decide(
+            standing(self.of_engine(engine or TORCH).calibration, here),
+            exact=exact,
+            kind=self.kind_of(prompt),
+            likeness=likeness,
+            scores=output.scores[0].tolist(),
+            look=look_of(image) if looked and image is not None else None,
+        )
 
     def of_engine(self, name: str) -> Adapter:
         """Return this adapter with the calibration that was made in an engine of this name, or,

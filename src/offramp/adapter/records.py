@@ -39,7 +39,7 @@ _CALIBRATION: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("risk", "method", "unit", "data_digest"), (str,)),
     **dict.fromkeys(("target", "confidence", "measured", "bound", "level"), NUMBER),
     **dict.fromkeys(("n", "answers", "attempt"), (int,)),
-    **dict.fromkeys(("conditions", "likeness", "watched"), (dict,)),
+    **dict.fromkeys(("conditions", "likeness", "watched", "qualities"), (dict,)),
     "kinds": (list,),
     "largest": (int,),
 }

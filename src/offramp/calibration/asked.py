@@ -70,9 +70,11 @@ class Guarantee:
         own = (t for begin, t in self.kind_targets.items() if kind.startswith(begin))
         return next(own, self.target)
 
-    def level(self, attempt: int) -> float:
-        """The confidence at which the test of attempt `attempt`, from 1, is made."""
-        return 1 - (1 - self.confidence) * error_share(attempt) / self.candidates
+    def level(self, attempt: int, handed: float = 0.0) -> float:
+        """The confidence at which the test of attempt `attempt`, from 1, is made. handed: share of
+        the errors that those before hand on."""
+        share = error_share(attempt) + handed
+        return 1 - (1 - self.confidence) * share / self.candidates
 
     def images_needed(self) -> int | None:
         """The fewest images of a first attempt that keep the target where no answer loses
@@ -101,7 +103,7 @@ class Guarantee:
 
     def _nothing(self, kind: str, drawn: Sequence[Counter[str]]) -> Draws:
         """Draws of answers to a kind of prompt that lose nothing."""
-        sizes = [len(images) if self.unit == "image" else images.total() for images in drawn]
+        sizes = [1 if self.unit == "image" else images.total() for images in drawn]
         whole = RISKS[self.risk].whole and all(images.total() == 1 for images in drawn)
         none = Draws.of(np.zeros(len(drawn)), whole=whole)
         times = self.target_of(kind) / self.target

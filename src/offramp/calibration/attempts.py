@@ -3,18 +3,20 @@
 What is drawn is images, each with all its answers, and answers about one image are not independent.
 An image is what is seen: its upright pixels, whatever file holds them, or the name that examples
 share (`Example.group`). Images that come together, as pages of a document, frames of a film or
-photographs of a user, are one draw (`Example.source`): the whole group is drawn, and the risk stays
-a mean over images. Images that are copies of each other, encoded again or resized, are no
-independent draws, and images that only look alike are: a test must pass both with the copies as one
-draw and with each as its own (`Draws`), so that merging lowers the count that is claimed and never
-the weight of a kind of image. Where more than `MANY` of the images would be merged, they are
-refused.
+photographs of a user, are one draw (`Example.source`): the whole group is drawn and counts by the
+mean over its images, so that no group, however large, can hide a risk that no draw has shown yet.
+Images that are copies of each other, encoded again or resized, are no independent draws, and images
+that only look alike are: a test must pass both with the copies as one draw and with each as its own
+(`Draws`), so that merging lowers the count that is claimed and never the weight of a kind of image.
+Where more than `MANY` of the images would be merged, they are refused.
 
 Trying until it works breaks a guarantee, unless all attempts on the same images share one error
 budget. The first attempt may use `FIRST` of it and attempt k >= 2 the share
-(1 - FIRST) / (k (k - 1)) of it; these sum to 1 over any number of attempts. An attempt that asks
-the same of a longer list of images continues the bets of the one before and uses no share of its
-own: betting is valid whenever one stops (Ville's inequality; Waudby-Smith and Ramdas 2024).
+(1 - FIRST) / (k (k - 1)) of it; these sum to 1 over any number of attempts. An attempt that kept
+the risk to the end of its path hands what it might use on to the next (fallback procedure; Wiens
+and Dmitrienko 2005): what is true uses nothing up. An attempt that asks the same of a longer list
+of images continues the bets of the one before and uses no share of its own: betting is valid
+whenever one stops (Ville's inequality; Waudby-Smith and Ramdas 2024).
 """
 
 from __future__ import annotations
@@ -49,6 +51,17 @@ DIGITS = 16
 def error_share(number: int) -> float:
     """The share of the error budget that attempt `number`, from 1, on the same images may use."""
     return FIRST if number == 1 else (1 - FIRST) / (number * (number - 1))
+
+
+def handed_on(attempts: Sequence[Attempt], number: int) -> float:
+    """The share that the attempts before attempt `number`, on images that they share, hand on to
+    it: all that the one before might use, where it passed to the end of its path. Of several that
+    had the same number each has used a share of its own."""
+    before = [attempt for attempt in attempts if attempt.number == number - 1]
+    if not before or not all(attempt.passed for attempt in before):
+        return 0.0
+    share = error_share(number - 1)
+    return max(0.0, share + handed_on(attempts, number - 1) - (len(before) - 1) * share)
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -100,7 +113,11 @@ class ImageRows:
     @property
     def rank(self) -> float:
         """A number in [0, 1) that looks random and depends on the image alone."""
-        return int(hashlib.sha256(self.image.encode()).hexdigest()[:13], 16) / 16**13
+        return _rank(self.image)
+
+
+def _rank(name: str) -> float:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:13], 16) / 16**13
 
 
 class _Names:
@@ -260,11 +277,12 @@ class Draws:
     """Losses as independent draws, of which a test needs a mean that is at most the target.
 
     sums: what all answers to an image, or a group of images, lose together [n, ...] or, where the
-    unit is an image, the sum of the images' means. counts: answers, or images, of each [n].
+    unit is an image, the mean of the images' means. counts: answers of each, or 1 [n].
     clusters: which are copies of each other [n]. largest: the largest count. whole: whether a loss
     is 0 or 1 (or a gain), which is known before any is looked at. looked: how many of the first
     were there at the first look; None: all. times: the target that is tested is so many times the
-    one that is asked of all.
+    one that is asked of all. chance: in (0, 1], drawn by the names of these images; see
+    `offramp.promises.betting.planned_p_value`.
     """
 
     sums: Array
@@ -274,6 +292,7 @@ class Draws:
     whole: bool = False
     looked: int | None = None
     times: float = 1.0
+    chance: float = 1.0
 
     @classmethod
     def of(cls, losses: Array, *, whole: bool = False, looked: int | None = None) -> Draws:
@@ -298,15 +317,19 @@ class Draws:
         """
         whole = whole and all(len(image.rows) == 1 for image in images)
         if unit == "image":
-            parts = [image.by_image for image in images]
-            sums = np.array([sum(losses[list(rows)].mean(0) for rows in some) for some in parts])
-            counts = np.array([float(len(some)) for some in parts])
+            parts = [[losses[list(rows)].mean(0) for rows in image.by_image] for image in images]
+            sums = np.array([np.mean(some, axis=0) for some in parts])
+            counts = np.ones(len(images))
         else:
             sums = np.array([losses[list(image.rows)].sum(0) for image in images])
             counts = np.array([float(len(image.rows)) for image in images])
         numbers = {name: i for i, name in enumerate(dict.fromkeys(map(cluster_of, images)))}
         clusters = np.array([numbers[cluster_of(image)] for image in images])
-        return cls(sums, counts, clusters, float(counts.max(initial=1.0)), whole, looked)
+        names = "".join(image.image for image in images[:looked])
+        return cls(
+            sums, counts, clusters, float(counts.max(initial=1.0)), whole, looked,
+            chance=1 - _rank(names),
+        )  # fmt: skip
 
     @property
     def n(self) -> int:
@@ -352,7 +375,8 @@ class Draws:
 
 
 UNITS = ("image", "answer")
-"""What a risk is a mean over: images, each by the mean of its answers, or all answers."""
+"""What a risk is a mean over: images, each by the mean of its answers, and groups of these by the
+mean of their images; or all answers."""
 
 
 def grouped(images: Sequence[ImageRows]) -> bool:
@@ -410,6 +434,14 @@ class Attempt:
             path=path,
         )
 
+    @property
+    def passed(self) -> bool:
+        """Return True if the last of its thresholds kept the risk too. Attempts of earlier versions
+        say it where these were chosen."""
+        last = self.path[-1].to_json() if self.path else None
+        chosen = self.outcome.get("thresholds") == last
+        return last is not None and bool(self.outcome.get("passed", chosen))
+
     def shares(self, images: Sequence[ImageRows]) -> bool:
         """Return True if it was made on one of these images, or on another that goes by its
         name."""
@@ -435,7 +467,8 @@ class Attempt:
 class Turn:
     """The images, path and errors that an attempt may use.
 
-    number: among the attempts on the same images. images: in the order in which they are bet on.
+    number: among the attempts on the same images. handed: share of the errors that these hand on.
+    images: in the order in which they are bet on.
     looked: how many of them were there at the first look; 0: a part of those, which a test of a
     known number says nothing of. path: of the attempt that is continued; None: a new one.
     continues: that attempt.
@@ -444,6 +477,7 @@ class Turn:
     number: int
     images: tuple[ImageRows, ...]
     looked: int
+    handed: float = 0.0
     path: tuple[Thresholds, ...] | None = None
     continues: Attempt | None = None
 
@@ -470,9 +504,10 @@ def turn_of(
             bet_on = set(before.images)
             more = [image for image in images if image.name not in bet_on]
             looked = before.looked if goes_on else 0
-            return Turn(before.number, (*old, *more), looked, before.path, before)
+            handed = handed_on(sharing, before.number)
+            return Turn(before.number, (*old, *more), looked, handed, before.path, before)
     number = 1 + max((attempt.number for attempt in sharing), default=0)
-    return Turn(number, tuple(images), len(images))
+    return Turn(number, tuple(images), len(images), handed_on(sharing, number))
 
 
 def recorded(

@@ -123,7 +123,7 @@ class Calibration:
     policy: thresholds that passed, exits that none uses left out; without thresholds if nothing
         can be guaranteed, and then `reason` says why.
     method: that decided; see `offramp.calibration.risk_control.control`, as for `monotone`.
-    unit: what the risk is a mean over; see `Guarantee`.
+    unit: what the risk is a mean over; see `Guarantee`; "group": groups of images.
     measured, bound: the risk on the n tested images, and its upper bound.
     n, answers: images tested, copies left out, and answers to them. groups: that these images came
         in, which are what was drawn; None: each came alone. copies: images that were found
@@ -139,8 +139,10 @@ class Calibration:
     likeness: of the early answers at these thresholds, to know others that are like them by.
     watched: of a risk that needs right answers, what is watched in its place, and how much of it
         was calibrated; see `offramp.promises.guarantee.watched`.
-    largest: answers of the image that had most. each_kind: whether the target holds of each of
-        `kinds`, by what was measured of each.
+    largest: answers of the image that had most. whole: whether the last thresholds of the path kept
+        the risk too. each_kind: whether the target holds of each of
+        `kinds`, by what was measured of each. qualities: of a risk with labels, the mean quality of
+        the full model's answers by kind of prompt, in units of its losses.
     runtime: whose answers the guarantee is about, by name; None: PyTorch's.
     conditions: what else it holds under; see `offramp.promises.conditions`.
     """
@@ -169,10 +171,12 @@ class Calibration:
     copies: int = 0
     candidates: int = 1
     largest: int = 1
+    whole: bool = False
     likeness: Likeness = field(default_factory=lambda: Likeness({}))
     watched: Mapping[str, Any] | None = None
     each_kind: bool = False
     kinds: tuple[Kind, ...] = ()
+    qualities: Mapping[str, float] = field(default_factory=dict)
     conditions: Conditions = field(default_factory=Conditions)
 
     def to_json(self) -> dict[str, Any]:
@@ -329,7 +333,8 @@ def _with_conditions(
         **here,
     )
     watched = _watched(trial, early, Guarantee(confidence=found.confidence, unit=found.unit))
-    return replace(found, conditions=conditions, likeness=likeness, watched=watched)
+    found = replace(found, conditions=conditions, likeness=likeness, watched=watched)
+    return replace(found, qualities=_qualities(trial))
 
 
 def _test(
@@ -368,9 +373,10 @@ def _counted(
     settings: dict[str, Any] = {}
     if asked.by_kind:
         settings["kinds"] = sorted({kind_of(example.prompt, frames) for example in judged})
-    if asked.unit == "answer" or grouped(images):  # by which bets are scaled
-        by = [image.rows if asked.unit == "answer" else image.by_image for image in images]
-        settings["largest"] = max(map(len, by))
+    if asked.unit == "answer":  # by which bets are scaled
+        settings["largest"] = max(len(image.rows) for image in images)
+    elif grouped(images):
+        settings["each"] = "group"
     return settings
 
 
@@ -416,6 +422,7 @@ def _attempt(
         outcome={
             **outcome,
             "thresholds": Thresholds(calibration.policy.thresholds).to_json(),
+            "passed": calibration.whole,
             **own,
         },
     )
@@ -545,7 +552,8 @@ def _spare(asked: Guarantee, turn: Turn, *, whole: bool) -> float:
     """What answers may lose so that a test still passes: what it leaves below the target where
     none of them loses anything. whole: whether what one loses is 0 or 1."""
     nothing = Draws.of(np.zeros(len(turn.images)), whole=whole)
-    return max(0.0, asked.target - upper_bound(nothing, asked.level(turn.number), asked.method))
+    level = asked.level(turn.number, turn.handed)
+    return max(0.0, asked.target - upper_bound(nothing, level, asked.method))
 
 
 def _trial(
@@ -574,7 +582,7 @@ def _trial(
     moved = tuple(image.at(start) for image, start in zip(turn.images, starts, strict=False))
     part = whole.part(np.array(rows))
     kinds = tuple(kind_of(example.prompt, frames) for example in part.examples)
-    return _Trial(part, moved, turn, asked.level(turn.number), kinds)
+    return _Trial(part, moved, turn, asked.level(turn.number, turn.handed), kinds)
 
 
 def _within_reach(trial: _Trial, asked: Guarantee) -> bool:
@@ -583,7 +591,8 @@ def _within_reach(trial: _Trial, asked: Guarantee) -> bool:
     if trial.tested.risk.low < 0 or trial.turn.continues is not None:
         return True
     test = first_test(asked.method)
-    return p_value(trial.nothing(asked), asked.target, test) <= 1 - trial.level
+    level = 1 - trial.level
+    return p_value(trial.nothing(asked), asked.target, test, level) <= level
 
 
 def _out_of_reach(trial: _Trial, asked: Guarantee) -> dict[str, Any]:
@@ -610,7 +619,7 @@ def _walk(trial: _Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[
         bound = upper_bound(draws, trial.level, method)
         seconds = trial.tested.seconds(thresholds)
         points.append(Point(thresholds, highest_risk(draws), bound, seconds))
-        if p_value(draws, asked.target, method) > 1 - trial.level:
+        if p_value(draws, asked.target, method, 1 - trial.level) > 1 - trial.level:
             break
     return np.concatenate(columns, 1), points
 
@@ -657,10 +666,11 @@ def _decide(
         reason=reason,
         path=tuple(points),
         data_digest=digest,
-        unit=asked.unit,
+        unit="group" if groups and asked.unit == "image" else asked.unit,
         copies=merged(trial.images),
         candidates=asked.candidates,
         largest=max((len(part) for image in trial.images for part in image.by_image), default=1),
+        whole=bool(points) and len(passed) == len(trial.turn.path or ()),
         each_kind=asked.by_kind,
         kinds=_kinds(trial, losses, points.index(chosen) if chosen else 0, asked),
     )
@@ -687,23 +697,25 @@ def _watched(trial: _Trial, early: Sequence[Answer], asked: Guarantee) -> dict[s
     return {"risk": CONSISTENCY, "targets": {k: min(b, 0.999) for k, b in bounds.items()}}
 
 
+def _qualities(trial: _Trial) -> dict[str, float]:
+    """Return what the full model's answers are worth, by kind of prompt: all that can be lost."""
+    quality = trial.tested.risk.quality
+    if quality is None:
+        return {}
+    worth, kinds = quality(trial.tested.full, trial.tested.examples), np.array(trial.kinds)
+    return {kind: float(worth[kinds == kind].mean()) for kind in sorted(set(trial.kinds))}
+
+
 def _likeness(trial: _Trial, early: Sequence[Answer], smallest: int | None) -> Likeness:
     """Return the likeness of the tested images and of early answers about them; of nothing where
     nothing is guaranteed, or where what answers tells no scores. smallest: as of
     `Example.open_image`."""
     early, examples = early[:ANSWERS], trial.tested.examples
-    looks: dict[str, list[Array]] = {}
     images = [rows for image in trial.images for rows in image.by_image] if early else []
-    for rows in images[:ANSWERS]:
-        if examples[rows[0]].is_text:
-            continue
-        look = look_of(examples[rows[0]].open_image(smallest))
-        for kind in {trial.kinds[row] for row in rows}:
-            looks.setdefault(kind, []).append(look)
+    shown = [rows[0] for rows in images[:ANSWERS] if not examples[rows[0]].is_text]
+    looks = [look_of(examples[row].open_image(smallest)) for row in shown]
     return Likeness.of(
-        [answer.scores for answer in early],
-        trial.kinds[: len(early)],
-        {kind: np.array(some) for kind, some in looks.items()},
+        [answer.scores for answer in early], trial.kinds[: len(early)], np.array(looks)
     )
 
 
@@ -743,7 +755,6 @@ def _too_little(
     if needed is None:
         return f"{measured}, which is above the target: no number of {drawn} would do."
     about = f"about {needed} {drawn} are needed"
-    if asked.unit == "answer" or drawn == "groups":
-        uneven = "answers" if asked.unit == "answer" else "images"
-        about += f", and more where {drawn} have unequal numbers of {uneven}"
+    if asked.unit == "answer":
+        about += f", and more where {drawn} have unequal numbers of answers"
     return f"{measured}; to guarantee {asked.target:g} at that risk, {about}."

@@ -61,7 +61,7 @@ def with_ledger(adapter: Adapter) -> Iterator[Adapter]:
             "Wait until that has ended: of two at once it is not known which is the first.",
         ) from error
     with held:
-        yield replace(adapter, attempts=_merged(adapter.attempts, _read(file)))
+        yield replace(adapter, attempts=merged_attempts(adapter.attempts, _read(file)))
 
 
 def note_attempts(backbone: Backbone, attempts: Sequence[Attempt]) -> None:
@@ -86,8 +86,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
         ) from error
 
 
-def _merged(own: Sequence[Any], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each attempt once: two are one where the same was asked and one list of images begins the
+def merged_attempts(own: Sequence[Any], others: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return each attempt once: two are one where the same was asked and one list begins the
     other. What was asked of other images is an attempt of its own."""
     known: list[Attempt] = []
     for value in [*others, *own]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -20,7 +21,13 @@ import numpy.typing as npt
 
 from offramp.calibration.attempts import Draws
 from offramp.core.errors import InputError, did_you_mean
-from offramp.promises.betting import FRACTIONS, SHARES, betting_p_value, planned_p_value
+from offramp.promises.betting import (
+    FRACTIONS,
+    PLANNED_FOR,
+    SHARES,
+    betting_p_value,
+    planned_p_value,
+)
 
 Array = npt.NDArray[Any]
 Losses = Array | Draws | Sequence[Draws]
@@ -66,20 +73,20 @@ def binomial(losses: Array, target: float) -> float:
     return float(binom.cdf(int((losses > reached).sum()), len(losses), target))
 
 
-def _sharp(losses: Array | Draws, target: float) -> float:
+def _sharp(losses: Array | Draws, target: float, level: float = PLANNED_FOR) -> float:
     """The planned test of the first look and bets on all images, each at its share of the level
     (Bonferroni)."""
     draws = _draws(losses)
-    planned = binomial if draws.whole else planned_p_value
-    first = _largest(draws.first(draws.looked), target, planned)
-    return min(1.0, first / PLANNED, _bets(draws, target) / (1 - PLANNED))
+    aimed = partial(planned_p_value, level=PLANNED * level, chance=draws.chance)
+    first = _largest(draws.first(draws.looked), target, binomial if draws.whole else aimed)
+    return min(1.0, first / PLANNED, _bets(draws, target, level) / (1 - PLANNED))
 
 
-def _bets(losses: Array | Draws, target: float) -> float:
+def _bets(losses: Array | Draws, target: float, level: float = PLANNED_FOR) -> float:
     return _largest(_draws(losses), target, betting_p_value)
 
 
-def _counted(losses: Array | Draws, target: float) -> float:
+def _counted(losses: Array | Draws, target: float, level: float = PLANNED_FOR) -> float:
     """A test of the mean loss, gains taken as 0."""
 
     def test(values: Array, target: float) -> float:
@@ -93,21 +100,22 @@ def _largest(draws: Draws, target: float, test: Callable[[Array, float], float])
     return max(test(part, target) for part in draws.values(target))
 
 
-TESTS: dict[str, Callable[[Array | Draws, float], float]] = {
+TESTS: dict[str, Callable[..., float]] = {
     "sharp": _sharp, "upper_bound": _bets, "learn_then_test": _counted,
 }  # fmt: skip
-"""P-values of losses and a target, by method. The last one, and the binomial part of the first,
-take gains as 0."""
+"""P-values of losses, a target and the level that stakes aim at, by method. The last one, and the
+binomial part of the first, take gains as 0."""
 ANY_TIME = ("sharp", "upper_bound")
 """Methods whose p-value stays valid when more images are drawn after a look at it."""
 METHODS = ("auto", *TESTS)
 
 
-def p_value(losses: Losses, target: float, method: str) -> float:
+def p_value(losses: Losses, target: float, method: str, level: float = PLANNED_FOR) -> float:
     """Return the p-value of "the true risk is above `target`", for losses [n]; of `Draws` with a
-    target of their own, of "above so many `times` the target"."""
+    target of their own, of "above so many `times` the target". level: that it will be held to,
+    which stakes aim at; it is valid at any."""
     parts = [(part, part.times * target) for part in _parts(losses)]
-    return max(TESTS[method](part, own) if own < 1 else 0.0 for part, own in parts)
+    return max(TESTS[method](part, own, level) if own < 1 else 0.0 for part, own in parts)
 
 
 def _parts(losses: Losses) -> list[Draws]:
@@ -125,7 +133,7 @@ def upper_bound(losses: Losses, confidence: float, method: str = "upper_bound") 
     low, high = highest_risk(draws), 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
-        if p_value(draws, middle, test) <= 1 - confidence:
+        if p_value(draws, middle, test, 1 - confidence) <= 1 - confidence:
             high = middle
         else:
             low = middle
@@ -148,7 +156,7 @@ def walk(losses: Losses, target: float, confidence: float, method: str) -> int |
     draws, passed = _parts(losses), None
     for point in range(draws[0].sums.shape[1]):
         columns = [part.column(point) for part in draws]
-        if p_value(columns, target, method) > 1 - confidence:
+        if p_value(columns, target, method, 1 - confidence) > 1 - confidence:
             break
         passed = point
     return passed
@@ -273,12 +281,19 @@ def draws_needed(losses: Losses, target: float, confidence: float, method: str) 
         counts = np.resize(part.counts, math.ceil(n * len(part.counts) / fewest))
         clusters = np.arange(len(counts))
         return replace(
-            part, sums=np.zeros(len(counts)), counts=counts, clusters=clusters, looked=None
+            part,
+            sums=np.zeros(len(counts)),
+            counts=counts,
+            clusters=clusters,
+            looked=None,
+            chance=1.0,
         )
 
-    return _least(
-        lambda n: p_value([nothing(part, n) for part in parts], target, test) <= 1 - confidence
-    )
+    def passes(n: int) -> bool:
+        draws, level = [nothing(part, n) for part in parts], 1 - confidence
+        return p_value(draws, target, test, level) <= level
+
+    return _least(passes)
 
 
 def more_needed(target: float, confidence: float, risk: float) -> int | None:

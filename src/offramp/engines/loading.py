@@ -27,6 +27,7 @@ from offramp.features.input_processor import InputProcessor
 from offramp.features.shrink_on_load import with_shrink_on_load
 from offramp.features.towers import tower_engine, with_vision
 from offramp.promises.conditions import Conditions
+from offramp.promises.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,12 @@ LONGEST = 64
 """Tokens of an answer whose length neither the caller nor a calibration says."""
 TRIAL = Example(grey_picture(), "What is shown?", (), "trial")
 """What a served model is tried on, before anybody asks."""
+
+
+class Text(str):
+    """The text of an answer. verdict: on what is promised of it."""
+
+    verdict: Verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +85,8 @@ class Loaded:
         *,
         mode: str | None = None,
         **options: Any,
-    ) -> str:
-        """Return the answer to a prompt about an image, as text.
+    ) -> Text:
+        """Return the answer to a prompt about an image, as text with a `verdict`.
 
         image: a PIL image or a file; None: of a language model. prompt: what is asked; None: the
         caption's prompt that the exits know. mode: as of `Adapter.generate`.
@@ -93,12 +100,20 @@ class Loaded:
         if image is None:
             inputs = self.encoder.text_prompt(prompt)
         else:
+            image = Example(image, "", (), key="image").open_image(self.encoder.smallest_side)
             inputs = self.encoder.prompts([Example(image, prompt, (), key="image")])
-        usual = {"max_new_tokens": self.longest, "do_sample": False}
-        made = self.model.generate(
-            inputs, policy=self.adapter.policy.in_mode(mode), **{**usual, **options}
-        )
-        return self.encoder.texts(made.new_tokens)[0]
+        options = {"max_new_tokens": self.longest, "do_sample": False, **options}
+        policy = self.adapter.policy.in_mode(mode)
+        made = self.model.generate(inputs, policy=policy, **options)
+        plain = options.keys() <= {"max_new_tokens", "do_sample", "vision_cache", "prefix_cache"}
+        text = Text(self.encoder.texts(made.new_tokens)[0])
+        text.verdict = self.adapter.verdict(
+            made, self.processor, prompt, image, policy=policy,
+            engine=None if self.runtime is None else self.runtime.name,
+            longest=options["max_new_tokens"],
+            sampling="greedy" if plain and not options["do_sample"] else "sampled or ruled",
+        )  # fmt: skip
+        return text
 
 
 def load(

@@ -8,6 +8,7 @@ for the mean of each draw given those before.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ CUE_RATIO, CUE = 3.0, 3.0
 """A cue: a cumulative sum (Page 1954) of the logarithm of how much likelier losses are at so many
 times the claimed mean reaches `CUE`."""
 PLANNED_FOR, BEFORE, MOST = 0.03, 3, 0.95
-"""Of `planned_p_value`: the level that its stakes are chosen for, draws that count as seen, and the
-largest part of a bet that cannot ruin."""
+"""Of `planned_p_value`: the level that its stakes aim at where none is given, draws that count as
+seen, and the largest part of a bet that cannot ruin."""
 CLAIMS = np.geomspace(2e-5, 0.98, 160)
 """Means among which a confidence interval is looked for."""
 
@@ -62,25 +63,32 @@ def betting_p_value(losses: Array, target: float, high: float = 1.0) -> float:
     return float(betting_p_values(losses, target, high))
 
 
-def planned_p_value(losses: Array, target: float) -> float:
+def planned_p_value(
+    losses: Array, target: float, level: float = PLANNED_FOR, chance: float = 1.0
+) -> float:
     """P-value of "the true risk is above `target`" for losses [n] of at most 1, of a number n that
     was known before any was looked at.
 
-    One bet, whose stakes are those that gain most over n draws of the variance seen so far:
-    sqrt(2 log(1 / `PLANNED_FOR`) / (n variance)), after Waudby-Smith and Ramdas (2024, section
-    3.3). At first, losses as scattered as those of 0 and 1 at the target count like `BEFORE` draws.
+    One bet whose stakes aim at the level with the draws that are left (STaR bets, arXiv
+    2505.22422): sqrt(2 (log(1 / level) - log wealth) / (draws left * variance)) by the variance so
+    far. At first, losses as scattered as those of 0 and 1 at the target count like `BEFORE` draws.
+    chance: in (0, 1], drawn beforehand: at the end so large a part of the level's wealth is enough
+    (Ramdas and Manole 2023).
     """
     n = len(losses)
     if n == 0 or target >= 1:
         return float(n == 0)
-    sums, draws = losses.cumsum(), np.arange(1, n + 1)
-    squares = ((losses - (target + sums) / (draws + 1)) ** 2).cumsum()
-    seen = np.concatenate([[0.0], squares[:-1]])  # a stake is made before its draw
-    variance = (BEFORE * target * (1 - target) + seen) / (BEFORE + draws - 1)
-    stakes = np.sqrt(2 * np.log(1 / PLANNED_FOR) / (n * variance))
-    stakes = np.minimum(stakes, MOST / (1 - target))
-    fortune = np.log1p(stakes * (target - losses)).cumsum()
-    return float(np.exp(-max(fortune.max(), 0.0)))
+    goal, wealth, most, total, squares = -math.log(level), 0.0, 0.0, 0.0, 0.0
+    for seen, loss in enumerate(losses.tolist()):
+        if wealth >= goal:
+            break
+        variance = (BEFORE * target * (1 - target) + squares) / (BEFORE + seen)
+        stake = math.sqrt(2 * (goal - wealth) / ((n - seen) * variance))
+        wealth += math.log1p(min(stake, MOST / (1 - target)) * (target - loss))
+        most = max(most, wealth)
+        total += loss
+        squares += (loss - (target + total) / (seen + 2)) ** 2
+    return min(1.0, math.exp(-most), chance * math.exp(-wealth))
 
 
 def stakes_above(claims: Array) -> Array:

@@ -21,15 +21,19 @@ WATCHED = ("disagreement", "consistency")
 """Risks that requests show without right answers."""
 SCALES = {"cider_drop": 2.5}
 """Points of a score that a loss of 1 stands for, by risk; of others 1."""
+NOTHING = 0.5
+"""A promise that lets so large a share of what there is to lose be lost says nothing."""
 
 
 @dataclass(frozen=True)
 class Promise:
     """P(risk <= target) >= confidence, over images like the n of the calibration.
 
-    unit: "image": the risk of an image is the mean of what its answers lose; "answer": all answers
-    count alike. largest: answers of the calibrated image that had most. kinds: of prompts, of each
-    of which it is promised; (): of all together.
+    unit: "image": the risk of an image is the mean of what its answers lose; "group": that of a
+    group the mean of its images; "answer": all answers count alike. largest: answers of the
+    calibrated image that had most. kinds: of prompts, of each of which it is promised; (): of all
+    together. qualities: of risks with labels, by kind of prompt, the mean quality of the full
+    model's answers, which is all that can be lost; empty: not known.
     """
 
     risk: str
@@ -40,6 +44,42 @@ class Promise:
     largest: int = 1
     kinds: Sequence[str] = ()
     own_targets: Mapping[str, float] = field(default_factory=dict)
+    qualities: Mapping[str, float] = field(default_factory=dict)
+
+    def of_kind(self, kind: str) -> Promise:
+        """Return what is promised of prompts of a kind alone, where it is promised of each."""
+        if not self.kinds:
+            return self
+        return replace(self, target=self.target_of(kind), kinds=(kind,), own_targets={})
+
+    @property
+    def amount(self) -> str:
+        """Return how much may be lost, in three words."""
+        times = SCALES.get(self.risk, 1)
+        if self.risk == "disagreement":
+            return f"{100 * self.target:.3g}% differ"
+        what = _SHORT.get(self.risk, self.risk.removesuffix("_drop").replace("_", " "))
+        return f"{times * self.target:.3g} {what}"
+
+    @property
+    def told(self) -> list[str]:
+        """Return a sentence of each kind of prompt, or the one of all."""
+        some = [(kind, self.of_kind(kind)) for kind in self.kinds] or [("", self)]
+        said = [(k, p.empty or f"at most {p.amount}") for k, p in some]
+        return [f"{kind!r}: {words}" if kind else words for kind, words in said]
+
+    @property
+    def empty(self) -> str:
+        """Return why the promise says nothing; "" where it says something."""
+        known = [q for kind, q in self.qualities.items() if not self.kinds or kind in self.kinds]
+        most = max(known, default=1.0)  # all that can be lost
+        if self.target < NOTHING * most:
+            return ""
+        times = SCALES.get(self.risk, 1)
+        return (
+            f"what was calibrated lets {times * self.target:.3g} of {times * most:.3g} be lost, "
+            "which says nothing"
+        )
 
     def target_of(self, kind: str) -> float:
         """Return the target of a kind of prompt."""
@@ -57,6 +97,12 @@ class Promise:
         words = risk_words(self.risk, self.unit)
         most = target_words(self.risk, self.target, self.own_targets)
         return f"{each}{words} is at most {most} {LIKE}"
+
+
+_SHORT = {
+    "consistency": "ROUGE-L apart", "cider_drop": "CIDEr-D lost", "rouge_l_drop": "ROUGE-L lost",
+    "exact_match_drop": "exact match lost", "vqa_accuracy_drop": "VQA accuracy lost",
+}  # fmt: skip
 
 
 def watched(calibration: Mapping[str, Any] | None, promise: Promise) -> Promise | None:
@@ -97,8 +143,9 @@ def risk_words(risk: str, unit: str) -> str:
         "cider_drop": "drop of CIDEr-D (capped at 2.5) against people's answers",
         "vqa_accuracy_drop": "drop of VQA accuracy",
     }.get(risk, risk.replace("_", " "))
-    if unit == "image":
-        return f"the mean over images of the {what}"
+    if unit in ("image", "group"):
+        of = "groups of images" if unit == "group" else "images"
+        return f"the mean over {of} of the {what}"
     return f"the {what}" if risk == "disagreement" else f"the mean over answers of the {what}"
 
 
@@ -149,6 +196,10 @@ def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> Guarant
                 str(kind.get("kind")): kind["target"]
                 for kind in kinds or ()
                 if isinstance(kind, Mapping) and kind.get("target") is not None
+            },
+            qualities={
+                str(kind): float(quality)
+                for kind, quality in (calibration.get("qualities") or {}).items()
             },
         )
     )

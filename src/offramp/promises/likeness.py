@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from offramp.promises.betting import Restarts
+from offramp.promises.prompt_kinds import OTHER
 
 Array = npt.NDArray[Any]
 
@@ -47,6 +49,10 @@ LUCK, LEVEL = 1e-3, 1e-3
 """How often the calibrated answers are so lucky that the bets are not fair, and how often, at most,
 the alarm is raised over requests like the calibrated ones, over unlimited time."""
 _LEAST = 1e-6
+AGE = 200
+"""Requests after which an alarm ends that none of them gave a new reason for."""
+LATELY = 64
+"""The last requests, which tell whether several clients ask."""
 SIDE = 128
 """Pixels of the longer side, at most, at which an image is looked at."""
 STEPS = (0.001, 0.03, 0.1, 0.3)
@@ -170,125 +176,172 @@ class Looks:
 
 
 @dataclass(frozen=True)
-class KindLikeness:
-    """Calibrated answers to one kind of prompt. scores: of `mean_log_score`. looks: of their
-    images; None: too few, or of a calibration before looks were kept."""
+class Tested:
+    """What is known of a request's likeness. p_value: of "drawn as the calibrated ones were"; None:
+    it was not tested. untested: what was not, in words."""
 
-    scores: Kept
-    looks: Looks | None = None
-
-    @property
-    def tests(self) -> int:
-        """Return how many p-values share the level."""
-        both = self.looks is not None and all(
-            kept.can_call(UNLIKE / 2) for kept in (self.scores, self.looks.kept)
-        )
-        return 2 if both else 1
-
-    def p_value(self, mean: float, look: Array | None) -> float | None:
-        """Return the p-value of an answer to such a prompt; None: too few were calibrated."""
-        if not self.scores.can_call(UNLIKE):
-            return None
-        found = self.scores.p_value(mean)
-        if self.tests == 1 or self.looks is None or look is None:
-            return found
-        return min(1.0, 2 * min(found, self.looks.p_value(look)))
-
-    @property
-    def rate(self) -> float:
-        """Return the largest rate of requests called unlike, drawn as the calibrated ones were."""
-        if self.tests == 1 or self.looks is None:
-            return self.scores.rate(UNLIKE)
-        both = (self.scores, self.looks.kept)
-        return max(self.scores.rate(UNLIKE), sum(kept.rate(UNLIKE / 2) for kept in both))
+    p_value: float | None = None
+    untested: str = ""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Calibrated answers and images, by kind of prompt (`offramp.promises.prompt_kinds`)."""
+    """Calibrated answers and images. kinds: scores by kind of prompt
+    (`offramp.promises.prompt_kinds`). looks: of all images; None: too few, or none that were kept.
+    """
 
-    kinds: Mapping[str, KindLikeness]
+    kinds: Mapping[str, Kept]
+    looks: Looks | None = None
 
     @classmethod
     def of(
-        cls,
-        scores: Sequence[Sequence[float]],
-        kinds: Sequence[str],
-        looks: Mapping[str, Array] | None = None,
+        cls, scores: Sequence[Sequence[float]], kinds: Sequence[str], looks: Array | None = None
     ) -> Likeness:
         """Make the likeness of the scores of answers' tokens, and the kinds of their prompts.
 
-        looks: by kind, of the images that it was asked about, each once: [n, F].
+        looks: of the images that they are about, each once: [n, F].
         """
         means: dict[str, list[float]] = {}
         for kind, row in zip(kinds, scores, strict=True):
             mean = mean_log_score(row)
             if mean is not None:
                 means.setdefault(kind, []).append(mean)
-        enough = {k: Looks.of(v) for k, v in (looks or {}).items() if (len(v) + 1) * UNLIKE >= 2}
+        enough = looks is not None and (len(looks) + 1) * UNLIKE >= 1
         kept = {kind: Kept.of(some) for kind, some in sorted(means.items())}
-        return cls({kind: KindLikeness(some, enough.get(kind)) for kind, some in kept.items()})
+        return cls(kept, Looks.of(looks) if enough and looks is not None else None)
 
     def tells(self, kind: str) -> bool:
         """Return True if enough answers to a kind of prompt were calibrated to call one unlike."""
-        return kind in self.kinds and self.kinds[kind].scores.can_call(UNLIKE)
+        return kind in self.kinds and self.kinds[kind].can_call(UNLIKE)
 
     @property
-    def looks(self) -> bool:
-        """Return True if images are looked at."""
-        return any(kind.tests == 2 for kind in self.kinds.values())
+    def looks_at_images(self) -> bool:
+        """Return True if enough images were kept to call one unlike by its look."""
+        return self.looks is not None and self.looks.kept.can_call(UNLIKE)
+
+    def _by(self, kind: str) -> tuple[Kept | None, Looks | None]:
+        """Return what answers to a kind of prompt are held to: both, where both can call one unlike
+        at half the level, else one of them, else nothing."""
+        scores, looks = self.kinds.get(kind), self.looks
+        if scores and looks and min(scores.n, looks.kept.n) + 1 >= 2 / UNLIKE:
+            return scores, looks
+        if self.tells(kind):
+            return scores, None
+        return None, looks if self.looks_at_images else None
+
+    def test(self, kind: str, scores: Sequence[float], look: Array | None = None) -> Tested:
+        """Test whether an answer to a prompt of that kind was asked as the calibrated ones were.
+
+        look: of the image (`look_of`); None: the scores alone tell.
+        """
+        kept, looks = self._by(kind)
+        found, mean = list[float](), mean_log_score(scores)
+        if kept is not None and mean is not None:
+            found.append(kept.p_value(mean))
+        if looks is not None and look is not None:
+            found.append(looks.p_value(look))
+        if found:
+            told = "" if look is None or looks else "likeness of the image not tested"
+            return Tested(min(1.0, len(found) * min(found)), told)
+        if kept is not None:
+            return Tested(None, "likeness not tested (no exit was asked)")
+        n = self.looks.kept.n if self.looks else self.kinds[kind].n if kind in self.kinds else 0
+        return Tested(None, f"likeness not tested ({n} images)")
 
     def p_value(
         self, kind: str, scores: Sequence[float], look: Array | None = None
     ) -> float | None:
-        """Return the p-value of an answer to a prompt of that kind; None: nothing is known of the
-        kind, or no exit looked at the answer, or too few were calibrated to call any unlike.
+        """Return the p-value of `test`."""
+        return self.test(kind, scores, look).p_value
 
-        look: of the image (`look_of`); None: the scores alone tell.
-        """
-        known, mean = self.kinds.get(kind), mean_log_score(scores)
-        return None if known is None or mean is None else known.p_value(mean, look)
+    @property
+    def rate(self) -> float:
+        """Return the largest rate of requests called unlike, drawn as the calibrated ones were; 0
+        where none can be called so."""
+
+        def of(kind: str) -> float:
+            kept, looks = self._by(kind)
+            used = [kept] if kept is not None else []
+            used += [looks.kept] if looks is not None else []
+            return sum(one.rate(UNLIKE / len(used)) for one in used)
+
+        return max(map(of, [OTHER, *self.kinds]))
 
     def to_json(self) -> dict[str, Any]:
         return {
-            kind: {
-                **known.scores.to_json(),
-                **({} if known.looks is None else {"looks": known.looks.to_json()}),
-            }
-            for kind, known in self.kinds.items()
+            "kinds": {kind: known.to_json() for kind, known in self.kinds.items()},
+            **({} if self.looks is None else {"looks": self.looks.to_json()}),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any] | None) -> Likeness:
-        """Return what `to_json` gave; of anything else, one that knows no kind."""
-        kinds = {}
+        """Return what `to_json` gave, in this version or before, when each kind had its own looks:
+        the most of these are then those of all. Of anything else, one that knows no kind."""
         with suppress(TypeError, ValueError, KeyError, AttributeError):
-            for kind, kept in (value or {}).items():
-                looks = Looks.from_json(kept["looks"]) if kept.get("looks") else None
-                kinds[str(kind)] = KindLikeness(Kept.from_json(kept), looks)
-        return cls(kinds)
+            given = dict(value or {})
+            is_new = "n" not in given.get("kinds", {"n": 0})
+            kinds = given["kinds"] if is_new else given
+            looks = [given["looks"]] if is_new and given.get("looks") else []
+            looks += [] if is_new else [kept["looks"] for kept in kinds.values() if "looks" in kept]
+            most = max(looks, key=lambda look: look["n"], default=None)
+            kept = {str(kind): Kept.from_json(one) for kind, one in kinds.items()}
+            return cls(kept, Looks.from_json(most) if most else None)
+        return cls({})
 
 
 class Alarm:
     """Requests that come, and whether more of them are unlike the calibrated ones than by chance.
 
-    compared, unlike: requests so far. raised: for good, until a new one is made.
+    spared: largest rate of requests called unlike that chance explains. compared, unlike: requests
+    so far. raised: until `AGE` requests in a row gave no reason for it,
+    or a reset. No client has more than a half of the unlike ones that count while others ask.
     """
 
     def __init__(self, likeness: Likeness) -> None:
+        self.spared: float = min(0.5, likeness.rate)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was learnt."""
         self.compared: int = 0
         self.unlike: int = 0
-        rates = [kept.rate for kept in likeness.kinds.values()]
-        self._bets = Restarts(min(0.5, max(rates, default=0.5)))
+        self.raised: bool = False
+        self._since = 0
+        self._new()
 
-    def add(self, p_value: float) -> bool:
-        """Note a request; whether it is called unlike."""
+    def _new(self) -> None:
+        self._bets = Restarts(self.spared or 0.5)
+        self._asked: deque[str] = deque(maxlen=LATELY)
+        self._called: Counter[str] = Counter()
+
+    def add(self, p_value: float, client: str = "") -> bool:
+        """Note a request; whether it is called unlike. client: who asked, by any name."""
         called = is_unlike(p_value)
         self.compared += 1
         self.unlike += called
+        self._asked.append(client)
+        if called and len(set(self._asked)) > 1:
+            most = max(1.0, (self._called.total() + 1) / 2)
+            if self._called[client] + 1 > most:
+                return called
+        self._called[client] += called
         self._bets.add(float(called))
+        self._since += 1
+        if self._bets.most >= 1 / LEVEL:
+            self.raised, self._since = True, 0
+            self._new()
+        elif self._since >= AGE:
+            self.raised = False
         return called
 
-    @property
-    def raised(self) -> bool:
-        return bool(self._bets.most >= 1 / LEVEL)
+    def to_json(self) -> dict[str, Any]:
+        """Return what is kept over a restart."""
+        return {"compared": self.compared, "unlike": self.unlike, "raised": self.raised}
+
+    def restore(self, value: Any) -> None:
+        """Go on from what `to_json` gave; from anything else, start anew."""
+        self.reset()
+        with suppress(TypeError, KeyError, ValueError):
+            counts = int(value["compared"]), int(value["unlike"])
+            self.compared, self.unlike = counts
+            self.raised = value["raised"] is True

@@ -29,6 +29,7 @@ from offramp.data.formats import read_items
 from offramp.data.scenes import tasks
 from offramp.features.input_processor import InputProcessor
 from offramp.promises.guarantee import Promise
+from offramp.promises.verdict import BROKEN, EXACT, NONE
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.monitor.sample import Sample
@@ -531,7 +532,9 @@ def test_a_broken_promise_changes_answers_metrics_and_what_the_page_is_told(acti
         for more in ({}, {"offramp": {"mode": "early_exit"}}):
             told = ask(number, **more)
             assert told["mode"] == expected
-            assert told.get("guarantee") == (None if action == "warn" else "broken")
+            verdict = told["verdict"]
+            assert verdict["why"] == BROKEN and verdict["exact"] == (action != "warn")
+            assert not verdict["promised"]
         own = ask(number, offramp={"thresholds": {"2": 0.9}})
         assert own["mode"] == "early_exit"  # what a client chose itself was never promised
         text = httpx.get(f"{address}/metrics").text
@@ -587,21 +590,23 @@ def test_a_request_says_where_nothing_is_guaranteed_of_it() -> None:
         def told(example: Example, **more: Any) -> str:
             body = {"messages": messages(example), **more}
             answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300)
-            return str(answer.raise_for_status().json()["usage"]["offramp"].get("guarantee", ""))
+            verdict = answer.raise_for_status().json()["usage"]["offramp"]["verdict"]
+            return f"{verdict['says']} {verdict['why']}"
 
         for example in (caption, question):
-            assert told(example) == told(example, max_tokens=20) == ""
+            for more in ({}, {"max_tokens": 20}):
+                assert told(example, **more).startswith("Promised: at most 0.75% differ. with 95%")
         for words, more in {
             "up to 150 tokens where up to 48": {"max_tokens": 150},
             "sampled": {"temperature": 1.0},
             "thresholds 2: 0.1 where 2: ": {"offramp": {"thresholds": {"2": 0.1}}},
         }.items():
-            assert told(caption, **more).startswith("not guaranteed here: ")
+            assert told(caption, **more).startswith(NONE)
             assert words in told(caption, **more)
         other = replace(caption, prompt="Write a poem.")
         assert "a prompt unlike the calibrated ones" in told(other)
         for mode in ("full", "lossless"):
-            assert told(other, offramp={"mode": mode}) == ""
+            assert told(other, offramp={"mode": mode}) == f"{EXACT} "
         card = httpx.get(f"{address}/v1/models").json()["data"][0]["offramp"]
         assert card["guarantee"]["unit"] == "image" and card["guarantee"]["max_tokens"] == 48
         assert card["guarantee"]["words"].startswith("the mean over images of the share of answers")

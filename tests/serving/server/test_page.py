@@ -12,6 +12,7 @@ from browser import Page, browser, open_page
 
 from offramp.common.depth_color import depth_color, ink_on
 from offramp.features.input_processor import InputProcessor
+from offramp.promises.verdict import EXACT, NONE
 from serving import running, scene_examples, service_of, shipped
 
 pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
@@ -40,6 +41,7 @@ def test_both_answers_appear_coloured_by_depth(
     page.show(address + "/", *SIZES[size], dark=dark)
     page.until("document.getElementById('prompt').value === 'Caption:'")
     assert page.ask("document.getElementById('go').disabled") is True
+    assert "0.75%" in page.ask("document.getElementById('promise').textContent")
     page.ask("document.getElementById('example').click()")
     page.until("!document.getElementById('go').disabled")
     page.ask("document.getElementById('go').click()")
@@ -59,7 +61,7 @@ def test_both_answers_appear_coloured_by_depth(
     assert page.ask(number) == f'"{early[0]}"'
     assert "An exit is" in page.ask("document.querySelector('main').innerText")
     assert page.ask("document.documentElement.scrollWidth <= window.innerWidth")
-    assert "0.75%" in page.ask("document.getElementById('promise').textContent")
+    assert page.ask("document.getElementById('promise').textContent") == EXACT
     assert float(page.ask("parseFloat(document.querySelector('#early .depth').textContent)")) >= 2
     assert page.errors == []
     page.shot(tmp_path / f"page-{size}-{'dark' if dark else 'light'}.png")
@@ -156,6 +158,22 @@ def test_the_answers_are_the_models(page: Page, address: str) -> None:
     output = adapter.generate(encoder.prompts([example]), do_sample=False, max_new_tokens=48)
     shown = page.ask("document.querySelector('#early .text').textContent")
     assert shown == encoder.texts(output.new_tokens)[0]
+
+
+def test_what_is_promised_of_an_answer_stays_said_beside_it(page: Page, address: str) -> None:
+    """In about five words, and whatever is promised of others says nothing else."""
+    page.show(address + "/", 1280, 900)
+    page.until("document.getElementById('prompt').value === 'Caption:'")
+    page.ask("document.getElementById('mode').value = 'early_exit'")
+    for prompt, says in (("Write a poem.", NONE), ("Caption:", "Promised: at most 0.75% differ.")):
+        page.ask("document.getElementById('state').textContent = ''")
+        page.ask(f"document.getElementById('prompt').value = {prompt!r}; void example().then(both)")
+        page.until(DONE)
+        page.ask("void about()")
+        page.until("document.getElementById('go').disabled === false")
+        shown = page.ask("document.querySelector('main').innerText")
+        assert says in shown
+        assert shown.count("Promised") + shown.count("Guarantee") == (says != NONE)
 
 
 def test_what_is_wrong_is_said_on_the_page(page: Page) -> None:

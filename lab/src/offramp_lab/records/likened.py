@@ -90,7 +90,7 @@ def _tiny() -> Adapter:
     rows = [*range(some), *range(IMAGES, IMAGES + ASKED * some)]
     kinds = [adapter.kind_of(examples[row].prompt) for row in rows]
     looks = _looks(examples[:IMAGES])
-    of = Likeness.of([early[row].scores for row in rows], kinds, dict.fromkeys(kinds, looks))
+    of = Likeness.of([early[row].scores for row in rows], kinds, looks)
     before = Conditions.of_calibration(then)
     here = Conditions.of(
         adapter.backbone, adapter.policy, exits=adapter.exits, sampling="greedy",
@@ -143,11 +143,12 @@ def _noted(
         )
         for mode, policy in (("early", adapter.policy), ("full", adapter.policy.in_mode("full")))
     )  # fmt: skip
-    of = Likeness.of([answer.scores for answer in early], kinds, looks)
+    shown = np.concatenate([*looks.values()])
+    of = Likeness.of([answer.scores for answer in early], kinds, shown)
     for kind, before in adapter.likeness.kinds.items():
-        again = of.kinds[kind].scores
-        apart = np.abs(np.subtract(again.low, before.scores.low)).max()
-        assert again.n == before.scores.n and apart < SAME, (kind, again.n, apart)
+        again = of.kinds[kind]
+        apart = np.abs(np.subtract(again.low, before.low)).max()
+        assert again.n == before.n and apart < SAME, (kind, again.n, apart)
 
     risk, bounds = RISKS[CONSISTENCY], {}
     losses = risk.losses(early, full, examples)

@@ -82,7 +82,8 @@ def unlike_of(p_values: Sequence[float | None]) -> dict[str, Any]:
 def looks_of_photographs(data: Path) -> list[dict[str, Any]]:
     """Of the photo model that ships: images called unlike the calibrated photographs by their look,
     half the level that it has beside scores."""
-    [known] = [k.looks for k in shipped_likeness("photo").kinds.values() if k.looks is not None]
+    known = shipped_likeness("photo").looks
+    assert known is not None
     photographs = read_photographs(data)
     fresh = [e for e in photographs["captions_val"] if half_of(e) == 1]
     scenes = list(captions_and_questions("test", OTHER, 400_000, 0))
@@ -137,7 +138,7 @@ def streams(n: int, many: int = 200) -> dict[str, Any]:
     draw, alarms = np.random.default_rng(16), 0
     for _ in range(many):
         scores, looks = np.exp(draw.normal(size=(n, 1))).tolist(), draw.normal(size=(n, 20))
-        known = Likeness.of(scores, [""] * n, {"": looks})
+        known = Likeness.of(scores, [""] * n, looks)
         alarm = Alarm(known)
         asked = np.exp(draw.normal(size=(400, 1))).tolist()
         for scores, look in zip(asked, draw.normal(size=(400, 20)), strict=True):

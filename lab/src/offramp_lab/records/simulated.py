@@ -11,8 +11,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.calibration.attempts import UNITS, Draws, ImageRows, error_share, images_of, merged
+from offramp.calibration.asked import Guarantee
+from offramp.calibration.attempts import (
+    UNITS,
+    Attempt,
+    Draws,
+    ImageRows,
+    error_share,
+    handed_on,
+    images_of,
+    merged,
+    turn_of,
+)
+from offramp.calibration.ledger import merged_attempts
 from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value, walk
+from offramp.core.decoding.policy import Thresholds
 from offramp.core.inputs.example import Example
 from offramp.data.near_copies import NEAR, Look
 from offramp.promises.betting import FRACTIONS, SHARES, betting_p_values
@@ -45,6 +58,9 @@ def simulate(trials: int, images: int) -> dict[str, Any]:
         "unequal_rows": unequal_rows(trials),
         "choices": choices(trials),
         "groups": [groups(size, min(trials, 300)) for size in (10, 20)],
+        "rare_groups": rare_groups(min(trials, 300)),
+        "forgotten": forgotten(min(trials, 600)),
+        "handed": handed(min(trials, 600)),
         "kinds": kinds(trials),
         "two_steps": two_steps(min(trials, 600)),
         "grown": grown(min(trials, 600)),
@@ -200,6 +216,78 @@ def groups(size: int, trials: int) -> dict[str, Any]:
         together[trial] = p_value(draws, target, "sharp") <= LEVEL
     return {"size": size, "images": n, "target": target, "broken_before": float(alone.mean()),
             **told(together)}  # fmt: skip
+
+
+def rare_groups(trials: int) -> dict[str, Any]:
+    """One of 2,000 groups has 400 images, of which 30% are wrong, of all others .1%: each image
+    counted alike in its group's draw, and groups by the mean over their images, barely above."""
+    draw, n, target = np.random.default_rng(18), 1500, 0.01
+    before, now = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=bool)
+    for trial in range(trials):
+        large = draw.random(n) < 1 / 2000
+        sizes = np.where(large, 400, 1)
+        few = draw.binomial(sizes, np.where(large, 0.3, 0.001)).astype(float)
+        alike = Draws(few, sizes.astype(float), np.arange(n), float(sizes.max()))
+        before[trial] = p_value(alike, target, "sharp") <= LEVEL
+        wrong = draw.binomial(sizes, np.where(large, 0.3, 1.001 * target)) / sizes
+        now[trial] = p_value(Draws.of(wrong), target, "sharp") <= LEVEL
+    risk = (0.001 + 400 * 0.3 / 2000) / (1 + 400 / 2000)
+    return {"groups": n, "target": target, "risk_by_image": risk,
+            "broken_before": float(before.mean()), **told(now)}  # fmt: skip
+
+
+def forgotten(trials: int) -> dict[str, Any]:
+    """Ten settings on the same images, each barely above the target, and after each its like on
+    fresh ones: as if each were the first, and as the attempts are counted."""
+    draw, n, target, many = np.random.default_rng(19), 100, 0.2, 10
+
+    def images(name: str) -> list[ImageRows]:
+        return [ImageRows(f"{name} {i}", "", (i,), members=(f"{name} {i}",)) for i in range(5)]
+
+    known: list[Attempt] = []
+    levels = []
+    for setting in range(many):
+        for name in ("all", f"fresh {setting}"):
+            asked, some = f"setting {setting}", images(name)
+            turn = turn_of(known, asked, some, any_time=True)
+            members = tuple(image.image for image in some)
+            names = tuple(image.name for image in some)
+            made = Attempt(asked, {}, turn.number, names, (), {}, members)
+            known = [
+                Attempt.from_json(each)
+                for each in merged_attempts([made.to_json()], [a.to_json() for a in known])
+            ]
+            if name == "all":
+                levels.append(Guarantee(target, 1 - STATED).level(turn.number, turn.handed))
+    p = np.array([
+        [p_value(Draws.of(row, whole=True), target, "sharp") for row in rows]
+        for rows in (draw.random((trials, many, n)) < 1.001 * target).astype(float)
+    ])  # fmt: skip
+    return {"settings": many, "images": n, "target": target,
+            "broken_before": float((p <= LEVEL).any(1).mean()),
+            **told((p <= 1 - np.array(levels)).any(1))}  # fmt: skip
+
+
+def handed(trials: int) -> dict[str, Any]:
+    """Six attempts on the same images, the first three of a risk far below the target, the others
+    barely above it: what is true hands its errors on to what is not."""
+    draw, n, target = np.random.default_rng(20), 500, 0.05
+    asked, broken, passed = Guarantee(target, 1 - STATED), np.zeros(trials, dtype=bool), 0
+    for trial in range(trials):
+        shared = draw.random(n)  # which images are hard: attempts depend on each other
+        known: list[Attempt] = []
+        for number in range(1, 7):
+            risk = (0.1 if number <= 3 else 1.001) * target
+            wrong = np.where(draw.random(n) < 0.5, shared, draw.random(n)) < risk
+            level = asked.level(number, handed_on(known, number))
+            p = p_value(Draws.of(wrong.astype(float), whole=True), target, "sharp")
+            kept = p <= 1 - level
+            path = (Thresholds({1: 0.5}),)
+            known.append(Attempt("", {}, number, (), path, {"passed": bool(kept)}))
+            broken[trial] |= kept and number > 3
+            passed += kept and number == 3
+    return {"attempts": 6, "images": n, "target": target, "third_passes": passed / trials,
+            **told(broken)}  # fmt: skip
 
 
 def kinds(trials: int) -> dict[str, Any]:

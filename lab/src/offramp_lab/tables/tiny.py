@@ -93,6 +93,13 @@ def kept() -> Table:
         for row in found["groups"]
     ]
     rows += [
+        {"what": "1 of 2,000 groups of 400 images", "without": "each image alike"}
+        | found["rare_groups"],
+        {"what": "ten settings on the same images", "without": "each after a fresh set"}
+        | found["forgotten"],
+        {"what": "six attempts, of which three hand their errors on"} | found["handed"],
+    ]
+    rows += [
         {"what": "60% captions at 0.2%, questions above the target", "without": "all together"}
         | found["kinds"],
         {"what": "a file that grows, tested 17 times", "without": "each look as the first"}

@@ -47,6 +47,10 @@ _QUEUE = 64
 """Answers that may wait for a slot; who asks for more waits for a place in the queue."""
 
 
+SLICED = "sliced files hold no calibration"
+"""Why nothing is promised of what they answer early."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """finish: "stop" at the model's end or a stop string, "length" at the most tokens.

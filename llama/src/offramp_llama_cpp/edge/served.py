@@ -12,7 +12,7 @@ from PIL import Image
 
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import InputError
-from offramp.promises.likeness import Likeness
+from offramp.promises.likeness import Alarm, Likeness
 from offramp.serving.engine import Engine
 from offramp.serving.server.api import protocol
 from offramp.serving.server.api.options import (
@@ -27,7 +27,7 @@ from offramp.serving.server.api.text import StopStrings
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.served import Inputs, NoPromise
 from offramp_llama_cpp.array_reader import Ids
-from offramp_llama_cpp.edge.model import EdgeModel
+from offramp_llama_cpp.edge.model import SLICED, EdgeModel
 from offramp_llama_cpp.edge.sampling import Sampling
 from offramp_llama_cpp.edge.vocabulary import Vocabulary
 from offramp_llama_cpp.graphs import Array
@@ -107,15 +107,15 @@ class EdgeServed:
     # -- what is guaranteed: nothing, as the files hold no calibration -----------------------------
 
     def stands(self, **_: Any) -> NoPromise:
-        return NoPromise()
+        return NoPromise(why=SLICED)
 
-    def how_like(self, asked: str, scores: Sequence[float], look: Any) -> None:
-        return None
+    def kind_of(self, asked: str) -> str:
+        return ""
 
     def promised(self) -> None:
         return None
 
-    def watcher(self, engine: Engine) -> None:
+    def watcher(self, engine: Engine, alarm: Alarm) -> None:
         return None
 
     def gauges(self) -> Sequence[tuple[str, str, Callable[[], float]]]:

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -124,56 +123,17 @@ def generate(arguments: argparse.Namespace) -> None:
         from offramp.features.vision_cache import VisionCache
 
         options["vision_cache"] = VisionCache()
-    early = bool(policy.thresholds) and not policy.lossless
-    stands = None
-    if early:  # of a prompt the same for all images
-        stands = cache(partial(_stands, adapter, runtime, encoder, policy, dict(options)))
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
-    said = ""
+    where = None if runtime is adapter else runtime.name
     for name, image, prompt, inputs in _questions(arguments, asked, encoder):
-        found = stands(prompt) if stands else None
-        if found and found.sentence != said:
-            said = found.sentence
-            log.info("%s", said)
         result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
-        _show(name, result, encoder, arguments)
-        if found and found.promise:
-            _say_likeness(adapter, image, prompt, result)
-
-
-def _stands(
-    adapter: Any, runtime: Any, encoder: Any, policy: Any, options: dict[str, Any], prompt: str
-) -> Any:
-    """What is guaranteed of the answer to a prompt about one image, or why nothing is."""
-    from offramp.promises.conditions import Conditions, of_processor
-    from offramp.promises.guarantee import standing
-
-    here = Conditions.of(
-        adapter.backbone,
-        policy,
-        engine=None if runtime is adapter else runtime.name,
-        exits=adapter.exits,
-        sampling="sampled" if options["do_sample"] else "greedy",
-        longest=options["max_new_tokens"],
-        prompts=[[prompt]],
-        **of_processor(encoder.processor),
-    )
-    return standing(adapter.calibration, here)
-
-
-def _say_likeness(adapter: Any, image: Any, prompt: str, result: Any) -> None:
-    """Say so where an image, which is opened, or its answer is unlike the calibrated ones."""
-    from offramp.promises.likeness import is_unlike, look_of
-
-    likeness = adapter.likeness
-    look = look_of(image) if likeness.looks and image is not None else None
-    found = likeness.p_value(adapter.kind_of(prompt), result.scores[0].tolist(), look)
-    if is_unlike(found):
-        log.warning(
-            "The image or the prompt is unlike those calibrated (p = %.2g): nothing is guaranteed "
-            "of this answer.", found,
+        verdict = adapter.verdict(
+            result, encoder.processor, prompt, image,
+            policy=policy, engine=where, longest=options["max_new_tokens"],
+            sampling="sampled" if options["do_sample"] else "greedy",
         )  # fmt: skip
+        _show(name, result, verdict, encoder, arguments)
 
 
 def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -276,7 +236,9 @@ def _streamer(tokenizer: Any) -> Any:
     return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Namespace) -> None:
+def _show(
+    image: Path | None, result: Any, verdict: Any, encoder: Any, arguments: argparse.Namespace
+) -> None:
     ids = result.new_tokens[0].tolist()
     depths, scores = result.depths[0].tolist(), result.scores[0].tolist()
     tokens = [encoder.tokenizer.decode([i]) for i in ids]
@@ -288,7 +250,7 @@ def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Nam
         ]
         row = {"image": None if image is None else str(image), "answer": text,
                "layers": result.layers, "mean_depth": result.mean_depth,
-               "steps": steps}  # fmt: skip
+               "verdict": verdict.to_json(), "steps": steps}  # fmt: skip
         print_json(row)
         return
     if not arguments.stream:
@@ -299,6 +261,7 @@ def _show(image: Path | None, result: Any, encoder: Any, arguments: argparse.Nam
         shown = (_paint(t, d, result.layers, color) for t, d in zip(words, depths, strict=True))
         tell(" ".join(shown))
     log.info("mean depth %.1f of %d", result.mean_depth, result.layers)
+    log.info("%s", verdict.sentence)
 
 
 def _in_color() -> bool:

@@ -14,7 +14,8 @@ from offramp.core.decoding.policy import GenerationOutput
 @dataclass(frozen=True, eq=False)
 class Sample:
     """A request that was answered early. inputs, options: as it was submitted. image, prompt: what
-    was asked about, and what. client: who asked, by any name."""
+    was asked about, and what. client: who asked, by any name. like: whether the request is like
+    those that were calibrated, as far as was tested."""
 
     inputs: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -22,3 +23,4 @@ class Sample:
     image: Image.Image
     prompt: str
     client: str = ""
+    like: bool = True

@@ -38,6 +38,7 @@ from offramp.data.near_copies import SIDE_SHARP, Look, copied
 from offramp.features.input_processor import InputProcessor
 from offramp.promises.betting import RunningRisk
 from offramp.promises.guarantee import Promise
+from offramp.promises.likeness import Alarm, Likeness
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
@@ -122,10 +123,11 @@ class Watcher:
     prompt, where kinds have targets of their own: losses then count in units of the smallest, so
     that each kind may lose what was promised of it. about: what the
     promise is of, such as a digest of the adapter; what was learnt of another is not gone on with.
-    seed: of the draw.
+    alarm: over unlike requests, which is kept and reset with the watch. seed: of the draw.
 
-    blind: whether too few of the drawn requests are compared to trust the silence. let_go: how many
-    were not, those whose clients went or that took too long among them.
+    risk: of requests like the calibrated ones. others: of those that are called unlike them, which
+    nothing was promised of. blind: whether too few of the drawn requests are compared to trust the
+    silence. let_go: how many were not, those whose clients went or that took too long among them.
 
     Raises:
         StorageError: another watcher has the state file.
@@ -141,6 +143,7 @@ class Watcher:
         loss: Loss = differs,
         kind_of: Callable[[str], str] = str,
         about: str = "",
+        alarm: Alarm | None = None,
         seed: int | None = None,
     ) -> None:
         self.config: WatchConfig = config or WatchConfig()
@@ -154,7 +157,9 @@ class Watcher:
             "promise": None if promise is None else asdict(promise),
         }
         self._held = _held(self.config.state)
+        self._alarm = alarm or Alarm(Likeness({}))
         self.risk = self._kept_risk() or self._new_risk()
+        self.others = RunningRisk(None)
         self._engine, self._encoder, self._loss = engine, encoder, loss
         self._kind_of = kind_of
         self._draw = random.Random(seed)
@@ -179,7 +184,9 @@ class Watcher:
         level = self.config.level / self.config.watchers
         if self.promise is None:
             return RunningRisk(None, level)
-        target = min(1.0, self.promise.least * self.config.slack)
+        # Of requests like the calibrated ones alone: without the few that are called unlike, the
+        # mean may be larger by so much.
+        target = min(1.0, self.promise.least * self.config.slack / (1 - self._alarm.spared))
         most = draws_of_one(self.promise.largest, self.config.share) if self._by_answer else 1
         return RunningRisk(target, level, self.promise.confidence, most)
 
@@ -265,6 +272,7 @@ class Watcher:
             "of": None if self.promise is None else self.promise.risk,
             "images": self.risk.n,
             "risk": self.risk.mean,
+            "unlike": {"images": self.others.n, "risk": self.others.mean},
             "lower": low,
             "upper": high,
             "alarm_above": self.risk.promised,
@@ -280,7 +288,8 @@ class Watcher:
         """Forget what was learnt, a broken promise too: after the adapter was calibrated again, or
         what caused the alarm is over. What is promised from now on starts anew."""
         with self._lock:
-            self.risk = self._new_risk()
+            self.risk, self.others = self._new_risk(), RunningRisk(None)
+            self._alarm.reset()
             self._images.clear()
             self._known = _Known()
             self._save()
@@ -387,7 +396,8 @@ class Watcher:
             self._known.add(sample.image, one.name)
         with self._lock:
             before = self.broken
-            self.risk.add(loss, one.name if self._by_answer else "")
+            risk = self.risk if sample.like else self.others
+            risk.add(loss, one.name if self._by_answer else "")
             self._save()
         self._keep(one.name, sample, early, full, loss)
         if self.broken and not before:
@@ -430,6 +440,7 @@ class Watcher:
                 log.warning("The watch starts anew: %s is of another promise.", self.config.state)
                 return None
             risk = RunningRisk.from_json(kept["risk"])
+            self._alarm.restore(kept.get("alarm"))
             if of == about:
                 new = self._new_risk()
                 if (risk.promised, risk.level) != (new.promised, new.level):
@@ -454,7 +465,8 @@ class Watcher:
         if self.config.state is None:
             return
         try:
-            write_json(self.config.state, {"of": self._about, "risk": self.risk.to_json()})
+            learnt = {"risk": self.risk.to_json(), "alarm": self._alarm.to_json()}
+            write_json(self.config.state, {"of": self._about, **learnt})
         except StorageError as error:
             log.warning("What the watch learnt is not kept: %s", error.problem)
 

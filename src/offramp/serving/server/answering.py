@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from offramp.core.decoding.sequence import Token
-from offramp.promises.likeness import is_unlike
+from offramp.promises.verdict import Verdict
 from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import ChatRequest, Sampling
@@ -29,8 +29,8 @@ Event = tuple[int, Token | None]
 """Number of a choice, and its next token; None: it is over."""
 _LATE: Event = (-1, None)
 """Stands for the end of the time that an answer may take."""
-OnAnswer = Callable[[Inputs, Generation, Completion | None], None]
-"""Is told of an answer; None: its client has gone, or it took too long."""
+OnAnswer = Callable[[Inputs, Generation, Completion | None, Verdict | None], None]
+"""Is told of an answer and its verdict; None: its client has gone, or it took too long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,8 @@ class Answering:
 
     prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
     has taken too long, by the loop's clock. on_answer: is told of every answer, or of its loss.
-    salt: as of `offramp.serving.request.Request`. look: of `Service.look`. constraint: of every
-    answer's tokens.
+    salt: as of `offramp.serving.request.Request`. client: who asks. look: of
+    `Service.look`. constraint: of every answer's tokens.
     """
 
     def __init__(
@@ -66,13 +66,14 @@ class Answering:
         salt: str | None = None,
         *,
         question: str,
+        client: str = "",
         look: Any = None,
         constraint: Any = None,
     ) -> None:
         """Submit all choices. Raise `ApiError` where a prompt or its answer does not fit."""
         self._service, self._request, self._place = service, request, place
         self._on_answer, self._salt, self._look = on_answer, salt, look
-        self._question = question
+        self._question, self._use, self._client = question, use, client
         self._exact = constraint is not None
         service.outbox.open()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -97,8 +98,6 @@ class Answering:
             served.layers,
             sum(sizes),
             service.tokenizer,
-            use.fell_back,
-            self.standing.why,
         )
         repeated = [inputs for inputs in prompts for _ in range(request.n)]
         self.choices: list[_Choice] = []
@@ -146,7 +145,7 @@ class Answering:
         left, self._left = self._left, True
         for choice in () if left else self.choices:
             if self._on_answer is not None and choice.written.reason is None:
-                self._on_answer(choice.inputs, choice.how, None)
+                self._on_answer(choice.inputs, choice.how, None, None)
             if not choice.handle.done():
                 self._service.metrics.ended("abort")
             self._service.over(choice.handle)
@@ -174,7 +173,7 @@ class Answering:
         unlike = [
             index
             for index, choice in enumerate(self.choices)
-            if is_unlike(choice.written.likeness)
+            if choice.written.verdict is not None and choice.written.verdict.unlike
         ]
         if not (unlike and self._service.answers_unlike):
             return
@@ -183,7 +182,8 @@ class Answering:
             before = self.choices[index]
             self._service.over(before.handle)
             again = self._submit(index, before.inputs, before.how, use, again=True)
-            again.written.likeness = before.written.likeness
+            assert before.written.verdict is not None
+            again.written.verdict = replace(before.written.verdict, exact=True)
             self.choices[index] = again
         self.reply = replace(self.reply, mode="lossless")
         await self._all(len(unlike))
@@ -229,15 +229,16 @@ class Answering:
         full = len(written.tokens) >= choice.how.longest
         stopped = choice.stream.stopped or ended or not full
         written.reason = "stop" if stopped else "length"
-        if written.likeness is None and done.early_exit and self.standing.promise is not None:
-            scores = [token.score for token in done.tokens]
-            written.likeness = self._service.how_like(self._question, scores, self._look)
+        if written.verdict is None:
+            written.verdict = self._service.verdict(
+                self.standing, self._question, self._use, done, self._look, self._client
+            )
         mode = self._mode(done)
         first = choice.written.index % self._request.n == 0
         tokens = choice.prompt if first else 0
         self._service.metrics.answered(done, written.depths, tokens, written.reason, mode)
         if self._on_answer is not None:
-            self._on_answer(choice.inputs, choice.how, done)
+            self._on_answer(choice.inputs, choice.how, done, written.verdict)
         return last
 
     def _mode(self, done: Completion) -> str:

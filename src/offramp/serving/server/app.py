@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from offramp import __version__
 from offramp.adapter.shipped import example_picture
 from offramp.common.depth_color import STOPS
+from offramp.promises.verdict import Verdict
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.request import Completion
 from offramp.serving.server.answering import Answering, OnAnswer, unless_gone
@@ -145,7 +146,7 @@ async def _answer(
         salt = request.scope.get("offramp_salt")
         answering = Answering(
             service, body, inputs, use, place, until, watch, salt,
-            question=question, look=look, constraint=constraint,
+            question=question, client=client, look=look, constraint=constraint,
         )  # fmt: skip
     except BaseException:
         place.leave()
@@ -190,11 +191,13 @@ def client_of(request: Request) -> str:
 def _watch(
     service: Service, body: Sampling, question: str, images: Sequence[Any], client: str
 ) -> OnAnswer:
-    """Has an answer compared with the full model's, where it is one of those promised; where
-    nothing is promised, any greedy one. Of those that are not answered to their end it is counted
-    that they are lost."""
+    """Has an answer compared with the full model's, where it is one of those calibrated, or unlike
+    them, which is counted beside; where nothing is promised, any greedy one. Of those that are not
+    answered to their end it is counted that they are lost."""
 
-    def compare(inputs: Inputs, how: Generation, done: Completion | None) -> None:
+    def compare(
+        inputs: Inputs, how: Generation, done: Completion | None, verdict: Verdict | None
+    ) -> None:
         if not (how.plain and (done is None or done.early_exit)) or service.watcher is None:
             return
         found = service.served.stands(asked=question, longest=how.longest)
@@ -203,7 +206,8 @@ def _watch(
                 service.watcher.lost()
                 return
             text = asked_text(body)
-            sample = Sample(inputs, how.options, done.output, images[0], text, client)
+            like = verdict is None or not verdict.unlike
+            sample = Sample(inputs, how.options, done.output, images[0], text, client, like)
             service.watcher.offer(sample)
 
     return compare
@@ -302,7 +306,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/watch/reset")
     async def reset_watch(body: ResetRequest) -> dict[str, Any]:
-        """Reset the watch; only where the server has keys."""
+        """Reset the watch and the alarm over unlike requests; only where the server has keys."""
         check_model(service, body.model)
         if not service.config.keys:
             raise ApiError(
@@ -310,6 +314,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
                 "Without API keys anybody could silence the watch. Start with --api-keys.",
                 code="keys_needed",
             )
+        service.alarm.reset()
         if service.watcher is None:
             raise ApiError(404, "Nothing is watched here.", code="not_watched")
         await asyncio.to_thread(service.watcher.reset)

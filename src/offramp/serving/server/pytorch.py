@@ -20,7 +20,7 @@ from offramp.features.prefix_cache import PrefixCache
 from offramp.features.vision_cache import VisionCache
 from offramp.promises.conditions import Conditions, of_processor
 from offramp.promises.guarantee import SCALES, GuaranteeStatus, risk_words, standing, watched
-from offramp.promises.likeness import LIKE, Likeness
+from offramp.promises.likeness import LIKE, Alarm, Likeness
 from offramp.promises.prompt_kinds import FRAMES
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine import Engine
@@ -172,10 +172,8 @@ class TorchServed:
         )
         return standing(self.adapter.calibration, here)
 
-    def how_like(self, asked: str, scores: Sequence[float], look: Any) -> float | None:
-        if self.adapter is None:
-            return None
-        return self.likeness.p_value(self.adapter.kind_of(asked), scores, look)
+    def kind_of(self, asked: str) -> str:
+        return "" if self.adapter is None else self.adapter.kind_of(asked)
 
     def promised(self) -> dict[str, Any] | None:
         """Return what was calibrated, in a few fields, and of which prompts and answers how
@@ -186,6 +184,7 @@ class TorchServed:
         about = Conditions.of_calibration(self.adapter.calibration)
         return {
             **asdict(promise),
+            "told": promise.told,
             "words": risk_words(promise.risk, promise.unit),
             "scale": SCALES.get(promise.risk, 1),
             "where": LIKE,
@@ -193,14 +192,14 @@ class TorchServed:
             "prompts": (about.get("prompts") or [])[:FRAMES],
         }
 
-    def watcher(self, engine: Engine) -> Watcher | None:
+    def watcher(self, engine: Engine, alarm: Alarm) -> Watcher | None:
         if self._watch is None or self.adapter is None:
             return None
         about, promise = digest_rows([dict(self.adapter.calibration or {})]), self.stands().promise
         return Watcher(
             cast(BatchEngine, engine), self.prompts,
             None if promise is None else watched(self.adapter.calibration, promise),
-            self._watch, loss=self._loss, kind_of=self.adapter.kind_of, about=about,
+            self._watch, loss=self._loss, kind_of=self.adapter.kind_of, about=about, alarm=alarm,
         )  # fmt: skip
 
     def gauges(self) -> Sequence[tuple[str, str, Callable[[], float]]]:

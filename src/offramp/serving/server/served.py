@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from offramp.core.decoding.policy import ExitPolicy
-from offramp.promises.likeness import Likeness
+from offramp.promises.likeness import Alarm, Likeness
 from offramp.serving.engine import Engine
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import Sampling
@@ -178,20 +178,17 @@ class Served(Protocol):
         """
         ...
 
-    def how_like(self, asked: str, scores: Sequence[float], look: Any) -> float | None:
-        """Return the p-value of "drawn as the calibrated answers were"; None: it is not known.
-
-        asked: the question about one image. scores: of the tokens of an early answer to it. look:
-        of the image, of `offramp.promises.likeness.look_of`; None: not looked at.
-        """
+    def kind_of(self, asked: str) -> str:
+        """Return the kind of a question among the calibrated ones."""
         ...
 
     def promised(self) -> dict[str, Any] | None:
         """Return what is guaranteed, for a model's card."""
         ...
 
-    def watcher(self, engine: Engine) -> Any:
-        """Return what watches the guarantee of an engine's answers; None: nothing does."""
+    def watcher(self, engine: Engine, alarm: Alarm) -> Any:
+        """Return what watches the guarantee of an engine's answers; None: nothing does. alarm: over
+        unlike requests, which is kept and reset with it."""
         ...
 
     def gauges(self) -> Sequence[tuple[str, str, Callable[[], float]]]:

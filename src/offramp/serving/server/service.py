@@ -17,8 +17,9 @@ from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import OfframpError
 from offramp.promises.likeness import Alarm, look_of
 from offramp.promises.prompt_kinds import OTHER
+from offramp.promises.verdict import Verdict, decide
 from offramp.serving.engine import Engine
-from offramp.serving.request import Handle
+from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.protocol import Sampling
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.errors import ApiError
@@ -26,7 +27,7 @@ from offramp.serving.server.inputs.images import ImageSource, is_far
 from offramp.serving.server.inputs.prompts import Prompter
 from offramp.serving.server.metrics import Metrics
 from offramp.serving.server.outbox import Outbox
-from offramp.serving.server.served import Inputs, Served
+from offramp.serving.server.served import GuaranteeStatus, Inputs, Served
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Service:
         self.tokenizer: Any = served.tokenizer
         self.metrics: Metrics = Metrics(config.metrics, config.name)
         self.alarm: Alarm = Alarm(served.likeness)
-        self.watcher: Any = served.watcher(self.engine)
+        self.watcher: Any = served.watcher(self.engine, self.alarm)
         self._add_gauges()
         self.under_way: int = 0
         self.draining: bool = False
@@ -221,8 +222,6 @@ class Service:
         thresholds = asked.thresholds if asked else None
         if thresholds is not None:
             return Use("early_exit", thresholds, "early_exit")
-        if self.answers_unlike and self.alarm.raised and self._own(mode):
-            return Use("lossless", None, "lossless")
         replaced = None if self.watcher is None else self.watcher.replaces
         if replaced is not None and self._own(mode):
             return Use(replaced, None, replaced, fell_back=True)
@@ -240,24 +239,39 @@ class Service:
     async def look(self, use: Use, images: Sequence[Any]) -> Any:
         """Return what the one image of an early answer looks like; None where that is not
         compared. Made by the threads that read images, which may be large."""
-        compared = self.served.likeness.looks and use.named == "early_exit" and len(images) == 1
+        compared = (
+            self.served.likeness.looks_at_images and use.named == "early_exit" and len(images) == 1
+        )
         if not compared:
             return None
         return await asyncio.get_running_loop().run_in_executor(self._pool, look_of, images[0])
 
-    def how_like(self, asked: str, scores: Sequence[float], look: Any) -> float | None:
-        """The p-value of an early answer to a question about one image, where something is
-        guaranteed of it: of "drawn as the calibrated ones were"."""
-        found = self.served.how_like(asked, scores, look)
-        if found is not None and self._noted(found):
+    def verdict(
+        self, status: GuaranteeStatus, asked: str, use: Use, done: Completion, look: Any,
+        client: str,
+    ) -> Verdict:  # fmt: skip
+        """Return what is promised of an answer to a question about one image, and note whether it
+        is unlike the calibrated ones. status: of early answers to it."""
+        exact = use.named != "early_exit" or not done.early_exit
+        watched = self.watcher is not None and use.thresholds is None
+        found = decide(
+            status,
+            exact=exact,
+            broken=use.fell_back if exact else watched and self.watcher.broken,
+            kind=self.served.kind_of(asked),
+            likeness=self.served.likeness,
+            scores=[token.score for token in done.tokens],
+            look=look,
+        )
+        if found.p_value is not None and self._noted(found.p_value, client):
             log.warning(json.dumps({"event": "unlike_calibrated", "unlike": self.alarm.unlike,
                                     "compared": self.alarm.compared}))  # fmt: skip
         return found
 
-    def _noted(self, p_value: float) -> bool:
+    def _noted(self, p_value: float, client: str) -> bool:
         """Note a request; whether the alarm is raised by it."""
         before = self.alarm.raised
-        self.alarm.add(p_value)
+        self.alarm.add(p_value, client)
         return self.alarm.raised and not before
 
     def _own(self, mode: str | None) -> bool:

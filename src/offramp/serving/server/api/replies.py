@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.promises.likeness import is_unlike
+from offramp.promises.verdict import Verdict
 from offramp.serving.server.api.options import NotedLogprobs
 
 
@@ -19,8 +19,7 @@ class Written:
     """One choice, while and after it is written.
 
     depths: of its tokens. reason: why it ended; None: it has not. sent: tokens whose depths and
-    log-probabilities were given out. likeness: p-value of "drawn as the calibrated ones were";
-    None: not known.
+    log-probabilities were given out. verdict: on what is promised of it; None: not over.
     """
 
     index: int
@@ -29,16 +28,14 @@ class Written:
     text: str = ""
     reason: str | None = None
     sent: int = 0
-    likeness: float | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
 class Reply:
     """The fields that all parts of one reply share.
 
-    mode: how the exits were used. layers: of the full model. fell_back: whether the adapter's own
-    thresholds were not used because the watched guarantee is broken. not_guaranteed: what stands
-    against the adapter's guarantee of these answers, if anything does.
+    mode: how the exits were used. layers: of the full model.
     """
 
     model: str
@@ -47,8 +44,6 @@ class Reply:
     layers: int
     prompt_tokens: int
     tokenizer: Any
-    fell_back: bool = False
-    not_guaranteed: str = ""
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -67,13 +62,9 @@ class Reply:
             "depths": {str(depth): n for depth, n in sorted(Counter(depths).items())},
             "accepted_drafts": early if self.mode == "lossless" else 0,
         }
-        if self.fell_back:
-            offramp["guarantee"] = "broken"
-        elif self.not_guaranteed:
-            offramp["guarantee"] = f"not guaranteed here: {self.not_guaranteed}"
-        known = [choice.likeness for choice in choices if choice.likeness is not None]
-        if known:
-            offramp["likeness"] = {"p_value": min(known), "like": not is_unlike(min(known))}
+        verdicts = [choice.verdict for choice in choices if choice.verdict is not None]
+        if verdicts:  # of several, the one that least is promised of
+            offramp["verdict"] = min(verdicts, key=lambda verdict: verdict.rank).to_json()
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": written,
