@@ -126,7 +126,7 @@ class Adapter(AttachedExits, Records):
             self.backbone, policy, engine=engine, exits=self.exits,
             prompts=[[prompt if about_one else OTHER]], **of_processor(processor), **known,
         )  # fmt: skip
-        exact = policy.lossless or not policy.thresholds
+        exact = policy.own_mode != "early_exit"
         likeness = self.likeness
         looked = image is not None and likeness.looks_at_images and not exact
         return decide(
