@@ -353,7 +353,15 @@ class Service:
 
     def _add_risk(self, watcher: Any) -> None:
         gauge = self.metrics.gauge
+        promise, seen = self.served.stands().promise, watcher.promise
+        broken = "1 where the guarantee is broken."
+        if promise is not None and seen is not None and promise.risk != seen.risk:
+            broken = (
+                f"1 where answers differ more than the calibrated ones did. The guarantee is of "
+                f"{promise.risk}, which requests do not show."
+            )
         gauge("watched_images", "Images whose answers were compared.", lambda: watcher.risk.n)
+        gauge("watched_unlike", "Besides, unlike those calibrated.", lambda: watcher.others.n)
         gauge("watched_let_go", "Watched requests that were not compared.", lambda: watcher.let_go)
         gauge("live_risk", "Mean loss of the answers compared.", lambda: watcher.risk.mean or 0.0)
         gauge(
@@ -362,7 +370,7 @@ class Service:
         gauge(
             "live_risk_upper", "The risk is below, at all times.", lambda: watcher.risk.interval[1]
         )
-        gauge("guarantee_broken", "1 where the guarantee is broken.", lambda: watcher.broken)
+        gauge("guarantee_broken", broken, lambda: watcher.broken)
         gauge(
             "watched_coverage",
             "Share of the watched requests that were compared, lately.",
