@@ -28,10 +28,11 @@ from projector_files import write_projector
 from scans import scans
 
 from offramp.core.errors import InputError
+from offramp.promises.verdict import EXACT, NONE
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.run import listen
 from offramp.serving.server.service import Service
-from offramp_llama_cpp.edge.model import EdgeModel
+from offramp_llama_cpp.edge.model import SLICED, EdgeModel
 from offramp_llama_cpp.edge.sampling import Sampling
 from offramp_llama_cpp.edge.served import EdgeServed
 from offramp_llama_cpp.segment import EngineOptions
@@ -145,6 +146,10 @@ def test_a_request_gets_what_the_model_writes(served: httpx.Client, model: EdgeM
         assert found["choices"][0]["finish_reason"] == expected.finish
         about = found["usage"]["offramp"]
         assert about["mode"] == mode and about["mean_depth"] == expected.mean_depth
+        verdict = about["verdict"]
+        assert verdict["exact"] == (mode != "early_exit") and not verdict["promised"]
+        told = (NONE, SLICED) if mode == "early_exit" else (EXACT, "")
+        assert (verdict["says"], verdict["why"]) == told
     texts = [choice["text"] for choice in several.json()["choices"]]
     assert texts == [
         model.answer(PROMPT, max_new_tokens=9, sampling=Sampling(1.0, seed=seed)).text

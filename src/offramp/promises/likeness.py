@@ -177,7 +177,7 @@ class Looks:
 
 @dataclass(frozen=True)
 class Tested:
-    """What is known of a request's likeness. p_value: of "drawn as the calibrated ones were"; None:
+    """The outcome of a test of a request's likeness. p_value: of "drawn as the calibrated ones were"; None:
     it was not tested. untested: what was not, in words."""
 
     p_value: float | None = None

@@ -21,7 +21,7 @@ BROKEN = "the watch found the promise broken"
 
 
 class Status(Protocol):
-    """What is guaranteed under the conditions of an answer, as of
+    """A guarantee's status under the conditions of an answer, as of
     `offramp.promises.guarantee.GuaranteeStatus`."""
 
     @property
@@ -32,7 +32,7 @@ class Status(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is promised of an answer.
+    """The verdict on an answer.
 
     promise: of the answer's kind of prompt; None: nothing. why: the reason in words: what stands
     against a promise, or what the promise is. exact: the full model wrote or checked the answer.

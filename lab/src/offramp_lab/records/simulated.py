@@ -202,16 +202,16 @@ def groups(size: int, trials: int) -> dict[str, Any]:
     """Images in 500 groups, at a correlation of a half, just above the target: each counted alone,
     and by group."""
     draw, n, target = np.random.default_rng(11), 500 * size, 0.01
-    images = [
-        ImageRows(f"{i}", "", rows := tuple(range(i, i + size)), parts=tuple((r,) for r in rows))
-        for i in range(0, n, size)
-    ]
     alone, together = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=bool)
     for trial in range(trials):
         shared = np.repeat(draw.random(n // size) < 1.001 * target, size)
         repeats = draw.random(n) < 0.5**0.5
         wrong = np.where(repeats, shared, draw.random(n) < 1.001 * target).astype(float)
         alone[trial] = p_value(Draws.of(wrong, whole=True), target, "sharp") <= LEVEL
+        images = [  # whose names draw the chance of the last step
+            ImageRows(f"{trial} {i}", "", rows := tuple(range(i, i + size)),
+                      parts=tuple((r,) for r in rows)) for i in range(0, n, size)
+        ]  # fmt: skip
         draws = Draws.by("image", wrong, images, whole=True)
         together[trial] = p_value(draws, target, "sharp") <= LEVEL
     return {"size": size, "images": n, "target": target, "broken_before": float(alone.mean()),
@@ -265,7 +265,7 @@ def forgotten(trials: int) -> dict[str, Any]:
     ])  # fmt: skip
     return {"settings": many, "images": n, "target": target,
             "broken_before": float((p <= LEVEL).any(1).mean()),
-            **told((p <= 1 - np.array(levels)).any(1))}  # fmt: skip
+            **told(np.asarray((p <= 1 - np.array(levels)).any(1)))}  # fmt: skip
 
 
 def handed(trials: int) -> dict[str, Any]:
