@@ -177,8 +177,8 @@ class Looks:
 
 @dataclass(frozen=True)
 class Tested:
-    """The outcome of a test of a request's likeness. p_value: of "drawn as the calibrated ones were"; None:
-    it was not tested. untested: what was not, in words."""
+    """The outcome of a test of a request's likeness. p_value: of "drawn as the calibrated ones
+    were"; None: it was not tested. untested: what was not, in words."""
 
     p_value: float | None = None
     untested: str = ""
