@@ -5,6 +5,7 @@ questions as people type them about photographs of the measuring half of Flickr8
 split, of which nothing chose anything; `examples.photo_vlm.asked` makes the questions. Right
 answers are held against the constant answer that would be right most often. Of exits it replays
 each over the full model's own answers, which shows which would stay the same under any thresholds.
+A reader's judgement of the plain questions, by their places, is kept under "judged".
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Record, asked
+from offramp_lab.records.record import Record, Some, asked
 
 RECORD = Record("talk")
 LONGEST_ANSWER = 12
 AT_ONCE = 16
+PARTS = ("plain", "bare", "questions", "dialogues", "captions")
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PLAIN = (
     "What colour is the dog?", "what is the man doing", "How many people are there?",
@@ -172,18 +174,22 @@ def captions(examples: Sequence[Example], write: Write, before: Path | None) -> 
     return record
 
 
-def plain(images: Sequence[Example], write: Write) -> list[dict[str, str]]:
-    """Every plain question about five photographs of its own."""
+def plain(images: Sequence[Example], write: Write) -> dict[str, Any]:
+    """Every plain question about five photographs of its own; how many answers are empty."""
     asked_ = [
         Example(image.image, text, ("-",), f"plain:{n}:{image.group}", image.group)
         for n, text in enumerate(PLAIN)
         for image in images[n * 5 : n * 5 + 5]
     ]
     answers = write(asked_, LONGEST["captions"])
-    return [
-        {"image": e.group, "asked": e.prompt, "answer": a.text}
-        for e, a in zip(asked_, answers, strict=True)
-    ]
+    return {
+        "count": len(answers),
+        "empty": sum(not answer.text.strip() for answer in answers),
+        "said": [
+            {"image": e.group, "asked": e.prompt, "answer": a.text}
+            for e, a in zip(asked_, answers, strict=True)
+        ],
+    }
 
 
 # -- exits ----------------------------------------------------------------------------------------
@@ -248,6 +254,7 @@ def _ways(seen: Replay, depths: Sequence[int]) -> list[dict[str, Any]]:
 def main() -> None:
     arguments = asked(
         __doc__, photo=True, asked=RUNS / "photo_vlm" / FILE, each=40, photographs=100, talks=30,
+        parts=Some(PARTS),
         before=Path, out=Path,
     )  # fmt: skip
     splits = read_photographs(arguments.data)
@@ -278,17 +285,27 @@ def main() -> None:
     def of_kinds(examples: Sequence[Example], longest: int) -> list[Answer]:
         return writer(examples[0].key.rpartition(":")[2])(examples, longest)
 
-    figures: dict[str, Any] = {
-        "questions": questions_by_kind(put_to(rows, images, arguments.each), of_kinds),
-        "dialogues": dialogues(rows, images, arguments.talks, writer("dialogues")),
-        "captions": captions(held[: arguments.photographs], writer("captions"), arguments.before),
-        "plain": plain(held[-50:], writer("plain")),
+    def bare() -> dict[str, Any]:
+        """The same as they were read before the model had a chat template."""
+        template, encoder.processor.chat_template = encoder.processor.chat_template, None
+        said = plain(held[-50:], writer("bare"))
+        encoder.processor.chat_template = template
+        return said
+
+    made: dict[str, Callable[[], Any]] = {
+        "plain": lambda: plain(held[-50:], writer("plain")),
+        "bare": bare,
+        "questions": lambda: questions_by_kind(put_to(rows, images, arguments.each), of_kinds),
+        "dialogues": lambda: dialogues(rows, images, arguments.talks, writer("dialogues")),
+        "captions": lambda: captions(
+            held[: arguments.photographs], writer("captions"), arguments.before
+        ),
     }
-    RECORD.write(figures, arguments.out)
+    for name in arguments.parts:
+        RECORD.add({name: made[name]()}, arguments.out)
     if arguments.adapter is not None:
         adapter = Adapter.load(arguments.adapter, backbone)
-        figures["exits"] = replayed(adapter, encoder, kept)
-        RECORD.write(figures, arguments.out)
+        RECORD.add({"exits": replayed(adapter, encoder, kept)}, arguments.out)
 
 
 if __name__ == "__main__":
