@@ -290,11 +290,11 @@ def test_an_attempt_comes_back_from_json_and_keeps_the_longest_list() -> None:
 def test_a_rare_group_however_large_hides_no_risk() -> None:
     """One of 2,000 groups has 400 images: a draw without it says nothing of it, and needs not."""
     draw, passed, n = np.random.default_rng(8), 0, 500
-    for _ in range(200):
+    for trial in range(200):
         sizes = np.where(draw.random(n) < 1 / 2000, 400, 1)
         starts = np.cumsum([0, *sizes])
         groups = [
-            ImageRows(f"{i}", "", rows := tuple(range(*starts[i : i + 2])),
+            ImageRows(f"{trial} {i}", "", rows := tuple(range(*starts[i : i + 2])),
                       parts=tuple((row,) for row in rows)) for i in range(n)
         ]  # fmt: skip
         risks = np.where(np.repeat(sizes, sizes) > 1, 0.3, 0.0105)

@@ -116,14 +116,14 @@ def test_a_guarantee_holds_where_images_come_in_groups(largest: int) -> None:
     alone, the promise would be broken."""
     draw, trials, target, images = np.random.default_rng(largest), 300, 0.01, 1200
     level, broken = STATED * error_share(1), {"as they are": 0, "alone": 0}
-    for _ in range(trials):
+    for trial in range(trials):
         sizes = np.full(images // largest, largest)
         together = np.repeat(draw.random(len(sizes)) < 1.001 * target, sizes)
         repeats, alone = draw.random((2, sizes.sum()))
         wrong = np.where(repeats < 0.5**0.5, together, alone < 1.001 * target).astype(float)
         ends = sizes.cumsum().tolist()
         groups = [
-            ImageRows(f"{end}", "", tuple(range(end - n, end)),
+            ImageRows(f"{trial} {end}", "", tuple(range(end - n, end)),
                       parts=tuple((row,) for row in range(end - n, end)))
             for n, end in zip(sizes.tolist(), ends, strict=True)
         ]  # fmt: skip

@@ -17,6 +17,7 @@ from schemas import drawn, random_model
 
 from offramp import Adapter, EngineConfig, ExitPolicy
 from offramp.core.decoding.scheduler import Schedule
+from offramp.promises.verdict import NONE
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.inputs import schemas
 from offramp.serving.server.pytorch import service_of as service_of_model
@@ -139,7 +140,7 @@ def test_an_answer_by_a_schema_has_no_guarantee() -> None:
     found = asking(service).post(CHAT, json=by(SCHEMA, offramp={"mode": "early_exit"}))
     service.close()
     usage = found.json()["usage"]["offramp"]
-    assert usage["guarantee"].startswith("not guaranteed here")
+    assert usage["verdict"]["says"] == NONE and not usage["verdict"]["promised"]
     assert json.loads(found.json()["choices"][0]["message"]["content"])["shape"]
 
 
