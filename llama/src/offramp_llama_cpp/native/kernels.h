@@ -36,7 +36,7 @@ INLINE bool has_sign(enum ggml_type type) { return type == GGML_TYPE_Q8_0 || typ
 
 // What is added to a weight's integer; the products with it are taken off again.
 INLINE int bias_of(enum ggml_type type) {
-    return type == GGML_TYPE_Q4_0 ? 8 : has_sign(type) && !SIGNED_PRODUCTS ? 128 : 0;
+    return type == GGML_TYPE_Q4_0 ? 8 : has_sign(type) ? 128 : 0;
 }
 
 // Integers of 32 bits that hold 32 weights.
@@ -185,23 +185,36 @@ static bool pack_rows(const struct rows * r, uint8_t * to) {
 // -- activations ------------------------------------------------------------------------------
 
 // 32 numbers of a token as integers: x = d * q. s: their sum. c: what takes a weight's bias off. q: four
-// to a number, or two of 16 bits; those have no s and no c.
+// to a number, or two of 16 bits; those of halves have no s and no c.
 struct quantised {
     float d, s;
     int32_t c, unused;
     int32_t q[];
 };
 
+// Whether bytes are multiplied as two of 16 bits, the even ones and the odd: short sums do not hold them.
+INLINE bool splits(enum ggml_type type) { return SHORT_SUMS && has_sign(type); }
+
 INLINE size_t quantised_bytes(enum ggml_type type) {
-    return sizeof(struct quantised) + (type == GGML_TYPE_I16 ? 2 : 1) * BLOCK;
+    return sizeof(struct quantised) + (type == GGML_TYPE_I16 || splits(type) ? 2 : 1) * BLOCK;
 }
 
-// Tokens are taken `MOST` at a time, and the last ones that are left. Of such a chunk they lie block
-// after block, and in each token after token: as they are read.
+// Tokens are taken some at a time, about as many in each pass. Of a pass they lie block after block, and in
+// each token after token: as they are read.
 struct activations {
     size_t tokens;
     const uint8_t * blocks;
 };
+
+INLINE size_t passes_of(enum ggml_type type, size_t tokens) {
+    const size_t most = type == GGML_TYPE_I16 ? MOST : MOST_BYTES;
+    return (tokens + most - 1) / most;
+}
+
+// The first token of a pass; of the one after the last, how many there are.
+INLINE size_t first_of(enum ggml_type type, size_t tokens, size_t pass) {
+    return tokens * pass / passes_of(type, tokens);
+}
 
 static size_t activations_bytes(enum ggml_type type, size_t columns, size_t tokens) {
     return tokens * (columns / BLOCK) * quantised_bytes(type);
@@ -241,17 +254,18 @@ INLINE void quantise_16(const float * x, struct quantised * to) {
 // x: rows of tokens, `stride` numbers apart. memory: of `activations_bytes`. Each thread does its share.
 static void arrange(enum ggml_type type, size_t columns, size_t tokens, const float * x, size_t stride,
                     uint8_t * memory, int thread, int threads) {
-    const size_t blocks = columns / BLOCK, all = (tokens + MOST - 1) / MOST * blocks;
+    const size_t blocks = columns / BLOCK, all = passes_of(type, tokens) * blocks;
     for (size_t i = all * thread / threads; i < all * (thread + 1) / threads; i++) {
-        const size_t first = i / blocks * MOST, b = i % blocks;
-        const size_t chunk = tokens - first < MOST ? tokens - first : MOST;
-        for (size_t n = 0; n < chunk; n++) {
+        const size_t pass = i / blocks, b = i % blocks;
+        const size_t first = first_of(type, tokens, pass), some = first_of(type, tokens, pass + 1) - first;
+        for (size_t n = 0; n < some; n++) {
             const float * from = x + (first + n) * stride + b * BLOCK;
-            struct quantised * to = (void *) (memory + (first * blocks + b * chunk + n) * quantised_bytes(type));
+            struct quantised * to = (void *) (memory + (first * blocks + b * some + n) * quantised_bytes(type));
             if (type == GGML_TYPE_I16)
                 quantise_16(from, to);
             else
                 quantise(from, bias_of(type), to);
+            if (splits(type)) split_bytes(to->q);
         }
     }
 }
@@ -268,32 +282,41 @@ INLINE ints load_integers(enum ggml_type type, const uint8_t * w, int j, int hal
     return looked_up(nibbles, _mm_add_epi8(_mm_loadu_si128((const void *) steps), _mm_set1_epi8(bias_of(type))));
 }
 
-INLINE ints multiply_word(enum ggml_type type, ints sums, ints w, int32_t x) {
-    return type == GGML_TYPE_I16 ? pairs_plus(sums, w, all_ints(x)) : dot_plus(sums, w, all_ints(x), has_sign(type));
+INLINE ints multiply_word(enum ggml_type type, ints sums, ints w, ints x) {
+    const bool pairs = type == GGML_TYPE_I16 || splits(type);
+    return pairs ? pairs_plus(sums, w, x) : dot_plus(sums, w, x);
 }
 
 // A block's products with tokens `from` to `to`. blocks: theirs and the others'.
 INLINE void multiply_block(enum ggml_type type, const uint8_t * w, const uint8_t * blocks, const int from,
                            const int to, floats sums[HALVES][MOST]) {
-    const int steps = type == GGML_TYPE_I16 ? BLOCK / 2 : BLOCK / 4;
+    const int steps = type == GGML_TYPE_I16 ? BLOCK / 2 : BLOCK / 4, parts = splits(type) ? 2 : 1;
+    const bool is_short = SHORT_SUMS && type != GGML_TYPE_I16 && !splits(type);  // and then holds no bias
     const struct quantised * x[MOST];
     ints dots[HALVES][MOST];
     UNROLL for (int n = from; n < to; n++) {
         x[n] = (const void *) (blocks + n * quantised_bytes(type));
-        dots[0][n] = dots[1][n] = all_ints(bias_of(type) ? x[n]->c : 0);
+        dots[0][n] = dots[1][n] = all_ints(bias_of(type) && !is_short ? x[n]->c : 0);
     }
     UNROLL for (int j = 0; j < steps; j++) {
         IN_ORDER;
-        const ints lower = load_integers(type, w, j, 0), upper = load_integers(type, w, j, 1);
-        UNROLL for (int n = from; n < to; n++) {
-            dots[0][n] = multiply_word(type, dots[0][n], lower, x[n]->q[j]);
-            dots[1][n] = multiply_word(type, dots[1][n], upper, x[n]->q[j]);
+        const ints lower = made(load_integers(type, w, j, 0)), upper = made(load_integers(type, w, j, 1));
+        UNROLL for (int part = 0; part < parts; part++) {
+            const ints l = parts == 1 ? lower : part ? odd_bytes(lower) : even_bytes(lower);
+            const ints u = parts == 1 ? upper : part ? odd_bytes(upper) : even_bytes(upper);
+            UNROLL for (int n = from; n < to; n++) {
+                const ints y = all_ints(x[n]->q[j + part * steps]);
+                dots[0][n] = multiply_word(type, dots[0][n], l, y);
+                dots[1][n] = multiply_word(type, dots[1][n], u, y);
+            }
         }
     }
     UNROLL for (int half = 0; half < HALVES; half++) {
         const uint8_t * at = w + (words(type) * HALVES + half) * VECTOR;
         UNROLL for (int n = from; n < to; n++) {
-            const floats dot = to_floats(dots[half][n]);
+            ints all = dots[half][n];
+            if (is_short) all = sum_ints(whole(all), all_ints(bias_of(type) ? x[n]->c : 0));
+            const floats dot = to_floats(all);
             floats scale = all_floats(x[n]->d);
             if (type == GGML_TYPE_Q4_1) scale = product(load_halves(at), scale);
             else if (type != GGML_TYPE_I16) scale = product(load_floats(at), scale);
@@ -305,17 +328,20 @@ INLINE void multiply_block(enum ggml_type type, const uint8_t * w, const uint8_t
 }
 
 INLINE void multiply_group(enum ggml_type type, const uint8_t * w, size_t columns, const int tokens,
-                           const struct activations * a, size_t first, floats sums[HALVES][MOST]) {
+                           const struct activations * a, size_t pass, floats sums[HALVES][MOST]) {
+    const size_t first = first_of(type, a->tokens, pass), passes = passes_of(type, a->tokens);
     const uint8_t * blocks = a->blocks + first * (columns / BLOCK) * quantised_bytes(type);
     // The sums of more than six tokens leave too few registers for the products of all.
     const int some = type == GGML_TYPE_I16 && tokens > 6 ? 4 : tokens;
     // Of several passes, each fetches its share of the next group; one alone the block after the next, unless
     // it has so little to multiply that it keeps up with memory.
-    const size_t bytes = packed_bytes(type), passes = (a->tokens + MOST - 1) / MOST;
+    const size_t bytes = packed_bytes(type);
     const size_t share = passes > 1 ? bytes / LINE / passes + 1 : tokens > 2 ? bytes / LINE : 0;
-    const size_t ahead = passes > 1 ? group_bytes(type, columns) + first / MOST * share * LINE : 2 * bytes;
+    const size_t ahead = passes > 1 ? group_bytes(type, columns) + pass * share * LINE : 2 * bytes;
     for (size_t k = 0; k < columns; k += BLOCK, w += bytes, blocks += tokens * quantised_bytes(type)) {
-        for (size_t i = 0; i < share; i++) _mm_prefetch((const void *) (w + ahead + i * LINE), _MM_HINT_T0);
+        for (size_t i = 0; i < share; i++)
+            if (passes > 1) _mm_prefetch((const void *) (w + ahead + i * LINE), FETCH);
+            else _mm_prefetch((const void *) (w + ahead + i * LINE), _MM_HINT_T0);
         multiply_block(type, w, blocks, 0, some, sums);
         if (some < tokens) multiply_block(type, w, blocks, some, tokens, sums);
     }
@@ -336,14 +362,14 @@ struct product {
 };
 
 INLINE void some_tokens(enum ggml_type type, const struct product * p, const struct activations * a,
-                        size_t group, size_t first, const int tokens) {
+                        size_t group, size_t pass, const int tokens) {
     floats sums[HALVES][MOST];
     UNROLL for (int n = 0; n < tokens; n++) sums[0][n] = sums[1][n] = all_floats(0.0f);
     const uint8_t * w = p->packed + group * group_bytes(type, p->columns);
-    multiply_group(type, w, p->columns, tokens, a, first, sums);
+    multiply_group(type, w, p->columns, tokens, a, pass, sums);
     const size_t left = p->rows - group * ROWS;
     UNROLL for (int n = 0; n < tokens; n++) {
-        float * out = p->out + (first + n) * p->stride + group * ROWS;
+        float * out = p->out + (first_of(type, a->tokens, pass) + n) * p->stride + group * ROWS;
         store_some(out, sums[0][n], left);
         if (left > LANES) store_some(out + LANES, sums[1][n], left - LANES);
     }
@@ -351,18 +377,17 @@ INLINE void some_tokens(enum ggml_type type, const struct product * p, const str
 
 INLINE void all_tokens(enum ggml_type type, const struct product * p, const struct activations * a) {
     for (size_t group = p->from; group < p->to; group++)
-        for (size_t first = 0; first < a->tokens; first += MOST) {
-            const size_t left = a->tokens - first;
-            switch (left < MOST ? left : MOST) {
-                case 1: some_tokens(type, p, a, group, first, 1); break;
-                case 2: some_tokens(type, p, a, group, first, 2); break;
-                case 3: some_tokens(type, p, a, group, first, 3); break;
-                case 4: some_tokens(type, p, a, group, first, 4); break;
-#if MOST > 4
-                case 5: some_tokens(type, p, a, group, first, 5); break;
-                case 6: some_tokens(type, p, a, group, first, 6); break;
-                case 7: some_tokens(type, p, a, group, first, 7); break;
-                case 8: some_tokens(type, p, a, group, first, 8); break;
+        for (size_t pass = 0; pass < passes_of(type, a->tokens); pass++) {
+            switch (first_of(type, a->tokens, pass + 1) - first_of(type, a->tokens, pass)) {
+                case 1: some_tokens(type, p, a, group, pass, 1); break;
+                case 2: some_tokens(type, p, a, group, pass, 2); break;
+                case 3: some_tokens(type, p, a, group, pass, 3); break;
+                case 4: some_tokens(type, p, a, group, pass, 4); break;
+                case 5: some_tokens(type, p, a, group, pass, 5); break;
+                case 6: some_tokens(type, p, a, group, pass, 6); break;
+#if MOST > 6
+                case 7: some_tokens(type, p, a, group, pass, 7); break;
+                case 8: some_tokens(type, p, a, group, pass, 8); break;
 #endif
             }
         }

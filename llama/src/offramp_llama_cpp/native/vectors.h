@@ -19,13 +19,15 @@ INLINE float float_of(uint32_t bits) {
     return x;
 }
 
-// LANES: numbers in a vector. MOST: tokens whose sums fit into the registers.
-// SIGNED_PRODUCTS: whether integers are multiplied with their sign, rather than a bias.
+// LANES: numbers in a vector. MOST: tokens whose sums fit into the registers, and MOST_BYTES where bytes are
+// multiplied. SHORT_SUMS: whether products of bytes are added in 16 bits, which hold those of bytes with 4 bits.
+// FETCH: where to fetch ahead, while one part of a weight is multiplied with many tokens.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #define INSTRUCTIONS "AVX-512"
 #define MOST 8
-enum { LANES = 16, SIGNED_PRODUCTS = false };
+#define FETCH _MM_HINT_T0
+enum { LANES = 16, MOST_BYTES = 8, SHORT_SUMS = false };
 typedef __m512 floats;
 typedef __m512i ints;
 
@@ -75,14 +77,18 @@ INLINE void store_some(float * p, floats a, size_t count) {
 INLINE ints all_ints(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE ints load_ints(const void * p) { return _mm512_load_si512(p); }
 INLINE ints low_nibbles(ints a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE ints even_bytes(ints a) { return _mm512_and_si512(a, _mm512_set1_epi16(255)); }
+INLINE ints odd_bytes(ints a) { return _mm512_srli_epi16(a, 8); }
 INLINE ints high_nibbles(ints a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
 INLINE ints looked_up(ints a, __m128i table) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), a); }
 
-// sums + u * x, four bytes to a lane; u without a sign.
-INLINE ints dot_plus(ints sums, ints u, ints x, bool with_sign) {
-    (void) with_sign;
-    return _mm512_dpbusd_epi32(sums, u, x);
-}
+INLINE ints sum_ints(ints a, ints b) { return _mm512_add_epi32(a, b); }
+
+INLINE ints made(ints a) { return a; }
+
+// sums + u * x, four bytes to a lane; u without a sign. `whole`: a lane's sum of eight such.
+INLINE ints dot_plus(ints sums, ints u, ints x) { return _mm512_dpbusd_epi32(sums, u, x); }
+INLINE ints whole(ints sums) { return sums; }
 
 // sums + w * x, two numbers of 16 bits to a lane.
 INLINE ints pairs_plus(ints sums, ints w, ints x) { return _mm512_dpwssd_epi32(sums, w, x); }
@@ -115,8 +121,9 @@ INLINE void round_32_to_16(const float * x, float up, void * q) {
 #else  // AVX2
 
 #define INSTRUCTIONS "AVX2"
-#define MOST 4
-enum { LANES = 8, SIGNED_PRODUCTS = true };
+#define MOST 6
+#define FETCH _MM_HINT_T1  // the nearest holds little more than the part that is multiplied
+enum { LANES = 8, MOST_BYTES = 4, SHORT_SUMS = true };
 typedef __m256 floats;
 typedef __m256i ints;
 
@@ -179,17 +186,23 @@ INLINE void store_some(float * p, floats a, size_t count) {
 INLINE ints all_ints(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE ints load_ints(const void * p) { return _mm256_load_si256(p); }
 INLINE ints low_nibbles(ints a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+INLINE ints even_bytes(ints a) { return _mm256_and_si256(a, _mm256_set1_epi16(255)); }
+INLINE ints odd_bytes(ints a) { return _mm256_srli_epi16(a, 8); }
 INLINE ints high_nibbles(ints a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
 INLINE ints looked_up(ints a, __m128i table) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), a); }
 
-// Pairs of products are added in 16 bits: a byte with a sign gives it to the other factor first.
-INLINE ints dot_plus(ints sums, ints u, ints x, bool with_sign) {
-    const ints pairs = with_sign ? _mm256_maddubs_epi16(_mm256_abs_epi8(u), _mm256_sign_epi8(x, u))
-                                 : _mm256_maddubs_epi16(u, x);
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+INLINE ints sum_ints(ints a, ints b) { return _mm256_add_epi32(a, b); }
+
+// What is in a register from here on. Compilers else add integers in an order that keeps all products in memory,
+// and read a weight again for every token.
+INLINE ints made(ints a) {
+    __asm__("" : "+x"(a));
+    return a;
 }
 
-INLINE ints pairs_plus(ints sums, ints w, ints x) { return _mm256_add_epi32(sums, _mm256_madd_epi16(w, x)); }
+INLINE ints dot_plus(ints sums, ints u, ints x) { return made(_mm256_add_epi16(sums, _mm256_maddubs_epi16(u, x))); }
+INLINE ints whole(ints sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+INLINE ints pairs_plus(ints sums, ints w, ints x) { return made(_mm256_add_epi32(sums, _mm256_madd_epi16(w, x))); }
 
 INLINE int sum_of_ints(ints a) {
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -228,6 +241,13 @@ INLINE void round_32_to_16(const float * x, float up, void * q) {
 }
 
 #endif
+
+// 32 bytes with a sign as 16 bits each: those at even places of theirs, then the others.
+INLINE void split_bytes(int32_t * q) {
+    const __m256i bytes = _mm256_loadu_si256((const void *) q);
+    _mm256_storeu_si256((void *) q, _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8));
+    _mm256_storeu_si256((void *) (q + 8), _mm256_srai_epi16(bytes, 8));
+}
 
 INLINE float half_at(const void * from) {
     uint16_t half;
