@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,30 @@ def test_answers_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ways = auto._read(file)
     assert ways is not None and [way.engine for way in ways] == ["torch", "packed", "llama.cpp"]
     assert all(way.why or way.answer > 0 for way in ways)
+
+
+@pytest.mark.llama_cpp
+def test_files_that_were_cut_off_are_written_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nobody asked for them by name, so nobody is told to export them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ready = partial(load, "tiny-opt")
+    folder = auto._files(ready, "model")
+    for name in ("segment-1.gguf", "digests.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        assert auto._files(ready, "model") == folder
+        assert (folder / name).read_bytes() == whole
+    opened = ready(engine="llama.cpp", gguf=folder)
+    assert opened.answer(example_picture("tiny-opt"), "Caption:")
+
+
+def test_threads_are_measured_by_themselves(measured: list[str]) -> None:
+    settle("tiny-opt")
+    count = len(measured)
+    settle("tiny-opt", threads=3)
+    assert len(measured) > count
 
 
 def test_a_way_with_another_answer_is_found_out() -> None:

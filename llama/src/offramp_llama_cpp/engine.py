@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from offramp.core.errors import InputError
+from offramp.core.errors import AdapterError, InputError
 from offramp.engines import register_engine
 from offramp_llama_cpp.gguf_writing import FORMATS
 
@@ -28,6 +28,17 @@ def prepare(model: Any, folder: Path, numbers: str) -> None:
     from offramp_llama_cpp import export_gguf
 
     export_gguf(model, folder, numbers)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder holds all that `prepare` writes, byte for byte."""
+    from offramp_llama_cpp.gguf_files import read_segments
+
+    try:
+        read_segments(folder)
+    except AdapterError:
+        return False
+    return True
 
 
 def seeing(adapter: Any, folder: Any, threads: int) -> Any:
@@ -56,6 +67,6 @@ def as_in_file(backbone: Any, numbers: str) -> Any:
 
 register_engine(
     "llama.cpp", open, "needs --gguf", replaces=True, reads_files=True, prepare=prepare,
-    together=SLOTS, towers={"mtmd": seeing}, said_here=kernels_here,
+    is_prepared=is_prepared, together=SLOTS, towers={"mtmd": seeing}, said_here=kernels_here,
     formats=FORMATS, as_in_file=as_in_file,
 )  # fmt: skip

@@ -29,7 +29,8 @@ class DecoderEngine:
 
     home: the module of `open`, or `open` itself. said: what a user should know, for help. replaces:
     whether it decodes in the adapter's place, and not in PyTorch. reads_files: whether it needs a
-    folder of files, which `prepare(adapter, folder, format)` writes. together: how many answers it
+    folder of files, which `prepare(adapter, folder, format)` writes; `is_prepared(folder)`: whether
+    one holds them, whole. together: how many answers it
     writes at the same time by default. formats: number formats of its files. as_in_file: returns a
     backbone with weights as files of a format hold them. towers: vision engines that it brings, by
     name a function of adapter, folder and threads that returns an adapter which sees by it.
@@ -41,6 +42,7 @@ class DecoderEngine:
     replaces: bool = False
     reads_files: bool = False
     prepare: Callable[[Any, Path, str], Any] | None = None
+    is_prepared: Callable[[Path], bool] | None = None
     together: int = 1
     towers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     said_here: Callable[[], str] | None = None

@@ -3,8 +3,9 @@
 A way is an engine with what runs the vision tower. Each is loaded as it would be to answer, writes
 the answers of a few pictures, and is let go. Only ways count whose answers are PyTorch's own, token
 by token, and, where the adapter's guarantee holds in some way, under whose conditions it does. What
-was found is kept with its figures in the cache folder, by the exits, the backbone, versions and the
-machine; the least seconds then decide, of loading and of the answers that are asked for.
+was found is kept with its figures in the cache folder, by the exits, the backbone, versions, the
+machine and the number of threads; the least CPU seconds then decide, of loading and of the answers
+that are asked for. What else the machine does meanwhile changes CPU seconds little.
 
 Nothing is measured where that cannot pay: for a model that is tiny (PyTorch's own time is Python's)
 or large (its weights would be written and loaded several times), on a GPU, for quantised weights,
@@ -72,7 +73,7 @@ Opens = Callable[[Way], Any]
 class Timed:
     """A way as it was measured.
 
-    load, answer: seconds on the wall. conditions: of the backbone, as of
+    load, answer: CPU seconds of the process. conditions: of the backbone, as of
     `offramp.promises.conditions.of_backbone`. why: what stands against it; "" where nothing does.
     """
 
@@ -126,7 +127,7 @@ def settled(
     best, plain = fastest(found, calibrations(config), answers), found[0]
     if best is not plain:
         log.info(
-            "engine: %s, %.0f ms an answer, where PyTorch takes %.0f (--engine NAME for another)",
+            "engine: %s, %.0f CPU ms an answer, in PyTorch %.0f (--engine NAME for another)",
             best.words, 1e3 * best.answer, 1e3 * plain.answer,
         )  # fmt: skip
     files = _files(opened, model) if best.engine == LLAMA_CPP else None
@@ -248,9 +249,9 @@ def _tower(vision: str) -> str:
 def _timed(opened: Opens, way: Way, expected: Any) -> tuple[Timed, list[list[int]]]:
     """Open a way, and time its answers; and these answers, to be expected of others."""
     gc.collect()  # the way before
-    begin = time.perf_counter()
+    begin = time.process_time()
     loaded = opened(way)
-    took = time.perf_counter() - begin
+    took = time.process_time() - begin
     try:
         return _tried(loaded, way.engine, took, expected)
     finally:
@@ -264,10 +265,10 @@ def _tried(loaded: Any, engine: str, took: float, expected: Any) -> tuple[Timed,
     probes = _probes(adapter)
 
     def answered(probe: Any, mode: str | None = None) -> tuple[list[int], float]:
-        begin = time.perf_counter()
+        begin = time.process_time()
         inputs, policy = loaded.encoder.prompts([probe]), adapter.policy.in_mode(mode)
         made = loaded.model.generate(inputs, policy=policy, **options)
-        return made.new_tokens[0].tolist(), time.perf_counter() - begin
+        return made.new_tokens[0].tolist(), time.process_time() - begin
 
     told = [answered(probe)[0] for probe in probes]
     told += [answered(probe, "full")[0] for probe in probes[:2]]
@@ -296,11 +297,10 @@ def _probes(adapter: Any) -> list[Any]:
 
 
 def _files(opened: Opens, model: str) -> Path:
-    """The folder of llama.cpp's files, which are written where they are not."""
+    """The folder of llama.cpp's files, which are written where they are not, or not whole."""
     folder = cache_folder("gguf") / digest_rows([model, FORMAT])[:32]
-    if not folder.is_dir():  # which appears whole
-        made = opened(Way(TORCH))
-        prepare = engine_named(LLAMA_CPP).prepare
-        assert prepare is not None
-        prepare(made.adapter, folder, FORMAT)
+    engine = engine_named(LLAMA_CPP)
+    assert engine.prepare is not None and engine.is_prepared is not None
+    if not engine.is_prepared(folder):
+        engine.prepare(opened(Way(TORCH)).adapter, folder, FORMAT)
     return folder
