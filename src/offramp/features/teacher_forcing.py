@@ -36,9 +36,9 @@ class Answered:
     labelled: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Frozen states of B answered examples.
+    """Frozen states of B answered examples; one batch is equal to itself alone.
 
     prompt, answer: by depth, states entering the exit [B, P, D] and [B, A-1, D]; the state that
         predicts the first answer token is the prompt's last.

@@ -6,8 +6,9 @@ The discriminators tell the two apart. Nothing here updates a weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ from offramp.features.shortlist import places_of
 from offramp.features.teacher_forcing import Batch, exit_features
 from offramp.training.config import TrainConfig
 from offramp.training.discriminator import build_discriminators
-from offramp.training.losses import LOSSES, LossInputs, discriminator_loss
+from offramp.training.losses import LOSSES, LossInputs, discriminator_loss, log_probabilities
+
+KEPT_BYTES = 1 << 30
+"""Of the teacher's log probabilities; those of further batches are computed each time."""
 
 
 class AdversarialObjective:
@@ -35,6 +39,10 @@ class AdversarialObjective:
         self.discriminators: nn.ModuleDict = self._new_discriminators()
         self._head: nn.Module | None = None
         self._places: Tensor | None = None
+        self._teacher: MutableMapping[Batch, Tensor] = WeakKeyDictionary()
+        """Log probabilities [N, S] of answer tokens, as long as their batch is in memory."""
+        self._said: MutableMapping[Batch, Tensor] = WeakKeyDictionary()
+        """What the final layer says [N], over the whole vocabulary."""
 
     def narrow(self, ids: Tensor) -> None:
         """Let logits be of the tokens `ids` [S] alone from now on: a shortlist.
@@ -43,6 +51,7 @@ class AdversarialObjective:
         """
         self._head = self.backbone.head_rows(ids)
         self._places = places_of(ids, self.backbone.vocabulary)
+        self._teacher.clear()
 
     def _new_discriminators(self) -> nn.ModuleDict:
         """Untrained discriminators, by depth."""
@@ -65,7 +74,7 @@ class AdversarialObjective:
         """Exits and final layer side by side, answer tokens only, by depth."""
         features, keep = self.features(batch), batch.mask
         teacher = batch.teacher[keep]
-        teacher_logits = self.logits(teacher)
+        teacher_log, temperature = self._teacher_log(batch, teacher), self.config.temperature
         targets = batch.targets[keep]
         labelled = batch.labelled[:, None].expand_as(keep)[keep].float()
         if self._places is not None:
@@ -76,19 +85,29 @@ class AdversarialObjective:
             answered = states[keep]
             inputs[depth] = LossInputs(
                 logits=self.logits(answered),
-                teacher_logits=teacher_logits,
+                teacher_logits=teacher_log if temperature == 1.0 else teacher_log * temperature,
+                teacher_log=teacher_log,
                 features=answered,
                 teacher_features=teacher,
                 targets=targets,
                 labelled=labelled,
                 judge=self._judge(depth, batch) if self.config.has_discriminator else None,
-                temperature=self.config.temperature,
+                temperature=temperature,
             )
         return inputs
 
-    def generator_loss(
-        self, inputs: Mapping[int, LossInputs]
-    ) -> tuple[Tensor, dict[str, float]]:
+    @torch.no_grad()
+    def _teacher_log(self, batch: Batch, teacher: Tensor) -> Tensor:
+        """The final layer's log probabilities [N, S] at the temperature: those that are kept, or
+        of its states [N, D]."""
+        found = self._teacher.get(batch)
+        if found is None:
+            found = log_probabilities(self.logits(teacher), self.config.temperature)
+            if sum(kept.nbytes for kept in self._teacher.values()) + found.nbytes <= KEPT_BYTES:
+                self._teacher[batch] = found
+        return found
+
+    def generator_loss(self, inputs: Mapping[int, LossInputs]) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum over terms and depths, and each term by itself, unweighted.
 
         Cross-entropy too is a mean over all tokens, 0 where there is no label: where few are
@@ -124,7 +143,10 @@ class AdversarialObjective:
 
         The final layer's is over the whole vocabulary, also where the exits have a shortlist.
         """
-        teacher = self.backbone.logits(batch.teacher[batch.mask]).argmax(-1)
+        teacher = self._said.get(batch)
+        if teacher is None:
+            teacher = self.backbone.logits(batch.teacher[batch.mask]).argmax(-1)
+            self._said[batch] = teacher
         if self._places is not None:
             teacher = self._places[teacher]
         said = [

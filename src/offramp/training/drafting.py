@@ -34,7 +34,7 @@ from offramp.features.teacher_forcing import Batch, exits_only
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.config import TrainConfig
 from offramp.training.feature_dataset import Stores
-from offramp.training.losses import kl
+from offramp.training.losses import kl, log_probabilities
 from offramp.training.optimization import average_gradients, set_learning_rate
 
 log = logging.getLogger(__name__)
@@ -326,8 +326,9 @@ class DraftTraining(ABC):
                     continue
                 logits = self.logits(states[:, step:][keep])
                 truth, places = teacher[:, step + 1 :][keep], said[:, step + 1 :][keep]
+                away = kl(log_probabilities(truth), log_probabilities(logits))
                 own = F.cross_entropy(logits, places.clamp(min=0), reduction="none")
-                total = total + DECAY**step * (kl(truth, logits) + own * (places >= 0)).mean()
+                total = total + DECAY**step * (away + own * (places >= 0)).mean()
         return total
 
     @torch.no_grad()

@@ -38,7 +38,7 @@ class FeatureStore:
         teacher: AbstractContextManager[Any] | None = None,
         share: Share | None = None,
     ) -> None:
-        """Record the first batch, from which `nbytes` is estimated; `fill` records the others.
+        """Record a batch, from which `nbytes` is estimated; `fill` records the others.
 
         teacher: is entered while the backbone runs; None: it runs as it is.
         share: of which `rows` are; a group's processes record together, and one of them writes.
@@ -56,12 +56,14 @@ class FeatureStore:
         probe = len(self._groups) // 2
         part = len(self._groups[probe]) / len(rows)
         with in_step(encoder.backbone.layers):
-            self.nbytes: int = int(self._record(probe).nbytes / part)
+            first = self._record(probe)
+        self.nbytes: int = int(first.nbytes / part)
         kinds = of_all(encoder.backbone.model, self._choose(cache, memory_bytes))
         self.kind: str = max(kinds, key=CACHES.index)
         if self.kind == "disk":
             assert folder is not None
             self._place = folder / self._digest()[:16]
+        self._probed = {probe: first} if self.kind == "memory" else {}
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -101,7 +103,8 @@ class FeatureStore:
         with in_step(self._encoder.backbone.layers):
             for index in progress(range(len(self))):
                 if self.kind == "memory":
-                    self._batches.append(self._record(index))
+                    probed = self._probed.pop(index, None)
+                    self._batches.append(self._record(index) if probed is None else probed)
                 elif not all(self._share.of_group(self._file(index).exists())):
                     self._write(self._record(index), self._file(index))
 

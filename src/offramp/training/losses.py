@@ -19,9 +19,11 @@ from offramp.core.errors import InputError
 class LossInputs:
     """N answer tokens as an exit, the final layer and the discriminator between them see them.
 
-    logits, teacher_logits: [N, V]. features, teacher_features: final-normed states [N, D].
-    targets: [N] token ids. labelled: [N], 1 where a person wrote the token. judge: gives
-    the discriminator's logits [N] of states [N, D] of these tokens; None without one.
+    logits, teacher_logits: [N, V], the teacher's up to a number for each token. features,
+    teacher_features: final-normed states [N, D]. targets: [N] token ids. labelled: [N], 1 where a
+    person wrote the token. judge: gives the discriminator's logits [N] of states [N, D] of these
+    tokens; None without one.
+    teacher_log: [N, V], log-softmax of the teacher's logits at the temperature; None: not known.
     """
 
     logits: Tensor
@@ -32,22 +34,31 @@ class LossInputs:
     labelled: Tensor
     judge: Callable[[Tensor], Tensor] | None = None
     temperature: float = 1.0
+    teacher_log: Tensor | None = None
+
+
+def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-softmax [..., V] of logits at a temperature, in float32."""
+    logits = logits.float()
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
 
 
 def kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) [N] of logits [N, V]. Bound: >= 0."""
-    teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+    """KL(teacher || student) [N] of log probabilities [N, V]. Bound: >= 0."""
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
 
 
 def distillation(t: LossInputs) -> Tensor:
     """T^2 KL(teacher || exit) at temperature T (Hinton et al. 2015). Bound: >= 0."""
-    teacher, student = (x.float() / t.temperature for x in (t.teacher_logits, t.logits))
-    return kl(teacher, student) * t.temperature**2
+    known, at = t.teacher_log, t.temperature
+    teacher = log_probabilities(t.teacher_logits, at) if known is None else known
+    return kl(teacher, log_probabilities(t.logits, at)) * at**2
 
 
 def cross_entropy(t: LossInputs) -> Tensor:
     """-log p(target), 0 where the target is not labelled. Bound: >= 0."""
+    if not t.labelled.any():  # nor is the gradient anything else
+        return t.features[:, 0].float() * 0.0
     return F.cross_entropy(t.logits.float(), t.targets, reduction="none") * t.labelled
 
 
