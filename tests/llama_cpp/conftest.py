@@ -51,7 +51,7 @@ def anew() -> Iterator[Callable[[], None]]:
 @pytest.fixture(params=["AVX-512", "AVX2"])
 def instructions(request: pytest.FixtureRequest, anew: Any, monkeypatch: Any) -> None:
     """Kernels that were compiled for these alone."""
-    flags = {"AVX-512": products._AVX512, "AVX2": products._AVX2}[request.param]
+    flags = {"AVX-512": products.AVX512, "AVX2": products.AVX2}[request.param]
     monkeypatch.setattr(products, "_INSTRUCTIONS", (flags,))
     if products._native() is None:
         pytest.skip("the kernels do not run here")

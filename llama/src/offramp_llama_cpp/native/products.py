@@ -16,9 +16,9 @@ from typing import Any
 from offramp_llama_cpp.native.compiling import compiled
 from offramp_llama_cpp.packages import headers
 
-_AVX2 = ("-mtune=native", "-mavx2", "-mf16c", "-mfma")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
-_INSTRUCTIONS = (_AVX512, _AVX2)
+AVX2 = ("-mtune=native", "-mavx2", "-mf16c", "-mfma")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
+_INSTRUCTIONS = (AVX512, AVX2)
 """What to compile for, as the compiler has it: the first that the processor has."""
 _OF_GGML = (
     "ggml_backend_buffer_is_host",
