@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from offramp.adapter.shipped import example_picture
 from offramp.core.errors import InputError
@@ -231,21 +231,26 @@ def test_files_that_were_cut_off_are_written_again(
 ) -> None:
     """Nobody asked for them by name, so nobody is told to export them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ready = partial(load, "tiny-opt")
+
+    def ready(way: Way) -> Any:
+        return load("tiny-opt", engine=way.engine, vision=way.vision, gguf=way.gguf)
+
     folder = auto._files(ready, "model")
     for name in ("segment-1.gguf", "digests.json"):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: len(whole) // 2])
         assert auto._files(ready, "model") == folder
         assert (folder / name).read_bytes() == whole
-    opened = ready(engine="llama.cpp", gguf=folder)
-    assert opened.answer(example_picture("tiny-opt"), "Caption:")
+    assert ready(Way("llama.cpp", gguf=folder)).answer(example_picture("tiny-opt"), "Caption:")
 
 
-def test_threads_are_measured_by_themselves(measured: list[str]) -> None:
+def test_threads_are_measured_by_themselves(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settle("tiny-opt")
-    count = len(measured)
-    settle("tiny-opt", threads=3)
+    count, threads = len(measured), torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    settle("tiny-opt")
     assert len(measured) > count
 
 
