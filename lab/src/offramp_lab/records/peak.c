@@ -9,9 +9,10 @@ size_t peak(bool bytes, size_t rounds, int32_t * kept) {
     ints sums[SUMS], a = all_ints(0x01010101), b = all_ints(0x02020202);
     UNROLL for (int i = 0; i < SUMS; i++) sums[i] = all_ints(0);
     for (size_t n = 0; n < rounds; n++) {
-        __asm__ volatile("" : "+x"(a), "+x"(b));
-        UNROLL for (int i = 0; i < SUMS; i++)
+        UNROLL for (int i = 0; i < SUMS; i++) {
+            __asm__ volatile("" : "+x"(a));  // or the same product would be taken once for all sums
             sums[i] = bytes ? dot_plus(sums[i], a, b) : pairs_plus(sums[i], a, b);
+        }
     }
     for (int i = 1; i < SUMS; i++) sums[0] = sum_ints(sums[0], sums[i]);
     memcpy(kept, &sums[0], sizeof *kept);

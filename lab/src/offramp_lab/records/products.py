@@ -54,7 +54,7 @@ def peaks() -> dict[str, float]:
     kept, rounds = ctypes.c_int32(), 2_000_000
 
     def most(of_bytes: bool) -> float:
-        found = []
+        found: list[float] = []
         for _ in range(9):
             begin = time.process_time()
             each = run(of_bytes, rounds, ctypes.byref(kept))
