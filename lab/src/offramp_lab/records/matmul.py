@@ -1,11 +1,12 @@
 """The photo model's layers in llama.cpp by rows in a call, beside the processor's peak, in
-products.json.
+matmul.json.
 
-`python -m offramp_lab.records.products` takes some minutes of one core. Of each number format a
+`python -m offramp_lab.records.matmul` takes some minutes of one core. Of each number format a
 call of so many rows is timed, by our kernels and by llama.cpp's own, in turn; the least of its CPU
 times counts. Operations are those of the layers' weights, two a weight and row; attention, norms
 and the head of one row take time and count for nothing. The peak is that of the kernels' own
-operations in registers (peak.c): 16 bits, which AVX2 also multiplies bytes of 8 bits as, and bytes.
+operations in registers (peak.c): of words of 16 bits, which AVX2 also multiplies bytes of q8_0 as,
+and of bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import numpy as np
 from offramp_llama_cpp import ExportFormats
 from offramp_llama_cpp.gguf_export import export_whole
 from offramp_llama_cpp.native import products
-from offramp_llama_cpp.segment import Segment, library
+from offramp_llama_cpp.segment import Segment
 
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.runtimes.methods import ENGINE, STOCK
 from offramp_lab.records.subjects import load_photo
 
-RECORD = Record("products")
+RECORD = Record("matmul")
 FORMATS = ("q8_0", "q4_0", "q4_1", "iq4_nl", "f16")
 ROWS = (1, 2, 4, 8, 16, 32, 46, 64)
 BEFORE = 36
@@ -61,7 +62,7 @@ def peaks() -> dict[str, float]:
             found.append(2 * each * rounds / (time.process_time() - begin) / 1e9)
         return max(found)
 
-    return {"16 bits": most(False), "bytes": most(True)}
+    return {"words": most(False), "bytes": most(True)}
 
 
 def milliseconds(segments: list[Segment], states: Any, rows: int, rounds: int) -> list[float]:
@@ -86,7 +87,7 @@ def main() -> None:
     states = np.random.default_rng(0).normal(size=(max(ROWS), backbone.width)).astype(np.float32)
     work = RUNS / RECORD.name
     work.mkdir(parents=True, exist_ok=True)
-    made = []
+    made: dict[str, dict[str, Any]] = {kind: {} for kind in FORMATS}
     for kind in FORMATS:
         file = work / f"{kind}.gguf"
         if not file.is_file():
@@ -97,12 +98,10 @@ def main() -> None:
         for rows in ROWS:
             ours, theirs = milliseconds(segments, states, rows, arguments.rounds)
             rate = 2e-6 * weights * rows / ours
-            made.append({"format": kind, "rows": rows, "ms": ours, "llama.cpp": theirs,
-                         "operations": rate})  # fmt: skip
+            made[kind][str(rows)] = {"ms": ours, "llama.cpp": theirs, "operations": rate}
             print(f"{kind:7} {rows:3} rows {ours:8.2f} ms, llama.cpp's {theirs:8.2f}, {rate:6.1f}")
         for segment in segments:
             segment.close()
-    assert library() is not None
     RECORD.write(
         {
             "instructions": products.instructions(),
