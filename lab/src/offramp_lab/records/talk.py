@@ -268,7 +268,7 @@ def main() -> None:
 
     def writer(task: str) -> Write:
         def write(examples: Sequence[Example], longest: int) -> list[Answer]:
-            options = {"max_new_tokens": longest}
+            options: dict[str, Any] = {"max_new_tokens": longest}
             batches = prompted(encoder, examples, AT_ONCE, longest, bar(task))
             answers = [
                 answer
