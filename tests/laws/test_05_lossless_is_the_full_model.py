@@ -80,8 +80,8 @@ def test_drafts_that_agree_fill_each_round(name, backbone, batch):
     whole, inputs = backbone(name), batch(name, 1)
     policy = lossless(name, 0.0, depths=(whole.depth - 1,), max_draft=4)
     ours = generate(whole, inputs, exits=agreeing(whole), policy=policy, **GREEDY)
-    # The prompt gives the first token; then each full round writes its drafts and one token more.
-    assert [count for count, _ in ours.rounds] == [4, 4, 4]
+    # Each full round writes its drafts and one token more; the first begins with the prompt.
+    assert [count for count, _ in ours.rounds] == [4, 4, 4, 1]
 
 
 def test_drafts_that_are_never_made_cost_no_round(backbone, exits, batch):

@@ -15,7 +15,7 @@ import torch
 from gguf_cases import FURTHER, GREEDY, KINDS, adapter_of, depths_of, drafting, inputs_of, refused
 from hub_files import sliced, text_adapter
 
-from offramp.core.decoding.drafting import DraftBudget
+from offramp.core.decoding.drafting import DraftBudget, Drafts
 from offramp.core.errors import AdapterError
 from offramp.core.executors.drafter import DraftingExit
 from offramp_llama_cpp import LlamaCppRuntime, export_gguf
@@ -59,11 +59,10 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
     def tell(answer: Sequence[int]) -> None:
         following, draft = dict(pairwise([None, *answer])), ChainDrafter.draft
 
-        def told(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> list[int]:
-            made = list[int]()
-            for _ in draft(self, slot, token, room._replace(ends=lambda _: False)):
-                made.append(following.get([token, *made][-1], 0))
-                if room.ends(made[-1]):
+        def told(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> Drafts:
+            made = Drafts(room)
+            for _ in draft(self, slot, token, room._replace(ends=lambda _: False)).ids:
+                if not made.add(following.get([token, *made.ids][-1], 0), 1.0):
                     break
             return made
 
@@ -77,8 +76,8 @@ def prompts_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     see each other."""
     draft = ChainDrafter.draft
 
-    def later(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> list[int]:
-        return [] if token is None else draft(self, slot, token, room)
+    def later(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> Drafts:
+        return Drafts(room) if token is None else draft(self, slot, token, room)
 
     monkeypatch.setattr(ChainDrafter, "draft", later)
 
@@ -128,10 +127,10 @@ def test_a_prompt_is_verified_with_the_exits_first_drafts(
     runtime, inputs, drafts = loaded(name, compiled=compiled), inputs_of(name), list[list[int]]()
     draft = ChainDrafter.draft
 
-    def drafted(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> list[int]:
+    def drafted(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> Drafts:
         made = draft(self, slot, token, room)
         if token is None:
-            drafts.append(made)
+            drafts.append(made.ids)
         return made
 
     own = runtime.adapter.policy
@@ -166,10 +165,10 @@ def test_drafts_are_pytorchs(
     here, there = list[int](), list[int]()
     draft, tokens = ChainDrafter.draft, DraftingExit.tokens
 
-    def drafted(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> list[int]:
+    def drafted(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> Drafts:
         before = len(here)
         made = draft(self, slot, token, room)
-        here[before:] = made  # those after an exit's own first token are drafted by a call inside
+        here[before:] = made.ids  # those after an exit's own first token are drafted by a call inside
         return made
 
     def said(self: DraftingExit, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,6 +201,53 @@ def test_several_rows_draft_as_alone(name: str, loaded: Callable[..., LlamaCppRu
         expected = alone.generate(one, return_dict_in_generate=True, **GREEDY)
         length = expected.new_tokens.shape[1]
         assert torch.equal(made.new_tokens[row, :length], expected.new_tokens[0])
+
+
+ENDS = {**GREEDY, "eos_token_id": [*range(0, families.VOCABULARY, 3)], "pad_token_id": 0}
+"""So many end tokens that untrained models soon say one."""
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl", "gemma3"])
+def test_by_trust_answers_are_pytorchs_at_every_level(
+    compiled: bool, name: str, loaded: Callable[..., LlamaCppRuntime]
+) -> None:
+    """What is taken, what is verified, and the products by which that is decided."""
+    runtime = loaded(name, compiled=compiled)
+    drafts = dict.fromkeys(runtime.adapter.exits.depths, 0.0)
+    for seed in range(3):
+        inputs = inputs_of(name, seed)
+        policy = replace(runtime.adapter.policy, trust=2.0, drafts=drafts, max_draft=12)
+        run = runtime.generate(inputs, policy=policy, return_dict_in_generate=True, **ENDS)
+        full = runtime.adapter.generate(inputs, mode="full", **ENDS)
+        assert torch.equal(run.sequences, full.sequences)
+        products = sorted({0.999 * product for product, _ in run.offers[0]}, reverse=True)
+        for trust in (2.0, *products, 0.0):
+            by = replace(policy, trust=trust)
+            ours = runtime.generate(inputs, policy=by, return_dict_in_generate=True, **ENDS)
+            theirs = runtime.adapter.generate(inputs, policy=by, **ENDS)
+            assert torch.equal(ours.sequences, theirs.sequences)
+            assert torch.equal(ours.depths, theirs.depths)
+            torch.testing.assert_close(
+                ours.scores, theirs.scores, equal_nan=True, rtol=1e-2, atol=1e-4
+            )
+
+
+def test_by_trust_several_rows_get_what_they_get_alone(
+    loaded: Callable[..., LlamaCppRuntime],
+) -> None:
+    runtime, alone = loaded("llava", "f32", 3), loaded("llava")
+    inputs = families.kind_of("llava").inputs(3)
+    drafts = dict.fromkeys(runtime.adapter.exits.depths, 0.0)
+    for trust in (0.0, 1e-3, 1e-2, 0.1):
+        policy = replace(runtime.adapter.policy, trust=trust, drafts=drafts, max_draft=12)
+        made = runtime.generate(inputs, policy=policy, return_dict_in_generate=True, **ENDS)
+        for row in range(3):
+            one = families.one_row("llava", inputs, row)
+            expected = alone.generate(one, policy=policy, return_dict_in_generate=True, **ENDS)
+            length = expected.new_tokens.shape[1]
+            assert torch.equal(made.new_tokens[row, :length], expected.new_tokens[0])
+            assert torch.equal(made.depths[row, :length], expected.depths[0])
 
 
 def test_without_pytorch_answers_are_full_depths(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class ArrayHeads:
 
     def _verdict(self, depth: int, logits: Array, query: Query) -> Verdict:
         sampler, rule = query.sampler, query.rule
-        scored = rule.thresholds.get(depth) != 0.0
+        scored = rule.scored(depth)
         if sampler.plain:
             largest = int(logits.argmax())
             token = largest if self._ids is None else self._ids[largest]

@@ -1,7 +1,7 @@
 """An exit that drafts on from its own state inside llama.cpp, its layer in a file of its own.
 
 As in `offramp.core.executors.drafter`, in numpy. Nothing here need come out the same to the last
-bit: drafts change speed alone.
+bit.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class ChainDrafter:
         if slot in self._wanted:
             self._chain.run(states, None, slot)
 
-    def draft(self, slot: int, token: int | None, budget: DraftBudget) -> list[int]:
-        """Return ids that follow a token, within its budget, from the state of the one before.
+    def draft(self, slot: int, token: int | None, budget: DraftBudget) -> Drafts:
+        """Return what follows a token, within its budget, from the state of the one before.
         token: None: that is the exit's own, after what it took last."""
         chain, segment = self._chain, self._segment
         if chain.waits(slot):
@@ -110,24 +110,29 @@ class ChainDrafter:
                 return self._from_its_own(slot, logits, budget)
         state = self._states.get(slot)
         if state is None or token is None or not budget.max_drafts:
-            return []
+            return Drafts(budget)
         if self._loop is None or self._ids is None:
             return self._one_by_one(slot, token, state, budget)
         ending, word = self._ending(budget.ends), self._word(token)
         most, least = budget.max_drafts, budget.min_probability
-        said = segment.draft(self._loop, word, state[0], ending, most, least, slot)
-        return [self._ids[place] for place in said]
+        said, product = segment.draft(self._loop, word, state[0], ending, most, least, slot)
+        return self._with(Drafts(budget), [self._ids[place] for place in said], product)
 
-    def _from_its_own(self, slot: int, logits: Array, budget: DraftBudget) -> list[int]:
-        """Return what it says in logits [S], and the ids that follow that."""
+    def _with(self, drafts: Drafts, ids: Sequence[int], product: float) -> Drafts:
+        """Return drafts with more that keep within their budget."""
+        drafts.ids += ids
+        drafts.product *= product
+        return drafts
+
+    def _from_its_own(self, slot: int, logits: Array, budget: DraftBudget) -> Drafts:
+        """Return what it says in logits [S], and what follows that."""
         token, probability = self._likeliest(logits)
         drafts = Drafts(budget)
         if not drafts.add(token, probability):
-            return drafts.ids
-        rest = DraftBudget(
-            budget.max_drafts - 1, budget.min_probability / probability, budget.ends
-        )
-        return [token, *self.draft(slot, token, rest)]
+            return drafts
+        rest = DraftBudget(budget.max_drafts - 1, budget.min_probability / probability, budget.ends)
+        more = self.draft(slot, token, rest)
+        return self._with(drafts, more.ids, more.product)
 
     def _likeliest(self, logits: Array) -> tuple[int, float]:
         """The token of the largest of logits [S], and its probability."""
@@ -135,7 +140,7 @@ class ChainDrafter:
         probability = 1 / float(np.exp(logits - logits[said]).sum())
         return said if self._ids is None else self._ids[said], probability
 
-    def _one_by_one(self, slot: int, token: int, state: States, budget: DraftBudget) -> list[int]:
+    def _one_by_one(self, slot: int, token: int, state: States, budget: DraftBudget) -> Drafts:
         """Draft without the loop in C."""
         segment, drafts, fed, goes_on = self._segment, Drafts(budget), 0, True
         while goes_on:
@@ -145,7 +150,7 @@ class ChainDrafter:
             goes_on, fed = drafts.add(token, probability), fed + 1
             state = segment.tapped()
         segment.crop(fed, slot)
-        return drafts.ids
+        return drafts
 
     def crop(self, slot: int, columns: int) -> None:
         """Forget what a sequence has from a column on."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offramp.core.decoding.drafting import DraftBudget, FeedOn
+from offramp.core.decoding.drafting import DraftBudget, Drafts, FeedOn
 from offramp.core.decoding.executor import Loaded, Span
 from offramp.core.decoding.reader import Decide
 from offramp_llama_cpp.chain import SegmentChain
@@ -215,7 +215,7 @@ class ChainExecutor:
         ids: Sequence[int | None],
         columns: Sequence[int],
         budgets: Sequence[DraftBudget],
-    ) -> list[list[int]]:
+    ) -> list[Drafts]:
         assert self.drafter is not None
         return [*map(self.drafter.draft, handles, ids, budgets)]
 

@@ -36,16 +36,16 @@ def chain_plan(
     ask for other modes than the policy's own. loop: makes what feeds the layers below the chain's
     first exit with what that says; it looks at the likeliest token's probability.
     """
-    lossless = every_mode or policy.own_mode == "lossless"
-    own = drafter if lossless and policy.drafter is None else None
-    levels = draft_levels(policy, None if own is None else own.depth, layers) if lossless else {}
-    early = policy.thresholds if every_mode or not lossless else {}
+    drafts = every_mode or policy.drafting
+    own = drafter if drafts and policy.drafter is None else None
+    levels = draft_levels(policy, None if own is None else own.depth, layers) if drafts else {}
+    early = policy.thresholds if every_mode or not drafts else {}
     depths = tuple(sorted({*early, *(levels if own is None else {})} - {layers}))
     # Alone and early, a few products may be computed otherwise together than one by one.
-    exact = chain.slots > 1 or lossless or not depths
+    exact = chain.slots > 1 or drafts or not depths
 
     feeds = None
-    if not lossless and chain.slots == 1 and depths[:1] == tuple(stand[:1]):
+    if not drafts and chain.slots == 1 and depths[:1] == tuple(stand[:1]):
         feeds = loop() if policy.score == "max_probability" else None
 
     def executor(**_: Any) -> ChainExecutor:

@@ -257,8 +257,9 @@ class Segment:
         most: int,
         sure: float,
         slot: int = 0,
-    ) -> list[int]:
-        """Return what the loop says after a sequence, by number; its rows are forgotten again.
+    ) -> tuple[list[int], float]:
+        """Return what the loop says after a sequence, by number, and the product of the
+        probabilities of it; its rows are forgotten again.
 
         word, state: what enters the layer first [D], and the tapped state before it. ends: whether
         a word ends an answer [S]. most, sure: as of `DraftRoom`.

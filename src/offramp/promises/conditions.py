@@ -119,8 +119,12 @@ def of_backbone(backbone: Backbone, engine: str | None = None) -> dict[str, Any]
 
 def of_policy(policy: ExitPolicy) -> dict[str, Any]:
     """Return its entries but those of speed alone. Of earlier versions gates, weights and
-    visual tokens that were left out decided answers too: calibrations by one guarantee nothing."""
-    return {name: told for name, told in policy_entries(policy).items() if name not in SPEED}
+    visual tokens that were left out decided answers too: calibrations by one guarantee nothing.
+    trust: -1 where thresholds decide; what it takes depends on where a round of drafts ends."""
+    entries = {name: told for name, told in policy_entries(policy).items() if name not in SPEED}
+    if policy.trust is None:
+        return {**entries, "trust": -1.0}
+    return {**entries, "max_draft": policy.max_draft}
 
 
 def of_exits(exits: Any) -> dict[str, Any]:
@@ -360,6 +364,10 @@ def _by_depth(values: Any) -> str:
     return ", ".join(f"{depth}: {number:g}" for depth, number in (values or {}).items()) or "none"
 
 
+def _trust(value: float) -> str:
+    return "none" if value < 0 else f"{value:g}"
+
+
 RULES: dict[str, Rule] = {
     "dtype": Rule("precision {here} where {then} was calibrated"),
     "quantized": Rule(
@@ -412,6 +420,7 @@ RULES: dict[str, Rule] = {
         shown=lambda v: "with a shortlist" if v else "without a shortlist",
     ),
     "thresholds": Rule("thresholds {here} where {then} were calibrated", shown=_by_depth),
+    "trust": Rule("a trust of {here} where {then} was calibrated", shown=_trust, before=-1.0),
     "first": Rule(
         "thresholds of first tokens {here} where {then} were calibrated", shown=_by_depth, before={}
     ),

@@ -236,7 +236,7 @@ class Core(Jobs):
             return
         self.tokens += len(job.tokens)
         output = self._host.output(job.ids, sequence)
-        job.finish(sequence.tokens, output, early_exit=sequence.rule.exiting)
+        job.finish(sequence.tokens, output, early_exit=sequence.rule.early)
 
 
 class EngineCore(Core):

@@ -110,7 +110,7 @@ class SerialCore(Jobs):
         self._count(output, policy)
         tokens = [*map(Token, *(row[0].tolist() for row in
                                 (output.new_tokens, output.depths, output.scores)))]  # fmt: skip
-        job.finish(tokens, output, early_exit=bool(policy.thresholds) and not policy.lossless)
+        job.finish(tokens, output, early_exit=policy.own_mode == "early_exit")
 
     def _pause(self) -> None:
         self._drop_unwanted()
@@ -120,7 +120,7 @@ class SerialCore(Jobs):
         """Note what the exits did."""
         tokens, tally = output.depths.numel(), self.tally
         self.tokens += tokens
-        if policy.lossless:
+        if policy.drafting:
             tally.drafted += sum(drafted for drafted, _ in output.rounds)
             tally.accepted += sum(accepted for _, accepted in output.rounds)
         elif policy.thresholds:

@@ -79,7 +79,8 @@ class PreparedHost:
 
     def output(self, ids: Tensor, sequence: Sequence) -> GenerationOutput:
         layers = self.backbone.depth
-        return GenerationOutput.of_rows(ids, [sequence.tokens], layers, [sequence.rounds])
+        told = [sequence.rounds], 0, [sequence.offers]
+        return GenerationOutput.of_rows(ids, [sequence.tokens], layers, *told)
 
 
 class TorchHost(PreparedHost):

@@ -104,8 +104,12 @@ class Sampler:
         self.plain: bool = sampling.temperature == 0.0 and not rules and noted is None
 
     @property
+    def free(self) -> bool:
+        return self.plain and self._stop is None
+
+    @property
     def foreseen(self) -> bool:
-        return self.plain and self._stop is None and self._on_token is None
+        return self.free and self._on_token is None
 
     def allowed(self, logits: Array, ids: Ids | None, before: Sequence[int]) -> Array:
         """Logits [S] after penalties. ids: of their tokens; None: all. before: the answer's tokens

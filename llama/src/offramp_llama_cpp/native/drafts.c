@@ -73,13 +73,13 @@ WIDEST static float share(const float * numbers, size_t count, size_t at) {
 }
 
 // Write words into `said`: up to `most`, to one of which `ends` [words] is true, or as long as the
-// product of their probabilities is `sure`; how many, or -1 where llama.cpp refused a row. batch: of
-// one row, whose logits are asked for. positions: [axes, most] of the rows. word, state: [width], of
-// the first row.
+// product of their probabilities is `sure`, and that product; how many, or -1 where llama.cpp refused a
+// row. batch: of one row, whose logits are asked for. positions: [axes, most] of the rows. word, state:
+// [width], of the first row.
 int32_t offramp_drafts(const struct loop * d, const struct llama_batch * batch, const int32_t * positions,
                        size_t axes, const float * word, const float * state, const bool * ends, float sure,
-                       size_t most, int32_t * said) {
-    float product = 1;
+                       size_t most, int32_t * said, float * product) {
+    *product = 1;
     for (size_t n = 0; n < most; n++) {
         enter(d, word, state, batch->embd);
         for (size_t axis = 0; axis < axes; axis++) batch->pos[axis] = positions[axis * most + n];
@@ -87,8 +87,9 @@ int32_t offramp_drafts(const struct loop * d, const struct llama_batch * batch, 
         if (d->decode(d->context, *batch) != 0) return -1;
         const float * logits = d->logits(d->context);
         said[n] = largest(logits, d->words);
-        product *= share(logits, d->words, said[n]);
-        if (product < sure) return n;
+        const float with = *product * share(logits, d->words, said[n]);
+        if (with < sure) return n;
+        *product = with;
         if (ends[said[n]]) return n + 1;
         word = d->of_words + said[n] * d->width;
         state = (const float *) d->tap->into;

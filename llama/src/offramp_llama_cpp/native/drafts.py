@@ -95,23 +95,24 @@ class DraftLoop:
         state: States,
         ends: Ends,
         sure: float,
-    ) -> list[int] | None:
+    ) -> tuple[list[int], float] | None:
         """Words, by number, until one is of `ends` [S], the product of their probabilities is below
-        `sure`, or there are as many as positions; None where llama.cpp refused one.
+        `sure`, or there are as many as positions; and that product. None where llama.cpp refused
+        one.
 
         batch: of one row whose logits are asked for. positions: [axes, n]. word, state: what enters
         the layer first [D], and the tap's state before it.
         """
         axes, most = positions.shape
-        self._said = _with_room(self._said, most)
+        self._said, product = _with_room(self._said, most), ctypes.c_float()
         count = self._run(
             ctypes.byref(self._loop), ctypes.byref(batch),
             positions.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(axes),
             word.ctypes.data_as(ctypes.c_void_p), state.ctypes.data_as(ctypes.c_void_p),
             ends.ctypes.data_as(ctypes.c_void_p), ctypes.c_float(sure), ctypes.c_size_t(most),
-            self._said.ctypes.data_as(ctypes.c_void_p),
+            self._said.ctypes.data_as(ctypes.c_void_p), ctypes.byref(product),
         )  # fmt: skip
-        return None if count < 0 else self._said[:count].tolist()
+        return None if count < 0 else (self._said[:count].tolist(), product.value)
 
 
 class FeedLoop:

@@ -93,6 +93,15 @@ def check_levels(thresholds: dict[int, float]) -> dict[int, float]:
     return dict(sorted(on.items()))
 
 
+def check_trust(trust: float | None) -> None:
+    """Raise `InputError` where `trust` is neither None nor a finite number from 0."""
+    if trust is not None and (isinstance(trust, bool) or not 0.0 <= _number(trust) < math.inf):
+        raise InputError(
+            f"A trust of {trust!r} is no number from 0.",
+            "Give one from 0 (full answers are always taken) to 1, or mode='lossless'.",
+        )
+
+
 def _number(value: object) -> float:
     """`value` as a float, NaN where it is no number, which is in no range; text is none."""
     if isinstance(value, str):

@@ -3,7 +3,7 @@
 Early exit: *feed* the next token of each sequence through the layers below the first exit; the exit
 is confident and the token is written, or the sequence waits; *deep* runs what is pending of all
 that wait, segment by segment, and asks the next exits, at last the LM head. *Full* depth: the next
-token of each through all layers. Lossless: rounds of draft, verify, accept.
+token of each through all layers. Drafts: rounds of draft, then take or verify.
 
 A token, once written, is final. Whatever runs when, each sequence gets what it would get alone:
 which ones wait together changes the order of work, not its outcome.
@@ -15,10 +15,10 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Any
 
-from offramp.core.decoding.drafting import DraftBudget, Drafter
+from offramp.core.decoding.drafting import Draft, DraftBudget, Drafter
 from offramp.core.decoding.executor import Executor, Span, too_long
 from offramp.core.decoding.reader import Heads, PrefillBackend, Query, TokenSampler
-from offramp.core.decoding.rule import ExitRule, Verdict
+from offramp.core.decoding.rule import VERIFIED, ExitRule, Verdict
 from offramp.core.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
 from offramp.core.decoding.sequence import NAN, Sequence, Token
 from offramp.core.errors import InputError
@@ -32,9 +32,9 @@ class Decoder:
     """The sequences of one model, and the loop that writes their tokens. For one thread.
 
     layers: depth L of the full model. executor: runs the layers. heads: ask exits and the LM head.
-    drafter: of lossless answers; None: there are none. schedule: when the deep layers run. longest:
-    columns of a sequence that may be pending; None: any number. sequences: those under way. tally:
-    what the exits did.
+    drafter: of drafts; None: there are none. schedule: when the deep layers run. longest: columns
+    of a sequence that may be pending; None: any number. sequences: those under way. tally: what the
+    exits did.
     """
 
     layers: int
@@ -57,8 +57,9 @@ class Decoder:
         *,
         later: bool = False,
     ) -> tuple[Any, list[Token | None]]:
-        """Read a prompt of one or more rows, and choose each row's first token; None where it is to
-        be verified with the first drafts, or `begin` runs the prompt.
+        """Read a prompt of one or more rows, and choose each row's first token, which is a draft
+        where the prompt waits to be verified; None where it is to be drafted, or `begin` runs the
+        prompt.
 
         later: whether that may be.
         """
@@ -77,7 +78,8 @@ class Decoder:
                 if verdict is not None:
                     scores[row] = opening.shown(depth, verdict)
                     if opening.exits(depth, verdict):
-                        said[row] = Token(verdict.token, depth, scores[row])
+                        score = verdict.score if rule.drafts else scores[row]
+                        said[row] = Token(verdict.token, depth, score)
             return None not in said
 
         drafter = self.drafter if rule.drafts else None
@@ -93,7 +95,7 @@ class Decoder:
         if prompt.logits is not None:
             word = self.heads.of_logits(prompt.logits)
             for row, query in enumerate(queries):
-                if said[row] is None:
+                if said[row] is None or rule.drafts:
                     said[row] = Token(word(row, query), self.layers, scores[row])
         return prompt, said
 
@@ -120,7 +122,9 @@ class Decoder:
             )
         sequence = Sequence.of(sampler, rule, loaded, owner)
         self.sequences.append(sequence)
-        if first is not None:
+        if rule.drafts and prompt.logits is None:
+            sequence.opened = first
+        elif first is not None:
             self._write(sequence, first)
         return sequence
 
@@ -320,16 +324,21 @@ class Decoder:
                 continue
             self._write(row, Token(token, self.layers, row.score))
 
-    # -- a lossless round ----------------------------------------------------------------------
+    # -- a round of drafts ---------------------------------------------------------------------
 
-    def _round(self, drafter: Drafter, rows: list[Sequence]) -> int:
-        """Draft on from the newest token of each sequence, verify all drafts in one call, and keep
-        those that are the full model's own tokens. The deep layers of a prompt that waits for them
-        run in the same call."""
-        drafts = drafter.draft(rows, [self._budget(row, drafter.depth) for row in rows])
+    def _round(self, drafter: Drafter, rows: Many[Sequence]) -> int:
+        """Draft on from the newest token of each sequence. Take the drafts that are trusted; verify
+        all others in one call, and keep those that are the full model's own tokens. The deep layers
+        of a prompt that waits for them run in the same call."""
+        made = drafter.draft(rows, [self._budget(row, drafter.depth) for row in rows])
+        both = zip(rows, made, strict=True)
+        left = [(row, one) for row, one in both if not self._take(row, one, drafter.depth)]
+        if not left:
+            return 0
+        rows, drafts = zip(*left, strict=True)
         word = self.heads.words(drafter.verify(rows, drafts))
         count = 0
-        for row, (fed, said) in zip(rows, drafts, strict=True):
+        for row, (fed, said, _) in zip(rows, drafts, strict=True):
             kept, verified = 0, len(fed) + (not row.ids)
             for place in range(verified):
                 if not row.active:
@@ -340,7 +349,8 @@ class Decoder:
                     row.error = error
                     break
                 right = place < len(said) and said[place] == token
-                drafted = right and row.ids  # a first token counts as the full model's
+                # A first token counts as the full model's, and by trust what was verified.
+                drafted = right and row.ids and row.rule.trust == VERIFIED
                 self._write(row, Token(token, drafter.depth if drafted else self.layers))
                 kept += right
                 if not right:
@@ -348,6 +358,19 @@ class Decoder:
             self._accept(row, len(said), kept)
             count += verified
         return count
+
+    def _take(self, row: Sequence, draft: Draft, depth: int) -> bool:
+        """Write drafts that end an answer, and are trusted; return True if they were. What else
+        than the largest logit chooses tokens, or ends answers, is between full model and row."""
+        said, rule = draft.said, row.rule
+        if rule.trust == VERIFIED or not (said and row.sampler.ends(said[-1]) and row.sampler.free):
+            return False
+        row.offers.append((draft.product, (*row.ids, *said)))
+        if not rule.takes(draft.product):
+            return False
+        for token in said if row.active else ():
+            self._write(row, Token(token, depth, draft.product))
+        return True
 
     def _accept(self, row: Sequence, drafted: int, kept: int) -> None:
         """Forget what was drafted beyond the tokens that stand."""

@@ -1,8 +1,8 @@
-"""Drafters: what writes the drafts of a lossless round, and how the full model verifies them.
+"""Drafters: what writes the drafts of a round, and how the full model verifies them.
 
-A round drafts on from the newest token of each sequence, verifies all drafts in one call of the
-deep layers, and keeps those that the full model says too (`Decoder`). Nothing of a round outlives
-it: drafts change speed alone.
+A round drafts on from the newest token of each sequence, takes drafts that are trusted, verifies
+all others in one call of the deep layers, and keeps those that the full model says too (`Decoder`).
+Nothing of a round outlives it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from offramp.core.decoding.executor import Executor, Handle, Span
 from offramp.core.decoding.reader import Heads, Query
-from offramp.core.decoding.sequence import Sequence
+from offramp.core.decoding.sequence import NAN, Sequence
 from offramp.core.errors import InputError
 
 Ends = Callable[[int], bool]
@@ -37,30 +37,34 @@ it, and its output."""
 
 
 class Drafts:
-    """The drafts of one sequence in one round; none is added beyond its budget."""
+    """The drafts of one sequence in one round; none is added beyond its budget. product: of their
+    probabilities."""
 
     def __init__(self, budget: DraftBudget) -> None:
         self.ids: list[int] = []
-        self._budget, self._product = budget, 1.0
+        self.product = 1.0
+        self._budget = budget
 
     def add(self, token: int, probability: float) -> bool:
         """Keep the next draft, if it is likely enough to be right; return True where another may
         follow."""
-        budget = self._budget
-        self._product *= probability
-        if self._product < budget.min_probability:
+        budget, product = self._budget, self.product * probability
+        if product < budget.min_probability:
             return False
         self.ids.append(token)
+        self.product = product
         return len(self.ids) < budget.max_drafts and not budget.ends(token)
 
 
 class Draft(NamedTuple):
     """A round's draft of one sequence. fed: its newest token, if it has one, and the drafts that
     the full model is asked to follow. said: what the exit says after the prompt, where that waits,
-    and after each of them, as far as it is confident."""
+    and after each of them, as far as it is confident. product: of the probabilities of what is
+    said; NaN where it is not known."""
 
     fed: list[int]
     said: list[int]
+    product: float = NAN
 
 
 class Drafter(Protocol):
@@ -93,7 +97,7 @@ class DraftingExecutor(Executor, Protocol):
         ids: Many[int | None],
         columns: Many[int],
         budgets: Many[DraftBudget],
-    ) -> list[list[int]]:
+    ) -> list[Drafts]:
         """Return what the drafting exit writes after the next token of each sequence, from the
         state that it made of the column before; nothing where that state is not known. ids: None:
         after a prompt that waits."""
@@ -110,8 +114,7 @@ class ExitDrafts:
 
     def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
         newest = [row.ids[-1] if row.ids else None for row in rows]
-        said = self._executor.draft(*_places(rows, newest), budgets)
-        return [*map(_side_by_side, rows, said)]
+        return [*map(_side_by_side, rows, self._executor.draft(*_places(rows, newest), budgets))]
 
     def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
         return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
@@ -130,25 +133,27 @@ class PlainDrafts:
         self._segment = executor.depths.index(depth)  # whose end the exit stands at
 
     def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
-        drafts = [Draft([], []) for _ in rows]
-        going = [*zip(rows, budgets, drafts, strict=True)]
+        # The last draft is not fed, so there may be one more than a budget has.
+        made = [Drafts(b._replace(max_drafts=b.max_drafts + 1, min_probability=0)) for b in budgets]
+        fed, going = [list[int]() for _ in rows], list[tuple[Sequence, Drafts, list[int]]]()
+        for one in zip(rows, made, fed, strict=True):
+            opened, one[0].opened = one[0].opened, None
+            if opened is None or one[1].add(opened.token, opened.score):
+                going.append(one)
         while going:
-            drafting = [row for row, _, _ in going]
-            newest = [draft.said[-1] if draft.said else row.ids[-1] for row, _, draft in going]
-            queries = [Query(row.sampler, row.rule, [*row.ids, *d.said]) for row, _, d in going]
-            verdicts = self._heads.verdicts(self.depth, self._feed(drafting, newest), queries)
-            further = []
+            newest = [(drafts.ids or row.ids)[-1] for row, drafts, _ in going]
+            queries = [Query(row.sampler, row.rule, [*row.ids, *d.ids]) for row, d, _ in going]
+            output = self._feed([row for row, _, _ in going], newest)
+            verdicts, further = self._heads.verdicts(self.depth, output, queries), []
             for one, token, verdict in zip(going, newest, verdicts, strict=True):
-                row, budget, draft = one
-                draft.fed.append(token)
+                row, drafts, own = one
+                own.append(token)
                 if isinstance(verdict, Exception):
                     row.error = verdict
                 elif verdict is not None and row.rule.exits(self.depth, verdict):
-                    draft.said.append(verdict.token)
-                    if len(draft.fed) <= budget.max_drafts and not budget.ends(verdict.token):
-                        further.append(one)
+                    further += [one] * drafts.add(verdict.token, verdict.score)
             going = further
-        return drafts
+        return [Draft(own, d.ids, d.product) for own, d in zip(fed, made, strict=True)]
 
     def _feed(self, rows: Many[Sequence], ids: Many[int]) -> Any:
         """Feed a token of each sequence as far as the exit."""
@@ -168,9 +173,13 @@ class PlainDrafts:
 
     def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
         last = len(self._executor.depths)
+        asked, count = list[int](), 0
+        for row, draft in zip(rows, drafts, strict=True):
+            count += row.ran[0] - row.ran[last]  # with a prompt that waits
+            asked.extend(range(count - len(draft.fed) - (not row.ids), count))
         for segment in range(self._segment + 1, last):
             self._run(segment, rows, ())
-        return self._run(last, rows, range(sum([len(draft.fed) for draft in drafts])))
+        return self._run(last, rows, asked)
 
 
 Proposes = Callable[[Many[int], int], Many[int]]
@@ -200,7 +209,8 @@ class TextDrafts:
                         break
             except Exception as error:
                 row.error = error
-        return _side_by_side(row, drafts.ids)
+        drafts.product = NAN  # nobody said how likely they are
+        return _side_by_side(row, drafts)
 
     def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
         return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
@@ -224,10 +234,11 @@ def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> Non
     DRAFTERS[name] = make
 
 
-def _side_by_side(row: Sequence, said: list[int]) -> Draft:
+def _side_by_side(row: Sequence, drafts: Drafts) -> Draft:
     """The newest token and its drafts, up to the first that ends the answer."""
+    said = drafts.ids
     ended = bool(said) and row.sampler.ends(said[-1])
-    return Draft([*row.ids[-1:], *(said[:-1] if ended else said)], said)
+    return Draft([*row.ids[-1:], *(said[:-1] if ended else said)], said, drafts.product)
 
 
 def _places(rows: Many[Sequence], ids: Any) -> tuple[list[Handle], Any, list[int]]:

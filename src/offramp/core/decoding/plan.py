@@ -19,7 +19,7 @@ from offramp.core.decoding.drafting import (
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.policy import AHEAD, ExitPolicy
 from offramp.core.decoding.reader import Heads
-from offramp.core.decoding.rule import NO_EXITS, ExitRule
+from offramp.core.decoding.rule import NO_EXITS, VERIFIED, ExitRule
 from offramp.core.decoding.scheduler import AT_ONCE, Schedule
 
 
@@ -30,7 +30,7 @@ class Plan:
     layers: depth L of the full model. depths: of the exits in use, ascending. policy: of answers
     that ask for nothing else. heads: ask exits and the LM head. executor: makes what runs the
     layers; its arguments are sizes. reader: makes what reads prompts for that executor. drafter:
-    makes the drafter of an executor; None: lossless answers run at full depth. levels: by the
+    makes the drafter of an executor; None: answers to be drafted run at full depth. levels: by the
     drafter's depth, from which score or probability it drafts on. first_may_exit: whether an
     answer's first token may exit. tested: whether tests have shown that it decodes exactly; else
     whoever writes an answer has that proven of its prompt.
@@ -89,8 +89,11 @@ class Plan:
         mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
         """
         policy = self.policy.asked(mode, thresholds, self.depths or tuple(self.levels))
-        if policy.lossless and self.levels:
-            return ExitRule(self.levels, lossless=True, max_drafts=policy.max_draft)
+        if self.levels and (policy.lossless or policy.trust is not None):
+            levels, trust = self.levels, VERIFIED
+            if not policy.lossless:  # to the answer's end: the product then says what is taken
+                levels, trust = dict.fromkeys(levels, 0.0), policy.trust
+            return ExitRule(levels, levels if self.first_may_exit else {}, trust, policy.max_draft)
         if policy.lossless or not policy.thresholds:
             return NO_EXITS
         first = policy.opening if self.first_may_exit else {}

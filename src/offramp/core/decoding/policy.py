@@ -12,6 +12,7 @@ from offramp.core.decoding.confidence import (
     check_numbers,
     check_score,
     check_thresholds,
+    check_trust,
 )
 from offramp.core.decoding.drafting import DRAFTERS
 from offramp.core.errors import InputError, check_known
@@ -95,9 +96,12 @@ class ExitPolicy:
         exit until a later token needs it deeper: exact too. A depth that is missing, or that
         `thresholds` miss, is off. None: those of every token, where the prompt is causal, which the
         backbone's family says (see `resolved`). Empty: prompts run to full depth.
+    trust: in place of thresholds: exits draft as in lossless mode, and drafts that end the answer
+        are taken unverified if the product of their probabilities is at least `trust`: at 0 all,
+        above 1 none. Only plain greedy answers are taken. None: by thresholds.
     Raises:
-        InputError: an unknown score, thresholds that are no numbers or outside [0, 1], or drafts of
-            no token.
+        InputError: an unknown score, thresholds that are no numbers or outside [0, 1], a trust that
+            is no number from 0, or drafts of no token.
     """
 
     thresholds: Mapping[int, float] = field(default_factory=dict)
@@ -107,9 +111,11 @@ class ExitPolicy:
     drafts: Mapping[Any, float] = field(default_factory=dict)
     shortlist: bool = False
     first: Mapping[int, float] | None = None
+    trust: float | None = None
 
     def __post_init__(self) -> None:
         check_score(self.score)
+        check_trust(self.trust)
         if type(self.max_draft) is not int or self.max_draft < 1:
             raise InputError(
                 f"A draft of at most {self.max_draft!r} tokens is no draft.",
@@ -128,6 +134,11 @@ class ExitPolicy:
         return next((name for name in self.drafts if isinstance(name, str)), None)
 
     @property
+    def drafting(self) -> bool:
+        """Return True if answers of the policy's own mode are drafted."""
+        return self.own_mode == "lossless" or self.trust is not None
+
+    @property
     def exit_in_prefill(self) -> bool:
         """Return True if an answer's first token may exit in a causal prompt, which then waits
         there."""
@@ -135,8 +146,8 @@ class ExitPolicy:
 
     @property
     def effective(self) -> ExitPolicy:
-        """Return the thresholds in use: in lossless mode those of `drafts`, where there are any."""
-        if not (self.lossless and self.drafts):
+        """Return the thresholds in use: where exits draft those of `drafts`, if there are any."""
+        if not (self.drafting and self.drafts):
             return self
         return replace(self, thresholds={} if self.drafter else self.drafts)
 
@@ -154,14 +165,14 @@ class ExitPolicy:
         return Thresholds({d: t for d, t in self.first.items() if d in self.thresholds})
 
     def at(self, thresholds: Mapping[int, float]) -> ExitPolicy:
-        """The policy at thresholds that someone asks for in place of its own. First tokens keep
-        theirs where these are stricter."""
+        """The policy at thresholds that someone asks for in place of its own, and of its trust.
+        First tokens keep theirs where these are stricter."""
         if not self.first:
-            return replace(self, thresholds=thresholds)
+            return replace(self, thresholds=thresholds, trust=None)
         first = {d: max(t, thresholds[d]) for d, t in self.first.items() if d in thresholds}
         if not first:  # none of its depths is left
             first = Thresholds.shared([*thresholds], max(self.first.values()))
-        return replace(self, thresholds=thresholds, first=first)
+        return replace(self, thresholds=thresholds, first=first, trust=None)
 
     @property
     def own_mode(self) -> str:
@@ -169,7 +180,7 @@ class ExitPolicy:
         known."""
         if self.lossless:
             return "lossless"
-        if self.thresholds:
+        if self.thresholds or self.trust is not None:
             return "early_exit"
         return "lossless" if self.drafts else "full"
 
@@ -199,7 +210,7 @@ class ExitPolicy:
             return self._drafting(True)
         if thresholds is not None:
             return self.at(check_thresholds(dict(thresholds), depths))._drafting(False)
-        if not self.thresholds:
+        if not self.thresholds and self.trust is None:
             raise InputError(
                 "A request wants to exit early, and these exits have no thresholds.",
                 "Find some with `offramp calibrate`, give thresholds, or use mode='lossless'.",
@@ -272,8 +283,10 @@ class GenerationOutput:
     scores: confidence [B, N] at the last exit that checked the token (with which it exited, if it
         did); NaN where none did, and at a threshold of 0, where no score is computed.
     layers: depth L of the full model.
-    rounds: lossless only: (drafted, accepted) tokens of each draft-and-verify round. An accepted
-        draft counts at the depth of the exit that wrote it, though the full model confirmed it.
+    rounds: (drafted, accepted) tokens of each round of drafts that were verified. In lossless mode
+        an accepted draft counts at the depth of the exit that wrote it, though the full model
+        confirmed it; by trust only drafts that were taken do.
+    offers: by trust, of each row all drafts that ended the answer, as of `Sequence.offers`.
     """
 
     sequences: Tensor
@@ -281,6 +294,7 @@ class GenerationOutput:
     scores: Tensor
     layers: int
     rounds: tuple[tuple[int, int], ...] = ()
+    offers: tuple[tuple[tuple[float, tuple[int, ...]], ...], ...] = ()
 
     @classmethod
     def of_rows(
@@ -290,6 +304,7 @@ class GenerationOutput:
         layers: int,
         rounds: Sequence[Sequence[tuple[int, int]]] = (),
         pad: int = 0,
+        offers: Sequence[Sequence[tuple[float, tuple[int, ...]]]] = (),
     ) -> GenerationOutput:
         """Make the output of answers as tokens with their depths and scores, one list a row.
 
@@ -312,6 +327,7 @@ class GenerationOutput:
             tensor("score", float("nan"), dtype=torch.float32),
             layers,
             tuple(each for row in rounds for each in row),
+            tuple(map(tuple, offers)),
         )
 
     @property
@@ -338,7 +354,7 @@ class GenerationOutput:
 ENTRIES: Mapping[str, type] = {
     "thresholds": dict, "score": str, "kv": str, "exit_in_prefill": bool, "lossless": bool,
     "max_draft": int, "drafts": dict, "shortlist": bool, "first": dict, "visual_keep": float,
-    "visual_ranking": str, **dict.fromkeys(RETIRED, dict),
+    "visual_ranking": str, "trust": float, **dict.fromkeys(RETIRED, dict),
 }  # fmt: skip
 """What a policy in a file may hold, by type; dict: numbers by depth, as text."""
 
@@ -357,6 +373,7 @@ def policy_entries(policy: ExitPolicy) -> dict[str, Any]:
         "first": Thresholds(policy.first or {}).to_json(),
         "visual_keep": ALL,
         **{name: {} for name in RETIRED},
+        **({} if policy.trust is None else {"trust": policy.trust}),
     }
 
 
@@ -382,7 +399,7 @@ def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
             stacklevel=2,
         )
     first = Thresholds.from_json(value.get("first", {}))
-    plain = ("score", "lossless", "max_draft", "shortlist")
+    plain = ("score", "lossless", "max_draft", "shortlist", "trust")
     return ExitPolicy(
         thresholds=Thresholds.from_json(value["thresholds"]),
         drafts={

@@ -19,8 +19,9 @@ class TokenSampler(Protocol):
     between the sampler and the heads.
 
     prompt: token ids of the row's prompt. ends: whether a token ends the answer; the same object
-    for samplers of the same end tokens. foreseen: whether the largest logit is the next token, and
-    nothing but its length and its end tokens ends the answer, of which nobody is told before.
+    for samplers of the same end tokens. free: whether the largest logit is the next token, and
+    nothing but its length and its end tokens ends the answer. foreseen: whether besides nobody is
+    told of it before.
     """
 
     @property
@@ -28,6 +29,9 @@ class TokenSampler(Protocol):
 
     @property
     def ends(self) -> Callable[[int], bool]: ...
+
+    @property
+    def free(self) -> bool: ...
 
     @property
     def foreseen(self) -> bool: ...

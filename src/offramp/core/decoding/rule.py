@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+VERIFIED = float("inf")
+"""A product of probabilities that no drafts reach: the full model verifies them all."""
+
 
 class Verdict(NamedTuple):
     """An exit's opinion of a sequence's next token. score: in [0, 1], NaN where none was
@@ -22,23 +25,24 @@ class Verdict(NamedTuple):
 class ExitRule:
     """The thresholds and mode by which one request uses the exits.
 
-    thresholds: by depth; a token exits at the first depth where score >= threshold. Lossless: from
+    thresholds: by depth; a token exits at the first depth where score >= threshold. Of drafts: from
         which score the drafter drafts on.
     first: the same of an answer's first token; None: as every token.
-    lossless: whether exits only draft, and the full model verifies.
+    trust: None: tokens exit. Else exits only draft: drafts that end the answer are taken if the
+        product of their probabilities is at least `trust`, and the full model verifies all others.
     max_drafts: tokens that are drafted in a round, at most.
     """
 
     thresholds: Mapping[int, float]
     first: Mapping[int, float] | None = None
-    lossless: bool = False
+    trust: float | None = None
     max_drafts: int = 8
 
     @cached_property
     def opening(self) -> ExitRule:
         """The rule of an answer's first token."""
         first = self.thresholds if self.first is None else self.first
-        return replace(self, thresholds={} if self.lossless else first, first=None)
+        return replace(self, thresholds=first, first=None)
 
     @cached_property
     def single(self) -> Mapping[int, float]:
@@ -51,13 +55,26 @@ class ExitRule:
 
     @cached_property
     def exiting(self) -> bool:
-        """Return True if tokens may be other than the full model's."""
-        return bool(self.thresholds) and not self.lossless
+        """Return True if tokens exit by thresholds."""
+        return bool(self.thresholds) and self.trust is None
 
     @cached_property
     def drafts(self) -> bool:
-        """Return True if tokens are drafted, and verified by the full model."""
-        return bool(self.thresholds) and self.lossless
+        """Return True if tokens are drafted."""
+        return bool(self.thresholds) and self.trust is not None
+
+    @cached_property
+    def early(self) -> bool:
+        """Return True if tokens may be other than the full model's."""
+        return self.exiting or (self.drafts and self.takes(1.0))
+
+    def takes(self, product: float) -> bool:
+        """Return True if drafts of this product, which end an answer, need not be verified."""
+        return self.trust is not None and product >= self.trust
+
+    def scored(self, depth: int) -> bool:
+        """Return True if somebody reads scores at `depth`: at 0 only whoever multiplies them."""
+        return self.thresholds.get(depth) != 0.0 or self.trust not in (None, VERIFIED)
 
     def exits(self, depth: int, verdict: Verdict) -> bool:
         """Return True if the token exits, or is drafted, at `depth` with what the exit there

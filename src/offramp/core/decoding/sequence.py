@@ -22,8 +22,9 @@ class Token(NamedTuple):
     """A token of an answer.
 
     token: its id. depth: decoder layers of the exit that said the token; in lossless mode only
-    where the full model says the same, else L. score: of the last exit that looked, NaN where none
-    did.
+    where the full model says the same, else L; of drafts by trust only where they were taken.
+    score: of the last exit that looked, NaN where none did; of drafts that were taken the product
+    of their probabilities.
     """
 
     token: int
@@ -39,8 +40,9 @@ class Sequence:
     caller wants to find again. start: columns of the prompt. ran: columns that each segment ran,
     the prompt's included. ids, tokens: the answer so far. score: of the last exit that looked at
     the token that the sequence waits for. waited: calls of the first segment since it began to
-    wait. rounds: lossless, (drafted, accepted) of each round. over, error: whether the answer has
-    ended, and why it failed.
+    wait. opened: what an exit drafts after a prompt that waits. rounds: of drafts that were
+    verified, (drafted, accepted). offers: by trust, each draft that ended the answer: its product,
+    and the answer that it makes. over, error: whether the answer has ended, and why it failed.
     """
 
     sampler: TokenSampler
@@ -53,7 +55,9 @@ class Sequence:
     tokens: list[Token] = field(default_factory=list)
     score: float = NAN
     waited: int = 0
+    opened: Token | None = None
     rounds: list[tuple[int, int]] = field(default_factory=list)
+    offers: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)
     over: bool = False
     error: Exception | None = None
 

@@ -213,7 +213,7 @@ class AttachedExits(CalledAsModel):
 
     def spares_layers(self, policy: ExitPolicy) -> bool:
         """Return True if some token may leave early or be drafted by a policy."""
-        return bool(policy.thresholds or policy.drafts or (policy.lossless and self.exits.draft_on))
+        return bool(policy.thresholds or policy.drafts or (policy.drafting and self.exits.draft_on))
 
 
 class Stamp:

@@ -197,6 +197,7 @@ def write_answers(
         decoder.layers,
         [s.rounds for s in sequences],
         pad,
+        [s.offers for s in sequences],
     )
 
 

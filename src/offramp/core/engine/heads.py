@@ -66,7 +66,7 @@ class ExitHeads:
             return [None] * len(queries)
         look, errors = self._look(depth, output, queries)
         scores: Sequence[float] = [float("nan")] * len(queries)
-        if any(q is not None and q.rule.thresholds.get(depth) != 0.0 for q in queries):
+        if any(q is not None and q.rule.scored(depth) for q in queries):
             scores = self.scores(look, queries)
         made: list[Verdict | Exception | None] = [None] * len(queries)
         exiting: dict[int, Query] = {}

@@ -40,8 +40,9 @@ def plan_of(
     stand = () if attached is None else attached.depths
     check_policy_depths(policy, stand)
     asked = {policy.own_mode} if modes is None else set(modes)
+    drafts = "lossless" in asked or ("early_exit" in asked and policy.drafting)
     drafting, levels = None, dict[int, float]()
-    if "lossless" in asked and (attached is not None or policy.drafter is not None):
+    if drafts and (attached is not None or policy.drafter is not None):
         if drafts_on and attached is not None:
             drafting = DraftingExit.of(backbone, attached, policy)
         levels = draft_levels(policy, None if drafting is None else drafting.depth, backbone.depth)

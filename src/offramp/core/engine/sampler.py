@@ -228,9 +228,12 @@ class Sampler:
         return _one_of(self._ends)
 
     @property
+    def free(self) -> bool:
+        return self.plain and not self._custom and self._together is None
+
+    @property
     def foreseen(self) -> bool:
-        told = self._on_token or self._on_end or self._together
-        return self.plain and not self._custom and told is None
+        return self.free and self._on_token is None and self._on_end is None
 
     @cached_property
     def prompt(self) -> list[int]:

@@ -196,17 +196,17 @@ class StackExecutor(SegmentRunner):
         ids: Sequence[int],
         columns: Sequence[int],
         budgets: Sequence[DraftBudget],
-    ) -> list[list[int]]:
+    ) -> list[Drafts]:
         return [*map(self._draft, handles, ids, columns, budgets)]
 
-    def _draft(self, row: _Row, token: int, column: int, budget: DraftBudget) -> list[int]:
-        drafter = self._drafter
+    def _draft(self, row: _Row, token: int, column: int, budget: DraftBudget) -> Drafts:
+        drafter, drafts = self._drafter, Drafts(budget)
         if drafter is None or not budget.max_drafts:
-            return []
+            return drafts
         first, states = row.verified or (column, torch.empty(0))
         if not 0 <= column - 1 - first < len(states):
-            return []
-        state, drafts, goes_on = states[column - 1 - first, None], Drafts(budget), True
+            return drafts
+        state, goes_on = states[column - 1 - first, None], True
         begin = row.tokens
         try:
             while goes_on:
@@ -217,7 +217,7 @@ class StackExecutor(SegmentRunner):
                 goes_on = drafts.add(token, float(share))
         finally:
             self._undo(row, row.tokens - begin)
-        return drafts.ids
+        return drafts
 
     def _drafted(self, row: _Row, states: Tensor, ids: Tensor | None = None) -> Tensor:
         """What the drafting exit makes [1, D] of states [1, 1, D] at the next column."""

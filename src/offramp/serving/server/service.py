@@ -275,9 +275,8 @@ class Service:
         return self.alarm.raised and not before
 
     def _own(self, mode: str | None) -> bool:
-        """Whether a request that names `mode` gets the thresholds that were calibrated."""
-        exits = bool(self.policy.thresholds) and not self.policy.lossless
-        return exits and mode in (None, "early_exit")
+        """Whether a request that names `mode` gets the policy that was calibrated."""
+        return self.policy.own_mode == "early_exit" and mode in (None, "early_exit")
 
     def watches(self, request: Sampling, use: Use, images: Sequence[Any], client: str = "") -> bool:
         """Return True if the answer to a request is to be compared with the full model's."""

@@ -173,11 +173,10 @@ class SlotExecutor(SlotRunner):
         ids: Sequence[int | None],
         columns: Sequence[int],
         budgets: Sequence[DraftBudget],
-    ) -> list[list[int]]:
+    ) -> list[Drafts]:
         drafts = [*map(Drafts, budgets)]
-        written = [made.ids for made in drafts]
         if self._drafter is None:
-            return written
+            return drafts
         places, begin = [], []
         for place, (row, column) in enumerate(zip(handles, columns, strict=True)):
             first, made = row.verified or (column, ())
@@ -186,7 +185,7 @@ class SlotExecutor(SlotRunner):
                 begin.append(made[column - 1 - first])
                 row.verified = column - 1, begin[-1][None]
         if not places:
-            return written
+            return drafts
         # All go as far as the one that goes farthest: what is too much is not looked at, and
         # written over what no draft has reached yet.
         last = (self.cache.limit or max(columns) + max(b.max_drafts for b in budgets)) - 1
@@ -207,7 +206,7 @@ class SlotExecutor(SlotRunner):
             for place, token, share in zip(places, tokens.tolist(), shares.tolist(), strict=True):
                 if place in going and not drafts[place].add(token, share):
                     going.remove(place)
-        return written
+        return drafts
 
     def _drafted(self, rows: Sequence[SlotRow], columns: Sequence[int], inputs: Tensor) -> Tensor:
         """What the drafting exit makes [n, D] of a column of each slot."""
