@@ -62,6 +62,7 @@ class Answer:
         that checked it (NaN: none did).
     confidence: geometric mean of the probabilities that the model gave these tokens; None: not
         asked for.
+    offers: as of `GenerationOutput`.
     """
 
     ids: tuple[int, ...]
@@ -69,6 +70,7 @@ class Answer:
     depths: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     confidence: float | None = None
+    offers: tuple[tuple[float, tuple[int, ...]], ...] = ()
 
 
 def generate_answers(
@@ -145,9 +147,12 @@ def answers_to(
 def answers_of(result: GenerationOutput, encoder: InputProcessor) -> list[Answer]:
     """The answer in each row of a generation."""
     texts, scores = encoder.texts(result.new_tokens), result.scores.tolist()
+    offers = result.offers or [()] * len(texts)
     return [
-        Answer(ids, text, depths, tuple(row[: len(ids)]))
-        for (ids, depths), text, row in zip(_tokens(result), texts, scores, strict=True)
+        Answer(ids, text, depths, tuple(row[: len(ids)]), offers=own)
+        for (ids, depths), text, row, own in zip(
+            _tokens(result), texts, scores, offers, strict=True
+        )
     ]
 
 

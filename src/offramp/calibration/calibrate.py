@@ -51,6 +51,7 @@ from offramp.calibration.threshold_evaluator import (
     split_images,
 )
 from offramp.calibration.threshold_search import Array
+from offramp.calibration.trust_path import LEVELS, TrustPath, trusting
 from offramp.core.decoding.policy import (
     ExitPolicy,
     Thresholds,
@@ -239,7 +240,9 @@ def calibrate(
     Args:
         examples: of images drawn like those to come, each on its own, and never trained on; of an
             item with references, what is lost is lost against these.
-        policy: what to calibrate; its own thresholds are ignored, its score is kept.
+        policy: what to calibrate; its own thresholds are ignored, its score is kept. With any trust
+            its trust is found, in place of thresholds: one run tells the losses at all levels, and
+            the grid `thresholds` is one of them (None: `LEVELS`).
         first: threshold of an answer's first token, with which the prompt may wait at its exit:
             a number that was chosen before any of these images was looked at; or "auto": it is
             searched, on images that are then not tested on. None: the policy's own.
@@ -263,7 +266,11 @@ def calibrate(
     asked = Guarantee(
         target, confidence, risk, method, unit, candidates, each_kind, dict(kind_targets or {})
     )
-    thresholds = thresholds or (GRID if runtime is None else COARSE)
+    if policy.trust is None:
+        thresholds = thresholds or (GRID if runtime is None else COARSE)
+    else:
+        thresholds = thresholds or LEVELS
+        policy = trusting(policy, adapter, options.get("max_new_tokens", policy.max_draft))
     judged = list(map(Judged.of, examples))
     policy = _policy_of(policy, first, adapter, encoder)
     _check_examples(adapter, judged, risk, policy)
@@ -282,7 +289,8 @@ def _calibrate(
     """Calibrate what was checked; arguments as of `calibrate`. how: costs and batch_size."""
     images = images_of(judged)  # before the model runs: they may be refused
     check_untested(encoder, judged[:1], adapter.exits.depths)
-    whole = ThresholdEvaluator.of(
+    tried = ThresholdEvaluator if policy.trust is None else TrustPath
+    whole: ThresholdEvaluator = tried.of(
         adapter, encoder, judged, policy, RISKS[asked.risk], runtime=runtime, **how, **options
     )
     _check_quality(whole)
@@ -386,6 +394,11 @@ def _policy_of(
     """The policy to calibrate. Raise `InputError` where first tokens cannot have a threshold."""
     if first is None:
         return resolved(policy, encoder.backbone)
+    if policy.trust is not None:
+        raise InputError(
+            "By trust an answer's first token is decided about with all others.",
+            "Leave the threshold for first tokens out, or calibrate --by thresholds.",
+        )
     is_share = isinstance(first, int | float) and 0 <= first <= 1
     if not (is_share or first == AUTO):
         raise InputError(
@@ -423,6 +436,7 @@ def _attempt(
             **outcome,
             "thresholds": Thresholds(calibration.policy.thresholds).to_json(),
             "passed": calibration.whole,
+            **({} if calibration.policy.trust is None else {"trust": calibration.policy.trust}),
             **own,
         },
     )
@@ -468,8 +482,9 @@ def _settings(
     asked: Guarantee, policy: ExitPolicy, grid: Sequence[float], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What an attempt depends on besides exits and images; how many tokens are drafted changes no
-    early answer."""
-    plain = replace(policy, thresholds={}, drafts={}, max_draft=ExitPolicy.max_draft)
+    early answer but by trust."""
+    most = ExitPolicy.max_draft if policy.trust is None else policy.max_draft
+    plain = replace(policy, thresholds={}, drafts={}, max_draft=most)
     shown = {name: value for name, value in options.items() if isinstance(value, str | int | float)}
     how = {name: value for name, value in asdict(asked).items() if value != {}}
     return {**how, "policy": policy_to_json(plain), "grid": list(grid), "options": shown}
@@ -648,7 +663,7 @@ def _decide(
     elif chosen is None:
         reason = _too_little(points[0], n, asked, needed, "groups" if groups else "images")
     return Calibration(
-        policy=_chosen(tested.policy, chosen),
+        policy=tested.at(None if chosen is None else chosen.thresholds),
         risk=asked.risk,
         target=asked.target,
         confidence=asked.confidence,
@@ -679,7 +694,7 @@ def _decide(
 def _early(trial: _Trial, policy: ExitPolicy) -> list[Answer]:
     """Return early answers to what was tested: to all of it where the risk needs right answers,
     else to `ANSWERS`; none where nothing is guaranteed."""
-    if not policy.thresholds:
+    if policy.own_mode != "early_exit":
         return []
     n = len(trial.kinds) if trial.tested.risk.quality else min(len(trial.kinds), ANSWERS)
     return trial.tested.answer(trial.tested.examples[:n], policy)
@@ -734,15 +749,6 @@ def _kinds(trial: _Trial, losses: Array, point: int, asked: Guarantee) -> tuple[
         )
         for kind, draws in found.items()
     )
-
-
-def _chosen(policy: ExitPolicy, point: Point | None) -> ExitPolicy:
-    """The policy at a point of the path; None: without thresholds."""
-    if point is None:
-        first = None if policy.first else policy.first
-        return replace(policy, thresholds={}, first=first)
-    first = policy.first and {d: t for d, t in policy.first.items() if d in point.thresholds}
-    return replace(policy, thresholds=point.thresholds, first=first)
 
 
 def _too_little(

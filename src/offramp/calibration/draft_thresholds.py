@@ -92,9 +92,9 @@ def with_drafts(adapter: Adapter, drafting: Sequence[Drafting]) -> Adapter:
     best = drafting[0]
     if best.speedup <= 1.0:
         return adapter
-    return adapter.with_policy(
-        replace(adapter.policy, drafts=best.thresholds, max_draft=best.longest)
-    )
+    own = adapter.policy  # what trust takes depends on where rounds end
+    longest = best.longest if own.trust is None else own.max_draft
+    return adapter.with_policy(replace(own, drafts=best.thresholds, max_draft=longest))
 
 
 def _answering(

@@ -132,6 +132,14 @@ class ThresholdEvaluator:
             losses[changed] = self.risk.losses(early, [self.full[i] for i in changed], examples)
         return losses
 
+    def at(self, point: Mapping[int, float] | None) -> ExitPolicy:
+        """The policy at a point of the path; None: without thresholds."""
+        first = self.policy.first
+        if point is None:
+            return replace(self.policy, thresholds={}, first=None if first else first)
+        first = first and {d: t for d, t in first.items() if d in point}
+        return replace(self.policy, thresholds=point, first=first)
+
     def seconds(self, thresholds: Mapping[int, float]) -> float | None:
         """Predicted seconds of a decoded token; None without costs or a replay."""
         if self.replay is None or self.costs is None:

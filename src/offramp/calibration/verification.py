@@ -22,6 +22,7 @@ from torch import Tensor
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import GREEDY, Runtime
 from offramp.adapter.certificate import PathResult, Run, Settings, finite
+from offramp.calibration.trust_path import NOTHING
 from offramp.common.provenance import provenance
 from offramp.core.decoding.policy import (
     FULL,
@@ -59,6 +60,7 @@ _LARGEST = 32
 """Logits of a token that are compared: its largest ones."""
 OWN, EVERY_LAYER = "the model's own generate", "every layer, every exit"
 ALONE, IN_TORCH = "alone", "early exit in PyTorch"
+ONE_RUN = "what a run that takes no drafts offers"
 _NAN = float("nan")
 
 
@@ -189,7 +191,10 @@ class Verification:
         """Single answers in a mode. own, noted: the model's own answers and their logits."""
         # Several tokens of one call, as drafts are, get what each gets alone.
         against, theirs, promised = OWN, own, self._alone_exact
-        if mode == "early exit":
+        if mode == "early exit" and policy.trust is not None:
+            against, promised = ONE_RUN, self._exact
+            theirs = self._each(partial(self._offered, policy))
+        elif mode == "early exit":
             noted = self._notes()
             against, promised = EVERY_LAYER, self._exact
             theirs = alone[mode]
@@ -234,7 +239,7 @@ class Verification:
             exits=exits,
             backbone=digest_rows([fingerprint(backbone)]),
             policy=digest_rows([policy_to_json(self.policy)]),
-            thresholds=str(self.policy.thresholds),
+            thresholds=_decides(self.policy),
             prompts=len(self.examples),
             longest=self.settings.longest,
             paths=paths,
@@ -292,6 +297,13 @@ class Verification:
         model: Any = self.adapter if self.runtime is None else self.runtime
         made: GenerationOutput = model.generate(inputs, policy=policy, **self._options, **more)
         return made
+
+    def _offered(self, policy: ExitPolicy, place: int) -> _Row:
+        """What a policy's trust takes of a run in which every draft is verified."""
+        made = self._generate(self._inputs[place], replace(policy, trust=NOTHING))
+        assert policy.trust is not None
+        offered = (ids for product, ids in made.offers[0] if product >= policy.trust)
+        return _Row(next(offered, _row(made).ids))
 
     def _in_torch(self, policy: ExitPolicy, place: int) -> _Row:
         return _row(self.adapter.generate(self._inputs[place], policy=policy, **self._options))
@@ -418,7 +430,11 @@ def with_thresholds(
 ) -> ExitPolicy:
     """A policy that has thresholds: where it has none, one between the middle scores on a few
     prompts, so that tokens exit and others do not. Left as it is where exits have no tensors."""
-    if policy.thresholds or not list(adapter.exits.modules.parameters()):
+    if (
+        policy.thresholds
+        or policy.trust is not None
+        or not list(adapter.exits.modules.parameters())
+    ):
         return policy
     looked = replace(policy, thresholds=Thresholds.shared(adapter.exits.depths, 1.0))
     seen: list[Tensor] = []
@@ -444,11 +460,16 @@ def _between(scores: Tensor) -> float:
 def _modes(policy: ExitPolicy) -> dict[str, ExitPolicy]:
     """The policy of each mode that an adapter has."""
     modes = {"full": FULL}
-    if policy.thresholds:
+    if policy.thresholds or policy.trust is not None:
         modes["early exit"] = replace(policy, lossless=False)
-    if policy.thresholds or policy.drafter:
+    if modes.keys() - {"full"} or policy.drafter:
         modes["lossless"] = replace(policy, lossless=True)
     return modes
+
+
+def _decides(policy: ExitPolicy) -> str:
+    """The policy's thresholds, or its trust, in words."""
+    return str(policy.thresholds) if policy.trust is None else f"by trust, {policy.trust:g}"
 
 
 def _without_depths(answers: Any) -> Any:

@@ -220,7 +220,7 @@ class _Answerer:
             "seconds": end - begin if alone else None,
             "decode_seconds": end - clock.seconds if alone else None,
         }
-        if alone and result.rounds:  # lossless
+        if alone and (result.rounds or any(result.offers)):  # drafts
             times["rounds"] = [list(pair) for pair in result.rounds]
         return [
             {"key": item.key, "mode": mode, "answer": answer.text, "ids": list(answer.ids),

@@ -63,7 +63,7 @@ def _beside_full(done: Done, mode: str, key: str) -> Row:
     """A row; where drafts wrote it and full depth answered too, its decoding is counted as
     `decoding` says."""
     row, full = done[mode, key], done.get(("full", key))
-    if not row.get("rounds") or full is None or full["seconds"] is None:
+    if "rounds" not in row or full is None or full["seconds"] is None:
         return row
     own, other = ((each["seconds"], each["decode_seconds"]) for each in (row, full))
     return {**row, "decode_seconds": decoding(own, other)}

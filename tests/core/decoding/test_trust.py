@@ -219,6 +219,17 @@ def test_an_answer_that_its_length_ends_is_verified(backbone, batch, ends_at_onc
     assert torch.equal(made.sequences, full.sequences) and full.depths.numel() == 5
 
 
+def test_who_only_listens_changes_nothing(backbone, batch, ends_at_once):
+    """Such as who notes when the first token is there."""
+    from offramp.evaluation.timing import FirstToken
+
+    whole, inputs, heard = backbone("llava"), batch("llava", 1), FirstToken()
+    options = {**GREEDY, "stopping_criteria": [heard]}
+    made = generate(whole, inputs, exits=exits_of(whole, "drafting"),
+                    policy=replace(TRUST, trust=0.0), **options)  # fmt: skip
+    assert made.new_tokens.tolist() == [[ENDS[1]]] and heard.heard
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_a_batch_engine_each_gets_what_it_gets_alone(kind, backbone, batch):
     from offramp.serving.core import EngineCore

@@ -110,10 +110,14 @@ def _policy_options(group: Any) -> None:
 
     scores = (*SCORES, *FEATURE_SCORES, *HEADS, *offered("scores"))
     name_option(group, "--score", scores, "confidence score", shown="the adapter's")
+    name_option(
+        group, "--by", ("trust", "thresholds"), "what tells which tokens stand",
+        shown="trust, where exits draft on",
+    )  # fmt: skip
     group.add_argument(
         "--thresholds", type=share, nargs="+", metavar="X",
-        help="thresholds to test, the safest first, chosen before any of these images was looked "
-        "at (default: from 0.999 down to 0.1)",
+        help="thresholds, or levels of trust, to test, the safest first, chosen before any of "
+        "these images was looked at (default: from 0.999 down to 0.1; of trust from 0.98 to 0)",
     )  # fmt: skip
     group.add_argument(
         "--first-threshold", type=lambda text: text if text == "auto" else share(text), metavar="X",
@@ -161,6 +165,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS
+    from offramp.calibration.trust_path import NOTHING
     from offramp.common.progress import progress
     from offramp.data.datasets import read_examples
 
@@ -176,9 +181,12 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     examples = [item.example for item in items]
     _say_worth(examples, asked)
     score = arguments.score or adapter.policy.score
-    policy = replace(adapter.policy, thresholds={}, lossless=False, score=score)
+    policy = replace(adapter.policy, thresholds={}, lossless=False, score=score, trust=None)
+    by_thresholds = arguments.score or arguments.first_threshold or not adapter.exits.draft_on
+    if (arguments.by or ("thresholds" if by_thresholds else "trust")) == "trust":
+        policy = replace(policy, trust=NOTHING)
     costs = None
-    if runtime is None and can_replay(policy):  # with an answer at a time, as where speed counts
+    if runtime is None and policy.trust is None and can_replay(policy):  # an answer at a time
         costs = measure_costs(
             adapter.backbone, encoder.prompts(examples[:1]), adapter.exits,
             score=policy.score, shortlist=policy.shortlist,
@@ -264,7 +272,7 @@ def _say_how_long(
     elsewhere = not isinstance(model, Adapter)
     replayed = not elsewhere and can_replay(policy)
     grid = arguments.thresholds or (COARSE if elsewhere else GRID)
-    passes = 2 if replayed else 1 + len(grid)
+    passes = 2 if replayed or policy.trust is not None else 1 + len(grid)
     log.info("Calibrating on %d examples takes about %s.", len(examples), duration(once * passes))
 
 
@@ -293,6 +301,11 @@ def _store(
     log.info("The adapter's thresholds stay as they were; the attempt is recorded in %s.", folder)
 
 
+def _by(policy: Any) -> str:
+    trust = policy.trust
+    return f"Thresholds: {policy.thresholds}" if trust is None else f"Trust: {trust:g}"
+
+
 def _table(calibration: Any) -> str:
     """The end of the path, and the guarantee, as a person reads them on a terminal."""
     from offramp.promises.guarantee import SCALES, risk_words, target_words
@@ -303,7 +316,8 @@ def _table(calibration: Any) -> str:
         shown = ", ".join(f"{d}: {t:g}" for d, t in point.thresholds.items())
         took = "" if point.seconds is None else f"{point.seconds * 1e6:.0f}"
         points.append(f"{shown:<32}{point.risk:>10.4f}{point.bound:>10.4f}{took:>10}")
-    lines = [f"{'thresholds':<32}{'risk':>10}{'at most':>10}{'us/token':>10}", *few(points, 5), ""]
+    of = "thresholds" if calibration.policy.trust is None else "trust"
+    lines = [f"{of:<32}{'risk':>10}{'at most':>10}{'us/token':>10}", *few(points, 5), ""]
     if calibration.attempt > 1 and calibration.path:
         lines.append(
             f"This is attempt {calibration.attempt} on these images, so it is tested at a "
@@ -338,7 +352,7 @@ def _table(calibration: Any) -> str:
             f"{each}{risk_words(calibration.risk, calibration.unit)} is at most "
             f"{target_words(calibration.risk, calibration.target, own_targets)} {LIKE} "
             f"(measured {SCALES.get(calibration.risk, 1) * calibration.measured:.4f} on "
-            f"{calibration.n} images{groups}, {calibration.answers} answers){faster}. Thresholds: "
-            f"{calibration.policy.thresholds}{first}."
+            f"{calibration.n} images{groups}, {calibration.answers} answers){faster}. "
+            f"{_by(calibration.policy)}{first}."
         )
     return "\n".join(lines)

@@ -229,11 +229,13 @@ class Sampler:
 
     @property
     def free(self) -> bool:
-        return self.plain and not self._custom and self._together is None
+        ending = [stop for stop in self._custom if not hasattr(stop, "heard")]
+        return self.plain and not ending and self._together is None
 
     @property
     def foreseen(self) -> bool:
-        return self.free and self._on_token is None and self._on_end is None
+        told = self._custom or self._on_token or self._on_end
+        return self.free and not told
 
     @cached_property
     def prompt(self) -> list[int]:
@@ -282,8 +284,9 @@ class Sampler:
     def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
         """Give out the token at `place` of the answer `ids`; True where the answer is over.
 
-        A criterion with a true attribute `heard` is not asked again: each costs a small model a
-        tenth of its token. Raise whatever the one who is told of it, or a criterion, raises.
+        A criterion with an attribute `heard` only listens, and once that is true is not asked
+        again: each costs a small model a tenth of its token. Raise whatever the one who is told of
+        it, or a criterion, raises.
         """
         if self.samples and self._noise is not None:
             self._noise.settled(self._lane, place)

@@ -1,0 +1,131 @@
+"""Drafts that are taken by the product of their probabilities, beside thresholds; in trust.json.
+
+`python -m offramp_lab.records.trust` captions photographs that nothing was chosen on in all ways,
+each photograph in an order of its own: full depth, losslessly, at levels of trust, and by
+thresholds, in PyTorch and in llama.cpp. CPU seconds of the process, from the processor's output on
+(whole, with the vision tower) and of decoding. What was answered is kept in runs/trust, so that a
+run that was cut off goes on there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from examples.photo_vlm.evaluate import LONGEST
+from offramp_llama_cpp import LlamaCppRuntime, export_gguf
+
+from offramp.adapter.adapter import Adapter
+from offramp.calibration.trust_path import trusting
+from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.core.inputs.example import Example
+from offramp.evaluation.statistics import interval, mean_of
+from offramp.evaluation.timing import decoding, generate_fn, timed
+from offramp_lab.experiments.experiment import times
+from offramp_lab.places import RUNS
+from offramp_lab.records.end_to_end import CAREFUL, TOWER, at, scores
+from offramp_lab.records.record import Kept, Record, Some, asked
+from offramp_lab.records.subjects import halves, load_photo
+
+RECORD = Record("trust")
+LEVELS = (0.8, 0.6, 0.4, 0.25, 0.1, 0.02, 0.0)
+PAIRS = {"as ships": None, "careful": CAREFUL, "0.6 / 0.7": {"thresholds": 0.6, "first": 0.7}}
+OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
+ENGINES = ("torch", "llama.cpp q8_0")
+
+
+def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
+    """All ways by name."""
+    own = replace(adapter.policy, trust=None)
+    by_trust = trusting(own, adapter, LONGEST["captions"])
+    [depth] = own.thresholds or adapter.exits.depths
+    return {
+        "full": FULL,
+        "lossless": replace(own, lossless=True),
+        **{f"trust {level:g}": replace(by_trust, trust=level) for level in LEVELS},
+        **{
+            f"thresholds {name}": own if pair is None else at(own, depth, **pair)
+            for name, pair in PAIRS.items()
+            if pair or own.thresholds
+        },
+    }
+
+
+def captioned(
+    generate: Callable[..., Any], adapter: Adapter, encoder: Any, examples: Sequence[Example],
+    engine: str,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """CPU seconds, whole and of decoding, and the ids of each caption in each way."""
+    kept = Kept(RUNS / RECORD.name / f"{engine}.jsonl")
+    ways = {
+        name: partial(timed, generate_fn(generate, policy=policy, **OPTIONS),
+                      clock=time.process_time)
+        for name, policy in policies(adapter).items()
+    }  # fmt: skip
+    return kept.answers(ways, examples, lambda one: encoder.prompts([one]), engine)
+
+
+def entries_of(
+    told: Mapping[str, Sequence[Any]], engine: str, examples: Sequence[Example], encoder: Any
+) -> list[dict[str, Any]]:
+    """An entry for each way; multiples are of full depth's in the same engine."""
+
+    def cider(rows: Sequence[Any]) -> Any:
+        texts = [str(encoder.texts(torch.tensor([ids]))[0]) for _, _, ids in rows]
+        return np.array(scores("captions", texts, examples)["CIDEr"])
+
+    took = {name: np.array([row[:2] for row in rows]).T for name, rows in told.items()}
+    base, full, entries = cider(told["full"]), told["full"], []
+    for name, rows in told.items():
+        drafts = name.startswith(("lossless", "trust"))
+        rest = decoding(took[name], took["full"]) if drafts else took[name][1]
+        lost = cider(rows)
+        entries.append(
+            {
+                "engine": engine,
+                "way": name,
+                "changed": float(np.mean([a[2] != b[2] for a, b in zip(rows, full, strict=True)])),
+                "whole": times(
+                    *(np.stack([np.ones(len(t)), t]) for t in (took[name][0], took["full"][0]))
+                ),
+                "decoding": times(
+                    *(
+                        np.stack([np.array([len(r[2]) - 1.0 for r in some]), t])
+                        for some, t in ((rows, rest), (full, took["full"][1]))
+                    )
+                ),
+                "CIDEr": mean_of(lost).value,
+                "difference": interval(mean_of(lost), minus=mean_of(base)),
+                "milliseconds": 1e3 * float(took[name][0].mean()),
+            }
+        )
+    return entries
+
+
+def main() -> None:
+    arguments = asked(__doc__, photo=True, photographs=300, engines=Some(ENGINES))
+    adapter, encoder = load_photo(arguments.adapter, vision=TOWER)
+    examples = halves(arguments.data)[1][: arguments.photographs]
+    entries = list[dict[str, Any]]()
+    for engine in arguments.engines:
+        told = partial(
+            captioned, adapter=adapter, encoder=encoder, examples=examples, engine=engine
+        )
+        if engine == "torch":
+            entries += entries_of(told(adapter.generate), engine, examples, encoder)
+            continue
+        folder = RUNS / RECORD.name / "files"
+        if not folder.is_dir():
+            export_gguf(adapter, folder, "q8_0")
+        with LlamaCppRuntime(adapter, folder) as runtime:
+            entries += entries_of(told(runtime.generate), engine, examples, encoder)
+    RECORD.write({"photographs": len(examples), "entries": entries})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Laws of calibrated trust: one run tells what answers lose at every level."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import fakes
+import families
+import numpy as np
+import pytest
+import torch
+
+from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import generate_answers
+from offramp.calibration.calibrate import calibrate, calibrated
+from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.trust_path import LEVELS, TrustPath, trusting
+from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.core.errors import InputError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
+from offramp.features.input_processor import InputProcessor
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+GRID = (0.05, 0.02, 0.01, 0.005, 0.002, 0.0)
+KINDS = ("layer", "drafting")
+
+
+@cache
+def encoder() -> InputProcessor:
+    model = families.build("blip2-opt", wide=2.0)
+    ends = [families.EOS, *range(10, families.VOCABULARY, 3)]  # untrained models soon say one
+    model.language_model.generation_config.eos_token_id = ends
+    return InputProcessor(Backbone(model), fakes.Blip2FakeProcessor("blip2-opt"))
+
+
+@cache
+def adapter(kind: str) -> Adapter:
+    """Exits that often agree with the full model, and often do not."""
+    exits = Exits(encoder().backbone, (4,), kind=kind)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in exits.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=draw))
+    return Adapter(encoder().backbone, exits.requires_grad_(False), seen={"train": []})
+
+
+def path(kind: str) -> TrustPath:
+    policy = trusting(ExitPolicy(), adapter(kind), OPTIONS["max_new_tokens"])
+    some = fakes.examples(40)
+    return TrustPath.of(
+        adapter(kind), encoder(), some, policy, RISKS["disagreement"], batch_size=8, **OPTIONS
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_at_a_level_are_those_of_answers_written_at_it(kind: str) -> None:
+    tried, before = path(kind), np.zeros(40)
+    full = generate_answers(adapter(kind), encoder(), tried.examples, FULL, **OPTIONS)
+    assert [answer.ids for answer in tried.full] == [answer.ids for answer in full]
+    changed = []
+    for level in GRID:
+        policy = tried.at({4: level})
+        assert policy.trust == level
+        early = generate_answers(
+            adapter(kind), encoder(), tried.examples, policy, batch_size=10, **OPTIONS
+        )
+        losses = tried.losses({4: level})
+        assert losses.tolist() == tried.risk.losses(early, full, tried.examples).tolist()
+        assert (losses >= before).all()  # nested
+        before = losses
+        changed.append(losses.mean())
+    assert changed[-1] > changed[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lowest_level_that_keeps_the_risk_is_chosen_and_stays(
+    kind: str, tmp_path: Path
+) -> None:
+    some = fakes.examples(40)
+    asked: dict[str, Any] = {"confidence": 0.8, "thresholds": GRID, **OPTIONS}
+    policy = ExitPolicy(trust=1.0)
+    for target in (0.06, 0.9):
+        found = calibrate(adapter(kind), encoder(), some, policy, target=target, **asked)
+        passed = [point for point in found.path if point.bound <= target]
+        expected = min(passed[-1].thresholds.values()) if passed else None
+        assert found.policy.trust == expected and bool(found.reason) is (expected is None)
+        assert len(found.path) in (len(passed) + 1, len(GRID))
+    assert not found.reason
+    kept = calibrated(adapter(kind), found, some)
+    kept.save(tmp_path)
+    again = Adapter.from_pretrained(encoder().backbone, tmp_path)
+    assert again.policy == found.policy and again.policy.own_mode == "early_exit"
+    assert again.attempts[-1]["outcome"]["trust"] == found.policy.trust
+    inputs = encoder().prompts(some[:2])
+    made = again.generate(inputs, **OPTIONS)
+    alike = adapter(kind).generate(inputs, policy=found.policy, **OPTIONS)
+    assert torch.equal(made.sequences, alike.sequences)
+
+
+def test_what_is_never_taken_is_refused() -> None:
+    some, policy = fakes.examples(4), ExitPolicy(trust=1.0)
+    with pytest.raises(InputError, match=r"Only greedy drafts .*\nCalibrate greedy"):
+        calibrate(adapter("drafting"), encoder(), some, policy, do_sample=True)
+    with pytest.raises(InputError, match=r"first token is decided about with all others"):
+        calibrate(adapter("drafting"), encoder(), some, policy, first=0.9, **OPTIONS)
+
+
+def test_levels_fall_to_nought() -> None:
+    assert [*LEVELS] == sorted(set(LEVELS), reverse=True) and LEVELS[-1] == 0 < LEVELS[0] < 1
+
+
+def test_a_round_holds_an_answer_or_as_much_as_a_call_verifies() -> None:
+    own = replace(ExitPolicy({4: 0.5}), max_draft=5)
+    assert trusting(own, adapter("drafting"), 3).max_draft == 5
+    made = trusting(own, adapter("drafting"), 200)
+    assert made.max_draft == 32 and made.drafts == {4: 0.0} and not made.thresholds
