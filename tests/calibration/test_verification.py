@@ -77,6 +77,20 @@ def test_first_tokens_are_held_to_their_own_thresholds(
     assert all(path.promised and path.exact for path in paths)
 
 
+@pytest.mark.parametrize("trust", [0.0, 1e-3, 2.0])
+def test_by_trust_answers_are_held_to_what_one_run_offers(
+    trust: float, backbone: Any, exits: Any
+) -> None:
+    adapter = Adapter(backbone("blip2-opt"), exits("blip2-opt"))
+    encoder = InputProcessor(adapter.backbone, Blip2FakeProcessor("blip2-opt"))
+    policy = ExitPolicy(trust=trust, drafts=dict.fromkeys(adapter.exits.depths, 0.0))
+    one = Verification(adapter, encoder, examples(3), policy=policy, settings=SIZES)
+    paths = one.run()
+    assert {path.path for path in paths} >= set(ALONE)
+    assert all(path.promised and path.exact for path in paths)
+    assert f"by trust, {trust:g}" in one.certified(paths, "torch", "", ["verify"]).words
+
+
 @pytest.mark.parametrize("name", ["blip2-opt", "blip2-t5", "qwen2-vl"])
 def test_what_is_sound_is_exact(name: str, backbone: Any, exits: Any) -> None:
     paths = verified(name, backbone, exits)

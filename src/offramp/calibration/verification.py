@@ -430,11 +430,8 @@ def with_thresholds(
 ) -> ExitPolicy:
     """A policy that has thresholds: where it has none, one between the middle scores on a few
     prompts, so that tokens exit and others do not. Left as it is where exits have no tensors."""
-    if (
-        policy.thresholds
-        or policy.trust is not None
-        or not list(adapter.exits.modules.parameters())
-    ):
+    decides = policy.thresholds or policy.trust is not None
+    if decides or not list(adapter.exits.modules.parameters()):
         return policy
     looked = replace(policy, thresholds=Thresholds.shared(adapter.exits.depths, 1.0))
     seen: list[Tensor] = []
