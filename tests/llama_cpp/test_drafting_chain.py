@@ -168,7 +168,7 @@ def test_drafts_are_pytorchs(
     def drafted(self: ChainDrafter, slot: int, token: int | None, room: DraftBudget) -> Drafts:
         before = len(here)
         made = draft(self, slot, token, room)
-        here[before:] = made.ids  # those after an exit's own first token are drafted by a call inside
+        here[before:] = made.ids  # after an exit's own first token by a call inside
         return made
 
     def said(self: DraftingExit, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
