@@ -79,28 +79,29 @@ def entries_of(
         texts = [str(encoder.texts(torch.tensor([ids]))[0]) for _, _, ids in rows]
         return np.array(scores("captions", texts, examples)["CIDEr"])
 
-    took = {name: np.array([row[:2] for row in rows]).T for name, rows in told.items()}
-    base, full, entries = cider(told["full"]), told["full"], []
+    took: dict[str, Any] = {
+        name: np.array([row[:2] for row in rows]).T for name, rows in told.items()
+    }
+    base, full, entries = cider(told["full"]), told["full"], list[dict[str, Any]]()
+    one_each = np.ones(len(examples))
+    tokens = {name: np.array([len(ids) - 1.0 for *_, ids in rows]) for name, rows in told.items()}
+    rest: dict[str, Any] = {
+        name: decoding(own, took["full"]) if name.startswith(("lossless", "trust")) else own[1]
+        for name, own in took.items()
+    }
+    whole = {name: np.stack([one_each, own[0]]) for name, own in took.items()}
+    decoded = {name: np.stack([tokens[name], rest[name]]) for name in told}
     for name, rows in told.items():
-        drafts = name.startswith(("lossless", "trust"))
-        rest = decoding(took[name], took["full"]) if drafts else took[name][1]
-        lost = cider(rows)
+        own = mean_of(cider(rows))
         entries.append(
             {
                 "engine": engine,
                 "way": name,
                 "changed": float(np.mean([a[2] != b[2] for a, b in zip(rows, full, strict=True)])),
-                "whole": times(
-                    *(np.stack([np.ones(len(t)), t]) for t in (took[name][0], took["full"][0]))
-                ),
-                "decoding": times(
-                    *(
-                        np.stack([np.array([len(r[2]) - 1.0 for r in some]), t])
-                        for some, t in ((rows, rest), (full, took["full"][1]))
-                    )
-                ),
-                "CIDEr": mean_of(lost).value,
-                "difference": interval(mean_of(lost), minus=mean_of(base)),
+                "whole": times(whole[name], whole["full"]),
+                "decoding": times(decoded[name], decoded["full"]),
+                "CIDEr": own.value,
+                "difference": interval(own, minus=mean_of(base)),
                 "milliseconds": 1e3 * float(took[name][0].mean()),
             }
         )
