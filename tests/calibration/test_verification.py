@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fakes
 import pytest
 import torch
 from command_line import RunCommand, assert_two_lines
@@ -213,6 +214,7 @@ def test_half_precision_promises_nothing_and_counts(backbone: Any, exits: Any) -
     assert f"{differ} of {tokens} tokens differ where rounding may" in said
 
 
+@fakes.NEEDS_BF16
 def test_in_company_half_precision_promises_where_batches_are_exact() -> None:
     whole = Backbone(build("blip2-opt", torch.bfloat16)).with_decoding(exact_batches=True)
     some = Exits(whole, (2, 4)).requires_grad_(False)

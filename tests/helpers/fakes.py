@@ -7,11 +7,17 @@ from typing import Any
 
 import families
 import numpy as np
+import pytest
 import torch
 from families import BOS, EOS, FIRST_WORD, IMAGE, PAD, VOCABULARY
 from PIL import Image
 
 from offramp.core.inputs.example import Example
+
+NEEDS_BF16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="this processor multiplies no bfloat16: what stands in for it rounds by the rows beside",
+)
 
 _SPECIAL = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", IMAGE: "<image>"}
 

@@ -3,6 +3,7 @@ and of N, whatever else `generate` is asked for."""
 
 from __future__ import annotations
 
+import fakes
 import families
 import pytest
 import torch
@@ -18,7 +19,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS = (1, 4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=fakes.NEEDS_BF16)]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_without_exits_or_with_exits_that_never_fire_it_is_greedy_generate(
     name, dtype, backbone, exits, batch

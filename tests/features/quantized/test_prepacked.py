@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fakes
 import families
 import pytest
 import torch
@@ -44,7 +45,9 @@ def packed(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=fakes.NEEDS_BF16)]
+)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 33])
 def test_products_are_those_of_the_plain_weight(dtype, tokens):
     torch.manual_seed(0)
