@@ -4,6 +4,7 @@ point; its answers are the full model's in every executor."""
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,18 +42,19 @@ NAMES = ("llava", "blip2-t5", "gemma3")
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package beside its metadata, as an installer writes it."""
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
-    [(group, points)] = project["entry-points"].items()
     metadata = tmp_path / f"{project['name'].replace('-', '_')}-0.1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\n")
-    lines = [f"{name} = {module}" for name, module in points.items()]
-    (metadata / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines, ""]))
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {module}" for name, module in points.items())]
+    (metadata / "entry_points.txt").write_text("\n".join([*lines, ""]))
     for folder in (tmp_path, PACKAGE):
         monkeypatch.syspath_prepend(folder)
     plugins._points.cache_clear()
     yield
     plugins._points.cache_clear()
-    plugins._loaded.discard("offramp_ngram")
+    sys.modules.pop("offramp_ngram", None)
     for registry in (DRAFTERS, ENGINES):
         registry.pop("ngram", None)
 

@@ -318,10 +318,10 @@ def laid_out(name: str, dtype: torch.dtype, word: str = "") -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("name", "dtype", "word"),
     [
-        *((name, torch.bfloat16, "") for name in BY_TOKEN),
+        *(pytest.param(name, torch.bfloat16, "", marks=fakes.NEEDS_BF16) for name in BY_TOKEN),
         *((name, torch.float32, "") for name in ("llava", "qwen2.5-vl", "gemma3", "blip2-opt")),
-        ("llava", torch.bfloat16, "int8"),
-        ("llava", torch.bfloat16, "int4"),
+        pytest.param("llava", torch.bfloat16, "int8", marks=fakes.NEEDS_BF16),
+        pytest.param("llava", torch.bfloat16, "int4", marks=fakes.NEEDS_BF16),
     ],
 )
 def test_to_the_last_bit_where_batches_are_to_be_exact(name, dtype, word, batch):

@@ -222,7 +222,8 @@ def test_a_promise_is_about_the_answers_of_one_runtime() -> None:
     ],
 )
 def test_an_engine_has_slots_of_its_own_number(more: list[str], slots: int) -> None:
-    assert _slots(build_parser().parse_args(["serve", "tiny-opt", *more])) == slots
+    given = build_parser().parse_args(["serve", "tiny-opt", *more])
+    assert _slots(given.engine, given.slots) == slots
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def _write(arguments: argparse.Namespace) -> None:
 
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)
     check_writable(arguments.out, folder=True)
-    opened = loaded(arguments)
+    opened = loaded(arguments, gguf=None)  # where --gguf names a format
     adapter, processor = opened.adapter, opened.processor
     _check_out(adapter, arguments)
     if adapter.of_format not in (None, formats.layers):

@@ -146,7 +146,7 @@ def test_an_address_that_cannot_be_had_is_two_lines_before_a_model_loads(
 def test_numbers_that_nothing_runs_with_are_two_lines_before_a_model_loads(
     words: tuple[str, str], run: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offramp.cli.commands.serve._model", None)
+    monkeypatch.setattr("offramp.cli.commands.serve.loaded", None)
     assert_two_lines(run("serve", "tiny-opt", "--port", 0, *words), "Give")
 
 
