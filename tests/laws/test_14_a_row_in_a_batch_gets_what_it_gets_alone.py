@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+import fakes
 import pytest
 import torch
 from decoding import agreeing

@@ -51,6 +51,10 @@ COMMANDS = {
 bring others, as entry points of "offramp.commands" that hold such a function."""
 
 
+OURS = ("offramp", "offramp_llama_cpp", "offramp_photo", "offramp_vllm")
+"""Packages whose lines and warnings are ours."""
+
+
 @dataclass(frozen=True)
 class Program:
     """The commands that there are, with PyTorch or without.
@@ -128,7 +132,7 @@ def _run(argv: Sequence[str] | None) -> int:
         tell(f"error: {error}")
         return 1
     except ImportError as error:
-        if (error.name or "").partition(".")[0] == "offramp":
+        if (error.name or "").partition(".")[0] in OURS:
             raise  # a mistake of ours
         package, reason = missing_package(error), " ".join(str(error).split())[:300]
         what = "A package" if package is None else f"The package {package}"
@@ -194,7 +198,7 @@ def _check_working_folder() -> None:
 
 def _be_quiet() -> None:
     """Results and errors alone: no lines of ours, no bars of Hugging Face, no warnings."""
-    for name in ("", "offramp"):
+    for name in ("", *OURS):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
@@ -222,7 +226,8 @@ def _prepare_logging() -> None:
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger().setLevel(logging.WARNING)  # of others, such as optimisers
-    logging.getLogger("offramp").setLevel(logging.INFO)
+    for name in OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
     if sys.stderr is not None and not sys.stderr.isatty():
         _hide_bars()
     logging.raiseExceptions = False  # a closed stderr is no reason to stop
@@ -235,7 +240,8 @@ def _prepare_logging() -> None:
 def _plain_warnings() -> Iterator[None]:
     """While it runs, a warning of ours is a line, without where in the source it came from."""
     others = warnings.showwarning
-    folders = tuple(os.path.join(path, "") for path in import_module("offramp").__path__)
+    found = [sys.modules[name] for name in OURS if name in sys.modules]
+    folders = tuple(os.path.join(path, "") for module in found for path in module.__path__)
 
     def show(message: Any, category: Any, filename: str, *more: Any, **named: Any) -> None:
         if category is UserWarning and filename.startswith(folders):
