@@ -51,11 +51,16 @@ def test_the_server_tells_its_options_without_loading_pytorch() -> None:
     assert "--watch" in done.stdout and done.stdout.splitlines()[-1] == "False"
 
 
+def test_offramp_alone_shows_its_help(run: RunCommand) -> None:
+    code, out, err = run()
+    assert (code, err) == (0, "") and "offramp caption dog.jpg" in out and "--version" in out
+
+
 @pytest.mark.parametrize("command", EVERY)
 def test_every_command_takes_the_same(command: str) -> None:
     known = parser_of(command)._option_string_actions
     assert {"--quiet", "--config", "--help"} <= set(known)
-    assert ("--json" in known) is (command != "completion")
+    assert ("--json" in known) is (command not in ("completion", "chat"))
 
 
 @pytest.mark.parametrize("command", EVERY)

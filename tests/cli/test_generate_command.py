@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
 import logging
 import os
+import subprocess
+import sys
+import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +28,7 @@ from offramp.core.errors import StorageError
 from offramp.core.inputs.image import open_rgb
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import read_json
-from offramp.engines.loading import usual_prompt
+from offramp.engines.loading import load, usual_prompt
 from offramp.promises.verdict import EXACT, NONE
 from offramp_llama_cpp import command_line as edge
 
@@ -197,6 +202,78 @@ def test_the_longest_answer_is_what_was_calibrated(
 
     assert "Promised: at most 0.75% differ." in (told := said()) and NONE not in told
     assert f"up to {known + 1} tokens where up to {known}" in said("--max-new-tokens", known + 1)
+
+
+@pytest.mark.parametrize("words", [("a ball?",), ("--prompt", "a ball?")])
+def test_a_question_may_stand_alone(run: RunCommand, photos: Path, words: tuple[str, ...]) -> None:
+    image = ("--image", photos / "0.png")
+    short = ("--max-new-tokens", 4, "--json")
+    answers = [
+        run("generate", "tiny-opt", *line)
+        for line in ((*image, *short, *words), (*short, *image, *words), (*words, *image, *short))
+    ]
+    assert {(code, out) for code, out, _ in answers} == {(0, answers[0][1])}
+    assert json.loads(answers[0][1])["image"] == str(photos / "0.png")
+    two = run("generate", "tiny-opt", *words, *image, *short, "another?")
+    assert_two_lines(two, "See offramp generate --help")
+
+
+def test_a_folder_an_address_and_stdin_are_captioned_as_their_files(
+    run: RunCommand, photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = sorted(photos.glob("*.png"))[:2]
+    for file in files:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/{files[1].name}"
+
+    def captions(*words: object) -> list[str]:
+        said = run("caption", *words, "--model", "tiny-opt", "--max-new-tokens", 6)
+        assert said[0] == 0, said
+        return [line.rpartition(": ")[2] for line in said[1].splitlines()]
+
+    try:
+        first, second = captions(*files)
+        assert captions(tmp_path) == [first, second] and captions(address) == [second]
+        piped = SimpleNamespace(buffer=io.BytesIO(files[0].read_bytes()))
+        monkeypatch.setattr("sys.stdin", piped)
+        assert captions("-") == [first]
+        assert_two_lines(run("caption", f"{address}x", "--model", "tiny-opt"), "404", "fetched")
+        assert_two_lines(run("caption", "-", "--model", "tiny-opt"), "stdin")
+    finally:
+        server.shutdown()
+    (tmp_path / "empty").mkdir()
+    assert_two_lines(run("caption", tmp_path / "empty"), "holds no images")
+
+
+def test_chat_is_generate_interactive_and_streamed(
+    run: RunCommand, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    for words in (("chat",), ("generate", "--interactive", "--stream")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Caption:\nCaption:\n\n"))
+        image = ("--image", photos / "0.png", "--max-new-tokens", 6)
+        said.append(run(words[0], "tiny-opt", *image, *words[1:]))
+    assert said[0][:2] == said[1][:2] and said[0][0] == 0 and said[0][1].count("\n") == 2
+
+
+def test_a_wrong_path_is_told_before_pytorch_is_imported() -> None:
+    code = (
+        "import sys; from offramp.cli import main\n"
+        "code = main(['generate', 'photo', '--image', 'nowhere.jpg'])\n"
+        "print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "1 False\n" and "nowhere.jpg does not exist" in done.stderr
+
+
+def test_a_loaded_model_is_shown_in_five_lines() -> None:
+    shown = repr(load("tiny-opt", engine="torch")).splitlines()
+    assert len(shown) == 5 and max(map(len, shown)) <= 80
+    assert "exits at depth: 2" in shown[2]
 
 
 # -- a sliced folder -------------------------------------------------------------------------------

@@ -26,13 +26,14 @@ log = logging.getLogger(__name__)
 EXAMPLES = """\
 examples:
   offramp caption dog.jpg                        a photograph in words, by a model that ships
+  offramp chat photo --image dog.jpg             questions about it, line by line
   offramp demo                                   train, calibrate and time exits on a tiny model
   offramp inspect Salesforce/blip2-opt-2.7b      what exits could be attached to a model
   offramp train Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
   offramp calibrate exits --data held_out.jsonl --target 0.01
   offramp draft exits --data held_out.jsonl
   offramp verify exits                           whether every way to decode is exact here
-  offramp generate exits --image dog.jpg --prompt "Question: what is it? Answer:"
+  offramp generate exits --image dog.jpg "Question: what is it? Answer:"
   offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
   offramp eval exits --task captions --data captions_val2014.json --images val2014
   offramp export exits --gguf q8_0 --out exits-q8_0   for generate --engine llama.cpp
@@ -43,8 +44,8 @@ examples:
 COMMANDS = {
     name: f"offramp.cli.commands.{name}"
     for name in (
-        "demo", "train", "calibrate", "draft", "verify", "caption", "generate", "serve",
-        "eval", "export", "report", "inspect", "env", "completion",
+        "demo", "train", "calibrate", "draft", "verify", "caption", "generate", "chat",
+        "serve", "eval", "export", "report", "inspect", "env", "completion",
     )
 }  # fmt: skip
 """Modules by command; each has `add(commands)`, which imports nothing heavy. Installed packages
@@ -114,7 +115,11 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         _check_working_folder()
-        arguments = build_parser(_program_for(argv)).parse_args(argv)
+        parser = build_parser(_program_for(argv))
+        if not (sys.argv[1:] if argv is None else argv):
+            parser.print_help()
+            return 0
+        arguments = parser.parse_args(argv)
         if getattr(arguments, "quiet", False):
             _be_quiet()
         command: Callable[[argparse.Namespace], None] = arguments.run

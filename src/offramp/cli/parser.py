@@ -30,11 +30,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         # An abbreviated option means another one as soon as there is a further option.
         super().__init__(*args, **{"allow_abbrev": False, **options})
-        self.register("type", Path, _path)
+        self.register("type", Path, path_word)
         self.late: Callable[[Parser], None] | None = None
         self.usual: Collection[str] | None = None
         self.name: Named | None = None
         """The model's name, where the command needs one."""
+        self.question: str | None = None
+        """Where one word that no option takes is kept."""
         self.named: list[Any] = []
         """What the command line named: a model, or by mistake several."""
         self.given: dict[str, list[str]] = {}
@@ -50,6 +52,10 @@ class Parser(argparse.ArgumentParser):
         self._take_config(typed, namespace)
         self.named = []
         parsed, unknown = super().parse_known_args(typed, namespace)
+        if self.question and len(unknown) == 1 and not unknown[0].startswith("-"):
+            if getattr(parsed, self.question) is not None:
+                self.error(f"two prompts were given, one of them {_short(unknown[0])!r}")
+            setattr(parsed, self.question, unknown.pop())
         if unknown:
             self._refuse(unknown[0])
         if len({*self.named}) > 1:
@@ -187,7 +193,7 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
-def _path(text: str) -> Path:
+def path_word(text: str) -> Path:
     """The type of options that name a file or a folder."""
     if not text:  # which would be the working folder
         raise argparse.ArgumentTypeError("the name is empty")

@@ -58,6 +58,18 @@ class Loaded:
     engine: str = TORCH
     sequences: int = 1
 
+    def __repr__(self) -> str:
+        policy, backbone = self.adapter.policy, self.adapter.backbone
+        depths = ", ".join(map(str, self.adapter.exits.depths)) if self.has_exits else "none"
+        found = ", ".join(f"{depth}: {x:g}" for depth, x in policy.thresholds.items()) or "none"
+        return (
+            f"Loaded model of {backbone.depth} layers on {backbone.model.device}\n"
+            f"  engine: {self.engine}, {self.sequences} at a time\n"
+            f"  exits at depth: {depths}\n"
+            f"  thresholds: {found}\n"
+            f"  answers: loaded.answer(image, prompt), of {self.longest} tokens at most"
+        )
+
     @property
     def runtime(self) -> Any:
         """Return what generates in the adapter's place; None: the adapter itself."""

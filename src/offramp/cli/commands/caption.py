@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from offramp.cli.commands.generate import answer_options, generate
 from offramp.cli.options import NAMED_EXITS, adapter_options, add_command
 from offramp.cli.parser import Parser
+from offramp.cli.pictures import picture
 
 
 def add(commands: Any) -> None:
@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
         commands,
         "caption",
         "Describe images, a line each; the short form of generate.",
-        "offramp caption dog.jpg\n  offramp caption *.jpg --model exits",
+        "offramp caption dog.jpg\n  offramp caption photos --model exits",
         generate,
         _options,
         usual="model max-new-tokens mode depths engine gguf json",
@@ -23,7 +23,10 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    parser.add_argument("image", type=Path, nargs="+", metavar="FILE", help="images to describe")
+    parser.add_argument(
+        "image", type=picture, nargs="+", metavar="FILE",
+        help="images to describe: files, folders or addresses, - for stdin",
+    )  # fmt: skip
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", dest="adapter", default="photo", metavar="NAME",

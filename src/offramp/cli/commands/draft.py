@@ -24,6 +24,11 @@ from offramp.cli.outputs import overwrite_option
 from offramp.cli.parser import Parser, whole
 
 log = logging.getLogger(__name__)
+NEITHER = (
+    "Neither drafts nor thresholds pay with these exits. What may: exits that are trained "
+    "longer or on more images (offramp train), at another depth (offramp inspect), or a "
+    "larger --target."
+)
 ROUNDS, CONTEXT = 3, 2048
 """Of timing; the longest prompt with its answer, in tokens, of a runtime other than torch."""
 
@@ -101,6 +106,8 @@ def _find(arguments: argparse.Namespace, out: Path) -> None:
         say_next(f"offramp generate {out}{one_again(arguments)} --mode lossless")
     elif adapter.policy.thresholds:
         say_next(f"offramp generate {out}{one_again(arguments)}")
+    elif adapter.attempts:
+        log.info(NEITHER)
     else:
         of = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
         say_next(f"offramp calibrate {arguments.adapter}{of} --target 0.01")

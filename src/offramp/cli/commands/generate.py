@@ -24,6 +24,7 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import print_json, print_text, tell
 from offramp.cli.parser import Parser, number, seed, share, whole
+from offramp.cli.pictures import picture, unfolded
 from offramp.core.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -37,31 +38,38 @@ def add(commands: Any) -> None:
         "generate",
         "Answer a prompt about an image: text on stdout, all else on stderr.",
         "offramp generate photo --image dog.jpg\n"
-        "  offramp generate exits --image dog.jpg --prompt 'Caption:'\n"
-        "  offramp generate exits --image dog.jpg --interactive --stream\n"
+        "  offramp generate exits --image dog.jpg 'What is shown?'\n"
         "  offramp generate exits --image dog.jpg --temperature 0.7 --seed 1",
         generate,
-        _options,
+        question_options,
         usual="image prompt interactive stream max-new-tokens mode depths engine gguf json",
     )
 
 
-def _options(parser: Parser) -> None:
+def question_options(parser: Parser, *, chat: bool = False) -> None:
+    """Add the options. chat: without those that a chat sets."""
     model_options(parser, adapter=True, engines="all", auto=True)
     group = parser.add_argument_group("question")
     group.add_argument(
-        "--image", type=Path, nargs="+", default=[], metavar="FILE",
-        help="one or several files; none, where the model also answers text alone",
+        "--image", type=picture, nargs="+", default=[], metavar="FILE",
+        help="files, folders or addresses, - for stdin; none, where the model also answers text "
+        "alone",
     )  # fmt: skip
-    group.add_argument(
-        "--prompt", help="what is asked (default: the caption's prompt that the exits know)"
-    )
-    group.add_argument(
-        "--interactive",
-        action="store_true",
-        help="ask for prompts, line by line, each about the same image; an empty line ends it",
-    )
-    group.add_argument("--stream", action="store_true", help="print the answer as it is written")
+    if not chat:
+        group.add_argument(
+            "--prompt",
+            help="what is asked; it may also stand alone, as the last word (default: the caption's "
+            "prompt that the exits know)",
+        )
+        parser.question = "prompt"
+        group.add_argument(
+            "--interactive",
+            action="store_true",
+            help="ask for prompts, line by line, each about the same image; an empty line ends it",
+        )
+        group.add_argument(
+            "--stream", action="store_true", help="print the answer as it is written"
+        )
     answer_options(parser)
 
 
@@ -103,11 +111,11 @@ def answer_options(parser: Parser) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from offramp.engines.loading import usual_prompt
-
     options = _generation_options(arguments)
     check_engine(arguments)
     _check_images(arguments)
+    from offramp.engines.loading import usual_prompt  # PyTorch, which takes seconds
+
     opened = loaded(arguments, answers=max(1, len(arguments.image)))
     adapter, runtime, encoder = opened.adapter, opened.model, opened.encoder
     if options["max_new_tokens"] is None:
@@ -158,7 +166,10 @@ def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_images(arguments: argparse.Namespace) -> None:
-    """Raise `DataError` or `InputError` for images that should not wait for the model."""
+    """Find the images. Raise `DataError` or `InputError` for some that should not wait for the
+    model."""
+    _take_question(arguments)
+    arguments.image = [*unfolded(arguments.image)]
     if arguments.interactive and len(arguments.image) > 1:
         raise InputError(
             f"--interactive asks about one image, and {len(arguments.image)} were given.",
@@ -167,12 +178,20 @@ def _check_images(arguments: argparse.Namespace) -> None:
     from offramp.core.inputs.example import Example
 
     for image in arguments.image:
-        Example(image, "", (), key="image").open_image()
+        Example(image, "", (), key=str(image)).open_image()
+
+
+def _take_question(arguments: argparse.Namespace) -> None:
+    """Take what follows the files as the prompt, where it has a space and is no file."""
+    if arguments.prompt is None and len(arguments.image) > 1:
+        last = arguments.image[-1]
+        if isinstance(last, Path) and " " in str(last) and not last.exists() and not last.suffix:
+            arguments.prompt = str(arguments.image.pop())
 
 
 def _questions(
     arguments: argparse.Namespace, asked: str, encoder: Any
-) -> Iterator[tuple[Path | None, Any, str, dict[str, Any]]]:
+) -> Iterator[tuple[Any, Any, str, dict[str, Any]]]:
     """Files, their opened images, prompts and, for each, what `generate` takes. asked: the prompt
     of all images, where none are typed."""
     from offramp.core.inputs.example import Example
@@ -237,7 +256,7 @@ def _streamer(tokenizer: Any) -> Any:
 
 
 def _show(
-    image: Path | None, result: Any, verdict: Any, encoder: Any, arguments: argparse.Namespace
+    image: Any, result: Any, verdict: Any, encoder: Any, arguments: argparse.Namespace
 ) -> None:
     ids = result.new_tokens[0].tolist()
     depths, scores = result.depths[0].tolist(), result.scores[0].tolist()
