@@ -144,7 +144,7 @@ def test_every_block_is_of_a_known_kind_and_reads_as_such(page: str) -> None:
         elif block.kind == "json":
             [json.loads(line) for line in block.text.splitlines()]
         else:
-            assert block.kind in ("bash", "yaml"), block.kind
+            assert block.kind in ("bash", "console", "yaml"), block.kind
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from offramp.report.table import Table
-from offramp_lab.pages import picture
+from offramp_lab.pages import photographer, picture
 from offramp_lab.pages.readme import PAGES, filled
 from offramp_lab.places import ROOT
 from offramp_lab.tables.markdown import fill, record
@@ -42,7 +42,16 @@ def test_the_picture_is_its_record() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(page("README.md").splitlines()) <= 120
+    text = re.sub(r"<!--.*?-->", "", page("README.md"))
+    assert len(text.split()) <= 650 and len(text.splitlines()) <= 120
+
+
+def test_the_readmes_captions_and_picture_are_their_record() -> None:
+    found = record("photographer")
+    image = re.compile('href="[^"]*"')
+    drawn = photographer.draw(found)
+    assert image.sub("", page("docs/plots/photographer.svg")) == image.sub("", drawn)
+    assert all(f"\n{mode['text']}\n" in page("README.md") for mode in found["modes"].values())
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -251,6 +251,18 @@ def in_factors() -> Table:
     return Table(("multiple", "all", *THINGS), rows)
 
 
+def of_skipping(mode: str) -> Make:
+    """Of the end-to-end multiple in q8_0, the factor that skipped layers bring."""
+
+    def make() -> str:
+        found = record("end_to_end")
+        chain, stages = _rows()[f"end to end in q8_0 over llama.cpp's fastest, {MODES[mode]}"]
+        entries = [*found["captioned"], *found["together"]]
+        return f"{factors(entries, chain, stages)['layers skipped']['times']:.2f}"
+
+    return make
+
+
 def by_stage() -> dict[str, dict[str, float]]:
     """Milliseconds of a caption by stage: llama.cpp alone, and ours in q8_0, exits off and on."""
     ways = {
@@ -317,6 +329,8 @@ FIGURES: dict[str, Make] = {
     "end-to-end-q8_0-off": told("over_fastest", Q8, FULL),
     "end-to-end-q8_0": told("over_fastest", Q8, EARLY),
     "end-to-end-q8_0-lossless": told("over_fastest", Q8, LOSSLESS),
+    "end-to-end-skipped": of_skipping(EARLY),
+    "end-to-end-skipped-lossless": of_skipping(LOSSLESS),
     "five-confidence": beside_static(EARLY),
     "five-student": beside_static("student"),
     "five-same-early": same_answers(EARLY),

@@ -77,6 +77,11 @@ def loads() -> Table:
     )
 
 
+def one_at_once(way: str) -> str:
+    """A way's multiple of full depth for one answer at a time, with its interval."""
+    return ratio(measured("1")["vLLM", way], "1")
+
+
 def forced(load: int) -> str:
     """Of a large random model, every token of which leaves, over its full depth."""
     seconds = {
@@ -88,4 +93,10 @@ def forced(load: int) -> str:
 
 
 TABLES: dict[str, MakeTable] = {"vllm": loads}
-FIGURES: dict[str, Make] = {f"vllm-forced-{load}": partial(forced, load) for load in (1, 8)}
+FIGURES: dict[str, Make] = {
+    **{f"vllm-forced-{load}": partial(forced, load) for load in (1, 8)},
+    **{
+        f"vllm-{way.replace(' ', '-')}": partial(one_at_once, way)
+        for way in ("lossless", "early exit")
+    },
+}
