@@ -151,7 +151,7 @@ def test_an_image_that_cannot_be_read_is_found_before_the_model_is_loaded(
     (tmp_path / "cut.png").write_bytes(image.read_bytes()[:50])
     os.mkfifo(tmp_path / "pipe.png")
     assert_two_lines(generate(run, tmp_path / "nope.jpg"), "nope.jpg does not exist")
-    assert_two_lines(generate(run, tmp_path / "folder.png"), "folder.png is not a file")
+    assert_two_lines(generate(run, tmp_path / "folder.png"), "folder.png holds no images")
     assert_two_lines(generate(run, tmp_path / "pipe.png"), "pipe.png is not a file")
     assert_two_lines(generate(run, tmp_path / "cut.png"), "cut.png is not a readable image")
     rows = tmp_path / "rows.jsonl"
