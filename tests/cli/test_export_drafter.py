@@ -51,8 +51,8 @@ def test_what_comes_next_is_an_engine(
     ("more", "problem"),
     [
         (("--to", "speculators", "--backbone", "tiny-opt"), "learns from the model's answers"),
-        (("--to", "speculators", "--gguf", "q8_0"), "--gguf is of GGUF files"),
-        (("--to", "speculators", "--vision", "q8_0"), "--vision is of GGUF files"),
+        (("--to", "speculators", "--gguf", "q8_0"), "--gguf does not go with --to speculators"),
+        (("--to", "speculators", "--vision", "q8_0"), "--vision does not go with --to speculators"),
         (("--backbone", "tiny-opt"), "in a number format"),
         (("--adapter", "tiny-opt"), "in a number format"),
     ],

@@ -40,6 +40,7 @@ class Places:
             "draft": ["--adapter", adapter, *some, *short, "--out", out],
             "verify": [adapter, *some, *short, "--rows", "1", "--slots", "1", "--out", out],
             "generate": ["--adapter", adapter, "--image", image, "--prompt", "a", *short],
+            "chat": [adapter, "--image", image, *short],
             "caption": [image, "--model", adapter, *short],
             "serve": [adapter, "--port", "0"],
             "eval": ["--adapter", adapter, "--task", "captions", *some, *short, "--out", out],

@@ -49,7 +49,7 @@ def _write(arguments: argparse.Namespace) -> None:
 
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)
     check_writable(arguments.out, folder=True)
-    opened = loaded(arguments, gguf=None)  # where --gguf names a format
+    opened = loaded(arguments, gguf=None, answers=0)  # here --gguf names a format
     adapter, processor = opened.adapter, opened.processor
     _check_out(adapter, arguments)
     if adapter.of_format not in (None, formats.layers):
@@ -90,5 +90,6 @@ def _check_out(adapter: Any, arguments: argparse.Namespace) -> None:
 
 GGUF = Exporter(
     "decoder and exits, for --engine llama.cpp", _write, _options,
-    takes=("gguf", "exit_format", "vision_format", "depths"), usual=("gguf", "vision"),
+    takes=("gguf", "exit_format", "vision_format", "depths", "data"),  # an error of its own
+    usual=("gguf", "vision"),
 )  # fmt: skip

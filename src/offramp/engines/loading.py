@@ -154,10 +154,10 @@ def load(
     in PyTorch. gguf: folder of files for an engine that reads some. context: tokens of a prompt and
     its answer, in an engine of its own. threads: of such an engine; None: as many as PyTorch has.
     sequences: answers at the same time; None: as many as the engine writes by default. answers: how
-    many will be asked for; None: many. keep_decoder: whether PyTorch keeps the decoder's weights
-    beside an engine that reads its own. chat_template: file of the one that writes conversations,
-    instead of the processor's own. how: backbone, revision, dtype, device and shrink_on_load, as of
-    `open_backbone`; backbone instead of the adapter's own.
+    many will be asked for; None: many; 0: it is opened to be written out. keep_decoder: whether
+    PyTorch keeps the decoder's weights beside an engine that reads its own. chat_template: file of
+    the one that writes conversations, instead of the processor's own. how: backbone, revision,
+    dtype, device and shrink_on_load, as of `open_backbone`; backbone instead of the adapter's own.
 
     Raises:
         InputError: an unknown engine, or what does not go with it. AdapterError: there is no such
@@ -173,7 +173,7 @@ def load(
     way = _settled(found, opened, Way(engine, vision, gguf), answers, together=sequences != 1)
     loaded = opened(way)
     kind = loaded.adapter.of_format
-    if kind is not None and way.gguf is None:
+    if kind is not None and way.gguf is None and answers != 0:
         log.warning(
             "These exits learnt from the backbone in %s, and agree less with it as it is here: "
             "export them (--gguf %s) and use --engine llama.cpp.", kind, kind,

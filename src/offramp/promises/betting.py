@@ -88,7 +88,8 @@ def planned_p_value(
         most = max(most, wealth)
         total += loss
         squares += (loss - (target + total) / (seen + 2)) ** 2
-    return min(1.0, math.exp(-most), chance * math.exp(-wealth))
+    # A fortune that is all but lost would overflow: its p-value is 1 long before.
+    return min(1.0, math.exp(-most), chance * math.exp(-max(wealth, -700.0)))
 
 
 def stakes_above(claims: Array) -> Array:
