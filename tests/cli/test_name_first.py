@@ -13,6 +13,7 @@ from offramp.cli.parser import Named, Parser
 
 WORDS = {
     "generate": ("adapter", "--adapter", ""),
+    "chat": ("adapter", "--adapter", ""),
     "calibrate": ("adapter", "--adapter", "--data a"),
     "draft": ("adapter", "--adapter", "--data a"),
     "verify": ("adapter", "--adapter", ""),
@@ -36,7 +37,7 @@ def test_a_name_is_read_first_last_or_as_the_option_it_was(command: str) -> None
     needed = more.split()
     spellings = (
         ["tiny-opt", *needed],
-        [*needed, "--json", "tiny-opt"],
+        [*needed, "--quiet", "tiny-opt"],
         [flag, "tiny-opt", *needed],
     )
     assert {named(*words) for words in spellings} == {"tiny-opt"}

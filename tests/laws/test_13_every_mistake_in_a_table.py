@@ -103,6 +103,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "calibrate": {"--adapter": adapter, "--data": data},
         "draft": {"--adapter": adapter, "--data": data},
         "generate": {"--adapter": adapter, "--image": [str(tree / "good.png")]},
+        "chat": {"--adapter": adapter, "--image": [str(tree / "good.png")]},
         "caption": {"": [str(tree / "good.png")], "--model": adapter},
         "serve": {"": adapter},
         "eval": {"--adapter": adapter, "--task": ["captions"], "--data": data},
@@ -115,7 +116,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "env": {},
         "completion": {"": ["bash"]},
     }[command]
-    silent = ("caption", "generate", "serve", "inspect", "env", "completion")
+    silent = ("caption", "chat", "generate", "serve", "inspect", "env", "completion")
     return given if command in silent else {**given, "--out": [str(out)]}
 
 
