@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,12 +92,14 @@ class GraphRuntime:
                     f"CUDA graphs write one answer at a time, and {len(prepared.ids)} rows came.",
                     "Call generate once for each row.",
                 )
-            executor = self._executor
+            executor, rule = self._executor, plan.rule()
+            if policy.lossless:  # recorded programs verify no prompt together with drafts
+                rule = replace(rule, first={})
             plain = not prepared.config.do_sample and not prepared.processors
             executor.plain = plain and (not plan.depths or self._programs.reads)
             try:
                 return write_answers(
-                    plan.decoder(executor), reader, prepared, plan.rule(),
+                    plan.decoder(executor), reader, prepared, rule,
                     streamer=streamer, seed=seed,
                 )  # fmt: skip
             finally:
