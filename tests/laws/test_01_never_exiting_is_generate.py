@@ -19,10 +19,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS = (1, 4)
 
 
+CLOSE = ("gemma3", "llava")
+"""Families whose tiny models have nearly equal logits in bfloat16."""
+
+
 @pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=fakes.NEEDS_BF16)]
+    ("name", "dtype"),
+    [
+        pytest.param(
+            name, dtype, marks=[fakes.NEEDS_BF16] if (name in CLOSE and dtype == "bfloat16") else []
+        )
+        for name in NAMES
+        for dtype in DTYPES
+    ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_without_exits_or_with_exits_that_never_fire_it_is_greedy_generate(
     name, dtype, backbone, exits, batch
 ):

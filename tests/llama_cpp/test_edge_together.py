@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf_cases import drafting, refused
 from hub_files import image_adapter, sliced, text_adapter
 from PIL import Image
@@ -48,8 +49,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Iterator[EdgeModel]:
     with EdgeModel(folder, engine=ENGINE) as each:
-        if not each._opened.chain.sizes.shared:
-            pytest.skip("this processor's products are not the same in company as alone")
+        shared = each._opened.chain.sizes.shared
+        if not shared and torch.backends.cpu.get_cpu_capability() != "AVX512":
+            pytest.skip("without AVX-512 tokens are not the same in company as alone")
+        assert shared
         yield each
 
 

@@ -323,8 +323,11 @@ def test_more_threads_than_processors_wait_for_each_other_in_turns(opened: Any) 
 @needs_kernels
 def test_a_format_that_is_not_known_is_left_to_llama_cpp(opened: Any) -> None:
     ours, theirs = opened("f32"), opened("f32", THEIRS)
-    # llama.cpp's own attention adds values in float16 where it was built for AVX2.
-    np.testing.assert_allclose(given(ours, [1, 8]), given(theirs, [1, 8]), atol=0.02)
+    found, expected = given(ours, [1, 8]), given(theirs, [1, 8])
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    else:  # without it, calls of llama.cpp's own kernels come out less alike
+        np.testing.assert_allclose(found, expected, atol=0.02)
     assert ours.products.bytes == 0
 
 

@@ -91,5 +91,4 @@ def _check_out(adapter: Any, arguments: argparse.Namespace) -> None:
 GGUF = Exporter(
     "decoder and exits, for --engine llama.cpp", _write, _options,
     takes=("gguf", "exit_format", "vision_format", "depths", "data"),  # an error of its own
-    usual=("gguf", "vision"),
 )  # fmt: skip

@@ -21,14 +21,13 @@ class Exporter:
 
     said: what is written, as the help of --to says it. write: writes it, by the command's options.
     options: adds the options that this format alone has. takes: names of options that only some
-    formats take, and this one does. usual: options of its own that `--help` shows.
+    formats take, and this one does.
     """
 
     said: str
     write: Callable[[argparse.Namespace], None]
     options: Callable[[Parser], None] = _none
     takes: tuple[str, ...] = ()
-    usual: tuple[str, ...] = ()
 
 
 def check_adapter_alone(arguments: argparse.Namespace) -> None:

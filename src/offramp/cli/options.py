@@ -26,7 +26,7 @@ from offramp.cli.parser import (
     whole,
     whole_numbers,
 )
-from offramp.engines import AUTO, TORCH, DecoderEngine, all_engines
+from offramp.engines import AUTO, TORCH, VISION, DecoderEngine, all_engines
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("int8", "int4")
@@ -359,9 +359,6 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
         "(default: 2048)",
     )  # fmt: skip
     return group
-
-
-VISION = (AUTO, TORCH, "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8")
 
 
 def vision_options(group: Any) -> None:

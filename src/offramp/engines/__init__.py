@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from offramp.core.errors import InputError
-from offramp.core.plugins import brought, check_registered, offered
+from offramp.core.plugins import brought, check_registered
 
 TORCH = "torch"
 AUTO = "auto"
 """In an engine's place: the fastest one here that keeps the answers (`offramp.engines.auto`)."""
+VISION = (AUTO, TORCH, "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8")
+"""What runs vision towers in every engine; an engine may bring others (`DecoderEngine.towers`)."""
 LLAMA_CPP = "llama.cpp"
 """The engine that a folder of files alone names, and that `auto` tries."""
 
@@ -77,11 +79,6 @@ ENGINES = {
 """The engines of this package and those registered; installed packages offer others."""
 
 
-def engine_names() -> tuple[str, ...]:
-    """Return the names of all engines, those that installed packages offer among them."""
-    return tuple(dict.fromkeys((*ENGINES, *offered("engines"))))
-
-
 def all_engines() -> dict[str, DecoderEngine]:
     """Return all engines by name; of an installed package that fails a line of the log says why."""
     brought("engines")
@@ -120,10 +117,12 @@ def check_asked(engine: str, gguf: Any, quantize: str | None = None, vision: str
             f"--quantize {quantize} is for PyTorch; llama.cpp's files hold the weights.",
             "Leave it out, and choose their format: offramp export --gguf q4_1.",
         )
+    if vision in VISION:  # or every package's engine would be imported to look for it
+        return
     brings = [name for name, one in all_engines().items() if vision in one.towers]
     if brings and named not in brings:
         raise InputError(
             f"--vision {vision} sees for --engine {brings[0]} alone.",
-            f"Give --engine {brings[0]} and --gguf FOLDER, or another of torch, onnxruntime, "
-            "openvino, openvino-bf16, onnxruntime-int8.",
+            f"Give --engine {brings[0]} and --gguf FOLDER, or another of "
+            f"{', '.join(VISION[1:])}.",
         )
