@@ -50,7 +50,7 @@ def loaded(arguments: argparse.Namespace, **more: Any) -> Any:
     from offramp.engines.loading import load
 
     asked = {"engine": TORCH, "vision": TORCH, **_given(arguments, ADAPTER), **more}
-    name = asked.pop("name", None) or arguments.adapter
+    name = asked.pop("name") if "name" in asked else arguments.adapter
     return load(name, **asked)
 
 
