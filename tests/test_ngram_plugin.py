@@ -23,7 +23,7 @@ from offramp.adapter.certificate import Settings
 from offramp.adapter.shipped import example_picture
 from offramp.calibration.verification import Verification
 from offramp.core import plugins
-from offramp.core.decoding.drafting import DRAFTERS, TextDrafts, register_drafter
+from offramp.core.decoding.drafting import DRAFTERS, Draft, TextDrafts, register_drafter
 from offramp.core.decoding.policy import policy_from_json, policy_to_json
 from offramp.core.errors import InputError
 from offramp.engines import ENGINES, engine_named
@@ -175,15 +175,41 @@ def test_wrong_drafts_change_no_token(
     assert torch.equal(made.sequences, greedy(whole.model, inputs))
 
 
-def test_a_drafter_that_fails_fails_its_request_alone(
-    backbone: Any, exits: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(ids: Any, most: int) -> Any:
-        raise KeyError("no n-grams")
+def no_ngrams(ids: Any, most: int) -> Any:
+    raise KeyError("no n-grams")
 
-    monkeypatch.setitem(
-        DRAFTERS, "fails", lambda executor, depth: TextDrafts(executor, depth, fails)
-    )
+
+class OfItsOwn(TextDrafts):
+    """Writes what is given, by a drafter's own method."""
+
+    def __init__(self, executor: Any, depth: int, made: Any) -> None:
+        super().__init__(executor, depth, lambda ids, most: ())
+        self.made = made
+
+    def draft(self, rows: Any, budgets: Any) -> Any:
+        return None if self.made is None else [self.made for _ in rows]
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "raises": (no_ngrams, "failed: KeyError: 'no n-grams'"),
+    "none": (lambda ids, most: None, "failed: TypeError: 'NoneType'"),
+    "text": (lambda ids, most: "the dog", "failed: TypeError: 'str'"),
+    "digits": (lambda ids, most: ["3"], "failed: TypeError: 'str'"),
+    "negative": (lambda ids, most: [-1] * most, "wrote -1"),
+    "beyond": (lambda ids, most: [10**6] * most, "wrote 1000000"),
+    "own_none": (None, "failed: TypeError"),
+    "own_text": (Draft([3], ["a"]), "wrote 'a'"),  # type: ignore[list-item]
+    "own_other": (Draft([3, 4, 5], [6]), "feeds"),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_drafter_that_fails_fails_its_request_alone(
+    how: str, backbone: Any, exits: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, said = WRONG[how]
+    kind = OfItsOwn if how.startswith("own") else TextDrafts
+    monkeypatch.setitem(DRAFTERS, "fails", lambda executor, depth: kind(executor, depth, made))
     policy = ExitPolicy({2: 0.02}, drafts={"fails": 0.0})
     core = EngineCore(backbone("llava"), exits("llava"), policy, EngineConfig(slots=2, limit=64))
     rows = batch("llava", 2)
@@ -192,6 +218,7 @@ def test_a_drafter_that_fails_fails_its_request_alone(
         for turn, mode in enumerate(("lossless", "early_exit"))
     )
     core.run()
-    with pytest.raises(KeyError, match="no n-grams"):
+    with pytest.raises(InputError, match=rf"^The drafter 'fails' {said}") as caught:
         drafted.result()
+    assert len(str(caught.value).splitlines()) == 2
     assert early.result().output.sequences.shape[0] == 1

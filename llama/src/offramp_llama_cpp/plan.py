@@ -51,7 +51,13 @@ def chain_plan(
     def executor(**_: Any) -> ChainExecutor:
         return ChainExecutor(chain, stand, embed, depths, exact=exact, drafter=own, loop=feeds)
 
+    made = drafter_at(
+        levels,
+        named=policy.drafter,
+        draws_on=own is not None,
+        vocabulary=chain.segments[-1].vocabulary,
+    )
     return Plan(
-        layers, depths, policy, heads(depths), executor, lambda **_: None,
-        drafter_at(levels, named=policy.drafter, draws_on=own is not None), levels, first_may_exit,
+        layers, depths, policy, heads(depths), executor, lambda **_: None, made, levels,
+        first_may_exit,
     )  # fmt: skip

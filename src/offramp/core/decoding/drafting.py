@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from operator import index
 from typing import Any, NamedTuple, Protocol
 
 from offramp.core.decoding.executor import Executor, Handle, Span
 from offramp.core.decoding.reader import Heads, Query
 from offramp.core.decoding.sequence import NAN, Sequence
-from offramp.core.errors import InputError
+from offramp.core.errors import InputError, OfframpError
 
 Ends = Callable[[int], bool]
 """Whether an answer is over with a token."""
@@ -205,7 +206,7 @@ class TextDrafts:
         if budget.max_drafts:
             try:
                 for token in self._propose([*row.sampler.prompt, *row.ids], budget.max_drafts):
-                    if not drafts.add(int(token), 1.0):
+                    if not drafts.add(index(token), 1.0):
                         break
             except Exception as error:
                 row.error = error
@@ -214,6 +215,52 @@ class TextDrafts:
 
     def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
         return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
+
+
+class CheckedDrafts:
+    """A registered drafter, whose drafts are looked at before a layer reads them. What is wrong
+    fails its request alone."""
+
+    def __init__(self, drafter: Drafter, name: str, vocabulary: int) -> None:
+        """vocabulary: tokens V of the full model."""
+        self.depth, self.keeps, self.verify = drafter.depth, drafter.keeps, drafter.verify
+        self._drafter, self._name, self._vocabulary = drafter, name, vocabulary
+
+    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
+        try:
+            made = [*self._drafter.draft(rows, budgets)]
+            for row, draft, budget in zip(rows, made, budgets, strict=True):
+                row.error = self._said(row.error) or self._wrong(row, draft, budget)
+        except Exception as error:  # whatever it raises
+            for row in rows:
+                row.error = self._said(error)
+        return [
+            made[place] if row.error is None else Draft(row.ids[-1:], [])
+            for place, row in enumerate(rows)
+        ]
+
+    def _wrong(self, row: Sequence, draft: Draft, budget: DraftBudget) -> InputError | None:
+        """What is wrong with a draft; None: nothing."""
+        for token in (*draft.fed, *draft.said):
+            if type(token) is not int or not 0 <= token < self._vocabulary:
+                return self._error(f"wrote {token!r}")
+        if draft.fed != [*row.ids[-1:], *draft.said][: min(len(draft.fed), budget.max_drafts + 1)]:
+            return self._error(f"feeds {draft.fed}, says {draft.said}, and may write "
+                               f"{budget.max_drafts}")  # fmt: skip
+        return None
+
+    def _said(self, error: BaseException | None) -> BaseException | None:
+        """The error of a request, in words that a user understands."""
+        if error is None or isinstance(error, OfframpError):
+            return error
+        return self._error(f"failed: {type(error).__name__}: {error}")
+
+    def _error(self, problem: str) -> InputError:
+        return InputError(
+            f"The drafter {self._name!r} {problem}.",
+            f"Let it write ids of tokens, from 0 to {self._vocabulary - 1}, or leave it out of the "
+            "policy's drafts.",
+        )
 
 
 DRAFTERS: dict[str, Callable[[Executor, int], Drafter]] = {}

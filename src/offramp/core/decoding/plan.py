@@ -11,6 +11,7 @@ from typing import Any, cast
 from offramp.core.decoding.decoder import Decoder
 from offramp.core.decoding.drafting import (
     DRAFTERS,
+    CheckedDrafts,
     Drafter,
     DraftingExecutor,
     ExitDrafts,
@@ -138,18 +139,18 @@ def draft_levels(policy: ExitPolicy, drafting: int | None, layers: int) -> dict[
 
 
 def drafter_at(
-    levels: Mapping[int, float], *, named: str | None, draws_on: bool
+    levels: Mapping[int, float], *, named: str | None, draws_on: bool, vocabulary: int
 ) -> Callable[[Executor, Heads], Drafter] | None:
     """Return what makes the drafter whose drafts count at the depth of `levels`; None where there
     is none.
 
     named: a registered drafter; None: the exit at that depth. draws_on: whether that exit drafts on
-    from its own state.
+    from its own state. vocabulary: tokens V of the full model.
     """
     for depth in levels:
         if named is not None:
             make = DRAFTERS[named]
-            return lambda executor, heads: make(executor, depth)
+            return lambda executor, _: CheckedDrafts(make(executor, depth), named, vocabulary)
         if draws_on:
             return lambda executor, heads: ExitDrafts(cast(DraftingExecutor, executor), depth)
         return lambda executor, heads: PlainDrafts(executor, heads, depth)

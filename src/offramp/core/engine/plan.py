@@ -63,7 +63,10 @@ def plan_of(
             needs_previous_state=asking.needs_previous_state, drafter=drafting,
         ),
         reader=partial(PromptReader, backbone, attached, depths),
-        drafter=drafter_at(levels, named=policy.drafter, draws_on=drafting is not None),
+        drafter=drafter_at(
+            levels, named=policy.drafter, draws_on=drafting is not None,
+            vocabulary=backbone.vocabulary,
+        ),
         levels=levels if backbone.lossless else {},
         first_may_exit=first_token_may_exit(backbone, policy),
         tested=backbone.tested and backbone.engine is not None,
