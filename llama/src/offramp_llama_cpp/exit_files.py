@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.core.decoding.policy import ENTRIES, ExitPolicy, policy_from_json
+from offramp.core.decoding.policy import ExitPolicy, policy_from_json
 from offramp.core.errors import AdapterError, OfframpError
-from offramp.core.storage import digest_file, read_json
+from offramp.core.storage import digest_file, schema
 from offramp_llama_cpp.graphs import DRAFTS, Array
 
 _RESTORE = "Restore the folder, or train the exits again."
@@ -67,21 +67,15 @@ def known_policy(values: Any, where: Path) -> ExitPolicy:
         AdapterError: it is of a newer version, or damaged.
     """
     try:
-        entries = dict(values)
-        if new := sorted(map(str, {*entries} - {*ENTRIES})):
+        schema.shaped(values, schema.Policy)
+        return policy_from_json(values)
+    except ValueError as error:
+        if isinstance(values, dict) and (new := set(values) - set(schema.Policy.__struct_fields__)):
             raise AdapterError(
-                f"The policy in {where} holds {new[0][:60]!r}, which this version does not know: a "
-                "newer version of offramp wrote it.",
+                f"The policy in {where} holds {min(new)[:60]!r}, which this version does not know: "
+                "a newer version of offramp wrote it.",
                 "Install that version, or make the files again with this one.",
-            )
-        for name, value in entries.items():
-            kind = ENTRIES[name]
-            if not isinstance(value, (int, float) if kind is float else kind):
-                raise ValueError(f"{name} is {value!r:.60}")
-        return policy_from_json(entries)
-    except AdapterError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            ) from error
         said = error.problem if isinstance(error, OfframpError) else str(error)
         raise AdapterError(f"The policy in {where} is damaged: {said}.", _RESTORE) from error
 
@@ -96,13 +90,11 @@ def read_exits(folder: str | Path) -> ExitFiles:
     if not (folder / "adapter.json").is_file():
         raise AdapterError(f"{folder} holds no adapter (adapter.json is missing).", _RESTORE)
     try:
-        config: dict[str, Any] = dict(read_json(folder / "adapter.json"))
-        files = dict(config.get("files") or {})
-        depths = [int(depth) for depth in config["depths"]]
-        dict(dict(config["backbone"]).get("fingerprint") or {})
-    except (KeyError, TypeError, ValueError) as error:
+        config, said = schema.read(folder / "adapter.json", schema.Adapter)
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{folder / 'adapter.json'} is damaged: {error}.", _RESTORE) from error
-    known_policy(config.get("policy"), folder / "adapter.json")
+    files, depths = said.files or {}, said.depths
+    known_policy(config["policy"], folder / "adapter.json")
     for name, digest in files.items():
         if name.endswith(".safetensors") and digest_file(folder / name) != digest:
             raise AdapterError(f"{folder / name} is not the file that was saved.", _RESTORE)

@@ -8,14 +8,14 @@ It counts for the exits that it was made with, which it names by their file's SH
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from offramp.core.errors import DataError, InputError, printable
-from offramp.core.storage import digest_rows, read_json, write_json
+from offramp.core.storage import digest_rows, read_json, schema, write_json
+from offramp.core.storage.schema import Amount, Count
 
 CERTIFICATE = "certificate.json"
 ROWS = (2, 4, 8, 16, 32)
@@ -64,12 +64,12 @@ class PathResult:
     path: str
     against: str
     promised: bool
-    answers: int = 0
-    answers_differ: int = 0
-    tokens: int = 0
-    tokens_differ: int = 0
-    logits_apart: float | None = None
-    scores_apart: float | None = None
+    answers: Count = 0
+    answers_differ: Count = 0
+    tokens: Count = 0
+    tokens_differ: Count = 0
+    logits_apart: Amount | None = None
+    scores_apart: Amount | None = None
     refused: str | None = None
     declined: bool = False
 
@@ -102,8 +102,8 @@ class Run:
     backbone: str
     policy: str
     thresholds: str
-    prompts: int
-    longest: int
+    prompts: Count
+    longest: Count
     paths: Sequence[PathResult]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -172,33 +172,10 @@ class Certificate:
         try:
             if content["digest"] != digest_rows(content["runs"]):
                 raise ValueError("its digest does not fit")
-            return cls([_run(run) for run in content["runs"]])
-        except (TypeError, KeyError, ValueError, RecursionError) as error:
+            return cls(schema.shaped(content["runs"], list[Run]))
+        except (TypeError, KeyError, ValueError) as error:
             said = str(error) if isinstance(error, ValueError) else "an entry is missing, or odd"
             raise DataError(f"{path} is no certificate: {said.rstrip('.')}.", _AGAIN) from error
-
-
-def _run(value: Any) -> Run:
-    paths = [_filled(PathResult, path) for path in value["paths"]]
-    run: Run = _filled(Run, {**value, "paths": []})
-    return replace(run, paths=paths)
-
-
-def _filled(kind: type[Any], value: Mapping[str, Any]) -> Any:
-    """An instance of a dataclass of these values, each of its field's type."""
-    given = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        if name == "declined" and name not in value:  # of an earlier version
-            continue
-        given[name] = value[name]
-        odd = isinstance(given[name], bool) and hint is not bool
-        if odd or not isinstance(given[name], _KINDS.get(typing.get_origin(hint), hint)):
-            raise ValueError(f"{name!r} is a {type(given[name]).__name__}")
-    return kind(**given)
-
-
-_KINDS: dict[Any, Any] = {Sequence: list, Mapping: dict}
-"""What JSON has in place of a type."""
 
 
 # -- for people ------------------------------------------------------------------------------------

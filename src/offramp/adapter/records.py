@@ -29,36 +29,15 @@ from offramp.core.save_and_load import (
     write_config,
     write_exits,
 )
-from offramp.core.save_and_load.config import CONFIG, NUMBER, RESTORE, AdapterConfig, Entries, brief
-from offramp.core.storage import atomic_folder, read_json, write_json
+from offramp.core.save_and_load.config import RESTORE, AdapterConfig
+from offramp.core.storage import atomic_folder, read_json, schema, write_json
+from offramp.core.storage.json_text import read_bytes
 
 CARD = "README.md"
+LARGEST_ATTEMPTS = 2**26
+"""Bytes of the largest attempts.json that is read."""
 log = logging.getLogger(__name__)
 _OWNED = (CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS, CERTIFICATE)
-_CALIBRATION: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("risk", "method", "unit", "data_digest"), (str,)),
-    **dict.fromkeys(("target", "confidence", "measured", "bound", "level"), NUMBER),
-    **dict.fromkeys(("n", "answers", "attempt"), (int,)),
-    **dict.fromkeys(("conditions", "likeness", "watched", "qualities"), (dict,)),
-    "kinds": (list,),
-    "largest": (int,),
-}
-"""Kinds of the entries of a guarantee that are read and not only shown."""
-_CONDITIONS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("dtype", "quantized", "engine", "kernels", "device"), (str,)),
-    **dict.fromkeys(("sampling", "template", "score", "kv"), (str,)),
-    **dict.fromkeys(("tokens", "exits", "parameters", "autocast", "matmul"), (str,)),
-    "pixels": (dict,),
-    "any_prompt": (bool,),
-    **dict.fromkeys(("exit_in_prefill", "shortlist"), (bool,)),
-    **dict.fromkeys(("thresholds", "first", "gates", "weights"), (dict,)),
-    "visual_keep": NUMBER,
-    "visual_ranking": (str,),
-    "longest": (int,),
-    "prompts": (list,),
-}
-
-
 @dataclass(kw_only=True)
 class Records:
     """Records that are stored beside exits.
@@ -122,17 +101,14 @@ def _entries(parts: AdapterParts) -> dict[str, Any]:
 
 
 def read_records(config: AdapterConfig) -> Records:
-    """Return what an adapter.json that is read says of its exits.
-
-    Raises:
-        AdapterError: an entry is damaged.
-    """
-    said = Entries(config.folder / CONFIG, config.raw)
+    """Return what an adapter.json that is read says of its exits."""
+    said = config.raw
+    elsewhere = said.get("elsewhere") or {}
     return Records(
         provenance=dict(config.provenance),
-        metrics=_metrics(said),
-        calibration=_calibration(said, "calibration"),
-        elsewhere=_elsewhere(said),
+        metrics={name: value for name, value in said["metrics"].items() if value is not None},
+        calibration=said.get("calibration"),
+        elsewhere={name: found for name, found in elsewhere.items() if found is not None},
     )
 
 
@@ -159,124 +135,31 @@ def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
     return AdapterParts(exits=exits, policy=config.policy, **vars(known))
 
 
-def _elsewhere(config: Entries) -> dict[str, dict[str, Any]]:
-    """What is guaranteed in other engines, by their names."""
-    if config.optional("elsewhere") is None:
-        return {}
-    told = config.part("elsewhere")
-    found = {name: _calibration(told, name) for name in told.values}
-    return {name: calibration for name, calibration in found.items() if calibration is not None}
-
-
-def _calibration(config: Entries, name: str) -> dict[str, Any] | None:
-    """What is guaranteed; an adapter of an earlier version may say less, or null."""
-    if config.optional(name) is None:
-        return None
-    said = config.part(name)
-    said.check_kinds(_CALIBRATION)
-    _check_claim(said)
-    if said.optional("conditions") is not None:
-        then = said.part("conditions")
-        then.check_kinds(_CONDITIONS)
-        for name in ("thresholds", "first", "gates", "weights"):
-            if then.optional(name) is not None:
-                then.part(name).check_numbers()
-        frames = then.values.get("prompts") or []
-        if not all(
-            isinstance(f, list) and f and all(isinstance(t, str) for t in f) for f in frames
-        ):
-            then.fail(f"'{then.where}prompts' is {brief(frames)}")
-    return dict(said.values)
-
-
-def _check_claim(said: Entries) -> None:
-    """Check that a guarantee's numbers are possible, and its measured risk within its bound."""
-    values = said.values
-    for name in ("target", "confidence", "level"):
-        if values.get(name) is not None and not 0 <= values[name] <= 1:
-            said.fail(f"{said.where + name!r} is {brief(values[name])}")
-    for name in ("n", "answers", "attempt"):
-        if values.get(name) is not None and values[name] < 0:
-            said.fail(f"{said.where + name!r} is {brief(values[name])}")
-    target = values.get("target")
-    for name in () if values.get("reason") or target is None else ("measured", "bound"):
-        if values.get(name) is not None and not values[name] <= target:
-            said.fail(f"{said.where + name!r} is {brief(values[name])}, above the target {target}")
-
-
-def _metrics(config: Entries) -> dict[str, Any]:
-    """What training measured: agreement by depth, and how often drafts were right."""
-    said = config.part("metrics")
-    for name in ("agreement", "drafting"):
-        if said.optional(name) is None:
-            continue
-        rows = said.part(name)
-        if name == "agreement":
-            rows.check_numbers()
-            continue
-        for depth in rows.values:
-            found = rows.part(depth)
-            found.get("first_draft", *NUMBER)
-            shares = found.get("acceptance", list)
-            if not all(type(share) in NUMBER for share in shares):
-                found.fail(f"'{found.where}acceptance' is {brief(shares)}")
-    return {name: value for name, value in said.values.items() if value is not None}
-
-
 def _load_seen(config: AdapterConfig) -> dict[str, list[str]]:
     """What `seen.json` holds; nothing in an adapter from before there was one."""
-    path = config.folder / SEEN
-    if not is_there(config, SEEN):
-        return {}
-    try:
-        seen = read_json(path, largest=LARGEST_SEEN)
-    except (DataError, StorageError) as error:
-        raise AdapterError(error.problem, RESTORE) from error
-    lists = list(seen.values()) if isinstance(seen, dict) else [None]
-    if not all(isinstance(d, list) and all(isinstance(x, str) for x in d) for d in lists):
-        raise AdapterError(f"{path} is damaged: it does not list digests by step.", RESTORE)
-    return dict(seen)
+    seen: dict[str, list[str]] = _load_list(config, SEEN, schema.Seen, LARGEST_SEEN) or {}
+    return seen
 
 
 def _load_attempts(config: AdapterConfig) -> list[dict[str, Any]]:
     """What `attempts.json` holds; nothing where none was made."""
-    path = config.folder / ATTEMPTS
-    if not is_there(config, ATTEMPTS):
-        return []
+    found = _load_list(config, ATTEMPTS, schema.Attempts, LARGEST_ATTEMPTS)
+    return [] if found is None else read_json(config.folder / ATTEMPTS)
+
+
+def _load_list(config: AdapterConfig, name: str, kind: Any, largest: int) -> Any:
+    """Return what a file lists, as a type of the schema; None where the adapter has no such
+    file."""
+    path = config.folder / name
+    if not is_there(config, name):
+        return None
     try:
-        attempts = read_json(path, largest=LARGEST_SEEN)
+        return schema.decoded(read_bytes(path, largest), kind)
     except (DataError, StorageError) as error:
         raise AdapterError(error.problem, RESTORE) from error
-    kinds = {"asked": str, "settings": dict, "number": int, "images": list, "path": list,
-             "outcome": dict}  # fmt: skip
-    # Since images are known by more than their names, and first looks have a test of their own.
-    later = {"members": list, "looked": int}
-    if not isinstance(attempts, list) or not all(
-        isinstance(attempt, dict)
-        and kinds.keys() <= attempt.keys() <= kinds.keys() | later.keys()
-        and all(isinstance(value, {**kinds, **later}[name]) for name, value in attempt.items())
-        and _is_counted(attempt)
-        for attempt in attempts
-    ):
-        raise AdapterError(f"{path} is damaged: it does not list attempts.", RESTORE)
-    return attempts
-
-
-def _is_counted(attempt: Mapping[str, Any]) -> bool:
-    """Whether an attempt has a number, names of images, and a path of thresholds by depth: with
-    others it would use no share of the error budget."""
-    names = [*attempt["images"], *attempt.get("members", ())]
-    return (
-        type(attempt["number"]) is int
-        and attempt["number"] > 0
-        and all(isinstance(name, str) for name in names)
-        and all(isinstance(point, dict) and _are_thresholds(point) for point in attempt["path"])
-    )
-
-
-def _are_thresholds(point: Mapping[str, Any]) -> bool:
-    depths = all(depth.isascii() and depth.isdigit() and len(depth) < 10 for depth in point)
-    return depths and all(type(t) in (int, float) and 0 <= t <= 1 for t in point.values())
+    except ValueError as error:
+        what = name.removesuffix(".json")
+        raise AdapterError(f"{path} is damaged, and lists no {what}: {error}.", RESTORE) from error
 
 
 def load_certificate(config: AdapterConfig) -> Certificate | None:

@@ -35,8 +35,9 @@ from offramp.common.provenance import processor
 from offramp.core.errors import InputError, OfframpError
 from offramp.core.inputs.example import Example
 from offramp.core.save_and_load import AdapterConfig, exits_digest
-from offramp.core.storage import digest_rows, read_json, write_json
+from offramp.core.storage import digest_rows, read_json, schema, write_json
 from offramp.core.storage.folders import cache_folder
+from offramp.core.storage.schema import Amount
 from offramp.engines import AUTO, LLAMA_CPP, TORCH, engine_named
 from offramp.features.towers import tower_engine
 from offramp.promises.conditions import Conditions, differences, of_backbone
@@ -79,8 +80,8 @@ class Timed:
 
     engine: str
     vision: str
-    load: float = 0.0
-    answer: float = 0.0
+    load: Amount = 0.0
+    answer: Amount = 0.0
     conditions: Mapping[str, Any] | None = None
     why: str = ""
 
@@ -189,10 +190,11 @@ def _here() -> list[Any]:
 def _read(file: Path) -> list[Timed] | None:
     """The earlier result; None: there is none that can be read."""
     try:
-        found = [Timed(**each) for each in read_json(file)["ways"]]
+        content = read_json(file, largest=schema.LARGEST, unique=True)
+        found: list[Timed] = schema.shaped(content, dict[str, list[Timed]])["ways"]
         able = [way for way in found if not way.why]
         return found if able and all(way.answer > 0 and way.conditions for way in able) else None
-    except (OfframpError, KeyError, TypeError, ValueError):
+    except (OfframpError, KeyError, ValueError):
         return None
 
 

@@ -11,21 +11,21 @@ vllm.json            layers of the backbone, the layer that each exit is a copy 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from offramp_vllm import schema
 from offramp_vllm.policy import Rule
 from offramp_vllm.refuse import Refused, check_policy
 
 ADAPTER, VLLM, EXITS, CHECKS = (
     "adapter.json", "vllm.json", "exits.safetensors", "checks.safetensors"
 )  # fmt: skip
+FORMATS = {ADAPTER: 1, VLLM: 2}
 DRAFTS = "drafts."
 """Names of what an exit of kind "drafting" drafts on with start so; early exit does not read it."""
-FORMATS = {ADAPTER: 1, VLLM: 2}
 _AGAIN = "Write it again: offramp export exits --to vllm --out FOLDER."
 
 
@@ -112,78 +112,80 @@ def read_exported(folder: str | Path) -> Exported:
             plug-in does not do.
     """
     folder = Path(folder)
-    adapter, more = _read(folder / ADAPTER), _read(folder / VLLM)
-    try:
-        return _exported(folder, adapter, more)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, Refused):
-            raise
-        what = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise Refused(f"{folder} is damaged ({what[:200]}).", _AGAIN) from error
+    plain, adapter = _read(folder / ADAPTER, schema.Adapter)
+    _, more = _read(folder / VLLM, schema.Vllm)
+    return _exported(folder, plain, adapter, more)
 
 
-def _exported(folder: Path, adapter: Mapping[str, Any], more: Mapping[str, Any]) -> Exported:
-    for name, digest in adapter["files"].items():
+def _exported(
+    folder: Path, plain: Mapping[str, Any], adapter: schema.Adapter, more: schema.Vllm
+) -> Exported:
+    if adapter.files is None:
+        raise Refused(f"{folder / ADAPTER} has no digests of its files.", _AGAIN)
+    for name, digest in adapter.files.items():
         if name in (EXITS, CHECKS) and _sha256(folder / name) != digest:
             raise Refused(f"{folder / name} is not the file that {ADAPTER} is of.", _AGAIN)
     digest = _sha256(folder / EXITS)
-    if more["exits"] != digest:
+    if more.exits != digest:
         raise Refused(f"{folder / VLLM} was written for other exits than {EXITS}.", _AGAIN)
-    policy = adapter["policy"]
-    check_policy(adapter.get("exit_kind", "layer"), policy)
-    depths = tuple(map(int, adapter["depths"]))
-    copied = tuple(int(more["copied"][str(depth)]) for depth in depths)
-    layers = int(more["layers"])
-    if not depths or sorted({*depths}) != [*depths] or not 0 < depths[0] <= depths[-1] < layers:
-        raise ValueError(f"depths {depths} of {layers} layers")
-    if not all(0 <= one < layers for one in copied):
-        raise ValueError(f"copies of layers {copied} of {layers}")
-    calibrations = [adapter.get("calibration"), *(adapter.get("elsewhere") or {}).values()]
+    policy = plain["policy"]
+    check_policy(adapter.exit_kind, policy)
+    depths, layers = tuple(adapter.depths), more.layers
+    copied = tuple(more.copied.get(str(depth), layers) for depth in depths)
+    if depths[-1] >= layers or max(copied) >= layers:
+        _refuse(folder / VLLM, f"depths {depths}, copies of {copied}, of {layers} layers")
+    standing = {*map(str, depths)}
+    named = [*policy["thresholds"], *policy.get("first", {})]
+    if not standing.issuperset(named):
+        _refuse(folder / ADAPTER, f"thresholds at {named[:8]}, exits at {depths}")
+    calibrations = [plain.get("calibration"), *(plain.get("elsewhere") or {}).values()]
     return Exported(
         folder=folder,
         layers=layers,
         depths=depths,
         copied=copied,
-        rule=Rule.of(policy, depths, first=bool(more["first_may_exit"])),
+        rule=Rule.of(policy, depths, first=more.first_may_exit),
         policy=policy,
-        shortlist=bool(policy.get("shortlist")),
+        shortlist=adapter.policy.shortlist,
         calibrations=tuple(dict(one) for one in calibrations if one),
-        checked=tuple(map(_checked, more["checked"])),
-        dtype=str(more["dtype"]),
-        sample=_sample(more["sampled"], adapter["backbone"]["fingerprint"]["weights"]),
+        checked=tuple(_checked(one) for one in more.checked),
+        dtype=more.dtype,
+        sample=_sample(folder / VLLM, more.sampled, adapter.backbone.fingerprint.weights),
         digest=digest,
     )
 
 
-def _checked(one: Mapping[str, Any]) -> Checked:
-    ids = {name: [*map(int, one[name])] for name in ("prompt", "tokens", "depths", "full")}
-    image = one.get("image")
-    if not all(ids.values()) or len(ids["tokens"]) != len(ids["depths"]):
-        raise ValueError("an answer to check that is empty, or without depths")
-    return Checked(**ids, image=None if image is None else Path(image).name)
+def _checked(one: schema.Checked) -> Checked:
+    image = None if one.image is None else Path(one.image).name
+    return Checked(one.prompt, one.tokens, one.depths, one.full, image)
 
 
-def _sample(names: Mapping[str, int], values: Sequence[int]) -> dict[str, Sequence[int]]:
+def _sample(
+    path: Path, names: Mapping[str, int], values: Sequence[int]
+) -> dict[str, Sequence[int]]:
     """The backbone's fingerprint by names of tensors; `names` has how many values each gave."""
     found, at = {}, 0
     for name, count in names.items():
-        found[name], at = [*map(int, values[at : at + count])], at + count
+        found[name], at = values[at : at + count], at + count
     if at > len(values):
-        raise ValueError("a fingerprint that is too short")
+        _refuse(path, f"names of {at} values, of which {ADAPTER} has {len(values)}")
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: Any) -> tuple[dict[str, Any], Any]:
+    """A file's entries, plain and as a type of the schema."""
+    if not path.is_file():
+        raise Refused(f"{path} is missing.", _AGAIN)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise Refused(f"{path} is missing.", _AGAIN) from error
+        return schema.read(path, kind)
     except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read: {error}.", _AGAIN) from error
-    known = FORMATS[path.name]
-    if not isinstance(found, dict) or found.get("format") != known:
-        raise Refused(f"{path} is not of format {known}, which this version reads.", _AGAIN)
-    return found
+        other = f"is not of format {FORMATS[path.name]}, which this version reads"
+        what = other if "'format'" in str(error) else f"is damaged: {error}"
+        raise Refused(f"{path} {what}.", _AGAIN) from error
+
+
+def _refuse(path: Path, problem: str) -> NoReturn:
+    raise Refused(f"{path} is damaged: {problem}.", _AGAIN)
 
 
 def _sha256(path: Path) -> str:

@@ -351,16 +351,8 @@ class GenerationOutput:
         return float(ran.float().mean()) if ran.numel() else 0.0
 
 
-ENTRIES: Mapping[str, type] = {
-    "thresholds": dict, "score": str, "kv": str, "exit_in_prefill": bool, "lossless": bool,
-    "max_draft": int, "drafts": dict, "shortlist": bool, "first": dict, "visual_keep": float,
-    "visual_ranking": str, "trust": float, **dict.fromkeys(RETIRED, dict),
-}  # fmt: skip
-"""What a policy in a file may hold, by type; dict: numbers by depth, as text."""
-
-
 def policy_entries(policy: ExitPolicy) -> dict[str, Any]:
-    """Return all `ENTRIES` of a policy, as JSON."""
+    """Return all entries of a policy, as JSON (`offramp.core.storage.schema.Policy`)."""
     return {
         "thresholds": Thresholds(policy.thresholds).to_json(),
         "score": policy.score,

@@ -61,8 +61,8 @@ DISCRIMINATORS = "discriminators.safetensors"
 """A file of earlier adapters that nothing reads."""
 UNCHECKED = "%s holds no digests: its files are unchecked, whoever changed them."
 log = logging.getLogger(__name__)
-LARGEST_SEEN = 2**30
-"""Bytes of the largest seen.json that is read: 50 million images."""
+LARGEST_SEEN = 2**28
+"""Bytes of the largest seen.json that is read: 13 million images."""
 
 
 # -- saving -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.core.errors import DataError, StorageError
+from offramp.core.storage import schema
 from offramp.core.storage.exchange import exchange_folder
 from offramp.core.storage.json_text import check_plain, dumps, read_bytes, unreadable
 from offramp.core.storage.places import (
@@ -123,8 +124,8 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path, *, largest: int | None = None, unique: bool = False) -> Any:
     """Read a JSON file.
 
-    largest: bytes of the largest file that is read; None: any. unique: whether an object that has a
-    name twice is refused, of which the last would count.
+    largest: bytes of the largest file that is read; None: any. unique: whether numbers that are not
+    finite are refused, and an object that has a name twice, of which the last would count.
 
     Raises:
         DataError: the content is not JSON, nested too deeply, or too large.
@@ -132,23 +133,13 @@ def read_json(path: str | Path, *, largest: int | None = None, unique: bool = Fa
     """
     content = read_bytes(path, largest)
     try:
-        hook = _unique if unique else None
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=hook)
+        return schema.parse(content) if unique else json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         deep = isinstance(error, RecursionError)
         raise DataError(
             f"{path} is not valid JSON: {'it is nested too deeply' if deep else error}.",
             "Restore the file from a copy, or write it again with the command that made it.",
         ) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:60]!r} stands there twice")
-    return names
 
 
 def digest_file(path: str | Path) -> str:

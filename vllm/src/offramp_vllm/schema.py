@@ -1,0 +1,1 @@
+../../../src/offramp/core/storage/schema.py
