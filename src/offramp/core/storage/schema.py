@@ -242,12 +242,12 @@ class Decoding(Struct, forbid_unknown_fields=True, frozen=True):
 class Adapter(Struct, forbid_unknown_fields=True, frozen=True):
     """adapter.json. files: SHA-256 of the others by name. digest: of all other entries."""
 
+    format: Literal[1]
     backbone: Backbone
     depths: Annotated[list[Annotated[int, Meta(ge=1, lt=2**16)]], Meta(min_length=1)]
     policy: Policy
     metrics: Metrics
     provenance: dict[str, Any]
-    format: Literal[1] = 1
     exit_kind: str = "layer"
     checks: dict[str, Any] | None = None
     calibration: Calibration | None = None
