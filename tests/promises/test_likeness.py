@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from offramp.core.errors import DataError
 from offramp.data.scenes import tasks
 from offramp.promises.likeness import (
     AGE,
@@ -203,5 +204,9 @@ def test_what_is_kept_is_the_same_after_it_was_stored() -> None:
     made = Likeness.of([[0.5 + i / 1000] for i in range(400)], ["a", "b"] * 200)
     stored = json.loads(json.dumps(made.to_json()))
     assert Likeness.from_json(stored) == made
-    for odd in (None, {}, [], {"a": 3}, {"a": {"n": "x", "low": [1]}}, {"a": {"low": None}}):
-        assert Likeness.from_json(odd).kinds == {}  # type: ignore[arg-type]
+    for none in (None, {}):
+        assert Likeness.from_json(none).kinds == {}
+    for odd in ([], {"a": 3}, {"a": {"n": "x", "low": [1]}}, {"a": {"low": None}}):
+        with pytest.raises(DataError) as error:
+            Likeness.from_json(odd)  # type: ignore[arg-type]
+        assert len(str(error.value).splitlines()) == 2

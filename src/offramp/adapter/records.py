@@ -38,6 +38,8 @@ LARGEST_ATTEMPTS = 2**26
 """Bytes of the largest attempts.json that is read."""
 log = logging.getLogger(__name__)
 _OWNED = (CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS, CERTIFICATE)
+
+
 @dataclass(kw_only=True)
 class Records:
     """Records that are stored beside exits.

@@ -19,12 +19,12 @@ from offramp.adapter.adapter import Adapter
 from offramp.calibration.attempts import Attempt
 from offramp.core.errors import DataError, StorageError
 from offramp.core.models.backbone import Backbone
-from offramp.core.storage import digest_rows, read_json, write_json
+from offramp.core.storage import digest_rows, read_json, schema, write_json
 from offramp.core.storage.folders import check_writable, locked_folder
 
 log = logging.getLogger(__name__)
 
-_LARGEST = 2**30
+_LARGEST = 2**28
 """Bytes of the largest file that is read."""
 
 
@@ -77,9 +77,10 @@ def _read(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     try:
-        found = read_json(file, largest=_LARGEST)
+        found = read_json(file, largest=_LARGEST, unique=True)
+        schema.shaped(found, schema.Attempts)
         return [Attempt.from_json(value).to_json() for value in found]
-    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (DataError, ValueError) as error:
         raise DataError(
             f"{file} does not list attempts, so it is not known which were made.",
             "Restore the file; without it each adapter's attempts are counted alone.",

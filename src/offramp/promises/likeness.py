@@ -32,6 +32,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from offramp.core.errors import DataError
+from offramp.core.storage import schema
 from offramp.promises.betting import Restarts
 from offramp.promises.prompt_kinds import OTHER
 
@@ -276,17 +278,27 @@ class Likeness:
     @classmethod
     def from_json(cls, value: Mapping[str, Any] | None) -> Likeness:
         """Return what `to_json` gave, in this version or before, when each kind had its own looks:
-        the most of these are then those of all. Of anything else, one that knows no kind."""
-        with suppress(TypeError, ValueError, KeyError, AttributeError):
-            given = dict(value or {})
-            is_new = "n" not in given.get("kinds", {"n": 0})
-            kinds = given["kinds"] if is_new else given
-            looks = [given["looks"]] if is_new and given.get("looks") else []
-            looks += [] if is_new else [kept["looks"] for kept in kinds.values() if "looks" in kept]
-            most = max(looks, key=lambda look: look["n"], default=None)
-            kept = {str(kind): Kept.from_json(one) for kind, one in kinds.items()}
-            return cls(kept, Looks.from_json(most) if most else None)
-        return cls({})
+        the most of these are then those of all. Of None, one that knows no kind.
+
+        Raises:
+            DataError: it is anything else.
+        """
+        if value is None:
+            return cls({})
+        try:
+            told = schema.likeness_of(value)
+        except ValueError as error:
+            raise DataError(
+                f"What calibrated answers were like is damaged: {error}.",
+                "Restore the file that it is from, or calibrate again.",
+            ) from error
+        if isinstance(told, schema.Likeness):
+            kinds, looks = value["kinds"], [value["looks"]] if told.looks else []
+        else:
+            kinds, looks = value, [kept["looks"] for kept in value.values() if kept.get("looks")]
+        most = max(looks, key=lambda look: int(look["n"]), default=None)
+        kept = {kind: Kept.from_json(one) for kind, one in kinds.items()}
+        return cls(kept, None if most is None else Looks.from_json(most))
 
 
 class Alarm:

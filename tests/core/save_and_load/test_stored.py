@@ -6,6 +6,7 @@ is the schema alone that can refuse it. In core and in vLLM's plug-in, which rea
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -140,7 +141,9 @@ WAY: dict[Place, tuple[Any, ...]] = {
     ("ways", 0, "engine"): (*NOT_A_TEXT, None),
     ("ways", 0, "conditions"): NOT_AN_OBJECT,
 }
-TEXTS = (b"", b"\x00" * 99, b"null", b"3", b'"x"', b"[" * 10**5, b"\xff\xfe", b'{"a": 1e999}', b"{}")
+TEXTS = (
+    b"", b"\x00" * 99, b"null", b"3", b'"x"', b"[" * 10**5, b"\xff\xfe", b'{"a": 1e999}', b"{}"
+)  # fmt: skip
 
 
 def damaged(whole: Any, places: dict[Place, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
@@ -176,10 +179,8 @@ def texts(content: bytes) -> Iterator[tuple[str, bytes]]:
 
 def signed(config: dict[str, Any]) -> bytes:
     """adapter.json with a digest, where one can be made of it."""
-    try:
+    with contextlib.suppress(OfframpError):  # NaN, or half a surrogate pair
         config = sealed(config)
-    except OfframpError:  # NaN, or half a surrogate pair
-        pass
     return json.dumps(config).encode()
 
 

@@ -123,12 +123,12 @@ KindsLikeness = Annotated[dict[str, KindLikeness], Meta(max_length=2**10)]
 """The same as earlier versions write it: each kind has looks of its own."""
 
 
-def likeness_of(value: dict[str, Any]) -> Any:
+def likeness_of(value: Any) -> Any:
     """Return a `Likeness`, or a `KindsLikeness` of earlier versions. Raise `ValueError` where it is
     neither."""
-    kinds = value.get("kinds")
-    return shaped(value, Likeness if isinstance(kinds, dict) and "n" not in kinds else
-                  KindsLikeness)  # fmt: skip
+    kinds = value.get("kinds") if isinstance(value, dict) else None
+    now = isinstance(kinds, dict) and "n" not in kinds
+    return shaped(value, Likeness if now else KindsLikeness)
 
 
 class Conditions(Struct, frozen=True):
