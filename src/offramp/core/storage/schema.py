@@ -1,4 +1,4 @@
-"""What stored files hold, as types: numbers with their ranges, lists with their longest lengths.
+"""Stored files as types: numbers with their ranges, lists with their longest lengths.
 
 The one place where adapter.json, vllm.json and attempts.json are described. It imports nothing of
 offramp, so that the plug-in of vLLM, whose wheel has a copy, reads by the same types.
@@ -107,13 +107,13 @@ class Looks(Kept, frozen=True):
 
 
 class KindLikeness(Kept, frozen=True):
-    """What calibrated answers to one kind of prompt were like, with looks of their images."""
+    """Calibrated answers to one kind of prompt, with looks of their images."""
 
     looks: Looks | None = None
 
 
 class Likeness(Struct, forbid_unknown_fields=True, frozen=True):
-    """What calibrated answers were like by kind of prompt, and how all their images look."""
+    """Calibrated answers by kind of prompt, and looks of all their images."""
 
     kinds: Annotated[dict[str, Kept], Meta(max_length=2**10)]
     looks: Looks | None = None
@@ -165,14 +165,14 @@ class Conditions(Struct, frozen=True):
 
 
 class Watched(Struct, frozen=True):
-    """What is watched in place of a risk that needs right answers."""
+    """A risk that is watched in place of one that needs right answers."""
 
     risk: str
     targets: dict[str, Target]
 
 
 class Kind(Struct, frozen=True):
-    """What was found of one kind of prompt."""
+    """Findings of one kind of prompt."""
 
     kind: str | None = None
     target: Target | None = None
@@ -215,21 +215,21 @@ class Calibration(Struct, frozen=True):
 
 
 class Drafting(Struct, frozen=True):
-    """How often drafts of an exit were right: the first of a round, and each after right ones."""
+    """Shares of drafts that were right: the first of a round, and each after right ones."""
 
     first_draft: Share
     acceptance: list[Share]
 
 
 class Metrics(Struct, frozen=True):
-    """What training measured, by depth."""
+    """Measurements of training, by depth."""
 
     agreement: dict[str, Share] | None = None
     drafting: dict[str, Drafting] | None = None
 
 
 class Decoding(Struct, forbid_unknown_fields=True, frozen=True):
-    """What decoding showed of a backbone without tests of its own (`Backbone.learn`)."""
+    """Findings of decoding on a backbone without tests of its own (`Backbone.learn`)."""
 
     causal_prompt: bool = False
     in_parts: bool = False
