@@ -21,7 +21,7 @@ from offramp.adapter.answers import Answer, answers_of, generate_answers
 from offramp.adapter.model_card import model_card
 from offramp.calibration import calibrate as module
 from offramp.calibration.attempts import Draws, images_of, merged
-from offramp.calibration.calibrate import Calibration, calibrate, calibrated
+from offramp.calibration.calibrate import calibrate, calibrated
 from offramp.calibration.cost_model import Costs
 from offramp.calibration.risk_control import upper_bound
 from offramp.calibration.risk_functions import RISKS, Judged
@@ -32,6 +32,7 @@ from offramp.calibration.threshold_evaluator import (
     split_images,
 )
 from offramp.calibration.threshold_search import LIMIT, candidates, pareto_path
+from offramp.calibration.trial import Calibration
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.errors import DataError, InputError
 from offramp.core.inputs.example import Example

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import fakes
-import families
 import numpy as np
 import pytest
 import torch
+from guessing import OPTIONS, adapter, encoder
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
@@ -20,32 +19,9 @@ from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.trust_path import LEVELS, TrustPath, trusting
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.errors import InputError
-from offramp.core.models.backbone import Backbone
-from offramp.core.models.exits import Exits
-from offramp.features.input_processor import InputProcessor
 
-OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 GRID = (0.05, 0.02, 0.01, 0.005, 0.002, 0.0)
 KINDS = ("layer", "drafting")
-
-
-@cache
-def encoder() -> InputProcessor:
-    model = families.build("blip2-opt", wide=2.0)
-    ends = [families.EOS, *range(10, families.VOCABULARY, 3)]  # untrained models soon say one
-    model.language_model.generation_config.eos_token_id = ends
-    return InputProcessor(Backbone(model), fakes.Blip2FakeProcessor("blip2-opt"))
-
-
-@cache
-def adapter(kind: str) -> Adapter:
-    """Exits that often agree with the full model, and often do not."""
-    exits = Exits(encoder().backbone, (4,), kind=kind)
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in exits.parameters():
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=draw))
-    return Adapter(encoder().backbone, exits.requires_grad_(False), seen={"train": []})
 
 
 def path(kind: str) -> TrustPath:

@@ -74,7 +74,7 @@ class TrustPath(ThresholdEvaluator):
         if samples(adapter.backbone, options) or policy.drafter is not None:
             raise InputError(
                 "Only greedy drafts whose probabilities are known can be taken unverified.",
-                "Calibrate greedy answers of exits that draft, or thresholds: --by thresholds.",
+                "Calibrate greedy answers of exits that draft, or a policy without trust.",
             )
         model, rows = (adapter, batch_size) if runtime is None else (runtime, runtime.rows)
 

@@ -29,11 +29,12 @@ from offramp.adapter.answers import Answer, generate_answers
 from offramp.adapter.shipped import TINY
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import UNITS, Draws, ImageRows, images_of
-from offramp.calibration.calibrate import GRID, Calibration, calibrate
+from offramp.calibration.calibrate import GRID, calibrate
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import control, p_value
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
+from offramp.calibration.trial import Calibration
 from offramp.cli import demo
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.inputs.example import Example

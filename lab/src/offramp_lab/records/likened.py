@@ -25,9 +25,9 @@ from offramp.adapter.model_card import model_card
 from offramp.adapter.records import AdapterParts
 from offramp.adapter.shipped import shipped_exits
 from offramp.calibration.attempts import Draws, images_of
-from offramp.calibration.calibrate import CONSISTENCY
 from offramp.calibration.risk_control import upper_bound
 from offramp.calibration.risk_functions import RISKS
+from offramp.calibration.trial import CONSISTENCY
 from offramp.cli import demo
 from offramp.common.progress import progress
 from offramp.core.inputs.example import Example, examples_digest

@@ -109,10 +109,9 @@ def _policy_options(group: Any) -> None:
     from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS, SCORES
 
     scores = (*SCORES, *FEATURE_SCORES, *HEADS, *offered("scores"))
-    name_option(group, "--score", scores, "confidence score", shown="the adapter's")
     name_option(
-        group, "--by", ("trust", "thresholds"), "what tells which tokens stand",
-        shown="trust, where exits draft on",
+        group, "--score", scores, "confidence score of thresholds, which are then calibrated and "
+        "not trust", shown="the adapter's",
     )  # fmt: skip
     group.add_argument(
         "--thresholds", type=share, nargs="+", metavar="X",
@@ -122,7 +121,8 @@ def _policy_options(group: Any) -> None:
     group.add_argument(
         "--first-threshold", type=lambda text: text if text == "auto" else share(text), metavar="X",
         help="threshold of its own for an answer's first token, whose prompt then waits at its "
-        "exit; auto: searched, on 30%% of the images (default: the adapter's)",
+        "exit; auto: searched, on 30%% of the images; thresholds are then calibrated, and not "
+        "trust (default: the adapter's)",
     )  # fmt: skip
 
 
@@ -160,12 +160,11 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     """Find thresholds as `asked`, store them in `out`, and show them."""
     from dataclasses import replace
 
-    from offramp.calibration.calibrate import calibrate
     from offramp.calibration.ledger import note_attempts, with_ledger
     from offramp.calibration.profiler import measure_costs
     from offramp.calibration.replay import can_replay
     from offramp.calibration.risk_functions import RISKS
-    from offramp.calibration.trust_path import NOTHING
+    from offramp.calibration.ways import by_trust, fastest
     from offramp.common.progress import progress
     from offramp.data.datasets import read_examples
 
@@ -180,11 +179,13 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
         items = unseen_items(items, adapter, ("train",))
     examples = [item.example for item in items]
     _say_worth(examples, asked)
-    score = arguments.score or adapter.policy.score
-    policy = replace(adapter.policy, thresholds={}, lossless=False, score=score, trust=None)
-    by_thresholds = arguments.score or arguments.first_threshold or not adapter.exits.draft_on
-    if (arguments.by or ("thresholds" if by_thresholds else "trust")) == "trust":
-        policy = replace(policy, trust=NOTHING)
+    options = {"max_new_tokens": arguments.max_new_tokens}
+    policy = None
+    if not (arguments.score or arguments.first_threshold):  # which say nothing to trust
+        policy = by_trust(adapter, **options)
+    if policy is None:
+        score = arguments.score or adapter.policy.score
+        policy = replace(adapter.policy, thresholds={}, lossless=False, score=score, trust=None)
     costs = None
     if runtime is None and policy.trust is None and can_replay(policy):  # an answer at a time
         costs = measure_costs(
@@ -193,7 +194,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
         )  # fmt: skip
     _say_how_long(runtime or adapter, encoder, examples, policy, arguments)
     with with_ledger(adapter) as adapter:
-        calibration = calibrate(
+        calibration = fastest(
             adapter,
             encoder,
             items,
@@ -204,8 +205,8 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
             first=arguments.first_threshold,
             frequencies=others,
             batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
             progress=lambda path: progress(path, "calibrate"),
+            **options,
             **asked,
         )
         found = calibration.to_json()
@@ -216,7 +217,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
             error.result = found  # it took long to find
             raise
     show_result(found, _table(calibration), as_json=arguments.json)
-    if calibration.reason and not arguments.write:
+    if not _is_stored(calibration, arguments):
         how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
         say_next(f"offramp draft {arguments.adapter}{how}")
         return
@@ -284,7 +285,7 @@ def _store(
     from offramp.calibration.calibrate import calibrated, with_attempts
 
     source = Path(arguments.adapter) if Path(arguments.adapter).is_dir() else None
-    written = not calibration.reason or arguments.write
+    written = _is_stored(calibration, arguments)
     if written:
         calibrated(adapter, calibration, examples).save(out)
         log.info("Written to %s.", out)
@@ -301,13 +302,14 @@ def _store(
     log.info("The adapter's thresholds stay as they were; the attempt is recorded in %s.", folder)
 
 
-def _by(policy: Any) -> str:
-    trust = policy.trust
-    return f"Thresholds: {policy.thresholds}" if trust is None else f"Trust: {trust:g}"
+def _is_stored(calibration: Any, arguments: argparse.Namespace) -> bool:
+    """Whether what was found is written: not where nothing is faster at what was asked."""
+    return bool(not calibration.reason or calibration.policy.lossless or arguments.write)
 
 
 def _table(calibration: Any) -> str:
     """The end of the path, and the guarantee, as a person reads them on a terminal."""
+    from offramp.calibration.ways import way_of
     from offramp.promises.guarantee import SCALES, risk_words, target_words
     from offramp.promises.likeness import LIKE
 
@@ -316,8 +318,8 @@ def _table(calibration: Any) -> str:
         shown = ", ".join(f"{d}: {t:g}" for d, t in point.thresholds.items())
         took = "" if point.seconds is None else f"{point.seconds * 1e6:.0f}"
         points.append(f"{shown:<32}{point.risk:>10.4f}{point.bound:>10.4f}{took:>10}")
-    of = "thresholds" if calibration.policy.trust is None else "trust"
-    lines = [f"{of:<32}{'risk':>10}{'at most':>10}{'us/token':>10}", *few(points, 5), ""]
+    name, setting = way_of(calibration.policy)
+    lines = [f"{name:<32}{'risk':>10}{'at most':>10}{'us/token':>10}", *few(points, 5), ""]
     if calibration.attempt > 1 and calibration.path:
         lines.append(
             f"This is attempt {calibration.attempt} on these images, so it is tested at a "
@@ -353,6 +355,20 @@ def _table(calibration: Any) -> str:
             f"{target_words(calibration.risk, calibration.target, own_targets)} {LIKE} "
             f"(measured {SCALES.get(calibration.risk, 1) * calibration.measured:.4f} on "
             f"{calibration.n} images{groups}, {calibration.answers} answers){faster}. "
-            f"{_by(calibration.policy)}{first}."
+            f"{name.capitalize()}: {setting}{first}."
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_compared(calibration)])
+
+
+def _compared(calibration: Any) -> list[str]:
+    """All ways that were compared, and in a sentence which is fastest."""
+    from offramp.calibration.ways import compared
+
+    if not calibration.ways:
+        return []
+    rows = ["", f"{'way':<12}{'setting':<32}{'speed':>8}{'risk':>10}"]
+    for way in sorted(calibration.ways, key=lambda way: way.times):
+        risk = "none" if way.risk is None else f"{way.risk:.4f}"
+        untested = "" if way.risk is None or way.promised else f"  of {way.answers}, not tested"
+        rows.append(f"{way.name:<12}{way.setting:<32}{way.times:>7.2f}x{risk:>10}{untested}")
+    return [*rows, compared(calibration.ways)]
