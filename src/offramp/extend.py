@@ -5,15 +5,13 @@ A package registers when its module is imported, and names the module as an entr
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 _HOMES = {
     "DecoderEngine": "engines",
     "Exporter": "cli.exporting",
     "Family": "core.models.registry",
+    "Runtime": "adapter.runtime",
     "TextDrafts": "core.decoding.drafting",
     "WithoutPytorch": "cli.command_line",
     "register_backbone": "core.models.registry",

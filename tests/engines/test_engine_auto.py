@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from offramp.adapter.shipped import example_picture
 from offramp.core.errors import InputError
 from offramp.engines import AUTO, auto, loading
 from offramp.engines.auto import Timed, Way, fastest
-from offramp.engines.loading import load, settle
+from offramp.engines.loading import load
 
 HERE: dict[str, Any] = {
     "dtype": "float32", "quantized": "", "engine": "torch", "kernels": "plain", "vision": "torch",
@@ -44,6 +46,25 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(auto, "_timed", timed)
     return names
+
+
+OPEN = Way(AUTO, AUTO)
+
+
+def settle(name: str, asked: Way = OPEN, *, together: bool = False, **how: Any) -> Way:
+    """The way by which `load` opens a model, which is not opened."""
+    ways: list[Way] = []
+
+    def noted(found: Any, way: Way, *sizes: Any, **more: Any) -> Any:
+        ways.append(way)
+        return SimpleNamespace(adapter=SimpleNamespace(of_format=None))
+
+    engine, vision, gguf = asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_open", noted)
+        sequences = 2 if together else 1
+        load(name, engine=engine, vision=vision, gguf=gguf, sequences=sequences, **how)
+    return ways[-1]
 
 
 # -- which way -------------------------------------------------------------------------------------
@@ -167,8 +188,22 @@ def test_another_machine_version_or_model_is_measured_by_itself(
             patch.setattr(f"offramp.engines.auto.{change}", lambda *_: "another")
             settle("tiny-opt")
         assert len(measured) > count
+    for other in ({"dtype": "bfloat16"}, {"threads": 3}):
+        count = len(measured)
+        settle("tiny-opt", **other)
+        assert len(measured) > count
+
+
+def test_what_was_found_is_shown_and_forgotten_by_a_command(measured: list[str], run: Any) -> None:
+    settle("tiny-opt", threads=3)
+    code, out, err = run("env", "--json")
+    assert code == 0, err
+    [line] = json.loads(out)["engines"]
+    assert line.startswith("offramp/tiny-opt, threads 3: llama.cpp in f16") and "130" in line
+    assert run("env", "--forget-engines")[0] == 0
+    assert json.loads(run("env", "--json")[1])["engines"] == []
     count = len(measured)
-    settle("tiny-opt", dtype="bfloat16")
+    settle("tiny-opt", threads=3)
     assert len(measured) > count
 
 
@@ -216,12 +251,13 @@ def test_answers_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(auto, "_tower", lambda vision: "torch")
     picture = example_picture("tiny-opt")
     plain = load("tiny-opt", engine="torch").answer(picture, "Caption:", max_new_tokens=8)
-    engine, vision, gguf = settle("tiny-opt", together=True)
-    chosen = load("tiny-opt", engine=engine, vision=vision, gguf=gguf)
+    chosen = load("tiny-opt", sequences=2)
     assert chosen.answer(picture, "Caption:", max_new_tokens=8) == plain
     [file] = (tmp_path / "offramp" / "engines").iterdir()
-    ways = auto._read(file)
-    assert ways is not None and [way.engine for way in ways] == ["torch", "packed", "llama.cpp"]
+    found = auto._read(file)
+    assert found is not None
+    ways = found.ways
+    assert [way.engine for way in ways] == ["torch", "packed", "llama.cpp"]
     assert all(way.why or way.answer > 0 for way in ways)
 
 

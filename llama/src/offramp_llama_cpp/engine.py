@@ -49,9 +49,12 @@ def seeing(adapter: Any, folder: Any, threads: int) -> Any:
 
 
 def kernels_here() -> str:
-    """Return which kernels multiply on this processor, or why there are none."""
+    """Return which kernels multiply on this processor, or why there are none; compiles nothing."""
     from offramp_llama_cpp import kernels
+    from offramp_llama_cpp.native.compiling import reason_not_compiled
 
+    if why := reason_not_compiled("products"):
+        return f"own kernels: {why}"
     try:
         return f"multiplies by {kernels()}"
     except InputError as error:

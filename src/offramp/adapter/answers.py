@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from offramp.adapter.adapter import Adapter
+from offramp.adapter.runtime import Runtime
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
 from offramp.core.errors import DataError
@@ -28,25 +29,6 @@ from offramp.features.vision_cache import digest
 log = logging.getLogger(__name__)
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
-
-
-class Runtime(Protocol):
-    """An engine that generates for an adapter in PyTorch's place.
-
-    name: with what changes its answers, such as the number format. rows: most in one call.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def rows(self) -> int: ...
-
-    def generate(
-        self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any
-    ) -> GenerationOutput:
-        """Generate as `Adapter.generate` does."""
-        ...
 
 
 Model = Adapter | Runtime | Backbone

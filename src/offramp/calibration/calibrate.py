@@ -16,7 +16,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import Answer, Runtime
+from offramp.adapter.answers import Answer
+from offramp.adapter.runtime import Runtime
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import (
     Attempt,

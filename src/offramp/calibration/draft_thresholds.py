@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import Runtime
+from offramp.adapter.runtime import Runtime
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.core.errors import DataError
 from offramp.evaluation.timing import (

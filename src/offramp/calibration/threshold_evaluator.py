@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import Answer, Runtime, generate_answers
+from offramp.adapter.answers import Answer, generate_answers
+from offramp.adapter.runtime import Runtime
 from offramp.calibration.attempts import ImageRows, cluster_of
 from offramp.calibration.cost_model import Costs, token_seconds
 from offramp.calibration.replay import PolicyReplay, can_replay

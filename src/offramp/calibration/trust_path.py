@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import Answer, Runtime, generate_answers
+from offramp.adapter.answers import Answer, generate_answers
+from offramp.adapter.runtime import Runtime
 from offramp.calibration.risk_functions import Risk
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.calibration.threshold_search import Array

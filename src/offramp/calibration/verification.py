@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import GREEDY, Runtime
+from offramp.adapter.answers import GREEDY
 from offramp.adapter.certificate import PathResult, Run, Settings, finite
+from offramp.adapter.runtime import Runtime
 from offramp.calibration.trust_path import NOTHING
 from offramp.common.provenance import provenance
 from offramp.core.decoding.policy import (

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import Runtime
+from offramp.adapter.runtime import Runtime
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.calibrate import COARSE, calibrate, with_attempts
 from offramp.calibration.risk_functions import RISKS, Judged

@@ -37,13 +37,15 @@ from offramp.core.inputs.example import Example
 from offramp.core.save_and_load import AdapterConfig, exits_digest
 from offramp.core.storage import digest_rows, read_json, schema, write_json
 from offramp.core.storage.folders import cache_folder
-from offramp.core.storage.schema import Amount
+from offramp.core.storage.schema import Amount, Ordinal
 from offramp.engines import AUTO, LLAMA_CPP, TORCH, engine_named
 from offramp.features.towers import tower_engine
 from offramp.promises.conditions import Conditions, differences, of_backbone
 
 log = logging.getLogger(__name__)
 
+FOUND = "engines"
+"""The cache folder of what was measured."""
 COMPILED = "compiled"
 FEW, MANY = 50, 1000
 """Answers: for fewer nothing is measured; what is expected where nobody says how many."""
@@ -64,8 +66,6 @@ class Way(NamedTuple):
     gguf: str | Path | None = None
 
 
-OPEN = Way(AUTO, AUTO)
-"""Nothing is asked for: the fastest way."""
 Opens = Callable[[Way], Any]
 """Opens the model by a way, for answers as for timing."""
 
@@ -91,20 +91,31 @@ class Timed:
         return f"{self.engine}{f' in {FORMAT}' if self.engine == LLAMA_CPP else ''}{tower}"
 
 
+@dataclass(frozen=True)
+class Found:
+    """Measured ways of one model. backbone: its name. threads: of the decoder. ways: PyTorch
+    first."""
+
+    backbone: str
+    threads: Ordinal
+    ways: list[Timed]
+
+
 def settled(
     opened: Opens,
     config: AdapterConfig | None,
     asked: Way,
     *,
+    threads: int,
     answers: int | None = None,
     together: bool = False,
     **how: Any,
 ) -> Way:
     """Return the way to answer: as asked, or, of what is left to "auto", the fastest.
 
-    opened: opens the model by a way. config: of its exits; None: it has none. answers: how many
-    will be asked for; None: many. together: several at a time, which compiled code does not write.
-    how: of the backbone, as it is opened.
+    opened: opens the model by a way, to decode with so many threads. config: of its exits; None: it
+    has none. answers: how many will be asked for; None: many. together: several at a time, which
+    compiled code does not write. how: of the backbone, as it is opened.
     """
     engine, vision, gguf = asked
     tower = TORCH if vision == AUTO else vision
@@ -112,20 +123,21 @@ def settled(
         return Way(LLAMA_CPP if engine == AUTO else engine, tower, gguf)
     few = answers is not None and answers < FEW
     try:
-        cache = cache_folder("engines")
+        cache = cache_folder(FOUND)
     except RuntimeError:  # there is no home, so it would be measured each time
         return Way(TORCH, tower)
     if config is None or not _may_pay(config, how):
         return Way(TORCH, tower)
     model = _digest(config, how)
-    file = cache / f"{digest_rows([model, _here(), vision, together])[:32]}.json"
+    file = cache / f"{digest_rows([model, _here(), threads, vision, together])[:32]}.json"
     found = _read(file)
     if found is None and few:
         return Way(TORCH, tower)
     if found is None:
-        found = [*_measured(opened, config, model, vision, together)]
+        ways = [*_measured(opened, config, model, vision, together)]
+        found = Found(str(how.get("backbone", config.backbone)), threads, ways)
         _keep(file, found)
-    best, plain = fastest(found, calibrations(config), answers), found[0]
+    best, plain = fastest(found.ways, calibrations(config), answers), found.ways[0]
     if best is not plain:
         log.info(
             "engine: %s, %.0f CPU ms an answer, in PyTorch %.0f (--engine NAME for another)",
@@ -184,23 +196,50 @@ def _here() -> list[Any]:
     for package in versions:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return [versions, processor(), os.cpu_count(), torch.get_num_threads()]
+    return [versions, processor(), os.cpu_count()]
 
 
-def _read(file: Path) -> list[Timed] | None:
+def remembered() -> list[str]:
+    """Return a line on each model that was measured here: its fastest way, beside PyTorch."""
+    try:
+        files = sorted(cache_folder(FOUND).glob("*.json"))
+    except RuntimeError:
+        return []
+    lines = []
+    for found in filter(None, map(_read, files)):
+        best, plain = fastest(found.ways, ()), found.ways[0]
+        lines.append(
+            f"{found.backbone}, threads {found.threads}: {best.words}, "
+            f"{1e3 * best.answer:.0f} CPU ms an answer, in PyTorch {1e3 * plain.answer:.0f}"
+        )
+    return lines
+
+
+def forget() -> int:
+    """Forget what was measured, so that it is measured again; return of how many models."""
+    try:
+        files = [*cache_folder(FOUND).glob("*.json")]
+    except RuntimeError:
+        return 0
+    for file in files:
+        file.unlink(missing_ok=True)
+    return len(files)
+
+
+def _read(file: Path) -> Found | None:
     """The earlier result; None: there is none that can be read."""
     try:
         content = read_json(file, largest=schema.LARGEST, unique=True)
-        found: list[Timed] = schema.shaped(content, dict[str, list[Timed]])["ways"]
-        able = [way for way in found if not way.why]
+        found: Found = schema.shaped(content, Found)
+        able = [way for way in found.ways if not way.why]
         return found if able and all(way.answer > 0 and way.conditions for way in able) else None
-    except (OfframpError, KeyError, ValueError):
+    except (OfframpError, ValueError):
         return None
 
 
-def _keep(file: Path, found: Sequence[Timed]) -> None:
+def _keep(file: Path, found: Found) -> None:
     try:
-        write_json(file, {"ways": [asdict(way) for way in found]})
+        write_json(file, asdict(found))
     except OfframpError as error:
         log.info("%s It is measured again the next time.", error.problem)
 

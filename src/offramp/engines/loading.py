@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from offramp.core.models.hub import check_device, grey_example, grey_picture
 from offramp.core.save_and_load import AdapterConfig, read_config
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.engines import AUTO, TORCH, check_asked, engine_named
-from offramp.engines.auto import OPEN, Way, settled
+from offramp.engines.auto import Way, settled
 from offramp.features.input_processor import InputProcessor
 from offramp.features.shrink_on_load import with_shrink_on_load
 from offramp.features.towers import tower_engine, with_vision
@@ -167,10 +167,18 @@ def load(
     text = None if chat_template is None else _template_of(chat_template)
     found = _find(name, quantize=quantize, **how)
 
+    threads = threads or torch.get_num_threads()
+
     def opened(way: Way) -> Loaded:
         return _open(found, way, context, threads, sequences, keep_decoder=keep_decoder)
 
-    way = _settled(found, opened, Way(engine, vision, gguf), answers, together=sequences != 1)
+    given = {n: v for n, v in found.how.items() if v not in (None, False, AUTO)}
+    if found.config is not None and found.backbone != found.config.backbone:
+        given["backbone"] = found.backbone
+    way = settled(
+        opened, found.config, Way(engine, vision, gguf),
+        answers=answers, threads=threads, together=sequences != 1, **given,
+    )  # fmt: skip
     loaded = opened(way)
     kind = loaded.adapter.of_format
     if kind is not None and way.gguf is None and answers != 0:
@@ -181,15 +189,6 @@ def load(
     if text is None:
         return loaded
     return replace(loaded, processor=_with_template(loaded, text, str(chat_template)))
-
-
-def settle(
-    name: str, asked: Way = OPEN, *, answers: int | None = None, together: bool = False, **how: Any
-) -> Way:
-    """Return the way by which `load` answers; arguments as of `load`, and together: several answers
-    at the same time."""
-    found = _find(name, **how)
-    return _settled(found, partial(_open, found), asked, answers, together=together)
 
 
 @dataclass(frozen=True)
@@ -218,31 +217,17 @@ def _find(
     return _Named(name, config, backbone, {**how, "revision": revision})
 
 
-def _settled(
-    found: _Named,
-    opened: Callable[[Way], Loaded],
-    asked: Way,
-    answers: int | None,
-    *,
-    together: bool,
-) -> Way:
-    how = {n: v for n, v in found.how.items() if v not in (None, False, AUTO)}
-    if found.config is not None and found.backbone != found.config.backbone:
-        how["backbone"] = found.backbone
-    return settled(opened, found.config, asked, answers=answers, together=together, **how)
-
-
 def _open(
     found: _Named,
     way: Way,
-    context: int = 2048,
-    threads: int | None = None,
-    sequences: int | None = 1,
+    context: int,
+    threads: int,
+    sequences: int | None,
     *,
-    keep_decoder: bool = True,
+    keep_decoder: bool,
 ) -> Loaded:
     """Open a model by a way, for one answer or to be timed: the same object."""
-    engine, threads = engine_named(way.engine), threads or torch.get_num_threads()
+    engine = engine_named(way.engine)
     brought = engine.towers.get(way.vision)
     own = TORCH if brought is not None or way.vision == AUTO else way.vision
     backbone, processor = open_backbone(found.backbone, vision=own, **found.how)

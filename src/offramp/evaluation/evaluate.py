@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import GREEDY, Runtime, answers_of
+from offramp.adapter.answers import GREEDY, answers_of
+from offramp.adapter.runtime import Runtime
 from offramp.common.provenance import provenance
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput, policy_to_json
 from offramp.core.engine.generate import generate

@@ -17,7 +17,7 @@ from offramp.features.vision_cache import VisionCache
 from offramp.serving.core import EngineCore
 from offramp.serving.engine import Engine, Prepare, check_sizes
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.host import Runtime, is_runtime
+from offramp.serving.host import BatchRuntime, is_runtime
 from offramp.serving.image_reader import ImageReader
 from offramp.serving.request import Handle, Request
 from offramp.serving.serial import SerialCore
@@ -44,7 +44,7 @@ class BatchEngine(Engine):
 
     def __init__(
         self,
-        model: Adapter | Backbone | Runtime | SerialCore,
+        model: Adapter | Backbone | BatchRuntime | SerialCore,
         processor: InputProcessor | None = None,
         config: EngineConfig | None = None,
         *,
@@ -128,7 +128,7 @@ class BatchEngine(Engine):
         return inputs
 
 
-def _sizes(runtime: Runtime, config: EngineConfig | None) -> EngineConfig:
+def _sizes(runtime: BatchRuntime, config: EngineConfig | None) -> EngineConfig:
     """The sizes of an engine with a slot for each sequence of a runtime.
 
     Raises:

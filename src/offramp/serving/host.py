@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
+from offramp.adapter.runtime import Runtime
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.plan import Plan
 from offramp.core.decoding.policy import ExitPolicy
@@ -82,15 +83,11 @@ class Host(Protocol):
         ...
 
 
-class Runtime(Protocol):
-    """A model that decodes several answers at a time in PyTorch's place."""
+class BatchRuntime(Runtime, Protocol):
+    """A runtime whose rows are answers of a batch engine, each with a prompt and mode of its own.
+    """
 
     adapter: Adapter
-
-    @property
-    def rows(self) -> int:
-        """Return how many, at most."""
-        ...
 
     @property
     def context(self) -> int:
@@ -102,6 +99,6 @@ class Runtime(Protocol):
         ...
 
 
-def is_runtime(model: Any) -> TypeGuard[Runtime]:
+def is_runtime(model: Any) -> TypeGuard[BatchRuntime]:
     """Return True if a model is one, several at a time."""
     return hasattr(model, "host") and model.rows > 1

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.records import calibrations
@@ -63,7 +64,7 @@ def load_tiny(name: str, *, engine: str, vision: str, gguf: Path | None) -> Any:
 
 def found(model: str, ready: Callable[..., Any], config: Any) -> dict[str, Any]:
     """All ways with what stands against them, and the one that would be taken."""
-    ways = [*auto._measured(ready, config, model, AUTO, False)]
+    ways = [*auto._measured(lambda way: ready(**way._asdict()), config, model, AUTO, False)]
     best = auto.fastest(ways, calibrations(config))
     return {"chosen": best.words, "ways": [asdict(way) for way in ways]}
 
@@ -95,7 +96,11 @@ def main() -> None:
     arguments = asked(__doc__, data=True, photographs=60)
     configs = {name: read_config(shipped_exits(name) or name) for name in (PHOTO, OPT)}
     examples = halves(arguments.data)[1][: arguments.photographs]
-    told = paired(auto.settled(partial(load, PHOTO), configs[PHOTO], auto.OPEN), examples)
+    best = auto.settled(
+        lambda way: load(PHOTO, **way._asdict()), configs[PHOTO], auto.Way(AUTO, AUTO),
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    told = paired(best, examples)
     with tempfile.TemporaryDirectory() as folder:
         auto.__dict__["cache_folder"] = lambda name: Path(folder) / name  # files of this run alone
         rows = [

@@ -52,6 +52,16 @@ def compiled(
         return None
 
 
+def reason_not_compiled(name: str) -> str:
+    """Return why a file is not compiled yet, in words; empty where a library of it is kept."""
+    try:
+        if any(cache_folder("native").glob(f"{name}-*.so")):
+            return ""
+    except RuntimeError:  # there is no home
+        pass
+    return "compiled at first use" if _compiler() else "no C compiler was found"
+
+
 def _compiler() -> tuple[str, ...]:
     """CC as a shell reads it ("ccache gcc"); nothing where there is none."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 from importlib import metadata
@@ -14,6 +15,8 @@ from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
 from offramp.core.missing import has_pytorch, install_command
 from offramp.engines import all_engines
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
@@ -33,17 +36,29 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    """Add no options: the command has none of its own."""
+    """Add the one option of the command's own."""
+    parser.add_argument(
+        "--forget-engines",
+        action="store_true",
+        help="forget which engine was found to be the fastest for a model, and measure it again "
+        "when it is opened next",
+    )
 
 
 def _env(arguments: argparse.Namespace) -> None:
     from offramp.common.provenance import provenance
 
+    engines: list[str] = []
     gpus: dict[str, str] = {}
     torch_version = "not installed: what `offramp slice` wrote runs without it"
     if has_pytorch():
         import torch
 
+        from offramp.engines import auto
+
+        if arguments.forget_engines:
+            log.info("forgot the fastest engine of %d models", auto.forget())
+        engines = auto.remembered()
         count = torch.cuda.device_count()
         gpus = {f"cuda:{n}": torch.cuda.get_device_name(n) for n in range(count)}
         torch_version = torch.__version__
@@ -56,6 +71,7 @@ def _env(arguments: argparse.Namespace) -> None:
         "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch_version},
         "optional": optional_packages(),
         **{name: one.said_here() for name, one in all_engines().items() if one.said_here},
+        "engines": engines,
         "devices": {"cpu": here["processor"], **gpus},
         "cores": here["cores"],
         "threads": here["threads"],

@@ -249,7 +249,7 @@ class CheckedDrafts:
                                f"{budget.max_drafts}")  # fmt: skip
         return None
 
-    def _said(self, error: BaseException | None) -> BaseException | None:
+    def _said(self, error: Exception | None) -> Exception | None:
         """The error of a request, in words that a user understands."""
         if error is None or isinstance(error, OfframpError):
             return error

@@ -25,7 +25,7 @@ from offramp.promises.prompt_kinds import FRAMES
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine import Engine
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.host import Runtime, is_runtime
+from offramp.serving.host import BatchRuntime, is_runtime
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.monitor.watcher import Loss, Watcher, differs
 from offramp.serving.serial import SerialCore
@@ -111,7 +111,7 @@ class TorchServed:
             model = cast(Model, self._serial)
             core = SerialCore(model, self.policy, limit=self.limit, **self._kept)
             return BatchEngine(core, **more)
-        writer = self._model if self._serial is None else cast(Runtime, self._serial)
+        writer = self._model if self._serial is None else cast(BatchRuntime, self._serial)
         return BatchEngine(writer, None, self._sizes, **self._kept, **more)
 
     # -- requests ----------------------------------------------------------------------------------

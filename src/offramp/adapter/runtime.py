@@ -1,0 +1,28 @@
+"""What generates for an adapter where PyTorch's decoder does not; imports no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """An engine's model in an adapter's place, which generates without PyTorch's decoder.
+
+    name: with what changes its answers, such as the number format. rows: most in one call.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    def generate(
+        self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any
+    ) -> GenerationOutput:
+        """Generate as `Adapter.generate` does."""
+        ...
