@@ -37,5 +37,8 @@ def test_a_watch_sees_what_comes_late_and_what_comes_under_load() -> None:
     for unit in ("image", "answer"):
         found = watched.unequal(unit, 10, 500)
         assert found["false_alarms"] <= 0.1 and found["noticed"] == 1
+    answers = watched.DOUBTS["a twentieth holds 90%"]
+    delays = watched.active("", answers, 20, 1_000)["delays"]["3"]
+    assert delays["active"]["median_images"] < delays["uniform"]["median_images"] / 2
     alarms = [watched.on_average("bursts", slack, 20)["alarms"] for slack in (1, 3)]
     assert alarms[0] > alarms[1] + 0.2

@@ -175,13 +175,15 @@ class RunningRisk:
     risk of each draw, given those before, is at most that. level: how often, at most, a true claim
     is ever called broken, over unlimited time. confidence: of the interval for a risk that stays
     the same, at all times together. of_one: draws that may be of one image, whose losses are one
-    bet together: what the second loses is no news after the first. Takes constant time.
+    bet together: what the second loses is no news after the first. most: the largest loss, which
+    is above 1 where losses are divided by the chances of their draws. Takes constant time.
     """
 
     promised: float | None
     level: float = 0.01
     confidence: float = 0.95
     of_one: int = 1
+    most: float = 1.0
 
     def __post_init__(self) -> None:
         self.n, self.total = 0, 0.0
@@ -190,7 +192,7 @@ class RunningRisk:
         self._bets = None if self.promised is None else Restarts(self.promised)
         self._claims = CLAIMS
         self._above = stakes_above(self._claims)
-        self._below = FRACTIONS / (1 - self._claims[:, None])
+        self._below = FRACTIONS / (self.most - self._claims[:, None])
         self._up = np.full(self._above.shape, -np.log(len(RATIOS)))
         self._down = np.repeat(SHARES[None], len(self._claims), 0)
         self._most_up = np.zeros(len(self._claims))
@@ -203,10 +205,10 @@ class RunningRisk:
         `of_one` times, and no more once bets have started anew since it first did.
 
         Raises:
-            ValueError: the loss is not in [0, 1].
+            ValueError: the loss is not in [0, most].
         """
-        if not 0.0 <= loss <= 1.0:
-            raise ValueError(f"a loss of {loss} is not in [0, 1]")
+        if not 0.0 <= loss <= self.most:
+            raise ValueError(f"a loss of {loss} is not in [0, {self.most:g}]")
         if self._bets is not None and self._bets.start():
             self._shut.update(dict.fromkeys(self._open))
             self._open = {}
@@ -248,7 +250,8 @@ class RunningRisk:
 
     @property
     def mean(self) -> float | None:
-        return self.total / self.n if self.n else None
+        """Return the mean loss so far; of losses divided by chances it may come out above 1."""
+        return min(1.0, self.total / self.n) if self.n else None
 
     @property
     def p_value(self) -> float:
@@ -279,15 +282,15 @@ class RunningRisk:
         sides = (self._up, self._down, self._most_up, self._most_down)
         return {
             "promised": self.promised, "level": self.level, "confidence": self.confidence,
-            "of_one": self.of_one, "n": self.n, "total": self.total, "bets": kept,
-            "sides": [side.tolist() for side in sides],
+            "of_one": self.of_one, "most": self.most, "n": self.n, "total": self.total,
+            "bets": kept, "sides": [side.tolist() for side in sides],
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunningRisk:
         """Return what `to_json` gave. Raise KeyError, TypeError or ValueError for anything else."""
         names = ("promised", "level", "confidence", "of_one")
-        found = cls(**{name: value[name] for name in names})
+        found = cls(**{name: value[name] for name in names}, most=value.get("most", 1.0))
         found.n, found.total = int(value["n"]), _finite(value["total"], ()).item()
         now = (found._up, found._down, found._most_up, found._most_down)
         sides = [_finite(s, a.shape) for s, a in zip(value["sides"], now, strict=True)]

@@ -29,6 +29,7 @@ from offramp.data.formats import read_items
 from offramp.data.scenes import tasks
 from offramp.features.input_processor import InputProcessor
 from offramp.promises.guarantee import Promise
+from offramp.promises.likeness import Likeness
 from offramp.promises.verdict import BROKEN, EXACT, NONE
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
@@ -148,10 +149,10 @@ def test_what_is_kept_is_an_example_to_calibrate_on(engine: BatchEngine, tmp_pat
 
 
 def test_the_draw_is_before_the_answer_and_as_often_as_asked(engine: BatchEngine) -> None:
-    watcher = watcher_of(engine, WatchConfig(share=0.25), seed=3)
+    watcher = watcher_of(engine, WatchConfig(share=0.01), seed=3)
     try:
         drawn = sum(watcher.draws() for _ in range(4000))
-        assert 900 < drawn < 1100
+        assert 700 < drawn < 900  # of as many blocks of 20 one is compared as 1% of these
     finally:
         watcher.close()
 
@@ -289,7 +290,8 @@ def test_the_unit_that_was_promised_is_what_is_drawn(unit: str) -> None:
             "seldom": [watcher.draws("a", image) for image in seldom],
             "often": [watcher.draws("a", image) for image in often for _ in range(40)],
         }
-        expected = {"image": (20, 10), "answer": (20, 400)}[unit]
+        # By image of each block of 10 one is compared.
+        expected = {"image": (200, 100), "answer": (20, 400)}[unit]
         per_image = {"image": 40, "answer": 1}[unit]  # drawn again until it is compared
         found = [sum(drawn["seldom"]), sum(drawn["often"]) / per_image]
         for some, wanted in zip(found, expected, strict=True):
@@ -299,6 +301,30 @@ def test_the_unit_that_was_promised_is_what_is_drawn(unit: str) -> None:
         assert unit == "answer" or not watcher.draws("a", compared)
     finally:
         watcher.close()
+
+
+def scored(token: int, score: float) -> GenerationOutput:
+    return replace(output(token), scores=torch.full((1, 1), score))
+
+
+def test_of_each_block_one_image_is_compared_more_likely_one_that_exits_doubted() -> None:
+    """And what is seen is, on average, what all of them lose."""
+    engine, risks = _BusyEngine(0), list[float]()
+    for seed in range(4):
+        watcher = idle_watcher(engine, WatchConfig(share=0.05, backlog=4096), seed=seed)
+        try:
+            for number in range(200):
+                unsure = number % 10 == 0  # one in ten is unsure, and all of these are wrong
+                early = scored(6, 0.4) if unsure else scored(5, 0.99)
+                image = fakes.picture(number)
+                watcher.offer(Sample({"full": output(5)}, {}, early, image, "Caption:"))
+            assert watcher.settle(60) and watcher.risk.n == 10
+            risks.append(watcher.risk.total / watcher.risk.n)
+        finally:
+            watcher.close()
+    assert engine.asked == 40  # one of each block of 20
+    assert np.mean(risks) == pytest.approx(0.1, abs=0.05)
+    assert max(risks) < 0.25  # a uniform draw of ten would often be further off
 
 
 def test_of_a_promise_by_answer_each_drawn_answer_counts() -> None:
@@ -557,6 +583,23 @@ def test_the_watch_is_reset_by_a_key_alone() -> None:
             answer = httpx.post(f"{address}/v1/watch/reset", json={}, headers=headers)
         assert answer.status_code == status
         assert service.watcher.broken == (status != 200)
+
+
+def test_a_reset_says_what_there_is_to_reset() -> None:
+    """Without a watch the alarm over unlike requests; without either, that nothing is watched."""
+    service = service_of(slots=1, keys=("k",))
+    service.alarm.raised = True
+    client = asking(service)
+    headers = {"Authorization": "Bearer k"}
+    try:
+        found = client.post("/v1/watch/reset", json={}, headers=headers).raise_for_status().json()
+        assert found["watch"] is None and not found["likeness"]["alarm"]
+        service.served.likeness = Likeness({})  # type: ignore[misc]
+        refused = client.post("/v1/watch/reset", json={}, headers=headers)
+        assert refused.status_code == 404
+        assert "--watch 0" in refused.json()["error"]["message"]
+    finally:
+        service.close()
 
 
 @pytest.mark.parametrize("keys", [(), ("one", "two")])

@@ -57,7 +57,7 @@ def simulate(trials: int, images: int) -> dict[str, Any]:
         "boundary": boundary(trials),
         "unequal_rows": unequal_rows(trials),
         "choices": choices(trials),
-        "groups": [groups(size, min(trials, 300)) for size in (10, 20)],
+        "groups": [groups(size, trials) for size in (10, 20)],
         "rare_groups": rare_groups(min(trials, 300)),
         "forgotten": forgotten(min(trials, 600)),
         "handed": handed(min(trials, 600)),

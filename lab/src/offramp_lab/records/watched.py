@@ -2,15 +2,17 @@
 
 How often a promise that just holds is ever called broken, and where it holds on average alone;
 after how many watched images one that does not hold is, from the start and after many good images,
-with and without new starts of the bets; where images are asked about unequally often; and what
-share of the watched requests is compared under load, by the watcher itself before an engine that
-says it is busy. Some ten minutes of one core.
+with and without new starts of the bets; where answers are drawn by how much exits doubted them;
+where images are asked about unequally often; and what share of the watched requests is compared
+under load, by the watcher itself before an engine that says it is busy. Some fifteen minutes of one
+core.
 """
 
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,18 +21,25 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from offramp.adapter.answers import generate_answers
 from offramp.adapter.shipped import load_tiny
+from offramp.cli import demo
 from offramp.core.decoding.policy import GenerationOutput
+from offramp.data.scenes.tasks import captions_and_questions
 from offramp.features.input_processor import InputProcessor
+from offramp.promises.active_draw import BLOCK, chances, doubt
 from offramp.promises.betting import RATIOS, Restarts
 from offramp.promises.guarantee import Promise
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.monitor.watcher import Watcher, draws_of_one
 from offramp_lab.records.record import Record, asked
+from offramp_lab.records.subjects import tiny_with
 
 Array = npt.NDArray[Any]
 Rate = Callable[[int], float]
+Answers = Callable[[np.random.Generator, float, tuple[int, int]], tuple[Array, Array]]
+"""Draws, of a risk, what answers lose and how much exits doubt them, in a shape."""
 
 RECORD = Record("watched")
 TARGETS = (0.0075, 0.01, 0.02, 0.05)
@@ -59,6 +68,10 @@ def simulate(streams: int, images: int, requests: int = 200) -> dict[str, Any]:
         )
     return {
         "level": LEVEL,
+        "active": [
+            active(words, answers, streams, images)
+            for words, answers in {**DOUBTS, TINY: tiny_answers()}.items()
+        ],
         "entries": [entry(target, streams, images) for target in TARGETS],
         "delays": [
             delay(0.01, after, times, few, starts)
@@ -190,6 +203,83 @@ def delay(target: float, after: int, times: float, streams: int, starts: bool) -
         "target": target, "after": after, "times": times, "new_starts": starts,
         "within": most - after, "alarms_before": early, **told(later),
     }  # fmt: skip
+
+
+# -- answers that are drawn by doubts -------------------------------------------------------------
+
+
+def split(part: float, holds: float, *, tells: bool = True) -> Answers:
+    """Answers of which a part holds so much of the risk. tells: whether doubts tell which."""
+
+    def answers(draw: np.random.Generator, risk: float, shape: tuple[int, int]) -> Any:
+        rates = np.where(draw.random(shape) < part, holds / part, (1 - holds) / (1 - part))
+        lost = (draw.random(shape) < risk * rates).astype(float)
+        return lost, rates if tells else draw.exponential(size=shape)
+
+    return answers
+
+
+DOUBTS = {
+    "a tenth of the answers holds 80% of the risk": split(0.1, 0.8),
+    "a twentieth holds 90%": split(0.05, 0.9),
+    "doubts tell nothing": split(0.1, 0.8, tells=False),
+}
+TINY = "answers of the tiny OPT at a threshold of 0.5"
+
+
+def tiny_answers() -> Answers:
+    """Answers to fresh images by exits at a threshold below the calibrated one, with their scores;
+    of those that differ from the full model's as many count as make up a risk."""
+    adapter, encoder = tiny_with("opt")
+    some = captions_and_questions("test", 700, 500_000, 2)
+    low = {depth: 0.5 for depth in adapter.policy.thresholds}
+    early, full = (
+        generate_answers(adapter, encoder, some, policy, batch_size=64, **demo.OPTIONS)
+        for policy in (replace(adapter.policy, thresholds=low), adapter.policy.in_mode("full"))
+    )
+    wrong = np.array([one.ids != other.ids for one, other in zip(early, full, strict=True)])
+    doubts = np.array([doubt(one.scores) for one in early])
+
+    def answers(draw: np.random.Generator, risk: float, shape: tuple[int, int]) -> Any:
+        assert risk <= wrong.mean()
+        rows = draw.integers(0, len(wrong), shape)
+        return wrong[rows] * (draw.random(shape) < risk / wrong.mean()), doubts[rows]
+
+    return answers
+
+
+def compared(
+    answers: Answers, risk: float, promised: float, streams: int, most: int, block: int, seed: int
+) -> Array:
+    """Comparisons until the alarm, one of each block of answers; 0: none of so many."""
+    draw, bets = np.random.default_rng(seed), Restarts(promised, (streams,))
+    found = np.zeros(streams, dtype=int)
+    for number in range(1, most + 1):
+        lost, doubts = answers(draw, risk, (streams, block))
+        each = chances(doubts)
+        place = (each.cumsum(-1) < draw.random((streams, 1))).sum(-1).clip(max=block - 1)
+        rows = np.arange(streams), place
+        bets.add(lost[rows] / (block * each[rows]))
+        found = np.where((found == 0) & (bets.most >= 1 / LEVEL), number, found)
+        if (found > 0).all():
+            break
+    return found
+
+
+def active(words: str, answers: Answers, streams: int, images: int) -> dict[str, Any]:
+    """How often a promise that just holds is called broken over so many comparisons, and after how
+    many one that does not hold is: drawn uniformly, and by doubts."""
+    promised, few = 0.01, max(20, streams // 5)
+    false = compared(answers, promised, promised, streams, images, BLOCK, 21) > 0
+    delays = {
+        f"{times:g}": {
+            way: told(compared(answers, times * promised, promised, few, images, block, 22))
+            for way, block in (("uniform", 1), ("active", BLOCK))
+        }
+        for times in (2.0, 3.0)
+    }
+    return {"words": words, "promised": promised, "block": BLOCK, "streams": streams,
+            "images": images, "false_alarms": float(false.mean()), "delays": delays}  # fmt: skip
 
 
 # -- a risk that is below the promise on average ---------------------------------------------------

@@ -40,6 +40,27 @@ def watch_average() -> Table:
     )
 
 
+def watch_active() -> Table:
+    """Comparisons until a broken promise is noticed, drawn uniformly and by doubts."""
+
+    def delay(ratio: str) -> Told:
+        def words(entry: Value) -> str:
+            ways = entry["delays"][ratio]
+            return " / ".join(f"{ways[w]['median_images']:,.0f}" for w in ("uniform", "active"))
+
+        return words
+
+    return Table.of(
+        record("watched")["active"],
+        {
+            "answers": "{words}",
+            "called broken though it holds": "{false_alarms:.1%}",
+            "2 times the risk": delay("2"),
+            "3 times": delay("3"),
+        },
+    )
+
+
 def http() -> Table:
     measured = record("serving")["http"].items()
     return Table.of(
@@ -63,5 +84,6 @@ def http() -> Table:
 TABLES: dict[str, MakeTable] = {
     "watched": watched,
     "watch-average": watch_average,
+    "watch-active": watch_active,
     "serving": http,
 }

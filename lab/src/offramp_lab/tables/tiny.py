@@ -81,6 +81,12 @@ def needs_more(test: str) -> Make:
     return more
 
 
+def fractions_need() -> str:
+    """How many fewer images a first look needs than bets alone, for losses between 0 and 1."""
+    found = [1 - row["sharp"] / row["bets"] for row in record("simulated")["fractions"]]
+    return f"{100 * min(found):.0f} to {max(found):.0%}"
+
+
 def kept() -> Table:
     """Promises of what came later: groups, kinds, a search, a file that grows."""
     found = record("simulated")
@@ -249,6 +255,7 @@ TABLES: dict[str, MakeTable] = {
 FIGURES: dict[str, Make] = {
     "tests-need-more": needs_more("sharp"),
     "tests-need-bets": needs_more("bets"),
+    "fractions-need": fractions_need,
     "guarantee-kept-splits": lambda: str(_worst()["splits"] - _worst()["violations"]),
     "guarantee-settings": lambda: str(len(_splits())),
     "guarantee-expected": _expected,

@@ -14,13 +14,13 @@ from offramp.core.decoding.policy import GenerationOutput
 @dataclass(frozen=True, eq=False)
 class Sample:
     """A request that was answered early. inputs, options: as it was submitted. image, prompt: what
-    was asked about, and what. client: who asked, by any name. like: whether the request is like
-    those that were calibrated, as far as was tested."""
+    was asked about, and what; None: the image was looked at, and dropped. client: who asked, by any
+    name. like: whether the request is like those that were calibrated, as far as was tested."""
 
     inputs: Mapping[str, Any]
     options: Mapping[str, Any]
     output: GenerationOutput
-    image: Image.Image
+    image: Image.Image | None
     prompt: str
     client: str = ""
     like: bool = True

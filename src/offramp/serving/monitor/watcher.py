@@ -2,12 +2,14 @@
 
 Calibration says what early answers lose on images like those it saw, and nothing of others. Which
 requests are watched is drawn before they are answered, so that the unit of the promise is what is
-estimated: of a promise by image, images are drawn, by a secret digest of what they show, however
-often they are asked about, and each counts once; of one by answer, requests are, and each counts.
-The full model answers them in slots that no request needs or, after the deadline, like a request of
-its own, so that a busy server is watched as well as an idle one. What the answers lose is a bet
-against the promise (`offramp.promises.betting`): where the risk is at most what was promised at
-each time, it is ever called broken with probability at most `level`, however long the server runs.
+estimated: of a promise by answer, requests are drawn, and each counts; of one by image, images are,
+by a secret digest of what they show, however often they are asked about, and each counts once. Of
+`BLOCK` images that were drawn so, one is compared, more likely one whose answer exits doubted
+(`offramp.promises.active_draw`). The full model answers it in a slot that no request needs or,
+after the deadline, like a request of its own, so that a busy server is watched as well as an idle
+one. What the answers lose is a bet against the promise (`offramp.promises.betting`): where the risk
+is at most what was promised at each time, it is ever called broken with probability at most
+`level`, however long the server runs.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from offramp.adapter.answers import Answer, answers_of
@@ -36,6 +39,7 @@ from offramp.core.storage.folders import check_writable, locked_folder
 from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.near_copies import SIDE_SHARP, Look, copied
 from offramp.features.input_processor import InputProcessor
+from offramp.promises.active_draw import BLOCK, MOST, chances, doubt
 from offramp.promises.betting import RunningRisk
 from offramp.promises.guarantee import Promise
 from offramp.promises.likeness import Alarm, Likeness
@@ -84,12 +88,13 @@ def differs(early: Answer, full: Answer) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A sample that waits for a slot, and until when; or for its answer. name: of its image, once
-    it was looked at."""
+    """A sample that waits for its block, for a slot, and until when, or for its answer. name: of
+    its image, once it was looked at. times: how many times its loss counts."""
 
     sample: Sample
-    until: float
+    until: float = 0.0
     name: str = ""
+    times: float = 1.0
     handle: Any = None
 
 
@@ -148,18 +153,20 @@ class Watcher:
     ) -> None:
         self.config: WatchConfig = config or WatchConfig()
         self.promise: Promise | None = promise
+        self._block = 1 if self._by_answer else max(1, min(BLOCK, int(1 / self.config.share)))
         self._about = {
             "about": about,
             "slack": self.config.slack,
             "level": self.config.level,
             "watchers": self.config.watchers,
             "share": self.config.share if self._by_answer else None,
+            "block": self._block,
             "promise": None if promise is None else asdict(promise),
         }
         self._held = _held(self.config.state)
         self._alarm = alarm or Alarm(Likeness({}))
         self.risk = self._kept_risk() or self._new_risk()
-        self.others = RunningRisk(None)
+        self.others = self._of_others()
         self._engine, self._encoder, self._loss = engine, encoder, loss
         self._kind_of = kind_of
         self._draw = random.Random(seed)
@@ -168,6 +175,8 @@ class Watcher:
         self._known = _Known()
         self._lock = threading.Lock()
         self._offered: list[_Waiting] = []
+        self._blocks: dict[bool, list[_Waiting | None]] = {True: [], False: []}
+        self._due: list[_Waiting] = []
         self._waiting: Counter[str] = Counter()
         self._asked: deque[str] = deque(maxlen=DRAWN)
         self._drawn: deque[str] = deque(maxlen=DRAWN)
@@ -181,14 +190,22 @@ class Watcher:
 
     def _new_risk(self) -> RunningRisk:
         """A new test of the risk, at the level that all watchers share."""
-        level = self.config.level / self.config.watchers
+        level, heaviest = self.config.level / self.config.watchers, self._heaviest
         if self.promise is None:
-            return RunningRisk(None, level)
+            return RunningRisk(None, level, most=heaviest)
         # Of requests like the calibrated ones alone: without the few that are called unlike, the
         # mean may be larger by so much.
         target = min(1.0, self.promise.least * self.config.slack / (1 - self._alarm.spared))
         most = draws_of_one(self.promise.largest, self.config.share) if self._by_answer else 1
-        return RunningRisk(target, level, self.promise.confidence, most)
+        return RunningRisk(target, level, self.promise.confidence, most, heaviest)
+
+    def _of_others(self) -> RunningRisk:
+        return RunningRisk(None, most=self._heaviest)
+
+    @property
+    def _heaviest(self) -> float:
+        """How many times a loss counts, at most."""
+        return MOST if self._block > 1 else 1.0
 
     @property
     def _by_answer(self) -> bool:
@@ -197,19 +214,20 @@ class Watcher:
     # -- what the server asks ----------------------------------------------------------------------
 
     def draws(self, client: str = "", image: Image.Image | None = None) -> bool:
-        """Return True if the next request is watched; asked before it is answered.
+        """Return True if the next request is watched, or one of a block of which one is; asked
+        before it is answered.
 
         A client has no more than its share of the last draws, unless it asks alone: what it is
         held back by is known before the answer is, so the bets stay fair. image: that it is about,
         which is drawn itself unless the promise is by answer; None: the request is.
         """
         if image is None or self._by_answer:
-            if self._draw.random() >= self.config.share:
+            if self._draw.random() >= self.config.share * self._block:
                 return False
             name = None
         else:
             name = self._name_of(image)
-            if int.from_bytes(name[:7], "big") >= self.config.share * 2**56:
+            if int.from_bytes(name[:7], "big") >= self.config.share * self._block * 2**56:
                 return False
         with self._lock:
             if name is not None and name in self._images:
@@ -228,15 +246,17 @@ class Watcher:
         return hashlib.blake2b(pixels, digest_size=16, key=self._secret).digest()
 
     def offer(self, sample: Sample) -> None:
-        """Compare an answer when there is time; let it go where too many wait."""
+        """Compare an answer, or another one of its block, when there is time; let it go where too
+        many wait."""
         most = max(1, int(self.config.a_client * self.config.backlog))
-        until = time.monotonic() + self.config.deadline
+        assert sample.image is not None
         name = self._name_of(sample.image)
         with self._lock:
-            if self._waiting[sample.client] >= most or len(self._offered) >= self.config.backlog:
-                self._lost()
+            waiting = len(self._offered) + len(self._due)
+            if self._waiting[sample.client] >= most or waiting >= self.config.backlog:
+                self._enter(None)
                 return
-            self._offered.append(_Waiting(sample, until))
+            self._offered.append(_Waiting(sample))
             self._waiting[sample.client] += 1
             self._images[name] = None
             while len(self._images) > REMEMBERED:
@@ -246,7 +266,7 @@ class Watcher:
         """A drawn request was not answered to its end: its client has gone, or it took too long.
         What it would have lost is not known, and such requests may differ from others."""
         with self._lock:
-            self._lost()
+            self._enter(None)
 
     @property
     def broken(self) -> bool:
@@ -288,10 +308,12 @@ class Watcher:
         """Forget what was learnt, a broken promise too: after the adapter was calibrated again, or
         what caused the alarm is over. What is promised from now on starts anew."""
         with self._lock:
-            self.risk, self.others = self._new_risk(), RunningRisk(None)
+            self.risk, self.others = self._new_risk(), self._of_others()
             self._alarm.reset()
             self._images.clear()
             self._known = _Known()
+            for block in self._blocks.values():
+                block.clear()
             self._save()
         log.warning(json.dumps({"event": "watch_reset"}))
 
@@ -318,11 +340,63 @@ class Watcher:
         asked: list[_Waiting] = []  # whose answers are on their way
         while not self._closed.wait(_PAUSE):
             try:
+                self._sort()
                 asked = self._finish(asked) + self._start()
             except Exception:  # of the watch itself; the next ones may be compared
                 log.warning("A watched request could not be compared.", exc_info=True)
         for one in asked:
             self._engine.cancel(one.handle)
+
+    def _sort(self) -> None:
+        """Put what was offered into blocks, unless it tells nothing."""
+        while not self._closed.is_set():
+            with self._lock:
+                if not self._offered:
+                    return
+                one = self._offered.pop(0)
+            try:
+                looked = self._looked_at(one)
+            except Exception as error:
+                self._failed(one, error)
+                continue
+            with self._lock:
+                self._over(one.sample.client)
+                if looked is not None:
+                    self._enter(looked)
+
+    def _looked_at(self, one: _Waiting) -> _Waiting | None:
+        """Return a sample with the name of its image; None of a promise by image, where this has
+        counted."""
+        image = one.sample.image
+        assert image is not None
+        name = pixel_digest(image)[:32]
+        if not self._by_answer:
+            if not self._known.is_new(image, name):
+                return None
+            self._known.add(image, name)
+        # Images are large, and blocks fill slowly.
+        kept = one.sample if self._log else replace(one.sample, image=None)
+        return replace(one, sample=kept, name=name)
+
+    def _enter(self, one: _Waiting | None) -> None:
+        """Put a sample into its block, None one that is lost; choose from the block if it is full.
+        Call with the lock held."""
+        block = self._blocks[one is None or one.sample.like]
+        block.append(one)
+        if len(block) < self._block:
+            return
+        scores = [[] if one is None else one.sample.output.scores[0].tolist() for one in block]
+        each = chances(np.array(list(map(doubt, scores))))
+        place = self._draw.choices(range(len(block)), each.tolist())[0]
+        chosen = block[place]
+        block.clear()
+        if chosen is None:
+            self._lost()
+            return
+        until = time.monotonic() + self.config.deadline
+        times = float(1 / (self._block * each[place]))
+        self._due.append(replace(chosen, until=until, times=times))
+        self._waiting[chosen.sample.client] += 1
 
     def _start(self) -> list[_Waiting]:
         """Have the full model answer what waits: one in each slot that no request needs, and
@@ -330,31 +404,23 @@ class Watcher:
         started = []
         while not self._closed.is_set():
             with self._lock:
-                due = bool(self._offered) and time.monotonic() >= self._offered[0].until
-                if not self._offered or not (due or self._free):
+                late = bool(self._due) and time.monotonic() >= self._due[0].until
+                if not self._due or not (late or self._free):
                     break
-                one = self._offered.pop(0)
-            one = replace(one, name=one.name or pixel_digest(one.sample.image)[:32])
-            if not self._counts(one):
-                self._over(one, True)
-                continue
+                one = self._due.pop(0)
             try:
                 handle = self._engine.submit(one.sample.inputs, mode="full", **one.sample.options)
                 started.append(replace(one, handle=handle))
             except BusyError:
                 if time.monotonic() > one.until + max(1.0, self.config.deadline):
-                    self._over(one, False)
+                    self._end(one, False)
                     continue
                 with self._lock:
-                    self._offered.insert(0, one)
+                    self._due.insert(0, one)
                 break
             except Exception as error:
                 self._failed(one, error)
         return started
-
-    def _counts(self, one: _Waiting) -> bool:
-        """Whether a sample tells anything: of a promise by image, one about a new image."""
-        return self._by_answer or self._known.is_new(one.sample.image, one.name)
 
     def _finish(self, asked: list[_Waiting]) -> list[_Waiting]:
         """Compare what is answered, in the order in which it was asked, as what takes long may
@@ -363,9 +429,8 @@ class Watcher:
             if not one.handle.done():
                 return asked[place:]
             try:
-                if self._counts(one):  # a copy of it may have been on its way too
-                    self._compare(one)
-                self._over(one, True)
+                self._compare(one)
+                self._end(one, True)
             except Exception as error:
                 self._failed(one, error)
         return []
@@ -373,17 +438,21 @@ class Watcher:
     def _failed(self, one: _Waiting, error: Exception) -> None:
         said = error.problem if isinstance(error, OfframpError) else repr(error)
         log.warning("A watched request could not be compared: %s", said)
-        self._over(one, False)
+        self._end(one, False)
 
-    def _over(self, one: _Waiting, compared: bool) -> None:
-        """Finish a sample."""
+    def _end(self, one: _Waiting, compared: bool) -> None:
+        """Finish a sample that was chosen."""
         with self._lock:
-            self._waiting[one.sample.client] -= 1
-            self._waiting += Counter()  # drops those at 0
+            self._over(one.sample.client)
             if compared:
                 self._note(True)
             elif not self._closed.is_set():
                 self._lost()
+
+    def _over(self, client: str) -> None:
+        """A sample of a client waits no more; call with the lock held."""
+        self._waiting[client] -= 1
+        self._waiting += Counter()  # drops those at 0
 
     def _compare(self, one: _Waiting) -> None:
         sample = one.sample
@@ -392,12 +461,10 @@ class Watcher:
         loss = self._loss(early, full)
         if self.promise is not None:
             loss *= self.promise.least / self.promise.target_of(self._kind_of(sample.prompt))
-        if not self._by_answer:
-            self._known.add(sample.image, one.name)
         with self._lock:
             before = self.broken
             risk = self.risk if sample.like else self.others
-            risk.add(loss, one.name if self._by_answer else "")
+            risk.add(loss * one.times, one.name if self._by_answer else "")
             self._save()
         self._keep(one.name, sample, early, full, loss)
         if self.broken and not before:
@@ -475,7 +542,7 @@ class Watcher:
         if self._log is None or self.config.keep is None:
             return
         file = self.config.keep / f"{name}.png"
-        if not file.exists():
+        if sample.image is not None and not file.exists():
             sample.image.save(file)
         answer = {"answer": full.text} if full.text else {}
         row = {"image": file.name, "prompt": sample.prompt, **answer, "early": early.text}

@@ -35,7 +35,7 @@ from offramp.serving.server.api.protocol import (
 )
 from offramp.serving.server.errors import ApiError, add_handlers
 from offramp.serving.server.middleware import Gate
-from offramp.serving.server.models import check_model, model_card
+from offramp.serving.server.models import check_model, likeness_report, model_card
 from offramp.serving.server.served import Inputs
 from offramp.serving.server.service import Service
 
@@ -308,6 +308,13 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def reset_watch(body: ResetRequest) -> dict[str, Any]:
         """Reset the watch and the alarm over unlike requests; only where the server has keys."""
         check_model(service, body.model)
+        if service.watcher is None and likeness_report(service) is None:
+            raise ApiError(
+                404,
+                "Nothing is watched here: the exits are not calibrated, or the server was started "
+                "with --watch 0.",
+                code="not_watched",
+            )
         if not service.config.keys:
             raise ApiError(
                 403,
@@ -315,10 +322,10 @@ def _add_operations(app: FastAPI, service: Service) -> None:
                 code="keys_needed",
             )
         service.alarm.reset()
-        if service.watcher is None:
-            raise ApiError(404, "Nothing is watched here.", code="not_watched")
-        await asyncio.to_thread(service.watcher.reset)
-        return {"watch": service.watcher.report()}
+        if service.watcher is not None:
+            await asyncio.to_thread(service.watcher.reset)
+        watch = None if service.watcher is None else service.watcher.report()
+        return {"watch": watch, "likeness": likeness_report(service)}
 
     @app.get("/example")
     async def example() -> Response:

@@ -43,15 +43,15 @@ def model_card(service: Service) -> dict[str, Any]:
             "trust": served.policy.trust,
             "guarantee": served.promised(),
             "not_guaranteed": served.stands().why or None,
-            "likeness": _likeness(service),
+            "likeness": likeness_report(service),
             "watch": None if service.watcher is None else service.watcher.report(),
             "chat_template": served.prompts.has_template,
         },
     }
 
 
-def _likeness(service: Service) -> dict[str, Any] | None:
-    """How many requests were unlike those that were calibrated; None: that is not known."""
+def likeness_report(service: Service) -> dict[str, Any] | None:
+    """Return how many requests were unlike those that were calibrated; None: that is not known."""
     if not service.served.likeness.kinds:
         return None
     alarm = service.alarm
