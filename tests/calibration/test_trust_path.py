@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.trust_path import LEVELS, TrustPath, trusting
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.errors import InputError
+from offramp.promises.likeness import mean_log_score
 
 GRID = (0.05, 0.02, 0.01, 0.005, 0.002, 0.0)
 KINDS = ("layer", "drafting")
@@ -75,6 +77,26 @@ def test_the_lowest_level_that_keeps_the_risk_is_chosen_and_stays(
     made = again.generate(inputs, **OPTIONS)
     alike = adapter(kind).generate(inputs, policy=found.policy, **OPTIONS)
     assert torch.equal(made.sequences, alike.sequences)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_known_by_the_product_that_it_was_taken_for(kind: str) -> None:
+    """By which later ones are called like those calibrated, or not; the full model's have none."""
+    tried = path(kind)
+    offers = [[product for product, _ in full.offers] for full in tried.full]
+    policy = tried.at({4: sorted(max(own, default=0.0) for own in offers)[30]})
+    early = generate_answers(
+        adapter(kind), encoder(), tried.examples, policy, batch_size=1, **OPTIONS
+    )
+    taken = {min(answer.depths) < encoder().backbone.depth for answer in early}
+    assert taken == {True, False}
+    for answer, full in zip(early, tried.full, strict=True):
+        known = mean_log_score(answer.scores)
+        if min(answer.depths) == encoder().backbone.depth:
+            assert known is None and answer.ids == full.ids
+        else:
+            [product] = {score for score in answer.scores if score == score}
+            assert known == pytest.approx(math.log(product))
 
 
 def test_what_is_never_taken_is_refused() -> None:

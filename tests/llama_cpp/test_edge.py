@@ -83,6 +83,41 @@ def test_it_writes_what_pytorch_does(mode: str, penalty: float, model: Any, fold
     assert mode == "full" or len(set(depths)) > 1
 
 
+@pytest.mark.parametrize("kind", ["layer", "drafting"])
+def test_by_trust_it_takes_what_pytorch_takes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every level: with what is taken, what is verified, and the products that decide it."""
+    ends = frozenset(range(0, len(WORDS), 3))  # so many that an untrained model soon says one
+    monkeypatch.setattr(Vocabulary, "ends", lambda _, token: token in ends)
+    adapter = text_adapter() if kind == "layer" else drafting(text_adapter())
+    own = replace(adapter.policy, lossless=False, trust=2.0, max_draft=12)
+    own = replace(own, drafts=dict.fromkeys(adapter.exits.depths, 0.0))
+    adapter = replace(adapter, policy=own)
+    folder, taken = sliced(adapter, tmp_path), set()
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": [*ends],
+               "pad_token_id": 0, "return_dict_in_generate": True}  # fmt: skip
+    with EdgeModel(folder, engine=ENGINE) as model:
+        assert model.policy.trust == 2.0
+        ids = torch.tensor([model.vocabulary.tokens(PROMPT)])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with LlamaCppRuntime(adapter, folder, engine=ENGINE) as runtime:
+            products = [product for product, _ in runtime.generate(inputs, **options).offers[0]]
+            assert products
+            for trust in (2.0, *(0.99 * product for product in sorted(products)), 0.0):
+                by = replace(own, trust=trust)
+                theirs = runtime.generate(inputs, policy=by, **options)
+                monkeypatch.setattr(model, "policy", by)
+                monkeypatch.setattr(model, "_engine", None)  # another one, by the changed policy
+                steps = model.answer(PROMPT, max_new_tokens=NEW).steps
+                assert [step.token for step in steps] == theirs.new_tokens[0].tolist()
+                assert [step.depth for step in steps] == theirs.depths[0].tolist()
+                scores = [step.score for step in steps]
+                np.testing.assert_allclose(scores, theirs.scores[0].numpy(), atol=1e-4)
+                taken.add(any(step.depth < model.layers for step in steps))
+    assert taken == {False, True}
+
+
 @pytest.mark.parametrize("own", ["early_exit", "lossless", "drafts alone"])
 def test_who_names_no_mode_gets_the_policys_own(
     own: str, model: EdgeModel, monkeypatch: pytest.MonkeyPatch

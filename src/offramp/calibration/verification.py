@@ -389,7 +389,7 @@ class Verification:
                 if not isinstance(verdict, Verdict):
                     assert verdict is not None
                     raise verdict
-                score = rule.shown(depth, verdict)
+                score = verdict.score
                 if rule.exits(depth, verdict):
                     said = verdict.token, depth, score
                     break

@@ -236,7 +236,8 @@ class Core(Jobs):
             return
         self.tokens += len(job.tokens)
         output = self._host.output(job.ids, sequence)
-        job.finish(sequence.tokens, output, early_exit=sequence.rule.early)
+        early = sequence.rule.exiting or sequence.rule.takes(1.0)
+        job.finish(sequence.tokens, output, early_exit=early)
 
 
 class EngineCore(Core):

@@ -76,10 +76,9 @@ class Decoder:
                 if isinstance(verdict, Exception):
                     raise verdict
                 if verdict is not None:
-                    scores[row] = opening.shown(depth, verdict)
+                    scores[row] = verdict.score
                     if opening.exits(depth, verdict):
-                        score = verdict.score if rule.drafts else scores[row]
-                        said[row] = Token(verdict.token, depth, score)
+                        said[row] = Token(verdict.token, depth, verdict.score)
             return None not in said
 
         drafter = self.drafter if rule.drafts else None
@@ -255,11 +254,10 @@ class Decoder:
         if isinstance(verdict, Exception):
             row.error = verdict
         elif verdict is not None:
-            score = row.now.shown(depth, verdict)
             if row.now.exits(depth, verdict):
-                self._write(row, Token(verdict.token, depth, score))
+                self._write(row, Token(verdict.token, depth, verdict.score))
                 return True
-            row.score = score
+            row.score = verdict.score
         return False
 
     def _deep(self, rows: list[Sequence]) -> int:
@@ -332,13 +330,12 @@ class Decoder:
         of a prompt that waits for them run in the same call."""
         made = drafter.draft(rows, [self._budget(row, drafter.depth) for row in rows])
         both = zip(rows, made, strict=True)
-        left = [(row, one) for row, one in both if not self._take(row, one, drafter.depth)]
+        left = [(row, draft) for row, draft in both if not self._take(row, draft, drafter.depth)]
         if not left:
             return 0
-        rows, drafts = zip(*left, strict=True)
-        word = self.heads.words(drafter.verify(rows, drafts))
+        word = self.heads.words(drafter.verify(*zip(*left, strict=True)))
         count = 0
-        for row, (fed, said, _) in zip(rows, drafts, strict=True):
+        for row, (fed, said, _) in left:
             kept, verified = 0, len(fed) + (not row.ids)
             for place in range(verified):
                 if not row.active:
@@ -362,15 +359,14 @@ class Decoder:
     def _take(self, row: Sequence, draft: Draft, depth: int) -> bool:
         """Write drafts that end an answer, and are trusted; return True if they were. What else
         than the largest logit chooses tokens, or ends answers, is between full model and row."""
-        said, rule = draft.said, row.rule
-        if rule.trust == VERIFIED or not (said and row.sampler.ends(said[-1]) and row.sampler.free):
+        said, sampler = draft.said, row.sampler
+        if row.rule.trust == VERIFIED or not (said and sampler.free and sampler.ends(said[-1])):
             return False
         row.offers.append((draft.product, (*row.ids, *said)))
-        if not rule.takes(draft.product):
-            return False
-        for token in said if row.active else ():
+        taken = row.rule.takes(draft.product)
+        for token in said if taken and row.active else ():
             self._write(row, Token(token, depth, draft.product))
-        return True
+        return taken
 
     def _accept(self, row: Sequence, drafted: int, kept: int) -> None:
         """Forget what was drafted beyond the tokens that stand."""

@@ -90,10 +90,9 @@ class Plan:
         mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
         """
         policy = self.policy.asked(mode, thresholds, self.depths or tuple(self.levels))
-        if self.levels and (policy.lossless or policy.trust is not None):
-            levels, trust = self.levels, VERIFIED if policy.lossless else policy.trust
-            if not policy.lossless:  # to the answer's end: the product then says what is taken
-                levels = dict.fromkeys(levels, 0.0)
+        trust = VERIFIED if policy.lossless else policy.trust
+        if self.levels and trust is not None:  # by trust drafts go on to the answer's end
+            levels = self.levels if policy.lossless else dict.fromkeys(self.levels, 0.0)
             return ExitRule(levels, levels if self.first_may_exit else {}, trust, policy.max_draft)
         if policy.lossless or not policy.thresholds:
             return NO_EXITS

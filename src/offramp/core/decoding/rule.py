@@ -63,11 +63,6 @@ class ExitRule:
         """Return True if tokens are drafted."""
         return bool(self.thresholds) and self.trust is not None
 
-    @cached_property
-    def early(self) -> bool:
-        """Return True if tokens may be other than the full model's."""
-        return self.exiting or (self.drafts and self.takes(1.0))
-
     def takes(self, product: float) -> bool:
         """Return True if drafts of this product, which end an answer, need not be verified."""
         return self.trust is not None and product >= self.trust
@@ -88,10 +83,6 @@ class ExitRule:
         if threshold is None:
             return False
         return threshold == 0.0 or score >= threshold
-
-    def shown(self, depth: int, verdict: Verdict) -> float:
-        """The score to report: NaN where every token exits."""
-        return float("nan") if self.thresholds.get(depth, 0.0) == 0.0 else verdict.score
 
 
 NO_EXITS = ExitRule({})

@@ -65,9 +65,10 @@ class ExitHeads:
         if output.state is None and output.logits is None:
             return [None] * len(queries)
         look, errors = self._look(depth, output, queries)
-        scores: Sequence[float] = [float("nan")] * len(queries)
-        if any(q is not None and q.rule.scored(depth) for q in queries):
-            scores = self.scores(look, queries)
+        nan, scored = float("nan"), [q is not None and q.rule.scored(depth) for q in queries]
+        known = self.scores(look, queries) if any(scored) else [nan] * len(queries)
+        # Of a row that reads none there is none, whoever is asked beside it.
+        scores = [score if reads else nan for score, reads in zip(known, scored, strict=True)]
         made: list[Verdict | Exception | None] = [None] * len(queries)
         exiting: dict[int, Query] = {}
         for row, query in enumerate(queries):
