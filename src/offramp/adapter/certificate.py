@@ -149,7 +149,7 @@ class Certificate:
         return Certificate([*(r for r in self.runs if r.where != run.where), run])
 
     def of_exits(self, digest: str | None) -> Certificate | None:
-        """The runs on these exits, by their file's SHA-256; None where there is none."""
+        """Return the runs on exits of this SHA-256; None where there are none."""
         runs = [run for run in self.runs if run.exits == digest]
         return Certificate(runs) if runs else None
 

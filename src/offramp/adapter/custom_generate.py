@@ -41,7 +41,8 @@ def generate(model, revision=None, **arguments):
 def write_custom_generate(folder: str | Path, exits: str) -> None:
     """Write `custom_generate/` into an adapter's folder.
 
-    folder: that is uploaded. exits: hub name or folder that the exits are then read from.
+    folder: the adapter's, which is uploaded. exits: hub name or folder of the exits that
+    `custom_generate` reads.
     """
     at = Path(folder) / FOLDER
     at.mkdir()

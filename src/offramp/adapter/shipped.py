@@ -83,10 +83,10 @@ def load_tiny(
 def load_named(
     name: str, *, revision: str | None = None, dtype: str = "auto", device: str | None = None
 ) -> tuple[Backbone, Any]:
-    """A shipped model by its long name, "photo", or a model of a hub name or a folder; and its
-    processor.
+    """Return a model and its processor.
 
-    dtype: torch's name of one, or "auto": as saved, shipped ones and the photo model in float32.
+    name: a shipped model's long name, "photo", a hub name or a folder. dtype:
+    torch's name of a precision, or "auto": as saved, but float32 for shipped models and photo.
 
     Raises:
         InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`, or, of the
@@ -154,7 +154,7 @@ def exits_folder(name: str | Path, **hub: Any) -> Path:
 
 
 def shipped_exits(name: str) -> Path | None:
-    """Folder of the exits of a model with a short name, as "photo" or "tiny-opt" is; None: of any
+    """Return the folder of the exits that ship under a short name, such as "photo"; None for any
     other name.
 
     Raises:

@@ -87,10 +87,10 @@ class Guarantee:
         return images_for(self.target, self.level(1), risk)
 
     def least_target(self, examples: Sequence[Example]) -> float:
-        """The least target that a first attempt on these examples can guarantee, which is where no
-        answer loses anything; of kinds with targets of their own, in units of `target`.
+        """Return the least target that a first attempt on these examples can guarantee: that of
+        answers which lose nothing. For kinds with targets of their own it is in units of `target`.
 
-        Of n images, one answer each, that lose 0 or 1: 1 - ((1 - level) * 0.85) ** (1 / n).
+        For n images, with one answer each that loses 0 or 1: 1 - ((1 - level) * 0.85) ** (1 / n).
         """
         frames = prompt_frames([e.prompt for e in examples]) if self.by_kind else []
         kinds: dict[str, dict[str, Counter[str]]] = {}  # answers, by draw and image

@@ -88,7 +88,7 @@ class ImageRows:
 
     @property
     def by_image(self) -> tuple[tuple[int, ...], ...]:
-        """The rows of each of its images."""
+        """Return the rows of each image."""
         return self.parts or (self.rows,)
 
     def of_rows(self, wanted: Collection[int]) -> ImageRows | None:

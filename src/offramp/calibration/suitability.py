@@ -351,8 +351,8 @@ def _redrawn(scores: Array, right: Array, answer: Array) -> Array:
 
 
 def exiting(scores: Array, right: Array, answer: Array, risk: float) -> float:
-    """The largest share of N tokens that exit at a threshold while no more than such a share of the
-    answers hold one that exits and is other than the full model's. answer: of each token [N]."""
+    """Return the largest share of N tokens that exit at a threshold, while at most a given share of
+    answers holds an exited token that differs from the full model's. answer: of each token [N]."""
     _, place = np.unique(answer, return_inverse=True)
     surest = np.full(place.max() + 1, -np.inf)  # of the wrong ones of each answer
     np.maximum.at(surest, place[~right], scores[~right])

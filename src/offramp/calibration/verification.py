@@ -223,7 +223,7 @@ class Verification:
     def certified(
         self, paths: Sequence[PathResult], engine: str, exits: str, command: Sequence[str]
     ) -> Run:
-        """Return what `run` returned, with what it was found of.
+        """Return what `run` returned, with the engine and the exits that it was found on.
 
         engine: by the name of the command line. exits: SHA-256 of their file. command: the line.
         """
@@ -409,8 +409,8 @@ _PROMPTS = (
 
 
 def own_examples(adapter: Adapter, n: int) -> list[Example]:
-    """Examples to verify by where none are given: drawn pictures, each another, under the prompts
-    that the adapter was calibrated on, or else some of several lengths. Of a language model texts.
+    """Return examples to verify by where none are given: drawn pictures, all different, under the
+    prompts of the calibration or else prompts of several lengths; texts for a language model.
     """
     frames = Conditions.of_calibration(adapter.calibration).get("prompts") or ()
     prompts = [" what is there ".join(frame) if len(frame) > 1 else frame[0] for frame in frames]

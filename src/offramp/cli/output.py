@@ -131,7 +131,7 @@ def say_next(*commands: str) -> None:
 
 
 def close_output() -> int:
-    """The exit code where the reader of stdout has gone, to which nothing more is written."""
+    """Return the exit code for a reader of stdout that has gone. Nothing more is written to it."""
     _forget()
     return CLOSED
 

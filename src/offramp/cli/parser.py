@@ -289,7 +289,7 @@ def some(text: str) -> float:
 
 
 def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
-    """A type of options: whole numbers from `least`, with commas between."""
+    """Return the type of an option that takes whole numbers from `least`, separated by commas."""
     number = whole(least)
     return lambda text: tuple(number(part) for part in text.split(","))
 
@@ -317,6 +317,6 @@ def _short(text: str) -> str:
 
 
 def one_of(names: Iterable[str]) -> str:
-    """Names as a help text lists them."""
+    """Return names as a help text lists them."""
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last

@@ -81,7 +81,7 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise `InputError` with the known names where one is not."""
+    """Raise `InputError` for a name that is not known; the error lists those that are."""
     for name in names:
         if name not in known:
             raise InputError(f"{what} {name!r} is not known.", did_you_mean(name, known))

@@ -219,8 +219,8 @@ def _cider(references: Texts, answers: Texts) -> list[Scored]:
 
 @dataclass(frozen=True)
 class Frequencies:
-    """Counts of in how many of so many `documents`, the references of an image each, every n-gram
-    stands."""
+    """Document frequencies of n-grams: in how many of `documents` each one stands. A document is
+    the references of one image."""
 
     documents: int
     counts: Mapping[tuple[str, ...], float]

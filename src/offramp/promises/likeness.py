@@ -66,7 +66,7 @@ BLUR = 1 / 255
 
 
 def is_unlike(p_value: float | None) -> bool:
-    """Return True if a request of this p-value is called unlike; of None, nothing is known."""
+    """Return True if a request with this p-value is called unlike; None: it has no p-value."""
     return p_value is not None and p_value <= UNLIKE
 
 

@@ -27,8 +27,8 @@ Prepare = Callable[[Request], Mapping[str, Any]]
 
 
 class Rounds(Protocol):
-    """The rounds that an engine's thread drives: `offramp.serving.core.Core`, or one that answers
-    one by one.
+    """What an engine's thread drives, round by round: an `offramp.serving.core.Core`, or a core
+    that answers one request after the other.
 
     depths: of the exits in use. tally: what they did.
     """

@@ -285,7 +285,7 @@ class DraftTraining(ABC):
         """The full model's logits [B, A, S], and which of the S it says [B, A]: -1 for another."""
 
     def follow(self, stores: Stores) -> dict[int, Acceptance]:
-        """Train on recorded states, and keep the best by validation; how often it is right.
+        """Train on recorded states, keep the best by validation, and return how often it is right.
 
         No step is left out: drafts are best once the rate has come down, and dip before.
         """

@@ -246,7 +246,8 @@ class Trainer:
         return self._best_adapter()
 
     def run_stages(self, resume: bool = False, *, drafts: bool) -> Adapter:
-        """`run`; drafts: the exits then learn to draft on, from the same recorded states."""
+        """Train as `run` does. drafts: whether the exits then learn to draft on, from the same
+        recorded states."""
         if not drafts:
             return self.run(resume)
         recorded: dict[Any, Stores] = {}

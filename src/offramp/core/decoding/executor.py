@@ -115,8 +115,8 @@ def too_long(positions: int) -> InputError:
 
 
 def check_context(prompt: int, answer: int, context: int, *, unread: int = 1) -> None:
-    """Raise `InputError` where a context has too few columns for a prompt and its answer, the last
-    `unread` tokens of which get none."""
+    """Raise `InputError` where a context has too few columns for a prompt and its answer. unread:
+    tokens at the answer's end that need no column."""
     if prompt + answer - unread > context:
         raise InputError(
             f"A prompt of {prompt} tokens and an answer of {answer} are longer than the context of "

@@ -23,7 +23,7 @@ from offramp.core.storage import digest_file
 
 
 class EncodedImage(Protocol):
-    """An image file that is not a file of its own, such as a cell of a data set."""
+    """An image file inside another file, such as a cell of a data set."""
 
     def read(self) -> bytes:
         """The encoded image, as its file would hold it."""

@@ -33,7 +33,7 @@ class TooCostly(ValueError):
 
 @dataclass(frozen=True)
 class PixelParts:
-    """A file of the same pixels and little else. orientation: EXIF's, 1 to 8; 1: upright.
+    """A file that has an image's pixels and little else. orientation: EXIF's, 1 to 8; 1: upright.
 
     turned: whether the decoder turns the image itself.
     """

@@ -44,8 +44,8 @@ class Family:
     discovered: bool = False
 
     def inside(self, prefix: str, vision: str | None) -> Family:
-        """Return this text family, held under `prefix` by a model with the vision tower
-        `vision`."""
+        """Return the family of a VLM that holds this text family under `prefix`, beside the vision
+        tower `vision`."""
         stack, head = f"{prefix}.{self.stack}", f"{prefix}.{self.head}"
         return replace(self, stack=stack, head=head, vision=vision)
 

@@ -59,7 +59,7 @@ class QuantizedLinear(OwnLinear):
 
 
 class Int8Linear(QuantizedLinear):
-    """8 bits, and a scale a row."""
+    """A linear layer in 8 bits, with a scale for each row."""
 
     word = "int8"
 
@@ -76,7 +76,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """4 bits, and a scale and a zero for every 32 columns of a row."""
+    """A linear layer in 4 bits, with a scale and a zero for every 32 columns of a row."""
 
     word = "int4"
     rows_together = 16

@@ -63,7 +63,7 @@ class PrepackedLinear(OwnLinear):
 
 
 def is_worth_it(weight: Tensor) -> bool:
-    """Return True if one token's product is faster in the layout."""
+    """Return True if the product of one token is faster in this layout."""
     return weight.dtype != torch.float32 or weight.numel() >= LEAST
 
 

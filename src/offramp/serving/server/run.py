@@ -209,7 +209,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def http(app: FastAPI, service: Service) -> uvicorn.Config:
-    """Return how HTTP is spoken for a service."""
+    """Return the settings by which a service speaks HTTP."""
     return uvicorn.Config(
         app,
         http=protocol(service.config),

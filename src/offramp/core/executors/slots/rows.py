@@ -93,7 +93,7 @@ class SlotRows:
         return row.offset if self.offsets is not None else 0, row.first
 
     def with_own(self, positions: Tensor, call: Call) -> Tensor:
-        """Positions [..., T] of a call on one slot, of a prompt whose positions are its own."""
+        """Return positions [..., T] of a call on one slot, where its prompt has its own."""
         assert call.beside is not None
         row, start = self.by_slot[call.beside[0]], call.beside[1]
         assert row.places is not None
