@@ -27,7 +27,7 @@ Prepare = Callable[[Request], Mapping[str, Any]]
 
 
 class Rounds(Protocol):
-    """What an engine's thread drives, round by round: an `offramp.serving.core.Core`, or a core
+    """Rounds that an engine's thread drives: those of an `offramp.serving.core.Core`, or of a core
     that answers one request after the other.
 
     depths: of the exits in use. tally: what they did.
