@@ -42,7 +42,7 @@ class CallSizes:
     first: int = 1
 
     def cut(self, tokens: int) -> list[int]:
-        """Return how many each of the calls holds that take the least time together."""
+        """Return the sizes of the calls that take the least time together."""
         whole, rest = divmod(tokens, self.most)
         return [self.most] * whole + self._cuts[rest]
 

@@ -56,7 +56,7 @@ class DecoderEntry:
 def prompt_of(
     backbone: Backbone, architecture: Architecture, entered: Entered, row: int = 0
 ) -> Prompt:
-    """A row's prompt, padding left out, of what entered.
+    """Return a row's prompt from what entered, without its padding.
 
     Raises:
         InputError: parts of it look ahead in a way that llama.cpp does not.

@@ -127,7 +127,7 @@ def export_gguf(
 
 
 def export_whole(backbone: Backbone, file: Path, formats: ExportFormats) -> None:
-    """The decoder without exits in one file, which is what llama.cpp runs alone: for comparison."""
+    """Write the decoder without exits as one file, which llama.cpp runs alone, for comparison."""
     _write(file, backbone, architecture_of(backbone), formats, Cut(0, backbone.depth), {})
 
 

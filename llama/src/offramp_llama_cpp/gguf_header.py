@@ -38,9 +38,9 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class Header:
-    """said: by key; a longer array of words is left out, unless all were asked for. kinds: of each
-    key that is said, the number of its value's type and, of an array, of what it holds. tensors: by
-    name."""
+    """The header of a GGUF file. said: values by key; longer arrays of words are left out unless
+    all were asked for. kinds: by key, the number of the value's type, and for an array that of its
+    elements. tensors: by name."""
 
     path: Path
     said: dict[str, Any]

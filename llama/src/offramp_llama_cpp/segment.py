@@ -87,7 +87,7 @@ layers is the file's first."""
 
 class Part(NamedTuple):
     """Rows of one of the sequences that share a call. states: [n, D], the last `idle` of which only
-    fill the call. outputs: of how many of those before these there will be logits."""
+    fill the call. outputs: how many rows before the idle ones get logits."""
 
     slot: int
     states: States

@@ -66,7 +66,7 @@ def _wherever_it_runs(backbone: Backbone, adapter: AdapterParts) -> Conditions:
 
 
 def verified_section(certificate: Certificate | None) -> str:
-    """The card's section on what `offramp verify` found, without its heading."""
+    """Return the card's section on what `offramp verify` found, without its heading."""
     if certificate is None:
         return "Not verified on any machine yet: `offramp verify FOLDER`."
     return "\n".join(f"* {run.words}" for run in certificate.runs)

@@ -111,9 +111,9 @@ METHODS = ("auto", *TESTS)
 
 
 def p_value(losses: Losses, target: float, method: str, level: float = PLANNED_FOR) -> float:
-    """Return the p-value of "the true risk is above `target`", for losses [n]; of `Draws` with a
-    target of their own, of "above so many `times` the target". level: that it will be held to,
-    which stakes aim at; it is valid at any."""
+    """Return the p-value of the claim that the true risk is above `target`, for losses [n]. `Draws`
+    with a target of their own are held to so many `times` that target. level: of the test that
+    follows, which stakes aim at; the p-value is valid at any level."""
     parts = [(part, part.times * target) for part in _parts(losses)]
     return max(TESTS[method](part, own, level) if own < 1 else 0.0 for part, own in parts)
 

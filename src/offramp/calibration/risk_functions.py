@@ -55,7 +55,7 @@ class Judged(Example):
 
     @classmethod
     def of(cls, item: Item | Example) -> Example:
-        """An item as an example; an example as it is."""
+        """Return an item as an example, and an example unchanged."""
         if isinstance(item, Example):
             return item
         return cls(**vars(item.example), references=item.references)

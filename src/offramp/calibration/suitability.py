@@ -362,8 +362,8 @@ def exiting(scores: Array, right: Array, answer: Array, risk: float) -> float:
 
 
 def settled(scores: Array, right: Array, level: float) -> float:
-    """The largest share of N tokens that exit at a threshold, while no more than 1 - level of all N
-    are other than the full model's. scores, right: [N], of each token."""
+    """Return the largest share of N tokens that exit at a threshold, while at most 1 - level of all
+    N differ from the full model's. scores, right: [N], of each token."""
     order = np.argsort(-scores, kind="stable")
     wrong = np.cumsum(~right[order])
     ends = np.append(scores[order][1:] != scores[order][:-1], True)

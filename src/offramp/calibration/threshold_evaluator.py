@@ -163,7 +163,7 @@ def split_images(
 ) -> tuple[list[ImageRows], list[ImageRows]]:
     """Images on which a path is searched, and those on which it is tested: by rank, so that more
     images bring none that was searched on into the test. Copies of one that is searched on are
-    searched on with it. also: whether more is searched than a path.
+    searched on with it. also: whether more than a path is searched.
 
     Raises:
         DataError: too few images for both.

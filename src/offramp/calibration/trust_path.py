@@ -47,8 +47,11 @@ def trusting(policy: ExitPolicy, adapter: Adapter, longest: int) -> ExitPolicy:
 
 @dataclass(frozen=True)
 class TrustPath(ThresholdEvaluator):
-    """Examples with the full model's answers and what was offered in their place. A point of the
-    path is a level of trust, by the depth of the exit that drafts. texts: of answers, by ids."""
+    """Examples with the full model's answers and the drafts that were offered in their place.
+
+    A point of the path is a level of trust, by the depth of the exit that drafts. texts: of
+    answers, by ids.
+    """
 
     texts: Callable[[Sequence[int]], str] = lambda ids: ""
 

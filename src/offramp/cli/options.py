@@ -87,8 +87,8 @@ def name_first(
     required: bool = True,
     **more: Any,
 ) -> None:
-    """The model's name as the first word. old: options that earlier versions took it by, which are
-    read and not shown. more: of `add_argument`."""
+    """Add the model's name as the first word. old: options of earlier versions that still give the
+    name, and are not shown. more: of `add_argument`."""
     word = group.add_argument(dest, nargs="?", metavar="NAME", action=Named, help=help, **more)
     for flag in old:
         group.add_argument(flag, dest=dest, action=Named, help=argparse.SUPPRESS, **more)
@@ -256,7 +256,7 @@ def field_options(
 
 
 def filled(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The fields of a dataclass whose options a command has, as they were given."""
+    """Return the fields of a dataclass that a command's options set."""
     words = {
         field.name: field.metadata.get("flag", f"--{field.name}")[2:].replace("-", "_")
         for field in fields(cls)

@@ -295,7 +295,7 @@ def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
 
 
 class Flattened(argparse.Action):
-    """Stores what several words came to as one tuple: "3,6" and "3 6" are the same list."""
+    """Stores the values of several words as one tuple: "3,6" and "3 6" are the same list."""
 
     def __call__(
         self,

@@ -55,7 +55,7 @@ the worst cell does: of 300 forms a copy's was always the own one's nearest."""
 
 @dataclass(frozen=True)
 class Grey:
-    """Grey levels, softened a little so that resampling counts less than ink, by cells.
+    """Grey levels by cell, softened a little so that resampling counts less than ink.
 
     levels: [cells, pixels]. allowed: by how much each cell of a copy may differ [cells].
     """

@@ -149,7 +149,7 @@ class Looks:
 
     @classmethod
     def of(cls, looks: Array) -> Looks:
-        """looks: of each image, [n, F] with n > F + 1."""
+        """Return the looks of images. looks: [n, F] of n images, with n > F + 1."""
         n, features = looks.shape
         center = looks.mean(0)
         spread = np.cov(looks.T) + BLUR**2 * np.eye(features)
@@ -232,7 +232,7 @@ class Likeness:
         return None, looks if self.looks_at_images else None
 
     def test(self, kind: str, scores: Sequence[float], look: Array | None = None) -> Tested:
-        """Test whether an answer to a prompt of that kind was asked as the calibrated ones were.
+        """Test whether a request is like those that were calibrated of its kind.
 
         look: of the image (`look_of`); None: the scores alone tell.
         """

@@ -85,8 +85,9 @@ class Executor(Protocol):
     def verify(
         self, handles: Sequence[Handle], ids: Sequence[Sequence[int]], columns: Sequence[int]
     ) -> Any:
-        """Run tokens side by side of each sequence, from its column on, through all layers and the
-        exit that drafts on, if one does; of all tokens what `full` returns of one."""
+        """Run the next tokens of each sequence together, from its column on, through all layers and
+        the exit that drafts on, if there is one. Return for all tokens what `full` returns for one.
+        """
         ...
 
     def allow_crops(self, handle: Handle) -> bool:

@@ -378,8 +378,9 @@ def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
 
 
 def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
-    """The policy that `policy_to_json` wrote, in this version or before; what does not say whether
-    first tokens may exit is from before they could. Warn of what is no longer read."""
+    """Return the policy that `policy_to_json` wrote, in this version or an earlier one. A policy
+    that says nothing of first tokens is from before they could exit. Warn of fields that are no
+    longer read."""
     said = [name for name in RETIRED if value.get(name)]
     exact = {"kv": EXACT, "visual_keep": ALL}
     said += [name for name, only in exact.items() if value.get(name, only) != only]

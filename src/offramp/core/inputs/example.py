@@ -69,8 +69,8 @@ class Example:
 
     @classmethod
     def of_text(cls, prompt: str, answers: tuple[str, ...] = (), *, key: str) -> "Example":
-        """One for a language model, which sees no image. Raise `InputError` if the prompt is
-        empty."""
+        """Return an example for a language model, which sees no image. Raise `InputError` if the
+        prompt is empty."""
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError("A prompt without an image is empty.", "Write what is asked.")
         return cls(TextAlone(prompt), prompt, answers, key)

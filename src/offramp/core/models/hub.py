@@ -130,8 +130,8 @@ def grey_picture() -> Image.Image:
 
 
 def grey_example(processor: Any, model: Any) -> dict[str, Any] | None:
-    """Return what a processor makes of a grey picture and a few words, as the model takes it; None
-    where it makes nothing of them that the model takes."""
+    """Return what a processor makes of a grey picture and a few words; None where the model cannot
+    take that."""
     words = "Describe the picture."
     for written in (_by_template, _behind_mark, lambda _, words: words):
         try:
@@ -161,8 +161,8 @@ def _behind_mark(processor: Any, words: str) -> str:
 
 
 def not_loaded(what: str, error: Exception, remedy: str) -> InputError:
-    """Return what is raised where transformers could not load `what`; remedy: where all packages
-    are there."""
+    """Return the error for what transformers could not load. remedy: what to do where no package is
+    missing."""
     if "trust_remote_code" in str(error):
         return InputError(
             f"{what}: it comes with code of its own, which was not run.",

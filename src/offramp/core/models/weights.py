@@ -80,8 +80,8 @@ def unpack(model: Any) -> None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return True if this module is a linear, a leaf, whose weight is no plain float tensor; one
-    that is laid out for a processor is none."""
+    """Return True if this module is a quantised linear layer: a leaf whose weight is no plain float
+    tensor, and is not merely laid out for a processor."""
     if not hasattr(module, "in_features") or any(True for _ in module.children()):
         return False
     weight = getattr(module, "weight", None)

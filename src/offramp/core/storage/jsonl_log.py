@@ -55,7 +55,7 @@ class JsonlLog:
             raise StorageError(f"Cannot add to {self.path}: {reason(error)}.", ROOM) from error
 
     def sync(self) -> None:
-        """Put all rows on disk. Raise `StorageError` where it takes no more."""
+        """Put all rows on disk. Raise `StorageError` if the disk takes no more."""
         try:
             _sync_content(self._file.fileno())
         except OSError as error:

@@ -94,7 +94,7 @@ class Int4Linear(QuantizedLinear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The codes, in the type that transformers knows for those of a quantised weight."""
+        """The codes, in the type by which transformers knows a quantised weight."""
         return self.codes.view(torch.int8)
 
     def products(self, rows: Tensor) -> Tensor:

@@ -176,8 +176,8 @@ class TorchServed:
         return "" if self.adapter is None else self.adapter.kind_of(asked)
 
     def promised(self) -> dict[str, Any] | None:
-        """Return what was calibrated, in a few fields, and of which prompts and answers how
-        long."""
+        """Return the calibration in a few fields, with its prompts and the length of its answers.
+        """
         promise = self.stands().promise
         if promise is None or self.adapter is None:
             return None

@@ -400,7 +400,8 @@ def flat(
 def packed(
     slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
 ) -> SlotCall:
-    """The same."""
+    """Return a call on tokens of which one slot may have more than another, each slot's own side by
+    side with padding. Arguments as of `flat`."""
     rows, at = torch.tensor([slots, columns], device=device)
     starts = [i for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1]]
     ends = [*starts[1:], len(slots)]
