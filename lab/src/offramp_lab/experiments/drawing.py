@@ -136,9 +136,12 @@ def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
     return _listed([*rows], what, draw, (5.6, 1.0 + 0.5 * len(rows)))
 
 
-def speed_bands(curves: Mapping[str, Sequence[Band]], what: str, ours: str | None = None) -> str:
-    """Quality against decoding speed: a line for each name through the means over seeds, and a band
-    over the seeds' range; `ours`, a name of `curves`, stands out."""
+def speed_bands(
+    curves: Mapping[str, Sequence[Band]], what: str, ours: str | None = None,
+    speed_of: str = "decoding speed",
+) -> str:  # fmt: skip
+    """Quality against speed: a line for each name through the means over seeds, and a band over the
+    seeds' range; `ours`, a name of `curves`, stands out."""
 
     def draw(axes: Any) -> None:
         colors = iter(COLORS)
@@ -150,11 +153,11 @@ def speed_bands(curves: Mapping[str, Sequence[Band]], what: str, ours: str | Non
             axes.plot(speed, quality, color=color, linewidth=width, zorder=order, label=name)
             axes.plot(speed[-1], quality[-1], "o", color=color, markersize=4, zorder=order)
             axes.fill_betweenx(quality, low, high, color=color, alpha=0.15, lw=0)
-        axes.set_xlabel("decoding speed (full depth = 1)")
+        axes.set_xlabel(f"{speed_of} (full depth = 1)")
         axes.set_ylabel(what)
         percent(axes.yaxis)
         legend(axes)
 
     height = SIZE[1] + 0.2 * len(curves) / (2 if max(map(len, curves)) <= SHORT else 1)
-    title = f"{what} against decoding speed: {', '.join(curves)}"
+    title = f"{what} against {speed_of}: {', '.join(curves)}"
     return drawn(title, draw, (SIZE[0], height))

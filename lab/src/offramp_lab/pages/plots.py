@@ -3,9 +3,11 @@
 from offramp.core.storage import write_atomic
 from offramp_lab.experiments.comparison.equal_quality import drawn
 from offramp_lab.experiments.drawing import (
+    Band,
     dots,
     intervals,
     parts,
+    speed_bands,
     standalone,
     strips,
 )
@@ -13,6 +15,7 @@ from offramp_lab.places import DOCS
 from offramp_lab.tables.end_to_end import by_stage
 from offramp_lab.tables.markdown import KINDS, by, record, tiny
 from offramp_lab.tables.photographs import METHODS, curves
+from offramp_lab.tables.trust import by_way
 
 AT = "0.01"
 
@@ -34,6 +37,7 @@ def plots() -> dict[str, tuple[str, str]]:
         "guarantees": ("Risk on fresh images, over the promised risk", guarantees()),
         "models": ("How near decoding is to the model itself", models()),
         "decoding": ("Depth of each token, tiny OPT", decoding()),
+        "trust": ("Trust beside thresholds, photo model", trust()),
     }
 
 
@@ -87,6 +91,21 @@ def decoding() -> str:
     names = {"full": "full", "early_exit": "early exit"}
     rows = {title: shown["modes"][mode]["depths"] for mode, title in names.items()}
     return strips(rows, shown["layers"], "token")
+
+
+def trust() -> str:
+    """By engine and way, the share of full depth's own answers against speed, as SVG."""
+    return speed_bands(
+        {
+            f"{title}, {way}": [
+                Band(1 - e["changed"], *(e["whole"][n] for n in ("times", "low", "high")))
+                for e in entries
+            ]
+            for title, ways in by_way().items()
+            for way, entries in ways.items()
+        },
+        "answers that are full depth's", speed_of="speed of a whole answer",
+    )  # fmt: skip
 
 
 def methods() -> str:

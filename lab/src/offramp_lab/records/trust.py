@@ -4,7 +4,9 @@
 each photograph in an order of its own: full depth, losslessly, at levels of trust, and by
 thresholds, in PyTorch and in llama.cpp. CPU seconds of the process, from the processor's output on
 (whole, with the vision tower) and of decoding. What was answered is kept in runs/trust, so that a
-run that was cut off goes on there.
+run that was cut off goes on there. "taken" in it: answers that were taken at a level, and differ;
+"judged" beside each, and beside full depth's own, is a reader's who saw the photograph: right;
+partly, as with another action or colour; or wrong. It stays for the same answers.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ LEVELS = (0.8, 0.6, 0.4, 0.25, 0.1, 0.02, 0.0)
 PAIRS = {"as ships": None, "careful": CAREFUL, "0.6 / 0.7": {"thresholds": 0.6, "first": 0.7}}
 OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
 ENGINES = ("torch", "llama.cpp q8_0")
+READ, COUNT = 0.1, 30
+"""Level whose answers a reader judges, and how many."""
 
 
 def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
@@ -108,24 +112,44 @@ def entries_of(
     return entries
 
 
+def taken(
+    told: Mapping[str, Sequence[Any]], examples: Sequence[Example], encoder: Any
+) -> list[dict[str, Any]]:
+    """The first answers that were taken at `READ` and differ from full depth's, to be read."""
+
+    def text(ids: Any) -> str:
+        return str(encoder.texts(torch.tensor([ids]))[0])
+
+    before = RECORD.read().get("taken", [])
+    judged = {(one["photograph"], one["full"], one["taken"]): one["judged"] for one in before}
+    both = zip(examples, told["full"], told[f"trust {READ:g}"], strict=True)
+    differ = [(e.key, text(full[2]), text(own[2])) for e, full, own in both if full[2] != own[2]]
+    return [
+        {"photograph": key, "full": full, "taken": own, "judged": judged.get((key, full, own))}
+        for key, full, own in differ[:COUNT]
+    ]
+
+
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=300, engines=Some(ENGINES))
     adapter, encoder = load_photo(arguments.adapter, vision=TOWER)
     examples = halves(arguments.data)[1][: arguments.photographs]
-    entries = list[dict[str, Any]]()
+    entries, read = list[dict[str, Any]](), RECORD.read().get("taken", [])
     for engine in arguments.engines:
         told = partial(
             captioned, adapter=adapter, encoder=encoder, examples=examples, engine=engine
         )
         if engine == "torch":
-            entries += entries_of(told(adapter.generate), engine, examples, encoder)
+            answered = told(adapter.generate)
+            entries += entries_of(answered, engine, examples, encoder)
+            read = taken(answered, examples, encoder)
             continue
         folder = RUNS / RECORD.name / "files"
         if not folder.is_dir():
             export_gguf(adapter, folder, "q8_0")
         with LlamaCppRuntime(adapter, folder) as runtime:
             entries += entries_of(told(runtime.generate), engine, examples, encoder)
-    RECORD.write({"photographs": len(examples), "entries": entries})
+    RECORD.write({"photographs": len(examples), "entries": entries, "taken": read})
 
 
 if __name__ == "__main__":

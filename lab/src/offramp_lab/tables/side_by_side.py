@@ -7,12 +7,10 @@ WAYS = {
     "full": "full depth",
     "early exit": "early exit, as it ships",
     "early exit, untrained": "the same, untrained exit",
-    "early exit, careful": "early exit, at 0.4 and 0.7",
     "static": "every token at the exit",
     "exit drafts": "lossless: the exit drafts, as it ships",
     "exit drafts, untrained": "the same, untrained exit",
     "EAGLE-3": "lossless: EAGLE-3 drafts",
-    "EAGLE-3, untrained": "the same, untrained",
     "n-grams": "lossless: n-grams of the text",
 }
 
