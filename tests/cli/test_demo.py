@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.shipped import load_tiny
+from offramp.adapter.shipped import example_picture, load_tiny
+from offramp.cli import demo as first_run
 from offramp.cli.demo import DemoSizes, demo, table
 from offramp.core.decoding.policy import policy_to_json
 from offramp.data.scenes import world
 from offramp.data.scenes.tasks import captions
+from offramp.engines.loading import load, usual_prompt
 from offramp.features.input_processor import InputProcessor
 from offramp.report.sections import TITLES
 
@@ -82,6 +84,24 @@ def test_the_table_says_what_the_report_says(report: Any) -> None:
     assert f"{report['modes']['early_exit']['speedup_decode']:.2f}x" in shown
     for mode in report["modes"]:
         assert TITLES[mode] in shown
+
+
+def test_a_photograph_is_answered_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the photo model; here by a tiny one, which needs no weights from elsewhere."""
+    loaded = load("tiny-opt", engine="torch")
+    monkeypatch.setattr(first_run, "load", lambda name, **how: loaded)
+    picture = example_picture("tiny-opt")
+    monkeypatch.setattr(first_run, "example_picture", lambda name: picture)
+    lines = first_run.photograph(lambda token, depth, layers: f"{token.strip()}/{depth}")
+    prompt = usual_prompt(loaded.adapter)
+    for line, mode in zip(lines, ("full", "early_exit"), strict=True):
+        title, seconds, words = TITLES[mode], *line.removeprefix(TITLES[mode]).split(" s  ")
+        assert line.startswith(title) and float(seconds) > 0
+        depths = {int(word.rpartition("/")[2]) for word in words.split(" ")}
+        assert depths == {12} if mode == "full" else min(depths) < 12
+        text = "".join(word.rpartition("/")[0] for word in words.split(" "))
+        answer = loaded.answer(picture, prompt, mode=mode, max_new_tokens=loaded.longest)
+        assert text.startswith(answer.replace(" ", ""))
 
 
 def test_no_two_parts_of_the_demo_see_the_same_picture() -> None:

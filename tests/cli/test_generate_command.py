@@ -184,7 +184,7 @@ def test_no_color_is_heeded(
     if variable is not None:
         monkeypatch.setenv("NO_COLOR", variable)
     monkeypatch.setattr("sys.stderr", type("Terminal", (), {"isatty": lambda _: True})())
-    assert generate._in_color() is painted
+    assert ("\033[" in generate.painter()("dog", 2, 12)) is painted
 
 
 def test_the_longest_answer_is_what_was_calibrated(

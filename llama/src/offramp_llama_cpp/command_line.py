@@ -21,8 +21,11 @@ from offramp.core.storage.places import close_name
 log = logging.getLogger(__name__)
 
 NAMES = ("generate", "serve")
-ALONE = ("--", "-h", "--help-all", "--help", "--json", "--plain", "--quiet", "--stream")
-"""Options of both commands that take no value."""
+ALONE = (
+    "--", "-h", "--forget-engines", "--help-all", "--help", "--json", "--plain", "--quiet",
+    "--stream",
+)  # fmt: skip
+"""Options of commands there that take no value."""
 SLOTS = 4
 
 

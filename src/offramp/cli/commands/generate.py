@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,21 +276,20 @@ def _show(
         name = f"{printable(str(image))}: " if len(arguments.image) > 1 else ""
         print_text(f"{name}{printable(text)}")
     if arguments.depths:
-        color, words = _in_color(), map(printable, tokens)  # as a terminal shows them
-        shown = (_paint(t, d, result.layers, color) for t, d in zip(words, depths, strict=True))
-        tell(" ".join(shown))
+        paint, layers = painter(), [result.layers] * len(tokens)
+        tell(" ".join(map(paint, map(printable, tokens), depths, layers)))
     log.info("mean depth %.1f of %d", result.mean_depth, result.layers)
     log.info("%s", verdict.sentence)
 
 
-def _in_color() -> bool:
-    """On a terminal, where NO_COLOR (no-color.org) is not set."""
-    return sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+def painter() -> Callable[[str, int, int], str]:
+    """Return what shows a token with its depth, of so many layers: in colour on a terminal, where
+    NO_COLOR (no-color.org) is not set."""
+    known = sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    return _paint if known else lambda token, depth, layers: f"{token.strip()}/{depth}"
 
 
-def _paint(token: str, depth: int, layers: int, color: bool) -> str:
+def _paint(token: str, depth: int, layers: int) -> str:
     """A token with its depth: green where it exited early, plain at full depth."""
-    if not color:
-        return f"{token.strip()}/{depth}"
     shade = 46 if depth <= layers / 3 else 190 if depth < layers else 250
     return f"\033[38;5;{shade}m{token.strip()}\033[0m\033[2m/{depth}\033[0m"
