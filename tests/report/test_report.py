@@ -282,6 +282,24 @@ def test_an_adapter_without_a_promise_says_so() -> None:
     assert "nothing is guaranteed" in text
 
 
+def test_a_promise_by_trust_is_told_beside_what_it_was_compared_with() -> None:
+    value = adapter()
+    value["calibration"]["policy"] = {"thresholds": {}, "trust": 0.9}
+    value["calibration"]["ways"] = [
+        {"name": "lossless", "setting": "at most 4 drafts", "times": 1.5, "risk": None,
+         "answers": 0, "promised": False},
+        {"name": "trust", "setting": "0.9", "times": 2.25, "risk": 0.002, "answers": 777,
+         "promised": True},
+        {"name": "thresholds", "setting": "0.8 at depth 2", "times": 1.9, "risk": 0.004,
+         "answers": 100, "promised": False},
+    ]  # fmt: skip
+    text = Page(written([Source("adapter", "m", value)])).text
+    assert "With 95% confidence the risk (disagreement) is at most 1.00%" in text
+    assert "Levels of trust were tried" in text and "The path of levels of trust" in text
+    for cells in ("1.50xnone", "2.25x0.20%promised", "1.90x0.40%estimated"):
+        assert cells in text
+
+
 def test_a_calibration_that_failed_says_so() -> None:
     value = adapter()
     value["calibration"] |= {

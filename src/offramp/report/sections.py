@@ -52,15 +52,17 @@ def calibration(value: Value) -> Markup:
         return render("calibration", guarantee=None)
     path = guarantee.get("path") or ()
     passed = [i for i, p in enumerate(path) if p["risk"] == guarantee["measured"]]
-    chosen = passed[-1] if passed and guarantee["policy"]["thresholds"] else None
+    chosen = passed[-1] if passed else None
     svg = ""
     if path:
         risks, bounds = [p["risk"] for p in path], [p["bound"] for p in path]
         svg = calibration_curve(risks, bounds, guarantee["target"], chosen)
+    by_trust = guarantee["policy"].get("trust") is not None
+    tried = "Levels of trust" if by_trust else "Thresholds"
     walked = Table.of(
         path,
         {
-            "thresholds by depth": lambda p: _thresholds(p["thresholds"]),
+            f"{tried.lower()} by depth": lambda p: _thresholds(p["thresholds"]),
             "risk": lambda p: fine(p["risk"]),
             "bound": lambda p: fine(p["bound"]),
             "a token, predicted": lambda p: (
@@ -68,9 +70,20 @@ def calibration(value: Value) -> Markup:
             ),
         },
     )
-    return render(
-        "calibration", guarantee=guarantee, chosen=chosen is not None, svg=svg, path=walked
+    ways = Table.of(
+        guarantee.get("ways") or (),
+        {
+            "way": lambda w: w["name"],
+            "setting": lambda w: w["setting"],
+            "speed of full depth": lambda w: times(w["times"]),
+            "risk": lambda w: "none" if w["risk"] is None else fine(w["risk"]),
+            "": lambda w: "promised" if w["promised"] else "" if w["risk"] is None else "estimated",
+        },
     )
+    return render(
+        "calibration", guarantee=guarantee, chosen=chosen is not None, svg=svg, path=walked,
+        ways=ways, tried=tried,
+    )  # fmt: skip
 
 
 # -- all figures -----------------------------------------------------------------------------------

@@ -131,14 +131,17 @@ def _told(entries: dict[str, Any]) -> str:
     policy, metrics, calibration = (
         entries.get(n) or {} for n in ("policy", "metrics", "calibration")
     )
+    ways = calibration.get("ways") or ()
     here = Conditions(of_policy(policy_from_json(entries["policy"])))  # as is known of the folder
     told = {
         "backbone": entries["backbone"].get("name"),
         "exits": f"{entries.get('exit_kind')} at {inline(entries.get('depths'))}",
         "thresholds": inline(policy.get("thresholds")),
+        "trust": "" if policy.get("trust") is None else f"{policy['trust']:g}",
         "score": policy.get("score"),
         "lossless drafts": f"from {inline(policy.get('drafts'))}",
         "guarantee": standing(calibration, here).sentence.removeprefix("guaranteed "),
+        "compared": inline({way["name"]: f"{way['times']:.2f}x" for way in ways}),
         "agreement": inline(metrics.get("agreement")),
         "made by": (entries.get("provenance") or {}).get("command"),
         "verified": entries["verified"],

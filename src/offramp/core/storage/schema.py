@@ -178,6 +178,17 @@ class Kind(Struct, frozen=True):
     target: Target | None = None
 
 
+class Way(Struct, frozen=True):
+    """A way to answer that was compared (`offramp.calibration.trial.Way`)."""
+
+    name: str
+    setting: str
+    times: Amount
+    risk: Number | None = None
+    answers: Count = 0
+    promised: bool = False
+
+
 class Calibration(Struct, frozen=True):
     """A guarantee. Entries of other names are only shown."""
 
@@ -202,6 +213,7 @@ class Calibration(Struct, frozen=True):
     watched: Watched | None = None
     kinds: list[Kind] | None = None
     qualities: dict[str, Number] | None = None
+    ways: Annotated[list[Way], Meta(max_length=64)] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a damaged likeness, and a guarantee whose risk or bound is above its target."""
