@@ -103,6 +103,11 @@ def stakes_above(claims: Array) -> Array:
     return np.asarray((p - q) / (q * (1 - q)))
 
 
+def as_share(loss: Any, most: float) -> Any:
+    """Return losses in [-most, most], which may be gains, as shares in [0, 1] to be bet on."""
+    return (loss + most) / (2 * most)
+
+
 def stake_of(start: int) -> float:
     """The share of the fortune that bets of start number j, from 1, are made with:
     0.47 / ((j + 1) log(j + 1)^2), which sums to less than 1 and falls about as slowly as it can."""

@@ -6,7 +6,7 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from offramp.adapter.answers import Answer
 from offramp.calibration.calibrate import calibrate
 from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.decoding.scheduler import Schedule
@@ -532,6 +533,47 @@ def test_watchers_share_a_level_and_slack_moves_the_limit() -> None:
         watcher.close()
 
 
+CIDER = Promise("cider_drop", 0.025, 0.95)
+
+
+def words_lost(early: Answer, full: Answer, references: Sequence[str]) -> float:
+    """A drop of 1 where the full model is right alone, -1 where the early answer is."""
+    return float(full.text in references) - float(early.text in references)
+
+
+def test_right_answers_of_people_break_a_promise_about_right_answers(tmp_path: Path) -> None:
+    """Of answers that were compared alone, once each; and over a restart."""
+    config = replace(ALL, state=tmp_path / "watch.json")
+    more: dict[str, Any] = {"right": CIDER, "judge": words_lost, "about": "exits"}
+    watcher = idle_watcher(_BusyEngine(0), config, **more)
+    decode = watcher._encoder.tokenizer.decode
+    early, full = decode([6]), decode([5])
+    assert early != full
+    for number, sample in enumerate(samples([fakes.picture(i) for i in range(40)], wrong=True)):
+        watcher.offer(replace(sample, id=f"a{number}"))
+    assert watcher.settle(60)
+    watcher.risk = watcher._new_risk()  # what differs is a test of its own
+    assert not watcher.judge("another", [full]) and watcher.report()["judged"]["answers"] == 0
+    for number in range(10):
+        assert watcher.judge(f"a{number}", [early, full])  # both are right: nothing is lost
+    told = watcher.report()["judged"]
+    assert told["risk"] == pytest.approx(0) and told["lower"] < 0 < told["upper"]
+    assert not watcher.judge("a0", [full]) and not watcher.broken
+    watcher.close()
+    again = idle_watcher(_BusyEngine(0), config, **more)
+    assert again.judged is not None and again.judged.n == 10
+    for number, sample in enumerate(samples([fakes.picture(i) for i in range(40)], wrong=True)):
+        again.offer(replace(sample, id=f"a{number}"))
+    assert again.settle(60)
+    again.risk = again._new_risk()
+    for number in range(40):
+        again.judge(f"a{number}", [full])
+    assert again.broken and again.replaces == "lossless"
+    again.reset()
+    assert not again.broken and again.judged.n == 0
+    again.close()
+
+
 # -- in the server ---------------------------------------------------------------------------------
 
 
@@ -598,6 +640,37 @@ def test_a_reset_says_what_there_is_to_reset() -> None:
         refused = client.post("/v1/watch/reset", json={}, headers=headers)
         assert refused.status_code == 404
         assert "--watch 0" in refused.json()["error"]["message"]
+    finally:
+        service.close()
+
+
+def test_people_judge_what_was_compared_by_its_id_and_with_a_key() -> None:
+    def judge(early: Answer, full: Answer, references: Sequence[str]) -> float:
+        return 1.0
+
+    body = {"messages": messages(scene_examples()[0])}
+    for keys, status in (((), 403), (("k",), 200)):
+        more = {"watch": WatchConfig(share=1.0), "judge": judge}
+        service = service_of(slots=2, more=more, keys=keys)
+        client, watcher = asking(service), service.watcher
+        headers = {"Authorization": "Bearer k"}
+        try:
+            reply = client.post("/v1/chat/completions", json=body, headers=headers).json()
+            assert watcher is not None and watcher.settle(300)
+            said = {"id": reply["id"], "references": ["a red square"]}
+            for counted in (True, False):
+                found = client.post("/v1/watch/answer", json=said, headers=headers)
+                assert found.status_code == status
+                assert status != 200 or found.json()["counted"] == counted
+            blank = said | {"references": [" "]}
+            refused = client.post("/v1/watch/answer", json=blank, headers=headers)
+            assert refused.status_code == 400
+        finally:
+            service.close()
+    service = service_of(slots=1, more={"watch": WatchConfig(share=1.0)}, keys=("k",))
+    try:
+        found = asking(service).post("/v1/watch/answer", json=said, headers=headers)
+        assert found.status_code == 404 and "frequencies" in found.json()["error"]["message"]
     finally:
         service.close()
 

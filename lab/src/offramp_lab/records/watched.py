@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,13 +28,13 @@ from offramp.cli import demo
 from offramp.core.decoding.policy import GenerationOutput
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.features.input_processor import InputProcessor
-from offramp.promises.active_draw import BLOCK, chances, doubt
-from offramp.promises.betting import RATIOS, Restarts
+from offramp.promises.active_draw import BLOCK, MOST, chances, doubt
+from offramp.promises.betting import RATIOS, Restarts, as_share
 from offramp.promises.guarantee import Promise
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.monitor.watcher import Watcher, draws_of_one
-from offramp_lab.records.record import Record, asked
+from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import tiny_with
 
 Array = npt.NDArray[Any]
@@ -52,37 +53,11 @@ SLOTS = 8
 
 
 def main() -> None:
-    arguments = asked(__doc__, streams=1000, images=20_000, out=RECORD.path)
-    record = simulate(arguments.streams, arguments.images)
-    for name, rows in record.items():
-        print(name, rows)
-    RECORD.write(record, arguments.out)
-
-
-def simulate(streams: int, images: int, requests: int = 200) -> dict[str, Any]:
-    few = max(20, streams // 5)
-    with ThreadPoolExecutor(len(LOADS)) as threads:  # which wait, mostly
-        encoder = InputProcessor(*load_tiny("opt"))
-        covered = list(
-            threads.map(lambda load: coverage(encoder, load[0], load[1], requests), LOADS)
-        )
-    return {
-        "level": LEVEL,
-        "active": [
-            active(words, answers, streams, images)
-            for words, answers in {**DOUBTS, TINY: tiny_answers()}.items()
-        ],
-        "entries": [entry(target, streams, images) for target in TARGETS],
-        "delays": [
-            delay(0.01, after, times, few, starts)
-            for after in (a for a in AFTER if a <= images)
-            for times in TIMES
-            for starts in (True, False)
-        ],
-        "on_average": [on_average(kind, slack, few) for kind in UNEVEN for slack in (1, 2, 3)],
-        "unequal": [unequal(unit, few, images) for unit in ("image", "answer")],
-        "coverage": covered,
+    arguments = asked(__doc__, streams=1000, images=20_000, parts=Some(PARTS))
+    made = {
+        name: partial(part, arguments.streams, arguments.images) for name, part in PARTS.items()
     }
+    RECORD.parts(made, arguments.parts)
 
 
 # -- alarms ----------------------------------------------------------------------------------------
@@ -282,6 +257,36 @@ def active(words: str, answers: Answers, streams: int, images: int) -> dict[str,
             "images": images, "false_alarms": float(false.mean()), "delays": delays}  # fmt: skip
 
 
+# -- answers that people judge ---------------------------------------------------------------------
+
+
+def judged(streams: int, most: int) -> dict[str, Any]:
+    """Of a promised drop of a score: alarms where it just holds, over so many judged answers, and
+    judged answers until one where twice or four times as much is lost. A quarter of the answers
+    change, and what these lose varies by a quarter of the largest score."""
+    promised = 0.025
+
+    def stream(risk: float, several: int, seed: int) -> Array:
+        draw = np.random.default_rng(seed)
+        bets, found = Restarts(as_share(promised, MOST), (several,)), np.zeros(several, dtype=int)
+        for number in range(1, most + 1):
+            lost = draw.normal(4 * risk, 0.25, (several, BLOCK)).clip(-1, 1)
+            lost = np.where(draw.random((several, BLOCK)) < 0.25, lost, 0.0)
+            each = chances(draw.exponential(size=(several, BLOCK)))
+            place = (each.cumsum(-1) < draw.random((several, 1))).sum(-1).clip(max=BLOCK - 1)
+            rows = np.arange(several), place
+            bets.add(as_share(lost[rows] / (BLOCK * each[rows]), MOST))
+            found = np.where((found == 0) & (bets.most >= 1 / LEVEL), number, found)
+            if (found > 0).all():
+                break
+        return found
+
+    false = stream(promised, streams, 31) > 0
+    delays = {f"{t:g}": told(stream(t * promised, max(20, streams // 5), 32)) for t in (2.0, 4.0)}
+    return {"promised": promised, "streams": streams, "answers": most,
+            "false_alarms": float(false.mean()), "delays": delays}  # fmt: skip
+
+
 # -- a risk that is below the promise on average ---------------------------------------------------
 
 UNEVEN: dict[str, tuple[str, Callable[[float], Rate]]] = {
@@ -352,6 +357,39 @@ def coverage(
         "busy": busy, "slots": SLOTS, "waiting": waiting, "requests": requests,
         "deadline": config.deadline, "compared": watcher.risk.n, "let_go": watcher.let_go,
     }  # fmt: skip
+
+
+# -- the parts -------------------------------------------------------------------------------------
+
+
+def _covered(streams: int, images: int) -> list[dict[str, Any]]:
+    encoder = InputProcessor(*load_tiny("opt"))
+    with ThreadPoolExecutor(len(LOADS)) as threads:  # which wait, mostly
+        return list(threads.map(lambda load: coverage(encoder, load[0], load[1], 200), LOADS))
+
+
+PARTS: dict[str, Callable[[int, int], Any]] = {
+    "level": lambda streams, images: LEVEL,
+    "entries": lambda streams, images: [entry(target, streams, images) for target in TARGETS],
+    "delays": lambda streams, images: [
+        delay(0.01, after, times, max(20, streams // 5), starts)
+        for after in (a for a in AFTER if a <= images)
+        for times in TIMES
+        for starts in (True, False)
+    ],
+    "active": lambda streams, images: [
+        active(words, answers, streams, images)
+        for words, answers in {**DOUBTS, TINY: tiny_answers()}.items()
+    ],
+    "judged": lambda streams, images: judged(streams, images // 4),
+    "on_average": lambda streams, images: [
+        on_average(kind, slack, max(20, streams // 5)) for kind in UNEVEN for slack in (1, 2, 3)
+    ],
+    "unequal": lambda streams, images: [
+        unequal(unit, max(20, streams // 5), images) for unit in ("image", "answer")
+    ],
+    "coverage": _covered,
+}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -312,18 +312,29 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     sizes = EngineConfig(slots=slots, limit=arguments.limit)
     model = opened.adapter if opened.has_exits else opened.adapter.backbone
     serial = opened.runtime or (model if slots == 1 else None)
-    watch, loss = _watched(arguments, model, runtime_name(serial))
+    watch, loss, judge = _watched(arguments, model, runtime_name(serial))
     kept: dict[str, Any] = {
         "vision_cache": VisionCache(arguments.image_cache * 2**20),
         "prefix_cache": PrefixCache(arguments.prefix_cache) if arguments.prefix_cache else None,
     }
     return service_of(
-        model, opened.processor, config, sizes, watch=watch, loss=loss, serial=serial, **kept
+        model,
+        opened.processor,
+        config,
+        sizes,
+        watch=watch,
+        loss=loss,
+        judge=judge,
+        serial=serial,
+        **kept,
     )
 
 
-def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> tuple[Any, Any]:
-    """How the guarantee is watched, and what an answer loses by its risk. runtime: its name."""
+def _watched(
+    arguments: argparse.Namespace, model: Any, runtime: str | None
+) -> tuple[Any, Any, Any]:
+    """How the guarantee is watched, what an answer loses by its risk, and by right answers of
+    people, if the risk needs some. runtime: its name."""
     from offramp.adapter.adapter import Adapter
     from offramp.calibration.risk_functions import RISKS
     from offramp.promises.conditions import TORCH
@@ -336,11 +347,11 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
     if standing is not None and standing.why:
         log.warning("%s. See `offramp calibrate`.", standing.sentence.capitalize())
     if arguments.watch.get("share") == 0:
-        return None, differs
+        return None, differs, None
     own = {} if promise is None else {"state": _state_file(model, arguments.port)}
     watch = WatchConfig(**own | arguments.watch)
     if promise is None:
-        return watch, differs
+        return watch, differs, None
     seen = watched(model.of_engine(runtime or TORCH).calibration, promise)
     if seen is None:
         log.warning(
@@ -348,9 +359,28 @@ def _watched(arguments: argparse.Namespace, model: Any, runtime: str | None) -> 
             "calibration does not say how much answers differ: it is not watched.",
             promise.risk,
         )
-        return None, differs
+        return None, differs, None
     risk = RISKS[seen.risk]
-    return watch, lambda early, full: float(risk.losses([early], [full], [])[0])
+    judge = None if seen is promise else _judge(RISKS[promise.risk], watch.frequencies)
+    return watch, lambda early, full: float(risk.losses([early], [full], [])[0]), judge
+
+
+def _judge(risk: Any, frequencies: Path | None) -> Any:
+    """What an answer loses by right answers of people; None: words are to be weighed, and no
+    captions are there to weigh them by."""
+    from offramp.core.inputs.example import Example
+    from offramp.data.datasets import read_examples
+
+    if risk.weighed is not None:
+        if frequencies is None:
+            return None
+        risk = risk.weighed(read_examples(frequencies, require_answers=True))
+
+    def judge(early: Any, full: Any, references: Sequence[str]) -> float:
+        example = Example(Path("judged"), "", tuple(references), "judged")  # answers count alone
+        return float(risk.losses([early], [full], [example])[0])
+
+    return judge
 
 
 def _state_file(model: Any, port: int) -> Path | None:

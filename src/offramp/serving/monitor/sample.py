@@ -15,7 +15,8 @@ from offramp.core.decoding.policy import GenerationOutput
 class Sample:
     """A request that was answered early. inputs, options: as it was submitted. image, prompt: what
     was asked about, and what; None: the image was looked at, and dropped. client: who asked, by any
-    name. like: whether the request is like those that were calibrated, as far as was tested."""
+    name. like: whether the request is like those that were calibrated, as far as was tested. id: of
+    the reply."""
 
     inputs: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -24,3 +25,4 @@ class Sample:
     prompt: str
     client: str = ""
     like: bool = True
+    id: str = ""

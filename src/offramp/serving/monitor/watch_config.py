@@ -26,8 +26,9 @@ class WatchConfig:
     requests that may wait for the full model; more are let go. deadline: seconds after which one
     that waits for a free slot is compared like a request of its own. a_client: largest share of the
     backlog, and of the draws while others ask too, that one client may have. state: file that keeps
-    what was learnt over a restart. watchers: replicas that share the level, each with a watch of
-    its own.
+    what was learnt over a restart. frequencies: of a guarantee of `cider_drop`, captions of other
+    images, which weigh the words of answers that people judge. watchers: replicas that share the
+    level, each with a watch of its own.
 
     Raises:
         InputError: a number outside its range, an unknown action.
@@ -64,6 +65,11 @@ class WatchConfig:
         None,
         "file that keeps what was learnt over a restart",
         shown="one of this adapter in ~/.local/state/offramp",
+    )
+    frequencies: Path | None = option(
+        None,
+        "of a guarantee of cider_drop, captions of other images (JSON Lines) as for `offramp "
+        "calibrate`, so that people's captions count by POST /v1/watch/answer",
     )
     watchers: int = 1
 

@@ -22,7 +22,7 @@ import random
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.near_copies import SIDE_SHARP, Look, copied
 from offramp.features.input_processor import InputProcessor
 from offramp.promises.active_draw import BLOCK, MOST, chances, doubt
-from offramp.promises.betting import RunningRisk
+from offramp.promises.betting import RunningRisk, as_share
 from offramp.promises.guarantee import Promise
 from offramp.promises.likeness import Alarm, Likeness
 from offramp.serving.batch_engine import BatchEngine
@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 Loss = Callable[[Answer, Answer], float]
 """What an early answer loses in [0, 1] against the full model's."""
+Judge = Callable[[Answer, Answer, Sequence[str]], float]
+"""What an early answer loses in [-1, 1] against the full model's, by what people say is right."""
 ROWS = "rows.jsonl"
 LATELY = 200
 """Watched requests of which the coverage is told; fewer than `ENOUGH` tell nothing."""
@@ -65,6 +67,8 @@ SELDOM = 0.001
 than its draws count, of a promise by answer."""
 REMEMBERED = 1_000_000
 """Images that are known to have counted."""
+JUDGED = 1000
+"""Compared answers, the last ones, that people may still judge."""
 COMPARED_WITH = 128
 """Images with which a new one is compared for copies that differ by a few pixels."""
 DRAWN = 64
@@ -98,6 +102,17 @@ class _Waiting:
     handle: Any = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """An answer that was compared. name: of its image. times: how many times its loss counts."""
+
+    early: Answer
+    full: Answer
+    prompt: str
+    name: str
+    times: float
+
+
 class _Known:
     """Images that have counted: by their pixels for long, and the last ones also by their look."""
 
@@ -128,11 +143,14 @@ class Watcher:
     prompt, where kinds have targets of their own: losses then count in units of the smallest, so
     that each kind may lose what was promised of it. about: what the
     promise is of, such as a digest of the adapter; what was learnt of another is not gone on with.
-    alarm: over unlike requests, which is kept and reset with the watch. seed: of the draw.
+    alarm: over unlike requests, which is kept and reset with the watch. right: what is promised of
+    right answers, and judge: what an answer lost by those that people give; either half of the
+    level is then for one of both. seed: of the draw.
 
     risk: of requests like the calibrated ones. others: of those that are called unlike them, which
-    nothing was promised of. blind: whether too few of the drawn requests are compared to trust the
-    silence. let_go: how many were not, those whose clients went or that took too long among them.
+    nothing was promised of. judged: of `right`; None: nobody judges. blind: whether too few of the
+    drawn requests are compared to trust the silence. let_go: how many were not, those whose clients
+    went or that took too long among them.
 
     Raises:
         StorageError: another watcher has the state file.
@@ -149,6 +167,8 @@ class Watcher:
         kind_of: Callable[[str], str] = str,
         about: str = "",
         alarm: Alarm | None = None,
+        right: Promise | None = None,
+        judge: Judge | None = None,
         seed: int | None = None,
     ) -> None:
         self.config: WatchConfig = config or WatchConfig()
@@ -162,9 +182,12 @@ class Watcher:
             "share": self.config.share if self._by_answer else None,
             "block": self._block,
             "promise": None if promise is None else asdict(promise),
+            "right": None if right is None or judge is None else asdict(right),
         }
+        self._right, self._judge = right, judge
         self._held = _held(self.config.state)
         self._alarm = alarm or Alarm(Likeness({}))
+        self.judged: RunningRisk | None = self._new_judged()
         self.risk = self._kept_risk() or self._new_risk()
         self.others = self._of_others()
         self._engine, self._encoder, self._loss = engine, encoder, loss
@@ -177,6 +200,7 @@ class Watcher:
         self._offered: list[_Waiting] = []
         self._blocks: dict[bool, list[_Waiting | None]] = {True: [], False: []}
         self._due: list[_Waiting] = []
+        self._compared: OrderedDict[str, _Compared] = OrderedDict()
         self._waiting: Counter[str] = Counter()
         self._asked: deque[str] = deque(maxlen=DRAWN)
         self._drawn: deque[str] = deque(maxlen=DRAWN)
@@ -190,14 +214,34 @@ class Watcher:
 
     def _new_risk(self) -> RunningRisk:
         """A new test of the risk, at the level that all watchers share."""
-        level, heaviest = self.config.level / self.config.watchers, self._heaviest
+        level, heaviest = self._level, self._heaviest
         if self.promise is None:
             return RunningRisk(None, level, most=heaviest)
         # Of requests like the calibrated ones alone: without the few that are called unlike, the
         # mean may be larger by so much.
-        target = min(1.0, self.promise.least * self.config.slack / (1 - self._alarm.spared))
-        most = draws_of_one(self.promise.largest, self.config.share) if self._by_answer else 1
-        return RunningRisk(target, level, self.promise.confidence, most, heaviest)
+        target = self._limit(self.promise)
+        return RunningRisk(target, level, self.promise.confidence, self._of_one, heaviest)
+
+    def _new_judged(self) -> RunningRisk | None:
+        """A new test of what right answers show; gains count too."""
+        if self._right is None or self._judge is None:
+            return None
+        target = as_share(self._limit(self._right), self._heaviest)
+        return RunningRisk(target, self._level, self._right.confidence, self._of_one)
+
+    def _limit(self, promise: Promise) -> float:
+        return min(1.0, promise.least * self.config.slack / (1 - self._alarm.spared))
+
+    @property
+    def _level(self) -> float:
+        tests = self.config.watchers * (1 if self._right is None or self._judge is None else 2)
+        return self.config.level / tests
+
+    @property
+    def _of_one(self) -> int:
+        if self.promise is None or not self._by_answer:
+            return 1
+        return draws_of_one(self.promise.largest, self.config.share)
 
     def _of_others(self) -> RunningRisk:
         return RunningRisk(None, most=self._heaviest)
@@ -271,7 +315,7 @@ class Watcher:
     @property
     def broken(self) -> bool:
         """Return True if the promise was shown to be broken."""
-        return self.risk.broken
+        return self.risk.broken or (self.judged is not None and self.judged.broken)
 
     @property
     def coverage(self) -> float | None:
@@ -302,13 +346,57 @@ class Watcher:
             "lost": self.let_go,
             "blind": self.blind,
             "action": self.config.action,
+            "judged": self._judged_report(),
         }
+
+    def _judged_report(self) -> dict[str, Any] | None:
+        """What right answers show."""
+        if self.judged is None or self._right is None:
+            return None
+        most, risk = self._heaviest, self.judged
+
+        def loss(share: float | None) -> float | None:
+            return None if share is None else 2 * most * share - most
+
+        low, high = map(loss, risk.interval)
+        return {
+            "of": self._right.risk, "answers": risk.n, "risk": loss(risk.mean), "lower": low,
+            "upper": high, "alarm_above": loss(risk.promised), "broken": risk.broken,
+        }  # fmt: skip
+
+    def judge(self, answer: str, references: Sequence[str]) -> bool:
+        """Count what people say is right of an answer; whether it counts.
+
+        Only an answer that was compared lately does, once: for others the full model was not asked.
+        answer: the id of its reply.
+
+        Raises:
+            OfframpError: it cannot be judged by these.
+        """
+        with self._lock:
+            one = self._compared.get(answer)
+        if one is None or self._judge is None or self._right is None or self.judged is None:
+            return False
+        lost = self._judge(one.early, one.full, references)
+        lost *= self._right.least / self._right.target_of(self._kind_of(one.prompt))
+        share = as_share(lost * one.times, self._heaviest)
+        with self._lock:
+            if self._compared.pop(answer, None) is None:
+                return False
+            before = self.broken
+            counts = self.judged.add(share, one.name if self._by_answer else "")
+            self._save()
+        if self.broken and not before:
+            self._warn()
+        return counts
 
     def reset(self) -> None:
         """Forget what was learnt, a broken promise too: after the adapter was calibrated again, or
         what caused the alarm is over. What is promised from now on starts anew."""
         with self._lock:
             self.risk, self.others = self._new_risk(), self._of_others()
+            self.judged = self._new_judged()
+            self._compared.clear()
             self._alarm.reset()
             self._images.clear()
             self._known = _Known()
@@ -465,6 +553,11 @@ class Watcher:
             before = self.broken
             risk = self.risk if sample.like else self.others
             risk.add(loss * one.times, one.name if self._by_answer else "")
+            if self.judged is not None and sample.like:
+                answer = _Compared(early, full, sample.prompt, one.name, one.times)
+                self._compared[sample.id] = answer
+                if len(self._compared) > JUDGED:
+                    self._compared.popitem(last=False)
             self._save()
         self._keep(one.name, sample, early, full, loss)
         if self.broken and not before:
@@ -512,6 +605,8 @@ class Watcher:
                 new = self._new_risk()
                 if (risk.promised, risk.level) != (new.promised, new.level):
                     raise ValueError("its numbers do not fit each other")
+                if self.judged is not None:
+                    self.judged = RunningRisk.from_json(kept["judged"])
                 return risk
         except (OfframpError, KeyError, TypeError, ValueError, AttributeError):
             log.warning("%s says nothing of the watch; it starts anew.", self.config.state)
@@ -532,7 +627,10 @@ class Watcher:
         if self.config.state is None:
             return
         try:
-            learnt = {"risk": self.risk.to_json(), "alarm": self._alarm.to_json()}
+            judged = None if self.judged is None else self.judged.to_json()
+            learnt = {
+                "risk": self.risk.to_json(), "judged": judged, "alarm": self._alarm.to_json()
+            }  # fmt: skip
             write_json(self.config.state, {"of": self._about, **learnt})
         except StorageError as error:
             log.warning("What the watch learnt is not kept: %s", error.problem)
@@ -545,15 +643,18 @@ class Watcher:
         if sample.image is not None and not file.exists():
             sample.image.save(file)
         answer = {"answer": full.text} if full.text else {}
+        answer |= {"id": sample.id} if sample.id else {}
         row = {"image": file.name, "prompt": sample.prompt, **answer, "early": early.text}
         self._log.append({**row, "loss": loss, "time": round(time.time(), 3)})
 
     def _warn(self) -> None:
-        assert self.promise is not None
-        low, _ = self.risk.interval
+        promise, told = self.promise, self.report()
+        if self.judged is not None and self.judged.broken:
+            promise, told = self._right, {"images": self.judged.n, **(told["judged"] or {})}
+        assert promise is not None
         event = {
-            "event": "guarantee_broken", "risk": self.promise.risk, "unit": self.promise.unit,
-            "promised": self.promise.target, "lower_bound": low, "images": self.risk.n,
+            "event": "guarantee_broken", "risk": promise.risk, "unit": promise.unit,
+            "promised": promise.target, "lower_bound": told["lower"], "images": told["images"],
             "action": self.config.action,
         }  # fmt: skip
         log.warning(json.dumps(event))

@@ -29,8 +29,9 @@ Event = tuple[int, Token | None]
 """Number of a choice, and its next token; None: it is over."""
 _LATE: Event = (-1, None)
 """Stands for the end of the time that an answer may take."""
-OnAnswer = Callable[[Inputs, Generation, Completion | None, Verdict | None], None]
-"""Is told of an answer and its verdict; None: its client has gone, or it took too long."""
+OnAnswer = Callable[[Inputs, Generation, Completion | None, Verdict | None, str], None]
+"""Is told of an answer, its verdict and the id of its reply; None: its client has gone, or it took
+too long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ class Answering:
         left, self._left = self._left, True
         for choice in () if left else self.choices:
             if self._on_answer is not None and choice.written.reason is None:
-                self._on_answer(choice.inputs, choice.how, None, None)
+                self._on_answer(choice.inputs, choice.how, None, None, self.reply.id)
             if not choice.handle.done():
                 self._service.metrics.ended("abort")
             self._service.over(choice.handle)
@@ -238,7 +239,7 @@ class Answering:
         tokens = choice.prompt if first else 0
         self._service.metrics.answered(done, written.depths, tokens, written.reason, mode)
         if self._on_answer is not None:
-            self._on_answer(choice.inputs, choice.how, done, written.verdict)
+            self._on_answer(choice.inputs, choice.how, done, written.verdict, self.reply.id)
         return last
 
     def _mode(self, done: Completion) -> str:

@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from offramp import __version__
 from offramp.adapter.shipped import example_picture
 from offramp.common.depth_color import STOPS
+from offramp.core.errors import OfframpError
 from offramp.promises.verdict import Verdict
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.request import Completion
@@ -28,6 +29,7 @@ from offramp.serving.server.api.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    JudgedAnswer,
     ResetRequest,
     Sampling,
     TokenizeRequest,
@@ -196,7 +198,7 @@ def _watch(
     answered to their end it is counted that they are lost."""
 
     def compare(
-        inputs: Inputs, how: Generation, done: Completion | None, verdict: Verdict | None
+        inputs: Inputs, how: Generation, done: Completion | None, verdict: Verdict | None, id: str
     ) -> None:
         if not (how.plain and (done is None or done.early_exit)) or service.watcher is None:
             return
@@ -207,7 +209,7 @@ def _watch(
                 return
             text = asked_text(body)
             like = verdict is None or not verdict.unlike
-            sample = Sample(inputs, how.options, done.output, images[0], text, client, like)
+            sample = Sample(inputs, how.options, done.output, images[0], text, client, like, id)
             service.watcher.offer(sample)
 
     return compare
@@ -315,17 +317,33 @@ def _add_operations(app: FastAPI, service: Service) -> None:
                 "with --watch 0.",
                 code="not_watched",
             )
-        if not service.config.keys:
-            raise ApiError(
-                403,
-                "Without API keys anybody could silence the watch. Start with --api-keys.",
-                code="keys_needed",
-            )
+        _check_operator(service)
         service.alarm.reset()
         if service.watcher is not None:
             await asyncio.to_thread(service.watcher.reset)
         watch = None if service.watcher is None else service.watcher.report()
         return {"watch": watch, "likeness": likeness_report(service)}
+
+    @app.post("/v1/watch/answer")
+    async def judge(body: JudgedAnswer) -> dict[str, Any]:
+        """Count what people say is right of an answer that the watch compared; only where the
+        server has keys."""
+        check_model(service, body.model)
+        watcher = service.watcher
+        if watcher is None or watcher.judged is None:
+            raise ApiError(
+                404,
+                "No right answers are waited for: what is guaranteed needs none, or of cider_drop "
+                "the server was started without --watch frequencies=FILE.",
+                code="not_watched",
+            )
+        _check_operator(service)
+        try:
+            counted = await asyncio.to_thread(watcher.judge, body.id, body.references)
+        except OfframpError as error:
+            said = f"{error.problem} {error.remedy}"
+            raise ApiError(400, said, param="references", code="invalid_value") from error
+        return {"counted": counted, "watch": watcher.report()}
 
     @app.get("/example")
     async def example() -> Response:
@@ -336,6 +354,16 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def index() -> Response:
         """Return the page to try the model on."""
         return HTMLResponse(page, headers=policy)
+
+
+def _check_operator(service: Service) -> None:
+    """Raise `ApiError` where requests bring no key, so that anybody could be asking."""
+    if not service.config.keys:
+        raise ApiError(
+            403,
+            "Without API keys anybody could change what the watch says. Start with --api-keys.",
+            code="keys_needed",
+        )
 
 
 def _page() -> str:

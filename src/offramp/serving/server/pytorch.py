@@ -27,7 +27,7 @@ from offramp.serving.engine import Engine
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import BatchRuntime, is_runtime
 from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.serving.monitor.watcher import Loss, Watcher, differs
+from offramp.serving.monitor.watcher import Judge, Loss, Watcher, differs
 from offramp.serving.serial import SerialCore
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import Sampling
@@ -53,16 +53,17 @@ class TorchServed:
         *,
         watch: WatchConfig | None = None,
         loss: Loss = differs,
+        judge: Judge | None = None,
         serial: Model | None = None,
         vision_cache: VisionCache | None = None,
         prefix_cache: PrefixCache | None = None,
         **more: Any,
     ) -> None:
         """watch: how closely the adapter's guarantee is watched; None: not at all. loss: of its
-        risk. serial: what answers instead of slots in PyTorch: the adapter itself, one request at a
-        time, or its runtime, in as many slots as that has rows. vision_cache, prefix_cache: as of
-        either engine; the former is left out where it is not known where the vision tower is.
-        more: as of `BatchEngine`.
+        risk. judge: of a risk that needs right answers; see `Watcher`. serial: what answers
+        instead of slots in PyTorch: the adapter itself, one request at a time, or its runtime, in
+        as many slots as that has rows. vision_cache, prefix_cache: as of either engine; the former
+        is left out where it is not known where the vision tower is. more: as of `BatchEngine`.
         """
         self.adapter: Adapter | None = model if isinstance(model, Adapter) else None
         self.backbone: Backbone = model.backbone if isinstance(model, Adapter) else model
@@ -84,7 +85,7 @@ class TorchServed:
         self._ends = end_tokens(self.backbone.model, self.prompts.eos)
         self._runtime = runtime_name(serial)
         self.likeness: Likeness = Likeness({}) if self.adapter is None else self.adapter.likeness
-        self._watch, self._loss = watch, loss
+        self._watch, self._loss, self._judge = watch, loss, judge
 
     @property
     def name(self) -> str:
@@ -196,10 +197,11 @@ class TorchServed:
         if self._watch is None or self.adapter is None:
             return None
         about, promise = digest_rows([dict(self.adapter.calibration or {})]), self.stands().promise
+        seen = None if promise is None else watched(self.adapter.calibration, promise)
         return Watcher(
-            cast(BatchEngine, engine), self.prompts,
-            None if promise is None else watched(self.adapter.calibration, promise),
-            self._watch, loss=self._loss, kind_of=self.adapter.kind_of, about=about, alarm=alarm,
+            cast(BatchEngine, engine), self.prompts, seen, self._watch,
+            loss=self._loss, kind_of=self.adapter.kind_of, about=about, alarm=alarm,
+            right=promise, judge=self._judge,
         )  # fmt: skip
 
     def gauges(self) -> Sequence[tuple[str, str, Callable[[], float]]]:

@@ -357,8 +357,11 @@ class Service:
         if promise is not None and seen is not None and promise.risk != seen.risk:
             broken = (
                 f"1 where answers differ more than the calibrated ones did. The guarantee is of "
-                f"{promise.risk}, which requests do not show."
+                f"{promise.risk}, which requests do not show"
+                + (": people's answers do." if watcher.judged is not None else ".")
             )
+        if watcher.judged is not None:
+            gauge("judged_answers", "Answers that people judged.", lambda: watcher.judged.n)
         gauge("watched_images", "Images whose answers were compared.", lambda: watcher.risk.n)
         gauge("watched_unlike", "Besides, unlike those calibrated.", lambda: watcher.others.n)
         gauge("watched_let_go", "Watched requests that were not compared.", lambda: watcher.let_go)

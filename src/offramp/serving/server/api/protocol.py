@@ -349,6 +349,17 @@ class ResetRequest(Strict):
     model: str | None = None
 
 
+class JudgedAnswer(Strict):
+    """The body of `/v1/watch/answer`: the id of a reply, and what people say is right."""
+
+    model: str | None = None
+    id: Annotated[str, Field(max_length=200)]
+    references: Annotated[
+        list[Annotated[str, Field(pattern=r"\S", max_length=10_000)]],
+        Field(min_length=1, max_length=100),
+    ]
+
+
 class DetokenizeRequest(Strict):
     """The body of `/detokenize`."""
 

@@ -47,6 +47,11 @@ class Reply:
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def id(self) -> str:
+        """Return what clients name the reply by."""
+        return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.number}"
+
     # -- parts -------------------------------------------------------------------------------------
 
     def usage(self, choices: Sequence[Written]) -> dict[str, Any]:
@@ -115,8 +120,7 @@ class Reply:
 
     def _frame(self, kind: str) -> dict[str, Any]:
         name = f"chat.completion{kind}" if self.chat else "text_completion"
-        number = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.number}"
-        return {"id": number, "object": name, "created": self.created, "model": self.model}
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
 
     def _chunk(
         self, index: int, content: dict[str, Any], reason: str | None, logprobs: Any = None
