@@ -1,7 +1,7 @@
 """Tables of serving: the watched guarantee's simulation, and what HTTP leaves of the engine."""
 
 from offramp.report.table import Table, Told
-from offramp_lab.tables.markdown import MakeTable, Value, by, record
+from offramp_lab.tables.markdown import MakeTable, Value, record
 
 
 def milliseconds(of: Value, *percentiles: str) -> str:
@@ -25,18 +25,6 @@ def watched() -> Table:
             "3 times": delay("3"),
             "10 times": delay("10"),
         },
-    )
-
-
-def watch_average() -> Table:
-    """Alarms where the promise holds on average alone, by slack."""
-    found = record("watched")["on_average"]
-    rows = by(found, "kind", "slack")
-    return Table.grid(
-        {row["words"]: row["kind"] for row in found},
-        {f"slack {row['slack']}": row["slack"] for row in found},
-        lambda kind, slack: f"{rows[kind, slack]['alarms']:.0%}",
-        "risk",
     )
 
 
@@ -83,7 +71,6 @@ def http() -> Table:
 
 TABLES: dict[str, MakeTable] = {
     "watched": watched,
-    "watch-average": watch_average,
     "watch-active": watch_active,
     "serving": http,
 }
