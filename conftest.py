@@ -136,7 +136,7 @@ def batch() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
     """`scored(score)`: the confidence of every exit is this score, whatever the logits."""
-    from offramp.core.decoding.confidence import SCORES
+    from offramp.core.decoding.scores import SCORES
 
     return lambda score: monkeypatch.setitem(SCORES, "max_probability", score)
 

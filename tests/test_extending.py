@@ -13,8 +13,9 @@ from PIL import Image
 
 import offramp
 from offramp import Adapter, ExitPolicy, Exits, TrainConfig, cli, generate
-from offramp.core.decoding.confidence import FEATURE_SCORES, SCORES
+from offramp.core.decoding.confidence import FEATURE_SCORES
 from offramp.core.decoding.drafting import DRAFTERS
+from offramp.core.decoding.scores import SCORES
 from offramp.core.errors import AdapterError, InputError
 from offramp.core.models.exit_kinds import EXIT_KINDS, register_exit
 from offramp.engines import ENGINES

@@ -234,7 +234,7 @@ OUTER = (
 
 
 def test_the_innermost_ring_imports_and_names_nothing_of_the_others() -> None:
-    kept = ("policy.py", "confidence.py")  # what is stored, and read by PyTorch too
+    kept = ("policy.py", "confidence.py", "scores.py")  # what is stored, and read by PyTorch too
     inner = [f for f in SOURCE.glob("core/decoding/*.py") if f.name not in kept]
     own = ("offramp.core.decoding", "offramp.core.errors", "offramp.core.plugins", "numpy")
     for file in inner:

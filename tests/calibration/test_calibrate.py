@@ -498,7 +498,7 @@ def test_a_model_that_is_wrong_everywhere_has_nothing_to_lose() -> None:
 def test_scores_that_tell_nothing_apart_are_refused(
     value: float, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offramp.core.decoding.confidence import SCORES
+    from offramp.core.decoding.scores import SCORES
 
     def constant(logits: Any) -> Any:
         return torch.full(logits.shape[:-1], value)

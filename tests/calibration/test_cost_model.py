@@ -11,7 +11,7 @@ from offramp.calibration.cost_model import (
     token_seconds,
 )
 from offramp.calibration.profiler import measure_costs
-from offramp.core.decoding.confidence import SCORES
+from offramp.core.decoding.scores import SCORES
 from offramp.core.engine.generate import generate
 from offramp.core.errors import InputError
 from offramp.core.models.exits import Exits

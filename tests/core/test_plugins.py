@@ -8,8 +8,9 @@ import pytest
 from command_line import RunCommand, assert_two_lines
 
 from offramp.core import plugins
-from offramp.core.decoding.confidence import SCORES, check_score, max_probability
+from offramp.core.decoding.confidence import check_score
 from offramp.core.decoding.policy import ExitPolicy
+from offramp.core.decoding.scores import SCORES, max_probability
 from offramp.core.errors import InputError
 from offramp.engines import ENGINES, all_engines, engine_named
 from offramp.extend import register_engine, register_score

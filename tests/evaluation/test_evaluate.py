@@ -19,8 +19,8 @@ from torch import Tensor
 
 from offramp import cli
 from offramp.adapter.adapter import Adapter
-from offramp.core.decoding.confidence import max_probability
 from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.core.decoding.scores import max_probability
 from offramp.core.engine.generate import generate
 from offramp.core.errors import DataError, InputError, StorageError
 from offramp.core.inputs.example import Example

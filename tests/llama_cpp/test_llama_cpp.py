@@ -33,8 +33,8 @@ from gguf_cases import (
 from reference import Dice
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from offramp.core.decoding.confidence import SCORES
 from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.core.decoding.scores import SCORES
 from offramp.core.errors import AdapterError, InputError, UnsupportedBackboneError
 from offramp.core.models.exits import Exits, ExitSet
 from offramp_llama_cpp import LlamaCppRuntime, export_gguf, segment

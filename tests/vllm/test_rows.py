@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.core.decoding.confidence import SCORES as OURS
+from offramp.core.decoding.scores import SCORES as OURS
 from offramp_vllm.rows import (
-    SCORES,
     Ragged,
     first_waiting,
     leaves,
@@ -19,6 +18,7 @@ from offramp_vllm.rows import (
     slots_of,
     verified,
 )
+from offramp_vllm.scores import SCORES
 
 BLOCK = 4
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.decoding.confidence import SCORES
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.plan import Plan
 from offramp.core.decoding.policy import (
@@ -24,6 +23,7 @@ from offramp.core.decoding.policy import (
 from offramp.core.decoding.reader import PrefillBackend
 from offramp.core.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.core.decoding.scheduler import Schedule
+from offramp.core.decoding.scores import SCORES
 from offramp.core.engine.attached import PLANS, CalledAsModel
 from offramp.core.engine.generate import write_answers
 from offramp.core.errors import InputError, UnsupportedBackboneError, did_you_mean

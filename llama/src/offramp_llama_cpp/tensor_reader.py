@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.decoding.confidence import SCORES, max_probability
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Query, Word
 from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.scores import SCORES, max_probability
 from offramp.core.engine.heads import ExitHeads
 from offramp.core.executors.segments import ExitOutput
 from offramp_llama_cpp.array_reader import ArrayHeads

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offramp.calibration.cost_model import LENGTHS, Costs
-from offramp.core.decoding.confidence import SCORES
+from offramp.core.decoding.scores import SCORES
 from offramp.core.engine.generate import generate
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offramp.core.decoding.confidence import SCORES
 from offramp.core.decoding.policy import ExitPolicy, first_token_may_exit, shortlist_of_policy
 from offramp.core.decoding.rule import ExitRule
+from offramp.core.decoding.scores import SCORES
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered, exit_features, group, record

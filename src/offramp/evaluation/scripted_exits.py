@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from offramp.core.decoding.confidence import SCORES
 from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
+from offramp.core.decoding.scores import SCORES
 from offramp.core.engine.generate import generate
 from offramp.core.engine.heads import ExitCheck
 from offramp.core.models.backbone import Backbone

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS, SCORES
+from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS
+from offramp.core.decoding.scores import SCORES
 from offramp.core.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from offramp.core.decoding import confidence
+from offramp.core.decoding import scores
 from offramp.core.decoding.confidence import (
-    SCORES,
     check_score,
     check_thresholds,
 )
 from offramp.core.decoding.policy import ExitPolicy
+from offramp.core.decoding.scores import (
+    SCORES,
+)
 from offramp.core.errors import InputError
 from offramp.features import registration
 from offramp.features.registration import register_score
@@ -99,7 +101,7 @@ def test_the_known_scores_are_accepted(name):
 
 
 def test_a_score_added_to_the_table_is_known(monkeypatch):
-    monkeypatch.setitem(confidence.SCORES, "mine", confidence.margin)
+    monkeypatch.setitem(SCORES, "mine", scores.margin)
     assert check_score("mine") == "mine"
 
 

@@ -26,7 +26,6 @@ from offramp.core import plugins
 from offramp.core.decoding.confidence import (
     FEATURE_SCORES,
     HEADS,
-    SCORES,
 )
 from offramp.core.decoding.policy import (
     RETIRED,
@@ -34,6 +33,9 @@ from offramp.core.decoding.policy import (
     policy_from_json,
     policy_to_json,
     resolved,
+)
+from offramp.core.decoding.scores import (
+    SCORES,
 )
 from offramp.core.engine.generate import generate
 from offramp.core.engine.heads import ExitCheck, ExitScorer

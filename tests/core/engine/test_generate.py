@@ -18,8 +18,8 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
 )
 
-from offramp.core.decoding.confidence import SCORES
 from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.core.decoding.scores import SCORES
 from offramp.core.engine.generate import generate
 from offramp.core.engine.heads import ExitCheck, ExitScorer
 from offramp.core.errors import InputError

@@ -18,7 +18,6 @@ from offramp_vllm.compiled import Compiled, compiles, leave_uncompiled, tried
 from offramp_vllm.drafts import Join
 from offramp_vllm.kernels import Keys, product_of, take_kernels
 from offramp_vllm.rows import (
-    SCORES,
     Flags,
     Ints,
     Ragged,
@@ -30,6 +29,7 @@ from offramp_vllm.rows import (
     sent,
     slots_of,
 )
+from offramp_vllm.scores import SCORES
 from offramp_vllm.stages import Stages, decoder_of, layers_of
 from offramp_vllm.store import Store
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from offramp_vllm.scores import SCORES
+
 
 class Refused(ValueError):
     """A request, an adapter or a setting that early exits cannot serve exactly."""
@@ -112,7 +114,6 @@ def check_config(config: Any) -> None:
 
 
 KINDS = ("layer", "drafting")
-SCORES = ("max_probability", "margin", "entropy")
 
 
 def check_policy(kind: str, policy: Mapping[str, Any]) -> None:
@@ -125,9 +126,10 @@ def check_policy(kind: str, policy: Mapping[str, Any]) -> None:
         raise Refused(
             f"Exits of kind {kind!r} do not run inside vLLM.", f"Train exits of kind {KINDS[0]!r}."
         )
-    if policy.get("score", SCORES[0]) not in SCORES:
+    if policy.get("score", "max_probability") not in SCORES:
+        known = ", ".join(SCORES)
         raise Refused(
-            f"The score {policy['score']!r} is not computed inside vLLM, only {SCORES}.", other
+            f"The score {policy['score']!r} is not computed inside vLLM, only {known}.", other
         )
     if policy.get("kv", "recompute") != "recompute":
         raise Refused(f"Keys and values by {policy['kv']!r} are not exact.", other)

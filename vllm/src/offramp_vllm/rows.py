@@ -8,7 +8,6 @@ in arrays of its own: the host waits for the device only where `fetched` is call
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,27 +28,6 @@ def fetched(values: Tensor) -> NDArray[Any]:
 def sent(values: NDArray[Any], like: Tensor) -> Tensor:
     """The host's values on the device of `like`, which nobody waits for."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, non_blocking=True)
-
-
-def max_probability(logits: Tensor) -> Tensor:
-    """The largest probability [A] of logits [A, V]."""
-    return logits.float().softmax(-1).amax(-1)
-
-
-def margin(logits: Tensor) -> Tensor:
-    """The largest minus the second largest probability [A] of logits [A, V]."""
-    top = logits.float().softmax(-1).topk(2, dim=-1).values
-    return top[..., 0] - top[..., 1]
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """1 - H(p) / log V [A] of logits [A, V]: 1 where certain, 0 where uniform."""
-    log_p = logits.float().log_softmax(-1)
-    terms = (log_p.exp() * log_p).masked_fill(log_p.isneginf(), 0.0)
-    return (1.0 + terms.sum(-1) / math.log(logits.shape[-1])).clamp(0.0, 1.0)
-
-
-SCORES = {"max_probability": max_probability, "margin": margin, "entropy": entropy}
 
 
 def leaves(scores: Tensor, thresholds: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from offramp.core.decoding.confidence import FEATURE_SCORES, SCORES
+from offramp.core.decoding.confidence import FEATURE_SCORES
 from offramp.core.decoding.policy import ExitPolicy
+from offramp.core.decoding.scores import SCORES
 from offramp.core.engine.heads import ExitCheck, ExitScorer
 from offramp.core.executors.segments import ExitOutput
 from offramp.core.executors.slots.cache import SlotCall

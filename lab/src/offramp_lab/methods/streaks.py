@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from offramp.core.decoding.confidence import max_probability
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Query
+from offramp.core.decoding.scores import max_probability
 from offramp.core.engine.heads import ExitCheck, ExitHeads
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone

@@ -106,7 +106,8 @@ def _options(parser: Parser) -> None:
 
 def _policy_options(group: Any) -> None:
     """Add the options of which thresholds are searched."""
-    from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS, SCORES
+    from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS
+    from offramp.core.decoding.scores import SCORES
 
     scores = (*SCORES, *FEATURE_SCORES, *HEADS, *offered("scores"))
     name_option(

@@ -13,10 +13,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from offramp.core.decoding.confidence import FEATURE_SCORES, SCORES, max_probability
+from offramp.core.decoding.confidence import FEATURE_SCORES
 from offramp.core.decoding.policy import ExitPolicy, shortlist_of_policy
 from offramp.core.decoding.reader import Query, Word
 from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.scores import SCORES, max_probability
 from offramp.core.engine.sampler import NothingAllowed
 from offramp.core.executors.bare import head_code, shortlist_head
 from offramp.core.executors.segments import ExitOutput

@@ -8,7 +8,8 @@ from typing import Any
 
 import offramp_lab.methods  # noqa: F401  it registers the baselines that are compared
 from offramp.common.options import option
-from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS, SCORES
+from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS
+from offramp.core.decoding.scores import SCORES
 from offramp.core.errors import InputError, check_known
 from offramp.training.config import FREE as ADDED
 from offramp.training.config import OBJECTIVES as TERMS

@@ -1,0 +1,1 @@
+../../../src/offramp/core/decoding/scores.py
