@@ -32,11 +32,9 @@ def prepack(backbone: Backbone, exits: ExitSet | None = None, *, every: bool = F
     """
     backbone.check_whole("A layout for a processor")
     if backbone.reader is backbone.head and type(backbone.head) is nn.Linear:
-        backbone.reader = prepacked(backbone.head)
+        backbone.read_by(prepacked(backbone.head))
     for module in (backbone.layers, *([] if exits is None else [exits.modules])):
         for parent in module.modules():
             for name, part in parent.named_children():
                 if type(part) is nn.Linear and (every or is_worth_it(part.weight)):
                     setattr(parent, name, prepacked(part))
-    if exits is not None:
-        exits.forget_head()

@@ -21,6 +21,7 @@ from torch import Tensor
 from offramp.core.engine.sampler import NothingAllowed
 from offramp.core.errors import InputError
 from offramp.core.missing import install_command
+from offramp.core.models.change import tokens_of
 
 _LARGEST_MULTIPLE = 10_000
 """Of all divisors of a schema (`multipleOf`) in steps of their last decimal, the least common
@@ -211,16 +212,18 @@ def _one_line(text: str) -> str:
     return " ".join(lines).rstrip(".")[:300]
 
 
-_SPELLINGS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_SPELLINGS: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 def _spelling(tokenizer: Any) -> Any:
-    """How tokens are spelt, as llguidance has it; made once a tokenizer, as that takes long."""
+    """How tokens are spelt, as llguidance has it; made once, as that takes long, for a tokenizer
+    and the tokens that were added to it."""
     with _LOCK:
-        if tokenizer not in _SPELLINGS:
-            _SPELLINGS[tokenizer] = _spelt(tokenizer)
-        return _SPELLINGS[tokenizer]
+        known, spelling = _SPELLINGS.get(tokenizer, (None, None))
+        if known != (now := tokens_of(tokenizer)):
+            _SPELLINGS[tokenizer] = now, (spelling := _spelt(tokenizer))
+        return spelling
 
 
 def _spelt(tokenizer: Any) -> Any:

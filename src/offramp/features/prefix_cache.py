@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from offramp.core.errors import InputError
 from offramp.core.executors.prompt import can_shorten, part_of
 from offramp.core.models.backbone import Backbone
+from offramp.core.models.change import state_of
 from offramp.core.models.exits import ExitSet
 from offramp.core.models.intercept import InterceptedModel
-from offramp.core.models.weights_version import weights_version
 from offramp.features.cache_salt import current_salt
 
 
@@ -43,7 +43,7 @@ class Reader(Protocol):
 
 
 Weights = Mapping[nn.Module, list[Any]]
-"""The version of each module that makes keys: see `weights_version`."""
+"""The version of each module that makes keys: see `state_of`."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Served:
         self._positions = None if positions is None else positions.clone()
         exits = self._exits()
         modules = (self._run.backbone.stack, *(module for module, _ in exits))
-        self._weights = {module: weights_version(module) for module in modules}
+        self._weights = {module: state_of(module) for module in modules}
         cached, common, glimpsed = self._cache.best(self._weights, self._embeds, self._positions)
         length = embeds.shape[1]
         self.keeps = glimpsed - common > max(1, length - glimpsed)

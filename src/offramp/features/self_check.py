@@ -36,7 +36,6 @@ from offramp.core.models.discovery.comparison import relative_difference
 from offramp.core.models.discovery.probe import prompt_ids, special_ids
 from offramp.core.models.discovery.twin import twin
 from offramp.core.models.exits import Exits, propose_depths
-from offramp.core.models.modality import Modality, modality_of
 from offramp.core.models.rope import LengthDependentRope, with_own_frequencies
 from offramp.core.models.weights import scheme
 from offramp.features.input_processor import InputProcessor
@@ -68,15 +67,14 @@ Outcome = float | str
 class DecodeCheck:
     """The findings of part 3.
 
-    engine: of `EXECUTORS`, the one that it is about. depths: of its exits. prompt: what the prompts
-    consisted of. plain: without exits. exits: tokens exit and catch up. first_token: as well, and
-    the first token exits out of the prompt. lossless: drafts are verified and taken back. parts:
-    prompts are run a few tokens at a time. allowed: the largest difference that is rounding.
+    engine: of `EXECUTORS`, the one that it is about. depths: of its exits. plain: without exits.
+    exits: tokens exit and catch up. first_token: as well, and the first token exits out of the
+    prompt. lossless: drafts are verified and taken back. parts: prompts are run a few tokens at a
+    time. allowed: the largest difference that is rounding.
     """
 
     engine: str
     depths: tuple[int, ...]
-    prompt: Modality
     plain: Outcome
     exits: Outcome
     first_token: Outcome
@@ -152,7 +150,6 @@ class _Case:
         self, backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int]
     ) -> None:
         self.backbone, self.depths = backbone, tuple(depths)
-        self.prompt = modality_of(backbone.model.config, inputs)
         self.model = backbone.model
         if backbone.rope != LengthDependentRope():  # it would write its frequencies
             self.model = twin(backbone.model)
@@ -310,7 +307,7 @@ def _found(case: _Case, engine: str) -> DecodeCheck:
     plain = tried(lambda: case.worst(engine, None))
     exits = tried(lambda: case.worst(engine, case.script))
     not_asked = ("not asked: decoding is not exact",) * 3
-    found = DecodeCheck(engine, case.depths, case.prompt, plain, exits, *not_asked, case.allowed)
+    found = DecodeCheck(engine, case.depths, plain, exits, *not_asked, case.allowed)
     if not found.exact:
         return found
     found = replace(
@@ -396,55 +393,7 @@ def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:
         in_parts=check.holds(check.parts),
         lossless=check.holds(check.lossless),
         engine=check.engine,
-        depths=check.depths,
-        prompts=[check.prompt],
     )
-
-
-def prove(backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int] = ()) -> bool:
-    """Find out which executor is exact, where prompts like this one, or exits at these depths, come
-    to a backbone for the first time; return whether anything was found out. The example that the
-    backbone was loaded with is checked as well, so that what a text may do does not depend on
-    whether an image came before it.
-
-    Raises:
-        UnsupportedBackboneError: none is.
-    """
-    new = False
-    for each in backbone.untried(depths, inputs):
-        adopt_findings(backbone, check_decoding(backbone, each, depths=depths))
-        new = True
-    return new
-
-
-def prove_prepared(backbone: Backbone, prepared: Prepared, depths: Sequence[int]) -> bool:
-    """Do the same where only what Hugging Face's `generate` made of a prompt is left: on the
-    example that the backbone was loaded with, or on the ids of a text.
-
-    Raises:
-        UnsupportedBackboneError: there is neither, or none is exact.
-    """
-    given = {"input_ids": prepared.ids, **prepared.arguments}
-    if prepared.arguments.get("mm_encoder_outputs"):  # images, without what they were made of
-        with_images = (at for shown, at in backbone.proven.items() if shown)
-        proven = backbone.tested or any(at.issuperset(depths) for at in with_images)
-    else:
-        inside = prepared.model is not backbone.model  # images are embedded outside, and not told
-        proven = backbone.is_proven(depths, None if inside else given)
-    if proven and backbone.engine is not None:
-        return False
-    inputs: Mapping[str, Any] | None = backbone.example
-    if inputs is None and backbone.text_only:
-        names = ("input_ids", "attention_mask")
-        inputs = {name: given[name] for name in names if given.get(name) is not None}
-    if inputs is None:
-        raise UnsupportedBackboneError(
-            f"{backbone.name} was not checked yet, and custom_generate is handed no image that it "
-            "could be checked with.",
-            "Call adapter.generate(**inputs, max_new_tokens=1) once before, or load it by "
-            "Backbone(model, example=inputs).",
-        )
-    return prove(backbone, inputs, depths)
 
 
 def check_untested(

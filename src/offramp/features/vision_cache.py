@@ -19,8 +19,8 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 
 from offramp.core.errors import InputError
+from offramp.core.models.change import state_of
 from offramp.core.models.in_place_of import InPlaceOf
-from offramp.core.models.weights_version import weights_version
 from offramp.features.cache_salt import current_salt
 
 
@@ -61,7 +61,7 @@ class VisionCache:
     def call(self, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
         """Return what `tower(*args, **kw)` returns; its tensors are shared between calls."""
         key = (weakref.ref(tower), digest([*args, kw]), current_salt())
-        version = weights_version(tower)
+        version = state_of(tower)
         with self._lock:
             weights, cached = self._held.get(key, (None, None))
             if weights != version:

@@ -33,10 +33,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from offramp.core.errors import InputError, StorageError
 from offramp.core.missing import how_to_install, missing_package
+from offramp.core.models.change import Unchanged
 from offramp.core.models.discovery.twin import graft, twin
 from offramp.core.models.stand_in import StandIn
 from offramp.core.models.weights import float_copy, float_dtype, scheme
-from offramp.core.models.weights_version import Unchanged
 from offramp.core.storage import atomic_folder
 from offramp.core.storage.folders import cache_folder
 from offramp.features.vision_cache import digest
@@ -69,7 +69,7 @@ class VisionEngine(StandIn):
     def __init__(self, name: str, tower: nn.Module, call: _Call, outputs: _Outputs, run: Run):
         super().__init__(name, tower)
         self._call, self._outputs, self._run = call, outputs, run
-        self._as_exported, self._said = Unchanged(tower.modules), set[str]()
+        self._as_exported, self._said = Unchanged(lambda: (tower,)), set[str]()
 
     def forward(self, *args: Any, **kw: Any) -> Any:
         call = _Call.of(self.tower, args, kw)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import nn
 from offramp.core.decoding.policy import ExitPolicy, policy_entries, resolved
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
+from offramp.core.models.change import answers_of, same_answers, tokens_of
 from offramp.core.models.weights import scheme
 from offramp.features.input_processor import COMPLETES, smallest_side
 from offramp.features.quantized.prepacked import PrepackedLinear
@@ -138,13 +138,15 @@ def of_processor(processor: Any) -> dict[str, Any]:
     are decoded no larger than needed. pixels: what the image processor is set to. tokens: digest of
     the tokenizer's vocabulary, and of what it makes of a text. None of a processor that does not
     say it."""
-    if processor not in _TOKENS:
-        _TOKENS[processor] = _tokens_digest(getattr(processor, "tokenizer", processor))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    known, digest = _TOKENS.get(processor, (None, None))
+    if known != (now := tokens_of(tokenizer)):
+        _TOKENS[processor] = now, (digest := _tokens_digest(tokenizer))
     return {
         "template": template_digest(processor),
         "shrink_on_load": smallest_side(processor) is not None,
         "pixels": _pixels(getattr(processor, "image_processor", None)),  # may be set at any time
-        "tokens": _TOKENS[processor],
+        "tokens": digest,
     }
 
 
@@ -187,7 +189,7 @@ def _is_prepacked(modules: nn.Module) -> bool:
     return any(isinstance(part, PrepackedLinear) for part in modules.modules())
 
 
-_TOKENS: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+_TOKENS: WeakKeyDictionary[Any, tuple[Any, str | None]] = WeakKeyDictionary()
 _NAMES = ("_name_or_path", "name_or_path", "_processor_class", "processor_class")
 """Of a processor's settings, what says where it came from and changes nothing."""
 
@@ -216,37 +218,35 @@ def _tokens_digest(tokenizer: Any) -> str | None:
 # -- what was changed after it was loaded ----------------------------------------------------------
 
 _AS_LOADED, _CHANGED = "as loaded", "changed after they were loaded"
-_EVERY = 1.0
-"""Seconds after which a model is looked at again."""
 _LOADED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
-_LOOKED: WeakKeyDictionary[nn.Module, tuple[float, bool]] = WeakKeyDictionary()
+_LOOKED: WeakKeyDictionary[Backbone, tuple[int, bool]] = WeakKeyDictionary()
 _EXITS: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], str | None]] = WeakKeyDictionary()
 
 
 def note_loaded(backbone: Backbone) -> None:
     """Keep how a model is now, for `as_loaded` to hold later states to; once for a model."""
     if backbone.model not in _LOADED:
-        _LOADED[backbone.model] = _state(backbone.model)
+        _LOADED[backbone.model] = answers_of(backbone.model)
 
 
 def as_loaded(backbone: Backbone) -> bool:
-    """Return True if nothing was written into a model's weights since `note_loaded`, and no adapter
-    of PEFT put in, switched or taken out. Looked at once a second."""
-    model, now = backbone.model, time.monotonic()
+    """Return True if a model is as it was at `note_loaded`: its weights, its code, its hooks, and
+    what PEFT has put in, switched or taken out."""
+    model = backbone.model
     if model not in _LOADED:
         return True
-    at, found = _LOOKED.get(model, (-_EVERY, True))
-    if now - at >= _EVERY:
-        found = _is_same(_LOADED[model], _state(model))
-        _LOOKED[model] = now, found
+    version, found = _LOOKED.get(backbone, (-1, True))
+    if version != backbone.version():
+        found = same_answers(_LOADED[model], answers_of(model))
+        _LOOKED[backbone] = backbone.version(), found
     return found
 
 
 def exits_digest(modules: nn.Module) -> str | None:
     """Return the digest of the tensors of exits, made again where they were written to."""
-    now = _state(modules)
+    now = answers_of(modules)
     before, digest = _EXITS.get(modules, (None, None))
-    if before is None or not _is_same(before, now):
+    if before is None or not same_answers(before, now):
         digest = None if _is_prepacked(modules) else tensors_digest(modules)[:DIGITS]
         _EXITS[modules] = now, digest
     return digest
@@ -259,26 +259,6 @@ def tensors_digest(modules: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _state(modules: nn.Module) -> dict[str, Any]:
-    """The version of each parameter, and the active adapters of each PEFT layer."""
-    state: dict[str, Any] = {}
-    for name, parameter in modules.named_parameters():
-        state[name] = None if parameter.is_inference() else parameter._version
-    for name, module in modules.named_modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
-            on = [] if module.disable_adapters else list(module.active_adapters)
-            state[f"adapters of {name}"] = [on, list(getattr(module, "merged_adapters", ()))]
-    return state
-
-
-def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether weights are the same numbers: laid out otherwise, they have other names."""
-    adapters = {name for name in {*before, *now} if name.startswith("adapters of ")}
-    if any(before.get(name) != now.get(name) for name in adapters):
-        return False
-    return all(before[name] == now[name] for name in before if name in now)
 
 
 # -- rules -----------------------------------------------------------------------------------------

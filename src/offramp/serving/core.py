@@ -21,7 +21,7 @@ from offramp.core.errors import InputError
 from offramp.features.cache_salt import salted
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import Host
-from offramp.serving.job import Job, Jobs
+from offramp.serving.job import Job, Jobs, Steps, tokens_of
 
 if TYPE_CHECKING:
     from offramp.core.models.backbone import Backbone
@@ -192,6 +192,11 @@ class Core(Jobs):
                     self.decoder = self._new_decoder()
                     self.decoder.tally = self.tally
                 rule = host.plan.rule(request.mode, request.thresholds)
+                made = host.alone(request, Steps(job, lambda: None))
+                if made is not None:
+                    self.tokens += len(job.tokens)
+                    job.finish(tokens_of(made), made, early_exit=rule.early)
+                    return min(tokens, self.config.budget)
                 opened = host.open(request, job.settled)
                 job.put(opened.ids)
                 sampler = opened.sampler

@@ -49,17 +49,17 @@ class Host(Protocol):
         ...
 
     def renew(self, request: Request) -> bool:
-        """Make the plan anew where the model is not what it was made of, or was not checked yet;
-        True where that was so, and its executor is another. Nothing is being written then.
-
-        Raises:
-            UnsupportedBackboneError: the check on this request's prompt failed.
-        """
+        """Make the plan anew where the model is not what it was made of; True where that was so,
+        and its executor is another. Nothing is being written then."""
         ...
 
     def stale(self, request: Request) -> bool:
-        """Return True where the model is not what the plan was made of, or was not checked for such
-        a request."""
+        """Return True where the model is not what the plan was made of."""
+        ...
+
+    def alone(self, request: Request, streamer: Any) -> Any:
+        """Return the answer of a request that is not written beside others, as `output` does; None:
+        it is. streamer: is told of its tokens."""
         ...
 
     def tokens(self, request: Request) -> int:

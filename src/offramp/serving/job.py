@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -115,3 +116,32 @@ class Jobs:
         for job in [job for job in self._queue if job.handle.unwanted]:
             self._queue.remove(job)
             job.handle.drop()
+
+
+class Steps:
+    """A streamer that is told of every token with its depth and score.
+
+    Raises `CancelledError` out of the generation once its request is not wanted any more.
+    """
+
+    def __init__(self, job: Job, pause: Callable[[], None]) -> None:
+        self._job, self._pause = job, pause
+        self.end = job.end
+
+    def put(self, value: Any) -> None:
+        """The prompt's ids [1, T] go on at once; tokens go with their depths, in `step`."""
+        if value.dim() > 1:
+            self._job.put(value)
+
+    def step(self, tokens: Any, depths: Any, scores: Any) -> None:
+        """One row's token [1], its depth and score."""
+        self._job.settled(-1, int(tokens[0]), int(depths[0]), float(scores[0]))
+        self._pause()
+        if self._job.handle.unwanted:
+            raise CancelledError
+
+
+def tokens_of(output: Any) -> list[Token]:
+    """Return the tokens of the only row of a `GenerationOutput`."""
+    columns = (output.new_tokens, output.depths, output.scores)
+    return [*map(Token, *(each[0].tolist() for each in columns))]

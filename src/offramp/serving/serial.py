@@ -12,19 +12,16 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from torch import Tensor
-
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Model, generate_by
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.decoding.scheduler import Tally
-from offramp.core.decoding.sequence import Token
 from offramp.core.models.backbone import Backbone
 from offramp.features.cache_salt import salted
 from offramp.features.prefix_cache import PrefixCache
 from offramp.features.vision_cache import VisionCache
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.job import Job, Jobs
+from offramp.serving.job import Job, Jobs, Steps, tokens_of
 
 
 class SerialCore(Jobs):
@@ -103,14 +100,12 @@ class SerialCore(Jobs):
         policy = self.policy.asked(request.mode, request.thresholds, self.depths)
         # Without a seed any will do, but not PyTorch's own, which is other requests' too.
         seed = secrets.randbits(63) if request.seed is None else request.seed
-        own = {"streamer": _Steps(job, self._pause), "seed": seed}
+        own = {"streamer": Steps(job, self._pause), "seed": seed}
         options = {**request.options, **self._shared, **own}
         with salted(request.salt):
             output = generate_by(self._model, request.inputs, policy, options)
         self._count(output, policy)
-        tokens = [*map(Token, *(row[0].tolist() for row in
-                                (output.new_tokens, output.depths, output.scores)))]  # fmt: skip
-        job.finish(tokens, output, early_exit=policy.own_mode == "early_exit")
+        job.finish(tokens_of(output), output, early_exit=policy.own_mode == "early_exit")
 
     def _pause(self) -> None:
         self._drop_unwanted()
@@ -127,26 +122,3 @@ class SerialCore(Jobs):
             exited = int((output.depths < output.layers).sum())
             tally.exited += exited
             tally.waited += tokens - exited
-
-
-class _Steps:
-    """A streamer that is told of every token with its depth and score.
-
-    Raises `CancelledError` out of the generation once its request is not wanted any more.
-    """
-
-    def __init__(self, job: Job, pause: Callable[[], None]) -> None:
-        self._job, self._pause = job, pause
-        self.end = job.end
-
-    def put(self, value: Tensor) -> None:
-        """The prompt's ids [1, T] go on at once; tokens go with their depths, in `step`."""
-        if value.dim() > 1:
-            self._job.put(value)
-
-    def step(self, tokens: Tensor, depths: Tensor, scores: Tensor) -> None:
-        """One row's token [1], its depth and score."""
-        self._job.settled(-1, int(tokens[0]), int(depths[0]), float(scores[0]))
-        self._pause()
-        if self._job.handle.unwanted:
-            raise CancelledError

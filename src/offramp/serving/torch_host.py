@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,18 +16,29 @@ from offramp.core.decoding.policy import MODES, ExitPolicy, GenerationOutput
 from offramp.core.decoding.reader import PrefillBackend
 from offramp.core.decoding.sequence import Sequence
 from offramp.core.engine.attached import Stamp
+from offramp.core.engine.generate import generate, way
 from offramp.core.engine.heads import ExitHeads
 from offramp.core.engine.plan import plan_of
+from offramp.core.engine.read_again import (
+    Case,
+    Kept,
+    by_model,
+    difference,
+    own_model,
+    shape_of,
+    tell,
+)
 from offramp.core.engine.sampler import Sampler, SeededNoise
 from offramp.core.errors import InputError
-from offramp.core.executors.prefill import Prepared
+from offramp.core.executors.prefill import Prepared, prepare
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
+from offramp.core.models.readings import OWN
 from offramp.features.prefix_cache import PrefixCache
-from offramp.features.self_check import prove
 from offramp.features.vision_cache import VisionCache
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.host import OnSettled, Opened
+from offramp.serving.job import tokens_of
 from offramp.serving.request import Request
 from offramp.serving.slot_memory import check_room
 
@@ -64,6 +77,9 @@ class PreparedHost:
 
     def renew(self, request: Request) -> bool:
         return False
+
+    def alone(self, request: Request, streamer: Any) -> GenerationOutput | None:
+        return None
 
     def open(self, request: Request, on_token: OnSettled) -> Opened:
         prepared, reader, given = self.prepare(request.inputs, request.options)
@@ -108,6 +124,7 @@ class TorchHost(PreparedHost):
             "between": between,
         }  # fmt: skip
         self._make_heads = make_heads
+        self._due: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by sampler
         self._make()
 
     def _make(self) -> None:
@@ -124,19 +141,66 @@ class TorchHost(PreparedHost):
         return self.plan.executor(own_frequencies=own, slots=slots, limit=limit)
 
     def stale(self, request: Request) -> bool:
-        holds = self._stamp.holds(self.backbone, self._attached)
-        return not (holds and self.backbone.is_proven(self.plan.depths, request.inputs))
+        return not self._stamp.holds(self.backbone, self._attached)
 
     def renew(self, request: Request) -> bool:
-        backbone, depths = self.backbone, self.plan.depths
         if not self.stale(request):
             return False
         self._prompts.prepare(request.inputs, request.options)  # or it says what is wrong with them
-        prove(backbone, request.inputs, depths)
-        if self._attached is not None:
-            self._attached.forget_head()
         self._make()
         return True
+
+    def alone(self, request: Request, streamer: Any) -> GenerationOutput | None:
+        """Answer the first request of a shape, which the model reads again, and those that slots
+        do not answer rightly."""
+        backbone, share = self.backbone, self.backbone.decoding.again
+        if self._make_heads is not None or (share is None and backbone.tested):
+            return None
+        policy = self._policy.asked(request.mode, request.thresholds, self.plan.depths)
+        plan = plan_of(backbone, self._attached, policy)
+        verdict = backbone.readings.verdicts.get(shape_of(backbone, request.inputs, way(plan)))
+        if verdict == "slots":
+            return None
+        kept = {name: self._how[name] for name in ("vision_cache", "prefix_cache")}
+        return generate(
+            backbone, request.inputs, planned=lambda: plan, streamer=streamer, seed=request.seed,
+            **kept, **request.options,
+        )  # fmt: skip
+
+    def open(self, request: Request, on_token: OnSettled) -> Opened:
+        opened = super().open(request, on_token)
+        readings, share = self.backbone.readings, self.backbone.decoding.again
+        rule = self.plan.rule(request.mode, request.thresholds)
+        lossless = rule.lossless
+        here = "slots", shape_of(self.backbone, request.inputs, (lossless, rule.uses_exits))
+        asked = share is not None or not self.backbone.tested
+        first = asked and here not in readings.verdicts
+        if first or (share and readings.due(share)):
+            kept = Kept()
+            kept.of(opened.sampler)
+            self._due[opened.sampler] = request, kept, here, lossless
+        return opened
+
+    def output(self, ids: Tensor, sequence: Sequence) -> GenerationOutput:
+        made = super().output(ids, sequence)
+        due = self._due.pop(sequence.sampler, None)
+        if due is None:
+            return made
+        request, kept, shape, lossless = due
+        own = partial(prepare, own_model(self.backbone), request.inputs, **request.options)
+        case = Case(self.backbone, request.inputs, own, own)
+        why = difference(case, made, kept, lossless=lossless)
+        if why is None:
+            self.backbone.readings.note(shape, "slots")
+            return made
+        plan = plan_of(self.backbone, self._attached, self._policy.asked(
+            request.mode, request.thresholds, self.plan.depths))  # fmt: skip
+        self.backbone.readings.verdicts[shape_of(self.backbone, request.inputs, way(plan))] = OWN
+        if self.backbone.readings.fail(shape, why):
+            tell(self.backbone, why)
+        again = by_model(case, None, request.seed)
+        sequence.tokens[:] = tokens_of(again)
+        return again
 
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]

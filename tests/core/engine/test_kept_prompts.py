@@ -14,8 +14,8 @@ from torch import nn
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
 from offramp.core.models.backbone import Backbone
+from offramp.core.models.change import state_of
 from offramp.core.models.exits import Exits
-from offramp.core.models.weights_version import weights_version
 from offramp.features.prefix_cache import PrefixCache, _Kept
 from offramp.features.vision_cache import VisionCache
 
@@ -28,7 +28,7 @@ def kept(backbone: Backbone, embeds: torch.Tensor, positions: Any = None) -> _Ke
 
 
 def weights(backbone: Backbone) -> dict[nn.Module, list[Any]]:
-    return {backbone.stack: weights_version(backbone.stack)}
+    return {backbone.stack: state_of(backbone.stack)}
 
 
 def test_a_prompt_of_another_backbone_is_not_taken(backbone: Callable[..., Any]) -> None:
@@ -46,11 +46,11 @@ def test_a_prompt_is_not_taken_once_an_exit_that_attended_has_changed(
     """The stack has not: the exit's keys alone are other ones."""
     ours, attended = backbone("llava"), nn.Linear(2, 2)
     cache, embeds, layer = PrefixCache(), torch.randn(6, ours.width), torch.zeros(1, 1, 6, 1)
-    pairs, first = [(layer, layer)], {**weights(ours), attended: weights_version(attended)}
+    pairs, first = [(layer, layer)], {**weights(ours), attended: state_of(attended)}
     cache.keep(_Kept(first, embeds, None, pairs, [(attended, pairs[0])], None))
     assert cache.best(first, embeds, None)[1] == 5
     in_place(attended)
-    now = {**weights(ours), attended: weights_version(attended)}
+    now = {**weights(ours), attended: state_of(attended)}
     assert cache.best(now, embeds, None) == (None, 0, 0)
 
 

@@ -61,6 +61,9 @@ class EdgeHost:
     def stale(self, request: Request) -> bool:
         return False
 
+    def alone(self, request: Request, streamer: Any) -> None:
+        return None
+
     def renew(self, request: Request) -> bool:
         """An answer that is written alone is written by what it needs, and no more."""
         if not self._alone:

@@ -34,7 +34,7 @@ class Plan:
     makes the drafter of an executor; None: answers to be drafted run at full depth. levels: by the
     drafter's depth, from which score or probability it drafts on. first_may_exit: whether an
     answer's first token may exit. tested: whether tests have shown that it decodes exactly; else
-    whoever writes an answer has that proven of its prompt.
+    the model reads the first answers of each shape again, whatever is asked for.
     """
 
     layers: int

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.core.decoding.confidence import HEADS
 from offramp.core.decoding.plan import Plan
@@ -16,12 +16,11 @@ from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate, generate_prepared
 from offramp.core.engine.plan import plan_of
 from offramp.core.errors import InputError
-from offramp.core.executors.bare import GLOBAL_HOOKS
 from offramp.core.executors.prefill import IMAGES, Prepared
 from offramp.core.executors.prompt import PromptMemory
 from offramp.core.models.backbone import Backbone
+from offramp.core.models.change import Unchanged
 from offramp.core.models.exits import ExitSet
-from offramp.core.models.weights_version import Unchanged
 
 PLANS = 4
 """Plans that an adapter keeps, one for each policy that was asked for last."""
@@ -147,7 +146,6 @@ class AttachedExits(CalledAsModel):
         """
         policy = self.policy if policy is None else policy
         if self._stamp is None or not self._stamp.holds(self.backbone, self.exits):
-            self.exits.forget_head()
             self._plans, self._stamp = (), Stamp(self.backbone, self.exits)
         for known, plan in self._plans:
             if known == policy:
@@ -217,41 +215,26 @@ class AttachedExits(CalledAsModel):
 
 
 class Stamp:
-    """The decoder, LM head and exits of an adapter as they are now.
+    """A model and its exits as they are now: what is made of them holds as long as it does.
 
-    It no longer holds once a module or a tensor is replaced or written in place, moved or converted
-    (`.to()`), once a hook comes or goes, of a module or of all of them, LoRA is put in, switched or
-    merged, a module is set to train, or attention, decoding options or what the self-check found
-    change. What is written through `tensor.data` in place goes unseen: PyTorch does not count it.
+    It no longer holds once the detector (`offramp.core.models.change`) sees a change, or decoding
+    options or what was found of the model are others.
     """
 
     def __init__(self, backbone: Backbone, exits: ExitSet | None) -> None:
-        self._backbone, self._exits = backbone, exits
-        self._unchanged = Unchanged(partial(_modules, backbone, exits))
+        parts = () if exits is None else (exits.modules,)
+        self._made_of = backbone, exits
+        self._unchanged = Unchanged(lambda: parts)
         self._settings = self._look()
 
     def holds(self, backbone: Backbone, exits: ExitSet | None) -> bool:
         """Return True if these are the same, and nothing about them has changed."""
-        same = backbone is self._backbone and exits is self._exits
+        same = backbone is self._made_of[0] and exits is self._made_of[1]
         return same and self._look() == self._settings and self._unchanged()
 
     def _look(self) -> list[Any]:
-        backbone = self._backbone
+        backbone = self._made_of[0]
         return [
-            backbone.decoding, backbone.engine, backbone.lossless, backbone.in_parts,
-            backbone.family, backbone.tower,
-            getattr(backbone.text_config, "_attn_implementation", None), *HEADS.items(),
-            *map(tuple, GLOBAL_HOOKS),
+            backbone.version(), backbone.decoding, backbone.engine, backbone.lossless,
+            backbone.in_parts, backbone.family, backbone.tower, *HEADS.items(),
         ]  # fmt: skip
-
-
-def _modules(backbone: Backbone, exits: ExitSet | None) -> Iterator[nn.Module]:
-    """The modules between the model and its decoder, those of the decoder, the head and exits."""
-    path, module = backbone.family.stack.split("."), backbone.model
-    for name in path:
-        yield module
-        module = getattr(module, name)
-    yield from backbone.stack.modules()
-    yield from backbone.head.modules()
-    if exits is not None:
-        yield from exits.modules.modules()

@@ -7,10 +7,10 @@ runs through the same loop as the method.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,6 +24,18 @@ from offramp.core.decoding.rule import ExitRule
 from offramp.core.decoding.scheduler import AT_ONCE, Schedule
 from offramp.core.decoding.sequence import NAN, Token
 from offramp.core.engine.plan import plan_of
+from offramp.core.engine.read_again import (
+    DEEP,
+    TRIAL,
+    Case,
+    Kept,
+    Withheld,
+    by_model,
+    difference,
+    own_model,
+    shape_of,
+    tell,
+)
 from offramp.core.engine.sampler import (
     Noise,
     Observer,
@@ -33,14 +45,15 @@ from offramp.core.engine.sampler import (
     StopTogether,
 )
 from offramp.core.errors import InputError
-from offramp.core.executors.prefill import Prepared, check_options
+from offramp.core.executors.choice import EXECUTORS
+from offramp.core.executors.kv_cache import cache_name
+from offramp.core.executors.prefill import Prepared, check_options, prepare
 from offramp.core.executors.prompt import PromptMemory, PromptReader
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.models.intercept import ImageMemory
+from offramp.core.models.readings import OWN
 
-SELF_CHECK = "offramp.features.self_check"
-"""The module of what proves that decoding is exact, which is loaded where no test has shown it."""
 Planned = Callable[[], Plan]
 """Returns the plan that answers are written by, made anew where what it was made of has changed."""
 
@@ -75,13 +88,20 @@ def generate(
     `InputError` for those not supported: beam search, assisted and contrastive decoding, static or
     quantised caches.
     """
-    planned = planned or partial(plan_of, Backbone.of(backbone), exits, policy)
+    whole = Backbone.of(backbone)
+    if planned is None:
+        whole.version()
+        planned = partial(plan_of, whole, exits, policy)
     plan = planned()
     with plan.reading(vision_cache=vision_cache, prefix_cache=prefix_cache) as reader:
-        prepared = reader.prepare(inputs, options)
-        if not plan.tested and _self_check().prove(reader.backbone, inputs, plan.depths):
-            plan = planned()
-        return _write(plan, reader, prepared, streamer, seed, observer)
+        again = partial(reader.prepare, inputs, options)
+        own = partial(_own, reader.backbone, inputs, options)
+        case = Case(reader.backbone, inputs, again, own)
+        return answered(plan, reader, case, again(), streamer, seed, observer)
+
+
+def _own(backbone: Backbone, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
+    return prepare(own_model(backbone), inputs, **options)
 
 
 def generate_prepared(
@@ -97,7 +117,6 @@ def generate_prepared(
 
     Raises:
         InputError: it is of another model, or asks for what the loop does not do.
-        UnsupportedBackboneError: a backbone that was not proven, and cannot be on this prompt.
     """
     check_options(lambda name: getattr(prepared.config, name, None))
     path = next((n for n, m in backbone.model.named_modules() if m is prepared.model), None)
@@ -107,15 +126,79 @@ def generate_prepared(
             "Attach them to that model: offramp.attach(model, exits).",
         )
     plan = planned()
-    if not plan.tested and _self_check().prove_prepared(backbone, prepared, plan.depths):
-        plan = planned()
     reader = plan.reader(prefix_cache=prefix_cache)
-    twin = reader.intercepted.model.get_submodule(path)
-    return _write(plan, reader, replace(prepared, model=twin))
+    inner = reader.intercepted.model.get_submodule(path)
+    name, empty = cache_name(prepared.arguments), copy.deepcopy(prepared.cache)
+
+    def again(model: Any) -> Prepared:
+        arguments = {**prepared.arguments, name: copy.deepcopy(empty)}
+        return replace(prepared, model=model, arguments=arguments)
+
+    given = {"input_ids": prepared.ids, **prepared.arguments, name: None}
+    case = Case(backbone, given, partial(again, inner), partial(again, prepared.model))
+    return answered(plan, reader, case, again(inner))
 
 
-def _self_check() -> Any:
-    return import_module(SELF_CHECK)
+def way(plan: Plan) -> Any:
+    """Return the way in which a plan writes answers, of which each is read again."""
+    return plan.depths, plan.own_rule.lossless, plan.own_rule.uses_exits
+
+
+def answered(
+    plan: Plan,
+    reader: PromptReader,
+    case: Case,
+    prepared: Prepared,
+    streamer: Any = None,
+    seed: int | None = None,
+    observer: Observer | None = None,
+) -> GenerationOutput:
+    """Write a request's answer; the model reads it again where that is due (`read_again`).
+
+    An answer that is not the model's own is written again: by the model's own stack, or by its own
+    forward pass.
+    """
+    backbone, readings, share = case.backbone, case.backbone.readings, case.backbone.decoding.again
+    lossless, shape = plan.own_rule.lossless, shape_of(backbone, case.given, way(plan))
+    verdict = readings.verdicts.get(shape)
+    if verdict == OWN:
+        return by_model(case, streamer, seed, observer)
+    first = verdict is None and (share is not None or not plan.tested)
+    run = partial(_write, plan, reader)
+    if not first and not (share and readings.due(share)):
+        return run(prepared, streamer, seed, observer, engine=verdict)
+    told = Withheld(streamer) if first and streamer is not None else streamer
+    engines = [verdict] if verdict else ["stack"] if backbone.engine == "stack" else [*EXECUTORS]
+    noise, why = torch.get_rng_state(), ""
+    for engine in engines:
+        kept = Kept()
+        try:
+            made = run(prepared, told, seed, observer, engine=engine, kept=kept)
+            found = difference(case, made, kept, lossless=lossless)
+            if first and found is None and not kept.logits and made.depths.shape[1] > 1:
+                trial = Kept(DEEP, TRIAL)
+                short = run(case.fresh(), None, seed, None, engine=engine, kept=trial)
+                found = difference(case, short, trial, lossless=lossless)
+        except InputError:
+            raise
+        except Exception as error:  # of a model that nobody has tried, as slots may not hold it
+            if plan.tested or not first:
+                raise
+            found = f"{type(error).__name__}: {str(error)[:200]}"
+        if found is None:
+            readings.note(shape, engine)
+            backbone.engine = backbone.engine or engine
+            if isinstance(told, Withheld):
+                told.hand_on()
+            return made
+        why = why or found
+        if isinstance(told, Withheld):
+            told.forget()
+        torch.set_rng_state(noise)
+        prepared = case.fresh()
+    if readings.fail(shape, why):
+        tell(backbone, why)
+    return by_model(case, streamer if first else None, seed, observer)
 
 
 def _write(
@@ -125,14 +208,20 @@ def _write(
     streamer: Any = None,
     seed: int | None = None,
     observer: Observer | None = None,
+    *,
+    engine: str | None = None,
+    kept: Kept | None = None,
 ) -> GenerationOutput:
     rows = len(prepared.ids)
     own = reader.backbone.has_own_frequencies(max(prepared.lengths))
-    with plan.running(slots=rows, own_frequencies=own) as executor:
+    sizes: dict[str, Any] = {"slots": rows, "own_frequencies": own}
+    if engine is not None and not own:
+        sizes["engine"] = engine
+    with plan.running(**sizes) as executor:
         decoder = plan.decoder(executor, AT_ONCE if rows == 1 else Schedule.of(rows))
         return write_answers(
             decoder, reader, prepared, plan.own_rule,
-            streamer=streamer, seed=seed, observer=observer,
+            streamer=streamer, seed=seed, observer=observer, kept=kept,
         )  # fmt: skip
 
 
@@ -146,12 +235,13 @@ def write_answers(
     streamer: Any = None,
     seed: int | None = None,
     observer: Observer | None = None,
+    kept: Kept | None = None,
 ) -> GenerationOutput:
     """Read a prompt of one or more rows, and write the answer of each.
 
     decoder: without sequences. reader: reads the prompts for its executor. rule: of all rows.
     given: what the reader takes for each row by itself; None: what is prepared, for all.
-    streamer, seed, observer: as of `generate`.
+    streamer, seed, observer: as of `generate`. kept: keeps the logits of the answers.
     """
     rows = len(prepared.ids)
     pad = getattr(prepared.config, "_pad_token_tensor", None)
@@ -171,6 +261,8 @@ def write_answers(
         )
         for row in range(rows)
     ]
+    for sampler in samplers if kept is not None else ():
+        kept.of(sampler)
     groups: list[tuple[Any, list[Sampler]]] = [(prepared, samplers)]
     if given is not None:
         groups = [(one, [sampler]) for one, sampler in zip(given, samplers, strict=True)]

@@ -73,7 +73,7 @@ class ExitHeads:
         made: list[Verdict | Exception | None] = [None] * len(queries)
         exiting: dict[int, Query] = {}
         for row, query in enumerate(queries):
-            if query is not None:
+            if query is not None and query.sampler.deep != len(query.before):
                 made[row] = verdict = errors.get(row) or Verdict(-1, scores[row])
                 if isinstance(verdict, Verdict) and query.rule.exits(depth, verdict):
                     exiting[row] = query
@@ -129,6 +129,8 @@ class ExitHeads:
         largest: list[int] = logits.argmax(-1).tolist()
 
         def word(place: int, query: Query) -> int:
+            if query.sampler.keep is not None:
+                query.sampler.keep(len(query.before), logits[place])
             if query.sampler.plain:
                 return largest[place]
             return int(query.sampler.choose(logits[place : place + 1], query.before))

@@ -36,6 +36,7 @@ def plan_of(
         InputError: thresholds where no exit stands, or what the policy needs is missing.
         UnsupportedBackboneError: a lossless policy, of a backbone whose drafts stay in the cache.
     """
+    backbone.seat()
     attached = None if exits is None else ExitSet.of(exits)
     stand = () if attached is None else attached.depths
     check_policy_depths(policy, stand)

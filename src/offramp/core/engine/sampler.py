@@ -181,6 +181,11 @@ class Sampler:
     exit's score is about.
     """
 
+    keep: Callable[[int, Tensor], None] | None = None
+    """Is told the raw logits [V] that the token of a place is chosen from."""
+    deep: int | None = None
+    """A place whose token may not exit."""
+
     def __init__(
         self,
         prepared: Prepared,
@@ -245,13 +250,17 @@ class Sampler:
     def choose(self, logits: Tensor, before: Sequence[int]) -> int:
         """The token after the answer's tokens `before`, out of raw logits [1, V]."""
         # A copy: a processor may write into what it is given.
-        scores = self._processed(self._processors, logits, before)
+        scores = self.processed(logits, before)
         if self._observer is not None:
             self._observer(self.row, len(before), scores)
         if not self.samples:
             return int(scores.argmax(-1))
         assert self._noise is not None
         return self._noise.choose(self._lane, len(before), scores)
+
+    def processed(self, logits: Tensor, before: Sequence[int]) -> Tensor:
+        """Logits [1, V] after the answer's tokens `before`, by all processors of the row."""
+        return self._processed(self._processors, logits, before)
 
     def constrain(self, logits: Tensor, before: Sequence[int]) -> Tensor:
         """Logits [1, V] of what may come after `before`, which an exit's score is about: by the

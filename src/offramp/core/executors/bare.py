@@ -15,23 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules import module as torch_module
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offramp.core.models.backbone import Backbone
+from offramp.core.models.change import GLOBAL_HOOKS, HOOKS
 from offramp.core.models.exits import ExitSet
 from offramp.core.models.opened import HeadCode
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-GLOBAL_HOOKS = [getattr(torch_module, f"_global{table}") for table in _HOOKS]
-"""Tables that stay the same objects."""
 _CALLS = (nn.Module.__call__, GradientCheckpointingLayer.__call__)
-
 
 _LEAST = 2**16
 """Numbers of a weight from which on oneDNN multiplies several tokens faster."""
@@ -82,7 +73,7 @@ def bare(module: nn.Module, caller: str, *, own: bool = True) -> nn.Module:
     if not _is_plain(module):
         return module
     kind: Any = SeveralTokensLinear if own and _gains(module) else type(module)
-    made: Any = object.__new__(_straight(kind, kind.forward.__module__ == caller))
+    made: Any = object.__new__(_straight(kind, kind.forward, kind.forward.__module__ == caller))
     made.__dict__.update(module.__dict__)
     parts = {
         name: None if part is None else bare(part, kind.forward.__module__, own=own)
@@ -102,19 +93,18 @@ def _is_plain(module: nn.Module) -> bool:
         and not module.training
         and "forward" not in own
         and own.get("_compiled_call_impl") is None
-        and not any(own.get(table) for table in _HOOKS)
+        and not any(own.get(table) for table in HOOKS)
         and not any(GLOBAL_HOOKS)
     )
 
 
 @cache
-def _straight(kind: Any, by_kin: bool) -> type[nn.Module]:
-    """A class of modules as `kind`, called without what `nn.Module` does around `forward`.
+def _straight(kind: Any, forward: Callable[..., Any], by_kin: bool) -> type[nn.Module]:
+    """A class of modules as `kind`, called without what `nn.Module` does around its `forward`.
 
     by_kin: whether code of the same file calls them; it uses no deprecated names, so that what
     Hugging Face wraps around `forward` to translate these has nothing to do.
     """
-    forward: Callable[..., Any] = kind.forward
     while by_kin and forward.__code__.co_filename.endswith("deprecation.py"):
         forward = forward.__wrapped__  # type: ignore[attr-defined]
     return type(kind.__name__, (kind,), {"__call__": forward, "__module__": kind.__module__})

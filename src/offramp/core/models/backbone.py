@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from offramp.core.errors import InputError, UnsupportedBackboneError
+from offramp.core.models.change import Unchanged
 from offramp.core.models.discovery.probe import accepts
 from offramp.core.models.discovery.self_check import self_check
 from offramp.core.models.hub import grey_example, load_model, load_processor
-from offramp.core.models.modality import Modality, modality_of
 from offramp.core.models.opened import Instead, OpenedModel
+from offramp.core.models.readings import Readings
 from offramp.core.models.registry import Family, is_tested
 from offramp.core.models.stand_in import TORCH, StandIn
 from offramp.core.models.weights import mixes_rows
@@ -32,11 +33,14 @@ class DecodeOptions:
     exact_batches: whether a token's numbers are the same to the last bit whatever tokens are
     computed beside it; prompts are read one at a time and whole, and every matrix product must be
     of weights that `prepack(..., every=True)` laid out.
+    again: share of answers that the model reads again, beside the first of each shape
+    (`offramp.core.engine.read_again`); None: of models that tests here have tried none.
     """
 
     lean: bool = True
     instead: Instead | None = None
     exact_batches: bool = False
+    again: float | None = 0.01
 
 
 class Backbone(OpenedModel):
@@ -94,7 +98,10 @@ class Backbone(OpenedModel):
         """The executor that was found to be exact (`offramp.core.executors`); None: not yet."""
         self.in_parts: bool = True
         """Whether prompts may be run in parts, as far as decoding has shown; `reads_in_parts`."""
-        self._proven_with: dict[Modality, frozenset[int]] = {}
+        self.readings: Readings = Readings()
+        """What the model found when it read answers again."""
+        self._unchanged: Unchanged | None = None
+        self._version = 0
         self.reads_ids: bool = accepts(self.stack, "per_layer_inputs")
         """Whether layers read the tokens again, beside the states (Gemma 3n, Gemma 4)."""
         self._layout = found = self_check(self, example)
@@ -162,6 +169,7 @@ class Backbone(OpenedModel):
         """The same model, decoded by other options (`DecodeOptions`) than this backbone, which
         stays as it is: what is found out by decoding each finds out for itself."""
         made = copy.copy(self)
+        made.readings = Readings()
         made.decoding = replace(self.decoding, **options)
         if made.decoding.instead is not None or made.decoding.exact_batches:
             self.check_whole("This way of decoding")
@@ -170,7 +178,7 @@ class Backbone(OpenedModel):
     def with_tower(self, tower: StandIn | None) -> Backbone:
         """Return the same model with another module in its vision tower's place; None: its own."""
         made = copy.copy(self)
-        made.tower = tower
+        made.readings, made.tower = Readings(), tower
         return made
 
     def _proven(self) -> str | None:
@@ -185,28 +193,8 @@ class Backbone(OpenedModel):
         vision = self.family.vision
         seen = set() if vision is None else set(self._find(vision).modules())
         kinds = {type(part) for part in self.model.modules() if part not in seen}
-        return all(kind.__module__.partition(".")[0] in _STOCK for kind in kinds)
-
-    def is_proven(self, depths: Iterable[int], inputs: Mapping[str, Any] | None = None) -> bool:
-        """Return True if decoding with exits at these depths was found to be exact.
-
-        inputs: of prompts; those that consist of the same were tried. None: any were.
-        """
-        if self.engine is None or self.tested:
-            return self.engine is not None
-        if inputs is None:
-            return any(proven.issuperset(depths) for proven in self._proven_with.values())
-        proven = self._proven_with.get(modality_of(self.model.config, inputs))
-        return proven is not None and proven.issuperset(depths)
-
-    def untried(
-        self, depths: Iterable[int], inputs: Mapping[str, Any]
-    ) -> Iterator[Mapping[str, Any]]:
-        """Yield these inputs and the backbone's example, each if prompts like it were not tried
-        with exits at these depths by the time that it is asked for."""
-        for each in (inputs, self.example):
-            if each is not None and not self.is_proven(depths, each):
-                yield each
+        files = {name for kind in kinds for name in (kind.__module__, kind.forward.__module__)}
+        return all(name.partition(".")[0] in _STOCK for name in files)
 
     @property
     def reads_in_parts(self) -> bool:
@@ -214,11 +202,18 @@ class Backbone(OpenedModel):
         are."""
         return self.in_parts and self.family.causal_prompt and not self.is_encoder_decoder
 
-    @property
-    def proven(self) -> Mapping[Modality, frozenset[int]]:
-        """Depths of exits with which decoding was found to be exact, by what prompts consisted of;
-        empty where tests show it."""
-        return self._proven_with
+    def version(self) -> int:
+        """Return how often the model was seen to have changed by now. What is made of it is of one
+        version; what was found by reading its answers again as well."""
+        if self._unchanged is None or not self._unchanged():
+            model = self.model
+            self._unchanged = Unchanged(lambda: (model,))
+            self._version += 1
+            self.readings = self.readings.following()
+            self.seat()
+            self.stock = self._is_stock()
+            self.tested = self.tested and self.stock
+        return self._version
 
     def learn(
         self,
@@ -227,24 +222,16 @@ class Backbone(OpenedModel):
         lossless: bool,
         in_parts: bool = True,
         engine: str | None = None,
-        depths: Iterable[int] = (),
-        prompts: Iterable[Modality] = (),
     ) -> None:
         """Take over what decoding showed: whether the first token may exit out of the prompt,
         whether a prompt may be run in parts, whether drafts can be taken back, and which executor
-        is exact, with exits at which depths, for which prompts. What is registered as impossible,
-        or was found to be for other prompts or depths, stays so."""
-        again = bool(self._proven_with)
+        is exact. What is registered as impossible, or was found to be before, stays so."""
+        again = self.engine is not None
         able = self.family.causal_prompt if again or not self.family.discovered else True
         self.family: Family = replace(self.family, causal_prompt=causal_prompt and able)
         self.lossless = lossless and (self.lossless or not (again or self.mixes_rows))
         self.in_parts = in_parts and (self.in_parts or not again)
         self.engine = engine or self.engine
-        if engine is not None:
-            self._proven_with = dict(self._proven_with)  # copies of this backbone keep theirs
-            for prompt in prompts:
-                known = self._proven_with.get(prompt, frozenset())
-                self._proven_with[prompt] = known | frozenset(depths)
 
     def check_lossless(self) -> None:
         """Raise `UnsupportedBackboneError` where decoding showed that drafts stay in the cache, or

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
+from offramp.core.models.change import Unchanged
 from offramp.core.models.exit_kinds import EXIT_KINDS, ExitKind, exit_kind
 from offramp.core.models.fingerprint import fingerprint
 from offramp.core.models.opened import LayerCall
@@ -247,16 +248,14 @@ class ExitSet:
         return self.modules.run(depth, call)
 
     def shortlist_head(self, backbone: Backbone) -> nn.Module | None:
-        """The LM head's rows of the shortlist, made once; None without one."""
+        """The LM head's rows of the shortlist, made once for a head as it is; None without one."""
         if self.shortlist is None:
             return None
-        if "_head" not in self.__dict__:
-            object.__setattr__(self, "_head", backbone.head_rows(self.shortlist))
-        return self.__dict__["_head"]  # type: ignore[no-any-return]
-
-    def forget_head(self) -> None:
-        """Have `shortlist_head` make it anew."""
-        self.__dict__.pop("_head", None)
+        reader, unchanged, made = self.__dict__.get("_head", (None, None, None))
+        if reader is not backbone.reader or not unchanged():
+            head, made = backbone.head, backbone.head_rows(self.shortlist)
+            self.__dict__["_head"] = backbone.reader, Unchanged(lambda: (head,)), made
+        return made  # type: ignore[no-any-return]
 
 
 def copied_index(backbone: Backbone, depth: int) -> int:

@@ -25,6 +25,13 @@ class InPlaceOf(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_own"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = self.__dict__.get("_own")
+        if own is None or name in self.__dict__:
+            super().__setattr__(name, value)
+        else:  # a model may hand a layer what it is to read, as its `vis`
+            setattr(own, name, value)
+
     @property
     def forward(self) -> Callable[..., Any]:  # type: ignore[override]
         """The call, with the module's signature."""

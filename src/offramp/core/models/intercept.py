@@ -85,6 +85,7 @@ class InterceptedModel:
 
     def __init__(self, backbone: OpenedModel, handler: LayerHandler) -> None:
         family = backbone.family
+        backbone.seat()
         root = twin(backbone.model)
         graft(root, f"{family.stack}.{family.layers}", stand_ins(backbone, handler))
         graft(root, family.head, _HeadStandIn(backbone.reader, handler))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from offramp.core.errors import InputError, UnsupportedBackboneError
+from offramp.core.models.change import Unchanged
 from offramp.core.models.discovery.paths import discover
 from offramp.core.models.hub import unwrap_peft
 from offramp.core.models.registry import Family, is_ours, registered_family
@@ -59,6 +61,19 @@ class LayerCall:
 def first(output: Any) -> Tensor:
     """The hidden state of a layer's output, which in some families is a tuple."""
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+class _Rows(nn.Module):
+    """Logits of some tokens, of a head that computes all of them."""
+
+    def __init__(self, head: nn.Module, ids: Tensor) -> None:
+        super().__init__()
+        self.__dict__["_head"] = head
+        self._ids = ids
+
+    def forward(self, states: Tensor) -> Tensor:
+        logits: Tensor = self.__dict__["_head"](states)
+        return logits.index_select(-1, self._ids.to(logits.device))
 
 
 HeadCode = Callable[[Tensor], Tensor]
@@ -111,21 +126,12 @@ class OpenedModel:
         if known is not None and is_ours(model.config) and not _has_paths(model, known):
             known = None  # another text model in a wrapper that is known
         self.family: Family = known or discover(model, example)
-        self.stack: Any = self._find(self.family.stack)
-        layers = self._find(f"{self.family.stack}.{self.family.layers}")
-        self.layer_names: tuple[str, ...] | None = (
-            tuple(layers) if isinstance(layers, nn.ModuleDict) else None
-        )
-        """What a stack calls its layers that holds them by name; None: by number."""
-        self.layers: Any = layers if self.layer_names is None else nn.ModuleList(layers.values())
-        self.norm: Any | None = (
-            self._find(f"{self.family.stack}.{self.family.norm}") if self.family.norm else None
-        )
-        self.head: Any = self._find(self.family.head)
-        self.reader: Any = self.head  # its weight may be laid out anew
+        self.head: Any = None
+        self.returns: Sequence[int] = ()
+        """By layer, how many values it returns; 0: the state alone. Known once it ran."""
+        self.seat()
         if self.family.vision is not None:
             self._find(self.family.vision)
-        self.text_config: Any = self.stack.config
         self.is_encoder_decoder: bool = any(
             getattr(config, "is_encoder_decoder", False)
             for config in (model.config, self.text_config)
@@ -144,9 +150,38 @@ class OpenedModel:
         if self.softcap is None and not self.family.discovered:
             self.softcap = _softcap(self.text_config, model.config)
         self.words: int | None = None
-        self.returns: Sequence[int] = ()
-        """By layer, how many values it returns; 0: the state alone. Known once it ran."""
         self._suppressed = torch.tensor(self.family.suppressed, dtype=torch.long)
+
+    def seat(self) -> None:
+        """Look up by their paths, where a prompt is seated, the modules that read and write states.
+
+        Raises:
+            UnsupportedBackboneError: a module is no longer there, or the decoder has other layers.
+        """
+        family = self.family
+        self.stack: Any = self._find(family.stack)
+        layers = self._find(f"{family.stack}.{family.layers}")
+        self.layer_names: tuple[str, ...] | None = (
+            tuple(layers) if isinstance(layers, nn.ModuleDict) else None
+        )
+        """What a stack calls its layers that holds them by name; None: by number."""
+        self.layers: Any = layers if self.layer_names is None else nn.ModuleList(layers.values())
+        if self.returns and len(self.returns) != len(layers):
+            raise UnsupportedBackboneError(
+                f"{type(self.model).__name__} has {len(layers)} decoder layers where it had "
+                f"{len(self.returns)}.",
+                "Open it anew: Backbone(model), and exits that were trained for it.",
+            )
+        self.norm: Any | None = self._find(f"{family.stack}.{family.norm}") if family.norm else None
+        self.text_config: Any = self.stack.config
+        head = self._find(family.head)
+        if head is not self.head or not self._laid_out_of():
+            self.head = self.reader = head
+            self._laid_out_of: Callable[[], bool] = _always
+
+    def read_by(self, reader: nn.Module) -> None:
+        """Read states by `reader`, the LM head laid out otherwise, as long as that is unchanged."""
+        self.reader, self._laid_out_of = reader, Unchanged(partial(_one, self.head))
 
     # -- what it is -------------------------------------------------------------------------
 
@@ -236,6 +271,8 @@ class OpenedModel:
 
     def head_rows(self, ids: Tensor) -> nn.Module:
         """A copy of the LM head's rows for the token ids [S], frozen: logits of these alone."""
+        if any(True for _ in self.head.children()):  # LoRA, or what else stands around it
+            return _Rows(self.head, ids)
         bias = getattr(self.head, "bias", None)
         with loaded(self.head):
             weight = float_parameters(self.head)[0]()
@@ -326,6 +363,14 @@ class OpenedModel:
                 "This OPT projects its states to another width before the LM head.",
                 "Use an OPT with word_embed_proj_dim == hidden_size (all but opt-350m).",
             )
+
+
+def _always() -> bool:
+    return True
+
+
+def _one(module: nn.Module) -> tuple[nn.Module]:
+    return (module,)
 
 
 def _has_paths(model: nn.Module, family: Family) -> bool:

@@ -15,12 +15,10 @@ training/                   log, answers that were learnt from, the state that r
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from offramp.core.decoding.policy import ExitPolicy, check_policy_depths, policy_to_json
@@ -37,7 +35,6 @@ from offramp.core.save_and_load.config import (
     EXITS,
     FORMAT,
     LEARNT,
-    PROVEN,
     RESTORE,
     AdapterConfig,
     read_config,
@@ -106,21 +103,16 @@ def write_config(
         "checks": dict(exits.measured) or None,
         "policy": policy_to_json(policy),
         **known,
-        **({"decoding": _learnt(backbone, exits.depths)} if not backbone.tested else {}),
+        **({"decoding": _learnt(backbone)} if not backbone.tested else {}),
         "files": files,
     }
     write_json(folder / CONFIG, sealed(entries))
     return files
 
 
-def _learnt(backbone: Backbone, depths: Sequence[int]) -> dict[str, Any]:
+def _learnt(backbone: Backbone) -> dict[str, Any]:
     values = (backbone.family.causal_prompt, backbone.reads_in_parts, backbone.lossless)
-    found: dict[str, Any] = dict(zip(LEARNT, values, strict=True))
-    proven = [list(p) for p, at in backbone.proven.items() if at.issuperset(depths)]
-    if proven:
-        how = (backbone.engine, transformers.__version__, proven)
-        found |= dict(zip(PROVEN, how, strict=True))
-    return found
+    return dict(zip(LEARNT, values, strict=True))
 
 
 # -- loading ----------------------------------------------------------------------------------
@@ -149,13 +141,7 @@ def load_exits(config: AdapterConfig, backbone: Backbone) -> ExitSet:
         raise AdapterError(f"{config.folder / CONFIG}: {error.problem}", RESTORE) from error
     if config.decoding is not None and not backbone.tested:
         found = {"causal_prompt": False, "lossless": True, **config.decoding}
-        version, engine = found.pop("transformers", None), found.pop("engine", None)
-        prompts = [tuple(prompt) for prompt in found.pop("prompts", ())]
-        if version != transformers.__version__ or engine not in ("slots", "stack"):
-            engine = None  # it is found out again
-        if not backbone.stock:
-            engine = None  # as well: code that no version is of may have changed since
-        backbone.learn(**found, engine=engine, depths=config.depths, prompts=prompts)
+        backbone.learn(**{name: found[name] for name in LEARNT if name in found})
     return ExitSet(
         _load_exits(config, backbone), _load_checks(config, backbone), dict(config.checks or {})
     )

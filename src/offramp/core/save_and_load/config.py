@@ -24,8 +24,6 @@ CONFIG = "adapter.json"
 RESTORE = "Restore the folder, or train the exits again."
 LEARNT = ("causal_prompt", "in_parts", "lossless")
 """What decoding shows of a backbone without tests of its own; see `Backbone.learn`."""
-PROVEN = ("engine", "transformers", "prompts")
-"""Which executor was found to be exact, with which version of transformers, for which prompts."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,7 @@ def _decoding(shown: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What decoding showed of a discovered backbone; see `Backbone.learn`."""
     if shown is None:
         return None
-    whole = all(name in shown for name in PROVEN)  # else it is found out again
-    return {name: value for name, value in shown.items() if whole or name in LEARNT}
+    return {name: value for name, value in shown.items() if name in LEARNT}
 
 
 def brief(value: Any) -> str:

@@ -181,6 +181,11 @@ class Codes:
                 known = self._of[module] = kind, set()
             return known
 
+    def look_again(self) -> None:
+        """Compare each module with its code once more when it next asks for it."""
+        with self._lock:
+            self._of.clear()
+
     def make(self, kind: Kind, key: Any, name: str, compile_it: Callable[[], Code]) -> Code | None:
         """The code for this kind of call; None, and a warning, where there is none."""
         with self._lock:
@@ -217,9 +222,10 @@ def tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 def _parts(module: nn.Module) -> list[Any]:
     """What makes the code of a module, beside its weights."""
     return [
-        (name, type(part), {n: _open(v) for n, v in part.__dict__.items() if n not in _COMMON})
+        (name, type(part), type(part).forward,
+         {n: _open(v) for n, v in part.__dict__.items() if n not in _COMMON})
         for name, part in module.named_modules(remove_duplicate=False)
-    ]
+    ]  # fmt: skip
 
 
 def _layout(module: nn.Module) -> list[Any]:

@@ -217,6 +217,7 @@ class ByCode:
     name = "compiled"
 
     def modules(self, backbone: Backbone, caller: str) -> CompiledModules | None:
+        codes_of(backbone).look_again()
         return CompiledModules(codes_of(backbone), caller) if _on_cpu(backbone) else None
 
     def head(self, backbone: Backbone) -> CompiledHead | None:

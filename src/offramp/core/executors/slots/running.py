@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +36,16 @@ from offramp.core.executors.slots.tables import (
     Tables,
 )
 from offramp.core.models.backbone import Backbone
+from offramp.core.models.change import Unchanged
 from offramp.core.models.exits import ExitSet
 from offramp.core.models.opened import LayerCall
-from offramp.core.models.weights_version import written
 
 log = logging.getLogger(__name__)
 
-_TABLES: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Tables | str]]] = WeakKeyDictionary()
-"""By kind of attention, what was rehearsed of a model, or why a stack must run itself; and the
-tensors that it was made of."""
+_TABLES: WeakKeyDictionary[nn.Module, dict[Any, tuple[Unchanged, Tables | str]]]
+_TABLES = WeakKeyDictionary()
+"""By kind of attention, what was rehearsed of a stack, or why it must run itself; and whether what
+stands in it beside its layers is what it was."""
 
 
 class SlotRunner(SegmentRunner):
@@ -245,13 +246,13 @@ class SlotRunner(SegmentRunner):
     def _rehearsed(self, positions: int) -> Tables | None:
         """Tables of so many positions, made once for a backbone."""
         backbone, current = self.backbone, self._current.call
-        attention = backbone.text_config._attn_implementation
+        attention, layers = backbone.text_config._attn_implementation, backbone.family.layers
         kind = attention, self.held.offsets is None, backbone.dtype, backbone.device
-        known = _TABLES.setdefault(backbone.model, {})
-        now = _written(backbone)
-        before, made = known.get(kind, (now, None))
-        if before != now:
-            made = None
+        known = _TABLES.setdefault(backbone.stack, {})
+        same, made = known.get(kind, (None, None))
+        if same is None or not same():
+            stack = ref(backbone.stack)
+            same, made = Unchanged(lambda: _held(stack), lambda: _layers(stack, layers)), None
         if isinstance(made, str):
             self._refused = True
             return None
@@ -271,12 +272,12 @@ class SlotRunner(SegmentRunner):
                 again = self._in_a_row(count, filled=True)
                 tables.check(again, self._stage, self._stack_arguments(again))
         except CannotRehearseError as error:
-            known[kind] = now, str(error)
+            known[kind] = same, str(error)
             self._refuse(error)
             return None
         finally:
             self._current.call = current
-        known[kind] = now, tables
+        known[kind] = same, tables
         return tables
 
     def _in_a_row(self, count: int, *, filled: bool = False) -> Given:
@@ -324,8 +325,10 @@ class SlotRunner(SegmentRunner):
         return self._bias
 
 
-def _written(backbone: Backbone) -> list[Any]:
-    """Where the tensors are that the stack has beside its layers, such as rotary frequencies, and
-    how often they were written."""
-    beside = [m for n, m in backbone.stack.named_children() if n != backbone.family.layers]
-    return [(id(t), written(t)) for m in beside for t in (*m.parameters(), *m.buffers())]
+def _held(stack: ref[nn.Module]) -> list[nn.Module]:
+    held = stack()
+    return [] if held is None else [held]
+
+
+def _layers(stack: ref[nn.Module], layers: str) -> list[nn.Module]:
+    return [part for each in _held(stack) for n, part in each.named_children() if n == layers]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from offramp.core.models.weights_version import Unchanged, weights_version
+from offramp.core.models.change import Unchanged, state_of
 
 
 class Tower(nn.Module):
@@ -62,17 +62,17 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_change_is_seen(name: str) -> None:
     tower = Tower()
-    same, version = Unchanged(tower.modules), weights_version(tower)
+    same, version = Unchanged(lambda: (tower,)), state_of(tower)
     assert same()
     with torch.no_grad():
         CHANGES[name](tower)
-    assert weights_version(tower) != version
+    assert state_of(tower) != version
     assert not same()
 
 
 def test_what_changes_no_result_is_none() -> None:
     tower = Tower().eval()
-    same = Unchanged(tower.modules)
+    same = Unchanged(lambda: (tower,))
     tower(torch.zeros(2, 3))
     tower.layers[0].weight.requires_grad_(False)
     tower.scale = float("2.0")  # another object, and equal
@@ -84,7 +84,7 @@ def test_what_changes_no_result_is_none() -> None:
 def test_a_tensor_without_an_address_is_watched_too(laid_out: str) -> None:
     module = nn.Module()
     module.register_buffer("packed", getattr(torch.ones(4, 4), laid_out)())
-    unchanged = Unchanged(module.modules)
+    unchanged = Unchanged(lambda: (module,))
     assert unchanged()
     module.packed = getattr(torch.zeros(4, 4), laid_out)()
     assert not unchanged()

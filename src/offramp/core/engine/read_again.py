@@ -1,0 +1,337 @@
+"""What was answered is read again by the model itself.
+
+After the first answer of each shape of prompt, and of a share of all, the model reads the prompt
+and then the answer in one call on its own cache, and the logits of every token of full depth are
+held to those. What was served is what is checked: no list of kinds, families or patches decides.
+What fails is written by the model's own forward pass from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList
+
+from offramp.core.decoding.policy import GenerationOutput
+from offramp.core.decoding.sequence import NAN, Token
+from offramp.core.engine.sampler import Constraint, Observer, Sampler
+from offramp.core.executors.kv_cache import CACHE_NAMES, cache_name
+from offramp.core.executors.prefill import Prepared
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.discovery.comparison import relative_difference
+from offramp.core.models.discovery.probe import special_ids
+from offramp.core.models.discovery.twin import graft, twin
+from offramp.core.models.weights import scheme
+
+log = logging.getLogger(__name__)
+
+DEEP = 1
+"""The token of a trial that may not exit: those before it catch up on the way."""
+TRIAL = 4
+"""Tokens of a trial, where a first answer has no token of full depth."""
+_WIDE, _HALF = 5e-5, 8e-2
+"""Largest difference of logits that is rounding, relative to the largest: in float32, and in half
+precision or over quantised weights. Right ones are off by 1e-6 to 3e-6 in float32."""
+_COLUMNS = 512
+"""Of the logits, about as many are compared."""
+_SLOWLY = 64
+"""Tokens that are read one by one, where in one call they come out otherwise."""
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Kept:
+    """Logits that tokens were chosen from, raw, by row and place in the answer.
+
+    deep: place of a token that may not exit; None: any may. most: tokens of the answer; None: as
+    many as were asked for.
+    """
+
+    deep: int | None = None
+    most: int | None = None
+    logits: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def of(self, sampler: Sampler) -> None:
+        """Have a sampler keep them."""
+        row = sampler.row
+
+        def keep(place: int, logits: Tensor) -> None:
+            self.logits[row, place] = logits[columns(logits.shape[-1])].float()
+
+        sampler.keep, sampler.deep = keep, self.deep
+        if self.most is not None:
+            sampler.most = self.most
+
+
+def columns(words: int) -> slice:
+    """Return which logits are compared."""
+    return slice(None, None, max(1, words // _COLUMNS))
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One request, as it can be prepared again.
+
+    given: its inputs. fresh: prepares it for the decoder. own: prepares it for the model itself.
+    """
+
+    backbone: Backbone
+    given: Mapping[str, Any]
+    fresh: Callable[[], Prepared]
+    own: Callable[[], Prepared]
+
+
+# -- shapes ----------------------------------------------------------------------------------------
+
+
+def shape_of(backbone: Backbone, inputs: Mapping[str, Any], how: Any) -> Any:
+    """Return what inputs have in common with others that take the same way through the model.
+
+    Lengths count by powers of two; of flags and modes, of types of tokens and of tokens that stand
+    for images each value counts, and whether these stand in several places. how: they are answered.
+    """
+    marks = special_ids(backbone.model)
+    return how, tuple(sorted((name, _look(name, value, marks)) for name, value in inputs.items()))
+
+
+def _look(name: str, value: Any, marks: Sequence[int]) -> str:
+    if not isinstance(value, Tensor):
+        plain = isinstance(value, (bool, int, float, str, type(None)))
+        return repr(value) if plain else type(value).__name__
+    sizes = [size.bit_length() for size in value.shape]
+    more: Any = None
+    if not value.is_floating_point() and value.numel():
+        if name.endswith("ids") and "type" not in name:
+            more = [(mark, min(2, _runs(value == mark))) for mark in marks]
+        elif value.numel() <= 2:
+            more = value.tolist()
+        elif int(value.max()) - int(value.min()) < 8:
+            more = value.unique().tolist()
+    return f"{value.dtype} {sizes} {more}"
+
+
+def _runs(marked: Tensor) -> int:
+    """The largest number of runs of True in a row of `marked` [..., T]."""
+    if not bool(marked.any()):
+        return 0
+    rows = marked.reshape(-1, marked.shape[-1])
+    before = torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], 1)
+    return int((rows & ~before).sum(1).max())
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run the model itself, by one thread at a time; what it notes on its modules goes again."""
+    with _LOCKS.setdefault(model, threading.RLock()), torch.inference_mode():
+        own = [(vars(module), dict(vars(module)), module._buffers, dict(module._buffers))
+               for module in model.modules()]  # fmt: skip
+        try:
+            yield
+        finally:
+            for now, before, buffers, held in own:
+                changed = [n for n in {*now, *before} if now.get(n, own) is not before.get(n, own)]
+                for name in (n for n in changed if "output_capturing" not in n):
+                    if name in before:
+                        now[name] = before[name]
+                    else:
+                        del now[name]
+                buffers.update(held)
+
+
+def own_model(backbone: Backbone) -> Any:
+    """Return the model itself; with what stands in its vision tower's place, where something
+    does."""
+    if backbone.tower is None:
+        return backbone.model
+    root = twin(backbone.model)
+    graft(root, str(backbone.family.vision), backbone.tower)
+    for path, part in backbone.tower.beside.items():
+        graft(root, path, part)
+    return root
+
+
+def read(prepared: Prepared, answers: Tensor, step: int) -> Tensor:
+    """Logits [B, N, C] that a model chooses the tokens [B, N] of an answer from, by its own calls
+    on its own cache, each on `step` tokens; of the prompt by one."""
+    model, kw, ids = prepared.model, dict(prepared.arguments), prepared.ids
+    encoded = model.config.is_encoder_decoder
+    given = model.prepare_inputs_for_generation(
+        ids, is_first_iteration=True, next_sequence_length=None, **kw
+    )
+    if all(given.get(name) is None for name in CACHE_NAMES):
+        given = {**given, cache_name(kw): prepared.cache}
+    out = model(**given, return_dict=True)
+    part = columns(out.logits.shape[-1])
+    made = [out.logits[:, -1:, part].float()]
+    for more in answers[:, :-1].split(step, 1):
+        count = more.shape[1]
+        several = {"num_new_tokens": count} if count > 1 else {}
+        kw = model._update_model_kwargs_for_generation(
+            out, kw, is_encoder_decoder=encoded, **several
+        )
+        ids = torch.cat([ids, more.to(ids)], 1)
+        given = model.prepare_inputs_for_generation(ids, next_sequence_length=count, **kw)
+        given.pop("logits_to_keep", None)
+        out = model(**given, return_dict=True)
+        made.append(out.logits[:, -count:, part].float())
+    return torch.cat(made, 1)
+
+
+def difference(case: Case, output: GenerationOutput, kept: Kept, *, lossless: bool) -> str | None:
+    """Return why an answer is not the model's own, in words; None where it is.
+
+    kept: of the answer. lossless: whether tokens of exits are the full model's too.
+    """
+    depths = output.depths.tolist()
+    held = {
+        (row, place): logits
+        for (row, place), logits in kept.logits.items()
+        if place < len(depths[row])
+        and (depths[row][place] == output.layers or (lossless and depths[row][place]))
+    }
+    if not held:
+        return None
+    last = max(place for _, place in held) + 1
+    answers, allowed = output.new_tokens[:, :last], _allowed(case.backbone)
+    why = _apart(case, answers, held, last, allowed)
+    if why is None or last == 1:
+        return why
+    # A model may read several tokens in one call otherwise than one by one: the latter is right.
+    few = {at: logits for at, logits in held.items() if at[1] < _SLOWLY}
+    return _apart(case, answers[:, :_SLOWLY], few, 1, allowed)
+
+
+def _apart(
+    case: Case, answers: Tensor, held: Mapping[tuple[int, int], Tensor], step: int, allowed: float
+) -> str | None:
+    with untouched(case.backbone.model):
+        try:
+            theirs = read(case.own(), answers, max(1, step))
+        except Exception as error:  # whatever a model raises on a call that it does not take
+            return f"it cannot be read again ({type(error).__name__}: {str(error)[:160]})"
+        worst = max(
+            relative_difference(logits, theirs[row, place].to(logits.device))
+            if logits.shape == theirs[row, place].shape else float("inf")
+            for (row, place), logits in held.items()
+        )  # fmt: skip
+    return None if worst <= allowed else f"its logits are off by {worst:.1e} of the largest"
+
+
+def _allowed(backbone: Backbone) -> float:
+    wide = backbone.dtype in (torch.float32, torch.float64)
+    exact = wide and torch.get_float32_matmul_precision() == "highest"
+    exact = exact and not torch.is_autocast_enabled(backbone.device.type)
+    return _WIDE if exact and not scheme(backbone.layers) else _HALF
+
+
+def tell(backbone: Backbone, why: str) -> None:
+    """Warn that answers are the model's own forward pass's from here on."""
+    log.warning(
+        "%s: answers to prompts like this one are written by the model's own forward pass, without "
+        "exits: read again by the model, an answer was another: %s.",
+        backbone.name, why,
+    )  # fmt: skip
+
+
+# -- by the model's own forward pass ---------------------------------------------------------------
+
+
+def by_model(
+    case: Case, streamer: Any = None, seed: int | None = None, observer: Observer | None = None
+) -> GenerationOutput:
+    """Write the answer as the model's own `generate` does; every token is of full depth."""
+    backbone, layers = case.backbone, case.backbone.depth
+    drawn: Any = nullcontext() if seed is None else torch.random.fork_rng()
+    with untouched(backbone.model), drawn:
+        if seed is not None:
+            torch.manual_seed(seed)
+        prepared = case.own()
+        told = None if streamer is None else _Told(streamer, layers)
+        if told is not None:
+            streamer.put(prepared.ids.cpu())
+        processors = LogitsProcessorList([_PerRow(prepared, observer)])
+        out = prepared.model._sample(
+            prepared.ids, processors, prepared.criteria, prepared.config, streamer=told,
+            **prepared.arguments,
+        )  # fmt: skip
+    sequences = getattr(out, "sequences", out)
+    samplers = [Sampler(prepared, row) for row in range(len(prepared.ids))]
+    rows = []
+    for sampler, ids in zip(samplers, sequences[:, prepared.ids.shape[1] :].tolist(), strict=True):
+        end = next((n + 1 for n, token in enumerate(ids) if sampler.ends(token)), len(ids))
+        rows.append([Token(token, layers) for token in ids[:end]])
+    pad = getattr(prepared.config, "_pad_token_tensor", None)
+    pad = 0 if pad is None else int(pad.flatten()[0])
+    return GenerationOutput.of_rows(prepared.ids, rows, layers, [()] * len(rows), pad)
+
+
+class _PerRow:
+    """A request's processors, with rules of their own for each row, and its observer."""
+
+    def __init__(self, prepared: Prepared, observer: Observer | None) -> None:
+        self._prompt, self._observer = prepared.ids.shape[1], observer
+        self._whole = prepared.processors
+        own = any(isinstance(processor, Constraint) for processor in self._whole)
+        self._rows = [Sampler(prepared, row) for row in range(len(prepared.ids))] if own else []
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        before = ids[:, self._prompt :].tolist()
+        if self._rows:
+            pairs = enumerate(zip(self._rows, before, strict=True))
+            each = [row.processed(logits[n : n + 1], said) for n, (row, said) in pairs]
+            logits = torch.cat(each)
+        else:
+            logits = self._whole(ids, logits)
+        if self._observer is not None:
+            for row in range(len(ids)):
+                self._observer(row, ids.shape[1] - self._prompt, logits[row : row + 1])
+        return logits
+
+
+class _Told:
+    """A streamer of Hugging Face's that tells of depths, too."""
+
+    def __init__(self, streamer: Any, layers: int) -> None:
+        self._streamer, self._layers = streamer, layers
+        self.end = streamer.end
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(value)
+        if hasattr(self._streamer, "step"):
+            depths = torch.full_like(value, self._layers)
+            self._streamer.step(value, depths, torch.full(value.shape, NAN))
+
+
+class Withheld:
+    """Stands in a streamer's place until the answer was read again."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+        self._told: list[tuple[str, tuple[Any, ...]]] = []
+        if hasattr(streamer, "step"):
+            self.step = lambda *it: self._told.append(("step", it))
+
+    def put(self, value: Tensor) -> None:
+        self._told.append(("put", (value,)))
+
+    def end(self) -> None:
+        self._told.append(("end", ()))
+
+    def forget(self) -> None:
+        self._told.clear()
+
+    def hand_on(self) -> None:
+        for name, it in self._told:
+            getattr(self._streamer, name)(*it)
+        self._told.clear()

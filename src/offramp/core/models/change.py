@@ -1,0 +1,324 @@
+"""Whether a model still computes what it computed: the one detector of change.
+
+Plans, bare twins, tables, caches, a guarantee's conditions and the digest of exits ask it. Modules,
+tensors, hooks and code are the same only as long as they are the same objects.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn, strided
+from torch.nn.modules import module as torch_module
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from offramp.core.models.weights import OwnLinear
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = [getattr(torch_module, f"_global{table}") for table in HOOKS]
+"""Tables that stay the same objects."""
+_READ = {"_parameters", "_buffers", "_modules", *HOOKS[:2], "training"}
+_RECORDERS = "output_capturing"
+"""Of Hugging Face: hooks that only note what goes by, hung where a module runs for the first time,
+and a mark that they are there."""
+_UNREAD = frozenset(vars(nn.Module())) - _READ | {f"_{_RECORDERS}_hooks_installed"}
+_VERSION = attrgetter("_version")
+_PLAIN = (bool, int, float, str, type(None))
+_OURS = "offramp"
+"""Begins the names of this package's modules and of what it registers with Hugging Face."""
+
+
+class _Same:
+    """An object, held weakly; equal to itself alone, never to another at its address."""
+
+    def __init__(self, it: Any) -> None:
+        self._ref = weakref.ref(it)
+
+    def __eq__(self, other: object) -> bool:
+        it = self._ref()
+        return isinstance(other, _Same) and it is not None and it is other._ref()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def state_of(*roots: nn.Module, but: Collection[nn.Module] = ()) -> list[Any]:
+    """A value that is equal to an earlier one while modules, and all below, compute what they did.
+
+    It changes with a module, a tensor or a hook that is swapped; with a tensor that is written in
+    place; with what a module or its configuration is set to; and with code: of an instance, of its
+    class, of the file that the class stands in, and of the attention and mask functions that are
+    registered. What is written through `tensor.data` in place goes unseen: PyTorch does not count
+    it. but: modules that are left out, with all below them.
+    """
+    return [(name, _token(value)) for name, value in _things(roots, but)]
+
+
+class Unchanged:
+    """Tells whether modules still compute what they did when this was made, for callers that ask
+    often.
+
+    As long as all that they hold are the very objects of the time before, and no tensor was
+    written, nothing else is looked at; else `state_of` decides.
+    """
+
+    def __init__(
+        self, roots: Callable[[], Iterable[nn.Module]], but: Callable[[], Any] = tuple
+    ) -> None:
+        """roots, but: return what `state_of` takes."""
+        self._roots, self._but = roots, but
+        self._state = state_of(*roots(), but=but())
+        self._note()
+
+    def __call__(self) -> bool:
+        with suppress(KeyError, RuntimeError):  # a name is gone, or no version is counted any more
+            if self._seen() == self._shape and self._is_held():
+                return True
+        if state_of(*self._roots(), but=self._but()) != self._state:
+            return False
+        self._note()
+        return True
+
+    def _note(self) -> None:
+        modules = _modules(self._roots(), self._but())
+        self._kinds = [weakref.ref(module) for module in modules]
+        own = [vars(it) for it in (*modules, *_configs(modules))]
+        read = [[name for name in each if name not in _UNREAD] for each in own]
+        values = [each[name] for each, names in zip(own, read, strict=True) for name in names]
+        self._own = [(_getter(names), each) for names, each in zip(read, own, strict=True)]
+        inner = [value for value in values if isinstance(value, (dict, list, tuple))]
+        self._full = [value for value in inner if value]
+        self._full += [table for _, table in _code(modules)]
+        self._tables = [*own, *inner]
+        self._held = [*self._objects()]  # kept, so that no other comes to their addresses
+        tensors = [it for it in self._held if isinstance(it, Tensor)]
+        plain = [it for it in tensors if type(it) in (Tensor, nn.Parameter)]
+        # `written`, without its calls. oneDNN's tensors and sparse ones have no address.
+        self._plain = [it for it in plain if it.layout is strided and not it.is_inference()]
+        known = {*map(id, self._plain)}
+        self._others = [it for it in tensors if id(it) not in known]
+        self._shape = self._seen()
+
+    def _objects(self) -> Iterator[Any]:
+        own = [read(each) for read, each in self._own]
+        full = [each if isinstance(each, _LISTS) else each.values() for each in self._full]
+        return chain.from_iterable((*own, *full))
+
+    def _is_held(self) -> bool:
+        now = [*self._objects()]
+        return len(now) == len(self._held) and all(map(is_, now, self._held))
+
+    def _seen(self) -> list[Any]:
+        versions, places = map(_VERSION, self._plain), map(Tensor.data_ptr, self._plain)
+        kinds = [type(module()) for module in self._kinds]
+        return [*kinds, *map(len, self._tables), *versions, *places, *map(written, self._others)]
+
+
+def written(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's values are, and how often they were written in place."""
+    counted = not tensor.is_inference()  # those cannot be written outside of inference mode
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # a subclass that holds several
+        address = 0
+    return address, tensor._version if counted else 0
+
+
+# -- what is looked at -----------------------------------------------------------------------------
+
+_LISTS = (list, tuple)
+_CONFIGS = {"config", "generation_config"}
+
+
+class _Functions:
+    """The functions and classes of a Python file, by name, as they are whenever they are asked for:
+    in a notebook the other names come and go."""
+
+    def __init__(self, file: dict[str, Any]) -> None:
+        self._file = file
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(n, it) for n, it in [*self._file.items()] if isinstance(it, _CODE)]
+
+    def values(self) -> list[Any]:
+        return [it for it in [*self._file.values()] if isinstance(it, _CODE)]
+
+    def __len__(self) -> int:
+        return len(self.values())
+
+
+_CODE = (FunctionType, type)
+
+
+def _getter(names: Sequence[str]) -> Callable[[Any], Any]:
+    return itemgetter(*names) if len(names) > 1 else lambda each: [each[name] for name in names]
+
+
+def _modules(roots: Iterable[nn.Module], but: Collection[nn.Module]) -> list[nn.Module]:
+    seen = {id(module) for each in but for module in each.modules()}
+    found = [module for root in roots for module in root.modules() if id(module) not in seen]
+    return [*{id(module): module for module in found}.values()]
+
+
+def _code(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
+    """The names of the modules' classes and of the files that these stand in, of hooks on all
+    modules, and of the functions that Hugging Face looks up by name."""
+    kinds = {kind for one in {*map(type, modules)} for kind in one.__mro__}
+    kinds = {kind for kind in kinds if not kind.__module__.startswith(("torch.", "builtins"))}
+    files = {type(module).__module__ for module in modules} & sys.modules.keys()
+    files = {name for name in files if not name.startswith("torch.")}
+    tables = (ALL_ATTENTION_FUNCTIONS, AttentionMaskInterface)
+    return [
+        *((f"class {kind.__qualname__} {id(kind)}", vars(kind)) for kind in kinds | {nn.Module}),
+        *((f"file {name}", _Functions(vars(sys.modules[name]))) for name in files),
+        *((f"hooks {number}", table) for number, table in enumerate(GLOBAL_HOOKS)),
+        *((f"by name {number}", table._global_mapping) for number, table in enumerate(tables)),
+        ("by name here", ALL_ATTENTION_FUNCTIONS._local_mapping),
+    ]
+
+
+def _configs(modules: Iterable[nn.Module]) -> list[Any]:
+    """Configurations of models and of generation, each once, with those inside."""
+    found: dict[int, Any] = {}
+    waiting = [own[name] for own in map(vars, modules) for name in _CONFIGS & own.keys()]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found and hasattr(config, "__dict__"):
+            found[id(config)] = config
+            waiting += [each for each in vars(config).values() if hasattr(each, "to_diff_dict")]
+    return [*found.values()]
+
+
+def _things(roots: Iterable[nn.Module], but: Collection[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Whatever may change what the modules compute, with its name."""
+    modules = _modules(roots, but)
+    for module in modules:
+        yield "module", module
+        yield "class", type(module)
+        for name, value in vars(module).items():
+            if name not in _UNREAD and name not in _CONFIGS:
+                yield from _inside(name, value)
+    for config in _configs(modules):
+        for name, value in vars(config).items():
+            yield from _inside(name, value)
+    for _, code in sorted(_named_code(modules).items()):
+        yield from code
+
+
+def _named_code(modules: Sequence[nn.Module]) -> dict[str, list[tuple[str, Any]]]:
+    """What `_code` tells of, by table, without names that mean nothing."""
+    return {name: [(n, v) for n, v in ((str(k), v) for k, v in table.items()) if _means(n)]
+            for name, table in _code(modules)}  # fmt: skip
+
+
+def _means(name: str) -> bool:
+    return name == "__call__" or not name.startswith(("__", "_abc_", _OURS))
+
+
+def _inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A value, or those of a table or list, in which PEFT keeps its switches."""
+    if isinstance(value, dict):
+        pairs = ((f"{name}.{key}", it) for key, it in value.items())
+        yield from (pair for pair in pairs if not (name in HOOKS and _records(pair[1])))
+    elif isinstance(value, _LISTS):
+        yield from ((f"{name}.{number}", it) for number, it in enumerate(value))
+    else:
+        yield name, value
+
+
+def _token(value: Any) -> Any:
+    """What is equal as long as a value is the same."""
+    if isinstance(value, Tensor):
+        return _Same(value), written(value)
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (dict, list, tuple, set, frozenset)):
+        return repr(value)
+    try:
+        return _Same(value)
+    except TypeError:  # what nothing can hold weakly
+        return id(value)
+
+
+def _records(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).endswith(_RECORDERS)
+
+
+def tokens_of(tokenizer: Any) -> tuple[Any, ...]:
+    """A value that is equal to an earlier one while a tokenizer spells as it did: itself, what is
+    inside it, and the tokens that were added."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    inside = getattr(tokenizer, "_tokenizer", None)
+    chosen = {n: v for n, v in getattr(tokenizer, "__dict__", {}).items() if isinstance(v, _PLAIN)}
+    return id(tokenizer), id(inside), repr(added), repr(chosen)
+
+
+# -- answers alone ---------------------------------------------------------------------------------
+
+
+def answers_of(root: nn.Module) -> dict[str, Any]:
+    """A value to ask `same_answers` with: tensors, hooks, code and what PEFT has switched on, by
+    path; of weights that were laid out anew that they were. It holds nothing of the model."""
+    state: dict[str, Any] = {}
+    for path, module in root.named_modules():
+        if isinstance(module, OwnLinear):
+            state[path] = None
+            continue
+        state[path] = _Same(type(module))
+        own = vars(module)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                state[f"{path} {name}"] = _Place(tensor)
+        numbers = {n: it for n, it in own.items() if isinstance(it, (bool, int, float))}
+        state[f"{path} set"] = numbers
+        hooks = [pair for table in HOOKS[:2] for pair in _inside(table, own[table])]
+        state[f"{path} hooks"] = [(name, _token(hook)) for name, hook in hooks]
+        state[f"{path} forward"] = _token(own.get("forward"))
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+            on = [] if module.disable_adapters else list(module.active_adapters)
+            scales = dict(getattr(module, "scaling", {}))
+            state[f"{path} on"] = [on, list(getattr(module, "merged_adapters", ())), scales]
+    for table, code in _named_code([*root.modules()]).items():
+        state[f"code {table}"] = {name: _token(it) for name, it in code}
+    return state
+
+
+class _Place:
+    """Where a tensor is; equal while its numbers are the same."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._it, (self._at, self._count) = _Same(tensor), written(tensor)
+        self._kind, self._device = tensor.dtype, tensor.device
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Place) or self._it != other._it:
+            return False
+        moved = self._device != other._device
+        return (
+            (self._count, self._kind) == (other._count, other._kind)
+            and (moved or self._at == other._at)
+        )  # fmt: skip
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def same_answers(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return True if a model answers as it did: another layout of a weight, as of `OwnLinear`,
+    changes no answer, nor does another device."""
+    laid_out = {path for path, kind in now.items() if kind is None}
+    for key in {*before, *now}:
+        path, one, other = key.partition(" ")[0], before.get(key), now.get(key)
+        if path == "code" and (one is None or other is None):
+            continue  # of a class that came or went: the path that has it tells
+        if "by name" in key:  # what is registered and was not may be used by nobody
+            other = {name: other[name] for name in one if name in other}
+        if path not in laid_out and one != other:
+            return False
+    return True

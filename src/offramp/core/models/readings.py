@@ -1,0 +1,53 @@
+"""What a model found when it read answers again, by the shape of what was asked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+OWN = "own"
+"""The verdict on answers that the model's own forward pass writes."""
+
+
+@dataclass(eq=False)
+class Readings:
+    """Verdicts on the answers of one model as it is; it has new ones once it changes.
+
+    verdicts: by shape, the executor whose answers were right, or `OWN`. read, failed: answers that
+    were read again, and that were not the model's own. why: of those that failed, each reason once.
+    """
+
+    verdicts: dict[Hashable, str] = field(default_factory=dict)
+    read: int = 0
+    failed: int = 0
+    why: list[str] = field(default_factory=list)
+    _answers: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def due(self, share: float) -> bool:
+        """Return True if one more answer is of the share that is read again: every hundredth of a
+        share of .01, so that the same answers are read in every run."""
+        with self._lock:
+            self._answers += 1
+            return int(self._answers * share) > int((self._answers - 1) * share)
+
+    def note(self, shape: Hashable, verdict: str) -> None:
+        """Note that an answer was read again and was right."""
+        with self._lock:
+            self.read += 1
+            self.verdicts[shape] = verdict
+
+    def fail(self, shape: Hashable, why: str, verdict: str = OWN) -> bool:
+        """Note that an answer was not the model's own; return whether nobody was told yet."""
+        with self._lock:
+            self.read += 1
+            self.failed += 1
+            self.verdicts[shape] = verdict
+            told = bool(self.why)
+            self.why.append(why)
+            return not told
+
+    def following(self) -> Readings:
+        """Return those of the model once it has changed, which count on."""
+        return Readings(read=self.read, failed=self.failed, why=self.why)

@@ -1,0 +1,197 @@
+"""What was answered is read again by the model, and what is wrong is never handed out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import families
+import home_made
+import pytest
+import torch
+from families import WORDLESS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from offramp.adapter.adapter import Adapter
+from offramp.core.decoding.policy import ExitPolicy
+from offramp.core.engine.generate import generate
+from offramp.core.engine.read_again import shape_of
+from offramp.core.errors import OfframpError
+from offramp.core.models.backbone import Backbone
+from offramp.core.models.exits import Exits
+from offramp.core.models.readings import OWN
+from offramp.serving.core import EngineCore
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.request import Request
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": WORDLESS}
+DEPTH = 2
+
+
+def opened(kind: type | None = None, again: float | None = 0.01) -> Backbone:
+    model = families.build("llava") if kind is None else home_made.build(kind)
+    example = None if kind is None else families.KINDS["llava"].inputs(1)
+    return Backbone(model, example=example).with_decoding(again=again)
+
+
+def inputs_of(rows: int = 1) -> dict[str, Any]:
+    return families.KINDS["llava"].inputs(rows)
+
+
+def by_doors(backbone: Backbone) -> dict[str, list[list[int]]]:
+    """Answers that are the full model's, by the door that wrote them."""
+    exits = Exits(backbone, (DEPTH,)).requires_grad_(False)
+    adapter = Adapter(backbone, exits, ExitPolicy({DEPTH: 0.5}))
+    inputs, model = inputs_of(), backbone.model
+    core = EngineCore(backbone, exits, adapter.policy, EngineConfig(slots=3, limit=64))
+    doors = {
+        "full": lambda: adapter.generate(inputs, mode="full", **GREEDY).sequences,
+        "lossless": lambda: adapter.generate(inputs, mode="lossless", **GREEDY).sequences,
+        "backbone": lambda: generate(backbone, inputs, **GREEDY).sequences,
+        "custom": lambda: model.generate(
+            **inputs, custom_generate=adapter, mode="lossless", **GREEDY
+        ),
+    }
+    made = {}
+    for name, door in doors.items():
+        try:
+            made[name] = door().tolist()
+        except OfframpError as error:
+            assert len(str(error).splitlines()) == 2
+    modes = ("full", "lossless", "full")
+    handles = [core.add(Request(inputs, mode=mode, options=GREEDY)) for mode in modes]
+    core.run()
+    for number, handle in enumerate(handles):
+        error = handle.exception(timeout=0)
+        if error is None:
+            made[f"engine {number}"] = handle.result().output.sequences.tolist()
+        else:
+            assert isinstance(error, OfframpError), error
+    return made
+
+
+UNLIKE_ITSELF = (home_made.NoiseByCall, home_made.StateBeside)
+"""Whose own answers differ from call to call."""
+IDIOMS = [*home_made.STACKS, *home_made.LAYERS, *home_made.HEADS]
+IDIOMS = [kind for kind in IDIOMS if kind not in UNLIKE_ITSELF]
+
+
+@pytest.mark.parametrize("kind", IDIOMS, ids=lambda kind: kind.__name__)
+def test_no_door_answers_a_home_made_model_wrongly(kind: type) -> None:
+    try:
+        backbone = opened(kind)
+    except OfframpError as error:
+        assert len(str(error).splitlines()) == 2
+        return
+    expected = backbone.model.generate(**inputs_of(), **GREEDY).tolist()
+    for _ in range(2):
+        made = by_doors(backbone)
+        assert made and {name for name, ids in made.items() if ids != expected} == set()
+
+
+def spoil(backbone: Backbone) -> None:
+    """What no detector of change sees: the weights of a bare twin are written past the model."""
+    for layer in backbone.layers[1:2]:
+        own = LlamaDecoderLayer.forward
+
+        def forward(*args: Any, layer: Any = layer, own: Any = own, **kw: Any) -> Any:
+            out = own(layer, *args, **kw)
+            single = args[0].shape[1] == 1 and "offramp" in str(type(kw.get("cache")))
+            return out * -1.5 if single else out
+
+        layer.forward = forward
+
+
+def test_a_wrong_answer_is_told_once_and_answered_again(caplog: pytest.LogCaptureFixture) -> None:
+    backbone = opened()
+    spoil(backbone)
+    expected = backbone.model.generate(**inputs_of(), **GREEDY)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            made = generate(backbone, inputs_of(), **GREEDY)
+            assert torch.equal(made.sequences, expected)
+    assert backbone.readings.read >= 1
+    assert len([r for r in caplog.records if "own forward pass" in r.message]) <= 1
+
+
+def test_right_answers_are_read_once_a_shape_and_by_their_share() -> None:
+    backbone = opened(again=0.5)
+    exits = Exits(backbone, (DEPTH,)).requires_grad_(False)
+    adapter = Adapter(backbone, exits, ExitPolicy({DEPTH: 0.5}))
+    for _ in range(5):
+        adapter.generate(inputs_of(), **GREEDY)
+    assert (backbone.readings.read, backbone.readings.failed) == (3, 0)  # the first, two of four
+    adapter.generate(inputs_of(3), **GREEDY)
+    assert backbone.readings.read == 4
+
+
+def test_reading_again_can_be_switched_off() -> None:
+    backbone = opened(again=None)
+    generate(backbone, inputs_of(), **GREEDY)
+    assert backbone.readings.read == 0
+
+
+def test_an_answer_without_a_token_of_full_depth_is_tried_with_one() -> None:
+    """And is not changed by it: the first answer is that of later ones."""
+    backbone = opened()
+    exits = Exits(backbone, (DEPTH,)).requires_grad_(False)
+    policy = ExitPolicy({DEPTH: 0.0}, first={DEPTH: 0.0})
+    made = [generate(backbone, inputs_of(), exits=exits, policy=policy, **GREEDY) for _ in range(2)]
+    assert set(made[0].depths.flatten().tolist()) == {DEPTH}
+    assert torch.equal(made[0].sequences, made[1].sequences)
+    assert backbone.readings.read == 1
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_no_family_is_found_wrong_that_is_right(name: str) -> None:
+    backbone = Backbone(families.build(name)).with_decoding(again=0.01)
+    given = families.KINDS[name].inputs
+    exits = Exits(backbone, (DEPTH,)).requires_grad_(False)
+    adapter = Adapter(backbone, exits, ExitPolicy({DEPTH: 0.04}))
+    for rows in (1, 3):
+        for mode in ("full", "early_exit", "lossless"):
+            adapter.generate(given(rows), mode=mode, **GREEDY)
+    assert backbone.readings.failed == 0, backbone.readings.why
+    assert backbone.readings.read >= 6
+
+
+def test_a_streamer_is_told_of_the_answer_that_stands() -> None:
+    class Told:
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+            self.ended = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.ids += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended += 1
+
+    for kind in (None, home_made.TokenBefore, home_made.Skips):
+        backbone, told = opened(kind), Told()
+        made = generate(backbone, inputs_of(), streamer=told, **GREEDY)
+        assert told.ids == made.sequences.flatten().tolist() and told.ended == 1
+
+
+def test_shapes_tell_apart_what_takes_another_way() -> None:
+    model = opened()
+    ids = torch.full((1, 20), families.FIRST_WORD)
+    base = {"input_ids": ids, "pixel_values": torch.zeros(1, 3, 8, 8)}
+    image = model.model.config.image_token_id
+    marked = ids.clone()
+    marked[0, 3] = image
+    apart = marked.clone()
+    apart[0, 9] = image
+    shown = [
+        base, {"input_ids": ids}, {**base, "input_ids": marked}, {**base, "input_ids": apart},
+        {**base, "pixel_values": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)},
+        {**base, "pixel_values": torch.zeros(1, 3, 32, 32)}, {**base, "mode": 1},
+        {**base, "mode": 2}, {**base, "token_type_ids": torch.zeros(1, 20, dtype=torch.long)},
+        {**base, "flag": torch.tensor([1])}, {**base, "flag": torch.tensor([0])},
+        {"input_ids": ids, "pixel_values_videos": torch.zeros(1, 3, 8, 8)},
+        {**base, "input_ids": torch.full((1, 200), families.FIRST_WORD)},
+    ]  # fmt: skip
+    assert len({shape_of(model, each, "full") for each in shown}) == len(shown)
+    longer = {**base, "input_ids": torch.full((1, 21), families.FIRST_WORD)}
+    assert shape_of(model, longer, "full") == shape_of(model, base, "full")
+    assert OWN not in ("slots", "stack")
