@@ -104,7 +104,7 @@ def _check(
         )
     if done.returncode == 0 and known is not None:
         try:
-            write_atomic(known, b"")
+            write_atomic(known, b"", follow=False)
         except OfframpError as error:
             log.info("%s The files will be tried out again.", error)
 

@@ -5,37 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL.Image import Image
 from torch import nn
 
 from offramp.adapter.custom_generate import write_custom_generate
-from offramp.adapter.model_card import model_card
 from offramp.adapter.records import AdapterParts, Records, load_parts, save_parts
 from offramp.adapter.shipped import exits_folder, load_named
-from offramp.core.decoding.policy import ExitPolicy, GenerationOutput, check_policy_depths
+from offramp.core.decoding.policy import ExitPolicy, check_policy_depths
 from offramp.core.engine.attached import AttachedExits
 from offramp.core.errors import InputError
+from offramp.core.models.as_loaded import exits_digest, note_loaded
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import AdapterConfig, read_config
-from offramp.promises.conditions import (
-    TORCH,
-    Conditions,
-    exits_digest,
-    note_loaded,
-    of_policy,
-    of_processor,
-)
-from offramp.promises.guarantee import GuaranteeStatus, standing
-from offramp.promises.likeness import Likeness, look_of
-from offramp.promises.prompt_kinds import OTHER, kind_of
-from offramp.promises.verdict import Verdict, decide
+
+if TYPE_CHECKING:  # who answers alone needs no promises
+    from PIL.Image import Image
+
+    from offramp.core.decoding.policy import GenerationOutput
+    from offramp.promises.guarantee import GuaranteeStatus
+    from offramp.promises.likeness import Likeness
+    from offramp.promises.verdict import Verdict
 
 
 def _by_engine(calibration: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
     """A calibration by the name of its engine; {} where it names none."""
+    from offramp.promises.conditions import Conditions
+
     engine = Conditions.of_calibration(calibration).get("engine")
     return {} if calibration is None or engine is None else {engine: calibration}
 
@@ -100,6 +97,9 @@ class Adapter(AttachedExits, Records):
         engine: the name of a runtime that answers in its place. known: of requests: see
             `offramp.promises.guarantee.Conditions`.
         """
+        from offramp.promises.conditions import TORCH, Conditions
+        from offramp.promises.guarantee import standing
+
         here = Conditions.of(self.backbone, self.policy, engine=engine, exits=self.exits, **known)
         return standing(self.of_engine(engine or TORCH).calibration, here)
 
@@ -120,6 +120,12 @@ class Adapter(AttachedExits, Records):
         policy: that answered; None: its own. engine: as of `standing`. known: of the request, such
         as sampling and longest.
         """
+        from offramp.promises.conditions import TORCH, Conditions, of_processor
+        from offramp.promises.guarantee import standing
+        from offramp.promises.likeness import look_of
+        from offramp.promises.prompt_kinds import OTHER
+        from offramp.promises.verdict import decide
+
         policy = self.policy if policy is None else policy
         about_one = self.backbone.text_only if image is None else True
         here = Conditions.of(
@@ -149,10 +155,15 @@ class Adapter(AttachedExits, Records):
     @property
     def likeness(self) -> Likeness:
         """Return what is known of its calibrated answers, to tell requests that are unlike them."""
+        from offramp.promises.likeness import Likeness
+
         return Likeness.from_json((self.calibration or {}).get("likeness"))
 
     def kind_of(self, prompt: str) -> str:
         """Return the kind of a prompt among the calibrated ones; see `kind_of` there."""
+        from offramp.promises.conditions import Conditions
+        from offramp.promises.prompt_kinds import kind_of
+
         frames = Conditions.of_calibration(self.calibration).get("prompts") or ()
         return kind_of(prompt, frames)
 
@@ -165,6 +176,8 @@ class Adapter(AttachedExits, Records):
             policy that only drafts otherwise is the same, for that changes no output. Of the same
             policy those in other engines stay.
         """
+        from offramp.promises.conditions import of_policy
+
         check_policy_depths(policy, self.exits.depths)
         alike = of_policy(policy) == of_policy(self.policy)
         if not (alike and policy.lossless == self.policy.lossless):
@@ -185,6 +198,8 @@ class Adapter(AttachedExits, Records):
             InputError: the exits have no tensors.
             StorageError: e.g. the disk is full; what was there before is untouched.
         """
+        from offramp.adapter.model_card import model_card
+
         parts = AdapterParts(**{f.name: getattr(self, f.name) for f in fields(AdapterParts)})
         save_parts(save_directory, self.backbone, parts, model_card(self.backbone, parts))
 

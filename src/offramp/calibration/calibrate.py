@@ -43,6 +43,7 @@ from offramp.core.decoding.policy import (
 )
 from offramp.core.errors import DataError, InputError
 from offramp.core.inputs.example import Example, examples_digest
+from offramp.core.models.as_loaded import tensors_digest
 from offramp.core.storage import digest_rows
 from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
 from offramp.data.item import Item
@@ -54,7 +55,6 @@ from offramp.promises.conditions import (
     differences,
     of_processor,
     samples,
-    tensors_digest,
 )
 from offramp.promises.prompt_kinds import kind_of, prompt_frames
 

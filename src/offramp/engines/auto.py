@@ -239,7 +239,7 @@ def _read(file: Path) -> Found | None:
 
 def _keep(file: Path, found: Found) -> None:
     try:
-        write_json(file, asdict(found))
+        write_json(file, asdict(found), follow=False)
     except OfframpError as error:
         log.info("%s It is measured again the next time.", error.problem)
 

@@ -26,6 +26,7 @@ from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput, pol
 from offramp.core.engine.generate import generate
 from offramp.core.errors import DataError, InputError
 from offramp.core.inputs.example import Example, examples_digest
+from offramp.core.models.as_loaded import tensors_digest
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.core.storage import digest_rows, write_json
@@ -37,7 +38,7 @@ from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import Settings, as_items
 from offramp.features.input_processor import InputProcessor
-from offramp.promises.conditions import kernels, tensors_digest
+from offramp.promises.conditions import kernels
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from torch import nn
 
 from offramp.core.decoding.policy import ExitPolicy, policy_entries, resolved
 from offramp.core.errors import InputError
+from offramp.core.models.as_loaded import DIGITS, as_loaded, exits_digest
 from offramp.core.models.backbone import Backbone
-from offramp.core.models.change import answers_of, same_answers, tokens_of
+from offramp.core.models.change import tokens_of
 from offramp.core.models.weights import scheme
 from offramp.features.input_processor import COMPLETES, smallest_side
 from offramp.features.quantized.prepacked import PrepackedLinear
@@ -32,8 +33,6 @@ TORCH = "torch"
 """The engine of an adapter that answers by itself, one by one or in slots."""
 SPEED = ("lossless", "drafts", "max_draft", "guesses")
 """Entries of a policy that change no early answer."""
-DIGITS = 16
-"""Hex digits kept of a digest."""
 
 
 class Conditions(Mapping[str, Any]):
@@ -215,50 +214,8 @@ def _tokens_digest(tokenizer: Any) -> str | None:
     return _digest(json.dumps([sorted(tokenizer.get_vocab().items()), tried], default=str))
 
 
-# -- what was changed after it was loaded ----------------------------------------------------------
 
 _AS_LOADED, _CHANGED = "as loaded", "changed after they were loaded"
-_LOADED: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
-_LOOKED: WeakKeyDictionary[Backbone, tuple[int, bool]] = WeakKeyDictionary()
-_EXITS: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], str | None]] = WeakKeyDictionary()
-
-
-def note_loaded(backbone: Backbone) -> None:
-    """Keep how a model is now, for `as_loaded` to hold later states to; once for a model."""
-    if backbone.model not in _LOADED:
-        _LOADED[backbone.model] = answers_of(backbone.model)
-
-
-def as_loaded(backbone: Backbone) -> bool:
-    """Return True if a model is as it was at `note_loaded`: its weights, its code, its hooks, and
-    what PEFT has put in, switched or taken out."""
-    model = backbone.model
-    if model not in _LOADED:
-        return True
-    version, found = _LOOKED.get(backbone, (-1, True))
-    if version != backbone.version():
-        found = same_answers(_LOADED[model], answers_of(model))
-        _LOOKED[backbone] = backbone.version(), found
-    return found
-
-
-def exits_digest(modules: nn.Module) -> str | None:
-    """Return the digest of the tensors of exits, made again where they were written to."""
-    now = answers_of(modules)
-    before, digest = _EXITS.get(modules, (None, None))
-    if before is None or not same_answers(before, now):
-        digest = None if _is_prepacked(modules) else tensors_digest(modules)[:DIGITS]
-        _EXITS[modules] = now, digest
-    return digest
-
-
-def tensors_digest(modules: nn.Module) -> str:
-    """SHA-256 over the tensors of trained modules."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(modules.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # -- rules -----------------------------------------------------------------------------------------

@@ -37,11 +37,11 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
+from offramp.core.models.as_loaded import as_loaded, exits_digest
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.features.prefix_cache import PrefixCache
 from offramp.features.vision_cache import VisionCache
-from offramp.promises.conditions import as_loaded, exits_digest
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

@@ -97,8 +97,9 @@ def _compile(command: tuple[str, ...], source: Path, kept: Path) -> ctypes.CDLL:
             for file in (kept, _beside(kept)):  # a link is replaced, not followed
                 if file.is_symlink():
                     file.unlink()
-            write_atomic(kept, content)
-            write_atomic(_beside(kept), hashlib.sha256(content).hexdigest())
+            write_atomic(kept, content, follow=False)
+            digest = hashlib.sha256(content).hexdigest()
+            write_atomic(_beside(kept), digest, follow=False)
             for file in (kept, _beside(kept)):
                 file.chmod(0o600)  # whatever the umask allows others
             library = _kept(kept)

@@ -15,6 +15,7 @@ from offramp.core.storage.exchange import exchange_folder
 from offramp.core.storage.json_text import check_plain, dumps, read_bytes, unreadable
 from offramp.core.storage.places import (
     ROOM,
+    keep_mode,
     reason,
     remove_dead,
     replaceable,
@@ -30,10 +31,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
+def write_atomic(path: str | Path, data: bytes | str, *, follow: bool = True) -> None:
     """Write a file so that readers see the old content or the new, never a part.
 
-    Text is written as UTF-8. Missing parent folders are made. A link is followed, not replaced.
+    Text is written as UTF-8. Missing parent folders are made. A file that was there keeps its mode.
+    follow: whether a link is followed; of a file that the project names itself, as in a cache, it
+    is replaced, wherever somebody had it lead.
 
     Raises:
         StorageError: nothing was written; what was there before is untouched.
@@ -41,7 +44,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     payload = data.encode() if isinstance(data, str) else data
     temporary: Path | None = None
     try:
-        target = replaceable(path)
+        target = replaceable(path, follow=follow)
         # In the same folder, because a rename is atomic only within one file system.
         temporary = target.parent / temporary_name()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +52,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         with open(temporary, "xb") as file:
             file.write(payload)
             file.flush()
+            keep_mode(target, temporary)
             # Some file systems commit the rename before the content: an empty file after a crash.
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -78,6 +82,7 @@ def atomic_folder(path: str | Path, *, owns: Collection[str] = ()) -> Iterator[P
     target = Path(os.path.realpath(path))
     staging = target.parent / temporary_name()
     try:
+        replaceable(target, folder=True)
         staging.mkdir(parents=True)
         remove_dead(target.parent)
         yield staging
@@ -85,6 +90,7 @@ def atomic_folder(path: str | Path, *, owns: Collection[str] = ()) -> Iterator[P
         mode = usual_mode(staging)
         for file in files:
             file.chmod(mode)  # some libraries create files that only their owner may read
+            keep_mode(target / file.relative_to(staging), file)
             sync(file)
         if not target.exists():
             os.replace(staging, target)
@@ -111,14 +117,14 @@ def _replace_each(files: list[Path], staging: Path, target: Path, owns: Collecti
         sync_folder(folder)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented UTF-8 JSON, whole or not at all.
+def write_json(path: str | Path, value: Any, *, follow: bool = True) -> None:
+    """Write a value as indented UTF-8 JSON, whole or not at all. follow: as of `write_atomic`.
 
     Raises:
         InputError: the value is not JSON; NaN and infinity are not, whatever Python's default.
         StorageError: see `write_atomic`.
     """
-    write_atomic(path, dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, dumps(value, indent=2, ensure_ascii=False) + "\n", follow=follow)
 
 
 def read_json(path: str | Path, *, largest: int | None = None, unique: bool = False) -> Any:

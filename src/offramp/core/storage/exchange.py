@@ -28,6 +28,10 @@ def exchange_folder(new: Path, target: Path, *, without: Collection[str] = ()) -
     if swap is None or _works_in(target):
         return False
     try:
+        if any(Path(entry).is_dir() and not entry.is_symlink() for entry in os.scandir(target)):
+            return False  # what is inside may be anybody's, and not even readable
+        if os.stat(target).st_uid != os.stat(new).st_uid:
+            return False
         for name in _take_along(target, new, without):
             os.link(target / name, new / name, follow_symlinks=False)
         shutil.copystat(target, new)
@@ -43,20 +47,12 @@ def exchange_folder(new: Path, target: Path, *, without: Collection[str] = ()) -
     return True
 
 
-def _take_along(source: Path, target: Path, without: Collection[str]) -> Iterator[Path]:
-    """Files of `source` that `target` lacks, as paths from there; folders are made on the way."""
-    for folder, folders, files in os.walk(source):
-        inside = Path(folder).relative_to(source)
-        linked = [name for name in folders if os.path.islink(Path(folder) / name)]
-        for name in folders:
-            place = target / inside / name
-            if name not in linked and not os.path.lexists(place):
-                place.mkdir()
-                shutil.copystat(Path(folder) / name, place)
-        for name in (*files, *linked):
-            path = inside / name
-            if str(path) not in without and not os.path.lexists(target / path):
-                yield path
+def _take_along(source: Path, target: Path, without: Collection[str]) -> Iterator[str]:
+    """Names of files and links in `source` that `target` lacks."""
+    for entry in [*os.scandir(source)]:
+        plain = entry.is_symlink() or not entry.is_dir()
+        if plain and entry.name not in without and not os.path.lexists(target / entry.name):
+            yield entry.name
 
 
 def _works_in(target: Path) -> bool:

@@ -42,7 +42,7 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.stat(place)  # a path through a file fails here
             place = place.parent
-        longest = os.pathconf(place, "PC_NAME_MAX")
+        longest = os.pathconf(place, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
         if any(len(os.fsencode(part)) > longest for part in target.relative_to(place).parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         probe = place / temporary_name()

@@ -37,8 +37,9 @@ def close_name(path: str | Path) -> str:
     return f"Did you mean {os.path.join(folder, close[0])!r}? " if close else ""
 
 
-def replaceable(path: str | Path, *, folder: bool = False) -> Path:
+def replaceable(path: str | Path, *, folder: bool = False, follow: bool = True) -> Path:
     """Return where a link leads, if a file may stand there. folder: it is to be a folder of files.
+    follow: False: the link itself is replaced.
 
     Raises:
         OSError: a folder stands there and is to be a file, or the other way round; or a device, a
@@ -46,8 +47,12 @@ def replaceable(path: str | Path, *, folder: bool = False) -> Path:
         ValueError: no file can have the name.
     """
     target = Path(os.path.realpath(path))
+    if not follow:
+        target = Path(os.path.realpath(Path(path).parent)) / Path(path).name
     with contextlib.suppress(FileNotFoundError):
-        mode = os.stat(target).st_mode
+        mode = os.stat(target, follow_symlinks=follow).st_mode
+        if stat.S_ISLNK(mode):
+            return target
         if stat.S_ISDIR(mode) is not folder:
             raise FileExistsError(errno.EEXIST, f"it is {'not ' if folder else ''}a folder")
         if not folder and not stat.S_ISREG(mode):
@@ -55,7 +60,18 @@ def replaceable(path: str | Path, *, folder: bool = False) -> Path:
     return target
 
 
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+def _machine() -> str:
+    """The machine since its start, and the container in it whose process numbers are meant: two
+    containers may have one name."""
+    known = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+    with contextlib.suppress(OSError):
+        known.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(known)
+
+
+_HOST = hashlib.sha256(_machine().encode()).hexdigest()[:8]
 _TEMPORARY = re.compile(rf"\.offramp-{_HOST}-(\d+)-[0-9a-f]{{16}}\.tmp")
 _tidied: set[Path] = set()
 
@@ -81,6 +97,8 @@ def remove_dead(folder: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where a signal of 0 is Ctrl+C
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -88,6 +106,14 @@ def _is_alive(process: int) -> bool:
     except (OSError, OverflowError):  # another user's
         return True
     return True
+
+
+def keep_mode(old: Path, new: Path) -> None:
+    """Give a file the mode of the plain file that it is to replace, where there is one."""
+    with contextlib.suppress(OSError):
+        mode = os.lstat(old).st_mode
+        if stat.S_ISREG(mode):
+            os.chmod(new, stat.S_IMODE(mode))
 
 
 def usual_mode(folder: Path) -> int:
