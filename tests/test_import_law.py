@@ -184,6 +184,36 @@ def test_serving_loads_neither_training_nor_what_draws_nor_data_sets() -> None:
     assert loaded & {*unwanted, "offramp.cli", "matplotlib", "datasets"} == set()
 
 
+ANSWERS = """
+import pathlib, sys, torch
+from offramp import Adapter
+adapter = Adapter.from_pretrained("tiny-opt")
+config = adapter.backbone.model.config
+ids = torch.tensor([[config.image_token_id] * config.num_query_tokens + [5]])
+size = config.vision_config.image_size
+pixels = torch.zeros(1, 3, size, size)
+made = adapter.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=3)
+assert made.shape[1] > ids.shape[1]
+ours = [m for n, m in sys.modules.items() if n.partition(".")[0] == "offramp"]
+files = [pathlib.Path(m.__file__) for m in ours if m.__file__]
+print(len(ours), sum(len(f.read_text(encoding="utf-8").splitlines()) for f in files))
+print(*(m.__name__ for m in ours))
+"""
+
+
+def test_who_opens_an_adapter_and_answers_loads_the_core_and_adapters() -> None:
+    """From an adapter with a guarantee: it is read, and nobody asks for it."""
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERS], capture_output=True, text=True, check=True
+    )
+    counts, names = done.stdout.splitlines()[-2:]
+    modules, lines = map(int, counts.split())
+    print(f"{modules} modules and {lines} lines of offramp")
+    rooms = {name.split(".")[1] for name in names.split() if "." in name}
+    assert rooms == {"core", "adapter"}
+    assert modules <= 78 and lines <= 13_200
+
+
 def test_data_and_help_do_not_wait_for_torch() -> None:
     files = [file.relative_to(SOURCE.parent) for file in (SOURCE / "data").rglob("[!_]*.py")]
     data = [".".join(file.with_suffix("").parts) for file in files]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from offramp.adapter.custom_generate import write_custom_generate
 from offramp.adapter.records import AdapterParts, Records, load_parts, save_parts
 from offramp.adapter.shipped import exits_folder, load_named
 from offramp.core.decoding.policy import ExitPolicy, check_policy_depths
@@ -281,6 +280,8 @@ class Adapter(AttachedExits, Records):
         import tempfile
 
         from huggingface_hub import HfApi
+
+        from offramp.adapter.custom_generate import write_custom_generate
 
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -96,8 +96,8 @@ class Backbone(OpenedModel):
         """Whether drafts can be verified and taken back, as far as decoding has shown."""
         self.engine: str | None = self._proven()
         """The executor that was found to be exact (`offramp.core.executors`); None: not yet."""
-        self.in_parts: bool = True
-        """Whether prompts may be run in parts, as far as decoding has shown; `reads_in_parts`."""
+        self.in_parts: bool = self.tested
+        """Whether prompts may be run in parts, as tests or decoding have shown; `reads_in_parts`."""
         self.readings: Readings = Readings()
         """What the model found when it read answers again."""
         self._unchanged: Unchanged | None = None
@@ -212,7 +212,8 @@ class Backbone(OpenedModel):
             self.readings = self.readings.following()
             self.seat()
             self.stock = self._is_stock()
-            self.tested = self.tested and self.stock
+            if not self.stock:  # code that tests here never ran
+                self.tested = self.in_parts = False
         return self._version
 
     def learn(

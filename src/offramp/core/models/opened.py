@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from offramp.core.errors import InputError, UnsupportedBackboneError
 from offramp.core.models.change import Unchanged
-from offramp.core.models.discovery.paths import discover
 from offramp.core.models.hub import unwrap_peft
 from offramp.core.models.registry import Family, is_ours, registered_family
 from offramp.core.models.rope import LengthDependentRope
@@ -125,7 +124,7 @@ class OpenedModel:
         known = registered_family(model.config)
         if known is not None and is_ours(model.config) and not _has_paths(model, known):
             known = None  # another text model in a wrapper that is known
-        self.family: Family = known or discover(model, example)
+        self.family: Family = known or _discovered(model, example)
         self.head: Any = None
         self.returns: Sequence[int] = ()
         """By layer, how many values it returns; 0: the state alone. Known once it ran."""
@@ -363,6 +362,12 @@ class OpenedModel:
                 "This OPT projects its states to another width before the LM head.",
                 "Use an OPT with word_embed_proj_dim == hidden_size (all but opt-350m).",
             )
+
+
+def _discovered(model: nn.Module, example: Mapping[str, Any] | None) -> Family:
+    from offramp.core.models.discovery.paths import discover
+
+    return discover(model, example)
 
 
 def _always() -> bool:
