@@ -85,7 +85,6 @@ SERVED = [name for name in CHANGES if name not in ("size", "do_sample")]
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
-    monkeypatch.setattr(conditions, "_EVERY", 0.0)
     before = torch.get_float32_matmul_precision()
     yield load("tiny-opt", engine="torch", vision="torch")
     torch.set_float32_matmul_precision(before)

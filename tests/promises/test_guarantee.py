@@ -320,7 +320,6 @@ def test_a_tokenizer_that_puts_no_token_first_is_another() -> None:
 
 
 def test_weights_that_were_written_to_after_loading_are_named(monkeypatch: Any) -> None:
-    monkeypatch.setattr(conditions, "_EVERY", 0.0)
     found = adapter()
     assert found.standing().promise is not None
     with torch.no_grad():
