@@ -24,7 +24,6 @@ from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import read_config
 from offramp.engines import ENGINES
 from offramp.features.input_processor import InputProcessor
-from offramp.promises import conditions
 from offramp.promises.conditions import (
     Conditions,
     differences,
