@@ -84,7 +84,7 @@ SERVED = [name for name in CHANGES if name not in ("size", "do_sample")]
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
+def loaded() -> Iterator[Loaded]:
     before = torch.get_float32_matmul_precision()
     yield load("tiny-opt", engine="torch", vision="torch")
     torch.set_float32_matmul_precision(before)

@@ -97,7 +97,7 @@ class Backbone(OpenedModel):
         self.engine: str | None = self._proven()
         """The executor that was found to be exact (`offramp.core.executors`); None: not yet."""
         self.in_parts: bool = self.tested
-        """Whether prompts may be run in parts, as tests or decoding have shown; `reads_in_parts`."""
+        """Whether prompts may be run in parts, as tests or decoding showed; `reads_in_parts`."""
         self.readings: Readings = Readings()
         """What the model found when it read answers again."""
         self._unchanged: Unchanged | None = None
