@@ -13,8 +13,8 @@ from torch import nn
 
 from offramp.cli import main
 from offramp.core.decoding.policy import ExitPolicy
+from offramp.core.models import as_loaded
 from offramp.engines.loading import Loaded, load
-from offramp.promises import conditions
 from offramp.promises.conditions import of_processor
 from offramp.promises.verdict import NONE
 from offramp.serving.engine_config import EngineConfig
@@ -105,8 +105,9 @@ def test_a_change_after_loading_withdraws_the_guarantee(loaded: Loaded, name: st
 
 def test_a_switched_adapter_of_peft_is_told(loaded: Loaded) -> None:
     put_in(loaded)
-    model = loaded.adapter.backbone.model
-    conditions._LOADED[model] = conditions._state(model)  # as if it had been there
+    backbone = loaded.adapter.backbone
+    as_loaded._LOADED.pop(backbone.model)
+    as_loaded.note_loaded(backbone)  # as if it had been there
     assert said(loaded).startswith("guaranteed")
     loaded.adapter.backbone.layers[0].fc1.disable_adapters = True
     assert "weights of the backbone changed" in said(loaded)

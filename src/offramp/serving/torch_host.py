@@ -12,10 +12,10 @@ from torch import Tensor
 
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.plan import Plan
-from offramp.core.decoding.policy import MODES, ExitPolicy, GenerationOutput
+from offramp.core.decoding.policy import FULL, MODES, ExitPolicy, GenerationOutput
 from offramp.core.decoding.reader import PrefillBackend
 from offramp.core.decoding.sequence import Sequence
-from offramp.core.engine.attached import Stamp
+from offramp.core.engine.attached import PLANS, Stamp
 from offramp.core.engine.generate import generate, way
 from offramp.core.engine.heads import ExitHeads
 from offramp.core.engine.plan import plan_of
@@ -134,6 +134,7 @@ class TorchHost(PreparedHost):
             backbone, exits, self._policy, modes=MODES, heads=self._make_heads
         )
         self._prompts = self.plan.reader(**self._how)
+        self._plans: tuple[tuple[ExitPolicy, Plan], ...] = ()  # of requests by themselves
 
     def executor(self) -> Executor:
         slots, limit = self._config.slots, self._config.limit
@@ -156,8 +157,7 @@ class TorchHost(PreparedHost):
         backbone, share = self.backbone, self.backbone.decoding.again
         if self._make_heads is not None or (share is None and backbone.tested):
             return None
-        policy = self._policy.asked(request.mode, request.thresholds, self.plan.depths)
-        plan = plan_of(backbone, self._attached, policy)
+        plan = self._alone(request)
         verdict = backbone.readings.verdicts.get(shape_of(backbone, request.inputs, way(plan)))
         if verdict == "slots":
             return None
@@ -167,18 +167,30 @@ class TorchHost(PreparedHost):
             **kept, **request.options,
         )  # fmt: skip
 
+    def _alone(self, request: Request) -> Plan:
+        """The plan of a request by itself; at full depth where drafts cannot be taken back."""
+        policy = self._policy.asked(request.mode, request.thresholds, self.plan.depths)
+        if policy.drafting and not self.backbone.lossless:
+            policy = FULL
+        for known, plan in self._plans:
+            if known == policy:
+                return plan
+        plan = plan_of(self.backbone, self._attached, policy)
+        self._plans = ((policy, plan), *self._plans[: PLANS - 1])
+        return plan
+
     def open(self, request: Request, on_token: OnSettled) -> Opened:
         opened = super().open(request, on_token)
         readings, share = self.backbone.readings, self.backbone.decoding.again
         rule = self.plan.rule(request.mode, request.thresholds)
-        lossless = rule.lossless
-        here = "slots", shape_of(self.backbone, request.inputs, (lossless, rule.uses_exits))
+        here = "slots", shape_of(self.backbone, request.inputs, (rule.early, rule.uses_exits))
         asked = share is not None or not self.backbone.tested
         first = asked and here not in readings.verdicts
         if first or (share and readings.due(share)):
             kept = Kept()
+            assert isinstance(opened.sampler, Sampler)
             kept.of(opened.sampler)
-            self._due[opened.sampler] = request, kept, here, lossless
+            self._due[opened.sampler] = request, kept, here, not rule.early
         return opened
 
     def output(self, ids: Tensor, sequence: Sequence) -> GenerationOutput:
@@ -186,16 +198,15 @@ class TorchHost(PreparedHost):
         due = self._due.pop(sequence.sampler, None)
         if due is None:
             return made
-        request, kept, shape, lossless = due
+        request, kept, shape, exact = due
         own = partial(prepare, own_model(self.backbone), request.inputs, **request.options)
         case = Case(self.backbone, request.inputs, own, own)
-        why = difference(case, made, kept, lossless=lossless)
+        why = difference(case, made, kept, exact=exact)
         if why is None:
             self.backbone.readings.note(shape, "slots")
             return made
-        plan = plan_of(self.backbone, self._attached, self._policy.asked(
-            request.mode, request.thresholds, self.plan.depths))  # fmt: skip
-        self.backbone.readings.verdicts[shape_of(self.backbone, request.inputs, way(plan))] = OWN
+        alone = shape_of(self.backbone, request.inputs, way(self._alone(request)))
+        self.backbone.readings.verdicts[alone] = OWN
         if self.backbone.readings.fail(shape, why):
             tell(self.backbone, why)
         again = by_model(case, None, request.seed)

@@ -373,3 +373,39 @@ def test_json_that_is_too_deep_or_too_large_is_refused(tmp_path: Path) -> None:
     (tmp_path / "large.json").write_text("[1, 2, 3]")
     with pytest.raises(DataError, match="9 bytes; at most 8"):
         storage.read_json(tmp_path / "large.json", largest=8)
+
+
+def test_a_folder_is_not_put_in_a_files_place(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    with pytest.raises(StorageError, match="not a folder"), storage.atomic_folder(file) as staging:
+        (staging / "adapter.json").write_text("{}")
+    assert file.read_text() == "mine" and [*tmp_path.iterdir()] == [file]
+
+
+def test_what_lies_in_folders_of_a_folder_stays_where_it_is(tmp_path: Path) -> None:
+    inner = tmp_path / "exits" / "photos"
+    inner.mkdir(parents=True)
+    (inner / "one.jpg").write_bytes(b"1")
+    before = os.stat(inner).st_ino, os.stat(inner / "one.jpg").st_ino
+    with storage.atomic_folder(tmp_path / "exits") as staging:
+        (staging / "adapter.json").write_text("{}")
+    assert (os.stat(inner).st_ino, os.stat(inner / "one.jpg").st_ino) == before
+    assert (tmp_path / "exits" / "adapter.json").read_text() == "{}"
+
+
+def test_a_link_in_a_cache_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    system, kept = tmp_path / "system", tmp_path / "kept"
+    system.write_text("the system's")
+    kept.symlink_to(system)
+    storage.write_atomic(kept, "ours", follow=False)
+    assert system.read_text() == "the system's" and kept.read_text() == "ours"
+    assert not kept.is_symlink()
+
+
+def test_a_file_keeps_its_mode_when_it_is_written_again(tmp_path: Path) -> None:
+    file = tmp_path / "secret.json"
+    storage.write_json(file, {"a": 1})
+    file.chmod(0o600)
+    storage.write_json(file, {"a": 2})
+    assert file.stat().st_mode & 0o777 == 0o600 and storage.read_json(file) == {"a": 2}

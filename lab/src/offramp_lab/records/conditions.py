@@ -19,7 +19,6 @@ from offramp.cli import demo
 from offramp.core.inputs.example import Example
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.features.input_processor import InputProcessor
-from offramp.promises import conditions
 from offramp.promises.conditions import Conditions, of_processor
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.subjects import tiny_with
@@ -50,7 +49,6 @@ def cell(name: str, images: int) -> dict[str, Any]:
     calibration["conditions"] = {**then, **{n: before[n] for n in ("longest", "prompts")}}
     adapter = replace(adapter, calibration=calibration)
     first = _answers(adapter, processor, some)
-    conditions._LOOKED.clear()
     with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast to bfloat16"):
         changed, seen = CHANGES[name](adapter, processor)
         after = _answers(changed, seen, some, rows=5 if name == "rows of a batch" else 32)

@@ -75,8 +75,8 @@ def run(types: list[str]) -> Any:
             outcome["allowed"] = check.allowed
         try:
             exits = Exits(whole, (2, 4)).requires_grad_(False)
-            asked = {"policy": ExitPolicy({2: 0.5, 4: 0.5}), "max_new_tokens": 10}
-            generate(whole, zoo.inputs(name, model, 1), exits=exits, **asked)
+            policy, inputs = ExitPolicy({2: 0.5, 4: 0.5}), zoo.inputs(name, model, 1)
+            generate(whole, inputs, exits=exits, policy=policy, max_new_tokens=10)
             outcome["engine"] = "own" if whole.readings.failed else whole.engine
         except OfframpError as error:
             outcome["engine_refused"] = error.problem

@@ -141,7 +141,7 @@ def generate_prepared(
 
 def way(plan: Plan) -> Any:
     """Return the way in which a plan writes answers, of which each is read again."""
-    return plan.depths, plan.own_rule.lossless, plan.own_rule.uses_exits
+    return plan.depths, plan.own_rule.early, plan.own_rule.uses_exits
 
 
 def answered(
@@ -159,7 +159,7 @@ def answered(
     forward pass.
     """
     backbone, readings, share = case.backbone, case.backbone.readings, case.backbone.decoding.again
-    lossless, shape = plan.own_rule.lossless, shape_of(backbone, case.given, way(plan))
+    exact, shape = not plan.own_rule.early, shape_of(backbone, case.given, way(plan))
     verdict = readings.verdicts.get(shape)
     if verdict == OWN:
         return by_model(case, streamer, seed, observer)
@@ -174,11 +174,11 @@ def answered(
         kept = Kept()
         try:
             made = run(prepared, told, seed, observer, engine=engine, kept=kept)
-            found = difference(case, made, kept, lossless=lossless)
+            found = difference(case, made, kept, exact=exact)
             if first and found is None and not kept.logits and made.depths.shape[1] > 1:
                 trial = Kept(DEEP, TRIAL)
                 short = run(case.fresh(), None, seed, None, engine=engine, kept=trial)
-                found = difference(case, short, trial, lossless=lossless)
+                found = difference(case, short, trial, exact=exact)
         except InputError:
             raise
         except Exception as error:  # of a model that nobody has tried, as slots may not hold it
@@ -261,8 +261,9 @@ def write_answers(
         )
         for row in range(rows)
     ]
-    for sampler in samplers if kept is not None else ():
-        kept.of(sampler)
+    if kept is not None:
+        for sampler in samplers:
+            kept.of(sampler)
     groups: list[tuple[Any, list[Sampler]]] = [(prepared, samplers)]
     if given is not None:
         groups = [(one, [sampler]) for one, sampler in zip(given, samplers, strict=True)]

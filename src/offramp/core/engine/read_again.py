@@ -114,7 +114,7 @@ def _look(name: str, value: Any, marks: Sequence[int]) -> str:
         elif value.numel() <= 2:
             more = value.tolist()
         elif int(value.max()) - int(value.min()) < 8:
-            more = value.unique().tolist()
+            more = torch.unique(value).tolist()
     return f"{value.dtype} {sizes} {more}"
 
 
@@ -174,7 +174,7 @@ def read(prepared: Prepared, answers: Tensor, step: int) -> Tensor:
     out = model(**given, return_dict=True)
     part = columns(out.logits.shape[-1])
     made = [out.logits[:, -1:, part].float()]
-    for more in answers[:, :-1].split(step, 1):
+    for more in torch.split(answers[:, :-1], step, 1):
         count = more.shape[1]
         several = {"num_new_tokens": count} if count > 1 else {}
         kw = model._update_model_kwargs_for_generation(
@@ -188,17 +188,17 @@ def read(prepared: Prepared, answers: Tensor, step: int) -> Tensor:
     return torch.cat(made, 1)
 
 
-def difference(case: Case, output: GenerationOutput, kept: Kept, *, lossless: bool) -> str | None:
+def difference(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool) -> str | None:
     """Return why an answer is not the model's own, in words; None where it is.
 
-    kept: of the answer. lossless: whether tokens of exits are the full model's too.
+    kept: of the answer. exact: whether tokens of exits are the full model's too.
     """
     depths = output.depths.tolist()
     held = {
         (row, place): logits
         for (row, place), logits in kept.logits.items()
         if place < len(depths[row])
-        and (depths[row][place] == output.layers or (lossless and depths[row][place]))
+        and (depths[row][place] == output.layers or (exact and depths[row][place]))
     }
     if not held:
         return None

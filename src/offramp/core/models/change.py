@@ -174,7 +174,7 @@ def _code(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
     kinds = {kind for kind in kinds if not kind.__module__.startswith(("torch.", "builtins"))}
     files = {type(module).__module__ for module in modules} & sys.modules.keys()
     files = {name for name in files if not name.startswith("torch.")}
-    tables = (ALL_ATTENTION_FUNCTIONS, AttentionMaskInterface)
+    tables: tuple[Any, ...] = (ALL_ATTENTION_FUNCTIONS, AttentionMaskInterface)
     return [
         *((f"class {kind.__qualname__} {id(kind)}", vars(kind)) for kind in kinds | {nn.Module}),
         *((f"file {name}", _Functions(vars(sys.modules[name]))) for name in files),
@@ -276,7 +276,8 @@ def answers_of(root: nn.Module) -> dict[str, Any]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 state[f"{path} {name}"] = _Place(tensor)
-        numbers = {n: it for n, it in own.items() if isinstance(it, (bool, int, float))}
+        read = {n: it for n, it in own.items() if n not in _UNREAD}
+        numbers = {n: it for n, it in read.items() if isinstance(it, (bool, int, float))}
         state[f"{path} set"] = numbers
         hooks = [pair for table in HOOKS[:2] for pair in _inside(table, own[table])]
         state[f"{path} hooks"] = [(name, _token(hook)) for name, hook in hooks]
@@ -317,7 +318,7 @@ def same_answers(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
         path, one, other = key.partition(" ")[0], before.get(key), now.get(key)
         if path == "code" and (one is None or other is None):
             continue  # of a class that came or went: the path that has it tells
-        if "by name" in key:  # what is registered and was not may be used by nobody
+        if "by name" in key and one and other:  # what was not registered may be used by nobody
             other = {name: other[name] for name in one if name in other}
         if path not in laid_out and one != other:
             return False

@@ -28,9 +28,7 @@ def exchange_folder(new: Path, target: Path, *, without: Collection[str] = ()) -
     if swap is None or _works_in(target):
         return False
     try:
-        if any(Path(entry).is_dir() and not entry.is_symlink() for entry in os.scandir(target)):
-            return False  # what is inside may be anybody's, and not even readable
-        if os.stat(target).st_uid != os.stat(new).st_uid:
+        if not all(_is_ours(target, new)):
             return False
         for name in _take_along(target, new, without):
             os.link(target / name, new / name, follow_symlinks=False)
@@ -53,6 +51,27 @@ def _take_along(source: Path, target: Path, without: Collection[str]) -> Iterato
         plain = entry.is_symlink() or not entry.is_dir()
         if plain and entry.name not in without and not os.path.lexists(target / entry.name):
             yield entry.name
+
+
+def _is_ours(target: Path, new: Path) -> Iterator[bool]:
+    """Of each folder and file below the first level of `target`, whether `new` has it too, under
+    one owner: what is anybody else's may not even be readable, and is left where it is.
+
+    Raises:
+        OSError: a folder cannot be looked into.
+    """
+    owner = os.stat(new).st_uid
+    for folder, folders, files in os.walk(target, onerror=_refuse):
+        inside = new / Path(folder).relative_to(target)
+        yield os.stat(folder).st_uid == owner
+        for name in folders:
+            yield os.path.islink(Path(folder) / name) or (inside / name).is_dir()
+        if Path(folder) != target:
+            yield all(os.path.lexists(inside / name) for name in (*folders, *files))
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def _works_in(target: Path) -> bool:
