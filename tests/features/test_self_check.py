@@ -9,7 +9,7 @@ import torch
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.errors import UnsupportedBackboneError
+from offramp.core.errors import OfframpError, UnsupportedBackboneError
 from offramp.core.models import registry
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.paths import discover
@@ -53,7 +53,7 @@ def test_recurrent_states_decode_with_exits_and_refuse_lossless(name):
     assert str(found.lossless).startswith("refused"), found
     inputs = zoo.inputs(name, whole.model, 1)
     policy = ExitPolicy({2: 0.5}, lossless=True)
-    with pytest.raises(UnsupportedBackboneError, match="takes drafts back"):
+    with pytest.raises(OfframpError, match="takes drafts back"):
         generate(whole, inputs, exits=Exits(whole, (2,)), policy=policy, max_new_tokens=4)
 
 
