@@ -241,8 +241,7 @@ class Core(Jobs):
             return
         self.tokens += len(job.tokens)
         output = self._host.output(job.ids, sequence)
-        early = sequence.rule.exiting or sequence.rule.takes(1.0)
-        job.finish(sequence.tokens, output, early_exit=early)
+        job.finish(sequence.tokens, output, early_exit=sequence.rule.early)
 
 
 class EngineCore(Core):

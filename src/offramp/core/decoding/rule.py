@@ -63,6 +63,11 @@ class ExitRule:
         """Return True if tokens are drafted."""
         return bool(self.thresholds) and self.trust is not None
 
+    @property
+    def early(self) -> bool:
+        """Return True if tokens may be other than the full model's."""
+        return self.exiting or self.takes(1.0)
+
     def takes(self, product: float) -> bool:
         """Return True if drafts of this product, which end an answer, need not be verified."""
         return self.trust is not None and product >= self.trust
