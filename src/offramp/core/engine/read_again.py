@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -98,11 +99,14 @@ def shape_of(backbone: Backbone, inputs: Mapping[str, Any], how: Any) -> Any:
     Lengths count by powers of two; of flags and modes, of types of tokens and of tokens that stand
     for images each value counts, and whether these stand in several places. how: they are answered.
     """
-    marks = special_ids(backbone.model)
+    readings = backbone.readings
+    if readings.marks is None:
+        readings.marks = frozenset(special_ids(backbone.model))
+    marks = readings.marks
     return how, tuple(sorted((name, _look(name, value, marks)) for name, value in inputs.items()))
 
 
-def _look(name: str, value: Any, marks: Sequence[int]) -> str:
+def _look(name: str, value: Any, marks: Set[int]) -> str:
     if not isinstance(value, Tensor):
         plain = isinstance(value, (bool, int, float, str, type(None)))
         return repr(value) if plain else type(value).__name__
@@ -110,7 +114,9 @@ def _look(name: str, value: Any, marks: Sequence[int]) -> str:
     more: Any = None
     if not value.is_floating_point() and value.numel():
         if name.endswith("ids") and "type" not in name:
-            more = [(mark, min(2, _runs(value == mark))) for mark in marks]
+            rows = value.reshape(-1, value.shape[-1]).tolist()
+            held = sorted(marks & {token for row in rows for token in row})
+            more = [(mark, min(2, max(_runs(row, mark) for row in rows))) for mark in held]
         elif value.numel() <= 2:
             more = value.tolist()
         elif int(value.max()) - int(value.min()) < 8:
@@ -118,13 +124,9 @@ def _look(name: str, value: Any, marks: Sequence[int]) -> str:
     return f"{value.dtype} {sizes} {more}"
 
 
-def _runs(marked: Tensor) -> int:
-    """The largest number of runs of True in a row of `marked` [..., T]."""
-    if not bool(marked.any()):
-        return 0
-    rows = marked.reshape(-1, marked.shape[-1])
-    before = torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], 1)
-    return int((rows & ~before).sum(1).max())
+def _runs(row: Sequence[int], mark: int) -> int:
+    """In how many places a mark stands in a row of tokens, once or several times."""
+    return sum(a == mark != b for a, b in pairwise([*row, -1]))
 
 
 # -- reading ---------------------------------------------------------------------------------------

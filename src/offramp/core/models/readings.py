@@ -16,12 +16,14 @@ class Readings:
 
     verdicts: by shape, the executor whose answers were right, or `OWN`. read, failed: answers that
     were read again, and that were not the model's own. why: of those that failed, each reason once.
+    marks: tokens that stand for images and the like, once they are known.
     """
 
     verdicts: dict[Hashable, str] = field(default_factory=dict)
     read: int = 0
     failed: int = 0
     why: list[str] = field(default_factory=list)
+    marks: frozenset[int] | None = None
     _answers: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
