@@ -12,6 +12,7 @@ from guessing import OPTIONS, adapter, encoder
 from offramp.calibration.calibrate import calibrated
 from offramp.calibration.trial import Calibration
 from offramp.calibration.ways import by_trust, compared, fastest, way_of
+from offramp.cli.commands.calibrate import _table
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.promises.guarantee import standing
 
@@ -53,6 +54,9 @@ def test_the_fastest_way_is_chosen_and_all_are_told(times: dict[str, float]) -> 
     promised = standing(told.to_json(), told.conditions).promise
     assert bool(promised) is (best != "lossless") and bool(told.reason) is (best == "lossless")
     assert compared(told.ways).startswith(f"Fastest at what may be lost: {best}, 3.00x")
+    shown = _table(told)
+    assert all(f"{name:<12}" in shown for name in times) and "Nothing is guaranteed" not in shown
+    assert ("Guaranteed with 80% confidence" in shown) is (best != "lossless")
 
 
 def test_what_was_estimated_is_at_most_the_target_on_the_same_answers() -> None:

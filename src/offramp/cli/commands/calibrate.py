@@ -340,7 +340,9 @@ def _table(calibration: Any) -> str:
         lines.append(f"By kind of prompt: {'; '.join(named)}.")
     if calibration.copies:
         lines.append(f"{calibration.copies} images are copies of others and count once.")
-    if calibration.reason:
+    if calibration.policy.lossless:
+        lines.append(calibration.reason)
+    elif calibration.reason:
         lines.append(f"Nothing is guaranteed. {calibration.reason}")
     else:
         speed = calibration.speedup
