@@ -22,6 +22,8 @@ from PIL import Image
 
 from offramp.adapter.answers import Answer
 from offramp.calibration.calibrate import calibrate
+from offramp.calibration.risk_functions import RISKS
+from offramp.cli.commands.serve import _judge
 from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.decoding.scheduler import Schedule
 from offramp.core.errors import InputError, StorageError
@@ -572,6 +574,31 @@ def test_right_answers_of_people_break_a_promise_about_right_answers(tmp_path: P
     again.reset()
     assert not again.broken and again.judged.n == 0
     again.close()
+
+
+def test_what_is_kept_to_calibrate_on_is_drawn_uniformly(tmp_path: Path) -> None:
+    images = [fakes.picture(number) for number in range(200)]
+    for keep, drawn in ((None, 200), (tmp_path / "kept", 20)):
+        watcher = idle_watcher(_BusyEngine(0), WatchConfig(share=0.1, keep=keep), seed=1)
+        try:
+            assert abs(sum(watcher.draws("a", image) for image in images) - drawn) <= 16
+        finally:
+            watcher.close()
+
+
+@pytest.mark.parametrize("name", ["rouge_l_drop", "cider_drop"])
+def test_people_judge_by_the_score_that_was_promised(name: str, tmp_path: Path) -> None:
+    """Words of captions are weighed by other images', or nobody can judge."""
+    fakes.picture(0).save(tmp_path / "0.png")
+    said = ("a dog runs", "a cat sleeps", "two birds on a tree")
+    rows = [json.dumps({"image": "0.png", "prompt": "Caption:", "answer": words}) for words in said]
+    (tmp_path / "captions.jsonl").write_text("\n".join(rows))
+    judge = _judge(RISKS[name], tmp_path / "captions.jsonl")
+    dog, cat = (Answer((token,), words) for token, words in enumerate(said[:2]))
+    assert judge(dog, dog, ["a dog runs"]) == 0
+    assert 0 < judge(cat, dog, ["a dog runs"]) <= 1
+    assert judge(dog, cat, ["a dog runs"]) == -judge(cat, dog, ["a dog runs"])
+    assert (_judge(RISKS[name], None) is None) == (name == "cider_drop")
 
 
 # -- in the server ---------------------------------------------------------------------------------

@@ -173,7 +173,9 @@ class Watcher:
     ) -> None:
         self.config: WatchConfig = config or WatchConfig()
         self.promise: Promise | None = promise
-        self._block = 1 if self._by_answer else max(1, min(BLOCK, int(1 / self.config.share)))
+        # What is kept may be calibrated on, so that it has to be drawn uniformly.
+        uniform = self._by_answer or self.config.keep is not None
+        self._block = 1 if uniform else max(1, min(BLOCK, int(1 / self.config.share)))
         self._about = {
             "about": about,
             "slack": self.config.slack,
