@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from command_line import RunCommand, assert_two_lines, parser_of
 
 from offramp.core.errors import OfframpError
+from offramp.serving.monitor.watch_config import WatchConfig
 
 NEEDED = ("--backbone", "tiny-opt", "--data", "a", "--out", "b")
 
@@ -112,6 +114,16 @@ def test_settings_of_one_thing_are_one_option(
 ) -> None:
     found = read(tmp_path, text, "serve", "tiny-opt", *words)
     assert found.watch == {"share": 0.05, "action": "warn"} and found.image_limits == {"count": 2}
+
+
+def test_every_setting_of_the_watch_that_has_a_help_can_be_typed(tmp_path: Path) -> None:
+    numbers = dict.fromkeys(("share", "level", "slack", "deadline"), "0.5")
+    files = dict.fromkeys(("keep", "state", "frequencies"), "x")
+    given = {**numbers, **files, "action": "warn"}
+    assert set(given) == {field.name for field in fields(WatchConfig) if field.metadata}
+    words = ",".join(f"{name}={value}" for name, value in given.items())
+    found = read(tmp_path, "queue: 5", "serve", "tiny-opt", "--watch", words)
+    assert {name: str(value) for name, value in found.watch.items()} == given
 
 
 def test_what_is_typed_wins_over_every_kind(tmp_path: Path) -> None:

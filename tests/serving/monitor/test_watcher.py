@@ -174,6 +174,7 @@ def test_the_draw_is_before_the_answer_and_as_often_as_asked(engine: BatchEngine
         {"deadline": np.inf},
         {"watchers": 0},
         {"a_client": 0},
+        {"frequencies": Path("nowhere.jsonl")},
     ],
 )
 def test_a_watch_that_tells_nothing_is_refused(change: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def _options(parser: Parser) -> None:
     )
     settings_option(
         parser.add_argument_group("watched guarantee"), "--watch", WatchConfig,
-        ("share", "level", "slack", "action", "keep", "deadline", "state"),
+        ("share", "level", "slack", "action", "keep", "deadline", "state", "frequencies"),
         "how the guarantee is watched, as 0.05,action=warn, where a number alone is the share",
         first="share",
     )  # fmt: skip

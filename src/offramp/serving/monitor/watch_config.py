@@ -31,7 +31,7 @@ class WatchConfig:
     level, each with a watch of its own.
 
     Raises:
-        InputError: a number outside its range, an unknown action.
+        InputError: a number outside its range, an unknown action, a file that is not there.
     """
 
     share: float = option(
@@ -92,3 +92,8 @@ class WatchConfig:
                 f"A client's share of {self.a_client} is none.", "Give one up to 1, such as 0.5."
             )
         check_known("Action", [self.action], ACTIONS)
+        if self.frequencies is not None and not self.frequencies.is_file():
+            raise InputError(
+                f"There is no file {self.frequencies} of captions to weigh words by.",
+                "Name one, as --watch frequencies=captions.jsonl, or leave it out.",
+            )
