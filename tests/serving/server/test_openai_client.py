@@ -335,7 +335,7 @@ def test_health_version_and_numbers(client: Any, address: str) -> None:
         "inter_token_latency_seconds_bucket", "e2e_request_latency_seconds_bucket",
         "request_queue_time_seconds_bucket", "request_prefill_time_seconds_bucket",
         "request_decode_time_seconds_bucket", 'tokens_by_depth_total{depth="2"', "exit_rate",
-        "draft_acceptance_rate",
+        "draft_acceptance_rate", "answers_read_again", "answers_not_its_own",
     ):  # fmt: skip
         assert f"offramp:{name}" in text, name
 

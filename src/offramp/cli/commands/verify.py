@@ -126,6 +126,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     show_result(run.to_json(), _text(paths), as_json=arguments.json)
     _keep(run, kept, arguments)
     log.info("%s", run.words)
+    log.info("%s", adapter.backbone.readings.words)
     broken = [path for path in paths if path.broken]
     if broken:
         names = ", ".join(path.path for path in broken)

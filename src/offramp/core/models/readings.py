@@ -27,6 +27,12 @@ class Readings:
     _answers: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
+    @property
+    def words(self) -> str:
+        """Return what was found in one line, for people."""
+        why = f": {self.why[0]}" if self.why else ""
+        return f"{self.read} answers read again by the model, {self.failed} not its own{why}"
+
     def due(self, share: float) -> bool:
         """Return True if one more answer is of the share that is read again: every hundredth of a
         share of .01, so that the same answers are read in every run."""
@@ -47,7 +53,7 @@ class Readings:
             self.failed += 1
             self.verdicts[shape] = verdict
             told = bool(self.why)
-            self.why.append(why)
+            self.why += [] if why in self.why else [why]
             return not told
 
     def following(self) -> Readings:

@@ -205,15 +205,19 @@ class TorchServed:
         )  # fmt: skip
 
     def gauges(self) -> Sequence[tuple[str, str, Callable[[], float]]]:
-        prefixes = self._kept["prefix_cache"]
-        if prefixes is None:
-            return ()
+        prefixes, backbone = self._kept["prefix_cache"], self.backbone
 
         def hits() -> float:
             return float(prefixes.reused / max(1, prefixes.reused + prefixes.run))
 
         said = "Share of prompt tokens whose keys were kept."
-        return [("prefix_cache_hit_rate", said, hits)]
+        again = "Answers that the model read again"
+        return [
+            *([] if prefixes is None else [("prefix_cache_hit_rate", said, hits)]),
+            ("answers_read_again", f"{again}.", lambda: backbone.readings.read),
+            ("answers_not_its_own", f"{again}, and that were not its own; it wrote them anew.",
+             lambda: backbone.readings.failed),
+        ]  # fmt: skip
 
 
 def service_of(
