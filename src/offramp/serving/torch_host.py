@@ -30,7 +30,7 @@ from offramp.core.engine.read_again import (
 )
 from offramp.core.engine.sampler import Sampler, SeededNoise
 from offramp.core.errors import InputError
-from offramp.core.executors.prefill import Prepared, prepare
+from offramp.core.executors.prefill import Prepared, prepare, within
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.models.readings import OWN
@@ -186,11 +186,12 @@ class TorchHost(PreparedHost):
         here = "slots", shape_of(self.backbone, request.inputs, (rule.early, rule.uses_exits))
         asked = share is not None or not self.backbone.tested
         first = asked and here not in readings.verdicts
-        if first or (share and readings.due(share)):
+        due = first or bool(share and readings.due(share))
+        if due or not self.backbone.tested:
             kept = Kept()
             assert isinstance(opened.sampler, Sampler)
             kept.of(opened.sampler)
-            self._due[opened.sampler] = request, kept, here, not rule.early
+            self._due[opened.sampler] = request, kept, here, not rule.early, due
         return opened
 
     def output(self, ids: Tensor, sequence: Sequence) -> GenerationOutput:
@@ -198,12 +199,17 @@ class TorchHost(PreparedHost):
         due = self._due.pop(sequence.sampler, None)
         if due is None:
             return made
-        request, kept, shape, exact = due
-        own = partial(prepare, own_model(self.backbone), request.inputs, **request.options)
-        case = Case(self.backbone, request.inputs, own, own)
+        request, kept, shape, exact, asked = due
+        tokens = made.depths.shape[1]
+        if not asked and not self.backbone.readings.is_longer(shape, tokens):
+            return made
+        model, options = own_model(self.backbone), request.options
+        own = partial(within, model, request.inputs, **options)
+        fresh = partial(prepare, model, request.inputs, **options)
+        case = Case(self.backbone, request.inputs, fresh, own)
         why = difference(case, made, kept, exact=exact)
         if why is None:
-            self.backbone.readings.note(shape, "slots")
+            self.backbone.readings.note(shape, "slots", tokens)
             return made
         alone = shape_of(self.backbone, request.inputs, way(self._alone(request)))
         self.backbone.readings.verdicts[alone] = OWN

@@ -32,6 +32,7 @@ from offramp.core.engine.read_again import (
     Withheld,
     by_model,
     difference,
+    has_own_loop,
     own_model,
     shape_of,
     tell,
@@ -47,7 +48,7 @@ from offramp.core.engine.sampler import (
 from offramp.core.errors import InputError
 from offramp.core.executors.choice import EXECUTORS
 from offramp.core.executors.kv_cache import cache_name
-from offramp.core.executors.prefill import Prepared, check_options, prepare
+from offramp.core.executors.prefill import Prepared, check_options, within
 from offramp.core.executors.prompt import PromptMemory, PromptReader
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
@@ -100,8 +101,13 @@ def generate(
         return answered(plan, reader, case, again(), streamer, seed, observer)
 
 
-def _own(backbone: Backbone, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-    return prepare(own_model(backbone), inputs, **options)
+def _own(
+    backbone: Backbone,
+    inputs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    use: Callable[[Prepared], Any],
+) -> Any:
+    return within(own_model(backbone), inputs, use, **options)
 
 
 def generate_prepared(
@@ -135,7 +141,7 @@ def generate_prepared(
         return replace(prepared, model=model, arguments=arguments)
 
     given = {"input_ids": prepared.ids, **prepared.arguments, name: None}
-    case = Case(backbone, given, partial(again, inner), partial(again, prepared.model))
+    case = Case(backbone, given, partial(again, inner), lambda use: use(again(prepared.model)))
     return answered(plan, reader, case, again(inner))
 
 
@@ -165,20 +171,28 @@ def answered(
         return by_model(case, streamer, seed, observer)
     first = verdict is None and (share is not None or not plan.tested)
     run = partial(_write, plan, reader)
-    if not first and not (share and readings.due(share)):
+    due = first or bool(share and readings.due(share))
+    if plan.tested and not due:
         return run(prepared, streamer, seed, observer, engine=verdict)
     told = Withheld(streamer) if first and streamer is not None else streamer
     engines = [verdict] if verdict else ["stack"] if backbone.engine == "stack" else [*EXECUTORS]
     noise, why = torch.get_rng_state(), ""
+    if first and has_own_loop(prepared.model):
+        engines, why = [], "it chooses tokens by a loop of its own"
     for engine in engines:
         kept = Kept()
         try:
             made = run(prepared, told, seed, observer, engine=engine, kept=kept)
+            tokens = made.depths.shape[1]
+            if not due and not readings.is_longer(shape, tokens):
+                return made
             found = difference(case, made, kept, exact=exact)
-            if first and found is None and not kept.logits and made.depths.shape[1] > 1:
-                trial = Kept(DEEP, TRIAL)
+            if first and found is None and (not plan.tested or (not kept.logits and tokens > 1)):
+                # A second time: modules may keep what they were asked before.
+                trial, after = Kept() if kept.logits else Kept(DEEP, TRIAL), torch.get_rng_state()
                 short = run(case.fresh(), None, seed, None, engine=engine, kept=trial)
                 found = difference(case, short, trial, exact=exact)
+                torch.set_rng_state(after)
         except InputError:
             raise
         except Exception as error:  # of a model that nobody has tried, as slots may not hold it
@@ -186,7 +200,7 @@ def answered(
                 raise
             found = f"{type(error).__name__}: {str(error)[:200]}"
         if found is None:
-            readings.note(shape, engine)
+            readings.note(shape, engine, tokens)
             backbone.engine = backbone.engine or engine
             if isinstance(told, Withheld):
                 told.hand_on()

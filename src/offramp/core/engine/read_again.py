@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 
 from offramp.core.decoding.policy import GenerationOutput
 from offramp.core.decoding.sequence import NAN, Token
@@ -81,13 +81,14 @@ def columns(words: int) -> slice:
 class Case:
     """One request, as it can be prepared again.
 
-    given: its inputs. fresh: prepares it for the decoder. own: prepares it for the model itself.
+    given: its inputs. fresh: prepares it for the decoder. own: calls a function with what is
+    prepared for the model itself, within the model's own `generate`.
     """
 
     backbone: Backbone
     given: Mapping[str, Any]
     fresh: Callable[[], Prepared]
-    own: Callable[[], Prepared]
+    own: Callable[[Callable[[Prepared], Any]], Any]
 
 
 # -- shapes ----------------------------------------------------------------------------------------
@@ -149,6 +150,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     else:
                         del now[name]
                 buffers.update(held)
+
+
+def has_own_loop(model: Any) -> bool:
+    """Return True if somebody wrote the loop by which a model chooses tokens."""
+    return getattr(type(model), "_sample", None) is not GenerationMixin._sample
 
 
 def own_model(backbone: Backbone) -> Any:
@@ -219,7 +225,7 @@ def _apart(
 ) -> str | None:
     with untouched(case.backbone.model):
         try:
-            theirs = read(case.own(), answers, max(1, step))
+            theirs = case.own(lambda prepared: read(prepared, answers, max(1, step)))
         except Exception as error:  # whatever a model raises on a call that it does not take
             return f"it cannot be read again ({type(error).__name__}: {str(error)[:160]})"
         worst = max(
@@ -255,18 +261,21 @@ def by_model(
     """Write the answer as the model's own `generate` does; every token is of full depth."""
     backbone, layers = case.backbone, case.backbone.depth
     drawn: Any = nullcontext() if seed is None else torch.random.fork_rng()
-    with untouched(backbone.model), drawn:
-        if seed is not None:
-            torch.manual_seed(seed)
-        prepared = case.own()
+
+    def write(prepared: Prepared) -> tuple[Prepared, Any]:
         told = None if streamer is None else _Told(streamer, layers)
         if told is not None:
             streamer.put(prepared.ids.cpu())
         processors = LogitsProcessorList([_PerRow(prepared, observer)])
-        out = prepared.model._sample(
+        return prepared, prepared.model._sample(
             prepared.ids, processors, prepared.criteria, prepared.config, streamer=told,
             **prepared.arguments,
         )  # fmt: skip
+
+    with untouched(backbone.model), drawn:
+        if seed is not None:
+            torch.manual_seed(seed)
+        prepared, out = case.own(write)
     sequences = getattr(out, "sequences", out)
     samplers = [Sampler(prepared, row) for row in range(len(prepared.ids))]
     rows = []

@@ -81,8 +81,17 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
     Raises:
         InputError: `stop_strings` without the tokenizer or the processor.
     """
+    made: Prepared = within(model, inputs, lambda prepared: prepared, **options)
+    return made
+
+
+def within(
+    model: Any, inputs: Mapping[str, Any], use: Callable[[Prepared], Any], **options: Any
+) -> Any:
+    """Return what `use` makes of what `prepare` returns, inside of the model's own `generate`: one
+    that somebody wrote may set up its modules for the time of its call."""
     options = _with_stop_strings(options)
-    taken: list[Prepared] = []
+    taken: list[Any] = []
 
     def take(
         model: Any,
@@ -95,7 +104,7 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
         rules = (logits_processor, stopping_criteria, generation_config)
         if arguments.get("encoder_hidden_states") is not None:
             arguments = _with_cross_attention(arguments)
-        taken.append(Prepared(model, input_ids, *rules, arguments))
+        taken.append(use(Prepared(model, input_ids, *rules, arguments)))
         return input_ids
 
     model.generate(**inputs, custom_generate=take, **options)

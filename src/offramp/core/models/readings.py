@@ -14,12 +14,14 @@ OWN = "own"
 class Readings:
     """Verdicts on the answers of one model as it is; it has new ones once it changes.
 
-    verdicts: by shape, the executor whose answers were right, or `OWN`. read, failed: answers that
+    verdicts: by shape, the executor whose answers were right, or `OWN`. longest: by shape, tokens
+    of the longest answer that was right. read, failed: answers that
     were read again, and that were not the model's own. why: of those that failed, each reason once.
     marks: tokens that stand for images and the like, once they are known.
     """
 
     verdicts: dict[Hashable, str] = field(default_factory=dict)
+    longest: dict[Hashable, int] = field(default_factory=dict)
     read: int = 0
     failed: int = 0
     why: list[str] = field(default_factory=list)
@@ -40,11 +42,17 @@ class Readings:
             self._answers += 1
             return int(self._answers * share) > int((self._answers - 1) * share)
 
-    def note(self, shape: Hashable, verdict: str) -> None:
-        """Note that an answer was read again and was right."""
+    def note(self, shape: Hashable, verdict: str, tokens: int) -> None:
+        """Note that an answer of so many tokens was read again and was right."""
         with self._lock:
             self.read += 1
             self.verdicts[shape] = verdict
+            self.longest[shape] = max(tokens, self.longest.get(shape, 0))
+
+    def is_longer(self, shape: Hashable, tokens: int) -> bool:
+        """Return True if an answer of so many tokens is more than twice as long as any that was
+        right: a model may compute otherwise further on."""
+        return tokens > 2 * self.longest.get(shape, 0)
 
     def fail(self, shape: Hashable, why: str, verdict: str = OWN) -> bool:
         """Note that an answer was not the model's own; return whether nobody was told yet."""
