@@ -153,8 +153,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def has_own_loop(model: Any) -> bool:
-    """Return True if somebody wrote the loop by which a model chooses tokens."""
-    return getattr(type(model), "_sample", None) is not GenerationMixin._sample
+    """Return True if somebody wrote the loop by which a model chooses tokens, or what goes from one
+    step to the next."""
+    kind: Any = type(model)
+    step = kind._update_model_kwargs_for_generation.__module__
+    return kind._sample is not GenerationMixin._sample or not step.startswith("transformers.")
 
 
 def own_model(backbone: Backbone) -> Any:
