@@ -7,7 +7,7 @@ from typing import Any
 import families
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessorList
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
@@ -281,8 +281,87 @@ class ByName(Stack):
     """Its layers stand in an `nn.ModuleDict`."""
 
 
+class Sees(LlamaDecoderLayer):
+    """Adds what it was handed from outside."""
+
+    def forward(self, hidden_states, *args, **kw):  # type: ignore[no-untyped-def]
+        seen = self.__dict__.get("seen")
+        h = hidden_states if seen is None else hidden_states + seen
+        return super().forward(h, *args, **kw)
+
+
+class CountsSteps(LlamaDecoderLayer):
+    """Every third step of an answer is scaled."""
+
+    def forward(self, hidden_states, *args, **kw):  # type: ignore[no-untyped-def]
+        steps = 0 if hidden_states.shape[1] > 1 else self.__dict__.get("steps", 0) + 1
+        self.__dict__["steps"] = steps
+        return super().forward(hidden_states, *args, **kw) * (1.3 if steps % 3 == 2 else 1)
+
+
+class ScaledFrom60(LlamaDecoderLayer):
+    """Where the first answers do not reach."""
+
+    def forward(self, hidden_states, *args, position_ids=None, **kw):  # type: ignore[no-untyped-def]
+        h = super().forward(hidden_states, *args, position_ids=position_ids, **kw)
+        return h * torch.where(position_ids[..., None] > 60, -1.2, 1.0)
+
+
+def seen_of(pixels: Tensor) -> Tensor:
+    return 2 * torch.sin(pixels.sum() * torch.arange(families.WIDTH))
+
+
+class HandsToLayers(LlavaForConditionalGeneration):
+    """As Flamingo's descendants do."""
+
+    def forward(self, input_ids=None, pixel_values=None, **kw):  # type: ignore[no-untyped-def]
+        if pixel_values is not None:
+            for layer in self.model.language_model.layers:
+                layer.seen = seen_of(pixel_values)
+        return super().forward(input_ids, pixel_values=pixel_values, **kw)
+
+
+class SetsUp(LlavaForConditionalGeneration):
+    """For the time of `generate`."""
+
+    def generate(self, *args, pixel_values=None, **kw):  # type: ignore[no-untyped-def]
+        layers = self.model.language_model.layers
+        for layer in layers:
+            layer.seen = None if pixel_values is None else seen_of(pixel_values)
+        try:
+            return super().generate(*args, pixel_values=pixel_values, **kw)
+        finally:
+            for layer in layers:
+                layer.seen = None
+
+
+class LoopOfItsOwn(LlavaForConditionalGeneration):
+    def _sample(self, input_ids, processors, *args, **kw):  # type: ignore[no-untyped-def]
+        turned = [lambda ids, scores: scores.flip(-1)]
+        return super()._sample(input_ids, LogitsProcessorList(turned), *args, **kw)
+
+
+class CarriesOn(LlavaForConditionalGeneration):
+    """A hint goes from step to step."""
+
+    def _update_model_kwargs_for_generation(self, out, kw, **more):  # type: ignore[no-untyped-def]
+        kw = super()._update_model_kwargs_for_generation(out, kw, **more)
+        self.__dict__["hint"] = int(out.logits[0, -1].argmax()) % 2
+        return kw
+
+    def forward(self, *args, **kw):  # type: ignore[no-untyped-def]
+        out = super().forward(*args, **kw)
+        if kw.get("pixel_values") is None:
+            out.logits = out.logits.roll(self.__dict__.get("hint", 0), -1)
+        return out
+
+
+KEEPING = (Sees, CountsSteps, ScaledFrom60)
+"""Layers of which more than one answer tells."""
+TOPS = (HandsToLayers, SetsUp, LoopOfItsOwn, CarriesOn)
 STACKS, HEADS = Stack.__subclasses__(), Head.__subclasses__()
 LAYERS = [k for k in LlamaDecoderLayer.__subclasses__() if k.__module__ == __name__]
+LAYERS = [k for k in LAYERS if k not in KEEPING]
 
 
 def build(kind: type) -> Any:
@@ -294,10 +373,10 @@ def build(kind: type) -> Any:
         stack.__class__ = kind
     if kind is ByName:
         stack.layers = nn.ModuleDict({f"layer_{i}": it for i, it in enumerate(stack.layers)})
-    if kind in LAYERS:
+    if kind in (*LAYERS, *KEEPING, *TOPS):
         for layer in stack.layers:
-            layer.__class__ = kind
-    if kind in HEADS:
+            layer.__class__ = Sees if kind in TOPS else kind
+    if kind in (*HEADS, *TOPS):
         model.__class__ = kind
         model.config.__class__ = type("Own", (type(model.config),), {"model_type": "home_made"})
         bias = torch.linspace(-2, 2, families.VOCABULARY) ** 3

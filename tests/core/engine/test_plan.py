@@ -21,6 +21,7 @@ from offramp.core.decoding import plan as plan_module
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.attached import PLANS
 from offramp.core.engine.generate import generate
+from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.serving.core import EngineCore
@@ -336,3 +337,14 @@ def test_the_answer_that_a_backbone_is_checked_on_is_that_of_later_ones() -> Non
     assert (fresh.readings.read, fresh.readings.failed) == (1, 0)
     assert first.depths.tolist() == second.depths.tolist()
     assert torch.equal(first.sequences, second.sequences)
+
+
+def test_exits_that_stay_behind_in_another_precision_are_told() -> None:
+    adapter, inputs = fresh(), families.KINDS[NAME].inputs(1)
+    adapter.backbone.model.double()
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    with pytest.raises(InputError, match="float64") as caught:
+        adapter.generate(wide, **GREEDY)
+    assert len(str(caught.value).splitlines()) == 2
+    adapter.exits.modules.to(torch.float64)
+    assert adapter.generate(wide, **GREEDY).layers == adapter.backbone.depth

@@ -38,18 +38,21 @@ def inputs_of(rows: int = 1) -> dict[str, Any]:
     return families.KINDS["llava"].inputs(rows)
 
 
-def by_doors(backbone: Backbone) -> dict[str, list[list[int]]]:
+def by_doors(
+    backbone: Backbone, inputs: dict[str, Any] | None = None, **options: Any
+) -> dict[str, list[list[int]]]:
     """Answers that are the full model's, by the door that wrote them."""
+    asked = {**GREEDY, **options}
     exits = Exits(backbone, (DEPTH,)).requires_grad_(False)
     adapter = Adapter(backbone, exits, ExitPolicy({DEPTH: 0.5}))
-    inputs, model = inputs_of(), backbone.model
-    core = EngineCore(backbone, exits, adapter.policy, EngineConfig(slots=3, limit=64))
+    inputs, model = inputs_of() if inputs is None else inputs, backbone.model
+    core = EngineCore(backbone, exits, adapter.policy, EngineConfig(slots=3, limit=192))
     doors = {
-        "full": lambda: adapter.generate(inputs, mode="full", **GREEDY).sequences,
-        "lossless": lambda: adapter.generate(inputs, mode="lossless", **GREEDY).sequences,
-        "backbone": lambda: generate(backbone, inputs, **GREEDY).sequences,
+        "full": lambda: adapter.generate(inputs, mode="full", **asked).sequences,
+        "lossless": lambda: adapter.generate(inputs, mode="lossless", **asked).sequences,
+        "backbone": lambda: generate(backbone, inputs, **asked).sequences,
         "custom": lambda: model.generate(
-            **inputs, custom_generate=adapter, mode="lossless", **GREEDY
+            **inputs, custom_generate=adapter, mode="lossless", **asked
         ),
     }
     made = {}
@@ -59,7 +62,7 @@ def by_doors(backbone: Backbone) -> dict[str, list[list[int]]]:
         except OfframpError as error:
             assert len(str(error).splitlines()) == 2
     modes = ("full", "lossless", "full")
-    handles = [core.add(Request(inputs, mode=mode, options=GREEDY)) for mode in modes]
+    handles = [core.add(Request(inputs, mode=mode, options=asked)) for mode in modes]
     core.run()
     for number, handle in enumerate(handles):
         error = handle.exception(timeout=0)
@@ -86,6 +89,24 @@ def test_no_door_answers_a_home_made_model_wrongly(kind: type) -> None:
     expected = backbone.model.generate(**inputs_of(), **GREEDY).tolist()
     for _ in range(2):
         made = by_doors(backbone)
+        assert made and {name for name, ids in made.items() if ids != expected} == set()
+
+
+@pytest.mark.parametrize("kind", [*home_made.KEEPING, *home_made.TOPS], ids=lambda k: k.__name__)
+def test_answers_to_one_image_after_another_are_the_models_own(kind: type) -> None:
+    """In company of themselves, and the last at length."""
+    try:
+        backbone = opened(kind)
+    except OfframpError as error:
+        assert len(str(error).splitlines()) == 2
+        return
+    for number, longest in enumerate((8, 8, 8, 80)):
+        inputs = inputs_of()
+        torch.manual_seed(number % 2)
+        inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
+        options = {"max_new_tokens": longest, "min_new_tokens": longest}
+        expected = backbone.model.generate(**inputs, **{**GREEDY, **options}).tolist()
+        made = by_doors(backbone, inputs, **options)
         assert made and {name for name, ids in made.items() if ids != expected} == set()
 
 

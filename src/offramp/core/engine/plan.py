@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
+import torch
+
 from offramp.core.decoding.confidence import HEADS
 from offramp.core.decoding.plan import Plan, draft_levels, drafter_at
 from offramp.core.decoding.policy import ExitPolicy, check_policy_depths, first_token_may_exit
 from offramp.core.engine.heads import ExitHeads
+from offramp.core.errors import InputError
 from offramp.core.executors.choice import executor_for
 from offramp.core.executors.drafter import DraftingExit
 from offramp.core.executors.prompt import PromptReader
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
+from offramp.core.models.weights import float_dtype
 
 
 def plan_of(
@@ -52,6 +56,8 @@ def plan_of(
     early = policy.thresholds if "early_exit" in asked and attached is not None else {}
     depths = tuple(sorted({*early, *levels} - {backbone.depth}))
     in_use = attached if depths else None
+    if in_use is not None:
+        _check_precision(backbone, in_use)
     made = heads or HEADS.get(policy.score, ExitHeads)
     asking = made(backbone, in_use, policy, depths)
     return Plan(
@@ -72,3 +78,14 @@ def plan_of(
         first_may_exit=first_token_may_exit(backbone, policy),
         tested=backbone.tested and backbone.engine is not None,
     )  # fmt: skip
+
+
+def _check_precision(backbone: Backbone, exits: ExitSet) -> None:
+    """Raise `InputError` where one of model and exits was made double, and the other was not."""
+    both = backbone.dtype, float_dtype(exits.modules)
+    held = any(True for _ in exits.modules.parameters())
+    if held and both[0] != both[1] and torch.float64 in both:
+        raise InputError(
+            f"The model is in {both[0]}, and its exits are in {both[1]}.",
+            f"Move them as well: adapter.exits.modules.to({both[0]}).",
+        )
