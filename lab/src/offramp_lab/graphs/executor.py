@@ -15,6 +15,7 @@ import torch
 from offramp.core.decoding.executor import Handle, Loaded, Span, check_context
 from offramp.core.decoding.reader import Query, Word
 from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.sequence import NAN
 from offramp.core.engine.heads import ExitHeads
 from offramp.core.executors.prompt import Prompt
 from offramp.core.executors.segments import Output, joined, picked
@@ -166,9 +167,10 @@ class GraphHeads(ExitHeads):
         if isinstance(output, GraphOutput):
             if output.states is None:
                 return [
-                    None if query is None else Verdict(*said)
-                    for query, said in zip(queries, zip(*output.said, strict=True), strict=True)
-                ]
+                    None if query is None
+                    else Verdict(token, score if query.rule.scored(depth) else NAN)
+                    for query, token, score in zip(queries, *output.said, strict=True)
+                ]  # fmt: skip
             output = output.states
         return super().verdicts(depth, output, queries)
 
