@@ -161,8 +161,7 @@ def test_a_first_token_has_its_own_threshold_here_too(own: float, tmp_path: Path
     adapter = text_adapter()
     first = dict.fromkeys(adapter.policy.thresholds, own)
     adapter = adapter.with_policy(replace(adapter.policy, first=first))
-    some = torch.tensor([[5, 6, 7]])
-    adapter.generate({"input_ids": some}, max_new_tokens=1)  # shows that the prompt is causal
+    adapter.backbone.learn(causal_prompt=True, lossless=True)  # as training finds
     with EdgeModel(sliced(adapter, tmp_path), engine=ENGINE) as model:
         ids = torch.tensor([model.vocabulary.tokens(PROMPT)])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -192,7 +192,7 @@ class Core(Jobs):
                     self.decoder = self._new_decoder()
                     self.decoder.tally = self.tally
                 rule = host.plan.rule(request.mode, request.thresholds)
-                made = host.alone(request, Steps(job, lambda: None))
+                made = host.alone(request, Steps(job, lambda: None), self._check_room)
                 if made is not None:
                     self.tokens += len(job.tokens)
                     job.finish(tokens_of(made), made, early_exit=rule.early)

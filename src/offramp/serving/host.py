@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -39,6 +40,10 @@ class Opened:
     ids: Any
 
 
+CheckRoom = Callable[[int, int], None]
+"""Raises `InputError` where so many tokens of a prompt and its answer do not fit a slot."""
+
+
 class Host(Protocol):
     """The layers of one engine, in PyTorch or in a runtime. plan: by which answers are written."""
 
@@ -57,7 +62,7 @@ class Host(Protocol):
         """Return True where the model is not what the plan was made of."""
         ...
 
-    def alone(self, request: Request, streamer: Any) -> Any:
+    def alone(self, request: Request, streamer: Any, check_room: CheckRoom) -> Any:
         """Return the answer of a request that is not written beside others, as `output` does; None:
         it is. streamer: is told of its tokens."""
         ...

@@ -37,7 +37,7 @@ from offramp.core.models.readings import OWN
 from offramp.features.prefix_cache import PrefixCache
 from offramp.features.vision_cache import VisionCache
 from offramp.serving.engine_config import EngineConfig
-from offramp.serving.host import OnSettled, Opened
+from offramp.serving.host import CheckRoom, OnSettled, Opened
 from offramp.serving.job import tokens_of
 from offramp.serving.request import Request
 from offramp.serving.slot_memory import check_room
@@ -78,7 +78,9 @@ class PreparedHost:
     def renew(self, request: Request) -> bool:
         return False
 
-    def alone(self, request: Request, streamer: Any) -> GenerationOutput | None:
+    def alone(
+        self, request: Request, streamer: Any, check_room: CheckRoom
+    ) -> GenerationOutput | None:
         return None
 
     def open(self, request: Request, on_token: OnSettled) -> Opened:
@@ -151,7 +153,9 @@ class TorchHost(PreparedHost):
         self._make()
         return True
 
-    def alone(self, request: Request, streamer: Any) -> GenerationOutput | None:
+    def alone(
+        self, request: Request, streamer: Any, check_room: CheckRoom
+    ) -> GenerationOutput | None:
         """Answer the first request of a shape, which the model reads again, and those that slots
         do not answer rightly."""
         backbone, share = self.backbone, self.backbone.decoding.again
@@ -161,6 +165,8 @@ class TorchHost(PreparedHost):
         verdict = backbone.readings.verdicts.get(shape_of(backbone, request.inputs, way(plan)))
         if verdict == "slots":
             return None
+        opened = super().open(request, lambda *_: None)
+        check_room(opened.ids.shape[-1], opened.longest)
         kept = {name: self._how[name] for name in ("vision_cache", "prefix_cache")}
         return generate(
             backbone, request.inputs, planned=lambda: plan, streamer=streamer, seed=request.seed,

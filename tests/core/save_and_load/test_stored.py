@@ -136,6 +136,8 @@ RUN: dict[Place, tuple[Any, ...]] = {
 }
 WAY: dict[Place, tuple[Any, ...]] = {
     ("ways",): (*NOT_A_LIST, [], [3], [{}]),
+    ("threads",): (*NOT_A_NUMBER, 0),
+    ("backbone",): (*NOT_A_TEXT, None),
     ("ways", 0, "answer"): (*NOT_A_NUMBER, -1, 0),
     ("ways", 0, "load"): (*NOT_A_NUMBER, -1),
     ("ways", 0, "engine"): (*NOT_A_TEXT, None),
@@ -292,8 +294,9 @@ def test_a_damaged_certificate_is_said(tmp_path: Path) -> None:
 
 def test_a_damaged_choice_of_auto_is_measured_again(tmp_path: Path) -> None:
     file, way = tmp_path / "auto.json", auto.Timed("torch", "torch", 1.0, 0.5, {"engine": "torch"})
-    auto._keep(file, [way])
-    assert auto._read(file) == [way]
+    found = auto.Found("tiny", 1, [way])
+    auto._keep(file, found)
+    assert auto._read(file) == found
     content = file.read_bytes()
     cases = [(w, json.dumps(m).encode()) for w, m in damaged(json.loads(content), WAY)]
     for what, made in [*cases, *texts(content)]:

@@ -61,7 +61,7 @@ class EdgeHost:
     def stale(self, request: Request) -> bool:
         return False
 
-    def alone(self, request: Request, streamer: Any) -> None:
+    def alone(self, request: Request, streamer: Any, check_room: Any) -> None:
         return None
 
     def renew(self, request: Request) -> bool:

@@ -135,10 +135,17 @@ def _runs(row: Sequence[int], mark: int) -> int:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run the model itself, by one thread at a time; what it notes on its modules goes again."""
+    """Run the model itself, on copies of its buffers and by one thread at a time; what it notes on
+    its modules goes again."""
     with _LOCKS.setdefault(model, threading.RLock()), torch.inference_mode():
         own = [(vars(module), dict(vars(module)), module._buffers, dict(module._buffers))
                for module in model.modules()]  # fmt: skip
+        copies: dict[Tensor | None, Tensor | None] = {None: None}  # as some write into theirs
+        for _, _, buffers, held in own:
+            for name, value in held.items():
+                if value not in copies:
+                    copies[value] = value.clone()
+                buffers[name] = copies[value]
         try:
             yield
         finally:
