@@ -40,6 +40,7 @@ test-vllm: $(READY) $(VLLM_READY)  ## the plug-in inside vLLM, in a venv of its 
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 check: lint test test-research

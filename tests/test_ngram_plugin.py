@@ -19,7 +19,7 @@ from fakes import Blip2FakeProcessor, examples
 from families import one_row
 
 from offramp import Adapter, ExitPolicy, generate
-from offramp.adapter.certificate import Settings
+from offramp.adapter.certificate import VerificationSettings
 from offramp.adapter.shipped import example_picture
 from offramp.calibration.verification import Verification
 from offramp.core import plugins
@@ -144,7 +144,7 @@ def test_its_answers_are_verified(ngram: str, backbone: Any, exits: Any) -> None
     policy = ExitPolicy(lossless=True, drafts={ngram: 0.0})
     adapter = Adapter(backbone("blip2-opt"), exits("blip2-opt"), policy)
     encoder = InputProcessor(adapter.backbone, Blip2FakeProcessor("blip2-opt"))
-    sizes = Settings(rows=(2,), slots=3, longest=12)
+    sizes = VerificationSettings(rows=(2,), slots=3, longest=12)
     paths = Verification(adapter, encoder, examples(3), settings=sizes).run()
     assert {"full", "lossless", "lossless, 2 rows", "lossless, among 3"} <= {p.path for p in paths}
     assert all(path.promised and path.exact for path in paths)

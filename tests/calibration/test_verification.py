@@ -17,7 +17,13 @@ from fakes import Blip2FakeProcessor, examples
 from families import build
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.certificate import CERTIFICATE, Certificate, PathResult, Run, Settings
+from offramp.adapter.certificate import (
+    CERTIFICATE,
+    Certificate,
+    PathResult,
+    Run,
+    VerificationSettings,
+)
 from offramp.adapter.model_card import model_card, with_verified
 from offramp.adapter.records import CARD
 from offramp.adapter.shipped import load_tiny
@@ -38,7 +44,7 @@ from offramp.core.save_and_load import read_config
 from offramp.engines.packed import prepack
 from offramp.features.input_processor import InputProcessor
 
-SIZES = Settings(rows=(2,), slots=3, longest=6)
+SIZES = VerificationSettings(rows=(2,), slots=3, longest=6)
 ALONE = ("full", "early exit", "lossless")
 
 
@@ -276,7 +282,7 @@ def test_rows_of_a_runtime_are_held_to_what_it_writes_alone(
 def test_bad_sizes_are_refused() -> None:
     for wrong in ({"rows": (1,)}, {"slots": 0}, {"longest": 0}):
         with pytest.raises(InputError):
-            Settings(**wrong)  # type: ignore[arg-type]
+            VerificationSettings(**wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no prompts"):
         Verification(None, None, [])  # type: ignore[arg-type]
 

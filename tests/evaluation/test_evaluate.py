@@ -36,7 +36,7 @@ from offramp.evaluation import results
 from offramp.evaluation.evaluate import evaluate, rescore
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.run_log import RunLog
-from offramp.evaluation.tasks import TASK_METRICS, Settings
+from offramp.evaluation.tasks import TASK_METRICS, EvaluationSettings
 from offramp.features.input_processor import InputProcessor
 
 DEPTHS = (2, 4)
@@ -299,7 +299,7 @@ def test_drafts_that_share_the_prompts_call_count_as_decoding(tmp_path: Path) ->
         if "settings" not in row
     }  # fmt: skip
     stored = next(row["settings"] for row in rows if "settings" in row)
-    result = results.score(done, items_of(), Settings("gqa", **QUICK), stored)
+    result = results.score(done, items_of(), EvaluationSettings("gqa", **QUICK), stored)
     assert result["compared"]["speedup"]["decode"]["value"] == 3.0  # 6 over 5 - 3
     assert result["compared"]["speedup"]["end_to_end"]["value"] == 9 / 5
 
@@ -552,7 +552,7 @@ def test_a_missing_package_is_noticed_before_anything_is_generated(
 )
 def test_settings_that_cannot_be_used_are_named(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError) as error:
-        Settings(**settings)
+        EvaluationSettings(**settings)
     assert words in str(error.value)
 
 

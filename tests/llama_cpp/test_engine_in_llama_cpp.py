@@ -15,7 +15,7 @@ from fakes import Blip2FakeProcessor, examples
 from gguf_cases import adapter_of, drafting, refused
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.certificate import Settings
+from offramp.adapter.certificate import VerificationSettings
 from offramp.calibration.verification import Verification
 from offramp.core.decoding.policy import GenerationOutput
 from offramp.core.errors import InputError
@@ -126,7 +126,7 @@ def test_a_text_about_ever_new_images_is_prepared_once(made: Any) -> None:
 def test_the_runtime_is_verified_alone_in_batches_and_in_company(made: Any) -> None:
     adapter, folder = made("llava")
     encoder = InputProcessor(adapter.backbone, Blip2FakeProcessor("llava"))
-    sizes = Settings(rows=(2, 4), slots=SLOTS, longest=6)
+    sizes = VerificationSettings(rows=(2, 4), slots=SLOTS, longest=6)
     with LlamaCppRuntime(adapter, folder, engine=ENGINE) as runtime:
         one = Verification(adapter, encoder, examples(4), runtime=runtime, settings=sizes)
         assert one._inputs[-1]["input_ids"].shape[1] == CONTEXT - sizes.longest

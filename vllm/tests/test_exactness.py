@@ -91,9 +91,7 @@ def test_full_depth_runs_no_exit(made: Any, serve: Any, monkeypatch: pytest.Monk
     expect(answers(llm, prompts(full), extra_args=FULL), full)
 
 
-def test_modes_and_thresholds_of_one_batch_do_not_disturb_each_other(
-    made: Any, serve: Any
-) -> None:
+def test_modes_and_thresholds_of_one_batch_do_not_disturb_each_other(made: Any, serve: Any) -> None:
     from vllm import SamplingParams
 
     folder = made("llama")
@@ -137,9 +135,7 @@ def test_full_depth_answers_of_low_priority_go_beside_early_ones(made: Any, serv
     assert got[1::2] == [row["tokens"] for row in full]
 
 
-def test_a_watch_counts_early_answers_that_the_full_model_gives_too(
-    made: Any, serve: Any
-) -> None:
+def test_a_watch_counts_early_answers_that_the_full_model_gives_too(made: Any, serve: Any) -> None:
     from prometheus_client import REGISTRY
 
     def count(same: str) -> float:
@@ -190,9 +186,7 @@ def test_prompts_logprobs_are_the_full_models(made: Any, serve: Any) -> None:
         from vllm import SamplingParams
 
         llm = serve(folder / "model", exits)
-        params = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False
-        )
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         made_ = llm.generate([{"prompt_token_ids": r} for r in rows], params, use_tqdm=False)
         found.append([
             one.logprob for m in made_ for at in m.prompt_logprobs[1:] for one in at.values()

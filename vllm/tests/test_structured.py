@@ -28,9 +28,7 @@ def choose(made: Any, serve: Any) -> Any:
         found = []
         for start in range(0, len(TEXTS), at_once):
             found += llm.generate([*TEXTS[start : start + at_once]], params, use_tqdm=False)
-        return [
-            (one.outputs[0].text, depths_of(one)) for one in found
-        ]
+        return [(one.outputs[0].text, depths_of(one)) for one in found]
 
     return ask
 

@@ -46,9 +46,7 @@ def test_adapters_in_one_batch_answer_as_the_models_they_are_merged_into(
     from vllm import SamplingParams
 
     folder = made("llama")
-    llm = serve(
-        folder / "model", folder / "export", enable_lora=True, max_loras=2, max_lora_rank=8
-    )
+    llm = serve(folder / "model", folder / "export", enable_lora=True, max_loras=2, max_lora_rank=8)
     expect(answers(llm, prompts(stored(folder))), stored(folder))
     names = "one", "two"
     asked = {name: LoRARequest(name, at, str(folder / name)) for at, name in enumerate(names, 1)}

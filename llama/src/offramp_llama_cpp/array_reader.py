@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Query, Word
-from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.rule import ExitVerdict
 from offramp.core.errors import InputError, did_you_mean
 from offramp_llama_cpp.executor import ChainOutput
 from offramp_llama_cpp.graphs import Array
@@ -75,21 +75,21 @@ class ArrayHeads:
 
     def verdicts(
         self, depth: int, output: ChainOutput, queries: Sequence[Query | None]
-    ) -> list[Verdict | Exception | None]:
+    ) -> list[ExitVerdict | Exception | None]:
         return [
             None if query is None else self._verdict(depth, output.logits[place], query)
             for place, query in enumerate(queries)
         ]
 
-    def _verdict(self, depth: int, logits: Array, query: Query) -> Verdict:
+    def _verdict(self, depth: int, logits: Array, query: Query) -> ExitVerdict:
         sampler, rule = query.sampler, query.rule
         scored = rule.scored(depth)
         if sampler.plain:
             largest = int(logits.argmax())
             token = largest if self._ids is None else self._ids[largest]
-            return Verdict(token, self._score(logits, logits[largest]) if scored else math.nan)
+            return ExitVerdict(token, self._score(logits, logits[largest]) if scored else math.nan)
         allowed = sampler.allowed(logits, self._shortlist, query.before)
-        verdict = Verdict(-1, self._score(allowed, allowed.max()) if scored else math.nan)
+        verdict = ExitVerdict(-1, self._score(allowed, allowed.max()) if scored else math.nan)
         if rule.exits(depth, verdict):
             token = sampler.choose(allowed, self._shortlist, query.before)
             verdict = verdict._replace(token=token)

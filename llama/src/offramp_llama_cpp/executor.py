@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from offramp.core.decoding.drafting import DraftBudget, Drafts, FeedOn
-from offramp.core.decoding.executor import Loaded, Span
+from offramp.core.decoding.executor import LoadedPrompt, Span
 from offramp.core.decoding.reader import Decide
 from offramp_llama_cpp.chain import SegmentChain
 from offramp_llama_cpp.drafter import ChainDrafter
@@ -108,13 +108,13 @@ class ChainExecutor:
             return ChainPrompt(slot, columns, None, self._stand[place])
         return ChainPrompt(slot, columns, chain.finish(1, slot), None)
 
-    def load(self, prompt: ChainPrompt, row: int) -> Loaded:
+    def load(self, prompt: ChainPrompt, row: int) -> LoadedPrompt:
         columns, depths = prompt.columns, self.depths
         ran = len(depths) + 1
         if prompt.waits is not None:
             ran = depths.index(prompt.waits) + 1
         self._free.discard(prompt.slot)
-        return Loaded(prompt.slot, columns, [columns] * ran + [0] * (len(depths) + 1 - ran))
+        return LoadedPrompt(prompt.slot, columns, [columns] * ran + [0] * (len(depths) + 1 - ran))
 
     def feed(
         self,

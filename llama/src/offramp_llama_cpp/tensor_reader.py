@@ -16,7 +16,7 @@ import torch
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Query, Word
-from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.rule import ExitVerdict
 from offramp.core.decoding.scores import SCORES, max_probability
 from offramp.core.engine.heads import ExitHeads
 from offramp.core.executors.segments import ExitOutput
@@ -41,7 +41,7 @@ class TensorHeads(ExitHeads):
 
     def verdicts(
         self, depth: int, output: Any, queries: Sequence[Query | None]
-    ) -> list[Verdict | Exception | None]:
+    ) -> list[ExitVerdict | Exception | None]:
         arrays = self._arrays if SCORES["max_probability"] is max_probability else None
         if arrays is not None and all(q is None or q.sampler.plain for q in queries):
             return arrays.verdicts(depth, output, queries)

@@ -26,7 +26,7 @@ _AGAIN = "Delete it, and run `offramp verify` again."
 
 
 @dataclass(frozen=True)
-class Settings:
+class VerificationSettings:
     """Sizes of a verification.
 
     rows: of static batches. slots: requests in company. longest: tokens of the longest answer.

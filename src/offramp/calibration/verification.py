@@ -21,7 +21,7 @@ from torch import Tensor
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import GREEDY
-from offramp.adapter.certificate import PathResult, Run, Settings, finite
+from offramp.adapter.certificate import PathResult, Run, VerificationSettings, finite
 from offramp.adapter.runtime import Runtime
 from offramp.calibration.trust_path import NOTHING
 from offramp.common.provenance import provenance
@@ -33,7 +33,7 @@ from offramp.core.decoding.policy import (
     policy_to_json,
 )
 from offramp.core.decoding.reader import Query
-from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.rule import ExitVerdict
 from offramp.core.decoding.scheduler import Schedule
 from offramp.core.engine.sampler import Sampler
 from offramp.core.errors import InputError, OfframpError
@@ -111,12 +111,12 @@ class Verification:
         *,
         policy: ExitPolicy | None = None,
         runtime: Runtime | None = None,
-        settings: Settings | None = None,
+        settings: VerificationSettings | None = None,
     ) -> None:
         """Raise `InputError` where there are no examples, or visual tokens stay behind."""
         if not examples:
             raise InputError("There are no prompts to verify by.", "Give examples.")
-        self.settings: Settings = settings or Settings()
+        self.settings: VerificationSettings = settings or VerificationSettings()
         self.policy: ExitPolicy = adapter.policy if policy is None else policy
         self.adapter: Adapter = adapter
         self.encoder: InputProcessor = encoder
@@ -386,7 +386,7 @@ class Verification:
                 parts = (entries[depth], states[depth], entries[depth - 1])
                 output = ExitOutput(*(backbone.here(part[0, -1:]) for part in parts))
                 [verdict] = heads.verdicts(depth, output, [query])
-                if not isinstance(verdict, Verdict):
+                if not isinstance(verdict, ExitVerdict):
                     assert verdict is not None
                     raise verdict
                 score = verdict.score

@@ -312,9 +312,7 @@ def model_options(
         adapter_options(parser, group, engines, auto=auto)
 
 
-def adapter_options(
-    parser: Parser, group: Any, engines: Engines, *, auto: bool = False
-) -> None:
+def adapter_options(parser: Parser, group: Any, engines: Engines, *, auto: bool = False) -> None:
     """Add the options of how an adapter that was named is loaded. engines, auto: as of
     `model_options`."""
     group.add_argument("--backbone", metavar="NAME", help=f"{BACKBONE} (default: the adapter's)")

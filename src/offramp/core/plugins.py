@@ -24,7 +24,14 @@ from offramp.core.missing import how_to_install
 log = logging.getLogger(__name__)
 
 Seam = Literal[
-    "scores", "drafters", "exits", "losses", "engines", "exporters", "commands", "programs",
+    "scores",
+    "drafters",
+    "exits",
+    "losses",
+    "engines",
+    "exporters",
+    "commands",
+    "programs",
     "models",
 ]
 """The groups, without "offramp." before them."""

@@ -123,6 +123,5 @@ def check_asked(engine: str, gguf: Any, quantize: str | None = None, vision: str
     if brings and named not in brings:
         raise InputError(
             f"--vision {vision} sees for --engine {brings[0]} alone.",
-            f"Give --engine {brings[0]} and --gguf FOLDER, or another of "
-            f"{', '.join(VISION[1:])}.",
+            f"Give --engine {brings[0]} and --gguf FOLDER, or another of {', '.join(VISION[1:])}.",
         )

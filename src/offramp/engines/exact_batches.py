@@ -12,9 +12,7 @@ from offramp.engines.packed import prepack
 
 def open(model: Any, **_: Any) -> Any:
     """The model, exact in any company, its weights laid out in place."""
-    backbone, exits = (
-        (model.backbone, model.exits) if isinstance(model, Adapter) else (model, None)
-    )
+    backbone, exits = (model.backbone, model.exits) if isinstance(model, Adapter) else (model, None)
     prepack(backbone, exits, every=True)
     exact = backbone.with_decoding(exact_batches=True)
     return exact if exits is None else replace(model, backbone=exact)

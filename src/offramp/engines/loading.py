@@ -244,9 +244,7 @@ def _open(
     if brought is not None:
         adapter = brought(adapter, way.gguf, threads)
     several = engine.together if sequences is None else sequences
-    model = engine.open(
-        adapter, gguf=way.gguf, context=context, threads=threads, sequences=several
-    )
+    model = engine.open(adapter, gguf=way.gguf, context=context, threads=threads, sequences=several)
     if engine.replaces and not keep_decoder and hasattr(model, "release_decoder"):
         model.release_decoder()
     own_adapter = model if isinstance(model, Adapter) else getattr(model, "adapter", adapter)
@@ -289,9 +287,7 @@ def open_backbone(
     return backbone, with_shrink_on_load(processor) if shrink_on_load else processor
 
 
-def choose_device(
-    asked: str | None, *, is_tiny: bool = False, quantize: str | None = None
-) -> str:
+def choose_device(asked: str | None, *, is_tiny: bool = False, quantize: str | None = None) -> str:
     """Return where the backbone runs; says which and why, where the machine has a GPU.
 
     Raises:

@@ -36,7 +36,7 @@ from offramp.data.item import Item
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
-from offramp.evaluation.tasks import Settings, as_items
+from offramp.evaluation.tasks import EvaluationSettings, as_items
 from offramp.features.input_processor import InputProcessor
 from offramp.promises.conditions import kernels
 
@@ -72,7 +72,7 @@ def evaluate(
         resume: go on with the run in `out`; what is answered there is kept.
         allow_seen: take images that the adapter was trained or calibrated on.
         progress: wraps the batches that are still to do.
-        settings: fields of `offramp.evaluation.tasks.Settings`.
+        settings: fields of `offramp.evaluation.tasks.EvaluationSettings`.
 
     Returns:
         `n` examples; by mode `metrics` (each with value, low, high and maybe a note), `unavailable`
@@ -87,7 +87,7 @@ def evaluate(
             adapter's training or calibration.
         StorageError: a file cannot be read or written, or another run is writing to `out`.
     """
-    plan = Settings(task, **settings)
+    plan = EvaluationSettings(task, **settings)
     items = as_items(examples, task)
     model = model if isinstance(model, Adapter) else Backbone.of(model)
     if isinstance(model, Adapter) and plan.mode != "full" and not allow_seen:
@@ -113,7 +113,7 @@ def rescore(
 
     Examples that have no answer there are left out and counted under `missing`.
     """
-    plan = Settings(task, **settings)
+    plan = EvaluationSettings(task, **settings)
     items = as_items(examples, task)
     stored, done = read_rows(Path(out) / ROWS)
     if stored.get("task") != task:
@@ -133,7 +133,11 @@ def rescore(
 
 
 def _scored(
-    done: Done, items: Sequence[Item], plan: Settings, stored: Mapping[str, Any], out: Path
+    done: Done,
+    items: Sequence[Item],
+    plan: EvaluationSettings,
+    stored: Mapping[str, Any],
+    out: Path,
 ) -> dict[str, Any]:
     """The result, with its origin, written to the run's folder."""
     digest = examples_digest(item.example for item in items)
@@ -153,7 +157,7 @@ class _Answerer:
         self,
         model: Adapter | Backbone,
         encoder: InputProcessor,
-        plan: Settings,
+        plan: EvaluationSettings,
         policy: ExitPolicy | None,
         runtime: Runtime | None = None,
     ) -> None:
@@ -256,7 +260,7 @@ class _Answerer:
         return {"candidate_scores": scores, "ranked_by": "policy" if policy.thresholds else "full"}
 
 
-def _check_runtime(runtime: Runtime | None, plan: Settings) -> None:
+def _check_runtime(runtime: Runtime | None, plan: EvaluationSettings) -> None:
     """Raise `InputError` where `runtime` cannot do what is planned."""
     if runtime is None:
         return

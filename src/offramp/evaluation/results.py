@@ -16,7 +16,7 @@ from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.metrics import Measured, gold_rank, ndcg, rank_measures
 from offramp.evaluation.run_log import Done, Row
 from offramp.evaluation.statistics import Measure, interval, mean_of, mean_of_some
-from offramp.evaluation.tasks import Settings
+from offramp.evaluation.tasks import EvaluationSettings
 from offramp.evaluation.timing import decoding
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ Pairs = Sequence[tuple[Item, Row]]
 
 
 def score(
-    done: Done, items: Sequence[Item], plan: Settings, stored: Mapping[str, Any]
+    done: Done, items: Sequence[Item], plan: EvaluationSettings, stored: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Metrics of the answers that are there; see `evaluate` for the keys.
 
@@ -72,7 +72,7 @@ def _beside_full(done: Done, mode: str, key: str) -> Row:
 # -- quality -------------------------------------------------------------------------------------
 
 
-def _measure_captions(pairs: Pairs, plan: Settings) -> Measured:
+def _measure_captions(pairs: Pairs, plan: EvaluationSettings) -> Measured:
     return caption_scores(
         {item.key: row["answer"] for item, row in pairs},
         {item.key: item.references for item, _ in pairs},
@@ -81,13 +81,13 @@ def _measure_captions(pairs: Pairs, plan: Settings) -> Measured:
     )
 
 
-def _measure_questions(pairs: Pairs, plan: Settings) -> Measured:
+def _measure_questions(pairs: Pairs, plan: EvaluationSettings) -> Measured:
     answers = [row["answer"] for _, row in pairs]
     references = [item.references for item, _ in pairs]
     return Measured({n: mean_of(ANSWER_QUALITIES[n](answers, references)) for n in plan.wanted})
 
 
-def _measure_dialogue(pairs: Pairs, plan: Settings) -> Measured:
+def _measure_dialogue(pairs: Pairs, plan: EvaluationSettings) -> Measured:
     """NDCG is over the rounds of which a candidate is relevant: of others it is not defined."""
     scored = [(item, row["candidate_scores"]) for item, row in pairs]
     measures = rank_measures([gold_rank(scores, item.gold or 0) for item, scores in scored])
@@ -101,7 +101,7 @@ def _measure_dialogue(pairs: Pairs, plan: Settings) -> Measured:
     )
 
 
-_MEASURERS: dict[str, Callable[[Pairs, Settings], Measured]] = {
+_MEASURERS: dict[str, Callable[[Pairs, EvaluationSettings], Measured]] = {
     "captions": _measure_captions,
     "vqa": _measure_questions,
     "okvqa": _measure_questions,
@@ -110,13 +110,15 @@ _MEASURERS: dict[str, Callable[[Pairs, Settings], Measured]] = {
 }
 
 
-def _metrics(measures: Mapping[str, Measure], pairs: Pairs, plan: Settings) -> dict[str, Any]:
+def _metrics(
+    measures: Mapping[str, Measure], pairs: Pairs, plan: EvaluationSettings
+) -> dict[str, Any]:
     items = [item for item, _ in pairs]
     return {name: _shown(measure, items, plan) for name, measure in measures.items()}
 
 
 def _shown(
-    measure: Measure, items: Sequence[Item], plan: Settings, minus: Measure | None = None
+    measure: Measure, items: Sequence[Item], plan: EvaluationSettings, minus: Measure | None = None
 ) -> dict[str, Any]:
     """A metric as JSON; questions about one image are resampled together."""
     ends = interval(
@@ -133,7 +135,7 @@ def _shown(
     return {"value": value, "low": low, "high": high, **note}
 
 
-def _by_group(pairs: Pairs, plan: Settings) -> dict[str, Any]:
+def _by_group(pairs: Pairs, plan: EvaluationSettings) -> dict[str, Any]:
     """Metrics within each group that the data names, such as VQA's answer types."""
     groups: dict[str, Any] = {}
     for name, value in sorted({group for item, _ in pairs for group in item.groups.items()}):
@@ -149,7 +151,7 @@ def _by_group(pairs: Pairs, plan: Settings) -> dict[str, Any]:
 # -- one mode ------------------------------------------------------------------------------------
 
 
-def _mode(pairs: Pairs, measured: Measured, plan: Settings) -> dict[str, Any]:
+def _mode(pairs: Pairs, measured: Measured, plan: EvaluationSettings) -> dict[str, Any]:
     rows = [row for _, row in pairs]
     depths = Counter(depth for row in rows for depth in row["depths"])
     tokens = sum(depths.values())
@@ -194,7 +196,7 @@ def _compared(
     items: Sequence[Item],
     pairs: Mapping[str, Pairs],
     measured: Mapping[str, Measured],
-    plan: Settings,
+    plan: EvaluationSettings,
 ) -> dict[str, Any]:
     before, after = measured["full"].measures, measured["early_exit"].measures
     rows = [(a, b) for (_, a), (_, b) in zip(pairs["full"], pairs["early_exit"], strict=True)]

@@ -27,7 +27,7 @@ _LONGEST_ANSWER = 10  # to a question
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """One evaluation. What changes an answer is stored with the answers.
 
     mode: "full", "early_exit", or "both", which takes turns at every example.

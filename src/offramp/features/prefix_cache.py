@@ -105,12 +105,12 @@ class PrefixCache:
         self._lock = threading.Lock()
 
     @contextmanager
-    def serving(self, run: Reader) -> Iterator[Served | None]:
+    def serving(self, run: Reader) -> Iterator[PrefixUse | None]:
         """Stand before the prompt that `run` reads meanwhile, and keep it once it was read."""
         if not run.backbone.reads_in_parts:
             yield None
             return
-        served = Served(self, run)
+        served = PrefixUse(self, run)
         try:
             yield served
         finally:
@@ -167,7 +167,7 @@ class PrefixCache:
             (self._held if prompt.layers else self._glimpsed)[self._count] = prompt
 
 
-class Served:
+class PrefixUse:
     """One generation's part of a cache: shortens its prefill, and keeps its prompt.
 
     keeps: whether the prompt is worth running whole, known once the stack is called.

@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.core.decoding.executor import too_long
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Query
-from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.rule import ExitVerdict
 from offramp.core.decoding.scheduler import Schedule
 from offramp.core.engine.heads import ExitHeads
 from offramp.core.engine.plan import plan_of
@@ -102,9 +102,9 @@ class _Scripted(ExitHeads):
 
     def verdicts(
         self, depth: int, output: ExitOutput, queries: Sequence[Query | None]
-    ) -> list[Verdict | Exception | None]:
+    ) -> list[ExitVerdict | Exception | None]:
         number = self._depths.index(depth) + 1
-        made: list[Verdict | Exception | None] = []
+        made: list[ExitVerdict | Exception | None] = []
         for query in queries:
             if query is None:
                 made.append(None)
@@ -113,7 +113,7 @@ class _Scripted(ExitHeads):
             place = len(query.before)
             takes = self._lossless or self._script[place % len(self._script)] == number
             wrong = self._lossless and place % 2 == 1
-            made.append(Verdict(query.sampler.given(place, wrong), float(takes)))
+            made.append(ExitVerdict(query.sampler.given(place, wrong), float(takes)))
         return made
 
 

@@ -214,7 +214,6 @@ def _tokens_digest(tokenizer: Any) -> str | None:
     return _digest(json.dumps([sorted(tokenizer.get_vocab().items()), tried], default=str))
 
 
-
 _AS_LOADED, _CHANGED = "as loaded", "changed after they were loaded"
 
 

@@ -89,8 +89,7 @@ class Host(Protocol):
 
 
 class BatchRuntime(Runtime, Protocol):
-    """A runtime whose rows are answers of a batch engine, each with a prompt and mode of its own.
-    """
+    """A runtime whose rows are answers of a batch engine, each to a prompt in its own mode."""
 
     adapter: Adapter
 

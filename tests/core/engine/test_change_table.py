@@ -141,9 +141,7 @@ def write(tensor: torch.Tensor, factor: float = -1.5) -> None:
 
 def lora(used: InUse, *targets: str) -> None:
     torch.manual_seed(3)
-    config = LoraConfig(
-        r=4, lora_alpha=64, target_modules=list(targets), init_lora_weights=False
-    )
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=list(targets), init_lora_weights=False)
     inject_adapter_in_model(config, used.model)
 
 

@@ -94,9 +94,7 @@ def exits_loaded(exported: Exported) -> Iterator[None]:
         DefaultModelLoader.get_all_weights = theirs  # type: ignore[method-assign]
 
 
-def with_exits(
-    weights: Iterable[tuple[str, Any]], exported: Exported
-) -> Iterator[tuple[str, Any]]:
+def with_exits(weights: Iterable[tuple[str, Any]], exported: Exported) -> Iterator[tuple[str, Any]]:
     """The checkpoint's tensors by name, then the exits' as layers L, L + 1, and so on.
 
     Raises:

@@ -129,9 +129,7 @@ def _looks(core: Any, exported: Exported, pictures: Sequence[Checked]) -> list[A
         for one in pictures:
             picture = Image.open(exported.folder / str(one.image)).convert("RGB")
             prompt = {"prompt_token_ids": [*one.prompt], "multi_modal_data": {"image": picture}}
-            made.append(
-                processor.process_inputs("0", prompt, SamplingParams(), ("generate",))
-            )
+            made.append(processor.process_inputs("0", prompt, SamplingParams(), ("generate",)))
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         log.warning("Answers about pictures are not checked: %s", why)

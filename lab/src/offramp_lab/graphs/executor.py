@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from offramp.core.decoding.executor import Handle, Loaded, Span, check_context
+from offramp.core.decoding.executor import Handle, LoadedPrompt, Span, check_context
 from offramp.core.decoding.reader import Query, Word
-from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.rule import ExitVerdict
 from offramp.core.decoding.sequence import NAN
 from offramp.core.engine.heads import ExitHeads
 from offramp.core.executors.prompt import Prompt
@@ -62,7 +62,7 @@ class GraphExecutor:
 
     # -- sequences -------------------------------------------------------------------------------
 
-    def load(self, prompt: Prompt, row: int) -> Loaded:
+    def load(self, prompt: Prompt, row: int) -> LoadedPrompt:
         """Take over a prompt.
 
         Raises:
@@ -163,12 +163,12 @@ class GraphHeads(ExitHeads):
 
     def verdicts(
         self, depth: int, output: Any, queries: Sequence[Query | None]
-    ) -> list[Verdict | Exception | None]:
+    ) -> list[ExitVerdict | Exception | None]:
         if isinstance(output, GraphOutput):
             if output.states is None:
                 return [
                     None if query is None
-                    else Verdict(token, score if query.rule.scored(depth) else NAN)
+                    else ExitVerdict(token, score if query.rule.scored(depth) else NAN)
                     for query, token, score in zip(queries, *output.said, strict=True)
                 ]  # fmt: skip
             output = output.states

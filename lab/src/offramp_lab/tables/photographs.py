@@ -42,7 +42,7 @@ def talk_questions() -> Table:
             kind,
             f"{of['count']}",
             f"{of['right']:.0%}",
-            f"{of['constant_right']:.0%}, \"{of['constant']}\"",
+            f'{of["constant_right"]:.0%}, "{of["constant"]}"',
             with_range(f"{of['above']:+.0%}", of["above_interval"], "+.0%"),
         )
         for kind, of in record("talk")["questions"].items()

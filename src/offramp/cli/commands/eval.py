@@ -72,12 +72,12 @@ def _options(parser: Parser) -> None:
 
 
 def _evaluation_options(parser: Parser) -> None:
-    from offramp.evaluation.tasks import TASK_METRICS, WHICH, Settings
+    from offramp.evaluation.tasks import TASK_METRICS, WHICH, EvaluationSettings
 
     group = parser.add_argument_group("evaluation")
     name_option(group, "--task", TASK_METRICS, "task", required=True)
     field_option(
-        group, Settings, "mode", "which models answer", choices=WHICH, default=None,
+        group, EvaluationSettings, "mode", "which models answer", choices=WHICH, default=None,
         shown="both; without exits full",
     )  # fmt: skip
     metrics = sorted({metric for metrics in TASK_METRICS.values() for metric in metrics})
@@ -94,14 +94,14 @@ def _eval(arguments: argparse.Namespace) -> None:
     from offramp.core.storage.folders import check_writable
     from offramp.evaluation.evaluate import RESULT, evaluate, rescore
     from offramp.evaluation.run_log import ROWS
-    from offramp.evaluation.tasks import Settings
+    from offramp.evaluation.tasks import EvaluationSettings
     from offramp.features.input_processor import InputProcessor
 
     settings = {n: getattr(arguments, n) for n in ("batch_size", "max_new_tokens")}
     alone = arguments.adapter is None and not arguments.rescore
     settings["mode"] = arguments.mode or ("full" if alone else "both")
     settings["metrics"] = None if arguments.metrics is None else tuple(arguments.metrics)
-    Settings(arguments.task, **settings)  # a mistake should not wait for data and model
+    EvaluationSettings(arguments.task, **settings)  # a mistake should not wait for data and model
     check_engine(arguments)
     if alone and engine_named(arguments.engine).replaces:
         raise InputError(f"--engine {arguments.engine} runs an adapter.", "Name one first.")

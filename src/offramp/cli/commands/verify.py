@@ -91,7 +91,7 @@ def _options(parser: Parser) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from offramp.adapter.certificate import Settings
+    from offramp.adapter.certificate import VerificationSettings
     from offramp.calibration.verification import Verification, own_examples, with_thresholds
     from offramp.common.progress import progress_bar
     from offramp.core.storage.folders import check_writable
@@ -100,7 +100,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         for name, (value, _) in QUICK.items():
             if name not in getattr(arguments, "given", {}):
                 setattr(arguments, name, value)
-    settings = Settings(arguments.rows, arguments.slots, arguments.max_new_tokens)
+    settings = VerificationSettings(arguments.rows, arguments.slots, arguments.max_new_tokens)
     check_engine(arguments)
     kept = _folder(arguments)
     if kept is not None:

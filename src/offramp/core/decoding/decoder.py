@@ -18,7 +18,7 @@ from typing import Any
 from offramp.core.decoding.drafting import Draft, DraftBudget, Drafter
 from offramp.core.decoding.executor import Executor, Span, too_long
 from offramp.core.decoding.reader import Heads, PrefillBackend, Query, TokenSampler
-from offramp.core.decoding.rule import VERIFIED, ExitRule, Verdict
+from offramp.core.decoding.rule import VERIFIED, ExitRule, ExitVerdict
 from offramp.core.decoding.scheduler import AT_ONCE, Call, Load, Schedule, Tally, due
 from offramp.core.decoding.sequence import NAN, Sequence, Token
 from offramp.core.errors import InputError
@@ -249,7 +249,7 @@ class Decoder:
             self.executor.crop(row.handle, row.ran[0])
         return len(made)
 
-    def _exits(self, row: Sequence, depth: int, verdict: Verdict | Exception | None) -> bool:
+    def _exits(self, row: Sequence, depth: int, verdict: ExitVerdict | Exception | None) -> bool:
         """Write the exit's token where the exit is confident enough; return True if it was."""
         if isinstance(verdict, Exception):
             row.error = verdict

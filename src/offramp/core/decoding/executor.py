@@ -25,7 +25,7 @@ class Span(NamedTuple):
     end: int
 
 
-class Loaded(NamedTuple):
+class LoadedPrompt(NamedTuple):
     """A row that an executor took over: its handle, the columns of its prompt, and how many of them
     each segment ran."""
 
@@ -51,7 +51,7 @@ class Executor(Protocol):
     @property
     def feed_on(self) -> Callable[..., list[tuple[int, Any]]] | None: ...
 
-    def load(self, prompt: Any, row: int) -> Loaded:
+    def load(self, prompt: Any, row: int) -> LoadedPrompt:
         """Take over a row of a prompt that was read: by a `PromptReader`, or by one of its own."""
         ...
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
-from offramp.core.decoding.rule import ExitRule, Verdict
+from offramp.core.decoding.rule import ExitRule, ExitVerdict
 
 Decide = Callable[[int, Any], bool]
 """Is told the exit's depth and what the exit made of each row's newest token, as the heads take it;
@@ -69,7 +69,7 @@ class Heads(Protocol):
 
     def verdicts(
         self, depth: int, output: Any, queries: Sequence[Query | None]
-    ) -> list[Verdict | Exception | None]:
+    ) -> list[ExitVerdict | Exception | None]:
         """Return what the exit at `depth` says of each token; None where nothing is asked, or
         nothing that the exit can say is allowed; an error where the row's own rules raised one."""
         ...

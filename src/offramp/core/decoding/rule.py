@@ -13,7 +13,7 @@ VERIFIED = float("inf")
 """A product of probabilities that no drafts reach: the full model verifies them all."""
 
 
-class Verdict(NamedTuple):
+class ExitVerdict(NamedTuple):
     """An exit's opinion of a sequence's next token. score: in [0, 1], NaN where none was
     computed."""
 
@@ -76,7 +76,7 @@ class ExitRule:
         """Return True if somebody reads scores at `depth`: at 0 only whoever multiplies them."""
         return self.thresholds.get(depth) != 0.0 or self.trust not in (None, VERIFIED)
 
-    def exits(self, depth: int, verdict: Verdict) -> bool:
+    def exits(self, depth: int, verdict: ExitVerdict) -> bool:
         """Return True if the token exits, or is drafted, at `depth` with what the exit there
         says."""
         return bool(self.reaches(depth, verdict.score))

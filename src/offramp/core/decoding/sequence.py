@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from offramp.core.decoding.executor import Loaded
+from offramp.core.decoding.executor import LoadedPrompt
 from offramp.core.decoding.reader import Query, TokenSampler
 from offramp.core.decoding.rule import ExitRule
 
@@ -63,7 +63,7 @@ class Sequence:
 
     @classmethod
     def of(
-        cls, sampler: TokenSampler, rule: ExitRule, loaded: Loaded, owner: Any = None
+        cls, sampler: TokenSampler, rule: ExitRule, loaded: LoadedPrompt, owner: Any = None
     ) -> Sequence:
         """Return the answer that begins after a prompt that the executor has loaded."""
         return cls(sampler, rule, loaded.handle, loaded.columns, [*loaded.ran], owner)

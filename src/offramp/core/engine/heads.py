@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offramp.core.decoding.confidence import FEATURE_SCORES
 from offramp.core.decoding.policy import ExitPolicy, shortlist_of_policy
 from offramp.core.decoding.reader import Query, Word
-from offramp.core.decoding.rule import Verdict
+from offramp.core.decoding.rule import ExitVerdict
 from offramp.core.decoding.scores import SCORES, max_probability
 from offramp.core.engine.sampler import NothingAllowed
 from offramp.core.executors.bare import head_code, shortlist_head
@@ -60,7 +60,7 @@ class ExitHeads:
 
     def verdicts(
         self, depth: int, output: ExitOutput, queries: Sequence[Query | None]
-    ) -> list[Verdict | Exception | None]:
+    ) -> list[ExitVerdict | Exception | None]:
         """Return what the exit at `depth` says of each token; None where nothing is asked, or
         nothing that the exit can say is allowed; an error where the row's own rules raised one."""
         if output.state is None and output.logits is None:
@@ -70,16 +70,16 @@ class ExitHeads:
         known = self.scores(look, queries) if any(scored) else [nan] * len(queries)
         # Of a row that reads none there is none, whoever is asked beside it.
         scores = [score if reads else nan for score, reads in zip(known, scored, strict=True)]
-        made: list[Verdict | Exception | None] = [None] * len(queries)
+        made: list[ExitVerdict | Exception | None] = [None] * len(queries)
         exiting: dict[int, Query] = {}
         for row, query in enumerate(queries):
             if query is not None and query.sampler.deep != len(query.before):
-                made[row] = verdict = errors.get(row) or Verdict(-1, scores[row])
-                if isinstance(verdict, Verdict) and query.rule.exits(depth, verdict):
+                made[row] = verdict = errors.get(row) or ExitVerdict(-1, scores[row])
+                if isinstance(verdict, ExitVerdict) and query.rule.exits(depth, verdict):
                     exiting[row] = query
         # Only what is to be written is chosen: processors are asked once for each token.
         for row, word in self._said(look, exiting).items():
-            made[row] = Verdict(word, scores[row]) if isinstance(word, int) else word
+            made[row] = ExitVerdict(word, scores[row]) if isinstance(word, int) else word
         return [None if isinstance(said, NothingAllowed) else said for said in made]
 
     def _look(

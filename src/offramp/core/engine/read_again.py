@@ -140,12 +140,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     with _LOCKS.setdefault(model, threading.RLock()), torch.inference_mode():
         own = [(vars(module), dict(vars(module)), module._buffers, dict(module._buffers))
                for module in model.modules()]  # fmt: skip
-        copies: dict[Tensor | None, Tensor | None] = {None: None}  # as some write into theirs
+        copies: dict[int, Tensor] = {}  # as some write into theirs
         for _, _, buffers, held in own:
             for name, value in held.items():
-                if value not in copies:
-                    copies[value] = value.clone()
-                buffers[name] = copies[value]
+                if value is not None:
+                    buffers[name] = copies.setdefault(id(value), value.clone())
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offramp.core.decoding.drafting import DraftBudget, Drafts
-from offramp.core.decoding.executor import Loaded, Span
+from offramp.core.decoding.executor import LoadedPrompt, Span
 from offramp.core.executors.bare import stack_runs
 from offramp.core.executors.kv_cache import (
     cache_name,
@@ -94,7 +94,7 @@ class StackExecutor(SegmentRunner):
 
     # -- sequences ---------------------------------------------------------------------------
 
-    def load(self, prompt: Prompt, row: int) -> Loaded:
+    def load(self, prompt: Prompt, row: int) -> LoadedPrompt:
         cache, prefill = prompt.cache, prompt.prefill
         if prompt.rows > 1:
             cache, prefill = _row_of(cache, row), prefill.of_row(row)
@@ -113,7 +113,7 @@ class StackExecutor(SegmentRunner):
             held.verified = tokens - 1, prompt.kept[row : row + 1]
         held.ran = [*ran]
         self._held.append(held)
-        return Loaded(held, tokens, ran)
+        return LoadedPrompt(held, tokens, ran)
 
     def release(self, handle: _Row) -> None:
         self._held.remove(handle)

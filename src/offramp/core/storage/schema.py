@@ -132,8 +132,7 @@ def likeness_of(value: Any) -> Any:
 
 
 class Conditions(Struct, frozen=True):
-    """Circumstances that a guarantee holds under; entries of other names are compared as they are.
-    """
+    """Circumstances that a guarantee holds under. Other entries are compared as written."""
 
     dtype: str | None = None
     quantized: str | None = None

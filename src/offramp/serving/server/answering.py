@@ -21,7 +21,7 @@ from offramp.serving.server.api.protocol import ChatRequest, Sampling
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
-from offramp.serving.server.served import GuaranteeStatus, Inputs, NoPromise
+from offramp.serving.server.served import Inputs, NoPromise, Standing
 from offramp.serving.server.service import Place, Service, Use
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Answering:
             for tokens in sizes
             for choice in range(request.n)
         ]  # fmt: skip
-        self.standing: GuaranteeStatus = standing_of_request(service, question, use, hows)
+        self.standing: Standing = standing_of_request(service, question, use, hows)
         self.reply = Reply(
             service.config.name,
             isinstance(request, ChatRequest),
@@ -342,7 +342,7 @@ async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
 
 def standing_of_request(
     service: Service, question: str, use: Use, hows: Sequence[Generation]
-) -> GuaranteeStatus:
+) -> Standing:
     """Return what is guaranteed of the answers to a question, where they may exit early."""
     if use.named != "early_exit":
         return NoPromise()

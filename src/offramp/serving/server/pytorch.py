@@ -177,8 +177,7 @@ class TorchServed:
         return "" if self.adapter is None else self.adapter.kind_of(asked)
 
     def promised(self) -> dict[str, Any] | None:
-        """Return the calibration in a few fields, with its prompts and the length of its answers.
-        """
+        """Return the calibration in a few fields, with its prompts and its answers' length."""
         promise = self.stands().promise
         if promise is None or self.adapter is None:
             return None

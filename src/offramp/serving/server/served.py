@@ -66,8 +66,8 @@ class Prompts(Protocol):
         ...
 
 
-class GuaranteeStatus(Protocol):
-    """A guarantee's status, as of `offramp.promises.guarantee.GuaranteeStatus`."""
+class Standing(Protocol):
+    """A guarantee's status, as of `offramp.promises.guarantee.Standing`."""
 
     @property
     def promise(self) -> Any: ...
@@ -170,7 +170,7 @@ class Served(Protocol):
         longest: int | None = None,
         plain: bool | None = None,
         thresholds: Mapping[int, float] | None = None,
-    ) -> GuaranteeStatus:
+    ) -> Standing:
         """Return what is guaranteed of early answers; what is not given is not compared.
 
         asked: of `Prompter.question`. longest: tokens its answer may have. plain: whether it is

@@ -27,7 +27,7 @@ from offramp.serving.server.inputs.images import ImageSource, is_far
 from offramp.serving.server.inputs.prompts import Prompter
 from offramp.serving.server.metrics import Metrics
 from offramp.serving.server.outbox import Outbox
-from offramp.serving.server.served import GuaranteeStatus, Inputs, Served
+from offramp.serving.server.served import Inputs, Served, Standing
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._pool, look_of, images[0])
 
     def verdict(
-        self, status: GuaranteeStatus, asked: str, use: Use, done: Completion, look: Any,
+        self, status: Standing, asked: str, use: Use, done: Completion, look: Any,
         client: str,
     ) -> Verdict:  # fmt: skip
         """Return what is promised of an answer to a question about one image, and note whether it

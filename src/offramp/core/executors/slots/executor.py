@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offramp.core.decoding.drafting import DraftBudget, Drafts
-from offramp.core.decoding.executor import Loaded, Span
+from offramp.core.decoding.executor import LoadedPrompt, Span
 from offramp.core.executors.prompt import Prompt
 from offramp.core.executors.segments import ExitOutput, Output, joined, picked
 from offramp.core.executors.slots.cache import Call, OneSlot, flat, packed
@@ -44,7 +44,7 @@ class SlotExecutor(SlotRunner):
 
     # -- sequences ---------------------------------------------------------------------------
 
-    def load(self, prompt: Prompt, row: int) -> Loaded:
+    def load(self, prompt: Prompt, row: int) -> LoadedPrompt:
         """Put a row of a prompt that was read into a free slot.
 
         Raises:
@@ -78,7 +78,7 @@ class SlotExecutor(SlotRunner):
         if prompt.kept is not None:
             held.verified = columns - 1, prompt.kept[row : row + 1]
         self.held.by_slot.append(held)
-        return Loaded(held, columns, ran)
+        return LoadedPrompt(held, columns, ran)
 
     def release(self, handle: SlotRow) -> None:
         """Free a slot; the last sequence moves there, so that those in use stand at the front."""
