@@ -67,7 +67,7 @@ class Prompts(Protocol):
 
 
 class Standing(Protocol):
-    """A guarantee's status, as of `offramp.promises.guarantee.Standing`."""
+    """A guarantee's status, as of `offramp.promises.guarantee.GuaranteeStatus`."""
 
     @property
     def promise(self) -> Any: ...
