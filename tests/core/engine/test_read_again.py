@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from typing import Any
 
 import families
@@ -216,3 +218,11 @@ def test_shapes_tell_apart_what_takes_another_way() -> None:
     longer = {**base, "input_ids": torch.full((1, 21), families.FIRST_WORD)}
     assert shape_of(model, longer, "full") == shape_of(model, base, "full")
     assert OWN not in ("slots", "stack")
+
+
+def test_a_copy_of_a_model_reads_for_itself() -> None:
+    whole = Backbone(families.build("llava"))
+    whole.readings.fail("a shape", "it was off")
+    for made in (copy.deepcopy(whole).readings, pickle.loads(pickle.dumps(whole.readings))):
+        assert (made.read, made.failed, made.verdicts) == (0, 0, {})
+        assert made.due(1.0)

@@ -35,6 +35,9 @@ class Readings:
         why = f": {self.why[0]}" if self.why else ""
         return f"{self.read} answers read again by the model, {self.failed} not its own{why}"
 
+    def __reduce__(self) -> tuple[type[Readings], tuple[()]]:
+        return Readings, ()  # a model's copy, here or in another process, reads for itself
+
     def due(self, share: float) -> bool:
         """Return True if one more answer is of the share that is read again: every hundredth of a
         share of .01, so that the same answers are read in every run."""
