@@ -133,12 +133,15 @@ def _told(entries: dict[str, Any]) -> str:
     )
     ways = calibration.get("ways") or ()
     here = Conditions(of_policy(policy_from_json(entries["policy"])))  # as is known of the folder
+    if policy.get("trust") is not None:
+        exits_by = {"trust": f"{policy['trust']:g}"}
+    else:
+        score = policy.get("score") or "max_probability"
+        exits_by = {"thresholds": f"{inline(policy.get('thresholds')) or 'none'}, of {score}"}
     told = {
         "backbone": entries["backbone"].get("name"),
         "exits": f"{entries.get('exit_kind')} at {inline(entries.get('depths'))}",
-        "thresholds": inline(policy.get("thresholds")),
-        "trust": "" if policy.get("trust") is None else f"{policy['trust']:g}",
-        "score": policy.get("score"),
+        **exits_by,
         "lossless drafts": f"from {inline(policy.get('drafts'))}",
         "guarantee": standing(calibration, here).sentence.removeprefix("guaranteed "),
         "compared": inline({way["name"]: f"{way['times']:.2f}x" for way in ways}),
