@@ -50,7 +50,7 @@ def scene(backbone, exits, batch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shortlist_of_everything_changes_nothing(name, scene):
     whole, exits, depth, inputs = scene(name)
-    exits = ExitSet(exits, torch.arange(whole.vocabulary))
+    exits = ExitSet(exits.modules, torch.arange(whole.vocabulary))
     plain = generate(whole, inputs, exits=exits, policy=ExitPolicy({depth: 0.05}), **GREEDY)
     policy = ExitPolicy({depth: 0.05}, shortlist=True)
     ours = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
