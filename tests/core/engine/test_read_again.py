@@ -12,6 +12,7 @@ import home_made
 import pytest
 import torch
 from families import WORDLESS
+from hub_files import text_adapter
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from offramp.adapter.adapter import Adapter
@@ -226,3 +227,12 @@ def test_a_copy_of_a_model_reads_for_itself() -> None:
     for made in (copy.deepcopy(whole).readings, pickle.loads(pickle.dumps(whole.readings))):
         assert (made.read, made.failed, made.verdicts) == (0, 0, {})
         assert made.due(1.0)
+
+
+def test_what_decoding_shows_after_a_first_answer_is_taken_over_and_what_it_refutes_stays() -> None:
+    whole = text_adapter().backbone
+    generate(whole, {"input_ids": torch.tensor([[5, 6, 7]])}, max_new_tokens=2, do_sample=False)
+    assert not whole.family.causal_prompt
+    for found, able in ((True, True), (False, False), (True, False)):
+        whole.learn(causal_prompt=found, lossless=True)
+        assert whole.family.causal_prompt is able

@@ -96,6 +96,7 @@ class Backbone(OpenedModel):
         """Whether drafts can be verified and taken back, as far as decoding has shown."""
         self.engine: str | None = self._proven()
         """The executor that was found to be exact (`offramp.core.executors`); None: not yet."""
+        self._learnt = False
         self.in_parts: bool = self.tested
         """Whether prompts may be run in parts, as tests or decoding showed; `reads_in_parts`."""
         self.readings: Readings = Readings()
@@ -227,7 +228,7 @@ class Backbone(OpenedModel):
         """Take over what decoding showed: whether the first token may exit out of the prompt,
         whether a prompt may be run in parts, whether drafts can be taken back, and which executor
         is exact. What is registered as impossible, or was found to be before, stays so."""
-        again = self.engine is not None
+        again, self._learnt = self._learnt, True
         able = self.family.causal_prompt if again or not self.family.discovered else True
         self.family: Family = replace(self.family, causal_prompt=causal_prompt and able)
         self.lossless = lossless and (self.lossless or not (again or self.mixes_rows))
