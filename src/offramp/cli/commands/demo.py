@@ -71,6 +71,6 @@ def _greet() -> None:
         tell("\n".join(["One photograph, captioned; beside each word its depth:", *lines, ""]))
     tell(
         "Now an exit is trained for a tiny model that describes drawn scenes: one layer, from no "
-        "labels, in a minute;\nthen a threshold is calibrated, and quality and speed are measured "
-        "on new images."
+        "labels, in a minute or two;\nthen a threshold is calibrated, and quality and speed are "
+        "measured on new images."
     )
