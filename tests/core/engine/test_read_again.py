@@ -229,6 +229,16 @@ def test_a_copy_of_a_model_reads_for_itself() -> None:
         assert made.due(1.0)
 
 
+def test_a_copy_of_an_adapter_that_answered_answers_alike() -> None:
+    adapter = text_adapter()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    for mode in ("early_exit", "lossless", "full"):
+        wanted = adapter.generate(inputs, mode=mode, max_new_tokens=8, do_sample=False)
+        made = copy.deepcopy(adapter).generate(inputs, mode=mode, max_new_tokens=8, do_sample=False)
+        assert torch.equal(made.sequences, wanted.sequences)
+        assert torch.equal(made.depths, wanted.depths)
+
+
 def test_what_decoding_shows_after_a_first_answer_is_taken_over_and_what_it_refutes_stays() -> None:
     whole = text_adapter().backbone
     generate(whole, {"input_ids": torch.tensor([[5, 6, 7]])}, max_new_tokens=2, do_sample=False)

@@ -86,6 +86,9 @@ class Unchanged:
         self._note()
         return True
 
+    def __reduce__(self) -> tuple[type[_Unknown], tuple[()]]:
+        return _Unknown, ()
+
     def _note(self) -> None:
         modules = _modules(self._roots(), self._but())
         self._kinds = [weakref.ref(module) for module in modules]
@@ -119,6 +122,13 @@ class Unchanged:
         versions, places = map(_VERSION, self._plain), map(Tensor.data_ptr, self._plain)
         kinds = [type(module()) for module in self._kinds]
         return [*kinds, *map(len, self._tables), *versions, *places, *map(written, self._others)]
+
+
+class _Unknown:
+    """Stands in the place of `Unchanged` in a copy, of whose modules nothing was noted."""
+
+    def __call__(self) -> bool:
+        return False
 
 
 def written(tensor: Tensor) -> tuple[int, int]:
