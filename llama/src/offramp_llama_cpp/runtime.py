@@ -24,8 +24,9 @@ from offramp.core.decoding.reader import PrefillBackend
 from offramp.core.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.core.decoding.scheduler import Schedule
 from offramp.core.decoding.scores import SCORES
-from offramp.core.engine.attached import PLANS, CalledAsModel
+from offramp.core.engine.attached import CalledAsModel
 from offramp.core.engine.generate import write_answers
+from offramp.core.engine.plan import KeptPlans
 from offramp.core.errors import InputError, UnsupportedBackboneError, did_you_mean
 from offramp.core.executors.prefill import Prepared
 from offramp.core.models.backbone import Backbone
@@ -82,7 +83,7 @@ class LlamaCppRuntime(CalledAsModel):
         self._lock = threading.RLock()
         self._closed = self._lent = self._busy = False
         self._entry: PromptEntry | None = None  # with what is kept of prompts
-        self._plans: tuple[tuple[ExitPolicy, Plan], ...] = ()
+        self._plans = KeptPlans()
         self._opened = opened = OpenedFiles(self.files, self.engine)
         self._segments = opened.segments
         try:
@@ -153,19 +154,17 @@ class LlamaCppRuntime(CalledAsModel):
             InputError: the files cannot follow the policy.
         """
         policy = self.policy if policy is None else policy
-        for known, plan in self._plans:
-            if known == policy and not every_mode:
-                return plan
+        make = partial(self._made, policy, every_mode=every_mode)
+        return make() if every_mode else self._plans.of(policy, make)
+
+    def _made(self, policy: ExitPolicy, *, every_mode: bool) -> Plan:
         for mode in ("early_exit", "lossless") if every_mode else (policy.own_mode,):
             self._check_policy(policy.in_mode(mode).effective)
-        plan = self._opened.plan(
+        return self._opened.plan(
             policy, partial(TensorHeads, self.adapter, policy), self._embeddings.of_token,
             first_may_exit=first_token_may_exit(self.backbone, policy), every_mode=every_mode,
             table=self._embeddings.table,
         )  # fmt: skip
-        if not every_mode:
-            self._plans = ((policy, plan), *self._plans[: PLANS - 1])
-        return plan
 
     @contextmanager
     def _held(self, *, open: bool = True) -> Iterator[None]:

@@ -103,7 +103,7 @@ def _entries(parts: AdapterParts) -> dict[str, Any]:
 
 
 def read_records(config: AdapterConfig) -> Records:
-    """Return what an adapter.json that is read says of its exits."""
+    """Return the records of exits that stand in an adapter.json."""
     said = config.raw
     elsewhere = said.get("elsewhere") or {}
     return Records(
@@ -150,8 +150,7 @@ def _load_attempts(config: AdapterConfig) -> list[dict[str, Any]]:
 
 
 def _load_list(config: AdapterConfig, name: str, kind: Any, largest: int) -> Any:
-    """Return what a file lists, as a type of the schema; None where the adapter has no such
-    file."""
+    """Return what a file of the adapter lists, as a type of the schema; None without the file."""
     path = config.folder / name
     if not is_there(config, name):
         return None

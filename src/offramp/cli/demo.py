@@ -72,8 +72,8 @@ class DemoSizes:
 
 
 def photograph(paint: Callable[[str, int, int], str]) -> list[str]:
-    """Return what the photo model writes of one photograph at full depth and with its exits, a line
-    each, with CPU seconds.
+    """Return the photo model's caption of one photograph, in a line for full depth and a line for
+    its exits, each with its CPU seconds.
 
     paint: returns a token as it is shown, from the token, its depth and the model's.
 
@@ -302,11 +302,7 @@ def table(report: Mapping[str, Any]) -> str:
     """The report as a person reads it on a terminal."""
     early, lossless = (report["modes"][name] for name in ("early_exit", "lossless"))
     promise = report["calibration"]
-    kept = (
-        f"{promise['reason']}"
-        if promise["reason"]
-        else f"promised: at most {promise['target']:.2%} of answers change"
-    )
+    kept = promise["reason"] or f"promised: at most {promise['target']:.2%} of answers change"
     return (
         f"{demo_modes(report).plain()}\n\n"
         f"early exit: {early['agreement']:.1%} of answers are full depth's ({kept}), mean depth "

@@ -201,12 +201,8 @@ def _here() -> list[Any]:
 
 def remembered() -> list[str]:
     """Return a line on each model that was measured here: its fastest way, beside PyTorch."""
-    try:
-        files = sorted(cache_folder(FOUND).glob("*.json"))
-    except RuntimeError:
-        return []
     lines = []
-    for found in filter(None, map(_read, files)):
+    for found in filter(None, map(_read, _records())):
         best, plain = fastest(found.ways, ()), found.ways[0]
         lines.append(
             f"{found.backbone}, threads {found.threads}: {best.words}, "
@@ -217,13 +213,17 @@ def remembered() -> list[str]:
 
 def forget() -> int:
     """Forget what was measured, so that it is measured again; return of how many models."""
-    try:
-        files = [*cache_folder(FOUND).glob("*.json")]
-    except RuntimeError:
-        return 0
+    files = _records()
     for file in files:
         file.unlink(missing_ok=True)
     return len(files)
+
+
+def _records() -> list[Path]:
+    try:
+        return sorted(cache_folder(FOUND).glob("*.json"))
+    except RuntimeError:  # there is no home
+        return []
 
 
 def _read(file: Path) -> Found | None:

@@ -15,10 +15,10 @@ from offramp.core.decoding.plan import Plan
 from offramp.core.decoding.policy import FULL, MODES, ExitPolicy, GenerationOutput
 from offramp.core.decoding.reader import PrefillBackend
 from offramp.core.decoding.sequence import Sequence
-from offramp.core.engine.attached import PLANS, Stamp
+from offramp.core.engine.attached import Stamp
 from offramp.core.engine.generate import generate, way
 from offramp.core.engine.heads import ExitHeads
-from offramp.core.engine.plan import plan_of
+from offramp.core.engine.plan import KeptPlans, plan_of
 from offramp.core.engine.read_again import (
     Case,
     Kept,
@@ -136,7 +136,7 @@ class TorchHost(PreparedHost):
             backbone, exits, self._policy, modes=MODES, heads=self._make_heads
         )
         self._prompts = self.plan.reader(**self._how)
-        self._plans: tuple[tuple[ExitPolicy, Plan], ...] = ()  # of requests by themselves
+        self._plans = KeptPlans()  # of requests by themselves
 
     def executor(self) -> Executor:
         slots, limit = self._config.slots, self._config.limit
@@ -178,12 +178,7 @@ class TorchHost(PreparedHost):
         policy = self._policy.asked(request.mode, request.thresholds, self.plan.depths)
         if policy.drafting and not self.backbone.lossless:
             policy = FULL
-        for known, plan in self._plans:
-            if known == policy:
-                return plan
-        plan = plan_of(self.backbone, self._attached, policy)
-        self._plans = ((policy, plan), *self._plans[: PLANS - 1])
-        return plan
+        return self._plans.of(policy, partial(plan_of, self.backbone, self._attached, policy))
 
     def open(self, request: Request, on_token: OnSettled) -> Opened:
         opened = super().open(request, on_token)

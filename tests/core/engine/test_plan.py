@@ -19,8 +19,8 @@ from transformers import NemotronConfig, NemotronForCausalLM
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding import plan as plan_module
 from offramp.core.decoding.policy import ExitPolicy
-from offramp.core.engine.attached import PLANS
 from offramp.core.engine.generate import generate
+from offramp.core.engine.plan import PLANS
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet

@@ -94,9 +94,6 @@ def _compile(command: tuple[str, ...], source: Path, kept: Path) -> ctypes.CDLL:
         content = made.read_bytes()
         try:
             _own_folder(kept.parent)
-            for file in (kept, _beside(kept)):  # a link is replaced, not followed
-                if file.is_symlink():
-                    file.unlink()
             write_atomic(kept, content, follow=False)
             digest = hashlib.sha256(content).hexdigest()
             write_atomic(_beside(kept), digest, follow=False)

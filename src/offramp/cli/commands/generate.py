@@ -283,8 +283,8 @@ def _show(
 
 
 def painter() -> Callable[[str, int, int], str]:
-    """Return what shows a token with its depth, of so many layers: in colour on a terminal, where
-    NO_COLOR (no-color.org) is not set."""
+    """Return a function that shows a token with its depth, of so many layers: in colour on a
+    terminal, unless NO_COLOR (no-color.org) is set."""
     known = sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     return _paint if known else lambda token, depth, layers: f"{token.strip()}/{depth}"
 

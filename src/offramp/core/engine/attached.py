@@ -14,7 +14,7 @@ from offramp.core.decoding.confidence import HEADS
 from offramp.core.decoding.plan import Plan
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate, generate_prepared
-from offramp.core.engine.plan import plan_of
+from offramp.core.engine.plan import KeptPlans, plan_of
 from offramp.core.errors import InputError
 from offramp.core.executors.prefill import IMAGES, Prepared
 from offramp.core.executors.prompt import PromptMemory
@@ -22,8 +22,6 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.models.change import Unchanged
 from offramp.core.models.exits import ExitSet
 
-PLANS = 4
-"""Plans that an adapter keeps, one for each policy that was asked for last."""
 NO_THRESHOLDS = (
     "These exits have no thresholds, so every layer runs for every token. Find thresholds with "
     "`offramp calibrate`, or give some: exit_policy=ExitPolicy({%d: 0.95}). mode='lossless' needs "
@@ -127,7 +125,7 @@ class AttachedExits(CalledAsModel):
     def __post_init__(self) -> None:
         self.backbone = Backbone.of(self.backbone)
         self.exits = ExitSet.of(self.exits)
-        self._plans: tuple[tuple[ExitPolicy, Plan], ...] = ()
+        self._plans = KeptPlans()
         self._stamp: Stamp | None = None
 
     def _write(
@@ -138,7 +136,7 @@ class AttachedExits(CalledAsModel):
     def plan(self, policy: ExitPolicy | None = None) -> Plan:
         """Return the plan by which answers under a policy, or the adapter's own, are written.
 
-        The newest `PLANS` are kept, as long as backbone and exits are what they were
+        The newest are kept (`KeptPlans`), as long as backbone and exits are what they were
         (`Stamp`).
 
         Raises:
@@ -146,13 +144,8 @@ class AttachedExits(CalledAsModel):
         """
         policy = self.policy if policy is None else policy
         if self._stamp is None or not self._stamp.holds(self.backbone, self.exits):
-            self._plans, self._stamp = (), Stamp(self.backbone, self.exits)
-        for known, plan in self._plans:
-            if known == policy:
-                return plan
-        plan = plan_of(self.backbone, self.exits, policy)
-        self._plans = ((policy, plan), *self._plans[: PLANS - 1])
-        return plan
+            self._plans, self._stamp = KeptPlans(), Stamp(self.backbone, self.exits)
+        return self._plans.of(policy, partial(plan_of, self.backbone, self.exits, policy))
 
     @property
     def _exits_of(self) -> AttachedExits:

@@ -258,9 +258,7 @@ def write_answers(
     streamer, seed, observer: as of `generate`. kept: keeps the logits of the answers.
     """
     rows = len(prepared.ids)
-    pad = getattr(prepared.config, "_pad_token_tensor", None)
-    pad = 0 if pad is None else int(pad.flatten()[0])
-    told = None if streamer is None else _Streamed(prepared.ids, pad, streamer)
+    told = None if streamer is None else _Streamed(prepared.ids, prepared.pad, streamer)
     noise = _noise(rows, seed, prepared)
     together = StopTogether.of(prepared)
     samplers = [
@@ -303,7 +301,7 @@ def write_answers(
         answers,
         decoder.layers,
         [s.rounds for s in sequences],
-        pad,
+        prepared.pad,
         [s.offers for s in sequences],
     )
 

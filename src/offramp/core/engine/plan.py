@@ -19,6 +19,25 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.models.weights import float_dtype
 
+PLANS = 4
+"""Plans that are kept, one for each policy that was asked for last."""
+
+
+class KeptPlans:
+    """The newest `PLANS` plans by their policies; threads may share it."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[ExitPolicy, Plan], ...] = ()
+
+    def of(self, policy: ExitPolicy, make: Callable[[], Plan]) -> Plan:
+        """Return the plan of a policy, made where none is kept."""
+        for known, plan in self._kept:
+            if known == policy:
+                return plan
+        plan = make()
+        self._kept = ((policy, plan), *self._kept[: PLANS - 1])
+        return plan
+
 
 def plan_of(
     backbone: Backbone,

@@ -291,9 +291,7 @@ def by_model(
     for sampler, ids in zip(samplers, sequences[:, prepared.ids.shape[1] :].tolist(), strict=True):
         end = next((n + 1 for n, token in enumerate(ids) if sampler.ends(token)), len(ids))
         rows.append([Token(token, layers) for token in ids[:end]])
-    pad = getattr(prepared.config, "_pad_token_tensor", None)
-    pad = 0 if pad is None else int(pad.flatten()[0])
-    return GenerationOutput.of_rows(prepared.ids, rows, layers, [()] * len(rows), pad)
+    return GenerationOutput.of_rows(prepared.ids, rows, layers, [()] * len(rows), prepared.pad)
 
 
 class _PerRow:

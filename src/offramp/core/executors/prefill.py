@@ -66,6 +66,12 @@ class Prepared:
         return [min(read, count) for count in mask.sum(1).tolist()]
 
     @property
+    def pad(self) -> int:
+        """The id that fills up rows whose answers are shorter than others."""
+        token = getattr(self.config, "_pad_token_tensor", None)
+        return 0 if token is None else int(token.flatten()[0])
+
+    @property
     def most(self) -> int:
         """The most new tokens of an answer; 1 where no criterion says."""
         longest = self.criteria.max_length
