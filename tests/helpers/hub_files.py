@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -26,9 +27,18 @@ WORDS += [f"<{n}>" for n in range(len(WORDS), families.VOCABULARY)]
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
 
 
-@cache
 def text_adapter() -> Adapter:
-    """Exits at two depths of a tiny Llama that sees no images."""
+    """Exits at two depths of a tiny Llama that sees no images; a copy that a test may change."""
+    return copy.deepcopy(_text_adapter())
+
+
+def image_adapter() -> Adapter:
+    """Exits of a tiny LLaVA with a SigLIP tower; a copy that a test may change."""
+    return copy.deepcopy(_image_adapter())
+
+
+@cache
+def _text_adapter() -> Adapter:
     state = torch.random.get_rng_state()
     torch.manual_seed(3)
     model = LlamaForCausalLM(families.llama_config())
@@ -101,8 +111,7 @@ def sliced(
 
 
 @cache
-def image_adapter() -> Adapter:
-    """Exits of a tiny LLaVA with a SigLIP tower."""
+def _image_adapter() -> Adapter:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
     state = torch.random.get_rng_state()
