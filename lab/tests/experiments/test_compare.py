@@ -83,7 +83,7 @@ def finished(done_once: Any, tmp_path: Path) -> dict[str, Any]:
     ("name", "objectives", "policies"),
     [
         ("blip2-opt", OBJECTIVES, POLICIES),
-        ("blip2-t5", ("free", "logit_lens"), ("max_probability", "patience", "fixed_depth")),
+        ("blip2-t5", ("free", "logit_lens"), ("max_probability", "patience")),
     ],
 )
 def test_every_objective_and_policy_has_its_points(
@@ -101,10 +101,8 @@ def test_every_objective_and_policy_has_its_points(
         assert 0 <= point["agreement"] <= 1
         assert min(point["depths"]) <= point["mean_depth"] <= layers
         assert point["speedup_decode"] > 0 < point["speedup_end_to_end"]
-        assert point["score"] == POLICIES[point["policy"]]
+        assert point["score"] == point["policy"]
         assert list(map(int, point["thresholds"])) == point["depths"]
-        if point["policy"] in ("fixed_depth", "truncation"):
-            assert point["mean_depth"] == point["depths"][0]
         # without references quality is agreement, of which the full model has all
         assert point["quality"] == point["agreement"] == 1 - point["quality_drop"]
     assert found["quality_full"] == 1
@@ -152,7 +150,7 @@ def test_objectives_on_the_same_answers_share_their_states(
     made = []
     record = TrainingStates.record
     monkeypatch.setattr(TrainingStates, "record", lambda one: made.append(1) or record(one))
-    objectives = ("distillation", "l2", "cosine", "adversarial", "cross_entropy")
+    objectives = ("distillation", "logit_lens", "cross_entropy")
     run(tmp_path, replace(PLAN, objectives=objectives, policies=("max_probability",)))
     assert len(made) == 3  # written by the model, at one depth and at two; and labels
 
@@ -192,7 +190,11 @@ def test_what_is_added_later_is_all_that_is_trained_and_judged(
         return judge(bench, entry)
 
     monkeypatch.setattr(PointMeasurer, "figures", noted)
-    more = {"objectives": ("free", "l2"), "policies": ("max_probability", "margin"), "seeds": 2}
+    more = {
+        "objectives": ("free", "distillation"),
+        "policies": ("max_probability", "margin"),
+        "seeds": 2,
+    }
     found = run(tmp_path, replace(SMALL, **more))
     assert (0, "free", "max_probability") not in judged
     assert len(judged) == len(found["points"]) - len(finished["points"])
@@ -223,7 +225,7 @@ def test_points_that_do_the_same_work_have_the_same_speed(
     plan = replace(
         SMALL,
         objectives=("distillation", "logit_lens"),
-        policies=("entropy", "fixed_depth"),
+        policies=("entropy",),
     )
     found = run(tmp_path, plan)["points"]
     points = {(p["objective"], p["policy"]): p for p in found if p["depths"] == [2]}
@@ -231,8 +233,8 @@ def test_points_that_do_the_same_work_have_the_same_speed(
     speeds = {name: point["speedup_decode"] for name, point in points.items()}
     assert speeds["free", "max_probability"] == speeds["distillation", "max_probability"]
     # no layer is run there, another score is read, or none
-    others = {("logit_lens", "max_probability"), ("free", "entropy"), ("free", "fixed_depth")}
-    assert len({speeds[one] for one in (*others, ("free", "max_probability"))}) == 4
+    others = {("logit_lens", "max_probability"), ("free", "entropy")}
+    assert len({speeds[one] for one in (*others, ("free", "max_probability"))}) == 3
 
 
 @pytest.mark.usefixtures("finished")
@@ -346,7 +348,8 @@ def test_a_method_as_published_is_held_against_free_at_any_depths() -> None:
 def test_a_pair_has_a_line_of_its_own() -> None:
     points = [*HAND, point(0.0, 1.4, policy="saturation"), point(0.0, 1.2, "l2", "saturation")]
     drawn = merit.drawn({"points": points})
-    for name in ("free", "distillation", "patience", "truncation", "saturation", "l2, saturation"):
+    published = ("logit lens, saturation", "l2, saturation")
+    for name in ("free", "distillation", "patience", "saturation", *published):
         assert f">{name}<" in drawn, name
     more = [point(0.0, 1.3, f"objective {n}") for n in range(9)]
     crowded = tradeoff.by_name((p["objective"], p) for p in [*more, *points])
@@ -399,7 +402,7 @@ HAND = [
     point(0.0, 1.5), point(0.02, 3.0), point(0.0, 2.5, depths=(2, 4)),
     point(0.0, 2.0, "distillation"), point(0.05, 2.2, "distillation"),
     point(0.01, 1.2, policy="patience", depths=(2, 4)),
-    point(0.01, 1.1, "logit_lens", "truncation"),
+    point(0.01, 1.1, "logit_lens", "saturation"),
 ]  # fmt: skip
 
 
@@ -414,19 +417,6 @@ def test_free_is_held_against_objectives_at_their_own_depths_and_policies_at_any
         patience = curves["free", "patience"]
         assert patience["free_over"][at] == speed_at(HAND[:3], level) / speed_at(HAND[5:6], level)
         assert curves["free", "max_probability"]["free_over"][at] == 1
-
-
-def test_the_best_baseline_is_the_one_that_free_is_least_ahead_of() -> None:
-    found = equal_quality(HAND)
-    for level in map(str, LEVELS):
-        best = found["best_baseline"][level]
-        others = [c for c in found["curves"] if c["policy"] != "max_probability" or
-                  c["objective"] != "free"]  # fmt: skip
-        least = min(others, key=lambda c: c["free_over"][level])
-        assert (best["objective"], best["policy"]) == (least["objective"], least["policy"])
-        assert found["free_over_best_baseline"][level] == least["free_over"][level]
-    assert found["best_baseline"]["0.01"]["objective"] == "distillation"
-    assert "best_baseline" not in equal_quality(HAND[:3])  # there is none
 
 
 def test_figures_of_several_seeds_are_means() -> None:
@@ -509,12 +499,11 @@ def test_what_reads_all_labels_is_held_against_the_free_that_does() -> None:
         speed_at(HAND[:2], 0.005) / 2.0
     )
     labelled = [*points, point(0.0, 5.0, "free_supervised")]
-    found = equal_quality(labelled)
-    curves = {c["objective"]: c for c in found["curves"] if c["policy"] == "max_probability"}
+    found = equal_quality(labelled)["curves"]
+    curves = {c["objective"]: c for c in found if c["policy"] == "max_probability"}
     assert curves["cross_entropy"]["free_over"]["0.005"] == pytest.approx(2.5)
     few = curves["cross_entropy_few"]["free_over"]["0.005"]
     assert few == pytest.approx(speed_at(HAND[:2], 0.005) / 1.5)
-    assert "free_supervised" not in {b["objective"] for b in found["best_baseline"].values()}
 
 
 def test_the_order_of_points_does_not_count() -> None:

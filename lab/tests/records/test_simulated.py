@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from offramp.adapter.shipped import load_tiny
-from offramp.features.input_processor import InputProcessor
 from offramp_lab.records import likeness, simulated, watched
 
 
@@ -28,15 +26,9 @@ def test_streams_like_what_was_calibrated_raise_no_alarm_and_others_soon_do() ->
     assert found["false_alarms"] == 0 and found["alarm_after"] <= 5
 
 
-def test_a_watch_sees_what_comes_late_and_what_comes_under_load() -> None:
+def test_a_watch_sees_what_comes_late_and_what_exits_doubted() -> None:
     late = [watched.delay(0.01, 1_000, 50.0, 20, starts) for starts in (True, False)]
     assert late[0]["median_images"] < late[1]["median_images"]
-    encoder = InputProcessor(*load_tiny("opt"))
-    covered = watched.coverage(encoder, 4, 0, 40, seconds=0.01)
-    assert (covered["compared"], covered["let_go"]) == (40, 0)
-    for unit in ("image", "answer"):
-        found = watched.unequal(unit, 10, 500)
-        assert found["false_alarms"] <= 0.1 and found["noticed"] == 1
     answers = watched.DOUBTS["a twentieth holds 90%"]
     delays = watched.active("", answers, 20, 1_000)["delays"]["3"]
     assert delays["active"]["median_images"] < delays["uniform"]["median_images"] / 2

@@ -38,20 +38,11 @@ from offramp_lab.experiments.factors import Measured, Name, entries_of
 from offramp_lab.places import RUNS
 from offramp_lab.records.end_to_end import Stages, always, last_exit, torch_way
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.text import THINGS, prompts_of, step, write_model
+from offramp_lab.records.text import THINGS, WORDS, prompts_of, step, write_model
 
 RECORD = Record("gemma")
 NEW, RUN, KEPT = 24, 4, 0.95
 DEPTHS = (9, 11, 14)
-STARTS = (
-    "The history of {} begins", "Once upon a time there was {} that",
-    "In this article we look at how {}", "My grandmother always said that {}",
-    "She had never thought much about {} until", "A good thing about {} is",
-    "Scientists who study {} have found", "The best way to describe {} is", "He dreamed of {} and",
-    "Few people know that {}", "For many children {} means", "The word for {} comes from",
-    "The report about {} says", "There are several kinds of {}, such as", "The problem with {} is",
-    "I wrote a letter about {} to",
-)  # fmt: skip
 PARTS = {"train": (THINGS[:76], 600), "choose": (THINGS[76:98], 48), "held": (THINGS[98:], 30)}
 """By use: which things, and how many of the prompts."""
 
@@ -59,7 +50,7 @@ PARTS = {"train": (THINGS[:76], 600), "choose": (THINGS[76:98], 48), "held": (TH
 def main() -> None:
     arguments = asked(__doc__, file=Path, steps=600, prompts=30, work=RUNS / RECORD.name)
     work: Path = arguments.work
-    prompts = {name: prompts_of(*part, STARTS) for name, part in PARTS.items()}
+    prompts = {name: prompts_of(*part, WORDS["starts"]) for name, part in PARTS.items()}
     for name, lines in prompts.items():
         write_atomic(work / f"{name}.txt", "\n".join(lines) + "\n")
     write_model(arguments.file, work / "model")

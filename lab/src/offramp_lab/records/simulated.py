@@ -66,7 +66,6 @@ def simulate(trials: int, images: int) -> dict[str, Any]:
         "grown": grown(min(trials, 600)),
         "needed": [row for target in (0.01, 0.05) for row in needed(target)],
         "fractions": [r for target in (0.01, 0.05) for r in fractions(target, min(trials, 300))],
-        "adaptive": adaptive(min(trials, 200)),
     }
 
 
@@ -360,38 +359,8 @@ def today(losses: Array, target: float) -> Array:
     return np.asarray(np.logaddexp.reduce(np.log1p(gains).cumsum(0) + SHARES, axis=-1))
 
 
-def agrapa(losses: Array, target: float) -> Array:
-    """The same of one bet that adapts to mean and variance so far (Waudby-Smith and Ramdas 2024,
-    aGRAPA); one draw at the target stands for what is known before."""
-    k = np.arange(1, len(losses) + 1).reshape(-1, *(1,) * (losses.ndim - 1))
-    sums = losses.cumsum(0)
-    now = (target + sums) / (k + 1)
-    squares = ((losses - now) ** 2).cumsum(0)
-    before = [np.concatenate([np.zeros_like(x[:1]), x[:-1]]) for x in (sums, squares)]
-    mean = (target + before[0]) / k
-    variance = (target * (1 - target) + before[1]) / k
-    stake = np.clip((target - mean) / (variance + (target - mean) ** 2), 0, 0.9 / (1 - target))
-    return np.asarray(np.log1p(stake * (target - losses)).cumsum(0))
-
-
-def mixture(losses: Array, target: float) -> Array:
-    """Half the fortune on each."""
-    return np.asarray(np.logaddexp(today(losses, target), agrapa(losses, target)) - np.log(2))
-
-
-def adaptive(trials: int) -> list[dict[str, Any]]:
-    """Images for a pass in four of five trials at half the target, by how losses are spread."""
-    draw, rows = np.random.default_rng(6), []
-    ways = {"today": today, "mixture": mixture, "agrapa": agrapa}
-    for target, n in ((0.01, 5000), (0.05, 1000), (0.2, 400)):
-        for name, losses in spread(draw, target / 2, (n, trials)).items():
-            found = {way: quantile(first_pass(losses, target, bet)) for way, bet in ways.items()}
-            rows.append({"target": target, "losses": name, **found})
-    return rows
-
-
 def fractions(target: float, trials: int) -> list[dict[str, Any]]:
-    """The same for losses between 0 and 1, whose first look has stakes planned for so many."""
+    """The same for losses between 0 and 1, where a first look plans its stakes for so many."""
     draw, rows = np.random.default_rng(10), []
     for share in (0.1, 0.3, 0.5):
         n = round(70 / target)

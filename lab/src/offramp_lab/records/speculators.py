@@ -29,55 +29,11 @@ from offramp.core.storage import write_atomic
 from offramp.core.storage.folders import cache_folder
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.text import PARTS, converted, kept, prompts_of, step, write_model
+from offramp_lab.records.text import PARTS, WORDS, converted, kept, prompts_of, step, write_model
 
 RECORD = Record("speculators")
 DRAFTS = 4
 KNOWN = (*PARTS["train"][0], *PARTS["choose"][0])
-MORE = (
-    "an apple", "a banana", "a carrot", "a potato", "an onion", "a tomato", "a lemon",
-    "an orange", "a peach", "a plum", "a cherry", "a strawberry", "a blueberry", "a pumpkin",
-    "a mushroom", "garlic", "ginger", "cinnamon", "mint", "basil", "olive oil", "milk", "cream",
-    "an egg", "bacon", "ham", "a sausage", "chicken soup", "fish", "a lobster", "a shrimp",
-    "sushi", "pizza", "pasta", "a sandwich", "a salad", "a cake", "a cookie", "a pie",
-    "a pancake", "jam", "a pickle", "popcorn", "a smoothie", "lemonade", "a spoon", "a fork",
-    "a knife", "a plate", "a bowl", "a kettle", "an oven", "a fridge", "a table", "a chair",
-    "a sofa", "a bed", "a pillow", "a blanket", "a curtain", "a carpet", "a door", "a window",
-    "a roof", "a chimney", "a staircase", "an elevator", "a garage", "a fence", "a gate",
-    "a well", "a fountain", "a statue", "a church", "a temple", "a mosque", "a school",
-    "a university", "a hospital", "a pharmacy", "a bank", "a post office", "a police station",
-    "a fire truck", "an ambulance", "a taxi", "a motorcycle", "a scooter", "a skateboard",
-    "a helicopter", "an airplane", "a rocket", "a satellite", "a submarine", "a ferry",
-    "a yacht", "a raft", "a harbour crane", "a wheel", "an engine", "a battery", "a lamp post",
-    "a light bulb", "electricity", "a magnet", "a computer", "a keyboard", "a mouse",
-    "a printer", "a telephone", "a smartphone", "a tablet", "a television", "a website",
-    "an email", "a password", "software", "a video game", "a puzzle", "a card game", "a doll",
-    "a teddy bear", "a swing", "a slide", "a playground", "a zoo", "an aquarium", "a lion",
-    "a tiger", "an elephant", "a giraffe", "a zebra", "a monkey", "a bear", "a wolf", "a fox",
-    "a deer", "a rabbit", "a squirrel", "a hedgehog", "a mouse trap", "a bat", "an owl",
-    "an eagle", "a parrot", "a penguin", "a duck", "a swan", "a chicken", "a pig", "a sheep",
-    "a goat", "a donkey", "a camel", "a snake", "a turtle", "a frog", "a whale", "a dolphin",
-    "a shark", "an octopus", "a crab", "a jellyfish", "a bee", "a butterfly", "an ant",
-    "a spider", "a rose", "a tulip", "a sunflower", "a daisy", "an oak tree", "a pine tree",
-    "a palm tree", "a cactus", "grass", "moss", "soil", "sand", "a stone", "a diamond",
-    "a pearl", "bronze", "steel", "aluminium", "plastic", "concrete", "a brick", "wood", "cork",
-    "a rope", "a nail", "a hammer", "a saw", "a drill", "a ladder", "a paintbrush", "paint",
-    "a canvas", "a sculpture", "a photograph", "a poem", "a story", "a newspaper", "a magazine",
-    "a dictionary", "a map", "a globe", "a calendar", "a pencil", "an eraser", "a notebook",
-    "a ruler", "a calculator", "mathematics", "physics", "chemistry", "biology", "history",
-    "geography", "philosophy", "grammar", "a guitar", "a trumpet", "a saxophone", "a harp",
-    "an orchestra", "an opera", "a song", "jazz", "ballet", "a film", "a costume", "a mask",
-    "a crown", "a ring", "a necklace", "a watch", "a wallet", "a coin", "a belt", "a shoe",
-    "a boot", "a sock", "a glove", "a scarf", "a coat", "a shirt", "a dress", "a skirt",
-    "a tie", "a button", "a zipper", "a needle", "thread", "denim", "fur", "a tent",
-    "a backpack", "a sleeping bag", "a campfire", "a waterfall", "a pond", "a swamp",
-    "an iceberg", "a rainbow", "a cloud", "a storm", "a tornado", "an earthquake", "a comet",
-    "a planet", "a galaxy", "the moonlight", "summer", "morning", "midnight", "a birthday",
-    "a wedding", "a holiday", "a parade", "a marathon", "swimming", "skiing", "surfing", "golf",
-    "baseball", "basketball", "volleyball", "boxing", "yoga", "archery", "fishing", "gardening",
-    "knitting", "cooking", "painting",
-)  # fmt: skip
-"""Things beside those of the record text: a drafter of few things knows no others."""
 LEARNT, WRITTEN = 4800, 48
 """Prompts that it learns from, and tokens of an answer."""
 CAPTIONS = "flickr8k_captions.jsonl"
@@ -98,7 +54,7 @@ def main() -> None:
     )  # fmt: skip
     work: Path = arguments.work
     write_model(weights_file(LANGUAGE, cache_folder("photo")), work / "model")
-    write_atomic(work / "train.txt", "\n".join(prompts_of((*KNOWN, *MORE), LEARNT)) + "\n")
+    write_atomic(work / "train.txt", "\n".join(prompts_of((*KNOWN, *WORDS["more"]), LEARNT)) + "\n")
     walk = _walk(work, arguments)
     held = prompts_of(*PARTS["held"])[: arguments.prompts]
     answers = _answers(work, arguments.programs, held)

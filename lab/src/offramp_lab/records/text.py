@@ -39,9 +39,10 @@ from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import MODES
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
-from offramp.core.storage import write_atomic
+from offramp.core.storage import read_json, write_atomic
 from offramp.core.storage.folders import cache_folder
 from offramp.features.input_processor import InputProcessor
+from offramp_lab import inputs
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.runtimes.ways import (
@@ -57,30 +58,8 @@ RECORD = Record("text")
 NEW, DEPTH, PORT = 24, 10, 8731
 OFFRAMP = [sys.executable, "-m", "offramp.cli"]
 QUESTION = "Why is the sky blue?"
-PATTERNS = (
-    "What is {}?", "Describe {} in one sentence.", "Why do people like {}?",
-    "Where can I find {}?", "Name three things that go well with {}.",
-    "Write a short story about {}.", "What color is {}?", "Explain {} to a child.",
-    "What is the history of {}?", "Give me a tip about {}.", "What is {} used for?",
-    "Write a poem about {}.", "How is {} made?", "Is {} expensive?", "What does {} remind you of?",
-    "Tell me a fact about {}.",
-)  # fmt: skip
-THINGS = (
-    "bread", "a bicycle", "the moon", "coffee", "a violin", "rain", "a library", "gold", "a horse",
-    "the internet", "a garden", "chess", "snow", "a lighthouse", "honey", "a train", "the ocean",
-    "paper", "a kite", "cheese", "a mountain", "football", "glass", "a camera", "the sun", "wool",
-    "a bridge", "tea", "a dog", "winter", "a piano", "salt", "a robot", "an island", "silk",
-    "a castle", "rice", "a candle", "the desert", "music", "a telescope", "wine", "a volcano",
-    "cotton", "a market", "soap", "a forest", "ice cream", "an umbrella", "iron", "a circus",
-    "a clock", "maize", "a ship", "thunder", "a tractor", "butter", "a mirror", "the sky",
-    "leather", "a festival", "pepper", "a river", "tennis", "a drum", "spring", "a cat", "sugar",
-    "a tower", "fog", "a museum", "silver", "a cow", "the radio", "a farm", "poetry", "ice",
-    "a harbor", "vinegar", "a bus", "the beach", "ink", "a balloon", "yogurt", "a cave", "rugby",
-    "clay", "a novel", "the wind", "linen", "a tunnel", "juice", "a bird", "autumn", "a flute",
-    "chalk", "a drone", "a lake", "velvet", "a palace", "wheat", "a lamp", "the jungle", "dance",
-    "a microscope", "beer", "a glacier", "rubber", "a bakery", "perfume", "a meadow", "chocolate",
-    "a hat", "copper", "a theater", "a compass", "barley", "a canoe", "lightning", "a violet",
-)  # fmt: skip
+WORDS: dict[str, list[str]] = read_json(Path(inputs.__file__).with_name("prompts.json"))
+THINGS = WORDS["things"]
 PARTS = {"train": (THINGS[:76], 1200), "choose": (THINGS[76:98], 200), "held": (THINGS[98:], 100)}
 """By use: which things, and how many of the prompts."""
 
@@ -107,7 +86,9 @@ def main() -> None:
     )
 
 
-def prompts_of(things: Sequence[str], count: int, patterns: Sequence[str] = PATTERNS) -> list[str]:
+def prompts_of(
+    things: Sequence[str], count: int, patterns: Sequence[str] = WORDS["patterns"]
+) -> list[str]:
     """Some of what the patterns make of the things, by chance."""
     made = [pattern.format(thing) for thing, pattern in itertools.product(things, patterns)]
     return random.Random(0).sample(made, count)

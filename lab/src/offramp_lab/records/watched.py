@@ -2,38 +2,23 @@
 
 How often a promise that just holds is ever called broken, and where it holds on average alone;
 after how many watched images one that does not hold is, from the start and after many good images,
-with and without new starts of the bets; where answers are drawn by how much exits doubted them;
-where images are asked about unequally often; and what share of the watched requests is compared
-under load, by the watcher itself before an engine that says it is busy. Some fifteen minutes of one
-core.
+with and without new starts of the bets; and where answers are drawn by how much exits doubted
+them. Some fifteen minutes of one core.
 """
 
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import Image
 
 from offramp.adapter.answers import generate_answers
-from offramp.adapter.shipped import load_tiny
 from offramp.cli import demo
-from offramp.core.decoding.policy import GenerationOutput
 from offramp.data.scenes.tasks import captions_and_questions
-from offramp.features.input_processor import InputProcessor
 from offramp.promises.active_draw import BLOCK, MOST, chances, doubt
 from offramp.promises.betting import RATIOS, Restarts, as_share
-from offramp.promises.guarantee import Promise
-from offramp.serving.monitor.sample import Sample
-from offramp.serving.monitor.watch_config import WatchConfig
-from offramp.serving.monitor.watcher import Watcher, draws_of_one
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import tiny_with
 
@@ -49,7 +34,6 @@ GOOD = 0.3
 """The risk of good images, as a share of what was promised."""
 AFTER = (0, 1_000, 5_000, 20_000)
 TIMES = (1.5, 2.0, 5.0, 50.0)
-SLOTS = 8
 
 
 def main() -> None:
@@ -102,57 +86,6 @@ def entry(target: float, streams: int, images: int) -> dict[str, Any]:
 
 def steady(risk: float) -> Rate:
     return lambda image: risk
-
-
-def unequal(unit: str, streams: int, images: int) -> dict[str, Any]:
-    """One image in fifty is asked about 40 times and is wrong more often; a share of 1% is watched.
-
-    False alarms of a promise at its true risk, as images were drawn before, each request alike and
-    each image once, and as they are now; and draws until 5 times the risk is noticed.
-    """
-    random, share, often, many = np.random.default_rng(7), 0.01, 0.02, 40
-    seldom_risk, often_risk = 0.002, 0.03
-    counts = {"image": (1 - often, often), "answer": (1 - often, often * many)}[unit]
-    promised = float(np.dot(counts, (seldom_risk, often_risk)) / sum(counts))
-    before = (1 - often) * share, often * (1 - (1 - share) ** many)  # how often each kind counted
-    mixed = float(np.dot(before, (seldom_risk, often_risk)) / sum(before))
-    of_one = draws_of_one(many, share) if unit == "answer" else 1
-    found = {times: np.zeros(streams, dtype=int) for times in (1, 5)}
-    for times, alarmed in found.items():
-        for stream in range(streams):
-            alarmed[stream] = _first(
-                random, images if times == 1 else 5_000, promised, of_one, share, often, many,
-                (times * seldom_risk, times * often_risk), by_answer=unit == "answer",
-            )  # fmt: skip
-    false = alarms(promised, steady(mixed), streams, images, seed=8) > 0
-    return {
-        "unit": unit, "promised": promised, "risk_as_drawn_before": mixed, "images": images,
-        "alarms_before": float(false.mean()),
-        "streams": streams, "false_alarms": float((found[1] > 0).mean()), **told(found[5]),
-    }  # fmt: skip
-
-
-def _first(
-    random: np.random.Generator, most: int, promised: float, of_one: int, share: float,
-    often: float, many: int, risks: tuple[float, float], *, by_answer: bool,
-) -> int:  # fmt: skip
-    """The draw at which the alarm is raised, of so many; 0: none. Each image is wrong on all of its
-    answers or on none, the hardest case."""
-    bets, draws = Restarts(promised), 0
-    while draws < most:
-        asked = random.random() < often
-        lost = float(random.random() < risks[asked])
-        drawn = random.binomial(many if asked else 1, share) if by_answer else 1
-        for place in range(min(drawn, of_one)):
-            bets.start()
-            then, now = (
-                1 + bets.stakes * n * (lost - promised) / of_one for n in (place, place + 1)
-            )
-            bets.add(lost, now / then)
-            draws += 1
-            if bets.most >= 1 / LEVEL:
-                return draws
-    return 0
 
 
 def told(alarmed: Array) -> dict[str, Any]:
@@ -309,63 +242,7 @@ def on_average(kind: str, slack: int, streams: int) -> dict[str, Any]:
     return {"kind": kind, "words": words, "slack": slack, "alarms": float(found.mean())}
 
 
-# -- coverage under load ---------------------------------------------------------------------------
-
-LOADS = ((0, 0), (2, 0), (4, 0), (6, 0), (8, 0), (8, 40))
-"""Slots of `SLOTS` that other requests use, and requests that wait for one."""
-
-
-class _Busy:
-    """An engine whose slots are in use by others, each answer for so many seconds. A request of the
-    full model takes as long, after those that wait."""
-
-    def __init__(self, running: int, waiting: int, seconds: float) -> None:
-        self.running, self.waiting, self.seconds = running, waiting, seconds
-        self.core = SimpleNamespace(config=SimpleNamespace(slots=SLOTS))
-
-    def submit(self, inputs: Any, **_: Any) -> Future[Any]:
-        later: Future[Any] = Future()
-        answer = SimpleNamespace(output=inputs["full"])
-        timer = threading.Timer(
-            self.seconds * (1 + self.waiting / SLOTS), later.set_result, [answer]
-        )
-        timer.daemon = True
-        timer.start()
-        return later
-
-
-def coverage(
-    encoder: InputProcessor, busy: int, waiting: int, requests: int, seconds: float = 1.0
-) -> dict[str, Any]:
-    """Of watched requests of four clients, one in so many seconds, at the default deadline."""
-    promise = Promise("disagreement", 0.01, 0.95)
-    engine: Any = _Busy(busy, waiting, seconds)
-    config = WatchConfig(share=1.0)
-    watcher = Watcher(engine, encoder, promise, config)
-    draw = np.random.default_rng(5)
-    answer = GenerationOutput(
-        torch.tensor([[5]]), torch.tensor([[2]]), torch.zeros(1, 1), encoder.backbone.depth
-    )
-    for number in range(requests):
-        pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        image = Image.fromarray(pixels)
-        watcher.offer(Sample({"full": answer}, {}, answer, image, "Caption:", f"{number % 4}"))
-        time.sleep(seconds)
-    watcher.settle(2 * config.deadline)
-    watcher.close()
-    return {
-        "busy": busy, "slots": SLOTS, "waiting": waiting, "requests": requests,
-        "deadline": config.deadline, "compared": watcher.risk.n, "let_go": watcher.let_go,
-    }  # fmt: skip
-
-
 # -- the parts -------------------------------------------------------------------------------------
-
-
-def _covered(streams: int, images: int) -> list[dict[str, Any]]:
-    encoder = InputProcessor(*load_tiny("opt"))
-    with ThreadPoolExecutor(len(LOADS)) as threads:  # which wait, mostly
-        return list(threads.map(lambda load: coverage(encoder, load[0], load[1], 200), LOADS))
 
 
 PARTS: dict[str, Callable[[int, int], Any]] = {
@@ -385,10 +262,6 @@ PARTS: dict[str, Callable[[int, int], Any]] = {
     "on_average": lambda streams, images: [
         on_average(kind, slack, max(20, streams // 5)) for kind in UNEVEN for slack in (1, 2, 3)
     ],
-    "unequal": lambda streams, images: [
-        unequal(unit, max(20, streams // 5), images) for unit in ("image", "answer")
-    ],
-    "coverage": _covered,
 }
 
 

@@ -6,7 +6,6 @@ from offramp.report.table import Table, told
 from offramp_lab.experiments.comparison.equal_quality import t_interval
 from offramp_lab.tables.markdown import (
     KINDS,
-    Make,
     MakeTable,
     level,
     record,
@@ -49,7 +48,4 @@ def _over_seeds(by_seed: list[float]) -> str:
 TABLES: dict[str, MakeTable] = {
     "keys-and-values": keys_and_values,
     "adversary-seeds": seeds,
-}
-FIGURES: dict[str, Make] = {
-    "adversary-opt-seeds": lambda: _over_seeds(_by_seed("opt")["0.005"]),
 }

@@ -323,10 +323,7 @@ TABLES: dict[str, MakeTable] = {
     "five-layers": five_layers,
 }
 FIGURES: dict[str, Make] = {
-    "end-to-end-fastest-ms": lambda: f"{_entry(FASTEST, FULL)['whole_milliseconds']:.0f}",
     "end-to-end-torch": told("over_full", PLAIN, EARLY),
-    "end-to-end-f16": told("over_fastest", F16, EARLY),
-    "end-to-end-q8_0-off": told("over_fastest", Q8, FULL),
     "end-to-end-q8_0": told("over_fastest", Q8, EARLY),
     "end-to-end-q8_0-lossless": told("over_fastest", Q8, LOSSLESS),
     "end-to-end-skipped": of_skipping(EARLY),
@@ -340,7 +337,6 @@ FIGURES: dict[str, Make] = {
     "photo-same-careful": same_captions(PLAIN, CAREFUL),
     "photo-same-static": same_captions(PLAIN, STATIC),
     "photo-cider": cider_of(PLAIN, EARLY),
-    "photo-cider-q8_0": cider_of(Q8, EARLY),
     "photo-cider-careful": cider_of(PLAIN, CAREFUL),
     "photo-cider-static": cider_of(PLAIN, STATIC),
 }

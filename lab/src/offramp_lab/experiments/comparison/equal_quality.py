@@ -12,12 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.evaluation.statistics import Measure, interval
-from offramp_lab.experiments.comparison.methods import FIXED, SUPERVISED
+from offramp_lab.experiments.comparison.methods import SUPERVISED
 from offramp_lab.experiments.comparison.tradeoff import FREE, Points, by_name, of_seed, speed_at
 from offramp_lab.experiments.drawing import speed_bands
 
-OURS = (FREE, SUPERVISED)
-"""Objectives that are no baselines."""
 Array = NDArray[np.float64]
 RESAMPLES = 200
 LEVELS = (0.005, 0.01, 0.02, 0.05)
@@ -80,8 +78,6 @@ def equal_quality(points: Points, samples: Samples | None = None) -> dict[str, A
         does too;
         `free_over_by_seed`, the same for each seed alone; and with `samples` also
         `free_over_interval`, the bootstrap's 95% over test images and rounds.
-        `best_baseline`: at each level the curve that comes closest to FREE or is the most ahead of
-        it, and `free_over_best_baseline`: by how much.
     """
     curves = [_curve(*pair) for pair in _pairs(points)]
     if samples is not None:
@@ -90,22 +86,7 @@ def equal_quality(points: Points, samples: Samples | None = None) -> dict[str, A
                 str(level): samples.interval(partial(_over, points, pair, level))
                 for level in LEVELS
             }
-    baselines = [
-        c for c in curves if c["objective"] not in OURS or c["policy"] != "max_probability"
-    ]
-    if not baselines or all(c["objective"] != FREE for c in curves):
-        return {"curves": curves}
-    best = {
-        level: min(baselines, key=lambda curve: float(curve["free_over"][level]))
-        for level in map(str, LEVELS)
-    }
-    return {
-        "curves": curves,
-        "best_baseline": {
-            level: {"objective": c["objective"], "policy": c["policy"]} for level, c in best.items()
-        },
-        "free_over_best_baseline": {level: c["free_over"][level] for level, c in best.items()},
-    }
+    return {"curves": curves}
 
 
 def _pairs(points: Points) -> list[tuple[Points, Points]]:
@@ -152,21 +133,12 @@ def _over(
     return float(_curve(theirs, free, (level,))["free_over"][str(level)])
 
 
-def ahead(curve: Mapping[str, Any], level: str, spread: str = "free_over_interval") -> str:
-    """By how much FREE is ahead of a curve of `equal_quality`, in words: "1.27 [1.05, 1.57]".
-
-    spread: what the brackets span; or "free_over_by_seed".
-    """
-    values = curve[spread][level]
-    return f"{curve['free_over'][level]:.2f} [{min(values):.2f}, {max(values):.2f}]"
-
-
 def _name(point: Mapping[str, Any]) -> str:
     """Of a point's line: its objective, its policy, or both where neither is FREE's."""
     objective, policy = point["objective"], point["policy"]
     if policy == "max_probability":
         return str(objective)
-    return policy if objective == FREE or policy in FIXED else f"{objective}, {policy}"
+    return policy if objective == FREE else f"{objective}, {policy}"
 
 
 def drawn(comparison: Mapping[str, Any]) -> str:

@@ -18,7 +18,6 @@ from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits, ExitSet, propose_depths
 from offramp.training.feature_dataset import Stores
 from offramp.training.trainer import Trainer
-from offramp_lab.experiments.comparison.methods import FIXED, POLICIES
 from offramp_lab.experiments.comparison.points import Entry, PointMeasurer
 from offramp_lab.experiments.comparison.tradeoff import FREE
 
@@ -45,17 +44,13 @@ class Grid:
         curve = partial(self._curve, seed)
         depths = plan.depths or propose_depths(layers)
         several = plan.several or propose_depths(layers, min(3, layers - 1))
-        cut = tuple(sorted({max(1, round(layers * k / 6)) for k in range(1, 6)} | {layers - 1}))
         entries = [
             entry
             for objective in plan.others(labelled=self._labelled)
             for entry in curve(objective, "max_probability", depths)
         ]
         for policy in dict.fromkeys(("max_probability", *plan.policies)):
-            if policy == "truncation":
-                entries += curve("logit_lens", policy, cut)
-                continue
-            if policy not in (*HEADS, *FIXED):
+            if policy not in HEADS:
                 entries += curve(FREE, policy, depths)
             entries += curve(FREE, policy, several)
         there = {(entry.objective, entry.policy) for entry in entries}
@@ -74,17 +69,14 @@ class Grid:
             self._adapters[key] = self._trained(*key)
         adapter = self._adapters[key]
         rule = ExitPolicy(
-            score=POLICIES[policy],
+            score=policy,
             first=None if self.plan.exit_in_prefill else {},
             shortlist=adapter.policy.shortlist,
         )
-        if policy in FIXED:
-            rules = [replace(rule, thresholds=Thresholds({d: 0.0})) for d in depths]
-        else:
-            if rule.score == "agreement":
-                adapter = _weighed(adapter)
-            levels = self._levels(adapter, rule)
-            rules = [replace(rule, thresholds=Thresholds.shared(depths, t)) for t in levels]
+        if policy == "agreement":
+            adapter = _weighed(adapter)
+        levels = self._levels(adapter, rule)
+        rules = [replace(rule, thresholds=Thresholds.shared(depths, t)) for t in levels]
         return [Entry(seed, objective, policy, adapter, r) for r in rules]
 
     def _levels(self, adapter: Adapter, rule: ExitPolicy) -> list[float]:

@@ -23,8 +23,6 @@ FEW = "cross_entropy_few"
 OWN = "cross_entropy_own"
 """Cross-entropy alone on the answers that FREE learns from, where the plan lets it learn from those
 of the model's own that it is confident of: what those answers are worth without the other terms."""
-FIXED = ("fixed_depth", "truncation")
-"""Policies without a score."""
 
 
 def _only(term: str, **more: Any) -> dict[str, Any]:
@@ -38,24 +36,17 @@ OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
     FEW: _only("cross_entropy", regime="mixed"),
     OWN: _only("cross_entropy", regime="pseudo"),
     "distillation": _only("distillation"),
-    "l2": _only("l2"),
-    "cosine": _only("cosine"),
-    "adversarial": _only("adversarial"),
     FREE: {},
     SUPERVISED: {"regime": "supervised"},
 }
 """Changes to the `TrainConfig`; None: nothing is trained. Cross-entropy as in BranchyNet
 (Teerapittayanon et al. 2016) and DeeBERT (Xin et al. 2020), on the data's answers or, where there
 are none, on the model's own; `FEW` on a `labelled_fraction` of the data's; `OWN` on the model's own
-either way; distillation as in CapEEN (Bajpai and Hanawal 2024), l2 as in DeeCap (Fei et al. 2022),
-cosine as in FastVLM. All but cross-entropy on the data's answers and `SUPERVISED` read no label."""
+either way; distillation as in CapEEN (Bajpai and Hanawal 2024). All but cross-entropy on the data's
+answers and `SUPERVISED` read no label."""
 
-POLICIES: dict[str, str] = {
-    **{name: name for name in (*SCORES, *HEADS, *FEATURE_SCORES)},
-    **dict.fromkeys(FIXED, "max_probability"),
-}
-"""The score that decides. "fixed_depth": every token exits at one FREE exit; "truncation": every
-token is read at one depth by the backbone's own norm and head, the layers above cut off."""
+POLICIES = (*SCORES, *HEADS, *FEATURE_SCORES)
+"""Scores that decide."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Plan:
     objectives: keys of `OBJECTIVES`, compared by max_probability where they apply: `FEW` and
         `SUPERVISED` where the data has answers, `OWN` where it has pseudo-labels. FREE
         is always among them.
-    policies: keys of `POLICIES`, compared on FREE's exits.
+    policies: of `POLICIES`, compared on FREE's exits.
     pairs: more of (objective, policy), at the depths `several`: methods as they were published.
         ("logit_lens", "saturation") is what MuE (Tang et al. 2023) comes to on a frozen model,
         ("cross_entropy", "patience") is PABEE (Zhou et al. 2020).
@@ -77,7 +68,7 @@ class Plan:
     """
 
     objectives: tuple[str, ...] = tuple(OBJECTIVES)
-    policies: tuple[str, ...] = tuple(POLICIES)
+    policies: tuple[str, ...] = POLICIES
     pairs: tuple[tuple[str, str], ...] = ()
     depths: tuple[int, ...] | None = option(
         None, "of the exits of every objective", shown="a quarter of the layers"
@@ -103,7 +94,7 @@ class Plan:
     def __post_init__(self) -> None:
         objectives = (*self.objectives, *(objective for objective, _ in self.pairs))
         check_known("Objective", objectives, tuple(OBJECTIVES))
-        check_known("Policy", (*self.policies, *(p for _, p in self.pairs)), tuple(POLICIES))
+        check_known("Policy", (*self.policies, *(p for _, p in self.pairs)), POLICIES)
         counts = ("seeds", "timed", "rounds", "batch_size", "max_new_tokens")
         wrong = [f"{n} is {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
         if not self.quantiles or not all(0 <= q <= 1 for q in self.quantiles):

@@ -20,7 +20,7 @@ _DROPS = tuple(float(drop) for drop in np.linspace(0.0, WORST, 33))
 MOST = 6
 """Lines that a plot can show without becoming a tangle."""
 SHOWN = ("free", "max_probability", "distillation", "cross_entropy", "cross_entropy_few",
-         "patience", "saturation", "logit_lens", "truncation", "agreement")  # fmt: skip
+         "patience", "saturation", "logit_lens", "agreement")  # fmt: skip
 """Names that a plot with too many curves keeps first."""
 
 
