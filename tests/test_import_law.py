@@ -286,10 +286,10 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def test_the_page_of_the_core_tells_each_of_its_files() -> None:
-    page = (ROOT / "docs" / "core.md").read_text(encoding="utf-8")
+def test_the_core_tells_each_of_its_loops_files() -> None:
+    page = (SOURCE / "core" / "README.md").read_text(encoding="utf-8")
     files = {f.name for f in SOURCE.glob("core/decoding/*.py")} - {"__init__.py"}
-    inner = page.partition("## The ring without PyTorch")[2].partition("## Around it")[0]
+    inner = page.partition("## The loop's files")[2]
     assert {w for w in inner.split("`") if w.endswith(".py")} == files
 
 

@@ -14,7 +14,7 @@ REGIMES = ("supervised", "unsupervised", "pseudo", "mixed")
 CACHES = ("auto", "memory", "disk", "stream")
 FREE: dict[str, Any] = {"adversarial": 0.003}
 """What FREE (Bajpai and Hanawal 2025) adds to the default, which is distillation alone: where both
-were measured, the adversary gains nothing (docs/defaults.md)."""
+were measured, the adversary gains nothing (docs/decisions.md)."""
 OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", "adversarial")
 
 
