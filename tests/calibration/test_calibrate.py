@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ from offramp.data.decontamination import picture_digests
 from offramp.data.item import Item
 from offramp.data.scenes import world
 from offramp.features.input_processor import InputProcessor
+from offramp.promises.prompt_kinds import point_of
 
 LAYERS, TOKENS = 6, 6
 OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
@@ -160,9 +162,12 @@ def test_what_was_measured_is_told_by_kind_of_prompt_and_may_be_promised_of_each
     some = of_two_kinds()
     result = found(4, examples=some, each_kind=each)
     assert [kind.kind for kind in result.kinds] == ["Caption:", "Question: ... Answer:"]
-    losses = lost("disagreement", result.policy, some, 4)
     caption = np.array([example.prompt == "Caption:" for example in some])
-    risks = [losses[caption].mean(), losses[~caption].mean()]
+    risks = [
+        lost("disagreement", result.policy.moved(kind.point), some, 4)[of_it].mean()
+        for kind, of_it in zip(result.kinds, (caption, ~caption), strict=True)
+    ]
+    losses = lost("disagreement", result.policy, some, 4)
     assert [kind.risk for kind in result.kinds] == pytest.approx(risks)
     assert [kind.answers for kind in result.kinds] == [caption.sum(), (~caption).sum()]
     assert result.measured == pytest.approx(max(risks) if each else losses.mean())
@@ -183,6 +188,30 @@ def test_any_question_is_guaranteed_where_enough_answers_were_calibrated_to_call
         calibration = found(4, examples=some)
         assert calibration.policy.thresholds
         assert calibration.conditions.get("any_prompt") == told
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_each_kind_of_prompt_goes_as_far_as_its_own_losses_let_it(trust: bool) -> None:
+    """As it would alone; and what all kinds passed is the policy of prompts of no kind."""
+    some, by = of_two_kinds(60), ExitPolicy(trust=1.0) if trust else ExitPolicy()
+    targets = {"Caption:": 0.6, "Question": 0.3}
+    result = found(4, examples=some, policy=by, costs=None, target=0.5, kind_targets=targets)
+    adapter = calibrated(adapter_at(4), result, some)
+    points = []
+    for kind in result.kinds:
+        asked = [e for e in some if (e.prompt == "Caption:") == (kind.kind == "Caption:")]
+        of_it = kind.target or 0.5
+        alone = found(4, examples=asked, policy=by, costs=None, target=of_it)
+        own = adapter.policy_of(asked[0].prompt)
+        assert result.policy.moved(kind.point) == alone.policy == own
+        points.append(min(kind.point.values()))
+    assert trust or len(set(points)) == 2  # else nothing is shown
+    common = result.policy.trust if trust else min(result.policy.thresholds.values())
+    assert common == max(points) and adapter.policy_of("unheard of") == result.policy
+    read = json.loads(json.dumps(result.to_json()))
+    assert [point_of(read, kind.kind) for kind in result.kinds] == [
+        dict(kind.point) for kind in result.kinds
+    ]
 
 
 def test_a_kind_of_prompt_may_have_a_target_of_its_own() -> None:

@@ -6,7 +6,7 @@ import fakes
 import pytest
 
 from offramp.adapter.answers import Answer
-from offramp.calibration.risk_functions import CIDER_CAP, QUALITIES, RISKS, Risk
+from offramp.calibration.risk_functions import CAPTION_CAP, CIDER_CAP, QUALITIES, RISKS, Risk
 from offramp.core.errors import DataError
 from offramp.core.inputs.example import Example
 from offramp.evaluation.caption_metrics import Frequencies, caption_scores
@@ -60,13 +60,15 @@ def test_what_an_image_loses_of_cider_does_not_depend_on_the_others() -> None:
     assert alone[1] > 0 > alone[2]
 
 
-def test_a_right_word_is_the_most_that_cider_can_lose() -> None:
+def test_a_right_word_is_the_most_that_cider_can_lose_and_half_as_much_of_a_caption() -> None:
     right = asked(("bed",))
     assert lost(["bus"], ["bed"], right) == [1]
     assert lost(["bed"], ["bus"], right) == [-1]
     (caption,) = asked(("a dog runs on grass",))
     assert Frequencies.of(OTHERS).cider(["a dog runs on grass"], [caption.answers])[0] > CIDER_CAP
-    assert lost([""], ["a dog runs on grass"], [caption]) == [1]
+    assert lost([""], ["a dog runs on grass"], [caption]) == [CAPTION_CAP / CIDER_CAP]
+    most = RISKS["cider_drop"].most
+    assert (most([caption]), most([caption, *right])) == (CAPTION_CAP / CIDER_CAP, 1)
 
 
 def test_words_are_weighed_by_two_images_at_least() -> None:

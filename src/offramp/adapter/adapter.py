@@ -116,8 +116,8 @@ class Adapter(AttachedExits, Records):
         """Return what is promised of an answer that was generated, by itself, to a prompt about one
         image, or of a language model about none.
 
-        policy: that answered; None: its own. engine: as of `standing`. known: of the request, such
-        as sampling and longest.
+        policy: that answered; None: `policy_of` the prompt. engine: as of `standing`. known: of the
+        request, such as sampling and longest.
         """
         from offramp.promises.conditions import TORCH, Conditions, of_processor
         from offramp.promises.guarantee import standing
@@ -125,7 +125,7 @@ class Adapter(AttachedExits, Records):
         from offramp.promises.prompt_kinds import OTHER
         from offramp.promises.verdict import decide
 
-        policy = self.policy if policy is None else policy
+        policy = self.policy_of(prompt) if policy is None else policy
         about_one = self.backbone.text_only if image is None else True
         here = Conditions.of(
             self.backbone, policy, engine=engine, exits=self.exits,
@@ -134,10 +134,11 @@ class Adapter(AttachedExits, Records):
         exact = policy.own_mode != "early_exit"
         likeness = self.likeness
         looked = image is not None and likeness.looks_at_images and not exact
+        kind = self.kind_of(prompt)
         return decide(
-            standing(self.of_engine(engine or TORCH).calibration, here),
+            standing(self.of_engine(engine or TORCH).calibration, here, kind),
             exact=exact,
-            kind=self.kind_of(prompt),
+            kind=kind,
             likeness=likeness,
             scores=output.scores[0].tolist(),
             look=look_of(image) if looked and image is not None else None,
@@ -165,6 +166,18 @@ class Adapter(AttachedExits, Records):
 
         frames = Conditions.of_calibration(self.calibration).get("prompts") or ()
         return kind_of(prompt, frames)
+
+    def policy_of(self, prompt: str, *, engine: str | None = None) -> ExitPolicy:
+        """Return the policy that a prompt is answered by: where each kind of prompt was calibrated,
+        at its own thresholds. `generate` reads tokens, and has one policy, which all kinds passed.
+
+        engine: as of `standing`.
+        """
+        from offramp.promises.conditions import TORCH
+        from offramp.promises.prompt_kinds import point_of
+
+        own = self.of_engine(engine or TORCH)
+        return self.policy.moved(point_of(own.calibration, own.kind_of(prompt)))
 
     def with_policy(
         self, policy: ExitPolicy, calibration: Mapping[str, Any] | None = None

@@ -93,18 +93,18 @@ class Guarantee:
         For n images, with one answer each that loses 0 or 1: 1 - ((1 - level) * 0.85) ** (1 / n).
         """
         frames = prompt_frames([e.prompt for e in examples]) if self.by_kind else []
-        kinds: dict[str, dict[str, Counter[str]]] = {}  # answers, by draw and image
+        kinds: dict[str, list[Example]] = {}
         for example in examples:
-            image = example.group or example.key
-            drawn = kinds.setdefault(kind_of(example.prompt, frames), {})
-            drawn.setdefault(example.source or image, Counter())[image] += 1
-        nothing = [self._nothing(kind, list(drawn.values())) for kind, drawn in kinds.items()]
+            kinds.setdefault(kind_of(example.prompt, frames), []).append(example)
+        nothing = [self._nothing(kind, some) for kind, some in kinds.items()]
         return upper_bound(nothing, self.level(1), self.method)
 
-    def _nothing(self, kind: str, drawn: Sequence[Counter[str]]) -> Draws:
+    def _nothing(self, kind: str, examples: Sequence[Example]) -> Draws:
         """Draws of answers to a kind of prompt that lose nothing."""
-        sizes = [1 if self.unit == "image" else images.total() for images in drawn]
-        whole = RISKS[self.risk].whole and all(images.total() == 1 for images in drawn)
+        drawn = Counter(example.source or example.group or example.key for example in examples)
+        sizes = [1 if self.unit == "image" else answers for answers in drawn.values()]
+        risk = RISKS[self.risk]
+        whole = risk.whole and max(drawn.values()) == 1
         none = Draws.of(np.zeros(len(drawn)), whole=whole)
-        times = self.target_of(kind) / self.target
+        times = self.target_of(kind) / self.target / risk.most(examples)
         return replace(none, counts=np.array(sizes, float), largest=float(max(sizes)), times=times)

@@ -204,7 +204,7 @@ def _with_conditions(
 ) -> Calibration:  # fmt: skip
     """Add the conditions under which what was found holds, and the scores of its calibrated
     answers. frames: of `prompt_frames`. here: of engine, processor and exits."""
-    early = trial.early(found.policy)
+    early = trial.early(found)
     likeness = trial.likeness(early, encoder.smallest_side)
     conditions = Conditions.of(
         encoder.backbone,

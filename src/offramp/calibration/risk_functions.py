@@ -36,7 +36,8 @@ class Risk:
 
     quality: of a risk with labels, what drops. whole: whether a loss is -1, 0 or 1, never between.
     weighed: the same risk, with words weighed by the references of other images, which every loss
-        needs that is to be of its own image alone; None: no words are weighed.
+        needs that is to be of its own image alone; None: no words are weighed. most: the largest
+        loss that answers to some examples can have, which a test of these need not look beyond.
     """
 
     losses: Losses
@@ -44,6 +45,7 @@ class Risk:
     quality: Quality | None = None
     whole: bool = False
     weighed: Callable[[Sequence[Example]], Risk] | None = None
+    most: Callable[[Sequence[Example]], float] = lambda examples: 1.0
 
 
 @dataclass(frozen=True)
@@ -100,20 +102,35 @@ def _drop(quality: Quality, **more: Any) -> Risk:
 
 
 CIDER_CAP = 2.5
-"""What a right answer of one word scores; a caption that scores more counts no higher."""
+"""What a right answer of one word scores, of one n-gram order of four; an answer that scores more
+counts no higher."""
+CAPTION_CAP = 1.25
+"""The same of captions, about what people's score against each other: half the range that a test
+has to allow for."""
+CAPTION = 4
+"""Words from which on a reference is a caption: it has n-grams of all orders."""
 
 
-def _capped(scores: Array) -> Array:
-    return np.minimum(scores, CIDER_CAP) / CIDER_CAP
+def _caps(examples: Sequence[Example]) -> Array:
+    """The most that an answer to each example counts [n], by the mean length of its references."""
+    words = [[len(simple_words(text)) for text in _references(each)] for each in examples]
+    return np.where([np.mean(some) >= CAPTION for some in words], CAPTION_CAP, CIDER_CAP)
+
+
+def _cider(score: Callable[[Sequence[str], Sequence[Sequence[str]]], Array], **more: Any) -> Risk:
+    """The drop of capped CIDEr-D as a share of `CIDER_CAP`. score: of texts, by references."""
+
+    def capped(answers: Sequence[Answer], examples: Sequence[Example]) -> Array:
+        scores = score([a.text for a in answers], list(map(_references, examples)))
+        return np.minimum(scores, _caps(examples)) / CIDER_CAP
+
+    return _drop(
+        capped, most=lambda examples: float(_caps(examples).max(initial=0)) / CIDER_CAP, **more
+    )
 
 
 def _cider_weighed(others: Sequence[Example]) -> Risk:
-    frequencies = Frequencies.of(list(map(_references, others)))
-    return _drop(
-        lambda answers, examples: _capped(
-            frequencies.cider([a.text for a in answers], list(map(_references, examples)))
-        )
-    )
+    return _cider(Frequencies.of(list(map(_references, others))).cider)
 
 
 BOUNDED = ("exact_match", "vqa_accuracy", "rouge_l")
@@ -123,12 +140,10 @@ RISKS: dict[str, Risk] = {
     "disagreement": Risk(_differs, whole=True),
     "consistency": Risk(_inconsistency),
     **{f"{name}_drop": _drop(QUALITIES[name], whole=name == "exact_match") for name in BOUNDED},
-    "cider_drop": _drop(
-        lambda answers, examples: _capped(QUALITIES["cider"](answers, examples)),
-        weighed=_cider_weighed,
-    ),
+    "cider_drop": _cider(ANSWER_QUALITIES["cider"], weighed=_cider_weighed),
 }
 """Risks by name. "disagreement": the share of answers that differ from the full model's;
 "consistency": 1 - ROUGE-L F against the full model's answer; both need no labels. Drops: the
 quality against the example's answers that is lost, below 0 where an early answer is the better.
-"cider_drop": of CIDEr-D up to `CIDER_CAP`, as a share of it."""
+"cider_drop": of CIDEr-D up to `CIDER_CAP`, of captions up to `CAPTION_CAP`, as a share of
+`CIDER_CAP`."""

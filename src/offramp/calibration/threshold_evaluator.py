@@ -135,11 +135,10 @@ class ThresholdEvaluator:
 
     def at(self, point: Mapping[int, float] | None) -> ExitPolicy:
         """The policy at a point of the path; None: without thresholds."""
-        first = self.policy.first
         if point is None:
+            first = self.policy.first
             return replace(self.policy, thresholds={}, first=None if first else first)
-        first = first and {d: t for d, t in first.items() if d in point}
-        return replace(self.policy, thresholds=point, first=first)
+        return self.policy.moved(point)
 
     def seconds(self, thresholds: Mapping[int, float]) -> float | None:
         """Predicted seconds of a decoded token; None without costs or a replay."""

@@ -6,7 +6,7 @@ and which errors the attempt spent. `offramp.calibration.calibrate` decides what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import Attempt, Draws, ImageRows, Turn, grouped, merged, turn_of
 from offramp.calibration.risk_control import (
     ANY_TIME,
+    Decision,
     control,
     draws_needed,
     first_test,
@@ -59,13 +60,15 @@ class Point:
 class Kind:
     """Prompts of a kind: what was measured of them at the thresholds that were chosen, or at the
     safest ones where none were. kind: see `offramp.promises.prompt_kinds.kind_of`. target: its own;
-    None: that of all."""
+    None: that of all. point: of the path, where each kind is tested, the one that this kind is
+    answered by; None: that of all."""
 
     kind: str
     images: int
     answers: int
     risk: float
     target: float | None = None
+    point: Thresholds | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class Calibration:
         can be guaranteed, and then `reason` says why.
     method: that decided; see `offramp.calibration.risk_control.control`, as for `monotone`.
     unit: what the risk is a mean over; see `Guarantee`; "group": groups of images.
-    measured, bound: the risk on the n tested images, and its upper bound.
+    measured, bound: the risk on the n tested images, and its upper bound; where each kind of prompt
+        is tested, of the worst at its own point, in units of the target of all.
     n, answers: images tested, copies left out, and answers to them. groups: that these images came
         in, which are what was drawn; None: each came alone. copies: images that were found
         to be copies of others.
@@ -152,7 +156,10 @@ class Calibration:
         keyed by depth."""
         path = [{**asdict(point), "thresholds": point.thresholds.to_json()} for point in self.path]
         entries = {**asdict(self), "policy": policy_to_json(self.policy), "path": path}
-        entries |= {"kinds": list(entries["kinds"]), "conditions": self.conditions.to_json()}
+        kinds = [
+            {**asdict(kind), "point": kind.point and kind.point.to_json()} for kind in self.kinds
+        ]
+        entries |= {"kinds": kinds, "conditions": self.conditions.to_json()}
         entries["ways"] = list(entries["ways"])
         entries["likeness"] = self.likeness.to_json()
         del entries["attempts"]
@@ -176,12 +183,12 @@ class Trial:
     level: float
     kinds: tuple[str, ...]
 
-    def draws(self, losses: Array, asked: Guarantee) -> list[Draws]:
-        """Losses [answers, ...] as those of the images: of all or, where the target is to hold of
-        each kind of prompt, of each."""
+    def draws(self, losses: Array, asked: Guarantee) -> dict[str, Draws]:
+        """Losses [answers, ...] as those of the images: of all, named "", or, where the target is
+        to hold of each kind of prompt, of each by its name."""
         if not asked.by_kind:
-            return [self._of(losses, asked.unit, self.images, self.turn.looked)]
-        return list(self.by_kind(losses, asked).values())
+            return {"": self._of(losses, asked.unit, self.images, self.turn.looked)}
+        return self.by_kind(losses, asked)
 
     @property
     def images_tested(self) -> int:
@@ -190,7 +197,7 @@ class Trial:
 
     def nothing(self, asked: Guarantee) -> list[Draws]:
         """Draws of answers that lose nothing."""
-        return self.draws(np.zeros(len(self.tested.examples)), asked)
+        return [*self.draws(np.zeros(len(self.tested.examples)), asked).values()]
 
     def number_of(self, asked: Guarantee) -> int:
         """Images, or groups of them, that were tested, copies left out; of kinds, the fewest."""
@@ -204,27 +211,43 @@ class Trial:
             parts = [image.of_rows(rows) for image in self.images]
             looked = sum(part is not None for part in parts[: self.turn.looked])
             draws = self._of(losses, asked.unit, [part for part in parts if part], looked)
-            found[kind] = replace(draws, times=asked.target_of(kind) / asked.target)
+            times = draws.times * asked.target_of(kind) / asked.target
+            found[kind] = replace(draws, times=times)
         return found
 
     def _of(self, losses: Array, unit: str, images: Sequence[ImageRows], looked: int) -> Draws:
-        return Draws.by(unit, losses, images, whole=self.tested.risk.whole, looked=looked)
+        """Draws by the largest loss that these answers can have."""
+        risk = self.tested.risk
+        most = risk.most([self.tested.examples[row] for image in images for row in image.rows])
+        draws = Draws.by(unit, losses / most, images, whole=risk.whole, looked=looked)
+        return replace(draws, times=1 / most)
+
+    def rows_of(self, kinds: Collection[str]) -> Array:
+        """Rows of answers to prompts of these kinds, ascending."""
+        return np.array([row for row, kind in enumerate(self.kinds) if kind in kinds])
 
     def run(self, asked: Guarantee, progress: Any) -> Calibration:
         """Test the path until a point fails, unless that cannot succeed, and return what was
         found; without points of a path no errors were risked."""
         within = _within_reach(self, asked)
-        losses, points = _walk(self, progress(self.turn.path or ()) if within else (), asked)
-        found = _decide(self, losses, points, asked)
+        walked = _walk(self, progress(self.turn.path or ()) if within else (), asked)
+        found = _decide(self, walked, asked)
         return found if within else replace(found, **_out_of_reach(self, asked))
 
-    def early(self, policy: ExitPolicy) -> list[Answer]:
-        """Return early answers to what was tested: to all of it where the risk needs right answers,
-        else to `ANSWERS`; none where nothing is guaranteed."""
-        if policy.own_mode != "early_exit":
+    def early(self, found: Calibration) -> list[Answer]:
+        """Return early answers to what was tested, to each kind of prompt by its thresholds: to all
+        of it where the risk needs right answers, else to `ANSWERS`; none where nothing is
+        guaranteed."""
+        if found.policy.own_mode != "early_exit":
             return []
         n = len(self.kinds) if self.tested.risk.quality else min(len(self.kinds), ANSWERS)
-        return self.tested.answer(self.tested.examples[:n], policy)
+        answers: dict[int, Answer] = {}
+        for kind in found.kinds:
+            rows = [row for row in range(n) if self.kinds[row] == kind.kind]
+            examples = [self.tested.examples[row] for row in rows]
+            some = self.tested.answer(examples, found.policy.moved(kind.point)) if rows else []
+            answers |= dict(zip(rows, some, strict=True))
+        return [answers[row] for row in range(n)]
 
     def watched(self, early: Sequence[Answer], asked: Guarantee) -> dict[str, Any] | None:
         """Return what requests can show where the risk needs right answers: by kind of prompt, an
@@ -317,37 +340,77 @@ def _out_of_reach(trial: Trial, asked: Guarantee) -> dict[str, Any]:
     return {"needed": needed, "reason": reason}
 
 
-def _walk(trial: Trial, path: Iterable[Thresholds], asked: Guarantee) -> tuple[Array, list[Point]]:
-    """What answers lose at each point of the path [rows, K], and the points, up to the first that
-    fails."""
-    method = first_test(asked.method)
-    columns = [np.zeros((len(trial.tested.examples), 0))]
-    points: list[Point] = []
+@dataclass(frozen=True)
+class _Walked:
+    """What answers lose at each point of the path that any kind of prompt reached [rows, K], and
+    the points. reached: how many points were tried of each kind, its first failure included."""
+
+    losses: Array
+    points: Sequence[Point]
+    reached: Mapping[str, int]
+
+    @property
+    def together(self) -> int:
+        """How many points were tried of all kinds."""
+        return min(self.reached.values(), default=0)
+
+
+def _walk(trial: Trial, path: Iterable[Thresholds], asked: Guarantee) -> _Walked:
+    """Test the path until a point fails; of several kinds of prompts each until it does."""
+    method, error, tested = first_test(asked.method), 1 - trial.level, trial.tested
+    columns, points = [np.zeros((len(tested.examples), 0))], list[Point]()
+    reached: dict[str, int] = {}
+    going: Collection[str] | None = None
     for thresholds in path:
-        losses = trial.tested.losses(thresholds)
+        losses = np.zeros(len(tested.examples))
+        if going is None or not asked.by_kind:
+            losses = tested.losses(thresholds)
+        else:  # of the others nothing more is asked
+            rows = trial.rows_of(going)
+            losses[rows] = tested.part(rows).losses(thresholds)
         columns.append(losses[:, None])
-        draws = trial.draws(losses, asked)
-        bound = upper_bound(draws, trial.level, method)
-        seconds = trial.tested.seconds(thresholds)
-        points.append(Point(thresholds, highest_risk(draws), bound, seconds))
-        if p_value(draws, asked.target, method, 1 - trial.level) > 1 - trial.level:
+        parts = trial.draws(losses, asked)
+        parts = parts if going is None else {kind: parts[kind] for kind in going}
+        bound = upper_bound([*parts.values()], trial.level, method)
+        point = Point(
+            thresholds, highest_risk([*parts.values()]), bound, tested.seconds(thresholds)
+        )
+        points.append(point)
+        reached |= dict.fromkeys(parts, len(points))
+        p_values = {kind: p_value(one, asked.target, method, error) for kind, one in parts.items()}
+        going = [kind for kind, p in p_values.items() if p <= error]
+        if not going:
             break
-    return np.concatenate(columns, 1), points
+    return _Walked(np.concatenate(columns, 1), points, reached)
 
 
-def _decide(trial: Trial, losses: Array, points: Sequence[Point], asked: Guarantee) -> Calibration:
+def _chosen(
+    losses: Sequence[Draws],
+    points: Sequence[Point],
+    trial: Trial,
+    asked: Guarantee,
+    among: Collection[int] | None = None,
+) -> tuple[Point | None, Decision]:
+    """The fastest point that passed; of some that all keep the risk any may be taken, and where no
+    times are known it is the last. among: depths of the exits that run; None: all."""
+    decision = control(losses, asked.target, trial.level, asked.method, trial.tested.risk.low)
+    passed = [] if decision.index is None else points[: decision.index + 1]
+    passed = [p for p in passed if among is None or p.thresholds.keys() <= set(among)]
+    return min(reversed(passed), key=lambda point: point.seconds or 0.0, default=None), decision
+
+
+def _decide(trial: Trial, walked: _Walked, asked: Guarantee) -> Calibration:
     """The fastest point that passed, if it beats the full model; else none, and why."""
     tested, n = trial.tested, trial.number_of(asked)
-    decision = control(
-        trial.draws(losses, asked), asked.target, trial.level, asked.method, tested.risk.low
-    )
-    passed = [] if decision.index is None else points[: decision.index + 1]
-    # All that passed keep the risk, so any may be taken: the last where no times are known.
-    chosen = min(reversed(passed), key=lambda point: point.seconds or 0.0, default=None)
+    points, losses = walked.points[: walked.together], walked.losses[:, : walked.together]
+    draws = [*trial.draws(losses, asked).values()]
+    chosen, decision = _chosen(draws, points, trial, asked)
     measured = (chosen or points[0]).risk if points else 0.0
-    needed = samples_needed(asked.target, trial.level, decision.method, measured)
-    if not passed and first_test(asked.method) == "sharp":  # there was a look at these
-        needed = more_needed(asked.target, trial.level, measured)
+    times = min(part.times for part in draws)
+    strictest, lost = min(asked.target * times, 1.0), measured * times
+    needed = samples_needed(strictest, trial.level, decision.method, lost)
+    if decision.index is None and first_test(asked.method) == "sharp":  # there was a look at these
+        needed = more_needed(strictest, trial.level, lost)
     full = tested.seconds({})
     speedup = full / chosen.seconds if chosen and full and chosen.seconds else None
     reason, groups = "", n if grouped(trial.images) else None
@@ -356,6 +419,11 @@ def _decide(trial: Trial, losses: Array, points: Sequence[Point], asked: Guarant
         reason = "No exit is predicted to pay: its checks cost more than they save."
     elif chosen is None:
         reason = _too_little(points[0], n, asked, needed, "groups" if groups else "images")
+    kinds, columns = _kinds(trial, walked, chosen, asked)
+    bound = chosen.bound if chosen else None
+    if chosen and asked.by_kind:
+        measured = highest_risk(columns)
+        bound = upper_bound(columns, trial.level, first_test(asked.method))
     return Calibration(
         policy=tested.at(None if chosen is None else chosen.thresholds),
         risk=asked.risk,
@@ -363,8 +431,8 @@ def _decide(trial: Trial, losses: Array, points: Sequence[Point], asked: Guarant
         confidence=asked.confidence,
         method=decision.method,
         monotone=decision.monotone,
-        measured=chosen.risk if chosen else None,
-        bound=chosen.bound if chosen else None,
+        measured=measured if chosen else None,
+        bound=bound,
         n=trial.images_tested,
         groups=groups,
         answers=len(tested.examples),
@@ -378,27 +446,34 @@ def _decide(trial: Trial, losses: Array, points: Sequence[Point], asked: Guarant
         copies=merged(trial.images),
         candidates=asked.candidates,
         largest=max((len(part) for image in trial.images for part in image.by_image), default=1),
-        whole=bool(points) and len(passed) == len(trial.turn.path or ()),
+        whole=decision.index is not None and decision.index + 1 == len(trial.turn.path or ()),
         each_kind=asked.by_kind,
-        kinds=_kinds(trial, losses, points.index(chosen) if chosen else 0, asked),
+        kinds=kinds,
     )
 
 
-def _kinds(trial: Trial, losses: Array, point: int, asked: Guarantee) -> tuple[Kind, ...]:
-    """What was measured by kind of prompt at a point of the path."""
-    if losses.shape[1] == 0:
-        return ()
-    found = trial.by_kind(losses[:, point], asked)
-    return tuple(
-        Kind(
-            kind,
-            draws.n,
-            trial.kinds.count(kind),
-            float(draws.risk),
-            None if draws.times == 1 else asked.target_of(kind),
-        )
-        for kind, draws in found.items()
-    )
+def _kinds(
+    trial: Trial, walked: _Walked, chosen: Point | None, asked: Guarantee
+) -> tuple[tuple[Kind, ...], list[Draws]]:
+    """What was measured by kind of prompt, and its losses, at the point chosen or, where each kind
+    is tested, at its own, which lies no nearer to the full model."""
+    kinds, columns = list[Kind](), list[Draws]()
+    own = chosen is not None and asked.by_kind
+    for kind, draws in trial.by_kind(walked.losses, asked).items() if walked.points else ():
+        point, target = chosen or walked.points[0], asked.target_of(kind)
+        if own:
+            tried = walked.reached[kind]
+            losses = replace(draws, sums=draws.sums[:, :tried])
+            found, _ = _chosen([losses], walked.points[:tried], trial, asked, point.thresholds)
+            point = found or point
+        columns.append(draws.column(walked.points.index(point)))
+        kinds.append(Kind(
+            kind, draws.n, trial.kinds.count(kind),
+            risk=highest_risk(columns[-1:]) * target / asked.target,
+            target=None if target == asked.target else target,
+            point=point.thresholds if own else None,
+        ))  # fmt: skip
+    return tuple(kinds), columns
 
 
 def _too_little(

@@ -113,4 +113,4 @@ class TrustPath(ThresholdEvaluator):
         return answer if ids == answer.ids else Answer(ids, self.texts(ids))
 
     def at(self, point: Mapping[int, float] | None) -> ExitPolicy:
-        return replace(self.policy, trust=None if point is None else min(point.values()))
+        return replace(self.policy, trust=None) if point is None else self.policy.moved(point)

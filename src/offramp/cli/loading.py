@@ -140,11 +140,14 @@ def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> li
     return left
 
 
-def policy_of(arguments: argparse.Namespace, adapter: Any) -> Any:
-    """The adapter's policy, at the threshold that --threshold names."""
+def policy_of(
+    arguments: argparse.Namespace, adapter: Any, prompt: str, engine: str | None = None
+) -> Any:
+    """The adapter's policy for a prompt, or at the threshold that --threshold names. engine: as of
+    `Adapter.standing`."""
     from dataclasses import replace
 
     if arguments.threshold is None:
-        return adapter.policy
+        return adapter.policy_of(prompt, engine=engine)
     thresholds = dict.fromkeys(adapter.exits.depths, arguments.threshold)
     return replace(adapter.policy.at(thresholds), drafts={})

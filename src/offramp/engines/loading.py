@@ -115,14 +115,14 @@ class Loaded:
             image = Example(image, "", (), key="image").open_image(self.encoder.smallest_side)
             inputs = self.encoder.prompts([Example(image, prompt, (), key="image")])
         options = {"max_new_tokens": self.longest, "do_sample": False, **options}
-        policy = self.adapter.policy.in_mode(mode)
+        where = None if self.runtime is None else self.runtime.name
+        policy = self.adapter.policy_of(prompt, engine=where).in_mode(mode)
         made = self.model.generate(inputs, policy=policy, **options)
         plain = options.keys() <= {"max_new_tokens", "do_sample", "vision_cache", "prefix_cache"}
         text = Text(self.encoder.texts(made.new_tokens)[0])
         text.verdict = self.adapter.verdict(
             made, self.processor, prompt, image, policy=policy,
-            engine=None if self.runtime is None else self.runtime.name,
-            longest=options["max_new_tokens"],
+            engine=where, longest=options["max_new_tokens"],
             sampling="greedy" if plain and not options["do_sample"] else "sampled or ruled",
         )  # fmt: skip
         return text

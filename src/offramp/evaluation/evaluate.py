@@ -66,7 +66,8 @@ def evaluate(
         model: an adapter; or a backbone, for the full model alone (mode "full").
         examples: with references; for dialogue, `Item`s with candidates.
         task: of `offramp.evaluation.tasks.TASKS`.
-        policy: when tokens exit early. Default: the adapter's.
+        policy: when tokens exit early. Default: the adapter's; where it was calibrated by kind of
+            prompt, and a batch is of one, that kind's.
         out: the run's folder; see the module for its files.
         runtime: answers in the adapter's place; not for dialogue, whose candidates PyTorch ranks.
         resume: go on with the run in `out`; what is answered there is kept.
@@ -175,6 +176,7 @@ class _Answerer:
             )
         early = policy if policy is not None else adapter.policy if adapter else FULL
         self.policies = {"full": FULL, "early_exit": early}
+        self._by_kind = adapter if policy is None else None
         if adapter and plan.mode != "full" and not adapter.spares_layers(early):
             log.warning("The policy has no thresholds, so no token exits early.")
         if plan.task == "dialogue" and early.shortlist:
@@ -218,7 +220,7 @@ class _Answerer:
         self.encoder.check_room(inputs, [(item.key, self.plan.longest) for item in items])
         clock = FirstToken()
         begin = time.perf_counter()
-        result = self._generate(inputs, mode, StoppingCriteriaList([clock]))
+        result = self._generate(inputs, self._policy(items, mode), StoppingCriteriaList([clock]))
         end = time.perf_counter()
         assert clock.seconds is not None
         alone = self.plan.batch_size == 1
@@ -236,11 +238,22 @@ class _Answerer:
 
     def warm(self, items: Sequence[Item], mode: str) -> None:
         """Generate once without a clock."""
-        self._generate(self.encoder.prompts([item.example for item in items]), mode, None)
+        inputs = self.encoder.prompts([item.example for item in items])
+        self._generate(inputs, self._policy(items, mode), None)
 
-    def _generate(self, inputs: Mapping[str, Any], mode: str, stop: Any) -> GenerationOutput:
-        policy, longest = self.policies[mode], self.plan.longest
-        options = {**GREEDY, "max_new_tokens": longest, "stopping_criteria": stop}
+    def _policy(self, items: Sequence[Item], mode: str) -> ExitPolicy:
+        if mode != "early_exit" or self._by_kind is None:
+            return self.policies[mode]
+        where = None if self.runtime is None else self.runtime.name
+        first, *others = (
+            self._by_kind.policy_of(item.example.prompt, engine=where) for item in items
+        )
+        return first if all(policy == first for policy in others) else self.policies[mode]
+
+    def _generate(
+        self, inputs: Mapping[str, Any], policy: ExitPolicy, stop: Any
+    ) -> GenerationOutput:
+        options = {**GREEDY, "max_new_tokens": self.plan.longest, "stopping_criteria": stop}
         if self.runtime is not None:
             return self.runtime.generate(inputs, policy=policy, **options)
         return generate(self.backbone, inputs, exits=self.exits, policy=policy, **options)

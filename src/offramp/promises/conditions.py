@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from offramp.core.decoding.policy import ExitPolicy, policy_entries, resolved
+from offramp.core.decoding.policy import ExitPolicy, Thresholds, policy_entries, resolved
 from offramp.core.errors import InputError
 from offramp.core.models.as_loaded import DIGITS, as_loaded, exits_digest
 from offramp.core.models.backbone import Backbone
@@ -80,6 +80,15 @@ class Conditions(Mapping[str, Any]):
     def under(self, **known: Any) -> Conditions:
         """The same with what a request adds, or with other values."""
         return Conditions({**self._values, **known})
+
+    def at(self, point: Mapping[int, float] | None) -> Conditions:
+        """The same of a policy that is `moved` to a point; None: as they are."""
+        if point is None:
+            return self
+        if self.get("trust", -1.0) >= 0:
+            return self.under(trust=min(point.values()))
+        first = {d: t for d, t in (self.get("first") or {}).items() if int(d) in point}
+        return self.under(thresholds=Thresholds(point).to_json(), first=first)
 
     def to_json(self) -> dict[str, Any]:
         return dict(self._values)

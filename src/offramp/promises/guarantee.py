@@ -14,6 +14,7 @@ from typing import Any
 
 from offramp.promises.conditions import Conditions, differences, shown
 from offramp.promises.likeness import LIKE
+from offramp.promises.prompt_kinds import point_of
 
 NEEDED = ("risk", "target", "confidence", "n", "attempt", "unit", "conditions")
 """What a calibration must say for its guarantee to count."""
@@ -140,7 +141,7 @@ def risk_words(risk: str, unit: str) -> str:
         "consistency": "1 - ROUGE-L against the full model's answer",
         "exact_match_drop": "drop of exact match with people's answers",
         "rouge_l_drop": "drop of ROUGE-L against people's answers",
-        "cider_drop": "drop of CIDEr-D (capped at 2.5) against people's answers",
+        "cider_drop": "drop of CIDEr-D (capped at 2.5, for captions 1.25) against people's answers",
         "vqa_accuracy_drop": "drop of VQA accuracy",
     }.get(risk, risk.replace("_", " "))
     if unit in ("image", "group"):
@@ -165,8 +166,11 @@ class GuaranteeStatus:
         return f"not guaranteed here: {self.why}" if self.why else ""
 
 
-def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> GuaranteeStatus:
-    """Return what a calibration guarantees under these conditions."""
+def standing(
+    calibration: Mapping[str, Any] | None, here: Conditions, kind: str = ""
+) -> GuaranteeStatus:
+    """Return what a calibration guarantees under these conditions. kind: of the prompt, which may
+    have been calibrated by thresholds of its own."""
     if not calibration or calibration.get("measured") is None:
         return GuaranteeStatus()
     missing = [name for name in NEEDED if calibration.get(name) is None]
@@ -183,6 +187,8 @@ def standing(calibration: Mapping[str, Any] | None, here: Conditions) -> Guarant
         return GuaranteeStatus(why=f"the risk was bounded by {bound}, and {target} was to be shown")
     then = Conditions.of_calibration(calibration)
     found = differences(then, here, risk=calibration["risk"])
+    if point := found and point_of(calibration, kind):  # all kinds passed the common one too
+        found = differences(then.at(point), here, risk=calibration["risk"])
     if found:
         return GuaranteeStatus(why="; ".join(found))
     names = ("risk", "target", "confidence", "unit", "n")

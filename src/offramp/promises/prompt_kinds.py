@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 FRAMES = 8
 """Kinds of prompts that are told apart by their first word; of more, all are one kind. No more are
@@ -50,6 +51,14 @@ def kind_of(prompt: str, frames: Sequence[Sequence[str]]) -> str:
                 else " ... ".join(map(str.strip, frame))
             )
     return ""
+
+
+def point_of(calibration: Mapping[str, Any] | None, kind: str) -> dict[int, float] | None:
+    """Return the point of a calibrated path that prompts of a kind are answered by; None: all by
+    the same. See `offramp.core.decoding.policy.ExitPolicy.moved`."""
+    kinds = (calibration or {}).get("kinds") or ()
+    said = next((each.get("point") for each in kinds if each.get("kind") == kind), None)
+    return {int(depth): level for depth, level in said.items()} if said else None
 
 
 def _has_word(text: str) -> bool:

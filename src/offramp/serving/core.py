@@ -191,7 +191,7 @@ class Core(Jobs):
                     self.decoder.executor.close()
                     self.decoder = self._new_decoder()
                     self.decoder.tally = self.tally
-                rule = host.plan.rule(request.mode, request.thresholds)
+                rule = host.plan.rule(request.mode, request.thresholds, request.point)
                 made = host.alone(request, Steps(job, lambda: None), self._check_room)
                 if made is not None:
                     self.tokens += len(job.tokens)

@@ -100,6 +100,7 @@ class Engine:
         streamer: Any = None,
         on_token: OnToken | None = None,
         salt: str | None = None,
+        point: Mapping[int, float] | None = None,
         wait: bool = False,
         **options: Any,
     ) -> Handle:
@@ -113,7 +114,7 @@ class Engine:
             InputError: a request that no engine could answer.
         """
         inputs, prepare = self._taken(what)
-        request = Request(inputs, mode, thresholds, seed, streamer, on_token, options, salt)
+        request = Request(inputs, mode, thresholds, seed, streamer, on_token, options, salt, point)
         with self._changed:
             self._take_place(wait)
             handle = Handle(request)  # here, so that it stands in the pool's queue as it arrived

@@ -22,11 +22,12 @@ class Request:
 
     inputs: what the processor returned for it, one row, or what else the engine takes. mode: one of
     `MODES`; None: the adapter's own policy. thresholds: by depth, instead of the policy's; early
-    exit only. seed: which sample, where tokens are sampled; None: any. streamer, on_token: get the
-    prompt's ids and each token's, or each token with its depth and score; they run in the engine's
-    thread and must be quick. options: Hugging Face's generation options, or what else the engine
-    takes. salt: what is kept of it is found by requests of the same salt alone; None: by all that
-    have none.
+    exit only. point: of the calibrated path, that the prompt's kind is answered by
+    (`offramp.core.decoding.policy.ExitPolicy.moved`); None: that of all. seed: which sample, where
+    tokens are sampled; None: any. streamer, on_token: get the prompt's ids and each token's, or
+    each token with its depth and score; they run in the engine's thread and must be quick. options:
+    Hugging Face's generation options, or what else the engine takes. salt: what is kept of it is
+    found by requests of the same salt alone; None: by all that have none.
 
     Raises:
         InputError: an unknown mode, thresholds in another mode than early exit.
@@ -40,6 +41,7 @@ class Request:
     on_token: OnToken | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     salt: str | None = None
+    point: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         if self.mode is not None:

@@ -97,7 +97,8 @@ class SerialCore(Jobs):
 
     def _answer(self, job: Job) -> None:
         request = job.handle.request
-        policy = self.policy.asked(request.mode, request.thresholds, self.depths)
+        calibrated = self.policy.moved(request.point)
+        policy = calibrated.asked(request.mode, request.thresholds, self.depths)
         # Without a seed any will do, but not PyTorch's own, which is other requests' too.
         seed = secrets.randbits(63) if request.seed is None else request.seed
         own = {"streamer": Steps(job, self._pause), "seed": seed}

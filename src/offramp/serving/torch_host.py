@@ -175,7 +175,8 @@ class TorchHost(PreparedHost):
 
     def _alone(self, request: Request) -> Plan:
         """The plan of a request by itself; at full depth where drafts cannot be taken back."""
-        policy = self._policy.asked(request.mode, request.thresholds, self.plan.depths)
+        own = self._policy.moved(request.point)
+        policy = own.asked(request.mode, request.thresholds, self.plan.depths)
         if policy.drafting and not self.backbone.lossless:
             policy = FULL
         return self._plans.of(policy, partial(plan_of, self.backbone, self._attached, policy))
@@ -183,7 +184,7 @@ class TorchHost(PreparedHost):
     def open(self, request: Request, on_token: OnSettled) -> Opened:
         opened = super().open(request, on_token)
         readings, share = self.backbone.readings, self.backbone.decoding.again
-        rule = self.plan.rule(request.mode, request.thresholds)
+        rule = self.plan.rule(request.mode, request.thresholds, request.point)
         here = "slots", shape_of(self.backbone, request.inputs, (rule.early, rule.uses_exits))
         asked = share is not None or not self.backbone.tested
         first = asked and here not in readings.verdicts

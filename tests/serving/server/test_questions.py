@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,15 @@ from PIL import Image
 from smolvlm import save_smolvlm
 
 from offramp.core.models.backbone import Backbone
+from offramp.data.scenes import tasks
 from offramp.features.input_processor import InputProcessor
 from offramp.promises.prompt_kinds import OTHER
+from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.api.protocol import ChatRequest, CompletionRequest
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.inputs.prompts import Prompter
-from serving import data_uri, shipped
+from offramp.serving.server.pytorch import service_of
+from serving import NAME, asking, data_uri, messages, shipped
 
 URI = data_uri(Image.new("RGB", (8, 8)))
 PICTURE = {"type": "image_url", "image_url": {"url": URI}}
@@ -66,3 +70,32 @@ def test_a_question_is_what_the_model_reads_as_an_example_that_asks_it(
     adapter, processor = shipped()
     if plain is not None:  # without a template several turns are refused
         assert prompter(InputProcessor(adapter.backbone, processor)).question(request_) == plain
+
+
+def test_each_kind_of_prompt_is_answered_by_the_thresholds_it_was_calibrated_by() -> None:
+    """Questions at a lower threshold than captions; both are promised."""
+    adapter, processor = shipped()
+    low, kind = {"2": 0.2}, "Question: ... ? Answer:"
+    kinds = [{"kind": "Caption:", "point": None}, {"kind": kind, "point": low}]
+    calibration = {**(adapter.calibration or {}), "kinds": kinds, "each_kind": True}
+    adapter = replace(adapter, calibration=calibration)
+    examples = [*tasks.captions("test", 3).examples, *tasks.questions("test", 9).examples]
+    service = service_of(adapter, processor, ServerConfig(NAME), EngineConfig(4, 256))
+    encoder, lower = InputProcessor(adapter.backbone, processor), []
+    try:
+        for example in examples:
+            asked = example.prompt != "Caption:"
+            policy = replace(adapter.policy, thresholds={2: 0.2}) if asked else adapter.policy
+            options = {"max_new_tokens": 12, "do_sample": False}
+            alone = adapter.generate(encoder.prompts([example]), policy=policy, **options)
+            own = adapter.generate(encoder.prompts([example]), **options)
+            body = {"messages": messages(example), "max_tokens": 12}
+            found = asking(service).post("/v1/chat/completions", json=body).json()
+            said = found["usage"]["offramp"]
+            assert said["mean_depth"] == pytest.approx(alone.mean_depth)
+            assert found["choices"][0]["message"]["content"] == encoder.texts(alone.new_tokens)[0]
+            assert said["verdict"]["promised"]
+            lower.append(alone.mean_depth < own.mean_depth)
+    finally:
+        service.close()
+    assert any(lower[3:]) and not any(lower[:3])

@@ -112,6 +112,9 @@ class EdgeServed:
     def kind_of(self, asked: str) -> str:
         return ""
 
+    def point_of(self, asked: str) -> None:
+        return None
+
     def promised(self) -> None:
         return None
 

@@ -335,6 +335,7 @@ def _table(calibration: Any) -> str:
     if len(calibration.kinds) > 1:
         named = [
             f"{kind.kind or 'other prompts'}: {kind.risk:.4f} on {kind.images} images"
+            + (f", answered at {_at(calibration, kind)}" if kind.point else "")
             for kind in calibration.kinds
         ]
         lines.append(f"By kind of prompt: {'; '.join(named)}.")
@@ -361,6 +362,13 @@ def _table(calibration: Any) -> str:
             f"{name.capitalize()}: {setting}{first}."
         )
     return "\n".join([*lines, *_compared(calibration)])
+
+
+def _at(calibration: Any, kind: Any) -> str:
+    """The thresholds, or the trust, that prompts of a kind are answered by."""
+    from offramp.calibration.ways import way_of
+
+    return " ".join(way_of(calibration.policy.moved(kind.point)))
 
 
 def _compared(calibration: Any) -> list[str]:

@@ -131,7 +131,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             encoder,
             items,
             arguments.task,
-            None if alone else policy_of(arguments, model),
+            None if alone or arguments.threshold is None else policy_of(arguments, model, ""),
             out=arguments.out,
             runtime=runtime,
             resume=arguments.resume,

@@ -121,7 +121,8 @@ def generate(arguments: argparse.Namespace) -> None:
     if options["max_new_tokens"] is None:
         options["max_new_tokens"] = opened.longest
     asked = usual_prompt(adapter) if arguments.prompt is None else arguments.prompt
-    policy = policy_of(arguments, adapter).in_mode(arguments.mode)
+    where = None if runtime is adapter else runtime.name
+    policy = policy_of(arguments, adapter, asked, where).in_mode(arguments.mode)
     if opened.has_exits and arguments.mode != "full" and not adapter.spares_layers(policy):
         log.warning(
             "The adapter has no thresholds, so every layer runs for every token; give --threshold, "
@@ -133,8 +134,8 @@ def generate(arguments: argparse.Namespace) -> None:
         options["vision_cache"] = VisionCache()
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
-    where = None if runtime is adapter else runtime.name
     for name, image, prompt, inputs in _questions(arguments, asked, encoder):
+        policy = policy_of(arguments, adapter, prompt, where).in_mode(arguments.mode)
         result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
         verdict = adapter.verdict(
             result, encoder.processor, prompt, image,

@@ -82,14 +82,18 @@ class Plan:
         return self.rule()
 
     def rule(
-        self, mode: str | None = None, thresholds: Mapping[int, float] | None = None
+        self,
+        mode: str | None = None,
+        thresholds: Mapping[int, float] | None = None,
+        point: Mapping[int, float] | None = None,
     ) -> ExitRule:
         """Return the rule by which an answer uses the exits: the one place where a policy becomes a
         rule.
 
-        mode, thresholds: as of `ExitPolicy.asked`, which says what is refused.
+        mode, thresholds: as of `ExitPolicy.asked`, which says what is refused. point: as of
+            `ExitPolicy.moved`.
         """
-        policy = self.policy.asked(mode, thresholds, self.depths or tuple(self.levels))
+        policy = self.policy.moved(point).asked(mode, thresholds, self.depths or tuple(self.levels))
         trust = VERIFIED if policy.lossless else policy.trust
         if self.levels and trust is not None:  # by trust drafts go on to the answer's end
             levels = self.levels if policy.lossless else dict.fromkeys(self.levels, 0.0)

@@ -174,6 +174,16 @@ class ExitPolicy:
             first = Thresholds.shared([*thresholds], max(self.first.values()))
         return replace(self, thresholds=thresholds, first=first, trust=None)
 
+    def moved(self, point: Mapping[int, float] | None) -> ExitPolicy:
+        """The policy at another point of the path that it was calibrated along; None: as it is.
+        point: thresholds by depth, or of trust its level by the depth that drafts."""
+        if point is None:
+            return self
+        if self.trust is not None:
+            return replace(self, trust=min(point.values()))
+        first = self.first and {d: t for d, t in self.first.items() if d in point}
+        return replace(self, thresholds=point, first=first)
+
     @property
     def own_mode(self) -> str:
         """Return what a request that names no mode gets: lossless drafts where nothing else is

@@ -171,10 +171,11 @@ class Watched(Struct, frozen=True):
 
 
 class Kind(Struct, frozen=True):
-    """Findings of one kind of prompt."""
+    """Findings of one kind of prompt, and the point of the path that it is answered by."""
 
     kind: str | None = None
     target: Target | None = None
+    point: Thresholds | None = None
 
 
 class Way(Struct, frozen=True):

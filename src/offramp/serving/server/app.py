@@ -141,6 +141,7 @@ async def _answer(
         inputs, images = await _in_time(service, prompts(), request, until)
         client = client_of(request)
         question = await _in_time(service, service.question(body, use), request, until)
+        use = service.of_kind(use, question)
         watched = service.watches(body, use, images, client)
         watch = _watch(service, body, question, images, client) if watched else None
         look = await service.look(use, images)

@@ -21,7 +21,7 @@ from offramp.features.vision_cache import VisionCache
 from offramp.promises.conditions import Conditions, of_processor
 from offramp.promises.guarantee import SCALES, GuaranteeStatus, risk_words, standing, watched
 from offramp.promises.likeness import LIKE, Alarm, Likeness
-from offramp.promises.prompt_kinds import FRAMES
+from offramp.promises.prompt_kinds import FRAMES, OTHER, point_of
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine import Engine
 from offramp.serving.engine_config import EngineConfig
@@ -159,8 +159,12 @@ class TorchServed:
     ) -> GuaranteeStatus:
         if self.adapter is None:
             return GuaranteeStatus()
+        kind = "" if asked is None else self.kind_of(asked)
         own = self.adapter.policy
-        policy = own if thresholds is None else own.at(thresholds)
+        if thresholds is not None:
+            policy = own.at(thresholds)
+        else:
+            policy = own.moved(None if asked is None else self.point_of(asked))
         here = Conditions.of(
             self.backbone,
             policy,
@@ -171,10 +175,14 @@ class TorchServed:
             prompts=None if asked is None else [[asked]],
             **of_processor(self.prompts.processor),
         )
-        return standing(self.adapter.calibration, here)
+        return standing(self.adapter.calibration, here, kind)
 
     def kind_of(self, asked: str) -> str:
         return "" if self.adapter is None else self.adapter.kind_of(asked)
+
+    def point_of(self, asked: str) -> Mapping[int, float] | None:
+        calibration = None if self.adapter is None else self.adapter.calibration
+        return None if asked == OTHER else point_of(calibration, self.kind_of(asked))
 
     def promised(self) -> dict[str, Any] | None:
         """Return the calibration in a few fields, with its prompts and its answers' length."""

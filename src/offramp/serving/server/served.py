@@ -182,6 +182,11 @@ class Served(Protocol):
         """Return the kind of a question among the calibrated ones."""
         ...
 
+    def point_of(self, asked: str) -> Mapping[int, float] | None:
+        """Return the point of the calibrated path by which a question of its kind is answered;
+        None: that of all."""
+        ...
+
     def promised(self) -> dict[str, Any] | None:
         """Return what is guaranteed, for a model's card."""
         ...

@@ -36,12 +36,14 @@ class Use:
     words.
 
     fell_back: the adapter's own thresholds would have been used, were its guarantee not broken.
+    point: that the prompt's kind was calibrated by.
     """
 
     mode: str | None
     thresholds: Mapping[int, float] | None
     named: str
     fell_back: bool = False
+    point: Mapping[int, float] | None = None
 
 
 class Place:
@@ -231,6 +233,13 @@ class Service:
             return Use(None, None, "full" if plain else own)
         return Use(mode, None, mode)
 
+    def of_kind(self, use: Use, asked: str) -> Use:
+        """Return how the answer to a question of its kind uses the exits, where nobody named
+        thresholds."""
+        if use.named != "early_exit" or use.thresholds is not None:
+            return use
+        return replace(use, point=self.served.point_of(asked))
+
     @property
     def answers_unlike(self) -> bool:
         """Return True if requests unlike the calibrated ones are answered losslessly."""
@@ -287,7 +296,9 @@ class Service:
 
     def submit(self, inputs: Inputs, use: Use, **more: Any) -> Handle:
         """Hand a prompt to the engine. more: as of `BatchEngine.submit`."""
-        handle = self.engine.submit(inputs, mode=use.mode, thresholds=use.thresholds, **more)
+        handle = self.engine.submit(
+            inputs, mode=use.mode, thresholds=use.thresholds, point=use.point, **more
+        )
         self._handles.add(handle)
         return handle
 
