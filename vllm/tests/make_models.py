@@ -20,8 +20,8 @@ import offramp
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.models.exits import Exits, ExitSet
-from offramp.features.eagle3 import Eagle3Drafter
 from offramp_vllm.exports.draft_model import save_draft_model
+from offramp_vllm.exports.eagle3 import Eagle3Drafter
 from offramp_vllm.exports.speculators import save_drafter
 from offramp_vllm.exports.vllm import export_vllm
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from offramp_vllm.exports.eagle3 import Eagle3Drafter
 
 from offramp.core.decoding.policy import FULL, ExitPolicy
-from offramp.features.eagle3 import Eagle3Drafter
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from offramp_vllm.exports.eagle3 import Eagle3Drafter
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -31,7 +32,6 @@ from offramp.core.decoding.sequence import Sequence as Row
 from offramp.core.executors.prefill import image_tokens
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.opened import first
-from offramp.features.eagle3 import Eagle3Drafter
 
 NAME = "eagle3"
 _attached: list[Callable[[Executor, int], Drafter]] = []

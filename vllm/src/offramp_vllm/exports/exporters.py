@@ -89,8 +89,8 @@ def _write_drafter(arguments: argparse.Namespace) -> None:
     from offramp.core.storage.folders import check_writable
     from offramp.training.config import TrainConfig
     from offramp.training.drafting import UNROLLED
-    from offramp.training.eagle3 import train_eagle3
     from offramp_vllm.exports.speculators import check_out, save_drafter, vllm_config
+    from offramp_vllm.exports.train_eagle3 import train_eagle3
 
     if not arguments.data:
         raise InputError(

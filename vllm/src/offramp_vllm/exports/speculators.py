@@ -21,7 +21,7 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.save_and_load.tensors import write_tensors
 from offramp.core.storage import atomic_folder, read_json, write_json
 from offramp.core.storage.places import is_hub_name
-from offramp.features.eagle3 import Eagle3Drafter
+from offramp_vllm.exports.eagle3 import Eagle3Drafter
 
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 LAYOUT = "0.9.0"
@@ -63,7 +63,7 @@ def save_drafter(
 
 
 def drafter_json(drafter: Eagle3Drafter, backbone: Backbone, drafts: int) -> dict[str, Any]:
-    """The folder's config.json; without `model_type`, by which vLLM would take it for another."""
+    """The content of config.json. It has no `model_type`: by one vLLM would pick another loader."""
     layer = drafter.config.to_diff_dict()
     # By its older name too: not every reader knows `rope_parameters`.
     layer["rope_theta"] = (drafter.config.rope_parameters or {})["rope_theta"]

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from offramp.adapter.answers import full_model_answers
 from offramp.core.errors import DataError, UnsupportedBackboneError
-from offramp.features.eagle3 import Eagle3Drafter, check_drafter, read_depths
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered, record
 from offramp.training.config import TrainConfig
-from offramp.training.eagle3 import ONLY, _Training, train_eagle3
 from offramp.training.feature_store import FeatureStore
+from offramp_vllm.exports.eagle3 import Eagle3Drafter, check_drafter, read_depths
 from offramp_vllm.exports.speculators import save_drafter
+from offramp_vllm.exports.train_eagle3 import ONLY, _Training, train_eagle3
 
 NAME = "blip2-llama"
 CONFIG = TrainConfig(

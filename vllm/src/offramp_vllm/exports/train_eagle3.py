@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
-from offramp.features.eagle3 import Eagle3Drafter, check_drafter, read_depths
 from offramp.features.input_processor import InputProcessor
 from offramp.features.shortlist import places_of, shortlist_of
 from offramp.features.teacher_forcing import Batch
 from offramp.training.config import TrainConfig
 from offramp.training.drafting import Acceptance, DraftTraining, Rollout, seen_by_drafts
 from offramp.training.feature_dataset import TrainingStates
+from offramp_vllm.exports.eagle3 import Eagle3Drafter, check_drafter, read_depths
 
 ONLY = 0
 """The one key under which `DraftTraining` finds the drafter: it stands at no depth."""
