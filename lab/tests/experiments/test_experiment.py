@@ -9,14 +9,7 @@ import pytest
 
 from offramp.core.storage import read_json
 from offramp.evaluation.timing import in_turn
-from offramp_lab.experiments.experiment import (
-    Experiment,
-    Rounds,
-    in_cpu_milliseconds,
-    milliseconds,
-    same,
-    spent,
-)
+from offramp_lab.experiments.experiment import same, spent
 from offramp_lab.records import record as module
 from offramp_lab.records.record import Kept, Record
 
@@ -43,26 +36,9 @@ def test_all_answer_an_input_before_the_next_one_in_an_order_that_is_drawn_anew(
     assert found == {name: [[len(name) * i for i in range(1, 5)]] * 3 for name in methods}
 
 
-def test_an_entry_is_the_methods_name_and_what_its_rounds_say() -> None:
-    def figures(rounds: Rounds) -> dict[str, int]:
-        return {"rounds": len(rounds), "sum": sum(map(sum, rounds))}
-
-    methods = {("torch", "full"): lambda n: n, ("torch", "early"): lambda n: 2 * n}
-    assert Experiment(methods, [1, 2], 3).entries(("runtime", "mode"), figures) == [
-        {"runtime": "torch", "mode": "full", "rounds": 3, "sum": 9},
-        {"runtime": "torch", "mode": "early", "rounds": 3, "sum": 18},
-    ]
-    assert Experiment({"one": lambda _: 1}).entries(("way",), figures)[0]["way"] == "one"
-
-
 def test_what_a_method_takes_is_of_the_cpu() -> None:
     found, seconds = spent(lambda n: sum(range(n)))(100_000)
     assert found == sum(range(100_000)) and 0 < seconds < 10
-    methods = {name: milliseconds(lambda n: sum(range(n))) for name in ("a", "b")}
-    entries = Experiment(methods, [10_000, 20_000], 3).entries(("way",), in_cpu_milliseconds)
-    assert [entry.pop("way") for entry in entries] == ["a", "b"]
-    for entry in entries:
-        assert 0 < entry["cpu_milliseconds_least"] <= entry["cpu_milliseconds"]
 
 
 def test_answers_are_the_same_by_their_tokens() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from decoding import CALM, EXACT, NEW, errors_by_depth, greedy, never, tokens_by_layer
+from decoding import CALM, EXACT, NEW, errors_by_depth, tokens_by_layer
 from families import WORDLESS
 from reference import Dice
 
@@ -30,16 +30,6 @@ def propagating(
     whole: Backbone, parts: Any, inputs: Any, policy: ExitPolicy, **options: Any
 ) -> GenerationOutput:
     return Propagating(whole, parts, policy).generate(inputs, **options)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_never_exiting_equals_stock_generate(name: str, backbone: Any, exits: Any, batch: Any):
-    whole, policy = backbone(name), never(name)
-    for rows in (1, 4):
-        inputs = batch(name, rows)
-        made = propagating(whole, exits(name), inputs, policy, max_new_tokens=NEW, do_sample=False)
-        assert torch.equal(made.sequences, greedy(whole.model, inputs))
-        assert (made.depths == whole.depth).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

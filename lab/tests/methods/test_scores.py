@@ -16,11 +16,9 @@ from exit_walks import (
     DEPTHS,
     KINDS,
     NEW,
-    check_finished_rows,
     check_walks,
     counted,
 )
-from families import WORDLESS
 
 from offramp.core.decoding.confidence import check_score
 from offramp.core.decoding.policy import ExitPolicy
@@ -88,11 +86,6 @@ def test_saturation_sees_the_direction_of_a_state_and_not_its_length(
 # -- what the decoder promises of any score ------------------------------------------------------
 
 
-def test_a_finished_row_keeps_no_score(backbone: Any, exits: Any, batch: Any) -> None:
-    parts = backbone("llava"), exits("llava", depths=DEPTHS), batch("llava", 4)
-    check_finished_rows("saturation", SATURATION, *parts)
-
-
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("threshold", [SATURATION, 1.0])
 def test_a_score_of_features_runs_the_head_only_where_a_row_leaves(
@@ -108,32 +101,6 @@ def test_a_score_of_features_runs_the_head_only_where_a_row_leaves(
     unread = int(whole.depth not in made.depths[:, 0])
     assert heads == sum(len(step.unique()) for step in made.depths.T) + unread
     assert (len(made.depths.unique()) > 1) == (threshold < 1)
-
-
-@pytest.mark.parametrize("name", ["llava", "blip2-t5"])
-def test_lossless_output_is_greedy_whatever_the_score_of_the_drafts(
-    name: str, backbone: Any, exits: Any, batch: Any
-) -> None:
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, 0.47), score="saturation", lossless=True)
-    whole, parts = backbone(name), exits(name, depths=DEPTHS)
-    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
-    for rows in (1, 4):
-        inputs = batch(name, rows)
-        made = generate(whole, inputs, exits=parts, policy=policy, **options)
-        assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
-        assert sum(count for count, _ in made.rounds) > 0
-
-
-@pytest.mark.parametrize("name", ["llava", "blip2-t5"])
-def test_a_score_that_no_token_reaches_leaves_the_full_model(
-    name: str, backbone: Any, exits: Any, batch: Any
-) -> None:
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, 1.0), score="saturation")
-    whole, parts, inputs = backbone(name), exits(name, depths=DEPTHS), batch(name, 4)
-    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
-    made = generate(whole, inputs, exits=parts, policy=policy, **options)
-    assert (made.depths == whole.depth).all()
-    assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llava"])

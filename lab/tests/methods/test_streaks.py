@@ -9,13 +9,11 @@ from typing import Any
 import families
 import pytest
 import torch
-from exit_walks import DEPTHS, KINDS, NEW, check_finished_rows, check_walks, decoded
-from families import WORDLESS
+from exit_walks import DEPTHS, KINDS, check_walks, decoded
 
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.reader import Query
 from offramp.core.decoding.rule import ExitRule
-from offramp.core.engine.generate import generate
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
@@ -149,24 +147,6 @@ def test_one_exit_alone_never_has_patience(backbone: Any, exits: Any, batch: Any
     policy = ExitPolicy({3: 0.001}, score="patience")
     made = decoded(backbone(name), exits(name, depths=DEPTHS), batch(name, 1), policy)
     assert (made.depths == families.LAYERS).all() and (made.scores == 0).all()
-
-
-def test_a_finished_row_keeps_no_score(backbone: Any, exits: Any, batch: Any) -> None:
-    whole, parts, inputs = backbone("llava"), exits("llava", depths=DEPTHS), batch("llava", 4)
-    check_finished_rows("patience", PATIENCE, whole, parts, inputs)
-    check_finished_rows("agreement", THRESHOLDS["llava"], whole, weighed(parts), inputs)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_lossless_output_is_greedy_where_an_agreement_drafts(
-    name: str, backbone: Any, exits: Any, batch: Any
-) -> None:
-    policy = ExitPolicy(dict.fromkeys(DEPTHS, 0.02), score="agreement", lossless=True)
-    whole, parts, inputs = backbone(name), exits(name, depths=DEPTHS), batch(name, 4)
-    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": WORDLESS}
-    made = generate(whole, inputs, exits=parts, policy=policy, **options)
-    assert torch.equal(made.sequences, whole.model.generate(**inputs, **options))
-    assert sum(count for count, _ in made.rounds) > 0
 
 
 @pytest.mark.parametrize("weights", [{2: -1.0}, {4: 1.0}, {2: 0.0, 4: 1.0}, {2: float("nan")}])

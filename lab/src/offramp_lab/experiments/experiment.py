@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -43,15 +42,6 @@ class Experiment:
             progress=bar(self.title) if self.title else iter,
         )  # fmt: skip
 
-    def entries(
-        self, keys: Sequence[str], figures: Callable[[Rounds], Mapping[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """An entry of a record for each method: its name's parts under `keys`, and its figures."""
-        return [
-            {**dict(zip(keys, name if len(keys) > 1 else (name,), strict=True)), **figures(rounds)}
-            for name, rounds in self.run().items()
-        ]
-
 
 def spent(call: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, float]]:
     """The same method, with the CPU seconds of each call beside what it returns."""
@@ -64,20 +54,9 @@ def spent(call: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, float]]:
     return run
 
 
-def milliseconds(call: Callable[[Any], Any]) -> Callable[[Any], float]:
-    """The same method, of which only the CPU milliseconds count."""
-    return lambda one: 1e3 * spent(call)(one)[1]
-
-
 def each(rounds: Rounds) -> list[Any]:
     """What a method returned, round after round."""
     return [found for by_input in rounds for found in by_input]
-
-
-def in_cpu_milliseconds(rounds: Rounds) -> dict[str, float]:
-    """Figures of a method that returns those: the median, and the least."""
-    taken = each(rounds)
-    return {"cpu_milliseconds": median(taken), "cpu_milliseconds_least": min(taken)}
 
 
 class Ticks(BaseStreamer):

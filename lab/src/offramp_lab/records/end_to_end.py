@@ -25,11 +25,8 @@ import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST, accuracy
 from offramp_llama_cpp import ExportFormats, LlamaCppRuntime, export_gguf
-from offramp_llama_cpp.architectures import architecture_of
-from offramp_llama_cpp.entry import Embeddings, PromptEntry
+from offramp_llama_cpp.entry import PromptEntry
 from offramp_llama_cpp.gguf_export import export_whole
-from offramp_llama_cpp.segment import Segment
-from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from offramp.adapter.adapter import Adapter
@@ -45,8 +42,7 @@ from offramp.serving.request import Request
 from offramp_lab.experiments.factors import STAGES, Measured, Name, entries_of
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.runtimes.methods import ENGINE, STOCK
-from offramp_lab.records.runtimes.ways import greedy
+from offramp_lab.records.runtimes.methods import ENGINE, Alone
 from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("end_to_end")
@@ -148,30 +144,6 @@ class Stages:
         entry = self.entered - opened - self.tower
         prompt, decoding = first.seconds - self.entered, end - first.seconds
         return [ids, [opened - begin, self.tower, entry, prompt, decoding]]
-
-
-class Alone:
-    """llama.cpp without exits or kernels of ours: the decoder in one file, greedy, and fed with the
-    rows that we feed ours."""
-
-    def __init__(self, adapter: Adapter, file: Path, end: int) -> None:
-        backbone = adapter.backbone
-        self.entry = PromptEntry(backbone, architecture_of(backbone), STOCK)
-        self.segment, self.end = Segment(file, STOCK, tap_layer=None), end
-        self.embeddings = Embeddings(backbone)
-
-    def __call__(
-        self, inputs: Mapping[str, Any], stop: StoppingCriteriaList, max_new_tokens: int
-    ) -> Tensor:
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        with torch.inference_mode():
-            _, [prompt] = self.entry.read(inputs, options)
-        none = torch.zeros(1, 1, dtype=torch.long)
-        answer = greedy(
-            self.segment, prompt.states, lambda ids: self.embeddings.of_token(ids[0], 0),
-            lambda token: token == self.end, max_new_tokens, lambda: stop(none, None),
-        )  # fmt: skip
-        return torch.tensor(answer)
 
 
 @contextmanager

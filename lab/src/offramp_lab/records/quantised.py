@@ -10,7 +10,6 @@ measures only these.
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer
 from offramp.core.inputs.example import Example
 from offramp.engines import ENGINES
-from offramp.evaluation.timing import GenerateFn, beside_full, generate_fn, stock_generate_fn
+from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn
 from offramp.features.description import weight_bytes
 from offramp.features.input_processor import InputProcessor
 from offramp.features.quantized.linears import SCHEMES
@@ -38,11 +37,9 @@ from offramp_lab.records.runtimes.methods import (
     WAY,
     Name,
     Taken,
-    drafted,
+    in_turns,
     policies,
-    speeds,
     taken,
-    with_ratios,
 )
 from offramp_lab.records.subjects import halves, load_photo
 
@@ -161,15 +158,8 @@ def timings(bench: Bench, rounds: int) -> dict[str, Any]:
 
     methods = {n: partial(taking, name=n, method=m) for n, m in bench.methods().items()}
     inputs = [bench.inputs(example) for example in bench.photographs]
-    load_before = os.getloadavg()[0]
-    runs = Experiment(methods, inputs, rounds, warm=1, title="timings").run()
-    runs = beside_full(runs, drafted(runs))
-    entries = [{**dict(zip(WAY, name, strict=True)), **speeds(runs[name])} for name in runs]
     return {
-        "photographs": len(inputs),
-        "rounds": rounds,
-        "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        "entries": with_ratios(entries, runs, _bases),
+        **in_turns(methods, inputs, rounds, 1, _bases),
         "memory": {layers: memory(adapter) for layers, adapter in bench.adapters.items()},
     }
 

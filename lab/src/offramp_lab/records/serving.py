@@ -31,15 +31,17 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import MODES
 from offramp.core.inputs.example import Example
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.scenes.tasks import captions
+from offramp.features.input_processor import InputProcessor
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.experiment import Experiment
 from offramp_lab.records.record import Record, Some, asked
-from offramp_lab.records.subjects import Subject, load_photo, photo_exits, tiny_with
+from offramp_lab.records.subjects import load_photo, photo_exits, tiny_with
 
 RECORD = Record("serving")
 CLIENTS = (1, 2, 4, 8, 16, 32)
@@ -56,44 +58,48 @@ def main() -> None:
         __doc__, photo=False, requests=96, rounds=3, out=RECORD.path, clients=CLIENTS,
         modes=Some(MODES),
     )  # fmt: skip
-    subject, words = photo(arguments) if arguments.photo else tiny()
-    measured = measure(subject, words, arguments)
+    name, model, words = photo(arguments) if arguments.photo else tiny()
+    measured = measure(*model, words, arguments)
     others = RECORD.read(arguments.out).get("http", {})
-    RECORD.add({"http": {**others, subject.name: measured}}, arguments.out)
+    RECORD.add({"http": {**others, name: measured}}, arguments.out)
 
 
-def tiny() -> tuple[Subject, list[str]]:
-    """A model, and the words behind `python -m` that serve it."""
-    return Subject("tiny-opt", *tiny_with("opt"), captions("test", 32).examples, TOKENS), TINY
+Model = tuple[Adapter, InputProcessor, Sequence[Example]]
+"""Exits, their encoder, and what is asked."""
 
 
-def photo(arguments: argparse.Namespace) -> tuple[Subject, list[str]]:
+def tiny() -> tuple[str, Model, list[str]]:
+    """A name, a model, and the words behind `python -m` that serve it."""
+    return "tiny-opt", (*tiny_with("opt"), captions("test", 32).examples), TINY
+
+
+def photo(arguments: argparse.Namespace) -> tuple[str, Model, list[str]]:
     data, exits = arguments.data, photo_exits(arguments.adapter)
-    adapter, encoder = load_photo(exits, "bfloat16")
     rows = (data / "flickr8k_captions.jsonl").read_text(encoding="utf-8").splitlines()[-32:]
     asked = [
         Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))
         for n, row in enumerate(rows)
     ]
-    words = ["offramp.cli", "serve", str(exits), "--backbone", "photo"]
-    words += ["--dtype", "bfloat16", "--engine", "torch"]
-    return Subject("photo model", adapter, encoder, asked, TOKENS), words
+    words = ["offramp.cli", "serve", str(exits), "--backbone", "photo", "--dtype", "bfloat16"]
+    model = *load_photo(exits, "bfloat16"), asked
+    return "photo model", model, [*words, "--engine", "torch"]
 
 
 def measure(
-    subject: Subject, words: Sequence[str], arguments: argparse.Namespace
-) -> dict[str, Any]:
+    adapter: Any, encoder: Any, examples: Sequence[Example], words: Sequence[str],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
     """An entry of each mode and number of clients; medians over rounds.
 
     engine_tokens_per_second: without HTTP; share: of it that is left over HTTP. first, gap:
     seconds, at p50 and p95.
     """
-    bodies, asked = requests_of(subject.examples), arguments.requests
+    bodies, asked = requests_of(examples), arguments.requests
     points = list(itertools.product(arguments.modes, arguments.clients))
     config = EngineConfig(SLOTS, LIMIT)
     with (
         Server("--limit", str(LIMIT), words=words) as server,
-        BatchEngine(subject.adapter, subject.encoder, config) as engine,
+        BatchEngine(adapter, encoder, config) as engine,
     ):
         first = first_token(server.url, bodies[0])
 
@@ -101,7 +107,7 @@ def measure(
             return asyncio.run(clients_at_work(server.url, mode, clients, asked, bodies))
 
         def alone(_: None, mode: str, clients: int) -> float:
-            return engine_alone(engine, subject.examples, mode, clients, asked)
+            return engine_alone(engine, examples, mode, clients, asked)
 
         ways = {
             (way, *point): partial(way, mode=point[0], clients=point[1])

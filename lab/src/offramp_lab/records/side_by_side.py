@@ -26,6 +26,7 @@ import torch
 from examples.ngram_plugin import offramp_ngram
 from examples.photo_vlm.evaluate import LONGEST
 from examples.photo_vlm.rows import CAPTIONS
+from offramp_vllm.exports.eagle3 import Eagle3Drafter
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL, ExitPolicy
@@ -33,7 +34,6 @@ from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.evaluation.timing import decoding
-from offramp.features.eagle3 import Eagle3Drafter
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

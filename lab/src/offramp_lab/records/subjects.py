@@ -4,7 +4,6 @@ thresholds on; and what answers about the tiny models' world are right."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,17 +66,6 @@ def halves(data: Path, split: str = "captions_val") -> tuple[list[Example], list
     held = read_photographs(data)[split]
     choosing, measuring = ([e for e in held if half_of(e) == half] for half in (0, 1))
     return choosing, measuring
-
-
-@dataclass(frozen=True)
-class Subject:
-    """longest: tokens of an answer."""
-
-    name: str
-    adapter: Adapter
-    encoder: InputProcessor
-    examples: Sequence[Example]
-    longest: int
 
 
 # -- the tiny models' world ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -35,12 +36,7 @@ from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.stand_in import TORCH
 from offramp.features.input_processor import InputProcessor
 from offramp.features.towers import ENGINES, tower_engine, with_vision
-from offramp_lab.experiments.experiment import (
-    Experiment,
-    in_cpu_milliseconds,
-    milliseconds,
-    same,
-)
+from offramp_lab.experiments.experiment import Experiment, each, same, spent
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import load_photo
 
@@ -103,14 +99,14 @@ def compared(
 
     tokens: what something to be seen is to the way of a name.
     """
-    methods = {name: milliseconds(partial(tokens, name=name)) for name in names}
-    experiment = Experiment(methods, seen, rounds, warm=2)
-    entries = experiment.entries(("engine",), in_cpu_milliseconds)
-    wanted = [tokens(one, "torch") for one in seen]
-    for entry in entries:
-        made = [tokens(one, entry["engine"]) for one in seen]
-        far = [(got - want).norm() / want.norm() for got, want in zip(made, wanted, strict=True)]
-        entry["distance"] = float(max(far))
+    methods = {name: spent(partial(tokens, name=name)) for name in names}
+    runs = Experiment(methods, seen, rounds, warm=2).run()
+    wanted, entries = [found for found, _ in runs["torch"][0]], []
+    for name, found in runs.items():
+        pairs = zip(found[0], wanted, strict=True)
+        far = [float((made - want).norm() / want.norm()) for (made, _), want in pairs]
+        milliseconds = 1e3 * median(seconds for _, seconds in each(found))
+        entries.append({"engine": name, "cpu_milliseconds": milliseconds, "distance": max(far)})
     return entries
 
 

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.runtimes import answers, timings
-from offramp_lab.records.runtimes.methods import Bench
+from offramp_lab.records.runtimes.answers import answers
+from offramp_lab.records.runtimes.methods import Bench, Name, in_turns, taken
 from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("runtimes")
 PARTS = ("answers", "timings")
+WARM = 8
+"""Photographs that all answer before any counts: code is made where a row count is first met."""
 
 
 def main() -> None:
@@ -44,16 +46,30 @@ def main() -> None:
         few = replace(bench, photographs=measuring[: arguments.timed])
         return bench, few
 
-    def timed() -> dict[str, Any]:
-        _, few = loaded()
-        more = few.compiled_methods() if arguments.compiled else {}
-        return timings.timings(few, arguments.rounds, more)
-
     made: dict[str, Callable[[], Any]] = {
-        "answers": lambda: answers.answers(loaded()[0]),
-        "timings": timed,
+        "answers": lambda: answers(loaded()[0]),
+        "timings": lambda: timings(loaded()[1], arguments.rounds, compiled=arguments.compiled),
     }
     RECORD.parts(made, arguments.parts, flags=_processor_flags())
+
+
+def timings(bench: Bench, rounds: int, *, compiled: bool) -> dict[str, Any]:
+    """Tokens a second of decoding, in turns; medians of rounds."""
+    methods = {**bench.methods(), **(bench.compiled_methods() if compiled else {})}
+    taking = {name: partial(taken, method) for name, method in methods.items()}
+    inputs = [bench.encoder.prompts([example]) for example in bench.photographs]
+    return in_turns(taking, inputs, rounds, WARM, _bases)
+
+
+def _bases(name: Name) -> dict[str, Name]:
+    """What a method's speed is put beside: llama.cpp's own at its format, Hugging Face's, and the
+    same runtime's at full depth."""
+    runtime, layers, _ = name
+    return {
+        "over_generate": ("generate", "float32", "full"),
+        "over_llama_cpp": ("llama.cpp", layers, "full"),
+        "over_full": (runtime, layers, "full"),
+    }
 
 
 def _processor_flags() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ import torch
 from examples.photo_vlm.evaluate import LONGEST
 from numpy.typing import NDArray
 from offramp_llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
-from offramp_llama_cpp.entry import DecoderEntry
+from offramp_llama_cpp.architectures import architecture_of
+from offramp_llama_cpp.entry import Embeddings, PromptEntry
 from offramp_llama_cpp.gguf_export import export_whole
 from offramp_llama_cpp.segment import Segment
 from torch import Tensor
@@ -23,11 +25,16 @@ from transformers import StoppingCriteriaList
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.inputs.example import Example
-from offramp.core.models.intercept import InterceptedModel
-from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn, timed
+from offramp.evaluation.timing import (
+    GenerateFn,
+    beside_full,
+    generate_fn,
+    stock_generate_fn,
+    timed,
+)
 from offramp.features.compiled.compiled import COMPILED as BY_CODE
 from offramp.features.input_processor import InputProcessor
-from offramp_lab.experiments.experiment import TIMES, Rates, Rounds, each, times
+from offramp_lab.experiments.experiment import TIMES, Experiment, Rates, Rounds, each, times
 from offramp_lab.records.runtimes.ways import greedy
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
@@ -48,35 +55,28 @@ Taken = tuple[NDArray[np.float64], NDArray[np.float64], tuple[int, ...]]
 """Seconds of an answer, and of decoding it, each on the wall and of the CPU [2]; and its ids."""
 
 
-class OneFile:
-    """llama.cpp alone: the whole decoder in one file, greedy, with nothing of Hugging Face around
-    a token. It is fed with the same embeddings."""
+class Alone:
+    """llama.cpp without exits or kernels of ours: the decoder in one file, greedy, and fed with the
+    rows that we feed ours."""
 
     def __init__(self, adapter: Adapter, file: Path, end: int) -> None:
-        self.backbone, self.end = adapter.backbone, end
-        self.segment = Segment(file, STOCK, tap_layer=None)
-        self.embeddings = self.backbone.stack.get_input_embeddings().weight.detach().numpy()
+        backbone = adapter.backbone
+        self.entry = PromptEntry(backbone, architecture_of(backbone), STOCK)
+        self.segment, self.end = Segment(file, STOCK, tap_layer=None), end
+        self.embeddings = Embeddings(backbone)
 
     def __call__(
-        self,
-        inputs: Mapping[str, Any],
-        stop: StoppingCriteriaList,
-        max_new_tokens: int = LONGEST["captions"],
+        self, inputs: Mapping[str, Any], stop: StoppingCriteriaList, max_new_tokens: int
     ) -> Tensor:
-        entry = DecoderEntry()
-        model = InterceptedModel(self.backbone, entry).model
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
         with torch.inference_mode():
-            states = entry.call(lambda: model(**inputs)).hidden[0].float().numpy()
+            _, [prompt] = self.entry.read(inputs, options)
+        none = torch.zeros(1, 1, dtype=torch.long)  # it only hears that a token is there
         answer = greedy(
-            self.segment, states, lambda ids: self.embeddings[ids], lambda token: token == self.end,
-            max_new_tokens, partial(tell_first, stop),
+            self.segment, prompt.states, lambda ids: self.embeddings.of_token(ids[0], 0),
+            lambda token: token == self.end, max_new_tokens, lambda: stop(none, None),
         )  # fmt: skip
         return torch.tensor(answer)
-
-
-def tell_first(stop: StoppingCriteriaList) -> None:
-    """That the first token is there."""
-    stop(torch.zeros(1, 1, dtype=torch.long), None)
 
 
 def taken(method: GenerateFn, inputs: Mapping[str, Any]) -> Taken:
@@ -129,6 +129,25 @@ def with_ratios(
             entry[over], *ends = (ratio[part] for part in TIMES)
             entry[f"{over}_interval"] = ends if base in rates and base != name else None
     return entries
+
+
+def in_turns(
+    methods: Mapping[Name, Callable[[Any], Taken]],
+    inputs: Sequence[Any],
+    rounds: int,
+    warm: int,
+    bases: Callable[[Name], Mapping[str, Name]],
+) -> dict[str, Any]:
+    """What all methods took, in turns on the same inputs. bases: as of `with_ratios`."""
+    load = os.getloadavg()[0]
+    runs = Experiment(methods, inputs, rounds, warm, title="timings").run()
+    runs = beside_full(runs, drafted(runs))
+    entries = [{**dict(zip(WAY, name, strict=True)), **speeds(runs[name])} for name in runs]
+    return {
+        "photographs": len(inputs), "rounds": rounds,
+        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "entries": with_ratios(entries, runs, bases),
+    }  # fmt: skip
 
 
 def policies(shipped: ExitPolicy) -> dict[str, ExitPolicy]:
@@ -197,8 +216,9 @@ class Bench:
             method = generate_fn(adapter.generate, policy=policy, **OPTIONS)
             methods[IN_TORCH, "float32", mode] = method
         for layers in FORMATS:
-            methods["llama.cpp", layers, "full"] = OneFile(
-                adapter, self.whole(layers), self.encoder.eos
+            alone = Alone(adapter, self.whole(layers), self.encoder.eos)
+            methods["llama.cpp", layers, "full"] = partial(
+                alone, max_new_tokens=LONGEST["captions"]
             )
             for name, engine in ((IN_LLAMA, ENGINE), (WITH_ITS_KERNELS, STOCK)):
                 runtime = self.runtime(layers, engine)
