@@ -34,7 +34,7 @@ LAYOUT = 1
 
 
 def built_folder(data: Path | None = None, cache: Path | None = None) -> Path:
-    """The built model's folder; it is built where it is not there or no longer as it was built.
+    """Return the built model's folder. A model that is missing or was changed is built first.
 
     data: of the trained weights; None: the installed package's. cache: None: the user's.
 

@@ -42,6 +42,7 @@ from offramp.core.models.exits import Exits, ExitSet
 from offramp.data.decontamination import picture_digests
 from offramp.data.item import Item
 from offramp.data.scenes import world
+from offramp.features.exact_batches import EXACT_BATCHES
 from offramp.features.input_processor import InputProcessor
 from offramp.promises.prompt_kinds import point_of
 
@@ -433,7 +434,7 @@ def test_what_was_asked_under_other_conditions_is_another_attempt() -> None:
 
 def test_kernels_that_change_no_answer_ask_the_same() -> None:
     before = calibrate(adapter_at(4), encoder(), examples(), FULL, **SHORT)
-    exact = encoder().backbone.with_decoding(exact_batches=True)
+    exact = encoder().backbone.with_decoding(exact_batches=EXACT_BATCHES)
     assert again(before, adapter_at(4), InputProcessor(exact, encoder().processor)) == 1
 
 

@@ -18,14 +18,13 @@ from families import build
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.certificate import (
-    CERTIFICATE,
     Certificate,
     PathResult,
     Run,
     VerificationSettings,
 )
 from offramp.adapter.model_card import model_card, with_verified
-from offramp.adapter.records import CARD
+from offramp.adapter.records import CARD, CERTIFICATE
 from offramp.adapter.shipped import load_tiny
 from offramp.calibration import verification
 from offramp.calibration.verification import (
@@ -42,6 +41,7 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import read_config
 from offramp.engines.packed import prepack
+from offramp.features.exact_batches import EXACT_BATCHES
 from offramp.features.input_processor import InputProcessor
 
 SIZES = VerificationSettings(rows=(2,), slots=3, longest=6)
@@ -222,7 +222,7 @@ def test_half_precision_promises_nothing_and_counts(backbone: Any, exits: Any) -
 
 @fakes.NEEDS_BF16
 def test_in_company_half_precision_promises_where_batches_are_exact() -> None:
-    whole = Backbone(build("blip2-opt", torch.bfloat16)).with_decoding(exact_batches=True)
+    whole = Backbone(build("blip2-opt", torch.bfloat16)).with_decoding(exact_batches=EXACT_BATCHES)
     some = Exits(whole, (2, 4)).requires_grad_(False)
     prepack(whole, ExitSet.of(some), every=True)
     paths = verified("blip2-opt", lambda *_: whole, lambda *_: some, torch.bfloat16)

@@ -14,7 +14,8 @@ from decoding import NEW
 from offramp.core.decoding.noise import gumbel
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
-from offramp.core.engine.sampler import PyTorchNoise, Sampler, SeededNoise
+from offramp.core.engine.pytorch_noise import PyTorchNoise
+from offramp.core.engine.sampler import Sampler, SeededNoise
 from offramp.core.executors.prefill import prepare
 from offramp_llama_cpp.edge.sampling import Sampler as ArraySampler
 from offramp_llama_cpp.edge.sampling import Sampling

@@ -28,6 +28,7 @@ from offramp.core.models.exits import Exits, ExitSet, copy_layer
 from offramp.core.models.opened import first
 from offramp.engines.packed import prepack
 from offramp.features.compiled.compiled import COMPILED
+from offramp.features.exact_batches import EXACT_BATCHES
 from offramp.features.quantized.linears import quantize_layers
 
 ROWS = 5
@@ -313,7 +314,7 @@ def laid_out(name: str, dtype: torch.dtype, word: str = "") -> tuple[Any, Any]:
     for parameter in some.parameters():
         parameter.add_((0.03 * torch.randn(parameter.shape, generator=draw)).to(dtype))
     prepack(whole, ExitSet.of(some), every=True)
-    return whole.with_decoding(exact_batches=True), some
+    return whole.with_decoding(exact_batches=EXACT_BATCHES), some
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_exact_batches_write_the_models_own_answer_where_drafts_stand(name, batc
     exits = agreeing(whole)
     prepack(whole, ExitSet.of(exits), every=True)
     policy = ExitPolicy(dict.fromkeys(exits.depths, 0.0), lossless=True, max_draft=3)
-    exact = whole.with_decoding(exact_batches=True)
+    exact = whole.with_decoding(exact_batches=EXACT_BATCHES)
     made = generate(exact, given, exits=exits, policy=policy, **options)
     assert torch.equal(made.sequences, own) and made.rounds[0] == (3, 3)
 
@@ -362,7 +363,7 @@ def test_where_that_is_not_known_it_is_refused(name, batch):
 
 
 def test_exact_batches_want_weights_that_are_laid_out_and_prompts_one_by_one(batch):
-    whole = Backbone(build("llava")).with_decoding(exact_batches=True)
+    whole = Backbone(build("llava")).with_decoding(exact_batches=EXACT_BATCHES)
     with pytest.raises(UnsupportedBackboneError, match="the LM head has others"):
         generate(whole, one_row("llava", batch("llava", 4), 0), max_new_tokens=2)
     prepack(whole, every=True)

@@ -143,8 +143,8 @@ class SegmentChain:
         return last
 
     def finish(self, outputs: int, slot: int = 0) -> Array:
-        """Take all pending tokens to the end; logits [outputs, V] of the last of them, until the
-        last segment runs again."""
+        """Run all pending tokens to the end. Return the logits [outputs, V] of the last ones, which
+        the next run of the last segment overwrites."""
         last, waiting = len(self.segments) - 1, self._waiting[slot]
         for place in range(1, last):
             if waiting[place]:

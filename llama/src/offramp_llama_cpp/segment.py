@@ -258,8 +258,8 @@ class Segment:
         sure: float,
         slot: int = 0,
     ) -> tuple[list[int], float]:
-        """Return what the loop says after a sequence, by number, and the product of the
-        probabilities of it; its rows are forgotten again.
+        """Let the loop draft after a sequence. Return the numbers of the drafted words, and the
+        product of their probabilities. The sequence stays as it was.
 
         word, state: what enters the layer first [D], and the tapped state before it. ends: whether
         a word ends an answer [S]. most, sure: as of `DraftRoom`.

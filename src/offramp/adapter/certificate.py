@@ -17,7 +17,6 @@ from offramp.core.errors import DataError, InputError, printable
 from offramp.core.storage import digest_rows, read_json, schema, write_json
 from offramp.core.storage.schema import Amount, Count
 
-CERTIFICATE = "certificate.json"
 ROWS = (2, 4, 8, 16, 32)
 SLOTS = 8
 _LARGEST = 2**24

@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from offramp.adapter.certificate import CERTIFICATE, Certificate
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.errors import AdapterError, DataError, OfframpError, StorageError
 from offramp.core.models.backbone import Backbone
@@ -33,7 +32,10 @@ from offramp.core.save_and_load.config import RESTORE, AdapterConfig
 from offramp.core.storage import atomic_folder, read_json, schema, write_json
 from offramp.core.storage.json_text import read_bytes
 
-CARD = "README.md"
+if TYPE_CHECKING:  # who answers needs none
+    from offramp.adapter.certificate import Certificate
+
+CARD, CERTIFICATE = "README.md", "certificate.json"
 LARGEST_ATTEMPTS = 2**26
 """Bytes of the largest attempts.json that is read."""
 log = logging.getLogger(__name__)
@@ -169,6 +171,8 @@ def load_certificate(config: AdapterConfig) -> Certificate | None:
     path = config.folder / CERTIFICATE
     if not path.exists():
         return None
+    from offramp.adapter.certificate import Certificate
+
     try:
         return Certificate.read(path).of_exits(exits_digest(config))
     except OfframpError as error:

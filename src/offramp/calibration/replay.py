@@ -82,7 +82,7 @@ class Replay:
         return depths
 
     def written(self, depths: Array) -> Array:
-        """The token [N, A] that is written when each exits at its depth of `depths` [N, A]."""
+        """The tokens [N, A] that are written if each exits at its own depth in `depths` [N, A]."""
         tokens = self.final
         for depth, said in self.said.items():
             tokens = np.where(depths == depth, said, tokens)

@@ -351,8 +351,12 @@ def _redrawn(scores: Array, right: Array, answer: Array) -> Array:
 
 
 def exiting(scores: Array, right: Array, answer: Array, risk: float) -> float:
-    """Return the largest share of N tokens that exit at a threshold, while at most a given share of
-    answers holds an exited token that differs from the full model's. answer: of each token [N]."""
+    """Return how many tokens may exit at most: the largest share of N at one threshold. At most a
+    share `risk` of the answers may then hold a wrong token that exited.
+
+    scores, right: confidence, and whether the exit says the full model's token [N]. answer: number
+    of the answer that each token is in [N].
+    """
     _, place = np.unique(answer, return_inverse=True)
     surest = np.full(place.max() + 1, -np.inf)  # of the wrong ones of each answer
     np.maximum.at(surest, place[~right], scores[~right])

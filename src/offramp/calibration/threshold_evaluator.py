@@ -71,8 +71,8 @@ class ThresholdEvaluator:
     ) -> ThresholdEvaluator:
         """Answer the examples with the full model and replay that.
 
-        runtime: answers in the adapter's place; nothing is replayed then, as that would be the
-            adapter's own exits. options: of generation.
+        runtime: what answers in the adapter's place. Its answers are generated and not replayed,
+            because a replay runs the adapter's own exits. options: of generation.
         """
         model, rows_at_once = (adapter, batch_size) if runtime is None else (runtime, runtime.rows)
 

@@ -163,7 +163,7 @@ class Verification:
         else:
             results = [self._single(m, p, alone, own, noted) for m, p in self._policies.items()]
         # A runtime's sequences have cells of their own, and what they share changes no bit.
-        exact = self._exact or self.backbone.decoding.exact_batches
+        exact = self._exact or self.backbone.decoding.exact_batches is not None
         promised = exact or self.runtime is not None
         for rows in self._rows:
             for mode, policy in self._policies.items():

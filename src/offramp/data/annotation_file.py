@@ -79,7 +79,7 @@ class Source:
         return rows
 
     def picture(self, names: Sequence[str]) -> Path:
-        """The first of these files that is in the image folder."""
+        """Return the first of some file names that the image folder has."""
         for name in names:
             # Not Path.is_file, which raises on names that are too long.
             if os.path.isfile(path := self.images / name):

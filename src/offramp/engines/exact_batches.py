@@ -8,11 +8,12 @@ from typing import Any
 
 from offramp.adapter.adapter import Adapter
 from offramp.engines.packed import prepack
+from offramp.features.exact_batches import EXACT_BATCHES
 
 
 def open(model: Any, **_: Any) -> Any:
     """The model, exact in any company, its weights laid out in place."""
     backbone, exits = (model.backbone, model.exits) if isinstance(model, Adapter) else (model, None)
     prepack(backbone, exits, every=True)
-    exact = backbone.with_decoding(exact_batches=True)
+    exact = backbone.with_decoding(exact_batches=EXACT_BATCHES)
     return exact if exits is None else replace(model, backbone=exact)

@@ -27,10 +27,9 @@ def follows_policy(policy: ExitPolicy) -> bool:
     """Return True if the likelihood of a given text is well defined under this policy.
 
     The logits at (token, depth) do not depend on where earlier tokens exited, so one pass over a
-    candidate gives every token's exit and its probability there. Where confidence
-    needs more than one exit, one pass does not show it; candidates are then ranked by the full
-    model. So they are where exits read a shortlist, as what it lacks has no likelihood there, and
-    in lossless mode, where what comes out is the full model's.
+    candidate gives every token's exit and its probability there. In three cases the full model
+    ranks the candidates: confidence that needs several exits is not seen in one pass; a token
+    that a shortlist lacks has no likelihood; and lossless answers are the full model's.
     """
     return not (policy.score in HEADS or policy.lossless or policy.shortlist)
 

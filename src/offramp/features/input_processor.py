@@ -116,7 +116,7 @@ class InputProcessor:
             )
 
     def of_ids(self, ids: Sequence[int]) -> dict[str, Any]:
-        """The same of token ids."""
+        """Return what `generate` takes for a prompt that is given as token ids."""
         tokens = torch.tensor([list(ids)], device=self.backbone.device)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 

@@ -199,9 +199,8 @@ class Likeness:
     def of(
         cls, scores: Sequence[Sequence[float]], kinds: Sequence[str], looks: Array | None = None
     ) -> Likeness:
-        """Make the likeness of the scores of answers' tokens, and the kinds of their prompts.
-
-        looks: of the images that they are about, each once: [n, F].
+        """Summarise calibrated answers. scores: of the tokens of each answer. kinds: of prompt, one
+        for each answer. looks: of the images, each image once [n, F].
         """
         means: dict[str, list[float]] = {}
         for kind, row in zip(kinds, scores, strict=True):
@@ -327,7 +326,7 @@ class Alarm:
         self._called: Counter[str] = Counter()
 
     def add(self, p_value: float, client: str = "") -> bool:
-        """Note a request; whether it is called unlike. client: who asked, by any name."""
+        """Note a request; return True if it is called unlike. client: a name of who asked."""
         called = is_unlike(p_value)
         self.compared += 1
         self.unlike += called

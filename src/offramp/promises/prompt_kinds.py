@@ -14,9 +14,12 @@ OTHER = "\0"
 
 
 def prompt_frames(prompts: Sequence[str]) -> list[list[str]]:
-    """Return what prompts have in common: [prompt] of one that stays the same, [before, behind] of
-    a template, for each first word or, where these are many, for all. Prompts that share no word
-    are kept themselves."""
+    """Sum prompts up in frames: [prompt] for one that stays the same, and [before, after] for a
+    template whose middle changes.
+
+    Prompts with the same first word share a frame; of more than `FRAMES` first words all share one.
+    A prompt that shares no word with the others is a frame of its own.
+    """
     kinds: dict[str, set[str]] = {}
     for prompt in prompts:
         kinds.setdefault(re.split(r"[\s:]", prompt, maxsplit=1)[0], set()).add(prompt)

@@ -60,8 +60,8 @@ def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def held(adapter: str | Path) -> AbstractContextManager[None]:
-    """While an adapter's folder is held, from what is read of it to what is written, as training
-    does; a name that is no folder on this machine is not.
+    """Lock an adapter's folder while this is open, so that nobody writes between our reading and
+    our writing. A name that is no folder on this machine needs no lock.
 
     Raises:
         StorageError: another process holds it, or it cannot be written.

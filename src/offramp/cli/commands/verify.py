@@ -179,9 +179,9 @@ def _digest(arguments: argparse.Namespace) -> str:
 
 def _keep(run: Any, folder: Path | None, arguments: argparse.Namespace) -> None:
     """Write the certificate into the adapter's folder and its card, and where --out says."""
-    from offramp.adapter.certificate import CERTIFICATE, Certificate
+    from offramp.adapter.certificate import Certificate
     from offramp.adapter.model_card import with_verified
-    from offramp.adapter.records import CARD, load_certificate
+    from offramp.adapter.records import CARD, CERTIFICATE, load_certificate
     from offramp.core.save_and_load import read_config
     from offramp.core.storage import write_atomic
 

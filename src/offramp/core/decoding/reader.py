@@ -61,7 +61,7 @@ what the row's own rules raise."""
 
 
 class Heads(Protocol):
-    """Asks exits and the LM head, in the arrays of an executor."""
+    """Reads off an executor's output what exits and LM head say. Only it looks into that output."""
 
     def computing(self) -> AbstractContextManager[Any]:
         """The context in which the decoder's calls are made."""

@@ -40,7 +40,6 @@ from offramp.core.engine.read_again import (
 from offramp.core.engine.sampler import (
     Noise,
     Observer,
-    PyTorchNoise,
     Sampler,
     SeededNoise,
     StopTogether,
@@ -292,7 +291,7 @@ def write_answers(
     answers = [sequence.tokens for sequence in sequences]
     if together is not None:
         answers = [_cut(together, row, answer) for row, answer in enumerate(answers)]
-    if isinstance(noise[0], PyTorchNoise):
+    if noise[0] is not None:
         noise[0].hand_back(max(map(len, answers)))
     if told is not None:
         told.end()
@@ -321,6 +320,8 @@ def _noise(rows: int, seed: int | None, prepared: Prepared) -> Sequence[Noise | 
     if not prepared.config.do_sample:
         return [None] * rows
     if seed is None:
+        from offramp.core.engine.pytorch_noise import PyTorchNoise
+
         return [PyTorchNoise(rows, prepared.ids.device)] * rows
     return [SeededNoise(seed + row) for row in range(rows)]
 

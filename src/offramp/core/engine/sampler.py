@@ -2,7 +2,7 @@
 
 Noise belongs to a place in the answer, whoever asks for it: a place that is asked about again,
 because its first token was only a draft, gets the same noise. `SeededNoise` serves requests with a
-seed, and `PyTorchNoise` those of `generate` without one.
+seed, and `offramp.core.engine.pytorch_noise` those of `generate` without one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria
 from transformers.generation import logits_process
 
-from offramp.core.decoding.noise import gumbel
 from offramp.core.errors import InputError
 from offramp.core.executors.prefill import Prepared
 
@@ -73,6 +72,10 @@ class Noise(Protocol):
         """Note that the token of a row at a place can no longer change."""
         ...
 
+    def hand_back(self, places: int) -> None:
+        """Let the generator that the noise came from go on after so many places."""
+        ...
+
 
 class SeededNoise:
     """Noise of one row by its seed, as every engine has it (`offramp.core.decoding.noise`)."""
@@ -84,58 +87,21 @@ class SeededNoise:
         self._seed = secrets.randbits(63) if seed is None else seed
 
     def choose(self, row: int, place: int, scores: Tensor) -> int:
-        _check_finite(scores.max())
+        from offramp.core.decoding.noise import gumbel  # few answers are sampled
+
+        check_finite(scores.max())
         noise = torch.from_numpy(gumbel(self._seed, place, scores.shape[-1]))
         return int((scores[0] + noise.to(scores.device)).argmax())
 
     def settled(self, row: int, place: int) -> None:
         """Do nothing: this noise keeps no state."""
 
-
-class PyTorchNoise:
-    """Noise of a batch that goes on from PyTorch's own generator, so that a caller's
-    `torch.manual_seed` gives the sample that Hugging Face's `generate` gives.
-
-    `torch.multinomial` for one draw takes the largest p / e, with e exponential, and consumes the
-    same noise whatever the probabilities p. Here e is drawn once a place, for all rows together.
-    """
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.rows: int = rows
-        self._generator = torch.Generator(device)
-        if device.type == "cpu":
-            self._generator.set_state(torch.get_rng_state())
-        else:
-            self._generator.manual_seed(int(torch.randint(2**62, (1,))))
-        self._drawn: dict[int, Tensor] = {}  # by place [rows, V]
-        self._states: dict[int, Tensor] = {}  # of the generator, before each place
-        self._left: dict[int, set[int]] = {}  # rows that a place is not settled in
-
-    def choose(self, row: int, place: int, scores: Tensor) -> int:
-        probabilities = scores.softmax(-1)
-        _check_finite(probabilities.sum())
-        while (at := len(self._states)) <= place:  # in order, so that each place has its own
-            self._states[at] = self._generator.get_state()
-            like = probabilities.new_empty(self.rows, probabilities.shape[-1])
-            self._drawn[at] = like.exponential_(generator=self._generator)
-            self._left[at] = set(range(self.rows))
-        return int((probabilities[0] / self._drawn[place][row]).argmax())
-
-    def settled(self, row: int, place: int) -> None:
-        left = self._left.get(place)
-        if left is not None:
-            left.discard(row)
-            if not left:
-                del self._left[place], self._drawn[place]
-
     def hand_back(self, places: int) -> None:
-        """Let PyTorch's own generator go on after so many places."""
-        if self._generator.device.type == "cpu":
-            state = self._states.get(places, self._generator.get_state())
-            torch.set_rng_state(state)
+        """Do nothing: it came from no generator."""
 
 
-def _check_finite(number: Tensor) -> None:
+def check_finite(number: Tensor) -> None:
+    """Raise `RuntimeError` for inf or nan."""
     if not bool(torch.isfinite(number)):
         raise RuntimeError("The logits to sample from hold inf or nan.")
 

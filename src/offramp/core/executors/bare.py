@@ -65,10 +65,11 @@ class BareModules(dict[Any, Any]):
 
 
 def bare(module: nn.Module, caller: str, *, own: bool = True) -> nn.Module:
-    """The twin of a module; the module itself where something stands around its `forward`.
+    """Return a module's bare twin, or the module itself where hooks or wrappers surround its
+    `forward`.
 
-    caller: the Python module of the code that calls it. own: whether linears may have a product of
-    ours.
+    caller: the Python module of the code that calls it. own: whether linears may multiply by
+    `SeveralTokensLinear`.
     """
     if not _is_plain(module):
         return module

@@ -8,7 +8,6 @@ from typing import Any
 from offramp.core.decoding.executor import Executor
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.executors.slots.executor import SlotExecutor
-from offramp.core.executors.stack import StackExecutor
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet
 
@@ -45,6 +44,8 @@ def executor_for(
                 f"Exact batches are of slots, and {backbone.name} is run by its own stack.",
                 "Leave exact batches out: answers then differ by rounding alone.",
             )
+        from offramp.core.executors.stack import StackExecutor  # few models need it
+
         return StackExecutor(backbone, exits, depths, **more)
     if backbone.sharded or backbone.rare_layers or backbone.reads_ids:
         raise UnsupportedBackboneError(

@@ -169,8 +169,8 @@ def picture_of(example: Example) -> str:
 
 
 def drawn_with(examples: Iterable[Example]) -> Callable[[Example], str]:
-    """Names what each example's image is drawn with: its source or, where none of the examples of
-    its image names one, the image."""
+    """Return a function from an example to the unit that was drawn from the population: the source
+    of its image, or the image itself where no example of it names a source."""
     sources = {picture_of(e): f"source {e.source}" for e in examples if e.source}
 
     def named(example: Example) -> str:

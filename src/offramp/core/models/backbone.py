@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,22 +24,34 @@ from offramp.core.models.stand_in import TORCH, StandIn
 from offramp.core.models.weights import mixes_rows
 
 
+class ExactBatches(Protocol):
+    """Attention to each token as if it were alone. attention: its name in Hugging Face's table."""
+
+    attention: str
+
+    def check(self, backbone: Any, exits: Any, ours: bool) -> None:
+        """Raise `UnsupportedBackboneError` where a token would depend on the tokens beside it.
+
+        ours: whether the model's attention is one that can be replaced.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class DecodeOptions:
     """Options of how the layers are called where tokens are decoded; answers are the same.
 
     lean: whether the stack's own code around them is left out, where that is exact. instead: makes
     what is called in the place of layers, exits and head; None: they are called themselves.
-    exact_batches: whether a token's numbers are the same to the last bit whatever tokens are
-    computed beside it; prompts are read one at a time and whole, and every matrix product must be
-    of weights that `prepack(..., every=True)` laid out.
+    exact_batches: what makes a token's numbers the same to the last bit whatever tokens are
+    computed beside it (`offramp.features.exact_batches`); prompts are then read one at a time.
     again: share of answers that the model reads again, beside the first of each shape
     (`offramp.core.engine.read_again`); None: of models that tests here have tried none.
     """
 
     lean: bool = True
     instead: Instead | None = None
-    exact_batches: bool = False
+    exact_batches: ExactBatches | None = None
     again: float | None = 0.01
 
 
@@ -172,7 +184,7 @@ class Backbone(OpenedModel):
         made = copy.copy(self)
         made.readings = Readings()
         made.decoding = replace(self.decoding, **options)
-        if made.decoding.instead is not None or made.decoding.exact_batches:
+        if made.decoding.instead or made.decoding.exact_batches:
             self.check_whole("This way of decoding")
         return made
 

@@ -226,8 +226,10 @@ def _plain(linear: Any, dtype: torch.dtype) -> nn.Linear:
 def float_parameters(
     module: nn.Module, besides: Collection[int] = ()
 ) -> list[Callable[[], Tensor]]:
-    """Parameters in the order of `module.parameters()`, quantised ones as the floats they mean and
-    split ones whole, to be made one by one: all at once may have no room.
+    """Return functions that make the parameters as floats, in the order of `module.parameters()`.
+
+    Each is made when its function is called, because all at once may not fit in memory. A split
+    parameter is made whole.
 
     besides: ids of parameters and modules that are left out.
     """

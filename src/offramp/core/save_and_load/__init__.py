@@ -180,8 +180,7 @@ def _check_size(path: Path) -> None:
 
 
 def is_there(config: AdapterConfig, name: str) -> bool:
-    """Return True if the adapter has this file; one that adapter.json does not list is none of
-    it."""
+    """Return True if this file is there and adapter.json lists it."""
     return (config.files is None or name in config.files) and (config.folder / name).is_file()
 
 

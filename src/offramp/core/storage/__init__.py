@@ -11,7 +11,6 @@ from typing import Any
 
 from offramp.core.errors import DataError, StorageError
 from offramp.core.storage import schema
-from offramp.core.storage.exchange import exchange_folder
 from offramp.core.storage.json_text import check_plain, dumps, read_bytes, unreadable
 from offramp.core.storage.places import (
     ROOM,
@@ -95,8 +94,11 @@ def atomic_folder(path: str | Path, *, owns: Collection[str] = ()) -> Iterator[P
         if not target.exists():
             os.replace(staging, target)
             sync_folder(target.parent)
-        elif not exchange_folder(staging, target, without=owns):
-            _replace_each(files, staging, target, owns)
+        else:
+            from offramp.core.storage.exchange import exchange_folder  # who only reads needs none
+
+            if not exchange_folder(staging, target, without=owns):
+                _replace_each(files, staging, target, owns)
     except StorageError:
         raise
     except OSError as error:

@@ -58,14 +58,6 @@ class SlotCall:
     gather: Tensor | None = None
     pick: Tensor | None = None
 
-    @cached_property
-    def places(self) -> list[tuple[int, int, int]]:
-        """Return of each token the row of queries and the place in it, and its column."""
-        wide = self.queries.shape[1]
-        picked = range(len(self.columns)) if self.pick is None else self.pick.tolist()
-        columns = self.columns.tolist()
-        return [(at // wide, at % wide, c) for at, c in zip(picked, columns, strict=True)]
-
     beside = None
     """Slot and first column, where all tokens stand side by side in one slot (`OneSlot`)."""
 
@@ -100,11 +92,6 @@ class OneSlot:
     @property
     def queries(self) -> Tensor:
         return self.columns[None]
-
-    @cached_property
-    def places(self) -> list[tuple[int, int, int]]:
-        first = self.beside[1]
-        return [(0, place, first + place) for place in range(self.shape[1])]
 
     def as_wide_as(self, width: int) -> OneSlot:
         """The same, reading another number of columns."""

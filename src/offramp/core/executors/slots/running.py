@@ -19,14 +19,11 @@ from offramp.core.executors.bare import called_in_place, stack_runs
 from offramp.core.executors.kv_cache import cache_parameter
 from offramp.core.executors.segments import Output, SegmentRunner
 from offramp.core.executors.slots.attention import (
-    EACH,
     PACKED,
     WithAttention,
-    check_exact_batches,
     with_slot_masks,
 )
 from offramp.core.executors.slots.cache import Call, OneSlot, SlotCache
-from offramp.core.executors.slots.positions import ColumnPositions, RelativeBias
 from offramp.core.executors.slots.rows import SlotRows
 from offramp.core.executors.slots.tables import (
     BIASES,
@@ -82,14 +79,17 @@ class SlotRunner(SegmentRunner):
         self._current = self.cache.current
         plain = called_in_place(backbone) if backbone.decoding.lean else None
         exact = backbone.decoding.exact_batches
-        if exact:
-            check_exact_batches(backbone, exits, self.packs)
-        self._packed = WithAttention(EACH if exact else PACKED, self._current, plain)
-        self._plain: Any = self._packed if exact else plain
+        if exact is not None:
+            exact.check(backbone, exits, self.packs)
+        attention = PACKED if exact is None else exact.attention
+        self._packed = WithAttention(attention, self._current, plain)
+        self._plain: Any = plain if exact is None else self._packed
         self._instead: Any = self._plain  # what the current call calls in a module's place
         stack = self.intercepted.stack
         embed = getattr(stack, "embed_positions", None)
         if embed is not None and encoded:
+            from offramp.core.executors.slots.positions import ColumnPositions
+
             stack._modules["embed_positions"] = ColumnPositions(embed, self._current)
         self._cache_name = cache_parameter(stack)
         self._layers = [*backbone.layers]
@@ -97,7 +97,11 @@ class SlotRunner(SegmentRunner):
         self._refused = bool(
             backbone.rare_layers or backbone.reads_ids or not backbone.decoding.lean
         )
-        self._relative = RelativeBias(backbone) if backbone.family.layers == "block" else None
+        self._relative: RelativeBias | None = None
+        if backbone.family.layers == "block":
+            from offramp.core.executors.slots.positions import RelativeBias
+
+            self._relative = RelativeBias(backbone)
         self._bias: tuple[Tensor, Tensor] | None = None
         self._tables: Tables | None = None
 
