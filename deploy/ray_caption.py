@@ -13,7 +13,7 @@ import ray
 from PIL import Image
 
 from offramp import load
-from offramp.core.inputs.example import Example
+from offramp.inputs.example import Example
 from offramp.serving.batch_engine import BatchEngine
 
 

@@ -31,8 +31,8 @@ from examples.photo_vlm.said import (
     parsed,
     words_of,
 )
-from offramp.core.inputs.example import Example
 from offramp.core.storage import write_atomic
+from offramp.inputs.example import Example
 
 FILE = "asked.jsonl"
 

@@ -19,12 +19,12 @@ from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.rows import half_of, ids_of, read_photographs
 from offramp.common.progress import progress
 from offramp.common.provenance import provenance
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import write_json
 from offramp.engines.loading import open_backbone
 from offramp.evaluation.statistics import Measure, interval, mean_of
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 
 METRICS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 LONGEST = {"captions": 30, "questions": 8}  # tokens of an answer

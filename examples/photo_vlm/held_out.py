@@ -12,9 +12,9 @@ from examples.photo_vlm.evaluate import LONGEST, METRICS, accuracy, caption_meas
 from examples.photo_vlm.rows import half_of, read_photographs
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, generate_answers
-from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.features.vision_cache import VisionCache
+from offramp.inputs.example import Example
 from offramp.training.feature_dataset import Stores
 
 SHORTLIST = 2048

@@ -33,11 +33,11 @@ from offramp.calibration.draft_thresholds import draft_speeds
 from offramp.common.provenance import provenance
 from offramp.core.decoding.policy import FULL
 from offramp.core.errors import InputError
-from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits
 from offramp.core.storage import read_json, write_json
 from offramp.data.decontamination import picture_digests
 from offramp.evaluation.timing import speedups
+from offramp.inputs.example import Example
 from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 
 # -- what is asked of the first regime alone --------------------------------------------------

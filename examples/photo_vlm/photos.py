@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
 from offramp.core.storage import digest_rows, read_json, write_json
+from offramp.inputs.example import Example
 from offramp_photo.build import image_processor
 from offramp_photo.tower import FEATURES, GRID
 

@@ -16,8 +16,8 @@ from examples.photo_vlm.asked import DESCRIBE, FILE, Asked, dialogue, read_asked
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.rows import half_of, read_photographs
 from examples.photo_vlm.talk import asked_as_typed, chat_prompt
-from offramp.core.inputs.example import Example
 from offramp.core.storage import write_atomic
+from offramp.inputs.example import Example
 
 Line = tuple[Example, str, Sequence[str]]
 """Whose photograph, the prompt, the right answers."""

@@ -28,7 +28,6 @@ from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.core.decoding.policy import ExitPolicy
-from offramp.core.inputs.example import Example
 from offramp.evaluation.statistics import interval
 from offramp.evaluation.timing import (
     GenerateFn,
@@ -39,6 +38,7 @@ from offramp.evaluation.timing import (
     stock_generate_fn,
     time_interleaved,
 )
+from offramp.inputs.example import Example
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import Trainer
 

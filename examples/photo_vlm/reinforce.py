@@ -28,8 +28,8 @@ from examples.photo_vlm.train import (
     options_of,
     prepared,
 )
-from offramp.core.inputs.example import Example
 from offramp.evaluation.caption_metrics import simple_words
+from offramp.inputs.example import Example
 from offramp_photo.build import add_updates
 
 ORDERS = 4

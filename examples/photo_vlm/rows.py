@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
 from offramp.data.datasets import read_examples
+from offramp.inputs.example import Example
 
 CAPTIONS = "flickr8k_captions.jsonl"
 QUESTIONS = "daquar_vqa.jsonl"

@@ -41,8 +41,8 @@ from examples.photo_vlm.train import (
     prepared,
 )
 from examples.photo_vlm.words import Detectors
-from offramp.core.inputs.example import Example
 from offramp.core.storage import write_atomic
+from offramp.inputs.example import Example
 from offramp_photo.tower import Bridge, WordDetector
 
 OWN = "own.jsonl"

@@ -45,10 +45,10 @@ from examples.photo_vlm.rows import (
     read_photographs,
 )
 from examples.photo_vlm.words import Detectors, embeddings_of, texts_by_photograph, vocabulary_of
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example
 from offramp.core.storage import read_json, write_json
-from offramp.core.storage.jsonl_log import JsonlLog
+from offramp.inputs.example import Example
 from offramp_photo.build import (
     CARD,
     WEIGHTS,

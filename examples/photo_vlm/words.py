@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.photo_vlm.rows import Ids
-from offramp.core.inputs.example import Example
+from offramp.inputs.example import Example
 from offramp_photo.tower import PhotoTowerConfig, WordDetector
 
 EPOCHS, BATCH = 14, 64

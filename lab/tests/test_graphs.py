@@ -21,10 +21,10 @@ from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
 from offramp.core.errors import InputError, UnsupportedBackboneError
-from offramp.core.inputs.example import Example
 from offramp.core.models.exits import ExitSet
 from offramp.features.constraint import JsonConstraint
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp_lab.graphs.recording import Mailbox, Recorder
 from offramp_lab.graphs.runtime import GraphRuntime
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.common.folders import cache_folder
 from offramp.common.progress import progress_bar
 from offramp.core.errors import DataError, InputError, OfframpError
 from offramp.core.missing import how_to_install
 from offramp.core.storage import atomic_folder, digest_file, digest_rows, read_json, write_json
-from offramp.core.storage.folders import cache_folder
 from offramp_photo.packages import LANGUAGE, VISION, data_folder, weights_file
 from offramp_photo.tower import EfficientNetLite0, PhotoTowerConfig
 

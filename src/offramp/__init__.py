@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
     from offramp.core.engine.generate import generate
     from offramp.core.errors import OfframpError
-    from offramp.core.inputs.example import Example
     from offramp.core.models.backbone import Backbone
     from offramp.core.models.exit_kinds import register_exit
     from offramp.core.models.exits import Exits
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from offramp.features.constraint import JsonConstraint
     from offramp.features.input_processor import InputProcessor
     from offramp.features.registration import register_score
+    from offramp.inputs.example import Example
     from offramp.promises.conditions import register_condition
     from offramp.serving.batch_engine import BatchEngine
     from offramp.serving.engine_config import EngineConfig
@@ -70,7 +70,7 @@ _HOMES = {
     "Backbone": "core.models.backbone",
     "BatchEngine": "serving.batch_engine",
     "EngineConfig": "serving.engine_config",
-    "Example": "core.inputs.example",
+    "Example": "inputs.example",
     "ExitPolicy": "core.decoding.policy",
     "Exits": "core.models.exits",
     "Family": "core.models.registry",

@@ -26,9 +26,9 @@ from offramp.calibration.attempts import (
 from offramp.calibration.risk_control import p_value
 from offramp.core.decoding.policy import Thresholds
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
-from offramp.core.inputs.image import content_digest
 from offramp.data.scenes import world
+from offramp.inputs.example import Example
+from offramp.inputs.image import content_digest
 from offramp_lab.inputs import lookalikes
 
 PATH = (Thresholds({2: 0.9}), Thresholds({2: 0.5}))

@@ -36,7 +36,6 @@ from offramp.calibration.threshold_search import LIMIT, candidates, pareto_path
 from offramp.calibration.trial import Calibration
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.data.decontamination import picture_digests
@@ -44,6 +43,7 @@ from offramp.data.item import Item
 from offramp.data.scenes import world
 from offramp.features.exact_batches import EXACT_BATCHES
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp.promises.prompt_kinds import point_of
 
 LAYERS, TOKENS = 6, 6

@@ -13,10 +13,10 @@ import pytest
 from offramp.adapter.adapter import Adapter
 from offramp.calibration.attempts import Attempt, images_of, recorded, turn_of
 from offramp.calibration.ledger import ledger_of, note_attempts, with_ledger
+from offramp.common.folders import locked_folder
 from offramp.core.errors import DataError, StorageError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
-from offramp.core.storage.folders import locked_folder
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from offramp.adapter.answers import Answer
 from offramp.calibration.risk_functions import CAPTION_CAP, CIDER_CAP, QUALITIES, RISKS, Risk
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
 from offramp.evaluation.caption_metrics import Frequencies, caption_scores
+from offramp.inputs.example import Example
 
 OTHERS = (
     ("a dog runs on grass", "the dog is on the grass"),

@@ -21,10 +21,10 @@ from offramp.calibration.suitability import (
     suitability,
 )
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example
 from offramp.data.scenes.tasks import captions
 from offramp.evaluation.scripted_exits import generate_forced
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from offramp.adapter.shipped import load_tiny, tiny_exits
 from offramp.calibration import draft_thresholds as drafts
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.attempts import error_share
+from offramp.common.folders import locked_folder
 from offramp.core.errors import StorageError
 from offramp.core.save_and_load import CONFIG
-from offramp.core.storage.folders import locked_folder
 from offramp.data.scenes import language, world
 from offramp.promises.verdict import NONE
 

@@ -25,10 +25,10 @@ from offramp.adapter.shipped import example_picture, tiny_exits
 from offramp.cli.command_line import _without_pytorch, build_parser
 from offramp.cli.commands import generate
 from offramp.core.errors import StorageError
-from offramp.core.inputs.image import open_rgb
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import read_json
 from offramp.engines.loading import load, usual_prompt
+from offramp.inputs.image import open_rgb
 from offramp.promises.verdict import EXACT, NONE
 from offramp_llama_cpp import command_line as edge
 
@@ -154,7 +154,7 @@ def test_an_image_unlike_the_calibrated_ones_is_told_and_read_once_to_be_looked_
         return open_rgb(image, *more, **how)
 
     for module in ("image", "example"):
-        monkeypatch.setattr(f"offramp.core.inputs.{module}.open_rgb", noted)
+        monkeypatch.setattr(f"offramp.inputs.{module}.open_rgb", noted)
     assert run("generate", "tiny-opt", "--image", noise)[0] == 0
     assert "Nothing is promised of it. (image or prompt is unlike those calibrated" in caplog.text
     assert "Promised" not in caplog.text

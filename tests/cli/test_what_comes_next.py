@@ -19,8 +19,8 @@ from offramp.cli.commands.eval import summary
 from offramp.cli.options import ASKED, LOADED, asked_again, one_again
 from offramp.cli.output import few
 from offramp.core.decoding.policy import DRAFT
-from offramp.core.inputs.example import Example
 from offramp.data.scenes import world
+from offramp.inputs.example import Example
 
 
 def next_of(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -12,12 +12,12 @@ import pytest
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
 from offramp.evaluation.evaluate import evaluate
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
 

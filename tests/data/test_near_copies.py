@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offramp.core.inputs.example import Example
-from offramp.core.inputs.image import open_rgb, pixel_digest
 from offramp.data import near_copies as near
 from offramp.data.near_copies import near_copies
 from offramp.data.scenes import world
+from offramp.inputs.example import Example
+from offramp.inputs.image import open_rgb, pixel_digest
 from offramp_lab.inputs import lookalikes
 
 

@@ -19,15 +19,14 @@ from torch import Tensor
 
 from offramp import cli
 from offramp.adapter.adapter import Adapter
+from offramp.common.folders import locked_folder
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.decoding.scores import max_probability
 from offramp.core.engine.generate import generate
 from offramp.core.errors import DataError, InputError, StorageError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
-from offramp.core.storage.folders import locked_folder
-from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.item import Item
 from offramp.engines.packed import prepack
 from offramp.evaluation import caption_metrics as captions
@@ -38,6 +37,7 @@ from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
 from offramp.evaluation.run_log import RunLog
 from offramp.evaluation.tasks import TASK_METRICS, EvaluationSettings
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 
 DEPTHS = (2, 4)
 

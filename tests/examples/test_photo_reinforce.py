@@ -11,7 +11,7 @@ import torch
 from examples.photo_vlm import reinforce, rows, train, words
 from PIL import Image
 
-from offramp.core.inputs.example import Example
+from offramp.inputs.example import Example
 from offramp_photo.tower import Bridge, EfficientNetLite0
 from photo import END, language, tokenizer
 from photo import TOWER as PHOTO

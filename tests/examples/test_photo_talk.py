@@ -20,7 +20,7 @@ from examples.photo_vlm.asked import (
 from examples.photo_vlm.rows import Row, Text, ids_of, pack
 
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
+from offramp.inputs.example import Example
 from photo import tokenizer
 
 END = 256

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 import photo as stand_ins
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.hub import load_processor
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp_photo import build as product
 from offramp_photo.build import add_updates, image_processor
 from offramp_photo.tower import Bridge, EfficientNetLite0

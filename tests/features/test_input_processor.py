@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from offramp.core.errors import InputError
-from offramp.core.inputs.example import Example
 from offramp.features.input_processor import COMPLETES, InputProcessor
+from offramp.inputs.example import Example
 from offramp.promises.conditions import template_digest
 
 Build = Callable[..., Any]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from offramp.core.inputs.example import Example
 from offramp.features import kept_texts
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 
 SIZES = ((28, 28), (40, 31), (64, 28), (29, 90), (28, 28))
 

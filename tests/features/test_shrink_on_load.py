@@ -14,9 +14,9 @@ from PIL import Image
 from offramp import Example
 from offramp.adapter.shipped import load_tiny
 from offramp.core.errors import InputError
-from offramp.core.inputs.image import open_rgb
 from offramp.features.input_processor import InputProcessor, smallest_side
 from offramp.features.shrink_on_load import TIMES, with_shrink_on_load
+from offramp.inputs.image import open_rgb
 
 SIDE = 224
 
@@ -62,7 +62,7 @@ def test_what_is_no_jpeg_is_decoded_whole(kind: str) -> None:
 
 
 def test_the_limit_is_of_the_files_pixels() -> None:
-    from offramp.core.inputs.image import ImageTooLargeError
+    from offramp.inputs.image import ImageTooLargeError
 
     with pytest.raises(ImageTooLargeError, match="1600 x 1200"):
         open_rgb(encoded(picture(1600, 1200)), "it", pixels=1_000_000, smallest=64)

@@ -12,7 +12,7 @@ import torch
 from families import BOS, EOS, FIRST_WORD, IMAGE, PAD, VOCABULARY
 from PIL import Image
 
-from offramp.core.inputs.example import Example
+from offramp.inputs.example import Example
 
 NEEDS_BF16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(),

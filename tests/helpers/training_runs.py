@@ -10,7 +10,7 @@ import fakes
 import torch
 from torch import Tensor
 
-from offramp.core.storage.jsonl_log import JsonlLog
+from offramp.common.jsonl_log import JsonlLog
 from offramp.training.checkpoint import HISTORY
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import Trainer

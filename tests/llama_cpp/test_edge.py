@@ -25,7 +25,7 @@ from projector_files import write_projector
 
 from offramp.core.decoding.policy import FULL
 from offramp.core.errors import AdapterError, DataError, InputError
-from offramp.core.inputs.image import open_rgb
+from offramp.inputs.image import open_rgb
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.api.text import TextStream

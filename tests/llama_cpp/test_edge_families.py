@@ -17,8 +17,8 @@ from projector_files import inputs_of, pictures, words_of, write_projector
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.errors import AdapterError
-from offramp.core.inputs.image import open_rgb
 from offramp.core.models.intercept import InterceptedModel
+from offramp.inputs.image import open_rgb
 from offramp_llama_cpp.edge.model import EdgeModel
 from offramp_llama_cpp.entry import DecoderEntry
 from offramp_llama_cpp.segment import EngineOptions

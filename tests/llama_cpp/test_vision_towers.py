@@ -22,10 +22,10 @@ from smolvlm import save_smolvlm
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import AdapterError, InputError, UnsupportedBackboneError
-from offramp.core.inputs.image import open_rgb
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.features.vision_cache import VisionCache
+from offramp.inputs.image import open_rgb
 from offramp.promises.conditions import Conditions
 from offramp.serving.batch_engine import BatchEngine
 from offramp_llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf

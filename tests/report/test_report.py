@@ -16,9 +16,9 @@ from PIL import Image
 from offramp import cli
 from offramp.common.depth_color import depth_color
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example
 from offramp.data.formats import read_items
 from offramp.data.item import Item
+from offramp.inputs.example import Example
 from offramp.report.gallery import token
 from offramp.report.report import KINDS, Source, read_sources, report
 

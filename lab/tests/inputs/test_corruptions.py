@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from offramp.core.errors import InputError
-from offramp.core.inputs.example import Example, split_examples
 from offramp.data.scenes import world
+from offramp.inputs.example import Example, split_examples
 from offramp_lab.inputs.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupted
 
 NAMES = tuple(CORRUPTIONS)

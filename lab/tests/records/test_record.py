@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from offramp.core.inputs.example import Example
+from offramp.inputs.example import Example
 from offramp_lab.records import suitability
 from offramp_lab.records.record import Kept, Record, Some, asked
 

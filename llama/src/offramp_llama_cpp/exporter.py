@@ -44,7 +44,7 @@ def _write(arguments: argparse.Namespace) -> None:
             "Files for llama.cpp are made without data.",
             "Leave --data out; `offramp draft --engine llama.cpp` times drafts in the files.",
         )
-    from offramp.core.storage.folders import check_writable
+    from offramp.common.folders import check_writable
     from offramp_llama_cpp import ExportFormats, export_gguf
 
     formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)

@@ -56,7 +56,7 @@ def _options(parser: Parser) -> None:
 
 
 def _slice(arguments: argparse.Namespace) -> None:
-    from offramp.core.storage.folders import check_writable
+    from offramp.common.folders import check_writable
     from offramp_llama_cpp.slicing import slice_gguf
 
     adapter, file = arguments.adapter, arguments.file

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import offramp
+from offramp.common.folders import cache_folder
 from offramp.core.errors import OfframpError, UnsupportedBackboneError
 from offramp.core.storage import digest_file, write_atomic
-from offramp.core.storage.folders import cache_folder
 from offramp_llama_cpp.gguf_files import SegmentFiles
 from offramp_llama_cpp.segment import EngineOptions
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.runtime import Runtime
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import digest_rows
-from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
 from offramp.features.vision_cache import digest
+from offramp.inputs.example import Example
 
 log = logging.getLogger(__name__)
 

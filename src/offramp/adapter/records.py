@@ -25,8 +25,6 @@ from offramp.core.save_and_load import (
     exits_digest,
     is_there,
     load_exits,
-    write_config,
-    write_exits,
 )
 from offramp.core.save_and_load.config import RESTORE, AdapterConfig
 from offramp.core.storage import atomic_folder, read_json, schema, write_json
@@ -79,6 +77,8 @@ def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card
         InputError: the exits have no tensors, or the policy names other depths than theirs.
         StorageError: e.g. the disk is full; what was there before is untouched.
     """
+    from offramp.adapter.saving import write_config, write_exits
+
     # An earlier adapter's files that this one lacks go: they would not fit these exits.
     with atomic_folder(folder, owns=_OWNED) as staging:
         write_exits(staging, parts.exits)

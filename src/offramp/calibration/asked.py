@@ -12,7 +12,7 @@ from offramp.calibration.attempts import UNITS, Draws, error_share
 from offramp.calibration.risk_control import METHODS, images_for, samples_needed, upper_bound
 from offramp.calibration.risk_functions import RISKS
 from offramp.core.errors import InputError, check_known
-from offramp.core.inputs.example import Example
+from offramp.inputs.example import Example
 from offramp.promises.prompt_kinds import kind_of, prompt_frames
 
 

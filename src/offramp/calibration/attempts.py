@@ -31,11 +31,11 @@ import numpy.typing as npt
 
 from offramp.core.decoding.policy import Thresholds
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
-from offramp.core.inputs.image import content_digest, pixel_digest
 from offramp.core.storage import digest_rows
 from offramp.data.decontamination import source_digest
 from offramp.data.near_copies import Look, near_copies
+from offramp.inputs.example import Example
+from offramp.inputs.image import content_digest, pixel_digest
 
 Array = npt.NDArray[Any]
 

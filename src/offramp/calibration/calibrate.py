@@ -42,13 +42,13 @@ from offramp.core.decoding.policy import (
     resolved,
 )
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.models.as_loaded import tensors_digest
 from offramp.core.storage import digest_rows
 from offramp.data.decontamination import check_no_overlap, picture_digests, unseen
 from offramp.data.item import Item
 from offramp.features.input_processor import InputProcessor
 from offramp.features.self_check import check_untested
+from offramp.inputs.example import Example, examples_digest
 from offramp.promises.conditions import (
     TORCH,
     Conditions,

@@ -17,10 +17,10 @@ from typing import Any
 
 from offramp.adapter.adapter import Adapter
 from offramp.calibration.attempts import Attempt
+from offramp.common.folders import check_writable, locked_folder
 from offramp.core.errors import DataError, StorageError
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import digest_rows, read_json, schema, write_json
-from offramp.core.storage.folders import check_writable, locked_folder
 
 log = logging.getLogger(__name__)
 

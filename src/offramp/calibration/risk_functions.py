@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from offramp.core.inputs.example import Example
 from offramp.data.item import Item
 from offramp.evaluation.answer_quality import ANSWER_QUALITIES
 from offramp.evaluation.caption_metrics import Frequencies, simple_words
+from offramp.inputs.example import Example
 
 if TYPE_CHECKING:
     from offramp.adapter.answers import Answer  # which loads PyTorch; the names of risks need none

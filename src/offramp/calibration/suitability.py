@@ -28,13 +28,13 @@ from transformers import StoppingCriteriaList
 
 from offramp.adapter.answers import full_model_answers
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet, check_depths
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.evaluation.timing import clock_on, exit_generate_fn, in_turn, timed
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered, group, record
+from offramp.inputs.example import Example
 
 Array = npt.NDArray[Any]
 

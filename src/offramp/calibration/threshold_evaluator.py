@@ -22,9 +22,9 @@ from offramp.calibration.risk_functions import Risk
 from offramp.calibration.threshold_search import Array, candidates, pareto_path
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
+from offramp.inputs.example import Example
 from offramp.promises.conditions import samples
 
 SEARCH = 0.3

@@ -22,8 +22,8 @@ from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.calibration.threshold_search import Array
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import InputError
-from offramp.core.inputs.example import Example
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp.promises.conditions import samples
 
 LEVELS = (*(n / 100 for n in range(98, 50, -4)), *(n / 100 for n in range(50, 0, -2)), 0.01, 0.0)

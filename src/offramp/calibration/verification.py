@@ -40,7 +40,6 @@ from offramp.core.errors import InputError, OfframpError
 from offramp.core.executors.kv_cache import add_exit_entries
 from offramp.core.executors.prefill import Prefill, prepare
 from offramp.core.executors.segments import ExitOutput
-from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.comparison import relative_difference
 from offramp.core.models.fingerprint import fingerprint
@@ -52,6 +51,7 @@ from offramp.features.input_processor import InputProcessor
 from offramp.features.quantized.linears import SCHEMES
 from offramp.features.self_check import lengthened
 from offramp.features.teacher_forcing import StateRecorder
+from offramp.inputs.example import Example, examples_digest
 from offramp.promises.conditions import Conditions
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig

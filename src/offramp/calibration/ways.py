@@ -24,11 +24,11 @@ from offramp.calibration.trial import Calibration, Way
 from offramp.calibration.trust_path import NOTHING
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds, resolved
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example
 from offramp.data.item import Item
 from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import clock_on, generate_fn, in_turn, timed
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp.promises.conditions import samples
 
 SOME = 100

@@ -17,8 +17,9 @@ from typing import Any
 from offramp import __version__
 from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
 from offramp.cli.parser import Parser, UsageError
+from offramp.common.pytorch import has_pytorch, needs_pytorch
 from offramp.core.errors import OfframpError, StorageError, printable
-from offramp.core.missing import has_pytorch, how_to_install, missing_package, needs_pytorch
+from offramp.core.missing import how_to_install, missing_package
 from offramp.core.plugins import brought
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,6 @@ from offramp.calibration.profiler import measure_costs
 from offramp.common.progress import progress
 from offramp.common.provenance import provenance
 from offramp.core.decoding.policy import FULL, ExitPolicy, policy_to_json
-from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.storage import write_atomic, write_json
 from offramp.data.scenes.tasks import Task, captions, captions_and_questions, questions
@@ -43,6 +42,7 @@ from offramp.evaluation.timing import (
     time_interleaved,
 )
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp.report.report import Source
 from offramp.report.report import report as page
 from offramp.report.sections import TITLES, demo_modes

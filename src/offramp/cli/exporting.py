@@ -32,7 +32,7 @@ class Exporter:
 
 def check_adapter_alone(arguments: argparse.Namespace) -> None:
     """Raise `InputError` where no adapter is named, or --out cannot be written."""
-    from offramp.core.storage.folders import check_writable
+    from offramp.common.folders import check_writable
 
     if arguments.adapter is None:
         raise InputError(f"--to {arguments.to} writes an adapter's exits.", "Name it first.")

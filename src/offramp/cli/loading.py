@@ -112,7 +112,7 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
             StorageError: it cannot be written.
     """
     from offramp.adapter.shipped import shipped_exits
-    from offramp.core.storage.folders import check_writable
+    from offramp.common.folders import check_writable
 
     shipped_exits(arguments.adapter)  # raises for a model that ships without
     if arguments.out is None and not os.path.isdir(arguments.adapter):

@@ -29,7 +29,7 @@ def check_out_file(
 
     ours: whether a file that begins with these bytes was written by this command. what: its name.
     """
-    from offramp.core.storage.folders import check_writable
+    from offramp.common.folders import check_writable
 
     check_writable(path)
     if not os.path.lexists(path):

@@ -34,7 +34,7 @@ class Fetched:
         from http.client import HTTPException
         from urllib.request import Request, urlopen
 
-        from offramp.core.inputs.image import LARGEST
+        from offramp.inputs.image import LARGEST
 
         asked = Request(self.address, headers={"User-Agent": "offramp"})
         try:
@@ -83,7 +83,7 @@ def picture(word: str) -> Any:
 
 def unfolded(pictures: Sequence[Any]) -> Iterator[Any]:
     """Yield the images, those in a folder in its place. Raise `DataError` for a folder without."""
-    from offramp.core.inputs.image import image_names
+    from offramp.inputs.image import image_names
 
     for one in pictures:
         if not (isinstance(one, Path) and one.is_dir()):

@@ -3,19 +3,15 @@ type for it."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
-
-from offramp.core.errors import InputError
 
 EXTRAS = {
     "accelerate": "train",
@@ -79,28 +75,11 @@ def missing_package(error: BaseException) -> str | None:
     return None
 
 
-def has_pytorch() -> bool:
-    """Return True if PyTorch is installed, without importing it."""
-    if "torch" in sys.modules:
-        return sys.modules["torch"] is not None
-    return importlib.util.find_spec("torch") is not None
-
-
-def needs_pytorch(what: str) -> InputError:
-    """Return the error where something needs PyTorch, which is not installed."""
-    apart = ", in an environment of its own" if _installed()[0] == EDGE else ""
-    return InputError(
-        f"{what} needs PyTorch, which is not installed.",
-        "Without it `offramp generate` and `offramp serve` take what `offramp slice` wrote. "
-        f"For the rest{apart}: {install_command('')}",
-    )
-
-
 def how_to_install(package: str | None) -> str:
     """A remedy, of one line."""
     if package is None:
         return "Install the package that it names, with pip install."
-    extra = None if _installed()[0] == EDGE else EXTRAS.get(package)
+    extra = None if installed()[0] == EDGE else EXTRAS.get(package)
     return f"Install it: {f'pip install {package}' if extra is None else install_command(extra)}"
 
 
@@ -108,7 +87,7 @@ EDGE = "offramp-edge"
 """The distribution without PyTorch, which has no extras."""
 
 
-def _installed() -> tuple[str, metadata.Distribution | None]:
+def installed() -> tuple[str, metadata.Distribution | None]:
     """Return name and metadata of the installed distribution; None: a source tree."""
     for name in ("offramp", EDGE):
         try:
@@ -121,7 +100,7 @@ def _installed() -> tuple[str, metadata.Distribution | None]:
 def install_command(extra: str) -> str:
     """Return what to type for an extra, or for offramp itself (""), by how it was installed
     (PEP 610): from a checkout, a file, an address or an index."""
-    name, distribution = _installed()
+    name, distribution = installed()
     if distribution is None:
         text = json.dumps({"url": Path(__file__).resolve().parents[3].as_uri(), "dir_info": {}})
     else:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import rank_of
 from offramp.core.storage import read_json
 from offramp.data.datasets import CAPTION_PROMPT, QUESTION_PROMPT, SEED
+from offramp.inputs.example import rank_of
 
 
 @dataclass

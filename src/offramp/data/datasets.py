@@ -24,9 +24,9 @@ from pathlib import Path
 from PIL import Image
 
 from offramp.core.errors import DataError, InputError, StorageError
-from offramp.core.inputs.example import Example, examples_digest, rank_of, split_examples
-from offramp.core.inputs.image import EncodedImage
 from offramp.data.rows import ANSWERS, CAPTIONS, GROUP, Cell, Row, read_rows
+from offramp.inputs.example import Example, examples_digest, rank_of, split_examples
+from offramp.inputs.image import EncodedImage
 
 __all__ = [
     "CAPTION_PROMPT", "QUESTION_PROMPT", "EncodedImage", "Example", "examples_digest",

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
-from offramp.core.inputs.image import content_digest, pixel_digest
+from offramp.inputs.example import Example
+from offramp.inputs.image import content_digest, pixel_digest
 
 log = logging.getLogger(__name__)
 

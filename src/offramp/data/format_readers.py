@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from offramp.core.errors import DataError, did_you_mean
-from offramp.core.inputs.example import Example
 from offramp.data.annotation_file import Source, shown
 from offramp.data.item import Item
+from offramp.inputs.example import Example
 
 
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:

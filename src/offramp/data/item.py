@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from offramp.core.inputs.example import Example
-from offramp.core.inputs.image import content_digest
 from offramp.core.storage import digest_rows
+from offramp.inputs.example import Example
+from offramp.inputs.image import content_digest
 
 
 @dataclass(frozen=True)

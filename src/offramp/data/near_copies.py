@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from offramp.common.progress import progress
-from offramp.core.inputs.example import Example
+from offramp.inputs.example import Example
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]

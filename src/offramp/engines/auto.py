@@ -30,16 +30,16 @@ from PIL import Image
 
 from offramp.adapter.records import calibrations
 from offramp.adapter.shipped import example_picture
+from offramp.common.folders import cache_folder
 from offramp.common.progress import progress_bar
 from offramp.common.provenance import processor
 from offramp.core.errors import InputError, OfframpError
-from offramp.core.inputs.example import Example
 from offramp.core.save_and_load import AdapterConfig, exits_digest
 from offramp.core.storage import digest_rows, read_json, schema, write_json
-from offramp.core.storage.folders import cache_folder
 from offramp.core.storage.schema import Amount, Ordinal
 from offramp.engines import AUTO, LLAMA_CPP, TORCH, engine_named
 from offramp.features.towers import tower_engine
+from offramp.inputs.example import Example
 from offramp.promises.conditions import Conditions, differences, of_backbone
 
 log = logging.getLogger(__name__)

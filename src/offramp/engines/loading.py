@@ -15,7 +15,6 @@ import torch
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import exits_folder, load_named, tiny_kind
 from offramp.core.errors import InputError, StorageError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.models.hub import check_device, grey_example, grey_picture
@@ -26,6 +25,7 @@ from offramp.engines.auto import Way, settled
 from offramp.features.input_processor import InputProcessor
 from offramp.features.shrink_on_load import with_shrink_on_load
 from offramp.features.towers import tower_engine, with_vision
+from offramp.inputs.example import Example
 from offramp.promises.conditions import Conditions
 from offramp.promises.verdict import Verdict
 

@@ -21,16 +21,15 @@ from torch import nn
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import GREEDY, answers_of
 from offramp.adapter.runtime import Runtime
+from offramp.common.folders import locked_folder
 from offramp.common.provenance import provenance
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput, policy_to_json
 from offramp.core.engine.generate import generate
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.models.as_loaded import tensors_digest
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.core.storage import digest_rows, write_json
-from offramp.core.storage.folders import locked_folder
 from offramp.data.decontamination import check_no_overlap
 from offramp.data.item import Item
 from offramp.evaluation.loglikelihood import candidate_scores, follows_policy
@@ -38,6 +37,7 @@ from offramp.evaluation.results import score
 from offramp.evaluation.run_log import ROWS, Done, Row, RunLog, check_digests, read_rows
 from offramp.evaluation.tasks import EvaluationSettings, as_items
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example, examples_digest
 from offramp.promises.conditions import kernels
 
 log = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from offramp.core.decoding.rule import ExitRule
 from offramp.core.engine.heads import ExitCheck, ExitScorer
 from offramp.core.executors.kv_cache import CACHE_NAMES, add_exit_entries
 from offramp.core.executors.prefill import Prefill, prepare
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.models.intercept import InterceptedModel
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import StateRecorder
+from offramp.inputs.example import Example
 
 
 def follows_policy(policy: ExitPolicy) -> bool:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core.errors import DataError, InputError
-from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.item import Item
 
 ROWS = "rows.jsonl"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offramp.core.errors import DataError, InputError, check_known
-from offramp.core.inputs.example import Example
 from offramp.data.item import Item
 from offramp.evaluation.caption_metrics import CAPTION_METRICS, TOKENIZERS, need_pycocoevalcap
 from offramp.evaluation.metrics import vqa_accuracy
+from offramp.inputs.example import Example
 
 WHICH = ("full", "early_exit", "both")
 _VQA = ("vqa_accuracy",)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from offramp.core.models.backbone import Backbone
-from offramp.core.models.weights import float_values, scheme
+from offramp.core.models.weights import held_plainly, is_quantized, scheme
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
@@ -34,3 +34,14 @@ def weight_bytes(module: nn.Module) -> int:
     """Return the bytes of a module's weights, shared ones counted once."""
     held = {id(t): t for t in chain(module.parameters(), module.buffers())}
     return sum(t.nbytes for t in held.values())
+
+
+def float_values(module: nn.Module) -> int:
+    """Return the number of values in a module's float copy, shared ones counted once."""
+    values: dict[int, int] = {}
+    for part in module.modules():
+        if is_quantized(part):
+            linear: Any = part
+            values[id(part)] = linear.in_features * linear.out_features
+        values |= {id(t): t.numel() for t in held_plainly(part).values() if t is not None}
+    return sum(values.values())

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.features.kept_texts import KeptTexts
+from offramp.inputs.example import Example
 
 # Processors that put the image tokens in themselves.
 _PLACES_IMAGE = ("Blip2", "InstructBlip", "PaliGemma", "Florence2")

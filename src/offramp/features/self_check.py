@@ -30,7 +30,6 @@ from offramp.core.errors import OfframpError, UnsupportedBackboneError
 from offramp.core.executors.choice import EXECUTORS
 from offramp.core.executors.prefill import Prepared, prepare, room_of
 from offramp.core.executors.segments import ExitOutput
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.comparison import relative_difference
 from offramp.core.models.discovery.probe import prompt_ids, special_ids
@@ -39,6 +38,7 @@ from offramp.core.models.exits import Exits, propose_depths
 from offramp.core.models.rope import LengthDependentRope, with_own_frequencies
 from offramp.core.models.weights import scheme
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 
 TOKENS = 10
 LONG = 320

@@ -19,12 +19,12 @@ from torch import Tensor
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.executors.kv_cache import CACHE_NAMES, cache_parameter
 from offramp.core.executors.prefill import Prefill, image_tokens, prepare
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.opened import LayerCall, first
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 
 
 @dataclass(frozen=True)

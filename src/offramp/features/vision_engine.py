@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from offramp.common.folders import cache_folder
 from offramp.core.errors import InputError, StorageError
 from offramp.core.missing import how_to_install, missing_package
 from offramp.core.models.change import Unchanged
@@ -38,7 +39,6 @@ from offramp.core.models.discovery.twin import graft, twin
 from offramp.core.models.stand_in import StandIn
 from offramp.core.models.weights import float_copy, float_dtype, scheme
 from offramp.core.storage import atomic_folder
-from offramp.core.storage.folders import cache_folder
 from offramp.features.vision_cache import digest
 
 log = logging.getLogger(__name__)

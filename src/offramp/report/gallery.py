@@ -11,8 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from offramp.common.depth_color import depth_color, ink_on
-from offramp.core.inputs.example import Example
 from offramp.evaluation.run_log import ROWS, Done, Row
+from offramp.inputs.example import Example
 from offramp.report.html import render
 
 _SIDE = 240  # pixels of the longer side of an image

@@ -19,10 +19,10 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from offramp.core.errors import DataError, InputError, OfframpError
-from offramp.core.inputs.example import Example
 from offramp.core.storage import read_json
 from offramp.data.item import Item
 from offramp.evaluation.run_log import ROWS, Done, read_rows
+from offramp.inputs.example import Example
 from offramp.report import headline, sections
 from offramp.report.gallery import gallery
 from offramp.report.html import document, render

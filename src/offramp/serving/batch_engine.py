@@ -9,11 +9,11 @@ from typing import Any, cast
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL
 from offramp.core.errors import InputError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.features.cache_salt import salted
 from offramp.features.input_processor import InputProcessor
 from offramp.features.vision_cache import VisionCache
+from offramp.inputs.example import Example
 from offramp.serving.core import EngineCore
 from offramp.serving.engine import Engine, Prepare, check_sizes
 from offramp.serving.engine_config import EngineConfig

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core.errors import DataError, InputError, OfframpError
-from offramp.core.inputs.example import Example
-from offramp.core.storage.jsonl_log import JsonlLog
+from offramp.inputs.example import Example
 from offramp.serving.batch_engine import BatchEngine
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from offramp.adapter.records import read_records
+from offramp.common.folders import check_writable, locked_folder
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core.errors import DataError, InputError, TrainingError
 from offramp.core.save_and_load import ATTEMPTS, CONFIG, read_config
 from offramp.core.storage import check_plain, digest_file, write_atomic
-from offramp.core.storage.folders import check_writable, locked_folder
-from offramp.core.storage.jsonl_log import JsonlLog
 
 FOLDER = "training"
 STATE, DIGEST, HISTORY = f"{FOLDER}/state.pt", f"{FOLDER}/state.sha256", f"{FOLDER}/log.jsonl"

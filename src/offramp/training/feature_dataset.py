@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from offramp.adapter.answers import KeptAnswers
 from offramp.common.progress import progress
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example, split_examples
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
+from offramp.inputs.example import Example, split_examples
 from offramp.training.config import TrainConfig
 from offramp.training.feature_store import FeatureStore
 from offramp.training.labels import answers_of, labelled_examples

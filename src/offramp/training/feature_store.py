@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from offramp.core.errors import InputError
-from offramp.core.inputs.example import examples_digest
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.core.storage import digest_rows, write_atomic
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered, Batch, group, record
+from offramp.inputs.example import examples_digest
 from offramp.training.config import CACHES
 from offramp.training.sharding import Share, in_step, of_all
 

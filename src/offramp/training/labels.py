@@ -10,9 +10,9 @@ from typing import Any
 
 from offramp.adapter.answers import KeptAnswers, full_model_answers
 from offramp.core.errors import DataError
-from offramp.core.inputs.example import Example
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
+from offramp.inputs.example import Example
 from offramp.training.config import TrainConfig
 
 log = logging.getLogger(__name__)

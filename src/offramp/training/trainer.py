@@ -23,23 +23,23 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from offramp.adapter.adapter import Adapter
+from offramp.common.folders import locked_folder
+from offramp.common.jsonl_log import JsonlLog
 from offramp.common.progress import progress_bar as steps_bar
 from offramp.common.provenance import provenance
 from offramp.core.decoding.policy import DRAFT, ExitPolicy, Thresholds, resolved
 from offramp.core.errors import InputError, OfframpError, TrainingError
-from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet, propose_depths
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.core.models.sharding import unread
 from offramp.core.save_and_load import CONFIG, EXITS
-from offramp.core.storage.folders import locked_folder
-from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.decontamination import picture_digests
 from offramp.features.input_processor import InputProcessor
 from offramp.features.self_check import check_untested
 from offramp.features.shortlist import shortlist_of
 from offramp.features.teacher_forcing import Batch
+from offramp.inputs.example import Example, examples_digest
 from offramp.training.adversarial import AdversarialObjective
 from offramp.training.checkpoint import (
     FOLDER,

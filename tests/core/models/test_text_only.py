@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.models.backbone import Backbone
 from offramp.data.formats import read_items
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example, examples_digest
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "phi3", "olmo2", "gpt_oss")
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *[f"w{n}" for n in range(92)]]

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.records import CARD
 from offramp.calibration.attempts import Attempt
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import AdapterError, DataError, OfframpError, TrainingError
 from offramp.core.models.backbone import Backbone
@@ -29,7 +30,6 @@ from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import ATTEMPTS, CHECKS, CONFIG, EXITS, SEEN
 from offramp.core.save_and_load.config import sealed
 from offramp.core.storage import digest_file
-from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.training.checkpoint import (
     DIGEST,
     HISTORY,

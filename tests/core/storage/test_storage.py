@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from offramp.common.folders import cache_folder, check_writable, locked_folder
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core import storage
 from offramp.core.errors import DataError, InputError, StorageError
 from offramp.core.storage import places
-from offramp.core.storage.folders import cache_folder, check_writable, locked_folder
-from offramp.core.storage.jsonl_log import JsonlLog
 
 
 @contextlib.contextmanager
@@ -333,7 +333,7 @@ def test_what_a_dead_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
 def test_a_folder_is_locked_for_one_run_until_that_has_ended(tmp_path: Path) -> None:
     with locked_folder(tmp_path):
         lock = f"locked_folder({str(tmp_path)!r}).__enter__()"
-        other = f"from offramp.core.storage.folders import locked_folder; {lock}"
+        other = f"from offramp.common.folders import locked_folder; {lock}"
         done = subprocess.run([sys.executable, "-c", other], capture_output=True, check=False)
         assert done.returncode == 1 and b"Another run" in done.stderr
     with locked_folder(tmp_path):

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core import storage
 from offramp.core.errors import StorageError
 from offramp.core.storage import exchange, places
-from offramp.core.storage.jsonl_log import JsonlLog
 
 FILES = {"a.bin": "a", "deep/b.bin": "b", "z.json": "z"}
 
@@ -193,7 +193,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     monkeypatch.setattr(os, "fsync", noting("sync", os.fsync))
-    synced = "offramp.core.storage.jsonl_log._sync_content"
+    synced = "offramp.common.jsonl_log._sync_content"
     monkeypatch.setattr(synced, noting("sync", os.fdatasync))
     monkeypatch.setattr(os, "replace", noting("rename", os.replace))
     return done
@@ -237,7 +237,7 @@ def test_a_row_that_is_not_on_disk_is_not_in_the_log(
 
     with JsonlLog(tmp_path / "log.jsonl") as log:
         log.append({"a": 1})
-        monkeypatch.setattr("offramp.core.storage.jsonl_log._sync_content", full)
+        monkeypatch.setattr("offramp.common.jsonl_log._sync_content", full)
         with pytest.raises(StorageError, match="No space left"):
             log.append({"a": 2})
         with pytest.raises(StorageError, match="No space left"):

@@ -27,10 +27,10 @@ from offramp.cli.commands.serve import _judge
 from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.decoding.scheduler import Schedule
 from offramp.core.errors import InputError, StorageError
-from offramp.core.inputs.example import Example
 from offramp.data.formats import read_items
 from offramp.data.scenes import tasks
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp.promises.guarantee import Promise
 from offramp.promises.likeness import Likeness
 from offramp.promises.verdict import BROKEN, EXACT, NONE

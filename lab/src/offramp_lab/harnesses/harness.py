@@ -16,10 +16,10 @@ from typing import Any
 from PIL import Image
 
 from offramp.core.errors import InputError, OfframpError
-from offramp.core.inputs.image import open_rgb
 from offramp.core.models.backbone import Backbone
 from offramp.engines.loading import load
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.image import open_rgb
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from offramp.core.errors import InputError, check_known
-from offramp.core.inputs.example import Example, picture_of
+from offramp.inputs.example import Example, picture_of
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _REFERENCE_SIDE = 224  # pixels

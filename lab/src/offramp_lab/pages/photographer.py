@@ -38,8 +38,8 @@ def photograph() -> Path:
 
 def measure() -> dict[str, Any]:
     """The caption by mode: its words, and after how many layers each was written."""
-    from offramp.core.inputs.example import Example
     from offramp.engines.loading import load, usual_prompt
+    from offramp.inputs.example import Example
 
     loaded = load("photo", engine="torch", vision="torch")
     example = Example(photograph(), usual_prompt(loaded.adapter), (), NAME)

@@ -19,9 +19,9 @@ import torch
 from offramp.common.depth_color import depth_color, ink_on
 from offramp.common.provenance import provenance
 from offramp.core.decoding.policy import ExitPolicy
-from offramp.core.inputs.example import Example
 from offramp.core.storage import write_atomic, write_json
 from offramp.data.scenes import world
+from offramp.inputs.example import Example
 from offramp.report.gallery import picture as embedded
 from offramp.report.gallery import words
 from offramp_lab.experiments.experiment import Experiment, Ticks

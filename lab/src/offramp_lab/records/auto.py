@@ -24,13 +24,13 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.records import calibrations
 from offramp.adapter.shipped import shipped_exits
 from offramp.core.decoding.policy import ExitPolicy
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import read_config
 from offramp.engines import AUTO, TORCH, auto, engine_named
 from offramp.engines.loading import load
 from offramp.features.towers import with_vision
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import Experiment, same, spent, times
 from offramp_lab.inputs import tiny_families
 from offramp_lab.records.record import Record, asked

@@ -37,7 +37,6 @@ from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of,
 from offramp.calibration.trial import Calibration
 from offramp.cli import demo
 from offramp.core.decoding.policy import FULL, ExitPolicy
-from offramp.core.inputs.example import Example
 from offramp.core.storage import write_json
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.evaluation.timing import (
@@ -48,6 +47,7 @@ from offramp.evaluation.timing import (
     time_interleaved,
 )
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.records.record import Record, Some, asked, named
 from offramp_lab.records.subjects import right, tiny_with, trained

@@ -31,11 +31,11 @@ from transformers import StoppingCriteriaList
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
-from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits
 from offramp.engines import ENGINES
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.timing import FirstToken, GenerateFn, generate_fn, stock_generate_fn
+from offramp.inputs.example import Example
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

@@ -28,11 +28,11 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
 from offramp.calibration.replay import PolicyReplay
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import write_atomic
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import identical
 from offramp_lab.experiments.factors import Measured, Name, entries_of
 from offramp_lab.places import RUNS

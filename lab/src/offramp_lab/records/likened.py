@@ -30,12 +30,12 @@ from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.trial import CONSISTENCY
 from offramp.cli import demo
 from offramp.common.progress import progress
-from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.save_and_load.config import sealed
 from offramp.core.storage import read_json, write_json
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.engines import LLAMA_CPP, engine_named
 from offramp.engines.loading import Loaded, load
+from offramp.inputs.example import Example, examples_digest
 from offramp.promises.conditions import TORCH, Conditions, of_processor
 from offramp.promises.likeness import ANSWERS, Likeness, look_of
 from offramp_lab.records.record import Some, asked

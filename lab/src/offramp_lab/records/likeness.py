@@ -19,10 +19,10 @@ from PIL import Image
 from offramp.adapter.answers import generate_answers
 from offramp.adapter.shipped import shipped_exits
 from offramp.cli import demo
-from offramp.core.inputs.example import Example
 from offramp.core.storage import read_json
 from offramp.data.datasets import read_examples
 from offramp.data.scenes.tasks import captions_and_questions
+from offramp.inputs.example import Example
 from offramp.promises.likeness import Alarm, Likeness, is_unlike, look_of
 from offramp_lab.inputs import lookalikes
 from offramp_lab.records.record import Record, asked

@@ -21,13 +21,13 @@ import torch
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer
-from offramp.core.inputs.example import Example
 from offramp.engines import ENGINES
 from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn
 from offramp.features.description import weight_bytes
 from offramp.features.input_processor import InputProcessor
 from offramp.features.quantized.linears import SCHEMES
 from offramp.features.quantized.prepacked import PrepackedLinear
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import Experiment, same
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked

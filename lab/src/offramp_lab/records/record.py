@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from offramp.common.jsonl_log import JsonlLog
 from offramp.common.provenance import provenance
-from offramp.core.inputs.example import Example, examples_digest
 from offramp.core.storage import read_json, write_json
-from offramp.core.storage.jsonl_log import JsonlLog
+from offramp.inputs.example import Example, examples_digest
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
 

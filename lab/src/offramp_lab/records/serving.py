@@ -33,10 +33,10 @@ from PIL import Image
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import MODES
-from offramp.core.inputs.example import Example
 from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.scenes.tasks import captions
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
 from offramp_lab.experiments.experiment import Experiment

@@ -30,10 +30,10 @@ from offramp_vllm.exports.eagle3 import Eagle3Drafter
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL, ExitPolicy
-from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.evaluation.timing import decoding
+from offramp.inputs.example import Example
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request

@@ -26,8 +26,8 @@ from offramp.calibration.attempts import (
 from offramp.calibration.ledger import merged_attempts
 from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value, walk
 from offramp.core.decoding.policy import Thresholds
-from offramp.core.inputs.example import Example
 from offramp.data.near_copies import NEAR, Look
+from offramp.inputs.example import Example
 from offramp.promises.betting import FRACTIONS, SHARES, betting_p_values
 from offramp_lab.inputs import lookalikes
 from offramp_lab.records.record import Record, asked

@@ -25,8 +25,8 @@ from offramp_photo.packages import LANGUAGE, weights_file
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from offramp.common.folders import cache_folder
 from offramp.core.storage import write_atomic
-from offramp.core.storage.folders import cache_folder
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
 from offramp_lab.records.text import PARTS, WORDS, converted, kept, prompts_of, step, write_model

@@ -25,8 +25,8 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
 from offramp.common.progress import progress
 from offramp.core.decoding.policy import FULL
-from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits
+from offramp.inputs.example import Example
 from offramp.training.losses import kl
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import asked

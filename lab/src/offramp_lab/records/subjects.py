@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer
 from offramp.adapter.shipped import load_tiny, shipped_exits, tiny_exits
-from offramp.core.inputs.example import Example
 from offramp.data.scenes import language, world
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import train
 

@@ -43,12 +43,12 @@ from offramp.calibration.suitability import RISKS as RISKS_TOLD
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.cli.demo import OPTIONS, DemoSizes
 from offramp.core.decoding.policy import ExitPolicy
-from offramp.core.inputs.example import Example
 from offramp.core.storage import read_json
 from offramp.data.scenes.tasks import captions, captions_and_questions
 from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import exit_generate_fn, timed
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import Experiment, bar
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked

@@ -26,12 +26,12 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, KeptAnswers, answers_to, prompted
 from offramp.calibration.replay import Replay, replay
 from offramp.core.decoding.policy import FULL
-from offramp.core.inputs.example import Example
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.core.storage import read_json
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked

@@ -36,12 +36,12 @@ from offramp_photo.packages import LANGUAGE, weights_file
 from transformers import AutoTokenizer
 
 from offramp.adapter.adapter import Adapter
+from offramp.common.folders import cache_folder
 from offramp.core.decoding.policy import MODES
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import read_json, write_atomic
-from offramp.core.storage.folders import cache_folder
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp_lab import inputs
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked

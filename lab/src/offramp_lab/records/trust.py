@@ -25,9 +25,9 @@ from offramp_llama_cpp import LlamaCppRuntime, export_gguf
 from offramp.adapter.adapter import Adapter
 from offramp.calibration.trust_path import trusting
 from offramp.core.decoding.policy import FULL, ExitPolicy
-from offramp.core.inputs.example import Example
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.evaluation.timing import decoding, generate_fn, timed
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import times
 from offramp_lab.places import RUNS
 from offramp_lab.records.end_to_end import CAREFUL, TOWER, at, scores

@@ -30,12 +30,12 @@ from torch import Tensor
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
 from offramp.core.errors import InputError
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.stand_in import TORCH
 from offramp.features.input_processor import InputProcessor
 from offramp.features.towers import ENGINES, tower_engine, with_vision
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import Experiment, each, same, spent
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import load_photo

@@ -18,7 +18,7 @@ from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.core.decoding.sequence import Token
 from offramp.core.errors import AdapterError, InputError
-from offramp.core.inputs.image import open_rgb
+from offramp.inputs.image import open_rgb
 from offramp.serving.core import Core
 from offramp.serving.engine import Engine
 from offramp.serving.engine_config import EngineConfig

@@ -20,9 +20,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from offramp.common.folders import cache_folder
 from offramp.core.errors import StorageError
 from offramp.core.storage import write_atomic
-from offramp.core.storage.folders import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ def _options(parser: Parser) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from offramp.adapter.shipped import short_name
     from offramp.cli.demo import demo, table
-    from offramp.core.storage.folders import check_writable
+    from offramp.common.folders import check_writable
 
     check_writable(arguments.out, folder=True)
     kind = short_name(arguments.backbone or "tiny-opt")

@@ -13,7 +13,8 @@ from offramp import __version__
 from offramp.cli.options import add_command
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
-from offramp.core.missing import has_pytorch, install_command
+from offramp.common.pytorch import has_pytorch
+from offramp.core.missing import install_command
 from offramp.engines import all_engines
 
 log = logging.getLogger(__name__)

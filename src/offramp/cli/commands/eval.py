@@ -90,8 +90,8 @@ def _evaluation_options(parser: Parser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    from offramp.common.folders import check_writable
     from offramp.common.progress import progress
-    from offramp.core.storage.folders import check_writable
     from offramp.evaluation.evaluate import RESULT, evaluate, rescore
     from offramp.evaluation.run_log import ROWS
     from offramp.evaluation.tasks import EvaluationSettings

@@ -176,7 +176,7 @@ def _check_images(arguments: argparse.Namespace) -> None:
             f"--interactive asks about one image, and {len(arguments.image)} were given.",
             "Give one --image.",
         )
-    from offramp.core.inputs.example import Example
+    from offramp.inputs.example import Example
 
     for image in arguments.image:
         Example(image, "", (), key=str(image)).open_image()
@@ -195,7 +195,7 @@ def _questions(
 ) -> Iterator[tuple[Any, Any, str, dict[str, Any]]]:
     """Files, their opened images, prompts and, for each, what `generate` takes. asked: the prompt
     of all images, where none are typed."""
-    from offramp.core.inputs.example import Example
+    from offramp.inputs.example import Example
 
     for prompt in _typed() if arguments.interactive else [asked]:
         for name in arguments.image:

@@ -163,9 +163,9 @@ SHOWN = (
 def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
 
-    from offramp.core.inputs.example import Example
     from offramp.core.models.exits import propose_depths
     from offramp.features.description import describe
+    from offramp.inputs.example import Example
 
     backbone, processor = load_model(arguments, arguments.name)
     description = describe(backbone)

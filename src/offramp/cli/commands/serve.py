@@ -368,8 +368,8 @@ def _watched(
 def _judge(risk: Any, frequencies: Path | None) -> Any:
     """What an answer loses by right answers of people; None: words are to be weighed, and no
     captions are there to weigh them by."""
-    from offramp.core.inputs.example import Example
     from offramp.data.datasets import read_examples
+    from offramp.inputs.example import Example
 
     if risk.weighed is not None:
         if frequencies is None:
@@ -386,8 +386,8 @@ def _judge(risk: Any, frequencies: Path | None) -> Any:
 def _state_file(model: Any, port: int) -> Path | None:
     """Of this guarantee of these exits, wherever they lie: made again, it starts anew. A server at
     another port has its own; one at any that is free is known again by nothing, and keeps none."""
+    from offramp.common.folders import user_folder
     from offramp.core.storage import digest_rows
-    from offramp.core.storage.folders import user_folder
 
     if not port:
         return None

@@ -93,8 +93,8 @@ def _options(parser: Parser) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from offramp.adapter.certificate import VerificationSettings
     from offramp.calibration.verification import Verification, own_examples, with_thresholds
+    from offramp.common.folders import check_writable
     from offramp.common.progress import progress_bar
-    from offramp.core.storage.folders import check_writable
 
     if arguments.quick:
         for name, (value, _) in QUICK.items():

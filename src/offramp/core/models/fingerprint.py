@@ -12,7 +12,6 @@ from torch import Tensor
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.weights import (
     float_parameters,
-    named_float_parameters,
     scheme,
 )
 
@@ -20,7 +19,7 @@ Make = Callable[[], Tensor]
 """Makes a tensor when it is called: of a quantised backbone, few at a time have room as floats."""
 
 _SIZES = ("model_type", "layers", "width", "vocabulary", "tensors")
-_TENSORS, _VALUES = 32, 8
+TENSORS, _VALUES = 32, 8
 """Tensors sampled in each part, nearly, and values sampled in each tensor, at most."""
 _ALIKE = 0.9
 """Share of a sample that agrees, at least: precisions round differently."""
@@ -57,23 +56,12 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
         "width": backbone.width,
         "vocabulary": backbone.vocabulary,
         "tensors": len(decoder),
-        "weights": [value for values in _sample(decoder) for value in values],
-        "parts": {name: _sample(tensors) for name, tensors in _parts(backbone).items()},
+        "weights": [value for values in sample(decoder) for value in values],
+        "parts": {name: sample(tensors) for name, tensors in _parts(backbone).items()},
     }
     if backbone.split:
         backbone.identity = found
     return found
-
-
-def sampled_names(backbone: Backbone) -> dict[str, int]:
-    """Names of the decoder's tensors in the sample "weights", in order, each with the number of its
-    values there."""
-    makes = named_float_parameters(backbone.layers)
-    if backbone.norm is not None:
-        makes += [(f"norm.{name}", make) for name, make in named_float_parameters(backbone.norm)]
-    names = [name for name, _ in makes][:: max(1, len(makes) // _TENSORS)]
-    rows = _sample([make for _, make in makes])
-    return {name: len(row) for name, row in zip(names, rows, strict=True)}
 
 
 def held_as(backbone: Backbone) -> str | None:
@@ -142,11 +130,11 @@ def _parts(backbone: Backbone) -> dict[str, list[Make]]:
     return {**tensors, "bridge": float_parameters(model, known)}
 
 
-def _sample(tensors: Sequence[Make]) -> list[list[int]]:
-    """Up to `_VALUES` evenly spaced values of each of about `_TENSORS` evenly spaced tensors, as
+def sample(tensors: Sequence[Make]) -> list[list[int]]:
+    """Up to `_VALUES` evenly spaced values of each of about `TENSORS` evenly spaced tensors, as
     the bits of their bfloat16."""
     samples: list[list[int]] = []
-    for make in tensors[:: max(1, len(tensors) // _TENSORS)]:
+    for make in tensors[:: max(1, len(tensors) // TENSORS)]:
         flat = make().flatten()
         values = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES].cpu()
         samples.append(values.to(torch.bfloat16).view(torch.int16).tolist())

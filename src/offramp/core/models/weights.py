@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.models.sharding import full, gathered, hooks_of, loaded, local, unhook
@@ -32,8 +31,6 @@ _MIXED = 0.01
 """Of the norm; half precision rounds a product by a fifth of that."""
 _COMPRESSED = "quantization_scheme"
 """What compressed-tensors leaves in a linear, which rounds its weight whenever it runs."""
-ROWS = 4
-"""Fewer tokens than these take longer than these do, on the processors that were measured."""
 
 
 class OwnLinear(nn.Module):
@@ -47,16 +44,6 @@ class OwnLinear(nn.Module):
     def dense(self) -> Tensor:
         """Return the weight [out, in], where the numbers are the plain linear's."""
         raise NotImplementedError
-
-
-def filled_up(states: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return what a product of rows [N, in] makes of states [..., in]; it gets at least `ROWS`."""
-    rows = states.reshape(-1, states.shape[-1])
-    tokens = len(rows)
-    if tokens < ROWS:
-        rows = functional.pad(rows, (0, 0, 0, ROWS - tokens))
-    made = product(rows)
-    return made[:tokens].view(*states.shape[:-1], made.shape[-1])
 
 
 def check_scheme(model: Any) -> None:
@@ -249,25 +236,14 @@ def named_float_parameters(
                 continue
             read = partial(dequantized, part, dtype)
             makes.append((f"{start}weight", partial(_made, part, read)))
-        for name, parameter in _held_plainly(part).items():
+        for name, parameter in held_plainly(part).items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 makes.append((start + name, partial(_made, part, partial(getattr, part, name))))
     return makes
 
 
-def float_values(module: nn.Module) -> int:
-    """Return the number of values in a module's float copy, shared ones counted once."""
-    values: dict[int, int] = {}
-    for part in module.modules():
-        if is_quantized(part):
-            linear: Any = part
-            values[id(part)] = linear.in_features * linear.out_features
-        values |= {id(t): t.numel() for t in _held_plainly(part).values() if t is not None}
-    return sum(values.values())
-
-
-def _held_plainly(part: nn.Module) -> Mapping[str, Tensor | None]:
+def held_plainly(part: nn.Module) -> Mapping[str, Tensor | None]:
     """A module's own parameters by name; of a quantised linear all but its weight."""
     return {"bias": getattr(part, "bias", None)} if is_quantized(part) else part._parameters
 

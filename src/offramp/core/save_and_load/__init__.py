@@ -1,4 +1,4 @@
-"""An adapter's folder: parts to files, and files to parts.
+"""An adapter's folder: what is in it, and how exits are read from it.
 
 adapter.json                format version, backbone, depths, policy, calibration, provenance, and
                             the SHA-256 of each of the other files that loading reads
@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp.core.decoding.policy import ExitPolicy, check_policy_depths, policy_to_json
+from offramp.core.decoding.policy import check_policy_depths
 from offramp.core.errors import AdapterError, InputError, StorageError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exit_kinds import kinds_of_exit
@@ -38,19 +37,17 @@ from offramp.core.save_and_load.config import (
     RESTORE,
     AdapterConfig,
     read_config,
-    sealed,
 )
 from offramp.core.save_and_load.tensors import (
     check_shapes,
     read_shapes,
     read_tensors,
-    write_tensors,
 )
-from offramp.core.storage import digest_file, write_json
+from offramp.core.storage import digest_file
 
 __all__ = [
     "ATTEMPTS", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT", "LARGEST_SEEN", "SEEN",
-    "AdapterConfig", "exits_digest", "load_exits", "read_config", "write_config", "write_exits",
+    "AdapterConfig", "exits_digest", "load_exits", "read_config",
 ]  # fmt: skip
 
 SEEN, ATTEMPTS = "seen.json", "attempts.json"
@@ -60,59 +57,6 @@ UNCHECKED = "%s holds no digests: its files are unchecked, whoever changed them.
 log = logging.getLogger(__name__)
 LARGEST_SEEN = 2**28
 """Bytes of the largest seen.json that is read: 13 million images."""
-
-
-# -- saving -----------------------------------------------------------------------------------
-
-
-def write_exits(folder: Path, exits: ExitSet) -> None:
-    """Write the tensors of exits, and of their shortlist, to a folder.
-
-    Raises:
-        InputError: the exits have no tensors.
-    """
-    if not list(exits.modules.parameters()):
-        raise InputError(
-            "Lens exits have no tensors, so there is nothing to save.",
-            "Build them where they are used: Exits(backbone, depths, kind='lens').",
-        )
-    write_tensors(exits.modules.state_dict(), folder / EXITS)
-    if exits.measured:
-        shortlist = {} if exits.shortlist is None else {"shortlist": exits.shortlist}
-        write_tensors(shortlist, folder / CHECKS)
-
-
-def write_config(
-    folder: Path, backbone: Backbone, exits: ExitSet, policy: ExitPolicy, **known: Any
-) -> dict[str, str]:
-    """Write adapter.json of all other files in a folder; return their digests by name.
-
-    known: further entries. Raise `InputError` where the policy names other depths than the exits'.
-    """
-    check_policy_depths(policy, exits.depths)
-    files = {file.name: digest_file(file) for file in sorted(folder.iterdir())}
-    entries = {
-        "format": FORMAT,
-        "backbone": {
-            "name": backbone.name,
-            "revision": backbone.revision,
-            "fingerprint": fingerprint(backbone),
-        },
-        "depths": list(exits.depths),
-        "exit_kind": exits.modules.kind,
-        "checks": dict(exits.measured) or None,
-        "policy": policy_to_json(policy),
-        **known,
-        **({"decoding": _learnt(backbone)} if not backbone.tested else {}),
-        "files": files,
-    }
-    write_json(folder / CONFIG, sealed(entries))
-    return files
-
-
-def _learnt(backbone: Backbone) -> dict[str, Any]:
-    values = (backbone.family.causal_prompt, backbone.reads_in_parts, backbone.lossless)
-    return dict(zip(LEARNT, values, strict=True))
 
 
 # -- loading ----------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from offramp.core.inputs.example import Example
 from offramp.data.scenes import language, world
+from offramp.inputs.example import Example
 
 
 @dataclass(frozen=True)

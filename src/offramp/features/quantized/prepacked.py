@@ -7,18 +7,33 @@ freeze; here every loop has it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from offramp.core.errors import InputError
-from offramp.core.models.weights import OwnLinear, filled_up
+from offramp.core.models.weights import OwnLinear
 
 LEAST = 2**19
 """Numbers of a weight in float32 below which a plain product of one token is faster."""
 _LAID_OUT_FOR = 16
 """Tokens that the layout is chosen for: it is as good for 1 to 64."""
+
+ROWS = 4
+"""Fewer tokens than these take longer than these do, on the processors that were measured."""
+
+
+def filled_up(states: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what a product of rows [N, in] makes of states [..., in]; it gets at least `ROWS`."""
+    rows = states.reshape(-1, states.shape[-1])
+    tokens = len(rows)
+    if tokens < ROWS:
+        rows = functional.pad(rows, (0, 0, 0, ROWS - tokens))
+    made = product(rows)
+    return made[:tokens].view(*states.shape[:-1], made.shape[-1])
 
 
 class PrepackedLinear(OwnLinear):

@@ -32,13 +32,13 @@ import numpy as np
 from PIL import Image
 
 from offramp.adapter.answers import Answer, answers_of
+from offramp.common.folders import check_writable, locked_folder
+from offramp.common.jsonl_log import JsonlLog
 from offramp.core.errors import BusyError, OfframpError, StorageError
-from offramp.core.inputs.image import pixel_digest
 from offramp.core.storage import read_json, write_json
-from offramp.core.storage.folders import check_writable, locked_folder
-from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.near_copies import SIDE_SHARP, Look, copied
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.image import pixel_digest
 from offramp.promises.active_draw import BLOCK, MOST, chances, doubt
 from offramp.promises.betting import RunningRisk, as_share
 from offramp.promises.guarantee import Promise

@@ -86,7 +86,7 @@ def _drafter_options(parser: Parser) -> None:
 
 
 def _write_drafter(arguments: argparse.Namespace) -> None:
-    from offramp.core.storage.folders import check_writable
+    from offramp.common.folders import check_writable
     from offramp.training.config import TrainConfig
     from offramp.training.drafting import UNROLLED
     from offramp_vllm.exports.speculators import check_out, save_drafter, vllm_config

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.features.input_processor import InputProcessor
 from offramp.features.shortlist import places_of, shortlist_of
 from offramp.features.teacher_forcing import Batch
+from offramp.inputs.example import Example
 from offramp.training.config import TrainConfig
 from offramp.training.drafting import Acceptance, DraftTraining, Rollout, seen_by_drafts
 from offramp.training.feature_dataset import TrainingStates

@@ -23,7 +23,8 @@ from offramp.core.engine.generate import generate
 from offramp.core.errors import InputError, OfframpError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet, copied_index
-from offramp.core.models.fingerprint import sampled_names
+from offramp.core.models.fingerprint import TENSORS, sample
+from offramp.core.models.weights import named_float_parameters
 from offramp.core.save_and_load import CONFIG, exits_digest, read_config
 from offramp.core.storage import write_atomic, write_json
 from offramp.features.input_processor import InputProcessor
@@ -195,3 +196,14 @@ def _language_model(backbone: Backbone) -> Any:
     if left:
         raise InputError(f"{type(model).__name__} has weights of its own.", "Nothing to do.")
     return model.eval()
+
+
+def sampled_names(backbone: Backbone) -> dict[str, int]:
+    """Names of the decoder's tensors in the sample "weights", in order, each with the number of its
+    values there."""
+    makes = named_float_parameters(backbone.layers)
+    if backbone.norm is not None:
+        makes += [(f"norm.{name}", make) for name, make in named_float_parameters(backbone.norm)]
+    names = [name for name, _ in makes][:: max(1, len(makes) // TENSORS)]
+    rows = sample([make for _, make in makes])
+    return {name: len(row) for name, row in zip(names, rows, strict=True)}

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from offramp.calibration.risk_functions import QUALITIES, Quality
+from offramp.common.jsonl_log import JsonlLog
 from offramp.common.provenance import provenance
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.example import Example, examples_digest, picture_of
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.core.storage import digest_rows, write_atomic, write_json
-from offramp.core.storage.jsonl_log import JsonlLog
 from offramp.data.decontamination import check_no_overlap, picture_digests
+from offramp.inputs.example import Example, examples_digest, picture_of
 from offramp_lab.experiments.comparison.equal_quality import Samples, drawn, equal_quality
 from offramp_lab.experiments.comparison.grid import Grid
 from offramp_lab.experiments.comparison.methods import DEFAULT, Plan

@@ -14,8 +14,8 @@ import numpy as np
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.confidence import HEADS
 from offramp.core.decoding.policy import ExitPolicy, Thresholds
-from offramp.core.inputs.example import Example
 from offramp.core.models.exits import Exits, ExitSet, propose_depths
+from offramp.inputs.example import Example
 from offramp.training.feature_dataset import Stores
 from offramp.training.trainer import Trainer
 from offramp_lab.experiments.comparison.points import Entry, PointMeasurer

@@ -15,10 +15,10 @@ from offramp.adapter.answers import Answer, answers_to
 from offramp.calibration.risk_functions import Quality
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput, Thresholds
 from offramp.core.engine.generate import generate
-from offramp.core.inputs.example import Example
 from offramp.core.models.backbone import Backbone
 from offramp.evaluation.timing import generate_fn, speedup, timed
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp_lab.experiments.comparison.methods import Plan
 from offramp_lab.experiments.experiment import Experiment, identical
 

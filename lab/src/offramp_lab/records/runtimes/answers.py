@@ -12,11 +12,11 @@ from torch import Tensor
 
 from offramp.adapter.answers import Answer, Model, generate_answers, generate_by
 from offramp.core.decoding.policy import FULL, MODES, ExitPolicy, GenerationOutput
-from offramp.core.inputs.example import Example
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import Measure, interval
 from offramp.features.input_processor import InputProcessor
 from offramp.features.vision_cache import VisionCache
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import bar, same
 from offramp_lab.records.record import Kept
 from offramp_lab.records.runtimes.methods import FORMATS, IN_LLAMA, IN_TORCH, OPTIONS, WAY, Bench

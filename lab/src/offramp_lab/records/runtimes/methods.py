@@ -24,7 +24,6 @@ from transformers import StoppingCriteriaList
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL, ExitPolicy
-from offramp.core.inputs.example import Example
 from offramp.evaluation.timing import (
     GenerateFn,
     beside_full,
@@ -34,6 +33,7 @@ from offramp.evaluation.timing import (
 )
 from offramp.features.compiled.compiled import COMPILED as BY_CODE
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import TIMES, Experiment, Rates, Rounds, each, times
 from offramp_lab.records.runtimes.ways import greedy
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from offramp.core.errors import DataError
-from offramp.core.inputs.image import ImageTooLargeError, open_rgb
+from offramp.inputs.image import ImageTooLargeError, open_rgb
 from offramp.serving.server.config import ImageLimits
 from offramp.serving.server.errors import ApiError
 from offramp.serving.server.inputs.fetch import Fetcher

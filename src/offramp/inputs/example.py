@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from offramp.core.errors import DataError, InputError
-from offramp.core.inputs.image import EncodedImage, content_digest, open_rgb
 from offramp.core.storage import digest_rows
+from offramp.inputs.image import EncodedImage, content_digest, open_rgb
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Example:
     def open_image(self, smallest: int | None = None) -> Image.Image:
         """The image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
 
-        smallest: as of `offramp.core.inputs.image.open_rgb`.
+        smallest: as of `offramp.inputs.image.open_rgb`.
 
         Raises:
             DataError: the image is missing, damaged, too large (Pillow's `MAX_IMAGE_PIXELS`) or of

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from scans import scans
 
 from offramp.core.errors import DataError
-from offramp.core.inputs.image import open_rgb
-from offramp.core.inputs.image_parts import CHUNKS, SCANS, SEGMENTS, orientation, pixel_parts
+from offramp.inputs.image import open_rgb
+from offramp.inputs.image_parts import CHUNKS, SCANS, SEGMENTS, orientation, pixel_parts
 
 NOISE = Image.effect_noise((61, 47), 90).convert("RGB")
 

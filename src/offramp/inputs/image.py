@@ -1,6 +1,6 @@
 """An image as pixels: opened upright in 8-bit RGB, refused where it cannot be, and its digests.
 
-Of an encoded image only what its pixels are made of is decoded (`offramp.core.inputs.image_parts`),
+Of an encoded image only what its pixels are made of is decoded (`offramp.inputs.image_parts`),
 so that it costs no more than they do, whoever wrote the file.
 """
 
@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from offramp.core.errors import DataError
-from offramp.core.inputs.image_parts import PixelParts, TooCostly, orientation, pixel_parts
 from offramp.core.storage import digest_file
+from offramp.inputs.image_parts import PixelParts, TooCostly, orientation, pixel_parts
 
 
 class EncodedImage(Protocol):

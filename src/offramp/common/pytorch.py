@@ -1,0 +1,26 @@
+"""Whether PyTorch is there, and what to say where it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from offramp.core.errors import InputError
+from offramp.core.missing import EDGE, install_command, installed
+
+
+def has_pytorch() -> bool:
+    """Return True if PyTorch is installed, without importing it."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"] is not None
+    return importlib.util.find_spec("torch") is not None
+
+
+def needs_pytorch(what: str) -> InputError:
+    """Return the error where something needs PyTorch, which is not installed."""
+    apart = ", in an environment of its own" if installed()[0] == EDGE else ""
+    return InputError(
+        f"{what} needs PyTorch, which is not installed.",
+        "Without it `offramp generate` and `offramp serve` take what `offramp slice` wrote. "
+        f"For the rest{apart}: {install_command('')}",
+    )
