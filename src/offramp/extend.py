@@ -12,7 +12,7 @@ _HOMES = {
     "Exporter": "cli.exporting",
     "Family": "core.models.registry",
     "Runtime": "adapter.runtime",
-    "TextDrafts": "core.decoding.drafting",
+    "TextDrafts": "features.text_drafts",
     "WithoutPytorch": "cli.command_line",
     "register_backbone": "core.models.registry",
     "register_condition": "promises.conditions",

@@ -10,13 +10,14 @@ import pytest
 import torch
 from families import NAMES, WORDLESS
 
-from offramp.core.decoding.drafting import DRAFTERS, TextDrafts
+from offramp.core.decoding.drafting import DRAFTERS
 from offramp.core.decoding.policy import ExitPolicy, policy_from_json, policy_to_json
 from offramp.core.engine.generate import generate
 from offramp.core.errors import InputError
 from offramp.core.executors.drafter import DraftingExit
 from offramp.core.executors.slots.running import SlotRunner
 from offramp.core.models.exits import Exits
+from offramp.features.text_drafts import TextDrafts
 
 ENDS = [*range(0, families.VOCABULARY, 3)]
 """End tokens, so many that untrained models soon say one."""

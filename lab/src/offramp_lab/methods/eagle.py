@@ -24,7 +24,6 @@ from offramp.core.decoding.drafting import (
     DraftBudget,
     Drafter,
     Drafts,
-    TextDrafts,
     register_drafter,
 )
 from offramp.core.decoding.executor import Executor
@@ -32,6 +31,7 @@ from offramp.core.decoding.sequence import Sequence as Row
 from offramp.core.executors.prefill import image_tokens
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.opened import first
+from offramp.features.text_drafts import TextDrafts
 
 NAME = "eagle3"
 _attached: list[Callable[[Executor, int], Drafter]] = []

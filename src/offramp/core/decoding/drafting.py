@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from operator import index
 from typing import Any, NamedTuple, Protocol
 
 from offramp.core.decoding.executor import Executor, Handle, Span
@@ -115,10 +114,10 @@ class ExitDrafts:
 
     def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
         newest = [row.ids[-1] if row.ids else None for row in rows]
-        return [*map(_side_by_side, rows, self._executor.draft(*_places(rows, newest), budgets))]
+        return [*map(side_by_side, rows, self._executor.draft(*places_of(rows, newest), budgets))]
 
     def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
-        return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
+        return self._executor.verify(*places_of(rows, [draft.fed for draft in drafts]))
 
 
 class PlainDrafts:
@@ -158,7 +157,7 @@ class PlainDrafts:
 
     def _feed(self, rows: Many[Sequence], ids: Many[int]) -> Any:
         """Feed a token of each sequence as far as the exit."""
-        output = self._executor.feed(*_places(rows, ids), needs_exit=not self._segment)
+        output = self._executor.feed(*places_of(rows, ids), needs_exit=not self._segment)
         for row in rows:
             row.ran[0] += 1
         for segment in range(1, self._segment + 1):
@@ -181,40 +180,6 @@ class PlainDrafts:
         for segment in range(self._segment + 1, last):
             self._run(segment, rows, ())
         return self._run(last, rows, asked)
-
-
-Proposes = Callable[[Many[int], int], Many[int]]
-"""Returns ids, at most so many, that may follow the tokens of a prompt and its answer so far."""
-
-
-class TextDrafts:
-    """Drafts by the text alone, such as n-grams that came before. Drafts that the full model
-    confirms count at full depth, where they were verified."""
-
-    keeps: int | None = None
-
-    def __init__(self, executor: Executor, depth: int, propose: Proposes) -> None:
-        """depth: L of the full model. propose: an error that it raises fails its request alone."""
-        self.depth: int = depth
-        self._executor, self._propose = executor, propose
-
-    def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
-        return [*map(self._draft, rows, budgets)]
-
-    def _draft(self, row: Sequence, budget: DraftBudget) -> Draft:
-        drafts = Drafts(budget)
-        if budget.max_drafts:
-            try:
-                for token in self._propose([*row.sampler.prompt, *row.ids], budget.max_drafts):
-                    if not drafts.add(index(token), 1.0):
-                        break
-            except Exception as error:
-                row.error = error
-        drafts.product = NAN  # nobody said how likely they are
-        return _side_by_side(row, drafts)
-
-    def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
-        return self._executor.verify(*_places(rows, [draft.fed for draft in drafts]))
 
 
 class CheckedDrafts:
@@ -270,8 +235,8 @@ DRAFTERS: dict[str, Callable[[Executor, int], Drafter]] = {}
 def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> None:
     """Give a drafter a name that a policy's `drafts` knows: `ExitPolicy(drafts={name: 0.0})`.
 
-    make: gets an executor and the depth L of its model; see `Drafter`, and `TextDrafts` for one
-    that needs the text alone.
+    make: gets an executor and the depth L of its model; see `Drafter`, and
+    `offramp.extend.TextDrafts` for one that needs the text alone.
 
     Raises:
         InputError: the name is not a word.
@@ -281,13 +246,13 @@ def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> Non
     DRAFTERS[name] = make
 
 
-def _side_by_side(row: Sequence, drafts: Drafts) -> Draft:
+def side_by_side(row: Sequence, drafts: Drafts) -> Draft:
     """The newest token and its drafts, up to the first that ends the answer."""
     said = drafts.ids
     ended = bool(said) and row.sampler.ends(said[-1])
     return Draft([*row.ids[-1:], *(said[:-1] if ended else said)], said, drafts.product)
 
 
-def _places(rows: Many[Sequence], ids: Any) -> tuple[list[Handle], Any, list[int]]:
+def places_of(rows: Many[Sequence], ids: Any) -> tuple[list[Handle], Any, list[int]]:
     """Handles, ids and columns at which the next tokens of sequences are fed."""
     return [row.handle for row in rows], ids, [row.ran[0] for row in rows]
