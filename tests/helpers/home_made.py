@@ -356,9 +356,57 @@ class CarriesOn(LlavaForConditionalGeneration):
         return out
 
 
+class RewritesTheEnd(LlavaForConditionalGeneration):
+    """Its answers are not what was decoded."""
+
+    def generate(self, *args, **kw):  # type: ignore[no-untyped-def]
+        made = super().generate(*args, **kw)
+        made[:, -1] = families.FIRST_WORD
+        return made
+
+
+class RewritesAWord(LlavaForConditionalGeneration):
+    """Where it was said, which first answers may not."""
+
+    def generate(self, *args, **kw):  # type: ignore[no-untyped-def]
+        made = super().generate(*args, **kw)
+        return torch.where(made % 7 == 3, families.FIRST_WORD, made)
+
+
+class LeavesThePromptOut(LlavaForConditionalGeneration):
+    def generate(self, input_ids=None, **kw):  # type: ignore[no-untyped-def]
+        return super().generate(input_ids=input_ids, **kw)[:, input_ids.shape[1] :]
+
+
+class AsksTwice(LlavaForConditionalGeneration):
+    """What it says first is part of what it is asked next."""
+
+    def generate(self, input_ids=None, attention_mask=None, **kw):  # type: ignore[no-untyped-def]
+        ids = super().generate(input_ids=input_ids, attention_mask=attention_mask, **kw)
+        return super().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **kw)
+
+
+class AsksNobody(LlavaForConditionalGeneration):
+    def generate(self, input_ids=None, max_new_tokens=8, **kw):  # type: ignore[no-untyped-def]
+        asked = {n: v for n, v in kw.items() if n in ("pixel_values", "attention_mask")}
+        return torch.cat([input_ids, self(input_ids, **asked).logits.argmax(-1)[:, -1:]], 1)
+
+
+class TakesNoLoop(LlavaForConditionalGeneration):
+    def generate(self, input_ids, pixel_values, attention_mask=None, max_new_tokens=8,
+                 do_sample=False, min_new_tokens=None, suppress_tokens=None):  # type: ignore[no-untyped-def] # fmt: skip
+        return super().generate(
+            input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens, do_sample=False,
+        )  # fmt: skip
+
+
 KEEPING = (Sees, CountsSteps, ScaledFrom60)
 """Layers of which more than one answer tells."""
-TOPS = (HandsToLayers, SetsUp, LoopOfItsOwn, CarriesOn)
+TOPS = (
+    HandsToLayers, SetsUp, LoopOfItsOwn, CarriesOn, RewritesTheEnd, RewritesAWord,
+    LeavesThePromptOut, AsksTwice, AsksNobody, TakesNoLoop,
+)  # fmt: skip
 STACKS, HEADS = Stack.__subclasses__(), Head.__subclasses__()
 LAYERS = [k for k in LlamaDecoderLayer.__subclasses__() if k.__module__ == __name__]
 LAYERS = [k for k in LAYERS if k not in KEEPING]

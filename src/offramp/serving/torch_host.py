@@ -24,6 +24,7 @@ from offramp.core.engine.read_again import (
     Kept,
     by_model,
     difference,
+    has_own_generate,
     own_model,
     shape_of,
     tell,
@@ -163,7 +164,7 @@ class TorchHost(PreparedHost):
             return None
         plan = self._alone(request)
         verdict = backbone.readings.verdicts.get(shape_of(backbone, request.inputs, way(plan)))
-        if verdict == "slots":
+        if verdict == "slots" and not has_own_generate(backbone.model):
             return None
         opened = super().open(request, lambda *_: None)
         check_room(opened.ids.shape[-1], opened.longest)

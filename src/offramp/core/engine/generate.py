@@ -97,7 +97,9 @@ def generate(
         again = partial(reader.prepare, inputs, options)
         own = partial(_own, reader.backbone, inputs, options)
         case = Case(reader.backbone, inputs, again, own)
-        return answered(plan, reader, case, again(), streamer, seed, observer)
+        answer = _Answer(plan, reader, case, streamer, seed, observer)
+        _, handed_out = reader.within(inputs, options, answer.write)
+        return answer.settled(handed_out)
 
 
 def _own(
@@ -105,7 +107,7 @@ def _own(
     inputs: Mapping[str, Any],
     options: Mapping[str, Any],
     use: Callable[[Prepared], Any],
-) -> Any:
+) -> tuple[Any, Any]:
     return within(own_model(backbone), inputs, use, **options)
 
 
@@ -139,9 +141,13 @@ def generate_prepared(
         arguments = {**prepared.arguments, name: copy.deepcopy(empty)}
         return replace(prepared, model=model, arguments=arguments)
 
+    def own(use: Callable[[Prepared], Any]) -> tuple[Any, Any]:
+        made = use(again(prepared.model))
+        return made, getattr(made, "sequences", None)
+
     given = {"input_ids": prepared.ids, **prepared.arguments, name: None}
-    case = Case(backbone, given, partial(again, inner), lambda use: use(again(prepared.model)))
-    return answered(plan, reader, case, again(inner))
+    answer = _Answer(plan, reader, Case(backbone, given, partial(again, inner), own))
+    return answer.settled(getattr(answer.write(again(inner)), "sequences", None))
 
 
 def way(plan: Plan) -> Any:
@@ -149,69 +155,98 @@ def way(plan: Plan) -> Any:
     return plan.depths, plan.own_rule.early, plan.own_rule.uses_exits
 
 
-def answered(
-    plan: Plan,
-    reader: PromptReader,
-    case: Case,
-    prepared: Prepared,
-    streamer: Any = None,
-    seed: int | None = None,
-    observer: Observer | None = None,
-) -> GenerationOutput:
-    """Write a request's answer; the model reads it again where that is due (`read_again`).
+class _Answer:
+    """A request's answer, which the model reads again where that is due (`read_again`).
 
-    An answer that is not the model's own is written again: by the model's own stack, or by its own
+    One that is not the model's own is written again: by the model's own stack, or by its own
     forward pass.
     """
-    backbone, readings, share = case.backbone, case.backbone.readings, case.backbone.decoding.again
-    exact, shape = not plan.own_rule.early, shape_of(backbone, case.given, way(plan))
-    verdict = readings.verdicts.get(shape)
-    if verdict == OWN:
-        return by_model(case, streamer, seed, observer)
-    first = verdict is None and (share is not None or not plan.tested)
-    run = partial(_write, plan, reader)
-    due = first or bool(share and readings.due(share))
-    if plan.tested and not due:
-        return run(prepared, streamer, seed, observer, engine=verdict)
-    told = Withheld(streamer) if first and streamer is not None else streamer
-    engines = [verdict] if verdict else ["stack"] if backbone.engine == "stack" else [*EXECUTORS]
-    noise, why = torch.get_rng_state(), ""
-    if first and has_own_loop(prepared.model):
-        engines, why = [], "it chooses tokens by a loop of its own"
-    for engine in engines:
-        kept = Kept()
-        try:
-            made = run(prepared, told, seed, observer, engine=engine, kept=kept)
-            tokens = made.depths.shape[1]
-            if not due and not readings.is_longer(shape, tokens):
+
+    def __init__(
+        self,
+        plan: Plan,
+        reader: PromptReader,
+        case: Case,
+        streamer: Any = None,
+        seed: int | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self._plan, self._case, self._readings = plan, case, case.backbone.readings
+        self._rules: Any = seed, observer
+        self._run = partial(_write, plan, reader)
+        self._shape = shape_of(case.backbone, case.given, way(plan))
+        self._streamer, self._noise, self._why = streamer, torch.get_rng_state(), ""
+        self._made: GenerationOutput | None = None
+
+    def settled(self, handed_out: Any) -> GenerationOutput:
+        """Return the answer as it stands. handed_out: what the model's `generate` makes of it."""
+        made = self._made
+        if made is not None:
+            if isinstance(handed_out, Tensor) and torch.equal(handed_out, made.sequences):
                 return made
-            found = difference(case, made, kept, exact=exact)
-            if first and found is None and (not plan.tested or (not kept.logits and tokens > 1)):
-                # A second time: modules may keep what they were asked before.
-                trial, after = Kept() if kept.logits else Kept(DEEP, TRIAL), torch.get_rng_state()
-                short = run(case.fresh(), None, seed, None, engine=engine, kept=trial)
-                found = difference(case, short, trial, exact=exact)
-                torch.set_rng_state(after)
-        except InputError:
-            raise
-        except Exception as error:  # of a model that nobody has tried, as slots may not hold it
-            if plan.tested or not first:
+            self._why, self._streamer = "its own `generate` hands out other tokens", None
+            torch.set_rng_state(self._noise)
+        if self._why and self._readings.fail(self._shape, self._why):
+            tell(self._case.backbone, self._why)
+        return by_model(self._case, self._streamer, *self._rules)
+
+    def write(self, prepared: Prepared) -> Any:
+        """Return an answer that was read again where that was due; where none was right, what the
+        request came with: the model is to write it."""
+        self._made = self._attempt(prepared)
+        return self._made or prepared
+    def _attempt(self, prepared: Prepared) -> GenerationOutput | None:
+        plan, case, readings, shape = self._plan, self._case, self._readings, self._shape
+        backbone, share = case.backbone, case.backbone.decoding.again
+        exact, run = not plan.own_rule.early, self._run
+        streamer, seed, observer = self._streamer, *self._rules
+        verdict = readings.verdicts.get(shape)
+        if verdict == OWN:
+            return None
+        first = verdict is None and (share is not None or not plan.tested)
+        due = first or bool(share and readings.due(share))
+        if plan.tested and not due:
+            return run(prepared, streamer, seed, observer, engine=verdict)
+        told = Withheld(streamer) if first and streamer is not None else streamer
+        engines = [verdict] if verdict else ["stack"] if backbone.engine == "stack" else EXECUTORS
+        if first and has_own_loop(prepared.model):
+            engines, self._why = [], "it chooses tokens by a loop of its own"
+        for engine in engines:
+            kept = Kept()
+            try:
+                made = run(prepared, told, seed, observer, engine=engine, kept=kept)
+                tokens = made.depths.shape[1]
+                if not due and not readings.is_longer(shape, tokens):
+                    return made
+                found = difference(case, made, kept, exact=exact)
+                again = not plan.tested or (not kept.logits and tokens > 1)
+                if first and found is None and again:
+                    # A second time: modules may keep what they were asked before.
+                    trial = Kept() if kept.logits else Kept(DEEP, TRIAL)
+                    after = torch.get_rng_state()
+                    short = run(case.fresh(), None, seed, None, engine=engine, kept=trial)
+                    found = difference(case, short, trial, exact=exact)
+                    torch.set_rng_state(after)
+            except InputError:
                 raise
-            found = f"{type(error).__name__}: {str(error)[:200]}"
-        if found is None:
-            readings.note(shape, engine, tokens)
-            backbone.engine = backbone.engine or engine
+            except Exception as error:  # of a model that nobody has tried, as slots may not hold it
+                if plan.tested or not first:
+                    raise
+                found = f"{type(error).__name__}: {str(error)[:200]}"
+            if found is None:
+                readings.note(shape, engine, tokens)
+                backbone.engine = backbone.engine or engine
+                if isinstance(told, Withheld):
+                    told.hand_on()
+                return made
+            self._why = self._why or found
             if isinstance(told, Withheld):
-                told.hand_on()
-            return made
-        why = why or found
-        if isinstance(told, Withheld):
-            told.forget()
-        torch.set_rng_state(noise)
-        prepared = case.fresh()
-    if readings.fail(shape, why):
-        tell(backbone, why)
-    return by_model(case, streamer if first else None, seed, observer)
+                told.forget()
+            torch.set_rng_state(self._noise)
+            prepared = case.fresh()
+        if not first:
+            self._streamer = None  # it was told already
+        return None
 
 
 def _write(

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessorList
 
 from offramp.core.decoding.policy import GenerationOutput
-from offramp.core.decoding.sequence import NAN, Token
+from offramp.core.decoding.sequence import NAN
 from offramp.core.engine.sampler import Constraint, Observer, Sampler
+from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.executors.kv_cache import CACHE_NAMES, cache_name
 from offramp.core.executors.prefill import Prepared
 from offramp.core.models.backbone import Backbone
@@ -82,13 +83,13 @@ class Case:
     """One request, as it can be prepared again.
 
     given: its inputs. fresh: prepares it for the decoder. own: calls a function with what is
-    prepared for the model itself, within the model's own `generate`.
+    prepared for the model itself, within the model's own `generate`; returns what `within` does.
     """
 
     backbone: Backbone
     given: Mapping[str, Any]
     fresh: Callable[[], Prepared]
-    own: Callable[[Callable[[Prepared], Any]], Any]
+    own: Callable[[Callable[[Prepared], Any]], tuple[Any, Any]]
 
 
 # -- shapes ----------------------------------------------------------------------------------------
@@ -166,6 +167,11 @@ def has_own_loop(model: Any) -> bool:
     return kind._sample is not GenerationMixin._sample or not step.startswith("transformers.")
 
 
+def has_own_generate(model: Any) -> bool:
+    """Return True if somebody wrote the `generate` that answers come out of."""
+    return not str(getattr(model.generate, "__module__", "")).startswith("transformers.")
+
+
 def own_model(backbone: Backbone) -> Any:
     """Return the model itself; with what stands in its vision tower's place, where something
     does."""
@@ -234,7 +240,7 @@ def _apart(
 ) -> str | None:
     with untouched(case.backbone.model):
         try:
-            theirs = case.own(lambda prepared: read(prepared, answers, max(1, step)))
+            theirs, _ = case.own(lambda prepared: read(prepared, answers, max(1, step)))
         except Exception as error:  # whatever a model raises on a call that it does not take
             return f"it cannot be read again ({type(error).__name__}: {str(error)[:160]})"
         worst = max(
@@ -271,27 +277,41 @@ def by_model(
     backbone, layers = case.backbone, case.backbone.depth
     drawn: Any = nullcontext() if seed is None else torch.random.fork_rng()
 
-    def write(prepared: Prepared) -> tuple[Prepared, Any]:
+    def write(prepared: Prepared) -> _Written:
         told = None if streamer is None else _Told(streamer, layers)
         if told is not None:
             streamer.put(prepared.ids.cpu())
         processors = LogitsProcessorList([_PerRow(prepared, observer)])
-        return prepared, prepared.model._sample(
+        out = prepared.model._sample(
             prepared.ids, processors, prepared.criteria, prepared.config, streamer=told,
             **prepared.arguments,
         )  # fmt: skip
+        return _Written(prepared, getattr(out, "sequences", out))
 
     with untouched(backbone.model), drawn:
         if seed is not None:
             torch.manual_seed(seed)
-        prepared, out = case.own(write)
-    sequences = getattr(out, "sequences", out)
-    samplers = [Sampler(prepared, row) for row in range(len(prepared.ids))]
-    rows = []
-    for sampler, ids in zip(samplers, sequences[:, prepared.ids.shape[1] :].tolist(), strict=True):
-        end = next((n + 1 for n, token in enumerate(ids) if sampler.ends(token)), len(ids))
-        rows.append([Token(token, layers) for token in ids[:end]])
-    return GenerationOutput.of_rows(prepared.ids, rows, layers, [()] * len(rows), prepared.pad)
+        written, made = case.own(write)
+    if not isinstance(made, Tensor):
+        raise UnsupportedBackboneError(
+            f"{backbone.name} answers by a `generate` of its own, which returned no token ids but "
+            f"a {type(made).__name__}.",
+            "Call model.generate itself.",
+        )
+    prompt = written.prepared.ids
+    start = prompt.shape[1] if torch.equal(made[:, : prompt.shape[1]], prompt) else 0
+    depths = torch.full_like(made[:, start:], layers)
+    for row, ids in enumerate(made[:, start:].tolist()):
+        sampler = Sampler(written.prepared, min(row, len(prompt) - 1))
+        depths[row, next((n + 1 for n, token in enumerate(ids) if sampler.ends(token)), None) :] = 0
+    scores = torch.full(depths.shape, NAN)
+    return GenerationOutput(made.clone(), depths, scores, layers, offers=((),) * len(made))
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    prepared: Prepared
+    sequences: Tensor
 
 
 class _PerRow:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from offramp.core.decoding.executor import too_long
-from offramp.core.errors import InputError
+from offramp.core.errors import InputError, UnsupportedBackboneError
 from offramp.core.executors.kv_cache import CACHE_NAMES, cache_name
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.opened import OpenedModel
@@ -87,15 +87,20 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
     Raises:
         InputError: `stop_strings` without the tokenizer or the processor.
     """
-    made: Prepared = within(model, inputs, lambda prepared: prepared, **options)
+    made: Prepared = within(model, inputs, lambda prepared: prepared, **options)[0]
     return made
 
 
 def within(
     model: Any, inputs: Mapping[str, Any], use: Callable[[Prepared], Any], **options: Any
-) -> Any:
-    """Return what `use` makes of what `prepare` returns, inside of the model's own `generate`: one
-    that somebody wrote may set up its modules for the time of its call."""
+) -> tuple[Any, Any]:
+    """Return what `use` makes of what `prepare` returns, inside of the model's own `generate`, and
+    what that returns for the `sequences` of it, if it has any: a `generate` that somebody wrote may
+    set up its modules for the time of its call, or rewrite what it hands out.
+
+    Raises:
+        UnsupportedBackboneError: its `generate` does not ask Hugging Face's.
+    """
     options = _with_stop_strings(options)
     taken: list[Any] = []
 
@@ -111,14 +116,45 @@ def within(
         if arguments.get("encoder_hidden_states") is not None:
             arguments = _with_cross_attention(arguments)
         taken.append(use(Prepared(model, input_ids, *rules, arguments)))
-        return input_ids
+        handed_out: Tensor = getattr(taken[-1], "sequences", input_ids)
+        return handed_out.clone()  # it may be rewritten in place
 
-    model.generate(**inputs, custom_generate=take, **options)
-    return taken[0]
+    returned = None
+    try:
+        if accepts_by_name(model.generate, "custom_generate"):
+            returned = model.generate(**inputs, custom_generate=take, **options)
+    except Exception:
+        if not taken or hasattr(taken[0], "sequences"):
+            raise  # else it was about an answer that is not there
+    if not taken:
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__} writes its answers by a `generate` of its own, which asks "
+            "nobody else's.",
+            "Call model.generate itself; with exits it can be decoded once its `generate` calls "
+            "super().generate(..., **kwargs).",
+        )
+    return taken[0], getattr(returned, "sequences", returned)
+
+
+def accepts_by_name(function: Callable[..., Any], name: str) -> bool:
+    """Return True if a function can be given an argument of this name."""
+    named = inspect.signature(function).parameters.values()
+    return any(each.name == name or each.kind is each.VAR_KEYWORD for each in named)
 
 
 def prepare_checked(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-    """The same of what a caller asks for. inputs: what the processor returned.
+    """The same of what a caller asks for; see `within_checked`."""
+    made: Prepared = within_checked(model, inputs, options, lambda prepared: prepared)[0]
+    return made
+
+
+def within_checked(
+    model: Any,
+    inputs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    use: Callable[[Prepared], Any],
+) -> tuple[Any, Any]:
+    """As `within`, of what a caller asks for. inputs: what the processor returned.
 
     Raises:
         InputError: an image is missing, or an option is not done.
@@ -128,11 +164,15 @@ def prepare_checked(model: Any, inputs: Mapping[str, Any], options: Mapping[str,
     # Before Hugging Face sees them, which would refuse some in other words.
     check_options(lambda name: asked.get(name, getattr(config, name, None)))
     check_inputs(inputs, model)
+
+    def checked(prepared: Prepared) -> Any:
+        # The model's own defaults may ask for what the caller did not.
+        check_options(lambda name: getattr(prepared.config, name, None), own=True)
+        with torch.inference_mode(False):
+            return use(prepared)
+
     with torch.inference_mode():
-        prepared = prepare(model, inputs, **options)
-    # The model's own defaults may ask for what the caller did not.
-    check_options(lambda name: getattr(prepared.config, name, None), own=True)
-    return prepared
+        return within(model, inputs, checked, **options)
 
 
 def _with_cross_attention(arguments: dict[str, Any]) -> dict[str, Any]:

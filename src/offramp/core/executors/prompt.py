@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from offramp.core.executors.kv_cache import (
     self_attention,
     store_exit_keys,
 )
-from offramp.core.executors.prefill import Prefill, Prepared, prepare_checked
+from offramp.core.executors.prefill import Prefill, Prepared, within_checked
 from offramp.core.executors.segments import ExitOutput
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet
@@ -144,8 +144,23 @@ class PromptReader:
         self._kept: Tensor | None = None
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-        """Return what the model's own `generate` would begin with; as `prepare_checked`."""
-        return prepare_checked(self.intercepted.model, inputs, options)
+        """Return what the model's own `generate` would begin with; as `within_checked`."""
+        made: Prepared = self.within(inputs, options, lambda prepared: prepared)[0]
+        return made
+
+    def within(
+        self,
+        inputs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        use: Callable[[Prepared], Any],
+    ) -> tuple[Any, Any]:
+        """As `within_checked`, of the model whose layers ask this reader."""
+        own, model = self.backbone.model, self.intercepted.model
+
+        def here(prepared: Prepared) -> Any:  # a `generate` hung onto a model knows that alone
+            return use(replace(prepared, model=model) if prepared.model is own else prepared)
+
+        return within_checked(model, inputs, options, here)
 
     def read(
         self,

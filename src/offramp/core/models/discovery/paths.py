@@ -65,7 +65,10 @@ def discover(model: Any, example: Mapping[str, Any] | None = None) -> Family:
         head=head.path,
         vision=_tower(model, stack.path),
         hidden_scale=scale,
-        **_readout(model, head, logits, text_prompt(model) if example is None else example),
+        **_readout(
+            model, seen.last[0].path, head, logits,
+            text_prompt(model) if example is None else example,
+        ),
         causal_prompt=False,
         discovered=True,
     )
@@ -273,9 +276,11 @@ class _Says(InPlaceOf):
         return self._words.expand(*hidden.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
-def _readout(model: Any, head: Call, logits: Tensor, example: Mapping[str, Any]) -> dict[str, Any]:
+def _readout(
+    model: Any, top: str, head: Call, logits: Tensor, example: Mapping[str, Any]
+) -> dict[str, Any]:
     """What the model does to what its head says, as fields of a `Family`: scale, cap, bias, and the
-    tokens that are never said."""
+    tokens that are never said. top: path of the module that returns logits."""
     said = first_tensor(head.out)
     assert said is not None
     allowed = _tolerance(logits)
@@ -284,12 +289,15 @@ def _readout(model: Any, head: Call, logits: Tensor, example: Mapping[str, Any])
         """Logits [V], in double precision, where the head says these words [W]."""
         root = twin(model)
         graft(root, head.path, _Says(head.module, words.to(said)))
-        with torch.inference_mode():
-            made = root.generate(  # type: ignore[operator]
-                **example, max_new_tokens=1, do_sample=False, num_beams=1,
-                output_logits=True, return_dict_in_generate=True,
-            )  # fmt: skip
-        return made.logits[0][0].double()  # type: ignore[no-any-return]
+        made: list[Tensor] = []  # as a `generate` of somebody's own may hand out anything
+        handle = root.get_submodule(top).register_forward_hook(
+            lambda _, args, out: made.append(out.logits[0, -1])
+        )
+        with handle, torch.inference_mode():
+            root.generate(  # type: ignore[operator]
+                **example, max_new_tokens=1, do_sample=False, num_beams=1
+            )
+        return made[0].double()
 
     spread = torch.linspace(-1, 1, said.shape[-1], dtype=torch.float64, device=said.device)
     bias = of(torch.zeros_like(spread))
