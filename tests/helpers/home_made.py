@@ -36,6 +36,9 @@ class Stack(LlamaModel):
         """Which columns are seen from which; None: all before."""
         return None
 
+    def call(self, layer: Any, h: Tensor, **kw: Any) -> Tensor:
+        return layer(h, **kw)  # type: ignore[no-any-return]
+
     def leave(self, h: Tensor) -> Tensor:
         return self.norm(h)
 
@@ -65,8 +68,8 @@ class Stack(LlamaModel):
         rope = self.rotary_emb(h, position_ids=position_ids)
         by_name = isinstance(self.layers, nn.ModuleDict)
         for i, layer in enumerate(self.layers.values() if by_name else self.layers):
-            h = layer(
-                h, attention_mask=mask, position_embeddings=rope, position_ids=position_ids,
+            h = self.call(
+                layer, h, attention_mask=mask, position_embeddings=rope, position_ids=position_ids,
                 cache=cache, use_cache=use_cache, **kw,
             )  # fmt: skip
             h = h if i == LAST else self.between(i, h, first, input_ids, position_ids)
@@ -277,6 +280,29 @@ class Sliced(Head):
         return logits[..., :90]
 
 
+class WithoutConfig(Stack):
+    """It holds what it is built by under another name."""
+
+    def forward(self, *args, **kw):  # type: ignore[no-untyped-def]
+        self.__dict__["config"] = self.built_by
+        try:
+            return super().forward(*args, **kw)
+        finally:
+            del self.__dict__["config"]
+
+
+class NamesStates(Stack):
+    """Its layers take their states as `x`, by name."""
+
+    def call(self, layer: Any, h: Tensor, **kw: Any) -> Tensor:
+        return layer(x=h, **kw)  # type: ignore[no-any-return]
+
+
+class TakesX(LlamaDecoderLayer):
+    def forward(self, x, **kw):  # type: ignore[no-untyped-def]
+        return super().forward(x, **kw)
+
+
 class ByName(Stack):
     """Its layers stand in an `nn.ModuleDict`."""
 
@@ -409,7 +435,7 @@ TOPS = (
 )  # fmt: skip
 STACKS, HEADS = Stack.__subclasses__(), Head.__subclasses__()
 LAYERS = [k for k in LlamaDecoderLayer.__subclasses__() if k.__module__ == __name__]
-LAYERS = [k for k in LAYERS if k not in KEEPING]
+LAYERS = [k for k in LAYERS if k not in (*KEEPING, TakesX)]
 
 
 def build(kind: type) -> Any:
@@ -419,6 +445,11 @@ def build(kind: type) -> Any:
     stack = model.model.language_model
     if kind in STACKS:
         stack.__class__ = kind
+    if kind is WithoutConfig:
+        stack.__dict__["built_by"] = stack.__dict__.pop("config")
+    if kind is NamesStates:
+        for layer in stack.layers:
+            layer.__class__ = TakesX
     if kind is ByName:
         stack.layers = nn.ModuleDict({f"layer_{i}": it for i, it in enumerate(stack.layers)})
     if kind in (*LAYERS, *KEEPING, *TOPS):

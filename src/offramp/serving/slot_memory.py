@@ -36,7 +36,9 @@ def _widest_row(config: Any) -> int:
 
 
 def _row(config: Any) -> int:
-    heads = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_attention_heads", 0))
+    if not heads:  # it goes by other names: nothing is known of its size
+        return 0
     width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     width = int(width or config.hidden_size // heads)
     return width * int(getattr(config, "num_key_value_heads", None) or heads)

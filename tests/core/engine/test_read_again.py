@@ -179,22 +179,59 @@ def test_no_family_is_found_wrong_that_is_right(name: str) -> None:
     assert backbone.readings.read >= 6
 
 
+class Told:
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.ids += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_of_custom_generate_gets_the_answer_and_its_end() -> None:
+    for kind in (None, home_made.CountsSteps):
+        backbone, told = opened(kind), Told()
+        adapter = Adapter(backbone, Exits(backbone, (DEPTH,)), ExitPolicy({DEPTH: 0.5}))
+        asked = {"custom_generate": adapter, "streamer": told, **GREEDY}
+        made = backbone.model.generate(**inputs_of(), **asked)
+        assert told.ids == made.flatten().tolist() and told.ended == 1
+
+
 def test_a_streamer_is_told_of_the_answer_that_stands() -> None:
-    class Told:
-        def __init__(self) -> None:
-            self.ids: list[int] = []
-            self.ended = 0
-
-        def put(self, value: torch.Tensor) -> None:
-            self.ids += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.ended += 1
-
     for kind in (None, home_made.TokenBefore, home_made.Skips):
         backbone, told = opened(kind), Told()
         made = generate(backbone, inputs_of(), streamer=told, **GREEDY)
         assert told.ids == made.sequences.flatten().tolist() and told.ended == 1
+
+
+@pytest.mark.parametrize("what", ["embeds", "right padded"])
+def test_prompts_that_are_no_plain_rows_of_ids_are_answered_as_by_the_model(what: str) -> None:
+    backbone, inputs = opened(), inputs_of(2)
+    if what == "embeds":
+        ids = inputs.pop("input_ids")
+        inputs = {"inputs_embeds": backbone.model.get_input_embeddings()(ids)}
+    else:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, -2:] = 0
+    expected = backbone.model.generate(**inputs, **GREEDY)
+    adapter = Adapter(backbone, Exits(backbone, (DEPTH,)), ExitPolicy({DEPTH: 0.5}))
+    for mode in ("full", "lossless", "full"):
+        assert torch.equal(adapter.generate(inputs, mode=mode, **GREEDY).sequences, expected)
+
+
+def test_exits_of_another_precision_than_the_model_was_moved_to_are_told() -> None:
+    backbone = opened()
+    adapter = Adapter(backbone, Exits(backbone, (DEPTH,)), ExitPolicy({DEPTH: 0.5}))
+    adapter.generate(inputs_of(), mode="lossless", **GREEDY)
+    backbone.model.double()
+    inputs = inputs_of()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    with pytest.raises(OfframpError) as caught:
+        adapter.generate(inputs, mode="lossless", **GREEDY)
+    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_shapes_tell_apart_what_takes_another_way() -> None:

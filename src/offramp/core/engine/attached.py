@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Any, overload
 
 from torch import Tensor
+from transformers import GenerationMixin
 
 from offramp.core.decoding.confidence import HEADS
 from offramp.core.decoding.plan import Plan
@@ -167,8 +169,8 @@ class AttachedExits(CalledAsModel):
     ) -> Any:
         """Decode in place of the model's own loop, as `custom_generate`; see `generate`.
 
-        `model.generate` hands neither a streamer nor the tokenizer of `stop_strings` to a
-        `custom_generate`: for these, call `generate` of the adapter.
+        `model.generate` does not hand the tokenizer of `stop_strings` to a `custom_generate`: for
+        these, call `generate` of the adapter.
 
         Raises:
             InputError: the exits are attached to another model, or an option is not supported.
@@ -179,6 +181,7 @@ class AttachedExits(CalledAsModel):
             Prepared(model, input_ids, *rules, model_kwargs),
             partial(self.plan, self.chosen_policy(mode, policy, exit_policy)),
             prefix_cache=prefix_cache,
+            streamer=_streamer(),
         )
         asked = getattr(generation_config, "return_dict_in_generate", False)
         return made if asked else made.sequences.clone()
@@ -205,6 +208,34 @@ class AttachedExits(CalledAsModel):
     def spares_layers(self, policy: ExitPolicy) -> bool:
         """Return True if some token may leave early or be drafted by a policy."""
         return bool(policy.thresholds or policy.drafts or (policy.drafting and self.exits.draft_on))
+
+
+class _Begun:
+    """A streamer that was told of the prompt already."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._own, self._prompt = streamer, True
+        self.end = streamer.end
+        if hasattr(streamer, "step"):
+            self.step = streamer.step
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt:
+            self._own.put(value)
+        self._prompt = False
+
+
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+
+
+def _streamer() -> _Begun | None:
+    """The streamer of the `generate` that calls: it hands none to a `custom_generate`, tells it of
+    the prompt, and leaves whoever reads it waiting for the end."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not _GENERATE:
+        frame = frame.f_back
+    streamer = None if frame is None else frame.f_locals.get("streamer")
+    return None if streamer is None else _Begun(streamer)
 
 
 class Stamp:

@@ -117,6 +117,7 @@ def generate_prepared(
     planned: Planned,
     *,
     prefix_cache: PromptMemory | None = None,
+    streamer: Any = None,
 ) -> GenerationOutput:
     """Decode what Hugging Face's `generate` has prepared, as its `custom_generate` is asked to.
 
@@ -146,7 +147,7 @@ def generate_prepared(
         return made, getattr(made, "sequences", None)
 
     given = {"input_ids": prepared.ids, **prepared.arguments, name: None}
-    answer = _Answer(plan, reader, Case(backbone, given, partial(again, inner), own))
+    answer = _Answer(plan, reader, Case(backbone, given, partial(again, inner), own), streamer)
     return answer.settled(getattr(answer.write(again(inner)), "sequences", None))
 
 
@@ -172,7 +173,7 @@ class _Answer:
         observer: Observer | None = None,
     ) -> None:
         self._plan, self._case, self._readings = plan, case, case.backbone.readings
-        self._rules: Any = seed, observer
+        self._rules = seed, observer
         self._run = partial(_write, plan, reader)
         self._shape = shape_of(case.backbone, case.given, way(plan))
         self._streamer, self._noise, self._why = streamer, torch.get_rng_state(), ""
@@ -195,11 +196,12 @@ class _Answer:
         request came with: the model is to write it."""
         self._made = self._attempt(prepared)
         return self._made or prepared
+
     def _attempt(self, prepared: Prepared) -> GenerationOutput | None:
         plan, case, readings, shape = self._plan, self._case, self._readings, self._shape
         backbone, share = case.backbone, case.backbone.decoding.again
         exact, run = not plan.own_rule.early, self._run
-        streamer, seed, observer = self._streamer, *self._rules
+        streamer, (seed, observer) = self._streamer, self._rules
         verdict = readings.verdicts.get(shape)
         if verdict == OWN:
             return None

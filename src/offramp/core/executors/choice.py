@@ -28,29 +28,36 @@ def executor_for(
 ) -> Executor:
     """An executor of one of `EXECUTORS`.
 
-    engine: None: the one that the backbone was found to be exact by. own_frequencies: of a prompt
-    (`Backbone.has_own_frequencies`); slots hold none that has.
-    slots: sequences at a time. limit: as of `SlotExecutor`. more: as of `SegmentRunner`.
+    engine: None: the one that the backbone was found to be exact by, or that holds it.
+    own_frequencies: of a prompt (`Backbone.has_own_frequencies`); slots hold none that has. slots:
+    sequences at a time. limit: as of `SlotExecutor`. more: as of `SegmentRunner`.
 
     Raises:
         UnsupportedBackboneError: slots, of a model that they cannot hold; exact batches, of one
             that slots do not run.
     """
-    if engine is None:
-        engine = "stack" if own_frequencies else backbone.engine or "slots"
-    if engine == "stack":
-        if backbone.decoding.exact_batches:
-            raise UnsupportedBackboneError(
-                f"Exact batches are of slots, and {backbone.name} is run by its own stack.",
-                "Leave exact batches out: answers then differ by rounding alone.",
-            )
-        from offramp.core.executors.stack import StackExecutor  # few models need it
+    asked = engine or backbone.engine
+    if asked != "stack" and not (engine is None and own_frequencies):
+        try:
+            return _slots(backbone, exits, depths, slots=slots, limit=limit, **more)
+        except UnsupportedBackboneError:
+            if asked is not None or backbone.decoding.exact_batches:
+                raise
+    if backbone.decoding.exact_batches:
+        raise UnsupportedBackboneError(
+            f"Exact batches are of slots, and {backbone.name} is run by its own stack.",
+            "Leave exact batches out: answers then differ by rounding alone.",
+        )
+    from offramp.core.executors.stack import StackExecutor  # few models need it
 
-        return StackExecutor(backbone, exits, depths, **more)
+    return StackExecutor(backbone, exits, depths, **more)
+
+
+def _slots(backbone: Backbone, *made_of: Any, **more: Any) -> SlotExecutor:
     if backbone.sharded or backbone.rare_layers or backbone.reads_ids:
         raise UnsupportedBackboneError(
             f"{backbone.name} does not run in slots: its layers are of several kinds, on several "
             "devices, or read the tokens again.",
             "Its own stack runs it, a sequence at a time.",
         )
-    return SlotExecutor(backbone, exits, depths, slots=slots, limit=limit, **more)
+    return SlotExecutor(backbone, *made_of, **more)

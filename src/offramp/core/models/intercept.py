@@ -39,7 +39,7 @@ class _LayerStandIn(InPlaceOf):
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         if not args:  # some stacks name everything
-            args = (kw.pop("hidden_states"),)
+            args = (kw.pop(next(iter(inspect.signature(self._own.forward).parameters))),)
         return self._handler.layer(LayerCall(self._index, self._own, args[0], args[1:], kw))
 
 

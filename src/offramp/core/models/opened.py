@@ -172,7 +172,8 @@ class OpenedModel:
                 "Open it anew: Backbone(model), and exits that were trained for it.",
             )
         self.norm: Any | None = self._find(f"{family.stack}.{family.norm}") if family.norm else None
-        self.text_config: Any = self.stack.config
+        config = self.model.config.get_text_config(decoder=True)
+        self.text_config: Any = getattr(self.stack, "config", config)
         head = self._find(family.head)
         if head is not self.head or not self._laid_out_of():
             self.head = self.reader = head

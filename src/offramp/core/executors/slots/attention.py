@@ -99,13 +99,13 @@ PLAIN = ("sdpa", "eager")
 """Attention that takes a dense mask."""
 
 
-def with_slot_masks(stack: Any) -> None:
-    """Let the twin `stack` ask `slot_mask` for its masks.
+def with_slot_masks(stack: Any) -> str:
+    """Let the twin `stack` ask `slot_mask` for its masks; return what attention it had.
 
     Raises:
         UnsupportedBackboneError: its attention takes no dense mask (flash, flex).
     """
-    used = stack.config._attn_implementation
+    used = getattr(getattr(stack, "config", None), "_attn_implementation", None)
     if used not in PLAIN:
         raise UnsupportedBackboneError(
             f"Attention {used!r} cannot run rows of different lengths from one cache.",
@@ -113,6 +113,7 @@ def with_slot_masks(stack: Any) -> None:
         )
     stack.config = copy.copy(stack.config)
     stack.config._attn_implementation_internal = MASKED  # the setter would reach into sub-configs
+    return str(used)
 
 
 # -- attention ------------------------------------------------------------------------------------

@@ -74,8 +74,7 @@ class SlotRunner(SegmentRunner):
         self.held: SlotRows = SlotRows(slots)
         self._device = backbone.device
         self.positions: int | None = backbone.room(0)
-        self.packs: Any = self.intercepted.stack.config._attn_implementation == "sdpa"
-        with_slot_masks(self.intercepted.stack)
+        self.packs: Any = with_slot_masks(self.intercepted.stack) == "sdpa"
         self._current = self.cache.current
         plain = called_in_place(backbone) if backbone.decoding.lean else None
         exact = backbone.decoding.exact_batches

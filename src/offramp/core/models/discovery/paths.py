@@ -66,7 +66,10 @@ def discover(model: Any, example: Mapping[str, Any] | None = None) -> Family:
         vision=_tower(model, stack.path),
         hidden_scale=scale,
         **_readout(
-            model, seen.last[0].path, head, logits,
+            model,
+            seen.last[0].path,
+            head,
+            logits,
             text_prompt(model) if example is None else example,
         ),
         causal_prompt=False,
