@@ -212,6 +212,17 @@ def test_a_workflow_is_valid(name: str) -> None:
     schema_check("vendor.github-workflows", GITHUB / "workflows" / f"{name}.yaml")
 
 
+@pytest.mark.parametrize("name", ["ci", "release"])
+def test_actions_are_named_by_what_they_hold_and_tokens_go_to_steps_alone(name: str) -> None:
+    text = (GITHUB / "workflows" / f"{name}.yaml").read_text("utf-8")
+    jobs = yaml.safe_load(text)["jobs"].values()
+    for step in (step for job in jobs for step in job["steps"] if "uses" in step):
+        assert re.search(r"@[0-9a-f]{40}$", step["uses"])
+    assert not any("env" in job for job in jobs)
+    with_token = [step for job in jobs for step in job["steps"] if "token" in str(step.get("env"))]
+    assert all(step["run"].startswith(("gh ", "git ")) for step in with_token)
+
+
 def test_ci_runs_what_contributors_run() -> None:
     text = (GITHUB / "workflows" / "ci.yaml").read_text("utf-8")
     assert "run: .ci/run" in text and "deploy/Dockerfile" in text

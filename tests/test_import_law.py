@@ -193,7 +193,7 @@ ids = torch.tensor([[config.image_token_id] * config.num_query_tokens + [5]])
 size = config.vision_config.image_size
 pixels = torch.zeros(1, 3, size, size)
 made = adapter.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=3)
-assert made.shape[1] > ids.shape[1]
+assert made.sequences.shape[1] > ids.shape[1]
 ours = [m for n, m in sys.modules.items() if n.partition(".")[0] == "offramp"]
 files = [pathlib.Path(m.__file__) for m in ours if m.__file__]
 print(len(ours), sum(len(f.read_text(encoding="utf-8").splitlines()) for f in files))

@@ -9,6 +9,8 @@ from typing import Any
 
 _HOMES = {
     "DecoderEngine": "engines",
+    "ExitCheck": "core.engine.heads",
+    "ExitHeads": "core.engine.heads",
     "Exporter": "cli.exporting",
     "Family": "core.models.registry",
     "Runtime": "adapter.runtime",

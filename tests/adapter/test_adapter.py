@@ -351,7 +351,7 @@ def test_what_is_pushed_generates_by_the_models_own_call(
     ids = model.generate(
         **inputs, **options, custom_generate=str(hub.place), trust_remote_code=True
     )
-    assert torch.equal(ids, adapter.generate(**inputs, **options))
+    assert torch.equal(ids, adapter.generate(**inputs, **options).sequences)
 
 
 def test_a_model_whose_generate_is_another_models_says_what_to_do(
@@ -442,5 +442,5 @@ def test_exits_that_only_draft_do_not_warn_of_full_depth(opt: Any) -> None:
     ):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            replace(adapter, policy=policy).chosen_policy(None, None, None)
+            replace(adapter, policy=policy).chosen_policy(None, None)
         assert bool(told) != spares

@@ -46,18 +46,15 @@ def test_three_ways_to_call_write_the_same(
     whole = adapter.generate(inputs, mode=mode, **SOON)
     named = adapter.generate(**inputs, mode=mode, **SOON)
     hooked = adapter.backbone.model.generate(**inputs, custom_generate=adapter, mode=mode, **SOON)
-    assert named.dtype == hooked.dtype == torch.long
-    assert torch.equal(named, whole.sequences) and torch.equal(hooked, whole.sequences)
+    assert type(named) is type(whole) and hooked.dtype == torch.long
+    assert torch.equal(named.sequences, whole.sequences) and torch.equal(hooked, whole.sequences)
     if mode in ("lossless", "full"):
-        assert torch.equal(named, adapter.backbone.model.generate(**inputs, **SOON))
+        assert torch.equal(named.sequences, adapter.backbone.model.generate(**inputs, **SOON))
 
 
 def test_the_modes_differ_in_how_deep_tokens_run(attached: Build, batch: Build) -> None:
     adapter = replace(attached("llava"), policy=ExitPolicy({2: 0.0}))
-    made = {
-        mode: adapter.generate(**batch("llava", 1), mode=mode, return_dict_in_generate=True, **SOON)
-        for mode in MODES
-    }
+    made = {mode: adapter.generate(**batch("llava", 1), mode=mode, **SOON) for mode in MODES}
     assert made["early_exit"].mean_depth < made["full"].mean_depth == 6
     assert made["lossless"].rounds and not made["full"].rounds
 
@@ -71,20 +68,12 @@ def test_a_dict_has_depths_and_scores(attached: Build, batch: Build) -> None:
         assert made.depths.shape == made.scores.shape == made.new_tokens.shape == (2, 6)
 
 
-def test_the_generation_config_decides_too(attached: Build, batch: Build) -> None:
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(max_new_tokens=3, return_dict_in_generate=True)
-    made = attached("llava").generate(**batch("llava", 1), generation_config=config)
-    assert isinstance(made, GenerationOutput) and made.depths.shape == (1, 3)
-
-
 def test_what_comes_out_can_be_trained_on(attached: Build, batch: Build) -> None:
     """No inference tensors, which autograd refuses to keep."""
     adapter, inputs = attached("llava"), batch("llava", 1)
     weight = torch.nn.Embedding(1000, 4)
     for ids in (
-        adapter.generate(**inputs, **SOON),
+        adapter.generate(**inputs, **SOON).sequences,
         adapter.backbone.model.generate(**inputs, custom_generate=adapter, **SOON),
     ):
         weight(ids).sum().backward()
@@ -92,11 +81,8 @@ def test_what_comes_out_can_be_trained_on(attached: Build, batch: Build) -> None
 
 def test_another_policy_for_one_call(attached: Build, batch: Build) -> None:
     adapter, inputs = attached("llava"), batch("llava", 1)
-    deep = adapter.generate(inputs, exit_policy=ExitPolicy(), **SOON)
+    deep = adapter.generate(inputs, policy=ExitPolicy(), **SOON)
     assert deep.mean_depth == 6
-    assert torch.equal(deep.depths, adapter.generate(inputs, policy=ExitPolicy(), **SOON).depths)
-    with pytest.raises(InputError, match="both given"):
-        adapter.generate(inputs, policy=ExitPolicy(), exit_policy=ExitPolicy(), **SOON)
     with pytest.raises(InputError, match="Did you mean 'lossless'"):
         adapter.generate(inputs, mode="losless", **SOON)
 
@@ -104,9 +90,8 @@ def test_another_policy_for_one_call(attached: Build, batch: Build) -> None:
 @pytest.mark.parametrize("given", [{2: 0.9}, "fast", 0.9])
 def test_what_is_no_policy_is_answered_with_one(given: Any, attached: Build, batch: Build) -> None:
     adapter = attached("llava")
-    for name in ("policy", "exit_policy"):
-        with pytest.raises(InputError, match=r"\n.*ExitPolicy\(\{2: 0.95\}\)"):
-            adapter.generate(batch("llava", 1), **{name: given}, **SOON)
+    with pytest.raises(InputError, match=r"\n.*ExitPolicy\(\{2: 0.95}\)"):
+        adapter.generate(batch("llava", 1), policy=given, **SOON)
 
 
 @pytest.mark.parametrize("given", [None, {2: 0.9}])
@@ -132,7 +117,7 @@ def test_sampling_draws_the_same_through_custom_generate(attached: Build, batch:
     adapter, inputs = attached("llava"), batch("llava", 2)
     options = {"max_new_tokens": 6, "do_sample": True, "temperature": 1.3, "top_k": 20}
     torch.manual_seed(5)
-    ours = adapter.generate(**inputs, **options)
+    ours = adapter.generate(**inputs, **options).sequences
     torch.manual_seed(5)
     hooked = adapter.backbone.model.generate(**inputs, custom_generate=adapter, **options)
     assert torch.equal(ours, hooked)
@@ -161,10 +146,9 @@ def test_a_text_only_turn(attached: Build) -> None:
     words = torch.randint(9, 40, (1, 6))
     inputs = {"input_ids": words, "attention_mask": torch.ones_like(words)}
     full = adapter.backbone.model.generate(**inputs, **SOON)
-    assert torch.equal(adapter.generate(**inputs, mode="lossless", **SOON), full)
-    assert torch.equal(
-        adapter.generate(words, attention_mask=inputs["attention_mask"], mode="full", **SOON), full
-    )
+    assert torch.equal(adapter.generate(**inputs, mode="lossless", **SOON).sequences, full)
+    made = adapter.generate(words, attention_mask=inputs["attention_mask"], mode="full", **SOON)
+    assert torch.equal(made.sequences, full)
 
 
 # -- stop strings, and text ---------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_exits_are_trained_saved_loaded_and_decode(name, tmp_path):
     loaded = Adapter.load(tmp_path, whole).with_policy(ExitPolicy({2: 0.0}, lossless=True))
     inputs = InputProcessor(whole, processor).prompts(fakes.examples(1))
     own = whole.model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    assert torch.equal(loaded.generate(**inputs, max_new_tokens=5, do_sample=False), own)
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=5, do_sample=False).sequences, own)
 
 
 def test_a_decoder_that_joins_the_image_itself_is_refused_in_two_lines(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offramp.core.decoding.executor import check_context
 from offramp.core.errors import InputError
-from offramp.core.executors.prefill import Prepared, prepare_checked
+from offramp.core.executors.prefill import Prepared, within_checked
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.opened import LayerCall
@@ -177,7 +177,8 @@ class PromptEntry:
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
         """Prepare as `PromptReader.prepare` does."""
-        return prepare_checked(self._intercepted.model, inputs, options)
+        made: Prepared = within_checked(self._intercepted.model, inputs, options)[0]
+        return made
 
     def prompts(self, prepared: Prepared) -> list[Prompt]:
         """Return what enters the decoder for each row.

@@ -34,7 +34,8 @@ def generate(model, revision=None, **arguments):
                 f"give custom_generate=offramp.attach(model, {{EXITS!r}}).",
             ) from error
     given = {{name: value for name, value in arguments.items() if value is not None}}
-    return by_revision[revision].generate(**given)
+    made = by_revision[revision].generate(**given)
+    return made if given.get("return_dict_in_generate") else made.sequences.clone()
 '''
 
 

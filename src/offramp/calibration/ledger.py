@@ -8,7 +8,6 @@ and all that share an image share one error budget (`offramp.calibration.attempt
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 
 from offramp.adapter.adapter import Adapter
 from offramp.calibration.attempts import Attempt
-from offramp.common.folders import check_writable, locked_folder
+from offramp.common.folders import check_writable, locked_folder, user_folder
 from offramp.core.errors import DataError, StorageError
 from offramp.core.models.backbone import Backbone
 from offramp.core.storage import digest_rows, read_json, schema, write_json
@@ -30,10 +29,10 @@ _LARGEST = 2**28
 
 def ledger_of(backbone: Backbone) -> Path:
     """The file of a model, by what does not change with its precision or its folder."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    base = user_folder("XDG_STATE_HOME", ".local/state")
     kinds = [config.model_type for config in (backbone.model.config, backbone.text_config)]
     sizes = [*kinds, backbone.depth, backbone.width, backbone.vocabulary]
-    return Path(base) / "offramp" / f"attempts-{digest_rows([sizes])[:16]}.json"
+    return base / "offramp" / f"attempts-{digest_rows([sizes])[:16]}.json"
 
 
 @contextmanager

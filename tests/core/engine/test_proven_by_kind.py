@@ -7,6 +7,7 @@ import families
 import home_made
 import pytest
 import torch
+from transformers import LogitsProcessor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from offramp.adapter.adapter import Adapter
@@ -47,6 +48,45 @@ def test_an_image_after_a_text_gets_what_an_image_gets_alone(name):
     assert torch.equal(alone.depths, after.depths)
     assert torch.equal(alone.sequences, after.sequences)
     assert not other.family.causal_prompt
+
+
+class Forced(LogitsProcessor):
+    """Says the tokens of an answer."""
+
+    def __init__(self, prompt, tokens):
+        self.prompt, self.tokens = prompt, tokens
+
+    def __call__(self, ids, scores):
+        place = ids.shape[1] - self.prompt
+        return torch.full_like(scores, -torch.inf).index_fill(1, self.tokens[place : place + 1], 0)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("door", ["generate", "engine"])
+def test_a_first_token_that_exits_out_of_a_prompt_that_looks_ahead_costs_no_later_one(name, door):
+    """Of a type whose prompts were taken for causal: those that it had been shown are."""
+    model = zoo.build(name)
+    image = zoo.inputs(name, model, 1)
+    whole = Backbone(model, example=image)
+    whole.learn(causal_prompt=True, lossless=True)
+    exits, policy = Exits(whole, (DEPTH,)), ExitPolicy({DEPTH: 1.0}, first={DEPTH: 0.0})
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    for _ in range(2):
+        if door == "generate":
+            made = generate(whole, image, exits=exits, policy=policy, **greedy)
+        else:
+            core = EngineCore(whole, exits, policy, EngineConfig(slots=2, limit=128))
+            handle = core.add(Request(image, options=greedy))
+            core.run()
+            made = handle.result(timeout=0).output
+    forced = Forced(image["input_ids"].shape[1], made.new_tokens[0])
+    own = model.generate(
+        **image, **greedy, logits_processor=[forced], output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    for place, depth in enumerate(made.depths[0].tolist()):
+        if depth == whole.depth:
+            assert own.logits[place][0].argmax() == made.new_tokens[0, place]
 
 
 def test_a_kind_that_was_not_seen_is_checked_when_it_first_comes():

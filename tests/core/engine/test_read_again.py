@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import WORDLESS
 from hub_files import text_adapter
+from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from offramp.adapter.adapter import Adapter
@@ -42,7 +43,7 @@ def inputs_of(rows: int = 1) -> dict[str, Any]:
 
 
 def by_doors(
-    backbone: Backbone, inputs: dict[str, Any] | None = None, **options: Any
+    backbone: Backbone, inputs: dict[str, Any] | None = None, custom: bool = True, **options: Any
 ) -> dict[str, list[list[int]]]:
     """Answers that are the full model's, by the door that wrote them."""
     asked = {**GREEDY, **options}
@@ -59,6 +60,8 @@ def by_doors(
         ),
     }
     made = {}
+    if not custom:
+        del doors["custom"]
     for name, door in doors.items():
         try:
             made[name] = door().tolist()
@@ -220,6 +223,28 @@ def test_prompts_that_are_no_plain_rows_of_ids_are_answered_as_by_the_model(what
     adapter = Adapter(backbone, Exits(backbone, (DEPTH,)), ExitPolicy({DEPTH: 0.5}))
     for mode in ("full", "lossless", "full"):
         assert torch.equal(adapter.generate(inputs, mode=mode, **GREEDY).sequences, expected)
+
+
+class Elsewhere(torch.Tensor):
+    """On a device of its own: nothing but a copy brings it together with others."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
+        held = [it for it in tree_leaves((args, kwargs)) if isinstance(it, torch.Tensor)]
+        if any(type(it) is not cls and it.dim() for it in held):
+            raise RuntimeError("Expected all tensors to be on the same device.")
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+            return torch.device("meta")
+        return out.as_subclass(torch.Tensor) if func is torch.Tensor.to else out
+
+
+def test_inputs_are_taken_to_where_the_model_is() -> None:
+    backbone = opened()
+    expected = backbone.model.generate(**inputs_of(), **GREEDY).tolist()
+    far = {name: value.as_subclass(Elsewhere) for name, value in inputs_of().items()}
+    made = by_doors(backbone, far, custom=False)
+    assert len(made) == 6 and all(ids == expected for ids in made.values())
 
 
 def test_exits_of_another_precision_than_the_model_was_moved_to_are_told() -> None:

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, overload
+from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor
 from transformers import GenerationMixin
@@ -26,7 +27,7 @@ from offramp.core.models.exits import ExitSet
 
 NO_THRESHOLDS = (
     "These exits have no thresholds, so every layer runs for every token. Find thresholds with "
-    "`offramp calibrate`, or give some: exit_policy=ExitPolicy({%d: 0.95}). mode='lossless' needs "
+    "`offramp calibrate`, or give some: policy=ExitPolicy({%d: 0.95}). mode='lossless' needs "
     "none where they were trained."
 )
 """With the depth of an exit that there is."""
@@ -38,67 +39,34 @@ class CalledAsModel:
 
     backbone: Backbone
 
-    @overload
     def generate(
         self,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, Any] | Tensor | None = None,
         *,
         mode: str | None = None,
         policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
         **options: Any,
-    ) -> GenerationOutput: ...
-
-    @overload
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        mode: str | None = None,
-        policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
-        **options: Any,
-    ) -> Any: ...
-
-    def generate(
-        self,
-        inputs: Any = None,
-        *,
-        mode: str | None = None,
-        policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
-        **options: Any,
-    ) -> Any:
+    ) -> GenerationOutput:
         """Generate with early exits, called as a Hugging Face model's `generate`.
 
-        `generate(**inputs, max_new_tokens=40)` returns the sequences [B, T], a LongTensor; with
-        `return_dict_in_generate=True` a `GenerationOutput`, which has depths and scores besides.
-        `generate(inputs, ...)`, with what the processor returned as one argument, always does.
-
-        inputs: what the processor returned; or ids [B, T]; or nothing, where all has a name.
+        inputs: what the processor returned; or ids [B, T]; or nothing, where all has a name, as in
+        `generate(**inputs, max_new_tokens=40)`.
         mode: "early_exit", "lossless" or "full", by the same thresholds; None: as the policy says.
-        policy, exit_policy: two names of one thing; None: the adapter's policy.
-        options: see `offramp.generate`.
+        policy: None: the adapter's. options: see `offramp.generate`.
 
         Raises:
             InputError: an option that is not supported, a prompt without its image, or what cannot
                 be done by whatever writes the answer.
         """
-        chosen = self._exits_of.chosen_policy(mode, policy, exit_policy)
+        chosen = self._exits_of.chosen_policy(mode, policy)
         if isinstance(inputs, Mapping):
             return self._write(inputs, chosen, **options)
-        returns_dict = options.pop("return_dict_in_generate", None)
-        if returns_dict is None:
-            config = options.get("generation_config")
-            config = config or getattr(self.backbone.model, "generation_config", None)
-            returns_dict = getattr(config, "return_dict_in_generate", False)
         # Recognised by type or name: a processor's output may have any names.
         read = {n: v for n, v in options.items() if isinstance(v, Tensor) or n.startswith(IMAGES)}
         if inputs is not None:
             read["input_ids"] = inputs
         settings = {name: value for name, value in options.items() if name not in read}
-        made = self._write(read, chosen, **settings)
-        return made if returns_dict else made.sequences.clone()
+        return self._write(read, chosen, **settings)
 
     @property
     def _exits_of(self) -> AttachedExits:
@@ -163,7 +131,6 @@ class AttachedExits(CalledAsModel):
         *,
         mode: str | None = None,
         policy: ExitPolicy | None = None,
-        exit_policy: ExitPolicy | None = None,
         prefix_cache: PromptMemory | None = None,
         **model_kwargs: Any,
     ) -> Any:
@@ -179,29 +146,23 @@ class AttachedExits(CalledAsModel):
         made = generate_prepared(
             self.backbone,
             Prepared(model, input_ids, *rules, model_kwargs),
-            partial(self.plan, self.chosen_policy(mode, policy, exit_policy)),
+            partial(self.plan, self.chosen_policy(mode, policy)),
             prefix_cache=prefix_cache,
             streamer=_streamer(),
         )
         asked = getattr(generation_config, "return_dict_in_generate", False)
         return made if asked else made.sequences.clone()
 
-    def chosen_policy(
-        self, mode: str | None, policy: ExitPolicy | None, exit_policy: ExitPolicy | None
-    ) -> ExitPolicy:
-        """Return the policy of a call. Raise `InputError` where both policies are given, or neither
-        is one."""
-        if policy is not None and exit_policy is not None:
-            raise InputError("policy and exit_policy were both given.", "Give one of them.")
-        given = exit_policy if policy is None else policy
-        if not isinstance(given, ExitPolicy | None):
+    def chosen_policy(self, mode: str | None, policy: ExitPolicy | None) -> ExitPolicy:
+        """Return the policy of a call. Raise `InputError` where what was given is none."""
+        if not isinstance(policy, ExitPolicy | None):
             thresholds = {self.exits.depths[0]: 0.95}
             raise InputError(
-                f"An exit policy cannot be {given!r}.",
-                f"Give exit_policy=ExitPolicy({thresholds}), or a mode: mode='lossless'.",
+                f"An exit policy cannot be {policy!r}.",
+                f"Give policy=ExitPolicy({thresholds}), or a mode: mode='lossless'.",
             )
-        chosen = (self.policy if given is None else given).in_mode(mode)
-        if given is None and mode != "full" and not self.spares_layers(chosen):
+        chosen = (self.policy if policy is None else policy).in_mode(mode)
+        if policy is None and mode != "full" and not self.spares_layers(chosen):
             warnings.warn(NO_THRESHOLDS % self.exits.depths[0], stacklevel=3)
         return chosen
 
@@ -210,32 +171,25 @@ class AttachedExits(CalledAsModel):
         return bool(policy.thresholds or policy.drafts or (policy.drafting and self.exits.draft_on))
 
 
-class _Begun:
-    """A streamer that was told of the prompt already."""
-
-    def __init__(self, streamer: Any) -> None:
-        self._own, self._prompt = streamer, True
-        self.end = streamer.end
-        if hasattr(streamer, "step"):
-            self.step = streamer.step
-
-    def put(self, value: Tensor) -> None:
-        if not self._prompt:
-            self._own.put(value)
-        self._prompt = False
-
-
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 
 
-def _streamer() -> _Begun | None:
-    """The streamer of the `generate` that calls: it hands none to a `custom_generate`, tells it of
-    the prompt, and leaves whoever reads it waiting for the end."""
+def _streamer() -> Any:
+    """The streamer of the `generate` that calls, for all but the prompt: that hands none to a
+    `custom_generate`, tells it of the prompt, and leaves whoever reads it waiting for the end."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not _GENERATE:
         frame = frame.f_back
     streamer = None if frame is None else frame.f_locals.get("streamer")
-    return None if streamer is None else _Begun(streamer)
+    if streamer is None:
+        return None
+    puts: list[Any] = [streamer.put, id]  # of the prompt, no more than that it came
+    more = {"step": streamer.step} if hasattr(streamer, "step") else {}
+
+    def put(ids: Tensor) -> None:
+        (puts.pop() if len(puts) > 1 else puts[0])(ids)
+
+    return SimpleNamespace(put=put, end=streamer.end, **more)
 
 
 class Stamp:

@@ -95,20 +95,11 @@ def generate(
     plan = planned()
     with plan.reading(vision_cache=vision_cache, prefix_cache=prefix_cache) as reader:
         again = partial(reader.prepare, inputs, options)
-        own = partial(_own, reader.backbone, inputs, options)
-        case = Case(reader.backbone, inputs, again, own)
+        held, model = reader.backbone, own_model(reader.backbone)
+        case = Case(held, inputs, again, lambda use: within(model, inputs, use, **options))
         answer = _Answer(plan, reader, case, streamer, seed, observer)
         _, handed_out = reader.within(inputs, options, answer.write)
         return answer.settled(handed_out)
-
-
-def _own(
-    backbone: Backbone,
-    inputs: Mapping[str, Any],
-    options: Mapping[str, Any],
-    use: Callable[[Prepared], Any],
-) -> tuple[Any, Any]:
-    return within(own_model(backbone), inputs, use, **options)
 
 
 def generate_prepared(
@@ -157,23 +148,15 @@ def way(plan: Plan) -> Any:
 
 
 class _Answer:
-    """A request's answer, which the model reads again where that is due (`read_again`).
-
-    One that is not the model's own is written again: by the model's own stack, or by its own
-    forward pass.
-    """
+    """A request's answer, which the model reads again where that is due (`read_again`); one that is
+    not the model's own is written again: by its own stack, or by its own forward pass."""
 
     def __init__(
-        self,
-        plan: Plan,
-        reader: PromptReader,
-        case: Case,
-        streamer: Any = None,
-        seed: int | None = None,
-        observer: Observer | None = None,
+        self, plan: Plan, reader: PromptReader, case: Case, streamer: Any = None, *rules: Any
     ) -> None:
-        self._plan, self._case, self._readings = plan, case, case.backbone.readings
-        self._rules = seed, observer
+        """rules: seed and observer, as of `generate`."""
+        self._plan, self._case, self._rules = plan, case, rules
+        self._readings = case.backbone.readings
         self._run = partial(_write, plan, reader)
         self._shape = shape_of(case.backbone, case.given, way(plan))
         self._streamer, self._noise, self._why = streamer, torch.get_rng_state(), ""
@@ -201,14 +184,13 @@ class _Answer:
         plan, case, readings, shape = self._plan, self._case, self._readings, self._shape
         backbone, share = case.backbone, case.backbone.decoding.again
         exact, run = not plan.own_rule.early, self._run
-        streamer, (seed, observer) = self._streamer, self._rules
-        verdict = readings.verdicts.get(shape)
+        streamer, rules, verdict = self._streamer, self._rules, readings.verdicts.get(shape)
         if verdict == OWN:
             return None
         first = verdict is None and (share is not None or not plan.tested)
         due = first or bool(share and readings.due(share))
         if plan.tested and not due:
-            return run(prepared, streamer, seed, observer, engine=verdict)
+            return run(prepared, streamer, *rules, engine=verdict)
         told = Withheld(streamer) if first and streamer is not None else streamer
         engines = [verdict] if verdict else ["stack"] if backbone.engine == "stack" else EXECUTORS
         if first and has_own_loop(prepared.model):
@@ -216,7 +198,7 @@ class _Answer:
         for engine in engines:
             kept = Kept()
             try:
-                made = run(prepared, told, seed, observer, engine=engine, kept=kept)
+                made = run(prepared, told, *rules, engine=engine, kept=kept)
                 tokens = made.depths.shape[1]
                 if not due and not readings.is_longer(shape, tokens):
                     return made
@@ -226,7 +208,7 @@ class _Answer:
                     # A second time: modules may keep what they were asked before.
                     trial = Kept() if kept.logits else Kept(DEEP, TRIAL)
                     after = torch.get_rng_state()
-                    short = run(case.fresh(), None, seed, None, engine=engine, kept=trial)
+                    short = run(case.fresh(), None, *rules[:1], engine=engine, kept=trial)
                     found = difference(case, short, trial, exact=exact)
                     torch.set_rng_state(after)
             except InputError:

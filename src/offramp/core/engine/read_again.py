@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -277,7 +278,7 @@ def by_model(
     backbone, layers = case.backbone, case.backbone.depth
     drawn: Any = nullcontext() if seed is None else torch.random.fork_rng()
 
-    def write(prepared: Prepared) -> _Written:
+    def write(prepared: Prepared) -> Any:
         told = None if streamer is None else _Told(streamer, layers)
         if told is not None:
             streamer.put(prepared.ids.cpu())
@@ -286,7 +287,7 @@ def by_model(
             prepared.ids, processors, prepared.criteria, prepared.config, streamer=told,
             **prepared.arguments,
         )  # fmt: skip
-        return _Written(prepared, getattr(out, "sequences", out))
+        return SimpleNamespace(prepared=prepared, sequences=getattr(out, "sequences", out))
 
     with untouched(backbone.model), drawn:
         if seed is not None:
@@ -306,12 +307,6 @@ def by_model(
         depths[row, next((n + 1 for n, token in enumerate(ids) if sampler.ends(token)), None) :] = 0
     scores = torch.full(depths.shape, NAN)
     return GenerationOutput(made.clone(), depths, scores, layers, offers=((),) * len(made))
-
-
-@dataclass(frozen=True, eq=False)
-class _Written:
-    prepared: Prepared
-    sequences: Tensor
 
 
 class _PerRow:

@@ -29,6 +29,7 @@ from offramp.core.errors import InputError, UnsupportedBackboneError
 from offramp.core.executors.kv_cache import CACHE_NAMES, cache_name
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.opened import OpenedModel
+from offramp.core.models.sharding import device_of
 
 _BY_TOKEN = ("cross_attention_mask", "full_text_row_masked_out_mask")
 """Masks of Mllama's cross-attention, a row for each token: later ones see what the last did."""
@@ -78,6 +79,14 @@ class Prepared:
         return 1 if longest is None else max(1, longest - self.ids.shape[1])
 
 
+Use = Callable[[Prepared], Any]
+
+
+def itself(prepared: Prepared) -> Prepared:
+    """Return what is prepared, as it is."""
+    return prepared
+
+
 def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
     """Return what `model.generate(**inputs, **options)` would begin with; nothing is decoded.
 
@@ -87,13 +96,11 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
     Raises:
         InputError: `stop_strings` without the tokenizer or the processor.
     """
-    made: Prepared = within(model, inputs, lambda prepared: prepared, **options)[0]
+    made: Prepared = within(model, inputs, itself, **options)[0]
     return made
 
 
-def within(
-    model: Any, inputs: Mapping[str, Any], use: Callable[[Prepared], Any], **options: Any
-) -> tuple[Any, Any]:
+def within(model: Any, inputs: Mapping[str, Any], use: Use, **options: Any) -> tuple[Any, Any]:
     """Return what `use` makes of what `prepare` returns, inside of the model's own `generate`, and
     what that returns for the `sequences` of it, if it has any: a `generate` that somebody wrote may
     set up its modules for the time of its call, or rewrite what it hands out.
@@ -101,7 +108,8 @@ def within(
     Raises:
         UnsupportedBackboneError: its `generate` does not ask Hugging Face's.
     """
-    options = _with_stop_strings(options)
+    options, device = _with_stop_strings(options), device_of(model)
+    inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     taken: list[Any] = []
 
     def take(
@@ -121,7 +129,8 @@ def within(
 
     returned = None
     try:
-        if accepts_by_name(model.generate, "custom_generate"):
+        named = inspect.signature(model.generate).parameters.values()
+        if any(it.name == "custom_generate" or it.kind is it.VAR_KEYWORD for it in named):
             returned = model.generate(**inputs, custom_generate=take, **options)
     except Exception:
         if not taken or hasattr(taken[0], "sequences"):
@@ -136,25 +145,10 @@ def within(
     return taken[0], getattr(returned, "sequences", returned)
 
 
-def accepts_by_name(function: Callable[..., Any], name: str) -> bool:
-    """Return True if a function can be given an argument of this name."""
-    named = inspect.signature(function).parameters.values()
-    return any(each.name == name or each.kind is each.VAR_KEYWORD for each in named)
-
-
-def prepare_checked(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-    """The same of what a caller asks for; see `within_checked`."""
-    made: Prepared = within_checked(model, inputs, options, lambda prepared: prepared)[0]
-    return made
-
-
 def within_checked(
-    model: Any,
-    inputs: Mapping[str, Any],
-    options: Mapping[str, Any],
-    use: Callable[[Prepared], Any],
+    model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any], use: Use = itself
 ) -> tuple[Any, Any]:
-    """As `within`, of what a caller asks for. inputs: what the processor returned.
+    """Return what `within` does, of what a caller asks for. inputs: what the processor returned.
 
     Raises:
         InputError: an image is missing, or an option is not done.

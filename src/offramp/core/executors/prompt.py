@@ -27,7 +27,7 @@ from offramp.core.executors.kv_cache import (
     self_attention,
     store_exit_keys,
 )
-from offramp.core.executors.prefill import Prefill, Prepared, within_checked
+from offramp.core.executors.prefill import Prefill, Prepared, Use, itself, within_checked
 from offramp.core.executors.segments import ExitOutput
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import ExitSet
@@ -145,16 +145,13 @@ class PromptReader:
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
         """Return what the model's own `generate` would begin with; as `within_checked`."""
-        made: Prepared = self.within(inputs, options, lambda prepared: prepared)[0]
+        made: Prepared = self.within(inputs, options)[0]
         return made
 
     def within(
-        self,
-        inputs: Mapping[str, Any],
-        options: Mapping[str, Any],
-        use: Callable[[Prepared], Any],
+        self, inputs: Mapping[str, Any], options: Mapping[str, Any], use: Use = itself
     ) -> tuple[Any, Any]:
-        """As `within_checked`, of the model whose layers ask this reader."""
+        """Return what `within_checked` does, of the model whose layers ask this reader."""
         own, model = self.backbone.model, self.intercepted.model
 
         def here(prepared: Prepared) -> Any:  # a `generate` hung onto a model knows that alone

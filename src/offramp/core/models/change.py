@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from types import FunctionType
@@ -86,8 +87,8 @@ class Unchanged:
         self._note()
         return True
 
-    def __reduce__(self) -> tuple[type[_Unknown], tuple[()]]:
-        return _Unknown, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (bool,)  # of a copy's modules nothing was noted: it says no
 
     def _note(self) -> None:
         modules = _modules(self._roots(), self._but())
@@ -122,13 +123,6 @@ class Unchanged:
         versions, places = map(_VERSION, self._plain), map(Tensor.data_ptr, self._plain)
         kinds = [type(module()) for module in self._kinds]
         return [*kinds, *map(len, self._tables), *versions, *places, *map(written, self._others)]
-
-
-class _Unknown:
-    """Stands in the place of `Unchanged` in a copy, of whose modules nothing was noted."""
-
-    def __call__(self) -> bool:
-        return False
 
 
 def written(tensor: Tensor) -> tuple[int, int]:

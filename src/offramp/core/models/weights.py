@@ -79,9 +79,9 @@ def is_quantized(module: nn.Module) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether the tensor holds its values as they are: floats of 8 bits have a scale besides."""
-    tensor = local(tensor.data)
+    tensor = local(tensor)
     known = tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_mkldnn
-    return known and type(tensor) is Tensor
+    return known and type(tensor) in (Tensor, nn.Parameter)
 
 
 def scheme(module: nn.Module) -> str | None:
