@@ -32,6 +32,13 @@ def attempt(asked: str, n: int, start: int = 0) -> Attempt:
     return Attempt(asked, {}, 1, tuple(image.name for image in images), (), {}, members)
 
 
+def test_a_state_folder_that_is_no_absolute_path_is_left_alone(opt, tmp_path, monkeypatch):
+    """Else what was tried would depend on the working folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", "state")
+    assert ledger_of(opt).parent == tmp_path / ".local" / "state" / "offramp"
+
+
 def test_an_adapter_that_knows_of_none_has_the_attempts_of_others_of_its_model(
     adapter: Adapter,
 ) -> None:
