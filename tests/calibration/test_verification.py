@@ -367,7 +367,7 @@ def test_a_card_keeps_what_was_edited() -> None:
 
 # -- the command -----------------------------------------------------------------------------------
 
-SMALL = ("--limit", 2, "--rows", "2", "--max-new-tokens", 5, "--slots", 2)
+SMALL = ("--quick", "--limit", 2, "--max-new-tokens", 5)
 
 
 def test_the_command_prints_a_table_and_keeps_a_certificate(
@@ -430,7 +430,7 @@ def test_the_command_fails_where_a_promise_is_broken(
 def test_mistakes_are_two_lines(run: RunCommand, adapter: Path, tmp_path: Path) -> None:
     assert_two_lines(run("verify", tmp_path / "none", *SMALL), "none")
     assert_two_lines(run("verify", adapter, "--engine", "llama.cpp"), "--gguf")
-    assert run("verify", adapter, "--rows", "1")[0] == 2
+    assert run("verify", adapter, "--slots", "0")[0] == 2
 
 
 def test_an_adapter_without_thresholds_is_verified_with_the_middle_of_its_scores(

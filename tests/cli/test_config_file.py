@@ -127,12 +127,12 @@ def test_every_setting_of_the_watch_that_has_a_help_can_be_typed(tmp_path: Path)
 
 
 def test_what_is_typed_wins_over_every_kind(tmp_path: Path) -> None:
-    text = "overwrite: true\nlosses: {l2: 1}\ndepths: [2]\nprompt: x\npatience: 3"
+    text = "overwrite: true\nlosses: {l2: 1}\ndepths: [2]\nprompt: x\nshortlist: 3"
     words = (*NEEDED, "--losses", "cosine=2", "--depths", "5", "--prompt", "y",
-             "--patience", "none")  # fmt: skip
+             "--shortlist", "none")  # fmt: skip
     found = read(tmp_path, text, "train", *words)
     assert (found.overwrite, found.losses, found.depths) == (True, {"cosine": 2.0}, (5,))
-    assert (found.prompt, found.patience) == ("y", None)
+    assert (found.prompt, found.shortlist) == ("y", None)
 
 
 @pytest.mark.parametrize("word", ["--conf", "--step", "--bat", "--back", "--qui", "--no-cond"])

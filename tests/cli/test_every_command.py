@@ -63,6 +63,25 @@ def test_every_command_takes_the_same(command: str) -> None:
     assert ("--json" in known) is (command not in ("completion", "chat"))
 
 
+MOST = 80
+"""Options by name, over all commands."""
+
+
+def test_there_are_few_options() -> None:
+    assert len({flag for _, action in actions() for flag in action.option_strings[-1:]}) <= MOST
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_an_option_with_a_value_says_what_holds_without_it(command: str) -> None:
+    silent = [
+        action.option_strings[-1]
+        for action in parser_of(command)._actions
+        if action.option_strings and action.nargs != 0 and not action.required
+        and action.help != argparse.SUPPRESS and "default" not in (action.help or "")
+    ]  # fmt: skip
+    assert not silent
+
+
 @pytest.mark.parametrize("command", EVERY)
 def test_no_list_of_options_is_long(command: str) -> None:
     for group in parser_of(command)._action_groups:

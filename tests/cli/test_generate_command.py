@@ -123,11 +123,12 @@ def test_prompts_are_read_until_an_empty_line(
 ) -> None:
     prompts = "Question: how many objects? Answer:\nCaption:\n\nCaption:\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(prompts))
-    code, out, _ = run(*asked(trained, photos, "--interactive", "--json"))
-    answers = [json.loads(line)["answer"] for line in out.splitlines()]
+    one = ("--image", photos / "0.png", "--max-new-tokens", 8)
+    code, out, _ = run("chat", trained, *one)
+    answers = out.splitlines()
     assert code == 0 and len(answers) == 2 and answers[0] != answers[1]
     two = ("--image", photos / "0.png", photos / "1.png")
-    assert_two_lines(run("generate", "--adapter", trained, *two, "--interactive"), "one image")
+    assert_two_lines(run("chat", trained, *two), "one image")
 
 
 def test_a_prompt_without_an_image_is_answered_where_the_model_does(
@@ -166,7 +167,7 @@ def test_what_is_guaranteed_is_told_of_each_prompt(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Caption:\nCaption:\nWrite a poem.\n\n"))
     image = photos / "0.png"
-    assert run("generate", "tiny-opt", "--image", image, "--interactive")[0] == 0
+    assert run("chat", "tiny-opt", "--image", image)[0] == 0
     said = [r.message for r in caplog.records if r.message.startswith(("Promised", NONE))]
     assert [one.partition(" (")[0] for one in said] == [
         "Promised: at most 0.75% differ.", "Promised: at most 0.75% differ.", NONE
@@ -249,15 +250,13 @@ def test_a_folder_an_address_and_stdin_are_captioned_as_their_files(
     assert_two_lines(run("caption", tmp_path / "empty"), "holds no images")
 
 
-def test_chat_is_generate_interactive_and_streamed(
+def test_chat_answers_each_line_as_generate_does(
     run: RunCommand, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = []
-    for words in (("chat",), ("generate", "--interactive", "--stream")):
-        monkeypatch.setattr("sys.stdin", io.StringIO("Caption:\nCaption:\n\n"))
-        image = ("--image", photos / "0.png", "--max-new-tokens", 6)
-        said.append(run(words[0], "tiny-opt", *image, *words[1:]))
-    assert said[0][:2] == said[1][:2] and said[0][0] == 0 and said[0][1].count("\n") == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("Caption:\nCaption:\n\n"))
+    image = ("tiny-opt", "--image", photos / "0.png", "--max-new-tokens", 6)
+    code, out, _ = run("chat", *image)
+    assert code == 0 and out == 2 * run("generate", *image, "--prompt", "Caption:", "--stream")[1]
 
 
 def test_a_wrong_path_is_told_before_pytorch_is_imported() -> None:

@@ -88,8 +88,7 @@ def test_an_empty_name_is_said_to_be_empty(
 
 
 def interactive(image: Path, stdin: Any, **more: Any) -> subprocess.CompletedProcess[str]:
-    words = ["generate", "--adapter", str(EXITS), "--image", str(image), "--interactive"]
-    words += ["--max-new-tokens", "2"]
+    words = ["chat", str(EXITS), "--image", str(image), "--max-new-tokens", "2"]
     return subprocess.run(
         [sys.executable, "-m", "offramp.cli", *words], stdin=stdin, capture_output=True, text=True,
         check=False, timeout=120, **more,
@@ -99,13 +98,12 @@ def interactive(image: Path, stdin: Any, **more: Any) -> subprocess.CompletedPro
 def test_standard_input_that_is_none_is_two_lines(
     image: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked = ("--interactive",)
     closed = io.StringIO()
     closed.close()
     latin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
     for stdin in (None, closed, latin):
         monkeypatch.setattr("sys.stdin", stdin)
-        code, _, err = generate(run, image, *asked)
+        code, _, err = run("chat", EXITS, "--image", image)
         assert code == 1 and "Traceback" not in err
         assert err.rstrip("\n").count("\n") >= 1 and "stdin" in err
     folder = os.open(tmp_path, os.O_RDONLY)
@@ -269,7 +267,7 @@ def test_names_that_are_no_utf_8_are_names(
     (odd / "0.png").rename(odd / "\udcff.png")
     data.write_text(data.read_text().replace('"0.png"', '"\\udcff.png"'))
     page = odd / "\udcff.html"
-    code, _, err = run("report", adapter, "--data", data, "--out", page, "--title", odd)
+    code, _, err = run("report", adapter, "--data", data, "--out", page)
     assert code == 0, err
     assert b"</html>" in page.read_bytes()
     image, prompt = odd / "\udcff.png", ("--prompt", "a", "--max-new-tokens", 2)

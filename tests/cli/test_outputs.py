@@ -70,7 +70,7 @@ def test_a_pipe_is_not_waited_for(
     command: str, adapter: Path, run: RunCommand, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
-    read = ("--run", adapter) if command == "report" else (adapter,)
+    read = (adapter,)
     found = run(command, *read, "--out", tmp_path / "pipe", "--overwrite")
     assert_two_lines(found, "no plain file")
     assert (tmp_path / "pipe").is_fifo()
@@ -155,19 +155,3 @@ def test_a_demo_replaces_demos_alone(adapter: Path, run: RunCommand, tmp_path: P
         before = contents(tmp_path / name)
         assert_two_lines(run("demo", "--out", tmp_path / name), "--overwrite")
         assert contents(tmp_path / name) == before
-
-
-def test_slice_and_report_read_their_old_spellings(
-    run: RunCommand, adapter: Path, tmp_path: Path
-) -> None:
-    pages = [tmp_path / "new.html", tmp_path / "old.html"]
-    assert run("report", adapter, "--out", pages[0])[0] == 0
-    assert run("report", "--run", adapter, "--out", pages[1])[0] == 0
-    assert pages[0].read_bytes() == pages[1].read_bytes()
-    file = tmp_path / "no.gguf"
-    file.write_bytes(b"nothing")
-    said = [
-        run("slice", *words, "--out", tmp_path / "cut")
-        for words in ((adapter, file), (file, "--adapter", adapter))
-    ]
-    assert said[0] == said[1] and said[0][0] == 1 and "no.gguf" in said[0][2]

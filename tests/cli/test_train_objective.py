@@ -19,13 +19,8 @@ def config(*more: str) -> TrainConfig:
 
 def test_the_command_trains_what_the_library_does() -> None:
     assert config() == TrainConfig() and not config().has_discriminator
-    assert config("--objective", "free") == TrainConfig(**FREE)
-    assert config("--objective", "free").has_discriminator
-
-
-def test_free_takes_the_weight_of_its_adversary() -> None:
-    asked = config("--objective", "free", "--losses", "adversarial=0.1")
-    assert asked == TrainConfig(adversarial=0.1)
+    free = config("--losses", "adversarial=0.003")
+    assert free == TrainConfig(**FREE) and free.has_discriminator
 
 
 def test_a_weight_is_of_the_loss_that_it_names() -> None:
@@ -38,7 +33,8 @@ def test_a_weight_is_of_the_loss_that_it_names() -> None:
     [
         (("--adversary", "hinge"), ("'--adversary' is not known", "--help")),
         (("--initial-layer", "closest"), ("'--initial-layer' is not known", "--help")),
-        (("--objective", "fre"), ("--objective 'fre' is not known", "'free'")),
+        (("--objective", "free"), ("'--objective' is not known", "--help")),
+        (("--regime", "mixed"), ("--regime 'mixed' is not known", "supervised")),
         (("--losses", "cross_entropy=-1"), ("cross_entropy must not be negative", "options")),
     ],
 )

@@ -58,7 +58,7 @@ def test_inspect_is_ten_lines_and_the_rest_is_json(
 
 
 @pytest.mark.parametrize("name", ["adapter", "tiny-opt"])
-@pytest.mark.parametrize("option", ["--limit 3", "--level 0.9", "--depths 4", "--batch-size 1"])
+@pytest.mark.parametrize("option", ["--limit 3", "--depths 4", "--batch-size 1"])
 def test_inspect_refuses_what_is_of_data_without_any(
     run: RunCommand, trained: Path, name: str, option: str
 ) -> None:
@@ -158,7 +158,6 @@ def test_suitability_is_ten_lines_and_names_training_at_its_best_depth(
 def test_what_does_not_go_with_the_question_is_said_in_two_lines(
     run: RunCommand, adapter: Path
 ) -> None:
-    assert_two_lines(run("inspect", "tiny-opt", "--data", "photos", "--level", 0.7), "level of 0.7")
     assert_two_lines(run("inspect", adapter, "--data", "photos"), "an adapter", "--data")
 
 
@@ -167,7 +166,7 @@ def test_eval_is_ten_lines_and_the_rest_is_json(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     asked = ("eval", "--adapter", adapter, "--task", "captions", "--data", held_out,
-             "--metrics", "CIDEr", "--limit", 3, "--threshold", 0.5, "--max-new-tokens", 6,
+             "--limit", 3, "--threshold", 0.5, "--max-new-tokens", 6,
              "--out", tmp_path / "run")  # fmt: skip
     with caplog.at_level(logging.INFO):
         code, out, _ = run(*asked)

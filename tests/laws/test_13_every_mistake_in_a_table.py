@@ -146,8 +146,7 @@ def cannot_take(action: argparse.Action, value: str) -> bool:
 
 FLOATS = {"--target": ("0", "1", "-1", "nan", "inf"), "--confidence": ("0", "1", "nan", "2")}
 TRAINING = {
-    "--learning-rate": ("0", "-1", "nan"), "--validation-fraction": ("0", "1", "nan"),
-    "--labelled-fraction": ("0", "nan"), "--min-confidence": ("-1", "2", "nan"),
+    "--learning-rate": ("0", "-1", "nan"),
     "--depths": ("0", "12", "99", "3,3", "1,x"), "--shortlist": ("1", "999999"),
     "--losses": ("nothing=1", "l1", "l1=x", "l1=-1", "distillation=-1", "cross_entropy=nan"),
 }  # fmt: skip
@@ -219,11 +218,11 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
             ("--api-keys", value) for value in files_of(tree, ("gone", "folder", "good.png"))
         )
         yield from (("--image-folder", value) for value in files_of(tree, ("gone", "good.png")))
-        yield from (("--port", "65536"), ("--metrics-prefix", "a b"))
+        yield from (("--port", "65536"),)
         yield from (("--watch", value) for value in ("level=0", "slack", "share=2", "level=x"))
     if command == "report":
         runs = ("gone", "folder", "good.png", "pipe", LONG, SURROGATE, "adapter-deep", "other.json")
-        yield from (("--run", value) for value in files_of(tree, runs))
+        yield from (("", value) for value in files_of(tree, runs))
 
 
 def cases(command: str, tree: Path, out: Path) -> Iterator[list[str]]:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 NAMES = ("generate", "serve")
 ALONE = (
-    "--", "-h", "--forget-engines", "--help-all", "--help", "--json", "--plain", "--quiet",
+    "--", "-h", "--help-all", "--help", "--json", "--plain", "--quiet",
     "--stream",
 )  # fmt: skip
 """Options of commands there that take no value."""

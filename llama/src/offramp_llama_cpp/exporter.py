@@ -21,11 +21,9 @@ def _options(parser: Parser) -> None:
     from offramp_llama_cpp.gguf_writing import FORMATS, VISION_FORMATS
 
     group = parser.add_argument_group("with --to gguf")
-    name_option(group, "--gguf", FORMATS, "number format of the layers")
     name_option(
-        group, "--exit-format", FORMATS, "number format of the exits' layers and of the head",
-        default="", shown="the layers', or q8_0 where that has fewer bits",
-    )  # fmt: skip
+        group, "--gguf", FORMATS, "number format of the layers", shown="none; --to gguf needs one"
+    )
     name_option(
         group, "--vision", VISION_FORMATS, "number format of the vision tower, which is "
         "written too, for --vision mtmd and llama.cpp's own programs", dest="vision_format",
@@ -47,7 +45,7 @@ def _write(arguments: argparse.Namespace) -> None:
     from offramp.common.folders import check_writable
     from offramp_llama_cpp import ExportFormats, export_gguf
 
-    formats = ExportFormats(arguments.gguf, arguments.exit_format, arguments.exit_format)
+    formats = ExportFormats(arguments.gguf)
     check_writable(arguments.out, folder=True)
     opened = loaded(arguments, gguf=None, answers=0)  # here --gguf names a format
     adapter, processor = opened.adapter, opened.processor
@@ -90,5 +88,5 @@ def _check_out(adapter: Any, arguments: argparse.Namespace) -> None:
 
 GGUF = Exporter(
     "decoder and exits, for --engine llama.cpp", _write, _options,
-    takes=("gguf", "exit_format", "vision_format", "depths", "data"),  # an error of its own
+    takes=("gguf", "vision_format", "depths", "data"),  # an error of its own
 )  # fmt: skip

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.options import add_command, depths_option, name_option
+from offramp.cli.options import add_command, depths_option
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 from offramp.core.errors import InputError
@@ -29,8 +29,6 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp_llama_cpp.gguf_writing import FORMATS
-
     group = parser.add_argument_group("files")
     group.add_argument(
         "adapter", type=Path, metavar="NAME", help="folder of the exits, as `offramp train` wrote"
@@ -42,15 +40,10 @@ def _options(parser: Parser) -> None:
         metavar="FILE",
         help="GGUF file of their backbone, in one piece",
     )
-    # Earlier versions took the file first, and the exits by this option.
-    group.add_argument("--adapter", dest="exits", type=Path, help=argparse.SUPPRESS)
     depths_option(
         group,
         "--depths",
         "exits to write (default: those at which the adapter's policy has thresholds)",
-    )
-    name_option(
-        group, "--exit-format", FORMATS, "number format of the exits' layers", default="q8_0"
     )
     group.add_argument("--out", type=Path, required=True, help="folder for the files")
 
@@ -60,15 +53,10 @@ def _slice(arguments: argparse.Namespace) -> None:
     from offramp_llama_cpp.slicing import slice_gguf
 
     adapter, file = arguments.adapter, arguments.file
-    if arguments.exits is not None and file is None:
-        adapter, file = arguments.exits, arguments.adapter
     if file is None:
         raise InputError("No GGUF file was named.", "Name it after the exits: slice NAME FILE.")
     check_writable(arguments.out, folder=True)
-    files = slice_gguf(
-        file, adapter, arguments.out,
-        depths=arguments.depths, exits=arguments.exit_format,
-    )  # fmt: skip
+    files = slice_gguf(file, adapter, arguments.out, depths=arguments.depths)
     sizes = {str(file): file.stat().st_size for file in files}
     show_result(sizes, "\n".join(sizes), as_json=arguments.json)
     for name, size in sizes.items():

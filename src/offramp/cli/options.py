@@ -70,9 +70,9 @@ def add_command(
         name,
         help=help,
         description=help,
-        epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.example = example
     parser.set_defaults(run=run)
     parser.late = late
 
@@ -118,7 +118,8 @@ def _common_options(parser: Parser, *, result: bool) -> None:
     group.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file with one option a line, such as steps: 400; the command line wins",
+        help="YAML file with one option a line, such as steps: 400; the command line wins "
+        "(default: none)",
     )
 
 
@@ -214,8 +215,9 @@ def settings_option(
         names = "" if choices is None else f": {one_of(choices)}"
         told.append(f"{name}={_shown(field, _default_of(field))}: {field.metadata['help']}{names}")
     group.add_argument(
-        flag, metavar="NAME=VALUE,...", type=parse, default={}, help=f"{help}; {'; '.join(told)}"
-    )
+        flag, metavar="NAME=VALUE,...", type=parse, default={},
+        help=f"{help}; with their defaults, {'; '.join(told)}",
+    )  # fmt: skip
 
 
 def _default_of(field: Field[Any]) -> Any:
@@ -343,7 +345,10 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
     """Add what goes with --engine. sized: threads and context too; returns the group."""
     group = parser.add_argument_group("runtime")
     group.add_argument(
-        "--gguf", type=Path, metavar="FOLDER", help="what `offramp export --out` wrote"
+        "--gguf",
+        type=Path,
+        metavar="FOLDER",
+        help="what `offramp export --out` wrote (default: none)",
     )
     if not sized:
         return group
@@ -377,7 +382,7 @@ def vision_options(group: Any) -> None:
 def precision_options(group: Any, *, quantize: bool = True) -> None:
     """Add the options of which revision of the backbone, in which precision and where. quantize:
     whether its weights may be rounded."""
-    group.add_argument("--revision", help="hub revision of the backbone")
+    group.add_argument("--revision", help="hub revision of the backbone (default: its newest)")
     name_option(
         group, "--dtype", DTYPES, "precision of the backbone", default="auto", shown="as saved"
     )
@@ -399,10 +404,11 @@ def data_options(
 ) -> Any:
     """Options that say which examples; what: of the examples, what the command needs."""
     group = parser.add_argument_group("data")
+    ending = "" if required or "default" in what else " (default: none)"
     group.add_argument(
         "--data", required=required, nargs="+", metavar="FILE",
         help=f"{what}: JSONL file, folder of images, datasets name or folder, or a data set's "
-        "official file (VQA: the questions; annotations beside them are found)",
+        f"official file (VQA: the questions; annotations beside them are found){ending}",
     )  # fmt: skip
     group.add_argument(
         "--images", metavar="FOLDER", help="folder of the images (default: that of the data)"
@@ -413,11 +419,14 @@ def data_options(
         help="field of the rows that names the document, film, patient or user an image came in, "
         "or 'folder'; whole groups are drawn (default: group, where rows have it)",
     )  # fmt: skip
-    group.add_argument("--prompt", help="prompt for captions, or a template with {question}")
-    ending = "" if limit is None else f" (default: {limit})"
+    group.add_argument(
+        "--prompt", help="prompt for captions, or a template with {question} (default: the rows' "
+        "own, else 'Caption:' and 'Question: {question} Answer:')",
+    )  # fmt: skip
     group.add_argument(
         "--limit", type=whole(1), default=limit, metavar="N",
-        help=f"sample of this many examples, with all questions about their images{ending}",
+        help="sample of this many examples, with all questions about their images (default: "
+        f"{limit or 'all'})",
     )  # fmt: skip
     return group
 
@@ -427,32 +436,21 @@ def measured_options(
     what: str,
     *,
     adapter: bool,
+    seen: str,
     allow_seen: bool,
-    leave_out: str | None = None,
     engines: Engines = "plain",
     auto: bool = False,
 ) -> None:
     """Model and data of a command that measures an adapter on images it should not have seen.
 
-    adapter: whether one must be named. allow_seen: whether images that it has seen may be
-    taken. leave_out: by which steps, where --leave-out-seen leaves them out. engines, auto: as
-    of `model_options`.
+    adapter: whether one must be named. seen: by which steps images are seen. allow_seen: whether
+    such may be taken. engines, auto: as of `model_options`.
     """
     model_options(parser, adapter=adapter, engines=engines, auto=auto)
     vision_options(parser.add_argument_group("images"))
     data = data_options(parser, what)
-    if allow_seen:
-        data.add_argument(
-            "--allow-seen",
-            action="store_true",
-            help="take images that the exits were trained or calibrated on",
-        )
-    if leave_out is not None:
-        data.add_argument(
-            "--leave-out-seen",
-            action="store_true",
-            help=f"leave out images that the exits were {leave_out} on, and say how many",
-        )
+    ways = ("refuse", "leave-out", *(["allow"] if allow_seen else []))
+    name_option(data, "--seen", ways, f"images that the exits were {seen} on", default=ways[0])
 
 
 def threshold_option(parser: Parser) -> Any:

@@ -24,7 +24,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UsageError` where argparse prints its usage and exits.
 
     late: adds the options, on the first use, for they may need modules that take seconds to load.
-    usual: options that `--help` shows; None: all. `--help-all` always shows all.
+    example: command lines with which the help begins. usual: options that `--help` shows; None:
+    all. `--help-all` always shows all.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -32,6 +33,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **options})
         self.register("type", Path, path_word)
         self.late: Callable[[Parser], None] | None = None
+        self.example = ""
         self.usual: Collection[str] | None = None
         self.name: Named | None = None
         """The model's name, where the command needs one."""
@@ -112,6 +114,10 @@ class Parser(argparse.ArgumentParser):
         self.usual = {"--help", "--help-all", *usual}
 
     def format_help(self) -> str:
+        text = self._options_help()
+        return f"example:\n  {self.example}\n\n{text}" if self.example else text
+
+    def _options_help(self) -> str:
         if self.usual is None:
             return super().format_help()
         unusual = [

@@ -211,14 +211,6 @@ def remembered() -> list[str]:
     return lines
 
 
-def forget() -> int:
-    """Forget what was measured, so that it is measured again; return of how many models."""
-    files = _records()
-    for file in files:
-        file.unlink(missing_ok=True)
-    return len(files)
-
-
 def _records() -> list[Path]:
     try:
         return sorted(cache_folder(FOUND).glob("*.json"))

@@ -96,7 +96,7 @@ def evaluate(
             model.seen,
             [item.example for item in items],
             ("train", "calibration"),
-            "Evaluate on other images, or allow these with --allow-seen: the figures are then too "
+            "Evaluate on other images, or allow these with --seen allow: the figures are then too "
             "good.",
         )
     answerer = _Answerer(model, encoder, plan, policy, runtime)

@@ -41,8 +41,7 @@ class TrainConfig:
     regime: str = option(
         "unsupervised",
         "whose answers exits learn from; supervised: the data's (all captions, of several answers "
-        "the most frequent); unsupervised: the frozen model's own, taught by its final layer; "
-        "pseudo: of those, as labels, the ones it is confident of; mixed: a fraction is labelled",
+        "the most frequent); unsupervised: the frozen model's own, taught by its final layer",
         choices=REGIMES,
     )
     exit_kind: str = option(
@@ -68,7 +67,7 @@ class TrainConfig:
             "plug-ins registered",
             "parse": parse_weights,
             "metavar": "NAME=X,...",
-            "shown": "distillation=1,cross_entropy=1; with FREE adversarial=0.003 too",
+            "shown": "distillation=1,cross_entropy=1; FREE adds adversarial=0.003",
         },
     )
     temperature: float = option(1.0, "distillation temperature")

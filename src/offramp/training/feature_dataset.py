@@ -145,7 +145,7 @@ class TrainingStates:
         if len(examples) < share.count:
             raise DataError(
                 f"{len(examples)} examples are fewer than the {share.count} processes.",
-                "Give more examples, a larger --validation-fraction, or fewer processes.",
+                "Give more examples, or fewer processes.",
             )
         with self.teacher:
             ran = dump_fingerprint(fingerprint(backbone))
@@ -167,7 +167,7 @@ class TrainingStates:
         if not fewest:
             raise DataError(
                 f"No answer reached the confidence {config.min_confidence}.",
-                "Lower --min-confidence, or use --regime unsupervised.",
+                "Lower min_confidence, or train by the regime unsupervised.",
             )
         return rows[:fewest]
 

@@ -181,13 +181,12 @@ def test_files_that_hold_no_keys_are_refused(content: bytes, tmp_path: Path) -> 
 # -- what is kept ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("serial", [False, True])
-def test_what_is_kept_for_a_key_helps_no_other(share: bool, serial: bool) -> None:
+def test_what_is_kept_for_a_key_helps_no_other(serial: bool) -> None:
     kept: dict[str, Any] = {"prefix_cache": PrefixCache(8), "vision_cache": VisionCache()}
     if serial:
         kept["serial"] = shipped()[0]
-    service = service_of(slots=1, keys=("a", "b"), share_kept=share, more=kept)
+    service = service_of(slots=1, keys=("a", "b"), more=kept)
     client = asking(service)
 
     def tokens_reused(key: str) -> tuple[int, int]:
@@ -205,7 +204,7 @@ def test_what_is_kept_for_a_key_helps_no_other(share: bool, serial: bool) -> Non
         service.close()
     assert first[0] == 0
     assert again[0] > 0 and again[1] > first[1]
-    assert (other == again) if share else (other == first)
+    assert other == first
 
 
 def test_salts_end_with_their_work() -> None:

@@ -90,7 +90,7 @@ def _walk(work: Path, steps: int) -> list[dict[str, Any]]:
         "inspect",
         [
             str(work / "model"), "--data", str(work / "train.txt"), "--limit", "96",
-            "--planned", str(PARTS["train"][1]), "--depths", ",".join(map(str, DEPTHS)), *length,
+            "--depths", ",".join(map(str, DEPTHS)), *length,
         ],
         work,
     )  # fmt: skip

@@ -52,7 +52,7 @@ def _options(parser: Parser) -> None:
 
     what = "images that training has not seen, like those to come"
     measured_options(
-        parser, what, adapter=True, allow_seen=False, leave_out="trained", engines="all",
+        parser, what, adapter=True, seen="trained", allow_seen=False, engines="all",
         auto=True,
     )  # fmt: skip
     group = parser.add_argument_group("guarantee")
@@ -76,7 +76,7 @@ def _options(parser: Parser) -> None:
     group.add_argument(
         "--target-of", action="append", type=_kind_target, default=[], metavar="KIND=X",
         help="target of its own for prompts that begin with KIND, such as Question=0.05; may be "
-        "given several times, and each kind is then tested",
+        "given several times, and each kind is then tested (default: --target for all)",
     )  # fmt: skip
     group.add_argument(
         "--frequencies", type=Path, metavar="FILE",
@@ -176,7 +176,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
         others = read_examples(arguments.frequencies, require_answers=True)
     opened = loaded(arguments, keep_decoder=True)
     adapter, encoder, runtime = opened.adapter, opened.encoder, opened.runtime
-    if arguments.leave_out_seen:
+    if arguments.seen == "leave-out":
         items = unseen_items(items, adapter, ("train",))
     examples = [item.example for item in items]
     _say_worth(examples, asked)

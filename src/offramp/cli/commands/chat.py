@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "chat",
-        "Ask about an image, line by line; the short form of generate --interactive --stream.",
+        "Ask about an image, line by line; an empty line ends it.",
         "offramp chat photo --image dog.jpg",
         generate,
         _options,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 from importlib import metadata
@@ -12,12 +11,9 @@ from typing import Any
 from offramp import __version__
 from offramp.cli.options import add_command
 from offramp.cli.output import show_result
-from offramp.cli.parser import Parser
 from offramp.common.pytorch import has_pytorch
 from offramp.core.missing import install_command
 from offramp.engines import all_engines
-
-log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
@@ -32,17 +28,7 @@ def add(commands: Any) -> None:
         "Show versions, devices, threads and optional packages, as a bug report needs them.",
         "offramp env",
         _env,
-        _options,
-    )
-
-
-def _options(parser: Parser) -> None:
-    """Add the one option of the command's own."""
-    parser.add_argument(
-        "--forget-engines",
-        action="store_true",
-        help="forget which engine was found to be the fastest for a model, and measure it again "
-        "when it is opened next",
+        lambda parser: None,
     )
 
 
@@ -57,8 +43,6 @@ def _env(arguments: argparse.Namespace) -> None:
 
         from offramp.engines import auto
 
-        if arguments.forget_engines:
-            log.info("forgot the fastest engine of %d models", auto.forget())
         engines = auto.remembered()
         count = torch.cuda.device_count()
         gpus = {f"cuda:{n}": torch.cuda.get_device_name(n) for n in range(count)}

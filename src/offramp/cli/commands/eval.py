@@ -26,7 +26,7 @@ from offramp.cli.options import (
     threshold_option,
 )
 from offramp.cli.output import say_next, show_result
-from offramp.cli.parser import Parser, one_of
+from offramp.cli.parser import Parser
 from offramp.core.errors import InputError
 from offramp.engines import engine_named
 
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     measured_options(
         parser, "what is evaluated",
-        adapter=False, allow_seen=True, leave_out="trained or calibrated", engines="all",
+        adapter=False, seen="trained or calibrated", allow_seen=True, engines="all",
     )  # fmt: skip
     threshold_option(parser)
     _evaluation_options(parser)
@@ -80,11 +80,6 @@ def _evaluation_options(parser: Parser) -> None:
         group, EvaluationSettings, "mode", "which models answer", choices=WHICH, default=None,
         shown="both; without exits full",
     )  # fmt: skip
-    metrics = sorted({metric for metrics in TASK_METRICS.values() for metric in metrics})
-    group.add_argument(
-        "--metrics", nargs="+", metavar="NAME", choices=metrics,
-        help=f"some of the task's: {one_of(metrics)} (default: all of them)",
-    )  # fmt: skip
     batch_option(group, 1, "examples at once; more than 1 measures quality only")
     length_option(group, None, "40 for captions, 20 for dialogue, 10 for questions")
 
@@ -100,7 +95,6 @@ def _eval(arguments: argparse.Namespace) -> None:
     settings = {n: getattr(arguments, n) for n in ("batch_size", "max_new_tokens")}
     alone = arguments.adapter is None and not arguments.rescore
     settings["mode"] = arguments.mode or ("full" if alone else "both")
-    settings["metrics"] = None if arguments.metrics is None else tuple(arguments.metrics)
     EvaluationSettings(arguments.task, **settings)  # a mistake should not wait for data and model
     check_engine(arguments)
     if alone and engine_named(arguments.engine).replaces:
@@ -124,7 +118,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         else:
             opened = loaded(arguments, sequences=arguments.batch_size, keep_decoder=True)
             model, runtime, encoder = opened.adapter, opened.runtime, opened.encoder
-        if arguments.leave_out_seen and not alone:
+        if arguments.seen == "leave-out" and not alone:
             items = unseen_items(items, model, ("train", "calibration"))
         result = evaluate(
             model,
@@ -135,7 +129,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             out=arguments.out,
             runtime=runtime,
             resume=arguments.resume,
-            allow_seen=arguments.allow_seen,
+            allow_seen=arguments.seen == "allow",
             progress=lambda batches: progress(batches, "evaluate"),
             **settings,
         )

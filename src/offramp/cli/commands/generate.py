@@ -28,6 +28,7 @@ from offramp.cli.pictures import picture, unfolded
 from offramp.core.errors import InputError, printable
 
 log = logging.getLogger(__name__)
+ASK = "Ask by `offramp generate`."
 COLDEST = 1e-4
 """Below, logits that are divided by a temperature are infinite."""
 
@@ -42,7 +43,7 @@ def add(commands: Any) -> None:
         "  offramp generate exits --image dog.jpg --temperature 0.7 --seed 1",
         generate,
         question_options,
-        usual="image prompt interactive stream max-new-tokens mode depths engine gguf json",
+        usual="image prompt stream max-new-tokens mode depths engine gguf json",
     )
 
 
@@ -52,8 +53,8 @@ def question_options(parser: Parser, *, chat: bool = False) -> None:
     group = parser.add_argument_group("question")
     group.add_argument(
         "--image", type=picture, nargs="+", default=[], metavar="FILE",
-        help="files, folders or addresses, - for stdin; none, where the model also answers text "
-        "alone",
+        help="files, folders or addresses, - for stdin (default: none, where the model also "
+        "answers text alone)",
     )  # fmt: skip
     if not chat:
         group.add_argument(
@@ -62,11 +63,7 @@ def question_options(parser: Parser, *, chat: bool = False) -> None:
             "prompt that the exits know)",
         )
         parser.question = "prompt"
-        group.add_argument(
-            "--interactive",
-            action="store_true",
-            help="ask for prompts, line by line, each about the same image; an empty line ends it",
-        )
+        parser.set_defaults(interactive=False)
         group.add_argument(
             "--stream", action="store_true", help="print the answer as it is written"
         )
@@ -86,16 +83,24 @@ def answer_options(parser: Parser) -> None:
     length_option(group, default=None, shown=f"{LONGEST}, or as calibrated")
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--temperature", type=number(0, 100), metavar="X", help="sample, at this temperature"
+        "--temperature",
+        type=number(0, 100),
+        metavar="X",
+        help="sample, at this temperature (default: no sampling; with --top-p or --top-k the "
+        "model's own)",
     )
     group.add_argument(
         "--top-p",
         type=share,
         metavar="X",
-        help="sample from the likeliest tokens that together have this probability",
+        help="sample from the likeliest tokens that together have this probability "
+        "(default: the model's own)",
     )
     group.add_argument(
-        "--top-k", type=whole(1), metavar="N", help="sample from this many of the likeliest tokens"
+        "--top-k",
+        type=whole(1),
+        metavar="N",
+        help="sample from this many of the likeliest tokens (default: the model's own)",
     )
     group.add_argument(
         "--seed", type=seed, default=0, metavar="N", help="seed of sampling (default: 0)"
@@ -173,7 +178,7 @@ def _check_images(arguments: argparse.Namespace) -> None:
     arguments.image = [*unfolded(arguments.image)]
     if arguments.interactive and len(arguments.image) > 1:
         raise InputError(
-            f"--interactive asks about one image, and {len(arguments.image)} were given.",
+            f"A chat is about one image, and {len(arguments.image)} were given.",
             "Give one --image.",
         )
     from offramp.inputs.example import Example
@@ -209,7 +214,7 @@ def _questions(
 def _typed() -> Iterator[str]:
     """Lines of stdin, up to an empty one."""
     if sys.stdin is None or sys.stdin.closed:
-        raise InputError("--interactive reads stdin, which is closed.", "Give --prompt instead.")
+        raise InputError("Questions are read from stdin, which is closed.", ASK)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         try:
@@ -220,7 +225,7 @@ def _typed() -> Iterator[str]:
             ) from error
         except (OSError, ValueError) as error:
             said = getattr(error, "strerror", None) or error
-            raise InputError(f"stdin cannot be read: {said}.", "Give --prompt instead.") from error
+            raise InputError(f"stdin cannot be read: {said}.", ASK) from error
         if not line:
             tell("")
             return

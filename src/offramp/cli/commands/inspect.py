@@ -23,16 +23,18 @@ from offramp.cli.options import (
     precision_options,
 )
 from offramp.cli.output import inline, plain, say_next, show_result
-from offramp.cli.parser import Parser, whole
+from offramp.cli.parser import Parser
 from offramp.core.errors import InputError
 
 log = logging.getLogger(__name__)
 
 FORECAST: dict[str, Any] = {
     "images": None, "split": None, "prompt": None, "group_by": "group", "limit": 200,
-    "level": 0.95, "depths": None, "planned": 2000, "max_new_tokens": LONGEST, "batch_size": 16,
+    "depths": None, "max_new_tokens": LONGEST, "batch_size": 16,
 }  # fmt: skip
 """Options that are of --data alone, and their defaults."""
+LEVEL, PLANNED = 0.95, 2000
+"""The share of tokens that is to stay the full model's; prompts that training would have."""
 
 
 def add(commands: Any) -> None:
@@ -43,7 +45,7 @@ def add(commands: Any) -> None:
         "offramp inspect tiny-opt\n  offramp inspect tiny-opt --data photos",
         _inspect,
         _options,
-        usual="data limit depths level planned max-new-tokens device json",
+        usual="data limit depths max-new-tokens device json",
     )
 
 
@@ -59,16 +61,7 @@ def _options(parser: Parser) -> None:
         limit=FORECAST["limit"], required=False,
     )  # fmt: skip
     group = parser.add_argument_group("would exits pay?")
-    group.add_argument(
-        "--level", type=float, default=FORECAST["level"], metavar="X",
-        help="share of all tokens that is to stay the full model's: 0.9, 0.95 or 0.98 "
-        f"(default: {FORECAST['level']:g})",
-    )  # fmt: skip
     depths_option(group, "--depths", "depths to try (default: six, up to three quarters)")
-    group.add_argument(
-        "--planned", type=whole(1), default=FORECAST["planned"], metavar="N",
-        help=f"prompts that training would have (default: {FORECAST['planned']})",
-    )  # fmt: skip
     length_option(group)
     batch_option(group, FORECAST["batch_size"], "prompts at once")
 
@@ -185,15 +178,10 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _suitability(arguments: argparse.Namespace) -> None:
-    from offramp.calibration.suitability import LEVELS, suitability
+    from offramp.calibration.suitability import suitability
     from offramp.common.progress import progress
     from offramp.features.input_processor import InputProcessor
 
-    if arguments.level not in LEVELS:
-        raise InputError(
-            f"A level of {arguments.level:g} is not told.",
-            f"Use one of {', '.join(f'{level:g}' for level in LEVELS)}.",
-        )
     examples = [item.example for item in read_data(arguments, require_answers=False)]
     backbone, processor = load_model(arguments, arguments.name)
     if examples:
@@ -201,17 +189,17 @@ def _suitability(arguments: argparse.Namespace) -> None:
     steps = (f"{n} of {len(STEPS)}: {what}" for n, what in enumerate(STEPS, 1))
     found = suitability(
         InputProcessor(backbone, processor), examples,
-        depths=arguments.depths or (), planned=max(arguments.planned, len(examples)),
+        depths=arguments.depths or (), planned=max(PLANNED, len(examples)),
         max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size,
         progress=lambda items: progress(items, next(steps)),
     )  # fmt: skip
-    best = found.best(arguments.level)
+    best = found.best(LEVEL)
     show_result(
-        {**found.to_json(), "level": arguments.level, "best": best.depth},
-        _forecast(found, arguments.level),
+        {**found.to_json(), "level": LEVEL, "best": best.depth},
+        _forecast(found),
         as_json=arguments.json,
     )
-    if best.speedup[arguments.level] < WORTH:
+    if best.speedup[LEVEL] < WORTH:
         return
     narrow = " --shortlist 2048" if found.shortlist else ""
     how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
@@ -221,8 +209,9 @@ def _suitability(arguments: argparse.Namespace) -> None:
 STEPS = ("answers", "states", "speed")
 
 
-def _forecast(found: Any, level: float) -> str:
+def _forecast(found: Any) -> str:
     """The forecast, for people."""
+    level = LEVEL
     best = found.best(level)
     levels = tuple(best.settled)
     lines = [

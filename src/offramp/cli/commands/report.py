@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         "offramp report exits runs/captions --data photos.jsonl --out report.html",
         _report,
         _options,
-        usual="data title out overwrite json",
+        usual="data out overwrite json",
     )
 
 
@@ -33,15 +33,17 @@ def _options(parser: Parser) -> None:
         "sources", nargs="*", default=[], action="extend", metavar="PATH",
         help="folders (of an adapter, or what eval or demo wrote), or JSON files",
     )  # fmt: skip
-    # Earlier versions took them by this option.
-    parser.add_argument("--run", dest="sources", nargs="+", action="extend", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--data", nargs="+", metavar="FILE", help="the data of the runs, to show their images"
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="the data of the runs, to show their images (default: none)",
     )
-    parser.add_argument("--images", metavar="FOLDER", help="folder of the images of --data")
-    parser.add_argument("--split", help="only this split of --data")
-    parser.add_argument("--prompt", help="the --prompt that the runs were given")
-    parser.add_argument("--title", default="", help="default: made of the backbones' names")
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="folder of the images of --data (default: its own)"
+    )
+    parser.add_argument("--split", help="only this split of --data (default: all)")
+    parser.add_argument("--prompt", help="the --prompt that the runs were given (default: none)")
     parser.add_argument("--out", type=Path, required=True, help="the HTML file")
     overwrite_option(parser)
 
@@ -67,7 +69,7 @@ def _report(arguments: argparse.Namespace) -> None:
         else []
     )
     # Names of files may hold what is no letter.
-    page = report(sources, items, title=arguments.title).encode(errors="backslashreplace")
+    page = report(sources, items).encode(errors="backslashreplace")
     write_atomic(arguments.out, page)
     result = {"report": str(arguments.out), "bytes": len(page)}
     show_result(result, as_json=arguments.json)

@@ -31,6 +31,8 @@ from offramp.engines import AUTO, engine_named
 
 SLOTS = 8
 PORT = 8000
+IMAGES_KEPT, PROMPTS_KEPT = 2**28, 4
+"""Bytes of image features, and prompts whose keys and values are kept for the next turn."""
 log = logging.getLogger(__name__)
 
 
@@ -68,12 +70,7 @@ def _options(parser: Parser) -> None:
         help="CPU threads for one call (default: PyTorch's own choice)",
     )
     _engine_options(parser)
-    group = server_options(parser)
-    group.add_argument(
-        "--share-kept",
-        action="store_true",
-        help="share the cache of prompts and images between API keys (timing can leak prompts)",
-    )
+    server_options(parser)
     settings_option(
         parser.add_argument_group("watched guarantee"), "--watch", WatchConfig,
         ("share", "level", "slack", "action", "keep", "deadline", "state", "frequencies"),
@@ -85,8 +82,8 @@ def _options(parser: Parser) -> None:
     image_options(images)
 
 
-def server_options(parser: Parser) -> Any:
-    """Options of whoever serves, with PyTorch or without; the group of them."""
+def server_options(parser: Parser) -> None:
+    """Add the options of whoever serves, with PyTorch or without."""
     from offramp.serving.server.config import KEYS, ServerConfig
 
     group = parser.add_argument_group("server")
@@ -95,7 +92,11 @@ def server_options(parser: Parser) -> Any:
         "--port", type=whole(0), default=PORT, metavar="N",
         help=f"port (default: {PORT}; 0: one that is free)",
     )  # fmt: skip
-    group.add_argument("--served-name", metavar="TEXT", help="the model's name in requests")
+    group.add_argument(
+        "--served-name",
+        metavar="TEXT",
+        help="the model's name in requests (default: that of its folder)",
+    )
     group.add_argument(
         "--api-keys",
         type=Path,
@@ -103,7 +104,7 @@ def server_options(parser: Parser) -> Any:
         help=f"file of keys, one a line; # starts a comment; or the variable {KEYS}, "
         "separated by commas (default: no key is needed)",
     )
-    field_options(group, ServerConfig, ("seconds", "drain_seconds", "metrics", "cors"))
+    field_options(group, ServerConfig, ("seconds", "drain_seconds", "cors"))
     group.add_argument(
         "--allowed-hosts",
         nargs="+",
@@ -111,7 +112,6 @@ def server_options(parser: Parser) -> Any:
         help="names that the server may be asked for under; .example.org: all below it too, '*': "
         "any (default: this machine's and --host; with keys any)",
     )
-    return group
 
 
 def image_options(group: Any) -> None:
@@ -138,21 +138,12 @@ def _engine_options(parser: Parser) -> None:
         f"models that slots refuse (default: {SLOTS}; 4 in llama.cpp, 1 where "
         "the engine has no more)",
     )
-    _number(engine, "--limit", 1024, "tokens of a prompt and its answer")
-    _number(engine, "--image-cache", 256, "MiB of image features that are kept for later questions")
     engine.add_argument(
-        "--prefix-cache", type=whole(0), default=4, metavar="N",
-        help="prompts whose keys and values are kept for the next turn of a chat; 0: none "
-        "(default: 4)",
+        "--limit", type=whole(1), default=1024, metavar="N",
+        help="tokens of a prompt and its answer (default: 1024)",
     )  # fmt: skip
     engine_option(parser.add_argument_group("decoder"), auto=True)
     runtime_options(parser, sized=False)
-
-
-def _number(group: Any, flag: str, default: int, help: str) -> None:
-    group.add_argument(
-        flag, type=whole(1), default=default, metavar="N", help=f"{help} (default: {default})"
-    )
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -187,20 +178,15 @@ def _config(arguments: argparse.Namespace) -> Any:
         WatchConfig(**arguments.watch)
     if arguments.engine != AUTO:
         _slots(arguments.engine, arguments.slots)
-    return server_config(arguments, share_kept=arguments.share_kept)
+    return server_config(arguments)
 
 
-def server_config(arguments: argparse.Namespace, **more: Any) -> Any:
-    """Return what `server_options` and `image_options` say. more: fields beside them."""
+def server_config(arguments: argparse.Namespace) -> Any:
+    """Return what `server_options` and `image_options` say."""
     from offramp.serving.server.config import ImageLimits, ServerConfig
 
     if arguments.port > 65535:
         raise InputError(f"There is no port {arguments.port}.", "Give a number up to 65535.")
-    if not arguments.metrics_prefix.isidentifier():
-        raise InputError(
-            f"Metrics cannot be named {arguments.metrics_prefix!r}.",
-            "Give a word of letters, digits and underscores.",
-        )
     name = arguments.served_name or Path(arguments.name).resolve().name or arguments.name
     keys = tuple(_keys(arguments.api_keys))
     if not keys and not _is_local(arguments.host):
@@ -220,7 +206,6 @@ def server_config(arguments: argparse.Namespace, **more: Any) -> Any:
             "images": images,
             "body": body,
             "bodies": max(2**30, 4 * body),
-            **more,
         }
     )
 
@@ -314,8 +299,8 @@ def _service(arguments: argparse.Namespace, config: Any) -> Any:
     serial = opened.runtime or (model if slots == 1 else None)
     watch, loss, judge = _watched(arguments, model, runtime_name(serial))
     kept: dict[str, Any] = {
-        "vision_cache": VisionCache(arguments.image_cache * 2**20),
-        "prefix_cache": PrefixCache(arguments.prefix_cache) if arguments.prefix_cache else None,
+        "vision_cache": VisionCache(IMAGES_KEPT),
+        "prefix_cache": PrefixCache(PROMPTS_KEPT),
     }
     return service_of(
         model,

@@ -28,18 +28,17 @@ log = logging.getLogger(__name__)
 
 GROUPS = {
     "exits": ("depths", "exit_kind", "shortlist"),
-    "labels and answers": (
-        "regime", "labelled_fraction", "min_confidence", "max_new_tokens", "validation_fraction",
-    ),
-    "objective": ("losses",),
-    "schedule": (
-        "steps", "batch_size", "learning_rate", "evaluate_every", "patience", "cache", "seed",
-    ),
+    "labels and answers": ("regime", "losses", "max_new_tokens"),
+    "schedule": ("steps", "batch_size", "learning_rate", "evaluate_every", "seed"),
 }  # fmt: skip
 """Fields of `TrainConfig` as the help groups them; --losses holds the weights."""
-NOT_SAID = ("temperature", "discriminator_learning_rate")
+NOT_SAID = (
+    "temperature", "discriminator_learning_rate", "labelled_fraction", "min_confidence",
+    "validation_fraction", "patience", "cache",
+)  # fmt: skip
 """Fields that are no options, for no measurement speaks for them; in Python they are there."""
-OBJECTIVES = ("distillation", "free")
+REGIMES = ("unsupervised", "supervised")
+"""Those of `TrainConfig` that are said; the others are baselines of the lab."""
 
 
 def add(commands: Any) -> None:
@@ -63,13 +62,7 @@ def _options(parser: Parser) -> None:
     data_options(parser, "images with captions, question and answer, dialogue, or alone")
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
-        if title == "objective":
-            name_option(
-                group, "--objective", OBJECTIVES,
-                "what exits learn by: distillation from the final layer, or FREE, which adds an "
-                "adversary", default=OBJECTIVES[0],
-            )  # fmt: skip
-        field_options(group, TrainConfig, names, exit_kind=kinds)
+        field_options(group, TrainConfig, names, exit_kind=kinds, regime=REGIMES)
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     group.add_argument(
@@ -81,7 +74,8 @@ def _options(parser: Parser) -> None:
     group.add_argument(
         "--drafting", nargs="?", const=True, metavar="ADAPTER",
         help="teach the exits of an adapter that is there to draft on, and change nothing else of "
-        "them without --of-format. Without a folder: as --exit-kind drafting",
+        "them without --of-format. Without a folder: as --exit-kind drafting (default: exits are "
+        "trained)",
     )  # fmt: skip
     if formats := [*_formats()]:
         name_option(
@@ -102,17 +96,15 @@ def _config(arguments: argparse.Namespace) -> Any:
     Raises:
         InputError: an option of the adversary without it, or values that do not fit.
     """
-    from offramp.training.config import FREE, TrainConfig
-    from offramp.training.config import OBJECTIVES as TERMS
+    from offramp.training.config import OBJECTIVES, TrainConfig
 
     asked = {n: getattr(arguments, n) for names in GROUPS.values() for n in names}
     if arguments.drafting is True:
         asked["exit_kind"] = "drafting"
     losses = asked["losses"]
-    weights = {name: losses[name] for name in TERMS if name in losses}
+    weights = {name: losses[name] for name in OBJECTIVES if name in losses}
     asked["losses"] = {name: losses[name] for name in losses if name not in weights}
-    free = FREE if arguments.objective == "free" else {}
-    return TrainConfig(**asked | free | weights)
+    return TrainConfig(**asked | weights)
 
 
 def _train(arguments: argparse.Namespace) -> None:

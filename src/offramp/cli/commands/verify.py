@@ -25,14 +25,14 @@ from offramp.cli.options import (
 )
 from offramp.cli.output import say_next, show_result
 from offramp.cli.outputs import check_out_file, overwrite_option
-from offramp.cli.parser import Flattened, Parser, whole, whole_numbers
+from offramp.cli.parser import Parser, whole
 from offramp.core.errors import InexactError
 
 log = logging.getLogger(__name__)
 
 
 QUICK: dict[str, tuple[Any, str]] = {
-    "limit": (4, "4"), "rows": ((2,), "2"), "slots": (2, "2"), "max_new_tokens": (16, "16"),
+    "limit": (4, "4"), "slots": (2, "2"), "max_new_tokens": (16, "16"),
 }  # fmt: skip
 """The value of each option under --quick, and the words that a user would type for it."""
 
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
 
 
 def _options(parser: Parser) -> None:
-    from offramp.adapter.certificate import ROWS, SLOTS
+    from offramp.adapter.certificate import SLOTS
 
     group = parser.add_argument_group("model")
     name_first(parser, group, "adapter", ("--adapter",), NAMED_EXITS)
@@ -74,24 +74,23 @@ def _options(parser: Parser) -> None:
     few = " ".join(f"--{name.replace('_', '-')} {shown}" for name, (_, shown) in QUICK.items())
     group.add_argument("--quick", action="store_true", help=f"a small test: {few}, if not given")
     group.add_argument(
-        "--rows", metavar="N,N", type=whole_numbers(2), nargs="+", action=Flattened, default=ROWS,
-        help=f"rows of batches (default: {','.join(map(str, ROWS))})",
-    )  # fmt: skip
-    group.add_argument(
         "--slots", type=whole(1), default=SLOTS, metavar="N",
         help="requests in company, in the batch engine; in llama.cpp sequences, and rows of its "
         f"largest batch (default: {SLOTS})",
     )  # fmt: skip
     length_option(group)
     group.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the certificate to this file as well"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the certificate to this file as well (default: to the adapter alone)",
     )
     overwrite_option(group)
     runtime_options(parser)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from offramp.adapter.certificate import VerificationSettings
+    from offramp.adapter.certificate import ROWS, VerificationSettings
     from offramp.calibration.verification import Verification, own_examples, with_thresholds
     from offramp.common.folders import check_writable
     from offramp.common.progress import progress_bar
@@ -100,7 +99,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         for name, (value, _) in QUICK.items():
             if name not in getattr(arguments, "given", {}):
                 setattr(arguments, name, value)
-    settings = VerificationSettings(arguments.rows, arguments.slots, arguments.max_new_tokens)
+    rows = (2,) if arguments.quick else ROWS
+    settings = VerificationSettings(rows, arguments.slots, arguments.max_new_tokens)
     check_engine(arguments)
     kept = _folder(arguments)
     if kept is not None:

@@ -59,16 +59,15 @@ class ServerConfig:
     """Settings of a server.
 
     name: of the model, in requests and answers. keys: any of them opens everything but `/health`
-    and `/ready`; none: everything is open. share_kept: whether prompts and images that are kept
-    answer requests of other keys faster too, which tells these what was asked. hosts: names under
-    which it is asked for (`Host`), so that no page of another site reaches it by a name of its own;
-    ".example.org": all below it too, "*": any; the address that a connection came to always is one;
-    none: any. body, messages, characters: bytes of a request, its messages, and its text. schema:
-    characters of a JSON schema. bodies: bytes of all requests under way. choices: answers to one
-    request (`n`, and prompts of a completion). default_tokens: longest answer, where neither the
-    request nor the model says one. body_seconds: until a request's header, and then its body, has
-    come. send_seconds: that a client may take nothing of what is sent to it. connections: open at
-    once; a further one takes the place of the one that has asked for nothing for the longest time.
+    and `/ready`; none: everything is open. hosts: names under which it is asked for (`Host`), so
+    that no page of another site reaches it by a name of its own; ".example.org": all below it too,
+    "*": any; the address that a connection came to always is one; none: any. body, messages,
+    characters: bytes of a request, its messages, and its text. schema: characters of a JSON schema.
+    bodies: bytes of all requests under way. choices: answers to one request (`n`, and prompts of a
+    completion). default_tokens: longest answer, where neither the request nor the model says one.
+    body_seconds: until a request's header, and then its body, has come. send_seconds: that a client
+    may take nothing of what is sent to it. connections: open at once; a further one takes the place
+    of the one that has asked for nothing for the longest time.
 
     Raises:
         InputError: a number that is not above 0 and finite, an origin or a key that is none.
@@ -76,7 +75,6 @@ class ServerConfig:
 
     name: str
     keys: Sequence[str] = field(default=(), repr=False)
-    share_kept: bool = False
     hosts: Sequence[str] = ()
     cors: Sequence[str] = option(
         (),
@@ -107,9 +105,6 @@ class ServerConfig:
         "answers to requests unlike the calibrated ones: lossless answers those again that came "
         "whole, and all once the alarm is raised",
         choices=("early_exit", "lossless"),
-    )
-    metrics: str = option(
-        "offramp", "before the metrics' names, such as vllm", flag="--metrics-prefix"
     )
     images: ImageLimits = field(default_factory=ImageLimits)
 

@@ -21,15 +21,19 @@ HISTOGRAMS = {
 }
 
 
-class Metrics:
-    """The metrics of one server, in a registry of its own. prefix: before their names."""
+PREFIX = "offramp"
+"""Before the names, which are vLLM's where it has the same."""
 
-    def __init__(self, prefix: str, model: str) -> None:
+
+class Metrics:
+    """The metrics of one server, in a registry of its own."""
+
+    def __init__(self, model: str) -> None:
         self.registry: CollectorRegistry = CollectorRegistry()
-        self._prefix, self._model = prefix, model
+        self._model = model
         histogram = {
             name: Histogram(
-                f"{prefix}:{name}", text, ["model_name"],
+                f"{PREFIX}:{name}", text, ["model_name"],
                 buckets=GAPS if name.startswith("inter") else SECONDS, registry=self.registry,
             ).labels(model)
             for name, text in HISTOGRAMS.items()
@@ -47,12 +51,12 @@ class Metrics:
         self._mode = self._counter("requests_by_mode", "Answers, by how they used exits.", "mode")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        full = f"{self._prefix}:{name}"
+        full = f"{PREFIX}:{name}"
         return Counter(full, text, ["model_name", *labels], registry=self.registry)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a number that is read whenever the metrics are."""
-        gauge = Gauge(f"{self._prefix}:{name}", text, ["model_name"], registry=self.registry)
+        gauge = Gauge(f"{PREFIX}:{name}", text, ["model_name"], registry=self.registry)
         gauge.labels(self._model).set_function(value)
 
     def answered(

@@ -89,7 +89,7 @@ class Gate:
     async def _checked(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         self._check_host(scope, headers)
         known = scope["offramp_key"] = self._known(headers) if self._keys else None
-        scope["offramp_salt"] = None if known is None or self._config.share_kept else str(known)
+        scope["offramp_salt"] = None if known is None else str(known)
         if self._keys and scope["path"] not in OPEN and known is None:
             wanted = 'Basic realm="offramp", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
             raise ApiError(

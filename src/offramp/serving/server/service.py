@@ -94,7 +94,7 @@ class Service:
         self.config: ServerConfig = config
         self.images: ImageSource = images or ImageSource.of(config.images, served.smallest)
         self.tokenizer: Any = served.tokenizer
-        self.metrics: Metrics = Metrics(config.metrics, config.name)
+        self.metrics: Metrics = Metrics(config.name)
         self.alarm: Alarm = Alarm(served.likeness)
         self.watcher: Any = served.watcher(self.engine, self.alarm)
         self._add_gauges()
