@@ -36,7 +36,7 @@ def read(tmp_path: Path, text: str | bytes, command: str = "train", *words: str)
         ("prompt: |\n  two\n  lines\n", "prompt", "two\nlines\n"),
         ("steps: 7", "steps", 7), ("steps: '7'", "steps", 7),
         ("learning_rate: 1e-4", "learning_rate", 1e-4),
-        ("patience: null", "patience", None), ("patience: ~", "patience", None),
+        ("shortlist: null", "shortlist", None), ("shortlist: ~", "shortlist", None),
         ("depths: 2,5", "depths", (2, 5)), ("depths: [2, 5]", "depths", (2, 5)),
         ("depths:\n- 2\n- 5\n", "depths", (2, 5)), ("depths: 3", "depths", (3,)),
         ("losses: {l1: 0.5}", "losses", {"l1": 0.5}),
@@ -98,8 +98,8 @@ def test_a_list_does_not_take_what_stands_behind_it(tmp_path: Path) -> None:
         tmp_path, "image_domains: [a.org]", "serve", "tiny-opt", "--image-domains", "c.org"
     )
     assert found.image_domains == ["c.org"]
-    found = read(tmp_path, "allowed_hosts: ['*']\nshare_kept: true\nquiet: true", "serve")
-    assert (found.allowed_hosts, found.share_kept, found.quiet) == (["*"], True, True)
+    found = read(tmp_path, "allowed_hosts: ['*']\nshrink_on_load: true\nquiet: true", "serve")
+    assert (found.allowed_hosts, found.shrink_on_load, found.quiet) == (["*"], True, True)
 
 
 @pytest.mark.parametrize(

@@ -158,12 +158,12 @@ def parsed(tmp_path: Path, text: str, *words: str) -> argparse.Namespace:
 def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
     text = (
         "steps: 7\nbatch_size: 4\ndepths: [2, 5]\noverwrite: true\n"
-        "resume: false\npatience: null\nlosses: {l1: 0.5}\nlimit: 3\nlearning-rate: 1.0e-4\n"
+        "resume: false\nshortlist: null\nlosses: {l1: 0.5}\nlimit: 3\nlearning-rate: 1.0e-4\n"
     )
     found = parsed(tmp_path, text, "--steps", "9")
     assert (found.steps, found.batch_size, found.depths) == (9, 4, (2, 5))
     assert (found.overwrite, found.resume) == (True, False)
-    assert (found.patience, found.losses, found.learning_rate) == (None, {"l1": 0.5}, 1e-4)
+    assert (found.shortlist, found.losses, found.learning_rate) == (None, {"l1": 0.5}, 1e-4)
 
 
 def test_a_file_may_give_what_is_required(tmp_path: Path) -> None:

@@ -34,8 +34,5 @@ TABLES: dict[str, MakeTable] = {"auto": auto}
 FIGURES: dict[str, Make] = {
     "auto-ms": lambda: f"{_paired('default')['milliseconds']:.1f}",
     "auto-packed-ms": lambda: f"{_paired('packed')['milliseconds']:.1f}",
-    "auto-named": lambda: "{times:.3f} [{low:.3f}, {high:.3f}]".format_map(
-        _paired("named")["default_takes"]
-    ),
     "auto-same": lambda: str(_paired("packed")["same"]),
 }

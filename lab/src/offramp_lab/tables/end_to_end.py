@@ -122,26 +122,6 @@ def _shown(entry: Value) -> bool:
     return entry["engine"] not in (PLAIN, PACKED, F16) or entry["mode"] in few
 
 
-def questions() -> Table:
-    """Questions answered right."""
-    rows = by(record("end_to_end")["questioned"], *NAMED)
-    return Table.of(
-        [
-            rows[engine, mode, TOWER]
-            for engine in (PLAIN, Q8)
-            for mode in (FULL, STATIC, EARLY, CAREFUL)
-        ],
-        {
-            "engine": _engine,
-            "mode": _mode,
-            "right": _score("right", ".1%"),
-            "of full depth": _drop("right", "+.1%"),
-            "same answer": _as_full,
-            "faster, end to end": _ratio("over_full"),
-        },
-    )
-
-
 def five_layers() -> Table:
     """What confidence adds to a static model of five layers."""
     found = record("five_layers")
@@ -319,11 +299,9 @@ def same_answers(mode: str) -> Make:
 TABLES: dict[str, MakeTable] = {
     "photo-factors": in_factors,
     "end-to-end": whole,
-    "end-to-end-questions": questions,
     "five-layers": five_layers,
 }
 FIGURES: dict[str, Make] = {
-    "end-to-end-torch": told("over_full", PLAIN, EARLY),
     "end-to-end-q8_0": told("over_fastest", Q8, EARLY),
     "end-to-end-q8_0-lossless": told("over_fastest", Q8, LOSSLESS),
     "end-to-end-skipped": of_skipping(EARLY),

@@ -28,27 +28,6 @@ def watched() -> Table:
     )
 
 
-def watch_active() -> Table:
-    """Comparisons until a broken promise is noticed, drawn uniformly and by doubts."""
-
-    def delay(ratio: str) -> Told:
-        def words(entry: Value) -> str:
-            ways = entry["delays"][ratio]
-            return " / ".join(f"{ways[w]['median_images']:,.0f}" for w in ("uniform", "active"))
-
-        return words
-
-    return Table.of(
-        record("watched")["active"],
-        {
-            "answers": "{words}",
-            "called broken though it holds": "{false_alarms:.1%}",
-            "2 times the risk": delay("2"),
-            "3 times": delay("3"),
-        },
-    )
-
-
 def http() -> Table:
     measured = record("serving")["http"].items()
     return Table.of(
@@ -71,6 +50,5 @@ def http() -> Table:
 
 TABLES: dict[str, MakeTable] = {
     "watched": watched,
-    "watch-active": watch_active,
     "serving": http,
 }

@@ -48,21 +48,6 @@ def _calibrated() -> dict[str, Any]:
     return {name: part for name, part in record("suitability").items() if "cells" in part}
 
 
-def calibrated() -> Table:
-    """Speeds of calibrated thresholds, forecast / measured, each with its interval."""
-    rows, titles = [], []
-    for name, part in _calibrated().items():
-        titles = [f"{cell['target']:.0%} of answers" for cell in part["cells"]]
-        cells = []
-        for cell in part["cells"]:
-            (value, *ends), measured = cell["foretold"], cell["measured"]
-            told = with_range(times(value), ends, ".2f")
-            found = with_range(times(measured["value"]), measured["interval"], ".2f")
-            cells.append(f"{told} / {found}")
-        rows.append((f"{tiny(name.partition('-')[0])}, depth {part['depth']}", *cells))
-    return Table(("forecast / measured", *titles), rows)
-
-
 def _ratios() -> list[float]:
     """Measured speeds of calibrated thresholds over those foretold, ascending."""
     cells = [cell for part in _calibrated().values() for cell in part["cells"]]
@@ -83,7 +68,7 @@ def _above() -> str:
     return f"{len(above)} of {len(cells)}"
 
 
-TABLES: dict[str, MakeTable] = {"suitability": beside, "suitability-calibrated": calibrated}
+TABLES: dict[str, MakeTable] = {"suitability": beside}
 FIGURES: dict[str, Make] = {
     "calibrated-least": lambda: f"{_ratios()[0]:.2f}",
     "calibrated-median": lambda: f"{median(_ratios()):.2f}",

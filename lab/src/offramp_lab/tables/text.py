@@ -30,12 +30,7 @@ def _trained(measure: str) -> Any:
     return found
 
 
-def _acceptance() -> str:
-    return ", ".join(f"{share:.2f}" for share in _trained("drafting")["acceptance"][:4])
-
-
 TABLES: dict[str, MakeTable] = {"text-speeds": speeds}
 FIGURES: dict[str, Make] = {
     "text-agreement": lambda: f"{_trained('agreement'):.0%}",
-    "text-acceptance": _acceptance,
 }

@@ -1,9 +1,6 @@
 """Vision towers by what runs them."""
 
-from collections.abc import Mapping
-from functools import partial
-
-from offramp.report.table import Table, Told
+from offramp.report.table import Table
 from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 
 NAMES = {
@@ -14,21 +11,22 @@ NAMES = {
 }
 
 
-def engines(part: str, of: str, names: Mapping[str, str], digits: int = 1) -> Table:
-    """By what sees, as `of` says: CPU milliseconds of a photograph, their share of PyTorch's, how
-    far its tokens are from PyTorch's, and captions that are the same, where there are any."""
-    found = record("vision")[part]
+def towers() -> Table:
+    """By what runs the photo model's tower: CPU milliseconds of a photograph, PyTorch's over them,
+    how far its tokens are from PyTorch's, and captions that are the same."""
+    found = record("vision")["towers"]
     entries = by(found["engines"], "engine")
     own = entries["torch"]["cpu_milliseconds"]
-    columns: dict[str, Told] = {
-        of: lambda entry: names.get(entry["engine"], entry["engine"].replace("mtmd", "libmtmd")),
-        "ms": f"{{cpu_milliseconds:.{digits}f}}",
-        "": lambda entry: f"{own / entry['cpu_milliseconds']:.1f}x",
-        "distance of tokens": "{distance:.1e}",
-    }
-    if "same_captions" in entries["torch"]:
-        columns["same captions"] = f"{{same_captions}} of {found['pictures']}"
-    return Table.of(entries.values(), columns)
+    return Table.of(
+        entries.values(),
+        {
+            "tower in": lambda entry: NAMES[entry["engine"]],
+            "ms": "{cpu_milliseconds:.1f}",
+            "": lambda entry: f"{own / entry['cpu_milliseconds']:.1f}x",
+            "distance of tokens": "{distance:.1e}",
+            "same captions": f"{{same_captions}} of {found['pictures']}",
+        },
+    )
 
 
 def _of(part: str, engine: str) -> Value:
@@ -38,9 +36,5 @@ def _of(part: str, engine: str) -> Value:
 FIGURES: dict[str, Make] = {
     "vit-alone": lambda: f"{_of('vit', 'mtmd q8_0')['cpu_milliseconds']:.0f}",
     "vit-ours": lambda: f"{_of('vit', 'mtmd q8_0, our kernels')['cpu_milliseconds']:.0f}",
-    "vit-packed": lambda: f"{_of('vit', 'mtmd q8_0, our kernels')['packed_bytes'] / 1e6:.0f}",
 }
-TABLES: dict[str, MakeTable] = {
-    "vision-engines": partial(engines, "towers", "tower in", NAMES),
-    "vision-vit": partial(engines, "vit", "tower and projector in", NAMES, digits=0),
-}
+TABLES: dict[str, MakeTable] = {"vision-engines": towers}
