@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 import threading
 import time
@@ -208,6 +209,17 @@ def test_a_request_that_does_not_come_is_given_up(server: Server, name: str, dri
         assert answer.count(b"HTTP/1.1 200") == HALVES[name].count(
             b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
         )
+
+
+def test_a_header_that_is_too_large_is_answered_while_the_rest_still_comes(server: Server) -> None:
+    with line_to(server[1]) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 40_000)
+        select.select([line], [], [], WITHIN)  # it was refused by now
+        line.sendall(b"a" * 30_000 + b"\r\n\r\n")
+        time.sleep(0.2)
+        found = ended(line)
+    assert found.startswith(b"HTTP/1.1 431 ")
+    assert "32768 bytes" in json.loads(found.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
 def test_a_kept_connection_is_used_again_after_a_pause(server: Server) -> None:

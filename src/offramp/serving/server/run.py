@@ -41,6 +41,7 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
         self._stuck_since: float | None = None
+        self._refused = False
         self._watch = self.loop.call_later(self.limits.send_seconds, self._look)
         self._await_header()
         if len(self.connections) > self.limits.connections:
@@ -59,6 +60,8 @@ class Protocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:  # the rest of what was refused
+            return
         super().data_received(data)
         if self._asks_nothing:
             self._await_header()
@@ -117,9 +120,13 @@ class Protocol(H11Protocol):
     # -- errors ------------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, f"{msg} A header may have {HEADER_BYTES} bytes.", "invalid_http")
+        large = len(self.conn.trailing_data[0]) > HEADER_BYTES
+        said = f"{msg} A header may have {HEADER_BYTES} bytes."
+        self._refuse(431 if large else 400, said, "invalid_http", reads_on=True)
 
-    def _refuse(self, status: int, message: str, code: str) -> None:
+    def _refuse(self, status: int, message: str, code: str, *, reads_on: bool = False) -> None:
+        """Answer with an error, and close. reads_on: what is on its way is read for a second, as
+        closing beside it would take the answer back."""
         self._unset_keepalive_if_required()
         body = json.dumps(error_object(status, message, code=code)).encode()
         headers = [
@@ -131,7 +138,12 @@ class Protocol(H11Protocol):
             response = h11.Response(status_code=status, headers=headers, reason=b"")
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        self._refused = True
+        if reads_on and self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.loop.call_later(1, self.transport.close)
+        else:
+            self.transport.close()
 
 
 def protocol(limits: ServerConfig) -> type[Protocol]:
