@@ -640,8 +640,10 @@ def test_a_broken_promise_changes_answers_metrics_and_what_the_page_is_told(acti
         assert watch_told["broken"] and watch_told["action"] == action
 
 
-def test_the_watch_is_reset_by_a_key_alone() -> None:
-    for keys, sent, status in (((), None, 403), (("k",), None, 401), (("k",), "k", 200)):
+def test_the_watch_is_reset_by_the_first_key_alone() -> None:
+    both = ("k", "another")
+    asked = (((), None, 403), (("k",), None, 401), (both, "another", 403), (both, "k", 200))
+    for keys, sent, status in asked:
         watch = {"watch": WatchConfig(share=1.0), "loss": lambda early, full: 1.0}
         service = service_of(slots=2, more=watch, keys=keys)
         assert service.watcher is not None

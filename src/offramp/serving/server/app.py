@@ -308,8 +308,9 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.post("/v1/watch/reset")
-    async def reset_watch(body: ResetRequest) -> dict[str, Any]:
-        """Reset the watch and the alarm over unlike requests; only where the server has keys."""
+    async def reset_watch(request: Request, body: ResetRequest) -> dict[str, Any]:
+        """Reset the watch and the alarm over unlike requests; by the first of the server's keys,
+        as the watch is about the requests of all."""
         check_model(service, body.model)
         if service.watcher is None and likeness_report(service) is None:
             raise ApiError(
@@ -319,6 +320,13 @@ def _add_operations(app: FastAPI, service: Service) -> None:
                 code="not_watched",
             )
         _check_operator(service)
+        if request.scope["offramp_key"]:
+            raise ApiError(
+                403,
+                "The watch is about everybody's requests: it is reset by the first of the server's "
+                "keys alone.",
+                code="first_key_needed",
+            )
         service.alarm.reset()
         if service.watcher is not None:
             await asyncio.to_thread(service.watcher.reset)
