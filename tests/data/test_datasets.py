@@ -19,6 +19,7 @@ from offramp.data.datasets import (
     read_examples,
     split_examples,
 )
+from offramp.data.formats import read_items
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -115,6 +116,26 @@ def test_templates_replace_the_default_prompts(write: Write) -> None:
 
 def test_a_caption_prompt_may_be_empty(write: Write) -> None:
     assert read_examples(write({"image": "a.png"}), prompt_template="")[0].prompt == ""
+
+
+def test_images_of_a_jsonl_file_may_lie_in_another_folder(write: Write, tmp_path: Path) -> None:
+    """Else what was asked about them would be about others of these names."""
+    away = tmp_path / "away"
+    away.mkdir()
+    Image.new("RGB", (8, 8), "red").save(away / "a.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "a.png")
+    file = write({"image": "a.png", "captions": ["one"]})
+    [item] = read_items([file], away)
+    assert item.example.open_image().getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(InputError, match=r"says itself where.*\n.*--images"):
+        read_items([str(away)], away)
+
+
+def test_a_line_without_an_end_is_refused_at_a_bound(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'{"image": "' + b"a" * 2**24)
+    with pytest.raises(DataError, match=r"line 1 is longer than 16777216 bytes.*\n"):
+        read_examples(file)
 
 
 def test_blank_lines_and_a_byte_order_mark_are_no_rows(write: Write) -> None:

@@ -282,7 +282,7 @@ def test_a_limit_splits_no_image(make: Make) -> None:
 
 def test_jsonl_is_read_as_everywhere(make: Make, tmp_path: Path) -> None:
     _, pictures = make("gqa")
-    rows = [{"image": "pictures/a.jpg", "question": "Why?", "answers": ["so"]}]
+    rows = [{"image": "a.jpg", "question": "Why?", "answers": ["so"]}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (item,) = read_items([path], pictures)

@@ -53,6 +53,7 @@ Turn = tuple[str, tuple[str, ...]]  # prompt, answers
 def read_examples(
     source: str | Path,
     *,
+    images: str | Path | None = None,
     split: str | None = None,
     prompt_template: str | None = None,
     limit: int | None = None,
@@ -64,6 +65,7 @@ def read_examples(
     Args:
         source: a JSONL file; a folder of images, that holds one such file, that `datasets` saved,
             or with Parquet files; or the name of a data set for `datasets.load_dataset`.
+        images: the folder that the images of a JSONL file are in; None: the file's own.
         split: only the rows of this split; None means all of them.
         prompt_template: for questions and dialogues, a text with `{question}`; for captions, the
             prompt itself, which may be empty. Defaults: QUESTION_PROMPT and CAPTION_PROMPT.
@@ -82,12 +84,12 @@ def read_examples(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}.", "Give 1 or more, or leave it out to read all rows.")
-    if str(source).endswith(".txt") and os.path.isfile(source):
+    if images is None and str(source).endswith(".txt") and os.path.isfile(source):
         return _text_prompts(Path(source), limit, require_answers=require_answers)
     prompts = _Prompts(prompt_template)
     examples: list[tuple[int, Example]] = []
     drawn: set[str] | None = None  # once the limit is reached: what is read to its end
-    rows = read_rows(source, split)
+    rows = read_rows(source, split, images)
     for row in rows if limit is None else _sampled(list(rows), group_by):
         if drawn is not None and _drawn_with(row, group_by) not in drawn:
             if isinstance(row.fields.get("image"), Cell | Image.Image):
@@ -254,6 +256,6 @@ def _image(row: Row) -> tuple[Path | Image.Image | EncodedImage, str]:
     if not os.path.isfile(path):
         row.fail(
             f"names the image {path}, which does not exist",
-            "Correct the path; it is relative to the data file.",
+            "Correct the path; it is relative to the data file, or to --images.",
         )
     return path, str(row.image_name())

@@ -89,7 +89,7 @@ def read_items(
         files: the official file; for VQA v2 and OK-VQA the questions and the annotations, for
             VisDial the dialogues and, where there are some, the dense annotations. Files that
             stand beside the first under their official names need not be given.
-        images: the folder of images. Default: the folder of the first file.
+        images: their folder, of JSON and JSONL files. Default: the folder of the first file.
         split: for Karpathy's files (default: test), JSONL and `datasets`.
         prompt: the captions' prompt, or a template with `{question}`; see `read_examples`.
         limit: a sample of this many examples, and all else that is asked about their images; see
@@ -118,7 +118,7 @@ def read_items(
                 "Give one; official files end in .json.",
             )
         examples = read_examples(
-            files[0], split=split, prompt_template=prompt, limit=limit,
+            files[0], images=images, split=split, prompt_template=prompt, limit=limit,
             require_answers=require_answers, group_by=group_by,
         )  # fmt: skip
         return [Item(example) for example in examples]

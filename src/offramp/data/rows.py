@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from offramp.core.errors import DataError, StorageError, did_you_mean
+from offramp.core.errors import DataError, InputError, StorageError, did_you_mean
 from offramp.core.missing import how_to_install
 from offramp.core.storage.places import close_name, is_hub_name
 from offramp.inputs.image import content_digest, image_names
@@ -103,8 +103,17 @@ class Row:
         )
 
 
-def read_rows(source: str | Path, split: str | None) -> Iterator[Row]:
-    """The rows of any source, those of other splits left out."""
+def read_rows(
+    source: str | Path, split: str | None, images: str | Path | None = None
+) -> Iterator[Row]:
+    """The rows of any source, those of other splits left out. images: the folder of the images of a
+    JSONL file, where they are not beside it."""
+    if images is not None and not (os.path.isfile(source) and not str(source).endswith(".txt")):
+        raise InputError(
+            f"A folder of images was given, {images}, and {source} says itself where its images "
+            "are.",
+            "Leave --images out, or give the JSONL file itself.",
+        )
     if source == "":
         raise DataError(
             "There is no data of the name ''.", "Give a JSONL file, a folder or a name."
@@ -131,7 +140,7 @@ def read_rows(source: str | Path, split: str | None) -> Iterator[Row]:
             raise DataError(problem, "Give the path of the file itself.")
         path = files[0]
     if os.path.isfile(path):
-        return _of_split(_jsonl_rows(path), split, str(path))
+        return _of_split(_jsonl_rows(path, Path(images or path.parent)), split, str(path))
     if isinstance(source, Path) or source.endswith(_ENDINGS) or not is_hub_name(source):
         raise DataError(
             f"{source} does not exist.",
@@ -144,7 +153,11 @@ _ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".txt")
 """Of names that are files."""
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+LONGEST = 2**24
+"""Bytes of the longest line."""
+
+
+def _jsonl_rows(path: Path, base: Path) -> Iterator[Row]:
     try:
         with open(path, "rb") as file:
             begin = file.read(512)
@@ -155,9 +168,15 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                     "that holds the images.",
                 )
             file.seek(0)
-            for number, line in enumerate(file, 1):
+            lines = iter(lambda: file.readline(LONGEST + 1), b"")
+            for number, line in enumerate(lines, 1):
+                if len(line) > LONGEST:
+                    raise DataError(
+                        f"{path}, line {number} is longer than {LONGEST} bytes.",
+                        "Write one JSON object a line, and images as files.",
+                    )
                 if line.strip():
-                    yield _row_of(line, path, number)
+                    yield _row_of(line, path, base, number)
     except OSError as error:
         raise StorageError(
             f"Cannot read {path}: {error.strerror}.", "Check that the file may be read."
@@ -181,12 +200,12 @@ def _kind_of(begin: bytes) -> str | None:
     return "a file of bytes" if b"\0" in begin else None
 
 
-def _row_of(line: bytes, path: Path, number: int) -> Row:
+def _row_of(line: bytes, path: Path, base: Path, number: int) -> Row:
     where = f"{path}, line {number}"
     try:
-        return Row(_parse(line, where, number), where, number, path.parent)
+        return Row(_parse(line, where, number), where, number, base)
     except DataError as error:  # raised where the row is asked for
-        return Row({}, where, number, path.parent, error)
+        return Row({}, where, number, base, error)
 
 
 def _parse(line: bytes, where: str, number: int) -> dict[str, Any]:
