@@ -16,6 +16,7 @@ WORDS = {
     "chat": ("adapter", "--adapter", ""),
     "calibrate": ("adapter", "--adapter", "--data a"),
     "draft": ("adapter", "--adapter", "--data a"),
+    "sweep": ("adapter", "--adapter", "--data a"),
     "verify": ("adapter", "--adapter", ""),
     "eval": ("adapter", "--adapter", "--task captions --data a --out b"),
     "export": ("adapter", "--adapter", "--out b"),

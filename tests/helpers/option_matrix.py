@@ -38,6 +38,7 @@ class Places:
             "train": [*map(str, TRAIN), "--data", str(self.photos / "rows.jsonl"), "--out", out],
             "calibrate": ["--adapter", adapter, *some, *short, "--out", out],
             "draft": ["--adapter", adapter, *some, *short, "--out", out],
+            "sweep": [adapter, *some, *short, "--out", out],
             "verify": [adapter, *some, *short, "--quick", "--slots", "1", "--out", out],
             "generate": ["--adapter", adapter, "--image", image, "--prompt", "a", *short],
             "caption": [image, "--model", adapter, *short],

@@ -102,6 +102,7 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "train": {**model, "--data": data, "--steps": ["1"]},
         "calibrate": {"--adapter": adapter, "--data": data},
         "draft": {"--adapter": adapter, "--data": data},
+        "sweep": {"--adapter": adapter, "--data": data},
         "generate": {"--adapter": adapter, "--image": [str(tree / "good.png")]},
         "chat": {"--adapter": adapter, "--image": [str(tree / "good.png")]},
         "caption": {"": [str(tree / "good.png")], "--model": adapter},
@@ -199,7 +200,7 @@ def own_cases(command: str, tree: Path) -> Iterator[tuple[str, str]]:
         tables |= {"--temperature": ["0", "-1", "nan"], "--top-p": ["0"], "--prompt": [SURROGATE]}
     if command == "train":
         tables["--data"] += files_of(tree, ("endless.jsonl", "surrogate.jsonl"))
-    outs = (*OUTS, "folder" if command in ("report", "verify") else "good.png")
+    outs = (*OUTS, "folder" if command in ("report", "sweep", "verify") else "good.png")
     tables["--out"] = files_of(tree, outs)
     tables["--revision"] = ["main"] if "--backbone" in named or command == "inspect" else []
     if command == "calibrate":

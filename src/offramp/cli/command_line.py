@@ -31,6 +31,7 @@ examples:
   offramp demo                                   train, calibrate and time exits on a tiny model
   offramp inspect Salesforce/blip2-opt-2.7b      what exits could be attached to a model
   offramp train Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
+  offramp sweep exits --data held_out.jsonl      what thresholds would do
   offramp calibrate exits --data held_out.jsonl --target 0.01
   offramp draft exits --data held_out.jsonl
   offramp verify exits                           whether every way to decode is exact here
@@ -45,7 +46,7 @@ examples:
 COMMANDS = {
     name: f"offramp.cli.commands.{name}"
     for name in (
-        "demo", "train", "calibrate", "draft", "verify", "caption", "generate", "chat",
+        "demo", "train", "sweep", "calibrate", "draft", "verify", "caption", "generate", "chat",
         "serve", "eval", "export", "report", "inspect", "env", "completion",
     )
 }  # fmt: skip

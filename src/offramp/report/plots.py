@@ -118,3 +118,18 @@ def calibration_curve(
         legend(axes)
 
     return drawn("risk along the path of thresholds", draw)
+
+
+def sweep_curves(rows: Sequence[Any]) -> str:
+    """By score, the share of changed answers against the speed of decoding."""
+
+    def draw(axes: Any) -> None:
+        for color, score in zip(COLORS, dict.fromkeys(row.score for row in rows), strict=False):
+            points = [(row.speed, row.changed) for row in rows if row.score == score]
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", ms=3.5, label=score)
+        axes.set_xlabel("speed of decoding, over full depth")
+        axes.set_ylabel("share of answers changed")
+        percent(axes.yaxis)
+        legend(axes)
+
+    return drawn("changed answers against speed, by score", draw)
