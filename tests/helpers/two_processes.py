@@ -102,5 +102,5 @@ except TrainingError as error:
     (OUT / f"poisoned-{RANK}.json").write_text(json.dumps(str(error)))
 
 # The command line last: it ends what the processes share.
-data = ["--data", str(PHOTOS / "rows.jsonl")]
+data = ["--data", str(PHOTOS), "--max-new-tokens", "8"]
 sys.exit(cli.main(["train", "--json", *map(str, TRAIN), *data, "--out", str(OUT / "exits")]))

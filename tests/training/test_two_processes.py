@@ -18,6 +18,7 @@ from training_runs import SHARED, same, steps, trainer
 from offramp.adapter.adapter import Adapter
 from offramp.core.models.backbone import Backbone
 from offramp.core.save_and_load import CONFIG
+from offramp.data.scenes import world
 from offramp.training.feature_store import FeatureStore
 from offramp.training.labels import answers_of
 from offramp.training.optimization import set_learning_rate
@@ -31,10 +32,12 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def launched(
-    photos: Path, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """What two processes left behind that accelerate started with `helpers/two_processes.py`."""
-    out = tmp_path_factory.mktemp("two")
+    out, photos = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("scenes")
+    for n in range(24):  # of which each process validates one
+        world.render(world.scene("train", n)).save(photos / f"{n}.png")
     script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
     # `--multi_gpu` means several processes; on a CPU they talk through gloo.
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]

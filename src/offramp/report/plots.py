@@ -121,7 +121,7 @@ def calibration_curve(
 
 
 def sweep_curves(rows: Sequence[Any]) -> str:
-    """By score, the share of changed answers against the speed of decoding."""
+    """Return the share of changed answers against the speed of decoding, by score."""
 
     def draw(axes: Any) -> None:
         for color, score in zip(COLORS, dict.fromkeys(row.score for row in rows), strict=False):
