@@ -14,6 +14,11 @@ from offramp.adapter.shipped import load_tiny
 from offramp.calibration import suitability as module
 from offramp.calibration.suitability import (
     FEWEST,
+    LEVELS,
+    RISKS,
+    Prospect,
+    Shown,
+    Suitability,
     exiting,
     followed,
     looked_at,
@@ -131,7 +136,7 @@ def test_speed_is_tried_with_exits_that_leave_as_often_as_foretold(
     monkeypatch.setattr(module, "generate_forced", forced)
     shares = {3: (0.9, {0.9: 0.75, 0.95: 0.5}), 9: (0.9, {0.9: 0.75, 0.95: 0.75})}
     answers = full_model_answers(encoder, scenes, batch_size=8, max_new_tokens=16)
-    speeds = module._speeds(encoder, answers, shares, None, 0, iter)
+    speeds, _ = module._speeds(encoder, answers, shares, None, 0, iter)
     assert {*speeds} == {(3, 0.75), (3, 0.5), (9, 0.75)}
     assert speeds[3, 0.75] > speeds[3, 0.5] > 1.0 and speeds[9, 0.75] < speeds[3, 0.75]
     tokens = sum(len(answer.ids) for answer in answers[: module.TIMED])
@@ -151,3 +156,23 @@ def test_depths_that_are_tried_fit_the_model(layers: int) -> None:
     depths = looked_at(layers)
     assert depths == tuple(sorted(set(depths))) and len(depths) <= 6
     assert depths[0] >= 1 and depths[-1] <= max(1, 0.75 * layers + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("low", "settles", "begins"),
+    [(1.2, 0.6, "Exits would pay: "), (1.0, 0.6, "Exits would pay only if words may change: "),
+     (1.0, 0.0, "Exits would not pay here: ")],
+)  # fmt: skip
+def test_the_verdict_is_of_the_lower_end(low: float, settles: float, begins: str) -> None:
+    speed = 1 + settles
+    one = Prospect(
+        4, 0.7, dict.fromkeys(LEVELS, settles), dict.fromkeys(LEVELS, speed),
+        dict.fromkeys(RISKS, (1.3, low, 1.5)),
+    )  # fmt: skip
+    found = Suitability(12, 20, 100, 2000, False, (1.0, 0.8), (one,))
+    assert found.verdict(0.95).startswith(begins) and "depth 4 of 12" in found.verdict(0.95)
+    faster = 1.3 if low > 1 else speed
+    assert found.seconds_with(0.95) == pytest.approx(0.2 + 0.8 / faster)
+    ranks = (0.0, 0.3, 0.59, 0.61, 0.99)
+    told = replace(found, shown=(Shown("a", (9, 8, 7, 6, 5, 4), {4: ranks}),)).answers(0.95)
+    assert told[0]["depths"] == [12, *(4 if rank < settles else 12 for rank in ranks)]

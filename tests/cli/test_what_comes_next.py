@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import re
@@ -137,22 +138,41 @@ def test_calibrate_says_what_an_attempt_is_worth_before_it_is_made(
     assert 0 <= none < few < many < 100
 
 
-def test_suitability_is_ten_lines_and_names_training_at_its_best_depth(
+def test_a_forecast_is_five_lines_and_a_page_and_names_training_at_its_best_depth(
     run: RunCommand, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    photos, page = tmp_path / "photos", tmp_path / "forecast.html"
+    photos.mkdir()
     for number in range(16):
-        world.render(world.scene("train", number)).save(tmp_path / f"{number}.png")
-    asked = ("inspect", "tiny-opt", "--data", tmp_path, "--max-new-tokens", 8)
+        world.render(world.scene("train", number)).save(photos / f"{number}.png")
+    asked = ("inspect", "tiny-opt", "--data", photos, "--max-new-tokens", 8)
     with caplog.at_level(logging.INFO):
-        code, out, _ = run(*asked)
-    assert code == 0 and len(out.rstrip("\n").splitlines()) <= 10
-    assert "2 of 12" in out and "settled, 95%" in out
-    (after,) = next_of(caplog)
-    assert after.startswith(f"offramp train tiny-opt --data {tmp_path} ") and " --depths " in after
-    assert "--max-new-tokens 8" in after  # what was asked is asked again
+        code, out, _ = run(*asked, "--out", page)
+    verdict, *lines = out.rstrip("\n").splitlines()
+    assert code == 0 and len(lines) <= 4
+    assert verdict.startswith("Exits would pay: decoding ") and "at depth " in verdict
+    opened, trained = next_of(caplog)
+    assert opened == f"open {page}"
+    assert (
+        trained.startswith(f"offramp train tiny-opt --data {photos} ") and " --depths " in trained
+    )
+    assert "--max-new-tokens 8" in trained  # what was asked is asked again
     code, out, _ = run(*asked, "--depths", "3", "--json")
     found = json.loads(out)
     assert found["best"] == 3 and found["depths"][0]["settled"].keys() == {"0.9", "0.95", "0.98"}
+    assert "Exits would pay" in html.unescape(page.read_text())
+    shown = found["answers"]
+    assert len(shown) == 3 and all(len(one["ids"]) == len(one["depths"]) for one in shown)
+    assert {depth for one in shown for depth in one["depths"]} <= {3, 12}
+    told = tmp_path / "forecast.json"
+    told.write_text(out)
+    again = tmp_path / "again.html"
+    assert run("report", told, "--data", photos, "--out", again)[0] == 0
+    assert again.read_text().count("data:image/png") == 3 == page.read_text().count("data:image")
+    mine = tmp_path / "mine.html"
+    mine.write_text("my notes")
+    assert_two_lines(run(*asked, "--out", mine), "mine.html", "--overwrite")
+    assert mine.read_text() == "my notes"
 
 
 def test_what_does_not_go_with_the_question_is_said_in_two_lines(

@@ -16,7 +16,7 @@ answers hold none that is wrong, followed likewise, with an interval from drawin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,10 @@ BEFORE = 0.3
 """Weight of what was said before against the state itself, by squared distance."""
 FEWEST = 16
 """Prompts."""
+SHOWN = 3
+"""Answers that are shown with the depths foretold of their words."""
+WORTH = 1.05
+"""Below this speed exits are not worth their training."""
 TIMED, SECONDS, ROUNDS = 8, 12.0, 5
 """Prompts whose answers are written at full depth and with exits that leave at random, seconds that
 this may take beyond a first round, and rounds at most."""
@@ -82,11 +86,23 @@ class Prospect:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """One of the full model's answers. ids: its N tokens. ranks: by depth, of all but the first
+    (which comes out of the prompt's pass) the share of all tokens that an exit there is surer of
+    [N - 1]."""
+
+    key: str
+    ids: tuple[int, ...]
+    ranks: Mapping[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
 class Suitability:
     """The speed that exits promise on a model of L `layers`.
 
     prompts, tokens: that were answered, and looked at. planned: prompts that training would have.
-    shortlist: whether exits read a shortlist of the vocabulary.
+    shortlist: whether exits read a shortlist of the vocabulary. seconds: of an answer at full
+    depth, and of decoding in it. shown: some answers.
     """
 
     layers: int
@@ -94,11 +110,63 @@ class Suitability:
     tokens: int
     planned: int
     shortlist: bool
+    seconds: tuple[float, float]
     prospects: tuple[Prospect, ...]
+    shown: tuple[Shown, ...] = ()
 
     def best(self, level: float) -> Prospect:
         """The depth whose exit decodes fastest at a level of `LEVELS`."""
         return max(self.prospects, key=lambda p: p.speedup[level])
+
+    def kept(self, level: float) -> float | None:
+        """The least target of `RISKS` at which the best exit is expected to pay, at the lower end
+        of its interval; None: at none of them."""
+        told = self.best(level).calibrated
+        return next((risk for risk in RISKS if told[risk][1] >= WORTH), None)
+
+    def verdict(self, level: float) -> str:
+        """Whether exits would pay, in a sentence."""
+        best, risk = self.best(level), self.kept(level)
+        where = f"at depth {best.depth} of {self.layers}"
+        if risk is not None:
+            speed, low, high = best.calibrated[risk]
+            return (
+                f"Exits would pay: decoding {speed:.2f}x as fast [{low:.2f}, {high:.2f}] while at "
+                f"most {risk:.0%} of answers change; train one {where}."
+            )
+        if best.speedup[level] >= WORTH:
+            return (
+                f"Exits would pay only if words may change: decoding {best.speedup[level]:.2f}x as "
+                f"fast while {level:.0%} of words stay, and more than {RISKS[-1]:.0%} of answers "
+                f"change; the exit would stand {where}."
+            )
+        return (
+            f"Exits would not pay here: the best, {where}, would agree with the full model on "
+            f"{best.agreement:.0%} of words, and too few of them are sure enough to leave."
+        )
+
+    def seconds_with(self, level: float) -> float:
+        """Seconds of an answer with the best exit, at the least target that pays."""
+        whole, decoding = self.seconds
+        risk, best = self.kept(level), self.best(level)
+        speed = best.speedup[level] if risk is None else best.calibrated[risk][0]
+        return whole - decoding + decoding / speed
+
+    def answers(self, level: float) -> list[dict[str, Any]]:
+        """The answers that are shown, each token with the depth foretold of it: that of the best
+        exit for as many as settle at the level."""
+        best = self.best(level)
+        return [
+            {
+                "key": one.key,
+                "ids": list(one.ids),
+                "depths": [self.layers, *(
+                    best.depth if rank < best.settled[level] else self.layers
+                    for rank in one.ranks[best.depth]
+                )],
+            }
+            for one in self.shown
+        ]  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         def named(value: Any) -> Any:
@@ -106,7 +174,8 @@ class Suitability:
                 return value
             return {f"{level:g}": told for level, told in value.items()}
 
-        entries = asdict(self)
+        entries = asdict(replace(self, shown=()))
+        del entries["shown"]
         rows = [{n: named(v) for n, v in row.items()} for row in entries.pop("prospects")]
         return {**entries, "depths": rows}
 
@@ -154,17 +223,41 @@ def suitability(
         encoder, examples, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
     )
     seen = _Seen.of(encoder, answers, chosen, batch_size, seed, progress)
-    shares = {depth: _shares(backbone, seen, depth, planned / len(examples)) for depth in chosen}
+    more, shares, scores = planned / len(examples), {}, {}
+    for depth in chosen:
+        shares[depth], scores[depth] = _shares(backbone, seen, depth, more)
     shortlist = seen.spoken if _is_wide(backbone) else None
-    speeds = _speeds(encoder, answers, shares, shortlist, seed, progress)
+    speeds, seconds = _speeds(encoder, answers, shares, shortlist, seed, progress)
     return Suitability(
         layers=backbone.depth,
         prompts=len(examples),
         tokens=len(seen.said),
         planned=planned,
         shortlist=shortlist is not None,
+        seconds=seconds,
+        shown=_shown(answers, seen, scores),
         prospects=tuple(_prospect(depth, *told, speeds=speeds) for depth, told in shares.items()),
     )
+
+
+def _shown(
+    answers: Sequence[Answered], seen: _Seen, scores: Mapping[int, Array]
+) -> tuple[Shown, ...]:
+    """The first answers of which all tokens were looked at, with as many words as most have."""
+    ranks = {d: (-own).argsort(kind="stable").argsort() / len(own) for d, own in scores.items()}
+    places: dict[int, list[int]] = {}
+    for place, number in enumerate(seen.answer.tolist()):
+        places.setdefault(number, []).append(place)
+    looked = [(a, places[n]) for a, n in zip(answers, seen.order, strict=True) if n in places]
+    usual = float(np.median([len(own) for _, own in looked]))
+    some = [pair for pair in looked if len(pair[1]) >= usual][:SHOWN]
+    return tuple(
+        Shown(
+            answer.example.key, tuple(answer.ids),
+            {depth: tuple(rank[own].tolist()) for depth, rank in ranks.items()},
+        )
+        for answer, own in some
+    )  # fmt: skip
 
 
 def _prospect(
@@ -205,7 +298,8 @@ class _Seen:
 
     untrained: by depth, features [N, D] that an untrained exit gives, and their means [N, D] over
     the answer so far. final: the final layer's. said: the tokens [N]. spoken: each of them once,
-    ascending. answer: the number [N] of each one's answer, in a random order.
+    ascending. answer: the number [N] of each one's answer, in a random order; order: the number of
+    each answer.
     """
 
     untrained: Mapping[int, tuple[Tensor, Tensor]]
@@ -213,6 +307,7 @@ class _Seen:
     said: Tensor
     spoken: Tensor
     answer: Tensor
+    order: tuple[int, ...]
 
     @classmethod
     def of(
@@ -259,18 +354,20 @@ class _Seen:
             said=said,
             spoken=torch.unique(said),
             answer=answer,
+            order=tuple(order.tolist()),
         )
 
 
 # -- what an exit would say --------------------------------------------------------------------
 
+_Foretold = tuple[float, dict[float, float], dict[float, tuple[float, float, float]]]
+"""The share of tokens for which an exit's likeliest is the full model's, by level the share that
+settles, and by target of `RISKS` the share that exits, with its interval."""
 
-def _shares(
-    backbone: Backbone, seen: _Seen, depth: int, more: float
-) -> tuple[float, dict[float, float], dict[float, tuple[float, float, float]]]:
-    """The share of tokens for which an exit's likeliest is the full model's, by level the share
-    that settles, and by target of `RISKS` the share that exits, with its interval. more: how many
-    times as many answers training would have as there are here."""
+
+def _shares(backbone: Backbone, seen: _Seen, depth: int, more: float) -> tuple[_Foretold, Array]:
+    """What is foretold of an exit, and the stand-in's scores [N]. more: how many times as many
+    answers training would have as there are here."""
     kernel = _kernel(*seen.untrained[depth])
     head = backbone.head_rows(seen.spoken.to(backbone.device))
     judged = {
@@ -290,14 +387,12 @@ def _shares(
     times = np.maximum(again, least) / np.maximum(left[-1][1 + len(LEVELS) :], least)
     spread = 1 - np.minimum(told * np.quantile(times, (0.975, 0.025), axis=0), 1.0)
     certain = zip(1 - told, *spread, strict=True)
-    return (
-        1.0 - wrong,
-        dict(zip(LEVELS, shares, strict=True)),
-        {
-            target: (float(a), float(b), float(c))
-            for target, (a, b, c) in zip(RISKS, certain, strict=True)
-        },
-    )
+    exits = {
+        target: (float(a), float(b), float(c))
+        for target, (a, b, c) in zip(RISKS, certain, strict=True)
+    }
+    scores, _ = judged[PIECES[-1]][0]
+    return (1.0 - wrong, dict(zip(LEVELS, shares, strict=True)), exits), scores
 
 
 def _kernel(states: Tensor, before: Tensor) -> Tensor:
@@ -393,10 +488,11 @@ def _speeds(
     shortlist: Tensor | None,
     seed: int,
     progress: Any,
-) -> dict[tuple[int, float], float]:
+) -> tuple[dict[tuple[int, float], float], tuple[float, float]]:
     """Of decoding, over full depth, by depth and the share of tokens that exits there: untrained
     exits, whose work is a trained one's, leave at random so often. Where first tokens leave,
-    decoding has to read their prompts deeper later on, as it will."""
+    decoding has to read their prompts deeper later on, as it will. And seconds of an answer at full
+    depth, whole and of decoding."""
     backbone, clock = encoder.backbone, clock_on(encoder.backbone.device.type)
     exits = ExitSet(Exits(backbone, sorted(shares)).requires_grad_(False), shortlist)
     written = [answer for answer in answers if len(answer.ids) > 1][:TIMED]
@@ -431,4 +527,7 @@ def _speeds(
         way: float(np.median([[decode for _, decode, _ in one] for one in by_round], 0).sum())
         for way, by_round in found.items()
     }
-    return {way: took[None] / took[way] for way in ways}
+    whole = np.median([[whole for whole, _, _ in one] for one in found[None]], 0).mean()
+    return {way: took[None] / took[way] for way in ways}, (
+        float(whole), took[None] / len(given),
+    )  # fmt: skip

@@ -14,6 +14,11 @@ from offramp.core.errors import InputError, OfframpError
 _TOLD = "Give another --out, or --overwrite to replace it."
 
 
+def is_page(begin: bytes) -> bool:
+    """Return True if a file that begins so is a page of `offramp report` or `offramp inspect`."""
+    return b'name="generator" content="offramp report"' in begin
+
+
 def overwrite_option(group: Any) -> None:
     group.add_argument(
         "--overwrite",

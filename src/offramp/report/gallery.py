@@ -45,6 +45,20 @@ def gallery(done: Done, layers: int, pictures: Mapping[str, Example], tokenizer:
     )  # fmt: skip
 
 
+def foretold(done: Done, layers: int, pictures: Mapping[str, Example], tokenizer: Any) -> Markup:
+    """Some answers of the full model, each word in the colour of the depth foretold of it.
+    Arguments as of `gallery`."""
+    rows = [row for (mode, _), row in done.items() if mode == "early_exit"]
+    said = [_answer(row, None, layers, pictures.get(str(row["key"])), tokenizer) for row in rows]
+    depths = {layers, *(depth for row in rows for depth in row["depths"])}
+    heading = "The model's own answers; each word is on the colour of the depth foretold of it"
+    return render(
+        "answers", not_here="", groups=[{"heading": heading, "answers": said}], layers=layers,
+        pictures=bool(pictures), worded=tokenizer is not None,
+        legend=[token("full" if d == layers else "exit", d, layers) for d in sorted(depths)],
+    )  # fmt: skip
+
+
 def _answer(
     early: Row, full: Row | None, layers: int, example: Example | None, tokenizer: Any
 ) -> dict[str, Any]:

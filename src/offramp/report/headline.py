@@ -86,6 +86,29 @@ def demo(value: Value) -> Headline:
     return sentence, cards
 
 
+def forecast(value: Value) -> Headline:
+    """Whether exits would pay, and what an answer would take."""
+    best = next(row for row in value["depths"] if row["depth"] == value["best"])
+    cards: Cards = [
+        (f"decoding speed, {float(risk):.0%} of answers change", times(speed),
+         f"{times(low)} to {times(high)}")
+        for risk, (speed, low, high) in best["calibrated"].items()
+    ]  # fmt: skip
+    whole, after = value["seconds"][0], value["seconds_with"]
+    cards += [
+        ("1,000 answers now", _took(1000 * whole), "of this machine, one at a time"),
+        ("with the exit", _took(1000 * after), "times its price an hour: what they cost"),
+    ]
+    return Markup("{}").format(value["verdict"]), cards
+
+
+def _took(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def adapter(value: Value) -> Headline:
     """The guarantee, where there is one."""
     guarantee = value.get("calibration")

@@ -92,6 +92,30 @@ def depth_histogram(shares: Mapping[str, float], layers: int) -> str:
     return drawn("share of tokens by depth: early exit", draw)
 
 
+def forecast(depths: Sequence[Mapping[str, Any]], layers: int) -> str:
+    """Speed of decoding with a calibrated exit by the share of answers that may change, with what
+    it lies in at 95%, by depth."""
+
+    def draw(axes: Any) -> None:
+        for place, (row, color) in enumerate(zip(depths, COLORS, strict=False)):
+            told = row["calibrated"]
+            shares = [float(target) + 0.0006 * (place - len(depths) / 2) for target in told]
+            speeds, lows, highs = zip(*told.values(), strict=True)
+            ends = [
+                [max(0.0, speed - low) for speed, low in zip(speeds, lows, strict=True)],
+                [max(0.0, high - speed) for speed, high in zip(speeds, highs, strict=True)],
+            ]
+            axes.errorbar(shares, speeds, ends, color=color, marker="o", markersize=4.5,
+                          capsize=2, label=f"exit at {row['depth']} of {layers}")  # fmt: skip
+        axes.axhline(1.0, color=INK, lw=1, linestyle=":")
+        axes.set_xlabel("share of answers that may change")
+        axes.set_ylabel("decoding speed (full depth 1)")
+        percent(axes.xaxis)
+        legend(axes)
+
+    return drawn("speed foretold by the share of answers that may change", draw)
+
+
 def calibration_curve(
     risks: Sequence[float], bounds: Sequence[float | None], target: float, chosen: int | None
 ) -> str:

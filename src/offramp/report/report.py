@@ -24,7 +24,7 @@ from offramp.data.item import Item
 from offramp.evaluation.run_log import ROWS, Done, read_rows
 from offramp.inputs.example import Example
 from offramp.report import headline, sections
-from offramp.report.gallery import gallery
+from offramp.report.gallery import foretold, gallery
 from offramp.report.html import document, render
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "adapter": ("depths", "policy", "backbone"),
     "demo": ("modes", "full_equals_generate"),
     "eval": ("modes", "task", "settings"),
+    "forecast": ("verdict", "planned", "depths"),
 }
 """What can be shown, and the keys that it is recognised by."""
 
@@ -40,9 +41,15 @@ MAKERS = {
     "adapter": "offramp train, then offramp calibrate",
     "demo": "offramp demo",
     "eval": "offramp eval",
+    "forecast": "offramp inspect NAME --data photos --json",
 }
 
-HEADLINES = {"demo": headline.demo, "eval": headline.evaluated, "adapter": headline.adapter}
+HEADLINES = {
+    "demo": headline.demo,
+    "eval": headline.evaluated,
+    "forecast": headline.forecast,
+    "adapter": headline.adapter,
+}
 """What a page opens with: the first of these that it holds."""
 
 FILES = ("adapter.json", "result.json", "report.json")
@@ -109,7 +116,11 @@ def _in_file(file: Path) -> list[Source]:
     if kind := _kind(value):
         rows = file.parent / ROWS
         done = read_rows(rows)[1] if kind == "eval" and rows.is_file() else {}
-        return [Source(kind, _name(kind, value, file.parent.name), value, done)]
+        return [
+            of_forecast(value)
+            if kind == "forecast"
+            else Source(kind, _name(kind, value, file.parent.name), value, done)
+        ]
     parts = [(name, part, _kind(part)) for name, part in value.items() if isinstance(part, dict)]
     shared = {"provenance": value["provenance"]} if "provenance" in value else {}
     return [
@@ -117,6 +128,12 @@ def _in_file(file: Path) -> list[Source]:
         for name, part, kind in parts
         if kind
     ]
+
+
+def of_forecast(value: Mapping[str, Any]) -> Source:
+    """The source of a forecast, with the answers that it shows."""
+    done = {("early_exit", str(row["key"])): {**row, "answer": ""} for row in value["answers"]}
+    return Source("forecast", _name("forecast", value, ""), value, done)
 
 
 def _kind(value: Mapping[str, Any]) -> str | None:
@@ -188,12 +205,16 @@ def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
         return lambda source: show(source.value)
 
     return [
-        ("answers", "Answers, word by word", {"eval": answers, "demo": answers}),
+        ("answers", "Answers, word by word", {
+            "eval": answers, "demo": answers, "forecast": answers}),
         ("key", "Key figures", dict.fromkeys(HEADLINES, _figures)),
-        ("exits", "Where tokens exit", {"eval": of(sections.histogram)}),
+        ("exits", "Where tokens exit", {
+            "eval": of(sections.histogram), "forecast": of(sections.forecast)}),
         ("calibration", "Calibration", {"adapter": of(sections.calibration)}),
         ("figures", "All figures", {
-            "eval": of(sections.measured_eval), "demo": of(sections.measured_demo)}),
+            "eval": of(sections.measured_eval), "demo": of(sections.measured_demo),
+            "forecast": of(sections.foretold)}),
+        ("next", "What comes next", {"forecast": of(sections.next_command)}),
     ]  # fmt: skip
 
 
@@ -223,7 +244,8 @@ def _answers(
         return Markup("")
     settings = source.value["settings"] if source.kind == "eval" else source.value
     tokenizer = tokenizer_of(settings["backbone"]) if source.done else None
-    return gallery(source.done, settings["layers"], _asked(source, items), tokenizer)
+    show = foretold if source.kind == "forecast" else gallery
+    return show(source.done, settings["layers"], _asked(source, items), tokenizer)
 
 
 def _asked(source: Source, items: Mapping[str, Item]) -> dict[str, Example]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from offramp.report.headline import NOTHING, Value
 from offramp.report.html import fine, metric, percent, render, times, with_interval
 from offramp.report.plots import calibration_curve, depth_histogram
+from offramp.report.plots import forecast as forecast_plot
 from offramp.report.table import Table
 
 TITLES = {
@@ -43,6 +44,35 @@ def histogram(value: Value) -> Markup:
     return render(
         "exits", svg=plot, shares=by_depth, tokens=early["tokens"], mean_depth=early["mean_depth"]
     )
+
+
+def forecast(value: Value) -> Markup:
+    """Return the section on how fast exits at each depth would be."""
+    plot = forecast_plot(value["depths"], value["layers"])
+    return render("forecast", svg=plot, **{n: value[n] for n in ("tokens", "prompts", "planned")})
+
+
+def foretold(value: Value) -> Markup:
+    """Return all figures of a forecast."""
+    first, *_ = value["depths"]
+    columns: dict[str, Any] = {
+        "depth": lambda row: f"{row['depth']} of {value['layers']}",
+        "words as the full model's": lambda row: percent(row["agreement"]),
+    }
+    columns |= {
+        f"settled, {float(level):.0%} stay": lambda row, level=level: percent(row["settled"][level])
+        for level in first["settled"]
+    }
+    columns |= {
+        f"speed, {float(risk):.0%} change": lambda row, risk=risk: times(row["calibrated"][risk][0])
+        for risk in first["calibrated"]
+    }
+    return render("foretold", rows=Table.of(value["depths"], columns))
+
+
+def next_command(value: Value) -> Markup:
+    """Return the command that comes next; nothing where exits would not pay."""
+    return render("next", command=value["next"]) if value.get("next") else NOTHING
 
 
 def calibration(value: Value) -> Markup:

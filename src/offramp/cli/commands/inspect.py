@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import check_exits, load_model, read_data
@@ -23,6 +24,7 @@ from offramp.cli.options import (
     precision_options,
 )
 from offramp.cli.output import inline, plain, say_next, show_result
+from offramp.cli.outputs import check_out_file, is_page, overwrite_option
 from offramp.cli.parser import Parser
 from offramp.core.errors import InputError
 
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 
 FORECAST: dict[str, Any] = {
     "images": None, "split": None, "prompt": None, "group_by": "group", "limit": 200,
-    "depths": None, "max_new_tokens": LONGEST, "batch_size": 16,
+    "depths": None, "max_new_tokens": LONGEST, "batch_size": 16, "out": None,
 }  # fmt: skip
 """Options that are of --data alone, and their defaults."""
 LEVEL, PLANNED = 0.95, 2000
@@ -42,10 +44,10 @@ def add(commands: Any) -> None:
         commands,
         "inspect",
         "Describe an adapter, what exits a backbone could carry, or whether they would pay.",
-        "offramp inspect tiny-opt\n  offramp inspect tiny-opt --data photos",
+        "offramp inspect tiny-opt\n  offramp inspect tiny-opt --data photos --out forecast.html",
         _inspect,
         _options,
-        usual="data limit depths max-new-tokens device json",
+        usual="data limit depths max-new-tokens out device json",
     )
 
 
@@ -64,6 +66,10 @@ def _options(parser: Parser) -> None:
     depths_option(group, "--depths", "depths to try (default: six, up to three quarters)")
     length_option(group)
     batch_option(group, FORECAST["batch_size"], "prompts at once")
+    group.add_argument(
+        "--out", type=Path, metavar="FILE", help="HTML page of the forecast (default: none)"
+    )
+    overwrite_option(group)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -178,10 +184,14 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _suitability(arguments: argparse.Namespace) -> None:
-    from offramp.calibration.suitability import suitability
+    from offramp.calibration.suitability import WORTH, suitability
     from offramp.common.progress import progress
+    from offramp.core.storage import write_atomic
     from offramp.features.input_processor import InputProcessor
+    from offramp.report.report import of_forecast, report
 
+    if arguments.out is not None:
+        check_out_file(arguments.out, arguments, is_page, "page of this command")
     examples = [item.example for item in read_data(arguments, require_answers=False)]
     backbone, processor = load_model(arguments, arguments.name)
     if examples:
@@ -193,54 +203,42 @@ def _suitability(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size,
         progress=lambda items: progress(items, next(steps)),
     )  # fmt: skip
-    best = found.best(LEVEL)
-    show_result(
-        {**found.to_json(), "level": LEVEL, "best": best.depth},
-        _forecast(found),
-        as_json=arguments.json,
-    )
-    if best.speedup[LEVEL] < WORTH:
-        return
     narrow = " --shortlist 2048" if found.shortlist else ""
     how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
-    say_next(f"offramp train {arguments.name}{how} --depths {best.depth}{narrow} --out exits")
+    best = found.best(LEVEL)
+    train = f"offramp train {arguments.name}{how} --depths {best.depth}{narrow} --out exits"
+    pays = best.speedup[LEVEL] >= WORTH
+    told = {
+        **found.to_json(), "backbone": backbone.name, "level": LEVEL, "best": best.depth,
+        "verdict": found.verdict(LEVEL), "answers": found.answers(LEVEL),
+        "seconds_with": found.seconds_with(LEVEL), "next": train if pays else "",
+    }  # fmt: skip
+    if arguments.out is not None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        page = report([of_forecast(told)], examples, tokenizer_of=lambda _: tokenizer)
+        write_atomic(arguments.out, page.encode(errors="backslashreplace"))
+    show_result(told, _forecast(found), as_json=arguments.json)
+    opened = [] if arguments.out is None else [f"open {arguments.out}"]
+    if after := [*opened, *([train] if pays else [])]:
+        say_next(*after)
 
 
 STEPS = ("answers", "states", "speed")
 
 
 def _forecast(found: Any) -> str:
-    """The forecast, for people."""
-    level = LEVEL
-    best = found.best(level)
-    levels = tuple(best.settled)
-    lines = [
-        f"{found.tokens:,} tokens of the model's own answers to {found.prompts} prompts, followed "
-        f"to exits trained on {found.planned:,}:",
-        f"{'depth':<10}{'agrees':>8}"
-        + "".join(f"{f'settled, {n:.0%}':>14}" for n in levels)
-        + f"{f'speed, {level:.0%}':>12}",
-    ]
-    for p in found.prospects:
-        shares = "".join(f"{share:>14.0%}" for share in p.settled.values())
-        lines.append(
-            f"{f'{p.depth} of {found.layers}':<10}{p.agreement:>8.0%}{shares}"
-            f"{p.speedup[level]:>11.1f}x"
-        )
-    speed = best.speedup[level]
-    if speed < WORTH:
-        return "\n".join([*lines, "Exits are not expected to pay here."])
-    lines.append(
-        f"Best: depth {best.depth}, decoding {speed:.1f}x as fast on this machine, while "
-        f"{level:.0%} of all tokens stay the full model's."
-    )
-    told = [
-        f"{target:.0%}: {low:.1f}x (estimate {speed:.1f}x)"
-        for target, (speed, low, _) in best.calibrated.items()
-    ]
-    lines.append(f"Calibrated so that at most so many answers differ, at least {', '.join(told)}.")
-    return "\n".join(lines)
-
-
-WORTH = 1.05
-"""Below this speed exits are not worth their training."""
+    """The forecast in five lines, for people."""
+    now, after = found.seconds[0], found.seconds_with(LEVEL)
+    return "\n".join([
+        found.verdict(LEVEL),
+        plain({
+            "1,000 answers": f"{1000 * now / 60:.1f} minutes of this machine now, "
+            f"{1000 * after / 60:.1f} with the exit",
+            "by depth": ", ".join(
+                f"{p.depth}: {p.agreement:.0%} of words, {p.speedup[LEVEL]:.1f}x"
+                for p in found.prospects
+            ),
+            "from": f"{found.tokens:,} tokens of answers to {found.prompts} prompts, followed to "
+            f"{found.planned:,}",
+        }),
+    ])  # fmt: skip

@@ -8,12 +8,9 @@ from typing import Any
 
 from offramp.cli.options import add_command
 from offramp.cli.output import say_next, show_result
-from offramp.cli.outputs import check_out_file, overwrite_option
+from offramp.cli.outputs import check_out_file, is_page, overwrite_option
 from offramp.cli.parser import Parser
 from offramp.core.errors import InputError
-
-MARK = b'name="generator" content="offramp report"'
-"""By which a page is known as one of this command."""
 
 
 def add(commands: Any) -> None:
@@ -55,7 +52,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     if not arguments.sources:
         raise InputError("Nothing to report was named.", "Name a folder of exits, or of results.")
-    check_out_file(arguments.out, arguments, lambda begin: MARK in begin, "page of this command")
+    check_out_file(arguments.out, arguments, is_page, "page of this command")
     sources = read_sources(arguments.sources)
     items = (
         read_items(
