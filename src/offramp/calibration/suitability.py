@@ -125,7 +125,7 @@ class Suitability:
         return next((risk for risk in RISKS if told[risk][1] >= WORTH), None)
 
     def verdict(self, level: float) -> str:
-        """Whether exits would pay, in a sentence."""
+        """Return in a sentence whether exits would pay."""
         best, risk = self.best(level), self.kept(level)
         where = f"at depth {best.depth} of {self.layers}"
         if risk is not None:

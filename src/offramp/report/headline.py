@@ -87,7 +87,7 @@ def demo(value: Value) -> Headline:
 
 
 def forecast(value: Value) -> Headline:
-    """Whether exits would pay, and what an answer would take."""
+    """Return whether exits would pay, and what answers would take."""
     best = next(row for row in value["depths"] if row["depth"] == value["best"])
     cards: Cards = [
         (f"decoding speed, {float(risk):.0%} of answers change", times(speed),

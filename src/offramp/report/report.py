@@ -214,7 +214,6 @@ def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
         ("figures", "All figures", {
             "eval": of(sections.measured_eval), "demo": of(sections.measured_demo),
             "forecast": of(sections.foretold)}),
-        ("next", "What comes next", {"forecast": of(sections.next_command)}),
     ]  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def forecast(value: Value) -> Markup:
 
 
 def foretold(value: Value) -> Markup:
-    """Return all figures of a forecast."""
+    """Return all figures of a forecast, and the commands that come next, where exits would pay."""
     first, *_ = value["depths"]
     columns: dict[str, Any] = {
         "depth": lambda row: f"{row['depth']} of {value['layers']}",
@@ -67,12 +67,7 @@ def foretold(value: Value) -> Markup:
         f"speed, {float(risk):.0%} change": lambda row, risk=risk: times(row["calibrated"][risk][0])
         for risk in first["calibrated"]
     }
-    return render("foretold", rows=Table.of(value["depths"], columns))
-
-
-def next_command(value: Value) -> Markup:
-    """Return the command that comes next; nothing where exits would not pay."""
-    return render("next", command=value["next"]) if value.get("next") else NOTHING
+    return render("foretold", rows=Table.of(value["depths"], columns), command=value["next"])
 
 
 def calibration(value: Value) -> Markup:
