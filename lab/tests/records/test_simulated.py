@@ -6,14 +6,13 @@ from offramp_lab.records import likeness, simulated, watched
 
 
 def test_rules_keep_what_was_broken_without_them() -> None:
-    found = simulated.simulate(trials=60, images=12)
+    found = simulated.simulate(trials=60)
     for row in [*found["lookalikes"], found["still_merged"], found["choices"]]:
         assert row["broken_now"] <= 0.15 < row["broken_before"] + 0.1
     assert found["lookalikes"][0]["broken_before"] > 0.5
     assert (
         found["unequal_rows"]["passed_by_image"] > 0.5 > found["unequal_rows"]["passed_by_answer"]
     )
-    assert all(row["before"] < row["now"] and row["now"] >= 11 for row in found["counted"])
     assert all(row["broken"] <= 0.15 for row in found["boundary"])
     names = ("rare_groups", "forgotten", "handed", "kinds", "two_steps", "grown")
     for row in [*found["groups"], *map(found.get, names)]:

@@ -2,7 +2,7 @@
 
 How often a promise is given though the risk is above the target, before the rules for copies,
 units and choices and with them; in groups, by kind, after a search, in files that grow; and how
-many images look-alikes count as, and a test needs. About four minutes of one core.
+many images a test needs. About four minutes of one core.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,17 +19,12 @@ from offramp.calibration.attempts import (
     ImageRows,
     error_share,
     handed_on,
-    images_of,
-    merged,
     turn_of,
 )
 from offramp.calibration.ledger import merged_attempts
 from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value, walk
 from offramp.core.decoding.policy import Thresholds
-from offramp.data.near_copies import NEAR, Look
-from offramp.inputs.example import Example
 from offramp.promises.betting import FRACTIONS, SHARES, betting_p_values
-from offramp_lab.inputs import lookalikes
 from offramp_lab.records.record import Record, asked
 
 Array = npt.NDArray[Any]
@@ -40,18 +35,17 @@ LEVEL = STATED * error_share(1)
 
 
 def main() -> None:
-    arguments = asked(__doc__, trials=1000, images=150, out=RECORD.path)
-    record = simulate(arguments.trials, arguments.images)
+    arguments = asked(__doc__, trials=1000, out=RECORD.path)
+    record = simulate(arguments.trials)
     for name, rows in record.items():
         print(name, rows)
     RECORD.write(record, arguments.out)
 
 
-def simulate(trials: int, images: int) -> dict[str, Any]:
+def simulate(trials: int) -> dict[str, Any]:
     return {
         "stated": STATED,
         "trials": trials,
-        "counted": [counted(kind, images) for kind in lookalikes.KINDS],
         "lookalikes": [charts(0.5, trials), charts(0.3, trials)],
         "still_merged": still_merged(trials),
         "boundary": boundary(trials),
@@ -70,22 +64,6 @@ def simulate(trials: int, images: int) -> dict[str, Any]:
 
 
 # -- images that look alike ------------------------------------------------------------------------
-
-
-def counted(kind: str, n: int) -> dict[str, Any]:
-    """As how many images n of a kind count: by their thumbnails alone, and confirmed."""
-    some = [
-        Example(image, "What is it?", (), f"e{i}")
-        for i, image in enumerate(lookalikes.images(kind, n))
-    ]
-    thumbnails = np.stack([Look.of(example.open_image()).thumbnail for example in some])
-    names = np.arange(n)
-    for place in range(n):
-        near = np.sqrt(((thumbnails - thumbnails[place]) ** 2).mean(1)) <= NEAR
-        names[np.isin(names, names[near])] = names[near].min()
-    now = images_of(some)
-    before = len(np.unique(names))
-    return {"kind": kind, "images": n, "before": before, "now": len(now) - merged(now)}
 
 
 def charts(share: float, trials: int) -> dict[str, Any]:

@@ -44,28 +44,21 @@ def beside() -> Table:
     return Table(("forecast / measured", *titles), rows)
 
 
-def _calibrated() -> dict[str, Any]:
-    return {name: part for name, part in record("suitability").items() if "cells" in part}
+def _cells() -> list[dict[str, Any]]:
+    """Calibrated thresholds, each with its speed as it was foretold and as it was measured."""
+    parts = record("suitability").values()
+    return [cell for part in parts if "cells" in part for cell in part["cells"]]
 
 
 def _ratios() -> list[float]:
-    """Measured speeds of calibrated thresholds over those foretold, ascending."""
-    cells = [cell for part in _calibrated().values() for cell in part["cells"]]
-    return sorted(cell["measured"]["value"] / cell["foretold"][0] for cell in cells)
+    """Measured speeds over those foretold, ascending."""
+    return sorted(cell["measured"]["value"] / cell["foretold"][0] for cell in _cells())
 
 
-def _inside() -> str:
-    """How many measured speeds lie in the forecast's interval."""
-    cells = [cell for part in _calibrated().values() for cell in part["cells"]]
-    inside = [c for c in cells if c["foretold"][1] <= c["measured"]["value"] <= c["foretold"][2]]
-    return f"{len(inside)} of {len(cells)}"
-
-
-def _above() -> str:
-    """How many measured speeds are above the lower end of the forecast's interval."""
-    cells = [cell for part in _calibrated().values() for cell in part["cells"]]
-    above = [c for c in cells if c["measured"]["value"] >= c["foretold"][1]]
-    return f"{len(above)} of {len(cells)}"
+def _from(most: float) -> str:
+    """How many measured speeds lie between a forecast's lower end and `most` times its upper."""
+    ends = [(cell["foretold"], cell["measured"]["value"]) for cell in _cells()]
+    return f"{sum(low <= at <= most * high for (_, low, high), at in ends)} of {len(ends)}"
 
 
 TABLES: dict[str, MakeTable] = {"suitability": beside}
@@ -73,6 +66,6 @@ FIGURES: dict[str, Make] = {
     "calibrated-least": lambda: f"{_ratios()[0]:.2f}",
     "calibrated-median": lambda: f"{median(_ratios()):.2f}",
     "calibrated-most": lambda: f"{_ratios()[-1]:.2f}",
-    "calibrated-inside": _inside,
-    "calibrated-above": _above,
+    "calibrated-inside": lambda: _from(1),
+    "calibrated-above": lambda: _from(float("inf")),
 }
