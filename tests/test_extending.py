@@ -17,10 +17,10 @@ from offramp.core.decoding.confidence import FEATURE_SCORES
 from offramp.core.decoding.drafting import DRAFTERS
 from offramp.core.decoding.scores import SCORES
 from offramp.core.errors import AdapterError, InputError
-from offramp.core.models.exit_kinds import EXIT_KINDS, register_exit
+from offramp.core.models.exit_kinds import EXIT_KINDS
 from offramp.engines import ENGINES
 from offramp.features.input_processor import InputProcessor
-from offramp.features.registration import register_score
+from offramp.features.registration import register_exit, register_score
 from offramp.promises.conditions import PARTS, RULES, Conditions, differences, register_condition
 from offramp.training.losses import LOSSES, register_loss
 from offramp.training.trainer import train

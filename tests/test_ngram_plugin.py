@@ -23,11 +23,12 @@ from offramp.adapter.certificate import VerificationSettings
 from offramp.adapter.shipped import example_picture
 from offramp.calibration.verification import Verification
 from offramp.core import plugins
-from offramp.core.decoding.drafting import DRAFTERS, Draft, register_drafter
+from offramp.core.decoding.drafting import DRAFTERS, Draft
 from offramp.core.decoding.policy import policy_from_json, policy_to_json
 from offramp.core.errors import InputError
 from offramp.engines import ENGINES, engine_named
 from offramp.features.input_processor import InputProcessor
+from offramp.features.registration import register_drafter
 from offramp.features.text_drafts import TextDrafts
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig

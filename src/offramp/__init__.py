@@ -14,19 +14,17 @@ for _name in ("offramp", "offramp-edge"):
 if TYPE_CHECKING:
     from offramp.adapter.adapter import Adapter, attach
     from offramp.calibration.calibrate import calibrate, calibrated
-    from offramp.core.decoding.drafting import register_drafter
     from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
     from offramp.core.engine.generate import generate
     from offramp.core.errors import OfframpError
     from offramp.core.models.backbone import Backbone
-    from offramp.core.models.exit_kinds import register_exit
     from offramp.core.models.exits import Exits
     from offramp.core.models.registry import Family, register_backbone
     from offramp.engines import register_engine
     from offramp.engines.loading import Loaded, load
     from offramp.features.constraint import JsonConstraint
     from offramp.features.input_processor import InputProcessor
-    from offramp.features.registration import register_score
+    from offramp.features.registration import register_drafter, register_exit, register_score
     from offramp.inputs.example import Example
     from offramp.promises.conditions import register_condition
     from offramp.serving.batch_engine import BatchEngine
@@ -87,9 +85,9 @@ _HOMES = {
     "load": "engines.loading",
     "register_backbone": "core.models.registry",
     "register_condition": "promises.conditions",
-    "register_drafter": "core.decoding.drafting",
+    "register_drafter": "features.registration",
     "register_engine": "engines",
-    "register_exit": "core.models.exit_kinds",
+    "register_exit": "features.registration",
     "register_loss": "training.losses",
     "register_score": "features.registration",
     "train": "training.trainer",

@@ -11,10 +11,11 @@ from offramp.core.engine.generate import generate
 from offramp.core.executors.kv_cache import add_exit_entries
 from offramp.core.executors.prefill import Prefill, prepare
 from offramp.core.models.backbone import Backbone
-from offramp.core.models.exit_kinds import EXIT_KINDS, register_exit
+from offramp.core.models.exit_kinds import EXIT_KINDS
 from offramp.core.models.exits import Exits, copied_index
 from offramp.core.models.intercept import InterceptedModel
 from offramp.features.mixture import DenseBlock, dense_exit, expert_blocks
+from offramp.features.registration import register_exit
 from offramp_lab.inputs import zoo
 
 DEPTH = 2

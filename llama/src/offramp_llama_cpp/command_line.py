@@ -14,9 +14,9 @@ from offramp.cli.command_line import WithoutPytorch
 from offramp.cli.options import field_options
 from offramp.cli.output import print_json, print_text
 from offramp.cli.parser import Parser, share, whole
+from offramp.common.names import close_name
 from offramp.common.pytorch import needs_pytorch
 from offramp.core.errors import AdapterError
-from offramp.core.storage.places import close_name
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offramp.core.decoding.executor import check_context
 from offramp.core.errors import InputError
 from offramp.core.executors.prefill import Prepared, within_checked
 from offramp.core.models.backbone import Backbone
@@ -21,7 +20,7 @@ from offramp_llama_cpp.architectures import array_of, layer_kinds
 from offramp_llama_cpp.graphs import Architecture
 from offramp_llama_cpp.kept_prompts import KeptPrompts
 from offramp_llama_cpp.native.tap import States
-from offramp_llama_cpp.prompt import Prompt, Span
+from offramp_llama_cpp.prompt import Prompt, Span, check_context
 from offramp_llama_cpp.segment import EngineOptions
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from offramp.core.errors import InputError
 from offramp_llama_cpp.native.tap import States
 
 Positions = npt.NDArray[np.int32]
@@ -54,3 +55,14 @@ class Prompt:
             if stop > start:
                 yield start, stop, True
             at = stop
+
+
+def check_context(prompt: int, answer: int, context: int, *, unread: int = 1) -> None:
+    """Raise `InputError` where a context has too few columns for a prompt and its answer. unread:
+    tokens at the answer's end that need no column."""
+    if prompt + answer - unread > context:
+        raise InputError(
+            f"A prompt of {prompt} tokens and an answer of {answer} are longer than the context of "
+            f"{context}.",
+            "Load the model with a longer one (--context), or lower max_new_tokens.",
+        )

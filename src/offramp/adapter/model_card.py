@@ -10,9 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from offramp.adapter.certificate import Certificate
 from offramp.adapter.records import AdapterParts
+from offramp.common.names import is_hub_name
 from offramp.core.decoding.policy import resolved
 from offramp.core.models.backbone import Backbone
-from offramp.core.storage.places import is_hub_name
 from offramp.promises.conditions import Conditions, of_exits, of_policy
 from offramp.promises.guarantee import SCALES, shown_conditions, standing
 

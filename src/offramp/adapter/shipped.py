@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from offramp.core.errors import AdapterError, InputError, did_you_mean
 from offramp.core.plugins import plugin
-from offramp.core.storage.places import close_name, is_hub_name
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +135,8 @@ def exits_folder(name: str | Path, **hub: Any) -> Path:
         return shipped
     if os.path.isdir(name):
         return Path(name)
+    from offramp.common.names import close_name, is_hub_name
+
     if not is_hub_name(str(name)):
         raise AdapterError(
             f"There is no adapter folder {str(name)!r}.",

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
+from offramp.common.names import close_name, is_hub_name
 from offramp.core.errors import DataError, InputError, StorageError, did_you_mean
 from offramp.core.missing import how_to_install
-from offramp.core.storage.places import close_name, is_hub_name
 from offramp.inputs.image import content_digest, image_names
 
 CAPTIONS = ("captions", "caption")

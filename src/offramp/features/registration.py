@@ -1,4 +1,4 @@
-"""Confidence scores and heads of others, registered by name."""
+"""Confidence scores, heads, drafters and kinds of exit of others, registered by name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS
+from offramp.core.decoding.drafting import DRAFTERS
 from offramp.core.decoding.scores import SCORES
 from offramp.core.errors import InputError, did_you_mean
+from offramp.core.models.exit_kinds import BUILT_IN, EXIT_KINDS, ExitKind
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from offramp.core.decoding.drafting import Drafter
+    from offramp.core.decoding.executor import Executor
+    from offramp.core.models.backbone import Backbone
 
 ROUNDING = 1e-3
 """By which a score may miss [0, 1]: half precision's."""
@@ -59,6 +65,38 @@ def register_heads(name: str, heads: Callable[..., Any]) -> None:
     if name in _BUILT_IN:
         raise InputError(f"{name!r} is a built-in score.", "Register yours under another name.")
     HEADS[name] = heads
+
+
+def register_exit(
+    name: str, build: Callable[[Backbone, int, Sequence[int]], nn.Module], *, entries: int = 1
+) -> None:
+    """Give another kind of exit a name that training, adapters and the command line know.
+
+    build, entries: see `ExitKind`.
+
+    Raises:
+        InputError: the name is a built-in kind's, or there are no entries.
+    """
+    if name in BUILT_IN or entries < 1:
+        raise InputError(
+            f"Exits of kind {name!r} with {entries} cache entries cannot be registered.",
+            f"Use another name than {', '.join(sorted(BUILT_IN))}, and at least one entry.",
+        )
+    EXIT_KINDS[name] = ExitKind(build, entries)
+
+
+def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> None:
+    """Give a drafter a name that a policy's `drafts` knows: `ExitPolicy(drafts={name: 0.0})`.
+
+    make: gets an executor and the depth L of its model; see `Drafter`, and
+    `offramp.extend.TextDrafts` for one that needs the text alone.
+
+    Raises:
+        InputError: the name is not a word.
+    """
+    if not name.isidentifier():
+        raise InputError(f"A drafter cannot be called {name!r}.", "Give a word: my_drafter.")
+    DRAFTERS[name] = make
 
 
 class _FirstScores:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from offramp_llama_cpp.prompt import check_context
 
-from offramp.core.decoding.executor import Handle, LoadedPrompt, Span, check_context
+from offramp.core.decoding.executor import Handle, LoadedPrompt, Span
 from offramp.core.decoding.reader import Query, Word
 from offramp.core.decoding.rule import ExitVerdict
 from offramp.core.decoding.sequence import NAN

@@ -24,13 +24,13 @@ from offramp.core.decoding.drafting import (
     DraftBudget,
     Drafter,
     Drafts,
-    register_drafter,
 )
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.sequence import Sequence as Row
 from offramp.core.executors.prefill import image_tokens
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.opened import first
+from offramp.features.registration import register_drafter
 from offramp.features.text_drafts import TextDrafts
 
 NAME = "eagle3"

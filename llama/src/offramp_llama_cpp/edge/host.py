@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from offramp.core.decoding.executor import Executor, check_context
+from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.plan import Plan
 from offramp.core.decoding.policy import ExitPolicy, check_policy_depths
 from offramp.core.decoding.reader import PrefillBackend
@@ -19,6 +19,7 @@ from offramp_llama_cpp.edge.sampling import Sampler
 from offramp_llama_cpp.edge.vocabulary import Vocabulary
 from offramp_llama_cpp.native.tap import States
 from offramp_llama_cpp.opened import OpenedFiles
+from offramp_llama_cpp.prompt import check_context
 
 
 class EdgeHost:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from offramp.core.decoding.executor import check_context
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.core.decoding.sequence import Token
@@ -34,7 +33,7 @@ from offramp_llama_cpp.native.tap import States
 from offramp_llama_cpp.opened import OpenedFiles
 from offramp_llama_cpp.packages import import_gguf, import_llama_cpp
 from offramp_llama_cpp.projector import MARKER
-from offramp_llama_cpp.prompt import Prompt
+from offramp_llama_cpp.prompt import Prompt, check_context
 from offramp_llama_cpp.segment import EMBEDDING_SCALE, EngineOptions
 from offramp_llama_cpp.self_check import AT_ONCE
 

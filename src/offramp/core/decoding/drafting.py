@@ -232,20 +232,6 @@ DRAFTERS: dict[str, Callable[[Executor, int], Drafter]] = {}
 """What makes a drafter for an executor of a model of depth L, by name."""
 
 
-def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> None:
-    """Give a drafter a name that a policy's `drafts` knows: `ExitPolicy(drafts={name: 0.0})`.
-
-    make: gets an executor and the depth L of its model; see `Drafter`, and
-    `offramp.extend.TextDrafts` for one that needs the text alone.
-
-    Raises:
-        InputError: the name is not a word.
-    """
-    if not name.isidentifier():
-        raise InputError(f"A drafter cannot be called {name!r}.", "Give a word: my_drafter.")
-    DRAFTERS[name] = make
-
-
 def side_by_side(row: Sequence, drafts: Drafts) -> Draft:
     """The newest token and its drafts, up to the first that ends the answer."""
     said = drafts.ids

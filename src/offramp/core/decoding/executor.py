@@ -113,14 +113,3 @@ def too_long(positions: int) -> InputError:
         f"Prompt and answer are longer than the backbone's {positions} positions.",
         "Shorten the prompt, or lower max_new_tokens.",
     )
-
-
-def check_context(prompt: int, answer: int, context: int, *, unread: int = 1) -> None:
-    """Raise `InputError` where a context has too few columns for a prompt and its answer. unread:
-    tokens at the answer's end that need no column."""
-    if prompt + answer - unread > context:
-        raise InputError(
-            f"A prompt of {prompt} tokens and an answer of {answer} are longer than the context of "
-            f"{context}.",
-            "Load the model with a longer one (--context), or lower max_new_tokens.",
-        )

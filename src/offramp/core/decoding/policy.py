@@ -89,7 +89,7 @@ class ExitPolicy:
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds`, which
         are about final exits; of an exit that drafts on, of the product of a round's drafts.
         `offramp draft` finds the fastest. Or a registered drafter by its name, and the level that
-        it takes: {"ngram": 0.0} (`offramp.core.decoding.drafting.register_drafter`).
+        it takes: {"ngram": 0.0} (`offramp.register_drafter`).
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
         are over these (`offramp.features.shortlist`).
     first: by depth; thresholds of an answer's first token, with which the prompt may wait at its

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offramp.core.errors import InputError
 from offramp.core.plugins import check_registered, offered
 
 if TYPE_CHECKING:
@@ -46,21 +45,3 @@ def exit_kind(name: str) -> ExitKind:
     """Return the kind of a name. Raise `InputError` if there is none."""
     check_registered("Kind of exit", "exits", name, lambda: EXIT_KINDS)
     return EXIT_KINDS[name]
-
-
-def register_exit(
-    name: str, build: Callable[[Backbone, int, Sequence[int]], nn.Module], *, entries: int = 1
-) -> None:
-    """Give another kind of exit a name that training, adapters and the command line know.
-
-    build, entries: see `ExitKind`.
-
-    Raises:
-        InputError: the name is a built-in kind's, or there are no entries.
-    """
-    if name in BUILT_IN or entries < 1:
-        raise InputError(
-            f"Exits of kind {name!r} with {entries} cache entries cannot be registered.",
-            f"Use another name than {', '.join(sorted(BUILT_IN))}, and at least one entry.",
-        )
-    EXIT_KINDS[name] = ExitKind(build, entries)

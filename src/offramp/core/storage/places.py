@@ -1,7 +1,6 @@
 """Where files are about to be written: checked, locked, and cleared of what dead processes left."""
 
 import contextlib
-import difflib
 import errno
 import hashlib
 import os
@@ -13,28 +12,6 @@ import stat
 from pathlib import Path
 
 ROOM = "Check that the folder exists, may be written and has free space, then run it again."
-
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-def is_hub_name(name: str) -> bool:
-    """Return True if it may name something on the hub, as OWNER/NAME, and nothing on this machine:
-    no file or folder, nor what was to be one in a folder that is there."""
-    if _HUB_NAME.fullmatch(name) is None or os.path.exists(name):
-        return False
-    return not os.path.isdir(name.partition("/")[0])
-
-
-def close_name(path: str | Path) -> str:
-    """A question that names the file or folder which a misspelt one may be, or ""."""
-    folder, name = os.path.split(os.path.normpath(path))
-    try:
-        there = os.listdir(folder or ".")
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(name, there, n=1, cutoff=0.75)
-    return f"Did you mean {os.path.join(folder, close[0])!r}? " if close else ""
 
 
 def replaceable(path: str | Path, *, folder: bool = False, follow: bool = True) -> Path:

@@ -16,11 +16,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from offramp.common.names import is_hub_name
 from offramp.core.errors import InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.save_and_load.tensors import write_tensors
 from offramp.core.storage import atomic_folder, read_json, write_json
-from offramp.core.storage.places import is_hub_name
 from offramp_vllm.exports.eagle3 import Eagle3Drafter
 
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
