@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -201,6 +202,9 @@ class InputProcessor:
     ) -> str:
         """A conversation as its chat template writes it, up to where the answer begins; without
         add_generation_prompt the last turn is the answer's beginning."""
+        lone = _text_of(turns[0]["content"]) if len(turns) == 1 else ""
+        if not (self.processor.chat_template == COMPLETES and lone.startswith("<|im_start|>")):
+            turns = [{**turn, "content": self._as_said(turn["content"])} for turn in turns]
         how = {"add_generation_prompt": add_generation_prompt}
         if not add_generation_prompt:
             how["continue_final_message"] = True
@@ -208,6 +212,24 @@ class InputProcessor:
             said = [{**turn, "content": _text_of(turn["content"])} for turn in turns]
             return str(self.tokenizer.apply_chat_template(said, tokenize=False, **how))
         return str(self.processor.apply_chat_template(list(turns), **how))
+
+    def _as_said(self, content: Any) -> Any:
+        """A turn's content, in which the tokenizer's marks of control are text: a space in each
+        keeps a message from ending its turn and beginning others."""
+        if isinstance(content, str):
+            return (_SIGNS.search(content) and self._marks.sub(_apart, content)) or content
+        return [
+            {**part, "text": self._as_said(part["text"])} if part["type"] == "text" else part
+            for part in content
+        ]
+
+    @property
+    def _marks(self) -> re.Pattern[str]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        marks = {str(token) for token in added if getattr(token, "special", False)}
+        marks |= {*getattr(self.tokenizer, "all_special_tokens", ()), self.image_mark or ""} - {""}
+        known = sorted(filter(_SIGNS.search, marks), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, known)) or "(?!)")
 
     def conversation_text(
         self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
@@ -335,6 +357,14 @@ def smallest_side(processor: Any) -> int | None:
     """Return the pixels that a side has at least of an image decoded for a processor; None: all."""
     found: int | None = getattr(processor, "__dict__", {}).get(SMALLEST)
     return found
+
+
+_SIGNS = re.compile(r"[<\[|]")
+"""Of which marks of control have one; words that merely are tokens have none."""
+
+
+def _apart(mark: re.Match[str]) -> str:
+    return f"{mark[0][0]} {mark[0][1:]}"
 
 
 def _text_of(content: Any) -> str:

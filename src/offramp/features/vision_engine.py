@@ -121,9 +121,9 @@ _EXPORTER = ("onnx", "onnxscript")
 
 
 @cache
-def _names(kind: Any) -> tuple[str, ...]:
+def _names(forward: Any) -> tuple[str, ...]:
     """Arguments of a tower that may be given by place."""
-    _, *given = inspect.signature(kind.forward).parameters.values()
+    _, *given = inspect.signature(forward).parameters.values()
     return tuple(each.name for each in given if each.kind is each.POSITIONAL_OR_KEYWORD)
 
 
@@ -143,7 +143,7 @@ class _Call:
     def of(cls, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> _Call:
         """The call with its arguments by name, however they were given."""
         kind: Any = type(tower)
-        names = _names(kind)
+        names = _names(kind.forward)
         if len(args) <= len(names):
             args, kw = (), {**dict(zip(names, args, strict=False)), **kw}
         leaves, spec = tree_flatten((args, dict(sorted(kw.items()))))

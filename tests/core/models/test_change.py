@@ -5,11 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import fakes
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from torch import nn
 
-from offramp.core.models.change import Unchanged, state_of
+from offramp.core.models.change import Unchanged, state_of, tokens_of
+
+
+def inside(tokenizer: Any) -> None:
+    tokenizer._tokenizer = Tokenizer.from_str(tokenizer._tokenizer.to_str())
+
+
+SPELLINGS: dict[str, Callable[[Any], Any]] = {
+    "a token is added": lambda it: it.add_tokens(["brand", "new"]),
+    "a mark is added": lambda it: it.add_special_tokens({"additional_special_tokens": ["<turn>"]}),
+    "the end token is another": lambda it: setattr(it, "eos_token", "w9"),
+    "padding is on the other side": lambda it: setattr(it, "padding_side", "left"),
+    "what is inside is another": inside,
+    "texts are lowered": lambda it: setattr(it._tokenizer, "normalizer", normalizers.Lowercase()),
+    "texts are split otherwise": lambda it: setattr(
+        it._tokenizer, "pre_tokenizer", pre_tokenizers.Whitespace()
+    ),
+    "tokens are joined otherwise": lambda it: setattr(
+        it._tokenizer, "decoder", decoders.WordPiece()
+    ),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(SPELLINGS)), unique=True, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_records_of_tokenizers_that_differ_in_anything_both_survive(changes: list[str]) -> None:
+    """One by one, each change is seen; without one, nothing is."""
+    tokenizer = fakes.word_level()
+    records: list[Any] = [tokens_of(tokenizer)]
+    for change in changes:
+        SPELLINGS[change](tokenizer)
+        assert tokens_of(tokenizer) not in records, change
+        assert tokens_of(tokenizer) == tokens_of(tokenizer)
+        records.append(tokens_of(tokenizer))
+    assert tokens_of(fakes.word_level()) not in records
 
 
 class Tower(nn.Module):

@@ -255,13 +255,19 @@ def _records(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).endswith(_RECORDERS)
 
 
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
 def tokens_of(tokenizer: Any) -> tuple[Any, ...]:
-    """A value that is equal to an earlier one while a tokenizer spells as it did: itself, what is
-    inside it, and the tokens that were added."""
+    """A value that is equal to an earlier one while a tokenizer spells as it did: itself, the steps
+    of what is inside it, and the tokens that were added."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     inside = getattr(tokenizer, "_tokenizer", None)
+    marks = getattr(tokenizer, "special_tokens_map", {})
     chosen = {n: v for n, v in getattr(tokenizer, "__dict__", {}).items() if isinstance(v, _PLAIN)}
-    return id(tokenizer), id(inside), repr(added), repr(chosen)
+    parts = (getattr(inside, name, None) for name in _STEPS)
+    steps = [None if part is None else part.__getstate__() for part in parts]
+    return _token(tokenizer), _token(inside), repr((added, marks, chosen)), steps
 
 
 # -- answers alone ---------------------------------------------------------------------------------
