@@ -461,3 +461,99 @@ def build(kind: type) -> Any:
         bias = torch.linspace(-2, 2, families.VOCABULARY) ** 3
         model.register_buffer("logits_bias", bias)
     return model
+
+
+class Around(nn.Module):
+    """Stands around a module: what goes in and comes out may be changed."""
+
+    def __init__(self, inner: nn.Module, before: Any = None, after: Any = None) -> None:
+        super().__init__()
+        self.inner, self.before, self.after = inner, before, after
+
+    def forward(self, *args, **kw):  # type: ignore[no-untyped-def]
+        first, *args = args or (kw.pop("hidden_states"),)
+        out = self.inner(first if self.before is None else self.before(first), *args, **kw)
+        if self.after is None:
+            return out
+        return (self.after(out[0]), *out[1:]) if isinstance(out, tuple) else self.after(out)
+
+
+def stack_of(model: Any) -> Any:
+    return model.model.language_model
+
+
+def scaled(factor: float) -> Any:
+    return lambda module, args, out: out * factor
+
+
+def hung(model: Any) -> None:
+    """A `generate` of an instance, which rewrites the last token."""
+    own = model.generate
+
+    def generate(*args: Any, **kw: Any) -> Any:
+        made = own(*args, **kw)
+        made[:, -1] = families.FIRST_WORD
+        return made
+
+    model.generate = generate
+
+
+def said_by_two(model: Any) -> None:
+    first = nn.Linear(families.WIDTH, families.WIDTH, bias=False).requires_grad_(False)
+    model.lm_head = nn.Sequential(first, model.lm_head)
+
+
+def parametrized(model: Any) -> None:
+    for layer in stack_of(model).layers[2:4]:
+        nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
+
+
+def patched_forward(model: Any) -> None:
+    layer = stack_of(model).layers[3]
+    own = layer.forward
+    layer.forward = lambda h, *args, **kw: own(h, *args, **kw) * 0.7
+
+
+def put(path: str, make: Any) -> Any:
+    """Put something in the place of a module of the stack."""
+
+    def patch(model: Any) -> None:
+        where, _, name = path.rpartition(".")
+        at = stack_of(model).get_submodule(where)
+        setattr(at, name, make(getattr(at, name)))
+
+    return patch
+
+
+def shared(model: Any) -> None:
+    layers = stack_of(model).layers
+    layers[3].mlp = layers[1].mlp
+
+
+PATCHES: dict[str, Any] = {
+    "a hook scales a layer": lambda m: stack_of(m).layers[2].register_forward_hook(scaled(0.8)),
+    "a hook before a layer": lambda m: stack_of(m).layers[2].register_forward_pre_hook(
+        lambda module, args: (args[0] * 1.1, *args[1:])
+    ),
+    "a hook scales the norm": lambda m: stack_of(m).norm.register_forward_hook(scaled(0.8)),
+    "a hook scales the head": lambda m: m.lm_head.register_forward_hook(scaled(0.5)),
+    "a hook turns logits": lambda m: m.lm_head.register_forward_hook(lambda *it: it[2].roll(3, -1)),
+    "a hook on the embedding": lambda m: stack_of(m).embed_tokens.register_forward_hook(scaled(2)),
+    "a hook on an MLP": lambda m: stack_of(m).layers[4].mlp.register_forward_hook(scaled(-1)),
+    "a hook on the projector": lambda m: m.model.multi_modal_projector.register_forward_hook(
+        scaled(3)
+    ),
+    "a layer's forward is another": patched_forward,
+    "generate is another": hung,
+    "two layers have one MLP": shared,
+    "a head of two matrices": said_by_two,
+    "weights are computed": parametrized,
+    "a norm of another kind": put("norm", lambda own: nn.LayerNorm(families.WIDTH)),
+    "an MLP behind a layer norm": put("layers.2.mlp", lambda own: nn.Sequential(
+        nn.LayerNorm(families.WIDTH), own)),
+    "an MLP by the sign of its input": put("layers.2.mlp", lambda own: Around(own, torch.abs)),
+    "a wrapped layer": put("layers.3", lambda own: Around(own, after=lambda h: h * 0.9)),
+    "a wrapped attention": put("layers.3.self_attn", lambda own: Around(own, after=torch.sin)),
+    "wrapped embeddings": put("embed_tokens", lambda own: Around(own, after=lambda h: h * 1.5)),
+}  # fmt: skip
+"""What somebody does to a model of a known family before it is opened."""

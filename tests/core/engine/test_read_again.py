@@ -98,6 +98,25 @@ def test_no_door_answers_a_home_made_model_wrongly(kind: type) -> None:
         assert made and {name for name, ids in made.items() if ids != expected} == set()
 
 
+@pytest.mark.parametrize("name", home_made.PATCHES)
+def test_no_door_answers_a_patched_model_wrongly(name: str) -> None:
+    model = families.build("llava")
+    home_made.PATCHES[name](model)
+    try:
+        backbone = Backbone(model).with_decoding(again=0.01)
+    except OfframpError as error:
+        assert len(str(error).splitlines()) == 2
+        return
+    expected = model.generate(**inputs_of(), **GREEDY).tolist()
+    made = by_doors(backbone)
+    assert made and {name for name, ids in made.items() if ids != expected} == set()
+
+
+def test_the_idioms_are_many() -> None:
+    kinds = [*IDIOMS, *home_made.KEEPING, *home_made.TOPS]
+    assert len(kinds) + len(home_made.PATCHES) >= 60
+
+
 @pytest.mark.parametrize("kind", [*home_made.KEEPING, *home_made.TOPS], ids=lambda k: k.__name__)
 def test_answers_to_one_image_after_another_are_the_models_own(kind: type) -> None:
     """In company of themselves, and the last at length."""
