@@ -164,7 +164,7 @@ def adapted(folder: Path, name: str, seed: int, exits: Adapter, asked: list[Any]
     beside.load_state_dict(exits.exits.modules.state_dict())
     answers: dict[str, list[Any]] = {"early_exit": [], "full": []}
     for mode, rows in answers.items():
-        policy = exits.chosen_policy(mode, None, None)
+        policy = exits.chosen_policy(mode, None)
         for prompt, inputs in asked:
             made = _run(backbone, ExitSet(beside.requires_grad_(False)), inputs, policy)
             tokens, depths = made.new_tokens[0].tolist(), made.depths[0].tolist()
@@ -223,7 +223,7 @@ def _run(backbone: Any, exits: Any, inputs: dict[str, Any], policy: ExitPolicy) 
 
 
 def _answer(adapter: Adapter, inputs: dict[str, Any], mode: str) -> tuple[list[int], list[int]]:
-    policy = adapter.chosen_policy(mode, None, None)
+    policy = adapter.chosen_policy(mode, None)
     made = _run(adapter.backbone, adapter.exits, inputs, policy)
     return made.new_tokens[0].tolist(), made.depths[0].tolist()
 

@@ -154,7 +154,7 @@ def _answered(
     """Return the early answer with its depths, and full depth's."""
     early, full = (
         generate(
-            backbone, dict(inputs), exits=exits, policy=adapter.chosen_policy(mode, None, None),
+            backbone, dict(inputs), exits=exits, policy=adapter.chosen_policy(mode, None),
             do_sample=False, max_new_tokens=max_new_tokens,
         )
         for mode in ("early_exit", "full")
