@@ -16,7 +16,7 @@ answers hold none that is wrong, followed likewise, with an interval from drawin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -174,7 +174,7 @@ class Suitability:
                 return value
             return {f"{level:g}": told for level, told in value.items()}
 
-        entries = asdict(replace(self, shown=()))
+        entries = asdict(self)
         del entries["shown"]
         rows = [{n: named(v) for n, v in row.items()} for row in entries.pop("prospects")]
         return {**entries, "depths": rows}

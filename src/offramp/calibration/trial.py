@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, lowest, path_of
 from offramp.calibration.threshold_search import Array
 from offramp.core.decoding.policy import ExitPolicy, Thresholds, policy_to_json
+from offramp.inputs.example import Example
 from offramp.promises.conditions import Conditions
 from offramp.promises.likeness import ANSWERS, Likeness, look_of
 from offramp.promises.prompt_kinds import kind_of
@@ -187,7 +189,8 @@ class Trial:
         """Losses [answers, ...] as those of the images: of all, named "", or, where the target is
         to hold of each kind of prompt, of each by its name."""
         if not asked.by_kind:
-            return {"": self._of(losses, asked.unit, self.images, self.turn.looked)}
+            most = max(self._most.values())
+            return {"": self._of(losses, asked.unit, self.images, self.turn.looked, most)}
         return self.by_kind(losses, asked)
 
     @property
@@ -210,17 +213,28 @@ class Trial:
             rows = {row for row, name in enumerate(self.kinds) if name == kind}
             parts = [image.of_rows(rows) for image in self.images]
             looked = sum(part is not None for part in parts[: self.turn.looked])
-            draws = self._of(losses, asked.unit, [part for part in parts if part], looked)
+            some = [part for part in parts if part]
+            draws = self._of(losses, asked.unit, some, looked, self._most[kind])
             times = draws.times * asked.target_of(kind) / asked.target
             found[kind] = replace(draws, times=times)
         return found
 
-    def _of(self, losses: Array, unit: str, images: Sequence[ImageRows], looked: int) -> Draws:
-        """Draws by the largest loss that these answers can have."""
-        risk = self.tested.risk
-        most = risk.most([self.tested.examples[row] for image in images for row in image.rows])
-        draws = Draws.by(unit, losses / most, images, whole=risk.whole, looked=looked)
+    def _of(
+        self, losses: Array, unit: str, images: Sequence[ImageRows], looked: int, most: float
+    ) -> Draws:
+        """Draws in units of the largest loss that these answers can have, `most`."""
+        whole = self.tested.risk.whole
+        draws = Draws.by(unit, losses / most, images, whole=whole, looked=looked)
         return replace(draws, times=1 / most)
+
+    @cached_property
+    def _most(self) -> Mapping[str, float]:
+        """The largest loss that an answer can have, by kind of prompt: found once, for it reads all
+        references."""
+        of: dict[str, list[Example]] = {}
+        for kind, example in zip(self.kinds, self.tested.examples, strict=True):
+            of.setdefault(kind, []).append(example)
+        return {kind: self.tested.risk.most(examples) for kind, examples in of.items()}
 
     def rows_of(self, kinds: Collection[str]) -> Array:
         """Rows of answers to prompts of these kinds, ascending."""

@@ -97,8 +97,7 @@ class SerialCore(Jobs):
 
     def _answer(self, job: Job) -> None:
         request = job.handle.request
-        calibrated = self.policy.moved(request.point)
-        policy = calibrated.asked(request.mode, request.thresholds, self.depths)
+        policy = self.policy.asked(request.mode, request.thresholds, self.depths, request.point)
         # Without a seed any will do, but not PyTorch's own, which is other requests' too.
         seed = secrets.randbits(63) if request.seed is None else request.seed
         own = {"streamer": Steps(job, self._pause), "seed": seed}

@@ -176,8 +176,9 @@ class TorchHost(PreparedHost):
 
     def _alone(self, request: Request) -> Plan:
         """The plan of a request by itself; at full depth where drafts cannot be taken back."""
-        own = self._policy.moved(request.point)
-        policy = own.asked(request.mode, request.thresholds, self.plan.depths)
+        policy = self._policy.asked(
+            request.mode, request.thresholds, self.plan.depths, request.point
+        )
         if policy.drafting and not self.backbone.lossless:
             policy = FULL
         return self._plans.of(policy, partial(plan_of, self.backbone, self._attached, policy))

@@ -69,8 +69,7 @@ class EdgeHost:
         """An answer that is written alone is written by what it needs, and no more."""
         if not self._alone:
             return False
-        own = self._policy.moved(request.point)
-        asked = own.asked(request.mode, request.thresholds, self._depths)
+        asked = self._policy.asked(request.mode, request.thresholds, self._depths, request.point)
         if asked == self._planned:
             return False
         self._planned, self.plan = asked, self._plan(asked)

@@ -93,7 +93,7 @@ class Plan:
         mode, thresholds: as of `ExitPolicy.asked`, which says what is refused. point: as of
             `ExitPolicy.moved`.
         """
-        policy = self.policy.moved(point).asked(mode, thresholds, self.depths or tuple(self.levels))
+        policy = self.policy.asked(mode, thresholds, self.depths or tuple(self.levels), point)
         trust = VERIFIED if policy.lossless else policy.trust
         if self.levels and trust is not None:  # by trust drafts go on to the answer's end
             levels = self.levels if policy.lossless else dict.fromkeys(self.levels, 0.0)

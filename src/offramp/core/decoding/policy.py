@@ -195,17 +195,24 @@ class ExitPolicy:
         return "lossless" if self.drafts else "full"
 
     def asked(
-        self, mode: str | None, thresholds: Mapping[int, float] | None, depths: tuple[int, ...]
+        self,
+        mode: str | None,
+        thresholds: Mapping[int, float] | None,
+        depths: tuple[int, ...],
+        point: Mapping[int, float] | None = None,
     ) -> ExitPolicy:
         """Return what a request is answered by: the one place where modes meet the policy.
 
         mode: of `MODES`; None: the policy's own, or early exit where thresholds are given.
         thresholds: by depth, in place of the policy's. depths: of the exits that run.
+        point: as of `moved`.
 
         Raises:
             InputError: an unknown mode; exits that are wanted and do not run, or have no
                 thresholds; thresholds where no exit runs, or outside [0, 1].
         """
+        if point is not None:
+            return self.moved(point).asked(mode, thresholds, depths)
         own = mode is None and thresholds is None
         mode = self.own_mode if own else mode or "early_exit"
         check_known("Mode", [mode], MODES)
