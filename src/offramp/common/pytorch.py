@@ -1,4 +1,4 @@
-"""Whether PyTorch is there, and what to say where it is not."""
+"""A check for PyTorch, and the error where it is missing."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 
 def server_config(arguments: argparse.Namespace) -> Any:
-    """Return what `server_options` and `image_options` say."""
+    """Return the server's settings from the options of `server_options` and `image_options`."""
     from offramp.serving.server.config import ImageLimits, ServerConfig
 
     if arguments.port > 65535:

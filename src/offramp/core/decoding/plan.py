@@ -90,8 +90,7 @@ class Plan:
         """Return the rule by which an answer uses the exits: the one place where a policy becomes a
         rule.
 
-        mode, thresholds: as of `ExitPolicy.asked`, which says what is refused. point: as of
-            `ExitPolicy.moved`.
+        mode, thresholds, point: as of `ExitPolicy.asked`, which says what is refused.
         """
         policy = self.policy.asked(mode, thresholds, self.depths or tuple(self.levels), point)
         trust = VERIFIED if policy.lossless else policy.trust

@@ -175,8 +175,7 @@ class ExitPolicy:
         return replace(self, thresholds=thresholds, first=first, trust=None)
 
     def moved(self, point: Mapping[int, float] | None) -> ExitPolicy:
-        """The policy at another point of the path that it was calibrated along; None: as it is.
-        point: thresholds by depth, or of trust its level by the depth that drafts."""
+        """The policy at a point of its path: thresholds, or trust, by depth; None: as it is."""
         if point is None:
             return self
         if self.trust is not None:
@@ -204,8 +203,7 @@ class ExitPolicy:
         """Return what a request is answered by: the one place where modes meet the policy.
 
         mode: of `MODES`; None: the policy's own, or early exit where thresholds are given.
-        thresholds: by depth, in place of the policy's. depths: of the exits that run.
-        point: as of `moved`.
+        thresholds: by depth, in place of the policy's. depths: where exits run. point: see `moved`.
 
         Raises:
             InputError: an unknown mode; exits that are wanted and do not run, or have no
