@@ -43,10 +43,12 @@ def application(arguments: dict[str, str]) -> Any:
     deployed = serve.deployment(
         max_ongoing_requests=SLOTS + QUEUE,
         autoscaling_config={
-            "min_replicas": 1, "max_replicas": replicas, "target_ongoing_requests": SLOTS,
+            "min_replicas": 1,
+            "max_replicas": replicas,
+            "target_ongoing_requests": SLOTS,
         },
         ray_actor_options={"num_gpus": float(arguments.get("gpus", 0))},
         graceful_shutdown_timeout_s=35,
-    )  # fmt: skip
+    )
     build = serve.ingress(lambda: replica_app(arguments["adapter"], replicas))
     return deployed(build(Replica)).bind()

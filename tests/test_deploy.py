@@ -156,8 +156,10 @@ def test_the_unit_is_valid_and_starts_the_server() -> None:
         return
     done = subprocess.run(
         ["systemd-analyze", "verify", str(DEPLOY / "offramp.service")],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     said = [line for line in done.stderr.splitlines() if "offramp.service" in line]
     assert all("is not executable" in line for line in said), done.stderr
 

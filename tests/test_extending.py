@@ -67,9 +67,13 @@ def test_a_registered_score_decides_who_exits(plugins, backbone, exits, batch):
 def test_a_score_of_the_whole_check_sees_the_position(rows, plugins, backbone, exits, batch):
     policy = ExitPolicy({2: 1e-6}, score="late_and_confident")
     made = generate(
-        backbone("llava"), batch("llava", rows), exits=exits("llava"), policy=policy,
-        eos_token_id=None, **GREEDY,
-    )  # fmt: skip
+        backbone("llava"),
+        batch("llava", rows),
+        exits=exits("llava"),
+        policy=policy,
+        eos_token_id=None,
+        **GREEDY,
+    )
     full = backbone("llava").depth
     assert made.depths.tolist() == [[full, full, 2, 2, 2, 2]] * rows
 
@@ -79,9 +83,15 @@ def test_a_score_of_the_whole_check_sees_the_position(rows, plugins, backbone, e
 def test_a_registered_exit_trains_saves_and_decodes(kind, name, plugins, backbone, tmp_path):
     whole = backbone(name)
     config = TrainConfig(
-        depths=(2,), exit_kind=kind, steps=2, batch_size=4, evaluate_every=2, adversarial=0.0,
-        max_new_tokens=5, losses={"l1": 0.5},
-    )  # fmt: skip
+        depths=(2,),
+        exit_kind=kind,
+        steps=2,
+        batch_size=4,
+        evaluate_every=2,
+        adversarial=0.0,
+        max_new_tokens=5,
+        losses={"l1": 0.5},
+    )
     processor = fakes.Blip2FakeProcessor(name)
     adapter = train(whole, processor, fakes.examples(12), config, tmp_path)
     assert adapter.exits.modules.kind == kind

@@ -94,8 +94,10 @@ def test_what_serves_does_not_import_what_trains_or_measures(name: str) -> None:
 
 def files_of(source: Path) -> dict[str, Path]:
     """Files by dotted name; a package is its `__init__`."""
-    inside = {f: ".".join(f.relative_to(source.parent).with_suffix("").parts) for f in
-              source.rglob("*.py")}  # fmt: skip
+    inside = {
+        f: ".".join(f.relative_to(source.parent).with_suffix("").parts)
+        for f in source.rglob("*.py")
+    }
     return {name.removesuffix(".__init__"): file for file, name in inside.items()}
 
 
@@ -241,8 +243,10 @@ def test_no_command_loads_torch_for_its_help() -> None:
     names, main = COMMANDS, "offramp.cli"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys{HELP}", main, *names],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("usage: ") == len(names)
 
@@ -256,10 +260,27 @@ def test_neither_the_server_nor_a_sliced_model_needs_torch() -> None:
 
 
 OUTER = (
-    "adapter", "calibrat", "compiled", "constraint", "gguf", "guarantee", "image", "json",
-    "llama", "packed", "prefix", "prun", "quanti", "server", "shortlist", "stream", "torch",
-    "transformers", "vision", "watch",
-)  # fmt: skip
+    "adapter",
+    "calibrat",
+    "compiled",
+    "constraint",
+    "gguf",
+    "guarantee",
+    "image",
+    "json",
+    "llama",
+    "packed",
+    "prefix",
+    "prun",
+    "quanti",
+    "server",
+    "shortlist",
+    "stream",
+    "torch",
+    "transformers",
+    "vision",
+    "watch",
+)
 """Words of what is attached to the decoder from outside."""
 
 

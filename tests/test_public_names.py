@@ -56,8 +56,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_reference_documents_them_all() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^::: offramp\.(?:core\.)?(\w+)$", page, re.MULTILINE)) == {
-        *offramp.__all__, "errors",
-    }  # fmt: skip
+        *offramp.__all__,
+        "errors",
+    }
 
 
 def test_what_documented_code_imports_is_stable() -> None:

@@ -36,8 +36,11 @@ def notes(version: str) -> subprocess.CompletedProcess[str]:
         pytest.skip("no make")
     return subprocess.run(
         ["make", "-s", "notes", f"VERSION={version}"],
-        cwd=ROOT, check=False, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_the_notes_of_a_release_are_its_section() -> None:

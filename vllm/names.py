@@ -56,14 +56,20 @@ def has(version: Path, module: str, name: str) -> bool:
     if tree is None or found(version, f"{module}.{name}") is not None:
         return tree is not None
     stars = [
-        node.module for node in tree.body
+        node.module
+        for node in tree.body
         if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
-    ]  # fmt: skip
+    ]
     return any(has(version, f"{module}.{one}", name) for one in stars) or any(
-        name in (getattr(node, "name", None), getattr(node, "id", None),
-                 getattr(node, "asname", None), getattr(node, "value", None))
+        name
+        in (
+            getattr(node, "name", None),
+            getattr(node, "id", None),
+            getattr(node, "asname", None),
+            getattr(node, "value", None),
+        )
         for node in ast.walk(tree)
-    )  # fmt: skip
+    )
 
 
 def text(version: Path, owner: str, name: str) -> str | None:

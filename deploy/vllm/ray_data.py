@@ -34,18 +34,23 @@ def main(model: str, exits: str, images: str, out: str, prompt: str, engines: st
         model_source=model,
         engine_kwargs={
             "additional_config": {"offramp": {"exits": str(Path(exits).absolute())}},
-            "max_model_len": 256, "dtype": "bfloat16" if on_gpus else "float32",
+            "max_model_len": 256,
+            "dtype": "bfloat16" if on_gpus else "float32",
         },
         placement_group_config={"bundles": [{"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}]},
-        concurrency=int(engines), batch_size=64, **OFF,
-    )  # fmt: skip
+        concurrency=int(engines),
+        batch_size=64,
+        **OFF,
+    )
 
     def asking(row: dict[str, Any]) -> dict[str, Any]:
         picture = Image.open(io.BytesIO(row["bytes"])).convert("RGB")
         return {
-            "path": row["path"], "prompt": prompt, "multimodal_data": {"image": picture},
+            "path": row["path"],
+            "prompt": prompt,
+            "multimodal_data": {"image": picture},
             "sampling_params": {"temperature": 0.0, "max_tokens": 30},
-        }  # fmt: skip
+        }
 
     def told(row: dict[str, Any]) -> dict[str, Any]:
         ids = [int(one) for one in row["generated_tokens"]]

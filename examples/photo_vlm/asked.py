@@ -63,37 +63,56 @@ EXACT = ("yes or no", "count", "in or out", "animal", "colour")
 """Kinds whose answer is right only as a whole."""
 UNSEEN = ("absent", "cannot tell")
 _CANNOT_TELL = (
-    "What is {his} name?", "What is the {name}'s name?", "How old is the {name}?",
-    "Where does the {name} live?", "What is the {name} thinking?", "What day is it?",
-    "What time is it?", "Who took this picture?", "What is behind the camera?",
-    "What did the {name} do yesterday?", "Where is the {name} from?", "How much did it cost?",
-)  # fmt: skip
+    "What is {his} name?",
+    "What is the {name}'s name?",
+    "How old is the {name}?",
+    "Where does the {name} live?",
+    "What is the {name} thinking?",
+    "What day is it?",
+    "What time is it?",
+    "Who took this picture?",
+    "What is behind the camera?",
+    "What did the {name} do yesterday?",
+    "Where is the {name} from?",
+    "How much did it cost?",
+)
 CANNOT = "I cannot see that."
 _WORDINGS: Mapping[str, tuple[str, ...]] = {
     "Who is in the picture?": (
-        "Who is in the picture?", "Who is in the photo?", "Who can you see?", "Who is there?",
+        "Who is in the picture?",
+        "Who is in the photo?",
+        "Who can you see?",
+        "Who is there?",
         "Who is this?",
     ),
     "Where is this?": ("Where is this?", "Where was this taken?", "What place is this?"),
     "Is it indoors or outdoors?": (
-        "Is it indoors or outdoors?", "Is this inside or outside?", "Indoors or outdoors?",
+        "Is it indoors or outdoors?",
+        "Is this inside or outside?",
+        "Indoors or outdoors?",
         "Was the picture taken indoors or outdoors?",
     ),
     "What animal is this?": (
-        "What animal is this?", "Which animal is in the picture?", "What kind of animal is it?",
+        "What animal is this?",
+        "Which animal is in the picture?",
+        "What kind of animal is it?",
         "What animal do you see?",
     ),
-}  # fmt: skip
+}
 
 
 def worded(text: str, draw: random.Random) -> str:
     """A question as one or another would type it."""
     text = draw.choice(_WORDINGS.get(text, (text,)))
     for one, other, share in (
-        ("colour", "color", 0.5), ("How many", "what number of", 0.03), ("What is", "What's", 0.15),
-        ("Is there", "Can you see", 0.15), ("Is there", "Do you see", 0.15),
-        ("is in the picture", "is in the image", 0.2), ("are there", "are in the picture", 0.3),
-    ):  # fmt: skip
+        ("colour", "color", 0.5),
+        ("How many", "what number of", 0.03),
+        ("What is", "What's", 0.15),
+        ("Is there", "Can you see", 0.15),
+        ("Is there", "Do you see", 0.15),
+        ("is in the picture", "is in the image", 0.2),
+        ("are there", "are in the picture", 0.3),
+    ):
         if draw.random() < share:
             text = text.replace(one, other)
     if draw.random() < 0.3:
@@ -133,12 +152,42 @@ _CLOSE = (
     ("skateboard", "skateboarder", "board", "skate", "skater", "skateboarding"),
     ("snowboard", "snowboarder", "board", "snowboarding", "ski", "skier"),
     ("building", "house", "city", "street", "store", "church", "tower", "town", "window"),
-    ("water", "pool", "swim", "fountain", "splash", "surf", "wade", "puddle", "sprinkler", "bath",
-     "stream", "waterfall", "creek", "wave", "boat", "beach", "shore", "wet"),
+    (
+        "water",
+        "pool",
+        "swim",
+        "fountain",
+        "splash",
+        "surf",
+        "wade",
+        "puddle",
+        "sprinkler",
+        "bath",
+        "stream",
+        "waterfall",
+        "creek",
+        "wave",
+        "boat",
+        "beach",
+        "shore",
+        "wet",
+    ),
     ("beach", "ocean", "sea", "wave", "surf", "coast"),
     ("grass", "grassy", "park", "yard", "garden", "soccer", "baseball", "football", "golf"),
-    ("snow", "snowy", "ski", "skier", "snowboard", "snowboarder", "ice", "icy", "sled", "winter",
-     "skiing", "snowboarding"),
+    (
+        "snow",
+        "snowy",
+        "ski",
+        "skier",
+        "snowboard",
+        "snowboarder",
+        "ice",
+        "icy",
+        "sled",
+        "winter",
+        "skiing",
+        "snowboarding",
+    ),
     ("street", "city", "traffic", "car", "parade", "crosswalk", "town", "corner"),
     ("rock", "rocky", "cliff", "climber", "boulder", "stone", "mountain", "climb"),
     ("mountain", "mountainous", "rocky", "peak", "cliff", "hillside"),
@@ -146,13 +195,33 @@ _CLOSE = (
     ("horse", "jockey", "rodeo", "cowboy", "polo", "animal", "bronco"),
     ("boat", "ship", "sail", "row", "paddle", "kayaker", "canoe", "kayak", "raft", "sailboat"),
     ("shirt", "t-shirt", "jersey", "sweatshirt", "top", "polo", "tee"),
-    ("cat", "animal", "kitten"), ("bird", "animal", "pet"),
+    ("cat", "animal", "kitten"),
+    ("bird", "animal", "pet"),
     ("dog", "animal", "pet", "canine", "breed"),
-)  # fmt: skip
+)
 _PERSON_WORDS = frozenset(w for w, group in SUBJECTS.items() if group in PEOPLE) | {
-    "people", "crowd", "team", "group", "couple", "family", "friend", "human", "he", "she", "they",
-    "his", "her", "their", "who", "everyone", "another", "other", "one", "driver", "crew",
-}  # fmt: skip
+    "people",
+    "crowd",
+    "team",
+    "group",
+    "couple",
+    "family",
+    "friend",
+    "human",
+    "he",
+    "she",
+    "they",
+    "his",
+    "her",
+    "their",
+    "who",
+    "everyone",
+    "another",
+    "other",
+    "one",
+    "driver",
+    "crew",
+}
 _UNSEXED = frozenset(w for w, group in SUBJECTS.items() if group in ("person", "child", "baby")) | (
     _PERSON_WORDS - set(SUBJECTS)
 )
@@ -183,8 +252,14 @@ def _may_be_called(word: str) -> frozenset[str]:
 _AGED = {"man": ("boy",), "boy": ("man",), "woman": ("girl",), "girl": ("woman",)}
 _HE = {"man": "he", "boy": "he", "woman": "she", "girl": "she", "dog": "it"}
 _HIS = {"he": "his", "she": "her", "it": "its", "they": "their"}
-_PLURALS = {"man": "men", "woman": "women", "child": "children", "person": "people",
-            "baby": "babies", "sheep": "sheep"}  # fmt: skip
+_PLURALS = {
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "person": "people",
+    "baby": "babies",
+    "sheep": "sheep",
+}
 _NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
@@ -271,13 +346,22 @@ def _about(subject: Signature, agreed: Sequence[Said], said: Sequence[Said]) -> 
     deed = most((d for s in agreed for d in s.deeds), 2)
     if deed is not None:
         words = sorted((s.deeds[deed] for s in agreed if deed in s.deeds), key=_detail)[0]
-        right = tuple(sorted({s.deeds[d].split()[0] for s in said for d in s.deeds}
-                             | {d for s in said for d in s.deeds}))  # fmt: skip
+        right = tuple(
+            sorted(
+                {s.deeds[d].split()[0] for s in said for d in s.deeds}
+                | {d for s in said for d in s.deeds}
+            )
+        )
         what = f"What {be} the {name} doing?"
         found.append(Question("doing", what, words, right, f"What {later} doing?"))
-        found.append(Question("who", f"Who is {words}?", _who(subject),
-                              tuple(sorted({w for n, _ in subject
-                                            for w in (n, _PLURALS.get(n, f"{n}s"))}))))  # fmt: skip
+        found.append(
+            Question(
+                "who",
+                f"Who is {words}?",
+                _who(subject),
+                tuple(sorted({w for n, _ in subject for w in (n, _PLURALS.get(n, f"{n}s"))})),
+            )
+        )
     if not is_plural:
         for kind, verb in (("worn", "wearing"), ("held", "holding")):
             if kind == "worn" and name in ANIMALS:
@@ -411,8 +495,9 @@ def _there(photos: Photos, all_: list[list[Question]], draw: random.Random) -> l
 
 
 def _nouns(said: Said) -> set[str]:
-    return {w for w in said.words if w in _ASKED_WORDS} | {SUBJECTS[w] for w in said.words
-                                                          if w in SUBJECTS}  # fmt: skip
+    return {w for w in said.words if w in _ASKED_WORDS} | {
+        SUBJECTS[w] for w in said.words if w in SUBJECTS
+    }
 
 
 _ASKED_WORDS = words_of(
@@ -465,17 +550,39 @@ def _is_doing(asked: Question, answered: Question) -> str:
 
 
 _ABSENT = (
-    "dog", "cat", "horse", "bird", "man", "woman", "boy", "girl", "baby", "car", "bike", "ball",
-    "hat", "boat", "frisbee", "skateboard", "truck", "bus", "umbrella", "guitar", "kite",
-)  # fmt: skip
+    "dog",
+    "cat",
+    "horse",
+    "bird",
+    "man",
+    "woman",
+    "boy",
+    "girl",
+    "baby",
+    "car",
+    "bike",
+    "ball",
+    "hat",
+    "boat",
+    "frisbee",
+    "skateboard",
+    "truck",
+    "bus",
+    "umbrella",
+    "guitar",
+    "kite",
+)
 _ABSENT_ASKED: Mapping[str, tuple[str, ...]] = {
     "thing": ("What colour is the {}?", "Where is the {}?"),
     "animal": ("What colour is the {}?", "Where is the {}?", "What is the {} doing?"),
     "person": (
-        "What is the {} wearing?", "What is the {} doing?", "Where is the {}?",
-        "What colour is the {}'s shirt?", "What is the {} holding?",
+        "What is the {} wearing?",
+        "What is the {} doing?",
+        "Where is the {}?",
+        "What colour is the {}'s shirt?",
+        "What is the {} holding?",
     ),
-}  # fmt: skip
+}
 
 
 def _absent(
@@ -541,11 +648,20 @@ def dialogue(
 
 
 DESCRIBE = (
-    "Describe the photograph.", "Describe this picture.", "What is in the picture?",
-    "What do you see?", "What can you see?", "What is happening?", "What is going on here?",
-    "Describe the image.", "Caption this photo.", "What is this?",
-    "What is happening in this picture?", "what does the photo show", "Tell me about this picture.",
-)  # fmt: skip
+    "Describe the photograph.",
+    "Describe this picture.",
+    "What is in the picture?",
+    "What do you see?",
+    "What can you see?",
+    "What is happening?",
+    "What is going on here?",
+    "Describe the image.",
+    "Caption this photo.",
+    "What is this?",
+    "What is happening in this picture?",
+    "what does the photo show",
+    "Tell me about this picture.",
+)
 
 
 def is_right(question: Question, answer: str) -> bool:
@@ -572,11 +688,13 @@ def read_asked(file: Path) -> list[Asked]:
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         return [
-            Asked(row["image"], row["half"], tuple(
-                Question(**{**q, "right": tuple(q["right"])}) for q in row["questions"]
-            ))
+            Asked(
+                row["image"],
+                row["half"],
+                tuple(Question(**{**q, "right": tuple(q["right"])}) for q in row["questions"]),
+            )
             for row in rows
-        ]  # fmt: skip
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} does not hold questions.", "Make them: python -m examples.photo_vlm.asked"

@@ -26,7 +26,11 @@ from offramp_lab.experiments.comparison.methods import Plan
 RECORD = Path("lab/records/compare-photo.json")
 PLAN = Plan(
     objectives=(
-        "logit_lens", "cross_entropy", "cross_entropy_few", "cross_entropy_own", "distillation",
+        "logit_lens",
+        "cross_entropy",
+        "cross_entropy_few",
+        "cross_entropy_own",
+        "distillation",
         "free",
     ),
     policies=("patience", "agreement", "saturation"),
@@ -36,14 +40,20 @@ PLAN = Plan(
     quantiles=(0.0, 0.15, 0.35, 0.55, 0.75),
     training=TrainConfig(
         exit_kind="layer",
-        regime="pseudo", min_confidence=0.35, shortlist=2048, steps=1500,
-        learning_rate=5e-4, evaluate_every=300, patience=None, max_new_tokens=LONGEST["captions"],
+        regime="pseudo",
+        min_confidence=0.35,
+        shortlist=2048,
+        steps=1500,
+        learning_rate=5e-4,
+        evaluate_every=300,
+        patience=None,
+        max_new_tokens=LONGEST["captions"],
         **FREE,
     ),
     timed=50,
     rounds=1,
     max_new_tokens=LONGEST["captions"],
-)  # fmt: skip
+)
 SIZES = (800, 300)
 """Photographs to train and to test on."""
 QUICK = replace(

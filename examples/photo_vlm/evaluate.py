@@ -120,9 +120,13 @@ def main() -> None:
     parser = parser_of("evaluate", "--out lab/records/photo-model.json", str(__doc__), "data")
     parser.add_argument("--limit", type=int, help="at most so many photographs, and questions")
     parser.add_argument(
-        "--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS), metavar="NAME",
+        "--decodings",
+        nargs="+",
+        choices=DECODINGS,
+        default=list(DECODINGS),
+        metavar="NAME",
         help="of captions (default: greedy beam)",
-    )  # fmt: skip
+    )
     parser.add_argument("--beam-limit", type=int, help="photographs for beam search, which is slow")
     parser.add_argument("--out", type=Path, help="write figures there, as JSON")
     parser.add_argument("--answers", type=Path, help="write what was said there, as JSON")

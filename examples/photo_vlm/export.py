@@ -24,9 +24,17 @@ from offramp_photo.tower import PhotoTowerConfig
 
 PACKAGE = Path("photo-model/offramp_photo")
 _TOWER = (
-    "hidden_size", "neck_size", "layers", "heads", "grid", "queries", "words", "vocabulary",
-    "detector_size", "image_size",
-)  # fmt: skip
+    "hidden_size",
+    "neck_size",
+    "layers",
+    "heads",
+    "grid",
+    "queries",
+    "words",
+    "vocabulary",
+    "detector_size",
+    "image_size",
+)
 STAGES = {"state": ["state"], "reinforced": ["state", "reinforced"], "talk": ["talk"]}
 """States of the trainings that one export tells of, by its name."""
 _CURVE = ("step", "cpu_seconds", "CIDEr", "Bleu_4", "accuracy", "right")
@@ -81,14 +89,18 @@ def main() -> None:
         "--last", action="store_true", help="the last weights, not those of the highest CIDEr"
     )
     parser.add_argument(
-        "--of", choices=STAGES, default="state",
+        "--of",
+        choices=STAGES,
+        default="state",
         help="what `train` learnt (state), `reinforce` after it, or `talk` after what --before "
         "tells of, whose last weights are taken (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--before", type=Path, metavar="CARD",
+        "--before",
+        type=Path,
+        metavar="CARD",
         help="card of the weights that --start began at: its stages come first",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
     work: Path = arguments.work
     names = STAGES[arguments.of]

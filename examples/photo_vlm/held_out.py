@@ -61,29 +61,40 @@ class Sizes:
 
 SMALL = Sizes(
     captions=800, questions=100, steps=1500, held_out=600, asked=200, timed=50, rounds=1, targets=()
-)  # fmt: skip
+)
 """To hold regimes against each other, in half an hour each."""
 MODEST = Sizes(
-    captions=400, questions=40, steps=400, held_out=240, asked=60, timed=8, rounds=2,
-    damaged=0, exact=24, curves=False, targets=(0.05,),
-)  # fmt: skip
+    captions=400,
+    questions=40,
+    steps=400,
+    held_out=240,
+    asked=60,
+    timed=8,
+    rounds=2,
+    damaged=0,
+    exact=24,
+    curves=False,
+    targets=(0.05,),
+)
 """One regime and its lossless mode, in ten minutes of one core."""
 MIDDLE = Sizes(
-    captions=1500, questions=200, steps=1200, held_out=800, asked=200, timed=50, rounds=3,
-    damaged=60, exact=40, curves=False,
-)  # fmt: skip
+    captions=1500,
+    questions=200,
+    steps=1200,
+    held_out=800,
+    asked=200,
+    timed=50,
+    rounds=3,
+    damaged=60,
+    exact=40,
+    curves=False,
+)
 """One regime, its lossless mode and corruptions, speeds on 50 photographs; an hour of one core."""
 LARGE = Sizes()
 """One regime with all that is asked of the first one, speeds on 60 photographs; two hours of one
 core."""
 QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
-SIZES = {
-    "large": LARGE,
-    "middle": MIDDLE,
-    "small": SMALL,
-    "modest": MODEST,
-    "quick": QUICK,
-}
+SIZES = {"large": LARGE, "middle": MIDDLE, "small": SMALL, "modest": MODEST, "quick": QUICK}
 
 
 class Photos:
@@ -123,9 +134,13 @@ class Photos:
     def answers(self, adapter: Adapter, name: str, examples: Sequence[Example]) -> list[Answer]:
         """Free-running greedy answers by the adapter's policy."""
         return generate_answers(
-            adapter, self.encoder, examples,
-            batch_size=64, max_new_tokens=LONGEST[name], vision_cache=self.cache,
-        )  # fmt: skip
+            adapter,
+            self.encoder,
+            examples,
+            batch_size=64,
+            max_new_tokens=LONGEST[name],
+            vision_cache=self.cache,
+        )
 
     @cached_property
     def none(self) -> Adapter:

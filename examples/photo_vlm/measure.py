@@ -166,15 +166,20 @@ def assemble(place: Path, size: str, depths: Sequence[int]) -> dict[str, Any]:
 def main() -> None:
     parser = parser_of("measure", "--regimes unsupervised", str(__doc__), "data", "work")
     parser.add_argument(
-        "--regimes", nargs="+", default=list(REGIMES), metavar="REGIME",
+        "--regimes",
+        nargs="+",
+        default=list(REGIMES),
+        metavar="REGIME",
         help="without --size small, more is measured of the first one (default: all)",
-    )  # fmt: skip
+    )
     parser.add_argument("--depths", type=int, nargs="+", default=(4,), help="of the exits")
     parser.add_argument(
-        "--size", choices=SIZES, default="large",
+        "--size",
+        choices=SIZES,
+        default="large",
         help="large: one regime in two hours; middle: in one; modest: in ten minutes; small: to "
         "hold regimes against each other; quick: only to try it out",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/photo-exits.json"))
     parser.add_argument(
         "--ship", type=Path, metavar="FOLDER", help="save the first regime's exits there"

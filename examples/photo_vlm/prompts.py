@@ -73,12 +73,16 @@ def main() -> None:
         lines.append((example, prompt, example.answers))
     draw.shuffle(lines)
     text = "".join(
-        json.dumps({
-            "image": str(Path(str(example.image)).resolve()), "prompt": prompt,
-            "answers": list(answers),
-        }) + "\n"
+        json.dumps(
+            {
+                "image": str(Path(str(example.image)).resolve()),
+                "prompt": prompt,
+                "answers": list(answers),
+            }
+        )
+        + "\n"
         for example, prompt, answers in lines
-    )  # fmt: skip
+    )
     write_atomic(arguments.out, text.encode())
     print(f"{len(lines)} prompts in {arguments.out}")
 

@@ -52,10 +52,15 @@ def trained(photos: Photos, regime: str, folder: Path) -> Adapter:
     sizes = photos.sizes
     config = TrainConfig(
         exit_kind="layer",
-        depths=photos.depths, steps=sizes.steps, patience=None, learning_rate=5e-4,
-        evaluate_every=max(1, sizes.steps // 12), max_new_tokens=LONGEST["captions"],
-        shortlist=min(SHORTLIST, photos.backbone.vocabulary), **{**FREE, **REGIMES[regime]},
-    )  # fmt: skip
+        depths=photos.depths,
+        steps=sizes.steps,
+        patience=None,
+        learning_rate=5e-4,
+        evaluate_every=max(1, sizes.steps // 12),
+        max_new_tokens=LONGEST["captions"],
+        shortlist=min(SHORTLIST, photos.backbone.vocabulary),
+        **{**FREE, **REGIMES[regime]},
+    )
     began = time.perf_counter()
     processor = photos.encoder.processor
     resume = (folder / "training").is_dir()
@@ -105,10 +110,13 @@ def measured(photos: Photos, regime: str, folder: Path, regimes: int) -> dict[st
         if name in guarantees:
             calibration = guarantees[name]
             row |= {
-                "risk_target": calibration.target, "confidence": calibration.confidence,
-                "risk": calibration.risk, "risk_bound": calibration.bound,
-                "n_calibration": calibration.n, "reason": calibration.reason,
-            }  # fmt: skip
+                "risk_target": calibration.target,
+                "confidence": calibration.confidence,
+                "risk": calibration.risk,
+                "risk_bound": calibration.bound,
+                "n_calibration": calibration.n,
+                "reason": calibration.reason,
+            }
         if name == PROMISE:
             row["calibration"] = guarantees[name].to_json()
             row["attempts"] = [attempt.to_json() for attempt in guarantees[name].attempts]
@@ -139,9 +147,14 @@ def _evaluator(photos: Photos, adapter: Adapter) -> ThresholdEvaluator:
     costs = measure_costs(photos.backbone, prompt, adapter.exits, shortlist=shortlist, repeats=3)
     policy = replace(adapter.policy, thresholds={})
     whole = ThresholdEvaluator.of(
-        adapter, photos.encoder, examples, policy, RISKS["disagreement"],
-        costs=costs, max_new_tokens=LONGEST["captions"],
-    )  # fmt: skip
+        adapter,
+        photos.encoder,
+        examples,
+        policy,
+        RISKS["disagreement"],
+        costs=costs,
+        max_new_tokens=LONGEST["captions"],
+    )
     # Decoded in batches either way; where a replay sees no difference, rounding hardly makes one.
     return replace(whole, doubtful=whole.doubtful & False)
 
@@ -211,8 +224,10 @@ def _row(
     full = caption_measures(texts, captions, ("CIDEr",))["CIDEr"]
     low, high = interval(scores["CIDEr"], minus=full) or (float("nan"),) * 2
     asked = photos.answers(ours, "questions", questions)
-    right = [accuracy([a.text for a in answers], questions)
-             for answers in (photos.full["questions", 1], asked)]  # fmt: skip
+    right = [
+        accuracy([a.text for a in answers], questions)
+        for answers in (photos.full["questions", 1], asked)
+    ]
     return {
         "thresholds": {str(d): t for d, t in policy.thresholds.items()},
         "first": {str(d): t for d, t in (policy.first or {}).items()},

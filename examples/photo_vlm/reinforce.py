@@ -115,9 +115,13 @@ def _ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 @torch.inference_mode()
 def sampled(
-    lm: Any, visual: Tensor, prompt: Sequence[int], settings: ReinforceSettings, end: int,
+    lm: Any,
+    visual: Tensor,
+    prompt: Sequence[int],
+    settings: ReinforceSettings,
+    end: int,
     chance: torch.Generator,
-) -> list[list[tuple[int, ...]]]:  # fmt: skip
+) -> list[list[tuple[int, ...]]]:
     """Answers to one prompt about each photograph, drawn from all tokens; with the end's token
     where one was ended.
 

@@ -154,11 +154,13 @@ class ExitReinforcer:
             self.reward(groups[i // s.captions], text, ids[-1] == encoder.eos)
             for i, (text, ids) in enumerate(zip(texts, captions, strict=True))
         ]
-        gains = torch.tensor([
-            gain
-            for i in range(0, len(rewards), s.captions)
-            for gain in advantages(rewards[i : i + s.captions])
-        ])  # fmt: skip
+        gains = torch.tensor(
+            [
+                gain
+                for i in range(0, len(rewards), s.captions)
+                for gain in advantages(rewards[i : i + s.captions])
+            ]
+        )
         gains = gains / gains.abs().mean().clamp(min=1e-6)
         begun = len(rows[0][1])
         logits = self.logits(self._run(self.layer, states, 0)[:, begun - 1 :]) / s.temperature
@@ -208,9 +210,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument(
-        "--student", type=Path, metavar="FILE",
+        "--student",
+        type=Path,
+        metavar="FILE",
         help="reinforce the last layer of this student (`offramp_lab.records.student`), there",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
     settings = Settings(arguments.steps)
     splits = read_photographs(arguments.data)

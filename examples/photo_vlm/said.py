@@ -130,9 +130,18 @@ CLOTHES = words_of(
     """
 )
 _NUMBERS = {
-    "a": 1, "an": 1, "one": 1, "another": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6,
-    "couple": 2, "pair": 2,
-}  # fmt: skip
+    "a": 1,
+    "an": 1,
+    "one": 1,
+    "another": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "couple": 2,
+    "pair": 2,
+}
 MANY = 99
 _INDOORS = words_of(
     """

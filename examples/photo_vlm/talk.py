@@ -72,8 +72,16 @@ class TalkSettings(Settings):
     talk_weight: float = 0.5
 
 
-RARE = {"count": 3.0, "held": 2.0, "animal": 2.0, "in or out": 2.0, "worn": 2.0, "doing": 1.5,
-        "where": 1.5, "yes or no": 0.7}  # fmt: skip
+RARE = {
+    "count": 3.0,
+    "held": 2.0,
+    "animal": 2.0,
+    "in or out": 2.0,
+    "worn": 2.0,
+    "doing": 1.5,
+    "where": 1.5,
+    "yes or no": 0.7,
+}
 """Weights of kinds in the loss; others have 1."""
 
 
@@ -211,9 +219,12 @@ class TalkValidation:
     def __call__(self, bridge: Bridge, detector: WordDetector, lora: Any) -> dict[str, Any]:
         row = self.before(bridge, detector, lora)
         answers = self.before.answers(
-            bridge, detector, lora, [(image, chat_prompt(text)) for image, _, text in self.asked],
+            bridge,
+            detector,
+            lora,
+            [(image, chat_prompt(text)) for image, _, text in self.asked],
             LONGEST["questions"],
-        )  # fmt: skip
+        )
         right: dict[str, list[bool]] = {}
         for (_, question, _), answer in zip(self.asked, answers, strict=True):
             right.setdefault(question.kind, []).append(is_right(question, answer))
@@ -240,9 +251,12 @@ def own_captions(
     file = work / OWN
     if not file.is_file():
         answers = validation.answers(
-            bridge, detectors.whole, lora, [(e.group, "Caption:") for e in examples],
+            bridge,
+            detectors.whole,
+            lora,
+            [(e.group, "Caption:") for e in examples],
             LONGEST["captions"],
-        )  # fmt: skip
+        )
         said = dict(zip((e.group for e in examples), answers, strict=True))
         write_atomic(file, json.dumps(said).encode())
     found: dict[str, str] = json.loads(file.read_text())

@@ -49,13 +49,7 @@ from offramp.common.jsonl_log import JsonlLog
 from offramp.core.errors import DataError, InputError
 from offramp.core.storage import read_json, write_json
 from offramp.inputs.example import Example
-from offramp_photo.build import (
-    CARD,
-    WEIGHTS,
-    add_updates,
-    load_language,
-    load_network,
-)
+from offramp_photo.build import CARD, WEIGHTS, add_updates, load_language, load_network
 from offramp_photo.packages import LANGUAGE, VISION, weights_file
 from offramp_photo.tower import Bridge, PhotoTowerConfig, WordDetector
 
@@ -409,8 +403,10 @@ def prepared(
     bridge = start_bridge(config, before.get("bridge"), table)
     rows = PackedRows(
         {**splits, "captions": consensual(splits["captions"], settings.captions)},
-        features.places, ids, tokenizer.eos_token_id,
-    )  # fmt: skip
+        features.places,
+        ids,
+        tokenizer.eos_token_id,
+    )
     views = Views(features, list(examples.values()), net)
     validation = Validation(plain, tokenizer, splits, features, arguments.photographs)
     trainer = kind(bridge, detectors, lm, rows, views, settings)
@@ -465,10 +461,12 @@ def _say(text: str) -> None:
 def main() -> None:
     parser = options_of("train", str(__doc__), 4000)
     parser.add_argument(
-        "--start", type=Path, metavar="DIR",
+        "--start",
+        type=Path,
+        metavar="DIR",
         help="what `export` wrote, as photo-model/offramp_photo, to start from (default: a bridge "
         "that knows nothing)",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
     before = {}
     if arguments.start is not None:

@@ -126,9 +126,12 @@ def test_several_exits_and_drafts_are_generates_own(backbone: Any, exits: Any, b
     options = {**GREEDY, "max_new_tokens": 40}
     seen = set()
     for more in (
-        {}, {"lossless": True, "max_draft": 3}, {"max_draft": 30},
-        {"lossless": True, "max_draft": 30}, {"thresholds": dict.fromkeys(at, 0.0)},
-    ):  # fmt: skip
+        {},
+        {"lossless": True, "max_draft": 3},
+        {"max_draft": 30},
+        {"lossless": True, "max_draft": 30},
+        {"thresholds": dict.fromkeys(at, 0.0)},
+    ):
         policy = replace(adapter.policy, **more)
         expected = adapter.generate(inputs, policy=policy, **options)
         same(runtime.generate(inputs, policy=policy, **options), expected)

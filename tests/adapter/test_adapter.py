@@ -64,9 +64,15 @@ def test_provenance_and_metrics_come_back(saved_adapter: Path, opt: Any) -> None
 
 
 PROMISE = {
-    "risk": "disagreement", "target": 0.01, "confidence": 0.95, "measured": 0.002, "bound": 0.0085,
-    "n": 1234, "method": "upper_bound", "data_digest": "feed" * 16,
-}  # fmt: skip
+    "risk": "disagreement",
+    "target": 0.01,
+    "confidence": 0.95,
+    "measured": 0.002,
+    "bound": 0.0085,
+    "n": 1234,
+    "method": "upper_bound",
+    "data_digest": "feed" * 16,
+}
 
 
 def test_a_promise_and_what_was_seen_come_back(opt: Any, tmp_path: Path) -> None:
@@ -235,9 +241,14 @@ def test_the_card_tells_the_promise_or_that_there_is_none(opt: Any) -> None:
     whole = {**PROMISE, **said, "conditions": conditions}
     card = model_card(trained(opt).with_policy(POLICY, whole))
     for part in (
-        "the mean over images of the share of answers that differ", "is at most 0.01",
-        "95% confidence", "0.002", "n = 1234", "`feedfeed", "| dtype | float32 |",
-    ):  # fmt: skip
+        "the mean over images of the share of answers that differ",
+        "is at most 0.01",
+        "95% confidence",
+        "0.002",
+        "n = 1234",
+        "`feedfeed",
+        "| dtype | float32 |",
+    ):
         assert part in " ".join(card.split())
     nothing = {**PROMISE, "measured": None, "bound": None}
     refused = model_card(trained(opt).with_policy(POLICY, nothing))
@@ -264,9 +275,11 @@ def test_the_saved_card_is_the_model_card(saved_adapter: Path) -> None:
 
 @pytest.mark.parametrize(
     "said",
-    [{"discriminators": {"conditional": True, "judged": "token"}},
-     {"conditional_discriminators": False}],
-)  # fmt: skip
+    [
+        {"discriminators": {"conditional": True, "judged": "token"}},
+        {"conditional_discriminators": False},
+    ],
+)
 def test_the_discriminators_of_earlier_adapters_are_left_out(
     said: dict[str, Any], opt: Any, saved_adapter: Path
 ) -> None:
@@ -329,9 +342,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Hub, saved_adapter: Path
     saved = Adapter.load(saved_adapter, opt)
     assert saved.push_to_hub("me/exits", token="t") == "https://hub/me/exits/commit/1"
     assert hub.created == {"me/exits": {"private": True, "exist_ok": True}} and hub.token == "t"
-    assert {p.name for p in hub.place.iterdir()} == {
-        CONFIG, EXITS, CARD, "custom_generate",
-    }  # fmt: skip
+    assert {p.name for p in hub.place.iterdir()} == {CONFIG, EXITS, CARD, "custom_generate"}
     loaded = Adapter.from_pretrained(opt, "me/exits")
     state = loaded.exits.modules.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in saved.exits.modules.state_dict().items())
@@ -372,9 +383,11 @@ def test_the_hubs_usual_arguments_reach_it(hub: Hub, saved_adapter: Path, opt: A
     )
     assert hub.created["me/exits"]["private"] is False and hub.branches == ("me/exits", "v2")
     assert hub.uploaded == {
-        "commit_message": "New exits", "commit_description": None, "revision": "v2",
+        "commit_message": "New exits",
+        "commit_description": None,
+        "revision": "v2",
         "create_pr": True,
-    }  # fmt: skip
+    }
     Adapter.from_pretrained(opt, "me/exits", revision="v2", token="t", local_files_only=True)
     assert hub.downloaded == {"revision": "v2", "token": "t", "local_files_only": True}
 
@@ -391,9 +404,7 @@ def test_a_folder_is_loaded_without_the_hub(hub: Hub, saved_adapter: Path, opt: 
     assert Adapter.from_pretrained(opt, saved_adapter).policy == POLICY
 
 
-def test_a_name_alone_loads_exits_with_their_own_backbone(
-    tmp_path: Path,
-) -> None:
+def test_a_name_alone_loads_exits_with_their_own_backbone(tmp_path: Path) -> None:
     shipped = Adapter.from_pretrained("tiny-opt")
     assert shipped.backbone.name == "offramp/tiny-opt" and shipped.policy.thresholds
     shipped.save(tmp_path / "exits")

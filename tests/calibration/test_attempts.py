@@ -102,8 +102,13 @@ def test_images_of_one_source_are_one_draw_of_several_images() -> None:
     again = replace(some[3], key="other", prompt="w9")
     images = images_of([*films, *some[3:], again])
     drawn = {image.rows: image.by_image for image in images}
-    assert drawn == {(0, 1): ((0,), (1,)), (2,): ((2,),), (3, 6): ((3, 6),), (4,): ((4,),),
-                     (5,): ((5,),)}  # fmt: skip
+    assert drawn == {
+        (0, 1): ((0,), (1,)),
+        (2,): ((2,),),
+        (3, 6): ((3, 6),),
+        (4,): ((4,),),
+        (5,): ((5,),),
+    }
     losses = np.array([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
     draws = Draws.by("image", losses, images, whole=True)
     assert (draws.n, draws.largest, draws.whole) == (5, 1.0, False)
@@ -294,9 +299,14 @@ def test_a_rare_group_however_large_hides_no_risk() -> None:
         sizes = np.where(draw.random(n) < 1 / 2000, 400, 1)
         starts = np.cumsum([0, *sizes])
         groups = [
-            ImageRows(f"{trial} {i}", "", rows := tuple(range(*starts[i : i + 2])),
-                      parts=tuple((row,) for row in rows)) for i in range(n)
-        ]  # fmt: skip
+            ImageRows(
+                f"{trial} {i}",
+                "",
+                rows := tuple(range(*starts[i : i + 2])),
+                parts=tuple((row,) for row in rows),
+            )
+            for i in range(n)
+        ]
         risks = np.where(np.repeat(sizes, sizes) > 1, 0.3, 0.0105)
         wrong = (draw.random(len(risks)) < risks).astype(float)
         draws = Draws.by("image", wrong, groups, whole=True)

@@ -54,9 +54,17 @@ LAX: dict[str, Any] = {"target": 0.6, "confidence": 0.8, "thresholds": GRID, **O
 
 def costs(check: float = 1e-4) -> Costs:
     return Costs(
-        layers=LAYERS, batch=1, context=8, layer=(1e-3,) * 4, head=(1e-4,) * 4, exit=1e-4,
-        check=check, score=0.0, token=1e-4, reenter=0.0,
-    )  # fmt: skip
+        layers=LAYERS,
+        batch=1,
+        context=8,
+        layer=(1e-3,) * 4,
+        head=(1e-4,) * 4,
+        exit=1e-4,
+        check=check,
+        score=0.0,
+        token=1e-4,
+        reenter=0.0,
+    )
 
 
 @cache

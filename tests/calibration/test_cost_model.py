@@ -5,11 +5,7 @@ import pytest
 import torch
 from made_up_costs import COSTS, EXIT, LAYERS
 
-from offramp.calibration.cost_model import (
-    Costs,
-    layer_seconds,
-    token_seconds,
-)
+from offramp.calibration.cost_model import Costs, layer_seconds, token_seconds
 from offramp.calibration.profiler import measure_costs
 from offramp.core.decoding.scores import SCORES
 from offramp.core.engine.generate import generate

@@ -12,10 +12,7 @@ import torch
 
 from offramp.adapter.adapter import Adapter
 from offramp.calibration import draft_thresholds as module
-from offramp.calibration.draft_thresholds import (
-    draft_speeds,
-    with_drafts,
-)
+from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import DataError
 from offramp.core.models.backbone import Backbone
@@ -102,8 +99,10 @@ def test_exits_that_draft_on_are_tried_by_how_far(adapter: Adapter, timed: Any) 
 def test_lossless_drafts_by_the_drafts_where_there_are_any(adapter: Adapter, batch: Any) -> None:
     inputs = batch(NAME, 1)
     full = adapter.generate(inputs, policy=ExitPolicy(), **GREEDY)
-    for policy in (ExitPolicy(lossless=True, drafts={2: 0.0}), ExitPolicy({4: 1.0}, lossless=True,
-                                                                 drafts={2: 0.0})):  # fmt: skip
+    for policy in (
+        ExitPolicy(lossless=True, drafts={2: 0.0}),
+        ExitPolicy({4: 1.0}, lossless=True, drafts={2: 0.0}),
+    ):
         ours = adapter.generate(inputs, policy=policy, **GREEDY)
         plain = adapter.generate(inputs, policy=ExitPolicy({2: 0.0}, lossless=True), **GREEDY)
         assert torch.equal(ours.sequences, full.sequences)
@@ -118,10 +117,7 @@ def test_drafts_mean_nothing_to_early_exit(adapter: Adapter, batch: Any) -> None
     assert torch.equal(ours.sequences, plain.sequences) and torch.equal(ours.depths, plain.depths)
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [ExitPolicy(), ExitPolicy(score="margin"), ExitPolicy({2: 0.5})],
-)
+@pytest.mark.parametrize("policy", [ExitPolicy(), ExitPolicy(score="margin"), ExitPolicy({2: 0.5})])
 def test_every_kind_of_policy_can_be_drafted_by(
     adapter: Adapter, policy: ExitPolicy, batch: Any
 ) -> None:

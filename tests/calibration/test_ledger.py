@@ -58,8 +58,14 @@ def test_the_same_asked_of_other_images_is_an_attempt_of_its_own(adapter: Adapte
     """Whatever order images are used in, none of the attempts on any of them is forgotten."""
     sets = {"a": (0, 6), "b": (6, 12), "c": (12, 15)}
     taken: list[tuple[str, int]] = []
-    for asked, of in (("20%", "a"), ("20%", "b"), ("21%", "a"), ("20%", "c"), ("22%", "a"),
-                      ("21%", "b")):  # fmt: skip
+    for asked, of in (
+        ("20%", "a"),
+        ("20%", "b"),
+        ("21%", "a"),
+        ("20%", "c"),
+        ("22%", "a"),
+        ("21%", "b"),
+    ):
         start, end = sets[of]
         images = images_of(fakes.examples(end)[start:])
         with with_ledger(replace(adapter, attempts=[])) as found:

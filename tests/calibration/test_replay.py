@@ -38,9 +38,14 @@ def middling(found: Replay) -> list[dict[int, float]]:
 
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("blip2-opt", True), ("blip2-opt", False), ("llava", True), ("llava", False),
-     ("blip2-t5", True)],
-)  # fmt: skip
+    [
+        ("blip2-opt", True),
+        ("blip2-opt", False),
+        ("llava", True),
+        ("llava", False),
+        ("blip2-t5", True),
+    ],
+)
 def test_it_tells_which_answers_change_and_where_their_tokens_leave(
     backbone: Build, exits: Build, name: str, first: bool
 ) -> None:
@@ -53,10 +58,13 @@ def test_it_tells_which_answers_change_and_where_their_tokens_leave(
         changed += differs.sum()
         for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
             result = generate(
-                model, encoder.prompts([example]), exits=trained,
+                model,
+                encoder.prompts([example]),
+                exits=trained,
                 policy=ExitPolicy(thresholds, first=None if first else {}),
-                max_new_tokens=TOKENS, do_sample=False,
-            )  # fmt: skip
+                max_new_tokens=TOKENS,
+                do_sample=False,
+            )
             assert differs[i] == (tuple(result.new_tokens[0].tolist()) != row.ids)
             if not differs[i]:
                 assert depths[i, : len(row.ids)].tolist() == result.depths[0].tolist()

@@ -160,15 +160,21 @@ def test_depths_that_are_tried_fit_the_model(layers: int) -> None:
 
 @pytest.mark.parametrize(
     ("low", "settles", "begins"),
-    [(1.2, 0.6, "Exits would pay: "), (1.0, 0.6, "Exits would pay only if words may change: "),
-     (1.0, 0.0, "Exits would not pay here: ")],
-)  # fmt: skip
+    [
+        (1.2, 0.6, "Exits would pay: "),
+        (1.0, 0.6, "Exits would pay only if words may change: "),
+        (1.0, 0.0, "Exits would not pay here: "),
+    ],
+)
 def test_the_verdict_is_of_the_lower_end(low: float, settles: float, begins: str) -> None:
     speed = 1 + settles
     one = Prospect(
-        4, 0.7, dict.fromkeys(LEVELS, settles), dict.fromkeys(LEVELS, speed),
+        4,
+        0.7,
+        dict.fromkeys(LEVELS, settles),
+        dict.fromkeys(LEVELS, speed),
         dict.fromkeys(RISKS, (1.3, low, 1.5)),
-    )  # fmt: skip
+    )
     found = Suitability(12, 20, 100, 2000, False, (1.0, 0.8), (one,))
     assert found.verdict(0.95).startswith(begins) and "depth 4 of 12" in found.verdict(0.95)
     faster = 1.3 if low > 1 else speed

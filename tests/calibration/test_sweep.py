@@ -40,9 +40,14 @@ def test_a_share_of_changed_answers_is_that_of_decoding(
     encoder = InputProcessor(adapter.backbone, fakes.Blip2FakeProcessor(name))
     examples = fakes.examples(6)
     found = sweep(
-        adapter, encoder, examples, ("max_probability", "entropy"), thresholds=(1.0, 0.3, 0.0),
-        costs=costs_of(adapter.backbone.depth), max_new_tokens=TOKENS,
-    )  # fmt: skip
+        adapter,
+        encoder,
+        examples,
+        ("max_probability", "entropy"),
+        thresholds=(1.0, 0.3, 0.0),
+        costs=costs_of(adapter.backbone.depth),
+        max_new_tokens=TOKENS,
+    )
     assert [(row.score, row.threshold) for row in found] == [
         (score, t) for score in ("max_probability", "entropy") for t in (1.0, 0.3, 0.0)
     ]

@@ -17,12 +17,7 @@ from fakes import Blip2FakeProcessor, examples
 from families import build
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.certificate import (
-    Certificate,
-    PathResult,
-    Run,
-    VerificationSettings,
-)
+from offramp.adapter.certificate import Certificate, PathResult, Run, VerificationSettings
 from offramp.adapter.model_card import model_card, with_verified
 from offramp.adapter.records import CARD, CERTIFICATE
 from offramp.adapter.shipped import load_tiny
@@ -292,10 +287,19 @@ def test_bad_sizes_are_refused() -> None:
 
 def run_of(paths: list[PathResult], **more: Any) -> Run:
     named = {
-        "engine": "torch (slots)", "quantized": "", "dtype": "float32", "device": "cpu",
-        "exits": "e" * 64, "backbone": "b", "policy": "p", "thresholds": "0.5 at depth 2",
-        "prompts": 3, "longest": 8, "paths": paths, "provenance": {"date": "2026-11-27T00:00"},
-    }  # fmt: skip
+        "engine": "torch (slots)",
+        "quantized": "",
+        "dtype": "float32",
+        "device": "cpu",
+        "exits": "e" * 64,
+        "backbone": "b",
+        "policy": "p",
+        "thresholds": "0.5 at depth 2",
+        "prompts": 3,
+        "longest": 8,
+        "paths": paths,
+        "provenance": {"date": "2026-11-27T00:00"},
+    }
     return Run(**{**named, **more})
 
 

@@ -45,7 +45,7 @@ def test_training_tells_its_agreement_by_depth_on_stdout(
 ) -> None:
     code, out, _ = run(
         "train", *TRAIN, "--json", "--data", photos / "rows.jsonl", "--out", tmp_path / "x"
-    )  # fmt: skip
+    )
     assert code == 0
     told = json.loads(out)
     assert all(0 <= share <= 1 for share in told["agreement"].values())

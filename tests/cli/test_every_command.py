@@ -44,10 +44,16 @@ def actions() -> Iterator[tuple[str, argparse.Action]]:
 
 def test_the_server_tells_its_options_without_loading_pytorch() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import atexit, sys; from offramp.cli import main; "
-         "atexit.register(lambda: print('torch' in sys.modules)); main(['serve', '--help-all'])"],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import atexit, sys; from offramp.cli import main; "
+            "atexit.register(lambda: print('torch' in sys.modules)); main(['serve', '--help-all'])",
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert "--watch" in done.stdout and done.stdout.splitlines()[-1] == "False"
 
 
@@ -77,9 +83,12 @@ def test_an_option_with_a_value_says_what_holds_without_it(command: str) -> None
     silent = [
         action.option_strings[-1]
         for action in fresh._actions
-        if action.option_strings and action.nargs != 0 and not action.required
-        and action.help != argparse.SUPPRESS and "default" not in (action.help or "")
-    ]  # fmt: skip
+        if action.option_strings
+        and action.nargs != 0
+        and not action.required
+        and action.help != argparse.SUPPRESS
+        and "default" not in (action.help or "")
+    ]
     assert not silent
 
 
@@ -198,9 +207,11 @@ def test_results_are_text_for_people_and_json_where_asked(
 def test_quiet_leaves_results_and_errors() -> None:
     def stderr(*words: str) -> str:
         return subprocess.run(
-            [sys.executable, "-m", "offramp.cli", *words], capture_output=True, text=True,
+            [sys.executable, "-m", "offramp.cli", *words],
+            capture_output=True,
+            text=True,
             check=False,
-        ).stderr  # fmt: skip
+        ).stderr
 
     missing = ("calibrate", "--adapter", "gone", "--data", "gone.jsonl")
     assert "A guarantee of 0.01 by image needs" in stderr(*missing)
@@ -244,10 +255,24 @@ def test_a_package_that_is_not_installed_comes_with_its_extra(
     assert optional_packages() == expected
 
 
-OTHERS = {"--additional-config", "--force-reinstall", "--no-deps",
-          "--dest", "--porcelain", "--error-unmatch", "--no",
-          "--untracked-files", "--model", "--gen", "--merge", "--model-draft", "--outfile",
-          "--spec-type", "--speculative-config", "--target-model-dir"}  # fmt: skip
+OTHERS = {
+    "--additional-config",
+    "--force-reinstall",
+    "--no-deps",
+    "--dest",
+    "--porcelain",
+    "--error-unmatch",
+    "--no",
+    "--untracked-files",
+    "--model",
+    "--gen",
+    "--merge",
+    "--model-draft",
+    "--outfile",
+    "--spec-type",
+    "--speculative-config",
+    "--target-model-dir",
+}
 """Options of pip, git, harnesses, llama.cpp and vLLM; and how a flag that is off begins."""
 
 

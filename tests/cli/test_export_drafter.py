@@ -20,9 +20,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(model: Path, photos: Path, out: Path) -> tuple[object, ...]:
     return (
-        "export", "--to", "speculators", "--backbone", model, "--data", photos / "rows.jsonl",
-        "--steps", 4, "--max-new-tokens", 6, "--out", out,
-    )  # fmt: skip
+        "export",
+        "--to",
+        "speculators",
+        "--backbone",
+        model,
+        "--data",
+        photos / "rows.jsonl",
+        "--steps",
+        4,
+        "--max-new-tokens",
+        6,
+        "--out",
+        out,
+    )
 
 
 def test_prompts_become_a_drafter(

@@ -36,8 +36,18 @@ NAMES = ("--temperature", 3.0)
 
 
 def asked(adapter: Path, photos: Path, *more: object) -> tuple[object, ...]:
-    return ("generate", "--adapter", adapter, "--image", photos / "0.png", "--threshold", 0.5,
-            "--max-new-tokens", 8, *more)  # fmt: skip
+    return (
+        "generate",
+        "--adapter",
+        adapter,
+        "--image",
+        photos / "0.png",
+        "--threshold",
+        0.5,
+        "--max-new-tokens",
+        8,
+        *more,
+    )
 
 
 def test_a_seed_draws_the_same_and_another_seed_something_else(
@@ -170,8 +180,10 @@ def test_what_is_guaranteed_is_told_of_each_prompt(
     assert run("chat", "tiny-opt", "--image", image)[0] == 0
     said = [r.message for r in caplog.records if r.message.startswith(("Promised", NONE))]
     assert [one.partition(" (")[0] for one in said] == [
-        "Promised: at most 0.75% differ.", "Promised: at most 0.75% differ.", NONE
-    ]  # fmt: skip
+        "Promised: at most 0.75% differ.",
+        "Promised: at most 0.75% differ.",
+        NONE,
+    ]
     caplog.clear()
     assert run("generate", "tiny-opt", "--image", image, "--mode", "lossless")[0] == 0
     assert EXACT in caplog.text and "Promised" not in caplog.text

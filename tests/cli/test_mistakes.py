@@ -46,25 +46,44 @@ def generate(run: RunCommand, image: Path, *more: Any) -> Any:
 @pytest.mark.parametrize(
     "words",
     [
-        ("--temperature", "inf"), ("--temperature", "nan"), ("--temperature", "1e-320"),
-        ("--temperature", "1e-39"), ("--temperature", "1e9"), ("--temperature", "-1"),
-        ("--temperature", "0"), ("--temperature", "1e400"), ("--top-p", "inf"),
+        ("--temperature", "inf"),
+        ("--temperature", "nan"),
+        ("--temperature", "1e-320"),
+        ("--temperature", "1e-39"),
+        ("--temperature", "1e9"),
+        ("--temperature", "-1"),
+        ("--temperature", "0"),
+        ("--temperature", "1e400"),
+        ("--top-p", "inf"),
         ("--top-p", "1e-320"),
-        ("--top-k", str(2**40)), ("--seed", "9223372036854775807"), ("--seed", str(2**32)),
-        ("--seed", "1_0x"), ("--max-new-tokens", str(2**40)), ("--threshold", "inf"),
-        ("--device", "meta"), ("--device", ""), ("--device", "cuda:99"), ("--device", "cpu:x"),
-        ("--device", "nowhere"), ("--backbone", ""), ("--backbone", " "), ("--threads", "1000000"),
+        ("--top-k", str(2**40)),
+        ("--seed", "9223372036854775807"),
+        ("--seed", str(2**32)),
+        ("--seed", "1_0x"),
+        ("--max-new-tokens", str(2**40)),
+        ("--threshold", "inf"),
+        ("--device", "meta"),
+        ("--device", ""),
+        ("--device", "cuda:99"),
+        ("--device", "cpu:x"),
+        ("--device", "nowhere"),
+        ("--backbone", ""),
+        ("--backbone", " "),
+        ("--threads", "1000000"),
     ],
-)  # fmt: skip
+)
 def test_odd_values_are_two_lines(words: tuple[str, str], image: Path, run: RunCommand) -> None:
     assert_two_lines(generate(run, image, *words))
 
 
 def test_the_largest_values_that_are_taken_work(image: Path, run: RunCommand) -> None:
     for words in (
-        ("--seed", 2**32 - 1, "--temperature", 1), ("--temperature", 100), ("--temperature", 1e-4),
-        ("--top-k", 2**31 - 1), ("--top-p", 1e-4),
-    ):  # fmt: skip
+        ("--seed", 2**32 - 1, "--temperature", 1),
+        ("--temperature", 100),
+        ("--temperature", 1e-4),
+        ("--top-k", 2**31 - 1),
+        ("--top-p", 1e-4),
+    ):
         code, _, err = generate(run, image, *words)
         assert code == 0, (words, err)
 
@@ -90,9 +109,14 @@ def test_an_empty_name_is_said_to_be_empty(
 def interactive(image: Path, stdin: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     words = ["chat", str(EXITS), "--image", str(image), "--max-new-tokens", "2"]
     return subprocess.run(
-        [sys.executable, "-m", "offramp.cli", *words], stdin=stdin, capture_output=True, text=True,
-        check=False, timeout=120, **more,
-    )  # fmt: skip
+        [sys.executable, "-m", "offramp.cli", *words],
+        stdin=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **more,
+    )
 
 
 def test_standard_input_that_is_none_is_two_lines(
@@ -169,16 +193,26 @@ def test_an_image_that_cannot_be_read_is_found_before_the_model_is_loaded(
 
 @pytest.mark.parametrize(
     "content",
-    [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"PK\x03\x04", b"%PDF-1.4", b"GGUF",
-     b"PAR1", b"\x1f\x8b\x08", b'{"image": "a\x00"}'],
-)  # fmt: skip
+    [
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff\xe0",
+        b"GIF89a",
+        b"PK\x03\x04",
+        b"%PDF-1.4",
+        b"GGUF",
+        b"PAR1",
+        b"\x1f\x8b\x08",
+        b'{"image": "a\x00"}',
+    ],
+)
 def test_a_file_that_is_no_text_is_called_what_it_is(
     content: bytes, run: RunCommand, tmp_path: Path
 ) -> None:
     for name in ("x.png", "x.jsonl", "x"):
         (tmp_path / name).write_bytes(content + bytes(100))
-        found = run("train", "--backbone", "tiny-opt", "--data", tmp_path / name,
-                    "--out", tmp_path / "out")  # fmt: skip
+        found = run(
+            "train", "--backbone", "tiny-opt", "--data", tmp_path / name, "--out", tmp_path / "out"
+        )
         assert_two_lines(found, "not rows of data", "folder that holds the images")
 
 
@@ -235,9 +269,12 @@ def test_quiet_is_quiet(image: Path) -> None:
     """In a process of its own: bars of libraries are drawn where they are imported."""
     words = ["generate", "--adapter", str(EXITS), "--image", str(image), "--max-new-tokens", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "offramp.cli", *words, "--quiet"], capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-m", "offramp.cli", *words, "--quiet"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout and done.stderr == ""
 
@@ -250,9 +287,16 @@ def test_a_folder_of_images_that_is_not_there_is_said(
     named = {"verify": (adapter,), "train": TRAIN}.get(command, ("--adapter", adapter))
     more = ("--task", "captions") if command == "eval" else ()
     found = run(
-        command, *named, *more, "--data", held_out, "--images", tmp_path / "no",
-        "--out", tmp_path / "out",
-    )  # fmt: skip
+        command,
+        *named,
+        *more,
+        "--data",
+        held_out,
+        "--images",
+        tmp_path / "no",
+        "--out",
+        tmp_path / "out",
+    )
     assert_two_lines(found, "no folder of images")
 
 
@@ -274,6 +318,7 @@ def test_names_that_are_no_utf_8_are_names(
     code, _, err = run("generate", "--adapter", adapter, "--image", image, *prompt)
     assert code == 0, err
     for limit in ((), ("--limit", 3)):
-        code, _, err = run("draft", "--adapter", adapter, "--data", data, *limit, "--json",
-                             "--max-new-tokens", 2)  # fmt: skip
+        code, _, err = run(
+            "draft", "--adapter", adapter, "--data", data, *limit, "--json", "--max-new-tokens", 2
+        )
         assert code == 0 or len(err[err.index("error: ") :].splitlines()) == 2, err

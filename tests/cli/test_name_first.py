@@ -65,9 +65,7 @@ def test_a_name_that_is_missing_or_given_twice_is_said(command: str, run: RunCom
     assert_two_lines(twice, "Two models were named, 'tiny-opt' and 'tiny-t5'")
 
 
-def test_a_file_of_options_may_name_the_model_and_the_command_line_another(
-    tmp_path: Path,
-) -> None:
+def test_a_file_of_options_may_name_the_model_and_the_command_line_another(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("adapter: tiny-opt\n")
     words = ["generate", "--config", str(file)]
@@ -108,7 +106,7 @@ def test_caption_without_the_photo_model_says_how_to_install_it(
         ("serve", "phot", "photo"),
         ("inspect", "tiny-t", "tiny-t5"),
     ],
-)  # fmt: skip
+)
 def test_a_misspelt_model_that_ships_is_not_looked_for_on_the_hub(
     command: str, typed: str, meant: str, run: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:

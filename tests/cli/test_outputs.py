@@ -138,8 +138,9 @@ def test_eval_replaces_no_result_of_another_run(
     adapter: Path, held_out: Path, run: RunCommand, tmp_path: Path
 ) -> None:
     (tmp_path / "result.json").write_text(TEXT)
-    found = run("eval", "--adapter", adapter, "--task", "captions", "--data", held_out,
-                "--out", tmp_path)  # fmt: skip
+    found = run(
+        "eval", "--adapter", adapter, "--task", "captions", "--data", held_out, "--out", tmp_path
+    )
     assert_two_lines(found, "result.json", "--out")
     assert (tmp_path / "result.json").read_text() == TEXT
     assert not (tmp_path / "rows.jsonl").exists()

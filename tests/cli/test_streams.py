@@ -60,8 +60,10 @@ def start(tmp_path: Path) -> Callable[..., Any]:
         return subprocess.Popen(
             [sys.executable, "-c", START, *(words or ("say",))],
             env={**os.environ, "PYTHONPATH": path, **more},
-            stdout=stdout, stderr=subprocess.PIPE, preexec_fn=preexec_fn,  # noqa: PLW1509
-        )  # fmt: skip
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            preexec_fn=preexec_fn,  # noqa: PLW1509
+        )
 
     return run
 

@@ -76,14 +76,20 @@ def test_long_lists_end_with_how_many_more_there_are() -> None:
 @pytest.mark.parametrize(
     ("words", "names", "again"),
     [
-        ("generate a --prompt 'is it?' --engine packed", (*LOADED, *ASKED),
-         " --engine packed --prompt 'is it?'"),
-        ("calibrate a --data b c --max-new-tokens 40 --device=cpu", ("data", *LOADED, *ASKED),
-         " --data b c --device cpu --max-new-tokens 40"),
+        (
+            "generate a --prompt 'is it?' --engine packed",
+            (*LOADED, *ASKED),
+            " --engine packed --prompt 'is it?'",
+        ),
+        (
+            "calibrate a --data b c --max-new-tokens 40 --device=cpu",
+            ("data", *LOADED, *ASKED),
+            " --data b c --device cpu --max-new-tokens 40",
+        ),
         ("calibrate a --data b --gguf f --shrink-on-load", LOADED, " --gguf f --shrink-on-load"),
         ("train m --data b --out c", (*LOADED, *ASKED), ""),
     ],
-)  # fmt: skip
+)
 def test_options_that_were_given_are_given_again(
     words: str, names: tuple[str, ...], again: str
 ) -> None:
@@ -100,9 +106,14 @@ def test_a_template_is_not_asked_of_one_image() -> None:
 
 @pytest.mark.parametrize(("speed", "thresholds"), [(1.7, {}), (0.9, {5: 0.5}), (0.9, {})])
 def test_drafts_that_do_not_pay_are_not_advised(
-    speed: float, thresholds: dict[int, float], run: RunCommand, adapter: Path, photos: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    speed: float,
+    thresholds: dict[int, float],
+    run: RunCommand,
+    adapter: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     found = draft_thresholds.Drafting({5: 0.0}, speed)
     monkeypatch.setattr(draft_thresholds, "draft_speeds", lambda *_, **__: [found])
     config = json.loads((adapter / "adapter.json").read_text(encoding="utf-8"))
@@ -182,12 +193,25 @@ def test_what_does_not_go_with_the_question_is_said_in_two_lines(
 
 
 def test_eval_is_ten_lines_and_the_rest_is_json(
-    run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    asked = ("eval", "--adapter", adapter, "--task", "captions", "--data", held_out,
-             "--limit", 3, "--threshold", 0.5, "--max-new-tokens", 6,
-             "--out", tmp_path / "run")  # fmt: skip
+    run: RunCommand, adapter: Path, held_out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = (
+        "eval",
+        "--adapter",
+        adapter,
+        "--task",
+        "captions",
+        "--data",
+        held_out,
+        "--limit",
+        3,
+        "--threshold",
+        0.5,
+        "--max-new-tokens",
+        6,
+        "--out",
+        tmp_path / "run",
+    )
     with caplog.at_level(logging.INFO):
         code, out, _ = run(*asked)
     lines = out.rstrip("\n").splitlines()
@@ -211,8 +235,16 @@ def test_trained_exits_draft_losslessly_out_of_the_box(
 ) -> None:
     policy = json.loads((adapter / "adapter.json").read_text(encoding="utf-8"))["policy"]
     assert policy["thresholds"] == {} and policy["drafts"] == {"2": DRAFT, "5": DRAFT}
-    asked = ("generate", "--adapter", adapter, "--image", photos / "0.png", "--json",
-             "--max-new-tokens", 12)  # fmt: skip
+    asked = (
+        "generate",
+        "--adapter",
+        adapter,
+        "--image",
+        photos / "0.png",
+        "--json",
+        "--max-new-tokens",
+        12,
+    )
     (_, drafted, _), (_, full, _) = run(*asked, "--mode", "lossless"), run(*asked, "--mode", "full")
     drafted, full = json.loads(drafted), json.loads(full)
     words = [[step["id"] for step in found["steps"]] for found in (drafted, full)]

@@ -40,31 +40,55 @@ LAZY = (
     "Could not import module 'SmolVLMProcessor'. Are this object's requirements defined correctly?"
 )
 RAISED: dict[str, tuple[Exception, str]] = {
-    "num2words, behind a lazy module": (behind(ModuleNotFoundError(
-        LAZY, name="transformers.models.smolvlm"), no_module("num2words")), "num2words"),
-    "num2words, in words": (ImportError(
-        "Package `num2words` is required to run SmolVLM processor. Install it with `pip install "
-        "num2words`."), "num2words"),
-    "bitsandbytes": (ImportError(
-        "Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install -U "
-        "bitsandbytes>=0.46.1`"), "bitsandbytes"),
-    "quanto": (ImportError(
-        "Loading an optimum-quanto quantized model requires optimum-quanto library (`pip install "
-        "optimum-quanto`)"), "optimum-quanto"),
-    "torchao": (ImportError(
-        "Loading an torchao quantized model requires torchao library (`pip install torchao`)"),
-        "torchao"),
-    "accelerate": (ValueError(
-        "Using a `device_map` requires `accelerate`. You can install it with `pip install "
-        "accelerate`"), "[train]"),
+    "num2words, behind a lazy module": (
+        behind(
+            ModuleNotFoundError(LAZY, name="transformers.models.smolvlm"), no_module("num2words")
+        ),
+        "num2words",
+    ),
+    "num2words, in words": (
+        ImportError(
+            "Package `num2words` is required to run SmolVLM processor. Install it with "
+            "`pip install num2words`."
+        ),
+        "num2words",
+    ),
+    "bitsandbytes": (
+        ImportError(
+            "Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install -U "
+            "bitsandbytes>=0.46.1`"
+        ),
+        "bitsandbytes",
+    ),
+    "quanto": (
+        ImportError(
+            "Loading an optimum-quanto quantized model requires optimum-quanto library "
+            "(`pip install optimum-quanto`)"
+        ),
+        "optimum-quanto",
+    ),
+    "torchao": (
+        ImportError(
+            "Loading an torchao quantized model requires torchao library (`pip install torchao`)"
+        ),
+        "torchao",
+    ),
+    "accelerate": (
+        ValueError(
+            "Using a `device_map` requires `accelerate`. You can install it with `pip install "
+            "accelerate`"
+        ),
+        "[train]",
+    ),
     "gguf": (no_module("gguf"), "[llama-cpp]"),
     "llama-cpp": (no_module("llama_cpp.llama_cpp"), "[llama-cpp]"),
     "matplotlib": (no_module("matplotlib.pyplot"), "[report]"),
     "starlette, which fastapi brings": (no_module("starlette.types"), "[serve]"),
-    "sentencepiece": (ImportError(
-        "LlamaTokenizer requires the SentencePiece library but it was not found."),
-        "SentencePiece"),
-}  # fmt: skip
+    "sentencepiece": (
+        ImportError("LlamaTokenizer requires the SentencePiece library but it was not found."),
+        "SentencePiece",
+    ),
+}
 
 
 def _requirement(text: str) -> Requirement:
@@ -197,8 +221,11 @@ def test_tests_that_need_llama_cpp_are_named_where_it_is_not_installed(tmp_path:
     file = "tests/llama_cpp/test_trial.py"
     told = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
         check=True,
-    ).stdout  # fmt: skip
+    ).stdout
     assert re.search(rf"= not run: needs llama-cpp-python =+\n +\d+ of {file}\n", told)
     assert "SKIPPED" not in told and re.search(r"^\d+ not run in", told, re.MULTILINE), told

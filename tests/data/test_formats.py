@@ -112,10 +112,7 @@ FILES: dict[str, dict[str, Any]] = {
         "v2_mscoco_val2014_annotations.json": ANNOTATIONS,
     },
     "gqa": {"testdev_balanced_questions.json": GQA},
-    "visdial": {
-        "visdial_1.0_val.json": VISDIAL,
-        "visdial_1.0_val_dense_annotations.json": DENSE,
-    },
+    "visdial": {"visdial_1.0_val.json": VISDIAL, "visdial_1.0_val_dense_annotations.json": DENSE},
 }
 PICTURES = {
     "coco": ["COCO_val2014_000000000042.jpg", "COCO_val2014_000000000073.jpg"],
@@ -204,8 +201,9 @@ def test_okvqa_is_read_as_vqa_is(make: Make) -> None:
             answer["raw_answer"] = answer["answer"]
     files[1].write_text(json.dumps(annotations), encoding="utf-8")
     assert [item.references for item in read_items(files, pictures)] == [
-        ("yes",) * 9 + ("",), ("brown",) * 9 + ("",),
-    ]  # fmt: skip
+        ("yes",) * 9 + ("",),
+        ("brown",) * 9 + ("",),
+    ]
 
 
 def test_questions_and_annotations_come_in_any_order(make: Make) -> None:
@@ -392,10 +390,16 @@ def test_an_unknown_layout_lists_the_known_ones(tmp_path: Path, content: Any) ->
 @pytest.mark.parametrize(
     "content",
     [
-        {"images": 5, "annotations": 5}, {"images": [{"sentences": 5}]}, {"questions": 5},
-        {"data": {"dialogs": 5}}, {"1": {"imageId": 5}}, [], 7, {"a": 1},
+        {"images": 5, "annotations": 5},
+        {"images": [{"sentences": 5}]},
+        {"questions": 5},
+        {"data": {"dialogs": 5}},
+        {"1": {"imageId": 5}},
+        [],
+        7,
+        {"a": 1},
     ],
-)  # fmt: skip
+)
 def test_any_json_is_an_error_of_two_lines(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(content))

@@ -19,9 +19,14 @@ from offramp.engines.auto import Timed, Way, fastest
 from offramp.engines.loading import load
 
 HERE: dict[str, Any] = {
-    "dtype": "float32", "quantized": "", "engine": "torch", "kernels": "plain", "vision": "torch",
-    "device": "cpu", "parameters": "as loaded",
-}  # fmt: skip
+    "dtype": "float32",
+    "quantized": "",
+    "engine": "torch",
+    "kernels": "plain",
+    "vision": "torch",
+    "device": "cpu",
+    "parameters": "as loaded",
+}
 IN_LLAMA = {**HERE, "engine": "llama.cpp f16, exits f16, head f16", "kernels": None}
 PLAIN = Timed("torch", "torch", 1.0, 0.13, HERE)
 PACKED = Timed("packed", "onnxruntime", 1.5, 0.08, {**HERE, "kernels": "prepacked"})

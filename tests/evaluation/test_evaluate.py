@@ -179,18 +179,10 @@ def dialogue_items() -> list[Item]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "by"),
-    [
-        ({}, "policy"),
-        ({"lossless": True}, "full"),
-        ({"shortlist": True}, "full"),
-    ],
+    ("policy", "by"), [({}, "policy"), ({"lossless": True}, "full"), ({"shortlist": True}, "full")]
 )
 def test_candidates_are_ranked_by_the_policy_only_where_that_is_well_defined(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    policy: dict[str, Any],
-    by: str,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: dict[str, Any], by: str
 ) -> None:
     model = adapter_of(OPT, 0.0, **policy)
     if "shortlist" in policy:  # which lacks tokens of the candidates
@@ -293,11 +285,13 @@ def test_drafts_that_share_the_prompts_call_count_as_decoding(tmp_path: Path) ->
     took = {"full": (9.0, 6.0), "early_exit": (5.0, 0.0)}
     done = {
         (row["mode"], row["key"]): {
-            **row, "seconds": took[row["mode"]][0], "decode_seconds": took[row["mode"]][1]
+            **row,
+            "seconds": took[row["mode"]][0],
+            "decode_seconds": took[row["mode"]][1],
         }
         for row in rows
         if "settings" not in row
-    }  # fmt: skip
+    }
     stored = next(row["settings"] for row in rows if "settings" in row)
     result = results.score(done, items_of(), EvaluationSettings("gqa", **QUICK), stored)
     assert result["compared"]["speedup"]["decode"]["value"] == 3.0  # 6 over 5 - 3
@@ -435,9 +429,7 @@ def test_a_run_with_another_engine_is_not_gone_on_with(
         RunLog(tmp_path / "rows.jsonl", now, [], resume=True)
 
 
-def test_other_kernels_are_noticed_and_a_run_that_names_none_had_plain_ones(
-    tmp_path: Path,
-) -> None:
+def test_other_kernels_are_noticed_and_a_run_that_names_none_had_plain_ones(tmp_path: Path) -> None:
     run(tmp_path)
     file = tmp_path / "rows.jsonl"
     first, *rest = file.read_text().splitlines()

@@ -6,13 +6,7 @@ from collections import Counter
 import torch
 from transformers import StoppingCriteriaList
 
-from offramp.evaluation.timing import (
-    Timing,
-    speedup,
-    speedup_interval,
-    speedups,
-    time_interleaved,
-)
+from offramp.evaluation.timing import Timing, speedup, speedup_interval, speedups, time_interleaved
 
 
 class Clock:

@@ -38,9 +38,7 @@ def speaker() -> Any:
     return lm
 
 
-def reinforcer(
-    settings: reinforce.ReinforceSettings = SETTINGS,
-) -> reinforce.Reinforcer:
+def reinforcer(settings: reinforce.ReinforceSettings = SETTINGS) -> reinforce.Reinforcer:
     torch.manual_seed(3)
     bridge, detectors = Bridge(PHOTO), words.Detectors(PHOTO)
     torch.nn.init.normal_(bridge.words.table)

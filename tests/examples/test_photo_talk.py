@@ -8,15 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples.photo_vlm.asked import (
-    Question,
-    dialogue,
-    is_right,
-    made,
-    read_asked,
-    thinned,
-    worded,
-)
+from examples.photo_vlm.asked import Question, dialogue, is_right, made, read_asked, thinned, worded
 from examples.photo_vlm.rows import Row, Text, ids_of, pack
 
 from offramp.core.errors import DataError

@@ -56,9 +56,13 @@ def written(schema: Schema, policy: ExitPolicy, *, rows: int = 1, **options: Any
     constraint = JsonConstraint(schema, processor)
     asks = {"max_new_tokens": NEW, "do_sample": False, **options}
     return generate(
-        backbone, asked(*range(rows)), exits=exits, policy=policy,
-        logits_processor=[constraint], **asks,
-    )  # fmt: skip
+        backbone,
+        asked(*range(rows)),
+        exits=exits,
+        policy=policy,
+        logits_processor=[constraint],
+        **asks,
+    )
 
 
 def check(schema: Schema, ids: list[int]) -> bool:
@@ -141,9 +145,14 @@ def test_drafts_that_an_exit_writes_on_from_its_own_state_obey() -> None:
     drafting = Exits(backbone, (2,), kind="drafting")
     constraint = JsonConstraint(BOTH, processor)
     made = generate(
-        backbone, asked(0), exits=drafting, policy=ExitPolicy(lossless=True), do_sample=False,
-        max_new_tokens=NEW, logits_processor=[constraint],
-    )  # fmt: skip
+        backbone,
+        asked(0),
+        exits=drafting,
+        policy=ExitPolicy(lossless=True),
+        do_sample=False,
+        max_new_tokens=NEW,
+        logits_processor=[constraint],
+    )
     assert made.rounds and torch.equal(made.sequences, written(BOTH, ExitPolicy()).sequences)
 
 
@@ -160,9 +169,13 @@ def test_an_exit_that_can_say_nothing_that_is_allowed_leaves_it_to_the_layers_ab
     ids = processor.tokenizer.convert_tokens_to_ids(list("abcdefgh"))
     exits = ExitSet(modules, shortlist=torch.tensor(sorted(ids)))
     made = generate(
-        backbone, asked(0), exits=exits, policy=ExitPolicy({1: threshold}, shortlist=True),
-        logits_processor=[JsonConstraint({"const": {"ab": 7}}, processor)], max_new_tokens=NEW,
-    )  # fmt: skip
+        backbone,
+        asked(0),
+        exits=exits,
+        policy=ExitPolicy({1: threshold}, shortlist=True),
+        logits_processor=[JsonConstraint({"const": {"ab": 7}}, processor)],
+        max_new_tokens=NEW,
+    )
     assert check({"const": {"ab": 7}}, made.new_tokens[0].tolist())
     spelt = [processor.tokenizer.decode([token]) for token in made.new_tokens[0]]
     assert {t for t, d in zip(spelt, made.depths[0], strict=True) if d < backbone.depth} == set(
@@ -175,9 +188,13 @@ def test_a_token_that_no_exit_could_say_has_no_score_of_one_that_waited() -> Non
     ids = processor.tokenizer.convert_tokens_to_ids(list("abcdefgh"))
     exits = ExitSet(modules, shortlist=torch.tensor(sorted(ids)))
     made = generate(
-        backbone, asked(0), exits=exits, policy=ExitPolicy({1: 1.0}, shortlist=True),
-        logits_processor=[JsonConstraint({"enum": ["ab", "cd"]}, processor)], max_new_tokens=NEW,
-    )  # fmt: skip
+        backbone,
+        asked(0),
+        exits=exits,
+        policy=ExitPolicy({1: 1.0}, shortlist=True),
+        logits_processor=[JsonConstraint({"enum": ["ab", "cd"]}, processor)],
+        max_new_tokens=NEW,
+    )
     quote, chosen, alone, end = made.scores[0, :4].tolist()
     assert chosen < 1 and alone == 1
     assert quote != quote and end != end
@@ -232,8 +249,9 @@ def test_divisors_that_take_seconds_to_follow_are_refused_at_once(schema: Schema
 
 @pytest.mark.parametrize("step", [5, 0.01, 60, 9973, 2.5])
 def test_usual_divisors_are_followed(step: float) -> None:
-    made = written({"type": "number", "multipleOf": step, "minimum": 1, "maximum": 99_999},
-                   MODES["first exit"])  # fmt: skip
+    made = written(
+        {"type": "number", "multipleOf": step, "minimum": 1, "maximum": 99_999}, MODES["first exit"]
+    )
     text = random_model()[2].tokenizer.decode(made.new_tokens[0], skip_special_tokens=True)
     assert Decimal(text) % Decimal(str(step)) == 0
 
@@ -327,9 +345,11 @@ def walked(schema: Schema, tokenizer: Any, seed: int) -> list[int]:
 @pytest.mark.parametrize("tokenizer", [llama(), unigram(LETTERS)], ids=["llama", "t5"])
 def test_tokens_with_a_mark_for_spaces_write_json(tokenizer: Any) -> None:
     schema: Schema = {
-        "type": "object", "required": ["a b"], "additionalProperties": False,
+        "type": "object",
+        "required": ["a b"],
+        "additionalProperties": False,
         "properties": {"a b": {"enum": ["a", " ab", "ba  a"]}, "c": {"const": -12}},
-    }  # fmt: skip
+    }
     for seed in range(20):
         ids = walked(schema, tokenizer, seed)
         assert ids[-1] == tokenizer.eos_token_id

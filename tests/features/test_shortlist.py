@@ -199,18 +199,21 @@ def test_what_a_shortlist_misses_counts_as_risk(backbone, exits):
     adapter, encoder = adapted(backbone, exits)
     few = replace(adapter, exits=replace(adapter.exits, shortlist=torch.tensor([4, 5])))
     found = calibrate(
-        few, encoder, fakes.examples(60), ExitPolicy(shortlist=True), target=0.1,
-        thresholds=(1e-6,), costs=CHEAP, max_new_tokens=6,
-    )  # fmt: skip
+        few,
+        encoder,
+        fakes.examples(60),
+        ExitPolicy(shortlist=True),
+        target=0.1,
+        thresholds=(1e-6,),
+        costs=CHEAP,
+        max_new_tokens=6,
+    )
     assert not found.policy.thresholds
     assert found.path[0].risk > 0.5
 
 
 @pytest.mark.parametrize(
-    "policy, text",
-    [
-        (ExitPolicy({3: 0.5}, shortlist=True), "asks for a shortlist"),
-    ],
+    "policy, text", [(ExitPolicy({3: 0.5}, shortlist=True), "asks for a shortlist")]
 )
 def test_a_policy_that_needs_checks_says_so_where_there_are_none(policy, text, backbone, batch):
     whole = backbone("blip2-opt")

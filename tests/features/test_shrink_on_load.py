@@ -42,8 +42,10 @@ def test_each_side_keeps_what_is_asked_for(size: tuple[int, int]) -> None:
         assert shrunk.tobytes() == whole.tobytes()
         return
     assert shrunk.size < whole.size and min(shrunk.size) >= 2 * SIDE
-    looked_at = [np.asarray(i.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=float)
-                 for i in (whole, shrunk)]  # fmt: skip
+    looked_at = [
+        np.asarray(i.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=float)
+        for i in (whole, shrunk)
+    ]
     assert np.abs(looked_at[0] - looked_at[1]).mean() < 0.5  # of 255
 
 

@@ -19,9 +19,17 @@ RunCommand = Any
 EVERY = tuple(COMMANDS)
 """Every command."""
 TRAIN = (
-    "--backbone", "tiny-opt", "--steps", 4, "--evaluate-every", 2, "--batch-size", 4,
-    "--exit-kind", "layer",
-)  # fmt: skip
+    "--backbone",
+    "tiny-opt",
+    "--steps",
+    4,
+    "--evaluate-every",
+    2,
+    "--batch-size",
+    4,
+    "--exit-kind",
+    "layer",
+)
 
 
 def parser_of(command: str) -> Parser:

@@ -30,10 +30,30 @@ from offramp_lab.inputs.tiny_families.text import (
 from offramp_lab.inputs.tiny_families.text import llama as llama_config
 
 __all__ = [
-    "BOS", "CAUSAL_PROMPT", "EOS", "FIRST_WORD", "FURTHER", "IMAGE", "KINDS", "LAYERS",
-    "LOOKS_AHEAD", "NAMES", "PAD", "VOCABULARY", "WIDTH", "WORDLESS", "Kind", "blip2", "build",
-    "depths", "kind_of", "known", "llama_config", "one_row", "opt_config",
-]  # fmt: skip
+    "BOS",
+    "CAUSAL_PROMPT",
+    "EOS",
+    "FIRST_WORD",
+    "FURTHER",
+    "IMAGE",
+    "KINDS",
+    "LAYERS",
+    "LOOKS_AHEAD",
+    "NAMES",
+    "PAD",
+    "VOCABULARY",
+    "WIDTH",
+    "WORDLESS",
+    "Kind",
+    "blip2",
+    "build",
+    "depths",
+    "kind_of",
+    "known",
+    "llama_config",
+    "one_row",
+    "opt_config",
+]
 
 
 def known(*types: str) -> list[str]:

@@ -18,9 +18,17 @@ from offramp.core.models.exits import Exits, ExitSet
 
 KINDS = ("llava", "blip2-llama", "smolvlm", "internvl", "internvl-qwen3")
 FURTHER = (
-    "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-experts", "internvl-experts", "gemma3",
-    "paligemma", "paligemma2-wide", "granite", "blip2-opt",
-)  # fmt: skip
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "qwen3-vl-experts",
+    "internvl-experts",
+    "gemma3",
+    "paligemma",
+    "paligemma2-wide",
+    "granite",
+    "blip2-opt",
+)
 """Those whose rows have several positions, look ahead, go through windows or to experts, or whose
 graph in llama.cpp is not quite theirs."""
 DEPTHS = (2, 4)

@@ -43,9 +43,15 @@ class Stack(LlamaModel):
         return self.norm(h)
 
     def forward(  # type: ignore[no-untyped-def, override]
-        self, input_ids=None, attention_mask=None, position_ids=None, cache=None,
-        inputs_embeds=None, use_cache=None, **kw: Any,
-    ) -> BaseModelOutputWithPast:  # fmt: skip
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kw: Any,
+    ) -> BaseModelOutputWithPast:
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -53,9 +59,12 @@ class Stack(LlamaModel):
         if position_ids is None:
             position_ids = (torch.arange(new) + past)[None]
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=h, attention_mask=attention_mask, cache=cache,
+            config=self.config,
+            inputs_embeds=h,
+            attention_mask=attention_mask,
+            cache=cache,
             position_ids=position_ids,
-        )  # fmt: skip
+        )
         queries, keys = torch.arange(past, past + new)[:, None], torch.arange(past + new)[None]
         seen = self.seen(keys, queries)
         if seen is not None:
@@ -69,9 +78,15 @@ class Stack(LlamaModel):
         by_name = isinstance(self.layers, nn.ModuleDict)
         for i, layer in enumerate(self.layers.values() if by_name else self.layers):
             h = self.call(
-                layer, h, attention_mask=mask, position_embeddings=rope, position_ids=position_ids,
-                cache=cache, use_cache=use_cache, **kw,
-            )  # fmt: skip
+                layer,
+                h,
+                attention_mask=mask,
+                position_embeddings=rope,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=use_cache,
+                **kw,
+            )
             h = h if i == LAST else self.between(i, h, first, input_ids, position_ids)
         return BaseModelOutputWithPast(last_hidden_state=self.leave(h), cache=cache)
 
@@ -419,20 +434,39 @@ class AsksNobody(LlavaForConditionalGeneration):
 
 
 class TakesNoLoop(LlavaForConditionalGeneration):
-    def generate(self, input_ids, pixel_values, attention_mask=None, max_new_tokens=8,
-                 do_sample=False, min_new_tokens=None, suppress_tokens=None):  # type: ignore[no-untyped-def] # fmt: skip
+    def generate(
+        self,
+        input_ids,
+        pixel_values,
+        attention_mask=None,
+        max_new_tokens=8,
+        do_sample=False,
+        min_new_tokens=None,
+        suppress_tokens=None,
+    ):  # type: ignore[no-untyped-def]
         return super().generate(
-            input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens, do_sample=False,
-        )  # fmt: skip
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
 
 
 KEEPING = (Sees, CountsSteps, ScaledFrom60)
 """Layers of which more than one answer tells."""
 TOPS = (
-    HandsToLayers, SetsUp, LoopOfItsOwn, CarriesOn, RewritesTheEnd, RewritesAWord,
-    LeavesThePromptOut, AsksTwice, AsksNobody, TakesNoLoop,
-)  # fmt: skip
+    HandsToLayers,
+    SetsUp,
+    LoopOfItsOwn,
+    CarriesOn,
+    RewritesTheEnd,
+    RewritesAWord,
+    LeavesThePromptOut,
+    AsksTwice,
+    AsksNobody,
+    TakesNoLoop,
+)
 STACKS, HEADS = Stack.__subclasses__(), Head.__subclasses__()
 LAYERS = [k for k in LlamaDecoderLayer.__subclasses__() if k.__module__ == __name__]
 LAYERS = [k for k in LAYERS if k not in (*KEEPING, TakesX)]
@@ -532,8 +566,10 @@ def shared(model: Any) -> None:
 
 PATCHES: dict[str, Any] = {
     "a hook scales a layer": lambda m: stack_of(m).layers[2].register_forward_hook(scaled(0.8)),
-    "a hook before a layer": lambda m: stack_of(m).layers[2].register_forward_pre_hook(
-        lambda module, args: (args[0] * 1.1, *args[1:])
+    "a hook before a layer": lambda m: (
+        stack_of(m)
+        .layers[2]
+        .register_forward_pre_hook(lambda module, args: (args[0] * 1.1, *args[1:]))
     ),
     "a hook scales the norm": lambda m: stack_of(m).norm.register_forward_hook(scaled(0.8)),
     "a hook scales the head": lambda m: m.lm_head.register_forward_hook(scaled(0.5)),
@@ -549,11 +585,12 @@ PATCHES: dict[str, Any] = {
     "a head of two matrices": said_by_two,
     "weights are computed": parametrized,
     "a norm of another kind": put("norm", lambda own: nn.LayerNorm(families.WIDTH)),
-    "an MLP behind a layer norm": put("layers.2.mlp", lambda own: nn.Sequential(
-        nn.LayerNorm(families.WIDTH), own)),
+    "an MLP behind a layer norm": put(
+        "layers.2.mlp", lambda own: nn.Sequential(nn.LayerNorm(families.WIDTH), own)
+    ),
     "an MLP by the sign of its input": put("layers.2.mlp", lambda own: Around(own, torch.abs)),
     "a wrapped layer": put("layers.3", lambda own: Around(own, after=lambda h: h * 0.9)),
     "a wrapped attention": put("layers.3.self_attn", lambda own: Around(own, after=torch.sin)),
     "wrapped embeddings": put("embed_tokens", lambda own: Around(own, after=lambda h: h * 1.5)),
-}  # fmt: skip
+}
 """What somebody does to a model of a known family before it is opened."""

@@ -117,16 +117,23 @@ def _image_adapter() -> Adapter:
     state = torch.random.get_rng_state()
     torch.manual_seed(5)
     tower = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        image_size=28, patch_size=14, vision_use_head=False,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        vision_use_head=False,
+    )
     model = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=tower, text_config=families.llama_config(),
-            image_token_index=families.IMAGE, image_seq_length=4,
+            vision_config=tower,
+            text_config=families.llama_config(),
+            image_token_index=families.IMAGE,
+            image_seq_length=4,
             vision_feature_select_strategy="full",
         )
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

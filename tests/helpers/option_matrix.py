@@ -57,13 +57,50 @@ class Places:
         """Values, some of them of files; none leads out of the test's own folders, as a value may
         be where something is written."""
         return [
-            "", " ", ".", "-", "--", "x" * 5000, "x/" * 2500, "\udcff", "a\x00b", "\n",
-            "\u202e", "é", "none", "true", "auto", "all", "nan", "inf", "1e999", "-1", "0", "00",
-            "1", "2", "1,2", "1,,2", ",", "0.5", "9" * 5000, str(2**31), str(2**63), "=", "a=b",
-            "{}", "[]", "null", "tiny-opt", "photo", str(self.empty),
-            str(self.adapter), str(self.photos / "0.png"), str(self.held_out),
+            "",
+            " ",
+            ".",
+            "-",
+            "--",
+            "x" * 5000,
+            "x/" * 2500,
+            "\udcff",
+            "a\x00b",
+            "\n",
+            "\u202e",
+            "é",
+            "none",
+            "true",
+            "auto",
+            "all",
+            "nan",
+            "inf",
+            "1e999",
+            "-1",
+            "0",
+            "00",
+            "1",
+            "2",
+            "1,2",
+            "1,,2",
+            ",",
+            "0.5",
+            "9" * 5000,
+            str(2**31),
+            str(2**63),
+            "=",
+            "a=b",
+            "{}",
+            "[]",
+            "null",
+            "tiny-opt",
+            "photo",
+            str(self.empty),
+            str(self.adapter),
+            str(self.photos / "0.png"),
+            str(self.held_out),
             *(str(self.strange / name) for name in STRANGE),
-        ]  # fmt: skip
+        ]
 
     @property
     def strange(self) -> Path:
@@ -71,9 +108,21 @@ class Places:
 
 
 STRANGE = (
-    "pipe", "none", "empty.json", "binary", "list.json", "nested.json", "\udcff.jsonl", "folder",
-    "loop", "pipe.jsonl", "pipe.png", "unreadable", "rows.jsonl", "adapter",
-)  # fmt: skip
+    "pipe",
+    "none",
+    "empty.json",
+    "binary",
+    "list.json",
+    "nested.json",
+    "\udcff.jsonl",
+    "folder",
+    "loop",
+    "pipe.jsonl",
+    "pipe.png",
+    "unreadable",
+    "rows.jsonl",
+    "adapter",
+)
 
 
 def make_strange(folder: Path) -> None:

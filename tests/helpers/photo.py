@@ -14,9 +14,16 @@ from offramp_photo.tower import Bridge, EfficientNetLite0, PhotoTowerConfig, Wor
 
 END, IMAGE = 256, 257
 FIELDS = {
-    "hidden_size": 32, "neck_size": 16, "layers": 1, "heads": 2, "grid": 2, "queries": 1,
-    "words": 2, "vocabulary": 5, "detector_size": 8,
-}  # fmt: skip
+    "hidden_size": 32,
+    "neck_size": 16,
+    "layers": 1,
+    "heads": 2,
+    "grid": 2,
+    "queries": 1,
+    "words": 2,
+    "vocabulary": 5,
+    "detector_size": 8,
+}
 TOWER = PhotoTowerConfig(**FIELDS)
 
 

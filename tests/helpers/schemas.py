@@ -35,9 +35,11 @@ def drawn(draw: random.Random, deep: int = 2) -> Schema:
         case "array":
             least = draw.randint(0, 2)
             return {
-                "type": "array", "items": drawn(draw, deep - 1),
-                "minItems": least, "maxItems": least + draw.randint(0, 2),
-            }  # fmt: skip
+                "type": "array",
+                "items": drawn(draw, deep - 1),
+                "minItems": least,
+                "maxItems": least + draw.randint(0, 2),
+            }
         case "any":
             return {"anyOf": [drawn(draw, deep - 1), drawn(draw, deep - 1)]}
         case "object":

@@ -11,8 +11,14 @@ from typing import Any
 import torch
 
 IMAGE_TOKENS = 4
-SPECIAL = ("<|pad|>", "<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>",
-           "<global-img>")  # fmt: skip
+SPECIAL = (
+    "<|pad|>",
+    "<|im_start|>",
+    "<end_of_utterance>",
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+)
 TEXT = "User: Assistant: What is this? Describe the image. a red dog runs on green grass"
 CHAT = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: "
@@ -61,14 +67,18 @@ def save_smolvlm(folder: Path, seed: int = 2) -> None:
     config = Idefics3Config(
         vision_config={**sizes, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8},
         text_config={
-            **sizes, "model_type": "llama", "num_hidden_layers": 6, "num_key_value_heads": 2,
-            "vocab_size": len(words), "pad_token_id": words.pad_token_id,
+            **sizes,
+            "model_type": "llama",
+            "num_hidden_layers": 6,
+            "num_key_value_heads": 2,
+            "vocab_size": len(words),
+            "pad_token_id": words.pad_token_id,
             "initializer_range": 0.2,
         },
         image_token_id=words.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=words.pad_token_id,
-    )  # fmt: skip
+    )
     model = Idefics3ForConditionalGeneration(config)
     model.generation_config.eos_token_id = words.eos_token_id
     model.generation_config.pad_token_id = words.pad_token_id

@@ -16,9 +16,16 @@ from offramp.training.config import FREE, TrainConfig
 from offramp.training.trainer import Trainer
 
 SHORT = TrainConfig(
-    exit_kind="layer", depths=(2, 4), steps=6, batch_size=4, evaluate_every=2, max_new_tokens=4,
-    validation_fraction=0.25, patience=None, **FREE,
-)  # fmt: skip
+    exit_kind="layer",
+    depths=(2, 4),
+    steps=6,
+    batch_size=4,
+    evaluate_every=2,
+    max_new_tokens=4,
+    validation_fraction=0.25,
+    patience=None,
+    **FREE,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "free": {},

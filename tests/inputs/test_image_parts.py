@@ -224,7 +224,7 @@ OPENED: dict[str, Callable[[], bytes]] = {
     "png, texts": lambda: before_pixels(chunk(b"zTXt", PROFILE) * 9_000),
     "png, EXIF": lambda: before_pixels(chunk(b"eXIf", overlapping(9_000_000))),
     "gif, what is between": lambda: gif(bytes(9_000_000)),
-}  # fmt: skip
+}
 WITHIN = 1.5
 """CPU seconds; none takes a third of it on a machine with nothing else to do."""
 

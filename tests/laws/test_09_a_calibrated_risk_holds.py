@@ -123,10 +123,14 @@ def test_a_guarantee_holds_where_images_come_in_groups(largest: int) -> None:
         wrong = np.where(repeats < 0.5**0.5, together, alone < 1.001 * target).astype(float)
         ends = sizes.cumsum().tolist()
         groups = [
-            ImageRows(f"{trial} {end}", "", tuple(range(end - n, end)),
-                      parts=tuple((row,) for row in range(end - n, end)))
+            ImageRows(
+                f"{trial} {end}",
+                "",
+                tuple(range(end - n, end)),
+                parts=tuple((row,) for row in range(end - n, end)),
+            )
             for n, end in zip(sizes.tolist(), ends, strict=True)
-        ]  # fmt: skip
+        ]
         draws = Draws.by("image", wrong, groups, whole=True)
         broken["as they are"] += p_value(draws, target, "sharp") <= level
         broken["alone"] += p_value(Draws.of(wrong, whole=True), target, "sharp") <= level

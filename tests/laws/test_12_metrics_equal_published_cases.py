@@ -95,18 +95,27 @@ GUIDE = [
         (
             "It is a guide to action which ensures that the military always obeys the commands of "
             "the party.",
-            GUIDE, 17 / 18, 10 / 17, 1.0,
+            GUIDE,
+            17 / 18,
+            10 / 17,
+            1.0,
         ),
         (
             "It is to insure the troops forever hearing the activity guidebook that party direct.",
-            GUIDE, 8 / 14, 1 / 13, math.exp(1 - 16 / 14),
+            GUIDE,
+            8 / 14,
+            1 / 13,
+            math.exp(1 - 16 / 14),
         ),
         (
             "the the the the the the the",
-            ["The cat is on the mat.", "There is a cat on the mat."], 2 / 7, 0.0, 1.0,
+            ["The cat is on the mat.", "There is a cat on the mat."],
+            2 / 7,
+            0.0,
+            1.0,
         ),
     ],
-)  # fmt: skip
+)
 def test_bleu_equals_the_examples_of_its_paper(
     text: str, references: list[str], unigrams: float, bigrams: float, brevity: float
 ) -> None:
@@ -163,10 +172,7 @@ def test_vqa_accuracy_equals_the_official_cases() -> None:
         for kind, by_name in kinds.items():
             by_name.setdefault(case[kind], []).append(found)
     assert round(100 * mean_of(each).value, 4) == cases["overall"]["overall"]
-    for kind, official in (
-        ("question_type", "perQuestionType"),
-        ("answer_type", "perAnswerType"),
-    ):
+    for kind, official in (("question_type", "perQuestionType"), ("answer_type", "perAnswerType")):
         found_by = {n: round(100 * mean_of(v).value, 4) for n, v in kinds[kind].items()}
         assert found_by == cases["overall"][official]
 
@@ -186,8 +192,13 @@ def test_vqa_accuracy_leaves_one_out(matches: int) -> None:
 
 
 def test_ranks_equal_the_official_cases() -> None:
-    names = {"r@1": "recall@1", "r@5": "recall@5", "r@10": "recall@10",
-             "mean": "mean_rank", "mrr": "mrr"}  # fmt: skip
+    names = {
+        "r@1": "recall@1",
+        "r@5": "recall@5",
+        "r@10": "recall@10",
+        "mean": "mean_rank",
+        "mrr": "mrr",
+    }
     for case in golden("visdial")["sparse"]:
         pairs = zip(case["scores"], case["gt_index"], strict=True)
         ranks = [gold_rank(s, g) for d, gs in pairs for s, g in zip(d, gs, strict=True)]

@@ -39,19 +39,31 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cut.png").write_bytes((root / "good.png").read_bytes()[:60])
     row = json.dumps({"image": "good.png", "captions": ["a red square"]}) + "\n"
     texts = {
-        "good.jsonl": row, "empty.jsonl": "", "deep.jsonl": "[" * 100_000, "list.jsonl": "[1]\n",
-        "broken.jsonl": '{"image": ', "no-image.jsonl": "{}\n",
+        "good.jsonl": row,
+        "empty.jsonl": "",
+        "deep.jsonl": "[" * 100_000,
+        "list.jsonl": "[1]\n",
+        "broken.jsonl": '{"image": ',
+        "no-image.jsonl": "{}\n",
         "lost.jsonl": '{"image": "gone.png"}\n',
         "both.jsonl": json.dumps({"image": "good.png", "captions": ["a"], "question": "b"}),
-        "numbers.jsonl": '{"image": 3}\n', "long.jsonl": json.dumps({"image": LONG}),
+        "numbers.jsonl": '{"image": 3}\n',
+        "long.jsonl": json.dumps({"image": LONG}),
         "half.jsonl": '{"image": "good.png", "captions": [3]}\n',
         "bad-image.jsonl": row.replace("good.png", "not-an-image.png"),
         "endless.jsonl": row[:-2] + f', "prompt": "{LONG * 9}"}}',
         "surrogate.jsonl": row[:-2] + ', "prompt": "\\ud800"}',
-        "empty.json": "", "deep.json": "[" * 100_000, "list.json": "[]", "other.json": '{"a": 1}',
-        "list.yaml": "- 1", "broken.yaml": "a: [", "unknown.yaml": "sptes: 3", "text.yaml": "hello",
-        "quiet.yaml": "quiet: 3", "deep.yaml": "[" * 500,
-    }  # fmt: skip
+        "empty.json": "",
+        "deep.json": "[" * 100_000,
+        "list.json": "[]",
+        "other.json": '{"a": 1}',
+        "list.yaml": "- 1",
+        "broken.yaml": "a: [",
+        "unknown.yaml": "sptes: 3",
+        "text.yaml": "hello",
+        "quiet.yaml": "quiet: 3",
+        "deep.yaml": "[" * 500,
+    }
     for name, text in texts.items():
         (root / name).write_text(text)
     (root / "latin.jsonl").write_bytes('{"image": "h\xe4.png"}\n'.encode("latin-1"))
@@ -66,10 +78,14 @@ def _adapters(root: Path) -> None:
     good = Path(shutil.copytree(shipped.tiny_exits("opt"), root / "adapter"))
     text = (good / "adapter.json").read_text()
     damaged = {
-        "cut": text[: len(text) // 2], "deep": "[" * 100_000, "list": "[]", "empty": "",
-        "format": text.replace('"format": 1', '"format": 99'), "nothing": "{}",
+        "cut": text[: len(text) // 2],
+        "deep": "[" * 100_000,
+        "list": "[]",
+        "empty": "",
+        "format": text.replace('"format": 1', '"format": 99'),
+        "nothing": "{}",
         "depths": text.replace('"depths": [', '"depths": [99, '),
-    }  # fmt: skip
+    }
     for name, content in damaged.items():
         folder = Path(shutil.copytree(good, root / f"adapter-{name}"))
         (folder / "adapter.json").write_text(content)
@@ -148,23 +164,63 @@ def cannot_take(action: argparse.Action, value: str) -> bool:
 FLOATS = {"--target": ("0", "1", "-1", "nan", "inf"), "--confidence": ("0", "1", "nan", "2")}
 TRAINING = {
     "--learning-rate": ("0", "-1", "nan"),
-    "--depths": ("0", "12", "99", "3,3", "1,x"), "--shortlist": ("1", "999999"),
+    "--depths": ("0", "12", "99", "3,3", "1,x"),
+    "--shortlist": ("1", "999999"),
     "--losses": ("nothing=1", "l1", "l1=x", "l1=-1", "distillation=-1", "cross_entropy=nan"),
-}  # fmt: skip
+}
 ADAPTERS = (
-    "gone", "folder", "good.png", "pipe", LONG, SURROGATE, "", "adapter-cut", "adapter-deep",
-    "adapter-list", "adapter-empty", "adapter-format", "adapter-nothing", "adapter-depths",
+    "gone",
+    "folder",
+    "good.png",
+    "pipe",
+    LONG,
+    SURROGATE,
+    "",
+    "adapter-cut",
+    "adapter-deep",
+    "adapter-list",
+    "adapter-empty",
+    "adapter-format",
+    "adapter-nothing",
+    "adapter-depths",
     "adapter-flipped",
-)  # fmt: skip
+)
 BACKBONES = (
-    "gone", "folder", "pipe", "good.png", LONG, SURROGATE, "backbone-broken", "backbone-deep",
-    "backbone-other", "backbone-pickled",
-)  # fmt: skip
+    "gone",
+    "folder",
+    "pipe",
+    "good.png",
+    LONG,
+    SURROGATE,
+    "backbone-broken",
+    "backbone-deep",
+    "backbone-other",
+    "backbone-pickled",
+)
 DATA = (
-    "gone.jsonl", "folder", "pipe", "good.png", LONG, SURROGATE, "", "empty.jsonl", "deep.jsonl",
-    "list.jsonl", "broken.jsonl", "no-image.jsonl", "lost.jsonl", "both.jsonl", "numbers.jsonl",
-    "long.jsonl", "half.jsonl", "latin.jsonl", "empty.json", "deep.json", "list.json", "other.json",
-)  # fmt: skip
+    "gone.jsonl",
+    "folder",
+    "pipe",
+    "good.png",
+    LONG,
+    SURROGATE,
+    "",
+    "empty.jsonl",
+    "deep.jsonl",
+    "list.jsonl",
+    "broken.jsonl",
+    "no-image.jsonl",
+    "lost.jsonl",
+    "both.jsonl",
+    "numbers.jsonl",
+    "long.jsonl",
+    "half.jsonl",
+    "latin.jsonl",
+    "empty.json",
+    "deep.json",
+    "list.json",
+    "other.json",
+)
 IMAGES = (
     "gone.png",
     "folder",
@@ -176,9 +232,19 @@ IMAGES = (
     "empty.jsonl",
 )
 CONFIGS = (
-    "gone.yaml", "folder", "pipe", "list.yaml", "broken.yaml", "unknown.yaml", "text.yaml",
-    "quiet.yaml", "deep.yaml", "good.png", "", SURROGATE,
-)  # fmt: skip
+    "gone.yaml",
+    "folder",
+    "pipe",
+    "list.yaml",
+    "broken.yaml",
+    "unknown.yaml",
+    "text.yaml",
+    "quiet.yaml",
+    "deep.yaml",
+    "good.png",
+    "",
+    SURROGATE,
+)
 OUTS = ("good.jsonl/below", "good.jsonl/below/that", LONG, f"new/{LONG}", "pipe/below")
 DEVICES = ("foo", "cuda:99", "", "cpu:x", LONG, SURROGATE)
 
@@ -246,9 +312,11 @@ def cases(command: str, tree: Path, out: Path) -> Iterator[list[str]]:
             # Names are looked up in a list whatever they are; numbers are parsed in many ways.
             for value in VALUES if action.choices is None else ("", LONG, SURROGATE):
                 if cannot_take(action, value):
-                    yield line(**{option: [f"{value}"]}) if value[:1] != "-" else [
-                        *line(), f"{option}={value}"
-                    ]  # fmt: skip
+                    yield (
+                        line(**{option: [f"{value}"]})
+                        if value[:1] != "-"
+                        else [*line(), f"{option}={value}"]
+                    )
         if action.required:
             yield [command, *(w for o, v in given.items() if o != option for w in (o, *v))]
         if option in SPELT:

@@ -29,9 +29,7 @@ EXACT = EngineOptions(context=256, cache="f32", flash_attention=False)
 
 
 @pytest.fixture(scope="session")
-def loaded(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[..., LlamaCppRuntime]]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LlamaCppRuntime]]:
     """`loaded(name, formats, sequences, compiled)`: a runtime of exits that draft on, loaded once.
     compiled: whether C asks for drafts and reads taps."""
     made: list[LlamaCppRuntime] = []
@@ -120,9 +118,11 @@ def test_drafts_go_on_as_far_as_pytorchs(
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", [*KINDS, "qwen2-vl"])
 def test_a_prompt_is_verified_with_the_exits_first_drafts(
-    compiled: bool, name: str, loaded: Callable[..., LlamaCppRuntime],
+    compiled: bool,
+    name: str,
+    loaded: Callable[..., LlamaCppRuntime],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """The exit's own first token is drafted, and what it drafts after that."""
     runtime, inputs, drafts = loaded(name, compiled=compiled), inputs_of(name), list[list[int]]()
     draft = ChainDrafter.draft
@@ -267,5 +267,6 @@ def test_what_enters_the_exit_must_be_of_the_export(tmp_path: Path) -> None:
     refused(lambda: LlamaCppRuntime(adapter, tmp_path / "made"), AdapterError, "drafter.npz")
     refused(
         lambda: LlamaCppRuntime(adapter, tmp_path / "made", check_digests=False),
-        AdapterError, "what enters an exit",
-    )  # fmt: skip
+        AdapterError,
+        "what enters an exit",
+    )

@@ -95,8 +95,13 @@ def test_by_trust_it_takes_what_pytorch_takes(
     own = replace(own, drafts=dict.fromkeys(adapter.exits.depths, 0.0))
     adapter = replace(adapter, policy=own)
     folder, taken = sliced(adapter, tmp_path), set()
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": [*ends],
-               "pad_token_id": 0, "return_dict_in_generate": True}  # fmt: skip
+    options = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "eos_token_id": [*ends],
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
     with EdgeModel(folder, engine=ENGINE) as model:
         assert model.policy.trust == 2.0
         ids = torch.tensor([model.vocabulary.tokens(PROMPT)])
@@ -353,9 +358,10 @@ def test_a_template_that_ends_for_some_messages_alone_answers_these(
     monkeypatch.setattr(templates, "SECONDS", 2.0)
     loop = STRANGE["no end"]
     some = with_template(
-        model, "{{ messages[0]['content'] }}{% if messages[0]['content'] == 'b' %}"
+        model,
+        "{{ messages[0]['content'] }}{% if messages[0]['content'] == 'b' %}"
         f"{loop}{{% endif %}}",
-    )  # fmt: skip
+    )
     for text in "abac":
         chat = [{"role": "user", "content": text}]
         if text == "b":

@@ -76,9 +76,10 @@ def test_a_prompt_is_the_models_own(case: Case, count: int) -> None:
     model = case.adapter.backbone.model
     if prompt.positions is not None:
         theirs, _ = model.model.get_rope_index(
-            inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"],
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
             image_grid_thw=inputs["image_grid_thw"],
-        )  # fmt: skip
+        )
         assert prompt.positions[:3].tolist() == theirs[:, 0].tolist()
 
 

@@ -109,9 +109,11 @@ def test_openais_client_is_answered(served: httpx.Client, model: EdgeModel) -> N
     asked: dict[str, Any] = {"model": "tiny", "messages": HI, "max_tokens": 8}
     whole = client.chat.completions.create(**asked)
     stream = client.chat.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True},
+        **asked,
+        stream=True,
+        stream_options={"include_usage": True},
         extra_body={"offramp": {"mode": "lossless"}},
-    )  # fmt: skip
+    )
     parts = list(stream)
     text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
     plain = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=5)
@@ -245,11 +247,21 @@ def test_who_gives_no_seed_gets_one_of_its_own(served: httpx.Client) -> None:
         ({"messages": [{"role": "user", "content": "a <__media__> b"}]}, "<__media__>"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "Unicode"),
         ({"messages": [{"role": "pilot", "content": "hi"}]}, "role"),
-        ({"messages": [{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": "http://example.org/a.png"}}]}]},
-         "sees no images"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image_url", "image_url": {"url": "http://example.org/a.png"}}
+                        ],
+                    }
+                ]
+            },
+            "sees no images",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_are_refused_by_name(body: Any, word: str, served: httpx.Client) -> None:
     reply = served.post(
         CHAT, content=json.dumps(body), headers={"Content-Type": "application/json"}
@@ -350,9 +362,13 @@ ALIKE = {
         saved(Image.fromarray(((DEEP.astype(int) + 128) // 257).astype(np.uint8)).convert("RGB")),
     ),
     "transparent": (saved(Image.fromarray(CLEAR)), saved(over_white(CLEAR))),
-    "turned": (saved(PLAIN, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
-                     b"\0\0\0\0"), saved(PLAIN.transpose(Image.Transpose.ROTATE_270))),
-}  # fmt: skip
+    "turned": (
+        saved(
+            PLAIN, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+        ),
+        saved(PLAIN.transpose(Image.Transpose.ROTATE_270)),
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", ALIKE)
@@ -470,10 +486,12 @@ def test_the_command_serves_several_until_sigterm_and_loads_no_torch(folder: Pat
 
         def ask(number: int) -> Any:
             body = {
-                "prompt": "ab" * (number + 1), "max_tokens": 9 + number,
-                "temperature": number % 2, "seed": number,
+                "prompt": "ab" * (number + 1),
+                "max_tokens": 9 + number,
+                "temperature": number % 2,
+                "seed": number,
                 "offramp": {"mode": ("full", "early_exit", "lossless")[number % 3]},
-            }  # fmt: skip
+            }
             return httpx.post(address + TEXT, json=body, timeout=60).json()["choices"]
 
         alone = [*map(ask, range(12))]

@@ -63,11 +63,14 @@ def test_requests_in_any_company_get_what_they_get_alone(name: str, made: Any) -
     with LlamaCppRuntime(adapter, folder, engine=ENGINE) as runtime:
         alone = {
             (i, mode, new): runtime.generate(
-                prompts[i], mode=mode, max_new_tokens=new, do_sample=False,
+                prompts[i],
+                mode=mode,
+                max_new_tokens=new,
+                do_sample=False,
                 return_dict_in_generate=True,
             )
             for i, mode, new in asked
-        }  # fmt: skip
+        }
         own = runtime.generate(
             prompts[0], mode="full", max_new_tokens=9, return_dict_in_generate=True, **sampled
         )

@@ -14,10 +14,7 @@ from gguf_cases import adapter_of, inputs_of, refused, same
 from offramp import cli
 from offramp.adapter.adapter import Adapter
 from offramp.calibration.calibrate import calibrate
-from offramp.calibration.draft_thresholds import (
-    draft_policies,
-    draft_speeds,
-)
+from offramp.calibration.draft_thresholds import draft_policies, draft_speeds
 from offramp.core.decoding.policy import FULL, ExitPolicy, GenerationOutput
 from offramp.core.errors import InputError
 from offramp.evaluation.evaluate import evaluate
@@ -85,9 +82,14 @@ def test_a_promise_is_of_the_runtimes_answers() -> None:
     runtime, examples = Recorder(adapter()), fakes.examples(12)
     asked: dict[str, Any] = {"target": 0.9, "confidence": 0.8, "thresholds": (0.9, 0.5, 0.2)}
     found = calibrate(
-        adapter(), encoder(), examples, ExitPolicy(shortlist=True), runtime=runtime, **asked,
+        adapter(),
+        encoder(),
+        examples,
+        ExitPolicy(shortlist=True),
+        runtime=runtime,
+        **asked,
         **LONGEST,
-    )  # fmt: skip
+    )
     assert found.runtime == runtime.name and found.to_json()["runtime"] == runtime.name
     # Nothing of it is a replay of the adapter's own exits.
     once_more = 1  # by the thresholds that were chosen, to know their scores
@@ -102,9 +104,14 @@ def test_drafts_are_timed_in_the_runtime() -> None:
     ours = adapter().with_policy(ExitPolicy({2: 0.5}))
     runtime = Recorder(ours)
     found = draft_speeds(
-        ours, [inputs_of(NAME)], thresholds=(0.1, 0.3), rounds=1, runtime=runtime,
-        do_sample=False, **LONGEST,
-    )  # fmt: skip
+        ours,
+        [inputs_of(NAME)],
+        thresholds=(0.1, 0.3),
+        rounds=1,
+        runtime=runtime,
+        do_sample=False,
+        **LONGEST,
+    )
     asked = [FULL, *draft_policies(ours, (0.1, 0.3))]
     assert all(policy in runtime.asked for policy in asked) and len(found) >= len(asked) - 1
 
@@ -140,9 +147,16 @@ def test_the_real_runtime_stands_in_its_place(exported: Any, tmp_path: Path) -> 
         theirs = evaluate(*given, out=tmp_path / "theirs", **more)
         assert ours["modes"]["early_exit"]["tokens"] == theirs["modes"]["early_exit"]["tokens"]
         found = calibrate(
-            adapter(), encoder(), fakes.examples(8), ExitPolicy(shortlist=True), runtime=runtime,
-            target=0.9, confidence=0.8, thresholds=(0.9, 0.5), **LONGEST,
-        )  # fmt: skip
+            adapter(),
+            encoder(),
+            fakes.examples(8),
+            ExitPolicy(shortlist=True),
+            runtime=runtime,
+            target=0.9,
+            confidence=0.8,
+            thresholds=(0.9, 0.5),
+            **LONGEST,
+        )
         assert found.runtime == "llama.cpp f32, exits f32, head f32"
 
 

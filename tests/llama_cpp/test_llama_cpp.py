@@ -570,10 +570,7 @@ def test_a_tensor_that_is_not_there_is_refused(
 
 @pytest.mark.parametrize(
     "policy, word",
-    [
-        (ExitPolicy({3: 0.5}, shortlist=True), "[3]"),
-        (ExitPolicy({2: 0.5}), "shortlist"),
-    ],
+    [(ExitPolicy({3: 0.5}, shortlist=True), "[3]"), (ExitPolicy({2: 0.5}), "shortlist")],
     ids=str,
 )
 def test_policies_that_cannot_be_followed_are_refused(

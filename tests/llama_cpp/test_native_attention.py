@@ -78,11 +78,26 @@ class Case:
         q, mask = np.ascontiguousarray(self.q), np.ascontiguousarray(self.mask)
         out = np.full((tokens, heads, wide), 7.0, dtype=np.float32)
         attention = _Attention(
-            tokens, heads, heads // groups, cells, width, wide,
-            q.ctypes.data, heads * width, width, self.k.ctypes.data, self.v.ctypes.data,
-            *self.k.strides[:2], *self.v.strides[:2], mask.ctypes.data, cells,
-            out.ctypes.data, heads * wide, wide, width**-0.5,
-        )  # fmt: skip
+            tokens,
+            heads,
+            heads // groups,
+            cells,
+            width,
+            wide,
+            q.ctypes.data,
+            heads * width,
+            width,
+            self.k.ctypes.data,
+            self.v.ctypes.data,
+            *self.k.strides[:2],
+            *self.v.strides[:2],
+            mask.ctypes.data,
+            cells,
+            out.ctypes.data,
+            heads * wide,
+            wide,
+            width**-0.5,
+        )
         products._native().offramp_attention(ctypes.byref(attention))
         return out
 

@@ -16,9 +16,11 @@ pytestmark = [pytest.mark.llama_cpp, pytest.mark.usefixtures("instructions")]
 def normed(x: States, epsilon: float) -> States:
     out = np.full(len(x) + 1, 7.0, dtype=np.float32)
     products._native().offramp_norm(
-        x.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(len(x)), ctypes.c_float(epsilon),
+        x.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_size_t(len(x)),
+        ctypes.c_float(epsilon),
         out.ctypes.data_as(ctypes.c_void_p),
-    )  # fmt: skip
+    )
     assert out[-1] == 7.0
     return out[:-1]
 

@@ -149,12 +149,28 @@ def product(formats: str, x: Array, weights: Array | None = None) -> tuple[Array
     size_t = ctypes.c_size_t
     multiply = made._native.offramp_product
     multiply.restype = ctypes.c_bool
-    multiply.argtypes = [pointer, ctypes.c_int, size_t, size_t, pointer, size_t, size_t, pointer,
-                         pointer]  # fmt: skip
+    multiply.argtypes = [
+        pointer,
+        ctypes.c_int,
+        size_t,
+        size_t,
+        pointer,
+        size_t,
+        size_t,
+        pointer,
+        pointer,
+    ]
     taken = multiply(
-        made.handle, number, rows, x.shape[1], data.ctypes.data, data.shape[1], len(x),
-        x.ctypes.data, out.ctypes.data,
-    )  # fmt: skip
+        made.handle,
+        number,
+        rows,
+        x.shape[1],
+        data.ctypes.data,
+        data.shape[1],
+        len(x),
+        x.ctypes.data,
+        out.ctypes.data,
+    )
     made.close()
     return (out if taken else out[:0]), held
 

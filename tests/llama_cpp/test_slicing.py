@@ -58,8 +58,9 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, {t.name: (t.tensor_type.name, t.data.copy()) for t in reader.tensors}
 
 
-@pytest.mark.parametrize("name", ["llava", "internvl", "qwen3-vl", "qwen3-vl-experts", "gemma3",
-                                  "paligemma", "granite"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["llava", "internvl", "qwen3-vl", "qwen3-vl-experts", "gemma3", "paligemma", "granite"]
+)
 def test_a_slice_is_what_an_export_would_be(name: str, whole: Any, tmp_path: Path) -> None:
     file, folder = whole(name)
     sliced = slice_gguf(file, folder, tmp_path / "sliced")
@@ -102,13 +103,19 @@ def test_k_quants_are_cut_bit_by_bit(formats: str, kernels: bool, tmp_path: Path
     from offramp_llama_cpp.segment import EngineOptions, Segment
 
     config = LlamaConfig(
-        vocab_size=96, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        vocab_size=96,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     backbone = Backbone(LlamaForCausalLM(config), name="wide")
-    adapter = Adapter(backbone, ExitSet(Exits(backbone, (2,)), SHORT),
-                      ExitPolicy({2: 0.5}, shortlist=True))  # fmt: skip
+    adapter = Adapter(
+        backbone, ExitSet(Exits(backbone, (2,)), SHORT), ExitPolicy({2: 0.5}, shortlist=True)
+    )
     saved(adapter, tmp_path / "adapter")
     formats_of_all = ExportFormats(formats, formats, formats)
     export_whole(backbone, tmp_path / "whole.gguf", formats_of_all)
@@ -307,9 +314,13 @@ def test_exits_of_other_sizes_than_the_file_s_layers_are_refused(
 ) -> None:
     file, _ = whole("llava")
     config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     backbone = Backbone(LlamaForCausalLM(config), name="other")
     made = Adapter(backbone, ExitSet(Exits(backbone, (2,))), ExitPolicy({2: 0.5}))
     made.save(tmp_path / "other")

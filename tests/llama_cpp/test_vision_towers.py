@@ -81,13 +81,20 @@ def wide() -> Backbone:
 
     torch.manual_seed(1)
     tower = SiglipVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
-        image_size=56, patch_size=14, vision_use_head=False,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        vision_use_head=False,
+    )
     config = LlavaConfig(
-        vision_config=tower, text_config=families.llama_config(),
-        image_token_index=families.IMAGE, vision_feature_select_strategy="full",
-    )  # fmt: skip
+        vision_config=tower,
+        text_config=families.llama_config(),
+        image_token_index=families.IMAGE,
+        vision_feature_select_strategy="full",
+    )
     return Backbone(LlavaForConditionalGeneration(config).eval(), name="wide")
 
 
@@ -293,8 +300,19 @@ def test_commands_write_it_and_see_by_it(
         code, made, _ = run("export", *known, *out, "--vision", "q8_0", "--json")
     assert code == 0 and str(tmp_path / "gguf" / PROJECTOR) in json.loads(made)
     assert "of their length from the model's own" in caplog.text and "Endian" not in caplog.text
-    asked = ("generate", *known, "--engine", "llama.cpp", "--gguf", tmp_path / "gguf",
-             "--image", tmp_path / "a.png", "--max-new-tokens", 4, "--json")  # fmt: skip
+    asked = (
+        "generate",
+        *known,
+        "--engine",
+        "llama.cpp",
+        "--gguf",
+        tmp_path / "gguf",
+        "--image",
+        tmp_path / "a.png",
+        "--max-new-tokens",
+        4,
+        "--json",
+    )
     answers = [run(*asked, "--vision", name) for name in ("torch", "mtmd")]
     assert [code for code, _, _ in answers] == [0, 0]
     first = [json.loads(text)["steps"][0]["token"] for _, text, _ in answers]

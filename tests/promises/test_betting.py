@@ -129,9 +129,11 @@ def test_what_is_watched_is_the_same_after_a_restart() -> None:
     assert again.to_json() == whole.to_json()
     kept = part.to_json()
     damaged = (
-        {"sides": [[0.0]] * 4}, {"bets": None}, {"total": float("nan")},
+        {"sides": [[0.0]] * 4},
+        {"bets": None},
+        {"total": float("nan")},
         {"bets": {**kept["bets"], "fortune": [float("nan")] * 7}},
-    )  # fmt: skip
+    )
     for change in damaged:
         with pytest.raises(ValueError, match=r"shape|promise"):
             RunningRisk.from_json({**kept, **change})

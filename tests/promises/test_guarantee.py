@@ -24,11 +24,7 @@ from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import read_config
 from offramp.engines import ENGINES
 from offramp.features.input_processor import InputProcessor
-from offramp.promises.conditions import (
-    Conditions,
-    differences,
-    of_processor,
-)
+from offramp.promises.conditions import Conditions, differences, of_processor
 from offramp.promises.conditions import _tokens_digest as tokens_digest
 from offramp.promises.guarantee import (
     NEEDED,
@@ -43,16 +39,29 @@ from offramp.promises.prompt_kinds import FRAMES, OTHER, fits, kind_of, prompt_f
 
 POLICY = ExitPolicy({2: 0.9})
 KNOWN: dict[str, Any] = {
-    "sampling": "greedy", "longest": 40, "template": "", "shrink_on_load": False,
-}  # fmt: skip
+    "sampling": "greedy",
+    "longest": 40,
+    "template": "",
+    "shrink_on_load": False,
+}
 
 
 def calibration(then: Conditions, **changed: Any) -> dict[str, Any]:
     found = {
-        "risk": "disagreement", "target": 0.01, "confidence": 0.95, "n": 1000, "attempt": 1,
-        "unit": "image", "measured": 0.002, "bound": 0.008, "answers": 3000, "level": 0.96,
-        "method": "upper_bound", "data_digest": "0" * 64, "conditions": then.to_json(),
-    }  # fmt: skip
+        "risk": "disagreement",
+        "target": 0.01,
+        "confidence": 0.95,
+        "n": 1000,
+        "attempt": 1,
+        "unit": "image",
+        "measured": 0.002,
+        "bound": 0.008,
+        "answers": 3000,
+        "level": 0.96,
+        "method": "upper_bound",
+        "data_digest": "0" * 64,
+        "conditions": then.to_json(),
+    }
     return {**found, **changed}
 
 
@@ -446,8 +455,12 @@ def test_where_right_answers_are_needed_what_differs_is_watched(here: Conditions
     drop = calibration(here, risk="cider_drop", target=0.025)
     promise = standing(drop, here).promise
     assert promise is not None and watched(drop, promise) is None
-    for odd in ({}, {"risk": "cider_drop", "targets": {"": 0.1}}, {"risk": "consistency"},
-                {"risk": "consistency", "targets": {"": 2}}):  # fmt: skip
+    for odd in (
+        {},
+        {"risk": "cider_drop", "targets": {"": 0.1}},
+        {"risk": "consistency"},
+        {"risk": "consistency", "targets": {"": 2}},
+    ):
         assert watched({**drop, "watched": odd}, promise) is None
     said = {"risk": "consistency", "targets": {"Caption:": 0.2, "Question:": 0.1}}
     found = watched({**drop, "watched": said}, promise)

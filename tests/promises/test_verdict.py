@@ -18,9 +18,12 @@ from offramp.promises.verdict import BROKEN, EXACT, NONE, decide
 from serving import scene_examples
 
 PROMISE = Promise(
-    "cider_drop", 0.025, 0.95, kinds=("Caption:", "Question: ... ? Answer:"),
+    "cider_drop",
+    0.025,
+    0.95,
+    kinds=("Caption:", "Question: ... ? Answer:"),
     own_targets={"Question: ... ? Answer:": 0.15},
-)  # fmt: skip
+)
 STANDS = GuaranteeStatus(PROMISE)
 
 
@@ -60,8 +63,12 @@ def test_a_promise_that_says_nothing_is_not_printed() -> None:
 
 
 def test_what_was_not_tested_is_said() -> None:
-    found = decide(STANDS, kind="Caption:", scores=[0.9], likeness=Likeness.of([[0.9]] * 73,
-                   ["Caption:"] * 73, np.zeros((73, 20))))  # fmt: skip
+    found = decide(
+        STANDS,
+        kind="Caption:",
+        scores=[0.9],
+        likeness=Likeness.of([[0.9]] * 73, ["Caption:"] * 73, np.zeros((73, 20))),
+    )
     assert found.promise is not None and "likeness not tested (73 images)" in found.sentence
 
 
@@ -81,9 +88,10 @@ def test_without_an_image_nothing_is_promised_of_a_model_that_was_calibrated_wit
     model = load("tiny-opt", engine="torch", vision="torch")
     backbone, processor = load_tiny("opt")
     made = model.adapter.generate(
-        InputProcessor(backbone, processor).prompts(scene_examples()[:1]), max_new_tokens=4,
+        InputProcessor(backbone, processor).prompts(scene_examples()[:1]),
+        max_new_tokens=4,
         do_sample=False,
-    )  # fmt: skip
+    )
     found = model.adapter.verdict(made, model.processor, "Caption:", None)
     assert found.says == NONE and "a prompt unlike the calibrated ones" in found.why
     assert model.adapter.verdict(made, model.processor, "Caption:", None, policy=FULL).exact

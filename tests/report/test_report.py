@@ -25,10 +25,16 @@ from offramp.report.report import KINDS, Source, read_sources, report
 HOSTILE = '<img src=x onerror="alert(1)"></script><b>&amp;" $x^ \u2028 \u05d0'
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 PROVENANCE = {
-    "command": "offramp eval", "seed": 0, "data_digest": "ab" * 32, "date": "2026-01-02T03:04:05",
-    "versions": {"offramp": "0.1.0"}, "platform": "Linux", "processor": "Test CPU",
-    "accelerator": None, "threads": 1,
-}  # fmt: skip
+    "command": "offramp eval",
+    "seed": 0,
+    "data_digest": "ab" * 32,
+    "date": "2026-01-02T03:04:05",
+    "versions": {"offramp": "0.1.0"},
+    "platform": "Linux",
+    "processor": "Test CPU",
+    "accelerator": None,
+    "threads": 1,
+}
 
 
 class Page(HTMLParser):
@@ -72,20 +78,27 @@ def estimate(value: float) -> dict[str, float]:
 def evaluation() -> dict[str, Any]:
     def mode(depth: float) -> dict[str, Any]:
         return {
-            "layers": 12, "metrics": {"exact_match": estimate(0.9)}, "unavailable": {"SPICE": "no"},
-            "tokens": 4, "mean_depth": depth, "depth_shares": {"2": 0.75, "12": 0.25},
+            "layers": 12,
+            "metrics": {"exact_match": estimate(0.9)},
+            "unavailable": {"SPICE": "no"},
+            "tokens": 4,
+            "mean_depth": depth,
+            "depth_shares": {"2": 0.75, "12": 0.25},
             "latency": {n: {"p50": 0.1, "p95": 0.2} for n in ("seconds", "decode_seconds")},
-        }  # fmt: skip
+        }
 
     return {
-        "task": "gqa", "n": 2, "settings": {"backbone": "offramp/tiny-opt", "layers": 12},
+        "task": "gqa",
+        "n": 2,
+        "settings": {"backbone": "offramp/tiny-opt", "layers": 12},
         "modes": {"full": mode(12.0), "early_exit": mode(4.5)},
         "compared": {
-            "agreement": estimate(0.5), "difference": {"exact_match": estimate(0.0)},
+            "agreement": estimate(0.5),
+            "difference": {"exact_match": estimate(0.0)},
             "speedup": {"decode": estimate(2.345), "end_to_end": None},
         },
         "provenance": PROVENANCE,
-    }  # fmt: skip
+    }
 
 
 EXAMPLES = [Example(Image.new("RGB", (640, 480), "red"), HOSTILE, (HOSTILE,), "a")]
@@ -96,8 +109,14 @@ def rows() -> list[dict[str, Any]]:
     digests = {example.key: Item(example).digest() for example in [*EXAMPLES, *SMALL]}
 
     def row(key: str, mode: str, answer: str, ids: list[int], depths: list[int]) -> dict[str, Any]:
-        return {"key": key, "mode": mode, "answer": answer, "ids": ids, "depths": depths,
-                "prompt_digest": digests[key]}  # fmt: skip
+        return {
+            "key": key,
+            "mode": mode,
+            "answer": answer,
+            "ids": ids,
+            "depths": depths,
+            "prompt_digest": digests[key],
+        }
 
     return [
         {"settings": {"layers": 12}},
@@ -114,23 +133,31 @@ def adapter(promised: bool = True) -> dict[str, Any]:
         for t, r, b in ((0.99, 0.0, 0.004), (0.9, 0.002, 0.008), (0.8, 0.02, 0.03))
     ]
     promise = {
-        "policy": {"thresholds": {"2": 0.9}}, "risk": "disagreement", "target": 0.01,
-        "confidence": 0.95, "method": "learn_then_test", "measured": 0.002, "bound": 0.008,
-        "n": 777, "reason": "", "path": path,
-    }  # fmt: skip
+        "policy": {"thresholds": {"2": 0.9}},
+        "risk": "disagreement",
+        "target": 0.01,
+        "confidence": 0.95,
+        "method": "learn_then_test",
+        "measured": 0.002,
+        "bound": 0.008,
+        "n": 777,
+        "reason": "",
+        "path": path,
+    }
     return {
-        "backbone": {"name": "offramp/tiny-opt"}, "depths": [2], "policy": promise["policy"],
-        "calibration": promise if promised else None, "provenance": PROVENANCE,
-    }  # fmt: skip
+        "backbone": {"name": "offramp/tiny-opt"},
+        "depths": [2],
+        "policy": promise["policy"],
+        "calibration": promise if promised else None,
+        "provenance": PROVENANCE,
+    }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each kind of result, as the commands write them."""
     folder = tmp_path_factory.mktemp("runs")
-    written = {
-        "exits/adapter.json": adapter(), "run/result.json": evaluation(),
-    }  # fmt: skip
+    written = {"exits/adapter.json": adapter(), "run/result.json": evaluation()}
     for name, value in written.items():
         (folder / name).parent.mkdir()
         (folder / name).write_text(json.dumps(value))
@@ -225,9 +252,7 @@ def test_a_section_appears_when_its_result_was_given(
 
 def test_all_sections_in_order(whole: str) -> None:
     page = Page(whole)
-    assert page.sections == [
-        "answers", "key", "exits", "calibration", "figures", "origin",
-    ]  # fmt: skip
+    assert page.sections == ["answers", "key", "exits", "calibration", "figures", "origin"]
     assert "Not shown" not in page.text
 
 
@@ -286,13 +311,31 @@ def test_a_promise_by_trust_is_told_beside_what_it_was_compared_with() -> None:
     value = adapter()
     value["calibration"]["policy"] = {"thresholds": {}, "trust": 0.9}
     value["calibration"]["ways"] = [
-        {"name": "lossless", "setting": "at most 4 drafts", "times": 1.5, "risk": None,
-         "answers": 0, "promised": False},
-        {"name": "trust", "setting": "0.9", "times": 2.25, "risk": 0.002, "answers": 777,
-         "promised": True},
-        {"name": "thresholds", "setting": "0.8 at depth 2", "times": 1.9, "risk": 0.004,
-         "answers": 100, "promised": False},
-    ]  # fmt: skip
+        {
+            "name": "lossless",
+            "setting": "at most 4 drafts",
+            "times": 1.5,
+            "risk": None,
+            "answers": 0,
+            "promised": False,
+        },
+        {
+            "name": "trust",
+            "setting": "0.9",
+            "times": 2.25,
+            "risk": 0.002,
+            "answers": 777,
+            "promised": True,
+        },
+        {
+            "name": "thresholds",
+            "setting": "0.8 at depth 2",
+            "times": 1.9,
+            "risk": 0.004,
+            "answers": 100,
+            "promised": False,
+        },
+    ]
     text = Page(written([Source("adapter", "m", value)])).text
     assert "With 95% confidence the risk (disagreement) is at most 1.00%" in text
     assert "Levels of trust were tried" in text and "The path of levels of trust" in text
@@ -303,8 +346,11 @@ def test_a_promise_by_trust_is_told_beside_what_it_was_compared_with() -> None:
 def test_a_calibration_that_failed_says_so() -> None:
     value = adapter()
     value["calibration"] |= {
-        "measured": None, "bound": None, "policy": {"thresholds": {}}, "reason": "Too few."
-    }  # fmt: skip
+        "measured": None,
+        "bound": None,
+        "policy": {"thresholds": {}},
+        "reason": "Too few.",
+    }
     text = Page(written([Source("adapter", "m", value)])).text
     assert "Nothing could be guaranteed. Too few." in text
 
@@ -341,8 +387,9 @@ def test_a_file_may_hold_several_results_by_name(tmp_path: Path) -> None:
     file.write_text(json.dumps({"opt": adapter(), "t5": evaluation(), "provenance": PROVENANCE}))
     found = read_sources([file])
     assert [(s.kind, s.name) for s in found] == [
-        ("adapter", "tiny-opt, adapter"), ("eval", "tiny-opt, gqa")
-    ]  # fmt: skip
+        ("adapter", "tiny-opt, adapter"),
+        ("eval", "tiny-opt, gqa"),
+    ]
 
 
 def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
@@ -384,8 +431,14 @@ def test_the_command_shows_images_without_answers_under_the_runs_prompt(
     Image.new("RGB", (90, 90), "red").save(runs / "red.png")
     (runs / "data.jsonl").write_text(json.dumps({"image": "red.png"}))
     [item] = read_items([runs / "data.jsonl"], prompt="Say:", require_answers=False)
-    row = {"key": item.key, "mode": "early_exit", "answer": "x", "ids": [5], "depths": [2],
-           "prompt_digest": item.digest()}  # fmt: skip
+    row = {
+        "key": item.key,
+        "mode": "early_exit",
+        "answer": "x",
+        "ids": [5],
+        "depths": [2],
+        "prompt_digest": item.digest(),
+    }
     folder = runs / "asked"
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps(evaluation()))

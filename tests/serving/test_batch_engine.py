@@ -313,8 +313,10 @@ def test_a_slot_has_no_more_tokens_than_the_backbone_has_positions(backbone, exi
     config = EngineConfig(slots=2, limit=400)
     engine = EngineCore(whole, exits("blip2-opt"), ExitPolicy({2: 0.05}), config)
     words = torch.full((1, whole.positions), 10)
-    long = {n: torch.cat([v, words], 1) if n in ("input_ids", "attention_mask") else v
-            for n, v in inputs.items()}  # fmt: skip
+    long = {
+        n: torch.cat([v, words], 1) if n in ("input_ids", "attention_mask") else v
+        for n, v in inputs.items()
+    }
     handles = [engine.add(request(inputs, new=200)), engine.add(request(long, new=1))]
     engine.run()
     for handle in handles:

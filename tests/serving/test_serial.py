@@ -178,9 +178,11 @@ def test_a_server_answers_by_its_runtime() -> None:
     encoder = service.prompter.processor
     inputs = encoder.prompts([scene_examples()[0]])
     body = {
-        "messages": messages(scene_examples()[0]), "max_tokens": 12, "logprobs": True,
+        "messages": messages(scene_examples()[0]),
+        "max_tokens": 12,
+        "logprobs": True,
         "temperature": 0,
-    }  # fmt: skip
+    }
     with asking(service) as client:
         card = client.get("/v1/models").json()["data"][0]
         assert card["offramp"]["guarantee"] is None

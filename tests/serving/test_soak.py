@@ -73,9 +73,13 @@ class Drawn:
     @property
     def request(self) -> Request:
         return Request(
-            self.inputs, self.mode, self.thresholds, self.seed,
-            on_token=self.on_token, options=self.options,
-        )  # fmt: skip
+            self.inputs,
+            self.mode,
+            self.thresholds,
+            self.seed,
+            on_token=self.on_token,
+            options=self.options,
+        )
 
 
 @dataclass(frozen=True)

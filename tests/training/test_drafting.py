@@ -25,9 +25,14 @@ from offramp.training.feature_store import FeatureStore
 from offramp.training.trainer import train, train_drafting
 
 CONFIG = TrainConfig(
-    depths=(2, 4), steps=8, batch_size=4, evaluate_every=4, max_new_tokens=8,
-    validation_fraction=0.25, patience=None,
-)  # fmt: skip
+    depths=(2, 4),
+    steps=8,
+    batch_size=4,
+    evaluate_every=4,
+    max_new_tokens=8,
+    validation_fraction=0.25,
+    patience=None,
+)
 LOSSLESS = ExitPolicy(lossless=True, max_draft=3)
 
 
@@ -57,9 +62,13 @@ def test_a_rollout_is_what_decoding_drafts(name, backbone, monkeypatch):
 
     monkeypatch.setattr(DraftingExit, "tokens", said)
     made = generate(
-        whole, encoder.prompts([row.example]), exits=exits, policy=replace(LOSSLESS, max_draft=4),
-        max_new_tokens=5, do_sample=False,
-    )  # fmt: skip
+        whole,
+        encoder.prompts([row.example]),
+        exits=exits,
+        policy=replace(LOSSLESS, max_draft=4),
+        max_new_tokens=5,
+        do_sample=False,
+    )
     assert made.new_tokens[0].tolist() == list(row.ids[:5]) and made.rounds[0] == (4, 4)
     for k in range(3):
         torch.testing.assert_close(rollout.drafts[k][0, k], states[k + 1][0], atol=2e-5, rtol=1e-4)
@@ -144,8 +153,12 @@ def test_train_of_that_kind_has_both_stages(opt, tmp_path):
     made = train(opt, processor("blip2-opt"), fakes.examples(12), config, tmp_path)
     assert made.exits.draft_on and set(made.metrics) >= {"agreement", "drafting"}
     assert made.provenance["config"]["exit_kind"] == "drafting"
-    whole = generate(opt, InputProcessor(opt, processor("blip2-opt")).prompts(fakes.examples(1)),
-                     max_new_tokens=6, do_sample=False)  # fmt: skip
+    whole = generate(
+        opt,
+        InputProcessor(opt, processor("blip2-opt")).prompts(fakes.examples(1)),
+        max_new_tokens=6,
+        do_sample=False,
+    )
     prompt = InputProcessor(opt, processor("blip2-opt")).prompts(fakes.examples(1))
     ours = made.generate(prompt, mode="lossless", max_new_tokens=6, do_sample=False)
     assert torch.equal(ours.sequences, whole.sequences) and ours.rounds

@@ -355,12 +355,14 @@ def uninterrupted(opt: Any, out: Path, config: TrainConfig) -> tuple[Trainer, li
 @pytest.mark.parametrize(
     ("when", "step", "changes"),
     [
-        *((*moment, {"cache": "memory"}) for moment in
-          [("fetch", 3), ("step", 3), ("validation", 0), ("validation", 4)]),
+        *(
+            (*moment, {"cache": "memory"})
+            for moment in [("fetch", 3), ("step", 3), ("validation", 0), ("validation", 4)]
+        ),
         *((*moment, {"cache": "disk"}) for moment in [("fetch", 3), ("step", 0)]),
         ("fetch", 3, {"shortlist": 5}),
     ],
-)  # fmt: skip
+)
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
     when: str,
     step: int,
@@ -671,11 +673,9 @@ def test_any_loss_without_labels_is_enough(name: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        {"l2": -1.0}, {"cosine": float("nan")}, {"adversarial": -0.1},
-    ],
+    [{"l2": -1.0}, {"cosine": float("nan")}, {"adversarial": -0.1}],
     ids=lambda wrong: next(iter(wrong)),
-)  # fmt: skip
+)
 def test_a_wrong_objective_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         TrainConfig(**wrong)

@@ -22,8 +22,9 @@ def test_a_draft_model_writes_what_the_exit_writes(tmp_path: Path) -> None:
     assert save_draft_model(adapter, processor, tmp_path / "draft") == 3
     draft = AutoModelForImageTextToText.from_pretrained(tmp_path / "draft")
     assert draft.config.get_text_config().num_hidden_layers == 3
-    inputs = processor(images=Image.new("RGB", (64, 64), "red"), text="Caption:",
-                       return_tensors="pt")  # fmt: skip
+    inputs = processor(
+        images=Image.new("RGB", (64, 64), "red"), text="Caption:", return_tensors="pt"
+    )
     policy = offramp.ExitPolicy({2: 0.0})
     ours = adapter.generate(dict(inputs), policy=policy, do_sample=False, max_new_tokens=8)
     with torch.inference_mode():
@@ -41,6 +42,7 @@ def test_the_command_writes_it_with_a_card(run: RunCommand, tmp_path: Path) -> N
     assert json.loads(said) == {"draft_model": str(out), "layers": 3}
     card = (out / "README.md").read_text()
     assert all(word in card for word in ("assistant_model", "convert_hf_to_gguf", "openvino_genai"))
-    code, _, err = run("export", "--to", "draft-model", "--adapter", "tiny-opt", "--out", out,
-                       "--depths", "5")  # fmt: skip
+    code, _, err = run(
+        "export", "--to", "draft-model", "--adapter", "tiny-opt", "--out", out, "--depths", "5"
+    )
     assert code != 0 and "No exit stands at depth 5" in err

@@ -24,9 +24,15 @@ from offramp_vllm.exports.train_eagle3 import ONLY, _Training, train_eagle3
 
 NAME = "blip2-llama"
 CONFIG = TrainConfig(
-    steps=24, batch_size=4, evaluate_every=8, max_new_tokens=8, validation_fraction=0.25,
-    patience=None, learning_rate=3e-3, shortlist=64,
-)  # fmt: skip
+    steps=24,
+    batch_size=4,
+    evaluate_every=8,
+    max_new_tokens=8,
+    validation_fraction=0.25,
+    patience=None,
+    learning_rate=3e-3,
+    shortlist=64,
+)
 MEASURED = {"acceptance": [0.6, 0.5]}
 
 
@@ -110,9 +116,7 @@ def test_a_row_drafts_the_same_alone_and_beside_longer_ones(whole, encoder):
         together = stage.rollouts(record(encoder, rows, drafter.depths), 3)[ONLY].drafts
         alone = stage.rollouts(record(encoder, rows[1:2], drafter.depths), 3)[ONLY].drafts
     for k in range(3):
-        torch.testing.assert_close(
-            together[k][1:2, k:3], alone[k][:, k:], atol=2e-5, rtol=1e-4
-        )  # fmt: skip
+        torch.testing.assert_close(together[k][1:2, k:3], alone[k][:, k:], atol=2e-5, rtol=1e-4)
 
 
 def test_ids_of_a_prompt_are_those_of_its_text(whole, encoder):

@@ -154,11 +154,8 @@ def test_a_damaged_folder_is_two_lines(exported: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"score": "agreement"}, {"gates": {"2": 0.5}}, {"kv": "other"}, {"visual_keep": 0.5},
-    ],
-)  # fmt: skip
+    "change", [{"score": "agreement"}, {"gates": {"2": 0.5}}, {"kv": "other"}, {"visual_keep": 0.5}]
+)
 def test_a_policy_that_is_not_followed_is_refused(
     exported: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -205,8 +202,12 @@ def test_requests_are_served_as_they_ask() -> None:
     assert asked(rule, {"offramp_mode": "full"}, drafts=False).mode == FULL
     assert not asked(rule, {"offramp_mode": "full"}, drafts=False).rule.is_on
     assert asked(rule, {"offramp_threshold": 0.5}, drafts=True).rule.thresholds == (0.5,)
-    wrong = [{"offramp_mode": "fast"}, {"offramp_threshold": 2.0}, {"offramp_threshold": "much"},
-             {"offramp_mode": "lossless"}]  # fmt: skip
+    wrong = [
+        {"offramp_mode": "fast"},
+        {"offramp_threshold": 2.0},
+        {"offramp_threshold": "much"},
+        {"offramp_mode": "lossless"},
+    ]
     for extra in wrong:
         with pytest.raises(Refused):
             asked(rule, extra, drafts=False)
@@ -277,9 +278,17 @@ def test_a_configuration_gets_layers_of_the_kinds_that_exits_copy() -> None:
 def test_the_command_writes_the_folder(run: RunCommand, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, said, err = run(
-        "export", "--to", "vllm", "--adapter", "tiny-opt", "--out", out, "--max-new-tokens", 4,
+        "export",
+        "--to",
+        "vllm",
+        "--adapter",
+        "tiny-opt",
+        "--out",
+        out,
+        "--max-new-tokens",
+        4,
         "--json",
-    )  # fmt: skip
+    )
     assert code == 0, err
     assert json.loads(said) == {"exits": str(out), "checked": 8}
     assert read_exported(out).depths == (2,)
@@ -288,6 +297,15 @@ def test_the_command_writes_the_folder(run: RunCommand, tmp_path: Path) -> None:
 def test_what_does_not_go_with_it_is_said(run: RunCommand, tmp_path: Path) -> None:
     code, _, err = run("export", "--to", "vllm", "--out", tmp_path / "out")
     assert code != 0 and "Name it first" in err
-    code, _, err = run("export", "--to", "vllm", "--adapter", "tiny-opt", "--gguf", "q8_0",
-                       "--out", tmp_path / "out")  # fmt: skip
+    code, _, err = run(
+        "export",
+        "--to",
+        "vllm",
+        "--adapter",
+        "tiny-opt",
+        "--gguf",
+        "q8_0",
+        "--out",
+        tmp_path / "out",
+    )
     assert code != 0 and "--gguf does not go with --to vllm" in err

@@ -9,15 +9,7 @@ import pytest
 import torch
 
 from offramp.core.decoding.scores import SCORES as OURS
-from offramp_vllm.rows import (
-    Ragged,
-    first_waiting,
-    leaves,
-    put_off,
-    rounds,
-    slots_of,
-    verified,
-)
+from offramp_vllm.rows import Ragged, first_waiting, leaves, put_off, rounds, slots_of, verified
 from offramp_vllm.scores import SCORES
 
 BLOCK = 4

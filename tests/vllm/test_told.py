@@ -12,11 +12,21 @@ from offramp_vllm.policy import Rule, asked
 from offramp_vllm.refuse import Refused
 
 RULE = Rule((0.5,), (math.nan,))
-POLICY = {"thresholds": {"2": 0.5}, "score": "max_probability", "kv": "recompute",
-          "exit_in_prefill": True, "shortlist": False}  # fmt: skip
+POLICY = {
+    "thresholds": {"2": 0.5},
+    "score": "max_probability",
+    "kv": "recompute",
+    "exit_in_prefill": True,
+    "shortlist": False,
+}
 HERE = {"engine": "vllm", "dtype": "float32", "quantized": "", "device": "cpu"}
-KEPT = {"risk": "disagreement", "target": 0.01, "confidence": 0.95, "measured": 0.004,
-        "conditions": {**POLICY, **HERE}}  # fmt: skip
+KEPT = {
+    "risk": "disagreement",
+    "target": 0.01,
+    "confidence": 0.95,
+    "measured": 0.004,
+    "conditions": {**POLICY, **HERE},
+}
 
 
 @pytest.mark.parametrize(
@@ -75,5 +85,6 @@ def test_each_kind_of_prompt_has_its_own_target() -> None:
     kinds = [{"kind": "Caption:", "target": None}, {"kind": "Question: ...", "target": 0.15}]
     found = [*tell.guarantees([{**KEPT, "kinds": kinds}], POLICY, HERE)]
     assert [(one.kind, one.target) for one in found] == [
-        ("Caption:", "0.01"), ("Question: ...", "0.15"),
-    ]  # fmt: skip
+        ("Caption:", "0.01"),
+        ("Question: ...", "0.15"),
+    ]

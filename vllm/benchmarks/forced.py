@@ -35,11 +35,14 @@ def main(folder: Path, out: Path, exits: str | None) -> None:
             begin = time.process_time()
             made = llm.generate(asked, params, use_tqdm=False)
             took[new] = time.process_time() - begin
-        found.append({
-            "exits": exits is not None, "at_once": load,
-            "seconds_a_step": (took[NEW] - took[1]) / (NEW - 1),
-            "depths": sorted(set(getattr(made[0].outputs[0], "offramp_depths", []))),
-        })  # fmt: skip
+        found.append(
+            {
+                "exits": exits is not None,
+                "at_once": load,
+                "seconds_a_step": (took[NEW] - took[1]) / (NEW - 1),
+                "depths": sorted(set(getattr(made[0].outputs[0], "offramp_depths", []))),
+            }
+        )
     out.write_text(json.dumps(found))
 
 

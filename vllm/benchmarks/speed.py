@@ -19,17 +19,24 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-}  # fmt: skip
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 NEW, WARM = 30, 2
 EXITS = {"model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": 7}
 EAGLE = {"method": "eagle3", "num_speculative_tokens": 3}
 NGRAMS = {
-    "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4,
-}  # fmt: skip
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_min": 2,
+    "prompt_lookup_max": 4,
+}
 EAGER = "full depth", "early exit, eager", "EAGLE-3", "n-grams"
 """The other ways run as vLLM does by itself, compiled."""
 WAYS: dict[str, tuple[str | None, dict[str, Any] | None, str]] = {
@@ -77,9 +84,11 @@ def main(folder: Path, at_once: int, out: Path, *asked: str) -> None:
             if (name, place) in done:
                 continue
             params = SamplingParams(
-                temperature=0.0, max_tokens=NEW, detokenize=False,
+                temperature=0.0,
+                max_tokens=NEW,
+                detokenize=False,
                 extra_args={"offramp_mode": WAYS[name][2]},
-            )  # fmt: skip
+            )
             rounds[name][:] = 0, 0
             group = (read if WAYS[name][1] is EAGLE else prompts)[start : start + at_once]
             begin = time.process_time()
@@ -88,9 +97,12 @@ def main(folder: Path, at_once: int, out: Path, *asked: str) -> None:
             if place >= 0:
                 tokens = [list(one.outputs[0].token_ids) for one in made]
                 row = {
-                    "way": name, "group": place, "seconds": round(seconds, 4), "tokens": tokens,
+                    "way": name,
+                    "group": place,
+                    "seconds": round(seconds, 4),
+                    "tokens": tokens,
                     "rounds": rounds[name],
-                }  # fmt: skip
+                }
                 with out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
 
@@ -126,11 +138,19 @@ def make(
     if exits is not None:
         more = {"additional_config": {"offramp": {"exits": str(folder / exits)}}}
     return LLM(
-        model=str(folder / model), dtype=dtype, skip_tokenizer_init=model != "decoder", 
-        max_model_len=256, seed=0,
-        enable_prompt_embeds=model == "decoder", enforce_eager=eager, enable_prefix_caching=False,
-        disable_log_stats=True, kv_cache_memory_bytes=2**28, speculative_config=drafts, **more,
-    )  # fmt: skip
+        model=str(folder / model),
+        dtype=dtype,
+        skip_tokenizer_init=model != "decoder",
+        max_model_len=256,
+        seed=0,
+        enable_prompt_embeds=model == "decoder",
+        enforce_eager=eager,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        kv_cache_memory_bytes=2**28,
+        speculative_config=drafts,
+        **more,
+    )
 
 
 if __name__ == "__main__":

@@ -27,10 +27,15 @@ def engine(model: Path, exits: Path | None = None, **options: Any) -> Any:
 
     added = {} if exits is None else {"additional_config": {"offramp": {"exits": str(exits)}}}
     defaults: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 512, "skip_tokenizer_init": True, "seed": 0,
-        "block_size": 32, "enable_prefix_caching": False, "disable_log_stats": True,
+        "dtype": "float32",
+        "max_model_len": 512,
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        "block_size": 32,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
         "enforce_eager": True,
-    }  # fmt: skip
+    }
     return LLM(model=str(model), **{**defaults, **added, **options})
 
 

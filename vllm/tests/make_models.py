@@ -27,10 +27,18 @@ from offramp_vllm.exports.vllm import export_vllm
 
 LAYERS, WORDS = 6, 512
 ROPE = {
-    "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
-    "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": WORDS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 MIXED = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": ROPE,
@@ -44,24 +52,46 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4": {**ROPE, "partial_rotary_factor": 0.5},
     "gemma2": {**ROPE, "sliding_window": 32, "layer_types": MIXED},
     "gemma3_text": {**ROPE, "sliding_window": 32, "layer_types": MIXED},
-    "qwen3_moe": {**ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                  "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_moe": {
+        **ROPE,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
     "mixtral": {**ROPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "short": {**ROPE, "model_type": "llama", "num_hidden_layers": 4},
     "opt": {
-        "vocab_size": WORDS, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2, "max_position_embeddings": 1024, "word_embed_proj_dim": 64,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        "vocab_size": WORDS,
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 1024,
+        "word_embed_proj_dim": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
     },
     "gpt2": {
-        "vocab_size": WORDS, "n_embd": 64, "n_layer": LAYERS, "n_head": 2, "n_positions": 1024,
-        "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": WORDS,
+        "n_embd": 64,
+        "n_layer": LAYERS,
+        "n_head": 2,
+        "n_positions": 1024,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
     "bloom": {
-        "vocab_size": WORDS, "hidden_size": 64, "n_layer": LAYERS, "n_head": 2,
-        "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": WORDS,
+        "hidden_size": 64,
+        "n_layer": LAYERS,
+        "n_head": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
-}  # fmt: skip
+}
 ADAPTERS = "one", "two"
 NEW = 20
 PROMPTS = 24

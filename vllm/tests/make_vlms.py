@@ -10,19 +10,38 @@ from typing import Any
 
 import torch
 
-WORDS = ("<pad>", "<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>",
-         "<end_of_utterance>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-         "<|video_pad|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>", "<start_of_image>",
-         "<end_of_image>", "<image_soft_token>",
-         *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)))  # fmt: skip
+WORDS = (
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<video>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+    *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+)
 FIRST = len(WORDS)
 """Ids from here on are no special words."""
 VOCABULARY = 512
 PICTURES = 16
 TEXTS = ("Caption:", "What is this?", "a red dog", "Describe it. Then say what is on the left.")
 TOWER: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 SQUARE = {**TOWER, "image_size": 28, "patch_size": 14}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
@@ -32,9 +51,11 @@ def at(word: str) -> int:
 
 
 VISION_IDS = {
-    "image_token_id": at("<|image_pad|>"), "video_token_id": at("<|video_pad|>"),
-    "vision_start_token_id": at("<|vision_start|>"), "vision_end_token_id": at("<|vision_end|>"),
-}  # fmt: skip
+    "image_token_id": at("<|image_pad|>"),
+    "video_token_id": at("<|video_pad|>"),
+    "vision_start_token_id": at("<|vision_start|>"),
+    "vision_end_token_id": at("<|vision_end|>"),
+}
 
 
 def tokenizer(**named: str) -> Any:
@@ -49,9 +70,12 @@ def tokenizer(**named: str) -> Any:
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(list(WORDS))
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
         extra_special_tokens=named,
-    )  # fmt: skip
+    )
 
 
 def _made(name: str, **settings: Any) -> Any:
@@ -64,52 +88,76 @@ def _made(name: str, **settings: Any) -> Any:
 def llava(text: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaProcessor
 
-    model = _made("Llava", vision_config=CLIPVisionConfig(**SQUARE), text_config=text,
-                  image_token_index=at("<image>"), image_seq_length=4)  # fmt: skip
+    model = _made(
+        "Llava",
+        vision_config=CLIPVisionConfig(**SQUARE),
+        text_config=text,
+        image_token_index=at("<image>"),
+        image_seq_length=4,
+    )
     looks = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return model, LlavaProcessor(
-        looks, tokenizer(image_token="<image>"), patch_size=14, num_additional_image_tokens=1,
+        looks,
+        tokenizer(image_token="<image>"),
+        patch_size=14,
+        num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
-    )  # fmt: skip
+    )
 
 
 def llava_next(text: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import CLIPVisionConfig, LlavaNextImageProcessor, LlavaNextProcessor
 
     grid = [[28, 28], [28, 56]]
-    model = _made("LlavaNext", vision_config=CLIPVisionConfig(**SQUARE), text_config=text,
-                  image_token_index=at("<image>"), image_grid_pinpoints=grid)  # fmt: skip
-    looks = LlavaNextImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28},
+    model = _made(
+        "LlavaNext",
+        vision_config=CLIPVisionConfig(**SQUARE),
+        text_config=text,
+        image_token_index=at("<image>"),
         image_grid_pinpoints=grid,
-    )  # fmt: skip
+    )
+    looks = LlavaNextImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=grid
+    )
     return model, LlavaNextProcessor(
-        looks, tokenizer(image_token="<image>"), patch_size=14, num_additional_image_tokens=1,
+        looks,
+        tokenizer(image_token="<image>"),
+        patch_size=14,
+        num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
-    )  # fmt: skip
+    )
 
 
 def idefics3(name: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
     def make(text: dict[str, Any]) -> tuple[Any, Any]:
         import transformers
 
-        model = _made(name, vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-                      text_config=text, image_token_id=at("<image>"), scale_factor=2,
-                      pad_token_id=0)  # fmt: skip
+        model = _made(
+            name,
+            vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+            text_config=text,
+            image_token_id=at("<image>"),
+            scale_factor=2,
+            pad_token_id=0,
+        )
         looks = getattr(transformers, f"{name}ImageProcessor")(
-            size={"longest_edge": 32}, max_image_size={"longest_edge": 32},
-            do_image_splitting=False,
-        )  # fmt: skip
+            size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
+        )
         words = tokenizer(
-            image_token="<image>", fake_image_token="<fake_token_around_image>",
-            global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>",
+            image_token="<image>",
+            fake_image_token="<fake_token_around_image>",
+            global_image_token="<global-img>",
+            end_of_utterance_token="<end_of_utterance>",
             video_token="<video>",
-        )  # fmt: skip
+        )
         moves = [transformers.SmolVLMVideoProcessor(size={"longest_edge": 32})]
         return model, getattr(transformers, f"{name}Processor")(
-            looks, words, *(moves if name == "SmolVLM" else ()), image_seq_len=4,
+            looks,
+            words,
+            *(moves if name == "SmolVLM" else ()),
+            image_seq_len=4,
             chat_template="{{ messages }}",
-        )  # fmt: skip
+        )
 
     return make
 
@@ -122,23 +170,33 @@ def qwen(name: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
         if name == "Qwen2VL":
             tower = {"depth": 2, "embed_dim": 32, "hidden_size": wide, "mlp_ratio": 2}
         else:
-            tower = {"depth": 2, "hidden_size": 32, "intermediate_size": 64,
-                     "out_hidden_size": wide}  # fmt: skip
+            tower = {
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "out_hidden_size": wide,
+            }
         if name == "Qwen2_5_VL":
             tower |= {"window_size": 32, "fullatt_block_indexes": [1]}
         rope = {**MROPE}
         if name == "Qwen3VL":
             tower |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
             rope["mrope_interleaved"] = True
-        model = _made(name, vision_config={**tower, "num_heads": 2, "patch_size": 8},
-                      text_config={**text, "rope_parameters": rope}, **VISION_IDS)  # fmt: skip
+        model = _made(
+            name,
+            vision_config={**tower, "num_heads": 2, "patch_size": 8},
+            text_config={**text, "rope_parameters": rope},
+            **VISION_IDS,
+        )
         sides = {"patch_size": 8, "size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}}
         looks = transformers.Qwen2VLImageProcessor(**sides)
         moves = "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor"
         words = tokenizer(
-            image_token="<|image_pad|>", video_token="<|video_pad|>",
-            vision_bos_token="<|vision_start|>", vision_eos_token="<|vision_end|>",
-        )  # fmt: skip
+            image_token="<|image_pad|>",
+            video_token="<|video_pad|>",
+            vision_bos_token="<|vision_start|>",
+            vision_eos_token="<|vision_end|>",
+        )
         return model, getattr(transformers, f"{name}Processor")(
             looks, words, getattr(transformers, moves)(**sides), chat_template="{{ messages }}"
         )
@@ -150,15 +208,22 @@ def internvl(text: dict[str, Any]) -> tuple[Any, Any]:
     import transformers
 
     sides = {"image_size": [32, 32], "patch_size": [8, 8]}
-    model = _made("InternVL", vision_config={**TOWER, **sides}, text_config=text,
-                  image_token_id=at("<IMG_CONTEXT>"), image_seq_length=4)  # fmt: skip
+    model = _made(
+        "InternVL",
+        vision_config={**TOWER, **sides},
+        text_config=text,
+        image_token_id=at("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
     looks = transformers.GotOcr2ImageProcessor(
         size={"height": 32, "width": 32}, crop_to_patches=False
     )
     words = tokenizer(
-        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
         video_token="<video>",
-    )  # fmt: skip
+    )
     moves = transformers.InternVLVideoProcessor(size={"height": 32, "width": 32})
     return model, transformers.InternVLProcessor(
         looks, words, moves, image_seq_length=4, chat_template="{{ messages }}"
@@ -230,5 +295,6 @@ def _as_on_the_hub(file: Path) -> None:
             re.sub(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", key): tensor
             for key, tensor in tensors.items()
         },
-        file, metadata={"format": "pt"},
-    )  # fmt: skip
+        file,
+        metadata={"format": "pt"},
+    )

@@ -59,32 +59,42 @@ def awq(weight: Tensor) -> Made:
     values, scale, meant = _int4(weight)
     zeros = torch.full((scale.shape[1], weight.shape[0]), 8)
     return {
-        "qweight": _packed(values.T.contiguous(), AWQ_ORDER), "qzeros": _packed(zeros, AWQ_ORDER),
+        "qweight": _packed(values.T.contiguous(), AWQ_ORDER),
+        "qzeros": _packed(zeros, AWQ_ORDER),
         "scales": scale.T.contiguous(),
-    }, meant  # fmt: skip
+    }, meant
 
 
 def gptq(weight: Tensor) -> Made:
     values, scale, meant = _int4(weight)
     zeros = torch.full((scale.shape[1], weight.shape[0]), 7)  # one less, as GPTQ stores it
     return {
-        "qweight": _packed(values).T.contiguous(), "qzeros": _packed(zeros),
-        "scales": scale.T.contiguous(), "g_idx": torch.arange(weight.shape[1]).int() // GROUP,
-    }, meant  # fmt: skip
+        "qweight": _packed(values).T.contiguous(),
+        "qzeros": _packed(zeros),
+        "scales": scale.T.contiguous(),
+        "g_idx": torch.arange(weight.shape[1]).int() // GROUP,
+    }, meant
 
 
 def _compressed(form: str, bits: int, kind: str, acts: bool, group: int | None) -> dict[str, Any]:
-    strategy = {"strategy": "channel"} if group is None else {
-        "strategy": "group", "group_size": group
-    }  # fmt: skip
+    strategy = (
+        {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
+    )
     weights = {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, **strategy}
-    inputs = {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": True,
-              "strategy": "token"}  # fmt: skip
+    inputs = {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "dynamic": True,
+        "strategy": "token",
+    }
     each = {"targets": ["Linear"], "weights": weights}
     return {
-        "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "ignore": ["lm_head"],
         "config_groups": {"group_0": {**each, "input_activations": inputs if acts else None}},
-    }  # fmt: skip
+    }
 
 
 FOUR = {"bits": 4, "group_size": GROUP}

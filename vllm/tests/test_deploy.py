@@ -29,8 +29,10 @@ def test_nothing_runs_as_root_or_answers_strangers() -> None:
     [container] = yaml.safe_load(MANIFEST.read_text())["spec"]["predictor"]["containers"]
     rules = container["securityContext"]
     assert rules["runAsNonRoot"] and not rules["allowPrivilegeEscalation"]
-    assert any(one["name"] == "VLLM_API_KEY" and "secretKeyRef" in one["valueFrom"]
-               for one in container["env"])  # fmt: skip
+    assert any(
+        one["name"] == "VLLM_API_KEY" and "secretKeyRef" in one["valueFrom"]
+        for one in container["env"]
+    )
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
     [user] = [line.split()[1] for line in lines if line.startswith("USER ")]
     assert int(user) == rules["runAsUser"]

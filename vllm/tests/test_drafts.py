@@ -19,17 +19,20 @@ def drafting(request: pytest.FixtureRequest, made: Any, serve: Any) -> Any:
     if request.param == "exit":
         speculative = {"model": NAME}
     return serve(
-        folder / "model", folder / "export", disable_log_stats=False,
+        folder / "model",
+        folder / "export",
+        disable_log_stats=False,
         speculative_config={**speculative, "num_speculative_tokens": 3},
-    )  # fmt: skip
+    )
 
 
 def accepted(llm: Any) -> tuple[int, int]:
     """Drafts so far, and those that were kept."""
     found = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
     return (
-        found["vllm:spec_decode_num_draft_tokens"], found["vllm:spec_decode_num_accepted_tokens"]
-    )  # fmt: skip
+        found["vllm:spec_decode_num_draft_tokens"],
+        found["vllm:spec_decode_num_accepted_tokens"],
+    )
 
 
 def test_an_exit_drafts_and_the_answers_are_the_full_models(made: Any, drafting: Any) -> None:
@@ -49,12 +52,16 @@ def test_drafters_of_eagle_3_run_in_vllm_with_images_too(name: str, made: Any, s
     folder = made(name)
     full = stored(folder, "full")
     llm = serve(
-        folder / "model", max_model_len=256, disable_log_stats=False,
+        folder / "model",
+        max_model_len=256,
+        disable_log_stats=False,
         skip_tokenizer_init=name == "llama",
         speculative_config={
-            "method": "eagle3", "model": str(folder / "eagle"), "num_speculative_tokens": 3,
+            "method": "eagle3",
+            "model": str(folder / "eagle"),
+            "num_speculative_tokens": 3,
         },
-    )  # fmt: skip
+    )
     asked = [{"prompt_token_ids": row["prompt"]} for row in full]
     if name == "llava":
         pictures = [Image.open(folder / "images" / f"{at}.png") for at in range(len(full))]
@@ -79,10 +86,12 @@ def test_early_answers_get_no_drafts_and_stay_offramps(made: Any, drafting: Any)
     assert accepted(llm)[1] == 0
     modes = ("early_exit", "lossless", "full")
     params = [
-        SamplingParams(temperature=0.0, max_tokens=20, detokenize=False,
-                       extra_args={"offramp_mode": mode})
-        for _ in early for mode in modes
-    ]  # fmt: skip
+        SamplingParams(
+            temperature=0.0, max_tokens=20, detokenize=False, extra_args={"offramp_mode": mode}
+        )
+        for _ in early
+        for mode in modes
+    ]
     asked = [{"prompt_token_ids": row["prompt"]} for row in early for _ in modes]
     mixed = [list(m.outputs[0].token_ids) for m in llm.generate(asked, params, use_tqdm=False)]
     assert mixed[0::3] == [row["tokens"] for row in early]
@@ -96,12 +105,15 @@ def test_drafts_begin_in_the_middle_of_answers_when_few_are_left(made: Any, serv
     folder = made("llama")
     full = stored(folder, "full")[:8]
     llm = serve(
-        folder / "model", folder / "export", disable_log_stats=False,
+        folder / "model",
+        folder / "export",
+        disable_log_stats=False,
         speculative_config={
-            "model": NAME, "num_speculative_tokens": 3,
+            "model": NAME,
+            "num_speculative_tokens": 3,
             "num_speculative_tokens_per_batch_size": [(1, 3, 3), (4, 256, 0)],
         },
-    )  # fmt: skip
+    )
     lengths = [20 if place < 3 else 5 for place in range(len(full))]
     params = [SamplingParams(temperature=0.0, max_tokens=n, detokenize=False) for n in lengths]
     asked = [{"prompt_token_ids": row["prompt"]} for row in full]

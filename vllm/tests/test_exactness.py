@@ -15,9 +15,23 @@ from engine import depths as depths_of
 from offramp_vllm.refuse import Refused
 
 FAMILIES = (
-    "llama", "opt", "mistral", "qwen2", "qwen3", "phi3", "granite", "stablelm", "cohere", "glm4",
-    "gemma2", "gemma3_text", "gpt2", "bloom", "qwen3_moe", "mixtral",
-)  # fmt: skip
+    "llama",
+    "opt",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "granite",
+    "stablelm",
+    "cohere",
+    "glm4",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "bloom",
+    "qwen3_moe",
+    "mixtral",
+)
 FULL = {"offramp_mode": "full"}
 
 
@@ -55,9 +69,12 @@ def test_requests_that_are_preempted_go_on_as_they_were(made: Any, serve: Any) -
     folder = made("llama")
     early = stored(folder)
     llm = serve(
-        folder / "model", folder / "export", num_gpu_blocks_override=14, max_model_len=256,
+        folder / "model",
+        folder / "export",
+        num_gpu_blocks_override=14,
+        max_model_len=256,
         disable_log_stats=False,
-    )  # fmt: skip
+    )
     expect(answers(llm, prompts(early)), early)
     counts = {m.name: m for m in llm.get_metrics()}
     assert counts["vllm:num_preemptions"].value > 0
@@ -120,14 +137,19 @@ def test_full_depth_answers_of_low_priority_go_beside_early_ones(made: Any, serv
     folder = made("llama")
     early, full = stored(folder), stored(folder, "full")
     llm = serve(
-        folder / "model", folder / "export", scheduling_policy="priority", max_num_seqs=4,
-        num_gpu_blocks_override=14, max_model_len=256,
-    )  # fmt: skip
+        folder / "model",
+        folder / "export",
+        scheduling_policy="priority",
+        max_num_seqs=4,
+        num_gpu_blocks_override=14,
+        max_model_len=256,
+    )
     kinds = [{}, FULL]
     params = [
         SamplingParams(temperature=0.0, max_tokens=20, detokenize=False, extra_args=kind)
-        for _ in early for kind in kinds
-    ]  # fmt: skip
+        for _ in early
+        for kind in kinds
+    ]
     asked = [{"prompt_token_ids": row["prompt"]} for row in early for _ in kinds]
     made_ = llm.generate(asked, params, priority=[0, 1] * len(early), use_tqdm=False)
     got = [list(one.outputs[0].token_ids) for one in made_]
@@ -188,9 +210,9 @@ def test_prompts_logprobs_are_the_full_models(made: Any, serve: Any) -> None:
         llm = serve(folder / "model", exits)
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         made_ = llm.generate([{"prompt_token_ids": r} for r in rows], params, use_tqdm=False)
-        found.append([
-            one.logprob for m in made_ for at in m.prompt_logprobs[1:] for one in at.values()
-        ])  # fmt: skip
+        found.append(
+            [one.logprob for m in made_ for at in m.prompt_logprobs[1:] for one in at.values()]
+        )
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
@@ -368,10 +390,13 @@ def test_a_ragged_call_leaves_the_steps_attention_metadata_alone(
                 builder.build = lambda *a, _t=theirs, _c=calls, **k: (_c.append(1), _t(*a, **k))[1]
     forward = runner.execute_model
     monkeypatch.setattr(
-        runner, "execute_model",
-        lambda plan, *a: (steps.append(1) if plan.total_num_scheduled_tokens else None,
-                          forward(plan, *a))[1],
-    )  # fmt: skip
+        runner,
+        "execute_model",
+        lambda plan, *a: (
+            steps.append(1) if plan.total_num_scheduled_tokens else None,
+            forward(plan, *a),
+        )[1],
+    )
     expect(answers(llm, prompts(early), at_once=8), early)
     assert len(built) == len(steps) and len(ragged) > len(steps) / 2
 
@@ -386,8 +411,13 @@ def test_a_step_waits_for_the_device_once_for_each_exit_that_is_asked(
     from offramp_vllm import early as ours
 
     aten = torch.ops.aten
-    waits = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select,
-             aten.repeat_interleave}  # fmt: skip
+    waits = {
+        aten._local_scalar_dense,
+        aten.nonzero,
+        aten.equal,
+        aten.masked_select,
+        aten.repeat_interleave,
+    }
     seen, told, steps = list[str](), list[int](), list[tuple[int, int]]()
 
     class Counting(TorchDispatchMode):

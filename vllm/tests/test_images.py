@@ -13,9 +13,18 @@ from PIL import Image
 from offramp_vllm.drafts import NAME
 
 FAMILIES = (
-    "tiny-opt", "llava", "llava-mistral", "llava-next", "idefics3", "smolvlm", "qwen2-vl",
-    "qwen2.5-vl", "qwen3-vl", "internvl", "internvl-qwen3",
-)  # fmt: skip
+    "tiny-opt",
+    "llava",
+    "llava-mistral",
+    "llava-next",
+    "idefics3",
+    "smolvlm",
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "internvl",
+    "internvl-qwen3",
+)
 NEW = {"tiny-opt": 30}
 
 
@@ -26,9 +35,13 @@ def test_answers_about_pictures_are_offramps(name: str, made: Any, serve: Any) -
     folder = made(name)
     early, full = stored(folder), stored(folder, "full")
     llm = serve(
-        folder / "model", folder / "export", skip_tokenizer_init=False, max_model_len=256,
-        speculative_config={"model": NAME, "num_speculative_tokens": 3}, disable_log_stats=False,
-    )  # fmt: skip
+        folder / "model",
+        folder / "export",
+        skip_tokenizer_init=False,
+        max_model_len=256,
+        speculative_config={"model": NAME, "num_speculative_tokens": 3},
+        disable_log_stats=False,
+    )
     asked = [
         {
             "prompt": row["prompt"],

@@ -42,8 +42,9 @@ def test_an_exit_tells_its_own_and_the_model_its_own(made: Any, serve: Any) -> N
         at = [
             (row["prompt"] + row["tokens"][:place], one[place])
             for row, one in zip(rows, told, strict=True)
-            for place in range(1, len(one)) if one[place][1] == depth
-        ]  # fmt: skip
+            for place in range(1, len(one))
+            if one[place][1] == depth
+        ]
         again = ask(llm, [prompt for prompt, _ in at], new=1, extra_args=extra)
         assert at
         for (_, one), [alone] in zip(at, again, strict=True):
@@ -89,9 +90,10 @@ def test_verified_drafts_have_the_full_models(made: Any, serve: Any) -> None:
     folder = made("llama")
     prompts = [row["prompt"] for row in stored(folder)[:6]]
     llm = serve(
-        folder / "model", folder / "export",
+        folder / "model",
+        folder / "export",
         speculative_config={"model": NAME, "num_speculative_tokens": 3},
-    )  # fmt: skip
+    )
     full, drafted = ask(llm, prompts, extra_args=FULL), ask(llm, prompts)
     for one, other in zip(full, drafted, strict=True):
         assert [token for token, _, _ in one] == [token for token, _, _ in other]

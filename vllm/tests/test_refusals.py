@@ -16,15 +16,19 @@ from offramp_vllm.refuse import Refused
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "Pipeline parallel"),
         ({"hf_overrides": {"num_hidden_layers": 3}}, "--hf-overrides"),
         ({"load_format": "bitsandbytes"}, "load format|Exits beside weights"),
-        ({"speculative_config": {"model": "a.module.Class", "num_speculative_tokens": 2}},
-         "a.module.Class"),
-        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-         "KV connector"),
+        (
+            {"speculative_config": {"model": "a.module.Class", "num_speculative_tokens": 2}},
+            "a.module.Class",
+        ),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "KV connector",
+        ),
         ({"additional_config": {"offramp": {"exit": "here"}}}, "--additional-config"),
         ({"additional_config": {"offramp": {"exits": "nowhere"}}}, "adapter.json is missing"),
         ({"additional_config": {"offramp": {"exits": "here", "watch": 2}}}, "a share of answers"),
     ],
-)  # fmt: skip
+)
 def test_settings_are_refused(options: dict[str, Any], word: str, made: Any) -> None:
     folder = made("llama")
     with pytest.raises(Refused, match=word) as refused:

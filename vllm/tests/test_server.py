@@ -39,12 +39,25 @@ def serving(folder: Path, exits: Path, *more: str) -> Iterator[str]:
         port = free.getsockname()[1]
     added = json.dumps({"offramp": {"exits": str(exits)}})
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-        "--model", str(folder / "model"),
-        "--port", str(port), "--dtype", "float32", "--max-model-len", "256",
-        "--served-model-name", "tiny", "--additional-config", added,
-        "--chat-template", str(Path(__file__).parent / "plain.jinja"), *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder / "model"),
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+        "--served-model-name",
+        "tiny",
+        "--additional-config",
+        added,
+        "--chat-template",
+        str(Path(__file__).parent / "plain.jinja"),
+        *more,
+    ]
     env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     process = subprocess.Popen(command, env=env)
@@ -78,10 +91,14 @@ def about(folder: Path, place: int, row: dict[str, Any], **more: Any) -> dict[st
         {"type": "text", "text": row["prompt"]},
     ]
     return {
-        "model": "tiny", "messages": [{"role": "user", "content": content}], "temperature": 0,
-        "max_tokens": 30, "return_token_ids": True,
-        "add_special_tokens": True, **more,  # as the exits' prompts begin
-    }  # fmt: skip
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 30,
+        "return_token_ids": True,
+        "add_special_tokens": True,
+        **more,  # as the exits' prompts begin
+    }
 
 
 def test_a_server_answers_as_offramp_and_tells_depths(server: str, made: Any) -> None:
@@ -148,10 +165,11 @@ def test_each_choice_tells_its_depths(server: str, made: Any) -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        {"offramp_treshold": 0.9}, {"offramp_threshold": True},
+        {"offramp_treshold": 0.9},
+        {"offramp_threshold": True},
         {"offramp_mode": "full", "offramp_threshold": 0.9},
     ],
-)  # fmt: skip
+)
 def test_settings_that_say_nothing_are_bad_requests(
     extra: dict[str, Any], server: str, made: Any
 ) -> None:
@@ -166,6 +184,9 @@ def test_what_a_server_has_not_is_a_bad_request(server: str, made: Any) -> None:
     folder = made("tiny-opt")
     row = stored(folder)[0]
     with pytest.raises(urllib.error.HTTPError) as refused:
-        ask(server, "/v1/chat/completions", about(
-            folder, 0, row, vllm_xargs={"offramp_mode": "lossless"}))  # fmt: skip
+        ask(
+            server,
+            "/v1/chat/completions",
+            about(folder, 0, row, vllm_xargs={"offramp_mode": "lossless"}),
+        )
     assert refused.value.code == 400 and "drafts" in refused.value.read().decode()

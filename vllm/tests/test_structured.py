@@ -22,9 +22,11 @@ def choose(made: Any, serve: Any) -> Any:
 
     def ask(choices: list[str], at_once: int, **extra: Any) -> list[tuple[str, list[int]]]:
         params = SamplingParams(
-            temperature=0.0, max_tokens=20, extra_args=extra,
+            temperature=0.0,
+            max_tokens=20,
+            extra_args=extra,
             structured_outputs=StructuredOutputsParams(choice=choices),
-        )  # fmt: skip
+        )
         found = []
         for start in range(0, len(TEXTS), at_once):
             found += llm.generate([*TEXTS[start : start + at_once]], params, use_tqdm=False)

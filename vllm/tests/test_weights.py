@@ -58,16 +58,19 @@ def test_adapters_in_one_batch_answer_as_the_models_they_are_merged_into(
             temperature=0.0, max_tokens=20, detokenize=False, extra_args={"offramp_mode": mode}
         )
         pairs = [
-            (name, row) for both in zip(*rows.values(), strict=True)
+            (name, row)
+            for both in zip(*rows.values(), strict=True)
             for name, row in zip(names, both, strict=True)
-        ]  # fmt: skip
+        ]
         for at_once in (1, 8, 48):
             got = []
             for start in range(0, len(pairs), at_once):
                 few = pairs[start : start + at_once]
                 got += llm.generate(
-                    [{"prompt_token_ids": row["prompt"]} for _, row in few], params,
-                    lora_request=[asked[name] for name, _ in few], use_tqdm=False,
-                )  # fmt: skip
+                    [{"prompt_token_ids": row["prompt"]} for _, row in few],
+                    params,
+                    lora_request=[asked[name] for name, _ in few],
+                    use_tqdm=False,
+                )
             told = [(list(m.outputs[0].token_ids), m.outputs[0].offramp_depths) for m in got]
             expect(told, [row for _, row in pairs])

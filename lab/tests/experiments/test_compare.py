@@ -37,9 +37,14 @@ TRAINING = TrainConfig(
     exit_kind="layer", steps=2, batch_size=4, evaluate_every=2, patience=None, max_new_tokens=5
 )
 PLAN = Plan(
-    depths=(2,), several=(2, 4), quantiles=(0.3, 0.8), training=TRAINING, timed=1, rounds=1,
+    depths=(2,),
+    several=(2, 4),
+    quantiles=(0.3, 0.8),
+    training=TRAINING,
+    timed=1,
+    rounds=1,
     max_new_tokens=5,
-)  # fmt: skip
+)
 SMALL = replace(PLAN, objectives=("free",), policies=("max_probability",))
 RunComparison = Callable[..., dict[str, Any]]
 
@@ -119,11 +124,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 def test_what_is_done_is_not_done_again(
     run: RunComparison, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for owner, name in (
-        (Trainer, "_step"),
-        (PointMeasurer, "figures"),
-        (Experiment, "run"),
-    ):
+    for owner, name in ((Trainer, "_step"), (PointMeasurer, "figures"), (Experiment, "run")):
         monkeypatch.setattr(owner, name, refuse)
     again = run(tmp_path)
     assert again["points"] == finished["points"]
@@ -199,8 +200,11 @@ def test_what_is_added_later_is_all_that_is_trained_and_judged(
     assert (0, "free", "max_probability") not in judged
     assert len(judged) == len(found["points"]) - len(finished["points"])
     timeless = ("quality", "agreement", "mean_depth", "thresholds")
-    kept = [p for p in found["points"] if (p["seed"], p["objective"], p["policy"]) ==
-            (0, "free", "max_probability")]  # fmt: skip
+    kept = [
+        p
+        for p in found["points"]
+        if (p["seed"], p["objective"], p["policy"]) == (0, "free", "max_probability")
+    ]
     assert [[p[n] for n in timeless] for p in kept] == [
         [p[n] for n in timeless] for p in finished["points"]
     ]
@@ -222,11 +226,7 @@ def test_points_that_do_the_same_work_have_the_same_speed(
     run: RunComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Grid, "_levels", lambda *_: [1e-9])  # every token exits
-    plan = replace(
-        SMALL,
-        objectives=("distillation", "logit_lens"),
-        policies=("entropy",),
-    )
+    plan = replace(SMALL, objectives=("distillation", "logit_lens"), policies=("entropy",))
     found = run(tmp_path, plan)["points"]
     points = {(p["objective"], p["policy"]): p for p in found if p["depths"] == [2]}
     assert all(point["mean_depth"] == 2 for point in points.values())
@@ -393,17 +393,24 @@ def point(
     seed: int = 0,
 ) -> dict[str, Any]:
     return {
-        "seed": seed, "objective": objective, "policy": policy, "depths": list(depths),
-        "quality_drop": drop, "speedup_decode": speed,
-    }  # fmt: skip
+        "seed": seed,
+        "objective": objective,
+        "policy": policy,
+        "depths": list(depths),
+        "quality_drop": drop,
+        "speedup_decode": speed,
+    }
 
 
 HAND = [
-    point(0.0, 1.5), point(0.02, 3.0), point(0.0, 2.5, depths=(2, 4)),
-    point(0.0, 2.0, "distillation"), point(0.05, 2.2, "distillation"),
+    point(0.0, 1.5),
+    point(0.02, 3.0),
+    point(0.0, 2.5, depths=(2, 4)),
+    point(0.0, 2.0, "distillation"),
+    point(0.05, 2.2, "distillation"),
     point(0.01, 1.2, policy="patience", depths=(2, 4)),
     point(0.01, 1.1, "logit_lens", "saturation"),
-]  # fmt: skip
+]
 
 
 def test_free_is_held_against_objectives_at_their_own_depths_and_policies_at_any() -> None:

@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp_lab.experiments.factors import (
-    DECODING,
-    STAGES,
-    Measured,
-    entries_of,
-    factors,
-    read,
-)
+from offramp_lab.experiments.factors import DECODING, STAGES, Measured, entries_of, factors, read
 
 FULL, SHORT, EARLY = (("PyTorch", mode, "torch") for mode in ("full", "short", "early"))
 CHAIN = (("", FULL), ("head", SHORT), ("layers skipped", EARLY))

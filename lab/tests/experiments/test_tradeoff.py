@@ -13,9 +13,13 @@ from offramp_lab.experiments.comparison.tradeoff import speed_at
 
 def point(drop: float, speed: float) -> dict[str, Any]:
     return {
-        "seed": 0, "objective": "free", "policy": "max_probability", "depths": [2],
-        "quality_drop": drop, "speedup_decode": speed,
-    }  # fmt: skip
+        "seed": 0,
+        "objective": "free",
+        "policy": "max_probability",
+        "depths": [2],
+        "quality_drop": drop,
+        "speedup_decode": speed,
+    }
 
 
 def test_speed_at_a_quality_is_that_of_the_best_mixture() -> None:

@@ -37,13 +37,9 @@ def test_a_token_runs_as_many_layers_as_its_depth(name: str, batch: Any, scored:
     whole, inputs = Backbone(families.build(name)), batch(name, 1)
     scored(Dice(3))
     first, second = families.depths(name)
-    exits, policy = (
-        Exits(whole, (first, second)),
-        ExitPolicy({first: 0.5, second: 0.5}, first={}),
-    )
+    exits, policy = (Exits(whole, (first, second)), ExitPolicy({first: 0.5, second: 0.5}, first={}))
     made, counts = tokens_by_layer(
-        whole,
-        lambda: propagating(whole, exits, inputs, policy, max_new_tokens=16, do_sample=False),
+        whole, lambda: propagating(whole, exits, inputs, policy, max_new_tokens=16, do_sample=False)
     )
     depths = made.depths[0].tolist()
     assert set(depths) == {first, second, whole.depth}
@@ -87,8 +83,9 @@ def test_rows_that_end_change_no_other_row(name: str, backbone: Any, exits: Any,
     policy = ExitPolicy(dict.fromkeys(families.depths(name), 0.03))
     free = propagating(whole, exits(name), inputs, policy, **OPTIONS)
     end = int(free.new_tokens[0, 3])
-    made = propagating(whole, exits(name), inputs, policy, eos_token_id=end,
-                    pad_token_id=families.PAD, **OPTIONS)  # fmt: skip
+    made = propagating(
+        whole, exits(name), inputs, policy, eos_token_id=end, pad_token_id=families.PAD, **OPTIONS
+    )
     for row in range(4):
         tokens = free.new_tokens[row].tolist()
         stop = tokens.index(end) + 1 if end in tokens else made.depths.shape[1]

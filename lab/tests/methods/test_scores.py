@@ -12,13 +12,7 @@ import families
 import pytest
 import torch
 from decoding import CALM, EXACT, errors_by_depth
-from exit_walks import (
-    DEPTHS,
-    KINDS,
-    NEW,
-    check_walks,
-    counted,
-)
+from exit_walks import DEPTHS, KINDS, NEW, check_walks, counted
 
 from offramp.core.decoding.confidence import check_score
 from offramp.core.decoding.policy import ExitPolicy

@@ -43,14 +43,30 @@ def test_no_measured_number_is_typed(name: str) -> None:
 
 
 TYPED = (
-    "is 1.7x as fast.", "of .036.", "23.4% agree.", "4x.", "| a | 1.7 |", "0.5 ms", "0.5-1.0",
-    "3 times as fast", "(0.01 to 2)", "is 1.5.", "x):\n2.5 is",
-)  # fmt: skip
+    "is 1.7x as fast.",
+    "of .036.",
+    "23.4% agree.",
+    "4x.",
+    "| a | 1.7 |",
+    "0.5 ms",
+    "0.5-1.0",
+    "3 times as fast",
+    "(0.01 to 2)",
+    "is 1.5.",
+    "x):\n2.5 is",
+)
 FREE = (
-    "is <!-- figure: a/b:.1f -->1.7<!-- /figure -->x", "needs 12 layers", "`0.01`", "1 of 2",
-    "Qwen2.5-VL, OPT-2.7B and 0.3B", "is 2.0x (Li et al. 2024)", "[2.0x](https://a.b)", "v1.7x",
-    "```console\n1.7x\n```", "llama-cpp-python 0.3.36",
-)  # fmt: skip
+    "is <!-- figure: a/b:.1f -->1.7<!-- /figure -->x",
+    "needs 12 layers",
+    "`0.01`",
+    "1 of 2",
+    "Qwen2.5-VL, OPT-2.7B and 0.3B",
+    "is 2.0x (Li et al. 2024)",
+    "[2.0x](https://a.b)",
+    "v1.7x",
+    "```console\n1.7x\n```",
+    "llama-cpp-python 0.3.36",
+)
 
 
 def test_what_counts_as_typed() -> None:

@@ -33,10 +33,16 @@ INSTALLED = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"
 PAGES = ("README.md", "docs/getting-started.md")
 NEEDS = {"index", "minutes"}
 PRINTS = {
-    "README.md": ("one object on white", "of 12 layers", '"status":"ready"', "chat.completion",
-                  "Guaranteed with 95% confidence", "report.html"),
+    "README.md": (
+        "one object on white",
+        "of 12 layers",
+        '"status":"ready"',
+        "chat.completion",
+        "Guaranteed with 95% confidence",
+        "report.html",
+    ),
     "docs/getting-started.md": ("proposed_depths", "Guaranteed with 95% confidence", "one object"),
-}  # fmt: skip
+}
 """Of what a page's blocks print."""
 _BLOCK = re.compile(
     r"^(?:<!-- needs: (?P<needs>\S+) -->\n)?```(?P<kind>\S*)\n(?P<text>.*?)^```$", re.M | re.S
@@ -89,15 +95,25 @@ def test_a_page_runs_as_pasted(page: str, tmp_path: Path) -> None:
     found = [b for b in blocks(page) if b.needs is None]
     check_port(found)
     environment = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path),
-        "XDG_STATE_HOME": str(tmp_path / "state"), "PATH": INSTALLED,
-    }  # fmt: skip
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(tmp_path),
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "PATH": INSTALLED,
+    }
     folder = tmp_path / "fresh"
     folder.mkdir()
     shell = subprocess.Popen(
-        ["bash"], cwd=folder, env=environment, text=True, start_new_session=True,
-        stdin=subprocess.PIPE, stdout=(tmp_path / "out").open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        ["bash"],
+        cwd=folder,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=(tmp_path / "out").open("w"),
+        stderr=subprocess.STDOUT,
+    )
     try:
         shell.communicate(session(found), timeout=1800)
     finally:

@@ -21,17 +21,29 @@ def given(monkeypatch: pytest.MonkeyPatch, *words: str, **options: Any) -> Any:
 
 def test_an_option_takes_what_its_default_is(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {
-        "rounds": 3, "load": 1.5, "shape": "opt", "sizes": (1, 2), "parts": Some("ab"),
-        "no_compile": False, "out": Path("a.json"), "careful": Path,
-    }  # fmt: skip
+        "rounds": 3,
+        "load": 1.5,
+        "shape": "opt",
+        "sizes": (1, 2),
+        "parts": Some("ab"),
+        "no_compile": False,
+        "out": Path("a.json"),
+        "careful": Path,
+    }
     assert vars(given(monkeypatch, **options)) == {**options, "careful": None}
     words = ["--rounds", "5", "--load", "2", "--shape", "t5", "--sizes", "4", "--parts", "b"]
     words += ["--no-compile", "--out", "b.json", "--careful", "exits"]
     told = vars(given(monkeypatch, *words, **options))
     assert told == {
-        "rounds": 5, "load": 2.0, "shape": "t5", "sizes": [4], "parts": ["b"], "no_compile": True,
-        "out": Path("b.json"), "careful": Path("exits"),
-    }  # fmt: skip
+        "rounds": 5,
+        "load": 2.0,
+        "shape": "t5",
+        "sizes": [4],
+        "parts": ["b"],
+        "no_compile": True,
+        "out": Path("b.json"),
+        "careful": Path("exits"),
+    }
 
 
 def test_only_what_there_is_can_be_asked_for(

@@ -62,8 +62,12 @@ def test_what_is_timed_is_the_whole_answer_and_ratios_are_of_its_tokens(
     runs = Experiment(ways, prompts, rounds=2).run()
     ids = {name: [ids for *_, ids in each(found)] for name, found in runs.items()}
     assert {name[0] for name in ids} == {
-        "generate", "llama.cpp", methods.IN_LLAMA, methods.IN_TORCH, methods.WITH_ITS_KERNELS
-    }  # fmt: skip
+        "generate",
+        "llama.cpp",
+        methods.IN_LLAMA,
+        methods.IN_TORCH,
+        methods.WITH_ITS_KERNELS,
+    }
     for mode in ("full", "lossless"):
         assert ids[methods.IN_TORCH, "float32", mode] == ids[FULL_DEPTH]
     for found in runs.values():

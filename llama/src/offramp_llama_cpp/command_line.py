@@ -21,10 +21,7 @@ from offramp.core.errors import AdapterError
 log = logging.getLogger(__name__)
 
 NAMES = ("generate", "serve")
-ALONE = (
-    "--", "-h", "--help-all", "--help", "--json", "--plain", "--quiet",
-    "--stream",
-)  # fmt: skip
+ALONE = ("--", "-h", "--help-all", "--help", "--json", "--plain", "--quiet", "--stream")
 """Options of commands there that take no value."""
 SLOTS = 4
 
@@ -70,9 +67,12 @@ def _model_options(parser: Parser) -> None:
         "--threads", type=whole(1), default=1, metavar="N", help="of llama.cpp (default: 1)"
     )
     group.add_argument(
-        "--context", type=whole(1), default=2048, metavar="N",
+        "--context",
+        type=whole(1),
+        default=2048,
+        metavar="N",
         help="longest prompt with its answer, in tokens (default: 2048)",
-    )  # fmt: skip
+    )
 
 
 def _generate_options(parser: Parser) -> None:
@@ -85,9 +85,12 @@ def _generate_options(parser: Parser) -> None:
         "--plain", action="store_true", help="go on with the prompt; without the chat template"
     )
     group.add_argument(
-        "--max-new-tokens", type=whole(1), default=128, metavar="N",
+        "--max-new-tokens",
+        type=whole(1),
+        default=128,
+        metavar="N",
         help="longest answer (default: 128)",
-    )  # fmt: skip
+    )
     group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="ends the answer")
     group.add_argument("--stream", action="store_true", help="print the answer as it is written")
     group = parser.add_argument_group("sampling")
@@ -99,8 +102,12 @@ def _generate_options(parser: Parser) -> None:
     group = parser.add_argument_group("exits")
     from offramp.core.decoding.policy import MODES
 
-    group.add_argument("--mode", choices=MODES, metavar="NAME",
-                       help=f"{', '.join(MODES)} (default: the adapter's own)")  # fmt: skip
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        metavar="NAME",
+        help=f"{', '.join(MODES)} (default: the adapter's own)",
+    )
     group.add_argument(
         "--threshold", type=share, metavar="X", help="of all exits, in place of the adapter's"
     )
@@ -113,9 +120,12 @@ def _serve_options(parser: Parser) -> None:
     group = parser.add_argument_group("engine")
     field_options(group, ServerConfig, ("queue", "mode"))
     group.add_argument(
-        "--slots", type=whole(1), default=SLOTS, metavar="N",
+        "--slots",
+        type=whole(1),
+        default=SLOTS,
+        metavar="N",
         help=f"answers written at once, with a context each (default: {SLOTS})",
-    )  # fmt: skip
+    )
     server_options(parser)
     image_options(parser.add_argument_group("images"))
 
@@ -144,33 +154,51 @@ def _generate(arguments: argparse.Namespace) -> None:
     from offramp_llama_cpp.edge.sampling import Sampling
 
     sampling = Sampling(
-        arguments.temperature, arguments.top_p, arguments.top_k, arguments.repetition_penalty,
+        arguments.temperature,
+        arguments.top_p,
+        arguments.top_k,
+        arguments.repetition_penalty,
         arguments.seed,
-    )  # fmt: skip
+    )
     with _load(arguments) as model:
         chat = model.vocabulary.has_template and not arguments.plain
         asked = [{"role": "user", "content": arguments.prompt}] if chat else arguments.prompt
         streams = arguments.stream and not arguments.json
         level = arguments.threshold
         answer = model.answer(
-            asked, arguments.image, max_new_tokens=arguments.max_new_tokens, mode=arguments.mode,
-            sampling=sampling, stop=arguments.stop,
+            asked,
+            arguments.image,
+            max_new_tokens=arguments.max_new_tokens,
+            mode=arguments.mode,
+            sampling=sampling,
+            stop=arguments.stop,
             thresholds=None if level is None else dict.fromkeys(model.files.depths, level),
             on_text=_print_part if streams else None,
-        )  # fmt: skip
+        )
         usual = model.policy.own_mode if level is None else "early_exit"
         pieces = [model.vocabulary.piece(s.token).decode(errors="replace") for s in answer.steps]
     is_early = (arguments.mode or usual) == "early_exit"
     verdict = Verdict(why=SLICED) if is_early else Verdict(exact=True)
     if arguments.json:
         steps = [
-            {"token": piece, "id": s.token, "depth": s.depth,
-             "score": None if s.score != s.score else round(s.score, 6)}
+            {
+                "token": piece,
+                "id": s.token,
+                "depth": s.depth,
+                "score": None if s.score != s.score else round(s.score, 6),
+            }
             for piece, s in zip(pieces, answer.steps, strict=True)
-        ]  # fmt: skip
-        print_json({"answer": answer.text, "layers": answer.layers, "finish": answer.finish,
-                    "mean_depth": answer.mean_depth, "verdict": verdict.to_json(),
-                    "steps": steps})  # fmt: skip
+        ]
+        print_json(
+            {
+                "answer": answer.text,
+                "layers": answer.layers,
+                "finish": answer.finish,
+                "mean_depth": answer.mean_depth,
+                "verdict": verdict.to_json(),
+                "steps": steps,
+            }
+        )
     else:
         print_text("" if streams else answer.text)
     log.info("mean depth %.1f of %d", answer.mean_depth, answer.layers)

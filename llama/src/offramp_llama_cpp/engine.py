@@ -69,7 +69,16 @@ def as_in_file(backbone: Any, numbers: str) -> Any:
 
 
 register_engine(
-    "llama.cpp", open, "needs --gguf", replaces=True, reads_files=True, prepare=prepare,
-    is_prepared=is_prepared, together=SLOTS, towers={"mtmd": seeing}, said_here=kernels_here,
-    formats=FORMATS, as_in_file=as_in_file,
-)  # fmt: skip
+    "llama.cpp",
+    open,
+    "needs --gguf",
+    replaces=True,
+    reads_files=True,
+    prepare=prepare,
+    is_prepared=is_prepared,
+    together=SLOTS,
+    towers={"mtmd": seeing},
+    said_here=kernels_here,
+    formats=FORMATS,
+    as_in_file=as_in_file,
+)

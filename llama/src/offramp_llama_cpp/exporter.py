@@ -25,10 +25,14 @@ def _options(parser: Parser) -> None:
         group, "--gguf", FORMATS, "number format of the layers", shown="none; --to gguf needs one"
     )
     name_option(
-        group, "--vision", VISION_FORMATS, "number format of the vision tower, which is "
-        "written too, for --vision mtmd and llama.cpp's own programs", dest="vision_format",
+        group,
+        "--vision",
+        VISION_FORMATS,
+        "number format of the vision tower, which is "
+        "written too, for --vision mtmd and llama.cpp's own programs",
+        dest="vision_format",
         shown="it stays in PyTorch",
-    )  # fmt: skip
+    )
 
 
 def _write(arguments: argparse.Namespace) -> None:
@@ -53,12 +57,17 @@ def _write(arguments: argparse.Namespace) -> None:
     if adapter.of_format not in (None, formats.layers):
         log.warning(
             "These exits learnt from the backbone in %s, and agree less with it in %s.",
-            adapter.of_format, formats.layers,
-        )  # fmt: skip
+            adapter.of_format,
+            formats.layers,
+        )
     files = export_gguf(
-        adapter, arguments.out, formats,
-        depths=arguments.depths, vision=arguments.vision_format, processor=processor,
-    )  # fmt: skip
+        adapter,
+        arguments.out,
+        formats,
+        depths=arguments.depths,
+        vision=arguments.vision_format,
+        processor=processor,
+    )
     sizes = {str(file): file.stat().st_size for file in files}
     show_result(sizes, "\n".join(sizes), as_json=arguments.json)
     for name, size in sizes.items():
@@ -87,6 +96,8 @@ def _check_out(adapter: Any, arguments: argparse.Namespace) -> None:
 
 
 GGUF = Exporter(
-    "decoder and exits, for --engine llama.cpp", _write, _options,
+    "decoder and exits, for --engine llama.cpp",
+    _write,
+    _options,
     takes=("gguf", "vision_format", "depths", "data"),  # an error of its own
-)  # fmt: skip
+)

@@ -36,13 +36,7 @@ from offramp_llama_cpp.architectures import (
     rope_factors,
     settings,
 )
-from offramp_llama_cpp.cuts import (
-    Cut,
-    about_export,
-    depths_to_write,
-    feeding,
-    write_export,
-)
+from offramp_llama_cpp.cuts import Cut, about_export, depths_to_write, feeding, write_export
 from offramp_llama_cpp.exit_files import digest_of
 from offramp_llama_cpp.gguf_files import PROJECTOR
 from offramp_llama_cpp.gguf_writing import add_array, add_value, check_format, new_file

@@ -16,8 +16,19 @@ from offramp_llama_cpp.graphs import Array
 from offramp_llama_cpp.packages import import_gguf, import_llama_cpp
 
 FORMATS = (
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl",
-)  # fmt: skip
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k",
+    "q5_1",
+    "q5_0",
+    "q4_k",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
+)
 """Number formats of the weights, by llama.cpp's names."""
 VISION_FORMATS = ("f32", "f16", "q8_0", "q4_0")
 """Those of vision towers."""
@@ -53,9 +64,12 @@ def new_file(file: Path, architecture: str) -> Iterator[Any]:
 def add_value(out: Any, key: str, value: Any) -> None:
     """Add one key of the metadata."""
     add = {
-        bool: out.add_bool, int: out.add_uint32, float: out.add_float32, str: out.add_string,
+        bool: out.add_bool,
+        int: out.add_uint32,
+        float: out.add_float32,
+        str: out.add_string,
         list: out.add_array,
-    }  # fmt: skip
+    }
     add[type(value)](key, value)
 
 

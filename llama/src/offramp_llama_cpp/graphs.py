@@ -105,9 +105,16 @@ _QWEN3_VL = Architecture(
     "qwen3vl", {**_LAYER, **_HEAD_NORMS}, free_width=True, sections=True, deepstack=True
 )
 _GEMMA3 = Architecture(
-    "gemma3", {**_FOUR_NORMS, **_HEAD_NORMS}, activations=_GELU, norm_offset=1.0, free_width=True,
-    ahead=True, windows=True, query="attn_q_norm", large=62,
-)  # fmt: skip
+    "gemma3",
+    {**_FOUR_NORMS, **_HEAD_NORMS},
+    activations=_GELU,
+    norm_offset=1.0,
+    free_width=True,
+    ahead=True,
+    windows=True,
+    query="attn_q_norm",
+    large=62,
+)
 # OPT has no graph there. GPT-2's is the same but for GELU where OPT has ReLU, and gelu(k x) / k is
 # ReLU for a large k. So all states are k times the model's: norms take that off, weights that write
 # into the states put it on, and none gets too small for the scales of a number format.
@@ -126,20 +133,34 @@ ARCHITECTURES: dict[str, Architecture] = {
         "qwen3vlmoe", _EXPERTS, free_width=True, sections=True, deepstack=True, experts=True
     ),
     "gemma": Architecture(
-        "gemma", _LAYER, activations=_GELU, norm_offset=1.0, free_width=True, ahead=True,
+        "gemma",
+        _LAYER,
+        activations=_GELU,
+        norm_offset=1.0,
+        free_width=True,
+        ahead=True,
         divided=True,
     ),
     "gemma2": Architecture(
-        "gemma2", _FOUR_NORMS, activations=_GELU, norm_offset=1.0, free_width=True, ahead=True,
-        windows=True, always_windows=True, query="attn_q", large=46, softcaps=True, divided=True,
+        "gemma2",
+        _FOUR_NORMS,
+        activations=_GELU,
+        norm_offset=1.0,
+        free_width=True,
+        ahead=True,
+        windows=True,
+        always_windows=True,
+        query="attn_q",
+        large=46,
+        softcaps=True,
+        divided=True,
     ),
     "gemma3_text": _GEMMA3,
     "granite": Architecture(
-        "granite", _LAYER, interleaved=True, free_width=True, rope_factors=True,
-        scales=True,
+        "granite", _LAYER, interleaved=True, free_width=True, rope_factors=True, scales=True
     ),
     "opt": Architecture("gpt2", _OPT, activations=("relu",), state_scale=_OPT_SCALE),
-}  # fmt: skip
+}
 """By the `model_type` of the text config."""
 
 
@@ -219,8 +240,13 @@ def _scale_states(found: dict[str, Array], scale: np.float32) -> None:
 
     `ffn_down` stays: what it is given is larger by that already.
     """
-    for name in ("attn_output.weight", "attn_output.bias", "ffn_up.weight", "ffn_up.bias",
-                 "ffn_down.bias"):  # fmt: skip
+    for name in (
+        "attn_output.weight",
+        "attn_output.bias",
+        "ffn_up.weight",
+        "ffn_up.bias",
+        "ffn_down.bias",
+    ):
         found[name] = found[name] * scale
 
 

@@ -77,10 +77,17 @@ class OpenedFiles:
             return self.segments[0].feed_loop(table, self.files.shortlist)
 
         return chain_plan(
-            self.files.cuts[-1], policy, heads, self.chain, self.files.depths, embed,
-            drafter=self.drafter, first_may_exit=first_may_exit, every_mode=every_mode,
+            self.files.cuts[-1],
+            policy,
+            heads,
+            self.chain,
+            self.files.depths,
+            embed,
+            drafter=self.drafter,
+            first_may_exit=first_may_exit,
+            every_mode=every_mode,
             loop=loop,
-        )  # fmt: skip
+        )
 
     def close(self) -> None:
         """Give llama.cpp's memory back."""

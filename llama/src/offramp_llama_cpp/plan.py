@@ -58,6 +58,13 @@ def chain_plan(
         vocabulary=chain.segments[-1].vocabulary,
     )
     return Plan(
-        layers, depths, policy, heads(depths), executor, lambda **_: None, made, levels,
+        layers,
+        depths,
+        policy,
+        heads(depths),
+        executor,
+        lambda **_: None,
+        made,
+        levels,
         first_may_exit,
-    )  # fmt: skip
+    )

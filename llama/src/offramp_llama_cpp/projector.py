@@ -188,9 +188,14 @@ class Tower:
         check_whole(file)
         check_projector_survives(Path(file), options, width=width, features=features)
         self._projector = Projector(
-            file, no_words(), options,
-            width=width, features=features, as_it_is=True, owns_model=True,
-        )  # fmt: skip
+            file,
+            no_words(),
+            options,
+            width=width,
+            features=features,
+            as_it_is=True,
+            owns_model=True,
+        )
         self.said: dict[str, Any] = self._projector.said
         # libmtmd resizes what it cuts into tiles, but a row of tiles as long as it wants it. What
         # comes first is the row in small.

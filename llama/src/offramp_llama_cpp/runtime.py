@@ -15,11 +15,7 @@ import torch
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.plan import Plan
-from offramp.core.decoding.policy import (
-    ExitPolicy,
-    GenerationOutput,
-    first_token_may_exit,
-)
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput, first_token_may_exit
 from offramp.core.decoding.reader import PrefillBackend
 from offramp.core.decoding.scheduler import AT_ONCE as ASK_AT_ONCE
 from offramp.core.decoding.scheduler import Schedule
@@ -161,10 +157,13 @@ class LlamaCppRuntime(CalledAsModel):
         for mode in ("early_exit", "lossless") if every_mode else (policy.own_mode,):
             self._check_policy(policy.in_mode(mode).effective)
         return self._opened.plan(
-            policy, partial(TensorHeads, self.adapter, policy), self._embeddings.of_token,
-            first_may_exit=first_token_may_exit(self.backbone, policy), every_mode=every_mode,
+            policy,
+            partial(TensorHeads, self.adapter, policy),
+            self._embeddings.of_token,
+            first_may_exit=first_token_may_exit(self.backbone, policy),
+            every_mode=every_mode,
             table=self._embeddings.table,
-        )  # fmt: skip
+        )
 
     @contextmanager
     def _held(self, *, open: bool = True) -> Iterator[None]:
@@ -259,9 +258,13 @@ class LlamaCppRuntime(CalledAsModel):
         causal = getattr(self.backbone.layers[0].self_attn, "is_causal", True)
         ahead = not causal and call.kw.get("attention_mask") is None
         likeness = check_logits(
-            self._segments, self.backbone.name, probe[:few], expected, self.files.formats["layers"],
+            self._segments,
+            self.backbone.name,
+            probe[:few],
+            expected,
+            self.files.formats["layers"],
             ahead=ahead,
-        )  # fmt: skip
+        )
         return probe, likeness
 
     def _check_open(self) -> None:

@@ -147,9 +147,13 @@ class Segment:
         self._callback: Tap | None = None
         if tap_layer is not None or self.products is not None:
             self._callback = Tap(
-                lib._lib, self._tapped_tensor(tap_layer), self.width, self.at_once,
-                compiled=options.compiled_tap, products=self.products,
-            )  # fmt: skip
+                lib._lib,
+                self._tapped_tensor(tap_layer),
+                self.width,
+                self.at_once,
+                compiled=options.compiled_tap,
+                products=self.products,
+            )
         self.tap: Tap | None = None if tap_layer is None else self._callback
         self._context = lib.llama_init_from_model(self.model, self._parameters(options))
         if not self._context:
@@ -243,10 +247,14 @@ class Segment:
         if native is None or self.tap is None:
             return None
         return DraftLoop(
-            native, self._lib._lib, self._context, self.tap,
+            native,
+            self._lib._lib,
+            self._context,
+            self.tap,
             np.ascontiguousarray(self._input_scale * of_words),
-            np.ascontiguousarray(self._input_scale * of_states), float(self._state_scale),
-        )  # fmt: skip
+            np.ascontiguousarray(self._input_scale * of_states),
+            float(self._state_scale),
+        )
 
     def draft(
         self,
@@ -419,11 +427,7 @@ class _Batch:
         self._batch.embd = self._states.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
     def fill(
-        self,
-        states: States,
-        features: States | None,
-        positions: Positions,
-        parts: Sequence[Part],
+        self, states: States, features: States | None, positions: Positions, parts: Sequence[Part]
     ) -> Any:
         """states, positions: [n, D] and [axes, n], of the parts' rows, of each as many. features:
         of the first rows [m, ...], m <= n; None: of none."""

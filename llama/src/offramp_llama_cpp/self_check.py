@@ -85,8 +85,10 @@ def _shares(segment: Segment, states: States, most: int) -> bool:
     for count in {1, min(rows, most // slots)}:
         found: list[list[States]] = [[] for _ in range(slots)]
         for start in range(0, rows, count):
-            parts = [Part(i, each[start : start + count], len(each[start : start + count]), 0)
-                     for i, each in enumerate(shifted)]  # fmt: skip
+            parts = [
+                Part(i, each[start : start + count], len(each[start : start + count]), 0)
+                for i, each in enumerate(shifted)
+            ]
             segment.feed_together(parts)
             width = len(parts[0].states)
             logits, taps = segment.logits(width * slots).copy(), None

@@ -19,13 +19,7 @@ import numpy as np
 
 from offramp.core.errors import AdapterError, InputError, OfframpError, UnsupportedBackboneError
 from offramp.core.storage import digest_file
-from offramp_llama_cpp.cuts import (
-    Cut,
-    about_export,
-    depths_to_write,
-    feeding,
-    write_export,
-)
+from offramp_llama_cpp.cuts import Cut, about_export, depths_to_write, feeding, write_export
 from offramp_llama_cpp.exit_files import ExitFiles, read_exits
 from offramp_llama_cpp.gguf_header import Header, TensorPlace, read_header
 from offramp_llama_cpp.gguf_writing import add_array, add_value, check_format, new_file

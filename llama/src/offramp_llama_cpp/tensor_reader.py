@@ -35,8 +35,7 @@ class TensorHeads(ExitHeads):
         if policy.score == "max_probability" and not own:
             shortlist = None if self._scorer is None else self._scorer.shortlist
             self._arrays = ArrayHeads(
-                policy,
-                None if shortlist is None else shortlist.cpu().numpy(),
+                policy, None if shortlist is None else shortlist.cpu().numpy()
             )
 
     def verdicts(

@@ -58,9 +58,11 @@ def check_projector_survives(
         StorageError: the file cannot be read.
     """
     asked = {
-        "projector": str(file), "words": None if words is None else str(words),
-        "width": width, "features": features,
-    }  # fmt: skip
+        "projector": str(file),
+        "words": None if words is None else str(words),
+        "width": width,
+        "features": features,
+    }
     digests = (digest_file(file), str(width), str(features))
     remedy = "Use the mmproj file that was made with the model's, downloaded again."
     _check(asked, digests, options, file, remedy)
@@ -86,9 +88,14 @@ def _check(
     try:
         done = subprocess.run(
             # -P: of the working folder nothing is imported.
-            [sys.executable, "-P", "-m", f"{__name__}_process", line], check=False,
-            capture_output=True, text=True, errors="replace", timeout=_SECONDS, env=environment,
-        )  # fmt: skip
+            [sys.executable, "-P", "-m", f"{__name__}_process", line],
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            env=environment,
+        )
     except (OSError, subprocess.SubprocessError) as error:
         log.info("The files could not be tried out in a process of their own: %s", error)
         return

@@ -24,12 +24,7 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.twin import graft, twin
 from offramp.core.models.weights import float_copy, float_dtype, scheme
 from offramp_llama_cpp.architectures import array_of
-from offramp_llama_cpp.gguf_writing import (
-    VISION_FORMATS,
-    add_array,
-    add_value,
-    new_file,
-)
+from offramp_llama_cpp.gguf_writing import VISION_FORMATS, add_array, add_value, new_file
 from offramp_llama_cpp.packages import import_gguf
 from offramp_llama_cpp.projector import Pixels, Tower
 from offramp_llama_cpp.segment import EngineOptions
@@ -169,10 +164,12 @@ def _qwen_config(config: Any, _: int | None) -> Mapping[str, Any] | str:
         return {"projector_type": "qwen2.5vl_merger", "use_silu": True, "n_wa_pattern": every}
     deep = [layer in vision.deepstack_visual_indexes for layer in range(vision.depth)]
     return {
-        "projector_type": "qwen3vl_merger", "use_gelu": True, "is_deepstack_layers": deep,
+        "projector_type": "qwen3vl_merger",
+        "use_gelu": True,
+        "is_deepstack_layers": deep,
         "spatial_merge_size": vision.spatial_merge_size,
         "image_size": math.isqrt(vision.num_position_embeddings) * vision.patch_size,
-    }  # fmt: skip
+    }
 
 
 def _qwen_tensors(config: Any, key: str, tensor: Tensor) -> Named:
@@ -363,13 +360,18 @@ def _common(backbone: Backbone, looks: Looks) -> dict[str, Any]:
     inner = getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio)
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     return {
-        "has_vision_encoder": True, "image_size": getattr(config, "image_size", 560),
-        "patch_size": config.patch_size, "embedding_length": width, "feed_forward_length": inner,
+        "has_vision_encoder": True,
+        "image_size": getattr(config, "image_size", 560),
+        "patch_size": config.patch_size,
+        "embedding_length": width,
+        "feed_forward_length": inner,
         "block_count": getattr(config, "num_hidden_layers", None) or config.depth,
-        "projection_dim": backbone.width, "attention.head_count": heads,
+        "projection_dim": backbone.width,
+        "attention.head_count": heads,
         "attention.layer_norm_epsilon": float(getattr(config, "layer_norm_eps", 1e-6)),
-        "image_mean": [*map(float, looks.mean)], "image_std": [*map(float, looks.std)],
-    }  # fmt: skip
+        "image_mean": [*map(float, looks.mean)],
+        "image_std": [*map(float, looks.std)],
+    }
 
 
 def _key(name: str, value: Any) -> str:

@@ -22,13 +22,7 @@ from offramp.core.models.stand_in import StandIn
 from offramp_llama_cpp.gguf_files import whole_projector
 from offramp_llama_cpp.projector import Tower
 from offramp_llama_cpp.segment import EngineOptions
-from offramp_llama_cpp.vision_export import (
-    Kind,
-    Looks,
-    check_tower,
-    features_of,
-    kind_of,
-)
+from offramp_llama_cpp.vision_export import Kind, Looks, check_tower, features_of, kind_of
 
 MTMD = "mtmd"
 

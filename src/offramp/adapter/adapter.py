@@ -128,9 +128,14 @@ class Adapter(AttachedExits, Records):
         policy = self.policy_of(prompt) if policy is None else policy
         about_one = self.backbone.text_only if image is None else True
         here = Conditions.of(
-            self.backbone, policy, engine=engine, exits=self.exits,
-            prompts=[[prompt if about_one else OTHER]], **of_processor(processor), **known,
-        )  # fmt: skip
+            self.backbone,
+            policy,
+            engine=engine,
+            exits=self.exits,
+            prompts=[[prompt if about_one else OTHER]],
+            **of_processor(processor),
+            **known,
+        )
         exact = policy.own_mode != "early_exit"
         likeness = self.likeness
         looked = image is not None and likeness.looks_at_images and not exact

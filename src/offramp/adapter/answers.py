@@ -221,10 +221,7 @@ def full_model_answers(
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens`.
     """
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "confidence": min_confidence > 0,
-    }
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "confidence": min_confidence > 0}
     answers: list[Answer] = []
     for inputs in prompted(encoder, examples, batch_size, max_new_tokens, progress):
         write = partial(answers_to, encoder.backbone, encoder, [inputs], **options)

@@ -17,9 +17,16 @@ from offramp.promises.conditions import Conditions, of_exits, of_policy
 from offramp.promises.guarantee import SCALES, shown_conditions, standing
 
 _UNSAID = {
-    "measured": None, "risk": "?", "target": None, "answers": "?", "level": None, "method": "?",
-    "data_digest": "?", "kinds": (), "each_kind": False,
-}  # fmt: skip
+    "measured": None,
+    "risk": "?",
+    "target": None,
+    "answers": "?",
+    "level": None,
+    "method": "?",
+    "data_digest": "?",
+    "kinds": (),
+    "each_kind": False,
+}
 """Of a calibration by an earlier version, which said less."""
 
 

@@ -327,9 +327,14 @@ class Draws:
         clusters = np.array([numbers[cluster_of(image)] for image in images])
         names = "".join(image.image for image in images[:looked])
         return cls(
-            sums, counts, clusters, float(counts.max(initial=1.0)), whole, looked,
+            sums,
+            counts,
+            clusters,
+            float(counts.max(initial=1.0)),
+            whole,
+            looked,
             chance=1 - _rank(names),
-        )  # fmt: skip
+        )
 
     @property
     def n(self) -> int:

@@ -19,19 +19,10 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer
 from offramp.adapter.runtime import Runtime
 from offramp.calibration.asked import Guarantee
-from offramp.calibration.attempts import (
-    Attempt,
-    ImageRows,
-    grouped,
-    images_of,
-    recorded,
-)
+from offramp.calibration.attempts import Attempt, ImageRows, grouped, images_of, recorded
 from offramp.calibration.cost_model import Costs
 from offramp.calibration.risk_functions import RISKS, Judged
-from offramp.calibration.threshold_evaluator import (
-    ThresholdEvaluator,
-    split_images,
-)
+from offramp.calibration.threshold_evaluator import ThresholdEvaluator, split_images
 from offramp.calibration.trial import Calibration, Trial, trial_of
 from offramp.calibration.trust_path import LEVELS, TrustPath, trusting
 from offramp.core.decoding.policy import (
@@ -49,13 +40,7 @@ from offramp.data.item import Item
 from offramp.features.input_processor import InputProcessor
 from offramp.features.self_check import check_untested
 from offramp.inputs.example import Example, examples_digest
-from offramp.promises.conditions import (
-    TORCH,
-    Conditions,
-    differences,
-    of_processor,
-    samples,
-)
+from offramp.promises.conditions import TORCH, Conditions, differences, of_processor, samples
 from offramp.promises.prompt_kinds import kind_of, prompt_frames
 
 AUTO = "auto"
@@ -150,17 +135,37 @@ def calibrate(
     policy = _policy_of(policy, first, adapter, encoder)
     _check_examples(adapter, judged, risk, policy)
     return _calibrate(
-        adapter, encoder, judged, policy, asked, thresholds, first, frequencies, options,
-        costs=costs, batch_size=batch_size, runtime=runtime, progress=progress,
-    )  # fmt: skip
+        adapter,
+        encoder,
+        judged,
+        policy,
+        asked,
+        thresholds,
+        first,
+        frequencies,
+        options,
+        costs=costs,
+        batch_size=batch_size,
+        runtime=runtime,
+        progress=progress,
+    )
 
 
 def _calibrate(
-    adapter: Adapter, encoder: InputProcessor, judged: Sequence[Example], policy: ExitPolicy,
-    asked: Guarantee, thresholds: Sequence[float], first: float | str | None,
-    frequencies: Sequence[Example] | None, options: dict[str, Any], *,
-    runtime: Runtime | None, progress: Any, **how: Any,
-) -> Calibration:  # fmt: skip
+    adapter: Adapter,
+    encoder: InputProcessor,
+    judged: Sequence[Example],
+    policy: ExitPolicy,
+    asked: Guarantee,
+    thresholds: Sequence[float],
+    first: float | str | None,
+    frequencies: Sequence[Example] | None,
+    options: dict[str, Any],
+    *,
+    runtime: Runtime | None,
+    progress: Any,
+    **how: Any,
+) -> Calibration:
     """Calibrate what was checked; arguments as of `calibrate`. how: costs and batch_size."""
     images = images_of(judged)  # before the model runs: they may be refused
     check_untested(encoder, judged[:1], adapter.exits.depths)
@@ -187,9 +192,16 @@ def _calibrate(
     }
     digest = digest_rows([settings, tensors_digest(adapter.exits.modules)])
     trial = trial_of(
-        whole, search, tested, thresholds, attempts, digest, asked,
-        search_first=first == AUTO, frames=frames,
-    )  # fmt: skip
+        whole,
+        search,
+        tested,
+        thresholds,
+        attempts,
+        digest,
+        asked,
+        search_first=first == AUTO,
+        frames=frames,
+    )
     calibration = replace(trial.run(asked, progress), data_digest=examples_digest(judged))
     if calibration.path:  # else no errors were risked
         attempt = _attempt(trial, calibration, digest, settings)
@@ -199,9 +211,13 @@ def _calibrate(
 
 
 def _with_conditions(
-    found: Calibration, trial: Trial, encoder: InputProcessor, frames: Sequence[Sequence[str]],
-    options: Mapping[str, Any], here: Mapping[str, Any],
-) -> Calibration:  # fmt: skip
+    found: Calibration,
+    trial: Trial,
+    encoder: InputProcessor,
+    frames: Sequence[Sequence[str]],
+    options: Mapping[str, Any],
+    here: Mapping[str, Any],
+) -> Calibration:
     """Add the conditions under which what was found holds, and the scores of its calibrated
     answers. frames: of `prompt_frames`. here: of engine, processor and exits."""
     early = trial.early(found)
@@ -217,9 +233,12 @@ def _with_conditions(
     )
     watched = trial.watched(early, Guarantee(confidence=found.confidence, unit=found.unit))
     return replace(
-        found, conditions=conditions, likeness=likeness, watched=watched,
+        found,
+        conditions=conditions,
+        likeness=likeness,
+        watched=watched,
         qualities=trial.qualities(),
-    )  # fmt: skip
+    )
 
 
 def _weighed(
@@ -358,9 +377,16 @@ def _settings(
 
 
 USUAL = Conditions(
-    dtype="float32", quantized="", kernels="plain", vision=TORCH, shrink_on_load=False,
-    device="cpu", template="", autocast="", matmul="highest",
-)  # fmt: skip
+    dtype="float32",
+    quantized="",
+    kernels="plain",
+    vision=TORCH,
+    shrink_on_load=False,
+    device="cpu",
+    template="",
+    autocast="",
+    matmul="highest",
+)
 """What an attempt is made under that says nothing else."""
 
 

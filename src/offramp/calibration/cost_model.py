@@ -100,11 +100,7 @@ def _over(table: Sequence[float], positions: ArrayLike) -> Array:
 # -- predictions ------------------------------------------------------------------------------
 
 
-def token_seconds(
-    costs: Costs,
-    depths: ArrayLike,
-    exits: Sequence[int],
-) -> Array:
+def token_seconds(costs: Costs, depths: ArrayLike, exits: Sequence[int]) -> Array:
     """Seconds of decoding sequences whose depths are known, and so which states are pending when.
 
     depths: [A, N] (or [N]) depths of the decoded tokens of A sequences, each decoded on its own, 0

@@ -118,9 +118,7 @@ def _timed(
     """How fast the policies of a sweep decode, all interleaved; the fastest first."""
     if not inputs:
         raise DataError("There are no prompts to draft on.", "Give some, like those to come.")
-    ways = {
-        "full": early(FULL), **{str(n): early(policy) for n, (_, policy) in enumerate(sweep)}
-    }  # fmt: skip
+    ways = {"full": early(FULL), **{str(n): early(policy) for n, (_, policy) in enumerate(sweep)}}
     timings = time_interleaved(
         ways, inputs, rounds=rounds, progress=progress, drafting=ways.keys() - {"full"}
     )

@@ -191,9 +191,15 @@ def _round(
         script = Script(leave[:, None].expand(-1, rows), score=score)
         with watch.inside(backbone, exits):
             generate_forced(
-                backbone, inputs, exits, script, len(leave),
-                criteria=[watch], shortlist=shortlist, **policy,
-            )  # fmt: skip
+                backbone,
+                inputs,
+                exits,
+                script,
+                len(leave),
+                criteria=[watch],
+                shortlist=shortlist,
+                **policy,
+            )
         return watch.tokens
 
     watch = _Stopwatch(backbone.device, rows, hook)
@@ -236,13 +242,7 @@ class _Measurements:
         return median(map(value, self._tokens[kind]))
 
     def costs(
-        self,
-        *,
-        layers: int,
-        batch: int,
-        context: int,
-        heads: Sequence[float],
-        score: float,
+        self, *, layers: int, batch: int, context: int, heads: Sequence[float], score: float
     ) -> Costs:
         """Solve for the parts, simplest kind of token first; heads: relative to one position."""
         layer = self._median("full", partial(_layer, positions=1))

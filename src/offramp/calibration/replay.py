@@ -62,10 +62,7 @@ class Replay:
         )
 
     def depths(
-        self,
-        thresholds: Mapping[int, float],
-        *,
-        first: Mapping[int, float] | None = None,
+        self, thresholds: Mapping[int, float], *, first: Mapping[int, float] | None = None
     ) -> Array:
         """The depth [N, A] at which each token exits; 0 where there is none.
 
@@ -124,9 +121,14 @@ class PolicyReplay:
     ) -> PolicyReplay:
         """Replay `rows` under a policy that `can_replay`; its thresholds may be others later."""
         replayed = replay(
-            encoder, exits, rows, policy.score,
-            shortlist=policy.shortlist, batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+            encoder,
+            exits,
+            rows,
+            policy.score,
+            shortlist=policy.shortlist,
+            batch_size=batch_size,
+            progress=progress,
+        )
         return cls(replayed, policy, first_token_may_exit(encoder.backbone, policy))
 
     def depths(self, thresholds: Mapping[int, float] | None = None) -> Array:

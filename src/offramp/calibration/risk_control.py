@@ -101,8 +101,10 @@ def _largest(draws: Draws, target: float, test: Callable[[Array, float], float])
 
 
 TESTS: dict[str, Callable[..., float]] = {
-    "sharp": _sharp, "upper_bound": _bets, "learn_then_test": _counted,
-}  # fmt: skip
+    "sharp": _sharp,
+    "upper_bound": _bets,
+    "learn_then_test": _counted,
+}
 """P-values of losses, a target and the level that stakes aim at, by method. The last one, and the
 binomial part of the first, take gains as 0."""
 ANY_TIME = ("sharp", "upper_bound")

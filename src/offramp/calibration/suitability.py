@@ -160,13 +160,16 @@ class Suitability:
             {
                 "key": one.key,
                 "ids": list(one.ids),
-                "depths": [self.layers, *(
-                    best.depth if rank < best.settled[level] else self.layers
-                    for rank in one.ranks[best.depth]
-                )],
+                "depths": [
+                    self.layers,
+                    *(
+                        best.depth if rank < best.settled[level] else self.layers
+                        for rank in one.ranks[best.depth]
+                    ),
+                ],
             }
             for one in self.shown
-        ]  # fmt: skip
+        ]
 
     def to_json(self) -> dict[str, Any]:
         def named(value: Any) -> Any:
@@ -253,11 +256,12 @@ def _shown(
     some = [pair for pair in looked if len(pair[1]) >= usual][:SHOWN]
     return tuple(
         Shown(
-            answer.example.key, tuple(answer.ids),
+            answer.example.key,
+            tuple(answer.ids),
             {depth: tuple(rank[own].tolist()) for depth, rank in ranks.items()},
         )
         for answer, own in some
-    )  # fmt: skip
+    )
 
 
 def _prospect(
@@ -277,9 +281,12 @@ def _prospect(
         return float(1 / np.interp(share, shares, seconds))
 
     return Prospect(
-        depth, agreement, settle, {n: speeds[depth, settle[n]] for n in settle},
+        depth,
+        agreement,
+        settle,
+        {n: speeds[depth, settle[n]] for n in settle},
         {target: (speed(a), speed(b), speed(c)) for target, (a, b, c) in certain.items()},
-    )  # fmt: skip
+    )
 
 
 def _is_wide(backbone: Backbone) -> bool:
@@ -506,9 +513,15 @@ def _speeds(
     ) -> Tensor:
         (inputs, rank), (depth, share) = given, way
         output = generate_forced(
-            backbone, inputs, exits, Script((rank < share)[:, None]), len(rank),
-            depth=depth, criteria=stop, shortlist=shortlist is not None,
-        )  # fmt: skip
+            backbone,
+            inputs,
+            exits,
+            Script((rank < share)[:, None]),
+            len(rank),
+            depth=depth,
+            criteria=stop,
+            shortlist=shortlist is not None,
+        )
         return output.new_tokens.flatten()
 
     def full(given: tuple[Mapping[str, Any], Tensor], stop: StoppingCriteriaList) -> Tensor:
@@ -528,6 +541,4 @@ def _speeds(
         for way, by_round in found.items()
     }
     whole = np.median([[whole for whole, _, _ in one] for one in found[None]], 0).mean()
-    return {way: took[None] / took[way] for way in ways}, (
-        float(whole), took[None] / len(given),
-    )  # fmt: skip
+    return {way: took[None] / took[way] for way in ways}, (float(whole), took[None] / len(given))

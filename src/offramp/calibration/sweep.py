@@ -75,9 +75,12 @@ def sweep(
     for policy in policies:
         replayed = PolicyReplay.of(encoder, adapter.exits, rows, policy, batch_size=batch_size)
         took = costs or measure_costs(
-            adapter.backbone, encoder.prompts(examples[:1]), adapter.exits,
-            score=policy.score, shortlist=policy.shortlist,
-        )  # fmt: skip
+            adapter.backbone,
+            encoder.prompts(examples[:1]),
+            adapter.exits,
+            score=policy.score,
+            shortlist=policy.shortlist,
+        )
         mask = replayed.replay.mask
         whole = token_seconds(took, replayed.depths({})[:, 1:], ()).sum()
         for threshold in thresholds:

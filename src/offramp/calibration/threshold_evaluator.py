@@ -186,10 +186,7 @@ def searches(whole: ThresholdEvaluator) -> bool:
 
 
 def lowest(
-    whole: ThresholdEvaluator,
-    search: Sequence[ImageRows],
-    values: Sequence[float],
-    spare: float,
+    whole: ThresholdEvaluator, search: Sequence[ImageRows], values: Sequence[float], spare: float
 ) -> float:
     """The lowest threshold of first tokens down to which answers none of whose other tokens exits,
     of those searched on, lose at most `LOST_SHARE` of what is spare, with a standard error on top;

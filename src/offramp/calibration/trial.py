@@ -481,12 +481,16 @@ def _kinds(
             found, _ = _chosen([losses], walked.points[:tried], trial, asked, point.thresholds)
             point = found or point
         columns.append(draws.column(walked.points.index(point)))
-        kinds.append(Kind(
-            kind, draws.n, trial.kinds.count(kind),
-            risk=highest_risk(columns[-1:]) * target / asked.target,
-            target=None if target == asked.target else target,
-            point=point.thresholds if own else None,
-        ))  # fmt: skip
+        kinds.append(
+            Kind(
+                kind,
+                draws.n,
+                trial.kinds.count(kind),
+                risk=highest_risk(columns[-1:]) * target / asked.target,
+                target=None if target == asked.target else target,
+                point=point.thresholds if own else None,
+            )
+        )
     return tuple(kinds), columns
 
 

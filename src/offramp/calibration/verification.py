@@ -354,11 +354,7 @@ class Verification:
 
     @torch.inference_mode()
     def _forced(
-        self,
-        policy: ExitPolicy,
-        answers: Sequence[_Row],
-        noted: Sequence[_Largest],
-        place: int,
+        self, policy: ExitPolicy, answers: Sequence[_Row], noted: Sequence[_Largest], place: int
     ) -> _Row:
         """What exits and the full model say after each prefix of an answer, where every layer and
         every exit runs for every token, one by one."""

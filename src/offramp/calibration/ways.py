@@ -97,8 +97,12 @@ def fastest(
 
 
 _KNOWN = {
-    *(field.name for field in fields(Guarantee)), "batch_size", "costs", "frequencies", "progress",
-}  # fmt: skip
+    *(field.name for field in fields(Guarantee)),
+    "batch_size",
+    "costs",
+    "frequencies",
+    "progress",
+}
 """What `calibrate` takes that is no option of generation."""
 
 
@@ -151,9 +155,13 @@ def _chosen(
     if sure is None or sure[0] <= 1:
         return found
     return replace(
-        found, policy=lossless, measured=None, bound=None, speedup=None,
+        found,
+        policy=lossless,
+        measured=None,
+        bound=None,
+        speedup=None,
         reason=f"Lossless decoding is faster than {own} and changes nothing.",
-    )  # fmt: skip
+    )
 
 
 def _lossless(adapter: Adapter, found: ExitPolicy) -> ExitPolicy | None:
@@ -167,18 +175,28 @@ def _lossless(adapter: Adapter, found: ExitPolicy) -> ExitPolicy | None:
 
 
 def _likely(
-    adapter: Adapter, encoder: InputProcessor, judged: Sequence[Example], runtime: Runtime | None,
-    how: Mapping[str, Any], options: Mapping[str, Any],
-) -> tuple[ExitPolicy, float, int] | None:  # fmt: skip
+    adapter: Adapter,
+    encoder: InputProcessor,
+    judged: Sequence[Example],
+    runtime: Runtime | None,
+    how: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> tuple[ExitPolicy, float, int] | None:
     """Return the policy of the lowest thresholds at which some of the answers lose at most the
     target, what they lose, and how many they are; None where none does."""
     some = judged[:: -(-len(judged) // SOME)]
     own = resolved(replace(adapter.policy, trust=None, lossless=False), encoder.backbone)
     try:
         whole = ThresholdEvaluator.of(
-            adapter, encoder, some, own, RISKS[how.get("risk", Guarantee.risk)], runtime=runtime,
-            batch_size=how.get("batch_size", 64), **options,
-        )  # fmt: skip
+            adapter,
+            encoder,
+            some,
+            own,
+            RISKS[how.get("risk", Guarantee.risk)],
+            runtime=runtime,
+            batch_size=how.get("batch_size", 64),
+            **options,
+        )
     except DataError:  # scores that separate no tokens
         return None
     if whole.risk.weighed is not None:
@@ -202,9 +220,12 @@ def _times(took: Mapping[str, Sequence[float]], name: str) -> float:
 
 
 def _seconds(
-    model: Adapter | Runtime, encoder: InputProcessor, examples: Sequence[Example],
-    options: Mapping[str, Any], policies: Mapping[str, ExitPolicy],
-) -> dict[str, list[float]]:  # fmt: skip
+    model: Adapter | Runtime,
+    encoder: InputProcessor,
+    examples: Sequence[Example],
+    options: Mapping[str, Any],
+    policies: Mapping[str, ExitPolicy],
+) -> dict[str, list[float]]:
     """Answer the examples in every way in turn."""
     clock = clock_on(encoder.backbone.device.type)
     prompts = [encoder.prompts([example]) for example in examples]

@@ -46,10 +46,24 @@ examples:
 COMMANDS = {
     name: f"offramp.cli.commands.{name}"
     for name in (
-        "demo", "train", "sweep", "calibrate", "draft", "verify", "caption", "generate", "chat",
-        "serve", "eval", "export", "report", "inspect", "env", "completion",
+        "demo",
+        "train",
+        "sweep",
+        "calibrate",
+        "draft",
+        "verify",
+        "caption",
+        "generate",
+        "chat",
+        "serve",
+        "eval",
+        "export",
+        "report",
+        "inspect",
+        "env",
+        "completion",
     )
-}  # fmt: skip
+}
 """Modules by command; each has `add(commands)`, which imports nothing heavy. Installed packages
 bring others, as entry points of "offramp.commands" that hold such a function."""
 

@@ -121,9 +121,14 @@ def demo(
     )
     began = time.perf_counter()
     adapter = train(
-        backbone, processor, captions_and_questions("train", sizes.train), config, out / kind,
-        overwrite=True, command=["offramp", "demo", f"tiny-{kind}"],
-    )  # fmt: skip
+        backbone,
+        processor,
+        captions_and_questions("train", sizes.train),
+        config,
+        out / kind,
+        overwrite=True,
+        command=["offramp", "demo", f"tiny-{kind}"],
+    )
     training_seconds = time.perf_counter() - began
     memory = {"inference_bytes": inference_bytes, "training_bytes": _peak_bytes()}
     log.info(f"trained in {training_seconds:.0f} s; agreement {adapter.metrics['agreement']}")
@@ -131,9 +136,15 @@ def demo(
     held_out = captions_and_questions("calibration", sizes.calibration)
     costs = measure_costs(backbone, encoder.prompts(held_out[:1]), adapter.exits)
     calibration = calibrate(
-        adapter, encoder, held_out, ExitPolicy(), target=target, costs=costs,
-        progress=_bar("calibrate"), **OPTIONS,
-    )  # fmt: skip
+        adapter,
+        encoder,
+        held_out,
+        ExitPolicy(),
+        target=target,
+        costs=costs,
+        progress=_bar("calibrate"),
+        **OPTIONS,
+    )
     adapter = calibrated(adapter, calibration, held_out)
     log.info(calibration.reason or f"thresholds {dict(adapter.policy.thresholds)}")
 

@@ -23,9 +23,14 @@ def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) ->
 
     try:
         return read_items(
-            arguments.data, arguments.images, split=arguments.split, prompt=arguments.prompt,
-            limit=arguments.limit, require_answers=require_answers, group_by=arguments.group_by,
-        )  # fmt: skip
+            arguments.data,
+            arguments.images,
+            split=arguments.split,
+            prompt=arguments.prompt,
+            limit=arguments.limit,
+            require_answers=require_answers,
+            group_by=arguments.group_by,
+        )
     except NoAnswerError as error:
         without = [
             f"--{name} {value}"

@@ -67,10 +67,7 @@ def add_command(
             parser.show_usual([f"--{name}" for name in usual.split()])
 
     parser: Parser = commands.add_parser(
-        name,
-        help=help,
-        description=help,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=help, description=help, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.example = example
     parser.set_defaults(run=run)
@@ -138,9 +135,13 @@ def name_option(
     default_text = default if shown is None else shown
     ending = "" if default_text is None else f" (default: {default_text})"
     group.add_argument(
-        flag, metavar="NAME", default=default, choices=names,
-        help=f"{help}: {one_of(names)}{ending}", **more,
-    )  # fmt: skip
+        flag,
+        metavar="NAME",
+        default=default,
+        choices=names,
+        help=f"{help}: {one_of(names)}{ending}",
+        **more,
+    )
 
 
 def field_option(
@@ -215,9 +216,12 @@ def settings_option(
         names = "" if choices is None else f": {one_of(choices)}"
         told.append(f"{name}={_shown(field, _default_of(field))}: {field.metadata['help']}{names}")
     group.add_argument(
-        flag, metavar="NAME=VALUE,...", type=parse, default={},
+        flag,
+        metavar="NAME=VALUE,...",
+        type=parse,
+        default={},
         help=f"{help}; with their defaults, {'; '.join(told)}",
-    )  # fmt: skip
+    )
 
 
 def _default_of(field: Field[Any]) -> Any:
@@ -237,9 +241,14 @@ def _shown(field: Field[Any], default: Any) -> str:
 def depths_option(group: Any, flag: str, help: str, *, default: Any = None) -> None:
     """An option that lists depths, as 3,6."""
     group.add_argument(
-        flag, metavar="N,N", type=whole_numbers(1), nargs="+", action=Flattened, default=default,
+        flag,
+        metavar="N,N",
+        type=whole_numbers(1),
+        nargs="+",
+        action=Flattened,
+        default=default,
         help=help,
-    )  # fmt: skip
+    )
 
 
 @cache
@@ -294,11 +303,7 @@ def _metavar(hint: Any) -> str:
 
 
 def model_options(
-    parser: Parser,
-    *,
-    adapter: bool | None = None,
-    engines: Engines = "plain",
-    auto: bool = False,
+    parser: Parser, *, adapter: bool | None = None, engines: Engines = "plain", auto: bool = False
 ) -> None:
     """The model's name and options of its backbone. adapter: whether exits must be named; None: the
     command takes a backbone alone.
@@ -331,9 +336,12 @@ def engine_option(group: Any, engines: Engines = "all", *, auto: bool = False) -
     fastest = f"{AUTO} (the fastest here that keeps the answers, measured once), " if auto else ""
     default = AUTO if auto else TORCH
     group.add_argument(
-        "--engine", metavar="NAME", default=default, choices=[*([AUTO] if auto else []), *named],
+        "--engine",
+        metavar="NAME",
+        default=default,
+        choices=[*([AUTO] if auto else []), *named],
         help=f"what runs the decoder: {fastest}{known} (default: {default})",
-    )  # fmt: skip
+    )
 
 
 def writes_many(name: str, engine: DecoderEngine) -> bool:
@@ -353,14 +361,19 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
     if not sized:
         return group
     group.add_argument(
-        "--threads", type=threads, metavar="N",
+        "--threads",
+        type=threads,
+        metavar="N",
         help="threads of an engine other than torch (default: as many as PyTorch has)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--context", type=whole(1), default=2048, metavar="N",
+        "--context",
+        type=whole(1),
+        default=2048,
+        metavar="N",
         help="longest prompt with its answer, in tokens, of an engine other than torch "
         "(default: 2048)",
-    )  # fmt: skip
+    )
     return group
 
 
@@ -368,15 +381,20 @@ def vision_options(group: Any) -> None:
     """Add the options of how images are seen."""
     towers = [tower for engine in all_engines().values() for tower in engine.towers]
     name_option(
-        group, "--vision", (*VISION, *towers), "what runs the vision tower on a CPU: in float32; "
+        group,
+        "--vision",
+        (*VISION, *towers),
+        "what runs the vision tower on a CPU: in float32; "
         "mtmd: in llama.cpp, from a folder of `offramp export --vision`",
-        default=AUTO, shown=f"as --engine {AUTO} finds it, else {TORCH}",
-    )  # fmt: skip
+        default=AUTO,
+        shown=f"as --engine {AUTO} finds it, else {TORCH}",
+    )
     group.add_argument(
-        "--shrink-on-load", action="store_true",
+        "--shrink-on-load",
+        action="store_true",
         help="decode large JPEGs at a half, a quarter or an eighth, twice as large as the model "
         "looks at them or more: faster, and pixels differ by rounding",
-    )  # fmt: skip
+    )
 
 
 def precision_options(group: Any, *, quantize: bool = True) -> None:
@@ -388,9 +406,12 @@ def precision_options(group: Any, *, quantize: bool = True) -> None:
     )
     if quantize:
         name_option(
-            group, "--quantize", QUANTIZE, "round the decoder layers' weights, for speed on a CPU",
+            group,
+            "--quantize",
+            QUANTIZE,
+            "round the decoder layers' weights, for speed on a CPU",
             shown="as saved",
-        )  # fmt: skip
+        )
     group.add_argument(
         "--device",
         default="auto",
@@ -406,28 +427,37 @@ def data_options(
     group = parser.add_argument_group("data")
     ending = "" if required or "default" in what else " (default: none)"
     group.add_argument(
-        "--data", required=required, nargs="+", metavar="FILE",
+        "--data",
+        required=required,
+        nargs="+",
+        metavar="FILE",
         help=f"{what}: JSONL file, folder of images, datasets name or folder, or a data set's "
         f"official file (VQA: the questions; annotations beside them are found){ending}",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--images", metavar="FOLDER", help="folder of the images (default: that of the data)"
     )
     group.add_argument("--split", help="only this split (Karpathy's files; default there: test)")
     group.add_argument(
-        "--group-by", default="group", metavar="FIELD",
+        "--group-by",
+        default="group",
+        metavar="FIELD",
         help="field of the rows that names the document, film, patient or user an image came in, "
         "or 'folder'; whole groups are drawn (default: group, where rows have it)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--prompt", help="prompt for captions, or a template with {question} (default: the rows' "
+        "--prompt",
+        help="prompt for captions, or a template with {question} (default: the rows' "
         "own, else 'Caption:' and 'Question: {question} Answer:')",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--limit", type=whole(1), default=limit, metavar="N",
+        "--limit",
+        type=whole(1),
+        default=limit,
+        metavar="N",
         help="sample of this many examples, with all questions about their images (default: "
         f"{limit or 'all'})",
-    )  # fmt: skip
+    )
     return group
 
 
@@ -471,15 +501,25 @@ LONGEST = 40
 
 def length_option(group: Any, default: int | None = LONGEST, shown: str | None = None) -> None:
     group.add_argument(
-        "--max-new-tokens", type=whole(1), default=default, metavar="N",
+        "--max-new-tokens",
+        type=whole(1),
+        default=default,
+        metavar="N",
         help=f"longest answer (default: {shown or default})",
-    )  # fmt: skip
+    )
 
 
 LOADED = (
-    "backbone", "revision", "dtype", "quantize", "device", "engine", "gguf", "vision",
+    "backbone",
+    "revision",
+    "dtype",
+    "quantize",
+    "device",
+    "engine",
+    "gguf",
+    "vision",
     "shrink_on_load",
-)  # fmt: skip
+)
 """Options that say how a model is loaded."""
 ASKED = ("prompt", "max_new_tokens")
 """Options without which the next command would ask of other prompts, or for longer answers: an
@@ -501,6 +541,9 @@ def one_again(arguments: argparse.Namespace) -> str:
 
 def batch_option(group: Any, default: int, help: str = "examples at once") -> None:
     group.add_argument(
-        "--batch-size", type=whole(1), default=default, metavar="N",
+        "--batch-size",
+        type=whole(1),
+        default=default,
+        metavar="N",
         help=f"{help} (default: {default})",
-    )  # fmt: skip
+    )

@@ -75,9 +75,11 @@ def check_out_demo(out: Path, kind: str, arguments: argparse.Namespace) -> None:
 
     for name in ("report.json", f"report-{kind}.json"):
         check_out_file(
-            out / name, arguments, lambda begin: b'"full_equals_generate"' in begin,
+            out / name,
+            arguments,
+            lambda begin: b'"full_equals_generate"' in begin,
             "report of a demo",
-        )  # fmt: skip
+        )
     if arguments.overwrite or not os.path.lexists(out / kind / CONFIG):
         return
     try:

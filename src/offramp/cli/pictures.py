@@ -43,9 +43,9 @@ class Fetched:
         except (OSError, ValueError, HTTPException) as error:
             said = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(
-                f"{self.address} cannot be fetched: {said}.", "Correct the address, or save the "
-                "image and name its file.",
-            ) from error  # fmt: skip
+                f"{self.address} cannot be fetched: {said}.",
+                "Correct the address, or save the image and name its file.",
+            ) from error
         if len(content) > LARGEST:
             raise DataError(
                 f"{self.address} is larger than {LARGEST} bytes.", "Name an image of usual size."

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 STOPS = (
-    "#f0d846", "#d2c060", "#b5a86f", "#999277", "#7e7d78", "#676a71", "#4e566c", "#31436d",
+    "#f0d846",
+    "#d2c060",
+    "#b5a86f",
+    "#999277",
+    "#7e7d78",
+    "#676a71",
+    "#4e566c",
+    "#31436d",
     "#003070",
-)  # fmt: skip
+)
 """From shallow to deep, at equal steps: cividis, pale to dark to any colour vision."""
 _DARK = 0.179  # the luminance on which black and white have the same contrast, 4.58
 

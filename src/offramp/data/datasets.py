@@ -29,9 +29,14 @@ from offramp.inputs.example import Example, examples_digest, rank_of, split_exam
 from offramp.inputs.image import EncodedImage
 
 __all__ = [
-    "CAPTION_PROMPT", "QUESTION_PROMPT", "EncodedImage", "Example", "examples_digest",
-    "read_examples", "split_examples",
-]  # fmt: skip
+    "CAPTION_PROMPT",
+    "QUESTION_PROMPT",
+    "EncodedImage",
+    "Example",
+    "examples_digest",
+    "read_examples",
+    "split_examples",
+]
 
 CAPTION_PROMPT = "Caption:"
 QUESTION_PROMPT = "Question: {question} Answer:"

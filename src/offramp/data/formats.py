@@ -118,9 +118,14 @@ def read_items(
                 "Give one; official files end in .json.",
             )
         examples = read_examples(
-            files[0], images=images, split=split, prompt_template=prompt, limit=limit,
-            require_answers=require_answers, group_by=group_by,
-        )  # fmt: skip
+            files[0],
+            images=images,
+            split=split,
+            prompt_template=prompt,
+            limit=limit,
+            require_answers=require_answers,
+            group_by=group_by,
+        )
         return [Item(example) for example in examples]
     if group_by != GROUP:
         raise InputError(

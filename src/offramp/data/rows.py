@@ -184,12 +184,20 @@ def _jsonl_rows(path: Path, base: Path) -> Iterator[Row]:
 
 
 _KINDS = {
-    b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"GIF8": "an image", b"BM": "an image",
-    b"RIFF": "an image or a sound", b"II*\0": "an image", b"MM\0*": "an image",
-    b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"%PDF": "a PDF",
-    b"PAR1": "a Parquet file", b"GGUF": "a GGUF file",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"GIF8": "an image",
+    b"BM": "an image",
+    b"RIFF": "an image or a sound",
+    b"II*\0": "an image",
+    b"MM\0*": "an image",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"%PDF": "a PDF",
+    b"PAR1": "a Parquet file",
+    b"GGUF": "a GGUF file",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
-}  # fmt: skip
+}
 
 
 def _kind_of(begin: bytes) -> str | None:

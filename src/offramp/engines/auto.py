@@ -141,8 +141,10 @@ def settled(
     if best is not plain:
         log.info(
             "engine: %s, %.0f CPU ms an answer, in PyTorch %.0f (--engine NAME for another)",
-            best.words, 1e3 * best.answer, 1e3 * plain.answer,
-        )  # fmt: skip
+            best.words,
+            1e3 * best.answer,
+            1e3 * plain.answer,
+        )
     files = _files(opened, model) if best.engine == LLAMA_CPP else None
     return Way(best.engine, best.vision, files)
 
@@ -320,8 +322,14 @@ def _probes(adapter: Any) -> list[Any]:
     with Image.open(example_picture(adapter.backbone.name)) as file:
         picture = file.convert("RGB")
     wide, high = picture.size
-    boxes = [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.7, 0.7), (0.3, 0.3, 1.0, 1.0), (0.2, 0.1, 0.8, 0.9),
-             (0.0, 0.3, 0.7, 1.0), (0.3, 0.0, 1.0, 0.7)]  # fmt: skip
+    boxes = [
+        (0.0, 0.0, 1.0, 1.0),
+        (0.0, 0.0, 0.7, 0.7),
+        (0.3, 0.3, 1.0, 1.0),
+        (0.2, 0.1, 0.8, 0.9),
+        (0.0, 0.3, 0.7, 1.0),
+        (0.3, 0.0, 1.0, 0.7),
+    ]
     parts = [
         picture.crop((int(a * wide), int(b * high), int(c * wide), int(d * high)))
         for a, b, c, d in boxes

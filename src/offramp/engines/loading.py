@@ -121,10 +121,15 @@ class Loaded:
         plain = options.keys() <= {"max_new_tokens", "do_sample", "vision_cache", "prefix_cache"}
         text = Text(self.encoder.texts(made.new_tokens)[0])
         text.verdict = self.adapter.verdict(
-            made, self.processor, prompt, image, policy=policy,
-            engine=where, longest=options["max_new_tokens"],
+            made,
+            self.processor,
+            prompt,
+            image,
+            policy=policy,
+            engine=where,
+            longest=options["max_new_tokens"],
             sampling="greedy" if plain and not options["do_sample"] else "sampled or ruled",
-        )  # fmt: skip
+        )
         return text
 
 
@@ -176,16 +181,23 @@ def load(
     if found.config is not None and found.backbone != found.config.backbone:
         given["backbone"] = found.backbone
     way = settled(
-        opened, found.config, Way(engine, vision, gguf),
-        answers=answers, threads=threads, together=sequences != 1, **given,
-    )  # fmt: skip
+        opened,
+        found.config,
+        Way(engine, vision, gguf),
+        answers=answers,
+        threads=threads,
+        together=sequences != 1,
+        **given,
+    )
     loaded = opened(way)
     kind = loaded.adapter.of_format
     if kind is not None and way.gguf is None and answers != 0:
         log.warning(
             "These exits learnt from the backbone in %s, and agree less with it as it is here: "
-            "export them (--gguf %s) and use --engine llama.cpp.", kind, kind,
-        )  # fmt: skip
+            "export them (--gguf %s) and use --engine llama.cpp.",
+            kind,
+            kind,
+        )
     if text is None:
         return loaded
     return replace(loaded, processor=_with_template(loaded, text, str(chat_template)))

@@ -171,12 +171,16 @@ def _bleu(references: Texts, answers: Texts) -> list[Scored]:
     values, by_order = scorer.compute_score(option="closest", verbose=0)
     rows = np.array(
         [
-            [*c["correct"], *c["guess"], c["testlen"],
-             scorer._single_reflen(c["reflen"], "closest", c["testlen"])]
+            [
+                *c["correct"],
+                *c["guess"],
+                c["testlen"],
+                scorer._single_reflen(c["reflen"], "closest", c["testlen"]),
+            ]
             for c in scorer.ctest
         ],
         dtype=np.float64,
-    )  # fmt: skip
+    )
     return [
         (Measure(float(value), rows, _bleu_of(order)), list(map(float, by_example)))
         for order, (value, by_example) in enumerate(zip(values, by_order, strict=True), 1)

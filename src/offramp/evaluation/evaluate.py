@@ -231,10 +231,17 @@ class _Answerer:
         if alone and (result.rounds or any(result.offers)):  # drafts
             times["rounds"] = [list(pair) for pair in result.rounds]
         return [
-            {"key": item.key, "mode": mode, "answer": answer.text, "ids": list(answer.ids),
-             "depths": list(answer.depths), **times, **self._ranked(item, mode)}
+            {
+                "key": item.key,
+                "mode": mode,
+                "answer": answer.text,
+                "ids": list(answer.ids),
+                "depths": list(answer.depths),
+                **times,
+                **self._ranked(item, mode),
+            }
             for item, answer in zip(items, answers_of(result, self.encoder), strict=True)
-        ]  # fmt: skip
+        ]
 
     def warm(self, items: Sequence[Item], mode: str) -> None:
         """Generate once without a clock."""

@@ -101,9 +101,12 @@ def time_interleaved(
     """
 
     runs = in_turn(
-        {name: partial(timed, run, clock=clock) for name, run in methods.items()}, inputs,
-        rounds=rounds, warm=3, progress=progress,
-    )  # fmt: skip
+        {name: partial(timed, run, clock=clock) for name, run in methods.items()},
+        inputs,
+        rounds=rounds,
+        warm=3,
+        progress=progress,
+    )
     runs = beside_full(runs, dict.fromkeys(drafting, "full"))
     return {
         name: Timing(

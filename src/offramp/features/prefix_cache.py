@@ -129,11 +129,7 @@ class PrefixCache:
         return prompt, min(most, len(embeds) - 1), glimpsed
 
     def _likest(
-        self,
-        held: LRUCache[int, _Kept],
-        weights: Weights,
-        embeds: Tensor,
-        positions: Tensor | None,
+        self, held: LRUCache[int, _Kept], weights: Weights, embeds: Tensor, positions: Tensor | None
     ) -> tuple[_Kept | None, int]:
         with self._lock:
             # Not as `items` does, which would mark all of them as used.

@@ -407,9 +407,12 @@ def _in_int8(file: Path) -> Run:
         root.disabled = True  # it advises, on the root logger, what the exporter has done
         try:
             quantize_dynamic(
-                file, rounded, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8,
+                file,
+                rounded,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                weight_type=QuantType.QInt8,
                 per_channel=True,
-            )  # fmt: skip
+            )
         finally:
             root.disabled = heard
         return _onnxruntime(rounded)

@@ -286,10 +286,16 @@ class RunningRisk:
         kept = None if bets is None else {name: _plain(getattr(bets, name)) for name in KEPT}
         sides = (self._up, self._down, self._most_up, self._most_down)
         return {
-            "promised": self.promised, "level": self.level, "confidence": self.confidence,
-            "of_one": self.of_one, "most": self.most, "n": self.n, "total": self.total,
-            "bets": kept, "sides": [side.tolist() for side in sides],
-        }  # fmt: skip
+            "promised": self.promised,
+            "level": self.level,
+            "confidence": self.confidence,
+            "of_one": self.of_one,
+            "most": self.most,
+            "n": self.n,
+            "total": self.total,
+            "bets": kept,
+            "sides": [side.tolist() for side in sides],
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunningRisk:

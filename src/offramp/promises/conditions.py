@@ -327,16 +327,20 @@ RULES: dict[str, Rule] = {
     "parameters": Rule("weights of the backbone {here}", before=_AS_LOADED),
     "exits": Rule(
         "other weights of the exits than the calibrated ones",
-        lambda c: c.equal or c.then.get("dtype") != c.here.get("dtype"), before=UNSAID,
+        lambda c: c.equal or c.then.get("dtype") != c.here.get("dtype"),
+        before=UNSAID,
     ),
     "template": Rule("another chat template than the calibrated one"),
     "shrink_on_load": Rule(
         "JPEGs decoded {here} where {then} when calibrated",
-        shown=lambda v: "smaller" if v else "whole", before=False,
+        shown=lambda v: "smaller" if v else "whole",
+        before=False,
     ),
     "pixels": Rule(
-        "another image processor than the calibrated one", _same_settings,
-        shown=lambda v: str(v.get("image_processor_type", "")), before=UNSAID,
+        "another image processor than the calibrated one",
+        _same_settings,
+        shown=lambda v: str(v.get("image_processor_type", "")),
+        before=UNSAID,
     ),
     "tokens": Rule("another tokenizer than the calibrated one", before=UNSAID),
     "autocast": Rule(
@@ -344,7 +348,8 @@ RULES: dict[str, Rule] = {
     ),
     "matmul": Rule(
         "float32 matrix multiplication of precision {here} where {then} was calibrated",
-        lambda c: c.equal or not c.in_float32, before="highest",
+        lambda c: c.equal or not c.in_float32,
+        before="highest",
     ),
     "sampling": Rule("{here} where {then} decoding was calibrated"),
     "longest": Rule("answers of up to {here} tokens where up to {then} were calibrated", _longest),
@@ -358,7 +363,8 @@ RULES: dict[str, Rule] = {
     ),
     "visual_keep": Rule(
         "{here} of the visual tokens where {then} were calibrated",
-        shown=lambda v: f"{v:.0%}", before=1.0,
+        shown=lambda v: f"{v:.0%}",
+        before=1.0,
     ),
     "shortlist": Rule(
         "{here} where calibrated {then}",
@@ -373,7 +379,7 @@ RULES: dict[str, Rule] = {
     "weights": Rule(
         "weights of exits {here} where {then} were calibrated", shown=_by_depth, before={}
     ),
-}  # fmt: skip
+}
 """By name."""
 
 

@@ -101,9 +101,12 @@ class Promise:
 
 
 _SHORT = {
-    "consistency": "ROUGE-L apart", "cider_drop": "CIDEr-D lost", "rouge_l_drop": "ROUGE-L lost",
-    "exact_match_drop": "exact match lost", "vqa_accuracy_drop": "VQA accuracy lost",
-}  # fmt: skip
+    "consistency": "ROUGE-L apart",
+    "cider_drop": "CIDEr-D lost",
+    "rouge_l_drop": "ROUGE-L lost",
+    "exact_match_drop": "exact match lost",
+    "vqa_accuracy_drop": "VQA accuracy lost",
+}
 
 
 def watched(calibration: Mapping[str, Any] | None, promise: Promise) -> Promise | None:

@@ -165,9 +165,7 @@ class Looks:
 
     def to_json(self) -> dict[str, Any]:
         lower = self.whitened[np.tril_indices(len(self.center))]
-        return {
-            **self.kept.to_json(), "center": self.center.tolist(), "whitened": lower.tolist()
-        }  # fmt: skip
+        return {**self.kept.to_json(), "center": self.center.tolist(), "whitened": lower.tolist()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Looks:

@@ -75,9 +75,12 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "says": self.says, "why": self.reason, "promised": self.promise is not None,
-            "exact": self.exact, "p_value": self.p_value,
-        }  # fmt: skip
+            "says": self.says,
+            "why": self.reason,
+            "promised": self.promise is not None,
+            "exact": self.exact,
+            "p_value": self.p_value,
+        }
 
 
 def decide(

@@ -39,10 +39,15 @@ def gallery(done: Done, layers: int, pictures: Mapping[str, Example], tokenizer:
         groups.append({"changed": of is changed, "n": len(of), "of": len(both), "answers": said})
         depths.update(depth for key in keys for depth in early[key]["depths"])
     return render(
-        "answers", foretold="", not_here="" if done else ROWS, groups=groups if early else [],
-        layers=layers, pictures=any(key in pictures for key in early), worded=tokenizer is not None,
+        "answers",
+        foretold="",
+        not_here="" if done else ROWS,
+        groups=groups if early else [],
+        layers=layers,
+        pictures=any(key in pictures for key in early),
+        worded=tokenizer is not None,
         legend=[token("full" if d == layers else "exit", d, layers) for d in sorted(depths)],
-    )  # fmt: skip
+    )
 
 
 def foretold(done: Done, layers: int, pictures: Mapping[str, Example], tokenizer: Any) -> Markup:
@@ -53,10 +58,15 @@ def foretold(done: Done, layers: int, pictures: Mapping[str, Example], tokenizer
     depths = {layers, *(depth for row in rows for depth in row["depths"])}
     heading = "The model's own answers; each word is on the colour of the depth foretold of it"
     return render(
-        "answers", foretold=heading, not_here="", groups=[{"answers": said}], layers=layers,
-        pictures=bool(pictures), worded=tokenizer is not None,
+        "answers",
+        foretold=heading,
+        not_here="",
+        groups=[{"answers": said}],
+        layers=layers,
+        pictures=bool(pictures),
+        worded=tokenizer is not None,
         legend=[token("full" if d == layers else "exit", d, layers) for d in sorted(depths)],
-    )  # fmt: skip
+    )
 
 
 def _answer(

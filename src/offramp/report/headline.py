@@ -31,10 +31,14 @@ def evaluated(value: Value) -> Headline:
     if early:
         speed = speeds.get("end_to_end") or speeds.get("decode")
         sentence = render(
-            "headline", kind="eval", same=same["value"], **_most(early),
-            depth=early["mean_depth"], speed=speed and speed["value"],
+            "headline",
+            kind="eval",
+            same=same["value"],
+            **_most(early),
+            depth=early["mean_depth"],
+            speed=speed and speed["value"],
             whole=bool(speeds.get("end_to_end")),
-        )  # fmt: skip
+        )
     cards: Cards = []
     for name, title in (("decode", "decoding speed"), ("end_to_end", "speed end to end")):
         if ratio := speeds.get(name):
@@ -67,9 +71,16 @@ def demo(value: Value) -> Headline:
     # Of one exit the share follows from the mean.
     share = (layers - depth) / (layers - exits[0]) if len(exits) == 1 else None
     sentence = render(
-        "headline", kind="demo", same=early["agreement"], depth=depth, shallow=exits[0],
-        share=share, layers=layers, speed=early["speedup_end_to_end"], whole=True,
-    )  # fmt: skip
+        "headline",
+        kind="demo",
+        same=early["agreement"],
+        depth=depth,
+        shallow=exits[0],
+        share=share,
+        layers=layers,
+        speed=early["speedup_end_to_end"],
+        whole=True,
+    )
     cards: Cards = [
         ("decoding speed, early exit", times(early["speedup_decode"]), "full depth = 1"),
         ("speed end to end, early exit", times(early["speedup_end_to_end"]), "full depth = 1"),
@@ -78,8 +89,14 @@ def demo(value: Value) -> Headline:
     ]
     if lossless := value["modes"].get("lossless"):
         same = "identical" if lossless["identical"] else "NOT identical"
-        cards.insert(2, ("decoding speed, lossless", times(lossless["speedup_decode"]),
-                         f"answers {same} to the full model's"))  # fmt: skip
+        cards.insert(
+            2,
+            (
+                "decoding speed, lossless",
+                times(lossless["speedup_decode"]),
+                f"answers {same} to the full model's",
+            ),
+        )
     for name, quality in early["quality"].items():
         remark = f"full model {percent(full['quality'][name])}"
         cards.append((f"{name} right", percent(quality), remark))
@@ -90,10 +107,13 @@ def forecast(value: Value) -> Headline:
     """Return whether exits would pay, and what answers would take."""
     best = next(row for row in value["depths"] if row["depth"] == value["best"])
     cards: Cards = [
-        (f"decoding speed, {float(risk):.0%} of answers change", times(speed),
-         f"{times(low)} to {times(high)}")
+        (
+            f"decoding speed, {float(risk):.0%} of answers change",
+            times(speed),
+            f"{times(low)} to {times(high)}",
+        )
         for risk, (speed, low, high) in best["calibrated"].items()
-    ]  # fmt: skip
+    ]
     whole, after = value["seconds"][0], value["seconds_with"]
     cards += [
         ("1,000 answers now", _took(1000 * whole), "of this machine, one at a time"),
@@ -115,10 +135,16 @@ def adapter(value: Value) -> Headline:
     if not guarantee or guarantee.get("measured") is None:
         return NOTHING, []
     cards: Cards = [
-        ("guaranteed risk, at most", fine(guarantee["target"]),
-         f"{guarantee['risk']}, at {percent(guarantee['confidence'], 0)} confidence, {LIKE}"),
-        ("measured risk", fine(guarantee["measured"]),
-         f"at most {fine(guarantee['bound'])}, n = {guarantee['n']}"),
-    ]  # fmt: skip
+        (
+            "guaranteed risk, at most",
+            fine(guarantee["target"]),
+            f"{guarantee['risk']}, at {percent(guarantee['confidence'], 0)} confidence, {LIKE}",
+        ),
+        (
+            "measured risk",
+            fine(guarantee["measured"]),
+            f"at most {fine(guarantee['bound'])}, n = {guarantee['n']}",
+        ),
+    ]
     asked = {name: guarantee[name] for name in ("confidence", "risk", "target")}
     return render("headline", kind="adapter", **asked), cards

@@ -105,8 +105,16 @@ def forecast(depths: Sequence[Mapping[str, Any]], layers: int) -> str:
                 [max(0.0, speed - low) for speed, low in zip(speeds, lows, strict=True)],
                 [max(0.0, high - speed) for speed, high in zip(speeds, highs, strict=True)],
             ]
-            axes.errorbar(shares, speeds, ends, color=color, marker="o", markersize=4.5,
-                          capsize=2, label=f"exit at {row['depth']} of {layers}")  # fmt: skip
+            axes.errorbar(
+                shares,
+                speeds,
+                ends,
+                color=color,
+                marker="o",
+                markersize=4.5,
+                capsize=2,
+                label=f"exit at {row['depth']} of {layers}",
+            )
         axes.axhline(1.0, color=INK, lw=1, linestyle=":")
         axes.set_xlabel("share of answers that may change")
         axes.set_ylabel("decoding speed (full depth 1)")
@@ -126,15 +134,26 @@ def calibration_curve(
         axes.plot(steps, risks, color=COLORS[0], marker="o", markersize=4.5, label="measured risk")
         if any(bound is not None for bound in bounds):
             axes.plot(
-                steps, bounds, color=COLORS[1], marker="s", markersize=4.5, linestyle="--",
+                steps,
+                bounds,
+                color=COLORS[1],
+                marker="s",
+                markersize=4.5,
+                linestyle="--",
                 label="upper bound",
-            )  # fmt: skip
+            )
         axes.axhline(target, color=INK, lw=1, linestyle=":", label="target")
         if chosen is not None:
             axes.plot(
-                [chosen + 1], [risks[chosen]], color=COLORS[2], marker="o", markersize=11,
-                fillstyle="none", linestyle="none", label="chosen",
-            )  # fmt: skip
+                [chosen + 1],
+                [risks[chosen]],
+                color=COLORS[2],
+                marker="o",
+                markersize=11,
+                fillstyle="none",
+                linestyle="none",
+                label="chosen",
+            )
         whole(axes.xaxis)
         axes.set_xlabel("thresholds along the path, safest first")
         axes.set_ylabel("share of answers changed")

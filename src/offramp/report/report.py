@@ -205,16 +205,28 @@ def _plan(answers: Show) -> list[tuple[str, str, dict[str, Show]]]:
         return lambda source: show(source.value)
 
     return [
-        ("answers", "Answers, word by word", {
-            "eval": answers, "demo": answers, "forecast": answers}),
+        (
+            "answers",
+            "Answers, word by word",
+            {"eval": answers, "demo": answers, "forecast": answers},
+        ),
         ("key", "Key figures", dict.fromkeys(HEADLINES, _figures)),
-        ("exits", "Where tokens exit", {
-            "eval": of(sections.histogram), "forecast": of(sections.forecast)}),
+        (
+            "exits",
+            "Where tokens exit",
+            {"eval": of(sections.histogram), "forecast": of(sections.forecast)},
+        ),
         ("calibration", "Calibration", {"adapter": of(sections.calibration)}),
-        ("figures", "All figures", {
-            "eval": of(sections.measured_eval), "demo": of(sections.measured_demo),
-            "forecast": of(sections.foretold)}),
-    ]  # fmt: skip
+        (
+            "figures",
+            "All figures",
+            {
+                "eval": of(sections.measured_eval),
+                "demo": of(sections.measured_demo),
+                "forecast": of(sections.foretold),
+            },
+        ),
+    ]
 
 
 def _opening(source: Source) -> Markup:
@@ -256,8 +268,10 @@ def _asked(source: Source, items: Mapping[str, Item]) -> dict[str, Example]:
         log.warning(
             "%s: %d of %d examples ask something else than the run did and are not shown; give the "
             "run's data, and its --prompt.",
-            source.name, others, len(digests),
-        )  # fmt: skip
+            source.name,
+            others,
+            len(digests),
+        )
     return asked
 
 

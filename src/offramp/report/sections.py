@@ -106,9 +106,14 @@ def calibration(value: Value) -> Markup:
         },
     )
     return render(
-        "calibration", guarantee=guarantee, chosen=chosen is not None, svg=svg, path=walked,
-        ways=ways, tried=tried,
-    )  # fmt: skip
+        "calibration",
+        guarantee=guarantee,
+        chosen=chosen is not None,
+        svg=svg,
+        path=walked,
+        ways=ways,
+        tried=tried,
+    )
 
 
 # -- all figures -----------------------------------------------------------------------------------
@@ -140,9 +145,13 @@ def measured_eval(value: Value) -> Markup:
     )
     measured = Table(("metric", *titles, *(["difference"] if both else [])), rows)
     return render(
-        "figures", kind="eval", n=value["n"], measured=measured, latency=latency,
+        "figures",
+        kind="eval",
+        n=value["n"],
+        measured=measured,
+        latency=latency,
         missing=next(iter(modes.values()))["unavailable"],
-    )  # fmt: skip
+    )
 
 
 def _latency(value: Value | None, name: str, part: str) -> str:

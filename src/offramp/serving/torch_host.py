@@ -123,9 +123,11 @@ class TorchHost(PreparedHost):
         check_room(backbone, attached, config.slots, config.limit)
         self._attached, self._config, self._policy = attached, config, policy
         self._how: dict[str, Any] = {
-            "vision_cache": vision_cache, "prefix_cache": prefix_cache, "chunk": config.budget,
+            "vision_cache": vision_cache,
+            "prefix_cache": prefix_cache,
+            "chunk": config.budget,
             "between": between,
-        }  # fmt: skip
+        }
         self._make_heads = make_heads
         self._due: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by sampler
         self._make()
@@ -170,9 +172,14 @@ class TorchHost(PreparedHost):
         check_room(opened.ids.shape[-1], opened.longest)
         kept = {name: self._how[name] for name in ("vision_cache", "prefix_cache")}
         return generate(
-            backbone, request.inputs, planned=lambda: plan, streamer=streamer, seed=request.seed,
-            **kept, **request.options,
-        )  # fmt: skip
+            backbone,
+            request.inputs,
+            planned=lambda: plan,
+            streamer=streamer,
+            seed=request.seed,
+            **kept,
+            **request.options,
+        )
 
     def _alone(self, request: Request) -> Plan:
         """The plan of a request by itself; at full depth where drafts cannot be taken back."""

@@ -23,10 +23,12 @@ class Discriminator(nn.Module):
         self.feature_norm: nn.LayerNorm = nn.LayerNorm(width)
         self.entry_norm: nn.LayerNorm = nn.LayerNorm(width)
         self.net: nn.Sequential = nn.Sequential(
-            nn.Linear(width * 2, hidden), nn.LeakyReLU(0.2),
-            nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
+            nn.Linear(width * 2, hidden),
+            nn.LeakyReLU(0.2),
+            nn.Linear(hidden, hidden),
+            nn.LeakyReLU(0.2),
             nn.Linear(hidden, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, features: Tensor, entries: Tensor) -> Tensor:
         """Logits [N] of final-normed `features` [N, D] from exit inputs `entries` [N, D]."""

@@ -292,8 +292,9 @@ class DraftTraining(ABC):
         config, (train, validation) = self.config, stores
         optimizer = torch.optim.AdamW(
             [p for p in self.learning.parameters() if p.requires_grad],
-            lr=config.learning_rate, weight_decay=0.01,
-        )  # fmt: skip
+            lr=config.learning_rate,
+            weight_decay=0.01,
+        )
         best, found = self._copy(), self.measure(validation)
         quiet = not self.accelerator.is_main_process
         with progress_bar("drafting", total=config.steps, tell=not quiet) as bar:

@@ -433,10 +433,7 @@ class Trainer:
             ExitSet(exits, self.shortlist, self.measured),
             resolved(self._policy(), self.backbone),
             provenance={**self.provenance, "config": asdict(self.config)},
-            metrics={
-                "agreement": self.agreement,
-                "step": self.progress.best_step,
-            },
+            metrics={"agreement": self.agreement, "step": self.progress.best_step},
             seen=self.seen,
         )
 

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from offramp.core.decoding import scores
-from offramp.core.decoding.confidence import (
-    check_score,
-    check_thresholds,
-)
+from offramp.core.decoding.confidence import check_score, check_thresholds
 from offramp.core.decoding.policy import ExitPolicy
-from offramp.core.decoding.scores import (
-    SCORES,
-)
+from offramp.core.decoding.scores import SCORES
 from offramp.core.errors import InputError
 from offramp.features import registration
 from offramp.features.registration import register_score
@@ -124,9 +119,7 @@ def test_a_registered_score_that_gives_no_scores_is_refused_by_its_name(gives, s
             SCORED[reads](registry["mine"], torch.zeros(2, 5))
 
 
-READING = {
-    "check": lambda gives: lambda check: gives(check.entry),
-}
+READING = {"check": lambda gives: lambda check: gives(check.entry)}
 SCORED = {
     "logits": lambda score, logits: score(logits),
     "check": lambda score, logits: score(SimpleNamespace(entry=logits)),

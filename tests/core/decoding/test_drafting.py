@@ -162,9 +162,10 @@ def test_a_draft_is_what_the_layer_makes_of_token_and_state_without_a_cache(
     with_cache = []
     tokens = DraftingExit.tokens
     monkeypatch.setattr(
-        DraftingExit, "tokens",
+        DraftingExit,
+        "tokens",
         lambda self, states: with_cache.append(states.clone()) or tokens(self, states),
-    )  # fmt: skip
+    )
     generate(whole, inputs, exits=exits, policy=LOSSLESS, **GREEDY)
     one_row = [states for states in with_cache if len(states) == 1]
     assert len(one_row) == len(with_cache) > 3

@@ -23,10 +23,7 @@ from families import WORDLESS
 from reference import Script
 
 from offramp.core import plugins
-from offramp.core.decoding.confidence import (
-    FEATURE_SCORES,
-    HEADS,
-)
+from offramp.core.decoding.confidence import FEATURE_SCORES, HEADS
 from offramp.core.decoding.policy import (
     RETIRED,
     ExitPolicy,
@@ -34,9 +31,7 @@ from offramp.core.decoding.policy import (
     policy_to_json,
     resolved,
 )
-from offramp.core.decoding.scores import (
-    SCORES,
-)
+from offramp.core.decoding.scores import SCORES
 from offramp.core.engine.generate import generate
 from offramp.core.engine.heads import ExitCheck, ExitScorer
 from offramp.core.errors import InputError
@@ -208,8 +203,15 @@ def test_a_first_token_may_exit_by_default_where_the_prompt_is_causal(
 ) -> None:
     whole, parts = backbone(name), exits(name)
     rule = ExitPolicy({parts.depths[0]: 0.0})
-    made = generate(whole, batch(name, 1), exits=parts, policy=rule, max_new_tokens=2,
-                    do_sample=False, suppress_tokens=WORDLESS)  # fmt: skip
+    made = generate(
+        whole,
+        batch(name, 1),
+        exits=parts,
+        policy=rule,
+        max_new_tokens=2,
+        do_sample=False,
+        suppress_tokens=WORDLESS,
+    )
     early = whole.is_encoder_decoder or whole.family.causal_prompt
     assert made.depths.tolist() == [[parts.depths[0] if early else whole.depth, parts.depths[0]]]
     assert resolved(rule, whole).exit_in_prefill == whole.family.causal_prompt

@@ -61,9 +61,13 @@ def test_above_one_the_answer_is_the_full_models(name, rows, kind, backbone, bat
     whole, inputs, depths = backbone(name), batch(name, rows), families.depths(name)[:1]
     options = {"suppress_tokens": None} if kind == "layer" else {"suppress_tokens": WORDLESS}
     made = generate(
-        whole, inputs, exits=exits_of(whole, kind, depths), policy=policy_at(1.5, depths),
-        **GREEDY, **options,
-    )  # fmt: skip
+        whole,
+        inputs,
+        exits=exits_of(whole, kind, depths),
+        policy=policy_at(1.5, depths),
+        **GREEDY,
+        **options,
+    )
     full = greedy(whole, inputs, **options)
     assert torch.equal(made.sequences, full[:, full.shape[1] - made.sequences.shape[1] :])
     assert set(made.depths[made.depths > 0].tolist()) == {whole.depth}
@@ -77,8 +81,9 @@ def test_at_nought_plain_exits_write_what_they_write_at_a_threshold_of_nought(
     """Of answers that end by themselves: nothing is ever verified."""
     whole, inputs = backbone(name), batch(name, rows)
     exits, options = exits_of(whole, "layer"), {**GREEDY, "max_new_tokens": 60}
-    taken = generate(whole, inputs, exits=exits, policy=replace(TRUST, trust=0.0, max_draft=60),
-                     **options)  # fmt: skip
+    taken = generate(
+        whole, inputs, exits=exits, policy=replace(TRUST, trust=0.0, max_draft=60), **options
+    )
     early = generate(whole, inputs, exits=exits, policy=ExitPolicy({2: 0.0}), **options)
     assert torch.equal(taken.sequences, early.sequences)
     assert torch.equal(taken.depths, early.depths) and not taken.rounds
@@ -155,9 +160,12 @@ def test_drafts_are_taken_from_their_product_on(engine, backbone, batch, monkeyp
     options = {**GREEDY, "eos_token_id": ENDS[1]}
     for trust, taken in ((0.25, True), (0.26, False)):
         made = generate(
-            whole, inputs, exits=exits_of(whole, "drafting"), policy=replace(TRUST, trust=trust),
+            whole,
+            inputs,
+            exits=exits_of(whole, "drafting"),
+            policy=replace(TRUST, trust=trust),
             **options,
-        )  # fmt: skip
+        )
         assert (not made.rounds) is taken
         if taken:
             assert made.new_tokens[0, -1] == ENDS[1]
@@ -191,9 +199,12 @@ def test_what_is_not_plainly_greedy_is_verified(more, rows, backbone, batch, end
     options = {**GREEDY, **more}
     full = generate(whole, inputs, **options)
     made = generate(
-        whole, inputs, exits=exits_of(whole, "drafting"), policy=replace(TRUST, trust=0.0),
+        whole,
+        inputs,
+        exits=exits_of(whole, "drafting"),
+        policy=replace(TRUST, trust=0.0),
         **options,
-    )  # fmt: skip
+    )
     assert torch.equal(made.sequences, full.sequences)
     plain = generate(
         whole, inputs, exits=exits_of(whole, "drafting"), policy=replace(TRUST, trust=0.0), **GREEDY
@@ -215,8 +226,13 @@ def test_an_answer_that_its_length_ends_is_verified(backbone, batch, ends_at_onc
     whole, inputs = backbone("llava"), batch("llava", 1)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": families.EOS}
     full = generate(whole, inputs, **options)
-    made = generate(whole, inputs, exits=exits_of(whole, "drafting"),
-                    policy=replace(TRUST, trust=0.0), **options)  # fmt: skip
+    made = generate(
+        whole,
+        inputs,
+        exits=exits_of(whole, "drafting"),
+        policy=replace(TRUST, trust=0.0),
+        **options,
+    )
     assert torch.equal(made.sequences, full.sequences) and full.depths.numel() == 5
 
 
@@ -226,8 +242,13 @@ def test_who_only_listens_changes_nothing(backbone, batch, ends_at_once):
 
     whole, inputs, heard = backbone("llava"), batch("llava", 1), FirstToken()
     options = {**GREEDY, "stopping_criteria": [heard]}
-    made = generate(whole, inputs, exits=exits_of(whole, "drafting"),
-                    policy=replace(TRUST, trust=0.0), **options)  # fmt: skip
+    made = generate(
+        whole,
+        inputs,
+        exits=exits_of(whole, "drafting"),
+        policy=replace(TRUST, trust=0.0),
+        **options,
+    )
     assert made.new_tokens.tolist() == [[ENDS[1]]] and heard.heard
 
 

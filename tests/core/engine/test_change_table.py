@@ -280,11 +280,14 @@ CHANGES: dict[str, Callable[[InUse], Any]] = {
     "parameters assigned": assigned,
     "another precision and back": lambda u: u.model.to(torch.bfloat16).to(torch.float32),
     "another precision": lambda u: (
-        u.model.to(torch.float64), u.adapter.exits.modules.to(torch.float64)
+        u.model.to(torch.float64),
+        u.adapter.exits.modules.to(torch.float64),
     ),
     "rotary frequencies written": lambda u: u.inner.rotary_emb.inv_freq.mul_(0.3),
     "rotary frequencies written twice": lambda u: (
-        u.inner.rotary_emb.inv_freq.mul_(0.3), u.answers(), u.inner.rotary_emb.inv_freq.mul_(3.0)
+        u.inner.rotary_emb.inv_freq.mul_(0.3),
+        u.answers(),
+        u.inner.rotary_emb.inv_freq.mul_(3.0),
     ),
     "rotary frequencies replaced": lambda u: setattr(
         u.inner.rotary_emb, "inv_freq", u.inner.rotary_emb.inv_freq * 0.3
@@ -313,9 +316,7 @@ CHANGES: dict[str, Callable[[InUse], Any]] = {
     "the tower replaced": lambda u: setattr(
         u.model.model, "vision_tower", other(u.model.model.vision_tower, 3.0)
     ),
-    "the tower written": lambda u: [
-        write(p, 3.0) for p in u.model.model.vision_tower.parameters()
-    ],
+    "the tower written": lambda u: [write(p, 3.0) for p in u.model.model.vision_tower.parameters()],
     "another generation config": with_config(max_new_tokens=9),
     "a generation config that repeats nothing": with_config(repetition_penalty=9.0),
     "the generation config set": lambda u: setattr(u.model.generation_config, "max_new_tokens", 8),
@@ -351,19 +352,26 @@ CHANGES: dict[str, Callable[[InUse], Any]] = {
     ),
     "a number that code reads": lambda u: setattr(u.inner.norm, "variance_epsilon", 5.0),
     "a method of an instance": lambda u: setattr(
-        u.model.model, "get_placeholder_mask",
+        u.model.model,
+        "get_placeholder_mask",
         MethodType(type(u.model.model).get_placeholder_mask, u.model.model),
     ),
     "from another thread": in_another_thread,
     "with a second backbone": second_backbone,
-}  # fmt: skip
+}
 """What is done to a model in use."""
 SAME_ANSWERS = {
-    "another precision and back", "another precision", "another attention", "LoRA deleted",
-    "LoRA switched off", "a method of an instance", "rotary frequencies written twice",
-    "another generation config", "a generation config that repeats nothing",
+    "another precision and back",
+    "another precision",
+    "another attention",
+    "LoRA deleted",
+    "LoRA switched off",
+    "a method of an instance",
+    "rotary frequencies written twice",
+    "another generation config",
+    "a generation config that repeats nothing",
     "the generation config set",
-}  # fmt: skip
+}
 """Changes that are none of what a guarantee calls the model's answers, or may not show in a few
 tokens."""
 

@@ -95,8 +95,15 @@ def test_a_streamer_hears_of_long_rows_while_short_ones_are_over(lossless, backb
     """What a row says is handed on as soon as the others have said as much, or are over."""
     whole, inputs = backbone("llava"), batch("llava", 3)
     policy = ExitPolicy({2: 0.05}, lossless=lossless, max_draft=2)  # few are asked for ahead
-    free = generate(whole, inputs, exits=exits("llava"), policy=policy, max_new_tokens=NEW,
-                    do_sample=False, repetition_penalty=1.2)  # fmt: skip
+    free = generate(
+        whole,
+        inputs,
+        exits=exits("llava"),
+        policy=policy,
+        max_new_tokens=NEW,
+        do_sample=False,
+        repetition_penalty=1.2,
+    )
     end, asked, puts = int(free.new_tokens[0, 1]), [0], []
 
     class Count(LogitsProcessor):
@@ -110,9 +117,19 @@ def test_a_streamer_hears_of_long_rows_while_short_ones_are_over(lossless, backb
             super().put(value)
 
     got = Streamer()
-    made = generate(whole, inputs, exits=exits("llava"), policy=policy, max_new_tokens=NEW,
-                    do_sample=False, repetition_penalty=1.2, streamer=got, eos_token_id=end,
-                    pad_token_id=PAD, logits_processor=[Count()])  # fmt: skip
+    made = generate(
+        whole,
+        inputs,
+        exits=exits("llava"),
+        policy=policy,
+        max_new_tokens=NEW,
+        do_sample=False,
+        repetition_penalty=1.2,
+        streamer=got,
+        eos_token_id=end,
+        pad_token_id=PAD,
+        logits_processor=[Count()],
+    )
     assert got.got[1:-1] == made.new_tokens.T.tolist() and got.got[-1] == "end"
     columns = made.new_tokens.shape[1]
     assert columns > 4, "rows of one length show nothing"
@@ -242,9 +259,7 @@ def test_an_option_that_is_not_done_is_refused(option, backbone, batch):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"num_beams": 1}, {"use_cache": True}, {"guidance_scale": 1}],
-    ids=str,
+    "options", [{"num_beams": 1}, {"use_cache": True}, {"guidance_scale": 1}], ids=str
 )
 def test_an_option_that_asks_for_nothing_unusual_is_taken(options, backbone, batch):
     made = generate(backbone("llava"), batch("llava", 1), max_new_tokens=2, **options)
@@ -423,8 +438,11 @@ def test_what_is_longer_than_the_positions_is_refused(mode, backbone, exits, bat
     with pytest.raises(InputError, match=f"{limit} positions"):
         generate(whole, inputs, max_new_tokens=limit - prompt + 3, **run)
     words = torch.full((1, limit), families.FIRST_WORD)
-    longer = {n: torch.cat([v, words if n == "input_ids" else torch.ones_like(words)], 1)
-              for n, v in inputs.items() if n in ("input_ids", "attention_mask")}  # fmt: skip
+    longer = {
+        n: torch.cat([v, words if n == "input_ids" else torch.ones_like(words)], 1)
+        for n, v in inputs.items()
+        if n in ("input_ids", "attention_mask")
+    }
     with pytest.raises(InputError, match=f"{limit} positions"):
         generate(whole, {**inputs, **longer}, max_new_tokens=1, **run)
 
@@ -480,7 +498,10 @@ def test_a_processor_that_raised_is_not_asked_again(backbone, exits, batch):
         some = exits("llava", depths=(2, 4))
         with pytest.raises(RuntimeError, match="enough"):
             generate(
-                backbone("llava"), batch("llava", 1), exits=some, logits_processor=[Broken()],
+                backbone("llava"),
+                batch("llava", 1),
+                exits=some,
+                logits_processor=[Broken()],
                 **options,
-            )  # fmt: skip
+            )
         assert len(asked) == last

@@ -25,11 +25,19 @@ UNLIKE_ITSELF = (home_made.NoiseByCall, home_made.StateBeside)
 KINDS = [*home_made.STACKS, *home_made.LAYERS, *home_made.HEADS]
 KINDS = [kind for kind in KINDS if kind not in UNLIKE_ITSELF]
 RIGHT = [
-    home_made.ByName, home_made.Capped, home_made.Biased, home_made.CappedAndBiased,
-    home_made.Sliced, home_made.Tempered, home_made.TemperedALittle, home_made.Window,
-    home_made.Strided, home_made.EverySecond, home_made.PositionsEnter,
+    home_made.ByName,
+    home_made.Capped,
+    home_made.Biased,
+    home_made.CappedAndBiased,
+    home_made.Sliced,
+    home_made.Tempered,
+    home_made.TemperedALittle,
+    home_made.Window,
+    home_made.Strided,
+    home_made.EverySecond,
+    home_made.PositionsEnter,
     home_made.ScaledFrom24,
-]  # fmt: skip
+]
 """What must not be refused."""
 NEW = 16
 ROUNDING = 2e-5
@@ -120,8 +128,9 @@ def test_what_would_be_wrong_at_its_exits_is_not_trained(kind, loaded, batch, tm
         by_drafts(whole, inputs)
     except UnsupportedBackboneError:
         with pytest.raises(UnsupportedBackboneError) as caught:
-            train(loaded(kind), fakes.Blip2FakeProcessor("llava"), fakes.examples(4), config,
-                  tmp_path)  # fmt: skip
+            train(
+                loaded(kind), fakes.Blip2FakeProcessor("llava"), fakes.examples(4), config, tmp_path
+            )
         assert len(str(caught.value).splitlines()) == 2
 
 

@@ -205,9 +205,7 @@ def test_exits_that_were_trained_on_find_no_keys_of_before(batch: Callable[..., 
     assert torch.equal(ours.depths, plain.depths)
 
 
-def test_a_tower_is_the_same_after_it_has_run_for_the_first_time(
-    batch: Callable[..., Any],
-) -> None:
+def test_a_tower_is_the_same_after_it_has_run_for_the_first_time(batch: Callable[..., Any]) -> None:
     """Hugging Face hangs hooks there, which only note what goes by."""
     whole, cache = Backbone(families.build("llava")), VisionCache()
     for _ in range(3):

@@ -179,9 +179,13 @@ CHANGES: dict[str, tuple[Callable[[Adapter], None], ...]] = {
 
 
 NO_OTHER_ANSWERS = (
-    "another attention", "another precision", "LoRA switched off", "LoRA deleted",
-    "a hook taken off", "a layer set to train",
-)  # fmt: skip
+    "another attention",
+    "another precision",
+    "LoRA switched off",
+    "LoRA deleted",
+    "a hook taken off",
+    "a layer set to train",
+)
 
 
 def inputs_of(dtype: torch.dtype) -> dict[str, Any]:
@@ -319,9 +323,13 @@ def test_the_answer_that_a_backbone_is_checked_on_is_that_of_later_ones() -> Non
     """What watching finds makes no promise for first tokens."""
     torch.manual_seed(0)
     config = NemotronConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     fresh = Backbone.of(NemotronForCausalLM(config).eval())
     fresh.family = replace(fresh.family, discovered=True, causal_prompt=False)
     ids = torch.tensor([[1, 5, 9, 3]])
@@ -329,11 +337,16 @@ def test_the_answer_that_a_backbone_is_checked_on_is_that_of_later_ones() -> Non
     policy, exits = ExitPolicy({2: 0.01}), Exits(fresh, (2,))
     first, second = (
         generate(
-            fresh, inputs, exits=exits, policy=policy, max_new_tokens=5, do_sample=False,
+            fresh,
+            inputs,
+            exits=exits,
+            policy=policy,
+            max_new_tokens=5,
+            do_sample=False,
             eos_token_id=None,
         )
         for _ in range(2)
-    )  # fmt: skip
+    )
     assert (fresh.readings.read, fresh.readings.failed) == (1, 0)
     assert first.depths.tolist() == second.depths.tolist()
     assert torch.equal(first.sequences, second.sequences)

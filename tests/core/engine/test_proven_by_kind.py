@@ -81,9 +81,12 @@ def test_a_first_token_that_exits_out_of_a_prompt_that_looks_ahead_costs_no_late
             made = handle.result(timeout=0).output
     forced = Forced(image["input_ids"].shape[1], made.new_tokens[0])
     own = model.generate(
-        **image, **greedy, logits_processor=[forced], output_logits=True,
+        **image,
+        **greedy,
+        logits_processor=[forced],
+        output_logits=True,
         return_dict_in_generate=True,
-    )  # fmt: skip
+    )
     for place, depth in enumerate(made.depths[0].tolist()):
         if depth == whole.depth:
             assert own.logits[place][0].argmax() == made.new_tokens[0, place]

@@ -288,14 +288,20 @@ def test_shapes_tell_apart_what_takes_another_way() -> None:
     apart = marked.clone()
     apart[0, 9] = image
     shown = [
-        base, {"input_ids": ids}, {**base, "input_ids": marked}, {**base, "input_ids": apart},
+        base,
+        {"input_ids": ids},
+        {**base, "input_ids": marked},
+        {**base, "input_ids": apart},
         {**base, "pixel_values": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)},
-        {**base, "pixel_values": torch.zeros(1, 3, 32, 32)}, {**base, "mode": 1},
-        {**base, "mode": 2}, {**base, "token_type_ids": torch.zeros(1, 20, dtype=torch.long)},
-        {**base, "flag": torch.tensor([1])}, {**base, "flag": torch.tensor([0])},
+        {**base, "pixel_values": torch.zeros(1, 3, 32, 32)},
+        {**base, "mode": 1},
+        {**base, "mode": 2},
+        {**base, "token_type_ids": torch.zeros(1, 20, dtype=torch.long)},
+        {**base, "flag": torch.tensor([1])},
+        {**base, "flag": torch.tensor([0])},
         {"input_ids": ids, "pixel_values_videos": torch.zeros(1, 3, 8, 8)},
         {**base, "input_ids": torch.full((1, 200), families.FIRST_WORD)},
-    ]  # fmt: skip
+    ]
     assert len({shape_of(model, each, "full") for each in shown}) == len(shown)
     longer = {**base, "input_ids": torch.full((1, 21), families.FIRST_WORD)}
     assert shape_of(model, longer, "full") == shape_of(model, base, "full")

@@ -55,18 +55,24 @@ def by_engine(whole, inputs, options):
 @pytest.mark.parametrize(
     ("name", "door"),
     [
-        ("gemma4", by_drafts), ("gemma4_unified", by_generate), ("kimi_k25", by_engine),
-        ("muse_glimmer", by_drafts), ("muse_spark", by_engine),
+        ("gemma4", by_drafts),
+        ("gemma4_unified", by_generate),
+        ("kimi_k25", by_engine),
+        ("muse_glimmer", by_drafts),
+        ("muse_spark", by_engine),
     ],
-)  # fmt: skip
+)
 def test_a_placeholder_that_is_written_is_read_as_the_model_reads_it(name, door):
     model = zoo.build(name)
     inputs, token = text_prompt(model), model.config.image_token_id
     whole = Backbone(model)
     options = {
         "logits_processor": [Writes(inputs["input_ids"].shape[1], token)],
-        "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "num_beams": 1,
-    }  # fmt: skip
+        "max_new_tokens": NEW,
+        "min_new_tokens": NEW,
+        "do_sample": False,
+        "num_beams": 1,
+    }
     own = model.generate(**inputs, **options)
     assert (own == token).sum() == len(WRITTEN)
     assert all(torch.equal(each, own) for each in door(whole, inputs, options))

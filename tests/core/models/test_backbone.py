@@ -50,8 +50,14 @@ def portrait(model):
 
 def wrapped(text: Any) -> Any:
     """A LLaVA around a decoder."""
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**tower), text_config=text, image_token_index=95
     )
@@ -59,9 +65,14 @@ def wrapped(text: Any) -> Any:
 
 
 SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 def test_a_wrapper_that_is_tested_vouches_for_no_decoder_that_is_not() -> None:
@@ -212,9 +223,19 @@ def test_another_text_model_in_a_known_wrapper_is_read_as_it_is(kind, batch):
     config = families.build("llava").config
     sizes = config.text_config.to_dict() | {"head_dim": 8}
     config.text_config = CONFIG_MAPPING[kind](
-        **{name: sizes[name] for name in ("hidden_size", "vocab_size", "num_hidden_layers",
-        "num_attention_heads", "intermediate_size", "head_dim")}, num_key_value_heads=2,
-    )  # fmt: skip
+        **{
+            name: sizes[name]
+            for name in (
+                "hidden_size",
+                "vocab_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "head_dim",
+            )
+        },
+        num_key_value_heads=2,
+    )
     model = LlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = None
     found = check_decoding(Backbone(model), batch("llava", 1), depths=(2, 4))

@@ -119,9 +119,14 @@ def test_every_mode_gives_the_models_own_answer(name: str, side: str, policy: st
     for cache in (None, PrefixCache()):
         for _ in range(2):
             ours = generate(
-                whole, inputs, exits=None if rule is FULL else parts, policy=rule,
-                prefix_cache=cache, max_new_tokens=new, **GREEDY,
-            )  # fmt: skip
+                whole,
+                inputs,
+                exits=None if rule is FULL else parts,
+                policy=rule,
+                prefix_cache=cache,
+                max_new_tokens=new,
+                **GREEDY,
+            )
             assert torch.equal(ours.sequences, own(name, inputs, new))
     unchanged(whole.model, before)
 

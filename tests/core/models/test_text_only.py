@@ -28,14 +28,28 @@ def config_of(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     sizes: dict[str, Any] = {
-        "vocab_size": families.VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 128, "tie_word_embeddings": False,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": families.VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     if name == "gpt2":
-        sizes = {"vocab_size": families.VOCABULARY, "n_embd": 32, "n_layer": 6, "n_head": 4,
-                 "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+        sizes = {
+            "vocab_size": families.VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 6,
+            "n_head": 4,
+            "n_positions": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
     if name in ("gemma3_text", "gpt_oss"):
         sizes |= {"head_dim": 8, "sliding_window": 16}
     if name == "gpt_oss":
@@ -61,9 +75,12 @@ def saved(name: str, folder: Path) -> Path:
     words = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
         unk_token="<unk>",
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 
@@ -121,22 +138,55 @@ def test_from_a_folder_to_an_answer(prompts: Path, tmp_path: Path, run: Any) -> 
     assert said["layers"] == 6 and said["decoding"]["lossless"] == "exact"
     out = tmp_path / "exits"
     offramp(
-        "train", "--backbone", str(folder), "--data", str(prompts), "--out", str(out),
-        "--regime", "unsupervised", "--steps", "8", "--depths", "2", "--max-new-tokens", "6",
-    )  # fmt: skip
+        "train",
+        "--backbone",
+        str(folder),
+        "--data",
+        str(prompts),
+        "--out",
+        str(out),
+        "--regime",
+        "unsupervised",
+        "--steps",
+        "8",
+        "--depths",
+        "2",
+        "--max-new-tokens",
+        "6",
+    )
     held = tmp_path / "held.txt"
     held.write_text("\n".join(f"w{n} w{n + 1} w{n % 7}" for n in range(60, 90)))
     found = offramp(
-        "calibrate", "--adapter", str(out), "--data", str(held), "--target", "0.9",
-        "--confidence", "0.5", "--max-new-tokens", "6", "--json",
-    )  # fmt: skip
+        "calibrate",
+        "--adapter",
+        str(out),
+        "--data",
+        str(held),
+        "--target",
+        "0.9",
+        "--confidence",
+        "0.5",
+        "--max-new-tokens",
+        "6",
+        "--json",
+    )
     assert "thresholds" in found
     answers = {}
     for mode in ("full", "lossless", "early_exit"):
         text = offramp(
-            "generate", "--adapter", str(out), "--prompt", "w3 w4", "--threshold", "0.02",
-            "--max-new-tokens", "6", "--mode", mode, "--json",
-        )  # fmt: skip
+            "generate",
+            "--adapter",
+            str(out),
+            "--prompt",
+            "w3 w4",
+            "--threshold",
+            "0.02",
+            "--max-new-tokens",
+            "6",
+            "--mode",
+            mode,
+            "--json",
+        )
         answers[mode] = [step["id"] for step in json.loads(text)["steps"]]
     assert answers["lossless"] == answers["full"]
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

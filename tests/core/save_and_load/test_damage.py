@@ -116,9 +116,15 @@ def early(content: bytes, draw: random.Random) -> bytes:
 
 MUTATIONS: tuple[Bytes, ...] = (flip, flip, early, overwrite, cut, remove, repeat, zero)
 FILES = {
-    CONFIG: 700, EXITS: 350, CHECKS: 250, SEEN: 200, ATTEMPTS: 200, CARD: 50,
-    STATE: 150, DIGEST: 100,
-}  # fmt: skip
+    CONFIG: 700,
+    EXITS: 350,
+    CHECKS: 250,
+    SEEN: 200,
+    ATTEMPTS: 200,
+    CARD: 50,
+    STATE: 150,
+    DIGEST: 100,
+}
 """Mutations of each file: 2,000."""
 REFUSED = (AdapterError, TrainingError, DataError)
 
@@ -174,10 +180,34 @@ def test_two_thousand_mutations_load_equal_or_are_refused(
 # -- somebody who wants to do harm ----------------------------------------------------------------
 
 VALUES: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 2**70, 1e308, -0.5, 2.5, "", "x", "\ud800", "9" * 5000, [], {}, [[]],
-    ["x"], [2**70], {"x": 1}, {"2": None}, {"2": -1.0}, {"2": 2}, {"\u0661": 0.5},
-    {"99999999999": 1}, {"hidden": 10**9}, {"conditional": 3}, json.loads("[" * 400 + "]" * 400),
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**70,
+    1e308,
+    -0.5,
+    2.5,
+    "",
+    "x",
+    "\ud800",
+    "9" * 5000,
+    [],
+    {},
+    [[]],
+    ["x"],
+    [2**70],
+    {"x": 1},
+    {"2": None},
+    {"2": -1.0},
+    {"2": 2},
+    {"\u0661": 0.5},
+    {"99999999999": 1},
+    {"hidden": 10**9},
+    {"conditional": 3},
+    json.loads("[" * 400 + "]" * 400),
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -227,19 +257,32 @@ def test_a_config_crafted_to_harm_loads_or_is_refused(
 @pytest.mark.parametrize(
     "change",
     [
-        {"measured": 5.0}, {"measured": 0.0076}, {"bound": 0.3}, {"confidence": 1.5},
-        {"confidence": -0.1}, {"target": 2}, {"level": 90}, {"n": -1}, {"attempt": -3},
+        {"measured": 5.0},
+        {"measured": 0.0076},
+        {"bound": 0.3},
+        {"confidence": 1.5},
+        {"confidence": -0.1},
+        {"target": 2},
+        {"level": 90},
+        {"n": -1},
+        {"attempt": -3},
     ],
-)  # fmt: skip
+)
 def test_a_guarantee_that_contradicts_itself_is_refused(
     change: dict[str, Any], whole: Path, opt: Backbone, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "exits"))
     data = json.loads((folder / "adapter.json").read_text())
     claim = {
-        "risk": "disagreement", "target": 0.0075, "confidence": 0.95, "measured": 0.002,
-        "bound": 0.007, "n": 1000, "level": 0.96, "reason": "",
-    }  # fmt: skip
+        "risk": "disagreement",
+        "target": 0.0075,
+        "confidence": 0.95,
+        "measured": 0.002,
+        "bound": 0.007,
+        "n": 1000,
+        "level": 0.96,
+        "reason": "",
+    }
 
     def loaded(**more: Any) -> Adapter:
         config = {**data, "calibration": {**claim, **more}}
@@ -256,19 +299,34 @@ def test_a_guarantee_that_contradicts_itself_is_refused(
 
 
 ATTEMPT: dict[str, Any] = {
-    "asked": "a", "settings": {}, "number": 1, "images": ["b:c"], "path": [{"2": 0.5}],
-    "outcome": {}, "members": ["b"],
-}  # fmt: skip
+    "asked": "a",
+    "settings": {},
+    "number": 1,
+    "images": ["b:c"],
+    "path": [{"2": 0.5}],
+    "outcome": {},
+    "members": ["b"],
+}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"number": 0}, {"number": -2}, {"number": True}, {"images": [1]}, {"images": [None]},
-        {"members": [{}]}, {"path": [3]}, {"path": [{"x": 0.5}]}, {"path": [{"2": "0.5"}]},
-        {"path": [{"2": None}]}, {"path": [[]]}, {"path": [{"2": -1}]}, {"number": 1.0},
+        {"number": 0},
+        {"number": -2},
+        {"number": True},
+        {"images": [1]},
+        {"images": [None]},
+        {"members": [{}]},
+        {"path": [3]},
+        {"path": [{"x": 0.5}]},
+        {"path": [{"2": "0.5"}]},
+        {"path": [{"2": None}]},
+        {"path": [[]]},
+        {"path": [{"2": -1}]},
+        {"number": 1.0},
     ],
-)  # fmt: skip
+)
 def test_attempts_of_odd_kinds_are_refused(
     change: dict[str, Any], whole: Path, opt: Backbone, tmp_path: Path
 ) -> None:
@@ -337,8 +395,9 @@ def test_tensors_crafted_to_harm_are_refused_unless_they_only_are_more_precise(
 
 
 @pytest.mark.parametrize("name", [EXITS, SEEN, ATTEMPTS])
-def test_a_hole_of_terabytes_is_refused_without_being_read(name: str, whole: Path, tmp_path: Path,
-                                                           opt: Backbone) -> None:  # fmt: skip
+def test_a_hole_of_terabytes_is_refused_without_being_read(
+    name: str, whole: Path, tmp_path: Path, opt: Backbone
+) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "exits"))
     with open(folder / name, "r+b") as file:
         file.truncate(2**40)

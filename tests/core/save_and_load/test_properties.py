@@ -59,8 +59,7 @@ def test_a_policy_with_anything_in_it_is_read_or_refused_in_words(
     policy: ExitPolicy, name: str, value: Any
 ) -> None:
     values = {**policy_to_json(policy), name: value}
-    for read in (lambda: read_policy(values, FILE),
-                 lambda: known_policy(values, FILE)):  # fmt: skip
+    for read in (lambda: read_policy(values, FILE), lambda: known_policy(values, FILE)):
         try:
             found = read()
         except AdapterError as error:

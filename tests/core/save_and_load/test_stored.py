@@ -32,8 +32,14 @@ from offramp_vllm.refuse import Refused
 
 PHOTO = Path(__file__).parents[3] / "photo-model" / "offramp_photo" / "exits"
 NOT_A_NUMBER: tuple[Any, ...] = (
-    float("nan"), float("inf"), True, "0.5", [], {}, json.loads("[" * 300 + "]" * 300)
-)  # fmt: skip
+    float("nan"),
+    float("inf"),
+    True,
+    "0.5",
+    [],
+    {},
+    json.loads("[" * 300 + "]" * 300),
+)
 NOT_A_SHARE = (*NOT_A_NUMBER, -0.1, 1.5, 2**70, None)
 NOT_A_TARGET = (*NOT_A_NUMBER, -1, 0, 5)
 NOT_A_COUNT = (*NOT_A_NUMBER, -1, 0.5, 2**70)
@@ -84,7 +90,10 @@ ADAPTER: dict[Place, tuple[Any, ...]] = {
     ("calibration", "likeness", "Caption:", "low"): (*NOT_A_LIST, []),
     ("calibration", "likeness", "Caption:", "looks", "n"): (*NOT_A_COUNT, 0, None),
     ("calibration", "likeness", "Caption:", "looks", "center"): (
-        *NOT_A_LIST, [], [0.0] * 19, [0.0] * 20_000
+        *NOT_A_LIST,
+        [],
+        [0.0] * 19,
+        [0.0] * 20_000,
     ),
     ("calibration", "likeness", "Caption:", "looks", "whitened"): (*NOT_A_LIST, [], [0.0] * 209),
     ("elsewhere",): (3, "x", [], {"llama.cpp": 3}, {"llama.cpp": {"target": 5}}),
@@ -92,13 +101,21 @@ ADAPTER: dict[Place, tuple[Any, ...]] = {
     ("provenance",): (*NOT_AN_OBJECT, None),
     ("files",): (3, "x", [], {}, {"exits.safetensors": "0" * 63}, {"exits.safetensors": None}),
     ("decoding",): (*NOT_AN_OBJECT, {"lossless": 3}, {"prompts": [3]}, {"of tomorrow": 1}),
-}  # fmt: skip
+}
 GONE: tuple[Place, ...] = (
-    ("backbone",), ("depths",), ("policy",), ("metrics",), ("provenance",), ("format",),
-    ("policy", "thresholds"), ("backbone", "name"), ("backbone", "fingerprint"),
-    ("backbone", "fingerprint", "weights"), ("calibration", "likeness", "Caption:", "n"),
+    ("backbone",),
+    ("depths",),
+    ("policy",),
+    ("metrics",),
+    ("provenance",),
+    ("format",),
+    ("policy", "thresholds"),
+    ("backbone", "name"),
+    ("backbone", "fingerprint"),
+    ("backbone", "fingerprint", "weights"),
+    ("calibration", "likeness", "Caption:", "n"),
     ("calibration", "likeness", "Caption:", "looks", "center"),
-)  # fmt: skip
+)
 VLLM: dict[Place, tuple[Any, ...]] = {
     ("format",): (1, 3, "2", None, True),
     ("exits",): (*NOT_A_TEXT, "0" * 64, "x"),
@@ -144,8 +161,16 @@ WAY: dict[Place, tuple[Any, ...]] = {
     ("ways", 0, "conditions"): NOT_AN_OBJECT,
 }
 TEXTS = (
-    b"", b"\x00" * 99, b"null", b"3", b'"x"', b"[" * 10**5, b"\xff\xfe", b'{"a": 1e999}', b"{}"
-)  # fmt: skip
+    b"",
+    b"\x00" * 99,
+    b"null",
+    b"3",
+    b'"x"',
+    b"[" * 10**5,
+    b"\xff\xfe",
+    b'{"a": 1e999}',
+    b"{}",
+)
 
 
 def damaged(whole: Any, places: dict[Place, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
@@ -245,8 +270,10 @@ def test_a_damaged_export_is_said_by_vllms_plug_in(exported: Path, tmp_path: Pat
     assert read_exported(folder).depths == (2,)
     more = json.loads((folder / "vllm.json").read_text())
     of_vllm = [(what, json.dumps(made).encode()) for what, made in damaged(more, VLLM)]
-    gone = [(what, json.dumps(made).encode())
-            for what, made in without(more, tuple((name,) for name in more))]  # fmt: skip
+    gone = [
+        (what, json.dumps(made).encode())
+        for what, made in without(more, tuple((name,) for name in more))
+    ]
     cut = [*texts((folder / "vllm.json").read_bytes())]
     unsigned = [
         case for case in of_adapter(folder) if "score" not in case[0] and "exit_kind" not in case[0]

@@ -205,9 +205,27 @@ def test_json_and_errors_escape_what_terminals_obey(folder: Path, run: RunComman
 # -- whatever is written there ---------------------------------------------------------------------
 
 THINGS: tuple[Any, ...] = (
-    None, True, -1, 1.5, 1e308, 2**63, 10**30, "", "x" * 5000, "\x00", "\ud800", "../../x", [],
-    [[]], [1] * 1000, ["2"], [2, 2], {}, {"": 0}, {"2": "x"},
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    1.5,
+    1e308,
+    2**63,
+    10**30,
+    "",
+    "x" * 5000,
+    "\x00",
+    "\ud800",
+    "../../x",
+    [],
+    [[]],
+    [1] * 1000,
+    ["2"],
+    [2, 2],
+    {},
+    {"": 0},
+    {"2": "x"},
+)
 
 
 def test_an_entry_of_any_kind_is_refused_or_written_again(

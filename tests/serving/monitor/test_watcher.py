@@ -145,9 +145,15 @@ def test_what_is_kept_is_an_example_to_calibrate_on(engine: BatchEngine, tmp_pat
     adapter, _ = shipped()
     assert engine.processor is not None
     found = calibrate(
-        adapter, engine.processor, [item.example for item in items], ExitPolicy(),
-        target=0.4, confidence=0.6, thresholds=(0.9,), **GREEDY,
-    )  # fmt: skip
+        adapter,
+        engine.processor,
+        [item.example for item in items],
+        ExitPolicy(),
+        target=0.4,
+        confidence=0.6,
+        thresholds=(0.9,),
+        **GREEDY,
+    )
     assert found.n == 5
 
 
@@ -768,11 +774,16 @@ def test_only_answers_that_were_promised_are_compared() -> None:
         chat = f"{address}/v1/chat/completions"
         base = {"messages": messages(scene_examples()[0])}
         for more in (
-            {"temperature": 1.0}, {"n": 2}, {"stop": "x"}, {"logprobs": True},
-            {"presence_penalty": 1}, {"offramp": {"mode": "full"}},
-            {"offramp": {"mode": "lossless"}}, {"offramp": {"thresholds": {"2": 0.1}}},
+            {"temperature": 1.0},
+            {"n": 2},
+            {"stop": "x"},
+            {"logprobs": True},
+            {"presence_penalty": 1},
+            {"offramp": {"mode": "full"}},
+            {"offramp": {"mode": "lossless"}},
+            {"offramp": {"thresholds": {"2": 0.1}}},
             {"max_tokens": 100},
-        ):  # fmt: skip
+        ):
             httpx.post(chat, json={**base, **more}, timeout=300).raise_for_status()
         assert watcher.settle(60) and watcher.risk.n == 0
         httpx.post(chat, json=base, timeout=300).raise_for_status()

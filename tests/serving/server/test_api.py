@@ -30,34 +30,55 @@ def content(part: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "body, field, says",
     [
-        (content({"type": "image_url", "image_url": {"url": 5}}),
-         "messages[0].content[1].image_url.url", "valid string"),
-        (content({"type": "image_url", "image_url": {}}),
-         "messages[0].content[1].image_url.url", "required"),
-        (content({"type": "image_url", "image_url": {"url": URL, "detail": "huge"}}),
-         "messages[0].content[1].image_url.detail", "'low', 'high' or 'auto'"),
+        (
+            content({"type": "image_url", "image_url": {"url": 5}}),
+            "messages[0].content[1].image_url.url",
+            "valid string",
+        ),
+        (
+            content({"type": "image_url", "image_url": {}}),
+            "messages[0].content[1].image_url.url",
+            "required",
+        ),
+        (
+            content({"type": "image_url", "image_url": {"url": URL, "detail": "huge"}}),
+            "messages[0].content[1].image_url.detail",
+            "'low', 'high' or 'auto'",
+        ),
         (content({"type": "image_url"}), "messages[0].content[1].image_url", "required"),
-        (content({"type": "image_url", "image_url": URL}),
-         "messages[0].content[1].image_url", "object"),
+        (
+            content({"type": "image_url", "image_url": URL}),
+            "messages[0].content[1].image_url",
+            "object",
+        ),
         (content({"type": "text", "text": 5}), "messages[0].content[1].text", "valid string"),
-        (content({"type": "text", "text": "x", "cache": 1}),
-         "messages[0].content[1].cache", "not supported"),
+        (
+            content({"type": "text", "text": "x", "cache": 1}),
+            "messages[0].content[1].cache",
+            "not supported",
+        ),
         (content({"type": "video"}), "messages[0].content[1]", "video"),
         (content({}), "messages[0].content[1]", "type"),
         (content(5), "messages[0].content[1]", "object"),
-        ({"messages": [{"role": "user", "content": 5}]},
-         "messages[0].content", "string or a valid list"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content",
+            "string or a valid list",
+        ),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'system'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
         ({"messages": EXAMPLE, "stop": 5}, "stop", "string or a valid list"),
         ({"messages": EXAMPLE, "stop": ["a", ""]}, "stop[1]", "at least 1"),
         ({"messages": EXAMPLE, "temperature": 3}, "temperature", "2"),
-        ({"messages": EXAMPLE, "offramp": {"thresholds": {"2": 7}}},
-         "offramp.thresholds.2", "less than or equal to 1"),
+        (
+            {"messages": EXAMPLE, "offramp": {"thresholds": {"2": 7}}},
+            "offramp.thresholds.2",
+            "less than or equal to 1",
+        ),
         ({"messages": EXAMPLE, "temprature": 1}, "temprature", "'temperature'"),
     ],
-)  # fmt: skip
+)
 def test_an_error_names_one_field(client: Any, body: Any, field: str, says: str) -> None:
     found = client.post(CHAT, json=body)
     error = found.json()["error"]

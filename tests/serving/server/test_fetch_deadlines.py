@@ -121,11 +121,27 @@ def test_a_slow_host_behind_tls_is_given_up(
 ) -> None:
     pair = tmp_path / "pair.pem"
     made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", pair,
-         "-out", tmp_path / "cert.pem", "-subj", "/CN=example.org",
-         "-addext", "subjectAltName=DNS:example.org"],
-        capture_output=True, check=False,
-    )  # fmt: skip
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-keyout",
+            pair,
+            "-out",
+            tmp_path / "cert.pem",
+            "-subj",
+            "/CN=example.org",
+            "-addext",
+            "subjectAltName=DNS:example.org",
+        ],
+        capture_output=True,
+        check=False,
+    )
     if made.returncode:
         pytest.skip("no openssl here")
     cert = (tmp_path / "cert.pem").read_text()
@@ -188,11 +204,27 @@ def test_hosts_that_do_not_answer_hold_up_no_image_that_is_sent_along() -> None:
 
 INNER = ("127.0.0.1", "10.1.2.3", "169.254.169.254", "192.168.0.1", "100.64.0.1", "0.0.0.1")
 FORMS = (
-    "{0}", "::ffff:{0}", "::{0}", "::ffff:0:{0}", "64:ff9b::{0}", "64:ff9b:1::{0}",
-    "2002:{1}:{2}::", "2001:db8::{0}", "fec0::{0}", "fc00::{0}", "fe80::5efe:{0}",
-    "2606:2800:220:1:0:5efe:{1}:{2}", "2606:2800:220:1:200:5efe:{1}:{2}", "2001:0:7f00:1::{3}:{4}",
-    "64:ff9b:1:ffff::{0}", "::1:{0}", "100::{0}", "5f00::{0}", "ff0e::{0}", "4000::{0}",
-)  # fmt: skip
+    "{0}",
+    "::ffff:{0}",
+    "::{0}",
+    "::ffff:0:{0}",
+    "64:ff9b::{0}",
+    "64:ff9b:1::{0}",
+    "2002:{1}:{2}::",
+    "2001:db8::{0}",
+    "fec0::{0}",
+    "fc00::{0}",
+    "fe80::5efe:{0}",
+    "2606:2800:220:1:0:5efe:{1}:{2}",
+    "2606:2800:220:1:200:5efe:{1}:{2}",
+    "2001:0:7f00:1::{3}:{4}",
+    "64:ff9b:1:ffff::{0}",
+    "::1:{0}",
+    "100::{0}",
+    "5f00::{0}",
+    "ff0e::{0}",
+    "4000::{0}",
+)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -206,11 +238,26 @@ def test_a_private_address_is_private_in_every_form(form: str) -> None:
 
 def test_addresses_that_nobody_on_the_internet_has_are_private() -> None:
     for address in (
-        "fec0::1", "feff::1", "64:ff9b:1::1", "::8.8.8.8", "::ffff:0:8.8.8.8", "3fff::1",
-        "2001:2::1", "2001:10::1", "2001:db8::1", "1::1", "6000::1", "::", "192.0.0.9",
-        "192.88.99.1", "198.18.0.1", "168.63.129.16", "100.100.100.200", "240.0.0.1",
+        "fec0::1",
+        "feff::1",
+        "64:ff9b:1::1",
+        "::8.8.8.8",
+        "::ffff:0:8.8.8.8",
+        "3fff::1",
+        "2001:2::1",
+        "2001:10::1",
+        "2001:db8::1",
+        "1::1",
+        "6000::1",
+        "::",
+        "192.0.0.9",
+        "192.88.99.1",
+        "198.18.0.1",
+        "168.63.129.16",
+        "100.100.100.200",
+        "240.0.0.1",
         "fd00:ec2::254",
-    ):  # fmt: skip
+    ):
         assert not is_public(address), address
 
 

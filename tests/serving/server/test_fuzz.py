@@ -26,10 +26,40 @@ SECONDS = float(os.environ.get("OFFRAMP_FUZZ", "12"))
 SEED = int(os.environ.get("OFFRAMP_FUZZ_SEED", "0"))
 PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, -0.0, -1, 1, 0.5, 5e-324, 1e-39, 1e308, 2**31, 2**53 + 1, 2**63, -(2**63),
-    10**30, "", " ", "\x00", "\ufeff", "\u202e", "\ud800", "a" * 3000, "<image>", [], [[]], {},
-    {"": 0}, "true", "1", "NaN", "../x", "\U0001f600" * 50,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -0.0,
+    -1,
+    1,
+    0.5,
+    5e-324,
+    1e-39,
+    1e308,
+    2**31,
+    2**53 + 1,
+    2**63,
+    -(2**63),
+    10**30,
+    "",
+    " ",
+    "\x00",
+    "\ufeff",
+    "\u202e",
+    "\ud800",
+    "a" * 3000,
+    "<image>",
+    [],
+    [[]],
+    {},
+    {"": 0},
+    "true",
+    "1",
+    "NaN",
+    "../x",
+    "\U0001f600" * 50,
+)
 
 
 def request(draw: random.Random) -> tuple[str, bytes]:

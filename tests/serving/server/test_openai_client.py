@@ -69,12 +69,19 @@ def test_eight_at_once_get_what_generate_gives(streamed: bool, address: str) -> 
 
     async def one(client: Any, example: Any, mode: str) -> tuple[str, Any]:
         extra = {"offramp": {"mode": mode}}
-        found = await ask(client, example, stream=streamed, extra_body=extra) if not streamed else (
-            await ask(
-                client, example, stream=True, stream_options={"include_usage": True},
-                extra_body=extra,
+        found = (
+            await ask(client, example, stream=streamed, extra_body=extra)
+            if not streamed
+            else (
+                await ask(
+                    client,
+                    example,
+                    stream=True,
+                    stream_options={"include_usage": True},
+                    extra_body=extra,
+                )
             )
-        )  # fmt: skip
+        )
         if not streamed:
             return found.choices[0].message.content, found.usage
         text, usage = "", None
@@ -157,9 +164,12 @@ def test_logprobs_change_nothing_and_are_the_models_own(mode: str, client: Any) 
     model = adapter.backbone.model
     with torch.inference_mode():
         theirs = model.generate(
-            **scores, max_new_tokens=LONGEST, do_sample=False, output_logits=True,
+            **scores,
+            max_new_tokens=LONGEST,
+            do_sample=False,
+            output_logits=True,
             return_dict_in_generate=True,
-        )  # fmt: skip
+        )
     for place, logits, token in zip(places, theirs.logits, output.new_tokens[0], strict=True):
         logs = logits[0].float().log_softmax(-1)
         assert math.isclose(place.logprob, float(logs[token]), abs_tol=1e-3)
@@ -226,12 +236,26 @@ def test_continuous_usage_counts_up_and_nobody_else_gets_usage(client: Any) -> N
 def test_nulls_and_what_asks_for_nothing_count_as_left_out(client: Any) -> None:
     example = scene_examples()[0]
     nothing = {
-        "stop": None, "seed": None, "tools": [], "tool_choice": "none", "logit_bias": {},
-        "response_format": {"type": "text"}, "user": "u", "metadata": {"a": "b"}, "top_k": -1,
-        "store": True, "offramp": None, "stream_options": None, "functions": None,
-        "reasoning_effort": "high", "parallel_tool_calls": True, "verbosity": "medium",
-        "function_call": "none", "service_tier": "flex", "prompt_cache_retention": "24h",
-    }  # fmt: skip
+        "stop": None,
+        "seed": None,
+        "tools": [],
+        "tool_choice": "none",
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "user": "u",
+        "metadata": {"a": "b"},
+        "top_k": -1,
+        "store": True,
+        "offramp": None,
+        "stream_options": None,
+        "functions": None,
+        "reasoning_effort": "high",
+        "parallel_tool_calls": True,
+        "verbosity": "medium",
+        "function_call": "none",
+        "service_tier": "flex",
+        "prompt_cache_retention": "24h",
+    }
     assert ask(client, example, extra_body=nothing).choices[0].message.content == alone(example)[1]
 
 
@@ -246,9 +270,13 @@ def test_tools_that_are_not_to_be_called_are_taken(client: Any) -> None:
 
 @pytest.mark.parametrize(
     "asked_for",
-    [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "auto"}, {"tool_choice": "required"},
-     {"functions": [{"name": "look"}]}],
-)  # fmt: skip
+    [
+        {"tools": TOOLS},
+        {"tools": TOOLS, "tool_choice": "auto"},
+        {"tool_choice": "required"},
+        {"functions": [{"name": "look"}]},
+    ],
+)
 def test_tools_that_may_be_called_are_refused_with_what_there_is(
     client: Any, asked_for: Any
 ) -> None:
@@ -329,14 +357,24 @@ def test_health_version_and_numbers(client: Any, address: str) -> None:
         assert httpx.get(address + path).status_code == 200
     text = httpx.get(f"{address}/metrics").text
     for name in (
-        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
-        "prompt_tokens_total", "generation_tokens_total",
-        'request_success_total{finished_reason="stop"', "time_to_first_token_seconds_bucket",
-        "inter_token_latency_seconds_bucket", "e2e_request_latency_seconds_bucket",
-        "request_queue_time_seconds_bucket", "request_prefill_time_seconds_bucket",
-        "request_decode_time_seconds_bucket", 'tokens_by_depth_total{depth="2"', "exit_rate",
-        "draft_acceptance_rate", "answers_read_again", "answers_not_its_own",
-    ):  # fmt: skip
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "prompt_tokens_total",
+        "generation_tokens_total",
+        'request_success_total{finished_reason="stop"',
+        "time_to_first_token_seconds_bucket",
+        "inter_token_latency_seconds_bucket",
+        "e2e_request_latency_seconds_bucket",
+        "request_queue_time_seconds_bucket",
+        "request_prefill_time_seconds_bucket",
+        "request_decode_time_seconds_bucket",
+        'tokens_by_depth_total{depth="2"',
+        "exit_rate",
+        "draft_acceptance_rate",
+        "answers_read_again",
+        "answers_not_its_own",
+    ):
         assert f"offramp:{name}" in text, name
 
 
@@ -382,9 +420,12 @@ def test_who_goes_away_frees_the_slot(
 ) -> None:
     slowed(service, monkeypatch)
     body = {
-        "messages": messages(scene_examples()[0]), "max_completion_tokens": 200,
-        "ignore_eos": True, "stream": streamed, "offramp": {"mode": "full"},
-    }  # fmt: skip
+        "messages": messages(scene_examples()[0]),
+        "max_completion_tokens": 200,
+        "ignore_eos": True,
+        "stream": streamed,
+        "offramp": {"mode": "full"},
+    }
     if streamed:
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
             assert next(response.iter_raw())
@@ -399,9 +440,11 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     service = service_of(slots=1, queue=1)
     with running(service) as address:
         body = {
-            "messages": messages(scene_examples()[0]), "max_completion_tokens": 60,
-            "ignore_eos": True, "offramp": {"mode": "full"},
-        }  # fmt: skip
+            "messages": messages(scene_examples()[0]),
+            "max_completion_tokens": 60,
+            "ignore_eos": True,
+            "offramp": {"mode": "full"},
+        }
 
         async def flood() -> list[httpx.Response]:
             async with httpx.AsyncClient(timeout=300) as client:
@@ -446,9 +489,11 @@ def test_a_request_that_takes_too_long_ends_with_an_error_object(
     slowed(service, monkeypatch)
     with running(service) as address:
         body = {
-            "messages": messages(scene_examples()[0]), "max_completion_tokens": 230,
-            "ignore_eos": True, "offramp": {"mode": "full"},
-        }  # fmt: skip
+            "messages": messages(scene_examples()[0]),
+            "max_completion_tokens": 230,
+            "ignore_eos": True,
+            "offramp": {"mode": "full"},
+        }
         whole = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30)
         assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
         body["stream"] = True

@@ -39,8 +39,10 @@ class Process:
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "offramp.cli", *words],
-                stdout=file, stderr=subprocess.STDOUT, env=environment,
-            )  # fmt: skip
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
         self.url = f"http://127.0.0.1:{self.port}"
 
     def wait_until_ready(self) -> None:
@@ -71,9 +73,13 @@ def server(tmp_path: Path) -> Iterator[Process]:
 
 def body(tokens: int, **more: Any) -> dict[str, Any]:
     return {
-        "messages": messages(scene_examples()[0]), "max_completion_tokens": tokens,
-        "ignore_eos": True, "offramp": {"mode": "full"}, "stream": True, **more,
-    }  # fmt: skip
+        "messages": messages(scene_examples()[0]),
+        "max_completion_tokens": tokens,
+        "ignore_eos": True,
+        "offramp": {"mode": "full"},
+        "stream": True,
+        **more,
+    }
 
 
 def streamed(url: str, asked: dict[str, Any]) -> tuple[threading.Thread, list[str]]:
@@ -126,9 +132,13 @@ def test_what_the_drain_does_not_wait_for_ends_with_an_error_object() -> None:
 
 @pytest.mark.parametrize(
     ("host", "option"),
-    [("127.0.0.1", "--port"), ("no such host", "--host"), ("\u00e9" * 100, "--host"),
-     ("192.0.2.1", "--host")],
-)  # fmt: skip
+    [
+        ("127.0.0.1", "--port"),
+        ("no such host", "--host"),
+        ("\u00e9" * 100, "--host"),
+        ("192.0.2.1", "--host"),
+    ],
+)
 def test_an_address_that_cannot_be_had_is_two_lines_before_a_model_loads(
     host: str, option: str, run: RunCommand
 ) -> None:

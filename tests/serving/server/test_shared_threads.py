@@ -240,8 +240,23 @@ def test_odd_files_of_the_folder_look_like_missing_ones(tmp_path: Path) -> None:
     (folder / "large").write_bytes(bytes(1001))
     client = asking(service)
     try:
-        names = ("a", "b", "self", "self/x", "up", "up/" * 50 + "x", "device", "pipe", "line",
-                 "x" * 300, "%ff", "%00", "%ED%A0%80", "a/b/c", "")  # fmt: skip
+        names = (
+            "a",
+            "b",
+            "self",
+            "self/x",
+            "up",
+            "up/" * 50 + "x",
+            "device",
+            "pipe",
+            "line",
+            "x" * 300,
+            "%ff",
+            "%00",
+            "%ED%A0%80",
+            "a/b/c",
+            "",
+        )
         said = set()
         for name in names:
             part = {"type": "image_url", "image_url": {"url": f"file://{folder}/{name}"}}

@@ -26,9 +26,11 @@ from serving import NAME, asking, messages, running, scene_examples, service_of
 
 CHAT = "/v1/chat/completions"
 SCHEMA = {
-    "type": "object", "properties": {"shape": {"enum": ["square", "circle"]}},
-    "required": ["shape"], "additionalProperties": False,
-}  # fmt: skip
+    "type": "object",
+    "properties": {"shape": {"enum": ["square", "circle"]}},
+    "required": ["shape"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,11 @@ def client() -> Iterator[Any]:
 def by(schema: Any, **more: Any) -> dict[str, Any]:
     named = {"name": "answer", "schema": schema, "strict": True}
     return {
-        "messages": messages(scene_examples()[0]), "max_tokens": 120,
-        "response_format": {"type": "json_schema", "json_schema": named}, **more,
-    }  # fmt: skip
+        "messages": messages(scene_examples()[0]),
+        "max_tokens": 120,
+        "response_format": {"type": "json_schema", "json_schema": named},
+        **more,
+    }
 
 
 def ask(client: Any, body: dict[str, Any]) -> list[tuple[str, str]]:
@@ -165,9 +169,11 @@ def test_openais_client_parses_it() -> None:
     service = service_of(slots=1)
     with running(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="-") as asker:
         found = asker.chat.completions.parse(
-            model=NAME, messages=messages(scene_examples()[0]), max_completion_tokens=150,
+            model=NAME,
+            messages=messages(scene_examples()[0]),
+            max_completion_tokens=150,
             response_format=Scene,
-        )  # fmt: skip
+        )
     assert isinstance(found.choices[0].message.parsed, Scene)
 
 

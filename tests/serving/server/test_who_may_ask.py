@@ -35,20 +35,46 @@ def local() -> Iterator[Any]:
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "LOCALHOST:8000", "localhost.", "127.0.0.1:80", "[::1]:8000", "[::1]",
-     "models.example.org", "a.in.org:1", "b.a.in.org"],
-)  # fmt: skip
+    [
+        "localhost",
+        "LOCALHOST:8000",
+        "localhost.",
+        "127.0.0.1:80",
+        "[::1]:8000",
+        "[::1]",
+        "models.example.org",
+        "a.in.org:1",
+        "b.a.in.org",
+    ],
+)
 def test_it_answers_to_its_names(local: Any, host: str) -> None:
     assert local.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.org", "localhost.evil.org", "evil.org:8000", "127.0.0.1.evil.org", "in.org", "xin.org",
-     "localhost@evil.org", "evil.org#localhost", "127.0.0.2", "[::2]", "[::ffff:127.0.0.1]",
-     "0.0.0.0", "localhost:80:80", "localhost:x", "", ".", "a b", "localhost,evil.org",
-     "2130706433"],
-)  # fmt: skip
+    [
+        "evil.org",
+        "localhost.evil.org",
+        "evil.org:8000",
+        "127.0.0.1.evil.org",
+        "in.org",
+        "xin.org",
+        "localhost@evil.org",
+        "evil.org#localhost",
+        "127.0.0.2",
+        "[::2]",
+        "[::ffff:127.0.0.1]",
+        "0.0.0.0",
+        "localhost:80:80",
+        "localhost:x",
+        "",
+        ".",
+        "a b",
+        "localhost,evil.org",
+        "2130706433",
+    ],
+)
 def test_it_answers_to_no_other_name(local: Any, host: str) -> None:
     for path in ("/", "/v1/models", "/metrics", "/nowhere"):
         found = local.get(path, headers={"Host": host})
@@ -168,9 +194,18 @@ def test_a_variable_that_is_set_and_holds_no_key_leaves_no_server_open(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xef\xbb\xbf", b"# none\n", "one".encode("utf-16"),
-                "one".encode("utf-16-le"), b"\xff\xfe\xfd", b"o\x00ne", b"o\x1bne"],
-)  # fmt: skip
+    "content",
+    [
+        b"",
+        b"\xef\xbb\xbf",
+        b"# none\n",
+        "one".encode("utf-16"),
+        "one".encode("utf-16-le"),
+        b"\xff\xfe\xfd",
+        b"o\x00ne",
+        b"o\x1bne",
+    ],
+)
 def test_files_that_hold_no_keys_are_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_bytes(content)

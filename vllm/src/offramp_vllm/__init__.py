@@ -137,8 +137,9 @@ def _check(core: Any) -> None:
         check(core, read_exported(folder_of(core.vllm_config)))
 
 
-def _taken(theirs: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any,
-           **kw: Any) -> Any:  # fmt: skip
+def _taken(
+    theirs: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kw: Any
+) -> Any:
     """A request that asks for what there is not is told so, before it reaches the engine."""
     from vllm.exceptions import VLLMValidationError
 
@@ -189,8 +190,9 @@ def _completed(theirs: Any, state: Any, *args: Any, **kw: Any) -> Any:
     return made
 
 
-async def _chatted(theirs: Any, serving: Any, request: Any, results: AsyncIterator[Any],
-                   *args: Any, **kw: Any) -> Any:  # fmt: skip
+async def _chatted(
+    theirs: Any, serving: Any, request: Any, results: AsyncIterator[Any], *args: Any, **kw: Any
+) -> Any:
     from offramp_vllm.tell import choices
 
     last: list[Any] = []

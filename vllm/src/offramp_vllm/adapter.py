@@ -21,8 +21,11 @@ from offramp_vllm.policy import Rule
 from offramp_vllm.refuse import Refused, check_policy
 
 ADAPTER, VLLM, EXITS, CHECKS = (
-    "adapter.json", "vllm.json", "exits.safetensors", "checks.safetensors"
-)  # fmt: skip
+    "adapter.json",
+    "vllm.json",
+    "exits.safetensors",
+    "checks.safetensors",
+)
 FORMATS = {ADAPTER: 1, VLLM: 2}
 DRAFTS = "drafts."
 """Names of what an exit of kind "drafting" drafts on with start so; early exit does not read it."""

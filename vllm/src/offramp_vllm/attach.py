@@ -115,9 +115,11 @@ def with_exits(weights: Iterable[tuple[str, Any]], exported: Exported) -> Iterat
                 samples[prefix][f"{index}.{rest}"] = bits_of(tensor, len(wanted))
         yield name, tensor
     fits = [
-        (prefix, exits) for prefix, layers in seen.items() for exits in spellings
+        (prefix, exits)
+        for prefix, layers in seen.items()
+        for exits in spellings
         if _fit(layers, exits, exported)
-    ]  # fmt: skip
+    ]
     decoders = {prefix for prefix, _ in fits}
     if len(decoders) != 1:
         raise Refused(
@@ -167,8 +169,12 @@ def _apart(exits: _Exits) -> _Exits:
 
 def _mixtral(exits: _Exits) -> _Exits:
     """The same in the words of Mixtral's checkpoints."""
-    words = {"mlp.": "block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.",
-             ".down_proj.": ".w2."}  # fmt: skip
+    words = {
+        "mlp.": "block_sparse_moe.",
+        ".gate_proj.": ".w1.",
+        ".up_proj.": ".w3.",
+        ".down_proj.": ".w2.",
+    }
     for place, name, tensor in _apart(exits):
         said = name
         for ours, theirs in words.items():
@@ -198,9 +204,10 @@ def _check_sample(found: dict[str, Sequence[int]], exported: Exported) -> None:
     """Raise `Refused` where a checkpoint's weights are not those that the exits were trained on.
     Tensors that a quantised checkpoint has under other names are not compared."""
     pairs = [
-        pair for name, bits in found.items()
+        pair
+        for name, bits in found.items()
         for pair in zip(exported.sample[name], bits, strict=False)
-    ]  # fmt: skip
+    ]
     equal = sum(a == b for a, b in pairs) / max(1, len(pairs))
     if equal < ALIKE:
         raise Refused(

@@ -60,8 +60,11 @@ def check(core: Any, exported: Exported) -> None:
         log.warning(
             "Early exits are OFF: %s (%s the same, %.0f%% needed). All tokens run at full depth.\n"
             "Serve the model that the exits in %s were trained for, or export them again.",
-            why, words, 100 * least, exported.folder,
-        )  # fmt: skip
+            why,
+            words,
+            100 * least,
+            exported.folder,
+        )
     _say(core, {"on": good, "reason": why, **{n: f"{s:.3f}" for n, s in shares.items()}})
 
 
@@ -145,16 +148,23 @@ def _maker(one: Checked, place: int, look: Any) -> Make:
 
         new = len(one.full if FULL in extra.values() else one.tokens)
         params = SamplingParams(
-            temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False,
+            temperature=0.0,
+            max_tokens=new,
+            ignore_eos=True,
+            detokenize=False,
             extra_args=dict(extra),
-        )  # fmt: skip
+        )
         return EngineCoreRequest(
             request_id=f"offramp-check-{uuid4().hex}",
             prompt_token_ids=list(one.prompt if look is None else look.prompt_token_ids),
-            mm_features=None if look is None else look.mm_features, sampling_params=params,
-            pooling_params=None, arrival_time=time.time(), lora_request=None,
-            cache_salt=f"offramp-check-{place}", data_parallel_rank=None,
-        )  # fmt: skip
+            mm_features=None if look is None else look.mm_features,
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=f"offramp-check-{place}",
+            data_parallel_rank=None,
+        )
 
     return make
 

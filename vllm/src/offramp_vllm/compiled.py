@@ -74,11 +74,16 @@ class Compiled:
         held = {name: value for name, value in vars(self._decoder).items() if name != "forward"}
         vars(made).update(held)
         vars(made).update(
-            start_layer=part.start, end_layer=part.end, do_not_compile=False, compiled=False,
-            aot_compiled_fn=None, was_aot_compile_fn_loaded_from_disk=False,
-            vllm_config=self._config, compilation_config=self._config.compilation_config,
+            start_layer=part.start,
+            end_layer=part.end,
+            do_not_compile=False,
+            compiled=False,
+            aot_compiled_fn=None,
+            was_aot_compile_fn_loaded_from_disk=False,
+            vllm_config=self._config,
+            compilation_config=self._config.compilation_config,
             _compile_tag=part.name,
-        )  # fmt: skip
+        )
         with set_current_vllm_config(self._config), set_model_tag(part.name):
             TorchCompileWithNoGuardsWrapper.__init__(made, compile_prefix=part.name)
         return made
@@ -91,9 +96,12 @@ class Compiled:
         of = type(self._decoder)
         theirs: Any = of.forward
         forward = FunctionType(
-            theirs.__code__.replace(), theirs.__globals__, theirs.__name__, theirs.__defaults__,
+            theirs.__code__.replace(),
+            theirs.__globals__,
+            theirs.__name__,
+            theirs.__defaults__,
             theirs.__closure__,
-        )  # fmt: skip
+        )
         forward.__kwdefaults__ = theirs.__kwdefaults__
         forward.__annotations__ = theirs.__annotations__
         forward.__qualname__ = f"{theirs.__qualname__}.{part.name}"

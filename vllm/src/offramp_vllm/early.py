@@ -320,9 +320,15 @@ class Early:
         return whole if self.head.ids is None else whole[:, self.head.ids]
 
     def _deeper(
-        self, step: Step, store: Store, place: int, rows: Ints, given: Tensor, known: Ints,
+        self,
+        step: Step,
+        store: Store,
+        place: int,
+        rows: Ints,
+        given: Tensor,
+        known: Ints,
         hidden: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Final states [T, D] after the part above an exit has run for requests [G], with what
         waits of them there. given, known: positions and slots of the call. hidden: final states
         before."""

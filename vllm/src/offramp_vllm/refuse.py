@@ -18,8 +18,17 @@ class Refused(ValueError):
 
 
 WITHOUT = "Serve without it, or without offramp in --additional-config."
-QUANTISED = (None, "compressed-tensors", "fp8", "awq", "auto_awq", "awq_marlin", "gptq",
-             "auto_gptq", "gptq_marlin")  # fmt: skip
+QUANTISED = (
+    None,
+    "compressed-tensors",
+    "fp8",
+    "awq",
+    "auto_awq",
+    "awq_marlin",
+    "gptq",
+    "auto_gptq",
+    "gptq_marlin",
+)
 """vLLM's names of forms of weights beside which exits of plain weights are built."""
 SPECULATIVE = ("draft_model", "ngram")
 """Methods whose drafts are verified by a full-depth call that needs no states of single layers."""
@@ -99,9 +108,18 @@ def _ubatches(config: Any) -> str | None:
 
 
 REFUSALS = (
-    _pipeline, _data_parallel, _context_parallel, _connector, _backend, _quantised, _loaded,
-    _encoder_decoder, _pooling, _drafts, _ubatches,
-)  # fmt: skip
+    _pipeline,
+    _data_parallel,
+    _context_parallel,
+    _connector,
+    _backend,
+    _quantised,
+    _loaded,
+    _encoder_decoder,
+    _pooling,
+    _drafts,
+    _ubatches,
+)
 """Each takes vLLM's whole configuration and says what is wrong, or nothing."""
 
 

@@ -81,8 +81,9 @@ def prepare(arguments: Any) -> None:
     speculative = arguments.speculative_config
     if speculative and speculative.get("model") == NAME and current_platform.is_cpu():
         arguments.speculative_config = {
-            "num_speculative_tokens_per_batch_size": [*ON_A_CPU], **speculative
-        }  # fmt: skip
+            "num_speculative_tokens_per_batch_size": [*ON_A_CPU],
+            **speculative,
+        }
     # Places that wait must not be freed when a window has moved past them.
     arguments.disable_hybrid_kv_cache_manager = True
 
@@ -129,9 +130,11 @@ def tell_guarantees(config: Any) -> None:
     """Say in the log, and show among the metrics, what is guaranteed of the exits here."""
     exported, model = read_exported(folder_of(config)), config.model_config
     here = {
-        "engine": tell.SERVED_BY, "dtype": str(model.dtype).removeprefix("torch."),
-        "quantized": model.quantization or "", "device": config.device_config.device_type,
-    }  # fmt: skip
+        "engine": tell.SERVED_BY,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantized": model.quantization or "",
+        "device": config.device_config.device_type,
+    }
     found = [*tell.guarantees(exported.calibrations, exported.policy, here)]
     log.info("Exits at %s: %s.", exported.depths, tell.in_words(found))
     tell.show(found)

@@ -33,10 +33,12 @@ class Store:
         1 where positions are of time, height and width."""
         device = next(iter(like.values())).device
         self.states: Sequence[dict[str, Tensor]] = [
-            {n: torch.zeros((slots, *t.shape[1:]), dtype=t.dtype, device=device)
-             for n, t in like.items()}
+            {
+                n: torch.zeros((slots, *t.shape[1:]), dtype=t.dtype, device=device)
+                for n, t in like.items()
+            }
             for _ in range(exits)
-        ]  # fmt: skip
+        ]
         self.positions = torch.zeros((axes, slots), dtype=torch.int64, device=device)
         self.level = np.full(slots, exits, dtype=np.uint8)
         self.heard = np.ones((exits, slots), dtype=np.uint8)

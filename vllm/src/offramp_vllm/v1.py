@@ -251,10 +251,18 @@ class ExitRunner:
                 place = step.seq_lens
                 with self._attending(Ragged(rows, place, place + 1)) as (slots, _):
                     step = replace(
-                        step, starts=np.arange(count + 1), seq_lens=place + 1, slots=slots,
-                        thresholds=_by_exit(rules), sampled=None, again=again, tokens=None,
-                        said=[], read=False, ran=False,
-                    )  # fmt: skip
+                        step,
+                        starts=np.arange(count + 1),
+                        seq_lens=place + 1,
+                        slots=slots,
+                        thresholds=_by_exit(rules),
+                        sampled=None,
+                        again=again,
+                        tokens=None,
+                        said=[],
+                        read=False,
+                        ran=False,
+                    )
                     me.early.step = step
                     states = me.early.forward(token, self._positions(rows, place), None, None)
                     me.early.compute_logits(states)
@@ -349,10 +357,12 @@ class ExitRunner:
         leaving = self.early.on and any(r.asked.rule.is_on for r in known)
         greedy = leaving and not _drafts(me.vllm_config) and self._plain(batch.sampling_metadata)
         may = me.speculative_config is None or exits_draft(me.vllm_config)
-        again = np.array([
-            self._put_off.get(one, 0) if may and r.asked.rule.is_on and r.greedy else -1
-            for one, r in zip(ids, known, strict=True)
-        ])  # fmt: skip
+        again = np.array(
+            [
+                self._put_off.get(one, 0) if may and r.asked.rule.is_on and r.greedy else -1
+                for one, r in zip(ids, known, strict=True)
+            ]
+        )
         return Step(
             starts=starts,
             seq_lens=me.optimistic_seq_lens_cpu[:count].numpy().astype(np.int64),
@@ -509,14 +519,17 @@ def _known(exported: Exported, params: Any, drafts: bool) -> _Request:
         or params.structured_outputs is not None
     )
     return _Request(
-        wanted, changed, params.prompt_logprobs is not None,
+        wanted,
+        changed,
+        params.prompt_logprobs is not None,
         greedy=params.sampling_type == SamplingType.GREEDY,
         ends=set() if params.ignore_eos else params.all_stop_token_ids,
         most=params.max_tokens,
         # A stream gets each token as it is there.
         ahead=params.output_kind == RequestOutputKind.FINAL_ONLY
-        and not params.stop and not params.repetition_detection,
-    )  # fmt: skip
+        and not params.stop
+        and not params.repetition_detection,
+    )
 
 
 def _scored(params: Any) -> bool:
@@ -637,9 +650,11 @@ class ExitScheduler(Scheduler):
         elif not _drafts(self.vllm_config):
             self.num_lookahead_tokens = AHEAD
         self._watch = Watch(
-            self._exported, watched_share(self.vllm_config), drafts=_drafts(self.vllm_config),
+            self._exported,
+            watched_share(self.vllm_config),
+            drafts=_drafts(self.vllm_config),
             priority=self.policy == SchedulingPolicy.PRIORITY,
-        )  # fmt: skip
+        )
 
     def schedule(self, *args: Any, **kw: Any) -> Any:
         """What a grammar allows goes along: exits are scored by what may be said."""

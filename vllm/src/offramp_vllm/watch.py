@@ -58,11 +58,17 @@ class Watch:
         params.extra_args = {MODE: FULL}
         params.logprobs = params.prompt_logprobs = None
         again = type(request)(
-            request_id=COPY + request.request_id, prompt_token_ids=request.prompt_token_ids,
-            sampling_params=params, pooling_params=None, client_index=request.client_index,
-            prompt_embeds=request.prompt_embeds, prompt_is_token_ids=request.prompt_is_token_ids,
-            mm_features=request.mm_features, cache_salt=request.cache_salt,
-            priority=request.priority + self._later, block_hasher=request._block_hasher,
-        )  # fmt: skip
+            request_id=COPY + request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling_params=params,
+            pooling_params=None,
+            client_index=request.client_index,
+            prompt_embeds=request.prompt_embeds,
+            prompt_is_token_ids=request.prompt_is_token_ids,
+            mm_features=request.mm_features,
+            cache_salt=request.cache_salt,
+            priority=request.priority + self._later,
+            block_hasher=request._block_hasher,
+        )
         self._early[again.request_id] = list(request.output_token_ids)
         return again

@@ -107,9 +107,14 @@ def strips(rows: Mapping[str, Sequence[int]], layers: int, what: str) -> str:
             for place, depth in enumerate(depths):
                 height = 0.85 * depth / layers
                 axes.bar(
-                    place, height, bottom=at, width=0.86, color=depth_color(depth, layers),
-                    edgecolor=INK, linewidth=0.3,
-                )  # fmt: skip
+                    place,
+                    height,
+                    bottom=at,
+                    width=0.86,
+                    color=depth_color(depth, layers),
+                    edgecolor=INK,
+                    linewidth=0.3,
+                )
         axes.set_yticks([at + 0.4 for at in range(len(rows))], list(rows))
         axes.set_ylim(0, len(rows))
         axes.set_xlabel(what)
@@ -126,9 +131,14 @@ def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
         for at, (values, marker) in enumerate(zip(rows.values(), MARKERS, strict=False)):
             heights = [at + 0.5 * ((7 * n % 11) / 11 - 0.5) for n in range(len(values))]
             axes.plot(
-                [max(v, least) for v in values], heights, marker, color=COLORS[at % len(COLORS)],
-                ms=3.5, alpha=0.7, linestyle="none",
-            )  # fmt: skip
+                [max(v, least) for v in values],
+                heights,
+                marker,
+                color=COLORS[at % len(COLORS)],
+                ms=3.5,
+                alpha=0.7,
+                linestyle="none",
+            )
         axes.axvline(limit, color=INK, lw=1, linestyle=":")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
@@ -137,9 +147,11 @@ def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
 
 
 def speed_bands(
-    curves: Mapping[str, Sequence[Band]], what: str, ours: str | None = None,
+    curves: Mapping[str, Sequence[Band]],
+    what: str,
+    ours: str | None = None,
     speed_of: str = "decoding speed",
-) -> str:  # fmt: skip
+) -> str:
     """Quality against speed: a line for each name through the means over seeds, and a band over the
     seeds' range; `ours`, a name of `curves`, stands out."""
 

@@ -38,9 +38,12 @@ class Experiment:
     def run(self) -> dict[Any, list[list[Any]]]:
         """What every method returned, by round and input."""
         return in_turn(
-            self.methods, self.inputs, rounds=self.rounds, warm=self.warm,
+            self.methods,
+            self.inputs,
+            rounds=self.rounds,
+            warm=self.warm,
             progress=bar(self.title) if self.title else iter,
-        )  # fmt: skip
+        )
 
 
 def spent(call: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, float]]:

@@ -168,10 +168,11 @@ class GraphHeads(ExitHeads):
         if isinstance(output, GraphOutput):
             if output.states is None:
                 return [
-                    None if query is None
+                    None
+                    if query is None
                     else ExitVerdict(token, score if query.rule.scored(depth) else NAN)
                     for query, token, score in zip(queries, *output.said, strict=True)
-                ]  # fmt: skip
+                ]
             output = output.states
         return super().verdicts(depth, output, queries)
 

@@ -61,11 +61,7 @@ class RowPrograms:
         self._columns = limit + WARM_UPS + 1
         self._watches = policy.score in FEATURE_SCORES
         self.slots: SlotExecutor = SlotExecutor(
-            backbone,
-            exits,
-            self.depths,
-            limit=self._columns,
-            needs_previous_state=self._watches,
+            backbone, exits, self.depths, limit=self._columns, needs_previous_state=self._watches
         )
         self.slots.cache.reserve(self._columns + 1)
         self.reads: bool = policy.score in SCORES

@@ -99,9 +99,8 @@ class GraphRuntime:
             executor.plain = plain and (not plan.depths or self._programs.reads)
             try:
                 return write_answers(
-                    plan.decoder(executor), reader, prepared, rule,
-                    streamer=streamer, seed=seed,
-                )  # fmt: skip
+                    plan.decoder(executor), reader, prepared, rule, streamer=streamer, seed=seed
+                )
             finally:
                 executor.close()
 

@@ -16,8 +16,7 @@ def manifest() -> Any:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(
-        model_id="offramp",
-        chat_class_path="offramp_lab.harnesses.lmms_eval_model.OfframpLmms",
+        model_id="offramp", chat_class_path="offramp_lab.harnesses.lmms_eval_model.OfframpLmms"
     )
 
 

@@ -70,28 +70,45 @@ def _opt() -> Any:
     from offramp_lab.inputs.tiny_families import text
 
     return text.opt_config(
-        num_hidden_layers=8, hidden_size=32, num_attention_heads=2, vocab_size=512,
-        word_embed_proj_dim=32, ffn_dim=128, max_position_embeddings=2048,
-    )  # fmt: skip
+        num_hidden_layers=8,
+        hidden_size=32,
+        num_attention_heads=2,
+        vocab_size=512,
+        word_embed_proj_dim=32,
+        ffn_dim=128,
+        max_position_embeddings=2048,
+    )
 
 
 def _t5() -> Any:
     from offramp_lab.inputs.tiny_families import text
 
     return text.t5(
-        num_layers=8, num_decoder_layers=8, d_model=32, d_kv=64, d_ff=64, num_heads=2,
-        vocab_size=512, relative_attention_num_buckets=32, relative_attention_max_distance=128,
-    )  # fmt: skip
+        num_layers=8,
+        num_decoder_layers=8,
+        d_model=32,
+        d_kv=64,
+        d_ff=64,
+        num_heads=2,
+        vocab_size=512,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+    )
 
 
 def _llama() -> Any:
     from offramp_lab.inputs.tiny_families import text
 
     return text.llama(
-        num_hidden_layers=8, hidden_size=32, num_attention_heads=4, vocab_size=512,
-        num_key_value_heads=2, intermediate_size=64, tie_word_embeddings=True,
+        num_hidden_layers=8,
+        hidden_size=32,
+        num_attention_heads=4,
+        vocab_size=512,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        tie_word_embeddings=True,
         max_position_embeddings=4096,
-    )  # fmt: skip
+    )
 
 
 SHAPES: dict[str, Shape] = {

@@ -19,12 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from offramp.core.decoding.drafting import (
-    Draft,
-    DraftBudget,
-    Drafter,
-    Drafts,
-)
+from offramp.core.decoding.drafting import Draft, DraftBudget, Drafter, Drafts
 from offramp.core.decoding.executor import Executor
 from offramp.core.decoding.sequence import Sequence as Row
 from offramp.core.executors.prefill import image_tokens
@@ -102,9 +97,15 @@ class EagleDrafts(TextDrafts):
     next draft is given what that slot made. Images are not among what it sees, as in training."""
 
     def __init__(
-        self, executor: Executor, depth: int, backbone: Backbone, drafter: Eagle3Drafter,
-        tapped: _Tapped, slots: int, limit: int,
-    ) -> None:  # fmt: skip
+        self,
+        executor: Executor,
+        depth: int,
+        backbone: Backbone,
+        drafter: Eagle3Drafter,
+        tapped: _Tapped,
+        slots: int,
+        limit: int,
+    ) -> None:
         super().__init__(executor, depth, lambda *_: ())
         self._drafter, self._tapped, self._words = drafter, tapped, drafter.words
         self._embed = backbone.stack.get_input_embeddings()

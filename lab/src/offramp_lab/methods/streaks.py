@@ -27,11 +27,7 @@ class StreakHeads(ExitHeads):
     """Adds up, sequence by sequence, what consecutive exits bring that choose the same token."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        exits: ExitSet | None,
-        policy: ExitPolicy,
-        depths: Sequence[int],
+        self, backbone: Backbone, exits: ExitSet | None, policy: ExitPolicy, depths: Sequence[int]
     ) -> None:
         super().__init__(backbone, exits, policy, depths)
         self._sums: WeakKeyDictionary[Any, tuple[int, int, float]] = WeakKeyDictionary()
@@ -94,11 +90,7 @@ class Agreement(StreakHeads):
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        exits: ExitSet | None,
-        policy: ExitPolicy,
-        depths: Sequence[int],
+        self, backbone: Backbone, exits: ExitSet | None, policy: ExitPolicy, depths: Sequence[int]
     ) -> None:
         """Raise `InputError` where a weight is missing or no number from 0, or all are 0."""
         super().__init__(backbone, exits, policy, depths)

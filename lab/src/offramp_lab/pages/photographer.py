@@ -46,11 +46,13 @@ def measure() -> dict[str, Any]:
     inputs = loaded.encoder.prompts([example])
     made = {
         mode: loaded.model.generate(
-            inputs, policy=loaded.adapter.policy.in_mode(mode),
-            max_new_tokens=loaded.longest, do_sample=False,
+            inputs,
+            policy=loaded.adapter.policy.in_mode(mode),
+            max_new_tokens=loaded.longest,
+            do_sample=False,
         )
         for mode in MODES
-    }  # fmt: skip
+    }
     return {
         "layers": loaded.adapter.backbone.depth,
         "modes": {

@@ -74,13 +74,20 @@ def guarantees() -> str:
 def models() -> str:
     """By what was checked, how far each model type's logits are from its own, as SVG."""
     found = record("models")["types"].values()
-    titles = {"plain": "full depth", "exits": "exits", "first_token": "first token exits",
-              "lossless": "lossless"}  # fmt: skip
+    titles = {
+        "plain": "full depth",
+        "exits": "exits",
+        "first_token": "first token exits",
+        "lossless": "lossless",
+    }
     rows = {
-        title: [float(kind["3"][name]) for kind in found
-                if "3" in kind and isinstance(kind["3"].get(name), int | float)]
+        title: [
+            float(kind["3"][name])
+            for kind in found
+            if "3" in kind and isinstance(kind["3"].get(name), int | float)
+        ]
         for name, title in titles.items()
-    }  # fmt: skip
+    }
     limit = next(kind["allowed"] for kind in found if "allowed" in kind)
     return dots(rows, limit, "largest difference of logits; dotted: allowed")
 
@@ -104,8 +111,9 @@ def trust() -> str:
             for title, ways in by_way().items()
             for way, entries in ways.items()
         },
-        "answers that are full depth's", speed_of="speed of a whole answer",
-    )  # fmt: skip
+        "answers that are full depth's",
+        speed_of="speed of a whole answer",
+    )
 
 
 def methods() -> str:

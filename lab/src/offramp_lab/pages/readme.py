@@ -9,10 +9,7 @@ from offramp_lab.places import DOCS, ROOT
 from offramp_lab.tables import FIGURES, TABLES
 from offramp_lab.tables.markdown import fill
 
-PAGES = (
-    "README.md",
-    *sorted(f"docs/{page.name}" for page in DOCS.glob("*.md")),
-)
+PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in DOCS.glob("*.md")))
 
 
 def filled(name: str) -> str:

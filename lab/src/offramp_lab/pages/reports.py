@@ -30,9 +30,15 @@ from offramp_lab.places import DOCS, RECORDS, RUNS
 DEMO = RUNS / "demo"
 SHOTS = {"phone": (390, 2600), "desktop": (1440, 2000)}  # width and height in pixels
 QUIET = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-    "--disable-sync", "--disable-background-networking", "--disable-component-update",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+)
 
 
 def page(kind: str) -> str:

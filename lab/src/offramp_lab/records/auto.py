@@ -38,11 +38,7 @@ from offramp_lab.records.subjects import halves
 
 RECORD = Record("auto")
 PHOTO, OPT = "photo", "tiny-opt"
-KINDS = {
-    "InstructBLIP, T5": "instructblip-t5",
-    "Qwen2-VL": "qwen2-vl",
-    "Idefics3": "idefics3",
-}
+KINDS = {"InstructBLIP, T5": "instructblip-t5", "Qwen2-VL": "qwen2-vl", "Idefics3": "idefics3"}
 LONGEST = 16
 
 
@@ -86,10 +82,14 @@ def paired(best: auto.Way, examples: Sequence[Example]) -> list[dict[str, Any]]:
     rates = {n: np.array([(1.0, seconds) for _, seconds in told]).T for n, [told] in runs}
     texts = {name: [text for text, _ in told] for name, [told] in runs}
     return [
-        {"way": name, "milliseconds": 1e3 * float(own[1].mean()),
-         "same": same(texts[name], texts["default"]), "default_takes": times(own, rates["default"])}
+        {
+            "way": name,
+            "milliseconds": 1e3 * float(own[1].mean()),
+            "same": same(texts[name], texts["default"]),
+            "default_takes": times(own, rates["default"]),
+        }
         for name, own in rates.items()
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:
@@ -97,9 +97,11 @@ def main() -> None:
     configs = {name: read_config(shipped_exits(name) or name) for name in (PHOTO, OPT)}
     examples = halves(arguments.data)[1][: arguments.photographs]
     best = auto.settled(
-        lambda way: load(PHOTO, **way._asdict()), configs[PHOTO], auto.Way(AUTO, AUTO),
+        lambda way: load(PHOTO, **way._asdict()),
+        configs[PHOTO],
+        auto.Way(AUTO, AUTO),
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
     told = paired(best, examples)
     with tempfile.TemporaryDirectory() as folder:
         auto.__dict__["cache_folder"] = lambda name: Path(folder) / name  # files of this run alone

@@ -111,13 +111,21 @@ def _calibrated(
     costs = measure_costs(adapter.backbone, encoder.prompts(held_out[:1]), adapter.exits)
     calibrations = [
         calibrate(
-            adapter, encoder, held_out, POLICY, target=target, confidence=CONFIDENCE, risk=risk,
-            candidates=len(MEASURED) * len(TARGETS), costs=costs,
-            progress=bar(f"{risk} {target}"), **demo.OPTIONS,
+            adapter,
+            encoder,
+            held_out,
+            POLICY,
+            target=target,
+            confidence=CONFIDENCE,
+            risk=risk,
+            candidates=len(MEASURED) * len(TARGETS),
+            costs=costs,
+            progress=bar(f"{risk} {target}"),
+            **demo.OPTIONS,
         )
         for risk in MEASURED
         for target in TARGETS
-    ]  # fmt: skip
+    ]
     methods: dict[str, GenerateFn] = {
         "generate": stock_generate_fn(adapter.backbone, **demo.OPTIONS),
         "full": demo.generate_fn(adapter, FULL),
@@ -252,10 +260,14 @@ def _boundary(
         ]
         rows.append(
             {
-                "risk_target": target, "unit": unit, "threshold": threshold, "risk": risk,
-                "halves": len(certified), "certified": sum(certified),
+                "risk_target": target,
+                "unit": unit,
+                "threshold": threshold,
+                "risk": risk,
+                "halves": len(certified),
+                "certified": sum(certified),
             }
-        )  # fmt: skip
+        )
     return rows
 
 

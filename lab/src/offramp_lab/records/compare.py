@@ -41,9 +41,12 @@ DEPTHS = {"opt": ((1, 2), (1, 2, 4)), "t5": ((2, 4), (2, 4, 6))}
 STEPS = {"opt": 600, "t5": 1200}
 """T5's exits at depth 2 learn in a jump, which comes after 300 to 600 steps or more by seed."""
 PUBLISHED = (
-    ("cross_entropy", "patience"), ("cross_entropy", "saturation"),
-    (FEW, "patience"), (FEW, "saturation"), ("logit_lens", "saturation"),
-)  # fmt: skip
+    ("cross_entropy", "patience"),
+    ("cross_entropy", "saturation"),
+    (FEW, "patience"),
+    (FEW, "saturation"),
+    ("logit_lens", "saturation"),
+)
 """PABEE and MuE as published, whose exits learn from labels: all, a tenth, or none."""
 QUANTILES = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 DENSE = (0.0, 0.005, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
@@ -80,11 +83,7 @@ def _run(kind: str, out: Path) -> None:
         pairs=PUBLISHED,
         quantiles=QUANTILES,
         training=TrainConfig(
-            exit_kind="layer",
-            steps=STEPS[kind],
-            batch_size=32,
-            patience=None,
-            **TERMS,
+            exit_kind="layer", steps=STEPS[kind], batch_size=32, patience=None, **TERMS
         ),
         seeds=3,
         timed=TIMED,

@@ -83,9 +83,11 @@ def always(policy: ExitPolicy, depth: int) -> ExitPolicy:
 def at(policy: ExitPolicy, depth: int, thresholds: float, first: float) -> ExitPolicy:
     """Exits at these thresholds. Drafts are of no use, and left out."""
     return replace(
-        policy, drafts={},
-        thresholds=Thresholds({depth: thresholds}), first=Thresholds({depth: first}),
-    )  # fmt: skip
+        policy,
+        drafts={},
+        thresholds=Thresholds({depth: thresholds}),
+        first=Thresholds({depth: first}),
+    )
 
 
 def modes(policy: ExitPolicy) -> dict[str, ExitPolicy]:
@@ -240,9 +242,13 @@ class Ways:
         }
 
     def _llama(
-        self, adapter: Adapter, formats: str, tower: str, policies: Mapping[str, ExitPolicy],
+        self,
+        adapter: Adapter,
+        formats: str,
+        tower: str,
+        policies: Mapping[str, ExitPolicy],
         kind: str = "exits",
-    ) -> dict[Name, Way]:  # fmt: skip
+    ) -> dict[Name, Way]:
         folder = self.work / f"{formats}-{kind}"
         if not folder.is_dir():
             export_gguf(adapter, folder, formats)
@@ -278,12 +284,13 @@ def measured(
         name: Measured(
             tokens=[len(ids) for ids, _ in rows],
             milliseconds=1e3 * np.array([stages for _, stages in rows]),
-            scores=scores(kind, [str(encoder.texts(torch.tensor([ids]))[0]) for ids, _ in rows],
-                          examples),
+            scores=scores(
+                kind, [str(encoder.texts(torch.tensor([ids]))[0]) for ids, _ in rows], examples
+            ),
             answers=[ids for ids, _ in rows],
         )
         for name, rows in told.items()
-    }  # fmt: skip
+    }
 
 
 def scores(
@@ -336,12 +343,13 @@ def together(ways: Ways, examples: Sequence[Example], work: Path) -> dict[Name, 
             milliseconds=1e3 * np.array([stages for _, stages in told]),
             scores=scores(
                 "captions",
-                [str(encoder.texts(torch.tensor([ids]))[0]) for ids, _ in told], examples,
+                [str(encoder.texts(torch.tensor([ids]))[0]) for ids, _ in told],
+                examples,
             ),
             answers=[ids for ids, _ in told],
         )
         for name, told in rows.items()
-    }  # fmt: skip
+    }
 
 
 def _together(mode: str, group: Sequence[Example]) -> str:

@@ -89,18 +89,36 @@ def _walk(work: Path, steps: int) -> list[dict[str, Any]]:
     forecast = step(
         "inspect",
         [
-            str(work / "model"), "--data", str(work / "train.txt"), "--limit", "96",
-            "--depths", ",".join(map(str, DEPTHS)), *length,
+            str(work / "model"),
+            "--data",
+            str(work / "train.txt"),
+            "--limit",
+            "96",
+            "--depths",
+            ",".join(map(str, DEPTHS)),
+            *length,
         ],
         work,
-    )  # fmt: skip
+    )
     told = forecast["said"]["depths"]
     depth = max(told, key=lambda each: each["speedup"]["0.95"])["depth"]
     words = [
-        "--backbone", str(work / "model"), "--data", str(work / "train.txt"),
-        "--depths", str(depth), "--exit-kind", "layer", "--shortlist", "4096",
-        "--steps", str(steps), "--out", str(work / "exits"), *length,
-    ]  # fmt: skip
+        "--backbone",
+        str(work / "model"),
+        "--data",
+        str(work / "train.txt"),
+        "--depths",
+        str(depth),
+        "--exit-kind",
+        "layer",
+        "--shortlist",
+        "4096",
+        "--steps",
+        str(steps),
+        "--out",
+        str(work / "exits"),
+        *length,
+    ]
     return [forecast, step("train", words, work)]
 
 

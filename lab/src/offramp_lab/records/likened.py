@@ -93,9 +93,14 @@ def _tiny() -> Adapter:
     of = Likeness.of([early[row].scores for row in rows], kinds, looks)
     before = Conditions.of_calibration(then)
     here = Conditions.of(
-        adapter.backbone, adapter.policy, exits=adapter.exits, sampling="greedy",
-        longest=before["longest"], prompts=before["prompts"], **of_processor(encoder.processor),
-    )  # fmt: skip
+        adapter.backbone,
+        adapter.policy,
+        exits=adapter.exits,
+        sampling="greedy",
+        longest=before["longest"],
+        prompts=before["prompts"],
+        **of_processor(encoder.processor),
+    )
     noted = {**then, "conditions": here.to_json(), "likeness": of.to_json()}
     return replace(adapter, calibration=noted)
 
@@ -138,11 +143,16 @@ def _noted(
     size = getattr(loaded.model, "rows", 64)
     early, full = (
         generate_answers(
-            loaded.model, loaded.encoder, examples, policy, batch_size=size,
-            progress=partial(progress, title=mode), **options,
+            loaded.model,
+            loaded.encoder,
+            examples,
+            policy,
+            batch_size=size,
+            progress=partial(progress, title=mode),
+            **options,
         )
         for mode, policy in (("early", adapter.policy), ("full", adapter.policy.in_mode("full")))
-    )  # fmt: skip
+    )
     shown = np.concatenate([*looks.values()])
     of = Likeness.of([answer.scores for answer in early], kinds, shown)
     for kind, before in adapter.likeness.kinds.items():
@@ -158,8 +168,9 @@ def _noted(
         bounds[kind] = upper_bound(draws, then["confidence"])
         print(
             f"{then['conditions']['engine']}, {kind}: {own.mean():.4f} by answer, "
-            f"{draws.risk.item():.4f}, at most {bounds[kind]:.4f}", flush=True,
-        )  # fmt: skip
+            f"{draws.risk.item():.4f}, at most {bounds[kind]:.4f}",
+            flush=True,
+        )
     watched = {"risk": CONSISTENCY, "targets": bounds}
     return {**then, "likeness": of.to_json(), "watched": watched}
 

@@ -61,8 +61,13 @@ def likeness(data: Path) -> list[dict[str, Any]]:
             for e, answer in zip(some, made, strict=True)
         ]
         by_scores = [adapter.likeness.p_value(kind, scores) for kind, scores, _ in found]
-        rows.append({"images": words, "scores_alone": float(_unlike(by_scores).mean()),
-                     **unlike_of([adapter.likeness.p_value(*each) for each in found])})  # fmt: skip
+        rows.append(
+            {
+                "images": words,
+                "scores_alone": float(_unlike(by_scores).mean()),
+                **unlike_of([adapter.likeness.p_value(*each) for each in found]),
+            }
+        )
     return rows
 
 
@@ -74,9 +79,10 @@ def unlike_of(p_values: Sequence[float | None]) -> dict[str, Any]:
     """How many are called unlike."""
     called = _unlike(p_values)
     return {
-        "answers": len(called), "unlike": float(called.mean()),
+        "answers": len(called),
+        "unlike": float(called.mean()),
         "interval": interval(int(called.sum()), len(called)),
-    }  # fmt: skip
+    }
 
 
 def looks_of_photographs(data: Path) -> list[dict[str, Any]]:
@@ -91,9 +97,12 @@ def looks_of_photographs(data: Path) -> list[dict[str, Any]]:
     others = _others(fresh[:OTHER], data)
     del others["photographs"]
     sets = {
-        "photographs like them": fresh, **others, "drawn scenes": scenes, "cut-outs": stamps,
+        "photographs like them": fresh,
+        **others,
+        "drawn scenes": scenes,
+        "cut-outs": stamps,
         "photographs of rooms": photographs["questions_val"][::6],
-    }  # fmt: skip
+    }
     return [
         {"images": words, **unlike_of([2 * known.p_value(look_of(e.open_image())) for e in some])}
         for words, some in sets.items()
@@ -148,8 +157,14 @@ def streams(n: int, many: int = 200) -> dict[str, Any]:
     while not other.raised:
         other.add(known.p_value("", [1e-6], np.full(20, 10.0)) or 1.0)
         requests += 1
-    return {"calibrated": n, "streams": many, "requests": 400, "false_alarms": alarms / many,
-            "interval": interval(alarms, many), "alarm_after": requests}  # fmt: skip
+    return {
+        "calibrated": n,
+        "streams": many,
+        "requests": 400,
+        "false_alarms": alarms / many,
+        "interval": interval(alarms, many),
+        "alarm_after": requests,
+    }
 
 
 if __name__ == "__main__":

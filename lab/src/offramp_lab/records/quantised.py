@@ -77,10 +77,7 @@ class Bench:
 
     @classmethod
     def of(
-        cls,
-        exits: Path | None,
-        photographs: Sequence[Example],
-        formats: Iterable[str],
+        cls, exits: Path | None, photographs: Sequence[Example], formats: Iterable[str]
     ) -> Bench:
         """encoder: of pixels in float32."""
         adapters, encoders = {}, {}

@@ -110,9 +110,13 @@ def asked(
         _add(parser, f"--{name.replace('_', '-')}", default)
     if clock:
         parser.add_argument(
-            "--cpu-time", action="store_const", dest="clock", const=time.thread_time,
-            default=time.perf_counter, help="seconds of the thread, not of the clock",
-        )  # fmt: skip
+            "--cpu-time",
+            action="store_const",
+            dest="clock",
+            const=time.thread_time,
+            default=time.perf_counter,
+            help="seconds of the thread, not of the clock",
+        )
     more(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

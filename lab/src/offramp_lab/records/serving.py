@@ -48,16 +48,19 @@ CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 24
 SLOTS, LIMIT, PORT = 8, 256, 8731
 TINY = ["offramp.cli", "serve", "tiny-opt"]
-OPTIONS: dict[str, Any] = {
-    "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False,
-}  # fmt: skip
+OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
 
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=False, requests=96, rounds=3, out=RECORD.path, clients=CLIENTS,
+        __doc__,
+        photo=False,
+        requests=96,
+        rounds=3,
+        out=RECORD.path,
+        clients=CLIENTS,
         modes=Some(MODES),
-    )  # fmt: skip
+    )
     name, model, words = photo(arguments) if arguments.photo else tiny()
     measured = measure(*model, words, arguments)
     others = RECORD.read(arguments.out).get("http", {})
@@ -86,9 +89,12 @@ def photo(arguments: argparse.Namespace) -> tuple[str, Model, list[str]]:
 
 
 def measure(
-    adapter: Any, encoder: Any, examples: Sequence[Example], words: Sequence[str],
+    adapter: Any,
+    encoder: Any,
+    examples: Sequence[Example],
+    words: Sequence[str],
     arguments: argparse.Namespace,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """An entry of each mode and number of clients; medians over rounds.
 
     engine_tokens_per_second: without HTTP; share: of it that is left over HTTP. first, gap:
@@ -121,18 +127,26 @@ def measure(
         speed = median(one["tokens"] / one["seconds"] for one in seen)
         entries.append(
             {
-                "mode": mode, "clients": clients, "requests": asked, "tokens_per_second": speed,
-                "engine_tokens_per_second": median(own), "share": speed / median(own),
+                "mode": mode,
+                "clients": clients,
+                "requests": asked,
+                "tokens_per_second": speed,
+                "engine_tokens_per_second": median(own),
+                "share": speed / median(own),
                 "first": spread([x for one in seen for x in one["first"]]),
                 "gap": spread([x for one in seen for x in one["gaps"]]),
             }
-        )  # fmt: skip
+        )
         print(entries[-1], flush=True)
     return {
-        "slots": SLOTS, "tokens": TOKENS, "rounds": arguments.rounds,
-        "start_seconds": server.started, "first_token_seconds": first,
-        "load": os.getloadavg(), "entries": entries,
-    }  # fmt: skip
+        "slots": SLOTS,
+        "tokens": TOKENS,
+        "rounds": arguments.rounds,
+        "start_seconds": server.started,
+        "first_token_seconds": first,
+        "load": os.getloadavg(),
+        "entries": entries,
+    }
 
 
 # -- over HTTP -------------------------------------------------------------------------------------
@@ -180,11 +194,14 @@ def requests_of(examples: Sequence[Example]) -> list[dict[str, Any]]:
         content = [image_part(example.open_image()), {"type": "text", "text": example.prompt}]
         bodies.append(
             {
-                "messages": [{"role": "user", "content": content}], "temperature": 0,
-                "max_completion_tokens": TOKENS, "ignore_eos": True, "stream": True,
+                "messages": [{"role": "user", "content": content}],
+                "temperature": 0,
+                "max_completion_tokens": TOKENS,
+                "ignore_eos": True,
+                "stream": True,
                 "stream_options": {"include_usage": True},
             }
-        )  # fmt: skip
+        )
     return bodies
 
 

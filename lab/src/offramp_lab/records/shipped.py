@@ -21,9 +21,15 @@ def main() -> None:
     examples = captions_and_questions("calibration", arguments.images)
     costs = measure_costs(adapter.backbone, encoder.prompts(examples[:1]), adapter.exits)
     found = calibrate(
-        adapter, encoder, examples, ExitPolicy(), target=demo.TARGET, costs=costs,
-        progress=bar("calibrate"), **demo.OPTIONS,
-    )  # fmt: skip
+        adapter,
+        encoder,
+        examples,
+        ExitPolicy(),
+        target=demo.TARGET,
+        costs=costs,
+        progress=bar("calibrate"),
+        **demo.OPTIONS,
+    )
     adapter = calibrated(adapter, found, examples)
     drafted = [encoder.prompts([example]) for example in examples[: demo.DemoSizes().drafts]]
     adapter = with_drafts(adapter, draft_speeds(adapter, drafted, **demo.OPTIONS))

@@ -127,9 +127,13 @@ def answered(
 
 
 def measured(
-    adapter: Adapter, encoder: Any, ways: Mapping[str, Way], examples: Sequence[Example],
-    at_once: int, work: Path,
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    adapter: Adapter,
+    encoder: Any,
+    ways: Mapping[str, Way],
+    examples: Sequence[Example],
+    at_once: int,
+    work: Path,
+) -> dict[str, list[dict[str, Any]]]:
     """What each way answered to each photograph, so many at once."""
     kept = Kept(work / f"{at_once}.jsonl")
     groups = [examples[at : at + at_once] for at in range(0, len(examples), at_once)]
@@ -147,9 +151,11 @@ def measured(
 
 
 def entries_of(
-    told: Mapping[str, Sequence[Mapping[str, Any]]], at_once: int, examples: Sequence[Example],
+    told: Mapping[str, Sequence[Mapping[str, Any]]],
+    at_once: int,
+    examples: Sequence[Example],
     encoder: Any,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """An entry for each way. over_full: how many times as fast decoding is; of drafts as `decoding`
     says."""
     entries = []
@@ -192,11 +198,30 @@ def _cider(ids: Sequence[Any], examples: Sequence[Example], encoder: Any) -> Seq
 def export_words(work: Path, arguments: Any) -> list[str]:
     """What trains the drafter: captions of the training split, as much as the exits saw of them."""
     return [
-        "--to", "speculators", "--adapter", "photo", "--dtype", "bfloat16", "--data",
-        str(arguments.data / CAPTIONS), "--split", "train", "--limit", str(arguments.learn),
-        "--prompt", "Caption:", "--steps", str(arguments.steps), "--shortlist", "1024",
-        "--max-new-tokens", str(LONGEST["captions"]), "--out", str(work / "drafter"), "--json",
-    ]  # fmt: skip
+        "--to",
+        "speculators",
+        "--adapter",
+        "photo",
+        "--dtype",
+        "bfloat16",
+        "--data",
+        str(arguments.data / CAPTIONS),
+        "--split",
+        "train",
+        "--limit",
+        str(arguments.learn),
+        "--prompt",
+        "Caption:",
+        "--steps",
+        str(arguments.steps),
+        "--shortlist",
+        "1024",
+        "--max-new-tokens",
+        str(LONGEST["captions"]),
+        "--out",
+        str(work / "drafter"),
+        "--json",
+    ]
 
 
 def main() -> None:

@@ -77,10 +77,13 @@ def charts(share: float, trials: int) -> dict[str, Any]:
     losses = np.concatenate([photos, wrong])[order]
     now = np.array([p_value(Draws.of(row, whole=True), target, "sharp") for row in losses.T])
     return {
-        "photographs": n - k, "charts": k, "target": target,
+        "photographs": n - k,
+        "charts": k,
+        "target": target,
         "risk": (1 - share) * 0.0005 + share * 0.08,
-        "broken_before": share_of(before), "broken_now": share_of(now),
-    }  # fmt: skip
+        "broken_before": share_of(before),
+        "broken_now": share_of(now),
+    }
 
 
 def still_merged(trials: int) -> dict[str, Any]:
@@ -94,9 +97,13 @@ def still_merged(trials: int) -> dict[str, Any]:
     both = Draws(losses, np.ones(n), clusters[order], 1.0).values(target)
     alone, together = (betting_p_values(values, target) for values in both)
     return {
-        "images": n, "merged": alike - 1, "target": target, "risk": float(rates.mean()),
-        "broken_before": share_of(together), "broken_now": share_of(np.maximum(alone, together)),
-    }  # fmt: skip
+        "images": n,
+        "merged": alike - 1,
+        "target": target,
+        "risk": float(rates.mean()),
+        "broken_before": share_of(together),
+        "broken_now": share_of(np.maximum(alone, together)),
+    }
 
 
 def share_of(p: Array) -> float:
@@ -136,9 +143,13 @@ def unequal_rows(trials: int) -> dict[str, Any]:
     by_image = 0.98 * 0.00175 + 0.02 * 0.0344
     by_answer = (0.98 * 0.00175 + 0.8 * 0.0344) / (0.98 + 0.8)
     return {
-        "images": n, "target": target, "risk_by_image": by_image, "risk_by_answer": by_answer,
-        "passed_by_image": passed["image"] / trials, "passed_by_answer": passed["answer"] / trials,
-    }  # fmt: skip
+        "images": n,
+        "target": target,
+        "risk_by_image": by_image,
+        "risk_by_answer": by_answer,
+        "passed_by_image": passed["image"] / trials,
+        "passed_by_answer": passed["answer"] / trials,
+    }
 
 
 def choices(trials: int) -> dict[str, Any]:
@@ -170,9 +181,10 @@ def interval(broken: int, trials: int) -> list[float]:
 def told(broken: Array) -> dict[str, Any]:
     """Of trials: how many promises were broken."""
     return {
-        "trials": len(broken), "broken": float(broken.mean()),
+        "trials": len(broken),
+        "broken": float(broken.mean()),
         "interval": interval(int(broken.sum()), len(broken)),
-    }  # fmt: skip
+    }
 
 
 def groups(size: int, trials: int) -> dict[str, Any]:
@@ -186,13 +198,23 @@ def groups(size: int, trials: int) -> dict[str, Any]:
         wrong = np.where(repeats, shared, draw.random(n) < 1.001 * target).astype(float)
         alone[trial] = p_value(Draws.of(wrong, whole=True), target, "sharp") <= LEVEL
         images = [  # whose names draw the chance of the last step
-            ImageRows(f"{trial} {i}", "", rows := tuple(range(i, i + size)),
-                      parts=tuple((r,) for r in rows)) for i in range(0, n, size)
-        ]  # fmt: skip
+            ImageRows(
+                f"{trial} {i}",
+                "",
+                rows := tuple(range(i, i + size)),
+                parts=tuple((r,) for r in rows),
+            )
+            for i in range(0, n, size)
+        ]
         draws = Draws.by("image", wrong, images, whole=True)
         together[trial] = p_value(draws, target, "sharp") <= LEVEL
-    return {"size": size, "images": n, "target": target, "broken_before": float(alone.mean()),
-            **told(together)}  # fmt: skip
+    return {
+        "size": size,
+        "images": n,
+        "target": target,
+        "broken_before": float(alone.mean()),
+        **told(together),
+    }
 
 
 def rare_groups(trials: int) -> dict[str, Any]:
@@ -209,8 +231,13 @@ def rare_groups(trials: int) -> dict[str, Any]:
         wrong = draw.binomial(sizes, np.where(large, 0.3, 1.001 * target)) / sizes
         now[trial] = p_value(Draws.of(wrong), target, "sharp") <= LEVEL
     risk = (0.001 + 400 * 0.3 / 2000) / (1 + 400 / 2000)
-    return {"groups": n, "target": target, "risk_by_image": risk,
-            "broken_before": float(before.mean()), **told(now)}  # fmt: skip
+    return {
+        "groups": n,
+        "target": target,
+        "risk_by_image": risk,
+        "broken_before": float(before.mean()),
+        **told(now),
+    }
 
 
 def forgotten(trials: int) -> dict[str, Any]:
@@ -236,13 +263,19 @@ def forgotten(trials: int) -> dict[str, Any]:
             ]
             if name == "all":
                 levels.append(Guarantee(target, 1 - STATED).level(turn.number, turn.handed))
-    p = np.array([
-        [p_value(Draws.of(row, whole=True), target, "sharp") for row in rows]
-        for rows in (draw.random((trials, many, n)) < 1.001 * target).astype(float)
-    ])  # fmt: skip
-    return {"settings": many, "images": n, "target": target,
-            "broken_before": float((p <= LEVEL).any(1).mean()),
-            **told(np.asarray((p <= 1 - np.array(levels)).any(1)))}  # fmt: skip
+    p = np.array(
+        [
+            [p_value(Draws.of(row, whole=True), target, "sharp") for row in rows]
+            for rows in (draw.random((trials, many, n)) < 1.001 * target).astype(float)
+        ]
+    )
+    return {
+        "settings": many,
+        "images": n,
+        "target": target,
+        "broken_before": float((p <= LEVEL).any(1).mean()),
+        **told(np.asarray((p <= 1 - np.array(levels)).any(1))),
+    }
 
 
 def handed(trials: int) -> dict[str, Any]:
@@ -263,8 +296,13 @@ def handed(trials: int) -> dict[str, Any]:
             known.append(Attempt("", {}, number, (), path, {"passed": bool(kept)}))
             broken[trial] |= kept and number > 3
             passed += kept and number == 3
-    return {"attempts": 6, "images": n, "target": target, "third_passes": passed / trials,
-            **told(broken)}  # fmt: skip
+    return {
+        "attempts": 6,
+        "images": n,
+        "target": target,
+        "third_passes": passed / trials,
+        **told(broken),
+    }
 
 
 def kinds(trials: int) -> dict[str, Any]:
@@ -324,10 +362,14 @@ def needed(target: float, trials: int = 400) -> list[dict[str, Any]]:
         losses = (draw.random((round(2.5 * exact), trials)) < share * target).astype(float)
         rows.append(
             {
-                "target": target, "risk": share * target, "exact": exact, "sharp": ours,
-                "more": ours / exact - 1, "bets": quantile(first_pass(losses, target, today)),
+                "target": target,
+                "risk": share * target,
+                "exact": exact,
+                "sharp": ours,
+                "more": ours / exact - 1,
+                "bets": quantile(first_pass(losses, target, today)),
             }
-        )  # fmt: skip
+        )
     return rows
 
 

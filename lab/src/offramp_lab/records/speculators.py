@@ -49,9 +49,14 @@ LOADED = (
 
 def main() -> None:
     arguments = asked(
-        __doc__, data=True, steps=3000, prompts=100, work=RUNS / RECORD.name, speculators=Path,
+        __doc__,
+        data=True,
+        steps=3000,
+        prompts=100,
+        work=RUNS / RECORD.name,
+        speculators=Path,
         more=_more,
-    )  # fmt: skip
+    )
     work: Path = arguments.work
     write_model(weights_file(LANGUAGE, cache_folder("photo")), work / "model")
     write_atomic(work / "train.txt", "\n".join(prompts_of((*KNOWN, *WORDS["more"]), LEARNT)) + "\n")
@@ -81,31 +86,64 @@ def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
         step(
             "export",
             [
-                "--to", "speculators", "--backbone", str(model), "--data",
-                str(work / "train.txt"), "--steps", str(arguments.steps), "--shortlist", "4096",
-                "--max-new-tokens", str(WRITTEN), "--out", str(drafter), "--json",
+                "--to",
+                "speculators",
+                "--backbone",
+                str(model),
+                "--data",
+                str(work / "train.txt"),
+                "--steps",
+                str(arguments.steps),
+                "--shortlist",
+                "4096",
+                "--max-new-tokens",
+                str(WRITTEN),
+                "--out",
+                str(drafter),
+                "--json",
             ],
             work,
         ),
         converted(
-            "drafter's file", work, converter, drafter, work / "eagle3.gguf",
-            "--target-model-dir", str(model),
+            "drafter's file",
+            work,
+            converter,
+            drafter,
+            work / "eagle3.gguf",
+            "--target-model-dir",
+            str(model),
         ),
         converted("model's file", work, converter, model, work / "q8_0.gguf"),
-    ]  # fmt: skip
+    ]
     if (arguments.data / CAPTIONS).is_file():
         told.append(
             step(
                 "export photo",
                 [
-                    "--to", "speculators", "--adapter", "photo", "--data",
-                    str(arguments.data / CAPTIONS), "--split", "train", "--limit", "1000",
-                    "--prompt", "Caption:", "--steps", "600", "--max-new-tokens", "20", "--out",
-                    str(work / "photo-drafter"), "--json",
+                    "--to",
+                    "speculators",
+                    "--adapter",
+                    "photo",
+                    "--data",
+                    str(arguments.data / CAPTIONS),
+                    "--split",
+                    "train",
+                    "--limit",
+                    "1000",
+                    "--prompt",
+                    "Caption:",
+                    "--steps",
+                    "600",
+                    "--max-new-tokens",
+                    "20",
+                    "--out",
+                    str(work / "photo-drafter"),
+                    "--json",
                 ],
-                work, arguments.data,
+                work,
+                arguments.data,
             )
-        )  # fmt: skip
+        )
     if arguments.speculators is not None:
         program = [str(arguments.speculators), "-c", LOADED]
         found = kept("loaded", work, program, "python", [str(drafter)])
@@ -118,9 +156,17 @@ def _answers(work: Path, programs: Path, held: Sequence[str]) -> dict[str, list[
     template: Any = AutoTokenizer.from_pretrained(work / "model").apply_chat_template
     model = ["-m", str(work / "q8_0.gguf"), "-n", str(WRITTEN)]
     speculative = [
-        str(programs / "llama-speculative-simple"), *model, "-t", "1", "--temp", "0", "-c", "256",
-        "--spec-draft-n-max", str(DRAFTS),
-    ]  # fmt: skip
+        str(programs / "llama-speculative-simple"),
+        *model,
+        "-t",
+        "1",
+        "--temp",
+        "0",
+        "-c",
+        "256",
+        "--spec-draft-n-max",
+        str(DRAFTS),
+    ]
     eagle3 = ["--spec-type", "draft-eagle3", "-md", str(work / "eagle3.gguf")]
     ways: dict[str, Callable[[str], list[str]]] = {
         FULL: lambda text: [str(programs / "llama-simple"), *model, text],

@@ -57,9 +57,8 @@ def taught(
             said[row].append(logits[0, short].half())
 
         answers = generate_answers(
-            adapter, encoder, group, FULL,
-            batch_size=AT_ONCE, max_new_tokens=most, observer=hear,
-        )  # fmt: skip
+            adapter, encoder, group, FULL, batch_size=AT_ONCE, max_new_tokens=most, observer=hear
+        )
         prompts = [encoder.prompts([example]) for example in group]
         with torch.no_grad():
             pixels = torch.cat([prompt["pixel_values"] for prompt in prompts])
@@ -89,10 +88,12 @@ def embedded(stack: Any, image: int, ids: Tensor, rows: Sequence[Taught]) -> Ten
 def written(states: Tensor, rows: Sequence[Taught]) -> Tensor:
     """The states [N, D] from which the answers' tokens follow, of states [B, T, D] of `padded`."""
     ends = [len(prompt) - 1 for _, prompt, *_ in rows]
-    return torch.cat([
-        states[i, end : end + len(answer)]
-        for i, (end, (_, _, answer, _)) in enumerate(zip(ends, rows, strict=True))
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            states[i, end : end + len(answer)]
+            for i, (end, (_, _, answer, _)) in enumerate(zip(ends, rows, strict=True))
+        ]
+    )
 
 
 class Student(nn.Module):

@@ -85,8 +85,9 @@ def tiny(kind: str) -> Case:
         *tiny_with(kind, None if kind == "opt" else RUNS / "demo" / kind),
         captions_and_questions("calibration", 67, 5000)[:PROMPTS],
         captions_and_questions("test", 67)[:PROMPTS],
-        planned=3 * DemoSizes().train, longest=OPTIONS["max_new_tokens"],
-    )  # fmt: skip
+        planned=3 * DemoSizes().train,
+        longest=OPTIONS["max_new_tokens"],
+    )
 
 
 def photo(data: Path, exits: Path | None = None, planned: int = 6000) -> Case:
@@ -106,9 +107,13 @@ def foretold(case: Case) -> dict[str, Any]:
     wall, cpu = time.perf_counter(), time.process_time()
     depths = case.adapter.exits.depths
     found = suitability(
-        case.encoder, case.asked, depths=depths, planned=case.planned,
-        max_new_tokens=case.longest, progress=bar("forecast"),
-    )  # fmt: skip
+        case.encoder,
+        case.asked,
+        depths=depths,
+        planned=case.planned,
+        max_new_tokens=case.longest,
+        progress=bar("forecast"),
+    )
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     rows = full_model_answers(
         case.encoder, case.held_out, batch_size=32, max_new_tokens=case.longest
@@ -122,9 +127,13 @@ def foretold(case: Case) -> dict[str, Any]:
         shares = {f"{level:g}": settled(scores, right, level) for level in LEVELS}
         last = max(1, round(shares[f"{LEVEL:g}"] * len(scores)))
         trained.append(
-            {"depth": depth, "agreement": float(right.mean()), "settled": shares,
-             "threshold": float(np.sort(scores)[-last])}
-        )  # fmt: skip
+            {
+                "depth": depth,
+                "agreement": float(right.mean()),
+                "settled": shares,
+                "threshold": float(np.sort(scores)[-last]),
+            }
+        )
     return {
         "foretold": found.to_json(),
         "trained": trained,
@@ -179,9 +188,13 @@ def calibrated(kind: str, depth: int, rounds: int) -> dict[str, Any]:
     held_out = captions("test", TIMED).examples
     case = Case(*model, asked, held_out, planned=LEARNT, longest=OPTIONS["max_new_tokens"])
     [told] = suitability(
-        case.encoder, case.asked, depths=(depth,), planned=case.planned,
-        max_new_tokens=case.longest, progress=bar("forecast"),
-    ).prospects  # fmt: skip
+        case.encoder,
+        case.asked,
+        depths=(depth,),
+        planned=case.planned,
+        max_new_tokens=case.longest,
+        progress=bar("forecast"),
+    ).prospects
     tested = captions("calibration", CALIBRATED, 10_000).examples
     evaluator = ThresholdEvaluator.of(
         *model, tested, ExitPolicy(shortlist=case.narrow), RISKS["disagreement"], **OPTIONS
@@ -205,9 +218,15 @@ def calibrated(kind: str, depth: int, rounds: int) -> dict[str, Any]:
     for row in rows:
         row["measured"] = took.get(f"{row['target']:g}", took["full"])
     return {
-        "depth": depth, "agreement": told.agreement, "images": len(tested), "learnt": LEARNT,
-        "steps": STEPS, "cells": rows, "timed": took["timed"], "rounds": rounds,
-    }  # fmt: skip
+        "depth": depth,
+        "agreement": told.agreement,
+        "images": len(tested),
+        "learnt": LEARNT,
+        "steps": STEPS,
+        "cells": rows,
+        "timed": took["timed"],
+        "rounds": rounds,
+    }
 
 
 def main() -> None:
@@ -235,9 +254,10 @@ def main() -> None:
         return speeds(case, at_level(case, found), arguments.rounds)
 
     RECORD.parts(
-        {part: partial(made, part) for part in [*names, *BRIEFLY]}, arguments.parts,
+        {part: partial(made, part) for part in [*names, *BRIEFLY]},
+        arguments.parts,
         load=[round(load, 1), round(os.getloadavg()[0], 1)],
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

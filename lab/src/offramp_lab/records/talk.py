@@ -42,10 +42,17 @@ AT_ONCE = 16
 PARTS = ("plain", "bare", "questions", "dialogues", "captions")
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PLAIN = (
-    "What colour is the dog?", "what is the man doing", "How many people are there?",
-    "Where is this?", "Is there a dog?", "what is she wearing?", "Is it outside?",
-    "who is in the picture", "What is he holding?", "Is it snowing?",
-)  # fmt: skip
+    "What colour is the dog?",
+    "what is the man doing",
+    "How many people are there?",
+    "Where is this?",
+    "Is there a dog?",
+    "what is she wearing?",
+    "Is it outside?",
+    "who is in the picture",
+    "What is he holding?",
+    "Is it snowing?",
+)
 """Asked of five photographs each, as people type."""
 
 
@@ -105,11 +112,16 @@ def questions_by_kind(puts: Mapping[str, list[Put]], write: Write) -> dict[str, 
             "empty": sum(not a.text.strip() for a in answers),
             "refused": sum(a.text.startswith("I cannot see") for a in answers),
             "said": [
-                {"image": p.example.group, "asked": p.example.prompt, "people": p.question.answer,
-                 "answer": a.text, "right": r}
+                {
+                    "image": p.example.group,
+                    "asked": p.example.prompt,
+                    "people": p.question.answer,
+                    "answer": a.text,
+                    "right": r,
+                }
                 for p, a, r in zip(some, answers, right, strict=True)
             ][:30],
-        }  # fmt: skip
+        }
         print(kind, {n: v for n, v in record[kind].items() if n != "said"}, flush=True)
     return record
 
@@ -169,8 +181,11 @@ def captions(examples: Sequence[Example], write: Write, before: Path | None) -> 
     if before is not None:
         said = read_json(before)
         theirs = caption_measures([said[g] for g in groups], examples, ("CIDEr",))["CIDEr"]
-        record["before"] = {"CIDEr": theirs.value, "difference": ours.value - theirs.value,
-                            "interval": interval(ours, groups, minus=theirs)}  # fmt: skip
+        record["before"] = {
+            "CIDEr": theirs.value,
+            "difference": ours.value - theirs.value,
+            "interval": interval(ours, groups, minus=theirs),
+        }
     return record
 
 
@@ -243,20 +258,28 @@ def _ways(seen: Replay, depths: Sequence[int]) -> list[dict[str, Any]]:
     each |= {f"all at {t}": dict.fromkeys(depths, t) for t in THRESHOLDS if t}
     for name, thresholds in each.items():
         reached = seen.depths(thresholds)
-        rows.append({
-            "way": name,
-            "changed": float(seen.differs(reached).mean()),
-            "mean_depth": float(reached[seen.mask].mean()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "way": name,
+                "changed": float(seen.differs(reached).mean()),
+                "mean_depth": float(reached[seen.mask].mean()),
+            }
+        )
     return rows
 
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, asked=RUNS / "photo_vlm" / FILE, each=40, photographs=100, talks=30,
+        __doc__,
+        photo=True,
+        asked=RUNS / "photo_vlm" / FILE,
+        each=40,
+        photographs=100,
+        talks=30,
         parts=Some(PARTS),
-        before=Path, out=Path,
-    )  # fmt: skip
+        before=Path,
+        out=Path,
+    )
     splits = read_photographs(arguments.data)
     held = [example for example in splits["captions_val"] if half_of(example) == 1]
     images = {example.group: example for example in held}
@@ -273,10 +296,12 @@ def main() -> None:
             answers = [
                 answer
                 for inputs in batches
-                for answer in file.of(inputs, options, partial(
-                    answers_to, backbone, encoder, [inputs], FULL, **options
-                ))
-            ]  # fmt: skip
+                for answer in file.of(
+                    inputs,
+                    options,
+                    partial(answers_to, backbone, encoder, [inputs], FULL, **options),
+                )
+            ]
             kept.setdefault(task, []).extend(zip(examples, answers, strict=True))
             return answers
 

@@ -45,14 +45,7 @@ from offramp.inputs.example import Example
 from offramp_lab import inputs
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked
-from offramp_lab.records.runtimes.ways import (
-    ALONE,
-    ENGINE,
-    THEIRS,
-    Way,
-    beside_alone,
-    edge_ways,
-)
+from offramp_lab.records.runtimes.ways import ALONE, ENGINE, THEIRS, Way, beside_alone, edge_ways
 
 RECORD = Record("text")
 NEW, DEPTH, PORT = 24, 10, 8731
@@ -109,21 +102,42 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
     commands = {
         "inspect": [str(model), "--json"],
         "train": [
-            "--backbone", str(model), "--data", str(work / "train.txt"), "--depths", str(DEPTH),
-            "--drafting", "--shortlist", "4096", "--steps", str(steps), "--batch-size", "16",
-            *length, "--out", str(exits), "--json",
+            "--backbone",
+            str(model),
+            "--data",
+            str(work / "train.txt"),
+            "--depths",
+            str(DEPTH),
+            "--drafting",
+            "--shortlist",
+            "4096",
+            "--steps",
+            str(steps),
+            "--batch-size",
+            "16",
+            *length,
+            "--out",
+            str(exits),
+            "--json",
         ],
         "calibrate": [
-            *with_exits, "--data", str(work / "choose.txt"), "--risk", "consistency",
-            "--target", "0.2", *in_float32, *length, "--write", "--json",
+            *with_exits,
+            "--data",
+            str(work / "choose.txt"),
+            "--risk",
+            "consistency",
+            "--target",
+            "0.2",
+            *in_float32,
+            *length,
+            "--write",
+            "--json",
         ],
-        "draft": [
-            *with_exits, "--data", str(work / "choose.txt"), *in_float32, *length, "--json",
-        ],
+        "draft": [*with_exits, "--data", str(work / "choose.txt"), *in_float32, *length, "--json"],
         "slice q4_1": [*with_exits, str(file), "--out", str(work / "q4_1"), "--json"],
         "slice": [*with_exits, str(q8_0), "--out", str(work / "q8_0"), "--json"],
         "generate": [str(work / "q8_0"), "--prompt", QUESTION, "--mode", "lossless", *length],
-    }  # fmt: skip
+    }
     convert = [] if converter is None else [converted("convert", work, converter, model, q8_0)]
     told = [step(name, arguments, work) for name, arguments in commands.items()]
     return [*convert, *told, _served(work)]

@@ -61,16 +61,20 @@ def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
 
 
 def captioned(
-    generate: Callable[..., Any], adapter: Adapter, encoder: Any, examples: Sequence[Example],
+    generate: Callable[..., Any],
+    adapter: Adapter,
+    encoder: Any,
+    examples: Sequence[Example],
     engine: str,
-) -> dict[str, list[Any]]:  # fmt: skip
+) -> dict[str, list[Any]]:
     """CPU seconds, whole and of decoding, and the ids of each caption in each way."""
     kept = Kept(RUNS / RECORD.name / f"{engine}.jsonl")
     ways = {
-        name: partial(timed, generate_fn(generate, policy=policy, **OPTIONS),
-                      clock=time.process_time)
+        name: partial(
+            timed, generate_fn(generate, policy=policy, **OPTIONS), clock=time.process_time
+        )
         for name, policy in policies(adapter).items()
-    }  # fmt: skip
+    }
     return kept.answers(ways, examples, lambda one: encoder.prompts([one]), engine)
 
 

@@ -111,9 +111,13 @@ def compared(
 
 
 SHAPE: dict[str, Any] = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "image_size": 224, "patch_size": 16,
-}  # fmt: skip
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
 """Of google/siglip-base-patch16-224."""
 LOOKS = Looks((0.5,) * 3, (0.5,) * 3)
 
@@ -130,14 +134,21 @@ def vit_model() -> tuple[Backbone, dict[str, Any]]:
 
     torch.manual_seed(0)
     words = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=128,
-    )  # fmt: skip
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=128,
+    )
     tower = SiglipVisionConfig(**SHAPE, vision_use_head=False)
     config = LlavaConfig(
-        vision_config=tower, text_config=words, image_token_index=1,
-        vision_feature_select_strategy="full", vision_feature_layer=-1,
-    )  # fmt: skip
+        vision_config=tower,
+        text_config=words,
+        image_token_index=1,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
     model: Any = LlavaForConditionalGeneration(config)
     ids = torch.tensor([[1] * (SHAPE["image_size"] // SHAPE["patch_size"]) ** 2 + [2, 3]])
     pixels = torch.zeros(1, 3, SHAPE["image_size"], SHAPE["image_size"])

@@ -54,17 +54,27 @@ CAREFUL: dict[str, Any] = {"thresholds": {4: 0.4}, "first": {4: 0.7}}
 """Thresholds at which more answers are full depth's."""
 SPEED, FORCED = (ROOT / "vllm" / "benchmarks" / f"{name}.py" for name in ("speed", "forced"))
 SHAPE: dict[str, Any] = {
-    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
-    "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 EXIT = 8
 FORMAT = "q8_0"
 FULL = "full depth"
 WAYS = {
-    FULL: "", "full depth, compiled": "", "lossless": "exits", "early exit": "exits",
-    "early exit, eager": "exits", "early exit, careful": "careful", "EAGLE-3": "", "n-grams": "",
-}  # fmt: skip
+    FULL: "",
+    "full depth, compiled": "",
+    "lossless": "exits",
+    "early exit": "exits",
+    "early exit, eager": "exits",
+    "early exit, careful": "careful",
+    "EAGLE-3": "",
+    "n-grams": "",
+}
 """Of vLLM, with the folder of the exits."""
 MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit"}
 
@@ -72,9 +82,13 @@ MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit
 def main() -> None:
     loads = (f"{who} {load}" for load in LOADS for who in ("vllm", "offramp"))
     arguments = asked(
-        __doc__, photo=True, vllm=Path, photographs=100, only=Some(WAYS),
+        __doc__,
+        photo=True,
+        vllm=Path,
+        photographs=100,
+        only=Some(WAYS),
         parts=Some(("shape", "prompts", *loads)),
-    )  # fmt: skip
+    )
     made: dict[str, Callable[[], Any]] = {
         "shape": partial(shape, arguments),
         "prompts": partial(prompts, arguments),
@@ -165,10 +179,12 @@ def prompts(arguments: Any) -> dict[str, Any]:
     exits = {
         name: {
             "digest": digest_file(out / name / "exits.safetensors"),
-            "thresholds": policy.thresholds, "first": policy.first, "drafts": policy.drafts,
+            "thresholds": policy.thresholds,
+            "first": policy.first,
+            "drafts": policy.drafts,
         }
         for name, policy in policies(adapter).items()
-    }  # fmt: skip
+    }
     return {"photographs": len(inputs), "tokens": tokens, **OPTIONS, "exits": exits}
 
 
@@ -213,10 +229,11 @@ def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
         rounds, kept = (sum(row["rounds"][part] for row in found) for part in (0, 1))
         made[name] = {
             **way("vLLM", name, [row["seconds"] for row in found], tokens, said, WAYS[name]),
-            "exits": exits.get(WAYS[name]), "full_depth": beside,
+            "exits": exits.get(WAYS[name]),
+            "full_depth": beside,
             "drafter": digest_file(drafter) if name == "EAGLE-3" else None,
             "tokens_a_round": 1 + kept / rounds if rounds else None,
-        }  # fmt: skip
+        }
     return [made[name] for name in WAYS if name in made]
 
 
@@ -233,10 +250,13 @@ def way(
     does; without exits, or where drafts are verified, the full model's."""
     of = of if "early" in name else "full"
     return {
-        "engine": engine, "way": name, "seconds": [round(s, 4) for s in seconds],
-        "same_answers": same(tokens, said[of]), "full_answers": same(tokens, said["full"]),
+        "engine": engine,
+        "way": name,
+        "seconds": [round(s, 4) for s in seconds],
+        "same_answers": same(tokens, said[of]),
+        "full_answers": same(tokens, said["full"]),
         "answers": len(tokens),
-    }  # fmt: skip
+    }
 
 
 def in_offramp(arguments: Any, load: int) -> list[dict[str, Any]]:
@@ -254,10 +274,13 @@ def in_offramp(arguments: Any, load: int) -> list[dict[str, Any]]:
             adapter.backbone, adapter.exits, adapter.policy, config, vision_cache=cache
         ),
         "offramp, llama.cpp": EngineCore(
-            adapter.backbone, adapter.exits, adapter.policy, config,
+            adapter.backbone,
+            adapter.exits,
+            adapter.policy,
+            config,
             host=runtime.host(adapter.policy, cache),
         ),
-    }  # fmt: skip
+    }
     groups = [inputs[start : start + load] for start in range(0, len(inputs), load)]
     seconds: dict[tuple[str, str], list[float]] = {(e, m): [] for e in cores for m in MODES}
     tokens: dict[tuple[str, str], list[list[int]]] = {key: [] for key in seconds}
@@ -271,12 +294,18 @@ def in_offramp(arguments: Any, load: int) -> list[dict[str, Any]]:
     alone, exits = json.loads((out / "said.json").read_text()), exits_of(out)["exits"]
     return [
         {
-            **way(f"{name}{', ' + FORMAT if 'llama' in name else ''}", mode, spent,
-                  tokens[name, mode], alone, "exits"),
+            **way(
+                f"{name}{', ' + FORMAT if 'llama' in name else ''}",
+                mode,
+                spent,
+                tokens[name, mode],
+                alone,
+                "exits",
+            ),
             "exits": None if mode == FULL else exits,
         }
         for (name, mode), spent in seconds.items()
-    ]  # fmt: skip
+    ]
 
 
 def answer(core: EngineCore, group: Sequence[Mapping[str, Any]], mode: str) -> list[list[int]]:

@@ -79,9 +79,12 @@ def entry(target: float, streams: int, images: int) -> dict[str, Any]:
         for times in (1.5, 2.0, 3.0, 10.0)
     }
     return {
-        "target": target, "streams": streams, "images": images,
-        "false_alarms": float(false.mean()), "delays": delays,
-    }  # fmt: skip
+        "target": target,
+        "streams": streams,
+        "images": images,
+        "false_alarms": float(false.mean()),
+        "delays": delays,
+    }
 
 
 def steady(risk: float) -> Rate:
@@ -108,9 +111,14 @@ def delay(target: float, after: int, times: float, streams: int, starts: bool) -
     early = float(((found > 0) & (found <= after)).mean())
     later = np.where(found > after, found - after, 0)[(found == 0) | (found > after)]
     return {
-        "target": target, "after": after, "times": times, "new_starts": starts,
-        "within": most - after, "alarms_before": early, **told(later),
-    }  # fmt: skip
+        "target": target,
+        "after": after,
+        "times": times,
+        "new_starts": starts,
+        "within": most - after,
+        "alarms_before": early,
+        **told(later),
+    }
 
 
 # -- answers that are drawn by doubts -------------------------------------------------------------
@@ -186,8 +194,15 @@ def active(words: str, answers: Answers, streams: int, images: int) -> dict[str,
         }
         for times in (2.0, 3.0)
     }
-    return {"words": words, "promised": promised, "block": BLOCK, "streams": streams,
-            "images": images, "false_alarms": float(false.mean()), "delays": delays}  # fmt: skip
+    return {
+        "words": words,
+        "promised": promised,
+        "block": BLOCK,
+        "streams": streams,
+        "images": images,
+        "false_alarms": float(false.mean()),
+        "delays": delays,
+    }
 
 
 # -- answers that people judge ---------------------------------------------------------------------
@@ -216,8 +231,13 @@ def judged(streams: int, most: int) -> dict[str, Any]:
 
     false = stream(promised, streams, 31) > 0
     delays = {f"{t:g}": told(stream(t * promised, max(20, streams // 5), 32)) for t in (2.0, 4.0)}
-    return {"promised": promised, "streams": streams, "answers": most,
-            "false_alarms": float(false.mean()), "delays": delays}  # fmt: skip
+    return {
+        "promised": promised,
+        "streams": streams,
+        "answers": most,
+        "false_alarms": float(false.mean()),
+        "delays": delays,
+    }
 
 
 # -- a risk that is below the promise on average ---------------------------------------------------

@@ -3,8 +3,12 @@
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 
-ENGINES = {"torch": "PyTorch", "packed": "prepacked", "llama.cpp": "llama.cpp, f16",
-           "compiled": "compiled"}  # fmt: skip
+ENGINES = {
+    "torch": "PyTorch",
+    "packed": "prepacked",
+    "llama.cpp": "llama.cpp, f16",
+    "compiled": "compiled",
+}
 
 
 def _cell(row: Value, engine: str) -> str:

@@ -4,14 +4,7 @@ from statistics import mean
 
 from offramp.report.table import Table, told
 from offramp_lab.experiments.comparison.equal_quality import t_interval
-from offramp_lab.tables.markdown import (
-    KINDS,
-    MakeTable,
-    level,
-    record,
-    tiny,
-    with_range,
-)
+from offramp_lab.tables.markdown import KINDS, MakeTable, level, record, tiny, with_range
 
 
 def keys_and_values() -> Table:
@@ -45,7 +38,4 @@ def _over_seeds(by_seed: list[float]) -> str:
     return with_range(f"{mean(by_seed):.3f}", ends, ".3f")
 
 
-TABLES: dict[str, MakeTable] = {
-    "keys-and-values": keys_and_values,
-    "adversary-seeds": seeds,
-}
+TABLES: dict[str, MakeTable] = {"keys-and-values": keys_and_values, "adversary-seeds": seeds}

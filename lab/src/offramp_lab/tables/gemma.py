@@ -17,7 +17,4 @@ def _forecast() -> str:
     return ", ".join(f"{one['speedup']['0.95']:.2f}" for one in told)
 
 
-FIGURES: dict[str, Make] = {
-    "gemma-agreement": _agreement,
-    "gemma-forecast": _forecast,
-}
+FIGURES: dict[str, Make] = {"gemma-agreement": _agreement, "gemma-forecast": _forecast}

@@ -55,18 +55,29 @@ def talk_exits() -> Table:
     changed answers, by one threshold on one exit or on all."""
     tasks = record("talk")["exits"]
     depths = list(next(iter(tasks.values()))["exits"])
-    columns = ("task", "answers", *(f"tokens as full depth's at {d}" for d in depths),
-               *(f"confidence at {d}" for d in depths), "mean depth at 5% changed",
-               "at 20% changed", "changed, all at 4")  # fmt: skip
+    columns = (
+        "task",
+        "answers",
+        *(f"tokens as full depth's at {d}" for d in depths),
+        *(f"confidence at {d}" for d in depths),
+        "mean depth at 5% changed",
+        "at 20% changed",
+        "changed, all at 4",
+    )
     rows = []
     for task, of in tasks.items():
         exits = of["exits"].values()
-        rows.append((
-            task, f"{of['answers']}", *(f"{e['same']:.0%}" for e in exits),
-            *(f"{e['confidence']:.2f}" for e in exits),
-            _shallowest(of["ways"], 0.05), _shallowest(of["ways"], 0.2),
-            f"{next(w for w in of['ways'] if w['way'] == 'static 4')['changed']:.0%}",
-        ))  # fmt: skip
+        rows.append(
+            (
+                task,
+                f"{of['answers']}",
+                *(f"{e['same']:.0%}" for e in exits),
+                *(f"{e['confidence']:.2f}" for e in exits),
+                _shallowest(of["ways"], 0.05),
+                _shallowest(of["ways"], 0.2),
+                f"{next(w for w in of['ways'] if w['way'] == 'static 4')['changed']:.0%}",
+            )
+        )
     return Table(columns, rows)
 
 
@@ -111,5 +122,5 @@ TABLES: dict[str, MakeTable] = {
 FIGURES: dict[str, Make] = {
     "photo-card-minutes": lambda: _minutes(
         sum(stage["trained"]["cpu_seconds"] for stage in record("photo-card")["stages"])
-    ),
+    )
 }

@@ -7,16 +7,17 @@ from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
 from offramp_lab.tables.runtimes import WAY, by_format, cider_of, speed_over
 
 FORMATS = (
-    "float32", "float32, prepacked", "bfloat16", "bfloat16, prepacked", "int8", "int4",
+    "float32",
+    "float32, prepacked",
+    "bfloat16",
+    "bfloat16, prepacked",
+    "int8",
+    "int4",
     "int4, prepacked",
-)  # fmt: skip
+)
 SCORED = ("float32", "bfloat16, prepacked", "int8", "int4")
 STOCK, OURS = "generate", "offramp, torch"
-MODES = {
-    "full": "exits off",
-    "lossless": "lossless",
-    "early_exit": "early exit",
-}
+MODES = {"full": "exits off", "lossless": "lossless", "early_exit": "early exit"}
 
 
 def _by_mode(cell: Told) -> Table:

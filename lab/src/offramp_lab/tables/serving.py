@@ -48,7 +48,4 @@ def http() -> Table:
     )
 
 
-TABLES: dict[str, MakeTable] = {
-    "watched": watched,
-    "serving": http,
-}
+TABLES: dict[str, MakeTable] = {"watched": watched, "serving": http}

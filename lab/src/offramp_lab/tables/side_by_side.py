@@ -40,9 +40,14 @@ def side_by_side() -> Table:
         )
     at_once = _of("full")
     numbers = " / ".join(map(str, at_once))
-    titles = ("", "as full depth", "CIDEr, of full depth", "tokens a round",
-              f"ms to the first token, {numbers} at once",
-              *(f"a token, of full depth, {n} at once" for n in at_once))  # fmt: skip
+    titles = (
+        "",
+        "as full depth",
+        "CIDEr, of full depth",
+        "tokens a round",
+        f"ms to the first token, {numbers} at once",
+        *(f"a token, of full depth, {n} at once" for n in at_once),
+    )
     return Table(titles, rows)
 
 

@@ -11,11 +11,7 @@ def speeds() -> Table:
     """By engine and mode, and of how many prompts the answer is full depth's."""
     found = record("text")
     rows = [
-        (
-            f"{one['engine']} {one['format']}, {way}",
-            *cells,
-            f"{one['as_full']} of {found['timed']}",
-        )
+        (f"{one['engine']} {one['format']}, {way}", *cells, f"{one['as_full']} of {found['timed']}")
         for one in found["speeds"]
         if one["format"] != "q4_1" and one["mode"] != "full"
         for way, *cells in [beside_alone(one)]
@@ -31,6 +27,4 @@ def _trained(measure: str) -> Any:
 
 
 TABLES: dict[str, MakeTable] = {"text-speeds": speeds}
-FIGURES: dict[str, Make] = {
-    "text-agreement": lambda: f"{_trained('agreement'):.0%}",
-}
+FIGURES: dict[str, Make] = {"text-agreement": lambda: f"{_trained('agreement'):.0%}"}

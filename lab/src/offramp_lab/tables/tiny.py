@@ -159,18 +159,37 @@ def broken() -> Table:
     """How often a promise was given at a risk above the target, without each rule and with it."""
     found = record("simulated")
     rows: dict[str, tuple[Told, ...]] = {
-        "lookalikes": ("{photographs} photographs at 0.05% and {charts} charts at 8%", "{risk:.2%}",
-                       "{broken_before:.1%} (charts as one image)", "{broken_now:.1%}"),
-        "still_merged": ("{merged} of {images} images merged though each is its own", "{risk:.2%}",
-                         "{broken_before:.1%} (counted as one)", "{broken_now:.1%}"),
-        "unequal_rows": ("images with 1 or 40 answers, by answer", "{risk_by_answer:.2%}",
-                         "{passed_by_image:.1%} (by image)",
-                         "{passed_by_answer:.1%}"),
-        "choices": ("the first of {candidates} adapters that passes", _at_target,
-                    "{broken_before:.1%} (each at the full level)", "{broken_now:.1%}"),
-        "boundary": ("{images} images, a risk barely above the target", _at_target, "",
-                     "{broken:.1%}"),
-    }  # fmt: skip
+        "lookalikes": (
+            "{photographs} photographs at 0.05% and {charts} charts at 8%",
+            "{risk:.2%}",
+            "{broken_before:.1%} (charts as one image)",
+            "{broken_now:.1%}",
+        ),
+        "still_merged": (
+            "{merged} of {images} images merged though each is its own",
+            "{risk:.2%}",
+            "{broken_before:.1%} (counted as one)",
+            "{broken_now:.1%}",
+        ),
+        "unequal_rows": (
+            "images with 1 or 40 answers, by answer",
+            "{risk_by_answer:.2%}",
+            "{passed_by_image:.1%} (by image)",
+            "{passed_by_answer:.1%}",
+        ),
+        "choices": (
+            "the first of {candidates} adapters that passes",
+            _at_target,
+            "{broken_before:.1%} (each at the full level)",
+            "{broken_now:.1%}",
+        ),
+        "boundary": (
+            "{images} images, a risk barely above the target",
+            _at_target,
+            "",
+            "{broken:.1%}",
+        ),
+    }
     cells = [
         [told(what, case) for what in row]
         for name, row in rows.items()

@@ -15,13 +15,12 @@ def by_way() -> dict[str, dict[str, list[Value]]]:
     for engine, title in ENGINES.items():
         own = [entry for entry in record("trust")["entries"] if entry["engine"] == engine]
         found[title] = {
-            way: sorted(
-                (e for e in own if e["way"].startswith(names)), key=lambda e: e["changed"]
-            )
+            way: sorted((e for e in own if e["way"].startswith(names)), key=lambda e: e["changed"])
             for way, names in {
-                "trust": ("lossless", "trust"), "thresholds": ("thresholds",),
+                "trust": ("lossless", "trust"),
+                "thresholds": ("thresholds",),
             }.items()
-        }  # fmt: skip
+        }
     return found
 
 

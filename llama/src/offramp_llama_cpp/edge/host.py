@@ -51,9 +51,12 @@ class EdgeHost:
     def _plan(self, policy: ExitPolicy) -> Plan:
         may_exit = policy.exit_in_prefill and self._causal  # where a prompt may wait at an exit
         return self._opened.plan(
-            policy, lambda depths: self._heads, self._embed, first_may_exit=may_exit,
+            policy,
+            lambda depths: self._heads,
+            self._embed,
+            first_may_exit=may_exit,
             every_mode=not self._alone,
-        )  # fmt: skip
+        )
 
     def executor(self) -> Executor:
         self._executor = self.plan.executor()
@@ -87,9 +90,15 @@ class EdgeHost:
         prompt, options = request.inputs["prompt"], dict(request.options)
         longest, reader = options.pop("max_new_tokens"), cast(PrefillBackend, self._executor)
         sampler = Sampler(
-            options.pop("sampling"), self._vocabulary.size, request.inputs["ids"], most=longest,
-            ends=self._vocabulary.ends, on_token=on_token, seed=request.seed, **options,
-        )  # fmt: skip
+            options.pop("sampling"),
+            self._vocabulary.size,
+            request.inputs["ids"],
+            most=longest,
+            ends=self._vocabulary.ends,
+            on_token=on_token,
+            seed=request.seed,
+            **options,
+        )
         return Opened(reader, prompt, sampler, longest, None)
 
     def output(self, ids: Any, sequence: Sequence) -> None:

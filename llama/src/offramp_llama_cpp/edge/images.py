@@ -13,13 +13,7 @@ from PIL import Image
 from offramp.core.errors import InputError
 from offramp_llama_cpp.gguf_header import read_header
 from offramp_llama_cpp.native.tap import States
-from offramp_llama_cpp.projector import (
-    MARKER,
-    Projector,
-    check_whole,
-    tokenizer_of,
-    unfit,
-)
+from offramp_llama_cpp.projector import MARKER, Projector, check_whole, tokenizer_of, unfit
 from offramp_llama_cpp.prompt import Prompt, Span
 from offramp_llama_cpp.segment import EngineOptions, Segment
 from offramp_llama_cpp.trial import check_projector_survives

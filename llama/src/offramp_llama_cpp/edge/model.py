@@ -168,10 +168,15 @@ class EdgeModel:
                 on_text(piece)
 
         steps = self.write(
-            read, ids, max_new_tokens=max_new_tokens, mode=mode, thresholds=thresholds,
-            sampling=sampling, stop=StopStrings(self.vocabulary, stops).found if stops else None,
+            read,
+            ids,
+            max_new_tokens=max_new_tokens,
+            mode=mode,
+            thresholds=thresholds,
+            sampling=sampling,
+            stop=StopStrings(self.vocabulary, stops).found if stops else None,
             on_token=None if on_text is None else told,
-        )  # fmt: skip
+        )
         for token in () if on_text is not None else steps:
             told(token)
         rest = stream.finish()
@@ -203,10 +208,15 @@ class EdgeModel:
                 engine = self._start(_QUEUE, lambda: None)
         news: SimpleQueue[Token | None] = SimpleQueue()
         handle = engine.submit(
-            {"prompt": prompt, "ids": ids}, mode=mode, thresholds=thresholds,
-            on_token=None if on_token is None else news.put, wait=True,
-            max_new_tokens=max_new_tokens, sampling=sampling or Sampling(), stop=stop,
-        )  # fmt: skip
+            {"prompt": prompt, "ids": ids},
+            mode=mode,
+            thresholds=thresholds,
+            on_token=None if on_token is None else news.put,
+            wait=True,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or Sampling(),
+            stop=stop,
+        )
         handle.add_done_callback(lambda _: news.put(None))
         try:
             while (token := news.get()) is not None:
@@ -238,9 +248,11 @@ class EdgeModel:
             slots, self.engine.context + 1, schedule=ASK_AT_ONCE if slots == 1 else None
         )
         host = EdgeHost(
-            self._opened, self.policy, self.vocabulary,
+            self._opened,
+            self.policy,
+            self.vocabulary,
             lambda token, position: self._embeddings.of([token]),
-        )  # fmt: skip
+        )
         core = Core(host, self.policy, sizes)
         self._engine = Engine(core, queue=queue, on_round=on_round)
         return self._engine

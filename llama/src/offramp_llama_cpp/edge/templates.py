@@ -73,9 +73,12 @@ def _started() -> subprocess.Popen[str]:
     # -P, and a file: of the working folder nothing is imported, and of the package nothing else.
     return subprocess.Popen(
         [sys.executable, "-P", str(Path(template_process.__file__))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, encoding="ascii",
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="ascii",
+    )
 
 
 def _exchange(process: subprocess.Popen[str], line: str, found: Future[str]) -> None:

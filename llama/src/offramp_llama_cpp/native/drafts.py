@@ -52,10 +52,15 @@ def _loop(
     functions = library.llama_decode, library.llama_get_logits
     return _Loop(
         *[ctypes.cast(function, ctypes.c_void_p).value for function in functions],
-        context, tap.user_data, of_words.shape[1], words, of_words.ctypes.data,
+        context,
+        tap.user_data,
+        of_words.shape[1],
+        words,
+        of_words.ctypes.data,
         None if rows is None else rows.ctypes.data,
-        None if of_states is None else of_states.ctypes.data, state_scale,
-    )  # fmt: skip
+        None if of_states is None else of_states.ctypes.data,
+        state_scale,
+    )
 
 
 def _with_room(held: Any, rows: int) -> Any:
@@ -88,13 +93,7 @@ class DraftLoop:
         self._said = np.empty(0, dtype=np.int32)
 
     def run(
-        self,
-        batch: Any,
-        positions: Integers,
-        word: States,
-        state: States,
-        ends: Ends,
-        sure: float,
+        self, batch: Any, positions: Integers, word: States, state: States, ends: Ends, sure: float
     ) -> tuple[list[int], float] | None:
         """Words, by number, until one is of `ends` [S], the product of their probabilities is below
         `sure`, or there are as many as positions; and that product. None where llama.cpp refused
@@ -106,12 +105,18 @@ class DraftLoop:
         axes, most = positions.shape
         self._said, product = _with_room(self._said, most), ctypes.c_float()
         count = self._run(
-            ctypes.byref(self._loop), ctypes.byref(batch),
-            positions.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(axes),
-            word.ctypes.data_as(ctypes.c_void_p), state.ctypes.data_as(ctypes.c_void_p),
-            ends.ctypes.data_as(ctypes.c_void_p), ctypes.c_float(sure), ctypes.c_size_t(most),
-            self._said.ctypes.data_as(ctypes.c_void_p), ctypes.byref(product),
-        )  # fmt: skip
+            ctypes.byref(self._loop),
+            ctypes.byref(batch),
+            positions.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_size_t(axes),
+            word.ctypes.data_as(ctypes.c_void_p),
+            state.ctypes.data_as(ctypes.c_void_p),
+            ends.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_float(sure),
+            ctypes.c_size_t(most),
+            self._said.ctypes.data_as(ctypes.c_void_p),
+            ctypes.byref(product),
+        )
         return None if count < 0 else (self._said[:count].tolist(), product.value)
 
 
@@ -153,12 +158,17 @@ class FeedLoop:
         self._said = _with_room(self._said, most)
         self._logits = _with_room(self._logits, most)
         count = self._run(
-            ctypes.byref(self._loop), ctypes.byref(batch),
-            positions.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(axes), ctypes.c_int32(token),
-            self._ending(ends).ctypes.data_as(ctypes.c_void_p), ctypes.c_float(sure),
-            ctypes.c_size_t(most), self._said.ctypes.data_as(ctypes.c_void_p),
+            ctypes.byref(self._loop),
+            ctypes.byref(batch),
+            positions.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_size_t(axes),
+            ctypes.c_int32(token),
+            self._ending(ends).ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_float(sure),
+            ctypes.c_size_t(most),
+            self._said.ctypes.data_as(ctypes.c_void_p),
             self._logits.ctypes.data_as(ctypes.c_void_p),
-        )  # fmt: skip
+        )
         return None if count < 0 else (self.ids[self._said[:count]].tolist(), self._logits[:count])
 
     def _asked_of_all(self, ends: Callable[[int], bool]) -> Ends:

@@ -62,10 +62,15 @@ class Tap:
         functions = [library.ggml_get_name, library.ggml_nbytes, library.ggml_backend_tensor_get]
         addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
         self._tap = _Tap(
-            tensor and tensor.encode(), *addresses,
-            products and products.offer, products and products.handle,
-            self._into.ctypes.data, self._into.nbytes, 0, False,
-        )  # fmt: skip
+            tensor and tensor.encode(),
+            *addresses,
+            products and products.offer,
+            products and products.handle,
+            self._into.ctypes.data,
+            self._into.nbytes,
+            0,
+            False,
+        )
         self.user_data: int = ctypes.addressof(self._tap)
         self._answer = _python_callback(library, self._tap)
         native = compiled_library("tap") if compiled else None

@@ -52,14 +52,16 @@ def _options(parser: Parser) -> None:
 
     what = "images that training has not seen, like those to come"
     measured_options(
-        parser, what, adapter=True, seen="trained", allow_seen=False, engines="all",
-        auto=True,
-    )  # fmt: skip
+        parser, what, adapter=True, seen="trained", allow_seen=False, engines="all", auto=True
+    )
     group = parser.add_argument_group("guarantee")
     field_option(
-        group, Guarantee, "risk", "what an early answer may lose; only a drop needs labels",
+        group,
+        Guarantee,
+        "risk",
+        "what an early answer may lose; only a drop needs labels",
         choices=RISKS,
-    )  # fmt: skip
+    )
     field_option(group, Guarantee, "target", "largest risk that is allowed")
     field_option(group, Guarantee, "confidence", "probability that the bound holds")
     field_option(
@@ -70,25 +72,37 @@ def _options(parser: Parser) -> None:
         choices=UNITS,
     )
     field_option(
-        group, Guarantee, "each_kind", "keep the target for each kind of prompt, as captions and "
+        group,
+        Guarantee,
+        "each_kind",
+        "keep the target for each kind of prompt, as captions and "
         "questions, and not for all together alone",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--target-of", action="append", type=_kind_target, default=[], metavar="KIND=X",
+        "--target-of",
+        action="append",
+        type=_kind_target,
+        default=[],
+        metavar="KIND=X",
         help="target of its own for prompts that begin with KIND, such as Question=0.05; may be "
         "given several times, and each kind is then tested (default: --target for all)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--frequencies", type=Path, metavar="FILE",
+        "--frequencies",
+        type=Path,
+        metavar="FILE",
         help="with --risk cider_drop, captions of other images, by which words are weighed; those "
         "of images in --data are left out (default: those of 30%% of the images, which are not "
         "tested on)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--of", type=whole(1), default=1, metavar="N",
+        "--of",
+        type=whole(1),
+        default=1,
+        metavar="N",
         help="the best of this many adapters, training seeds or sets of images will be taken, each "
         "calibrated with this option (default: 1)",
-    )  # fmt: skip
+    )
     _policy_options(parser.add_argument_group("early exit"))
     group = parser.add_argument_group("answers and output")
     length_option(group)
@@ -111,20 +125,28 @@ def _policy_options(group: Any) -> None:
 
     scores = (*SCORES, *FEATURE_SCORES, *HEADS, *offered("scores"))
     name_option(
-        group, "--score", scores, "confidence score of thresholds, which are then calibrated and "
-        "not trust", shown="the adapter's",
-    )  # fmt: skip
+        group,
+        "--score",
+        scores,
+        "confidence score of thresholds, which are then calibrated and not trust",
+        shown="the adapter's",
+    )
     group.add_argument(
-        "--thresholds", type=share, nargs="+", metavar="X",
+        "--thresholds",
+        type=share,
+        nargs="+",
+        metavar="X",
         help="thresholds, or levels of trust, to test, the safest first, chosen before any of "
         "these images was looked at (default: from 0.999 down to 0.1; of trust from 0.98 to 0)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--first-threshold", type=lambda text: text if text == "auto" else share(text), metavar="X",
+        "--first-threshold",
+        type=lambda text: text if text == "auto" else share(text),
+        metavar="X",
         help="threshold of its own for an answer's first token, whose prompt then waits at its "
         "exit; auto: searched, on 30%% of the images; thresholds are then calibrated, and not "
         "trust (default: the adapter's)",
-    )  # fmt: skip
+    )
 
 
 def _kind_target(text: str) -> tuple[str, float]:
@@ -190,9 +212,12 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     costs = None
     if runtime is None and policy.trust is None and can_replay(policy):  # an answer at a time
         costs = measure_costs(
-            adapter.backbone, encoder.prompts(examples[:1]), adapter.exits,
-            score=policy.score, shortlist=policy.shortlist,
-        )  # fmt: skip
+            adapter.backbone,
+            encoder.prompts(examples[:1]),
+            adapter.exits,
+            score=policy.score,
+            shortlist=policy.shortlist,
+        )
     _say_how_long(runtime or adapter, encoder, examples, policy, arguments)
     with with_ledger(adapter) as adapter:
         calibration = fastest(
@@ -236,18 +261,25 @@ def _say_worth(examples: Any, asked: dict[str, Any]) -> None:
     if least > guarantee.target:
         log.warning(
             "%d images, or groups of them, cannot guarantee %g%s, but at best %.3g: give more, or "
-            "a larger --target.", n, guarantee.target,
-            " unless early answers are better than the full model's" if gains
-            else ", however good the exits are", least,
-        )  # fmt: skip
+            "a larger --target.",
+            n,
+            guarantee.target,
+            " unless early answers are better than the full model's"
+            if gains
+            else ", however good the exits are",
+            least,
+        )
         return
     target, enough = guarantee.target, guarantee.images_for
     shares = (share for share in range(90, -1, -5) if n >= (enough(target * share / 100) or n + 1))
     log.info(
         "With these %d images, which can guarantee %.3g at best, a first attempt passes four times "
         "in five where at most %d%% of the target is lost in truth; further attempts on them share "
-        "a fifth of the error budget.", n, least, next(shares, 0),
-    )  # fmt: skip
+        "a fifth of the error budget.",
+        n,
+        least,
+        next(shares, 0),
+    )
 
 
 def _say_how_long(
@@ -267,9 +299,13 @@ def _say_how_long(
     rows = min(arguments.batch_size, getattr(model, "rows", 8), len(examples))
     begin = time.perf_counter()
     generate_answers(
-        model, encoder, examples[:rows], FULL,
-        batch_size=rows, max_new_tokens=arguments.max_new_tokens,
-    )  # fmt: skip
+        model,
+        encoder,
+        examples[:rows],
+        FULL,
+        batch_size=rows,
+        max_new_tokens=arguments.max_new_tokens,
+    )
     once = (time.perf_counter() - begin) * len(examples) / rows
     elsewhere = not isinstance(model, Adapter)
     replayed = not elsewhere and can_replay(policy)

@@ -24,14 +24,20 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     parser.add_argument(
-        "image", type=picture, nargs="+", metavar="FILE",
+        "image",
+        type=picture,
+        nargs="+",
+        metavar="FILE",
         help="images to describe: files, folders or addresses, - for stdin",
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", dest="adapter", default="photo", metavar="NAME",
+        "--model",
+        dest="adapter",
+        default="photo",
+        metavar="NAME",
         help=f"{NAMED_EXITS} (default: photo)",
-    )  # fmt: skip
+    )
     adapter_options(parser, group, "all", auto=True)
     answer_options(parser)
     parser.set_defaults(prompt=None, interactive=False, stream=False)

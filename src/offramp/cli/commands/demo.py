@@ -32,9 +32,15 @@ def _options(parser: Parser) -> None:
 
     names = [f"tiny-{kind}" for kind in TINY]
     name_first(
-        parser, parser, "backbone", ("--backbone",), f"{one_of(names)} (default: {names[0]})",
-        required=False, choices=names, type=lambda name: f"tiny-{short_name(name)}",
-    )  # fmt: skip
+        parser,
+        parser,
+        "backbone",
+        ("--backbone",),
+        f"{one_of(names)} (default: {names[0]})",
+        required=False,
+        choices=names,
+        type=lambda name: f"tiny-{short_name(name)}",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)"
     )

@@ -53,9 +53,12 @@ def _options(parser: Parser) -> None:
     data_options(parser, "images that training has not seen, like those to come", limit=10)
     group = parser.add_argument_group("timing and output")
     group.add_argument(
-        "--max-new-tokens", type=whole(2), default=40, metavar="N",
+        "--max-new-tokens",
+        type=whole(2),
+        default=40,
+        metavar="N",
         help="longest answer (default: 40)",
-    )  # fmt: skip
+    )
     group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
     overwrite_option(group)
     runtime_options(parser, sized=False)
@@ -72,10 +75,7 @@ def _draft(arguments: argparse.Namespace) -> None:
 
 def _find(arguments: argparse.Namespace, out: Path) -> None:
     """Time what drafts there are, show that, and store the fastest in `out`."""
-    from offramp.calibration.draft_thresholds import (
-        draft_speeds,
-        with_drafts,
-    )
+    from offramp.calibration.draft_thresholds import draft_speeds, with_drafts
     from offramp.common.progress import progress
 
     items = read_data(arguments, require_answers=False)
@@ -130,8 +130,11 @@ def _say_how_long(adapter: Any, runtime: Any, inputs: Any, arguments: argparse.N
     took = (time.perf_counter() - begin) * answers
     log.info(
         "Timing %d ways to decode on %d prompts, in %d rounds, takes about %s.",
-        ways, len(inputs), ROUNDS, duration(took),
-    )  # fmt: skip
+        ways,
+        len(inputs),
+        ROUNDS,
+        duration(took),
+    )
 
 
 def _table(draftings: Any, *, better: bool) -> str:

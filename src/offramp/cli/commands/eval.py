@@ -7,14 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.loading import (
-    check_engine,
-    load_model,
-    loaded,
-    policy_of,
-    read_data,
-    unseen_items,
-)
+from offramp.cli.loading import check_engine, load_model, loaded, policy_of, read_data, unseen_items
 from offramp.cli.options import (
     add_command,
     batch_option,
@@ -50,9 +43,13 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     measured_options(
-        parser, "what is evaluated",
-        adapter=False, seen="trained or calibrated", allow_seen=True, engines="all",
-    )  # fmt: skip
+        parser,
+        "what is evaluated",
+        adapter=False,
+        seen="trained or calibrated",
+        allow_seen=True,
+        engines="all",
+    )
     threshold_option(parser)
     _evaluation_options(parser)
     group = parser.add_argument_group("output")
@@ -77,9 +74,14 @@ def _evaluation_options(parser: Parser) -> None:
     group = parser.add_argument_group("evaluation")
     name_option(group, "--task", TASK_METRICS, "task", required=True)
     field_option(
-        group, EvaluationSettings, "mode", "which models answer", choices=WHICH, default=None,
+        group,
+        EvaluationSettings,
+        "mode",
+        "which models answer",
+        choices=WHICH,
+        default=None,
         shown="both; without exits full",
-    )  # fmt: skip
+    )
     batch_option(group, 1, "examples at once; more than 1 measures quality only")
     length_option(group, None, "40 for captions, 20 for dialogue, 10 for questions")
 

@@ -51,13 +51,15 @@ def _options(parser: Parser) -> None:
     group.add_argument("--out", type=Path, required=True, help="folder for the files")
     overwrite_option(group)
     depths_option(
-        group, "--depths",
+        group,
+        "--depths",
         "exits to write (default: those at which the adapter's policy has thresholds)",
-    )  # fmt: skip
+    )
     data = data_options(
-        parser, "prompts like those to come, for formats that are checked or trained by answers",
+        parser,
+        "prompts like those to come, for formats that are checked or trained by answers",
         required=False,
-    )  # fmt: skip
+    )
     length_option(data)
     for one in exporters.values():
         one.options(parser)

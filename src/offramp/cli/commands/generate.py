@@ -52,10 +52,14 @@ def question_options(parser: Parser, *, chat: bool = False) -> None:
     model_options(parser, adapter=True, engines="all", auto=True)
     group = parser.add_argument_group("question")
     group.add_argument(
-        "--image", type=picture, nargs="+", default=[], metavar="FILE",
+        "--image",
+        type=picture,
+        nargs="+",
+        default=[],
+        metavar="FILE",
         help="files, folders or addresses, - for stdin (default: none, where the model also "
         "answers text alone)",
-    )  # fmt: skip
+    )
     if not chat:
         group.add_argument(
             "--prompt",
@@ -77,9 +81,10 @@ def answer_options(parser: Parser) -> None:
     vision_options(parser.add_argument_group("images"))
     group = parser.add_argument_group("answer")
     group.add_argument(
-        "--depths", action="store_true",
+        "--depths",
+        action="store_true",
         help="show on stderr after how many layers each token was written",
-    )  # fmt: skip
+    )
     length_option(group, default=None, shown=f"{LONGEST}, or as calibrated")
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -143,10 +148,15 @@ def generate(arguments: argparse.Namespace) -> None:
         policy = policy_of(arguments, adapter, prompt, where).in_mode(arguments.mode)
         result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
         verdict = adapter.verdict(
-            result, encoder.processor, prompt, image,
-            policy=policy, engine=where, longest=options["max_new_tokens"],
+            result,
+            encoder.processor,
+            prompt,
+            image,
+            policy=policy,
+            engine=where,
+            longest=options["max_new_tokens"],
             sampling="sampled" if options["do_sample"] else "greedy",
-        )  # fmt: skip
+        )
         _show(name, result, verdict, encoder, arguments)
 
 
@@ -273,9 +283,14 @@ def _show(
             {"token": t, "id": i, "depth": d, "score": None if s != s else round(s, 6)}
             for t, i, d, s in zip(tokens, ids, depths, scores, strict=True)
         ]
-        row = {"image": None if image is None else str(image), "answer": text,
-               "layers": result.layers, "mean_depth": result.mean_depth,
-               "verdict": verdict.to_json(), "steps": steps}  # fmt: skip
+        row = {
+            "image": None if image is None else str(image),
+            "answer": text,
+            "layers": result.layers,
+            "mean_depth": result.mean_depth,
+            "verdict": verdict.to_json(),
+            "steps": steps,
+        }
         print_json(row)
         return
     if not arguments.stream:

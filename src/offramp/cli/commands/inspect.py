@@ -31,9 +31,16 @@ from offramp.core.errors import InputError
 log = logging.getLogger(__name__)
 
 FORECAST: dict[str, Any] = {
-    "images": None, "split": None, "prompt": None, "group_by": "group", "limit": 200,
-    "depths": None, "max_new_tokens": LONGEST, "batch_size": 16, "out": None,
-}  # fmt: skip
+    "images": None,
+    "split": None,
+    "prompt": None,
+    "group_by": "group",
+    "limit": 200,
+    "depths": None,
+    "max_new_tokens": LONGEST,
+    "batch_size": 16,
+    "out": None,
+}
 """Options that are of --data alone, and their defaults."""
 LEVEL, PLANNED = 0.95, 2000
 """The share of tokens that is to stay the full model's; prompts that training would have."""
@@ -60,8 +67,9 @@ def _options(parser: Parser) -> None:
         parser,
         "prompts, without answers, from which to tell, before any training, how many tokens exits "
         "would settle, at which depth, and the speed to expect on this machine",
-        limit=FORECAST["limit"], required=False,
-    )  # fmt: skip
+        limit=FORECAST["limit"],
+        required=False,
+    )
     group = parser.add_argument_group("would exits pay?")
     depths_option(group, "--depths", "depths to try (default: six, up to three quarters)")
     length_option(group)
@@ -153,9 +161,17 @@ def _told(entries: dict[str, Any]) -> str:
 
 
 SHOWN = (
-    "name", "text_model_type", "layers", "width", "vocabulary", "dtype", "weight_bytes",
-    "exit_bytes", "decoding", "proposed_depths",
-)  # fmt: skip
+    "name",
+    "text_model_type",
+    "layers",
+    "width",
+    "vocabulary",
+    "dtype",
+    "weight_bytes",
+    "exit_bytes",
+    "decoding",
+    "proposed_depths",
+)
 """What is printed of a backbone; the rest with --json."""
 
 
@@ -198,21 +214,29 @@ def _suitability(arguments: argparse.Namespace) -> None:
         check_exits(backbone, processor, examples[0])
     steps = (f"{n} of {len(STEPS)}: {what}" for n, what in enumerate(STEPS, 1))
     found = suitability(
-        InputProcessor(backbone, processor), examples,
-        depths=arguments.depths or (), planned=max(PLANNED, len(examples)),
-        max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size,
+        InputProcessor(backbone, processor),
+        examples,
+        depths=arguments.depths or (),
+        planned=max(PLANNED, len(examples)),
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
         progress=lambda items: progress(items, next(steps)),
-    )  # fmt: skip
+    )
     narrow = " --shortlist 2048" if found.shortlist else ""
     how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
     best = found.best(LEVEL)
     train = f"offramp train {arguments.name}{how} --depths {best.depth}{narrow} --out exits"
     pays = best.speedup[LEVEL] >= WORTH
     told = {
-        **found.to_json(), "backbone": backbone.name, "level": LEVEL, "best": best.depth,
-        "verdict": found.verdict(LEVEL), "answers": found.answers(LEVEL),
-        "seconds_with": found.seconds_with(LEVEL), "next": train if pays else "",
-    }  # fmt: skip
+        **found.to_json(),
+        "backbone": backbone.name,
+        "level": LEVEL,
+        "best": best.depth,
+        "verdict": found.verdict(LEVEL),
+        "answers": found.answers(LEVEL),
+        "seconds_with": found.seconds_with(LEVEL),
+        "next": train if pays else "",
+    }
     if arguments.out is not None:
         tokenizer = getattr(processor, "tokenizer", processor)
         page = report([of_forecast(told)], examples, tokenizer_of=lambda _: tokenizer)
@@ -229,16 +253,20 @@ STEPS = ("answers", "states", "speed")
 def _forecast(found: Any) -> str:
     """The forecast in five lines, for people."""
     now, after = found.seconds[0], found.seconds_with(LEVEL)
-    return "\n".join([
-        found.verdict(LEVEL),
-        plain({
-            "1,000 answers": f"{1000 * now / 60:.1f} minutes of this machine now, "
-            f"{1000 * after / 60:.1f} with the exit",
-            "by depth": ", ".join(
-                f"{p.depth}: {p.agreement:.0%} of words, {p.speedup[LEVEL]:.1f}x"
-                for p in found.prospects
+    return "\n".join(
+        [
+            found.verdict(LEVEL),
+            plain(
+                {
+                    "1,000 answers": f"{1000 * now / 60:.1f} minutes of this machine now, "
+                    f"{1000 * after / 60:.1f} with the exit",
+                    "by depth": ", ".join(
+                        f"{p.depth}: {p.agreement:.0%} of words, {p.speedup[LEVEL]:.1f}x"
+                        for p in found.prospects
+                    ),
+                    "from": f"{found.tokens:,} tokens of answers to {found.prompts} prompts, "
+                    f"followed to {found.planned:,}",
+                }
             ),
-            "from": f"{found.tokens:,} tokens of answers to {found.prompts} prompts, followed to "
-            f"{found.planned:,}",
-        }),
-    ])  # fmt: skip
+        ]
+    )

@@ -27,9 +27,13 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     parser.add_argument(
-        "sources", nargs="*", default=[], action="extend", metavar="PATH",
+        "sources",
+        nargs="*",
+        default=[],
+        action="extend",
+        metavar="PATH",
         help="folders (of an adapter, or what eval or demo wrote), or JSON files",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--data",
         nargs="+",

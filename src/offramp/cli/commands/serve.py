@@ -72,11 +72,13 @@ def _options(parser: Parser) -> None:
     _engine_options(parser)
     server_options(parser)
     settings_option(
-        parser.add_argument_group("watched guarantee"), "--watch", WatchConfig,
+        parser.add_argument_group("watched guarantee"),
+        "--watch",
+        WatchConfig,
         ("share", "level", "slack", "action", "keep", "deadline", "state", "frequencies"),
         "how the guarantee is watched, as 0.05,action=warn, where a number alone is the share",
         first="share",
-    )  # fmt: skip
+    )
     images = parser.add_argument_group("images")
     vision_options(images)
     image_options(images)
@@ -89,9 +91,12 @@ def server_options(parser: Parser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     group.add_argument(
-        "--port", type=whole(0), default=PORT, metavar="N",
+        "--port",
+        type=whole(0),
+        default=PORT,
+        metavar="N",
         help=f"port (default: {PORT}; 0: one that is free)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--served-name",
         metavar="TEXT",
@@ -120,9 +125,12 @@ def image_options(group: Any) -> None:
 
     field_options(group, ImageLimits, ("domains", "folder"))
     settings_option(
-        group, "--image-limits", ImageLimits, ("count", "bytes", "pixels"),
+        group,
+        "--image-limits",
+        ImageLimits,
+        ("count", "bytes", "pixels"),
         "what a request may bring, as count=2",
-    )  # fmt: skip
+    )
 
 
 def _engine_options(parser: Parser) -> None:
@@ -139,9 +147,12 @@ def _engine_options(parser: Parser) -> None:
         "the engine has no more)",
     )
     engine.add_argument(
-        "--limit", type=whole(1), default=1024, metavar="N",
+        "--limit",
+        type=whole(1),
+        default=1024,
+        metavar="N",
         help="tokens of a prompt and its answer (default: 1024)",
-    )  # fmt: skip
+    )
     engine_option(parser.add_argument_group("decoder"), auto=True)
     runtime_options(parser, sized=False)
 

@@ -45,15 +45,21 @@ def _options(parser: Parser) -> None:
     data_options(parser, "images that training has not seen, like those to come")
     group = parser.add_argument_group("sweep and output")
     name_option(
-        group, "--score", SCORES, "confidence scores of thresholds", shown="the adapter's",
+        group,
+        "--score",
+        SCORES,
+        "confidence scores of thresholds",
+        shown="the adapter's",
         nargs="+",
-    )  # fmt: skip
+    )
     length_option(group)
     batch_option(group, 32)
     group.add_argument(
-        "--out", type=Path, metavar="FILE",
+        "--out",
+        type=Path,
+        metavar="FILE",
         help="CSV file, beside which its plot is written as .svg (default: none)",
-    )  # fmt: skip
+    )
     overwrite_option(group)
 
 
@@ -72,10 +78,14 @@ def _sweep(arguments: argparse.Namespace) -> None:
     examples = [item.example for item in read_data(arguments, require_answers=False)]
     opened = loaded(arguments)
     found = sweep(
-        opened.adapter, opened.encoder, examples, arguments.score or (),
-        batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
+        opened.adapter,
+        opened.encoder,
+        examples,
+        arguments.score or (),
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
         progress=lambda batches: progress(batches, "sweep"),
-    )  # fmt: skip
+    )
     if arguments.out is not None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([names, *map(astuple, found)])

@@ -30,12 +30,17 @@ GROUPS = {
     "exits": ("depths", "exit_kind", "shortlist"),
     "labels and answers": ("regime", "losses", "max_new_tokens"),
     "schedule": ("steps", "batch_size", "learning_rate", "evaluate_every", "seed"),
-}  # fmt: skip
+}
 """Fields of `TrainConfig` as the help groups them; --losses holds the weights."""
 NOT_SAID = (
-    "temperature", "discriminator_learning_rate", "labelled_fraction", "min_confidence",
-    "validation_fraction", "patience", "cache",
-)  # fmt: skip
+    "temperature",
+    "discriminator_learning_rate",
+    "labelled_fraction",
+    "min_confidence",
+    "validation_fraction",
+    "patience",
+    "cache",
+)
 """Fields that are no options, for no measurement speaks for them; in Python they are there."""
 REGIMES = ("unsupervised", "supervised")
 """Those of `TrainConfig` that are said; the others are baselines of the lab."""
@@ -72,17 +77,23 @@ def _options(parser: Parser) -> None:
         "--overwrite", action="store_true", help="replace the adapter or checkpoint in --out"
     )
     group.add_argument(
-        "--drafting", nargs="?", const=True, metavar="ADAPTER",
+        "--drafting",
+        nargs="?",
+        const=True,
+        metavar="ADAPTER",
         help="teach the exits of an adapter that is there to draft on, and change nothing else of "
         "them without --of-format. Without a folder: as --exit-kind drafting (default: exits are "
         "trained)",
-    )  # fmt: skip
+    )
     if formats := [*_formats()]:
         name_option(
-            group, "--of-format", formats,
+            group,
+            "--of-format",
+            formats,
             "the exits are for files of this number format: they learn from the backbone with "
-            "weights as `offramp export` writes them", shown="from the backbone as it is",
-        )  # fmt: skip
+            "weights as `offramp export` writes them",
+            shown="from the backbone as it is",
+        )
 
 
 def _formats() -> dict[str, Any]:
@@ -138,14 +149,24 @@ def _train(arguments: argparse.Namespace) -> None:
             Adapter.from_pretrained(
                 backbone, shipped_exits(arguments.drafting) or arguments.drafting
             ),
-            processor, examples, config, arguments.out,
-            overwrite=arguments.overwrite, teacher=teacher,
-        )  # fmt: skip
+            processor,
+            examples,
+            config,
+            arguments.out,
+            overwrite=arguments.overwrite,
+            teacher=teacher,
+        )
     else:
         adapter = train(
-            backbone, processor, examples, config, arguments.out,
-            resume=arguments.resume, overwrite=arguments.overwrite, teacher=teacher,
-        )  # fmt: skip
+            backbone,
+            processor,
+            examples,
+            config,
+            arguments.out,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            teacher=teacher,
+        )
     processes = PartialState()
     processes.destroy_process_group()  # its threads can abort a process that just exits
     if processes.is_main_process:

@@ -32,8 +32,10 @@ log = logging.getLogger(__name__)
 
 
 QUICK: dict[str, tuple[Any, str]] = {
-    "limit": (4, "4"), "slots": (2, "2"), "max_new_tokens": (16, "16"),
-}  # fmt: skip
+    "limit": (4, "4"),
+    "slots": (2, "2"),
+    "max_new_tokens": (16, "16"),
+}
 """The value of each option under --quick, and the words that a user would type for it."""
 
 
@@ -74,10 +76,13 @@ def _options(parser: Parser) -> None:
     few = " ".join(f"--{name.replace('_', '-')} {shown}" for name, (_, shown) in QUICK.items())
     group.add_argument("--quick", action="store_true", help=f"a small test: {few}, if not given")
     group.add_argument(
-        "--slots", type=whole(1), default=SLOTS, metavar="N",
+        "--slots",
+        type=whole(1),
+        default=SLOTS,
+        metavar="N",
         help="requests in company, in the batch engine; in llama.cpp sequences, and rows of its "
         f"largest batch (default: {SLOTS})",
-    )  # fmt: skip
+    )
     length_option(group)
     group.add_argument(
         "--out",

@@ -210,8 +210,9 @@ class CheckedDrafts:
             if type(token) is not int or not 0 <= token < self._vocabulary:
                 return self._error(f"wrote {token!r}")
         if draft.fed != [*row.ids[-1:], *draft.said][: min(len(draft.fed), budget.max_drafts + 1)]:
-            return self._error(f"feeds {draft.fed}, says {draft.said}, and may write "
-                               f"{budget.max_drafts}")  # fmt: skip
+            return self._error(
+                f"feeds {draft.fed}, says {draft.said}, and may write {budget.max_drafts}"
+            )
         return None
 
     def _said(self, error: Exception | None) -> Exception | None:

@@ -213,6 +213,12 @@ class Stamp:
     def _look(self) -> list[Any]:
         backbone = self._made_of[0]
         return [
-            backbone.version(), backbone.decoding, backbone.engine, backbone.lossless,
-            backbone.in_parts, backbone.family, backbone.tower, *HEADS.items(),
-        ]  # fmt: skip
+            backbone.version(),
+            backbone.decoding,
+            backbone.engine,
+            backbone.lossless,
+            backbone.in_parts,
+            backbone.family,
+            backbone.tower,
+            *HEADS.items(),
+        ]

@@ -37,13 +37,7 @@ from offramp.core.engine.read_again import (
     shape_of,
     tell,
 )
-from offramp.core.engine.sampler import (
-    Noise,
-    Observer,
-    Sampler,
-    SeededNoise,
-    StopTogether,
-)
+from offramp.core.engine.sampler import Noise, Observer, Sampler, SeededNoise, StopTogether
 from offramp.core.errors import InputError
 from offramp.core.executors.choice import EXECUTORS
 from offramp.core.executors.kv_cache import cache_name
@@ -252,9 +246,15 @@ def _write(
     with plan.running(**sizes) as executor:
         decoder = plan.decoder(executor, AT_ONCE if rows == 1 else Schedule.of(rows))
         return write_answers(
-            decoder, reader, prepared, plan.own_rule,
-            streamer=streamer, seed=seed, observer=observer, kept=kept,
-        )  # fmt: skip
+            decoder,
+            reader,
+            prepared,
+            plan.own_rule,
+            streamer=streamer,
+            seed=seed,
+            observer=observer,
+            kept=kept,
+        )
 
 
 def write_answers(

@@ -37,11 +37,7 @@ class ExitHeads:
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        exits: ExitSet | None,
-        policy: ExitPolicy,
-        depths: Sequence[int],
+        self, backbone: Backbone, exits: ExitSet | None, policy: ExitPolicy, depths: Sequence[int]
     ) -> None:
         """Raise `InputError` where what the policy needs is missing."""
         self._depths = tuple(depths)

@@ -85,18 +85,24 @@ def plan_of(
         policy,
         asking,
         executor=partial(
-            executor_for, backbone, attached, depths,
-            needs_previous_state=asking.needs_previous_state, drafter=drafting,
+            executor_for,
+            backbone,
+            attached,
+            depths,
+            needs_previous_state=asking.needs_previous_state,
+            drafter=drafting,
         ),
         reader=partial(PromptReader, backbone, attached, depths),
         drafter=drafter_at(
-            levels, named=policy.drafter, draws_on=drafting is not None,
+            levels,
+            named=policy.drafter,
+            draws_on=drafting is not None,
             vocabulary=backbone.vocabulary,
         ),
         levels=levels if backbone.lossless else {},
         first_may_exit=first_token_may_exit(backbone, policy),
         tested=backbone.tested and backbone.engine is not None,
-    )  # fmt: skip
+    )
 
 
 def _check_precision(backbone: Backbone, exits: ExitSet) -> None:

@@ -140,8 +140,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run the model itself, on copies of its buffers and by one thread at a time; what it notes on
     its modules goes again."""
     with _LOCKS.setdefault(model, threading.RLock()), torch.inference_mode():
-        own = [(vars(module), dict(vars(module)), module._buffers, dict(module._buffers))
-               for module in model.modules()]  # fmt: skip
+        own = [
+            (vars(module), dict(vars(module)), module._buffers, dict(module._buffers))
+            for module in model.modules()
+        ]
         copies: dict[int, Tensor] = {}  # as some write into theirs
         for _, _, buffers, held in own:
             for name, value in held.items():
@@ -246,9 +248,10 @@ def _apart(
             return f"it cannot be read again ({type(error).__name__}: {str(error)[:160]})"
         worst = max(
             relative_difference(logits, theirs[row, place].to(logits.device))
-            if logits.shape == theirs[row, place].shape else float("inf")
+            if logits.shape == theirs[row, place].shape
+            else float("inf")
             for (row, place), logits in held.items()
-        )  # fmt: skip
+        )
     return None if worst <= allowed else f"its logits are off by {worst:.1e} of the largest"
 
 
@@ -264,8 +267,9 @@ def tell(backbone: Backbone, why: str) -> None:
     log.warning(
         "%s: answers to prompts like this one are written by the model's own forward pass, without "
         "exits: read again by the model, an answer was another: %s.",
-        backbone.name, why,
-    )  # fmt: skip
+        backbone.name,
+        why,
+    )
 
 
 # -- by the model's own forward pass ---------------------------------------------------------------
@@ -284,9 +288,13 @@ def by_model(
             streamer.put(prepared.ids.cpu())
         processors = LogitsProcessorList([_PerRow(prepared, observer)])
         out = prepared.model._sample(
-            prepared.ids, processors, prepared.criteria, prepared.config, streamer=told,
+            prepared.ids,
+            processors,
+            prepared.criteria,
+            prepared.config,
+            streamer=told,
             **prepared.arguments,
-        )  # fmt: skip
+        )
         return SimpleNamespace(prepared=prepared, sequences=getattr(out, "sequences", out))
 
     with untouched(backbone.model), drawn:

@@ -34,10 +34,8 @@ from offramp.core.models.exits import ExitSet
 from offramp.core.models.intercept import ImageMemory, InterceptedModel
 from offramp.core.models.opened import LayerCall
 
-_KNOWN = frozenset(
-    ("inputs_embeds", "position_ids", "attention_mask", *CACHE_NAMES, "use_cache",
-     "return_dict", "input_ids", "cache_position")
-)  # fmt: skip
+_INPUTS = "inputs_embeds position_ids attention_mask input_ids cache_position"
+_KNOWN = frozenset((*_INPUTS.split(), *CACHE_NAMES, "use_cache", "return_dict"))
 """Arguments of a stack that can be shortened; with others, every prompt is run whole."""
 
 

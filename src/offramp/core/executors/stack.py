@@ -18,13 +18,7 @@ from torch import Tensor
 from offramp.core.decoding.drafting import DraftBudget, Drafts
 from offramp.core.decoding.executor import LoadedPrompt, Span
 from offramp.core.executors.bare import stack_runs
-from offramp.core.executors.kv_cache import (
-    cache_name,
-    crop,
-    croppable,
-    self_attention,
-    stand_in,
-)
+from offramp.core.executors.kv_cache import cache_name, crop, croppable, self_attention, stand_in
 from offramp.core.executors.prefill import Prefill
 from offramp.core.executors.prompt import Prompt
 from offramp.core.executors.segments import ExitOutput, Output, SegmentRunner, joined, picked
@@ -81,11 +75,7 @@ class StackExecutor(SegmentRunner):
     positions: int | None = None  # counted where its arguments are made
 
     def __init__(
-        self,
-        backbone: Backbone,
-        exits: ExitSet | None,
-        depths: Sequence[int],
-        **more: Any,
+        self, backbone: Backbone, exits: ExitSet | None, depths: Sequence[int], **more: Any
     ) -> None:
         super().__init__(backbone, exits, depths, **more)
         stack_runs(backbone)
@@ -328,7 +318,13 @@ class StackExecutor(SegmentRunner):
 def _row_of(cache: Any, row: int) -> Any:
     """A copy of one row of a cache."""
     made = copy.deepcopy(cache)
-    device = next((e.keys.device for e in self_attention(cache).layers
-                   if getattr(e, "keys", None) is not None), torch.device("cpu"))  # fmt: skip
+    device = next(
+        (
+            e.keys.device
+            for e in self_attention(cache).layers
+            if getattr(e, "keys", None) is not None
+        ),
+        torch.device("cpu"),
+    )
     made.reorder_cache(torch.tensor([row], device=device))
     return made

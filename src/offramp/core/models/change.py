@@ -218,8 +218,10 @@ def _things(roots: Iterable[nn.Module], but: Collection[nn.Module]) -> Iterator[
 
 def _named_code(modules: Sequence[nn.Module]) -> dict[str, list[tuple[str, Any]]]:
     """What `_code` tells of, by table, without names that mean nothing."""
-    return {name: [(n, v) for n, v in ((str(k), v) for k, v in table.items()) if _means(n)]
-            for name, table in _code(modules)}  # fmt: skip
+    return {
+        name: [(n, v) for n, v in ((str(k), v) for k, v in table.items()) if _means(n)]
+        for name, table in _code(modules)
+    }
 
 
 def _means(name: str) -> bool:
@@ -312,10 +314,9 @@ class _Place:
         if not isinstance(other, _Place) or self._it != other._it:
             return False
         moved = self._device != other._device
-        return (
-            (self._count, self._kind) == (other._count, other._kind)
-            and (moved or self._at == other._at)
-        )  # fmt: skip
+        return (self._count, self._kind) == (other._count, other._kind) and (
+            moved or self._at == other._at
+        )
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -130,9 +130,7 @@ def _drafting(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
 
 
 EXIT_KINDS.update(
-    layer=ExitKind(_copied),
-    drafting=ExitKind(_drafting),
-    lens=ExitKind(lambda *_: LogitLens()),
+    layer=ExitKind(_copied), drafting=ExitKind(_drafting), lens=ExitKind(lambda *_: LogitLens())
 )
 
 

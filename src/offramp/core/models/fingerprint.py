@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.core.models.backbone import Backbone
-from offramp.core.models.weights import (
-    float_parameters,
-    scheme,
-)
+from offramp.core.models.weights import float_parameters, scheme
 
 Make = Callable[[], Tensor]
 """Makes a tensor when it is called: of a quantised backbone, few at a time have room as floats."""

@@ -24,12 +24,7 @@ from offramp.core.models.sharding import (
     loaded,
 )
 from offramp.core.models.stand_in import StandIn
-from offramp.core.models.weights import (
-    check_scheme,
-    float_dtype,
-    float_parameters,
-    unpack,
-)
+from offramp.core.models.weights import check_scheme, float_dtype, float_parameters, unpack
 
 
 @dataclass(slots=True)

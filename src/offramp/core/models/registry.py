@@ -80,10 +80,9 @@ FAMILIES: dict[str, Family | str] = {
 """Vision-language models by `config.model_type`."""
 
 _TESTED = dict(FAMILIES)
-_TESTED_TEXTS = {
-    "bart", "gemma", "gemma2", "gemma3_text", "granite", "llama", "opt", "qwen2", "qwen2_5_vl_text",
-    "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_vl_text", "t5",
-}  # fmt: skip
+_TESTED_TEXTS = set(
+    ["bart", "gemma", "gemma2", "gemma3_text", "granite", "llama", "opt", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_vl_text", "t5"]
+)
 """The decoders that tests run inside these, by `model_type`: a wrapper such as LLaVA may hold any,
 with layers that are called otherwise."""
 

@@ -38,17 +38,23 @@ from offramp.core.save_and_load.config import (
     AdapterConfig,
     read_config,
 )
-from offramp.core.save_and_load.tensors import (
-    check_shapes,
-    read_shapes,
-    read_tensors,
-)
+from offramp.core.save_and_load.tensors import check_shapes, read_shapes, read_tensors
 from offramp.core.storage import digest_file
 
 __all__ = [
-    "ATTEMPTS", "CHECKS", "CONFIG", "DISCRIMINATORS", "EXITS", "FORMAT", "LARGEST_SEEN", "SEEN",
-    "AdapterConfig", "exits_digest", "load_exits", "read_config",
-]  # fmt: skip
+    "ATTEMPTS",
+    "CHECKS",
+    "CONFIG",
+    "DISCRIMINATORS",
+    "EXITS",
+    "FORMAT",
+    "LARGEST_SEEN",
+    "SEEN",
+    "AdapterConfig",
+    "exits_digest",
+    "load_exits",
+    "read_config",
+]
 
 SEEN, ATTEMPTS = "seen.json", "attempts.json"
 DISCRIMINATORS = "discriminators.safetensors"

@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.core.decoding.policy import (
-    FULL,
-    ExitPolicy,
-    policy_from_json,
-    policy_to_json,
-)
+from offramp.core.decoding.policy import FULL, ExitPolicy, policy_from_json, policy_to_json
 from offramp.core.errors import AdapterError, DataError, InputError, StorageError
 from offramp.core.storage import digest_rows, read_json, schema
 

@@ -25,9 +25,14 @@ from offramp.core.storage.places import (
 )
 
 __all__ = [
-    "atomic_folder", "check_plain", "digest_file",
-    "digest_rows", "read_json", "write_atomic", "write_json",
-]  # fmt: skip
+    "atomic_folder",
+    "check_plain",
+    "digest_file",
+    "digest_rows",
+    "read_json",
+    "write_atomic",
+    "write_json",
+]
 
 
 def write_atomic(path: str | Path, data: bytes | str, *, follow: bool = True) -> None:

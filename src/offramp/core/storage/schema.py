@@ -76,8 +76,10 @@ class Fingerprint(Struct, forbid_unknown_fields=True, frozen=True):
     vocabulary: Count
     tensors: Count
     weights: Sample
-    parts: Annotated[dict[str, Annotated[list[Sample], Meta(max_length=2**12)]],
-                     Meta(max_length=64)] | None = None  # fmt: skip
+    parts: (
+        Annotated[dict[str, Annotated[list[Sample], Meta(max_length=2**12)]], Meta(max_length=64)]
+        | None
+    ) = None
     quantized: str = ""
 
 

@@ -83,11 +83,7 @@ def _compile(
     from torch._inductor.compile_fx import compile_fx
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import (
-        DimDynamic,
-        ShapeEnv,
-        StatelessSymbolicContext,
-    )
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     sizes = ShapeEnv()
     fake = FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True)
@@ -222,10 +218,14 @@ def tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 def _parts(module: nn.Module) -> list[Any]:
     """What makes the code of a module, beside its weights."""
     return [
-        (name, type(part), type(part).forward,
-         {n: _open(v) for n, v in part.__dict__.items() if n not in _COMMON})
+        (
+            name,
+            type(part),
+            type(part).forward,
+            {n: _open(v) for n, v in part.__dict__.items() if n not in _COMMON},
+        )
         for name, part in module.named_modules(remove_duplicate=False)
-    ]  # fmt: skip
+    ]
 
 
 def _layout(module: nn.Module) -> list[Any]:

@@ -48,9 +48,14 @@ def attention_by_token(
         if mask is not None and _hides_nothing(mask):
             mask = None  # as stacks leave it out for one token
         made, _ = sdpa_attention_forward(
-            module, query[:, :, token : token + 1], key[:, :, :seen], value[:, :, :seen], mask,
-            position_bias=bias, **options,
-        )  # fmt: skip
+            module,
+            query[:, :, token : token + 1],
+            key[:, :, :seen],
+            value[:, :, :seen],
+            mask,
+            position_bias=bias,
+            **options,
+        )
         out.append(made)
     return torch.cat(out, 1), None
 

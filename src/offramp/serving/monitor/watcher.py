@@ -362,9 +362,14 @@ class Watcher:
 
         low, high = map(loss, risk.interval)
         return {
-            "of": self._right.risk, "answers": risk.n, "risk": loss(risk.mean), "lower": low,
-            "upper": high, "alarm_above": loss(risk.promised), "broken": risk.broken,
-        }  # fmt: skip
+            "of": self._right.risk,
+            "answers": risk.n,
+            "risk": loss(risk.mean),
+            "lower": low,
+            "upper": high,
+            "alarm_above": loss(risk.promised),
+            "broken": risk.broken,
+        }
 
     def judge(self, answer: str, references: Sequence[str]) -> bool:
         """Count what people say is right of an answer; whether it counts.
@@ -630,9 +635,7 @@ class Watcher:
             return
         try:
             judged = None if self.judged is None else self.judged.to_json()
-            learnt = {
-                "risk": self.risk.to_json(), "judged": judged, "alarm": self._alarm.to_json()
-            }  # fmt: skip
+            learnt = {"risk": self.risk.to_json(), "judged": judged, "alarm": self._alarm.to_json()}
             write_json(self.config.state, {"of": self._about, **learnt})
         except StorageError as error:
             log.warning("What the watch learnt is not kept: %s", error.problem)
@@ -655,10 +658,14 @@ class Watcher:
             promise, told = self._right, {"images": self.judged.n, **(told["judged"] or {})}
         assert promise is not None
         event = {
-            "event": "guarantee_broken", "risk": promise.risk, "unit": promise.unit,
-            "promised": promise.target, "lower_bound": told["lower"], "images": told["images"],
+            "event": "guarantee_broken",
+            "risk": promise.risk,
+            "unit": promise.unit,
+            "promised": promise.target,
+            "lower_bound": told["lower"],
+            "images": told["images"],
             "action": self.config.action,
-        }  # fmt: skip
+        }
         log.warning(json.dumps(event))
 
 

@@ -85,12 +85,16 @@ class Answering:
         sizes = [served.tokens(inputs) for inputs in prompts]
         hows = [
             served.generation(
-                request, service.config, prompt=tokens, room=served.room(tokens), choice=choice,
+                request,
+                service.config,
+                prompt=tokens,
+                room=served.room(tokens),
+                choice=choice,
                 constraint=constraint,
             )
             for tokens in sizes
             for choice in range(request.n)
-        ]  # fmt: skip
+        ]
         self.standing: Standing = standing_of_request(service, question, use, hows)
         self.reply = Reply(
             service.config.name,

@@ -148,9 +148,19 @@ async def _answer(
         del images  # they are large, and answers take long
         salt = request.scope.get("offramp_salt")
         answering = Answering(
-            service, body, inputs, use, place, until, watch, salt,
-            question=question, client=client, look=look, constraint=constraint,
-        )  # fmt: skip
+            service,
+            body,
+            inputs,
+            use,
+            place,
+            until,
+            watch,
+            salt,
+            question=question,
+            client=client,
+            look=look,
+            constraint=constraint,
+        )
     except BaseException:
         place.leave()
         raise

@@ -33,11 +33,14 @@ class Metrics:
         self._model = model
         histogram = {
             name: Histogram(
-                f"{PREFIX}:{name}", text, ["model_name"],
-                buckets=GAPS if name.startswith("inter") else SECONDS, registry=self.registry,
+                f"{PREFIX}:{name}",
+                text,
+                ["model_name"],
+                buckets=GAPS if name.startswith("inter") else SECONDS,
+                registry=self.registry,
             ).labels(model)
             for name, text in HISTOGRAMS.items()
-        }  # fmt: skip
+        }
         self._seconds = histogram
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.").labels(model)
         self._written = self._counter("generation_tokens", "Tokens of answers.").labels(model)

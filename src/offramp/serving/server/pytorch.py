@@ -139,9 +139,15 @@ class TorchServed:
         constraint: Any,
     ) -> Generation:
         return generation(
-            request, self.backbone.model, self.tokenizer, config, prompt=prompt, room=room,
-            choice=choice, constraint=constraint,
-        )  # fmt: skip
+            request,
+            self.backbone.model,
+            self.tokenizer,
+            config,
+            prompt=prompt,
+            room=room,
+            choice=choice,
+            constraint=constraint,
+        )
 
     def constraint(self, schema: Mapping[str, Any], unwanted: Event) -> JsonConstraint:
         schemas.check_cost(schema, unwanted)
@@ -206,10 +212,17 @@ class TorchServed:
         about, promise = digest_rows([dict(self.adapter.calibration or {})]), self.stands().promise
         seen = None if promise is None else watched(self.adapter.calibration, promise)
         return Watcher(
-            cast(BatchEngine, engine), self.prompts, seen, self._watch,
-            loss=self._loss, kind_of=self.adapter.kind_of, about=about, alarm=alarm,
-            right=promise, judge=self._judge,
-        )  # fmt: skip
+            cast(BatchEngine, engine),
+            self.prompts,
+            seen,
+            self._watch,
+            loss=self._loss,
+            kind_of=self.adapter.kind_of,
+            about=about,
+            alarm=alarm,
+            right=promise,
+            judge=self._judge,
+        )
 
     def gauges(self) -> Sequence[tuple[str, str, Callable[[], float]]]:
         prefixes, backbone = self._kept["prefix_cache"], self.backbone
@@ -222,9 +235,12 @@ class TorchServed:
         return [
             *([] if prefixes is None else [("prefix_cache_hit_rate", said, hits)]),
             ("answers_read_again", f"{again}.", lambda: backbone.readings.read),
-            ("answers_not_its_own", f"{again}, and that were not its own; it wrote them anew.",
-             lambda: backbone.readings.failed),
-        ]  # fmt: skip
+            (
+                "answers_not_its_own",
+                f"{again}, and that were not its own; it wrote them anew.",
+                lambda: backbone.readings.failed,
+            ),
+        ]
 
 
 def service_of(
@@ -238,8 +254,9 @@ def service_of(
     **more: Any,
 ) -> Service:
     """Start serving a model. workers, images: as of `Service`. more: as of `TorchServed`."""
-    return Service(TorchServed(model, processor, engine, **more), config, workers=workers,
-                   images=images)  # fmt: skip
+    return Service(
+        TorchServed(model, processor, engine, **more), config, workers=workers, images=images
+    )
 
 
 def _within_positions(sizes: EngineConfig, backbone: Backbone) -> EngineConfig:

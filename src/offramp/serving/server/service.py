@@ -256,9 +256,8 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._pool, look_of, images[0])
 
     def verdict(
-        self, status: Standing, asked: str, use: Use, done: Completion, look: Any,
-        client: str,
-    ) -> Verdict:  # fmt: skip
+        self, status: Standing, asked: str, use: Use, done: Completion, look: Any, client: str
+    ) -> Verdict:
         """Return what is promised of an answer to a question about one image, and note whether it
         is unlike the calibrated ones. status: of early answers to it."""
         exact = use.named != "early_exit" or not done.early_exit
@@ -273,8 +272,15 @@ class Service:
             look=look,
         )
         if found.p_value is not None and self._noted(found.p_value, client):
-            log.warning(json.dumps({"event": "unlike_calibrated", "unlike": self.alarm.unlike,
-                                    "compared": self.alarm.compared}))  # fmt: skip
+            log.warning(
+                json.dumps(
+                    {
+                        "event": "unlike_calibrated",
+                        "unlike": self.alarm.unlike,
+                        "compared": self.alarm.compared,
+                    }
+                )
+            )
         return found
 
     def _noted(self, p_value: float, client: str) -> bool:
@@ -352,12 +358,21 @@ class Service:
             lambda: _share(tally.accepted, tally.drafted),
         )
         if self.served.likeness.kinds:
-            gauge("likeness_compared", "Answers held to the calibrated ones.",
-                  lambda: self.alarm.compared)  # fmt: skip
-            gauge("unlike_requests", "Of these, requests unlike the calibrated ones.",
-                  lambda: self.alarm.unlike)  # fmt: skip
-            gauge("likeness_alarm", "1 where more are unlike than by chance.",
-                  lambda: self.alarm.raised)  # fmt: skip
+            gauge(
+                "likeness_compared",
+                "Answers held to the calibrated ones.",
+                lambda: self.alarm.compared,
+            )
+            gauge(
+                "unlike_requests",
+                "Of these, requests unlike the calibrated ones.",
+                lambda: self.alarm.unlike,
+            )
+            gauge(
+                "likeness_alarm",
+                "1 where more are unlike than by chance.",
+                lambda: self.alarm.raised,
+            )
         if self.watcher is not None:
             self._add_risk(self.watcher)
 

@@ -32,10 +32,7 @@ _COPIED = (
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 """Of a layer that is built like Llama's."""
-_NORMS = {
-    "hidden_norm": "input_layernorm",
-    "post_attention_layernorm": "post_attention_layernorm",
-}
+_NORMS = {"hidden_norm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
 """The drafter's, by the names that they have in such a layer."""
 
 

@@ -80,9 +80,12 @@ def _drafter_options(parser: Parser) -> None:
     drafter = parser.add_argument_group("with --to speculators")
     field_option(drafter, TrainConfig, "steps", "training steps of the drafter")
     field_option(
-        drafter, TrainConfig, "shortlist",
-        "tokens that the drafter can say, the most frequent of the answers", default=SHORTLIST,
-    )  # fmt: skip
+        drafter,
+        TrainConfig,
+        "shortlist",
+        "tokens that the drafter can say, the most frequent of the answers",
+        default=SHORTLIST,
+    )
 
 
 def _write_drafter(arguments: argparse.Namespace) -> None:
@@ -108,9 +111,10 @@ def _write_drafter(arguments: argparse.Namespace) -> None:
         adapter, processor = opened.adapter, opened.processor
         backbone = adapter.backbone
     config = TrainConfig(
-        steps=arguments.steps, shortlist=arguments.shortlist,
+        steps=arguments.steps,
+        shortlist=arguments.shortlist,
         max_new_tokens=arguments.max_new_tokens,
-    )  # fmt: skip
+    )
     examples = [item.example for item in items]
     drafter, found = train_eagle3(backbone, processor, examples, config, arguments.out)
     measured = found.to_json | {"tokens_a_round": round(1 + found.tokens, 3)}
@@ -132,6 +136,8 @@ DRAFT_MODEL = Exporter(
     "an exit as a model that drafts in any engine", _write_draft_model, takes=("depths",)
 )
 SPECULATORS = Exporter(
-    "an EAGLE-3 drafter, trained on the answers to --data", _write_drafter, _drafter_options,
+    "an EAGLE-3 drafter, trained on the answers to --data",
+    _write_drafter,
+    _drafter_options,
     takes=("data",),
-)  # fmt: skip
+)

@@ -52,9 +52,14 @@ def train_eagle3(
     check_drafter(backbone)
     accelerator = Accelerator(cpu=backbone.device.type == "cpu")
     train, validation = stores = TrainingStates(
-        InputProcessor(backbone, processor), examples, config, read_depths(backbone.depth),
-        accelerator, Path(out), nullcontext(),
-    ).record()  # fmt: skip
+        InputProcessor(backbone, processor),
+        examples,
+        config,
+        read_depths(backbone.depth),
+        accelerator,
+        Path(out),
+        nullcontext(),
+    ).record()
     words = torch.arange(backbone.vocabulary)
     if config.shortlist is not None:
         words = shortlist_of(train.answers, validation.answers, config.shortlist)[0]

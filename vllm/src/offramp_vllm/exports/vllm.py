@@ -154,15 +154,20 @@ def _answered(
     """Return the early answer with its depths, and full depth's."""
     early, full = (
         generate(
-            backbone, dict(inputs), exits=exits, policy=adapter.chosen_policy(mode, None),
-            do_sample=False, max_new_tokens=max_new_tokens,
+            backbone,
+            dict(inputs),
+            exits=exits,
+            policy=adapter.chosen_policy(mode, None),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
         )
         for mode in ("early_exit", "full")
-    )  # fmt: skip
+    )
     return {
-        "tokens": early.new_tokens[0].tolist(), "depths": early.depths[0].tolist(),
+        "tokens": early.new_tokens[0].tolist(),
+        "depths": early.depths[0].tolist(),
         "full": full.new_tokens[0].tolist(),
-    }  # fmt: skip
+    }
 
 
 def _of_text(adapter: Adapter) -> tuple[Backbone, ExitSet]:

@@ -19,8 +19,17 @@ WORST = 0.08
 _DROPS = tuple(float(drop) for drop in np.linspace(0.0, WORST, 33))
 MOST = 6
 """Lines that a plot can show without becoming a tangle."""
-SHOWN = ("free", "max_probability", "distillation", "cross_entropy", "cross_entropy_few",
-         "patience", "saturation", "logit_lens", "agreement")  # fmt: skip
+SHOWN = (
+    "free",
+    "max_probability",
+    "distillation",
+    "cross_entropy",
+    "cross_entropy_few",
+    "patience",
+    "saturation",
+    "logit_lens",
+    "agreement",
+)
 """Names that a plot with too many curves keeps first."""
 
 

@@ -154,9 +154,12 @@ def qwen2() -> Any:
 
 
 _PATCHED: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 8,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 8,
     "out_hidden_size": WIDTH,
-}  # fmt: skip
+}
 
 
 def qwen25(text: Mapping[str, Any] | None = None, layers: int = 2) -> Any:
@@ -206,8 +209,11 @@ def gemma3() -> Any:
 
 
 def florence2() -> Any:
-    bart = {f"{part}_{name}": n for part in ("encoder", "decoder")
-            for name, n in (("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
+    bart = {
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in (("attention_heads", 4), ("ffn_dim", 64))
+    }
     return _model(
         "Florence2",
         vision_config={

@@ -29,12 +29,20 @@ WARM = 8
 
 def main() -> None:
     arguments = asked(
-        __doc__, photo=True, photographs=100, timed=50, rounds=1, compiled=False,
+        __doc__,
+        photo=True,
+        photographs=100,
+        timed=50,
+        rounds=1,
+        compiled=False,
         more=lambda parser: parser.add_argument(
-            "--parts", nargs="*", choices=PARTS, default=list(PARTS),
+            "--parts",
+            nargs="*",
+            choices=PARTS,
+            default=list(PARTS),
             help="to measure; none: put the record together from those that are kept",
         ),
-    )  # fmt: skip
+    )
 
     @cache
     def loaded() -> tuple[Bench, Bench]:

@@ -115,9 +115,14 @@ class KeptRuntime:
     ) -> list[Answer]:
         """To each example."""
         return generate_answers(
-            self, encoder, examples, policy, batch_size=self.rows, progress=bar(self.name),
+            self,
+            encoder,
+            examples,
+            policy,
+            batch_size=self.rows,
+            progress=bar(self.name),
             **LONGEST,
-        )  # fmt: skip
+        )
 
     def generate(
         self, inputs: Mapping[str, Any], *, policy: ExitPolicy | None = None, **options: Any

@@ -35,12 +35,20 @@ USUAL = EngineOptions(context=128)
 PROMPTS, NEW = 4, 16
 OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
 NAMES = {
-    "llava": "Llama", "internvl": "Qwen2", "internvl-qwen3": "Qwen3",
-    "internvl-experts": "Qwen3, experts", "qwen2-vl": "Qwen2-VL", "qwen2.5-vl": "Qwen2.5-VL",
-    "qwen3-vl": "Qwen3-VL", "qwen3-vl-experts": "Qwen3-VL, experts", "gemma3": "Gemma 3",
-    "paligemma": "PaliGemma", "paligemma2-wide": "PaliGemma 2", "granite": "Granite",
+    "llava": "Llama",
+    "internvl": "Qwen2",
+    "internvl-qwen3": "Qwen3",
+    "internvl-experts": "Qwen3, experts",
+    "qwen2-vl": "Qwen2-VL",
+    "qwen2.5-vl": "Qwen2.5-VL",
+    "qwen3-vl": "Qwen3-VL",
+    "qwen3-vl-experts": "Qwen3-VL, experts",
+    "gemma3": "Gemma 3",
+    "paligemma": "PaliGemma",
+    "paligemma2-wide": "PaliGemma 2",
+    "granite": "Granite",
     "blip2-opt": "OPT",
-}  # fmt: skip
+}
 
 
 def main() -> None:

@@ -24,13 +24,7 @@ from transformers import StoppingCriteriaList
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL, ExitPolicy
-from offramp.evaluation.timing import (
-    GenerateFn,
-    beside_full,
-    generate_fn,
-    stock_generate_fn,
-    timed,
-)
+from offramp.evaluation.timing import GenerateFn, beside_full, generate_fn, stock_generate_fn, timed
 from offramp.features.compiled.compiled import COMPILED as BY_CODE
 from offramp.features.input_processor import InputProcessor
 from offramp.inputs.example import Example
@@ -73,9 +67,13 @@ class Alone:
             _, [prompt] = self.entry.read(inputs, options)
         none = torch.zeros(1, 1, dtype=torch.long)  # it only hears that a token is there
         answer = greedy(
-            self.segment, prompt.states, lambda ids: self.embeddings.of_token(ids[0], 0),
-            lambda token: token == self.end, max_new_tokens, lambda: stop(none, None),
-        )  # fmt: skip
+            self.segment,
+            prompt.states,
+            lambda ids: self.embeddings.of_token(ids[0], 0),
+            lambda token: token == self.end,
+            max_new_tokens,
+            lambda: stop(none, None),
+        )
         return torch.tensor(answer)
 
 
@@ -99,11 +97,14 @@ def speeds(rounds: Rounds) -> dict[str, float]:
     totals = np.sum([[seconds for *seconds, _ in by_input] for by_input in rounds], 1)
     (whole, whole_cpu), (wall, cpu) = np.median(totals, 0).tolist()
     return {
-        "tokens_per_second": tokens / wall, "cpu_tokens_per_second": tokens / cpu,
-        "wall_seconds": wall, "cpu_seconds": cpu, "tokens": tokens,
+        "tokens_per_second": tokens / wall,
+        "cpu_tokens_per_second": tokens / cpu,
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "tokens": tokens,
         "end_to_end_seconds": whole / len(rounds[0]),
         "end_to_end_cpu_seconds": whole_cpu / len(rounds[0]),
-    }  # fmt: skip
+    }
 
 
 def rates_of(rounds: Rounds) -> Rates:
@@ -144,19 +145,16 @@ def in_turns(
     runs = beside_full(runs, drafted(runs))
     entries = [{**dict(zip(WAY, name, strict=True)), **speeds(runs[name])} for name in runs]
     return {
-        "photographs": len(inputs), "rounds": rounds,
+        "photographs": len(inputs),
+        "rounds": rounds,
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
         "entries": with_ratios(entries, runs, bases),
-    }  # fmt: skip
+    }
 
 
 def policies(shipped: ExitPolicy) -> dict[str, ExitPolicy]:
     """By mode: exits off, the shipped thresholds, and lossless."""
-    return {
-        "full": FULL,
-        "early_exit": shipped,
-        "lossless": replace(shipped, lossless=True),
-    }
+    return {"full": FULL, "early_exit": shipped, "lossless": replace(shipped, lossless=True)}
 
 
 def stock_compiled(adapter: Adapter) -> GenerateFn:

@@ -22,12 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    EncoderDecoderCache,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
 from offramp.core.errors import UnsupportedBackboneError

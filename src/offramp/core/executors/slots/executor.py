@@ -272,10 +272,7 @@ class SlotExecutor(SlotRunner):
         return flat([row.slot for row in rows], columns, width, self._device)
 
     def _several(
-        self,
-        spans: Sequence[Span],
-        inputs: Sequence[Tensor],
-        run: Callable[[Call, Tensor], Output],
+        self, spans: Sequence[Span], inputs: Sequence[Tensor], run: Callable[[Call, Tensor], Output]
     ) -> Output:
         """What `run` makes of columns of several slots in one call. inputs: each slot's, ids [n] or
         states [n, D]."""

@@ -18,20 +18,10 @@ from torch import Tensor, nn
 from offramp.core.executors.bare import called_in_place, stack_runs
 from offramp.core.executors.kv_cache import cache_parameter
 from offramp.core.executors.segments import Output, SegmentRunner
-from offramp.core.executors.slots.attention import (
-    PACKED,
-    WithAttention,
-    with_slot_masks,
-)
+from offramp.core.executors.slots.attention import PACKED, WithAttention, with_slot_masks
 from offramp.core.executors.slots.cache import Call, OneSlot, SlotCache
 from offramp.core.executors.slots.rows import SlotRows
-from offramp.core.executors.slots.tables import (
-    BIASES,
-    CannotRehearseError,
-    Given,
-    Stage,
-    Tables,
-)
+from offramp.core.executors.slots.tables import BIASES, CannotRehearseError, Given, Stage, Tables
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.change import Unchanged
 from offramp.core.models.exits import ExitSet

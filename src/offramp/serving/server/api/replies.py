@@ -97,11 +97,7 @@ class Reply:
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
 
     def piece(
-        self,
-        choice: Written,
-        text: str,
-        logprobs: Any,
-        depths: Sequence[int] | None = None,
+        self, choice: Written, text: str, logprobs: Any, depths: Sequence[int] | None = None
     ) -> dict[str, Any]:
         """A chunk of text. depths: of its tokens, where they were asked for."""
         content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}

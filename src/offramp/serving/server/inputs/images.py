@@ -70,9 +70,12 @@ class ImageSource:
         `ApiError` where it does, or is none."""
         try:
             return open_rgb(
-                encoded, "The image", pixels=self.limits.pixels, formats=FORMATS,
+                encoded,
+                "The image",
+                pixels=self.limits.pixels,
+                formats=FORMATS,
                 smallest=self.smallest,
-            )  # fmt: skip
+            )
         except ImageTooLargeError as error:
             raise image_error(
                 f"The image is larger than the {self.limits.pixels} pixels allowed. Shrink it.",

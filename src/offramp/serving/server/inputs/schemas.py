@@ -87,5 +87,7 @@ def started() -> subprocess.Popen[bytes]:
     # -P: nothing is imported from the working folder.
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _CODE],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
