@@ -310,22 +310,24 @@ def images_for(target: float, confidence: float, risk: float, share: float = PLA
 
     share: of the level that the exact test has; 1: all, as where no image is ever added.
     """
-    from scipy.stats import binom
-
     if risk >= target:
         return None
     level = share * (1 - confidence)
-
-    def passes(n: int) -> bool:
-        allowed = int(binom.ppf(level, n, target))  # least count that may be too many
-        allowed -= int(binom.cdf(allowed, n, target) > level)
-        return allowed >= 0 and bool(binom.cdf(allowed, n, risk) >= 0.8)
-
     n = max(1, math.ceil(math.log(level) / math.log1p(-target)) - 1)
     step = 1
-    while not passes(n):  # not monotone in n by a few images
+    while power(n, target, risk, level) < 0.8:  # not monotone in n by a few images
         n, step = n + step, max(1, n // 400)
     return n
+
+
+def power(n: int, target: float, risk: float, level: float) -> float:
+    """The chance that n images with losses of 0 and 1, of mean `risk`, pass an exact binomial test
+    of this level."""
+    from scipy.stats import binom
+
+    allowed = int(binom.ppf(level, n, target))  # least count that may be too many
+    allowed -= int(binom.cdf(allowed, n, target) > level)
+    return float(binom.cdf(allowed, n, risk)) if allowed >= 0 else 0.0
 
 
 def first_test(method: str) -> str:

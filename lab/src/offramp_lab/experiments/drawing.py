@@ -146,6 +146,27 @@ def dots(rows: Mapping[str, Sequence[float]], limit: float, what: str) -> str:
     return _listed([*rows], what, draw, (5.6, 1.0 + 0.5 * len(rows)))
 
 
+def powers(rows: Sequence[Mapping[str, Any]], tests: Mapping[str, str]) -> str:
+    """The share of attempts that pass by their images: a colour for each true risk, a stroke for
+    each test. rows: of the record `simulated`. tests: their titles."""
+
+    def draw(axes: Any) -> None:
+        risks = sorted({row["risk"] for row in rows})
+        strokes = dict(zip(tests, ("-", ":", "--"), strict=True))
+        for row in rows:
+            color = COLORS[risks.index(row["risk"])]
+            name = f"true risk {row['risk']:.1%}, {tests[row['test']]}"
+            axes.plot(
+                row["images"], row["passes"], strokes[row["test"]], color=color, lw=1.6, label=name
+            )
+        axes.set_xlabel("images")
+        axes.set_ylabel("first attempts that pass")
+        percent(axes.yaxis)
+        legend(axes)
+
+    return drawn("first attempts that pass, by images", draw, (SIZE[0], SIZE[1] + 0.6))
+
+
 def speed_bands(
     curves: Mapping[str, Sequence[Band]],
     what: str,

@@ -7,6 +7,7 @@ from offramp_lab.experiments.drawing import (
     dots,
     intervals,
     parts,
+    powers,
     speed_bands,
     standalone,
     strips,
@@ -37,6 +38,7 @@ def plots() -> dict[str, tuple[str, str]]:
         "guarantees": ("Risk on fresh images, over the promised risk", guarantees()),
         "models": ("How near decoding is to the model itself", models()),
         "decoding": ("Depth of each token, tiny OPT", decoding()),
+        "power": ("How often an attempt passes", power()),
         "trust": ("Trust beside thresholds, photo model", trust()),
     }
 
@@ -98,6 +100,12 @@ def decoding() -> str:
     names = {"full": "full", "early_exit": "early exit"}
     rows = {title: shown["modes"][mode]["depths"] for mode, title in names.items()}
     return strips(rows, shown["layers"], "token")
+
+
+def power() -> str:
+    """How often a first attempt at 1% passes, by its images, of three tests, as SVG."""
+    tests = {"sharp": "ours", "exact": "exact, no images later", "bets": "bets alone"}
+    return powers(record("simulated")["power"], tests)
 
 
 def trust() -> str:

@@ -22,7 +22,7 @@ from offramp.calibration.attempts import (
     turn_of,
 )
 from offramp.calibration.ledger import merged_attempts
-from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value, walk
+from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value, power, walk
 from offramp.core.decoding.policy import Thresholds
 from offramp.promises.betting import FRACTIONS, SHARES, betting_p_values
 from offramp_lab.records.record import Record, asked
@@ -59,6 +59,7 @@ def simulate(trials: int) -> dict[str, Any]:
         "two_steps": two_steps(min(trials, 600)),
         "grown": grown(min(trials, 600)),
         "needed": [row for target in (0.01, 0.05) for row in needed(target)],
+        "power": [row for share in (0.3, 0.5) for row in powers(0.01, 0.01 * share)],
         "fractions": [r for target in (0.01, 0.05) for r in fractions(target, min(trials, 300))],
     }
 
@@ -371,6 +372,20 @@ def needed(target: float, trials: int = 400) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def powers(target: float, risk: float, trials: int = 400) -> list[dict[str, Any]]:
+    """The share of first attempts that pass, by images, for the three tests of `needed`."""
+    images = [int(n) for n in np.geomspace(200, 4000, 60)]
+    draw = np.random.default_rng(11)
+    passed = first_pass((draw.random((images[-1], trials)) < risk).astype(float), target, today)
+    tests = {
+        "exact": [power(n, target, risk, LEVEL) for n in images],
+        "sharp": [power(n, target, risk, PLANNED * LEVEL) for n in images],
+        "bets": [float(((passed > 0) & (passed <= n)).mean()) for n in images],
+    }
+    of = {"target": target, "risk": risk, "images": images}
+    return [{**of, "test": name, "passes": passes} for name, passes in tests.items()]
 
 
 def today(losses: Array, target: float) -> Array:
