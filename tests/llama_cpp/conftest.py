@@ -12,7 +12,7 @@ from gguf_cases import adapter_of
 
 from offramp_llama_cpp import export_gguf, kernels
 from offramp_llama_cpp.gguf_export import ExportFormats
-from offramp_llama_cpp.native import compiling, products
+from offramp_llama_cpp.native import compiling, products, recipe
 from offramp_llama_cpp.segment import library
 
 
@@ -51,8 +51,8 @@ def anew() -> Iterator[Callable[[], None]]:
 @pytest.fixture(params=["AVX-512", "AVX2"])
 def instructions(request: pytest.FixtureRequest, anew: Any, monkeypatch: Any) -> None:
     """Kernels that were compiled for these alone."""
-    flags = {"AVX-512": products.AVX512, "AVX2": products.AVX2}[request.param]
-    monkeypatch.setattr(products, "_INSTRUCTIONS", (flags,))
+    flags = {"AVX-512": recipe.AVX512, "AVX2": recipe.AVX2}[request.param]
+    monkeypatch.setattr(products, "INSTRUCTIONS", (flags,))
     if products._native() is None:
         pytest.skip("the kernels do not run here")
     assert kernels() == f"kernels of offramp for {request.param}"

@@ -1,4 +1,4 @@
-"""Compiles the C files beside this one, once on a machine.
+"""Compiles the C files beside this one, once on a machine, where the wheel did not bring them.
 
 What is kept is code that runs in this process. So it lies in a folder of the user's own, and is
 loaded only where nobody else could have put it there and it is what was compiled, byte by byte: a
@@ -23,6 +23,7 @@ from pathlib import Path
 from offramp.common.folders import cache_folder
 from offramp.core.errors import StorageError
 from offramp.core.storage import write_atomic
+from offramp_llama_cpp.native.recipe import AVX2, COMMAND, built, sources
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +34,20 @@ def compiled(
 ) -> ctypes.CDLL | None:
     """The library made of `name`.c; None, with a line in the log, where it cannot be made here.
 
-    headers: folder of header files. The library is kept in the user's cache folder. CC names the
+    headers: folder of header files. The wheel's library is taken where these are the headers that
+    it was compiled with. Else one is compiled and kept in the user's cache folder. CC names the
     compiler, with arguments if it has any.
     """
+    source = Path(__file__).with_name(f"{name}.c")
+    if (brought := built(source, flags, headers)).is_file():
+        return ctypes.CDLL(str(brought))
     compiler = _compiler()
     if not compiler:
         log.info("No C compiler was found: %s.c is not used.", name)
         return None
     include = () if headers is None else (f"-I{headers}",)
-    command = (*compiler, "-std=gnu11", "-O3", "-shared", "-fPIC", *flags, *include)
-    source = Path(__file__).with_name(f"{name}.c")
+    tuned = ("-mtune=native",) if set(AVX2) <= set(flags) else ()
+    command = (*compiler, *COMMAND, *tuned, *flags, *include)
     try:
         kept = cache_folder("native") / f"{name}-{_digest(compiler, command, source, headers)}.so"
         found = _kept(kept)
@@ -53,8 +58,10 @@ def compiled(
 
 
 def reason_not_compiled(name: str) -> str:
-    """Return why a file is not compiled yet, in words; empty where a library of it is kept."""
+    """Return why a file is not compiled yet, in words; empty where a library of it is there."""
     try:
+        if any(Path(__file__).with_name("built").glob(f"{name}-*.so")):
+            return ""
         if any(cache_folder("native").glob(f"{name}-*.so")):
             return ""
     except RuntimeError:  # there is no home
@@ -79,8 +86,7 @@ def _digest(
     asked = [*compiler, "--version"]
     version = subprocess.run(asked, check=True, capture_output=True, timeout=60).stdout
     digest = hashlib.sha256(repr(command).encode() + version)
-    others = [] if headers is None else [*headers.glob("ggml*.h"), *headers.glob("llama.h")]
-    for file in (source, *sorted(source.parent.glob("*.h")), *sorted(others)):
+    for file in sources(source, headers):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offramp_llama_cpp.native.compiling import compiled
+from offramp_llama_cpp.native.recipe import LIBM
 from offramp_llama_cpp.native.tap import States, Tap
 from offramp_llama_cpp.packages import headers
 
@@ -177,4 +178,4 @@ class FeedLoop:
 
 def native_drafts() -> Any:
     """The compiled loop; None where it cannot be compiled."""
-    return compiled("drafts", ("-lm",), headers())
+    return compiled("drafts", LIBM, headers())

@@ -14,12 +14,9 @@ import sys
 from typing import Any
 
 from offramp_llama_cpp.native.compiling import compiled
+from offramp_llama_cpp.native.recipe import INSTRUCTIONS
 from offramp_llama_cpp.packages import headers
 
-AVX2 = ("-mtune=native", "-mavx2", "-mf16c", "-mfma")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
-_INSTRUCTIONS = (AVX512, AVX2)
-"""What to compile for, as the compiler has it: the first that the processor has."""
 _OF_GGML = (
     "ggml_backend_buffer_is_host",
     "ggml_backend_buffer_get_usage",
@@ -76,7 +73,7 @@ def instructions() -> str:
 @functools.cache
 def _native() -> Any:
     """The compiled kernels; None where there are none that this processor runs."""
-    for flags in _INSTRUCTIONS:
+    for flags in INSTRUCTIONS:
         native: Any = compiled("products", flags, headers())
         if native is None:
             continue
