@@ -112,6 +112,18 @@ def test_it_is_measured_once_and_remembered(
     assert len(measured) == count
 
 
+def test_what_was_measured_is_shown_and_forgotten_by_a_command(
+    measured: list[str], run: Any
+) -> None:
+    settle("tiny-opt")
+    shown = json.loads(run("env", "--json")[1])["engines"]
+    assert len(shown) == 1 and "CPU ms an answer" in shown[0]
+    assert json.loads(run("env", "forget", "--json")[1])["engines"] == []
+    count = len(measured)
+    settle("tiny-opt")
+    assert len(measured) > count
+
+
 def test_a_command_measures_what_it_would_load(
     measured: list[str], run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

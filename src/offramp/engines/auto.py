@@ -33,9 +33,10 @@ from offramp.adapter.shipped import example_picture
 from offramp.common.folders import cache_folder
 from offramp.common.progress import progress_bar
 from offramp.common.provenance import processor
-from offramp.core.errors import InputError, OfframpError
+from offramp.core.errors import InputError, OfframpError, StorageError
 from offramp.core.save_and_load import AdapterConfig, exits_digest
 from offramp.core.storage import digest_rows, read_json, schema, write_json
+from offramp.core.storage.places import ROOM, reason
 from offramp.core.storage.schema import Amount, Ordinal
 from offramp.engines import AUTO, LLAMA_CPP, TORCH, engine_named
 from offramp.features.towers import tower_engine
@@ -211,6 +212,19 @@ def remembered() -> list[str]:
             f"{1e3 * best.answer:.0f} CPU ms an answer, in PyTorch {1e3 * plain.answer:.0f}"
         )
     return lines
+
+
+def forget() -> None:
+    """Remove what was measured here, so that each model is measured anew when it is next opened.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
+    for file in _records():
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"Cannot remove {file}: {reason(error)}.", ROOM) from error
 
 
 def _records() -> list[Path]:

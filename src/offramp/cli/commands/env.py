@@ -11,6 +11,7 @@ from typing import Any
 from offramp import __version__
 from offramp.cli.options import add_command
 from offramp.cli.output import show_result
+from offramp.cli.parser import Parser
 from offramp.common.pytorch import has_pytorch
 from offramp.core.missing import install_command
 from offramp.engines import all_engines
@@ -25,10 +26,20 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "env",
-        "Show versions, devices, threads and optional packages, as a bug report needs them.",
+        "Show versions, devices, threads, optional packages and the fastest engine of each model "
+        "that was measured here, as a bug report needs them.",
         "offramp env",
         _env,
-        lambda parser: None,
+        _options,
+    )
+
+
+def _options(parser: Parser) -> None:
+    parser.add_argument(
+        "forget",
+        nargs="?",
+        choices=("forget",),
+        help="forget which engines were the fastest: each model is then measured anew",
     )
 
 
@@ -43,6 +54,8 @@ def _env(arguments: argparse.Namespace) -> None:
 
         from offramp.engines import auto
 
+        if arguments.forget:
+            auto.forget()
         engines = auto.remembered()
         count = torch.cuda.device_count()
         gpus = {f"cuda:{n}": torch.cuda.get_device_name(n) for n in range(count)}
