@@ -179,10 +179,15 @@ class Adapter(AttachedExits, Records):
         engine: as of `standing`.
         """
         from offramp.promises.conditions import TORCH
-        from offramp.promises.prompt_kinds import point_of
 
-        own = self.of_engine(engine or TORCH)
-        return self.policy.moved(point_of(own.calibration, own.kind_of(prompt)))
+        return self.policy.moved(self.of_engine(engine or TORCH).point_of(prompt))
+
+    def point_of(self, prompt: str) -> dict[int, float] | None:
+        """Return the point of the calibrated path that prompts of this kind are answered by; None:
+        that of all."""
+        from offramp.promises.prompt_kinds import OTHER, point_of
+
+        return None if prompt == OTHER else point_of(self.calibration, self.kind_of(prompt))
 
     def with_policy(
         self, policy: ExitPolicy, calibration: Mapping[str, Any] | None = None

@@ -124,6 +124,10 @@ class Suitability:
         told = self.best(level).calibrated
         return next((risk for risk in RISKS if told[risk][1] >= WORTH), None)
 
+    def pays(self, level: float) -> bool:
+        """Return True if exits would decode faster, even if only where words may change."""
+        return self.kept(level) is not None or self.best(level).speedup[level] >= WORTH
+
     def verdict(self, level: float) -> str:
         """Return in a sentence whether exits would pay."""
         best, risk = self.best(level), self.kept(level)
@@ -134,7 +138,7 @@ class Suitability:
                 f"Exits would pay: decoding {speed:.2f}x as fast [{low:.2f}, {high:.2f}] while at "
                 f"most {risk:.0%} of answers change; train one {where}."
             )
-        if best.speedup[level] >= WORTH:
+        if self.pays(level):
             return (
                 f"Exits would pay only if words may change: decoding {best.speedup[level]:.2f}x as "
                 f"fast while {level:.0%} of words stay, and more than {RISKS[-1]:.0%} of answers "

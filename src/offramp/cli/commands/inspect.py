@@ -200,7 +200,7 @@ def _backbone(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _suitability(arguments: argparse.Namespace) -> None:
-    from offramp.calibration.suitability import WORTH, suitability
+    from offramp.calibration.suitability import suitability
     from offramp.common.progress import progress
     from offramp.core.storage import write_atomic
     from offramp.features.input_processor import InputProcessor
@@ -226,7 +226,6 @@ def _suitability(arguments: argparse.Namespace) -> None:
     how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
     best = found.best(LEVEL)
     train = f"offramp train {arguments.name}{how} --depths {best.depth}{narrow} --out exits"
-    pays = best.speedup[LEVEL] >= WORTH
     told = {
         **found.to_json(),
         "backbone": backbone.name,
@@ -235,7 +234,7 @@ def _suitability(arguments: argparse.Namespace) -> None:
         "verdict": found.verdict(LEVEL),
         "answers": found.answers(LEVEL),
         "seconds_with": found.seconds_with(LEVEL),
-        "next": train if pays else "",
+        "next": train if found.pays(LEVEL) else "",
     }
     if arguments.out is not None:
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -243,7 +242,7 @@ def _suitability(arguments: argparse.Namespace) -> None:
         write_atomic(arguments.out, page.encode(errors="backslashreplace"))
     show_result(told, _forecast(found), as_json=arguments.json)
     opened = [] if arguments.out is None else [f"open {arguments.out}"]
-    if after := [*opened, *([train] if pays else [])]:
+    if after := [*opened, *([train] if found.pays(LEVEL) else [])]:
         say_next(*after)
 
 

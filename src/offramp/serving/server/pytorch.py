@@ -21,7 +21,7 @@ from offramp.features.vision_cache import VisionCache
 from offramp.promises.conditions import Conditions, of_processor
 from offramp.promises.guarantee import SCALES, GuaranteeStatus, risk_words, standing, watched
 from offramp.promises.likeness import LIKE, Alarm, Likeness
-from offramp.promises.prompt_kinds import FRAMES, OTHER, point_of
+from offramp.promises.prompt_kinds import FRAMES
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine import Engine
 from offramp.serving.engine_config import EngineConfig
@@ -187,8 +187,7 @@ class TorchServed:
         return "" if self.adapter is None else self.adapter.kind_of(asked)
 
     def point_of(self, asked: str) -> Mapping[int, float] | None:
-        calibration = None if self.adapter is None else self.adapter.calibration
-        return None if asked == OTHER else point_of(calibration, self.kind_of(asked))
+        return None if self.adapter is None else self.adapter.point_of(asked)
 
     def promised(self) -> dict[str, Any] | None:
         """Return the calibration in a few fields, with its prompts and its answers' length."""
