@@ -36,6 +36,13 @@ class Measured:
     scores: Mapping[str, Sequence[float] | Array]
     answers: Sequence[Sequence[int]]
 
+    @classmethod
+    def of(cls, rows: Sequence[Any], scores: Mapping[str, Sequence[float] | Array]) -> Measured:
+        """rows: ids and seconds by stage of each answer."""
+        milliseconds = 1e3 * np.array([seconds for _, seconds in rows])
+        answers = [ids for ids, _ in rows]
+        return cls([*map(len, answers)], milliseconds, scores, answers)
+
     def rates(self, stages: Sequence[str] = STAGES) -> Rates:
         """Answers and their seconds in these stages; of decoding alone the tokens after the first
         and their seconds."""

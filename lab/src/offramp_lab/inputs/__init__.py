@@ -1,1 +1,1 @@
-"""What experiments are made on: tiny families, shapes with random weights, corrupted pictures."""
+"""What experiments are made on: tiny families, corrupted pictures."""

@@ -4,14 +4,10 @@ calibrated.json, by model: thresholds for each target and risk, found on one set
     measured on another: risk, quality, and decoding time, interleaved.
 "violations" in it: how often a guarantee fails over random splits of a pool of images, each
     split calibrated on one half, from the search for a path on, and measured on the other half.
-    The pool's own risk stands for the true one; that of a half scatters around it. At the
-    boundary: how often each half of a pool certifies the safest threshold of the exits that ship
-    whose risk over the pool is above the target, by unit. A pool is finite and halves are drawn
-    without replacement, so this is below what independent draws would give;
-    `offramp_lab.records.simulated` has those.
+    The pool's own risk stands for the true one; that of a half scatters around it.
+    `offramp_lab.records.simulated` has independent draws.
 
-All settings that are tried on the same images share the errors (`candidates`). --boundary: that
-alone.
+All settings that are tried on the same images share the errors (`candidates`).
 """
 
 import json
@@ -19,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import chain, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,16 +24,15 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, generate_answers
 from offramp.adapter.shipped import TINY
 from offramp.calibration.asked import Guarantee
-from offramp.calibration.attempts import UNITS, Draws, ImageRows, images_of
+from offramp.calibration.attempts import Draws, images_of
 from offramp.calibration.calibrate import GRID, calibrate
 from offramp.calibration.profiler import measure_costs
-from offramp.calibration.risk_control import control, p_value
+from offramp.calibration.risk_control import control
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.calibration.trial import Calibration
 from offramp.cli import demo
 from offramp.core.decoding.policy import FULL, ExitPolicy
-from offramp.core.storage import write_json
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.evaluation.timing import (
     GenerateFn,
@@ -50,7 +45,7 @@ from offramp.features.input_processor import InputProcessor
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.records.record import Record, Some, asked, named
-from offramp_lab.records.subjects import right, tiny_with, trained
+from offramp_lab.records.subjects import right, trained
 
 RECORD = Record("calibrated")
 DEPTHS = (2, 4)
@@ -60,39 +55,29 @@ METHODS = ("auto", "upper_bound", "learn_then_test")
 SETTINGS: list[dict[str, Any]] = [
     {"method": method, "risk_target": target} for method, target in product(METHODS, TARGETS)
 ]
-FINE = tuple(np.round(np.linspace(0.4, 0.98, 59), 3).tolist())
-"""Thresholds of all exits alike among which the boundary is looked for."""
 POLICY = ExitPolicy()
 
 
 TRAIN, CALIBRATION, TEST = 1200, 2000, 1000
 """Images, each with a caption and two questions."""
 POOL, SPLITS = 2400, 50
-BOUNDARY, HALVES = 1200, 400
 ASKED = 4
-"""Questions about an image of these two pools."""
+"""Questions about an image of the pool."""
 TIMED, ROUNDS = 40, 7
 
 
 def main() -> None:
-    arguments = asked(__doc__, out=RECORD.path, clock=True, models=Some(TINY), boundary=False)
+    arguments = asked(__doc__, out=RECORD.path, clock=True, models=Some(TINY))
     calibrated = RECORD.read(arguments.out)  # of other models too
     violations = calibrated.setdefault("violations", {})
     violations |= {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
-    violations["shipped"] = _shipped_boundary()
-    print(json.dumps(violations["shipped"]), file=sys.stderr)
-    for kind in [] if arguments.boundary else arguments.models:
+    for kind in arguments.models:
         adapter, encoder = trained(kind, _examples("train", TRAIN), depths=DEPTHS, steps=1000)
         calibrated[kind] = _calibrated(adapter, encoder, arguments.clock)
         print(json.dumps(calibrated[kind]), file=sys.stderr)
         violations[kind] = _violations(adapter, encoder)
         print(json.dumps(violations[kind]), file=sys.stderr)
-    origin = RECORD.origin(_examples("test", TEST))
-    if arguments.boundary:  # the rest is as it was made before
-        violations["shipped"]["provenance"] = origin
-        write_json(arguments.out, calibrated)
-        return
-    RECORD.write(calibrated, arguments.out, **origin)
+    RECORD.write(calibrated, arguments.out, **RECORD.origin(_examples("test", TEST)))
 
 
 @cache
@@ -216,64 +201,9 @@ def _violations(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any
     return rows
 
 
-# -- the boundary ----------------------------------------------------------------------------------
-
-
-def _shipped_boundary() -> dict[str, Any]:
-    """Of the exits that ship, on images of their own, with up to four questions about each."""
-    adapter, encoder = tiny_with("opt")
-    pool = _examples("test", BOUNDARY, 200_000, ASKED)
-    risk = RISKS["disagreement"]
-    whole = ThresholdEvaluator.of(adapter, encoder, pool, adapter.policy, risk, **demo.OPTIONS)
-    halves = [_halves(pool, seed) for seed in range(HALVES // 2)]
-    rows = _boundary(_kept_losses(whole), images_of(pool), halves, adapter.exits.depths)
-    return {"images": BOUNDARY, "answers": len(pool), "entries": rows}
-
-
 def _kept_losses(evaluator: ThresholdEvaluator) -> Callable[..., Any]:
     """Losses by the items of thresholds, each computed once."""
     return cache(lambda thresholds: evaluator.losses(dict(thresholds)))
-
-
-def _boundary(
-    lost: Callable[..., Any],
-    images: Sequence[ImageRows],
-    halves: Sequence[tuple[Any, Any]],
-    depths: Sequence[int],
-) -> list[dict[str, Any]]:
-    """Of each target and unit: the safest threshold whose risk over the pool is above the target,
-    and how often a half certifies it."""
-    rows = []
-    for target, unit in product(TARGETS, UNITS):
-        for threshold in sorted(FINE, reverse=True):
-            losses = lost(tuple((depth, threshold) for depth in depths))
-            risk = float(Draws.by(unit, losses, images).risk)
-            if risk > target:
-                break
-        else:
-            continue
-        level = Guarantee(target, CONFIDENCE, unit=unit).level(1)
-        certified = [
-            p_value(Draws.by(unit, losses, _inside(images, half)), target, "upper_bound")
-            <= 1 - level
-            for half in chain(*halves)
-        ]
-        rows.append(
-            {
-                "risk_target": target,
-                "unit": unit,
-                "threshold": threshold,
-                "risk": risk,
-                "halves": len(certified),
-                "certified": sum(certified),
-            }
-        )
-    return rows
-
-
-def _inside(images: Sequence[ImageRows], half: Any) -> list[ImageRows]:
-    rows = set(half.tolist())
-    return [image for image in images if image.rows[0] in rows]
 
 
 def _halves(pool: Sequence[Example], seed: int) -> tuple[Any, Any]:

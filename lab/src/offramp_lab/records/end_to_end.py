@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from examples.photo_vlm.evaluate import LONGEST, accuracy
 from offramp_llama_cpp import ExportFormats, LlamaCppRuntime, export_gguf
@@ -41,15 +40,17 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.factors import STAGES, Measured, Name, entries_of
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.record import Group, Kept, Record, asked
 from offramp_lab.records.runtimes.methods import ENGINE, Alone
 from offramp_lab.records.subjects import halves, load_photo
 
 RECORD = Record("end_to_end")
 PLAIN, PACKED, STOCK_GENERATE = "PyTorch", "PyTorch, packed", "generate"
-OURS = ("q8_0", "f16")
-RIVALS = ("q8_0", "iq4_nl", "q4_0")
+Q8 = "q8_0"
+OURS = (Q8, "f16")
 TORCH, TOWER = "torch", "onnxruntime"
+ALONE = (("iq4_nl", TORCH), ("iq4_nl", TOWER), (Q8, TOWER), ("q4_0", TOWER))
+"""Formats of llama.cpp alone, and what the tower runs in."""
 CAREFUL = {"thresholds": 0.4, "first": 0.7}
 """Thresholds at which more answers are full depth's."""
 ASKED = ("full", "static", "early exit", "early exit, careful", "lossless")
@@ -184,90 +185,59 @@ class Ways:
     def __init__(self, exits: Path | None, work: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.work, self.stages = work, Stages()
-        self.adapters = {
-            (PLAIN, TORCH): load_photo(exits),
-            (PLAIN, TOWER): load_photo(exits, vision=TOWER),
-            (PACKED, TOWER): load_photo(exits, vision=TOWER),
-        }
-        self.encoder = self.adapters[PLAIN, TORCH][1]
-        for adapter, _ in self.adapters.values():
+        named = ((PLAIN, TORCH), (PLAIN, TOWER), (PACKED, TOWER))
+        loaded = {(engine, tower): load_photo(exits, vision=tower) for engine, tower in named}
+        self.adapters = {name: adapter for name, (adapter, _) in loaded.items()}
+        self.adapter, self.encoder = loaded[PLAIN, TOWER]
+        for adapter in self.adapters.values():
             self.stages.watch(adapter.backbone)
-        ENGINES["packed"].open(self.adapters[PACKED, TOWER][0])
-
-    @property
-    def adapter(self) -> Adapter:
-        return self.adapters[PLAIN, TOWER][0]
+        ENGINES["packed"].open(self.adapters[PACKED, TOWER])
 
     def all(self) -> dict[Name, Way]:
         """For captions."""
         found: dict[Name, Way] = {}
-        for tower in (TORCH, TOWER):
-            found |= self._alone(self.adapters[PLAIN, tower][0], "iq4_nl", tower)
-        for formats in ("q8_0", "q4_0"):
-            found |= self._alone(self.adapter, formats, TOWER)
-        policies = modes(self.adapter.policy)
+        for formats, tower in ALONE:
+            name = (f"llama.cpp {formats}", "full", tower)
+            found[name] = self._alone(self.adapters[PLAIN, tower], formats)
+        policies, short = modes(self.adapter.policy), last_exit(self.adapter)
+        narrow = {"full, shortlist": short.policy}
         for engine in (PLAIN, PACKED):
-            adapter, encoder = self.adapters[engine, TOWER]
-            short = last_exit(adapter)
-            found |= self._torch(engine, TOWER, policies)
-            found[engine, "full, shortlist", TOWER] = torch_way(
-                self.stages, encoder, short, short.policy
-            )
-        adapter, encoder = self.adapters[PLAIN, TOWER]
-        every = whole_head(adapter)
-        found[PLAIN, "early exit, whole head", TOWER] = torch_way(
-            self.stages, encoder, every, every.policy
-        )
-        adapter, encoder = self.adapters[PLAIN, TORCH]
-        stock = partial(stock_generate_fn, adapter.backbone, do_sample=False)
+            adapter = self.adapters[engine, TOWER]
+            found |= self._by(adapter, engine, policies)
+            found |= self._by(last_exit(adapter), engine, narrow)
+        every = whole_head(self.adapter)
+        found |= self._by(every, PLAIN, {"early exit, whole head": every.policy})
+        behind = self.adapters[PLAIN, TORCH]
+        stock = partial(stock_generate_fn, behind.backbone, do_sample=False)
         found[STOCK_GENERATE, "full", TORCH] = _way(
-            self.stages, encoder, lambda most: stock(max_new_tokens=most)
+            self.stages, self.encoder, lambda most: stock(max_new_tokens=most)
         )
         for formats in OURS:
-            found |= self._llama(self.adapter, formats, TOWER, policies)
-            short = last_exit(self.adapter)
-            found |= self._llama(
-                short, formats, TOWER, {"full, shortlist": short.policy}, "shortlist"
-            )
-        found |= self._llama(self.adapters[PLAIN, TORCH][0], "q8_0", TORCH, {"full": FULL})
-        return found
+            found |= self._by(self._llama(self.adapter, formats, "exits"), formats, policies)
+            found |= self._by(self._llama(short, formats, "shortlist"), formats, narrow)
+        return found | self._by(self._llama(behind, Q8, "exits"), Q8, {"full": FULL}, TORCH)
 
-    def _torch(
-        self, engine: str, tower: str, policies: Mapping[str, ExitPolicy]
+    def _by(
+        self, model: Any, engine: str, policies: Mapping[str, ExitPolicy], tower: str = TOWER
     ) -> dict[Name, Way]:
-        adapter, encoder = self.adapters[engine, tower]
+        """A model's ways by mode."""
         return {
-            (engine, mode, tower): torch_way(self.stages, encoder, adapter, policy)
+            (engine, mode, tower): torch_way(self.stages, self.encoder, model, policy)
             for mode, policy in policies.items()
         }
 
-    def _llama(
-        self,
-        adapter: Adapter,
-        formats: str,
-        tower: str,
-        policies: Mapping[str, ExitPolicy],
-        kind: str = "exits",
-    ) -> dict[Name, Way]:
+    def _llama(self, adapter: Adapter, formats: str, kind: str) -> Any:
         folder = self.work / f"{formats}-{kind}"
         if not folder.is_dir():
             export_gguf(adapter, folder, formats)
-        runtime: Any = LlamaCppRuntime(adapter, folder, engine=ENGINE)
-        return {
-            (formats, mode, tower): torch_way(self.stages, self.encoder, runtime, policy)
-            for mode, policy in policies.items()
-        }
+        return LlamaCppRuntime(adapter, folder, engine=ENGINE)
 
-    def _alone(self, adapter: Adapter, formats: str, tower: str) -> dict[Name, Way]:
+    def _alone(self, adapter: Adapter, formats: str) -> Way:
         file = self.work / f"whole-{formats}.gguf"
         if not file.is_file():
             export_whole(adapter.backbone, file, ExportFormats(formats))
         alone = Alone(adapter, file, self.encoder.eos)
-
-        def writing(most: int) -> GenerateFn:
-            return partial(alone, max_new_tokens=most)
-
-        return {(f"llama.cpp {formats}", "full", tower): _way(self.stages, self.encoder, writing)}
+        return _way(self.stages, self.encoder, lambda most: partial(alone, max_new_tokens=most))
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -280,23 +250,25 @@ def measured(
     asked_of = {name: partial(way, most=LONGEST[kind]) for name, way in found.items()}
     kept = Kept(work / f"{kind}.jsonl")
     told = kept.answers(asked_of, examples, lambda example: example, f"{len(examples)} {kind}")
+    return scored(told, kind, encoder, examples)
+
+
+def scored(
+    told: Mapping[Name, Sequence[Any]], kind: str, encoder: Any, examples: Sequence[Example]
+) -> dict[Name, Measured]:
+    """told: by way, ids and seconds of each answer."""
     return {
-        name: Measured(
-            tokens=[len(ids) for ids, _ in rows],
-            milliseconds=1e3 * np.array([stages for _, stages in rows]),
-            scores=scores(
-                kind, [str(encoder.texts(torch.tensor([ids]))[0]) for ids, _ in rows], examples
-            ),
-            answers=[ids for ids, _ in rows],
-        )
+        name: Measured.of(rows, scores(kind, encoder, [ids for ids, _ in rows], examples))
         for name, rows in told.items()
     }
 
 
 def scores(
-    kind: str, texts: Sequence[str], examples: Sequence[Example]
+    kind: str, encoder: Any, answers: Sequence[Any], examples: Sequence[Example]
 ) -> dict[str, Sequence[float]]:
-    """Each answer's, by metric: CIDEr and ROUGE-L of captions, right or not of questions."""
+    """Each answer's, by metric: CIDEr and ROUGE-L of captions, right or not of questions.
+    answers: their ids."""
+    texts = [text_of(encoder, ids) for ids in answers]
     if kind == "questions":
         pairs = zip(texts, examples, strict=True)
         return {"right": [accuracy([text], [example]) for text, example in pairs]}
@@ -306,6 +278,10 @@ def scores(
     return dict(found.by_example)
 
 
+def text_of(encoder: Any, ids: Sequence[int]) -> str:
+    return str(encoder.texts(torch.tensor([ids]))[0])
+
+
 def bases(name: Name) -> dict[str, Name]:
     """What a way is compared with: full depth of what decodes it, also with the same shortlist;
     llama.cpp alone behind the same tower, in its own format and in the fastest of equal CIDEr; and
@@ -313,7 +289,7 @@ def bases(name: Name) -> dict[str, Name]:
     engine, *_ = name
     own = engine if engine in (PLAIN, PACKED, *OURS) else PLAIN
     found = {"full": (own, "full", TOWER), "full_shortlist": (own, "full, shortlist", TOWER)}
-    if engine in RIVALS:
+    if any(engine == formats for formats, _ in ALONE):
         found["alone_same_tower"] = (f"llama.cpp {engine}", "full", TOWER)
     fastest = "llama.cpp iq4_nl"
     return found | {"alone": (fastest, "full", TORCH), "fastest": (fastest, "full", TOWER)}
@@ -321,40 +297,17 @@ def bases(name: Name) -> dict[str, Name]:
 
 def together(ways: Ways, examples: Sequence[Example], work: Path) -> dict[Name, Measured]:
     """Captions in the batch engine, in PyTorch, in groups of `SLOTS`: by mode, in turn."""
-    adapter, encoder = ways.adapters[PLAIN, TOWER]
-    policies = modes(adapter.policy)
-    kept, rows = Kept(work / "together.jsonl"), dict[Name, list[Any]]()
-    groups = [examples[i : i + SLOTS] for i in range(0, len(examples), SLOTS)]
-    for group in groups:
-        for n in np.random.default_rng(len(rows)).permutation(len(ASKED)):
-            key = _together(ASKED[n], group)
-            if key not in kept:
-                kept.keep(key, _engine(adapter, encoder, policies[ASKED[n]], group))
-    for name in ASKED:
-        rows[f"batch of {SLOTS}", name, TOWER] = [
-            [ids, [0, 0, 0, 0, seconds / len(group)]]
-            for group in groups
-            for many, seconds in [kept.found[_together(name, group)]]
-            for ids in many
+    policies = modes(ways.adapter.policy)
+    by_mode = {mode: partial(_engine, ways.adapter, ways.encoder, policies[mode]) for mode in ASKED}
+    groups, kept = Group.all(examples, SLOTS), Kept(work / "together.jsonl")
+    told = kept.answers(by_mode, groups, lambda group: group.examples, f"{SLOTS} at once")
+    rows: dict[Name, list[Any]] = {
+        (f"batch of {SLOTS}", mode, TOWER): [
+            [ids, [0, 0, 0, 0, seconds / len(many)]] for many, seconds in made for ids in many
         ]
-    return {
-        name: Measured(
-            tokens=[len(ids) for ids, _ in told],
-            milliseconds=1e3 * np.array([stages for _, stages in told]),
-            scores=scores(
-                "captions",
-                [str(encoder.texts(torch.tensor([ids]))[0]) for ids, _ in told],
-                examples,
-            ),
-            answers=[ids for ids, _ in told],
-        )
-        for name, told in rows.items()
+        for mode, made in told.items()
     }
-
-
-def _together(mode: str, group: Sequence[Example]) -> str:
-    """What their captions are kept by; a later run may have a longer last group."""
-    return f"{mode} {len(group)} {group[0].key}"
+    return scored(rows, "captions", ways.encoder, examples)
 
 
 def _engine(

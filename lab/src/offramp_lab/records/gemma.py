@@ -37,7 +37,7 @@ from offramp_lab.experiments.experiment import identical
 from offramp_lab.experiments.factors import Measured, Name, entries_of
 from offramp_lab.places import RUNS
 from offramp_lab.records.end_to_end import Stages, always, last_exit, torch_way
-from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.record import Kept, Record, asked, words
 from offramp_lab.records.text import THINGS, WORDS, prompts_of, step, write_model
 
 RECORD = Record("gemma")
@@ -85,41 +85,18 @@ def main() -> None:
 
 def _walk(work: Path, steps: int) -> list[dict[str, Any]]:
     """The commands, what they took, and what they said."""
-    length = ["--max-new-tokens", str(NEW), "--json"]
-    forecast = step(
-        "inspect",
-        [
-            str(work / "model"),
-            "--data",
-            str(work / "train.txt"),
-            "--limit",
-            "96",
-            "--depths",
-            ",".join(map(str, DEPTHS)),
-            *length,
-        ],
-        work,
-    )
+    given = (work / "model", work / "train.txt")
+    length = words("--max-new-tokens {} --json", NEW)
+    tried = words("{} --data {} --limit 96 --depths {}", *given, ",".join(map(str, DEPTHS)))
+    forecast = step("inspect", [*tried, *length], work)
     told = forecast["said"]["depths"]
     depth = max(told, key=lambda each: each["speedup"]["0.95"])["depth"]
-    words = [
-        "--backbone",
-        str(work / "model"),
-        "--data",
-        str(work / "train.txt"),
-        "--depths",
-        str(depth),
-        "--exit-kind",
-        "layer",
-        "--shortlist",
-        "4096",
-        "--steps",
-        str(steps),
-        "--out",
-        str(work / "exits"),
-        *length,
-    ]
-    return [forecast, step("train", words, work)]
+    learnt = words(
+        "--backbone {} --data {} --depths {} --exit-kind layer --shortlist 4096 --steps {} "
+        "--out {}",
+        *(*given, depth, steps, work / "exits"),
+    )
+    return [forecast, step("train", [*learnt, *length], work)]
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -175,12 +152,7 @@ def _measured(
     told = Kept(work / "answers.jsonl").answers(ways, held, lambda example: example, "prompts")
     full = [ids for ids, _ in told[BASE]]
     return {
-        name: Measured(
-            tokens=[len(ids) for ids, _ in rows],
-            milliseconds=1e3 * np.array([taken for _, taken in rows]),
-            scores={"same": identical([ids for ids, _ in rows], full)},
-            answers=[ids for ids, _ in rows],
-        )
+        name: Measured.of(rows, {"same": identical([ids for ids, _ in rows], full)})
         for name, rows in told.items()
     }
 

@@ -2,22 +2,17 @@
 model in PyTorch; rewrites quantised.json in lab/records.
 
 One thread. `python -m offramp_lab.records.quantised` needs the photographs. Parts, each kept in
-runs/quantised for the others: kernels (a minute), timings (four minutes, on a quiet machine) and
-answers (seven minutes); what was answered already is not asked again. `--parts timings`
-measures only these.
+runs/quantised for the others: timings (four minutes, on a quiet machine) and answers (seven
+minutes); what was answered already is not asked again. `--parts timings` measures only these.
 """
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer
@@ -25,10 +20,8 @@ from offramp.engines import ENGINES
 from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn
 from offramp.features.description import weight_bytes
 from offramp.features.input_processor import InputProcessor
-from offramp.features.quantized.linears import SCHEMES
-from offramp.features.quantized.prepacked import PrepackedLinear
 from offramp.inputs.example import Example
-from offramp_lab.experiments.experiment import Experiment, same
+from offramp_lab.experiments.experiment import same
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked
 from offramp_lab.records.runtimes.answers import KeptRuntime, cider, worth
@@ -54,7 +47,7 @@ HOW: dict[str, tuple[str, str | None]] = {
 PREPACKED = ", prepacked"
 """Behind a format whose weights, as far as they are not rounded, are laid out for the processor."""
 FORMATS = (*HOW, *(f"{layers}{PREPACKED}" for layers in ("float32", "bfloat16", "int4")))
-PARTS = ("kernels", "timings", "answers")
+PARTS = ("timings", "answers")
 STOCK, OURS = "generate", "offramp, torch"
 ASKED = {
     "float32": ("full", "early_exit"),
@@ -172,46 +165,6 @@ def memory(adapter: Adapter) -> dict[str, int]:
     return {name: weight_bytes(part) for name, part in parts.items()}
 
 
-# -- kernels ---------------------------------------------------------------------------------------
-
-
-SHAPES = {"layer": (1536, 576, 20), "head": (49152, 576, 1)}
-"""Rows and columns of a linear, and how many stand side by side, so that none is in a cache."""
-TOKENS = (1, 2, 4, 8, 16, 64)
-
-
-@torch.inference_mode()
-def kernels(repeats: int = 5) -> list[dict[str, Any]]:
-    """CPU microseconds of a linear of the photo model for several tokens in a call, by format; the
-    least of the repeats."""
-    found: list[dict[str, Any]] = []
-    for what, (rows, columns, copies) in SHAPES.items():
-        plain = [torch.nn.Linear(columns, rows, bias=False) for _ in range(copies)]
-        half = [copy.deepcopy(linear).bfloat16() for linear in plain]
-        rounded = {word: [kind(linear) for linear in half] for word, kind in SCHEMES.items()}
-        sides: dict[str, Sequence[Any]] = {"float32": plain, "bfloat16": half, **rounded}
-        sides |= {
-            f"{n}{PREPACKED}": [*map(PrepackedLinear, sides[n])] for n in ("float32", "bfloat16")
-        }
-        for tokens in TOKENS:
-            states, calls = torch.randn(tokens, columns), {}
-            for layers, linears in sides.items():
-                dtype, _ = HOW[layers.removesuffix(PREPACKED)]
-                calls[layers] = partial(_microseconds, linears, states.to(getattr(torch, dtype)))
-            runs = Experiment(calls, rounds=repeats).run()
-            taken = {layers: min(spent for [spent] in found) for layers, found in runs.items()}
-            found.append({"what": what, "tokens": tokens, "microseconds": taken})
-    return found
-
-
-def _microseconds(linears: Sequence[Any], states: torch.Tensor, _: None) -> float:
-    """Of the CPU, by one of them."""
-    start = time.process_time()
-    for linear in linears:
-        linear(states)
-    return 1e6 * (time.process_time() - start) / len(linears)
-
-
 def main() -> None:
     arguments = asked(__doc__, photo=True, photographs=100, timed=30, rounds=1, parts=Some(PARTS))
     _, measuring = halves(arguments.data)
@@ -220,7 +173,6 @@ def main() -> None:
         return Bench.of(arguments.adapter, measuring[:count], formats)
 
     made: dict[str, Callable[[], Any]] = {
-        "kernels": kernels,
         "timings": lambda: timings(bench(arguments.timed, FORMATS), arguments.rounds),
         "answers": lambda: answers(bench(arguments.photographs, ASKED)),
     }

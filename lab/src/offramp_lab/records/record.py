@@ -137,9 +137,31 @@ def _add(parser: argparse.ArgumentParser, flag: str, default: Any) -> None:
     parser.add_argument(flag, **how)
 
 
+def words(command: str, *given: object) -> list[str]:
+    """The words of a command line. given: what stands in the places of its {}, a word each."""
+    left = iter(map(str, given))
+    return [next(left) if word == "{}" else word for word in command.split()]
+
+
 def named(clock: Callable[[], float]) -> str:
     """What a record calls the clock."""
     return "thread" if clock is time.thread_time else "wall"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Examples that are answered at once."""
+
+    examples: Sequence[Example]
+
+    @property
+    def key(self) -> str:
+        """A longer last group of another run has another."""
+        return f"{len(self.examples)} {self.examples[0].key}"
+
+    @classmethod
+    def all(cls, examples: Sequence[Example], size: int) -> list[Group]:
+        return [cls(examples[at : at + size]) for at in range(0, len(examples), size)]
 
 
 class Kept:
@@ -162,12 +184,12 @@ class Kept:
     def answers(
         self,
         ways: Mapping[Any, Callable[[Any], Any]],
-        examples: Sequence[Example],
-        given: Callable[[Example], Any],
+        examples: Sequence[Any],
+        given: Callable[[Any], Any],
         title: str,
     ) -> dict[Any, list[Any]]:
-        """What every way makes of every example, of each in an order of its own; what is kept is
-        not made again.
+        """What every way makes of every example or `Group`, of each in an order of its own; what is
+        kept is not made again.
 
         ways: by name, or by a tuple of what sets them apart. given: what they take of an example.
         """

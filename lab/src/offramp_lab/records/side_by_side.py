@@ -13,16 +13,16 @@ was cut off goes on there.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from examples.ngram_plugin import offramp_ngram
 from examples.photo_vlm.evaluate import LONGEST
 from examples.photo_vlm.rows import CAPTIONS
@@ -37,11 +37,11 @@ from offramp.inputs.example import Example
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.experiments.experiment import bar, same, times
+from offramp_lab.experiments.experiment import same, times
 from offramp_lab.methods.eagle import NAME, attached, load_drafter
 from offramp_lab.places import RUNS
 from offramp_lab.records.end_to_end import CAREFUL, TOWER, always, at, scores
-from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.record import Group, Kept, Record, asked, words
 from offramp_lab.records.subjects import halves, load_photo
 from offramp_lab.records.text import step
 
@@ -135,19 +135,13 @@ def measured(
     work: Path,
 ) -> dict[str, list[dict[str, Any]]]:
     """What each way answered to each photograph, so many at once."""
-    kept = Kept(work / f"{at_once}.jsonl")
-    groups = [examples[at : at + at_once] for at in range(0, len(examples), at_once)]
-    for name, way in ways.items():
-        if f"{name} {groups[-1][0].key}" not in kept:  # code and tables are made once
-            answered(adapter, encoder, way, groups[0][:2], at_once)
-    for group in bar(f"{at_once} at once")(groups):
-        for name in random.Random(group[0].key).sample([*ways], len(ways)):
-            if (key := f"{name} {group[0].key}") not in kept:
-                kept.keep(key, answered(adapter, encoder, ways[name], group, at_once))
-    return {
-        name: [one for group in groups for one in kept.found[f"{name} {group[0].key}"]]
-        for name in ways
+    by_name = {
+        name: partial(answered, adapter, encoder, way, at_once=at_once)
+        for name, way in ways.items()
     }
+    groups, kept = Group.all(examples, at_once), Kept(work / f"{at_once}.jsonl")
+    told = kept.answers(by_name, groups, lambda group: group.examples, f"{at_once} at once")
+    return {name: [*chain(*rows)] for name, rows in told.items()}
 
 
 def entries_of(
@@ -191,37 +185,17 @@ def entries_of(
 
 
 def _cider(ids: Sequence[Any], examples: Sequence[Example], encoder: Any) -> Sequence[float]:
-    texts = [str(encoder.texts(torch.tensor([row]))[0]) for row in ids]
-    return scores("captions", texts, examples)["CIDEr"]
+    return scores("captions", encoder, ids, examples)["CIDEr"]
 
 
 def export_words(work: Path, arguments: Any) -> list[str]:
     """What trains the drafter: captions of the training split, as much as the exits saw of them."""
-    return [
-        "--to",
-        "speculators",
-        "--adapter",
-        "photo",
-        "--dtype",
-        "bfloat16",
-        "--data",
-        str(arguments.data / CAPTIONS),
-        "--split",
-        "train",
-        "--limit",
-        str(arguments.learn),
-        "--prompt",
-        "Caption:",
-        "--steps",
-        str(arguments.steps),
-        "--shortlist",
-        "1024",
-        "--max-new-tokens",
-        str(LONGEST["captions"]),
-        "--out",
-        str(work / "drafter"),
-        "--json",
-    ]
+    return words(
+        "--to speculators --adapter photo --dtype bfloat16 --data {} --split train --limit {} "
+        "--prompt Caption: --steps {} --shortlist 1024 --max-new-tokens {} --out {} --json",
+        *(arguments.data / CAPTIONS, arguments.learn, arguments.steps),
+        *(LONGEST["captions"], work / "drafter"),
+    )
 
 
 def main() -> None:

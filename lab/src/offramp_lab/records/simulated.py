@@ -76,7 +76,7 @@ def charts(share: float, trials: int) -> dict[str, Any]:
     before = betting_p_values(np.concatenate([photos, wrong.mean(0)[None]]), target)
     order = draw.permutation(n)
     losses = np.concatenate([photos, wrong])[order]
-    now = np.array([p_value(Draws.of(row, whole=True), target, "sharp") for row in losses.T])
+    now = [p_of(row, target) for row in losses.T]
     return {
         "photographs": n - k,
         "charts": k,
@@ -107,8 +107,13 @@ def still_merged(trials: int) -> dict[str, Any]:
     }
 
 
-def share_of(p: Array) -> float:
-    return float((p <= LEVEL).mean())
+def share_of(p: Array | list[float]) -> float:
+    return float((np.asarray(p) <= LEVEL).mean())
+
+
+def p_of(losses: Array, target: float, method: str = "sharp", **how: Any) -> float:
+    """Of losses of 0 and 1, one an image."""
+    return p_value(Draws.of(losses, whole=True, **how), target, method)
 
 
 # -- units, choices and the boundary ---------------------------------------------------------------
@@ -120,9 +125,8 @@ def boundary(trials: int) -> list[dict[str, Any]]:
     for target, n in ((0.01, 1500), (0.05, 400)):
         losses = (draw.random((n, trials)) < 1.001 * target).astype(float)
         for method in TESTS:
-            found = [Draws.of(row, whole=True) for row in losses.T]
-            p = np.array([p_value(draws, target, method) for draws in found])
-            rows.append({"method": method, "target": target, "images": n, "broken": share_of(p)})
+            broken = share_of([p_of(row, target, method) for row in losses.T])
+            rows.append({"method": method, "target": target, "images": n, "broken": broken})
     return rows
 
 
@@ -188,57 +192,51 @@ def told(broken: Array) -> dict[str, Any]:
     }
 
 
+def tried(
+    seed: int, trials: int, one: Callable[[np.random.Generator, int], Any], **about: Any
+) -> dict[str, Any]:
+    """one: whether a trial's promise is broken, where two without the rule and with it."""
+    draw = np.random.default_rng(seed)
+    broken = np.array([one(draw, trial) for trial in range(trials)], bool)
+    if broken.ndim == 1:
+        return {**about, **told(broken)}
+    return {**about, "broken_before": float(broken[:, 0].mean()), **told(broken[:, 1])}
+
+
 def groups(size: int, trials: int) -> dict[str, Any]:
     """Images in 500 groups, at a correlation of a half, just above the target: each counted alone,
     and by group."""
-    draw, n, target = np.random.default_rng(11), 500 * size, 0.01
-    alone, together = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=bool)
-    for trial in range(trials):
+    n, target = 500 * size, 0.01
+
+    def one(draw: np.random.Generator, trial: int) -> Any:
         shared = np.repeat(draw.random(n // size) < 1.001 * target, size)
         repeats = draw.random(n) < 0.5**0.5
         wrong = np.where(repeats, shared, draw.random(n) < 1.001 * target).astype(float)
-        alone[trial] = p_value(Draws.of(wrong, whole=True), target, "sharp") <= LEVEL
+        rows = [tuple(range(i, i + size)) for i in range(0, n, size)]
         images = [  # whose names draw the chance of the last step
-            ImageRows(
-                f"{trial} {i}",
-                "",
-                rows := tuple(range(i, i + size)),
-                parts=tuple((r,) for r in rows),
-            )
-            for i in range(0, n, size)
+            ImageRows(f"{trial} {own[0]}", "", own, parts=tuple((r,) for r in own)) for own in rows
         ]
-        draws = Draws.by("image", wrong, images, whole=True)
-        together[trial] = p_value(draws, target, "sharp") <= LEVEL
-    return {
-        "size": size,
-        "images": n,
-        "target": target,
-        "broken_before": float(alone.mean()),
-        **told(together),
-    }
+        together = p_value(Draws.by("image", wrong, images, whole=True), target, "sharp")
+        return p_of(wrong, target) <= LEVEL, together <= LEVEL
+
+    return tried(11, trials, one, size=size, images=n, target=target)
 
 
 def rare_groups(trials: int) -> dict[str, Any]:
     """One of 2,000 groups has 400 images, of which 30% are wrong, of all others .1%: each image
     counted alike in its group's draw, and groups by the mean over their images, barely above."""
-    draw, n, target = np.random.default_rng(18), 1500, 0.01
-    before, now = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=bool)
-    for trial in range(trials):
+    n, target = 1500, 0.01
+
+    def one(draw: np.random.Generator, trial: int) -> Any:
         large = draw.random(n) < 1 / 2000
         sizes = np.where(large, 400, 1)
         few = draw.binomial(sizes, np.where(large, 0.3, 0.001)).astype(float)
         alike = Draws(few, sizes.astype(float), np.arange(n), float(sizes.max()))
-        before[trial] = p_value(alike, target, "sharp") <= LEVEL
         wrong = draw.binomial(sizes, np.where(large, 0.3, 1.001 * target)) / sizes
-        now[trial] = p_value(Draws.of(wrong), target, "sharp") <= LEVEL
+        return [p_value(each, target, "sharp") <= LEVEL for each in (alike, Draws.of(wrong))]
+
     risk = (0.001 + 400 * 0.3 / 2000) / (1 + 400 / 2000)
-    return {
-        "groups": n,
-        "target": target,
-        "risk_by_image": risk,
-        "broken_before": float(before.mean()),
-        **told(now),
-    }
+    return tried(18, trials, one, groups=n, target=target, risk_by_image=risk)
 
 
 def forgotten(trials: int) -> dict[str, Any]:
@@ -266,7 +264,7 @@ def forgotten(trials: int) -> dict[str, Any]:
                 levels.append(Guarantee(target, 1 - STATED).level(turn.number, turn.handed))
     p = np.array(
         [
-            [p_value(Draws.of(row, whole=True), target, "sharp") for row in rows]
+            [p_of(row, target) for row in rows]
             for rows in (draw.random((trials, many, n)) < 1.001 * target).astype(float)
         ]
     )
@@ -282,72 +280,73 @@ def forgotten(trials: int) -> dict[str, Any]:
 def handed(trials: int) -> dict[str, Any]:
     """Six attempts on the same images, the first three of a risk far below the target, the others
     barely above it: what is true hands its errors on to what is not."""
-    draw, n, target = np.random.default_rng(20), 500, 0.05
-    asked, broken, passed = Guarantee(target, 1 - STATED), np.zeros(trials, dtype=bool), 0
-    for trial in range(trials):
+    n, target, third = 500, 0.05, list[bool]()
+    asked = Guarantee(target, 1 - STATED)
+
+    def one(draw: np.random.Generator, trial: int) -> bool:
         shared = draw.random(n)  # which images are hard: attempts depend on each other
         known: list[Attempt] = []
         for number in range(1, 7):
             risk = (0.1 if number <= 3 else 1.001) * target
             wrong = np.where(draw.random(n) < 0.5, shared, draw.random(n)) < risk
             level = asked.level(number, handed_on(known, number))
-            p = p_value(Draws.of(wrong.astype(float), whole=True), target, "sharp")
-            kept = p <= 1 - level
-            path = (Thresholds({1: 0.5}),)
-            known.append(Attempt("", {}, number, (), path, {"passed": bool(kept)}))
-            broken[trial] |= kept and number > 3
-            passed += kept and number == 3
+            kept = {"passed": p_of(wrong.astype(float), target) <= 1 - level}
+            known.append(Attempt("", {}, number, (), (Thresholds({1: 0.5}),), kept))
+        passed = [bool(attempt.outcome["passed"]) for attempt in known]
+        third.append(passed[2])
+        return any(passed[3:])
+
+    made = tried(20, trials, one)
     return {
         "attempts": 6,
         "images": n,
         "target": target,
-        "third_passes": passed / trials,
-        **told(broken),
+        "third_passes": sum(third) / trials,
+        **made,
     }
 
 
 def kinds(trials: int) -> dict[str, Any]:
     """Of 60% captions 0.2% differ, of the questions a thousandth above the target."""
-    draw, n, target = np.random.default_rng(12), 3000, 0.02
-    together, each = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=bool)
-    for trial in range(trials):
+    n, target = 3000, 0.02
+
+    def one(draw: np.random.Generator, trial: int) -> Any:
         caption = draw.random(n) < 0.6
         wrong = (draw.random(n) < np.where(caption, 0.002, 1.001 * target)).astype(float)
         parts = [Draws.of(wrong[part], whole=True) for part in (caption, ~caption)]
-        together[trial] = p_value(Draws.of(wrong, whole=True), target, "sharp") <= LEVEL
-        each[trial] = p_value(parts, target, "sharp") <= LEVEL
-    return {"images": n, "target": target, "broken_before": float(together.mean()), **told(each)}
+        return p_of(wrong, target) <= LEVEL, p_value(parts, target, "sharp") <= LEVEL
+
+    return tried(12, trials, one, images=n, target=target)
 
 
 def two_steps(trials: int) -> dict[str, Any]:
     """Thresholds of two exits, ordered on 300 images and tested on 700 others, where each pair has
     a risk of its own: is the one that is chosen above the target?"""
-    draw, target = np.random.default_rng(13), 0.02
-    broken = np.zeros(trials, dtype=bool)
-    for trial in range(trials):
+    target = 0.02
+
+    def one(draw: np.random.Generator, trial: int) -> bool:
         risks = draw.gamma(2, target / 2, 40)
         speeds = risks + draw.normal(0, target / 2, 40)  # what is faster loses more, mostly
         losses = draw.random((1000, 40)) < risks
         order = np.lexsort((-speeds, losses[:300].mean(0)))
-        index = walk(
-            Draws.of(losses[300:][:, order].astype(float), whole=True), target, 1 - LEVEL, "sharp"
-        )
-        broken[trial] = index is not None and bool((risks[order][: index + 1] > target).any())
-    return {"images": 1000, "target": target, **told(broken)}
+        tested = Draws.of(losses[300:][:, order].astype(float), whole=True)
+        index = walk(tested, target, 1 - LEVEL, "sharp")
+        return index is not None and bool((risks[order][: index + 1] > target).any())
+
+    return tried(13, trials, one, images=1000, target=target)
 
 
 def grown(trials: int) -> dict[str, Any]:
     """A file that grows from 400 images on by 100, looked at each time, just above the target; as
     if each look were the first, and as it is."""
-    draw, target = np.random.default_rng(14), 0.02
-    each, ours = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=bool)
-    for trial in range(trials):
+    target, looks = 0.02, range(400, 2001, 100)
+
+    def one(draw: np.random.Generator, trial: int) -> Any:
         losses = (draw.random(2000) < 1.001 * target).astype(float)
-        for n in range(400, 2001, 100):
-            each[trial] |= p_value(Draws.of(losses[:n], whole=True), target, "sharp") <= LEVEL
-            looked = Draws.of(losses[:n], whole=True, looked=400)
-            ours[trial] |= p_value(looked, target, "sharp") <= LEVEL
-    return {"images": 2000, "target": target, "broken_before": float(each.mean()), **told(ours)}
+        each = [p_of(losses[:n], target) <= LEVEL for n in looks]
+        return any(each), any(p_of(losses[:n], target, looked=400) <= LEVEL for n in looks)
+
+    return tried(14, trials, one, images=2000, target=target)
 
 
 # -- how many images -------------------------------------------------------------------------------
@@ -404,8 +403,7 @@ def fractions(target: float, trials: int) -> list[dict[str, Any]]:
                 continue
 
             def passes(k: int, losses: Array = losses) -> bool:
-                p = [p_value(row, target, "sharp") for row in losses[:k].T]
-                return float((np.array(p) <= LEVEL).mean()) >= 0.8
+                return share_of([p_value(row, target, "sharp") for row in losses[:k].T]) >= 0.8
 
             least, most = 1, n
             while most - least > max(1, most // 100):

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from offramp.common.folders import cache_folder
 from offramp.core.storage import write_atomic
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.record import Kept, Record, asked, words
 from offramp_lab.records.text import PARTS, WORDS, converted, kept, prompts_of, step, write_model
 
 RECORD = Record("speculators")
@@ -85,65 +85,26 @@ def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
     told = [
         step(
             "export",
-            [
-                "--to",
-                "speculators",
-                "--backbone",
-                str(model),
-                "--data",
-                str(work / "train.txt"),
-                "--steps",
-                str(arguments.steps),
-                "--shortlist",
-                "4096",
-                "--max-new-tokens",
-                str(WRITTEN),
-                "--out",
-                str(drafter),
-                "--json",
-            ],
+            words(
+                "--to speculators --backbone {} --data {} --steps {} --shortlist 4096 "
+                "--max-new-tokens {} --out {} --json",
+                *(model, work / "train.txt", arguments.steps, WRITTEN, drafter),
+            ),
             work,
         ),
         converted(
-            "drafter's file",
-            work,
-            converter,
-            drafter,
-            work / "eagle3.gguf",
-            "--target-model-dir",
-            str(model),
+            *("drafter's file", work, converter, drafter, work / "eagle3.gguf"),
+            *("--target-model-dir", str(model)),
         ),
         converted("model's file", work, converter, model, work / "q8_0.gguf"),
     ]
     if (arguments.data / CAPTIONS).is_file():
-        told.append(
-            step(
-                "export photo",
-                [
-                    "--to",
-                    "speculators",
-                    "--adapter",
-                    "photo",
-                    "--data",
-                    str(arguments.data / CAPTIONS),
-                    "--split",
-                    "train",
-                    "--limit",
-                    "1000",
-                    "--prompt",
-                    "Caption:",
-                    "--steps",
-                    "600",
-                    "--max-new-tokens",
-                    "20",
-                    "--out",
-                    str(work / "photo-drafter"),
-                    "--json",
-                ],
-                work,
-                arguments.data,
-            )
+        photo = words(
+            "--to speculators --adapter photo --data {} --split train --limit 1000 "
+            "--prompt Caption: --steps 600 --max-new-tokens 20 --out {} --json",
+            *(arguments.data / CAPTIONS, work / "photo-drafter"),
         )
+        told.append(step("export photo", photo, work, arguments.data))
     if arguments.speculators is not None:
         program = [str(arguments.speculators), "-c", LOADED]
         found = kept("loaded", work, program, "python", [str(drafter)])
@@ -154,20 +115,10 @@ def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
 def _answers(work: Path, programs: Path, held: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Of each way and prompt, what a program wrote and said of itself, all ways in turns."""
     template: Any = AutoTokenizer.from_pretrained(work / "model").apply_chat_template
-    model = ["-m", str(work / "q8_0.gguf"), "-n", str(WRITTEN)]
-    speculative = [
-        str(programs / "llama-speculative-simple"),
-        *model,
-        "-t",
-        "1",
-        "--temp",
-        "0",
-        "-c",
-        "256",
-        "--spec-draft-n-max",
-        str(DRAFTS),
-    ]
-    eagle3 = ["--spec-type", "draft-eagle3", "-md", str(work / "eagle3.gguf")]
+    model = words("-m {} -n {}", work / "q8_0.gguf", WRITTEN)
+    program, one = programs / "llama-speculative-simple", "-t 1 --temp 0 -c 256"
+    speculative = [*words("{}", program), *model, *words(f"{one} --spec-draft-n-max {DRAFTS}")]
+    eagle3 = words("--spec-type draft-eagle3 -md {}", work / "eagle3.gguf")
     ways: dict[str, Callable[[str], list[str]]] = {
         FULL: lambda text: [str(programs / "llama-simple"), *model, text],
         OURS: lambda text: [*speculative, *eagle3, "-p", text],
@@ -177,16 +128,16 @@ def _answers(work: Path, programs: Path, held: Sequence[str]) -> dict[str, list[
     for text in tqdm(held, "answers", disable=None):
         chat = [{"role": "user", "content": text}]
         prompt = template(chat, tokenize=False, add_generation_prompt=True)
-        for name, words in ways.items():
+        for name, way in ways.items():
             if (key := f"{name}: {text}") not in found:
-                found.keep(key, _written(words(prompt), prompt))
+                found.keep(key, _written(way(prompt), prompt))
     return {name: [found.found[f"{name}: {text}"] for text in held] for name in ways}
 
 
-def _written(words: Sequence[str], prompt: str) -> dict[str, Any]:
+def _written(command: Sequence[str], prompt: str) -> dict[str, Any]:
     """What a program wrote behind the prompt, what it counted, and its process's CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     counts = re.findall(r"(n_predict|n_drafted|n_accept)\s*=\s*(\d+)", done.stderr)
     (seconds,) = re.findall(r"decoded +\d+ tokens in +([\d.]+) s", done.stderr)

@@ -44,7 +44,7 @@ from offramp.features.input_processor import InputProcessor
 from offramp.inputs.example import Example
 from offramp_lab import inputs
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Kept, Record, asked
+from offramp_lab.records.record import Kept, Record, asked, words
 from offramp_lab.records.runtimes.ways import ALONE, ENGINE, THEIRS, Way, beside_alone, edge_ways
 
 RECORD = Record("text")
@@ -96,47 +96,23 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
     write_model(file, model)
     if converter is None and not q8_0.exists():
         in_q8_0(file, q8_0)
-    length = ["--max-new-tokens", str(NEW)]
-    with_exits = [str(exits)]
-    in_float32 = ["--dtype", "float32"]  # else rounding alone changes a quarter of the answers
+    choosing = words(  # in bfloat16 rounding alone changes a quarter of the answers
+        "{} --data {} --dtype float32 --max-new-tokens {} --json", exits, work / "choose.txt", NEW
+    )
     commands = {
-        "inspect": [str(model), "--json"],
-        "train": [
-            "--backbone",
-            str(model),
-            "--data",
-            str(work / "train.txt"),
-            "--depths",
-            str(DEPTH),
-            "--drafting",
-            "--shortlist",
-            "4096",
-            "--steps",
-            str(steps),
-            "--batch-size",
-            "16",
-            *length,
-            "--out",
-            str(exits),
-            "--json",
-        ],
-        "calibrate": [
-            *with_exits,
-            "--data",
-            str(work / "choose.txt"),
-            "--risk",
-            "consistency",
-            "--target",
-            "0.2",
-            *in_float32,
-            *length,
-            "--write",
-            "--json",
-        ],
-        "draft": [*with_exits, "--data", str(work / "choose.txt"), *in_float32, *length, "--json"],
-        "slice q4_1": [*with_exits, str(file), "--out", str(work / "q4_1"), "--json"],
-        "slice": [*with_exits, str(q8_0), "--out", str(work / "q8_0"), "--json"],
-        "generate": [str(work / "q8_0"), "--prompt", QUESTION, "--mode", "lossless", *length],
+        "inspect": words("{} --json", model),
+        "train": words(
+            "--backbone {} --data {} --depths {} --drafting --shortlist 4096 --steps {} "
+            "--batch-size 16 --max-new-tokens {} --out {} --json",
+            *(model, work / "train.txt", DEPTH, steps, NEW, exits),
+        ),
+        "calibrate": [*choosing, *words("--risk consistency --target 0.2 --write")],
+        "draft": choosing,
+        "slice q4_1": words("{} {} --out {} --json", exits, file, work / "q4_1"),
+        "slice": words("{} {} --out {} --json", exits, q8_0, work / "q8_0"),
+        "generate": words(
+            "{} --prompt {} --mode lossless --max-new-tokens {}", work / "q8_0", QUESTION, NEW
+        ),
     }
     convert = [] if converter is None else [converted("convert", work, converter, model, q8_0)]
     told = [step(name, arguments, work) for name, arguments in commands.items()]
@@ -169,8 +145,8 @@ def converted(
     name: str, work: Path, converter: Path, model: Path, out: Path, *more: str
 ) -> dict[str, Any]:
     """A model's folder as a file in q8_0, by llama.cpp's converter."""
-    words = [str(model), *more, "--outfile", str(out), "--outtype", "q8_0"]
-    return kept(name, work, [sys.executable, str(converter)], "convert_hf_to_gguf.py", words)
+    told = [*words("{} --outfile {} --outtype q8_0", model, out), *more]
+    return kept(name, work, [sys.executable, str(converter)], "convert_hf_to_gguf.py", told)
 
 
 def step(name: str, arguments: Sequence[str], work: Path, *read: Path) -> dict[str, Any]:
@@ -181,8 +157,8 @@ def step(name: str, arguments: Sequence[str], work: Path, *read: Path) -> dict[s
 
 def _served(work: Path) -> dict[str, Any]:
     """A server that has answered once, and ends."""
-    words = ["serve", str(work / "q8_0"), "--port", str(PORT)]
-    return kept("serve", work, OFFRAMP, "offramp", words, _asked_once)
+    told = words("serve {} --port {}", work / "q8_0", PORT)
+    return kept("serve", work, OFFRAMP, "offramp", told, _asked_once)
 
 
 def kept(
@@ -199,8 +175,7 @@ def kept(
     steps, folders = Kept(work / "steps.jsonl"), (work, cache_folder("photo"), *read)
     if name not in steps:
         start = time.perf_counter()
-        words = [*program, *arguments]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, text=True) as process:
             said = _without(meanwhile(process), *folders)
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)

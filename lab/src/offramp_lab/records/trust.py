@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from examples.photo_vlm.evaluate import LONGEST
 from offramp_llama_cpp import LlamaCppRuntime, export_gguf
 
@@ -30,7 +29,7 @@ from offramp.evaluation.timing import decoding, generate_fn, timed
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import times
 from offramp_lab.places import RUNS
-from offramp_lab.records.end_to_end import CAREFUL, TOWER, at, scores
+from offramp_lab.records.end_to_end import CAREFUL, TOWER, at, scores, text_of
 from offramp_lab.records.record import Kept, Record, Some, asked
 from offramp_lab.records.subjects import halves, load_photo
 
@@ -84,8 +83,8 @@ def entries_of(
     """An entry for each way; multiples are of full depth's in the same engine."""
 
     def cider(rows: Sequence[Any]) -> Any:
-        texts = [str(encoder.texts(torch.tensor([ids]))[0]) for _, _, ids in rows]
-        return np.array(scores("captions", texts, examples)["CIDEr"])
+        ids = [ids for _, _, ids in rows]
+        return np.array(scores("captions", encoder, ids, examples)["CIDEr"])
 
     took: dict[str, Any] = {
         name: np.array([row[:2] for row in rows]).T for name, rows in told.items()
@@ -120,11 +119,7 @@ def taken(
     told: Mapping[str, Sequence[Any]], examples: Sequence[Example], encoder: Any
 ) -> list[dict[str, Any]]:
     """The first answers that were taken at `READ` and differ from full depth's, to be read."""
-
-    def text(ids: Any) -> str:
-        return str(encoder.texts(torch.tensor([ids]))[0])
-
-    before = RECORD.read().get("taken", [])
+    text, before = partial(text_of, encoder), RECORD.read().get("taken", [])
     judged = {(one["photograph"], one["full"], one["taken"]): one["judged"] for one in before}
     both = zip(examples, told["full"], told[f"trust {READ:g}"], strict=True)
     differ = [(e.key, text(full[2]), text(own[2])) for e, full, own in both if full[2] != own[2]]
