@@ -65,7 +65,7 @@ class StorageError(OfframpError, OSError):
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """A remedy that names the closest allowed words, if any is close, and all of them.
+    """Return a remedy that names the closest allowed words, if any is close, and all of them.
 
     `did_you_mean("tt5", ["opt", "t5"])` is `"Did you mean 't5'? Allowed: opt, t5."`; `""` when
     nothing is allowed.
@@ -88,10 +88,10 @@ def check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey: what is no letter, sign or space is escaped.
+    """Return text that is safe on a terminal: what is no letter, sign or space is escaped.
 
-    Lines and tabs stay. Names and JSON of others may hold sequences that move the cursor, change
-    the title or turn the direction of what follows.
+    Lines and tabs stay. Foreign names and JSON may hold sequences that move the cursor, change the
+    title or reverse the text.
     """
     if text.isprintable():
         return text

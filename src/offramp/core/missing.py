@@ -59,10 +59,10 @@ _OTHERS = ("offramp", "transformers", "torch", "git")
 
 
 def missing_package(error: BaseException) -> str | None:
-    """The package that an error is about, or one that is behind it; None: it names none.
+    """Return the package whose absence caused an error; None: the error names none.
 
     transformers raises an error about a module of its own, or without any name, or no ImportError
-    at all, where what it needs is missing: the text or the cause then says more.
+    at all, where a package is missing: the text or the cause then says more.
     """
     for link in _chain(error):
         names = [(getattr(link, "name", None) or "").partition(".")[0]]
@@ -76,7 +76,7 @@ def missing_package(error: BaseException) -> str | None:
 
 
 def how_to_install(package: str | None) -> str:
-    """A remedy, of one line."""
+    """Return in one line how to install a package; None: an unknown one."""
     if package is None:
         return "Install the package that it names, with pip install."
     extra = None if installed()[0] == EDGE else EXTRAS.get(package)
@@ -98,8 +98,8 @@ def installed() -> tuple[str, metadata.Distribution | None]:
 
 
 def install_command(extra: str) -> str:
-    """Return what to type for an extra, or for offramp itself (""), by how it was installed
-    (PEP 610): from a checkout, a file, an address or an index."""
+    """Return the command that installs an extra, or offramp itself (""), for the source that it was
+    installed from (PEP 610): a checkout, a file, an address or an index."""
     name, distribution = installed()
     if distribution is None:
         text = json.dumps({"url": Path(__file__).resolve().parents[3].as_uri(), "dir_info": {}})

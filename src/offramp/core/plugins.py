@@ -64,7 +64,7 @@ def offered(seam: Seam) -> tuple[str, ...]:
 
 
 def plugin(seam: Seam, name: str) -> Any:
-    """Return what the entry point of a name holds, after its module was imported.
+    """Return the object of the entry point `name`, after an import of its module.
 
     Raises:
         InputError: no installed package has it, or the one that has it fails.
@@ -84,7 +84,7 @@ def plugin(seam: Seam, name: str) -> Any:
 def check_registered(
     what: str, seam: Seam, name: str, known: Callable[[], Collection[str]]
 ) -> None:
-    """Import the plug-in of a name that a registry does not know, so that the registry does.
+    """Import the plug-in that registers a name, if the registry does not know the name.
 
     what: the word for the name in the error, such as "Score". known: returns the registry's names.
 
@@ -107,7 +107,7 @@ def check_registered(
 
 
 def remedy(name: str, known: Collection[str]) -> str:
-    """Return what to do about a name that is not among the known ones."""
+    """Return a remedy for a name that is not among the known ones."""
     if name in PACKAGES:
         others = f" Or take one of these: {', '.join(known)}." if known else ""
         return f"It comes with {PACKAGES[name]}. {how_to_install(PACKAGES[name])}.{others}"
@@ -115,8 +115,7 @@ def remedy(name: str, known: Collection[str]) -> str:
 
 
 def brought(seam: Seam) -> dict[str, Any]:
-    """Return what all entry points of a seam hold, by name; one that fails is left out, and a line
-    of the log says why."""
+    """Return what the entry points of a seam load, by name; the log says why one fails."""
     found = {}
     for name in offered(seam):
         try:

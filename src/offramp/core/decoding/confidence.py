@@ -27,13 +27,13 @@ as `offramp.core.engine.heads.ExitHeads` is, and returns a subclass of it."""
 
 
 def check_score(name: str) -> str:
-    """`name`, or `InputError` with the names there are, those of plug-ins included."""
+    """Return the name of a known score; raise `InputError` with the known names for any other."""
     check_registered("Score", "scores", name, lambda: (*SCORES, *FEATURE_SCORES, *HEADS))
     return name
 
 
 def check_numbers(by_depth: dict[int, float]) -> dict[int, float]:
-    """Return what is given by depth; raise `InputError` for what is neither a number nor None."""
+    """Return numbers by depth; raise `InputError` for a value that is neither number nor None."""
     wrong = {d: n for d, n in by_depth.items() if n is not None and math.isnan(_number(n))}
     if wrong:
         raise InputError(f"{wrong} holds what is no number.", "Give numbers, such as {2: 0.95}.")
@@ -41,9 +41,9 @@ def check_numbers(by_depth: dict[int, float]) -> dict[int, float]:
 
 
 def check_thresholds(thresholds: dict[int, float], depths: tuple[int, ...]) -> dict[int, float]:
-    """`thresholds` by depth; raise `InputError` for a depth without an exit or a value off [0, 1].
+    """Return thresholds by depth; raise `InputError` for a depth without an exit or one off [0, 1].
 
-    A depth left out, or None, is an exit switched off: it is not even computed.
+    A depth left out, or None, is an exit switched off: the exit is not even computed.
     """
     wrong = [d for d in thresholds if d not in depths]
     if wrong:
@@ -55,7 +55,7 @@ def check_thresholds(thresholds: dict[int, float], depths: tuple[int, ...]) -> d
 
 
 def check_levels(thresholds: dict[int, float]) -> dict[int, float]:
-    """`thresholds` by depth, without those that are None; raise `InputError` for a value that is no
+    """Return levels by depth without those that are None; raise `InputError` for a value that is no
     number in [0, 1]."""
     on = {d: _number(t) for d, t in check_numbers(thresholds).items() if t is not None}
     off = {d: thresholds[d] for d, t in on.items() if not 0.0 <= t <= 1.0}

@@ -29,12 +29,12 @@ AHEAD = 32
 
 @dataclass(eq=False)
 class Decoder:
-    """The sequences of one model, and the loop that writes their tokens. For one thread.
+    """The sequences of one model, and the loop that writes their tokens. Used by one thread.
 
     layers: depth L of the full model. executor: runs the layers. heads: ask exits and the LM head.
-    drafter: of drafts; None: there are none. schedule: when the deep layers run. longest: columns
-    of a sequence that may be pending; None: any number. sequences: those under way. tally: what the
-    exits did.
+    drafter: writes drafts; None: nothing is drafted. schedule: when the deep layers run. longest:
+    pending columns of a sequence, at most; None: any number. sequences: those that are being
+    written. tally: counts of what the exits did.
     """
 
     layers: int
@@ -57,11 +57,10 @@ class Decoder:
         *,
         later: bool = False,
     ) -> tuple[Any, list[Token | None]]:
-        """Read a prompt of one or more rows, and choose each row's first token, which is a draft
-        where the prompt waits to be verified; None where it is to be drafted, or `begin` runs the
-        prompt.
+        """Read a prompt of one or more rows, and choose each row's first token: a draft where the
+        prompt waits to be verified, None where the token is written later.
 
-        later: whether that may be.
+        later: whether the first token may be drafted after this call, or written by `begin`.
         """
         opening = rule.opening
         said: list[Token | None] = [None] * len(samplers)
@@ -107,10 +106,10 @@ class Decoder:
         first: Token | None,
         owner: Any = None,
     ) -> Sequence:
-        """Take a row of a prompt over; its first token, if it is said, is given out at once.
+        """Add a row of a prompt as a sequence; a first token that is known is given out at once.
 
         Raises:
-            InputError: lossless, of a model whose states hold the whole text.
+            InputError: lossless mode, of a model whose states hold the whole text.
         """
         loaded = self.executor.load(prompt, row)
         if rule.drafts and not self.executor.allow_crops(loaded.handle):
@@ -128,7 +127,7 @@ class Decoder:
         return sequence
 
     def leave(self, sequence: Sequence) -> None:
-        """Forget a sequence; the last one takes its place, as in the executor's slots."""
+        """Forget a sequence; the last sequence takes its place, as in the executor's slots."""
         last = self.sequences.pop()
         if last is not sequence:
             self.sequences[self.sequences.index(sequence)] = last
@@ -138,20 +137,21 @@ class Decoder:
     # -- the loop ----------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Run the prompts that wait before the first layer together, as far as the first exit."""
+        """Run together, up to the first exit, all prompts that wait before the first layer."""
         rows = [row for row in self.sequences if row.ran[0] < row.start and row.active]
         if rows:
             with self.heads.computing():
                 self._run(0, rows)
 
     def finish(self) -> None:
-        """Write until every sequence is over. Raise the error of the first that has one."""
+        """Write until every sequence is over. Raise the error of the first sequence that failed."""
         with self.heads.computing():
             while self.goes_on():
                 self._make(self.next_call())
 
     def goes_on(self) -> bool:
-        """Release finished sequences; return True if any goes on. Raise the error of one."""
+        """Release finished sequences; return True if any goes on. Raise the error of a failed
+        one."""
         for sequence in [*self.sequences]:
             if not sequence.active:
                 self.leave(sequence)
@@ -160,7 +160,7 @@ class Decoder:
         return bool(self.sequences)
 
     def next_call(self) -> Call:
-        """Return the next call by the schedule."""
+        """Return the call that the schedule wants next."""
         rows = [row for row in self.sequences if row.rule.exiting and row.active]
         if not rows:
             return "full"
@@ -169,7 +169,7 @@ class Decoder:
         return self.schedule.next_call(Load.of(rows, self.longest))
 
     def make(self, call: Call) -> int:
-        """Make a call, and return the number of tokens that it ran."""
+        """Make a call, and return the number of tokens that ran."""
         with self.heads.computing():
             return self._make(call)
 

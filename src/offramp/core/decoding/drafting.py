@@ -21,9 +21,9 @@ Ends = Callable[[int], bool]
 
 
 class DraftBudget(NamedTuple):
-    """The limits of a round's drafts. max_drafts: tokens. min_probability: an exit that drafts on
-    stops once the product of its drafts' probabilities is lower. ends: whether a token ends the
-    answer; nothing is drafted after it."""
+    """The limits of a round's drafts. max_drafts: tokens, at most. min_probability: an exit stops
+    drafting once the product of its drafts' probabilities is lower. ends: whether a token ends the
+    answer; nothing is drafted after such a token."""
 
     max_drafts: int
     min_probability: float
@@ -37,7 +37,7 @@ it, and its output."""
 
 
 class Drafts:
-    """The drafts of one sequence in one round; none is added beyond its budget. product: of their
+    """The drafts of one sequence in one round, within its budget. product: of their
     probabilities."""
 
     def __init__(self, budget: DraftBudget) -> None:
@@ -46,8 +46,7 @@ class Drafts:
         self._budget = budget
 
     def add(self, token: int, probability: float) -> bool:
-        """Keep the next draft, if it is likely enough to be right; return True where another may
-        follow."""
+        """Keep the next draft, if probable enough; return True where another draft may follow."""
         budget, product = self._budget, self.product * probability
         if product < budget.min_probability:
             return False
@@ -57,10 +56,10 @@ class Drafts:
 
 
 class Draft(NamedTuple):
-    """A round's draft of one sequence. fed: its newest token, if it has one, and the drafts that
-    the full model is asked to follow. said: what the exit says after the prompt, where that waits,
-    and after each of them, as far as it is confident. product: of the probabilities of what is
-    said; NaN where it is not known."""
+    """A round's draft of one sequence. fed: token ids that the full model reads: the newest token,
+    if any, and the drafts. said: token ids that the exit is confident of, one after the prompt (if
+    the prompt waits) and one after each of `fed`. product: of the probabilities of `said`; NaN
+    where unknown."""
 
     fed: list[int]
     said: list[int]
@@ -70,26 +69,26 @@ class Draft(NamedTuple):
 class Drafter(Protocol):
     """Writes drafts for an executor's sequences.
 
-    depth: of the exit that drafts; accepted drafts count at it. keeps: depth of the exit whose
-    state `read` is to keep of a prompt; None: the drafter needs none.
+    depth: of the exit that drafts; accepted drafts count at this depth. keeps: depth of the exit
+    whose state of the prompt `read` must keep; None: the drafter needs no state.
     """
 
     depth: int
     keeps: int | None
 
     def draft(self, rows: Many[Sequence], budgets: Many[DraftBudget]) -> list[Draft]:
-        """Draft on from the newest token of each sequence."""
+        """Write the drafts that follow the newest token of each sequence."""
         ...
 
     def verify(self, rows: Many[Sequence], drafts: Many[Draft]) -> Any:
-        """Run what is fed of each sequence through all layers. Returns what `Heads.words` takes, of
-        the prompt's last token where that waits, and of all that are fed, one sequence after the
-        other."""
+        """Run the fed tokens of each sequence through all layers. Returns what `Heads.words` takes:
+        outputs of the prompt's last token (if the prompt waits) and of the fed tokens, sequence by
+        sequence."""
         ...
 
 
 class DraftingExecutor(Executor, Protocol):
-    """An executor that was given an exit that drafts on from its own state."""
+    """An executor with an exit that drafts several tokens in a row from its own state."""
 
     def draft(
         self,
@@ -98,14 +97,14 @@ class DraftingExecutor(Executor, Protocol):
         columns: Many[int],
         budgets: Many[DraftBudget],
     ) -> list[Drafts]:
-        """Return what the drafting exit writes after the next token of each sequence, from the
-        state that it made of the column before; nothing where that state is not known. ids: None:
-        after a prompt that waits."""
+        """Return each sequence's drafts after its next token, by the drafting exit from its state
+        of the column before; no draft where that state is unknown. ids: next token ids; None: after
+        a prompt that waits."""
         ...
 
 
 class ExitDrafts:
-    """Drafts by an exit that goes on from its own state, and never runs a layer of the backbone."""
+    """Drafts by an exit that drafts on from its own state, without a layer of the backbone."""
 
     def __init__(self, executor: DraftingExecutor, depth: int) -> None:
         self.depth: int = depth
@@ -121,8 +120,8 @@ class ExitDrafts:
 
 
 class PlainDrafts:
-    """Drafts by what an ordinary exit says of tokens that are fed to the layers below it, one after
-    the other. The layers above verify them in one call."""
+    """Drafts by an exit's ordinary predictions: each draft is fed to the layers below the exit. The
+    layers above verify all drafts in one call."""
 
     keeps: int | None = None
 
@@ -183,8 +182,8 @@ class PlainDrafts:
 
 
 class CheckedDrafts:
-    """A registered drafter, whose drafts are looked at before a layer reads them. What is wrong
-    fails its request alone."""
+    """A registered drafter, whose drafts are checked before a layer reads them. An invalid draft
+    fails its own request alone."""
 
     def __init__(self, drafter: Drafter, name: str, vocabulary: int) -> None:
         """vocabulary: tokens V of the full model."""
@@ -234,12 +233,12 @@ DRAFTERS: dict[str, Callable[[Executor, int], Drafter]] = {}
 
 
 def side_by_side(row: Sequence, drafts: Drafts) -> Draft:
-    """The newest token and its drafts, up to the first that ends the answer."""
+    """Return the newest token and its drafts, up to the first that ends the answer."""
     said = drafts.ids
     ended = bool(said) and row.sampler.ends(said[-1])
     return Draft([*row.ids[-1:], *(said[:-1] if ended else said)], said, drafts.product)
 
 
 def places_of(rows: Many[Sequence], ids: Any) -> tuple[list[Handle], Any, list[int]]:
-    """Handles, ids and columns at which the next tokens of sequences are fed."""
+    """Return the handles, ids and columns at which the next tokens of sequences are fed."""
     return [row.handle for row in rows], ids, [row.ran[0] for row in rows]

@@ -26,8 +26,8 @@ class Span(NamedTuple):
 
 
 class LoadedPrompt(NamedTuple):
-    """A row that an executor took over: its handle, the columns of its prompt, and how many of them
-    each segment ran."""
+    """A row that an executor took over: its handle, the number of its prompt's columns, and the
+    number of columns that each segment ran."""
 
     handle: Handle
     columns: int
@@ -35,12 +35,12 @@ class LoadedPrompt(NamedTuple):
 
 
 class Executor(Protocol):
-    """Runs segments for sequences, each by a handle of its own.
+    """Runs segments for sequences, each sequence under a handle.
 
-    depths: of the exits in use, ascending. rows: sequences that one call is over, at most;
-    positions: columns of a sequence, at most; None: any number. opens: whether prompts may wait
-    that have yet to run, or to be verified with their first drafts. feed_on: as of `FeedOn` in
-    `offramp.core.decoding.drafting`; None: it feeds nothing by itself.
+    depths: of the exits in use, ascending. rows: sequences in one call, at most; positions: columns
+    of a sequence, at most; None: any number. opens: whether a prompt may wait before the first
+    layer, or for its first drafts. feed_on: as of `FeedOn` in `offramp.core.decoding.drafting`;
+    None: exits do not draft on.
     """
 
     depths: tuple[int, ...]
@@ -52,7 +52,7 @@ class Executor(Protocol):
     def feed_on(self) -> Callable[..., list[tuple[int, Any]]] | None: ...
 
     def load(self, prompt: Any, row: int) -> LoadedPrompt:
-        """Take over a row of a prompt that was read: by a `PromptReader`, or by one of its own."""
+        """Take over a row of a prompt that a `PromptReader`, or the executor's own, has read."""
         ...
 
     def feed(
@@ -65,33 +65,32 @@ class Executor(Protocol):
     ) -> Any:
         """Run segment 0 and the first exit over one token of each sequence; outputs in that order.
 
-        needs_exit: False where nobody asks the exit, which then only stores its keys.
+        needs_exit: False: the exit only stores its keys, and its output is not read.
         """
         ...
 
     def run(self, segment: int, spans: Sequence[Span], asked: Sequence[int]) -> Any:
-        """Run a segment over columns that are pending before it, all of each sequence: before
-        segment 0 those of prompts that only entered.
+        """Run a segment over all columns that are pending before it, for each sequence; for segment
+        0, over prompts that wait before the first layer.
 
-        asked: which of the spans' columns, counted through, are asked about: outputs are of these.
-        Returns what the next exit makes of them, or the full model after the last segment.
+        asked: positions, counted over all spans, whose outputs are wanted. Returns the outputs of
+        the next exit or, after the last segment, of the full model.
         """
         ...
 
     def full(self, handles: Sequence[Handle], ids: Sequence[int], columns: Sequence[int]) -> Any:
-        """Run one token of each sequence through all layers; exits store nothing."""
+        """Run one token of each sequence through all layers, without the exits' keys."""
         ...
 
     def verify(
         self, handles: Sequence[Handle], ids: Sequence[Sequence[int]], columns: Sequence[int]
     ) -> Any:
-        """Run the next tokens of each sequence together, from its column on, through all layers and
-        the exit that drafts on, if there is one. Return for all tokens what `full` returns for one.
-        """
+        """Run the next tokens of each sequence, from its column on, through all layers and the exit
+        that drafts on (if any). Return for every token what `full` returns for one."""
         ...
 
     def allow_crops(self, handle: Handle) -> bool:
-        """Keep what taking tokens back may need; False where they cannot be taken back."""
+        """Keep what `crop` may need; return False where tokens cannot be taken back."""
         ...
 
     def crop(self, handle: Handle, column: int) -> None:
@@ -103,12 +102,12 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Release all sequences and their memory; the executor is then as it was made."""
+        """Release all sequences and their memory; the executor is then as new."""
         ...
 
 
 def too_long(positions: int) -> InputError:
-    """Return the error for a prompt and answer that need more columns."""
+    """Return the error for a prompt and answer that need more columns than the executor has."""
     return InputError(
         f"Prompt and answer are longer than the backbone's {positions} positions.",
         "Shorten the prompt, or lower max_new_tokens.",

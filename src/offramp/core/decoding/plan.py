@@ -29,12 +29,12 @@ class Plan:
     """Layers, exits, heads, drafter and policy of one model, put together.
 
     layers: depth L of the full model. depths: of the exits in use, ascending. policy: of answers
-    that ask for nothing else. heads: ask exits and the LM head. executor: makes what runs the
-    layers; its arguments are sizes. reader: makes what reads prompts for that executor. drafter:
-    makes the drafter of an executor; None: answers to be drafted run at full depth. levels: by the
-    drafter's depth, from which score or probability it drafts on. first_may_exit: whether an
-    answer's first token may exit. tested: whether tests have shown that it decodes exactly; else
-    the model reads the first answers of each shape again, whatever is asked for.
+    without a policy of their own. heads: ask exits and the LM head. executor: makes the executor,
+    from sizes. reader: makes the reader of prompts for that executor. drafter: makes the drafter of
+    an executor; None: answers in lossless mode run at full depth. levels: the lowest score or
+    probability at which drafting continues, by the drafter's depth. first_may_exit: whether an
+    answer's first token may exit. tested: whether tests have shown that this plan decodes exactly;
+    else the model itself reads the first answers of each shape again.
     """
 
     layers: int
@@ -64,8 +64,8 @@ class Plan:
 
     @contextmanager
     def running(self, **sizes: Any) -> Iterator[Executor]:
-        """Lend an executor for one answer, without sequences before and after; it is kept for the
-        next answer of the same sizes.
+        """Lend an executor for one answer; it holds no sequence before or after, and is kept for
+        the next answer of the same sizes.
 
         sizes: as of `executor`.
         """
@@ -78,7 +78,7 @@ class Plan:
 
     @cached_property
     def own_rule(self) -> ExitRule:
-        """The rule of answers that ask for nothing else than the policy."""
+        """The rule of answers that are written by the policy as it stands."""
         return self.rule()
 
     def rule(
@@ -87,8 +87,7 @@ class Plan:
         thresholds: Mapping[int, float] | None = None,
         point: Mapping[int, float] | None = None,
     ) -> ExitRule:
-        """Return the rule by which an answer uses the exits: the one place where a policy becomes a
-        rule.
+        """Return the rule by which an answer uses the exits. Policies become rules here alone.
 
         mode, thresholds, point: as of `ExitPolicy.asked`, which says what is refused.
         """
@@ -125,12 +124,12 @@ def _lent(idle: list[Any], make: Callable[[], Any]) -> Iterator[Any]:
 
 
 def draft_levels(policy: ExitPolicy, drafting: int | None, layers: int) -> dict[int, float]:
-    """Return by the depth at which drafts count the score or probability down to which they go on;
-    empty where nothing drafts.
+    """Return, by the depth at which drafts count, the lowest score or probability at which drafting
+    continues; empty where nothing drafts.
 
-    drafting: depth of the exit that drafts on from its own state; None: there is none, and the
-    lowest exit drafts by what it says of tokens that are fed. layers: depth L of the full model, at
-    which the drafts of a registered drafter count.
+    drafting: depth of the exit that drafts on from its own state; None: the lowest exit drafts by
+    its ordinary predictions. layers: depth L of the full model, at which the drafts of a registered
+    drafter count.
     """
     if policy.drafter is not None:
         return {layers: policy.drafts[policy.drafter]}
@@ -143,11 +142,11 @@ def draft_levels(policy: ExitPolicy, drafting: int | None, layers: int) -> dict[
 def drafter_at(
     levels: Mapping[int, float], *, named: str | None, draws_on: bool, vocabulary: int
 ) -> Callable[[Executor, Heads], Drafter] | None:
-    """Return what makes the drafter whose drafts count at the depth of `levels`; None where there
-    is none.
+    """Return a function that makes the drafter of an executor; None where nothing drafts.
 
-    named: a registered drafter; None: the exit at that depth. draws_on: whether that exit drafts on
-    from its own state. vocabulary: tokens V of the full model.
+    levels: as `draft_levels` returns them. named: a registered drafter; None: the exit drafts.
+    draws_on: whether that exit drafts on from its own state. vocabulary: tokens V of the full
+    model.
     """
     for depth in levels:
         if named is not None:

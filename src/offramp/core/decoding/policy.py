@@ -36,10 +36,7 @@ right far oftener than they are held to be (docs/decoding.md)."""
 
 
 class Thresholds(dict[int, float]):
-    """A number for each exit, by depth in ascending order, such as thresholds.
-
-    Not changed once it is made. As JSON its keys are text.
-    """
+    """A number for each exit, by depth in ascending order. Immutable. In JSON, depths are text."""
 
     def __init__(self, by_depth: Mapping[int, float] | Iterable[tuple[int, float]] = ()) -> None:
         super().__init__(sorted(check_numbers(dict(by_depth)).items()))
@@ -51,7 +48,7 @@ class Thresholds(dict[int, float]):
 
     @classmethod
     def from_json(cls, value: Mapping[str, float]) -> Thresholds:
-        """Return what `to_json` gave."""
+        """Return the thresholds that `to_json` wrote."""
         return cls({int(depth): number for depth, number in value.items()})
 
     def to_json(self) -> dict[str, float]:
@@ -140,20 +137,19 @@ class ExitPolicy:
 
     @property
     def exit_in_prefill(self) -> bool:
-        """Return True if an answer's first token may exit in a causal prompt, which then waits
-        there."""
+        """Return True if first tokens may exit in a causal prompt, which then waits at the exit."""
         return self.first is None or bool(self.first)
 
     @property
     def effective(self) -> ExitPolicy:
-        """Return the thresholds in use: where exits draft those of `drafts`, if there are any."""
+        """Return the policy with the thresholds in use: where exits draft, `drafts` if given."""
         if not (self.drafting and self.drafts):
             return self
         return replace(self, thresholds={} if self.drafter else self.drafts)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Return where tokens exit or are drafted, ascending."""
+        """Return the depths at which tokens exit or are drafted, ascending."""
         drafting = () if self.drafter else self.drafts
         return tuple(sorted({*self.thresholds, *drafting}))
 
@@ -165,8 +161,8 @@ class ExitPolicy:
         return Thresholds({d: t for d, t in self.first.items() if d in self.thresholds})
 
     def at(self, thresholds: Mapping[int, float]) -> ExitPolicy:
-        """The policy at thresholds that someone asks for in place of its own, and of its trust.
-        First tokens keep theirs where these are stricter."""
+        """Return the policy with thresholds in place of its own and of its trust. First tokens keep
+        their own where these are stricter."""
         if not self.first:
             return replace(self, thresholds=thresholds, trust=None)
         first = {d: max(t, thresholds[d]) for d, t in self.first.items() if d in thresholds}
@@ -175,7 +171,8 @@ class ExitPolicy:
         return replace(self, thresholds=thresholds, first=first, trust=None)
 
     def moved(self, point: Mapping[int, float] | None) -> ExitPolicy:
-        """The policy at a point of its path: thresholds, or trust, by depth; None: as it is."""
+        """Return the policy at a point of its path (thresholds or trust by depth); None:
+        unchanged."""
         if point is None:
             return self
         if self.trust is not None:
@@ -185,8 +182,8 @@ class ExitPolicy:
 
     @property
     def own_mode(self) -> str:
-        """Return what a request that names no mode gets: lossless drafts where nothing else is
-        known."""
+        """Return the mode of a request that names none: early exit where thresholds or trust are
+        known, else lossless where drafts are, else full."""
         if self.lossless:
             return "lossless"
         if self.thresholds or self.trust is not None:
@@ -200,10 +197,11 @@ class ExitPolicy:
         depths: tuple[int, ...],
         point: Mapping[int, float] | None = None,
     ) -> ExitPolicy:
-        """Return what a request is answered by: the one place where modes meet the policy.
+        """Return the policy of a request. Modes are applied to policies here alone.
 
         mode: of `MODES`; None: the policy's own, or early exit where thresholds are given.
-        thresholds: by depth, in place of the policy's. depths: where exits run. point: see `moved`.
+        thresholds: by depth, in place of the policy's. depths: of exits that run. point: see
+        `moved`.
 
         Raises:
             InputError: an unknown mode; exits that are wanted and do not run, or have no
@@ -259,8 +257,8 @@ FULL = ExitPolicy()
 
 
 def resolved(policy: ExitPolicy, backbone: Backbone) -> ExitPolicy:
-    """The policy as it runs on this backbone: first tokens exit early only where the prompt is
-    causal. What adapters store, so that they say what was measured."""
+    """Return the policy as it runs on this backbone and as adapters store it: first tokens exit
+    early only where the prompt is causal."""
     if policy.exit_in_prefill and backbone.family.causal_prompt:
         return policy
     own = policy.first if backbone.is_encoder_decoder else None
@@ -270,15 +268,16 @@ def resolved(policy: ExitPolicy, backbone: Backbone) -> ExitPolicy:
 def first_token_may_exit(backbone: Backbone, policy: ExitPolicy) -> bool:
     """Return True if an answer's first token may exit early.
 
-    A decoder-only model reads it off the prompt, which may stay pending at an exit only where the
-    policy says so and the prompt is causal; an encoder-decoder reads it off its first step.
+    Of a decoder-only model, if the policy allows it and the prompt is causal; of an encoder-decoder
+    always, because the first token comes from a step of the decoder.
     """
     in_prompt = policy.exit_in_prefill and backbone.family.causal_prompt
     return backbone.is_encoder_decoder or in_prompt
 
 
 def shortlist_of_policy(policy: ExitPolicy, exits: ExitSet | None) -> Tensor | None:
-    """Ids [S] that exits can say under `policy`; None: all. Raise `InputError` without them."""
+    """Return the token ids [S] that exits can say under `policy`; None: all. Raise `InputError`
+    where the policy needs a shortlist and the exits have none."""
     if not policy.shortlist:
         return None
     if exits is None or exits.shortlist is None:
@@ -385,17 +384,16 @@ def policy_entries(policy: ExitPolicy) -> dict[str, Any]:
 
 
 def policy_to_json(policy: ExitPolicy) -> dict[str, Any]:
-    """A policy as JSON. Where no newer field is used it is what earlier versions wrote, by which
-    attempts and certificates are known."""
+    """Return a policy as JSON. Without newer fields it equals what earlier versions wrote, because
+    attempts and certificates are identified by that text."""
     told = policy_entries(policy)
     del told["visual_keep"]
     return {name: value for name, value in told.items() if name != "first" or policy.first}
 
 
 def policy_from_json(value: Mapping[str, Any]) -> ExitPolicy:
-    """Return the policy that `policy_to_json` wrote, in this version or an earlier one. A policy
-    that says nothing of first tokens is from before they could exit. Warn of fields that are no
-    longer read."""
+    """Return the policy that this or an earlier version of `policy_to_json` wrote. Without an entry
+    for first tokens, first tokens do not exit. Warn of fields that are no longer read."""
     said = [name for name in RETIRED if value.get(name)]
     exact = {"kv": EXACT, "visual_keep": ALL}
     said += [name for name, only in exact.items() if value.get(name, only) != only]

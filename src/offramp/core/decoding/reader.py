@@ -19,9 +19,9 @@ class TokenSampler(Protocol):
     between the sampler and the heads.
 
     prompt: token ids of the row's prompt. ends: whether a token ends the answer; the same object
-    for samplers of the same end tokens. free: whether the largest logit is the next token, and
-    nothing but its length and its end tokens ends the answer. foreseen: whether besides nobody is
-    told of it before.
+    for samplers of the same end tokens. free: whether the next token is always that of the largest
+    logit, and only length and end tokens end the answer. foreseen: `free`, and no streamer or
+    observer hears a token before the answer is over.
     """
 
     @property
@@ -37,8 +37,8 @@ class TokenSampler(Protocol):
     def foreseen(self) -> bool: ...
 
     def would_end(self, tokens: int, last: int) -> bool:
-        """Return True if an answer of so many tokens, the last of them `last`, is over by length or
-        by its end token."""
+        """Return True if an answer of `tokens` tokens, with `last` as the last, is over by length
+        or by its end token."""
         ...
 
     def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
@@ -47,8 +47,8 @@ class TokenSampler(Protocol):
 
 
 class Query(NamedTuple):
-    """A question of a sequence: which token follows the tokens `before` of its answer. sampler: a
-    `TokenSampler` of the heads' own kind, one for each sequence."""
+    """A sequence's question to an exit or the LM head: the token after the tokens `before` of its
+    answer. sampler: a `TokenSampler` of the heads' own kind, one for each sequence."""
 
     sampler: Any
     rule: ExitRule
@@ -61,7 +61,7 @@ what the row's own rules raise."""
 
 
 class Heads(Protocol):
-    """Reads off an executor's output what exits and LM head say. Only it looks into that output."""
+    """Read the predictions of exits and LM head off an executor's output; nothing else reads it."""
 
     def computing(self) -> AbstractContextManager[Any]:
         """The context in which the decoder's calls are made."""
@@ -70,8 +70,9 @@ class Heads(Protocol):
     def verdicts(
         self, depth: int, output: Any, queries: Sequence[Query | None]
     ) -> list[ExitVerdict | Exception | None]:
-        """Return what the exit at `depth` says of each token; None where nothing is asked, or
-        nothing that the exit can say is allowed; an error where the row's own rules raised one."""
+        """Return the prediction of the exit at `depth` for each query: None where there is no
+        query or the exit can say no token that is allowed; an error where the row's own rules
+        raised one."""
         ...
 
     def of_logits(self, logits: Any) -> Word:
@@ -79,14 +80,13 @@ class Heads(Protocol):
         ...
 
     def words(self, final: Any) -> Word:
-        """Return what the full model says after each of what its executor ended with."""
+        """Return the function that picks tokens from the full model's output `final`."""
         ...
 
 
 class PrefillBackend(Protocol):
-    """Reads prompts for an executor. What `read` returns has `logits` [B, V] of the first token
-    where not every row's first token exited, or None where the prompt waits at the exit that said
-    it, or for the first drafts; the rest is the executor's affair."""
+    """Reads prompts for an executor. The result of `read` has `logits` [B, V] of the first tokens;
+    None where every first token exited or the prompt waits for its drafts."""
 
     def read(
         self,
@@ -102,9 +102,10 @@ class PrefillBackend(Protocol):
         """Run a prompt of one or more rows.
 
         prepared: the prompt, as this reader takes it. use_exits: whether the exits store their
-        keys. decide: asked about each row's first token at the exits of the depths `asks`; None:
+        keys. decide: is asked about each row's first token at the exits of the depths `asks`; None:
         the prompt runs to full depth. keep: depth of the exit whose state of each row's newest
-        token a drafter goes on from. waits: whether the prompt may wait there for the first drafts.
-        enters: whether it may wait before the first layer, to run together with others.
+        token is kept for the drafter. waits: whether the prompt may wait at that exit for its first
+        drafts. enters: whether the prompt may wait before the first layer, to run together with
+        others.
         """
         ...

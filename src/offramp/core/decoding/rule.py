@@ -14,8 +14,7 @@ VERIFIED = float("inf")
 
 
 class ExitVerdict(NamedTuple):
-    """An exit's opinion of a sequence's next token. score: in [0, 1], NaN where none was
-    computed."""
+    """An exit's prediction of a sequence's next token. score: in [0, 1]; NaN: not computed."""
 
     token: int
     score: float
@@ -25,12 +24,12 @@ class ExitVerdict(NamedTuple):
 class ExitRule:
     """The thresholds and mode by which one request uses the exits.
 
-    thresholds: by depth; a token exits at the first depth where score >= threshold. Of drafts: from
-        which score the drafter drafts on.
-    first: the same of an answer's first token; None: as every token.
+    thresholds: by depth; a token exits at the first depth where score >= threshold. For a drafter:
+    the lowest score at which it drafts on.
+    first: thresholds of an answer's first token; None: as every token.
     trust: None: tokens exit. Else exits only draft: drafts that end the answer are taken if the
-        product of their probabilities is at least `trust`, and the full model verifies all others.
-    max_drafts: tokens that are drafted in a round, at most.
+    product of their probabilities is at least `trust`, and the full model verifies all others.
+    max_drafts: drafted tokens in a round, at most.
     """
 
     thresholds: Mapping[int, float]
@@ -40,13 +39,13 @@ class ExitRule:
 
     @cached_property
     def opening(self) -> ExitRule:
-        """The rule of an answer's first token."""
+        """The rule for an answer's first token."""
         first = self.thresholds if self.first is None else self.first
         return replace(self, thresholds=first, first=None)
 
     @cached_property
     def single(self) -> Mapping[int, float]:
-        """The thresholds in the precision of scores, float32, in which they are compared."""
+        """The thresholds rounded to float32, the precision of scores."""
         return {depth: _single(threshold) for depth, threshold in self.thresholds.items()}
 
     @property
@@ -69,16 +68,15 @@ class ExitRule:
         return self.exiting or self.takes(1.0)
 
     def takes(self, product: float) -> bool:
-        """Return True if drafts of this product, which end an answer, need not be verified."""
+        """Return True if drafts of this product of probabilities end the answer unverified."""
         return self.trust is not None and product >= self.trust
 
     def scored(self, depth: int) -> bool:
-        """Return True if somebody reads scores at `depth`: at 0 only whoever multiplies them."""
+        """Return True if the score at `depth` is read: at a threshold of 0 only for products."""
         return self.thresholds.get(depth) != 0.0 or self.trust not in (None, VERIFIED)
 
     def exits(self, depth: int, verdict: ExitVerdict) -> bool:
-        """Return True if the token exits, or is drafted, at `depth` with what the exit there
-        says."""
+        """Return True if a token exits, or is drafted, at `depth`; verdict: of the exit there."""
         return bool(self.reaches(depth, verdict.score))
 
     def reaches(self, depth: int, score: Any) -> Any:

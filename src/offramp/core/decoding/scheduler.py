@@ -21,8 +21,9 @@ all layers, or a round of those that draft."""
 
 
 class Load(NamedTuple):
-    """The sequences under way. ready: how many can be fed; idle: how many cannot before a deep
-    call. oldest: calls since the first of them began to wait. waits: whether any does."""
+    """Counts over the sequences that are being written. ready: sequences that can be fed; idle:
+    sequences that need a deep call first. oldest: calls since the first idle sequence began to
+    wait. waits: whether any sequence waits."""
 
     ready: int
     idle: int
@@ -44,12 +45,12 @@ class Load(NamedTuple):
 @dataclass(frozen=True)
 class Schedule:
     """The rule for when the deep layers run: once a sequence has waited `patience` calls (0: at
-    once), once `idle` sequences cannot be fed, or once none can.
+    once), once `idle` sequences cannot be fed, or once no sequence can be fed.
 
     Over long runs a deadline alone is within 5% of the best.
 
     Raises:
-        InputError: a patience below 0, no idle sequence.
+        InputError: a patience below 0, or less than one idle sequence.
     """
 
     patience: int = 4
@@ -64,11 +65,11 @@ class Schedule:
 
     @classmethod
     def of(cls, slots: int) -> Schedule:
-        """The usual schedule of so many sequences at a time."""
+        """Return the usual schedule for so many slots, each of one sequence."""
         return cls(idle=max(1, slots // 2))
 
     def next_call(self, load: Load) -> Call:
-        """Feed or deep, for at least one sequence."""
+        """Return the next call, to feed or to run deep layers, for at least one sequence."""
         waited = load.oldest >= self.patience and (load.waits or load.oldest > 0)
         return "deep" if waited or load.idle >= self.idle or not load.ready else "feed"
 
@@ -78,8 +79,8 @@ AT_ONCE = Schedule(0, 1)
 
 
 def due(rows: Many[Sequence], longest: int | None) -> list[Sequence]:
-    """The sequences that a deep call takes: those that wait; and once one has `longest` columns
-    pending, so that it cannot be fed, all that have half as many."""
+    """Return the sequences of a deep call: those that wait and, once a sequence has `longest`
+    columns pending, all with at least half as many."""
     if longest is None:
         return [row for row in rows if row.waits]
     full = any([row.pending(1) >= longest for row in rows])
@@ -89,8 +90,8 @@ def due(rows: Many[Sequence], longest: int | None) -> list[Sequence]:
 
 @dataclass
 class Tally:
-    """Counts of what the exits did. exited, waited: tokens that the first exit let exit, and did
-    not. drafted, accepted: of lossless rounds."""
+    """Counts of what the exits did. exited, waited: tokens that left at the first exit, and that
+    did not. drafted, accepted: tokens of lossless rounds."""
 
     exited: int = 0
     waited: int = 0

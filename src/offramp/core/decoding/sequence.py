@@ -36,13 +36,13 @@ class Token(NamedTuple):
 class Sequence:
     """One answer that is being written.
 
-    sampler, rule: of its request. handle: the executor's name of the sequence. owner: whatever the
-    caller wants to find again. start: columns of the prompt. ran: columns that each segment ran,
-    the prompt's included. ids, tokens: the answer so far. score: of the last exit that looked at
-    the token that the sequence waits for. waited: calls of the first segment since it began to
-    wait. opened: what an exit drafts after a prompt that waits. rounds: of drafts that were
-    verified, (drafted, accepted). offers: by trust, each draft that ended the answer: its product,
-    and the answer that it makes. over, error: whether the answer has ended, and why it failed.
+    sampler, rule: of its request. handle: the executor's name of the sequence. owner: an object
+    that the caller wants to find again. start: columns of the prompt. ran: columns that each
+    segment ran, the prompt's included. ids, tokens: the answer so far. score: of the next token, by
+    the last exit that checked it. waited: calls of the first segment since the sequence began to
+    wait. opened: drafts of an exit after a prompt that waits. rounds: (drafted, accepted) of
+    verified drafts. offers: by trust, the product and the resulting answer of each draft that ended
+    the answer. over, error: whether the answer has ended, and why it failed.
     """
 
     sampler: TokenSampler
@@ -75,12 +75,12 @@ class Sequence:
 
     @property
     def waits(self) -> bool:
-        """Return True if deeper layers are to write the next token: all of the answer was fed."""
+        """Return True if the next token needs deeper layers, because the whole answer was fed."""
         return self.ran[0] - self.start == len(self.ids)
 
     @property
     def query(self) -> Query:
-        """Return what is asked of exits and LM head: the next token of this answer."""
+        """Return the question that is put to exits and LM head: the next token of this answer."""
         return Query(self.sampler, self.now, self.ids)
 
     @property
@@ -90,7 +90,7 @@ class Sequence:
 
     @property
     def next_id(self) -> int:
-        """The token to feed; some token, where the sequence waits."""
+        """The id of the token to feed; any id where the sequence waits."""
         return self.ids[-1] if self.ids else 0
 
     def pending(self, segment: int) -> int:

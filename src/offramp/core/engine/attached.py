@@ -34,7 +34,7 @@ NO_THRESHOLDS = (
 
 
 class CalledAsModel:
-    """The base of what is called as a Hugging Face model's `generate` is, and exits early by a
+    """The base of objects that are called as a Hugging Face model's `generate` and exit early by a
     policy: an adapter, or a runtime in PyTorch's place."""
 
     backbone: Backbone
@@ -49,14 +49,14 @@ class CalledAsModel:
     ) -> GenerationOutput:
         """Generate with early exits, called as a Hugging Face model's `generate`.
 
-        inputs: what the processor returned; or ids [B, T]; or nothing, where all has a name, as in
-        `generate(**inputs, max_new_tokens=40)`.
+        inputs: what the processor returned; or ids [B, T]; or nothing, where all inputs are named,
+        as in `generate(**inputs, max_new_tokens=40)`.
         mode: "early_exit", "lossless" or "full", by the same thresholds; None: as the policy says.
         policy: None: the adapter's. options: see `offramp.generate`.
 
         Raises:
-            InputError: an option that is not supported, a prompt without its image, or what cannot
-                be done by whatever writes the answer.
+            InputError: an option that is not supported, a prompt without its image, or an option
+                that this engine does not have.
         """
         chosen = self._exits_of.chosen_policy(mode, policy)
         if isinstance(inputs, Mapping):
@@ -154,7 +154,7 @@ class AttachedExits(CalledAsModel):
         return made if asked else made.sequences.clone()
 
     def chosen_policy(self, mode: str | None, policy: ExitPolicy | None) -> ExitPolicy:
-        """Return the policy of a call. Raise `InputError` where what was given is none."""
+        """Return the policy of a call. Raise `InputError` where the given object is no policy."""
         if not isinstance(policy, ExitPolicy | None):
             thresholds = {self.exits.depths[0]: 0.95}
             raise InputError(
@@ -193,10 +193,10 @@ def _streamer() -> Any:
 
 
 class Stamp:
-    """A model and its exits as they are now: what is made of them holds as long as it does.
+    """The state of a model and its exits at one moment; a plan is used only while `holds` is true.
 
-    It no longer holds once the detector (`offramp.core.models.change`) sees a change, or decoding
-    options or what was found of the model are others.
+    A change that the detector (`offramp.core.models.change`) sees, other decoding options or new
+    findings about the model end it.
     """
 
     def __init__(self, backbone: Backbone, exits: ExitSet | None) -> None:
@@ -206,7 +206,7 @@ class Stamp:
         self._settings = self._look()
 
     def holds(self, backbone: Backbone, exits: ExitSet | None) -> bool:
-        """Return True if these are the same, and nothing about them has changed."""
+        """Return True if these are the stamped model and exits, unchanged."""
         same = backbone is self._made_of[0] and exits is self._made_of[1]
         return same and self._look() == self._settings and self._unchanged()
 

@@ -137,7 +137,7 @@ def generate_prepared(
 
 
 def way(plan: Plan) -> Any:
-    """Return the way in which a plan writes answers, of which each is read again."""
+    """Return a key for how a plan writes answers; the first answers of each are read again."""
     return plan.depths, plan.own_rule.early, plan.own_rule.uses_exits
 
 
@@ -272,8 +272,8 @@ def write_answers(
     """Read a prompt of one or more rows, and write the answer of each.
 
     decoder: without sequences. reader: reads the prompts for its executor. rule: of all rows.
-    given: what the reader takes for each row by itself; None: what is prepared, for all.
-    streamer, seed, observer: as of `generate`. kept: keeps the logits of the answers.
+    given: inputs of each row by itself, for the reader; None: `prepared`, for all rows. streamer,
+    seed, observer: as of `generate`. kept: keeps the logits of the answers.
     """
     rows = len(prepared.ids)
     told = None if streamer is None else _Streamed(prepared.ids, prepared.pad, streamer)

@@ -57,8 +57,9 @@ class ExitHeads:
     def verdicts(
         self, depth: int, output: ExitOutput, queries: Sequence[Query | None]
     ) -> list[ExitVerdict | Exception | None]:
-        """Return what the exit at `depth` says of each token; None where nothing is asked, or
-        nothing that the exit can say is allowed; an error where the row's own rules raised one."""
+        """Return the prediction of the exit at `depth` for each query: None where there is no
+        query or the exit can say no token that is allowed; an error where the row's own rules
+        raised one."""
         if output.state is None and output.logits is None:
             return [None] * len(queries)
         look, errors = self._look(depth, output, queries)
@@ -98,7 +99,7 @@ class ExitHeads:
         return look, {} if constraints is None else constraints.errors
 
     def scores(self, look: ExitCheck, queries: Sequence[Query | None]) -> Sequence[float]:
-        """Return what thresholds are compared with, of each token; void where nothing is asked."""
+        """Return the scores of each token for the thresholds; unread where the query is None."""
         return look.score.tolist()
 
     def _said(self, look: ExitCheck, exiting: dict[int, Query]) -> dict[int, int | Exception]:
@@ -176,10 +177,10 @@ class ExitCheck:
     """A token of each row at one exit. Score and logits are computed when first asked for.
 
     scorer: of the policy.
-    state: what the exit at `depth` made [B, D] of `entry` [B, D]. previous: the state [B, D] one
-    decoder layer before `entry`, where the score reads it. position: of the token in the answer
-    [B], from 0. previous_token: the id [B] that the token follows. row: of the prompt's batch [B].
-    made: logits [B, S] that the exit computed itself; None: they are the LM head's of its state.
+    state: the exit's output [B, D] for its input `entry` [B, D], at `depth`. previous: the state
+    [B, D] one decoder layer before `entry`, where the score reads it. position: of the token in the
+    answer [B], from 0. previous_token: the id [B] before this token. row: of the prompt's batch
+    [B]. made: logits [B, S] that the exit computed itself; None: the LM head computes them.
     """
 
     scorer: ExitScorer
@@ -219,7 +220,7 @@ class ExitCheck:
 
     @property
     def allowed(self) -> Tensor:
-        """Logits [B, S] under the constraints: a score is confidence in what may be said."""
+        """Logits [B, S] after the row's constraints: scores are about allowed tokens alone."""
         if self.constrain is None:
             return self.own_logits
         whole, ids = self.constrain(self.logits), self.scorer.shortlist
@@ -227,7 +228,7 @@ class ExitCheck:
 
     @property
     def exits(self) -> ExitSet | None:
-        """Return the exits that are asked; None: there are none."""
+        """Return the exits that are asked; None where the model has none."""
         return self.scorer.exits
 
     @cached_property
@@ -237,7 +238,7 @@ class ExitCheck:
 
 
 class ExitScorer:
-    """The score of a policy, and the LM head or the shortlist that it reads."""
+    """A policy's score, with the LM head or the head of the shortlist."""
 
     def __init__(
         self,
@@ -260,7 +261,7 @@ class ExitScorer:
 
     @cached_property
     def head(self) -> nn.Module | None:
-        """Return the LM head of the shortlist; None: the model's own."""
+        """Return the LM head of the shortlist; None: the model's own head is used."""
         if self.exits is None or self.shortlist is None:
             return None
         with torch.inference_mode(False):  # it is kept, and may be asked for in training

@@ -24,7 +24,7 @@ PLANS = 4
 
 
 class KeptPlans:
-    """The newest `PLANS` plans by their policies; threads may share it."""
+    """The newest `PLANS` plans by their policies; usable from several threads."""
 
     def __init__(self) -> None:
         self._kept: tuple[tuple[ExitPolicy, Plan], ...] = ()
@@ -48,12 +48,12 @@ def plan_of(
     heads: Callable[..., ExitHeads] | None = None,
     drafts_on: bool = True,
 ) -> Plan:
-    """Decide by which exits, heads and drafter answers are written.
+    """Choose the exits, heads and drafter by which answers are written.
 
-    modes: that answers may ask for, of `offramp.core.decoding.policy.MODES`; None: the policy's own
+    modes: of `offramp.core.decoding.policy.MODES` that answers may ask for; None: the policy's own
     alone.
-    heads: made in place of those that the policy's score names. drafts_on: whether what runs the
-    layers can let an exit draft on from its own state.
+    heads: in place of the heads that the policy's score names. drafts_on: whether the executor can
+    let an exit draft on from its own state.
 
     Raises:
         InputError: thresholds where no exit stands, or what the policy needs is missing.

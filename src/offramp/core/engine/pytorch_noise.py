@@ -9,8 +9,8 @@ from offramp.core.engine.sampler import check_finite
 
 
 class PyTorchNoise:
-    """Noise of a batch that goes on from PyTorch's own generator, so that a caller's
-    `torch.manual_seed` gives the sample that Hugging Face's `generate` gives.
+    """Noise for a batch from PyTorch's own generator: a caller's `torch.manual_seed` gives the same
+    sample as in Hugging Face's `generate`.
 
     `torch.multinomial` for one draw takes the largest p / e, with e exponential, and consumes the
     same noise whatever the probabilities p. Here e is drawn once a place, for all rows together.
@@ -45,7 +45,7 @@ class PyTorchNoise:
                 del self._left[place], self._drawn[place]
 
     def hand_back(self, places: int) -> None:
-        """Let PyTorch's own generator go on after so many places."""
+        """Advance PyTorch's own generator to where `generate` leaves it after `places` tokens."""
         if self._generator.device.type == "cpu":
             state = self._states.get(places, self._generator.get_state())
             torch.set_rng_state(state)

@@ -52,10 +52,10 @@ _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 @dataclass(eq=False)
 class Kept:
-    """Logits that tokens were chosen from, raw, by row and place in the answer.
+    """Raw logits that tokens were chosen from, by row and place in the answer.
 
-    deep: place of a token that may not exit; None: any may. most: tokens of the answer; None: as
-    many as were asked for.
+    deep: place of a token that may not exit; None: any token may. most: tokens of the answer, at
+    most; None: as many as were asked for.
     """
 
     deep: int | None = None
@@ -63,7 +63,7 @@ class Kept:
     logits: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def of(self, sampler: Sampler) -> None:
-        """Have a sampler keep them."""
+        """Make a sampler store the logits that it chooses from."""
         row = sampler.row
 
         def keep(place: int, logits: Tensor) -> None:
@@ -75,16 +75,16 @@ class Kept:
 
 
 def columns(words: int) -> slice:
-    """Return which logits are compared."""
+    """Return the slice of the logits that is compared."""
     return slice(None, None, max(1, words // _COLUMNS))
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One request, as it can be prepared again.
+    """One request that can be prepared again.
 
-    given: its inputs. fresh: prepares it for the decoder. own: calls a function with what is
-    prepared for the model itself, within the model's own `generate`; returns what `within` does.
+    given: its inputs. fresh: prepares the request for the decoder. own: calls `within` with the
+    inputs that the model's own `generate` prepared, and returns its result.
     """
 
     backbone: Backbone
@@ -97,10 +97,10 @@ class Case:
 
 
 def shape_of(backbone: Backbone, inputs: Mapping[str, Any], how: Any) -> Any:
-    """Return what inputs have in common with others that take the same way through the model.
+    """Return a key that is equal for all inputs with the same way through the model.
 
-    Lengths count by powers of two; of flags and modes, of types of tokens and of tokens that stand
-    for images each value counts, and whether these stand in several places. how: they are answered.
+    Lengths count by powers of two. Flags, modes, token types and image tokens count by value, and
+    by whether they stand in several places. how: the way in which the inputs are answered.
     """
     readings = backbone.readings
     if readings.marks is None:
@@ -137,8 +137,8 @@ def _runs(row: Sequence[int], mark: int) -> int:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run the model itself, on copies of its buffers and by one thread at a time; what it notes on
-    its modules goes again."""
+    """Run the model itself, one thread at a time, on copies of its buffers; attributes that it sets
+    on its modules are removed afterwards."""
     with _LOCKS.setdefault(model, threading.RLock()), torch.inference_mode():
         own = [
             (vars(module), dict(vars(module)), module._buffers, dict(module._buffers))
@@ -163,21 +163,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def has_own_loop(model: Any) -> bool:
-    """Return True if somebody wrote the loop by which a model chooses tokens, or what goes from one
-    step to the next."""
+    """Return True if the model's class replaces the loop that chooses tokens, or the update of its
+    arguments between two steps."""
     kind: Any = type(model)
     step = kind._update_model_kwargs_for_generation.__module__
     return kind._sample is not GenerationMixin._sample or not step.startswith("transformers.")
 
 
 def has_own_generate(model: Any) -> bool:
-    """Return True if somebody wrote the `generate` that answers come out of."""
+    """Return True if the model's class replaces `generate`."""
     return not str(getattr(model.generate, "__module__", "")).startswith("transformers.")
 
 
 def own_model(backbone: Backbone) -> Any:
-    """Return the model itself; with what stands in its vision tower's place, where something
-    does."""
+    """Return the model itself, with the engine of its vision tower if that has one."""
     if backbone.tower is None:
         return backbone.model
     root = twin(backbone.model)
@@ -188,8 +187,8 @@ def own_model(backbone: Backbone) -> Any:
 
 
 def read(prepared: Prepared, answers: Tensor, step: int) -> Tensor:
-    """Logits [B, N, C] that a model chooses the tokens [B, N] of an answer from, by its own calls
-    on its own cache, each on `step` tokens; of the prompt by one."""
+    """Return the logits [B, N, C] from which a model chooses the tokens [B, N] of an answer, by its
+    own calls on its own cache, `step` tokens a call after the prompt."""
     model, kw, ids = prepared.model, dict(prepared.arguments), prepared.ids
     encoded = model.config.is_encoder_decoder
     given = model.prepare_inputs_for_generation(
@@ -215,9 +214,9 @@ def read(prepared: Prepared, answers: Tensor, step: int) -> Tensor:
 
 
 def difference(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool) -> str | None:
-    """Return why an answer is not the model's own, in words; None where it is.
+    """Return in words how an answer differs from the model's own; None where it is equal.
 
-    kept: of the answer. exact: whether tokens of exits are the full model's too.
+    kept: the logits of the answer. exact: whether tokens of exits are the full model's too.
     """
     depths = output.depths.tolist()
     held = {
@@ -263,7 +262,7 @@ def _allowed(backbone: Backbone) -> float:
 
 
 def tell(backbone: Backbone, why: str) -> None:
-    """Warn that answers are the model's own forward pass's from here on."""
+    """Warn that from here on answers are written by the model's own forward pass, and why."""
     log.warning(
         "%s: answers to prompts like this one are written by the model's own forward pass, without "
         "exits: read again by the model, an answer was another: %s.",
@@ -355,7 +354,7 @@ class _Told:
 
 
 class Withheld:
-    """Stands in a streamer's place until the answer was read again."""
+    """A streamer's stand-in, which holds tokens back until the answer was read again."""
 
     def __init__(self, streamer: Any) -> None:
         self._streamer = streamer

@@ -31,12 +31,12 @@ BY_ROW = frozenset(
 
 
 class NothingAllowed(InputError):
-    """No token that may come next can be said: of an exit that can say few, another must speak."""
+    """An exit can say none of the tokens that may come next, so that another head must speak."""
 
 
 @runtime_checkable
 class Constraint(Protocol):
-    """Rules that follow each row's answer by themselves."""
+    """Rules about the next token that follow each row's answer by themselves."""
 
     def of_row(self, prompt: int, ends: Set[int]) -> Any:
         """Return the logits processor of one row's answer, which follows `prompt` tokens and
@@ -45,7 +45,7 @@ class Constraint(Protocol):
 
 
 class OnToken(Protocol):
-    """Is told of each token that is given out: its place in the answer, id, depth and score."""
+    """A listener for each token that is given out: its place in the answer, id, depth and score."""
 
     def __call__(self, place: int, token: int, depth: int, score: float) -> None: ...
 
@@ -56,7 +56,7 @@ of a place that is chosen again, again."""
 
 
 class Noise(Protocol):
-    """Chooses the tokens of sampled rows."""
+    """The source of randomness that chooses the tokens of sampled rows."""
 
     rows: int
 
@@ -69,11 +69,11 @@ class Noise(Protocol):
         ...
 
     def settled(self, row: int, place: int) -> None:
-        """Note that the token of a row at a place can no longer change."""
+        """Note that the token of a row at `place` can no longer change."""
         ...
 
     def hand_back(self, places: int) -> None:
-        """Let the generator that the noise came from go on after so many places."""
+        """Advance the generator of the noise past `places` tokens."""
         ...
 
 
@@ -97,7 +97,7 @@ class SeededNoise:
         """Do nothing: this noise keeps no state."""
 
     def hand_back(self, places: int) -> None:
-        """Do nothing: it came from no generator."""
+        """Do nothing, because seeded noise uses no generator."""
 
 
 def check_finite(number: Tensor) -> None:
@@ -125,26 +125,26 @@ class StopTogether:
 
     @classmethod
     def of(cls, prepared: Prepared) -> StopTogether | None:
-        """Return that of a request's rows; None where each ends by itself."""
+        """Return the `StopTogether` of a request's rows; None where each row ends by itself."""
         ends = any(hasattr(criterion, "eos_token_id") for criterion in prepared.criteria)
         return None if ends or len(prepared.ids) == 1 else cls(len(prepared.ids))
 
     def end(self, row: int, tokens: int) -> None:
-        """Note that a criterion ended a row at so many tokens."""
+        """Note that a criterion ended a row after `tokens` tokens."""
         self.ended.setdefault(row, tokens)
 
     @property
     def length(self) -> float:
-        """The number of tokens of all rows, known once the last has ended."""
+        """The number of tokens of all rows, which is known once the last row has ended."""
         return max(self.ended.values()) if len(self.ended) == self._rows else math.inf
 
 
 class Sampler:
     """The rules of one row: what may come next, and when it ends.
 
-    ids: the prompt's token ids [1, T]. row: of the prepared request. plain: the largest logit is
-    the next token, so many rows can be asked at once. scored: whether processors change what an
-    exit's score is about.
+    ids: the prompt's token ids [1, T]. row: of the prepared request. plain: whether the next token
+    is always that of the largest logit. scored: whether processors change the logits that an exit's
+    score reads.
     """
 
     keep: Callable[[int, Tensor], None] | None = None
@@ -195,7 +195,7 @@ class Sampler:
 
     @property
     def ends(self) -> Callable[[int], bool]:
-        """Return a function that tells whether a token ends the answer."""
+        """Return a function from a token id to whether the token ends the answer."""
         return _one_of(self._ends)
 
     @property
@@ -214,7 +214,7 @@ class Sampler:
         return self.ids[0].tolist()
 
     def choose(self, logits: Tensor, before: Sequence[int]) -> int:
-        """The token after the answer's tokens `before`, out of raw logits [1, V]."""
+        """Return the token id after the answer's tokens `before`, out of raw logits [1, V]."""
         # A copy: a processor may write into what it is given.
         scores = self.processed(logits, before)
         if self._observer is not None:
@@ -225,13 +225,13 @@ class Sampler:
         return self._noise.choose(self._lane, len(before), scores)
 
     def processed(self, logits: Tensor, before: Sequence[int]) -> Tensor:
-        """Logits [1, V] after the answer's tokens `before`, by all processors of the row."""
+        """Return logits [1, V] after the answer's tokens `before`, by all processors of the row."""
         return self._processed(self._processors, logits, before)
 
     def constrain(self, logits: Tensor, before: Sequence[int]) -> Tensor:
-        """Logits [1, V] of what may come after `before`, which an exit's score is about: by the
-        processors that say what may come (minimum length, repetition penalty, the user's own),
-        without the warpers that only shape sampling (temperature, top-k, top-p, ...)."""
+        """Return the logits [1, V] that an exit's score reads after the tokens `before`: with
+        processors that forbid or penalise tokens (minimum length, repetition penalty, the user's
+        own), without warpers of sampling (temperature, top-k, top-p, ...)."""
         return self._processed(self._hard, logits, before) if self._hard else logits
 
     def _of_row(self, processor: Any) -> Any:
@@ -250,18 +250,18 @@ class Sampler:
         return made[self.row : self.row + 1]
 
     def would_end(self, tokens: int, last: int) -> bool:
-        """Return True if an answer of so many tokens, the last of them `last`, is over by length or
-        by its end token. Other criteria are only asked about what is settled."""
+        """Return True if an answer of `tokens` tokens, with `last` as the last, is over by length
+        or by its end token. Other criteria are only asked about tokens that are final."""
         if self.most is not None and tokens >= self.most:
             return True
         return last in self._ends
 
     def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
-        """Give out the token at `place` of the answer `ids`; True where the answer is over.
+        """Give out the token at `place` of the answer `ids`; return True where the answer is over.
 
-        A criterion with an attribute `heard` only listens, and once that is true is not asked
-        again: each costs a small model a tenth of its token. Raise whatever the one who is told of
-        it, or a criterion, raises.
+        A criterion with an attribute `heard` only listens, and is no longer asked once `heard` is
+        true: each call costs a small model a tenth of its token. Errors of listeners and criteria
+        are raised.
         """
         if self.samples and self._noise is not None:
             self._noise.settled(self._lane, place)

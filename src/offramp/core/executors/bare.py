@@ -29,8 +29,8 @@ _LEAST = 2**16
 
 
 class SeveralTokensLinear(nn.Linear):
-    """A linear whose product of several tokens is oneDNN's, up to twice as fast as MKL's, which has
-    no AVX-512 on AMD's processors. A single token's is PyTorch's own, bit for bit."""
+    """A linear layer that multiplies several tokens by oneDNN, up to twice as fast as MKL, which
+    has no AVX-512 on AMD's processors. A single token is multiplied by PyTorch, bit for bit."""
 
     def forward(self, states: Tensor) -> Tensor:
         if states.numel() == self.in_features or torch.is_grad_enabled():
@@ -49,7 +49,7 @@ def _gains(module: nn.Module) -> bool:
 
 
 class BareModules(dict[Any, Any]):
-    """Bare twins by the module in whose place they are called; made when first asked for, for one
+    """Bare twins, by the module that each replaces; a twin is made when first asked for, for one
     generation."""
 
     def __init__(self, caller: str) -> None:
@@ -65,10 +65,9 @@ class BareModules(dict[Any, Any]):
 
 
 def bare(module: nn.Module, caller: str, *, own: bool = True) -> nn.Module:
-    """Return a module's bare twin, or the module itself where hooks or wrappers surround its
-    `forward`.
+    """Return a module's bare twin; the module itself where hooks or wrappers surround `forward`.
 
-    caller: the Python module of the code that calls it. own: whether linears may multiply by
+    caller: the Python module whose code calls it. own: whether linears may multiply by
     `SeveralTokensLinear`.
     """
     if not _is_plain(module):
@@ -112,7 +111,7 @@ def _straight(kind: Any, forward: Callable[..., Any], by_kin: bool) -> type[nn.M
 
 
 def share_parts(module: nn.Module, twin: nn.Module) -> bool:
-    """Return True if a module and its twin share parts, as where something stands around them."""
+    """Return True if a module and its twin share parts, because something wraps the module."""
     own = {id(part) for part in module.modules()}
     return any(id(part) in own for part in twin.modules())
 
@@ -121,14 +120,14 @@ def share_parts(module: nn.Module, twin: nn.Module) -> bool:
 
 
 def called_in_place(backbone: Backbone) -> BareModules:
-    """Return by module what decoding calls in its place."""
+    """Return the modules that decoding calls, by the modules of a backbone that they replace."""
     caller, instead = type(backbone.stack).forward.__module__, backbone.decoding.instead
     made: BareModules | None = None if instead is None else instead.modules(backbone, caller)
     return BareModules(caller) if made is None else made
 
 
 def head_code(backbone: Backbone) -> HeadCode | None:
-    """Return what decoding calls in the LM head's place; None: the head itself."""
+    """Return the code that decoding calls in the LM head's place; None: the head itself."""
     head, instead = backbone.head, backbone.decoding.instead
     twin = bare(head, type(backbone.stack).forward.__module__)
     if share_parts(head, twin):
@@ -140,12 +139,12 @@ def head_code(backbone: Backbone) -> HeadCode | None:
 
 
 def shortlist_head(backbone: Backbone, exits: ExitSet) -> nn.Module | None:
-    """Return what decoding calls for the LM head's rows of the shortlist; None without one."""
+    """Return the head that decoding calls for the shortlist; None without a shortlist."""
     head = exits.shortlist_head(backbone)
     return None if head is None else bare(head, "")
 
 
 def stack_runs(backbone: Backbone) -> None:
-    """Note that the model's own stack calls its layers, in whose place others were to be called."""
+    """Note that the model's own stack calls its own layers, although replacements were wanted."""
     if backbone.decoding.instead is not None:
         backbone.decoding.instead.left_out(backbone, "this model or request needs its own stack")

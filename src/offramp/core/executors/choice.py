@@ -26,11 +26,12 @@ def executor_for(
     limit: int | None = None,
     **more: Any,
 ) -> Executor:
-    """An executor of one of `EXECUTORS`.
+    """Return an executor of one of `EXECUTORS`.
 
-    engine: None: the one that the backbone was found to be exact by, or that holds it.
-    own_frequencies: of a prompt (`Backbone.has_own_frequencies`); slots hold none that has. slots:
-    sequences at a time. limit: as of `SlotExecutor`. more: as of `SegmentRunner`.
+    engine: None: the executor that was found exact for the backbone, or that can hold it.
+    own_frequencies: whether the prompt has rotary frequencies of its own
+    (`Backbone.has_own_frequencies`); slots hold no such prompt. slots: sequences at a time. limit:
+    as of `SlotExecutor`. more: as of `SegmentRunner`.
 
     Raises:
         UnsupportedBackboneError: slots, of a model that they cannot hold; exact batches, of one

@@ -21,8 +21,8 @@ from offramp.core.models.opened import HeadCode
 class DraftingExit:
     """One exit of kind "drafting".
 
-    depth: where it stands. input: of its layer. head: LM head of what it can say, None: the model's
-    own, or `code`. shortlist: ids [S] of that, None: all.
+    depth: of the exit. input: makes the input of its layer. head: LM head of the tokens that it can
+    say; None: the model's own, or `code`. shortlist: ids [S] of these tokens; None: all.
     """
 
     backbone: Backbone
@@ -34,10 +34,10 @@ class DraftingExit:
 
     @classmethod
     def of(cls, backbone: Backbone, exits: ExitSet, policy: ExitPolicy) -> DraftingExit | None:
-        """The deepest exit that can draft on; None where none can.
+        """Return the deepest exit that can draft on, of those that `policy.drafts` names or of all;
+        None where none can.
 
-        The deepest of those that `policy.drafts` names, or of all: it reads the most, and drafting
-        costs the same at any depth.
+        The deepest reads the most, and drafting costs the same at any depth.
         """
         if policy.drafter is not None:
             return None
@@ -51,15 +51,14 @@ class DraftingExit:
         return None
 
     def inputs(self, ids: Tensor, states: Tensor) -> Tensor:
-        """Return what enters the layer [n, D], for tokens [n] that follow states [n, D] of the
-        exit."""
+        """Return inputs of the exit's layer [n, D], for ids [n] after the exit's states [n, D]."""
         embedded = self.backbone.stack.get_input_embeddings()(ids)
         device = self.input.state.weight.device
         made: Tensor = self.input(embedded.to(device), states.to(device))
         return made.to(self.backbone.dtype)
 
     def tokens(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The ids [n] that the exit says with states [n, D], and their probabilities [n]."""
+        """Return the exit's ids [n] and their probabilities [n], from its states [n, D]."""
         backbone = self.backbone
         normed = backbone.final_norm(backbone.here(states))
         logits = backbone.logits(normed, self.head, code=self.code)

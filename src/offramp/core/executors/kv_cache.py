@@ -26,18 +26,18 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_name(arguments: Mapping[str, Any]) -> str:
-    """Under which of `CACHE_NAMES` a call's arguments hold the cache."""
+    """Return the name, of `CACHE_NAMES`, under which a call's arguments hold the cache."""
     return next((name for name in reversed(CACHE_NAMES) if name in arguments), CACHE_NAMES[0])
 
 
 def cache_parameter(stack: Any) -> str:
-    """Return which of `CACHE_NAMES` a stack's `forward` takes."""
+    """Return the parameter's name, of `CACHE_NAMES`, by which a stack takes the cache."""
     known = inspect.signature(type(stack).forward).parameters
     return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[1])
 
 
 def self_attention(cache: Any) -> Any:
-    """Return the self-attention part of a cache: all of it, or an encoder-decoder's own part."""
+    """Return the self-attention cache: the whole cache, or an encoder-decoder's own part."""
     return getattr(cache, "self_attention_cache", cache)
 
 
@@ -90,12 +90,12 @@ def stand_in(
     rare: Collection[int] = (),
     tokens: int = 0,
 ) -> Any:
-    """The same entries, with lengths and masks as the layers `running` see them.
+    """Return a cache of the same entries, with lengths and masks as the layers `running` see them.
 
-    layers: L of the backbone. also: entries of exits that run too. In place of a layer that does
-    not run stands an entry of its kind that does, or an empty one of the right length.
-    rare: layers whose keys are not the text's. tokens: how many those that run have seen, where
-    none of them keeps keys.
+    layers: L of the backbone. also: entries of exits that run too. A layer that does not run is
+    replaced by an entry of its kind that does run, or by an empty one of the right length. rare:
+    layers whose keys are not of the text. tokens: tokens seen by the running layers, where none of
+    them keeps keys.
     """
     own = self_attention(cache)
     entries = [own.layers[index] for index in (*running, *also) if index not in rare]
@@ -128,7 +128,7 @@ def _blank(entry: Any, tokens: int) -> Any:
 
 
 def crop(cache: Any, tokens: Mapping[int, int]) -> None:
-    """Take the last tokens out of entries, by index; sliding windows shrink."""
+    """Remove the last tokens from cache entries, by index; sliding windows shrink."""
     for index, entry in enumerate(self_attention(cache).layers):
         # An exit that is off or keeps no keys never writes to its own.
         if index in tokens and _is_written(entry):
@@ -141,7 +141,7 @@ def _is_written(entry: Any) -> bool:
 
 
 def croppable(cache: Any) -> bool:
-    """Return True if tokens can be taken back out of a cache that the prompt has been read into."""
+    """Return True if tokens can be removed again from a cache that holds a prompt."""
     return not any(
         any(getattr(entry, "is_recurrent_states_initialized", {}).values())
         for entry in self_attention(cache).layers
@@ -153,7 +153,7 @@ class _KeysStored(Exception):
 
 
 def store_keys(cache: Any, module: nn.Module, call: LayerCall) -> None:
-    """Run a layer or exit, not compiled, only until its keys and values are in the cache."""
+    """Run a layer or exit, uncompiled, only until its keys and values are in the cache."""
     own = self_attention(cache)
     store = own.update
 

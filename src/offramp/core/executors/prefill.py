@@ -40,9 +40,9 @@ _REPEATED = (*CACHE_NAMES, "encoder_hidden_states", "encoder_attention_mask")
 class Prepared:
     """A request as Hugging Face's `generate` prepared it, before the first forward pass.
 
-    model: whose forward pass is to be run. ids: token ids [B, T] that the answer follows.
-    processors, criteria, config: of logits, of stopping, and of the generation as a whole.
-    arguments: of the forward pass; they hold the cache.
+    model: whose forward pass will run. ids: token ids [B, T] before the answer. processors: of
+    logits. criteria: of stopping. config: the generation config. arguments: of the forward pass,
+    with the cache.
     """
 
     model: Any
@@ -59,7 +59,7 @@ class Prepared:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each prompt that the decoder is to read, its padding left out."""
+        """The number of tokens of each prompt, without padding."""
         embeds, mask = (self.arguments.get(n) for n in ("inputs_embeds", "attention_mask"))
         read: int = (self.ids if embeds is None else embeds).shape[1]
         if self.model.config.is_encoder_decoder or mask is None or mask.dim() != 2:
@@ -68,7 +68,7 @@ class Prepared:
 
     @property
     def pad(self) -> int:
-        """The id that fills up rows whose answers are shorter than others."""
+        """The id that fills up rows with shorter answers than others."""
         token = getattr(self.config, "_pad_token_tensor", None)
         return 0 if token is None else int(token.flatten()[0])
 
@@ -83,12 +83,12 @@ Use = Callable[[Prepared], Any]
 
 
 def itself(prepared: Prepared) -> Prepared:
-    """Return what is prepared, as it is."""
+    """Return the prepared request unchanged."""
     return prepared
 
 
 def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
-    """Return what `model.generate(**inputs, **options)` would begin with; nothing is decoded.
+    """Return the request with which `model.generate(**inputs, **options)` would begin decoding.
 
     The vision tower runs here where the family's `generate` embeds the prompt itself (BLIP-2), and
     so does the encoder of an encoder-decoder. `stop_strings` become a stopping criterion.
@@ -101,12 +101,12 @@ def prepare(model: Any, inputs: Mapping[str, Any], **options: Any) -> Prepared:
 
 
 def within(model: Any, inputs: Mapping[str, Any], use: Use, **options: Any) -> tuple[Any, Any]:
-    """Return what `use` makes of what `prepare` returns, inside of the model's own `generate`, and
-    what that returns for the `sequences` of it, if it has any: a `generate` that somebody wrote may
-    set up its modules for the time of its call, or rewrite what it hands out.
+    """Call `use` with the prepared request inside the model's own `generate`. Return the result of
+    `use`, and what `generate` returns for its `sequences`: a customised `generate` may set up
+    modules during the call, or rewrite its result.
 
     Raises:
-        UnsupportedBackboneError: its `generate` does not ask Hugging Face's.
+        UnsupportedBackboneError: its `generate` does not call Hugging Face's.
     """
     options, device = _with_stop_strings(options), device_of(model)
     inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
@@ -148,10 +148,10 @@ def within(model: Any, inputs: Mapping[str, Any], use: Use, **options: Any) -> t
 def within_checked(
     model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any], use: Use = itself
 ) -> tuple[Any, Any]:
-    """Return what `within` does, of what a caller asks for. inputs: what the processor returned.
+    """Do as `within`, after checks of the caller's inputs and options. inputs: of the processor.
 
     Raises:
-        InputError: an image is missing, or an option is not done.
+        InputError: an image is missing, or an option is not supported.
     """
     config = options.get("generation_config")
     asked = {**inputs, **{name: v for name, v in options.items() if v is not None}}
@@ -207,11 +207,11 @@ def _with_stop_strings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class Prefill:
-    """Runs the prompt of a prepared request and keeps what the steps after it repeat.
+    """Runs the prompt of a prepared request and keeps the arguments that later steps repeat.
 
     logits: of the first token [B, V]. prefill: the stack's arguments. positions: the position ids
-    of the last tokens, where the stack takes any. mask: of all tokens so far [B, T], where it takes
-    one.
+    of the last tokens; None: the stack takes none. mask: of all tokens so far [B, T]; None:
+    likewise.
     """
 
     def __init__(self, intercepted: InterceptedModel, prepared: Prepared) -> None:
@@ -252,9 +252,9 @@ class Prefill:
         return {**repeated, **switches, "use_cache": True, "return_dict": True, **last}
 
     def extend(self, tokens: int, real: Tensor | None = None) -> dict[str, Any]:
-        """Arguments for the stack's next call, on `tokens` new tokens for each row.
+        """Return the arguments for the stack's next call, on `tokens` new tokens for each row.
 
-        real: which of them [B, tokens] are no padding; all of them when left out.
+        real: which of these tokens [B, tokens] are no padding; None: all.
 
         Raises:
             InputError: the backbone has no more positions.
@@ -310,11 +310,11 @@ def _of_row(kw: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
 
 
 def room_of(backbone: OpenedModel, lengths: Sequence[int]) -> int | None:
-    """Tokens that prompts of these lengths and their answers may have; None: no end.
+    """Return the most tokens of a prompt and its answer, for these lengths; None: no limit.
 
     Raises:
-        InputError: a prompt is longer than that, or has no tokens, or the prompts of one batch lie
-            on both sides of a length at which rotary frequencies change.
+        InputError: a prompt is too long or empty, or the prompts of one batch lie on both sides of
+            a length at which rotary frequencies change.
     """
     shortest, longest = min(lengths), max(lengths)
     if shortest < 1:
@@ -377,7 +377,7 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
 def check_options(wanted: Callable[[str], Any], *, own: bool = False) -> None:
     """Refuse options that early exits do not support, rather than ignore them.
 
-    own: whether the model's own generation configuration says what is wanted, not the caller.
+    own: whether the options come from the model's generation configuration, not from the caller.
     """
     asked = {name: wanted(name) for name in _UNSUPPORTED}
     refused = [n for n, value in asked.items() if value is not None and _UNSUPPORTED[n](value)]
@@ -395,15 +395,15 @@ IMAGES = ("pixel_values", "flattened_patches", "image_patches", "image_embeds", 
 
 
 def image_tokens(config: Any) -> list[int]:
-    """Ids that stand for an image's features in a prompt, as a model's configuration has them."""
+    """Return the ids that stand for an image's features in a prompt, by the configuration."""
     named = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
     return [mark for mark in named if mark is not None]
 
 
 def check_inputs(inputs: Mapping[str, Any], model: Any) -> None:
-    """Raise `InputError` where the prompt, or the model, wants an image and none came.
+    """Raise `InputError` where the prompt or the model needs an image and none came.
 
-    A prompt without an image token, as a chat's later turns may be, needs none.
+    A prompt without an image token, such as a chat's later turn, needs none.
     """
     if any(name.startswith(IMAGES) and inputs[name] is not None for name in inputs):
         return

@@ -40,27 +40,27 @@ _KNOWN = frozenset((*_INPUTS.split(), *CACHE_NAMES, "use_cache", "return_dict"))
 
 
 class PromptMemory(Protocol):
-    """Keeps keys and values of prompts for later ones that begin alike."""
+    """Keeps keys and values of prompts for later prompts with the same beginning."""
 
     def serving(self, run: Any) -> AbstractContextManager[Any]:
-        """Stand before the prompt that the reader `run` reads meanwhile. What is entered says by
-        `keeps`, once the stack is called, whether the prompt is to run whole; None: it is not
+        """Serve kept keys and values to the reader `run` while it reads a prompt. Once the stack
+        was called, `keeps` of the context says whether the prompt must run whole; None: not
         served."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt that was read, and the rules for what follows it.
+    """A prompt that was read, and the rules for its answer.
 
     prepared: its token ids [B, T], processors, criteria and configuration. cache: keys and values
-    of the layers, and of the exits after them. prefill: what later calls of the stack repeat.
-    real: which of its columns [B, T] are no padding; None: all. encoder: the states of an encoder
-    [B, S, D] and which of them are no padding. logits: of the first token [B, V], at full depth;
-    None where the prompt waits. waits: the depth at whose exit every row's first token exited, or
-    is drafted, 0 before the first layer, and the states [B, N, D] of its last columns that have yet
-    to run the layers above; None where all ran. kept: the drafting exit's states [B, D] of each
-    row's newest token, where they were asked to be kept.
+    of the layers, and of the exits after them. prefill: arguments that later calls of the stack
+    repeat. real: which columns [B, T] are no padding; None: all. encoder: the states of an encoder
+    [B, S, D], and which of them are no padding. logits: of the first token [B, V], at full depth;
+    None: the prompt waits. waits: the depth at whose exit the prompt waits (0: before the first
+    layer), and the states [B, N, D] of its last columns that have yet to run the layers above;
+    None: all ran. kept: the drafting exit's states [B, D] of each row's newest token, if they were
+    to be kept.
     """
 
     prepared: Prepared
@@ -74,7 +74,7 @@ class Prompt:
 
     @property
     def positions(self) -> Tensor | None:
-        """Position ids [..., B, T], where the stack was given any."""
+        """Position ids [..., B, T]; None where the stack takes none."""
         return self.prefill.positions
 
     @property
@@ -83,7 +83,7 @@ class Prompt:
 
     @property
     def columns(self) -> int:
-        """[T], padding included."""
+        """The number of columns T, padding included."""
         given = (self.prefill.prefill.get(name) for name in ("inputs_embeds", "input_ids"))
         entered = next((int(each.shape[1]) for each in given if each is not None), 0)
         return int(self_attention(self.cache).get_seq_length()) or entered
@@ -93,9 +93,9 @@ class PromptReader:
     """The layer handler of prompts; not for two threads at once.
 
     depths: of the exits in use. vision_cache: image features kept between calls. prefix_cache: keys
-    and values of prompts kept between calls. chunk: tokens that are run at once, where the prompt
-    is causal and nothing but tokens and positions go with it; None: all. between: called before
-    each of several chunks, the vision tower having run.
+    and values of prompts kept between calls. chunk: tokens in one call of the stack, where the
+    prompt is causal and consists of tokens and positions alone; None: all. between: called between
+    two chunks, after the vision tower ran.
     """
 
     def __init__(
@@ -142,14 +142,14 @@ class PromptReader:
         self._kept: Tensor | None = None
 
     def prepare(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Prepared:
-        """Return what the model's own `generate` would begin with; as `within_checked`."""
+        """Return the request with which the model's own `generate` would begin, checked."""
         made: Prepared = self.within(inputs, options)[0]
         return made
 
     def within(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any], use: Use = itself
     ) -> tuple[Any, Any]:
-        """Return what `within_checked` does, of the model whose layers ask this reader."""
+        """Do as `within_checked`, on the model whose layers ask this reader."""
         own, model = self.backbone.model, self.intercepted.model
 
         def here(prepared: Prepared) -> Any:  # a `generate` hung onto a model knows that alone
@@ -170,10 +170,10 @@ class PromptReader:
     ) -> Prompt:
         """Run a prompt of one or more rows.
 
-        use_exits: whether the exits store their keys. decide: asked about each row's first token at
-        the exits of the depths `asks`; None: it runs to full depth. keep: depth of the exit that
-        will draft on from the newest token. waits: whether it may wait there for the first drafts.
-        enters: whether it may wait before the first layer, where it could run in parts.
+        use_exits: whether the exits store their keys. decide: is asked about each row's first token
+        at the exits of the depths `asks`; None: full depth. keep: depth of the exit that will draft
+        on from the newest token. waits: whether the prompt may wait there for its first drafts.
+        enters: whether the prompt may wait before the first layer, if it could run in parts.
 
         Raises:
             InputError: longer than the backbone's positions; a cache that exits cannot share;
@@ -233,7 +233,7 @@ class PromptReader:
         return out
 
     def layer(self, call: LayerCall) -> Any:
-        """The layer's own output; before it, the exit that stands there."""
+        """Return the layer's own output; the exit before the layer is asked first."""
         if self.waits is not None:
             return self.backbone.skipped_layer_output(call)
         if self._enters:
@@ -264,7 +264,7 @@ class PromptReader:
 
 
 def part_of(kw: dict[str, Any], start: int, end: int) -> dict[str, Any]:
-    """A stack's call on the tokens from `start` up to, and without, `end`; the mask is of all."""
+    """Return a stack's call cut to the tokens from `start` up to, and without, `end`."""
     part = {**kw, "inputs_embeds": kw["inputs_embeds"][:, start:end]}
     for name in ("position_ids", "cache_position"):
         if kw.get(name) is not None:
@@ -273,8 +273,7 @@ def part_of(kw: dict[str, Any], start: int, end: int) -> dict[str, Any]:
 
 
 def can_shorten(kw: dict[str, Any], cache: Any, backbone: Backbone) -> bool:
-    """Return True if a stack's call on one row's embeddings can be made for a part of its
-    tokens."""
+    """Return True if a stack's call on one row's embeddings can be cut to a part of its tokens."""
     if backbone.has_own_frequencies(kw["inputs_embeds"].shape[1]):
         return False  # a part would be read by other frequencies
     present = {name for name, value in kw.items() if value is not None}

@@ -25,10 +25,10 @@ from offramp.core.models.opened import LayerCall
 class ExitOutput:
     """An exit's output for n tokens, on the device of the LM head.
 
-    entry: the states that entered it [n, D]. state: what it made of them [n, D], before the final
-    norm; None where nobody asked. previous: the states one decoder layer before [n, D], where
-    they are known. logits: of what it can say [n, S], where it computed them itself; it then needs
-    no state.
+    entry: the states that entered the exit [n, D]. state: the exit's states [n, D], before the
+    final norm; None: not wanted. previous: the states one decoder layer before `entry` [n, D], if
+    known. logits: of the tokens that the exit can say [n, S], if it computed them itself; `state`
+    may then be missing.
     """
 
     entry: Tensor
@@ -37,7 +37,7 @@ class ExitOutput:
     logits: Tensor | None = None
 
     def picked(self, index: Tensor | slice) -> ExitOutput:
-        """Return the check of the tokens `index` alone."""
+        """Return the output for the tokens `index` alone."""
         entry, state, previous, logits = (
             None if part is None else _picked(part, index)
             for part in (self.entry, self.state, self.previous, self.logits)
@@ -47,8 +47,8 @@ class ExitOutput:
 
     @staticmethod
     def joined(parts: Sequence[ExitOutput]) -> ExitOutput:
-        """Tokens of several calls, one call after the other. A state is 0 where that call was not
-        asked and another was; `previous` is known only where every call knew it."""
+        """Return the outputs of several calls as one, in order. A state that only some calls have
+        is 0 for the others; `previous` is known only where every call knew it."""
         if len(parts) == 1:
             return parts[0]
         state = previous = None
@@ -67,7 +67,7 @@ Output = ExitOutput | Tensor
 
 
 def picked(output: Output, index: Tensor | slice) -> Output:
-    """Return the output of the tokens `index` alone."""
+    """Return the output for the tokens `index` alone."""
     return output.picked(index) if isinstance(output, ExitOutput) else _picked(output, index)
 
 
@@ -76,7 +76,7 @@ def _picked(part: Tensor, index: Tensor | slice) -> Tensor:
 
 
 def joined(parts: Sequence[Output]) -> Output:
-    """Outputs of several calls, one after the other; see `ExitOutput.joined`."""
+    """Return the outputs of several calls as one, in order; see `ExitOutput.joined`."""
     outputs = [part for part in parts if isinstance(part, ExitOutput)]
     if outputs:
         return ExitOutput.joined(outputs)
@@ -84,10 +84,10 @@ def joined(parts: Sequence[Output]) -> Output:
 
 
 class SegmentRunner:
-    """Runs segments of a backbone: layers up to an exit, or from there on.
+    """Runs segments of a backbone, each a range of layers between two exits.
 
     depths: of the exits in use. needs_previous_state: whether scores read the state before an
-    exit's entry. drafter: of the exit that drafts on, one of `depths`.
+    exit's entry. drafter: the exit that drafts on, at one of `depths`.
     """
 
     feed_on = None
@@ -131,7 +131,7 @@ class SegmentRunner:
         return [*running, *after]
 
     def layer(self, call: LayerCall) -> Any:
-        """Return what the stack gets for a layer: its output, or the state handed through."""
+        """Return a layer's output to the stack, or the state unchanged where it does not run."""
         index, running = call.index, self._running
         if index < running.start or index > running.stop:
             return self.backbone.skipped_layer_output(call)

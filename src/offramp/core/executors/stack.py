@@ -68,7 +68,7 @@ class _Row:
 
 
 class StackExecutor(SegmentRunner):
-    """Runs a backbone with exits through its own stack; all as of `SegmentRunner`."""
+    """Runs a backbone with exits through the model's own stack; arguments as of `SegmentRunner`."""
 
     rows: int | None = 1
     opens = False
@@ -114,7 +114,7 @@ class StackExecutor(SegmentRunner):
         self._held = []
 
     def allow_crops(self, handle: _Row) -> bool:
-        """Return False for recurrent states, which hold the whole text: drafts cannot be undone."""
+        """Return False for recurrent states: they hold the whole text, and undo no draft."""
         cache = handle.cache
         if not croppable(cache):
             return False

@@ -20,14 +20,13 @@ _EXITS: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], str | None]] = WeakKe
 
 
 def note_loaded(backbone: Backbone) -> None:
-    """Keep how a model is now, for `as_loaded` to hold later states to; once for a model."""
+    """Store the state of a model, once, for `as_loaded` to compare with later."""
     if backbone.model not in _LOADED:
         _LOADED[backbone.model] = answers_of(backbone.model)
 
 
 def as_loaded(backbone: Backbone) -> bool:
-    """Return True if a model is as it was at `note_loaded`: its weights, its code, its hooks, and
-    what PEFT has put in, switched or taken out."""
+    """Return True if a model's weights, code, hooks and PEFT are as they were at `note_loaded`."""
     model = backbone.model
     if model not in _LOADED:
         return True
@@ -39,7 +38,7 @@ def as_loaded(backbone: Backbone) -> bool:
 
 
 def exits_digest(modules: nn.Module) -> str | None:
-    """Return the digest of the tensors of exits, made again where they were written to."""
+    """Return the digest of the tensors of exits; made again after the tensors were written to."""
     now = answers_of(modules)
     before, digest = _EXITS.get(modules, (None, None))
     if before is None or not same_answers(before, now):

@@ -39,14 +39,14 @@ class ExactBatches(Protocol):
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """Options of how the layers are called where tokens are decoded; answers are the same.
+    """Options of how layers are called in decoding; answers do not depend on them.
 
-    lean: whether the stack's own code around them is left out, where that is exact. instead: makes
-    what is called in the place of layers, exits and head; None: they are called themselves.
-    exact_batches: what makes a token's numbers the same to the last bit whatever tokens are
-    computed beside it (`offramp.features.exact_batches`); prompts are then read one at a time.
-    again: share of answers that the model reads again, beside the first of each shape
-    (`offramp.core.engine.read_again`); None: of models that tests here have tried none.
+    lean: whether the stack's own code around the layers is left out, where that is exact. instead:
+    makes replacements of layers, exits and head; None: the modules themselves are called.
+    exact_batches: makes a token's numbers equal to the last bit whatever tokens are computed beside
+    it (`offramp.features.exact_batches`); prompts are then read one at a time. again: share of
+    answers that the model reads again, beside the first of each shape
+    (`offramp.core.engine.read_again`); None: the default for models without tests here.
     """
 
     lean: bool = True
@@ -125,7 +125,7 @@ class Backbone(OpenedModel):
 
     @classmethod
     def of(cls, model: Backbone | nn.Module) -> Backbone:
-        """`model` itself, or the backbone of a Hugging Face model.
+        """Return `model` if it is a backbone, or the backbone of a Hugging Face model.
 
         Raises:
             InputError: it is neither.
@@ -179,8 +179,8 @@ class Backbone(OpenedModel):
         return cls(model, name=name, revision=revision, example=example)
 
     def with_decoding(self, **options: Any) -> Backbone:
-        """The same model, decoded by other options (`DecodeOptions`) than this backbone, which
-        stays as it is: what is found out by decoding each finds out for itself."""
+        """Return the same model with other options (`DecodeOptions`). This backbone stays as it is,
+        and each of the two learns about its own decoding."""
         made = copy.copy(self)
         made.readings = Readings()
         made.decoding = replace(self.decoding, **options)
@@ -189,7 +189,7 @@ class Backbone(OpenedModel):
         return made
 
     def with_tower(self, tower: StandIn | None) -> Backbone:
-        """Return the same model with another module in its vision tower's place; None: its own."""
+        """Return the same model with `tower` in its vision tower's place; None: the model's own."""
         made = copy.copy(self)
         made.readings, made.tower = Readings(), tower
         return made
@@ -211,13 +211,12 @@ class Backbone(OpenedModel):
 
     @property
     def reads_in_parts(self) -> bool:
-        """Return True if a prompt may be run in several parts, as chunks and kept beginnings
-        are."""
+        """Return True if a prompt may run in parts, as chunks and kept beginnings do."""
         return self.in_parts and self.family.causal_prompt and not self.is_encoder_decoder
 
     def version(self) -> int:
-        """Return how often the model was seen to have changed by now. What is made of it is of one
-        version; what was found by reading its answers again as well."""
+        """Return the number of changes of the model that were seen so far. Plans and findings
+        belong to one version."""
         if self._unchanged is None or not self._unchanged():
             model = self.model
             self._unchanged = Unchanged(lambda: (model,))
@@ -237,9 +236,9 @@ class Backbone(OpenedModel):
         in_parts: bool = True,
         engine: str | None = None,
     ) -> None:
-        """Take over what decoding showed: whether the first token may exit out of the prompt,
-        whether a prompt may be run in parts, whether drafts can be taken back, and which executor
-        is exact. What is registered as impossible, or was found to be before, stays so."""
+        """Store what decoding showed: whether the first token may exit out of the prompt, whether a
+        prompt may run in parts, whether drafts can be taken back, and which executor is exact. What
+        was registered or found as impossible before stays so."""
         again, self._learnt = self._learnt, True
         able = self.family.causal_prompt if again or not self.family.discovered else True
         self.family: Family = replace(self.family, causal_prompt=causal_prompt and able)
@@ -249,7 +248,7 @@ class Backbone(OpenedModel):
 
     def check_lossless(self) -> None:
         """Raise `UnsupportedBackboneError` where decoding showed that drafts stay in the cache, or
-        the tokens of one call are not what each is alone."""
+        that tokens of one call depend on each other."""
         if self.mixes_rows is not None:
             raise UnsupportedBackboneError(
                 f"Lossless decoding verifies several tokens in one call, and {self.mixes_rows} "
@@ -278,18 +277,18 @@ class Backbone(OpenedModel):
 
     @property
     def vocabulary(self) -> int:
-        """Tokens V that logits are over."""
+        """The number of tokens V that logits are over."""
         return self._layout.vocabulary
 
     @property
     def vision_engine(self) -> str:
-        """Return what runs the vision tower: "torch" or an engine's name; for llama.cpp, "mtmd"
-        with a number format."""
+        """Return the name of the vision tower's engine, "torch" if it has none; for llama.cpp,
+        "mtmd" with a number format."""
         return TORCH if self.tower is None else self.tower.name
 
     @property
     def text_only(self) -> bool:
-        """Return True if it is a language model, which sees no images."""
+        """Return True if this is a language model, without images."""
         config = self.model.config
         return not self.is_encoder_decoder and config.get_text_config() is config
 

@@ -51,23 +51,23 @@ class _Same:
 
 
 def state_of(*roots: nn.Module, but: Collection[nn.Module] = ()) -> list[Any]:
-    """A value that is equal to an earlier one while modules, and all below, compute what they did.
+    """Return a value that stays equal while modules, and all below, compute the same.
 
     It changes with a module, a tensor or a hook that is swapped; with a tensor that is written in
-    place; with what a module or its configuration is set to; and with code: of an instance, of its
-    class, of the file that the class stands in, and of the attention and mask functions that are
-    registered. What is written through `tensor.data` in place goes unseen: PyTorch does not count
-    it. but: modules that are left out, with all below them.
+    place; with an attribute or the configuration of a module; and with code: of an instance, of its
+    class, of the class's file, and of the registered attention and mask functions. Writing through
+    `tensor.data` in place goes unseen, because PyTorch does not count it. but: modules that are
+    left out, with all below them.
     """
     return [(name, _token(value)) for name, value in _things(roots, but)]
 
 
 class Unchanged:
-    """Tells whether modules still compute what they did when this was made, for callers that ask
-    often.
+    """Tells whether modules still compute what they did at this object's creation, for frequent
+    calls.
 
-    As long as all that they hold are the very objects of the time before, and no tensor was
-    written, nothing else is looked at; else `state_of` decides.
+    While all their objects are the same and no tensor was written, nothing else is compared; else
+    `state_of` decides.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Unchanged:
 
 
 def written(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor's values are, and how often they were written in place."""
+    """Return the address of a tensor's values, and how often they were written in place."""
     counted = not tensor.is_inference()  # those cannot be written outside of inference mode
     try:
         address = tensor.data_ptr()
@@ -261,8 +261,8 @@ _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def tokens_of(tokenizer: Any) -> tuple[Any, ...]:
-    """A value that is equal to an earlier one while a tokenizer spells as it did: itself, the steps
-    of what is inside it, and the tokens that were added."""
+    """Return a value that stays equal while a tokenizer spells the same: the tokenizer, the steps
+    inside it, and the added tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     inside = getattr(tokenizer, "_tokenizer", None)
     marks = getattr(tokenizer, "special_tokens_map", {})
@@ -276,8 +276,8 @@ def tokens_of(tokenizer: Any) -> tuple[Any, ...]:
 
 
 def answers_of(root: nn.Module) -> dict[str, Any]:
-    """A value to ask `same_answers` with: tensors, hooks, code and what PEFT has switched on, by
-    path; of weights that were laid out anew that they were. It holds nothing of the model."""
+    """Return a value for `same_answers`: tensors, hooks, code and active PEFT adapters, by path;
+    for weights laid out anew, only a mark. The value refers to no part of the model."""
     state: dict[str, Any] = {}
     for path, module in root.named_modules():
         if isinstance(module, OwnLinear):
@@ -322,8 +322,8 @@ class _Place:
 
 
 def same_answers(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return True if a model answers as it did: another layout of a weight, as of `OwnLinear`,
-    changes no answer, nor does another device."""
+    """Return True if a model gives the same answers at two moments: another layout of a weight, as
+    of `OwnLinear`, or another device changes none."""
     laid_out = {path for path, kind in now.items() if kind is None}
     for key in {*before, *now}:
         path, one, other = key.partition(" ")[0], before.get(key), now.get(key)

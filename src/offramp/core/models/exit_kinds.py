@@ -42,6 +42,6 @@ def kinds_of_exit() -> tuple[str, ...]:
 
 
 def exit_kind(name: str) -> ExitKind:
-    """Return the kind of a name. Raise `InputError` if there is none."""
+    """Return the kind with this name. Raise `InputError` if there is none."""
     check_registered("Kind of exit", "exits", name, lambda: EXIT_KINDS)
     return EXIT_KINDS[name]

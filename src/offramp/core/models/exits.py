@@ -45,7 +45,7 @@ def propose_depths(layers: int, exits: int = 1) -> tuple[int, ...]:
 
 
 def check_depths(depths: Sequence[int], layers: int) -> tuple[int, ...]:
-    """`depths` sorted; raise `InputError` if one is repeated or outside 1..layers-1."""
+    """Return `depths` sorted; raise `InputError` for a repeated one or one outside 1..layers-1."""
     # True is an int to Python, and would silently be depth 1.
     wrong = [d for d in depths if type(d) is not int or not 1 <= d < layers]
     if wrong or not depths:
@@ -66,16 +66,16 @@ class LogitLens(nn.Module):
     """
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        """`hidden` [B, T, D] itself."""
+        """Return `hidden` [B, T, D] unchanged."""
         return hidden
 
 
 def copy_layer(
     layer: nn.Module, entry: int, instead: Mapping[nn.Module, nn.Module] | None = None
 ) -> nn.Module:
-    """A deep copy of a decoder layer, in float, that writes to cache entry `entry`, hooks off.
+    """Return a deep float32 copy of a decoder layer, without hooks, writing to cache entry `entry`.
 
-    instead: what the copy has in place of modules of the layer.
+    instead: replacements in the copy, for modules of the layer.
     """
     twin = float_copy(layer, float_dtype(layer), instead or {})
     for module in twin.modules():
@@ -87,11 +87,11 @@ def copy_layer(
 
 
 class DraftInput(nn.Module):
-    """The input of an exit's layer where it drafts on: W_e norm(embedding) + W_o norm(state).
+    """The input of an exit's layer while it drafts on: W_e norm(embedding) + W_o norm(state).
 
-    The embedding is of the token just written, the state what the same layer made of the one before
-    it, so no layer below runs. Two inputs joined for the next draft are EAGLE's (Li et al. 2024);
-    that the layer after them is the exit's own, and stays as it is, is not.
+    The embedding is of the token just written, and the state is the same layer's output for the
+    token before, so no layer below runs. Two inputs joined for the next draft are EAGLE's (Li et
+    al. 2024); unlike there, the layer is the exit's own and unchanged.
     """
 
     def __init__(self, embedded: int, width: int) -> None:
@@ -108,7 +108,7 @@ class DraftInput(nn.Module):
             self.state.weight.copy_(torch.eye(width) / 2)
 
     def forward(self, embedded: Tensor, state: Tensor) -> Tensor:
-        """[..., D] of embeddings [..., E] and states [..., D]."""
+        """Return inputs [..., D] from embeddings [..., E] and states [..., D]."""
         kind = self.state.weight.dtype
         one = self.embedding(self.embedding_norm(embedded.to(kind)))
         return one + self.state(self.state_norm(state.to(kind)))  # type: ignore[no-any-return]
@@ -135,7 +135,7 @@ EXIT_KINDS.update(
 
 
 class Exits(nn.ModuleDict):
-    """Exits by depth. `state_dict` keys start with the depth; nothing is shared.
+    """Exits by depth. `state_dict` keys start with the depth; no parameter is shared.
 
     kind: of `kinds_of_exit`. entries: the depth of each cache entry that belongs to the exits.
     """
@@ -175,7 +175,7 @@ class Exits(nn.ModuleDict):
         self.eval()  # no dropout: like the frozen layers, and resuming must be exact
 
     def place(self, backbone: Backbone) -> None:
-        """Put each exit where the layer runs that it stands before."""
+        """Move each exit to the device of the layer that it precedes."""
         for depth in self.depths:
             run_like(self.at(depth), backbone.layers[depth])
 
@@ -184,28 +184,27 @@ class Exits(nn.ModuleDict):
         return self[str(depth)]
 
     def draft_input(self, depth: int) -> DraftInput | None:
-        """Return what makes the input of the exit's layer where it drafts on; None where it
-        cannot."""
+        """Return the module that makes inputs while the exit drafts on; None: it cannot."""
         found = getattr(self.at(depth), "drafts", None)
         return found if isinstance(found, DraftInput) else None
 
     def run(self, depth: int, call: LayerCall) -> Tensor:
-        """The exit's estimate [B, T, D] of the final state, before the final norm.
+        """Return the exit's estimate [B, T, D] of the final state, before the final norm.
 
-        call: of the layer that the exit stands before.
+        call: of the layer after the exit.
         """
         return call.state(self.at(depth))
 
 
 @dataclass(frozen=True, eq=False)
 class ExitSet:
-    """The modules that an adapter attaches to a backbone: the exits, and what reads or guards them.
+    """The modules that an adapter attaches to a backbone.
 
     modules: the exits by depth.
     shortlist: token ids [S], ascending, that exits can say; None: the whole vocabulary.
-    measured: what was measured when the shortlist was learnt.
-    score: of an `ExitCheck` [B], in place of the policy's; for exits that follow a script. It knows
-        each token's position and row.
+    measured: results of learning the shortlist.
+    score: a function from an `ExitCheck` to scores [B], in place of the policy's score; for exits
+    that follow a script, by each token's position and row.
     """
 
     modules: Exits
@@ -215,12 +214,12 @@ class ExitSet:
 
     @classmethod
     def of(cls, exits: ExitSet | Exits) -> ExitSet:
-        """`exits` itself, or bare modules with nothing beside them."""
+        """Return `exits` if it is a set, or a set of these bare modules."""
         return exits if isinstance(exits, ExitSet) else cls(exits)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Return where exits stand, ascending."""
+        """Return the depths of the exits, ascending."""
         return self.modules.depths
 
     @property
@@ -230,7 +229,7 @@ class ExitSet:
 
     @property
     def draft_on(self) -> bool:
-        """Return True if any of them drafts on from its own state."""
+        """Return True if any of the exits drafts on from its own state."""
         return any(self.modules.draft_input(depth) is not None for depth in self.depths)
 
     def at(self, depth: int) -> nn.Module:
@@ -238,7 +237,7 @@ class ExitSet:
         return self.modules.at(depth)
 
     def by_depth(self) -> dict[int, nn.Module]:
-        """Return all exits."""
+        """Return all exits by depth."""
         return {depth: self.at(depth) for depth in self.depths}
 
     def run(self, depth: int, call: LayerCall) -> Tensor:
@@ -246,7 +245,7 @@ class ExitSet:
         return self.modules.run(depth, call)
 
     def shortlist_head(self, backbone: Backbone) -> nn.Module | None:
-        """The LM head's rows of the shortlist, made once for a head as it is; None without one."""
+        """Return the LM head's rows for the shortlist, kept for later; None without one."""
         if self.shortlist is None:
             return None
         reader, unchanged, made = self.__dict__.get("_head", (None, None, None))
@@ -257,7 +256,7 @@ class ExitSet:
 
 
 def copied_index(backbone: Backbone, depth: int) -> int:
-    """The layer that an exit at `depth` is copied from: the next one, or the nearest of the common
-    kind where that is of a rare one."""
+    """Return the index of the layer that an exit at `depth` is copied from: the next layer, or the
+    nearest layer of the common kind if the next is of a rare kind."""
     alike = (index for index in range(backbone.depth) if index not in backbone.rare_layers)
     return min(alike, key=lambda index: (abs(index - depth), index < depth))

@@ -35,10 +35,10 @@ _TOGETHER = 0.98
 
 
 def fingerprint(backbone: Backbone) -> dict[str, Any]:
-    """Sizes, and a sample of the weights of the decoder and of each of `PARTS`.
+    """Return the sizes of a backbone, and sampled weights of its decoder and of each of `PARTS`.
 
-    The sample is read through bfloat16, so that the same checkpoint in another precision has
-    (nearly) the same one; `same_backbone` allows for the rounding.
+    The sample is read through bfloat16, so that a checkpoint in another precision has (nearly) the
+    same one; `same_backbone` allows for the rounding.
     """
     if backbone.identity is not None:
         return dict(backbone.identity)
@@ -62,17 +62,16 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
 
 
 def held_as(backbone: Backbone) -> str | None:
-    """Return what holds the weights of the layers, in words; None: they are plain floats."""
+    """Return in words how the weights of the layers are stored; None: as plain floats."""
     if backbone.identity is not None:
         return backbone.identity.get("quantized")
     return scheme(backbone.layers)
 
 
 def same_backbone(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return the difference of two fingerprints in words; None where they are of one backbone.
+    """Return in words how two fingerprints differ; None where they are of one backbone.
 
-    Parts that `saved` does not name, as in adapters written before there were parts, are not
-    compared.
+    Parts that `saved` lacks, as in adapters of early versions, are not compared.
     """
     for key in _SIZES:
         if saved.get(key) != now.get(key):
@@ -109,7 +108,7 @@ def _same_part(saved: Sequence[Sequence[int]], now: Sequence[Sequence[int]]) -> 
 
 
 def dump_fingerprint(fingerprint: Mapping[str, Any]) -> str:
-    """One line of JSON, stable, for digests."""
+    """Return a fingerprint as one stable line of JSON, for digests."""
     return json.dumps(fingerprint, sort_keys=True, separators=(",", ":"))
 
 

@@ -22,11 +22,11 @@ def load_model(
     device: str | None,
     **kwargs: Any,
 ) -> Any:
-    """The model of a hub name or a folder; see `Backbone.from_pretrained`.
+    """Load a model by hub name or folder; see `Backbone.from_pretrained`.
 
     Raises:
-        InputError: there is no such model or device, a package that it needs is missing, or weights
-            of it are.
+        InputError: there is no such model or device, or a package that it needs, or some of its
+            weights, are missing.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -88,7 +88,7 @@ def _is_on(device: torch.device, wanted: torch.device) -> bool:
 
 
 def unwrap_peft(model: nn.Module) -> nn.Module:
-    """The base model of a LoRA-wrapped one: LoRA lives inside the layers, so nothing is lost."""
+    """Return the base model of a LoRA-wrapped one: LoRA lives in the layers, so nothing is lost."""
     unwrap = getattr(model, "get_base_model", None)
     if unwrap is None:
         return model
@@ -103,7 +103,7 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
 def load_processor(
     name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """The processor that was saved beside a model.
+    """Load the processor that was saved beside a model.
 
     trust_remote_code: whether code that comes with it may run.
 
@@ -125,13 +125,13 @@ def load_processor(
 
 
 def grey_picture() -> Image.Image:
-    """Return what a model is tried on."""
+    """Return a plain grey image, on which models are tried."""
     return Image.new("RGB", (64, 64), "gray")
 
 
 def grey_example(processor: Any, model: Any) -> dict[str, Any] | None:
-    """Return what a processor makes of a grey picture and a few words; None where the model cannot
-    take that."""
+    """Return a processor's output for a grey picture and a few words; None where the model cannot
+    take such a prompt."""
     words = "Describe the picture."
     for written in (_by_template, _behind_mark, lambda _, words: words):
         try:
@@ -161,8 +161,8 @@ def _behind_mark(processor: Any, words: str) -> str:
 
 
 def not_loaded(what: str, error: Exception, remedy: str) -> InputError:
-    """Return the error for what transformers could not load. remedy: what to do where no package is
-    missing."""
+    """Return the error for a failed load by transformers. what: its name. remedy: used where no
+    package is missing."""
     if "trust_remote_code" in str(error):
         return InputError(
             f"{what}: it comes with code of its own, which was not run.",

@@ -11,11 +11,10 @@ from torch.nn import Parameter
 
 
 class InPlaceOf(nn.Module):
-    """Stands where a module stood and is called in its place; a subclass says what happens then.
+    """A module that is called in the place of another; a subclass defines the call.
 
-    Models ask a module for its signature, by which they choose what they pass, for its parameters,
-    whose precision and device they take, and for attributes of any name: all are the module's own.
-    Neither the module nor its parameters are owned by what stands in its place.
+    Models ask a module for its signature, parameters, precision, device and other attributes: all
+    of these are the original module's. The original and its parameters are not registered here.
     """
 
     def __init__(self, own: nn.Module) -> None:
@@ -34,7 +33,7 @@ class InPlaceOf(nn.Module):
 
     @property
     def forward(self) -> Callable[..., Any]:  # type: ignore[override]
-        """The call, with the module's signature."""
+        """Return the call, with the original module's signature."""
         return with_signature(self.__call__, self.__dict__["_own"])
 
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
@@ -51,7 +50,7 @@ class InPlaceOf(nn.Module):
 
 
 def with_signature(call: Callable[..., Any], own: nn.Module) -> Callable[..., Any]:
-    """A call that `inspect.signature` takes for the module's own `forward`."""
+    """Return a call that `inspect.signature` takes for the original module's `forward`."""
 
     @functools.wraps(own.forward)
     def forward(*args: Any, **kw: Any) -> Any:

@@ -23,10 +23,10 @@ from offramp.core.models.rope import LengthDependentRope, with_own_frequencies
 
 
 class LayerHandler(Protocol):
-    """Decides, call by call, what happens at a decoder layer."""
+    """An object that decides at each call of a decoder layer what is computed."""
 
     def layer(self, call: LayerCall) -> Any:
-        """Return what the stack gets for the call: the layer's output, or what stands for it."""
+        """Return the layer's output to the stack, or a value in its place."""
         ...
 
 
@@ -44,7 +44,7 @@ class _LayerStandIn(InPlaceOf):
 
 
 def stand_ins(backbone: OpenedModel, handler: LayerHandler) -> nn.Module:
-    """Return what stands in place of the layers in a stack that asks `handler`."""
+    """Return a module list for the stack, whose layers ask `handler` at each call."""
     made = [_LayerStandIn(i, layer, handler) for i, layer in enumerate(backbone.layers)]
     if backbone.layer_names is None:
         return nn.ModuleList(made)
@@ -73,15 +73,15 @@ class _HeadStandIn(InPlaceOf):
 
 
 class ImageMemory(Protocol):
-    """Keeps what a vision tower made of images."""
+    """A store of image features that a vision tower computed."""
 
     def before(self, tower: nn.Module) -> nn.Module:
-        """Return what stands in the tower's place, and calls it for images that are not kept."""
+        """Return a module for the tower's place, which calls the tower only for unknown images."""
         ...
 
 
 class InterceptedModel:
-    """A VLM whose layers ask a handler: run it whole, or its decoder stack alone."""
+    """A VLM whose layers ask a handler; runs whole, or the decoder stack alone."""
 
     def __init__(self, backbone: OpenedModel, handler: LayerHandler) -> None:
         family = backbone.family
@@ -109,7 +109,7 @@ class InterceptedModel:
         return args, kw if ids is None else {**kw, "input_ids": self.backbone.as_read(ids)}
 
     def remember_images(self, backbone: OpenedModel, memory: ImageMemory) -> None:
-        """Ask `memory` before the vision tower. Raise `InputError` if the tower is not known."""
+        """Put `memory` before the vision tower. Raise `InputError` if the tower is not known."""
         graft(self.model, str(backbone.family.vision), memory.before(backbone.vision))
 
     @cached_property

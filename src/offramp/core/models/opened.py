@@ -31,8 +31,8 @@ from offramp.core.models.weights import check_scheme, float_dtype, float_paramet
 class LayerCall:
     """One call of a decoder layer by its stack.
 
-    index: of the layer, from 0. hidden: the state that enters it [B, T, D]. args, kw: what the
-    stack passes beside it, in the family's own names. instead: what is called in a module's place.
+    index: of the layer, from 0. hidden: the state that enters the layer [B, T, D]. args, kw: the
+    stack's other arguments, by the family's own names. instead: replacements of modules.
     """
 
     index: int
@@ -43,17 +43,17 @@ class LayerCall:
     instead: Mapping[Any, Any] | None = None
 
     def run(self, module: Callable[..., Any]) -> Any:
-        """Return what `module`, called as the stack called the layer, returns."""
+        """Call `module` with the layer's arguments, and return its output."""
         called = module if self.instead is None else self.instead[module]
         return called(self.hidden, *self.args, **self.kw)
 
     def state(self, module: Callable[..., Any]) -> Tensor:
-        """Return the hidden state [B, T, D] of what `run` returns."""
+        """Call `module` with the layer's arguments, and return its hidden state [B, T, D]."""
         return first(self.run(module))
 
 
 def first(output: Any) -> Tensor:
-    """The hidden state of a layer's output, which in some families is a tuple."""
+    """Return the hidden state of a layer's output, which in some families is a tuple."""
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
@@ -75,31 +75,32 @@ HeadCode = Callable[[Tensor], Tensor]
 
 
 class Instead(Protocol):
-    """Makes what decoding calls in the place of a backbone's layers, exits and LM head. name: of
-    such code, as conditions show it."""
+    """Makes replacements of a backbone's layers, exits and LM head for decoding. name: of such
+    code, for conditions."""
 
     name: str
 
     def modules(self, backbone: Any, caller: str) -> Any:
-        """Return by module what is called, as `BareModules` has it; None: its bare twin.
+        """Return the replacements by module, as `BareModules` has them; None: bare twins.
 
-        caller: the Python module of the code that calls it."""
+        caller: the Python module whose code calls them.
+        """
         ...
 
     def head(self, backbone: Any) -> HeadCode | None:
-        """Return what is called in the head's place; None: its bare twin, or itself."""
+        """Return the replacement of the LM head; None: its bare twin, or the head itself."""
         ...
 
     def left_out(self, backbone: Any, reason: str) -> None:
-        """Take note that the modules themselves are called."""
+        """Note that the modules themselves are called, and the reason."""
         ...
 
 
 class OpenedModel:
-    """A model as it is described: nobody has held the description to it yet.
+    """A model with the places of its parts, before any self-check of these.
 
-    softcap: bound of the soft cap on logits. words: tokens that the model keeps of those that its
-    head reads; None: all of them.
+    softcap: bound of the soft cap on logits. words: ids of the head that are the model's tokens;
+    None: all.
     """
 
     tower: StandIn | None = None
@@ -147,7 +148,7 @@ class OpenedModel:
         self._suppressed = torch.tensor(self.family.suppressed, dtype=torch.long)
 
     def seat(self) -> None:
-        """Look up by their paths, where a prompt is seated, the modules that read and write states.
+        """Look up by path the modules that read and write states.
 
         Raises:
             UnsupportedBackboneError: a module is no longer there, or the decoder has other layers.
@@ -175,7 +176,7 @@ class OpenedModel:
             self._laid_out_of: Callable[[], bool] = _always
 
     def read_by(self, reader: nn.Module) -> None:
-        """Read states by `reader`, the LM head laid out otherwise, as long as that is unchanged."""
+        """Read states by `reader`, the LM head in another layout, while the head is unchanged."""
         self.reader, self._laid_out_of = reader, Unchanged(partial(_one, self.head))
 
     # -- what it is -------------------------------------------------------------------------
@@ -187,8 +188,8 @@ class OpenedModel:
 
     @property
     def vision(self) -> Any:
-        """The vision tower, or what stands in its place. Raise `InputError` where the family does
-        not say where it is."""
+        """The vision tower, or its replacement. Raise `InputError` where the family does not say
+        where it is."""
         if self.family.vision is None:
             raise InputError(
                 f"Where the vision tower of {type(self.model).__name__} is, is not known.",
@@ -198,30 +199,30 @@ class OpenedModel:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that its learned positions are for, or that "dynamic" rotary frequencies stay the
-        same for: further on they change with every token, and kept keys are of none of them. None:
-        rotary and relative positions have no end."""
+        """The most tokens that the model's learned positions, or its "dynamic" rotary frequencies,
+        allow: past these the frequencies change with every token, and kept keys fit no more. None:
+        no limit."""
         if not isinstance(getattr(self.stack, "embed_positions", None), nn.Embedding):
             return self.rope.grows
         return int(self.text_config.max_position_embeddings)
 
     def room(self, prompt: int) -> int | None:
-        """Tokens that a prompt of so many and its answer may have; None: no end.
+        """Return the most tokens of a prompt of `prompt` tokens and its answer; None: no limit.
 
-        A longer one has other rotary frequencies from its first token on ("longrope"): what is kept
-        of a shorter prompt is of no use there.
+        With "longrope", longer texts have other rotary frequencies from the first token on, so that
+        kept keys of shorter ones do not fit.
         """
         switch = self.rope.switches
         return switch if switch is not None and prompt <= switch else self.positions
 
     def has_own_frequencies(self, prompt: int) -> bool:
-        """Return True if a prompt of so many tokens has other rotary frequencies than a short
-        one."""
+        """Return True if prompts of `prompt` tokens have other rotary frequencies than short
+        ones."""
         return self.rope.switches is not None and prompt > self.rope.switches
 
     @property
     def device(self) -> torch.device:
-        """Return where inputs go, and where normed states and logits come."""
+        """Return the device that inputs go to, and that normed states and logits come from."""
         return device_of(self.model)
 
     @property
@@ -229,7 +230,7 @@ class OpenedModel:
         return float_dtype(self.layers)
 
     def check_whole(self, what: str) -> None:
-        """Raise `UnsupportedBackboneError` where `what` needs the weights that others hold."""
+        """Raise `UnsupportedBackboneError` where `what` needs weights that other processes hold."""
         if self.split:
             raise UnsupportedBackboneError(
                 f"{what} needs whole weights, and those of {type(self.model).__name__} are split "
@@ -242,7 +243,7 @@ class OpenedModel:
     def logits(
         self, normed: Tensor, head: nn.Module | None = None, *, code: HeadCode | None = None
     ) -> Tensor:
-        """Logits [..., V] of final-normed states [..., D], as the model itself computes them.
+        """Return logits [..., V] of final-normed states [..., D], as the model computes them.
 
         head: of `head_rows`, to read only those tokens. code: called in place of the whole head.
         """
@@ -290,30 +291,30 @@ class OpenedModel:
         return added if self.words is None else added[: self.words]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """The final norm, where the family has one."""
+        """Apply the final norm, where the family has one."""
         return self.here(self.norm(hidden) if self.norm is not None else hidden)
 
     def as_read(self, ids: Tensor) -> Tensor:
-        """Ids of an answer as the model's own forward pass reads them."""
+        """Return the ids of an answer as the model's own forward pass reads them."""
         for written, read in self.read_as.items():
             ids = ids.masked_fill(ids == written, read)
         return ids
 
     def here(self, tensor: Tensor) -> Tensor:
-        """The tensor on `device`, from wherever its layer runs."""
+        """Return the tensor on `device`, from the device of its layer."""
         return tensor.to(self.device) if self.sharded else tensor
 
     # -- driving ----------------------------------------------------------------------------
 
     def skipped_layer_output(self, call: LayerCall) -> Any:
-        """Return what the layer would return if it left the state as it is."""
+        """Return the output of a layer that leaves the state as it is."""
         return self.handed_through(call, self.returns[call.index])
 
     def handed_through(self, call: LayerCall, values: int) -> Any:
-        """The same, of a layer that returns this many values; 0: the state alone.
+        """Return that output for a layer with this many values; 0: the state alone.
 
-        T5's layers hand the attention biases on, from block 0, which computes the relative one:
-        a skipped block must do the same.
+        T5's layers hand the attention biases on, from block 0, which computes the relative one: a
+        skipped block must do the same.
         """
         if self.family.layers != "block":
             return (call.hidden, *[None] * (values - 1)) if values else call.hidden

@@ -12,12 +12,12 @@ OWN = "own"
 
 @dataclass(eq=False)
 class Readings:
-    """Verdicts on the answers of one model as it is; it has new ones once it changes.
+    """Results of reading one model's answers again; replaced once the model changes.
 
-    verdicts: by shape, the executor whose answers were right, or `OWN`. longest: by shape, tokens
-    of the longest answer that was right. read, failed: answers that
-    were read again, and that were not the model's own. why: of those that failed, each reason once.
-    marks: tokens that stand for images and the like, once they are known.
+    verdicts: by shape, the executor with right answers, or `OWN`. longest: by shape, tokens of the
+    longest right answer. read, failed: numbers of answers that were read again, and that were
+    wrong. why: the reasons of failures, each once. marks: ids of tokens that stand for images and
+    the like; None: not yet known.
     """
 
     verdicts: dict[Hashable, str] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Readings:
 
     @property
     def words(self) -> str:
-        """Return what was found in one line, for people."""
+        """Return the results in one line, for people."""
         why = f": {self.why[0]}" if self.why else ""
         return f"{self.read} answers read again by the model, {self.failed} not its own{why}"
 
@@ -39,26 +39,26 @@ class Readings:
         return Readings, ()  # a model's copy, here or in another process, reads for itself
 
     def due(self, share: float) -> bool:
-        """Return True if one more answer is of the share that is read again: every hundredth of a
-        share of .01, so that the same answers are read in every run."""
+        """Return True if the next answer is to be read again: at a share of .01 every hundredth, so
+        that every run reads the same answers."""
         with self._lock:
             self._answers += 1
             return int(self._answers * share) > int((self._answers - 1) * share)
 
     def note(self, shape: Hashable, verdict: str, tokens: int) -> None:
-        """Note that an answer of so many tokens was read again and was right."""
+        """Note that an answer of `tokens` tokens was read again and was right."""
         with self._lock:
             self.read += 1
             self.verdicts[shape] = verdict
             self.longest[shape] = max(tokens, self.longest.get(shape, 0))
 
     def is_longer(self, shape: Hashable, tokens: int) -> bool:
-        """Return True if an answer of so many tokens is more than twice as long as any that was
-        right: a model may compute otherwise further on."""
+        """Return True if an answer of `tokens` tokens is more than twice as long as any right one:
+        models may compute long texts differently."""
         return tokens > 2 * self.longest.get(shape, 0)
 
     def fail(self, shape: Hashable, why: str, verdict: str = OWN) -> bool:
-        """Note that an answer was not the model's own; return whether nobody was told yet."""
+        """Note that an answer was not the model's own; return True for the first such warning."""
         with self._lock:
             self.read += 1
             self.failed += 1
@@ -68,5 +68,5 @@ class Readings:
             return not told
 
     def following(self) -> Readings:
-        """Return those of the model once it has changed, which count on."""
+        """Return empty results for the changed model, with the counts continued."""
         return Readings(read=self.read, failed=self.failed, why=self.why)

@@ -19,14 +19,14 @@ class Family:
     layers, norm: attributes of the stack; `norm=None` where the stack ends without one.
     head: the LM head.
     hidden_scale: factor on the normed state before the head, or a function of the text config that
-        gives it (T5 ties).
-    logit_scale: factor on what the head makes (Granite, mup). softcap: bound of a soft cap on that,
-        where the configuration does not call it `final_logit_softcapping`. logit_bias: path of a
-        parameter or buffer that is added last (BART). suppressed: ids of tokens whose logits the
-        model puts at the lowest number (Chameleon's image tokens).
-    vision: the vision tower, which reads the image and nothing else.
+    gives it (T5 ties).
+    logit_scale: factor on the head's output (Granite, mup). softcap: bound of a soft cap on logits,
+    if the configuration does not call it `final_logit_softcapping`. logit_bias: path of a parameter
+    or buffer that is added last (BART). suppressed: ids of tokens whose logits the model puts at
+    the lowest number (Chameleon's image tokens).
+    vision: the vision tower, which reads the image alone.
     causal_prompt: False where prompt tokens also look ahead (PaliGemma, Gemma 3) or where visual
-        features join between layers (Qwen3-VL); the prompt then always runs at full depth.
+    features join between layers (Qwen3-VL); the prompt then always runs at full depth.
     discovered: found by watching the model, not registered.
     """
 
@@ -44,8 +44,7 @@ class Family:
     discovered: bool = False
 
     def inside(self, prefix: str, vision: str | None) -> Family:
-        """Return the family of a VLM that holds this text family under `prefix`, beside the vision
-        tower `vision`."""
+        """Return the family of a VLM with this text family at `prefix` and the tower `vision`."""
         stack, head = f"{prefix}.{self.stack}", f"{prefix}.{self.head}"
         return replace(self, stack=stack, head=head, vision=vision)
 
@@ -87,20 +86,19 @@ with layers that are called otherwise."""
 
 
 def register_backbone(model_type: str, family: Family) -> None:
-    """Teach the library a family; see `docs/models.md`. Replaces an earlier entry, and comes before
-    what watching the model would find."""
+    """Register a family; see `docs/models.md`. It replaces an earlier entry, and is used instead of
+    watching the model."""
     FAMILIES[model_type] = family
 
 
 def is_ours(config: Any) -> bool:
-    """Return True if the family of a model's configuration is one that nobody else registered."""
+    """Return True if a configuration's family is built in, and was not replaced by a plug-in."""
     kind = getattr(config, "model_type", None)
     return kind in FAMILIES and FAMILIES[kind] == _TESTED.get(kind)
 
 
 def is_tested(config: Any) -> bool:
-    """Return True if the family of a model's configuration, and the decoder inside, have tests
-    here."""
+    """Return True if tests here cover a configuration's family, and the decoder inside."""
     return (
         is_ours(config) and config.get_text_config(decoder=True).model_type in _TESTED_TEXTS.split()
     )

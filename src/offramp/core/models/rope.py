@@ -13,10 +13,10 @@ from offramp.core.models.discovery.twin import graft, twin
 
 @dataclass(frozen=True)
 class LengthDependentRope:
-    """The length at which the frequencies of a model change, in tokens; None: none.
+    """The length, in tokens, at which a model's rotary frequencies change; None: no such length.
 
-    grows: beyond so many tokens they change with every token ("dynamic"). switches: a text of more
-    tokens has others, from its first token on ("longrope").
+    grows: the frequencies change with every token after this one ("dynamic"). switches: longer
+    texts have other frequencies, from the first token on ("longrope").
     """
 
     grows: int | None = None
@@ -24,7 +24,7 @@ class LengthDependentRope:
 
     @classmethod
     def of(cls, config: Any) -> LengthDependentRope:
-        """Read a text model's configuration; the smallest where kinds of layers have their own."""
+        """Read a text model's configuration; the smallest length where kinds of layers differ."""
         found: dict[str, int] = {}
         for rope in _settings(config):
             kind = str(rope.get("rope_type") or rope.get("type") or "")
@@ -47,8 +47,8 @@ def _settings(config: Any) -> list[Mapping[str, Any]]:
 
 
 def with_own_frequencies(root: nn.Module, stack: str) -> None:
-    """Give a twin of a model frequencies of its own in its stack: such modules write them anew in a
-    call, and another thread's call, or the model's own next one, would read them."""
+    """Give the stack in a twin its own frequencies: such modules rewrite them during a call, which
+    other threads, or the model's own next call, would read."""
     for name, module in [*root.get_submodule(stack).named_children()]:
         if hasattr(module, "rope_type") and hasattr(module, "inv_freq"):
             graft(root, f"{stack}.{name}" if stack else name, _with_own_buffers(module))

@@ -37,7 +37,7 @@ def has_hook(module: nn.Module) -> bool:
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Raise `UnsupportedBackboneError` where a hook does not lie around a module's own forward."""
+    """Raise `UnsupportedBackboneError` where a hook does not surround a module's own forward."""
     for path, module in model.named_modules():
         if has_hook(module) and not _is_known(module):
             kind = type(module._hf_hook).__name__
@@ -56,14 +56,14 @@ def _is_known(module: Any) -> bool:
 
 
 def hook_twin(made: Any) -> None:
-    """Hang the hook of a module around its twin `made`, which has taken over all its attributes."""
+    """Put the module's hook around its twin `made`, which already has all its attributes."""
     if has_hook(made):
         own = made.__dict__["_old_forward"] = MethodType(made._old_forward.__func__, made)
         made.__dict__["forward"] = update_wrapper(partial(made.forward.func, made), own)
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where a module runs: as its hook says, or where its parameters are."""
+    """Return the device on which a module runs: its hook's, or that of its parameters."""
     for part in module.modules():
         device = getattr(vars(part).get("_hf_hook"), "execution_device", None)
         if device is not None:
@@ -76,7 +76,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """Bring the module's offloaded weights to where it runs, for as long as this is open."""
+    """Bring the module's offloaded weights to its device, while this context is open."""
     hooks = [
         (part, part._hf_hook)
         for part in module.modules()
@@ -92,13 +92,13 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
 
 def hooks_of(module: nn.Module) -> dict[int, Any]:
-    """The hooks in a module by id: for `deepcopy`, so that what they hold is not copied."""
+    """Return the hooks in a module by id, for `deepcopy` to leave them uncopied."""
     hooks = [part._hf_hook for part in module.modules() if has_hook(part)]
     return {id(hook): hook for hook in hooks}
 
 
 def unhook(module: nn.Module) -> None:
-    """Take the hooks off a copy, and leave its weights where they are."""
+    """Remove the hooks from a copy, and leave its weights where they are."""
     for part in module.modules():
         if has_hook(part):
             for name in _HOOKED:
@@ -106,7 +106,7 @@ def unhook(module: nn.Module) -> None:
 
 
 def run_like(module: nn.Module, layer: nn.Module) -> None:
-    """Let `module` run where `layer` does; if hooks move what comes to that, hang one around it."""
+    """Make `module` run on the device of `layer`, by a hook on its inputs if `layer` has one."""
     module.to(device_of(layer))
     hook: Any = vars(layer).get("_hf_hook")
     if hook is not None:
@@ -147,7 +147,7 @@ def is_fsdp(module: nn.Module) -> bool:
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:
-    """Return True if this process holds a part of the tensor."""
+    """Return True if this process holds only a part of the tensor."""
     if not _together():
         return False
     from torch.distributed.tensor import DTensor
@@ -156,19 +156,19 @@ def is_dtensor(tensor: Tensor | None) -> bool:
 
 
 def is_split(module: nn.Module) -> bool:
-    """Return True if processes hold parts of the module's weights."""
+    """Return True if several processes hold parts of the module's weights."""
     return _together() and (
         any(map(is_dtensor, module.parameters())) or any(map(is_fsdp, module.modules()))
     )
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor."""
+    """Return the part of a tensor that this process holds."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered by all processes together; within `unread`, one to be filled."""
+    """Return the whole tensor, gathered by all processes together; an empty one in `unread`."""
     if not is_dtensor(tensor):
         return tensor
     if _unread.get():
@@ -178,8 +178,8 @@ def full(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def unread() -> Iterator[None]:
-    """Gather nothing inside this context: values are loaded into the copies afterwards, and a
-    process may make them alone."""
+    """Gather nothing inside this context: one process may make copies alone, whose values are
+    loaded afterwards."""
     token = _unread.set(True)
     try:
         yield
@@ -189,8 +189,8 @@ def unread() -> Iterator[None]:
 
 @torch.no_grad()
 def gathered(module: nn.Module) -> nn.Module:
-    """The module itself; of one that processes split, a stand-in with the full tensors, without
-    what splits it: its class, its hooks, and what stands in the place of `forward`."""
+    """Return the module itself or, where processes split it, a stand-in with the full tensors and
+    without FSDP2's class, hooks and `forward`."""
     return _whole(module, {}) if is_split(module) else module
 
 
@@ -220,8 +220,8 @@ def _whole(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
 @torch.inference_mode(False)
 @torch.no_grad()
 def keep_layers_alone_split(model: Any, layers: Sequence[nn.Module]) -> None:
-    """Gather, once and for good, what FSDP2 splits besides the layers: their own code calls it, and
-    so do we, where no hook of FSDP2 is asked. Layers are freed after each call.
+    """Gather permanently what FSDP2 splits besides the layers, because code calls these parts
+    without FSDP2's hooks. Layers are freed after each call.
 
     Raises:
         UnsupportedBackboneError: layers that are no units of FSDP2 of their own, beside others.
@@ -249,6 +249,6 @@ def keep_layers_alone_split(model: Any, layers: Sequence[nn.Module]) -> None:
 
 
 def free(layer: Any) -> None:
-    """Free what FSDP2 gathered for a call that was broken off."""
+    """Free the weights that FSDP2 gathered for an interrupted call."""
     if is_fsdp(layer):
         layer.reshard()

@@ -11,10 +11,10 @@ TORCH = "torch"
 
 
 class StandIn(nn.Module):
-    """Stands where a vision tower stood. Thread-safe.
+    """A replacement of a vision tower. Thread-safe.
 
-    name: of what runs the tower. tower: the model's own. beside: what stands in the places of other
-    modules then, by their paths from the model.
+    name: of the tower's engine. tower: the model's own. beside: replacements of other modules, by
+    their paths from the model.
     """
 
     name: str

@@ -34,21 +34,21 @@ _COMPRESSED = "quantization_scheme"
 
 
 class OwnLinear(nn.Module):
-    """The base of linears that hold a weight in another form, each token by itself.
+    """The base of linears that hold a weight in another form, and compute each token by itself.
 
-    word: what the form is called; "" where its numbers are the plain linear's.
+    word: name of the form; "" where its numbers are the plain linear's.
     """
 
     word: str = ""
 
     def dense(self) -> Tensor:
-        """Return the weight [out, in], where the numbers are the plain linear's."""
+        """Return the weight [out, in], if its numbers are the plain linear's."""
         raise NotImplementedError
 
 
 def check_scheme(model: Any) -> None:
-    """Raise `UnsupportedBackboneError` where transformers did not know the scheme that a model's
-    configuration names: it then warns, and leaves quantised weights as they were initialised."""
+    """Raise `UnsupportedBackboneError` where transformers does not know the quantisation scheme
+    that a model's configuration names: it would leave the quantised weights as initialised."""
     config = getattr(model.config, "quantization_config", None)
     if config is None or getattr(model, "hf_quantizer", None) is not None or scheme(model):
         return
@@ -61,14 +61,15 @@ def check_scheme(model: Any) -> None:
 
 
 def unpack(model: Any) -> None:
-    """Unpack what compressed-tensors would when the model first runs, which our twins run past."""
+    """Unpack weights that compressed-tensors would unpack at the model's first run, which twins
+    bypass."""
     if hasattr(model, "ct_decompress_hook"):
         model.hf_quantizer.compressor.decompress_model(model)
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Return True if this module is a quantised linear layer: a leaf whose weight is no plain float
-    tensor, and is not merely laid out for a processor."""
+    tensor, in whatever layout."""
     if not hasattr(module, "in_features") or any(True for _ in module.children()):
         return False
     weight = getattr(module, "weight", None)
@@ -85,8 +86,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def scheme(module: nn.Module) -> str | None:
-    """Return what holds the weights, in words: our own scheme, or the class of the first quantised
-    linear, or of its weight, and the bits that it names; None: nothing is quantised."""
+    """Return the quantisation scheme in words, with its bits: our own, or the class of the first
+    quantised linear or of its weight; None: nothing is quantised."""
     for part in module.modules():
         if isinstance(part, OwnLinear):
             if part.word:
@@ -109,8 +110,8 @@ def _word(bits: Any) -> str:
 
 @torch.no_grad()
 def mixes_rows(module: nn.Module) -> str | None:
-    """Return the scheme in `module` that rounds a state by those that share its call, as 8 bits of
-    bitsandbytes do beside outliers; None where none does."""
+    """Return the scheme in `module` that rounds a state depending on others in its call, as 8 bits
+    of bitsandbytes do beside outliers; None where no scheme does."""
     dtype, first = float_dtype(module), dict[str | None, nn.Module]()
     for part in module.modules():
         if is_quantized(part) and not isinstance(part, OwnLinear):
@@ -135,9 +136,9 @@ def _mixes(linear: Any, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def dequantized(linear: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [out, in] that a quantised linear computes with.
+    """Return the weight [out, in] that a quantised linear computes with.
 
-    dtype: of the states that come in.
+    dtype: of the incoming states.
 
     Raises:
         UnsupportedBackboneError: it cannot be read.
@@ -177,10 +178,10 @@ def _unreadable(module: nn.Module, why: str) -> UnsupportedBackboneError:
 def float_copy(
     layer: nn.Module, dtype: torch.dtype, instead: Mapping[nn.Module, nn.Module] | None = None
 ) -> nn.Module:
-    """A deep copy whose quantised linears are plain ones of the same values, in `dtype`; of a layer
-    that processes split, of its full tensors.
+    """Return a deep copy with plain linears of the same values, in `dtype`, for quantised ones;
+    where processes split the layer, of its full tensors.
 
-    instead: what the copy has in place of modules of the layer, once it is gathered.
+    instead: replacements in the copy, for modules of the layer.
 
     Raises:
         UnsupportedBackboneError: weights that are quantised elsewhere than in linears.
@@ -215,8 +216,8 @@ def float_parameters(
 ) -> list[Callable[[], Tensor]]:
     """Return functions that make the parameters as floats, in the order of `module.parameters()`.
 
-    Each is made when its function is called, because all at once may not fit in memory. A split
-    parameter is made whole.
+    Each parameter is made when its function is called, because all at once may not fit in memory. A
+    split parameter is made whole.
 
     besides: ids of parameters and modules that are left out.
     """
@@ -226,7 +227,7 @@ def float_parameters(
 def named_float_parameters(
     module: nn.Module, besides: Collection[int] = ()
 ) -> list[tuple[str, Callable[[], Tensor]]]:
-    """The same with their names in the module."""
+    """Return the functions of `float_parameters` with the parameters' names in the module."""
     seen, dtype = set(besides), float_dtype(module)
     makes: list[tuple[str, Callable[[], Tensor]]] = []
     for at, part in module.named_modules():
@@ -244,7 +245,7 @@ def named_float_parameters(
 
 
 def held_plainly(part: nn.Module) -> Mapping[str, Tensor | None]:
-    """A module's own parameters by name; of a quantised linear all but its weight."""
+    """Return a module's own parameters by name; of a quantised linear all but its weight."""
     return {"bias": getattr(part, "bias", None)} if is_quantized(part) else part._parameters
 
 
@@ -254,7 +255,7 @@ def _made(part: nn.Module, make: Callable[[], Tensor]) -> Tensor:
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
-    """The precision of the states: that of a norm, which no scheme quantises."""
+    """Return the precision of the states: that of a norm, which no scheme quantises."""
     first: torch.dtype | None = None
     for parameter in filter(_is_plain, module.parameters()):
         if parameter.dim() == 1:

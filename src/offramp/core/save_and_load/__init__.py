@@ -69,8 +69,7 @@ LARGEST_SEEN = 2**28
 
 
 def load_exits(config: AdapterConfig, backbone: Backbone) -> ExitSet:
-    """Load the exits of a folder whose adapter.json is read; the backbone learns what is known of
-    its decoding.
+    """Load the exits of a folder; the backbone takes over the folder's findings on decoding.
 
     Raises:
         AdapterError: trained for a backbone that differs from this one (the text says in what), or

@@ -26,10 +26,9 @@ class AdapterConfig:
     """adapter.json, read and checked.
 
     fingerprint: of the backbone; see `offramp.core.models.fingerprint`. exit_kind: of
-    `offramp.core.models.exit_kinds.kinds_of_exit`; "layer" in adapters written before there were
-    others.
-    checks: what was measured of the shortlist; None: there is none. files: SHA-256 of the other
-    files by name; None in adapters written before there were.
+    `offramp.core.models.exit_kinds.kinds_of_exit`; "layer" in adapters of early versions.
+    checks: measurements of the shortlist; None: there is none. files: SHA-256 of the other files by
+    name; None in adapters of early versions.
     """
 
     folder: Path
@@ -84,7 +83,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
 
 
 def read_policy(values: Any, path: Path) -> ExitPolicy:
-    """Return the policy that a file holds, as JSON.
+    """Return the policy from a file's JSON values.
 
     Raises:
         AdapterError: it is damaged, or of a newer version.
@@ -147,7 +146,7 @@ def _decoding(shown: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def brief(value: Any) -> str:
-    """A value in a few words."""
+    """Return a value as text of a few words."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):

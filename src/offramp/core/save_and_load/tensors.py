@@ -31,7 +31,7 @@ def write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_shapes(path: Path, whole: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's tensors by name, from its header alone.
+    """Return the shapes of a file's tensors by name, from its header alone.
 
     whole: names of tensors that hold whole numbers; all others hold floating-point ones.
 
@@ -70,7 +70,7 @@ def check_shapes(path: Path, expected: Shapes, whole: tuple[str, ...] = ()) -> N
 
 
 def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU; floating-point ones as `dtype`, where one is given.
+    """Return the tensors of a file, on the CPU; floating-point ones as `dtype`, if one is given.
 
     Raises:
         AdapterError: the file cannot be read, or a value is not finite in that precision.

@@ -38,9 +38,8 @@ __all__ = [
 def write_atomic(path: str | Path, data: bytes | str, *, follow: bool = True) -> None:
     """Write a file so that readers see the old content or the new, never a part.
 
-    Text is written as UTF-8. Missing parent folders are made. A file that was there keeps its mode.
-    follow: whether a link is followed; of a file that the project names itself, as in a cache, it
-    is replaced, wherever somebody had it lead.
+    Text is written as UTF-8. Missing parent folders are made. An existing file keeps its mode.
+    follow: whether a link is followed; False, as for files of a cache: the link itself is replaced.
 
     Raises:
         StorageError: nothing was written; what was there before is untouched.
@@ -73,9 +72,9 @@ def write_atomic(path: str | Path, data: bytes | str, *, follow: bool = True) ->
 def atomic_folder(path: str | Path, *, owns: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty staging folder; its files move to `path` when the block ends without error.
 
-    A new folder appears at once. In a folder that exists, files of the same name are replaced, all
-    at once too, and every other file stays as it is. Where the system cannot exchange folders, or
-    the working folder lies inside, it is one rename each, once all of them are safely on disk.
+    A new folder appears at once. In an existing folder all files of the same names are replaced at
+    once, and every other file stays. Where the system cannot exchange folders, or the working
+    folder lies inside, the files are renamed one by one, once all of them are safely on disk.
 
     owns: names of files that are removed from `path` where the staging folder has none.
 
@@ -128,7 +127,7 @@ def write_json(path: str | Path, value: Any, *, follow: bool = True) -> None:
     """Write a value as indented UTF-8 JSON, whole or not at all. follow: as of `write_atomic`.
 
     Raises:
-        InputError: the value is not JSON; NaN and infinity are not, whatever Python's default.
+        InputError: the value is not JSON; NaN and infinity are refused.
         StorageError: see `write_atomic`.
     """
     write_atomic(path, dumps(value, indent=2, ensure_ascii=False) + "\n", follow=follow)
@@ -137,8 +136,8 @@ def write_json(path: str | Path, value: Any, *, follow: bool = True) -> None:
 def read_json(path: str | Path, *, largest: int | None = None, unique: bool = False) -> Any:
     """Read a JSON file.
 
-    largest: bytes of the largest file that is read; None: any. unique: whether numbers that are not
-    finite are refused, and an object that has a name twice, of which the last would count.
+    largest: size limit in bytes; None: no limit. unique: whether numbers that are not finite, and
+    objects with a name twice, are refused.
 
     Raises:
         DataError: the content is not JSON, nested too deeply, or too large.

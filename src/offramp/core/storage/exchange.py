@@ -15,14 +15,13 @@ _EXCHANGE = 2
 
 
 def exchange_folder(new: Path, target: Path, *, without: Collection[str] = ()) -> bool:
-    """Put the folder `new` in the place of `target`, with those files of `target` that it lacks;
-    the old one is then where `new` was.
+    """Swap the folder `new` and `target`; files that only `target` had are first linked into `new`.
 
     without: names in `target` that are not taken along.
 
     Returns:
         False where the system cannot, as on some network and removable disks; `target` is then
-        untouched, and `new` holds what it held and links to other files.
+            untouched, and `new` has its own files and links to others.
     """
     swap = _swap()
     if swap is None or _works_in(target):

@@ -24,8 +24,8 @@ def dumps(value: Any, **options: Any) -> str:
 
 
 def check_plain(path: str | Path) -> os.stat_result:
-    """Raise `StorageError` unless it is a plain file, or a link to one: a pipe would keep its
-    reader waiting for ever, and a device has no end."""
+    """Raise `StorageError` unless the path is a plain file or a link to one: a pipe would block its
+    reader for ever, and a device has no end."""
     try:
         return _plain(path)
     except (OSError, ValueError) as error:

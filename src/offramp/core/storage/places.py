@@ -15,12 +15,12 @@ ROOM = "Check that the folder exists, may be written and has free space, then ru
 
 
 def replaceable(path: str | Path, *, folder: bool = False, follow: bool = True) -> Path:
-    """Return where a link leads, if a file may stand there. folder: it is to be a folder of files.
-    follow: False: the link itself is replaced.
+    """Return the path to write to: the link's target, if a file may stand there. folder: whether a
+    folder is to be written. follow: False: the link itself is replaced.
 
     Raises:
-        OSError: a folder stands there and is to be a file, or the other way round; or a device, a
-            pipe or a socket, which every program of the machine would miss.
+        OSError: a folder stands in a file's place or the other way round; or a device, a pipe or a
+            socket, which other programs need.
         ValueError: no file can have the name.
     """
     target = Path(os.path.realpath(path))
@@ -59,7 +59,7 @@ def temporary_name() -> str:
 
 
 def remove_dead(folder: Path) -> None:
-    """Remove what processes of this machine that have ended left half written; once a process."""
+    """Remove half-written files of ended processes of this machine; once a process."""
     if folder in _tidied:
         return
     _tidied.add(folder)
@@ -86,7 +86,7 @@ def _is_alive(process: int) -> bool:
 
 
 def keep_mode(old: Path, new: Path) -> None:
-    """Give a file the mode of the plain file that it is to replace, where there is one."""
+    """Give a new file the mode of the plain file that it will replace, if there is one."""
     with contextlib.suppress(OSError):
         mode = os.lstat(old).st_mode
         if stat.S_ISREG(mode):
@@ -94,7 +94,7 @@ def keep_mode(old: Path, new: Path) -> None:
 
 
 def usual_mode(folder: Path) -> int:
-    """The mode of a new file, as the umask has it; asking for the umask itself would change it."""
+    """Return the mode of a new file under the umask; to read the umask would change it."""
     probe = folder / temporary_name()
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -108,7 +108,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Put the names in a folder on disk: a rename is not there before. Not every system can."""
+    """Write the names in a folder to disk, where the system can; else a rename may be lost."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -48,7 +48,7 @@ LARGEST = 2**22
 
 
 class Policy(Struct, forbid_unknown_fields=True, frozen=True):
-    """An `ExitPolicy`. Earlier versions write guesses, weights and gates too."""
+    """An `ExitPolicy`. Earlier versions also write guesses, weights and gates."""
 
     thresholds: Thresholds
     score: str = ""
@@ -92,7 +92,7 @@ class Backbone(Struct, frozen=True):
 
 
 class Kept(Struct, frozen=True):
-    """The least of some numbers, ascending, and of how many."""
+    """The smallest of some numbers, ascending, and the count of all."""
 
     n: Ordinal
     low: Annotated[list[Number], Meta(min_length=1, max_length=2**14)]
@@ -126,8 +126,8 @@ KindsLikeness = Annotated[dict[str, KindLikeness], Meta(max_length=2**10)]
 
 
 def likeness_of(value: Any) -> Any:
-    """Return a `Likeness`, or a `KindsLikeness` of earlier versions. Raise `ValueError` where it is
-    neither."""
+    """Return a `Likeness`, or a `KindsLikeness` of earlier versions. Raise `ValueError` for other
+    values."""
     kinds = value.get("kinds") if isinstance(value, dict) else None
     now = isinstance(kinds, dict) and "n" not in kinds
     return shaped(value, Likeness if now else KindsLikeness)
@@ -166,14 +166,14 @@ class Conditions(Struct, frozen=True):
 
 
 class Watched(Struct, frozen=True):
-    """A risk that is watched in place of one that needs right answers."""
+    """A watched risk, in place of a risk that needs right answers."""
 
     risk: str
     targets: dict[str, Target]
 
 
 class Kind(Struct, frozen=True):
-    """Findings of one kind of prompt, and the point of the path that it is answered by."""
+    """Results for one kind of prompt, and the point of the path that its answers use."""
 
     kind: str | None = None
     target: Target | None = None
@@ -181,7 +181,7 @@ class Kind(Struct, frozen=True):
 
 
 class Way(Struct, frozen=True):
-    """A way to answer that was compared (`offramp.calibration.trial.Way`)."""
+    """One of the compared ways to answer (`offramp.calibration.trial.Way`)."""
 
     name: str
     setting: str
@@ -286,7 +286,7 @@ class Adapter(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Checked(Struct, frozen=True):
-    """A prompt, and the answers that it must get."""
+    """A prompt, and the answers that it must get from vLLM."""
 
     prompt: Tokens
     tokens: Tokens
@@ -339,8 +339,8 @@ Seen = dict[str, list[str]]
 
 
 def parse(content: bytes) -> Any:
-    """Return a JSON value. Raise `ValueError`, in one line, where it is none, an object has a name
-    twice, or a number is not finite."""
+    """Return a JSON value. Raise `ValueError` of one line for text that is not JSON, an object with
+    a name twice, or a number that is not finite."""
     try:
         return json.loads(
             content.decode("utf-8-sig"),
@@ -353,8 +353,8 @@ def parse(content: bytes) -> Any:
 
 
 def shaped(value: Any, kind: Any) -> Any:
-    """Return a JSON value as one of the types here. Raise `ValueError`, in one line, where it does
-    not have that shape."""
+    """Return a JSON value as one of the types here. Raise `ValueError` of one line where the shape
+    differs."""
     try:
         return msgspec.convert(value, kind)
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
@@ -362,8 +362,8 @@ def shaped(value: Any, kind: Any) -> Any:
 
 
 def decoded(content: bytes, kind: Any) -> Any:
-    """Return JSON text as one of the types here; as `shaped`, but what does not fit takes no memory
-    before it is refused."""
+    """Return JSON text as one of the types here, as `shaped` does; wrong text is refused before it
+    takes memory."""
     try:
         return msgspec.json.decode(content.removeprefix(b"\xef\xbb\xbf"), type=kind)
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
@@ -400,8 +400,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read(path: Path, kind: Any, largest: int = LARGEST) -> tuple[dict[str, Any], Any]:
-    """Return a file's JSON object, plain and as one of the types here. Raise `ValueError`, in one
-    line, or `OSError`."""
+    """Return a file's JSON object, plain and as one of the types here. Raise `OSError`, or
+    `ValueError` of one line."""
     if path.stat().st_size > largest:
         raise ValueError(f"it has more than {largest} bytes")
     plain = parse(path.read_bytes())

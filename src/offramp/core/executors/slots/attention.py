@@ -37,18 +37,18 @@ MASKED, PACKED = "offramp_slots", "offramp_packed"
 @dataclass(frozen=True)
 class MaskRule:
     """The rule that a mask was made by. allowed: Hugging Face's function of (row, head, query,
-    key), or None in cross-attention, where an encoder's tokens alone are hidden."""
+    key); None in cross-attention, where only the encoder's padding is hidden."""
 
     allowed: Callable[..., Any] | None
     dtype: torch.dtype
 
     @property
     def causal(self) -> bool:
-        """Return True if nothing but later tokens is hidden."""
+        """Return True if later tokens are hidden, and no others."""
         return self.allowed is causal_mask_function
 
     def mask(self, queries: Tensor, width: int, encoder: Tensor | None = None) -> Tensor:
-        """An additive mask [R, 1, W, K] of `width` columns for queries at columns [R, W].
+        """Return an additive mask [R, 1, W, K] of `width` columns for queries at columns [R, W].
 
         encoder: which of the encoder's tokens [R, K] are there.
         """
@@ -77,9 +77,9 @@ def slot_mask(
     device: Any = "cpu",
     **_: Any,
 ) -> Tensor:
-    """An additive mask [R, 1, W, K].
+    """Return an additive mask [R, 1, W, K].
 
-    q_offset: columns of the queries [R, W]; a number in cross-attention, whose mask is
+    q_offset: columns of the queries [R, W]; in cross-attention a number, and the mask is
     `attention_mask` [R, K], the encoder's.
     """
     if isinstance(q_offset, Tensor):
@@ -100,7 +100,7 @@ PLAIN = ("sdpa", "eager")
 
 
 def with_slot_masks(stack: Any) -> str:
-    """Let the twin `stack` ask `slot_mask` for its masks; return what attention it had.
+    """Make the twin `stack` use `slot_mask` for its masks; return the name of its attention before.
 
     Raises:
         UnsupportedBackboneError: its attention takes no dense mask (flash, flex).
@@ -129,10 +129,10 @@ def packed_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention [1, N, H, Dh] of queries [1, H, N, Dh] to keys and values [R, Hk, K, Dh].
+    """Return attention [1, N, H, Dh] of queries [1, H, N, Dh] to keys and values [R, Hk, K, Dh].
 
     attention_mask, position_bias: additive, of the queries by slot [R, 1 or H, W, K]. Query heads
-    that share a key head stand beside each other, so that keys are not repeated for them.
+    with a common key head stand beside each other, so that keys need no copies.
     """
     call: SlotCall = module.__dict__["_current"].call
     assert call.gather is not None and call.pick is not None
@@ -163,8 +163,8 @@ def attentions(layer: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def with_attention(layer: nn.Module, name: str, **known: Any) -> Any:
-    """A twin of a decoder layer or an exit whose attention is what Hugging Face's table has under
-    `name`. known: what that finds among its module's attributes."""
+    """Return a twin of a decoder layer or an exit with the attention called `name` in Hugging
+    Face's table. known: attributes that this attention finds on its module."""
     ours: Any = twin(layer)
     ours._compiled_call_impl = None  # would run the layer that it was compiled from
     for path, module in attentions(layer):
@@ -177,8 +177,8 @@ def with_attention(layer: nn.Module, name: str, **known: Any) -> Any:
 
 
 class WithAttention(dict[Any, Any]):
-    """Twins by `with_attention` that are called in the place of layers and exits; each is made when
-    first asked for."""
+    """Twins by `with_attention` that are called in the place of layers and exits; each twin is made
+    when first asked for."""
 
     def __init__(self, name: str, current: CurrentCall, plain: Mapping[Any, Any] | None) -> None:
         """plain: what is called in a twin's place; None: the twin."""

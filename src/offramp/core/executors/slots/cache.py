@@ -39,9 +39,9 @@ class SlotCall:
     slots, columns: of each of its B * T tokens, in order.
     reads: slots whose keys are read, one for each row of queries [R]; None: the first R slots.
     queries: columns of the queries [R, W]; (R, W) is (B, T), but where calls are packed.
-    width: how many columns are read.
-    gather: packed, for each of the R * W places the token that stands there: of shorter rows the
-    last once more. pick: for each token its place.
+    width: columns that are read.
+    gather: packed: the token at each of the R * W places; shorter rows repeat their last token.
+    pick: packed: the place of each token.
     """
 
     shape: tuple[int, int]
@@ -57,13 +57,13 @@ class SlotCall:
     """Slot and first column, where all tokens stand side by side in one slot (`OneSlot`)."""
 
     def as_wide_as(self, width: int) -> SlotCall:
-        """The same, reading another number of columns."""
+        """Return the same call with `width` columns to read."""
         return replace(self, width=width)
 
 
 class OneSlot:
     """A `SlotCall` over the columns of one slot from `first` up to, and without, `end`. Indices are
-    made only where somebody asks."""
+    made only when they are read."""
 
     gather = pick = reads = None
 
@@ -89,7 +89,7 @@ class OneSlot:
         return self.columns[None]
 
     def as_wide_as(self, width: int) -> OneSlot:
-        """The same, reading another number of columns."""
+        """Return the same call with `width` columns to read."""
         (slot, first), new = self.beside, self.shape[1]
         return OneSlot(slot, first, first + new, self._device, width)
 
@@ -98,13 +98,13 @@ Call = SlotCall | OneSlot
 
 
 class CurrentCall:
-    """The call that is under way, which a runner shares with its cache and modules in its twins."""
+    """The current call of a runner, shared with its cache and with modules in its twins."""
 
     call: Any = None  # a `Call`; None: there is none
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values [slots, heads, columns, head_dim] of one layer, made when first loaded."""
+    """Keys and values [slots, heads, columns, head_dim] of one layer; the first load allocates."""
 
     is_sliding = False
 
@@ -134,9 +134,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [B, H, T, Dh] where the call says, and return what its queries read [R, H, K, Dh].
+        """Write keys and values [B, H, T, Dh] at the current call's columns, and return the keys
+        and values that its queries read [R, H, K, Dh].
 
-        All is written before any is read, so a row may stand in the call several times.
+        All are written before any is read, so a row may stand in the call several times.
         """
         call = self.current.call
         if not self.is_initialized:
@@ -154,7 +155,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.read(0), self.read(1)
 
     def read(self, part: int) -> Tensor:
-        """Keys (0) or values (1) of the call's rows [R, H, K, Dh]."""
+        """Return the keys (0) or values (1) of the call's rows [R, H, K, Dh]."""
         held, call = self.held[part], self.current.call
         if call.beside is not None:
             return held.narrow(0, call.beside[0], 1).narrow(2, 0, call.width)
@@ -163,7 +164,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return held[:, :, : call.width].index_select(0, call.reads)
 
     def grow(self, columns: int) -> None:
-        """Hold `columns` columns, more than now."""
+        """Make room for `columns` columns, more than now."""
         larger = []
         for held in self.held:
             larger.append(held.new_zeros(*held.shape[:2], columns, held.shape[3]))
@@ -171,7 +172,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.held, self.columns = tuple(larger), columns
 
     def drop(self, columns: int) -> None:
-        """Release keys and values; the next are made for so many columns."""
+        """Release keys and values; later ones are allocated with `columns` columns."""
         self.held, self.columns, self.is_initialized = (), columns, False
 
     def move(self, source: int, target: int, columns: int) -> None:
@@ -230,8 +231,8 @@ class _SlotView(Cache):
 class SlotCache:
     """Keys and values of `slots` rows of at most `limit` tokens, or any number (None).
 
-    entries: layers of the decoder and exits. encoder: whether there is one. current: what the stack
-    is being called on.
+    entries: cache entries of the decoder's layers and of the exits. encoder: whether the model has
+    one. current: the current call.
     """
 
     def __init__(self, slots: int, entries: int, limit: int | None, encoder: bool = False) -> None:
@@ -256,10 +257,10 @@ class SlotCache:
     def load(
         self, slot: int, source: Any, row: int, real: Tensor | None, encoder: Tensor | None
     ) -> int:
-        """Take over a row of a prompt from the cache it was run with; return its columns.
+        """Copy a row of a prompt from the cache of its run; return the number of its columns.
 
-        Entries of layers that the prompt waits before have fewer columns, or none. real: which of
-        the prompt's columns [T] are no padding, encoder: which of the encoder's [S]; None: all.
+        Entries of layers that the prompt has yet to run have fewer columns, or none. real: which of
+        the prompt's columns [T] are no padding; encoder: which of the encoder's [S]; None: all.
 
         Raises:
             UnsupportedBackboneError: layers that keep a state instead of keys and values.
@@ -314,7 +315,7 @@ class SlotCache:
             mine.grow(self.columns)
 
     def move(self, source: int, target: int) -> None:
-        """Copy a row to a slot that is free, so that rows in use stand at the front."""
+        """Copy a row to a free slot, so that the rows in use stand at the front."""
         for mine in self.own:
             mine.move(source, target, self.columns)
         for mine in self.cross:
@@ -322,7 +323,7 @@ class SlotCache:
         self.encoder_lengths[target] = self.encoder_lengths[source]
 
     def drop(self) -> None:
-        """Release all keys and values, and the room for long ones."""
+        """Release all keys and values, with the memory for long ones."""
         self.columns, self.encoder_columns = self._least, 0
         self.encoder_lengths = [0] * self.slots
         for mine in self.own:
@@ -332,8 +333,8 @@ class SlotCache:
         self.release()
 
     def seen_by(self, call: Call, unread: Sequence[int] = ()) -> Any:
-        """The cache to hand to the stack for the current call. unread: layers that the encoder's
-        states of the one slot in it have not gone through yet."""
+        """Return the cache that the stack gets for the current call. unread: layers that have yet
+        to run over the encoder's states of the one slot in the call."""
         if self.cross:
             width = max(self.encoder_lengths)
             if call.beside is not None:
@@ -343,12 +344,12 @@ class SlotCache:
         return self._seen
 
     def release(self) -> None:
-        """Forget the last call, whose tensors would else stay."""
+        """Forget the last call, and with it its tensors."""
         self.current.call = self._across.call = None
 
     @property
     def nbytes(self) -> int:
-        """Memory that is allocated."""
+        """The allocated memory, in bytes."""
         return sum(held.nbytes for mine in (*self.own, *self.cross) for held in mine.held)
 
 
@@ -372,8 +373,7 @@ def rounded(columns: int) -> int:
 def flat(
     slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
 ) -> SlotCall:
-    """Return a call on tokens by slot and column. A slot's tokens stand together, in ascending
-    columns."""
+    """Return a call on tokens at `slots` and, ascending within each slot, at `columns`."""
     rows, at = torch.tensor([slots, columns], device=device)
     reads = None if [*slots] == [*range(len(slots))] else rows
     return SlotCall((len(rows), 1), rows, at, reads, at[:, None], width)
@@ -382,8 +382,7 @@ def flat(
 def packed(
     slots: Sequence[int], columns: Sequence[int], width: int, device: torch.device
 ) -> SlotCall:
-    """Return a call on tokens of which one slot may have more than another, each slot's own side by
-    side with padding. Arguments as of `flat`."""
+    """Return a call on slots with different numbers of tokens, padded. Arguments as of `flat`."""
     rows, at = torch.tensor([slots, columns], device=device)
     starts = [i for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1]]
     ends = [*starts[1:], len(slots)]

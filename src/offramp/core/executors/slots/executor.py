@@ -45,7 +45,7 @@ class SlotExecutor(SlotRunner):
     # -- sequences ---------------------------------------------------------------------------
 
     def load(self, prompt: Prompt, row: int) -> LoadedPrompt:
-        """Put a row of a prompt that was read into a free slot.
+        """Put a row of a prompt into a free slot.
 
         Raises:
             UnsupportedBackboneError: layers that keep a state instead of keys and values.
@@ -81,7 +81,7 @@ class SlotExecutor(SlotRunner):
         return LoadedPrompt(held, columns, ran)
 
     def release(self, handle: SlotRow) -> None:
-        """Free a slot; the last sequence moves there, so that those in use stand at the front."""
+        """Free a slot; the last sequence moves there, so that slots in use stand in front."""
         moved = self.held.remove(handle)
         if moved is not None:
             self.cache.move(*moved)
@@ -95,7 +95,7 @@ class SlotExecutor(SlotRunner):
             handle.base[segment] = min(base, column)
 
     def close(self) -> None:
-        """Drop keys, values and states now: handler and model hold each other."""
+        """Drop keys, values and states at once, because handler and model refer to each other."""
         self.cache.drop()
         self._pending.drop()
         self.held = SlotRows(self.cache.slots)

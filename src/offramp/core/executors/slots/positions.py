@@ -12,7 +12,7 @@ from offramp.core.models.backbone import Backbone
 
 
 class RelativeBias:
-    """T5's bias by how far a key is behind its query."""
+    """T5's attention bias, by the distance of a key behind its query."""
 
     def __init__(self, backbone: Backbone) -> None:
         self._attention = backbone.layers[0].layer[0].SelfAttention

@@ -17,12 +17,11 @@ from offramp.core.executors.slots.cache import Call
 class SlotRow:
     """One sequence in a slot of the cache.
 
-    base: by segment, the column of the first state that is kept before it. offset, first: position
-    of column 0, and that on the first of several axes. places: positions [..., T] of a prompt that
-    waits and does not go up one by one.
-    encoder: states [1, S, D] of an encoder that layers have yet to read; unread: which. verified: a
-    column, and the drafting exit's states [n, D] from it on: of the newest column that drafts went
-    on from, and of those that were verified since.
+    base: by segment, the column of the first state that is kept before it. offset: position of
+    column 0. first: the same on the first of several axes. places: positions [..., T] of a waiting
+    prompt whose positions do not count up by one.
+    encoder: states [1, S, D] of an encoder. unread: layers that have yet to read these. verified: a
+    column, and the drafting exit's states [n, D] from that column on.
     """
 
     slot: int
@@ -39,8 +38,8 @@ class SlotRows:
     """The sequences by slot, those in use at the front.
 
     offsets: position of column 0 [..., slots]; None: the stack takes none. ahead: positions before
-    the first column, at most. uneven: whether a sequence counts otherwise on each axis, so that
-    tables by one number a token do not do.
+    the first column, at most. uneven: whether some sequence counts differently on each axis, so
+    that tables of one number a token do not apply.
     """
 
     def __init__(self, slots: int) -> None:
@@ -49,7 +48,7 @@ class SlotRows:
         self.ahead, self.uneven, self._slots = 0, False, slots
 
     def place(self, held: SlotRow, prompt: Prompt, row: int, columns: int) -> None:
-        """Note the positions of a prompt, where the stack takes any."""
+        """Store the positions of a prompt, where the stack takes any."""
         positions = prompt.positions
         if positions is None:
             return
@@ -71,8 +70,7 @@ class SlotRows:
                 held.places = torch.cat([plain[..., :before], own], -1)
 
     def remove(self, handle: SlotRow) -> tuple[int, int] | None:
-        """Free a slot. Returns the slot whose sequence moved, and where to: the last one moves
-        there."""
+        """Free a slot; the last sequence moves there. Returns the slots it moved from and to."""
         last = self.by_slot.pop()
         if last is handle:
             return None
@@ -83,8 +81,8 @@ class SlotRows:
         return source, slot
 
     def at_front(self, call: Call) -> tuple[int | None, int]:
-        """Position of column 0 of a call on one slot, and that on the first axis; 0 of other calls.
-        None: the prompt's positions are its own."""
+        """Return the position of column 0 of a call on one slot, and that on the first axis; 0 for
+        other calls. None: the prompt has positions of its own."""
         if call.beside is None:
             return 0, 0
         row, start = self.by_slot[call.beside[0]], call.beside[1]
@@ -93,7 +91,7 @@ class SlotRows:
         return row.offset if self.offsets is not None else 0, row.first
 
     def with_own(self, positions: Tensor, call: Call) -> Tensor:
-        """Return positions [..., T] of a call on one slot, where its prompt has its own."""
+        """Return positions [..., T] of a call on one slot, the prompt's own where it has any."""
         assert call.beside is not None
         row, start = self.by_slot[call.beside[0]], call.beside[1]
         assert row.places is not None
@@ -104,8 +102,8 @@ class SlotRows:
 
 
 class PendingStates:
-    """States that layers below an exit made of columns that the layers above have yet to run, by
-    segment and slot; a sequence's first one is of its column `base`."""
+    """States below an exit at columns that the layers above have yet to run, by segment and slot; a
+    sequence's first state is at column `base`."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
@@ -114,7 +112,7 @@ class PendingStates:
     def note(
         self, segment: int, rows: Sequence[SlotRow], columns: Sequence[int], entries: Tensor
     ) -> None:
-        """Keep one state of each slot that is to enter a segment. entries: [n, D]."""
+        """Keep one state of each slot, at the entry of a segment. entries: [n, D]."""
         places = [column - row.base[segment] for row, column in zip(rows, columns, strict=True)]
         kept = self._room(segment, max(places) + 1, entries)
         if len(rows) == 1:
@@ -123,7 +121,7 @@ class PendingStates:
             kept[[row.slot for row in rows], places] = entries
 
     def keep(self, segment: int, row: SlotRow, first: int, states: Tensor) -> None:
-        """Keep states [n, D] of a slot's columns from `first` on that are to enter a segment."""
+        """Keep states [n, D] of a slot's columns from `first` on, at the entry of a segment."""
         if not len(states):
             return
         if segment not in self._kept or first <= row.base[segment]:
@@ -133,17 +131,17 @@ class PendingStates:
         kept[row.slot, at : at + len(states)] = states
 
     def of(self, segment: int, row: SlotRow, first: int, end: int) -> Tensor:
-        """The states [n, D] of a slot's columns from `first` up to, and without, `end`."""
+        """Return the states [n, D] of a slot's columns from `first` up to, and without, `end`."""
         base = row.base[segment]
         return self._kept[segment][row.slot, first - base : end - base]
 
     def move(self, source: int, slot: int) -> None:
-        """Let a sequence's states move to another slot."""
+        """Move a sequence's states to another slot."""
         for kept in self._kept.values():
             kept[slot] = kept[source]
 
     def drop(self) -> None:
-        """Forget all."""
+        """Forget the states of all slots."""
         self._kept = {}
 
     def _room(self, segment: int, columns: int, like: Tensor) -> Tensor:

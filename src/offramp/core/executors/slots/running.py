@@ -38,13 +38,13 @@ stands in it beside its layers is what it was."""
 class SlotRunner(SegmentRunner):
     """Runs layers, exits and the final norm over tokens at columns of a slot cache.
 
-    slots: sequences at a time. limit: columns of one, at most. The rest as of `SegmentRunner`.
+    slots: sequences at a time. limit: columns of a sequence, at most. Others as of `SegmentRunner`.
 
     held: the sequences. packs: whether calls over several columns of several slots are packed
-    (`SlotCall`), as they can be where attention is Hugging Face's "sdpa".
+    (`SlotCall`), which needs Hugging Face's attention "sdpa".
 
     Raises:
-        UnsupportedBackboneError: attention that cannot take masks of ours.
+        UnsupportedBackboneError: attention that cannot take our masks.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class SlotRunner(SegmentRunner):
     def run_layers(
         self, running: range, call: Call, inputs: Tensor, *, needs_exit: bool = True
     ) -> Output:
-        """Run layers, and the exit after them or the final norm, on token ids [n] or states
-        [B, T, D].
+        """Run layers, and the exit after them or the final norm, on token ids [n] or states [B, T,
+        D], at the columns of `call`.
 
-        For programs, which know themselves where they write. running: from the first layer or an
-        exit on, to an exit or the end. needs_exit: False where the exit only stores its keys.
+        running: layers from the first or from an exit, up to an exit or the end. needs_exit: False:
+        the exit only stores its keys.
         """
         self._needs_exit = needs_exit
         final = self._call(running, call, inputs)
@@ -291,7 +291,7 @@ class SlotRunner(SegmentRunner):
     # -- one layer ---------------------------------------------------------------------------
 
     def layer(self, call: LayerCall) -> Any:
-        """Return what the stack gets for a layer: its output, or the state handed through."""
+        """Return a layer's output to the stack, or the state unchanged where it does not run."""
         args = call.args if self._relative is None else self._with_bias(call.args)
         made = LayerCall(call.index, call.layer, call.hidden, args, call.kw, self._instead)
         return super().layer(made)

@@ -37,7 +37,7 @@ BIASES = ("position_bias", "encoder_decoder_position_bias")
 
 
 class CannotRehearseError(Exception):
-    """Something about this model or request is not known here: its stack must run itself."""
+    """The arguments of layers cannot be made here for this model or request: the stack must run."""
 
 
 class _Recorder:
@@ -75,9 +75,9 @@ class _Run:
 
 
 class Stage:
-    """A twin of the stack whose layers only note their calls.
+    """A twin of the stack whose layers only record their calls.
 
-    stack: one that is called in its place, with the same layers.
+    stack: a module that is called in its place, with the same layers.
     """
 
     def __init__(self, backbone: Backbone, stack: Any = None) -> None:
@@ -117,15 +117,15 @@ class Stage:
 
 
 def named(call: LayerCall) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return which of a call's arguments came by position, and all of them by name."""
+    """Return the names of a call's positional arguments, and all its arguments by name."""
     names = [*inspect.signature(type(call.layer).forward).parameters][2 : 2 + len(call.args)]
     return tuple(names), {**dict(zip(names, call.args, strict=True)), **call.kw}
 
 
 def same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """The name of an argument of a layer that differs between two calls; None where none does.
+    """Return the name of a layer's argument that differs between two calls; None where none does.
 
-    A mask of zeros, which attention adds, is as good as none.
+    A mask of zeros, which attention adds, counts as no mask.
     """
     for name in {*ours, *theirs} - {*CACHE_NAMES}:
         mine, other = ours.get(name), theirs.get(name)
@@ -154,10 +154,10 @@ def _equal(one: Any, other: Any) -> bool:
 class Given:
     """The inputs and positions of one call.
 
-    inputs: token ids [n] or [B, T], or states [B, T, D] that enter a deeper layer. offsets:
-    position of column 0 [..., slots], where the stack takes positions; offset: that of the one slot
-    of a call whose positions go up one by one, first: that of the first of several axes.
-    encode: makes `encoder`, states and mask of the encoder, when they are asked for.
+    inputs: token ids [n] or [B, T], or states [B, T, D] at the entry of a deeper layer. offsets:
+    position of column 0 [..., slots], where the stack takes positions. offset: that of the single
+    slot of a call whose positions count up by one; first: the same on the first of several axes.
+    encode: makes `encoder`, the states and mask of the encoder, when it is read.
     """
 
     call: Call
@@ -169,7 +169,7 @@ class Given:
 
     @property
     def ids(self) -> Tensor | None:
-        """Token ids [B, T], where these enter the first layer."""
+        """Token ids [B, T]; None: states enter a deeper layer."""
         ids = self.inputs[:, None] if self.inputs.dim() == 1 else self.inputs
         return ids if ids.dim() == 2 else None
 
@@ -189,14 +189,14 @@ class Given:
 
     @property
     def row(self) -> int:
-        """Return where a call of one slot begins in the tables."""
+        """Return the row of the tables at which a call of one slot begins."""
         call = self.call
         assert call.beside is not None
         return call.beside[1] + (self.offset or 0)
 
     @cached_property
     def rows(self) -> Tensor:
-        """Return where each token of a call stands in the tables [N]."""
+        """Return the rows of the tables for the tokens of a call [N]."""
         own = self.positions
         columns = self.call.columns
         return columns if own is None else own.reshape(-1, len(columns))[-1]
@@ -279,9 +279,9 @@ def _ids(handed: Tensor) -> Callable[[Given], Any]:
 
 
 class Tables:
-    """Makes the arguments of the layers of a stack.
+    """Makes the arguments of a stack's layers.
 
-    positions: how many the tables have. counted: whether the stack is handed position ids.
+    positions: rows of the tables. counted: whether the stack takes position ids.
     """
 
     def __init__(self, stage: Stage, stack_arguments: Mapping[str, Any], positions: int) -> None:
@@ -309,21 +309,21 @@ class Tables:
             self.kind_of.append(known[key])
 
     def enter(self, given: Given) -> Tensor:
-        """The states [B, T, D] that enter the first layer."""
+        """Return the states [B, T, D] that enter the first layer."""
         states: Tensor = self._embed(given.ids)
         if self._added is not None:
             states = states + _of_tables((self._added,), given)[0]
         return states if self._norm is None else self._norm(states)
 
     def arguments(self, given: Given, instead: Mapping[str, Any]) -> list[Arguments]:
-        """Return the arguments of each kind of layer; see `kind_of`. instead: of the executor's
-        own."""
+        """Return the arguments of each kind of layer (`kind_of`). instead: replaced modules."""
         return [kind.at(given, instead) for kind in self._kinds]
 
     def check(self, given: Given, stage: Stage, stack_arguments: Mapping[str, Any]) -> None:
-        """Hold what is made for a call to what the stack itself hands to its layers.
+        """Compare the arguments that these tables make for a call with those that the stack itself
+        passes to its layers.
 
-        stage: of the executor whose call it is; tables are a backbone's, for all its executors.
+        stage: of the executor whose call it is; the tables serve all executors of a backbone.
 
         Raises:
             CannotRehearseError: they differ.

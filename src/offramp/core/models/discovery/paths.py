@@ -36,13 +36,13 @@ _TOWERS = (
 
 
 def discover(model: Any, example: Mapping[str, Any] | None = None) -> Family:
-    """The family of a model that is not registered.
+    """Return the family of a model that is not registered.
 
-    example: what its processor returned for a prompt with an image; needed where the model does
-        not run without one.
+    example: the processor's output for a prompt with an image; needed where the model does not run
+    without one.
 
     Raises:
-        UnsupportedBackboneError: it cannot be run, or its decoder is not one chain of layers.
+        UnsupportedBackboneError: the model cannot run, or its decoder is not one chain of layers.
     """
     if not hasattr(model, "generate"):
         raise UnsupportedBackboneError(

@@ -33,7 +33,7 @@ def vocabulary(model: Any) -> tuple[int, torch.device]:
 
 
 def special_ids(model: Any) -> list[int]:
-    """Ids that mark an image, padding or an end, by the names that the configuration gives them."""
+    """Return the ids that mark an image, padding or an end, by their names in the configuration."""
     return sorted(set(_special(model.config.to_dict())))
 
 
@@ -52,8 +52,7 @@ def text_prompt(model: Any) -> dict[str, Any]:
 
 
 def encoder_states(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return what an encoder might have returned [1, 4, D], for a decoder whose encoder reads
-    images."""
+    """Return made-up states of an encoder [1, 4, D], for a decoder whose encoder reads images."""
     from transformers.modeling_outputs import BaseModelOutput
 
     encoder = getattr(config, "encoder", config)

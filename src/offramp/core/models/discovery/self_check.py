@@ -49,8 +49,8 @@ class Layout:
     """Measurements of a decoder by the probe.
 
     width: of its states. vocabulary: of its logits. returns: for each layer, how many values it
-    returns; 0 where it returns the state alone. softcap, words, read_as: as of `OpenedModel`, where
-    its logits are the model's own.
+    returns; 0 where it returns the state alone. softcap, words, read_as: as of `OpenedModel`, by
+    which our logits equal the model's.
     """
 
     width: int
@@ -87,9 +87,10 @@ class _Listener:
 
 
 def self_check(backbone: OpenedModel, example: Mapping[str, Any] | None = None) -> Layout:
-    """Parts 1 and 2 of the self-check, and the layout that the probe shows.
+    """Run parts 1 and 2 of the self-check, and return the layout that the probe shows.
 
-    A model without weights (on the meta device) cannot run; its layout is what its shapes say.
+    For a model without weights (on the meta device), which cannot run, the layout follows from
+    shapes.
 
     Raises:
         UnsupportedBackboneError: a part failed, or no prompt could be run.

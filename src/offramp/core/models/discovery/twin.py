@@ -19,7 +19,8 @@ _HOOKS = (
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """A shallow copy: same parameters, buffers and children, own tables to hang others into."""
+    """Return a shallow copy of a module: the same parameters, buffers and children in tables of its
+    own, so that other modules can be put in."""
     made: Any = object.__new__(type(module))  # copy.copy refuses parametrised modules
     made.__dict__ = dict(module.__dict__)
     made._modules = dict(module._modules)
@@ -30,7 +31,7 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 def graft(root: nn.Module, path: str, leaf: nn.Module) -> None:
-    """Hang `leaf` at `path` below the twin `root`, making twins of what lies between."""
+    """Put `leaf` at `path` below the twin `root`; modules in between become twins."""
     *between, last = path.split(".")
     node = root
     for name in between:

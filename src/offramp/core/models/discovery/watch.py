@@ -16,8 +16,9 @@ from offramp.core.models.discovery.twin import twin
 class Call:
     """One call of a module.
 
-    path: dotted, from the model. level: calls it is nested in. inside: the call around it.
-    input: the first tensor it was handed. out: what it returned. order: place among all calls.
+    path: dotted, from the model. level: number of calls around it. inside: the nearest of these.
+    input: the first tensor among its arguments. out: its return value. order: place among all
+    calls.
     """
 
     path: str
@@ -31,7 +32,7 @@ class Call:
     out: Any = None
 
     def around(self) -> Iterator[Call]:
-        """The calls that this one is nested in, the nearest first."""
+        """The calls around this one, the nearest first."""
         call = self.inside
         while call is not None:
             yield call
@@ -79,7 +80,7 @@ def twin_tree(model: nn.Module) -> tuple[nn.Module, dict[int, str]]:
 def watch(model: Any, inputs: Mapping[str, Any], *, steps: int = 3) -> Watch:
     """Generate `steps` tokens greedily on `inputs` and record the calls of the last step.
 
-    Whatever the model raises comes through.
+    Errors of the model are raised as they are.
     """
     root, paths = twin_tree(model)
     seen = Watch()
