@@ -41,12 +41,12 @@ def attach(
 ) -> Adapter:
     """Attach exits to a Hugging Face model, which is not changed.
 
-    exits: a folder or a hub name; or exits made for this model, with no thresholds yet. hub: as of
-        `Adapter.from_pretrained`.
+    exits: a folder or a hub name; or exits made for this model, without thresholds yet. hub: as of
+    `Adapter.from_pretrained`.
 
     Raises:
         AdapterError: no such exits, or they do not fit the model.
-        InputError: an adapter that is attached to another model, or what is no exits.
+        InputError: an adapter that is attached to another model, or an object that is no exits.
     """
     if isinstance(exits, ExitSet | Exits):
         return Adapter(Backbone.of(model), ExitSet.of(exits))
@@ -63,8 +63,8 @@ def attach(
 
 @dataclass(repr=False)
 class Adapter(AttachedExits, Records):
-    """Exits attached to a backbone, the policy they exit early by, and what is known of both, which
-    is named after these three (see `offramp.adapter.records`)."""
+    """Exits attached to a backbone, the policy they exit early by, and the records of both. Further
+    attributes are those of `offramp.adapter.records`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,10 +91,10 @@ class Adapter(AttachedExits, Records):
         return said if isinstance(said, str) else None
 
     def standing(self, *, engine: str | None = None, **known: Any) -> GuaranteeStatus:
-        """Return what is guaranteed of its answers on this backbone, or why nothing is.
+        """Return what is guaranteed of answers on this backbone, or why nothing is.
 
-        engine: the name of a runtime that answers in its place. known: of requests: see
-            `offramp.promises.guarantee.Conditions`.
+        engine: the name of a runtime in PyTorch's place. known: conditions of requests; see
+        `offramp.promises.guarantee.Conditions`.
         """
         from offramp.promises.conditions import TORCH, Conditions
         from offramp.promises.guarantee import standing
@@ -113,11 +113,11 @@ class Adapter(AttachedExits, Records):
         engine: str | None = None,
         **known: Any,
     ) -> Verdict:
-        """Return what is promised of an answer that was generated, by itself, to a prompt about one
-        image, or of a language model about none.
+        """Return what is promised of one generated answer to a prompt about one image, or about
+        none for a language model.
 
-        policy: that answered; None: `policy_of` the prompt. engine: as of `standing`. known: of the
-        request, such as sampling and longest.
+        policy: of the answer; None: `policy_of` the prompt. engine: as of `standing`. known:
+        conditions of the request, such as sampling and longest.
         """
         from offramp.promises.conditions import TORCH, Conditions, of_processor
         from offramp.promises.guarantee import standing
@@ -150,8 +150,8 @@ class Adapter(AttachedExits, Records):
         )
 
     def of_engine(self, name: str) -> Adapter:
-        """Return this adapter with the calibration that was made in an engine of this name, or,
-        where none was, as it is."""
+        """Return this adapter with the calibration made in the engine of this name; unchanged
+        without one."""
         if name not in self.elsewhere:
             return self
         others = {**self.elsewhere, **_by_engine(self.calibration)}
@@ -159,13 +159,13 @@ class Adapter(AttachedExits, Records):
 
     @property
     def likeness(self) -> Likeness:
-        """Return what is known of its calibrated answers, to tell requests that are unlike them."""
+        """Return the likeness of the calibrated answers, by which unlike requests are found."""
         from offramp.promises.likeness import Likeness
 
         return Likeness.from_json((self.calibration or {}).get("likeness"))
 
     def kind_of(self, prompt: str) -> str:
-        """Return the kind of a prompt among the calibrated ones; see `kind_of` there."""
+        """Return the kind of a prompt among the calibrated kinds; see `prompt_kinds.kind_of`."""
         from offramp.promises.conditions import Conditions
         from offramp.promises.prompt_kinds import kind_of
 
@@ -173,8 +173,8 @@ class Adapter(AttachedExits, Records):
         return kind_of(prompt, frames)
 
     def policy_of(self, prompt: str, *, engine: str | None = None) -> ExitPolicy:
-        """Return the policy that a prompt is answered by: where each kind of prompt was calibrated,
-        at its own thresholds. `generate` reads tokens, and has one policy, which all kinds passed.
+        """Return the policy for a prompt: at the thresholds of its kind, if kinds were calibrated.
+        `generate`, which reads tokens, uses one policy that all kinds passed.
 
         engine: as of `standing`.
         """
@@ -192,11 +192,12 @@ class Adapter(AttachedExits, Records):
     def with_policy(
         self, policy: ExitPolicy, calibration: Mapping[str, Any] | None = None
     ) -> Adapter:
-        """The same exits with another policy. Raise `InputError` if it names other depths.
+        """Return the same exits with another policy. Raise `InputError` if the policy names other
+        depths.
 
-        calibration: what is guaranteed of it. A guarantee about another policy does not stay; a
-            policy that only drafts otherwise is the same, for that changes no output. Of the same
-            policy those in other engines stay.
+        calibration: of the new policy. A guarantee about another policy is dropped; policies that
+        differ in drafts alone count as the same, because drafts change no output. Guarantees of the
+        same policy in other engines stay.
         """
         from offramp.promises.conditions import of_policy
 
@@ -214,7 +215,7 @@ class Adapter(AttachedExits, Records):
     # -- disk ---------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the folder; each file appears whole or not at all.
+        """Write the adapter to a folder; each file appears whole or not at all.
 
         Raises:
             InputError: the exits have no tensors.
@@ -226,12 +227,12 @@ class Adapter(AttachedExits, Records):
         save_parts(save_directory, self.backbone, parts, model_card(self.backbone, parts))
 
     def save(self, folder: str | Path) -> None:
-        """`save_pretrained` by a shorter name."""
+        """Do as `save_pretrained`, by a shorter name."""
         self.save_pretrained(folder)
 
     @classmethod
     def load(cls, folder: str | Path | AdapterConfig, backbone: Backbone | nn.Module) -> Adapter:
-        """Read a folder written by `save_pretrained`; or one whose adapter.json `read_config` has
+        """Read a folder that `save_pretrained` wrote, or an adapter.json that `read_config` has
         read.
 
         Raises:
@@ -253,11 +254,11 @@ class Adapter(AttachedExits, Records):
         revision: str | None = None,
         **hub: Any,
     ) -> Adapter:
-        """Load exits by name: of a model that is there, in the order of PEFT's arguments; or by the
-        name alone, on the backbone that they were trained for.
+        """Load exits by name for a given model, in the order of PEFT's arguments; or, by the name
+        alone, with the backbone that they were trained for.
 
-        The name is a folder, a hub name, or photo or tiny-opt, which ship. revision: of the exits.
-        hub: token, cache_dir, local_files_only, force_download; see `snapshot_download`.
+        The name is a folder, a hub name, or one that ships: photo or tiny-opt. revision: of the
+        exits. hub: token, cache_dir, local_files_only, force_download; see `snapshot_download`.
 
         Raises:
             InputError: the arguments came in the other order, or name no folder.

@@ -37,13 +37,13 @@ Model = Adapter | Runtime | Backbone
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as it was generated, padding left out.
+    """A generated answer, without padding.
 
     ids: N tokens, the end token among them. text: decoded, without special tokens.
     depths, scores: of each token: the layers that ran for it, and its confidence at the last exit
-        that checked it (NaN: none did).
+    that checked it (NaN: none did).
     confidence: geometric mean of the probabilities that the model gave these tokens; None: not
-        asked for.
+    asked for.
     offers: as of `GenerationOutput`.
     """
 
@@ -66,11 +66,11 @@ def generate_answers(
     progress: Any = iter,
     **options: Any,
 ) -> list[Answer]:
-    """The greedy answer to each example.
+    """Return the greedy answer to each example.
 
     Args:
-        policy: of an adapter, instead of its own.
-        confidence: note `Answer.confidence` too.
+        policy: in place of the adapter's own.
+        confidence: whether `Answer.confidence` is computed.
         progress: wraps the numbers at which batches begin.
         options: of generation, such as max_new_tokens.
 
@@ -88,7 +88,7 @@ def prompted(
     longest: int | None = None,
     progress: Any = iter,
 ) -> Iterator[Mapping[str, Any]]:
-    """Processor output of the examples in batches.
+    """Yield the processor's output for the examples, in batches.
 
     Raises:
         DataError: a prompt leaves no room for `longest` tokens.
@@ -110,7 +110,7 @@ def answers_to(
     confidence: bool = False,
     **options: Any,
 ) -> list[Answer]:
-    """Return the answers to processor output, in batches."""
+    """Return the answers to batches of the processor's output."""
     answers: list[Answer] = []
     for inputs in batches:
         noted = _Confidence()
@@ -127,7 +127,7 @@ def answers_to(
 
 
 def answers_of(result: GenerationOutput, encoder: InputProcessor) -> list[Answer]:
-    """The answer in each row of a generation."""
+    """Return the answer in each row of a generation."""
     texts, scores = encoder.texts(result.new_tokens), result.scores.tolist()
     offers = result.offers or [()] * len(texts)
     return [
@@ -148,7 +148,7 @@ def _tokens(result: GenerationOutput) -> Iterator[tuple[tuple[int, ...], tuple[i
 def generate_by(
     model: Model, inputs: Mapping[str, Any], policy: ExitPolicy | None, options: Mapping[str, Any]
 ) -> GenerationOutput:
-    """Return what the model generates. policy: of an adapter, instead of its own."""
+    """Return the model's generation. policy: in place of the adapter's own."""
     if isinstance(model, Backbone):
         return generate(model, inputs, policy=FULL if policy is None else policy, **options)
     return model.generate(inputs, policy=policy, **options)
@@ -169,11 +169,11 @@ class _Confidence:
 
 
 class KeptAnswers:
-    """The full model's answers in a file, by what was asked: a run that is interrupted, or made
-    again with other settings, does not write them again.
+    """The full model's answers in a file, by their prompts, so that an interrupted or changed run
+    does not generate them again.
 
-    file: None: they are kept in memory alone. asked: what else they depend on than prompts and
-        options: the backbone, and its precision.
+    file: None: kept in memory alone. asked: all other facts that answers depend on: the backbone
+    and its precision.
     """
 
     def __init__(self, file: Path | None, *asked: Any) -> None:
@@ -193,8 +193,8 @@ class KeptAnswers:
     def of(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any], write: Callable[[], Any]
     ) -> list[Answer]:
-        """The answers to processor output; `write` writes those that are not kept. Their depths and
-        scores are left out."""
+        """Return the answers to the processor's output, without depths and scores; `write`
+        generates those that are not in the file."""
         key = digest_rows([[digest(dict(inputs)), dict(options), self._asked]])
         if key not in self.found:
             self.found[key] = [[a.ids, a.text, a.confidence] for a in write()]
@@ -213,10 +213,10 @@ def full_model_answers(
     progress: Any = iter,
     kept: KeptAnswers | None = None,
 ) -> list[Answered]:
-    """Return what the full model answers, as rows for teacher forcing; below `min_confidence`
-    dropped.
+    """Return the full model's answers as rows for teacher forcing, without those whose confidence
+    is below `min_confidence`.
 
-    kept: answers that need not be written again, where what is written is added.
+    kept: a store of answers, which is read and extended.
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens`.

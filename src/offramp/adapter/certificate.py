@@ -49,15 +49,15 @@ class VerificationSettings:
 
 @dataclass(frozen=True)
 class PathResult:
-    """One way to decode, and what its answers were held to.
+    """The comparison of one way to decode with another.
 
-    path, against: their names. promised: whether they are to be the same, token for token.
-    answers, tokens: how many were compared, and how many of them differ; a token differs where
-    another id, or a depth where both have one, stands at its place, and where one answer is longer.
-    logits_apart: largest difference of logits, of the 32 largest ones of each token up to the first
-    that differs, relative to the largest; None: not compared. scores_apart: of scores, in [0, 1].
-    refused: why nothing was compared; None: it was. declined: whether that was said in words, so
-    that no wrong answer was given.
+    path, against: names of the two ways. promised: whether they must be equal, token for token.
+    answers, tokens: pairs of (compared, different); a token differs by its id, by its depth where
+    both have one, or by its absence. logits_apart: largest difference of logits, over the 32
+    largest of each token up to the first that differs, relative to the largest; None: not compared.
+    scores_apart: largest difference of scores, in [0, 1]. refused: why nothing was compared; None:
+    compared. declined: whether this was refused with an error in words, so that no wrong answer was
+    given.
     """
 
     path: str
@@ -74,12 +74,12 @@ class PathResult:
 
     @property
     def exact(self) -> bool:
-        """Return True if all was compared, and nothing differs."""
+        """Return True if all answers were compared and none differs."""
         return self.refused is None and self.tokens_differ == 0
 
     @property
     def broken(self) -> bool:
-        """Return True if it was to be exact, and answers otherwise."""
+        """Return True if answers differ that must be equal."""
         return self.promised and not self.exact and not self.declined
 
 
@@ -87,10 +87,10 @@ class PathResult:
 class Run:
     """The findings of one run of `offramp verify`.
 
-    engine: of the command line, with what of it ran: "torch (slots)". quantized: how the layers
-    are held; "" as `dtype`. exits, backbone, policy: digests of what was verified. thresholds:
-    those that it ran with, in words. prompts, longest: how many there were, and tokens of the
-    longest answer. provenance: versions, machine and date; see `offramp.common.provenance`.
+    engine: of the command line, with its part that ran: "torch (slots)". quantized: scheme of the
+    layers' weights; "" for none. exits, backbone, policy: digests of the verified parts.
+    thresholds: of the run, in words. prompts: their number. longest: tokens of the longest answer.
+    provenance: versions, machine and date; see `offramp.common.provenance`.
     """
 
     engine: str
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def where(self) -> tuple[str, str, str, str]:
-        """Return what a later run has in common that replaces this one."""
+        """Return a key; a later run with the same key replaces this one."""
         return self.engine, self.quantized, self.dtype, self.device
 
     def to_json(self) -> dict[str, Any]:
@@ -143,23 +143,24 @@ class Certificate:
     runs: Sequence[Run] = ()
 
     def with_run(self, run: Run) -> Certificate:
-        """Return the certificate with a run in place of the earlier one of the same engine,
+        """Return the certificate with a run, which replaces the earlier one of the same engine,
         precision and device."""
         return Certificate([*(r for r in self.runs if r.where != run.where), run])
 
     def of_exits(self, digest: str | None) -> Certificate | None:
-        """Return the runs on exits of this SHA-256; None where there are none."""
+        """Return the runs on exits with this SHA-256; None without any."""
         runs = [run for run in self.runs if run.exits == digest]
         return Certificate(runs) if runs else None
 
     def write(self, path: str | Path) -> None:
-        """Write a file, whole or not at all. Raise `StorageError` where that fails."""
+        """Write the certificate to a file, whole or not at all. Raise `StorageError` where that
+        fails."""
         runs = [run.to_json() for run in self.runs]
         write_json(path, {"runs": runs, "digest": digest_rows(runs)})
 
     @classmethod
     def read(cls, path: str | Path) -> Certificate:
-        """Return what `write` wrote.
+        """Return the certificate that `write` wrote.
 
         Raises:
             DataError: the file is damaged, or was changed. StorageError: it cannot be read.
@@ -183,7 +184,7 @@ COLUMNS = ("path", "held to", "tokens", "differ", "largest difference", "exact")
 
 
 def rows(paths: Iterable[PathResult]) -> list[tuple[str, ...]]:
-    """Cells of a table, by `COLUMNS`, of each path."""
+    """Return the cells of a table, by `COLUMNS`, for each path."""
     return [(p.path, p.against, str(p.tokens), _differing(p), _apart(p), _exact(p)) for p in paths]
 
 
@@ -204,5 +205,5 @@ def _exact(path: PathResult) -> str:
 
 
 def finite(value: float) -> float:
-    """A number that JSON has: a difference that is none or no number is the largest there is."""
+    """Return a number as JSON allows it: NaN and infinity become the largest float."""
     return value if math.isfinite(value) else 1e308

@@ -40,10 +40,9 @@ def generate(model, revision=None, **arguments):
 
 
 def write_custom_generate(folder: str | Path, exits: str) -> None:
-    """Write `custom_generate/` into an adapter's folder.
+    """Write `custom_generate/` into an adapter's folder, for an upload.
 
-    folder: the adapter's, which is uploaded. exits: hub name or folder of the exits that
-    `custom_generate` reads.
+    folder: the adapter's. exits: hub name or folder of the exits for `custom_generate` to load.
     """
     at = Path(folder) / FOLDER
     at.mkdir()

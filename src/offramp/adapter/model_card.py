@@ -31,7 +31,8 @@ _UNSAID = {
 
 
 def model_card(backbone: Backbone, adapter: AdapterParts) -> str:
-    """The card: the hub's metadata as YAML, then depths, thresholds, guarantee and provenance."""
+    """Return the card: the hub's metadata as YAML, then depths, thresholds, guarantee and
+    provenance."""
     environment = Environment(
         loader=PackageLoader("offramp.adapter", ""),
         undefined=StrictUndefined,
@@ -73,14 +74,14 @@ def _wherever_it_runs(backbone: Backbone, adapter: AdapterParts) -> Conditions:
 
 
 def verified_section(certificate: Certificate | None) -> str:
-    """Return the card's section on what `offramp verify` found, without its heading."""
+    """Return the card's section on the findings of `offramp verify`, without its heading."""
     if certificate is None:
         return "Not verified on any machine yet: `offramp verify FOLDER`."
     return "\n".join(f"* {run.words}" for run in certificate.runs)
 
 
 def with_verified(card: str, certificate: Certificate) -> str:
-    """A card, which may have been edited, with that section in place of its own or at its end."""
+    """Return a card, edited or not, with this section in place of its own or at its end."""
     section = f"## Verified\n\n{verified_section(certificate)}\n"
     text, found = re.subn(
         r"(?ms)^## Verified$.*?(?=^## |\Z)", lambda _: f"{section}\n", card, count=1
@@ -89,8 +90,8 @@ def with_verified(card: str, certificate: Certificate) -> str:
 
 
 def card_data(backbone: str) -> ModelCardData:
-    """The hub's metadata. The hub refuses a card whose base model is a local folder, so only a hub
-    name is given."""
+    """Return the hub's metadata. A base model is only named by its hub name, because the hub
+    refuses cards with a local folder."""
     on_hub = is_hub_name(backbone)
     return ModelCardData(
         base_model=backbone if on_hub else None,

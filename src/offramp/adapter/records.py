@@ -42,15 +42,15 @@ _OWNED = (CHECKS, DISCRIMINATORS, SEEN, ATTEMPTS, CERTIFICATE)
 
 @dataclass(kw_only=True)
 class Records:
-    """Records that are stored beside exits.
+    """The records that are stored beside exits.
 
     provenance: versions, seed, data digest and command of the training run. metrics: agreement by
     depth on validation data.
-    calibration: the guarantee that `offramp.calibration.calibrate` gives of the policy, if any.
-    elsewhere: the same of the same policy in other engines, by their names.
-    seen: see `offramp.data.decontamination`; empty where it is not known.
+    calibration: the guarantee for the policy by `offramp.calibration.calibrate`, if any.
+    elsewhere: guarantees for the same policy in other engines, by engine name.
+    seen: digests of training images, see `offramp.data.decontamination`; empty: unknown.
     attempts: at a guarantee, as JSON; see `offramp.calibration.attempts`.
-    certificate: what `offramp verify` found of the exits; None: nothing yet.
+    certificate: findings of `offramp verify` on the exits; None: none yet.
     """
 
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class AdapterParts(Records):
 
 
 def save_parts(folder: str | Path, backbone: Backbone, parts: AdapterParts, card: str) -> None:
-    """Write the folder; all of it appears, or nothing.
+    """Write an adapter's folder; all of it appears, or nothing.
 
     Raises:
         InputError: the exits have no tensors, or the policy names other depths than theirs.
@@ -105,7 +105,7 @@ def _entries(parts: AdapterParts) -> dict[str, Any]:
 
 
 def read_records(config: AdapterConfig) -> Records:
-    """Return the records of exits that stand in an adapter.json."""
+    """Return the records in an adapter.json."""
     said = config.raw
     elsewhere = said.get("elsewhere") or {}
     return Records(
@@ -117,14 +117,15 @@ def read_records(config: AdapterConfig) -> Records:
 
 
 def calibrations(config: AdapterConfig) -> list[Mapping[str, Any]]:
-    """Return the calibrations in all engines."""
+    """Return the calibrations of all engines in an adapter.json."""
     known = read_records(config)
     own = [] if known.calibration is None else [known.calibration]
     return [*own, *known.elsewhere.values()]
 
 
 def load_parts(config: AdapterConfig, backbone: Backbone) -> AdapterParts:
-    """The parts of a folder whose adapter.json is read; raise `AdapterError` as `load_exits`."""
+    """Load the parts of a folder with a read adapter.json; raise `AdapterError` as `load_exits`
+    does."""
     known, exits = read_records(config), load_exits(config, backbone)
     known.seen, known.attempts = _load_seen(config), _load_attempts(config)
     known.certificate = load_certificate(config)
@@ -166,8 +167,8 @@ def _load_list(config: AdapterConfig, name: str, kind: Any, largest: int) -> Any
 
 
 def load_certificate(config: AdapterConfig) -> Certificate | None:
-    """Return what `offramp verify` found of these exits; None where nothing is known of them. One
-    that is damaged says so in the log: it changes no answer."""
+    """Return the findings of `offramp verify` on these exits; None without any. A damaged file is
+    only logged, because it changes no answer."""
     path = config.folder / CERTIFICATE
     if not path.exists():
         return None

@@ -12,7 +12,7 @@ from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 class Runtime(Protocol):
     """An engine's model in an adapter's place, which generates without PyTorch's decoder.
 
-    name: with what changes its answers, such as the number format. rows: most in one call.
+    name: with all that changes its answers, such as the number format. rows: in one call, at most.
     """
 
     @property

@@ -35,7 +35,7 @@ def write_exits(folder: Path, exits: ExitSet) -> None:
 def write_config(
     folder: Path, backbone: Backbone, exits: ExitSet, policy: ExitPolicy, **known: Any
 ) -> dict[str, str]:
-    """Write adapter.json of all other files in a folder; return their digests by name.
+    """Write adapter.json for all other files in a folder; return their digests by name.
 
     known: further entries. Raise `InputError` where the policy names other depths than the exits'.
     """

@@ -28,18 +28,19 @@ KNOWS = {
 
 
 def short_name(name: str) -> str:
-    """A tiny model's name without what stands before it: "opt" of "tiny-opt"."""
+    """Return a tiny model's name without its prefix: "opt" for "tiny-opt"."""
     return name.removeprefix("offramp/").removeprefix("tiny-")
 
 
 def tiny_kind(name: str) -> str | None:
-    """Return which tiny model is meant, as "tiny-opt" is; None: none."""
+    """Return the kind of a tiny model's name, such as "opt" for "tiny-opt"; None for other
+    names."""
     kind = short_name(name)
     return kind if kind in TINY and kind != name else None
 
 
 def is_photo(name: str) -> bool:
-    """Return True if the photo model is meant; a folder of that name is itself."""
+    """Return True if the name means the photo model; False for a folder of that name."""
     return name in (PHOTO, short_name(PHOTO)) and not os.path.isdir(name)
 
 
@@ -49,14 +50,15 @@ def _photo() -> Any:
 
 
 def close_shipped(name: str) -> str:
-    """Return a question that names the model which a misspelt name may be of, or ""."""
+    """Return a question with the shipped model that a misspelt name may mean; "" for none."""
     known = (short_name(PHOTO), *(f"tiny-{kind}" for kind in TINY))
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return f"Did you mean {close[0]!r}? " if close and not os.path.exists(name) else ""
 
 
 def tiny_folder(kind: str) -> Path:
-    """Folder of a shipped model, for plain `from_pretrained`. Raise `InputError` if unknown.
+    """Return the folder of a shipped model, for plain `from_pretrained`. Raise `InputError` if
+    unknown.
 
     kind: "opt" or "t5", or "tiny-opt" or "tiny-t5" as on the command line.
     """
@@ -69,7 +71,7 @@ def tiny_folder(kind: str) -> Path:
 def load_tiny(
     kind: str, dtype: torch.dtype | str = "float32", device: str | None = None
 ) -> tuple[Backbone, Any]:
-    """A shipped model, "opt" or "t5", and its processor."""
+    """Load a shipped model, "opt" or "t5", and its processor."""
     from offramp.core.models.backbone import Backbone
     from offramp.core.models.hub import load_processor
 
@@ -82,13 +84,13 @@ def load_tiny(
 def load_named(
     name: str, *, revision: str | None = None, dtype: str = "auto", device: str | None = None
 ) -> tuple[Backbone, Any]:
-    """Return a model and its processor.
+    """Load a model and its processor by name.
 
-    name: a shipped model's long name, "photo", a hub name or a folder. dtype:
-    torch's name of a precision, or "auto": as saved, but float32 for shipped models and photo.
+    name: a shipped model's long name, "photo", a hub name or a folder. dtype: torch's name of a
+    precision, or "auto": as saved, but float32 for shipped models and photo.
 
     Raises:
-        InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`, or, of the
+        InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`, or, for the
             photo model, of `offramp_photo.load`.
     """
     if not name.strip():
@@ -122,8 +124,7 @@ def load_named(
 
 
 def exits_folder(name: str | Path, **hub: Any) -> Path:
-    """Return an adapter's folder: that of a model that ships, one on this machine, or one that is
-    fetched from the hub by name.
+    """Return an adapter's folder: of a shipped model, on this machine, or downloaded from the hub.
 
     hub: revision, token, cache_dir and others of `snapshot_download`.
 
@@ -155,8 +156,8 @@ def exits_folder(name: str | Path, **hub: Any) -> Path:
 
 
 def shipped_exits(name: str) -> Path | None:
-    """Return the folder of the exits that ship under a short name, such as "photo"; None for any
-    other name.
+    """Return the folder of the shipped exits with a short name, such as "photo"; None for other
+    names.
 
     Raises:
         InputError: the photo model's package is not installed, or the model ships without exits.
@@ -174,8 +175,8 @@ def shipped_exits(name: str) -> Path | None:
 
 
 def example_picture(name: str) -> Path:
-    """A picture to try the backbone of this name on: a drawn scene, or, of the photo model, a
-    photograph."""
+    """Return a picture to try a backbone on: a photograph for the photo model, else a drawn
+    scene."""
     if name != PHOTO:
         return Path(__file__).parent / "shipped_models" / "scene.png"
     picture: Path = _photo().example_picture()
@@ -183,8 +184,8 @@ def example_picture(name: str) -> Path:
 
 
 def tiny_exits(kind: str) -> Path:
-    """Folder of the exits that ship for a tiny model, for `Adapter.from_pretrained`: those of
-    `offramp demo`, calibrated. Raise `InputError` if none ship."""
+    """Return the folder of a tiny model's shipped exits, calibrated as by `offramp demo`, for
+    `Adapter.from_pretrained`. Raise `InputError` if none ship."""
     kind = short_name(kind)
     folder = tiny_folder(kind).with_name(f"{kind}_exits")
     if not folder.is_dir():

@@ -20,12 +20,11 @@ from offramp.promises.prompt_kinds import kind_of, prompt_frames
 class Guarantee:
     """The guarantee that a user asks for, P(risk <= target) >= confidence, and how it is tested.
 
-    risk: a name of `RISKS`; method: of `METHODS`. unit: what the risk is a mean over. "image":
+    risk: a name of `RISKS`; method: of `METHODS`. unit: over what the risk is a mean. "image":
     images, each by the mean loss of its answers; "answer": answers, so that an image with many
-    counts more. each_kind: True to test each kind of prompt, False to test all together.
-    kind_targets: targets by how prompts of a kind begin; with any, each kind is tested.
-    candidates: number of adapters, training seeds or image sets of which the best is taken; they
-    share the error budget.
+    counts more. each_kind: True: each kind of prompt is tested; False: all together. kind_targets:
+    targets by how prompts of a kind begin; with any, each kind is tested. candidates: number of
+    adapters, training seeds or image sets of which the best is taken; they share the error budget.
 
     Raises:
         InputError: a value is outside its range, or a name is unknown.
@@ -66,29 +65,29 @@ class Guarantee:
         return self.each_kind or bool(self.kind_targets)
 
     def target_of(self, kind: str) -> float:
-        """Return the target of a kind of prompt, by its name."""
+        """Return the target for the kind of prompt with this name."""
         own = (t for begin, t in self.kind_targets.items() if kind.startswith(begin))
         return next(own, self.target)
 
     def level(self, attempt: int, handed: float = 0.0) -> float:
-        """The confidence at which the test of attempt `attempt`, from 1, is made. handed: share of
-        the errors that those before hand on."""
+        """Return the confidence of the test of attempt number `attempt`, from 1. handed: share of
+        the error budget that earlier attempts hand on."""
         share = error_share(attempt) + handed
         return 1 - (1 - self.confidence) * share / self.candidates
 
     def images_needed(self) -> int | None:
-        """The fewest images of a first attempt that keep the target where no answer loses
-        anything."""
+        """Return the fewest images with which a first attempt can keep the target, if no answer
+        loses anything; None: no number."""
         return samples_needed(self.target, self.level(1), self.method)
 
     def images_for(self, risk: float) -> int | None:
-        """The images of which four of five first attempts pass where `risk` is the truth; None: no
-        number would."""
+        """Return the number of images with which four of five first attempts pass, if the true risk
+        is `risk`; None: no number."""
         return images_for(self.target, self.level(1), risk)
 
     def least_target(self, examples: Sequence[Example]) -> float:
-        """Return the least target that a first attempt on these examples can guarantee: that of
-        answers which lose nothing. For kinds with targets of their own it is in units of `target`.
+        """Return the smallest target that a first attempt on these examples can guarantee, if no
+        answer loses anything; in units of `target` for kinds with targets of their own.
 
         For n images, with one answer each that loses 0 or 1: 1 - ((1 - level) * 0.85) ** (1 / n).
         """

@@ -49,14 +49,14 @@ DIGITS = 16
 
 
 def error_share(number: int) -> float:
-    """The share of the error budget that attempt `number`, from 1, on the same images may use."""
+    """Return the share of the error budget for attempt `number`, from 1, on the same images."""
     return FIRST if number == 1 else (1 - FIRST) / (number * (number - 1))
 
 
 def handed_on(attempts: Sequence[Attempt], number: int) -> float:
-    """The share that the attempts before attempt `number`, on images that they share, hand on to
-    it: all that the one before might use, where it passed to the end of its path. Of several that
-    had the same number each has used a share of its own."""
+    """Return the share of the error budget that earlier attempts on common images hand on to
+    attempt `number`: the whole share of the attempt before, if that passed to the end of its path.
+    Attempts with the same number each use a share of their own."""
     before = [attempt for attempt in attempts if attempt.number == number - 1]
     if not before or not all(attempt.passed for attempt in before):
         return 0.0
@@ -71,11 +71,11 @@ def handed_on(attempts: Sequence[Attempt], number: int) -> float:
 class ImageRows:
     """An image, or a group of images that are drawn together, and its answers.
 
-    image: digest of its pixels, the first of several. asked: digest of what is asked about it and
-    about its copies. rows: places of its examples in a list. members: all that it is known by, as
-    digests: pixels, and the names that examples share. files: digests of its files, by which
-    attempts of earlier versions know it. cluster: image of the first of its copies; its own where
-    it has none. parts: of a group, the rows of each image; (): one image.
+    image: digest of its pixels, for a group of the first image. asked: digest of the questions
+    about the image and its copies. rows: places of its examples in a list. members: digests that
+    identify it: of pixels, and of the names that examples share. files: digests of its files, which
+    attempts of earlier versions store. cluster: image of the first of its copies; its own without
+    copies. parts: for a group, the rows of each image; (): one image.
     """
 
     image: str
@@ -92,7 +92,7 @@ class ImageRows:
         return self.parts or (self.rows,)
 
     def of_rows(self, wanted: Collection[int]) -> ImageRows | None:
-        """Return the part that lies in the wanted rows; None where there is none."""
+        """Return the part within the wanted rows; None where there is none."""
         parts = [tuple(row for row in part if row in wanted) for part in self.by_image]
         parts = [part for part in parts if part]
         rows = tuple(row for row in self.rows if row in wanted)
@@ -107,7 +107,8 @@ class ImageRows:
 
     @property
     def name(self) -> str:
-        """The name of the image with its questions: with others it is another draw."""
+        """The name of the image with its questions; with other questions it counts as another
+        draw."""
         return f"{self.image}:{self.asked}"
 
     @property
@@ -148,7 +149,7 @@ class _Seen:
 
 
 def images_of(examples: Sequence[Example]) -> list[ImageRows]:
-    """The images of some examples, in the order of their ranks.
+    """Return the images of some examples, in the order of their ranks.
 
     Raises:
         StorageError: an image file cannot be read. DataError: it is no image, or too many images
@@ -251,7 +252,7 @@ def _asked(examples: Sequence[Example], seen: Sequence[_Seen], rows: Iterable[in
 
 
 def merged(images: Sequence[ImageRows]) -> int:
-    """Return how many images are copies of another one of them."""
+    """Return how many images are copies of an earlier one."""
     return len(images) - len(set(map(cluster_of, images)))
 
 
@@ -274,15 +275,14 @@ def _check_copies(examples: Sequence[Example], images: Sequence[ImageRows]) -> N
 
 @dataclass(frozen=True)
 class Draws:
-    """Losses as independent draws, of which a test needs a mean that is at most the target.
+    """Losses as independent draws; a test shows that their mean is at most the target.
 
-    sums: what all answers to an image, or a group of images, lose together [n, ...] or, where the
-    unit is an image, the mean of the images' means. counts: answers of each, or 1 [n].
-    clusters: which are copies of each other [n]. largest: the largest count. whole: whether a loss
-    is 0 or 1 (or a gain), which is known before any is looked at. looked: how many of the first
-    were there at the first look; None: all. times: the target that is tested is so many times the
-    one that is asked of all. chance: in (0, 1], drawn by the names of these images; see
-    `offramp.promises.betting.planned_p_value`.
+    sums: total loss of the answers to an image or group [n, ...]; where the unit is an image, the
+    mean of the images' means. counts: number of answers of each, or 1 [n]. clusters: equal for
+    copies of each other [n]. largest: the largest count. whole: whether a loss is 0 or 1 (or a
+    gain), known before any is seen. looked: number of draws at the first look; None: all. times:
+    factor from the common target to the tested one. chance: in (0, 1], drawn by the names of these
+    images; see `offramp.promises.betting.planned_p_value`.
     """
 
     sums: Array
@@ -296,7 +296,7 @@ class Draws:
 
     @classmethod
     def of(cls, losses: Array, *, whole: bool = False, looked: int | None = None) -> Draws:
-        """Losses [n, ...], each a draw of its own."""
+        """Return losses [n, ...] as draws, each of its own."""
         n = len(losses)
         return cls(losses, np.ones(n), np.arange(n), 1.0, whole, looked)
 
@@ -310,10 +310,10 @@ class Draws:
         whole: bool = False,
         looked: int | None = None,
     ) -> Draws:
-        """Losses of answers [rows, ...] to images, in the order given.
+        """Return losses of answers [rows, ...] to images as draws, in the order of the images.
 
-        unit: of `UNITS`. whole: whether what one answer loses is 0 or 1; of images with several
-        answers it is not. looked: see `Draws`.
+        unit: of `UNITS`. whole: whether one answer's loss is 0 or 1; for images with several
+        answers the draw's is not. looked: see `Draws`.
         """
         whole = whole and all(len(image.rows) == 1 for image in images)
         if unit == "image":
@@ -338,7 +338,7 @@ class Draws:
 
     @property
     def n(self) -> int:
-        """Images, or groups of them, copies left out."""
+        """The number of images, or groups of images, without copies."""
         return len(np.unique(self.clusters))
 
     @property
@@ -347,7 +347,8 @@ class Draws:
         return self.sums.sum(0) / self.counts.sum()
 
     def values(self, target: float) -> list[Array]:
-        """Values of at most 1 [n, ...] whose mean is at most `target` where the risk is.
+        """Return values of at most 1 [n, ...] with a mean of at most `target` exactly if the risk
+        is.
 
         An image with c answers is a bet on their summed excess over the target, scaled by the
         largest count: target + (sum - c * target) / largest. Where some images are copies there are
@@ -357,15 +358,16 @@ class Draws:
         return self._both(target + excess)
 
     def differences(self, after: int, before: int) -> list[Array]:
-        """Return how much more is lost at one column than at another [n], scaled alike."""
+        """Return the extra loss of column `after` over column `before` [n], in the scale of
+        `values`."""
         return self._both((self.sums[:, after] - self.sums[:, before]) / self.largest)
 
     def column(self, index: int) -> Draws:
-        """One column of losses [n, K], as [n]."""
+        """Return one column of losses [n, K], as draws [n]."""
         return replace(self, sums=self.sums[:, index])
 
     def first(self, n: int | None) -> Draws:
-        """The first n images; None: all."""
+        """Return the first n draws; n: None: all."""
         return replace(self, sums=self.sums[:n], counts=self.counts[:n], clusters=self.clusters[:n])
 
     def _both(self, values: Array) -> list[Array]:
@@ -385,17 +387,18 @@ mean of their images; or all answers."""
 
 
 def grouped(images: Sequence[ImageRows]) -> bool:
-    """Return True if some images are drawn together."""
+    """Return True if some images are drawn together, as groups."""
     return any(image.parts for image in images)
 
 
 def cluster_of(image: ImageRows) -> str:
-    """A name that an image shares with its copies alone."""
+    """Return a name that an image shares with its copies alone."""
     return image.cluster or image.image or str(image.rows)
 
 
 def by_image(losses: Array, images: Sequence[ImageRows]) -> Array:
-    """The mean loss of each image's answers [n, ...] of losses [rows, ...], in the order given."""
+    """Return the mean loss of each image's answers [n, ...] from losses [rows, ...], in the order
+    of the images."""
     return Draws.by("image", losses, images).sums
 
 
@@ -404,13 +407,12 @@ def by_image(losses: Array, images: Sequence[ImageRows]) -> Array:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt at a guarantee: what was asked, and what came of it.
+    """An attempt at a guarantee: the question, and its outcome.
 
-    asked: digest of all that the losses and the tests depend on, but for the images.
-    settings: some of that, for people. number: of this attempt among those on the same images.
-    images: names in the order in which they were bet on. looked: how many of them there were at the
-    first look. members: all that these images are known by; see `ImageRows`. path: thresholds that
-    were tested. outcome: what was found.
+    asked: digest of all that losses and tests depend on, except the images. settings: some of that,
+    for people. number: among the attempts on the same images. images: names in the order of the
+    bets. looked: number of images at the first look. members: all digests that identify these
+    images; see `ImageRows`. path: the tested thresholds. outcome: the result, as JSON.
     """
 
     asked: str
@@ -427,7 +429,8 @@ class Attempt:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Attempt:
-        """Return what `to_json` gave. Raise KeyError, TypeError or ValueError for anything else."""
+        """Return the attempt that `to_json` wrote. Raise KeyError, TypeError or ValueError for
+        anything else."""
         path = tuple(Thresholds.from_json(point) for point in value["path"])
         names = ("asked", "settings", "outcome")
         return cls(
@@ -441,28 +444,28 @@ class Attempt:
 
     @property
     def passed(self) -> bool:
-        """Return True if the last of its thresholds kept the risk too. Attempts of earlier versions
-        say it where these were chosen."""
+        """Return True if the whole path kept the risk, the last thresholds included. For attempts
+        of earlier versions: if the last thresholds were chosen."""
         last = self.path[-1].to_json() if self.path else None
         chosen = self.outcome.get("thresholds") == last
         return last is not None and bool(self.outcome.get("passed", chosen))
 
     def shares(self, images: Sequence[ImageRows]) -> bool:
-        """Return True if it was made on one of these images, or on another that goes by its
-        name."""
+        """Return True if the attempt used one of these images, or another image with a common
+        digest."""
         known = {*self.members, *(name.partition(":")[0] for name in self.images)}
         return any(not known.isdisjoint((*image.members, *image.files)) for image in images)
 
     def is_part_of(self, other: Attempt) -> bool:
-        """Return True if both are one attempt: the same number and question, on lists of images of
-        which one begins the other."""
+        """Return True if two records are of one attempt: equal number and question, and one list of
+        images begins the other."""
         n = min(len(self.images), len(other.images))
         same = (self.asked, self.number) == (other.asked, other.number)
         return same and self.images[:n] == other.images[:n]
 
     def joined(self, other: Attempt) -> Attempt:
-        """Return the longer of two records of one attempt, the other one's of equal length, with
-        all that its images were ever known by."""
+        """Return the longer of two records of one attempt (the other's where equal), with the
+        digests of both."""
         longer = other if len(other.images) >= len(self.images) else self
         members = tuple(sorted({*self.members, *other.members}))
         return replace(longer, members=members, looked=min(self.looked, other.looked))
@@ -473,10 +476,9 @@ class Turn:
     """The images, path and errors that an attempt may use.
 
     number: among the attempts on the same images. handed: share of the errors that these hand on.
-    images: in the order in which they are bet on.
-    looked: how many of them were there at the first look; 0: a part of those, which a test of a
-    known number says nothing of. path: of the attempt that is continued; None: a new one.
-    continues: that attempt.
+    images: in the order of the bets. looked: number of images at the first look; 0: now fewer, so
+    that a test with a fixed number is not valid. path: of the continued attempt; None: a new one.
+    continues: the continued attempt.
     """
 
     number: int
@@ -493,7 +495,7 @@ def turn_of(
     """Continue an earlier attempt, or take the next share of the error budget.
 
     images: in the order of their ranks. any_time: whether the test stays valid when it goes on
-    after a look at its outcome; the same images may be tested again in any case.
+    after its outcome was seen; the same images may be tested again in any case.
     """
     known = {image.name: image for image in images}
     sharing = [attempt for attempt in attempts if attempt.shares(images)]
@@ -518,8 +520,8 @@ def turn_of(
 def recorded(
     attempts: Sequence[Attempt], attempt: Attempt, continues: Attempt | None = None
 ) -> tuple[Attempt, ...]:
-    """The attempts with another one, in place of the one that it continues. The longer list of
-    images stays, how many the first look had, and all that they were ever known by."""
+    """Return the attempts with a new one, in place of the attempt that it continues. Of these two,
+    the longer list of images, the number at the first look and all digests are kept."""
     others = [a for a in attempts if a != continues]
     parts = [attempt] if continues is None else [continues, attempt]
     longest = max(parts, key=lambda a: len(a.images))

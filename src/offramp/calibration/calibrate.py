@@ -52,7 +52,8 @@ COARSE = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, *(n / 20 for n in range(18
 
 
 def calibrated(adapter: Adapter, calibration: Calibration, examples: Sequence[Example]) -> Adapter:
-    """The adapter with the policy that was found, its guarantee, and the images it stands on."""
+    """Return the adapter with the policy that was found, its guarantee, and the digests of its
+    images."""
     used = {*adapter.seen.get("calibration", ()), *picture_digests(examples)}
     seen = {**adapter.seen, "calibration": sorted(used)}
     attempted = with_attempts(adapter, calibration)
@@ -60,7 +61,8 @@ def calibrated(adapter: Adapter, calibration: Calibration, examples: Sequence[Ex
 
 
 def with_attempts(adapter: Adapter, calibration: Calibration) -> Adapter:
-    """The adapter as it is, with the attempts made: what is left of a calibration that failed."""
+    """Return the adapter with the attempts made and no other change, after a calibration that
+    failed."""
     return replace(adapter, attempts=[attempt.to_json() for attempt in calibration.attempts])
 
 
@@ -90,38 +92,37 @@ def calibrate(
     progress: Any = iter,
     **options: Any,
 ) -> Calibration:
-    """The fastest thresholds found that keep P(risk <= target) >= confidence.
+    """Find the fastest thresholds that keep P(risk <= target) >= confidence.
 
-    One exit is tested along the grid `thresholds` (None: `GRID`, of a runtime `COARSE`). Several
-    are, each with its own threshold or off, along a path found on a part of the images, if costs
-    are given and the policy can be replayed (greedy, a score of `SCORES`); otherwise all share one
-    threshold.
+    One exit is tested along the grid `thresholds` (None: `GRID`, for a runtime `COARSE`). Several
+    exits are tested, each with its own threshold or off, along a path found on a part of the
+    images, if costs are given and the policy can be replayed (greedy, a score of `SCORES`);
+    otherwise all share one threshold.
 
     Args:
-        examples: of images drawn like those to come, each on its own, and never trained on; of an
-            item with references, what is lost is lost against these.
-        policy: what to calibrate; its own thresholds are ignored, its score is kept. With any trust
-            its trust is found, in place of thresholds: one run tells the losses at all levels, and
-            the grid `thresholds` is one of them (None: `LEVELS`).
-        first: threshold of an answer's first token, with which the prompt may wait at its exit:
-            a number that was chosen before any of these images was looked at; or "auto": it is
-            searched, on images that are then not tested on. None: the policy's own.
+        examples: of images drawn like future ones, each on its own, and never trained on; losses of
+            an item with references are against these.
+        policy: to calibrate; its own thresholds are ignored, its score is kept. With any trust its
+            trust is searched, in place of thresholds: one run gives the losses at all levels, and
+            the grid `thresholds` is of levels (None: `LEVELS`).
+        first: threshold of an answer's first token, with which the prompt may wait at its exit: a
+            number that was chosen before any of these images was seen; or "auto": searched on
+            images that are then not tested. None: the policy's own.
         frequencies: with the risk "cider_drop", examples of other images, whose references weigh
-            words; those of images that are calibrated on are left out. None: a part of the images,
-            which is then not tested on, weighs them.
-        risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`. unit,
-            candidates, each_kind, kind_targets: see `Guarantee`.
+            words; images of the calibration are left out. None: the words are weighed by a part of
+            the images, which is then not tested.
+        risk: of `RISKS`. method: of `offramp.calibration.risk_control.METHODS`. unit, candidates,
+            each_kind, kind_targets: see `Guarantee`.
         costs: of decoding on this machine, by `offramp.calibration.profiler.measure_costs`; None:
             no speed is predicted, and the fastest thresholds are the last that keep the risk.
         runtime: answers in the adapter's place, e.g. with quantised weights: the guarantee is then
-            of its answers, and all exits share one threshold.
+            for its answers, and all exits share one threshold.
         options: of generation, such as max_new_tokens.
 
     Raises:
         InputError: an argument cannot be used.
-        DataError: no examples, images that training used or of which many are copies, no
-            references that the risk can be measured against, a full model that
-            is wrong everywhere, or scores that are constant or NaN.
+        DataError: no examples, images that training used or of which many are copies, no references
+            for the risk, a full model that is always wrong, or scores that are constant or NaN.
     """
     asked = Guarantee(
         target, confidence, risk, method, unit, candidates, each_kind, dict(kind_targets or {})

@@ -25,16 +25,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that the parts of one decoded token take.
+    """Seconds for the parts of one decoded token.
 
-    layers: decoder layers L. batch: rows decoded together. context: tokens in the cache.
+    layers: number of decoder layers L. batch: rows decoded together. context: tokens in the cache.
     layer, head: one decoder layer, and the LM head, over 1, 2, 4 and 8 positions of each row.
     exit: an exit's own layer, over one position.
     check: the rest of a check: norm, head, score, and the transfer of its verdict.
     score: the score of given logits; part of `check`.
-    token: everything that is neither layers nor head: embedding, masks, Python.
-    reenter: a call of the layers after an exit, besides these: entering the decoder in the middle,
-        for a token that did not exit and those pending there.
+    token: everything besides layers and head: embedding, masks, Python.
+    reenter: the extra cost of a call of the layers after an exit, for a token that did not exit and
+    those pending there.
     """
 
     layers: int
@@ -87,7 +87,8 @@ class Costs:
 
 
 def layer_seconds(costs: Costs, positions: ArrayLike) -> Array:
-    """One layer over so many positions: linear between those measured, and beyond."""
+    """Return the seconds of one layer over so many positions: linear between the measured ones, and
+    beyond."""
     return _over(costs.layer, positions)
 
 
@@ -101,11 +102,12 @@ def _over(table: Sequence[float], positions: ArrayLike) -> Array:
 
 
 def token_seconds(costs: Costs, depths: ArrayLike, exits: Sequence[int]) -> Array:
-    """Seconds of decoding sequences whose depths are known, and so which states are pending when.
+    """Return the seconds of decoding sequences with known depths, which also tell the pending
+    states.
 
     depths: [A, N] (or [N]) depths of the decoded tokens of A sequences, each decoded on its own, 0
-        after its end. The first token of an answer comes out of the prefill: leave it out.
-    exits: depths of the exits that are on; a token meets every one up to where it exits.
+    after its end. Leave out the first token of an answer, which comes from the prefill.
+    exits: depths of the exits in use; a token meets every one up to where it exits.
 
     Returns [A] (or a scalar array).
 

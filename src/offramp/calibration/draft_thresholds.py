@@ -31,7 +31,7 @@ passes over the weights take. An answer's first drafts share a call with its pro
 
 @dataclass(frozen=True)
 class Drafting:
-    """Thresholds to draft by, and how fast they decode against the full model.
+    """Thresholds for drafting, and their measured speed against the full model.
 
     longest: drafts in a round, at most.
     """
@@ -42,10 +42,11 @@ class Drafting:
 
 
 def draft_policies(adapter: Adapter, thresholds: Sequence[float] | None = None) -> list[ExitPolicy]:
-    """Lossless policies that draft by each exit, at every threshold.
+    """Return lossless policies that draft by each exit, at every threshold.
 
-    What else stands in the adapter's policy (score, shortlist, longest draft) is kept. Of exits
-    that draft on the deepest writes. thresholds: None: `THRESHOLDS`, or `PRODUCTS` of such exits.
+    All else in the adapter's policy (score, shortlist, longest draft) is kept. Among exits that
+    draft on, the deepest drafts. thresholds: None: `THRESHOLDS`, or `PRODUCTS` for exits that draft
+    on.
     """
     depths, ahead = adapter.exits.depths, adapter.exits.draft_on
     if thresholds is None:
@@ -65,11 +66,11 @@ def draft_speeds(
     runtime: Runtime | None = None,
     **options: Any,
 ) -> list[Drafting]:
-    """Time lossless decoding by each of `draft_policies`, interleaved, and the fastest of them by
-    every `LONGEST`; the fastest first.
+    """Time lossless decoding by each of `draft_policies`, interleaved, and by the fastest of them
+    with every length in `LONGEST`. Return the fastest first.
 
-    inputs: processor output, batch 1 each, like the prompts to come. runtime: what answers in the
-    adapter's place; None: PyTorch. options: of generation.
+    inputs: processor output, batch 1 each, like future prompts. runtime: answers in the adapter's
+    place; None: PyTorch. options: of generation.
 
     Raises:
         DataError: no inputs.
@@ -85,9 +86,9 @@ def draft_speeds(
 
 
 def with_drafts(adapter: Adapter, drafting: Sequence[Drafting]) -> Adapter:
-    """The adapter with the fastest drafts; as it is, where none beats the full model.
+    """Return the adapter with the fastest drafts; unchanged where none beats the full model.
 
-    The guarantee of its early exits stays: they are not touched.
+    The guarantee of its early exits stays, because drafts do not change them.
     """
     best = drafting[0]
     if best.speedup <= 1.0:

@@ -28,7 +28,7 @@ _LARGEST = 2**28
 
 
 def ledger_of(backbone: Backbone) -> Path:
-    """The file of a model, by what does not change with its precision or its folder."""
+    """Return the ledger file of a model, named by what its precision and folder do not change."""
     base = user_folder("XDG_STATE_HOME", ".local/state")
     kinds = [config.model_type for config in (backbone.model.config, backbone.text_config)]
     sizes = [*kinds, backbone.depth, backbone.width, backbone.vocabulary]
@@ -37,8 +37,8 @@ def ledger_of(backbone: Backbone) -> Path:
 
 @contextmanager
 def with_ledger(adapter: Adapter) -> Iterator[Adapter]:
-    """The adapter with the attempts of others of its model on this machine too. Nobody else adds
-    any meanwhile.
+    """Yield the adapter with the attempts of other adapters of its model on this machine. The
+    ledger is locked meanwhile.
 
     Raises:
         DataError: the file is damaged. StorageError: another calibration of this model runs.
@@ -64,7 +64,7 @@ def with_ledger(adapter: Adapter) -> Iterator[Adapter]:
 
 
 def note_attempts(backbone: Backbone, attempts: Sequence[Attempt]) -> None:
-    """Add the attempts that were made, inside `with_ledger`. What cannot be written is said."""
+    """Add new attempts to the ledger, inside `with_ledger`. A failed write is only reported."""
     file = ledger_of(backbone)
     try:
         write_json(file, [attempt.to_json() for attempt in attempts])
@@ -87,8 +87,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def merged_attempts(own: Sequence[Any], others: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return each attempt once: two are one where the same was asked and one list begins the
-    other. What was asked of other images is an attempt of its own."""
+    """Return each attempt once. Two records are of one attempt where the question is equal and one
+    list of images begins the other; on other images they are different attempts."""
     known: list[Attempt] = []
     for value in [*others, *own]:
         attempt = Attempt.from_json(value)

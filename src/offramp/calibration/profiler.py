@@ -140,7 +140,7 @@ def measure_costs(
 
     Medians over the tokens of `repeats` rounds, in which kinds of token take turns, after one round
     that is not counted. The first exit is used; without `exits`, one copied from the backbone.
-    shortlist: exits read their shortlist alone, as by a policy that says so.
+    shortlist: whether exits read their shortlist alone.
 
     Raises:
         InputError: fewer than one repeat; a score that does not read one exit's logits.

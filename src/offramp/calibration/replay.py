@@ -28,11 +28,12 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Replay:
-    """N answers of at most A tokens; arrays [N, A], the answers in the order they were given.
+    """The exits' predictions along N answers of at most A tokens; arrays [N, A], in the order of
+    the answers.
 
     layers: depth L of the full model.
     targets: the tokens of the answers; -1 after an answer's end.
-    final: the full model's arg-max at each of them; -1 there too.
+    final: the full model's arg-max at each token; -1 after the end.
     said, scores: each exit's arg-max, and its score, by depth.
     """
 
@@ -44,7 +45,7 @@ class Replay:
 
     @property
     def mask(self) -> Array:
-        """Return which entries [N, A] are tokens."""
+        """Return which entries [N, A] are tokens, not padding."""
         return self.targets >= 0
 
     def part(self, rows: Array) -> Replay:
@@ -64,10 +65,10 @@ class Replay:
     def depths(
         self, thresholds: Mapping[int, float], *, first: Mapping[int, float] | None = None
     ) -> Array:
-        """The depth [N, A] at which each token exits; 0 where there is none.
+        """Return the depth [N, A] at which each token exits; 0 for padding.
 
-        first: thresholds of an answer's first token; none: it never exits early, as where a
-        decoder-only model reads the prompt at full depth. None: as of the others.
+        first: thresholds of an answer's first token; empty: it never exits early, as where a
+        decoder-only model reads the prompt at full depth. None: as for other tokens.
         """
         depths, rule = np.where(self.mask, self.layers, 0), ExitRule(thresholds, first=first)
         opening = rule if first is None else rule.opening
@@ -79,27 +80,28 @@ class Replay:
         return depths
 
     def written(self, depths: Array) -> Array:
-        """The tokens [N, A] that are written if each exits at its own depth in `depths` [N, A]."""
+        """Return the tokens [N, A] that are written if each exits at its depth in `depths` [N,
+        A]."""
         tokens = self.final
         for depth, said in self.said.items():
             tokens = np.where(depths == depth, said, tokens)
         return tokens
 
     def differs(self, depths: Array) -> Array:
-        """Return which answers [N] would not be the full model's, if the targets are its greedy
-        ones."""
+        """Return which answers [N] would differ from the full model's, if the targets are its
+        greedy answers."""
         return (self.written(depths) != self.targets).any(1)  # type: ignore[no-any-return]
 
 
 def can_replay(policy: ExitPolicy) -> bool:
-    """Return True if a replay shows what `policy` does: a score of `SCORES`, and no visual tokens
-    that stay behind, which changes tokens at full depth too."""
+    """Return True if a replay shows the effect of `policy`: for a score of `SCORES`, and without
+    the omitted visual tokens of earlier versions, which change tokens at full depth too."""
     return policy.score in SCORES and not policy.lossless
 
 
 @dataclass(frozen=True)
 class PolicyReplay:
-    """A replay read as a policy reads it while it decodes: its shortlist, its start.
+    """A replay that is read by a policy, with its shortlist and its rule for first tokens.
 
     first: whether an answer's first token may exit early.
     """
@@ -119,7 +121,7 @@ class PolicyReplay:
         batch_size: int = 32,
         progress: Any = iter,
     ) -> PolicyReplay:
-        """Replay `rows` under a policy that `can_replay`; its thresholds may be others later."""
+        """Replay `rows` for a policy that `can_replay`; the thresholds may be changed later."""
         replayed = replay(
             encoder,
             exits,
@@ -132,7 +134,8 @@ class PolicyReplay:
         return cls(replayed, policy, first_token_may_exit(encoder.backbone, policy))
 
     def depths(self, thresholds: Mapping[int, float] | None = None) -> Array:
-        """The depth [N, A] at which each token exits, by the policy's thresholds or by others."""
+        """Return the depth [N, A] at which each token exits, by the policy's thresholds or by
+        others."""
         by = self.policy
         if thresholds is not None:
             by = replace(by, thresholds=thresholds)
@@ -140,7 +143,8 @@ class PolicyReplay:
         return self.replay.depths(by.thresholds, first=first)
 
     def differs(self, thresholds: Mapping[int, float] | None = None) -> Array:
-        """Return which answers [N] would not be the full model's, if they are its greedy ones."""
+        """Return which answers [N] would differ from the full model's, if the rows are its greedy
+        answers."""
         return self.replay.differs(self.depths(thresholds))
 
     def part(self, rows: Array) -> PolicyReplay:
@@ -161,9 +165,8 @@ def replay(
 ) -> Replay:
     """Read every exit at every token of `rows`.
 
-    rows: `offramp.adapter.answers.full_model_answers` for the full model's own answers, or
-    labelled ones.
-    score: a key of `SCORES`. shortlist: exits read their shortlist alone.
+    rows: of `offramp.adapter.answers.full_model_answers` for the full model's own answers, or
+    labelled ones. score: a key of `SCORES`. shortlist: whether exits read their shortlist alone.
 
     Raises:
         DataError: prompt and answer are longer than the backbone's positions.

@@ -43,7 +43,8 @@ it needed 16 to 26% more.
 
 
 def hoeffding_bentkus(risk: float, n: int, target: float) -> float:
-    """P-value of "the true risk is above `target`" for a mean `risk` of n losses in [0, 1].
+    """Return the p-value of "the true risk is above `target`" for a mean `risk` of n losses in [0,
+    1].
 
     The smaller of Hoeffding's and Bentkus's bounds (Bates et al. 2021, section 3.1).
     """
@@ -60,12 +61,12 @@ def hoeffding_bentkus(risk: float, n: int, target: float) -> float:
 
 
 def binomial(losses: Array, target: float) -> float:
-    """P-value of "the true risk is above `target`", exact for losses of 0 and 1.
+    """Return the p-value of "the true risk is above `target`", exact for losses of 0 and 1.
 
-    A loss between is rounded to 1 at the share of the places that it reaches, and to 0 elsewhere;
-    the mean becomes no lower, and of draws with unequal chances small sums are no likelier than of
-    equal ones with the same mean (Hoeffding 1956). Gains count as 0. For a number of images that
-    was known before any was looked at.
+    A loss in between is rounded to 1 in proportion and to 0 elsewhere, so that the mean becomes no
+    lower. With unequal chances small sums are no likelier than with equal ones of the same mean
+    (Hoeffding 1956). Gains count as 0. Valid for a number of images that was fixed before any was
+    seen.
     """
     from scipy.stats import binom
 
@@ -113,9 +114,9 @@ METHODS = ("auto", *TESTS)
 
 
 def p_value(losses: Losses, target: float, method: str, level: float = PLANNED_FOR) -> float:
-    """Return the p-value of the claim that the true risk is above `target`, for losses [n]. `Draws`
-    with a target of their own are held to so many `times` that target. level: of the test that
-    follows, which stakes aim at; the p-value is valid at any level."""
+    """Return the p-value of "the true risk is above `target`", for losses [n]. `Draws` with `times`
+    are tested against `times` the target. level: of the following test, at which stakes aim; the
+    p-value is valid at any level."""
     parts = [(part, part.times * target) for part in _parts(losses)]
     return max(TESTS[method](part, own, level) if own < 1 else 0.0 for part, own in parts)
 
@@ -130,7 +131,8 @@ def _draws(losses: Array | Draws) -> Draws:
 
 
 def upper_bound(losses: Losses, confidence: float, method: str = "upper_bound") -> float:
-    """The least target in [mean, 1] that losses [n] pass at `confidence`: a bound on the risk."""
+    """Return an upper bound of the risk: the smallest target in [mean, 1] that losses [n] pass at
+    `confidence`."""
     draws, test = _parts(losses), first_test(method)
     low, high = highest_risk(draws), 1.0
     while high - low > 1e-6:
@@ -143,13 +145,12 @@ def upper_bound(losses: Losses, confidence: float, method: str = "upper_bound") 
 
 
 def highest_risk(draws: Sequence[Draws]) -> float:
-    """The largest mean loss, of `Draws` with a target of their own by the part of it that is lost:
-    that over `times`."""
+    """Return the largest mean loss of several `Draws`, each divided by its `times`."""
     return max(float(part.risk) / part.times for part in draws)
 
 
 def walk(losses: Losses, target: float, confidence: float, method: str) -> int | None:
-    """The last point before the first whose test fails, or None.
+    """Return the index of the last point before the first failed test; None where the first fails.
 
     "learn_then_test": by Hoeffding-Bentkus (Angelopoulos et al. 2021); gains count as 0, which
     makes the guarantee stricter than asked. "upper_bound": by bets (Jazbec et al. 2024); gains
@@ -165,12 +166,12 @@ def walk(losses: Losses, target: float, confidence: float, method: str) -> int |
 
 
 def monotone(losses: Losses, level: float = 0.05, low: float = 0.0) -> bool:
-    """Return True if nothing speaks against a risk that never falls along the path.
+    """Return True if nothing contradicts a risk that never falls along the path.
 
     Betting tests of "no lower than before" on the paired differences of all pairs of points,
-    Bonferroni-corrected: a path that is monotone is called otherwise with probability <= `level`.
+    Bonferroni-corrected: a monotone path is called otherwise with probability <= `level`.
 
-    low: the least loss there is, 0 or -1.
+    low: the smallest possible loss, 0 or -1.
     """
     kinds = _parts(losses)
     if len(kinds) > 1:
@@ -188,7 +189,8 @@ def monotone(losses: Losses, level: float = 0.05, low: float = 0.0) -> bool:
 
 @dataclass(frozen=True)
 class Decision:
-    """The last point of a path that keeps the risk (None: none does), and how it was found."""
+    """The index of the last point of a path that keeps the risk (None: none does), with the
+    method."""
 
     index: int | None
     method: str
@@ -201,11 +203,10 @@ def control(
     """Choose a point of the path so that P(risk <= target) >= confidence.
 
     "auto" walks by the test `sharp`; where the risk is not monotone it falls back on
-    `learn_then_test`. On a finite path both walks are fixed-sequence tests and hold for any risk;
-    what monotonicity adds is that every safer setting, those between the points too, keeps the
-    risk. As the choice of method sees the data, the fall-back returns the safer of both walks'
-    points: it is wrong only where the first walk passed a point it should not have, which
-    happens with probability <= 1 - confidence whatever the other walk does.
+    `learn_then_test`. On a finite path both walks are fixed-sequence tests and hold for any risk.
+    With a monotone risk every safer setting keeps the risk too, also between the points. As the
+    choice of method sees the data, the fall-back returns the safer of both walks' points: that is
+    wrong only where the first walk passed a wrong point, with probability <= 1 - confidence.
 
     Raises:
         InputError: an unknown method.
@@ -225,10 +226,9 @@ def control(
 def samples_needed(
     target: float, confidence: float, method: str = "auto", risk: float = 0.0
 ) -> int | None:
-    """The fewest images that would guarantee `target` at a measured `risk`; None: no number would.
+    """Return the fewest images that would guarantee `target` at a measured `risk`; None: no number.
 
-    Exact where the risk is 0; above, for losses of 0 and 1. Of "sharp", and so of "auto": at a
-    first look.
+    For losses of 0 and 1. Exact at a risk of 0. For "sharp" and "auto", the number at a first look.
     """
     if risk >= target:
         return None
@@ -269,12 +269,13 @@ def _least(passes: Callable[[int], bool]) -> int | None:
 
 
 def draws_needed(losses: Losses, target: float, confidence: float, method: str) -> int | None:
-    """The fewest draws of answers and images in numbers as of these, of which none loses anything,
-    that guarantee `target` at a first look; of several kinds, of the one with fewest draws.
+    """Return the fewest draws that guarantee `target` at a first look if no answer loses anything,
+    for draws with numbers of answers and images like `losses`; for several kinds, in the kind with
+    fewest draws.
 
-    n of 0/1 losses have (1 - target)^n as their exact p-value; a bet of stake s on draws of c of at
-    most L images gains log(1 + s target c / L) each, so where these are unequal about L / mean(c)
-    times as many are needed.
+    n losses of 0 or 1 have (1 - target)^n as their exact p-value. A bet of stake s on draws of c of
+    at most L images gains log(1 + s target c / L) each, so unequal draws need about L / mean(c)
+    times as many.
     """
     parts, test = _parts(losses), first_test(method)
     fewest = min(len(part.counts) for part in parts)
@@ -299,16 +300,16 @@ def draws_needed(losses: Losses, target: float, confidence: float, method: str) 
 
 
 def more_needed(target: float, confidence: float, risk: float) -> int | None:
-    """The fewest images, those of the first look included, of which the bets of `sharp` guarantee
-    `target` where images are added at a measured `risk`; None: no number would."""
+    """Return the fewest images, with those of the first look, at which the bets of `sharp`
+    guarantee `target` if images are added at a measured `risk`; None: no number."""
     return samples_needed(target, 1 - (1 - PLANNED) * (1 - confidence), "upper_bound", risk)
 
 
 def images_for(target: float, confidence: float, risk: float, share: float = PLANNED) -> int | None:
-    """The fewest images of which a first look passes four times in five where the true risk is
-    `risk`, for losses of 0 and 1; None: no number.
+    """Return the fewest images for which a first look passes four times in five, if the true risk
+    is `risk`, for losses of 0 and 1; None: no number.
 
-    share: of the level that the exact test has; 1: all, as where no image is ever added.
+    share: of the level, for the exact test; 1: the whole level, as if no image were ever added.
     """
     if risk >= target:
         return None
@@ -331,7 +332,7 @@ def power(n: int, target: float, risk: float, level: float) -> float:
 
 
 def first_test(method: str) -> str:
-    """The test a method begins with. Raise `InputError` if it is not known."""
+    """Return the test that a method begins with. Raise `InputError` for an unknown method."""
     if method not in METHODS:
         raise InputError(f"Method {method!r} is not known.", did_you_mean(method, METHODS))
     return "sharp" if method == "auto" else method

@@ -34,10 +34,10 @@ Quality = Callable[[Sequence["Answer"], Sequence[Example]], Array]
 class Risk:
     """A loss of early answers against the full model's, in [low, 1].
 
-    quality: of a risk with labels, what drops. whole: whether a loss is -1, 0 or 1, never between.
-    weighed: the same risk, with words weighed by the references of other images, which every loss
-        needs that is to be of its own image alone; None: no words are weighed. most: the largest
-        loss that answers to some examples can have, which a test of these need not look beyond.
+    quality: for a risk with labels, the score that drops. whole: whether every loss is -1, 0 or 1.
+    weighed: returns the same risk with words weighed by references of other images, so that each
+    loss depends on its own image alone; None: no words are weighed. most: returns the largest
+    possible loss for some examples, which bounds their tests.
     """
 
     losses: Losses
@@ -50,14 +50,14 @@ class Risk:
 
 @dataclass(frozen=True)
 class Judged(Example):
-    """An example with what its answer is compared with, where that is more than its answers: of
-    ten that people gave, the blank ones count too."""
+    """An example with the references that its answer is judged by, if these are more than its
+    answers: of ten answers by people, the blank ones count too."""
 
     references: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, item: Item | Example) -> Example:
-        """Return an item as an example, and an example unchanged."""
+        """Return an item as an example; an example stays unchanged."""
         if isinstance(item, Example):
             return item
         return cls(**vars(item.example), references=item.references)

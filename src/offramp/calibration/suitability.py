@@ -68,14 +68,14 @@ this may take beyond a first round, and rounds at most."""
 
 @dataclass(frozen=True)
 class Prospect:
-    """An exit at `depth`, once it is trained.
+    """The forecast for a trained exit at `depth`.
 
-    agreement: share of tokens for which its likeliest is the full model's.
+    agreement: share of tokens for which its likeliest token is the full model's.
     settled: by level, the largest share of tokens that exit, surest first, while that share of all
-        tokens stays the full model's.
+    tokens stays the full model's.
     speedup: by level, of decoding one answer at a time on this machine, over full depth.
-    calibrated: by target of `RISKS`, of thresholds that are calibrated to it: the speed expected,
-        and what it lies in at 95%, as far as the answers looked at scatter.
+    calibrated: by target of `RISKS`, for thresholds calibrated to it: the expected speed, and its
+    95% interval from the scatter of the answers.
     """
 
     depth: int
@@ -87,9 +87,9 @@ class Prospect:
 
 @dataclass(frozen=True)
 class Shown:
-    """One of the full model's answers. ids: its N tokens. ranks: by depth, of all but the first
-    (which comes out of the prompt's pass) the share of all tokens that an exit there is surer of
-    [N - 1]."""
+    """One of the full model's answers. ids: its N tokens. ranks: by depth, for each token but the
+    first (which comes with the prompt), the share of all tokens that an exit there is surer of [N -
+    1]."""
 
     key: str
     ids: tuple[int, ...]
@@ -98,11 +98,11 @@ class Shown:
 
 @dataclass(frozen=True)
 class Suitability:
-    """The speed that exits promise on a model of L `layers`.
+    """The forecast of exits on a model of L `layers`.
 
-    prompts, tokens: that were answered, and looked at. planned: prompts that training would have.
+    prompts, tokens: answered prompts, and tokens read. planned: prompts that training would have.
     shortlist: whether exits read a shortlist of the vocabulary. seconds: of an answer at full
-    depth, and of decoding in it. shown: some answers.
+    depth, and of its decoding. shown: some answers.
     """
 
     layers: int
@@ -115,12 +115,12 @@ class Suitability:
     shown: tuple[Shown, ...] = ()
 
     def best(self, level: float) -> Prospect:
-        """The depth whose exit decodes fastest at a level of `LEVELS`."""
+        """Return the prospect of the depth with the fastest decoding at a level of `LEVELS`."""
         return max(self.prospects, key=lambda p: p.speedup[level])
 
     def kept(self, level: float) -> float | None:
-        """The least target of `RISKS` at which the best exit is expected to pay, at the lower end
-        of its interval; None: at none of them."""
+        """Return the smallest target of `RISKS` at which the best exit is expected to pay, by the
+        lower end of its interval; None: at no target."""
         told = self.best(level).calibrated
         return next((risk for risk in RISKS if told[risk][1] >= WORTH), None)
 
@@ -150,15 +150,15 @@ class Suitability:
         )
 
     def seconds_with(self, level: float) -> float:
-        """Seconds of an answer with the best exit, at the least target that pays."""
+        """Return the seconds of an answer with the best exit, at the smallest target that pays."""
         whole, decoding = self.seconds
         risk, best = self.kept(level), self.best(level)
         speed = best.speedup[level] if risk is None else best.calibrated[risk][0]
         return whole - decoding + decoding / speed
 
     def answers(self, level: float) -> list[dict[str, Any]]:
-        """The answers that are shown, each token with the depth foretold of it: that of the best
-        exit for as many as settle at the level."""
+        """Return the shown answers with the forecast depth of each token: the best exit's for as
+        many tokens as settle at the level."""
         best = self.best(level)
         return [
             {
@@ -188,7 +188,7 @@ class Suitability:
 
 
 def looked_at(layers: int) -> tuple[int, ...]:
-    """Depths that are tried unless others are named: six, up to three quarters of the layers."""
+    """Return the depths tried by default: six, up to three quarters of the layers."""
     return tuple(sorted({min(max(1, round(layers * k / 8)), layers - 1) for k in range(1, 7)}))
 
 
@@ -204,10 +204,11 @@ def suitability(
     seed: int = 0,
     progress: Any = iter,
 ) -> Suitability:
-    """Answer the prompts with the full model, and tell what exits at `depths` would settle.
+    """Answer the prompts with the full model, and forecast how many tokens exits at `depths` would
+    settle.
 
     planned: prompts that training would have. progress: wraps the batches that are answered, the
-        batches that are read, and the prompts on which speed is tried.
+    batches that are read, and the prompts on which speed is tried.
 
     Raises:
         DataError: fewer than `FEWEST` prompts, or decoded tokens; a prompt that leaves no room for
@@ -457,11 +458,11 @@ def _redrawn(scores: Array, right: Array, answer: Array) -> Array:
 
 
 def exiting(scores: Array, right: Array, answer: Array, risk: float) -> float:
-    """Return how many tokens may exit at most: the largest share of N at one threshold. At most a
-    share `risk` of the answers may then hold a wrong token that exited.
+    """Return the largest number of tokens that may exit at one threshold, while at most a share
+    `risk` of the answers holds a wrong token that exited.
 
-    scores, right: confidence, and whether the exit says the full model's token [N]. answer: number
-    of the answer that each token is in [N].
+    scores, right: confidence, and whether the exit's token is the full model's [N]. answer: index
+    of each token's answer [N].
     """
     _, place = np.unique(answer, return_inverse=True)
     surest = np.full(place.max() + 1, -np.inf)  # of the wrong ones of each answer
@@ -472,8 +473,8 @@ def exiting(scores: Array, right: Array, answer: Array, risk: float) -> float:
 
 
 def settled(scores: Array, right: Array, level: float) -> float:
-    """Return the largest share of N tokens that exit at a threshold, while at most 1 - level of all
-    N differ from the full model's. scores, right: [N], of each token."""
+    """Return the largest share of N tokens that exit at one threshold, while at most 1 - level of
+    all N differ from the full model's. scores, right: [N], of each token."""
     order = np.argsort(-scores, kind="stable")
     wrong = np.cumsum(~right[order])
     ends = np.append(scores[order][1:] != scores[order][:-1], True)
@@ -482,8 +483,8 @@ def settled(scores: Array, right: Array, level: float) -> float:
 
 
 def followed(learnt: Array, left: Array, more: float) -> Array:
-    """Shares [K] left where `more` was learnt, by the power law through `left` [P, K], which was
-    left where `learnt` [P] was; it never rises."""
+    """Return the shares [K] still wrong after learning from `more` prompts, by the power law
+    through `left` [P, K] after learning from `learnt` [P]; it never rises."""
     x, y = np.log(learnt), np.log(left)
     slopes = np.minimum(np.polyfit(x, y, 1)[0], 0.0)
     return np.asarray(np.exp(y.mean(0) + slopes * (np.log(more) - x.mean())))

@@ -24,11 +24,11 @@ from offramp.inputs.example import Example
 
 @dataclass(frozen=True)
 class Swept:
-    """One threshold of a score, for all exits and all tokens.
+    """The effect of one threshold of a score, for all exits and all tokens.
 
-    changed: share of answers that would not be the full model's. depth: mean number of decoder
-    layers of a token. seconds: predicted ones of decoding a token on this machine. speed: full
-    depth's seconds over these. Depth and seconds are along the full model's answers.
+    changed: share of answers that would differ from the full model's. depth: mean number of decoder
+    layers of a token. seconds: predicted, of decoding a token on this machine. speed: full depth's
+    seconds over these. Depth and seconds are along the full model's answers.
     """
 
     score: str
@@ -51,9 +51,9 @@ def sweep(
     max_new_tokens: int = 40,
     progress: Any = iter,
 ) -> list[Swept]:
-    """Return what each threshold of each score would do, the safest first.
+    """Return the effect of each threshold of each score, the safest first.
 
-    scores: keys of `SCORES`; none: the adapter's. costs: of decoding; None: they are measured.
+    scores: keys of `SCORES`; none: the adapter's. costs: of decoding; None: measured here.
 
     Raises:
         InputError: a score that a replay cannot show.

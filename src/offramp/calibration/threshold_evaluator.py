@@ -36,13 +36,13 @@ where no other token exits."""
 
 @dataclass(frozen=True)
 class ThresholdEvaluator:
-    """Examples with the full model's answers, to try thresholds on.
+    """Examples with the full model's answers, on which thresholds are tried.
 
-    depths: of the exits. policy: whose thresholds are tried. risk: what answers lose by.
-    full: the full model's answers. answer: generates answers to examples by a policy.
-    replay: what the exits say along the full answers; None where a replay cannot show that.
-    doubtful: answers [n] of which a replay cannot be sure that they stay unchanged.
-    costs: of decoding; None: no times are predicted.
+    depths: of the exits. policy: whose thresholds are tried. risk: of the losses. full: the full
+    model's answers. answer: generates answers to examples by a policy. replay: the exits'
+    predictions along the full answers; None: a replay cannot show them. doubtful: answers [n] that
+    may change although the replay does not show it. costs: of decoding; None: no times are
+    predicted.
     """
 
     depths: tuple[int, ...]
@@ -69,10 +69,10 @@ class ThresholdEvaluator:
         runtime: Runtime | None = None,
         **options: Any,
     ) -> ThresholdEvaluator:
-        """Answer the examples with the full model and replay that.
+        """Answer the examples with the full model and replay the answers.
 
-        runtime: what answers in the adapter's place. Its answers are generated and not replayed,
-            because a replay runs the adapter's own exits. options: of generation.
+        runtime: answers in the adapter's place. Its answers are generated and not replayed, because
+        a replay runs the adapter's own exits. options: of generation.
         """
         model, rows_at_once = (adapter, batch_size) if runtime is None else (runtime, runtime.rows)
 
@@ -112,13 +112,13 @@ class ThresholdEvaluator:
         )
 
     def with_first(self, threshold: float) -> ThresholdEvaluator:
-        """First tokens exit at a threshold of their own."""
+        """Return the evaluator with a separate threshold for first tokens."""
         policy = replace(self.policy, first=Thresholds.shared(self.depths, threshold))
         replayed = None if self.replay is None else replace(self.replay, policy=policy)
         return replace(self, policy=policy, replay=replayed)
 
     def losses(self, thresholds: Mapping[int, float]) -> Array:
-        """Return what each answer loses [n]; those that stay the full model's lose nothing."""
+        """Return the loss of each answer [n]; answers equal to the full model's lose nothing."""
         policy = replace(self.policy, thresholds=Thresholds(thresholds))
         differs = self.doubtful
         if self.replay is not None:
@@ -134,20 +134,20 @@ class ThresholdEvaluator:
         return losses
 
     def at(self, point: Mapping[int, float] | None) -> ExitPolicy:
-        """The policy at a point of the path; None: without thresholds."""
+        """Return the policy at a point of the path; point: None: without thresholds."""
         if point is None:
             first = self.policy.first
             return replace(self.policy, thresholds={}, first=None if first else first)
         return self.policy.moved(point)
 
     def seconds(self, thresholds: Mapping[int, float]) -> float | None:
-        """Predicted seconds of a decoded token; None without costs or a replay."""
+        """Return the predicted seconds of a decoded token; None without costs or a replay."""
         if self.replay is None or self.costs is None:
             return None
         return self.time(self.replay.depths(thresholds), tuple(thresholds))
 
     def time(self, depths: Array, exits: Sequence[int]) -> float:
-        """Predicted seconds of a token of answers whose depths [n, A] are known."""
+        """Return the predicted seconds of a token, for answers whose depths [n, A] are known."""
         assert self.costs is not None and self.replay is not None
         decoded = depths[:, 1:]  # the prompt's pass gives the first
         took = token_seconds(self.costs, decoded, exits)
@@ -160,9 +160,9 @@ class ThresholdEvaluator:
 def split_images(
     whole: ThresholdEvaluator, images: Sequence[ImageRows], *, also: bool = False
 ) -> tuple[list[ImageRows], list[ImageRows]]:
-    """Images on which a path is searched, and those on which it is tested: by rank, so that more
-    images bring none that was searched on into the test. Copies of one that is searched on are
-    searched on with it. also: whether more than a path is searched.
+    """Return the images on which a path is searched, and those on which it is tested. The split is
+    by rank, so that added images never move searched ones into the test; copies of searched images
+    are searched too. also: whether more than a path is searched.
 
     Raises:
         DataError: too few images for both.
@@ -188,9 +188,9 @@ def searches(whole: ThresholdEvaluator) -> bool:
 def lowest(
     whole: ThresholdEvaluator, search: Sequence[ImageRows], values: Sequence[float], spare: float
 ) -> float:
-    """The lowest threshold of first tokens down to which answers none of whose other tokens exits,
-    of those searched on, lose at most `LOST_SHARE` of what is spare, with a standard error on top;
-    1 where there is none."""
+    """Return the lowest threshold of first tokens at which searched answers, with no other token
+    exiting, lose at most `LOST_SHARE` of `spare`, one standard error included; 1 where there is
+    none."""
     part = whole.part(np.array(sorted(row for image in search for row in image.rows)))
     never = Thresholds.shared(part.depths, 1.0)
     found = 1.0
@@ -205,7 +205,8 @@ def lowest(
 def path_of(
     whole: ThresholdEvaluator, search: Sequence[ImageRows], grid: Sequence[float]
 ) -> list[Thresholds]:
-    """Thresholds to test, the safest first; without a search one threshold for all exits."""
+    """Return the thresholds to test, the safest first; without a search, one threshold for all
+    exits."""
     if not searches(whole):
         return [Thresholds.shared(whole.depths, t) for t in sorted(grid, reverse=True)]
     part = whole.part(np.array(sorted(row for image in search for row in image.rows)))

@@ -31,8 +31,8 @@ STEP = 0.005
 def candidates(depths: Sequence[int], grid: Sequence[float]) -> list[Thresholds]:
     """Return all sets of exits, with all their combinations of thresholds of the grid.
 
-    Where these are more than `LIMIT`, the grid is thinned evenly, down to `FEWEST` points; where
-    that is not enough, the sets hold fewer exits: many checks a token cost more than they save.
+    For more than `LIMIT` candidates the grid is thinned evenly, down to `FEWEST` points, and then
+    the sets are limited to fewer exits, because many checks a token cost more than they save.
     """
     size, points = _affordable(len(depths), len(grid))
     spread = np.linspace(0, len(grid) - 1, points).round().astype(int)
@@ -60,13 +60,13 @@ def pareto_path(
     seconds: Callable[[Array, Sequence[int]], float],
     grid: Sequence[float],
 ) -> list[Thresholds]:
-    """Candidates that no other beats in both disagreement and seconds, the safest first.
+    """Return the candidates that no other beats in both disagreement and seconds, the safest first.
 
-    What is fastest among thousands was also lucky, so stricter versions of the path's first point
-    lead up to it: thresholds raised to each grid value in turn.
+    The fastest among thousands was also lucky, so stricter versions of the path's first point lead
+    up to it: thresholds raised to each grid value in turn.
 
-    search: of the search part. seconds: of depths [N, A] under exits that are on; all at full depth
-    without any.
+    search: of the search part. seconds: a function of depths [N, A] and the exits in use; full
+    depth without any.
 
     Returns [] where no candidate is faster than the full model.
     """

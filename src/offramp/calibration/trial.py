@@ -47,9 +47,9 @@ CONSISTENCY = "consistency"
 class Point:
     """A point of the path.
 
-    risk, bound: measured on the tested images, and what the method bounds it by; where kinds of
-        prompts are tested, of the worst, with a target of its own in units of that of all.
-    seconds: predicted, of a decoded token; None without a replay or costs.
+    risk, bound: measured on the tested images, and its upper bound; where kinds of prompts are
+    tested, of the worst kind, in units of the common target. seconds: predicted, of a decoded
+    token; None without a replay or costs.
     """
 
     thresholds: Thresholds
@@ -60,10 +60,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Kind:
-    """Prompts of a kind: what was measured of them at the thresholds that were chosen, or at the
-    safest ones where none were. kind: see `offramp.promises.prompt_kinds.kind_of`. target: its own;
-    None: that of all. point: of the path, where each kind is tested, the one that this kind is
-    answered by; None: that of all."""
+    """The results for one kind of prompt, at the chosen thresholds or, where none were chosen, at
+    the safest. kind: see `offramp.promises.prompt_kinds.kind_of`. target: its own; None: the common
+    one. point: of the path, for this kind alone; None: the common one."""
 
     kind: str
     images: int
@@ -75,9 +74,9 @@ class Kind:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to answer that was compared. name: lossless, trust or thresholds. setting: in words.
-    times: as fast as full depth, whole answers in turn. risk: measured on `answers`; None: nothing
-    is lost. promised: whether it was tested; else it is an estimate."""
+    """One of the compared ways to answer. name: lossless, trust or thresholds. setting: in words.
+    times: speed of whole answers over full depth. risk: measured on `answers`; None: lossless.
+    promised: whether the risk was tested; else it is an estimate."""
 
     name: str
     setting: str
@@ -91,33 +90,32 @@ class Way:
 class Calibration:
     """A guarantee and its evidence.
 
-    policy: thresholds that passed, exits that none uses left out; without thresholds if nothing
-        can be guaranteed, and then `reason` says why.
-    method: that decided; see `offramp.calibration.risk_control.control`, as for `monotone`.
-    unit: what the risk is a mean over; see `Guarantee`; "group": groups of images.
+    policy: thresholds that passed, without unused exits; without thresholds if nothing can be
+    guaranteed, for the `reason` given.
+    method: the deciding one; see `offramp.calibration.risk_control.control`, as for `monotone`.
+    unit: over what the risk is a mean; see `Guarantee`; "group": groups of images.
     measured, bound: the risk on the n tested images, and its upper bound; where each kind of prompt
-        is tested, of the worst at its own point, in units of the target of all.
-    n, answers: images tested, copies left out, and answers to them. groups: that these images came
-        in, which are what was drawn; None: each came alone. copies: images that were found
-        to be copies of others.
-    attempt: number of this attempt among those on the same images. level: the confidence at which
-        its tests were made, so that all attempts together keep `confidence`. candidates: among
-        which the best is taken; see `Guarantee`.
-    needed: images that would be enough at the risk measured (where nothing passed: at the safest
-        point); None where that is above the target, so that no number would.
+    is tested, of the worst at its own point, in units of the common target.
+    n, answers: tested images without copies, and answers to them. groups: number of groups of these
+    images, which are then the draws; None: each came alone. copies: images that are copies of
+    others.
+    attempt: number of this attempt among those on the same images. level: confidence of its tests,
+    so that all attempts together keep `confidence`. candidates: among which the best is taken; see
+    `Guarantee`.
+    needed: images that would be enough at the measured risk (where nothing passed: at the safest
+    point); None: that is above the target, so that no number would.
     speedup: of decoding, predicted from measured costs.
-    path: what was tested, up to the first failure.
+    path: the tested points, up to the first failure.
     attempts: all that were made with these exits, this one included.
-    likeness: of the early answers at these thresholds, to know others that are like them by.
-    watched: of a risk that needs right answers, what is watched in its place, and how much of it
-        was calibrated; see `offramp.promises.guarantee.watched`.
-    largest: answers of the image that had most. whole: whether the last thresholds of the path kept
-        the risk too. each_kind: whether the target holds of each of
-        `kinds`, by what was measured of each. qualities: of a risk with labels, the mean quality of
-        the full model's answers by kind of prompt, in units of its losses.
-    ways: that were compared, by `offramp.calibration.ways`.
-    runtime: whose answers the guarantee is about, by name; None: PyTorch's.
-    conditions: what else it holds under; see `offramp.promises.conditions`.
+    likeness: of the early answers at these thresholds, by which similar requests are known.
+    watched: for a risk that needs right answers, the risk that is watched in its place; see
+    `offramp.promises.guarantee.watched`.
+    largest: the most answers about one image. whole: whether the whole path kept the risk.
+    each_kind: whether the target holds for each of `kinds`. qualities: for a risk with labels, the
+    mean quality of the full model's answers by kind of prompt, in units of its losses.
+    ways: the compared ways, by `offramp.calibration.ways`.
+    runtime: name of the engine that the guarantee is for; None: PyTorch.
+    conditions: further ones; see `offramp.promises.conditions`.
     """
 
     policy: ExitPolicy
@@ -173,7 +171,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Trial:
-    """A path and what it is tested on: examples, and their images in the order of the bets.
+    """A path, with the examples that test it and their images in the order of the bets.
 
     images: their rows are places in `tested.examples`. level: confidence of each test. kinds: names
     of the kinds of prompts [rows].
@@ -186,8 +184,8 @@ class Trial:
     kinds: tuple[str, ...]
 
     def draws(self, losses: Array, asked: Guarantee) -> dict[str, Draws]:
-        """Losses [answers, ...] as those of the images: of all, named "", or, where the target is
-        to hold of each kind of prompt, of each by its name."""
+        """Return losses [answers, ...] as draws of images: by kind of prompt where the target must
+        hold for each kind, else of all under the name ""."""
         if not asked.by_kind:
             most = max(self._most.values())
             return {"": self._of(losses, asked.unit, self.images, self.turn.looked, most)}
@@ -195,19 +193,20 @@ class Trial:
 
     @property
     def images_tested(self) -> int:
-        """Images, those that are copies of others left out."""
+        """The number of images without copies."""
         return sum(len(image.by_image) for image in self.images) - merged(self.images)
 
     def nothing(self, asked: Guarantee) -> list[Draws]:
-        """Draws of answers that lose nothing."""
+        """Return draws of answers that lose nothing."""
         return [*self.draws(np.zeros(len(self.tested.examples)), asked).values()]
 
     def number_of(self, asked: Guarantee) -> int:
-        """Images, or groups of them, that were tested, copies left out; of kinds, the fewest."""
+        """Return the number of tested images or groups, without copies; for kinds, the smallest
+        number."""
         return min(part.n for part in self.nothing(asked))
 
     def by_kind(self, losses: Array, asked: Guarantee) -> dict[str, Draws]:
-        """The same by kind of prompt."""
+        """Return losses [answers, ...] as draws of images by kind of prompt."""
         found = {}
         for kind in sorted(set(self.kinds)):
             rows = {row for row, name in enumerate(self.kinds) if name == kind}
@@ -237,21 +236,20 @@ class Trial:
         return {kind: self.tested.risk.most(examples) for kind, examples in of.items()}
 
     def rows_of(self, kinds: Collection[str]) -> Array:
-        """Rows of answers to prompts of these kinds, ascending."""
+        """Return the rows of answers to prompts of these kinds, ascending."""
         return np.array([row for row, kind in enumerate(self.kinds) if kind in kinds])
 
     def run(self, asked: Guarantee, progress: Any) -> Calibration:
-        """Test the path until a point fails, unless that cannot succeed, and return what was
-        found; without points of a path no errors were risked."""
+        """Test the path until a point fails, and return the outcome. Nothing is tested, and no
+        errors are spent, where success is impossible or the path is empty."""
         within = _within_reach(self, asked)
         walked = _walk(self, progress(self.turn.path or ()) if within else (), asked)
         found = _decide(self, walked, asked)
         return found if within else replace(found, **_out_of_reach(self, asked))
 
     def early(self, found: Calibration) -> list[Answer]:
-        """Return early answers to what was tested, to each kind of prompt by its thresholds: to all
-        of it where the risk needs right answers, else to `ANSWERS`; none where nothing is
-        guaranteed."""
+        """Return early answers to the tested examples, each kind of prompt by its thresholds; to
+        `ANSWERS` of them if the risk needs no right answers. Empty where nothing is guaranteed."""
         if found.policy.own_mode != "early_exit":
             return []
         n = len(self.kinds) if self.tested.risk.quality else min(len(self.kinds), ANSWERS)
@@ -264,8 +262,9 @@ class Trial:
         return [answers[row] for row in range(n)]
 
     def watched(self, early: Sequence[Answer], asked: Guarantee) -> dict[str, Any] | None:
-        """Return what requests can show where the risk needs right answers: by kind of prompt, an
-        upper bound of how much early answers differ from the full model's; None of other risks."""
+        """Return, for a risk that needs right answers, upper bounds by kind of prompt of how
+        much early answers differ from the full model's, which requests can test; None for other
+        risks."""
         if not early or self.tested.risk.quality is None:
             return None
         risk = RISKS[CONSISTENCY]
@@ -275,8 +274,8 @@ class Trial:
         return {"risk": CONSISTENCY, "targets": {k: min(b, 0.999) for k, b in bounds.items()}}
 
     def qualities(self) -> dict[str, float]:
-        """Return what the full model's answers are worth, by kind of prompt: all that can be
-        lost."""
+        """Return the mean quality of the full model's answers by kind of prompt, which is the most
+        that can be lost."""
         quality = self.tested.risk.quality
         if quality is None:
             return {}
@@ -284,9 +283,8 @@ class Trial:
         return {kind: float(worth[kinds == kind].mean()) for kind in sorted(set(self.kinds))}
 
     def likeness(self, early: Sequence[Answer], smallest: int | None) -> Likeness:
-        """Return the likeness of the tested images and of early answers about them; of nothing
-        where nothing is guaranteed, or where what answers tells no scores. smallest: as of
-        `Example.open_image`."""
+        """Return the likeness of the tested images and of the early answers; empty without a
+        guarantee or without scores. smallest: as of `Example.open_image`."""
         early, examples = early[:ANSWERS], self.tested.examples
         images = [rows for image in self.images for rows in image.by_image] if early else []
         shown = [rows[0] for rows in images[:ANSWERS] if not examples[rows[0]].is_text]

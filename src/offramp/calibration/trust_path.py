@@ -35,8 +35,8 @@ LONGEST = 32
 
 
 def trusting(policy: ExitPolicy, adapter: Adapter, longest: int) -> ExitPolicy:
-    """The policy whose trust is to be found: a round drafts an answer of up to `longest` tokens to
-    its end, or as far as one call verifies."""
+    """Return the policy whose trust is searched: a round drafts an answer of up to `longest` tokens
+    to its end, or as far as one call verifies."""
     exits = adapter.exits
     drafts = policy.drafts or {exits.depths[-1 if exits.draft_on else 0]: 0.0}
     most = max(policy.max_draft, min(longest, LONGEST))
@@ -49,8 +49,8 @@ def trusting(policy: ExitPolicy, adapter: Adapter, longest: int) -> ExitPolicy:
 class TrustPath(ThresholdEvaluator):
     """Examples with the full model's answers and the drafts that were offered in their place.
 
-    A point of the path is a level of trust, by the depth of the exit that drafts. texts: of
-    answers, by ids.
+    A point of the path is a level of trust, by the depth of the drafting exit. texts: of answers,
+    by their ids.
     """
 
     texts: Callable[[Sequence[int]], str] = lambda ids: ""
@@ -69,11 +69,10 @@ class TrustPath(ThresholdEvaluator):
         runtime: Runtime | None = None,
         **options: Any,
     ) -> TrustPath:
-        """Answer the examples by a policy that is `trusting`; arguments as of its base.
+        """Answer the examples by a policy of `trusting`; arguments as of its base.
 
         Raises:
-            InputError: tokens are sampled, of which all are verified; a drafter that says no
-                probabilities.
+            InputError: sampled tokens, which are all verified; a drafter without probabilities.
         """
         if samples(adapter.backbone, options) or policy.drafter is not None:
             raise InputError(

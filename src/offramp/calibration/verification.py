@@ -97,10 +97,10 @@ class _Apart:
 
 
 class Verification:
-    """The paths of an adapter, one after the other; see the module.
+    """The ways to decode with an adapter, compared one after the other; see the module.
 
-    examples: whose prompts are answered. policy: instead of the adapter's. runtime: what decodes in
-    PyTorch's place; None: nothing does.
+    examples: prompts to answer. policy: instead of the adapter's. runtime: decodes in PyTorch's
+    place; None: no runtime.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Verification:
 
     @property
     def answers(self) -> int:
-        """Return how many answers are written in all."""
+        """Return the number of answers that are written in all."""
         modes, n = self._policies, len(self._inputs)
         each = 1 + len(modes) + ("early exit" in modes)  # the model's own, and every layer's
         each += 0 if self.runtime is not None else len(modes)
@@ -153,7 +153,7 @@ class Verification:
         return self.runtime is None or is_runtime(self.runtime)
 
     def run(self, told: Callable[[int], object] = lambda _: None) -> list[PathResult]:
-        """Return what each path came to. told: is called with how many answers more there are."""
+        """Return the result of each path. told: is called with the number of further answers."""
         self._told = told
         noted = self._notes()
         own = self._each(partial(self._own, noted))
@@ -223,9 +223,10 @@ class Verification:
     def certified(
         self, paths: Sequence[PathResult], engine: str, exits: str, command: Sequence[str]
     ) -> Run:
-        """Return what `run` returned, with the engine and the exits that it was found on.
+        """Return the results of `run` as a certificate's entry.
 
-        engine: by the name of the command line. exits: SHA-256 of their file. command: the line.
+        engine: by the name of the command line. exits: SHA-256 of their file. command: the command
+        line.
         """
         backbone = self.backbone
         if self.runtime is not None:
@@ -405,9 +406,8 @@ _PROMPTS = (
 
 
 def own_examples(adapter: Adapter, n: int) -> list[Example]:
-    """Return examples to verify by where none are given: drawn pictures, all different, under the
-    prompts of the calibration or else prompts of several lengths; texts for a language model.
-    """
+    """Return examples to verify on, where the user gives none: different drawn pictures, under the
+    prompts of the calibration or else prompts of several lengths; texts for a language model."""
     frames = Conditions.of_calibration(adapter.calibration).get("prompts") or ()
     prompts = [" what is there ".join(frame) if len(frame) > 1 else frame[0] for frame in frames]
     prompts = [prompt for prompt in prompts if prompt.strip()] or list(_PROMPTS)
@@ -425,8 +425,8 @@ def own_examples(adapter: Adapter, n: int) -> list[Example]:
 def with_thresholds(
     policy: ExitPolicy, adapter: Adapter, encoder: InputProcessor, examples: Sequence[Example]
 ) -> ExitPolicy:
-    """A policy that has thresholds: where it has none, one between the middle scores on a few
-    prompts, so that tokens exit and others do not. Left as it is where exits have no tensors."""
+    """Return a policy with thresholds. A policy without any gets one between the middle scores of a
+    few prompts, so that some tokens exit; unchanged where exits have no tensors."""
     decides = policy.thresholds or policy.trust is not None
     if decides or not list(adapter.exits.modules.parameters()):
         return policy

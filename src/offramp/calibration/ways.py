@@ -42,8 +42,8 @@ model cannot follow is left out."""
 
 
 def by_trust(adapter: Adapter, **options: Any) -> ExitPolicy | None:
-    """Return the adapter's policy with a trust to be found; None: its exits do not draft on, or
-    what it drafts is never taken. options: of generation."""
+    """Return the adapter's policy for a search of trust; None: its exits do not draft on, or their
+    drafts are never taken. options: of generation."""
     own = adapter.policy
     if not adapter.exits.draft_on or own.drafter or samples(adapter.backbone, options):
         return None
@@ -62,10 +62,10 @@ def fastest(
     first: float | str | None = None,
     **how: Any,
 ) -> Calibration:
-    """The calibration of what is fastest, with all that it was compared with as its `ways`.
+    """Calibrate the fastest way to answer; the compared ones are its `ways`.
 
     Arguments as of `calibrate`; thresholds and first are those of the policy, which is tested
-    first. seconds: None: they are measured here.
+    first. seconds: of the ways; None: measured here.
     """
     test = partial(calibrate, encoder=encoder, examples=examples, runtime=runtime, **how)
     options = {name: value for name, value in how.items() if name not in _KNOWN}
@@ -135,7 +135,7 @@ class _Tried:
 
 
 def way_of(policy: ExitPolicy) -> tuple[str, str]:
-    """Return the name of the way by which a policy answers, and its setting in words."""
+    """Return the name of a policy's way to answer, and its setting in words."""
     if policy.lossless:
         return "lossless", f"at most {policy.max_draft} drafts"
     if policy.trust is not None:
@@ -243,7 +243,7 @@ def _seconds(
 
 
 def compared(ways: Sequence[Way]) -> str:
-    """Return in a sentence which way is the fastest, and what the others are worth."""
+    """Return in a sentence which way is the fastest, and the speeds of the others."""
     best, *others = sorted(ways, key=lambda way: -way.times)
     lossless = " and changes nothing" if best.risk is None else ""
     told = ", ".join(

@@ -18,7 +18,7 @@ _DARK = 0.179  # the luminance on which black and white have the same contrast, 
 
 
 def depth_color(depth: int, layers: int) -> str:
-    """The colour of a depth as "#rrggbb": pale for shallow, dark for deep."""
+    """Return the colour of a depth as "#rrggbb": pale for shallow, dark for deep."""
     at = (depth - 1) / max(1, layers - 1) * (len(STOPS) - 1)
     low = min(int(at), len(STOPS) - 2)
     pairs = zip(_parts(STOPS[low]), _parts(STOPS[low + 1]), strict=True)
@@ -26,7 +26,7 @@ def depth_color(depth: int, layers: int) -> str:
 
 
 def ink_on(color: str) -> str:
-    """Black or white, whichever can be read on "#rrggbb"."""
+    """Return black or white, whichever is readable on "#rrggbb"."""
     return "#000" if _luminance(color) > _DARK else "#fff"
 
 

@@ -11,8 +11,9 @@ from offramp.core.storage.places import ROOM, reason, replaceable, temporary_nam
 
 
 def user_folder(variable: str, usual: str) -> Path:
-    """The folder that an environment variable names or, where it names no absolute path, `usual` in
-    the home folder: of the working folder, whose files may be anybody's, nothing is loaded.
+    """Return the folder that an environment variable names or, without an absolute path in it,
+    `usual` in the home folder. Nothing is loaded from the working folder, whose files may be
+    anybody's.
 
     Raises:
         RuntimeError: there is no home folder.
@@ -25,15 +26,15 @@ def user_folder(variable: str, usual: str) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """Return where what can be made again is kept: `offramp/NAME` in XDG_CACHE_HOME, or in
-    ~/.cache. Raise `RuntimeError` where there is no home folder."""
+    """Return the folder of a cache: `offramp/NAME` in XDG_CACHE_HOME, or in ~/.cache. Raise
+    `RuntimeError` where there is no home folder."""
     return user_folder("XDG_CACHE_HOME", ".cache") / "offramp" / name
 
 
 def check_writable(path: str | Path, *, folder: bool = False) -> None:
-    """Raise `StorageError` where `path` could not be written, without leaving a trace.
+    """Raise `StorageError` where `path` cannot be written, without leaving a trace.
 
-    folder: it is to be a folder of files.
+    folder: whether a folder of files will be written.
     """
     try:
         target = replaceable(path, folder=folder)
@@ -54,7 +55,8 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: str | Path, name: str = ".lock") -> Iterator[None]:
-    """Hold a folder for one process; the system releases it when the process ends, even by a crash.
+    """Lock a folder for one process; the system releases the lock when the process ends, even by a
+    crash.
 
     Raises:
         StorageError: another process holds it, or the folder cannot be written.

@@ -15,11 +15,11 @@ from offramp.core.storage.places import ROOM, reason, sync_folder
 class JsonlLog:
     """An append-only log, one JSON object a line.
 
-    synced: rows are on disk after each `append`, also where the machine stops; else after `sync`,
-    and where the process alone stops. That takes milliseconds a row.
+    synced: True: rows are on disk after each `append` (some milliseconds), even if the machine
+    stops. False: only after `sync`, or if the process alone stops.
 
-    A line that a crash tore off at the end is dropped when the log is opened again, so that what is
-    appended next stands on a line of its own.
+    A line that a crash cut off at the end is dropped when the log is opened again, so that the next
+    row stands on a line of its own.
     """
 
     def __init__(self, path: str | Path, *, synced: bool = True) -> None:
@@ -55,7 +55,7 @@ class JsonlLog:
             raise StorageError(f"Cannot add to {self.path}: {reason(error)}.", ROOM) from error
 
     def sync(self) -> None:
-        """Put all rows on disk. Raise `StorageError` if the disk takes no more."""
+        """Write all rows to disk. Raise `StorageError` if the disk is full."""
         try:
             _sync_content(self._file.fileno())
         except OSError as error:

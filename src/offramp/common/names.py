@@ -9,15 +9,15 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def is_hub_name(name: str) -> bool:
-    """Return True if it may name something on the hub, as OWNER/NAME, and nothing on this machine:
-    no file or folder, nor what was to be one in a folder that is there."""
+    """Return True if a name may be one of the hub, OWNER/NAME, and is no path on this machine:
+    neither a file or folder, nor a new name in an existing folder."""
     if _HUB_NAME.fullmatch(name) is None or os.path.exists(name):
         return False
     return not os.path.isdir(name.partition("/")[0])
 
 
 def close_name(path: str | Path) -> str:
-    """A question that names the file or folder which a misspelt one may be, or ""."""
+    """Return a question with the file or folder that a misspelt path may mean; "" for none."""
     folder, name = os.path.split(os.path.normpath(path))
     try:
         there = os.listdir(folder or ".")

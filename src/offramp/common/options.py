@@ -5,10 +5,9 @@ from typing import Any
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A dataclass's field with what `offramp.cli.options.field_option` reads of it.
+    """Return a dataclass's field with metadata for `offramp.cli.options.field_option`.
 
-    more: `choices`; `shown`, the default in words; `metavar`; `parse`, its type on the command
-        line; `share`, whether it is a number from 0 to 1; `flag`, where that is not named as the
-        field is.
+    more: `choices`; `shown`: the default in words; `metavar`; `parse`: type on the command line;
+    `share`: whether it is a number from 0 to 1; `flag`: if it differs from the field's name.
     """
     return field(default=default, metadata={"help": help, **more})

@@ -19,7 +19,7 @@ LONG = 5.0
 
 
 def progress(iterable: Iterable[Any], title: str, *, tell: bool = True) -> Any:
-    """`iterable`, whose iteration is shown. tell: False shows nothing."""
+    """Return `iterable` with a progress bar over its iteration. tell: False shows nothing."""
     return progress_bar(title, iterable, tell=tell)
 
 
@@ -31,9 +31,9 @@ def progress_bar(
     done: int = 0,
     tell: bool = True,
 ) -> Any:
-    """A tqdm bar over `iterable`, or over `total` steps that the caller counts.
+    """Return a tqdm bar over `iterable`, or over `total` steps that the caller counts.
 
-    done: steps that were taken before. tell: False shows nothing.
+    done: steps taken before. tell: False shows nothing.
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # type: ignore[arg-type]

@@ -17,12 +17,12 @@ from typing import Any
 def provenance(
     seed: int | None, command: str | Sequence[str], data_digest: str | None
 ) -> dict[str, Any]:
-    """Return where a result comes from: what ran, on what, with which versions, when (UTC).
+    """Return where a result comes from: command, data, versions, machine and time (UTC).
 
     Args:
-        seed: the run's seed; None where nothing was drawn.
+        seed: the run's seed; None: nothing was drawn.
         command: the command line, as one string or as its arguments.
-        data_digest: `digest_rows` or `examples_digest` of what was read; None where nothing was.
+        data_digest: `digest_rows` or `examples_digest` of the data read; None: no data was read.
     """
     # Looked up, not imported: a command that never needed torch should not wait for it here.
     torch = sys.modules.get("torch")
@@ -89,8 +89,8 @@ def _commit() -> str | None:
 
 
 def processor() -> str:
-    """The processor's marketing name where the system reports it, with its family and model, which
-    tell generations apart (AMD's 25 is Zen 3 and 4, 26 Zen 5); else its architecture."""
+    """Return the processor's marketing name, if the system reports it, with its family and model,
+    which tell generations apart (AMD's 25 is Zen 3 and 4, 26 Zen 5); else its architecture."""
     with contextlib.suppress(OSError):
         first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
         said = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)

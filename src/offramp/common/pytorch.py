@@ -17,7 +17,8 @@ def has_pytorch() -> bool:
 
 
 def needs_pytorch(what: str) -> InputError:
-    """Return the error where something needs PyTorch, which is not installed."""
+    """Return the error for a feature that needs PyTorch, which is not installed. what: the
+    feature."""
     apart = ", in an environment of its own" if installed()[0] == EDGE else ""
     return InputError(
         f"{what} needs PyTorch, which is not installed.",

@@ -16,11 +16,11 @@ from offramp.inputs.example import rank_of
 
 @dataclass
 class Source:
-    """The files of one data set, where its images are, and how they are asked about.
+    """The files of one data set, the folder of its images, and the form of its prompts.
 
     content: of the first file; others: of the rest.
-    expected: the remedy where the content is not what a reader expects.
-    only: images that are still read, by name; None: all of them.
+    expected: the remedy where the content is not in the expected form.
+    only: names of images that are read; None: all.
     """
 
     path: Path
@@ -51,22 +51,23 @@ class Source:
         return cls(path, content, [other for _, other in others], folder, prompt, split, expected)
 
     def second(self, name: str) -> Any:
-        """The content of the other file given, or of `name` beside the first; None without one."""
+        """Return the content of the second file, or of `name` beside the first; None without
+        one."""
         if self.others:
             return self.others[-1]
         path = self.path.with_name(name)
         return read_json(path) if path != self.path and path.is_file() else None
 
     def leaves_out(self, row: Any, name: str) -> bool:
-        """Return True if a row, which names its image as `name`, is about one that is not read."""
+        """Return True if a row is skipped because its image `name` is."""
         return self.only is not None and not (has(row, name) and str(row[name]) in self.only)
 
     def fail(self, problem: str) -> NoReturn:
-        """Raise a `DataError` that says what was found and what is expected."""
+        """Raise a `DataError` with the problem and what is expected."""
         raise DataError(f"{self.path} {problem}; it holds {shown(self.content)}.", self.expected)
 
     def get(self, value: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
-        """`value[name]`, which must be of this kind."""
+        """Return `value[name]`; raise `DataError` where it is not of this kind."""
         if not has(value, name):
             self.fail(f"has no {name!r} in {where} ({shown(value)})")
         if not isinstance(value[name], kind):
@@ -74,12 +75,12 @@ class Source:
         return value[name]
 
     def rows(self, value: Any, name: str) -> list[Any]:
-        """The list `value[name]`."""
+        """Return the list `value[name]`."""
         rows: list[Any] = self.get(value, name, list, "the file")
         return rows
 
     def picture(self, names: Sequence[str]) -> Path:
-        """Return the first of some file names that the image folder has."""
+        """Return the first of these file names that the image folder has."""
         for name in names:
             # Not Path.is_file, which raises on names that are too long.
             if os.path.isfile(path := self.images / name):
@@ -111,9 +112,9 @@ class Source:
 
 
 def sampled(content: Any, depth: int = 2) -> Any:
-    """The same content with its rows by image, images as if at random, so that its first rows are a
-    sample. Lists that are referred to by place, such as VisDial's questions, hold texts and stay.
-    """
+    """Return the same content with its rows in a random but fixed order by image, so that the first
+    rows are a sample. Lists of texts keep their order, because rows refer to them by place
+    (VisDial's questions)."""
     if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
         return sorted(content, key=_rank)
     if isinstance(content, dict) and depth:
@@ -132,12 +133,12 @@ def _rank(row: Any) -> str:
 
 
 def has(value: Any, *names: str) -> bool:
-    """Return True if it is an object with these fields."""
+    """Return True if a value is an object with these fields."""
     return isinstance(value, dict) and all(name in value for name in names)
 
 
 def shown(value: Any) -> str:
-    """Return what something is, in a few words."""
+    """Return a description of a value in a few words."""
     if isinstance(value, dict):
         names = ", ".join(map(str, list(value)[:6])) or "nothing"
         return f"the fields {names}{', ...' if len(value) > 6 else ''}"

@@ -65,22 +65,22 @@ def read_examples(
     require_answers: bool = False,
     group_by: str = GROUP,
 ) -> list[Example]:
-    """Read examples; images are looked for, but not decoded.
+    """Read examples. Images must exist, but are not decoded.
 
     Args:
-        source: a JSONL file; a folder of images, that holds one such file, that `datasets` saved,
-            or with Parquet files; or the name of a data set for `datasets.load_dataset`.
-        images: the folder that the images of a JSONL file are in; None: the file's own.
+        source: a JSONL file; a folder of images with one such file, or saved by `datasets`, or with
+            Parquet files; or the name of a data set for `datasets.load_dataset`.
+        images: the folder with the images of a JSONL file; None: the file's own folder.
         split: only the rows of this split; None means all of them.
         prompt_template: for questions and dialogues, a text with `{question}`; for captions, the
             prompt itself, which may be empty. Defaults: QUESTION_PROMPT and CAPTION_PROMPT.
-        limit: a sample of this many examples, and all else that is asked about their images, or
-            those of their groups, so that none is split: images as if at random, whatever order
-            the file has, and the same ones every time. Rows about others are not even checked. Of
-            images inside the rows of a data set, rows beside each other belong together.
+        limit: a sample of this many examples, with all other examples about their images or groups,
+            so that no image or group is split. The sample is random, the same every time, and
+            independent of the file's order. Rows about other images are not even checked. Where
+            images stand inside the rows of a data set, neighbouring rows count as one image's.
         require_answers: refuse rows without an answer.
-        group_by: field of the rows that names what an image came in (`Example.source`); "folder":
-            the folder that the image is in.
+        group_by: field with the name of an image's source (`Example.source`); "folder": the image's
+            folder.
 
     Raises:
         InputError: an argument cannot be used.

@@ -24,7 +24,7 @@ DIGITS = 16
 
 
 def source_digest(source: str) -> str:
-    """Return the digest of what images come in: `Example.source`."""
+    """Return the digest of an image's source (`Example.source`)."""
     return hashlib.sha256(f"source {source}".encode()).hexdigest()[:DIGITS]
 
 
@@ -46,8 +46,8 @@ def _digests(examples: Sequence[Example]) -> list[tuple[str, ...]]:
 
 
 def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
-    """The key of the first example of each distinct image, by the digest of its pixels, and of each
-    source of images, by its own.
+    """Return the key of the first example for each distinct image, by the digest of its pixels, and
+    for each source of images, by the source's digest.
 
     Raises:
         StorageError: an image file cannot be read. DataError: it is no image.
@@ -60,7 +60,7 @@ def picture_digests(examples: Sequence[Example]) -> dict[str, str]:
 
 
 def unseen(seen: Seen, examples: Sequence[Example], steps: Sequence[str]) -> list[bool]:
-    """Return for each example whether its image was used in none of the `steps`.
+    """Return for each example whether its image is new to all of these `steps`.
 
     Raises:
         StorageError: an image file cannot be read. DataError: it is no image.

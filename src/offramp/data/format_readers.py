@@ -32,7 +32,7 @@ def _coco_names(image_id: int, subset: str) -> list[str]:
 
 
 def coco(source: Source) -> Iterator[Item]:
-    """COCO captions and NoCaps: one item an image, all of its captions as references."""
+    """Yield one item an image of COCO captions or NoCaps, with all its captions as references."""
     captions: dict[Any, list[str]] = {}
     for row in source.rows(source.content, "annotations"):
         image_id = source.get(row, "image_id", (int, str), "an annotation")
@@ -81,7 +81,7 @@ def karpathy(source: Source) -> Iterator[Item]:
 
 
 def vqa(source: Source) -> Iterator[Item]:
-    """VQA v2 and OK-VQA: ten answers a question, empty ones kept for the official count.
+    """Yield items of VQA v2 and OK-VQA, with ten answers a question; empty ones count officially.
 
     OK-VQA's are those the official script compares with ("answer", stemmed), not "raw_answer".
     """
@@ -148,7 +148,7 @@ def gqa(source: Source) -> Iterator[Item]:
 
 
 def visdial(source: Source) -> Iterator[Item]:
-    """VisDial v1.0: one item a round; the prompt has the caption and the rounds before."""
+    """Yield one item a round of VisDial v1.0; the prompt has the caption and the rounds before."""
     data = source.get(source.content, "data", dict, "the file")
     lists = [source.get(data, n, list, "'data'") for n in ("questions", "answers", "dialogs")]
     questions, answers, dialogs = lists

@@ -20,9 +20,9 @@ from offramp.data.rows import GROUP
 
 @dataclass(frozen=True)
 class Layout:
-    """One format of data files: how it is recognised, how it is read, and its fields in words.
+    """One format of data files: how a file is recognised and read, and its fields in words.
 
-    files: how many are read together, at most.
+    files: most files that are read together.
     """
 
     read: Callable[[Source], Iterator[Item]]
@@ -83,16 +83,16 @@ def read_items(
     require_answers: bool = True,
     group_by: str = GROUP,
 ) -> list[Item]:
-    """Read a JSON file in one of `LAYOUTS`, or what else `offramp.data.read_examples` reads.
+    """Read a JSON file in one of `LAYOUTS`, or any source of `offramp.data.read_examples`.
 
     Args:
         files: the official file; for VQA v2 and OK-VQA the questions and the annotations, for
-            VisDial the dialogues and, where there are some, the dense annotations. Files that
-            stand beside the first under their official names need not be given.
-        images: their folder, of JSON and JSONL files. Default: the folder of the first file.
+            VisDial the dialogues and, where there are some, the dense annotations. Files beside the
+            first with their official names need not be given.
+        images: folder of the images of JSON and JSONL files. Default: the folder of the first file.
         split: for Karpathy's files (default: test), JSONL and `datasets`.
         prompt: the captions' prompt, or a template with `{question}`; see `read_examples`.
-        limit: a sample of this many examples, and all else that is asked about their images; see
+        limit: a sample of this many examples, with all others about their images; see
             `read_examples`.
         require_answers, group_by: of JSONL, folders and `datasets`; see `read_examples`.
 

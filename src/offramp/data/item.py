@@ -12,12 +12,12 @@ from offramp.inputs.image import content_digest
 
 @dataclass(frozen=True)
 class Item:
-    """An example to evaluate, with what its task's official metric needs besides.
+    """An example to evaluate, with the further values that its task's official metric needs.
 
-    references: what the answer is compared with; the example's answers when left out.
+    references: the right answers for comparison; by default the example's answers.
     groups: names to report by, such as {"answer_type": "yes/no"} or {"domain": "near-domain"}.
-    candidates, gold, relevance: of a dialogue's round: the answers to rank, the right one's place
-        (from 0), and how right each is (VisDial's dense annotations; empty if there are none).
+    candidates: answers to rank, for a round of a dialogue. gold: place of the right one, from 0.
+    relevance: how right each one is (VisDial's dense annotations; empty without these).
     """
 
     example: Example
@@ -36,6 +36,6 @@ class Item:
         return self.example.key
 
     def digest(self) -> str:
-        """SHA-256 over what the model is asked: prompt, image and candidates."""
+        """SHA-256 of the question to the model: prompt, image and candidates."""
         picture = content_digest(self.example.image)
         return digest_rows([[self.example.prompt, picture, list(self.candidates)]])

@@ -55,9 +55,9 @@ the worst cell does: of 300 forms a copy's was always the own one's nearest."""
 
 @dataclass(frozen=True)
 class Grey:
-    """Grey levels by cell, softened a little so that resampling counts less than ink.
+    """Grey levels of an image by cell, softened a little so that resampling counts less than ink.
 
-    levels: [cells, pixels]. allowed: by how much each cell of a copy may differ [cells].
+    levels: [cells, pixels]. allowed: how much each cell of a copy may differ [cells].
     """
 
     levels: Array
@@ -65,7 +65,8 @@ class Grey:
 
     @classmethod
     def of(cls, image: Image.Image, size: tuple[int, int], cell: int) -> Grey:
-        """size: that the image is compared at, whole cells. cell: pixels a side."""
+        """Return the grey levels of an image. size: width and height for the comparison, in whole
+        cells. cell: pixels a side."""
         small = image.convert("L").resize(size, Image.Resampling.BILINEAR)
         x = np.pad(np.asarray(small, dtype=np.float32), 1, mode="edge")
         rows = x[:-2, 1:-1] + 2 * x[1:-1, 1:-1] + x[2:, 1:-1]
@@ -76,8 +77,8 @@ class Grey:
         return cls(levels, NOISE + BLUR * levels.std(1))
 
     def differ(self, other: Grey) -> Array:
-        """Return by how many allowances the second worst cell differs from that of another image,
-        and the worst [2]."""
+        """Return the second largest and the largest difference of cells from another image, in
+        units of the allowed difference [2]."""
         ratios = _differ(self.levels, other.levels, self.allowed, other.allowed)
         return np.asarray(np.partition(ratios, -2)[-2:])
 
@@ -92,9 +93,9 @@ def _differ(one: Array, other: Array, allowed: Array, others_allowed: Array) -> 
 
 @dataclass(frozen=True)
 class Look:
-    """The part of an image that is kept to find its copies.
+    """The part of an image that is kept for finding its copies.
 
-    thumbnail: [3 * SIDE * SIDE]. small: its grey levels. size: in pixels.
+    thumbnail: [3 * SIDE * SIDE]. small: its grey levels. size: of the image, in pixels.
     """
 
     thumbnail: Array
@@ -103,7 +104,7 @@ class Look:
 
     @classmethod
     def of(cls, image: Image.Image) -> Look:
-        """image: upright 8-bit RGB."""
+        """Return the look of an upright 8-bit RGB image."""
         thumbnail = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         return cls(
             np.asarray(thumbnail, dtype=np.float32).ravel(),
@@ -112,13 +113,14 @@ class Look:
         )
 
     def alike(self, other: Look) -> bool:
-        """Return True if both may be copies, as far as thumbnails show."""
+        """Return True if, by their thumbnails, two images may be copies."""
         distance = np.sqrt(np.mean((self.thumbnail - other.thumbnail) ** 2))
         return bool(distance <= NEAR) and bool(self.small.differ(other.small)[1] <= SMALL_ALIKE)
 
 
 def copied(one: Image.Image, other: Image.Image) -> bool:
-    """Return True if two upright 8-bit images, in colour or grey, that may be copies are."""
+    """Return True if two upright 8-bit images, in colour or grey, are copies; for images that may
+    be copies."""
     size = _common(one.size, other.size)
     return _same(Grey.of(one, size, SHARP_CELL), Grey.of(other, size, SHARP_CELL))
 
@@ -130,9 +132,10 @@ def _same(one: Grey, other: Grey) -> bool:
 def near_copies(
     examples: Sequence[Example], known: Sequence[Look | None] | None = None
 ) -> list[tuple[int, int]]:
-    """Pairs of places whose images are copies of each other; prompts without an image have none.
+    """Return pairs of places of examples whose images are copies; prompts without an image have
+    none.
 
-    known: how the images look, where it is known.
+    known: looks of images by place, if known.
 
     Raises:
         DataError: an image cannot be read.

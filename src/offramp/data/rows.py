@@ -24,12 +24,12 @@ FIELDS = ("image", *CAPTIONS, "question", *ANSWERS, "dialogue", "prompt", "split
 
 
 class NoAnswerError(DataError):
-    """A row has no answer, and what reads it needs one."""
+    """A row has no answer although its reader needs one."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The fields of one row, with what an error needs to name it."""
+    """The fields of one row, and its place for error messages."""
 
     fields: Mapping[str, Any]
     where: str  # such as "cats.jsonl, line 3"
@@ -38,7 +38,7 @@ class Row:
     error: DataError | None = None  # why it has no fields
 
     def image_name(self) -> str | None:
-        """The name that all rows of its image share; None where it names none."""
+        """Return the name that all rows of an image share; None where the row names none."""
         value = self.fields.get("image")
         if isinstance(value, Image.Image | Cell):
             return content_digest(value)[:16]
@@ -47,8 +47,8 @@ class Row:
         return Path(os.path.relpath(self.base / value, self.base)).as_posix()
 
     def source(self, group_by: str = GROUP) -> str:
-        """Return what its image came in, by a field of the row or by the image's folder; "" where
-        the row does not say."""
+        """Return the source of the row's image, by a field or by the image's folder; "" if
+        unknown."""
         if group_by == FOLDER:
             image = self.fields.get("image")
             if not isinstance(image, str):
@@ -68,7 +68,7 @@ class Row:
         return self._checked(name, self.fields.get(name))
 
     def texts(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The texts under the first of these names that the row has; () where it has none."""
+        """Return the texts in the first of these fields that the row has; () if it has none."""
         for name in names:
             value = self.fields.get(name)
             if value is not None:
@@ -106,8 +106,8 @@ class Row:
 def read_rows(
     source: str | Path, split: str | None, images: str | Path | None = None
 ) -> Iterator[Row]:
-    """The rows of any source, those of other splits left out. images: the folder of the images of a
-    JSONL file, where they are not beside it."""
+    """Yield the rows of any source, without those of other splits. images: folder of the images of
+    a JSONL file, if not beside it."""
     if images is not None and not (os.path.isfile(source) and not str(source).endswith(".txt")):
         raise InputError(
             f"A folder of images was given, {images}, and {source} says itself where its images "
@@ -253,7 +253,7 @@ def _of_split(rows: Iterator[Row], split: str | None, name: str) -> Iterator[Row
 
 @dataclass(frozen=True)
 class Cell:
-    """The encoded image of one row of a data set; read when wanted, so that memory stays small."""
+    """The encoded image of one row of a data set, read only when wanted, to save memory."""
 
     dataset: Any  # a datasets.Dataset whose image column is not decoded
     index: int

@@ -27,16 +27,16 @@ LLAMA_CPP = "llama.cpp"
 
 @dataclass(frozen=True)
 class DecoderEngine:
-    """An engine: what runs the decoder.
+    """An engine that runs the decoder.
 
-    home: the module of `open`, or `open` itself. said: what a user should know, for help. replaces:
-    whether it decodes in the adapter's place, and not in PyTorch. reads_files: whether it needs a
-    folder of files, which `prepare(adapter, folder, format)` writes; `is_prepared(folder)`: whether
-    one holds them, whole. together: how many answers it
-    writes at the same time by default. formats: number formats of its files. as_in_file: returns a
-    backbone with weights as files of a format hold them. towers: vision engines that it brings, by
-    name a function of adapter, folder and threads that returns an adapter which sees by it.
-    said_here: returns a line about this machine, for `offramp env`.
+    home: the module with `open`, or `open` itself. said: text for help. replaces: whether the
+    engine decodes in the adapter's place, without PyTorch. reads_files: whether it needs a folder
+    of files; `prepare(adapter, folder, format)` writes them, and `is_prepared(folder)` tells
+    whether they are complete. together: answers written at the same time, by default. formats:
+    number formats of its files. as_in_file: returns a backbone with weights rounded as in files of
+    a format. towers: vision engines that it brings: by name, a function of adapter, folder and
+    threads that returns an adapter with that tower. said_here: returns a line about this machine,
+    for `offramp env`.
     """
 
     home: str | Callable[..., Any]
@@ -57,7 +57,7 @@ class DecoderEngine:
         return isinstance(self.home, str)
 
     def open(self, model: Any, **sizes: Any) -> Any:
-        """Open a model, and return what generates with it."""
+        """Open a model, and return the object that generates with it."""
         made = import_module(self.home).open if isinstance(self.home, str) else self.home
         return made(model, **sizes)
 
@@ -80,18 +80,19 @@ ENGINES = {
 
 
 def all_engines() -> dict[str, DecoderEngine]:
-    """Return all engines by name; of an installed package that fails a line of the log says why."""
+    """Return all engines by name; a line of the log says why an installed one fails."""
     brought("engines")
     return dict(ENGINES)
 
 
 def register_engine(name: str, open: Callable[..., Any], said: str = "", **more: Any) -> None:
-    """Give an engine a name that `offramp.load`, the command line and the server know.
+    """Register an engine under a name for `offramp.load`, the command line and the server.
 
-    open: as described above. said and more: fields of `DecoderEngine`.
+    open: gets the adapter, and returns the object that generates. said and more: fields of
+    `DecoderEngine`.
 
     Raises:
-        InputError: the name is that of an engine that ships.
+        InputError: the name is that of a built-in engine.
     """
     if name in ENGINES and ENGINES[name].ships:
         raise InputError(f"{name!r} is an engine that ships.", "Choose another name.")
@@ -99,13 +100,13 @@ def register_engine(name: str, open: Callable[..., Any], said: str = "", **more:
 
 
 def engine_named(name: str) -> DecoderEngine:
-    """The engine of a name, those of plug-ins included. Raise `InputError` for an unknown one."""
+    """Return the engine of a name, plug-ins included. Raise `InputError` for an unknown one."""
     check_registered("Engine", "engines", name, lambda: ENGINES)
     return ENGINES[name]
 
 
 def check_asked(engine: str, gguf: Any, quantize: str | None = None, vision: str = TORCH) -> None:
-    """Raise `InputError` where an engine and what goes with it do not fit, before a model loads."""
+    """Raise `InputError` where an engine and its options do not fit, before a model loads."""
     named = LLAMA_CPP if engine == AUTO and gguf is not None else engine
     if named != AUTO and engine_named(named).reads_files != (gguf is not None):
         raise InputError(

@@ -60,7 +60,7 @@ PROMPT = "What is shown?"
 
 
 class Way(NamedTuple):
-    """A way to answer: what runs the decoder, what runs the vision tower, and llama.cpp's files."""
+    """A way to answer: the decoder's engine, the vision tower's engine, and a folder of files."""
 
     engine: str
     vision: str = TORCH
@@ -73,10 +73,10 @@ Opens = Callable[[Way], Any]
 
 @dataclass(frozen=True)
 class Timed:
-    """A way as it was measured.
+    """A measured way to answer.
 
     load, answer: CPU seconds of the process. conditions: of the backbone, as of
-    `offramp.promises.conditions.of_backbone`. why: what stands against it; "" where nothing does.
+    `offramp.promises.conditions.of_backbone`. why: what rules the way out; "" for nothing.
     """
 
     engine: str
@@ -94,7 +94,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Found:
-    """Measured ways of one model. backbone: its name. threads: of the decoder. ways: PyTorch
+    """The measured ways of one model. backbone: its name. threads: of the decoder. ways: PyTorch's
     first."""
 
     backbone: str
@@ -112,11 +112,11 @@ def settled(
     together: bool = False,
     **how: Any,
 ) -> Way:
-    """Return the way to answer: as asked, or, of what is left to "auto", the fastest.
+    """Return the way to answer: as asked, with the fastest for each part that is left to "auto".
 
-    opened: opens the model by a way, to decode with so many threads. config: of its exits; None: it
-    has none. answers: how many will be asked for; None: many. together: several at a time, which
-    compiled code does not write. how: of the backbone, as it is opened.
+    opened: opens the model by a way, with so many threads of the decoder. config: of its exits;
+    None: it has none. answers: expected number; None: many. together: whether several are written
+    at a time, which compiled code does not do. how: options of the backbone.
     """
     engine, vision, gguf = asked
     tower = TORCH if vision == AUTO else vision
@@ -153,8 +153,8 @@ def settled(
 def fastest(
     ways: Sequence[Timed], calibrations: Sequence[Mapping[str, Any]], answers: int | None = None
 ) -> Timed:
-    """The way of the least seconds, of those that keep the answers; if a calibration holds in some,
-    of these."""
+    """Return the way with the least seconds among those with the same answers; if a calibration
+    holds in some of these, among these."""
     able = [way for way in ways if not way.why]
     promised = [way for way in able if _is_promised(way, calibrations)]
     most = MANY if answers is None else answers
@@ -203,7 +203,7 @@ def _here() -> list[Any]:
 
 
 def remembered() -> list[str]:
-    """Return a line on each model that was measured here: its fastest way, beside PyTorch."""
+    """Return a line for each model that was measured here: its fastest way, beside PyTorch."""
     lines = []
     for found in filter(None, map(_read, _records())):
         best, plain = fastest(found.ways, ()), found.ways[0]

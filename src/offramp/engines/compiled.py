@@ -10,7 +10,7 @@ from offramp.features.compiled.compiled import COMPILED
 
 
 def open(model: Any, **_: Any) -> Any:
-    """The model, whose single answers compiled code writes."""
+    """Return the model, whose single answers compiled code writes."""
     if isinstance(model, Adapter):
         return replace(model, backbone=model.backbone.with_decoding(instead=COMPILED))
     return model.with_decoding(instead=COMPILED)

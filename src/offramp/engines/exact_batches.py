@@ -12,7 +12,7 @@ from offramp.features.exact_batches import EXACT_BATCHES
 
 
 def open(model: Any, **_: Any) -> Any:
-    """The model, exact in any company, its weights laid out in place."""
+    """Return the model with its weights laid out in place, exact in any batch."""
     backbone, exits = (model.backbone, model.exits) if isinstance(model, Adapter) else (model, None)
     prepack(backbone, exits, every=True)
     exact = backbone.with_decoding(exact_batches=EXACT_BATCHES)

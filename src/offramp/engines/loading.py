@@ -38,7 +38,7 @@ TRIAL = Example(grey_picture(), "What is shown?", (), "trial")
 
 
 class Text(str):
-    """The text of an answer. verdict: on what is promised of it."""
+    """The text of an answer. verdict: what is promised of the answer."""
 
     verdict: Verdict
 
@@ -47,9 +47,9 @@ class Text(str):
 class Loaded:
     """A model that is ready to answer.
 
-    model: generates: the adapter, or a runtime in its place. adapter: the exits on their backbone,
-    and the policy. processor: Hugging Face's. engine: the name of what runs the decoder. sequences:
-    answers that it writes at the same time.
+    model: the adapter, or a runtime in its place, with `generate`. adapter: the exits on their
+    backbone, and the policy. processor: Hugging Face's. engine: name of the decoder's engine.
+    sequences: answers written at the same time.
     """
 
     model: Any
@@ -72,7 +72,7 @@ class Loaded:
 
     @property
     def runtime(self) -> Any:
-        """Return what generates in the adapter's place; None: the adapter itself."""
+        """Return the runtime in the adapter's place; None: the adapter itself generates."""
         return None if isinstance(self.model, Adapter) else self.model
 
     @property
@@ -87,7 +87,7 @@ class Loaded:
 
     @property
     def longest(self) -> int:
-        """The most tokens of an answer, where a caller names no limit."""
+        """The most tokens of an answer without a caller's limit."""
         return usual_length(self.adapter, LONGEST)
 
     def answer(
@@ -100,8 +100,8 @@ class Loaded:
     ) -> Text:
         """Return the answer to a prompt about an image, as text with a `verdict`.
 
-        image: a PIL image or a file; None: of a language model. prompt: what is asked; None: the
-        caption's prompt that the exits know. mode: as of `Adapter.generate`.
+        image: a PIL image or a file; None: for a language model. prompt: a question; None: the
+        prompt for captions that the exits know. mode: as of `Adapter.generate`.
         options: of generation, such as max_new_tokens (default: as calibrated, or 64).
 
         Raises:
@@ -148,25 +148,25 @@ def load(
     chat_template: Path | None = None,
     **how: Any,
 ) -> Loaded:
-    """Load a model with its processor and exits by the name of the exits: the one road by which
-    commands, the server and Python open a model.
+    """Load a model with its processor and exits by the name of the exits. Commands, the server and
+    Python all open models here.
 
-    name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. engine: what runs the
-    decoder, of `offramp.engines` or registered; "auto": the fastest here that keeps the answers,
-    which is measured once (`offramp.engines.auto`). vision: what runs the vision tower: "torch",
-    "onnxruntime", "openvino", "openvino-bf16", "onnxruntime-int8", or one that an engine brings;
-    "auto": as the engine is found, else PyTorch. quantize: "int8" or "int4": weights of the layers
-    in PyTorch. gguf: folder of files for an engine that reads some. context: tokens of a prompt and
-    its answer, in an engine of its own. threads: of such an engine; None: as many as PyTorch has.
-    sequences: answers at the same time; None: as many as the engine writes by default. answers: how
-    many will be asked for; None: many; 0: it is opened to be written out. keep_decoder: whether
-    PyTorch keeps the decoder's weights beside an engine that reads its own. chat_template: file of
-    the one that writes conversations, instead of the processor's own. how: backbone, revision,
-    dtype, device and shrink_on_load, as of `open_backbone`; backbone instead of the adapter's own.
+    name: folder or hub name of an adapter, or photo, tiny-opt or tiny-t5. engine: of the decoder,
+    from `offramp.engines` or registered; "auto": the fastest here that keeps the answers, measured
+    once (`offramp.engines.auto`). vision: the vision tower's engine: "torch", "onnxruntime",
+    "openvino", "openvino-bf16", "onnxruntime-int8", or one that the decoder's engine brings;
+    "auto": found together with the engine, else PyTorch. quantize: "int8" or "int4": weights of the
+    layers in PyTorch. gguf: folder of files for an engine that reads some. context: tokens of a
+    prompt and its answer, in an engine with caches of its own. threads: of such an engine; None: as
+    many as PyTorch has. sequences: answers at the same time; None: the engine's default. answers:
+    expected number; None: many; 0: the model is only exported. keep_decoder: whether PyTorch keeps
+    the decoder's weights beside an engine that reads its own. chat_template: file with a template
+    for conversations, instead of the processor's own. how: backbone (instead of the adapter's own),
+    revision, dtype, device and shrink_on_load, as of `open_backbone`.
 
     Raises:
-        InputError: an unknown engine, or what does not go with it. AdapterError: there is no such
-        adapter, or it does not fit. StorageError: it cannot be read.
+        InputError: an unknown engine, or an option that does not fit it. AdapterError: there is no
+            such adapter, or it does not fit. StorageError: it cannot be read.
     """
     check_asked(engine, gguf, quantize, vision)
     text = None if chat_template is None else _template_of(chat_template)
@@ -276,9 +276,9 @@ def open_backbone(
     """Open a backbone by name, and its processor.
 
     name: as of `load_named`, with revision. dtype: torch's name of a precision, or "auto". device:
-    where it runs; None or "auto": see `choose_device`. quantize: "int8" or "int4": the decoder
-    layers' weights are rounded to that, with states in bfloat16. vision: what runs the vision
-    tower, as of `with_vision`. shrink_on_load: as of `with_shrink_on_load`.
+    None or "auto": see `choose_device`. quantize: "int8" or "int4": the decoder layers' weights are
+    rounded to it, with states in bfloat16. vision: the vision tower's engine, as of `with_vision`.
+    shrink_on_load: as of `with_shrink_on_load`.
 
     Raises:
         InputError: as of `load_named`, `quantized` and `with_vision`.
@@ -300,7 +300,7 @@ def open_backbone(
 
 
 def choose_device(asked: str | None, *, is_tiny: bool = False, quantize: str | None = None) -> str:
-    """Return where the backbone runs; says which and why, where the machine has a GPU.
+    """Return the backbone's device; where the machine has a GPU, log which is used and why.
 
     Raises:
         InputError: there is no such device.
@@ -321,13 +321,13 @@ def choose_device(asked: str | None, *, is_tiny: bool = False, quantize: str | N
 
 
 def usual_length(adapter: Adapter, otherwise: int) -> int:
-    """Return the most tokens of an answer as calibrated, or `otherwise` where nothing is."""
+    """Return the most tokens of a calibrated answer; `otherwise` without a calibration."""
     longest: int | None = Conditions.of_calibration(adapter.calibration).get("longest")
     return longest or otherwise
 
 
 def usual_prompt(adapter: Adapter) -> str:
-    """Return the prompt of captions that the adapter was calibrated on, or "Caption:"."""
+    """Return the prompt for captions that the adapter was calibrated on, or "Caption:"."""
     frames = Conditions.of_calibration(adapter.calibration).get("prompts") or ()
     alone = [frame[0] for frame in frames if len(frame) == 1 and frame[0].strip()]
     return next((p for p in alone if "caption" in p.lower()), CAPTION_PROMPT)

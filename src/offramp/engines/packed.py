@@ -12,23 +12,22 @@ from offramp.features.quantized.prepacked import is_worth_it, prepacked
 
 
 def open(model: Any, **_: Any) -> Any:
-    """The model, its weights laid out in place."""
+    """Return the model with its weights laid out in place."""
     prepack(getattr(model, "backbone", model), getattr(model, "exits", None))
     return model
 
 
 def prepack(backbone: Backbone, exits: ExitSet | None = None, *, every: bool = False) -> None:
-    """Lay out the weights of decoder layers, exits and LM head; what is laid out stays so.
+    """Lay out the weights of decoder layers, exits and LM head in place and permanently.
 
-    In place, one after the other, so that no more than one weight is held twice; but the model's
-    own head and its embeddings, which often share their weight, keep theirs. For inference alone.
+    One weight after the other, so that at most one is held twice. The model's own head and its
+    embeddings keep their weights, which they often share. For inference alone.
 
-    every: also where the plain layout is faster, because with this one a token's result does not
+    every: also where the plain layout is faster, because in this layout a token's result does not
     depend on the tokens beside it (`DecodeOptions.exact_batches`).
 
     Raises:
-        InputError: the model is not on a processor, or in a precision that this one cannot
-            multiply in.
+        InputError: the model is not on a CPU, or in a precision that this CPU cannot multiply in.
     """
     backbone.check_whole("A layout for a processor")
     if backbone.reader is backbone.head and type(backbone.head) is nn.Linear:

@@ -6,5 +6,5 @@ from typing import Any
 
 
 def open(model: Any, **_: Any) -> Any:
-    """The model itself."""
+    """Return the model itself."""
     return model

@@ -47,10 +47,10 @@ def caption_scores(
 ) -> Measured:
     """Score one caption for each key against that key's references.
 
-    metrics: of `CAPTION_METRICS`. METEOR, SPICE and the PTB tokenizer need Java; SPICE also
-        needs Stanford's models. What is missing is named in `unavailable`.
-    tokenizer: "ptb" is pycocoevalcap's, as in published numbers; "simple" lower-cases and drops
-        punctuation in Python; "auto" is "ptb" where there is Java.
+    metrics: of `CAPTION_METRICS`. METEOR, SPICE and the PTB tokenizer need Java; SPICE also needs
+    Stanford's models. `unavailable` names what is missing. tokenizer: "ptb": pycocoevalcap's, as in
+    published numbers; "simple": lower case without punctuation, in Python; "auto": "ptb" if there
+    is Java.
 
     Raises:
         InputError: an unknown metric or tokenizer, or pycocoevalcap is not installed.
@@ -93,7 +93,7 @@ def _check_captions(answers: Mapping[str, str], references: Mapping[str, Sequenc
 
 
 def need_pycocoevalcap() -> None:
-    """Raise `InputError` where the package is not installed."""
+    """Raise `InputError` where the package pycocoevalcap is not installed."""
     try:
         import pycocoevalcap  # noqa: F401
     except ImportError as error:
@@ -138,7 +138,7 @@ def _simple(texts: Texts) -> Texts:
 
 
 def simple_words(text: str) -> list[str]:
-    """Lower-case words, without the punctuation that pycocoevalcap drops."""
+    """Return lower-case words, without the punctuation that pycocoevalcap drops."""
     need_pycocoevalcap()
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
@@ -223,7 +223,7 @@ def _cider(references: Texts, answers: Texts) -> list[Scored]:
 
 @dataclass(frozen=True)
 class Frequencies:
-    """Document frequencies of n-grams: in how many of `documents` each one stands. A document is
+    """Document frequencies of n-grams: the number of `documents` with each n-gram. A document is
     the references of one image."""
 
     documents: int
@@ -231,7 +231,8 @@ class Frequencies:
 
     @classmethod
     def of(cls, references: Sequence[Sequence[str]]) -> Frequencies:
-        """References of each image, by the simple tokenizer. Raise `DataError` below two images."""
+        """Count n-grams in the references of each image, by the simple tokenizer. Raise `DataError`
+        below two images."""
         need_pycocoevalcap()
         from pycocoevalcap.cider.cider_scorer import CiderScorer
 
@@ -247,8 +248,8 @@ class Frequencies:
         return cls(len(references), dict(scorer.document_frequency))
 
     def cider(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Array:
-        """CIDEr-D [n] (Vedantam et al. 2015), in [0, 10], of answers [n] against the references of
-        each: what one answer scores does not depend on the others."""
+        """Return CIDEr-D [n] (Vedantam et al. 2015), in [0, 10], of answers [n] against the
+        references of each; an answer's score does not depend on other answers."""
         from pycocoevalcap.cider.cider_scorer import CiderScorer
 
         scorer = CiderScorer()

@@ -60,32 +60,32 @@ def evaluate(
     progress: Any = iter,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Answer every example, full and with early exits, and score the answers.
+    """Answer every example, at full depth and with early exits, and score the answers.
 
     Args:
         model: an adapter; or a backbone, for the full model alone (mode "full").
         examples: with references; for dialogue, `Item`s with candidates.
         task: of `offramp.evaluation.tasks.TASKS`.
-        policy: when tokens exit early. Default: the adapter's; where it was calibrated by kind of
-            prompt, and a batch is of one, that kind's.
+        policy: of the early exits. Default: the adapter's; for a batch of one, that of the prompt's
+            kind, if kinds were calibrated.
         out: the run's folder; see the module for its files.
         runtime: answers in the adapter's place; not for dialogue, whose candidates PyTorch ranks.
-        resume: go on with the run in `out`; what is answered there is kept.
+        resume: go on with the run in `out`; its answers are kept.
         allow_seen: take images that the adapter was trained or calibrated on.
-        progress: wraps the batches that are still to do.
+        progress: wraps the remaining batches.
         settings: fields of `offramp.evaluation.tasks.EvaluationSettings`.
 
     Returns:
         `n` examples; by mode `metrics` (each with value, low, high and maybe a note), `unavailable`
-        (metric: why), `by_group`, `tokens`, `mean_depth`, `depth_shares`, `latency`, for dialogue
-        `ranked_by`, in lossless mode `drafted` and `accepted` tokens; with both modes `compared`:
-        `agreement`, `difference` (early exit minus full) and `speedup`, with intervals from the
-        same draws. `provenance` says what ran, and when.
+            (metric: why), `by_group`, `tokens`, `mean_depth`, `depth_shares`, `latency`, for
+            dialogue `ranked_by`, in lossless mode `drafted` and `accepted` tokens; with both modes
+            `compared`: `agreement`, `difference` (early exit minus full) and `speedup`, with
+            intervals from the same draws. `provenance`: command, versions, machine and time.
 
     Raises:
         InputError: an argument or setting cannot be used, or `out` holds another run.
-        DataError: the examples cannot be evaluated on this task, or share images with the
-            adapter's training or calibration.
+        DataError: the examples cannot be evaluated on this task, or share images with the adapter's
+            training or calibration.
         StorageError: a file cannot be read or written, or another run is writing to `out`.
     """
     plan = EvaluationSettings(task, **settings)
@@ -112,7 +112,7 @@ def rescore(
 ) -> dict[str, Any]:
     """Score the answers in a run's folder again, with other metrics or data; no model runs.
 
-    Examples that have no answer there are left out and counted under `missing`.
+    Examples without an answer there are left out and counted under `missing`.
     """
     plan = EvaluationSettings(task, **settings)
     items = as_items(examples, task)

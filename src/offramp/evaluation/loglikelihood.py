@@ -28,8 +28,8 @@ def follows_policy(policy: ExitPolicy) -> bool:
 
     The logits at (token, depth) do not depend on where earlier tokens exited, so one pass over a
     candidate gives every token's exit and its probability there. In three cases the full model
-    ranks the candidates: confidence that needs several exits is not seen in one pass; a token
-    that a shortlist lacks has no likelihood; and lossless answers are the full model's.
+    ranks the candidates: a confidence that reads several exits, a token outside the shortlist, and
+    lossless answers, which are the full model's.
     """
     return not (policy.score in HEADS or policy.lossless or policy.shortlist)
 
@@ -44,11 +44,12 @@ def candidate_scores(
     policy: ExitPolicy = FULL,
     at_once: int = 25,
 ) -> list[float]:
-    """Log-likelihood of each candidate after the example's prompt, its end token included.
+    """Return the log-likelihood of each candidate after the example's prompt, its end token
+    included.
 
-    The prompt is read once; candidates follow it teacher-forced, `at_once` in a pass. Under a
-    policy each token counts with its probability at the depth where it would exit. All layers
-    run all the same, so this takes as long as the full model.
+    The prompt is read once, and candidates follow it teacher-forced, `at_once` in a pass. Under a
+    policy each token counts with its probability at the depth where it would exit. All layers run
+    in any case, so this takes as long as the full model.
 
     Raises:
         DataError: a candidate is longer than the backbone's positions.

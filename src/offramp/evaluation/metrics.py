@@ -21,11 +21,11 @@ RECALLS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Measured:
-    """The metrics of one set of answers, and those that could not be computed with the reason.
+    """The metrics of one set of answers, and the reason for each metric that could not be computed.
 
-    by_example: of captions: each metric's values, in the order of the answers; BLEU and METEOR of
-        a corpus are not the mean of these.
-    tokenizer: of captions: "ptb", as in published numbers, or "simple", and then the note says why.
+    by_example: for captions: each metric's values, in the order of the answers; BLEU and METEOR of
+    a corpus are not the mean of these. tokenizer: for captions: "ptb", as in published numbers, or
+    "simple", with the reason in the note.
     """
 
     measures: dict[str, Measure]
@@ -72,10 +72,10 @@ _CONTRACTIONS = _contractions()
 
 
 def strip_marks(text: str) -> str:
-    """First half of the official VQA normalisation: punctuation.
+    """Do the first half of the official VQA normalisation: punctuation.
 
-    A mark goes without a trace where it stands beside a space, or where a number with an inner
-    comma is anywhere in the text; elsewhere a space takes its place.
+    A mark beside a space, or in a text with a number with an inner comma, is removed; other marks
+    become a space.
     """
     comma = bool(_INNER_COMMA.search(text))
     out = text
@@ -86,7 +86,7 @@ def strip_marks(text: str) -> str:
 
 
 def normalise_answer(text: str) -> str:
-    """The official VQA normalisation, its quirks included (Agrawal et al. 2015, vqaEval.py).
+    """Do the official VQA normalisation, its quirks included (Agrawal et al. 2015, vqaEval.py).
 
     Punctuation, lower case, number words up to ten, articles, and contractions.
     """
@@ -99,11 +99,11 @@ def _one_space(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """Official accuracy in [0, 1] against the answers of ten people (VQA v2, OK-VQA).
+    """Return the official accuracy in [0, 1] against the answers of ten people (VQA v2, OK-VQA).
 
     Mean over the ten of min(matches among the other nine / 3, 1). As in the official script,
     nothing is normalised where all ten agree letter by letter. OK-VQA asked five people and counts
-    each twice; five answers are taken that way.
+    each twice; five answers are treated in this way.
 
     Raises:
         DataError: neither ten answers nor five.
@@ -130,10 +130,10 @@ def _normalised(text: str) -> str:
 
 
 def exact_match(answer: str, answers: Sequence[str], *, normalise: bool = False) -> float:
-    """1 where the answer is one of `answers`, else 0 (GQA's accuracy; outer spaces aside).
+    """Return 1 where the answer is one of `answers`, else 0 (GQA's accuracy), without outer spaces.
 
-    normalise: put both through `normalise_answer` first, as is usual for models that write freely;
-        where that leaves nothing, as of an article alone, they are compared with it.
+    normalise: apply `normalise_answer` to both, as is usual for models that write freely; if that
+    leaves nothing, as for a single article, the texts are compared as they are.
     """
     if not answers:
         raise DataError("A question has no answer to compare with.", "Add its answer to the data.")
@@ -147,7 +147,7 @@ _UNRANKED = "candidates cannot be ranked"
 
 
 def gold_rank(scores: Sequence[float], gold: int) -> int:
-    """Rank from 1 of candidate `gold` by descending score.
+    """Return the rank, from 1, of candidate `gold` by descending score.
 
     Ties count against the model: constant scores earn the last rank.
     """
@@ -161,7 +161,8 @@ def gold_rank(scores: Sequence[float], gold: int) -> int:
 
 
 def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
-    """Normalised discounted cumulative gain in [0, 1], at k = number of relevant candidates.
+    """Return the normalised discounted cumulative gain in [0, 1], at k = number of relevant
+    candidates.
 
     VisDial's form (Das et al. 2017, challenge 2018): gain is the relevance, discount log2(rank+1).
     Ties count against the model.
@@ -180,7 +181,7 @@ def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
 
 
 def rank_measures(ranks: Sequence[int]) -> dict[str, Measure]:
-    """Recall at 1, 5 and 10, mean rank and mean reciprocal rank of ranks from 1."""
+    """Return recall at 1, 5 and 10, mean rank and mean reciprocal rank of ranks from 1."""
     values = np.asarray(ranks, dtype=np.float64)
     recalls = {f"recall@{k}": mean_of((values <= k).astype(float)) for k in RECALLS}
     return {**recalls, "mean_rank": mean_of(values), "mrr": mean_of(1 / values)}

@@ -27,7 +27,7 @@ Pairs = Sequence[tuple[Item, Row]]
 def score(
     done: Done, items: Sequence[Item], plan: EvaluationSettings, stored: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Metrics of the answers that are there; see `evaluate` for the keys.
+    """Return metrics of the existing answers; see `evaluate` for the keys.
 
     stored: the settings that the answers depend on.
     """

@@ -24,7 +24,7 @@ _UNSAID = {"kernels": "plain", "vision": "torch", "shrink_on_load": False}
 
 
 class RunLog(JsonlLog):
-    """The log of a run's answers, and those that are there already."""
+    """The log of a run's answers, with the answers of earlier starts."""
 
     def __init__(
         self, path: Path, stored: Mapping[str, Any], items: Sequence[Item], *, resume: bool
@@ -54,14 +54,14 @@ class RunLog(JsonlLog):
             self.append({"settings": dict(stored)})
 
     def add(self, row: Row) -> None:
-        """Store an answer, with the digest of what was asked."""
+        """Store an answer, with the digest of its question."""
         row = {**row, "prompt_digest": self._digests[row["key"]]}
         self.append(row)
         self.done[row["mode"], row["key"]] = row
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], Done]:
-    """The settings and the answers of a run."""
+    """Return the settings and the answers of a run."""
     rows = JsonlLog.read(path)
     stored = rows[0].get("settings") if rows else None
     whole = ("key", "mode", "answer", "ids", "depths", "prompt_digest")
@@ -74,7 +74,7 @@ def read_rows(path: Path) -> tuple[dict[str, Any], Done]:
 
 
 def check_digests(done: Done, digests: Mapping[str, str], path: Path) -> None:
-    """Raise `DataError` where an example asks something else than its row answers."""
+    """Raise `DataError` where an example's question differs from that of its stored answer."""
     for (_, key), row in done.items():
         if digests.get(key, row["prompt_digest"]) != row["prompt_digest"]:
             raise DataError(

@@ -26,14 +26,12 @@ OPTIONS: dict[str, Any] = {"do_sample": False, "num_beams": 1, "eos_token_id": N
 
 
 class Script:
-    """A plan of which tokens exit, by position: at one exit, whenever and in whatever order it
-    looks at them.
+    """A plan of which tokens exit at one exit, by position in the answer.
 
-    leave: [N, B]; whether the token at each position (0 is the one out of the prefill) exits;
-        after the plan none does.
-    says: [N] tokens that the exit is to say at these positions (batch 1), or None for its own;
-        with a shortlist, their places in it.
-    score: the real score, whose time is paid.
+    leave: [N, B]; whether the token at each position exits (position 0 comes from the prefill);
+    after the plan none does. says: [N] tokens that the exit must predict at these positions (batch
+    1), or None for its own; with a shortlist, their places in it. score: the real score, which is
+    computed so that its time counts.
     """
 
     def __init__(
@@ -43,7 +41,7 @@ class Script:
         self._says, self._score = says, SCORES[score]
 
     def judge(self, check: ExitCheck) -> Tensor:
-        """Scores [B] of a check of B tokens: 1 where the plan says exit, else 0."""
+        """Return scores [B] for a check of B tokens: 1 where the plan says exit, else 0."""
         assert check.position is not None and check.row is not None
         verdict = self._score(check.allowed) * 0  # not a new tensor, which would not wait for it
         if self._says is not None:
@@ -67,7 +65,7 @@ def generate_forced(
 ) -> GenerationOutput:
     """Write `tokens` tokens, exiting at `depth` (the first exit) as `script` says.
 
-    policy: what `ExitPolicy` takes besides thresholds and score.
+    policy: fields of `ExitPolicy` besides thresholds and score.
     """
     at = exits.depths[0] if depth is None else depth
     return generate(

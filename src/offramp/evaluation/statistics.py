@@ -27,10 +27,9 @@ def _ratio(sums: Array) -> Array:
 class Measure:
     """A metric over n examples, in a form that can be resampled.
 
-    value: over all the examples.
-    rows: what each example adds [n, C]; None where the metric is no function of such sums.
-    of: from sums [..., C] to values [...].
-    note: what a reader of the number should know, such as why it has no interval.
+    value: over all the examples. rows: each example's contribution [n, C]; None where the metric is
+    no function of sums. of: from sums [..., C] to values [...]. note: for readers of the number,
+    such as why it has no interval.
     """
 
     value: float
@@ -40,21 +39,21 @@ class Measure:
 
 
 def mean_of(values: Sequence[float] | Array, note: str = "") -> Measure:
-    """The mean of one value for each example. Raise `DataError` where there is none, or a NaN."""
+    """Return the mean of one value for each example. Raise `DataError` for no values, or a NaN."""
     numbers = finite(values, "values have no mean")
     return Measure(float(numbers.mean()), np.stack([numbers, np.ones_like(numbers)], 1), note=note)
 
 
 def mean_of_some(values: Sequence[float | None]) -> Measure:
-    """The mean over those examples that have a value; None adds to neither sum nor count."""
+    """Return the mean over the examples with a value; None counts in neither sum nor number."""
     mean = mean_of([value for value in values if value is not None])
     rows = [(0.0, 0.0) if value is None else (value, 1.0) for value in values]
     return Measure(mean.value, np.asarray(rows))
 
 
 def finite(values: Sequence[float] | Array, problem: str) -> Array:
-    """Return the numbers where there is at least one, and no NaN, else a `DataError` that names the
-    problem with so many."""
+    """Return the numbers if there is at least one and no NaN. Else raise a `DataError` with
+    `problem`, filled with the count."""
     numbers = np.asarray(values, dtype=np.float64)
     if not numbers.size or not np.isfinite(numbers).all():
         raise DataError(
@@ -74,12 +73,12 @@ def interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap interval (Efron and Tibshirani 1993) over examples, or over groups.
+    """Return the percentile bootstrap interval (Efron and Tibshirani 1993) over examples, or over
+    groups.
 
-    groups: a name for each example; those that share one (the questions about one image) are
-        drawn together, because they are not independent.
-    minus: another measure of the same examples; the interval is then that of the difference, with
-        the same draws for both.
+    groups: a name for each example; examples of one group (the questions about one image) are drawn
+    together, because they are not independent. minus: another measure of the same examples; the
+    interval is then of the difference, with the same draws for both.
 
     Returns:
         None where the metric cannot be resampled, or there are fewer than two groups.
@@ -115,12 +114,12 @@ def interval(
 
 
 def drawn_times(draw: np.random.Generator, groups: int, resamples: int) -> NDArray[np.int64]:
-    """Return how often each group is drawn in each resample [R, G]."""
+    """Return the number of times that each group is drawn in each resample [R, G]."""
     return draw.multinomial(groups, np.full(groups, 1 / groups), size=resamples)
 
 
 def by_group(rows: Array, groups: Sequence[str] | None) -> Array:
-    """Return what each group adds [G, C], from what each example adds [N, C]."""
+    """Return each group's contribution [G, C], from each example's [N, C]."""
     if groups is None:
         return rows
     if len(groups) != len(rows):

@@ -28,15 +28,14 @@ _LONGEST_ANSWER = 10  # to a question
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """One evaluation. What changes an answer is stored with the answers.
+    """The settings of one evaluation. Those that change an answer are stored with the answers.
 
-    mode: "full", "early_exit", or "both", which takes turns at every example.
-    batch_size: 1 measures latency; more measures quality only.
-    max_new_tokens: longest answer; None: by task (captions 40, questions 10, dialogue 20).
-    candidates_at_once: candidates scored in one pass; changes memory and speed, not the scores.
-    metrics: those of `TASK_METRICS` to compute; None: all of the task's.
-    tokenizer: of captions; see `offramp.evaluation.caption_metrics.caption_scores`.
-    confidence, resamples, seed: of the bootstrap intervals.
+    mode: "full", "early_exit", or "both", which takes turns at every example. batch_size: 1
+    measures latency; more measures quality only. max_new_tokens: longest answer; None: by task
+    (captions 40, questions 10, dialogue 20). candidates_at_once: candidates scored in one pass;
+    changes memory and speed, not the scores. metrics: of `TASK_METRICS`; None: all of the task's.
+    tokenizer: for captions; see `offramp.evaluation.caption_metrics.caption_scores`. confidence,
+    resamples, seed: of the bootstrap intervals.
     """
 
     task: str
@@ -81,10 +80,10 @@ class EvaluationSettings:
 
 
 def as_items(examples: Sequence[Item | Example], task: str) -> list[Item]:
-    """Examples with what the task needs, before anything is generated.
+    """Return examples as items with all that the task needs, before anything is generated.
 
     Raises:
-        DataError: an example lacks it.
+        DataError: an example lacks something that the task needs.
         InputError: a package that the task's metrics need is not installed.
     """
     items = [e if isinstance(e, Item) else Item(e) for e in examples]

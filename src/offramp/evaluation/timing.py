@@ -37,9 +37,10 @@ Result = TypeVar("Result")
 
 
 class FirstToken(StoppingCriteria):
-    """Stops nothing; notes when the first token was there: what follows is decoding alone.
+    """A stopping criterion that never stops, and notes the time of the first token, after which
+    decoding begins.
 
-    clock: returns seconds. heard: there is nothing more to ask.
+    clock: returns seconds. heard: whether the time is noted.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -61,8 +62,8 @@ class FirstToken(StoppingCriteria):
 class Timing:
     """Seconds of each round, summed over examples, and the tokens written in one round.
 
-    seconds: from processor output to the last token. decode: see `decoding`. answers:
-    new token ids of each example. by_example: `decode` of each example, by round.
+    seconds: from processor output to the last token. decode: see `decoding`. answers: new token ids
+    of each example. by_example: `decode` of each example, by round.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -81,7 +82,7 @@ class Timing:
 
     @property
     def seconds_an_answer(self) -> float:
-        """Return the seconds from processor output to the last token, in the mean over examples."""
+        """The mean seconds over examples, from processor output to the last token."""
         return median(self.seconds) / len(self.answers)
 
 
@@ -96,8 +97,8 @@ def time_interleaved(
 ) -> dict[Name, Timing]:
     """Time every method on every input, after one untimed pass over a few.
 
-    clock: returns seconds; `time.thread_time` on a machine that others use too. drafting: methods
-    that draft; one of the others is then named "full" (see `beside_full`).
+    clock: returns seconds; `time.thread_time` on a machine that others use too. drafting: names of
+    methods that draft; another method is then named "full" (see `beside_full`).
     """
 
     runs = in_turn(
@@ -122,10 +123,10 @@ def time_interleaved(
 def beside_full(
     runs: Mapping[Any, Sequence[Sequence[Any]]], full: Mapping[Any, Any]
 ) -> dict[Any, Any]:
-    """Return what was taken, with decoding by drafts counted as `decoding` says.
+    """Return the timings, with decoding by drafts counted as `decoding` does.
 
-    runs: of each method by round and input, as `timed` returns it. full: by each method that
-    drafts, the name of its full depth.
+    runs: of each method by round and input, as `timed` returns them. full: by each drafting method,
+    the name of its full depth.
     """
     counted = {
         name: [
@@ -138,11 +139,11 @@ def beside_full(
 
 
 def decoding(own: Sequence[Any], full: Sequence[Any]) -> Any:
-    """Return the seconds of decoding an answer by drafts: those after full depth's first token. An
-    own first token comes later, together with others, where drafts share the prompt's call.
+    """Return the seconds of decoding an answer by drafts, counted from full depth's first token,
+    because drafts share the prompt's call and delay their own first token.
 
-    own, full: seconds of an answer and of the same after its first token, as `timed` returns them,
-    or arrays of them; full: of full depth to the same prompt.
+    own, full: (seconds of an answer, seconds after its first token), as `timed` returns them, or
+    arrays; full: at full depth for the same prompt.
     """
     return np.maximum(own[1], own[0] - (full[0] - full[1]))
 
@@ -152,7 +153,7 @@ def timed(
     given: Input,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float, tuple[int, ...]]:
-    """Seconds of an answer, whole and from its first token on, and its new ids [N]."""
+    """Return the seconds of an answer, whole and from its first token on, and its new ids [N]."""
     first, begin = FirstToken(clock), clock()
     answer = run(given, StoppingCriteriaList([first]))
     end = clock()
@@ -168,10 +169,10 @@ def in_turn(
     warm: int = 0,
     progress: Any = iter,
 ) -> dict[Name, list[list[Result]]]:
-    """Return what every method returns of every input, by round: all answer an input before the
-    next one.
+    """Return the results of every method on every input, by round: all methods answer an input
+    before the next one.
 
-    warm: inputs that every method is tried on before, which is not counted.
+    warm: inputs on which every method is tried before, uncounted.
     """
     for method in methods.values():
         for given in inputs[:warm]:
@@ -184,15 +185,16 @@ def in_turn(
 
 
 def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """Ratio of medians."""
+    """Return the ratio of two medians of seconds, slow over fast."""
     return median(slow) / median(fast)
 
 
 def speedups(timings: Mapping[str, Timing], name: str) -> dict[str, Any]:
-    """Return what method `name` gains over "full" and, where it was timed, over stock "generate".
+    """Return the speedups of method `name` over "full" and, where it was timed, over stock
+    "generate".
 
-    Returns `speedup_decode` and its interval, `speedup_end_to_end`, `speedup_vs_generate` and
-    `speedup_vs_generate_end_to_end`; and seconds of a whole answer, of both.
+    `speedup_decode` and its interval, `speedup_end_to_end`, `speedup_vs_generate` and
+    `speedup_vs_generate_end_to_end`; and the seconds of a whole answer by both.
     """
     full, ours = timings["full"], timings[name]
     found: dict[str, Any] = {
@@ -209,14 +211,15 @@ def speedups(timings: Mapping[str, Timing], name: str) -> dict[str, Any]:
 
 
 def speedup_interval(slow: Timing, fast: Timing) -> tuple[float, float] | None:
-    """Return the speedup of decoding: the 95% interval of a bootstrap over examples, drawn in
+    """Return the 95% interval of the speedup of decoding, by a bootstrap over examples drawn in
     pairs; each example's seconds are the median of its rounds. None: fewer than two examples."""
     both = np.stack([np.median(timing.by_example, 0) for timing in (slow, fast)], 1)
     return interval(Measure(float("nan"), both))
 
 
 def stock_generate_fn(backbone: Backbone, **options: Any) -> GenerateFn:
-    """HF's own `generate`, untouched. Rows of a batch come one after the other."""
+    """Return a function that generates by HF's own `generate`, one row of a batch after the
+    other."""
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
         with torch.inference_mode():
@@ -233,7 +236,8 @@ def exit_generate_fn(
     policy: ExitPolicy = FULL,
     **options: Any,
 ) -> GenerateFn:
-    """Generation by `policy`; without thresholds the full model, through the same loop."""
+    """Return a function that generates by `policy`; without thresholds by the full model, through
+    the same loop."""
     return generate_fn(partial(generate, backbone, exits=exits, policy=policy), **options)
 
 
@@ -242,7 +246,8 @@ def generate_fn(
     heard: Callable[[GenerationOutput], object] = lambda _: None,
     **options: Any,
 ) -> GenerateFn:
-    """Generation as an adapter or a runtime does it. heard: is told what came out."""
+    """Return a function that generates by `generates`, of an adapter or a runtime. heard: is called
+    with each output."""
 
     def run(inputs: Mapping[str, Any], stop: StoppingCriteriaList) -> Tensor:
         output = generates(inputs, stopping_criteria=stop, **options)
@@ -253,6 +258,6 @@ def generate_fn(
 
 
 def clock_on(device: str) -> Callable[[], float]:
-    """Return a clock of what a kind of device computes for the thread that asks, in seconds."""
+    """Return a clock, in seconds, of the computation on a kind of device for the current thread."""
     fine = time.get_clock_info("thread_time").resolution < 1e-4
     return time.thread_time if device == "cpu" and fine else time.perf_counter

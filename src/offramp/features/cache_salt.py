@@ -14,13 +14,13 @@ _salt: ContextVar[str | None] = ContextVar("salt", default=None)
 
 
 def current_salt() -> str | None:
-    """Return the salt of the work being done in this thread; None: what is kept for everybody."""
+    """Return the salt for cache keys in this thread; None: entries are shared by everybody."""
     return _salt.get()
 
 
 @contextmanager
 def salted(salt: str | None) -> Iterator[None]:
-    """Keep and find under this salt meanwhile, in this thread."""
+    """Use this salt for all cache keys in this thread, while the context is open."""
     token = _salt.set(salt)
     try:
         yield

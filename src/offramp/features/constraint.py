@@ -34,13 +34,14 @@ _SPACES = {"whitespace_pattern": r" |\n {0,20}"}
 
 
 class JsonConstraint:
-    """Answers that a JSON schema allows, for `generate(logits_processor=[...])` and engines.
+    """A constraint to answers that a JSON schema allows, for `generate(logits_processor=[...])` and
+    engines.
 
         constraint = JsonConstraint({"type": "object", ...}, processor)
         adapter.generate(**inputs, logits_processor=[constraint])
 
-    An answer that ends by itself parses and is valid; one that `max_new_tokens` cuts off is a
-    beginning. It may be given to any number of calls.
+    An answer that ends by itself parses and is valid; an answer that `max_new_tokens` cuts off is
+    the beginning of one. A constraint may serve any number of calls.
     """
 
     def __init__(self, schema: Mapping[str, Any], tokenizer: Any) -> None:
@@ -70,7 +71,8 @@ class JsonConstraint:
             raise _no_schema(_said(self._fresh) or "nothing that the model can write satisfies it")
 
     def of_row(self, prompt: int, ends: Set[int]) -> _Answer:
-        """Return the constraint of a row; see `Constraint`. ends: none: the tokenizer's own."""
+        """Return the constraint of one row; see `Constraint`. ends: end tokens; empty: the
+        tokenizer's own."""
         own = frozenset(self._tokenizer.eos_tokens)
         return _Answer(self._fresh, prompt, frozenset(ends) or own, own)
 

@@ -12,7 +12,8 @@ from offramp.core.models.weights import held_plainly, is_quantized, scheme
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
-    """Sizes a person wants to know before attaching exits; bytes in the backbone's dtype."""
+    """Return the sizes to know before attaching exits: of layers, states and vocabulary, and bytes
+    in the backbone's dtype."""
     layer = float_values(backbone.layers[-1]) * backbone.dtype.itemsize
     return {
         "name": backbone.name,

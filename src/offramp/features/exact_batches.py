@@ -25,7 +25,7 @@ ROW_BY_ROW = (OwnLinear, nn.Embedding)
 
 
 class ExactBatches:
-    """Attention to each token by itself, as `DecodeOptions.exact_batches` has it."""
+    """Attention to each token by itself, for `DecodeOptions.exact_batches`."""
 
     attention = EACH
 
@@ -77,10 +77,10 @@ def attention_of_each(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention [B, T, H, Dh] of queries [B, H, T, Dh] to keys and values [R, Hk, K, Dh].
+    """Return attention [B, T, H, Dh] of queries [B, H, T, Dh] to keys and values [R, Hk, K, Dh].
 
-    attention_mask: additive, of the queries by slot [R, 1 or H, W, K]; where it hides none of the
-    keys up to a token's own, it is left out, as it is where a token is alone.
+    attention_mask: additive, of the queries by slot [R, 1 or H, W, K]; left out where it hides no
+    key up to a token's own, as for a token that is alone.
     """
     call: Call = module.__dict__["_current"].call
     batch, heads, tokens, size = query.shape

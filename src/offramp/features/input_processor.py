@@ -56,7 +56,7 @@ SMALLEST = "_offramp_smallest_side"
 
 
 class InputProcessor:
-    """A backbone's processor, asked for batches. Thread-safe."""
+    """A backbone's processor, which makes batches of inputs. Thread-safe."""
 
     def __init__(self, backbone: Backbone | nn.Module, processor: Any) -> None:
         backbone = Backbone.of(backbone)
@@ -84,7 +84,7 @@ class InputProcessor:
         """Pixels that a side of an image has at least, where JPEGs are shrunk on load."""
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return what `generate` takes for these examples: one padded batch, on the backbone's
+        """Return the inputs of `generate` for these examples: one padded batch, on the backbone's
         device."""
         texts = [self.prompt_text(example.prompt) for example in examples]
         if self._is_text:
@@ -95,7 +95,7 @@ class InputProcessor:
         return self._processed(texts, images)
 
     def of_text(self, text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
-        """The same of one text that has its placeholders already, with any number of images.
+        """Return the inputs of `generate` for one text with placeholders and any number of images.
 
         Raises:
             InputError: several images where the processor takes one a text.
@@ -117,13 +117,13 @@ class InputProcessor:
             )
 
     def of_ids(self, ids: Sequence[int]) -> dict[str, Any]:
-        """Return what `generate` takes for a prompt that is given as token ids."""
+        """Return the inputs of `generate` for a prompt of token ids."""
         tokens = torch.tensor([list(ids)], device=self.backbone.device)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
     def text_prompt(self, prompt: str) -> dict[str, Any]:
-        """Return what `generate` takes for a prompt without an image, where the model answers
-        those."""
+        """Return the inputs of `generate` for a prompt without an image, if the model answers such
+        prompts."""
         text = prompt
         if self._is_text:
             return self._of_texts([self.prompt_text(prompt)])
@@ -148,8 +148,8 @@ class InputProcessor:
         return self._on_device({n: batch[n] for n in ("input_ids", "attention_mask")})
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Return True if the tokenizer adds special tokens to a text: not where a chat template
-        wrote the first one already."""
+        """Return True if the tokenizer adds special tokens to this text; False where a chat
+        template has already written the first."""
         first = getattr(self.tokenizer, "bos_token", None)
         return not (first and text.startswith(first))
 
@@ -184,7 +184,8 @@ class InputProcessor:
         }
 
     def prompt_text(self, prompt: str) -> str:
-        """The prompt in the form the backbone was tuned on: chat template or image placeholder."""
+        """Return the prompt in the form that the backbone was tuned on: chat template or image
+        placeholder."""
         if self._is_text and not self.has_template:
             return prompt
         if self.has_template:
@@ -194,14 +195,14 @@ class InputProcessor:
 
     @property
     def has_template(self) -> bool:
-        """Return True if the processor writes conversations of several turns."""
+        """Return True if a chat template for conversations of several turns is there."""
         return getattr(self.processor, "chat_template", None) not in (None, "")
 
     def template_text(
         self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as its chat template writes it, up to where the answer begins; without
-        add_generation_prompt the last turn is the answer's beginning."""
+        """Return a conversation by its chat template, up to where the answer begins.
+        add_generation_prompt: False: the last turn is the beginning of the answer."""
         lone = _text_of(turns[0]["content"]) if len(turns) == 1 else ""
         if not (self.processor.chat_template == COMPLETES and lone.startswith("<|im_start|>")):
             turns = [{**turn, "content": self._as_said(turn["content"])} for turn in turns]
@@ -234,11 +235,11 @@ class InputProcessor:
     def conversation_text(
         self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> str:
-        """Turns as the model reads them; by its chat template or, without one, the text of the
-        only turn.
+        """Return the text of a conversation as the model reads it: by its chat template or, without
+        one, the text of the only turn.
 
-        turns: role and content, which is a list of {"type": "text", "text": ...} and
-            {"type": "image"}.
+        turns: role and content, which is a list of {"type": "text", "text": ...} and {"type":
+        "image"}.
         add_generation_prompt: as of `template_text`.
 
         Raises:
@@ -259,13 +260,13 @@ class InputProcessor:
 
     @property
     def image_mark(self) -> str | None:
-        """Return what stands for an image in a text; None: nothing does."""
+        """Return the placeholder of an image in a text; None: the processor uses none."""
         mark = getattr(self.processor, "image_token", None)
         return None if mark is None else str(mark)
 
     def placed(self, prompt: str, images: int) -> str:
-        """A prompt with the placeholders of its images, where the processor wants any: those that
-        it has, or new ones before it."""
+        """Return a prompt with placeholders for so many images: its own, or new ones before its
+        text; unchanged where the processor uses none."""
         mark = self.image_mark
         if mark is None or not images:
             return prompt
@@ -278,10 +279,10 @@ class InputProcessor:
         return type(self.processor).__name__.startswith(_PLACES_IMAGE)
 
     def answer_ids(self, prompt: str, answer: str) -> list[int]:
-        """The ids generation would have to write after `prompt`, end token included.
+        """Return the ids that generation would have to write after `prompt`, end token included.
 
-        Tokenised together with the text that stands before it, where that leaves the ids of that
-        text as they were, so that a leading space lands as the tokenizer wants it.
+        Prompt and answer are tokenised as one text where that leaves the prompt's ids unchanged, so
+        that a leading space is tokenised as in generation.
         """
 
         def ids(text: str) -> list[int]:
@@ -299,8 +300,9 @@ class InputProcessor:
     def check_room(self, prompts: Mapping[str, Any], answers: Sequence[tuple[str, int]]) -> None:
         """Raise `DataError` where an answer would run past the backbone's learned positions.
 
-        prompts: a batch; answers: for each row its example's key and its answer's tokens. The last
-        token is never read, so it needs no position. Rotary and relative ones have no end.
+        prompts: a batch. answers: for each row, its example's key and its number of tokens. The
+        last token is never read, so it needs no position. Rotary and relative positions have no
+        end.
         """
         limit = self.backbone.positions
         if limit is None:
@@ -321,21 +323,22 @@ class InputProcessor:
         return next((text for start, text in _ADDS_BEHIND.items() if name.startswith(start)), "")
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Right-padded ids [B, A] and their mask [B, A]."""
+        """Return right-padded ids [B, A] and their mask [B, A]."""
         longest = max(len(row) for row in rows)
         ids = torch.tensor([[*row, *[self.eos] * (longest - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         return ids.to(self.backbone.device), mask.bool().to(self.backbone.device)
 
     def texts(self, ids: Tensor) -> list[str]:
-        """Decoded rows [B, N] of generated ids, special tokens and outer spaces removed."""
+        """Return the texts of rows [B, N] of generated ids, without special tokens and outer
+        spaces."""
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in decoded]
 
 
 def check_letters(texts: Sequence[str]) -> None:
-    """Raise `InputError` where a text holds what no tokenizer reads: bytes of a command line that
-    are not UTF-8, or half of a pair that JSON escapes."""
+    """Raise `InputError` where a text cannot be tokenised: bytes of a command line that are not
+    UTF-8, or half of a pair that JSON escapes."""
     for text in texts:
         try:
             text.encode()
@@ -354,7 +357,8 @@ def _only(images: Any) -> Any:
 
 
 def smallest_side(processor: Any) -> int | None:
-    """Return the pixels that a side has at least of an image decoded for a processor; None: all."""
+    """Return the fewest pixels a side to which a processor's images may be decoded; None: full
+    size."""
     found: int | None = getattr(processor, "__dict__", {}).get(SMALLEST)
     return found
 

@@ -30,12 +30,11 @@ class _Kept:
 
 
 class KeptTexts:
-    """Texts of one processor, each with one image.
+    """Processed texts of one processor, each with one image.
 
-    A text is kept once the whole processor made it twice the same, and the image processor alone
-    made the second image's pixels bit for bit. Processors that return more than ids,
-    mask and pixels, as those do that cut an image into tiles, are asked whole for ever; so is one
-    whose pixels come in another shape. Not for two threads at once.
+    A text is kept once the whole processor gave the same result twice, and the image processor
+    alone gave the second image's pixels bit for bit. A processor with further outputs, such as
+    tiles, or with pixels of changing shape is always called whole. Not for two threads at once.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -45,7 +44,7 @@ class KeptTexts:
         """How often the image alone was processed."""
 
     def batch(self, key: Any, image: Any, whole: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Return what `whole()` returns, of a text known by `key` and an image."""
+        """Return the result of `whole()`, for the text known by `key` and an image."""
         if self._look is None:
             return dict(whole())
         kept = self._kept.get(key)

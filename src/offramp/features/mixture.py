@@ -24,9 +24,9 @@ _CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
 def dense_exit(width: int | None = None) -> Callable[[Backbone, int, Sequence[int]], nn.Module]:
-    """Return how exits are built that are copied layers with a dense MLP in place of their experts.
+    """Return a builder of exits: copied layers with a dense MLP in place of their experts.
 
-    width: of the MLP; None: so that it has as many weights as one token uses of the experts.
+    width: of the MLP; None: as many weights as one token uses of the experts.
     """
 
     def build(backbone: Backbone, depth: int, own: Sequence[int]) -> nn.Module:
@@ -45,9 +45,10 @@ EXIT_KINDS["dense"] = ExitKind(dense_exit())
 
 
 class DenseBlock(nn.Module):
-    """A gated MLP that is called, and answers, as the block of experts does that it replaces.
+    """A gated MLP in place of a block of experts, with the same call and outputs.
 
-    It adds nothing before it is trained. values: that the block returns; 0: the states alone.
+    It adds nothing before training. values: number of values that the block returns; 0: states
+    alone.
     """
 
     def __init__(self, states: int, width: int, values: int) -> None:
@@ -59,7 +60,7 @@ class DenseBlock(nn.Module):
         self.values = values
 
     def forward(self, states: Tensor, *_: Any, **__: Any) -> Any:
-        """States [..., D] of the same shape; with None for what else the block returns."""
+        """Return states [..., D] for states [..., D]; None for the block's other outputs."""
         made = self.down(silu(self.gate(states)) * self.up(states))
         return (made, *[None] * (self.values - 1)) if self.values else made
 
@@ -80,10 +81,10 @@ def _experts(block: nn.Module) -> Any:
 
 
 def dense_block(block: nn.Module, states: int, config: Any, width: int | None) -> DenseBlock:
-    """Return what stands in for a block of experts.
+    """Return a dense replacement of a block of experts.
 
-    states: their width D. config: of the text model. width: of the MLP; None: so that it has as
-        many weights as one token uses of the block.
+    states: their width D. config: of the text model. width: of the MLP; None: as many weights as
+    one token uses of the block.
     """
     experts: Any = _experts(block)
     if width is None:

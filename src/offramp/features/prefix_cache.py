@@ -32,8 +32,8 @@ from offramp.features.cache_salt import current_salt
 
 
 class Reader(Protocol):
-    """The reader of a prompt. cache: it is read into. exits_on: depths of the exits that store
-    keys."""
+    """The reader of a prompt. cache: that the prompt is read into. exits_on: depths of the exits
+    that store keys."""
 
     backbone: Backbone
     exits: ExitSet | None
@@ -81,11 +81,12 @@ class _Kept:
 
 
 class PrefixCache:
-    """The last few prompts of a backbone, for its next ones. Thread-safe.
+    """The latest prompts of a backbone, reused by later prompts with the same beginning.
+    Thread-safe.
 
-    reused, run: prompt tokens whose keys and values were taken from here, and that were computed.
-    Batches of one, decoder-only backbones with plain attention and a causal prompt; others run
-    without it.
+    reused, run: numbers of prompt tokens with cached keys and values, and of those computed.
+    Serves batches of one on decoder-only backbones with plain attention and a causal prompt; others
+    run without it.
 
     Raises:
         InputError: `prompts` is below 1.
@@ -106,7 +107,8 @@ class PrefixCache:
 
     @contextmanager
     def serving(self, run: Reader) -> Iterator[PrefixUse | None]:
-        """Stand before the prompt that `run` reads meanwhile, and keep it once it was read."""
+        """Serve kept keys and values to the reader `run` while it reads a prompt, and keep that
+        prompt."""
         if not run.backbone.reads_in_parts:
             yield None
             return
@@ -118,11 +120,11 @@ class PrefixCache:
         served.end()
 
     def best(self, weights: Weights, embeds: Tensor, positions: Tensor | None) -> Any:
-        """The kept prompt with most in common with `embeds` [Q, D], how many tokens of it, and how
-        many `embeds` has in common with a prompt that waited and was not kept.
+        """Return the kept prompt with the longest common beginning with `embeds` [Q, D], the length
+        of that beginning, and the longest one with a prompt that waited and was not kept.
 
         weights: of the stack and of the exits that will attend to it. positions: of the tokens
-        [..., Q], where the stack is given any. Prompts that other weights made are dropped.
+        [..., Q], where the stack is given any. Prompts by other weights are dropped.
         """
         prompt, most = self._likest(self._held, weights, embeds, positions)
         _, glimpsed = self._likest(self._glimpsed, weights, embeds, positions)
@@ -151,22 +153,23 @@ class PrefixCache:
         return prompt, most
 
     def count(self, reused: int, run: int) -> None:
-        """Add to the prompt tokens that were taken from here, and that were run."""
+        """Add to the counts of reused and of computed prompt tokens."""
         with self._lock:
             self.reused += reused
             self.run += run
 
     def keep(self, prompt: _Kept) -> None:
-        """Add a prompt, which waited if it has no layers; that not used for longest is dropped."""
+        """Add a prompt; one without layers has waited. The least recently used prompt is
+        dropped."""
         with self._lock:
             self._count += 1
             (self._held if prompt.layers else self._glimpsed)[self._count] = prompt
 
 
 class PrefixUse:
-    """One generation's part of a cache: shortens its prefill, and keeps its prompt.
+    """One generation's use of the cache: shortens its prefill, and keeps its prompt.
 
-    keeps: whether the prompt is worth running whole, known once the stack is called.
+    keeps: whether the prompt must run whole; known once the stack was called.
     """
 
     keeps: bool = False
@@ -221,11 +224,11 @@ class PrefixUse:
         ]
 
     def leave(self) -> None:
-        """Take the hook off the stack, whether it was called or not."""
+        """Remove the hook from the stack, whether the stack was called or not."""
         self._hook.remove()
 
     def end(self) -> None:
-        """Keep the prompt: with its keys, if all layers have it as the full model would."""
+        """Keep the prompt, with its keys if all layers have them as the full model would."""
         if self._embeds is None:
             return
         length, exits = len(self._embeds), self._exits()

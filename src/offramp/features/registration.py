@@ -25,18 +25,18 @@ _REGISTRIES: dict[str, dict[str, Any]] = {"logits": SCORES, "check": FEATURE_SCO
 
 
 def register_score(name: str, score: Callable[..., Any], *, reads: str = "logits") -> None:
-    """Give a confidence score a name that policies, calibration and the command line know.
+    """Register a confidence score under a name for policies, calibration and the command line.
 
-    score: to [B] in [0, 1], larger is safer. What it takes is said by `reads`:
+    score: returns [B] in [0, 1], larger is safer. Its argument depends on `reads`:
 
     - "logits": one exit's logits [B, V].
     - "check": an `ExitCheck`: `state`, `entry`, `features` and, one decoder layer before the entry,
-      `previous`, all [B, D]; `logits` [B, V], `depth`, `position` [B] in the answer from 0,
-      `previous_token` [B]; `exits`. Calibration then decodes instead of replaying.
+    `previous`, all [B, D]; `logits` [B, V], `depth`, `position` [B] in the answer from 0,
+    `previous_token` [B]; `exits`. Calibration then decodes instead of replaying.
 
     Raises:
-        InputError: the name is a built-in score's, or `reads` is none of these. Where the score is
-            first asked: what it gives is not [B] in [0, 1].
+        InputError: the name is a built-in score's, or `reads` is none of these. At its first use:
+            the score does not return [B] in [0, 1].
     """
     if name in _BUILT_IN:
         raise InputError(f"{name!r} is a built-in score.", "Register yours under another name.")
@@ -54,8 +54,8 @@ def register_score(name: str, score: Callable[..., Any], *, reads: str = "logits
 
 
 def register_heads(name: str, heads: Callable[..., Any]) -> None:
-    """Give a subclass of `ExitHeads` a name that a policy's `score` knows: of confidence that needs
-    more than one exit of one token.
+    """Register a subclass of `ExitHeads` under a name for a policy's `score`: for confidence that
+    needs more than one exit of one token.
 
     Calibration decodes with such heads instead of replaying scores.
 
@@ -70,7 +70,7 @@ def register_heads(name: str, heads: Callable[..., Any]) -> None:
 def register_exit(
     name: str, build: Callable[[Backbone, int, Sequence[int]], nn.Module], *, entries: int = 1
 ) -> None:
-    """Give another kind of exit a name that training, adapters and the command line know.
+    """Register a kind of exit under a name for training, adapters and the command line.
 
     build, entries: see `ExitKind`.
 
@@ -86,10 +86,10 @@ def register_exit(
 
 
 def register_drafter(name: str, make: Callable[[Executor, int], Drafter]) -> None:
-    """Give a drafter a name that a policy's `drafts` knows: `ExitPolicy(drafts={name: 0.0})`.
+    """Register a drafter under a name for a policy's `drafts`: `ExitPolicy(drafts={name: 0.0})`.
 
     make: gets an executor and the depth L of its model; see `Drafter`, and
-    `offramp.extend.TextDrafts` for one that needs the text alone.
+    `offramp.extend.TextDrafts` for drafters that need the text alone.
 
     Raises:
         InputError: the name is not a word.

@@ -65,12 +65,13 @@ Outcome = float | str
 
 @dataclass(frozen=True)
 class DecodeCheck:
-    """The findings of part 3.
+    """The findings of part 3 of the self-check: the largest difference of logits in each test, or
+    the reason of a failure.
 
-    engine: of `EXECUTORS`, the one that it is about. depths: of its exits. plain: without exits.
-    exits: tokens exit and catch up. first_token: as well, and the first token exits out of the
-    prompt. lossless: drafts are verified and taken back. parts: prompts are run a few tokens at a
-    time. allowed: the largest difference that is rounding.
+    engine: the tested one of `EXECUTORS`. depths: of its exits. plain: without exits. exits: with
+    tokens that exit and are filled in later. first_token: also with a first token that exits out of
+    the prompt. lossless: with drafts that are verified and taken back. parts: with prompts run a
+    few tokens at a time. allowed: the largest difference that counts as rounding.
     """
 
     engine: str
@@ -83,7 +84,7 @@ class DecodeCheck:
     allowed: float
 
     def holds(self, outcome: Outcome) -> bool:
-        """Return True if the model's own logits came out, up to rounding."""
+        """Return True if the logits of a test were the model's own, up to rounding."""
         return isinstance(outcome, float) and outcome <= self.allowed
 
     @property
@@ -278,11 +279,11 @@ def _apart(alone: Sequence[Tensor], again: Sequence[Tensor]) -> float:
 def check_decoding(
     backbone: Backbone, inputs: Mapping[str, Any], *, depths: Sequence[int] | None = None
 ) -> DecodeCheck:
-    """Hold decoding to the model's own `generate` on `inputs`, one prompt or several: by the first
-    of `EXECUTORS` that is exact, or by the last.
+    """Compare decoding with the model's own `generate` on `inputs`, one prompt or several, in the
+    first of `EXECUTORS` that is exact, else in the last.
 
-    depths: of exits, copies of the next layers; a quarter and three quarters of the decoder when
-    left out.
+    depths: of exits, copies of the next layers; None: at a quarter and three quarters of the
+    decoder.
     """
     if not depths:
         depths = propose_depths(backbone.depth, min(2, backbone.depth - 1))
@@ -374,7 +375,7 @@ def _several(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:
-    """Let the backbone do what held, and refuse what did not.
+    """Enable in the backbone what the check found exact, and refuse the rest.
 
     Raises:
         UnsupportedBackboneError: decoding without exits, or with them, is not the model's own.
@@ -399,12 +400,12 @@ def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:
 def check_untested(
     encoder: InputProcessor, examples: Sequence[Example], depths: Sequence[int] = ()
 ) -> None:
-    """Check a backbone without tests of its own on `examples` and on a long text, and take over
-    what holds; see `adopt_findings`.
+    """Check a backbone without tests of its own on `examples` and on a long text, and take over the
+    findings; see `adopt_findings`.
 
     Raises:
         UnsupportedBackboneError: decoding is not the model's own, in short answers or after a text
-            of `LONG` tokens, where sliding windows and scaled positions show.
+            of `LONG` tokens, where sliding windows and scaled positions matter.
     """
     backbone = encoder.backbone
     if not backbone.tested and examples:
@@ -420,8 +421,8 @@ def lengthened(
     answer: int = 2 * TOKENS,
     context: int | None = None,
 ) -> Mapping[str, Any] | None:
-    """Return a single prompt with ordinary words after it, `LONG` tokens in all, or as many as
-    leave an answer room in the context; None where the model does not take them."""
+    """Return a prompt with ordinary words added up to `LONG` tokens, or to as many as leave room
+    for an answer in the context; None where the model does not take them."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or backbone.is_encoder_decoder:
         return None

@@ -18,7 +18,7 @@ from offramp.core.errors import InputError
 
 
 def places_of(ids: Tensor, vocabulary: int) -> Tensor:
-    """The place of each token [V] in a shortlist of ids [S]; -1 of those that it lacks."""
+    """Return the place of each token [V] in a shortlist of ids [S]; -1 for tokens outside it."""
     places = ids.new_full((vocabulary,), -1)
     places[ids] = torch.arange(len(ids), device=ids.device)
     return places
@@ -31,10 +31,11 @@ def shortlist_of(
     *,
     confidence: float = 0.95,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The `size` most frequent tokens of `answers`, and how often those of `held_out` are missed.
+    """Return the `size` most frequent tokens of `answers`, and how often they miss a token of
+    `held_out`.
 
-    The bound is Clopper and Pearson's (1934), over tokens, and holds for answers drawn like the
-    held-out ones. Tokens of one answer are not independent, so it is a guide; the guarantee about
+    The bound is Clopper and Pearson's (1934), over tokens, for answers drawn like the held-out
+    ones. Tokens of one answer are not independent, so the bound is a guide; the guarantee about
     whole answers is that of calibration, in which every miss counts as a difference.
 
     Returns ids [S], ascending, and `tokens`, `missed`, `miss_rate`, `miss_bound`, `confidence`.

@@ -24,10 +24,10 @@ _TRIED = ((512, 512), (2048, 768))
 
 
 def with_shrink_on_load(processor: Any) -> Any:
-    """A copy of a processor whose images are decoded no larger than it needs them.
+    """Return a copy of a processor that decodes images no larger than it needs them.
 
     Raises:
-        InputError: it looks at large images in parts, or at none.
+        InputError: the processor cuts large images into parts, or takes no images.
     """
     smallest = TIMES * _side(processor)
     made = copy.copy(processor)

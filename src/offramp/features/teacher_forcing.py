@@ -29,7 +29,8 @@ from offramp.inputs.example import Example
 
 @dataclass(frozen=True)
 class Answered:
-    """An example with the answer ids it is trained on, and whether a person wrote them."""
+    """An example with the ids of its answer for training, and whether a person wrote that
+    answer."""
 
     example: Example
     ids: tuple[int, ...]
@@ -38,16 +39,16 @@ class Answered:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Frozen states of B answered examples; one batch is equal to itself alone.
+    """Frozen states of B answered examples; padding does not change any of them.
 
     prompt, answer: by depth, states entering the exit [B, P, D] and [B, A-1, D]; the state that
-        predicts the first answer token is the prompt's last.
+    predicts the first answer token is the prompt's last.
     teacher: final-normed states [B, A, D] at the positions that predict the answer.
-    targets, mask: answer ids and which of them count [B, A]; pads never do.
+    targets, mask: answer ids and which of them count [B, A]; padding never does.
     labelled: rows [B] whose answer a person wrote.
     prompt_kw, answer_kw: the stack's other arguments (masks, positions, encoder states).
-    prompt_ids: token ids of the prompt [B, P], -1 where no token of a text stands: a pad, an image,
-        the start of a decoder whose prompt an encoder reads.
+    prompt_ids: token ids of the prompt [B, P]; -1 for padding, for an image, and for the start of a
+    decoder whose prompt an encoder reads.
     keys: the examples' keys, for error messages.
     """
 
@@ -64,12 +65,13 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all tensors hold; what two of them share counts once."""
+        """The bytes of all tensors; shared memory counts once."""
         storages = [tensor.untyped_storage() for tensor in _tensors(self.__dict__)]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def entries(self, depth: int) -> Tensor:
-        """States entering the exit at `depth` at the predicting positions [B, A, D]."""
+        """Return the states that enter the exit at `depth` at the predicting positions [B, A,
+        D]."""
         return torch.cat([self.prompt[depth][:, -1:], self.answer[depth]], 1)
 
 
@@ -84,8 +86,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 class StateRecorder:
     """Runs every layer, and records states on the way.
 
-    entered: layers whose input is recorded, by depth. exits: run at the depths `run_at`, beside the
-    layers.
+    entered: depths of the layers whose input is recorded. exits: run at the depths `run_at`, beside
+    the layers.
     """
 
     def __init__(
@@ -113,7 +115,8 @@ class StateRecorder:
         return out
 
     def take(self) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
-        """Entries and exit states by depth, and the final state, of the last call [B, T, D]."""
+        """Return, for the last call, layer inputs and exit states by depth, and the final state,
+        all [B, T, D]."""
         assert self._final is not None
         taken = (self._entries, self._states, self._final)
         self._entries, self._states, self._final = {}, {}, None
@@ -126,7 +129,7 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
 
     Raises:
         DataError: prompt and answer are longer than the backbone's positions.
-        UnsupportedBackboneError: the decoder joins the image to the text itself.
+        UnsupportedBackboneError: the decoder itself joins the image to the text.
     """
     backbone = encoder.backbone
     ids, mask = encoder.pad([row.ids for row in rows])
@@ -210,10 +213,10 @@ class _Replay:
 
 
 def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, Tensor]:
-    """Final-normed exit states [B, A, D] by depth, at the positions that predict the answer.
+    """Return final-normed exit states [B, A, D] by depth, at the positions that predict the answer.
 
-    Differentiable in the exits. Two calls of the stack with every backbone layer skipped: one lays
-    down the exits' keys and values over the prompt, the next runs them over the answer.
+    Differentiable in the exits. The stack is called twice without its layers: once for the exits'
+    keys and values over the prompt, and once over the answer.
     """
     cross = batch.prompt_kw.get("encoder_hidden_states") is not None
     cache = exits_only(backbone, exits.entries, cross=cross)
@@ -240,19 +243,19 @@ def exit_features(backbone: Backbone, exits: Exits, batch: Batch) -> dict[int, T
 
 
 def group(rows: Sequence[Answered], batch_size: int) -> list[list[Answered]]:
-    """Batches of rows of like length, so that little is padded. Deterministic."""
+    """Return batches of rows of similar length, for little padding. Deterministic."""
     ordered = sorted(rows, key=lambda r: (len(r.example.prompt.split()), len(r.ids), r.example.key))
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
 def without_inputs(kw: Mapping[str, Any]) -> dict[str, Any]:
-    """Stack arguments less the tokens and the cache: what a call on other states can reuse."""
+    """Return the stack's arguments without tokens and cache, for a call on other states."""
     dropped = ("input_ids", "inputs_embeds", *CACHE_NAMES, "use_cache")
     return {name: value for name, value in kw.items() if name not in dropped}
 
 
 def exits_only(backbone: Backbone, depths: Sequence[int], *, cross: bool) -> Any:
-    """An empty cache for the exits alone; the layers' entries point at theirs for lengths.
+    """Return an empty cache for the exits alone; the layers' entries take their lengths from these.
 
     cross: whether it has a part for an encoder's keys.
     """

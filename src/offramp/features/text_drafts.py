@@ -16,8 +16,8 @@ Proposes = Callable[[Many[int], int], Many[int]]
 
 
 class TextDrafts:
-    """Drafts by the text alone, such as n-grams that came before. Drafts that the full model
-    confirms count at full depth, where they were verified."""
+    """Drafts from the text alone, such as n-grams that came before. Drafts that the full model
+    confirms count at full depth."""
 
     keeps: int | None = None
 

@@ -19,7 +19,7 @@ ENGINES = dict.fromkeys(
 
 
 def tower_engine(name: str) -> Any:
-    """Return the module of an engine of `ENGINES`, whose packages are there; None for "torch".
+    """Return the module of an engine of `ENGINES` whose packages are installed; None for "torch".
 
     Raises:
         InputError: there is no such engine, or a package that it needs is missing.
@@ -38,14 +38,14 @@ def tower_engine(name: str) -> Any:
 def with_vision(
     backbone: Backbone, name: str, example: Mapping[str, Any] | None = None
 ) -> Backbone:
-    """The same model with a vision tower that an inference engine runs, on a CPU in float32.
+    """Return the same model with its vision tower in an inference engine, on a CPU in float32.
 
-    name: "onnxruntime", "openvino", "openvino-bf16" or "onnxruntime-int8", which round, or, for
-        the model's own tower, "torch". example: what the model's processor made of a prompt with
-        an image; by it the tower is exported.
+    name: "onnxruntime", "openvino", "openvino-bf16" or "onnxruntime-int8" (the last two round);
+    "torch": the model's own tower. example: the processor's output for a prompt with an image, with
+    which the tower is exported.
 
-    Where that cannot be, or the engine does not see what the tower sees, PyTorch goes on, and a
-    warning says why.
+    Where the export fails, or the engine's features differ from the tower's, PyTorch goes on with a
+    warning.
 
     Raises:
         InputError: there is no such engine, its package is missing, or there is no tower on a CPU.

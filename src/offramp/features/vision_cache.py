@@ -25,11 +25,11 @@ from offramp.features.cache_salt import current_salt
 
 
 class VisionCache:
-    """Outputs of vision towers, by the tower, a digest of what it was given and the current salt
+    """Outputs of vision towers, by the tower, a digest of its arguments and the current salt
     (`offramp.features.cache_salt`). Thread-safe.
 
-    The least recently used are dropped. hits, misses: calls of a tower that were answered from
-    here, and that were not. nbytes: of the tensors held, never above `max_bytes`.
+    The least recently used are dropped. hits, misses: numbers of tower calls that were and were not
+    answered from here. nbytes: of the tensors held, never above `max_bytes`.
 
     Raises:
         InputError: `max_bytes` is not above 0.
@@ -55,11 +55,11 @@ class VisionCache:
         return int(self._held.currsize)
 
     def before(self, tower: nn.Module) -> RememberedTower:
-        """Return what stands in the tower's place and asks this cache first."""
+        """Return a module for the tower's place that looks in this cache first."""
         return RememberedTower(tower, self)
 
     def call(self, tower: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
-        """Return what `tower(*args, **kw)` returns; its tensors are shared between calls."""
+        """Return the result of `tower(*args, **kw)`; its tensors are shared between calls."""
         key = (weakref.ref(tower), digest([*args, kw]), current_salt())
         version = state_of(tower)
         with self._lock:
@@ -81,7 +81,8 @@ class VisionCache:
 
 
 class RememberedTower(InPlaceOf):
-    """Stands where the vision tower stood in an intercepted model, and asks the cache first."""
+    """A module in the place of an intercepted model's vision tower that looks in the cache
+    first."""
 
     def __init__(self, tower: nn.Module, cache: VisionCache) -> None:
         super().__init__(tower)

@@ -60,10 +60,10 @@ Run = Callable[[Sequence[Array]], Sequence[Array]]
 
 
 class VisionEngine(StandIn):
-    """A tower that an engine runs.
+    """A vision tower that runs in an inference engine.
 
-    The tower itself answers where it was written into since, or is called in another way than it
-    was exported for; a warning then says so, once.
+    PyTorch's tower answers, with one warning, once its weights have changed or it is called in
+    another way than at the export.
     """
 
     def __init__(self, name: str, tower: nn.Module, call: _Call, outputs: _Outputs, run: Run):
@@ -87,11 +87,10 @@ class VisionEngine(StandIn):
 
 
 def vision_engine(name: str, model: nn.Module, path: str, example: Any) -> VisionEngine | None:
-    """Return what has an engine of `ENGINES` run the tower at `path` of a model; None,
-    with a warning that says why, where it cannot be exported, or what the engine makes of two
-    pictures is not the tower's own.
+    """Return the tower at `path` of a model, run by an engine of `ENGINES`; None, with a warning,
+    where the export fails or the engine's features of two pictures are not the tower's own.
 
-    example: what the model's processor made of a prompt with an image; None: there is none.
+    example: the processor's output for a prompt with an image; None: there is none.
     """
     tower = model.get_submodule(path)
     try:

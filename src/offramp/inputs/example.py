@@ -17,7 +17,8 @@ from offramp.inputs.image import EncodedImage, content_digest, open_rgb
 
 @dataclass(frozen=True)
 class TextAlone:
-    """Stands in the place of an image where a prompt has none: its text is what tells it apart."""
+    """The text of a prompt without an image, in the image's place, by which examples are told
+    apart."""
 
     text: str
 
@@ -30,15 +31,15 @@ class Example:
     """One image, one prompt, and the answers that count as right.
 
     Args:
-        image: a file, an image in memory, or something whose `read()` gives a file's bytes; of
+        image: a file, an image in memory, or an object whose `read()` gives a file's bytes; for
             `Example.of_text` a `TextAlone`.
-        prompt: what the backbone is asked; may be empty, which some backbones caption best with.
+        prompt: the question to the backbone; may be empty, with which some backbones caption best.
         answers: any of them is right; empty means unlabelled.
         key: names the example in digests; the same on every machine.
-        group: names the image; examples that share it never land in different splits. Empty
-            means that `split_examples` tells images apart by path or, in memory, by pixels.
-        source: names what the image came in, such as a document, a film, a patient or a user, of
-            which images are alike. Whole sources are drawn and split. Empty: the image came alone.
+        group: names the image; examples of one group never land in different splits. Empty:
+            `split_examples` tells images apart by path or, in memory, by pixels.
+        source: names the origin of similar images, such as a document, a film, a patient or a user.
+            Whole sources are drawn and split. Empty: the image came alone.
     """
 
     image: Path | Image.Image | EncodedImage | TextAlone
@@ -69,7 +70,7 @@ class Example:
 
     @classmethod
     def of_text(cls, prompt: str, answers: tuple[str, ...] = (), *, key: str) -> "Example":
-        """Return an example for a language model, which sees no image. Raise `InputError` if the
+        """Return an example for a language model, without an image. Raise `InputError` if the
         prompt is empty."""
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError("A prompt without an image is empty.", "Write what is asked.")
@@ -81,7 +82,7 @@ class Example:
         return isinstance(self.image, TextAlone)
 
     def open_image(self, smallest: int | None = None) -> Image.Image:
-        """The image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
+        """Return the image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
 
         smallest: as of `offramp.inputs.image.open_rgb`.
 
@@ -101,13 +102,13 @@ class Example:
 def split_examples(
     examples: Sequence[Example], fractions: Mapping[str, float], seed: int
 ) -> dict[str, list[Example]]:
-    """Split by image: all examples of one image, or of one source of images, land in the same
-    split.
+    """Split examples by image: all examples of one image, or of one source of images, land in the
+    same split.
 
     Args:
-        fractions: share of the *images* for each split, in (0, 1], summing to at most 1; what is
-            left over is left out.
-        seed: same images, fractions and seed, same splits, whatever the order of `examples`.
+        fractions: share of the *images* for each split, in (0, 1], summing to at most 1; the rest
+            is left out.
+        seed: equal images, fractions and seed give equal splits, in any order of `examples`.
 
     Returns:
         The examples of each split, in the order they came in.
@@ -145,7 +146,7 @@ def split_examples(
 
 
 def examples_digest(examples: Iterable[Example]) -> str:
-    """SHA-256 over keys, prompts, answers and the images' content; where files lie does not count.
+    """Return the SHA-256 of keys, prompts, answers and the images' content, wherever files lie.
 
     Raises:
         StorageError: an image file cannot be read.
@@ -162,15 +163,15 @@ def examples_digest(examples: Iterable[Example]) -> str:
 
 
 def picture_of(example: Example) -> str:
-    """A name of the example's image, the same for all examples of it."""
+    """Return a name of the example's image, the same for all examples of that image."""
     if not example.group and isinstance(example.image, Path):
         return str(example.image.resolve())
     return example.group or content_digest(example.image)
 
 
 def drawn_with(examples: Iterable[Example]) -> Callable[[Example], str]:
-    """Return a function from an example to the unit that was drawn from the population: the source
-    of its image, or the image itself where no example of it names a source."""
+    """Return a function from an example to its unit of sampling: the source of its image, or the
+    image itself where no example about that image names a source."""
     sources = {picture_of(e): f"source {e.source}" for e in examples if e.source}
 
     def named(example: Example) -> str:
@@ -181,5 +182,5 @@ def drawn_with(examples: Iterable[Example]) -> Callable[[Example], str]:
 
 
 def rank_of(seed: int, group: str) -> str:
-    """Sorts images as if at random, the same on every machine."""
+    """Return a sort key that orders images as if at random, the same on every machine."""
     return hashlib.sha256(f"{seed}:{group}".encode(errors="surrogatepass")).hexdigest()

@@ -26,7 +26,7 @@ class EncodedImage(Protocol):
     """An image file inside another file, such as a cell of a data set."""
 
     def read(self) -> bytes:
-        """The encoded image, as its file would hold it."""
+        """Return the encoded image, as a file of its own would hold it."""
         ...
 
 
@@ -34,7 +34,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def image_names(folder: Path) -> list[str]:
-    """The images in a folder and those below it, in order, as paths from there."""
+    """Return the images in a folder and below, sorted, as paths from that folder."""
     # Not folders or pipes of such a name.
     files = (
         path
@@ -52,7 +52,7 @@ LARGEST = 2**30
 
 
 class ImageTooLargeError(DataError):
-    """An image has more pixels than are decoded."""
+    """An image has more pixels than may be decoded."""
 
 
 def open_rgb(
@@ -63,16 +63,16 @@ def open_rgb(
     formats: Sequence[str] = FORMATS,
     smallest: int | None = None,
 ) -> Image.Image:
-    """An image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
+    """Return an image as 8-bit RGB: upright (EXIF), alpha over white, 16 bits scaled to 8.
 
-    name: what errors call it. pixels: the most that are decoded (default: Pillow's
-    `MAX_IMAGE_PIXELS`). formats: that are opened. smallest: a JPEG may be decoded at a half, a
-    quarter or an eighth of its size, as long as each side keeps so many pixels; None: it is not.
+    name: for error messages. pixels: the most that may be decoded (default: Pillow's
+    `MAX_IMAGE_PIXELS`). formats: allowed ones. smallest: pixels a side to which a JPEG may be
+    reduced while it is decoded, at a half, a quarter or an eighth; None: full size.
 
     Raises:
         ImageTooLargeError: it has more pixels.
         DataError: the image is missing, damaged, of another format or of a kind without an agreed
-            range, such as floating point; it declares more work than its pixels are worth.
+            range, such as floating point; or the file needs more work than its pixels justify.
     """
     most = Image.MAX_IMAGE_PIXELS if pixels is None else pixels
     try:
@@ -157,7 +157,7 @@ def _known(formats: Sequence[str]) -> list[str]:
 
 
 def content_digest(image: Path | Image.Image | EncodedImage) -> str:
-    """SHA-256 of an image: of its file's bytes, or of its pixels if it has no file.
+    """Return the SHA-256 of an image: of its file's bytes, or of its pixels if it has no file.
 
     Raises:
         StorageError: the file cannot be read.
@@ -170,9 +170,10 @@ def content_digest(image: Path | Image.Image | EncodedImage) -> str:
 
 
 def pixel_digest(image: Image.Image) -> str:
-    """SHA-256 of what is seen: size and pixels of upright 8-bit RGB, as `open_rgb` returns it.
+    """Return the SHA-256 of the visible image: size and pixels of upright 8-bit RGB, as by
+    `open_rgb`.
 
-    Compression, metadata and the orientation tag do not count, nor whether it came as a file.
+    Compression, metadata, the orientation tag and the kind of source do not count.
     """
     return _hash(f"{image.size} ".encode() + image.tobytes())
 

@@ -28,14 +28,14 @@ RUNS = 2**20
 
 
 class TooCostly(ValueError):
-    """A file declares more work than its pixels are worth; the text says what it has."""
+    """A file needs more work than its pixels justify; the text says why."""
 
 
 @dataclass(frozen=True)
 class PixelParts:
-    """A file that has an image's pixels and little else. orientation: EXIF's, 1 to 8; 1: upright.
+    """A file reduced to an image's pixels. orientation: EXIF's, 1 to 8; 1: upright.
 
-    turned: whether the decoder turns the image itself.
+    turned: whether the decoder itself turns the image upright.
     """
 
     content: bytes
@@ -44,7 +44,7 @@ class PixelParts:
 
 
 def pixel_parts(content: bytes) -> PixelParts:
-    """The parts of an encoded image that its first frame is made of.
+    """Return the parts of an encoded image that its first frame needs.
 
     Raises:
         TooCostly: it has more scans, chunks, extensions, tags or strips than any encoder writes.
@@ -286,9 +286,9 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
 def orientation(exif: bytes, xmp: bytes = b"") -> int:
-    """The orientation, 1 to 8, of EXIF's or else of XMP's bytes; 1 where they say none.
+    """Return the orientation, 1 to 8, from EXIF's or else XMP's bytes; 1 where they have none.
 
-    Nothing else of either is read: tags may point to the same bytes again and again.
+    Other tags are not read, because they may point to the same bytes again and again.
     """
     exif = exif.removeprefix(b"Exif\0\0")
     if exif[:4] in (b"II*\0", b"MM\0*"):

@@ -26,17 +26,17 @@ MOST = 2.0
 
 
 def doubt(scores: Sequence[float]) -> float:
-    """Return how much exits doubted an answer: its tokens' mean log score, without its sign; NaN
-    where none was asked."""
+    """Return how much exits doubted an answer: the negative mean log score of its tokens; NaN
+    without scores."""
     mean = mean_log_score(scores)
     return float("nan") if mean is None else -mean
 
 
 def chances(doubts: Array) -> Array:
-    """Return the chance [..., n] of each answer of a block to be the one that is compared.
+    """Return the chance [..., n] of each answer of a block to be drawn for comparison.
 
-    doubts: of the answers, at least 0 [..., n]; NaN: not known, which counts as the mean of those
-    that are.
+    doubts: of the answers, at least 0 [..., n]; NaN: unknown, which counts as the mean of the
+    others.
     """
     n = doubts.shape[-1]
     known = np.isfinite(doubts)

@@ -45,11 +45,12 @@ CLAIMS = np.geomspace(2e-5, 0.98, 160)
 
 
 def betting_p_values(losses: Array, target: float, high: float = 1.0) -> Array:
-    """P-values [...] of "the true risk is above `target`" for losses [n, ...] of at most `high`.
+    """Return p-values [...] of "the true risk is above `target`" for losses [n, ...] of at most
+    `high`.
 
-    The fortune is split over bets that are `FRACTIONS` of the largest one that cannot ruin,
-    1 / (high - target). Losses may be negative without a limit. The bets are made in the order of
-    the losses: a longer list continues them.
+    The fortune is split over bets that are `FRACTIONS` of the largest bet without ruin, 1 / (high -
+    target). Losses may be negative without a limit. The bets are made in the order of the losses: a
+    longer list continues them.
     """
     if target >= high:
         return np.zeros(losses.shape[1:])
@@ -59,21 +60,21 @@ def betting_p_values(losses: Array, target: float, high: float = 1.0) -> Array:
 
 
 def betting_p_value(losses: Array, target: float, high: float = 1.0) -> float:
-    """The same for losses [n]."""
+    """Return the p-value of `betting_p_values` for losses [n]."""
     return float(betting_p_values(losses, target, high))
 
 
 def planned_p_value(
     losses: Array, target: float, level: float = PLANNED_FOR, chance: float = 1.0
 ) -> float:
-    """P-value of "the true risk is above `target`" for losses [n] of at most 1, of a number n that
-    was known before any was looked at.
+    """Return the p-value of "the true risk is above `target`" for losses [n] of at most 1, with n
+    fixed before any loss was seen.
 
-    One bet whose stakes aim at the level with the draws that are left (STaR bets, arXiv
-    2505.22422): sqrt(2 (log(1 / level) - log wealth) / (draws left * variance)) by the variance so
-    far. At first, losses as scattered as those of 0 and 1 at the target count like `BEFORE` draws.
-    chance: in (0, 1], drawn beforehand: at the end so large a part of the level's wealth is enough
-    (Ramdas and Manole 2023).
+    One bet, whose stakes aim at the level with the remaining draws (STaR bets, arXiv 2505.22422):
+    sqrt(2 (log(1 / level) - log wealth) / (draws left * variance)) by the variance so far. At
+    first, losses as scattered as those of 0 and 1 at the target count like `BEFORE` draws. chance:
+    in (0, 1], drawn beforehand: at the end this part of the level's wealth is enough (Ramdas and
+    Manole 2023).
     """
     n = len(losses)
     if n == 0 or target >= 1:
@@ -93,10 +94,11 @@ def planned_p_value(
 
 
 def stakes_above(claims: Array) -> Array:
-    """Stakes [..., K] of bets that losses in [0, 1] have a mean above each of `claims` [...].
+    """Return the stakes [..., K] of bets that losses in [0, 1] have a mean above each of `claims`
+    [...].
 
-    Those that gain fastest, for losses of 0 and 1, where the mean is one of `RATIOS` times the
-    claim (Kelly 1956): (p - q) / (q (1 - q)).
+    Each stake gains fastest for losses of 0 and 1 with a mean of one of `RATIOS` times the claim
+    (Kelly 1956): (p - q) / (q (1 - q)).
     """
     q = np.asarray(claims, dtype=float)[..., None]
     p = np.minimum(q * RATIOS, q + 0.9 * (1 - q))  # no bet may ruin
@@ -104,13 +106,14 @@ def stakes_above(claims: Array) -> Array:
 
 
 def as_share(loss: Any, most: float) -> Any:
-    """Return losses in [-most, most], which may be gains, as shares in [0, 1] to be bet on."""
+    """Return losses in [-most, most], where negative ones are gains, as shares in [0, 1] for
+    betting."""
     return (loss + most) / (2 * most)
 
 
 def stake_of(start: int) -> float:
-    """The share of the fortune that bets of start number j, from 1, are made with:
-    0.47 / ((j + 1) log(j + 1)^2), which sums to less than 1 and falls about as slowly as it can."""
+    """Return the share of the fortune for the bets of start number j, from 1: 0.47 / ((j + 1) log(j
+    + 1)^2). The shares sum to less than 1 and fall about as slowly as they can."""
     return float(0.47 / ((start + 1) * np.log(start + 1) ** 2))
 
 
@@ -118,12 +121,11 @@ class Restarts:
     """Bets that the risk is above `promised`, started anew every `EVERY` draws and on a cue.
 
     A mixture over starts, as for changes of unknown time (Shin, Ramdas and Rinaldo 2023), but with
-    shares that sum to 1: it cannot expect to gain while the promise holds, so an alarm at a
-    fortune of 1 / level is false with probability at most `level`, over unlimited time. What waits
-    to be bet is kept. Takes constant time and memory a draw.
+    shares that sum to 1: its expected gain is at most 0 while the promise holds, so an alarm at a
+    fortune of 1 / level is false with probability at most `level`, over unlimited time. The shares
+    of later starts are kept. Takes constant time and memory a draw.
 
-    shape: of streams that are watched beside each other. starts: how often bets have started, of
-    the first stream.
+    shape: of streams that are watched side by side. starts: number of starts of the first stream.
     """
 
     def __init__(self, promised: float, shape: tuple[int, ...] = ()) -> None:
@@ -140,7 +142,7 @@ class Restarts:
         self._steps = np.log([(1 - likelier) / (1 - promised), likelier / promised])
 
     def start(self) -> bool:
-        """Before a draw: bets that start now, if it is time. Whether some did."""
+        """Start new bets before a draw, if it is time. Return True if some started."""
         started = False
         if self.n % EVERY == 0:
             by_clock = (1 - CUED) * stake_of(self.n // EVERY + 1)
@@ -158,8 +160,8 @@ class Restarts:
         return started
 
     def add(self, losses: Any, gains: Array | None = None) -> None:
-        """One more draw of each stream. gains: what each bet's fortune is multiplied by; None: what
-        a draw of its own gains."""
+        """Bet on one more draw of each stream. gains: factors of the bets' fortunes; None: by the
+        losses."""
         losses = np.asarray(losses, dtype=float)
         if gains is None:
             self.start()
@@ -174,14 +176,14 @@ class Restarts:
 
 @dataclass
 class RunningRisk:
-    """A risk that is watched: what losses in [0, 1] that come one by one say of their mean.
+    """A watched risk: a test and an interval of the mean of losses in [0, 1] that come one by one.
 
-    promised: the claim "the risk is at most this" that is tested; None: none. It is true where the
-    risk of each draw, given those before, is at most that. level: how often, at most, a true claim
-    is ever called broken, over unlimited time. confidence: of the interval for a risk that stays
-    the same, at all times together. of_one: draws that may be of one image, whose losses are one
-    bet together: what the second loses is no news after the first. most: the largest loss, which
-    is above 1 where losses are divided by the chances of their draws. Takes constant time.
+    promised: the tested claim "the risk is at most this"; None: no test. The claim is true if each
+    draw's risk, given those before, is at most that. level: probability, at most, that a true claim
+    is ever called broken. confidence: of the interval for a constant risk, at all times together.
+    of_one: draws that may be of one image, whose losses form one bet, because later losses of an
+    image are no news. most: the largest loss, above 1 where losses are divided by the chances of
+    their draws. Takes constant time.
     """
 
     promised: float | None
@@ -204,10 +206,10 @@ class RunningRisk:
         self._most_down = np.zeros(len(self._claims))
 
     def add(self, loss: float, image: str = "") -> bool:
-        """Note what one more draw lost; whether it counts.
+        """Add the loss of one more draw; return whether it counts.
 
-        image: what names its image among others; "": an image of its own. An image counts
-        `of_one` times, and no more once bets have started anew since it first did.
+        image: a name of the draw's image; "": an image of its own. An image counts `of_one` times,
+        and no more once bets have started anew since its first time.
 
         Raises:
             ValueError: the loss is not in [0, most].
@@ -249,30 +251,29 @@ class RunningRisk:
         return np.asarray(now / then)
 
     def extend(self, losses: Sequence[float]) -> None:
-        """Note several."""
+        """Add several losses, each of an image of its own."""
         for loss in losses:
             self.add(loss)
 
     @property
     def mean(self) -> float | None:
-        """Return the mean loss so far; of losses divided by chances it may come out above 1."""
+        """Return the mean loss so far; above 1 is possible for losses divided by chances."""
         return min(1.0, self.total / self.n) if self.n else None
 
     @property
     def p_value(self) -> float:
-        """Return the p-value of the claim that the risk is at most what was promised, at any
-        time."""
+        """Return the p-value, valid at any time, of the claim that the risk is at most the promised
+        one."""
         return 1.0 if self._bets is None else float(1 / self._bets.most)
 
     @property
     def broken(self) -> bool:
-        """Return True if the promise is shown to be broken; once it is, for good."""
+        """Return True if the promise was ever shown to be broken."""
         return self.promised is not None and self.p_value <= self.level
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Return what the risk lies in, with the confidence, at all times together; each side has
-        half of what may go wrong."""
+        """Return the confidence interval of the risk, valid at all times together and two-sided."""
         enough = -np.log((1 - self.confidence) / 2)
         low = self._claims[self._most_up >= enough]
         high = self._claims[self._most_down >= enough]
@@ -281,7 +282,7 @@ class RunningRisk:
     # -- kept over a restart -----------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """Return all that was learnt."""
+        """Return the whole state as JSON."""
         bets = self._bets
         kept = None if bets is None else {name: _plain(getattr(bets, name)) for name in KEPT}
         sides = (self._up, self._down, self._most_up, self._most_down)
@@ -299,7 +300,8 @@ class RunningRisk:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunningRisk:
-        """Return what `to_json` gave. Raise KeyError, TypeError or ValueError for anything else."""
+        """Return the risk that `to_json` wrote. Raise KeyError, TypeError or ValueError for
+        anything else."""
         names = ("promised", "level", "confidence", "of_one")
         found = cls(**{name: value[name] for name in names}, most=value.get("most", 1.0))
         found.n, found.total = int(value["n"]), _finite(value["total"], ()).item()

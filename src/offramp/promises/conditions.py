@@ -36,13 +36,13 @@ SPEED = ("lossless", "drafts", "max_draft", "guesses")
 
 
 class Conditions(Mapping[str, Any]):
-    """The circumstances that may change an answer, by name, as JSON; None, or left out: not known.
+    """The circumstances that may change an answer, by name, as JSON; None or missing: unknown.
 
-    The names of the parts here: see `of_backbone`, `of_policy`, `of_exits`, `of_processor` and
-    `of_arithmetic`; of a request: sampling ("greedy", or how else tokens are chosen), longest
-    (tokens of the longest answer) and prompts (frames of `offramp.promises.prompt_kinds`; of a
-    request, its one prompt). any_prompt: of a calibration whose prompts share no words, where it
-    is known by their answers which others are like them (`offramp.promises.likeness`).
+    The names of the parts: see `of_backbone`, `of_policy`, `of_exits`, `of_processor` and
+    `of_arithmetic`. For a request also: sampling ("greedy", or how else tokens are chosen), longest
+    (tokens of the longest answer) and prompts (frames of `offramp.promises.prompt_kinds`; for a
+    request, its one prompt). any_prompt: the calibrated prompts share no words, and answers show
+    which requests are like them (`offramp.promises.likeness`).
     """
 
     def __init__(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
@@ -74,15 +74,15 @@ class Conditions(Mapping[str, Any]):
 
     @classmethod
     def of_calibration(cls, calibration: Mapping[str, Any] | None) -> Conditions:
-        """Return the conditions that an adapter's calibration notes; none where there is none."""
+        """Return the conditions in an adapter's calibration; empty without a calibration."""
         return cls((calibration or {}).get("conditions") or {})
 
     def under(self, **known: Any) -> Conditions:
-        """The same with what a request adds, or with other values."""
+        """Return the same conditions with other or further values."""
         return Conditions({**self._values, **known})
 
     def at(self, point: Mapping[int, float] | None) -> Conditions:
-        """The same of a policy that is `moved` to a point; None: as they are."""
+        """Return the conditions of the policy `moved` to a point; None: unchanged."""
         if point is None:
             return self
         if self.get("trust", -1.0) >= 0:
@@ -110,10 +110,12 @@ class Conditions(Mapping[str, Any]):
 
 
 def of_backbone(backbone: Backbone, engine: str | None = None) -> dict[str, Any]:
-    """dtype: of the backbone. quantized: how its layers are held; "" as `dtype`. engine: "torch",
-    or a runtime's name with its number format. kernels: see `kernels`. vision: what runs the vision
-    tower, in runtimes too. device: its kind. parameters: whether they are those that were
-    loaded."""
+    """Return the conditions that a backbone sets.
+
+    dtype: of the backbone. quantized: scheme of the layers' weights; "" for none. engine: "torch",
+    or a runtime's name with its number format. kernels: see `kernels`. vision: the vision tower's
+    engine. device: its kind. parameters: whether they are those that were loaded.
+    """
     return {
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "quantized": scheme(backbone.layers) or "",
@@ -126,9 +128,9 @@ def of_backbone(backbone: Backbone, engine: str | None = None) -> dict[str, Any]
 
 
 def of_policy(policy: ExitPolicy) -> dict[str, Any]:
-    """Return its entries but those of speed alone. Of earlier versions gates, weights and
-    visual tokens that were left out decided answers too: calibrations by one guarantee nothing.
-    trust: -1 where thresholds decide; what it takes depends on where a round of drafts ends."""
+    """Return a policy's entries without those of speed alone. Policies of earlier versions with
+    gates, weights or omitted visual tokens guarantee nothing. trust: -1 where thresholds decide;
+    with trust, answers depend on where a round of drafts ends."""
     entries = {name: told for name, told in policy_entries(policy).items() if name not in SPEED}
     if policy.trust is None:
         return {**entries, "trust": -1.0}
@@ -136,16 +138,18 @@ def of_policy(policy: ExitPolicy) -> dict[str, Any]:
 
 
 def of_exits(exits: Any) -> dict[str, Any]:
-    """exits: digest of their tensors, wherever they were changed; None where their weights are laid
-    out for a processor and were not seen before."""
+    """Return the digest of the exits' tensors as "exits"; None where the weights are laid out for a
+    CPU and their digest was not taken before."""
     return {"exits": exits_digest(exits.modules)}
 
 
 def of_processor(processor: Any) -> dict[str, Any]:
-    """template: digest of the chat template, "" where there is none. shrink_on_load: whether JPEGs
-    are decoded no larger than needed. pixels: what the image processor is set to. tokens: digest of
-    the tokenizer's vocabulary, and of what it makes of a text. None of a processor that does not
-    say it."""
+    """Return the conditions that a processor sets; None where it does not say.
+
+    template: digest of the chat template, "" for none. shrink_on_load: whether JPEGs are decoded no
+    larger than needed. pixels: settings of the image processor. tokens: digest of the tokenizer's
+    vocabulary, and of one tokenised text.
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
     known, digest = _TOKENS.get(processor, (None, None))
     if known != (now := tokens_of(tokenizer)):
@@ -159,8 +163,8 @@ def of_processor(processor: Any) -> dict[str, Any]:
 
 
 def of_arithmetic(backbone: Backbone) -> dict[str, Any]:
-    """autocast: the precision that PyTorch casts to, here and now; "" for none. matmul: what
-    precision it uses in float32 matrix multiplication."""
+    """Return PyTorch's precision settings. autocast: the precision that it casts to in this thread;
+    "" for none. matmul: its setting for float32 matrix multiplication."""
     kind = backbone.device.type
     cast = torch.is_autocast_enabled(kind)
     return {
@@ -170,21 +174,21 @@ def of_arithmetic(backbone: Backbone) -> dict[str, Any]:
 
 
 def samples(backbone: Backbone, options: Mapping[str, Any] | None = None) -> bool:
-    """Return True if tokens are drawn: where the options of a call do not say, the model's
-    generation configuration does."""
+    """Return True if tokens are sampled, by a call's options or else by the model's generation
+    configuration."""
     config = getattr(backbone.model, "generation_config", None)
     return bool({"do_sample": getattr(config, "do_sample", False), **(options or {})}["do_sample"])
 
 
 def template_digest(processor: Any) -> str:
-    """Return the digest of a processor's chat template; "" for none, or one that
-    leaves prompts to be completed as they are."""
+    """Return the digest of a processor's chat template; "" for none, or for a template that only
+    completes prompts."""
     template = getattr(processor, "chat_template", None)
     return _digest(str(template)) if template and template != COMPLETES else ""
 
 
 def kernels(backbone: Backbone) -> str:
-    """Return what PyTorch multiplies a backbone's layers by: "plain", "prepacked", "exact-batch" or
+    """Return how PyTorch multiplies by a backbone's layers: "plain", "prepacked", "exact-batch" or
     "compiled"."""
     if backbone.decoding.instead is not None:
         return backbone.decoding.instead.name
@@ -231,7 +235,8 @@ _AS_LOADED, _CHANGED = "as loaded", "changed after they were loaded"
 
 @dataclass(frozen=True)
 class Compared:
-    """A condition then and here, beside all others. risk: that was calibrated."""
+    """A condition at calibration (`then`) and now (`here`), among all others. risk: the calibrated
+    one."""
 
     before: Any
     now: Any
@@ -250,11 +255,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule by which a condition is compared and told.
+    """The rule by which a condition is compared and described.
 
-    words: what is said where it differs, with {here} and {then}. alike: whether it keeps every
-    answer. shown: its value for people. before: what calibrations that do not say it were of;
-    `UNSAID`: not known, and then it is not compared.
+    words: description of a difference, with {here} and {then}. alike: whether two values give the
+    same answers. shown: the value for people. before: the value of calibrations that do not state
+    it; `UNSAID`: unknown, so that it is not compared.
     """
 
     words: str
@@ -388,13 +393,13 @@ PARTS: dict[str, Callable[[Backbone], Any]] = {}
 
 
 def register_condition(name: str, value: Callable[[Backbone], Any], words: str = "") -> None:
-    """Let guarantees hold only where `value` of the backbone is what it was when calibrated.
+    """Make guarantees hold only where `value` of the backbone is the same as at calibration.
 
-    value: as JSON, such as the version of kernels; None: not known, and then it is not compared.
-    words: what is said where it differs, with {here} and {then}.
+    value: as JSON, such as the version of kernels; None: unknown, so that it is not compared.
+    words: description of a difference, with {here} and {then}.
 
     Raises:
-        InputError: the name is that of a condition that ships.
+        InputError: the name is that of a built-in condition.
     """
     if name in RULES and name not in PARTS:
         raise InputError(f"{name!r} is a condition that ships.", "Choose another name.")
@@ -403,14 +408,14 @@ def register_condition(name: str, value: Callable[[Backbone], Any], words: str =
 
 
 def rule_of(name: str) -> Rule:
-    """The rule of a condition; of a part that has none of its own: it has to be equal."""
+    """Return the rule of a condition; without a rule of its own, values must be equal."""
     words = name.replace("_", " ")
     return RULES.get(name) or Rule(f"{words} {{here}} where {{then}} was calibrated", before=UNSAID)
 
 
 def differences(then: Conditions, here: Conditions, *, risk: str = "disagreement") -> list[str]:
-    """Return what differs from the calibration, a phrase each. What is not known `here` is not
-    compared. risk: that was calibrated."""
+    """Return the differences from the calibration, a phrase each. Unknown values of `here` are not
+    compared. risk: the calibrated one."""
     order = [*RULES, *(name for name in here if name not in RULES)]
     found = []
     for name in (name for name in order if here.get(name) is not None):

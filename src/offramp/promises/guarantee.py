@@ -30,11 +30,11 @@ NOTHING = 0.5
 class Promise:
     """P(risk <= target) >= confidence, over images like the n of the calibration.
 
-    unit: "image": the risk of an image is the mean of what its answers lose; "group": that of a
-    group the mean of its images; "answer": all answers count alike. largest: answers of the
-    calibrated image that had most. kinds: of prompts, of each of which it is promised; (): of all
-    together. qualities: of risks with labels, by kind of prompt, the mean quality of the full
-    model's answers, which is all that can be lost; empty: not known.
+    unit: "image": an image's risk is the mean loss of its answers; "group": a group's risk is the
+    mean of its images; "answer": all answers count alike. largest: the most answers about one
+    calibrated image. kinds: of prompts with a promise each; (): one promise for all. qualities: for
+    risks with labels, the mean quality of the full model's answers by kind of prompt, which is the
+    most that can be lost; empty: unknown.
     """
 
     risk: str
@@ -48,14 +48,14 @@ class Promise:
     qualities: Mapping[str, float] = field(default_factory=dict)
 
     def of_kind(self, kind: str) -> Promise:
-        """Return what is promised of prompts of a kind alone, where it is promised of each."""
+        """Return the promise for prompts of one kind, if each kind has one."""
         if not self.kinds:
             return self
         return replace(self, target=self.target_of(kind), kinds=(kind,), own_targets={})
 
     @property
     def amount(self) -> str:
-        """Return how much may be lost, in three words."""
+        """Return in three words how much may be lost."""
         times = SCALES.get(self.risk, 1)
         if self.risk == "disagreement":
             return f"{100 * self.target:.3g}% differ"
@@ -64,14 +64,14 @@ class Promise:
 
     @property
     def told(self) -> list[str]:
-        """Return a sentence of each kind of prompt, or the one of all."""
+        """Return a sentence for each kind of prompt, or one for all."""
         some = [(kind, self.of_kind(kind)) for kind in self.kinds] or [("", self)]
         said = [(k, p.empty or f"at most {p.amount}") for k, p in some]
         return [f"{kind!r}: {words}" if kind else words for kind, words in said]
 
     @property
     def empty(self) -> str:
-        """Return why the promise says nothing; "" where it says something."""
+        """Return why the promise is empty; "" where it is not."""
         known = [q for kind, q in self.qualities.items() if not self.kinds or kind in self.kinds]
         most = max(known, default=1.0)  # all that can be lost
         if self.target < NOTHING * most:
@@ -83,7 +83,7 @@ class Promise:
         )
 
     def target_of(self, kind: str) -> float:
-        """Return the target of a kind of prompt."""
+        """Return the target for a kind of prompt."""
         return self.own_targets.get(kind, self.target)
 
     @property
@@ -93,7 +93,7 @@ class Promise:
 
     @property
     def claim(self) -> str:
-        """Return the end of a sentence that states the promise, its unit and its population."""
+        """Return the end of a sentence with the promise, its unit and its population."""
         each = f"for each kind of prompt ({kinds_words(self.kinds)}) " if self.kinds else ""
         words = risk_words(self.risk, self.unit)
         most = target_words(self.risk, self.target, self.own_targets)
@@ -110,9 +110,10 @@ _SHORT = {
 
 
 def watched(calibration: Mapping[str, Any] | None, promise: Promise) -> Promise | None:
-    """Return what requests can show of a promise: all of it or, where it is about right answers,
-    which requests do not bring, that early answers differ no more from the full model's than those
-    that were calibrated, by kind of prompt; None: the calibration does not say how much they did.
+    """Return the part of a promise that requests can test; None: no part.
+
+    That is the whole promise or, where it needs right answers, which requests do not bring, a bound
+    by kind of prompt on how much early answers differ from the full model's.
     """
     if promise.risk in WATCHED:
         return promise
@@ -130,7 +131,7 @@ def kinds_words(kinds: Sequence[str]) -> str:
 
 
 def target_words(risk: str, target: float, own: Mapping[str, float]) -> str:
-    """A target for people, in units of the score, with those of kinds of prompts that have their
+    """Return a target for people, in units of the score, with kinds of prompts that have their
     own."""
     times = SCALES.get(risk, 1)
     more = (f" ({times * share:g} of {kind!r})" for kind, share in own.items())
@@ -138,7 +139,7 @@ def target_words(risk: str, target: float, own: Mapping[str, float]) -> str:
 
 
 def risk_words(risk: str, unit: str) -> str:
-    """A risk with its unit, for the start of a sentence."""
+    """Return a risk with its unit, as the start of a sentence."""
     what = {
         "disagreement": "share of answers that differ from the full model's",
         "consistency": "1 - ROUGE-L against the full model's answer",
@@ -155,15 +156,15 @@ def risk_words(risk: str, unit: str) -> str:
 
 @dataclass(frozen=True)
 class GuaranteeStatus:
-    """promise: what is guaranteed here; None: nothing. why: what stands against a calibration that
-    there is; empty where there is none, or where it found nothing to guarantee."""
+    """The status of a guarantee. promise: what is guaranteed here; None: nothing. why: objections
+    to an existing calibration; empty without a calibration, or where it guarantees nothing."""
 
     promise: Promise | None = None
     why: str = ""
 
     @property
     def sentence(self) -> str:
-        """Return the guarantee for people; empty where there is nothing to say."""
+        """Return the guarantee as a sentence; empty without a promise and without objections."""
         if self.promise is not None:
             return f"guaranteed with {self.promise.confidence:.0%} confidence: {self.promise.claim}"
         return f"not guaranteed here: {self.why}" if self.why else ""
@@ -173,7 +174,7 @@ def standing(
     calibration: Mapping[str, Any] | None, here: Conditions, kind: str = ""
 ) -> GuaranteeStatus:
     """Return what a calibration guarantees under these conditions. kind: of the prompt, which may
-    have been calibrated by thresholds of its own."""
+    have thresholds of its own."""
     if not calibration or calibration.get("measured") is None:
         return GuaranteeStatus()
     missing = [name for name in NEEDED if calibration.get(name) is None]

@@ -66,20 +66,19 @@ BLUR = 1 / 255
 
 
 def is_unlike(p_value: float | None) -> bool:
-    """Return True if a request with this p-value is called unlike; None: it has no p-value."""
+    """Return True if a request with this p-value is called unlike; p_value: None: not tested."""
     return p_value is not None and p_value <= UNLIKE
 
 
 def mean_log_score(scores: Sequence[float]) -> float | None:
-    """Return the mean log score of the tokens of an answer that an exit looked at; None where none
-    did."""
+    """Return the mean log score of an answer's tokens with a score; None without any."""
     seen = [math.log(max(score, _LEAST)) for score in scores if score == score]  # NaN: not looked
     return sum(seen) / len(seen) if seen else None
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Scores of the answers to one kind of prompt. n: answers. low: the least of their mean log
+    """Scores of the answers to one kind of prompt. n: number of answers. low: the smallest mean log
     scores, ascending, up to `KEPT` of them."""
 
     n: int
@@ -95,14 +94,14 @@ class Kept:
         return (self.n + 1) * level >= 1
 
     def p_value(self, mean: float) -> float:
-        """Return the p-value of "drawn as the calibrated answers were"; 1 where it is none of the
-        least."""
+        """Return the p-value of "drawn as the calibrated answers were"; 1 above the smallest
+        scores."""
         place = bisect_right(self.low, round(mean, 5))  # as those are
         return 1.0 if place == len(self.low) else (1 + place) / (1 + self.n)
 
     def rate(self, level: float) -> float:
-        """Return the largest rate of p-values up to `level`, of requests drawn as these were, that
-        these leave possible but for `LUCK` (Clopper and Pearson 1934)."""
+        """Return an upper bound of the rate of p-values up to `level`, for requests drawn as these
+        were, with confidence 1 - `LUCK` (Clopper and Pearson 1934)."""
         from scipy.stats import beta
 
         called = max(0, math.floor(level * (self.n + 1)))  # as many are as sure as that, or less
@@ -117,8 +116,8 @@ class Kept:
 
 
 def look_of(image: Image.Image) -> Array:
-    """Return what an image looks like [8 + SCALES * len(STEPS)]: mean and deviation of its colours
-    and of their saturation, and how often neighbouring pixels differ how much, at each scale."""
+    """Return the look of an image [8 + SCALES * len(STEPS)]: mean and deviation of its colours and
+    their saturation, and at each scale how often neighbouring pixels differ by how much."""
     small = image.convert("RGB")
     if max(small.size) > SIDE:
         small.thumbnail((SIDE, SIDE))
@@ -137,10 +136,10 @@ def look_of(image: Image.Image) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Looks:
-    """Looks of images, and how far each is from the others.
+    """Looks of images, and the distance of each from the others.
 
-    center: their mean [F]. whitened: what makes their covariance one [F, F]. kept: of the
-    distances, below 0, the farthest.
+    center: their mean [F]. whitened: transforms their covariance to the identity [F, F]. kept: the
+    largest distances, negated.
     """
 
     center: Array
@@ -149,7 +148,7 @@ class Looks:
 
     @classmethod
     def of(cls, looks: Array) -> Looks:
-        """Return the looks of images. looks: [n, F] of n images, with n > F + 1."""
+        """Summarise the looks of images. looks: [n, F] of n images, with n > F + 1."""
         n, features = looks.shape
         center = looks.mean(0)
         spread = np.cov(looks.T) + BLUR**2 * np.eye(features)
@@ -178,7 +177,7 @@ class Looks:
 @dataclass(frozen=True)
 class Tested:
     """The outcome of a test of a request's likeness. p_value: of "drawn as the calibrated ones
-    were"; None: it was not tested. untested: what was not, in words."""
+    were"; None: not tested. untested: the parts not tested, in words."""
 
     p_value: float | None = None
     untested: str = ""
@@ -187,8 +186,7 @@ class Tested:
 @dataclass(frozen=True)
 class Likeness:
     """Calibrated answers and images. kinds: scores by kind of prompt
-    (`offramp.promises.prompt_kinds`). looks: of all images; None: too few, or none that were kept.
-    """
+    (`offramp.promises.prompt_kinds`). looks: of all images; None: too few, or not kept."""
 
     kinds: Mapping[str, Kept]
     looks: Looks | None = None
@@ -197,9 +195,8 @@ class Likeness:
     def of(
         cls, scores: Sequence[Sequence[float]], kinds: Sequence[str], looks: Array | None = None
     ) -> Likeness:
-        """Summarise calibrated answers. scores: of the tokens of each answer. kinds: of prompt, one
-        for each answer. looks: of the images, each image once [n, F].
-        """
+        """Summarise calibrated answers. scores: of the tokens of each answer. kinds: of the
+        prompts, one for each answer. looks: of the images, each once [n, F]."""
         means: dict[str, list[float]] = {}
         for kind, row in zip(kinds, scores, strict=True):
             mean = mean_log_score(row)
@@ -210,12 +207,13 @@ class Likeness:
         return cls(kept, Looks.of(looks) if enough and looks is not None else None)
 
     def tells(self, kind: str) -> bool:
-        """Return True if enough answers to a kind of prompt were calibrated to call one unlike."""
+        """Return True if a kind of prompt has enough calibrated answers to call a request
+        unlike."""
         return kind in self.kinds and self.kinds[kind].can_call(UNLIKE)
 
     @property
     def looks_at_images(self) -> bool:
-        """Return True if enough images were kept to call one unlike by its look."""
+        """Return True if enough images were kept to call a request unlike by its image."""
         return self.looks is not None and self.looks.kept.can_call(UNLIKE)
 
     def _by(self, kind: str) -> tuple[Kept | None, Looks | None]:
@@ -229,9 +227,9 @@ class Likeness:
         return None, looks if self.looks_at_images else None
 
     def test(self, kind: str, scores: Sequence[float], look: Array | None = None) -> Tested:
-        """Test whether a request is like those that were calibrated of its kind.
+        """Test whether a request is like the calibrated ones of its kind.
 
-        look: of the image (`look_of`); None: the scores alone tell.
+        look: of the image (`look_of`); None: the test is by scores alone.
         """
         kept, looks = self._by(kind)
         found, mean = list[float](), mean_log_score(scores)
@@ -250,13 +248,13 @@ class Likeness:
     def p_value(
         self, kind: str, scores: Sequence[float], look: Array | None = None
     ) -> float | None:
-        """Return the p-value of `test`."""
+        """Return the p-value of `test`; None: not tested."""
         return self.test(kind, scores, look).p_value
 
     @property
     def rate(self) -> float:
-        """Return the largest rate of requests called unlike, drawn as the calibrated ones were; 0
-        where none can be called so."""
+        """Return an upper bound of the rate at which requests like the calibrated ones are called
+        unlike; 0 where none can be called so."""
 
         def of(kind: str) -> float:
             kept, looks = self._by(kind)
@@ -274,8 +272,8 @@ class Likeness:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any] | None) -> Likeness:
-        """Return what `to_json` gave, in this version or before, when each kind had its own looks:
-        the most of these are then those of all. Of None, one that knows no kind.
+        """Return the likeness that `to_json` wrote, in this version or in one with looks by kind,
+        of which the largest set is used. From None, a likeness without any kind.
 
         Raises:
             DataError: it is anything else.
@@ -299,11 +297,11 @@ class Likeness:
 
 
 class Alarm:
-    """Requests that come, and whether more of them are unlike the calibrated ones than by chance.
+    """A test whether more requests than by chance are unlike the calibrated ones.
 
-    spared: largest rate of requests called unlike that chance explains. compared, unlike: requests
-    so far. raised: until `AGE` requests in a row gave no reason for it,
-    or a reset. No client has more than a half of the unlike ones that count while others ask.
+    spared: largest rate of unlike requests that chance explains. compared, unlike: numbers of
+    requests so far. raised: until a reset, or until `AGE` requests in a row gave no reason. While
+    others ask, one client brings at most half of the unlike requests that count.
     """
 
     def __init__(self, likeness: Likeness) -> None:
@@ -311,7 +309,7 @@ class Alarm:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was learnt."""
+        """Forget all requests."""
         self.compared: int = 0
         self.unlike: int = 0
         self.raised: bool = False
@@ -344,11 +342,11 @@ class Alarm:
         return called
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is kept over a restart."""
+        """Return the state that is kept over a restart."""
         return {"compared": self.compared, "unlike": self.unlike, "raised": self.raised}
 
     def restore(self, value: Any) -> None:
-        """Go on from what `to_json` gave; from anything else, start anew."""
+        """Take over the state that `to_json` wrote; start anew from anything else."""
         self.reset()
         with suppress(TypeError, KeyError, ValueError):
             counts = int(value["compared"]), int(value["unlike"])

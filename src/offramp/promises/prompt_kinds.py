@@ -14,11 +14,11 @@ OTHER = "\0"
 
 
 def prompt_frames(prompts: Sequence[str]) -> list[list[str]]:
-    """Sum prompts up in frames: [prompt] for one that stays the same, and [before, after] for a
+    """Return prompts as frames: [prompt] for one that stays the same, and [before, after] for a
     template whose middle changes.
 
-    Prompts with the same first word share a frame; of more than `FRAMES` first words all share one.
-    A prompt that shares no word with the others is a frame of its own.
+    Prompts with the same first word share a frame; with more than `FRAMES` first words, all prompts
+    share one. A prompt with no word in common with the others is a frame of its own.
     """
     kinds: dict[str, set[str]] = {}
     for prompt in prompts:
@@ -43,8 +43,8 @@ def _frames(prompts: Sequence[str]) -> list[list[str]]:
 
 
 def kind_of(prompt: str, frames: Sequence[Sequence[str]]) -> str:
-    """Names the kind of a prompt by the frame that it fits: the prompt, or "before ... after" of a
-    template. "" where it fits none, or where too many prompts stand for themselves to be kinds."""
+    """Return the kind of a prompt, named by its frame: the prompt, or "before ... after" of a
+    template; "" where no frame fits, or where too many frames are single prompts."""
     alone = [frame for frame in frames if len(frame) == 1]
     for frame in frames:
         if fits(prompt, [frame]):
@@ -57,8 +57,8 @@ def kind_of(prompt: str, frames: Sequence[Sequence[str]]) -> str:
 
 
 def point_of(calibration: Mapping[str, Any] | None, kind: str) -> dict[int, float] | None:
-    """Return the point of a calibrated path that prompts of a kind are answered by; None: all by
-    the same. See `offramp.core.decoding.policy.ExitPolicy.moved`."""
+    """Return the point of a calibrated path for prompts of a kind; None: one point for all. See
+    `offramp.core.decoding.policy.ExitPolicy.moved`."""
     kinds = (calibration or {}).get("kinds") or ()
     said = next((each.get("point") for each in kinds if each.get("kind") == kind), None)
     return {int(depth): level for depth, level in said.items()} if said else None
@@ -75,7 +75,7 @@ def _common(one: str, other: str) -> str:
 
 
 def fits(prompt: str, frames: Sequence[Sequence[str]]) -> bool:
-    """Return True if a prompt is like those that `prompt_frames` saw."""
+    """Return True if a prompt fits one of the frames."""
     for before, *behind in frames:
         if not behind and prompt == before:
             return True

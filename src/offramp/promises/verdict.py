@@ -34,10 +34,9 @@ class Status(Protocol):
 class Verdict:
     """The verdict on an answer.
 
-    promise: of the answer's kind of prompt; None: nothing. why: the reason in words: what stands
-    against a promise, or what the promise is. exact: the full model wrote or checked the answer.
-    p_value: of "asked as the calibrated ones were"; None: not tested. untested: what was not
-    tested, in words.
+    promise: for the answer's kind of prompt; None: nothing is promised. why: the reason in words:
+    objections, or the promise. exact: the full model wrote or checked the answer. p_value: of
+    "asked as the calibrated ones were"; None: not tested. untested: parts not tested, in words.
     """
 
     promise: Promise | None = None
@@ -55,7 +54,7 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """Return why, with what was not tested."""
+        """Return the reason of the verdict, with the parts that were not tested."""
         return "; ".join(filter(None, (self.why, self.untested)))
 
     @property
@@ -65,12 +64,12 @@ class Verdict:
 
     @property
     def unlike(self) -> bool:
-        """Return True if the request is called unlike those that were calibrated."""
+        """Return True if the request is called unlike the calibrated ones."""
         return is_unlike(self.p_value)
 
     @property
     def rank(self) -> int:
-        """Return how much is promised: of several answers the one of least rank speaks."""
+        """Return how much is promised, as a number; of several answers the lowest rank counts."""
         return 2 if self.exact else int(self.promise is not None)
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def decide(
 
     status: under the answer's conditions. exact: the full model wrote it, or checked each token.
     broken: the watch called the promise broken. kind: of its prompt. likeness: of the calibrated
-    answers; scores: of the answer's tokens; look: of its image, of `look_of`.
+    answers. scores: of the answer's tokens. look: of its image, by `look_of`.
     """
     if exact:
         return Verdict(exact=True, why=BROKEN if broken else "")

@@ -21,10 +21,10 @@ _MOST = 6  # answers of a group
 
 
 def gallery(done: Done, layers: int, pictures: Mapping[str, Example], tokenizer: Any) -> Markup:
-    """Answers of a run that early exit changed, and some that it did not.
+    """Return a gallery of a run's answers that early exit changed, and of some that it did not.
 
-    done: rows by mode and key; empty where they are not there. pictures: examples by key, as far as
-    they are known. tokenizer: turns ids into words; None: answers are shown whole.
+    done: rows by mode and key; may be empty. pictures: known examples by key. tokenizer: turns ids
+    into words; None: answers are shown as texts.
     """
     early = {key: row for (mode, key), row in done.items() if mode == "early_exit"}
     full = {key: row for (mode, key), row in done.items() if mode == "full"}
@@ -51,7 +51,7 @@ def gallery(done: Done, layers: int, pictures: Mapping[str, Example], tokenizer:
 
 
 def foretold(done: Done, layers: int, pictures: Mapping[str, Example], tokenizer: Any) -> Markup:
-    """Some answers of the full model, each word in the colour of the depth foretold of it.
+    """Return a gallery of the full model's answers, each word in the colour of its forecast depth.
     Arguments as of `gallery`."""
     rows = [row for (mode, _), row in done.items() if mode == "early_exit"]
     said = [_answer(row, None, layers, pictures.get(str(row["key"])), tokenizer) for row in rows]
@@ -90,20 +90,20 @@ def _answer(
 
 
 def words(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """The text of each token; "end" for special ones."""
+    """Return the text of each token; "end" for special ones."""
     special = set(tokenizer.all_special_ids)
     return ["end" if i in special else str(tokenizer.decode([i])).strip() or "\u2423" for i in ids]
 
 
 def token(text: str, depth: int, layers: int) -> dict[str, Any]:
-    """A word in the colour of its depth, which it also names."""
+    """Return a word with its depth and the depth's colour."""
     color = depth_color(depth, layers)
     where = "full depth" if depth == layers else f"depth {depth} of {layers}"
     return {"text": text, "depth": depth, "color": color, "ink": ink_on(color), "where": where}
 
 
 def picture(example: Example) -> dict[str, Any]:
-    """The example's image as a data URI, scaled down; small ones exactly as they are."""
+    """Return the example's image as a data URI, scaled down; small ones exactly as they are."""
     image = example.open_image()
     image.thumbnail((_SIDE, _SIDE))
     kind = "png" if max(image.size) <= _SMALL else "jpeg"

@@ -23,7 +23,7 @@ NOTHING = Markup("")
 
 
 def evaluated(value: Value) -> Headline:
-    """Speed, agreement and the first metrics of a run, with intervals."""
+    """Return speed, agreement and the first metrics of a run, with intervals."""
     early, full = (value["modes"].get(name) for name in ("early_exit", "full"))
     both = value.get("compared") or {"speedup": {}, "agreement": {"value": None}}
     speeds, same = both["speedup"], both["agreement"]
@@ -65,7 +65,7 @@ def _most(early: Value) -> dict[str, Any]:
 
 
 def demo(value: Value) -> Headline:
-    """Speed of both modes, and quality against the full model's."""
+    """Return the speed of both modes, and quality against the full model's."""
     early, full, layers = value["modes"]["early_exit"], value["modes"]["full"], value["layers"]
     depth, exits = early["mean_depth"], value["exits"]
     # Of one exit the share follows from the mean.
@@ -104,7 +104,7 @@ def demo(value: Value) -> Headline:
 
 
 def forecast(value: Value) -> Headline:
-    """Return whether exits would pay, and what answers would take."""
+    """Return whether exits would pay, and the seconds of answers with them."""
     best = next(row for row in value["depths"] if row["depth"] == value["best"])
     cards: Cards = [
         (
@@ -130,7 +130,7 @@ def _took(seconds: float) -> str:
 
 
 def adapter(value: Value) -> Headline:
-    """The guarantee, where there is one."""
+    """Return the guarantee of an adapter, if it has one."""
     guarantee = value.get("calibration")
     if not guarantee or guarantee.get("measured") is None:
         return NOTHING, []

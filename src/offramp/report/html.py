@@ -19,16 +19,16 @@ from offramp import __version__
 
 
 def document(**values: Any) -> str:
-    """The whole page.
+    """Return the whole page.
 
-    title, sections: name, title and HTML of each; missing: what could not be shown, and the command
-    that measures it; sentence: what the page opens with, "": its title.
+    title, sections: name, title and HTML of each; missing: parts without data, and the commands
+    that measure them; sentence: opening line of the page; "": its title.
     """
     return _own_ids(render("page", **values, version=__version__))
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A template of this package, filled; its values are escaped."""
+    """Fill a template of this package; its values are escaped."""
     return Markup(_environment().get_template(f"{template}.html.jinja").render(values))
 
 
@@ -72,7 +72,7 @@ def fine(value: float | None) -> str:
 
 
 def metric(name: str, value: float | None, *, signed: bool = False) -> str:
-    """A metric as it is usually written: a fraction as a percentage, another as it is."""
+    """Return a metric in its usual form: a fraction as a percentage, others as they are."""
     if value is None:
         return "-"
     sign = "+" if signed else ""
@@ -84,14 +84,14 @@ def times(value: float | None) -> str:
 
 
 def between(estimate: Mapping[str, Any], form: Any = percent) -> str:
-    """The interval of an estimate; "" where it has none."""
+    """Return the interval of an estimate; "" where it has none."""
     if estimate.get("low") is None or estimate.get("high") is None:
         return ""
     return f"{form(estimate['low'])} to {form(estimate['high'])}"
 
 
 def with_interval(estimate: Mapping[str, Any] | None, form: Any = percent) -> str:
-    """ "value (low to high)"."""
+    """Return an estimate as "value (low to high)"."""
     if not estimate:
         return "-"
     ends = between(estimate, form)

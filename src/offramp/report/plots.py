@@ -37,7 +37,8 @@ _STYLE: dict[str, Any] = {
 
 
 def drawn(title: str, draw: Callable[[Any], None], size: tuple[float, float] = SIZE) -> str:
-    """Return what `draw` puts on a pair of axes, as SVG text with `title` for who cannot see it."""
+    """Return a plot as SVG text. draw: draws on a pair of axes. title: for readers who cannot see
+    it."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -55,7 +56,7 @@ def drawn(title: str, draw: Callable[[Any], None], size: tuple[float, float] = S
 
 
 def legend(axes: Any) -> None:
-    """Above the plot, where it covers nothing; long names stand in one column."""
+    """Put the legend above the plot, where it covers nothing; long names stand in one column."""
     names = axes.get_legend_handles_labels()[1]
     if names:
         columns = 2 if max(map(len, names)) <= SHORT else 1
@@ -81,7 +82,7 @@ def percent(axis: Any) -> None:
 
 
 def depth_histogram(shares: Mapping[str, float], layers: int) -> str:
-    """Shares of tokens by depth, under early exit."""
+    """Plot the shares of tokens by depth, under early exit."""
 
     def draw(axes: Any) -> None:
         axes.bar([int(depth) for depth in shares], list(shares.values()), 0.8, color=COLORS[0])
@@ -93,8 +94,8 @@ def depth_histogram(shares: Mapping[str, float], layers: int) -> str:
 
 
 def forecast(depths: Sequence[Mapping[str, Any]], layers: int) -> str:
-    """Speed of decoding with a calibrated exit by the share of answers that may change, with what
-    it lies in at 95%, by depth."""
+    """Plot the speed of decoding with a calibrated exit against the share of answers that may
+    change, with its 95% interval, by depth."""
 
     def draw(axes: Any) -> None:
         for place, (row, color) in enumerate(zip(depths, COLORS, strict=False)):
@@ -127,7 +128,8 @@ def forecast(depths: Sequence[Mapping[str, Any]], layers: int) -> str:
 def calibration_curve(
     risks: Sequence[float], bounds: Sequence[float | None], target: float, chosen: int | None
 ) -> str:
-    """Measured risk and its bound along the path of thresholds, the target and what was chosen."""
+    """Plot the measured risk and its bound along the path of thresholds, the target and the chosen
+    point."""
 
     def draw(axes: Any) -> None:
         steps = range(1, len(risks) + 1)
@@ -164,7 +166,7 @@ def calibration_curve(
 
 
 def sweep_curves(rows: Sequence[Any]) -> str:
-    """Return the share of changed answers against the speed of decoding, by score."""
+    """Plot the share of changed answers against the speed of decoding, by score."""
 
     def draw(axes: Any) -> None:
         for color, score in zip(COLORS, dict.fromkeys(row.score for row in rows), strict=False):

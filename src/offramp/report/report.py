@@ -60,7 +60,7 @@ FILES = ("adapter.json", "result.json", "report.json")
 class Source:
     """One result.
 
-    kind: of `KINDS`. name: what it is about. done: a run's answers, as far as they are there.
+    kind: of `KINDS`. name: of its model or run. done: a run's answers, if they are there.
     """
 
     kind: str
@@ -88,7 +88,7 @@ def _of_our_form() -> Iterator[None]:
 
 @_of_our_form()
 def read_sources(paths: Iterable[str | Path]) -> list[Source]:
-    """The results in folders and JSON files; a file may hold several, by name.
+    """Read the results in folders and JSON files; a file may hold several, by name.
 
     Raises:
         InputError: a path holds nothing that can be shown.
@@ -131,7 +131,7 @@ def _in_file(file: Path) -> list[Source]:
 
 
 def of_forecast(value: Mapping[str, Any]) -> Source:
-    """The source of a forecast, with the answers that it shows."""
+    """Return a forecast as a source, with the answers that it shows."""
     done = {("early_exit", str(row["key"])): {**row, "answer": ""} for row in value["answers"]}
     return Source("forecast", _name("forecast", value, ""), value, done)
 
@@ -157,13 +157,11 @@ def report(
     title: str = "",
     tokenizer_of: Callable[[str], Any] | None = None,
 ) -> str:
-    """The page as HTML.
+    """Return the page as HTML.
 
-    items: the data of the runs, for their images, prompts and references; those that ask something
-        else than a run did are not shown with it.
-    title: default: "Early exits on" the backbones.
-    tokenizer_of: a backbone's tokenizer by the backbone's name, or None where there is none;
-        default: those on this machine.
+    items: the data of the runs, with images, prompts and references; those with another question
+    than a run's are not shown with it. title: default: "Early exits on" the backbones.
+    tokenizer_of: returns the tokenizer of a backbone's name, or None; default: from this machine.
 
     Raises:
         DataError: a result has not the form that this version of offramp writes.
@@ -276,7 +274,7 @@ def _asked(source: Source, items: Mapping[str, Item]) -> dict[str, Example]:
 
 
 def local_tokenizer(name: str) -> Any:
-    """A backbone's tokenizer, if it is on this machine; None if not."""
+    """Return a backbone's tokenizer, if it is on this machine; None if not."""
     from transformers import AutoTokenizer
 
     from offramp.adapter.shipped import TINY, short_name, tiny_folder

@@ -53,7 +53,8 @@ def forecast(value: Value) -> Markup:
 
 
 def foretold(value: Value) -> Markup:
-    """Return all figures of a forecast, and the commands that come next, where exits would pay."""
+    """Return the section with all figures of a forecast and, where exits would pay, the next
+    commands."""
     first, *_ = value["depths"]
     columns: dict[str, Any] = {
         "depth": lambda row: f"{row['depth']} of {value['layers']}",
@@ -71,7 +72,7 @@ def foretold(value: Value) -> Markup:
 
 
 def calibration(value: Value) -> Markup:
-    """The guarantee, and the path of thresholds it was found on."""
+    """Return the section on the guarantee, and the path of thresholds it was found on."""
     guarantee = value.get("calibration")
     if not guarantee:
         return render("calibration", guarantee=None)
@@ -127,7 +128,7 @@ _LATENCIES = (
 
 
 def measured_eval(value: Value) -> Markup:
-    """Every metric of a run by mode, its groups, and the times."""
+    """Return the section with every metric of a run by mode, its groups, and the times."""
     modes, both = value["modes"], value.get("compared", {})
     titles = [TITLES[m] for m in modes]
     rows = []
@@ -159,7 +160,7 @@ def _latency(value: Value | None, name: str, part: str) -> str:
 
 
 def demo_modes(value: Value) -> Table:
-    """Every mode of a demo."""
+    """Return a table with every mode of a demo."""
     tasks = list(value["modes"]["full"]["quality"])
     columns: dict[str, Any] = {
         "mode": "{mode}",
@@ -175,12 +176,12 @@ def demo_modes(value: Value) -> Table:
 
 
 def measured_demo(value: Value) -> Markup:
-    """The section on a demo's modes."""
+    """Return the section on a demo's modes."""
     return render("figures", kind="demo", measured=demo_modes(value))
 
 
 def origins(named: Sequence[tuple[str, Value]]) -> Markup:
-    """Return where each result comes from: command, machine, versions, data."""
+    """Return the section on the origin of each result: command, machine, versions, data."""
     where = [{**v["provenance"], "result": name} for name, v in named if v.get("provenance")]
     columns: dict[str, Any] = {
         "result": "{result}",

@@ -11,13 +11,13 @@ Told = str | Callable[[Any], str]
 
 
 def told(what: Told, entry: Any) -> str:
-    """The text of a cell."""
+    """Return the text of a cell. what: a format for `entry`, or a function of it."""
     return what.format_map(entry) if isinstance(what, str) else what(entry)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of as many cells as there are columns. The report's templates show it as HTML.
+    """A table whose rows have a cell for every column. The report's templates show it as HTML.
 
     Raises:
         ValueError: a row has not a cell for every column.
@@ -34,7 +34,8 @@ class Table:
 
     @classmethod
     def of(cls, entries: Iterable[Any], columns: Mapping[str, Told]) -> Table:
-        """A row for each entry. columns: by title, what is told of it."""
+        """Return a table with a row for each entry. columns: by title, the text or function of a
+        cell."""
         return cls(tuple(columns), [[told(cell, e) for cell in columns.values()] for e in entries])
 
     @classmethod
@@ -45,19 +46,21 @@ class Table:
         cell: Callable[[Any, Any], str],
         corner: str = "",
     ) -> Table:
-        """Two sides by their titles, and in each cell what is told of one of each."""
+        """Return a table of `rows` by `columns`, both by title. cell: a function of a row's and a
+        column's value."""
         return cls(
             (corner, *columns),
             [(title, *(cell(r, c) for c in columns.values())) for title, r in rows.items()],
         )
 
     def markdown(self) -> str:
-        """Return the table as GitHub's Markdown has it."""
+        """Return the table as GitHub's Markdown."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
     def plain(self) -> str:
-        """Return the table for a terminal: the first column to the left, numbers to the right."""
+        """Return the table as text for a terminal: the first column to the left, numbers to the
+        right."""
         lines = [self.columns, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = (

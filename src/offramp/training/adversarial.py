@@ -27,7 +27,8 @@ KEPT_BYTES = 1 << 30
 
 
 class AdversarialObjective:
-    """Exits and discriminators on a backbone, both trained in float32, beside any precision."""
+    """The loss of exits against discriminators on a backbone. Both are trained in float32, whatever
+    the backbone's precision."""
 
     def __init__(self, backbone: Backbone, depths: Sequence[int], config: TrainConfig) -> None:
         for name in config.losses:
@@ -45,9 +46,10 @@ class AdversarialObjective:
         """What the final layer says [N], over the whole vocabulary."""
 
     def narrow(self, ids: Tensor) -> None:
-        """Let logits be of the tokens `ids` [S] alone from now on: a shortlist.
+        """Limit logits to the tokens `ids` [S] of a shortlist from now on.
 
-        Both sides' probabilities are then among these, and a label that is not counts for nothing.
+        Both sides' probabilities are then over these tokens, and labels outside them count for
+        nothing.
         """
         self._head = self.backbone.head_rows(ids)
         self._places = places_of(ids, self.backbone.vocabulary)
@@ -61,17 +63,18 @@ class AdversarialObjective:
         return discriminators.to(self.backbone.device)
 
     def features(self, batch: Batch) -> dict[int, Tensor]:
-        """Final-normed exit states [B, A, D] by depth; see `exit_features`."""
+        """Return final-normed exit states [B, A, D] by depth; see `exit_features`."""
         half = self.backbone.dtype != torch.float32
         with torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=half):
             return exit_features(self.backbone, self.exits, batch)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits [..., S] of final-normed states [..., D]: of the shortlist, or of all tokens."""
+        """Return logits [..., S] of final-normed states [..., D]: of the shortlist, or of all
+        tokens."""
         return self.backbone.logits(features, self._head)
 
     def loss_inputs(self, batch: Batch) -> dict[int, LossInputs]:
-        """Exits and final layer side by side, answer tokens only, by depth."""
+        """Return the states and logits of exits and final layer at answer tokens, by depth."""
         features, keep = self.features(batch), batch.mask
         teacher = batch.teacher[keep]
         teacher_log, temperature = self._teacher_log(batch, teacher), self.config.temperature
@@ -108,10 +111,10 @@ class AdversarialObjective:
         return found
 
     def generator_loss(self, inputs: Mapping[int, LossInputs]) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum over terms and depths, and each term by itself, unweighted.
+        """Return the weighted sum over terms and depths, and each term by itself, unweighted.
 
-        Cross-entropy too is a mean over all tokens, 0 where there is no label: where few are
-        labelled, each still weighs as one token does.
+        Cross-entropy too is a mean over all tokens, with 0 for unlabelled ones, so that a labelled
+        token weighs the same however few there are.
         """
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
@@ -125,7 +128,7 @@ class AdversarialObjective:
     def discriminator_loss(
         self, inputs: Mapping[int, LossInputs]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The sum over depths, and each depth's by itself; no gradient reaches the exits."""
+        """Return the sum over depths, and each depth's loss; no gradient reaches the exits."""
         report: dict[str, float] = {}
         loss = torch.zeros((), device=self.backbone.device)
         for depth, terms in inputs.items():
@@ -138,8 +141,8 @@ class AdversarialObjective:
 
     @torch.no_grad()
     def agreeing(self, batch: Batch) -> list[int]:
-        """Return on how many answer tokens each exit's argmax is the final layer's; last, of how
-        many.
+        """Return, for each exit, the number of answer tokens with the final layer's argmax; last,
+        the number of all answer tokens.
 
         The final layer's is over the whole vocabulary, also where the exits have a shortlist.
         """

@@ -28,7 +28,7 @@ STATE, DIGEST, HISTORY = f"{FOLDER}/state.pt", f"{FOLDER}/state.sha256", f"{FOLD
 
 @dataclass
 class Progress:
-    """The state of a run: everything that resuming needs besides tensors.
+    """The state of a run that a resumed run needs besides tensors.
 
     step: steps done. validated: the step of the last validation, -1 before the first. best: the
     best mean agreement, found at best_step. stale: validations since then.
@@ -60,8 +60,8 @@ def check_out(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def held(adapter: str | Path) -> AbstractContextManager[None]:
-    """Lock an adapter's folder while this is open, so that nobody writes between our reading and
-    our writing. A name that is no folder on this machine needs no lock.
+    """Lock an adapter's folder while this is open, so that no other process writes between our
+    reading and our writing. A hub name needs no lock.
 
     Raises:
         StorageError: another process holds it, or it cannot be written.
@@ -70,7 +70,7 @@ def held(adapter: str | Path) -> AbstractContextManager[None]:
 
 
 def check_uncalibrated(folder: Path) -> None:
-    """Raise unless a run that goes on may replace the adapter in `folder`.
+    """Raise unless a resumed run may replace the adapter in `folder`.
 
     Raises:
         InputError: it was calibrated, or that was attempted. AdapterError: it is damaged.
@@ -91,10 +91,10 @@ def forget_run(folder: Path) -> None:
 
 
 def save_state(folder: Path, made_of: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write the checkpoint: `state`, and what it was `made_of` (options, data, backbone).
+    """Write the checkpoint: `state`, and the options, data and backbone that it was `made_of`.
 
-    Its SHA-256 is written first, beside that of the checkpoint before, so that a crash between the
-    two leaves a checkpoint that is known.
+    Its SHA-256 is written first, beside that of the previous checkpoint, so that after a crash
+    between the two writes the checkpoint still matches one of them.
     """
     buffer = io.BytesIO()
     torch.save({"made_of": dict(made_of), **state}, buffer)
@@ -109,7 +109,7 @@ def save_state(folder: Path, made_of: Mapping[str, Any], state: Mapping[str, Any
 def load_state(
     folder: Path, made_of: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any] | None:
-    """The checkpoint in `folder`, None where there is none.
+    """Return the checkpoint in `folder`; None where there is none.
 
     Raises:
         TrainingError: it is damaged, or was made of something else (the text says what differs).
@@ -135,7 +135,8 @@ def load_state(
 
 @contextmanager
 def restored(folder: Path) -> Iterator[None]:
-    """Around what puts a checkpoint's entries in place: one that does not fit is damaged."""
+    """Raise `TrainingError` where the block cannot load a checkpoint's entries, because they are
+    damaged."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -165,7 +166,7 @@ def _damaged(path: Path, reason: str) -> TrainingError:
 
 
 def trim_history(folder: Path, progress: Progress) -> None:
-    """Drop the log's rows that the run will write again; all of them where it starts afresh."""
+    """Drop the log's rows that a resumed run will write again; all rows for a new run."""
     path = folder / HISTORY
     if not path.exists():
         return
@@ -191,7 +192,8 @@ STOPPING = tuple(
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Hold `STOPPING` back until the block is done, so that no step is half in the weights."""
+    """Delay the signals `STOPPING` until the block is done, so that no step is half in the
+    weights."""
     before = {number: signal.getsignal(number) for number in STOPPING}
     held: list[tuple[int, Any]] = []
     try:

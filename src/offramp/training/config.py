@@ -19,7 +19,7 @@ OBJECTIVES = ("distillation", "cross_entropy", "l2", "cosine", "adversarial")
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """`"l1=0.5,other=0.1"` as weights by name.
+    """Return `"l1=0.5,other=0.1"` as weights by name.
 
     Raises:
         ArgumentTypeError: it is not of that form.
@@ -100,12 +100,12 @@ class TrainConfig:
 
     @property
     def has_discriminator(self) -> bool:
-        """Return True if a term of the exits' loss asks a discriminator."""
+        """Return True if a term of the exits' loss needs a discriminator."""
         return self.adversarial > 0
 
     @property
     def weights(self) -> dict[str, float]:
-        """Return the terms of the exits' loss by weight; those that are off are left out."""
+        """Return the terms of the exits' loss by weight, without those of weight 0."""
         on = {name: getattr(self, name) for name in OBJECTIVES}
         return {n: w for n, w in {**on, **self.losses}.items() if w > 0}
 

@@ -14,8 +14,8 @@ HIDDEN = 256
 class Discriminator(nn.Module):
     """A small classifier of final-normed states; its logit is high for the final layer's own.
 
-    It also sees the state that entered the exit: else it would never know which token it judges,
-    and an exit could please it with a plausible state for the wrong token.
+    It also sees the state that entered the exit: otherwise an exit could please it with a plausible
+    state for the wrong token.
     """
 
     def __init__(self, width: int, hidden: int = HIDDEN) -> None:
@@ -31,12 +31,12 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, features: Tensor, entries: Tensor) -> Tensor:
-        """Logits [N] of final-normed `features` [N, D] from exit inputs `entries` [N, D]."""
+        """Return logits [N] for final-normed `features` [N, D] and exit inputs `entries` [N, D]."""
         seen = torch.cat([self.feature_norm(features), self.entry_norm(entries)], -1)
         logits: Tensor = self.net(seen).squeeze(-1)
         return logits
 
 
 def build_discriminators(width: int, depths: Sequence[int]) -> nn.ModuleDict:
-    """One discriminator for each depth, by depth."""
+    """Return one discriminator for each depth, by depth."""
     return nn.ModuleDict({str(d): Discriminator(width) for d in depths})

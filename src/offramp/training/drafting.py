@@ -53,11 +53,11 @@ MASK, BIAS = "attention_mask", "position_bias"
 
 @dataclass
 class Rollout:
-    """The states that an exit made of B answers of A tokens, whose first A-1 are fed.
+    """The states of an exit on B answers of A tokens, whose first A-1 are fed.
 
-    before: its states at the columns before these [B, A-1, D], the prompt's last the first.
-    drafts: of the k-th draft from every place, states [B, A-1, D] at the columns of the tokens that
-    it was given; void at the first k-1, which no draft of that number reaches.
+    before: its states at the columns before these [B, A-1, D], the prompt's last first. drafts:
+    states [B, A-1, D] of the k-th draft from every place, at the columns of its input tokens;
+    undefined at the first k-1 places.
     """
 
     before: Tensor
@@ -148,9 +148,9 @@ class _Unrolled:
 
 
 def seen_by_drafts(step: int, new: int, columns: int, device: torch.device) -> Tensor:
-    """Return which keys the `step`-th drafts from `new` places see [new, columns + step * new]: of
-    the true ones, whose last `new` are those places', those up to `step` columns before the query;
-    of draft m the one that stands `step` - m before it."""
+    """Return which keys the `step`-th drafts from `new` places see [new, columns + step * new]:
+    true columns up to `step` before the query (the last `new` columns are those places), and of
+    draft m the column `step` - m before the query."""
     query = torch.arange(new, device=device)[:, None]
     behind = query - torch.arange(new, device=device)  # columns before the query
     past = torch.ones(new, columns - new, dtype=torch.bool, device=device)
@@ -202,9 +202,10 @@ def _repeated(mask: Tensor, new: int, step: int) -> Tensor:
 
 
 def roll_out(backbone: Backbone, exits: Exits, batch: Batch, steps: int) -> dict[int, Rollout]:
-    """Drafts from every place of a batch's answers, by depth; differentiable in the `DraftInput`s.
+    """Return drafts from every place of a batch's answers, by depth; differentiable in the
+    `DraftInput`s.
 
-    Empty, where no answer has two tokens.
+    Empty where no answer has two tokens.
     """
     if batch.targets.shape[1] < 2:
         return {}
@@ -227,9 +228,10 @@ def roll_out(backbone: Backbone, exits: Exits, batch: Batch, steps: int) -> dict
 
 @dataclass
 class Acceptance:
-    """The share of drafts that are right, those before them being right.
+    """The share of right drafts after right drafts.
 
-    tried, right: by place in the draft. first_tried, first_right: of an answer's first draft.
+    tried, right: counts by place in the draft. first_tried, first_right: of an answer's first
+    draft.
     """
 
     tried: list[int]
@@ -239,7 +241,8 @@ class Acceptance:
 
     @property
     def to_json(self) -> dict[str, Any]:
-        """Shares by place, that of an answer's first draft, and how many drafts there were."""
+        """Return shares by place, the share of an answer's first draft, and the number of
+        drafts."""
         places = zip(self.right, self.tried, strict=True)
         return {
             "acceptance": [round(r / n, 4) for r, n in places if n],
@@ -258,9 +261,9 @@ class Acceptance:
 
 
 class DraftTraining(ABC):
-    """Training of what drafts on from its own states, unrolled over recorded answers.
+    """Training of modules that draft on from their own states, unrolled over recorded answers.
 
-    learning: what learns. depths: of what drafts.
+    learning: the trained modules. depths: of the drafting exits.
     """
 
     learning: nn.Module
@@ -273,21 +276,23 @@ class DraftTraining(ABC):
 
     @abstractmethod
     def rollouts(self, batch: Batch, steps: int) -> Mapping[int, Rollout]:
-        """Drafts from every place of a batch's answers, by depth; none where no answer has two
-        tokens."""
+        """Return drafts from every place of a batch's answers, by depth; empty where no answer has
+        two tokens."""
 
     @abstractmethod
     def logits(self, states: Tensor) -> Tensor:
-        """Logits [..., S] of a rollout's states [..., D]."""
+        """Return logits [..., S] of a rollout's states [..., D]."""
 
     @abstractmethod
     def truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The full model's logits [B, A, S], and which of the S it says [B, A]: -1 for another."""
+        """Return the full model's logits [B, A, S], and the index of its token [B, A]: -1 outside
+        these S."""
 
     def follow(self, stores: Stores) -> dict[int, Acceptance]:
-        """Train on recorded states, keep the best by validation, and return how often it is right.
+        """Train on recorded states, keep the best by validation, and return the shares of right
+        drafts.
 
-        No step is left out: drafts are best once the rate has come down, and dip before.
+        All steps are taken, because drafts are best once the learning rate has come down.
         """
         config, (train, validation) = self.config, stores
         optimizer = torch.optim.AdamW(
@@ -314,8 +319,8 @@ class DraftTraining(ABC):
         return found
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum over the drafts k of DECAY^(k-1) (KL(full || draft) + -log p(full's token)), each a
-        mean over tokens; of tokens that the shortlist lacks the first alone."""
+        """Return the sum over the drafts k of DECAY^(k-1) (KL(full || draft) - log p(full's
+        token)), each a mean over tokens; for tokens outside the shortlist KL alone."""
         rollouts = self.rollouts(batch, UNROLLED)
         total = torch.zeros((), device=self.backbone.device)
         with torch.no_grad():
@@ -334,7 +339,7 @@ class DraftTraining(ABC):
 
     @torch.no_grad()
     def measure(self, store: Any) -> dict[int, Acceptance]:
-        """Acceptance by place, of drafts from every place of the answers, by depth."""
+        """Return the acceptance by place, for drafts from every place of the answers, by depth."""
         counts = {d: torch.zeros(2 * MEASURED + 2) for d in self.depths}
         for index in range(len(store)):
             batch = store[index]
@@ -392,7 +397,7 @@ class DraftTraining(ABC):
 
 
 def check_kind(exits: ExitSet) -> None:
-    """Raise `InputError` where exits are no copied layers, and cannot learn to draft on."""
+    """Raise `InputError` where exits are no copied layers, which alone can learn to draft on."""
     if (kind := exits.modules.kind) not in ("layer", "drafting"):
         raise InputError(
             f"Exits of kind {kind!r} cannot learn to draft on.",
@@ -401,7 +406,7 @@ def check_kind(exits: ExitSet) -> None:
 
 
 class DraftingStage(DraftTraining):
-    """Teaches the exits of an adapter to draft on.
+    """The training stage in which an adapter's exits learn to draft on.
 
     adapter: with exits that are copied layers. config: of its training run; steps, batches, rate.
 
@@ -433,9 +438,9 @@ class DraftingStage(DraftTraining):
         return made
 
     def run(self, stores: Stores) -> Adapter:
-        """Train on recorded states, the best by validation; the adapter with those exits.
+        """Train on recorded states, and return the adapter with the best exits by validation.
 
-        Exits that draft already go on from what they have learnt.
+        Exits that already draft start from what they have learnt.
         """
         if not self.adapter.exits.draft_on:
             self.fit(stores[0])
@@ -453,8 +458,8 @@ class DraftingStage(DraftTraining):
         return teacher, words if places is None else places[words]
 
     def fit(self, store: Any) -> None:
-        """First matrices: by least squares, those with which the layer's input comes closest to the
-        one that it has of the true state at its depth."""
+        """Set the first matrices by least squares, so that the layer's input is closest to its
+        input from the true state at its depth."""
         grams: dict[int, list[Tensor]] = {}
         for index in range(0, len(store), max(1, len(store) // FITTED)):
             batch = store[index]

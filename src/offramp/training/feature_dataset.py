@@ -36,8 +36,8 @@ Stores = tuple[FeatureStore, FeatureStore]  # of the answers to train and to val
 
 
 class Teacher(Protocol):
-    """The model that exits learn from in the backbone's place, while it is entered: the same
-    backbone with the weights of a number format, which `name` names."""
+    """The model that exits learn from in the backbone's place, while this context is open: the same
+    backbone with weights in a number format. name: of the format."""
 
     @property
     def name(self) -> str: ...
@@ -50,7 +50,7 @@ class Teacher(Protocol):
 @dataclass(frozen=True)
 class TrainingStates:
     """The training states of examples, by a configuration, for exits at `depths`. out: the run's
-    folder. teacher: is entered while answers are written and states are recorded.
+    folder. teacher: open while answers are written and states are recorded.
 
     Raises:
         DataError: no examples.
@@ -72,13 +72,13 @@ class TrainingStates:
 
     @cached_property
     def share(self) -> Share:
-        """Return which answers this process records."""
+        """Return the share of the answers that this process records."""
         whole = self.accelerator.num_processes, self.accelerator.process_index
         return Share.of(self.encoder.backbone.model, *whole)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Return all that the states depend on, beside the examples and the backbone."""
+        """Return a key of all that the states depend on, besides the examples and the backbone."""
         config = self.config
         answers = {
             "mixed": (config.labelled_fraction, config.learns_without_labels),
@@ -173,6 +173,6 @@ class TrainingStates:
 
 
 def progress_bar(accelerator: Accelerator, title: str) -> Any:
-    """A function that wraps an iterable in a progress bar, on the main process only."""
+    """Return a function that wraps an iterable in a progress bar, on the main process only."""
     quiet = not accelerator.is_main_process
     return lambda iterable: progress(iterable, title, tell=not quiet)

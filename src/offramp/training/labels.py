@@ -27,13 +27,13 @@ def answers_of(
     progress: Any = iter,
     kept: KeptAnswers | None = None,
 ) -> list[Answered]:
-    """The answers of a regime for `share` of the examples; `progress` wraps what is iterated. kept:
-    as of `full_model_answers`.
+    """Return the answers for training, by the regime, for `share` of the examples. progress: wraps
+    the iteration. kept: as of `full_model_answers`.
 
-    Of a labelled example it is those that were given most often: all its captions.
+    A labelled example gives its most frequent answers: all its captions.
 
-    The regime picks its labelled examples before they are shared out, so that they are the same
-    ones on any number of processes. Pseudo-labelling may leave none.
+    The regime picks its labelled examples before they are shared out, so that they are the same on
+    any number of processes. Pseudo-labelling may leave no answer.
 
     Raises:
         DataError: an example without an answer where the regime needs one.
@@ -65,8 +65,8 @@ def answers_of(
 
 
 def most_given(answers: Sequence[str]) -> list[str]:
-    """Return the answers that were given most often: of captions, which all differ, each; of
-    annotators' answers to a question, what most of them say."""
+    """Return the most frequent answers: all captions, which differ, or the majority's answer to a
+    question."""
     counts = Counter(answers)
     return [answer for answer, count in counts.items() if count == max(counts.values())]
 

@@ -14,7 +14,7 @@ from offramp.training.config import TrainConfig
 def build_optimizers(
     exits: nn.Module, discriminators: nn.Module, config: TrainConfig
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """AdamW for the exits (generator) and for the discriminators."""
+    """Return AdamW for the exits (generator) and for the discriminators."""
     generator = torch.optim.AdamW(exits.parameters(), lr=config.learning_rate, weight_decay=0.01)
     discriminator = torch.optim.AdamW(
         discriminators.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.9)
@@ -23,7 +23,7 @@ def build_optimizers(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
-    """The exits' rate at `step`: a linear start, then a cosine down to a twentieth."""
+    """Set the exits' learning rate at `step`: a linear start, then a cosine down to a twentieth."""
     warm = max(1, min(50, config.steps // 10))
     share = min(1.0, (step + 1) / warm)
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -32,7 +32,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
 
 
 def average_gradients(accelerator: Any, module: nn.Module) -> None:
-    """Mean of the gradients over processes."""
+    """Replace the gradients by their mean over processes."""
     if accelerator.num_processes > 1:
         for parameter in module.parameters():
             if parameter.grad is not None:

@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 @contextmanager
 def in_step(layers: Sequence[Any]) -> Iterator[None]:
-    """Around whole passes of the decoder, of which processes make different numbers: FSDP2 gathers
-    each layer with all of them, so those that are done gather on until every one is."""
+    """Keep processes with different numbers of decoder passes together: FSDP2 gathers each layer
+    with all processes, so those that are done go on gathering until all are."""
     units = [layer for layer in layers if is_fsdp(layer)]
     if not units:
         yield
@@ -42,9 +42,11 @@ def in_step(layers: Sequence[Any]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Share:
-    """A process's part of the data. Processes that split each layer's work read the same batches.
+    """A process's part of the data. Processes that split each layer's weights read the same
+    batches.
 
-    count, index: of how many parts it is which. group: the processes that have this part.
+    count, index: number of parts, and the place of this one, from 0. group: the processes with this
+    part.
     """
 
     count: int = 1
@@ -62,11 +64,11 @@ class Share:
 
     @property
     def leads(self) -> bool:
-        """Return True if this process writes what the group's processes all have."""
+        """Return True if this process writes on behalf of its group."""
         return len(self.group) == 1 or distributed.get_rank() == self.group[0]
 
     def of_group(self, value: T) -> list[T]:
-        """Return what each process of the group has."""
+        """Return the values of all processes of the group."""
         if len(self.group) == 1:
             return [value]
         everyone = _all(value)
@@ -74,7 +76,7 @@ class Share:
 
 
 def of_all(model: nn.Module, value: T) -> list[T]:
-    """Return what each process has that holds a part of the model."""
+    """Return the values of all processes that hold a part of the model."""
     return _all(value) if is_split(model) else [value]
 
 

@@ -82,22 +82,22 @@ def train(
 ) -> Adapter:
     """Train exits and return the best adapter by validation agreement; it is also saved in `out`.
 
-    Ctrl-C leaves a checkpoint; `resume` continues from the last one, to the same result as if the
-    run had not been interrupted; on another number of processes the batches are others. `overwrite`
-    replaces an adapter or checkpoint that is there.
+    Ctrl-C leaves a checkpoint. `resume` continues from it, to the same result as an uninterrupted
+    run (on another number of processes batches differ). `overwrite` replaces an existing adapter or
+    checkpoint.
 
-    teacher: what the exits are to agree with, where it is not the backbone as it is, such as
-    `offramp_llama_cpp.Dequantised`; the adapter says its name.
+    teacher: the model that exits learn from, if not the backbone itself, such as
+    `offramp_llama_cpp.Dequantised`; its name is stored in the adapter.
 
     Raises:
         InputError: `out` holds an adapter or a checkpoint, and neither was asked for.
         StorageError: another run is writing to `out`, or it cannot be written.
-        DataError: too few examples, no labels where the regime needs them, or an answer longer
-            than the backbone's positions.
+        DataError: too few examples, no labels where the regime needs them, or an answer longer than
+            the backbone's positions.
         TrainingError: a loss that is not finite (the last good adapter and checkpoint stay), or a
             checkpoint that cannot be resumed with this configuration and data.
-        UnsupportedBackboneError: a backbone without tests of its own, found or registered by
-            you, does not decode as the model itself does.
+        UnsupportedBackboneError: a backbone without tests of its own, found or registered by you,
+            does not decode as the model itself does.
     """
     out, backbone = Path(out), Backbone.of(backbone)
     check_out(out, resume=resume, overwrite=overwrite)
@@ -123,11 +123,12 @@ def train_drafting(
     overwrite: bool = False,
     teacher: Teacher | None = None,
 ) -> Adapter:
-    """Teach the exits of an adapter, which stay as they are, to draft on; it is saved in `out`.
+    """Teach the exits of an adapter to draft on, with unchanged predictions, and save them in
+    `out`.
 
-    config: of this stage: steps, batches, learning rate, and whose answers it learns from.
-    teacher: as of `train`. Exits that learnt from another first learn on from this one, by as many
-    steps, and their guarantee does not stay.
+    config: of this stage: steps, batches, learning rate, and the regime of the answers. teacher: as
+    of `train`. Exits that learnt from another teacher are first trained from this one, by as many
+    steps, and lose their guarantee.
 
     Raises:
         InputError: `out` holds an adapter, and `overwrite` was not asked for; exits that are no
@@ -157,7 +158,7 @@ def train_drafting(
 
 
 class Trainer:
-    """One run, one process of it."""
+    """One training run, in one of its processes."""
 
     def __init__(
         self,
@@ -221,8 +222,8 @@ class Trainer:
     def run(self, resume: bool = False, recorded: dict[Any, Stores] | None = None) -> Adapter:
         """Train to the last step, or until validation stops improving.
 
-        recorded: states that runs on the same examples and backbone share. What this run needs is
-            read from there, or recorded and added; None: recorded for this run alone.
+        recorded: states shared by runs on the same examples and backbone. The states of this run
+        are read from there, or recorded and added; None: recorded for this run alone.
         """
         if resume:
             self._restore()
@@ -247,7 +248,7 @@ class Trainer:
 
     def run_stages(self, resume: bool = False, *, drafts: bool) -> Adapter:
         """Train as `run` does. drafts: whether the exits then learn to draft on, from the same
-        recorded states."""
+        states."""
         if not drafts:
             return self.run(resume)
         recorded: dict[Any, Stores] = {}
@@ -272,7 +273,7 @@ class Trainer:
         return found[0]
 
     def learn_on(self, adapter: Adapter, stores: Stores) -> Adapter:
-        """The adapter with its exits trained further, on recorded states; saved, without its
+        """Return the adapter with its exits trained further on recorded states; saved, without its
         guarantee."""
         exits = adapter.exits
         drafting = self.exits.load_state_dict(exits.modules.state_dict(), strict=False)
@@ -290,7 +291,7 @@ class Trainer:
         )
 
     def teach_drafts(self, adapter: Adapter, stores: Stores) -> Adapter:
-        """The adapter with exits that draft on, saved."""
+        """Return the adapter with exits that draft on, saved."""
         made = DraftingStage(adapter, self.config, self.accelerator).run(stores)
         for store in stores:
             store.clear()

@@ -13,7 +13,7 @@ FOLDERS = {"photos": ("train", 100), "held_out": ("calibration", 200)}
 
 
 def main(numbers: list[str]) -> None:
-    """Write the folders; what is there already is drawn again, the same."""
+    """Write the folders of scenes; existing ones are drawn again, with the same result."""
     counts = [int(n) for n in numbers] or [n for _, n in FOLDERS.values()]
     for (folder, (split, _)), count in zip(FOLDERS.items(), counts, strict=True):
         Path(folder).mkdir(exist_ok=True)

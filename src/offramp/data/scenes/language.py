@@ -31,7 +31,8 @@ Maker = Callable[[np.random.Generator, "Scene"], QA | None]
 
 
 def caption(scene: Scene) -> str:
-    """One sentence that states every object, in reading order, with all its attributes."""
+    """Return one sentence with every object of a scene, in reading order, with all its
+    attributes."""
     parts = [f"a {looks_of(t)} at {place_name(t.place)}" for t in scene.objects]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     noun = "object" if len(parts) == 1 else "objects"
@@ -50,7 +51,7 @@ _OPENING = re.compile(rf"^{_any(COUNTS)} objects? on {_any(BACKGROUNDS)}:")
 
 
 def scene_facts(scene: Scene) -> set[Fact]:
-    """Everything a caption should state, as (place, attribute) pairs."""
+    """Return all facts that a caption should state, as (place, attribute) pairs."""
     facts = {("count", COUNTS[len(scene.objects)]), ("background", scene.background)}
     for thing in scene.objects:
         facts |= {(place_name(thing.place), a) for a in (thing.size, thing.color, thing.shape)}
@@ -58,8 +59,8 @@ def scene_facts(scene: Scene) -> set[Fact]:
 
 
 def caption_attributes(text: str) -> set[Fact]:
-    """Return what a caption claims, true or not, as (place, attribute) pairs; noise claims
-    nothing."""
+    """Return the facts that a caption states, true or not, as (place, attribute) pairs; none for
+    noise."""
     text = _normal(text)
     facts: set[Fact] = set()
     opening = _OPENING.match(text)
@@ -96,12 +97,12 @@ RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
 
 
 def question_prompt(question: str) -> str:
-    """The prompt that asks one question."""
+    """Return the prompt for one question."""
     return f"Question: {question} Answer:"
 
 
 def answer_correct(text: str, answer: str) -> bool:
-    """Return True if a generated answer is the reference, up to case, spaces and a final full
+    """Return True if a generated answer equals the reference, up to case, spaces and a final full
     stop."""
     return _normal(text).rstrip(" .") == _normal(answer)
 
@@ -264,10 +265,10 @@ RARE = dict.fromkeys(("relation", "larger", "same", "more"), 0.25)  # against 1 
 
 
 def questions(scene: Scene, n: int) -> list[QA]:
-    """Up to `n` different (question, answer) pairs, of kinds as varied as the scene allows.
+    """Return up to `n` different (question, answer) pairs, of kinds as varied as the scene allows.
 
-    Questions about two named things come late (`RARE`): they are the hardest, and a small model
-    that cannot compare should still be a useful model.
+    Questions about two named things come late (`RARE`), because they are the hardest for a small
+    model.
     """
     rng = generator_of(scene.seed, "questions")
     weights = np.array([RARE.get(kind, 1.0) for kind in QUESTIONS])

@@ -11,7 +11,7 @@ from offramp.inputs.example import Example
 
 @dataclass(frozen=True)
 class Task:
-    """Examples of one task, and how one answer is judged right."""
+    """The examples of one task, and the function that judges one answer."""
 
     name: str
     examples: list[Example]
@@ -19,7 +19,7 @@ class Task:
 
 
 def captions(split: str, n: int, start: int = 0) -> Task:
-    """Pictures to describe; a caption is right when every attribute of it is."""
+    """Return pictures to describe; a caption is right if all its attributes are."""
     scenes = {f"{split}/{i}": world.scene(split, i) for i in range(start, start + n)}
     examples = [
         Example(world.render(s), world.CAPTION_PROMPT, (language.caption(s),), key, group=key)
@@ -33,7 +33,8 @@ def captions(split: str, n: int, start: int = 0) -> Task:
 
 
 def questions(split: str, n: int, start: int = 0, per_picture: int = 2) -> Task:
-    """`n` images, `per_picture` questions on each; an answer is right when it is the reference."""
+    """Return `n` images with `per_picture` questions each; an answer is right if it equals the
+    reference."""
     examples = []
     for index in range(start, start + n):
         scene = world.scene(split, index)
@@ -52,6 +53,6 @@ def questions(split: str, n: int, start: int = 0, per_picture: int = 2) -> Task:
 def captions_and_questions(
     split: str, n: int, start: int = 0, per_picture: int = 2
 ) -> list[Example]:
-    """The examples of both tasks about the same `n` images."""
+    """Return the examples of both tasks about the same `n` images."""
     asked = questions(split, n, start, per_picture)
     return captions(split, n, start).examples + asked.examples

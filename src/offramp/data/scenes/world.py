@@ -75,8 +75,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a picture: objects in reading order, a background, and the seed of the
-    rest."""
+    """The content of a picture: objects in reading order, a background, and a seed for all else."""
 
     objects: tuple[Thing, ...]
     background: str
@@ -88,12 +87,12 @@ def looks_of(thing: Thing) -> str:
 
 
 def place_name(place: int) -> str:
-    """The two words that name a grid cell, such as "top left"."""
+    """Return the two words that name a grid cell, such as "top left"."""
     return f"{ROWS[place // GRID]} {COLUMNS[place % GRID]}"
 
 
 def scene(split: str, index: int) -> Scene:
-    """The scene number `index` of a split; the same arguments always give the same scene."""
+    """Return scene number `index` of a split; equal arguments always give the same scene."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if not 0 <= index < SPLIT_SPAN:
@@ -102,12 +101,13 @@ def scene(split: str, index: int) -> Scene:
 
 
 def scenes(split: str, n: int, start: int = 0) -> Iterator[Scene]:
-    """The scenes `start` to `start + n - 1` of a split."""
+    """Yield the scenes `start` to `start + n - 1` of a split."""
     return (scene(split, index) for index in range(start, start + n))
 
 
 def generator_of(seed: int, purpose: str) -> np.random.Generator:
-    """One stream per purpose, so that asking more questions never changes the picture."""
+    """Return a random generator for one purpose, so that more questions never change the
+    picture."""
     return np.random.default_rng((seed, sum(map(ord, purpose))))
 
 
@@ -168,7 +168,7 @@ def _backdrop(rng: np.random.Generator, background: str, side: int) -> Image.Ima
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, `IMAGE_SIZE` pixels square, anti-aliased."""
+    """Return the picture of a scene: RGB, `IMAGE_SIZE` pixels square, anti-aliased."""
     rng = generator_of(scene.seed, "pixels")
     image = _backdrop(rng, scene.background, IMAGE_SIZE).resize((IMAGE_SIZE * _OVERSAMPLE,) * 2)
     draw = ImageDraw.Draw(image)

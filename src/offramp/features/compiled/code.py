@@ -27,12 +27,12 @@ _OPTIONS = {"size_asserts": False, "alignment_asserts": False}
 
 
 class CannotCompileError(Exception):
-    """Raised where there is no code for a call: the module itself must run."""
+    """Raised where no code can be made for a call: the module itself must run."""
 
 
 class Code:
-    """Compiled code of what `run` computes. Called with inputs and weights; what it writes into
-    inputs stays."""
+    """Compiled code of the function `run`, called with inputs and weights. What the code writes
+    into inputs stays."""
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class Code:
         self._fits: dict[Any, bool] = {}
 
     def fits(self, lengths: tuple[int, ...], inputs: Sequence[Tensor]) -> bool:
-        """Return True if the code was made for such inputs too; asked once for each tuple of
-        lengths."""
+        """Return True if the code also fits inputs of these lengths; computed once for each tuple
+        of lengths."""
         known = self._fits.get(lengths)
         if known is None:
             known = self._fits[lengths] = bool(
@@ -145,7 +145,7 @@ _COMMON = frozenset(nn.Module().__dict__) | {"layer_idx"}
 
 
 class Kind:
-    """Modules that are built alike. codes: by kind of call; None where there is none."""
+    """Modules with the same structure. codes: by kind of call; None where no code could be made."""
 
     def __init__(self, parts: list[Any], weights: list[Any]) -> None:
         self.parts: list[Any] = parts
@@ -163,7 +163,7 @@ class Codes:
         self._warned = False
 
     def known(self, module: nn.Module) -> tuple[Kind, set[Any]]:
-        """The kind of a module, and the kinds of call in which its code was found right."""
+        """Return the kind of a module, and the kinds of call for which its code was found right."""
         weights = _layout(module)
         with self._lock:
             known = self._of.get(module)
@@ -178,12 +178,12 @@ class Codes:
             return known
 
     def look_again(self) -> None:
-        """Compare each module with its code once more when it next asks for it."""
+        """Make each module compare itself with its code once more at its next call."""
         with self._lock:
             self._of.clear()
 
     def make(self, kind: Kind, key: Any, name: str, compile_it: Callable[[], Code]) -> Code | None:
-        """The code for this kind of call; None, and a warning, where there is none."""
+        """Return the code for this kind of call; None, and a warning, where none can be made."""
         with self._lock:
             if key not in kind.codes:
                 start = time.perf_counter()
@@ -197,14 +197,14 @@ class Codes:
             return kind.codes[key]
 
     def warn(self, reason: str) -> None:
-        """Say once that something runs as before."""
+        """Warn once that a part runs uncompiled. reason: in words."""
         if not self._warned:
             log.warning("Decoding is not all compiled, and runs as without: %s", reason)
         self._warned = True
 
 
 def tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Parameters and buffers, with the part that each belongs to."""
+    """Return a module's parameters and buffers, each with its owner and its name there."""
     parts = (part for _, part in module.named_modules(remove_duplicate=False))
     return [
         (part, name, tensor)

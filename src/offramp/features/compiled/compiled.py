@@ -184,7 +184,7 @@ class CompiledHead(_Compiled):
 
 
 class CompiledModules(BareModules):
-    """Code or bare twins by the module in whose place they are called, for one generation."""
+    """Compiled code or bare twins for one generation, by the module that each replaces."""
 
     def __init__(self, codes: Codes, caller: str) -> None:
         super().__init__(caller)
@@ -212,7 +212,7 @@ def codes_of(backbone: Backbone) -> Codes:
 
 
 class ByCode:
-    """Calls code in the place of layers, exits and head (`Instead`), on a CPU alone."""
+    """Replaces layers, exits and head by compiled code (`Instead`), on a CPU alone."""
 
     name = "compiled"
 
@@ -226,7 +226,7 @@ class ByCode:
         return CompiledHead(codes_of(backbone), backbone.head, backbone.reader)
 
     def left_out(self, backbone: Backbone, reason: str) -> None:
-        """Warn, once for a model."""
+        """Warn, once for a model, that its modules run uncompiled."""
         codes_of(backbone).warn(reason)
 
 

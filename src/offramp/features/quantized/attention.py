@@ -29,8 +29,8 @@ def attention_by_token(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention [B, T, H, Dh] of queries [B, H, T, Dh] to keys and values [B, Hk, K, Dh], the last
-    of which are the queries' own; each query in a call of its own.
+    """Return attention [B, T, H, Dh] of queries [B, H, T, Dh] to keys and values [B, Hk, K, Dh],
+    whose last T are the queries' own; each query is computed in a call of its own.
 
     attention_mask, position_bias: [B or 1, 1 or H, T, K].
     """
@@ -68,7 +68,7 @@ ALL_ATTENTION_FUNCTIONS.register(_NAME, attention_by_token)
 
 
 def attend_by_token(layers: nn.Module) -> None:
-    """Let the layers' own attention be `attention_by_token`, where it is torch's."""
+    """Replace the layers' own attention by `attention_by_token`, where it is torch's."""
     for module in layers.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(module, "is_causal") and getattr(config, "_attn_implementation", "") == "sdpa":

@@ -24,9 +24,10 @@ _TOGETHER = 2**16
 
 
 class QuantizedLinear(OwnLinear):
-    """A linear whose weight is codes and scales; states [..., in] in, states [..., out] out.
+    """A linear layer whose weight is stored as codes and scales, from states [..., in] to [...,
+    out].
 
-    rows_together: how many rows its kernel reads at once.
+    rows_together: rows that its kernel reads at once.
     """
 
     rows_together = 1
@@ -41,7 +42,7 @@ class QuantizedLinear(OwnLinear):
 
     @classmethod
     def fits(cls, linear: nn.Linear) -> bool:
-        """Return True if a linear of its sizes can be held so."""
+        """Return True if a linear of these sizes can be stored in this form."""
         return linear.in_features % _GROUP == 0 and linear.out_features % cls.rows_together == 0
 
     def forward(self, states: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class QuantizedLinear(OwnLinear):
         return made.view(*states.shape[:-1], self.out_features)
 
     def products(self, rows: Tensor) -> Tensor:
-        """Rows [N, in] times the weight: [N, out]; both in bfloat16."""
+        """Return rows [N, in] times the weight: [N, out]; both in bfloat16."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -94,7 +95,7 @@ class Int4Linear(QuantizedLinear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The codes, in the type by which transformers knows a quantised weight."""
+        """The codes, in the type that transformers takes for a quantised weight."""
         return self.codes.view(torch.int8)
 
     def products(self, rows: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ SCHEMES: dict[str, type[QuantizedLinear]] = {kind.word: kind for kind in (Int8Li
 
 
 def check_quantize(word: str, dtype: torch.dtype | str) -> None:
-    """Raise `InputError` for an unknown scheme, or one that does not go with a precision."""
+    """Raise `InputError` for an unknown scheme, or one that does not fit the precision `dtype`."""
     check_known("Quantisation", [word], tuple(SCHEMES))
     if str(dtype).removeprefix("torch.") not in ("auto", "bfloat16"):
         raise InputError(
@@ -135,7 +136,7 @@ def check_quantize(word: str, dtype: torch.dtype | str) -> None:
 
 
 def quantized(backbone: Backbone, word: str) -> Backbone:
-    """Round the weights of the decoder's layers in place, and return the backbone that they make.
+    """Round the weights of the decoder's layers in place, and return the resulting backbone.
 
     word: a scheme of `SCHEMES`. The backbone is in bfloat16.
 
@@ -156,13 +157,13 @@ def quantized(backbone: Backbone, word: str) -> Backbone:
 
 @torch.no_grad()
 def quantize_layers(layers: nn.Module, word: str) -> None:
-    """Round decoder layers' weights, and let several tokens get what each would get alone.
+    """Round decoder layers' weights, and compute several tokens as each would be computed alone.
 
-    Puts quantised linears in place of the plain ones, one after the other, so that no more than
-    one weight is held twice. Those whose sizes do not fit the scheme stay as they are.
+    Plain linears are replaced one after the other, so that at most one weight is held twice.
+    Linears whose sizes do not fit the scheme stay as they are.
 
     Raises:
-        InputError: none fits, or they are not on a processor.
+        InputError: none fits, or they are not on a CPU.
     """
     kind = SCHEMES[word]
     places = [

@@ -27,7 +27,8 @@ ROWS = 4
 
 
 def filled_up(states: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return what a product of rows [N, in] makes of states [..., in]; it gets at least `ROWS`."""
+    """Return the result of `product`, a function of rows [N, in] with N at least `ROWS`, for states
+    [..., in]."""
     rows = states.reshape(-1, states.shape[-1])
     tokens = len(rows)
     if tokens < ROWS:
@@ -37,7 +38,7 @@ def filled_up(states: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class PrepackedLinear(OwnLinear):
-    """A linear in oneDNN's layout: states [..., in] in, states [..., out] out; for inference."""
+    """A linear layer in oneDNN's layout, from states [..., in] to [..., out]; for inference."""
 
     weight: Tensor
 
@@ -51,7 +52,8 @@ class PrepackedLinear(OwnLinear):
         self.register_buffer("weight", packed, persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Raise `InputError` where the product is to be differentiated, as training would."""
+        """Return states [..., out]. Raise `InputError` where gradients are wanted, as in
+        training."""
         if states.requires_grad and torch.is_grad_enabled():
             raise InputError(
                 "Prepacked weights were to be trained through, and are for inference alone.",
@@ -78,16 +80,15 @@ class PrepackedLinear(OwnLinear):
 
 
 def is_worth_it(weight: Tensor) -> bool:
-    """Return True if the product of one token is faster in this layout."""
+    """Return True if one token is multiplied faster in this layout."""
     return weight.dtype != torch.float32 or weight.numel() >= LEAST
 
 
 def prepacked(linear: nn.Linear) -> PrepackedLinear:
-    """A linear in oneDNN's layout; the plain one is left as it is.
+    """Return a copy of a linear in oneDNN's layout.
 
     Raises:
-        InputError: the linear is not on a processor, or in a precision that this one cannot
-            multiply in.
+        InputError: the linear is not on a CPU, or in a precision that this CPU cannot multiply in.
     """
     weight = linear.weight
     precision = str(weight.dtype).removeprefix("torch.")
