@@ -343,7 +343,7 @@ class Draws:
 
     @property
     def risk(self) -> Any:
-        """The mean loss of the unit [...]."""
+        """The risk: the mean loss over images, groups or answers, by the unit [...]."""
         return self.sums.sum(0) / self.counts.sum()
 
     def values(self, target: float) -> list[Array]:

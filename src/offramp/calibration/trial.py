@@ -248,8 +248,9 @@ class Trial:
         return found if within else replace(found, **_out_of_reach(self, asked))
 
     def early(self, found: Calibration) -> list[Answer]:
-        """Return early answers to the tested examples, each kind of prompt by its thresholds; to
-        `ANSWERS` of them if the risk needs no right answers. Empty where nothing is guaranteed."""
+        """Return early answers to the tested examples, each kind of prompt by its thresholds; empty
+        without a guarantee. If the risk needs no right answers, only `ANSWERS` examples are
+        answered."""
         if found.policy.own_mode != "early_exit":
             return []
         n = len(self.kinds) if self.tested.risk.quality else min(len(self.kinds), ANSWERS)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns 0 if it did what was asked, 1 on a user's mistake, 2 on a command line that cannot be
-    read, 128 + n when signal n stopped it (130: Ctrl-C).
+    Returns 0 for success, 1 for a user's mistake, 2 for a command line that cannot be read, 128 + n
+    after signal n (130: Ctrl-C).
     """
     try:
         # Here, so that Ctrl-C while modules are still being read is no traceback either.

@@ -74,10 +74,10 @@ OURS = ("offramp", "offramp_llama_cpp", "offramp_photo", "offramp_vllm")
 
 @dataclass(frozen=True)
 class Program:
-    """The commands that there are, with PyTorch or without.
+    """The available commands, with PyTorch or without.
 
-    description, examples: what its help says before and after them. adds: by command, what adds it
-    to a parser's commands.
+    description, examples: text of its help before and after the commands. adds: by command, a
+    function that adds it to a parser.
     """
 
     description: str
@@ -87,11 +87,10 @@ class Program:
 
 @dataclass(frozen=True)
 class WithoutPytorch:
-    """Commands of a package that run without PyTorch, held by an entry point of
-    "offramp.programs".
+    """Commands of a package that run without PyTorch, of an entry point of "offramp.programs".
 
-    names: commands. takes: whether a command line is for them and not for those of `COMMANDS`.
-    add: adds them to a parser's commands. description, examples: as of `Program`.
+    names: commands. takes: whether a command line is for them and not for those of `COMMANDS`. add:
+    adds them to a parser. description, examples: as of `Program`.
     """
 
     names: tuple[str, ...]
@@ -112,7 +111,7 @@ def offramp_program() -> Program:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run a command; see `offramp.cli.main` for what is returned."""
+    """Run a command; return the exit code of `offramp.cli.main`."""
     prepare_output()
     _prepare_logging()
     with _plain_warnings(), _stoppable() as stopped:
@@ -192,7 +191,7 @@ def _without_pytorch(program: WithoutPytorch) -> Program:
 
 
 def build_parser(program: Program | None = None) -> Parser:
-    """The parser of all commands; a command's own options are made when it is asked for."""
+    """Return the parser of all commands; a command's own options are added at its first use."""
     program = program or offramp_program()
     parser = Parser(
         prog="offramp",

@@ -22,7 +22,7 @@ _NULL = "tag:yaml.org,2002:null"
 def of_config(
     args: Sequence[str], options: Mapping[str, argparse.Action]
 ) -> Iterator[tuple[argparse.Action, str, list[str]]]:
-    """The options that a command's `--config` file sets: each with its flag and its words.
+    """Yield the options in a command's `--config` file, each with its flag and its words.
 
     args: of the command. options: of the command, by flag.
 

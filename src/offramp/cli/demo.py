@@ -60,7 +60,8 @@ TARGET = 0.0075  # of answers; below the 1% of quality that the demo is meant to
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """Images used by each part; each gives one caption and two questions."""
+    """Numbers of images in each part of the demo; each image gives one caption and two
+    questions."""
 
     train: int = 1200
     calibration: int = 2000
@@ -105,8 +106,8 @@ def photograph(paint: Callable[[str, int, int], str]) -> list[str]:
 def demo(
     kind: str, out: Path, sizes: DemoSizes = DemoSizes(), *, target: float = TARGET
 ) -> dict[str, Any]:
-    """Run everything for the tiny model `kind`; write `out`/report.json and
-    report.html, and return the former."""
+    """Run the whole demo for the tiny model `kind`; write `out`/report.json and report.html, and
+    return the report."""
     torch.set_num_threads(1)  # at this size a second thread costs more than it gives
     started = time.perf_counter()
     backbone, processor = load_tiny(kind)
@@ -174,7 +175,7 @@ def demo(
 
 
 def demo_page(report: Mapping[str, Any], shown: Done) -> str:
-    """The page of a demo's report and some of its answers."""
+    """Return the page of a demo's report and some of its answers."""
     source = Source("demo", f"{report['backbone']}, demo", report, shown)
     return page([source], captions_and_questions("test", SHOWN))
 
@@ -240,7 +241,7 @@ def _measure(
 
 
 def shown_rows(mode: str, tasks: Sequence[Task], answers: Mapping[str, Sequence[Answer]]) -> Done:
-    """The answers to some of each task's examples, as an evaluation keeps them."""
+    """Return the answers to some of each task's examples, as rows of an evaluation."""
     return {
         (mode, example.key): {
             "key": example.key,
@@ -256,7 +257,7 @@ def shown_rows(mode: str, tasks: Sequence[Task], answers: Mapping[str, Sequence[
 def answers(
     adapter: Adapter, encoder: InputProcessor, tasks: Sequence[Task], policy: ExitPolicy
 ) -> dict[str, list[Answer]]:
-    """Free-running answers of every task's examples, by task."""
+    """Return the generated answers to every task's examples, by task."""
     return {
         task.name: generate_answers(
             adapter, encoder, task.examples, policy, progress=_bar(f"test {task.name}"), **OPTIONS
@@ -271,7 +272,7 @@ def _share_right(task: Task, answers: Sequence[Answer]) -> float:
 
 
 def generate_fn(adapter: Adapter, policy: ExitPolicy) -> GenerateFn:
-    """The adapter's exits by `policy`, with the demo's options."""
+    """Return a function that generates by `policy`, with the demo's options."""
     return exit_generate_fn(adapter.backbone, adapter.exits, policy, **OPTIONS)
 
 
@@ -310,7 +311,7 @@ def _bar(title: str) -> Any:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report as a person reads it on a terminal."""
+    """Return the report as a table for a terminal."""
     early, lossless = (report["modes"][name] for name in ("early_exit", "lossless"))
     promise = report["calibration"]
     kept = promise["reason"] or f"promised: at most {promise['target']:.2%} of answers change"

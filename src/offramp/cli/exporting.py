@@ -17,11 +17,11 @@ def _none(parser: Parser) -> None:
 
 @dataclass(frozen=True)
 class Exporter:
-    """A format that `offramp export` writes, held by an entry point of "offramp.exporters".
+    """A format for `offramp export`, of an entry point of "offramp.exporters".
 
-    said: what is written, as the help of --to says it. write: writes it, by the command's options.
-    options: adds the options that this format alone has. takes: names of options that only some
-    formats take, and this one does.
+    said: description for the help of --to. write: writes it, by the command's options. options:
+    adds the options of this format alone. takes: names of options that only some formats use, this
+    one included.
     """
 
     said: str
@@ -40,7 +40,7 @@ def check_adapter_alone(arguments: argparse.Namespace) -> None:
 
 
 def refuse_others(arguments: argparse.Namespace, exporters: dict[str, Any]) -> None:
-    """Raise `InputError` for an option that goes with another format than --to names."""
+    """Raise `InputError` for an option of another format than --to names."""
     own = exporters[arguments.to].takes
     for name in dict.fromkeys(taken for one in exporters.values() for taken in one.takes):
         if name not in own and getattr(arguments, name, None):

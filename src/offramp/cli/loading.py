@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def read_data(arguments: argparse.Namespace, *, require_answers: bool = True) -> list[Any]:
-    """Return what `data_options` name, as `offramp.data.formats.read_items` reads it."""
+    """Return the examples that `data_options` name, by `offramp.data.formats.read_items`."""
     from offramp.data.formats import read_items
     from offramp.data.rows import NoAnswerError
 
@@ -48,9 +48,9 @@ ADAPTER = (*BACKBONE, "backbone", "engine", "gguf", "context", "threads", "chat_
 
 
 def loaded(arguments: argparse.Namespace, **more: Any) -> Any:
-    """Return the adapter that the command names, opened as its options say: a `Loaded`.
+    """Return the adapter that the command names, opened by its options, as a `Loaded`.
 
-    more: of `offramp.load`, instead of options.
+    more: arguments of `offramp.load`, instead of options.
     """
     from offramp.engines.loading import load
 
@@ -62,7 +62,7 @@ def loaded(arguments: argparse.Namespace, **more: Any) -> Any:
 def load_model(
     arguments: argparse.Namespace, name: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
-    """Return the backbone and its processor. revision: where --revision does not give another."""
+    """Return the backbone and its processor. revision: used without --revision."""
     from offramp.engines import engine_named
     from offramp.engines.loading import open_backbone
 
@@ -83,7 +83,7 @@ def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
 
 
 def check_engine(arguments: argparse.Namespace) -> None:
-    """Raise `InputError` for a mistake about engines, which should not wait for the model."""
+    """Raise `InputError` for a mistake in the engine's options, before the model loads."""
     from offramp.engines import check_asked
 
     vision = getattr(arguments, "vision", TORCH)
@@ -91,7 +91,8 @@ def check_engine(arguments: argparse.Namespace) -> None:
 
 
 def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
-    """Part 3 of the self-check on one example, taken over by the backbone; what came out, in words.
+    """Run part 3 of the self-check on one example; return the findings in words, which the backbone
+    takes over.
 
     Raises:
         UnsupportedBackboneError: decoding with exits would not be the model's own.
@@ -109,8 +110,7 @@ def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:
 
 
 def adapter_folder(arguments: argparse.Namespace) -> Path:
-    """Return where a changed adapter is written: --out or, if it is on this machine, its own
-    folder.
+    """Return the folder for a changed adapter: --out or, if it is on this machine, its own folder.
 
     Raises:
         InputError: neither is given, --out holds another adapter, or there are no exits to save.
@@ -131,7 +131,8 @@ def adapter_folder(arguments: argparse.Namespace) -> Path:
 
 
 def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> list[Any]:
-    """The items whose images the adapter did not use in these steps; says how many are left out."""
+    """Return the items whose images the adapter did not use in these steps; report the number left
+    out."""
     from offramp.data.decontamination import unseen
 
     keep = unseen(adapter.seen, [item.example for item in items], steps)
@@ -148,7 +149,7 @@ def unseen_items(items: Sequence[Any], adapter: Any, steps: Sequence[str]) -> li
 def policy_of(
     arguments: argparse.Namespace, adapter: Any, prompt: str, engine: str | None = None
 ) -> Any:
-    """The adapter's policy for a prompt, or at the threshold that --threshold names. engine: as of
+    """Return the adapter's policy for a prompt, or at the threshold of --threshold. engine: as of
     `Adapter.standing`."""
     from dataclasses import replace
 

@@ -53,10 +53,10 @@ def add_command(
     usual: str = "",
     result: bool = True,
 ) -> None:
-    """Add a command. options: adds its options, once the command is asked for.
+    """Add a command. options: adds its options, at the first use of the command.
 
-    usual: names of the options that `--help` shows, with spaces between; "": it shows all. result:
-    whether it prints one, which --json then prints as JSON.
+    usual: names of the options in `--help`, separated by spaces; "": all. result: whether the
+    command prints one, which --json prints as JSON.
     """
 
     def late(parser: Parser) -> None:
@@ -84,8 +84,8 @@ def name_first(
     required: bool = True,
     **more: Any,
 ) -> None:
-    """Add the model's name as the first word. old: options of earlier versions that still give the
-    name, and are not shown. more: of `add_argument`."""
+    """Add the model's name as the first word. old: hidden options of earlier versions for the name.
+    more: of `add_argument`."""
     word = group.add_argument(dest, nargs="?", metavar="NAME", action=Named, help=help, **more)
     for flag in old:
         group.add_argument(flag, dest=dest, action=Named, help=argparse.SUPPRESS, **more)
@@ -130,7 +130,7 @@ def name_option(
     shown: str | None = None,
     **more: Any,
 ) -> None:
-    """An option that takes one of these names. shown: the default in words."""
+    """Add an option that takes one of these names. shown: the default in words."""
     names = list(names)
     default_text = default if shown is None else shown
     ending = "" if default_text is None else f" (default: {default_text})"
@@ -154,8 +154,8 @@ def field_option(
     default: Any = _SAME,
     shown: str | None = None,
 ) -> None:
-    """The option of a dataclass's field: its type and its default, and of its metadata "help" and
-    "choices" where they are not given."""
+    """Add the option of a dataclass's field: with its type and default, and the "help" and
+    "choices" of its metadata unless given here."""
     field = next(field for field in fields(cls) if field.name == name)
     hint = _hints(cls)[name]
     flag = field.metadata.get("flag") or f"--{name.replace('_', '-')}"
@@ -189,8 +189,8 @@ def field_option(
 def settings_option(
     group: Any, flag: str, cls: type, names: Collection[str], help: str, *, first: str = ""
 ) -> None:
-    """One option of several fields of a dataclass, as NAME=VALUE,NAME=VALUE; it holds those that
-    were given, by name. first: the field that a value without a name is of."""
+    """Add one option for several fields of a dataclass, as NAME=VALUE,NAME=VALUE; its value has the
+    given fields by name. first: the field of a value without a name."""
     known = {field.name: field for field in fields(cls) if field.name in names}
 
     def parse(text: str) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def _shown(field: Field[Any], default: Any) -> str:
 
 
 def depths_option(group: Any, flag: str, help: str, *, default: Any = None) -> None:
-    """An option that lists depths, as 3,6."""
+    """Add an option that lists depths, as 3,6."""
     group.add_argument(
         flag,
         metavar="N,N",
@@ -259,8 +259,8 @@ def _hints(cls: type) -> dict[str, Any]:
 def field_options(
     group: Any, cls: type, names: Collection[str] | None = None, **choices: Iterable[str]
 ) -> None:
-    """The options of these fields, in their order, with their own help; None: of all that have one.
-    choices: by field."""
+    """Add the options of these fields, in their order, with their own help. names: None: all fields
+    with help. choices: by field."""
     for field in fields(cls):
         if "help" in field.metadata if names is None else field.name in names:
             field_option(group, cls, field.name, choices=choices.get(field.name))
@@ -305,10 +305,10 @@ def _metavar(hint: Any) -> str:
 def model_options(
     parser: Parser, *, adapter: bool | None = None, engines: Engines = "plain", auto: bool = False
 ) -> None:
-    """The model's name and options of its backbone. adapter: whether exits must be named; None: the
-    command takes a backbone alone.
+    """Add the model's name and the options of its backbone. adapter: whether exits must be named;
+    None: the command takes a backbone alone.
 
-    engines: those that the command's adapter may run in. auto: as of `engine_option`.
+    engines: in which the command's adapter may run. auto: as of `engine_option`.
     """
     group = parser.add_argument_group("model")
     if adapter is None:
@@ -320,8 +320,7 @@ def model_options(
 
 
 def adapter_options(parser: Parser, group: Any, engines: Engines, *, auto: bool = False) -> None:
-    """Add the options of how an adapter that was named is loaded. engines, auto: as of
-    `model_options`."""
+    """Add the options for loading the named adapter. engines, auto: as of `model_options`."""
     group.add_argument("--backbone", metavar="NAME", help=f"{BACKBONE} (default: the adapter's)")
     precision_options(group, quantize=engines != "none")
     if engines != "none":
@@ -329,8 +328,8 @@ def adapter_options(parser: Parser, group: Any, engines: Engines, *, auto: bool 
 
 
 def engine_option(group: Any, engines: Engines = "all", *, auto: bool = False) -> None:
-    """Add the option that says which of these engines runs the decoder. auto: or the fastest, which
-    is the default then."""
+    """Add the option for the decoder's engine, one of these. auto: whether "auto", the fastest, is
+    allowed and the default."""
     named = {n: one for n, one in all_engines().items() if engines == "all" or writes_many(n, one)}
     known = ", ".join(f"{n} ({one.said})" if one.said else n for n, one in named.items())
     fastest = f"{AUTO} (the fastest here that keeps the answers, measured once), " if auto else ""
@@ -350,7 +349,8 @@ def writes_many(name: str, engine: DecoderEngine) -> bool:
 
 
 def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
-    """Add what goes with --engine. sized: threads and context too; returns the group."""
+    """Add the options that belong to --engine. sized: with threads and context; returns the
+    group."""
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--gguf",
@@ -378,7 +378,7 @@ def runtime_options(parser: Parser, *, sized: bool = True) -> Any:
 
 
 def vision_options(group: Any) -> None:
-    """Add the options of how images are seen."""
+    """Add the options of how images are read."""
     towers = [tower for engine in all_engines().values() for tower in engine.towers]
     name_option(
         group,
@@ -398,8 +398,8 @@ def vision_options(group: Any) -> None:
 
 
 def precision_options(group: Any, *, quantize: bool = True) -> None:
-    """Add the options of which revision of the backbone, in which precision and where. quantize:
-    whether its weights may be rounded."""
+    """Add the options for the backbone's revision, precision and device. quantize: whether its
+    weights may be rounded."""
     group.add_argument("--revision", help="hub revision of the backbone (default: its newest)")
     name_option(
         group, "--dtype", DTYPES, "precision of the backbone", default="auto", shown="as saved"
@@ -423,7 +423,7 @@ def precision_options(group: Any, *, quantize: bool = True) -> None:
 def data_options(
     parser: Parser, what: str, *, limit: int | None = None, required: bool = True
 ) -> Any:
-    """Options that say which examples; what: of the examples, what the command needs."""
+    """Add the options that name examples. what: the command's need, in words."""
     group = parser.add_argument_group("data")
     ending = "" if required or "default" in what else " (default: none)"
     group.add_argument(
@@ -471,10 +471,10 @@ def measured_options(
     engines: Engines = "plain",
     auto: bool = False,
 ) -> None:
-    """Model and data of a command that measures an adapter on images it should not have seen.
+    """Add the options for model and data of a command that measures an adapter on unseen images.
 
-    adapter: whether one must be named. seen: by which steps images are seen. allow_seen: whether
-    such may be taken. engines, auto: as of `model_options`.
+    adapter: whether one must be named. seen: steps in which images count as seen. allow_seen:
+    whether seen images may be allowed. engines, auto: as of `model_options`.
     """
     model_options(parser, adapter=adapter, engines=engines, auto=auto)
     vision_options(parser.add_argument_group("images"))
@@ -484,7 +484,7 @@ def measured_options(
 
 
 def threshold_option(parser: Parser) -> Any:
-    """The option of one threshold for all exits; returns the group."""
+    """Add the option of one threshold for all exits; returns the group."""
     group = parser.add_argument_group("early exit")
     group.add_argument(
         "--threshold",
@@ -528,13 +528,13 @@ DATA = ("images", "split", "group_by")
 
 
 def asked_again(arguments: argparse.Namespace, *names: str) -> str:
-    """Return those of these options that were given, as the next command takes them."""
+    """Return the given options among these, as words for the next command."""
     given: dict[str, list[str]] = getattr(arguments, "given", {})
     return "".join(f" {shlex.join(given[name])}" for name in names if name in given)
 
 
 def one_again(arguments: argparse.Namespace) -> str:
-    """Return the options for one answer, which has no template."""
+    """Return the options for one answer as words, without a template."""
     names = ASKED[1:] if "{" in (arguments.prompt or "") else ASKED
     return f"{asked_again(arguments, *LOADED)} --image dog.jpg{asked_again(arguments, *names)}"
 

@@ -19,7 +19,7 @@ CLOSED = 128 + 13
 
 
 def prepare_output() -> None:
-    """Make every text printable: what an encoding lacks is written as an escape."""
+    """Make every text printable: characters outside the encoding are written as escapes."""
     if sys.stderr is None:  # closed; progress bars would fail
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -61,7 +61,7 @@ def _in_json(letter: str) -> str:
 
 
 def show_result(value: Any, text: str | None = None, *, as_json: bool) -> None:
-    """A command's result: as JSON, or for people. text: the latter, if `plain` does not do."""
+    """Print a command's result: as JSON, or for people. text: for people; None: by `plain`."""
     if as_json:
         print_json(value)
     else:
@@ -69,7 +69,7 @@ def show_result(value: Any, text: str | None = None, *, as_json: bool) -> None:
 
 
 def plain(value: Any, indent: str = "") -> str:
-    """Nested values as indented lines."""
+    """Return nested values as indented lines."""
     if not isinstance(value, Mapping):
         return f"{indent}{_word(value)}"
     lines = []
@@ -91,27 +91,27 @@ def _word(value: Any) -> str:
 
 
 def inline(value: Any) -> str:
-    """A value on one line; of a mapping, each name with its value."""
+    """Return a value on one line; of a mapping, each name with its value."""
     if isinstance(value, Mapping) and value:
         return ", ".join(f"{printable(str(n))}: {inline(part)}" for n, part in value.items())
     return _word(value)
 
 
 def few(lines: Sequence[str], most: int) -> list[str]:
-    """The first of these lines, and in the place of the others how many more `--json` shows."""
+    """Return the first of these lines, with a last line that tells how many more `--json` shows."""
     if len(lines) <= most:
         return [*lines]
     return [*lines[: most - 1], f"... and {len(lines) - most + 1} more, with --json"]
 
 
 def tell(text: str) -> None:
-    """Print a line for the user on stderr; it is lost where that is closed or full."""
+    """Print a line for the user on stderr; lost where stderr is closed or full."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 def end_output(code: int) -> int:
-    """Flush stdout; its exit code where that fails, else `code`."""
+    """Flush stdout; return its exit code where that fails, else `code`."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -125,13 +125,13 @@ def end_output(code: int) -> int:
 
 
 def say_next(*commands: str) -> None:
-    """Say what comes after a command, for a person: on stderr, and not where it is told to be
-    quiet."""
+    """Print the usual next command for people, on stderr; nothing where output is to be quiet."""
     log.info("next: %s", "\n  or: ".join(commands))
 
 
 def close_output() -> int:
-    """Return the exit code for a reader of stdout that has gone. Nothing more is written to it."""
+    """Return the exit code after the reader of stdout has gone. Nothing more is written to
+    stdout."""
     _forget()
     return CLOSED
 

@@ -15,7 +15,8 @@ _TOLD = "Give another --out, or --overwrite to replace it."
 
 
 def is_page(begin: bytes) -> bool:
-    """Return True if a file that begins so is a page of `offramp report` or `offramp inspect`."""
+    """Return True if a file with this beginning is a page of `offramp report` or `offramp
+    inspect`."""
     return b'name="generator" content="offramp report"' in begin
 
 
@@ -30,9 +31,9 @@ def overwrite_option(group: Any) -> None:
 def check_out_file(
     path: Path, arguments: argparse.Namespace, ours: Callable[[bytes], bool], what: str
 ) -> None:
-    """Raise `InputError` where a file exists that is not to be replaced.
+    """Raise `InputError` where a file exists that may not be replaced.
 
-    ours: whether a file that begins with these bytes was written by this command. what: its name.
+    ours: whether a file with these first bytes was written by this command. what: its name.
     """
     from offramp.common.folders import check_writable
 
@@ -70,7 +71,7 @@ def check_out_adapter(out: Path, source: Path, arguments: argparse.Namespace) ->
 
 
 def check_out_demo(out: Path, kind: str, arguments: argparse.Namespace) -> None:
-    """Raise `InputError` where the demo would replace what it did not write."""
+    """Raise `InputError` where the demo would replace files that it did not write."""
     from offramp.core.save_and_load import CONFIG, read_config
 
     for name in ("report.json", f"report-{kind}.json"):

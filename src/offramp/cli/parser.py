@@ -23,8 +23,8 @@ class UsageError(InputError):
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UsageError` where argparse prints its usage and exits.
 
-    late: adds the options, on the first use, for they may need modules that take seconds to load.
-    example: command lines with which the help begins. usual: options that `--help` shows; None:
+    late: adds the options at the first use, because they may need modules that take seconds to
+    load. example: command lines at the beginning of the help. usual: options in `--help`; None:
     all. `--help-all` always shows all.
     """
 
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def loaded(self) -> Iterator[argparse.Action]:
-        """Return all options, those of commands included, which are made for it."""
+        """Return all options, those of commands included, after adding late ones."""
         self._load()
         for action in self._actions:
             yield action
@@ -174,7 +174,7 @@ def _is_shown(action: argparse.Action) -> bool:
 
 
 class Named(argparse.Action):
-    """The model's name: the first word, or an option, as earlier versions had it."""
+    """The action for the model's name: the first word, or an option of earlier versions."""
 
     def __call__(
         self,
@@ -191,7 +191,7 @@ class Named(argparse.Action):
 
 
 class HelpAll(argparse.Action):
-    """Prints the help of all options of a command, and ends it."""
+    """The action that prints the help of all options of a command and exits."""
 
     def __call__(self, parser: Any, *_: Any) -> None:
         parser.usual = None
@@ -200,7 +200,7 @@ class HelpAll(argparse.Action):
 
 
 def path_word(text: str) -> Path:
-    """The type of options that name a file or a folder."""
+    """Return a file or folder; a type of options."""
     if not text:  # which would be the working folder
         raise argparse.ArgumentTypeError("the name is empty")
     try:
@@ -218,7 +218,7 @@ THREADS = 1024
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
-    """A type of options: whole numbers from `least` to `most`."""
+    """Return a type of options: whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -235,17 +235,17 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
 
 
 def seed(text: str) -> int:
-    """A type of options: seeds, as all generators take them."""
+    """Return a seed that all generators take; a type of options."""
     return whole(0, SEEDS)(text)
 
 
 def threads(text: str) -> int:
-    """A type of options: how many threads. More would not start, and end the process."""
+    """Return a number of threads that can start; a type of options."""
     return whole(1, THREADS)(text)
 
 
 def number(least: float, most: float) -> Callable[[str], float]:
-    """A type of options: numbers from `least` to `most`."""
+    """Return a type of options: numbers from `least` to `most`."""
 
     def parse(text: str) -> float:
         try:
@@ -260,7 +260,7 @@ def number(least: float, most: float) -> Callable[[str], float]:
 
 
 def share(text: str) -> float:
-    """A type of options: numbers from 0 to 1."""
+    """Return a number from 0 to 1; a type of options."""
     try:
         number = float(text)
     except ValueError:
@@ -271,12 +271,12 @@ def share(text: str) -> float:
 
 
 def truth(text: str) -> bool:
-    """A type of options: true or false."""
+    """Return true or false; a type of options."""
     return named(("true", "false"))(text) == "true"
 
 
 def named(names: Iterable[str]) -> Callable[[str], str]:
-    """A type of options: one of these names."""
+    """Return a type of options: one of these names."""
 
     def parse(text: str) -> str:
         if text not in (known := list(names)):
@@ -287,7 +287,7 @@ def named(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def some(text: str) -> float:
-    """A type of options: numbers above 0 and up to 1."""
+    """Return a number above 0 and up to 1; a type of options."""
     number = share(text)
     if not number:
         raise argparse.ArgumentTypeError("0 is not in (0, 1]")
@@ -295,13 +295,14 @@ def some(text: str) -> float:
 
 
 def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
-    """Return the type of an option that takes whole numbers from `least`, separated by commas."""
+    """Return a type of options: whole numbers from `least`, separated by commas."""
     number = whole(least)
     return lambda text: tuple(number(part) for part in text.split(","))
 
 
 class Flattened(argparse.Action):
-    """Stores the values of several words as one tuple: "3,6" and "3 6" are the same list."""
+    """The action that stores the values of several words as one tuple: "3,6" and "3 6" are
+    equal."""
 
     def __call__(
         self,
@@ -314,7 +315,7 @@ class Flattened(argparse.Action):
 
 
 def or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type of options: what `parse` takes, or none."""
+    """Return a type of options: values of `parse`, or none."""
     return lambda text: None if text.lower() == "none" else parse(text)
 
 
@@ -323,6 +324,6 @@ def _short(text: str) -> str:
 
 
 def one_of(names: Iterable[str]) -> str:
-    """Return names as a help text lists them."""
+    """Return names as text for help."""
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last

@@ -75,14 +75,15 @@ class Piped:
 
 
 def picture(word: str) -> Any:
-    """Return what a word names: a type of options."""
+    """Return the image or folder that a word names; a type of options."""
     if word == "-":
         return Piped()
     return Fetched(word) if word.lower().startswith(ADDRESS) else path_word(word)
 
 
 def unfolded(pictures: Sequence[Any]) -> Iterator[Any]:
-    """Yield the images, those in a folder in its place. Raise `DataError` for a folder without."""
+    """Yield the images, with those in a folder in the folder's place. Raise `DataError` for a
+    folder without images."""
     from offramp.inputs.image import image_names
 
     for one in pictures:

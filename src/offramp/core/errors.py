@@ -56,9 +56,9 @@ class BusyError(OfframpError, RuntimeError):
 
 
 class StorageError(OfframpError, OSError):
-    """A file cannot be read or written; a file that was to be replaced is as it was.
+    """A file cannot be read or written; a file that would be replaced is unchanged.
 
-    result: what was to be written, where it took long to compute: it is printed.
+    result: the content of a failed write, printed so that a long computation is not lost.
     """
 
     result: Any = None

@@ -28,14 +28,15 @@ IMAGE_BYTES = 2**28
 
 
 class BatchEngine(Engine):
-    """A running engine; close it, or use it as a context manager.
+    """A running engine for many requests; close it, or use it as a context manager.
 
     model: an adapter, or a backbone alone; a `LlamaCppRuntime`, whose sequences are the slots; or a
-    `SerialCore`, which answers one by one. processor: turns examples into inputs; not needed where
-    inputs are submitted. queue: requests that may wait beside those in slots. workers: threads that
+    `SerialCore`, which answers one by one. processor: turns examples into inputs; not needed for
+    submitted inputs. queue: requests that may wait beside those in slots. workers: threads that
     open images, run the processor and, one at a time, the vision tower. on_round: called in the
-    engine's thread after every round, or token of a `SerialCore`, after what it told its requests.
-    vision_cache: instead of one of 256 MiB; a `SerialCore` has its own. more: as of `EngineCore`.
+    engine's thread after every round, or token of a `SerialCore`, once its requests were told.
+    vision_cache: in place of the default of 256 MiB; a `SerialCore` has its own. more: as of
+    `EngineCore`.
 
     Raises:
         InputError: slots that memory does not hold; a policy that cannot be batched.
@@ -82,10 +83,10 @@ class BatchEngine(Engine):
     def map(
         self, examples: Iterable[Example], *, ahead: int | None = None, **options: Any
     ) -> Iterator[tuple[Example, Handle]]:
-        """Submit examples and give each back with its finished request, in order of completion.
+        """Submit examples and yield each with its finished request, in order of completion.
 
-        Examples are taken as places are free, so that there may be more than memory holds. ahead:
-        how many are under way at most (default: slots, and as many again). options: as of `submit`.
+        Examples are taken as places are free, so they may be more than memory holds. ahead:
+        requests at the same time, at most (default: twice the slots). options: as of `submit`.
         """
         slots = self.core.config.slots
         most = min(2 * slots if ahead is None else max(1, ahead), slots + self.queue)

@@ -32,14 +32,14 @@ CALLS = ("read", "feed", "deep", "full")
 
 
 class Core(Jobs):
-    """A decoder, a queue of prompts, and the rounds.
+    """A decoder with a queue of prompts, driven in rounds.
 
-    host: what reads prompts and runs the layers. clock: returns seconds.
+    host: reads prompts and runs the layers. clock: returns seconds.
 
-    depths: of the exits that requests without a mode of their own use, ascending.
+    depths: of the exits for requests without a mode of their own, ascending.
 
-    calls, seconds: how many calls of each kind were made, and what they took; "read" is a prompt's.
-    tokens: how many there are in answers that are over. tally: what the exits did.
+    calls, seconds: number and duration of calls of each kind; "read" is a prompt's. tokens: of
+    finished answers. tally: counts of what the exits did.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class Core(Jobs):
 
     @property
     def running(self) -> int:
-        """Requests being answered, with the one whose prompt is being read."""
+        """The number of unfinished requests outside the queue, with the one whose prompt is being
+        read."""
         return len(self.decoder.sequences) + (self._reading is not None)
 
     @property
@@ -80,7 +81,7 @@ class Core(Jobs):
 
     @property
     def cache_use(self) -> float:
-        """Share of the slots' columns in use, 0 to 1; any thread may ask."""
+        """The share of the slots' columns in use, 0 to 1; any thread may ask."""
         used = 0
         with suppress(RuntimeError, IndexError):  # the engine's thread changes the list meanwhile
             used = sum(sequence.ran[0] for sequence in list(self.decoder.sequences))
@@ -89,7 +90,7 @@ class Core(Jobs):
     # -- rounds --------------------------------------------------------------------------------
 
     def round(self) -> Call | None:
-        """Do a round's work; return the call that was made, None where no sequence was there.
+        """Do a round's work; return the call that was made, or None without a sequence.
 
         Raises:
             InputError: rounds are made from another thread than before.
@@ -247,9 +248,8 @@ class Core(Jobs):
 class EngineCore(Core):
     """The core of a backbone in PyTorch and its exits.
 
-    host: what reads prompts and runs the layers in PyTorch's place; None: PyTorch, how: as of
-    `TorchHost`, whose vision_cache and prefix_cache are what requests with an image, or the
-    beginning of a prompt, in common share.
+    host: reads prompts and runs the layers in PyTorch's place; None: PyTorch. how: as of
+    `TorchHost`; its vision_cache and prefix_cache are shared by all requests.
     """
 
     def __init__(

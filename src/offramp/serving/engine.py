@@ -27,10 +27,10 @@ Prepare = Callable[[Request], Mapping[str, Any]]
 
 
 class Rounds(Protocol):
-    """Rounds that an engine's thread drives: those of an `offramp.serving.core.Core`, or of a core
+    """An object whose rounds an engine's thread drives: an `offramp.serving.core.Core`, or a core
     that answers one request after the other.
 
-    depths: of the exits in use. tally: what they did.
+    depths: of the exits in use. tally: counts of what the exits did.
     """
 
     @property
@@ -59,8 +59,8 @@ class Engine:
     """A running engine; close it, or use it as a context manager.
 
     core: makes the rounds. queue: requests that may wait beside those in slots. workers: threads
-    that prepare inputs. on_round: called in the engine's thread after every round, after what it
-    told its requests.
+    that prepare inputs. on_round: called in the engine's thread after every round, once its
+    requests were told.
     """
 
     def __init__(
@@ -104,10 +104,9 @@ class Engine:
         wait: bool = False,
         **options: Any,
     ) -> Handle:
-        """Queue a request: what the engine's model takes for one prompt, or what its workers make
-        that of.
+        """Queue a request: the inputs of one prompt, or an object from which the workers make them.
 
-        wait: for a place in a full queue. The rest as in `Request`.
+        wait: whether to wait for a place in a full queue. The others as in `Request`.
 
         Raises:
             BusyError: the queue is full, or the engine closed.
@@ -146,30 +145,30 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that have no slot yet."""
+        """The number of requests without a slot."""
         return len(self._preparing) + len(self._ready) + self.core.waiting
 
     @property
     def running(self) -> int:
-        """Requests in slots."""
+        """The number of requests in slots."""
         return self.core.running
 
     @property
     def alive(self) -> bool:
-        """Return True if its thread runs."""
+        """Return True if the engine's thread runs."""
         return self._failed is None and self._thread.is_alive()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until all that was submitted is answered; False where `timeout` seconds passed, or
-        where it is asked for by a callback, on whose return the answers wait."""
+        """Wait until all submitted requests are answered; return False after `timeout` seconds, or
+        if a callback of the engine calls it, on whose return the answers wait."""
         if self._is_mine:
             return not self._open
         with self._changed:
             return self._changed.wait_for(lambda: not self._open, timeout)
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more requests and stop; those submitted are answered first, or dropped. Where a
-        callback asks for it, it does not wait until it has."""
+        """Take no more requests and stop; submitted ones are answered first (drain), or dropped.
+        Called from a callback of the engine, return at once."""
         with self._changed:
             self._closed, self._dropped = True, self._dropped or not drain
             self._changed.notify_all()
@@ -313,7 +312,7 @@ def _failure(error: BaseException) -> BusyError:
 
 
 def check_sizes(queue: int, workers: int) -> None:
-    """Raise `InputError` for numbers below 1."""
+    """Raise `InputError` where the queue or the number of workers is below 1."""
     if queue < 1 or workers < 1:
         raise InputError(
             f"An engine with a queue of {queue} and {workers} workers takes no request.",

@@ -13,9 +13,9 @@ class EngineConfig:
     """Sizes of a batch engine.
 
     slots: rows written at once. limit: tokens of one row, prompt and answer. budget: prompt tokens
-    read in a round, while the rows being written wait; a longer prompt is read in as many rounds as
-    it takes, where its family allows. longest: tokens of a row that may wait before the deep
-    layers. schedule: when the deep layers run; None: the usual one of so many slots.
+    read in a round, while other rows wait; a longer prompt is read in several rounds, if its family
+    allows. longest: tokens of a row that may wait before the deep layers. schedule: when the deep
+    layers run; None: the usual one for so many slots.
 
     Raises:
         InputError: a number below 1.

@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
 
 class OnSettled(Protocol):
-    """Is told a token that can no longer change: its place in the answer, id, depth and score."""
+    """A listener for each token that can no longer change: its place in the answer, id, depth and
+    score."""
 
     def __call__(self, place: int, token: int, depth: int, score: float) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A request whose prompt is to be read.
+    """A request whose prompt will be read.
 
-    reader: reads `given` into the host's executor, as a prompt that has `columns`. sampler: of the
-    answer. longest: tokens of the answer; 0: not known. ids: of the prompt.
+    reader: reads `given` into the host's executor, as a prompt with `columns` columns. sampler: of
+    the answer. longest: tokens of the answer; 0: unknown. ids: of the prompt.
     """
 
     reader: PrefillBackend
@@ -45,30 +46,30 @@ CheckRoom = Callable[[int, int], None]
 
 
 class Host(Protocol):
-    """The layers of one engine, in PyTorch or in a runtime. plan: by which answers are written."""
+    """The layers of one engine, in PyTorch or in a runtime. plan: by which it writes answers."""
 
     plan: Plan
 
     def executor(self) -> Executor:
-        """Return what runs the layers, no prompt being there."""
+        """Return an executor without any prompt."""
         ...
 
     def renew(self, request: Request) -> bool:
-        """Make the plan anew where the model is not what it was made of; True where that was so,
-        and its executor is another. Nothing is being written then."""
+        """Make a new plan if the model has changed; return True if so, with another executor.
+        Called while no answer is being written."""
         ...
 
     def stale(self, request: Request) -> bool:
-        """Return True where the model is not what the plan was made of."""
+        """Return True where the model has changed since the plan was made."""
         ...
 
     def alone(self, request: Request, streamer: Any, check_room: CheckRoom) -> Any:
-        """Return the answer of a request that is not written beside others, as `output` does; None:
-        it is. streamer: is told of its tokens."""
+        """Return the answer of a request that cannot share the slots, as `output` does; None: it
+        can. streamer: gets its tokens."""
         ...
 
     def tokens(self, request: Request) -> int:
-        """Return the prompt's tokens, as far as they take columns of a slot.
+        """Return the number of the prompt's tokens that take columns of a slot.
 
         Raises:
             InputError: the request is not one prompt for one answer.
@@ -76,7 +77,8 @@ class Host(Protocol):
         ...
 
     def positions(self, prompt: int) -> int | None:
-        """Return the longest prompt and answer that the model has positions for; None: any."""
+        """Return the most tokens of this prompt and its answer, by the model's positions; None: no
+        limit."""
         ...
 
     def open(self, request: Request, on_token: OnSettled) -> Opened:
@@ -84,25 +86,25 @@ class Host(Protocol):
         ...
 
     def output(self, ids: Any, sequence: Sequence) -> Any:
-        """Return what `generate` would return for the request alone. ids: of the prompt."""
+        """Return the result of `generate` for the request alone. ids: of the prompt."""
         ...
 
 
 class BatchRuntime(Runtime, Protocol):
-    """A runtime whose rows are answers of a batch engine, each to a prompt in its own mode."""
+    """A runtime whose rows are answers of a batch engine, each to its prompt in its own mode."""
 
     adapter: Adapter
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt and its answer."""
+        """The most tokens of a prompt and its answer."""
         ...
 
     def host(self, policy: ExitPolicy, vision_cache: VisionCache | None = None) -> Host:
-        """Return the host of the one engine that it decodes for from here on."""
+        """Return the host of the one engine that uses this runtime from now on."""
         ...
 
 
 def is_runtime(model: Any) -> TypeGuard[BatchRuntime]:
-    """Return True if a model is one, several at a time."""
+    """Return True if a model is a `BatchRuntime` with several rows."""
     return hasattr(model, "host") and model.rows > 1

@@ -36,7 +36,7 @@ class _LastTower(RememberedTower):
 
 
 class ImageReader:
-    """Fills a cache with the features of prompts' images. Threads take turns."""
+    """Computes the features of prompts' images into a cache. Threads take turns."""
 
     def __init__(self, backbone: Backbone, cache: VisionCache) -> None:
         """Raise `InputError` where it is not known where the backbone's vision tower is."""
@@ -46,7 +46,7 @@ class ImageReader:
         self._turn = threading.Lock()
 
     def layer(self, call: LayerCall) -> Any:
-        """Stop at the decoder's first layer: the prompt needs no tower."""
+        """Stop at the decoder's first layer, where the vision tower has already run."""
         raise _Reached
 
     @staticmethod
@@ -55,7 +55,8 @@ class ImageReader:
         return any(name.startswith("pixel_values") for name in inputs)
 
     def read(self, inputs: Mapping[str, Any]) -> None:
-        """inputs: a processor's, of one prompt. What is wrong with them is said by who reads it."""
+        """Compute the features of one prompt's images. inputs: a processor's; errors in them are
+        left to the prompt's own reader."""
         if not self.wanted(inputs):
             return
         with self._turn, torch.inference_mode():

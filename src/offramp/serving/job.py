@@ -15,10 +15,10 @@ from offramp.serving.request import Completion, Handle, Request
 
 @dataclass(eq=False)
 class Job:
-    """Stands where a streamer stands: notes the times, and hands on to the request's own.
+    """A streamer's stand-in, which notes times and passes tokens on to the request's own streamer.
 
-    clock: returns seconds. started: when its prompt's turn came. tokens: when each was written.
-    ids: of its prompt, once that was read.
+    clock: returns seconds. started: when its prompt's turn came. tokens: the time of each. ids: of
+    its prompt, once that was read.
     """
 
     handle: Handle
@@ -36,7 +36,7 @@ class Job:
             self.handle.request.streamer.put(value)
 
     def settled(self, place: int, token: int, depth: int, score: float) -> None:
-        """Note the token at a place of the answer, and hand it on."""
+        """Note the token at a place of the answer, and pass it on."""
         self.tokens.append(self.clock())
         if self.handle.request.streamer is not None:
             import torch  # which streamers are of
@@ -50,8 +50,8 @@ class Job:
             self.handle.request.streamer.end()
 
     def finish(self, tokens: Sequence[Token], output: Any, *, early_exit: bool) -> None:
-        """Hand out its answer. output: as of `Completion`. early_exit: whether its tokens might
-        exit."""
+        """Complete the request with its answer. output: as of `Completion`. early_exit: whether its
+        tokens might exit."""
         begin, times = self.submitted, self.tokens
         self.handle.set_result(
             Completion(
@@ -74,7 +74,7 @@ class Jobs:
         self._queue: deque[Job] = deque()
 
     def add(self, request: Request | Handle) -> Handle:
-        """Queue a request; any thread may. Its answer comes with the rounds."""
+        """Queue a request; any thread may. The answer comes in later rounds."""
         handle = request if isinstance(request, Handle) else Handle(request)
         place = len(self._queue)
         while place and self._queue[place - 1].handle.arrival > handle.arrival:
@@ -84,7 +84,7 @@ class Jobs:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """The number of requests in the queue."""
         return len(self._queue)
 
     @property
@@ -94,16 +94,16 @@ class Jobs:
 
     @property
     def running(self) -> int:
-        """Requests being answered."""
+        """The number of requests being answered."""
         return len(self._seated)
 
     @property
     def idle(self) -> bool:
-        """Return True if nothing is left to do."""
+        """Return True if no request is waiting or running."""
         return not self._queue and not self.running
 
     def cancel_all(self) -> None:
-        """Ask for the end of all requests; the next round, or token, drops them."""
+        """Cancel all requests; the next round, or token, drops them."""
         for job in [*self._seated, *self._queue]:
             job.handle.cancel()
 
@@ -119,9 +119,9 @@ class Jobs:
 
 
 class Steps:
-    """A streamer that is told of every token with its depth and score.
+    """A streamer that gets every token with its depth and score.
 
-    Raises `CancelledError` out of the generation once its request is not wanted any more.
+    Raises `CancelledError` out of the generation once its request was cancelled.
     """
 
     def __init__(self, job: Job, pause: Callable[[], None]) -> None:
@@ -129,12 +129,12 @@ class Steps:
         self.end = job.end
 
     def put(self, value: Any) -> None:
-        """The prompt's ids [1, T] go on at once; tokens go with their depths, in `step`."""
+        """Pass on the prompt's ids [1, T]; tokens come with their depths, in `step`."""
         if value.dim() > 1:
             self._job.put(value)
 
     def step(self, tokens: Any, depths: Any, scores: Any) -> None:
-        """One row's token [1], its depth and score."""
+        """Pass on one row's token [1], with its depth and score."""
         self._job.settled(-1, int(tokens[0]), int(depths[0]), float(scores[0]))
         self._pause()
         if self._job.handle.unwanted:

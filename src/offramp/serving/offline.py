@@ -15,7 +15,7 @@ from offramp.serving.batch_engine import BatchEngine
 
 @dataclass(frozen=True)
 class Written:
-    """Examples that were answered, that were answered before, and that failed."""
+    """Numbers of examples that were answered now, that were answered before, and that failed."""
 
     answered: int
     skipped: int
@@ -33,8 +33,8 @@ def write_answers(
     """Answer all examples into `out`, one JSON object a line, in order of completion.
 
     A line has `key`, `answer`, `tokens` and `mean_depth`, or `key` and `error`. Keys with an answer
-    in the file are not asked again; those with an error are. progress: wraps the examples as they
-    are done, for a bar.
+    in the file are skipped; those with an error are tried again. progress: wraps the finished
+    examples, for a bar.
 
     Raises:
         InputError: an engine without a processor; two examples with one key.

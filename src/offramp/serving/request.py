@@ -20,14 +20,14 @@ OnToken = Callable[[Token], None]
 class Request:
     """One prompt and how to answer it.
 
-    inputs: what the processor returned for it, one row, or what else the engine takes. mode: one of
+    inputs: of the processor, one row, or of another kind that the engine takes. mode: one of
     `MODES`; None: the adapter's own policy. thresholds: by depth, instead of the policy's; early
-    exit only. point: of the calibrated path, that the prompt's kind is answered by
-    (`offramp.core.decoding.policy.ExitPolicy.moved`); None: that of all. seed: which sample, where
-    tokens are sampled; None: any. streamer, on_token: get the prompt's ids and each token's, or
-    each token with its depth and score; they run in the engine's thread and must be quick. options:
-    Hugging Face's generation options, or what else the engine takes. salt: what is kept of it is
-    found by requests of the same salt alone; None: by all that have none.
+    exit only. point: of the calibrated path, for the prompt's kind
+    (`offramp.core.decoding.policy.ExitPolicy.moved`); None: the common one. seed: of sampled
+    tokens; None: any. streamer, on_token: get the prompt's ids and each token's, or each token with
+    its depth and score; they run in the engine's thread and must be quick. options: Hugging Face's
+    generation options, or others of the engine. salt: cache entries of this request are found only
+    by requests with the same salt; None: by all without a salt.
 
     Raises:
         InputError: an unknown mode, thresholds in another mode than early exit.
@@ -55,13 +55,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer, and how long it took.
+    """An answer, with its timing.
 
-    tokens: with their depths and scores. output: what `generate` would return for the request
-    alone; of an engine without PyTorch None. early_exit: whether its tokens may
-    have exited; False where the full model's were given, asked for or not. queued, first, total:
-    seconds from submission to the prompt's turn, to the first token, and to the last. gaps: seconds
-    between its tokens.
+    tokens: with their depths and scores. output: the result of `generate` for the request alone;
+    None from an engine without PyTorch. early_exit: whether its tokens may have exited; False where
+    the full model answered, asked for or not. queued, first, total: seconds from submission to the
+    prompt's turn, to the first token, and to the last. gaps: seconds between its tokens.
     """
 
     tokens: tuple[Token, ...]
@@ -77,9 +76,9 @@ _arrivals = itertools.count()
 
 
 class Handle(Future[Completion]):
-    """The future answer to a request. `cancel` also stops one that is being written.
+    """The future answer to a request. `cancel` also stops a running one.
 
-    arrival: larger than that of every handle that was made before.
+    arrival: a number that grows from handle to handle.
     """
 
     def __init__(self, request: Request) -> None:
@@ -89,7 +88,8 @@ class Handle(Future[Completion]):
         self._stop = threading.Event()
 
     def cancel(self) -> bool:
-        """Cancel the request; its slot is free within a round. False where it was over already."""
+        """Cancel the request; its slot is free within a round. Return False where it was over
+        already."""
         if self.done():
             return self.cancelled()
         self._stop.set()
@@ -97,7 +97,7 @@ class Handle(Future[Completion]):
 
     @property
     def unwanted(self) -> bool:
-        """Return True if its end was asked for."""
+        """Return True if the request was cancelled."""
         return self._stop.is_set()
 
     def drop(self) -> None:

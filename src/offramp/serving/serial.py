@@ -25,14 +25,14 @@ from offramp.serving.job import Job, Jobs, Steps, tokens_of
 
 
 class SerialCore(Jobs):
-    """One request at a time.
+    """A core that answers one request at a time.
 
-    model: an adapter, a backbone, or a runtime. policy: of requests that name none; None: the
+    model: an adapter, a backbone, or a runtime. policy: of requests without one; None: the
     adapter's. limit: tokens of a prompt and its answer. vision_cache, prefix_cache: as of
-    `generate`; runtimes know no prefixes. clock: returns seconds. between: called after each token
-    of an answer.
+    `generate`; runtimes have no prefix cache. clock: returns seconds. between: called after each
+    token of an answer.
 
-    tokens: how many were settled in answers that are over.
+    tokens: of finished answers.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SerialCore(Jobs):
 
     @property
     def cache_use(self) -> float:
-        """Share of the `limit` tokens that the answer under way uses, 0 to 1."""
+        """The share of the `limit` tokens that the current answer uses, 0 to 1."""
         job = self._job
         if job is None:
             return 0.0

@@ -15,7 +15,7 @@ from offramp.core.models.exits import ExitSet
 
 
 def check_room(backbone: Backbone, exits: ExitSet | None, slots: int, limit: int) -> None:
-    """Raise `InputError` where so many slots of `limit` tokens would not fit."""
+    """Raise `InputError` where `slots` slots of `limit` tokens would not fit in memory."""
     config: Any = backbone.text_config
     entries = backbone.depth + (len(exits.entries) if exits is not None else 0)
     slot = 2 * entries * _widest_row(config) * rounded(limit + 1) * backbone.dtype.itemsize
@@ -45,9 +45,9 @@ def _row(config: Any) -> int:
 
 
 def free_bytes(device: torch.device | None = None) -> int | None:
-    """Memory that can be had without swapping; None where the system does not report it.
+    """Return the free memory in bytes, without swapping; None where the system does not report it.
 
-    device: of an accelerator, whose own memory is meant; else the machine's.
+    device: an accelerator's own memory, or else the machine's.
     """
     if device is not None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

@@ -45,7 +45,7 @@ from offramp.serving.slot_memory import check_room
 
 
 class PreparedHost:
-    """The base of hosts whose prompts Hugging Face prepares: requests are inputs of a processor and
+    """The base of hosts whose prompts Hugging Face prepares: requests have a processor's inputs and
     options of `generate`."""
 
     plan: Plan
@@ -93,7 +93,8 @@ class PreparedHost:
     def prepare(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any]
     ) -> tuple[Prepared, PrefillBackend, Any]:
-        """Prepare as `PromptReader.prepare` does; what reads the prompt, and what that is given."""
+        """Return a prompt prepared as by `PromptReader.prepare`, with its reader and that reader's
+        input."""
         raise NotImplementedError
 
     def output(self, ids: Tensor, sequence: Sequence) -> GenerationOutput:
@@ -159,8 +160,8 @@ class TorchHost(PreparedHost):
     def alone(
         self, request: Request, streamer: Any, check_room: CheckRoom
     ) -> GenerationOutput | None:
-        """Answer the first request of a shape, which the model reads again, and those that slots
-        do not answer rightly."""
+        """Answer a request by itself: the first of a shape, which the model reads again, and shapes
+        that slots do not answer exactly. None for others."""
         backbone, share = self.backbone, self.backbone.decoding.again
         if self._make_heads is not None or (share is None and backbone.tested):
             return None
@@ -238,7 +239,7 @@ class TorchHost(PreparedHost):
 
 
 def checked_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Raise `InputError` where `inputs` are not a processor's of one prompt."""
+    """Return `inputs`; raise `InputError` where they are not a processor's, of one prompt."""
     if "input_ids" not in inputs:
         raise InputError(
             f"A request came without token ids (it has {', '.join(inputs) or 'nothing'}).",

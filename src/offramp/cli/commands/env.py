@@ -79,7 +79,7 @@ def _env(arguments: argparse.Namespace) -> None:
 
 
 def optional_packages() -> dict[str, str]:
-    """Packages of the extras by name: the version, or what to install."""
+    """Return the packages of the extras by name, with the version or how to install it."""
     try:
         named = metadata.requires("offramp") or ()
     except metadata.PackageNotFoundError:  # run from a source tree that was not installed

@@ -141,7 +141,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def summary(result: Mapping[str, Any], file: Path) -> str:
-    """The result as a person reads it, in ten lines; all of it is in `file`, and under --json."""
+    """Return the result in ten lines for people; all of it is in `file`, and under --json."""
     modes, compared = result["modes"], result.get("compared")
     missing = f", {result['missing']} without an answer" if result["missing"] else ""
     lines = [f"{result['task']}: {result['n']} examples{missing}"]

@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
 
 
 def question_options(parser: Parser, *, chat: bool = False) -> None:
-    """Add the options. chat: without those that a chat sets."""
+    """Add the options of questions. chat: without those that a chat sets."""
     model_options(parser, adapter=True, engines="all", auto=True)
     group = parser.add_argument_group("question")
     group.add_argument(
@@ -304,8 +304,8 @@ def _show(
 
 
 def painter() -> Callable[[str, int, int], str]:
-    """Return a function that shows a token with its depth, of so many layers: in colour on a
-    terminal, unless NO_COLOR (no-color.org) is set."""
+    """Return a function that shows a token with its depth, from token, depth and number of layers:
+    in colour on a terminal, unless NO_COLOR (no-color.org) is set."""
     known = sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     return _paint if known else lambda token, depth, layers: f"{token.strip()}/{depth}"
 

@@ -85,7 +85,7 @@ def _options(parser: Parser) -> None:
 
 
 def server_options(parser: Parser) -> None:
-    """Add the options of whoever serves, with PyTorch or without."""
+    """Add the options of servers with or without PyTorch."""
     from offramp.serving.server.config import KEYS, ServerConfig
 
     group = parser.add_argument_group("server")
@@ -120,7 +120,7 @@ def server_options(parser: Parser) -> None:
 
 
 def image_options(group: Any) -> None:
-    """Add the options of what images requests may bring."""
+    """Add the options of which images requests may bring."""
     from offramp.serving.server.config import ImageLimits
 
     field_options(group, ImageLimits, ("domains", "folder"))
@@ -164,7 +164,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 def serve_until_stopped(
     arguments: argparse.Namespace, config: Any, start: Callable[[argparse.Namespace, Any], Any]
 ) -> None:
-    """Serve what `start` makes of the arguments and the configuration."""
+    """Serve the service that `start` makes from the arguments and the configuration."""
     from offramp.serving.server.app import create_app
     from offramp.serving.server.run import listen, serve
 

@@ -79,8 +79,8 @@ AT_ONCE = Schedule(0, 1)
 
 
 def due(rows: Many[Sequence], longest: int | None) -> list[Sequence]:
-    """Return the sequences of a deep call: those that wait and, once a sequence has `longest`
-    columns pending, all with at least half as many."""
+    """Return the sequences of a deep call: those that wait. If some sequence has `longest` columns
+    pending, also all with at least half as many."""
     if longest is None:
         return [row for row in rows if row.waits]
     full = any([row.pending(1) >= longest for row in rows])

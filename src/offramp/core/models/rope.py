@@ -47,8 +47,8 @@ def _settings(config: Any) -> list[Mapping[str, Any]]:
 
 
 def with_own_frequencies(root: nn.Module, stack: str) -> None:
-    """Give the stack in a twin its own frequencies: such modules rewrite them during a call, which
-    other threads, or the model's own next call, would read."""
+    """Give the stack in a twin its own frequencies. Modules rewrite frequencies during a call, and
+    other threads would read the changed ones."""
     for name, module in [*root.get_submodule(stack).named_children()]:
         if hasattr(module, "rope_type") and hasattr(module, "inv_freq"):
             graft(root, f"{stack}.{name}" if stack else name, _with_own_buffers(module))

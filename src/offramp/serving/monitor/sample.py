@@ -13,10 +13,9 @@ from offramp.core.decoding.policy import GenerationOutput
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A request that was answered early. inputs, options: as it was submitted. image, prompt: what
-    was asked about, and what; None: the image was looked at, and dropped. client: who asked, by any
-    name. like: whether the request is like those that were calibrated, as far as was tested. id: of
-    the reply."""
+    """A request that was answered early. inputs, options: as submitted. image, prompt: of the
+    question; image None: compared already, and dropped. client: any name of who asks. like: whether
+    the request is like the calibrated ones, as far as tested. id: of the reply."""
 
     inputs: Mapping[str, Any]
     options: Mapping[str, Any]

@@ -15,20 +15,19 @@ ACTIONS = ("lossless", "full", "warn")
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Settings of how closely to look.
+    """Settings of the watch.
 
-    share: of requests that are answered by the full model too. level: how often, at most, a promise
-    that holds is ever called broken. slack: the alarm is raised at so many times the promised risk:
-    1 is for a risk that is at most what was promised at each time; where it is that only on
-    average, as under bursts of one user or a cycle of days, take 2 or 3. action: of `ACTIONS`.
-    keep: folder that images, prompts and answers of watched requests are written to, so that
-    thresholds can be calibrated on them; only with the consent of those who ask. backlog: watched
-    requests that may wait for the full model; more are let go. deadline: seconds after which one
-    that waits for a free slot is compared like a request of its own. a_client: largest share of the
-    backlog, and of the draws while others ask too, that one client may have. state: file that keeps
-    what was learnt over a restart. frequencies: of a guarantee of `cider_drop`, captions of other
-    images, which weigh the words of answers that people judge. watchers: replicas that share the
-    level, each with a watch of its own.
+    share: of requests that the full model answers too. level: probability, at most, that a promise
+    that holds is ever called broken. slack: factor on the promised risk for the alarm: 1 for a risk
+    that is at most the promised one at each time; 2 or 3 where that holds only on average, as under
+    bursts of one user or a daily cycle. action: of `ACTIONS`. keep: folder for images, prompts and
+    answers of watched requests, on which thresholds can be calibrated; only with the users'
+    consent. backlog: watched requests that may wait for the full model; others are skipped.
+    deadline: seconds of waiting for a free slot, after which a watched request takes a slot like a
+    user's. a_client: largest share of the backlog, and of the draws while others ask too, for one
+    client. state: file that keeps the state over a restart. frequencies: for a guarantee of
+    `cider_drop`, captions of other images, which weigh the words of judged answers. watchers:
+    replicas that share the level, each with its own watch.
 
     Raises:
         InputError: a number outside its range, an unknown action, a file that is not there.

@@ -78,15 +78,15 @@ _PAUSE = 0.02
 
 
 def draws_of_one(largest: int, share: float) -> int:
-    """Return how many draws of one image count, of a promise by answer: as many as an image with
-    `largest` answers has but `SELDOM`."""
+    """Return how many draws of one image may count, for a promise by answer: more are drawn with
+    probability `SELDOM`, for an image with `largest` answers."""
     from scipy.stats import binom
 
     return max(1, min(largest, int(binom.ppf(1 - SELDOM, largest, share))))
 
 
 def differs(early: Answer, full: Answer) -> float:
-    """The risk "disagreement"."""
+    """Return the loss of the risk "disagreement": 1 where two answers differ, else 0."""
     return float(early.ids != full.ids)
 
 
@@ -137,20 +137,20 @@ class _Known:
 
 
 class Watcher:
-    """Compares in a thread of its own; started at once, ended by `close`.
+    """Compares answers with the full model's in a thread of its own, from creation to `close`.
 
-    promise: None: the risk is reported, not judged. loss: of the promise's risk. kind_of: of a
-    prompt, where kinds have targets of their own: losses then count in units of the smallest, so
-    that each kind may lose what was promised of it. about: what the
-    promise is of, such as a digest of the adapter; what was learnt of another is not gone on with.
-    alarm: over unlike requests, which is kept and reset with the watch. right: what is promised of
-    right answers, and judge: what an answer lost by those that people give; either half of the
-    level is then for one of both. seed: of the draw.
+    promise: None: the risk is reported, not judged. loss: of the promise's risk. kind_of: returns
+    the kind of a prompt, where kinds have targets of their own: losses then count in units of the
+    smallest, so that each kind may lose its own share. about: names the promise's subject, such as
+    a digest of the adapter; stored results of another are not used. alarm: over unlike requests,
+    which is kept and reset with the watch. right: the promise about right answers. judge: returns
+    an answer's loss by people's references; each of the two tests then has half of the level. seed:
+    of the draw.
 
-    risk: of requests like the calibrated ones. others: of those that are called unlike them, which
-    nothing was promised of. judged: of `right`; None: nobody judges. blind: whether too few of the
-    drawn requests are compared to trust the silence. let_go: how many were not, those whose clients
-    went or that took too long among them.
+    risk: of requests like the calibrated ones. others: of unlike requests, without a promise.
+    judged: of `right`; None: nobody judges. blind: whether too few of the drawn requests are
+    compared for a conclusion. let_go: number of drawn requests that were not compared, for any
+    reason.
 
     Raises:
         StorageError: another watcher has the state file.
@@ -260,12 +260,12 @@ class Watcher:
     # -- what the server asks ----------------------------------------------------------------------
 
     def draws(self, client: str = "", image: Image.Image | None = None) -> bool:
-        """Return True if the next request is watched, or one of a block of which one is; asked
-        before it is answered.
+        """Return True if the next request is watched, or is in a block with a watched one; called
+        before its answer.
 
-        A client has no more than its share of the last draws, unless it asks alone: what it is
-        held back by is known before the answer is, so the bets stay fair. image: that it is about,
-        which is drawn itself unless the promise is by answer; None: the request is.
+        A client has at most its share of the last draws, unless it asks alone. This depends on
+        earlier requests only, so the bets stay fair. image: of the request, which is drawn itself
+        unless the promise is by answer; None: the request is drawn.
         """
         if image is None or self._by_answer:
             if self._draw.random() >= self.config.share * self._block:
@@ -292,7 +292,7 @@ class Watcher:
         return hashlib.blake2b(pixels, digest_size=16, key=self._secret).digest()
 
     def offer(self, sample: Sample) -> None:
-        """Compare an answer, or another one of its block, when there is time; let it go where too
+        """Compare an answer, or another one of its block, when there is time; skip it where too
         many wait."""
         most = max(1, int(self.config.a_client * self.config.backlog))
         assert sample.image is not None
@@ -309,8 +309,8 @@ class Watcher:
                 self._images.popitem(last=False)
 
     def lost(self) -> None:
-        """A drawn request was not answered to its end: its client has gone, or it took too long.
-        What it would have lost is not known, and such requests may differ from others."""
+        """Note that a drawn request has no whole answer, because its client left or it took too
+        long. Its loss is unknown, and such requests may differ from others."""
         with self._lock:
             self._enter(None)
 
@@ -321,18 +321,18 @@ class Watcher:
 
     @property
     def coverage(self) -> float | None:
-        """The share of the watched requests, lately, that were compared or had counted before;
-        None: too few to tell."""
+        """Return the share of recent watched requests that were compared or had counted before;
+        None: too few requests."""
         seen = list(self._covered)
         return sum(seen) / len(seen) if len(seen) >= ENOUGH else None
 
     @property
     def replaces(self) -> str | None:
-        """The mode that takes early exit's place; None: early exit goes on."""
+        """Return the mode that replaces early exit; None: early exit goes on."""
         return self.config.action if self.broken and self.config.action != "warn" else None
 
     def report(self) -> dict[str, Any]:
-        """Return what is known of the risk now, as JSON for the page and for programs."""
+        """Return the state of the watch, as JSON for the page and for programs."""
         low, high = self.risk.interval
         return {
             "of": None if self.promise is None else self.promise.risk,
@@ -372,9 +372,9 @@ class Watcher:
         }
 
     def judge(self, answer: str, references: Sequence[str]) -> bool:
-        """Count what people say is right of an answer; whether it counts.
+        """Count people's judgement of an answer; return whether it counts.
 
-        Only an answer that was compared lately does, once: for others the full model was not asked.
+        Only a recently compared answer counts, and once: for others the full model was not asked.
         answer: the id of its reply.
 
         Raises:
@@ -398,8 +398,8 @@ class Watcher:
         return counts
 
     def reset(self) -> None:
-        """Forget what was learnt, a broken promise too: after the adapter was calibrated again, or
-        what caused the alarm is over. What is promised from now on starts anew."""
+        """Forget all results, a broken promise too: for a newly calibrated adapter, or after the
+        cause of an alarm is gone. The promise counts anew from now on."""
         with self._lock:
             self.risk, self.others = self._new_risk(), self._of_others()
             self.judged = self._new_judged()
@@ -413,7 +413,7 @@ class Watcher:
         log.warning(json.dumps({"event": "watch_reset"}))
 
     def settle(self, seconds: float) -> bool:
-        """Wait until all that was offered is compared; False where the time passed."""
+        """Wait until all offered answers are compared; return False after `seconds` seconds."""
         end = time.monotonic() + seconds
         while sum(self._waiting.values()):
             if time.monotonic() > end:
@@ -422,7 +422,7 @@ class Watcher:
         return True
 
     def close(self) -> None:
-        """Stop; what is queued is dropped."""
+        """Stop the thread and drop queued answers."""
         self._closed.set()
         self._thread.join()
         if self._log is not None:

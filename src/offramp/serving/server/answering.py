@@ -49,10 +49,10 @@ class _Choice:
 class Answering:
     """The answers to one request. Made, and used, in the event loop's thread.
 
-    prompts: inputs, one for each prompt; every one is answered `n` times. until: when the request
-    has taken too long, by the loop's clock. on_answer: is told of every answer, or of its loss.
-    salt: as of `offramp.serving.request.Request`. client: who asks. look: of
-    `Service.look`. constraint: of every answer's tokens.
+    prompts: inputs, one for each prompt; every one is answered `n` times. until: deadline of the
+    request, by the loop's clock. on_answer: is told of every answer, or of its loss. salt: as of
+    `offramp.serving.request.Request`. client: who asks. look: of `Service.look`. constraint: of
+    every answer's tokens.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Answering:
         self._tell((index, None))
 
     def leave(self) -> None:
-        """Cancel the answers that are not over yet; a second call changes nothing."""
+        """Cancel the unfinished answers; a second call changes nothing."""
         self._timer.cancel()
         left, self._left = self._left, True
         for choice in () if left else self.choices:
@@ -159,10 +159,10 @@ class Answering:
     # -- whole -------------------------------------------------------------------------------------
 
     async def whole(self, receive: Callable[[], Any]) -> dict[str, Any]:
-        """The reply, once all answers are over. receive: ends when the client has gone.
+        """Return the reply, once all answers are over. receive: ends when the client has gone.
 
         Raises:
-            ApiError: what went wrong with an answer; the client has gone (499).
+            ApiError: an answer failed; the client has gone (499).
         """
         try:
             await unless_gone(self._all(), receive)
@@ -259,10 +259,10 @@ class Answering:
     # -- in pieces ---------------------------------------------------------------------------------
 
     async def first(self, pieces: AsyncIterator[bytes], receive: Callable[[], Any]) -> bytes:
-        """The first of `pieces`, unless the client goes away before it is there.
+        """Return the first of `pieces`, unless the client leaves before.
 
         Raises:
-            ApiError: what went wrong; the client has gone (499).
+            ApiError: an answer failed; the client has gone (499).
         """
         try:
             return await unless_gone(anext(pieces), receive)
@@ -271,8 +271,8 @@ class Answering:
             raise
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The reply as server-sent events. What fails before the first is raised, what fails later
-        is an event."""
+        """Yield the reply as server-sent events. A failure before the first event is raised, a
+        later one is an event."""
         options = self._request.stream_options
         continuous = options is not None and options.continuous_usage_stats
         left, begun = len(self.choices), False
@@ -327,7 +327,7 @@ class Answering:
 
 
 async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
-    """Return what `work` returns; it is cancelled where the client goes away before.
+    """Return the result of `work`, which is cancelled if the client leaves before.
 
     Raises:
         ApiError: the client has gone (499).
@@ -347,7 +347,7 @@ async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
 def standing_of_request(
     service: Service, question: str, use: Use, hows: Sequence[Generation]
 ) -> Standing:
-    """Return what is guaranteed of the answers to a question, where they may exit early."""
+    """Return what is guaranteed of a question's answers, if they may exit early."""
     if use.named != "early_exit":
         return NoPromise()
     return service.served.stands(

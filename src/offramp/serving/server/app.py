@@ -47,7 +47,7 @@ Prepared = tuple[list[Inputs], Sequence[Any]]
 
 
 def create_app(service: Service) -> FastAPI:
-    """The ASGI application of a service; when it shuts down, the service is closed."""
+    """Return the ASGI application of a service; its shutdown closes the service."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -194,7 +194,8 @@ async def _in_time(service: Service, work: Awaitable[T], request: Request, until
 
 
 def client_of(request: Request) -> str:
-    """Return who asks, for the watch: which key's number or, without keys, which address."""
+    """Return a name of a request's client, for the watch: the number of its key or, without keys,
+    its address."""
     key = request.scope.get("offramp_key")
     if key is not None:
         return str(key)
@@ -392,8 +393,8 @@ def _page() -> str:
 
 
 def page_policy(page: str) -> str:
-    """Return what the page may do: run its own script and style, show images and ask this
-    server."""
+    """Return the page's security policy: its own script and style, images, and requests to this
+    server alone."""
 
     def own(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

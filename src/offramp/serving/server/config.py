@@ -21,13 +21,12 @@ _ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+/?")
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits of the images that a request may bring; bytes and pixels are checked before anything
-    is decoded.
+    """Limits on a request's images; bytes and pixels are checked before anything is decoded.
 
-    seconds: a fetch may take. redirects: that are followed, each checked as the first address was.
+    seconds: of a fetch. redirects: that are followed, each checked like the first address.
 
     Raises:
-        InputError: a number that is not above 0 and finite, a folder that is none.
+        InputError: a number that is not above 0 and finite, or a path that is no folder.
     """
 
     count: int = option(8, "images of one request")
@@ -59,18 +58,18 @@ class ServerConfig:
     """Settings of a server.
 
     name: of the model, in requests and answers. keys: any of them opens everything but `/health`
-    and `/ready`; none: everything is open. hosts: names under which it is asked for (`Host`), so
-    that no page of another site reaches it by a name of its own; ".example.org": all below it too,
-    "*": any; the address that a connection came to always is one; none: any. body, messages,
-    characters: bytes of a request, its messages, and its text. schema: characters of a JSON schema.
-    bodies: bytes of all requests under way. choices: answers to one request (`n`, and prompts of a
-    completion). default_tokens: longest answer, where neither the request nor the model says one.
-    body_seconds: until a request's header, and then its body, has come. send_seconds: that a client
-    may take nothing of what is sent to it. connections: open at once; a further one takes the place
-    of the one that has asked for nothing for the longest time.
+    and `/ready`; none: everything is open. hosts: allowed names in the `Host` header, so that no
+    page of another site reaches the server by another name; ".example.org": all names below it too,
+    "*": any; the address of the connection is always allowed; none: any. body, messages,
+    characters: bytes of a request, its messages, and characters of its text. schema: characters of
+    a JSON schema. bodies: bytes of all current requests. choices: answers to one request (`n`, and
+    prompts of a completion). default_tokens: longest answer, if neither the request nor the model
+    sets one. body_seconds: for a request's header, and then for its body, to arrive. send_seconds:
+    that a client may leave sent data unread. connections: open at once; a further one replaces the
+    one that was idle for the longest time.
 
     Raises:
-        InputError: a number that is not above 0 and finite, an origin or a key that is none.
+        InputError: a number that is not above 0 and finite, or an invalid origin or key.
     """
 
     name: str
@@ -127,7 +126,7 @@ class ServerConfig:
 
 
 def is_among(host: str, names: Sequence[str]) -> bool:
-    """Return True if a host, in lower case, is one of `names`, or below one that begins with a
+    """Return True if a host, in lower case, is one of `names`, or lies below one that begins with a
     dot."""
     lower = [name.lower() for name in names]
     return any(host == name or (name.startswith(".") and host.endswith(name)) for name in lower)
@@ -144,7 +143,7 @@ def _check_positive(config: object, names: Sequence[str]) -> None:
 
 
 def keys_of_environment() -> tuple[str, ...]:
-    """Keys in the variable `KEYS`, with commas between; none where it is not set.
+    """Return the keys in the variable `KEYS`, separated by commas; none where it is not set.
 
     Raises:
         InputError: it is set, and holds none.

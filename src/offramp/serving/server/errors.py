@@ -38,7 +38,8 @@ ROUTES = (
 
 
 class ApiError(Exception):
-    """An answer that is an error object. param: the field it is about. code: for programs."""
+    """An error that is answered by an error object. param: name of the wrong field. code: for
+    programs."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class ApiError(Exception):
 def error_object(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The JSON body of an error."""
+    """Return the JSON body of an error."""
     kind = TYPES.get(status, "invalid_request_error")
     # Half of a surrogate pair, as JSON escapes may hold, has no UTF-8.
     message = message[:2000].encode("utf-8", "backslashreplace").decode("utf-8")
@@ -66,7 +67,8 @@ def error_object(
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Return what a client is sent of an error: its own mistakes in full, ours by name alone."""
+    """Return an error as the client gets it: in full for a client's mistake, else by its name
+    alone."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):
@@ -80,8 +82,8 @@ def api_error(error: BaseException) -> ApiError:
 def validation_error(
     problems: Sequence[Mapping[str, Any]], known: Sequence[str] = (), body: Any = None
 ) -> ApiError:
-    """The first problem that pydantic found, in words. known: fields of the request. body: what
-    was sent."""
+    """Return the first problem that pydantic found, in words. known: fields of the request. body:
+    the client's body."""
     problem, field, said = _first_of(problems, body)
     where = _written(field)[:200]
     kind = problem["type"]
@@ -168,7 +170,7 @@ def respond(error: ApiError) -> JSONResponse:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let `app` answer with error objects, whatever is raised."""
+    """Make `app` answer every exception with an error object."""
 
     def ours(_: Request, error: Exception) -> JSONResponse:
         return respond(api_error(error))

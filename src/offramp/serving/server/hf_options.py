@@ -23,7 +23,8 @@ from offramp.serving.server.config import ServerConfig
 
 
 class CountPenalties:
-    """OpenAI's penalties: tokens of the answer lose `presence` once and `frequency` each time."""
+    """OpenAI's penalties: a token of the answer loses `presence` once and `frequency` for each
+    occurrence."""
 
     def __init__(self, presence: float, frequency: float) -> None:
         self._presence, self._frequency = presence, frequency
@@ -40,12 +41,11 @@ class CountPenalties:
 
 @dataclass
 class LogprobWarper(NotedLogprobs):
-    """A processor that changes nothing and notes the log-probabilities at each place, as the model
-    gave them: before temperature and top-p, after penalties.
+    """A processor that only records the log-probabilities at each place, as the model gave them:
+    before temperature and top-p, after penalties.
 
-    A place at which an exit was asked and wrote nothing is noted again by the full model. Its name
-    ends as those of processors that say nothing of what may come, so an exit's score is the same
-    with it.
+    Where an exit was asked without writing a token, the full model's replace them. The class's name
+    ends in "Warper", because an exit's score ignores such processors.
     """
 
     _prompt: int | None = None
@@ -75,10 +75,10 @@ def generation(
     choice: int = 0,
     constraint: Constraint | None = None,
 ) -> Generation:
-    """The options for the answer number `choice` to a prompt.
+    """Return the options of answer number `choice` to a prompt.
 
-    model: whose generation configuration fills what the request leaves out. prompt: its
-    tokens. room: tokens left after them. constraint: which tokens may come.
+    model: its generation configuration fills what the request leaves out. prompt: number of its
+    tokens. room: tokens left after the prompt. constraint: on the tokens that may come.
     """
     defaults = model.generation_config
     usual = getattr(defaults, "max_new_tokens", None) or config.default_tokens

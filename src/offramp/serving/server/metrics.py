@@ -58,14 +58,14 @@ class Metrics:
         return Counter(full, text, ["model_name", *labels], registry=self.registry)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a number that is read whenever the metrics are."""
+        """Add a number that is computed whenever the metrics are read."""
         gauge = Gauge(f"{PREFIX}:{name}", text, ["model_name"], registry=self.registry)
         gauge.labels(self._model).set_function(value)
 
     def answered(
         self, done: Completion, depths: Sequence[int], prompt: int, reason: str, mode: str
     ) -> None:
-        """Count an answer. prompt: tokens of its prompt, 0 where they were counted already."""
+        """Count an answer. prompt: tokens of its prompt; 0: counted already."""
         seconds = self._seconds
         seconds["time_to_first_token_seconds"].observe(done.first)
         seconds["e2e_request_latency_seconds"].observe(done.total)

@@ -39,10 +39,11 @@ _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Gate:
-    """An ASGI middleware. refused: called with the status of every answer that is an error.
+    """An ASGI middleware that checks hosts, keys and sizes. refused: called with the status of
+    every error.
 
-    A route may put what is worth a log line into `scope["offramp"]`, and finds in
-    `scope["offramp_key"]` the number of the key that was sent; None: none is needed.
+    A route may put entries for the log line into `scope["offramp"]`, and finds the number of the
+    client's key in `scope["offramp_key"]`; None: no key is needed.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig, refused: Callable[[int], None]) -> None:
@@ -217,7 +218,7 @@ def _too_large(most: int) -> ApiError:
 
 
 def keys_of(text: str) -> Sequence[str]:
-    """Keys in a file, one a line; lines that begin with # are comments."""
+    """Return the keys in a file, one a line; lines that begin with # are comments."""
     text = text.removeprefix("\ufeff")  # as some editors begin a file
     lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
@@ -227,6 +228,6 @@ _HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?"
 
 
 def host_name(header: str) -> str | None:
-    """The name or address in a `Host` header, in lower case; None where it is neither."""
+    """Return the name or address in a `Host` header, in lower case; None where it is neither."""
     match = _HOST.fullmatch(header.strip())
     return None if match is None else (match[1] or match[2]).rstrip(".").lower() or None

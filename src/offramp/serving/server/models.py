@@ -11,7 +11,7 @@ from offramp.serving.server.service import Service
 
 
 def check_model(service: Service, name: str | None) -> None:
-    """Raise `ApiError` where a request names another model than the one that is served."""
+    """Raise `ApiError` where a request names another model than the served one."""
     own = service.config.name
     if name not in (None, "", own):
         raise ApiError(
@@ -23,7 +23,7 @@ def check_model(service: Service, name: str | None) -> None:
 
 
 def model_card(service: Service) -> dict[str, Any]:
-    """Return what is served, as `/v1/models` lists it."""
+    """Return the description of the served model for `/v1/models`."""
     served = service.served
     return {
         "id": service.config.name,
@@ -51,7 +51,7 @@ def model_card(service: Service) -> dict[str, Any]:
 
 
 def likeness_report(service: Service) -> dict[str, Any] | None:
-    """Return how many requests were unlike those that were calibrated; None: that is not known."""
+    """Return how many requests were unlike the calibrated ones; None: not tested."""
     if not service.served.likeness.kinds:
         return None
     alarm = service.alarm

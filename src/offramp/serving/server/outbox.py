@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 
 class Sink(Protocol):
-    """A receiver of something in the event loop's thread, such as a queue of asyncio's."""
+    """A receiver of items in the event loop's thread, such as a queue of asyncio's."""
 
     def put_nowait(self, item: Any, /) -> None: ...
 
 
 class Outbox:
-    """A queue from any thread to sinks in the event loop's."""
+    """A queue from any thread to sinks in the event loop's thread."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None

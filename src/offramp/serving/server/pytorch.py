@@ -105,8 +105,8 @@ class TorchServed:
         return token in self._ends
 
     def start(self, queue: int, on_round: Callable[[], None]) -> BatchEngine:
-        """Raise `InputError` for slots that memory does not hold, a policy that cannot be
-        batched."""
+        """Start the engine. Raise `InputError` for slots that memory does not hold, or a policy
+        that cannot be batched."""
         more = {"queue": queue, "workers": 1, "on_round": on_round, **self._more}
         if self._one_by_one:
             model = cast(Model, self._serial)
@@ -190,7 +190,8 @@ class TorchServed:
         return None if self.adapter is None else self.adapter.point_of(asked)
 
     def promised(self) -> dict[str, Any] | None:
-        """Return the calibration in a few fields, with its prompts and its answers' length."""
+        """Return the main fields of the calibration, with its prompts and the length of its
+        answers; None without one."""
         promise = self.stands().promise
         if promise is None or self.adapter is None:
             return None
@@ -264,12 +265,12 @@ def _within_positions(sizes: EngineConfig, backbone: Backbone) -> EngineConfig:
 
 
 def runtime_name(model: Model | None) -> str | None:
-    """The name of the runtime that answers in the adapter's place; None: PyTorch does."""
+    """Return the name of the runtime in the adapter's place; None: PyTorch answers."""
     return None if model is None or isinstance(model, Adapter | Backbone) else model.name
 
 
 def end_tokens(model: Any, usual: int) -> frozenset[int]:
-    """Ids that end an answer."""
+    """Return the ids that end an answer."""
     named = getattr(model.generation_config, "eos_token_id", None)
     if named is None:
         return frozenset({usual})

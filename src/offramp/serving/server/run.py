@@ -32,8 +32,8 @@ HEADER_BYTES = 32 * 1024
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that refuses with error objects, and waits so long for a header, and for a client to
-    take what is sent to it. limits: of connections and of seconds."""
+    """HTTP/1.1 with error objects for refusals, and time limits for headers and for clients that do
+    not read. limits: of connections and of seconds."""
 
     limits: ServerConfig
 
@@ -147,13 +147,12 @@ class Protocol(H11Protocol):
 
 
 def protocol(limits: ServerConfig) -> type[Protocol]:
-    """The protocol of a server with these limits."""
+    """Return the protocol class of a server with these limits."""
     return type("Protocol", (Protocol,), {"limits": limits})
 
 
 class Server(uvicorn.Server):
-    """A server that, on a signal to stop, finishes answers under way and ends as a command that
-    worked."""
+    """A server that on a stop signal finishes current answers and exits with success."""
 
     def __init__(
         self, config: uvicorn.Config, service: Service, ready: Callable[[], None] | None = None
@@ -180,7 +179,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
-        """Answers that take longer than the drain end with an error object, not in the middle."""
+        """Stop; answers that take longer than the drain end with an error object."""
         self._service.draining = True
         seconds = self._service.config.drain_seconds
         timer = asyncio.get_running_loop().call_later(seconds, self._service.abort)
@@ -191,7 +190,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The server's socket; nobody can connect before `serve` takes it.
+    """Return the server's socket, to which nobody can connect before `serve`.
 
     Raises:
         InputError: the address cannot be had.
@@ -221,7 +220,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def http(app: FastAPI, service: Service) -> uvicorn.Config:
-    """Return the settings by which a service speaks HTTP."""
+    """Return uvicorn's settings for a service."""
     return uvicorn.Config(
         app,
         http=protocol(service.config),

@@ -21,7 +21,7 @@ Inputs = Mapping[str, Any]
 
 
 class Tokenizer(Protocol):
-    """The part of Hugging Face's tokenizers that the application asks for."""
+    """The part of Hugging Face's tokenizers that the application uses."""
 
     def __len__(self) -> int: ...
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]: ...
@@ -31,10 +31,10 @@ class Tokenizer(Protocol):
 
 
 class Prompts(Protocol):
-    """Makes the inputs of texts and images; `InputProcessor` is one. Thread-safe.
+    """An object that makes the inputs of texts and images, such as `InputProcessor`. Thread-safe.
 
-    image_mark: what stands for an image in a text; None: nothing does. has_template: whether the
-    model knows how a conversation is written.
+    image_mark: placeholder of an image in a text; None: there is none. has_template: whether a chat
+    template for conversations is there.
     """
 
     @property
@@ -46,7 +46,7 @@ class Prompts(Protocol):
         ...
 
     def conversation_text(self, turns: Sequence[Mapping[str, Any]]) -> str:
-        """Return turns as the model reads them; as of `InputProcessor`."""
+        """Return turns as text, as of `InputProcessor`."""
         ...
 
     def placed(self, prompt: str, images: int) -> str:
@@ -54,7 +54,7 @@ class Prompts(Protocol):
         ...
 
     def of_text(self, text: str, images: Sequence[Image.Image]) -> Inputs:
-        """Return the inputs of a text that has its placeholders already."""
+        """Return the inputs of a text with placeholders."""
         ...
 
     def of_ids(self, ids: Sequence[int]) -> Inputs:
@@ -77,7 +77,7 @@ class Standing(Protocol):
 
 @dataclass(frozen=True)
 class NoPromise:
-    """A standing of answers that nothing is said of."""
+    """The standing of answers without any promise."""
 
     promise: None = None
     why: str = ""
@@ -87,11 +87,11 @@ class Served(Protocol):
     """A model and the engine that answers for it.
 
     name: of the backbone. layers: depth of the full model. limit: tokens of a prompt and its
-    answer. places: answers under way beside those that wait. policy: of requests that name no mode.
-    drafts: whether lossless answers are drafted at all. sees: whether prompts may have images.
-    smallest: pixels that each side of a JPEG keeps where it is decoded smaller; None: none is.
-    calibrated: tokens of the longest answers that were calibrated; None: of no length. likeness:
-    what is kept of the calibrated answers.
+    answer. places: answers at the same time, without waiting ones. policy: of requests without a
+    mode. drafts: whether lossless answers are drafted at all. sees: whether prompts may have
+    images. smallest: pixels a side to which a JPEG may be reduced while decoding; None: full size.
+    calibrated: tokens of the longest calibrated answers; None: any length. likeness: of the
+    calibrated answers.
     """
 
     @property
@@ -131,11 +131,11 @@ class Served(Protocol):
         ...
 
     def tokens(self, inputs: Inputs) -> int:
-        """Return the tokens of a prompt."""
+        """Return the number of a prompt's tokens."""
         ...
 
     def room(self, tokens: int) -> int:
-        """Return the tokens of the longest answer that fits after a prompt of so many."""
+        """Return the most tokens of an answer after a prompt of `tokens` tokens."""
         ...
 
     def generation(
@@ -148,14 +148,15 @@ class Served(Protocol):
         choice: int,
         constraint: Any,
     ) -> Generation:
-        """Return how the answer number `choice` to a prompt is generated.
+        """Return the settings of answer number `choice` to a prompt.
 
-        prompt: its tokens. room: tokens left after them. constraint: of `constraint`; None: none.
+        prompt: number of its tokens. room: tokens left after the prompt. constraint: of
+        `constraint`; None: none.
         """
         ...
 
     def constraint(self, schema: Mapping[str, Any], unwanted: Event) -> Any:
-        """Return what lets answers be JSON by a schema. Blocks. unwanted: set once nobody waits.
+        """Return a constraint of answers to JSON by a schema. Blocks. unwanted: set to abort.
 
         Raises:
             InputError: the schema, or any, is not supported, or costs too much.
@@ -171,10 +172,10 @@ class Served(Protocol):
         plain: bool | None = None,
         thresholds: Mapping[int, float] | None = None,
     ) -> Standing:
-        """Return what is guaranteed of early answers; what is not given is not compared.
+        """Return what is guaranteed of early answers; missing arguments are not compared.
 
-        asked: of `Prompter.question`. longest: tokens its answer may have. plain: whether it is
-        decoded greedily, with no rule of its own. thresholds: instead of the adapter's.
+        asked: of `Prompter.question`. longest: tokens of its answer, at most. plain: whether it is
+        greedy and without rules of its own. thresholds: instead of the adapter's.
         """
         ...
 
@@ -183,17 +184,17 @@ class Served(Protocol):
         ...
 
     def point_of(self, asked: str) -> Mapping[int, float] | None:
-        """Return the point of the calibrated path by which a question of its kind is answered;
-        None: that of all."""
+        """Return the point of the calibrated path for a question of this kind; None: the common
+        one."""
         ...
 
     def promised(self) -> dict[str, Any] | None:
-        """Return what is guaranteed, for a model's card."""
+        """Return the guarantee as fields for a model's card; None without one."""
         ...
 
     def watcher(self, engine: Engine, alarm: Alarm) -> Any:
-        """Return what watches the guarantee of an engine's answers; None: nothing does. alarm: over
-        unlike requests, which is kept and reset with it."""
+        """Return the watch over the guarantee of an engine's answers; None: there is no watch.
+        alarm: over unlike requests, kept and reset with the watch."""
         ...
 
     def gauges(self) -> Sequence[tuple[str, str, Callable[[], float]]]:

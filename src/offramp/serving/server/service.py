@@ -32,11 +32,11 @@ from offramp.serving.server.served import Inputs, Served, Standing
 
 @dataclass(frozen=True)
 class Use:
-    """The use that an answer makes of the exits: as of `BatchEngine.submit`. named: the mode in
+    """The use that an answer makes of the exits, as of `BatchEngine.submit`. named: the mode in
     words.
 
-    fell_back: the adapter's own thresholds would have been used, were its guarantee not broken.
-    point: that the prompt's kind was calibrated by.
+    fell_back: whether the adapter's own thresholds were replaced because its guarantee is broken.
+    point: of the calibrated path, for the prompt's kind.
     """
 
     mode: str | None
@@ -47,14 +47,15 @@ class Use:
 
 
 class Place:
-    """Room for some answers, to be given back: of each when the engine is done with it, whether its
-    client has read it or not, and of all that are left when nobody waits for them."""
+    """Room for some answers. The room of an answer is given back when the engine is done with it,
+    and all of it when nobody waits any more."""
 
     def __init__(self, service: Service, answers: int) -> None:
         self._service, self._answers = service, answers
 
     def put_nowait(self, answers: int) -> None:
-        """Give room of so many back, as far as it is not back yet; in the event loop's thread."""
+        """Give room for `answers` answers back, if not given back yet; in the event loop's
+        thread."""
         back = min(answers, self._answers)
         self._service.under_way -= back
         self._answers -= back
@@ -71,7 +72,7 @@ T = TypeVar("T")
 class Service:
     """A model being served. Its methods are called from the event loop's thread alone.
 
-    under_way: answers that were let in and are not over. draining: whether no more are let in.
+    under_way: admitted answers that are not over. draining: whether no more are admitted.
     """
 
     def __init__(
@@ -145,10 +146,9 @@ class Service:
     async def prepare(
         self, urls: Sequence[str], make: Callable[[Sequence[Any]], Inputs]
     ) -> tuple[Inputs, Sequence[Any]]:
-        """A prompt's inputs and its images, opened and processed in worker threads.
+        """Return a prompt's inputs and its images, opened and processed in worker threads.
 
-        Where it is cancelled, its threads go on with something else: the fetches end, and of the
-        images only the current one is opened.
+        When cancelled, fetches end, and of the images only the current one is still opened.
         """
         loop = asyncio.get_running_loop()
         unwanted = threading.Event()
@@ -176,11 +176,11 @@ class Service:
             unwanted.set()
 
     async def constraint(self, request: Sampling) -> Any:
-        """Return the constraint of the answers to a request. Made in a thread: a large schema takes
-        long. Where it is cancelled, the thread goes on with something else.
+        """Return the constraint of the answers to a request. Made in a thread, because a large
+        schema takes long; the thread is freed when the call is cancelled.
 
         Raises:
-            ApiError: a schema that is not supported, or too long, a tokenizer that cannot write it.
+            ApiError: a schema that is not supported, or too long, or a tokenizer without support.
         """
         schema = request.schema_of_answer
         if schema is None:
@@ -206,12 +206,13 @@ class Service:
             unwanted.set()
 
     async def of_text(self, work: Callable[[], T]) -> T:
-        """Return what `work` makes of a text, in a thread that no prompt waits for."""
+        """Return the result of `work` on a text, in a thread that no prompt waits for."""
         return await asyncio.get_running_loop().run_in_executor(self._texts, work)
 
     async def question(self, request: Sampling, use: Use) -> str:
-        """Return what an early answer is asked about one image; see `Prompter.question`. Made once
-        a request, by the threads that make prompts: templates may be slow."""
+        """Return a request's question about one image, for an early answer; see
+        `Prompter.question`. Made once a request, in the threads for prompts, because templates may
+        be slow."""
         if use.named != "early_exit":
             return OTHER
         ask = self.prompter.question
@@ -234,7 +235,7 @@ class Service:
         return Use(mode, None, mode)
 
     def of_kind(self, use: Use, asked: str) -> Use:
-        """Return how the answer to a question of its kind uses the exits, where nobody named
+        """Return the use of exits at the point of the question's kind, unless the request named
         thresholds."""
         if use.named != "early_exit" or use.thresholds is not None:
             return use
@@ -246,8 +247,8 @@ class Service:
         return self.config.unlike == "lossless"
 
     async def look(self, use: Use, images: Sequence[Any]) -> Any:
-        """Return what the one image of an early answer looks like; None where that is not
-        compared. Made by the threads that read images, which may be large."""
+        """Return the look of an early answer's one image; None where looks are not compared. Made
+        in the threads for images, which may be large."""
         compared = (
             self.served.likeness.looks_at_images and use.named == "early_exit" and len(images) == 1
         )
@@ -258,8 +259,8 @@ class Service:
     def verdict(
         self, status: Standing, asked: str, use: Use, done: Completion, look: Any, client: str
     ) -> Verdict:
-        """Return what is promised of an answer to a question about one image, and note whether it
-        is unlike the calibrated ones. status: of early answers to it."""
+        """Return what is promised of an answer to a question about one image, and note whether the
+        request is unlike the calibrated ones. status: of the question's early answers."""
         exact = use.named != "early_exit" or not done.early_exit
         watched = self.watcher is not None and use.thresholds is None
         found = decide(
@@ -294,7 +295,7 @@ class Service:
         return self.policy.own_mode == "early_exit" and mode in (None, "early_exit")
 
     def watches(self, request: Sampling, use: Use, images: Sequence[Any], client: str = "") -> bool:
-        """Return True if the answer to a request is to be compared with the full model's."""
+        """Return True if the answer to a request will be compared with the full model's."""
         own = use.named == "early_exit" and use.thresholds is None
         if self.watcher is None or not own or request.n != 1 or len(images) != 1:
             return False
@@ -309,7 +310,7 @@ class Service:
         return handle
 
     def over(self, handle: Handle) -> None:
-        """Note that a request is answered, or its client gone."""
+        """Note that a request was answered, or its client left."""
         self._handles.discard(handle)
         if not handle.done():
             self.engine.cancel(handle)
@@ -319,12 +320,12 @@ class Service:
     # -- the end -----------------------------------------------------------------------------------
 
     def abort(self) -> None:
-        """End all requests; their clients get an error that the server is stopping."""
+        """End all requests, with an error to clients that the server is stopping."""
         for handle in list(self._handles):
             self.engine.cancel(handle)
 
     def close(self) -> None:
-        """Stop the engine; what is under way is dropped."""
+        """Stop the engine and drop current requests."""
         self.draining = True
         if self.watcher is not None:
             self.watcher.close()

@@ -79,8 +79,8 @@ def slot_mask(
 ) -> Tensor:
     """Return an additive mask [R, 1, W, K].
 
-    q_offset: columns of the queries [R, W]; in cross-attention a number, and the mask is
-    `attention_mask` [R, K], the encoder's.
+    q_offset: columns of the queries [R, W]. In cross-attention q_offset is a number, and the result
+    is made of `attention_mask` [R, K], which marks the encoder's tokens.
     """
     if isinstance(q_offset, Tensor):
         rule = MaskRule(mask_function, dtype)

@@ -15,8 +15,8 @@ GREEDY_BELOW = 1e-4
 
 @dataclass(frozen=True)
 class PlaceLogprobs:
-    """Log-probabilities at one place of an answer: of the token there, and of the likeliest ones,
-    by id, largest first."""
+    """The log-probabilities at one place of an answer: of the token there, and of the likeliest
+    ones, by id, largest first."""
 
     value: float
     top: dict[int, float]
@@ -25,21 +25,20 @@ class PlaceLogprobs:
 @dataclass
 class NotedLogprobs:
     """The log-probabilities at each place of an answer, as the model gave them: before temperature
-    and top-p, after penalties. top: how many of the likeliest are reported at each place."""
+    and top-p, after penalties. top: number of the likeliest tokens at each place."""
 
     top: int
     places: list[PlaceLogprobs] = field(default_factory=list)
 
     def settle(self, token: int) -> None:
-        """Note that the next place holds `token`, whatever was tried there."""
+        """Note that the next place finally holds `token`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Settings by which one answer is generated. logprobs: what notes them, if they are wanted.
-    plain: greedy and with no rule of its own, so that what is guaranteed of the adapter's answers
-    holds of it."""
+    """Settings by which one answer is generated. logprobs: their store, if wanted. plain: greedy
+    and without rules of its own, so that the adapter's guarantee applies."""
 
     options: Mapping[str, Any]
     seed: int | None
@@ -50,8 +49,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Settings by which tokens are sampled; at temperature 0 the likeliest is taken. top_k: 0: of
-    all."""
+    """Settings of sampling; temperature 0: the likeliest token. top_k: number of likeliest tokens
+    to sample from; 0: all."""
 
     temperature: float
     top_p: float
@@ -59,7 +58,7 @@ class Drawn:
 
 
 def sampled_by(request: Sampling) -> Drawn | None:
-    """Return how a request wants tokens sampled; None: as the model's own configuration says."""
+    """Return a request's settings of sampling; None: the model's own configuration decides."""
     temperature = request.temperature
     if temperature is None and request.top_p is None and request.top_k is None:
         return None
@@ -71,15 +70,15 @@ def sampled_by(request: Sampling) -> Drawn | None:
 
 
 def seed_of(request: Sampling, choice: int) -> int | None:
-    """Return the seed of the answer number `choice`; None: any."""
+    """Return the seed of answer number `choice`; None: any seed."""
     return None if request.seed is None else (request.seed + choice) % 2**63
 
 
 def longest_answer(asked: int | None, room: int, prompt: int, usual: int) -> int:
-    """Tokens of the longest answer, where the slot has `room` left after the prompt.
+    """Return the most tokens of the answer, where the slot has `room` left after the prompt.
 
     Raises:
-        ApiError: the prompt, or the prompt and what was asked for, does not fit.
+        ApiError: the prompt, or the prompt and the requested length, does not fit.
     """
     if room < 1 or (asked is not None and asked > room):
         wanted = f" and an answer of up to {asked}" if asked is not None else ""

@@ -16,7 +16,8 @@ from offramp.core.decoding.policy import Mode
 
 
 class Strict(BaseModel):
-    """Nothing unknown, nothing converted, null means left out."""
+    """The base of request bodies: unknown fields are refused, nothing is converted, null means left
+    out."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, frozen=True
@@ -44,8 +45,8 @@ def _depths(value: Any) -> Any:
 
 
 class OfframpOptions(Strict):
-    """Options of how the answer uses the exits. mode: one of those; left out: the server's.
-    thresholds: by depth, instead of the adapter's."""
+    """Options of how the answer uses the exits. mode: None: the server's. thresholds: by depth,
+    instead of the adapter's."""
 
     mode: Mode | None = None
     thresholds: (
@@ -68,8 +69,11 @@ class StreamOptions(Strict):
 
 
 class ImageUrl(Strict):
-    """url: a data URI, or what the server's allow-lists name. detail: changes nothing: an image is
-    read at the size that the model was tuned, and its exits calibrated, on."""
+    """An image in a message.
+
+    url: a data URI, or an address on the server's allow-lists. detail: ignored, because images are
+    read at the size on which the model and its exits were trained.
+    """
 
     url: str
     detail: Literal["low", "high", "auto"] = "auto"
@@ -136,8 +140,11 @@ class AnyJson(Strict):
 
 
 class NamedSchema(Strict):
-    """schema: JSON Schema, as far as llguidance knows it. strict: changes nothing: a schema is
-    always obeyed."""
+    """A schema for answers.
+
+    schema: JSON Schema, as far as llguidance supports it. strict: ignored, because a schema is
+    always obeyed.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
@@ -187,9 +194,11 @@ Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Sampling(Strict):
-    """Fields that both kinds of completion share. temperature: left out: as the model's own
-    generation configuration says. top_k: 0 or -1: off. ignore_eos: write on to the longest answer.
-    response_format: an answer that ends by itself parses."""
+    """The fields that both kinds of completion share.
+
+    temperature: None: by the model's own generation configuration. top_k: 0 or -1: off. ignore_eos:
+    write on to the longest answer. response_format: an answer that ends by itself parses.
+    """
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -244,7 +253,7 @@ class Sampling(Strict):
 
     @property
     def schema_of_answer(self) -> Mapping[str, Any] | None:
-        """The JSON schema that answers are to obey; None: none."""
+        """The JSON schema that answers must obey; None: none."""
         match self.response_format:
             case AnyJson():
                 return ANY_OBJECT
@@ -261,7 +270,7 @@ class Sampling(Strict):
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest answer that was asked for."""
+        """The requested most tokens of the answer; None: not requested."""
         return self.max_tokens
 
     @property
@@ -299,7 +308,7 @@ Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)
 
 class CompletionRequest(Sampling):
     """The body of `/v1/completions`. prompt: text or token ids, one or several. images: of every
-    prompt, as `image_url` of a chat has them; an extension."""
+    prompt, as a chat's `image_url`; an extension."""
 
     prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1)]
     images: list[str] = Field(default_factory=list)
@@ -319,7 +328,7 @@ class CompletionRequest(Sampling):
 
 
 def asked_text(request: Sampling) -> str:
-    """Return what a request with one image asks: its only prompt, or the texts of its last
+    """Return the question of a request with one image: its only prompt, or the texts of its last
     message."""
     if isinstance(request, ChatRequest):
         return "\n".join(p.text for p in request.messages[-1].parts if p.type == "text")
@@ -328,8 +337,8 @@ def asked_text(request: Sampling) -> str:
 
 
 class TokenizeRequest(Strict):
-    """The body of `/tokenize`: a text, or a conversation as the model would read it, images left
-    out."""
+    """The body of `/tokenize`: a text, or a conversation as the model would read it, without
+    images."""
 
     model: str | None = None
     prompt: str | None = None
@@ -350,7 +359,7 @@ class ResetRequest(Strict):
 
 
 class JudgedAnswer(Strict):
-    """The body of `/v1/watch/answer`: the id of a reply, and what people say is right."""
+    """The body of `/v1/watch/answer`: the id of a reply, and people's right answers."""
 
     model: str | None = None
     id: Annotated[str, Field(max_length=200)]

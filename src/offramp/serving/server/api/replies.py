@@ -16,10 +16,10 @@ from offramp.serving.server.api.options import NotedLogprobs
 
 @dataclass
 class Written:
-    """One choice, while and after it is written.
+    """One choice, during and after its generation.
 
-    depths: of its tokens. reason: why it ended; None: it has not. sent: tokens whose depths and
-    log-probabilities were given out. verdict: on what is promised of it; None: not over.
+    depths: of its tokens. reason: why it ended; None: unfinished. sent: tokens whose depths and
+    log-probabilities were sent. verdict: what is promised of it; None: unfinished.
     """
 
     index: int
@@ -49,14 +49,14 @@ class Reply:
 
     @property
     def id(self) -> str:
-        """Return what clients name the reply by."""
+        """Return the id of the reply for clients."""
         return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.number}"
 
     # -- parts -------------------------------------------------------------------------------------
 
     def usage(self, choices: Sequence[Written]) -> dict[str, Any]:
-        """Tokens so far, and how deep they ran. accepted_drafts: of lossless answers, tokens that
-        an exit wrote and the full model confirmed."""
+        """Return the tokens so far, and their depths. accepted_drafts: for lossless answers, tokens
+        by an exit that the full model confirmed."""
         depths = [depth for choice in choices for depth in choice.depths]
         written = len(depths)
         early = sum(depth < self.layers for depth in depths)
@@ -80,7 +80,7 @@ class Reply:
     def whole(
         self, choices: Sequence[Written], noted: Sequence[NotedLogprobs | None]
     ) -> dict[str, Any]:
-        """The reply to a request without a stream."""
+        """Return the reply to a request without a stream."""
         rows = []
         for choice, logprobs in zip(choices, noted, strict=True):
             row: dict[str, Any] = {"index": choice.index, "finish_reason": choice.reason}
@@ -93,25 +93,25 @@ class Reply:
         return {**self._frame(""), "choices": rows, "usage": self.usage(choices)}
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The chunk that says who speaks; of chats alone."""
+        """Return the chunk that names the speaker, for chats alone."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
 
     def piece(
         self, choice: Written, text: str, logprobs: Any, depths: Sequence[int] | None = None
     ) -> dict[str, Any]:
-        """A chunk of text. depths: of its tokens, where they were asked for."""
+        """Return a chunk of text. depths: of its tokens, if wanted."""
         content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
         if depths is not None:
             content["offramp"] = {"depths": list(depths)}
         return self._chunk(choice.index, content, None, logprobs)
 
     def ending(self, choice: Written) -> dict[str, Any]:
-        """The chunk that says why a choice ended."""
+        """Return the chunk with the reason why a choice ended."""
         content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         return self._chunk(choice.index, content, choice.reason)
 
     def counted(self, choices: Sequence[Written]) -> dict[str, Any]:
-        """The last chunk: the usage alone."""
+        """Return the last chunk, with the usage alone."""
         return {**self._frame(".chunk"), "choices": [], "usage": self.usage(choices)}
 
     def _frame(self, kind: str) -> dict[str, Any]:
@@ -129,8 +129,8 @@ class Reply:
     def logprobs(
         self, choice: Written, noted: NotedLogprobs | None, begin: int, offset: int
     ) -> dict[str, Any] | None:
-        """Return the log-probabilities of a choice's tokens from number `begin` on. offset: of
-        their first letter."""
+        """Return the log-probabilities of a choice's tokens from number `begin` on. offset: place
+        of their first character in the text."""
         if noted is None:
             return None
         if self.chat:
@@ -177,7 +177,7 @@ def _finite(value: float) -> float:
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """A server-sent event."""
+    """Return a value as a server-sent event."""
     return b"data: " + _JSON.encode(value).encode() + b"\n\n"
 
 

@@ -12,9 +12,9 @@ _WINDOW = 16
 
 
 class TextStream:
-    """One answer's text, token by token. Its pieces together are the decoded answer, without
-    special tokens, outer spaces, and what stands after the first of the strings `stops`.
-    exact: without the tokenizer's own clean-up, which moves spaces before marks."""
+    """One answer's text, token by token. The pieces form the decoded answer, without special
+    tokens, outer spaces, and the text from the first of the strings `stops` on. exact: without the
+    tokenizer's clean-up, which moves spaces before punctuation."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, exact: bool = False) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
@@ -55,7 +55,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """Return all that was given out."""
+        """Return all text returned so far."""
         return self._shown()[: self._sent]
 
     def _shown(self) -> str:
@@ -87,8 +87,8 @@ class TextStream:
 
 
 class StopStrings:
-    """Looks for one of some strings in an answer; to Hugging Face's `generate` a stopping
-    criterion."""
+    """A search for one of some strings in an answer; as a stopping criterion for Hugging Face's
+    `generate`."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
@@ -96,7 +96,7 @@ class StopStrings:
         self._prompt: int | None = None  # the first call has one token after it
 
     def found(self, answer: Sequence[int]) -> bool:
-        """Return True if the end of the answer's tokens holds one of the strings."""
+        """Return True if the last of these tokens complete one of the strings."""
         # A token has a letter or more, but those of letters with several tokens.
         tail = list(answer[-(4 * self._longest + 8) :])
         text = self._tokenizer.decode(tail, skip_special_tokens=True)

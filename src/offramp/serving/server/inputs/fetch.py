@@ -31,8 +31,8 @@ _LOOK = 0.25
 
 
 def is_public(address: str) -> bool:
-    """Return True if an IP address is one of the open internet; IPv4 inside IPv6 is looked at
-    itself."""
+    """Return True if an IP address is on the open internet; of IPv4 inside IPv6, the IPv4 address
+    counts."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
         return _public(ip) and not any(ip in network for network in _SPECIAL)
@@ -77,16 +77,16 @@ def _refused(message: str, status: int = 403) -> ApiError:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Gets images from allowed hosts. resolve, allowed: how names become addresses, and which of
-    these may be connected to."""
+    """Fetches images from allowed hosts. resolve: returns a name's addresses. allowed: whether an
+    address may be connected to."""
 
     limits: ImageLimits
     resolve: Callable[[str, int], Sequence[str]] = resolve
     allowed: Callable[[str], bool] = is_public
 
     def fetch(self, url: str, unwanted: threading.Event | None = None) -> bytes:
-        """The body at `url`. Blocks. unwanted: set once nobody waits for it any more. Raise
-        `ApiError` where it may not, or cannot, be had, or is not wanted."""
+        """Return the body at `url`. Blocks. unwanted: set to abort. Raise `ApiError` where the
+        fetch is forbidden, fails or is aborted."""
         until = _Until(time.monotonic() + self.limits.seconds, unwanted or threading.Event())
         for _ in range(self.limits.redirects + 1):
             answer = self._get(url, until)

@@ -30,7 +30,7 @@ def _scheme(url: str) -> str:
 
 
 def is_far(url: str) -> bool:
-    """Return True if an image is fetched from another machine, which may be slow to answer."""
+    """Return True if an image comes from another machine, which may be slow."""
     return _scheme(url) in ("http", "https")
 
 
@@ -54,8 +54,8 @@ class ImageSource:
         return cls(limits, Fetcher(limits), smallest)
 
     def encoded(self, url: str, unwanted: threading.Event | None = None) -> bytes:
-        """The file's bytes. Raise `ApiError` where they cannot be had, or are too many. unwanted:
-        as of `Fetcher.fetch`."""
+        """Return the file's bytes. unwanted: as of `Fetcher.fetch`. Raise `ApiError` where they
+        cannot be fetched, or are too many."""
         if is_far(url):
             return self.fetcher.fetch(url, unwanted)
         scheme = _scheme(url)
@@ -66,8 +66,8 @@ class ImageSource:
         raise image_error("An image must be a data URI (data:image/png;base64,...).")
 
     def decode(self, encoded: bytes) -> Image.Image:
-        """The image as 8-bit RGB, opened where its header says no size that is too large. Raise
-        `ApiError` where it does, or is none."""
+        """Return the image as 8-bit RGB. Raise `ApiError` for a file that is no image, or whose
+        header has too large a size."""
         try:
             return open_rgb(
                 encoded,

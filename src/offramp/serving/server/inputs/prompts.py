@@ -25,7 +25,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Prompter:
-    """Makes prompts. Thread-safe."""
+    """Makes a model's inputs from requests. Thread-safe."""
 
     def __init__(self, served: Served, config: ServerConfig) -> None:
         self._served = served
@@ -35,10 +35,10 @@ class Prompter:
     # -- checks, before any image is opened --------------------------------------------------------
 
     def images_of(self, messages: Sequence[Message]) -> list[str]:
-        """The addresses of a conversation's images, in order.
+        """Return the addresses of a conversation's images, in order.
 
         Raises:
-            ApiError: too many of them, too many messages, too much text.
+            ApiError: too many images or messages, or too much text.
         """
         if len(messages) > self.config.messages:
             raise ApiError(
@@ -54,7 +54,7 @@ class Prompter:
         return self.check_images([p.image_url.url for p in parts if p.type == "image_url"])
 
     def check_images(self, urls: Sequence[str]) -> list[str]:
-        """`urls`, where there are not too many for the server and for the model."""
+        """Return `urls`; raise `ApiError` for more than the server or the model takes."""
         if len(urls) > self.config.images.count:
             raise ApiError(
                 400,
@@ -70,7 +70,7 @@ class Prompter:
         return list(urls)
 
     def check_text(self, texts: Sequence[str], param: str) -> None:
-        """Raise `ApiError` for more text than is ever read, and for text that stands for images."""
+        """Raise `ApiError` for too much text, or text with placeholders of images."""
         if sum(map(len, texts)) > self.config.characters:
             raise ApiError(
                 400,
@@ -94,11 +94,12 @@ class Prompter:
     def conversation(
         self, messages: Sequence[Message], images: Sequence[Image.Image]
     ) -> Mapping[str, Any]:
-        """A conversation's inputs; its images are already opened. Blocks while it computes."""
+        """Return a conversation's inputs; its images are already opened. Blocks while it
+        computes."""
         return self._inputs(self.conversation_text(messages), images)
 
     def conversation_text(self, messages: Sequence[Message]) -> str:
-        """A conversation as the model reads it.
+        """Return a conversation's text as the model reads it.
 
         Raises:
             ApiError: several messages to a model without a chat template.
@@ -120,9 +121,9 @@ class Prompter:
             raise ApiError(400, said, param="messages", code="invalid_value") from error
 
     def question(self, request: Sampling) -> str:
-        """Return what is asked about one image, where the model reads what it reads of an example
-        that asks it; `OTHER` of any other request: several turns or images, an image that does not
-        come first, or a text that no chat template wrote where there is one."""
+        """Return a request's question about one image, if the model reads it in the form of a
+        calibration's example; else `OTHER`: for several turns or images, an image after the text,
+        or a text without the model's chat template."""
         images, written = 1, ""
         if isinstance(request, ChatRequest):
             images = sum(p.type == "image_url" for turn in request.messages for p in turn.parts)
@@ -158,11 +159,11 @@ class Prompter:
         return content
 
     def text(self, prompt: str, images: Sequence[Image.Image]) -> Mapping[str, Any]:
-        """The inputs of a prompt that is taken as it is, with its images before it."""
+        """Return the inputs of a literal prompt, with its images before the text."""
         return self._inputs(self.processor.placed(prompt, len(images)), images)
 
     def ids(self, tokens: Sequence[int]) -> Mapping[str, Any]:
-        """The inputs of token ids."""
+        """Return the inputs of a prompt of token ids."""
         known = len(self._served.tokenizer)
         if wrong := [token for token in tokens if token >= known]:
             raise ApiError(

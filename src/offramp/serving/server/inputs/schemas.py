@@ -48,7 +48,7 @@ passed: set[bytes] = set()
 
 
 def check_cost(schema: Mapping[str, Any], unwanted: Event) -> None:
-    """Try a JSON schema in a process of its own. unwanted: set once nobody waits any more.
+    """Try a JSON schema in a process of its own. unwanted: set to abort.
 
     Raises:
         InputError: it takes more than a second of one core, or a gibibyte.
@@ -83,7 +83,7 @@ def check_cost(schema: Mapping[str, Any], unwanted: Event) -> None:
 
 
 def started() -> subprocess.Popen[bytes]:
-    """Start a process that reads a schema and ends well if it is cheap."""
+    """Start a process that reads a schema and exits with success if the schema is cheap."""
     # -P: nothing is imported from the working folder.
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _CODE],
