@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from made_up_costs import COSTS, EXIT, LAYERS
+from offramp_lab.inputs.shapes import shape
 
 from offramp.calibration.cost_model import Costs, layer_seconds, token_seconds
 from offramp.calibration.profiler import measure_costs
@@ -12,7 +13,6 @@ from offramp.core.engine.generate import generate
 from offramp.core.errors import InputError
 from offramp.core.models.exits import Exits
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
-from offramp_lab.inputs.shapes import shape
 
 
 def spread(n: int, share: float, depth: int = EXIT) -> np.ndarray:
