@@ -6,7 +6,7 @@ thresholds, in PyTorch and in llama.cpp. CPU seconds of the process, from the pr
 (whole, with the vision tower) and of decoding. What was answered is kept in runs/trust, so that a
 run that was cut off goes on there. "even" in it: the share of changed answers from which thresholds
 are as fast as lossless decoding; of the tiny models' captions and questions too, with T5's exits
-from `offramp demo t5 --out runs/demo/t5`. "taken" in it: answers that were taken at a level, and
+from `offramp demo t5 --out runs/demo`. "taken" in it: answers that were taken at a level, and
 differ; "judged" beside each, and beside full depth's own, is a reader's who saw the photograph:
 right; partly, as with another action or colour; or wrong. It stays for the same answers.
 """
