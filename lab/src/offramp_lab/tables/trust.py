@@ -50,8 +50,18 @@ def _judged(whose: str) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in ("right", "partly", "wrong"))
 
 
+def _even(engine: str) -> str:
+    """The share of changed answers from which thresholds are as fast as lossless decoding."""
+    found = record("trust")["even"][engine]
+    return with_range(f"{found['changed']:.1%}", (found["low"], found["high"]), ".1%")
+
+
 WHAT = {"speed": _speed, "changed": _changed, "cider": _cider}
 FIGURES: dict[str, Make] = {
+    **{
+        f"trust-even-{engine}".replace(" ", "-"): partial(_even, engine)
+        for engine in record("trust").get("even", ())
+    },
     **{f"trust-judged-{whose}": partial(_judged, whose) for whose in ("taken", "full")},
     **{
         f"trust-{what}-{entry['engine']}-{entry['way']}".replace(" ", "-"): partial(make, entry)
