@@ -13,7 +13,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from offramp.core.executors.kv_cache import cache_parameter
+
 LAST = families.LAYERS - 1
+CACHE = cache_parameter(families.build("llava").model.language_model)
+"""What this transformers calls the cache."""
 
 
 def noise(number: int, like: Tensor) -> Tensor:
@@ -52,6 +56,7 @@ class Stack(LlamaModel):
         use_cache=None,
         **kw: Any,
     ) -> BaseModelOutputWithPast:
+        cache = kw.pop(CACHE, cache)
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -62,8 +67,8 @@ class Stack(LlamaModel):
             config=self.config,
             inputs_embeds=h,
             attention_mask=attention_mask,
-            cache=cache,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         queries, keys = torch.arange(past, past + new)[:, None], torch.arange(past + new)[None]
         seen = self.seen(keys, queries)
@@ -83,12 +88,11 @@ class Stack(LlamaModel):
                 attention_mask=mask,
                 position_embeddings=rope,
                 position_ids=position_ids,
-                cache=cache,
                 use_cache=use_cache,
-                **kw,
+                **{CACHE: cache, **kw},
             )
             h = h if i == LAST else self.between(i, h, first, input_ids, position_ids)
-        return BaseModelOutputWithPast(last_hidden_state=self.leave(h), cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.leave(h), **{CACHE: cache})
 
 
 class ScaledOutside(Stack):
@@ -212,18 +216,19 @@ class StateBeside(LlamaDecoderLayer):
     """The mean of all states so far, kept beside the cache."""
 
     def forward(self, hidden_states, *args, cache=None, **kw):  # type: ignore[no-untyped-def]
-        kept = self.__dict__.setdefault("kept", {})
+        cache, kept = kw.pop(CACHE, cache), self.__dict__.setdefault("kept", {})
         total, count = kept.get(id(cache), (0, 0))
         total, count = total + hidden_states.sum(1, keepdim=True), count + hidden_states.shape[1]
         kept[id(cache)] = total, count
         hidden_states = hidden_states + 0.3 * total / count
-        return super().forward(hidden_states, *args, cache=cache, **kw)
+        return super().forward(hidden_states, *args, **{CACHE: cache, **kw})
 
 
 class ScaledByCache(LlamaDecoderLayer):
     def forward(self, hidden_states, *args, cache=None, **kw):  # type: ignore[no-untyped-def]
+        cache = kw.pop(CACHE, cache)
         length = 0 if cache is None else cache.get_seq_length()
-        h = super().forward(hidden_states, *args, cache=cache, **kw)
+        h = super().forward(hidden_states, *args, **{CACHE: cache, **kw})
         return h * (1 + 0.01 * length)
 
 

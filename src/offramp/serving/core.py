@@ -6,11 +6,13 @@ makes one call of the decoder. Everything happens in the thread that makes the r
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from offramp.core.decoding.decoder import Decoder
@@ -26,6 +28,8 @@ from offramp.serving.job import Job, Jobs, Steps, tokens_of
 if TYPE_CHECKING:
     from offramp.core.models.backbone import Backbone
     from offramp.core.models.exits import Exits, ExitSet
+
+log = logging.getLogger(__name__)
 
 CALLS = ("read", "feed", "deep", "full")
 """Kinds of call that are counted: a prompt, and the decoder's."""
@@ -267,6 +271,14 @@ class EngineCore(Core):
         from offramp.serving.torch_host import TorchHost
 
         config = config or EngineConfig()
+        if backbone.rounds is not None and config.slots > 1:
+            log.warning(
+                "%s: requests are answered one at a time, as %s rounds what enters it: in company "
+                "their answers would be others.",
+                backbone.name,
+                backbone.rounds,
+            )
+            config = replace(config, slots=1)
         own: Host = host or TorchHost(
             backbone, exits, policy, config, between=self._meanwhile, **how
         )

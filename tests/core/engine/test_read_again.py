@@ -227,6 +227,7 @@ def test_a_streamer_is_told_of_the_answer_that_stands() -> None:
         backbone, told = opened(kind), Told()
         made = generate(backbone, inputs_of(), streamer=told, **GREEDY)
         assert told.ids == made.sequences.flatten().tolist() and told.ended == 1
+        assert set(made.depths.flatten().tolist()) == {backbone.depth}
 
 
 @pytest.mark.parametrize("what", ["embeds", "right padded"])

@@ -19,8 +19,9 @@ def torchao(bits):
     quantization = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 
-    if bits == 8:
-        return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    if bits != 4:
+        dynamic = quantization.Int8DynamicActivationInt8WeightConfig
+        return TorchAoConfig(quantization.Int8WeightOnlyConfig() if bits == 8 else dynamic())
     return TorchAoConfig(quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4))
 
 
@@ -40,7 +41,14 @@ def quanto(bits):
 
 @pytest.mark.parametrize(
     ("config", "bits"),
-    [(torchao, 8), (torchao, 4), (bitsandbytes, 8), (bitsandbytes, 4), (quanto, 8)],
+    [
+        (torchao, 8),
+        (torchao, 4),
+        (torchao, "8 and states"),
+        (bitsandbytes, 8),
+        (bitsandbytes, 4),
+        (quanto, 8),
+    ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_an_exit_computes_what_the_quantised_layer_does(config, bits):
@@ -50,8 +58,9 @@ def test_an_exit_computes_what_the_quantised_layer_does(config, bits):
     encoder = InputProcessor(whole, load_processor(folder))
     found = check_decoding(whole, encoder.prompts(captions("test", 2).examples), depths=(3,))
     assert all(map(found.holds, (found.plain, found.exits))), found
-    apart = (config, bits) != (bitsandbytes, 8)  # whose 8 bits round a token by its neighbours
-    assert whole.lossless == found.holds(found.lossless) == apart, found
+    apart = (config, bits) not in ((bitsandbytes, 8), (torchao, "8 and states"))
+    assert whole.lossless == apart, found  # what rounds states makes noise a step of 8 bits
+    assert found.holds(found.lossless) or not apart, found
     layer, exit = whole.layers[3], Exits(whole, (3,)).at(3)  # after it has run, as it then lies
     assert scheme(layer) is not None and scheme(exit) is None
     states = torch.randn(1, 5, whole.width)

@@ -217,7 +217,7 @@ class _Answer:
                 if isinstance(told, Withheld):
                     told.hand_on()
                 return made
-            self._why = self._why or found
+            self._why = found
             if isinstance(told, Withheld):
                 told.forget()
             torch.set_rng_state(self._noise)

@@ -311,7 +311,8 @@ def by_model(
     depths = torch.full_like(made[:, start:], layers)
     for row, ids in enumerate(made[:, start:].tolist()):
         sampler = Sampler(written.prepared, min(row, len(prompt) - 1))
-        depths[row, next((n + 1 for n, token in enumerate(ids) if sampler.ends(token)), None) :] = 0
+        ended = next((n for n, token in enumerate(ids) if sampler.ends(token)), len(ids))
+        depths[row, ended + 1 :] = 0
     scores = torch.full(depths.shape, NAN)
     return GenerationOutput(made.clone(), depths, scores, layers, offers=((),) * len(made))
 

@@ -44,7 +44,8 @@ def _gains(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or not here:
         return False
     weight = module.weight
-    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+    plain = type(weight) is nn.Parameter and weight.is_contiguous()
+    plain = plain and weight.dtype == torch.float32 and weight.device.type == "cpu"
     return plain and weight.numel() >= _LEAST
 
 

@@ -21,7 +21,7 @@ from offramp.core.models.opened import Instead, OpenedModel
 from offramp.core.models.readings import Readings
 from offramp.core.models.registry import Family, is_tested
 from offramp.core.models.stand_in import TORCH, StandIn
-from offramp.core.models.weights import mixes_rows
+from offramp.core.models.weights import rounds_states
 
 
 class ExactBatches(Protocol):
@@ -102,14 +102,14 @@ class Backbone(OpenedModel):
         class of somebody's own may bear the name of a family and compute otherwise."""
         self.tested: bool = not self.family.discovered and is_tested(config) and self.stock
         """Whether its family has tests here; what is found or registered by others is checked."""
-        self.mixes_rows: str | None = mixes_rows(self.layers)
-        """What rounds a token of a call by the others (`offramp.core.models.weights`)."""
-        self.lossless: bool = self.mixes_rows is None
+        self.rounds: str | None = rounds_states(self.layers)
+        """What makes a token of a call another than alone (`offramp.core.models.weights`)."""
+        self.lossless: bool = self.rounds is None
         """Whether drafts can be verified and taken back, as far as decoding has shown."""
         self.engine: str | None = self._proven()
         """The executor that was found to be exact (`offramp.core.executors`); None: not yet."""
         self._learnt = False
-        self.in_parts: bool = self.tested
+        self.in_parts: bool = self.tested and self.rounds is None
         """Whether prompts may be run in parts, as tests or decoding showed; `reads_in_parts`."""
         self.readings: Readings = Readings()
         """What the model found when it read answers again."""
@@ -242,17 +242,17 @@ class Backbone(OpenedModel):
         again, self._learnt = self._learnt, True
         able = self.family.causal_prompt if again or not self.family.discovered else True
         self.family: Family = replace(self.family, causal_prompt=causal_prompt and able)
-        self.lossless = lossless and (self.lossless or not (again or self.mixes_rows))
+        self.lossless = lossless and (self.lossless or not (again or self.rounds))
         self.in_parts = in_parts and (self.in_parts or not again)
         self.engine = engine or self.engine
 
     def check_lossless(self) -> None:
         """Raise `UnsupportedBackboneError` where decoding showed that drafts stay in the cache, or
-        that tokens of one call depend on each other."""
-        if self.mixes_rows is not None:
+        the tokens of one call are not what each is alone."""
+        if self.rounds is not None:
             raise UnsupportedBackboneError(
-                f"Lossless decoding verifies several tokens in one call, and {self.mixes_rows} "
-                "rounds each by the others.",
+                f"Lossless decoding verifies several tokens in one call, and {self.rounds} rounds "
+                "what enters it, so that they are not what each is alone.",
                 "Use a policy with lossless=False, or load the model in another format.",
             )
         if not self.lossless:

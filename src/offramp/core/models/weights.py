@@ -27,8 +27,6 @@ _NEAR = 0.05
 comes in as well are that close."""
 _LARGE = 2.0
 """Of a state that is looked at: below the 6 from which bitsandbytes calls a value an outlier."""
-_MIXED = 0.01
-"""Of the norm; half precision rounds a product by a fifth of that."""
 _COMPRESSED = "quantization_scheme"
 """What compressed-tensors leaves in a linear, which rounds its weight whenever it runs."""
 
@@ -109,29 +107,44 @@ def _word(bits: Any) -> str:
 
 
 @torch.no_grad()
-def mixes_rows(module: nn.Module) -> str | None:
-    """Return the scheme in `module` that rounds a state depending on others in its call, as 8 bits
-    of bitsandbytes do beside outliers; None where no scheme does."""
+def rounds_states(module: nn.Module) -> str | None:
+    """Return the scheme in `module` that rounds the states which enter it, as bitsandbytes' 8 bits
+    and what torchao calls dynamic do; None where none does.
+
+    A difference in the last bit, as of a call of more tokens, then becomes a step of 8 bits.
+    """
     dtype, first = float_dtype(module), dict[str | None, nn.Module]()
     for part in module.modules():
         if is_quantized(part) and not isinstance(part, OwnLinear):
             first.setdefault(scheme(part), part)
-    return next((name for name, linear in first.items() if _mixes(linear, dtype)), None)
+    return next((name for name, linear in first.items() if _rounds(linear, dtype)), None)
 
 
-def _mixes(linear: Any, dtype: torch.dtype) -> bool:
-    """Whether values that a step of 8 bits over the largest takes away come back beside a state of
-    outliers."""
+def _rounds(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether a change of a state that is less than half a step of its largest value is lost."""
     like = next(chain(linear.parameters(), linear.buffers()))
     if like.device.type == "meta":
         return False
-    states = torch.full((2, linear.in_features), 0.4 * _LARGE / 127, device=like.device)
-    states[0, 0], states[1] = _LARGE, 50 * _LARGE
+
+    def of(first: float, others: float) -> Tensor:
+        state = torch.full((1, linear.in_features), others, device=like.device)
+        state[0, 0] = first
+        made: Tensor = linear(state.to(dtype))
+        return made.float()
+
     try:
-        alone, beside = linear(states[:1].to(dtype)), linear(states.to(dtype))[:1]
+        pairs = [
+            (_LARGE, 0.0, 0.4 * _LARGE / 127),
+            (1.0, 1.0, -0.02),
+        ]  # of whole numbers, of floats
+        lost = [
+            (of(first, others + more) - of(first, others) - change).norm() / change.norm()
+            for first, others, more in pairs
+            for change in [of(0.0, more) - of(0.0, 0.0)]
+        ]
     except Exception:  # whatever its kernels raise: the model itself runs before it is used
         return False
-    return bool(((alone - beside).norm() > _MIXED * alone.norm()).item())
+    return max(map(float, lost)) > 0.5
 
 
 @torch.no_grad()
