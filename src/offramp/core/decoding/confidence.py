@@ -41,7 +41,8 @@ def check_numbers(by_depth: dict[int, float]) -> dict[int, float]:
 
 
 def check_thresholds(thresholds: dict[int, float], depths: tuple[int, ...]) -> dict[int, float]:
-    """Return thresholds by depth; raise `InputError` for a depth without an exit or one off [0, 1].
+    """Return thresholds by depth; raise `InputError` for a depth without an exit or a threshold
+    outside [0, 1].
 
     A depth left out, or None, is an exit switched off: the exit is not even computed.
     """

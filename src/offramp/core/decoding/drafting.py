@@ -69,8 +69,8 @@ class Draft(NamedTuple):
 class Drafter(Protocol):
     """Writes drafts for an executor's sequences.
 
-    depth: of the exit that drafts; accepted drafts count at this depth. keeps: depth of the exit
-    whose state of the prompt `read` must keep; None: the drafter needs no state.
+    depth: of the exit that drafts; accepted drafts count at this depth. keeps: depth of an exit;
+    the reader of prompts must keep this exit's state for the drafter; None: no state is needed.
     """
 
     depth: int

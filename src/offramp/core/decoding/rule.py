@@ -68,7 +68,8 @@ class ExitRule:
         return self.exiting or self.takes(1.0)
 
     def takes(self, product: float) -> bool:
-        """Return True if drafts of this product of probabilities end the answer unverified."""
+        """Return True if drafts with this product of probabilities may end the answer
+        unverified."""
         return self.trust is not None and product >= self.trust
 
     def scored(self, depth: int) -> bool:

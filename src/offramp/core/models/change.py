@@ -322,8 +322,8 @@ class _Place:
 
 
 def same_answers(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return True if a model gives the same answers at two moments: another layout of a weight, as
-    of `OwnLinear`, or another device changes none."""
+    """Return True if a model gives the same answers at two moments. Neither another layout of a
+    weight (`OwnLinear`) nor another device counts as a change."""
     laid_out = {path for path, kind in now.items() if kind is None}
     for key in {*before, *now}:
         path, one, other = key.partition(" ")[0], before.get(key), now.get(key)

@@ -245,7 +245,7 @@ class ExitSet:
         return self.modules.run(depth, call)
 
     def shortlist_head(self, backbone: Backbone) -> nn.Module | None:
-        """Return the LM head's rows for the shortlist, kept for later; None without one."""
+        """Return the LM head's rows for the shortlist; None without a shortlist."""
         if self.shortlist is None:
             return None
         reader, unchanged, made = self.__dict__.get("_head", (None, None, None))

@@ -207,7 +207,7 @@ _CODES: WeakKeyDictionary[nn.Module, Codes] = WeakKeyDictionary()
 
 
 def codes_of(backbone: Backbone) -> Codes:
-    """Return all code of a backbone's model."""
+    """Return the store of compiled code for a backbone's model."""
     return _CODES.setdefault(backbone.model, Codes())
 
 

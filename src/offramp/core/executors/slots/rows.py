@@ -70,7 +70,8 @@ class SlotRows:
                 held.places = torch.cat([plain[..., :before], own], -1)
 
     def remove(self, handle: SlotRow) -> tuple[int, int] | None:
-        """Free a slot; the last sequence moves there. Returns the slots it moved from and to."""
+        """Free a slot; the last sequence moves there. Returns its old and new slot, None if no
+        sequence moved."""
         last = self.by_slot.pop()
         if last is handle:
             return None
