@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offramp_lab.records import likeness, simulated, watched
+from offramp_lab.records import simulated, watched
 
 
 def test_rules_keep_what_was_broken_without_them() -> None:
@@ -18,11 +18,6 @@ def test_rules_keep_what_was_broken_without_them() -> None:
     for row in [*found["groups"], *map(found.get, names)]:
         assert row["interval"][0] <= 0.05 and row["broken"] <= 0.15
     assert all(row["more"] <= 0.1 for row in found["needed"])
-
-
-def test_streams_like_what_was_calibrated_raise_no_alarm_and_others_soon_do() -> None:
-    found = likeness.streams(400, many=10)
-    assert found["false_alarms"] == 0 and found["alarm_after"] <= 5
 
 
 def test_a_watch_sees_what_comes_late_and_what_exits_doubted() -> None:

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from examples.photo_vlm.evaluate import LONGEST, accuracy
 from offramp_llama_cpp import ExportFormats, LlamaCppRuntime, export_gguf
 from offramp_llama_cpp.entry import PromptEntry
@@ -42,7 +41,7 @@ from offramp_lab.experiments.factors import STAGES, Measured, Name, entries_of
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Group, Kept, Record, asked
 from offramp_lab.records.runtimes.methods import ENGINE, Alone
-from offramp_lab.records.subjects import halves, load_photo
+from offramp_lab.records.subjects import halves, load_photo, text_of
 
 RECORD = Record("end_to_end")
 PLAIN, PACKED, STOCK_GENERATE = "PyTorch", "PyTorch, packed", "generate"
@@ -278,21 +277,15 @@ def scores(
     return dict(found.by_example)
 
 
-def text_of(encoder: Any, ids: Sequence[int]) -> str:
-    return str(encoder.texts(torch.tensor([ids]))[0])
-
-
 def bases(name: Name) -> dict[str, Name]:
-    """What a way is compared with: full depth of what decodes it, also with the same shortlist;
-    llama.cpp alone behind the same tower, in its own format and in the fastest of equal CIDEr; and
-    that one as it comes, behind PyTorch's tower."""
-    engine, *_ = name
-    own = engine if engine in (PLAIN, PACKED, *OURS) else PLAIN
-    found = {"full": (own, "full", TOWER), "full_shortlist": (own, "full, shortlist", TOWER)}
-    if any(engine == formats for formats, _ in ALONE):
-        found["alone_same_tower"] = (f"llama.cpp {engine}", "full", TOWER)
-    fastest = "llama.cpp iq4_nl"
-    return found | {"alone": (fastest, "full", TORCH), "fastest": (fastest, "full", TOWER)}
+    """What a way is compared with: full depth of what decodes it, also with the same shortlist; and
+    llama.cpp alone behind the same tower, in the fastest format of equal CIDEr."""
+    own = name[0] if name[0] in (PLAIN, PACKED, *OURS) else PLAIN
+    return {
+        "full": (own, "full", TOWER),
+        "full_shortlist": (own, "full, shortlist", TOWER),
+        "fastest": ("llama.cpp iq4_nl", "full", TOWER),
+    }
 
 
 def together(ways: Ways, examples: Sequence[Example], work: Path) -> dict[Name, Measured]:

@@ -33,8 +33,7 @@ ASKED = ("full", "static", "early exit", "early exit, careful")
 
 
 def bases(name: Name) -> dict[str, Name]:
-    names = {"full": "full", "full_shortlist": "full, shortlist", "static": "static"}
-    return {key: (PLAIN, mode, TOWER) for key, mode in names.items()}
+    return {"full": (PLAIN, "full", TOWER)}
 
 
 def main() -> None:

@@ -2,8 +2,7 @@
 lab/records/likeness.json.
 
 Of the tiny OPT answers to images of its world and of others, by scores alone and with the look of
-images; of the photo model the looks of photographs and of others; and streams of requests, of
-which none should raise the alarm. Three minutes of one core.
+images; of the photo model the looks of photographs and of others. Three minutes of one core.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from offramp.core.storage import read_json
 from offramp.data.datasets import read_examples
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.inputs.example import Example
-from offramp.promises.likeness import Alarm, Likeness, is_unlike, look_of
+from offramp.promises.likeness import Likeness, is_unlike, look_of
 from offramp_lab.inputs import lookalikes
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.simulated import interval
@@ -37,11 +36,7 @@ FRESH, OTHER = 400, 200
 
 def main() -> None:
     arguments = asked(__doc__, data=True, out=RECORD.path)
-    record = {
-        "tiny": likeness(arguments.data),
-        "photo": looks_of_photographs(arguments.data),
-        "streams": [streams(n) for n in (200, 1000)],
-    }
+    record = {"tiny": likeness(arguments.data), "photo": looks_of_photographs(arguments.data)}
     for name, rows in record.items():
         print(name, rows)
     RECORD.write(record, arguments.out)
@@ -138,32 +133,6 @@ def _others(captions: Sequence[Example], data: Path) -> dict[str, list[Example]]
     return {
         words: [replace(e, image=i, group="") for e, i in zip(captions, some, strict=False)]
         for words, some in made.items()
-    }
-
-
-def streams(n: int, many: int = 200) -> dict[str, Any]:
-    """Streams of 400 requests drawn as the n calibrated answers were, and requests until the alarm
-    where each is surer by less than any of these."""
-    draw, alarms = np.random.default_rng(16), 0
-    for _ in range(many):
-        scores, looks = np.exp(draw.normal(size=(n, 1))).tolist(), draw.normal(size=(n, 20))
-        known = Likeness.of(scores, [""] * n, looks)
-        alarm = Alarm(known)
-        asked = np.exp(draw.normal(size=(400, 1))).tolist()
-        for scores, look in zip(asked, draw.normal(size=(400, 20)), strict=True):
-            alarm.add(known.p_value("", scores, look) or 1.0)
-        alarms += alarm.raised
-    other, requests = Alarm(known), 0
-    while not other.raised:
-        other.add(known.p_value("", [1e-6], np.full(20, 10.0)) or 1.0)
-        requests += 1
-    return {
-        "calibrated": n,
-        "streams": many,
-        "requests": 400,
-        "false_alarms": alarms / many,
-        "interval": interval(alarms, many),
-        "alarm_after": requests,
     }
 
 

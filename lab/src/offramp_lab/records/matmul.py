@@ -2,8 +2,7 @@
 
 `python -m offramp_lab.records.matmul` takes some minutes of one core. Of each number format a
 call of so many rows is timed, by our kernels and by llama.cpp's own, in turn; the least of its CPU
-times counts. Operations, in 10^9 a second, are those of the layers' weights, two a weight and row;
-attention, norms and the head of one row take time and count for nothing.
+times counts.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ def milliseconds(segment: Segment, states: Any) -> float:
 def main() -> None:
     arguments = asked(__doc__, photo=True, rounds=15)
     backbone = load_photo(arguments.adapter)[0].backbone
-    weights = sum(p.numel() for p in backbone.layers.parameters() if p.dim() == 2)
     states = np.random.default_rng(0).normal(size=(max(ROWS), backbone.width)).astype(np.float32)
     work = RUNS / RECORD.name
     work.mkdir(parents=True, exist_ok=True)
@@ -56,11 +54,11 @@ def main() -> None:
             ways = {name: partial(milliseconds, segment) for name, segment in segments.items()}
             runs = Experiment(ways, [states[:rows]], arguments.rounds).run()
             took = {name: min(each(found)) for name, found in runs.items()}
-            made[kind][str(rows)] = {**took, "operations": 2e-6 * weights * rows / took["ms"]}
+            made[kind][str(rows)] = took
             print(kind, rows, made[kind][str(rows)], flush=True)
         for segment in segments.values():
             segment.close()
-    RECORD.write({"instructions": products.instructions(), "weights": weights, "calls": made})
+    RECORD.write({"instructions": products.instructions(), "calls": made})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from offramp.adapter.adapter import Adapter
-from offramp.adapter.answers import Answer
 from offramp.engines import ENGINES
 from offramp.evaluation.timing import GenerateFn, generate_fn, stock_generate_fn
 from offramp.features.description import weight_bytes
@@ -24,7 +23,7 @@ from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, Some, asked
-from offramp_lab.records.runtimes.answers import KeptRuntime, cider, worth
+from offramp_lab.records.runtimes.answers import cider, ids_by, worth
 from offramp_lab.records.runtimes.methods import (
     OPTIONS,
     WAY,
@@ -81,12 +80,6 @@ class Bench:
                 ENGINES["packed"].open(adapters[name])
         return cls(adapters, encoders["float32"], photographs)
 
-    def kept(self, layers: str, kept: Kept) -> KeptRuntime:
-        """A format whose answers are kept."""
-        adapter = self.adapters[layers]
-        dtype, depth = adapter.backbone.dtype, adapter.backbone.depth
-        return KeptRuntime(adapter, f"torch {layers}", depth, kept, dtype=dtype)
-
     def methods(self) -> dict[Name, GenerateFn]:
         """By runtime, format and mode; prepacked weights not by Hugging Face's own `generate`."""
         made: dict[Name, GenerateFn] = {}
@@ -111,26 +104,30 @@ class Bench:
 def answers(bench: Bench) -> dict[str, Any]:
     """Identical answers, and CIDEr with the interval of its difference from the float32 full
     model's. What is answered already is kept."""
-    kept, photographs = Kept(RUNS / RECORD.name / "answers.jsonl"), bench.photographs
-    said: dict[Name, Sequence[Answer]] = {}
-    for layers, modes in ASKED.items():
-        runtime, by_mode = bench.kept(layers, kept), policies(bench.adapters[layers].policy)
-        for mode in modes:
-            given = runtime.answers(bench.encoder, photographs, by_mode[mode])
-            said[OURS, layers, mode] = given
+    photographs, encoder = bench.photographs, bench.encoder
+    ways = {
+        name: partial(_ids, name, method)
+        for name, method in bench.methods().items()
+        if name[0] == OURS and name[2] in ASKED[name[1]]
+    }
+    kept = Kept(RUNS / RECORD.name / "answers.jsonl")
+    said = kept.answers(ways, photographs, bench.inputs, "answers")
     whole = (OURS, "float32", "full")
-    reference = cider(said[whole], photographs)
+    reference = cider(said[whole], photographs, encoder)
 
     def entry(name: Name) -> dict[str, Any]:
-        found = worth(cider(said[name], photographs), reference)
         return {
             **dict(zip(WAY, name, strict=True)),
             "as_own_full": same(said[name], said[OURS, name[1], "full"]),
             "as_float32_full": same(said[name], said[whole]),
-            **{part: found[part] for part in ("CIDEr", "difference_interval")},
+            **worth(cider(said[name], photographs, encoder), reference),
         }
 
     return {"photographs": len(photographs), "entries": [entry(name) for name in said]}
+
+
+def _ids(name: Name, method: GenerateFn, inputs: Mapping[str, Any]) -> list[int]:
+    return ids_by(method, inputs[name[1]])
 
 
 # -- timings ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from examples.photo_vlm.evaluate import load
 from examples.photo_vlm.rows import half_of, read_photographs
 from numpy.typing import NDArray
@@ -66,6 +67,11 @@ def halves(data: Path, split: str = "captions_val") -> tuple[list[Example], list
     held = read_photographs(data)[split]
     choosing, measuring = ([e for e in held if half_of(e) == half] for half in (0, 1))
     return choosing, measuring
+
+
+def text_of(encoder: Any, ids: Sequence[int]) -> str:
+    """The text of an answer."""
+    return str(encoder.texts(torch.tensor([ids]))[0])
 
 
 # -- the tiny models' world ------------------------------------------------------------------------

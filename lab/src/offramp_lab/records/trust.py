@@ -3,7 +3,7 @@
 `python -m offramp_lab.records.trust` captions photographs that nothing was chosen on in all ways,
 each photograph in an order of its own: full depth, losslessly, at levels of trust, and by
 thresholds, in PyTorch and in llama.cpp. CPU seconds of the process, from the processor's output on
-(whole, with the vision tower) and of decoding. What was answered is kept in runs/trust, so that a
+(with the vision tower). What was answered is kept in runs/trust, so that a
 run that was cut off goes on there. "even" in it: the share of changed answers from which thresholds
 are as fast as lossless decoding; of the tiny models' captions and questions too, with T5's exits
 from `offramp demo t5 --out runs/demo`. "taken" in it: answers that were taken at a level, and
@@ -30,13 +30,13 @@ from offramp.cli import demo
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.evaluation.statistics import interval, mean_of
-from offramp.evaluation.timing import decoding, generate_fn, timed
+from offramp.evaluation.timing import generate_fn, timed
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import times
 from offramp_lab.places import RUNS
-from offramp_lab.records.end_to_end import CAREFUL, TOWER, at, scores, text_of
+from offramp_lab.records.end_to_end import CAREFUL, TOWER, at, scores
 from offramp_lab.records.record import Kept, Record, Some, asked
-from offramp_lab.records.subjects import halves, load_photo, tiny_with
+from offramp_lab.records.subjects import halves, load_photo, text_of, tiny_with
 
 RECORD = Record("trust")
 LEVELS = (0.8, 0.6, 0.4, 0.25, 0.1, 0.02, 0.0)
@@ -140,18 +140,10 @@ def entries_of(
         ids = [ids for _, _, ids in rows]
         return np.array(scores("captions", encoder, ids, examples)["CIDEr"])
 
-    took: dict[str, Any] = {
-        name: np.array([row[:2] for row in rows]).T for name, rows in told.items()
-    }
     base, full, entries = cider(told["full"]), told["full"], list[dict[str, Any]]()
-    one_each = np.ones(len(examples))
-    tokens = {name: np.array([len(ids) - 1.0 for *_, ids in rows]) for name, rows in told.items()}
-    rest: dict[str, Any] = {
-        name: decoding(own, took["full"]) if name.startswith(("lossless", "trust")) else own[1]
-        for name, own in took.items()
+    took = {
+        name: np.array([(1.0, seconds) for seconds, *_ in rows]).T for name, rows in told.items()
     }
-    whole = {name: np.stack([one_each, own[0]]) for name, own in took.items()}
-    decoded = {name: np.stack([tokens[name], rest[name]]) for name in told}
     for name, rows in told.items():
         own = mean_of(cider(rows))
         entries.append(
@@ -159,11 +151,9 @@ def entries_of(
                 "engine": engine,
                 "way": name,
                 "changed": float(np.mean([a[2] != b[2] for a, b in zip(rows, full, strict=True)])),
-                "whole": times(whole[name], whole["full"]),
-                "decoding": times(decoded[name], decoded["full"]),
+                "whole": times(took[name], took["full"]),
                 "CIDEr": own.value,
                 "difference": interval(own, minus=mean_of(base)),
-                "milliseconds": 1e3 * float(took[name][0].mean()),
             }
         )
     return entries

@@ -186,11 +186,7 @@ def _seen(
         found = models[name].base_model.get_image_features(pixel_values=pixels, return_dict=True)
         return torch.cat([*found.pooler_output])
 
-    entries = compared(models, seen, rounds, tokens)
-    for entry in entries:
-        entry["tokens"] = len(tokens(seen[0], entry["engine"]))
-        entry["packed_bytes"] = getattr(ways[entry["engine"]].tower, "packed_bytes", 0)
-    return entries
+    return compared(models, seen, rounds, tokens)
 
 
 Measure = Callable[[Sequence[Example], int], list[dict[str, Any]]]

@@ -8,7 +8,6 @@ Image features are given, so no vision tower is in the CPU seconds. --vllm: of t
 of three billion weights, which takes 12 GB. EAGLE-3 is measured too where side_by_side has trained
 its drafter. Parts that are not asked for stay as the record has them.
 What vLLM took is kept in runs/vllm by the exits' digest, so that a run that was cut off goes on.
---only: of vLLM's ways measure these again, beside its full depth.
 """
 
 from __future__ import annotations
@@ -82,12 +81,7 @@ MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit
 def main() -> None:
     loads = (f"{who} {load}" for load in LOADS for who in ("vllm", "offramp"))
     arguments = asked(
-        __doc__,
-        photo=True,
-        vllm=Path,
-        photographs=100,
-        only=Some(WAYS),
-        parts=Some(("shape", "prompts", *loads)),
+        __doc__, photo=True, vllm=Path, photographs=100, parts=Some(("shape", "prompts", *loads))
     )
     made: dict[str, Callable[[], Any]] = {
         "shape": partial(shape, arguments),
@@ -205,13 +199,11 @@ def entering(backbone: Any) -> Iterator[list[Tensor]]:
 
 
 def in_vllm(arguments: Any, load: int) -> list[dict[str, Any]]:
-    """The ways that are asked for, anew unless exits, plug-in and ways are those of a run before;
-    the others as the record has them."""
+    """vLLM's ways, anew unless exits, plug-in and ways are those of a run before; EAGLE-3 as the
+    record has it where its drafter is not there."""
     out = RUNS / RECORD.name
-    ways = [way for way in WAYS if way == FULL or way in arguments.only]
     drafter = DRAFTER / "model.safetensors"
-    if not drafter.is_file():
-        ways = [way for way in ways if way != "EAGLE-3"]
+    ways = [way for way in WAYS if way != "EAGLE-3" or drafter.is_file()]
     code = [SPEED, *sorted((ROOT / "vllm" / "src").rglob("*.py"))]
     exits = exits_of(out)
     files = [out / "said.json", *(out / name / "vllm.json" for name in exits), *code]

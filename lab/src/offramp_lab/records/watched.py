@@ -6,7 +6,7 @@ with and without new starts of the bets; and where answers are drawn by how much
 them. Some fifteen minutes of one core.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -57,18 +57,27 @@ class Once(Restarts):
         return self.n == 0
 
 
+def first_alarms(bets: Restarts, draws: Iterable[Array]) -> Array:
+    """By stream the number of the draw, from 1, at which the alarm is first raised; 0: at none.
+    draws: losses of all streams."""
+    found = np.zeros_like(bets.most, dtype=int)
+    for number, losses in enumerate(draws, 1):
+        bets.add(losses)
+        found = np.where((found == 0) & (bets.most >= 1 / LEVEL), number, found)
+        if (found > 0).all():
+            break
+    return found
+
+
 def alarms(
     promised: float, rate: Rate, streams: int, images: int, *, starts: bool = True, seed: int = 0
 ) -> Array:
     """First alarms of streams whose losses are 1 with probability rate(image), else 0; 0: none."""
     random, kind = np.random.default_rng(seed), Restarts if starts else Once
-    bets, found = kind(promised, (streams,)), np.zeros(streams, dtype=int)
-    for image in range(1, images + 1):
-        bets.add((random.random(streams) < rate(image)).astype(float))
-        found = np.where((found == 0) & (bets.most >= 1 / LEVEL), image, found)
-        if (found > 0).all():
-            break
-    return found
+    losses = (
+        (random.random(streams) < rate(image)).astype(float) for image in range(1, images + 1)
+    )
+    return first_alarms(kind(promised, (streams,)), losses)
 
 
 def entry(target: float, streams: int, images: int) -> dict[str, Any]:
@@ -168,18 +177,17 @@ def compared(
     answers: Answers, risk: float, promised: float, streams: int, most: int, block: int, seed: int
 ) -> Array:
     """Comparisons until the alarm, one of each block of answers; 0: none of so many."""
-    draw, bets = np.random.default_rng(seed), Restarts(promised, (streams,))
-    found = np.zeros(streams, dtype=int)
-    for number in range(1, most + 1):
-        lost, doubts = answers(draw, risk, (streams, block))
-        each = chances(doubts)
-        place = (each.cumsum(-1) < draw.random((streams, 1))).sum(-1).clip(max=block - 1)
-        rows = np.arange(streams), place
-        bets.add(lost[rows] / (block * each[rows]))
-        found = np.where((found == 0) & (bets.most >= 1 / LEVEL), number, found)
-        if (found > 0).all():
-            break
-    return found
+    draw = np.random.default_rng(seed)
+    losses = (picked(draw, *answers(draw, risk, (streams, block))) for _ in range(most))
+    return first_alarms(Restarts(promised, (streams,)), losses)
+
+
+def picked(draw: np.random.Generator, lost: Array, doubts: Array) -> Array:
+    """What one answer of each block [streams, block], drawn by doubts, loses, over its chance."""
+    each, (streams, block) = chances(doubts), lost.shape
+    place = (each.cumsum(-1) < draw.random((streams, 1))).sum(-1).clip(max=block - 1)
+    rows = np.arange(streams), place
+    return np.asarray(lost[rows] / (block * each[rows]))
 
 
 def active(words: str, answers: Answers, streams: int, images: int) -> dict[str, Any]:
@@ -215,19 +223,15 @@ def judged(streams: int, most: int) -> dict[str, Any]:
     promised = 0.025
 
     def stream(risk: float, several: int, seed: int) -> Array:
-        draw = np.random.default_rng(seed)
-        bets, found = Restarts(as_share(promised, MOST), (several,)), np.zeros(several, dtype=int)
-        for number in range(1, most + 1):
-            lost = draw.normal(4 * risk, 0.25, (several, BLOCK)).clip(-1, 1)
-            lost = np.where(draw.random((several, BLOCK)) < 0.25, lost, 0.0)
-            each = chances(draw.exponential(size=(several, BLOCK)))
-            place = (each.cumsum(-1) < draw.random((several, 1))).sum(-1).clip(max=BLOCK - 1)
-            rows = np.arange(several), place
-            bets.add(as_share(lost[rows] / (BLOCK * each[rows]), MOST))
-            found = np.where((found == 0) & (bets.most >= 1 / LEVEL), number, found)
-            if (found > 0).all():
-                break
-        return found
+        draw, blocks = np.random.default_rng(seed), (several, BLOCK)
+
+        def loss() -> Array:
+            lost = draw.normal(4 * risk, 0.25, blocks).clip(-1, 1)
+            lost = np.where(draw.random(blocks) < 0.25, lost, 0.0)
+            return np.asarray(as_share(picked(draw, lost, draw.exponential(size=blocks)), MOST))
+
+        bets = Restarts(as_share(promised, MOST), (several,))
+        return first_alarms(bets, (loss() for _ in range(most)))
 
     false = stream(promised, streams, 31) > 0
     delays = {f"{t:g}": told(stream(t * promised, max(20, streams // 5), 32)) for t in (2.0, 4.0)}
