@@ -28,7 +28,7 @@ _AGAIN = "Delete it, and run `offramp verify` again."
 class VerificationSettings:
     """Sizes of a verification.
 
-    rows: of static batches. slots: requests in company. longest: tokens of the longest answer.
+    rows: of static batches. slots: of the batch engine. longest: tokens of an answer, at most.
 
     Raises:
         InputError: a batch of fewer than 2 rows, or another number below 1.

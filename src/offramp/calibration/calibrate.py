@@ -52,7 +52,7 @@ COARSE = (0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, *(n / 20 for n in range(18
 
 
 def calibrated(adapter: Adapter, calibration: Calibration, examples: Sequence[Example]) -> Adapter:
-    """Return the adapter with the policy that was found, its guarantee, and the digests of its
+    """Return the adapter with the calibration's policy and guarantee, and the digests of its
     images."""
     used = {*adapter.seen.get("calibration", ()), *picture_digests(examples)}
     seen = {**adapter.seen, "calibration": sorted(used)}

@@ -95,7 +95,7 @@ class SlotExecutor(SlotRunner):
             handle.base[segment] = min(base, column)
 
     def close(self) -> None:
-        """Drop keys, values and states at once, because handler and model refer to each other."""
+        """Drop keys, values and states now; the garbage collector would find them late."""
         self.cache.drop()
         self._pending.drop()
         self.held = SlotRows(self.cache.slots)
