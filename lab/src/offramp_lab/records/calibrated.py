@@ -13,7 +13,7 @@ All settings that are tried on the same images share the errors (`candidates`).
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -24,7 +24,7 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, generate_answers
 from offramp.adapter.shipped import TINY
 from offramp.calibration.asked import Guarantee
-from offramp.calibration.attempts import Draws, images_of
+from offramp.calibration.attempts import Draws, ImageRows, images_of
 from offramp.calibration.calibrate import GRID, calibrate
 from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import control
@@ -32,7 +32,7 @@ from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
 from offramp.calibration.trial import Calibration
 from offramp.cli import demo
-from offramp.core.decoding.policy import FULL, ExitPolicy
+from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.evaluation.timing import (
     GenerateFn,
@@ -182,12 +182,12 @@ def _violations(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any
     whole = ThresholdEvaluator.of(
         adapter, encoder, pool, POLICY, RISKS[MEASURED[0]], costs=costs, **demo.OPTIONS
     )
-    halves = [_halves(pool, seed) for seed in range(SPLITS)]
+    splits = [_split(whole, *_halves(pool, seed)) for seed in bar("splits")(range(SPLITS))]
     rows = []
     for risk in MEASURED:
         evaluator = replace(whole, risk=RISKS[risk])
         lost = _kept_losses(evaluator)
-        outcomes = [_split(evaluator, lost, *pair) for pair in bar(f"splits, {risk}")(halves)]
+        outcomes = [_outcomes(evaluator, lost, split) for split in bar(risk)(splits)]
         rows += [
             {
                 "risk": risk,
@@ -214,17 +214,30 @@ def _halves(pool: Sequence[Example], seed: int) -> tuple[Any, Any]:
     return np.flatnonzero(inside), np.flatnonzero(~inside)
 
 
-def _split(
-    evaluator: ThresholdEvaluator, lost: Callable[..., Any], calibration: Any, test: Any
+@dataclass(frozen=True)
+class _Split:
+    """Rows of a pool's halves. path: found on images of the first. tested: its other images."""
+
+    calibration: Any
+    test: Any
+    path: Sequence[Thresholds]
+    tested: Sequence[ImageRows]
+
+
+def _split(whole: ThresholdEvaluator, calibration: Any, test: Any) -> _Split:
+    half = whole.part(calibration)
+    search, tested = split_images(half, images_of(half.examples))
+    return _Split(calibration, test, path_of(half, search, GRID), tested)
+
+
+def _outcomes(
+    evaluator: ThresholdEvaluator, lost: Callable[..., Any], split: _Split
 ) -> list[dict[str, Any]]:
     """For each setting: the thresholds chosen on one half, their risk on the other and overall."""
-    half = evaluator.part(calibration)
-    search, tested = split_images(half, images_of(half.examples))
-    path = path_of(half, search, GRID)
     columns: list[Any] = []
-    for thresholds in path:
-        losses = lost(tuple(thresholds.items()))[calibration]
-        columns.append(Draws.by("image", losses, tested).sums)
+    for thresholds in split.path:
+        losses = lost(tuple(thresholds.items()))[split.calibration]
+        columns.append(Draws.by("image", losses, split.tested).sums)
         if columns[-1].mean() > max(TARGETS):  # no walk goes on behind it
             break
     losses = np.stack(columns, 1)
@@ -236,14 +249,14 @@ def _split(
         if index is None:
             outcomes.append({"index": None, "test": 0.0, "pool": 0.0})
             continue
-        chosen = path[index]
+        chosen = split.path[index]
         everywhere = lost(tuple(chosen.items()))
         full, ours = evaluator.seconds({}), evaluator.seconds(chosen)
         assert full and ours
         outcomes.append(
             {
                 "index": index,
-                "test": float(everywhere[test].mean()),
+                "test": float(everywhere[split.test].mean()),
                 "pool": float(everywhere.mean()),
                 "speedup": full / ours,
             }
