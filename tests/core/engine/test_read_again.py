@@ -22,8 +22,10 @@ from offramp.core.engine.generate import generate
 from offramp.core.engine.read_again import shape_of
 from offramp.core.errors import OfframpError
 from offramp.core.models.backbone import Backbone
+from offramp.core.models.change import Unchanged
 from offramp.core.models.exits import Exits
 from offramp.core.models.readings import OWN
+from offramp.core.models.stand_in import StandIn
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
@@ -169,6 +171,26 @@ def test_right_answers_are_read_once_a_shape_and_by_their_share() -> None:
     assert (backbone.readings.read, backbone.readings.failed) == (3, 0)  # the first, two of four
     adapter.generate(inputs_of(3), **GREEDY)
     assert backbone.readings.read == 4
+
+
+class Compared(StandIn):
+    """Runs the model's tower, and notes whether it is the one of the beginning."""
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__("compared", tower)
+        self.__dict__["unchanged"], self.seen = Unchanged(lambda: (tower,)), []
+
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        self.seen.append(self.unchanged())
+        return self.tower(*args, **kw)
+
+
+def test_what_stands_in_for_a_tower_finds_it_unchanged_while_the_model_reads() -> None:
+    whole = opened()
+    made = Compared(whole.model.model.vision_tower)
+    backbone = whole.with_tower(made)
+    generate(backbone, inputs_of(), **GREEDY)
+    assert backbone.readings.read == 1 and len(made.seen) >= 2 and all(made.seen)
 
 
 def test_reading_again_can_be_switched_off() -> None:

@@ -136,13 +136,16 @@ def _runs(row: Sequence[int], mark: int) -> int:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(backbone: Backbone) -> Iterator[None]:
     """Run the model itself, one thread at a time, on copies of its buffers; attributes that it sets
     on its modules are removed afterwards."""
+    model, tower = backbone.model, backbone.tower
+    apart = set() if tower is None else {*tower.tower.modules()}  # it does not run, and is compared
     with _LOCKS.setdefault(model, threading.RLock()), torch.inference_mode():
         own = [
             (vars(module), dict(vars(module)), module._buffers, dict(module._buffers))
             for module in model.modules()
+            if module not in apart
         ]
         copies: dict[int, Tensor] = {}  # as some write into theirs
         for _, _, buffers, held in own:
@@ -240,7 +243,7 @@ def difference(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool)
 def _apart(
     case: Case, answers: Tensor, held: Mapping[tuple[int, int], Tensor], step: int, allowed: float
 ) -> str | None:
-    with untouched(case.backbone.model):
+    with untouched(case.backbone):
         try:
             theirs, _ = case.own(lambda prepared: read(prepared, answers, max(1, step)))
         except Exception as error:  # whatever a model raises on a call that it does not take
@@ -296,7 +299,7 @@ def by_model(
         )
         return SimpleNamespace(prepared=prepared, sequences=getattr(out, "sequences", out))
 
-    with untouched(backbone.model), drawn:
+    with untouched(backbone), drawn:
         if seed is not None:
             torch.manual_seed(seed)
         written, made = case.own(write)
