@@ -177,8 +177,7 @@ def store_exit_keys(cache: Any, exits: ExitSet | Exits, call: LayerCall) -> None
     All of an exit with several entries runs: the later ones read what the earlier layers make.
     """
     depth = call.index
-    own = self_attention(cache).layers
-    if exits.entries.count(depth) > 1 or hasattr(own[-1], "update_indexer"):
+    if exits.entries.count(depth) > 1:
         exits.run(depth, call)
     else:
         store_keys(cache, exits.at(depth), call)
