@@ -40,12 +40,7 @@ from offramp_lab.records.subjects import halves, load_photo, text_of, tiny_with
 
 RECORD = Record("trust")
 LEVELS = (0.8, 0.6, 0.4, 0.25, 0.1, 0.02, 0.0)
-PAIRS = {
-    "as ships": None,
-    "careful": CAREFUL,
-    "0.6 / 0.7": {"thresholds": 0.6, "first": 0.7},
-    "0.8 / 0.9": {"thresholds": 0.8, "first": 0.9},
-}
+PAIRS = {"as ships": None, "careful": CAREFUL, "0.6 / 0.7": {"thresholds": 0.6, "first": 0.7}}
 TINY_THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 SCENES = 100
 """Each with a caption and two questions, of the tiny models' world."""
