@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from made_up_costs import COSTS, EXIT, LAYERS
-from offramp_lab.inputs.shapes import shape
+from shapes import shape
 
 from offramp.calibration.cost_model import Costs, layer_seconds, token_seconds
 from offramp.calibration.profiler import measure_costs
