@@ -10,8 +10,20 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 FAMILIES = frozenset({"blip2-opt", "blip2-t5", "llava"})
 """Of the laws: learnt positions, an encoder, rotary positions."""
-LONG = ("test_12_metrics_equal_published_cases", "test_13_every_mistake_in_a_table")
-"""Laws that take longer than all others together: they start Java, or every command."""
+LONG = (
+    "test_12_metrics_equal_published_cases",
+    "test_13_every_mistake_in_a_table",
+    "test_change_table",
+    "test_discovery",
+    "test_home_made",
+    "test_proven_by_kind",
+    "test_read_again",
+    "test_sharded_models",
+    "test_storage_crash",
+    "test_text_only",
+)
+"""Files that take longer than all others together: they start Java, every command or processes, or
+go through a table of models. A quick run has them where they are named."""
 
 
 def changed() -> list[str]:
@@ -45,13 +57,12 @@ def mirrors(files: Iterable[str]) -> Iterator[str]:
 
 
 def keeps(item: Any) -> bool:
-    """Whether a test belongs to a quick run: no law of another family."""
+    """Whether a test belongs to a quick run: none of another family, and none of `LONG` files that
+    are not named."""
     from families import KINDS
 
     path = Path(item.path)
-    if "laws" not in path.parts:
-        return True
-    if path.stem in LONG:
+    if path.stem in LONG and not any(path.name in word for word in item.config.args):
         return False
     given = getattr(item, "callspec", None)
     values = () if given is None else given.params.values()
