@@ -44,7 +44,8 @@ class CompiledLibraries(BuildHookInterface):  # type: ignore[type-arg]
                 made = Path(self.folder) / file.name
                 options = [*recipe["COMMAND"], f"-I{headers}", "-o", str(made), str(source)]
                 if subprocess.run([*compiler, *options, *flags], check=False).returncode == 0:
-                    build_data["force_include"][str(made)] = f"{PACKAGE}/built/{file.name}"
+                    place = f"{PACKAGE}/{recipe['BUILT']}/{file.name}"
+                    build_data["force_include"][str(made)] = place
         if build_data["force_include"]:
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data.update(pure_python=False, tag=f"py3-none-{platform}")

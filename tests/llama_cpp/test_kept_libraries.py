@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from offramp_llama_cpp.native import compiling
+from offramp_llama_cpp.native.recipe import built
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 GOOD = "int answer(void) { return 42; }\n"
@@ -214,3 +215,12 @@ def test_a_compiler_that_is_none_is_no_error(
 ) -> None:
     monkeypatch.setenv("CC", cc)
     assert compiling.compiled("made") is None
+
+
+def test_what_a_wheel_brought_is_compiled_where_it_does_not_load(cache: Path) -> None:
+    """As on an older system than the one that built it."""
+    source = Path(compiling.__file__).with_name("made.c")
+    brought = built(source, (), None)
+    brought.parent.mkdir()
+    brought.write_bytes(b"no library")
+    assert answer() == 42 and kept(cache).is_file()

@@ -23,7 +23,7 @@ from pathlib import Path
 from offramp.common.folders import cache_folder
 from offramp.core.errors import StorageError
 from offramp.core.storage import write_atomic
-from offramp_llama_cpp.native.recipe import AVX2, COMMAND, built, sources
+from offramp_llama_cpp.native.recipe import AVX2, BUILT, COMMAND, built, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def compiled(
     compiler, with arguments if it has any.
     """
     source = Path(__file__).with_name(f"{name}.c")
-    if (brought := built(source, flags, headers)).is_file():
-        return ctypes.CDLL(str(brought))
+    if (found := _brought(source, flags, headers)) is not None:
+        return found
     compiler = _compiler()
     if not compiler:
         log.info("No C compiler was found: %s.c is not used.", name)
@@ -60,13 +60,24 @@ def compiled(
 def reason_not_compiled(name: str) -> str:
     """Return why a file is not compiled yet, in words; empty where a library of it is there."""
     try:
-        if any(Path(__file__).with_name("built").glob(f"{name}-*.so")):
-            return ""
-        if any(cache_folder("native").glob(f"{name}-*.so")):
+        folders = Path(__file__).with_name(BUILT), cache_folder("native")
+        if any(any(folder.glob(f"{name}-*.so")) for folder in folders):
             return ""
     except RuntimeError:  # there is no home
         pass
     return "compiled at first use" if _compiler() else "no C compiler was found"
+
+
+def _brought(source: Path, flags: tuple[str, ...], headers: Path | None) -> ctypes.CDLL | None:
+    """The library that a wheel brought, where it is of these headers and can be loaded here."""
+    if not source.with_name(BUILT).is_dir():
+        return None
+    try:
+        file = built(source, flags, headers)
+        return ctypes.CDLL(str(file)) if file.is_file() else None
+    except OSError as error:  # as of an older system than the wheel's
+        log.info("A library of the wheel is not loaded (%s): it is compiled.", error)
+        return None
 
 
 def _compiler() -> tuple[str, ...]:
@@ -85,10 +96,7 @@ def _digest(
     """The digest of all that the library is made of."""
     asked = [*compiler, "--version"]
     version = subprocess.run(asked, check=True, capture_output=True, timeout=60).stdout
-    digest = hashlib.sha256(repr(command).encode() + version)
-    for file in sources(source, headers):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest_of(source, headers, (command, version))
 
 
 def _compile(command: tuple[str, ...], source: Path, kept: Path) -> ctypes.CDLL:

@@ -4,7 +4,6 @@ nothing but the standard library."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 COMMAND = ("-std=gnu11", "-O3", "-shared", "-fPIC")
@@ -19,19 +18,23 @@ FLAGS: dict[str, tuple[tuple[str, ...], ...]] = {
     "products": INSTRUCTIONS,
 }
 """By library, the flags of each of its builds."""
+BUILT = "built"
+"""The folder of libraries that a wheel brings."""
 WITHOUT_HEADERS = ("tap",)
 """Libraries that need no header files of llama.cpp."""
 
 
-def sources(source: Path, headers: Path | None) -> Iterable[Path]:
-    """The files that a library is made of: its C file, the headers beside it and llama.cpp's."""
+def digest_of(source: Path, headers: Path | None, made_by: object) -> str:
+    """Return the digest of what makes a library, and of all files that it is made of: its C file,
+    the headers beside it and llama.cpp's."""
+    digest = hashlib.sha256(repr(made_by).encode())
     others = [] if headers is None else [*headers.glob("ggml*.h"), *headers.glob("llama.h")]
-    return (source, *sorted(source.parent.glob("*.h")), *sorted(others))
+    for file in (source, *sorted(source.parent.glob("*.h")), *sorted(others)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def built(source: Path, flags: tuple[str, ...], headers: Path | None) -> Path:
-    """The file of a library that a wheel brought, by the digest of all that it is made of."""
-    digest = hashlib.sha256(repr((COMMAND, flags)).encode())
-    for file in sources(source, headers):
-        digest.update(file.read_bytes())
-    return source.with_name("built") / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+    """Return the file of a library that a wheel brings."""
+    digest = digest_of(source, headers, (COMMAND, flags))
+    return source.with_name(BUILT) / f"{source.stem}-{digest}.so"

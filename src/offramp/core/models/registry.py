@@ -79,8 +79,9 @@ FAMILIES: dict[str, Family | str] = {
 """Vision-language models by `config.model_type`."""
 
 _TESTED = dict(FAMILIES)
-_TESTED_TEXTS = """bart gemma gemma2 gemma3_text granite llama opt qwen2 qwen2_5_vl_text
+_TEXTS = """bart gemma gemma2 gemma3_text granite llama opt qwen2 qwen2_5_vl_text
 qwen2_vl_text qwen3 qwen3_moe qwen3_vl_text t5"""
+_TESTED_TEXTS = frozenset(_TEXTS.split())
 """The decoders that tests run inside these, by `model_type`: a wrapper such as LLaVA may hold any,
 with layers that are called otherwise."""
 
@@ -99,9 +100,7 @@ def is_ours(config: Any) -> bool:
 
 def is_tested(config: Any) -> bool:
     """Return True if tests here cover a configuration's family, and the decoder inside."""
-    return (
-        is_ours(config) and config.get_text_config(decoder=True).model_type in _TESTED_TEXTS.split()
-    )
+    return is_ours(config) and config.get_text_config(decoder=True).model_type in _TESTED_TEXTS
 
 
 def registered_family(config: Any) -> Family | None:

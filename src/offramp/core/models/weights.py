@@ -133,13 +133,10 @@ def _rounds(linear: Any, dtype: torch.dtype) -> bool:
         return made.float()
 
     try:
-        pairs = [
-            (_LARGE, 0.0, 0.4 * _LARGE / 127),
-            (1.0, 1.0, -0.02),
-        ]  # of whole numbers, of floats
+        of_whole_numbers, of_floats = (_LARGE, 0.0, 0.4 * _LARGE / 127), (1.0, 1.0, -0.02)
         lost = [
             (of(first, others + more) - of(first, others) - change).norm() / change.norm()
-            for first, others, more in pairs
+            for first, others, more in (of_whole_numbers, of_floats)
             for change in [of(0.0, more) - of(0.0, 0.0)]
         ]
     except Exception:  # whatever its kernels raise: the model itself runs before it is used
