@@ -455,6 +455,24 @@ def test_after_a_reset_the_same_images_count_again() -> None:
         watcher.close()
 
 
+def test_an_answer_that_moves_on_to_its_block_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    enters = Watcher._enter
+
+    def slowly(watcher: Watcher, one: Any) -> None:
+        time.sleep(0.2)
+        enters(watcher, one)
+
+    monkeypatch.setattr(Watcher, "_enter", slowly)
+    watcher = idle_watcher(_BusyEngine(0), ALL)
+    try:
+        watcher.offer(samples([fakes.picture(50)])[0])
+        assert watcher.settle(60) and watcher.risk.n == 1
+    finally:
+        watcher.close()
+
+
 def compare_one(config: WatchConfig) -> None:
     """A watcher that compares one answer, keeps its state and ends."""
     watcher = idle_watcher(_BusyEngine(0), config)

@@ -415,11 +415,18 @@ class Watcher:
     def settle(self, seconds: float) -> bool:
         """Wait until all offered answers are compared; return False after `seconds` seconds."""
         end = time.monotonic() + seconds
-        while sum(self._waiting.values()):
+        while self._busy:
             if time.monotonic() > end:
                 return False
             time.sleep(_PAUSE)
         return True
+
+    @property
+    def _busy(self) -> bool:
+        """Whether anything waits. A sample that moves on is counted nowhere for a moment, so the
+        lock is taken."""
+        with self._lock:
+            return bool(self._waiting.total())
 
     def close(self) -> None:
         """Stop the thread and drop queued answers."""
