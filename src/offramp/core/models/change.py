@@ -96,11 +96,15 @@ class Unchanged:
         own = [vars(it) for it in (*modules, *_configs(modules))]
         read = [[name for name in each if name not in _UNREAD] for each in own]
         values = [each[name] for each, names in zip(own, read, strict=True) for name in names]
-        self._own = [(_getter(names), each) for names, each in zip(read, own, strict=True)]
-        inner = [value for value in values if isinstance(value, (dict, list, tuple))]
-        self._full = [value for value in inner if value]
-        self._full += [table for _, table in _code(modules)]
+        inner = [value for value in values if isinstance(value, (dict, list))]
+        self._full: list[Any] = [value for value in inner if value]
+        self._full += [it for it in values if type(it) is tuple and not _is_plain(it)]
+        self._full += [table for _, table in _tables(modules)]
         self._tables = [*own, *inner]
+        files = [*_files(modules).values()]
+        read += [[n for n, it in [*each.items()] if isinstance(it, _NAMED)] for each in files]
+        both = zip(read, (*own, *files), strict=True)
+        self._own = [(_getter(names), each) for names, each in both]
         self._held = [*self._objects()]  # kept, so that no other comes to their addresses
         tensors = [it for it in self._held if isinstance(it, Tensor)]
         plain = [it for it in tensors if type(it) in (Tensor, nn.Parameter)]
@@ -141,24 +145,13 @@ _LISTS = (list, tuple)
 _CONFIGS = {"config", "generation_config"}
 
 
-class _Functions:
-    """The functions and classes of a Python file, by name, as they are whenever they are asked for:
-    in a notebook the other names come and go."""
-
-    def __init__(self, file: dict[str, Any]) -> None:
-        self._file = file
-
-    def items(self) -> list[tuple[str, Any]]:
-        return [(n, it) for n, it in [*self._file.items()] if isinstance(it, _CODE)]
-
-    def values(self) -> list[Any]:
-        return [it for it in [*self._file.values()] if isinstance(it, _CODE)]
-
-    def __len__(self) -> int:
-        return len(self.values())
-
-
 _CODE = (FunctionType, type)
+_NAMED = (*_CODE, type(None))
+"""Of a file's names: code, and what may become code. In a notebook the others come and go."""
+
+
+def _is_plain(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(value, _PLAIN) for value in values)
 
 
 def _getter(names: Sequence[str]) -> Callable[[Any], Any]:
@@ -171,21 +164,24 @@ def _modules(roots: Iterable[nn.Module], but: Collection[nn.Module]) -> list[nn.
     return [*{id(module): module for module in found}.values()]
 
 
-def _code(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
-    """The names of the modules' classes and of the files that these stand in, of hooks on all
-    modules, and of the functions that Hugging Face looks up by name."""
+def _tables(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
+    """The names of the modules' classes, of hooks on all modules, and of the functions that Hugging
+    Face looks up by name."""
     kinds = {kind for one in {*map(type, modules)} for kind in one.__mro__}
     kinds = {kind for kind in kinds if not kind.__module__.startswith(("torch.", "builtins"))}
-    files = {type(module).__module__ for module in modules} & sys.modules.keys()
-    files = {name for name in files if not name.startswith("torch.")}
     tables: tuple[Any, ...] = (ALL_ATTENTION_FUNCTIONS, AttentionMaskInterface)
     return [
         *((f"class {kind.__qualname__} {id(kind)}", vars(kind)) for kind in kinds | {nn.Module}),
-        *((f"file {name}", _Functions(vars(sys.modules[name]))) for name in files),
         *((f"hooks {number}", table) for number, table in enumerate(GLOBAL_HOOKS)),
         *((f"by name {number}", table._global_mapping) for number, table in enumerate(tables)),
         ("by name here", ALL_ATTENTION_FUNCTIONS._local_mapping),
     ]
+
+
+def _files(modules: Sequence[nn.Module]) -> dict[str, dict[str, Any]]:
+    """The names of the Python files in which the modules' classes stand, by file."""
+    files = {type(module).__module__ for module in modules} & sys.modules.keys()
+    return {name: vars(sys.modules[name]) for name in files if not name.startswith("torch.")}
 
 
 def _configs(modules: Iterable[nn.Module]) -> list[Any]:
@@ -212,15 +208,19 @@ def _things(roots: Iterable[nn.Module], but: Collection[nn.Module]) -> Iterator[
     for config in _configs(modules):
         for name, value in vars(config).items():
             yield from _inside(name, value)
-    for _, code in sorted(_named_code(modules).items()):
+    for _, code in sorted(_code(modules).items()):
         yield from code
 
 
-def _named_code(modules: Sequence[nn.Module]) -> dict[str, list[tuple[str, Any]]]:
-    """What `_code` tells of, by table, without names that mean nothing."""
+def _code(modules: Sequence[nn.Module]) -> dict[str, list[tuple[str, Any]]]:
+    """Code by table and file, without names that mean nothing."""
+    files = {
+        f"file {name}": {n: it for n, it in [*names.items()] if isinstance(it, _CODE)}
+        for name, names in _files(modules).items()
+    }
     return {
         name: [(n, v) for n, v in ((str(k), v) for k, v in table.items()) if _means(n)]
-        for name, table in _code(modules)
+        for name, table in (*_tables(modules), *files.items())
     }
 
 
@@ -298,7 +298,7 @@ def answers_of(root: nn.Module) -> dict[str, Any]:
             on = [] if module.disable_adapters else list(module.active_adapters)
             scales = dict(getattr(module, "scaling", {}))
             state[f"{path} on"] = [on, list(getattr(module, "merged_adapters", ())), scales]
-    for table, code in _named_code([*root.modules()]).items():
+    for table, code in _code([*root.modules()]).items():
         state[f"code {table}"] = {name: _token(it) for name, it in code}
     return state
 
