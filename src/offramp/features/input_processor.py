@@ -36,8 +36,7 @@ COMPLETES = """\
 {%- endfor -%}
 {{ '<file_sep>' * seen.images }}{{ '\\n' if seen.images }}
 {%- set first = said(messages[0].content) -%}
-{%- if messages | length == 1 and messages[0].role == 'user'
-    and (first.rstrip().endswith(':') or first.startswith('<|im_start|>')) -%}
+{%- if messages | length == 1 and messages[0].role == 'user' and first.rstrip().endswith(':') -%}
 {{ first }}
 {%- else -%}
 {%- for message in messages -%}
@@ -47,8 +46,11 @@ COMPLETES = """\
 {{ '\\n<|im_start|>assistant\\n' if add_generation_prompt }}
 {%- endif -%}"""
 """Chat template of the photo model: images come first, then the turns as its language model was
-tuned on them. A lone text that ends in a colon, such as "Caption:", or that has this form already
-is to be completed, and stays as it is; so calibrations of such prompts do not depend on it."""
+tuned on them. A lone text that ends in a colon, such as "Caption:", is to be completed, and stays as
+it is; so calibrations of such prompts do not depend on it."""
+_WRITTEN = "<|im_start|>"
+"""Begins a prompt that has the template's form already, and stays as it is too; a message does not:
+there the mark is text."""
 
 
 SMALLEST = "_offramp_smallest_side"
@@ -127,7 +129,7 @@ class InputProcessor:
         text = prompt
         if self._is_text:
             return self._of_texts([self.prompt_text(prompt)])
-        if self.has_template:
+        if self.has_template and not self._is_written(prompt):
             content = [{"type": "text", "text": prompt}]
             text = self.template_text([{"role": "user", "content": content}])
         check_letters([text])
@@ -188,10 +190,13 @@ class InputProcessor:
         placeholder."""
         if self._is_text and not self.has_template:
             return prompt
-        if self.has_template:
+        if self.has_template and not self._is_written(prompt):
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
             return self.template_text([{"role": "user", "content": content}])
         return self.placed(prompt, 1)
+
+    def _is_written(self, prompt: str) -> bool:
+        return self.processor.chat_template == COMPLETES and prompt.startswith(_WRITTEN)
 
     @property
     def has_template(self) -> bool:
@@ -203,9 +208,7 @@ class InputProcessor:
     ) -> str:
         """Return a conversation by its chat template, up to where the answer begins.
         add_generation_prompt: False: the last turn is the beginning of the answer."""
-        lone = _text_of(turns[0]["content"]) if len(turns) == 1 else ""
-        if not (self.processor.chat_template == COMPLETES and lone.startswith("<|im_start|>")):
-            turns = [{**turn, "content": self._as_said(turn["content"])} for turn in turns]
+        turns = [{**turn, "content": self._as_said(turn["content"])} for turn in turns]
         how = {"add_generation_prompt": add_generation_prompt}
         if not add_generation_prompt:
             how["continue_final_message"] = True
@@ -255,7 +258,8 @@ class InputProcessor:
                 "'Caption:'; it knows no system message and no turns before.",
             )
         parts = turns[0]["content"]
-        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        mark = self.image_mark or "\0"  # it may stand where its image does
+        text = mark.join(map(self._as_said, _text_of(parts).split(mark)))
         return self.placed(text, sum(part["type"] == "image" for part in parts))
 
     @property

@@ -49,6 +49,10 @@ class Prompts(Protocol):
         """Return turns as text, as of `InputProcessor`."""
         ...
 
+    def prompt_text(self, prompt: str) -> str:
+        """Return a question about an image as text, as of `InputProcessor`."""
+        ...
+
     def placed(self, prompt: str, images: int) -> str:
         """Return a prompt with the placeholders of its images."""
         ...

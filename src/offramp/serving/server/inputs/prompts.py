@@ -136,9 +136,7 @@ class Prompter:
         if images != 1 or not written:
             return OTHER
         asked = asked_text(request)
-        example = [{"type": "image"}, {"type": "text", "text": asked}]
-        alike = self.processor.conversation_text([{"role": "user", "content": example}])
-        return asked if written == alike else OTHER
+        return asked if written == self.processor.prompt_text(asked) else OTHER
 
     def _content(self, message: Message) -> list[dict[str, str]]:
         """A message's texts and images, in order. Where its text marks the place of each image, as
