@@ -166,6 +166,13 @@ def test_a_removed_working_folder_is_two_lines(
     assert_two_lines(run("train", "--backbone", "tiny-opt", "--data", "a", "--out", "b"), "cd ~")
 
 
+@pytest.mark.parametrize("name", ["photo", "tiny-opt"])
+def test_nothing_to_answer_about_is_found_before_the_model_is_loaded(
+    run: RunCommand, no_model: None, name: str
+) -> None:
+    assert_two_lines(run("generate", name), "neither an image", "--image FILE, or --prompt")
+
+
 def test_an_image_that_cannot_be_read_is_found_before_the_model_is_loaded(
     image: Path, run: RunCommand, tmp_path: Path, no_model: None
 ) -> None:

@@ -61,7 +61,9 @@ def test_other_commands_say_what_they_need(edge: Path, run: RunCommand, command:
     assert str(edge) in told[2]
 
 
-@pytest.mark.parametrize("words", [["generate", "photo"], ["serve", "tiny-opt", "--port", "0"]])
+@pytest.mark.parametrize(
+    "words", [["generate", "photo", "--prompt", "Who?"], ["serve", "tiny-opt", "--port", "0"]]
+)
 def test_so_do_other_models(edge: Path, run: RunCommand, words: list[str]) -> None:
     assert_two_lines(run(*words), words[1], "no folder of `offramp slice`", "needs PyTorch")
 

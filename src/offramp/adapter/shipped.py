@@ -50,10 +50,12 @@ def _photo() -> Any:
 
 
 def close_shipped(name: str) -> str:
-    """Return a question with the shipped model that a misspelt name may mean; "" for none."""
+    """Return a question with the shipped model that a misspelt name may mean; "" for none, or for a
+    name that is right."""
     known = (short_name(PHOTO), *(f"tiny-{kind}" for kind in TINY))
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return f"Did you mean {close[0]!r}? " if close and not os.path.exists(name) else ""
+    misspelt = close and name not in close and not os.path.exists(name)
+    return f"Did you mean {close[0]!r}? " if misspelt else ""
 
 
 def tiny_folder(kind: str) -> Path:

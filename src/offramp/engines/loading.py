@@ -105,8 +105,15 @@ class Loaded:
         options: of generation, such as max_new_tokens (default: as calibrated, or 64).
 
         Raises:
-            DataError: the image cannot be read. InputError: an option that is not supported.
+            DataError: the image cannot be read. InputError: an option that is not supported, or
+                neither an image nor a prompt.
         """
+        if prompt is None and image is None:
+            raise InputError(
+                "There is neither an image to caption nor a prompt.",
+                "Give one: answer('dog.jpg'), or answer(prompt='Who are you?') of a model that "
+                "also answers text alone.",
+            )
         if prompt is None:
             prompt = usual_prompt(self.adapter)
         if image is None:

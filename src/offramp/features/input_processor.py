@@ -46,8 +46,8 @@ COMPLETES = """\
 {{ '\\n<|im_start|>assistant\\n' if add_generation_prompt }}
 {%- endif -%}"""
 """Chat template of the photo model: images come first, then the turns as its language model was
-tuned on them. A lone text that ends in a colon, such as "Caption:", is to be completed, and stays as
-it is; so calibrations of such prompts do not depend on it."""
+tuned on them. A lone text that ends in a colon, such as "Caption:", is to be completed, and stays
+as it is; so calibrations of such prompts do not depend on it."""
 _WRITTEN = "<|im_start|>"
 """Begins a prompt that has the template's form already, and stays as it is too; a message does not:
 there the mark is text."""

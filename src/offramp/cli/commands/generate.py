@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from offramp.adapter.shipped import close_shipped
 from offramp.cli.loading import check_engine, loaded, policy_of
 from offramp.cli.options import (
     LONGEST,
@@ -190,6 +191,12 @@ def _check_images(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"A chat is about one image, and {len(arguments.image)} were given.",
             "Give one --image.",
+        )
+    asks = arguments.image or arguments.prompt is not None or arguments.interactive
+    if not asks and not close_shipped(arguments.adapter):
+        raise InputError(
+            "There is neither an image to caption nor a prompt.",
+            "Add --image FILE, or --prompt TEXT where the model also answers text alone.",
         )
     from offramp.inputs.example import Example
 
