@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from offramp.core.errors import DataError, InputError
 from offramp.core.models.backbone import Backbone
 from offramp.features.kept_texts import KeptTexts
+from offramp.inputs.control import as_text
 from offramp.inputs.example import Example
 
 # Processors that put the image tokens in themselves.
@@ -218,22 +218,16 @@ class InputProcessor:
         return str(self.processor.apply_chat_template(list(turns), **how))
 
     def _as_said(self, content: Any) -> Any:
-        """A turn's content, in which the tokenizer's marks of control are text: a space in each
-        keeps a message from ending its turn and beginning others."""
+        """A turn's content, in which the tokenizer's control tokens are text."""
         if isinstance(content, str):
-            return (_SIGNS.search(content) and self._marks.sub(_apart, content)) or content
+            added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+            marks = [str(token) for token in added if getattr(token, "special", False)]
+            more = getattr(self.tokenizer, "all_special_tokens", ())
+            return as_text([*marks, *more, self.image_mark or ""])(content)
         return [
             {**part, "text": self._as_said(part["text"])} if part["type"] == "text" else part
             for part in content
         ]
-
-    @property
-    def _marks(self) -> re.Pattern[str]:
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        marks = {str(token) for token in added if getattr(token, "special", False)}
-        marks |= {*getattr(self.tokenizer, "all_special_tokens", ()), self.image_mark or ""} - {""}
-        known = sorted(filter(_SIGNS.search, marks), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, known)) or "(?!)")
 
     def conversation_text(
         self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
@@ -365,14 +359,6 @@ def smallest_side(processor: Any) -> int | None:
     size."""
     found: int | None = getattr(processor, "__dict__", {}).get(SMALLEST)
     return found
-
-
-_SIGNS = re.compile(r"[<\[|]")
-"""Of which marks of control have one; words that merely are tokens have none."""
-
-
-def _apart(mark: re.Match[str]) -> str:
-    return f"{mark[0][0]} {mark[0][1:]}"
 
 
 def _text_of(content: Any) -> str:

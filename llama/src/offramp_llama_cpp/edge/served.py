@@ -154,6 +154,10 @@ class EdgePrompts:
             [{"role": turn["role"], "content": _content(turn["content"])} for turn in turns]
         )
 
+    def prompt_text(self, prompt: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        return self.conversation_text([{"role": "user", "content": content}])
+
     def placed(self, prompt: str, images: int) -> str:
         return MARKER * images + prompt
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from offramp.core.errors import AdapterError, InputError
+from offramp.inputs.control import as_text
 from offramp_llama_cpp.edge.templates import Refused, Renderer
 
 _PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -95,7 +96,8 @@ class Vocabulary:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The text that a chat is written as for the model, up to where its answer begins.
+        """The text that a chat is written as for the model, up to where its answer begins; control
+        tokens in its messages are text.
 
         Raises:
             InputError: the file's template refuses the messages, prints nothing of any, or takes
@@ -106,8 +108,9 @@ class Vocabulary:
                 "The model's chat template prints nothing of what is asked.",
                 "Ask without it: a text (--plain) in place of messages.",
             )
+        said = [{**message, "content": self._as_said(message["content"])} for message in messages]
         try:
-            text = self._rendered(messages, self._content)
+            text = self._rendered(said, self._content)
         except Refused as error:
             raise InputError(
                 f"The model's chat template refuses these messages: {error}.",
@@ -115,6 +118,12 @@ class Vocabulary:
             ) from error
         bos, _ = self._ends
         return text.removeprefix(bos) if bos and self.tokens("")[:1] else text
+
+    @cached_property
+    def _as_said(self) -> Callable[[str], str]:
+        control = self._lib.llama_vocab_is_control
+        marks = [t for t in range(self.size) if control(self._vocab, t) or self.ends(t)]
+        return as_text(self.piece(t, special=True).decode(errors="replace") for t in marks)
 
     @cached_property
     def _content(self) -> Callable[[str], Any] | None:
