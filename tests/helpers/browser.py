@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -14,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -105,6 +108,18 @@ class Page:
         """A PNG of the whole page."""
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(found["data"]))
+
+
+def violations(page: Page) -> list[str]:
+    """What axe finds wrong with the page; the test is skipped where axe is not installed."""
+    found = importlib.util.find_spec("axe_core_python")
+    if found is None or found.origin is None:
+        pytest.skip("axe_core_python is not installed")
+    page.ask(Path(found.origin).with_name("axe.min.js").read_text("utf-8"))
+    told = "(done) => { found = done.violations.map((one) => `${one.id} ${one.nodes[0].html}`); }"
+    page.ask(f"var found = null; axe.run(document).then({told}); 0")
+    page.until("found !== null")
+    return [*page.ask("found")]
 
 
 @contextlib.contextmanager

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from browser import Page, browser, open_page
+from browser import Page, browser, open_page, violations
+from PIL import Image
 
 from offramp.common.depth_color import depth_color, ink_on
+from offramp.core.decoding.policy import ExitPolicy
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.example import Example
 from offramp.promises.verdict import EXACT, NONE
+from offramp.serving.engine_config import EngineConfig
+from offramp.serving.server.app import page_policy
+from offramp.serving.server.config import ServerConfig
+from offramp.serving.server.pytorch import service_of as service_of_model
 from serving import running, scene_examples, service_of, shipped
 
 pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
@@ -52,7 +63,7 @@ def test_both_answers_appear_coloured_by_depth(
     assert len(early) > 5 and min(early) == 2
     tokens = early + page.ask(depths.format("full"))
     style = "t => [t.style.background, t.style.color]"
-    colours = f"[...document.querySelectorAll('.token')].map({style})"
+    colours = f"[...document.querySelectorAll('.answers .token')].map({style})"
     for depth, (ground, ink) in zip(tokens, page.ask(colours), strict=True):
         expected = depth_color(depth, 12)
         assert rgb(ground) == [int(expected[i : i + 2], 16) for i in (1, 3, 5)]
@@ -61,10 +72,23 @@ def test_both_answers_appear_coloured_by_depth(
     assert page.ask(number) == f'"{early[0]}"'
     assert "An exit is" in page.ask("document.querySelector('main').innerText")
     assert page.ask("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.ask("document.getElementById('promise').textContent") == EXACT
+    assert page.ask("document.querySelector('#early .verdict').textContent") == EXACT
+    assert page.ask("document.getElementById('promise').hidden")
     assert float(page.ask("parseFloat(document.querySelector('#early .depth').textContent)")) >= 2
     assert page.errors == []
     page.shot(tmp_path / f"page-{size}-{'dark' if dark else 'light'}.png")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_axe_finds_nothing(size: str, dark: bool, page: Page, address: str) -> None:
+    page.show(address + "/", *SIZES[size], dark=dark)
+    page.until("document.getElementById('prompt').value === 'Caption:'")
+    assert violations(page) == []
+    page.ask("void example().then(both)")
+    page.until(DONE)
+    page.ask("whole()")
+    assert violations(page) == []
 
 
 def rgb(text: str) -> list[int]:
@@ -82,7 +106,8 @@ def test_the_keyboard_goes_from_word_to_word(page: Page, address: str) -> None:
     legend = "document.getElementById('legend').textContent"
     depths = page.ask("[...document.querySelectorAll('#early .token')].map(t => +t.dataset.depth)")
     for depth in depths:
-        shown = f"depth {depth} of 12" if depth < 12 else "full depth, 12 layers"
+        drafted = f"drafted at depth {depth}, checked by all 12 layers"
+        shown = drafted if depth < 12 else "full depth, 12 layers"
         assert page.ask(legend).endswith(shown)
         page.press("ArrowRight")
     page.press("Home")
@@ -171,9 +196,10 @@ def test_what_is_promised_of_an_answer_stays_said_beside_it(page: Page, address:
         page.until(DONE)
         page.ask("void about()")
         page.until("document.getElementById('go').disabled === false")
-        shown = page.ask("document.querySelector('main').innerText")
+        shown = page.ask("document.querySelector('#early').innerText")
         assert says in shown
-        assert shown.count("Promised") + shown.count("Guarantee") == (says != NONE)
+        whole = page.ask("document.querySelector('main').innerText")
+        assert whole.count("Promised") + whole.count("Guarantee") == (says != NONE)
 
 
 def test_what_is_wrong_is_said_on_the_page(page: Page) -> None:
@@ -184,3 +210,135 @@ def test_what_is_wrong_is_said_on_the_page(page: Page) -> None:
         page.until("!document.getElementById('go').disabled")
         page.ask("document.getElementById('go').click()")
         page.until("/stands for images/.test(document.getElementById('state').textContent)")
+
+
+def answered(page: Page, address: str, mode: str) -> None:
+    """Show the page, and ask about the example."""
+    page.show(address + "/", 1280, 900)
+    page.until("document.getElementById('prompt').value === 'Caption:'")
+    page.ask(f"document.getElementById('mode').value = {mode!r}; void example().then(both)")
+    page.until(DONE)
+    page.until("!busy")
+
+
+def test_a_replay_shows_each_word_when_the_server_wrote_it(page: Page, address: str) -> None:
+    answered(page, address, "early_exit")
+    times = {side: page.ask(f"heard.{side}.timed.seconds") for side in ("early", "full")}
+    assert all(sorted(own) == own and own[0] > 0 for own in times.values())
+    page.ask("var waiting = null; requestAnimationFrame = (frame) => { waiting = frame; }; 0")
+    page.ask("var now = 0; performance.now = () => now; replay()")
+    for at in (0.0, times["early"][3], times["full"][3], times["full"][-1]):
+        page.ask(f"now = {1000 * at + 0.001}; waiting(); 0")
+        for side, own in times.items():
+            unsaid = page.ask(f"document.querySelectorAll('#{side} .unsaid').length")
+            ends = page.ask(f"heard.{side}.pieces.map((one) => one.to)")
+            assert unsaid == sum(own[min(end, len(own)) - 1] > at + 1e-6 for end in ends)
+
+
+def slide(page: Page, level: float, event: str) -> None:
+    """Move the slider to a level (input), or let it go there too (change)."""
+    page.ask(f"document.getElementById('level').value = levels.indexOf({level})")
+    page.ask(f"document.getElementById('level').dispatchEvent(new Event({event!r}))")
+
+
+def example_of(page: Page) -> Example:
+    """The image that the page asks about."""
+    data = base64.b64decode(page.ask("image").partition(",")[2])
+    return Example(Image.open(io.BytesIO(data)).convert("RGB"), "Caption:", (), "page")
+
+
+HOW = "document.getElementById('how').textContent"
+TUNED = "document.querySelector('#tune .text').textContent"
+
+
+def test_the_slider_foretells_depths_and_then_shows_the_servers_answer(
+    page: Page, address: str
+) -> None:
+    answered(page, address, "lossless")
+    assert page.ask("document.getElementById('chosen').textContent") == "0.8"
+    assert "calibrated: 0.8" in page.ask("document.getElementById('mark').textContent")
+    assert "0.48% measured" in page.ask("document.getElementById('risk').textContent")
+    scores, full = page.ask("passes[0].scores"), page.ask("heard.full.text")
+    adapter, processor = shipped()
+    encoder = InputProcessor(adapter.backbone, processor)
+    inputs = encoder.prompts([example_of(page)])
+    for level in (1, 0.995, 0):
+        page.ask("written.clear()")
+        slide(page, level, "input")
+        foretold = page.ask(f"foretold({level})")
+        assert foretold == [2 if s is not None and s >= level else 12 for s in scores]
+        assert "Foretold" in page.ask(HOW)
+        slide(page, level, "change")
+        page.until(f"/As the server wrote it/.test({HOW})")
+        policy = ExitPolicy({2: float(level)})
+        own = adapter.generate(inputs, policy=policy, do_sample=False, max_new_tokens=48)
+        text = encoder.texts(own.new_tokens)[0]
+        assert page.ask(TUNED) == text
+        assert page.ask("[...written.values()][0].depths") == own.depths[0].tolist()
+        assert ("the full model's words" in page.ask(HOW)) == (text == full)
+
+
+def test_a_slider_of_trust_shows_what_each_level_takes(page: Page) -> None:
+    adapter, processor = shipped()
+    policy = ExitPolicy(drafts={2: 0.0}, max_draft=8, trust=0.9)
+    encoder = InputProcessor(adapter.backbone, processor)
+    sizes, config = EngineConfig(2, 256), ServerConfig(name="tiny-opt")
+    service = service_of_model(replace(adapter, policy=policy), processor, config, sizes)
+    seen = set()
+    with running(service) as address:
+        answered(page, address, "early_exit")
+        assert page.ask("document.querySelector('#tuned label').textContent") == "Trust"
+        inputs = encoder.prompts([example_of(page)])
+        for level in (1, 0.9, 0):
+            slide(page, level, "input")
+            by = replace(policy, trust=float(level))
+            own = adapter.generate(inputs, policy=by, do_sample=False, max_new_tokens=48)
+            assert page.ask(TUNED) == encoder.texts(own.new_tokens)[0]
+            depths = page.ask(
+                "[...document.querySelectorAll('#tune .token')].map(t => +t.dataset.depth)"
+            )
+            assert depths == own.depths[0].tolist()[: len(depths)]
+            seen.add(tuple(depths))
+    assert len(seen) > 1
+
+
+def test_an_empty_answer_says_so_and_took_no_negative_time(page: Page, address: str) -> None:
+    page.show(address + "/", 1280, 900)
+    page.until("document.getElementById('prompt').value === 'Caption:'")
+    verdict = {"says": "x", "why": "", "promised": False, "exact": True}
+    usage = {"mode": "full", "mean_depth": 12, "verdict": verdict}
+    own = {"seconds": [0.25], "scores": [0.5], "offers": []}
+    ending = {"choices": [{"delta": {}, "finish_reason": "stop", "offramp": own}]}
+    counted = {"choices": [], "usage": {"completion_tokens": 1, "offramp": usage}}
+    stream = "".join(f"data: {json.dumps(one)}\n\n" for one in (ending, counted))
+    page.ask(f"request = async () => new Response({json.dumps(stream)}); void example().then(both)")
+    page.until(DONE)
+    for side in ("early", "full"):
+        assert "No words" in page.ask(f"document.querySelector('#{side} .text').textContent")
+        assert page.ask(f"document.querySelector('#{side} .first').textContent") == "0.25 s"
+
+
+def test_a_further_question_goes_on_from_the_answer(page: Page, address: str) -> None:
+    page.show(address + "/", 1280, 900)
+    page.until("document.getElementById('prompt').value === 'Caption:'")
+    page.ask("show('data:,a'); further('A dog.'); document.getElementById('prompt').value = 'Why?'")
+    first, answer, second = page.ask("conversation()")
+    assert [part["type"] for part in first["content"]] == ["image_url", "text"]
+    assert answer == {"role": "assistant", "content": "A dog."}
+    assert second == {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
+    assert "Caption: A dog." in page.ask("document.getElementById('turns').textContent")
+    page.ask("show('data:,b')")
+    assert len(page.ask("conversation()")) == 1  # of another image
+
+
+def test_an_address_is_for_the_server_to_fetch(page: Page, address: str) -> None:
+    page.show(address + "/", 1280, 900)
+    page.until("document.getElementById('prompt').value === 'Caption:'")
+    url = "https://example.org/dog.jpg"
+    page.ask(f"document.getElementById('url').value = {url!r}")
+    page.ask("document.getElementById('url').dispatchEvent(new Event('change'))")
+    page.until("/server will fetch/.test(document.getElementById('hint').textContent)")
+    assert page.ask("conversation()[0].content[0].image_url.url") == url
+    page.ask("document.getElementById('go').click()")
+    page.until("/does not fetch/.test(document.getElementById('state').textContent)")
+    assert " example.org *.of.example;" in page_policy("", ("example.org", ".of.example"))

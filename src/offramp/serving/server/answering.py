@@ -7,10 +7,12 @@ client that goes away, and a request that takes too long, free their slots withi
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from offramp.core.decoding.sequence import Token
@@ -228,6 +230,8 @@ class Answering:
         if not self._request.stream:
             for token in written.tokens:
                 choice.stream.put(token)
+        if self._request.offramp is not None:
+            written.details = _details(done, self._service.tokenizer)
         last = choice.stream.finish()
         written.text = choice.stream.text
         ended = self._service.served.ends(written.tokens[-1]) and not self._request.ignore_eos
@@ -326,6 +330,21 @@ class Answering:
         return [self.reply.piece(written, piece, logprobs, depths)]
 
 
+def _details(done: Completion, tokenizer: Any) -> dict[str, Any]:
+    """Return when each token of an answer was written, in seconds since the request was submitted,
+    and its score. offers: by trust, the answers that drafts made, as of `GenerationOutput`."""
+    scores = [None if math.isnan(token.score) else token.score for token in done.tokens]
+    offers = [] if done.output is None else done.output.offers[:1]
+    return {
+        "seconds": [*accumulate((done.first, *done.gaps))],
+        "scores": scores,
+        "offers": [
+            {"trust": trust, "text": tokenizer.decode(ids, skip_special_tokens=True)}
+            for trust, ids in (offers[0] if offers else ())
+        ],
+    }
+
+
 async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
     """Return the result of `work`, which is cancelled if the client leaves before.
 
@@ -350,6 +369,8 @@ def standing_of_request(
     """Return what is guaranteed of a question's answers, if they may exit early."""
     if use.named != "early_exit":
         return NoPromise()
+    if use.trust is not None:
+        return NoPromise(why="the request names a trust of its own")
     return service.served.stands(
         asked=question,
         longest=max(how.longest for how in hows),

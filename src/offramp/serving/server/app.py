@@ -292,7 +292,7 @@ async def _of_text(service: Service, work: Callable[[], bytes], request: Request
 
 def _add_operations(app: FastAPI, service: Service) -> None:
     page = _page()
-    policy = {"Content-Security-Policy": page_policy(page)}
+    policy = {"Content-Security-Policy": page_policy(page, service.config.images.domains)}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -387,22 +387,26 @@ def _check_operator(service: Service) -> None:
 
 
 def _page() -> str:
-    """The page, with the colours of depth."""
-    text = files("offramp.serving.server").joinpath("web", "index.html").read_text("utf-8")
+    """The page with its script, and the colours of depth."""
+    web = files("offramp.serving.server").joinpath("web")
+    text, script = (web.joinpath(name).read_text("utf-8") for name in ("index.html", "page.js"))
+    text = text.replace("// page.js\n", script)
     return text.replace('["from shallow to deep"]', json.dumps(STOPS))
 
 
-def page_policy(page: str) -> str:
-    """Return the page's security policy: its own script and style, images, and requests to this
-    server alone."""
+def page_policy(page: str, hosts: Sequence[str] = ()) -> str:
+    """Return the page's security policy: its own script and style, and requests to this server
+    alone. hosts: of which it may show images too, as `--image-domains` has them."""
 
     def own(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         digests = (base64.b64encode(sha256(part.encode()).digest()).decode() for part in parts)
         return " ".join(f"'sha256-{digest}'" for digest in digests)
 
+    shown = "".join(f" {'*' * host.startswith('.')}{host}" for host in hosts)
     return (
         f"default-src 'none'; script-src {own('script')}; style-src {own('style')}; "
-        "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        f"img-src 'self' data: blob:{shown}; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )

@@ -40,6 +40,7 @@ def model_card(service: Service) -> dict[str, Any]:
             "knows": KNOWS.get(served.name),
             "exits": list(service.engine.core.depths),
             "thresholds": Thresholds(served.policy.thresholds).to_json(),
+            "first": Thresholds(served.policy.first or {}).to_json(),
             "trust": served.policy.trust,
             "guarantee": served.promised(),
             "not_guaranteed": served.stands().why or None,

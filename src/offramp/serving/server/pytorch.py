@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from threading import Event
 from typing import Any, cast
@@ -203,6 +203,7 @@ class TorchServed:
             "scale": SCALES.get(promise.risk, 1),
             "where": LIKE,
             "max_tokens": about["longest"],
+            "path": [*_shared(self.adapter.calibration)],
             "prompts": (about.get("prompts") or [])[:FRAMES],
         }
 
@@ -257,6 +258,13 @@ def service_of(
     return Service(
         TorchServed(model, processor, engine, **more), config, workers=workers, images=images
     )
+
+
+def _shared(calibration: Mapping[str, Any] | None) -> Iterator[dict[str, float]]:
+    """Yield what was found at levels that all exits share: the measured risk, and its bound."""
+    for point in (calibration or {}).get("path") or []:
+        if len(levels := {*point["thresholds"].values()}) == 1:
+            yield {"level": levels.pop(), "risk": point["risk"], "bound": point["bound"]}
 
 
 def _within_positions(sizes: EngineConfig, backbone: Backbone) -> EngineConfig:

@@ -33,7 +33,7 @@ from offramp.serving.server.served import Inputs, Served, Standing
 @dataclass(frozen=True)
 class Use:
     """The use that an answer makes of the exits, as of `BatchEngine.submit`. named: the mode in
-    words.
+    words. trust: that the request names, in place of the policy's.
 
     fell_back: whether the adapter's own thresholds were replaced because its guarantee is broken.
     point: of the calibrated path, for the prompt's kind.
@@ -44,6 +44,12 @@ class Use:
     named: str
     fell_back: bool = False
     point: Mapping[int, float] | None = None
+    trust: float | None = None
+
+    @property
+    def own(self) -> bool:
+        """Return True unless the request names thresholds, or a trust."""
+        return self.thresholds is None and self.trust is None
 
 
 class Place:
@@ -225,6 +231,11 @@ class Service:
         thresholds = asked.thresholds if asked else None
         if thresholds is not None:
             return Use("early_exit", thresholds, "early_exit")
+        if asked and asked.trust is not None:
+            if self.policy.trust is None:
+                said = "These exits take nothing by trust: offramp.thresholds are for them."
+                raise ApiError(400, said, param="offramp", code="invalid_value")
+            return Use("early_exit", None, "early_exit", point={0: asked.trust}, trust=asked.trust)
         replaced = None if self.watcher is None else self.watcher.replaces
         if replaced is not None and self._own(mode):
             return Use(replaced, None, replaced, fell_back=True)
@@ -236,8 +247,8 @@ class Service:
 
     def of_kind(self, use: Use, asked: str) -> Use:
         """Return the use of exits at the point of the question's kind, unless the request named
-        thresholds."""
-        if use.named != "early_exit" or use.thresholds is not None:
+        thresholds or a trust."""
+        if use.named != "early_exit" or not use.own:
             return use
         return replace(use, point=self.served.point_of(asked))
 
@@ -262,7 +273,7 @@ class Service:
         """Return what is promised of an answer to a question about one image, and note whether the
         request is unlike the calibrated ones. status: of the question's early answers."""
         exact = use.named != "early_exit" or not done.early_exit
-        watched = self.watcher is not None and use.thresholds is None
+        watched = self.watcher is not None and use.own
         found = decide(
             status,
             exact=exact,
@@ -296,7 +307,7 @@ class Service:
 
     def watches(self, request: Sampling, use: Use, images: Sequence[Any], client: str = "") -> bool:
         """Return True if the answer to a request will be compared with the full model's."""
-        own = use.named == "early_exit" and use.thresholds is None
+        own = use.named == "early_exit" and use.own
         if self.watcher is None or not own or request.n != 1 or len(images) != 1:
             return False
         return bool(self.watcher.draws(client, images[0]))

@@ -46,7 +46,7 @@ def _depths(value: Any) -> Any:
 
 class OfframpOptions(Strict):
     """Options of how the answer uses the exits. mode: None: the server's. thresholds: by depth,
-    instead of the adapter's."""
+    instead of the adapter's. trust: instead of the adapter's; above 1 nothing is taken."""
 
     mode: Mode | None = None
     thresholds: (
@@ -57,6 +57,7 @@ class OfframpOptions(Strict):
         ]
         | None
     ) = None
+    trust: Annotated[float, Field(ge=0, le=2)] | None = None
 
 
 class StreamOptions(Strict):
@@ -245,8 +246,11 @@ class Sampling(Strict):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream=true")
         options = self.offramp
-        if options and options.thresholds and options.mode not in (None, "early_exit"):
-            raise ValueError("offramp.thresholds are for offramp.mode 'early_exit'")
+        if options and options.thresholds and options.trust is not None:
+            raise ValueError("give offramp.thresholds or offramp.trust")
+        named = options and (options.thresholds or options.trust is not None)
+        if options and named and options.mode not in (None, "early_exit"):
+            raise ValueError("offramp.thresholds and .trust are for offramp.mode 'early_exit'")
         if self.ignore_eos and self.schema_of_answer is not None:
             raise ValueError("ignore_eos writes on after the end of a response_format's JSON")
         return self

@@ -19,7 +19,8 @@ class Written:
     """One choice, during and after its generation.
 
     depths: of its tokens. reason: why it ended; None: unfinished. sent: tokens whose depths and
-    log-probabilities were sent. verdict: what is promised of it; None: unfinished.
+    log-probabilities were sent. verdict: what is promised of it; None: unfinished. details: of its
+    tokens, for requests with options of offramp; None: unfinished, or not asked for.
     """
 
     index: int
@@ -29,6 +30,7 @@ class Written:
     reason: str | None = None
     sent: int = 0
     verdict: Verdict | None = None
+    details: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Reply:
         for choice, logprobs in zip(choices, noted, strict=True):
             row: dict[str, Any] = {"index": choice.index, "finish_reason": choice.reason}
             row["logprobs"] = self.logprobs(choice, logprobs, 0, 0)
+            if choice.details is not None:
+                row["offramp"] = {"depths": choice.depths, **choice.details}
             if self.chat:
                 row["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
             else:
@@ -106,8 +110,10 @@ class Reply:
         return self._chunk(choice.index, content, None, logprobs)
 
     def ending(self, choice: Written) -> dict[str, Any]:
-        """Return the chunk with the reason why a choice ended."""
+        """Return the chunk with the reason why a choice ended, and the details of its tokens."""
         content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        if choice.details is not None:
+            content["offramp"] = choice.details
         return self._chunk(choice.index, content, choice.reason)
 
     def counted(self, choices: Sequence[Written]) -> dict[str, Any]:
