@@ -107,9 +107,9 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
             *(model, work / "train.txt", DEPTH, steps, NEW, exits),
         ),
         "calibrate": [*choosing, *words("--risk consistency --target 0.2 --write")],
-        "draft": choosing,
-        "slice q4_1": words("{} {} --out {} --json", exits, file, work / "q4_1"),
-        "slice": words("{} {} --out {} --json", exits, q8_0, work / "q8_0"),
+        "calibrate lossless": [*choosing, "--lossless"],
+        "export q4_1": words("{} {} --out {} --json", exits, file, work / "q4_1"),
+        "export": words("{} {} --out {} --json", exits, q8_0, work / "q8_0"),
         "generate": words(
             "{} --prompt {} --mode lossless --max-new-tokens {}", work / "q8_0", QUESTION, NEW
         ),
