@@ -88,7 +88,7 @@ def test_drafts_are_chosen_stored_and_drafted_by(
     fast = drafts.Drafting({5: 0.0}, 1.7)
     monkeypatch.setattr(drafts, "draft_speeds", lambda *_, **__: [fast])
     data = ("--data", photos / "rows.jsonl")
-    code, out, _ = run("draft", "--adapter", adapter, *data)
+    code, out, _ = run("calibrate", adapter, "--lossless", *data)
     assert code == 0 and "0 at depth 5" in out and "1.70x" in out
     shown = ("generate", "--adapter", adapter, "--image", photos / "0.png", "--json")
     row = json.loads(run(*shown, "--mode", "lossless")[1])
@@ -102,7 +102,7 @@ def test_drafts_that_do_not_pay_are_not_stored(
 ) -> None:
     monkeypatch.setattr(drafts, "draft_speeds", lambda *_, **__: [drafts.Drafting({5: 0.0}, 0.9)])
     before = (adapter / "adapter.json").read_bytes()
-    code, out, _ = run("draft", "--adapter", adapter, "--data", photos / "rows.jsonl")
+    code, out, _ = run("calibrate", adapter, "--lossless", "--data", photos / "rows.jsonl")
     assert code == 0 and "are left as they are" in out
     assert (adapter / "adapter.json").read_bytes() == before
 
@@ -204,12 +204,12 @@ def test_a_calibration_is_stored_before_it_is_shown_and_shown_where_it_cannot_be
     assert code == 1 and "no room" in err and json.loads(out)["target"] == 0.8
 
 
-@pytest.mark.parametrize("command", ["calibrate", "draft"])
+@pytest.mark.parametrize("more", [(), ("--lossless",)])
 def test_an_adapter_is_changed_by_one_command_at_a_time(
-    command: str, run: RunCommand, adapter: Path, held_out: Path
+    more: tuple[str, ...], run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
     """What one reads at its start is what it writes over at its end."""
-    asked = (command, "--adapter", adapter, "--data", held_out, "--json")
+    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json", *more)
     with locked_folder(adapter / "training"):  # as training holds it
         assert_two_lines(run(*asked), "Another run", str(adapter))
     assert not (adapter / "attempts.json").exists()

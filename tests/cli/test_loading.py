@@ -61,12 +61,12 @@ def test_a_shipped_model_without_exits_answers_at_full_depth(
     assert "--threshold" not in caplog.text  # there is nothing that it would be of
 
 
-@pytest.mark.parametrize("command", ["calibrate", "draft"])
+@pytest.mark.parametrize("more", [(), ("--lossless",)])
 def test_where_no_exits_are_to_be_saved_nothing_is_read(
-    run: RunCommand, command: str, tmp_path: Path
+    run: RunCommand, more: tuple[str, ...], tmp_path: Path
 ) -> None:
     asked = ("--adapter", "tiny-t5", "--data", tmp_path / "gone", "--out", tmp_path / "exits")
-    assert_two_lines(run(command, *asked), "No exits for the tiny model", "offramp demo")
+    assert_two_lines(run("calibrate", *asked, *more), "No exits for the tiny model", "offramp demo")
 
 
 def test_without_its_package_the_photo_model_says_what_to_install(

@@ -18,7 +18,7 @@ from PIL import Image
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import tiny_exits
-from offramp.cli.command_line import _plain_warnings
+from offramp.cli.command_line import COMMANDS, RENAMED, _plain_warnings
 from offramp.core.engine.attached import NO_THRESHOLDS
 from offramp.core.models.exits import Exits
 
@@ -286,7 +286,7 @@ def test_quiet_is_quiet(image: Path) -> None:
     assert done.stdout and done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["calibrate", "draft", "eval", "train", "verify"])
+@pytest.mark.parametrize("command", ["calibrate", "eval", "train", "verify"])
 def test_a_folder_of_images_that_is_not_there_is_said(
     command: str, adapter: Path, held_out: Path, run: RunCommand, tmp_path: Path
 ) -> None:
@@ -326,6 +326,19 @@ def test_names_that_are_no_utf_8_are_names(
     assert code == 0, err
     for limit in ((), ("--limit", 3)):
         code, _, err = run(
-            "draft", "--adapter", adapter, "--data", data, *limit, "--json", "--max-new-tokens", 2
+            "calibrate", adapter, "--lossless", "--data", data, *limit, "--max-new-tokens", 2
         )
         assert code == 0 or len(err[err.index("error: ") :].splitlines()) == 2, err
+
+
+@pytest.mark.parametrize("command", RENAMED)
+def test_an_earlier_name_of_a_command_says_todays(command: str, run: RunCommand) -> None:
+    assert command not in COMMANDS
+    assert_two_lines(run(command, "exits", "--data", "a"), f"offramp {command}", RENAMED[command])
+
+
+def test_options_of_a_guarantee_do_not_go_with_lossless_answers(
+    run: RunCommand, adapter: Path, held_out: Path
+) -> None:
+    asked = ("calibrate", adapter, "--data", held_out, "--lossless", "--first-threshold", "auto")
+    assert_two_lines(run(*asked), "--first-threshold", "--lossless")

@@ -15,7 +15,6 @@ WORDS = {
     "generate": ("adapter", "--adapter", ""),
     "chat": ("adapter", "--adapter", ""),
     "calibrate": ("adapter", "--adapter", "--data a"),
-    "draft": ("adapter", "--adapter", "--data a"),
     "sweep": ("adapter", "--adapter", "--data a"),
     "verify": ("adapter", "--adapter", ""),
     "eval": ("adapter", "--adapter", "--task captions --data a --out b"),

@@ -40,4 +40,4 @@ def test_other_engines_and_formats_are_warned_of(
 def test_an_export_of_files_takes_no_data(run: RunCommand, photos: Path, tmp_path: Path) -> None:
     words = ("--gguf", "q4_0", "--out", tmp_path / "q4_0", "--data", photos / "rows.jsonl")
     code, _, err = run("export", "tiny-opt", *words)
-    assert code == 1 and "offramp draft" in err and not (tmp_path / "q4_0").exists()
+    assert code == 1 and "calibrate --lossless" in err and not (tmp_path / "q4_0").exists()

@@ -76,7 +76,7 @@ def test_a_pipe_is_not_waited_for(
     assert (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("command", ["train", "calibrate", "report", "slice", "export", "demo"])
+@pytest.mark.parametrize("command", ["train", "calibrate", "report", "export", "demo"])
 def test_an_empty_name_is_no_place(command: str, run: RunCommand, tmp_path: Path) -> None:
     """Which would be the working folder."""
     assert_two_lines(run(command, "--out", ""), "--out", "empty")
@@ -102,9 +102,9 @@ def test_a_command_never_replaces_what_it_reads(
 # -- folders ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["calibrate", "draft"])
+@pytest.mark.parametrize("more", [(), ("--lossless",)])
 def test_another_adapter_is_not_replaced(
-    command: str, adapter: Path, held_out: Path, run: RunCommand, tmp_path: Path
+    more: tuple[str, ...], adapter: Path, held_out: Path, run: RunCommand, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(adapter, tmp_path / "other"))
     damaged = Path(shutil.copytree(adapter, tmp_path / "damaged"))
@@ -118,7 +118,8 @@ def test_another_adapter_is_not_replaced(
     (other / "adapter.json").write_text(json.dumps(config))
     for out in (other, damaged):
         before = contents(out)
-        found = run(command, "--adapter", adapter, "--data", held_out, "--out", out)
+        asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--out", out)
+        found = run(*asked, *more)
         assert_two_lines(found, "already holds another adapter", "--overwrite")
         assert contents(out) == before
 

@@ -122,7 +122,7 @@ def test_drafts_that_do_not_pay_are_not_advised(
     (adapter / "adapter.json").write_text(json.dumps(config), encoding="utf-8")
     data = ("--data", photos / "rows.jsonl", "--max-new-tokens", 4)
     with caplog.at_level(logging.INFO):
-        assert run("draft", adapter, *data)[0] == 0
+        assert run("calibrate", "--lossless", adapter, *data)[0] == 0
     (after,) = next_of(caplog)
     assert ("--mode lossless" in after) is (speed > 1)
     wanted = "calibrate" if speed < 1 and not thresholds else "generate"

@@ -46,14 +46,14 @@ def test_help_is_of_the_commands_that_run(
     with pytest.raises(SystemExit):
         run("--help")
     shown = capsys.readouterr().out
-    assert all(f"\n    {name} " in shown for name in ("generate", "serve", "slice", "env"))
+    assert all(f"\n    {name} " in shown for name in ("generate", "serve", "export", "env"))
     assert "offramp train" not in shown and "calibrate exits" not in shown
     with pytest.raises(SystemExit):
         run("generate", "--help")
     assert "--mmproj" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {*LIGHT, "generate", "serve"}))
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {*LIGHT, "generate", "serve", "export"}))
 def test_other_commands_say_what_they_need(edge: Path, run: RunCommand, command: str) -> None:
     named = (f"offramp {command} needs PyTorch", "environment of its own", f"pip install {edge}")
     told = run(command, "tiny-opt")
@@ -65,7 +65,7 @@ def test_other_commands_say_what_they_need(edge: Path, run: RunCommand, command:
     "words", [["generate", "photo", "--prompt", "Who?"], ["serve", "tiny-opt", "--port", "0"]]
 )
 def test_so_do_other_models(edge: Path, run: RunCommand, words: list[str]) -> None:
-    assert_two_lines(run(*words), words[1], "no folder of `offramp slice`", "needs PyTorch")
+    assert_two_lines(run(*words), words[1], "no folder of a cut file", "needs PyTorch")
 
 
 def test_a_misspelt_folder_is_answered_with_the_one_that_is_there(

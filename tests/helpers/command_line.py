@@ -18,18 +18,7 @@ from offramp.data.scenes import language, world
 RunCommand = Any
 EVERY = tuple(COMMANDS)
 """Every command."""
-TRAIN = (
-    "--backbone",
-    "tiny-opt",
-    "--steps",
-    4,
-    "--evaluate-every",
-    2,
-    "--batch-size",
-    4,
-    "--exit-kind",
-    "layer",
-)
+TRAIN = ("--backbone", "tiny-opt", "--steps", 4, "--batch-size", 4, "--exit-kind", "layer")
 
 
 def parser_of(command: str) -> Parser:

@@ -101,7 +101,7 @@ def hub_file(
 def sliced(
     adapter: Adapter, folder: Path, formats: str = "f32", words: Sequence[str] = WORDS
 ) -> Path:
-    """The folder that `offramp slice` writes of both."""
+    """The folder that `offramp export` cuts of both."""
     folder.mkdir(parents=True, exist_ok=True)
     exits = replace(adapter.exits, measured={"shortlist": {"size": len(SHORT)}})
     replace(adapter, exits=exits).save(folder / "adapter")

@@ -37,7 +37,6 @@ class Places:
         return {
             "train": [*map(str, TRAIN), "--data", str(self.photos / "rows.jsonl"), "--out", out],
             "calibrate": ["--adapter", adapter, *some, *short, "--out", out],
-            "draft": ["--adapter", adapter, *some, *short, "--out", out],
             "sweep": [adapter, *some, *short, "--out", out],
             "verify": [adapter, *some, *short, "--quick", "--slots", "1", "--out", out],
             "generate": ["--adapter", adapter, "--image", image, "--prompt", "a", *short],
@@ -45,7 +44,6 @@ class Places:
             "serve": [adapter, "--port", "0"],
             "eval": ["--adapter", adapter, "--task", "captions", *some, *short, "--out", out],
             "export": ["--adapter", adapter, "--gguf", "f32", "--out", out],
-            "slice": [adapter, str(self.photos / "rows.jsonl"), "--out", out],
             "report": [adapter, "--out", out],
             "inspect": ["tiny-opt"],
             "env": [],

@@ -72,7 +72,16 @@ def test_a_mistake_in_what_to_evaluate_is_two_lines(
 
 
 def test_a_race_of_no_rounds_is_refused(run: RunCommand, adapter: Path, photos: Path) -> None:
-    arguments = ("draft", "--adapter", adapter, "--data", photos / "rows.jsonl", "--limit", 0)
+    arguments = (
+        "calibrate",
+        "--lossless",
+        "--adapter",
+        adapter,
+        "--data",
+        photos / "rows.jsonl",
+        "--limit",
+        0,
+    )
     assert_two_lines(run(*arguments), "--limit", "from 1")
 
 

@@ -117,7 +117,6 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
     given = {
         "train": {**model, "--data": data, "--steps": ["1"]},
         "calibrate": {"--adapter": adapter, "--data": data},
-        "draft": {"--adapter": adapter, "--data": data},
         "sweep": {"--adapter": adapter, "--data": data},
         "generate": {"--adapter": adapter, "--image": [str(tree / "good.png")]},
         "chat": {"--adapter": adapter, "--image": [str(tree / "good.png")]},
@@ -125,7 +124,6 @@ def base(command: str, tree: Path, out: Path) -> dict[str, list[str]]:
         "serve": {"": adapter},
         "eval": {"--adapter": adapter, "--task": ["captions"], "--data": data},
         "export": {"--adapter": adapter, "--gguf": ["q8_0"]},
-        "slice": {"": [*adapter, str(tree / "good.jsonl")]},
         "report": {"": adapter},
         "demo": {},
         "inspect": {"": adapter},

@@ -480,7 +480,7 @@ def test_the_command_that_slicing_names_answers(
 ) -> None:
     hub, exits = folder.parent / "hub.gguf", folder.parent / "adapter"
     with caplog.at_level(logging.INFO):
-        code, _, err = run("slice", exits, hub, "--out", tmp_path / "cut")
+        code, _, err = run("export", exits, hub, "--out", tmp_path / "cut")
     assert code == 0, err
     (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("next: ")]
     program, *words = shlex.split(said.removeprefix("next: "))

@@ -1,4 +1,5 @@
-"""`offramp generate F` and `offramp serve F` of a sliced folder, without PyTorch."""
+"""`offramp export NAME FILE.gguf`, and `generate F` and `serve F` of the folder that it writes,
+without PyTorch."""
 
 from __future__ import annotations
 
@@ -17,21 +18,25 @@ from offramp.cli.parser import Parser, share, whole
 from offramp.common.names import close_name
 from offramp.common.pytorch import needs_pytorch
 from offramp.core.errors import AdapterError
+from offramp_llama_cpp import slice_command
 
 log = logging.getLogger(__name__)
 
-NAMES = ("generate", "serve")
+NAMES = ("generate", "serve", "export")
 ALONE = ("--", "-h", "--help-all", "--help", "--json", "--plain", "--quiet", "--stream")
 """Options of commands there that take no value."""
 SLOTS = 4
 
 
 def is_edge(argv: Sequence[str]) -> bool:
-    """Return True if a command names a folder of segments in the place of a model: in a word that
-    is no option's value, for what `offramp export` wrote and --gguf names has segments too."""
+    """Return True if a command names a folder of segments in the place of a model, or for `export`
+    a GGUF file: in a word that is no option's value, for what `offramp export` wrote and --gguf
+    names has segments too."""
     if not argv or argv[0] not in NAMES:
         return False
-    return any(_is_sliced(word) for before, word in pairwise(argv) if not _takes_a_value(before))
+    cut = argv[0] == "export"
+    words = (word for before, word in pairwise(argv) if not _takes_a_value(before))
+    return any(word.endswith(".gguf") if cut else _is_sliced(word) for word in words)
 
 
 def _takes_a_value(word: str) -> bool:
@@ -46,14 +51,15 @@ def _is_sliced(word: str) -> bool:
 
 
 def add(commands: Any) -> None:
-    """The two commands, as they are for a folder of segments."""
+    """The commands, as they are for a folder of segments."""
+    slice_command.add(commands)
     for name, run, options, help in (
         ("generate", _generate, _generate_options, "Answer a prompt; PyTorch is not loaded."),
         ("serve", _serve, _serve_options, "Serve OpenAI's API; PyTorch is not loaded."),
     ):
         parser: Parser = commands.add_parser(name, help=help, description=help)
         parser.set_defaults(run=run)
-        parser.add_argument("folder", type=Path, help="what `offramp slice` wrote")
+        parser.add_argument("folder", type=Path, help="what `offramp export` cut")
         _model_options(parser)
         options(parser)
         parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -136,7 +142,7 @@ def _check_folder(folder: Path) -> None:
         return
     if (close := close_name(folder)) and not folder.exists():
         raise AdapterError(f"There is no folder {str(folder)!r}.", f"{close}")
-    raise needs_pytorch(f"{str(folder)!r}, which is no folder of `offramp slice`,")
+    raise needs_pytorch(f"{str(folder)!r}, which is no folder of a cut file,")
 
 
 def _load(arguments: argparse.Namespace, slots: int = 1) -> Any:
@@ -232,7 +238,7 @@ SLICED = WithoutPytorch(
     "Early exits inside llama.cpp, without PyTorch.",
     """\
 examples:
-  offramp slice exits model-q4_k_m.gguf --out sliced
+  offramp export exits model-q4_k_m.gguf --out sliced
   offramp generate sliced --prompt "Who are you?"
   offramp serve sliced                           OpenAI's API and a page, at localhost:8000
 

@@ -44,7 +44,7 @@ def _write(arguments: argparse.Namespace) -> None:
     if arguments.data:
         raise InputError(
             "Files for llama.cpp are made without data.",
-            "Leave --data out; `offramp draft --engine llama.cpp` times drafts in the files.",
+            "Leave --data out; `offramp calibrate --lossless` times drafts in the files.",
         )
     from offramp.common.folders import check_writable
     from offramp_llama_cpp import ExportFormats, export_gguf

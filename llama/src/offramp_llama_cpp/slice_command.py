@@ -1,4 +1,4 @@
-"""`offramp slice`: a GGUF file from the hub, cut at exits, for llama.cpp."""
+"""`offramp export NAME FILE.gguf`: a file from the hub, cut at exits, without PyTorch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 def add(commands: Any) -> None:
     add_command(
         commands,
-        "slice",
+        "export",
         "Cut a GGUF file from the hub at an adapter's exits: tensors as they are stored.",
-        "offramp slice exits model-q4_k_m.gguf --out sliced\n"
+        "offramp export exits model-q4_k_m.gguf --out sliced\n"
         "  offramp generate sliced --prompt 'Caption:'",
         _slice,
         _options,
@@ -54,7 +54,10 @@ def _slice(arguments: argparse.Namespace) -> None:
 
     adapter, file = arguments.adapter, arguments.file
     if file is None:
-        raise InputError("No GGUF file was named.", "Name it after the exits: slice NAME FILE.")
+        raise InputError(
+            "No GGUF file was named.",
+            "Name it after the exits: export NAME FILE.gguf. Other exports need PyTorch.",
+        )
     check_writable(arguments.out, folder=True)
     files = slice_gguf(file, adapter, arguments.out, depths=arguments.depths)
     sizes = {str(file): file.stat().st_size for file in files}

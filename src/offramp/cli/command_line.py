@@ -18,7 +18,7 @@ from offramp import __version__
 from offramp.cli.output import close_output, end_output, prepare_output, print_json, tell
 from offramp.cli.parser import Parser, UsageError
 from offramp.common.pytorch import has_pytorch, needs_pytorch
-from offramp.core.errors import OfframpError, StorageError, printable
+from offramp.core.errors import InputError, OfframpError, StorageError, printable
 from offramp.core.missing import how_to_install, missing_package
 from offramp.core.plugins import brought
 
@@ -33,13 +33,13 @@ examples:
   offramp train Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits
   offramp sweep exits --data held_out.jsonl      what thresholds would do
   offramp calibrate exits --data held_out.jsonl --target 0.01
-  offramp draft exits --data held_out.jsonl
+  offramp calibrate exits --data held_out.jsonl --lossless   the fastest drafts
   offramp verify exits                           whether every way to decode is exact here
   offramp generate exits --image dog.jpg "Question: what is it? Answer:"
   offramp serve tiny-opt                         OpenAI's API and a page, at localhost:8000
   offramp eval exits --task captions --data captions_val2014.json --images val2014
   offramp export exits --gguf q8_0 --out exits-q8_0   for generate --engine llama.cpp
-  offramp slice exits model-q4_k_m.gguf --out sliced  the same of a file from the hub
+  offramp export exits model-q4_k_m.gguf --out sliced   the same of a file from the hub
   offramp report exits runs/captions --out report.html
 """
 
@@ -50,7 +50,6 @@ COMMANDS = {
         "train",
         "sweep",
         "calibrate",
-        "draft",
         "verify",
         "caption",
         "generate",
@@ -67,6 +66,9 @@ COMMANDS = {
 """Modules by command; each has `add(commands)`, which imports nothing heavy. Installed packages
 bring others, as entry points of "offramp.commands" that hold such a function."""
 
+
+RENAMED = {"draft": "calibrate NAME --lossless", "slice": "export NAME FILE.gguf"}
+"""Commands of earlier versions, and what does the same now."""
 
 OURS = ("offramp", "offramp_llama_cpp", "offramp_photo", "offramp_vllm")
 """Packages whose lines and warnings are ours."""
@@ -105,9 +107,13 @@ def offramp_program() -> Program:
     return Program(
         "Early exits for frozen Hugging Face vision-language models that really skip layers.",
         EXAMPLES,
-        {name: import_module(module).add for name, module in COMMANDS.items()}
-        | brought("commands"),
+        {name: import_module(module).add for name, module in COMMANDS.items()} | _others(),
     )
+
+
+def _others() -> dict[str, Any]:
+    """The commands of installed packages."""
+    return {name: add for name, add in brought("commands").items() if name not in RENAMED}
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -173,12 +179,17 @@ LIGHT = ("env", "completion")
 def _program_for(argv: Sequence[str] | None) -> Program:
     """The commands that there are. Raise `InputError` for one that needs PyTorch, without it."""
     words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in RENAMED:
+        raise InputError(
+            f"There is no `offramp {words[0]}` any more.",
+            f"Type `offramp {RENAMED[words[0]]}`, which does the same.",
+        )
     light: list[WithoutPytorch] = [*brought("programs").values()]
     if (asked := next((one for one in light if one.takes(words)), None)) is not None:
         return _without_pytorch(asked)
     if has_pytorch():
         return offramp_program()
-    own = {*LIGHT, *brought("commands"), *(name for one in light for name in one.names)}
+    own = {*LIGHT, *_others(), *(name for one in light for name in one.names)}
     if not light or (words and words[0] in {*COMMANDS} - own):
         raise needs_pytorch(f"offramp {' '.join(words[:1])}".rstrip())
     return _without_pytorch(light[0])
@@ -186,7 +197,7 @@ def _program_for(argv: Sequence[str] | None) -> Program:
 
 def _without_pytorch(program: WithoutPytorch) -> Program:
     own = {name: import_module(COMMANDS[name]).add for name in LIGHT}
-    adds = {"": program.add, **brought("commands"), **own}
+    adds = {"": program.add, **_others(), **own}
     return Program(program.description, program.examples, adds)
 
 

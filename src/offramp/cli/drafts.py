@@ -1,4 +1,4 @@
-"""`offramp draft`: the drafts by which lossless decoding is fastest."""
+"""`offramp calibrate --lossless`: the drafts by which lossless decoding is fastest."""
 
 from __future__ import annotations
 
@@ -8,20 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.loading import adapter_folder, check_engine, loaded, read_data
-from offramp.cli.options import (
-    ASKED,
-    DATA,
-    LOADED,
-    add_command,
-    asked_again,
-    data_options,
-    model_options,
-    one_again,
-    runtime_options,
-)
+from offramp.cli.options import ASKED, DATA, LOADED, asked_again, one_again
 from offramp.cli.output import few, say_next, show_result
-from offramp.cli.outputs import overwrite_option
-from offramp.cli.parser import Parser, whole
+from offramp.core.errors import InputError
 
 log = logging.getLogger(__name__)
 NEITHER = (
@@ -29,44 +18,38 @@ NEITHER = (
     "longer or on more images (offramp train), at another depth (offramp inspect), or a "
     "larger --target."
 )
-ROUNDS, CONTEXT = 3, 2048
-"""Of timing; the longest prompt with its answer, in tokens, of a runtime other than torch."""
+ROUNDS, EXAMPLES = 3, 10
+"""Of timing; the examples that are timed, unless --limit says how many."""
 
 
-def add(commands: Any) -> None:
-    add_command(
-        commands,
-        "draft",
-        "Find the drafts with which lossless decoding is fastest on this machine, and store the "
-        "setting in the adapter. Answers do not change.",
-        "offramp draft exits --data held_out.jsonl\n"
-        "  offramp draft exits --engine llama.cpp --gguf exits-q4_1 "
-        "--data held_out.jsonl --out exits-q4",
-        _draft,
-        _options,
-        usual="data limit max-new-tokens engine gguf out json",
-    )
+OTHERS = (
+    "risk",
+    "target",
+    "confidence",
+    "unit",
+    "each_kind",
+    "target_of",
+    "frequencies",
+    "of",
+    "score",
+    "thresholds",
+    "first_threshold",
+    "write",
+    "batch_size",
+)
+"""Options of a guarantee, which lossless answers need none of."""
 
 
-def _options(parser: Parser) -> None:
-    model_options(parser, adapter=True, engines="all")
-    data_options(parser, "images that training has not seen, like those to come", limit=10)
-    group = parser.add_argument_group("timing and output")
-    group.add_argument(
-        "--max-new-tokens",
-        type=whole(2),
-        default=40,
-        metavar="N",
-        help="longest answer (default: 40)",
-    )
-    group.add_argument("--out", type=Path, help="folder for the adapter (default: its own)")
-    overwrite_option(group)
-    runtime_options(parser, sized=False)
-
-
-def _draft(arguments: argparse.Namespace) -> None:
+def find_drafts(arguments: argparse.Namespace) -> None:
+    """Find the drafts with which lossless decoding is fastest, and store them in the adapter."""
     from offramp.training.checkpoint import held
 
+    if wrong := [name for name in OTHERS if name in getattr(arguments, "given", {})]:
+        shown = wrong[0].replace("_", "-")
+        raise InputError(f"--{shown} does not go with --lossless.", "Leave one of both out.")
+    if arguments.max_new_tokens < 2:
+        raise InputError("An answer of 1 token is not drafted.", "Raise --max-new-tokens.")
+    arguments.limit = arguments.limit or EXAMPLES
     check_engine(arguments)
     out = adapter_folder(arguments)
     with held(out):
@@ -79,7 +62,7 @@ def _find(arguments: argparse.Namespace, out: Path) -> None:
     from offramp.common.progress import progress
 
     items = read_data(arguments, require_answers=False)
-    opened = loaded(arguments, context=CONTEXT, threads=1, keep_decoder=True)
+    opened = loaded(arguments, threads=arguments.threads or 1, keep_decoder=True)
     adapter, encoder, runtime = opened.adapter, opened.encoder, opened.runtime
     inputs = [encoder.prompts([item.example]) for item in items]
     _say_how_long(adapter, runtime, inputs, arguments)

@@ -22,6 +22,7 @@ def needs_pytorch(what: str) -> InputError:
     apart = ", in an environment of its own" if installed()[0] == EDGE else ""
     return InputError(
         f"{what} needs PyTorch, which is not installed.",
-        "Without it `offramp generate` and `offramp serve` take what `offramp slice` wrote. "
+        "Without it `offramp generate` and `offramp serve` take a GGUF file that "
+        "`offramp export` cut. "
         f"For the rest{apart}: {install_command('')}",
     )

@@ -69,7 +69,7 @@ class Answer:
 
 
 class EdgeModel:
-    """A model that `offramp slice` wrote, without PyTorch.
+    """A model that `offramp export` cut, without PyTorch.
 
     Any thread may ask: `EngineOptions.sequences` answers are written at once, in calls that they
     share, each as it is written alone; others wait.

@@ -30,7 +30,7 @@ class Vocabulary:
         if int(lib.llama_vocab_type(self._vocab)) == 0:
             raise AdapterError(
                 "The files hold no tokenizer: they were exported from PyTorch.",
-                "Slice a file from the hub, which has one: offramp slice EXITS model.gguf.",
+                "Cut a file from the hub, which has one: offramp export EXITS model.gguf.",
             )
         self.has_template: bool = template is not None
         self._template = Renderer(_PLAIN if template is None else template)

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from offramp.cli.drafts import EXAMPLES, find_drafts
 from offramp.cli.loading import adapter_folder, check_engine, loaded, read_data, unseen_items
 from offramp.cli.options import (
     ASKED,
@@ -37,11 +38,12 @@ def add(commands: Any) -> None:
         "calibrate",
         "Choose thresholds that keep the risk below a target, and store them in the adapter.",
         "offramp calibrate exits --data held_out.jsonl --target 0.01 --confidence 0.95\n"
+        "  offramp calibrate exits --data held_out.jsonl --lossless\n"
         "  offramp calibrate exits --data vqa.jsonl --risk exact_match_drop "
         "--target 0.02",
         _calibrate,
         _options,
-        usual="data limit target confidence risk max-new-tokens engine gguf out",
+        usual="data limit lossless target confidence risk max-new-tokens engine gguf out",
     )
 
 
@@ -108,6 +110,12 @@ def _options(parser: Parser) -> None:
     length_option(group)
     batch_option(group, 64)
     group.add_argument(
+        "--lossless",
+        action="store_true",
+        help="find instead the drafts with which lossless decoding is fastest on this machine, "
+        f"timed on {EXAMPLES} examples unless --limit is given; answers do not change",
+    )
+    group.add_argument(
         "--write",
         action="store_true",
         help="where nothing can be guaranteed, store that, and switch the exits off (default: keep "
@@ -158,6 +166,10 @@ def _kind_target(text: str) -> tuple[str, float]:
 def _calibrate(arguments: argparse.Namespace) -> None:
     from offramp.calibration.asked import Guarantee
     from offramp.training.checkpoint import held
+
+    if arguments.lossless:
+        find_drafts(arguments)
+        return
 
     names = ("target", "confidence", "risk", "unit", "each_kind")
     asked = {**{n: getattr(arguments, n) for n in names}, "candidates": arguments.of}
@@ -245,7 +257,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
     show_result(found, _table(calibration), as_json=arguments.json)
     if not _is_stored(calibration, arguments):
         how = asked_again(arguments, "data", *LOADED, *ASKED, *DATA)
-        say_next(f"offramp draft {arguments.adapter}{how}")
+        say_next(f"offramp calibrate {arguments.adapter}{how} --lossless")
         return
     how = asked_again(arguments, *LOADED)
     say_next(f"offramp generate {out}{one_again(arguments)}", f"offramp serve {out}{how}")

@@ -48,7 +48,7 @@ def _env(arguments: argparse.Namespace) -> None:
 
     engines: list[str] = []
     gpus: dict[str, str] = {}
-    torch_version = "not installed: what `offramp slice` wrote runs without it"
+    torch_version = "not installed: what `offramp export` cut runs without it"
     if has_pytorch():
         import torch
 

@@ -30,6 +30,7 @@ def add(commands: Any) -> None:
         "Write exits for another program: GGUF files for --engine llama.cpp, exits for vLLM's "
         "plug-in, an exit as a draft model, or an EAGLE-3 drafter.",
         "offramp export exits --gguf q8_0 --out exits-q8_0\n"
+        "  offramp export exits model-q4_k_m.gguf --out sliced    a file from the hub, cut\n"
         "  offramp export exits --to vllm --out exits-vllm\n"
         "  offramp export exits --to draft-model --out draft",
         _export,

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 GROUPS = {
     "exits": ("depths", "exit_kind", "shortlist"),
     "labels and answers": ("regime", "losses", "max_new_tokens"),
-    "schedule": ("steps", "batch_size", "learning_rate", "evaluate_every", "seed"),
+    "schedule": ("steps", "batch_size", "learning_rate", "seed"),
 }
 """Fields of `TrainConfig` as the help groups them; --losses holds the weights."""
 NOT_SAID = (
@@ -38,6 +38,7 @@ NOT_SAID = (
     "labelled_fraction",
     "min_confidence",
     "validation_fraction",
+    "evaluate_every",
     "patience",
     "cache",
 )
@@ -177,5 +178,5 @@ def _train(arguments: argparse.Namespace) -> None:
         of = f"{arguments.out} --data held_out{asked_again(arguments, *how, *ASKED, *DATA[2:])}"
         say_next(
             f"offramp calibrate {of} --target 0.01   (thresholds)",
-            f"offramp draft {of}   (the full model's tokens, faster)",
+            f"offramp calibrate {of} --lossless   (the full model's tokens, faster)",
         )

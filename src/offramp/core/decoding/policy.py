@@ -28,8 +28,8 @@ Mode = Literal["full", "early_exit", "lossless"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 """Exits are off; end a token; or only draft it, and the full model verifies."""
 DRAFT = 0.5
-"""Score from which trained exits draft until `offramp draft` finds what is fastest: a token that is
-likelier right than wrong."""
+"""Score from which trained exits draft until `calibrate --lossless` finds what is fastest: a token
+that is likelier right than wrong."""
 AHEAD = 0.1
 """The same of an exit that drafts on: product of the probabilities of a round's drafts. They are
 right far oftener than they are held to be (docs/decoding.md)."""
@@ -85,8 +85,8 @@ class ExitPolicy:
     max_draft: longest draft before the full model is asked.
     drafts: thresholds that lossless drafts by, where there are any, instead of `thresholds`, which
         are about final exits; of an exit that drafts on, of the product of a round's drafts.
-        `offramp draft` finds the fastest. Or a registered drafter by its name, and the level that
-        it takes: {"ngram": 0.0} (`offramp.register_drafter`).
+        `calibrate --lossless` finds the fastest. Or a registered drafter by its name, and the level
+        that it takes: {"ngram": 0.0} (`offramp.register_drafter`).
     shortlist: exits read only the tokens of the adapter's shortlist, and can say no others; scores
         are over these (`offramp.features.shortlist`).
     first: by depth; thresholds of an answer's first token, with which the prompt may wait at its
