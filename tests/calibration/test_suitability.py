@@ -111,13 +111,14 @@ def test_the_shipped_model_settles_early_and_fast(
         for speed, low, high in prospect.calibrated.values():
             assert 0.9 < low <= speed <= high + 1e-9
     assert found.best(0.95) is first and first.speedup[0.95] > last.speedup[0.95] > 1.0
+    assert first.lossless > last.lossless and first.lossless > 1.0
 
 
 def test_the_forecast_is_the_same_every_time_but_for_the_clock(
     encoder: InputProcessor, scenes: list[Example]
 ) -> None:
     one, two = (suitability(encoder, scenes, depths=(3,)).prospects for _ in range(2))
-    clock: dict[str, Any] = {"speedup": {}, "calibrated": {}}
+    clock: dict[str, Any] = {"speedup": {}, "calibrated": {}, "lossless": 1.0}
     assert [replace(p, **clock) for p in one] == [replace(p, **clock) for p in two]
 
 
@@ -125,23 +126,29 @@ def test_the_forecast_is_the_same_every_time_but_for_the_clock(
 def test_speed_is_tried_with_exits_that_leave_as_often_as_foretold(
     encoder: InputProcessor, scenes: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where more leave, or sooner, fewer layers run."""
+    """Where more leave, or sooner, fewer layers run. Where an exit drafts, answers stay the full
+    model's."""
     left: dict[int, list[int]] = {}
+    drafted: list[tuple[int, ...]] = []
 
     def forced(*args: Any, depth: int, **options: Any) -> Any:
         output = generate_forced(*args, depth=depth, **options)
-        left.setdefault(depth, []).append(int((output.depths == depth).sum()))
+        if options["lossless"]:
+            drafted.append(tuple(output.new_tokens.flatten().tolist()))
+        else:
+            left.setdefault(depth, []).append(int((output.depths == depth).sum()))
         return output
 
     monkeypatch.setattr(module, "generate_forced", forced)
     shares = {3: (0.9, {0.9: 0.75, 0.95: 0.5}), 9: (0.9, {0.9: 0.75, 0.95: 0.75})}
     answers = full_model_answers(encoder, scenes, batch_size=8, max_new_tokens=16)
     speeds, _ = module._speeds(encoder, answers, shares, None, 0, iter)
-    assert {*speeds} == {(3, 0.75), (3, 0.5), (9, 0.75)}
+    assert {*speeds} == {(3, 0.75), (3, 0.5), (9, 0.75), (3, None), (9, None)}
     assert speeds[3, 0.75] > speeds[3, 0.5] > 1.0 and speeds[9, 0.75] < speeds[3, 0.75]
     tokens = sum(len(answer.ids) for answer in answers[: module.TIMED])
     once = left[9][1 : 1 + module.TIMED]  # behind a try at the first one
     assert abs(sum(once) - 0.75 * tokens) <= 1
+    assert {*drafted} == {answer.ids for answer in answers[: module.TIMED]}
 
 
 def test_too_few_prompts_are_refused(encoder: InputProcessor, scenes: list[Example]) -> None:
@@ -159,14 +166,31 @@ def test_depths_that_are_tried_fit_the_model(layers: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "settles", "begins"),
+    ("low", "lossless", "settles", "begins", "faster"),
     [
-        (1.2, 0.6, "Exits would pay: "),
-        (1.0, 0.6, "Exits would pay only if words may change: "),
-        (1.0, 0.0, "Exits would not pay here: "),
+        (
+            1.2,
+            1.0,
+            0.6,
+            "Exits would pay: decoding 1.30x as fast [1.20, 1.50] while at most 1%",
+            1.3,
+        ),
+        (
+            1.2,
+            1.25,
+            0.6,
+            "Exits would pay: decoding 1.30x as fast [1.20, 1.50] while at most 1%",
+            1.3,
+        ),
+        (1.2, 1.4, 0.6, "Exits would pay: decoding 1.40x as fast losslessly", 1.4),
+        (1.0, 1.1, 0.0, "Exits would pay: decoding 1.10x as fast losslessly", 1.1),
+        (1.0, 1.0, 0.6, "Exits would pay only if words may change: ", 1.6),
+        (1.0, 1.0, 0.0, "Exits would not pay here: ", 1.0),
     ],
 )
-def test_the_verdict_is_of_the_lower_end(low: float, settles: float, begins: str) -> None:
+def test_the_verdict_is_of_the_lower_end(
+    low: float, lossless: float, settles: float, begins: str, faster: float
+) -> None:
     speed = 1 + settles
     one = Prospect(
         4,
@@ -174,10 +198,11 @@ def test_the_verdict_is_of_the_lower_end(low: float, settles: float, begins: str
         dict.fromkeys(LEVELS, settles),
         dict.fromkeys(LEVELS, speed),
         dict.fromkeys(RISKS, (1.3, low, 1.5)),
+        lossless,
     )
     found = Suitability(12, 20, 100, 2000, False, (1.0, 0.8), (one,))
     assert found.verdict(0.95).startswith(begins) and "depth 4 of 12" in found.verdict(0.95)
-    faster = 1.3 if low > 1 else speed
+    assert ("1.25x with none changed" in found.verdict(0.95)) == (lossless == 1.25)
     assert found.seconds_with(0.95) == pytest.approx(0.2 + 0.8 / faster)
     ranks = (0.0, 0.3, 0.59, 0.61, 0.99)
     told = replace(found, shown=(Shown("a", (9, 8, 7, 6, 5, 4), {4: ranks}),)).answers(0.95)

@@ -7,7 +7,8 @@ in closed form. It is fitted on three quarters of the answers and judged on
 the others, in turn, and on halves and quarters of what it is fitted on: the share of tokens that it
 leaves to deeper layers falls as a power of how many answers it learns from (as errors do; Hestness
 et al. 2017), and the line through the three is followed to as many as an exit would be trained on.
-Then speed is tried, with exits that leave at random, as often as foretold.
+Then speed is tried, with exits that leave at random, as often as foretold; and losslessly, with
+drafts that are right as often.
 
 What calibration leaves is told of answers: the largest share of tokens that exit while so many
 answers hold none that is wrong, followed likewise, with an interval from drawing the answers again.
@@ -76,6 +77,7 @@ class Prospect:
     speedup: by level, of decoding one answer at a time on this machine, over full depth.
     calibrated: by target of `RISKS`, for thresholds calibrated to it: the expected speed, and its
     95% interval from the scatter of the answers.
+    lossless: speed of lossless decoding, for which the exit drafts; 1 where the model cannot.
     """
 
     depth: int
@@ -83,6 +85,7 @@ class Prospect:
     settled: Mapping[float, float]
     speedup: Mapping[float, float]
     calibrated: Mapping[float, tuple[float, float, float]]
+    lossless: float
 
 
 @dataclass(frozen=True)
@@ -115,18 +118,30 @@ class Suitability:
     shown: tuple[Shown, ...] = ()
 
     def best(self, level: float) -> Prospect:
-        """Return the prospect of the depth with the fastest decoding at a level of `LEVELS`."""
-        return max(self.prospects, key=lambda p: p.speedup[level])
+        """Return the prospect of the depth with the fastest decoding at a level of `LEVELS`; if
+        that is not faster than lossless decoding, of the depth that drafts best."""
+        fastest = max(self.prospects, key=lambda p: p.speedup[level])
+        drafts = max(self.prospects, key=lambda p: p.lossless)
+        return fastest if fastest.speedup[level] >= drafts.lossless else drafts
 
     def kept(self, level: float) -> float | None:
         """Return the smallest target of `RISKS` at which the best exit is expected to pay, by the
-        lower end of its interval; None: at no target."""
-        told = self.best(level).calibrated
-        return next((risk for risk in RISKS if told[risk][1] >= WORTH), None)
+        lower end of its interval, and to be faster than losslessly; None: at no target."""
+        best = self.best(level)
+        return next(
+            (
+                risk
+                for risk, (speed, low, _) in best.calibrated.items()
+                if low >= WORTH and speed > best.lossless
+            ),
+            None,
+        )
 
     def pays(self, level: float) -> bool:
         """Return True if exits would decode faster, even if only where words may change."""
-        return self.kept(level) is not None or self.best(level).speedup[level] >= WORTH
+        best = self.best(level)
+        speeds = (best.lossless, best.speedup[level])
+        return self.kept(level) is not None or max(speeds) >= WORTH
 
     def verdict(self, level: float) -> str:
         """Return in a sentence whether exits would pay."""
@@ -134,9 +149,15 @@ class Suitability:
         where = f"at depth {best.depth} of {self.layers}"
         if risk is not None:
             speed, low, high = best.calibrated[risk]
+            same = f", {best.lossless:.2f}x with none changed" if best.lossless >= WORTH else ""
             return (
                 f"Exits would pay: decoding {speed:.2f}x as fast [{low:.2f}, {high:.2f}] while at "
-                f"most {risk:.0%} of answers change; train one {where}."
+                f"most {risk:.0%} of answers change{same}; train one {where}."
+            )
+        if best.lossless >= WORTH:
+            return (
+                f"Exits would pay: decoding {best.lossless:.2f}x as fast losslessly, with no answer "
+                f"changed; train one {where}."
             )
         if self.pays(level):
             return (
@@ -150,10 +171,14 @@ class Suitability:
         )
 
     def seconds_with(self, level: float) -> float:
-        """Return the seconds of an answer with the best exit, at the smallest target that pays."""
+        """Return the seconds of an answer with the best exit, at the smallest target that pays;
+        else losslessly."""
         whole, decoding = self.seconds
         risk, best = self.kept(level), self.best(level)
-        speed = best.speedup[level] if risk is None else best.calibrated[risk][0]
+        if risk is not None:
+            speed = best.calibrated[risk][0]
+        else:
+            speed = best.lossless if best.lossless >= WORTH else best.speedup[level]
         return whole - decoding + decoding / speed
 
     def answers(self, level: float) -> list[dict[str, Any]]:
@@ -275,7 +300,7 @@ def _prospect(
     settle: Mapping[float, float],
     certain: Mapping[float, tuple[float, float, float]],
     *,
-    speeds: Mapping[tuple[int, float], float],
+    speeds: Mapping[tuple[int, float | None], float],
 ) -> Prospect:
     """certain: shares of tokens that exit, by target, with their intervals. Seconds of a token are
     taken as a line between the shares at which speed was tried, and none."""
@@ -291,6 +316,7 @@ def _prospect(
         settle,
         {n: speeds[depth, settle[n]] for n in settle},
         {target: (speed(a), speed(b), speed(c)) for target, (a, b, c) in certain.items()},
+        speeds[depth, None],
     )
 
 
@@ -493,6 +519,20 @@ def followed(learnt: Array, left: Array, more: float) -> Array:
 # -- what it would be worth --------------------------------------------------------------------
 
 
+_Way = tuple[int, float | None]
+"""The depth of an exit, and the share of tokens that leave there; None: it drafts."""
+_Given = tuple[Mapping[str, Any], Tensor, Tensor]
+"""A prompt; of its answer's N tokens each one's share of all tokens [N], drawn at random, and its
+place among the words that an exit reads [N]."""
+
+
+def _places(ids: Tensor, shortlist: Tensor | None) -> Tensor:
+    """The places of tokens in a shortlist that holds all but first ones."""
+    if shortlist is None:
+        return ids
+    return torch.searchsorted(shortlist, ids).clamp(max=len(shortlist) - 1)
+
+
 def _speeds(
     encoder: InputProcessor,
     answers: Sequence[Answered],
@@ -500,11 +540,11 @@ def _speeds(
     shortlist: Tensor | None,
     seed: int,
     progress: Any,
-) -> tuple[dict[tuple[int, float], float], tuple[float, float]]:
+) -> tuple[dict[tuple[int, float | None], float], tuple[float, float]]:
     """Of decoding, over full depth, by depth and the share of tokens that exits there: untrained
     exits, whose work is a trained one's, leave at random so often. Where first tokens leave,
-    decoding has to read their prompts deeper later on, as it will. And seconds of an answer at full
-    depth, whole and of decoding."""
+    decoding has to read their prompts deeper later on, as it will. None: it drafts, and is right at
+    random as often as foretold. And seconds of an answer at full depth, whole and of decoding."""
     backbone, clock = encoder.backbone, clock_on(encoder.backbone.device.type)
     exits = ExitSet(Exits(backbone, sorted(shares)).requires_grad_(False), shortlist)
     written = [answer for answer in answers if len(answer.ids) > 1][:TIMED]
@@ -512,33 +552,46 @@ def _speeds(
     order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(seed))
     ranks = torch.split(order.argsort() / len(order), lengths)  # those below a share leave
     asked = [encoder.prompts([answer.example]) for answer in written]
+    said = [_places(torch.tensor(answer.ids), shortlist) for answer in written]
 
-    def forced(
-        given: tuple[Mapping[str, Any], Tensor], stop: StoppingCriteriaList, way: tuple[int, float]
-    ) -> Tensor:
-        (inputs, rank), (depth, share) = given, way
+    def forced(given: _Given, stop: StoppingCriteriaList, way: _Way) -> Tensor:
+        (inputs, rank, places), (depth, share) = given, way
+        if share is None:
+            wrong = (rank >= shares[depth][0]).long()
+            count = backbone.vocabulary if shortlist is None else len(shortlist)
+            script = Script(torch.ones(len(rank), 1) > 0, says=(places + wrong) % count)
+        else:
+            script = Script((rank < share)[:, None])
         output = generate_forced(
             backbone,
             inputs,
             exits,
-            Script((rank < share)[:, None]),
+            script,
             len(rank),
             depth=depth,
             criteria=stop,
             shortlist=shortlist is not None,
+            lossless=share is None,
         )
         return output.new_tokens.flatten()
 
-    def full(given: tuple[Mapping[str, Any], Tensor], stop: StoppingCriteriaList) -> Tensor:
-        inputs, rank = given
+    def full(given: _Given, stop: StoppingCriteriaList) -> Tensor:
+        inputs, rank, _ = given
         return exit_generate_fn(backbone, max_new_tokens=len(rank), **OPTIONS)(inputs, stop)
 
-    ways = sorted({(d, share) for d, told in shares.items() for share in told[1].values()})
-    writes: dict[tuple[int, float] | None, Any] = {None: full}
+    ways: list[_Way] = [(depth, None) for depth in shares]
+    ways += sorted({(d, share) for d, told in shares.items() for share in told[1].values()})
+    writes: dict[_Way | None, Any] = {None: full}
     writes |= {way: partial(forced, way=way) for way in ways}
     runs = {way: partial(timed, write, clock=clock) for way, write in writes.items()}
-    given, began = [*zip(asked, ranks, strict=True)], clock()
-    in_turn(runs, given[:1], rounds=1)  # what is made once is made here
+    given, began = [*zip(asked, ranks, said, strict=True)], clock()
+    for way, run in [*runs.items()]:  # what is made once is made here
+        try:
+            run(given[0])
+        except InputError:
+            if way is None or way[1] is not None:
+                raise
+            del runs[way]  # states that cannot be taken back
     rounds = min(ROUNDS, 1 + int(SECONDS / len(given) / (clock() - began)))
     found = in_turn(runs, given, rounds=rounds, progress=progress)
     took = {
@@ -546,4 +599,5 @@ def _speeds(
         for way, by_round in found.items()
     }
     whole = np.median([[whole for whole, _, _ in one] for one in found[None]], 0).mean()
-    return {way: took[None] / took[way] for way in ways}, (float(whole), took[None] / len(given))
+    speeds = {way: took[None] / took[way] if way in took else 1.0 for way in ways}
+    return speeds, (float(whole), took[None] / len(given))

@@ -106,7 +106,8 @@ def demo(value: Value) -> Headline:
 def forecast(value: Value) -> Headline:
     """Return whether exits would pay, and the seconds of answers with them."""
     best = next(row for row in value["depths"] if row["depth"] == value["best"])
-    cards: Cards = [
+    cards: Cards = [("decoding speed, lossless", times(best["lossless"]), "no answer changes")]
+    cards += [
         (
             f"decoding speed, {float(risk):.0%} of answers change",
             times(speed),

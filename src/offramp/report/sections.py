@@ -64,6 +64,7 @@ def foretold(value: Value) -> Markup:
         f"settled, {float(level):.0%} stay": lambda row, level=level: percent(row["settled"][level])
         for level in first["settled"]
     }
+    columns["speed, lossless"] = lambda row: times(row["lossless"])
     columns |= {
         f"speed, {float(risk):.0%} change": lambda row, risk=risk: times(row["calibrated"][risk][0])
         for risk in first["calibrated"]

@@ -260,7 +260,8 @@ def _forecast(found: Any) -> str:
                     "1,000 answers": f"{1000 * now / 60:.1f} minutes of this machine now, "
                     f"{1000 * after / 60:.1f} with the exit",
                     "by depth": ", ".join(
-                        f"{p.depth}: {p.agreement:.0%} of words, {p.speedup[LEVEL]:.1f}x"
+                        f"{p.depth}: {p.agreement:.0%} of words, {p.speedup[LEVEL]:.1f}x, "
+                        f"lossless {p.lossless:.1f}x"
                         for p in found.prospects
                     ),
                     "from": f"{found.tokens:,} tokens of answers to {found.prompts} prompts, "
