@@ -11,6 +11,7 @@ A reader's judgement of the plain questions, by their places, is kept under "jud
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,19 +42,20 @@ LONGEST_ANSWER = 12
 AT_ONCE = 16
 PARTS = ("plain", "bare", "questions", "dialogues", "captions")
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-PLAIN = (
-    "What colour is the dog?",
-    "what is the man doing",
-    "How many people are there?",
-    "Where is this?",
-    "Is there a dog?",
-    "what is she wearing?",
-    "Is it outside?",
-    "who is in the picture",
-    "What is he holding?",
-    "Is it snowing?",
-)
-"""Asked of five photographs each, as people type."""
+PLAIN = {
+    "What colour is the dog?": r"\bdog\b",
+    "what is the man doing": r"\bman\b",
+    "How many people are there?": r"\b(people|men|man|women|woman|boys?|girls?|child(ren)?)\b",
+    "Where is this?": "",
+    "Is there a dog?": "",
+    "what is she wearing?": r"\b(woman|girl|lady)\b",
+    "Is it outside?": "",
+    "who is in the picture": r"\b(people|men|man|women|woman|boys?|girls?|child(ren)?)\b",
+    "What is he holding?": r"\b(man|boy)\b.*\bhold",
+    "Is it snowing?": "",
+}
+"""Asked of five photographs each, as people type; of such as it can be asked of, by what two
+captions say."""
 
 
 @dataclass(frozen=True)
@@ -191,11 +193,14 @@ def captions(examples: Sequence[Example], write: Write, before: Path | None) -> 
 
 def plain(images: Sequence[Example], write: Write) -> dict[str, Any]:
     """Every plain question about five photographs of its own; how many answers are empty."""
-    asked_ = [
-        Example(image.image, text, ("-",), f"plain:{n}:{image.group}", image.group)
-        for n, text in enumerate(PLAIN)
-        for image in images[n * 5 : n * 5 + 5]
-    ]
+    asked_: list[Example] = []
+    free = [*images]
+    for text, said in PLAIN.items():
+        fit = [i for i in free if sum(bool(re.search(said, a)) for a in i.answers) > 1][:5]
+        free = [image for image in free if image not in fit]
+        asked_ += [
+            Example(i.image, text, ("-",), f"plain:{len(asked_)}:{i.group}", i.group) for i in fit
+        ]
     answers = write(asked_, LONGEST["captions"])
     return {
         "count": len(answers),
@@ -313,12 +318,12 @@ def main() -> None:
     def bare() -> dict[str, Any]:
         """The same as they were read before the model had a chat template."""
         template, encoder.processor.chat_template = encoder.processor.chat_template, None
-        said = plain(held[-50:], writer("bare"))
+        said = plain(held[::-1], writer("bare"))
         encoder.processor.chat_template = template
         return said
 
     made: dict[str, Callable[[], Any]] = {
-        "plain": lambda: plain(held[-50:], writer("plain")),
+        "plain": lambda: plain(held[::-1], writer("plain")),
         "bare": bare,
         "questions": lambda: questions_by_kind(put_to(rows, images, arguments.each), of_kinds),
         "dialogues": lambda: dialogues(rows, images, arguments.talks, writer("dialogues")),
