@@ -18,7 +18,9 @@ OTHERS = ("propagate", "cuda-graphs")
 """Of the laboratory: a method with approximate keys and values, and one that needs a GPU."""
 
 
-@pytest.fixture(params=[name for name in all_engines() if name not in OTHERS])
+@pytest.fixture(
+    params=[n for n, one in all_engines().items() if n not in OTHERS and not one.serves]
+)
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """An engine with the model and its exits, as `offramp.load` opens it."""
     engine, adapter = engine_named(request.param), adapter_of.__wrapped__(FAMILY)

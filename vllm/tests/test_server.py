@@ -61,19 +61,24 @@ def serving(folder: Path, exits: Path, *more: str) -> Iterator[str]:
     env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     process = subprocess.Popen(command, env=env)
-    base = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(MINUTES * 60):
-            assert process.poll() is None, "the server has ended"
-            try:
-                urllib.request.urlopen(f"{base}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield base
+        yield ready(process, port)
     finally:
         process.terminate()
         process.wait(60)
+
+
+def ready(process: subprocess.Popen[bytes], port: int) -> str:
+    """The address of a server, once it answers."""
+    base = f"http://127.0.0.1:{port}"
+    for _ in range(MINUTES * 60):
+        assert process.poll() is None, "the server has ended"
+        try:
+            urllib.request.urlopen(f"{base}/health", timeout=5)
+            break
+        except OSError:
+            time.sleep(1)
+    return base
 
 
 def ask(base: str, path: str, body: dict[str, Any]) -> Any:
@@ -190,3 +195,29 @@ def test_what_a_server_has_not_is_a_bad_request(server: str, made: Any) -> None:
             about(folder, 0, row, vllm_xargs={"offramp_mode": "lossless"}),
         )
     assert refused.value.code == 400 and "drafts" in refused.value.read().decode()
+
+
+def test_offramp_serve_becomes_a_server_that_drafts(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "OFFRAMP_VLLM_PYTHON": sys.executable, "XDG_CACHE_HOME": str(tmp_path)}
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_PLUGINS"):
+        env.pop(name, None)
+    command = [os.environ["OFFRAMP_PYTHON"], "-m", "offramp.cli", "serve", "tiny-opt"]
+    command += ["--engine", "vllm", "--port", str(port)]
+    process = subprocess.Popen(command, env={**env, "VLLM_TARGET_DEVICE": "cpu"})
+    try:
+        base = ready(process, port)
+        asked = {"model": "tiny-opt", "prompt": "Caption:", "max_tokens": 12, "temperature": 0}
+        full = ask(base, "/v1/completions", asked | {"vllm_xargs": {"offramp_mode": "full"}})
+        assert (
+            ask(base, "/v1/completions", asked)["choices"][0]["text"] == full["choices"][0]["text"]
+        )
+        with urllib.request.urlopen(f"{base}/metrics") as page:
+            told = page.read().decode()
+        assert re.search(r"^offramp:checked\{.*\} 1\.0$", told, re.M)
+        assert re.search(r"^vllm:spec_decode_num_accepted_tokens_total.* [1-9]", told, re.M)
+    finally:
+        process.terminate()
+        process.wait(60)

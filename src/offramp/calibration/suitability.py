@@ -156,7 +156,7 @@ class Suitability:
             )
         if best.lossless >= WORTH:
             return (
-                f"Exits would pay: decoding {best.lossless:.2f}x as fast losslessly, with no answer "
+                f"Exits would pay: decoding {best.lossless:.2f}x as fast losslessly, no answer "
                 f"changed; train one {where}."
             )
         if self.pays(level):

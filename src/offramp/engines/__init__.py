@@ -36,7 +36,8 @@ class DecoderEngine:
     number formats of its files. as_in_file: returns a backbone with weights rounded as in files of
     a format. towers: vision engines that it brings: by name, a function of adapter, folder and
     threads that returns an adapter with that tower. said_here: returns a line about this machine,
-    for `offramp env`.
+    for `offramp env`. serves: becomes a server of its own for `offramp serve`, by the command's
+    options, and answers nowhere else.
     """
 
     home: str | Callable[..., Any]
@@ -50,6 +51,7 @@ class DecoderEngine:
     said_here: Callable[[], str] | None = None
     formats: tuple[str, ...] = ()
     as_in_file: Callable[[Any, str], Any] | None = None
+    serves: Callable[[Any], None] | None = None
 
     @property
     def ships(self) -> bool:

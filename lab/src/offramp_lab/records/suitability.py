@@ -6,7 +6,8 @@ photo model (photographs, bfloat16); those that `offramp demo t5` leaves in runs
 and three others of the photo model, as `python -m examples.photo_vlm.measure --regimes unsupervised
 --work runs/photo-exits` leaves them with `--depths 8`, `--size small --depths 8` and `--size small
 --depths 4`. Trained exits are read along the full model's
-answers to other prompts, and decode 50 of these, beside full depth, for their speed.
+answers to other prompts, and decode 50 of these, beside full depth, for their speed, early
+and losslessly.
 
 Of exits that learn captions of the tiny models' world for a short while, on which no setting of the
 forecast was chosen: what is foretold of thresholds that are calibrated to risks of changed answers,
@@ -172,11 +173,12 @@ def speeds(case: Case, policies: Mapping[str, ExitPolicy], rounds: int) -> dict[
 
 
 def at_level(case: Case, found: Sequence[dict[str, Any]]) -> dict[str, ExitPolicy]:
-    """By depth, what exits at the threshold of `LEVEL`."""
-    return {
+    """By depth, what exits at the threshold of `LEVEL`; and losslessly, as the exits draft."""
+    levels = {
         f"{row['depth']}": ExitPolicy({row["depth"]: row["threshold"]}, shortlist=case.narrow)
         for row in found
     }
+    return {**levels, "lossless": replace(case.adapter.policy, lossless=True, trust=None)}
 
 
 def calibrated(kind: str, depth: int, rounds: int) -> dict[str, Any]:

@@ -32,15 +32,20 @@ def beside() -> Table:
         told, trained, speed = _found(kind)
         both = (told, trained)
         faster = with_range(times(speed["value"]), speed["interval"], ".2f")
+        lossless = record("suitability")[f"{kind}-speeds"].get("lossless")
         rows.append(
             (
                 f"{model}, depth {told['depth']}",
                 " / ".join(f"{of['agreement']:.1%}" for of in both),
                 " / ".join(f"{of['settled'][LEVEL]:.1%}" for of in both),
                 f"{times(told['speedup'][LEVEL])} / {faster}",
+                "-"
+                if lossless is None
+                else f"{times(told['lossless'])} / "
+                f"{with_range(times(lossless['value']), lossless['interval'], '.2f')}",
             )
         )
-    titles = ("agree", "exit while 95% stay", "speed while 95% stay")
+    titles = ("agree", "exit while 95% stay", "speed while 95% stay", "speed, lossless")
     return Table(("forecast / measured", *titles), rows)
 
 

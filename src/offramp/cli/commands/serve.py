@@ -153,11 +153,15 @@ def _engine_options(parser: Parser) -> None:
         metavar="N",
         help="tokens of a prompt and its answer (default: 1024)",
     )
-    engine_option(parser.add_argument_group("decoder"), auto=True)
+    engine_option(parser.add_argument_group("decoder"), auto=True, servers=True)
     runtime_options(parser, sized=False)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    own = None if arguments.engine == AUTO else engine_named(arguments.engine).serves
+    if own is not None:
+        own(arguments)
+        return
     serve_until_stopped(arguments, _config(arguments), _service)
 
 

@@ -1,0 +1,134 @@
+"""`offramp serve NAME --engine vllm`: what vLLM is started with, without vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import RunCommand
+
+import offramp_vllm.exports.serving as module
+from offramp_vllm.adapter import read_exported
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """What the process would become: program, arguments and environment."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nfor word; do case "$word" in *find_spec*) exit 0;; esac; done\n')
+    python.chmod(0o755)
+    monkeypatch.setenv(module.PYTHON, str(python))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    begun: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *given: begun.append(given))
+    return begun
+
+
+def nothing(adapter: Any, out: Path, prompts: Any, **more: Any) -> None:
+    """An export that takes no time."""
+    out.mkdir(parents=True)
+    (out / module.VLLM).touch()
+
+
+def settings_of(begun: list[Any]) -> dict[str, Any]:
+    [(_, arguments, _)] = begun
+    file = Path(arguments[arguments.index("--config") + 1])
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    return dict(json.loads(file.read_text()))
+
+
+def test_vllm_is_started_with_the_adapters_exits_and_drafts_by_them(
+    run: RunCommand, started: list[Any]
+) -> None:
+    code, out, err = run("serve", "tiny-opt", "--engine", "vllm", "--port", "8123", "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"model": "tiny-opt", "url": "http://127.0.0.1:8123/v1"}
+    settings = settings_of(started)
+    assert (settings["host"], settings["port"]) == ("127.0.0.1", 8123)
+    assert (settings["dtype"], settings["max-model-len"]) == ("float32", 256)  # as many as it has
+    assert json.loads(settings["speculative-config"])["model"] == "offramp_vllm.drafts.ExitDrafts"
+    [exits] = json.loads(settings["additional-config"])["offramp"].values()
+    assert read_exported(Path(exits)).depths == (2,)
+    assert (Path(settings["model"]) / "config.json").is_file()
+    assert "mode lossless" in err and "done once" in err
+
+
+def test_early_exit_does_not_draft_and_a_second_start_writes_nothing(
+    run: RunCommand, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "export_vllm", nothing)
+    asked = ("serve", "tiny-opt", "--engine", "vllm", "--mode", "early_exit", "--watch", "0.02")
+    for turn in range(2):
+        code, _, err = run(*asked)
+        assert code == 0 and ("done once" in err) == (turn == 0), err
+    settings = settings_of(started[1:])
+    assert "speculative-config" not in settings
+    assert json.loads(settings["additional-config"])["offramp"]["watch"] == 0.02
+
+
+def test_keys_are_in_no_list_of_processes(
+    run: RunCommand, started: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "export_vllm", nothing)
+    (tmp_path / "keys").write_text("one-secret\nanother-secret\n")
+    code, out, err = run(
+        "serve", "tiny-opt", "--engine", "vllm", "--api-keys", tmp_path / "keys", "--slots", "4"
+    )
+    assert code == 0, err
+    assert "secret" not in out + err and "secret" not in str(started)
+    settings = settings_of(started)
+    assert settings["api-key"] == ["one-secret", "another-secret"]
+    assert settings["max-num-seqs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--quantize", "int8"), "vLLM's server has no --quantize."),
+        (("--threads", "2"), "vLLM's server has no --threads."),
+        (("--allowed-hosts", "*"), "vLLM's server has no --allowed-hosts."),
+    ],
+)
+def test_options_that_vllm_lacks_are_refused(
+    run: RunCommand, started: list[Any], more: tuple[str, ...], says: str
+) -> None:
+    code, _, err = run("serve", "tiny-opt", "--engine", "vllm", *more)
+    assert code == 1 and says in err and len(err.strip().splitlines()) == 2 and not started
+
+
+@pytest.mark.parametrize("name", ["photo", "tiny-t5"])
+def test_a_model_that_vllm_has_no_class_for_is_refused(
+    run: RunCommand, started: list[Any], name: str
+) -> None:
+    if name == "photo":
+        pytest.importorskip("offramp_photo")
+    code, _, err = run("serve", name, "--engine", "vllm")
+    assert code == 1 and "vLLM has no class" in err and not started
+
+
+@pytest.mark.parametrize(
+    ("python", "says"),
+    [
+        ("", "vLLM is not installed here."),
+        ("/nowhere/python", "/nowhere/python cannot be run: No such file"),
+        ("/bin/false", "/bin/false has no vllm."),
+    ],
+)
+def test_a_missing_vllm_is_said_before_a_model_loads(
+    run: RunCommand, started: list[Any], monkeypatch: pytest.MonkeyPatch, python: str, says: str
+) -> None:
+    monkeypatch.setenv(module.PYTHON, python)
+    monkeypatch.setattr(module, "MODULES", ("vllm_that_nobody_has", "offramp_vllm"))
+    monkeypatch.setattr(module, "loaded", None)
+    code, _, err = run("serve", "tiny-opt", "--engine", "vllm")
+    said = says.replace("no vllm", "no vllm_that_nobody_has")
+    assert code == 1 and said in err and len(err.strip().splitlines()) == 2 and not started
+
+
+def test_it_answers_nowhere_else(run: RunCommand) -> None:
+    code, _, err = run("generate", "tiny-opt", "--engine", "vllm", "--image", "x.png")
+    assert code != 0 and "vllm" in err and "Traceback" not in err

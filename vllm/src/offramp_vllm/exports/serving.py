@@ -1,0 +1,159 @@
+"""The engine "vllm", which serves and does nothing else: `offramp serve NAME --engine vllm`.
+
+The exits are written beside the answers that vLLM is checked by, once for each adapter, and vLLM
+takes this process's place. vLLM pins an older transformers, so it is mostly installed in another
+environment, whose Python the variable `PYTHON` names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from offramp.adapter.shipped import exits_folder, tiny_folder, tiny_kind
+from offramp.cli.commands.serve import server_config
+from offramp.cli.loading import loaded
+from offramp.cli.output import print_json, tell
+from offramp.common.folders import cache_folder
+from offramp.core.errors import InputError
+from offramp.core.save_and_load import CONFIG
+from offramp.core.storage import digest_file, digest_rows, write_json
+from offramp.engines import register_engine
+from offramp_vllm.exports.vllm import FORMAT, PROMPTS, VLLM, export_vllm
+
+PYTHON = "OFFRAMP_VLLM_PYTHON"
+MODULES = ("vllm", "offramp_vllm")
+DRAFTS = {"model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": 7}
+GIBIBYTES = "2"
+"""Of keys and values on a processor, where the environment names no other size: vLLM would take
+92% of the free memory."""
+UNKNOWN = ("gguf", "quantize", "threads", "cors", "allowed_hosts")
+"""Options of our own server that vLLM's does not have."""
+
+
+def open(model: Any, **sizes: Any) -> Any:
+    """Refuse to answer outside a server."""
+    raise InputError(
+        "vLLM answers in a server alone.", "Start one: offramp serve NAME --engine vllm."
+    )
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Write the exits of the adapter that is asked for, and become vLLM's server.
+
+    Raises:
+        InputError: vLLM or its plug-in is not installed where it is looked for; an option that vLLM
+            does not have; exits that vLLM cannot run.
+    """
+    if named := [name for name in UNKNOWN if getattr(arguments, name, None)]:
+        option = named[0].replace("_", "-")
+        raise InputError(f"vLLM's server has no --{option}.", "Leave it out.")
+    python, config = _python(), server_config(arguments)
+    opened = loaded(arguments, name=arguments.name, engine="torch")
+    model = _checkpoint(opened.adapter.backbone)
+    exits = _exported(opened, exits_folder(arguments.name))
+    settings = _settings(arguments, config, opened.adapter.backbone, exits) | {"model": model}
+    # Keys would be seen in the list of processes, so vLLM reads all from a file of this user's.
+    file = exits.with_name(f"{exits.name}-{arguments.port}.yaml")
+    file.touch(0o600)
+    write_json(file, settings)
+    url = f"http://{arguments.host}:{settings['port']}/v1"
+    if arguments.json:
+        print_json({"model": config.name, "url": url})
+    mode = "lossless" if "speculative-config" in settings else arguments.mode
+    tell(f"vLLM starts, and will serve {config.name} in mode {mode}: {url} (OpenAI's API)")
+    sys.stdout.flush()
+    environment = {"VLLM_CPU_KVCACHE_SPACE": GIBIBYTES, **os.environ}
+    command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--config", str(file)]
+    os.execve(python, command, environment)
+
+
+def _python() -> str:
+    """The Python of vLLM's environment: this one, or the one that the variable names."""
+    found = [importlib.util.find_spec(name) for name in MODULES]
+    here = all(one is not None and one.origin for one in found)  # a folder of that name is none
+    python = os.environ.get(PYTHON) or (sys.executable if here else "")
+    if not python:
+        raise InputError(
+            "vLLM is not installed here.",
+            f"Name the Python of the environment that has it: {PYTHON}=VENV/bin/python.",
+        )
+    looks = f"import importlib.util as u; [u.find_spec(n) or exit(n) for n in {MODULES}]"
+    try:
+        asked = subprocess.run(
+            [python, "-P", "-c", looks], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise InputError(
+            f"{python} cannot be run: {error.strerror}.", f"Name a Python in {PYTHON}."
+        ) from error
+    if asked.returncode:
+        missing = asked.stderr.split()[-1] if asked.stderr.strip() else MODULES[0]
+        raise InputError(
+            f"{python} has no {missing}.",
+            "Install it there: pip install vllm, and offramp-vllm (docs/vllm.md).",
+        )
+    return python
+
+
+def _checkpoint(backbone: Any) -> str:
+    """The folder or hub name of the model's own weights.
+
+    Raises:
+        InputError: vLLM has no class for the model.
+    """
+    kind = tiny_kind(backbone.name)
+    if backbone.is_encoder_decoder or (kind is None and backbone.name.startswith("offramp/")):
+        raise InputError(
+            f"vLLM has no class for {backbone.name}.",
+            "Serve it by another engine: leave --engine out.",
+        )
+    return str(backbone.name if kind is None else tiny_folder(kind))
+
+
+def _exported(opened: Any, source: Path) -> Path:
+    """The folder of an adapter's exits, written at first use. source: the adapter's folder."""
+    if not opened.has_exits:
+        raise InputError("Without exits there is nothing to add to vLLM.", "Name an adapter.")
+    told = [digest_file(source / CONFIG), str(opened.adapter.backbone.dtype), FORMAT]
+    place = cache_folder("vllm") / digest_rows(told)[:32]
+    if not (place / VLLM).is_file():
+        tell("The exits are written for vLLM; this is done once.")
+        prompts = [opened.encoder.tokenizer(text)["input_ids"] for text in PROMPTS]
+        export_vllm(opened.adapter, place, prompts, encoder=opened.encoder)
+    return place
+
+
+def _settings(
+    arguments: argparse.Namespace, config: Any, backbone: Any, exits: Path
+) -> dict[str, Any]:
+    """vLLM's options, by their names."""
+    most = getattr(backbone.text_config, "max_position_embeddings", arguments.limit)
+    watch = arguments.watch.get("share")
+    ours = {"exits": str(exits)} | ({} if watch is None else {"watch": watch})
+    settings: dict[str, Any] = {
+        "host": arguments.host,
+        "port": arguments.port,
+        "served-model-name": config.name,
+        "max-model-len": min(arguments.limit, most),
+        "dtype": str(backbone.dtype).removeprefix("torch."),  # else float32 is served in halves
+        "additional-config": json.dumps({"offramp": ours}),
+    }
+    if arguments.slots is not None:
+        settings["max-num-seqs"] = arguments.slots
+    if arguments.chat_template is not None:
+        settings["chat-template"] = str(arguments.chat_template)
+    if config.keys:
+        settings["api-key"] = list(config.keys)
+    if arguments.mode in (None, "lossless"):
+        settings["speculative-config"] = json.dumps(DRAFTS)
+    return settings
+
+
+register_engine("vllm", open, "a server of vLLM's, where it is installed", serves=serve)
