@@ -31,7 +31,12 @@ LONGEST = 180
 
 @pytest.fixture
 def places(
-    trained: Path, photos: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    photos: Path,
+    held_out: Path,
+    tmp_path: Path,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Places:
     from offramp.serving.server import run
 
@@ -39,7 +44,6 @@ def places(
         raise InputError("Nothing is served here.", "Serve elsewhere.")
 
     monkeypatch.setattr(run, "serve", not_here)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(photos, tmp_path / "photos")
     make_strange(tmp_path / "photos" / "strange")
     for name in ("empty", "working"):

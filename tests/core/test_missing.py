@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -216,16 +214,13 @@ def test_no_remedy_writes_it_by_hand_and_pages_install_from_the_checkout() -> No
     assert not [file for file in files if by_hand.search(file.read_text(encoding="utf-8"))]
 
 
-def test_tests_that_need_llama_cpp_are_named_where_it_is_not_installed(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['llama_cpp'] = None\n")
+def test_tests_that_need_llama_cpp_are_named_where_it_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.chdir(ROOT)
     file = "tests/llama_cpp/test_trial.py"
-    told = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    assert pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", file]) == 0
+    told = capsys.readouterr().out
     assert re.search(rf"= not run: needs llama-cpp-python =+\n +\d+ of {file}\n", told)
     assert "SKIPPED" not in told and re.search(r"^\d+ not run in", told, re.MULTILINE), told

@@ -257,15 +257,14 @@ def test_what_is_named_is_taken(measured: list[str], asked: tuple[str, ...], way
 # -- for once without fakes ------------------------------------------------------------------------
 
 
-def test_answers_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_answers_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     monkeypatch.setattr(auto, "SMALLEST", 0)
     monkeypatch.setattr(auto, "_tower", lambda vision: "torch")
     picture = example_picture("tiny-opt")
     plain = load("tiny-opt", engine="torch").answer(picture, "Caption:", max_new_tokens=8)
     chosen = load("tiny-opt", sequences=2)
     assert chosen.answer(picture, "Caption:", max_new_tokens=8) == plain
-    [file] = (tmp_path / "offramp" / "engines").iterdir()
+    [file] = (own_cache / "engines").iterdir()
     found = auto._read(file)
     assert found is not None
     ways = found.ways
@@ -274,11 +273,8 @@ def test_answers_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.llama_cpp
-def test_files_that_were_cut_off_are_written_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_files_that_were_cut_off_are_written_again(own_cache: Path) -> None:
     """Nobody asked for them by name, so nobody is told to export them."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def ready(way: Way) -> Any:
         return load("tiny-opt", engine=way.engine, vision=way.vision, gguf=way.gguf)

@@ -21,9 +21,19 @@ LONG = (
     "test_sharded_models",
     "test_storage_crash",
     "test_text_only",
+    # Whatever is damaged by a seed, or in every place: in other files.
+    "test_a_config_crafted_to_harm_loads_or_is_refused",
+    "test_a_damaged_adapter_is_said",
+    "test_a_damaged_export_is_said_by_vllms_plug_in",
+    "test_an_entry_of_any_kind_is_refused_or_written_again",
+    "test_damaged_attempts_are_said",
+    "test_tensors_crafted_to_harm_are_refused_unless_they_only_are_more_precise",
+    "test_two_thousand_mutations_load_equal_or_are_refused",
 )
-"""Files that take longer than all others together: they start Java, every command or processes, or
-go through a table of models. A quick run has them where they are named."""
+"""Files, and tests, that take longer than all others together: they start Java, every command or
+processes, or go through a table. A quick run has them where their file is named."""
+CASES = 3
+"""Of one law, at most, in a quick run."""
 
 
 def changed() -> list[str]:
@@ -56,13 +66,31 @@ def mirrors(files: Iterable[str]) -> Iterator[str]:
         yield from [str(one) for one in candidates if (ROOT / one).is_file()][:1]
 
 
+def chosen(items: Iterable[Any]) -> list[Any]:
+    """The tests of a quick run: at most `CASES` of each law, spread over its table."""
+    laws: dict[str, list[Any]] = {}
+    for item in filter(keeps, items):
+        laws.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {id(item) for cases in laws.values() for item in spread(cases)}
+    return [item for item in items if id(item) in kept]
+
+
+def spread(cases: list[Any]) -> list[Any]:
+    """`CASES` of them, the first and the last of their table among them, in whatever order."""
+    if len(cases) <= CASES:
+        return cases
+    table = sorted(cases, key=lambda item: [*item.callspec.indices.values()])
+    return [table[round(number * (len(table) - 1) / (CASES - 1))] for number in range(CASES)]
+
+
 def keeps(item: Any) -> bool:
-    """Whether a test belongs to a quick run: none of another family, and none of `LONG` files that
-    are not named."""
+    """Whether a test belongs to a quick run: none of another family, and none of `LONG` whose file
+    is not named."""
     from families import KINDS
 
     path = Path(item.path)
-    if path.stem in LONG and not any(path.name in word for word in item.config.args):
+    long = path.stem in LONG or item.name.partition("[")[0] in LONG
+    if long and not any(path.name in word for word in item.config.args):
         return False
     given = getattr(item, "callspec", None)
     values = () if given is None else given.params.values()

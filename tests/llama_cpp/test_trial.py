@@ -41,9 +41,8 @@ def test_a_file_that_ends_llama_cpps_process_is_refused(
 @pytest.mark.parametrize("where", ["edge", "tower"])
 @pytest.mark.parametrize("damage", ["v.patch_embd.weight", "mm.2.bias", "layer_norm_epsilon"])
 def test_a_projector_that_would_end_the_process_is_refused(
-    damage: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: str, where: str, tmp_path: Path, own_cache: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     adapter = image_adapter()
     file = write_projector(adapter.backbone, tmp_path / "mmproj.gguf")
     data = bytearray(file.read_bytes())
@@ -64,21 +63,19 @@ def test_a_projector_that_would_end_the_process_is_refused(
 
 
 def test_the_child_imports_nothing_of_the_working_folder(
-    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Any, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose files may be anybody's; one called numpy.py made the trial fail in silence."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("open('it-ran', 'w')\nraise ImportError")
     LlamaCppRuntime(adapter_of("llava"), exported("llava", "q8_0"), engine=ENGINE).close()
     assert not (tmp_path / "it-ran").exists()
-    assert [*(tmp_path / "cache" / "offramp" / "trials").iterdir()]
+    assert [*(own_cache / "trials").iterdir()]
 
 
 def test_files_are_tried_out_once(
-    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls, run = [], subprocess.run
 
     def counted(command: Any, **options: Any) -> Any:

@@ -133,7 +133,7 @@ def test_drafts_go_on_while_the_product_of_their_probabilities_is_sure(
 
     monkeypatch.setattr(DraftingExit, "tokens", said)
     full = generate(whole, inputs, **GREEDY)
-    for sure, most in ((0.0, 3), (0.125, 3), (0.2, 2), (0.5, 1), (0.6, 0)):
+    for sure, most in ((0.125, 3), (0.2, 2), (0.6, 0)):
         policy = replace(LOSSLESS, drafts={2: sure})
         found = generate(whole, inputs, exits=exits, policy=policy, **GREEDY)
         assert torch.equal(found.sequences, full.sequences)
@@ -290,7 +290,7 @@ def test_requests_of_all_modes_share_an_engine(backbone, batch, knows):
     assert sum(accepted(handle.result().output) for handle in lossless) > 0
 
 
-@pytest.mark.parametrize("limit", [31, 32, 63, 64, 127])
+@pytest.mark.parametrize("limit", [31, 32, 63])
 def test_drafts_end_with_the_slot(limit, backbone, batch, knows):
     """Beside a sequence that may be drafted further, one that fills its slot to the last column."""
     from offramp.serving.core import EngineCore

@@ -3,7 +3,9 @@ where they change, an error across it, and nothing of the model is written."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,6 +81,13 @@ def prompt(tokens: int, rows: int = 1) -> dict[str, torch.Tensor]:
 
 def own(name: str, inputs: Any, new: int) -> torch.Tensor:
     """What a model that nothing else was asked of generates."""
+    return _own(name, str(inputs["input_ids"].tolist()), new)
+
+
+@cache
+def _own(name: str, ids: str, new: int) -> torch.Tensor:
+    given = torch.tensor(json.loads(ids))
+    inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
     answer: torch.Tensor = MODELS[name]().generate(**inputs, max_new_tokens=new, **GREEDY)
     return answer
 
@@ -116,14 +125,14 @@ def test_every_mode_gives_the_models_own_answer(name: str, side: str, policy: st
     rule = POLICIES[policy](parts.depths[0])
     inputs, before = prompt(SIDES[side]), buffers(whole.model)
     new = SWITCH - SIDES[side] + 1 if side == "below" else 12
-    for cache in (None, PrefixCache()):
+    for kept in (None, PrefixCache()):
         for _ in range(2):
             ours = generate(
                 whole,
                 inputs,
                 exits=None if rule is FULL else parts,
                 policy=rule,
-                prefix_cache=cache,
+                prefix_cache=kept,
                 max_new_tokens=new,
                 **GREEDY,
             )

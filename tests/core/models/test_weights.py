@@ -232,7 +232,7 @@ def test_lossless_is_refused_where_states_are_rounded_and_a_request_is_served_al
     whole.learn(causal_prompt=True, lossless=True)
     assert not whole.lossless
     core = EngineCore(whole, exits, policy, EngineConfig(slots=3, limit=64))
-    options = {"max_new_tokens": 24, "do_sample": False}
+    options = {"max_new_tokens": 12, "do_sample": False}
     several = [{**inputs, "pixel_values": inputs["pixel_values"] * n} for n in (1, 30, -1)]
     handles = [core.add(Request(each, "lossless", options=options)) for each in several]
     core.run()

@@ -171,21 +171,20 @@ def test_what_a_strangers_json_holds_is_shown_and_not_obeyed(
     long, refused = "x" * 200_000, 0
     odd: tuple[Any, ...] = (ODD, {ODD: ODD}, [ODD], {long: 1}, long, None, -1, 1e308, {"a": [1]})
     for number, at in enumerate(places(config)):
-        for turn in range(2):
-            changed: Any = copy.deepcopy(config)
-            holder = changed
-            for name in at[:-1]:
-                holder = holder[name]
-            holder[at[-1]] = odd[(2 * number + turn) % len(odd)]
-            (folder / CONFIG).write_text(json.dumps(changed))
-            shown = [run("inspect", folder)]
-            if (number + turn) % 5 == 0:  # which takes longer
-                shown.append(run("report", folder, "--out", tmp_path / "r.html"))
-            for code, out, err in shown:
-                assert code in (0, 1), (at, err)
-                assert "Traceback" not in err and len(err) < 10_000, (at, err[:500])
-                assert printable(out + err) == out + err, at
-                refused += code
+        changed: Any = copy.deepcopy(config)
+        holder = changed
+        for name in at[:-1]:
+            holder = holder[name]
+        holder[at[-1]] = odd[number % len(odd)]
+        (folder / CONFIG).write_text(json.dumps(changed))
+        shown = [run("inspect", folder)]
+        if number % 20 == 0:  # which takes longer
+            shown.append(run("report", folder, "--out", tmp_path / "r.html"))
+        for code, out, err in shown:
+            assert code in (0, 1), (at, err)
+            assert "Traceback" not in err and len(err) < 10_000, (at, err[:500])
+            assert printable(out + err) == out + err, at
+            refused += code
     assert refused > 20
 
 
