@@ -22,6 +22,10 @@ from offramp.core.save_and_load import CONFIG
 from offramp.data.scenes import language, world
 from offramp.promises.verdict import NONE
 
+SHORT = ("--max-new-tokens", 4)
+LAX = ("--confidence", 0.5, *SHORT, "--target", 0.9)
+QUICK = ("--confidence", 0.5, *SHORT, "--limit", 4)
+
 
 def test_help_starts_with_what_to_type() -> None:
     shown = subprocess.run(
@@ -140,7 +144,7 @@ def test_thresholds_need_no_labels_where_the_risk_reads_none(
     run: RunCommand, adapter: Path, unlabelled: Path
 ) -> None:
     asked = ("calibrate", "--adapter", adapter, "--data", unlabelled, "--json")
-    code, out, _ = run(*asked, "--target", 0.9, "--confidence", 0.5)
+    code, out, _ = run(*asked, *LAX)
     assert code == 0 and json.loads(out)["policy"]["thresholds"]
     assert_two_lines(run(*asked, "--risk", "rouge_l_drop"), "answer")
 
@@ -149,7 +153,7 @@ def test_calibrate_stores_its_promise_in_the_adapter(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
     asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
-    code, out, _ = run(*asked, "--target", 0.9, "--confidence", 0.5, "--risk", "rouge_l_drop")
+    code, out, _ = run(*asked, *LAX, "--risk", "rouge_l_drop")
     told, stored = json.loads(out), json.loads((adapter / CONFIG).read_text())
     assert code == 0
     assert told["policy"]["thresholds"] and told["risk"] == "rouge_l_drop"
@@ -161,8 +165,7 @@ def test_calibrate_tests_the_thresholds_that_are_named_and_no_others(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
     asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
-    lax = ("--target", 0.9, "--confidence", 0.5)
-    code, out, _ = run(*asked, *lax, "--thresholds", 0.9, 0.4)
+    code, out, _ = run(*asked, *LAX, "--thresholds", 0.9, 0.4)
     told = json.loads(out)
     tested = {each for point in told["path"] for each in point["thresholds"].values()}
     assert code == 0 and tested == {0.9, 0.4}
@@ -174,16 +177,13 @@ def test_calibrate_stores_a_threshold_of_first_tokens(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
     asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
-    code, out, _ = run(*asked, "--target", 0.9, "--confidence", 0.5, "--first-threshold", "auto")
+    code, out, _ = run(*asked, *LAX, "--first-threshold", "auto")
     told, stored = json.loads(out), json.loads((adapter / CONFIG).read_text())
     assert code == 0 and told["policy"]["first"]
     assert stored["policy"] == told["policy"]
     assert told["conditions"]["first"] == told["policy"]["first"]
     code, _, err = run(*asked, "--first-threshold", "soon")
     assert code == 2 and "soon" in err
-
-
-QUICK = ("--confidence", 0.5, "--limit", 4, "--max-new-tokens", 3)
 
 
 def test_a_calibration_is_stored_before_it_is_shown_and_shown_where_it_cannot_be(
@@ -242,7 +242,7 @@ def test_a_copy_is_no_first_attempt_on_the_same_images(
     """Whether it passes or not, and wherever it is written."""
     asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
     for number, target in enumerate((0.9, 0.8), 1):
-        lax = ("--target", target, "--confidence", 0.5, "--out", tmp_path / f"copy {number}")
+        lax = (*LAX, "--target", target, "--out", tmp_path / f"copy {number}")
         code, out, _ = run(*asked, *lax)
         found = json.loads(out)
         assert code == 0 and found["attempt"] == number and found["unit"] == "image"
@@ -260,7 +260,7 @@ def test_exits_that_are_trained_again_share_the_errors_of_those_before(
             parameter.mul_(1.01)
     other.save(tmp_path / "again")
     for number, folder in enumerate((adapter, tmp_path / "again"), 1):
-        asked = ("calibrate", folder, "--data", held_out, "--target", 0.9, "--json")
+        asked = ("calibrate", folder, "--data", held_out, *SHORT, "--target", 0.9, "--json")
         found = json.loads(run(*asked)[1])
         handed = 0.0 if number == 1 else found["whole"] * error_share(1)  # as both pass, or fail
         assert found["attempt"] == number
@@ -270,7 +270,17 @@ def test_exits_that_are_trained_again_share_the_errors_of_those_before(
 def test_calibrate_takes_a_choice_and_a_unit(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
-    asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json", "--target", 0.9)
+    asked = (
+        "calibrate",
+        "--adapter",
+        adapter,
+        "--data",
+        held_out,
+        *SHORT,
+        "--json",
+        "--target",
+        0.9,
+    )
     code, out, _ = run(*asked, "--of", 4, "--unit", "answer")
     found = json.loads(out)
     assert code == 0
@@ -306,7 +316,9 @@ def test_generate_says_whether_its_answer_is_guaranteed(
 def test_calibrate_tells_how_many_answers_would_be_needed(
     run: RunCommand, adapter: Path, held_out: Path
 ) -> None:
-    code, out, _ = run("calibrate", "--adapter", adapter, "--data", held_out, "--score", "margin")
+    code, out, _ = run(
+        "calibrate", "--adapter", adapter, "--data", held_out, *SHORT, "--score", "margin"
+    )
     assert code == 0
     assert "Nothing is guaranteed" in out and " images" in out
     assert json.loads((adapter / CONFIG).read_text())["policy"]["thresholds"] == {}
@@ -320,10 +332,10 @@ def test_calibrate_that_can_guarantee_nothing_leaves_the_thresholds(
         return found
 
     asked = ("calibrate", "--adapter", adapter, "--data", held_out)
-    assert run(*asked, "--target", 0.9, "--confidence", 0.5)[0] == 0
+    assert run(*asked, *LAX)[0] == 0
     before = policy()
     assert before["thresholds"]
-    code, out, _ = run(*asked, "--target", 0.001)
+    code, out, _ = run(*asked, *SHORT, "--target", 0.001)
     assert code == 0 and "no attempt is spent" in out and policy() == before
     assert [a["number"] for a in json.loads((adapter / "attempts.json").read_text())] == [1]
-    assert run(*asked, "--target", 0.001, "--write")[0] == 0 and not policy()["thresholds"]
+    assert run(*asked, *SHORT, "--target", 0.001, "--write")[0] == 0 and not policy()["thresholds"]

@@ -129,6 +129,7 @@ def test_a_copy_of_the_same_exits_and_the_adapter_itself_are_written_to(
 ) -> None:
     copy = tmp_path / "copy"
     asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--target", 0.5, "--write")
+    asked = (*asked, "--limit", 4, "--max-new-tokens", 3)
     for out in (copy, copy, adapter):
         code, _, err = run(*asked, "--out", out)
         assert code == 0, err

@@ -10,10 +10,10 @@ count as independent draws, in an order that does not depend on what they lose
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -314,21 +314,30 @@ def images_for(target: float, confidence: float, risk: float, share: float = PLA
     if risk >= target:
         return None
     level = share * (1 - confidence)
-    n = max(1, math.ceil(math.log(level) / math.log1p(-target)) - 1)
+    sizes = _sizes(max(1, math.ceil(math.log(level) / math.log1p(-target)) - 1))
+    while True:  # the power is not monotone in n, by a few images
+        some = np.fromiter(islice(sizes, 256), int)
+        enough = power(some, target, risk, level) >= 0.8
+        if enough.any():
+            return int(some[enough.argmax()])
+
+
+def _sizes(n: int) -> Iterator[int]:
+    """Numbers of images from n on, a four-hundredth apart."""
     step = 1
-    while power(n, target, risk, level) < 0.8:  # not monotone in n by a few images
+    while True:
+        yield n
         n, step = n + step, max(1, n // 400)
-    return n
 
 
-def power(n: int, target: float, risk: float, level: float) -> float:
+def power(n: Array | int, target: float, risk: float, level: float) -> Array:
     """The chance that n images with losses of 0 and 1, of mean `risk`, pass an exact binomial test
     of this level."""
     from scipy.stats import binom
 
-    allowed = int(binom.ppf(level, n, target))  # least count that may be too many
-    allowed -= int(binom.cdf(allowed, n, target) > level)
-    return float(binom.cdf(allowed, n, risk)) if allowed >= 0 else 0.0
+    allowed = binom.ppf(level, n, target)  # least count that may be too many
+    allowed = allowed - (binom.cdf(allowed, n, target) > level)
+    return np.asarray(binom.cdf(allowed, n, risk))
 
 
 def first_test(method: str) -> str:

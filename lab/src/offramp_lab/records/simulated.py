@@ -379,8 +379,8 @@ def powers(target: float, risk: float, trials: int = 400) -> list[dict[str, Any]
     draw = np.random.default_rng(11)
     passed = first_pass((draw.random((images[-1], trials)) < risk).astype(float), target, today)
     tests = {
-        "exact": [power(n, target, risk, LEVEL) for n in images],
-        "sharp": [power(n, target, risk, PLANNED * LEVEL) for n in images],
+        "exact": power(np.array(images), target, risk, LEVEL).tolist(),
+        "sharp": power(np.array(images), target, risk, PLANNED * LEVEL).tolist(),
         "bets": [float(((passed > 0) & (passed <= n)).mean()) for n in images],
     }
     of = {"target": target, "risk": risk, "images": images}
