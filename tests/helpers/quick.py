@@ -29,6 +29,7 @@ LONG = (
     "test_damaged_attempts_are_said",
     "test_tensors_crafted_to_harm_are_refused_unless_they_only_are_more_precise",
     "test_two_thousand_mutations_load_equal_or_are_refused",
+    "test_what_a_strangers_json_holds_is_shown_and_not_obeyed",
 )
 """Files, and tests, that take longer than all others together: they start Java, every command or
 processes, or go through a table. A quick run has them where their file is named."""

@@ -16,7 +16,7 @@ from offramp.core.executors.drafter import DraftingExit
 from offramp.core.executors.slots.executor import SlotExecutor
 from offramp.core.models.exits import Exits, ExitSet
 
-GREEDY = {"max_new_tokens": 12, "do_sample": False}
+GREEDY = {"max_new_tokens": 9, "do_sample": False}
 LOSSLESS = ExitPolicy(lossless=True, max_draft=3, drafts={2: 0.0})
 
 

@@ -126,7 +126,7 @@ def test_one_run_that_takes_nothing_says_what_is_taken_at_any_level(
     # Just below each: beside others a product may round otherwise.
     products = sorted({0.999 * product for row in lossless.offers for product, _ in row})
     before, changed = lossless.new_tokens.tolist(), set()
-    for level in (2.0, *products[:: -max(1, len(products) // 4)], 0.0):
+    for level in (2.0, *products[:: -max(1, -(-len(products) // 3))], 0.0):
         made = generate(whole, inputs, exits=exits, policy=replace(TRUST, trust=level), **GREEDY)
         expected = [
             next((ids for product, ids in row if product >= level), own)

@@ -310,7 +310,7 @@ def test_threads_share_a_plan() -> None:
     adapter = fresh()
     expected = answers(adapter)
     with ThreadPoolExecutor(4) as pool:
-        found = [pool.submit(answers, adapter) for _ in range(8)]
+        found = [pool.submit(answers, adapter) for _ in range(4)]
         assert all(each.result() == expected for each in found)
 
 

@@ -3,9 +3,9 @@ where they change, an error across it, and nothing of the model is written."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,7 +84,7 @@ def own(name: str, inputs: Any, new: int) -> torch.Tensor:
     return _own(name, str(inputs["input_ids"].tolist()), new)
 
 
-@cache
+@functools.cache
 def _own(name: str, ids: str, new: int) -> torch.Tensor:
     given = torch.tensor(json.loads(ids))
     inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
@@ -125,18 +125,18 @@ def test_every_mode_gives_the_models_own_answer(name: str, side: str, policy: st
     rule = POLICIES[policy](parts.depths[0])
     inputs, before = prompt(SIDES[side]), buffers(whole.model)
     new = SWITCH - SIDES[side] + 1 if side == "below" else 12
-    for kept in (None, PrefixCache()):
-        for _ in range(2):
-            ours = generate(
-                whole,
-                inputs,
-                exits=None if rule is FULL else parts,
-                policy=rule,
-                prefix_cache=kept,
-                max_new_tokens=new,
-                **GREEDY,
-            )
-            assert torch.equal(ours.sequences, own(name, inputs, new))
+    cache = PrefixCache()
+    for kept in (None, cache, cache):
+        ours = generate(
+            whole,
+            inputs,
+            exits=None if rule is FULL else parts,
+            policy=rule,
+            prefix_cache=kept,
+            max_new_tokens=new,
+            **GREEDY,
+        )
+        assert torch.equal(ours.sequences, own(name, inputs, new))
     unchanged(whole.model, before)
 
 
