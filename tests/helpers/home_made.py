@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import families
@@ -458,10 +459,22 @@ class TakesNoLoop(LlavaForConditionalGeneration):
         )
 
 
+class HeadByImage(LlavaForConditionalGeneration):
+    """Which way its head reads, the image says."""
+
+    def forward(self, input_ids=None, pixel_values=None, **kw):  # type: ignore[no-untyped-def]
+        if pixel_values is not None:
+            self.lm_head.turned = bool(pixel_values.sum() > 0)
+        out = super().forward(input_ids, pixel_values=pixel_values, **kw)
+        out.logits = out.logits.roll(1, -1) if self.lm_head.turned else out.logits
+        return out
+
+
 KEEPING = (Sees, CountsSteps, ScaledFrom60)
 """Layers of which more than one answer tells."""
 TOPS = (
     HandsToLayers,
+    HeadByImage,
     SetsUp,
     LoopOfItsOwn,
     CarriesOn,
@@ -474,7 +487,7 @@ TOPS = (
 )
 STACKS, HEADS = Stack.__subclasses__(), Head.__subclasses__()
 LAYERS = [k for k in LlamaDecoderLayer.__subclasses__() if k.__module__ == __name__]
-LAYERS = [k for k in LAYERS if k not in (*KEEPING, TakesX)]
+LAYERS = [k for k in LAYERS if k not in (*KEEPING, TakesX)]  # those of patches stand below
 
 
 def build(kind: type) -> Any:
@@ -569,7 +582,144 @@ def shared(model: Any) -> None:
     layers[3].mlp = layers[1].mlp
 
 
+def keys_changed(change: Any) -> Any:
+    """What an attention has stored is changed behind it, as quantised and pruned caches are."""
+
+    def patch(model: Any) -> None:
+        for number, layer in enumerate(stack_of(model).layers):
+
+            def behind(module: Any, args: Any, kw: Any, out: Any, n: int = number) -> None:
+                cache = kw.get(CACHE)
+                held = None if cache is None else getattr(cache, "layers", [None] * 99)[n]
+                if getattr(held, "keys", None) is not None:
+                    change(held)
+
+            layer.self_attn.register_forward_hook(behind, with_kwargs=True)
+
+    return patch
+
+
+def rounded(held: Any) -> None:
+    held.keys = (held.keys * 4).round() / 4
+
+
+def forgotten(held: Any) -> None:
+    """All but the first two and the newest twelve."""
+    held.keys[:, :, 2:-12] = 0
+    held.values[:, :, 2:-12] = 0
+
+
+def routed(model: Any) -> None:
+    """Odd tokens pass a layer by; which they are the embeddings note."""
+    stack, noted = stack_of(model), {}
+    stack.embed_tokens.register_forward_pre_hook(lambda m, args: noted.update(ids=args[0]))
+
+    def behind(module: Any, args: Any, out: Any) -> Any:
+        ids, h = noted.get("ids"), out[0] if isinstance(out, tuple) else out
+        if ids is None or ids.shape != h.shape[:2]:
+            return out
+        made = torch.where((ids % 2 == 1)[..., None], args[0] if args else h, h)
+        return (made, *out[1:]) if isinstance(out, tuple) else made
+
+    stack.layers[3].register_forward_hook(behind)
+
+
+class CalledOtherwise(LlamaDecoderLayer):
+    """It does something around its own hooks."""
+
+    def __call__(self, *args, **kw):  # type: ignore[no-untyped-def]
+        return super().__call__(*args, **kw) * 0.8
+
+
+class LooksAtItsCall(LlamaDecoderLayer):
+    """It turns all states of a call round by the sign of their sum."""
+
+    def forward(self, hidden_states, *args, **kw):  # type: ignore[no-untyped-def]
+        h = super().forward(hidden_states, *args, **kw)
+        return h if float(h.sum()) > 0 else h.flip(-1)
+
+
+class RunsTwice(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, **kw):  # type: ignore[no-untyped-def]
+        h = super().forward(hidden_states, *args, **kw)
+        return h + 0.5 * self.mlp(self.post_attention_layernorm(h))
+
+
+def of_layers(kind: type, *numbers: int) -> Any:
+    def patch(model: Any) -> None:
+        for number in numbers:
+            stack_of(model).layers[number].__class__ = kind
+
+    return patch
+
+
+def prepared(change: Any) -> Any:
+    """What the model prepares for each step is changed."""
+
+    def patch(model: Any) -> None:
+        own = type(model)
+
+        def prepare_inputs_for_generation(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            given = own.prepare_inputs_for_generation(self, *args, **kwargs)
+            change(given)
+            return given
+
+        name = "prepare_inputs_for_generation"
+        model.__class__ = type("Prepares", (own,), {name: prepare_inputs_for_generation})
+
+    return patch
+
+
+def shifted(given: Any) -> None:
+    if given.get("position_ids") is not None:
+        given["position_ids"] = given["position_ids"] + 7 * (given["position_ids"] > 12)
+
+
+def hidden(given: Any) -> None:
+    """Later tokens do not see the third column."""
+    mask = given.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and given.get("pixel_values") is None:
+        given["attention_mask"] = mask.clone()
+        given["attention_mask"][:, 2] = 0
+
+
+def penalised(model: Any) -> None:
+    own = type(model)
+
+    def _get_logits_processor(self, *args, **kw):  # type: ignore[no-untyped-def]
+        made = own._get_logits_processor(self, *args, **kw)
+        made.append(lambda ids, scores: scores.scatter(1, ids[:, -4:], -50.0))
+        return made
+
+    model.__class__ = type("Penalises", (own,), {"_get_logits_processor": _get_logits_processor})
+
+
+STEP: ContextVar[int] = ContextVar("step", default=0)
+
+
+def in_context(model: Any) -> None:
+    """A layer reads what the model left in the thread's context."""
+
+    def note(module: Any, args: Any, kw: Any) -> None:
+        STEP.set(0 if kw.get("pixel_values") is not None else STEP.get() + 1)
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    stack_of(model).layers[2].register_forward_hook(
+        lambda module, args, out: out * (1.2 if STEP.get() % 2 else 1)
+    )
+
+
 PATCHES: dict[str, Any] = {
+    "keys are rounded in the cache": keys_changed(rounded),
+    "old keys are forgotten": keys_changed(forgotten),
+    "tokens are routed by their ids": routed,
+    "a layer is called otherwise": of_layers(CalledOtherwise, 3),
+    "a layer looks at its whole call": of_layers(LooksAtItsCall, 2, 4),
+    "a part of a layer runs twice": of_layers(RunsTwice, 3),
+    "positions are shifted": prepared(shifted),
+    "a column is hidden from the answer": prepared(hidden),
+    "the model penalises what it said": penalised,
+    "a step in the thread's context": in_context,
     "a hook scales a layer": lambda m: stack_of(m).layers[2].register_forward_hook(scaled(0.8)),
     "a hook before a layer": lambda m: (
         stack_of(m)

@@ -166,8 +166,10 @@ class TorchHost(PreparedHost):
         if self._make_heads is not None or (share is None and backbone.tested):
             return None
         plan = self._alone(request)
-        verdict = backbone.readings.verdicts.get(shape_of(backbone, request.inputs, way(plan)))
-        if verdict == "slots" and not has_own_generate(backbone.model):
+        readings = backbone.readings
+        verdict = readings.verdicts.get(shape_of(backbone, request.inputs, way(plan)))
+        own_turn = has_own_generate(backbone.model) or (readings.kept and not backbone.tested)
+        if verdict == "slots" and not own_turn:
             return None
         opened = super().open(request, lambda *_: None)
         check_room(opened.ids.shape[-1], opened.longest)

@@ -137,6 +137,30 @@ def test_answers_to_one_image_after_another_are_the_models_own(kind: type) -> No
         assert made and {name for name, ids in made.items() if ids != expected} == set()
 
 
+@pytest.mark.parametrize("kind", [*home_made.KEEPING, *home_made.TOPS], ids=lambda k: k.__name__)
+def test_requests_about_two_images_at_once_get_the_models_own_answers(kind: type) -> None:
+    """What a request leaves on modules is not the next one's."""
+    try:
+        backbone = opened(kind)
+        core = EngineCore(backbone, config=EngineConfig(slots=3, limit=192))
+    except OfframpError as error:
+        assert len(str(error).splitlines()) == 2
+        return
+    asked = []
+    for number in (0, 1, 0, 1):
+        inputs = inputs_of()
+        torch.manual_seed(number)
+        inputs["pixel_values"] = (2 * number - 1) * torch.rand_like(inputs["pixel_values"])
+        asked.append((inputs, backbone.model.generate(**inputs, **GREEDY).tolist()))
+    for _ in range(2):
+        handles = [core.add(Request(inputs, mode="full", options=GREEDY)) for inputs, _ in asked]
+        core.run()
+        for handle, (_, expected) in zip(handles, asked, strict=True):
+            error = handle.exception(timeout=0)
+            assert isinstance(error, OfframpError | None), error
+            assert error or handle.result().output.sequences.tolist() == expected
+
+
 def spoil(backbone: Backbone) -> None:
     """What no detector of change sees: the weights of a bare twin are written past the model."""
     for layer in backbone.layers[1:2]:

@@ -52,11 +52,12 @@ class Plan:
 
     @contextmanager
     def reading(self, **caches: Any) -> Iterator[Any]:
-        """Lend a reader of prompts for one answer. Without caches it is kept for the next answer.
+        """Lend a reader of prompts for one answer. Without caches it is kept for the next answer,
+        if tests ran the model: others may leave on their modules what it would copy.
 
         caches: as of `reader`.
         """
-        if any(cache is not None for cache in caches.values()):
+        if not self.tested or any(cache is not None for cache in caches.values()):
             yield self.reader(**caches)
         else:
             with _lent(self._readers, self.reader) as reader:
@@ -65,11 +66,11 @@ class Plan:
     @contextmanager
     def running(self, **sizes: Any) -> Iterator[Executor]:
         """Lend an executor for one answer; it holds no sequence before or after, and is kept for
-        the next answer of the same sizes.
+        the next answer of the same sizes, as a reader is.
 
         sizes: as of `executor`.
         """
-        kept = self._executors.setdefault(tuple(sizes.items()), [])
+        kept = self._executors.setdefault(tuple(sizes.items()), []) if self.tested else []
         with _lent(kept, partial(self.executor, **sizes)) as executor:
             try:
                 yield executor

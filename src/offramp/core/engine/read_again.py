@@ -29,6 +29,7 @@ from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.executors.kv_cache import CACHE_NAMES, cache_name
 from offramp.core.executors.prefill import Prepared
 from offramp.core.models.backbone import Backbone
+from offramp.core.models.change import HOOKS, is_recorder
 from offramp.core.models.discovery.comparison import relative_difference
 from offramp.core.models.discovery.probe import special_ids
 from offramp.core.models.discovery.twin import graft, twin
@@ -140,6 +141,7 @@ def untouched(backbone: Backbone) -> Iterator[None]:
     """Run the model itself, one thread at a time, on copies of its buffers; attributes that it sets
     on its modules are removed afterwards."""
     model, tower = backbone.model, backbone.tower
+    inside = {id(vars(part)) for top in (backbone.stack, backbone.head) for part in top.modules()}
     apart = set() if tower is None else {*tower.tower.modules()}  # it does not run, and is compared
     with _LOCKS.setdefault(model, threading.RLock()), torch.inference_mode():
         own = [
@@ -157,7 +159,9 @@ def untouched(backbone: Backbone) -> Iterator[None]:
         finally:
             for now, before, buffers, held in own:
                 changed = [n for n in {*now, *before} if now.get(n, own) is not before.get(n, own)]
-                for name in (n for n in changed if "output_capturing" not in n):
+                changed = [name for name in changed if "output_capturing" not in name]
+                backbone.readings.kept |= bool(changed) and id(now) in inside
+                for name in changed:
                     if name in before:
                         now[name] = before[name]
                     else:
@@ -233,11 +237,18 @@ def difference(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool)
     last = max(place for _, place in held) + 1
     answers, allowed = output.new_tokens[:, :last], _allowed(case.backbone)
     why = _apart(case, answers, held, last, allowed)
-    if why is None or last == 1:
+    one_by_one = not case.backbone.tested or _has_hooks(case.backbone.model)
+    if last == 1 or (why is None and not one_by_one):
         return why
     # A model may read several tokens in one call otherwise than one by one: the latter is right.
-    few = {at: logits for at, logits in held.items() if at[1] < _SLOWLY}
-    return _apart(case, answers[:, :_SLOWLY], few, 1, allowed)
+    few = {at: logits for at, logits in held.items() if one_by_one or at[1] < _SLOWLY}
+    return _apart(case, answers[:, : max(at[1] for at in few) + 1], few, 1, allowed) if few else why
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether code besides its classes' runs in a model, which may tell a call from another."""
+    tables = [vars(module)[table] for module in model.modules() for table in HOOKS[:2]]
+    return any(not is_recorder(hook) for table in tables for hook in table.values())
 
 
 def _apart(

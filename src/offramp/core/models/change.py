@@ -98,7 +98,9 @@ class Unchanged:
         values = [each[name] for each, names in zip(own, read, strict=True) for name in names]
         inner = [value for value in values if isinstance(value, (dict, list))]
         self._full: list[Any] = [value for value in inner if value]
-        self._full += [it for it in values if type(it) is tuple and not _is_plain(it)]
+        self._full += [
+            it for it in values if type(it) is tuple and not {*map(type, it)} <= {*_PLAIN}
+        ]
         self._full += [table for _, table in _tables(modules)]
         self._tables = [*own, *inner]
         files = [*_files(modules).values()]
@@ -148,10 +150,6 @@ _CONFIGS = {"config", "generation_config"}
 _CODE = (FunctionType, type)
 _NAMED = (*_CODE, type(None))
 """Of a file's names: code, and what may become code. In a notebook the others come and go."""
-
-
-def _is_plain(values: tuple[Any, ...]) -> bool:
-    return all(isinstance(value, _PLAIN) for value in values)
 
 
 def _getter(names: Sequence[str]) -> Callable[[Any], Any]:
@@ -232,7 +230,7 @@ def _inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """A value, or those of a table or list, in which PEFT keeps its switches."""
     if isinstance(value, dict):
         pairs = ((f"{name}.{key}", it) for key, it in value.items())
-        yield from (pair for pair in pairs if not (name in HOOKS and _records(pair[1])))
+        yield from (pair for pair in pairs if not (name in HOOKS and is_recorder(pair[1])))
     elif isinstance(value, _LISTS):
         yield from ((f"{name}.{number}", it) for number, it in enumerate(value))
     else:
@@ -253,7 +251,8 @@ def _token(value: Any) -> Any:
         return id(value)
 
 
-def _records(hook: Any) -> bool:
+def is_recorder(hook: Any) -> bool:
+    """Return True for a hook of Hugging Face's that only notes what goes by."""
     return str(getattr(hook, "__module__", "")).endswith(_RECORDERS)
 
 
@@ -284,23 +283,20 @@ def answers_of(root: nn.Module) -> dict[str, Any]:
             state[path] = None
             continue
         state[path] = _Same(type(module))
-        own = vars(module)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 state[f"{path} {name}"] = _Place(tensor)
-        read = {n: it for n, it in own.items() if n not in _UNREAD}
-        numbers = {n: it for n, it in read.items() if isinstance(it, (bool, int, float))}
-        state[f"{path} set"] = numbers
-        hooks = [pair for table in HOOKS[:2] for pair in _inside(table, own[table])]
-        state[f"{path} hooks"] = [(name, _token(hook)) for name, hook in hooks]
-        state[f"{path} forward"] = _token(own.get("forward"))
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
-            on = [] if module.disable_adapters else list(module.active_adapters)
-            scales = dict(getattr(module, "scaling", {}))
-            state[f"{path} on"] = [on, list(getattr(module, "merged_adapters", ())), scales]
+        read = [(n, it) for n, it in vars(module).items() if n not in _UNREAD]
+        inside = [pair for named in read for pair in _inside(*named)]
+        state[f"{path} set"] = {n: _token(it) for n, it in inside if _acts(it)}
     for table, code in _code([*root.modules()]).items():
         state[f"code {table}"] = {name: _token(it) for name, it in code}
     return state
+
+
+def _acts(value: Any) -> bool:
+    """Whether a value is a plain one, such as PEFT's switches, a hook, or a `forward`."""
+    return isinstance(value, _PLAIN) or (callable(value) and not isinstance(value, nn.Module))
 
 
 class _Place:

@@ -17,7 +17,7 @@ class Readings:
     verdicts: by shape, the executor with right answers, or `OWN`. longest: by shape, tokens of the
     longest right answer. read, failed: numbers of answers that were read again, and that were
     wrong. why: the reasons of failures, each once. marks: ids of tokens that stand for images and
-    the like; None: not yet known.
+    the like; None: not yet known. kept: whether the decoder's modules keep what a request set.
     """
 
     verdicts: dict[Hashable, str] = field(default_factory=dict)
@@ -26,6 +26,7 @@ class Readings:
     failed: int = 0
     why: list[str] = field(default_factory=list)
     marks: frozenset[int] | None = None
+    kept: bool = False
     _answers: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
