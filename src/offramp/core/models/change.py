@@ -286,8 +286,7 @@ def answers_of(root: nn.Module) -> dict[str, Any]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 state[f"{path} {name}"] = _Place(tensor)
-        read = [(n, it) for n, it in vars(module).items() if n not in _UNREAD]
-        inside = [pair for named in read for pair in _inside(*named)]
+        inside = [it for n, v in vars(module).items() if n not in _UNREAD for it in _inside(n, v)]
         state[f"{path} set"] = {n: _token(it) for n, it in inside if _acts(it)}
     for table, code in _code([*root.modules()]).items():
         state[f"code {table}"] = {name: _token(it) for name, it in code}
