@@ -6,8 +6,10 @@ on answers to prompts about some things, has llama.cpp's converter make a file o
 llama.cpp's own example programs write answers to prompts about others, with the drafter
 and without. The programs are built from the same source as the wheel of llama-cpp-python:
 `cmake -B build -DLLAMA_BUILD_EXAMPLES=ON`, targets llama-simple and llama-speculative-simple.
-llama.cpp's own drafts of n-grams, which need no training, stand beside it. Where the photographs
-are, the photo model gets a drafter too, which sees none of them. --speculators PYTHON:
+llama.cpp's own drafts of n-grams, which need no training, stand beside it. They draft next to
+nothing, so the drafter's speed is told against them: the same program, on one thread, where
+llama-simple takes as many as llama.cpp likes. Where the photographs are, the photo model gets a
+drafter too, which sees none of them. --speculators PYTHON:
 of an environment with the library speculators, whose loader then reads the folder too. Three
 hours. What is in --work is taken from there.
 """
