@@ -737,3 +737,14 @@ def test_the_policy_says_whether_first_tokens_exited_on_this_backbone(
     looking_ahead = replace(backbone.family, causal_prompt=False)
     monkeypatch.setattr(backbone, "family", looking_ahead)
     assert not found(4).policy.exit_in_prefill
+
+
+def test_a_calibration_is_rows_of_a_data_frame() -> None:
+    made = found(2, 5)
+    rows = made.rows()
+    assert [row["risk"] for row in rows] == [point.risk for point in made.path]
+    assert all({*row} >= {"threshold_5", "risk", "bound", "seconds", "chosen"} for row in rows)
+    (own,) = (row for row in rows if row["chosen"])
+    assert {d: own.get(f"threshold_{d}") for d in made.policy.thresholds} == made.policy.thresholds
+    frame = pytest.importorskip("pandas").DataFrame(rows)
+    assert len(frame) == len(made.path) and frame[frame.chosen].bound.item() <= made.target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from command_line import RunCommand, assert_two_lines
 
 from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import generate_answers
 from offramp.calibration.cost_model import Costs
+from offramp.calibration.risk_functions import QUALITIES
 from offramp.calibration.sweep import sweep
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import InputError
@@ -66,6 +69,27 @@ def test_a_share_of_changed_answers_is_that_of_decoding(
         depths = [row.depth for row in found if row.score == score]
         assert depths == sorted(depths, reverse=True) and depths[-1] == min(adapter.exits.depths)
     assert found[2].speed > found[0].speed >= 1.0
+
+
+def test_the_cider_of_examples_with_references_is_that_of_decoding(
+    backbone: Build, exits: Build
+) -> None:
+    pytest.importorskip("pycocoevalcap")
+    adapter = adapter_of(backbone, exits, "blip2-opt")
+    encoder = InputProcessor(adapter.backbone, fakes.Blip2FakeProcessor("blip2-opt"))
+    bare = fakes.examples(6)
+    full = generate_answers(adapter, encoder, bare, ExitPolicy(), max_new_tokens=TOKENS)
+    examples = [replace(e, answers=(a.text,)) for e, a in zip(bare, full, strict=True)]
+    options = {"thresholds": (1.0, 0.3, 0.0), "costs": costs_of(adapter.backbone.depth)}
+    found = sweep(adapter, encoder, examples, max_new_tokens=TOKENS, **options)
+    for row in found:
+        policy = ExitPolicy(dict.fromkeys(adapter.exits.depths, row.threshold))
+        made = generate_answers(adapter, encoder, examples, policy, max_new_tokens=TOKENS)
+        assert row.cider == pytest.approx(float(QUALITIES["cider"](made, examples).mean()))
+    assert len({row.cider for row in found}) > 1
+    bare = [replace(example, answers=()) for example in examples]
+    without = sweep(adapter, encoder, bare, max_new_tokens=TOKENS, **options)
+    assert [row.cider for row in without] == [None] * 3
 
 
 def test_a_score_that_a_pass_does_not_show_is_refused(backbone: Build, exits: Build) -> None:

@@ -151,6 +151,33 @@ class Calibration:
     qualities: Mapping[str, float] = field(default_factory=dict)
     conditions: Conditions = field(default_factory=Conditions)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each tested point, the safest first, as `pandas.DataFrame` takes them.
+
+        threshold_D: of the exit at depth D, or its trust. risk, bound, seconds: as of `Point`.
+        chosen: whether answers are given at this point.
+        """
+        own, trust = self.policy.thresholds, self.policy.trust
+
+        def chosen(point: Point) -> bool:
+            same = (
+                point.thresholds == own
+                if trust is None
+                else {*point.thresholds.values()} == {trust}
+            )
+            return same and not self.reason
+
+        return [
+            {
+                **{f"threshold_{depth}": level for depth, level in point.thresholds.items()},
+                "risk": point.risk,
+                "bound": point.bound,
+                "seconds": point.seconds,
+                "chosen": chosen(point),
+            }
+            for point in self.path
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Return the calibration as an adapter stores it, without the attempts; thresholds are
         keyed by depth."""

@@ -30,7 +30,8 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "sweep",
-        "Tell what thresholds would do, without a guarantee: changed answers, depth, seconds.",
+        "Tell what thresholds would do, without a guarantee: changed answers, depth, seconds, and "
+        "CIDEr where the data has answers.",
         "offramp sweep exits --data held_out --score max_probability margin --out sweep.csv",
         _sweep,
         _options,
@@ -64,6 +65,7 @@ def _options(parser: Parser) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
+    from offramp.calibration.risk_functions import Judged
     from offramp.calibration.sweep import Swept, sweep
     from offramp.common.progress import progress
     from offramp.core.storage import write_atomic
@@ -75,7 +77,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
         check_out_file(arguments.out, arguments, lambda b: b.startswith(heading), "sweep")
         plot = arguments.out.with_suffix(".svg")
         check_out_file(plot, arguments, lambda b: b.startswith(b"<svg"), "plot")
-    examples = [item.example for item in read_data(arguments, require_answers=False)]
+    examples = [Judged.of(item) for item in read_data(arguments, require_answers=False)]
     opened = loaded(arguments)
     found = sweep(
         opened.adapter,
@@ -98,12 +100,14 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 def _table(found: Sequence[Any]) -> str:
     """By score, thresholds from the safest on, as a person reads them on a terminal."""
-    lines = [f"{'score':<18}{'threshold':>10}{'changed':>9}{'depth':>7}{'speed':>8}"]
+    judged = bool(found) and found[0].cider is not None
+    cider = f"{'CIDEr':>8}" if judged else ""
+    lines = [f"{'score':<18}{'threshold':>10}{'changed':>9}{'depth':>7}{'speed':>8}{cider}"]
     for score in dict.fromkeys(row.score for row in found):
         rows = [row for row in found if row.score == score]
         lines += [
             f"{row.score:<18}{row.threshold:>10g}{row.changed:>9.1%}{row.depth:>7.1f}"
-            f"{row.speed:>7.2f}x"
+            f"{row.speed:>7.2f}x{f'{row.cider:>8.3f}' if judged else ''}"
             for row in rows[:: max(1, len(rows) // 10)]
         ]
     return "\n".join(lines)
