@@ -12,6 +12,7 @@ import pytest
 from command_line import RunCommand
 
 import offramp_vllm.exports.serving as module
+import offramp_vllm.exports.vllm as exports
 from offramp_vllm.adapter import read_exported
 
 
@@ -31,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def nothing(adapter: Any, out: Path, prompts: Any, **more: Any) -> None:
     """An export that takes no time."""
     out.mkdir(parents=True)
-    (out / module.VLLM).touch()
+    (out / exports.VLLM).touch()
 
 
 def settings_of(begun: list[Any]) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def test_vllm_is_started_with_the_adapters_exits_and_drafts_by_them(
 def test_early_exit_does_not_draft_and_a_second_start_writes_nothing(
     run: RunCommand, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "export_vllm", nothing)
+    monkeypatch.setattr(exports, "export_vllm", nothing)
     asked = ("serve", "tiny-opt", "--engine", "vllm", "--mode", "early_exit", "--watch", "0.02")
     for turn in range(2):
         code, _, err = run(*asked)
@@ -73,7 +74,7 @@ def test_early_exit_does_not_draft_and_a_second_start_writes_nothing(
 def test_keys_are_in_no_list_of_processes(
     run: RunCommand, started: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "export_vllm", nothing)
+    monkeypatch.setattr(exports, "export_vllm", nothing)
     (tmp_path / "keys").write_text("one-secret\nanother-secret\n")
     code, out, err = run(
         "serve", "tiny-opt", "--engine", "vllm", "--api-keys", tmp_path / "keys", "--slots", "4"

@@ -22,10 +22,8 @@ from offramp.cli.loading import loaded
 from offramp.cli.output import print_json, tell
 from offramp.common.folders import cache_folder
 from offramp.core.errors import InputError
-from offramp.core.save_and_load import CONFIG
 from offramp.core.storage import digest_file, digest_rows, write_json
 from offramp.engines import register_engine
-from offramp_vllm.exports.vllm import FORMAT, PROMPTS, VLLM, export_vllm
 
 PYTHON = "OFFRAMP_VLLM_PYTHON"
 MODULES = ("vllm", "offramp_vllm")
@@ -121,6 +119,9 @@ def _exported(opened: Any, source: Path) -> Path:
     """The folder of an adapter's exits, written at first use. source: the adapter's folder."""
     if not opened.has_exits:
         raise InputError("Without exits there is nothing to add to vLLM.", "Name an adapter.")
+    from offramp.core.save_and_load import CONFIG  # PyTorch, of which no help needs any
+    from offramp_vllm.exports.vllm import FORMAT, PROMPTS, VLLM, export_vllm
+
     told = [digest_file(source / CONFIG), str(opened.adapter.backbone.dtype), FORMAT]
     place = cache_folder("vllm") / digest_rows(told)[:32]
     if not (place / VLLM).is_file():
