@@ -327,16 +327,10 @@ def adapter_options(parser: Parser, group: Any, engines: Engines, *, auto: bool 
         engine_option(parser.add_argument_group("decoder"), engines, auto=auto)
 
 
-def engine_option(
-    group: Any, engines: Engines = "all", *, auto: bool = False, servers: bool = False
-) -> None:
+def engine_option(group: Any, engines: Engines = "all", *, auto: bool = False) -> None:
     """Add the option for the decoder's engine, one of these. auto: whether "auto", the fastest, is
-    allowed and the default. servers: whether engines may be named that only serve."""
-    named = {
-        n: one
-        for n, one in all_engines().items()
-        if (servers if one.serves else engines == "all" or writes_many(n, one))
-    }
+    allowed and the default."""
+    named = {n: one for n, one in all_engines().items() if engines == "all" or writes_many(n, one)}
     known = ", ".join(f"{n} ({one.said})" if one.said else n for n, one in named.items())
     fastest = f"{AUTO} (the fastest here that keeps the answers, measured once), " if auto else ""
     default = AUTO if auto else TORCH

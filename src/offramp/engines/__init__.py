@@ -110,6 +110,11 @@ def engine_named(name: str) -> DecoderEngine:
 def check_asked(engine: str, gguf: Any, quantize: str | None = None, vision: str = TORCH) -> None:
     """Raise `InputError` where an engine and its options do not fit, before a model loads."""
     named = LLAMA_CPP if engine == AUTO and gguf is not None else engine
+    if named != AUTO and engine_named(named).serves:
+        raise InputError(
+            f"{named} answers in a server alone.",
+            f"Start one: offramp serve NAME --engine {named}.",
+        )
     if named != AUTO and engine_named(named).reads_files != (gguf is not None):
         raise InputError(
             "--engine llama.cpp and --gguf FOLDER go together.",

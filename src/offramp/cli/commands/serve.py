@@ -153,7 +153,7 @@ def _engine_options(parser: Parser) -> None:
         metavar="N",
         help="tokens of a prompt and its answer (default: 1024)",
     )
-    engine_option(parser.add_argument_group("decoder"), auto=True, servers=True)
+    engine_option(parser.add_argument_group("decoder"), auto=True)
     runtime_options(parser, sized=False)
 
 

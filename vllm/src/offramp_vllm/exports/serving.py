@@ -35,13 +35,6 @@ UNKNOWN = ("gguf", "quantize", "threads", "cors", "allowed_hosts")
 """Options of our own server that vLLM's does not have."""
 
 
-def open(model: Any, **sizes: Any) -> Any:
-    """Refuse to answer outside a server."""
-    raise InputError(
-        "vLLM answers in a server alone.", "Start one: offramp serve NAME --engine vllm."
-    )
-
-
 def serve(arguments: argparse.Namespace) -> None:
     """Write the exits of the adapter that is asked for, and become vLLM's server.
 
@@ -157,4 +150,6 @@ def _settings(
     return settings
 
 
-register_engine("vllm", open, "a server of vLLM's, where it is installed", serves=serve)
+register_engine(
+    "vllm", lambda model, **sizes: model, "a server of vLLM's, where it is installed", serves=serve
+)
