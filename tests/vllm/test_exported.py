@@ -46,6 +46,13 @@ def test_the_folder_says_what_the_adapter_is(exported: Path) -> None:
     assert {place for place, _, _ in read.tensors()} == {0}
 
 
+def test_first_tokens_of_kept_answers_exit_as_they_will_in_vllm(exported: Path) -> None:
+    """Also where transformers' class of the decoder alone is one that was never tested."""
+    for pictured in (False, True):
+        depths = [c.depths for c in read_exported(exported).checked if bool(c.image) == pictured]
+        assert any(first == 2 for first, *_ in depths)
+
+
 def test_answers_that_are_kept_are_the_same_whatever_was_answered_before(exported: Path) -> None:
     """An engine's first answer, on which it is tried, runs its first token to full depth."""
     kept = read_exported(exported).checked[:3]

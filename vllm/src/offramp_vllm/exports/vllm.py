@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,8 @@ def _of_text(adapter: Adapter) -> tuple[Backbone, ExitSet]:
     if backbone.text_only or type(backbone.text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return backbone, exits
     text = Backbone.of(_language_model(backbone))
+    # Where its own class is new here, first tokens would not exit, and in vLLM they do.
+    text.family = replace(text.family, causal_prompt=backbone.family.causal_prompt)
     attached = Exits(text, exits.depths, kind=exits.modules.kind)
     attached.load_state_dict(exits.modules.state_dict())
     return text, ExitSet(attached.requires_grad_(False), exits.shortlist)
