@@ -26,7 +26,7 @@ LAB_TESTS := lab/tests tests/examples
 test: $(READY)  ## the tests of what is installed, without a network
 	$(PYTEST) tests --ignore=tests/examples
 
-quick: $(READY)  ## the laws of three families and the tests that mirror what changed: a minute on one core
+quick: $(READY)  ## the laws of three families and the tests that mirror what changed: two minutes on one core
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -q -n 0 --quick $$($(PYTHON) tests/helpers/quick.py)
 
 core: $(READY)  ## the core's tests alone, of three families: what a newcomer changes first

@@ -90,6 +90,15 @@ def test_nothing_settles_where_the_surest_is_wrong() -> None:
     assert settled(np.array([0.9, 0.5]), np.array([False, True]), 0.99) == 0.0
 
 
+@pytest.mark.parametrize("speed", [0.8, 1.6])
+def test_an_interval_of_speeds_is_told_from_its_lower_end(speed: float) -> None:
+    """More exits make a model faster, or slower where they cost more than they spare."""
+    speeds = {(4, 0.5): speed, (4, None): 1.0}
+    told = module._prospect(4, 0.7, {0.95: 0.5}, {0.01: (0.3, 0.2, 0.6)}, speeds=speeds)
+    likely, low, high = told.calibrated[0.01]
+    assert low < likely < high and (likely > 1) == (speed > 1)
+
+
 def test_a_power_law_is_followed_to_where_it_leads_and_never_upwards() -> None:
     learnt = np.array([10.0, 20.0, 40.0])
     falling, rising = 0.8 * learnt**-0.3, 0.1 * learnt**0.5

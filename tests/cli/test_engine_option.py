@@ -25,8 +25,8 @@ def test_no_other_option_chooses_an_engine(old: str, image: Path, run: RunComman
 
 
 def test_what_runs_no_decoder_is_refused_with_what_does(image: Path, run: RunCommand) -> None:
-    words = ("generate", "--adapter", "tiny-opt", "--image", image, "--engine", "vllm")
-    assert_two_lines(run(*words), "--engine 'vllm' is not known", *ENGINES)
+    words = ("generate", "--adapter", "tiny-opt", "--image", image, "--engine", "tensorrt")
+    assert_two_lines(run(*words), "--engine 'tensorrt' is not known", *ENGINES)
 
 
 @pytest.mark.parametrize("engine", ["packed", "exact-batches"])

@@ -334,7 +334,7 @@ def test_slicing_does_not_wait_for_torch(whole: Any, tmp_path: Path) -> None:
     file, folder = whole("llava")
     code = (
         "import sys; from offramp.cli import main; "
-        f"code = main(['slice', {str(folder)!r}, {str(file)!r}, '--out', "
+        f"code = main(['export', {str(folder)!r}, {str(file)!r}, '--out', "
         f"{str(tmp_path / 'out')!r}]); print(code, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

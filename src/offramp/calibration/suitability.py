@@ -310,12 +310,16 @@ def _prospect(
     def speed(share: float) -> float:
         return float(1 / np.interp(share, shares, seconds))
 
+    def with_ends(foretold: tuple[float, float, float]) -> tuple[float, float, float]:
+        likely, few, many = map(speed, foretold)
+        return likely, min(few, many), max(few, many)  # where exits slow down, many are slower
+
     return Prospect(
         depth,
         agreement,
         settle,
         {n: speeds[depth, settle[n]] for n in settle},
-        {target: (speed(a), speed(b), speed(c)) for target, (a, b, c) in certain.items()},
+        {target: with_ends(told) for target, told in certain.items()},
         speeds[depth, None],
     )
 
