@@ -113,7 +113,8 @@ class Reply:
         """Return the chunk with the reason why a choice ended, and the details of its tokens."""
         content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         if choice.details is not None:
-            content["offramp"] = choice.details
+            # All depths were sent with their texts.
+            content["offramp"] = {"depths": [], **choice.details}
         return self._chunk(choice.index, content, choice.reason)
 
     def counted(self, choices: Sequence[Written]) -> dict[str, Any]:
