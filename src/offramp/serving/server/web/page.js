@@ -187,7 +187,7 @@ async function ask(mode, place, more) {
   }
   if (place && !pieces.length) silent(place);
   if (place) verdict(place, usage.offramp.verdict);
-  return {first: ((first || performance.now()) - begun) / 1000, usage, pieces, depths, text: pieces.map((piece) => piece.text).join(""), ...tokens};
+  return {...tokens, first: ((first || performance.now()) - begun) / 1000, usage, pieces, depths, text: pieces.map((piece) => piece.text).join("")};
 }
 
 const total = (turn) => turn.seconds.at(-1);
