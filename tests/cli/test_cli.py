@@ -174,8 +174,12 @@ def test_calibrate_tests_the_thresholds_that_are_named_and_no_others(
 
 
 def test_calibrate_stores_a_threshold_of_first_tokens(
-    run: RunCommand, adapter: Path, held_out: Path
+    run: RunCommand, adapter: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def seconds(*_: object) -> dict[str, list[float]]:  # thresholds are the fastest way
+        return {"full": [2.0], "lossless": [2.0], "thresholds": [1.0]}
+
+    monkeypatch.setattr("offramp.calibration.ways._seconds", seconds)
     asked = ("calibrate", "--adapter", adapter, "--data", held_out, "--json")
     code, out, _ = run(*asked, *LAX, "--first-threshold", "auto")
     told, stored = json.loads(out), json.loads((adapter / CONFIG).read_text())
