@@ -19,12 +19,12 @@ from offramp.core.models.backbone import Backbone
 
 
 def dropout_rates(layers: int, largest: float) -> list[float]:
-    """Return by layer how often it is dropped: 0 for the first, `largest` for the last."""
+    """Return each layer's probability of being dropped: 0 for the first, `largest` for the last."""
     return [largest * (2 ** (layer / max(1, layers - 1)) - 1) for layer in range(layers)]
 
 
 def loss_weights(layers: int, scale: float) -> list[float]:
-    """Return by layer the weight of its cross-entropy: growing with depth, 1 in all."""
+    """Return the weight of each layer's cross-entropy. Weights grow with depth and sum to 1."""
     sums = [scale * n for n in accumulate(range(layers))]
     last = layers - 1 + (sums[-2] if layers > 1 else 1)
     weights = [*sums[:-1], last]

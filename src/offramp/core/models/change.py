@@ -294,7 +294,7 @@ def answers_of(root: nn.Module) -> dict[str, Any]:
 
 
 def _acts(value: Any) -> bool:
-    """Whether a value is a plain one, such as PEFT's switches, a hook, or a `forward`."""
+    """Whether a value is a number, text or switch, or code that runs, such as a hook."""
     return isinstance(value, _PLAIN) or (callable(value) and not isinstance(value, nn.Module))
 
 

@@ -41,14 +41,19 @@ def _write_vllm(arguments: argparse.Namespace) -> None:
     say_next(_serving(adapter.backbone.name, "additional", added))
 
 
-def _serving(name: str, option: str, value: object) -> str:
-    """The command that serves a backbone; one that ships is a folder to vLLM."""
+def checkpoint_of(name: str) -> str:
+    """Return the checkpoint of a backbone by its name; one that ships is a folder to vLLM."""
     from offramp.adapter.shipped import tiny_folder, tiny_kind
 
     kind = tiny_kind(name)
-    model = name if kind is None else tiny_folder(kind)
+    return name if kind is None else str(tiny_folder(kind))
+
+
+def _serving(name: str, option: str, value: object) -> str:
+    """The command that serves a backbone."""
     return (
-        f"python -m vllm.entrypoints.openai.api_server --model {model} --{option}-config "
+        f"python -m vllm.entrypoints.openai.api_server --model {checkpoint_of(name)} "
+        f"--{option}-config "
         f"'{json.dumps(value)}'"
     )
 

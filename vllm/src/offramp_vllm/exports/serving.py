@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from offramp.adapter.shipped import exits_folder, tiny_folder, tiny_kind
+from offramp.adapter.shipped import exits_folder
 from offramp.cli.commands.serve import server_config
 from offramp.cli.loading import loaded
 from offramp.cli.output import print_json, tell
@@ -24,6 +24,7 @@ from offramp.common.folders import cache_folder
 from offramp.core.errors import InputError
 from offramp.core.storage import digest_file, digest_rows, write_json
 from offramp.engines import register_engine
+from offramp_vllm.exports.exporters import checkpoint_of
 
 PYTHON = "OFFRAMP_VLLM_PYTHON"
 MODULES = ("vllm", "offramp_vllm")
@@ -99,13 +100,13 @@ def _checkpoint(backbone: Any) -> str:
     Raises:
         InputError: vLLM has no class for the model.
     """
-    kind = tiny_kind(backbone.name)
-    if backbone.is_encoder_decoder or (kind is None and backbone.name.startswith("offramp/")):
+    checkpoint = checkpoint_of(backbone.name)
+    if backbone.is_encoder_decoder or checkpoint.startswith("offramp/"):
         raise InputError(
             f"vLLM has no class for {backbone.name}.",
             "Serve it by another engine: leave --engine out.",
         )
-    return str(backbone.name if kind is None else tiny_folder(kind))
+    return checkpoint
 
 
 def _exported(opened: Any, source: Path) -> Path:
