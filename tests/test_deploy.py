@@ -183,9 +183,9 @@ def test_rays_scripts_load_and_answer_as_one_process(monkeypatch: pytest.MonkeyP
 # -- what is seen of it ----------------------------------------------------------------------------
 
 
-def test_every_metric_of_the_dashboard_is_exported() -> None:
-    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text("utf-8"))
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+@pytest.fixture(scope="module")
+def exported() -> set[str]:
+    """Names of the metrics of a server with a watch."""
     service = service_of(
         slots=1, more={"watch": WatchConfig(share=1.0), "prefix_cache": PrefixCache(2)}
     )
@@ -194,16 +194,40 @@ def test_every_metric_of_the_dashboard_is_exported() -> None:
     finally:
         service.close()
     endings = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
-    exported = {
+    return {
         family.name + ending
         for family in text_string_to_metric_families(text)
         for ending in endings[family.type]
     }
+
+
+def test_every_metric_of_the_dashboard_is_exported(exported: set[str]) -> None:
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text("utf-8"))
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     named = set(re.findall(r"offramp:\w+", " ".join(asked)))
     assert len(named) > 20 and named <= exported, named - exported
+    assert {f"offramp:{name}" for name in ("likeness_alarm", "unlike_requests")} <= named
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
+    places = [tuple(panel["gridPos"][n] for n in "xy") for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
     assert all('model_name=~"$model"' in expr for expr in asked)
+
+
+def test_every_alert_is_of_metrics_that_are_exported(exported: set[str]) -> None:
+    (group,) = yaml.safe_load((DEPLOY / "alerts.yaml").read_text("utf-8"))["groups"]
+    names = [rule["alert"] for rule in group["rules"]]
+    assert len(set(names)) == len(names) >= 5
+    for rule in group["rules"]:
+        assert {"alert", "expr", "labels", "annotations"} <= {*rule} <= {*RULE}
+        named = set(re.findall(r"offramp:\w+", rule["expr"]))
+        assert named and named <= exported, rule
+        assert rule["expr"].count("(") == rule["expr"].count(")")
+        assert re.fullmatch(r"\d+m", rule.get("for", "1m"))
+
+
+RULE = ("alert", "expr", "for", "labels", "annotations")
+"""Fields of a rule that Prometheus reads."""
 
 
 # -- the forge -------------------------------------------------------------------------------------

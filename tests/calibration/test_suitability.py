@@ -124,8 +124,9 @@ def test_the_shipped_model_settles_early_and_fast(
 
 
 def test_the_forecast_is_the_same_every_time_but_for_the_clock(
-    encoder: InputProcessor, scenes: list[Example]
+    encoder: InputProcessor, scenes: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "SECONDS", 1.0)
     one, two = (suitability(encoder, scenes, depths=(3,)).prospects for _ in range(2))
     clock: dict[str, Any] = {"speedup": {}, "calibrated": {}, "lossless": 1.0}
     assert [replace(p, **clock) for p in one] == [replace(p, **clock) for p in two]
@@ -149,15 +150,23 @@ def test_speed_is_tried_with_exits_that_leave_as_often_as_foretold(
         return output
 
     monkeypatch.setattr(module, "generate_forced", forced)
-    shares = {3: (0.9, {0.9: 0.75, 0.95: 0.5}), 9: (0.9, {0.9: 0.75, 0.95: 0.75})}
+    monkeypatch.setattr(module, "SECONDS", 1e9)  # of layers, which are the seconds here
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    shares = {3: (0.9, {0.9: 0.75, 0.95: 0.6, 0.98: 0.5}), 9: (0.9, {0.9: 0.75, 0.95: 0.75})}
     answers = full_model_answers(encoder, scenes, batch_size=8, max_new_tokens=16)
-    speeds, _ = module._speeds(encoder, answers, shares, None, 0, iter)
-    assert {*speeds} == {(3, 0.75), (3, 0.5), (9, 0.75), (3, None), (9, None)}
-    assert speeds[3, 0.75] > speeds[3, 0.5] > 1.0 and speeds[9, 0.75] < speeds[3, 0.75]
+    told, _ = module._speeds(encoder, answers, shares, None, 0, iter)
+    speeds = {(depth, share and round(share, 1)): speed for (depth, share), speed in told.items()}
+    assert {*speeds} == {(3, 0.8), (3, 0.5), (9, 0.8), (3, None), (9, None)}
+    assert speeds[3, 0.8] > speeds[3, 0.5] > 1.0 and speeds[9, 0.8] < speeds[3, 0.8]
     tokens = sum(len(answer.ids) for answer in answers[: module.TIMED])
     once = left[9][1 : 1 + module.TIMED]  # behind a try at the first one
     assert abs(sum(once) - 0.75 * tokens) <= 1
     assert {*drafted} == {answer.ids for answer in answers[: module.TIMED]}
+    assert all(share is None or abs(share * tokens % 1) in (0, 1) for _, share in told)
+    monkeypatch.setattr(module, "SECONDS", 0.0)  # a slow model writes few answers
+    left.clear()
+    module._speeds(encoder, answers, shares, None, 0, iter)
+    assert len(left[9]) == 1 + module.FEWEST_TIMED
 
 
 def test_too_few_prompts_are_refused(encoder: InputProcessor, scenes: list[Example]) -> None:

@@ -305,7 +305,7 @@ def test_generate_says_whether_its_answer_is_guaranteed(
         return caplog.text
 
     told = said()
-    assert "Promised: at most 0.75% differ. (with 95% confidence the mean over images" in told
+    assert "Promised: at most 0.75% differ, with 95% confidence. More: offramp inspect" in told
     for more, words in {
         ("--dtype", "bfloat16"): "precision bfloat16 where float32",
         ("--prompt", "Describe it."): "a prompt unlike",

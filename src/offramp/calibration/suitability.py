@@ -16,7 +16,7 @@ answers hold none that is wrong, followed likewise, with an interval from drawin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,14 +27,16 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from offramp.adapter.answers import full_model_answers
+from offramp.adapter.answers import GREEDY, prompted
 from offramp.core.errors import DataError, InputError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet, check_depths
+from offramp.core.models.intercept import InterceptedModel
+from offramp.core.models.opened import LayerCall
 from offramp.evaluation.scripted_exits import OPTIONS, Script, generate_forced
 from offramp.evaluation.timing import clock_on, exit_generate_fn, in_turn, timed
 from offramp.features.input_processor import InputProcessor
-from offramp.features.teacher_forcing import Answered, group, record
+from offramp.features.teacher_forcing import Answered, StateRecorder, check_length
 from offramp.inputs.example import Example
 
 Array = npt.NDArray[Any]
@@ -62,9 +64,9 @@ SHOWN = 3
 """Answers that are shown with the depths foretold of their words."""
 WORTH = 1.05
 """Below this speed exits are not worth their training."""
-TIMED, SECONDS, ROUNDS = 8, 12.0, 5
-"""Prompts whose answers are written at full depth and with exits that leave at random, seconds that
-this may take beyond a first round, and rounds at most."""
+FEWEST_TIMED, TIMED, SECONDS, ROUNDS = 2, 8, 24.0, 5
+"""Least and most prompts whose answers are written at full depth and with exits that leave at
+random, seconds that this may take beyond the fewest, and rounds at most."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,8 @@ class Suitability:
 
 
 def looked_at(layers: int) -> tuple[int, ...]:
-    """Return the depths tried by default: six, up to three quarters of the layers."""
-    return tuple(sorted({min(max(1, round(layers * k / 8)), layers - 1) for k in range(1, 7)}))
+    """Return the depths tried by default: four, up to three quarters of the layers."""
+    return tuple(sorted({min(max(1, round(layers * k / 8)), layers - 1) for k in (1, 2, 4, 6)}))
 
 
 @torch.no_grad()
@@ -232,8 +234,8 @@ def suitability(
     """Answer the prompts with the full model, and forecast how many tokens exits at `depths` would
     settle.
 
-    planned: prompts that training would have. progress: wraps the batches that are answered, the
-    batches that are read, and the prompts on which speed is tried.
+    planned: prompts that training would have. progress: wraps the batches that are answered, and
+    the prompts on which speed is tried.
 
     Raises:
         DataError: fewer than `FEWEST` prompts, or decoded tokens; a prompt that leaves no room for
@@ -252,10 +254,11 @@ def suitability(
             f"Training on {planned} prompts was planned, and {len(examples)} are given.",
             "Plan for at least as many.",
         )
-    answers = full_model_answers(
-        encoder, examples, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
-    )
-    seen = _Seen.of(encoder, answers, chosen, batch_size, seed, progress)
+    batches = prompted(encoder, examples, batch_size, max_new_tokens, progress)
+    written = [_written(encoder, inputs, chosen, max_new_tokens) for inputs in batches]
+    ids = [row for batch in written for row in batch.ids]
+    answers = [Answered(example, row, False) for example, row in zip(examples, ids, strict=True)]
+    seen = _Seen.of(written, answers, chosen, seed)
     more, shares, scores = planned / len(examples), {}, {}
     for depth in chosen:
         shares[depth], scores[depth] = _shares(backbone, seen, depth, more)
@@ -304,7 +307,11 @@ def _prospect(
 ) -> Prospect:
     """certain: shares of tokens that exit, by target, with their intervals. Seconds of a token are
     taken as a line between the shares at which speed was tried, and none."""
-    tried = sorted({share: 1 / speeds[depth, share] for share in settle.values()}.items())
+    tried = sorted(
+        (share, 1 / times)
+        for (own, share), times in speeds.items()
+        if own == depth and share is not None
+    )
     shares, seconds = zip((0.0, 1.0), *((s, t) for s, t in tried if s > 0), strict=True)
 
     def speed(share: float) -> float:
@@ -318,7 +325,7 @@ def _prospect(
         depth,
         agreement,
         settle,
-        {n: speeds[depth, settle[n]] for n in settle},
+        {n: speed(share) for n, share in settle.items()},
         {target: with_ends(told) for target, told in certain.items()},
         speeds[depth, None],
     )
@@ -354,50 +361,101 @@ class _Seen:
     @classmethod
     def of(
         cls,
-        encoder: InputProcessor,
+        written: Sequence[_Written],
         answers: Sequence[Answered],
         depths: Sequence[int],
-        batch_size: int,
         seed: int,
-        progress: Any,
     ) -> _Seen:
-        backbone, draw = encoder.backbone, torch.Generator().manual_seed(seed)
-        # The state that enters the last layer is the deepest one that is no final state yet.
-        entered = {depth: min(depth + 1, backbone.depth - 1) for depth in depths}
-        order = torch.randperm(len(answers), generator=draw)
-        number = {id(answer): int(n) for answer, n in zip(answers, order, strict=True)}
+        order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed))
         decoded = sum(len(answer.ids) - 1 for answer in answers)
         if decoded < FEWEST:
             raise DataError(
                 f"Beyond the first token, {len(answers)} answers have {decoded} tokens in all.",
                 "Give prompts with longer answers: the prompt's own pass gives the first token.",
             )
-        share = TOKENS / decoded
-        parts: list[tuple[Tensor, ...]] = []
-        for rows in progress(group(answers, batch_size)):
-            batch = record(encoder, rows, sorted(set(entered.values())))
-            answer = torch.tensor([number[id(row)] for row in rows])[:, None]
-            drawn = (answer < share * len(answers)).repeat(1, batch.mask.shape[1])  # a random order
-            drawn[:, 0] = False
-            keep = batch.mask & drawn.to(batch.mask.device)
-            answer = answer.expand(keep.shape)
-            count = torch.arange(1, keep.shape[1] + 1, device=keep.device)[:, None]
-            features = list[Tensor]()
-            for depth in depths:
-                given = backbone.final_norm(batch.entries(entered[depth])).float()
-                features += [given[keep], (given.cumsum(1) / count)[keep]]
-            parts.append(
-                (batch.teacher[keep], batch.targets[keep].cpu(), answer[keep.cpu()], *features)
-            )
-        final, said, answer, *both = (torch.cat(part) for part in zip(*parts, strict=True))
+        each = order.repeat_interleave(torch.tensor([len(answer.ids) - 1 for answer in answers]))
+        keep = each < TOKENS / decoded * len(answers)  # of answers in a random order
+        said = torch.tensor([token for answer in answers for token in answer.ids[1:]])[keep]
+
+        def of_all(part: Callable[[_Written], Tensor]) -> Tensor:
+            return torch.cat([part(batch) for batch in written])[keep].float()
+
         return cls(
-            untrained=dict(zip(depths, zip(both[::2], both[1::2], strict=True), strict=True)),
-            final=final.float(),
+            untrained={
+                depth: (
+                    of_all(lambda batch, d=depth: batch.untrained[d][0]),  # type: ignore[misc]
+                    of_all(lambda batch, d=depth: batch.untrained[d][1]),  # type: ignore[misc]
+                )
+                for depth in depths
+            },
+            final=of_all(lambda batch: batch.final),
             said=said,
             spoken=torch.unique(said),
-            answer=answer,
+            answer=each[keep],
             order=tuple(order.tolist()),
         )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A batch of the full model's answers. ids: of each. untrained, final: as of `_Seen`, of all
+    tokens but each answer's first [N, D], in the backbone's precision."""
+
+    ids: tuple[tuple[int, ...], ...]
+    untrained: Mapping[int, tuple[Tensor, Tensor]]
+    final: Tensor
+
+
+class _Noted(StateRecorder):
+    """Notes, while a model writes, the states of the position that each token comes from."""
+
+    def __init__(self, backbone: Backbone, entered: Collection[int]) -> None:
+        super().__init__(backbone, entered)
+        self.entries: list[dict[int, Tensor]] = []
+        self.final: list[Tensor] = []
+        self.states: list[int] = []
+        """How many positions came out of the last layer."""
+
+    def layer(self, call: LayerCall) -> Any:
+        out = super().layer(call)
+        if self.is_whole:
+            entries, _, final = self.take()
+            self.entries.append({depth: states[:, -1].clone() for depth, states in entries.items()})
+            self.final.append(final[:, -1].clone())
+            self.states.append(final.shape[1])
+        return out
+
+
+def _written(
+    encoder: InputProcessor, inputs: Mapping[str, Any], depths: Sequence[int], longest: int
+) -> _Written:
+    """The model's own answers to a batch, and the states that each token came from."""
+    backbone = encoder.backbone
+    # The state that enters the last layer is the deepest one that is no final state yet.
+    entered = {depth: min(depth + 1, backbone.depth - 1) for depth in depths}
+    noted = _Noted(backbone, {*entered.values()})
+    intercepted = InterceptedModel(backbone, noted)
+    with intercepted.recording() as calls:
+        made = intercepted.model.generate(**inputs, **GREEDY, max_new_tokens=longest)
+    check_length(calls[0], noted.states[0], backbone)
+    rows = made[:, -len(noted.final) :].tolist()
+    named = getattr(backbone.model.generation_config, "eos_token_id", None)
+    ends = {encoder.eos, *(named if isinstance(named, list) else [])}
+    ids = [
+        tuple(row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))])
+        for row in rows
+    ]
+    lengths = torch.tensor([[len(row)] for row in ids], device=made.device)
+    places = torch.arange(len(noted.final), device=made.device)
+    keep = (places > 0) & (places < lengths)
+    untrained = {}
+    for depth in depths:
+        entries = torch.stack([step[entered[depth]] for step in noted.entries], 1)
+        given = backbone.final_norm(entries)
+        mean = given.float().cumsum(1) / (places + 1)[:, None]
+        untrained[depth] = given[keep], mean[keep]
+    final = backbone.final_norm(torch.stack(noted.final, 1))[keep]
+    return _Written(tuple(ids), untrained, final)
 
 
 # -- what an exit would say --------------------------------------------------------------------
@@ -545,8 +603,9 @@ def _speeds(
     seed: int,
     progress: Any,
 ) -> tuple[dict[tuple[int, float | None], float], tuple[float, float]]:
-    """Of decoding, over full depth, by depth and the share of tokens that exits there: untrained
-    exits, whose work is a trained one's, leave at random so often. Where first tokens leave,
+    """Of decoding, over full depth, by depth and the share of tokens that exits there, the smallest
+    and the largest foretold: untrained exits, whose work is a trained one's, leave at random so
+    often. Where first tokens leave,
     decoding has to read their prompts deeper later on, as it will. None: it drafts, and is right at
     random as often as foretold. And seconds of an answer at full depth, whole and of decoding."""
     backbone, clock = encoder.backbone, clock_on(encoder.backbone.device.type)
@@ -584,7 +643,8 @@ def _speeds(
         return exit_generate_fn(backbone, max_new_tokens=len(rank), **OPTIONS)(inputs, stop)
 
     ways: list[_Way] = [(depth, None) for depth in shares]
-    ways += sorted({(d, share) for d, told in shares.items() for share in told[1].values()})
+    ends = ((d, end(told[1].values())) for d, told in shares.items() for end in (min, max))
+    ways += sorted({*ends})
     writes: dict[_Way | None, Any] = {None: full}
     writes |= {way: partial(forced, way=way) for way in ways}
     runs = {way: partial(timed, write, clock=clock) for way, write in writes.items()}
@@ -596,12 +656,22 @@ def _speeds(
             if way is None or way[1] is not None:
                 raise
             del runs[way]  # states that cannot be taken back
-    rounds = min(ROUNDS, 1 + int(SECONDS / len(given) / (clock() - began)))
-    found = in_turn(runs, given, rounds=rounds, progress=progress)
+    passes = max(FEWEST_TIMED, int(SECONDS / (clock() - began)))
+    some = given[: min(passes, len(given))]
+    rounds = max(1, min(ROUNDS, passes // len(given)))
+    found = in_turn(runs, some, rounds=rounds, progress=progress)
     took = {
         way: float(np.median([[decode for _, decode, _ in one] for one in by_round], 0).sum())
         for way, by_round in found.items()
     }
     whole = np.median([[whole for whole, _, _ in one] for one in found[None]], 0).mean()
     speeds = {way: took[None] / took[way] if way in took else 1.0 for way in ways}
-    return speeds, (float(whole), took[None] / len(given))
+    left = {  # a share of few tokens is of whole ones
+        (depth, share): float((torch.cat(ranks[: len(some)]) < share).float().mean())
+        for depth, share in ways
+        if share is not None
+    }
+    return {(d, left.get((d, s))): x for (d, s), x in speeds.items()}, (
+        float(whole),
+        took[None] / len(some),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,23 +53,54 @@ def loaded(arguments: argparse.Namespace, **more: Any) -> Any:
 
     more: arguments of `offramp.load`, instead of options.
     """
-    from offramp.engines.loading import load
-
     asked = {"engine": TORCH, "vision": TORCH, **_given(arguments, ADAPTER), **more}
     name = asked.pop("name") if "name" in asked else arguments.adapter
+    _told(name)
+    from offramp.engines.loading import load
+
     return load(name, **asked)
+
+
+def _told(name: str) -> None:
+    """On a terminal, say what is waited for."""
+    if sys.stderr.isatty():
+        log.info("opening %s", name)
+
+
+def check_name(name: str, *, exits: bool) -> None:
+    """Look for a model before PyTorch is loaded, which takes seconds. exits: whether the name is to
+    be of exits.
+
+    Raises:
+        AdapterError: there are no exits of that name. InputError: nor a model.
+    """
+    from offramp.adapter.shipped import exits_folder, is_photo, tiny_kind
+    from offramp.common.names import close_name, is_hub_name
+
+    if is_photo(name) or tiny_kind(name) is not None or os.path.isdir(name) or is_hub_name(name):
+        return
+    if exits:
+        exits_folder(name)
+    if os.sep in name:  # else it may be one of the hub's names without an owner
+        raise InputError(
+            f"No vision-language model could be loaded from {name!r}: there is no such folder.",
+            f"{close_name(name)}Give a folder written by save_pretrained, or a hub name such as "
+            "Salesforce/blip2-opt-2.7b.",
+        )
 
 
 def load_model(
     arguments: argparse.Namespace, name: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
     """Return the backbone and its processor. revision: used without --revision."""
-    from offramp.engines import engine_named
-    from offramp.engines.loading import open_backbone
-
     name = arguments.backbone if name is None else name
     if name is None:
         raise InputError("No backbone was named.", "Give --backbone NAME.")
+    check_name(name, exits=False)
+    _told(name)
+    from offramp.engines import engine_named
+    from offramp.engines.loading import open_backbone
+
     asked = {"revision": revision, **_given(arguments, BACKBONE)}
     if asked.get("vision") == AUTO:
         asked["vision"] = TORCH
@@ -88,6 +120,11 @@ def check_engine(arguments: argparse.Namespace) -> None:
 
     vision = getattr(arguments, "vision", TORCH)
     check_asked(arguments.engine, arguments.gguf, arguments.quantize, vision)
+    if arguments.gguf is not None and not arguments.gguf.is_dir():
+        raise InputError(
+            f"There is no folder {str(arguments.gguf)!r} of files for llama.cpp.",
+            "Write it: offramp export FOLDER --gguf q8_0 --out FOLDER.",
+        )
 
 
 def check_exits(backbone: Any, processor: Any, example: Any) -> dict[str, Any]:

@@ -119,6 +119,7 @@ class Loaded:
         if image is None:
             inputs = self.encoder.text_prompt(prompt)
         else:
+            image = Path(image) if isinstance(image, str) else image
             image = Example(image, "", (), key="image").open_image(self.encoder.smallest_side)
             inputs = self.encoder.prompts([Example(image, prompt, (), key="image")])
         options = {"max_new_tokens": self.longest, "do_sample": False, **options}

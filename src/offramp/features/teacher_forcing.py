@@ -114,6 +114,11 @@ class StateRecorder:
             self._final = first(out)
         return out
 
+    @property
+    def is_whole(self) -> bool:
+        """Return True after the last layer of a call."""
+        return self._final is not None
+
     def take(self) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
         """Return, for the last call, layer inputs and exit states by depth, and the final state,
         all [B, T, D]."""
@@ -140,7 +145,7 @@ def record(encoder: InputProcessor, rows: Sequence[Answered], depths: Sequence[i
     prepared = prepare(intercepted.model, prompts, max_new_tokens=1)
     prefill = Prefill(intercepted, prepared)
     prompt, _, final = handler.take()
-    _check_length(prefill.prefill, final, backbone)
+    check_length(prefill.prefill, final.shape[1], backbone)
     # The rest of the prompt teaches nothing; a copy, or the slice would hold all of it.
     final = final[:, -1:].clone()
     answer = {depth: states[:, :0].clone() for depth, states in prompt.items()}
@@ -176,14 +181,17 @@ def _text_ids(prompts: Mapping[str, Any], states: Tensor, backbone: Backbone) ->
     return torch.where(real, ids, none)
 
 
-def _check_length(kw: Mapping[str, Any], states: Tensor, backbone: Backbone) -> None:
-    """Raise where states came out of the stack that did not go in: masks are then made inside."""
+def check_length(kw: Mapping[str, Any], states: int, backbone: Backbone) -> None:
+    """Raise where more states came out of the stack than went in: masks are then made inside.
+
+    kw: arguments that the stack was called with. states: how many came out, in each row.
+    """
     given = kw.get("inputs_embeds")
     given = kw["input_ids"] if given is None else given
-    if given.shape[1] != states.shape[1]:
+    if given.shape[1] != states:
         raise UnsupportedBackboneError(
             f"{type(backbone.model).__name__} joins the image to the text inside its decoder: "
-            f"{given.shape[1]} tokens became {states.shape[1]} states.",
+            f"{given.shape[1]} tokens became {states} states.",
             "Exits cannot be trained on it; use a model that joins them before.",
         )
 

@@ -63,6 +63,14 @@ class Verdict:
         return f"{self.says} ({self.reason})" if self.reason else self.says
 
     @property
+    def brief(self) -> str:
+        """Return the verdict in at most fifteen words: a promise without what it is about, else its
+        reason."""
+        if self.promise is None:
+            return self.sentence
+        return f"{self.says[:-1]}, with {self.promise.confidence:.0%} confidence."
+
+    @property
     def unlike(self) -> bool:
         """Return True if the request is called unlike the calibrated ones."""
         return is_unlike(self.p_value)

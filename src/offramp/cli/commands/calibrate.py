@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli.drafts import EXAMPLES, find_drafts
-from offramp.cli.loading import adapter_folder, check_engine, loaded, read_data, unseen_items
+from offramp.cli.loading import (
+    adapter_folder,
+    check_engine,
+    check_name,
+    loaded,
+    read_data,
+    unseen_items,
+)
 from offramp.cli.options import (
     ASKED,
     DATA,
@@ -164,6 +171,7 @@ def _kind_target(text: str) -> tuple[str, float]:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
+    check_name(arguments.adapter, exits=True)
     from offramp.calibration.asked import Guarantee
     from offramp.training.checkpoint import held
 

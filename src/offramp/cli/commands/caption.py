@@ -1,43 +1,21 @@
-"""`offramp caption`: what images show, a line each."""
+"""`offramp caption`: `offramp generate`, with the images first and the photo model unless named."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from offramp.cli.commands.generate import answer_options, generate
-from offramp.cli.options import NAMED_EXITS, adapter_options, add_command
-from offramp.cli.parser import Parser
-from offramp.cli.pictures import picture
+from offramp.cli.commands.generate import USUAL, generate, question_options
+from offramp.cli.options import add_command
 
 
 def add(commands: Any) -> None:
     add_command(
         commands,
         "caption",
-        "Describe images, a line each; the short form of generate.",
-        "offramp caption dog.jpg\n  offramp caption photos --model exits",
+        "Describe images, a line each: generate, by the photo model unless another is named.",
+        "offramp caption dog.jpg\n  offramp caption photos --out captions.jsonl --model exits",
         generate,
-        _options,
-        usual="model max-new-tokens mode depths engine gguf json",
+        partial(question_options, captions=True),
+        usual=USUAL,
     )
-
-
-def _options(parser: Parser) -> None:
-    parser.add_argument(
-        "image",
-        type=picture,
-        nargs="+",
-        metavar="FILE",
-        help="images to describe: files, folders or addresses, - for stdin",
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        dest="adapter",
-        default="photo",
-        metavar="NAME",
-        help=f"{NAMED_EXITS} (default: photo)",
-    )
-    adapter_options(parser, group, "all", auto=True)
-    answer_options(parser)
-    parser.set_defaults(prompt=None, interactive=False, stream=False)

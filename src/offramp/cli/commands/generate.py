@@ -7,14 +7,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from offramp.adapter.shipped import close_shipped
-from offramp.cli.loading import check_engine, loaded, policy_of
+from offramp.cli.loading import check_engine, check_name, loaded, policy_of
 from offramp.cli.options import (
     LONGEST,
+    NAMED_EXITS,
+    adapter_options,
     add_command,
     length_option,
     model_options,
@@ -26,7 +29,7 @@ from offramp.cli.options import (
 from offramp.cli.output import print_json, print_text, tell
 from offramp.cli.parser import Parser, number, seed, share, whole
 from offramp.cli.pictures import picture, unfolded
-from offramp.core.errors import InputError, printable
+from offramp.core.errors import DataError, InputError, printable
 
 log = logging.getLogger(__name__)
 ASK = "Ask by `offramp generate`."
@@ -44,23 +47,36 @@ def add(commands: Any) -> None:
         "  offramp generate exits --image dog.jpg --temperature 0.7 --seed 1",
         generate,
         question_options,
-        usual="image prompt stream max-new-tokens mode depths engine gguf json",
+        usual=USUAL,
     )
 
 
-def question_options(parser: Parser, *, chat: bool = False) -> None:
-    """Add the options of questions. chat: without those that a chat sets."""
-    model_options(parser, adapter=True, engines="all", auto=True)
+USUAL = "image model prompt stream max-new-tokens mode depths engine gguf out json"
+
+
+def question_options(parser: Parser, *, captions: bool = False, chat: bool = False) -> None:
+    """Add the options of questions about images.
+
+    captions: the images come first, and the model is photo unless it is named. chat: without the
+    options that a chat sets.
+    """
+    from offramp.core.decoding.policy import MODES
+
+    if captions:
+        group = parser.add_argument_group("model")
+        name = f"{NAMED_EXITS} (default: photo)"
+        group.add_argument("--model", dest="adapter", default="photo", metavar="NAME", help=name)
+        adapter_options(parser, group, "all", auto=True)
+    else:
+        model_options(parser, adapter=True, engines="all", auto=True)
     group = parser.add_argument_group("question")
-    group.add_argument(
-        "--image",
-        type=picture,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="files, folders or addresses, - for stdin (default: none, where the model also "
-        "answers text alone)",
-    )
+    named = "files, folders or addresses, - for stdin"
+    images: dict[str, Any] = {"type": picture, "nargs": "+", "metavar": "FILE"}
+    if captions:
+        group.add_argument("image", help=named, **images)
+    else:
+        without = f"{named} (default: none, where the model also answers text alone)"
+        group.add_argument("--image", default=[], help=without, **images)
     if not chat:
         group.add_argument(
             "--prompt",
@@ -72,13 +88,13 @@ def question_options(parser: Parser, *, chat: bool = False) -> None:
         group.add_argument(
             "--stream", action="store_true", help="print the answer as it is written"
         )
-    answer_options(parser)
-
-
-def answer_options(parser: Parser) -> None:
-    """Add the options of how an answer is written and shown."""
-    from offramp.core.decoding.policy import MODES
-
+        group.add_argument(
+            "--out",
+            type=Path,
+            metavar="FILE",
+            help="also add each answer to this file as a line of JSON; images that it holds are "
+            "not answered again (default: none)",
+        )
     vision_options(parser.add_argument_group("images"))
     group = parser.add_argument_group("answer")
     group.add_argument(
@@ -124,10 +140,11 @@ def answer_options(parser: Parser) -> None:
 def generate(arguments: argparse.Namespace) -> None:
     options = _generation_options(arguments)
     check_engine(arguments)
+    check_name(arguments.adapter, exits=True)
     _check_images(arguments)
+    opened = loaded(arguments, answers=max(1, len(arguments.image)))
     from offramp.engines.loading import usual_prompt  # PyTorch, which takes seconds
 
-    opened = loaded(arguments, answers=max(1, len(arguments.image)))
     adapter, runtime, encoder = opened.adapter, opened.model, opened.encoder
     if options["max_new_tokens"] is None:
         options["max_new_tokens"] = opened.longest
@@ -145,20 +162,64 @@ def generate(arguments: argparse.Namespace) -> None:
         options["vision_cache"] = VisionCache()
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
-    for name, image, prompt, inputs in _questions(arguments, asked, encoder):
-        policy = policy_of(arguments, adapter, prompt, where).in_mode(arguments.mode)
-        result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
-        verdict = adapter.verdict(
-            result,
-            encoder.processor,
-            prompt,
-            image,
-            policy=policy,
-            engine=where,
-            longest=options["max_new_tokens"],
-            sampling="sampled" if options["do_sample"] else "greedy",
+    with _kept(arguments) as (before, keep):
+        for name, prompt in _questions(arguments, asked):
+            how = _asked_by(arguments, prompt)
+            if (row := before.get(_key(name, how))) is not None:
+                _show(row, arguments)
+                continue
+            image, inputs = _opened(name, prompt, encoder)
+            policy = policy_of(arguments, adapter, prompt, where).in_mode(arguments.mode)
+            result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
+            verdict = adapter.verdict(
+                result,
+                encoder.processor,
+                prompt,
+                image,
+                policy=policy,
+                engine=where,
+                longest=options["max_new_tokens"],
+                sampling="sampled" if options["do_sample"] else "greedy",
+            )
+            row = _row(name, result, verdict, encoder)
+            keep({**row, "asked": how})
+            if not arguments.stream:
+                _show(row, arguments)
+            if not arguments.json:
+                _tell(row, verdict, arguments)
+
+
+SAMPLING = ("temperature", "top_p", "top_k", "seed")
+ASKED_BY = ("adapter", "backbone", "mode", "threshold", "max_new_tokens", *SAMPLING)
+"""Options on which an answer depends."""
+
+
+def _asked_by(arguments: argparse.Namespace, prompt: str) -> dict[str, Any]:
+    """What an answer depends on beside its image, as a row of --out names it."""
+    given = {name: getattr(arguments, name) for name in ASKED_BY}
+    return {"prompt": prompt, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _key(image: Any, asked: dict[str, Any]) -> str:
+    return f"{image} {sorted(asked.items())}"
+
+
+@contextmanager
+def _kept(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[..., None]]]:
+    """The rows of --out by image and what was asked, and a function that adds one."""
+    if getattr(arguments, "out", None) is None:
+        yield {}, lambda row: None
+        return
+    from offramp.common.jsonl_log import JsonlLog
+
+    rows = JsonlLog.read(arguments.out) if arguments.out.exists() else []
+    if strange := [row for row in rows if not {"image", "answer", "asked"} <= row.keys()]:
+        raise DataError(
+            f"{arguments.out} holds other rows than answers: {', '.join(strange[0])[:80]}.",
+            "Give another --out.",
         )
-        _show(name, result, verdict, encoder, arguments)
+    with JsonlLog(arguments.out) as log_file:
+        yield {_key(row["image"], row["asked"]): row for row in rows}, log_file.append
 
 
 def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -212,20 +273,22 @@ def _take_question(arguments: argparse.Namespace) -> None:
             arguments.prompt = str(arguments.image.pop())
 
 
-def _questions(
-    arguments: argparse.Namespace, asked: str, encoder: Any
-) -> Iterator[tuple[Any, Any, str, dict[str, Any]]]:
-    """Files, their opened images, prompts and, for each, what `generate` takes. asked: the prompt
-    of all images, where none are typed."""
+def _questions(arguments: argparse.Namespace, asked: str) -> Iterator[tuple[Any, str]]:
+    """Images, None for text alone, with their prompts. asked: where none are typed."""
+    for prompt in _typed() if arguments.interactive else [asked]:
+        for name in arguments.image or [None]:
+            yield name, prompt
+
+
+def _opened(name: Any, prompt: str, encoder: Any) -> tuple[Any, dict[str, Any]]:
+    """The image, opened, and what `generate` takes."""
     from offramp.inputs.example import Example
 
-    for prompt in _typed() if arguments.interactive else [asked]:
-        for name in arguments.image:
-            example = Example(name, prompt, (), key=str(name))
-            example = replace(example, image=example.open_image(encoder.smallest_side))
-            yield name, example.image, prompt, encoder.prompts([example])
-        if not arguments.image:
-            yield None, None, prompt, encoder.text_prompt(prompt)
+    if name is None:
+        return None, encoder.text_prompt(prompt)
+    example = Example(name, prompt, (), key=str(name))
+    example = replace(example, image=example.open_image(encoder.smallest_side))
+    return example.image, encoder.prompts([example])
 
 
 def _typed() -> Iterator[str]:
@@ -278,36 +341,47 @@ def _streamer(tokenizer: Any) -> Any:
     return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _show(
-    image: Any, result: Any, verdict: Any, encoder: Any, arguments: argparse.Namespace
-) -> None:
+def _row(name: Any, result: Any, verdict: Any, encoder: Any) -> dict[str, Any]:
+    """An answer, as --json prints it."""
     ids = result.new_tokens[0].tolist()
     depths, scores = result.depths[0].tolist(), result.scores[0].tolist()
     tokens = [encoder.tokenizer.decode([i]) for i in ids]
-    text = encoder.texts(result.new_tokens)[0]
+    steps = [
+        {"token": t, "id": i, "depth": d, "score": None if s != s else round(s, 6)}
+        for t, i, d, s in zip(tokens, ids, depths, scores, strict=True)
+    ]
+    return {
+        "image": None if name is None else str(name),
+        "answer": encoder.texts(result.new_tokens)[0],
+        "layers": result.layers,
+        "mean_depth": result.mean_depth,
+        "verdict": verdict.to_json(),
+        "steps": steps,
+    }
+
+
+def _show(row: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print an answer on stdout."""
     if arguments.json:
-        steps = [
-            {"token": t, "id": i, "depth": d, "score": None if s != s else round(s, 6)}
-            for t, i, d, s in zip(tokens, ids, depths, scores, strict=True)
-        ]
-        row = {
-            "image": None if image is None else str(image),
-            "answer": text,
-            "layers": result.layers,
-            "mean_depth": result.mean_depth,
-            "verdict": verdict.to_json(),
-            "steps": steps,
-        }
-        print_json(row)
-        return
-    if not arguments.stream:
-        name = f"{printable(str(image))}: " if len(arguments.image) > 1 else ""
-        print_text(f"{name}{printable(text)}")
+        print_json({name: value for name, value in row.items() if name != "asked"})
+    else:
+        image = f"{printable(row['image'])}: " if len(arguments.image) > 1 else ""
+        print_text(f"{image}{printable(row['answer'])}")
+
+
+def _tell(row: dict[str, Any], verdict: Any, arguments: argparse.Namespace) -> None:
+    """Print on stderr how deep an answer ran and what is promised of it."""
     if arguments.depths:
-        paint, layers = painter(), [result.layers] * len(tokens)
-        tell(" ".join(map(paint, map(printable, tokens), depths, layers)))
-    log.info("mean depth %.1f of %d", result.mean_depth, result.layers)
-    log.info("%s", verdict.sentence)
+        paint = painter()
+        steps = [(printable(s["token"]), s["depth"], row["layers"]) for s in row["steps"]]
+        tell(" ".join(paint(*step) for step in steps))
+    log.info("mean depth %.1f of %d", row["mean_depth"], row["layers"])
+    more = ""
+    if verdict.promise is not None:
+        more = f" More: offramp inspect {arguments.adapter}"
+    elif not verdict.exact:
+        more = " The full model's words: --mode lossless."
+    log.info("%s%s", verdict.brief, more)
 
 
 def painter() -> Callable[[str, int, int], str]:

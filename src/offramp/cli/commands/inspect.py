@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.loading import check_exits, load_model, read_data
+from offramp.cli.loading import check_exits, check_name, load_model, read_data
 from offramp.cli.options import (
     ASKED,
     DATA,
@@ -23,7 +23,7 @@ from offramp.cli.options import (
     name_first,
     precision_options,
 )
-from offramp.cli.output import inline, plain, say_next, show_result
+from offramp.cli.output import inline, plain, print_text, say_next, show_result
 from offramp.cli.outputs import check_out_file, is_page, overwrite_option
 from offramp.cli.parser import Parser
 from offramp.core.errors import InputError
@@ -71,7 +71,7 @@ def _options(parser: Parser) -> None:
         required=False,
     )
     group = parser.add_argument_group("would exits pay?")
-    depths_option(group, "--depths", "depths to try (default: six, up to three quarters)")
+    depths_option(group, "--depths", "depths to try (default: four, up to three quarters)")
     length_option(group)
     batch_option(group, FORECAST["batch_size"], "prompts at once")
     group.add_argument(
@@ -81,6 +81,7 @@ def _options(parser: Parser) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    check_name(arguments.name, exits=False)
     from offramp.core.save_and_load import CONFIG
 
     is_adapter = os.path.isfile(os.path.join(arguments.name, CONFIG))
@@ -101,14 +102,28 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.data and not is_adapter:
         _suitability(arguments)
         return
+    shipped = None if is_adapter else _shipped(arguments.name)
+    if shipped is not None and not arguments.json:
+        print_text(_told(shipped, "exits", "thresholds", "guarantee"))
     description = _adapter(arguments.name) if is_adapter else _backbone(arguments)
     text = _told(description) if is_adapter else plain({n: inline(description[n]) for n in SHOWN})
-    show_result(description, text, as_json=arguments.json)
+    show_result(description | ({"exits": shipped} if shipped else {}), text, as_json=arguments.json)
     if is_adapter:
         say_next(f"offramp generate {arguments.name} --image dog.jpg")
         return
     depth = next(iter(description["proposed_depths"].values()), [1])[0]
     say_next(f"offramp train {arguments.name} --data photos --depths {depth} --out exits")
+
+
+def _shipped(name: str) -> dict[str, Any] | None:
+    """What is known of the exits that ship with a model; None: none do."""
+    from offramp.adapter.shipped import shipped_exits
+
+    try:
+        folder = shipped_exits(name)
+    except InputError:  # a model that ships alone, or a package that is not there
+        return None
+    return None if folder is None else _adapter(str(folder))
 
 
 def _adapter(name: str) -> dict[str, Any]:
@@ -129,8 +144,8 @@ def _adapter(name: str) -> dict[str, Any]:
     return entries
 
 
-def _told(entries: dict[str, Any]) -> str:
-    """The contents of adapter.json in ten lines, for people."""
+def _told(entries: dict[str, Any], *some: str) -> str:
+    """The contents of adapter.json in ten lines, for people. some: only these lines."""
     from offramp.core.decoding.policy import policy_from_json
     from offramp.promises.conditions import Conditions, of_policy
     from offramp.promises.guarantee import standing
@@ -157,7 +172,7 @@ def _told(entries: dict[str, Any]) -> str:
         "verified": entries["verified"],
         "all": "with --json",
     }
-    return plain({name: value or "none" for name, value in told.items()})
+    return plain({n: value or "none" for n, value in told.items() if not some or n in some})
 
 
 SHOWN = (
@@ -246,7 +261,7 @@ def _suitability(arguments: argparse.Namespace) -> None:
         say_next(*after)
 
 
-STEPS = ("answers", "states", "speed")
+STEPS = ("answers", "speed")
 
 
 def _forecast(found: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.cli.loading import check_engine, loaded
+from offramp.cli.loading import check_engine, check_name, loaded
 from offramp.cli.options import (
     NAMED_EXITS,
     add_command,
@@ -189,6 +189,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     from offramp.serving.monitor.watch_config import WatchConfig
 
     check_engine(arguments)
+    check_name(arguments.name, exits=True)
     if arguments.watch.get("share") != 0:
         WatchConfig(**arguments.watch)
     if arguments.engine != AUTO:
