@@ -666,12 +666,10 @@ def _speeds(
     }
     whole = np.median([[whole for whole, _, _ in one] for one in found[None]], 0).mean()
     speeds = {way: took[None] / took[way] if way in took else 1.0 for way in ways}
-    left = {  # a share of few tokens is of whole ones
+    left: dict[_Way, float] = {  # a share of few tokens is of whole ones
         (depth, share): float((torch.cat(ranks[: len(some)]) < share).float().mean())
         for depth, share in ways
         if share is not None
     }
-    return {(d, left.get((d, s))): x for (d, s), x in speeds.items()}, (
-        float(whole),
-        took[None] / len(some),
-    )
+    told = {(way[0], left.get(way)): speed for way, speed in speeds.items()}
+    return told, (float(whole), took[None] / len(some))
