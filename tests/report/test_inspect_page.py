@@ -36,6 +36,7 @@ def told(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Path:
     if name == "smolvlm":
         save_smolvlm(model)
     else:
+        model.mkdir()
         whole = Backbone(families.build(name, wide=4.0))
         both = (whole, fakes.Blip2FakeProcessor(name))
         patch.setattr("offramp.cli.commands.inspect.load_model", lambda *_, **__: both)

@@ -64,7 +64,7 @@ SHOWN = 3
 """Answers that are shown with the depths foretold of their words."""
 WORTH = 1.05
 """Below this speed exits are not worth their training."""
-FEWEST_TIMED, TIMED, SECONDS, ROUNDS = 2, 8, 24.0, 5
+FEWEST_TIMED, TIMED, SECONDS, ROUNDS = 4, 8, 12.0, 5
 """Least and most prompts whose answers are written at full depth and with exits that leave at
 random, seconds that this may take beyond the fewest, and rounds at most."""
 
