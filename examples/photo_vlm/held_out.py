@@ -24,7 +24,6 @@ CONFIDENCE = 0.95
 THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Captions of a small model: few tokens are said with more than nine tenths of the probability."""
 DRAFTS = (0.0, 0.1, 0.2, 0.3, 0.5)
-SEVERITY = 3
 
 _ALONE = {"adversarial": 0.0}
 _LABELS_ONLY = {"distillation": 0.0, "adversarial": 0.0}
@@ -43,8 +42,8 @@ REGIMES: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class Sizes:
     """Photographs with captions and questions to train exits on, steps, examples measured (`exact`:
-    captions decoded losslessly; `damaged`: photographs corrupted), whether lossless mode is
-    measured in bfloat16 too (`curves`), and the risks that are guaranteed."""
+    captions decoded losslessly), whether lossless mode is measured in bfloat16 too (`curves`), and
+    the risks that are guaranteed."""
 
     captions: int = 6000
     questions: int = 1000
@@ -53,7 +52,6 @@ class Sizes:
     asked: int = 600
     timed: int = 60
     rounds: int = 2
-    damaged: int = 200
     exact: int = 300
     curves: bool = True
     targets: tuple[float, ...] = (0.01, 0.05)
@@ -71,7 +69,6 @@ MODEST = Sizes(
     asked=60,
     timed=8,
     rounds=2,
-    damaged=0,
     exact=24,
     curves=False,
     targets=(0.05,),
@@ -85,15 +82,14 @@ MIDDLE = Sizes(
     asked=200,
     timed=50,
     rounds=3,
-    damaged=60,
     exact=40,
     curves=False,
 )
-"""One regime, its lossless mode and corruptions, speeds on 50 photographs; an hour of one core."""
+"""One regime and its lossless mode, speeds on 50 photographs; an hour of one core."""
 LARGE = Sizes()
 """One regime with all that is asked of the first one, speeds on 60 photographs; two hours of one
 core."""
-QUICK = Sizes(24, 8, 4, 16, 40, 2, 1, 8)
+QUICK = Sizes(24, 8, 4, 16, 40, 2, 1)
 SIZES = {"large": LARGE, "middle": MIDDLE, "small": SMALL, "modest": MODEST, "quick": QUICK}
 
 

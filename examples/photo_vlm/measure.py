@@ -18,15 +18,7 @@ from tqdm import tqdm
 
 from examples.photo_vlm.command import command, parser_of
 from examples.photo_vlm.evaluate import load
-from examples.photo_vlm.held_out import (
-    DRAFTS,
-    REGIMES,
-    SEVERITY,
-    SIZES,
-    Photos,
-    cider,
-    full_figures,
-)
+from examples.photo_vlm.held_out import DRAFTS, REGIMES, SIZES, Photos, full_figures
 from examples.photo_vlm.regime import ALWAYS, OPTIONS, PROMISE, measured, promised_of, timings_of
 from offramp.adapter.adapter import Adapter
 from offramp.calibration.draft_thresholds import draft_speeds
@@ -38,7 +30,6 @@ from offramp.core.storage import read_json, write_json
 from offramp.data.decontamination import picture_digests
 from offramp.evaluation.timing import speedups
 from offramp.inputs.example import Example
-from offramp_lab.inputs.corruptions import CORRUPTIONS, corrupted
 
 # -- what is asked of the first regime alone --------------------------------------------------
 
@@ -66,18 +57,6 @@ def lossless(photos: Photos, adapter: Adapter, examples: Sequence[Example]) -> d
         "acceptance": accepted / max(1, drafted),
         "drafts": {str(d): t for d, t in policy.drafts.items()},
     }
-
-
-def damaged(photos: Photos, adapter: Adapter) -> dict[str, Any]:
-    """CIDEr on damaged photographs, full and early."""
-    figures: dict[str, Any] = {}
-    photographs = photos.part("captions", 1)[: photos.sizes.damaged]
-    for name in CORRUPTIONS:
-        examples = [corrupted(e, name, SEVERITY, seed=0) for e in photographs]
-        full = cider(photos.answers(photos.none, "captions", examples), examples)
-        early = cider(photos.answers(adapter, "captions", examples), examples)
-        figures[name] = {"cider_full": full, "cider": early, "cider_drop": 1 - early / full}
-    return figures
 
 
 def shipped(adapter: Adapter, figures: dict[str, Any], examples: Sequence[Example]) -> Adapter:
@@ -148,9 +127,8 @@ def first_of_all(photos: Photos, precise: Callable[[], Photos], regime: str, out
 def assemble(place: Path, size: str, depths: Sequence[int]) -> dict[str, Any]:
     """The record, of what has been measured so far in a size."""
     parts: dict[str, Any] = {"full": read_json(place / "full.json")}
-    for kind, prefix in (("regimes", ""), ("damaged", "damaged-")):
-        files = {r: place / f"{prefix}{_slug(r)}.json" for r in REGIMES}
-        parts[kind] = {r: read_json(file) for r, file in files.items() if file.is_file()}
+    files = {r: place / f"{_slug(r)}.json" for r in REGIMES}
+    parts["regimes"] = {r: read_json(file) for r, file in files.items() if file.is_file()}
     for name in ("first", "lossless", "lossless_bfloat16"):
         file = place / f"{name}.json"
         parts[name] = read_json(file) if file.is_file() else None
@@ -205,11 +183,6 @@ def main() -> None:
             exits = place / "exits" / _slug(regime)
             write_json(file, measured(photos, regime, exits, len(arguments.regimes)))
         print(read_json(file), file=sys.stderr)
-        worn = place / f"damaged-{_slug(regime)}.json"
-        if SIZES[size].damaged and size != "small" and not worn.is_file():
-            adapter = Adapter.load(place / "exits" / _slug(regime), photos.backbone)
-            early = shipped(adapter, read_json(file), promised_of(photos))
-            write_json(worn, damaged(photos, early))
     if size != "small":
         first = arguments.regimes[0]
         early = first_of_all(photos, lambda: photographs("float32"), first, place)

@@ -35,7 +35,7 @@ from offramp.core.executors.kv_cache import cache_parameter
 from offramp.core.models.exits import Exits
 from offramp.features.shortlist import places_of
 from offramp.training.losses import kl
-from offramp_lab.records.end_to_end import always
+from offramp_lab.records.photographs.opened import always
 from offramp_lab.records.student import Taught, embedded, keep, padded, taught, wear, written
 from offramp_lab.records.subjects import halves, photo_exits
 

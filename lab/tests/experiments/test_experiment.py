@@ -74,12 +74,10 @@ def test_a_record_is_put_together_from_the_parts_that_are_there(
     assert list(record.read()) == ["one", "two", "three", "provenance"]
 
 
-def test_what_others_found_is_there_too_and_a_first_finding_stays(tmp_path: Path) -> None:
-    one, other = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
-    Kept(one).keep("a", [1])
-    kept = Kept(other, [one, other])
+def test_a_first_finding_stays(tmp_path: Path) -> None:
+    Kept(tmp_path / "0.jsonl").keep("a", [1])
+    kept = Kept(tmp_path / "0.jsonl")
     assert "a" in kept and "b" not in kept
     kept.keep("a", [2])
     kept.keep("b", None)
-    assert Kept(other, [one]).found == {"a": [1], "b": None}
-    assert Kept(other).found == {"b": None}
+    assert Kept(tmp_path / "0.jsonl").found == {"a": [1], "b": None}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from offramp.inputs.example import Example
 from offramp_lab.records import suitability
-from offramp_lab.records.record import Kept, Record, Some, asked
+from offramp_lab.records.record import Record, Some, Turns, asked
 
 
 def given(monkeypatch: pytest.MonkeyPatch, *words: str, **options: Any) -> Any:
@@ -73,13 +73,28 @@ def test_what_every_way_made_of_an_example_is_not_made_again(tmp_path: Path) -> 
     asked_for: list[tuple[str, str]] = []
 
     def way(name: str) -> Any:
-        return lambda key: (asked_for.append((name, key)), name + key)[1]
+        return lambda e: (asked_for.append((name, e.key)), name + e.key)[1]
 
     ways = {("one", "full"): way("1"), ("two", "full"): way("2")}
-    first = Kept(tmp_path / "kept.jsonl").answers(ways, examples[:2], lambda e: e.key, "")
+    first = Turns(tmp_path / "kept.jsonl").answers(ways, examples[:2], "")
     assert first == {("one", "full"): ["1a", "1b"], ("two", "full"): ["2a", "2b"]}
     asked_for.clear()
     again = dict(reversed(ways.items()))  # by name, in whatever order they come
-    told = Kept(tmp_path / "kept.jsonl").answers(again, examples, lambda e: e.key, "")
+    told = Turns(tmp_path / "kept.jsonl").answers(again, examples, "")
     assert told == {("two", "full"): ["2a", "2b", "2c"], ("one", "full"): ["1a", "1b", "1c"]}
     assert sorted(asked_for) == [("1", "a"), ("1", "c"), ("2", "a"), ("2", "c")]
+
+
+def test_ways_that_came_later_take_a_turn_with_those_that_they_stand_beside(tmp_path: Path) -> None:
+    example, turns = Example(Image.new("RGB", (1, 1)), "", (), "a"), Turns(tmp_path / "a.jsonl")
+    numbers = iter(range(100))
+    ways = {name: lambda _: next(numbers) for name in ("full", "early", "late")}
+    some = {name: ways[name] for name in ("full", "early")}
+    turns.take(some, example, ())
+    first = turns.told(some, [example])
+    turns.take({name: ways[name] for name in ("full", "late")}, example, ())
+    turns.take(some, example, ())  # it is there
+    assert turns.told(some, [example]) == first
+    beside = turns.told(("full", "late"), [example])
+    assert {*beside["full"], *beside["late"]} == {2, 3} and next(numbers) == 4
+    assert Turns(tmp_path / "a.jsonl").told(("full", "late"), [example]) == beside

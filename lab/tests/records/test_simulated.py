@@ -20,13 +20,9 @@ def test_rules_keep_what_was_broken_without_them() -> None:
     assert all(row["more"] <= 0.1 for row in found["needed"])
 
 
-def test_a_watch_sees_what_comes_late_and_what_exits_doubted() -> None:
-    late = [watched.delay(0.01, 1_000, 50.0, 20, starts) for starts in (True, False)]
-    assert late[0]["median_images"] < late[1]["median_images"]
+def test_a_watch_sees_what_exits_doubted() -> None:
     answers = watched.DOUBTS["a twentieth holds 90%"]
     delays = watched.active("", answers, 20, 1_000)["delays"]["3"]
     assert delays["active"]["median_images"] < delays["uniform"]["median_images"] / 2
     found = watched.judged(20, 400)
     assert found["false_alarms"] <= 0.1 and found["delays"]["4"]["noticed"] > 0.9
-    alarms = [watched.on_average("bursts", slack, 20)["alarms"] for slack in (1, 3)]
-    assert alarms[0] > alarms[1] + 0.2

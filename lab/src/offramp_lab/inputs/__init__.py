@@ -1,1 +1,1 @@
-"""What experiments are made on: tiny families, corrupted pictures."""
+"""What experiments are made on: tiny families, pictures that look alike."""

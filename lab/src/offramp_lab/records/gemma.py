@@ -36,8 +36,8 @@ from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import identical
 from offramp_lab.experiments.factors import Measured, Name, entries_of
 from offramp_lab.places import RUNS
-from offramp_lab.records.end_to_end import Stages, always, last_exit, torch_way
-from offramp_lab.records.record import Kept, Record, asked, words
+from offramp_lab.records.photographs.opened import Stages, always, last_exit, torch_way
+from offramp_lab.records.record import Kept, Record, Turns, asked, words
 from offramp_lab.records.text import THINGS, WORDS, prompts_of, step, write_model
 
 RECORD = Record("gemma")
@@ -149,7 +149,7 @@ def _measured(
         (BASE[0], mode, ""): partial(torch_way(stages, encoder, of, policy), most=NEW)
         for mode, (of, policy) in policies.items()
     }
-    told = Kept(work / "answers.jsonl").answers(ways, held, lambda example: example, "prompts")
+    told = Turns(work / "answers.jsonl").answers(ways, held, "prompts")
     full = [ids for ids, _ in told[BASE]]
     return {
         name: Measured.of(rows, {"same": identical([ids for ids, _ in rows], full)})

@@ -18,8 +18,8 @@ from offramp_llama_cpp.segment import Segment
 
 from offramp_lab.experiments.experiment import Experiment, each, spent
 from offramp_lab.places import RUNS
+from offramp_lab.records.photographs.opened import COMES, ENGINE
 from offramp_lab.records.record import Record, asked
-from offramp_lab.records.runtimes.methods import ENGINE, STOCK
 from offramp_lab.records.subjects import load_photo
 
 RECORD = Record("matmul")
@@ -46,7 +46,7 @@ def main() -> None:
         file = work / f"{kind}.gguf"
         if not file.is_file():
             export_whole(backbone, file, ExportFormats(kind))
-        sides = {"ms": ENGINE, "llama.cpp": STOCK}
+        sides = {"ms": ENGINE, "llama.cpp": COMES}
         segments = {name: Segment(file, engine, tap_layer=None) for name, engine in sides.items()}
         for segment in segments.values():
             segment.feed(states[:BEFORE], 1)

@@ -7,7 +7,7 @@ import argparse
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,10 +167,9 @@ class Group:
 class Kept:
     """What was found, as JSON has it, by key; in a file, so that it is not asked for again."""
 
-    def __init__(self, file: Path, others: Sequence[Path] = ()) -> None:
-        """others: files to which other processes add theirs."""
-        files = [f for f in dict.fromkeys((file, *others)) if f.is_file()]
-        self.found = {row["key"]: row["found"] for f in files for row in JsonlLog.read(f)}
+    def __init__(self, file: Path) -> None:
+        rows = JsonlLog.read(file) if file.is_file() else []
+        self.found = {row["key"]: row["found"] for row in rows}
         self._log = JsonlLog(file)
 
     def __contains__(self, key: str) -> bool:
@@ -181,25 +180,55 @@ class Kept:
             self.found[key] = found
             self._log.append({"key": key, "found": found})
 
-    def answers(
-        self,
-        ways: Mapping[Any, Callable[[Any], Any]],
-        examples: Sequence[Any],
-        given: Callable[[Any], Any],
-        title: str,
-    ) -> dict[Any, list[Any]]:
-        """What every way makes of every example or `Group`, of each in an order of its own; what is
-        kept is not made again.
 
-        ways: by name, or by a tuple of what sets them apart. given: what they take of an example.
+class Turns:
+    """What ways made of examples: an example is answered by all that are asked of it, in an order
+    that is drawn, before the next one. Kept in a file, so that a run that was cut off goes on."""
+
+    def __init__(self, file: Path) -> None:
+        self._found: dict[str, list[dict[str, Any]]] = {}
+        for row in JsonlLog.read(file) if file.is_file() else ():
+            self._found.setdefault(row["key"], []).append(row["found"])
+        self._log, self._warm = JsonlLog(file), set[Any]()
+
+    def take(
+        self, ways: Mapping[Any, Callable[[Any], Any]], example: Any, first: Sequence[Any]
+    ) -> None:
+        """Ask all ways, unless a turn of this example had them.
+
+        ways: by name, or by a tuple of what sets them apart. first: what a way is tried on before
+        it counts: code and tables are made then.
         """
-        names = {name: name if isinstance(name, str) else ", ".join(name) for name in ways}
-        for way in ways.values():
-            way(given(examples[0]))  # code and tables are made once
+        if self._turn(example.key, ways) is not None:
+            return
+        for name in [name for name in ways if name not in self._warm]:
+            for one in first:
+                ways[name](one)
+            self._warm.add(name)
+        order = random.Random(example.key).sample([*ways], len(ways))
+        taken = {_key(name): ways[name](example) for name in order}
+        self._found.setdefault(example.key, []).append(taken)
+        self._log.append({"key": example.key, "found": taken})
+
+    def told(self, names: Iterable[Any], examples: Sequence[Any]) -> dict[Any, list[Any]]:
+        """By name, what it made of each example in the last turn that had all of them."""
+        names = [*names]
+        turns = [self._turn(example.key, names) for example in examples]
+        return {name: [turn[_key(name)] for turn in turns if turn] for name in names}
+
+    def answers(
+        self, ways: Mapping[Any, Callable[[Any], Any]], examples: Sequence[Any], title: str
+    ) -> dict[Any, list[Any]]:
+        """What all ways make of all examples."""
         for example in bar(title)(examples):
-            if example.key not in self:
-                one, order = given(example), random.Random(example.key).sample([*ways], len(ways))
-                taken = {name: ways[name](one) for name in order}
-                self.keep(example.key, {names[name]: taken[name] for name in ways})
-        rows = [self.found[example.key] for example in examples]
-        return {name: [row[key] for row in rows] for name, key in names.items()}
+            self.take(ways, example, examples[:1])
+        return self.told(ways, examples)
+
+    def _turn(self, key: str, names: Iterable[Any]) -> dict[str, Any] | None:
+        wanted = {_key(name) for name in names}
+        turns = reversed(self._found.get(key, ()))
+        return next((turn for turn in turns if wanted <= turn.keys()), None)
+
+
+def _key(name: Any) -> str:
+    return name if isinstance(name, str) else " | ".join(name)

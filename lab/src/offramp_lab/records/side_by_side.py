@@ -3,20 +3,17 @@
 `python -m offramp_lab.records.side_by_side` needs photographs and onnxruntime, and first trains an
 EAGLE-3 drafter on the full model's captions of the training split. All ways caption the same
 photographs in the batch engine (PyTorch, float32, one thread), one at a time and several at once,
-in turns. They are early exit, by thresholds that ship and by careful ones, untrained exits at the
-same thresholds, and every token at the exit; losslessly exits that draft on, four drafts sure or
-not, untrained exits, EAGLE-3, trained and not, and n-grams of the text. CPU milliseconds to the
-first token (picture and vision tower included, and the prompts before it where several come at
-once), and for each that follows. What was answered is kept in runs/side_by_side, so that a run that
-was cut off goes on there.
+in turns. They are early exit by what ships, untrained exits at the same thresholds, and every token
+at the exit; losslessly exits that draft on, untrained exits, EAGLE-3, and n-grams of the text. CPU
+milliseconds to the first token (picture and vision tower included, and the prompts before it where
+several come at once), and for each that follows. What was answered is kept in runs/side_by_side, so
+that a run that was cut off goes on there.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,119 +26,52 @@ from examples.photo_vlm.rows import CAPTIONS
 from offramp_vllm.exports.eagle3 import Eagle3Drafter
 
 from offramp.adapter.adapter import Adapter
-from offramp.core.decoding.policy import FULL, ExitPolicy
-from offramp.core.models.exits import Exits, ExitSet
+from offramp.core.decoding.policy import FULL
+from offramp.core.models.exits import Exits
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.evaluation.timing import decoding
 from offramp.inputs.example import Example
-from offramp.serving.core import EngineCore
-from offramp.serving.engine_config import EngineConfig
-from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import same, times
-from offramp_lab.methods.eagle import NAME, attached, load_drafter
+from offramp_lab.experiments.factors import LOSSLESS
+from offramp_lab.methods.eagle import NAME, load_drafter
 from offramp_lab.places import RUNS
-from offramp_lab.records.end_to_end import CAREFUL, TOWER, always, at, scores
-from offramp_lab.records.record import Group, Kept, Record, asked, words
+from offramp_lab.records.batched import Batched, answered
+from offramp_lab.records.photographs.opened import EARLY, STATIC, TOWER, policy_of
+from offramp_lab.records.photographs.told import scores
+from offramp_lab.records.record import Group, Record, Turns, asked, words
 from offramp_lab.records.subjects import halves, load_photo
 from offramp_lab.records.text import step
 
 RECORD = Record("side_by_side")
 AT_ONCE = (1, 8, 32)
-LIMIT = 128
-EARLY, LOSSLESS = "early_exit", "lossless"
-OPTIONS: dict[str, Any] = {"max_new_tokens": LONGEST["captions"], "do_sample": False}
 
 
-@dataclass(frozen=True)
-class Way:
-    """mode: of its requests. drafter: that is attached meanwhile."""
-
-    policy: ExitPolicy
-    mode: str
-    exits: ExitSet | None = None
-    drafter: Eagle3Drafter | None = None
-
-
-def ways_of(adapter: Adapter, drafter: Eagle3Drafter) -> dict[str, Way]:
+def ways_of(adapter: Adapter, drafter: Eagle3Drafter) -> dict[str, Batched]:
     """All ways by name."""
-    backbone, exits, policy = adapter.backbone, adapter.exits, adapter.policy
-    [depth] = policy.thresholds
-    fresh = replace(exits, modules=_untrained(adapter, "layer"))
-    lossless = replace(policy, lossless=True)
-    by_name: dict[str, Any] = {"lossless": True, "thresholds": {}, "first": {}}
-    eagle = replace(policy, drafts={NAME: 0.1}, max_draft=7, **by_name)
-    ngram = replace(policy, drafts={"ngram": 0.0}, max_draft=3, **by_name)
-    copied = Eagle3Drafter(backbone, drafter.words)
-    fixed = replace(lossless, drafts={depth: 0.0}, max_draft=4)
+    exits = adapter.exits
+    policy = {mode: policy_of(adapter, mode) for mode in (EARLY, STATIC, LOSSLESS)}
+    fresh, other = (
+        replace(exits, modules=_untrained(adapter, kind)) for kind in ("layer", exits.modules.kind)
+    )
+    lossless = policy[LOSSLESS]
+    none: dict[str, Any] = {"thresholds": {}, "first": {}}
+    eagle = replace(lossless, drafts={NAME: 0.1}, max_draft=7, **none)
+    ngram = replace(lossless, drafts={"ngram": 0.0}, max_draft=3, **none)
     return {
-        "full": Way(FULL, "full"),
-        "early exit": Way(policy, EARLY, exits),
-        "early exit, careful": Way(at(policy, depth, **CAREFUL), EARLY, exits),
-        "early exit, untrained": Way(policy, EARLY, fresh),
-        "static": Way(always(policy, depth), EARLY, exits),
-        "exit drafts": Way(lossless, LOSSLESS, exits),
-        "exit drafts, always 4": Way(fixed, LOSSLESS, exits),
-        "exit drafts, untrained": Way(
-            lossless, LOSSLESS, replace(exits, modules=_untrained(adapter, exits.modules.kind))
-        ),
-        "EAGLE-3": Way(eagle, LOSSLESS, None, drafter),
-        "EAGLE-3, untrained": Way(eagle, LOSSLESS, None, copied),
-        "n-grams": Way(ngram, LOSSLESS),
+        "full": Batched(FULL),
+        "early exit": Batched(policy[EARLY], exits),
+        "early exit, untrained": Batched(policy[EARLY], fresh),
+        "static": Batched(policy[STATIC], exits),
+        "exit drafts": Batched(lossless, exits),
+        "exit drafts, untrained": Batched(lossless, other),
+        "EAGLE-3": Batched(eagle, None, drafter),
+        "n-grams": Batched(ngram),
     }
 
 
 def _untrained(adapter: Adapter, kind: str) -> Exits:
     """Exits at the same depths, as training begins with them."""
     return Exits(adapter.backbone, adapter.exits.depths, kind=kind).requires_grad_(False)
-
-
-def answered(
-    adapter: Adapter, encoder: Any, way: Way, group: Sequence[Example], at_once: int
-) -> list[dict[str, Any]]:
-    """Caption the photographs, which come at the same moment. Returns for each the ids, the CPU
-    seconds to the first token and after it, and the rounds."""
-    backbone = adapter.backbone
-    attaching: AbstractContextManager[None] = nullcontext()
-    if way.drafter is not None:
-        attaching = attached(backbone, way.drafter, at_once, LIMIT)
-    config = EngineConfig(slots=at_once, limit=LIMIT)
-    with attaching:
-        core = EngineCore(backbone, way.exits, way.policy, config, clock=time.process_time)
-        begin = time.process_time()
-        handles = [
-            core.add(Request(encoder.prompts([example]), way.mode, options=OPTIONS))
-            for example in group
-        ]
-        opened = time.process_time() - begin
-        core.run()
-    done = [handle.result() for handle in handles]
-    return [
-        {
-            "ids": one.output.new_tokens[0].tolist(),
-            "first": opened / len(group) + one.first,
-            "rest": sum(one.gaps),
-            "rounds": [*one.output.rounds],
-        }
-        for one in done
-    ]
-
-
-def measured(
-    adapter: Adapter,
-    encoder: Any,
-    ways: Mapping[str, Way],
-    examples: Sequence[Example],
-    at_once: int,
-    work: Path,
-) -> dict[str, list[dict[str, Any]]]:
-    """What each way answered to each photograph, so many at once."""
-    by_name = {
-        name: partial(answered, adapter, encoder, way, at_once=at_once)
-        for name, way in ways.items()
-    }
-    groups, kept = Group.all(examples, at_once), Kept(work / f"{at_once}.jsonl")
-    told = kept.answers(by_name, groups, lambda group: group.examples, f"{at_once} at once")
-    return {name: [*chain(*rows)] for name, rows in told.items()}
 
 
 def entries_of(
@@ -208,7 +138,12 @@ def main() -> None:
     ways = ways_of(adapter, drafter)
     examples = halves(arguments.data)[1][: arguments.photographs]
     for at_once in AT_ONCE:
-        told = measured(adapter, encoder, ways, examples, at_once, work)
+        by_name = {
+            name: partial(answered, adapter=adapter, encoder=encoder, way=way, at_once=at_once)
+            for name, way in ways.items()
+        }
+        groups, kept = Group.all(examples, at_once), Turns(work / f"{at_once}.jsonl")
+        told = {n: [*chain(*r)] for n, r in kept.answers(by_name, groups, f"{at_once}").items()}
         entries += entries_of(told, at_once, examples, encoder)
     RECORD.write(
         {

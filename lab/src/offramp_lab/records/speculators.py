@@ -8,10 +8,7 @@ and without. The programs are built from the same source as the wheel of llama-c
 `cmake -B build -DLLAMA_BUILD_EXAMPLES=ON`, targets llama-simple and llama-speculative-simple.
 llama.cpp's own drafts of n-grams, which need no training, stand beside it. They draft next to
 nothing, so the drafter's speed is told against them: the same program, on one thread, where
-llama-simple takes as many as llama.cpp likes. Where the photographs are, the photo model gets a
-drafter too, which sees none of them. --speculators PYTHON:
-of an environment with the library speculators, whose loader then reads the folder too. Three
-hours. What is in --work is taken from there.
+llama-simple takes as many as llama.cpp likes. Two hours. What is in --work is taken from there.
 """
 
 from __future__ import annotations
@@ -31,34 +28,19 @@ from offramp.common.folders import cache_folder
 from offramp.core.storage import write_atomic
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Kept, Record, asked, words
-from offramp_lab.records.text import PARTS, WORDS, converted, kept, prompts_of, step, write_model
+from offramp_lab.records.text import PARTS, WORDS, converted, prompts_of, step, write_model
 
 RECORD = Record("speculators")
 DRAFTS = 4
 KNOWN = (*PARTS["train"][0], *PARTS["choose"][0])
 LEARNT, WRITTEN = 4800, 48
 """Prompts that it learns from, and tokens of an answer."""
-CAPTIONS = "flickr8k_captions.jsonl"
 FULL, OURS, NGRAMS = "full depth", "EAGLE-3 drafter", "n-grams of the answer so far"
 CPU = ("ru_utime", "ru_stime")
-LOADING = "SpeculatorModel.from_pretrained('drafter')"
-LOADED = (
-    "import sys; from importlib.metadata import version; from speculators import SpeculatorModel; "
-    "m = SpeculatorModel.from_pretrained(sys.argv[1]); "
-    "print(type(m).__name__, version('speculators'), m.config.eagle_aux_hidden_state_layer_ids)"
-)
 
 
 def main() -> None:
-    arguments = asked(
-        __doc__,
-        data=True,
-        steps=3000,
-        prompts=100,
-        work=RUNS / RECORD.name,
-        speculators=Path,
-        more=_more,
-    )
+    arguments = asked(__doc__, steps=3000, prompts=100, work=RUNS / RECORD.name, more=_more)
     work: Path = arguments.work
     write_model(weights_file(LANGUAGE, cache_folder("photo")), work / "model")
     write_atomic(work / "train.txt", "\n".join(prompts_of((*KNOWN, *WORDS["more"]), LEARNT)) + "\n")
@@ -84,7 +66,7 @@ def _more(parser: Any) -> None:
 def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
     model, drafter = work / "model", work / "drafter"
     converter = arguments.llama_cpp / "convert_hf_to_gguf.py"
-    told = [
+    return [
         step(
             "export",
             words(
@@ -100,18 +82,6 @@ def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
         ),
         converted("model's file", work, converter, model, work / "q8_0.gguf"),
     ]
-    if (arguments.data / CAPTIONS).is_file():
-        photo = words(
-            "--to speculators --adapter photo --data {} --split train --limit 1000 "
-            "--prompt Caption: --steps 600 --max-new-tokens 20 --out {} --json",
-            *(arguments.data / CAPTIONS, work / "photo-drafter"),
-        )
-        told.append(step("export photo", photo, work, arguments.data))
-    if arguments.speculators is not None:
-        program = [str(arguments.speculators), "-c", LOADED]
-        found = kept("loaded", work, program, "python", [str(drafter)])
-        told.append({**found, "command": LOADING})
-    return told
 
 
 def _answers(work: Path, programs: Path, held: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

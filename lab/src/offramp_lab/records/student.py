@@ -1,4 +1,4 @@
-"""A static student of five layers of the photo model, for `offramp_lab.records.five_layers`.
+"""A static student of five layers of the photo model, for the record `five_layers`.
 
 `python -m offramp_lab.records.student --out FOLDER` trains it on photographs of the training split
 and goes on where it was cut off: the four layers below the exit and the exit's layer, from the
@@ -101,7 +101,7 @@ class Student(nn.Module):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        backbone, (depth,) = adapter.backbone, adapter.exits.depths
+        backbone, (depth, *_) = adapter.backbone, adapter.exits.depths
         exits = Exits(backbone, [depth])  # copies of the layer there: as the exit began
         self.layers = nn.ModuleList([*backbone.layers[:depth], exits.at(depth)])
         self.image = backbone.model.config.image_token_index
@@ -166,16 +166,19 @@ def _loss(student: Student, rows: Sequence[Taught]) -> float:
     return float(torch.cat(losses).mean())
 
 
-def wear(adapter: Adapter, file: Path) -> dict[str, Any]:
-    """Give the adapter the student's layers, in the place of its own; return what its training
-    took."""
-    state = torch.load(file, weights_only=True)
-    (depth,) = adapter.exits.depths
-    student: dict[str, Tensor] = state["student"]
+def wear(adapter: Adapter, file: Path) -> None:
+    """Give the adapter the student's layers, in the place of its own up to its first exit."""
+    depth, *_ = adapter.exits.depths
+    student: dict[str, Tensor] = torch.load(file, weights_only=True)["student"]
     for index, layer in enumerate([*adapter.backbone.layers[:depth], adapter.exits.at(depth)]):
         start = f"layers.{index}."
         own = {n.removeprefix(start): t for n, t in student.items() if n.startswith(start)}
         layer.load_state_dict(own, strict=index < depth)
+
+
+def took(file: Path) -> dict[str, Any]:
+    """What the student's training took."""
+    state = torch.load(file, weights_only=True)
     told = ("steps", "seconds", "best", "reinforced", *LONGEST)
     return {name: state[name] for name in told if name in state}
 

@@ -44,8 +44,8 @@ from offramp.features.input_processor import InputProcessor
 from offramp.inputs.example import Example
 from offramp_lab import inputs
 from offramp_lab.places import RUNS
+from offramp_lab.records.alone import ALONE, ENGINE, THEIRS, Way, beside_alone, edge_ways
 from offramp_lab.records.record import Kept, Record, asked, words
-from offramp_lab.records.runtimes.ways import ALONE, ENGINE, THEIRS, Way, beside_alone, edge_ways
 
 RECORD = Record("text")
 NEW, DEPTH, PORT = 24, 10, 8731

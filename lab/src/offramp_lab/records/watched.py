@@ -1,9 +1,8 @@
 """Simulate a watched guarantee; rewrites lab/records/watched.json.
 
-How often a promise that just holds is ever called broken, and where it holds on average alone;
-after how many watched images one that does not hold is, from the start and after many good images,
-with and without new starts of the bets; and where answers are drawn by how much exits doubted
-them. Some fifteen minutes of one core.
+How often a promise that just holds is ever called broken, and after how many watched images one
+that does not hold is; also where answers are drawn by how much exits doubted them. Some ten minutes
+of one core.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,22 +17,17 @@ from offramp.adapter.answers import generate_answers
 from offramp.cli import demo
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.promises.active_draw import BLOCK, MOST, chances, doubt
-from offramp.promises.betting import RATIOS, Restarts, as_share
+from offramp.promises.betting import Restarts, as_share
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import tiny_with
 
 Array = npt.NDArray[Any]
-Rate = Callable[[int], float]
 Answers = Callable[[np.random.Generator, float, tuple[int, int]], tuple[Array, Array]]
 """Draws, of a risk, what answers lose and how much exits doubt them, in a shape."""
 
 RECORD = Record("watched")
 TARGETS = (0.0075, 0.01, 0.02, 0.05)
 LEVEL = 0.01
-GOOD = 0.3
-"""The risk of good images, as a share of what was promised."""
-AFTER = (0, 1_000, 5_000, 20_000)
-TIMES = (1.5, 2.0, 5.0, 50.0)
 
 
 def main() -> None:
@@ -45,16 +39,6 @@ def main() -> None:
 
 
 # -- alarms ----------------------------------------------------------------------------------------
-
-
-class Once(Restarts):
-    """The same bets without new starts, as they were at first."""
-
-    def start(self) -> bool:
-        if self.n == 0:
-            self.fortune, self.kept = self.fortune + 1 / len(RATIOS), 0.0
-            self.for_cues = np.zeros_like(self.for_cues)
-        return self.n == 0
 
 
 def first_alarms(bets: Restarts, draws: Iterable[Array]) -> Array:
@@ -69,22 +53,18 @@ def first_alarms(bets: Restarts, draws: Iterable[Array]) -> Array:
     return found
 
 
-def alarms(
-    promised: float, rate: Rate, streams: int, images: int, *, starts: bool = True, seed: int = 0
-) -> Array:
-    """First alarms of streams whose losses are 1 with probability rate(image), else 0; 0: none."""
-    random, kind = np.random.default_rng(seed), Restarts if starts else Once
-    losses = (
-        (random.random(streams) < rate(image)).astype(float) for image in range(1, images + 1)
-    )
-    return first_alarms(kind(promised, (streams,)), losses)
+def alarms(promised: float, risk: float, streams: int, images: int, seed: int) -> Array:
+    """First alarms of streams whose losses are 1 at a risk, else 0; 0: none."""
+    random = np.random.default_rng(seed)
+    losses = ((random.random(streams) < risk).astype(float) for _ in range(images))
+    return first_alarms(Restarts(promised, (streams,)), losses)
 
 
 def entry(target: float, streams: int, images: int) -> dict[str, Any]:
     """Of one promise: false alarms over `images` images, and delays from the start."""
-    false = alarms(target, steady(target), streams, images, seed=1) > 0
+    false = alarms(target, target, streams, images, seed=1) > 0
     delays = {
-        f"{times:g}": told(alarms(target, steady(times * target), 200, images, seed=2))
+        f"{times:g}": told(alarms(target, times * target, 200, images, seed=2))
         for times in (1.5, 2.0, 3.0, 10.0)
     }
     return {
@@ -96,37 +76,12 @@ def entry(target: float, streams: int, images: int) -> dict[str, Any]:
     }
 
 
-def steady(risk: float) -> Rate:
-    return lambda image: risk
-
-
 def told(alarmed: Array) -> dict[str, Any]:
     noticed = alarmed[alarmed > 0]
     return {
         "noticed": float((alarmed > 0).mean()),
         "median_images": float(np.median(noticed)) if len(noticed) else None,
         "p95_images": float(np.percentile(noticed, 95)) if len(noticed) else None,
-    }
-
-
-def delay(target: float, after: int, times: float, streams: int, starts: bool) -> dict[str, Any]:
-    """Images until a risk that rises after so many good ones is noticed."""
-    most = after + round(150 / target) if times < 2 else after + round(80 / target)
-
-    def rate(image: int) -> float:
-        return GOOD * target if image <= after else times * target
-
-    found = alarms(target, rate, streams, most, starts=starts, seed=3)
-    early = float(((found > 0) & (found <= after)).mean())
-    later = np.where(found > after, found - after, 0)[(found == 0) | (found > after)]
-    return {
-        "target": target,
-        "after": after,
-        "times": times,
-        "new_starts": starts,
-        "within": most - after,
-        "alarms_before": early,
-        **told(later),
     }
 
 
@@ -244,48 +199,17 @@ def judged(streams: int, most: int) -> dict[str, Any]:
     }
 
 
-# -- a risk that is below the promise on average ---------------------------------------------------
-
-UNEVEN: dict[str, tuple[str, Callable[[float], Rate]]] = {
-    "bursts": (
-        "of every 500 images 50 of one user, at 8 times the mean risk",
-        lambda mean: lambda image: 8 * mean if image % 500 < 50 else 0.2 / 0.9 * mean,
-    ),
-    "days": (
-        "a cycle of 2,000 images from 0.1 to 1.9 times the risk",
-        lambda mean: lambda image: mean * (1 + 0.9 * float(np.sin(image * 2 * np.pi / 2000))),
-    ),
-}
-
-
-def on_average(kind: str, slack: int, streams: int) -> dict[str, Any]:
-    """Alarms over 20,000 images whose risk is nine tenths of the promise on average."""
-    target = 0.01
-    words, rate = UNEVEN[kind]
-    found = alarms(slack * target, rate(0.9 * target), streams, 20_000, seed=4) > 0
-    return {"kind": kind, "words": words, "slack": slack, "alarms": float(found.mean())}
-
-
 # -- the parts -------------------------------------------------------------------------------------
 
 
 PARTS: dict[str, Callable[[int, int], Any]] = {
     "level": lambda streams, images: LEVEL,
     "entries": lambda streams, images: [entry(target, streams, images) for target in TARGETS],
-    "delays": lambda streams, images: [
-        delay(0.01, after, times, max(20, streams // 5), starts)
-        for after in (a for a in AFTER if a <= images)
-        for times in TIMES
-        for starts in (True, False)
-    ],
     "active": lambda streams, images: [
         active(words, answers, streams, images)
         for words, answers in {**DOUBTS, TINY: tiny_answers()}.items()
     ],
     "judged": lambda streams, images: judged(streams, images // 4),
-    "on_average": lambda streams, images: [
-        on_average(kind, slack, max(20, streams // 5)) for kind in UNEVEN for slack in (1, 2, 3)
-    ],
 }
 
 

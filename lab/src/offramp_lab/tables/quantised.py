@@ -31,7 +31,7 @@ def _speed(entry: Value) -> str:
     """Tokens a second; over `generate` in float32 what is not of exits, or over exits off of the
     same format what is."""
     over = "over_generate" if entry["mode"] == "full" else "over_full"
-    return speed_over(over, "cpu_tokens_per_second")(entry)
+    return speed_over(over)(entry)
 
 
 def answers() -> Table:

@@ -38,10 +38,10 @@ def timed_entries() -> Entries:
     return by(record("runtimes")["timings"]["entries"], *WAY)
 
 
-def speed_over(name: str, unit: str = "tokens_per_second", digits: int = 0) -> Callable[[Any], str]:
+def speed_over(name: str, digits: int = 0) -> Callable[[Any], str]:
     """A speed, and the multiple of the entry's that is called `name`, with its interval if it is
     known."""
-    return lambda entry: f"{entry[unit]:.{digits}f} ({_ratio(entry, name)})"
+    return lambda entry: f"{entry['cpu_tokens_per_second']:.{digits}f} ({_ratio(entry, name)})"
 
 
 def _ratio(entry: Value, name: str) -> str:
@@ -49,7 +49,7 @@ def _ratio(entry: Value, name: str) -> str:
     return with_range(ratio, ends, ".2f")
 
 
-_speed = speed_over("over_llama_cpp", "cpu_tokens_per_second")
+_speed = speed_over("over_llama_cpp")
 
 
 def by_format(
@@ -92,7 +92,7 @@ def in_torch() -> Table:
     ways = {"`generate`": ("generate", "full"), f"`generate`{static[8:]}": (static, "full")}
     ways |= {title: ("offramp, torch", mode) for mode, title in MODES.items()}
     ways |= {f"{t}, compiled": ("offramp, torch, compiled", m) for m, t in MODES.items()}
-    cell = speed_over("over_generate", "cpu_tokens_per_second", 1)
+    cell = speed_over("over_generate", 1)
     return by_format(timed_entries(), ways, ("float32",), cell)
 
 
@@ -111,7 +111,7 @@ def identical() -> Table:
 
 
 def beside_alone(one: Value) -> tuple[str, ...]:
-    """Of an entry of `offramp_lab.records.runtimes.ways`: its speed, and that in two parts."""
+    """Of an entry of `offramp_lab.records.alone`: its speed, and that in two parts."""
     names = {"alone": "the engine alone", "full": "exits off"}
     name = names.get(one["mode"], one["mode"].replace("_", " "))
     rate = f"{one['tokens_per_cpu_second']:.0f}"

@@ -1,19 +1,27 @@
-"""Ways to write the same answers, beside an engine alone: each speedup in two parts."""
+"""An engine alone, without exits, and ways to write the same answers beside it: each speedup in two
+parts."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from offramp_llama_cpp import EngineOptions
+from offramp_llama_cpp.architectures import architecture_of
 from offramp_llama_cpp.edge.model import EdgeModel
+from offramp_llama_cpp.entry import Embeddings, PromptEntry
 from offramp_llama_cpp.native.tap import States
 from offramp_llama_cpp.prompt import Prompt
 from offramp_llama_cpp.segment import Segment
+from torch import Tensor
+from transformers import StoppingCriteriaList
 
+from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import MODES
 from offramp.core.decoding.sequence import Token
 from offramp_lab.experiments.experiment import Experiment, same, spent, times
@@ -96,6 +104,34 @@ def greedy(
             break
         states = embed(tokens[-1:])
     return tokens
+
+
+class Alone:
+    """llama.cpp without exits: the decoder in one file, greedy, and fed with the rows that we feed
+    ours. end: the token that ends an answer."""
+
+    def __init__(self, adapter: Adapter, file: Path, engine: EngineOptions, end: int) -> None:
+        backbone = adapter.backbone
+        self.entry = PromptEntry(backbone, architecture_of(backbone), engine)
+        self.segment, self.end = Segment(file, engine, tap_layer=None), end
+        self.embeddings = Embeddings(backbone)
+
+    def __call__(
+        self, inputs: Mapping[str, Any], stop: StoppingCriteriaList, max_new_tokens: int
+    ) -> Tensor:
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        with torch.inference_mode():
+            _, [prompt] = self.entry.read(inputs, options)
+        none = torch.zeros(1, 1, dtype=torch.long)  # it only hears that a token is there
+        answer = greedy(
+            self.segment,
+            prompt.states,
+            lambda ids: self.embeddings.of_token(ids[0], 0),
+            lambda token: token == self.end,
+            max_new_tokens,
+            lambda: stop(none, None),
+        )
+        return torch.tensor(answer)
 
 
 def edge_ways(whole: Segment, model: EdgeModel, new: int = NEW) -> dict[str, Way]:

@@ -1,6 +1,6 @@
 """Each decoder family inside llama.cpp, on tiny random models; rewrites llama-families.json.
 
-`python -m offramp_lab.records.runtimes.families` takes two minutes and the package
+`python -m offramp_lab.records.families` takes two minutes and the package
 llama-cpp-python. Of each family: how far logits are from the model's and from those of one file
 that is not cut; of how many prompts with an image what is written in float32 is what PyTorch
 writes, and in q8_0 lossless what full depth is.
@@ -29,7 +29,7 @@ from offramp_lab.inputs import tiny_families as families
 from offramp_lab.inputs.tiny_families.text import FIRST_WORD, PAD
 from offramp_lab.records.record import Record, asked
 
-RECORD = Record("llama-families", "runtimes.families")
+RECORD = Record("llama-families", "families")
 EXACT = EngineOptions(context=128, cache="f32", flash_attention=False, kernels=False)
 USUAL = EngineOptions(context=128)
 PROMPTS, NEW = 4, 16

@@ -1,0 +1,105 @@
+"""Captions and answers about photographs, from file to text, by stage; in end_to_end.json.
+
+CPU milliseconds of the process: picture (the file and the processor), tower, entry (all else before
+the decoder), prompt (up to the first token), decoding. Towers run in ONNX Runtime; what another
+tower, number format or head is worth has ways of its own, so that each multiple comes in its
+factors (`offramp_lab.experiments.factors`). Rivals: Hugging Face's `generate`, and llama.cpp alone
+in three formats, fed as we feed it. Last, captions eight at a time in the batch engine.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from offramp_lab.experiments.factors import LOSSLESS, STAGES, Name, entries_of
+from offramp_lab.records.batched import Batched, answered
+from offramp_lab.records.photographs import opened as way
+from offramp_lab.records.photographs.opened import PLAIN, TORCH, TOWER, Opened
+from offramp_lab.records.photographs.told import Spec, Told, scored
+from offramp_lab.records.record import Group, Record, Turns
+
+PACKED = way.in_format(f"float32, {way.PREPACKED}")
+Q8, OURS = "q8_0", ("q8_0", "f16")
+RIVALS = (("iq4_nl", TORCH), ("iq4_nl", TOWER), (Q8, TOWER), ("q4_0", TOWER))
+"""Formats of llama.cpp alone, and what the tower runs in."""
+ASKED = (way.FULL_DEPTH, way.STATIC, way.EARLY, way.CAREFUL, LOSSLESS)
+"""Modes in which questions are answered."""
+SLOTS = 8
+
+
+def names(_: Opened) -> list[Name]:
+    """The ways to caption a photograph."""
+    modes = (*way.MODES, way.SHORT)
+    return [
+        *((f"{way.ALONE}{formats}", way.FULL_DEPTH, tower) for formats, tower in RIVALS),
+        *((engine, mode, TOWER) for engine in (PLAIN, PACKED) for mode in modes),
+        (PLAIN, way.WHOLE_HEAD, TOWER),
+        (way.STOCK, way.FULL_DEPTH, TORCH),
+        *((engine, mode, TOWER) for engine in OURS for mode in modes),
+        (Q8, way.FULL_DEPTH, TORCH),
+    ]
+
+
+def bases(name: Name) -> dict[str, Name]:
+    """What a way is compared with: full depth of what decodes it, also with the same shortlist; and
+    llama.cpp alone behind the same tower, in the fastest format of equal CIDEr."""
+    own = name[0] if name[0] in (PLAIN, PACKED, *OURS) else PLAIN
+    return {
+        "full": (own, way.FULL_DEPTH, TOWER),
+        "full_shortlist": (own, way.SHORT, TOWER),
+        "fastest": (f"{way.ALONE}iq4_nl", way.FULL_DEPTH, TOWER),
+    }
+
+
+def figures(told: Told) -> dict[str, Any]:
+    slots, policy = together(told), told.opened.adapter.policy
+    return {
+        "photographs": len(told.examples),
+        "questions": len(next(iter(told.questions.values())).tokens),
+        "stages": list(STAGES),
+        "policies": {
+            way.EARLY: [[*policy.thresholds.values()], [*(policy.first or {}).values()]],
+            way.CAREFUL: [[level] for level in way.LEVELS[way.CAREFUL]],
+        },
+        "captioned": entries_of(told.captions, bases),
+        "questioned": entries_of(told.questions, bases),
+        "slots": SLOTS,
+        "together": entries_of(slots | {**told.captions}, _slot_bases, [*slots]),
+    }
+
+
+def together(told: Told) -> dict[Name, Any]:
+    """Captions in the batch engine, in PyTorch, in groups of `SLOTS`: by mode, in turn."""
+    adapter, encoder = told.opened.adapter, told.encoder
+    ways = {
+        mode: partial(
+            answered,
+            adapter=adapter,
+            encoder=encoder,
+            way=Batched(way.policy_of(adapter, mode), exits),
+            at_once=SLOTS,
+        )
+        for mode, exits in ((way.FULL_DEPTH, None), (way.EARLY, adapter.exits))
+    }
+    kept, groups = Turns(told.opened.work / "together.jsonl"), Group.all(told.examples, SLOTS)
+    found = kept.answers(ways, groups, f"{SLOTS} at once")
+    told_ = {
+        (f"batch of {SLOTS}", mode, TOWER): [
+            [one["ids"], [0, 0, 0, 0, one["spent"]]] for one in chain(*rows)
+        ]
+        for mode, rows in found.items()
+    }
+    return scored(told_, "captions", encoder, told.examples)
+
+
+def _slot_bases(name: Name) -> dict[str, Name]:
+    return {"full": (f"batch of {SLOTS}", way.FULL_DEPTH, TOWER), "single": (PLAIN, name[1], TOWER)}
+
+
+def _asked(name: Name) -> bool:
+    return name[0] in (PLAIN, *OURS) and name[1] in ASKED and name[2] == TOWER
+
+
+SPEC = Spec(Record("end_to_end", "photographs"), names, figures, 300, 100, _asked)

@@ -1,1 +1,0 @@
-"""Exits inside llama.cpp and in PyTorch, against runtimes without exits, on the photo model."""

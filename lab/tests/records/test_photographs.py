@@ -1,0 +1,93 @@
+"""What records of photographs time are answers, each way opened by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_cases import adapter_of, inputs_of
+from PIL import Image
+
+from offramp.core.decoding.policy import ExitPolicy
+from offramp.inputs.example import Example
+from offramp_lab.experiments.factors import Measured
+from offramp_lab.records.photographs import end_to_end, opened, runtimes, trust
+from offramp_lab.records.photographs.opened import PLAIN, TORCH, TOWER, Opened
+from offramp_lab.records.photographs.told import speeds
+
+NAME = "llava"
+EXAMPLES = [Example(Image.new("RGB", (1, 1)), "", (), str(seed)) for seed in range(3)]
+
+
+@pytest.fixture
+def ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
+    """Of a tiny model with two exits, in the photo model's place."""
+    encoder: Any = SimpleNamespace(
+        eos=None,  # tiny models never end
+        prompts=lambda examples: inputs_of(NAME, int(examples[0].key)),
+    )
+    monkeypatch.setattr(runtimes, "FORMATS", ("f32",))
+    monkeypatch.setattr(opened, "photo_exits", lambda exits: tmp_path)
+    monkeypatch.setattr(
+        opened,
+        "load_photo",
+        lambda *_: (adapter_of.__wrapped__(NAME).with_policy(ExitPolicy({2: 0.5})), encoder),
+    )
+    return Opened(None, tmp_path / "kept")
+
+
+def taken(ways: Opened, names: Any) -> dict[Any, list[Any]]:
+    with ways.stages.of_entries():
+        return {name: [ways.answer(one, name, 8) for one in EXAMPLES] for name in names}
+
+
+@pytest.mark.llama_cpp
+def test_what_is_timed_is_the_whole_answer_and_ratios_are_of_its_tokens(ways: Opened) -> None:
+    called = runtimes.called(ways)
+    told = taken(ways, called.values())
+    ids = {name: [ids for ids, _ in told[own]] for name, own in called.items()}
+    stock = ids["generate", "float32", "full"]
+    for mode in ("full", "lossless"):
+        assert ids[runtimes.IN_TORCH, "float32", mode] == stock
+    for rows in told.values():
+        for _, stages in rows:
+            assert all(seconds >= 0 for seconds in stages) and stages[-1] > 0
+    measured = {name: Measured.of(told[own], {}) for name, own in called.items()}
+    for entry in speeds(measured, runtimes.bases):
+        name = tuple(entry[part] for part in ("runtime", "format", "mode"))
+        tokens = sum(len(answer) - 1 for answer in ids[name])
+        if name[2] != "lossless":
+            seconds = sum(stages[-1] for _, stages in told[called[name]])
+            assert entry["cpu_tokens_per_second"] == pytest.approx(tokens / seconds)
+        alone = name == ("generate", "float32", "full")
+        assert entry["over_generate"] > 0 and (entry["over_generate_interval"] is None) == alone
+
+
+def test_modes_of_two_exits_are_answered_and_those_that_promise_it_as_full_depth(
+    ways: Opened,
+) -> None:
+    names = [n for n in end_to_end.names(ways) if n[0] in (PLAIN, "generate")]
+    names += [n for n in trust.names(ways) if n[0] == PLAIN and n not in names]
+    found = {name: [ids for ids, _ in rows] for name, rows in taken(ways, names).items()}
+    full = found["generate", "full", TORCH]
+    for mode in ("full", "lossless"):
+        assert found[PLAIN, mode, TOWER] == full
+    assert found[PLAIN, opened.STATIC, TOWER] != full  # a random exit says something else
+    assert all(len(answers) == len(EXAMPLES) for answers in found.values())
+
+
+def test_thresholds_as_fast_as_lossless_are_found_between_those_measured() -> None:
+    full, changed = [[1], [2]], [[1], [3]]
+
+    def took(seconds: float) -> Any:
+        return np.array([[1.0, 1.0], [seconds, seconds]])
+
+    told = {
+        "full": (took(4.0), full),
+        "lossless": (took(3.0), full),
+        "thresholds 0.5": (took(2.0), changed),
+    }
+    assert trust.even(told)["changed"] == pytest.approx(0.5 / 3)
