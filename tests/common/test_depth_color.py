@@ -36,9 +36,11 @@ def test_the_page_takes_it() -> None:
 
 
 def test_the_picture_takes_it() -> None:
-    filled = set(re.findall(r'fill="(#\w+)"', (DOCS / "early-exit.svg").read_text("utf-8")))
+    filled = set(
+        re.findall(r'fill="(#\w+)"', (DOCS / "plots" / "photographer.svg").read_text("utf-8"))
+    )
     grey = {color for color in filled if GREY.fullmatch(color)}
-    assert filled - grey and filled - grey <= {depth_color(d, 12) for d in range(1, 13)}
+    assert filled - grey and filled - grey <= {depth_color(d, 30) for d in range(1, 31)}
 
 
 @pytest.mark.parametrize("notebook", sorted((DOCS / "notebooks").glob("*.ipynb")))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
-from transformers.generation.streamers import BaseStreamer
 
 from offramp.evaluation.timing import in_turn
 
@@ -60,22 +59,6 @@ def spent(call: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, float]]:
 def each(rounds: Rounds) -> list[Any]:
     """What a method returned, round after round."""
     return [found for by_input in rounds for found in by_input]
-
-
-class Ticks(BaseStreamer):
-    """A streamer that notes when each token came, the prompt first: in CPU seconds of the thread,
-    and on the wall."""
-
-    def __init__(self) -> None:
-        self.cpu: list[float] = []
-        self.wall: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.cpu.append(time.thread_time())
-        self.wall.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 TIMES = ("times", "low", "high")

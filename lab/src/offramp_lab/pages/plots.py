@@ -37,7 +37,7 @@ def plots() -> dict[str, tuple[str, str]]:
         "quantisation": ("Weights of the photo model in memory", quantisation()),
         "guarantees": ("Risk on fresh images, over the promised risk", guarantees()),
         "models": ("How near decoding is to the model itself", models()),
-        "decoding": ("Depth of each token, tiny OPT", decoding()),
+        "decoding": ("Depth of each token, photo model", decoding()),
         "power": ("How often an attempt passes", power()),
         "trust": ("Trust beside thresholds, photo model", trust()),
     }
@@ -96,7 +96,7 @@ def models() -> str:
 
 def decoding() -> str:
     """One caption token by token, with early exits and by the full model, as SVG."""
-    shown = record("picture")
+    shown = record("photographer")
     names = {"full": "full", "early_exit": "early exit"}
     rows = {title: shown["modes"][mode]["depths"] for mode, title in names.items()}
     return strips(rows, shown["layers"], "token")

@@ -3,7 +3,6 @@ parts."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,12 +36,12 @@ Way = Callable[[Any], list[int]]
 
 def beside_alone(
     ways: Mapping[str, Way], prompts: Sequence[Any], title: str
-) -> tuple[dict[str, list[list[int]]], list[dict[str, Any]]]:
-    """What came of all ways, in turns on the same prompts: answers, by way, and entries.
+) -> list[dict[str, Any]]:
+    """An entry for each way, all in turns on the same prompts: tokens a CPU second; how many times
+    those of the engine alone ("all"), in its parts: full depth by ours ("rest"), and exits; paired
+    95% intervals over prompts; and how many answers are full depth's.
 
-    ways: `ALONE` and the modes. Entries: tokens a CPU second; how many times those of the engine
-    alone ("all"), in its parts: full depth by ours ("rest"), and exits; paired 95% intervals over
-    prompts. And how many answers are full depth's, and which share of its tokens.
+    ways: `ALONE` and the modes.
     """
 
     methods = {name: spent(write) for name, write in ways.items()}
@@ -53,7 +52,7 @@ def beside_alone(
         for name, told in runs.items()
     }
     full = answers["full"]
-    entries = [
+    return [
         {
             "mode": name,
             "tokens_per_cpu_second": float(cost[name][0].sum() / cost[name][1].sum()),
@@ -61,21 +60,9 @@ def beside_alone(
             "exits": times(cost[name], cost["full"]),
             "rest": times(cost["full"], cost[ALONE]),
             "as_full": same(answers[name], full),
-            "tokens_as_full": _agreement(answers[name], full),
         }
         for name in (ALONE, *MODES)
     ]
-    return answers, entries
-
-
-def _agreement(ours: Sequence[list[int]], full: Sequence[list[int]]) -> float:
-    """Share of full depth's tokens at whose place the same one stands."""
-    pairs = [
-        pair
-        for mine, its in zip(ours, full, strict=True)
-        for pair in itertools.zip_longest(mine[: len(its)], its)
-    ]
-    return float(np.mean([a == b for a, b in pairs]))
 
 
 def written(model: EdgeModel, mode: str, prompt: Prompt, new: int = NEW) -> list[Token]:

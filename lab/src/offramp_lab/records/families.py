@@ -74,7 +74,6 @@ def family(name: str, title: str) -> dict[str, Any]:
         export_gguf(adapter, Path(folder) / "q8_0", "q8_0")
         with LlamaCppRuntime(adapter, Path(folder) / "q8_0", engine=USUAL) as runtime:
             row["lossless"] = _lossless(adapter, runtime)
-            row["likeness_q8_0"] = runtime.likeness
     print(row)
     return row
 

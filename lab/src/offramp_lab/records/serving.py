@@ -1,8 +1,8 @@
 """Measure the server over HTTP against its own engine; rewrites lab/records/serving.json.
 
-Models with their exits, by 1, 2, 4, 8, 16 and 32 clients at once that each ask, wait and ask again,
-streamed; full, early exit and lossless. Throughput, time to the first token and the gaps between
-tokens are what the clients see; the engine's own throughput is that of the same requests handed to
+Models with their exits, by 8 and 32 clients at once that each ask, wait and ask again,
+streamed; full, early exit and lossless. Throughput and time to the first token are what the clients
+see; the engine's own throughput is that of the same requests handed to
 it directly, as many at once, in turns with the server. One thread for the model; a quiet machine
 with a core more for the clients: `taskset -c 0,1 python -m offramp_lab.records.serving` (about 8
 minutes).
@@ -44,7 +44,7 @@ from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import load_photo, photo_exits, tiny_with
 
 RECORD = Record("serving")
-CLIENTS = (1, 2, 4, 8, 16, 32)
+CLIENTS = (8, 32)
 TOKENS = 24
 SLOTS, LIMIT, PORT = 8, 256, 8731
 TINY = ["offramp.cli", "serve", "tiny-opt"]
@@ -97,8 +97,8 @@ def measure(
 ) -> dict[str, Any]:
     """An entry of each mode and number of clients; medians over rounds.
 
-    engine_tokens_per_second: without HTTP; share: of it that is left over HTTP. first, gap:
-    seconds, at p50 and p95.
+    engine_tokens_per_second: without HTTP; share: of it that is left over HTTP. first: seconds, at
+    p50 and p95.
     """
     bodies, asked = requests_of(examples), arguments.requests
     points = list(itertools.product(arguments.modes, arguments.clients))
@@ -107,7 +107,6 @@ def measure(
         Server("--limit", str(LIMIT), words=words) as server,
         BatchEngine(adapter, encoder, config) as engine,
     ):
-        first = first_token(server.url, bodies[0])
 
         def http(_: None, mode: str, clients: int) -> dict[str, Any]:
             return asyncio.run(clients_at_work(server.url, mode, clients, asked, bodies))
@@ -134,7 +133,6 @@ def measure(
                 "engine_tokens_per_second": median(own),
                 "share": speed / median(own),
                 "first": spread([x for one in seen for x in one["first"]]),
-                "gap": spread([x for one in seen for x in one["gaps"]]),
             }
         )
         print(entries[-1], flush=True)
@@ -143,7 +141,6 @@ def measure(
         "tokens": TOKENS,
         "rounds": arguments.rounds,
         "start_seconds": server.started,
-        "first_token_seconds": first,
         "load": os.getloadavg(),
         "entries": entries,
     }
@@ -205,22 +202,11 @@ def requests_of(examples: Sequence[Example]) -> list[dict[str, Any]]:
     return bodies
 
 
-def first_token(url: str, body: dict[str, Any]) -> float:
-    """Seconds to the first token of a server that has just started; the first request of all."""
-    begun = time.perf_counter()
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
-        for line in answer.iter_lines():
-            if '"content":' in line and '"content":""' not in line:
-                return time.perf_counter() - begun
-    raise SystemExit("The server answered nothing.")
-
-
 async def clients_at_work(
     url: str, mode: str, clients: int, requests: int, bodies: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """What `clients` at once see over `requests` requests, after one each that does not count."""
     firsts: list[float] = []
-    gaps: list[float] = []
     left = iter(range(requests))
     tokens = 0
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
@@ -228,7 +214,7 @@ async def clients_at_work(
         async def ask(number: int, count: bool) -> None:
             nonlocal tokens
             body = {**bodies[number % len(bodies)], "offramp": {"mode": mode}}
-            begun = last = time.perf_counter()
+            begun, heard = time.perf_counter(), False
             chat = f"{url}/v1/chat/completions"
             async with client.stream("POST", chat, json=body) as answer:
                 answer.raise_for_status()
@@ -240,10 +226,11 @@ async def clients_at_work(
                         continue
                     if chunk.get("usage"):
                         tokens += chunk["usage"]["completion_tokens"]
-                    if any(choice["delta"].get("content") for choice in chunk["choices"]):
-                        now = time.perf_counter()
-                        (firsts if last == begun else gaps).append(now - last)
-                        last = now
+                    if not heard and any(
+                        choice["delta"].get("content") for choice in chunk["choices"]
+                    ):
+                        heard = True
+                        firsts.append(time.perf_counter() - begun)
 
         async def one() -> None:
             for number in left:
@@ -253,7 +240,7 @@ async def clients_at_work(
         begun = time.perf_counter()
         await asyncio.gather(*(one() for _ in range(clients)))
         seconds = time.perf_counter() - begun
-    return {"tokens": tokens, "seconds": seconds, "first": firsts, "gaps": gaps}
+    return {"tokens": tokens, "seconds": seconds, "first": firsts}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

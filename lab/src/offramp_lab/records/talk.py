@@ -40,7 +40,7 @@ from offramp_lab.records.record import Record, Some, asked
 RECORD = Record("talk")
 LONGEST_ANSWER = 12
 AT_ONCE = 16
-PARTS = ("plain", "bare", "questions", "dialogues", "captions")
+PARTS = ("plain", "questions", "dialogues", "captions")
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PLAIN = {
     "What colour is the dog?": r"\bdog\b",
@@ -315,16 +315,8 @@ def main() -> None:
     def of_kinds(examples: Sequence[Example], longest: int) -> list[Answer]:
         return writer(examples[0].key.rpartition(":")[2])(examples, longest)
 
-    def bare() -> dict[str, Any]:
-        """The same as they were read before the model had a chat template."""
-        template, encoder.processor.chat_template = encoder.processor.chat_template, None
-        said = plain(held[::-1], writer("bare"))
-        encoder.processor.chat_template = template
-        return said
-
     made: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain(held[::-1], writer("plain")),
-        "bare": bare,
         "questions": lambda: questions_by_kind(put_to(rows, images, arguments.each), of_kinds),
         "dialogues": lambda: dialogues(rows, images, arguments.talks, writer("dialogues")),
         "captions": lambda: captions(

