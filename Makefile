@@ -63,7 +63,7 @@ fuzz: $(READY)  ## requests, engines and command lines drawn by SEED, each for F
 	OFFRAMP_FUZZ=$(FUZZ) OFFRAMP_FUZZ_SEED=$(SEED) HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -q -s \
 		tests/serving/server/test_fuzz.py tests/serving/test_soak.py tests/cli/test_option_matrix.py
 
-pages: $(READY)  ## docs/report-opt.html and report-t5.html, with screenshots where Chromium is there; after `make records`
+pages: $(READY)  ## docs/report-opt.html and report-t5.html, after `make records`
 	$(BIN)/python -m offramp_lab.pages.reports
 
 docs: $(READY)  ## the documentation as a site in site/; a warning is an error

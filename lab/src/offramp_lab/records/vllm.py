@@ -18,7 +18,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
 from offramp_lab.experiments.experiment import same
 from offramp_lab.places import ROOT, RUNS
+from offramp_lab.records.photographs.opened import CAREFUL, policy_of
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import halves, load_photo
 
@@ -49,8 +49,6 @@ RECORD = Record("vllm")
 DRAFTER = RUNS / "side_by_side" / "drafter"
 LOADS = (1, 8, 24)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
-CAREFUL: dict[str, Any] = {"thresholds": {4: 0.4}, "first": {4: 0.7}}
-"""Thresholds at which more answers are full depth's."""
 SPEED, FORCED = (ROOT / "vllm" / "benchmarks" / f"{name}.py" for name in ("speed", "forced"))
 SHAPE: dict[str, Any] = {
     "vocab_size": 151936,
@@ -139,8 +137,9 @@ def loaded(arguments: Any) -> tuple[Adapter, InputProcessor, list[Mapping[str, A
 
 
 def policies(adapter: Adapter) -> dict[str, ExitPolicy]:
-    """Return the policies by folder: as the exits ship, and careful ones."""
-    return {"exits": adapter.policy, "careful": replace(adapter.policy, **CAREFUL)}
+    """Return the policies by folder: as the exits ship, and at thresholds at which more answers are
+    full depth's."""
+    return {"exits": adapter.policy, "careful": policy_of(adapter, CAREFUL)}
 
 
 def prompts(arguments: Any) -> dict[str, Any]:

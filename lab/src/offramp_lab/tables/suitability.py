@@ -18,21 +18,25 @@ MODELS = {
 LEVEL = "0.95"
 
 
-def _found(kind: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The forecast of a model's one exit, what the trained exit gave, and its speed."""
-    part = record("suitability")[kind]
-    [told], [trained] = part["foretold"]["depths"], part["trained"]
-    return told, trained, record("suitability")[f"{kind}-speeds"][str(trained["depth"])]
+def _found() -> list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """By exit: its model, its forecast, what it gave once it was trained, and all speeds."""
+    found = record("suitability")
+    return [
+        (model, told, trained, found[f"{kind}-speeds"])
+        for kind, model in MODELS.items()
+        for told, trained in zip(
+            found[kind]["foretold"]["depths"], found[kind]["trained"], strict=True
+        )
+    ]
 
 
 def beside() -> Table:
     """Shares of tokens, forecast / measured, and the speed at one level with its interval."""
     rows = []
-    for kind, model in MODELS.items():
-        told, trained, speed = _found(kind)
-        both = (told, trained)
+    for model, told, trained, speeds in _found():
+        both, speed = (told, trained), speeds[str(trained["depth"])]
         faster = with_range(times(speed["value"]), speed["interval"], ".2f")
-        lossless = record("suitability")[f"{kind}-speeds"].get("lossless")
+        lossless = speeds.get("lossless")
         rows.append(
             (
                 f"{model}, depth {told['depth']}",
