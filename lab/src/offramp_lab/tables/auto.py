@@ -1,7 +1,7 @@
 """What `engine="auto"` chooses."""
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
+from offramp_lab.tables.markdown import MakeTable, Value, record
 
 ENGINES = {
     "torch": "PyTorch",
@@ -29,14 +29,4 @@ def auto() -> Table:
     return Table(("", *ENGINES.values(), "chosen"), rows)
 
 
-def _paired(name: str) -> Value:
-    found: Value = by(record("auto")["paired"], "way")[name]
-    return found
-
-
 TABLES: dict[str, MakeTable] = {"auto": auto}
-FIGURES: dict[str, Make] = {
-    "auto-ms": lambda: f"{_paired('default')['milliseconds']:.1f}",
-    "auto-packed-ms": lambda: f"{_paired('packed')['milliseconds']:.1f}",
-    "auto-same": lambda: str(_paired("packed")["same"]),
-}

@@ -93,6 +93,10 @@ def tiny(kind: str) -> str:
     return f"tiny {kind.upper()}"
 
 
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f}"
+
+
 def level(drop: str | float) -> str:
     """A drop of quality: "0.5%"."""
     return f"{100 * float(drop):g}%"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, record, with_range
+from offramp_lab.tables.markdown import Make, MakeTable, Value, minutes, record, with_range
 
 
 def photo_model() -> Table:
@@ -110,17 +110,13 @@ def curves() -> list[Value]:
     return list(record("compare-photo")["equal_quality"]["curves"])
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f}"
-
-
 TABLES: dict[str, MakeTable] = {
     "photo-model": photo_model,
     "talk-questions": talk_questions,
     "talk-exits": talk_exits,
 }
 FIGURES: dict[str, Make] = {
-    "photo-card-minutes": lambda: _minutes(
+    "photo-card-minutes": lambda: minutes(
         sum(stage["trained"]["cpu_seconds"] for stage in record("photo-card")["stages"])
     )
 }

@@ -1,7 +1,7 @@
 """Figures of the photo model that ships: what it promises, and how long its parts were trained."""
 
 from offramp.calibration.risk_functions import CIDER_CAP
-from offramp_lab.tables.markdown import Make, record
+from offramp_lab.tables.markdown import Make, minutes, record
 
 
 def promise() -> float:
@@ -11,6 +11,6 @@ def promise() -> float:
 
 FIGURES: dict[str, Make] = {
     "photo-promised-cider": lambda: f"{promise():g}",
-    "photo-exit-minutes": lambda: f"{record('photo-adapter')['metrics']['seconds'] / 60:.0f}",
-    "student-minutes": lambda: f"{record('five_layers')['student']['seconds'] / 60:.0f}",
+    "photo-exit-minutes": lambda: minutes(record("photo-adapter")["metrics"]["seconds"]),
+    "student-minutes": lambda: minutes(record("five_layers")["student"]["seconds"]),
 }

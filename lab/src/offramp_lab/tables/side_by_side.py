@@ -1,7 +1,15 @@
 """Exits beside other ways to spare full depth, on one model, engine and set of photographs."""
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, record, times_with_range, with_range
+from offramp_lab.tables.markdown import (
+    Make,
+    MakeTable,
+    Value,
+    minutes,
+    record,
+    times_with_range,
+    with_range,
+)
 
 WAYS = {
     "full": "full depth",
@@ -56,15 +64,9 @@ def _full_milliseconds() -> str:
     return ", ".join(f"{entry['token_milliseconds']:.0f}" for entry in _of("full").values())
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f}"
-
-
 TABLES: dict[str, MakeTable] = {"side-by-side": side_by_side}
 FIGURES: dict[str, Make] = {
     "side-by-side-full": _full_milliseconds,
-    "side-by-side-eagle-minutes": lambda: _minutes(
-        record("side_by_side")["drafter"]["cpu_seconds"]
-    ),
-    "side-by-side-exit-minutes": lambda: _minutes(record("side_by_side")["exit_seconds"]),
+    "side-by-side-eagle-minutes": lambda: minutes(record("side_by_side")["drafter"]["cpu_seconds"]),
+    "side-by-side-exit-minutes": lambda: minutes(record("side_by_side")["exit_seconds"]),
 }
