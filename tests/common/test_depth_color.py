@@ -14,7 +14,7 @@ from offramp.report.gallery import token
 from offramp.serving.server.app import _page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-GREY = re.compile(r"#([0-9a-f])\1{2,5}\b")
+GREY = re.compile(r"#([0-9a-f]{1,2})\1\1\b")
 
 
 def test_the_ends_and_every_step_are_colours() -> None:

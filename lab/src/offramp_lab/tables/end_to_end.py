@@ -31,7 +31,6 @@ MODES = {
     CAREFUL: "early exit, careful thresholds",
     LOSSLESS: "lossless",
     WHOLE: "early exit, prompt run whole",
-    "early exit, whole head": "early exit, whole head",
     "student": "student of five layers",
 }
 ENGINES = {"generate": "Hugging Face's `generate`", PLAIN: "PyTorch, float32", F16: "f16"}

@@ -21,7 +21,7 @@ from offramp_lab.records.photographs.told import Spec, Told, scored
 from offramp_lab.records.record import Group, Record, Turns
 
 PACKED = way.in_format(f"float32, {way.PREPACKED}")
-Q8, OURS = "q8_0", ("q8_0", "f16")
+Q8 = "q8_0"
 RIVALS = (("iq4_nl", TORCH), ("iq4_nl", TOWER), (Q8, TOWER), ("q4_0", TOWER))
 """Formats of llama.cpp alone, and what the tower runs in."""
 ASKED = (way.FULL_DEPTH, way.STATIC, way.EARLY, way.CAREFUL, LOSSLESS)
@@ -31,21 +31,19 @@ SLOTS = 8
 
 def names(_: Opened) -> list[Name]:
     """The ways to caption a photograph."""
-    modes = (*way.MODES, way.SHORT)
+    every, few = (*way.MODES, way.SHORT), (way.FULL_DEPTH, way.EARLY, LOSSLESS)
+    ours = {PLAIN: every, PACKED: few, Q8: every, "f16": few}
     return [
         *((f"{way.ALONE}{formats}", way.FULL_DEPTH, tower) for formats, tower in RIVALS),
-        *((engine, mode, TOWER) for engine in (PLAIN, PACKED) for mode in modes),
-        (PLAIN, way.WHOLE_HEAD, TOWER),
         (way.STOCK, way.FULL_DEPTH, TORCH),
-        *((engine, mode, TOWER) for engine in OURS for mode in modes),
-        (Q8, way.FULL_DEPTH, TORCH),
+        *((engine, mode, TOWER) for engine, modes in ours.items() for mode in modes),
     ]
 
 
 def bases(name: Name) -> dict[str, Name]:
     """What a way is compared with: full depth of what decodes it, also with the same shortlist; and
     llama.cpp alone behind the same tower, in the fastest format of equal CIDEr."""
-    own = name[0] if name[0] in (PLAIN, PACKED, *OURS) else PLAIN
+    own = name[0] if name[0] in (PACKED, Q8, "f16") else PLAIN
     return {
         "full": (own, way.FULL_DEPTH, TOWER),
         "full_shortlist": (own, way.SHORT, TOWER),
@@ -66,40 +64,28 @@ def figures(told: Told) -> dict[str, Any]:
         "captioned": entries_of(told.captions, bases),
         "questioned": entries_of(told.questions, bases),
         "slots": SLOTS,
-        "together": entries_of(slots | {**told.captions}, _slot_bases, [*slots]),
+        "together": entries_of(slots | {**told.captions}, _single, [*slots]),
     }
 
 
 def together(told: Told) -> dict[Name, Any]:
-    """Captions in the batch engine, in PyTorch, in groups of `SLOTS`: by mode, in turn."""
-    adapter, encoder = told.opened.adapter, told.encoder
-    ways = {
-        mode: partial(
-            answered,
-            adapter=adapter,
-            encoder=encoder,
-            way=Batched(way.policy_of(adapter, mode), exits),
-            at_once=SLOTS,
-        )
-        for mode, exits in ((way.FULL_DEPTH, None), (way.EARLY, adapter.exits))
-    }
+    """Captions by early exit in the batch engine, in PyTorch, in groups of `SLOTS`."""
+    adapter = told.opened.adapter
+    way_ = Batched(adapter.policy, adapter.exits)
+    answer = partial(answered, adapter=adapter, encoder=told.encoder, way=way_, at_once=SLOTS)
     kept, groups = Turns(told.opened.work / "together.jsonl"), Group.all(told.examples, SLOTS)
-    found = kept.answers(ways, groups, f"{SLOTS} at once")
-    told_ = {
-        (f"batch of {SLOTS}", mode, TOWER): [
-            [one["ids"], [0, 0, 0, 0, one["spent"]]] for one in chain(*rows)
-        ]
-        for mode, rows in found.items()
-    }
-    return scored(told_, "captions", encoder, told.examples)
+    [rows] = kept.answers({way.EARLY: answer}, groups, f"{SLOTS} at once").values()
+    took = [[one["ids"], [0, 0, 0, 0, one["spent"]]] for one in chain(*rows)]
+    name = (f"batch of {SLOTS}", way.EARLY, TOWER)
+    return scored({name: took}, "captions", told.encoder, told.examples)
 
 
-def _slot_bases(name: Name) -> dict[str, Name]:
-    return {"full": (f"batch of {SLOTS}", way.FULL_DEPTH, TOWER), "single": (PLAIN, name[1], TOWER)}
+def _single(name: Name) -> dict[str, Name]:
+    return {"full": (PLAIN, way.FULL_DEPTH, TOWER), "single": (PLAIN, name[1], TOWER)}
 
 
 def _asked(name: Name) -> bool:
-    return name[0] in (PLAIN, *OURS) and name[1] in ASKED and name[2] == TOWER
+    return name[0] in (PLAIN, Q8) and name[1] in ASKED and name[2] == TOWER
 
 
 SPEC = Spec(Record("end_to_end", "photographs"), names, figures, 300, 100, _asked)

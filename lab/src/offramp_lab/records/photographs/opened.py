@@ -48,7 +48,7 @@ HOW: dict[str, tuple[str, str | None]] = {
 """Formats in PyTorch: precision of the states, and what weights are rounded to."""
 FULL_DEPTH, SHORT, STATIC, EARLY = "full", "full, shortlist", "static", "early exit"
 CAREFUL, WHOLE_PROMPT = "early exit, careful", "early exit, prompt run whole"
-WHOLE_HEAD, STUDENT, LESS = "early exit, whole head", "student", "early exit, 0.6 / 0.7"
+STUDENT, LESS = "student", "early exit, 0.6 / 0.7"
 MODES = (FULL_DEPTH, STATIC, EARLY, CAREFUL, WHOLE_PROMPT, LOSSLESS)
 """Those of the exits that ship, as they are."""
 LEVELS = {CAREFUL: (0.4, 0.7), LESS: (0.6, 0.7)}
@@ -72,14 +72,6 @@ def last_exit(adapter: Adapter) -> Adapter:
     exits = Exits(adapter.backbone, [depth]).requires_grad_(False)
     only = replace(adapter.exits, modules=exits, measured={})
     return replace(adapter, exits=only, policy=always(adapter.policy, depth), calibration=None)
-
-
-def whole_head(adapter: Adapter) -> Adapter:
-    """Exits that can say every word."""
-    policy = replace(adapter.policy, shortlist=False)
-    return replace(
-        adapter, exits=replace(adapter.exits, shortlist=None), policy=policy, calibration=None
-    )
 
 
 def always(policy: ExitPolicy, depth: int) -> ExitPolicy:
@@ -252,11 +244,8 @@ class Opened:
         if mode == STUDENT:
             wear(adapter, self.student / "student.pt")
             return torch_way(self.stages, encoder, adapter, policy_of(adapter, STATIC))
-        if mode in (SHORT, WHOLE_HEAD):
-            other = last_exit(adapter) if mode == SHORT else whole_head(adapter)
-            adapter, policy = other, other.policy
-        else:
-            policy = policy_of(adapter, mode)
+        adapter = last_exit(adapter) if mode == SHORT else adapter
+        policy = adapter.policy if mode == SHORT else policy_of(adapter, mode)
         if torch_engine == engine:
             return torch_way(self.stages, encoder, adapter, policy)
         kind = "shortlist" if mode == SHORT else "exits"

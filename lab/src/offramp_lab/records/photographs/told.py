@@ -69,7 +69,7 @@ def scored(
 def scores(
     kind: str, encoder: Any, answers: Sequence[Any], examples: Sequence[Example]
 ) -> dict[str, Sequence[float]]:
-    """Each answer's, by metric: CIDEr and ROUGE-L of captions, right or not of questions.
+    """Each answer's, by metric: CIDEr of captions, right or not of questions.
     answers: their ids."""
     texts = [text_of(encoder, ids) for ids in answers]
     if kind == "questions":
@@ -77,7 +77,7 @@ def scores(
         return {"right": [accuracy([text], [example]) for text, example in pairs]}
     keyed = {example.key: text for example, text in zip(examples, texts, strict=True)}
     references = {example.key: example.answers for example in examples}
-    found = caption_scores(keyed, references, metrics=("CIDEr", "ROUGE_L"), tokenizer="ptb")
+    found = caption_scores(keyed, references, metrics=("CIDEr",), tokenizer="ptb")
     return dict(found.by_example)
 
 
