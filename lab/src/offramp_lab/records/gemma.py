@@ -29,7 +29,6 @@ from offramp.adapter.answers import generate_answers
 from offramp.calibration.replay import PolicyReplay
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.core.models.backbone import Backbone
-from offramp.core.storage import write_atomic
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
 from offramp.inputs.example import Example
@@ -38,21 +37,18 @@ from offramp_lab.experiments.factors import Measured, Name, entries_of
 from offramp_lab.places import RUNS
 from offramp_lab.records.photographs.opened import Stages, always, last_exit, torch_way
 from offramp_lab.records.record import Kept, Record, Turns, asked, words
-from offramp_lab.records.text import THINGS, WORDS, prompts_of, step, write_model
+from offramp_lab.records.text import THINGS, WORDS, step, told_of, write_model, written
 
 RECORD = Record("gemma")
 NEW, RUN, KEPT = 24, 4, 0.95
 DEPTHS = (9, 11, 14)
 PARTS = {"train": (THINGS[:76], 600), "choose": (THINGS[76:98], 48), "held": (THINGS[98:], 30)}
-"""By use: which things, and how many of the prompts."""
 
 
 def main() -> None:
     arguments = asked(__doc__, file=Path, steps=600, prompts=30, work=RUNS / RECORD.name)
     work: Path = arguments.work
-    prompts = {name: prompts_of(*part, WORDS["starts"]) for name, part in PARTS.items()}
-    for name, lines in prompts.items():
-        write_atomic(work / f"{name}.txt", "\n".join(lines) + "\n")
+    prompts = written(work, PARTS, WORDS["starts"])
     write_model(arguments.file, work / "model")
     steps = _walk(work, arguments.steps)
     backbone = Backbone.from_pretrained(work / "model", dtype=torch.float32)
@@ -70,8 +66,7 @@ def main() -> None:
     told = _measured(adapter, encoder, policy, held, work)
     RECORD.write(
         {
-            "prompts": {name: len(lines) for name, lines in prompts.items()},
-            "examples": {name: lines[:2] for name, lines in prompts.items()},
+            **told_of(prompts),
             "timed": len(held),
             "new_tokens": NEW,
             "depth": depth,

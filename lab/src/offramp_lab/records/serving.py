@@ -18,7 +18,6 @@ import base64
 import io
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -141,7 +140,6 @@ def measure(
         "tokens": TOKENS,
         "rounds": arguments.rounds,
         "start_seconds": server.started,
-        "load": os.getloadavg(),
         "entries": entries,
     }
 

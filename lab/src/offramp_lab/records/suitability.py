@@ -19,7 +19,6 @@ photo-speeds` makes some of its parts again.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -242,7 +241,6 @@ def main() -> None:
     }
     names = [part for name in cases for part in (name, f"{name}-speeds")]
     arguments = asked(__doc__, data=True, rounds=3, parts=Some([*names, *BRIEFLY]))
-    load = os.getloadavg()[0]
 
     def made(part: str) -> dict[str, Any]:
         if part in BRIEFLY:
@@ -255,11 +253,7 @@ def main() -> None:
         found = read_json(RUNS / RECORD.name / f"{name}.json")["trained"]
         return speeds(case, at_level(case, found), arguments.rounds)
 
-    RECORD.parts(
-        {part: partial(made, part) for part in [*names, *BRIEFLY]},
-        arguments.parts,
-        load=[round(load, 1), round(os.getloadavg()[0], 1)],
-    )
+    RECORD.parts({part: partial(made, part) for part in [*names, *BRIEFLY]}, arguments.parts)
 
 
 if __name__ == "__main__":

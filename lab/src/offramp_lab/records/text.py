@@ -50,23 +50,25 @@ NEW, DEPTH = 24, 10
 OFFRAMP = [sys.executable, "-m", "offramp.cli"]
 WORDS: dict[str, list[str]] = read_json(Path(inputs.__file__).with_name("prompts.json"))
 THINGS = WORDS["things"]
-PARTS = {"train": (THINGS[:76], 1200), "choose": (THINGS[76:98], 200), "held": (THINGS[98:], 100)}
+Parts = Mapping[str, tuple[Sequence[str], int]]
 """By use: which things, and how many of the prompts."""
+PARTS: Parts = {
+    "train": (THINGS[:76], 1200),
+    "choose": (THINGS[76:98], 200),
+    "held": (THINGS[98:], 100),
+}
 
 
 def main() -> None:
     arguments = asked(__doc__, steps=1200, prompts=60, work=RUNS / RECORD.name, converter=Path)
     work: Path = arguments.work
     file = weights_file(LANGUAGE, cache_folder("photo"))
-    prompts = {name: prompts_of(*part) for name, part in PARTS.items()}
-    for name, lines in prompts.items():
-        write_atomic(work / f"{name}.txt", "\n".join(lines) + "\n")
+    prompts = written(work, PARTS, WORDS["patterns"])
     steps = _walk(file, work, arguments.steps, arguments.converter)
     held = prompts["held"][: arguments.prompts]
     RECORD.write(
         {
-            "prompts": {name: len(lines) for name, lines in prompts.items()},
-            "examples": {name: lines[:2] for name, lines in prompts.items()},
+            **told_of(prompts),
             "timed": len(held),
             "new_tokens": NEW,
             "depth": DEPTH,
@@ -82,6 +84,22 @@ def prompts_of(
     """Some of what the patterns make of the things, by chance."""
     made = [pattern.format(thing) for thing, pattern in itertools.product(things, patterns)]
     return random.Random(0).sample(made, count)
+
+
+def written(work: Path, parts: Parts, patterns: Sequence[str]) -> dict[str, list[str]]:
+    """The prompts by use, each in a file."""
+    prompts = {name: prompts_of(*part, patterns) for name, part in parts.items()}
+    for name, lines in prompts.items():
+        write_atomic(work / f"{name}.txt", "\n".join(lines) + "\n")
+    return prompts
+
+
+def told_of(prompts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """How many there are, and two of each."""
+    return {
+        "prompts": {name: len(lines) for name, lines in prompts.items()},
+        "examples": {name: lines[:2] for name, lines in prompts.items()},
+    }
 
 
 # -- the walk -----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ not installed are left out.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -189,35 +188,28 @@ def _seen(
     return compared(models, seen, rounds, tokens)
 
 
-Measure = Callable[[Sequence[Example], int], list[dict[str, Any]]]
-"""Entries of towers, from photographs and rounds."""
-
-
-def towers(measured: Measure, photographs: Sequence[Example], rounds: int, **more: Any) -> Any:
-    """Those entries, and the machine's load before and after."""
-    before = os.getloadavg()[0]
-    told: dict[str, Any] = {"pictures": len(photographs), "rounds": rounds, **more}
-    told["engines"] = measured(photographs, rounds)
-    told["load"] = [round(before, 1), round(os.getloadavg()[0], 1)]
-    return told
-
-
 def engines(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
-    models = {name: load_photo(vision=name) for name in names()}
-    return measure(models, photographs, rounds)
+    """An entry for each engine that is installed, of the photo model's tower."""
+    return measure({name: load_photo(vision=name) for name in names()}, photographs, rounds)
 
 
-PARTS: dict[str, Callable[[Sequence[Example], int], Any]] = {
-    "towers": partial(towers, engines),
-    "vit": partial(towers, vit, shape=SHAPE),
+PARTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "towers": (engines, {}),
+    "vit": (vit, {"shape": SHAPE}),
 }
+"""What makes the entries of a part, and what else is told of it."""
 
 
 def main() -> None:
     arguments = asked(__doc__, data=True, rounds=3, pictures=50, parts=Some(PARTS))
     photographs = read_photographs(arguments.data)["captions_val"][: arguments.pictures]
-    how = (photographs, arguments.rounds)
-    RECORD.parts({n: partial(part, *how) for n, part in PARTS.items()}, arguments.parts)
+
+    def made(name: str) -> dict[str, Any]:
+        entries, more = PARTS[name]
+        told = {"pictures": len(photographs), "rounds": arguments.rounds, **more}
+        return {**told, "engines": entries(photographs, arguments.rounds)}
+
+    RECORD.parts({name: partial(made, name) for name in PARTS}, arguments.parts)
 
 
 if __name__ == "__main__":
