@@ -1,4 +1,4 @@
-"""The model of photographs: quality, thresholds, lossless mode, corruptions, methods."""
+"""The model of photographs: quality, thresholds, talking, methods."""
 
 from collections.abc import Sequence
 
