@@ -29,6 +29,7 @@ from offramp.cli.options import (
 from offramp.cli.output import print_json, print_text, tell
 from offramp.cli.parser import Parser, number, seed, share, whole
 from offramp.cli.pictures import picture, unfolded
+from offramp.common.folders import check_writable
 from offramp.core.errors import DataError, InputError, printable
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def question_options(parser: Parser, *, captions: bool = False, chat: bool = Fal
             help="what is asked; it may also stand alone, as the last word (default: the caption's "
             "prompt that the exits know)",
         )
-        parser.question = "prompt"
+        parser.question = None if captions else "prompt"
         parser.set_defaults(interactive=False)
         group.add_argument(
             "--stream", action="store_true", help="print the answer as it is written"
@@ -141,6 +142,8 @@ def generate(arguments: argparse.Namespace) -> None:
     options = _generation_options(arguments)
     check_engine(arguments)
     check_name(arguments.adapter, exits=True)
+    if getattr(arguments, "out", None) is not None:
+        check_writable(arguments.out)
     _check_images(arguments)
     opened = loaded(arguments, answers=max(1, len(arguments.image)))
     from offramp.engines.loading import usual_prompt  # PyTorch, which takes seconds
