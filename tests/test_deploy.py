@@ -81,6 +81,15 @@ def test_the_image_runs_as_nobody_special_and_says_whether_it_is_healthy() -> No
     assert serve_options([*words[0][2:], *words[1]]).host == "0.0.0.0"
 
 
+@pytest.mark.parametrize("name", ["Dockerfile", "vllm/Dockerfile"])
+def test_every_base_is_named_by_its_version(name: str) -> None:
+    """And `docs/deploying.md` says how a digest is put behind it."""
+    text = (DEPLOY / name).read_text("utf-8")
+    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    assert all(re.search(r":v?\d+\.\d+|^\$\{DEVICE\}$", base) for base in bases) and len(bases) >= 2
+    assert "imagetools inspect" in (ROOT / "docs" / "deploying.md").read_text("utf-8")
+
+
 def test_the_image_gets_all_that_the_package_is_built_from() -> None:
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
     assert ignored[0] == "*"

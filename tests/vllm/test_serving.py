@@ -42,6 +42,26 @@ def settings_of(begun: list[Any]) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
+@pytest.mark.parametrize("before", ["a link", "a file that all may read"])
+def test_keys_go_to_a_new_file_of_this_user(
+    before: str, run: RunCommand, started: list[Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(exports, "export_vllm", nothing)
+    asked = ("serve", "tiny-opt", "--engine", "vllm", "--api-key", "secret")
+    assert run(*asked)[0] == 0
+    [(_, arguments, _)] = started
+    file, other = Path(arguments[arguments.index("--config") + 1]), tmp_path / "other"
+    other.write_text("the system's")
+    if before == "a link":
+        file.unlink()
+        file.symlink_to(other)
+    file.chmod(0o644)
+    started.clear()
+    assert run(*asked)[0] == 0
+    assert settings_of(started)["api-key"] == ["secret"] and not file.is_symlink()
+    assert other.read_text() == "the system's"
+
+
 def test_vllm_is_started_with_the_adapters_exits_and_drafts_by_them(
     run: RunCommand, started: list[Any]
 ) -> None:

@@ -67,7 +67,7 @@ def note_attempts(backbone: Backbone, attempts: Sequence[Attempt]) -> None:
     """Add new attempts to the ledger, inside `with_ledger`. A failed write is only reported."""
     file = ledger_of(backbone)
     try:
-        write_json(file, [attempt.to_json() for attempt in attempts])
+        write_json(file, [attempt.to_json() for attempt in attempts], follow=False)
     except StorageError as error:
         log.warning("The attempt is kept in the adapter alone: %s", error.problem)
 

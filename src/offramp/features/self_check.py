@@ -1,15 +1,14 @@
 """Whether a model's decoding stays its own with exits: part 3 of the self-check.
 
-About ten tokens that the model's own `generate` chose are forced on the decoder, through the
-executor that will be used: two sequences of different lengths, the second joining late, tokens
-exiting by a plan, catching up together, drafts taken back. Every logit of a token that went to full
-depth must be the model's own: a key, a value, a position, a mask or a state in the wrong place
-shows there. Slots are tried first, then the model's own stack.
+About ten tokens are written as they will be, through the executor that will be used: two sequences
+of different lengths, the second joining late, tokens exiting by a plan, catching up together,
+drafts taken back. The model reads each answer again (`offramp.core.engine.read_again`), and every
+logit of a token that went to full depth must be its own: a key, a value, a position, a mask or a
+state in the wrong place shows there. Slots are tried first, then the model's own stack.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,25 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.core.decoding.executor import too_long
-from offramp.core.decoding.policy import ExitPolicy
+from offramp.core.decoding.policy import ExitPolicy, GenerationOutput
 from offramp.core.decoding.reader import Query
 from offramp.core.decoding.rule import ExitVerdict
 from offramp.core.decoding.scheduler import Schedule
 from offramp.core.engine.heads import ExitHeads
 from offramp.core.engine.plan import plan_of
+from offramp.core.engine.read_again import (
+    Case,
+    Kept,
+    Outcome,
+    off_by,
+    own_model,
+    read,
+    rounding,
+    untouched,
+)
 from offramp.core.engine.sampler import Sampler
 from offramp.core.errors import OfframpError, UnsupportedBackboneError
 from offramp.core.executors.choice import EXECUTORS
-from offramp.core.executors.prefill import Prepared, prepare, room_of
+from offramp.core.executors.prefill import prepare, room_of, within
 from offramp.core.executors.segments import ExitOutput
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.comparison import relative_difference
 from offramp.core.models.discovery.probe import prompt_ids, special_ids
-from offramp.core.models.discovery.twin import twin
 from offramp.core.models.exits import Exits, propose_depths
-from offramp.core.models.rope import LengthDependentRope, with_own_frequencies
-from offramp.core.models.weights import scheme
 from offramp.features.input_processor import InputProcessor
 from offramp.inputs.example import Example
 
@@ -49,18 +54,9 @@ _SCRIPT = (0, 1, 2, 0, 1, 0, 1, 1, 2, 0)
 """Which of one or two exits each token takes, from 1; 0: none. Later tokens catch up."""
 LATE = 2
 """Tokens that the first sequence has when the second joins."""
-_LEAST, _MOST = 2e-5, 2e-4
-"""Bounds of the difference of logits that is rounding, relative to the largest, in float32:
-`REPEAT` times what the model's own repeat, beside itself in a batch, differs by. Exact models are
-off by 3e-7 to 2e-5; one that differs by more from run to run is not known to be right. `_HALF` in
-half precision, in which kernels over quantised weights and TF32 may compute as well; there a
-router's noise that moves a token to another expert can differ by less, so a repeat must be nearer
-by `REPEAT`."""
-REPEAT = 20
-_HALF = 8e-2
-
-Outcome = float | str
-"""The largest difference of logits, relative to the largest; or why there is none, in words."""
+REPEAT, MOST = 20, 2e-4
+"""How much nearer than rounding two readings by the model must be: one that computes at random is
+not known to be right. In float32 more counts as rounding where they are not, up to `MOST`."""
 
 
 @dataclass(frozen=True)
@@ -94,121 +90,52 @@ class DecodeCheck:
 
 
 class _Scripted(ExitHeads):
-    """Exits that take tokens by a script, whatever the score says; lossless, every second draft is
-    another token than the model's."""
+    """Exits that take tokens by a script, whatever the score says, and say the answer's; lossless,
+    every second draft is another token than the model's."""
 
-    def __init__(self, *made: Any, script: tuple[int, ...], lossless: bool) -> None:
+    def __init__(
+        self, *made: Any, script: tuple[int, ...], answers: Sequence[Sequence[int]], lossless: bool
+    ) -> None:
         super().__init__(*made)
-        self._script, self._lossless = script, lossless
+        self._script, self._answers, self._lossless = script, answers, lossless
 
     def verdicts(
         self, depth: int, output: ExitOutput, queries: Sequence[Query | None]
     ) -> list[ExitVerdict | Exception | None]:
+        return [None if query is None else self._verdict(depth, query) for query in queries]
+
+    def _verdict(self, depth: int, query: Query) -> ExitVerdict:
+        assert isinstance(query.sampler, Sampler)
+        place, answer = len(query.before), self._answers[query.sampler.row]
+        token = answer[min(place, len(answer) - 1)]
+        if self._lossless and place % 2:
+            token = next((other for other in answer if other != token), token)
         number = self._depths.index(depth) + 1
-        made: list[ExitVerdict | Exception | None] = []
-        for query in queries:
-            if query is None:
-                made.append(None)
-                continue
-            assert isinstance(query.sampler, _Forced)
-            place = len(query.before)
-            takes = self._lossless or self._script[place % len(self._script)] == number
-            wrong = self._lossless and place % 2 == 1
-            made.append(ExitVerdict(query.sampler.given(place, wrong), float(takes)))
-        return made
+        takes = self._lossless or self._script[place % len(self._script)] == number
+        return ExitVerdict(token, float(takes))
 
 
-class _Forced(Sampler):
-    """A sampler that is given every token, and keeps the logits of each place."""
-
-    def __init__(self, prepared: Prepared, row: int, answer: Sequence[int]) -> None:
-        super().__init__(prepared, row)
-        self.answer, self.plain, self.most = answer, False, len(answer)
-        self.seen: dict[int, Tensor] = {}
-
-    def given(self, place: int, wrong: bool = False) -> int:
-        """The answer's token at a place, or where it is to be wrong another of its tokens."""
-        if place >= len(self.answer):
-            return self.answer[-1]
-        token = self.answer[place]
-        return next((t for t in self.answer if t != token), token) if wrong else token
-
-    def choose(self, logits: Tensor, before: Sequence[int]) -> int:
-        self.seen[len(before)] = logits[0].clone()
-        return self.given(len(before))
-
-    def would_end(self, tokens: int, last: int) -> bool:
-        return tokens >= len(self.answer)
-
-    def emit(self, ids: Sequence[int], place: int, depth: int, score: float) -> bool:
-        return place + 1 >= len(self.answer)
-
-
-class _Case:
-    """A model, its prompts, and what the model's own `generate` makes of them."""
+class _Tests:
+    """A model, its prompts, and what the decoder makes of them without exits."""
 
     def __init__(
         self, backbone: Backbone, inputs: Mapping[str, Any], depths: Sequence[int]
     ) -> None:
         self.backbone, self.depths = backbone, tuple(depths)
-        self.model = backbone.model
-        if backbone.rope != LengthDependentRope():  # it would write its frequencies
-            self.model = twin(backbone.model)
-            with_own_frequencies(self.model, backbone.family.stack)
-        limit = None if backbone.is_encoder_decoder else backbone.positions
-        if limit is not None and "input_ids" in inputs and max(_lengths(inputs)) > limit:
-            raise too_long(limit)
         self.script = _SCRIPT if len(self.depths) < 3 else (*range(len(self.depths) + 1), 0)
-        self.inputs, new = _fitting(backbone, self.model, inputs, max(TOKENS, len(self.script)))
+        self.inputs, new = _fitting(backbone, inputs, max(TOKENS, len(self.script)))
         self.options: dict[str, Any] = {
             "do_sample": False,
             "num_beams": 1,
             "use_cache": True,
             "max_new_tokens": new,
+            "min_new_tokens": new,
             # To read an id that marks an image wants an image.
             "suppress_tokens": special_ids(backbone.model),
             "forced_eos_token_id": None,
         }
-        self.tokens, self.logits = self._own(self.inputs)
         self.exits = Exits(backbone, depths).requires_grad_(False)
-        self.allowed = self._allowed(inputs)
-
-    def _own(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
-        """The model's own tokens [B, N], and the logits [B, V] that each step chose from."""
-        made = self.model.generate(
-            **inputs,
-            **self.options,
-            min_new_tokens=self.options["max_new_tokens"],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        return made.sequences[:, -len(made.logits) :], list(made.logits)
-
-    def _allowed(self, inputs: Mapping[str, Any]) -> float:
-        """The largest difference that counts as rounding: the model's own, alone and in a batch."""
-        exact = self.backbone.dtype in (torch.float32, torch.float64)
-        exact = exact and torch.get_float32_matmul_precision() == "highest"
-        if scheme(self.backbone.layers) or not exact:
-            apart = _apart(self.logits, self._own(self.inputs)[1])
-            return _HALF if REPEAT * apart <= _HALF else 0.0
-        alone = self.logits if self.inputs is inputs else self._own(inputs)[1]
-        try:
-            _, beside = self._own(
-                {n: torch.cat([v, v]) if isinstance(v, Tensor) else v for n, v in inputs.items()}
-            )
-        except Exception:  # whatever the model raises on images laid out otherwise
-            return _LEAST
-        return min(_MOST, max(_LEAST, REPEAT * _apart(alone, beside)))
-
-    def alone(self) -> _Case:
-        """The case of the first prompt alone: only single prompts are read in parts."""
-        made, rows = copy.copy(self), len(self.tokens)
-        made.inputs = {
-            name: value[:1] if isinstance(value, Tensor) and len(value) == rows else value
-            for name, value in self.inputs.items()
-        }
-        made.tokens, made.logits = made._own(made.inputs)
-        return made
+        self.allowed, self.answers = rounding(backbone), list[list[int]]()
 
     def worst(
         self,
@@ -218,61 +145,67 @@ class _Case:
         first: bool = False,
         lossless: bool = False,
         part: int | None = None,
-    ) -> float:
+    ) -> Outcome:
         """The largest difference of logits at full depth.
 
         script: which exit tokens take; None: the full model. first: whether the first token may
         exit out of the prompt. lossless: everything is drafted, every second draft wrongly. part:
-        tokens of the prompt that are run at once; None: all.
+        tokens of the first prompt that are run at once; None: all of all prompts.
         """
-        backbone, rows = self.backbone, len(self.tokens)
-        if part is not None:
-            backbone = copy.copy(backbone)
+        backbone, inputs, kept = self.backbone, self.inputs, Kept()
+        if part is not None:  # only single prompts are read in parts
+            backbone, rows = backbone.with_decoding(), len(self.answers)
             backbone.learn(causal_prompt=True, lossless=backbone.lossless)
+            inputs = {
+                name: value[:1] if isinstance(value, Tensor) and len(value) == rows else value
+                for name, value in inputs.items()
+            }
         depths = () if script is None else self.depths[:1] if lossless else self.depths
         at = dict.fromkeys(depths, 0.5)
-        heads = partial(_Scripted, script=script or (), lossless=lossless)
+        said: dict[str, Any] = {"answers": self.answers, "lossless": lossless}
+        heads = partial(_Scripted, script=script or (), **said)
         policy = ExitPolicy(at, lossless=lossless, max_draft=3)
         plan = plan_of(backbone, self.exits, policy, heads=heads)
-        opening = at if first or backbone.is_encoder_decoder else {}
-        rule = replace(plan.rule(), first=opening)
-        executor = plan.executor(engine=engine, slots=rows)
-        decoder = plan.decoder(executor, Schedule(2, rows))
+        rule = replace(plan.rule(), first=at if first or backbone.is_encoder_decoder else {})
         prompts = plan.reader(chunk=part)
-        prepared = prepare(prompts.intercepted.model, self.inputs, **self.options)
-        samplers = [_Forced(prepared, row, self.tokens[row].tolist()) for row in range(rows)]
+        prepared = prepare(prompts.intercepted.model, inputs, **self.options)
+        samplers = [Sampler(prepared, row) for row in range(len(prepared.ids))]
+        for sampler in samplers:
+            kept.of(sampler)
+        executor = plan.executor(engine=engine, slots=len(samplers))
+        decoder = plan.decoder(executor, Schedule(2, len(samplers)))
         try:
-            prompt, firsts = decoder.read(prompts, prepared, list(samplers), rule)
-            waiting = list(range(1, rows))
-            sequences = [decoder.join(prompt, 0, samplers[0], rule, firsts[0])]
+            prompt, firsts = decoder.read(prompts, prepared, [*samplers], rule)
+            made = {0: decoder.join(prompt, 0, samplers[0], rule, firsts[0])}
             while decoder.goes_on():
                 decoder.make(decoder.next_call())
-                while waiting and len(sequences[0].tokens) > LATE:
-                    row = waiting.pop()
-                    sequences.append(decoder.join(prompt, row, samplers[row], rule, firsts[row]))
-            assert not waiting
+                while len(made) < len(samplers) and len(made[0].tokens) > LATE:
+                    row = len(samplers) - len(made)
+                    made[row] = decoder.join(prompt, row, samplers[row], rule, firsts[row])
+            assert len(made) == len(samplers)
         finally:
             executor.close()
-        worst = 0.0
-        for sequence in sequences:
-            sampler = sequence.sampler
-            assert isinstance(sampler, _Forced)
-            row = next(i for i, one in enumerate(samplers) if one is sampler)
-            for place, token in enumerate(sequence.tokens):
-                if lossless or token.depth == backbone.depth:
-                    theirs = self.logits[place][row]
-                    worst = max(worst, relative_difference(sampler.seen[place], theirs))
-        return worst
+        written = [made[row].tokens for row in range(len(samplers))]
+        output = GenerationOutput.of_rows(prepared.ids, written, backbone.depth, pad=prepared.pad)
+        own = partial(within, own_model(backbone), inputs, **self.options)
+        case = Case(backbone, inputs, lambda: prepared, own)
+        if script is None and part is None:
+            self.answers = output.new_tokens.tolist()
+            self.allowed = _allowed(case, output.new_tokens)
+        return off_by(case, output, kept, exact=lossless)
 
 
-def _apart(alone: Sequence[Tensor], again: Sequence[Tensor]) -> float:
-    """The largest difference of logits by step, as long as the tokens are the same."""
-    apart = 0.0
-    for one, other in zip(alone, again, strict=False):
-        apart = max(apart, relative_difference(one, other[: len(one)]))
-        if not torch.equal(one.argmax(-1), other[: len(one)].argmax(-1)):
-            break
-    return apart
+def _allowed(case: Case, answers: Tensor) -> float:
+    """The largest difference that counts as rounding: up to `MOST` where the model's own readings
+    of an answer, in one call and one by one, are apart; 0 where two alike are not equal enough."""
+    usual = rounding(case.backbone)
+    with untouched(case.backbone):
+        once, *others = (
+            case.own(partial(read, answers=answers, step=step))[0]
+            for step in ((1, TOKENS) if usual < MOST else (1, 1))
+        )
+    apart = REPEAT * relative_difference(once, others[0])
+    return min(MOST, max(usual, apart)) if usual < MOST else usual * (apart <= usual)
 
 
 @torch.inference_mode()
@@ -287,7 +220,7 @@ def check_decoding(
     """
     if not depths:
         depths = propose_depths(backbone.depth, min(2, backbone.depth - 1))
-    case = _Case(backbone, inputs, depths)
+    case = _Tests(backbone, inputs, depths)
     for engine in EXECUTORS:
         found = _found(case, engine)
         if found.exact:
@@ -295,8 +228,8 @@ def check_decoding(
     return found
 
 
-def _found(case: _Case, engine: str) -> DecodeCheck:
-    def tried(run: Callable[[], float]) -> Outcome:
+def _found(case: _Tests, engine: str) -> DecodeCheck:
+    def tried(run: Callable[[], Outcome]) -> Outcome:
         try:
             return run()
         except OfframpError as error:
@@ -318,25 +251,23 @@ def _found(case: _Case, engine: str) -> DecodeCheck:
     )
     if not found.holds(found.first_token):
         return replace(found, parts="not asked: the prompt is not causal")
-    return replace(found, parts=tried(lambda: case.alone().worst(engine, None, part=PART)))
+    return replace(found, parts=tried(lambda: case.worst(engine, None, part=PART)))
 
 
 def _fitting(
-    backbone: Backbone, model: Any, inputs: Mapping[str, Any], tokens: int
+    backbone: Backbone, inputs: Mapping[str, Any], tokens: int
 ) -> tuple[Mapping[str, Any], int]:
-    """Several prompts made of the inputs, and at most so many tokens of an answer, that stay on one
-    side of where rotary frequencies change; see `Backbone.room`."""
-    several = _several(model, inputs)
-    if backbone.rope == LengthDependentRope():
-        return several, tokens
-    lengths = _lengths(inputs)
-    room = room_of(backbone, lengths)
+    """Several prompts made of the inputs, and at most so many tokens of an answer, as there are
+    positions, and on one side of where rotary frequencies change; see `Backbone.room`."""
+    if not isinstance(inputs.get("input_ids"), Tensor) or backbone.is_encoder_decoder:
+        return inputs, tokens
+    room = room_of(backbone, _lengths(inputs))
+    several = _several(backbone, inputs)
     if room is None:
         return several, tokens
-    longest = max(_lengths(several))
-    if longest > room:
-        several, longest = inputs, max(lengths)
-    return several, min(tokens, room - longest + 1)
+    if max(_lengths(several)) > room:
+        several = inputs
+    return several, min(tokens, room - max(_lengths(several)) + 1)
 
 
 def _lengths(inputs: Mapping[str, Any]) -> list[int]:
@@ -345,12 +276,12 @@ def _lengths(inputs: Mapping[str, Any]) -> list[int]:
     return found
 
 
-def _several(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+def _several(backbone: Backbone, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The inputs; a single prompt twice, once padded in front and once with two words more: a row
     is to end, and padding is to hurt where it can. As they came where the model does not take that.
     """
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or len(ids) != 1 or model.config.is_encoder_decoder:
+    ids = inputs["input_ids"]
+    if len(ids) != 1:
         return inputs
     length = ids.shape[1]
 
@@ -360,18 +291,23 @@ def _several(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if value.dim() < 2 or value.shape[:2] != (1, length) or value.is_floating_point():
             return torch.cat([value, value])
         longer = torch.cat([value, value[:, -1:], value[:, -1:]], 1)
-        padded = torch.cat(
-            [torch.zeros_like(value[:, :1]), torch.zeros_like(value[:, :1]), value], 1
-        )
+        padded = torch.cat([torch.zeros_like(value[:, :1])] * 2 + [value], 1)
         return torch.cat([padded, longer])
 
     made = {name: twice(value) for name, value in inputs.items()}
     made.setdefault("attention_mask", twice(torch.ones_like(ids)))
+    return made if _takes(backbone, made) else inputs
+
+
+def _takes(backbone: Backbone, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model answers a prompt: one that does not end as its template, or images that are
+    laid out otherwise, it may refuse in words of its own."""
     try:
-        model.generate(**made, max_new_tokens=1, do_sample=False, num_beams=1)
-    except Exception:  # whatever the model raises on images laid out otherwise
-        return inputs
-    return made
+        with untouched(backbone):
+            backbone.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
+    except Exception:
+        return False
+    return True
 
 
 def adopt_findings(backbone: Backbone, check: DecodeCheck) -> None:
@@ -442,8 +378,4 @@ def lengthened(
         return torch.cat([value, added.to(value)], 1)
 
     made = {name: longer(name, value) for name, value in inputs.items()}
-    try:
-        backbone.model.generate(**made, max_new_tokens=1, do_sample=False, num_beams=1)
-    except Exception:  # whatever the model raises on a prompt that does not end as its template
-        return None
-    return made
+    return made if _takes(backbone, made) else None

@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -409,3 +410,79 @@ def test_a_file_keeps_its_mode_when_it_is_written_again(tmp_path: Path) -> None:
     file.chmod(0o600)
     storage.write_json(file, {"a": 2})
     assert file.stat().st_mode & 0o777 == 0o600 and storage.read_json(file) == {"a": 2}
+
+
+@contextlib.contextmanager
+def as_somebody() -> Iterator[tuple[Path, int]]:
+    """A folder of a user who is not root, and that user, who acts inside the block."""
+    user = 65534 if os.geteuid() == 0 else os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        folder, root = Path(name), os.geteuid()
+        os.chown(folder, user, -1)
+        os.seteuid(user)
+        try:
+            yield folder, user
+        finally:
+            os.seteuid(root)
+
+
+def test_folders_that_cannot_be_read_keep_what_they_hold() -> None:
+    with as_somebody() as (folder, _):
+        closed = folder / "exits" / "private"
+        closed.mkdir(parents=True)
+        (closed / "letter").write_text("mine")
+        (folder / "exits" / "notes.txt").write_text("mine")
+        closed.chmod(0)
+        with storage.atomic_folder(folder / "exits") as staging:
+            (staging / "adapter.json").write_text("{}")
+        assert closed.stat().st_mode & 0o777 == 0
+        closed.chmod(0o700)
+        assert (closed / "letter").read_text() == "mine"
+        assert names(folder / "exits") == ["adapter.json", "notes.txt", "private"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes into others' folders")
+def test_a_users_folder_stays_the_users_when_root_saves_there(tmp_path: Path) -> None:
+    target = tmp_path / "exits"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    for path in (target, target / "notes.txt"):
+        os.chown(path, 65534, -1)
+    with storage.atomic_folder(target) as staging:
+        (staging / "adapter.json").write_text("{}")
+    assert {target.stat().st_uid, (target / "notes.txt").stat().st_uid} == {65534}
+    assert names(target) == ["adapter.json", "notes.txt"]
+
+
+@pytest.mark.parametrize("apart", ["boot", "namespace"])
+def test_two_containers_of_one_name_leave_each_others_files_alone(
+    apart: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process numbers of one mean nothing in the other."""
+    mine = places._machine()
+    if apart == "boot":
+        monkeypatch.setattr(Path, "read_text", lambda *_, **__: "another start")
+    else:
+        monkeypatch.setattr(os, "readlink", lambda _: "pid:[1]")
+    assert places._machine() != mine and places._machine().split()[0] == mine.split()[0]
+    theirs = hashlib.sha256(places._machine().encode()).hexdigest()[:8]
+    half = tmp_path / f".offramp-{theirs}-999999999-{'0' * 16}.tmp"
+    half.mkdir()
+    places.remove_dead(tmp_path)
+    assert half.is_dir()
+
+
+def test_where_there_are_no_signals_to_ask_by_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, where a signal of 0 is Ctrl+C, and the longest name is not told."""
+    monkeypatch.delattr(os, "pathconf")
+    check_writable(tmp_path / "report.json")
+    with pytest.raises(StorageError, match="Cannot write"):
+        check_writable(tmp_path / ("x" * 300))
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda process, _: sent.append(process))
+    monkeypatch.setattr(os, "name", "nt")
+    alive = places._is_alive(999_999_999)
+    monkeypatch.setattr(os, "name", "posix")
+    assert alive and not sent

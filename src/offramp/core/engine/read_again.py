@@ -220,8 +220,21 @@ def read(prepared: Prepared, answers: Tensor, step: int) -> Tensor:
     return torch.cat(made, 1)
 
 
+Outcome = float | str
+"""The largest difference of logits, relative to the largest; or why there is none, in words."""
+
+
 def difference(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool) -> str | None:
-    """Return in words how an answer differs from the model's own; None where it is equal.
+    """Return in words how an answer differs from the model's own; None where it is equal."""
+    found = off_by(case, output, kept, exact=exact)
+    if isinstance(found, str):
+        return found
+    right = found <= rounding(case.backbone)
+    return None if right else f"its logits are off by {found:.1e} of the largest"
+
+
+def off_by(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool) -> Outcome:
+    """Return how far an answer is from the model's own.
 
     kept: the logits of the answer. exact: whether tokens of exits are the full model's too.
     """
@@ -233,16 +246,17 @@ def difference(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool)
         and (depths[row][place] == output.layers or (exact and depths[row][place]))
     }
     if not held:
-        return None
+        return 0.0
     last = max(place for _, place in held) + 1
-    answers, allowed = output.new_tokens[:, :last], _allowed(case.backbone)
-    why = _apart(case, answers, held, last, allowed)
+    answers = output.new_tokens[:, :last]
+    found = _apart(case, answers, held, last)
+    right = isinstance(found, float) and found <= rounding(case.backbone)
     one_by_one = not case.backbone.tested or _has_hooks(case.backbone.model)
-    if last == 1 or (why is None and not one_by_one):
-        return why
+    if last == 1 or (right and not one_by_one):
+        return found
     # A model may read several tokens in one call otherwise than one by one: the latter is right.
     few = {at: logits for at, logits in held.items() if one_by_one or at[1] < _SLOWLY}
-    return _apart(case, answers[:, : max(at[1] for at in few) + 1], few, 1, allowed) if few else why
+    return _apart(case, answers[:, : max(at[1] for at in few) + 1], few, 1) if few else found
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -252,23 +266,21 @@ def _has_hooks(model: nn.Module) -> bool:
 
 
 def _apart(
-    case: Case, answers: Tensor, held: Mapping[tuple[int, int], Tensor], step: int, allowed: float
-) -> str | None:
+    case: Case, answers: Tensor, held: Mapping[tuple[int, int], Tensor], step: int
+) -> Outcome:
     with untouched(case.backbone):
         try:
             theirs, _ = case.own(lambda prepared: read(prepared, answers, max(1, step)))
         except Exception as error:  # whatever a model raises on a call that it does not take
             return f"it cannot be read again ({type(error).__name__}: {str(error)[:160]})"
-        worst = max(
+        return max(
             relative_difference(logits, theirs[row, place].to(logits.device))
-            if logits.shape == theirs[row, place].shape
-            else float("inf")
             for (row, place), logits in held.items()
         )
-    return None if worst <= allowed else f"its logits are off by {worst:.1e} of the largest"
 
 
-def _allowed(backbone: Backbone) -> float:
+def rounding(backbone: Backbone) -> float:
+    """Return the largest difference of logits that is rounding."""
     wide = backbone.dtype in (torch.float32, torch.float64)
     exact = wide and torch.get_float32_matmul_precision() == "highest"
     exact = exact and not torch.is_autocast_enabled(backbone.device.type)

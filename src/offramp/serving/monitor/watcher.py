@@ -643,7 +643,7 @@ class Watcher:
         try:
             judged = None if self.judged is None else self.judged.to_json()
             learnt = {"risk": self.risk.to_json(), "judged": judged, "alarm": self._alarm.to_json()}
-            write_json(self.config.state, {"of": self._about, **learnt})
+            write_json(self.config.state, {"of": self._about, **learnt}, follow=False)
         except StorageError as error:
             log.warning("What the watch learnt is not kept: %s", error.problem)
 

@@ -53,8 +53,9 @@ def serve(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments, config, opened.adapter.backbone, exits) | {"model": model}
     # Keys would be seen in the list of processes, so vLLM reads all from a file of this user's.
     file = exits.with_name(f"{exits.name}-{arguments.port}.yaml")
-    file.touch(0o600)
-    write_json(file, settings)
+    file.unlink(missing_ok=True)  # which others may read, or a link
+    file.touch(0o600, exist_ok=False)
+    write_json(file, settings, follow=False)
     url = f"http://{arguments.host}:{settings['port']}/v1"
     if arguments.json:
         print_json({"model": config.name, "url": url})

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference of two tensors of one shape, over the largest of `theirs`.
+    """Return the largest difference of two tensors, over the largest of `theirs`.
 
     Logits of forbidden tokens, which models and processors set to the lowest number or -inf, must
-    be forbidden in both, and are ignored otherwise. Infinite where they differ, or one value alone
-    is NaN.
+    be forbidden in both, and are ignored otherwise. Infinite where they or the shapes differ, or
+    one value alone is NaN.
     """
     a, b = ours.to(theirs.device).double(), theirs.double()
     low = max(-1e30, torch.finfo(theirs.dtype).min / 2)

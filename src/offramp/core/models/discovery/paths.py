@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.models.discovery.probe import accepts, text_prompt
 from offramp.core.models.discovery.twin import graft, twin
-from offramp.core.models.discovery.watch import Call, Watch, first_tensor, watch
+from offramp.core.models.discovery.watch import Call, first_tensor, watch
 from offramp.core.models.in_place_of import InPlaceOf
 from offramp.core.models.registry import Family
 
@@ -49,15 +49,15 @@ def discover(model: Any, example: Mapping[str, Any] | None = None) -> Family:
             f"{type(model).__name__} does not generate text token by token.",
             "Use a model whose class has generate() with a KV cache.",
         )
-    seen = _watched(model, example)
-    layers = _layers(model, seen.last)
+    step = _watched(model, example)
+    layers = _layers(model, step)
     stack = _stack(model, layers)
     _check_chain(layers)
     last = first_tensor(layers[-1].out)
     assert last is not None
-    norm, normed = _norm(seen.last, stack, layers[-1], last)
-    logits = _logits(model, seen.last)
-    head, scale = _head(seen.last, layers[-1], normed, logits)
+    norm, normed = _norm(step, stack, layers[-1], last)
+    logits = _logits(model, step)
+    head, scale = _head(step, layers[-1], normed, logits)
     return Family(
         stack=stack.path,
         layers=_inside(stack.path, layers[0].path.rpartition(".")[0]),
@@ -66,18 +66,15 @@ def discover(model: Any, example: Mapping[str, Any] | None = None) -> Family:
         vision=_tower(model, stack.path),
         hidden_scale=scale,
         **_readout(
-            model,
-            seen.last[0].path,
-            head,
-            logits,
-            text_prompt(model) if example is None else example,
+            model, step[0].path, head, logits, text_prompt(model) if example is None else example
         ),
         causal_prompt=False,
         discovered=True,
     )
 
 
-def _watched(model: Any, example: Mapping[str, Any] | None) -> Watch:
+def _watched(model: Any, example: Mapping[str, Any] | None) -> list[Call]:
+    """The calls of a step in which the model writes a token."""
     try:
         seen = watch(model, text_prompt(model) if example is None else example)
     except Exception as error:  # whatever this model raises on a prompt it does not take
@@ -90,12 +87,12 @@ def _watched(model: Any, example: Mapping[str, Any] | None) -> Watch:
             if example is None
             else "Check that model.generate(**example, max_new_tokens=3) works.",
         ) from error
-    if len(seen.steps) < 2:
+    if len(seen) < 2:
         raise UnsupportedBackboneError(
             f"{type(model).__name__} does not generate token by token.",
             "Use a model that calls its decoder once for each token.",
         )
-    return seen
+    return seen[-1]
 
 
 def _inside(stack: str, path: str) -> str:

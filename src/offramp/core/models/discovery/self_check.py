@@ -276,12 +276,11 @@ def _check_norm(backbone: OpenedModel, last: Tensor, out: Any) -> Tensor:
             "hyper-connections) are not supported.",
         )
     normed = backbone.final_norm(last)
-    apart = _apart(normed, returned)
-    if apart is None or apart > _allowed(returned):
-        difference = "of another shape" if apart is None else f"off by {apart:.1e}"
+    apart = relative_difference(normed, returned)
+    if apart > _allowed(returned):
         raise UnsupportedBackboneError(
             f"Self-check, part 1: norm={family.norm!r} over the last layer's output is not what "
-            f"{family.stack} returns ({difference}).",
+            f"{family.stack} returns (off by {apart:.1e}).",
             _remedy(backbone, "norm"),
         )
     return normed
@@ -307,28 +306,23 @@ def _check_logits(backbone: OpenedModel, normed: Tensor, out: Any) -> int:
     if ours.shape[-1] > words and head is None and backbone.words is None:
         backbone.words = words  # a vocabulary that is padded in the head alone
         return _check_logits(backbone, normed, out)
-    apart = _apart(ours, theirs)
-    if apart is None or apart > _allowed(theirs):
+    apart = relative_difference(ours, theirs)
+    if apart > _allowed(theirs):
         if backbone.softcap is not None:  # a wrapper may leave its text model's out
             backbone.softcap = None
             return _check_logits(backbone, normed, out)
         family = backbone.family
-        difference = "of another shape"
-        if apart is not None:
+        difference = f"off by {apart:.1e}"
+        if ours.shape == theirs.shape:
             mine, own = ours.double(), theirs.to(ours.device).double()
             factor = float((mine * own).sum() / mine.square().sum())
-            difference = f"off by {apart:.1e}; theirs are about {factor:.4g} times ours"
+            difference += f"; theirs are about {factor:.4g} times ours"
         raise UnsupportedBackboneError(
             f"Self-check, part 2: logits read by head={family.head!r} are not the model's own "
             f"({difference}).",
             _remedy(backbone, "head, hidden_scale or logit_scale"),
         )
     return words
-
-
-def _apart(ours: Tensor, theirs: Tensor) -> float | None:
-    """How far the results are apart; None where shapes differ."""
-    return relative_difference(ours, theirs) if ours.shape == theirs.shape else None
 
 
 def _allowed(tensor: Tensor) -> float:

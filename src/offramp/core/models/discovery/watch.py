@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,17 +39,6 @@ class Call:
             call = call.inside
 
 
-@dataclass
-class Watch:
-    """Calls of one generation, by step: a step is a call of the whole model, or of its encoder."""
-
-    steps: list[list[Call]] = field(default_factory=list)
-
-    @property
-    def last(self) -> list[Call]:
-        return self.steps[-1]
-
-
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor in an output or in arguments, through tuples and model outputs."""
     if isinstance(value, Tensor):
@@ -77,23 +66,24 @@ def twin_tree(model: nn.Module) -> tuple[nn.Module, dict[int, str]]:
     return copied(model, ""), paths
 
 
-def watch(model: Any, inputs: Mapping[str, Any], *, steps: int = 3) -> Watch:
-    """Generate `steps` tokens greedily on `inputs` and record the calls of the last step.
+def watch(model: Any, inputs: Mapping[str, Any], *, steps: int = 3) -> list[list[Call]]:
+    """Generate `steps` tokens greedily on `inputs` and return the calls of each step, of all but
+    the last one the first alone: a step is a call of the whole model, or of its encoder.
 
     Errors of the model are raised as they are.
     """
     root, paths = twin_tree(model)
-    seen = Watch()
+    seen: list[list[Call]] = []
     open_calls: list[Call] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kw: dict[str, Any]) -> None:
         if not open_calls:
-            seen.steps.append([])
+            seen.append([])
         around = open_calls[-1] if open_calls else None
         tensor = first_tensor(args)
         if tensor is None:
             tensor = first_tensor(kw.get("hidden_states", kw))
-        calls = seen.steps[-1]
+        calls = seen[-1]
         place = len(calls)
         call = Call(
             paths[id(module)], module, len(open_calls), around, tensor, kw, len(args), place
@@ -103,8 +93,8 @@ def watch(model: Any, inputs: Mapping[str, Any], *, steps: int = 3) -> Watch:
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         open_calls.pop().out = out
-        if not open_calls and len(seen.steps) > 1:  # tensors of earlier steps go
-            seen.steps[-2] = seen.steps[-2][:1]
+        if not open_calls and len(seen) > 1:  # tensors of earlier steps go
+            seen[-2] = seen[-2][:1]
 
     for module in root.modules():
         module.register_forward_pre_hook(enter, with_kwargs=True)
