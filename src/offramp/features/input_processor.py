@@ -187,7 +187,8 @@ class InputProcessor:
 
     def prompt_text(self, prompt: str) -> str:
         """Return the prompt in the form that the backbone was tuned on: chat template or image
-        placeholder."""
+        placeholder. Control tokens in it are text where a template wraps it, and count where it is
+        read as it is, as in a completion."""
         if self._is_text and not self.has_template:
             return prompt
         if self.has_template and not self._is_written(prompt):

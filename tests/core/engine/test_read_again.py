@@ -23,12 +23,14 @@ from offramp.core.engine.read_again import shape_of
 from offramp.core.errors import OfframpError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.change import Unchanged
+from offramp.core.models.discovery.probe import special_ids
 from offramp.core.models.exits import Exits
 from offramp.core.models.readings import OWN
 from offramp.core.models.stand_in import StandIn
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
+from offramp_lab.inputs import zoo
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": WORDLESS}
 DEPTH = 2
@@ -274,6 +276,31 @@ def test_a_streamer_is_told_of_the_answer_that_stands() -> None:
         made = generate(backbone, inputs_of(), streamer=told, **GREEDY)
         assert told.ids == made.sequences.flatten().tolist() and told.ended == 1
         assert set(made.depths.flatten().tolist()) == {backbone.depth}
+
+
+@pytest.mark.parametrize("first", ["custom", "engine", "adapter"])
+@pytest.mark.parametrize(
+    "name", families.known("gemma4", "mllama", "gemma4_unified", "granite4_vision")
+)
+def test_whichever_door_is_asked_first_gives_the_models_own_answer(name: str, first: str) -> None:
+    model = zoo.build(name)
+    inputs = zoo.inputs(name, model, 1)
+    asked = {**GREEDY, "suppress_tokens": special_ids(model)}
+    expected = model.generate(**inputs, **asked).tolist()
+    backbone = Backbone(model, example=inputs).with_decoding(again=0.01)
+    exits, policy = Exits(backbone, (1,)).requires_grad_(False), ExitPolicy({1: 0.5})
+    if first == "engine":
+        core = EngineCore(backbone, exits, policy, EngineConfig(slots=2, limit=256))
+        handles = [core.add(Request(inputs, mode=m, options=asked)) for m in ("full", "lossless")]
+        core.run()
+        made = [handle.result(timeout=0).output.sequences.tolist() for handle in handles]
+    else:
+        adapter = Adapter(backbone, exits, policy)
+        more = {"custom_generate": adapter} if first == "custom" else {}
+        answer = model.generate if more else adapter.generate
+        out = answer(**inputs, mode="lossless", **more, **asked)
+        made = [getattr(out, "sequences", out).tolist()]
+    assert all(ids == expected for ids in made)
 
 
 @pytest.mark.parametrize("what", ["embeds", "right padded"])

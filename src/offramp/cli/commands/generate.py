@@ -81,8 +81,8 @@ def question_options(parser: Parser, *, captions: bool = False, chat: bool = Fal
     if not chat:
         group.add_argument(
             "--prompt",
-            help="what is asked; it may also stand alone, as the last word (default: the caption's "
-            "prompt that the exits know)",
+            help="what is asked; it may also stand alone, as the last word; control tokens count "
+            "where no chat template wraps it (default: the caption's prompt that the exits know)",
         )
         parser.question = None if captions else "prompt"
         parser.set_defaults(interactive=False)

@@ -278,9 +278,11 @@ def _check_norm(backbone: OpenedModel, last: Tensor, out: Any) -> Tensor:
     normed = backbone.final_norm(last)
     apart = relative_difference(normed, returned)
     if apart > _allowed(returned):
+        alike = normed.shape == returned.shape
+        difference = f"off by {apart:.1e}" if alike else "of another shape"
         raise UnsupportedBackboneError(
             f"Self-check, part 1: norm={family.norm!r} over the last layer's output is not what "
-            f"{family.stack} returns (off by {apart:.1e}).",
+            f"{family.stack} returns ({difference}).",
             _remedy(backbone, "norm"),
         )
     return normed
@@ -312,11 +314,11 @@ def _check_logits(backbone: OpenedModel, normed: Tensor, out: Any) -> int:
             backbone.softcap = None
             return _check_logits(backbone, normed, out)
         family = backbone.family
-        difference = f"off by {apart:.1e}"
+        difference = "of another shape"
         if ours.shape == theirs.shape:
             mine, own = ours.double(), theirs.to(ours.device).double()
             factor = float((mine * own).sum() / mine.square().sum())
-            difference += f"; theirs are about {factor:.4g} times ours"
+            difference = f"off by {apart:.1e}; theirs are about {factor:.4g} times ours"
         raise UnsupportedBackboneError(
             f"Self-check, part 2: logits read by head={family.head!r} are not the model's own "
             f"({difference}).",
