@@ -47,7 +47,8 @@ def test_keys_go_to_a_new_file_of_this_user(
     before: str, run: RunCommand, started: list[Any], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(exports, "export_vllm", nothing)
-    asked = ("serve", "tiny-opt", "--engine", "vllm", "--api-key", "secret")
+    (tmp_path / "keys").write_text("secret\n")
+    asked = ("serve", "tiny-opt", "--engine", "vllm", "--api-keys", tmp_path / "keys")
     assert run(*asked)[0] == 0
     [(_, arguments, _)] = started
     file, other = Path(arguments[arguments.index("--config") + 1]), tmp_path / "other"
