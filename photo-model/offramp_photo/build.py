@@ -20,16 +20,14 @@ from offramp.core.errors import DataError, InputError, OfframpError
 from offramp.core.missing import how_to_install
 from offramp.core.storage import atomic_folder, digest_file, digest_rows, read_json, write_json
 from offramp_photo.packages import LANGUAGE, VISION, data_folder, weights_file
-from offramp_photo.tower import EfficientNetLite0, PhotoTowerConfig
+from offramp_photo.tower import ARCHITECTURE, IMAGE_TOKEN, EfficientNetLite0, PhotoTowerConfig
 
 log = logging.getLogger(__name__)
 
-# Of SmolLM2's unused special tokens; a new one would change the vocabulary's size.
-IMAGE_TOKEN = "<file_sep>"
 WEIGHTS = "model.safetensors"
 CARD = "card.json"
 BUILT = "built.json"
-LAYOUT = 1
+LAYOUT = 2
 """Raised where the same trained weights would be built into another folder."""
 
 
@@ -70,6 +68,8 @@ def save(model: Any, processor: Any, folder: Path) -> None:
     with atomic_folder(folder) as staging:
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
+        config = staging / "config.json"
+        write_json(config, {**read_json(config), "architectures": [ARCHITECTURE]})
         files = {file.name: digest_file(file) for file in sorted(staging.iterdir())}
         write_json(staging / BUILT, {"files": files})
 

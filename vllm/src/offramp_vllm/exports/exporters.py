@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from offramp.cli.exporting import Exporter, check_adapter_alone
 from offramp.cli.loading import load_model, loaded, read_data
@@ -11,6 +12,9 @@ from offramp.cli.options import field_option
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 from offramp.core.errors import InputError
+
+if TYPE_CHECKING:
+    from offramp.core.models.backbone import Backbone  # help needs no PyTorch
 
 CHECKED = 8
 """Prompts whose answers vLLM is checked by, where --limit names no other number."""
@@ -38,21 +42,23 @@ def _write_vllm(arguments: argparse.Namespace) -> None:
         as_json=arguments.json,
     )
     added = {"offramp": {"exits": str(arguments.out.absolute())}}
-    say_next(_serving(adapter.backbone.name, "additional", added))
+    say_next(_serving(adapter.backbone, "additional", added))
 
 
-def checkpoint_of(name: str) -> str:
-    """Return the checkpoint of a backbone by its name; one that ships is a folder to vLLM."""
-    from offramp.adapter.shipped import tiny_folder, tiny_kind
-
-    kind = tiny_kind(name)
-    return name if kind is None else str(tiny_folder(kind))
+def ships(backbone: Backbone) -> bool:
+    """Return True if the backbone is one of those that are known by a short name here alone."""
+    return backbone.name.startswith("offramp/")
 
 
-def _serving(name: str, option: str, value: object) -> str:
+def checkpoint_of(backbone: Backbone) -> str:
+    """Return a backbone's checkpoint by its name; that of one that ships is a folder."""
+    return str(backbone.model.config._name_or_path) if ships(backbone) else backbone.name
+
+
+def _serving(backbone: Backbone, option: str, value: object) -> str:
     """The command that serves a backbone."""
     return (
-        f"python -m vllm.entrypoints.openai.api_server --model {checkpoint_of(name)} "
+        f"python -m vllm.entrypoints.openai.api_server --model {checkpoint_of(backbone)} "
         f"--{option}-config "
         f"'{json.dumps(value)}'"
     )
@@ -76,7 +82,7 @@ def _write_draft_model(arguments: argparse.Namespace) -> None:
         as_json=arguments.json,
     )
     told = {"method": "draft_model", "model": str(arguments.out), "num_speculative_tokens": 4}
-    say_next(_serving(adapter.backbone.name, "speculative", told))
+    say_next(_serving(adapter.backbone, "speculative", told))
 
 
 def _drafter_options(parser: Parser) -> None:

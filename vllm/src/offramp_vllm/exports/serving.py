@@ -13,21 +13,24 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.adapter.shipped import exits_folder
+from offramp.adapter.shipped import PHOTO, exits_folder
 from offramp.cli.commands.serve import server_config
 from offramp.cli.loading import loaded
 from offramp.cli.output import print_json, tell
 from offramp.common.folders import cache_folder
 from offramp.core.errors import InputError
-from offramp.core.storage import digest_file, digest_rows, write_json
+from offramp.core.storage import digest_file, digest_rows, write_atomic, write_json
 from offramp.engines import register_engine
-from offramp_vllm.exports.exporters import checkpoint_of
+from offramp_vllm.exports.exporters import checkpoint_of, ships
 
 PYTHON = "OFFRAMP_VLLM_PYTHON"
 MODULES = ("vllm", "offramp_vllm")
+PHOTO_CLASS = "offramp_photo"
+"""The package that brings vLLM the photo model's class."""
 DRAFTS = {"model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": 7}
 GIBIBYTES = "2"
 """Of keys and values on a processor, where the environment names no other size: vLLM would take
@@ -49,8 +52,10 @@ def serve(arguments: argparse.Namespace) -> None:
     python, config = _python(), server_config(arguments)
     opened = loaded(arguments, name=arguments.name, engine="torch")
     model = _checkpoint(opened.adapter.backbone)
+    if opened.adapter.backbone.name == PHOTO:
+        _check(python, [PHOTO_CLASS])
     exits = _exported(opened, exits_folder(arguments.name))
-    settings = _settings(arguments, config, opened.adapter.backbone, exits) | {"model": model}
+    settings = _settings(arguments, config, opened, exits) | {"model": model}
     # Keys would be seen in the list of processes, so vLLM reads all from a file of this user's.
     file = exits.with_name(f"{exits.name}-{arguments.port}.yaml")
     file.unlink(missing_ok=True)  # which others may read, or a link
@@ -77,7 +82,13 @@ def _python() -> str:
             "vLLM is not installed here.",
             f"Name the Python of the environment that has it: {PYTHON}=VENV/bin/python.",
         )
-    looks = f"import importlib.util as u; [u.find_spec(n) or exit(n) for n in {MODULES}]"
+    _check(python, MODULES)
+    return python
+
+
+def _check(python: str, modules: Sequence[str]) -> None:
+    """Raise `InputError` where another Python cannot be run, or has not all of some modules."""
+    looks = f"import importlib.util as u; [u.find_spec(n) or exit(n) for n in {[*modules]}]"
     try:
         asked = subprocess.run(
             [python, "-P", "-c", looks], capture_output=True, text=True, check=False
@@ -87,12 +98,11 @@ def _python() -> str:
             f"{python} cannot be run: {error.strerror}.", f"Name a Python in {PYTHON}."
         ) from error
     if asked.returncode:
-        missing = asked.stderr.split()[-1] if asked.stderr.strip() else MODULES[0]
+        missing = asked.stderr.split()[-1] if asked.stderr.strip() else modules[0]
         raise InputError(
             f"{python} has no {missing}.",
-            "Install it there: pip install vllm, and offramp-vllm (docs/vllm.md).",
+            f"Install it there: pip install {missing.replace('_', '-')} (docs/vllm.md).",
         )
-    return python
 
 
 def _checkpoint(backbone: Any) -> str:
@@ -101,13 +111,12 @@ def _checkpoint(backbone: Any) -> str:
     Raises:
         InputError: vLLM has no class for the model.
     """
-    checkpoint = checkpoint_of(backbone.name)
-    if backbone.is_encoder_decoder or checkpoint.startswith("offramp/"):
+    if backbone.is_encoder_decoder:
         raise InputError(
             f"vLLM has no class for {backbone.name}.",
             "Serve it by another engine: leave --engine out.",
         )
-    return checkpoint
+    return checkpoint_of(backbone)
 
 
 def _exported(opened: Any, source: Path) -> Path:
@@ -127,9 +136,10 @@ def _exported(opened: Any, source: Path) -> Path:
 
 
 def _settings(
-    arguments: argparse.Namespace, config: Any, backbone: Any, exits: Path
+    arguments: argparse.Namespace, config: Any, opened: Any, exits: Path
 ) -> dict[str, Any]:
     """vLLM's options, by their names."""
+    backbone = opened.adapter.backbone
     most = getattr(backbone.text_config, "max_position_embeddings", arguments.limit)
     watch = arguments.watch.get("share")
     ours = {"exits": str(exits)} | ({} if watch is None else {"watch": watch})
@@ -143,13 +153,24 @@ def _settings(
     }
     if arguments.slots is not None:
         settings["max-num-seqs"] = arguments.slots
-    if arguments.chat_template is not None:
-        settings["chat-template"] = str(arguments.chat_template)
+    if (template := arguments.chat_template or _template(opened, exits)) is not None:
+        settings["chat-template"] = str(template)
     if config.keys:
         settings["api-key"] = list(config.keys)
     if arguments.mode in (None, "lossless"):
         settings["speculative-config"] = json.dumps(DRAFTS)
     return settings
+
+
+def _template(opened: Any, exits: Path) -> Path | None:
+    """A file beside the exits with the chat template that a model got when it was opened; None:
+    vLLM finds the model's own."""
+    template = getattr(opened.processor, "chat_template", None)
+    if not ships(opened.adapter.backbone) or not template:
+        return None
+    file = exits.with_name(f"{exits.name}.jinja")
+    write_atomic(file, template.encode())
+    return file
 
 
 register_engine(
