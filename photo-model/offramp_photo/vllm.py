@@ -79,5 +79,7 @@ class PhotoForConditionalGeneration(LlavaForConditionalGeneration):
 
     def _process_image_input(self, image_input: Any) -> Tensor:
         if image_input["type"] == "image_embeds":
-            return image_input["data"]
-        return self.vision_tower(image_input["pixel_values"]).last_hidden_state
+            found: Tensor = image_input["data"]
+        else:
+            found = self.vision_tower(image_input["pixel_values"]).last_hidden_state
+        return found
