@@ -234,7 +234,7 @@ def replayed(
     return record
 
 
-def _exit_of(seen: Replay, depth: int) -> dict[str, float]:
+def _exit_of(seen: Replay, depth: int) -> dict[str, float | None]:
     mask = seen.mask
     same = (seen.said[depth] == seen.targets)[mask]
     scores = seen.scores[depth][mask]
@@ -245,11 +245,12 @@ def _exit_of(seen: Replay, depth: int) -> dict[str, float]:
     }
 
 
-def _auc(scores: Any, same: Any) -> float:
-    """The probability that a token which stays is surer than one which changes."""
+def _auc(scores: Any, same: Any) -> float | None:
+    """The probability that a token which stays is surer than one which changes; None: all are of
+    one sort."""
     good, bad = scores[same], scores[~same]
     if not len(good) or not len(bad):
-        return float("nan")
+        return None
     order = np.concatenate((good, bad)).argsort().argsort() + 1
     ranks = float(order[: len(good)].sum()) - len(good) * (len(good) + 1) / 2
     return ranks / (len(good) * len(bad))
