@@ -21,12 +21,15 @@ from typing import Any
 
 import families
 import pytest
+import pytest_randomly
 import quick
 import torch
 
 from offramp.core.models.backbone import Backbone, DecodeOptions
 
 torch.set_num_threads(1)
+# No other package's, such as spaCy's: they import PyTorch, which some tests hide.
+pytest_randomly.entrypoint_reseeds = []
 # Many laws count what layers run: of models that tests know, answers are read again where a law
 # asks for it, and in processes of their own.
 Backbone.decoding = DecodeOptions(again=None)
