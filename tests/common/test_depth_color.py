@@ -48,4 +48,4 @@ def test_notebooks_take_it(notebook: Path) -> None:
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     assert not re.search(r"#[0-9a-fA-F]{6}", code)
-    assert "depth_color" in code or "color" not in code
+    assert "cividis_r" in code or "color" not in code  # the same colours, by a public name

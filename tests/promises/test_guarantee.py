@@ -202,6 +202,16 @@ def test_a_prompt_is_of_the_kind_whose_frame_it_fits() -> None:
     assert {kind_of(prompt, prompt_frames(free)) for prompt in free} == {""}
 
 
+def test_a_prompt_that_is_asked_often_is_a_kind_beside_questions_of_all_sorts() -> None:
+    free = [f"{word} {word}?" for word in "abcdefghijklm"]
+    often = ["Caption:"] * 3
+    assert prompt_frames([*free, *often]) == [["Caption:"]]
+    kinds = [kind_of(prompt, prompt_frames([*free, *often])) for prompt in ("Caption:", free[0])]
+    assert kinds == ["Caption:", ""]
+    asked = [f"{word} it? Answer:" for word in "abcdefghijklm"]
+    assert prompt_frames([*asked, *often]) == [["Caption:"], ["", " it? Answer:"]]
+
+
 def test_many_kinds_with_a_template_are_of_one_kind() -> None:
     words = ["what", "who", "where", "when", "why", "how", "is", "are", "does", "can", "which"]
     frames = prompt_frames([f"{word} {thing}? Answer:" for word in words for thing in ("a", "b")])

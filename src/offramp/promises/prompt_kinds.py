@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,19 @@ def prompt_frames(prompts: Sequence[str]) -> list[list[str]]:
     """Return prompts as frames: [prompt] for one that stays the same, and [before, after] for a
     template whose middle changes.
 
-    Prompts with the same first word share a frame; with more than `FRAMES` first words, all prompts
-    share one. A prompt with no word in common with the others is a frame of its own.
+    Prompts with the same first word share a frame. With more than `FRAMES` first words all share
+    one, but for a prompt that at least one in `FRAMES` examples asks, which stays a kind; beside
+    such a prompt, others that have no word in common are of no frame. A prompt with no word in
+    common with the others is a frame of its own.
     """
     kinds: dict[str, set[str]] = {}
     for prompt in prompts:
         kinds.setdefault(re.split(r"[\s:]", prompt, maxsplit=1)[0], set()).add(prompt)
     if len(kinds) > FRAMES:
-        kinds = {"": set(prompts)}
+        often = {prompt for prompt, n in Counter(prompts).items() if n * FRAMES >= len(prompts)}
+        others = _frames(sorted({*prompts} - often))
+        alone = [[prompt] for prompt in sorted(often)]
+        return alone + (others if not alone or len(others) == 1 else [])
     return [frame for word in sorted(kinds) for frame in _frames(sorted(kinds[word]))]
 
 

@@ -333,7 +333,7 @@ def test_the_page_tries_a_photograph_where_the_model_has_one(
 ) -> None:
     assert httpx.get(f"{address}/example").headers["content-type"] == "image/png"
     (tmp_path / "photographer.jpg").write_bytes(b"a photograph")
-    monkeypatch.setattr("offramp_photo.data_folder", lambda: tmp_path)
+    monkeypatch.setattr("offramp_photo.packages.data_folder", lambda: tmp_path)
     monkeypatch.setattr(service.served.backbone, "name", PHOTO)
     found = httpx.get(f"{address}/example")
     assert found.content == b"a photograph" and found.headers["content-type"] == "image/jpeg"

@@ -189,12 +189,13 @@ def _config(arguments: argparse.Namespace) -> Any:
     from offramp.serving.monitor.watch_config import WatchConfig
 
     check_engine(arguments)
-    check_name(arguments.name, exits=True)
     if arguments.watch.get("share") != 0:
         WatchConfig(**arguments.watch)
     if arguments.engine != AUTO:
         _slots(arguments.engine, arguments.slots)
-    return server_config(arguments)
+    config = server_config(arguments)
+    check_name(arguments.name, exits=True)
+    return config
 
 
 def server_config(arguments: argparse.Namespace) -> Any:
