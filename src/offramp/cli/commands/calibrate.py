@@ -171,11 +171,10 @@ def _kind_target(text: str) -> tuple[str, float]:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    check_name(arguments.adapter, exits=True)
     from offramp.calibration.asked import Guarantee
-    from offramp.training.checkpoint import held
 
     if arguments.lossless:
+        check_name(arguments.adapter, exits=True)
         find_drafts(arguments)
         return
 
@@ -194,6 +193,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         ", more where images have unequal numbers of answers" if arguments.unit == "answer" else "",
     )
     check_engine(arguments)
+    check_name(arguments.adapter, exits=True)
+    from offramp.training.checkpoint import held  # which loads PyTorch
+
     out = adapter_folder(arguments)
     with held(out):  # two at once would each be the first attempt
         _find(arguments, asked, out)
