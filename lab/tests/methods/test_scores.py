@@ -32,8 +32,9 @@ def test_the_plugin_brings_what_offramp_says_it_brings() -> None:
     project = Path(methods.__file__).parents[3] / "pyproject.toml"
     points = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
     scores, engines = points["offramp.scores"], points["offramp.engines"]
+    kinds = points["offramp.exits"]
     told = {name for name, package in PACKAGES.items() if package == "offramp-lab"}
-    assert {*scores, *engines} - {"cuda-graphs"} == told
+    assert {*scores, *engines, *kinds} - {"cuda-graphs"} == told
     assert all(check_score(name) == name for name in scores)
     assert all(engine_named(name) for name in engines)
 

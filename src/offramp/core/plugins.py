@@ -43,7 +43,9 @@ PACKAGES = {
     "draft-model": "offramp-vllm",
     "speculators": "offramp-vllm",
     "photo": "offramp-photo",
-    **dict.fromkeys(("agreement", "patience", "saturation", "propagate"), "offramp-lab"),
+    **dict.fromkeys(
+        ("agreement", "patience", "saturation", "off_ramp", "propagate"), "offramp-lab"
+    ),
 }
 """Packages of this project by what they add, so that a missing one is named with its remedy."""
 

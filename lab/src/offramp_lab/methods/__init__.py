@@ -7,7 +7,7 @@ loads no PyTorch, for the help of commands names them too.
 from typing import Any
 
 from offramp.engines import register_engine
-from offramp.features.registration import register_heads, register_score
+from offramp.features.registration import register_exit, register_heads, register_score
 from offramp_lab.methods.scores import saturation
 
 
@@ -23,12 +23,19 @@ def _patience(*given: Any) -> Any:
     return Patience(*given)
 
 
+def _off_ramp(*given: Any) -> Any:
+    from offramp_lab.methods.deebert import off_ramp
+
+    return off_ramp(*given)
+
+
 def _propagating(*given: Any, **sizes: Any) -> Any:
     from offramp_lab.methods.propagate import Propagating
 
     return Propagating.of(*given, **sizes)
 
 
+register_exit("off_ramp", _off_ramp)
 register_heads("agreement", _agreement)
 register_heads("patience", _patience)
 register_score("saturation", saturation, reads="check")

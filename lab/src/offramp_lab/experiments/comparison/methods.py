@@ -35,15 +35,16 @@ OBJECTIVES: dict[str, Mapping[str, Any] | None] = {
     "cross_entropy": _only("cross_entropy", regime="supervised"),
     FEW: _only("cross_entropy", regime="mixed"),
     OWN: _only("cross_entropy", regime="pseudo"),
+    "deebert": _only("cross_entropy", regime="supervised", exit_kind="off_ramp"),
     "distillation": _only("distillation"),
     FREE: {},
     SUPERVISED: {"regime": "supervised"},
 }
 """Changes to the `TrainConfig`; None: nothing is trained. Cross-entropy as in BranchyNet
 (Teerapittayanon et al. 2016), on the data's answers or, where there are none, on the model's own;
-`FEW` on a `labelled_fraction` of the data's; `OWN` on the model's own either way; distillation as
-in CapEEN (Bajpai and Hanawal 2024). All but cross-entropy on the data's answers and `SUPERVISED`
-read no label."""
+`FEW` on a `labelled_fraction` of the data's; `OWN` on the model's own either way; by DeeBERT (Xin
+et al. 2020) of exits that are classifiers of their own; distillation as in CapEEN (Bajpai and
+Hanawal 2024). All but cross-entropy on the data's answers and `SUPERVISED` read no label."""
 
 POLICIES = (*SCORES, *HEADS, *FEATURE_SCORES)
 """Scores that decide."""
@@ -59,7 +60,7 @@ class Plan:
     policies: of `POLICIES`, compared on FREE's exits.
     pairs: more of (objective, policy), at the depths `several`: methods as they were published.
         ("logit_lens", "saturation") is what MuE (Tang et al. 2023) comes to on a frozen model,
-        ("cross_entropy", "patience") is PABEE (Zhou et al. 2020).
+        ("cross_entropy", "patience") is PABEE (Zhou et al. 2020), ("deebert", "entropy") DeeBERT.
     depths, several: patience and agreement need more than one exit.
     quantiles: thresholds are these quantiles of the scores, so that the points of a curve spread;
         from 0, where all exit, for a curve must reach the quality at which it is read.
