@@ -96,11 +96,7 @@ def _exits(name: str, dtype: torch.dtype, wide: float | None, depths: tuple[int,
     from offramp.core.models.exits import Exits
 
     exits = Exits(_backbone(name, dtype, wide), depths)
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():  # no longer copies, as after some training
-        for parameter in exits.parameters():
-            noise = torch.randn(parameter.shape, generator=draw)
-            parameter.add_((0.03 * noise).to(parameter.dtype))
+    families.perturb(exits)
     return exits
 
 

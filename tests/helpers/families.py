@@ -14,6 +14,7 @@ from offramp_lab.inputs.tiny_families import (
     build,
     depths,
     kind_of,
+    perturb,
 )
 from offramp_lab.inputs.tiny_families.models import blip2
 from offramp_lab.inputs.tiny_families.text import (
@@ -53,6 +54,7 @@ __all__ = [
     "llama_config",
     "one_row",
     "opt_config",
+    "perturb",
 ]
 
 

@@ -46,10 +46,7 @@ def adapter_of(name: str) -> Adapter:
     backbone = Backbone(families.build(name), name=name)
     depths = depths_of(name)
     exits = Exits(backbone, depths)
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in exits.parameters():
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=draw))
+    families.perturb(exits)
     exits.requires_grad_(False)
     together = ExitSet(exits, SHORT)
     return Adapter(backbone, together, ExitPolicy(dict.fromkeys(depths, 0.5), shortlist=True))

@@ -82,10 +82,7 @@ def _adapter(name: str) -> Adapter:
     backbone = Backbone(families.build(name), name=name)
     depths = families.depths(name)
     exits = Exits(backbone, depths)
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in exits.parameters():
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=draw))
+    families.perturb(exits)
     exits.requires_grad_(False)
     return Adapter(backbone, ExitSet(exits), ExitPolicy(dict.fromkeys(depths, 0.5)))
 

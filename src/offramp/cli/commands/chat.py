@@ -24,4 +24,4 @@ def add(commands: Any) -> None:
 
 def _options(parser: Parser) -> None:
     question_options(parser, chat=True)
-    parser.set_defaults(prompt=None, interactive=True, stream=True, json=False)
+    parser.set_defaults(prompt=None, interactive=True, stream=True, json=False, out=None)

@@ -142,7 +142,7 @@ def generate(arguments: argparse.Namespace) -> None:
     options = _generation_options(arguments)
     check_engine(arguments)
     check_name(arguments.adapter, exits=True)
-    if getattr(arguments, "out", None) is not None:
+    if arguments.out is not None:
         check_writable(arguments.out)
     _check_images(arguments)
     opened = loaded(arguments, answers=max(1, len(arguments.image)))
@@ -210,7 +210,7 @@ def _key(image: Any, asked: dict[str, Any]) -> str:
 @contextmanager
 def _kept(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[..., None]]]:
     """The rows of --out by image and what was asked, and a function that adds one."""
-    if getattr(arguments, "out", None) is None:
+    if arguments.out is None:
         yield {}, lambda row: None
         return
     from offramp.common.jsonl_log import JsonlLog

@@ -234,7 +234,7 @@ def difference(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool)
 
 
 def off_by(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool) -> Outcome:
-    """Return how far an answer is from the model's own.
+    """Return the largest difference of an answer's logits from those of the model itself.
 
     kept: the logits of the answer. exact: whether tokens of exits are the full model's too.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp_lab.inputs.tiny_families import models
 from offramp_lab.inputs.tiny_families.text import (
@@ -156,6 +156,15 @@ FURTHER: dict[str, Kind] = {
 """Kinds that are no family of their own, for tests that are about their text model."""
 WORDLESS = [BOS, EOS, IMAGE, VISION_START, VISION_END, VIDEO]
 """Never said, where outputs go back in as a prompt: an image token there would want an image."""
+
+
+@torch.no_grad()
+def perturb(exits: nn.Module) -> None:
+    """Add noise to exits in place: no longer copies of layers, as after some training."""
+    draw = torch.Generator().manual_seed(7)
+    for parameter in exits.parameters():
+        noise = torch.randn(parameter.shape, generator=draw)
+        parameter.add_((0.03 * noise).to(parameter.dtype))
 
 
 def depths(name: str) -> tuple[int, ...]:
