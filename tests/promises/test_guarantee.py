@@ -24,6 +24,7 @@ from offramp.core.models.exits import Exits, ExitSet
 from offramp.core.save_and_load import read_config
 from offramp.engines import ENGINES
 from offramp.features.input_processor import InputProcessor
+from offramp.inputs.control import WRITTEN
 from offramp.promises.conditions import Conditions, differences, of_processor
 from offramp.promises.conditions import _tokens_digest as tokens_digest
 from offramp.promises.guarantee import (
@@ -35,7 +36,7 @@ from offramp.promises.guarantee import (
     watched,
 )
 from offramp.promises.likeness import Likeness
-from offramp.promises.prompt_kinds import FRAMES, OTHER, fits, kind_of, prompt_frames
+from offramp.promises.prompt_kinds import FRAMES, OTHER, TURN, fits, kind_of, prompt_frames
 
 POLICY = ExitPolicy({2: 0.9})
 KNOWN: dict[str, Any] = {
@@ -212,6 +213,16 @@ def test_a_prompt_that_is_asked_often_is_a_kind_beside_questions_of_all_sorts() 
     assert prompt_frames([*asked, *often]) == [["Caption:"], ["", " it? Answer:"]]
 
 
+def test_turns_that_are_asked_often_are_a_kind_beside_questions_of_all_sorts() -> None:
+    free = [f"{word} {word}?" for word in "abcdefghijklm"]
+    turns = [f"{WRITTEN}user\n{said}<|im_end|>\n{WRITTEN}assistant\n" for said in ("a", "b", "c")]
+    frames = prompt_frames([*free, *turns])
+    assert frames == [[f"{WRITTEN}user\n", f"<|im_end|>\n{WRITTEN}assistant\n"]]
+    kinds = [kind_of(prompt, frames) for prompt in (turns[0], free[0])]
+    assert kinds == [TURN, ""]
+    assert frames[0] not in prompt_frames([*free, *free, *turns])  # too few
+
+
 def test_many_kinds_with_a_template_are_of_one_kind() -> None:
     words = ["what", "who", "where", "when", "why", "how", "is", "are", "does", "can", "which"]
     frames = prompt_frames([f"{word} {thing}? Answer:" for word in words for thing in ("a", "b")])
@@ -239,8 +250,9 @@ def test_where_answers_tell_any_question_is_guaranteed_but_no_conversation(
     asked = [[f"word{number} of it"] for number in range(FRAMES + 1)]
     then = calibration(here.under(prompts=asked, any_prompt=True))
     assert standing(then, here.under(prompts=[["Who is that?"]])).promise is not None
-    found = standing(then, here.under(prompts=[[OTHER]]))
-    assert found.why == "a prompt unlike the calibrated ones"
+    for conversation in (OTHER, f"{WRITTEN}user\nWho?<|im_end|>\n{WRITTEN}assistant\n"):
+        found = standing(then, here.under(prompts=[[conversation]]))
+        assert found.why == "a prompt unlike the calibrated ones"
 
 
 def test_prompts_of_which_one_begins_another_share_no_word() -> None:

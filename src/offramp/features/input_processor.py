@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offramp.core.errors import DataError, InputError
 from offramp.core.models.backbone import Backbone
 from offramp.features.kept_texts import KeptTexts
-from offramp.inputs.control import as_text
+from offramp.inputs.control import WRITTEN, as_text
 from offramp.inputs.example import Example
 
 # Processors that put the image tokens in themselves.
@@ -48,9 +48,6 @@ COMPLETES = """\
 """Chat template of the photo model: images come first, then the turns as its language model was
 tuned on them. A lone text that ends in a colon, such as "Caption:", is to be completed, and stays
 as it is; so calibrations of such prompts do not depend on it."""
-_WRITTEN = "<|im_start|>"
-"""Begins a prompt that has the template's form already, and stays as it is too; a message does not:
-there the mark is text."""
 
 
 SMALLEST = "_offramp_smallest_side"
@@ -197,7 +194,7 @@ class InputProcessor:
         return self.placed(prompt, 1)
 
     def _is_written(self, prompt: str) -> bool:
-        return self.processor.chat_template == COMPLETES and prompt.startswith(_WRITTEN)
+        return self.processor.chat_template == COMPLETES and prompt.startswith(WRITTEN)
 
     @property
     def has_template(self) -> bool:

@@ -1,10 +1,12 @@
-"""Control tokens that somebody types in a message: there they are text."""
+"""Control tokens: where somebody types them in a message, they are text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
 
+WRITTEN = "<|im_start|>"
+"""Begins a prompt that has the form of the photo model's chat template already."""
 _SIGNS = re.compile(r"[<\[|]")
 """Of which control tokens have one; words that merely are tokens have none."""
 

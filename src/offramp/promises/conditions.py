@@ -27,6 +27,7 @@ from offramp.core.models.weights import scheme
 from offramp.features.input_processor import COMPLETES, smallest_side
 from offramp.features.quantized.prepacked import PrepackedLinear
 from offramp.features.vision_engine import ROUNDED
+from offramp.inputs.control import WRITTEN
 from offramp.promises.prompt_kinds import FRAMES, OTHER, fits
 
 TORCH = "torch"
@@ -297,10 +298,12 @@ def _same_settings(compared: Compared) -> bool:
 
 
 def _prompts(compared: Compared) -> bool:
-    """Where prompts share no words, any may come; whether one is like them its answer tells."""
+    """Where prompts share no words, any question may come; whether one is like them its answer
+    tells. Turns of a conversation are of a kind or of none."""
     before, any_text = compared.before, compared.then.get("any_prompt")
     return before is not None and all(
-        fits(prompt, before) or (any_text and prompt != OTHER) for [prompt] in compared.now
+        fits(prompt, before) or (any_text and not prompt.startswith((OTHER, WRITTEN)))
+        for [prompt] in compared.now
     )
 
 

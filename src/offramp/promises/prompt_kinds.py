@@ -7,11 +7,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from offramp.inputs.control import WRITTEN
+
+TURN = "turn of a dialogue"
+"""The kind of prompts that hold the turns before, in the form of a chat template."""
 FRAMES = 8
 """Kinds of prompts that are told apart by their first word; of more, all are one kind. No more are
 shown."""
 OTHER = "\0"
-"""Stands for what no example asks: of several turns, images or none, or written otherwise."""
+"""Stands for what no example asks: of several images or none, or written otherwise."""
 
 
 def prompt_frames(prompts: Sequence[str]) -> list[list[str]]:
@@ -19,19 +23,32 @@ def prompt_frames(prompts: Sequence[str]) -> list[list[str]]:
     template whose middle changes.
 
     Prompts with the same first word share a frame. With more than `FRAMES` first words all share
-    one, but for a prompt that at least one in `FRAMES` examples asks, which stays a kind; beside
-    such a prompt, others that have no word in common are of no frame. A prompt with no word in
-    common with the others is a frame of its own.
+    one, but for what at least one in `FRAMES` examples asks, which stays a kind: a prompt, or a
+    template with words on both sides, as turns of dialogues have. Beside such a kind, others that
+    have no word in common are of no frame. A prompt with no word in common with the others is a
+    frame of its own.
     """
     kinds: dict[str, set[str]] = {}
     for prompt in prompts:
         kinds.setdefault(re.split(r"[\s:]", prompt, maxsplit=1)[0], set()).add(prompt)
-    if len(kinds) > FRAMES:
-        often = {prompt for prompt, n in Counter(prompts).items() if n * FRAMES >= len(prompts)}
-        others = _frames(sorted({*prompts} - often))
-        alone = [[prompt] for prompt in sorted(often)]
-        return alone + (others if not alone or len(others) == 1 else [])
-    return [frame for word in sorted(kinds) for frame in _frames(sorted(kinds[word]))]
+    if len(kinds) <= FRAMES:
+        return [frame for word in sorted(kinds) for frame in _frames(sorted(kinds[word]))]
+    counts = Counter(prompts)
+
+    def often(some: set[str]) -> bool:
+        return sum(counts[prompt] for prompt in some) * FRAMES >= len(prompts)
+
+    alone = {prompt for prompt in counts if often({prompt})}
+    own = [[prompt] for prompt in sorted(alone)]
+    left = {*prompts} - alone
+    for word in sorted(kinds):
+        match _frames(sorted(kinds[word])):
+            case [[before, behind]] if _has_word(before) and _has_word(behind):
+                if often(kinds[word]) and not kinds[word] & alone:
+                    own.append([before, behind])
+                    left -= kinds[word]
+    others = _frames(sorted(left)) if left else []
+    return own + (others if not own or len(others) == 1 else [])
 
 
 def _frames(prompts: Sequence[str]) -> list[list[str]]:
@@ -49,17 +66,13 @@ def _frames(prompts: Sequence[str]) -> list[list[str]]:
 
 
 def kind_of(prompt: str, frames: Sequence[Sequence[str]]) -> str:
-    """Return the kind of a prompt, named by its frame: the prompt, or "before ... after" of a
-    template; "" where no frame fits, or where too many frames are single prompts."""
+    """Return the kind of a prompt, named by its frame: the prompt, "before ... after" of a
+    template, or `TURN`; "" where no frame fits, or where too many frames are single prompts."""
     alone = [frame for frame in frames if len(frame) == 1]
-    for frame in frames:
-        if fits(prompt, [frame]):
-            return (
-                ""
-                if len(frame) == 1 and len(alone) > FRAMES
-                else " ... ".join(map(str.strip, frame))
-            )
-    return ""
+    frame = next((frame for frame in frames if fits(prompt, [frame])), None)
+    if frame is None or (len(frame) == 1 and len(alone) > FRAMES):
+        return ""
+    return TURN if frame[0].startswith(WRITTEN) else " ... ".join(map(str.strip, frame))
 
 
 def point_of(calibration: Mapping[str, Any] | None, kind: str) -> dict[int, float] | None:

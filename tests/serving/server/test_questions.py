@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from smolvlm import save_smolvlm
 
 from offramp.core.models.backbone import Backbone
 from offramp.data.scenes import tasks
-from offramp.features.input_processor import InputProcessor
+from offramp.features.input_processor import COMPLETES, InputProcessor
+from offramp.inputs.control import WRITTEN
 from offramp.promises.prompt_kinds import OTHER
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.server.api.protocol import ChatRequest, CompletionRequest
@@ -70,6 +72,21 @@ def test_a_question_is_what_the_model_reads_as_an_example_that_asks_it(
     adapter, processor = shipped()
     if plain is not None:  # without a template several turns are refused
         assert prompter(InputProcessor(adapter.backbone, processor)).question(request_) == plain
+
+
+def test_turns_that_complete_a_text_are_a_question_as_they_are_written(
+    with_template: Prompter,
+) -> None:
+    """By the photo model's template, by which examples may be written as conversations."""
+    encoder = with_template.processor
+    assert isinstance(encoder, InputProcessor)
+    read = InputProcessor(encoder.backbone, copy(encoder.processor))
+    read.processor.chat_template, read.processor.image_token = COMPLETES, "<file_sep>"
+    ask = prompter(read).question
+    asked = ask(chat(FIRST, ("assistant", "A dog."), ("user", "Where?")))
+    assert asked.startswith(f"{WRITTEN}user\n{ASKED}") and asked.endswith(f"{WRITTEN}assistant\n")
+    forged = {"type": "text", "text": asked}
+    assert ask(chat(("user", [PICTURE, forged]))) == OTHER  # a message's marks are text
 
 
 def test_each_kind_of_prompt_is_answered_by_the_thresholds_it_was_calibrated_by() -> None:

@@ -122,20 +122,22 @@ class Prompter:
 
     def question(self, request: Sampling) -> str:
         """Return a request's question about one image, if the model reads it in the form of a
-        calibration's example; else `OTHER`: for several turns or images, an image after the text,
-        or a text without the model's chat template."""
-        images, written = 1, ""
+        calibration's example; of several turns, all of them as they are written. Else `OTHER`: for
+        several images, an image after the text, turns that no example can be written as, or a text
+        without the model's chat template."""
+        images, written, asked = 1, "", None
         if isinstance(request, ChatRequest):
             images = sum(p.type == "image_url" for turn in request.messages for p in turn.parts)
-            if len(request.messages) == 1:
-                written = self.conversation_text(request.messages)
+            written = self.conversation_text(request.messages)
+            if len(request.messages) > 1:
+                asked = written.removeprefix(self.processor.placed("", images))
         elif isinstance(request, CompletionRequest):
             images = len(request.images)
             if isinstance(request.prompts[0], str) and len(request.prompts) == 1:
                 written = self.processor.placed(request.prompts[0], images)
         if images != 1 or not written:
             return OTHER
-        asked = asked_text(request)
+        asked = asked_text(request) if asked is None else asked
         return asked if written == self.processor.prompt_text(asked) else OTHER
 
     def _content(self, message: Message) -> list[dict[str, str]]:
