@@ -146,12 +146,11 @@ BEFORE = {
     "places": set(),
     "methods": set(),
     "harnesses": set(),
-    "inputs": {"places"},
-    "experiments": {"methods", "inputs"},
+    "experiments": {"methods"},
     "graphs": set(),
-    "records": {"places", "methods", "inputs", "experiments"},
+    "records": {"places", "methods", "experiments"},
     "tables": {"places", "experiments"},
-    "pages": {"places", "inputs", "experiments", "records", "tables"},
+    "pages": {"places", "experiments", "records", "tables"},
 }
 """The same of the lab's rooms."""
 

@@ -29,7 +29,7 @@ from offramp.core.errors import DataError
 from offramp.data.scenes import world
 from offramp.inputs.example import Example
 from offramp.inputs.image import content_digest
-from offramp_lab.inputs import lookalikes
+from offramp_lab.records import lookalikes
 
 PATH = (Thresholds({2: 0.9}), Thresholds({2: 0.5}))
 

@@ -14,7 +14,7 @@ from offramp.data.near_copies import near_copies
 from offramp.data.scenes import world
 from offramp.inputs.example import Example
 from offramp.inputs.image import open_rgb, pixel_digest
-from offramp_lab.inputs import lookalikes
+from offramp_lab.records import lookalikes
 
 
 def examples(images: list[Image.Image]) -> list[Example]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
@@ -16,7 +17,6 @@ from offramp.core.models.exits import Exits, copied_index
 from offramp.core.models.intercept import InterceptedModel
 from offramp.features.mixture import DenseBlock, dense_exit, expert_blocks
 from offramp.features.registration import register_exit
-from offramp_lab.inputs import zoo
 
 DEPTH = 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import families
 import pytest
 import torch
+import zoo
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
@@ -16,7 +17,6 @@ from offramp.core.models.discovery.paths import discover
 from offramp.core.models.exits import Exits
 from offramp.core.models.registry import Family
 from offramp.features.self_check import adopt_findings, check_decoding
-from offramp_lab.inputs import zoo
 
 
 def checked(name, rows=1):

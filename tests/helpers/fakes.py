@@ -72,7 +72,7 @@ class Blip2FakeProcessor:
 
 
 class ZooFakeProcessor:
-    """What the processor of a type in `offramp_lab.inputs.zoo` returns, of any picture."""
+    """What the processor of a type in `zoo` returns, of any picture."""
 
     def __init__(self, name: str, model: Any) -> None:
         self.name, self.model, self.tokenizer = name, model, word_level()
@@ -80,7 +80,7 @@ class ZooFakeProcessor:
     def __call__(
         self, images: Sequence[Any], text: Sequence[str], padding: bool, return_tensors: str
     ) -> dict[str, torch.Tensor]:
-        from offramp_lab.inputs.zoo.inputs import IMAGES, by_signature
+        from zoo.inputs import IMAGES, by_signature
 
         words = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in text]
         with torch.random.fork_rng(devices=[]):

@@ -1,9 +1,6 @@
 """Tiny random models of every supported family, and what they are called in the tests."""
 
-from torch import Tensor
-from transformers import CONFIG_MAPPING
-
-from offramp_lab.inputs.tiny_families import (
+from tiny_families import (
     CAUSAL_PROMPT,
     FURTHER,
     KINDS,
@@ -16,8 +13,8 @@ from offramp_lab.inputs.tiny_families import (
     kind_of,
     perturb,
 )
-from offramp_lab.inputs.tiny_families.models import blip2
-from offramp_lab.inputs.tiny_families.text import (
+from tiny_families.models import blip2
+from tiny_families.text import (
     BOS,
     EOS,
     FIRST_WORD,
@@ -28,7 +25,9 @@ from offramp_lab.inputs.tiny_families.text import (
     WIDTH,
     opt_config,
 )
-from offramp_lab.inputs.tiny_families.text import llama as llama_config
+from tiny_families.text import llama as llama_config
+from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 __all__ = [
     "BOS",

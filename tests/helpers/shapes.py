@@ -24,7 +24,7 @@ FIRST_WORD, IMAGES, SIDE = 8, 4, 28
 @dataclass(frozen=True)
 class Shape:
     """A backbone to build: `config` is the text model's, and `wrap`, of
-    `offramp_lab.inputs.tiny_families.models`, puts a VLM around it."""
+    `tiny_families.models`, puts a VLM around it."""
 
     name: str
     config: Callable[[], Any]
@@ -33,9 +33,9 @@ class Shape:
     def build(self, seed: int = 0) -> Backbone:
         """The backbone in float32, its weights drawn from `seed`."""
         import torch
+        from tiny_families import models
 
         from offramp.core.models.backbone import Backbone
-        from offramp_lab.inputs.tiny_families import models
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -47,9 +47,8 @@ class Shape:
     ) -> dict[str, Tensor]:
         """What a processor would return for `batch` prompts of an image and `words` words."""
         import torch
-
-        from offramp_lab.inputs.tiny_families import models
-        from offramp_lab.inputs.tiny_families.text import IMAGE
+        from tiny_families import models
+        from tiny_families.text import IMAGE
 
         draw = torch.Generator().manual_seed(seed)
         text = torch.randint(FIRST_WORD, backbone.vocabulary, (batch, words), generator=draw)
@@ -67,7 +66,7 @@ def shape(name: str) -> Shape:
 
 
 def _opt() -> Any:
-    from offramp_lab.inputs.tiny_families import text
+    from tiny_families import text
 
     return text.opt_config(
         num_hidden_layers=8,
@@ -81,7 +80,7 @@ def _opt() -> Any:
 
 
 def _t5() -> Any:
-    from offramp_lab.inputs.tiny_families import text
+    from tiny_families import text
 
     return text.t5(
         num_layers=8,
@@ -97,7 +96,7 @@ def _t5() -> Any:
 
 
 def _llama() -> Any:
-    from offramp_lab.inputs.tiny_families import text
+    from tiny_families import text
 
     return text.llama(
         num_hidden_layers=8,

@@ -12,6 +12,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import zoo
 
 from offramp import cli
 from offramp.adapter.adapter import Adapter
@@ -26,7 +27,6 @@ from offramp.serving.request import Request
 from offramp.serving.serial import SerialCore
 from offramp.serving.server.config import ServerConfig
 from offramp.serving.server.pytorch import service_of as service_of_model
-from offramp_lab.inputs import zoo
 from serving import asking, messages, scene_examples, service_of, shipped
 
 NAME = "blip2-opt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fakes
 import pytest
 import torch
+import zoo
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import tiny_folder
@@ -15,7 +16,6 @@ from offramp.core.models.backbone import Backbone
 from offramp.features.input_processor import InputProcessor
 from offramp.training.config import TrainConfig
 from offramp.training.trainer import train
-from offramp_lab.inputs import zoo
 
 CONFIG = TrainConfig(
     exit_kind="layer",

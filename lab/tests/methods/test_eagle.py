@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_families
 import torch
 from offramp_vllm.exports.eagle3 import Eagle3Drafter
 
@@ -10,7 +11,6 @@ from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.inputs import tiny_families
 from offramp_lab.methods.eagle import NAME, attached
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import zoo
 from decoding import CALM, EXACT, NEW, errors_by_depth, tokens_by_layer
 from families import WORDLESS
 from reference import Dice
@@ -19,7 +20,6 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 from offramp.engines import engine_named
 from offramp.features.prefix_cache import PrefixCache
-from offramp_lab.inputs import zoo
 from offramp_lab.methods.propagate import Propagating
 
 NAMES = ("blip2-opt", "blip2-t5", "llava", "gemma3", "qwen2.5-vl")

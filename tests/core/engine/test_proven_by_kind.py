@@ -7,6 +7,7 @@ import families
 import home_made
 import pytest
 import torch
+import zoo
 from transformers import LogitsProcessor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -24,7 +25,6 @@ from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.inputs import zoo
 
 TYPES = ["gemma4_unified", "granite4_vision", "molmo2", "qwen3_vl_moe"]
 """Image prompts of these look ahead, or get features between layers; text does neither."""

@@ -11,6 +11,7 @@ import families
 import home_made
 import pytest
 import torch
+import zoo
 from families import WORDLESS
 from hub_files import text_adapter
 from torch.utils._pytree import tree_leaves
@@ -30,7 +31,6 @@ from offramp.core.models.stand_in import StandIn
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.inputs import zoo
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": WORDLESS}
 DEPTH = 2

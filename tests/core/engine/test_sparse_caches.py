@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_families
 import torch
+import zoo
+from tiny_families.text import VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LogitsProcessor
+from zoo.config import FIRST_WORD, shrink
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import OfframpError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
-from offramp_lab.inputs import tiny_families, zoo
-from offramp_lab.inputs.tiny_families.text import VOCABULARY
-from offramp_lab.inputs.zoo.config import FIRST_WORD, shrink
 
 CHOSEN = 16
 """Tokens that attention reads at most."""

@@ -6,6 +6,7 @@ import families
 import home_made
 import pytest
 import torch
+import zoo
 
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.engine.generate import generate
@@ -16,7 +17,6 @@ from offramp.core.models.exits import Exits
 from offramp.serving.core import EngineCore
 from offramp.serving.engine_config import EngineConfig
 from offramp.serving.request import Request
-from offramp_lab.inputs import zoo
 
 NEW = 8
 WRITTEN = (1, 2, 4)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import nn
 
 from offramp import BatchEngine, EngineConfig, generate
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.in_place_of import InPlaceOf
 from offramp.features.vision_cache import RememberedTower, VisionCache
-from offramp_lab.inputs import zoo
 
 
 class Tower(nn.Module):

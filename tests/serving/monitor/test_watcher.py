@@ -39,7 +39,7 @@ from offramp.serving.engine_config import EngineConfig
 from offramp.serving.monitor.sample import Sample
 from offramp.serving.monitor.watch_config import WatchConfig
 from offramp.serving.monitor.watcher import Watcher, draws_of_one
-from offramp_lab.inputs import lookalikes
+from offramp_lab.records import lookalikes
 from serving import asking, messages, running, scene_examples, service_of, shipped
 
 ALL = WatchConfig(share=1.0, level=0.01, backlog=4096)

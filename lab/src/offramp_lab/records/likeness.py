@@ -23,7 +23,7 @@ from offramp.data.datasets import read_examples
 from offramp.data.scenes.tasks import captions_and_questions
 from offramp.inputs.example import Example
 from offramp.promises.likeness import Likeness, is_unlike, look_of
-from offramp_lab.inputs import lookalikes
+from offramp_lab.records import lookalikes
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.simulated import interval
 from offramp_lab.records.subjects import tiny_with

@@ -24,8 +24,8 @@ from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
 
 @dataclass(frozen=True)
 class Record:
-    """name: of the file. command: the module of `offramp_lab.records` that writes it, if it is not
-    called so."""
+    """name: of the file. command: what writes it, a script or a module of `offramp_lab.records`, if
+    that is not called so."""
 
     name: str
     command: str = ""
@@ -43,7 +43,9 @@ class Record:
     def origin(self, examples: Sequence[Example] = ()) -> dict[str, Any]:
         """What ran, on what, when."""
         digest = examples_digest(examples) if examples else None
-        found = provenance(0, [f"offramp_lab.records.{self.command or self.name}"], digest)
+        by = self.command or self.name
+        ran = by if by.endswith(".py") else f"offramp_lab.records.{by}"
+        found = provenance(0, ran, digest)
         return {**found, "generation": generation(found["processor"])}
 
     def write(self, figures: Mapping[str, Any], file: Path | None = None, **more: Any) -> None:

@@ -40,7 +40,6 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.storage import read_json, write_atomic
 from offramp.features.input_processor import InputProcessor
 from offramp.inputs.example import Example
-from offramp_lab import inputs
 from offramp_lab.places import RUNS
 from offramp_lab.records.alone import ALONE, ENGINE, THEIRS, Way, beside_alone, edge_ways
 from offramp_lab.records.record import Kept, Record, asked, words
@@ -48,7 +47,7 @@ from offramp_lab.records.record import Kept, Record, asked, words
 RECORD = Record("text")
 NEW, DEPTH = 24, 10
 OFFRAMP = [sys.executable, "-m", "offramp.cli"]
-WORDS: dict[str, list[str]] = read_json(Path(inputs.__file__).with_name("prompts.json"))
+WORDS: dict[str, list[str]] = read_json(Path(__file__).with_name("text_prompts.json"))
 THINGS = WORDS["things"]
 Parts = Mapping[str, tuple[Sequence[str], int]]
 """By use: which things, and how many of the prompts."""

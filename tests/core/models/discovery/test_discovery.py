@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import families
 import pytest
+import zoo
 
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.paths import discover
 from offramp.core.models.registry import registered_family
-from offramp_lab.inputs import zoo
 
 FOUND = {
     "chameleon": ("model", "layers", "norm", "lm_head"),

@@ -7,13 +7,13 @@ from dataclasses import replace
 import families
 import pytest
 import torch
+import zoo
 
 from offramp.core.errors import UnsupportedBackboneError
 from offramp.core.models import registry
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.discovery.paths import discover
 from offramp.core.models.registry import Family
-from offramp_lab.inputs import zoo
 
 LLAVA = Family("model.language_model", vision="model.vision_tower")
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tiny_families as families
 import torch
+from tiny_families.text import BOS, PAD, VOCABULARY
 from torch import Tensor
 
-from offramp_lab.inputs import tiny_families as families
-from offramp_lab.inputs.tiny_families.text import BOS, PAD, VOCABULARY
-from offramp_lab.inputs.zoo.config import FIRST_WORD, shrink
-from offramp_lab.inputs.zoo.inputs import IMAGES, by_signature
+from zoo.config import FIRST_WORD, shrink
+from zoo.inputs import IMAGES, by_signature
 
 PROMPTS = (6, 3, 5)
 """Words in each row's prompt: rows of a batch need padding."""

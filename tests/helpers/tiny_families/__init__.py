@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp_lab.inputs.tiny_families import models
-from offramp_lab.inputs.tiny_families.text import (
+from tiny_families import models
+from tiny_families.text import (
     BOS,
     EOS,
     FIRST_WORD,

@@ -1,9 +1,9 @@
 """Each decoder family inside llama.cpp, on tiny random models; rewrites llama-families.json.
 
-`python -m offramp_lab.records.families` takes two minutes and the package
-llama-cpp-python. Of each family: how far logits are from the model's and from those of one file
-that is not cut; of how many prompts with an image what is written in float32 is what PyTorch
-writes, and in q8_0 lossless what full depth is.
+`python tests/helpers/record_families.py` takes two minutes and the package llama-cpp-python. Of
+each family: how far logits are from the model's and from those of one file that is not cut; of how
+many prompts with an image what is written in float32 is what PyTorch writes, and in q8_0 lossless
+what full depth is.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_families as families
 import torch
-from offramp_llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
-from offramp_llama_cpp.architectures import architecture_of
-from offramp_llama_cpp.gguf_export import export_whole
-from offramp_llama_cpp.segment import Segment
+from tiny_families.text import FIRST_WORD, PAD
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits, ExitSet
 from offramp.features.registration import register_score
-from offramp_lab.inputs import tiny_families as families
-from offramp_lab.inputs.tiny_families.text import FIRST_WORD, PAD
 from offramp_lab.records.record import Record, asked
+from offramp_llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
+from offramp_llama_cpp.architectures import architecture_of
+from offramp_llama_cpp.gguf_export import export_whole
+from offramp_llama_cpp.segment import Segment
 
-RECORD = Record("llama-families", "families")
+RECORD = Record("llama-families", "tests/helpers/record_families.py")
 EXACT = EngineOptions(context=128, cache="f32", flash_attention=False, kernels=False)
 USUAL = EngineOptions(context=128)
 PROMPTS, NEW = 4, 16

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from offramp_lab.inputs.tiny_families.text import BOS, EOS, IMAGE, LAYERS, PAD, VOCABULARY, WIDTH
+from tiny_families.text import BOS, EOS, IMAGE, LAYERS, PAD, VOCABULARY, WIDTH
 
 FIRST_WORD = 40
 """Ids below are special: pads, ends and whatever marks images, video or sound."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from offramp_lab.inputs.tiny_families.text import (
+from tiny_families.text import (
     EOS,
     IDS,
     IMAGE,

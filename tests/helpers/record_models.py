@@ -1,12 +1,12 @@
 """Every image-text-to-text type of transformers, tiny: what offramp does with it.
 
-    python -m offramp_lab.records.models_table  # run all types, keep the record
-    python -m offramp_lab.pages.readme          # the table of docs/models-results.md
+    python tests/helpers/record_models.py  # run all types, keep the record
+    python -m offramp_lab.pages.readme     # the table of docs/models-results.md
 
-A type is built with random weights (`offramp_lab.inputs.zoo`), loaded with one prompt with an
-image, and decoded with exits at two depths beside its own `generate`, batch 1 and 3: part 3 of the
-self-check (`offramp.features.self_check`), logits and tokens. Then its engine is found, as
-at the first prompt that anybody asks.
+A type is built with random weights (`zoo`), loaded with one prompt with an image, and decoded with
+exits at two depths beside its own `generate`, batch 1 and 3: part 3 of the self-check
+(`offramp.features.self_check`), logits and tokens. Then its engine is found, as at the first prompt
+that anybody asks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from offramp.core.storage import write_json
 from offramp_lab.records.record import Record, asked
 
-RECORD = Record("models", "models_table")
+RECORD = Record("models", "tests/helpers/record_models.py")
 COLUMNS = ("plain", "exits", "first_token", "lossless")
 """Parts of what the self-check finds."""
 
@@ -40,6 +40,7 @@ def run(types: list[str]) -> Any:
     """(type, what was found) of each type, in the order of transformers."""
     warnings.filterwarnings("ignore")
     import torch
+    import zoo
 
     from offramp.core.decoding.policy import ExitPolicy
     from offramp.core.engine.generate import generate
@@ -48,7 +49,6 @@ def run(types: list[str]) -> Any:
     from offramp.core.models.exits import Exits
     from offramp.core.models.registry import registered_family
     from offramp.features.self_check import check_decoding
-    from offramp_lab.inputs import zoo
 
     for name in types or zoo.names():
         outcome: dict[str, Any] = {}

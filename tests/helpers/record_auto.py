@@ -1,7 +1,7 @@
 """What `engine="auto"` chooses, and why, for four kinds of model; rewrites auto.json.
 
-`python -m offramp_lab.records.auto` needs photographs, onnxruntime and llama-cpp-python (minutes of
-one core). The photo model and the tiny OPT are measured as they ship; photographs are then
+`python tests/helpers/record_auto.py` needs photographs, onnxruntime and llama-cpp-python (minutes
+of one core). The photo model and the tiny OPT are measured as they ship; photographs are then
 captioned in turns by what the default loads, by the same way named, and with prepacked weights. The
 others are tiny random models. For tiny ones `auto` takes PyTorch unmeasured: this is what it would
 find if they were not too small.
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import tiny_families
 import torch
 
 from offramp.adapter.adapter import Adapter
@@ -32,11 +33,10 @@ from offramp.engines.loading import load
 from offramp.features.towers import with_vision
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import Experiment, same, spent, times
-from offramp_lab.inputs import tiny_families
 from offramp_lab.records.record import Record, asked
 from offramp_lab.records.subjects import halves
 
-RECORD = Record("auto")
+RECORD = Record("auto", "tests/helpers/record_auto.py")
 PHOTO, OPT = "photo", "tiny-opt"
 KINDS = {"InstructBLIP, T5": "instructblip-t5", "Qwen2-VL": "qwen2-vl", "Idefics3": "idefics3"}
 LONGEST = 16

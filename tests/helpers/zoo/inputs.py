@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tiny_families.models import pad
+from tiny_families.text import BOS, IMAGE
 from torch import Tensor
-
-from offramp_lab.inputs.tiny_families.models import pad
-from offramp_lab.inputs.tiny_families.text import BOS, IMAGE
 
 Words = Sequence[Sequence[int]]
 Make = Callable[[Any, Words], dict[str, Any]]

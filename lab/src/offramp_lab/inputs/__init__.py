@@ -1,1 +1,0 @@
-"""What experiments are made on: tiny families, pictures that look alike."""
