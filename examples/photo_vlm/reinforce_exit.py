@@ -27,6 +27,7 @@ from examples.photo_vlm.evaluate import LONGEST, load
 from examples.photo_vlm.held_out import cider
 from examples.photo_vlm.reinforce import CiderReward, advantages
 from examples.photo_vlm.rows import read_photographs
+from examples.photo_vlm.student import Taught, embedded, keep, padded, taught, wear, written
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
 from offramp.common.progress import progress
@@ -36,7 +37,6 @@ from offramp.core.models.exits import Exits
 from offramp.features.shortlist import places_of
 from offramp.training.losses import kl
 from offramp_lab.records.photographs.opened import always
-from offramp_lab.records.student import Taught, embedded, keep, padded, taught, wear, written
 from offramp_lab.records.subjects import halves, photo_exits
 
 TAUGHT = {"captions": 6000, "questions": 1000}
@@ -213,7 +213,7 @@ def main() -> None:
         "--student",
         type=Path,
         metavar="FILE",
-        help="reinforce the last layer of this student (`offramp_lab.records.student`), there",
+        help="reinforce the last layer of this student (`examples.photo_vlm.student`), there",
     )
     arguments = parser.parse_args()
     settings = Settings(arguments.steps)

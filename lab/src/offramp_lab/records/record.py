@@ -44,7 +44,7 @@ class Record:
         """What ran, on what, when."""
         digest = examples_digest(examples) if examples else None
         by = self.command or self.name
-        ran = by if by.endswith(".py") else f"offramp_lab.records.{by}"
+        ran = by if "." in by else f"offramp_lab.records.{by}"
         found = provenance(0, ran, digest)
         return {**found, "generation": generation(found["processor"])}
 

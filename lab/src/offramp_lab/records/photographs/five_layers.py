@@ -1,7 +1,7 @@
 """Five layers of thirty: what confidence adds to a small static model; in five_layers.json.
 
 In PyTorch, float32: full depth, also by way of the exit's shortlist; every token at the exit, which
-is a static model of five layers; a student of five layers, as `offramp_lab.records.student` left it
+is a static model of five layers; a student of five layers, as `examples.photo_vlm.student` left it
 in the folder that --student names; and exits by their confidence, at the thresholds that ship and
 at careful ones. Captions and questions.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from examples.photo_vlm.student import took
+
 from offramp_lab.experiments.factors import STAGES, Name, entries_of
 from offramp_lab.records.photographs import opened as way
 from offramp_lab.records.photographs.opened import PLAIN, TOWER
 from offramp_lab.records.photographs.told import Spec, Told
 from offramp_lab.records.record import Record
-from offramp_lab.records.student import took
 
 MODES = (way.FULL_DEPTH, way.STATIC, way.EARLY, way.CAREFUL, way.SHORT, way.STUDENT)
 

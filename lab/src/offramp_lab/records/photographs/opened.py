@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.photo_vlm.evaluate import LONGEST
+from examples.photo_vlm.student import wear
 from offramp_llama_cpp import EngineOptions, ExportFormats, LlamaCppRuntime, export_gguf
 from offramp_llama_cpp.entry import PromptEntry
 from offramp_llama_cpp.gguf_export import export_whole
@@ -29,7 +30,6 @@ from offramp.features.compiled.compiled import COMPILED as BY_CODE
 from offramp_lab.experiments.factors import LOSSLESS, Name
 from offramp_lab.places import RUNS
 from offramp_lab.records.alone import Alone
-from offramp_lab.records.student import wear
 from offramp_lab.records.subjects import load_photo, photo_exits
 
 TORCH, TOWER = "torch", "onnxruntime"
@@ -188,7 +188,7 @@ def stock_compiled(adapter: Adapter, most: int) -> GenerateFn:
 
 class Opened:
     """exits: a folder in the place of those that ship. work: for what is kept of them. student:
-    folder of what `offramp_lab.records.student` trained. compiled: whether compiled code is asked
+    folder of what `examples.photo_vlm.student` trained. compiled: whether compiled code is asked
     too."""
 
     def __init__(

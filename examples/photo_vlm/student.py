@@ -1,6 +1,6 @@
 """A static student of five layers of the photo model, for the record `five_layers`.
 
-`python -m offramp_lab.records.student --out FOLDER` trains it on photographs of the training split
+`python -m examples.photo_vlm.student --out FOLDER` trains it on photographs of the training split
 and goes on where it was cut off: the four layers below the exit and the exit's layer, from the
 photo model's own first five, all of them learning what the exit learnt (distillation on the full
 model's own answers, by the head's rows of the exit's shortlist) from as many captions and answers,
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.photo_vlm.evaluate import LONGEST, load
-from examples.photo_vlm.rows import read_photographs
 from torch import Tensor, nn
 
+from examples.photo_vlm.evaluate import LONGEST, load
+from examples.photo_vlm.rows import read_photographs
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
 from offramp.common.progress import progress

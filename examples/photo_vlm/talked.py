@@ -1,6 +1,6 @@
 """What the photo model answers when it is talked to, by task, and where its exits would leave.
 
-`python -m offramp_lab.records.talk` answers questions made of captions, dialogues, captions and
+`python -m examples.photo_vlm.talked` answers questions made of captions, dialogues, captions and
 questions as people type them about photographs of the measuring half of Flickr8k's validation
 split, of which nothing chose anything; `examples.photo_vlm.asked` makes the questions. Right
 answers are held against the constant answer that would be right most often. Of exits it replays
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from examples.photo_vlm.asked import FILE, Asked, Question, dialogue, is_right, read_asked, worded
 from examples.photo_vlm.evaluate import LONGEST, caption_measures, load
 from examples.photo_vlm.rows import half_of, read_photographs
-
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, KeptAnswers, answers_to, prompted
 from offramp.calibration.replay import Replay, replay
@@ -37,7 +37,7 @@ from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked
 
-RECORD = Record("talk")
+RECORD = Record("talk", "examples.photo_vlm.talked")
 LONGEST_ANSWER = 12
 AT_ONCE = 16
 PARTS = ("plain", "questions", "dialogues", "captions")

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from examples.photo_vlm import student
+from examples.photo_vlm.student import keep, train
 from torch import Tensor, nn
-
-from offramp_lab.records import student
-from offramp_lab.records.student import keep, train
 
 ROWS: list[Any] = [(torch.zeros(1), [n], [n], torch.zeros(1)) for n in range(40)]
 
