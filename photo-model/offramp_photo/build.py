@@ -167,6 +167,14 @@ def add_updates(lm: Any, start: Mapping[str, Tensor], updates: Mapping[str, Tens
         lm.get_submodule(layer).weight.copy_(weight)
 
 
+@torch.no_grad()
+def hand_on(projector: Any) -> None:
+    """Make a LLaVA's projector the identity."""
+    for linear in (projector.linear_1, projector.linear_2):
+        torch.nn.init.eye_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+
+
 def empty_model(lm: Any, config: PhotoTowerConfig, image_token: int) -> Any:
     """A `LlavaForConditionalGeneration` in whose tower all visual tokens are made.
 
@@ -186,13 +194,7 @@ def empty_model(lm: Any, config: PhotoTowerConfig, image_token: int) -> Any:
         tie_word_embeddings=True,
     )
     model: Any = LlavaForConditionalGeneration._from_config(whole, dtype=lm.dtype)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for linear in (
-            model.model.multi_modal_projector.linear_1,
-            model.model.multi_modal_projector.linear_2,
-        ):
-            torch.nn.init.eye_(linear.weight)
-            torch.nn.init.zeros_(linear.bias)
+    hand_on(model.model.multi_modal_projector)
     model.generation_config.eos_token_id = lm.config.eos_token_id
     model.generation_config.pad_token_id = lm.config.eos_token_id
     return model

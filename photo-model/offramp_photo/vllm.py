@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
@@ -77,9 +79,29 @@ class PhotoForConditionalGeneration(LlavaForConditionalGeneration):
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load them, but for the projector's.
+
+        Raises:
+            ValueError: the checkpoint has a projector that is not the identity.
+        """
+        return super().load_weights(map(_handed_on, weights))
+
     def _process_image_input(self, image_input: Any) -> Tensor:
         if image_input["type"] == "image_embeds":
             found: Tensor = image_input["data"]
         else:
             found = self.vision_tower(image_input["pixel_values"]).last_hidden_state
         return found
+
+
+def _handed_on(named: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    name, weight = named
+    if "multi_modal_projector." in name:
+        same = torch.eye(len(weight)) if weight.dim() > 1 else torch.zeros(len(weight))
+        if not torch.equal(weight.float().cpu(), same):
+            raise ValueError(
+                f"{name} was trained, and the photo model's class in vLLM has no projector. "
+                "Train the tower, and leave the projector the identity."
+            )
+    return named

@@ -29,6 +29,7 @@ WORDS = (
     "<start_of_image>",
     "<end_of_image>",
     "<image_soft_token>",
+    "<file_sep>",
     *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
 )
 FIRST = len(WORDS)
@@ -230,11 +231,26 @@ def internvl(text: dict[str, Any]) -> tuple[Any, Any]:
     )
 
 
+def photo(text: dict[str, Any]) -> tuple[Any, Any]:
+    """The photo model's tower before another language model, all of random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from offramp_photo.build import empty_model, new_processor
+    from offramp_photo.tower import PhotoTowerConfig
+
+    small = {"neck_size": 32, "heads": 4, "layers": 1, "words": 2, "detector_size": 16}
+    tower = PhotoTowerConfig(hidden_size=text["hidden_size"], vocabulary=5, **small)
+    language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text))
+    model = empty_model(language, tower, at("<file_sep>"))
+    return model, new_processor(tokenizer(image_token="<file_sep>"), tower)
+
+
 SHOWN = "<|vision_start|><|image_pad|><|vision_end|>"
 KINDS: Mapping[str, tuple[Callable[[dict[str, Any]], tuple[Any, Any]], str, str, int]] = {
     "llava": (llava, "llama", "<image>", 28),
     "llava-mistral": (llava, "mistral", "<image>", 28),
     "llava-next": (llava_next, "llama", "<image>", 28),
+    "photo": (photo, "llama", "<file_sep>", 224),
     "idefics3": (idefics3("Idefics3"), "llama", "<image>", 32),
     "smolvlm": (idefics3("SmolVLM"), "llama", "<image>", 32),
     "qwen2-vl": (qwen("Qwen2VL"), "", SHOWN, 32),
@@ -255,10 +271,13 @@ def build(name: str, text: Mapping[str, Any], folder: Path) -> list[tuple[str, d
     kind = {"model_type": decoder} if decoder else {}
     model, processor = maker({**text, "vocab_size": VOCABULARY, **kind})
     sharpen(model.eval())
-    model.save_pretrained(folder / "model")
+    if name == "photo":
+        _save_photo(model, processor, folder / "model")
+    else:
+        model.save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
     if name.startswith("llava"):
         _as_on_the_hub(folder / "model" / "model.safetensors")
-    processor.save_pretrained(folder / "model")
     (folder / "images").mkdir(exist_ok=True)
     draw = torch.Generator().manual_seed(3)
     found = []
@@ -283,6 +302,13 @@ def encoder(name: str, backbone: Any, folder: Path) -> Any:
     shown = KINDS[name][2]
     made.prompt_text = lambda prompt: f"{shown}{prompt}"  # these have no chat template
     return made
+
+
+def _save_photo(model: Any, processor: Any, folder: Path) -> None:
+    from offramp_photo.build import hand_on, save
+
+    hand_on(model.model.multi_modal_projector)  # vLLM's class has none
+    save(model, processor, folder)
 
 
 def _as_on_the_hub(file: Path) -> None:

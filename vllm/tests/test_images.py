@@ -1,5 +1,5 @@
-"""Pictures: the tiny OPT that ships in Blip2, and random models of other families, as vLLM's own
-classes and processors see them."""
+"""Pictures: the tiny OPT that ships in Blip2, random models of other families, and the photo
+model's tower before one, as vLLM's own classes and processors see them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ FAMILIES = (
     "llava",
     "llava-mistral",
     "llava-next",
+    "photo",
     "idefics3",
     "smolvlm",
     "qwen2-vl",
