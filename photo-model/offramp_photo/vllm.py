@@ -85,7 +85,8 @@ class PhotoForConditionalGeneration(LlavaForConditionalGeneration):
         Raises:
             ValueError: the checkpoint has a projector that is not the identity.
         """
-        return super().load_weights(map(_handed_on, weights))
+        loaded: set[str] = super().load_weights(map(_handed_on, weights))
+        return loaded
 
     def _process_image_input(self, image_input: Any) -> Tensor:
         if image_input["type"] == "image_embeds":
