@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -52,6 +53,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("llama_cpp"):
                 item.add_marker(pytest.mark.skip(reason=NEEDS_LLAMA))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is garbage in no test: none looks through it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 @pytest.hookimpl(wrapper=True)

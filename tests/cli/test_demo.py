@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import measure_briefly
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import example_picture, load_tiny
@@ -26,7 +27,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     out = tmp_path_factory.mktemp("demo")
     (out / request.param).mkdir(parents=True)  # an earlier demo's, which this one replaces
     (out / request.param / "adapter.json").write_text("{}")
-    made = demo(request.param, out, SMALL, target=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        measure_briefly(patch)
+        patch.setitem(first_run.OPTIONS, "max_new_tokens", 12)
+        made = demo(request.param, out, SMALL, target=0.5)
     written = json.loads((out / "report.json").read_text())
     assert written == json.loads(json.dumps(made))
     assert written == json.loads((out / f"report-{request.param}.json").read_text())

@@ -80,11 +80,11 @@ def check(schema: Schema, ids: list[int]) -> bool:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_answer_that_ended_by_itself_is_valid(mode: str) -> None:
     ended = 0
-    for seed in range(40):
+    for seed in range(16):
         schema = drawn(random.Random(f"{mode} {seed}"))
         made = written(schema, MODES[mode], do_sample=True, top_k=0, temperature=1.5, seed=seed)
         ended += check(schema, made.new_tokens[0].tolist())
-    assert ended > 30
+    assert ended > 12
 
 
 @pytest.mark.parametrize("slots", [1, 4])
@@ -100,7 +100,7 @@ def test_every_answer_of_an_engine_is_valid(slots: int) -> None:
     how = {"max_new_tokens": NEW, "do_sample": True, "top_k": 0}
     with engine:
         handles = []
-        for seed in range(24):
+        for seed in range(12):
             schema = drawn(random.Random(f"engine {seed}"))
             rules = (
                 {} if seed % 10 == 9 else {"logits_processor": [JsonConstraint(schema, processor)]}
@@ -114,7 +114,7 @@ def test_every_answer_of_an_engine_is_valid(slots: int) -> None:
             schema is not None and check(schema, handle.result().output.new_tokens[0].tolist())
             for schema, handle in handles
         ]
-    assert sum(ended) > 18
+    assert sum(ended) > 9
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import importlib.util
 import json
@@ -103,11 +102,6 @@ class Page:
         while not self.ask(script):
             assert time.monotonic() < end, f"never: {script}; {self.errors}"
             time.sleep(0.1)
-
-    def shot(self, file: Path) -> None:
-        """A PNG of the whole page."""
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        file.write_bytes(base64.b64decode(found["data"]))
 
 
 def violations(page: Page) -> list[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from offramp import cli
+from offramp.adapter import shipped
+from offramp.calibration.profiler import measure_costs
 from offramp.cli.command_line import COMMANDS, build_parser
 from offramp.cli.parser import Parser
 from offramp.data.scenes import language, world
@@ -19,6 +23,7 @@ RunCommand = Any
 EVERY = tuple(COMMANDS)
 """Every command."""
 TRAIN = ("--backbone", "tiny-opt", "--steps", 4, "--batch-size", 4, "--exit-kind", "layer")
+LOADED = cache(shipped.load_tiny)
 
 
 def parser_of(command: str) -> Parser:
@@ -27,15 +32,35 @@ def parser_of(command: str) -> Parser:
     return build_parser()
 
 
+def measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands measure, they measure once: how fast a tiny model is decides no law."""
+    monkeypatch.setitem(measure_costs.__kwdefaults__, "repeats", 1)
+    for name, value in {
+        "offramp.cli.drafts.ROUNDS": 1,
+        "offramp.calibration.draft_thresholds.THRESHOLDS": (0.0, 0.5),
+        "offramp.calibration.draft_thresholds.LONGEST": (2, 7),
+        "offramp.calibration.suitability.SECONDS": 0.0,
+        "offramp.calibration.ways.TIMED": 2,
+    }.items():
+        monkeypatch.setattr(name, value)
+
+
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_briefly(monkeypatch)
+
+
 @pytest.fixture
 def run(
+    briefly: None,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> RunCommand:
     """Run the command line; returns (exit code, stdout, stderr). What it keeps of attempts is of
-    one test."""
+    one test, and the models that it loads are copies of those that were loaded first."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+    monkeypatch.setattr(shipped, "load_tiny", lambda *asked: copy.deepcopy(LOADED(*asked)))
 
     def command(*arguments: Any) -> tuple[int, str, str]:
         code = cli.main([str(a) for a in arguments])

@@ -15,7 +15,7 @@ from offramp.core.engine.generate import generate
 from offramp.core.models.backbone import Backbone
 from offramp.core.models.exits import Exits
 
-NEW = 12
+NEW = 8
 CALM = 0.1
 """Scale of the weights where rounding is measured: wilder ones blow it up, in HF's own cached
 decoding against its uncached one to 8e-6. A wrong key or value shows as 1e-2 and more."""

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from offramp.promises import betting
 from offramp.promises.betting import (
     FRACTIONS,
     Restarts,
@@ -103,14 +104,15 @@ def test_what_an_image_loses_again_is_one_bet_with_what_it_lost_before() -> None
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
 def test_a_promise_by_answer_is_not_called_broken_for_images_that_are_asked_about_often(
-    share: float,
+    share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One image in fifty has 40 answers, which are all wrong or all right."""
+    monkeypatch.setattr(betting, "CLAIMS", betting.CLAIMS[:1])  # no interval is asked for
     target, alarms, streams = 0.05, 0, 60
     most = max(1, int(np.random.default_rng(0).binomial(40, share, 10_000).max()))
     for seed in range(streams):
         random, risk = np.random.default_rng(seed), RunningRisk(target, 0.05, of_one=most)
-        for image in range(1500):
+        for image in range(600):
             answers = 40 if random.random() < 0.02 else 1
             loss = float(random.random() < target)
             for _ in range(random.binomial(answers, share)):

@@ -54,7 +54,7 @@ def by_doors(
     exits = Exits(backbone, (DEPTH,)).requires_grad_(False)
     adapter = Adapter(backbone, exits, ExitPolicy({DEPTH: 0.5}))
     inputs, model = inputs_of() if inputs is None else inputs, backbone.model
-    core = EngineCore(backbone, exits, adapter.policy, EngineConfig(slots=3, limit=192))
+    core = EngineCore(backbone, exits, adapter.policy, EngineConfig(slots=2, limit=192))
     doors = {
         "full": lambda: adapter.generate(inputs, mode="full", **asked).sequences,
         "lossless": lambda: adapter.generate(inputs, mode="lossless", **asked).sequences,
@@ -71,7 +71,7 @@ def by_doors(
             made[name] = door().tolist()
         except OfframpError as error:
             assert len(str(error).splitlines()) == 2
-    modes = ("full", "lossless", "full")
+    modes = ("full", "lossless")
     handles = [core.add(Request(inputs, mode=mode, options=asked)) for mode in modes]
     core.run()
     for number, handle in enumerate(handles):
@@ -129,7 +129,7 @@ def test_answers_to_one_image_after_another_are_the_models_own(kind: type) -> No
     except OfframpError as error:
         assert len(str(error).splitlines()) == 2
         return
-    for number, longest in enumerate((8, 8, 60)):
+    for number, longest in enumerate((8, 8, 24)):
         inputs = inputs_of()
         torch.manual_seed(number % 2)
         inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
@@ -337,7 +337,7 @@ def test_inputs_are_taken_to_where_the_model_is() -> None:
     expected = backbone.model.generate(**inputs_of(), **GREEDY).tolist()
     far = {name: value.as_subclass(Elsewhere) for name, value in inputs_of().items()}
     made = by_doors(backbone, far, custom=False)
-    assert len(made) == 6 and all(ids == expected for ids in made.values())
+    assert len(made) == 5 and all(ids == expected for ids in made.values())
 
 
 def test_exits_of_another_precision_than_the_model_was_moved_to_are_told() -> None:

@@ -22,7 +22,7 @@ CHOSEN = 16
 """Tokens that attention reads at most."""
 LENGTHS = (6, 48)
 """Of prompts: fewer tokens than are chosen, and more."""
-NEW = 24
+NEW = 12
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 DEPTHS = (2, 4)
 

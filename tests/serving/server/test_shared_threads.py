@@ -208,15 +208,15 @@ EXTREMES: dict[str, list[Any]] = {
 }
 
 
+MODES = ("full", "early_exit", "lossless")
+OTHERS = ({}, {"temperature": 1e-4, "repetition_penalty": 0.01}, {"temperature": 2})
+
+
 @pytest.mark.parametrize("field", EXTREMES)
-@pytest.mark.parametrize(
-    "more", [{}, {"temperature": 1e-4, "repetition_penalty": 0.01}, {"temperature": 2}]
-)
-def test_extremes_that_are_allowed_are_answered(
-    field: str, more: dict[str, Any], service: Service
-) -> None:
-    for value in EXTREMES[field]:
-        for mode in ("full", "early_exit", "lossless"):
+def test_extremes_that_are_allowed_are_answered(field: str, service: Service) -> None:
+    """Each in every mode, and beside others."""
+    for number, value in enumerate(EXTREMES[field]):
+        for mode, more in zip(MODES, (OTHERS * 2)[number % 3 :], strict=False):
             body = {"messages": GOOD, "max_tokens": 3, "seed": 1, **more, "offramp": {"mode": mode}}
             found = asking(service).post(CHAT, json={**body, field: value})
             assert found.status_code == 200, (field, value, found.text)
