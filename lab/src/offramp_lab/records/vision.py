@@ -9,7 +9,7 @@ not installed are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,7 +33,7 @@ from offramp.core.models.backbone import Backbone
 from offramp.core.models.intercept import InterceptedModel
 from offramp.core.models.stand_in import TORCH
 from offramp.features.input_processor import InputProcessor
-from offramp.features.towers import ENGINES, tower_engine, with_vision
+from offramp.features.towers import ENGINES, tower_engine
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import Experiment, each, same, spent
 from offramp_lab.records.record import Record, Some, asked
@@ -68,13 +68,12 @@ def calls_of(model: Adapter, encoder: InputProcessor, examples: Sequence[Example
     return calls
 
 
-Models = Mapping[str, tuple[Adapter, InputProcessor]]
-
-
 @torch.inference_mode()
-def measure(models: Models, examples: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
-    """An entry for each model's tower; that of "torch" is what the others are compared with."""
-    calls = calls_of(*models["torch"], examples)
+def engines(examples: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
+    """An entry for each engine that is installed, of the photo model's tower; that of "torch" is
+    what the others are compared with."""
+    models = {name: load_photo(vision=name) for name in names()}
+    calls = calls_of(*models[TORCH], examples)
 
     def tokens(call: Call, name: str) -> Tensor:
         args, kw = call
@@ -86,9 +85,7 @@ def measure(models: Models, examples: Sequence[Example], rounds: int) -> list[di
         name: generate_answers(*model, examples, batch_size=1, max_new_tokens=TOKENS)
         for name, model in models.items()
     }
-    for entry in entries:
-        entry["same_captions"] = same(answers[entry["engine"]], answers["torch"])
-    return entries
+    return [{**e, "same_captions": same(answers[e["engine"]], answers[TORCH])} for e in entries]
 
 
 def compared(
@@ -121,9 +118,9 @@ SHAPE: dict[str, Any] = {
 LOOKS = Looks((0.5,) * 3, (0.5,) * 3)
 
 
-def vit_model() -> tuple[Backbone, dict[str, Any]]:
+def vit_model() -> Backbone:
     """A LLaVA whose tower has that shape and whose decoder is as wide as SmolLM2-135M, with two
-    layers; and what its processor would make of a prompt with an image."""
+    layers."""
     from transformers import (
         LlamaConfig,
         LlavaConfig,
@@ -140,57 +137,38 @@ def vit_model() -> tuple[Backbone, dict[str, Any]]:
         num_key_value_heads=3,
         vocab_size=128,
     )
-    tower = SiglipVisionConfig(**SHAPE, vision_use_head=False)
     config = LlavaConfig(
-        vision_config=tower,
+        vision_config=SiglipVisionConfig(**SHAPE, vision_use_head=False),
         text_config=words,
         image_token_index=1,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
-    model: Any = LlavaForConditionalGeneration(config)
-    ids = torch.tensor([[1] * (SHAPE["image_size"] // SHAPE["patch_size"]) ** 2 + [2, 3]])
-    pixels = torch.zeros(1, 3, SHAPE["image_size"], SHAPE["image_size"])
-    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    return Backbone(model, name="siglip-base shape"), example
+    return Backbone(LlavaForConditionalGeneration(config), name="siglip-base shape")
 
 
 @torch.inference_mode()
 def vit(examples: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
-    """An entry for each way to run a tower of that shape."""
-    own, example = vit_model()
-    ways = {name: with_vision(own, name, example) for name in names()}
-    with TemporaryDirectory() as folder:
-        for number_format in ("q8_0", "f16"):
-            file = Path(folder) / number_format
-            export_vision(own, file, number_format, LOOKS)
-            for kernels in (False, True):
-                tower = mtmd_tower(own, file, EngineOptions(kernels=kernels))
-                name = f"mtmd {number_format}{', our kernels' if kernels else ''}"
-                ways[name] = own.with_tower(tower)
-        return _seen(ways, examples, rounds)
-
-
-def _seen(
-    ways: Mapping[str, Backbone], examples: Sequence[Example], rounds: int
-) -> list[dict[str, Any]]:
-    models = {name: InterceptedModel(way, DecoderEntry()).model for name, way in ways.items()}
-    side = SHAPE["image_size"]
+    """An entry for each way to run a tower of that shape: in PyTorch, and by llama.cpp in q8_0 with
+    its products and with ours."""
+    own, side = vit_model(), SHAPE["image_size"]
     seen = []
     for photograph in examples:
         small = photograph.open_image().resize((side, side), Image.Resampling.BICUBIC)
         seen.append(LOOKS.seen(np.asarray(small.convert("RGB")))[None])
+    ways = {TORCH: own}
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "q8_0"
+        export_vision(own, file, "q8_0", LOOKS)
+        for name, kernels in (("mtmd q8_0", False), ("mtmd q8_0, our kernels", True)):
+            ways[name] = own.with_tower(mtmd_tower(own, file, EngineOptions(kernels=kernels)))
+        models = {name: InterceptedModel(way, DecoderEntry()).model for name, way in ways.items()}
 
-    def tokens(pixels: Tensor, name: str) -> Tensor:
-        found = models[name].base_model.get_image_features(pixel_values=pixels, return_dict=True)
-        return torch.cat([*found.pooler_output])
+        def tokens(pixels: Tensor, name: str) -> Tensor:
+            features = models[name].base_model.get_image_features
+            return torch.cat([*features(pixel_values=pixels, return_dict=True).pooler_output])
 
-    return compared(models, seen, rounds, tokens)
-
-
-def engines(photographs: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
-    """An entry for each engine that is installed, of the photo model's tower."""
-    return measure({name: load_photo(vision=name) for name in names()}, photographs, rounds)
+        return compared(models, seen, rounds, tokens)
 
 
 PARTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {

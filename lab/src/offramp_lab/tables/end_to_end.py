@@ -1,6 +1,7 @@
 """Captions and answers about photographs: decoding and end to end, each multiple in its factors."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.report.table import Table
@@ -75,13 +76,10 @@ def _ratio(name: str) -> Callable[[Value], str]:
     return lambda entry: times_with_range(entry[name]) if name in entry else ""
 
 
-def _as_full(entry: Value) -> str:
-    return f"{entry['as_full']} of {len(entry['each']['tokens'].split())}"
-
-
-def same_captions(engine: str, mode: str) -> Make:
+def same_captions(engine: str, mode: str) -> str:
     """How many captions are full depth's."""
-    return lambda: _as_full(_entry(engine, mode))
+    entry = _entry(engine, mode)
+    return f"{entry['as_full']} of {len(entry['each']['tokens'].split())}"
 
 
 def whole() -> Table:
@@ -148,98 +146,77 @@ def five_layers() -> Table:
 # -- factors --------------------------------------------------------------------------------------
 
 
-def chain_of_decoding(engine: str, mode: str = EARLY) -> Chain:
-    if mode == LOSSLESS:
-        return ("", (engine, FULL, TOWER)), ("layers skipped", (engine, mode, TOWER))
-    return (
-        ("", (engine, FULL, TOWER)),
-        ("head", (engine, SHORT, TOWER)),
-        ("layers skipped", (engine, mode, TOWER)),
-    )
+def _chain(*steps: tuple[str, str, str]) -> Chain:
+    """steps: what sets each way apart from the one before, its engine and mode."""
+    return [(thing, (engine, mode, TOWER)) for thing, engine, mode in steps]
 
 
-def chain_of_llama(mode: str = EARLY) -> Chain:
-    """From llama.cpp's fastest format to ours in q8_0."""
-    begin: list[tuple[str, tuple[str, str, str]]] = [
-        ("", (FASTEST, FULL, TOWER)),
-        ("format", ("llama.cpp q8_0", FULL, TOWER)),
-        ("kernels", (Q8, FULL, TOWER)),
-    ]
-    if mode == LOSSLESS:
-        return [*begin, ("layers skipped", (Q8, mode, TOWER))]
-    begin.append(("head", (Q8, SHORT, TOWER)))
-    if mode == EARLY:
-        begin.append(("layers skipped", (Q8, WHOLE, TOWER)))
-        return [*begin, ("prompt", (Q8, mode, TOWER))]
-    return [*begin, ("layers skipped", (Q8, mode, TOWER))]
+def _skipping(engine: str, mode: str, *, whole: bool = False) -> Sequence[tuple[str, str, str]]:
+    """The steps from full depth to a mode. whole: whether a step has the prompt run whole."""
+    steps = [] if mode == LOSSLESS else [("head", engine, SHORT)]
+    if whole:
+        return [*steps, ("layers skipped", engine, WHOLE), ("prompt", engine, mode)]
+    return [*steps, ("layers skipped", engine, mode)]
 
 
-def chain_of_batch() -> Chain:
-    slots = f"batch of {record('end_to_end')['slots']}"
-    return (
-        ("", (PLAIN, FULL, TOWER)),
-        ("head", (PLAIN, SHORT, TOWER)),
-        ("layers skipped", (PLAIN, WHOLE, TOWER)),
-        ("prompt", (PLAIN, EARLY, TOWER)),
-        ("batch", (slots, EARLY, TOWER)),
-    )
+OVER_LLAMA = "end to end in q8_0 over llama.cpp's fastest, "
 
 
 def _rows() -> dict[str, tuple[Chain, Sequence[str]]]:
     """Chains by what their multiple is of, and the stages that count."""
-    decoded = {
-        f"decoding, {ENGINES.get(engine, engine)}, {MODES[mode]}": (
-            chain_of_decoding(engine, mode),
-            DECODING,
-        )
-        for mode, engines in (
-            (EARLY, (PLAIN, Q8)),
-            (CAREFUL, (PLAIN, Q8)),
-            (LOSSLESS, (PLAIN, PACKED, F16, Q8)),
-        )
-        for engine in engines
-    }
-    ended = {
-        f"end to end in q8_0 over llama.cpp's fastest, {MODES[mode]}": (
-            chain_of_llama(mode),
-            STAGES,
-        )
-        for mode in (EARLY, CAREFUL, LOSSLESS)
-    }
+    few, every = (PLAIN, Q8), (PLAIN, PACKED, F16, Q8)
+    engines = {EARLY: few, CAREFUL: few, LOSSLESS: every}
+    fastest = (("", FASTEST, FULL), ("format", "llama.cpp q8_0", FULL), ("kernels", Q8, FULL))
+    slots = f"batch of {record('end_to_end')['slots']}"
     return {
-        **decoded,
-        **ended,
-        "eight at once over one at full depth, PyTorch": (chain_of_batch(), STAGES),
+        **{
+            f"decoding, {ENGINES.get(engine, engine)}, {MODES[mode]}": (
+                _chain(("", engine, FULL), *_skipping(engine, mode)),
+                DECODING,
+            )
+            for mode, some in engines.items()
+            for engine in some
+        },
+        **{
+            OVER_LLAMA + MODES[mode]: (
+                _chain(*fastest, *_skipping(Q8, mode, whole=mode == EARLY)),
+                STAGES,
+            )
+            for mode in engines
+        },
+        "eight at once over one at full depth, PyTorch": (
+            _chain(
+                ("", PLAIN, FULL), *_skipping(PLAIN, EARLY, whole=True), ("batch", slots, EARLY)
+            ),
+            STAGES,
+        ),
     }
+
+
+def _factors(chain: Chain, stages: Sequence[str]) -> dict[str, dict[str, float]]:
+    found = record("end_to_end")
+    return factors([*found["captioned"], *found["together"]], chain, stages)
 
 
 def in_factors() -> Table:
     """Every multiple in what it is made of."""
-    found = record("end_to_end")
-    entries = [*found["captioned"], *found["together"]]
-    rows = []
-    for what, (chain, stages) in _rows().items():
-        told = factors(entries, chain, stages)
-        rows.append(
-            (
-                what,
-                bold(times_with_range(told["all"])),
-                *(f"{told[thing]['times']:.2f}" if thing in told else "" for thing in THINGS),
-            )
-        )
-    return Table(("multiple", "all", *THINGS), rows)
+    return Table.of(
+        [{"multiple": what, **_factors(*made)} for what, made in _rows().items()],
+        {
+            "multiple": "{multiple}",
+            "all": lambda told: bold(times_with_range(told["all"])),
+            **{thing: partial(_times_of, thing) for thing in THINGS},
+        },
+    )
 
 
-def of_skipping(mode: str) -> Make:
+def _times_of(thing: str, told: Value) -> str:
+    return f"{told[thing]['times']:.2f}" if thing in told else ""
+
+
+def of_skipping(mode: str) -> str:
     """Of the end-to-end multiple in q8_0, the factor that skipped layers bring."""
-
-    def make() -> str:
-        found = record("end_to_end")
-        chain, stages = _rows()[f"end to end in q8_0 over llama.cpp's fastest, {MODES[mode]}"]
-        entries = [*found["captioned"], *found["together"]]
-        return f"{factors(entries, chain, stages)['layers skipped']['times']:.2f}"
-
-    return make
+    return _times_of("layers skipped", _factors(*_rows()[OVER_LLAMA + MODES[mode]]))
 
 
 def by_stage() -> dict[str, dict[str, float]]:
@@ -262,37 +239,28 @@ def by_stage() -> dict[str, dict[str, float]]:
     return rows
 
 
-def told(over: str, engine: str, mode: str, tower: str = TOWER) -> Make:
-    """A multiple with its interval."""
-    return lambda: times_with_range(_entry(engine, mode, tower)[over])
+def over_fastest(mode: str) -> str:
+    """How many times as fast as llama.cpp's fastest, in q8_0, with its interval."""
+    return times_with_range(_entry(Q8, mode)["over_fastest"])
 
 
-def cider_of(engine: str, mode: str) -> Make:
+def cider_of(mode: str) -> str:
     """From full depth's CIDEr to a mode's, with the interval of the difference."""
-
-    def make() -> str:
-        found = _entry(engine, mode)["CIDEr"]
-        low, high = found["difference"]
-        full = found["value"] - found["minus_full"]
-        return f"{full:.3f} to {found['value']:.3f} [{low:+.3f}, {high:+.3f}]"
-
-    return make
+    found = _entry(PLAIN, mode)["CIDEr"]
+    full = found["value"] - found["minus_full"]
+    return with_range(f"{full:.3f} to {found['value']:.3f}", found["difference"], "+.3f")
 
 
-def beside_static(mode: str) -> Make:
+def beside_static(mode: str) -> str:
     """How far CIDEr is from that of every token at the exit."""
-
-    def make() -> str:
-        found = by(record("five_layers")["captioned"], "mode")
-        ours, static = (mean_of(read(found[name]).scores["CIDEr"]) for name in (mode, STATIC))
-        return with_range(f"{ours.value - static.value:+.3f}", interval(ours, minus=static), "+.3f")
-
-    return make
+    found = by(record("five_layers")["captioned"], "mode")
+    ours, static = (mean_of(read(found[name]).scores["CIDEr"]) for name in (mode, STATIC))
+    return with_range(f"{ours.value - static.value:+.3f}", interval(ours, minus=static), "+.3f")
 
 
-def same_answers(mode: str) -> Make:
+def same_answers(mode: str) -> str:
     """Answers to questions that are full depth's."""
-    return lambda: str(by(record("five_layers")["questioned"], "mode")[mode]["as_full"])
+    return str(by(record("five_layers")["questioned"], "mode")[mode]["as_full"])
 
 
 TABLES: dict[str, MakeTable] = {
@@ -301,19 +269,19 @@ TABLES: dict[str, MakeTable] = {
     "five-layers": five_layers,
 }
 FIGURES: dict[str, Make] = {
-    "end-to-end-q8_0": told("over_fastest", Q8, EARLY),
-    "end-to-end-q8_0-lossless": told("over_fastest", Q8, LOSSLESS),
-    "end-to-end-skipped": of_skipping(EARLY),
-    "end-to-end-skipped-lossless": of_skipping(LOSSLESS),
-    "five-confidence": beside_static(EARLY),
-    "five-student": beside_static("student"),
-    "five-same-early": same_answers(EARLY),
-    "five-same-static": same_answers(STATIC),
-    "five-same-student": same_answers("student"),
-    "photo-same": same_captions(PLAIN, EARLY),
-    "photo-same-careful": same_captions(PLAIN, CAREFUL),
-    "photo-same-static": same_captions(PLAIN, STATIC),
-    "photo-cider": cider_of(PLAIN, EARLY),
-    "photo-cider-careful": cider_of(PLAIN, CAREFUL),
-    "photo-cider-static": cider_of(PLAIN, STATIC),
+    "end-to-end-q8_0": partial(over_fastest, EARLY),
+    "end-to-end-q8_0-lossless": partial(over_fastest, LOSSLESS),
+    "end-to-end-skipped": partial(of_skipping, EARLY),
+    "end-to-end-skipped-lossless": partial(of_skipping, LOSSLESS),
+    "five-confidence": partial(beside_static, EARLY),
+    "five-student": partial(beside_static, "student"),
+    "five-same-early": partial(same_answers, EARLY),
+    "five-same-static": partial(same_answers, STATIC),
+    "five-same-student": partial(same_answers, "student"),
+    "photo-same": partial(same_captions, PLAIN, EARLY),
+    "photo-same-careful": partial(same_captions, PLAIN, CAREFUL),
+    "photo-same-static": partial(same_captions, PLAIN, STATIC),
+    "photo-cider": partial(cider_of, EARLY),
+    "photo-cider-careful": partial(cider_of, CAREFUL),
+    "photo-cider-static": partial(cider_of, STATIC),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from offramp.report.table import Table
 from offramp_lab.tables.markdown import Make, MakeTable, Value, record
 
@@ -50,27 +52,23 @@ def _types() -> list[tuple[str, Value]]:
     return list(record("models")["types"].items())
 
 
-def _exact(name: str = "exits", said: str = "exact", engine: str = "") -> Make:
+def _exact(name: str = "exits", said: str = "exact", engine: str = "") -> str:
     """The types that are decoded with exits and of which a column says so, by the engine."""
-
-    def listed() -> str:
-        return ", ".join(
-            kind
-            for kind, outcome in _types()
-            if not why(outcome)
-            and verdict(outcome, name) == said
-            and engine in ("", outcome.get("engine"))
-        )
-
-    return listed
+    return ", ".join(
+        kind
+        for kind, outcome in _types()
+        if not why(outcome)
+        and verdict(outcome, name) == said
+        and engine in ("", outcome.get("engine"))
+    )
 
 
 TABLES: dict[str, MakeTable] = {"models-refused": models}
 FIGURES: dict[str, Make] = {
     "models-types": lambda: str(len(_types())),
-    "models-exact": lambda: str(len(_exact()().split(", "))),
-    "models-slots": _exact(engine="slots"),
-    "models-forward": _exact(engine="stack"),
-    "models-whole-prompt": _exact("first_token", "never"),
-    "models-no-drafts": _exact("lossless", "refused"),
+    "models-exact": lambda: str(len(_exact().split(", "))),
+    "models-slots": partial(_exact, engine="slots"),
+    "models-forward": partial(_exact, engine="stack"),
+    "models-whole-prompt": partial(_exact, "first_token", "never"),
+    "models-no-drafts": partial(_exact, "lossless", "refused"),
 }

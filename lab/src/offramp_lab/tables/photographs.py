@@ -37,17 +37,16 @@ def _ranged(figure: Value, form: str) -> str:
 
 def talk_questions() -> Table:
     """Right answers by kind of question, beside the best constant answer's."""
-    rows = [
-        (
-            kind,
-            f"{of['count']}",
-            f"{of['right']:.0%}",
-            f'{of["constant_right"]:.0%}, "{of["constant"]}"',
-            with_range(f"{of['above']:+.0%}", of["above_interval"], "+.0%"),
-        )
-        for kind, of in record("talk")["questions"].items()
-    ]
-    return Table(("question", "asked", "right", "best constant answer", "above it"), rows)
+    return Table.of(
+        [{**of, "kind": kind} for kind, of in record("talk")["questions"].items()],
+        {
+            "question": "{kind}",
+            "asked": "{count}",
+            "right": "{right:.0%}",
+            "best constant answer": '{constant_right:.0%}, "{constant}"',
+            "above it": lambda of: with_range(f"{of['above']:+.0%}", of["above_interval"], "+.0%"),
+        },
+    )
 
 
 def talk_exits() -> Table:

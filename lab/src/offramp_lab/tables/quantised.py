@@ -59,14 +59,10 @@ def _exact() -> str:
     return f"{one['as_own_full']} of {found['photographs']}"
 
 
-def _whole(layers: str, mode: str) -> Make:
+def _whole(layers: str, mode: str) -> str:
     """Seconds of a whole photograph."""
-
-    def make() -> str:
-        entries = by(record("quantised")["timings"]["entries"], *WAY)
-        return f"{entries[OURS, layers, mode]['end_to_end_cpu_seconds']:.2f}"
-
-    return make
+    entries = by(record("quantised")["timings"]["entries"], *WAY)
+    return f"{entries[OURS, layers, mode]['end_to_end_cpu_seconds']:.2f}"
 
 
 TABLES: dict[str, MakeTable] = {
@@ -75,8 +71,8 @@ TABLES: dict[str, MakeTable] = {
 }
 FIGURES: dict[str, Make] = {
     "quantised-exact": _exact,
-    "quantised-float32-full": _whole("float32", "full"),
-    "quantised-float32-early": _whole("float32", "early_exit"),
-    "quantised-int4-full": _whole("int4, prepacked", "full"),
-    "quantised-int4-early": _whole("int4, prepacked", "early_exit"),
+    "quantised-float32-full": partial(_whole, "float32", "full"),
+    "quantised-float32-early": partial(_whole, "float32", "early_exit"),
+    "quantised-int4-full": partial(_whole, "int4, prepacked", "full"),
+    "quantised-int4-early": partial(_whole, "int4, prepacked", "early_exit"),
 }

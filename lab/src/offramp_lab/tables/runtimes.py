@@ -1,6 +1,7 @@
 """Exits inside llama.cpp: speeds by format and mode, and which answers are the same."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from offramp.report.table import Table, Told, told
@@ -78,12 +79,11 @@ def speeds() -> Table:
         "early exit, over exits off": (OURS, "early_exit", lambda one: _ratio(one, "over_full")),
         "early exit, llama.cpp's kernels": (ITS_KERNELS, "early_exit", _speed),
     }
-
-    def said(row: tuple[str, str, Callable[[Value], str]], layers: str) -> str:
-        runtime, mode, cell = row
-        return cell(entries[runtime, layers, mode])
-
-    return Table.grid(rows, {layers: layers for layers in FORMATS}, said)
+    return Table.grid(
+        rows,
+        {layers: layers for layers in FORMATS},
+        lambda row, layers: row[2](entries[row[0], layers, row[1]]),
+    )
 
 
 def in_torch() -> Table:
@@ -123,18 +123,14 @@ def beside_alone(one: Value) -> tuple[str, ...]:
 BESIDE_ALONE = ("tokens a CPU second", "over the engine alone", "by our kernels", "by exits")
 
 
-def _largest(measure: str, *prefixes: str, but: tuple[str, ...] = ()) -> Make:
+def _largest(measure: str, *prefixes: str, but: tuple[str, ...] = ()) -> str:
     """The largest difference of logits of decoder families, on tiny random models."""
-
-    def largest() -> str:
-        found = max(
-            row[measure]
-            for row in record("llama-families")["families"]
-            if row["family"].startswith(prefixes or "") and not row["family"].startswith(but)
-        )
-        return f"{found:.1e}" if found else "nothing"
-
-    return largest
+    found = max(
+        row[measure]
+        for row in record("llama-families")["families"]
+        if row["family"].startswith(prefixes or "") and not row["family"].startswith(but)
+    )
+    return f"{found:.1e}" if found else "nothing"
 
 
 def _families_same() -> str:
@@ -160,9 +156,9 @@ TABLES: dict[str, MakeTable] = {
 }
 FIGURES: dict[str, Make] = {
     "families": lambda: str(len(record("llama-families")["families"])),
-    "families-away": _largest("away", but=_GELU),
-    "families-away-gelu": _largest("away", *_GELU),
-    "families-cut": _largest("cut", but=("PaliGemma",)),
-    "families-cut-paligemma": _largest("cut", "PaliGemma"),
+    "families-away": partial(_largest, "away", but=_GELU),
+    "families-away-gelu": partial(_largest, "away", *_GELU),
+    "families-cut": partial(_largest, "cut", but=("PaliGemma",)),
+    "families-cut-paligemma": partial(_largest, "cut", "PaliGemma"),
     "families-same": _families_same,
 }

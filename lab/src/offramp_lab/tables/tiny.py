@@ -1,6 +1,7 @@
 """The tiny models that ship: the demo, calibrated thresholds, what labels are worth."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 from offramp.calibration.asked import Guarantee
@@ -71,14 +72,10 @@ def needed_images() -> Table:
     )
 
 
-def needs_more(test: str) -> Make:
+def needs_more(test: str) -> str:
     """How many more images a test needs than an exact one, for a pass in four of five trials."""
-
-    def more() -> str:
-        found = [row[test] / row["exact"] - 1 for row in record("simulated")["needed"]]
-        return f"{100 * min(found):.0f} to {max(found):.0%}"
-
-    return more
+    found = [row[test] / row["exact"] - 1 for row in record("simulated")["needed"]]
+    return f"{100 * min(found):.0f} to {max(found):.0%}"
 
 
 def fractions_need() -> str:
@@ -87,42 +84,36 @@ def fractions_need() -> str:
     return f"{100 * min(found):.0f} to {max(found):.0%}"
 
 
+KEPT = {
+    "groups": ("{images:,} images in groups of {size}, correlation 0.5", "each counted alone"),
+    "rare_groups": ("1 of 2,000 groups of 400 images", "each image alike"),
+    "forgotten": ("ten settings on the same images", "each after a fresh set"),
+    "handed": ("six attempts, of which three hand their errors on", ""),
+    "kinds": ("60% captions at 0.2%, questions above the target", "all together"),
+    "grown": ("a file that grows, tested 17 times", "each look as the first"),
+    "two_steps": ("40 pairs of thresholds, ordered on 300 images, tested on 700", ""),
+}
+"""What is simulated, and what is done without the rule, if that was."""
+
+
+def _cases(name: str) -> list[Value]:
+    """Of the simulations."""
+    found = record("simulated")[name]
+    return found if isinstance(found, list) else [found]
+
+
 def kept() -> Table:
     """Promises of what came later: groups, kinds, a search, a file that grows."""
-    found = record("simulated")
-    rows = [
-        {
-            "what": f"{row['images']:,} images in groups of {row['size']}, correlation 0.5",
-            "without": "each counted alone",
-        }
-        | row
-        for row in found["groups"]
+    cells = [
+        (
+            what.format_map(case),
+            f"{case['broken_before']:.1%} ({without})" if without else "",
+            f"{case['broken']:.1%} {_between(case)} of {case['trials']}",
+        )
+        for name, (what, without) in KEPT.items()
+        for case in _cases(name)
     ]
-    rows += [
-        {"what": "1 of 2,000 groups of 400 images", "without": "each image alike"}
-        | found["rare_groups"],
-        {"what": "ten settings on the same images", "without": "each after a fresh set"}
-        | found["forgotten"],
-        {"what": "six attempts, of which three hand their errors on"} | found["handed"],
-    ]
-    rows += [
-        {"what": "60% captions at 0.2%, questions above the target", "without": "all together"}
-        | found["kinds"],
-        {"what": "a file that grows, tested 17 times", "without": "each look as the first"}
-        | found["grown"],
-        {"what": "40 pairs of thresholds, ordered on 300 images, tested on 700"}
-        | found["two_steps"],
-    ]
-    return Table.of(
-        rows,
-        {
-            "what": "{what}",
-            "broken without the rule": lambda row: (
-                f"{row['broken_before']:.1%} ({row['without']})" if "without" in row else ""
-            ),
-            "broken with it": lambda row: f"{row['broken']:.1%} {_between(row)} of {row['trials']}",
-        },
-    )
+    return Table(("what", "broken without the rule", "broken with it"), cells)
 
 
 def _between(row: Value) -> str:
@@ -157,7 +148,6 @@ def unlike_photographs() -> Table:
 
 def broken() -> Table:
     """How often a promise was given at a risk above the target, without each rule and with it."""
-    found = record("simulated")
     rows: dict[str, tuple[Told, ...]] = {
         "lookalikes": (
             "{photographs} photographs at 0.05% and {charts} charts at 8%",
@@ -193,7 +183,7 @@ def broken() -> Table:
     cells = [
         [told(what, case) for what in row]
         for name, row in rows.items()
-        for case in (found[name] if isinstance(found[name], list) else [found[name]])
+        for case in _cases(name)
         if case.get("method") in (None, "sharp")
     ]
     return Table(("population", "true risk", "passes without the rule", "passes with it"), cells)
@@ -272,8 +262,8 @@ TABLES: dict[str, MakeTable] = {
     "labels": labels,
 }
 FIGURES: dict[str, Make] = {
-    "tests-need-more": needs_more("sharp"),
-    "tests-need-bets": needs_more("bets"),
+    "tests-need-more": partial(needs_more, "sharp"),
+    "tests-need-bets": partial(needs_more, "bets"),
     "fractions-need": fractions_need,
     "guarantee-kept-splits": lambda: str(_worst()["splits"] - _worst()["violations"]),
     "guarantee-settings": lambda: str(len(_splits())),
