@@ -12,14 +12,11 @@ from typing import Any
 from offramp.cli.loading import check_engine, loaded, read_data
 from offramp.cli.options import (
     LOADED,
-    NAMED_EXITS,
     add_command,
     asked_again,
     data_options,
-    engine_option,
     length_option,
-    name_first,
-    precision_options,
+    model_options,
     runtime_options,
     vision_options,
 )
@@ -58,13 +55,7 @@ def add(commands: Any) -> None:
 def _options(parser: Parser) -> None:
     from offramp.adapter.certificate import SLOTS
 
-    group = parser.add_argument_group("model")
-    name_first(parser, group, "adapter", ("--adapter",), NAMED_EXITS)
-    group.add_argument(
-        "--backbone", metavar="NAME", help="hub name or folder of the VLM (default: the adapter's)"
-    )
-    precision_options(group)
-    engine_option(parser.add_argument_group("decoder"))
+    model_options(parser, adapter=True, engines="all")
     vision_options(parser.add_argument_group("images"))
     data_options(
         parser,

@@ -168,12 +168,7 @@ class PromptReader:
         waits: bool = False,
         enters: bool = False,
     ) -> Prompt:
-        """Run a prompt of one or more rows.
-
-        use_exits: whether the exits store their keys. decide: is asked about each row's first token
-        at the exits of the depths `asks`; None: full depth. keep: depth of the exit that will draft
-        on from the newest token. waits: whether the prompt may wait there for its first drafts.
-        enters: whether the prompt may wait before the first layer, if it could run in parts.
+        """Run a prompt of one or more rows; arguments as of `PrefillBackend.read`.
 
         Raises:
             InputError: longer than the backbone's positions; a cache that exits cannot share;

@@ -128,26 +128,8 @@ class TorchServed:
             return self.limit - tokens
         return self.limit - 1 if tokens <= self.limit else 0
 
-    def generation(
-        self,
-        request: Sampling,
-        config: ServerConfig,
-        *,
-        prompt: int,
-        room: int,
-        choice: int,
-        constraint: Any,
-    ) -> Generation:
-        return generation(
-            request,
-            self.backbone.model,
-            self.tokenizer,
-            config,
-            prompt=prompt,
-            room=room,
-            choice=choice,
-            constraint=constraint,
-        )
+    def generation(self, request: Sampling, config: ServerConfig, **of: Any) -> Generation:
+        return generation(request, self.backbone.model, self.tokenizer, config, **of)
 
     def constraint(self, schema: Mapping[str, Any], unwanted: Event) -> JsonConstraint:
         schemas.check_cost(schema, unwanted)
