@@ -2,7 +2,7 @@
 
     python forced.py FOLDER OUT [exits]
 
-FOLDER has `model` and `exits`, as `offramp_lab.records.vllm --parts shape` writes them.
+FOLDER has `model` and `exits`, as `record_vllm.py --parts shape` writes them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CPU seconds of vLLM with exits and without, on prompts that `offramp_lab.records.vllm` wrote;
+"""CPU seconds of vLLM with exits and without, on prompts that `record_vllm.py` wrote;
 ways take turns, so that a busy machine is busy for all of them.
 
     python speed.py FOLDER AT_ONCE OUT [WAY ...]

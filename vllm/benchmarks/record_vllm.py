@@ -1,6 +1,6 @@
 """vLLM with exits and without, and offramp's own engines, on the same prompts; rewrites vllm.json.
 
-    python -m offramp_lab.records.vllm --vllm .venv-vllm/bin/python
+    python vllm/benchmarks/record_vllm.py --vllm .venv-vllm/bin/python
 
 Captions of photographs by the photo model's decoder, 1, 8 and 24 at once, greedy, in one thread.
 Image features are given, so no vision tower is in the CPU seconds. --vllm: of the environment that
@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from offramp_llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
-from offramp_vllm.exports.vllm import PROMPTS, _language_model, export_vllm
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
@@ -44,12 +42,14 @@ from offramp_lab.places import ROOT, RUNS
 from offramp_lab.records.photographs.opened import CAREFUL, policy_of
 from offramp_lab.records.record import Record, Some, asked
 from offramp_lab.records.subjects import halves, load_photo
+from offramp_llama_cpp import EngineOptions, LlamaCppRuntime, export_gguf
+from offramp_vllm.exports.vllm import PROMPTS, _language_model, export_vllm
 
-RECORD = Record("vllm")
+RECORD = Record("vllm", "vllm/benchmarks/record_vllm.py")
 DRAFTER = RUNS / "side_by_side" / "drafter"
 LOADS = (1, 8, 24)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
-SPEED, FORCED = (ROOT / "vllm" / "benchmarks" / f"{name}.py" for name in ("speed", "forced"))
+SPEED, FORCED = (Path(__file__).with_name(f"{name}.py") for name in ("speed", "forced"))
 SHAPE: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 2048,
@@ -122,7 +122,7 @@ def shape(arguments: Any) -> dict[str, Any]:
 
 
 def run(python: Path, script: Path, *words: Any) -> None:
-    """Run a script of vllm/benchmarks, which imports nothing of offramp's own."""
+    """Run a script of this folder, which imports nothing of offramp's own."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [str(python.absolute()), str(script), *map(str, words)]
     subprocess.run(command, check=True, env=env)
