@@ -176,16 +176,9 @@ def _is_shown(action: argparse.Action) -> bool:
 class Named(argparse.Action):
     """The action for the model's name: the first word, or an option of earlier versions."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, *_: Any) -> None:
         if values is None:  # no word; an option may have named it
             return
-        assert isinstance(parser, Parser)
         parser.named.append(values)
         setattr(namespace, self.dest, parser.named[0])
 
@@ -261,13 +254,7 @@ def number(least: float, most: float) -> Callable[[str], float]:
 
 def share(text: str) -> float:
     """Return a number from 0 to 1; a type of options."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a number") from None
-    if not 0.0 <= number <= 1.0:
-        raise argparse.ArgumentTypeError(f"{number} is not in [0, 1]")
-    return number
+    return number(0, 1)(text)
 
 
 def truth(text: str) -> bool:
@@ -288,10 +275,10 @@ def named(names: Iterable[str]) -> Callable[[str], str]:
 
 def some(text: str) -> float:
     """Return a number above 0 and up to 1; a type of options."""
-    number = share(text)
-    if not number:
-        raise argparse.ArgumentTypeError("0 is not in (0, 1]")
-    return number
+    value = share(text)
+    if not value:
+        raise argparse.ArgumentTypeError("0 is not above 0")
+    return value
 
 
 def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
@@ -304,13 +291,7 @@ class Flattened(argparse.Action):
     """The action that stores the values of several words as one tuple: "3,6" and "3 6" are
     equal."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, *_: Any) -> None:
         setattr(namespace, self.dest, tuple(number for word in values for number in word))
 
 

@@ -33,10 +33,10 @@ def provenance(
         "data_digest": data_digest,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
-            "offramp": _version("offramp"),
+            "offramp": version_of("offramp"),
             "commit": _commit(),
-            "torch": _version("torch"),
-            "transformers": _version("transformers"),
+            "torch": version_of("torch"),
+            "transformers": version_of("transformers"),
             "python": platform.python_version(),
         },
         "platform": platform.platform(),
@@ -58,7 +58,8 @@ def _shown(command: Sequence[str]) -> str:
     return shlex.join(["offramp" if is_ours else os.path.basename(command[0]), *named])
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None: there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

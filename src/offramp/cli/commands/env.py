@@ -12,6 +12,7 @@ from offramp import __version__
 from offramp.cli.options import add_command
 from offramp.cli.output import show_result
 from offramp.cli.parser import Parser
+from offramp.common.provenance import provenance, version_of
 from offramp.common.pytorch import has_pytorch
 from offramp.core.missing import install_command
 from offramp.engines import all_engines
@@ -44,8 +45,6 @@ def _options(parser: Parser) -> None:
 
 
 def _env(arguments: argparse.Namespace) -> None:
-    from offramp.common.provenance import provenance
-
     engines: list[str] = []
     gpus: dict[str, str] = {}
     torch_version = "not installed: what `offramp export` cut runs without it"
@@ -66,7 +65,7 @@ def _env(arguments: argparse.Namespace) -> None:
         "commit": here["versions"]["commit"],
         "python": here["versions"]["python"],
         "platform": here["platform"],
-        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch_version},
+        "packages": {name: version_of(name) for name in PACKAGES} | {"torch": torch_version},
         "optional": optional_packages(),
         **{name: one.said_here() for name, one in all_engines().items() if one.said_here},
         "engines": engines,
@@ -88,13 +87,6 @@ def optional_packages() -> dict[str, str]:
     for requirement in named:
         name, extra = _NAME.match(requirement), _EXTRA.search(requirement)
         if name and extra and extra[1] not in ("all", "dev", "docs"):
-            version = _version(name[0])
+            version = version_of(name[0])
             packages[name[0]] = version or f"not installed: {install_command(extra[1])}"
     return packages
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

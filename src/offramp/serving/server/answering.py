@@ -16,14 +16,14 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 from offramp.core.decoding.sequence import Token
-from offramp.promises.verdict import Verdict
+from offramp.promises.verdict import Status, Verdict
 from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import ChatRequest, Sampling
 from offramp.serving.server.api.replies import DONE, Reply, Written, event
 from offramp.serving.server.api.text import TextStream
 from offramp.serving.server.errors import ApiError, api_error
-from offramp.serving.server.served import Inputs, NoPromise, Standing
+from offramp.serving.server.served import Inputs, NoPromise
 from offramp.serving.server.service import Place, Service, Use
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class Answering:
             for tokens in sizes
             for choice in range(request.n)
         ]
-        self.standing: Standing = standing_of_request(service, question, use, hows)
+        self.standing: Status = standing_of_request(service, question, use, hows)
         self.reply = Reply(
             service.config.name,
             isinstance(request, ChatRequest),
@@ -365,7 +365,7 @@ async def unless_gone(work: Awaitable[T], receive: Callable[[], Any]) -> T:
 
 def standing_of_request(
     service: Service, question: str, use: Use, hows: Sequence[Generation]
-) -> Standing:
+) -> Status:
     """Return what is guaranteed of a question's answers, if they may exit early."""
     if use.named != "early_exit":
         return NoPromise()

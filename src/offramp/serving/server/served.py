@@ -11,6 +11,7 @@ from PIL import Image
 
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.promises.likeness import Alarm, Likeness
+from offramp.promises.verdict import Status
 from offramp.serving.engine import Engine
 from offramp.serving.server.api.options import Generation
 from offramp.serving.server.api.protocol import Sampling
@@ -68,15 +69,6 @@ class Prompts(Protocol):
     def adds_special_tokens(self, text: str) -> bool:
         """Return True if the tokenizer adds special tokens to a text."""
         ...
-
-
-class Standing(Protocol):
-    """A guarantee's status, as of `offramp.promises.guarantee.GuaranteeStatus`."""
-
-    @property
-    def promise(self) -> Any: ...
-    @property
-    def why(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -175,7 +167,7 @@ class Served(Protocol):
         longest: int | None = None,
         plain: bool | None = None,
         thresholds: Mapping[int, float] | None = None,
-    ) -> Standing:
+    ) -> Status:
         """Return what is guaranteed of early answers; missing arguments are not compared.
 
         asked: of `Prompter.question`. longest: tokens of its answer, at most. plain: whether it is

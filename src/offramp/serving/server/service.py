@@ -17,7 +17,7 @@ from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.errors import OfframpError
 from offramp.promises.likeness import Alarm, look_of
 from offramp.promises.prompt_kinds import OTHER
-from offramp.promises.verdict import Verdict, decide
+from offramp.promises.verdict import Status, Verdict, decide
 from offramp.serving.engine import Engine
 from offramp.serving.request import Completion, Handle
 from offramp.serving.server.api.protocol import Sampling
@@ -27,7 +27,7 @@ from offramp.serving.server.inputs.images import ImageSource, is_far
 from offramp.serving.server.inputs.prompts import Prompter
 from offramp.serving.server.metrics import Metrics
 from offramp.serving.server.outbox import Outbox
-from offramp.serving.server.served import Inputs, Served, Standing
+from offramp.serving.server.served import Inputs, Served
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._pool, look_of, images[0])
 
     def verdict(
-        self, status: Standing, asked: str, use: Use, done: Completion, look: Any, client: str
+        self, status: Status, asked: str, use: Use, done: Completion, look: Any, client: str
     ) -> Verdict:
         """Return what is promised of an answer to a question about one image, and note whether the
         request is unlike the calibrated ones. status: of the question's early answers."""
