@@ -172,7 +172,7 @@ def _violations(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any
     rows = []
     for risk in MEASURED:
         evaluator = replace(whole, risk=RISKS[risk])
-        lost = _kept_losses(evaluator)
+        lost = cache(lambda items, own=evaluator: own.losses(dict(items)))
         outcomes = [_outcomes(evaluator, lost, split) for split in bar(risk)(splits)]
         rows += [
             {
@@ -185,11 +185,6 @@ def _violations(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any
             for i, setting in enumerate(SETTINGS)
         ]
     return rows
-
-
-def _kept_losses(evaluator: ThresholdEvaluator) -> Callable[..., Any]:
-    """Losses by the items of thresholds, each computed once."""
-    return cache(lambda thresholds: evaluator.losses(dict(thresholds)))
 
 
 def _halves(pool: Sequence[Example], seed: int) -> tuple[Any, Any]:

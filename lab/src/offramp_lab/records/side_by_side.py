@@ -50,8 +50,10 @@ def ways_of(adapter: Adapter, drafter: Eagle3Drafter) -> dict[str, Batched]:
     """All ways by name."""
     exits = adapter.exits
     policy = {mode: policy_of(adapter, mode) for mode in (EARLY, STATIC, LOSSLESS)}
+    untrained = partial(Exits, adapter.backbone, exits.depths)  # as training begins with them
     fresh, other = (
-        replace(exits, modules=_untrained(adapter, kind)) for kind in ("layer", exits.modules.kind)
+        replace(exits, modules=untrained(kind=kind).requires_grad_(False))
+        for kind in ("layer", exits.modules.kind)
     )
     lossless = policy[LOSSLESS]
     none: dict[str, Any] = {"thresholds": {}, "first": {}}
@@ -67,11 +69,6 @@ def ways_of(adapter: Adapter, drafter: Eagle3Drafter) -> dict[str, Batched]:
         "EAGLE-3": Batched(eagle, None, drafter),
         "n-grams": Batched(ngram),
     }
-
-
-def _untrained(adapter: Adapter, kind: str) -> Exits:
-    """Exits at the same depths, as training begins with them."""
-    return Exits(adapter.backbone, adapter.exits.depths, kind=kind).requires_grad_(False)
 
 
 def entries_of(

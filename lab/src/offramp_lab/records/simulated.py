@@ -77,14 +77,8 @@ def charts(share: float, trials: int) -> dict[str, Any]:
     order = draw.permutation(n)
     losses = np.concatenate([photos, wrong])[order]
     now = [p_of(row, target) for row in losses.T]
-    return {
-        "photographs": n - k,
-        "charts": k,
-        "target": target,
-        "risk": (1 - share) * 0.0005 + share * 0.08,
-        "broken_before": share_of(before),
-        "broken_now": share_of(now),
-    }
+    risk = (1 - share) * 0.0005 + share * 0.08
+    return compared(before, now, photographs=n - k, charts=k, target=target, risk=risk)
 
 
 def still_merged(trials: int) -> dict[str, Any]:
@@ -97,14 +91,14 @@ def still_merged(trials: int) -> dict[str, Any]:
     losses = (draw.random((n, trials)) < rates[order, None]).astype(float)
     both = Draws(losses, np.ones(n), clusters[order], 1.0).values(target)
     alone, together = (betting_p_values(values, target) for values in both)
-    return {
-        "images": n,
-        "merged": alike - 1,
-        "target": target,
-        "risk": float(rates.mean()),
-        "broken_before": share_of(together),
-        "broken_now": share_of(np.maximum(alone, together)),
-    }
+    now, risk = np.maximum(alone, together), float(rates.mean())
+    return compared(together, now, images=n, merged=alike - 1, target=target, risk=risk)
+
+
+def compared(before: Any, now: Any, **about: Any) -> dict[str, Any]:
+    """Of a promise that does not hold: how often it is given, without the rule and with it, by
+    p-values."""
+    return {**about, "broken_before": share_of(before), "broken_now": share_of(now)}
 
 
 def share_of(p: Array | list[float]) -> float:
@@ -133,7 +127,7 @@ def boundary(trials: int) -> list[dict[str, Any]]:
 def unequal_rows(trials: int) -> dict[str, Any]:
     """Images with 1 or 40 answers, those with many wrong more often."""
     draw, n, target = np.random.default_rng(3), 1500, 0.01
-    passed = dict.fromkeys(UNITS, 0)
+    given = dict.fromkeys(UNITS, 0)
     for _ in range(trials):
         many = draw.random(n) < 0.02
         rows = np.where(many, 40, 1)
@@ -144,7 +138,7 @@ def unequal_rows(trials: int) -> dict[str, Any]:
             "answer": Draws(wrong * rows, rows.astype(float), clusters, 40.0),
         }
         for unit, draws in by.items():
-            passed[unit] += p_value(draws, target, "upper_bound") <= LEVEL
+            given[unit] += p_value(draws, target, "upper_bound") <= LEVEL
     by_image = 0.98 * 0.00175 + 0.02 * 0.0344
     by_answer = (0.98 * 0.00175 + 0.8 * 0.0344) / (0.98 + 0.8)
     return {
@@ -152,8 +146,8 @@ def unequal_rows(trials: int) -> dict[str, Any]:
         "target": target,
         "risk_by_image": by_image,
         "risk_by_answer": by_answer,
-        "passed_by_image": passed["image"] / trials,
-        "passed_by_answer": passed["answer"] / trials,
+        "passed_by_image": given["image"] / trials,
+        "passed_by_answer": given["answer"] / trials,
     }
 
 
@@ -161,14 +155,8 @@ def choices(trials: int) -> dict[str, Any]:
     """The first of ten adapters that passes, each just above the target on images of its own."""
     draw, n, target, many = np.random.default_rng(4), 400, 0.05, 10
     losses = (draw.random((n, many, trials)) < 1.001 * target).astype(float)
-    p = betting_p_values(losses, target)
-    return {
-        "candidates": many,
-        "images": n,
-        "target": target,
-        "broken_before": float((p <= LEVEL).any(0).mean()),
-        "broken_now": float((p <= LEVEL / many).any(0).mean()),
-    }
+    p = betting_p_values(losses, target).min(0)
+    return compared(p, many * p, candidates=many, images=n, target=target)
 
 
 # -- groups, kinds, and looks ----------------------------------------------------------------------
@@ -367,7 +355,7 @@ def needed(target: float, trials: int = 400) -> list[dict[str, Any]]:
                 "exact": exact,
                 "sharp": ours,
                 "more": ours / exact - 1,
-                "bets": quantile(first_pass(losses, target, today)),
+                "bets": quantile(first_pass(losses, target)),
             }
         )
     return rows
@@ -377,7 +365,7 @@ def powers(target: float, risk: float, trials: int = 400) -> list[dict[str, Any]
     """The share of first attempts that pass, by images, for the three tests of `needed`."""
     images = [int(n) for n in np.geomspace(200, 4000, 60)]
     draw = np.random.default_rng(11)
-    passed = first_pass((draw.random((images[-1], trials)) < risk).astype(float), target, today)
+    passed = first_pass((draw.random((images[-1], trials)) < risk).astype(float), target)
     tests = {
         "exact": power(np.array(images), target, risk, LEVEL).tolist(),
         "sharp": power(np.array(images), target, risk, PLANNED * LEVEL).tolist(),
@@ -385,12 +373,6 @@ def powers(target: float, risk: float, trials: int = 400) -> list[dict[str, Any]
     }
     of = {"target": target, "risk": risk, "images": images}
     return [{**of, "test": name, "passes": passes} for name, passes in tests.items()]
-
-
-def today(losses: Array, target: float) -> Array:
-    """Logarithm of the fortune [n, ...] of the bets that calibration makes."""
-    gains = (target - losses[..., None]) * FRACTIONS / (1 - target)
-    return np.asarray(np.logaddexp.reduce(np.log1p(gains).cumsum(0) + SHARES, axis=-1))
 
 
 def fractions(target: float, trials: int) -> list[dict[str, Any]]:
@@ -409,7 +391,7 @@ def fractions(target: float, trials: int) -> list[dict[str, Any]]:
             while most - least > max(1, most // 100):
                 middle = (least + most) // 2
                 least, most = (least, middle) if passes(middle) else (middle, most)
-            bets = quantile(first_pass(losses, target, today))
+            bets = quantile(first_pass(losses, target))
             row = {"target": target, "risk": share * target, "losses": name, "sharp": most}
             rows.append({**row, "bets": bets})
     return rows
@@ -425,12 +407,14 @@ def spread(draw: np.random.Generator, mean: float, shape: tuple[int, int]) -> di
     }
 
 
-def first_pass(losses: Array, target: float, bet: Callable[[Array, float], Array]) -> Array:
-    """At which image each trial passes, looking after every one; 0: never."""
+def first_pass(losses: Array, target: float) -> Array:
+    """At which image each trial passes, looking after every one, by the bets that calibration
+    makes; 0: never."""
     parts: list[Array] = []
     for start in range(0, losses.shape[1], 50):  # memory
-        fortune = bet(losses[:, start : start + 50], target)
-        over = fortune >= -np.log(LEVEL)
+        gains = (target - losses[:, start : start + 50, None]) * FRACTIONS / (1 - target)
+        fortunes = np.logaddexp.reduce(np.log1p(gains).cumsum(0) + SHARES, axis=-1)
+        over = fortunes >= -np.log(LEVEL)
         parts.append(np.where(over.any(0), over.argmax(0) + 1, 0))
     return np.concatenate(parts)
 

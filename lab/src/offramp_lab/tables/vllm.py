@@ -77,11 +77,6 @@ def loads() -> Table:
     )
 
 
-def one_at_once(way: str) -> str:
-    """A way's multiple of full depth for one answer at a time, with its interval."""
-    return ratio(measured("1")["vLLM", way], "1")
-
-
 def forced() -> str:
     """Of a large random model, every token of which leaves, over its full depth, alone."""
     seconds = {
@@ -95,5 +90,5 @@ def forced() -> str:
 TABLES: dict[str, MakeTable] = {"vllm": loads}
 FIGURES: dict[str, Make] = {
     "vllm-forced-1": forced,
-    "vllm-lossless": partial(one_at_once, "lossless"),
+    "vllm-lossless": lambda: ratio(measured("1")["vLLM", "lossless"], "1"),
 }
