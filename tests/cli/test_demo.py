@@ -19,7 +19,7 @@ from offramp.engines.loading import load, usual_prompt
 from offramp.features.input_processor import InputProcessor
 from offramp.report.sections import TITLES
 
-SMALL = DemoSizes(train=24, calibration=8, drafts=1, quality=4, timed=1, rounds=1, steps=4)
+SMALL = DemoSizes(train=24, calibration=8, drafts=1, quality=2, timed=1, rounds=1, steps=4)
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])
@@ -29,7 +29,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     (out / request.param / "adapter.json").write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
         measure_briefly(patch)
-        patch.setitem(first_run.OPTIONS, "max_new_tokens", 12)
+        patch.setitem(first_run.OPTIONS, "max_new_tokens", 8)
         made = demo(request.param, out, SMALL, target=0.5)
     written = json.loads((out / "report.json").read_text())
     assert written == json.loads(json.dumps(made))

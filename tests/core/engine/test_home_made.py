@@ -107,7 +107,7 @@ def test_the_models_own_answer_or_none(kind, door, loaded, batch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "new"), [(home_made.ScaledFrom24, 40), (home_made.Window, 80)], ids=named
+    ("kind", "new"), [(home_made.ScaledFrom24, 40), (home_made.Window, 60)], ids=named
 )
 def test_a_long_answer_is_the_models_own_in_slots(kind, new, loaded, batch):
     """Where a change comes late, or what came early is forgotten; beyond what a call's columns are

@@ -42,8 +42,7 @@ def page() -> Iterator[Page]:
         yield found
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "dark"), [("phone", True), ("desktop", False)])
 def test_both_answers_appear_coloured_by_depth(
     size: str, dark: bool, page: Page, address: str
 ) -> None:
