@@ -9,11 +9,13 @@ import fakes
 import pytest
 from guessing import OPTIONS, adapter, encoder
 
+from offramp.adapter.answers import generate_answers
+from offramp.calibration import threshold_evaluator, trust_path
 from offramp.calibration.calibrate import calibrated
 from offramp.calibration.trial import Calibration
 from offramp.calibration.ways import by_trust, compared, fastest, way_of
 from offramp.cli.commands.calibrate import _table
-from offramp.core.decoding.policy import ExitPolicy
+from offramp.core.decoding.policy import FULL, ExitPolicy
 from offramp.promises.guarantee import standing
 
 SOME = fakes.examples(40)
@@ -86,3 +88,18 @@ def test_ways_are_answered_in_turn() -> None:
     told = fastest(own, encoder(), SOME, policy, **ASKED)
     assert {"lossless", "trust"} <= {way.name for way in told.ways}
     assert all(way.times > 0 for way in told.ways)
+
+
+def test_the_full_models_answers_are_generated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ways are tested: a large model's take hours."""
+    asked: list[tuple[bool, int]] = []
+
+    def noted(model: Any, encoder: Any, examples: Any, policy: Any, **options: Any) -> Any:
+        asked.append((policy == FULL or policy.trust == trust_path.NOTHING, len(examples)))
+        return generate_answers(model, encoder, examples, policy, **options)
+
+    for module in (threshold_evaluator, trust_path):
+        monkeypatch.setattr(module, "generate_answers", noted)
+    told = found("drafting", {"lossless": 2.0, "trust": 2.5, "thresholds": 3.0})
+    assert len(told.attempts) == 2
+    assert [count for full, count in asked if full] == [len(SOME)]

@@ -89,6 +89,7 @@ def calibrate(
     batch_size: int = 64,
     costs: Costs | None = None,
     runtime: Runtime | None = None,
+    known: list[Answer] | None = None,
     progress: Any = iter,
     **options: Any,
 ) -> Calibration:
@@ -117,6 +118,8 @@ def calibrate(
             no speed is predicted, and the fastest thresholds are the last that keep the risk.
         runtime: answers in the adapter's place, e.g. with quantised weights: the guarantee is then
             for its answers, and all exits share one threshold.
+        known: the full model's answers, so that they are not generated again; where the list is
+            empty, they are put into it.
         options: of generation, such as max_new_tokens.
 
     Raises:
@@ -148,6 +151,7 @@ def calibrate(
         costs=costs,
         batch_size=batch_size,
         runtime=runtime,
+        known=known,
         progress=progress,
     )
 
@@ -167,7 +171,7 @@ def _calibrate(
     progress: Any,
     **how: Any,
 ) -> Calibration:
-    """Calibrate what was checked; arguments as of `calibrate`. how: costs and batch_size."""
+    """Calibrate what was checked; arguments as of `calibrate`. how: costs, batch_size, known."""
     images = images_of(judged)  # before the model runs: they may be refused
     check_untested(encoder, judged[:1], adapter.exits.depths)
     tried = ThresholdEvaluator if policy.trust is None else TrustPath

@@ -67,20 +67,25 @@ class ThresholdEvaluator:
         costs: Costs | None = None,
         batch_size: int = 64,
         runtime: Runtime | None = None,
+        known: list[Answer] | None = None,
         **options: Any,
     ) -> ThresholdEvaluator:
         """Answer the examples with the full model and replay the answers.
 
         runtime: answers in the adapter's place. Its answers are generated and not replayed, because
-        a replay runs the adapter's own exits. options: of generation.
+        a replay runs the adapter's own exits. known: the full model's answers; where the list is
+        empty, they are put into it. options: of generation.
         """
         model, rows_at_once = (adapter, batch_size) if runtime is None else (runtime, runtime.rows)
 
         def answer(asked: Sequence[Example], by: ExitPolicy) -> list[Answer]:
             return generate_answers(model, encoder, asked, by, batch_size=rows_at_once, **options)
 
-        full = answer(examples, FULL)
-        replayed, doubtful = None, np.ones(len(examples), dtype=bool)
+        known = [] if known is None else known
+        if not known:
+            known += answer(examples, FULL)
+        full, replayed = known, None
+        doubtful = np.ones(len(examples), dtype=bool)
         if runtime is None and can_replay(policy) and _is_greedy(adapter, options):
             rows = [Answered(e, a.ids, False) for e, a in zip(examples, full, strict=True)]
             replayed = PolicyReplay.of(encoder, adapter.exits, rows, policy, batch_size=batch_size)

@@ -67,9 +67,11 @@ class TrustPath(ThresholdEvaluator):
         costs: Any = None,
         batch_size: int = 64,
         runtime: Runtime | None = None,
+        known: list[Answer] | None = None,
         **options: Any,
     ) -> TrustPath:
-        """Answer the examples by a policy of `trusting`; arguments as of its base.
+        """Answer the examples by a policy of `trusting`; arguments as of its base. known: a list
+        that the answers are put into, where they are the full model's to the last token.
 
         Raises:
             InputError: sampled tokens, which are all verified; a drafter without probabilities.
@@ -84,12 +86,15 @@ class TrustPath(ThresholdEvaluator):
         def answer(asked: Sequence[Example], by: ExitPolicy) -> list[Answer]:
             return generate_answers(model, encoder, asked, by, batch_size=rows, **options)
 
+        full = answer(examples, policy)
+        if known is not None and (runtime is not None or adapter.backbone.dtype == torch.float32):
+            known[:] = full
         return cls(
             depths=(max(policy.drafts) if adapter.exits.draft_on else min(policy.drafts),),
             policy=policy,
             risk=risk,
             examples=examples,
-            full=answer(examples, policy),
+            full=full,
             answer=answer,
             replay=None,
             doubtful=np.zeros(len(examples), dtype=bool),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from offramp.adapter.adapter import Adapter
+from offramp.adapter.answers import Answer
 from offramp.adapter.runtime import Runtime
 from offramp.calibration.asked import Guarantee
 from offramp.calibration.calibrate import COARSE, calibrate, with_attempts
@@ -67,7 +68,10 @@ def fastest(
     Arguments as of `calibrate`; thresholds and first are those of the policy, which is tested
     first. seconds: of the ways; None: measured here.
     """
-    test = partial(calibrate, encoder=encoder, examples=examples, runtime=runtime, **how)
+    known: list[Answer] = []
+    test = partial(
+        calibrate, encoder=encoder, examples=examples, runtime=runtime, known=known, **how
+    )
     options = {name: value for name, value in how.items() if name not in _KNOWN}
     judged = [*map(Judged.of, examples)]
     if seconds is None:
@@ -79,7 +83,7 @@ def fastest(
         tried = tried.with_found(found)
     likely = None
     if policy.trust is not None:
-        likely = _likely(adapter, encoder, judged, runtime, how, options)
+        likely = _likely(adapter, encoder, judged, known, runtime, how, options)
     if likely is not None:
         tried = tried.and_with("thresholds", *likely)
     took = seconds(tried.policies)
@@ -178,13 +182,15 @@ def _likely(
     adapter: Adapter,
     encoder: InputProcessor,
     judged: Sequence[Example],
+    known: Sequence[Answer],
     runtime: Runtime | None,
     how: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> tuple[ExitPolicy, float, int] | None:
     """Return the policy of the lowest thresholds at which some of the answers lose at most the
-    target, what they lose, and how many they are; None where none does."""
-    some = judged[:: -(-len(judged) // SOME)]
+    target, what they lose, and how many they are; None where none does. known: of `calibrate`."""
+    each = -(-len(judged) // SOME)
+    some = judged[::each]
     own = resolved(replace(adapter.policy, trust=None, lossless=False), encoder.backbone)
     try:
         whole = ThresholdEvaluator.of(
@@ -194,6 +200,7 @@ def _likely(
             own,
             RISKS[how.get("risk", Guarantee.risk)],
             runtime=runtime,
+            known=[*known[::each]],
             batch_size=how.get("batch_size", 64),
             **options,
         )
