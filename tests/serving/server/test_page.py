@@ -69,7 +69,7 @@ def test_both_answers_appear_coloured_by_depth(
     number = "getComputedStyle(document.querySelector('#early .token'), '::after').content"
     assert page.ask(number) == f'"{early[0]}"'
     assert "An exit is" in page.ask("document.querySelector('main').innerText")
-    assert page.ask("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.ask(f"document.documentElement.scrollWidth <= {SIZES[size][0]}")
     assert page.ask("document.querySelector('#early .verdict').textContent") == EXACT
     assert page.ask("document.getElementById('promise').hidden")
     assert float(page.ask("parseFloat(document.querySelector('#early .depth').textContent)")) >= 2
