@@ -103,3 +103,15 @@ def test_the_full_models_answers_are_generated_once(monkeypatch: pytest.MonkeyPa
     told = found("drafting", {"lossless": 2.0, "trust": 2.5, "thresholds": 3.0})
     assert len(told.attempts) == 2
     assert [count for full, count in asked if full] == [len(SOME)]
+
+
+def test_answers_and_the_path_have_a_bar_each() -> None:
+    lengths: list[int] = []
+
+    def noted(items: Any) -> Any:
+        lengths.append(len(items))
+        return items
+
+    times = {"lossless": 2.0, "trust": 3.0, "thresholds": 2.5}
+    told = found("drafting", times, progress=noted, batch_size=10)
+    assert lengths == [len(SOME) // 10, len(told.path)]

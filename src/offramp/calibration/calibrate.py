@@ -120,6 +120,7 @@ def calibrate(
             for its answers, and all exits share one threshold.
         known: the full model's answers, so that they are not generated again; where the list is
             empty, they are put into it.
+        progress: wraps the batches that the full model answers, then the path.
         options: of generation, such as max_new_tokens.
 
     Raises:
@@ -176,7 +177,15 @@ def _calibrate(
     check_untested(encoder, judged[:1], adapter.exits.depths)
     tried = ThresholdEvaluator if policy.trust is None else TrustPath
     whole: ThresholdEvaluator = tried.of(
-        adapter, encoder, judged, policy, RISKS[asked.risk], runtime=runtime, **how, **options
+        adapter,
+        encoder,
+        judged,
+        policy,
+        RISKS[asked.risk],
+        runtime=runtime,
+        progress=progress,
+        **how,
+        **options,
     )
     _check_quality(whole)
     also = first == AUTO or (bool(whole.risk.weighed) and frequencies is None)

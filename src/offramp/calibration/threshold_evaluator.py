@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,27 +69,27 @@ class ThresholdEvaluator:
         batch_size: int = 64,
         runtime: Runtime | None = None,
         known: list[Answer] | None = None,
+        progress: Any = iter,
         **options: Any,
     ) -> ThresholdEvaluator:
         """Answer the examples with the full model and replay the answers.
 
         runtime: answers in the adapter's place. Its answers are generated and not replayed, because
         a replay runs the adapter's own exits. known: the full model's answers; where the list is
-        empty, they are put into it. options: of generation.
+        empty, they are put into it. progress: wraps the batches of these. options: of generation.
         """
-        model, rows_at_once = (adapter, batch_size) if runtime is None else (runtime, runtime.rows)
-
-        def answer(asked: Sequence[Example], by: ExitPolicy) -> list[Answer]:
-            return generate_answers(model, encoder, asked, by, batch_size=rows_at_once, **options)
-
+        model, rows = (adapter, batch_size) if runtime is None else (runtime, runtime.rows)
+        answer: Callable[..., list[Answer]] = partial(
+            generate_answers, model, encoder, batch_size=rows, **options
+        )
         known = [] if known is None else known
         if not known:
-            known += answer(examples, FULL)
+            known += answer(examples, FULL, progress=progress)
         full, replayed = known, None
         doubtful = np.ones(len(examples), dtype=bool)
         if runtime is None and can_replay(policy) and _is_greedy(adapter, options):
-            rows = [Answered(e, a.ids, False) for e, a in zip(examples, full, strict=True)]
-            replayed = PolicyReplay.of(encoder, adapter.exits, rows, policy, batch_size=batch_size)
+            said = [Answered(e, a.ids, False) for e, a in zip(examples, full, strict=True)]
+            replayed = PolicyReplay.of(encoder, adapter.exits, said, policy, batch_size=batch_size)
             tokens = replayed.replay
             check_scores([scores[tokens.mask] for scores in tokens.scores.values()])
             # In half precision a step of decoding rounds otherwise than a pass over all of them.

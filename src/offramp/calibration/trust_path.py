@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ class TrustPath(ThresholdEvaluator):
         batch_size: int = 64,
         runtime: Runtime | None = None,
         known: list[Answer] | None = None,
+        progress: Any = iter,
         **options: Any,
     ) -> TrustPath:
         """Answer the examples by a policy of `trusting`; arguments as of its base. known: a list
@@ -83,10 +85,10 @@ class TrustPath(ThresholdEvaluator):
             )
         model, rows = (adapter, batch_size) if runtime is None else (runtime, runtime.rows)
 
-        def answer(asked: Sequence[Example], by: ExitPolicy) -> list[Answer]:
-            return generate_answers(model, encoder, asked, by, batch_size=rows, **options)
-
-        full = answer(examples, policy)
+        answer: Callable[..., list[Answer]] = partial(
+            generate_answers, model, encoder, batch_size=rows, **options
+        )
+        full = answer(examples, policy, progress=progress)
         if known is not None and (runtime is not None or adapter.backbone.dtype == torch.float32):
             known[:] = full
         return cls(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
             score=policy.score,
             shortlist=policy.shortlist,
         )
+    steps = chain(["answers"], repeat("calibrate"))
     _say_how_long(runtime or adapter, encoder, examples, policy, arguments)
     with with_ledger(adapter) as adapter:
         calibration = fastest(
@@ -253,7 +255,7 @@ def _find(arguments: argparse.Namespace, asked: dict[str, Any], out: Path) -> No
             first=arguments.first_threshold,
             frequencies=others,
             batch_size=arguments.batch_size,
-            progress=lambda path: progress(path, "calibrate"),
+            progress=lambda items: progress(items, next(steps)),
             **options,
             **asked,
         )
