@@ -77,10 +77,7 @@ def encoder() -> InputProcessor:
 def adapter_at(*depths: int) -> Adapter:
     """Exits that often agree with the full model, and often do not."""
     exits = Exits(encoder().backbone, depths)
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in exits.parameters():
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=draw))
+    families.perturb(exits)
     return Adapter(encoder().backbone, exits.requires_grad_(False), seen={"train": []})
 
 

@@ -199,7 +199,7 @@ def test_another_machine_version_or_model_is_measured_by_itself(
     measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settle("tiny-opt")
-    for change in ("processor", "metadata.version"):
+    for change in ("processor", "version_of"):
         count = len(measured)
         with monkeypatch.context() as patch:
             patch.setattr(f"offramp.engines.auto.{change}", lambda *_: "another")

@@ -7,7 +7,6 @@ from typing import Any
 
 import fakes
 import families
-import torch
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.models.backbone import Backbone
@@ -29,8 +28,5 @@ def encoder() -> InputProcessor:
 def adapter(kind: str) -> Adapter:
     """With an exit of the kind at depth 4."""
     exits = Exits(encoder().backbone, (4,), kind=kind)
-    draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in exits.parameters():
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=draw))
+    families.perturb(exits)
     return Adapter(encoder().backbone, exits.requires_grad_(False), seen={"train": []})

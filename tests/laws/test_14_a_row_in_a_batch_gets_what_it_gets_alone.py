@@ -14,7 +14,7 @@ import fakes
 import pytest
 import torch
 from decoding import agreeing
-from families import NAMES, WORDLESS, build, depths, one_row
+from families import NAMES, WORDLESS, build, depths, one_row, perturb
 
 from offramp.core.decoding.policy import MODES, ExitPolicy, GenerationOutput
 from offramp.core.engine.generate import generate
@@ -310,9 +310,7 @@ def laid_out(name: str, dtype: torch.dtype, word: str = "") -> tuple[Any, Any]:
         quantize_layers(Backbone(model).layers, word)
     whole = Backbone(model)
     some = Exits(whole, depths(name)).requires_grad_(False)
-    draw = torch.Generator().manual_seed(7)
-    for parameter in some.parameters():
-        parameter.add_((0.03 * torch.randn(parameter.shape, generator=draw)).to(dtype))
+    perturb(some)
     prepack(whole, ExitSet.of(some), every=True)
     return whole.with_decoding(exact_batches=EXACT_BATCHES), some
 

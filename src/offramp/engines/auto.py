@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from offramp.adapter.records import calibrations
 from offramp.adapter.shipped import example_picture
 from offramp.common.folders import cache_folder
 from offramp.common.progress import progress_bar
-from offramp.common.provenance import processor
+from offramp.common.provenance import processor, version_of
 from offramp.core.errors import InputError, OfframpError, StorageError
 from offramp.core.save_and_load import AdapterConfig, exits_digest
 from offramp.core.storage import digest_rows, read_json, schema, write_json
@@ -195,10 +194,7 @@ _PACKAGES = ("offramp", "torch", "transformers", "llama-cpp-python", "onnxruntim
 
 def _here() -> list[Any]:
     """Return versions and machine."""
-    versions = dict.fromkeys(_PACKAGES, "")
-    for package in versions:
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+    versions = {package: version_of(package) or "" for package in _PACKAGES}
     return [versions, processor(), os.cpu_count()]
 
 

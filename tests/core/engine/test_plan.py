@@ -39,9 +39,7 @@ def fresh() -> Adapter:
     """An adapter of its own, some of whose tokens exit."""
     backbone = Backbone(families.build(NAME))
     exits = Exits(backbone, (2,)).requires_grad_(False)
-    draw = torch.Generator().manual_seed(7)
-    for parameter in exits.parameters():
-        parameter.add_(0.03 * torch.randn(parameter.shape, generator=draw))
+    families.perturb(exits)
     return Adapter(backbone, ExitSet(exits, SHORT), POLICY)
 
 

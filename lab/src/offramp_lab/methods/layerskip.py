@@ -19,12 +19,12 @@ from offramp.core.models.backbone import Backbone
 
 
 def dropout_rates(layers: int, largest: float) -> list[float]:
-    """Return by layer how often it is dropped: 0 for the first, `largest` for the last."""
+    """Return the rate at which each layer is dropped, from 0 to `largest` for the last one."""
     return [largest * (2 ** (layer / max(1, layers - 1)) - 1) for layer in range(layers)]
 
 
 def loss_weights(layers: int, scale: float) -> list[float]:
-    """Return by layer the weight of its cross-entropy: growing with depth, 1 in all."""
+    """Return each layer's weight in the loss; weights grow with depth and add up to 1."""
     sums = [scale * n for n in accumulate(range(layers))]
     last = layers - 1 + (sums[-2] if layers > 1 else 1)
     weights = [*sums[:-1], last]

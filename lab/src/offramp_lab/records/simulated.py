@@ -96,8 +96,7 @@ def still_merged(trials: int) -> dict[str, Any]:
 
 
 def compared(before: Any, now: Any, **about: Any) -> dict[str, Any]:
-    """Of a promise that does not hold: how often it is given, without the rule and with it, by
-    p-values."""
+    """How often a false promise is given without a rule and with it, from their p-values."""
     return {**about, "broken_before": share_of(before), "broken_now": share_of(now)}
 
 

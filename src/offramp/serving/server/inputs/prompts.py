@@ -128,7 +128,7 @@ class Prompter:
         images, written, asked = 1, "", None
         if isinstance(request, ChatRequest):
             images = sum(p.type == "image_url" for turn in request.messages for p in turn.parts)
-            written = self.conversation_text(request.messages)
+            written = self.conversation_text(request.messages) if images == 1 else ""
             if len(request.messages) > 1:
                 asked = written.removeprefix(self.processor.placed("", images))
         elif isinstance(request, CompletionRequest):
