@@ -71,6 +71,13 @@ def test_a_figure_may_name_a_place_in_a_record() -> None:
     place = "suitability/opt/foretold/depths/depth=2/depth"
     at = f"at <!-- figure: {place} -->2<!-- /figure -->"
     assert fill(at, {}, {}) == at
+    several = "trust/entries/engine=llama.cpp_q8_0&way=lossless/whole:~.2f"
+    for place, said in (
+        (several, "1.02 [0.98, 1.06]"),
+        ("five_layers/student/seconds:minutes", "62"),
+    ):
+        at = f"at <!-- figure: {place} -->{said}<!-- /figure -->"
+        assert fill(at, {}, {}) == at
 
 
 def test_a_table_or_figure_that_nobody_knows_is_an_error() -> None:

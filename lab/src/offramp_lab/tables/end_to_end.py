@@ -76,12 +76,6 @@ def _ratio(name: str) -> Callable[[Value], str]:
     return lambda entry: times_with_range(entry[name]) if name in entry else ""
 
 
-def same_captions(engine: str, mode: str) -> str:
-    """How many captions are full depth's."""
-    entry = _entry(engine, mode)
-    return f"{entry['as_full']} of {len(entry['each']['tokens'].split())}"
-
-
 def whole() -> Table:
     """From the file to the text, by stage."""
     return Table.of(
@@ -239,11 +233,6 @@ def by_stage() -> dict[str, dict[str, float]]:
     return rows
 
 
-def over_fastest(mode: str) -> str:
-    """How many times as fast as llama.cpp's fastest, in q8_0, with its interval."""
-    return times_with_range(_entry(Q8, mode)["over_fastest"])
-
-
 def cider_of(mode: str) -> str:
     """From full depth's CIDEr to a mode's, with the interval of the difference."""
     found = _entry(PLAIN, mode)["CIDEr"]
@@ -258,29 +247,16 @@ def beside_static(mode: str) -> str:
     return with_range(f"{ours.value - static.value:+.3f}", interval(ours, minus=static), "+.3f")
 
 
-def same_answers(mode: str) -> str:
-    """Answers to questions that are full depth's."""
-    return str(by(record("five_layers")["questioned"], "mode")[mode]["as_full"])
-
-
 TABLES: dict[str, MakeTable] = {
     "photo-factors": in_factors,
     "end-to-end": whole,
     "five-layers": five_layers,
 }
 FIGURES: dict[str, Make] = {
-    "end-to-end-q8_0": partial(over_fastest, EARLY),
-    "end-to-end-q8_0-lossless": partial(over_fastest, LOSSLESS),
     "end-to-end-skipped": partial(of_skipping, EARLY),
     "end-to-end-skipped-lossless": partial(of_skipping, LOSSLESS),
     "five-confidence": partial(beside_static, EARLY),
     "five-student": partial(beside_static, "student"),
-    "five-same-early": partial(same_answers, EARLY),
-    "five-same-static": partial(same_answers, STATIC),
-    "five-same-student": partial(same_answers, "student"),
-    "photo-same": partial(same_captions, PLAIN, EARLY),
-    "photo-same-careful": partial(same_captions, PLAIN, CAREFUL),
-    "photo-same-static": partial(same_captions, PLAIN, STATIC),
     "photo-cider": partial(cider_of, EARLY),
     "photo-cider-careful": partial(cider_of, CAREFUL),
     "photo-cider-static": partial(cider_of, STATIC),

@@ -46,9 +46,9 @@ def by(entries: Iterable[Value], *names: str) -> dict[Any, Value]:
 def fill(page: str, tables: Mapping[str, MakeTable], figures: Mapping[str, Make]) -> str:
     """The page with its tables and figures as the records have them.
 
-    A figure is one of `figures`, or a place in a record and a format, as
-    `calibrated/opt/0/n_test:,`, where `engine=torch` is the entry of a list that has it. Raise
-    `ValueError` where a mark is not read as one.
+    A figure is one of `figures`, or a place in a record and a format (`_formatted`), as
+    `calibrated/opt/0/n_test:,`. `engine=q8_0&mode=early_exit` is the first entry of a list that has
+    both; a mark has "_" for spaces. Raise `ValueError` where a mark is not read as one.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -74,12 +74,29 @@ def _at(place: str) -> str:
     name, *keys = path.split("/")
     value = record(name)
     for key in keys:
-        of, named, wanted = key.partition("=")
-        if named:
-            value = {str(entry[of]): entry for entry in value}[wanted]
-        else:
-            value = value[int(key)] if isinstance(value, list) else value[key]
-    return format(value, form)
+        value = _part(value, key)
+    return _formatted(value, form)
+
+
+def _part(value: Any, key: str) -> Any:
+    """Of a list an entry by its place or by what it has; else what has this name."""
+    if "=" in key:
+        wanted = [pair.split("=") for pair in key.split("&")]
+        return next(e for e in value if all(_marked(e[of]) == text for of, text in wanted))
+    if isinstance(value, list):
+        return value[int(key)]
+    return {_marked(name): found for name, found in value.items()}[key]
+
+
+def _marked(said: object) -> str:
+    return str(said).replace(" ", "_")
+
+
+def _formatted(value: Any, form: str) -> str:
+    """By a format of Python's; seconds by "minutes"; a value with its ends by "~" and a format."""
+    if form == "minutes":
+        return f"{value / 60:.0f}"
+    return with_ends(value, form[1:]) if form.startswith("~") else format(value, form)
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -93,10 +110,6 @@ def tiny(kind: str) -> str:
     return f"tiny {kind.upper()}"
 
 
-def minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f}"
-
-
 def level(drop: str | float) -> str:
     """A drop of quality: "0.5%"."""
     return f"{100 * float(drop):g}%"
@@ -104,7 +117,13 @@ def level(drop: str | float) -> str:
 
 def times_with_range(ratio: Value) -> str:
     """Of a record's times, low and high: "2.25 [2.12, 2.37]"."""
-    return "{times:.2f} [{low:.2f}, {high:.2f}]".format_map(ratio)
+    return with_ends(ratio, ".2f")
+
+
+def with_ends(found: Value, form: str) -> str:
+    """The same of any value that a record has with its low and its high end."""
+    value, *ends = found.values()
+    return with_range(format(value, form), ends, form)
 
 
 def with_range(value: str, ends: Sequence[float] | None, form: str) -> str:

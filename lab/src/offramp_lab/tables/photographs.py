@@ -1,9 +1,8 @@
-"""The model of photographs: quality, thresholds, talking, methods."""
+"""The model of photographs: quality, training, methods."""
 
-from collections.abc import Sequence
-
+from offramp.calibration.risk_functions import CIDER_CAP
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, minutes, record, with_range
+from offramp_lab.tables.markdown import Make, MakeTable, Value, record, with_range
 
 
 def photo_model() -> Table:
@@ -32,63 +31,6 @@ def _ranged(figure: Value, form: str) -> str:
     return with_range(value, figure["interval"], form)
 
 
-# -- talked to ------------------------------------------------------------------------------------
-
-
-def talk_questions() -> Table:
-    """Right answers by kind of question, beside the best constant answer's."""
-    return Table.of(
-        [{**of, "kind": kind} for kind, of in record("talk")["questions"].items()],
-        {
-            "question": "{kind}",
-            "asked": "{count}",
-            "right": "{right:.0%}",
-            "best constant answer": '{constant_right:.0%}, "{constant}"',
-            "above it": lambda of: with_range(f"{of['above']:+.0%}", of["above_interval"], "+.0%"),
-        },
-    )
-
-
-def talk_exits() -> Table:
-    """By task: what the exits say as full depth does, and how deep tokens are at two shares of
-    changed answers, by one threshold on one exit or on all."""
-    tasks = record("talk")["exits"]
-    depths = list(next(iter(tasks.values()))["exits"])
-    columns = (
-        "task",
-        "answers",
-        *(f"tokens as full depth's at {d}" for d in depths),
-        *(f"confidence at {d}" for d in depths),
-        "mean depth at 5% changed",
-        "at 20% changed",
-        "changed, all at 4",
-    )
-    rows = []
-    for task, of in tasks.items():
-        exits = of["exits"].values()
-        rows.append(
-            (
-                task,
-                f"{of['answers']}",
-                *(f"{e['same']:.0%}" for e in exits),
-                *(f"{e['confidence']:.2f}" for e in exits),
-                _shallowest(of["ways"], 0.05),
-                _shallowest(of["ways"], 0.2),
-                f"{next(w for w in of['ways'] if w['way'] == 'static 4')['changed']:.0%}",
-            )
-        )
-    return Table(columns, rows)
-
-
-def _shallowest(ways: Sequence[Value], changed: float) -> str:
-    """The least mean depth of the ways that change at most this share of the answers."""
-    kept = [way for way in ways if way["changed"] <= changed]
-    if not kept:
-        return "none"
-    best = min(kept, key=lambda way: float(way["mean_depth"]))
-    return f"{best['mean_depth']:.1f} ({best['way']})"
-
-
 # -- methods --------------------------------------------------------------------------------------
 
 METHODS = {
@@ -109,13 +51,16 @@ def curves() -> list[Value]:
     return list(record("compare-photo")["equal_quality"]["curves"])
 
 
-TABLES: dict[str, MakeTable] = {
-    "photo-model": photo_model,
-    "talk-questions": talk_questions,
-    "talk-exits": talk_exits,
-}
-FIGURES: dict[str, Make] = {
-    "photo-card-minutes": lambda: minutes(
-        sum(stage["trained"]["cpu_seconds"] for stage in record("photo-card")["stages"])
-    )
-}
+def _trained() -> str:
+    """CPU minutes of all stages of the photo model's training."""
+    seconds = sum(stage["trained"]["cpu_seconds"] for stage in record("photo-card")["stages"])
+    return f"{seconds / 60:.0f}"
+
+
+def _promised() -> str:
+    """What captions may lose of CIDEr at the thresholds that ship."""
+    return f"{CIDER_CAP * record('photo-adapter')['calibration']['target']:g}"
+
+
+TABLES: dict[str, MakeTable] = {"photo-model": photo_model}
+FIGURES: dict[str, Make] = {"photo-card-minutes": _trained, "photo-promised-cider": _promised}

@@ -3,7 +3,7 @@
 from functools import partial
 
 from offramp.report.table import Table, Told
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
+from offramp_lab.tables.markdown import MakeTable, Value, by, record
 from offramp_lab.tables.runtimes import WAY, by_format, cider_of, speed_over
 
 FORMATS = (
@@ -52,27 +52,7 @@ def answers() -> Table:
     return Table(("", "", *titles), rows)
 
 
-def _exact() -> str:
-    """Lossless answers that are full depth's, in bfloat16."""
-    found = record("quantised")["answers"]
-    one = by(found["entries"], *WAY)[OURS, "bfloat16, prepacked", "lossless"]
-    return f"{one['as_own_full']} of {found['photographs']}"
-
-
-def _whole(layers: str, mode: str) -> str:
-    """Seconds of a whole photograph."""
-    entries = by(record("quantised")["timings"]["entries"], *WAY)
-    return f"{entries[OURS, layers, mode]['end_to_end_cpu_seconds']:.2f}"
-
-
 TABLES: dict[str, MakeTable] = {
     "quantised-speeds": partial(_by_mode, _speed),
     "quantised-answers": answers,
-}
-FIGURES: dict[str, Make] = {
-    "quantised-exact": _exact,
-    "quantised-float32-full": partial(_whole, "float32", "full"),
-    "quantised-float32-early": partial(_whole, "float32", "early_exit"),
-    "quantised-int4-full": partial(_whole, "int4, prepacked", "full"),
-    "quantised-int4-early": partial(_whole, "int4, prepacked", "early_exit"),
 }

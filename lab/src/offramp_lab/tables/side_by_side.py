@@ -1,15 +1,7 @@
 """Exits beside other ways to spare full depth, on one model, engine and set of photographs."""
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import (
-    Make,
-    MakeTable,
-    Value,
-    minutes,
-    record,
-    times_with_range,
-    with_range,
-)
+from offramp_lab.tables.markdown import MakeTable, Value, record, times_with_range, with_range
 
 WAYS = {
     "full": "full depth",
@@ -59,14 +51,4 @@ def side_by_side() -> Table:
     return Table(titles, rows)
 
 
-def _full_milliseconds() -> str:
-    """Milliseconds of a token at full depth, by how many are written at once."""
-    return ", ".join(f"{entry['token_milliseconds']:.0f}" for entry in _of("full").values())
-
-
 TABLES: dict[str, MakeTable] = {"side-by-side": side_by_side}
-FIGURES: dict[str, Make] = {
-    "side-by-side-full": _full_milliseconds,
-    "side-by-side-eagle-minutes": lambda: minutes(record("side_by_side")["drafter"]["cpu_seconds"]),
-    "side-by-side-exit-minutes": lambda: minutes(record("side_by_side")["exit_seconds"]),
-}

@@ -1,7 +1,7 @@
 """Vision towers by what runs them."""
 
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record
+from offramp_lab.tables.markdown import MakeTable, by, record
 
 NAMES = {
     "torch": "PyTorch",
@@ -29,12 +29,4 @@ def towers() -> Table:
     )
 
 
-def _of(part: str, engine: str) -> Value:
-    return by(record("vision")[part]["engines"], "engine")[engine]
-
-
-FIGURES: dict[str, Make] = {
-    "vit-alone": lambda: f"{_of('vit', 'mtmd q8_0')['cpu_milliseconds']:.0f}",
-    "vit-ours": lambda: f"{_of('vit', 'mtmd q8_0, our kernels')['cpu_milliseconds']:.0f}",
-}
 TABLES: dict[str, MakeTable] = {"vision-engines": towers}
