@@ -52,7 +52,7 @@ records: $(READY)  ## run both demos, keep their reports in records/, refill the
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
 calibrated: $(READY)  ## what calibration promises and keeps; rewrites lab/records/calibrated.json
-	$(BIN)/python -m offramp_lab.records.calibrated --cpu-time
+	$(BIN)/python -m offramp_lab.records.calibrated
 	$(BIN)/python -m offramp_lab.pages.readme && $(BIN)/python -m offramp_lab.pages.plots
 
 compare: $(READY)  ## objectives and policies at equal quality; rewrites lab/records/compare.json and its pages

@@ -283,8 +283,7 @@ def main() -> None:
         photographs=100,
         talks=30,
         parts=Some(PARTS),
-        before=Path,
-        out=Path,
+        before=None,
     )
     splits = read_photographs(arguments.data)
     held = [example for example in splits["captions_val"] if half_of(example) == 1]
@@ -325,10 +324,10 @@ def main() -> None:
         ),
     }
     for name in arguments.parts:
-        RECORD.add({name: made[name]()}, arguments.out)
+        RECORD.add({name: made[name]()})
     if arguments.adapter is not None:
         adapter = Adapter.load(arguments.adapter, backbone)
-        RECORD.add({"exits": replayed(adapter, encoder, kept)}, arguments.out)
+        RECORD.add({"exits": replayed(adapter, encoder, kept)})
 
 
 if __name__ == "__main__":

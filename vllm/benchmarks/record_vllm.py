@@ -79,7 +79,7 @@ MODES = {"full depth": "full", "lossless": "lossless", "early exit": "early_exit
 def main() -> None:
     loads = (f"{who} {load}" for load in LOADS for who in ("vllm", "offramp"))
     arguments = asked(
-        __doc__, photo=True, vllm=Path, photographs=100, parts=Some(("shape", "prompts", *loads))
+        __doc__, photo=True, vllm=None, photographs=100, parts=Some(("shape", "prompts", *loads))
     )
     made: dict[str, Callable[[], Any]] = {
         "shape": partial(shape, arguments),

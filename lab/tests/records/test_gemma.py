@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp_lab.records.gemma import PARTS, RUN, repeated
-from offramp_lab.records.text import prompts_of
+from offramp_lab.records.walk import prompts_of
 
 IDS = st.lists(st.integers(0, 2), max_size=20)
 

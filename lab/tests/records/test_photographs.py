@@ -63,7 +63,8 @@ def test_what_is_timed_is_the_whole_answer_and_ratios_are_of_its_tokens(ways: Op
             seconds = sum(stages[-1] for _, stages in told[called[name]])
             assert entry["cpu_tokens_per_second"] == pytest.approx(tokens / seconds)
         alone = name == ("generate", "float32", "full")
-        assert entry["over_generate"] > 0 and (entry["over_generate_interval"] is None) == alone
+        low, high = (entry["over_generate"][end] for end in ("low", "high"))
+        assert 0 < low <= high and (low == high == 1) == alone
 
 
 def test_modes_of_two_exits_are_answered_and_those_that_promise_it_as_full_depth(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from offramp.inputs.example import Example
-from offramp_lab.records import suitability
+from offramp_lab.records import record as module
 from offramp_lab.records.record import Record, Some, Turns, asked
 
 
@@ -28,9 +28,9 @@ def test_an_option_takes_what_its_default_is(monkeypatch: pytest.MonkeyPatch) ->
         "parts": Some("ab"),
         "no_compile": False,
         "out": Path("a.json"),
-        "careful": Path,
+        "careful": None,
     }
-    assert vars(given(monkeypatch, **options)) == {**options, "careful": None}
+    assert vars(given(monkeypatch, **options)) == options
     words = ["--rounds", "5", "--load", "2", "--shape", "t5", "--sizes", "4", "--parts", "b"]
     words += ["--no-compile", "--out", "b.json", "--careful", "exits"]
     told = vars(given(monkeypatch, *words, **options))
@@ -55,17 +55,28 @@ def test_only_what_there_is_can_be_asked_for(
 
 
 def test_a_record_of_parts_makes_all_of_them_unless_some_are_named(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made: list[str] = []
-    monkeypatch.setattr(Record, "parts", lambda self, of, asked, **_: made.extend(asked))
-    monkeypatch.setattr(sys, "argv", ["record"])
-    suitability.main()
-    every = [*made]
-    assert len(every) > 1
-    monkeypatch.setattr(sys, "argv", ["record", "--parts", every[-1]])
-    suitability.main()
-    assert made == [*every, every[-1]]
+    for name in ("RECORDS", "RUNS"):
+        monkeypatch.setattr(module, name, tmp_path / name)
+    made: list[tuple[str, int]] = []
+
+    def part(name: str) -> Any:
+        return lambda given: (made.append((name, given.rounds)), {"of": name})[1]
+
+    parts, record = {name: part(name) for name in ("one", "two")}, Record("some")
+    for words in ([], ["--parts", "two", "--rounds", "5"]):
+        monkeypatch.setattr(sys, "argv", ["record", *words])
+        record.run("What is measured.", parts, rounds=3)
+    assert made == [("one", 3), ("two", 3), ("two", 5)]
+    found = {"one": {"of": "one"}, "two": {"of": "two"}}
+    assert found.items() <= record.read().items()
+
+
+def test_a_path_may_have_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert given(monkeypatch, "--file", "a", file=Path).file == Path("a")
+    with pytest.raises(SystemExit):
+        given(monkeypatch, file=Path)
 
 
 def test_what_every_way_made_of_an_example_is_not_made_again(tmp_path: Path) -> None:

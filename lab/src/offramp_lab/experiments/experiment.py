@@ -61,9 +61,6 @@ def each(rounds: Rounds) -> list[Any]:
     return [found for by_input in rounds for found in by_input]
 
 
-TIMES = ("times", "low", "high")
-
-
 def times(own: Rates, base: Rates, resamples: int = 2000) -> dict[str, float]:
     """How many times as fast as `base` something is, with the 95% interval of a bootstrap over
     inputs, drawn in pairs: times, low, high."""

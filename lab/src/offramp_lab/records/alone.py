@@ -22,12 +22,9 @@ from transformers import StoppingCriteriaList
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import MODES
-from offramp.core.decoding.sequence import Token
 from offramp_lab.experiments.experiment import Experiment, same, spent, times
 
 ENGINE, THEIRS = EngineOptions(context=256), EngineOptions(context=256, kernels=False)
-NEW = 30
-"""Tokens of a caption, at most."""
 ALONE = "alone"
 """The way of who has the engine without offramp."""
 Way = Callable[[Any], list[int]]
@@ -35,7 +32,7 @@ Way = Callable[[Any], list[int]]
 
 
 def beside_alone(
-    ways: Mapping[str, Way], prompts: Sequence[Any], title: str
+    engine: str, formats: str, ways: Mapping[str, Way], prompts: Sequence[Any]
 ) -> list[dict[str, Any]]:
     """An entry for each way, all in turns on the same prompts: tokens a CPU second; how many times
     those of the engine alone ("all"), in its parts: full depth by ours ("rest"), and exits; paired
@@ -43,31 +40,26 @@ def beside_alone(
 
     ways: `ALONE` and the modes.
     """
-
     methods = {name: spent(write) for name, write in ways.items()}
-    runs = {name: told[0] for name, told in Experiment(methods, prompts, 1, 1, title).run().items()}
-    answers = {name: [answer for answer, _ in told] for name, told in runs.items()}
+    runs = Experiment(methods, prompts, warm=1, title=f"{engine} {formats}").run()
+    answers = {name: [answer for answer, _ in told] for name, [told] in runs.items()}
     cost = {
         name: np.array([[len(answer), seconds] for answer, seconds in told]).T
-        for name, told in runs.items()
+        for name, [told] in runs.items()
     }
-    full = answers["full"]
     return [
         {
+            "engine": engine,
+            "format": formats,
             "mode": name,
             "tokens_per_cpu_second": float(cost[name][0].sum() / cost[name][1].sum()),
             "all": times(cost[name], cost[ALONE]),
             "exits": times(cost[name], cost["full"]),
             "rest": times(cost["full"], cost[ALONE]),
-            "as_full": same(answers[name], full),
+            "as_full": same(answers[name], answers["full"]),
         }
-        for name in (ALONE, *MODES)
+        for name in ways
     ]
-
-
-def written(model: EdgeModel, mode: str, prompt: Prompt, new: int = NEW) -> list[Token]:
-    """The greedy answer to a prompt whose states are known."""
-    return [*model.write(prompt, max_new_tokens=new, mode=mode)]
 
 
 def greedy(
@@ -121,7 +113,7 @@ class Alone:
         return torch.tensor(answer)
 
 
-def edge_ways(whole: Segment, model: EdgeModel, new: int = NEW) -> dict[str, Way]:
+def edge_ways(whole: Segment, model: EdgeModel, new: int) -> dict[str, Way]:
     """Greedy answers: llama.cpp's alone, from the whole file, and ours in every mode."""
 
     def alone(prompt: Prompt) -> list[int]:
@@ -129,6 +121,6 @@ def edge_ways(whole: Segment, model: EdgeModel, new: int = NEW) -> dict[str, Way
         return greedy(whole, prompt.states, embed, ends, new)
 
     def ours(prompt: Prompt, mode: str) -> list[int]:
-        return [step.token for step in written(model, mode, prompt, new)]
+        return [step.token for step in model.write(prompt, max_new_tokens=new, mode=mode)]
 
     return {ALONE: alone, **{mode: partial(ours, mode=mode) for mode in MODES}}

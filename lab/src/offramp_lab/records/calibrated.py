@@ -1,7 +1,7 @@
 """Calibrate exits for both shipped models and keep what came of it.
 
 calibrated.json, by model: thresholds for each target and risk, found on one set of images and
-    measured on another: risk, quality, and decoding time, interleaved.
+    measured on another: risk, quality, and decoding time (of the thread), interleaved.
 "violations" in it: how often a guarantee fails over random splits of a pool of images, each
     split calibrated on one half, from the search for a path on, and measured on the other half.
     `offramp_lab.records.simulated` has independent draws.
@@ -11,6 +11,7 @@ All settings that are tried on the same images share the errors (`candidates`).
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,21 +30,14 @@ from offramp.calibration.profiler import measure_costs
 from offramp.calibration.risk_control import control
 from offramp.calibration.risk_functions import RISKS
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator, path_of, split_images
-from offramp.calibration.trial import Calibration
 from offramp.cli import demo
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
 from offramp.data.scenes.tasks import captions_and_questions
-from offramp.evaluation.timing import (
-    GenerateFn,
-    Timing,
-    speedups,
-    stock_generate_fn,
-    time_interleaved,
-)
+from offramp.evaluation.timing import GenerateFn, speedups, stock_generate_fn, time_interleaved
 from offramp.features.input_processor import InputProcessor
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import bar
-from offramp_lab.records.record import Record, Some, asked, named
+from offramp_lab.records.record import Record
 from offramp_lab.records.subjects import right, trained
 
 RECORD = Record("calibrated")
@@ -65,18 +59,14 @@ ASKED = 4
 TIMED, ROUNDS = 40, 7
 
 
-def main() -> None:
-    arguments = asked(__doc__, out=RECORD.path, clock=True, models=Some(TINY))
-    calibrated = RECORD.read(arguments.out)  # of other models too
-    violations = calibrated.setdefault("violations", {})
-    violations |= {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
-    for kind in arguments.models:
-        adapter, encoder = trained(kind, _examples("train", TRAIN), depths=DEPTHS, steps=1000)
-        calibrated[kind] = _calibrated(adapter, encoder, arguments.clock)
-        print(json.dumps(calibrated[kind]), file=sys.stderr)
-        violations[kind] = _violations(adapter, encoder)
-        print(json.dumps(violations[kind]), file=sys.stderr)
-    RECORD.write(calibrated, arguments.out, **RECORD.origin(_examples("test", TEST)))
+def figures(_: object) -> dict[str, Any]:
+    found = dict[str, Any]()
+    violations: dict[str, Any] = {"confidence": CONFIDENCE, "stated_share": 1 - CONFIDENCE}
+    for kind in TINY:
+        model = trained(kind, _examples("train", TRAIN), depths=DEPTHS, steps=1000)
+        found[kind], violations[kind] = _calibrated(*model), _violations(*model)
+        print(json.dumps(found[kind]), json.dumps(violations[kind]), sep="\n", file=sys.stderr)
+    return {**found, "violations": violations}
 
 
 @cache
@@ -88,10 +78,8 @@ def _examples(split: str, images: int, start: int = 0, asked: int = 2) -> tuple[
 # -- calibrated.json ------------------------------------------------------------------------------
 
 
-def _calibrated(
-    adapter: Adapter, encoder: InputProcessor, clock: Callable[[], float]
-) -> list[dict[str, Any]]:
-    held_out = _examples("calibration", CALIBRATION)
+def _calibrated(adapter: Adapter, encoder: InputProcessor) -> list[dict[str, Any]]:
+    held_out, tested = _examples("calibration", CALIBRATION), _examples("test", TEST)
     costs = measure_costs(adapter.backbone, encoder.prompts(held_out[:1]), adapter.exits)
     calibrations = [
         calibrate(
@@ -107,54 +95,41 @@ def _calibrated(
             progress=bar(f"{risk} {target}"),
             **demo.OPTIONS,
         )
-        for risk in MEASURED
-        for target in TARGETS
+        for risk, target in product(MEASURED, TARGETS)
     ]
     methods: dict[str, GenerateFn] = {
         "generate": stock_generate_fn(adapter.backbone, **demo.OPTIONS),
         "full": demo.generate_fn(adapter, FULL),
+        **{str(i): demo.generate_fn(adapter, c.policy) for i, c in enumerate(calibrations)},
     }
-    methods |= {
-        str(i): demo.generate_fn(adapter, calibration.policy)
-        for i, calibration in enumerate(calibrations)
-    }
-    timed = [encoder.prompts([e]) for e in _examples("test", TIMED)]
+    timed, clock = [encoder.prompts([e]) for e in _examples("test", TIMED)], time.thread_time
     timings = time_interleaved(methods, timed, rounds=ROUNDS, progress=bar("timing"), clock=clock)
-    full = _answers(adapter, encoder, TEST, FULL)
-    return [
-        {"clock": named(clock)}
-        | _row(c, timings, str(i), full, _answers(adapter, encoder, TEST, c.policy))
-        for i, c in enumerate(calibrations)
-    ]
+    full = _answers(adapter, encoder, tested, FULL)
+    right_full, rows = right(full, tested), []
+    for i, found in enumerate(calibrations):
+        early = _answers(adapter, encoder, tested, found.policy)
+        losses = RISKS[found.risk].losses(early, full, tested)
+        rows.append(
+            {
+                "clock": "thread",
+                "risk": found.risk,
+                "risk_target": found.target,
+                "thresholds": {str(d): t for d, t in found.policy.thresholds.items()},
+                "risk_calibration": found.measured,
+                "risk_test": float(Draws.by(found.unit, losses, images_of(tested)).risk),
+                "n_calibration": found.n,
+                "n_test": len(tested),
+                **speedups(timings, str(i)),
+                "quality_drop": float((right_full - right(early, tested)).mean()),
+            }
+        )
+    return rows
 
 
-def _answers(adapter: Adapter, encoder: InputProcessor, n: int, policy: ExitPolicy) -> list[Answer]:
-    examples = _examples("test", n)
-    return generate_answers(adapter, encoder, examples, policy, batch_size=64, **demo.OPTIONS)
-
-
-def _row(
-    calibration: Calibration,
-    timings: dict[str, Timing],
-    name: str,
-    full: Sequence[Answer],
-    early: Sequence[Answer],
-) -> dict[str, Any]:
-    pictures = len(full) // 3
-    asked = _examples("test", pictures)
-    right_full, right_early = right(full, asked), right(early, asked)
-    losses = RISKS[calibration.risk].losses(early, full, asked)
-    return {
-        "risk": calibration.risk,
-        "risk_target": calibration.target,
-        "thresholds": {str(d): t for d, t in calibration.policy.thresholds.items()},
-        "risk_calibration": calibration.measured,
-        "risk_test": float(Draws.by(calibration.unit, losses, images_of(asked)).risk),
-        "n_calibration": calibration.n,
-        "n_test": len(asked),
-        **speedups(timings, name),
-        "quality_drop": float((right_full - right_early).mean()),
-    }
+def _answers(
+    adapter: Adapter, encoder: InputProcessor, asked: Sequence[Example], policy: ExitPolicy
+) -> list[Answer]:
+    return generate_answers(adapter, encoder, asked, policy, batch_size=64, **demo.OPTIONS)
 
 
 # -- violations -----------------------------------------------------------------------------------
@@ -213,8 +188,8 @@ def _split(whole: ThresholdEvaluator, calibration: Any, test: Any) -> _Split:
 
 def _outcomes(
     evaluator: ThresholdEvaluator, lost: Callable[..., Any], split: _Split
-) -> list[dict[str, Any]]:
-    """For each setting: the thresholds chosen on one half, their risk on the other and overall."""
+) -> list[float | None]:
+    """For each setting: the risk on the other half of the thresholds chosen on one, if any are."""
     columns: list[Any] = []
     for thresholds in split.path:
         losses = lost(tuple(thresholds.items()))[split.calibration]
@@ -222,28 +197,30 @@ def _outcomes(
         if columns[-1].mean() > max(TARGETS):  # no walk goes on behind it
             break
     losses = np.stack(columns, 1)
-    outcomes = []
+    risks: list[float | None] = []
     for setting in SETTINGS:
         target, method = setting["risk_target"], setting["method"]
         level = Guarantee(target, CONFIDENCE).level(1)
         index = control(losses, target, level, method, evaluator.risk.low).index
         if index is None:
-            outcomes.append({"index": None, "test": 0.0})
-            continue
-        everywhere = lost(tuple(split.path[index].items()))
-        outcomes.append({"index": index, "test": float(everywhere[split.test].mean())})
-    return outcomes
+            risks.append(None)
+        else:
+            everywhere = lost(tuple(split.path[index].items()))
+            risks.append(float(everywhere[split.test].mean()))
+    return risks
 
 
-def _shares(outcomes: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
+def _shares(risks: Sequence[float | None], target: float) -> dict[str, Any]:
+    """Of all splits; one without a promise has no risk."""
+    fresh = [risk or 0.0 for risk in risks]
     return {
-        "splits": len(outcomes),
-        "promised": sum(outcome["index"] is not None for outcome in outcomes),
-        "violations": sum(outcome["test"] > target for outcome in outcomes),
-        "mean_risk_test": float(np.mean([outcome["test"] for outcome in outcomes])),
-        "largest_risk_test": max(outcome["test"] for outcome in outcomes),
+        "splits": len(risks),
+        "promised": len(risks) - risks.count(None),
+        "violations": sum(risk > target for risk in fresh),
+        "mean_risk_test": float(np.mean(fresh)),
+        "largest_risk_test": max(fresh),
     }
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, figures)

@@ -1,11 +1,10 @@
 """Objectives and policies on the tiny models, by their world's exact judges; writes
 lab/records/compare.json.
 
-Takes some three hours of one core on OPT and five on T5. `--backbone` runs one model, and what it
-found is kept in --out for the other; an interrupted run resumes where it stopped.
+Takes some three hours of one core on OPT and five on T5, which are its parts; an interrupted run
+resumes where it stopped.
 """
 
-import json
 import logging
 import sys
 import time
@@ -19,7 +18,6 @@ from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import TINY, load_tiny
 from offramp.cli import demo
 from offramp.core.decoding.policy import FULL, ExitPolicy
-from offramp.core.storage import read_json, write_json
 from offramp.data.scenes.tasks import captions, captions_and_questions, questions
 from offramp.evaluation.timing import generate_fn, speedup, time_interleaved
 from offramp.features.input_processor import InputProcessor
@@ -31,8 +29,7 @@ from offramp_lab.experiments.comparison.methods import FEW, Plan
 from offramp_lab.experiments.comparison.tradeoff import FREE
 from offramp_lab.experiments.experiment import same
 from offramp_lab.methods.propagate import Propagating
-from offramp_lab.places import RUNS
-from offramp_lab.records.record import Record, Some, asked
+from offramp_lab.records.record import Record
 from offramp_lab.records.subjects import right
 
 RECORD = Record("compare")
@@ -63,18 +60,9 @@ TIMED, ROUNDS, CAPTIONS = 36, 5, 30
 """Of the interleaved timing; and captions that recompute and propagate are timed on."""
 
 
-def main() -> None:
-    arguments = asked(__doc__, out=RUNS / "compare", backbone=Some(TINY))
+def compared(kind: str, _: object) -> dict[str, Any]:
+    began, out = time.perf_counter(), RECORD.work / kind
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for kind in arguments.backbone:
-        _run(kind, arguments.out / kind)
-    files = {kind: arguments.out / kind / "record.json" for kind in TINY}
-    if all(path.exists() for path in files.values()):
-        RECORD.write({kind: read_json(path) for kind, path in files.items()})
-
-
-def _run(kind: str, out: Path) -> None:
-    began = time.perf_counter()
     backbone, processor = load_tiny(kind)
     depths, several = DEPTHS[kind]
     plan = Plan(
@@ -96,8 +84,7 @@ def _run(kind: str, out: Path) -> None:
     free = Adapter.load(exits_folder(out, plan.training.seed, FREE, depths), backbone)
     comparison["kv"] = _kv(free, InputProcessor(backbone, processor))
     comparison["seconds"] = time.perf_counter() - began
-    write_json(out / "record.json", comparison)
-    print(json.dumps({kind: comparison["equal_quality"], "kv": comparison["kv"]}), file=sys.stderr)
+    return comparison
 
 
 def _finer(against: Callable[..., Any], out: Path, plan: Plan, seeds: int) -> dict[str, Any]:
@@ -142,4 +129,4 @@ def _kv(adapter: Adapter, encoder: InputProcessor) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, {kind: partial(compared, kind) for kind in TINY})

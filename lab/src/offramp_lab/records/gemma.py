@@ -8,11 +8,12 @@ which answers no questions, so prompts are starts of texts; training, choosing a
 other things. Its greedy texts soon repeat themselves, and what is repeated is easy to say, so
 agreement is told of the other tokens too: those that end no run of four that was there before. In
 PyTorch, float32, one thread; CPU seconds, all ways in turns; a quarter of an hour. What is in
---work is taken from there.
+runs/gemma is taken from there.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,24 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import generate_answers
 from offramp.calibration.replay import PolicyReplay
 from offramp.core.decoding.policy import FULL, ExitPolicy, Thresholds
-from offramp.core.models.backbone import Backbone
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import identical
 from offramp_lab.experiments.factors import Measured, Name, entries_of
-from offramp_lab.places import RUNS
 from offramp_lab.records.photographs.opened import Stages, always, last_exit, torch_way
-from offramp_lab.records.record import Kept, Record, Turns, asked, words
-from offramp_lab.records.text import THINGS, WORDS, step, told_of, write_model, written
+from offramp_lab.records.record import Kept, Record, Turns, words
+from offramp_lab.records.walk import THINGS, WORDS, Walk, loaded, told_of, write_model, written
 
 RECORD = Record("gemma")
 NEW, RUN, KEPT = 24, 4, 0.95
@@ -45,15 +42,12 @@ DEPTHS = (9, 11, 14)
 PARTS = {"train": (THINGS[:76], 600), "choose": (THINGS[76:98], 48), "held": (THINGS[98:], 30)}
 
 
-def main() -> None:
-    arguments = asked(__doc__, file=Path, steps=600, prompts=30, work=RUNS / RECORD.name)
-    work: Path = arguments.work
+def figures(arguments: Namespace) -> dict[str, Any]:
+    work = RECORD.work
     prompts = written(work, PARTS, WORDS["starts"])
     write_model(arguments.file, work / "model")
     steps = _walk(work, arguments.steps)
-    backbone = Backbone.from_pretrained(work / "model", dtype=torch.float32)
-    encoder = InputProcessor(backbone, AutoTokenizer.from_pretrained(work / "model"))
-    adapter = Adapter.load(work / "exits", backbone)
+    adapter, encoder = loaded(work)
     choose, held = (
         [Example.of_text(text, key=text) for text in prompts[name]] for name in ("choose", "held")
     )
@@ -64,18 +58,16 @@ def main() -> None:
     (depth,), threshold = adapter.exits.depths, found.found["threshold"]
     policy = replace(adapter.policy, thresholds=Thresholds({depth: threshold}))
     told = _measured(adapter, encoder, policy, held, work)
-    RECORD.write(
-        {
-            **told_of(prompts),
-            "timed": len(held),
-            "new_tokens": NEW,
-            "depth": depth,
-            "threshold": threshold,
-            "walk": steps,
-            "agreement": _agreement(adapter, encoder, policy, held, told[BASE].answers),
-            "ways": entries_of(told, bases),
-        }
-    )
+    return {
+        **told_of(prompts),
+        "timed": len(held),
+        "new_tokens": NEW,
+        "depth": depth,
+        "threshold": threshold,
+        "walk": steps,
+        "agreement": _agreement(adapter, encoder, policy, held, told[BASE].answers),
+        "ways": entries_of(told, bases),
+    }
 
 
 def _walk(work: Path, steps: int) -> list[dict[str, Any]]:
@@ -83,7 +75,8 @@ def _walk(work: Path, steps: int) -> list[dict[str, Any]]:
     given = (work / "model", work / "train.txt")
     length = words("--max-new-tokens {} --json", NEW)
     tried = words("{} --data {} --limit 96 --depths {}", *given, ",".join(map(str, DEPTHS)))
-    forecast = step("inspect", [*tried, *length], work)
+    walk = Walk(work)
+    forecast = walk.step("inspect", [*tried, *length])
     told = forecast["said"]["depths"]
     depth = max(told, key=lambda each: each["speedup"]["0.95"])["depth"]
     learnt = words(
@@ -91,7 +84,7 @@ def _walk(work: Path, steps: int) -> list[dict[str, Any]]:
         "--out {}",
         *(*given, depth, steps, work / "exits"),
     )
-    return [forecast, step("train", [*learnt, *length], work)]
+    return [forecast, walk.step("train", [*learnt, *length])]
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -192,4 +185,4 @@ def repeated(prompt: Sequence[int], answer: Sequence[int]) -> NDArray[np.bool_]:
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, figures, file=Path, steps=600, prompts=30)

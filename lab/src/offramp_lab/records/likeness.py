@@ -5,18 +5,17 @@ Of the tiny OPT answers to images of its world and of others, by scores alone an
 images; of the photo model the looks of photographs and of others. Three minutes of one core.
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from examples.photo_vlm.rows import half_of, read_photographs
+from examples.photo_vlm.rows import read_photographs
 from PIL import Image
 
 from offramp.adapter.answers import generate_answers
-from offramp.adapter.shipped import shipped_exits
 from offramp.cli import demo
 from offramp.core.storage import read_json
 from offramp.data.datasets import read_examples
@@ -24,90 +23,61 @@ from offramp.data.scenes.tasks import captions_and_questions
 from offramp.inputs.example import Example
 from offramp.promises.likeness import Likeness, is_unlike, look_of
 from offramp_lab.records import lookalikes
-from offramp_lab.records.record import Record, asked
+from offramp_lab.records.record import Record
 from offramp_lab.records.simulated import interval
-from offramp_lab.records.subjects import tiny_with
-
-Array = npt.NDArray[Any]
+from offramp_lab.records.subjects import halves, photo_exits, tiny_with
 
 RECORD = Record("likeness")
 FRESH, OTHER = 400, 200
 
 
-def main() -> None:
-    arguments = asked(__doc__, data=True, out=RECORD.path)
-    record = {"tiny": likeness(arguments.data), "photo": looks_of_photographs(arguments.data)}
-    for name, rows in record.items():
-        print(name, rows)
-    RECORD.write(record, arguments.out)
-
-
-def likeness(data: Path) -> list[dict[str, Any]]:
+def of_tiny(asked: Namespace) -> list[dict[str, Any]]:
     """Of the exits that ship: captions and questions called unlike those calibrated, by scores
     alone and with the look of the image, of other images of their world, of cuts of these, noise,
     plain colours, charts, and photographs."""
     adapter, encoder = tiny_with("opt")
     fresh = list(captions_and_questions("test", FRESH, 400_000, 2))
     rows = []
-    for words, some in {"images of its world": fresh, **_others(fresh[:OTHER], data)}.items():
+    for words, some in {"images of its world": fresh, **_others(fresh[:OTHER], asked.data)}.items():
         made = generate_answers(adapter, encoder, some, adapter.policy, **demo.OPTIONS)
         found = [
             (adapter.kind_of(e.prompt), answer.scores, look_of(e.open_image()))
             for e, answer in zip(some, made, strict=True)
         ]
-        by_scores = [adapter.likeness.p_value(kind, scores) for kind, scores, _ in found]
-        rows.append(
-            {
-                "images": words,
-                "scores_alone": float(_unlike(by_scores).mean()),
-                **unlike_of([adapter.likeness.p_value(*each) for each in found]),
-            }
-        )
+        by_scores = unlike_of([adapter.likeness.p_value(*each[:2]) for each in found])
+        both = unlike_of([adapter.likeness.p_value(*each) for each in found])
+        rows.append({"images": words, "scores_alone": by_scores["unlike"], **both})
     return rows
-
-
-def _unlike(p_values: Sequence[float | None]) -> Array:
-    return np.array([is_unlike(p) for p in p_values])
 
 
 def unlike_of(p_values: Sequence[float | None]) -> dict[str, Any]:
     """How many are called unlike."""
-    called = _unlike(p_values)
+    called = [is_unlike(p) for p in p_values]
     return {
         "answers": len(called),
-        "unlike": float(called.mean()),
-        "interval": interval(int(called.sum()), len(called)),
+        "unlike": float(np.mean(called)),
+        "interval": interval(sum(called), len(called)),
     }
 
 
-def looks_of_photographs(data: Path) -> list[dict[str, Any]]:
+def of_photo(asked: Namespace) -> list[dict[str, Any]]:
     """Of the photo model that ships: images called unlike the calibrated photographs by their look,
     half the level that it has beside scores."""
-    known = shipped_likeness("photo").looks
+    exits = read_json(photo_exits() / "adapter.json")
+    known = Likeness.from_json(exits["calibration"]["likeness"]).looks
     assert known is not None
-    photographs = read_photographs(data)
-    fresh = [e for e in photographs["captions_val"] if half_of(e) == 1]
-    scenes = list(captions_and_questions("test", OTHER, 400_000, 0))
-    stamps = read_examples(data / "stamps_captions.jsonl", split="train")[:OTHER]
-    others = _others(fresh[:OTHER], data)
-    del others["photographs"]
+    data, fresh = asked.data, halves(asked.data)[1]
     sets = {
         "photographs like them": fresh,
-        **others,
-        "drawn scenes": scenes,
-        "cut-outs": stamps,
-        "photographs of rooms": photographs["questions_val"][::6],
+        **{k: v for k, v in _others(fresh[:OTHER], data).items() if k != "photographs"},
+        "drawn scenes": captions_and_questions("test", OTHER, 400_000, 0),
+        "cut-outs": read_examples(data / "stamps_captions.jsonl", split="train")[:OTHER],
+        "photographs of rooms": read_photographs(data)["questions_val"][::6],
     }
     return [
         {"images": words, **unlike_of([2 * known.p_value(look_of(e.open_image())) for e in some])}
         for words, some in sets.items()
     ]
-
-
-def shipped_likeness(name: str) -> Likeness:
-    folder = shipped_exits(name)
-    assert folder is not None
-    return Likeness.from_json(read_json(folder / "adapter.json")["calibration"]["likeness"])
 
 
 def _others(captions: Sequence[Example], data: Path) -> dict[str, list[Example]]:
@@ -137,4 +107,4 @@ def _others(captions: Sequence[Example], data: Path) -> dict[str, list[Example]]
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, {"tiny": of_tiny, "photo": of_photo}, data=True)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ import torch
 from offramp.common.jsonl_log import JsonlLog
 from offramp.common.provenance import provenance
 from offramp.core.storage import read_json, write_json
-from offramp.inputs.example import Example, examples_digest
+from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import bar
 from offramp_lab.places import PHOTOGRAPHS, RECORDS, RUNS
+
+Made = Callable[[argparse.Namespace], Any]
+"""Figures, of the arguments of a command."""
 
 
 @dataclass(frozen=True)
@@ -34,38 +37,51 @@ class Record:
     def path(self) -> Path:
         return RECORDS / f"{self.name}.json"
 
-    def read(self, file: Path | None = None) -> dict[str, Any]:
+    @property
+    def work(self) -> Path:
+        """What its command keeps is there."""
+        return RUNS / self.name
+
+    def run(self, doc: str | None, made: Made | Mapping[str, Made], **options: Any) -> None:
+        """Be the command: ask for the options (`asked`), measure, and write.
+
+        made: all figures of the record by name; or what makes each of its parts, of which --parts
+        then names some.
+        """
+        if not isinstance(made, Mapping):
+            self.write(made(asked(doc, **options)))
+            return
+        arguments = asked(doc, **options, parts=Some(made))
+        parts = {name: partial(part, arguments) for name, part in made.items()}
+        self.parts(parts, arguments.parts)
+
+    def read(self) -> dict[str, Any]:
         """What is there, if anything is."""
-        path = file or self.path
-        found: dict[str, Any] = read_json(path) if path.is_file() else {}
+        found: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
         return found
 
-    def origin(self, examples: Sequence[Example] = ()) -> dict[str, Any]:
-        """What ran, on what, when."""
-        digest = examples_digest(examples) if examples else None
+    def origin(self) -> dict[str, Any]:
+        """What ran, when and on what machine."""
         by = self.command or self.name
-        ran = by if "." in by else f"offramp_lab.records.{by}"
-        found = provenance(0, ran, digest)
+        found = provenance(0, by if "." in by else f"offramp_lab.records.{by}", None)
         return {**found, "generation": generation(found["processor"])}
 
-    def write(self, figures: Mapping[str, Any], file: Path | None = None, **more: Any) -> None:
-        """All of it, with its origin. more: of the origin."""
-        write_json(file or self.path, {**figures, "provenance": {**self.origin(), **more}})
+    def write(self, figures: Mapping[str, Any]) -> None:
+        """All of it, with its origin."""
+        write_json(self.path, {**figures, "provenance": self.origin()})
 
-    def add(self, figures: Mapping[str, Any], file: Path | None = None) -> None:
+    def add(self, figures: Mapping[str, Any]) -> None:
         """Put figures beside those that are there, or in their places."""
-        self.write({**self.read(file), **figures}, file)
+        self.write({**self.read(), **figures})
 
-    def parts(
-        self, made: Mapping[str, Callable[[], Any]], asked: Sequence[str], **more: Any
-    ) -> None:
+    def parts(self, made: Mapping[str, Callable[[], Any]], asked: Sequence[str]) -> None:
         """Measure the parts that are asked for, keep each in runs/, and put the record together
         from those that are there and, of others, what it has."""
-        files = {name: RUNS / self.name / f"{name}.json" for name in made}
+        files = {name: self.work / f"{name}.json" for name in made}
         for name in asked:
             write_json(files[name], made[name]())
         found = self.read() | {n: read_json(f) for n, f in files.items() if f.is_file()}
-        self.write({name: found[name] for name in made if name in found}, **more)
+        self.write({name: found[name] for name in made if name in found})
 
 
 def generation(processor: str) -> str:
@@ -84,70 +100,49 @@ class Some(tuple[Any, ...]):
 def asked(
     doc: str | None,
     *,
-    photo: bool | None = None,
+    photo: bool = False,
     data: bool = False,
-    dtype: str | None = None,
-    clock: bool = False,
     more: Callable[[argparse.ArgumentParser], object] = lambda _: None,
     **options: Any,
 ) -> argparse.Namespace:
     """The arguments of a command; torch then runs in one thread.
 
-    photo: whether it is of the photo model, whose exits may be others; False: that may be asked
-    for. data: whether it reads photographs without that model. dtype: its default. clock: whether
-    seconds may be those of the thread; the arguments then have `clock`. options: others, by name,
-    with their defaults: a number, text or a path, several of them, `Some`, False for what is on
-    once it is named, or Path for one that is None if it is not. more: adds what else there is.
+    photo: whether it is of the photo model, whose exits may be others. data: whether it reads
+    photographs without that model. options: others, by name, with their defaults: a number, text or
+    a path, several of them, `Some`, False for what is on once it is named, `Path` for one that must
+    be named, or None for one that need not be. more: adds what else there is.
     """
     parser = argparse.ArgumentParser(description=doc)
-    if photo is not None:
-        if not photo:
-            parser.add_argument("--photo", action="store_true", help="the photo model")
+    if photo:
         parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="its exits")
-    if photo is not None or data:
-        parser.add_argument("--data", type=Path, default=PHOTOGRAPHS, help="photographs")
-    if dtype is not None:
-        parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16"))
+    if photo or data:
+        options |= {"data": PHOTOGRAPHS}
     for name, default in options.items():
-        _add(parser, f"--{name.replace('_', '-')}", default)
-    if clock:
-        parser.add_argument(
-            "--cpu-time",
-            action="store_const",
-            dest="clock",
-            const=time.thread_time,
-            default=time.perf_counter,
-            help="seconds of the thread, not of the clock",
-        )
+        parser.add_argument(f"--{name.replace('_', '-')}", **_option(default))
     more(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     return arguments
 
 
-def _add(parser: argparse.ArgumentParser, flag: str, default: Any) -> None:
-    """An option by its default."""
-    how = {"type": type(default), "default": default, "help": "default: %(default)s"}
+def _option(default: Any) -> dict[str, Any]:
+    """What argparse is told of an option."""
     if default is False:
-        how = {"action": "store_true"}
-    elif default is Path:
-        how = {"type": Path}
-    elif isinstance(default, tuple):
+        return {"action": "store_true"}
+    if default is None or default is Path:
+        return {"type": Path, "required": default is Path}
+    how = {"type": type(default), "default": default, "help": "default: %(default)s"}
+    if isinstance(default, tuple):
         how |= {"type": type(default[0]), "nargs": "+"}
     if isinstance(default, Some):
         how["choices"] = default
-    parser.add_argument(flag, **how)
+    return how
 
 
 def words(command: str, *given: object) -> list[str]:
     """The words of a command line. given: what stands in the places of its {}, a word each."""
     left = iter(map(str, given))
     return [next(left) if word == "{}" else word for word in command.split()]
-
-
-def named(clock: Callable[[], float]) -> str:
-    """What a record calls the clock."""
-    return "thread" if clock is time.thread_time else "wall"
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ it directly, as many at once, in turns with the server. One thread for the model
 with a core more for the clients: `taskset -c 0,1 python -m offramp_lab.records.serving` (about 8
 minutes).
 
-The model is tiny-opt, whose layers take a tenth of a millisecond: the harshest case for what Python
-does around them. --photo: the photo model in bfloat16, on photographs of --data, in its place.
---requests: for each number of clients and mode. --rounds: of all.
+The model is tiny-opt, whose layers take a tenth of a millisecond, the harshest case for what Python
+does around them; and the photo model in bfloat16, on photographs. --rounds: of all.
 """
 
-import argparse
+from __future__ import annotations
+
 import asyncio
 import base64
 import io
@@ -21,6 +21,7 @@ import json
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from statistics import median
@@ -32,113 +33,82 @@ from PIL import Image
 
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import MODES
-from offramp.data.datasets import CAPTION_PROMPT
 from offramp.data.scenes.tasks import captions
 from offramp.features.input_processor import InputProcessor
 from offramp.inputs.example import Example
 from offramp.serving.batch_engine import BatchEngine
 from offramp.serving.engine_config import EngineConfig
-from offramp_lab.experiments.experiment import Experiment
-from offramp_lab.records.record import Record, Some, asked
-from offramp_lab.records.subjects import load_photo, photo_exits, tiny_with
+from offramp_lab.experiments.experiment import Experiment, each
+from offramp_lab.records.record import Record
+from offramp_lab.records.subjects import halves, load_photo, photo_exits, tiny_with
 
 RECORD = Record("serving")
-CLIENTS = (8, 32)
+CLIENTS, REQUESTS = (8, 32), 96
+"""At once; and requests of them all."""
 TOKENS = 24
 SLOTS, LIMIT, PORT = 8, 256, 8731
 TINY = ["offramp.cli", "serve", "tiny-opt"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
 
 
-def main() -> None:
-    arguments = asked(
-        __doc__,
-        photo=False,
-        requests=96,
-        rounds=3,
-        out=RECORD.path,
-        clients=CLIENTS,
-        modes=Some(MODES),
-    )
-    name, model, words = photo(arguments) if arguments.photo else tiny()
-    measured = measure(*model, words, arguments)
-    others = RECORD.read(arguments.out).get("http", {})
-    RECORD.add({"http": {**others, name: measured}}, arguments.out)
+def tiny(arguments: Namespace) -> dict[str, Any]:
+    return measure(*tiny_with("opt"), captions("test", 32).examples, TINY, arguments.rounds)
 
 
-Model = tuple[Adapter, InputProcessor, Sequence[Example]]
-"""Exits, their encoder, and what is asked."""
-
-
-def tiny() -> tuple[str, Model, list[str]]:
-    """A name, a model, and the words behind `python -m` that serve it."""
-    return "tiny-opt", (*tiny_with("opt"), captions("test", 32).examples), TINY
-
-
-def photo(arguments: argparse.Namespace) -> tuple[str, Model, list[str]]:
-    data, exits = arguments.data, photo_exits(arguments.adapter)
-    rows = (data / "flickr8k_captions.jsonl").read_text(encoding="utf-8").splitlines()[-32:]
-    asked = [
-        Example(data / json.loads(row)["image"], CAPTION_PROMPT, (), str(n), str(n))
-        for n, row in enumerate(rows)
-    ]
-    words = ["offramp.cli", "serve", str(exits), "--backbone", "photo", "--dtype", "bfloat16"]
-    model = *load_photo(exits, "bfloat16"), asked
-    return "photo model", model, [*words, "--engine", "torch"]
+def photo(arguments: Namespace) -> dict[str, Any]:
+    exits = photo_exits(arguments.adapter)
+    serve = ["offramp.cli", "serve", str(exits), "--backbone", "photo", "--dtype", "bfloat16"]
+    model, asked = load_photo(exits, "bfloat16"), halves(arguments.data)[1][-32:]
+    return measure(*model, asked, [*serve, "--engine", "torch"], arguments.rounds)
 
 
 def measure(
-    adapter: Any,
-    encoder: Any,
+    adapter: Adapter,
+    encoder: InputProcessor,
     examples: Sequence[Example],
-    words: Sequence[str],
-    arguments: argparse.Namespace,
+    serve: Sequence[str],
+    rounds: int,
 ) -> dict[str, Any]:
     """An entry of each mode and number of clients; medians over rounds.
 
-    engine_tokens_per_second: without HTTP; share: of it that is left over HTTP. first: seconds, at
-    p50 and p95.
+    serve: the words behind `python -m`. engine_tokens_per_second: without HTTP; share: of it that
+    is left over HTTP. first: seconds, at p50 and p95.
     """
-    bodies, asked = requests_of(examples), arguments.requests
-    points = list(itertools.product(arguments.modes, arguments.clients))
-    config = EngineConfig(SLOTS, LIMIT)
-    with (
-        Server("--limit", str(LIMIT), words=words) as server,
-        BatchEngine(adapter, encoder, config) as engine,
-    ):
+    bodies, config = requests_of(examples), EngineConfig(SLOTS, LIMIT)
+    points = [*itertools.product(MODES, CLIENTS)]
+    with Server(serve) as server, BatchEngine(adapter, encoder, config) as engine:
 
         def http(_: None, mode: str, clients: int) -> dict[str, Any]:
-            return asyncio.run(clients_at_work(server.url, mode, clients, asked, bodies))
+            return asyncio.run(clients_at_work(server.url, mode, clients, bodies))
 
         def alone(_: None, mode: str, clients: int) -> float:
-            return engine_alone(engine, examples, mode, clients, asked)
+            return engine_alone(engine, examples, mode, clients)
 
         ways = {
             (way, *point): partial(way, mode=point[0], clients=point[1])
             for point in points
             for way in (http, alone)
         }
-        runs = Experiment(ways, rounds=arguments.rounds).run()
+        runs = Experiment(ways, rounds=rounds).run()
     entries = []
-    for mode, clients in points:
-        seen, own = ([one for [one] in runs[way, mode, clients]] for way in (http, alone))
+    for point in points:
+        seen, own = (each(runs[way, *point]) for way in (http, alone))
         speed = median(one["tokens"] / one["seconds"] for one in seen)
+        first = np.percentile([seconds for one in seen for seconds in one["first"]], (50, 95))
         entries.append(
             {
-                "mode": mode,
-                "clients": clients,
-                "requests": asked,
+                **dict(zip(("mode", "clients"), point, strict=True)),
+                "requests": REQUESTS,
                 "tokens_per_second": speed,
                 "engine_tokens_per_second": median(own),
                 "share": speed / median(own),
-                "first": spread([x for one in seen for x in one["first"]]),
+                "first": dict(zip(("p50", "p95"), first.tolist(), strict=True)),
             }
         )
-        print(entries[-1], flush=True)
     return {
         "slots": SLOTS,
         "tokens": TOKENS,
-        "rounds": arguments.rounds,
+        "rounds": rounds,
         "start_seconds": server.started,
         "entries": entries,
     }
@@ -150,15 +120,14 @@ def measure(
 class Server:
     """`offramp serve` in a process of its own. started: seconds until it was ready."""
 
-    def __init__(self, *more: str, words: Sequence[str] = TINY) -> None:
+    def __init__(self, serve: Sequence[str]) -> None:
         self.url, self._begun = f"http://127.0.0.1:{PORT}", time.perf_counter()
-        words = [*words, "--port", str(PORT), "--threads", "1", "--watch", "0", *more]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *words, "--slots", str(SLOTS)], stderr=subprocess.DEVNULL
-        )
+        how = f"--port {PORT} --threads 1 --watch 0 --slots {SLOTS} --limit {LIMIT}"
+        command = [sys.executable, "-m", *serve, *how.split()]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         self.started = 0.0
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Server:
         while not self.started:
             if self.process.poll() is not None:
                 raise SystemExit("The server did not start.")
@@ -174,10 +143,10 @@ class Server:
         self.process.wait()
 
 
-def image_part(image: Image.Image, kind: str = "PNG") -> dict[str, Any]:
-    """Of a message: the image itself, written as `kind`."""
+def image_part(image: Image.Image) -> dict[str, Any]:
+    """Of a message: the image itself."""
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -201,11 +170,11 @@ def requests_of(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 async def clients_at_work(
-    url: str, mode: str, clients: int, requests: int, bodies: Sequence[dict[str, Any]]
+    url: str, mode: str, clients: int, bodies: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `clients` at once see over `requests` requests, after one each that does not count."""
+    """What `clients` at once see over `REQUESTS`, after one each that does not count."""
     firsts: list[float] = []
-    left = iter(range(requests))
+    left = iter(range(REQUESTS))
     tokens = 0
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
 
@@ -241,15 +210,11 @@ async def clients_at_work(
     return {"tokens": tokens, "seconds": seconds, "first": firsts}
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {f"p{p}": float(np.percentile(values, p)) for p in (50, 95)}
-
-
 # -- the engine alone ------------------------------------------------------------------------------
 
 
 def engine_alone(
-    engine: BatchEngine, examples: Sequence[Example], mode: str, clients: int, requests: int
+    engine: BatchEngine, examples: Sequence[Example], mode: str, clients: int
 ) -> float:
     """Tokens a second of the engine with so many requests under way at once; images are opened and
     prompts processed in its worker threads, as in the server."""
@@ -261,8 +226,8 @@ def engine_alone(
 
     tokens(min(clients, SLOTS))  # these do not count
     begun = time.perf_counter()
-    return tokens(requests) / (time.perf_counter() - begun)
+    return tokens(REQUESTS) / (time.perf_counter() - begun)
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, {"tiny-opt": tiny, "photo model": photo}, photo=True, rounds=3)

@@ -12,11 +12,11 @@ that a run that was cut off goes on there.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,19 +28,18 @@ from offramp_vllm.exports.eagle3 import Eagle3Drafter
 from offramp.adapter.adapter import Adapter
 from offramp.core.decoding.policy import FULL
 from offramp.core.models.exits import Exits
-from offramp.evaluation.statistics import interval, mean_of
+from offramp.evaluation.statistics import Measure, interval, mean_of
 from offramp.evaluation.timing import decoding
 from offramp.inputs.example import Example
-from offramp_lab.experiments.experiment import same, times
+from offramp_lab.experiments.experiment import Rates, same, times
 from offramp_lab.experiments.factors import LOSSLESS
 from offramp_lab.methods.eagle import NAME, load_drafter
-from offramp_lab.places import RUNS
 from offramp_lab.records.batched import Batched, answered
 from offramp_lab.records.photographs.opened import EARLY, STATIC, TOWER, policy_of
 from offramp_lab.records.photographs.told import scores
-from offramp_lab.records.record import Group, Record, Turns, asked, words
+from offramp_lab.records.record import Group, Record, Turns, words
 from offramp_lab.records.subjects import halves, load_photo
-from offramp_lab.records.text import step
+from offramp_lab.records.walk import Walk
 
 RECORD = Record("side_by_side")
 AT_ONCE = (1, 8, 32)
@@ -79,60 +78,56 @@ def entries_of(
 ) -> list[dict[str, Any]]:
     """An entry for each way. over_full: how many times as fast decoding is; of drafts as `decoding`
     says."""
-    entries = []
-    took, rates = dict[str, Any](), dict[str, Any]()
+    ids = {name: [one["ids"] for one in rows] for name, rows in told.items()}
+    seconds: dict[str, Any] = {
+        name: np.array([(one["first"] + one["rest"], one["rest"]) for one in rows]).T
+        for name, rows in told.items()
+    }
+    rounds = {
+        name: [kept for one in rows for _, kept in one["rounds"]] for name, rows in told.items()
+    }
+
+    def rates(name: str) -> Rates:
+        """Tokens after the first of each answer, and their seconds."""
+        took = seconds[name]
+        rest = decoding(took, seconds["full"]) if rounds[name] else took[1]
+        return np.stack([[len(each) - 1.0 for each in ids[name]], rest])
+
+    def cider(name: str) -> Measure:
+        return mean_of(scores("captions", encoder, ids[name], examples)["CIDEr"])
+
+    full, base, entries = rates("full"), cider("full"), []
     for name, rows in told.items():
-        first, rest = (np.array([one[part] for one in rows]) for part in ("first", "rest"))
-        took[name] = first + rest, rest
-    for name, rows in told.items():
-        drafts = any(one["rounds"] for one in rows)
-        rest = decoding(took[name], took["full"]) if drafts else took[name][1]
-        rates[name] = np.stack([np.array([len(one["ids"]) - 1.0 for one in rows]), rest])
-    full = [one["ids"] for one in told["full"]]
-    base = _cider(full, examples, encoder)
-    for name, rows in told.items():
-        ids = [one["ids"] for one in rows]
-        own = mean_of(_cider(ids, examples, encoder))
-        kept = [right for one in rows for _, right in one["rounds"]]
+        own, score = rates(name), cider(name)
         entries.append(
             {
                 "way": name,
                 "at_once": at_once,
-                "identical": same(ids, full),
-                "CIDEr": own.value,
-                "minus_full": own.value - mean_of(base).value,
-                "difference": interval(own, minus=mean_of(base)),
+                "identical": same(ids[name], ids["full"]),
+                "CIDEr": score.value,
+                "minus_full": score.value - base.value,
+                "difference": interval(score, minus=base),
                 "first_milliseconds": 1e3 * float(np.mean([one["first"] for one in rows])),
-                "token_milliseconds": 1e3 * float(rates[name][1].sum() / rates[name][0].sum()),
-                "over_full": times(rates[name], rates["full"]),
-                "tokens_a_round": 1 + float(np.mean(kept)) if kept else None,
+                "token_milliseconds": 1e3 * float(own[1].sum() / own[0].sum()),
+                "over_full": times(own, full),
+                "tokens_a_round": 1 + float(np.mean(rounds[name])) if rounds[name] else None,
             }
         )
     return entries
 
 
-def _cider(ids: Sequence[Any], examples: Sequence[Example], encoder: Any) -> Sequence[float]:
-    return scores("captions", encoder, ids, examples)["CIDEr"]
-
-
-def export_words(work: Path, arguments: Any) -> list[str]:
-    """What trains the drafter: captions of the training split, as much as the exits saw of them."""
-    return words(
+def figures(arguments: Namespace) -> dict[str, Any]:
+    work, entries = RECORD.work, list[dict[str, Any]]()
+    export = words(  # learns captions of the training split, as much as the exits saw of them
         "--to speculators --adapter photo --dtype bfloat16 --data {} --split train --limit {} "
         "--prompt Caption: --steps {} --shortlist 1024 --max-new-tokens {} --out {} --json",
         *(arguments.data / CAPTIONS, arguments.learn, arguments.steps),
         *(LONGEST["captions"], work / "drafter"),
     )
-
-
-def main() -> None:
-    arguments = asked(__doc__, photo=True, photographs=96, steps=1500, learn=3000)
-    work, entries = RUNS / RECORD.name, list[dict[str, Any]]()
-    trained = step("export", export_words(work, arguments), work, arguments.data)
+    trained = Walk(work, arguments.data).step("export", export)
     assert offramp_ngram is not None  # importing it registers its drafter
     adapter, encoder = load_photo(arguments.adapter, vision=TOWER)
-    drafter = load_drafter(adapter.backbone, work / "drafter")
-    ways = ways_of(adapter, drafter)
+    ways = ways_of(adapter, load_drafter(adapter.backbone, work / "drafter"))
     examples = halves(arguments.data)[1][: arguments.photographs]
     for at_once in AT_ONCE:
         by_name = {
@@ -142,15 +137,13 @@ def main() -> None:
         groups, kept = Group.all(examples, at_once), Turns(work / f"{at_once}.jsonl")
         told = {n: [*chain(*r)] for n, r in kept.answers(by_name, groups, f"{at_once}").items()}
         entries += entries_of(told, at_once, examples, encoder)
-    RECORD.write(
-        {
-            "photographs": len(examples),
-            "drafter": trained,
-            "exit_seconds": adapter.metrics["seconds"],
-            "entries": entries,
-        }
-    )
+    return {
+        "photographs": len(examples),
+        "drafter": trained,
+        "exit_seconds": adapter.metrics["seconds"],
+        "entries": entries,
+    }
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, figures, photo=True, photographs=96, steps=1500, learn=3000)

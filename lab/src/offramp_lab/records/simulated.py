@@ -25,21 +25,13 @@ from offramp.calibration.ledger import merged_attempts
 from offramp.calibration.risk_control import PLANNED, TESTS, images_for, p_value, power, walk
 from offramp.core.decoding.policy import Thresholds
 from offramp.promises.betting import FRACTIONS, SHARES, betting_p_values
-from offramp_lab.records.record import Record, asked
+from offramp_lab.records.record import Record
 
 Array = npt.NDArray[Any]
 
 RECORD = Record("simulated")
 STATED = 0.05
 LEVEL = STATED * error_share(1)
-
-
-def main() -> None:
-    arguments = asked(__doc__, trials=1000, out=RECORD.path)
-    record = simulate(arguments.trials)
-    for name, rows in record.items():
-        print(name, rows)
-    RECORD.write(record, arguments.out)
 
 
 def simulate(trials: int) -> dict[str, Any]:
@@ -426,4 +418,4 @@ def quantile(at: Sequence[int] | Array, share: float = 0.8) -> int | None:
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, lambda asked: simulate(asked.trials), trials=1000)

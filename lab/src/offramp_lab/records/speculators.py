@@ -8,7 +8,8 @@ and without. The programs are built from the same source as the wheel of llama-c
 `cmake -B build -DLLAMA_BUILD_EXAMPLES=ON`, targets llama-simple and llama-speculative-simple.
 llama.cpp's own drafts of n-grams, which need no training, stand beside it. They draft next to
 nothing, so the drafter's speed is told against them: the same program, on one thread, where
-llama-simple takes as many as llama.cpp likes. Two hours. What is in --work is taken from there.
+llama-simple takes as many as llama.cpp likes. Two hours. What is in runs/speculators is
+taken from there.
 """
 
 from __future__ import annotations
@@ -16,94 +17,83 @@ from __future__ import annotations
 import re
 import resource
 import subprocess
+from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from offramp_photo.packages import LANGUAGE, weights_file
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from offramp.common.folders import cache_folder
-from offramp.core.storage import write_atomic
-from offramp_lab.places import RUNS
-from offramp_lab.records.record import Kept, Record, asked, words
-from offramp_lab.records.text import PARTS, WORDS, converted, prompts_of, step, write_model
+from offramp.inputs.example import Example
+from offramp_lab.records.record import Record, Turns, words
+from offramp_lab.records.text import PARTS
+from offramp_lab.records.walk import WORDS, Walk, write_model, written
 
 RECORD = Record("speculators")
 DRAFTS = 4
-KNOWN = (*PARTS["train"][0], *PARTS["choose"][0])
 LEARNT, WRITTEN = 4800, 48
 """Prompts that it learns from, and tokens of an answer."""
 FULL, OURS, NGRAMS = "full depth", "EAGLE-3 drafter", "n-grams of the answer so far"
 CPU = ("ru_utime", "ru_stime")
 
 
-def main() -> None:
-    arguments = asked(__doc__, steps=3000, prompts=100, work=RUNS / RECORD.name, more=_more)
-    work: Path = arguments.work
+def figures(arguments: Namespace) -> dict[str, Any]:
+    work = RECORD.work
     write_model(weights_file(LANGUAGE, cache_folder("photo")), work / "model")
-    write_atomic(work / "train.txt", "\n".join(prompts_of((*KNOWN, *WORDS["more"]), LEARNT)) + "\n")
-    walk = _walk(work, arguments)
-    held = prompts_of(*PARTS["held"])[: arguments.prompts]
-    answers = _answers(work, arguments.programs, held)
-    RECORD.write(
-        {
-            "prompts": len(held),
-            "new_tokens": WRITTEN,
-            "drafts": DRAFTS,
-            "walk": walk,
-            "ways": [_way(name, rows, answers[FULL]) for name, rows in answers.items()],
-        }
-    )
+    learnt = (*PARTS["train"][0], *PARTS["choose"][0], *WORDS["more"])
+    prompts = written(work, {"train": (learnt, LEARNT), "held": PARTS["held"]})
+    steps, held = _walk(arguments), prompts["held"][: arguments.prompts]
+    asked = [Example.of_text(text, key=text) for text in held]
+    answers = Turns(work / "answers.jsonl").answers(_ways(arguments.programs), asked, "answers")
+    return {
+        "prompts": len(held),
+        "new_tokens": WRITTEN,
+        "drafts": DRAFTS,
+        "walk": steps,
+        "ways": [_way(name, rows, answers[FULL]) for name, rows in answers.items()],
+    }
 
 
-def _more(parser: Any) -> None:
-    parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source")
-    parser.add_argument("--programs", type=Path, required=True, help="folder of its programs")
-
-
-def _walk(work: Path, arguments: Any) -> list[dict[str, Any]]:
+def _walk(arguments: Namespace) -> list[dict[str, Any]]:
+    work, walk = RECORD.work, Walk(RECORD.work)
     model, drafter = work / "model", work / "drafter"
-    converter = arguments.llama_cpp / "convert_hf_to_gguf.py"
+    convert = partial(walk.converted, converter=arguments.llama_cpp / "convert_hf_to_gguf.py")
+    export = words(
+        "--to speculators --backbone {} --data {} --steps {} --shortlist 4096 "
+        "--max-new-tokens {} --out {} --json",
+        *(model, work / "train.txt", arguments.steps, WRITTEN, drafter),
+    )
+    beside = ("--target-model-dir", str(model))
     return [
-        step(
-            "export",
-            words(
-                "--to speculators --backbone {} --data {} --steps {} --shortlist 4096 "
-                "--max-new-tokens {} --out {} --json",
-                *(model, work / "train.txt", arguments.steps, WRITTEN, drafter),
-            ),
-            work,
-        ),
-        converted(
-            *("drafter's file", work, converter, drafter, work / "eagle3.gguf"),
-            *("--target-model-dir", str(model)),
-        ),
-        converted("model's file", work, converter, model, work / "q8_0.gguf"),
+        walk.step("export", export),
+        convert("drafter's file", model=drafter, out=work / "eagle3.gguf", more=beside),
+        convert("model's file", model=model, out=work / "q8_0.gguf"),
     ]
 
 
-def _answers(work: Path, programs: Path, held: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Of each way and prompt, what a program wrote and said of itself, all ways in turns."""
+def _ways(programs: Path) -> dict[str, Callable[[Example], dict[str, Any]]]:
+    """What writes an answer to a prompt, by name."""
+    work, simple = RECORD.work, str(programs / "llama-simple")
     template: Any = AutoTokenizer.from_pretrained(work / "model").apply_chat_template
     model = words("-m {} -n {}", work / "q8_0.gguf", WRITTEN)
-    program, one = programs / "llama-speculative-simple", "-t 1 --temp 0 -c 256"
-    speculative = [*words("{}", program), *model, *words(f"{one} --spec-draft-n-max {DRAFTS}")]
-    eagle3 = words("--spec-type draft-eagle3 -md {}", work / "eagle3.gguf")
-    ways: dict[str, Callable[[str], list[str]]] = {
-        FULL: lambda text: [str(programs / "llama-simple"), *model, text],
-        OURS: lambda text: [*speculative, *eagle3, "-p", text],
-        NGRAMS: lambda text: [*speculative, "--spec-type", "ngram-simple", "-p", text],
+    drafting = words(f"-t 1 --temp 0 -c 256 --spec-draft-n-max {DRAFTS}")
+    speculative = [str(programs / "llama-speculative-simple"), *model, *drafting]
+    eagle3 = words("--spec-type draft-eagle3 -md {} -p", work / "eagle3.gguf")
+    commands = {
+        FULL: [simple, *model],
+        OURS: [*speculative, *eagle3],
+        NGRAMS: [*speculative, *words("--spec-type ngram-simple -p")],
     }
-    found = Kept(work / "answers.jsonl")
-    for text in tqdm(held, "answers", disable=None):
-        chat = [{"role": "user", "content": text}]
+
+    def write(example: Example, command: Sequence[str]) -> dict[str, Any]:
+        chat = [{"role": "user", "content": example.prompt}]
         prompt = template(chat, tokenize=False, add_generation_prompt=True)
-        for name, way in ways.items():
-            if (key := f"{name}: {text}") not in found:
-                found.keep(key, _written(way(prompt), prompt))
-    return {name: [found.found[f"{name}: {text}"] for text in held] for name in ways}
+        return _written([*command, prompt], prompt)
+
+    return {name: partial(write, command=command) for name, command in commands.items()}
 
 
 def _written(command: Sequence[str], prompt: str) -> dict[str, Any]:
@@ -148,4 +138,5 @@ def _way(
 
 
 if __name__ == "__main__":
-    main()
+    paths = {"llama_cpp": Path, "programs": Path}
+    RECORD.run(__doc__, figures, **paths, steps=3000, prompts=100)

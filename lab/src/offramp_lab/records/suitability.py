@@ -20,6 +20,7 @@ photo-speeds` makes some of its parts again.
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,27 +39,25 @@ from offramp.calibration.calibrate import GRID
 from offramp.calibration.replay import replay
 from offramp.calibration.risk_control import control
 from offramp.calibration.risk_functions import RISKS
-from offramp.calibration.suitability import LEVELS, settled, suitability
+from offramp.calibration.suitability import LEVELS, Suitability, settled, suitability
 from offramp.calibration.suitability import RISKS as RISKS_TOLD
 from offramp.calibration.threshold_evaluator import ThresholdEvaluator
 from offramp.cli.demo import OPTIONS, DemoSizes
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.core.storage import read_json
 from offramp.data.scenes.tasks import captions, captions_and_questions
-from offramp.evaluation.statistics import Measure, interval
 from offramp.evaluation.timing import exit_generate_fn, timed
 from offramp.features.input_processor import InputProcessor
 from offramp.inputs.example import Example
-from offramp_lab.experiments.experiment import Experiment, bar
+from offramp_lab.experiments.experiment import Experiment, bar, times
 from offramp_lab.places import RUNS
-from offramp_lab.records.record import Record, Some, asked
+from offramp_lab.records.record import Record
 from offramp_lab.records.subjects import halves, load_photo, tiny_with, trained
 
 RECORD = Record("suitability")
 PROMPTS, TIMED = 200, 50
 LEVEL = 0.95
 """At which speeds are measured."""
-BRIEFLY = {f"{kind}-{depth}": (kind, depth) for kind in TINY for depth in (1, 2)}
 LEARNT, STEPS, CALIBRATED = 300, 300, 2000
 """Captions that exits learn, and for how long; images that thresholds are calibrated on."""
 
@@ -78,6 +77,10 @@ class Case:
     def narrow(self) -> bool:
         """Whether the exits read a shortlist."""
         return self.adapter.exits.shortlist is not None
+
+
+Opens = Callable[[Path], Case]
+"""By the folder of photographs."""
 
 
 def tiny(kind: str) -> Case:
@@ -102,26 +105,16 @@ def photo_at(data: Path, depth: int, size: str) -> Case:
     return photo(data, left, SIZES[size].captions)
 
 
-def foretold(case: Case) -> dict[str, Any]:
+def foretold(opened: Opens, arguments: Namespace) -> dict[str, Any]:
     """What is foretold, and what was trained."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    depths = case.adapter.exits.depths
-    found = suitability(
-        case.encoder,
-        case.asked,
-        depths=depths,
-        planned=case.planned,
-        max_new_tokens=case.longest,
-        progress=bar("forecast"),
-    )
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    case = opened(arguments.data)
+    found, trained = forecast(case), []
     rows = full_model_answers(
         case.encoder, case.held_out, batch_size=32, max_new_tokens=case.longest
     )
     said = replay(case.encoder, case.adapter.exits, rows, shortlist=case.narrow)
     decoded = said.mask[:, 1:]  # the first token comes out of the prompt's pass
-    trained = []
-    for depth in depths:
+    for depth in case.adapter.exits.depths:
         right = (said.said[depth] == said.targets)[:, 1:][decoded]
         scores = said.scores[depth][:, 1:][decoded]
         shares = {f"{level:g}": settled(scores, right, level) for level in LEVELS}
@@ -134,20 +127,30 @@ def foretold(case: Case) -> dict[str, Any]:
                 "threshold": float(np.sort(scores)[-last]),
             }
         )
-    return {
-        "foretold": found.to_json(),
-        "trained": trained,
-        "tokens": int(decoded.sum()),
-        "held_out": len(case.held_out),
-        "seconds": seconds,
-        "dtype": str(case.encoder.backbone.dtype).removeprefix("torch."),
-    }
+    return {"foretold": found.to_json(), "trained": trained}
+
+
+def forecast(case: Case) -> Suitability:
+    return suitability(
+        case.encoder,
+        case.asked,
+        depths=case.adapter.exits.depths,
+        planned=case.planned,
+        max_new_tokens=case.longest,
+        progress=bar("forecast"),
+    )
+
+
+def measured(name: str, arguments: Namespace) -> dict[str, Any]:
+    """The speeds of what was trained, which is a part before this one."""
+    case = CASES[name](arguments.data)
+    trained = read_json(RECORD.work / f"{name}.json")["trained"]
+    return speeds(case, at_level(case, trained), arguments.rounds)
 
 
 def speeds(case: Case, policies: Mapping[str, ExitPolicy], rounds: int) -> dict[str, Any]:
     """Decoding over full depth, by policy, in CPU seconds as the forecast has them: the ratio of
     sums over prompts, each one's median of rounds, with a 95% interval over prompts."""
-    policies = {"full": ExitPolicy(), **policies}
     options: dict[str, Any] = {"max_new_tokens": case.longest, "do_sample": False}
     backbone, exits, clock = case.encoder.backbone, case.adapter.exits, time.thread_time
 
@@ -158,17 +161,16 @@ def speeds(case: Case, policies: Mapping[str, ExitPolicy], rounds: int) -> dict[
 
     runs = {
         name: partial(seconds, run=exit_generate_fn(backbone, exits, policy, **options))
-        for name, policy in policies.items()
+        for name, policy in {"full": ExitPolicy(), **policies}.items()
     }
     prompts = [case.encoder.prompts([example]) for example in case.held_out[:TIMED]]
     found = Experiment(runs, prompts, rounds, warm=2, title="timing").run()
-    took = {name: np.median(by_round, 0) for name, by_round in found.items()}
-    ratios: dict[str, Any] = {"timed": len(prompts), "rounds": rounds}
-    for name in policies:
-        both = np.stack([took["full"], took[name]], 1)
-        value = float(both[:, 0].sum() / both[:, 1].sum())
-        ratios[name] = {"value": value, "interval": interval(Measure(value, both))}
-    return ratios
+    took = {
+        name: np.stack([np.ones(len(prompts)), np.median(by_round, 0)])
+        for name, by_round in found.items()
+    }
+    ratios = {name: times(own, took["full"]) for name, own in took.items()}
+    return {"timed": len(prompts), "rounds": rounds, **ratios}
 
 
 def at_level(case: Case, found: Sequence[dict[str, Any]]) -> dict[str, ExitPolicy]:
@@ -180,7 +182,7 @@ def at_level(case: Case, found: Sequence[dict[str, Any]]) -> dict[str, ExitPolic
     return {**levels, "lossless": replace(case.adapter.policy, lossless=True, trust=None)}
 
 
-def calibrated(kind: str, depth: int, rounds: int) -> dict[str, Any]:
+def calibrated(kind: str, depth: int, arguments: Namespace) -> dict[str, Any]:
     """The speed of calibrated thresholds, forecast with its interval and measured, by the share of
     answers that may change."""
     learnt = captions("train", LEARNT).examples
@@ -188,14 +190,7 @@ def calibrated(kind: str, depth: int, rounds: int) -> dict[str, Any]:
     asked = captions("calibration", PROMPTS, 5000).examples
     held_out = captions("test", TIMED).examples
     case = Case(*model, asked, held_out, planned=LEARNT, longest=OPTIONS["max_new_tokens"])
-    [told] = suitability(
-        case.encoder,
-        case.asked,
-        depths=(depth,),
-        planned=case.planned,
-        max_new_tokens=case.longest,
-        progress=bar("forecast"),
-    ).prospects
+    [told] = forecast(case).prospects
     tested = captions("calibration", CALIBRATED, 10_000).examples
     evaluator = ThresholdEvaluator.of(
         *model, tested, ExitPolicy(shortlist=case.narrow), RISKS["disagreement"], **OPTIONS
@@ -215,7 +210,7 @@ def calibrated(kind: str, depth: int, rounds: int) -> dict[str, Any]:
             row |= {"threshold": GRID[index], "risk": float(losses[:, index].mean())}
             policies[f"{target:g}"] = replace(evaluator.policy, thresholds={depth: GRID[index]})
         rows.append(row)
-    took = speeds(case, policies, rounds)
+    took = speeds(case, policies, arguments.rounds)
     for row in rows:
         row["measured"] = took.get(f"{row['target']:g}", took["full"])
     return {
@@ -226,35 +221,31 @@ def calibrated(kind: str, depth: int, rounds: int) -> dict[str, Any]:
         "steps": STEPS,
         "cells": rows,
         "timed": took["timed"],
-        "rounds": rounds,
+        "rounds": arguments.rounds,
     }
 
 
-def main() -> None:
-    cases: dict[str, Callable[[Path], Case]] = {
-        "opt": lambda _: tiny("opt"),
-        "t5": lambda _: tiny("t5"),
-        "photo": photo,
-        "photo-large-8": partial(photo_at, depth=8, size="large"),
-        "photo-small-8": partial(photo_at, depth=8, size="small"),
-        "photo-small-4": partial(photo_at, depth=4, size="small"),
-    }
-    names = [part for name in cases for part in (name, f"{name}-speeds")]
-    arguments = asked(__doc__, data=True, rounds=3, parts=Some([*names, *BRIEFLY]))
-
-    def made(part: str) -> dict[str, Any]:
-        if part in BRIEFLY:
-            found = calibrated(*BRIEFLY[part], arguments.rounds)
-            return {**found, "provenance": RECORD.origin()}
-        name = part.removesuffix("-speeds")
-        case = cases[name](arguments.data)
-        if part == name:
-            return foretold(case)
-        found = read_json(RUNS / RECORD.name / f"{name}.json")["trained"]
-        return speeds(case, at_level(case, found), arguments.rounds)
-
-    RECORD.parts({part: partial(made, part) for part in [*names, *BRIEFLY]}, arguments.parts)
+CASES: dict[str, Opens] = {
+    "opt": lambda _: tiny("opt"),
+    "t5": lambda _: tiny("t5"),
+    "photo": photo,
+    "photo-large-8": partial(photo_at, depth=8, size="large"),
+    "photo-small-8": partial(photo_at, depth=8, size="small"),
+    "photo-small-4": partial(photo_at, depth=4, size="small"),
+}
+BRIEFLY = {f"{kind}-{depth}": partial(calibrated, kind, depth) for kind in TINY for depth in (1, 2)}
+PARTS = {
+    **{
+        name: part
+        for case, opened in CASES.items()
+        for name, part in (
+            (case, partial(foretold, opened)),
+            (f"{case}-speeds", partial(measured, case)),
+        )
+    },
+    **BRIEFLY,
+}
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, PARTS, data=True, rounds=3)

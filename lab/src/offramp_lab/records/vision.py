@@ -9,6 +9,7 @@ not installed are left out.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from offramp.features.input_processor import InputProcessor
 from offramp.features.towers import ENGINES, tower_engine
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import Experiment, each, same, spent
-from offramp_lab.records.record import Record, Some, asked
+from offramp_lab.records.record import Record
 from offramp_lab.records.subjects import load_photo
 
 RECORD = Record("vision")
@@ -171,24 +172,15 @@ def vit(examples: Sequence[Example], rounds: int) -> list[dict[str, Any]]:
         return compared(models, seen, rounds, tokens)
 
 
-PARTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "towers": (engines, {}),
-    "vit": (vit, {"shape": SHAPE}),
-}
-"""What makes the entries of a part, and what else is told of it."""
-
-
-def main() -> None:
-    arguments = asked(__doc__, data=True, rounds=3, pictures=50, parts=Some(PARTS))
+def told(entries: Callable[..., Any], arguments: Namespace, **more: Any) -> dict[str, Any]:
+    """A part of the record. more: what else is told of it."""
     photographs = read_photographs(arguments.data)["captions_val"][: arguments.pictures]
+    sizes = {"pictures": len(photographs), "rounds": arguments.rounds}
+    return {**sizes, **more, "engines": entries(photographs, arguments.rounds)}
 
-    def made(name: str) -> dict[str, Any]:
-        entries, more = PARTS[name]
-        told = {"pictures": len(photographs), "rounds": arguments.rounds, **more}
-        return {**told, "engines": entries(photographs, arguments.rounds)}
 
-    RECORD.parts({name: partial(made, name) for name in PARTS}, arguments.parts)
+PARTS = {"towers": partial(told, engines), "vit": partial(told, vit, shape=SHAPE)}
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, PARTS, data=True, rounds=3, pictures=50)

@@ -5,23 +5,23 @@ that does not hold is; also where answers are drawn by how much exits doubted th
 of one core.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from offramp.adapter.answers import generate_answers
-from offramp.cli import demo
-from offramp.data.scenes.tasks import captions_and_questions
-from offramp.promises.active_draw import BLOCK, MOST, chances, doubt
+from offramp.promises.active_draw import BLOCK, MOST, chances
 from offramp.promises.betting import Restarts, as_share
-from offramp_lab.records.record import Record, Some, asked
-from offramp_lab.records.subjects import tiny_with
+from offramp_lab.records.record import Record
 
 Array = npt.NDArray[Any]
+Losses = Callable[[np.random.Generator, float, int], Array]
+"""Draws, of a risk, what the next answer of each of so many streams loses."""
 Answers = Callable[[np.random.Generator, float, tuple[int, int]], tuple[Array, Array]]
 """Draws, of a risk, what answers lose and how much exits doubt them, in a shape."""
 
@@ -30,58 +30,56 @@ TARGETS = (0.0075, 0.01, 0.02, 0.05)
 LEVEL = 0.01
 
 
-def main() -> None:
-    arguments = asked(__doc__, streams=1000, images=20_000, parts=Some(PARTS))
-    made = {
-        name: partial(part, arguments.streams, arguments.images) for name, part in PARTS.items()
-    }
-    RECORD.parts(made, arguments.parts)
+@dataclass(frozen=True)
+class Watch:
+    """Streams of at most so many watched answers. promised: their risk. bet: on what the bets are,
+    where that is not the risk itself."""
 
+    losses: Losses
+    promised: float
+    most: int
+    bet: Callable[[float], Any] = float
 
-# -- alarms ----------------------------------------------------------------------------------------
+    def alarms(self, times: float, streams: int, seed: int) -> Array:
+        """By stream the number of the answer, from 1, at which the alarm is first raised, where the
+        risk is so many times the promised one; 0: at none."""
+        draw, bets = np.random.default_rng(seed), Restarts(self.bet(self.promised), (streams,))
+        found = np.zeros_like(bets.most, dtype=int)
+        for number in range(1, self.most + 1):
+            bets.add(self.losses(draw, times * self.promised, streams))
+            found = np.where((found == 0) & (bets.most >= 1 / LEVEL), number, found)
+            if (found > 0).all():
+                break
+        return found
 
+    def false_alarms(self, streams: int, seed: int) -> float:
+        """The share of streams that are called broken though the promise just holds."""
+        return float((self.alarms(1.0, streams, seed) > 0).mean())
 
-def first_alarms(bets: Restarts, draws: Iterable[Array]) -> Array:
-    """By stream the number of the draw, from 1, at which the alarm is first raised; 0: at none.
-    draws: losses of all streams."""
-    found = np.zeros_like(bets.most, dtype=int)
-    for number, losses in enumerate(draws, 1):
-        bets.add(losses)
-        found = np.where((found == 0) & (bets.most >= 1 / LEVEL), number, found)
-        if (found > 0).all():
-            break
-    return found
-
-
-def alarms(promised: float, risk: float, streams: int, images: int, seed: int) -> Array:
-    """First alarms of streams whose losses are 1 at a risk, else 0; 0: none."""
-    random = np.random.default_rng(seed)
-    losses = ((random.random(streams) < risk).astype(float) for _ in range(images))
-    return first_alarms(Restarts(promised, (streams,)), losses)
+    def delays(self, times: Sequence[float], streams: int, seed: int) -> dict[str, Any]:
+        """Of risks so many times the promised one, how often and after how many answers it is
+        noticed."""
+        found = {}
+        for each in times:
+            alarmed = self.alarms(each, streams, seed)
+            noticed = alarmed[alarmed > 0]
+            found[f"{each:g}"] = {
+                "noticed": float((alarmed > 0).mean()),
+                "median_images": float(np.median(noticed)) if len(noticed) else None,
+                "p95_images": float(np.percentile(noticed, 95)) if len(noticed) else None,
+            }
+        return found
 
 
 def entry(target: float, streams: int, images: int) -> dict[str, Any]:
     """Of one promise: false alarms over `images` images, and delays from the start."""
-    false = alarms(target, target, streams, images, seed=1) > 0
-    delays = {
-        f"{times:g}": told(alarms(target, times * target, 200, images, seed=2))
-        for times in (1.5, 2.0, 3.0, 10.0)
-    }
+    watch = Watch(lambda draw, risk, n: (draw.random(n) < risk).astype(float), target, images)
     return {
         "target": target,
         "streams": streams,
         "images": images,
-        "false_alarms": float(false.mean()),
-        "delays": delays,
-    }
-
-
-def told(alarmed: Array) -> dict[str, Any]:
-    noticed = alarmed[alarmed > 0]
-    return {
-        "noticed": float((alarmed > 0).mean()),
-        "median_images": float(np.median(noticed)) if len(noticed) else None,
-        "p95_images": float(np.percentile(noticed, 95)) if len(noticed) else None,
+        "false_alarms": watch.false_alarms(streams, seed=1),
+        "delays": watch.delays((1.5, 2.0, 3.0, 10.0), 200, seed=2),
     }
 
 
@@ -104,37 +102,6 @@ DOUBTS = {
     "a twentieth holds 90%": split(0.05, 0.9),
     "doubts tell nothing": split(0.1, 0.8, tells=False),
 }
-TINY = "answers of the tiny OPT at a threshold of 0.5"
-
-
-def tiny_answers() -> Answers:
-    """Answers to fresh images by exits at a threshold below the calibrated one, with their scores;
-    of those that differ from the full model's as many count as make up a risk."""
-    adapter, encoder = tiny_with("opt")
-    some = captions_and_questions("test", 700, 500_000, 2)
-    low = {depth: 0.5 for depth in adapter.policy.thresholds}
-    early, full = (
-        generate_answers(adapter, encoder, some, policy, batch_size=64, **demo.OPTIONS)
-        for policy in (replace(adapter.policy, thresholds=low), adapter.policy.in_mode("full"))
-    )
-    wrong = np.array([one.ids != other.ids for one, other in zip(early, full, strict=True)])
-    doubts = np.array([doubt(one.scores) for one in early])
-
-    def answers(draw: np.random.Generator, risk: float, shape: tuple[int, int]) -> Any:
-        assert risk <= wrong.mean()
-        rows = draw.integers(0, len(wrong), shape)
-        return wrong[rows] * (draw.random(shape) < risk / wrong.mean()), doubts[rows]
-
-    return answers
-
-
-def compared(
-    answers: Answers, risk: float, promised: float, streams: int, most: int, block: int, seed: int
-) -> Array:
-    """Comparisons until the alarm, one of each block of answers; 0: none of so many."""
-    draw = np.random.default_rng(seed)
-    losses = (picked(draw, *answers(draw, risk, (streams, block))) for _ in range(most))
-    return first_alarms(Restarts(promised, (streams,)), losses)
 
 
 def picked(draw: np.random.Generator, lost: Array, doubts: Array) -> Array:
@@ -148,70 +115,56 @@ def picked(draw: np.random.Generator, lost: Array, doubts: Array) -> Array:
 def active(words: str, answers: Answers, streams: int, images: int) -> dict[str, Any]:
     """How often a promise that just holds is called broken over so many comparisons, and after how
     many one that does not hold is: drawn uniformly, and by doubts."""
-    promised, few = 0.01, max(20, streams // 5)
-    false = compared(answers, promised, promised, streams, images, BLOCK, 21) > 0
-    delays = {
-        f"{times:g}": {
-            way: told(compared(answers, times * promised, promised, few, images, block, 22))
-            for way, block in (("uniform", 1), ("active", BLOCK))
-        }
-        for times in (2.0, 3.0)
-    }
+    promised, times = 0.01, (2.0, 3.0)
+
+    def drawn(block: int) -> Watch:
+        """One answer of each block of answers is compared."""
+        return Watch(
+            lambda draw, risk, n: picked(draw, *answers(draw, risk, (n, block))), promised, images
+        )
+
+    ways = {"uniform": drawn(1), "active": drawn(BLOCK)}
+    noticed = {way: each.delays(times, max(20, streams // 5), 22) for way, each in ways.items()}
     return {
         "words": words,
         "promised": promised,
         "block": BLOCK,
         "streams": streams,
         "images": images,
-        "false_alarms": float(false.mean()),
-        "delays": delays,
+        "false_alarms": ways["active"].false_alarms(streams, 21),
+        "delays": {t: {way: found[t] for way, found in noticed.items()} for t in noticed["active"]},
     }
-
-
-# -- answers that people judge ---------------------------------------------------------------------
 
 
 def judged(streams: int, most: int) -> dict[str, Any]:
-    """Of a promised drop of a score: alarms where it just holds, over so many judged answers, and
-    judged answers until one where twice or four times as much is lost. A quarter of the answers
-    change, and what these lose varies by a quarter of the largest score."""
-    promised = 0.025
+    """Of a promised drop of a score, which people judge: alarms where it just holds, over so many
+    judged answers, and judged answers until one where twice or four times as much is lost. A
+    quarter of the answers change, and what these lose varies by a quarter of the largest score."""
 
-    def stream(risk: float, several: int, seed: int) -> Array:
-        draw, blocks = np.random.default_rng(seed), (several, BLOCK)
+    def loss(draw: np.random.Generator, risk: float, n: int) -> Array:
+        lost = draw.normal(4 * risk, 0.25, (n, BLOCK)).clip(-1, 1)
+        lost = np.where(draw.random((n, BLOCK)) < 0.25, lost, 0.0)
+        return np.asarray(as_share(picked(draw, lost, draw.exponential(size=(n, BLOCK))), MOST))
 
-        def loss() -> Array:
-            lost = draw.normal(4 * risk, 0.25, blocks).clip(-1, 1)
-            lost = np.where(draw.random(blocks) < 0.25, lost, 0.0)
-            return np.asarray(as_share(picked(draw, lost, draw.exponential(size=blocks)), MOST))
-
-        bets = Restarts(as_share(promised, MOST), (several,))
-        return first_alarms(bets, (loss() for _ in range(most)))
-
-    false = stream(promised, streams, 31) > 0
-    delays = {f"{t:g}": told(stream(t * promised, max(20, streams // 5), 32)) for t in (2.0, 4.0)}
+    watch = Watch(loss, 0.025, most, bet=lambda drop: as_share(drop, MOST))
     return {
-        "promised": promised,
+        "promised": watch.promised,
         "streams": streams,
         "answers": most,
-        "false_alarms": float(false.mean()),
-        "delays": delays,
+        "false_alarms": watch.false_alarms(streams, 31),
+        "delays": watch.delays((2.0, 4.0), max(20, streams // 5), 32),
     }
 
 
-# -- the parts -------------------------------------------------------------------------------------
-
-
-PARTS: dict[str, Callable[[int, int], Any]] = {
-    "level": lambda streams, images: LEVEL,
-    "entries": lambda streams, images: [entry(target, streams, images) for target in TARGETS],
-    "active": lambda streams, images: [
-        active(words, answers, streams, images)
-        for words, answers in {**DOUBTS, TINY: tiny_answers()}.items()
-    ],
-    "judged": lambda streams, images: judged(streams, images // 4),
-}
+def figures(asked: Namespace) -> dict[str, Any]:
+    sizes = asked.streams, asked.images
+    return {
+        "level": LEVEL,
+        "entries": [entry(target, *sizes) for target in TARGETS],
+        "active": [active(words, answers, *sizes) for words, answers in DOUBTS.items()],
+        "judged": judged(asked.streams, asked.images // 4),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    RECORD.run(__doc__, figures, streams=1000, images=20_000)

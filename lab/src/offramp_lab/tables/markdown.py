@@ -120,10 +120,15 @@ def times_with_range(ratio: Value) -> str:
     return with_ends(ratio, ".2f")
 
 
-def with_ends(found: Value, form: str) -> str:
+def multiple(ratio: Value) -> str:
+    """The same as "2.25x [2.12, 2.37]"."""
+    return with_ends(ratio, ".2f", "x")
+
+
+def with_ends(found: Value, form: str, unit: str = "") -> str:
     """The same of any value that a record has with its low and its high end."""
     value, *ends = found.values()
-    return with_range(format(value, form), ends, form)
+    return with_range(format(value, form) + unit, ends, form)
 
 
 def with_range(value: str, ends: Sequence[float] | None, form: str) -> str:

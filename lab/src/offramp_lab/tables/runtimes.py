@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from offramp.report.html import times
 from offramp.report.table import Table, Told, told
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
     Value,
     by,
+    multiple,
     record,
     times_with_range,
     with_range,
@@ -46,8 +48,9 @@ def speed_over(name: str, digits: int = 0) -> Callable[[Any], str]:
 
 
 def _ratio(entry: Value, name: str) -> str:
-    ratio, ends = f"{entry[name]:.2f}x", entry.get(f"{name}_interval")
-    return with_range(ratio, ends, ".2f")
+    """Without a range where an entry is held against itself."""
+    ratio = entry[name]
+    return multiple(ratio) if ratio["low"] < ratio["high"] else times(ratio["times"])
 
 
 _speed = speed_over("over_llama_cpp")

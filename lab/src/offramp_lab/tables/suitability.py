@@ -5,7 +5,7 @@ from typing import Any
 
 from offramp.report.html import times
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, record, tiny, with_range
+from offramp_lab.tables.markdown import Make, MakeTable, multiple, record, tiny
 
 MODELS = {
     "opt": tiny("opt"),
@@ -35,18 +35,14 @@ def beside() -> Table:
     rows = []
     for model, told, trained, speeds in _found():
         both, speed = (told, trained), speeds[str(trained["depth"])]
-        faster = with_range(times(speed["value"]), speed["interval"], ".2f")
         lossless = speeds.get("lossless")
         rows.append(
             (
                 f"{model}, depth {told['depth']}",
                 " / ".join(f"{of['agreement']:.1%}" for of in both),
                 " / ".join(f"{of['settled'][LEVEL]:.1%}" for of in both),
-                f"{times(told['speedup'][LEVEL])} / {faster}",
-                "-"
-                if lossless is None
-                else f"{times(told['lossless'])} / "
-                f"{with_range(times(lossless['value']), lossless['interval'], '.2f')}",
+                f"{times(told['speedup'][LEVEL])} / {multiple(speed)}",
+                "-" if lossless is None else f"{times(told['lossless'])} / {multiple(lossless)}",
             )
         )
     titles = ("agree", "exit while 95% stay", "speed while 95% stay", "speed, lossless")
@@ -61,12 +57,12 @@ def _cells() -> list[dict[str, Any]]:
 
 def _ratios() -> list[float]:
     """Measured speeds over those foretold, ascending."""
-    return sorted(cell["measured"]["value"] / cell["foretold"][0] for cell in _cells())
+    return sorted(cell["measured"]["times"] / cell["foretold"][0] for cell in _cells())
 
 
 def _from(most: float) -> str:
     """How many measured speeds lie between a forecast's lower end and `most` times its upper."""
-    ends = [(cell["foretold"], cell["measured"]["value"]) for cell in _cells()]
+    ends = [(cell["foretold"], cell["measured"]["times"]) for cell in _cells()]
     return f"{sum(low <= at <= most * high for (_, low, high), at in ends)} of {len(ends)}"
 
 

@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 
 from offramp.report.table import Table
-from offramp_lab.experiments.experiment import TIMES, Rates, times
-from offramp_lab.tables.markdown import Make, MakeTable, Value, by, record, with_range
+from offramp_lab.experiments.experiment import Rates, times
+from offramp_lab.tables.markdown import Make, MakeTable, Value, by, multiple, record
 
 LOADS = ("1", "8", "24")
 FULL = "vLLM", "full depth"
@@ -40,9 +40,7 @@ def milliseconds(way: Value) -> float:
 def ratio(way: Value, load: str) -> str:
     """Over vLLM's full depth, where it can be in the same run, with its interval over groups."""
     full = way.get("full_depth") or measured(load)[FULL]["seconds"]
-    of = times(rates(way, load, way["seconds"]), rates(way, load, full))
-    value, *ends = (of[part] for part in TIMES)
-    return with_range(f"{value:.2f}x", ends, ".2f")
+    return multiple(times(rates(way, load, way["seconds"]), rates(way, load, full)))
 
 
 def loads() -> Table:

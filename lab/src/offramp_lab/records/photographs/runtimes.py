@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from offramp.core.decoding.policy import MODES
@@ -54,7 +53,6 @@ def figures(told: Told) -> dict[str, Any]:
     return {
         "answers": {"photographs": count, **_answers(found)},
         "timings": {"photographs": count, "entries": speeds(found, bases)},
-        "flags": _processor_flags(),
     }
 
 
@@ -79,16 +77,6 @@ def _answers(found: dict[Name, Measured]) -> dict[str, Any]:
             {**dict(zip(WAY, name, strict=True)), **worth(found[name], full)} for name in scored
         ],
     }
-
-
-def _processor_flags() -> list[str]:
-    """Which of the processor's instructions for many numbers at once the runtimes may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
-    return [f for f in flags if f.startswith(("avx", "amx", "fma", "f16c"))]
 
 
 SPEC = Spec(

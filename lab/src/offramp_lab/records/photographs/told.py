@@ -11,7 +11,7 @@ from examples.photo_vlm.evaluate import accuracy
 from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.inputs.example import Example
-from offramp_lab.experiments.experiment import TIMES, times
+from offramp_lab.experiments.experiment import times
 from offramp_lab.experiments.factors import DECODING, LOSSLESS, STAGES, Measured, Name
 from offramp_lab.records.photographs.opened import Opened
 from offramp_lab.records.record import Record
@@ -93,7 +93,7 @@ def speeds(
     """An entry for each runtime, format and mode: decoded tokens a CPU second, seconds of an
     answer, and the speed over that of others, each with its interval over photographs.
 
-    bases: of a way, the others by the name of the ratio; None where one was not measured.
+    bases: of a way, the others by the name of the ratio; those that were not measured are left out.
     """
     rates = {
         name: (own.drafted(told[*name[:2], "full"]) if name[2] == LOSSLESS else own).rates(DECODING)
@@ -101,14 +101,13 @@ def speeds(
     }
     entries = []
     for name, own in told.items():
-        entry: dict[str, Any] = {
-            **dict(zip(WAY, name, strict=True)),
-            "cpu_tokens_per_second": float(rates[name][0].sum() / rates[name][1].sum()),
-            "end_to_end_cpu_seconds": float(own.rates(AFTER_PICTURE)[1].mean()),
-        }
-        for over, base in bases(name).items():
-            ratio = times(rates[name], rates[base]) if base in rates else dict.fromkeys(TIMES)
-            entry[over], *ends = (ratio[part] for part in TIMES)
-            entry[f"{over}_interval"] = ends if base in rates and base != name else None
-        entries.append(entry)
+        to = {over: base for over, base in bases(name).items() if base in rates}
+        entries.append(
+            {
+                **dict(zip(WAY, name, strict=True)),
+                "cpu_tokens_per_second": float(rates[name][0].sum() / rates[name][1].sum()),
+                "end_to_end_cpu_seconds": float(own.rates(AFTER_PICTURE)[1].mean()),
+                **{over: times(rates[name], rates[base]) for over, base in to.items()},
+            }
+        )
     return entries

@@ -32,7 +32,7 @@ from offramp_lab.places import RUNS
 from offramp_lab.records.photographs import opened as way
 from offramp_lab.records.photographs.opened import PLAIN, TOWER, Opened
 from offramp_lab.records.photographs.told import AFTER_PICTURE, Spec, Told, worth
-from offramp_lab.records.record import Record, Some, Turns, asked
+from offramp_lab.records.record import Record, Turns, asked
 from offramp_lab.records.subjects import text_of, tiny_with
 
 RECORD = Record("trust", "photographs")
@@ -149,7 +149,7 @@ def tiny_policies(adapter: Adapter) -> dict[str, ExitPolicy]:
     }
 
 
-def of_tiny(kind: str, scenes: int) -> Taken:
+def of_tiny(kind: str) -> Taken:
     """Captions and answers about scenes on which nothing was chosen."""
     adapter, encoder = tiny_with(kind, None if kind == "opt" else RUNS / "demo" / kind)
 
@@ -160,22 +160,18 @@ def of_tiny(kind: str, scenes: int) -> Taken:
     ways: dict[str, Callable[[Any], Any]] = {
         name: partial(answer, policy=policy) for name, policy in tiny_policies(adapter).items()
     }
-    examples = captions_and_questions("test", scenes, 300_000)
-    told = Turns(RUNS / RECORD.name / f"tiny {kind}.jsonl").answers(ways, examples, kind)
+    examples = captions_and_questions("test", SCENES, 300_000)
+    told = Turns(RECORD.work / f"tiny {kind}.jsonl").answers(ways, examples, kind)
     return {
         name: (np.array([(1.0, seconds) for seconds, *_ in rows]).T, [ids for *_, ids in rows])
         for name, rows in told.items()
     }
 
 
-def main() -> None:
-    arguments = asked(__doc__, scenes=SCENES, models=Some(TINY))
-    found = {f"tiny {kind}": even(of_tiny(kind, arguments.scenes)) for kind in arguments.models}
-    RECORD.add({"even": RECORD.read().get("even", {}) | found, "scenes": arguments.scenes})
-
-
 SPEC = Spec(RECORD, names, figures, photographs=300)
 
 
 if __name__ == "__main__":
-    main()
+    asked(__doc__)
+    found = {f"tiny {kind}": even(of_tiny(kind)) for kind in TINY}
+    RECORD.add({"even": RECORD.read().get("even", {}) | found, "scenes": SCENES})
