@@ -13,7 +13,7 @@ from PIL import Image
 
 from offramp.core.decoding.policy import ExitPolicy
 from offramp.inputs.example import Example
-from offramp_lab.experiments.factors import Measured
+from offramp_lab.experiments.factors import NAMED, Measured
 from offramp_lab.records.photographs import end_to_end, opened, runtimes, trust
 from offramp_lab.records.photographs.opened import PLAIN, TORCH, TOWER, Opened
 from offramp_lab.records.photographs.told import speeds
@@ -46,25 +46,22 @@ def taken(ways: Opened, names: Any) -> dict[Any, list[Any]]:
 
 @pytest.mark.llama_cpp
 def test_what_is_timed_is_the_whole_answer_and_ratios_are_of_its_tokens(ways: Opened) -> None:
-    called = runtimes.called(ways)
-    told = taken(ways, called.values())
-    ids = {name: [ids for ids, _ in told[own]] for name, own in called.items()}
-    stock = ids["generate", "float32", "full"]
+    told = taken(ways, runtimes.names(ways))
+    ids = {name: [ids for ids, _ in rows] for name, rows in told.items()}
     for mode in ("full", "lossless"):
-        assert ids[runtimes.IN_TORCH, "float32", mode] == stock
+        assert ids[PLAIN, mode, TOWER] == ids[runtimes.GENERATE]
     for rows in told.values():
         for _, stages in rows:
             assert all(seconds >= 0 for seconds in stages) and stages[-1] > 0
-    measured = {name: Measured.of(told[own], {}) for name, own in called.items()}
+    measured = {name: Measured.of(rows, {}) for name, rows in told.items()}
     for entry in speeds(measured, runtimes.bases):
-        name = tuple(entry[part] for part in ("runtime", "format", "mode"))
+        name = tuple(entry[part] for part in NAMED)
         tokens = sum(len(answer) - 1 for answer in ids[name])
-        if name[2] != "lossless":
-            seconds = sum(stages[-1] for _, stages in told[called[name]])
+        if name[1] != "lossless":
+            seconds = sum(stages[-1] for _, stages in told[name])
             assert entry["cpu_tokens_per_second"] == pytest.approx(tokens / seconds)
-        alone = name == ("generate", "float32", "full")
         low, high = (entry["over_generate"][end] for end in ("low", "high"))
-        assert 0 < low <= high and (low == high == 1) == alone
+        assert 0 < low <= high and (low == high == 1) == (name == runtimes.GENERATE)
 
 
 def test_modes_of_two_exits_are_answered_and_those_that_promise_it_as_full_depth(

@@ -26,6 +26,11 @@ NAMED = ("engine", "mode", "tower")
 LOSSLESS = "lossless"
 
 
+def named(name: Name) -> dict[str, str]:
+    """What an entry of a record says of whose it is."""
+    return dict(zip(NAMED, name, strict=True))
+
+
 @dataclass(frozen=True)
 class Measured:
     """tokens: of each of n answers. milliseconds: of each, by stage [n, 5]. scores: of each, by
@@ -79,7 +84,7 @@ def entries_of(
         means = own.milliseconds.mean(0).tolist()
         entries.append(
             {
-                **dict(zip(NAMED, name, strict=True)),
+                **named(name),
                 "milliseconds": {s: round(m, 2) for s, m in zip(STAGES, means, strict=True)},
                 "whole_milliseconds": round(sum(means), 2),
                 **{f"over_{key}": _times(own, told[other]) for key, other in to.items()},

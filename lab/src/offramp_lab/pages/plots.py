@@ -52,7 +52,7 @@ def quantisation() -> str:
             "the rest": (held["model"] - held["layers"]) / 1e6,
         }
         for name, held in memory.items()
-        if "prepacked" not in name  # in place: no more
+        if "packed" not in name  # in place: no more
     }
     return parts(rows, "MB")
 

@@ -1,30 +1,27 @@
 """Weights in 8 and 4 bits, and prepacked ones: speed, memory and answers by format and mode."""
 
-from functools import partial
-
-from offramp.report.table import Table, Told
+from offramp.report.table import Table
 from offramp_lab.tables.markdown import MakeTable, Value, by, record
-from offramp_lab.tables.runtimes import WAY, by_format, cider_of, speed_over
+from offramp_lab.tables.runtimes import TORCH, by_format, cider_of, speed_over, timed_entries
 
-FORMATS = (
-    "float32",
-    "float32, prepacked",
-    "bfloat16",
-    "bfloat16, prepacked",
-    "int8",
-    "int4",
-    "int4, prepacked",
-)
-SCORED = ("float32", "bfloat16, prepacked", "int8", "int4")
-STOCK, OURS = "generate", "offramp, torch"
-MODES = {"full": "exits off", "lossless": "lossless", "early_exit": "early exit"}
+FORMATS = {
+    "float32": "",
+    "float32, prepacked": ", packed",
+    "bfloat16": ", bfloat16",
+    "bfloat16, prepacked": ", bfloat16, packed",
+    "int8": ", int8",
+    "int4": ", int4",
+    "int4, prepacked": ", int4, packed",
+}
+"""What the names of engines have behind them, by title."""
+SCORED = ("float32", "int8", "int4", "bfloat16, prepacked")
+MODES = {"full": "exits off", "lossless": "lossless", "early exit": "early exit"}
 
 
-def _by_mode(cell: Told) -> Table:
-    entries = by(record("quantised")["timings"]["entries"], *WAY)
-    ways = {"`generate`": (STOCK, "full")}
-    ways |= {title: (OURS, mode) for mode, title in MODES.items()}
-    return by_format(entries, ways, FORMATS, cell)
+def speeds() -> Table:
+    ways = {"`generate`": ("generate{}", "full", TORCH)}
+    ways |= {title: ("PyTorch{}", mode, TORCH) for mode, title in MODES.items()}
+    return by_format(timed_entries(record("quantised")), ways, FORMATS, _speed)
 
 
 def _speed(entry: Value) -> str:
@@ -37,22 +34,20 @@ def _speed(entry: Value) -> str:
 def answers() -> Table:
     """Identical answers, and CIDEr against the float32 full model's."""
     found = record("quantised")["answers"]
-    n = found["photographs"]
+    entries, n = by(found["entries"], "engine", "mode"), found["photographs"]
     rows = [
         (
-            entry["format"],
-            MODES[entry["mode"]],
+            layers,
+            MODES[mode],
             *(f"{entry[name]} of {n}" for name in ("as_own_full", "as_float32_full")),
             cider_of(entry),
         )
-        for entry in found["entries"]
-        if entry["format"] in SCORED and entry["mode"] != "lossless"
+        for layers in SCORED
+        for mode in ("full", "early exit")
+        for entry in [entries[f"PyTorch{FORMATS[layers]}", mode]]
     ]
     titles = ("as its own full depth", "as float32's full depth", "CIDEr [difference]")
     return Table(("", "", *titles), rows)
 
 
-TABLES: dict[str, MakeTable] = {
-    "quantised-speeds": partial(_by_mode, _speed),
-    "quantised-answers": answers,
-}
+TABLES: dict[str, MakeTable] = {"quantised-speeds": speeds, "quantised-answers": answers}

@@ -1,11 +1,12 @@
 """Exits inside llama.cpp: speeds by format and mode, and which answers are the same."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from offramp.report.html import times
 from offramp.report.table import Table, Told, told
+from offramp_lab.experiments.factors import NAMED, Name
 from offramp_lab.tables.markdown import (
     Make,
     MakeTable,
@@ -18,12 +19,10 @@ from offramp_lab.tables.markdown import (
 )
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
-OURS, ITS_KERNELS = "offramp, llama.cpp", "offramp, llama.cpp, its own kernels"
-WAY = ("runtime", "format", "mode")
-"""What an entry is of."""
+TORCH, TOWER = "torch", "onnxruntime"
 MODES = {
     "full": "offramp, exits off",
-    "early_exit": "offramp, early exit",
+    "early exit": "offramp, early exit",
     "lossless": "offramp, lossless",
 }
 IDENTICAL = {
@@ -33,12 +32,9 @@ IDENTICAL = {
 }
 
 
-Entries = Mapping[tuple[str, str, str], Value]
-"""By `WAY`."""
-
-
-def timed_entries() -> Entries:
-    return by(record("runtimes")["timings"]["entries"], *WAY)
+def timed_entries(found: Value) -> dict[Any, Value]:
+    """Of a record, by engine, mode and tower."""
+    return by(found["timings"]["entries"], *NAMED)
 
 
 def speed_over(name: str, digits: int = 0) -> Callable[[Any], str]:
@@ -57,57 +53,61 @@ _speed = speed_over("over_llama_cpp")
 
 
 def by_format(
-    entries: Entries, ways: Mapping[str, tuple[str, str]], formats: Iterable[str], cell: Told
+    entries: Mapping[Any, Value], ways: Mapping[str, Name], formats: Mapping[str, str], cell: Told
 ) -> Table:
-    """Runtimes and modes by title, those that were measured, and what is said of their entry in
-    each format; of none nothing."""
+    """Ways by title, those that were measured, and what is said of their entry in each format; of
+    none nothing. ways: {} in an engine's name is for what a format is called there."""
 
-    def said(way: tuple[str, str], layers: str) -> str:
-        entry = entries.get((way[0], layers, way[1]))
+    def said(way: Name, layers: str) -> str:
+        engine, *rest = way
+        entry = entries.get((engine.format(layers), *rest))
         return "" if entry is None else told(cell, entry)
 
-    there = {(name, mode) for name, _, mode in entries}
-    found = {title: way for title, way in ways.items() if way in there}
-    return Table.grid(found, {layers: layers for layers in formats}, said)
+    found = {
+        title: way for title, way in ways.items() if any(said(way, f) for f in formats.values())
+    }
+    return Table.grid(found, formats, said)
 
 
 def speeds() -> Table:
     """Tokens a CPU second, and multiples of llama.cpp's own full depth. Lossless decoding has no
     row: its first drafts are verified in the prompt's call."""
-    entries = timed_entries()
+    entries = timed_entries(record("runtimes"))
     rows: dict[str, tuple[str, str, Callable[[Value], str]]] = {
-        "llama.cpp alone, one file": ("llama.cpp", "full", _speed),
-        "exits off": (OURS, "full", _speed),
-        "early exit": (OURS, "early_exit", _speed),
-        "early exit, over exits off": (OURS, "early_exit", lambda one: _ratio(one, "over_full")),
-        "early exit, llama.cpp's kernels": (ITS_KERNELS, "early_exit", _speed),
+        "llama.cpp alone, one file": ("llama.cpp {}", "full", _speed),
+        "exits off": ("{}", "full", _speed),
+        "early exit": ("{}", "early exit", _speed),
+        "early exit, over exits off": ("{}", "early exit", lambda one: _ratio(one, "over_full")),
+        "early exit, llama.cpp's kernels": ("{}, its own kernels", "early exit", _speed),
     }
     return Table.grid(
         rows,
         {layers: layers for layers in FORMATS},
-        lambda row, layers: row[2](entries[row[0], layers, row[1]]),
+        lambda row, layers: row[2](entries[row[0].format(layers), row[1], TOWER]),
     )
 
 
 def in_torch() -> Table:
     """The same in PyTorch, float32."""
     static = "generate, static cache, compiled"
-    ways = {"`generate`": ("generate", "full"), f"`generate`{static[8:]}": (static, "full")}
-    ways |= {title: ("offramp, torch", mode) for mode, title in MODES.items()}
-    ways |= {f"{t}, compiled": ("offramp, torch, compiled", m) for m, t in MODES.items()}
+    ways = {
+        "`generate`": ("generate", "full", TORCH),
+        f"`generate`{static[8:]}": (static, "full", TORCH),
+        **{title: ("PyTorch", mode, TOWER) for mode, title in MODES.items()},
+        **{f"{t}, compiled": ("PyTorch, compiled", mode, TOWER) for mode, t in MODES.items()},
+    }
     cell = speed_over("over_generate", 1)
-    return by_format(timed_entries(), ways, ("float32",), cell)
+    return by_format(timed_entries(record("runtimes")), ways, {"float32": ""}, cell)
 
 
 def identical() -> Table:
     """Identical answers, and CIDEr against the float32 full model's."""
     answers = record("runtimes")["answers"]
-    n, scores = answers["photographs"], by(answers["cider"], *WAY)
-    modes = ("full", "early_exit", "lossless")
+    n, scores = answers["photographs"], by(answers["cider"], *NAMED)
     lines = {title: f"{{{name}}} of {n}" for name, title in IDENTICAL.items()}
-    lines |= {f"CIDEr, {MODES[mode][9:]}": f"{{{mode}}}" for mode in modes[:2]}
+    lines |= {f"CIDEr, {MODES[mode][9:]}": f"{{{mode}}}" for mode in ("full", "early exit")}
     formats = {
-        layers: {**same, **{mode: cider_of(scores[OURS, layers, mode]) for mode in modes}}
+        layers: {**same, **{mode: cider_of(scores[layers, mode, TOWER]) for mode in MODES}}
         for layers, same in answers["identical"].items()
     }
     return Table.grid(lines, formats, told)

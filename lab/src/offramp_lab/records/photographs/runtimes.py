@@ -4,84 +4,64 @@ from __future__ import annotations
 
 from typing import Any
 
-from offramp.core.decoding.policy import MODES
 from offramp_lab.experiments.experiment import same
-from offramp_lab.experiments.factors import LOSSLESS, Measured, Name
+from offramp_lab.experiments.factors import LOSSLESS, Name, named
 from offramp_lab.records.photographs import opened as way
 from offramp_lab.records.photographs.opened import PLAIN, TORCH, TOWER, Opened
-from offramp_lab.records.photographs.told import WAY, Spec, Told, speeds, worth
+from offramp_lab.records.photographs.told import Spec, Told, speeds, worth
 from offramp_lab.records.record import Record
 
 FORMATS = ("f16", "q8_0", "q4_1", "iq4_nl")
-IN_LLAMA, IN_TORCH = "offramp, llama.cpp", "offramp, torch"
-OWN = {"full": way.FULL_DEPTH, "early_exit": way.EARLY, "lossless": LOSSLESS}
+MODES = (way.FULL_DEPTH, way.EARLY, LOSSLESS)
 COMPILED = f"{PLAIN}, {way.COMPILED}"
+GENERATE: Name = (way.STOCK, way.FULL_DEPTH, TORCH)
 
 
-def called(opened: Opened) -> dict[Name, Name]:
-    """The ways, by runtime, format and mode."""
-    found = {("generate", "float32", "full"): (way.STOCK, way.FULL_DEPTH, TORCH)}
-    for mode in MODES:
-        found[IN_TORCH, "float32", mode] = (PLAIN, OWN[mode], TOWER)
-    for layers in FORMATS:
-        found["llama.cpp", layers, "full"] = f"{way.ALONE}{layers}", way.FULL_DEPTH, TOWER
-        kernels = f"{layers}{way.ITS_KERNELS}", way.EARLY, TOWER
-        found[f"{IN_LLAMA}{way.ITS_KERNELS}", layers, "early_exit"] = kernels
-        for mode in MODES:
-            found[IN_LLAMA, layers, mode] = (layers, OWN[mode], TOWER)
-    if opened.compiled:
-        found[way.STOCK_COMPILED, "float32", "full"] = way.STOCK_COMPILED, way.FULL_DEPTH, TORCH
-        for mode in MODES:
-            found[f"{IN_TORCH}, {way.COMPILED}", "float32", mode] = COMPILED, OWN[mode], TOWER
-    return found
+def names(opened: Opened) -> list[Name]:
+    compiled = opened.compiled
+    return [
+        GENERATE,
+        *((engine, mode, TOWER) for engine in (PLAIN, *FORMATS) for mode in MODES),
+        *((f"{way.ALONE}{layers}", way.FULL_DEPTH, TOWER) for layers in FORMATS),
+        *((f"{layers}{way.ITS_KERNELS}", way.EARLY, TOWER) for layers in FORMATS),
+        *((COMPILED, mode, TOWER) for mode in MODES if compiled),
+        *((way.STOCK_COMPILED, way.FULL_DEPTH, TORCH) for _ in range(compiled)),
+    ]
 
 
 def bases(name: Name) -> dict[str, Name]:
     """What a speed is put beside: Hugging Face's, llama.cpp's own at its format, and the same
-    runtime's at full depth."""
-    runtime, layers, _ = name
+    engine's at full depth."""
+    engine = name[0].removesuffix(way.ITS_KERNELS)
+    alone = f"{way.ALONE}{engine.removeprefix(way.ALONE)}"
     return {
-        "over_generate": ("generate", "float32", "full"),
-        "over_llama_cpp": ("llama.cpp", layers, "full"),
-        "over_full": (IN_LLAMA if runtime.startswith(IN_LLAMA) else runtime, layers, "full"),
+        "over_generate": GENERATE,
+        "over_llama_cpp": (alone, way.FULL_DEPTH, TOWER),
+        "over_full": (engine, way.FULL_DEPTH, name[2]),
     }
 
 
 def figures(told: Told) -> dict[str, Any]:
-    found = {name: told.captions[own] for name, own in called(told.opened).items()}
-    count = len(told.examples)
+    """Counts of identical answers, and CIDEr; and decoding."""
+    count, found = len(told.examples), told.captions
+    full, early = (found[PLAIN, mode, TOWER] for mode in (way.FULL_DEPTH, way.EARLY))
+    identical = {}
+    for layers in FORMATS:
+        own = {mode: found[layers, mode, TOWER].answers for mode in MODES}
+        identical[layers] = {
+            "lossless_as_full": same(own[LOSSLESS], own[way.FULL_DEPTH]),
+            "early_as_float32_early": same(own[way.EARLY], early.answers),
+            "full_as_float32_full": same(own[way.FULL_DEPTH], full.answers),
+        }
+    cider = [
+        {**named(name), **worth(own, full)}
+        for name, own in found.items()
+        if name[0] in (PLAIN, *FORMATS) and name[:2] != (PLAIN, LOSSLESS)  # full depth's answers
+    ]
     return {
-        "answers": {"photographs": count, **_answers(found)},
+        "answers": {"photographs": count, "identical": identical, "cider": cider},
         "timings": {"photographs": count, "entries": speeds(found, bases)},
     }
 
 
-def _answers(found: dict[Name, Measured]) -> dict[str, Any]:
-    """Counts of identical answers, and CIDEr."""
-    full, early = (found[IN_TORCH, "float32", mode] for mode in ("full", "early_exit"))
-    again = (IN_TORCH, "float32", "lossless")  # full depth's answers
-    scored = [name for name in found if name[0] in (IN_TORCH, IN_LLAMA) and name != again]
-    return {
-        "identical": {
-            layers: {
-                name: same(found[IN_LLAMA, layers, mode].answers, other.answers)
-                for name, mode, other in (
-                    ("lossless_as_full", "lossless", found[IN_LLAMA, layers, "full"]),
-                    ("early_as_float32_early", "early_exit", early),
-                    ("full_as_float32_full", "full", full),
-                )
-            }
-            for layers in FORMATS
-        },
-        "cider": [
-            {**dict(zip(WAY, name, strict=True)), **worth(found[name], full)} for name in scored
-        ],
-    }
-
-
-SPEC = Spec(
-    Record("runtimes", "photographs"),
-    lambda opened: [*called(opened).values()],
-    figures,
-    photographs=100,
-)
+SPEC = Spec(Record("runtimes", "photographs"), names, figures, photographs=100)

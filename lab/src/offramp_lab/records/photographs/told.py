@@ -12,13 +12,11 @@ from offramp.evaluation.caption_metrics import caption_scores
 from offramp.evaluation.statistics import interval, mean_of
 from offramp.inputs.example import Example
 from offramp_lab.experiments.experiment import times
-from offramp_lab.experiments.factors import DECODING, LOSSLESS, STAGES, Measured, Name
+from offramp_lab.experiments.factors import DECODING, LOSSLESS, STAGES, Measured, Name, named
 from offramp_lab.records.photographs.opened import Opened
 from offramp_lab.records.record import Record
 from offramp_lab.records.subjects import text_of
 
-WAY = ("runtime", "format", "mode")
-"""What an entry of `speeds` is of."""
 AFTER_PICTURE = STAGES[1:]
 
 
@@ -90,21 +88,21 @@ def worth(own: Measured, full: Measured) -> dict[str, Any]:
 def speeds(
     told: Mapping[Name, Measured], bases: Callable[[Name], Mapping[str, Name]]
 ) -> list[dict[str, Any]]:
-    """An entry for each runtime, format and mode: decoded tokens a CPU second, seconds of an
+    """An entry for each way: decoded tokens a CPU second, seconds of an
     answer, and the speed over that of others, each with its interval over photographs.
 
     bases: of a way, the others by the name of the ratio; those that were not measured are left out.
     """
-    rates = {
-        name: (own.drafted(told[*name[:2], "full"]) if name[2] == LOSSLESS else own).rates(DECODING)
-        for name, own in told.items()
-    }
+    rates = {}
+    for name, own in told.items():
+        drafted = own.drafted(told[name[0], "full", name[2]]) if name[1] == LOSSLESS else own
+        rates[name] = drafted.rates(DECODING)
     entries = []
     for name, own in told.items():
         to = {over: base for over, base in bases(name).items() if base in rates}
         entries.append(
             {
-                **dict(zip(WAY, name, strict=True)),
+                **named(name),
                 "cpu_tokens_per_second": float(rates[name][0].sum() / rates[name][1].sum()),
                 "end_to_end_cpu_seconds": float(own.rates(AFTER_PICTURE)[1].mean()),
                 **{over: times(rates[name], rates[base]) for over, base in to.items()},
