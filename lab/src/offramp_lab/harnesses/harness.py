@@ -137,12 +137,28 @@ def _number(name: str, value: int | str) -> int:
         raise InputError(f"{name} is {value!r}.", "Give a whole number.") from error
 
 
-def no_loglikelihood() -> InputError:
-    """Return what a harness is told that asks for log-likelihoods."""
-    return InputError(
-        "Log-likelihoods are not defined where tokens exit at depths of their own.",
-        "Choose generation tasks; `offramp eval` ranks candidate answers.",
-    )
+class Harnessed:
+    """What all harnesses' classes are made of, before the harness's own. arguments: as of
+    `HarnessModel`. batch_size and device are the harness's; the first is the number of slots."""
+
+    def __init__(
+        self,
+        adapter: str,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        self.name = adapter
+        self.harness: HarnessModel = HarnessModel(adapter, batch_size, device=device, **arguments)
+
+    def loglikelihood(self, requests: list[Any]) -> Any:
+        """Raise `InputError`."""
+        raise InputError(
+            "Log-likelihoods are not defined where tokens exit at depths of their own.",
+            "Choose generation tasks; `offramp eval` ranks candidate answers.",
+        )
 
 
 def generation_options(asked: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -10,26 +10,11 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from offramp_lab.harnesses.harness import Ask, HarnessModel, no_loglikelihood
+from offramp_lab.harnesses.harness import Ask, Harnessed
 
 
-class OfframpLM(LM):
-    """arguments: as of `HarnessModel`. batch_size and device are the harness's; the first is the
-    number of slots."""
-
+class OfframpLM(Harnessed, LM):
     MULTIMODAL = True
-
-    def __init__(
-        self,
-        adapter: str,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,
-        device: str | None = None,
-        **arguments: Any,
-    ) -> None:
-        super().__init__()
-        self.name = adapter
-        self.harness: HarnessModel = HarnessModel(adapter, batch_size, device=device, **arguments)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The answers to requests whose args are a context, options and, with images, a dict of
@@ -46,9 +31,6 @@ class OfframpLM(LM):
             texts[place] = answer.text
             self.cache_hook.add_partial("generate_until", requests[place].args[:2], answer.text)
         return texts
-
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        raise no_loglikelihood()
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         self.loglikelihood(requests)

@@ -8,7 +8,7 @@ from typing import Any
 from lmms_eval.api.model import lmms
 
 from offramp.core.errors import InputError
-from offramp_lab.harnesses.harness import Ask, HarnessModel, no_loglikelihood
+from offramp_lab.harnesses.harness import Ask, Harnessed
 
 
 def manifest() -> Any:
@@ -20,22 +20,8 @@ def manifest() -> Any:
     )
 
 
-class OfframpLmms(lmms):
-    """arguments: as of `HarnessModel`. batch_size and device are the harness's; the first is the
-    number of slots."""
-
+class OfframpLmms(Harnessed, lmms):
     is_simple = False
-
-    def __init__(
-        self,
-        adapter: str,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,
-        device: str | None = None,
-        **arguments: Any,
-    ) -> None:
-        super().__init__()
-        self.harness: HarnessModel = HarnessModel(adapter, batch_size, device=device, **arguments)
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         """The answers to requests whose args are a context, a function to messages, options, and
@@ -54,9 +40,6 @@ class OfframpLmms(lmms):
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise InputError("Tasks of several rounds are not supported.", "Choose tasks of one round.")
-
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        raise no_loglikelihood()
 
 
 def _parts(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:

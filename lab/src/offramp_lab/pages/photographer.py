@@ -5,10 +5,8 @@ depth and with exits, and keeps words and depths in lab/records/photographer.jso
 the record is drawn, as docs/plots/photographer.svg.
 """
 
-import argparse
 import base64
 import io
-import sys
 from collections.abc import Mapping
 from html import escape
 from importlib.util import find_spec
@@ -18,10 +16,10 @@ from typing import Any
 from PIL import Image
 
 from offramp.common.depth_color import depth_color, ink_on
-from offramp.common.provenance import provenance
-from offramp.core.storage import write_atomic, write_json
+from offramp.core.storage import write_atomic
 from offramp.report.gallery import words
-from offramp_lab.places import DOCS, RECORDS
+from offramp_lab.places import DOCS
+from offramp_lab.records.record import Record, asked
 from offramp_lab.tables.markdown import record
 
 NAME = "photographer"
@@ -63,7 +61,6 @@ def measure() -> dict[str, Any]:
             }
             for mode, output in made.items()
         },
-        "provenance": provenance(None, sys.argv, None),
     }
 
 
@@ -108,10 +105,8 @@ def draw(measured: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", action="store_true")
-    if parser.parse_args().measure:
-        write_json(RECORDS / f"{NAME}.json", measure())
+    if asked(__doc__, measure=False).measure:
+        Record(NAME, "offramp_lab.pages.photographer").write(measure())
     write_atomic(DOCS / "plots" / f"{NAME}.svg", draw(record(NAME)))
 
 

@@ -4,12 +4,8 @@ Each is of one run: the figures of the committed record, and answers of the adap
 left in runs/demo, which must be that run's or one that decides alike.
 """
 
-import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import TINY, load_tiny
@@ -21,6 +17,7 @@ from offramp.data.scenes.tasks import captions, questions
 from offramp.evaluation.run_log import Done
 from offramp.features.input_processor import InputProcessor
 from offramp_lab.places import DOCS, RECORDS, RUNS
+from offramp_lab.records.record import Some, asked
 
 DEMO = RUNS / "demo"
 
@@ -53,11 +50,7 @@ def decided(calibration: Mapping[str, Any]) -> list[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", choices=TINY, nargs="+", default=TINY)
-    parser.add_argument("--out", type=Path, default=DOCS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = asked(__doc__, backbone=Some(TINY), out=DOCS)
     for kind in arguments.backbone:
         write_atomic(arguments.out / f"report-{kind}.html", page(kind))
 

@@ -34,7 +34,7 @@ from offramp_lab.experiments.experiment import identical
 from offramp_lab.experiments.factors import Measured, Name, entries_of
 from offramp_lab.records.photographs.opened import Stages, always, last_exit, torch_way
 from offramp_lab.records.record import Kept, Record, Turns, words
-from offramp_lab.records.walk import THINGS, WORDS, Walk, loaded, told_of, write_model, written
+from offramp_lab.records.walk import THINGS, WORDS, Walk, loaded, write_model, written
 
 RECORD = Record("gemma")
 NEW, RUN, KEPT = 24, 4, 0.95
@@ -59,7 +59,7 @@ def figures(arguments: Namespace) -> dict[str, Any]:
     policy = replace(adapter.policy, thresholds=Thresholds({depth: threshold}))
     told = _measured(adapter, encoder, policy, held, work)
     return {
-        **told_of(prompts),
+        "prompts": {name: len(lines) for name, lines in prompts.items()},
         "timed": len(held),
         "new_tokens": NEW,
         "depth": depth,

@@ -25,7 +25,7 @@ from offramp.core.decoding.policy import MODES
 from offramp.inputs.example import Example
 from offramp_lab.records.alone import ALONE, ENGINE, THEIRS, Way, beside_alone, edge_ways
 from offramp_lab.records.record import Record, words
-from offramp_lab.records.walk import THINGS, Parts, Walk, loaded, told_of, write_model, written
+from offramp_lab.records.walk import THINGS, Parts, Walk, loaded, write_model, written
 
 RECORD = Record("text")
 NEW, DEPTH = 24, 10
@@ -41,7 +41,7 @@ def figures(arguments: Namespace) -> dict[str, Any]:
     steps = _walk(arguments)
     held = prompts["held"][: arguments.prompts]
     return {
-        **told_of(prompts),
+        "prompts": {name: len(lines) for name, lines in prompts.items()},
         "timed": len(held),
         "new_tokens": NEW,
         "depth": DEPTH,

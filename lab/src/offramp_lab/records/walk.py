@@ -50,14 +50,6 @@ def written(
     return prompts
 
 
-def told_of(prompts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """How many there are, and two of each."""
-    return {
-        "prompts": {name: len(lines) for name, lines in prompts.items()},
-        "examples": {name: lines[:2] for name, lines in prompts.items()},
-    }
-
-
 def write_model(file: Path, out: Path) -> None:
     """The model of a GGUF file and its tokenizer as a folder, unless it is there."""
     if out.exists():

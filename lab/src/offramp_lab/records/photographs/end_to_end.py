@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from offramp_lab.experiments.factors import LOSSLESS, STAGES, Name, entries_of
+from offramp_lab.experiments.factors import LOSSLESS, Name, entries_of
 from offramp_lab.records.batched import Batched, answered
 from offramp_lab.records.photographs import opened as way
 from offramp_lab.records.photographs.opened import PLAIN, TORCH, TOWER, Opened
@@ -52,15 +52,9 @@ def bases(name: Name) -> dict[str, Name]:
 
 
 def figures(told: Told) -> dict[str, Any]:
-    slots, policy = together(told), told.opened.adapter.policy
+    slots = together(told)
     return {
         "photographs": len(told.examples),
-        "questions": len(next(iter(told.questions.values())).tokens),
-        "stages": list(STAGES),
-        "policies": {
-            way.EARLY: [[*policy.thresholds.values()], [*(policy.first or {}).values()]],
-            way.CAREFUL: [[level] for level in way.LEVELS[way.CAREFUL]],
-        },
         "captioned": entries_of(told.captions, bases),
         "questioned": entries_of(told.questions, bases),
         "slots": SLOTS,

@@ -12,7 +12,7 @@ from typing import Any
 
 from examples.photo_vlm.student import took
 
-from offramp_lab.experiments.factors import STAGES, Name, entries_of
+from offramp_lab.experiments.factors import Name, entries_of
 from offramp_lab.records.photographs import opened as way
 from offramp_lab.records.photographs.opened import PLAIN, TOWER
 from offramp_lab.records.photographs.told import Spec, Told
@@ -29,9 +29,7 @@ def figures(told: Told) -> dict[str, Any]:
     return {
         "photographs": len(told.examples),
         "questions": len(next(iter(told.questions.values())).tokens),
-        "stages": list(STAGES),
         "student": took(told.opened.student / "student.pt"),
-        "exit_seconds": told.opened.adapter.metrics["seconds"],
         "captioned": entries_of(told.captions, bases),
         "questioned": entries_of(told.questions, bases),
     }
