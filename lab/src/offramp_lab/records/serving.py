@@ -153,20 +153,18 @@ def image_part(image: Image.Image) -> dict[str, Any]:
 
 def requests_of(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """As streamed chats with their images."""
-    bodies = []
-    for example in examples:
-        content = [image_part(example.open_image()), {"type": "text", "text": example.prompt}]
-        bodies.append(
-            {
-                "messages": [{"role": "user", "content": content}],
-                "temperature": 0,
-                "max_completion_tokens": TOKENS,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-        )
-    return bodies
+    how = {
+        "temperature": 0,
+        "max_completion_tokens": TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    contents = [
+        [image_part(example.open_image()), {"type": "text", "text": example.prompt}]
+        for example in examples
+    ]
+    return [{"messages": [{"role": "user", "content": each}], **how} for each in contents]
 
 
 async def clients_at_work(

@@ -1,6 +1,6 @@
 """The tiny models that ship: the demo, calibrated thresholds, what labels are worth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 
@@ -121,26 +121,13 @@ def _between(row: Value) -> str:
     return f"[{low:.1%}, {high:.1%}]"
 
 
-def unlike() -> Table:
-    """Answers called unlike the calibrated ones, by what their images are."""
+def unlike(part: str, columns: Mapping[str, Told]) -> Table:
+    """What is called unlike the calibrated answers or photographs, by what its images are."""
     return Table.of(
-        record("likeness")["tiny"],
+        record("likeness")[part],
         {
             "images": "{images}",
-            "answers": "{answers}",
-            "by scores alone": "{scores_alone:.1%}",
-            "called unlike": lambda row: f"{row['unlike']:.1%} {_between(row)}",
-        },
-    )
-
-
-def unlike_photographs() -> Table:
-    """Images whose look is called unlike that of the photo model's calibrated ones."""
-    return Table.of(
-        record("likeness")["photo"],
-        {
-            "images": "{images}",
-            "number": "{answers}",
+            **columns,
             "called unlike": lambda row: f"{row['unlike']:.1%} {_between(row)}",
         },
     )
@@ -256,8 +243,10 @@ TABLES: dict[str, MakeTable] = {
     "calibrated": calibrated,
     "images-needed": needed_images,
     "guarantee-kept": kept,
-    "likeness": unlike,
-    "likeness-photo": unlike_photographs,
+    "likeness": partial(
+        unlike, "tiny", {"answers": "{answers}", "by scores alone": "{scores_alone:.1%}"}
+    ),
+    "likeness-photo": partial(unlike, "photo", {"number": "{answers}"}),
     "guarantee-broken": broken,
     "labels": labels,
 }
