@@ -649,14 +649,17 @@ def _speeds(
     writes |= {way: partial(forced, way=way) for way in ways}
     runs = {way: partial(timed, write, clock=clock) for way, write in writes.items()}
     given, began = [*zip(asked, ranks, said, strict=True)], clock()
-    for way, run in [*runs.items()]:  # what is made once is made here
+    tried = (None, ways[0], ways[-1])  # one of each kind: what is made once is made here
+    for way in tried:
         try:
-            run(given[0])
+            runs[way](given[0])
         except InputError:
             if way is None or way[1] is not None:
                 raise
-            del runs[way]  # states that cannot be taken back
-    passes = max(FEWEST_TIMED, int(SECONDS / (clock() - began)))
+            for lossless in ways[: len(shares)]:  # states that cannot be taken back
+                del runs[lossless]
+    once = (clock() - began) / len(tried) * len(runs)
+    passes = max(FEWEST_TIMED, int(SECONDS / once))
     some = given[: min(passes, len(given))]
     rounds = max(1, min(ROUNDS, passes // len(given)))
     found = in_turn(runs, some, rounds=rounds, progress=progress)

@@ -38,7 +38,7 @@ FORECAST: dict[str, Any] = {
     "limit": 200,
     "depths": None,
     "max_new_tokens": LONGEST,
-    "batch_size": 16,
+    "batch_size": 32,
     "out": None,
 }
 """Options that are of --data alone, and their defaults."""
