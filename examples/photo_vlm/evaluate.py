@@ -32,10 +32,10 @@ BATCH = 32  # examples; a beam sees each photograph as often as it is wide
 
 
 def load(
-    dtype: str = "bfloat16", quantize: str | None = None, vision: str = "torch"
+    dtype: str = "bfloat16", quantize: str | None = None, vision: str = "torch", name: str = "photo"
 ) -> tuple[Backbone, InputProcessor]:
-    """The photo model and its encoder. Arguments and errors: of `open_backbone`."""
-    backbone, processor = open_backbone("photo", dtype=dtype, quantize=quantize, vision=vision)
+    """A model of photographs and its encoder. Arguments and errors: of `open_backbone`."""
+    backbone, processor = open_backbone(name, dtype=dtype, quantize=quantize, vision=vision)
     return backbone, InputProcessor(backbone, processor)
 
 

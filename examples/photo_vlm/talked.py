@@ -1,4 +1,4 @@
-"""What the photo model answers when it is talked to, by task, and where its exits would leave.
+"""What a model of photographs answers when it is talked to, by task, and what its exits do there.
 
 `python -m examples.photo_vlm.talked` answers questions made of captions, dialogues, captions and
 questions as people type them about photographs of the measuring half of Flickr8k's validation
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,17 @@ from examples.photo_vlm.evaluate import LONGEST, caption_measures, load
 from examples.photo_vlm.rows import half_of, read_photographs
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.answers import Answer, KeptAnswers, answers_to, prompted
+from offramp.adapter.shipped import shipped_exits
 from offramp.calibration.replay import Replay, replay
 from offramp.core.decoding.policy import FULL
 from offramp.core.models.fingerprint import dump_fingerprint, fingerprint
 from offramp.core.storage import read_json
 from offramp.evaluation.statistics import interval, mean_of
+from offramp.evaluation.timing import beside_full, generate_fn, in_turn, timed
 from offramp.features.input_processor import InputProcessor
 from offramp.features.teacher_forcing import Answered
 from offramp.inputs.example import Example
-from offramp_lab.experiments.experiment import bar
+from offramp_lab.experiments.experiment import bar, times
 from offramp_lab.places import RUNS
 from offramp_lab.records.record import Record, Some, asked
 
@@ -215,6 +218,47 @@ def plain(images: Sequence[Example], write: Write) -> dict[str, Any]:
 # -- exits ----------------------------------------------------------------------------------------
 
 
+def sped(
+    adapter: Adapter, encoder: InputProcessor, tasks: Mapping[str, Sequence[Example]]
+) -> dict[str, Any]:
+    """By task and mode: how many times as fast as full depth it answers one example at a time, and
+    how many answers are full depth's. CPU time, from pixels to text and of decoding."""
+    lossless = replace(adapter.policy, lossless=True, trust=None)
+    modes = {"full": FULL, "lossless": lossless, "early exit": adapter.policy}
+    record: dict[str, Any] = {}
+    for task, examples in tasks.items():
+        longest = LONGEST["captions"] if task == "captions" else LONGEST_ANSWER
+        options: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False}
+        writes = {n: generate_fn(adapter.generate, policy=p, **options) for n, p in modes.items()}
+        runs = in_turn(
+            {n: partial(timed, write, clock=time.process_time) for n, write in writes.items()},
+            [encoder.prompts([example]) for example in examples],
+            rounds=1,
+            warm=1,
+            progress=bar(task),
+        )
+        [full], *others = beside_full(runs, {"lossless": "full"}).values()
+        record[task] = {"answers": len(full), "full": {"seconds": _whole(full)[1].mean()}}
+        for mode, [own] in zip([*modes][1:], others, strict=True):
+            record[task][mode] = {
+                "whole": times(_whole(own), _whole(full)),
+                "decoding": times(_decoded(own), _decoded(full)),
+                "same": sum(a[2] == b[2] for a, b in zip(own, full, strict=True)),
+            }
+        print(task, record[task], flush=True)
+    return record
+
+
+def _whole(taken: Sequence[Any]) -> Any:
+    """Answers, and the seconds of each [2, N]."""
+    return np.array([[1.0, whole] for whole, _, _ in taken]).T
+
+
+def _decoded(taken: Sequence[Any]) -> Any:
+    """Tokens behind each answer's first, and the seconds of these [2, N]."""
+    return np.array([[len(ids) - 1.0, decode] for _, decode, ids in taken]).T
+
+
 def replayed(
     adapter: Adapter, encoder: InputProcessor, tasks: Mapping[str, Sequence[tuple[Example, Answer]]]
 ) -> dict[str, Any]:
@@ -278,10 +322,12 @@ def main() -> None:
     arguments = asked(
         __doc__,
         photo=True,
+        name="photo-chat",
         asked=RUNS / "photo_vlm" / FILE,
         each=40,
         photographs=100,
         talks=30,
+        timed=100,
         parts=Some(PARTS),
         before=None,
     )
@@ -289,7 +335,7 @@ def main() -> None:
     held = [example for example in splits["captions_val"] if half_of(example) == 1]
     images = {example.group: example for example in held}
     rows = [row for row in read_asked(arguments.asked) if row.half == 1 and row.questions]
-    backbone, encoder = load("float32")
+    backbone, encoder = load("float32", name=arguments.name)
     kept: dict[str, list[tuple[Example, Answer]]] = {}
 
     file = KeptAnswers(RUNS / "talk" / "answers.jsonl", dump_fingerprint(fingerprint(backbone)))
@@ -315,9 +361,10 @@ def main() -> None:
     def of_kinds(examples: Sequence[Example], longest: int) -> list[Answer]:
         return writer(examples[0].key.rpartition(":")[2])(examples, longest)
 
+    puts = put_to(rows, images, arguments.each)
     made: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain(held[::-1], writer("plain")),
-        "questions": lambda: questions_by_kind(put_to(rows, images, arguments.each), of_kinds),
+        "questions": lambda: questions_by_kind(puts, of_kinds),
         "dialogues": lambda: dialogues(rows, images, arguments.talks, writer("dialogues")),
         "captions": lambda: captions(
             held[: arguments.photographs], writer("captions"), arguments.before
@@ -325,9 +372,17 @@ def main() -> None:
     }
     for name in arguments.parts:
         RECORD.add({name: made[name]()})
-    if arguments.adapter is not None:
-        adapter = Adapter.load(arguments.adapter, backbone)
-        RECORD.add({"exits": replayed(adapter, encoder, kept)})
+    exits = arguments.adapter or shipped_exits(arguments.name)
+    assert exits is not None, "a model that ships with exits"
+    adapter = Adapter.load(exits, backbone)
+    RECORD.add({"exits": replayed(adapter, encoder, kept)})
+    asked_ = {"questions": [put.example for some in puts.values() for put in some]}
+    asked_ |= {
+        task: [e for e, _ in kept[task]] for task in ("dialogues", "captions") if task in kept
+    }
+    draw = random.Random(72)
+    tasks = {t: draw.sample(some, min(len(some), arguments.timed)) for t, some in asked_.items()}
+    RECORD.add({"speeds": sped(adapter, encoder, tasks)})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from examples.photo_vlm.rows import Row, Text, ids_of, pack
 
 from offramp.core.errors import DataError
 from offramp.inputs.example import Example
+from offramp_lab.records.subjects import tiny_with
 from photo import tokenizer
+from serving import scene_examples
 
 END = 256
 
@@ -132,3 +134,14 @@ def test_a_chat_is_packed_as_it_is_read() -> None:
     whole = [0, 0, *text.ids]
     for source, target in zip(batch.sources.tolist(), batch.targets.tolist(), strict=True):
         assert whole[source + 1] == target
+
+
+def test_lossless_answers_are_full_depths_in_every_task() -> None:
+    from examples.photo_vlm.talked import sped
+
+    adapter, encoder = tiny_with("opt")
+    tasks = {"captions": scene_examples()[:2], "questions": scene_examples()[2:4]}
+    told = sped(adapter, encoder, tasks)
+    assert [told[task]["lossless"]["same"] for task in tasks] == [2, 2]
+    spans = [told[task][mode]["whole"] for task in tasks for mode in ("lossless", "early exit")]
+    assert all(0 < span["low"] <= span["times"] <= span["high"] for span in spans)

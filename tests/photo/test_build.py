@@ -136,7 +136,7 @@ def test_it_loads_by_name_and_exits_stand_on_it(
     from offramp.core.models.exits import Exits
     from offramp.features.input_processor import COMPLETES, InputProcessor
 
-    monkeypatch.setattr(build, "built_folder", lambda: folder)
+    monkeypatch.setattr(build, "built_folder", lambda data: folder)
     backbone, processor = shipped.load_named("photo")
     assert (backbone.name, backbone.dtype) == (shipped.PHOTO, torch.float32)
     assert Exits(backbone, (1,)).depths == (1,)
@@ -148,9 +148,9 @@ def test_it_loads_by_name_and_exits_stand_on_it(
 
 def test_a_folder_of_that_name_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert shipped.is_photo("photo") and shipped.is_photo("offramp/photo")
+    assert shipped.photo_kind("photo") == shipped.photo_kind("offramp/photo") == "photo"
     (tmp_path / "photo").mkdir()
-    assert not shipped.is_photo("photo") and shipped.shipped_exits("photo") is None
+    assert shipped.photo_kind("photo") is None and shipped.shipped_exits("photo") is None
 
 
 def test_a_revision_of_it_is_refused() -> None:

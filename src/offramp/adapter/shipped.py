@@ -1,5 +1,5 @@
 """The VLMs that are known by a short name: two tiny ones of drawn shapes, which ship with the
-package, and one of photographs, which is built once."""
+package, and two of photographs, each of which is built once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from offramp.core.models.backbone import Backbone  # names of models need no PyTorch
 
 TINY = ("opt", "t5")
-PHOTO = "offramp/photo"
-"""The photo model's name in adapters; "photo" for short. Needs the extra photo."""
+PHOTO, PHOTO_CHAT = "offramp/photo", "offramp/photo-chat"
+"""The names in adapters of the photo model, which writes captions, and of the one that answers
+questions; "photo" and "photo-chat" for short. Both need the extra photo."""
+PHOTOS = {"photo": PHOTO, "photo-chat": PHOTO_CHAT}
 KNOWS = {
     "offramp/tiny-opt": "drawn shapes, and nothing else",
     "offramp/tiny-t5": "drawn shapes, and nothing else",
     PHOTO: "photographs of people and dogs outdoors, and rooms a little",
+    PHOTO_CHAT: "photographs of people and dogs outdoors, and rooms a little",
 }
 """By a backbone's name, what it was trained on: what else it is shown it answers all the same."""
 
@@ -39,20 +42,22 @@ def tiny_kind(name: str) -> str | None:
     return kind if kind in TINY and kind != name else None
 
 
-def is_photo(name: str) -> bool:
-    """Return True if the name means the photo model; False for a folder of that name."""
-    return name in (PHOTO, short_name(PHOTO)) and not os.path.isdir(name)
+def photo_kind(name: str) -> str | None:
+    """Return the short name of a model of photographs, such as "photo" for "offramp/photo"; None
+    for other names, and for a folder of that name."""
+    kind = name.removeprefix("offramp/")
+    return kind if kind in PHOTOS and not os.path.isdir(name) else None
 
 
 def _photo() -> Any:
-    """The module of the photo model, which loads it and knows its files."""
-    return plugin("models", short_name(PHOTO))
+    """The module that loads the models of photographs and knows their files."""
+    return plugin("models", "photo")
 
 
 def close_shipped(name: str) -> str:
     """Return a question with the shipped model that a misspelt name may mean; "" for none, or for a
     name that is right."""
-    known = (short_name(PHOTO), *(f"tiny-{kind}" for kind in TINY))
+    known = (*PHOTOS, *(f"tiny-{kind}" for kind in TINY))
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     misspelt = close and name not in close and not os.path.exists(name)
     return f"Did you mean {close[0]!r}? " if misspelt else ""
@@ -88,12 +93,12 @@ def load_named(
 ) -> tuple[Backbone, Any]:
     """Load a model and its processor by name.
 
-    name: a shipped model's long name, "photo", a hub name or a folder. dtype: torch's name of a
-    precision, or "auto": as saved, but float32 for shipped models and photo.
+    name: a shipped model's name, a hub name or a folder. dtype: torch's name of a precision, or
+    "auto": as saved, but float32 for shipped models.
 
     Raises:
-        InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`, or, for the
-            photo model, of `offramp_photo.load`.
+        InputError: a revision of a shipped model; or as of `Backbone.from_pretrained`, or, for a
+            model of photographs, of `offramp_photo.load`.
     """
     if not name.strip():
         raise InputError(
@@ -105,8 +110,8 @@ def load_named(
     from offramp.core.models.hub import load_processor
 
     exact: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    kind = tiny_kind(name)
-    if kind is None and not is_photo(name):
+    kind, photo = tiny_kind(name), photo_kind(name)
+    if kind is None and photo is None:
         if close := close_shipped(name):
             raise InputError(f"No model {name!r} ships with offramp.", close)
         backbone = Backbone.from_pretrained(name, revision=revision, dtype=exact, device=device)
@@ -118,10 +123,10 @@ def load_named(
         )
     if dtype == "auto":
         exact = torch.float32
-    if kind is not None:
-        return load_tiny(kind, exact, device)
-    backbone, processor = _photo().load(dtype=exact, device=device)
-    backbone.name = PHOTO
+    if photo is None:
+        return load_tiny(name, exact, device)
+    backbone, processor = _photo().load(photo, dtype=exact, device=device)
+    backbone.name = PHOTOS[photo]
     return backbone, processor
 
 
@@ -162,14 +167,15 @@ def shipped_exits(name: str) -> Path | None:
     names.
 
     Raises:
-        InputError: the photo model's package is not installed, or the model ships without exits.
+        InputError: the package of the models of photographs is not installed, or the model ships
+            without exits.
     """
-    if is_photo(name):
-        folder: Path = _photo().exits_folder()
+    if (photo := photo_kind(name)) is not None:
+        folder: Path = _photo().exits_folder(photo)
         if not folder.is_dir():
             raise InputError(
-                "The photo model ships without exits.",
-                "Train some: offramp train photo --data photos --depths 8 --out exits.",
+                f"{photo} ships without exits.",
+                f"Train some: offramp train {photo} --data photos --depths 8 --out exits.",
             )
         return folder
     kind = None if os.path.isdir(name) else tiny_kind(name)
@@ -177,9 +183,9 @@ def shipped_exits(name: str) -> Path | None:
 
 
 def example_picture(name: str) -> Path:
-    """Return a picture to try a backbone on: a photograph for the photo model, else a drawn
+    """Return a picture to try a backbone on: a photograph for models of photographs, else a drawn
     scene."""
-    if name != PHOTO:
+    if name not in PHOTOS.values():
         return Path(__file__).parent / "shipped_models" / "scene.png"
     picture: Path = _photo().example_picture()
     return picture

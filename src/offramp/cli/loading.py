@@ -74,10 +74,10 @@ def check_name(name: str, *, exits: bool) -> None:
     Raises:
         AdapterError: there are no exits of that name. InputError: nor a model.
     """
-    from offramp.adapter.shipped import exits_folder, is_photo, tiny_kind
+    from offramp.adapter.shipped import exits_folder, photo_kind, tiny_kind
     from offramp.common.names import close_name, is_hub_name
 
-    if is_photo(name) or tiny_kind(name) is not None or os.path.isdir(name) or is_hub_name(name):
+    if photo_kind(name) or tiny_kind(name) or os.path.isdir(name) or is_hub_name(name):
         return
     if exits:
         exits_folder(name)

@@ -1,8 +1,17 @@
-"""The model of photographs: quality, training, methods."""
+"""The models of photographs: quality, talking, training, methods."""
+
+from functools import partial
 
 from offramp.calibration.risk_functions import CIDER_CAP
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import Make, MakeTable, Value, record, with_range
+from offramp_lab.tables.markdown import (
+    Make,
+    MakeTable,
+    Value,
+    record,
+    times_with_range,
+    with_range,
+)
 
 
 def photo_model() -> Table:
@@ -31,6 +40,56 @@ def _ranged(figure: Value, form: str) -> str:
     return with_range(value, figure["interval"], form)
 
 
+# -- talked to ------------------------------------------------------------------------------------
+
+
+def talk() -> Table:
+    """By task: right answers, how far above the best constant answer, and the share of full depth's
+    tokens that each exit says too."""
+    told = record("talk")
+    depths = list(told["exits"]["captions"]["exits"])
+
+    def exits(task: str) -> list[str]:
+        return [f"{told['exits'][task]['exits'][depth]['same']:.0%}" for depth in depths]
+
+    rows = [
+        (
+            kind,
+            f"{of['count']}",
+            f"{of['right']:.0%}",
+            with_range(f"{of['above']:+.0%}", of["above_interval"], "+.0%"),
+            *exits(kind),
+        )
+        for kind, of in told["questions"].items()
+    ]
+    talks, captions = told["dialogues"], told["captions"]
+    counts, shares = (talks[name] for name in ("answers_by_turn", "right_by_turn"))
+    right = sum(counts[turn] * shares[turn] for turn in counts) / sum(counts.values())
+    turns = f"{sum(counts.values())}"
+    rows += [
+        ("turns of dialogues", turns, f"{right:.0%}", "", *exits("dialogues")),
+        ("captions", f"{captions['count']}", "", "", *exits("captions")),
+    ]
+    return Table(("task", "asked", "right", "above", *(f"same at {d}" for d in depths)), rows)
+
+
+def talk_speeds() -> Table:
+    """By task and mode: how many times as fast as full depth, and whose answers those are."""
+    rows = []
+    for task, of in record("talk")["speeds"].items():
+        for mode in ("lossless", "early exit"):
+            own = of[mode]
+            rows.append(
+                (
+                    f"{task}, {mode}",
+                    times_with_range(own["whole"]),
+                    times_with_range(own["decoding"]),
+                    f"{own['same']} of {of['answers']}",
+                )
+            )
+    return Table(("task and mode", "pixels to text", "decoding", "answers full depth's"), rows)
+
+
 # -- methods --------------------------------------------------------------------------------------
 
 METHODS = {
@@ -51,9 +110,9 @@ def curves() -> list[Value]:
     return list(record("compare-photo")["equal_quality"]["curves"])
 
 
-def _trained() -> str:
-    """CPU minutes of all stages of the photo model's training."""
-    seconds = sum(stage["trained"]["cpu_seconds"] for stage in record("photo-card")["stages"])
+def _trained(card: str) -> str:
+    """CPU minutes of all stages of a model's training."""
+    seconds = sum(stage["trained"]["cpu_seconds"] for stage in record(card)["stages"])
     return f"{seconds / 60:.0f}"
 
 
@@ -62,5 +121,13 @@ def _promised() -> str:
     return f"{CIDER_CAP * record('photo-adapter')['calibration']['target']:g}"
 
 
-TABLES: dict[str, MakeTable] = {"photo-model": photo_model}
-FIGURES: dict[str, Make] = {"photo-card-minutes": _trained, "photo-promised-cider": _promised}
+TABLES: dict[str, MakeTable] = {
+    "photo-model": photo_model,
+    "talk": talk,
+    "talk-speeds": talk_speeds,
+}
+FIGURES: dict[str, Make] = {
+    "photo-card-minutes": partial(_trained, "photo-card"),
+    "talk-card-minutes": partial(_trained, "talk-card"),
+    "photo-promised-cider": _promised,
+}

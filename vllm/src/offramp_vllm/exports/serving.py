@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.adapter.shipped import PHOTO, exits_folder
+from offramp.adapter.shipped import PHOTOS, exits_folder
 from offramp.cli.commands.serve import server_config
 from offramp.cli.loading import loaded
 from offramp.cli.output import print_json, tell
@@ -30,7 +30,7 @@ from offramp_vllm.exports.exporters import checkpoint_of, ships
 PYTHON = "OFFRAMP_VLLM_PYTHON"
 MODULES = ("vllm", "offramp_vllm")
 PHOTO_CLASS = "offramp_photo"
-"""The package that brings vLLM the photo model's class."""
+"""The package that brings vLLM the class of the models of photographs."""
 DRAFTS = {"model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": 7}
 GIBIBYTES = "2"
 """Of keys and values on a processor, where the environment names no other size: vLLM would take
@@ -52,7 +52,7 @@ def serve(arguments: argparse.Namespace) -> None:
     python, config = _python(), server_config(arguments)
     opened = loaded(arguments, name=arguments.name, engine="torch")
     model = _checkpoint(opened.adapter.backbone)
-    if opened.adapter.backbone.name == PHOTO:
+    if opened.adapter.backbone.name in PHOTOS.values():
         _check(python, [PHOTO_CLASS])
     exits = _exported(opened, exits_folder(arguments.name))
     settings = _settings(arguments, config, opened, exits) | {"model": model}
