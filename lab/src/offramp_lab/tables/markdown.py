@@ -15,6 +15,7 @@ from offramp.report.table import Table
 from offramp_lab.places import RECORDS, ROOT
 
 ELSEWHERE = {
+    "talk-card": ROOT / "photo-model" / "offramp_photo" / "chat" / "card.json",
     "photo-card": ROOT / "photo-model" / "offramp_photo" / "card.json",
     "photo-adapter": ROOT / "photo-model" / "offramp_photo" / "exits" / "adapter.json",
 }
