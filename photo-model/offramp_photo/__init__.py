@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-
 FOLDERS = {"photo": "", "photo-chat": "chat"}
 """By a model's name, the folder of what was learnt, inside this package."""
 

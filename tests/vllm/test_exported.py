@@ -14,7 +14,7 @@ import torch
 from command_line import RunCommand
 
 from offramp.core.decoding.policy import ExitPolicy, policy_to_json
-from offramp_vllm.adapter import Checked, Exported, read_exported
+from offramp_vllm.adapter import Checked, Exported, exits_at, read_exported
 from offramp_vllm.attach import MoreLayers, bits_of, with_exits
 from offramp_vllm.policy import EARLY, FULL, LOSSLESS, Rule, asked
 from offramp_vllm.refuse import Refused
@@ -44,6 +44,31 @@ def test_the_folder_says_what_the_adapter_is(exported: Path) -> None:
     assert [c.image for c in read.checked] == [None] * 3 + ["check.png"] * 2
     assert (exported / "check.png").is_file()
     assert {place for place, _, _ in read.tensors()} == {0}
+
+
+def test_exits_may_be_named_as_the_hub_has_them(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for = []
+
+    def fetched(name: str, **_: Any) -> str:
+        asked_for.append(name)
+        return str(exported)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "here").mkdir(parents=True)
+    assert exits_at("owner/exits") == exported and asked_for == ["owner/exits"]
+    for name in ("owner/here", "/no/such", "./owner/x", "exits", "../owner/x"):
+        assert exits_at(name) == Path(name)
+    assert asked_for == ["owner/exits"]
+
+
+def test_a_name_that_the_hub_does_not_have_is_refused() -> None:
+    with pytest.raises(
+        Refused, match=r"no folder .owner/exits., and the hub gave none: .*\nCorrect"
+    ):
+        exits_at("owner/exits")  # offline
 
 
 def test_first_tokens_of_kept_answers_exit_as_they_will_in_vllm(exported: Path) -> None:

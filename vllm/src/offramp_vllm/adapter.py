@@ -11,6 +11,7 @@ vllm.json            layers of the backbone, the layer that each exit is a copy 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,25 @@ class Exported:
 
         with safe_open(self.folder / CHECKS, framework="pt") as file:
             return file.get_tensor("shortlist")
+
+
+def exits_at(name: str) -> Path:
+    """A folder, or what the hub keeps under a name such as OWNER/NAME, which is fetched once.
+
+    Raises:
+        Refused: there is no such folder, and the hub gave none.
+    """
+    if Path(name).is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.png"]))
+    except Exception as error:  # offline, missing, private: hub errors share no useful base
+        raise Refused(
+            f"There is no folder {name!r}, and the hub gave none: {' '.join(str(error).split())}",
+            "Correct the name, be online, or give the folder of offramp export exits --to vllm.",
+        ) from error
 
 
 def read_exported(folder: str | Path) -> Exported:

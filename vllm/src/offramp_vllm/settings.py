@@ -1,4 +1,7 @@
-"""`--additional-config '{"offramp": {"exits": FOLDER}}'`, and what it sets of vLLM's arguments."""
+"""`--additional-config '{"offramp": {"exits": FOLDER}}'`, and what it sets of vLLM's arguments.
+
+In a folder's place may stand a hub name.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from offramp_vllm import tell
-from offramp_vllm.adapter import read_exported
+from offramp_vllm.adapter import exits_at, read_exported
 from offramp_vllm.attach import MoreLayers
 from offramp_vllm.drafts import NAME, ON_A_CPU
 from offramp_vllm.refuse import Refused, check_config
@@ -70,7 +73,11 @@ def prepare(arguments: Any) -> None:
         if getattr(arguments, name) not in (None, "auto") and KEY not in getattr(arguments, name):
             raise Refused(f"--{name.replace('_', '-')} beside exits.", "Leave it out.")
     os.environ[_V2] = "0"
-    exported = read_exported(entry[EXITS])
+    folder = exits_at(entry[EXITS])
+    exported = read_exported(folder)
+    # All processes are handed the folder, so that one of them asks the hub.
+    here = {KEY: {**entry, EXITS: str(folder)}}
+    arguments.additional_config = {**arguments.additional_config, **here}
     arguments.hf_overrides = MoreLayers(exported.layers, exported.copied)
     arguments.worker_cls = "offramp_vllm.v1.ExitWorker"
     arguments.scheduler_cls = "offramp_vllm.v1.ExitScheduler"

@@ -22,14 +22,13 @@ FASTEST = "llama.cpp iq4_nl"
 """llama.cpp's fastest format whose captions are as good as those of q8_0."""
 TOWER, TORCH = "onnxruntime", "torch"
 FULL, SHORT, STATIC = "full", "full, shortlist", "static"
-EARLY, CAREFUL = "early exit", "early exit, careful"
+EARLY = "early exit"
 WHOLE = "early exit, prompt run whole"
 MODES = {
     FULL: "full depth",
     SHORT: "full depth, the same shortlist",
     STATIC: "every token at the exit",
     EARLY: "early exit, as it ships",
-    CAREFUL: "early exit, careful thresholds",
     LOSSLESS: "lossless",
     WHOLE: "early exit, prompt run whole",
     "student": "student of five layers",
@@ -107,7 +106,7 @@ def _milliseconds(*stages: str) -> Callable[[Value], str]:
 
 def _shown(entry: Value) -> bool:
     """Of q8_0 every mode, of others those that answer and what they are compared with."""
-    if (entry["engine"], entry["tower"]) == (Q8, TORCH):
+    if (entry["engine"], entry["tower"]) == (Q8, TORCH) or entry["mode"] not in MODES:
         return False
     few = (FULL, EARLY, LOSSLESS) if entry["engine"] == PLAIN else (EARLY, LOSSLESS)
     return entry["engine"] not in (PLAIN, PACKED, F16) or entry["mode"] in few
@@ -120,6 +119,7 @@ def five_layers() -> Table:
     rows = [
         {**entry, "questions": asked[tuple(entry[key] for key in NAMED)]}
         for entry in found["captioned"]
+        if entry["mode"] in MODES
     ]
     return Table.of(
         rows,
@@ -159,7 +159,7 @@ OVER_LLAMA = "end to end in q8_0 over llama.cpp's fastest, "
 def _rows() -> dict[str, tuple[Chain, Sequence[str]]]:
     """Chains by what their multiple is of, and the stages that count."""
     few, every = (PLAIN, Q8), (PLAIN, PACKED, F16, Q8)
-    engines = {EARLY: few, CAREFUL: few, LOSSLESS: every}
+    engines = {EARLY: few, LOSSLESS: every}
     fastest = (("", FASTEST, FULL), ("format", "llama.cpp q8_0", FULL), ("kernels", Q8, FULL))
     slots = f"batch of {record('end_to_end')['slots']}"
     return {
@@ -220,7 +220,6 @@ def by_stage() -> dict[str, dict[str, float]]:
         "exits off": (Q8, FULL),
         "lossless": (Q8, LOSSLESS),
         "early exit, as it ships": (Q8, EARLY),
-        "early exit, careful": (Q8, CAREFUL),
     }
     rows = {}
     for title, (engine, mode) in ways.items():
@@ -258,6 +257,5 @@ FIGURES: dict[str, Make] = {
     "five-confidence": partial(beside_static, EARLY),
     "five-student": partial(beside_static, "student"),
     "photo-cider": partial(cider_of, EARLY),
-    "photo-cider-careful": partial(cider_of, CAREFUL),
     "photo-cider-static": partial(cider_of, STATIC),
 }
