@@ -4,14 +4,7 @@ from functools import partial
 
 from offramp.calibration.risk_functions import CIDER_CAP
 from offramp.report.table import Table
-from offramp_lab.tables.markdown import (
-    Make,
-    MakeTable,
-    Value,
-    record,
-    times_with_range,
-    with_range,
-)
+from offramp_lab.tables.markdown import Make, MakeTable, Value, record, times_with_range, with_range
 
 
 def photo_model() -> Table:
