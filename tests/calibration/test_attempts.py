@@ -148,6 +148,25 @@ def test_an_image_loses_the_mean_of_what_its_answers_lose() -> None:
     assert by_image(np.array([1.0, -1.0, 0.0]), images).tolist() == [0.5, -1.0]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_draws_equal_a_slow_loop(whole: bool) -> None:
+    """Of a group the mean over its images, of several columns of losses and whatever their type."""
+    draw = np.random.default_rng(0)
+    losses = draw.random((9, 2)) < 0.5 if whole else draw.random((9, 2))
+    images = [
+        ImageRows("a", "", (8,)),
+        ImageRows("b", "", (1, 0, 4)),
+        ImageRows("c", "", (2, 3, 5, 6, 7), parts=((2, 3, 7), (5,), (6,))),
+    ]
+    means = [[losses[list(rows)].mean(0) for rows in image.by_image] for image in images]
+    slow = {
+        "image": [np.mean(some, axis=0) for some in means],
+        "answer": [losses[list(image.rows)].sum(0) for image in images],
+    }
+    for unit, expected in slow.items():
+        np.testing.assert_allclose(Draws.by(unit, losses, images).sums, expected, rtol=1e-12)
+
+
 def test_the_order_of_the_images_does_not_depend_on_that_of_the_examples() -> None:
     some = fakes.examples(20)
     names = [image.name for image in images_of(some)]

@@ -346,12 +346,12 @@ class CountsSteps(LlamaDecoderLayer):
         return super().forward(hidden_states, *args, **kw) * (1.3 if steps % 3 == 2 else 1)
 
 
-class ScaledFrom30(LlamaDecoderLayer):
+class ScaledFrom18(LlamaDecoderLayer):
     """Where the first answers do not reach."""
 
     def forward(self, hidden_states, *args, position_ids=None, **kw):  # type: ignore[no-untyped-def]
         h = super().forward(hidden_states, *args, position_ids=position_ids, **kw)
-        return h * torch.where(position_ids[..., None] > 30, -1.2, 1.0)
+        return h * torch.where(position_ids[..., None] >= 18, -1.2, 1.0)
 
 
 def seen_of(pixels: Tensor) -> Tensor:
@@ -470,7 +470,7 @@ class HeadByImage(LlavaForConditionalGeneration):
         return out
 
 
-KEEPING = (Sees, CountsSteps, ScaledFrom30)
+KEEPING = (Sees, CountsSteps, ScaledFrom18)
 """Layers of which more than one answer tells."""
 TOPS = (
     HandsToLayers,

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -317,12 +318,14 @@ class Draws:
         """
         whole = whole and all(len(image.rows) == 1 for image in images)
         if unit == "image":
-            parts = [[losses[list(rows)].mean(0) for rows in image.by_image] for image in images]
-            sums = np.array([np.mean(some, axis=0) for some in parts])
-            counts = np.ones(len(images))
+            means = _means(losses, [rows for image in images for rows in image.by_image])
+            places = np.arange(len(means)).tolist()
+            ends = np.cumsum([len(image.by_image) for image in images]).tolist()
+            parts = [places[start:end] for start, end in pairwise([0, *ends])]
+            sums, counts = _means(means, parts), np.ones(len(images))
         else:
-            sums = np.array([losses[list(image.rows)].sum(0) for image in images])
             counts = np.array([float(len(image.rows)) for image in images])
+            sums = _sums(losses, [image.rows for image in images])
         numbers = {name: i for i, name in enumerate(dict.fromkeys(map(cluster_of, images)))}
         clusters = np.array([numbers[cluster_of(image)] for image in images])
         names = "".join(image.image for image in images[:looked])
@@ -379,6 +382,18 @@ class Draws:
         _, order = np.unique(self.clusters, return_index=True)
         together = (together.T / np.maximum(sizes, 1)).T
         return [values, together[self.clusters[np.sort(order)]]]
+
+
+def _sums(losses: Array, parts: Sequence[Sequence[int]]) -> Array:
+    """Return the sum of the losses [n, ...] of each part [parts, ...]; none is empty."""
+    starts = np.cumsum([0, *map(len, parts)])[:-1]
+    flat = [row for part in parts for row in part]
+    return np.add.reduceat(losses[flat], starts)
+
+
+def _means(losses: Array, parts: Sequence[Sequence[int]]) -> Array:
+    """Return the mean of the losses [n, ...] of each part [parts, ...]; none is empty."""
+    return (_sums(losses, parts).T / [len(part) for part in parts]).T
 
 
 UNITS = ("image", "answer")

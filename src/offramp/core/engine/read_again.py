@@ -249,13 +249,13 @@ def off_by(case: Case, output: GenerationOutput, kept: Kept, *, exact: bool) -> 
         return 0.0
     last = max(place for _, place in held) + 1
     answers = output.new_tokens[:, :last]
+    if last > 1 and (not case.backbone.tested or _has_hooks(case.backbone.model)):
+        return _apart(case, answers, held, 1)
     found = _apart(case, answers, held, last)
-    right = isinstance(found, float) and found <= rounding(case.backbone)
-    one_by_one = not case.backbone.tested or _has_hooks(case.backbone.model)
-    if last == 1 or (right and not one_by_one):
+    if last == 1 or (isinstance(found, float) and found <= rounding(case.backbone)):
         return found
     # A model may read several tokens in one call otherwise than one by one: the latter is right.
-    few = {at: logits for at, logits in held.items() if one_by_one or at[1] < _SLOWLY}
+    few = {at: logits for at, logits in held.items() if at[1] < _SLOWLY}
     return _apart(case, answers[:, : max(at[1] for at in few) + 1], few, 1) if few else found
 
 
