@@ -223,8 +223,9 @@ def sped(
 ) -> dict[str, Any]:
     """By task and mode: how many times as fast as full depth it answers one example at a time, and
     how many answers are full depth's. CPU time, from pixels to text and of decoding."""
-    lossless = replace(adapter.policy, lossless=True, trust=None)
-    modes = {"full": FULL, "lossless": lossless, "early exit": adapter.policy}
+    policy = replace(adapter.policy, trust=None)
+    lossless, early = policy.in_mode("lossless"), policy.in_mode("early_exit")
+    modes = {"full": FULL, "lossless": lossless, "early exit": early}
     record: dict[str, Any] = {}
     for task, examples in tasks.items():
         longest = LONGEST["captions"] if task == "captions" else LONGEST_ANSWER
