@@ -224,8 +224,9 @@ def sped(
     """By task and mode: how many times as fast as full depth it answers one example at a time, and
     how many answers are full depth's. CPU time, from pixels to text and of decoding."""
     policy = replace(adapter.policy, trust=None)
-    lossless, early = policy.in_mode("lossless"), policy.in_mode("early_exit")
-    modes = {"full": FULL, "lossless": lossless, "early exit": early}
+    modes = {"full": FULL, "lossless": policy.in_mode("lossless")}
+    if policy.thresholds:
+        modes["early exit"] = policy.in_mode("early_exit")
     record: dict[str, Any] = {}
     for task, examples in tasks.items():
         longest = LONGEST["captions"] if task == "captions" else LONGEST_ANSWER
