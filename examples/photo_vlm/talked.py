@@ -74,7 +74,7 @@ def put_to(rows: Sequence[Asked], images: Mapping[str, Example], each: int) -> d
     draw = random.Random(71)
     found: dict[str, list[Put]] = {}
     for row in draw.sample(list(rows), len(rows)):
-        for kind in {question.kind for question in row.questions}:
+        for kind in sorted({question.kind for question in row.questions}):
             of_kind = [question for question in row.questions if question.kind == kind]
             if len(found.setdefault(kind, [])) < each:
                 question = draw.choice(of_kind)
