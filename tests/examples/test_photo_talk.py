@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from photo import tokenizer
 from serving import scene_examples
 
 END = 256
+ROOT = Path(__file__).parents[2]
 
 
 def example(*captions: str, name: str = "a") -> Example:
@@ -144,6 +148,28 @@ def test_a_chat_is_packed_as_it_is_read() -> None:
     whole = [0, 0, *text.ids]
     for source, target in zip(batch.sources.tolist(), batch.targets.tolist(), strict=True):
         assert whole[source + 1] == target
+
+
+_ASKED = """
+from pathlib import Path
+from examples.photo_vlm.asked import Asked, Question
+from examples.photo_vlm.talked import put_to
+from offramp.inputs.example import Example
+kinds = [Question(k, f"{k} {n}?", "yes", ("yes",)) for k in ("who", "where", "count") for n in "ab"]
+rows = [Asked(str(n), 1, tuple(kinds)) for n in range(9)]
+images = {row.image: Example(Path(row.image), "-", (), row.image) for row in rows}
+print({kind: [put.question.text for put in some] for kind, some in put_to(rows, images, 3).items()})
+"""
+
+
+def test_every_process_asks_the_same_questions() -> None:
+    """Sets of strings have another order in each."""
+    said = set()
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", _ASKED]
+        said.add(subprocess.check_output(command, text=True, env=environment, cwd=ROOT))
+    assert len(said) == 1
 
 
 def test_lossless_answers_are_full_depths_in_every_task() -> None:
