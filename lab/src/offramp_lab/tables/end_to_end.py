@@ -105,8 +105,11 @@ def _milliseconds(*stages: str) -> Callable[[Value], str]:
 
 
 def _shown(entry: Value) -> bool:
-    """Of q8_0 every mode, of others those that answer and what they are compared with."""
-    if (entry["engine"], entry["tower"]) == (Q8, TORCH) or entry["mode"] not in MODES:
+    """Of q8_0 every mode that answers, of others the usual ones; behind PyTorch's tower only what
+    has no other."""
+    if entry["tower"] == TORCH and entry["engine"] != "generate":
+        return False
+    if entry["mode"] not in MODES or entry["mode"] in (SHORT, WHOLE):
         return False
     few = (FULL, EARLY, LOSSLESS) if entry["engine"] == PLAIN else (EARLY, LOSSLESS)
     return entry["engine"] not in (PLAIN, PACKED, F16) or entry["mode"] in few
@@ -119,7 +122,7 @@ def five_layers() -> Table:
     rows = [
         {**entry, "questions": asked[tuple(entry[key] for key in NAMED)]}
         for entry in found["captioned"]
-        if entry["mode"] in MODES
+        if entry["mode"] in MODES and entry["mode"] != SHORT
     ]
     return Table.of(
         rows,

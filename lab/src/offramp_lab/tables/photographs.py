@@ -48,22 +48,19 @@ def talk() -> Table:
     rows = [
         (
             kind,
-            f"{of['count']}",
             f"{of['right']:.0%}",
             with_range(f"{of['above']:+.0%}", of["above_interval"], "+.0%"),
             *exits(kind),
         )
         for kind, of in told["questions"].items()
     ]
-    talks, captions = told["dialogues"], told["captions"]
-    counts, shares = (talks[name] for name in ("answers_by_turn", "right_by_turn"))
+    counts, shares = (told["dialogues"][name] for name in ("answers_by_turn", "right_by_turn"))
     right = sum(counts[turn] * shares[turn] for turn in counts) / sum(counts.values())
-    turns = f"{sum(counts.values())}"
     rows += [
-        ("turns of dialogues", turns, f"{right:.0%}", "", *exits("dialogues")),
-        ("captions", f"{captions['count']}", "", "", *exits("captions")),
+        ("turns of dialogues", f"{right:.0%}", "", *exits("dialogues")),
+        ("captions", "", "", *exits("captions")),
     ]
-    return Table(("task", "asked", "right", "above", *(f"same at {d}" for d in depths)), rows)
+    return Table(("task", "right", "above", *(f"same at {d}" for d in depths)), rows)
 
 
 def talk_speeds() -> Table:
