@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -65,22 +64,6 @@ def test_a_seed_draws_the_same_and_another_seed_something_else(
     assert warm[0] == warm[1] != warm[2]
     assert answer(*NAMES, "--top-k", 1) == answer()
     assert answer("--top-p", 0.001) == answer()
-
-
-def test_an_adapter_whose_policy_is_lossless_drafts_without_being_asked(
-    run: RunCommand, photos: Path, tmp_path: Path
-) -> None:
-    """Calibration stores it where neither trust nor thresholds are faster."""
-    folder = tmp_path / "exits"
-    shutil.copytree(tiny_exits("opt"), folder)
-    config = read_json(folder / "adapter.json")
-    config["policy"] |= {"lossless": True, "trust": None, "thresholds": {}}
-    del config["calibration"], config["digest"]
-    (folder / "adapter.json").write_text(json.dumps(config))
-    shown = ("generate", folder, "--image", photos / "0.png", "--max-new-tokens", 12, "--json")
-    own, full = (json.loads(run(*shown, *more)[1]) for more in ((), ("--mode", "full")))
-    assert own["answer"] == full["answer"] and own["mean_depth"] < full["mean_depth"]
-    assert json.loads(run(*shown, "--threshold", 0.0)[1])["mean_depth"] < own["mean_depth"]
 
 
 def test_streaming_prints_the_answer_as_text(run: RunCommand, trained: Path, photos: Path) -> None:

@@ -133,7 +133,7 @@ def question_options(parser: Parser, *, captions: bool = False, chat: bool = Fal
         "--mode",
         MODES,
         "what exits do: write tokens, draft tokens that the full model verifies, or nothing",
-        shown="the adapter's policy; early_exit with --threshold",
+        default="early_exit",
     )
     runtime_options(parser)
 
@@ -153,9 +153,8 @@ def generate(arguments: argparse.Namespace) -> None:
         options["max_new_tokens"] = opened.longest
     asked = usual_prompt(adapter) if arguments.prompt is None else arguments.prompt
     where = None if runtime is adapter else runtime.name
-    mode = arguments.mode or (None if arguments.threshold is None else "early_exit")
-    policy = policy_of(arguments, adapter, asked, where).in_mode(mode)
-    if opened.has_exits and mode != "full" and not adapter.spares_layers(policy):
+    policy = policy_of(arguments, adapter, asked, where).in_mode(arguments.mode)
+    if opened.has_exits and arguments.mode != "full" and not adapter.spares_layers(policy):
         log.warning(
             "The adapter has no thresholds, so every layer runs for every token; give --threshold, "
             "or find thresholds with `offramp calibrate`."
@@ -173,7 +172,7 @@ def generate(arguments: argparse.Namespace) -> None:
                 _show(row, arguments)
                 continue
             image, inputs = _opened(name, prompt, encoder)
-            policy = policy_of(arguments, adapter, prompt, where).in_mode(mode)
+            policy = policy_of(arguments, adapter, prompt, where).in_mode(arguments.mode)
             result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
             verdict = adapter.verdict(
                 result,
