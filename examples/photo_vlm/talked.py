@@ -327,9 +327,9 @@ def main() -> None:
         name="photo-chat",
         asked=RUNS / "photo_vlm" / FILE,
         each=40,
-        photographs=100,
-        talks=30,
-        timed=100,
+        photographs=300,
+        talks=50,
+        timed=60,
         parts=Some(PARTS),
         before=None,
     )
