@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -289,8 +289,8 @@ def _an(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _seen(photo: _Photograph) -> list[Question]:
-    """What the captions of a photograph say, as questions."""
+def _seen(photo: _Photograph, colored: Container[str]) -> list[Question]:
+    """What the captions of a photograph say, as questions. colored: nouns whose color is asked."""
     said, subject = photo.said, photo.subject
     found: list[Question] = []
     if subject is not None:
@@ -312,7 +312,8 @@ def _seen(photo: _Photograph) -> list[Question]:
         for noun, those in one.colors.items():
             colors[noun].append(those)
     for noun, said_colors in colors.items():
-        found += _colored(noun, said_colors, subject)
+        if noun in colored:
+            found += _colored(noun, said_colors, subject)
     inside = [s.is_indoors for s in said if s.is_indoors is not None]
     if len(inside) > 1 and len(set(inside)) == 1:
         where = "indoors" if inside[0] else "outdoors"
@@ -437,7 +438,10 @@ def made(examples: Sequence[Example], seed: str) -> list[tuple[Question, ...]]:
         photos.append(_Photograph(example, tuple(said[start : start + len(example.answers)])))
         start += len(example.answers)
     draw = random.Random(seed)
-    all_: list[list[Question]] = [_seen(photo) for photo in photos]
+    nouns = Counter(noun for photo in photos for noun in {n for s in photo.said for n in s.colors})
+    # Rarer nouns are mostly misspelt, or no nouns.
+    colored = {noun for noun, count in nouns.items() if count >= _fewest(photos)}
+    all_: list[list[Question]] = [_seen(photo, colored) for photo in photos]
     thinned(all_, draw)
     for more in (_there, _is_it, _absent, _cannot_tell):
         for questions, some in zip(all_, more(photos, all_, draw), strict=True):
@@ -469,6 +473,11 @@ def _limit(counts: Mapping[str, int], share: float) -> float:
 Photos = Sequence[_Photograph]
 
 
+def _fewest(photos: Photos) -> int:
+    """In how many photographs a word has to be for it to be asked about."""
+    return max(3, len(photos) // 300)
+
+
 def _there(photos: Photos, all_: list[list[Question]], draw: random.Random) -> list[list[Question]]:
     """ "Is there a ball?": of each word as often yes, where two captions have it, as no."""
     found: list[list[Question]] = [[] for _ in photos]
@@ -478,9 +487,8 @@ def _there(photos: Photos, all_: list[list[Question]], draw: random.Random) -> l
         for word in sorted(counts):
             if counts[word] > 1:
                 with_[word].append(n)
-    fewest = max(3, len(photos) // 300)
     for word, places in sorted(with_.items()):
-        if len(places) < fewest or word in _NOT_SEEN:
+        if len(places) < _fewest(photos) or word in _NOT_SEEN:
             continue
         yes = draw.sample(places, min(len(places), max(3, len(photos) // 20)))
         without = [n for n, photo in enumerate(photos) if not photo.has(word)]
@@ -665,14 +673,20 @@ DESCRIBE = (
 
 
 def is_right(question: Question, answer: str) -> bool:
-    """Whether an answer is right: as a whole, or in one of the words that count."""
+    """Whether an answer is right: as a whole, or in one of the words that count. Who is there is
+    right where nobody else is named."""
     words = "".join(c if c.isalnum() or c in "-'" else " " for c in answer.lower()).split()
     if question.kind in EXACT:
         said = " ".join(w for w in words if w not in ("a", "an", "the"))
         return said in question.right
     if question.kind not in UNSEEN and "cannot" in words:
         return False
+    if question.kind == "who" and any(w in _NAMED and w not in question.right for w in words):
+        return False
     return any(word in question.right for word in words)
+
+
+_NAMED = set(SUBJECTS) | set(_PLURALS.values()) | {f"{word}s" for word in SUBJECTS}
 
 
 def read_asked(file: Path) -> list[Asked]:

