@@ -20,6 +20,7 @@ from adapters import trained as adapter_of
 from command_line import RunCommand, assert_two_lines, parser_of
 from PIL import Image
 from smolvlm import save_smolvlm
+from transformers import AutoProcessor
 
 from offramp.adapter.shipped import example_picture, tiny_exits
 from offramp.cli.command_line import _without_pytorch, build_parser
@@ -268,6 +269,37 @@ def test_chat_answers_each_line_as_generate_does(
     image = ("tiny-opt", "--image", photos / "0.png", "--max-new-tokens", 6)
     code, out, _ = run("chat", *image)
     assert code == 0 and out == 2 * run("generate", *image, "--prompt", "Caption:", "--stream")[1]
+
+
+def test_a_chat_reads_each_line_behind_those_before(
+    run: RunCommand, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the model answers the whole conversation, by its own template."""
+    save_smolvlm(tmp_path / "model")
+    backbone = Backbone.from_pretrained(tmp_path / "model")
+    adapter_of(backbone).save_pretrained(tmp_path / "exits")
+    lines = ["Who is there?", "What is he doing?", "Where?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    image = photos / "0.png"
+    how = ("--image", image, "--max-new-tokens", 5, "--mode", "lossless")
+    made: list[Any] = []
+    answer = generate._answer
+    monkeypatch.setattr(generate, "_answer", lambda *words: made.append(answer(*words)) or made[-1])
+    assert run("chat", tmp_path / "exits", *how)[0] == 0 and len(made) == 3
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    turns: list[dict[str, Any]] = []
+    for line, result in zip(lines, made, strict=True):
+        seen = [] if turns else [{"type": "image"}]
+        turns.append({"role": "user", "content": [*seen, {"type": "text", "text": line}]})
+        text = processor.apply_chat_template(turns, add_generation_prompt=True)
+        inputs = processor(
+            text=[text], images=[[Image.open(image).convert("RGB")]], return_tensors="pt"
+        )
+        ids = backbone.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        assert new.tolist() == result.new_tokens.tolist()
+        said = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
 
 
 def test_a_wrong_path_is_told_before_pytorch_is_imported() -> None:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 EXAMPLES = """\
 examples:
   offramp caption dog.jpg                        a photograph in words, by a model that ships
-  offramp chat photo --image dog.jpg             questions about it, line by line
+  offramp chat photo-chat --image dog.jpg        questions about it, line by line
   offramp demo                                   train, calibrate and time exits on a tiny model
   offramp inspect Salesforce/blip2-opt-2.7b      what exits could be attached to a model
   offramp train Salesforce/blip2-opt-2.7b --data photos.jsonl --out exits

@@ -13,8 +13,8 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "chat",
-        "Ask about an image, line by line; an empty line ends it.",
-        "offramp chat photo --image dog.jpg",
+        "Ask about an image, line by line, each with those before; an empty line ends it.",
+        "offramp chat photo-chat --image dog.jpg",
         generate,
         _options,
         usual="image max-new-tokens mode depths engine gguf",

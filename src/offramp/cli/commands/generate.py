@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -165,19 +165,21 @@ def generate(arguments: argparse.Namespace) -> None:
         options["vision_cache"] = VisionCache()
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
+    turns: list[dict[str, Any]] = []  # of a chat, where the model has a form for them
     with _kept(arguments) as (before, keep):
         for name, prompt in _questions(arguments, asked):
             how = _asked_by(arguments, prompt)
             if (row := before.get(_key(name, how))) is not None:
                 _show(row, arguments)
                 continue
-            image, inputs = _opened(name, prompt, encoder)
-            policy = policy_of(arguments, adapter, prompt, where).in_mode(arguments.mode)
+            turns.append(_turn("user", prompt, name if not turns else None))
+            image, inputs, read = _opened(name, prompt, encoder, turns)
+            policy = policy_of(arguments, adapter, read, where).in_mode(arguments.mode)
             result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
             verdict = adapter.verdict(
                 result,
                 encoder.processor,
-                prompt,
+                read,
                 image,
                 policy=policy,
                 engine=where,
@@ -185,6 +187,9 @@ def generate(arguments: argparse.Namespace) -> None:
                 sampling="sampled" if options["do_sample"] else "greedy",
             )
             row = _row(name, result, verdict, encoder)
+            turns.append(_turn("assistant", row["answer"]))
+            if not (arguments.interactive and encoder.has_template):
+                turns.clear()
             keep({**row, "asked": how})
             if not arguments.stream:
                 _show(row, arguments)
@@ -283,15 +288,31 @@ def _questions(arguments: argparse.Namespace, asked: str) -> Iterator[tuple[Any,
             yield name, prompt
 
 
-def _opened(name: Any, prompt: str, encoder: Any) -> tuple[Any, dict[str, Any]]:
-    """The image, opened, and what `generate` takes."""
+def _turn(role: str, text: str, image: Any = None) -> dict[str, Any]:
+    """A turn as chat templates take it."""
+    seen = [] if image is None else [{"type": "image"}]
+    return {"role": role, "content": [*seen, {"type": "text", "text": text}]}
+
+
+def _opened(
+    name: Any, prompt: str, encoder: Any, turns: Sequence[dict[str, Any]]
+) -> tuple[Any, dict[str, Any], str]:
+    """The image, opened, what `generate` takes, and what is asked. turns: the last is the prompt;
+    behind others it is read with them."""
     from offramp.inputs.example import Example
 
-    if name is None:
-        return None, encoder.text_prompt(prompt)
-    example = Example(name, prompt, (), key=str(name))
-    example = replace(example, image=example.open_image(encoder.smallest_side))
-    return example.image, encoder.prompts([example])
+    image = None
+    if name is not None:
+        example = Example(name, prompt, (), key=str(name))
+        image = example.open_image(encoder.smallest_side)
+        if len(turns) == 1:
+            return image, encoder.prompts([replace(example, image=image)]), prompt
+    elif len(turns) == 1:
+        return None, encoder.text_prompt(prompt), prompt
+    images = [] if image is None else [image]
+    text = encoder.conversation_text(turns)
+    inputs = encoder.of_text(text, images)
+    return image, inputs, text.removeprefix(encoder.placed("", len(images)))
 
 
 def _typed() -> Iterator[str]:
