@@ -1,16 +1,19 @@
-"""The README's photograph: the caption of the photo model, each word by the layers it took.
+"""The README's photograph: a dialogue about it, each word by the layers it took.
 
-`python -m offramp_lab.pages.photographer --measure` captions the photograph that ships at full
-depth and with exits, and keeps words and depths in lab/records/photographer.json; without the flag
-the record is drawn, as docs/plots/photographer.svg.
+`python -m offramp_lab.pages.photographer --measure` asks photo-chat about the photograph that
+ships, and has the photo model caption it at full depth and with exits. It keeps words, depths and
+seconds in lab/records/photographer.json; without the flag the record is drawn, as
+docs/plots/photographer.svg.
 """
 
 import base64
 import io
+import time
 from collections.abc import Mapping
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from PIL import Image
@@ -24,6 +27,14 @@ from offramp_lab.tables.markdown import record
 
 NAME = "photographer"
 MODES = {"full": "Full depth", "early_exit": "With exits"}
+ASKED = (
+    "Who is in the picture?",
+    "What is he wearing?",
+    "What is he holding?",
+    "Where is he?",
+    "Is there a dog?",
+)
+ROUNDS = 5
 WIDTH, PHOTO, MARGIN, LETTER, LINE = 720, 200, 16, 8.4, 30
 
 
@@ -35,37 +46,64 @@ def photograph() -> Path:
 
 
 def measure() -> dict[str, Any]:
-    """The caption by mode: its words, and after how many layers each was written."""
+    """The caption by mode, and the turns of the dialogue."""
     from offramp.engines.loading import load, usual_prompt
     from offramp.inputs.example import Example
 
     loaded = load("photo", engine="torch", vision="torch")
     example = Example(photograph(), usual_prompt(loaded.adapter), (), NAME)
     inputs = loaded.encoder.prompts([example])
-    made = {
-        mode: loaded.model.generate(
-            inputs,
-            policy=loaded.adapter.policy.in_mode(mode),
-            max_new_tokens=loaded.longest,
-            do_sample=False,
-        )
-        for mode in MODES
-    }
+    modes = {mode: _said(loaded, _answer(loaded, inputs, mode)) for mode in MODES}
+    layers = loaded.adapter.backbone.depth
     return {
-        "layers": loaded.adapter.backbone.depth,
-        "modes": {
-            mode: {
-                "text": loaded.encoder.texts(output.new_tokens)[0],
-                "words": words(output.new_tokens[0].tolist(), loaded.encoder.tokenizer),
-                "depths": output.depths[0].tolist(),
-            }
-            for mode, output in made.items()
-        },
+        "layers": layers,
+        "modes": modes,
+        "turns": _dialogue(load("photo-chat", engine="torch")),
     }
+
+
+def _answer(loaded: Any, inputs: Any, mode: str) -> Any:
+    return loaded.model.generate(
+        inputs,
+        policy=loaded.adapter.policy.in_mode(mode),
+        max_new_tokens=loaded.longest,
+        do_sample=False,
+    )
+
+
+def _said(loaded: Any, output: Any) -> dict[str, Any]:
+    """An answer, its words, and after how many layers each was written."""
+    return {
+        "text": loaded.encoder.texts(output.new_tokens)[0],
+        "words": words(output.new_tokens[0].tolist(), loaded.encoder.tokenizer),
+        "depths": output.depths[0].tolist(),
+    }
+
+
+def _dialogue(loaded: Any) -> list[dict[str, Any]]:
+    """What is asked, the lossless answer, and the CPU seconds of both modes: medians."""
+    image = Image.open(photograph()).convert("RGB")
+    turns: list[dict[str, Any]] = []
+    found = []
+    for asked_ in ASKED:
+        seen = [] if turns else [{"type": "image"}]
+        turns.append({"role": "user", "content": [*seen, {"type": "text", "text": asked_}]})
+        inputs = loaded.encoder.of_text(loaded.encoder.conversation_text(turns), [image])
+        seconds: dict[str, list[float]] = {"full": [], "lossless": []}
+        for _ in range(ROUNDS):
+            for mode, taken in seconds.items():
+                start = time.process_time()
+                output = _answer(loaded, inputs, mode)
+                taken.append(time.process_time() - start)
+        said = _said(loaded, output)
+        medians = {mode: median(taken) for mode, taken in seconds.items()}
+        found.append({"asked": asked_, **said, "seconds": medians})
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": said["text"]}]})
+    return found
 
 
 def draw(measured: Mapping[str, Any]) -> str:
-    """The photograph, and beside it the captions with each word on the colour of its depth."""
+    """The photograph, and beside it the dialogue with each word on the colour of its depth."""
     layers, left = measured["layers"], PHOTO + 2 * MARGIN
     picture = Image.open(photograph()).convert("RGB")
     height = round(PHOTO * picture.height / picture.width)
@@ -73,17 +111,20 @@ def draw(measured: Mapping[str, Any]) -> str:
     picture.resize((2 * PHOTO, 2 * height)).save(encoded, "JPEG", quality=80)
     data = base64.b64encode(encoded.getvalue()).decode()
     parts, top, said = [], MARGIN + 14, []
-    for mode, title in MODES.items():
-        found = measured["modes"][mode]
-        mean = sum(found["depths"]) / len(found["depths"])
-        heading = f"{title}: {mean:.1f} of {layers} layers for a token"
-        parts.append(f'<text x="{left}" y="{top}" font-weight="600">{escape(heading)}</text>')
-        said.append(f"{heading}: {found['text']}")
-        x, top = float(left), top + 12
-        for word, depth in zip(found["words"], found["depths"], strict=True):
+    for turn in measured["turns"]:
+        full, exits = (turn["seconds"][mode] for mode in ("full", "lossless"))
+        took = f"{exits:.2f} s with exits, {full:.2f} s without"
+        parts.append(f'<text x="{left}" y="{top}">{escape(turn["asked"])}</text>')
+        parts.append(
+            f'<text x="{WIDTH - MARGIN}" y="{top}" text-anchor="end" font-size="12" '
+            f'fill="#595959">{took}</text>'
+        )
+        said.append(f"{turn['asked']} {turn['text']} ({took})")
+        x, top = float(left), top + 10
+        for word, depth in zip(turn["words"], turn["depths"], strict=True):
+            if word == "end":
+                continue
             wide = len(word) * LETTER + 10
-            if x + wide > WIDTH - MARGIN:
-                x, top = float(left), top + LINE
             color = depth_color(depth, layers)
             parts.append(
                 f'<rect x="{x:.1f}" y="{top}" width="{wide:.1f}" height="24" rx="4" '
@@ -92,7 +133,7 @@ def draw(measured: Mapping[str, Any]) -> str:
                 f"<title>{depth} of {layers} layers</title></text>"
             )
             x += wide + 5
-        top += LINE + 30
+        top += LINE + 22
     total = max(top - 20, height + 2 * MARGIN)
     label = escape("; ".join(said), quote=True)
     return (

@@ -37,13 +37,18 @@ def _ranged(figure: Value, form: str) -> str:
 
 
 def talk() -> Table:
-    """By task: right answers, how far above the best constant answer, and the share of full depth's
-    tokens that each exit says too."""
+    """By task: right answers, how far above the best constant answer, the answers that change where
+    every token leaves at one exit, and the mean layers of a token where few change by confidence.
+    """
     told = record("talk")
-    depths = list(told["exits"]["captions"]["exits"])
 
     def exits(task: str) -> list[str]:
-        return [f"{told['exits'][task]['exits'][depth]['same']:.0%}" for depth in depths]
+        ways = told["exits"][task]["ways"]
+        changed = [way["changed"] for way in ways if way["way"].startswith("static")]
+        layers = [
+            min(way["mean_depth"] for way in ways if way["changed"] <= most) for most in FEW_CHANGED
+        ]
+        return [*(f"{share:.0%}" for share in changed), *(f"{mean:.1f}" for mean in layers)]
 
     rows = [
         (
@@ -60,7 +65,12 @@ def talk() -> Table:
         ("turns of dialogues", f"{right:.0%}", "", *exits("dialogues")),
         ("captions", "", "", *exits("captions")),
     ]
-    return Table(("task", "right", "above", *(f"same at {d}" for d in depths)), rows)
+    every = [f"all at {depth}" for depth in told["exits"]["captions"]["exits"]]
+    layers = [f"layers at {most:.0%}" for most in FEW_CHANGED]
+    return Table(("task", "right", "above", *every, *layers), rows)
+
+
+FEW_CHANGED = (0.05,)
 
 
 def talk_speeds() -> Table:
