@@ -163,6 +163,10 @@ def generate(arguments: argparse.Namespace) -> None:
         from offramp.features.vision_cache import VisionCache
 
         options["vision_cache"] = VisionCache()
+    if arguments.interactive and where is None:
+        from offramp.features.prefix_cache import PrefixCache
+
+        options["prefix_cache"] = PrefixCache(1)
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
     turns: list[dict[str, Any]] = []  # of a chat, where the model has a form for them
