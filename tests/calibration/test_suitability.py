@@ -24,6 +24,7 @@ from offramp.calibration.suitability import (
     looked_at,
     settled,
     suitability,
+    taken,
 )
 from offramp.core.errors import DataError, InputError
 from offramp.data.scenes.tasks import captions
@@ -86,6 +87,24 @@ def test_what_exits_at_a_risk_of_answers_is_what_a_search_over_all_thresholds_fi
     assert exiting(scores, right, answer, risk) == pytest.approx(max(shares))
 
 
+@pytest.mark.parametrize("risk", [0.0, 0.02, 0.1, 1.0])
+def test_what_is_taken_at_a_risk_is_what_a_search_over_all_levels_of_trust_finds(
+    risk: float,
+) -> None:
+    draw = np.random.default_rng(7)
+    answer = np.repeat(np.arange(50), draw.integers(1, 8, 50))
+    scores = draw.integers(20, 41, len(answer)) / 40
+    right = draw.random(len(answer)) < scores
+    products = np.array([np.prod(scores[answer == n]) for n in range(50)])
+    wrong = np.array([not right[answer == n].all() for n in range(50)])
+    shares = [0.0]
+    for level in np.unique(products):
+        some = products >= level
+        if (some & wrong).sum() <= risk * 50 + 1e-9:
+            shares.append(np.isin(answer, np.flatnonzero(some)).mean())
+    assert taken(scores, right, answer, risk) == pytest.approx(max(shares))
+
+
 def test_nothing_settles_where_the_surest_is_wrong() -> None:
     assert settled(np.array([0.9, 0.5]), np.array([False, True]), 0.99) == 0.0
 
@@ -93,10 +112,19 @@ def test_nothing_settles_where_the_surest_is_wrong() -> None:
 @pytest.mark.parametrize("speed", [0.8, 1.6])
 def test_an_interval_of_speeds_is_told_from_its_lower_end(speed: float) -> None:
     """More exits make a model faster, or slower where they cost more than they spare."""
-    speeds = {(4, 0.5): speed, (4, None): 1.0}
-    told = module._prospect(4, 0.7, {0.95: 0.5}, {0.01: (0.3, 0.2, 0.6)}, speeds=speeds)
+    speeds = {(4, 0.5): speed, (4, None): 0.5}
+    shares = {0.01: (0.3, 0.2, 0.6)}
+    told = module._prospect(4, 0.7, {0.95: 0.5}, shares, shares, speeds=speeds)
     likely, low, high = told.calibrated[0.01]
     assert low < likely < high and (likely > 1) == (speed > 1)
+
+
+def test_what_is_taken_unverified_spares_the_drafts_their_verification() -> None:
+    """Nothing taken is lossless, everything what a static exit is; the faster way is told."""
+    speeds, few = {(4, 1.0): 4.0, (4, None): 2.0}, {0.01: (0.01, 0.0, 0.02)}
+    for share, speed in ((0.0, 2.0), (0.5, 1 / (0.5 / 2 + 0.5 / 4)), (1.0, 4.0)):
+        told = module._prospect(4, 0.7, {}, few, {0.01: (share, share, share)}, speeds=speeds)
+        assert told.calibrated[0.01] == pytest.approx((speed, speed, speed))
 
 
 def test_a_power_law_is_followed_to_where_it_leads_and_never_upwards() -> None:
@@ -156,17 +184,17 @@ def test_speed_is_tried_with_exits_that_leave_as_often_as_foretold(
     answers = full_model_answers(encoder, scenes, batch_size=8, max_new_tokens=16)
     told, _ = module._speeds(encoder, answers, shares, None, 0, iter)
     speeds = {(depth, share and round(share, 1)): speed for (depth, share), speed in told.items()}
-    assert {*speeds} == {(3, 0.8), (3, 0.5), (9, 0.8), (3, None), (9, None)}
-    assert speeds[3, 0.8] > speeds[3, 0.5] > 1.0 and speeds[9, 0.8] < speeds[3, 0.8]
+    assert {*speeds} == {(d, s) for d, low in ((3, 0.5), (9, 0.8)) for s in (low, 1.0, None)}
+    assert speeds[3, 1.0] > speeds[3, 0.5] > 1.0 and speeds[9, 1.0] < speeds[3, 1.0]
     tokens = sum(len(answer.ids) for answer in answers[: module.TIMED])
-    once = left[9][1 : 1 + module.TIMED]  # behind a try at the first one
-    assert abs(sum(once) - 0.75 * tokens) <= 1
+    once = left[9][1 : 1 + 2 * module.TIMED]  # behind a try at the first one
+    assert abs(sum(once) - (0.75 + 1) * tokens) <= 1
     assert {*drafted} == {answer.ids for answer in answers[: module.TIMED]}
     assert all(share is None or abs(share * tokens % 1) in (0, 1) for _, share in told)
     monkeypatch.setattr(module, "SECONDS", 0.0)  # a slow model writes few answers
     left.clear()
     module._speeds(encoder, answers, shares, None, 0, iter)
-    assert len(left[9]) == 1 + module.FEWEST_TIMED
+    assert len(left[9]) == 1 + 2 * module.FEWEST_TIMED
 
 
 def test_too_few_prompts_are_refused(encoder: InputProcessor, scenes: list[Example]) -> None:
@@ -195,11 +223,12 @@ def test_depths_that_are_tried_fit_the_model(layers: int) -> None:
         ),
         (
             1.2,
-            1.25,
+            1.22,
             0.6,
             "Exits would pay: decoding 1.30x as fast [1.20, 1.50] while at most 1%",
             1.3,
         ),
+        (1.2, 1.25, 0.6, "Exits would pay: decoding 1.25x as fast losslessly", 1.25),
         (1.2, 1.4, 0.6, "Exits would pay: decoding 1.40x as fast losslessly", 1.4),
         (1.0, 1.1, 0.0, "Exits would pay: decoding 1.10x as fast losslessly", 1.1),
         (1.0, 1.0, 0.6, "Exits would pay only if words may change: ", 1.6),
@@ -220,7 +249,7 @@ def test_the_verdict_is_of_the_lower_end(
     )
     found = Suitability(12, 20, 100, 2000, False, (1.0, 0.8), (one,))
     assert found.verdict(0.95).startswith(begins) and "depth 4 of 12" in found.verdict(0.95)
-    assert ("1.25x with none changed" in found.verdict(0.95)) == (lossless == 1.25)
+    assert ("1.22x with none changed" in found.verdict(0.95)) == (lossless == 1.22)
     assert found.seconds_with(0.95) == pytest.approx(0.2 + 0.8 / faster)
     ranks = (0.0, 0.3, 0.59, 0.61, 0.99)
     told = replace(found, shown=(Shown("a", (9, 8, 7, 6, 5, 4), {4: ranks}),)).answers(0.95)

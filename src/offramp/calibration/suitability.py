@@ -12,6 +12,8 @@ drafts that are right as often.
 
 What calibration leaves is told of answers: the largest share of tokens that exit while so many
 answers hold none that is wrong, followed likewise, with an interval from drawing the answers again.
+Trust is told in the same way: the share of tokens in answers that are taken unverified, by the
+product of their probabilities; the others are decoded losslessly.
 """
 
 from __future__ import annotations
@@ -77,8 +79,8 @@ class Prospect:
     settled: by level, the largest share of tokens that exit, surest first, while that share of all
     tokens stays the full model's.
     speedup: by level, of decoding one answer at a time on this machine, over full depth.
-    calibrated: by target of `RISKS`, for thresholds calibrated to it: the expected speed, and its
-    95% interval from the scatter of the answers.
+    calibrated: by target of `RISKS`, for thresholds or trust calibrated to it, whichever is faster:
+    the expected speed, and its 95% interval from the scatter of the answers.
     lossless: speed of lossless decoding, for which the exit drafts; 1 where the model cannot.
     """
 
@@ -128,13 +130,14 @@ class Suitability:
 
     def kept(self, level: float) -> float | None:
         """Return the smallest target of `RISKS` at which the best exit is expected to pay, by the
-        lower end of its interval, and to be faster than losslessly; None: at no target."""
+        lower end of its interval, and to be faster than losslessly by as much; None: at no
+        target."""
         best = self.best(level)
         return next(
             (
                 risk
                 for risk, (speed, low, _) in best.calibrated.items()
-                if low >= WORTH and speed > best.lossless
+                if low >= WORTH and speed >= WORTH * best.lossless
             ),
             None,
         )
@@ -301,12 +304,14 @@ def _prospect(
     depth: int,
     agreement: float,
     settle: Mapping[float, float],
-    certain: Mapping[float, tuple[float, float, float]],
+    certain: Mapping[float, _Ends],
+    trusted: Mapping[float, _Ends],
     *,
     speeds: Mapping[tuple[int, float | None], float],
 ) -> Prospect:
-    """certain: shares of tokens that exit, by target, with their intervals. Seconds of a token are
-    taken as a line between the shares at which speed was tried, and none."""
+    """certain: shares of tokens that exit, by target, with their intervals; trusted: of tokens in
+    answers that are taken unverified. Seconds of a token are taken as a line between the shares at
+    which speed was tried, and none."""
     tried = sorted(
         (share, 1 / times)
         for (own, share), times in speeds.items()
@@ -317,8 +322,14 @@ def _prospect(
     def speed(share: float) -> float:
         return float(1 / np.interp(share, shares, seconds))
 
-    def with_ends(foretold: tuple[float, float, float]) -> tuple[float, float, float]:
-        likely, few, many = map(speed, foretold)
+    drafts = speeds[depth, None]
+
+    def trusting(share: float) -> float:
+        return 1 / ((1 - share) / drafts + share / speed(1.0))
+
+    def faster(target: float) -> _Ends:
+        ways = (map(speed, certain[target]), map(trusting, trusted[target]))
+        likely, few, many = max(map(tuple, ways), key=lambda told: told[0])
         return likely, min(few, many), max(few, many)  # where exits slow down, many are slower
 
     return Prospect(
@@ -326,8 +337,8 @@ def _prospect(
         agreement,
         settle,
         {n: speed(share) for n, share in settle.items()},
-        {target: with_ends(told) for target, told in certain.items()},
-        speeds[depth, None],
+        {target: faster(target) for target in certain},
+        drafts,
     )
 
 
@@ -460,9 +471,12 @@ def _written(
 
 # -- what an exit would say --------------------------------------------------------------------
 
-_Foretold = tuple[float, dict[float, float], dict[float, tuple[float, float, float]]]
+_Ends = tuple[float, float, float]
+"""A figure with the ends of its interval."""
+_Foretold = tuple[float, dict[float, float], dict[float, _Ends], dict[float, _Ends]]
 """The share of tokens for which an exit's likeliest is the full model's, by level the share that
-settles, and by target of `RISKS` the share that exits, with its interval."""
+settles, and by target of `RISKS` the share that exits, and that of the tokens in answers that are
+taken unverified, with their intervals."""
 
 
 def _shares(backbone: Backbone, seen: _Seen, depth: int, more: float) -> tuple[_Foretold, Array]:
@@ -486,13 +500,10 @@ def _shares(backbone: Backbone, seen: _Seen, depth: int, more: float) -> tuple[_
     # By how much more or less is left where other answers are drawn.
     times = np.maximum(again, least) / np.maximum(left[-1][1 + len(LEVELS) :], least)
     spread = 1 - np.minimum(told * np.quantile(times, (0.975, 0.025), axis=0), 1.0)
-    certain = zip(1 - told, *spread, strict=True)
-    exits = {
-        target: (float(a), float(b), float(c))
-        for target, (a, b, c) in zip(RISKS, certain, strict=True)
-    }
+    ends = [(float(a), float(b), float(c)) for a, b, c in zip(1 - told, *spread, strict=True)]
+    exits, trusted = (dict(zip(RISKS, some, strict=False)) for some in (ends, ends[len(RISKS) :]))
     scores, _ = judged[PIECES[-1]][0]
-    return (1.0 - wrong, dict(zip(LEVELS, shares, strict=True)), exits), scores
+    return (1.0 - wrong, dict(zip(LEVELS, shares, strict=True)), exits, trusted), scores
 
 
 def _kernel(states: Tensor, before: Tensor) -> Tensor:
@@ -523,15 +534,21 @@ def _judged(
 
 
 def _left(scores: Array, right: Array, answer: Array) -> Array:
-    """Share of tokens that are wrong; then, by level, those that do not settle, and, by target of
-    `RISKS`, those that do not exit."""
+    """Share of tokens that are wrong; then, by level, those that do not settle, and those of
+    `_verified`."""
     settle = [1 - settled(scores, right, level) for level in LEVELS]
-    stay = [1 - exiting(scores, right, answer, risk / 2) for risk in RISKS]
-    return np.array([1 - right.mean(), *settle, *stay])
+    return np.array([1 - right.mean(), *settle, *_verified(scores, right, answer)])
+
+
+def _verified(scores: Array, right: Array, answer: Array) -> list[float]:
+    """By target of `RISKS`, the share of tokens that do not exit; then those of answers that are
+    not taken unverified."""
+    ways = (exiting, taken)
+    return [1 - way(scores, right, answer, risk / 2) for way in ways for risk in RISKS]
 
 
 def _redrawn(scores: Array, right: Array, answer: Array) -> Array:
-    """The last of these [`REDRAWN`, `RISKS`] where as many answers are drawn again, with
+    """What `_verified` tells [`REDRAWN`, twice `RISKS`] where as many answers are drawn again, with
     replacement."""
     draw = np.random.default_rng(0)
     rows = [np.flatnonzero(answer == one) for one in np.unique(answer)]
@@ -539,9 +556,8 @@ def _redrawn(scores: Array, right: Array, answer: Array) -> Array:
     for _ in range(REDRAWN):
         some = [rows[i] for i in draw.integers(0, len(rows), len(rows))]
         numbers = np.repeat(np.arange(len(some)), [len(row) for row in some])
-        taken = np.concatenate(some)
-        parts = scores[taken], right[taken], numbers
-        found.append([1 - exiting(*parts, risk / 2) for risk in RISKS])
+        drawn = np.concatenate(some)
+        found.append(_verified(scores[drawn], right[drawn], numbers))
     return np.array(found)
 
 
@@ -558,6 +574,21 @@ def exiting(scores: Array, right: Array, answer: Array, risk: float) -> float:
     allowed = int(risk * len(surest) + 1e-9)
     above = np.sort(surest)[::-1][allowed] if allowed < len(surest) else -np.inf
     return float((scores > above).mean())
+
+
+def taken(scores: Array, right: Array, answer: Array, risk: float) -> float:
+    """Return the largest share of tokens in answers that are taken unverified at one level of
+    trust, while at most a share `risk` of all answers is taken and holds a wrong token.
+
+    Arguments as of `exiting`; an answer is as sure as the product of its scores.
+    """
+    _, place = np.unique(answer, return_inverse=True)
+    product = np.bincount(place, np.log(np.maximum(scores, 1e-30)))
+    is_wrong = np.bincount(place, ~right) > 0
+    wrong = np.sort(product[is_wrong])[::-1]
+    allowed = int(risk * len(product) + 1e-9)
+    above = wrong[allowed] if allowed < len(wrong) else -np.inf
+    return float((product > above)[place].mean())
 
 
 def settled(scores: Array, right: Array, level: float) -> float:
@@ -604,7 +635,7 @@ def _speeds(
     progress: Any,
 ) -> tuple[dict[tuple[int, float | None], float], tuple[float, float]]:
     """Of decoding, over full depth, by depth and the share of tokens that exits there, the smallest
-    and the largest foretold: untrained exits, whose work is a trained one's, leave at random so
+    foretold and all: untrained exits, whose work is a trained one's, leave at random so
     often. Where first tokens leave,
     decoding has to read their prompts deeper later on, as it will. None: it drafts, and is right at
     random as often as foretold. And seconds of an answer at full depth, whole and of decoding."""
@@ -643,7 +674,7 @@ def _speeds(
         return exit_generate_fn(backbone, max_new_tokens=len(rank), **OPTIONS)(inputs, stop)
 
     ways: list[_Way] = [(depth, None) for depth in shares]
-    ends = ((d, end(told[1].values())) for d, told in shares.items() for end in (min, max))
+    ends = ((d, share) for d, told in shares.items() for share in (min(told[1].values()), 1.0))
     ways += sorted({*ends})
     writes: dict[_Way | None, Any] = {None: full}
     writes |= {way: partial(forced, way=way) for way in ways}
