@@ -130,11 +130,9 @@ def five_layers() -> Table:
             "": _mode,
             "CIDEr": _score("CIDEr"),
             "of full depth": _drop("CIDEr"),
-            "ms a caption": "{whole_milliseconds:.0f}",
             "faster, end to end": _ratio("over_full"),
             "faster, decoding": _ratio("decoding_over_full"),
             "questions right": lambda row: _score("right", ".1%")(row["questions"]),
-            "right, of full depth": lambda row: _drop("right", "+.1%")(row["questions"]),
             "ms an answer": "{questions[whole_milliseconds]:.0f}",
         },
     )
