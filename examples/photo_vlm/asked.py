@@ -263,12 +263,16 @@ _PLURALS = {
 _NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
+def _plural(noun: str) -> str:
+    return _PLURALS.get(noun, f"{noun}s")
+
+
 def _name_of(subject: Signature) -> tuple[str, bool]:
     """ "man" or "dogs", and whether it is more than one; of several kinds "people"."""
     (name, count), *others = subject
     if others:
         return "people", True
-    return (name, False) if count == 1 else (_PLURALS.get(name, f"{name}s"), True)
+    return (name, False) if count == 1 else (_plural(name), True)
 
 
 def _they(subject: Signature) -> str:
@@ -279,7 +283,7 @@ def _they(subject: Signature) -> str:
 def _who(subject: Signature) -> str:
     parts = []
     for name, count in subject:
-        plural = _PLURALS.get(name, f"{name}s")
+        plural = _plural(name)
         number = _NUMBER_WORDS.get(count)
         parts.append(f"a {name}" if count == 1 else f"{number} {plural}" if number else plural)
     return " and ".join(parts)
@@ -335,11 +339,11 @@ def _about(subject: Signature, agreed: Sequence[Said], said: Sequence[Said]) -> 
     name, is_plural = _name_of(subject)
     they, be = _they(subject), "are" if is_plural else "is"
     later = f"{'are' if they == 'they' else 'is'} {they}"
-    right = tuple(sorted({w for n, _ in subject for w in (n, _PLURALS.get(n, f"{n}s"))}))
-    found = [Question("who", "Who is in the picture?", _who(subject), right)]
+    named = tuple(sorted({w for n, _ in subject for w in (n, _plural(n))}))
+    found = [Question("who", "Who is in the picture?", _who(subject), named)]
     if len(subject) == 1 and (count := subject[0][1]) != MANY:
         others = [s.subject for s in said if s.subject and s.subject != subject]
-        things = _PLURALS.get(subject[0][0], f"{subject[0][0]}s")
+        things = _plural(subject[0][0])
         number = _NUMBER_WORDS[count]
         if len(agreed) > 2 or not any(len(o) > 1 or o[0][1] != count for o in others):
             how = f"How many {things} are there?"
@@ -355,14 +359,7 @@ def _about(subject: Signature, agreed: Sequence[Said], said: Sequence[Said]) -> 
         )
         what = f"What {be} the {name} doing?"
         found.append(Question("doing", what, words, right, f"What {later} doing?"))
-        found.append(
-            Question(
-                "who",
-                f"Who is {words}?",
-                _who(subject),
-                tuple(sorted({w for n, _ in subject for w in (n, _PLURALS.get(n, f"{n}s"))})),
-            )
-        )
+        found.append(Question("who", f"Who is {words}?", _who(subject), named))
     if not is_plural:
         for kind, verb in (("worn", "wearing"), ("held", "holding")):
             if kind == "worn" and name in ANIMALS:
@@ -440,7 +437,8 @@ def made(examples: Sequence[Example], seed: str) -> list[tuple[Question, ...]]:
     draw = random.Random(seed)
     nouns = Counter(noun for photo in photos for noun in {n for s in photo.said for n in s.colors})
     # Rarer nouns are mostly misspelt, or no nouns.
-    colored = {noun for noun, count in nouns.items() if count >= _fewest(photos)}
+    fewest = _fewest(photos)
+    colored = {noun for noun, count in nouns.items() if count >= fewest}
     all_: list[list[Question]] = [_seen(photo, colored) for photo in photos]
     thinned(all_, draw)
     for more in (_there, _is_it, _absent, _cannot_tell):
@@ -487,8 +485,9 @@ def _there(photos: Photos, all_: list[list[Question]], draw: random.Random) -> l
         for word in sorted(counts):
             if counts[word] > 1:
                 with_[word].append(n)
+    fewest = _fewest(photos)
     for word, places in sorted(with_.items()):
-        if len(places) < _fewest(photos) or word in _NOT_SEEN:
+        if len(places) < fewest or word in _NOT_SEEN:
             continue
         yes = draw.sample(places, min(len(places), max(3, len(photos) // 20)))
         without = [n for n, photo in enumerate(photos) if not photo.has(word)]

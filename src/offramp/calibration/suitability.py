@@ -571,9 +571,7 @@ def exiting(scores: Array, right: Array, answer: Array, risk: float) -> float:
     _, place = np.unique(answer, return_inverse=True)
     surest = np.full(place.max() + 1, -np.inf)  # of the wrong ones of each answer
     np.maximum.at(surest, place[~right], scores[~right])
-    allowed = int(risk * len(surest) + 1e-9)
-    above = np.sort(surest)[::-1][allowed] if allowed < len(surest) else -np.inf
-    return float((scores > above).mean())
+    return float((scores > _level(surest, risk)).mean())
 
 
 def taken(scores: Array, right: Array, answer: Array, risk: float) -> float:
@@ -585,10 +583,15 @@ def taken(scores: Array, right: Array, answer: Array, risk: float) -> float:
     _, place = np.unique(answer, return_inverse=True)
     product = np.bincount(place, np.log(np.maximum(scores, 1e-30)))
     is_wrong = np.bincount(place, ~right) > 0
-    wrong = np.sort(product[is_wrong])[::-1]
-    allowed = int(risk * len(product) + 1e-9)
-    above = wrong[allowed] if allowed < len(wrong) else -np.inf
-    return float((product > above)[place].mean())
+    level = _level(np.where(is_wrong, product, -np.inf), risk)
+    return float((product > level)[place].mean())
+
+
+def _level(wrong: Array, risk: float) -> float:
+    """The least level above which at most a share `risk` of the answers is wrong. wrong: up to
+    which level each answer is; -inf where it never is."""
+    allowed = int(risk * len(wrong) + 1e-9)
+    return float(np.sort(wrong)[::-1][allowed]) if allowed < len(wrong) else -np.inf
 
 
 def settled(scores: Array, right: Array, level: float) -> float:

@@ -127,8 +127,7 @@ class InputProcessor:
         if self._is_text:
             return self._of_texts([self.prompt_text(prompt)])
         if self.has_template and not self._is_written(prompt):
-            content = [{"type": "text", "text": prompt}]
-            text = self.template_text([{"role": "user", "content": content}])
+            text = self.template_text([turn_of("user", prompt)])
         check_letters([text])
         with self._lock:
             special = self.adds_special_tokens(text)
@@ -189,8 +188,7 @@ class InputProcessor:
         if self._is_text and not self.has_template:
             return prompt
         if self.has_template and not self._is_written(prompt):
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            return self.template_text([{"role": "user", "content": content}])
+            return self.template_text([turn_of("user", prompt, sees=True)])
         return self.placed(prompt, 1)
 
     def _is_written(self, prompt: str) -> bool:
@@ -330,6 +328,12 @@ class InputProcessor:
         spaces."""
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in decoded]
+
+
+def turn_of(role: str, text: str, *, sees: bool = False) -> dict[str, Any]:
+    """Return a turn as chat templates take it. sees: whether an image stands before its text."""
+    image = [{"type": "image"}] if sees else []
+    return {"role": role, "content": [*image, {"type": "text", "text": text}]}
 
 
 def check_letters(texts: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from offramp.common.depth_color import depth_color, ink_on
 from offramp.core.storage import write_atomic
+from offramp.features.input_processor import turn_of
 from offramp.features.prefix_cache import PrefixCache
 from offramp.features.vision_cache import VisionCache
 from offramp.report.gallery import words
@@ -95,13 +96,12 @@ def _held(loaded: Any, mode: str) -> list[dict[str, Any]]:
     found = []
     for asked_ in ASKED:
         start = time.process_time()
-        seen = [] if turns else [{"type": "image"}]
-        turns.append({"role": "user", "content": [*seen, {"type": "text", "text": asked_}]})
+        turns.append(turn_of("user", asked_, sees=not turns))
         inputs = loaded.encoder.of_text(loaded.encoder.conversation_text(turns), [image])
         said = _said(loaded, _answer(loaded, inputs, mode, **kept))
         seconds = time.process_time() - start
         found.append({"asked": asked_, **said, "seconds": seconds})
-        turns.append({"role": "assistant", "content": [{"type": "text", "text": said["text"]}]})
+        turns.append(turn_of("assistant", said["text"]))
     return found
 
 

@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     add_command(
         commands,
         "chat",
-        "Ask about an image, line by line, each with those before; an empty line ends it.",
+        "Hold a conversation about an image, line by line; an empty line ends it.",
         "offramp chat photo-chat --image dog.jpg",
         generate,
         _options,

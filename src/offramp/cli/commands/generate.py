@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +146,7 @@ def generate(arguments: argparse.Namespace) -> None:
     _check_images(arguments)
     opened = loaded(arguments, answers=max(1, len(arguments.image)))
     from offramp.engines.loading import usual_prompt  # PyTorch, which takes seconds
+    from offramp.features.input_processor import turn_of
 
     adapter, runtime, encoder = opened.adapter, opened.model, opened.encoder
     if options["max_new_tokens"] is None:
@@ -169,15 +169,15 @@ def generate(arguments: argparse.Namespace) -> None:
         options["prefix_cache"] = PrefixCache(1)
     if arguments.stream:
         options["streamer"] = _streamer(encoder.tokenizer)
-    turns: list[dict[str, Any]] = []  # of a chat, where the model has a form for them
+    turns: list[dict[str, Any]] = []  # of a chat so far, where the model has a form for them
     with _kept(arguments) as (before, keep):
         for name, prompt in _questions(arguments, asked):
             how = _asked_by(arguments, prompt)
             if (row := before.get(_key(name, how))) is not None:
                 _show(row, arguments)
                 continue
-            turns.append(_turn("user", prompt, name if not turns else None))
-            image, inputs, read = _opened(name, prompt, encoder, turns)
+            question = turn_of("user", prompt, sees=name is not None and not turns)
+            image, inputs, read = _opened(name, prompt, encoder, [*turns, question])
             policy = policy_of(arguments, adapter, read, where).in_mode(arguments.mode)
             result = _answer(runtime, encoder.backbone, inputs, policy, arguments.seed, options)
             verdict = adapter.verdict(
@@ -191,9 +191,8 @@ def generate(arguments: argparse.Namespace) -> None:
                 sampling="sampled" if options["do_sample"] else "greedy",
             )
             row = _row(name, result, verdict, encoder)
-            turns.append(_turn("assistant", row["answer"]))
-            if not (arguments.interactive and encoder.has_template):
-                turns.clear()
+            if arguments.interactive and encoder.has_template:
+                turns += [question, turn_of("assistant", row["answer"])]
             keep({**row, "asked": how})
             if not arguments.stream:
                 _show(row, arguments)
@@ -292,12 +291,6 @@ def _questions(arguments: argparse.Namespace, asked: str) -> Iterator[tuple[Any,
             yield name, prompt
 
 
-def _turn(role: str, text: str, image: Any = None) -> dict[str, Any]:
-    """A turn as chat templates take it."""
-    seen = [] if image is None else [{"type": "image"}]
-    return {"role": role, "content": [*seen, {"type": "text", "text": text}]}
-
-
 def _opened(
     name: Any, prompt: str, encoder: Any, turns: Sequence[dict[str, Any]]
 ) -> tuple[Any, dict[str, Any], str]:
@@ -307,16 +300,15 @@ def _opened(
 
     image = None
     if name is not None:
-        example = Example(name, prompt, (), key=str(name))
-        image = example.open_image(encoder.smallest_side)
-        if len(turns) == 1:
-            return image, encoder.prompts([replace(example, image=image)]), prompt
-    elif len(turns) == 1:
+        image = Example(name, prompt, (), key=str(name)).open_image(encoder.smallest_side)
+    if len(turns) > 1:
+        images = [] if image is None else [image]
+        text = encoder.conversation_text(turns)
+        read = text.removeprefix(encoder.placed("", len(images)))
+        return image, encoder.of_text(text, images), read
+    if image is None:
         return None, encoder.text_prompt(prompt), prompt
-    images = [] if image is None else [image]
-    text = encoder.conversation_text(turns)
-    inputs = encoder.of_text(text, images)
-    return image, inputs, text.removeprefix(encoder.placed("", len(images)))
+    return image, encoder.prompts([Example(image, prompt, (), key=str(name))]), prompt
 
 
 def _typed() -> Iterator[str]:
