@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from command_line import RunCommand
 
 from offramp.core.decoding.policy import ExitPolicy, policy_to_json
+from offramp.features.input_processor import COMPLETES
 from offramp_vllm.adapter import Checked, Exported, exits_at, read_exported
 from offramp_vllm.attach import MoreLayers, bits_of, with_exits
 from offramp_vllm.policy import EARLY, FULL, LOSSLESS, Rule, asked
@@ -89,6 +91,45 @@ def test_answers_that_are_kept_are_the_same_whatever_was_answered_before(exporte
     adapter = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
     other = _answers(adapter, [list(c.prompt) for c in reversed(kept)], 6)
     assert [Checked(**one) for one in reversed(other)] == list(kept)
+
+
+def test_exits_that_only_draft_are_exported_and_exit_at_a_requests_threshold(
+    tmp_path: Path,
+) -> None:
+    import offramp
+    from offramp.adapter.adapter import Adapter
+    from offramp.adapter.shipped import load_tiny, shipped_exits
+    from offramp_vllm.exports.vllm import PROMPTS, export_vllm
+
+    backbone, processor = load_tiny("opt")
+    attached = offramp.attach(backbone, str(shipped_exits("tiny-opt")))
+    drafting = ExitPolicy(drafts={2: 0.1}, lossless=True, shortlist=attached.policy.shortlist)
+    adapter = Adapter(attached.backbone, attached.exits, drafting)
+    prompts = [processor.tokenizer(text)["input_ids"] for text in PROMPTS[:2]]
+    assert export_vllm(adapter, tmp_path / "exits", prompts, max_new_tokens=6) == 2
+    read = read_exported(tmp_path / "exits")
+    assert {2, 12} == {depth for one in read.checked for depth in one.depths}
+    assert asked(read.rule, read.rule.early, drafts=True).mode == EARLY
+    modes = [asked(read.rule, None, drafts=drafts).mode for drafts in (True, False)]
+    assert modes == [LOSSLESS, FULL]
+    at = asked(read.rule, {"offramp_threshold": 0.9}, drafts=True).rule
+    assert (at.thresholds, at.first) == ((0.9,), (0.9,))
+    with pytest.raises(Refused, match="no thresholds") as refused:
+        asked(read.rule, {"offramp_mode": "early_exit"}, drafts=True)
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_exits_without_thresholds_and_drafts_are_not_exported(tmp_path: Path) -> None:
+    import offramp
+    from offramp.adapter.shipped import load_tiny
+    from offramp.core.errors import InputError
+    from offramp.core.models.exits import Exits
+    from offramp_vllm.exports.vllm import export_vllm
+
+    backbone = load_tiny("opt")[0]
+    adapter = offramp.attach(backbone, Exits(backbone, (2,)).requires_grad_(False))
+    with pytest.raises(InputError, match="no thresholds"):
+        export_vllm(adapter, tmp_path / "exits", [])
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl", "llava"])
@@ -324,6 +365,39 @@ def test_the_command_writes_the_folder(run: RunCommand, tmp_path: Path) -> None:
     assert code == 0, err
     assert json.loads(said) == {"exits": str(out), "checked": 8}
     assert read_exported(out).depths == (2,)
+
+
+def test_the_next_command_serves_what_was_exported(
+    run: RunCommand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With a template that the checkpoint lacks, and drafts where nothing leaves without them."""
+    import offramp_vllm.exports.exporters as module
+
+    policies = [None, ExitPolicy(drafts={2: 0.1}, lossless=True)]
+
+    def opened(arguments: Any) -> Any:
+        found, policy = loaded(arguments), policies.pop()
+        found.processor.chat_template = COMPLETES  # as the photo model's is when it is opened
+        adapter = found.adapter if policy is None else found.adapter.with_policy(policy)
+        return replace(found, adapter=adapter)
+
+    loaded = module.loaded
+    monkeypatch.setattr(module, "loaded", opened)
+    for drafts in (True, False):
+        out = tmp_path / f"out {drafts}"
+        asks = ("export", "--to", "vllm", "--adapter", "tiny-opt", "--max-new-tokens", 2, "--out")
+        code, _, err = run(*asks, out)
+        assert code == 0, err
+        words = shlex.split(caplog.messages[-1].removeprefix("next: "))
+        told = dict(zip(words[3::2], words[4::2], strict=True))
+        assert json.loads(told["--additional-config"]) == {"offramp": {"exits": str(out)}}
+        assert told["--dtype"] == "float32"
+        assert Path(told["--chat-template"]).read_text() == COMPLETES
+        assert told["--chat-template-content-format"] == "openai"
+        assert ("--speculative-config" in told) == drafts
 
 
 def test_what_does_not_go_with_it_is_said(run: RunCommand, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from offramp_vllm import tell
 from offramp_vllm.adapter import Checked, Exported
-from offramp_vllm.policy import EARLY, FULL, MODE, THRESHOLD
+from offramp_vllm.policy import FULL, MODE, THRESHOLD
 from offramp_vllm.refuse import WITHOUT, Refused
 
 log = logging.getLogger("vllm.offramp")
@@ -36,7 +36,7 @@ def check(core: Any, exported: Exported) -> None:
     asked = list(_requests(core, exported))
     shares = {"tokens": 0.0, "depths": 0.0, "full": 0.0}
     if asked:
-        shares = _shares(core, asked, exact=exact, own=own)
+        shares = _shares(core, asked, exported.rule.early, exact=exact, own=own)
         if shares["full"] < (1.0 if exact else HALF / 2):
             raise Refused(
                 f"At full depth {shares['full']:.0%} of the stored answers' tokens are the model's "
@@ -69,16 +69,22 @@ def check(core: Any, exported: Exported) -> None:
 
 
 def _shares(
-    core: Any, asked: Sequence[tuple[Checked, Make]], *, exact: bool, own: bool
+    core: Any,
+    asked: Sequence[tuple[Checked, Make]],
+    early: Mapping[str, Any],
+    *,
+    exact: bool,
+    own: bool,
 ) -> dict[str, float]:
     """The shares of tokens, of their depths, and of full depth's tokens that are the stored ones:
     of the worst answer, or in the mean where numbers are rounded otherwise.
 
-    own: the weights are other numbers than the stored answers are of, so the engine's answers are
-    held to its own: together to alone, and exits that let nothing leave to full depth.
+    early: what a request for the stored early answers says. own: the weights are other numbers than
+    those of the stored answers, so the engine's answers are held to its own: together to alone, and
+    exits that let nothing leave to full depth.
     """
-    alone = [_answers(core, [one])[0] for one in asked]
-    together, full = _answers(core, asked), _answers(core, asked, {MODE: FULL})
+    alone = [_answers(core, [one], early)[0] for one in asked]
+    together, full = _answers(core, asked, early), _answers(core, asked, {MODE: FULL})
     stored = [(one.tokens, one.depths) for one, _ in asked]
     whole = [(one.full, ()) for one, _ in asked]
     if own:
@@ -169,11 +175,8 @@ def _maker(one: Checked, place: int, look: Any) -> Make:
     return make
 
 
-_EARLY: Mapping[str, Any] = {MODE: EARLY}
-
-
 def _answers(
-    core: Any, asked: Sequence[tuple[Checked, Make]], extra: Mapping[str, Any] = _EARLY
+    core: Any, asked: Sequence[tuple[Checked, Make]], extra: Mapping[str, Any]
 ) -> list[Answer]:
     """Tokens and depths of each prompt's greedy answer, all at once. extra: of the requests."""
     found: dict[str, tuple[list[int], list[int]]] = {}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from offramp.cli.exporting import Exporter, check_adapter_alone
 from offramp.cli.loading import load_model, loaded, read_data
@@ -12,6 +15,7 @@ from offramp.cli.options import field_option
 from offramp.cli.output import say_next, show_result
 from offramp.cli.parser import Parser
 from offramp.core.errors import InputError
+from offramp.core.storage import write_atomic
 
 if TYPE_CHECKING:
     from offramp.core.models.backbone import Backbone  # help needs no PyTorch
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 CHECKED = 8
 """Prompts whose answers vLLM is checked by, where --limit names no other number."""
 SHORTLIST = 8192
+DRAFTS = {"model": "offramp_vllm.drafts.ExitDrafts", "num_speculative_tokens": 7}
 
 
 def _write_vllm(arguments: argparse.Namespace) -> None:
@@ -41,8 +46,15 @@ def _write_vllm(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: exits for vLLM, with {checked} answers for the check at start",
         as_json=arguments.json,
     )
-    added = {"offramp": {"exits": str(arguments.out.absolute())}}
-    say_next(_serving(adapter.backbone, "additional", added))
+    out = arguments.out.absolute()
+    options = {
+        "additional-config": json.dumps({"offramp": {"exits": str(out)}}),
+        "dtype": str(adapter.backbone.dtype).removeprefix("torch."),
+    }
+    options |= template_options(opened, out)
+    if not adapter.policy.thresholds:  # nothing leaves unless it drafts
+        options["speculative-config"] = json.dumps(DRAFTS)
+    say_next(_serving(adapter.backbone, options))
 
 
 def ships(backbone: Backbone) -> bool:
@@ -55,13 +67,24 @@ def checkpoint_of(backbone: Backbone) -> str:
     return str(backbone.model.config._name_or_path) if ships(backbone) else backbone.name
 
 
-def _serving(backbone: Backbone, option: str, value: object) -> str:
-    """The command that serves a backbone."""
-    return (
-        f"python -m vllm.entrypoints.openai.api_server --model {checkpoint_of(backbone)} "
-        f"--{option}-config "
-        f"'{json.dumps(value)}'"
-    )
+def template_options(opened: Any, exits: Path) -> dict[str, str]:
+    """Write a file beside the exits with the chat template that a model got when it was opened, and
+    return vLLM's options for it; none where vLLM finds the model's own."""
+    template = getattr(opened.processor, "chat_template", None)
+    if not ships(opened.adapter.backbone) or not template:
+        return {}
+    file = exits.with_name(f"{exits.name}.jinja")
+    write_atomic(file, template.encode())
+    # The template puts images in their places; by itself vLLM would, inside of the first turn.
+    return {"chat-template": str(file), "chat-template-content-format": "openai"}
+
+
+def _serving(backbone: Backbone, options: Mapping[str, str]) -> str:
+    """The command that serves a backbone, with options of vLLM's."""
+    words = ["python", "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in {"model": checkpoint_of(backbone), **options}.items():
+        words += [f"--{name}", value]
+    return shlex.join(words)
 
 
 def _write_draft_model(arguments: argparse.Namespace) -> None:
@@ -82,7 +105,7 @@ def _write_draft_model(arguments: argparse.Namespace) -> None:
         as_json=arguments.json,
     )
     told = {"method": "draft_model", "model": str(arguments.out), "num_speculative_tokens": 4}
-    say_next(_serving(adapter.backbone, "speculative", told))
+    say_next(_serving(adapter.backbone, {"speculative-config": json.dumps(told)}))
 
 
 def _drafter_options(parser: Parser) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from offramp.adapter.adapter import Adapter
 from offramp.adapter.shipped import example_picture
-from offramp.core.decoding.policy import first_token_may_exit
+from offramp.core.decoding.policy import FULL, first_token_may_exit
 from offramp.core.engine.generate import generate
 from offramp.core.errors import InputError, OfframpError
 from offramp.core.models.backbone import Backbone
@@ -29,6 +29,7 @@ from offramp.core.models.weights import named_float_parameters
 from offramp.core.save_and_load import CONFIG, exits_digest, read_config
 from offramp.core.storage import write_atomic, write_json
 from offramp.features.input_processor import InputProcessor
+from offramp_vllm.policy import CHECKED_AT
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def export_vllm(
     Returns how many answers are kept: 0 where the backbone answers neither.
 
     Raises:
-        InputError: exits of a kind that vLLM has no layer for, or without thresholds.
+        InputError: exits of a kind that vLLM has no layer for, or without thresholds and drafts.
     """
     kind = adapter.exits.modules.kind
     if kind not in KINDS:
@@ -74,9 +75,9 @@ def export_vllm(
             f"Train exits of kind {KINDS[0]!r}.",
         )
     backbone = adapter.backbone
-    if not adapter.policy.thresholds:
+    if not adapter.policy.depths:
         raise InputError(
-            "These exits have no thresholds, so no token would leave early.",
+            "These exits have no thresholds and draft nothing, so every token would run whole.",
             "Find thresholds first: offramp calibrate.",
         )
     checked = _answers(adapter, prompts, max_new_tokens)
@@ -152,17 +153,20 @@ def _seen(adapter: Adapter, encoder: InputProcessor, max_new_tokens: int) -> lis
 def _answered(
     adapter: Adapter, backbone: Backbone, exits: Any, inputs: dict[str, Any], max_new_tokens: int
 ) -> dict[str, list[int]]:
-    """Return the early answer with its depths, and full depth's."""
+    """Return the early answer with its depths, and full depth's. Exits without thresholds answer
+    early at `CHECKED_AT`."""
+    depths, given = adapter.exits.depths, bool(adapter.policy.thresholds)
+    at = None if given else dict.fromkeys(depths, CHECKED_AT)
     early, full = (
         generate(
             backbone,
             dict(inputs),
             exits=exits,
-            policy=adapter.chosen_policy(mode, None),
+            policy=policy,
             do_sample=False,
             max_new_tokens=max_new_tokens,
         )
-        for mode in ("early_exit", "full")
+        for policy in (adapter.policy.asked("early_exit", at, depths), FULL)
     )
     return {
         "tokens": early.new_tokens[0].tolist(),
